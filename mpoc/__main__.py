@@ -1,0 +1,6 @@
+"""``python -m mpoc`` is the ``mpoc`` command."""
+
+from mpoc.cli.app import main
+
+if __name__ == "__main__":
+    main()

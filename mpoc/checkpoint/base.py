@@ -1,0 +1,80 @@
+"""What the rest of mpoc knows of a checkpoint, whatever file it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mpoc.header import TensorInfo
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass
+class Checkpoint:
+    """Names, shapes and dtypes; data only through :meth:`read`.
+
+    Wrapper prefixes are already stripped from the names.
+    """
+
+    path: Path  # the file or directory, as the user named it
+    infos: dict[str, TensorInfo]  # each distinct tensor once
+    tied: dict[str, str]  # name → the name in ``infos`` that holds its data
+    reader: Callable[[str], Tensor]  # data of one tensor, by its name in ``infos``
+    files: dict[str, Path]  # name → the file that holds it, for messages
+    config: dict[str, Any] | None = None  # a Hugging Face directory's config.json
+    notes: list[str] = field(default_factory=list)  # what the user should know about the reading
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name``, on the CPU; memory-mapped where the format allows, so do not write to it."""
+        return self.reader(name)
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether this is a Hugging Face directory rather than one file."""
+        return self.path.is_dir()
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of all floating tensors, tied ones once, batch-norm statistics left out."""
+        return sum(
+            info.numel
+            for info in self.infos.values()
+            if "float" in info.dtype and not info.name.endswith(_STATISTICS)
+        )
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold the tensors."""
+        return sorted(set(self.files.values()))
+
+    @property
+    def nbytes_on_disk(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.stat().st_size for file in self.weight_files)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all names, dtypes and shapes: says which checkpoint a compressed file came from."""
+        table = [[i.name, i.dtype, list(i.shape)] for i in sorted(self.infos.values(), key=_name)]
+        return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+
+
+def _name(info: TensorInfo) -> str:
+    return info.name
+
+
+def strip_wrappers(names: list[str]) -> dict[str, str]:
+    """Each name without what DataParallel, DDP (``module.``) and torch.compile (``_orig_mod.``) add.
+
+    ``module.`` goes only where every name has it; nothing goes where two names would become one.
+    """
+    clean = {name: name.replace("_orig_mod.", "") for name in names}
+    while clean and all(name.startswith("module.") for name in clean.values()):
+        clean = {name: short.removeprefix("module.") for name, short in clean.items()}
+    return clean if len(set(clean.values())) == len(clean) else {name: name for name in names}

@@ -1,0 +1,181 @@
+"""``torch.save`` files (.pt .pth .th .bin .ckpt), old and new format, with no code run from them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpoc.checkpoint.base import Checkpoint, strip_wrappers
+from mpoc.errors import MpocError
+from mpoc.header import ITEMSIZE, TensorInfo
+
+# Where training scripts put the state dict, most telling first.
+_NESTS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "net",
+    "network",
+    "params",
+    "weights",
+    "ema_state_dict",
+    "state_dict_ema",
+)
+# Plain data that checkpoints carry beside tensors (a best accuracy as a numpy scalar, arguments).
+_HARMLESS = [
+    np.dtype,
+    np.ndarray,
+    np._core.multiarray.scalar,  # type: ignore[attr-defined]
+    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"),
+    argparse.Namespace,
+]
+# What torch's reader raises on bytes that are not what they should be.
+_BROKEN = (
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+def open_torch_file(path: Path) -> Checkpoint:
+    """Open a ``torch.save`` file; memory-mapped, unless it is in the format from before torch 1.6.
+
+    Raises:
+        MpocError: truncated, TorchScript, needs code to load, or holds no state dict.
+    """
+    payload = load_plain(path)
+    nest, state = find_state_dict(path, payload)
+    notes = [f"state dict taken from {nest!r}"] if nest else []
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    others = [name for name in state if name not in tensors]
+    if others:
+        notes.append(f"left behind, not tensors: {', '.join(others[:5])}")
+    names = strip_wrappers(list(tensors))
+    kept: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first_at: dict[Any, str] = {}
+    for original, name in names.items():
+        tensor = tensors[original].detach()
+        _check_tensor(path, name, tensor)
+        first = first_at.setdefault(_place(tensor, name), name)
+        if first == name:
+            kept[name] = tensor
+        else:
+            tied[name] = first
+    infos = {n: TensorInfo(n, _dtype(t), tuple(t.shape)) for n, t in kept.items()}
+    return Checkpoint(path, infos, tied, kept.__getitem__, dict.fromkeys(infos, path), None, notes)
+
+
+def load_plain(path: Path) -> Any:
+    """``torch.load`` with ``weights_only=True``; what it refuses, refused with the way out."""
+    zipped = zipfile.is_zipfile(path)
+    if zipped:
+        _refuse_torchscript(path)
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise _needs_code(path, error) from error
+    except _BROKEN as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise MpocError(f"{path}: cannot be read as a torch file: truncated or damaged ({reason})") from error
+
+
+def _needs_code(path: Path, error: pickle.UnpicklingError) -> MpocError:
+    text = str(error)
+    if "GLOBAL" not in text and "global" not in text:
+        return MpocError(f"{path}: not a torch checkpoint, or damaged ({text.splitlines()[0]})")
+    name = text.split("GLOBAL ")[-1].split()[0].rstrip(",.") if "GLOBAL " in text else "a class"
+    return MpocError(
+        f"{path}: loading it would run code ({name}), so it was not loaded",
+        'if you trust the file, save its state dict once: python -c "import torch; '
+        f"m = torch.load('{path}', weights_only=False); "
+        f"torch.save(getattr(m, 'state_dict', lambda: m)(), '{path.stem}-state.pt')\"",
+    )
+
+
+def _refuse_torchscript(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise MpocError(
+            f"{path}: a TorchScript archive, which is a program, not a state dict",
+            'save its weights once: python -c "import torch; '
+            f"torch.save(torch.jit.load('{path}').state_dict(), '{path.stem}-state.pt')\"",
+        )
+
+
+def find_state_dict(path: Path, payload: Any) -> tuple[str, Mapping[str, Any]]:
+    """The state dict in what a training script saved, and the key it was under (empty: bare).
+
+    Raises:
+        MpocError: there is none, or several without a usual name.
+    """
+    if not isinstance(payload, Mapping):
+        raise MpocError(
+            f"{path}: holds a {type(payload).__name__}, not a state dict",
+            "save model.state_dict()",
+        )
+    if _is_state_dict(payload):
+        return "", payload
+    for nest in _NESTS:
+        if _is_state_dict(payload.get(nest)):
+            return nest, payload[nest]
+    found = [str(key) for key, value in payload.items() if _is_state_dict(value)]
+    found = [key for key in found if "optim" not in key and "sched" not in key]
+    if len(found) == 1:
+        return found[0], payload[found[0]]
+    if found:
+        raise MpocError(
+            f"{path}: holds several state dicts: {', '.join(found)}",
+            f"save the one you mean: torch.save(torch.load('{path}')['{found[0]}'], 'model.pt')",
+        )
+    keys = ", ".join(map(str, list(payload)[:6])) or "nothing"
+    raise MpocError(f"{path}: no state dict in it (found: {keys})", "save model.state_dict()")
+
+
+def _is_state_dict(value: Any) -> bool:
+    """A mapping from strings whose values are, some at least, tensors, and none is a mapping of tensors."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        return False
+    return any(isinstance(item, Tensor) for item in value.values()) and not any(
+        _is_state_dict(item) for item in value.values() if isinstance(item, Mapping)
+    )
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        raise MpocError(f"{path}: tensor {name!r} is {kind}; only plain dense tensors are handled")
+    if _dtype(tensor) not in ITEMSIZE:
+        raise MpocError(f"{path}: tensor {name!r} has dtype {_dtype(tensor)}, which safetensors lacks")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _place(tensor: Tensor, name: str) -> tuple[Any, ...]:
+    """Equal for two tensors that are the same numbers in the same memory."""
+    if tensor.numel() == 0:
+        return (name,)
+    storage = tensor.untyped_storage().data_ptr()
+    return (storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)

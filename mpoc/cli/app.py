@@ -1,0 +1,49 @@
+"""The ``mpoc`` command: one module a command, torch imported only inside them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import mpoc
+from mpoc.cli.compress import compress
+from mpoc.cli.demo import demo
+from mpoc.cli.expand import expand
+from mpoc.cli.report import report
+
+app = typer.Typer(
+    name="mpoc",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Compress a trained network: each linear map becomes a matrix product operator.",
+    epilog="Start with: mpoc demo",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mpoc {mpoc.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compress a trained network: each linear map becomes a matrix product operator."""
+
+
+app.command()(compress)
+app.command()(report)
+app.command()(expand)
+app.command()(demo)
+
+
+def main() -> None:
+    """The console script."""
+    app()

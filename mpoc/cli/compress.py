@@ -1,0 +1,221 @@
+"""``mpoc compress``: a checkpoint in, cores and a ρ report out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpoc.cli.console import Output, reported_errors
+
+if TYPE_CHECKING:
+    from mpoc.pipeline import Compression
+
+_GOAL = "How far (exactly one)"
+_WHICH = "Which layers"
+_HOW = "How"
+_OUT = "Output"
+
+
+def compress(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint: .pt .pth .th .bin .ckpt .safetensors, or a Hugging Face directory.",
+        ),
+    ],
+    bond: Annotated[
+        int | None, typer.Option(help="Cap on every bond dimension D.", rich_help_panel=_GOAL)
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(
+            help="Ceiling on ρ over all selected layers, those left dense included.",
+            rich_help_panel=_GOAL,
+        ),
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(help="Smallest bonds that keep each layer's relative error.", rich_help_panel=_GOAL),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Ceiling on the whole output, as 20MB.", rich_help_panel=_GOAL),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Only these: a glob, or re: and a regular expression. Repeatable.",
+            rich_help_panel=_WHICH,
+        ),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Not these. Repeatable.", rich_help_panel=_WHICH),
+    ] = None,
+    embeddings: Annotated[
+        bool | None,
+        typer.Option("--embeddings/--no-embeddings", help="Embeddings too.", rich_help_panel=_WHICH),
+    ] = None,
+    min_params: Annotated[
+        int | None,
+        typer.Option(help="Leave weights with fewer parameters alone.", rich_help_panel=_WHICH),
+    ] = None,
+    allow_growth: Annotated[
+        bool | None,
+        typer.Option(
+            "--allow-growth/--no-allow-growth",
+            help="Factorise layers even where the cores are larger than the weight.",
+            rich_help_panel=_WHICH,
+        ),
+    ] = None,
+    sites: Annotated[
+        int | None,
+        typer.Option(
+            help="Sites a layer, besides a kernel's taps. Default: 4, from 1,024 wide 5.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[PATTERN=]INPUTS:OUTPUTS",
+            help="Factors, as fc1=4x7x7x4:4x4x4x4. Repeatable.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="TOML file with these options and [layer.PATTERN] tables.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the stored cores: float32, bfloat16, … Default: each weight's own.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_HOW)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the randomised SVD.", rich_help_panel=_HOW)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Default: MODEL.mpo.safetensors or MODEL-mpo/ in the current directory.",
+            rich_help_panel=_OUT,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=_OUT)
+    ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(help="Largest weight file of a directory. Default: 5GB.", rich_help_panel=_OUT),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the plan, write nothing.", rich_help_panel=_OUT),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The report as JSON on stdout.", rich_help_panel=_OUT)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=_OUT)
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Name every tensor left alone.", rich_help_panel=_OUT),
+    ] = False,
+) -> None:
+    """Compress a checkpoint: each chosen linear map becomes a matrix product operator.
+
+    Examples:
+
+    mpoc compress resnet56.th --bond 8
+
+    mpoc compress bert/ --ratio 0.5 --exclude 'pooler*'
+
+    mpoc compress vgg.pt --size 20MB --dry-run
+    """
+    options = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in locals().items()
+        if key not in _NOT_IN_RECIPE
+    }
+    with reported_errors():
+        words = Output(quiet, verbose)
+        done = _run(model, output, recipe, options, force, dry_run, words)
+        if as_json:
+            _print_json(done)
+        else:
+            _print_table(done, words)
+        if done.written:
+            words.say(f"wrote {done.output}")
+            words.next_command(f"mpoc report {done.output}")
+
+
+_NOT_IN_RECIPE = (
+    "model",
+    "output",
+    "recipe",
+    "force",
+    "dry_run",
+    "as_json",
+    "quiet",
+    "verbose",
+)
+
+
+def _run(
+    model: Path,
+    output: Path | None,
+    recipe_file: Path | None,
+    options: dict[str, Any],
+    force: bool,
+    dry_run: bool,
+    words: Output,
+) -> Compression:
+    from mpoc.cli.progress import layer_progress
+    from mpoc.pipeline import choose_device, compress_checkpoint, default_output
+    from mpoc.recipe import make_recipe, parse_shape, parse_size
+
+    if options["shape"] is not None:
+        options["shape"] = tuple(parse_shape(text) for text in options["shape"])
+    for key in ("size", "max_shard_size"):
+        if options[key] is not None:
+            options[key] = parse_size(options[key])
+    recipe = make_recipe(recipe_file, options)
+    words.say(f"device {choose_device(recipe.device)}")
+    target = output or default_output(model)
+    with layer_progress(words) as progress:
+        done = compress_checkpoint(model, target, recipe, force, dry_run, progress)
+    for note in done.notes:
+        words.say(f"note: {note}")
+    return done
+
+
+def _print_json(done: Compression) -> None:
+    from mpoc.report import report_dict, to_json
+
+    report = report_dict(done.manifest, done.nbytes, done.seconds)
+    report["written"] = str(done.output) if done.written else None
+    sys.stdout.write(to_json(report) + "\n")
+
+
+def _print_table(done: Compression, words: Output) -> None:
+    from mpoc.cli.tables import print_report
+
+    seconds = done.seconds or None
+    print_report(words.result, done.manifest, done.nbytes, seconds, not done.written, words.verbose)

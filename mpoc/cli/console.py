@@ -1,0 +1,94 @@
+"""One sink for output: results on stdout, words on stderr; and errors to messages and exit statuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rich.console import Console
+from rich.markup import escape
+
+from mpoc.errors import MpocError
+
+_WIDTH_OFF_TERMINAL = 200
+
+
+class Output:
+    """Where a command's words go; ``quiet`` keeps results and errors only."""
+
+    def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
+        self.quiet = quiet
+        self.verbose = verbose
+        self.result = _console(stderr=False)
+        self.words = _console(stderr=True)
+
+    def say(self, text: str) -> None:
+        """A message on stderr."""
+        if not self.quiet:
+            self.words.print(escape(text), highlight=False, soft_wrap=True)
+
+    def next_command(self, command: str) -> None:
+        """The useful next step."""
+        self.say(f"next: {command}")
+
+
+def _console(stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() else _WIDTH_OFF_TERMINAL
+    return Console(stderr=stderr, width=width, highlight=False)
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Turn errors into one message on stderr and the exit status: 1, 2, or 130 for Ctrl-C."""
+    _terminate_like_interrupt()
+    try:
+        yield
+    except MpocError as error:
+        _fail(str(error), error.hint, error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", None, 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        _fail(_os_message(error), _os_hint(error), 1)
+    except MemoryError as error:
+        _fail(f"out of memory: {error}", "--device cpu, or a machine with more memory", 1)
+
+
+def _fail(message: str, hint: str | None, status: int) -> None:
+    console = _console(stderr=True)
+    console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    if hint:
+        console.print(f"[bold]hint:[/] {escape(hint)}", soft_wrap=True)
+    raise SystemExit(status)
+
+
+def _os_message(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+def _os_hint(error: OSError) -> str | None:
+    hints = {
+        errno.ENOSPC: "make room, or write elsewhere with -o",
+        errno.EDQUOT: "make room, or write elsewhere with -o",
+        errno.EACCES: "write elsewhere with -o, or change the permissions",
+        errno.EROFS: "write elsewhere with -o",
+    }
+    return hints.get(error.errno or 0)
+
+
+def _terminate_like_interrupt() -> None:
+    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written stays."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)

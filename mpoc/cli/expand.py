@@ -1,0 +1,38 @@
+"""``mpoc expand``: a dense checkpoint again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpoc.cli.console import Output, reported_errors
+
+
+def expand(
+    path: Annotated[Path, typer.Argument(metavar="OUT", help="A compressed file or directory.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DENSE", help="Where to write the dense checkpoint."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest weight file of a directory, as 5GB.")] = "5GB",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Errors only.")] = False,
+) -> None:
+    """Write dense weights under their original names, shapes and dtypes, so that anything can load them.
+
+    Example: mpoc expand resnet56.mpo.safetensors -o resnet56.safetensors
+    """
+    with reported_errors():
+        from mpoc.expand import default_dense_output, expand_checkpoint
+        from mpoc.recipe import parse_size
+        from mpoc.report import human_bytes, output_bytes
+
+        target = output or default_dense_output(path)
+        manifest = expand_checkpoint(path, target, force, parse_size(max_shard_size))
+        words = Output(quiet)
+        words.say(
+            f"wrote {target}: {len(manifest.replaced)} layers dense again, "
+            f"{human_bytes(output_bytes(target))}"
+        )

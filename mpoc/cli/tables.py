@@ -1,0 +1,98 @@
+"""Reports and plans as tables on a terminal or in a pipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mpoc.manifest import LayerRecord, Manifest
+from mpoc.report import summary, times
+
+
+def print_report(
+    console: Console,
+    manifest: Manifest,
+    nbytes: int,
+    seconds: dict[str, float] | None = None,
+    predicted: bool = False,
+    verbose: bool = False,
+) -> None:
+    """The per-layer ρ table, the totals, and what was left alone.
+
+    Args:
+        console: of stdout.
+        manifest: of a compressed file or of a plan.
+        nbytes: of the output.
+        seconds: of each layer's fit, where it was just made.
+        predicted: a plan, nothing is written.
+        verbose: name every tensor left alone.
+    """
+    console.print(_table(manifest, seconds))
+    for line in summary(manifest, nbytes, predicted):
+        console.print(escape(line), soft_wrap=True)
+    _print_left_alone(console, manifest, verbose)
+
+
+def _table(manifest: Manifest, seconds: dict[str, float] | None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("layer", overflow="fold")
+    table.add_column("shape", overflow="fold")
+    table.add_column("outputs J / inputs I", overflow="fold")
+    table.add_column("bonds D", overflow="fold")
+    table.add_column("parameters", justify="right", overflow="fold")
+    table.add_column("ρ", justify="right", no_wrap=True)
+    table.add_column("rel. error", justify="right", no_wrap=True)
+    if seconds is not None:
+        table.add_column("s", justify="right", no_wrap=True)
+    for layer in manifest.layers:
+        row = _row(layer)
+        if seconds is not None:
+            row.append(f"{seconds.get(layer.name, 0):.2f}")
+        table.add_row(*row, style="dim" if layer.form == "dense" else None)
+    return table
+
+
+def _row(layer: LayerRecord) -> list[str]:
+    shape = times(layer.shape) + (" ᵀ" if layer.transposed else "")
+    if layer.form == "dense":
+        return [
+            escape(layer.layer),
+            shape,
+            escape(layer.reason),
+            "dense",
+            f"{layer.num_original:,}",
+            "1",
+            "0",
+        ]
+    factors = f"{times(layer.output_factors)} / {times(layer.input_factors)}"
+    if any(layer.padding):
+        factors += " padded by " + " and ".join(map(str, layer.padding))
+    error = "" if layer.relative_error is None else f"{layer.relative_error:.4f}"
+    if layer.relative_error is not None and 0 < layer.relative_error < 1e-4:
+        error = f"{layer.relative_error:.1e}"
+    return [
+        escape(layer.layer),
+        shape,
+        factors,
+        " ".join(map(str, layer.bonds[1:-1])),
+        f"{layer.num_original:,} → {layer.num_stored:,}",
+        f"{layer.rho:.4f}",
+        error,
+    ]
+
+
+def _print_left_alone(console: Console, manifest: Manifest, verbose: bool) -> None:
+    counts = Counter(manifest.left_alone.values())
+    parts = [f"{count} {reason}" for reason, count in counts.most_common()]
+    if manifest.vectors:
+        parts.append(f"{manifest.vectors} vectors and scalars (bias, norm and the like)")
+    if parts:
+        console.print(escape(f"left alone: {'; '.join(parts)}"), soft_wrap=True)
+    console.print(escape(f"kinds of layers told from {manifest.kinds_from}"), soft_wrap=True)
+    if verbose:
+        for name, reason in manifest.left_alone.items():
+            console.print(escape(f"  {name}: {reason}"), soft_wrap=True)

@@ -1,0 +1,34 @@
+"""The demo's digits, read from the package, and the accuracy of a network on them."""
+
+from importlib import resources
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+DIGITS_FILE = "digits.npz"
+WHITE = 16
+
+
+def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (train images, train labels, test images, test labels).
+
+    Images are float32 in [0, 1] with shape (n, 1, 8, 8); labels are int64 with shape (n,).
+    """
+    path = resources.files(__package__).joinpath(DIGITS_FILE)
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        images = torch.from_numpy(arrays["images"]).float().unsqueeze(1) / WHITE
+        labels = torch.from_numpy(arrays["labels"]).long()
+        test = torch.from_numpy(arrays["test"])
+    return images[~test], labels[~test], images[test], labels[test]
+
+
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the percentage of images (n, 1, 8, 8) whose largest logit is at labels (n,)."""
+    was_training = network.training
+    network.eval()
+    with torch.no_grad():
+        predicted = network(images).argmax(dim=1)
+    network.train(was_training)
+    correct = int((predicted == labels).sum())
+    return 100.0 * correct / len(labels)

@@ -1,0 +1,30 @@
+"""The errors a user can cause or meet; each carries a message and, where there is one, the way out."""
+
+from __future__ import annotations
+
+
+class MpocError(Exception):
+    """The work failed: exit status 1.
+
+    ``hint`` names the command or option that mends it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(MpocError):
+    """The command line or the recipe is wrong: exit status 2."""
+
+    exit_code = 2
+
+
+def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """``"; did you mean 'bond'?"`` for the known word closest to ``word``, or an empty string."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

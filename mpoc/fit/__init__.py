@@ -1,0 +1,1 @@
+"""Fits: from a weight to the cores of a form."""

@@ -1,0 +1,114 @@
+"""TT-SVD: a weight to MPO cores by successive truncated SVDs (Oseledets 2011, algorithm 1).
+
+The interleaved tensor is cut site by site from the left; each cut is one call of ``truncate``.  All left
+factors are orthonormal, so the squared error equals the sum of what the cuts discarded.  The cores are
+then put into the balanced gauge.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpoc.fit.truncate import squared_norm, truncate
+from mpoc.forms.layout import interleave, unpadded
+from mpoc.forms.mpo import MPO, entropy
+from mpoc.structure import Structure
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted form with what the fit knows about itself."""
+
+    form: MPO
+    relative_error: float  # ‖W − Ŵ‖_F / ‖W‖_F of the stored cores, padding left out
+    entropies: list[float]  # of Ŵ, bonds 1..n-1
+    entropies_of_weight: list[float | None]  # of W, where the full spectrum was computed
+    routes: list[str]  # how each bond was truncated
+
+
+def tt_svd(
+    weight: Tensor,
+    structure: Structure,
+    max_bond: int,
+    tolerance: float = 0.0,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> Fit:
+    """Factorise ``weight`` with every bond at most ``max_bond``.
+
+    Args:
+        weight: of shape ``structure.shape``; any floating dtype.
+        structure: factors, padding, lead site.
+        max_bond: cap on every D_k.
+        tolerance: relative Frobenius error that may be spent to make bonds smaller than the cap.
+        dtype: of the stored cores; None for the weight's own.
+        seed: of the randomised range finder.
+
+    Returns:
+        The cores in ``dtype`` in the balanced gauge; the error is measured on exactly these cores.
+    """
+    tensor = interleave(weight, structure)
+    generator = torch.Generator().manual_seed(seed)
+    cores, entropies_of_weight, routes = _sweep(tensor, structure, max_bond, tolerance, generator)
+    balanced = MPO(cores, structure).balanced()
+    stored = MPO([core.to(dtype or weight.dtype) for core in balanced.cores], structure)
+    return Fit(
+        stored,
+        _relative_error(tensor, stored),
+        balanced.entropies(),
+        entropies_of_weight,
+        routes,
+    )
+
+
+def _sweep(
+    tensor: Tensor,
+    structure: Structure,
+    max_bond: int,
+    tolerance: float,
+    generator: torch.Generator,
+) -> tuple[list[Tensor], list[float | None], list[str]]:
+    """Left-canonical cores, entropies of the weight where known, and the route of every bond."""
+    sizes = structure.site_sizes
+    budget = tolerance**2 * squared_norm(tensor) if tolerance else 0.0
+    cores: list[Tensor] = []
+    entropies: list[float | None] = []
+    routes: list[str] = []
+    rest, bond, truncated = tensor, 1, False
+    for k, size in enumerate(sizes[:-1]):
+        share = budget / (len(sizes) - 1 - k)
+        cut = truncate(rest.reshape(bond * size, -1), max_bond, share, generator)
+        shape = (bond, structure.output_factors[k], structure.input_factors[k], -1)
+        cores.append(cut.left.reshape(shape))
+        whole = cut.singular_values is not None and not truncated
+        entropies.append(entropy(cut.singular_values) if whole else None)  # type: ignore[arg-type]
+        routes.append(cut.route)
+        rest, bond, budget = cut.right, cut.left.shape[1], max(budget - cut.discarded, 0.0)
+        truncated = truncated or cut.discarded > 0.0
+    last = (bond, structure.output_factors[-1], structure.input_factors[-1], 1)
+    cores.append(rest.reshape(last))
+    return cores, entropies, routes
+
+
+def _relative_error(tensor: Tensor, form: MPO) -> float:
+    """‖W − Ŵ‖_F / ‖W‖_F against the interleaved weight, a block of rows at a time; 0 for 0/0."""
+    working = MPO([core.to(tensor.dtype) for core in form.cores], form.structure)
+    left, right = working.halves()
+    target = tensor.reshape(left.shape[0], right.shape[1])
+    inside = None
+    if any(form.structure.padding):
+        inside = unpadded(form.structure, tensor.device).reshape(target.shape)
+    rows = max(1, (1 << 22) // target.shape[1])
+    parts: list[float] = []
+    for start in range(0, target.shape[0], rows):
+        block = slice(start, start + rows)
+        difference = torch.addmm(target[block], left[block], right, alpha=-1)
+        if inside is not None:
+            difference.mul_(inside[block])
+        parts.append(squared_norm(difference))
+    norm = squared_norm(tensor)
+    return math.sqrt(math.fsum(parts) / norm) if norm else 0.0

@@ -1,0 +1,1 @@
+"""Forms: which tensor network stands for a weight. Only torch here."""

@@ -1,0 +1,79 @@
+"""Between a weight as the checkpoint stores it and the interleaved tensor that a form factorises.
+
+weight → (lead, outputs, inputs) → padded → (lead, J_1..J_n, I_1..I_n) → (J_1, I_1, J_2, I_2, …).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mpoc.structure import Structure
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Arithmetic is float64 for float64 weights and float32 for all narrower ones."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def to_matrix(weight: Tensor, structure: Structure) -> Tensor:
+    """``weight`` (as in the checkpoint) as (lead, outputs, inputs), a view where possible."""
+    if structure.kind.startswith("conv"):
+        return weight.flatten(2).permute(2, 0, 1)  # (taps, C_out, C_in)
+    blocks = weight.reshape(structure.lead, *weight.shape[-2:])
+    return blocks.transpose(1, 2) if structure.transposed else blocks
+
+
+def from_matrix(matrix: Tensor, structure: Structure) -> Tensor:
+    """The inverse of :func:`to_matrix`: (lead, outputs, inputs) → ``structure.shape``, contiguous."""
+    if structure.kind.startswith("conv"):
+        return matrix.permute(1, 2, 0).reshape(structure.shape)
+    blocks = matrix.transpose(1, 2) if structure.transposed else matrix
+    return blocks.reshape(structure.shape).contiguous()
+
+
+def interleave(weight: Tensor, structure: Structure) -> Tensor:
+    """``weight`` → contiguous (J_1 I_1, J_2 I_2, …), zero-padded, in the working dtype; one copy."""
+    matrix = to_matrix(weight, structure)
+    rows, columns = structure.padding
+    if rows or columns:
+        matrix = pad(matrix, (0, columns, 0, rows))
+    tensor = matrix.reshape(_side_by_side(structure)).permute(_interleaving(structure))
+    tensor = tensor.to(working_dtype(weight.dtype), memory_format=torch.contiguous_format)
+    return tensor.contiguous().reshape(structure.site_sizes)
+
+
+def deinterleave(tensor: Tensor, structure: Structure) -> Tensor:
+    """(J_1 I_1, J_2 I_2, …) → ``structure.shape``, padding cropped: the inverse of :func:`interleave`."""
+    shape = _side_by_side(structure)
+    order = _interleaving(structure)
+    split = tensor.reshape([shape[axis] for axis in order])
+    inverse = [order.index(axis) for axis in range(len(order))]
+    matrix = split.permute(inverse).reshape(structure.lead, *structure.padded)
+    return from_matrix(matrix[:, : structure.outputs, : structure.inputs], structure)
+
+
+def unpadded(structure: Structure, device: torch.device) -> Tensor:
+    """Boolean, in the interleaved shape (J_1 I_1, …): True where an entry belongs to the weight."""
+    inside = torch.zeros(structure.lead, *structure.padded, dtype=torch.bool, device=device)
+    inside[:, : structure.outputs, : structure.inputs] = True
+    tensor = inside.reshape(_side_by_side(structure)).permute(_interleaving(structure))
+    return tensor.reshape(structure.site_sizes)
+
+
+def _side_by_side(structure: Structure) -> tuple[int, ...]:
+    """(lead, J_1..J_n, I_1..I_n) without the lead site, as a reshape of (lead, outputs, inputs)."""
+    skip = structure.lead_sites
+    return (
+        structure.lead,
+        *structure.output_factors[skip:],
+        *structure.input_factors[skip:],
+    )
+
+
+def _interleaving(structure: Structure) -> tuple[int, ...]:
+    """The permutation of those axes to lead, J_1, I_1, J_2, I_2, …"""
+    count = len(structure.output_factors) - structure.lead_sites
+    pairs = ((1 + k, 1 + count + k) for k in range(count))
+    return (0, *(axis for pair in pairs for axis in pair))

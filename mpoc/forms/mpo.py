@@ -1,0 +1,146 @@
+"""The matrix product operator (tensor-train matrix): a chain of cores, one a site.
+
+    W[j_1…j_n, i_1…i_n] = w⁽¹⁾[j_1, i_1] w⁽²⁾[j_2, i_2] … w⁽ⁿ⁾[j_n, i_n]        (Eq. 5, Gao et al. 2020)
+
+Core k has shape (D_{k-1}, J_k, I_k, D_k), e.g. (4, 8, 16, 4), and D_0 = D_n = 1.
+
+On disk the gauge is balanced: with Schmidt values s at a bond, everything to its left has Gram matrix
+diag(s), and so has everything to its right.  Left-canonical cores would put all the norm into the last
+one, and L2 regularisation and SGD both feel that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpoc.forms.layout import deinterleave
+from mpoc.structure import Structure
+
+
+class MPO:
+    """A weight as cores, with the structure that says which weight.
+
+    Args:
+        cores: (D_{k-1}, J_k, I_k, D_k) each.
+        structure: output and input factors, padding, the weight's own shape.
+
+    Raises:
+        ValueError: the cores do not have the structure's factors, or neighbouring bonds differ.
+    """
+
+    name = "mpo"
+
+    def __init__(self, cores: Sequence[Tensor], structure: Structure) -> None:
+        self.cores = list(cores)
+        self.structure = structure
+        factors = list(zip(structure.output_factors, structure.input_factors, strict=True))
+        if [tuple(core.shape[1:3]) for core in self.cores] != factors:
+            shapes = [tuple(core.shape) for core in self.cores]
+            raise ValueError(f"cores of shapes {shapes} where sites (J, I) are {factors}")
+        left = [core.shape[0] for core in self.cores]
+        right = [core.shape[3] for core in self.cores]
+        if left != [1, *right[:-1]] or right[-1] != 1:
+            raise ValueError(f"bonds do not meet: left {left}, right {right}")
+
+    @property
+    def bonds(self) -> tuple[int, ...]:
+        """(D_0..D_n)."""
+        return (*(core.shape[0] for core in self.cores), 1)
+
+    @property
+    def num_parameters(self) -> int:
+        """N_mpo."""
+        return sum(core.numel() for core in self.cores)
+
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """(J_1 I_1 … J_k I_k, D_k) and (D_k, J_{k+1} I_{k+1} …), cut where the two are smallest.
+
+        Their product is the interleaved tensor; a block of its rows needs a block of the left half.
+        """
+        sizes = self.structure.site_sizes
+        lefts = [math.prod(sizes[:k]) for k in range(1, len(sizes))]
+        total = math.prod(sizes)
+        cut = min(
+            range(len(lefts)),
+            key=lambda k: self.bonds[k + 1] * (lefts[k] + total // lefts[k]),
+            default=-1,
+        )
+        one = self.cores[0].new_ones(1, 1)
+        left = one
+        for core in self.cores[: cut + 1]:
+            left = torch.einsum("pa,ajib->pjib", left, core).reshape(-1, core.shape[3])
+        right = one
+        for core in reversed(self.cores[cut + 1 :]):
+            right = torch.einsum("ajib,bq->ajiq", core, right).reshape(core.shape[0], -1)
+        return left, right
+
+    def to_weight(self) -> Tensor:
+        """The dense weight in the checkpoint's own shape, in the cores' dtype."""
+        left, right = self.halves()
+        return deinterleave(left @ right, self.structure)
+
+    def spectra(self) -> list[Tensor]:
+        """Schmidt values at bonds 1..n-1, float64, descending, from the canonical form."""
+        return _schmidt_sweep(_left_canonical(self.cores))[1]
+
+    def entropies(self) -> list[float]:
+        """Entanglement entropy S_k = −Σ p ln p, p = s²/Σs², at bonds 1..n-1."""
+        return [entropy(values) for values in self.spectra()]
+
+    def balanced(self) -> MPO:
+        """The same weight in the balanced gauge, in float64; bonds that carry nothing are cut.
+
+        "Nothing" is a Schmidt value below the resolution of the cores' dtype.
+        """
+        resolution = torch.finfo(self.cores[0].dtype).eps
+        cores, spectra = _schmidt_sweep(_left_canonical(self.cores), resolution)
+        for k, values in enumerate(spectra):
+            root = values.sqrt()
+            cores[k] = cores[k] / root
+            cores[k + 1] = cores[k + 1] * root[:, None, None, None]
+        return MPO(cores, self.structure)
+
+
+def entropy(values: Tensor) -> float:
+    """−Σ p ln p with p = s²/Σs² (0 where all values are zero)."""
+    weights = values.double().square()
+    total = float(weights.sum())
+    if total == 0.0:
+        return 0.0
+    p = weights[weights > 0] / total
+    return max(0.0, float(-(p * p.log()).sum()))
+
+
+def _left_canonical(cores: Sequence[Tensor]) -> list[Tensor]:
+    """The same operator in float64 with all cores but the last orthonormal from the left."""
+    canonical: list[Tensor] = []
+    carry = torch.ones(1, 1, dtype=torch.float64, device=cores[0].device)
+    for core in cores[:-1]:
+        core = torch.einsum("ab,bjic->ajic", carry, core.double())
+        orthonormal, carry = torch.linalg.qr(core.flatten(0, 2))
+        canonical.append(orthonormal.reshape(*core.shape[:3], -1))
+    canonical.append(torch.einsum("ab,bjic->ajic", carry, cores[-1].double()))
+    return canonical
+
+
+def _schmidt_sweep(cores: list[Tensor], resolution: float = 0.0) -> tuple[list[Tensor], list[Tensor]]:
+    """Right-canonical cores (the first holds the norm) and the Schmidt values of every bond.
+
+    Args:
+        cores: left-canonical; consumed.
+        resolution: Schmidt values at or below this share of the bond's largest are cut.
+    """
+    spectra: list[Tensor] = []
+    for k in range(len(cores) - 1, 0, -1):
+        core = cores[k]
+        left, values, right = torch.linalg.svd(core.flatten(1), full_matrices=False)
+        kept = max(1, int((values > resolution * values[0]).sum()))
+        cores[k] = right[:kept].reshape(kept, *core.shape[1:])
+        carry = left[:, :kept] * values[:kept]
+        cores[k - 1] = torch.einsum("ajib,bc->ajic", cores[k - 1], carry)
+        spectra.append(values[:kept])
+    return cores, spectra[::-1]

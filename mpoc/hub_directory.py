@@ -1,0 +1,174 @@
+"""A Hugging Face directory besides its tensors: the other files, config.json, the index, the model card.
+
+``config.json`` gains ``quantization_config`` with all that a loader needs to build the layers, and a
+guard: a loader that does not know mpoc looks for the weights under a name that says what to import, and
+stops, instead of going on with random ones.  ``expand`` takes both out again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mpoc.header import TensorInfo, encode_header, storage_order
+from mpoc.manifest import FORMAT, MANIFEST_FILE, Manifest
+from mpoc.writer import Shard, write_safetensors
+
+GUARD_KEY = "transformers_weights"
+GUARD = "import-mpoc.hf-before-loading.safetensors"
+_INDEX = "model.safetensors.index.json"
+_CARD = "README.md"
+_CARD_BEGIN, _CARD_END = "<!-- mpoc: begin -->", "<!-- mpoc: end -->"
+# The same weights in other formats; they would belie the compressed ones beside them.
+_OTHER_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".gguf")
+_OTHER_RUNTIMES = (".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".mlmodel")
+_KEEP = ("training_args.bin",)
+_SKIP_FOLDERS = (".git", ".cache", "__pycache__")
+
+
+def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
+    """Every file of the directory, relative, that is no copy of its weights.
+
+    Weights of further modules in folders of their own (a pooling or dense head) are kept.
+    """
+    weights = {file.resolve() for file in weight_files}
+    found: list[Path] = []
+    for folder, folders, files in os.walk(source, followlinks=False):
+        folders[:] = sorted(name for name in folders if name not in _SKIP_FOLDERS)
+        for name in sorted(files):
+            file = Path(folder) / name
+            top = Path(folder) == source
+            copies = _OTHER_FORMATS if top else _OTHER_RUNTIMES
+            dropped = file.suffix in copies and name not in _KEEP
+            index = top and name.endswith((".safetensors.index.json", ".bin.index.json"))
+            if not (dropped or index or file.resolve() in weights):
+                found.append(file.relative_to(source))
+    return found
+
+
+def copy_other_files(source: Path, target: Path, weight_files: list[Path]) -> None:
+    """Copy them, links as the files they point to."""
+    for name in other_files(source, weight_files):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def write_shards(target: Path, shards: list[Shard]) -> None:
+    """The weight files, and the index where there are several."""
+    for shard in shards:
+        write_safetensors(target / shard.name, shard.entries, {"format": "pt"})
+    if len(shards) > 1:
+        (target / _INDEX).write_text(_index_text(shards), "utf-8")
+
+
+def _index_text(shards: list[Shard]) -> str:
+    entries = [(entry.info, shard.name) for shard in shards for entry in shard.entries]
+    index = {
+        "metadata": {"total_size": sum(info.nbytes for info, _ in entries)},
+        "weight_map": {info.name: name for info, name in sorted(entries, key=_by_name)},
+    }
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _by_name(entry: tuple[TensorInfo, str]) -> str:
+    return entry[0].name
+
+
+def mark_compressed(target: Path, manifest: Manifest) -> None:
+    """Write manifest, config.json and model card into ``target``, where the originals were copied."""
+    for name, text in _marked(target, manifest).items():
+        (target / name).write_text(text, "utf-8")
+
+
+def unmark(target: Path) -> None:
+    """Undo :func:`mark_compressed`: a plain directory again."""
+    (target / MANIFEST_FILE).unlink(missing_ok=True)
+    config_file, card_file = target / "config.json", target / _CARD
+    if config_file.is_file():
+        config = json.loads(config_file.read_text("utf-8"))
+        config.pop("quantization_config", None)
+        config.pop(GUARD_KEY, None)
+        config_file.write_text(_config_text(config), "utf-8")
+    if card_file.is_file():
+        before, found, after = card_file.read_text("utf-8").partition(_CARD_BEGIN)
+        if found:
+            rest = before.removesuffix("\n\n") + after.partition(_CARD_END)[2].removeprefix("\n")
+            if rest.strip():
+                card_file.write_text(rest, "utf-8")
+            else:
+                card_file.unlink()
+
+
+def overhead(source: Path, weight_files: list[Path], shards: list[Shard], manifest: Manifest) -> int:
+    """Bytes of a compressed directory besides tensor data."""
+    marked = _marked(source, manifest)
+    kept = other_files(source, weight_files)
+    total = sum((source / name).stat().st_size for name in kept if str(name) not in marked)
+    total += sum(len(text.encode()) for text in marked.values())
+    for shard in shards:
+        infos = storage_order([entry.info for entry in shard.entries])
+        total += len(encode_header(infos, {"format": "pt"}))
+    return total + (len(_index_text(shards).encode()) if len(shards) > 1 else 0)
+
+
+def _marked(directory: Path, manifest: Manifest) -> dict[str, str]:
+    """The files that say "compressed by mpoc", by name, made from those in ``directory``."""
+    texts = {MANIFEST_FILE: manifest.to_json(indent=1) + "\n"}
+    config_file, card_file = directory / "config.json", directory / _CARD
+    config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    config["quantization_config"] = quantization_config(manifest)
+    config[GUARD_KEY] = GUARD
+    texts["config.json"] = _config_text(config)
+    card = card_file.read_text("utf-8", errors="replace") if card_file.is_file() else ""
+    texts[_CARD] = _card_with_section(card, manifest)
+    return texts
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def quantization_config(manifest: Manifest) -> dict[str, Any]:
+    """What a loader needs to build the layers before any tensor is read."""
+    layers = {
+        layer.name: {
+            "form": layer.form,
+            "kind": layer.kind,
+            "shape": layer.shape,
+            "transposed": layer.transposed,
+            "output_factors": layer.output_factors,
+            "input_factors": layer.input_factors,
+            "bonds": layer.bonds,
+            "dtype": layer.stored_dtype,
+        }
+        for layer in manifest.replaced
+    }
+    return {"quant_method": "mpo", "format": FORMAT, "layers": layers}
+
+
+def _card_with_section(card: str, manifest: Manifest) -> str:
+    """The model card with a section on the compression at its end."""
+    rows = [
+        f"| {layer.layer} | {'×'.join(map(str, layer.shape))} | "
+        f"{', '.join(map(str, layer.bonds[1:-1]))} | "
+        f"{layer.num_original:,} → {layer.num_stored:,} | {layer.rho:.4f} | "
+        f"{layer.relative_error or 0:.4f} |"
+        for layer in manifest.replaced
+    ]
+    section = [
+        _CARD_BEGIN,
+        "## Compressed with mpoc",
+        "",
+        f"{len(manifest.replaced)} layers are matrix product operators; ρ = {manifest.rho:.4f} over "
+        f"them, {manifest.source.num_parameters:,} → {manifest.num_parameters:,} parameters in all. "
+        "Dense weights: `mpoc expand`.",
+        "",
+        "| layer | shape | bonds | parameters | ρ | relative error |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        _CARD_END,
+    ]
+    return (card + "\n\n" if card else "") + "\n".join(section) + "\n"

@@ -1,0 +1,178 @@
+"""The manifest: what a compressed file says of itself, as plain data.  No torch here.
+
+In a single file it is one JSON text under the key ``mpoc`` of the safetensors header's metadata; in a
+directory it is ``mpoc.json``.  It holds no times and no dates, so that the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from mpoc.errors import MpocError
+from mpoc.header import read_header
+from mpoc.structure import KINDS, Structure
+
+FORMAT = 1
+MANIFEST_FILE = "mpoc.json"
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One selected layer: what it was and what is stored."""
+
+    name: str  # of the weight in the source, e.g. "layer1.0.conv1.weight"
+    kind: str
+    shape: tuple[int, ...]  # of the weight in the source
+    dtype: str  # of the weight in the source
+    form: str  # "mpo" or "dense"
+    num_original: int  # N_ori
+    num_stored: int  # N_mpo, or N_ori where dense
+    stored_dtype: str
+    reason: str = ""  # why dense
+    transposed: bool = False
+    output_factors: tuple[int, ...] = ()
+    input_factors: tuple[int, ...] = ()
+    bonds: tuple[int, ...] = ()
+    padding: tuple[int, int] = (0, 0)
+    relative_error: float | None = None  # None in a plan, and for a dense layer
+    entropies: tuple[float, ...] = ()  # of the stored weight
+    entropies_of_weight: tuple[float | None, ...] = ()  # of the source's, where computed exactly
+
+    @property
+    def layer(self) -> str:
+        """The name without ``.weight``."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def rho(self) -> float:
+        """N_stored / N_ori."""
+        return self.num_stored / self.num_original
+
+    @property
+    def structure(self) -> Structure:
+        """How the cores make the weight; not for dense layers."""
+        return Structure(self.kind, self.shape, self.transposed, self.output_factors, self.input_factors)
+
+    def core_name(self, site: int) -> str:
+        """The tensor name of core ``site`` (from 0)."""
+        return f"{core_prefix(self.name)}.{site}"
+
+
+def core_prefix(name: str) -> str:
+    """``fc.weight`` → ``fc.cores``; any other parameter ``m.weight_ih`` → ``m.weight_ih_cores``."""
+    if name == "weight" or name.endswith(".weight"):
+        return name.removesuffix("weight") + "cores"
+    return name + "_cores"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that was compressed."""
+
+    name: str
+    nbytes: int  # of its weight files
+    num_parameters: int
+    fingerprint: str  # SHA-256 over its names, dtypes and shapes
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a report needs, and all that loading needs beside the tensors."""
+
+    source: Source
+    layers: tuple[LayerRecord, ...]  # every selected layer, in the source's order
+    options: dict[str, Any]
+    kinds_from: str  # "config.json (bert)" or "names and shapes"
+    left_alone: dict[str, str] = field(default_factory=dict)  # tensors of two or more axes → reason
+    vectors: int = 0  # other tensors left alone
+    tied: dict[str, str] = field(default_factory=dict)
+    tool: str = ""
+
+    @property
+    def replaced(self) -> list[LayerRecord]:
+        """The layers stored in a compressed form."""
+        return [layer for layer in self.layers if layer.form != "dense"]
+
+    @property
+    def rho(self) -> float:
+        """Eq. (9): Σ N_mpo / Σ N_ori over the replaced layers; 1 where there are none."""
+        return _ratio(self.replaced)
+
+    @property
+    def rho_selected(self) -> float:
+        """The same sum over all selected layers, those left dense included."""
+        return _ratio(self.layers)
+
+    @property
+    def num_parameters(self) -> int:
+        """Whole model, as stored."""
+        saved = sum(layer.num_original - layer.num_stored for layer in self.layers)
+        return self.source.num_parameters - saved
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The text that is stored."""
+        value = {"format": FORMAT, **asdict(self)}
+        value["layers"] = [_compact(layer) for layer in self.layers]
+        separators = (",", ":") if indent is None else None
+        return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
+
+
+def _ratio(layers: tuple[LayerRecord, ...] | list[LayerRecord]) -> float:
+    original = sum(layer.num_original for layer in layers)
+    return sum(layer.num_stored for layer in layers) / original if original else 1.0
+
+
+def _compact(layer: LayerRecord) -> dict[str, Any]:
+    """A record without the fields that have their default value."""
+    defaults = {f.name: f.default for f in fields(layer)}
+    return {key: value for key, value in asdict(layer).items() if value != defaults[key]}
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a compressed file or directory, checked.
+
+    Raises:
+        MpocError: nothing there, not made by mpoc, of a later format, or damaged.
+    """
+    if not path.exists():
+        raise MpocError(f"{path}: no such file or directory")
+    if path.is_dir():
+        file = path / MANIFEST_FILE
+        text = file.read_text("utf-8") if file.is_file() else None
+    elif path.suffix == ".safetensors":
+        text = read_header(path).metadata.get("mpoc")
+    else:
+        text = None
+    if text is None:
+        raise MpocError(f"{path}: not compressed by mpoc (no manifest)", f"mpoc compress {path} --ratio 0.5")
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """``Manifest.to_json`` undone; ``path`` is for messages."""
+    try:
+        value = json.loads(text)
+        found = value.pop("format")
+        if found != FORMAT:
+            raise MpocError(
+                f"{path}: manifest format {found}, this mpoc reads format {FORMAT}",
+                "pip install --upgrade mpoc",
+            )
+        layers = tuple(_layer(layer) for layer in value.pop("layers"))
+        source = Source(**value.pop("source"))
+        return Manifest(source=source, layers=layers, **value)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise MpocError(f"{path}: damaged manifest ({error!r})") from error
+
+
+def _layer(value: dict[str, Any]) -> LayerRecord:
+    lists = {key: tuple(item) for key, item in value.items() if isinstance(item, list)}
+    layer = LayerRecord(**{**value, **lists})
+    if layer.kind not in KINDS or layer.form not in ("mpo", "dense"):
+        raise ValueError(f"layer {layer.name!r}: kind {layer.kind!r}, form {layer.form!r}")
+    if not (len(layer.output_factors) == len(layer.input_factors) == max(len(layer.bonds) - 1, 0)):
+        raise ValueError(f"layer {layer.name!r}: factors and bonds do not match")
+    return layer

@@ -1,0 +1,310 @@
+"""The orchestrator: checkpoint → selection → plan → fit → form → writer → report, top to bottom."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mpoc
+from mpoc import hub_directory
+from mpoc.checkpoint import Checkpoint, open_checkpoint
+from mpoc.errors import MpocError, UsageError
+from mpoc.fit.ttsvd import Fit, tt_svd
+from mpoc.header import TensorInfo, encode_header
+from mpoc.manifest import LayerRecord, Manifest, Source
+from mpoc.plan import LayerPlan, leave_dense_unless_smaller, make_plan
+from mpoc.recipe import Recipe
+from mpoc.report import output_bytes
+from mpoc.selection import Selection, select
+from mpoc.writer import Entry, Spool, plan_shards, refuse_existing, staged, write_safetensors
+
+Progress = Callable[[LayerRecord, float, int, int], None]  # record, seconds, layers done, layers in all
+
+
+@dataclass
+class Compression:
+    """What a compression did, or (dry run) would do."""
+
+    manifest: Manifest
+    output: Path
+    nbytes: int  # of the output on disk; predicted, an upper bound, where nothing was written
+    written: bool
+    seconds: dict[str, float] = field(default_factory=dict)  # layer name → time of its fit
+    notes: list[str] = field(default_factory=list)
+
+
+def default_output(source: Path) -> Path:
+    """``model.pt`` → ``model.mpo.safetensors``, ``bert/`` → ``bert-mpo``; in the current directory."""
+    source = source.resolve() if source.name in ("", ".", "..") else source
+    return Path(f"{source.name}-mpo" if source.is_dir() else f"{source.stem}.mpo.safetensors")
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Raises:
+        UsageError: unknown or not present.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: not available here", "--device auto") from error
+    return device
+
+
+def compress_checkpoint(
+    source: Path,
+    output: Path,
+    recipe: Recipe,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Compression:
+    """Compress a checkpoint on disk.
+
+    Args:
+        source: file or directory; only read.
+        output: file (single-file source) or directory.
+        recipe: what to do.
+        force: replace an existing output.
+        dry_run: write nothing. Bonds under a tolerance are still found by factorising.
+        progress: called after each layer.
+
+    Raises:
+        MpocError: bad input, or nothing that can be done; see its message and hint.
+        OSError: of reading or writing (a full disk).
+    """
+    if not dry_run and source.exists():
+        refuse_existing(output, source, force)
+    checkpoint = open_checkpoint(source)
+    device = choose_device(recipe.device)
+    selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
+    plans = make_plan(selection, recipe, lambda plans: _predict_size(checkpoint, selection, recipe, plans))
+    notes = [*checkpoint.notes, *selection.notes]
+    if dry_run and not any(plan.tolerance for plan in plans):
+        manifest = _manifest(checkpoint, selection, recipe, [plan.record() for plan in plans])
+        nbytes = _predict_size(checkpoint, selection, recipe, plans)
+        return Compression(manifest, output, nbytes, False, notes=notes)
+    if dry_run:
+        records, seconds, _ = _fit_all(checkpoint, plans, recipe, device, None, progress)
+        manifest = _manifest(checkpoint, selection, recipe, records)
+        nbytes = _predict_size(checkpoint, selection, recipe, plans, records)
+        return Compression(manifest, output, nbytes, False, seconds, notes)
+    with staged(output) as target:
+        spool = Spool(target.with_name("cores"))
+        try:
+            records, seconds, cores = _fit_all(checkpoint, plans, recipe, device, spool, progress)
+            manifest = _manifest(checkpoint, selection, recipe, records)
+            entries = _entries(checkpoint, records, cores)
+            _write(target, checkpoint, entries, manifest, recipe.max_shard_size)
+        finally:
+            spool.close()
+    return Compression(manifest, output, output_bytes(output), True, seconds, notes)
+
+
+def _fit_all(
+    checkpoint: Checkpoint,
+    plans: list[LayerPlan],
+    recipe: Recipe,
+    device: torch.device,
+    spool: Spool | None,
+    progress: Progress | None,
+) -> tuple[list[LayerRecord], dict[str, float], dict[str, list[Entry]]]:
+    """Factorise layer by layer: records, seconds, and the spooled cores of each replaced layer."""
+    records: list[LayerRecord] = []
+    seconds: dict[str, float] = {}
+    cores: dict[str, list[Entry]] = {}
+    for plan in plans:
+        start = time.perf_counter()
+        record, fit = _fit_layer(checkpoint, plan, recipe, device)
+        if fit is not None and spool is not None:
+            cores[record.name] = [
+                spool.add(record.core_name(k), core) for k, core in enumerate(fit.form.cores)
+            ]
+        records.append(record)
+        seconds[record.name] = time.perf_counter() - start
+        if progress:
+            progress(record, seconds[record.name], len(records), len(plans))
+    return records, seconds, cores
+
+
+def _fit_layer(
+    checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: torch.device
+) -> tuple[LayerRecord, Fit | None]:
+    if plan.max_bond is None:
+        return plan.record(), None
+    name = plan.map.name
+    weight = _read_finite(checkpoint, name).to(device)
+    fit = _fit_within(weight, plan, zlib.crc32(name.encode()) ^ recipe.seed)
+    _check_cores(fit, checkpoint, plan)
+    if not recipe.allow_growth:
+        plan = leave_dense_unless_smaller(plan, fit.form.num_parameters)
+    if plan.max_bond is None:
+        return plan.record(), None
+    record = replace(
+        plan.record(),
+        num_stored=fit.form.num_parameters,
+        bonds=fit.form.bonds,
+        relative_error=_rounded(fit.relative_error),
+        entropies=tuple(map(_rounded, fit.entropies)),
+        entropies_of_weight=_known(fit.entropies_of_weight),
+    )
+    return record, fit
+
+
+def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
+    """TT-SVD; under a tolerance, again with less to spend where rounding to the stored dtype broke it."""
+    assert plan.max_bond is not None
+    dtype = getattr(torch, plan.stored_dtype)
+    spend = plan.tolerance
+    fit = tt_svd(weight, plan.structure, plan.max_bond, spend, dtype, seed)
+    for _ in range(4):
+        if not plan.tolerance or fit.relative_error <= plan.tolerance:
+            return fit
+        spend *= 0.98 * plan.tolerance / fit.relative_error
+        fit = tt_svd(weight, plan.structure, plan.max_bond, spend, dtype, seed)
+    if fit.relative_error <= plan.tolerance:
+        return fit
+    raise MpocError(
+        f"layer {plan.map.layer}: relative error {plan.tolerance:g} cannot be kept in "
+        f"{plan.stored_dtype}: rounding the cores alone gives {fit.relative_error:.2g}",
+        "--dtype float32, or a larger --max-error",
+    )
+
+
+def _read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
+    weight = checkpoint.read(name)
+    if not bool(torch.isfinite(weight).all()):
+        kind = "NaN" if bool(torch.isnan(weight).any()) else "infinite values"
+        raise MpocError(
+            f"{checkpoint.files[name]}: tensor {name!r} holds {kind}",
+            f"mend the checkpoint, or leave the layer alone: --exclude '{name}'",
+        )
+    return weight
+
+
+def _check_cores(fit: Fit, checkpoint: Checkpoint, plan: LayerPlan) -> None:
+    if not all(bool(torch.isfinite(core).all()) for core in fit.form.cores):
+        raise MpocError(
+            f"{checkpoint.files[plan.map.name]}: tensor {plan.map.name!r}: its cores overflow "
+            f"{plan.stored_dtype}",
+            "--dtype bfloat16 or float32",
+        )
+
+
+def _known(values: list[float | None]) -> tuple[float | None, ...]:
+    """Rounded, and nothing at all where none is known."""
+    if all(value is None for value in values):
+        return ()
+    return tuple(None if value is None else _rounded(value) for value in values)
+
+
+def _rounded(value: float) -> float:
+    """Six significant digits: what the manifest keeps."""
+    return float(f"{value:.6g}")
+
+
+def _manifest(
+    checkpoint: Checkpoint, selection: Selection, recipe: Recipe, records: list[LayerRecord]
+) -> Manifest:
+    goals = {g: getattr(recipe, g) for g in ("bond", "ratio", "max_error", "size", "dtype")}
+    options: dict[str, Any] = {key: value for key, value in goals.items() if value is not None}
+    infos = checkpoint.infos
+    left = {n: why for n, why in selection.left.items() if n in infos and len(infos[n].shape) > 1}
+    return Manifest(
+        source=Source(
+            checkpoint.path.resolve().name,
+            checkpoint.nbytes_on_disk,
+            checkpoint.num_parameters,
+            checkpoint.fingerprint(),
+        ),
+        layers=tuple(records),
+        options=options | {"seed": recipe.seed},
+        kinds_from=selection.source,
+        left_alone=left,
+        vectors=len(infos) - len(records) - len(left),
+        tied=checkpoint.tied,
+        tool=f"mpoc {mpoc.__version__}",
+    )
+
+
+def _entries(
+    checkpoint: Checkpoint, records: list[LayerRecord], cores: dict[str, list[Entry]]
+) -> list[Entry]:
+    """All tensors of the output in the source's order, cores in the place of their weight."""
+    entries: list[Entry] = []
+    for name, info in checkpoint.infos.items():
+        if name in cores:
+            entries += cores[name]
+        else:
+            entries.append(Entry(info, lambda name=name: checkpoint.read(name)))  # type: ignore[misc]
+    return entries
+
+
+def _write(
+    target: Path,
+    checkpoint: Checkpoint,
+    entries: list[Entry],
+    manifest: Manifest,
+    max_shard_size: int,
+) -> None:
+    if not checkpoint.is_directory:
+        write_safetensors(target, entries, {"format": "pt", "mpoc": manifest.to_json()})
+        return
+    target.mkdir()
+    hub_directory.copy_other_files(checkpoint.path, target, checkpoint.weight_files)
+    hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
+    hub_directory.mark_compressed(target, manifest)
+
+
+def _predict_size(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    records: list[LayerRecord] | None = None,
+) -> int:
+    """Bytes of the whole output, an upper bound: figures still unknown are given their most digits."""
+    longest = 0.000123456e-100
+    if records is None:
+        records = [_with_longest_figures(plan.record(), longest) for plan in plans]
+    manifest = _manifest(checkpoint, selection, recipe, records)
+    replaced = {record.name: record for record in manifest.replaced}
+    infos: list[TensorInfo] = []
+    for name, info in checkpoint.infos.items():
+        infos += _core_infos(replaced[name]) if name in replaced else [info]
+    data = sum(info.nbytes for info in infos)
+    if not checkpoint.is_directory:
+        return data + len(encode_header(infos, {"format": "pt", "mpoc": manifest.to_json()}))
+    entries = [Entry(info, lambda: torch.empty(0)) for info in infos]
+    shards = plan_shards(entries, recipe.max_shard_size)
+    return data + hub_directory.overhead(checkpoint.path, checkpoint.weight_files, shards, manifest)
+
+
+def _with_longest_figures(record: LayerRecord, figure: float) -> LayerRecord:
+    inner = max(len(record.bonds) - 2, 0)
+    if record.form == "dense":
+        return record
+    figures = (figure,) * inner
+    return replace(record, relative_error=figure, entropies=figures, entropies_of_weight=figures)
+
+
+def _core_infos(record: LayerRecord) -> list[TensorInfo]:
+    sites = zip(
+        record.bonds[:-1],
+        record.output_factors,
+        record.input_factors,
+        record.bonds[1:],
+        strict=True,
+    )
+    return [TensorInfo(record.core_name(k), record.stored_dtype, site) for k, site in enumerate(sites)]

@@ -1,0 +1,229 @@
+"""The plan: for every selected layer its form, factors and bonds, before any arithmetic, as plain data.
+
+``--dry-run`` prints it, ``compress`` carries it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from mpoc.budget import Share, uniform_bonds
+from mpoc.errors import UsageError
+from mpoc.header import ITEMSIZE
+from mpoc.manifest import LayerRecord
+from mpoc.recipe import LayerRule, Recipe
+from mpoc.selection import LinearMap, Selection, check_pattern
+from mpoc.structure import Structure, lead_outputs_inputs, make_structure
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One selected layer: factorise to ``structure`` with bonds up to ``max_bond``, or leave it dense."""
+
+    map: LinearMap
+    structure: Structure
+    stored_dtype: str
+    max_bond: int | None  # None: dense
+    tolerance: float = 0.0  # relative error that may be spent to go below max_bond
+    reason: str = ""  # why dense
+
+    def record(self) -> LayerRecord:
+        """As the report shows it: the counts are exact unless a tolerance is still to be met."""
+        base = LayerRecord(
+            name=self.map.name,
+            kind=self.map.kind,
+            shape=self.map.shape,
+            dtype=self.map.dtype,
+            form="dense",
+            num_original=self.structure.num_original,
+            num_stored=self.structure.num_original,
+            stored_dtype=self.map.dtype,
+            reason=self.reason,
+        )
+        if self.max_bond is None:
+            return base
+        return replace(
+            base,
+            form="mpo",
+            num_stored=self.structure.num_parameters(self.max_bond),
+            stored_dtype=self.stored_dtype,
+            transposed=self.structure.transposed,
+            output_factors=self.structure.output_factors,
+            input_factors=self.structure.input_factors,
+            bonds=self.structure.bonds(self.max_bond),
+            padding=self.structure.padding,
+        )
+
+
+def make_plan(
+    selection: Selection,
+    recipe: Recipe,
+    predict_size: Callable[[list[LayerPlan]], int] | None = None,
+) -> list[LayerPlan]:
+    """Decide form, factors and bonds of every chosen layer.
+
+    Args:
+        selection: the chosen linear maps.
+        recipe: checked.
+        predict_size: bytes of the whole output under a plan, an upper bound; needed for ``--size``.
+
+    Raises:
+        UsageError: factors that do not multiply out, a pattern that matches nothing, a ceiling that
+            cannot be reached, or nothing left to compress.
+    """
+    if not selection.chosen:
+        raise UsageError("no layer is left to compress", "--layers, --exclude and --min-params decide")
+    _check_rules(selection, recipe)
+    plans = [_open_plan(map, recipe) for map in selection.chosen]
+    _check_shapes_used(plans, recipe)
+    if recipe.ratio is not None:
+        plans = _within_ratio(plans, recipe.ratio)
+    elif recipe.size is not None:
+        assert predict_size is not None
+        plans = _within_size(plans, recipe.size, predict_size)
+    return plans if recipe.allow_growth else [_shrinking(plan) for plan in plans]
+
+
+def _check_rules(selection: Selection, recipe: Recipe) -> None:
+    names = [map.name for map in selection.chosen]
+    for rule in recipe.rules:
+        check_pattern("[layer] pattern", rule.pattern, names)
+    for shape in recipe.shape:
+        if shape.pattern is not None:
+            check_pattern("--shape pattern", shape.pattern, names)
+
+
+def _open_plan(map: LinearMap, recipe: Recipe) -> LayerPlan:
+    """A layer's plan with what is given for it alone; its bond is open (0) where a ceiling decides."""
+    rule = recipe.rule_for(map.name)
+    _, outputs, inputs = lead_outputs_inputs(map.kind, map.shape, map.transposed)
+    factors = recipe.factors_for(map.name, outputs, inputs)
+    sites = rule.sites or recipe.sites
+    try:
+        structure = make_structure(map.kind, map.shape, map.transposed, sites, factors)
+    except UsageError as error:
+        raise UsageError(f"shape for layer {map.layer}: {error}") from error
+    plan = LayerPlan(map, structure, recipe.dtype or map.dtype, None)
+    if rule.dense:
+        return replace(plan, reason="the recipe leaves it dense")
+    return _with_goal(plan, rule, recipe)
+
+
+def _with_goal(plan: LayerPlan, rule: LayerRule, recipe: Recipe) -> LayerPlan:
+    own = rule.bond is not None or rule.max_error is not None
+    bond = rule.bond if own else recipe.bond
+    error = rule.max_error if own else recipe.max_error
+    if error is not None:
+        return replace(plan, max_bond=plan.structure.full_bond, tolerance=error)
+    return replace(plan, max_bond=bond if bond is not None else 0)
+
+
+def _check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:
+    """A ``--shape`` without a pattern must fit some layer."""
+    for shape in recipe.shape:
+        if shape.pattern is not None:
+            continue
+        fits = any(
+            (shape.output_factors, shape.input_factors)
+            == tuple(
+                side[plan.structure.lead_sites :]
+                for side in (plan.structure.output_factors, plan.structure.input_factors)
+            )
+            for plan in plans
+        )
+        if not fits:
+            text = ":".join("x".join(map(str, side)) for side in (shape.input_factors, shape.output_factors))
+            raise UsageError(f"--shape {text}: multiplies out to no selected layer's sides")
+
+
+def _within_ratio(plans: list[LayerPlan], ratio: float) -> list[LayerPlan]:
+    total = sum(plan.structure.num_original for plan in plans)
+    fixed = sum(plan.record().num_stored for plan in plans if plan.max_bond != 0)
+    found = _share_out(plans, int(ratio * total) - fixed, lambda plan: (1, 1))
+    if found is None:
+        least = _share_out(plans, 1 << 62, lambda plan: (1, 1), bond_one=True) or plans
+        reached = sum(plan.record().num_stored for plan in least) / total
+        raise UsageError(
+            f"--ratio {ratio} cannot be reached: with every bond at 1 these layers are at {reached:.4f}",
+            f"--ratio {reached * 1.01:.4f}, or leave hard layers out with --exclude",
+        )
+    return found
+
+
+def _within_size(
+    plans: list[LayerPlan], size: int, predict_size: Callable[[list[LayerPlan]], int]
+) -> list[LayerPlan]:
+    """Bonds such that the predicted output stays within ``size`` bytes.
+
+    What is not a core (other tensors, header, manifest) is taken from a first plan at bond 1; digits in
+    the manifest may grow with the bonds, so the budget is lowered until the prediction fits.
+    """
+
+    def cost(plan: LayerPlan) -> tuple[int, int]:
+        return ITEMSIZE[plan.stored_dtype], ITEMSIZE[plan.map.dtype]
+
+    smallest = _share_out(plans, 1 << 62, cost, bond_one=True)
+    assert smallest is not None
+    overhead = predict_size(smallest) - _layer_bytes(smallest, plans)
+    budget = size - overhead
+    while (found := _share_out(plans, budget, cost)) is not None:
+        excess = predict_size(found) - size
+        if excess <= 0:
+            return found
+        budget -= excess
+    raise UsageError(
+        f"--size {size}: with every bond at 1 the output has {predict_size(smallest)} bytes",
+        "--embeddings takes embeddings in; --dtype bfloat16 halves the cores",
+    )
+
+
+def _layer_bytes(plans: list[LayerPlan], asked: list[LayerPlan]) -> int:
+    """Bytes of the layers whose bond was open."""
+    return sum(
+        record.num_stored * ITEMSIZE[record.stored_dtype]
+        for record in (
+            plan.record() for plan, open_plan in zip(plans, asked, strict=True) if open_plan.max_bond == 0
+        )
+    )
+
+
+def _share_out(
+    plans: list[LayerPlan],
+    budget: int,
+    cost: Callable[[LayerPlan], tuple[int, int]],
+    bond_one: bool = False,
+) -> list[LayerPlan] | None:
+    """Bonds for all layers whose bond is open; ``bond_one`` gives each the smallest."""
+    shares = [Share(plan.structure, *cost(plan)) for plan in plans if plan.max_bond == 0]
+    bonds = [_bond_one(share.structure) for share in shares] if bond_one else uniform_bonds(shares, budget)
+    if bonds is None:
+        return None
+    remaining = iter(bonds)
+    return [plan if plan.max_bond != 0 else _closed(plan, next(remaining)) for plan in plans]
+
+
+def _bond_one(structure: Structure) -> int | None:
+    return 1 if structure.num_parameters(1) < structure.num_original else None
+
+
+def _closed(plan: LayerPlan, bond: int | None) -> LayerPlan:
+    reason = "" if bond is not None else "would not shrink even at bond 1"
+    return replace(plan, max_bond=bond, reason=reason)
+
+
+def _shrinking(plan: LayerPlan) -> LayerPlan:
+    """The plan, or dense where the cores would be no smaller than the weight."""
+    if plan.max_bond is None or plan.tolerance:
+        return plan
+    return leave_dense_unless_smaller(plan, plan.structure.num_parameters(plan.max_bond))
+
+
+def leave_dense_unless_smaller(plan: LayerPlan, num_stored: int) -> LayerPlan:
+    """``plan``, or the same layer dense with the reason where ``num_stored`` would not be smaller."""
+    original = plan.structure.num_original
+    if num_stored < original:
+        return plan
+    goal = f"error {plan.tolerance:g}" if plan.tolerance else f"bond {plan.max_bond}"
+    reason = f"would not shrink at {goal}: {original:,} → {num_stored:,} (--allow-growth)"
+    return replace(plan, max_bond=None, reason=reason)

@@ -1,0 +1,291 @@
+"""What the user asked for: command line and TOML recipe in one plain object.
+
+A recipe file holds the options' own names, and tables for single layers, later ones winning:
+
+    bond = 8
+    exclude = ["conv1"]
+
+    [layer."layer3.*"]
+    bond = 16
+    sites = 3
+
+    [layer.linear]
+    dense = true
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mpoc.errors import UsageError, nearest
+from mpoc.selection import matches
+
+STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
+GOALS = ("bond", "ratio", "max_error", "size")
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+@dataclass(frozen=True)
+class ShapeRule:
+    """``--shape [PATTERN=]INPUTS:OUTPUTS``."""
+
+    pattern: str | None  # None: every layer whose sides these factors multiply out to
+    output_factors: tuple[int, ...]
+    input_factors: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What a recipe says of the layers that a pattern matches; None: as for all."""
+
+    pattern: str
+    bond: int | None = None
+    max_error: float | None = None
+    sites: int | None = None
+    shape: ShapeRule | None = None
+    dense: bool | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All options of a compression. Exactly one of bond, ratio, max_error and size is set."""
+
+    bond: int | None = None  # cap on every D_k
+    ratio: float | None = None  # ceiling on ρ over the selected layers
+    max_error: float | None = None  # relative error of each layer
+    size: int | None = None  # ceiling on the output, bytes
+    sites: int | None = None
+    shape: tuple[ShapeRule, ...] = ()
+    layers: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    embeddings: bool = False
+    min_params: int = 0
+    allow_growth: bool = False
+    dtype: str | None = None  # of the stored cores; None: each weight's own
+    seed: int = 0
+    device: str = "auto"
+    max_shard_size: int = 5 * 10**9  # bytes; directories only
+    rules: tuple[LayerRule, ...] = ()
+
+    def rule_for(self, name: str) -> LayerRule:
+        """All rules that match ``name`` merged, later ones winning."""
+        merged = LayerRule(name)
+        for rule in self.rules:
+            if not matches(rule.pattern, name):
+                continue
+            given = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "pattern"}
+            given = {key: value for key, value in given.items() if value is not None}
+            if "bond" in given or "max_error" in given:
+                given = {"bond": None, "max_error": None} | given
+            merged = replace(merged, **given)
+        return merged
+
+    def factors_for(
+        self, name: str, outputs: int, inputs: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Output and input factors asked for this layer; None: choose them."""
+        own = self.rule_for(name).shape
+        if own is not None:
+            return own.output_factors, own.input_factors
+        for rule in reversed(self.shape):
+            if rule.pattern is not None and matches(rule.pattern, name):
+                return rule.output_factors, rule.input_factors
+        for rule in reversed(self.shape):
+            if rule.pattern is None and _fits(rule, outputs, inputs):
+                return rule.output_factors, rule.input_factors
+        return None
+
+
+def _fits(rule: ShapeRule, outputs: int, inputs: int) -> bool:
+    return (math.prod(rule.output_factors), math.prod(rule.input_factors)) == (outputs, inputs)
+
+
+def make_recipe(file: Path | None, options: Mapping[str, Any]) -> Recipe:
+    """A recipe file and the command line's options (None: not given), which win, as one checked recipe.
+
+    Raises:
+        UsageError: unknown or badly typed keys, values out of range, no goal or several.
+    """
+    values, rules = ({}, ()) if file is None else _read_recipe(file)
+    given = {key: value for key, value in options.items() if value is not None}
+    if any(goal in given for goal in GOALS):
+        values = {key: value for key, value in values.items() if key not in GOALS}
+    recipe = Recipe(**(values | given), rules=rules)
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    goals = [goal for goal in GOALS if getattr(recipe, goal) is not None]
+    if len(goals) != 1:
+        said = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
+        raise UsageError(
+            f"exactly one of --bond, --ratio, --max-error and --size is needed; given: {said}",
+            "mpoc compress MODEL --ratio 0.5",
+        )
+    _check_bond("--bond", recipe.bond)
+    _check_error("--max-error", recipe.max_error)
+    _check_sites("--sites", recipe.sites)
+    if recipe.ratio is not None and not 0 < recipe.ratio <= 1:
+        raise UsageError(f"--ratio {recipe.ratio}: a compression ratio ρ lies above 0 and up to 1")
+    if recipe.size is not None and recipe.size <= 0:
+        raise UsageError(f"--size {recipe.size}: must be above 0")
+    if recipe.min_params < 0:
+        raise UsageError(f"--min-params {recipe.min_params}: must not be negative")
+    if recipe.max_shard_size <= 0:
+        raise UsageError(f"--max-shard-size {recipe.max_shard_size}: must be above 0")
+    if recipe.dtype is not None and recipe.dtype not in STORED_DTYPES:
+        known = ", ".join(STORED_DTYPES)
+        raise UsageError(
+            f"--dtype {recipe.dtype!r}: not one of {known}{nearest(recipe.dtype, STORED_DTYPES)}"
+        )
+    for rule in recipe.rules:
+        _check_bond(f"layer {rule.pattern!r}: bond", rule.bond)
+        _check_error(f"layer {rule.pattern!r}: max-error", rule.max_error)
+        _check_sites(f"layer {rule.pattern!r}: sites", rule.sites)
+
+
+def _check_bond(where: str, bond: int | None) -> None:
+    if bond is not None and bond < 1:
+        raise UsageError(f"{where} {bond}: a bond dimension is a whole number from 1")
+
+
+def _check_error(where: str, error: float | None) -> None:
+    if error is not None and not 0 < error < 1:
+        raise UsageError(f"{where} {error}: a relative error lies between 0 and 1")
+
+
+def _check_sites(where: str, sites: int | None) -> None:
+    if sites is not None and sites < 2:
+        raise UsageError(f"{where} {sites}: a matrix product operator has at least 2 sites")
+
+
+def _read_recipe(file: Path) -> tuple[dict[str, Any], tuple[LayerRule, ...]]:
+    if not file.is_file():
+        raise UsageError(f"{file}: no such recipe file")
+    try:
+        raw = tomllib.loads(file.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: not valid TOML ({error})") from error
+    tables = raw.pop("layer", {})
+    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
+        raise UsageError(f'{file}: layers are tables, as in [layer."encoder.*"]')
+    values = _typed(raw, Recipe, f"{file}")
+    rules = tuple(
+        LayerRule(pattern, **_typed(table, LayerRule, f"{file}: [layer.{pattern!r}]"))
+        for pattern, table in tables.items()
+    )
+    return values, rules
+
+
+def _typed(raw: Mapping[str, Any], target: type, where: str) -> dict[str, Any]:
+    """Checked values for ``target``'s fields from a TOML table."""
+    known = [f.name.replace("_", "-") for f in fields(target) if f.name not in ("pattern", "rules")]
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+        try:
+            values[key.replace("-", "_")] = _READERS[key](value)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{where}: {key} = {value!r}: {error}") from error
+        except UsageError as error:
+            raise UsageError(f"{where}: {key}: {error}", error.hint) from error
+    if target is LayerRule and "shape" in values:
+        values["shape"] = values["shape"][0]
+    return values
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError("a whole number is needed")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError("a number is needed")
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("true or false is needed")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a string is needed")
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+        raise TypeError("a string or a list of strings is needed")
+    return tuple(items)
+
+
+def parse_size(value: str | int) -> int:
+    """``"20MB"`` → bytes; kB, MB, GB are powers of 1000, KiB, MiB, GiB of 1024.
+
+    Raises:
+        UsageError: not a size.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", str(value), re.IGNORECASE)
+    unit = (found[2] or "b").lower() if found else ""
+    if not found or unit not in _UNITS:
+        raise UsageError(f"{value!r} is not a size", "write it as 20MB, 500kB or 1.5GB")
+    return int(float(found[1]) * _UNITS[unit])
+
+
+def parse_shape(text: str) -> ShapeRule:
+    """``"[PATTERN=]4x7x7x4:4x4x4x4"``: input factors, colon, output factors.
+
+    Raises:
+        UsageError: not of that form.
+    """
+    pattern, equals, factors = text.rpartition("=")
+    found = re.fullmatch(r"(\d+(?:x\d+)*):(\d+(?:x\d+)*)", factors.strip())
+    if not found or (equals and not pattern):
+        raise UsageError(f"{text!r} is not a shape", "inputs:outputs, as in --shape 'fc1=4x7x7x4:4x4x4x4'")
+    inputs, outputs = (tuple(int(n) for n in side.split("x")) for side in found.groups())
+    if 0 in inputs + outputs:
+        raise UsageError(f"{text!r}: a factor of 0")
+    return ShapeRule(pattern or None, outputs, inputs)
+
+
+def _shapes(value: Any) -> tuple[ShapeRule, ...]:
+    return tuple(parse_shape(text) for text in _texts(value))
+
+
+def _size(value: Any) -> int:
+    return parse_size(value if isinstance(value, str) else _whole(value))
+
+
+_READERS = {
+    "bond": _whole,
+    "ratio": _number,
+    "max-error": _number,
+    "size": _size,
+    "sites": _whole,
+    "shape": _shapes,
+    "layers": _texts,
+    "exclude": _texts,
+    "embeddings": _flag,
+    "min-params": _whole,
+    "allow-growth": _flag,
+    "dtype": _text,
+    "seed": _whole,
+    "device": _text,
+    "max-shard-size": _size,
+    "dense": _flag,
+}

@@ -1,0 +1,145 @@
+"""Records to rows, totals, JSON and CSV.  No torch here: a report needs the header alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpoc.manifest import LayerRecord, Manifest
+
+SCHEMA = "mpoc.report/1"
+# Above this share of a weight's norm lost, a network without fine-tuning is usually badly hurt.
+LARGE_ERROR = 0.1
+
+_COLUMNS = (
+    "layer",
+    "kind",
+    "form",
+    "shape",
+    "output_factors",
+    "input_factors",
+    "bonds",
+    "num_original",
+    "num_stored",
+    "rho",
+    "relative_error",
+    "stored_dtype",
+    "reason",
+)
+
+
+def report_dict(manifest: Manifest, nbytes: int, seconds: dict[str, float] | None = None) -> dict[str, Any]:
+    """The report as plain data; the schema is documented in README under "The JSON report".
+
+    Args:
+        manifest: of the compressed file, or of a plan.
+        nbytes: of the output on disk.
+        seconds: time of each layer's fit, where it was just made.
+    """
+    layers = [_layer_dict(layer, seconds) for layer in manifest.layers]
+    return {
+        "schema": SCHEMA,
+        "source": asdict(manifest.source),
+        "options": manifest.options,
+        "tool": manifest.tool,
+        "kinds_from": manifest.kinds_from,
+        "totals": {
+            "rho": manifest.rho,
+            "rho_selected": manifest.rho_selected,
+            "layers_replaced": len(manifest.replaced),
+            "layers_selected": len(manifest.layers),
+            "parameters_replaced_before": sum(layer.num_original for layer in manifest.replaced),
+            "parameters_replaced_after": sum(layer.num_stored for layer in manifest.replaced),
+            "parameters_before": manifest.source.num_parameters,
+            "parameters_after": manifest.num_parameters,
+            "bytes_before": manifest.source.nbytes,
+            "bytes_after": nbytes,
+        },
+        "layers": layers,
+        "left_alone": manifest.left_alone,
+        "vectors_left_alone": manifest.vectors,
+        "tied": manifest.tied,
+    }
+
+
+def _layer_dict(layer: LayerRecord, seconds: dict[str, float] | None) -> dict[str, Any]:
+    row = {**asdict(layer), "layer": layer.layer, "rho": layer.rho}
+    if seconds is not None:
+        row["seconds"] = round(seconds.get(layer.name, 0.0), 4)
+    return row
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """The report as JSON text."""
+    return json.dumps(report, indent=2, ensure_ascii=False)
+
+
+def to_csv(manifest: Manifest) -> str:
+    """One line a selected layer; factors and bonds joined by ×."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for layer in manifest.layers:
+        row = _layer_dict(layer, None)
+        writer.writerow([_cell(row[column]) for column in _COLUMNS])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return times(value) if isinstance(value, tuple | list) else value
+
+
+def times(numbers: tuple[int, ...] | list[int]) -> str:
+    """``(4, 8, 8)`` → ``4×8×8``."""
+    return "×".join(map(str, numbers))
+
+
+def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
+    """The totals in plain sentences."""
+    replaced = manifest.replaced
+    before = sum(layer.num_original for layer in replaced)
+    after = sum(layer.num_stored for layer in replaced)
+    source = manifest.source
+    size = "predicted at most" if predicted else "on disk"
+    lines = [
+        f"ρ = {manifest.rho:.4f} over {len(replaced)} replaced layers ({before:,} → {after:,}); "
+        f"{manifest.rho_selected:.4f} over all {len(manifest.layers)} selected",
+        f"whole model {source.num_parameters:,} → {manifest.num_parameters:,} parameters; "
+        f"{size} {human_bytes(source.nbytes)} → {human_bytes(nbytes)}",
+    ]
+    lines += _advice(manifest)
+    return lines
+
+
+def _advice(manifest: Manifest) -> list[str]:
+    """A plain word where the result cannot be used as it is."""
+    errors = [layer.relative_error for layer in manifest.replaced if layer.relative_error is not None]
+    large = [error for error in errors if error > LARGE_ERROR]
+    if not large:
+        return []
+    return [
+        f"{len(large)} of {len(errors)} replaced layers lost more than {LARGE_ERROR:.0%} of their "
+        f"weight's norm (worst {max(large):.0%}): expect a large drop in accuracy until the network is "
+        "fine-tuned. A larger --bond or --ratio, or --max-error 0.1, loses less."
+    ]
+
+
+def human_bytes(count: int) -> str:
+    """``3471733`` → ``3.47 MB`` (powers of 1000)."""
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{int(size)} B" if unit == "B" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+
+
+def output_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size

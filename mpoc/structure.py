@@ -1,0 +1,225 @@
+"""What a form is made to: how a weight becomes a matrix, and how its two sides split into factors.
+
+A weight of any kind is first seen as ``(lead, outputs, inputs)``: ``lead`` is 1 for a linear map, the
+number of taps for a convolution kernel (Garipov et al. 2016), the number of experts for a fused expert
+weight.  Then outputs and inputs are factored, J = (J_1..J_n) and I = (I_1..I_n) (Eq. 4 of Gao et al.
+2020), and the factors interleaved, (J_1 I_1)(J_2 I_2)…, one pair a site.  A lead above 1 is a site of its
+own in front: J = 1, I = taps, or J = experts, I = 1.
+
+Where no good factorisation exists (a vocabulary of 30522, a prime) a side is padded with zeros; errors
+and ρ are always those of the cropped weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from mpoc.errors import UsageError
+
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "experts")
+# An exact factorisation is kept unless its factors sum to more than this many times the padded one's.
+_EXACT_BONUS = 2.0
+_WIDEST_PADDING = 0.1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Plain data: everything needed to take a weight apart into cores and put it together again."""
+
+    kind: str  # one of KINDS
+    shape: tuple[int, ...]  # of the weight, as in the checkpoint, e.g. (64, 32, 3, 3)
+    transposed: bool  # the checkpoint stores (inputs, outputs): GPT-2's Conv1D
+    output_factors: tuple[int, ...]  # J, one a site, the lead site included
+    input_factors: tuple[int, ...]  # I
+
+    @property
+    def lead(self) -> int:
+        """Taps of a kernel, number of experts, else 1."""
+        return lead_outputs_inputs(self.kind, self.shape, self.transposed)[0]
+
+    @property
+    def outputs(self) -> int:
+        """N_y, of one tap or expert."""
+        return lead_outputs_inputs(self.kind, self.shape, self.transposed)[1]
+
+    @property
+    def inputs(self) -> int:
+        """N_x, of one tap or expert."""
+        return lead_outputs_inputs(self.kind, self.shape, self.transposed)[2]
+
+    @property
+    def lead_sites(self) -> int:
+        """1 where taps or experts have a site of their own, else 0."""
+        return int(self.lead > 1)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Outputs and inputs with padding: the products of their factors, the lead site left out."""
+        skip = self.lead_sites
+        return math.prod(self.output_factors[skip:]), math.prod(self.input_factors[skip:])
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Zero rows and columns added."""
+        outputs, inputs = self.padded
+        return outputs - self.outputs, inputs - self.inputs
+
+    @property
+    def site_sizes(self) -> tuple[int, ...]:
+        """J_k · I_k."""
+        return tuple(j * i for j, i in zip(self.output_factors, self.input_factors, strict=True))
+
+    @property
+    def num_original(self) -> int:
+        """N_ori: the weight's own parameters."""
+        return math.prod(self.shape)
+
+    def bonds(self, max_bond: int) -> tuple[int, ...]:
+        """(D_0..D_n), each capped at ``max_bond`` and at both sizes of its unfolding."""
+        sizes = self.site_sizes
+        total, left, bonds = math.prod(sizes), 1, [1]
+        for size in sizes[:-1]:
+            left *= size
+            bonds.append(min(max_bond, left, total // left))
+        return (*bonds, 1)
+
+    def num_parameters(self, max_bond: int) -> int:
+        """N_mpo (Eq. 6) at these bonds."""
+        return count_parameters(self.site_sizes, self.bonds(max_bond))
+
+    @property
+    def full_bond(self) -> int:
+        """The smallest cap at which nothing is discarded."""
+        return max(self.bonds(self.num_original * 2))
+
+
+def count_parameters(site_sizes: tuple[int, ...], bonds: tuple[int, ...]) -> int:
+    """Σ D_{k-1} J_k I_k D_k."""
+    return sum(a * size * b for a, size, b in zip(bonds[:-1], site_sizes, bonds[1:], strict=True))
+
+
+def lead_outputs_inputs(kind: str, shape: tuple[int, ...], transposed: bool) -> tuple[int, int, int]:
+    """How a weight of this kind and shape is read: (lead, outputs, inputs)."""
+    if kind.startswith("conv"):
+        return math.prod(shape[2:]), shape[0], shape[1]
+    lead = shape[0] if kind == "experts" else 1
+    first, second = shape[-2:]
+    return (lead, second, first) if transposed else (lead, first, second)
+
+
+def default_sites(outputs: int, inputs: int) -> int:
+    """The papers' habit: four sites where the larger side is under 1,024, five from there."""
+    wanted = 4 if max(outputs, inputs) < 1024 else 5
+    return max(1, min(wanted, int(math.log2(max(2, min(outputs, inputs))))))
+
+
+def make_structure(
+    kind: str,
+    shape: tuple[int, ...],
+    transposed: bool = False,
+    sites: int | None = None,
+    factors: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+) -> Structure:
+    """Choose factors for a weight, or check the given ones.
+
+    Args:
+        kind: one of ``KINDS``.
+        shape: the weight's.
+        transposed: stored as (inputs, outputs).
+        sites: number of sites besides the taps or experts site; None for the papers' habit.
+        factors: (output factors, input factors) that a user asked for, with or without the lead site.
+
+    Raises:
+        UsageError: given factors do not multiply out to the weight's sides.
+    """
+    lead, outputs, inputs = lead_outputs_inputs(kind, shape, transposed)
+    front = (lead, 1) if kind == "experts" else (1, lead)
+    if factors is not None:
+        output_factors, input_factors = _check_factors(front, outputs, inputs, factors)
+    else:
+        output_factors, input_factors = _choose_factors(outputs, inputs, sites)
+    if lead > 1:
+        output_factors = (front[0], *output_factors)
+        input_factors = (front[1], *input_factors)
+    return Structure(kind, tuple(shape), transposed, output_factors, input_factors)
+
+
+def _check_factors(
+    front: tuple[int, int],
+    outputs: int,
+    inputs: int,
+    factors: tuple[tuple[int, ...], tuple[int, ...]],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The given factors without the lead site, whether they came with it or not."""
+    output_factors, input_factors = factors
+    if len(output_factors) != len(input_factors):
+        raise UsageError(
+            f"{len(input_factors)} input factors against {len(output_factors)} output factors: "
+            "a site has one of each (1 is allowed)"
+        )
+    if (output_factors[0], input_factors[0]) == front != (1, 1) and len(output_factors) > 1:
+        rest = output_factors[1:], input_factors[1:]
+        if (math.prod(rest[0]), math.prod(rest[1])) == (outputs, inputs):
+            return rest
+    if (math.prod(output_factors), math.prod(input_factors)) == (outputs, inputs):
+        return output_factors, input_factors
+    raise UsageError(
+        f"{_times(input_factors)} = {math.prod(input_factors)} inputs and {_times(output_factors)} = "
+        f"{math.prod(output_factors)} outputs, but the layer has {inputs} and {outputs}"
+    )
+
+
+def _times(factors: tuple[int, ...]) -> str:
+    return "×".join(map(str, factors))
+
+
+def _choose_factors(outputs: int, inputs: int, sites: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Balanced factors, outputs falling and inputs rising so that every site is about the same size."""
+    wanted = sites if sites is not None else default_sites(outputs, inputs)
+    for count in range(wanted, 1, -1):
+        found = balanced_factors(outputs, count), balanced_factors(inputs, count)
+        if found[0] and found[1]:
+            return found[0][::-1], found[1]
+    return (outputs,), (inputs,)
+
+
+@cache
+def balanced_factors(size: int, count: int) -> tuple[int, ...]:
+    """``count`` rising factors, each at least 2, of ``size`` or of a slightly larger padded size.
+
+    Empty where even 10 % of padding finds none.
+    """
+    exact = _most_balanced(size, count)
+    candidates = range(size + 1, int(size * (1 + _WIDEST_PADDING)) + 1)
+    limit = 2 * math.ceil(size ** (1 / count)) + 1
+    ideal = count * size ** (1 / count)
+    if exact and sum(exact) <= 1.25 * ideal:
+        return exact  # no padding can be much better
+
+    def cost(factors: tuple[int, ...]) -> float:
+        return math.prod(factors) / size * sum(factors)
+
+    padded = [f for n in candidates if (f := _most_balanced(n, count, limit))]
+    best = min(padded, key=cost, default=())
+    if exact and (not best or cost(exact) <= _EXACT_BONUS * cost(best)):
+        return exact
+    return best
+
+
+def _most_balanced(size: int, count: int, limit: int | None = None) -> tuple[int, ...]:
+    """The factorisation into ``count`` rising factors ≥ 2 (≤ ``limit``) with the smallest sum, or ()."""
+    return min(_factorisations(size, count, 2, limit or size), key=sum, default=())
+
+
+def _factorisations(size: int, count: int, least: int, limit: int) -> Iterator[tuple[int, ...]]:
+    if count == 1:
+        if least <= size <= limit:
+            yield (size,)
+        return
+    for factor in range(least, min(limit, int(size ** (1 / count) + 1e-9)) + 1):
+        if size % factor == 0:
+            for rest in _factorisations(size // factor, count - 1, factor, limit):
+                yield (factor, *rest)

@@ -1,0 +1,169 @@
+"""Write safetensors files a tensor at a time, and put outputs in place whole or not at all.
+
+The safetensors library writes from a dictionary that holds every tensor of a file; here memory is bounded
+by one tensor, so the bytes are streamed: header first (sizes are known), then each tensor as it is read or
+computed.  The library's own reader checks this writer in the tests, byte for byte.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.header import TensorInfo, encode_header, storage_order
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written; ``read`` gives its data when its turn comes."""
+
+    info: TensorInfo
+    read: Callable[[], Tensor]
+
+
+def write_safetensors(path: Path, entries: list[Entry], metadata: dict[str, str]) -> None:
+    """Write one file, to disk (fsync).
+
+    Raises:
+        MpocError: two entries of one name.
+    """
+    by_name = {entry.info.name: entry for entry in entries}
+    if len(by_name) != len(entries):
+        twice = sorted({e.info.name for e in entries if by_name[e.info.name] is not e})
+        raise MpocError(f"{path.name}: two tensors would be named {twice[0]!r}")
+    ordered = storage_order([entry.info for entry in entries])
+    with path.open("wb") as file:
+        file.write(encode_header(ordered, metadata))
+        for info in ordered:
+            _write_tensor(file, info, by_name[info.name].read())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_tensor(file: BinaryIO, info: TensorInfo, tensor: Tensor) -> None:
+    assert tuple(tensor.shape) == info.shape, f"{info.name}: {tuple(tensor.shape)} for {info.shape}"
+    assert str(tensor.dtype) == f"torch.{info.dtype}", f"{info.name}: {tensor.dtype} for {info.dtype}"
+    if tensor.numel():
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a sharded checkpoint."""
+
+    name: str
+    entries: list[Entry]
+
+
+def plan_shards(entries: list[Entry], max_bytes: int) -> list[Shard]:
+    """Fill files in order up to ``max_bytes`` each; a tensor that is larger gets a file of its own."""
+    groups: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if groups[-1] and filled + entry.info.nbytes > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(entry)
+        filled += entry.info.nbytes
+    if len(groups) == 1:
+        return [Shard("model.safetensors", groups[0])]
+    count = len(groups)
+    return [
+        Shard(f"model-{k:05d}-of-{count:05d}.safetensors", group) for k, group in enumerate(groups, start=1)
+    ]
+
+
+class Spool:
+    """Fitted cores on disk until the header can be written; memory holds one layer's at most."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w+b")
+
+    def add(self, name: str, tensor: Tensor) -> Entry:
+        """Keep ``tensor``; the entry reads it back."""
+        info = TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        start = self._file.seek(0, os.SEEK_END)
+        _write_tensor(self._file, info, tensor)
+        dtype, shape = tensor.dtype, tensor.shape
+
+        def read() -> Tensor:
+            self._file.seek(start)
+            data = bytearray(self._file.read(info.nbytes))
+            return torch.frombuffer(data, dtype=dtype).reshape(shape)
+
+        return Entry(info, read)
+
+    def close(self) -> None:
+        """Let the file go; its entries cannot be read any more."""
+        self._file.close()
+
+
+def refuse_existing(output: Path, source: Path, force: bool) -> None:
+    """Check, before any work, that ``output`` may be written.
+
+    Raises:
+        UsageError: it exists and ``force`` is not given, or writing it would touch the source.
+        MpocError: its directory does not exist or cannot be written.
+    """
+    target, origin = output.resolve(), source.resolve()
+    if target == origin or target in origin.parents or (source.is_dir() and origin in target.parents):
+        raise UsageError(f"{output}: would write over or into the input {source}", "choose another -o")
+    if os.path.lexists(output):
+        if not force:
+            raise UsageError(f"{output}: exists already", "--force replaces it, -o OUT writes elsewhere")
+        _refuse_foreign_directory(output, source)
+    parent = target.parent
+    if not parent.is_dir():
+        raise MpocError(f"{output}: there is no directory {parent}", f"mkdir -p {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MpocError(f"{output}: no permission to write in {parent}")
+
+
+def _refuse_foreign_directory(output: Path, source: Path) -> None:
+    """--force replaces a model, not somebody's home directory."""
+    if output.is_dir() != source.is_dir():
+        kinds = ("a directory", "a file") if output.is_dir() else ("a file", "a directory")
+        raise UsageError(f"{output}: is {kinds[0]}, and the output is {kinds[1]}", "choose another -o")
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise UsageError(
+            f"{output}: not a model directory, so --force does not remove it", "choose another -o"
+        )
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A path beside ``output`` to write to; on success it takes the place of ``output``.
+
+    On any failure, Ctrl-C included, nothing is left behind and an old ``output`` stays.
+    """
+    scratch = Path(
+        tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.resolve().parent)
+    )
+    try:
+        yield scratch / output.name
+        _put_in_place(scratch / output.name, output, scratch / "replaced")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_in_place(new: Path, output: Path, aside: Path) -> None:
+    if not (new.is_dir() and output.is_dir() and not output.is_symlink()):
+        new.replace(output)
+        return
+    output.rename(aside)  # a directory cannot be replaced in one step
+    try:
+        new.rename(output)
+    except BaseException:
+        aside.rename(output)
+        raise
