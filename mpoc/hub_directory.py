@@ -49,6 +49,11 @@ def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
     return found
 
 
+def size_of_other_files(source: Path, weight_files: list[Path]) -> int:
+    """Their bytes."""
+    return sum((source / name).stat().st_size for name in other_files(source, weight_files))
+
+
 def copy_other_files(source: Path, target: Path, weight_files: list[Path]) -> None:
     """Copy them, links as the files they point to."""
     for name in other_files(source, weight_files):
@@ -80,7 +85,7 @@ def _by_name(entry: tuple[TensorInfo, str]) -> str:
 def mark_compressed(target: Path, manifest: Manifest) -> None:
     """Write manifest, config.json and model card into ``target``, where the originals were copied."""
     for name, text in _marked(target, manifest).items():
-        (target / name).write_text(text, "utf-8")
+        (target / name).write_bytes(_encode(text))
 
 
 def unmark(target: Path) -> None:
@@ -93,13 +98,12 @@ def unmark(target: Path) -> None:
         config.pop(GUARD_KEY, None)
         config_file.write_text(_config_text(config), "utf-8")
     if card_file.is_file():
-        before, found, after = card_file.read_text("utf-8").partition(_CARD_BEGIN)
-        if found:
-            rest = before.removesuffix("\n\n") + after.partition(_CARD_END)[2].removeprefix("\n")
-            if rest.strip():
-                card_file.write_text(rest, "utf-8")
-            else:
-                card_file.unlink()
+        before, found, after = _read(card_file).partition(_CARD_BEGIN)
+        rest = before.removesuffix("\n\n") + after.partition(_CARD_END)[2].removeprefix("\n")
+        if found and rest.strip():
+            card_file.write_bytes(_encode(rest))
+        elif found:
+            card_file.unlink()
 
 
 def overhead(source: Path, weight_files: list[Path], shards: list[Shard], manifest: Manifest) -> int:
@@ -107,7 +111,7 @@ def overhead(source: Path, weight_files: list[Path], shards: list[Shard], manife
     marked = _marked(source, manifest)
     kept = other_files(source, weight_files)
     total = sum((source / name).stat().st_size for name in kept if str(name) not in marked)
-    total += sum(len(text.encode()) for text in marked.values())
+    total += sum(len(_encode(text)) for text in marked.values())
     for shard in shards:
         infos = storage_order([entry.info for entry in shard.entries])
         total += len(encode_header(infos, {"format": "pt"}))
@@ -122,9 +126,18 @@ def _marked(directory: Path, manifest: Manifest) -> dict[str, str]:
     config["quantization_config"] = quantization_config(manifest)
     config[GUARD_KEY] = GUARD
     texts["config.json"] = _config_text(config)
-    card = card_file.read_text("utf-8", errors="replace") if card_file.is_file() else ""
+    card = _read(card_file) if card_file.is_file() else ""
     texts[_CARD] = _card_with_section(card, manifest)
     return texts
+
+
+def _read(file: Path) -> str:
+    """Text as it is: no newline changed, no byte lost."""
+    return file.read_bytes().decode("utf-8", errors="surrogateescape")
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", errors="surrogateescape")
 
 
 def _config_text(config: dict[str, Any]) -> str:

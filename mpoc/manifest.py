@@ -73,7 +73,7 @@ class Source:
     """The checkpoint that was compressed."""
 
     name: str
-    nbytes: int  # of its weight files
+    nbytes: int  # of its weight files and, in a directory, of the other files kept
     num_parameters: int
     fingerprint: str  # SHA-256 over its names, dtypes and shapes
 

@@ -7,22 +7,20 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-import mpoc
 from mpoc import hub_directory
 from mpoc.checkpoint import Checkpoint, open_checkpoint
 from mpoc.errors import MpocError, UsageError
 from mpoc.fit.ttsvd import Fit, tt_svd
-from mpoc.header import TensorInfo, encode_header
-from mpoc.manifest import LayerRecord, Manifest, Source
+from mpoc.manifest import LayerRecord, Manifest
+from mpoc.outline import make_manifest, predict_size
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller, make_plan
 from mpoc.recipe import Recipe
 from mpoc.report import output_bytes
-from mpoc.selection import Selection, select
+from mpoc.selection import select
 from mpoc.writer import Entry, Spool, plan_shards, refuse_existing, staged, write_safetensors
 
 Progress = Callable[[LayerRecord, float, int, int], None]  # record, seconds, layers done, layers in all
@@ -89,27 +87,37 @@ def compress_checkpoint(
     checkpoint = open_checkpoint(source)
     device = choose_device(recipe.device)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
-    plans = make_plan(selection, recipe, lambda plans: _predict_size(checkpoint, selection, recipe, plans))
+    plans = make_plan(selection, recipe, lambda plans: predict_size(checkpoint, selection, recipe, plans))
     notes = [*checkpoint.notes, *selection.notes]
     if dry_run and not any(plan.tolerance for plan in plans):
-        manifest = _manifest(checkpoint, selection, recipe, [plan.record() for plan in plans])
-        nbytes = _predict_size(checkpoint, selection, recipe, plans)
+        manifest = make_manifest(checkpoint, selection, recipe, [plan.record() for plan in plans])
+        nbytes = predict_size(checkpoint, selection, recipe, plans)
         return Compression(manifest, output, nbytes, False, notes=notes)
     if dry_run:
         records, seconds, _ = _fit_all(checkpoint, plans, recipe, device, None, progress)
-        manifest = _manifest(checkpoint, selection, recipe, records)
-        nbytes = _predict_size(checkpoint, selection, recipe, plans, records)
+        manifest = make_manifest(checkpoint, selection, recipe, records)
+        nbytes = predict_size(checkpoint, selection, recipe, plans, records)
         return Compression(manifest, output, nbytes, False, seconds, notes)
     with staged(output) as target:
         spool = Spool(target.with_name("cores"))
         try:
             records, seconds, cores = _fit_all(checkpoint, plans, recipe, device, spool, progress)
-            manifest = _manifest(checkpoint, selection, recipe, records)
+            manifest = make_manifest(checkpoint, selection, recipe, records)
+            _refuse_nothing_gained(manifest)
             entries = _entries(checkpoint, records, cores)
             _write(target, checkpoint, entries, manifest, recipe.max_shard_size)
         finally:
             spool.close()
     return Compression(manifest, output, output_bytes(output), True, seconds, notes)
+
+
+def _refuse_nothing_gained(manifest: Manifest) -> None:
+    if not manifest.replaced:
+        first = manifest.layers[0]
+        raise MpocError(
+            f"no layer would shrink, so nothing was written ({first.layer}: {first.reason})",
+            "a smaller --bond, a larger --max-error, or other --layers; --dry-run shows the plan",
+        )
 
 
 def _fit_all(
@@ -214,30 +222,6 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _manifest(
-    checkpoint: Checkpoint, selection: Selection, recipe: Recipe, records: list[LayerRecord]
-) -> Manifest:
-    goals = {g: getattr(recipe, g) for g in ("bond", "ratio", "max_error", "size", "dtype")}
-    options: dict[str, Any] = {key: value for key, value in goals.items() if value is not None}
-    infos = checkpoint.infos
-    left = {n: why for n, why in selection.left.items() if n in infos and len(infos[n].shape) > 1}
-    return Manifest(
-        source=Source(
-            checkpoint.path.resolve().name,
-            checkpoint.nbytes_on_disk,
-            checkpoint.num_parameters,
-            checkpoint.fingerprint(),
-        ),
-        layers=tuple(records),
-        options=options | {"seed": recipe.seed},
-        kinds_from=selection.source,
-        left_alone=left,
-        vectors=len(infos) - len(records) - len(left),
-        tied=checkpoint.tied,
-        tool=f"mpoc {mpoc.__version__}",
-    )
-
-
 def _entries(
     checkpoint: Checkpoint, records: list[LayerRecord], cores: dict[str, list[Entry]]
 ) -> list[Entry]:
@@ -265,46 +249,3 @@ def _write(
     hub_directory.copy_other_files(checkpoint.path, target, checkpoint.weight_files)
     hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
     hub_directory.mark_compressed(target, manifest)
-
-
-def _predict_size(
-    checkpoint: Checkpoint,
-    selection: Selection,
-    recipe: Recipe,
-    plans: list[LayerPlan],
-    records: list[LayerRecord] | None = None,
-) -> int:
-    """Bytes of the whole output, an upper bound: figures still unknown are given their most digits."""
-    longest = 0.000123456e-100
-    if records is None:
-        records = [_with_longest_figures(plan.record(), longest) for plan in plans]
-    manifest = _manifest(checkpoint, selection, recipe, records)
-    replaced = {record.name: record for record in manifest.replaced}
-    infos: list[TensorInfo] = []
-    for name, info in checkpoint.infos.items():
-        infos += _core_infos(replaced[name]) if name in replaced else [info]
-    data = sum(info.nbytes for info in infos)
-    if not checkpoint.is_directory:
-        return data + len(encode_header(infos, {"format": "pt", "mpoc": manifest.to_json()}))
-    entries = [Entry(info, lambda: torch.empty(0)) for info in infos]
-    shards = plan_shards(entries, recipe.max_shard_size)
-    return data + hub_directory.overhead(checkpoint.path, checkpoint.weight_files, shards, manifest)
-
-
-def _with_longest_figures(record: LayerRecord, figure: float) -> LayerRecord:
-    inner = max(len(record.bonds) - 2, 0)
-    if record.form == "dense":
-        return record
-    figures = (figure,) * inner
-    return replace(record, relative_error=figure, entropies=figures, entropies_of_weight=figures)
-
-
-def _core_infos(record: LayerRecord) -> list[TensorInfo]:
-    sites = zip(
-        record.bonds[:-1],
-        record.output_factors,
-        record.input_factors,
-        record.bonds[1:],
-        strict=True,
-    )
-    return [TensorInfo(record.core_name(k), record.stored_dtype, site) for k, site in enumerate(sites)]

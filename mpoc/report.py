@@ -107,7 +107,7 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
     size = "predicted at most" if predicted else "on disk"
     lines = [
         f"ρ = {manifest.rho:.4f} over {len(replaced)} replaced layers ({before:,} → {after:,}); "
-        f"{manifest.rho_selected:.4f} over all {len(manifest.layers)} selected",
+        f"{manifest.rho_selected:.4f} over the {len(manifest.layers)} selected",
         f"whole model {source.num_parameters:,} → {manifest.num_parameters:,} parameters; "
         f"{size} {human_bytes(source.nbytes)} → {human_bytes(nbytes)}",
     ]

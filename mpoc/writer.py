@@ -153,6 +153,9 @@ def staged(output: Path) -> Iterator[Path]:
     try:
         yield scratch / output.name
         _put_in_place(scratch / output.name, output, scratch / "replaced")
+    except OSError as error:
+        error.filename = error.filename or str(output)  # a failing write names no file
+        raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -43,7 +43,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _missing(path: Path) -> UsageError:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.suffix.startswith((".pt", ".safe", ".bin")):
+    file_name = path.suffix in (*TORCH_SUFFIXES, ".safetensors")
+    if re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(path)) and not file_name:
         return UsageError(
             f"{path}: no such file or directory; if this is a Hugging Face hub id, mpoc does not download",
             f"hf download {path} --local-dir {path.name}, then give mpoc that directory",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import pickletools
 import struct
+import warnings
 import zipfile
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -89,26 +92,55 @@ def load_plain(path: Path) -> Any:
     zipped = zipfile.is_zipfile(path)
     if zipped:
         _refuse_torchscript(path)
+    elif _starts_like_zip(path):
+        raise _damaged(path, "a zip archive without its end")
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # said below, where it fails
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
+        if not zipped and not _pickles_are_whole(path):
+            raise _damaged(path, "its pickle breaks off") from error
         raise _needs_code(path, error) from error
     except _BROKEN as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise MpocError(f"{path}: cannot be read as a torch file: truncated or damaged ({reason})") from error
+        said = str(error).strip().splitlines() if isinstance(error, RuntimeError) else []
+        raise _damaged(path, said[0] if said else "its pickle breaks off") from error
+
+
+def _damaged(path: Path, reason: str) -> MpocError:
+    return MpocError(f"{path}: not a torch file, or a truncated or damaged one ({reason})")
+
+
+def _starts_like_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _pickles_are_whole(path: Path) -> bool:
+    """Whether the pickles at the start of a file without zip directory end properly; none is run."""
+    with path.open("rb") as file:
+        try:
+            for _ in range(4):  # magic number, protocol, system, payload: the format before torch 1.6
+                deque(pickletools.genops(file), maxlen=0)
+                if not file.peek(1):
+                    break
+        except ValueError:
+            return False
+    return True
 
 
 def _needs_code(path: Path, error: pickle.UnpicklingError) -> MpocError:
     text = str(error)
-    if "GLOBAL" not in text and "global" not in text:
-        return MpocError(f"{path}: not a torch checkpoint, or damaged ({text.splitlines()[0]})")
     name = text.split("GLOBAL ")[-1].split()[0].rstrip(",.") if "GLOBAL " in text else "a class"
+    what = f"loading it would run code ({name})"
+    if "Unsupported operand" in text:
+        what = "pickled with a protocol later than 3, which torch reads only by running code"
     return MpocError(
-        f"{path}: loading it would run code ({name}), so it was not loaded",
+        f"{path}: {what}, so it was not loaded",
         'if you trust the file, save its state dict once: python -c "import torch; '
         f"m = torch.load('{path}', weights_only=False); "
-        f"torch.save(getattr(m, 'state_dict', lambda: m)(), '{path.stem}-state.pt')\"",
+        "m = next((m[k] for k in ('state_dict', 'model') if k in m), m) if isinstance(m, dict) else m; "
+        f"torch.save(m if isinstance(m, dict) else m.state_dict(), '{path.stem}-state.pt')\"",
     )
 
 
@@ -162,6 +194,8 @@ def _is_state_dict(value: Any) -> bool:
 
 
 def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise MpocError(f"{path}: tensor {name!r} has a shape but no data (device 'meta')")
     if tensor.is_quantized or tensor.layout != torch.strided:
         kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
         raise MpocError(f"{path}: tensor {name!r} is {kind}; only plain dense tensors are handled")

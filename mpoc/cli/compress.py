@@ -92,7 +92,7 @@ def compress(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="TOML file with these options and [layer.PATTERN] tables.",
+            help="TOML file: these options, and tables for single layers.",
             rich_help_panel=_HOW,
         ),
     ] = None,

@@ -58,7 +58,10 @@ def reported_errors() -> Iterator[None]:
         raise SystemExit(1) from None
     except OSError as error:
         _fail(_os_message(error), _os_hint(error), 1)
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).lower()
+        if not isinstance(error, MemoryError) and "out of memory" not in text and "can't alloc" not in text:
+            raise
         _fail(f"out of memory: {error}", "--device cpu, or a machine with more memory", 1)
 
 

@@ -14,12 +14,12 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the files go.")] = Path(
         "mpoc-demo"
     ),
-    bond: Annotated[int, typer.Option(help="Cap on every bond dimension D.")] = 16,
+    bond: Annotated[int, typer.Option(help="Cap on every bond dimension D.")] = 24,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing DIR.")] = False,
 ) -> None:
     """Compress a small network for handwritten digits: accuracy before, ρ table, accuracy after.
 
-    Example: mpoc demo --bond 8
+    Example: mpoc demo --bond 16
     """
     with reported_errors():
         from mpoc.cli.tables import print_report

@@ -9,8 +9,8 @@ libraries slow.  Three routes give the same answer:
   start (Golub, Luk, Overton 1981; Musco, Musco 2015), grown until the error has stopped falling, given up
   for the exact route where it would need too wide a basis;
 - ``exact``: everything else, and every truncation to a tolerance.  For float32 data the eigenvectors of
-  the Gram matrix of the smaller side, formed in float64: squaring the condition number costs digits
-  that float32 data do not have.  For float64 data an SVD.
+  the Gram matrix of the smaller side, formed in float64 where the error is small: squaring the condition
+  number costs digits that float32 data do not have.  For float64 data an SVD.
 
 The trade-off: ``krylov`` is within 1.001 of the optimal error, for a few per cent of the cost.
 """
@@ -27,7 +27,9 @@ from torch import Tensor
 _KRYLOV_GAIN = 6e-4
 # Past this share of the smaller side the exact route is as cheap.
 _KRYLOV_WIDEST = 0.5
-# A Gram matrix in float64 resolves singular values down to 1e-8 of the largest; float32 data end at 6e-8.
+# Where less than this share of the largest squared singular value is lost, a Gram matrix of float32
+# products is too coarse; one of float64 products resolves singular values down to 1e-8 of the largest.
+_SINGLE_FLOOR = 0.02
 _GRAM_CHUNK = 4096
 
 
@@ -97,23 +99,29 @@ def _exact(matrix: Tensor, max_bond: int, discard: float) -> Truncation:
         return Truncation(left[:, :rank], values[:rank, None] * right[:rank], lost, "exact", values)
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
-    squares, vectors = torch.linalg.eigh(_gram(wide))
-    values = squares.clamp(min=0).sqrt().flip(0)
+    values, vectors = _left_singular(wide, torch.float32)
     rank, lost = _rank_within(values, max_bond, discard)
-    basis = vectors.flip(1)[:, :rank].to(matrix.dtype)
+    if lost < _SINGLE_FLOOR * float(values[0]) ** 2:
+        values, vectors = _left_singular(wide, torch.float64)
+        rank, lost = _rank_within(values, max_bond, discard)
+    basis = vectors[:, :rank].to(matrix.dtype)
     if not tall:
         return Truncation(basis, basis.T @ matrix, lost, "exact", values)
     left, triangle = torch.linalg.qr(matrix @ basis)
     return Truncation(left, triangle @ basis.T, lost, "exact", values)
 
 
-def _gram(wide: Tensor) -> Tensor:
-    """wide @ wideᵀ in float64, (m, m), a block of columns at a time."""
+def _left_singular(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Singular values (m,), float64, descending, and left vectors (m, m) from wide @ wideᵀ.
+
+    The products are formed in ``dtype`` a block of columns at a time and added up in float64.
+    """
     gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
     for block in wide.split(_GRAM_CHUNK, dim=1):
-        block = block.double()
-        gram.addmm_(block, block.T)
-    return gram
+        block = block.to(dtype)
+        gram += block @ block.T
+    squares, vectors = torch.linalg.eigh(gram)
+    return squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
 
 
 def _krylov_block(max_bond: int) -> int:
@@ -167,8 +175,9 @@ def _converged(errors: list[float], weight: float) -> bool:
     """Whether the gain still to come, were the last gains to go on geometrically, is negligible."""
     if errors[-1] <= 1e-9 * weight:  # below what float32 products resolve
         return True
-    if len(errors) < 3:
+    if len(errors) < 2:
         return False
-    last, before = errors[-2] - errors[-1], errors[-3] - errors[-2]
-    shrinking = min(max(last / before, 0.0), 0.95) if before > 0 else 0.0
+    last = errors[-2] - errors[-1]
+    before = errors[-3] - errors[-2] if len(errors) > 2 else 0.0
+    shrinking = min(max(last / before, 0.0), 0.95) if before > 0 else 0.7
     return last * shrinking / (1 - shrinking) <= 2 * _KRYLOV_GAIN * errors[-1]

@@ -1,0 +1,96 @@
+"""The output without its data: its manifest, its tensors' names and shapes, its size in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+import mpoc
+from mpoc import hub_directory
+from mpoc.checkpoint import Checkpoint
+from mpoc.header import TensorInfo, encode_header
+from mpoc.manifest import LayerRecord, Manifest, Source
+from mpoc.plan import LayerPlan
+from mpoc.recipe import GOALS, Recipe
+from mpoc.selection import Selection
+from mpoc.writer import Entry, plan_shards
+
+# The most digits that a figure of the manifest can take.
+_LONGEST_FIGURE = 1.23456e-104
+
+
+def make_manifest(
+    checkpoint: Checkpoint, selection: Selection, recipe: Recipe, records: list[LayerRecord]
+) -> Manifest:
+    """The manifest of an output with these layer records."""
+    goals = {g: getattr(recipe, g) for g in (*GOALS, "dtype")}
+    options: dict[str, Any] = {key: value for key, value in goals.items() if value is not None}
+    infos = checkpoint.infos
+    left = {n: why for n, why in selection.left.items() if n in infos and len(infos[n].shape) > 1}
+    return Manifest(
+        source=Source(
+            checkpoint.path.resolve().name,
+            _size_of_source(checkpoint),
+            checkpoint.num_parameters,
+            checkpoint.fingerprint(),
+        ),
+        layers=tuple(records),
+        options=options | {"seed": recipe.seed},
+        kinds_from=selection.source,
+        left_alone=left,
+        vectors=len(infos) - len(records) - len(left),
+        tied=checkpoint.tied,
+        tool=f"mpoc {mpoc.__version__}",
+    )
+
+
+def _size_of_source(checkpoint: Checkpoint) -> int:
+    """Bytes of what the output stands for: the weight files and, in a directory, all that goes along."""
+    if not checkpoint.is_directory:
+        return checkpoint.nbytes_on_disk
+    others = hub_directory.size_of_other_files(checkpoint.path, checkpoint.weight_files)
+    return checkpoint.nbytes_on_disk + others
+
+
+def predict_size(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    records: list[LayerRecord] | None = None,
+) -> int:
+    """Bytes of the whole output, an upper bound: figures still unknown are given their most digits."""
+    if records is None:
+        records = [_with_longest_figures(plan.record()) for plan in plans]
+    manifest = make_manifest(checkpoint, selection, recipe, records)
+    replaced = {record.name: record for record in manifest.replaced}
+    infos: list[TensorInfo] = []
+    for name, info in checkpoint.infos.items():
+        infos += _core_infos(replaced[name]) if name in replaced else [info]
+    data = sum(info.nbytes for info in infos)
+    if not checkpoint.is_directory:
+        return data + len(encode_header(infos, {"format": "pt", "mpoc": manifest.to_json()}))
+    entries = [Entry(info, lambda: torch.empty(0)) for info in infos]
+    shards = plan_shards(entries, recipe.max_shard_size)
+    return data + hub_directory.overhead(checkpoint.path, checkpoint.weight_files, shards, manifest)
+
+
+def _with_longest_figures(record: LayerRecord) -> LayerRecord:
+    inner = max(len(record.bonds) - 2, 0)
+    if record.form == "dense":
+        return record
+    figures = (_LONGEST_FIGURE,) * inner
+    return replace(record, relative_error=_LONGEST_FIGURE, entropies=figures, entropies_of_weight=figures)
+
+
+def _core_infos(record: LayerRecord) -> list[TensorInfo]:
+    sites = zip(
+        record.bonds[:-1],
+        record.output_factors,
+        record.input_factors,
+        record.bonds[1:],
+        strict=True,
+    )
+    return [TensorInfo(record.core_name(k), record.stored_dtype, site) for k, site in enumerate(sites)]
