@@ -139,9 +139,10 @@ def read_manifest(path: Path) -> Manifest:
     """
     if not path.exists():
         raise MpocError(f"{path}: no such file or directory")
+    text: str | bytes | None
     if path.is_dir():
         file = path / MANIFEST_FILE
-        text = file.read_text("utf-8") if file.is_file() else None
+        text = file.read_bytes() if file.is_file() else None
     elif path.suffix == ".safetensors":
         text = read_header(path).metadata.get("mpoc")
     else:
@@ -151,7 +152,7 @@ def read_manifest(path: Path) -> Manifest:
     return parse_manifest(text, path)
 
 
-def parse_manifest(text: str, path: Path) -> Manifest:
+def parse_manifest(text: str | bytes, path: Path) -> Manifest:
     """``Manifest.to_json`` undone; ``path`` is for messages."""
     try:
         value = json.loads(text)

@@ -99,7 +99,7 @@ def compress_checkpoint(
         nbytes = predict_size(checkpoint, selection, recipe, plans, records)
         return Compression(manifest, output, nbytes, False, seconds, notes)
     with staged(output) as target:
-        spool = Spool(target.with_name("cores"))
+        spool = Spool(target.with_name(f"{target.name}.cores"))
         try:
             records, seconds, cores = _fit_all(checkpoint, plans, recipe, device, spool, progress)
             manifest = make_manifest(checkpoint, selection, recipe, records)

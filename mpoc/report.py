@@ -122,9 +122,9 @@ def _advice(manifest: Manifest) -> list[str]:
     if not large:
         return []
     return [
-        f"{len(large)} of {len(errors)} replaced layers lost more than {LARGE_ERROR:.0%} of their "
-        f"weight's norm (worst {max(large):.0%}): expect a large drop in accuracy until the network is "
-        "fine-tuned. A larger --bond or --ratio, or --max-error 0.1, loses less."
+        f"{len(large)} of {len(errors)} replaced layers lost more than {LARGE_ERROR:.0%} of their weight's "
+        f"norm (worst {max(large):.0%}): a network usually needs fine-tuning after that; measure its "
+        "accuracy before use. A larger --bond or --ratio, or --max-error 0.1, loses less."
     ]
 
 

@@ -7,6 +7,7 @@ computed.  The library's own reader checks this writer in the tests, byte for by
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -116,6 +117,8 @@ def refuse_existing(output: Path, source: Path, force: bool) -> None:
         UsageError: it exists and ``force`` is not given, or writing it would touch the source.
         MpocError: its directory does not exist or cannot be written.
     """
+    if output.name in ("", ".."):
+        raise UsageError(f"{output}: not a name for an output", "choose another -o")
     target, origin = output.resolve(), source.resolve()
     if target == origin or target in origin.parents or (source.is_dir() and origin in target.parents):
         raise UsageError(f"{output}: would write over or into the input {source}", "choose another -o")
@@ -135,6 +138,8 @@ def _refuse_foreign_directory(output: Path, source: Path) -> None:
     if output.is_dir() != source.is_dir():
         kinds = ("a directory", "a file") if output.is_dir() else ("a file", "a directory")
         raise UsageError(f"{output}: is {kinds[0]}, and the output is {kinds[1]}", "choose another -o")
+    if output.exists() and not (output.is_dir() or output.is_file()):
+        raise UsageError(f"{output}: neither a file nor a directory", "choose another -o")
     if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
         raise UsageError(
             f"{output}: not a model directory, so --force does not remove it", "choose another -o"
@@ -152,9 +157,11 @@ def staged(output: Path) -> Iterator[Path]:
     )
     try:
         yield scratch / output.name
-        _put_in_place(scratch / output.name, output, scratch / "replaced")
+        _put_in_place(scratch / output.name, output, scratch / f"{output.name}.replaced")
     except OSError as error:
-        error.filename = error.filename or str(output)  # a failing write names no file
+        # A failing write names no file, and a failing copy its source even where the target is full.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        error.filename = str(output) if full or not error.filename else error.filename
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

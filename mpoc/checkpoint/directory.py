@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mpoc.checkpoint.base import Checkpoint
+from mpoc.checkpoint.base import Checkpoint, strip_wrappers
 from mpoc.checkpoint.safetensors_file import open_safetensors
 from mpoc.checkpoint.torch_file import open_torch_file
 from mpoc.errors import MpocError
@@ -117,9 +117,11 @@ def _join(parts: list[Checkpoint], path: Path, wanted: dict[str, Path] | None) -
     """Several torch shards as one checkpoint."""
     owner = {name: part for part in parts for name in part.infos}
     tied = {alias: name for part in parts for alias, name in part.tied.items()}
-    for name, file in (wanted or {}).items():
+    wanted = wanted or {}
+    for original, name in strip_wrappers(list(wanted)).items():
         if name not in owner and name not in tied:
-            raise MpocError(f"{path}: the index puts tensor {name!r} into {file.name}, which lacks it")
+            file = wanted[original].name
+            raise MpocError(f"{path}: the index puts tensor {original!r} into {file}, which lacks it")
     return Checkpoint(
         path,
         {name: part.infos[name] for name, part in owner.items()},

@@ -7,7 +7,8 @@ libraries slow.  Three routes give the same answer:
   beyond, at most, one QR;
 - ``krylov``: the bond is far below the smaller side: block Golub-Kahan bidiagonalisation from a random
   start (Golub, Luk, Overton 1981; Musco, Musco 2015), grown until the error has stopped falling, given up
-  for the exact route where it would need too wide a basis;
+  for the exact route where it would need too wide a basis, where the matrix has no further directions to
+  give (few non-zero rows), or where the error is too small to be measured;
 - ``exact``: everything else, and every truncation to a tolerance.  For float32 data the eigenvectors of
   the Gram matrix of the smaller side, formed in float64 where the error is small: squaring the condition
   number costs digits that float32 data do not have.  For float64 data an SVD.
@@ -27,6 +28,10 @@ from torch import Tensor
 _KRYLOV_GAIN = 6e-4
 # Past this share of the smaller side the exact route is as cheap.
 _KRYLOV_WIDEST = 0.5
+# Errors squared below this share of the matrix are lost in the difference of two norms.
+_KRYLOV_RESOLUTION = 1e-9
+# A new direction of which less than this share lies outside the basis is rounding noise.
+_LEAST_NEW = 0.1
 # Where less than this share of the largest squared singular value is lost, a Gram matrix of float32
 # products is too coarse; one of float64 products resolves singular values down to 1e-8 of the largest.
 _SINGLE_FLOOR = 0.02
@@ -143,38 +148,56 @@ def _krylov(matrix: Tensor, max_bond: int, generator: torch.Generator | None) ->
     errors: list[float] = []
     for width in range(block, widest + 1, block):
         new, grown = slice(width - block, width), slice(width, width + block)
-        product, _ = _orthogonalise(matrix @ right[:, new], left[:, : width - block])
-        left[:, new] = torch.linalg.qr(product)[0]
-        product, overlap = _orthogonalise(matrix.T @ left[:, new], right[:, :width])
-        right[:, grown], triangle = torch.linalg.qr(product)
-        projected[new, :width] = overlap.T
-        projected[new, grown] = triangle.T
+        found = _extend(matrix @ right[:, new], left[:, : width - block])
+        if found is None:
+            return None
+        left[:, new] = found[0]
+        found = _extend(matrix.T @ left[:, new], right[:, :width])
+        if found is None:
+            return None
+        right[:, grown], inside, outside = found
+        projected[new, :width] = inside.T
+        projected[new, grown] = outside.T
         if width < max_bond:
             continue
         small = projected[:width, : width + block].double()
         gram = small @ small.T
         captured = float(torch.linalg.eigvalsh(gram)[-max_bond:].sum())
         errors.append(max(weight - captured, 0.0))
-        if _converged(errors, weight):
+        unresolved = errors[-1] <= _KRYLOV_RESOLUTION * weight
+        if unresolved or _converged(errors):
             vectors = torch.linalg.eigh(gram)[1][:, -max_bond:]
             basis = left[:, :width] @ vectors.to(matrix.dtype)
             kept = basis.T @ matrix
+            if unresolved and not _is_exact(matrix, basis, kept, weight):
+                return None
             return Truncation(basis, kept, max(weight - squared_norm(kept), 0.0), "krylov", None)
     return None
 
 
-def _orthogonalise(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """``block`` less its part in ``basis`` (twice is enough), and that part's coefficients."""
-    first = basis.T @ block
-    block = block - basis @ first
-    second = basis.T @ block
-    return block - basis @ second, first + second
+def _extend(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``block = basis @ inside + new @ outside`` with ``new`` orthonormal and orthogonal to ``basis``.
+
+    Columns of ``block`` may lie in ``basis`` up to rounding; what QR makes of the rest is then taken out of
+    ``basis`` once more.  None where even that leaves nothing: the matrix has no directions left.
+    """
+    inside = basis.T @ block
+    rest = block - basis @ inside
+    new = torch.linalg.qr(rest)[0]
+    new, triangle = torch.linalg.qr(new - basis @ (basis.T @ new))
+    if float(triangle.diagonal().abs().min()) < _LEAST_NEW:
+        return None
+    return new, inside, new.T @ rest
 
 
-def _converged(errors: list[float], weight: float) -> bool:
+def _is_exact(matrix: Tensor, basis: Tensor, kept: Tensor, weight: float) -> bool:
+    """Whether ``basis @ kept`` is ``matrix`` up to rounding, by the difference itself."""
+    rounding = 16 * torch.finfo(matrix.dtype).eps
+    return squared_norm(torch.addmm(matrix, basis, kept, alpha=-1)) <= rounding**2 * weight
+
+
+def _converged(errors: list[float]) -> bool:
     """Whether the gain still to come, were the last gains to go on geometrically, is negligible."""
-    if errors[-1] <= 1e-9 * weight:  # below what float32 products resolve
-        return True
     if len(errors) < 2:
         return False
     last = errors[-2] - errors[-1]
