@@ -15,24 +15,24 @@ from typing import Any
 
 from mpoc.errors import MpocError
 
-# safetensors' name of a dtype: (torch's name, bytes each)
+# safetensors' name of a dtype: (torch's name, bytes each), in the order in which its own writer stores them
 DTYPES = {
-    "BOOL": ("bool", 1),
-    "U8": ("uint8", 1),
-    "I8": ("int8", 1),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "U16": ("uint16", 2),
-    "I16": ("int16", 2),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "U32": ("uint32", 4),
-    "I32": ("int32", 4),
-    "F32": ("float32", 4),
     "U64": ("uint64", 8),
     "I64": ("int64", 8),
     "F64": ("float64", 8),
     "C64": ("complex64", 8),
+    "F32": ("float32", 4),
+    "U32": ("uint32", 4),
+    "I32": ("int32", 4),
+    "BF16": ("bfloat16", 2),
+    "F16": ("float16", 2),
+    "U16": ("uint16", 2),
+    "I16": ("int16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 CODES = {name: code for code, (name, _) in DTYPES.items()}
 ITEMSIZE = dict(DTYPES.values())
@@ -85,6 +85,8 @@ def read_header(path: Path) -> Header:
     try:
         raw = json.loads(text)
         metadata = raw.pop("__metadata__", {})
+        if not all(isinstance(text, str) for text in metadata.values()):
+            raise TypeError("metadata that is not text")
         entries = {name: _entry(path, name, value) for name, value in raw.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MpocError(f"{path}: not a safetensors file (broken header: {error})") from error
@@ -100,9 +102,10 @@ def _entry(path: Path, name: str, value: dict[str, Any]) -> tuple[TensorInfo, in
     """A tensor's info and the offset behind its last byte."""
     if value["dtype"] not in DTYPES:
         raise MpocError(f"{path}: tensor {name!r} has dtype {value['dtype']}, not known here")
-    info = TensorInfo(name, DTYPES[value["dtype"]][0], tuple(int(n) for n in value["shape"]))
+    info = TensorInfo(name, DTYPES[value["dtype"]][0], tuple(value["shape"]))
     start, stop = value["data_offsets"]
-    if stop - start != info.nbytes or start < 0 or any(n < 0 for n in info.shape):
+    whole = all(type(n) is int and n >= 0 for n in (*info.shape, start, stop))
+    if not whole or stop - start != info.nbytes:
         raise MpocError(f"{path}: tensor {name!r}: offsets do not match its shape and dtype")
     return info, stop
 
@@ -125,4 +128,5 @@ def encode_header(tensors: list[TensorInfo], metadata: dict[str, str]) -> bytes:
 
 def storage_order(tensors: list[TensorInfo]) -> list[TensorInfo]:
     """Widest dtype first, then by name, as safetensors' own writer does: keeps every tensor aligned."""
-    return sorted(tensors, key=lambda info: (-ITEMSIZE[info.dtype], info.name))
+    ranks = {dtype: rank for rank, dtype in enumerate(ITEMSIZE)}
+    return sorted(tensors, key=lambda info: (ranks[info.dtype], info.name))

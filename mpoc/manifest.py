@@ -7,12 +7,14 @@ directory it is ``mpoc.json``.  It holds no times and no dates, so that the same
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mpoc.errors import MpocError
-from mpoc.header import read_header
+from mpoc.header import ITEMSIZE, read_header
 from mpoc.structure import KINDS, Structure
 
 FORMAT = 1
@@ -164,16 +166,66 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
             )
         layers = tuple(_layer(layer) for layer in value.pop("layers"))
         source = Source(**value.pop("source"))
-        return Manifest(source=source, layers=layers, **value)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return _typed(Manifest(source=_typed(source), layers=layers, **value))
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise MpocError(f"{path}: damaged manifest ({error!r})") from error
 
 
 def _layer(value: dict[str, Any]) -> LayerRecord:
     lists = {key: tuple(item) for key, item in value.items() if isinstance(item, list)}
-    layer = LayerRecord(**{**value, **lists})
+    layer = _typed(LayerRecord(**{**value, **lists}))
     if layer.kind not in KINDS or layer.form not in ("mpo", "dense"):
         raise ValueError(f"layer {layer.name!r}: kind {layer.kind!r}, form {layer.form!r}")
-    if not (len(layer.output_factors) == len(layer.input_factors) == max(len(layer.bonds) - 1, 0)):
-        raise ValueError(f"layer {layer.name!r}: factors and bonds do not match")
+    if math.prod(layer.shape) != layer.num_original or min(layer.shape, default=0) < 1:
+        raise ValueError(f"layer {layer.name!r}: shape {layer.shape}, {layer.num_original} parameters")
+    if layer.dtype not in ITEMSIZE or layer.stored_dtype not in ITEMSIZE:
+        raise ValueError(f"layer {layer.name!r}: dtypes {layer.dtype!r} and {layer.stored_dtype!r}")
+    if layer.form != "dense":
+        _check_factors(layer)
     return layer
+
+
+def _check_factors(layer: LayerRecord) -> None:
+    """Factors and bonds must make a chain, and the chain a matrix no smaller than the weight's.
+
+    Raises:
+        ValueError: they do not.
+    """
+    structure = layer.structure
+    chain = len(layer.output_factors) == len(layer.input_factors) == len(layer.bonds) - 1 > 0
+    whole = structure.lead * structure.outputs * structure.inputs == layer.num_original
+    front = structure.site_sizes[0] if chain and structure.lead_sites else 1
+    if not (chain and whole and front == structure.lead and min(structure.padding) >= 0):
+        raise ValueError(f"layer {layer.name!r}: its factors and bonds do not make its weight")
+
+
+def _typed(record: Any) -> Any:
+    """``record``, whose fields hold what their annotations say.
+
+    Raises:
+        TypeError: one does not.
+    """
+    for name, expected in _hints(record.__class__).items():
+        if not _is_a(getattr(record, name), expected):
+            raise TypeError(f"{name} = {getattr(record, name)!r}")
+    return record
+
+
+@cache
+def _hints(record: Any) -> dict[str, Any]:
+    return get_type_hints(record)
+
+
+def _is_a(value: Any, expected: Any) -> bool:
+    """``isinstance`` for the annotations used here: plain classes, unions, tuples and dictionaries."""
+    kind, inner = get_origin(expected), get_args(expected)
+    if kind is tuple:
+        each = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
+        return isinstance(value, tuple) and len(value) == len(each) and all(map(_is_a, value, each))
+    if kind is dict:
+        return isinstance(value, dict) and all(_is_a(item, inner[1]) for item in value.values())
+    if inner:
+        return any(_is_a(value, one) for one in inner)
+    if expected in (int, float):
+        return isinstance(value, int | expected) and not isinstance(value, bool)
+    return expected is Any or isinstance(value, expected)

@@ -10,7 +10,7 @@ import torch
 import mpoc
 from mpoc import hub_directory
 from mpoc.checkpoint import Checkpoint
-from mpoc.header import TensorInfo, encode_header
+from mpoc.header import ITEMSIZE, TensorInfo, encode_header
 from mpoc.manifest import LayerRecord, Manifest, Source
 from mpoc.plan import LayerPlan
 from mpoc.recipe import GOALS, Recipe
@@ -62,7 +62,9 @@ def predict_size(
     records: list[LayerRecord] | None = None,
 ) -> int:
     """Bytes of the whole output, an upper bound: figures still unknown are given their most digits."""
+    undecided: list[LayerPlan] = []
     if records is None:
+        undecided = [plan for plan in plans if plan.tolerance and not recipe.allow_growth]
         records = [_with_longest_figures(plan.record()) for plan in plans]
     manifest = make_manifest(checkpoint, selection, recipe, records)
     replaced = {record.name: record for record in manifest.replaced}
@@ -70,11 +72,22 @@ def predict_size(
     for name, info in checkpoint.infos.items():
         infos += _core_infos(replaced[name]) if name in replaced else [info]
     data = sum(info.nbytes for info in infos)
+    data += sum(_more_than_planned(plan) for plan in undecided)
     if not checkpoint.is_directory:
         return data + len(encode_header(infos, {"format": "pt", "mpoc": manifest.to_json()}))
     entries = [Entry(info, lambda: torch.empty(0)) for info in infos]
     shards = plan_shards(entries, recipe.max_shard_size)
     return data + hub_directory.overhead(checkpoint.path, checkpoint.weight_files, shards, manifest)
+
+
+def _more_than_planned(plan: LayerPlan) -> int:
+    """Bytes, perhaps negative, that a layer under a tolerance can take beyond its cores at full bond.
+
+    It ends with fewer numbers than the weight has, or dense.
+    """
+    record = plan.record()
+    widest = max(ITEMSIZE[record.dtype], ITEMSIZE[record.stored_dtype])
+    return record.num_original * widest - record.num_stored * ITEMSIZE[record.stored_dtype]
 
 
 def _with_longest_figures(record: LayerRecord) -> LayerRecord:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from mpoc import hub_directory
 from mpoc.checkpoint import Checkpoint, open_checkpoint
 from mpoc.errors import MpocError, UsageError
-from mpoc.fit.ttsvd import Fit, tt_svd
+from mpoc.fitting import fit_layer
 from mpoc.manifest import LayerRecord, Manifest
 from mpoc.outline import make_manifest, predict_size
-from mpoc.plan import LayerPlan, leave_dense_unless_smaller, make_plan
+from mpoc.plan import LayerPlan, make_plan
 from mpoc.recipe import Recipe
 from mpoc.report import output_bytes
 from mpoc.selection import select
@@ -134,7 +132,7 @@ def _fit_all(
     cores: dict[str, list[Entry]] = {}
     for plan in plans:
         start = time.perf_counter()
-        record, fit = _fit_layer(checkpoint, plan, recipe, device)
+        record, fit = fit_layer(checkpoint, plan, recipe, device)
         if fit is not None and spool is not None:
             cores[record.name] = [
                 spool.add(record.core_name(k), core) for k, core in enumerate(fit.form.cores)
@@ -144,82 +142,6 @@ def _fit_all(
         if progress:
             progress(record, seconds[record.name], len(records), len(plans))
     return records, seconds, cores
-
-
-def _fit_layer(
-    checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: torch.device
-) -> tuple[LayerRecord, Fit | None]:
-    if plan.max_bond is None:
-        return plan.record(), None
-    name = plan.map.name
-    weight = _read_finite(checkpoint, name).to(device)
-    fit = _fit_within(weight, plan, zlib.crc32(name.encode()) ^ recipe.seed)
-    _check_cores(fit, checkpoint, plan)
-    if not recipe.allow_growth:
-        plan = leave_dense_unless_smaller(plan, fit.form.num_parameters)
-    if plan.max_bond is None:
-        return plan.record(), None
-    record = replace(
-        plan.record(),
-        num_stored=fit.form.num_parameters,
-        bonds=fit.form.bonds,
-        relative_error=_rounded(fit.relative_error),
-        entropies=tuple(map(_rounded, fit.entropies)),
-        entropies_of_weight=_known(fit.entropies_of_weight),
-    )
-    return record, fit
-
-
-def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
-    """TT-SVD; under a tolerance, again with less to spend where rounding to the stored dtype broke it."""
-    assert plan.max_bond is not None
-    dtype = getattr(torch, plan.stored_dtype)
-    spend = plan.tolerance
-    fit = tt_svd(weight, plan.structure, plan.max_bond, spend, dtype, seed)
-    for _ in range(4):
-        if not plan.tolerance or fit.relative_error <= plan.tolerance:
-            return fit
-        spend *= 0.98 * plan.tolerance / fit.relative_error
-        fit = tt_svd(weight, plan.structure, plan.max_bond, spend, dtype, seed)
-    if fit.relative_error <= plan.tolerance:
-        return fit
-    raise MpocError(
-        f"layer {plan.map.layer}: relative error {plan.tolerance:g} cannot be kept in "
-        f"{plan.stored_dtype}: rounding the cores alone gives {fit.relative_error:.2g}",
-        "--dtype float32, or a larger --max-error",
-    )
-
-
-def _read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
-    weight = checkpoint.read(name)
-    if not bool(torch.isfinite(weight).all()):
-        kind = "NaN" if bool(torch.isnan(weight).any()) else "infinite values"
-        raise MpocError(
-            f"{checkpoint.files[name]}: tensor {name!r} holds {kind}",
-            f"mend the checkpoint, or leave the layer alone: --exclude '{name}'",
-        )
-    return weight
-
-
-def _check_cores(fit: Fit, checkpoint: Checkpoint, plan: LayerPlan) -> None:
-    if not all(bool(torch.isfinite(core).all()) for core in fit.form.cores):
-        raise MpocError(
-            f"{checkpoint.files[plan.map.name]}: tensor {plan.map.name!r}: its cores overflow "
-            f"{plan.stored_dtype}",
-            "--dtype bfloat16 or float32",
-        )
-
-
-def _known(values: list[float | None]) -> tuple[float | None, ...]:
-    """Rounded, and nothing at all where none is known."""
-    if all(value is None for value in values):
-        return ()
-    return tuple(None if value is None else _rounded(value) for value in values)
-
-
-def _rounded(value: float) -> float:
-    """Six significant digits: what the manifest keeps."""
-    return float(f"{value:.6g}")
 
 
 def _entries(

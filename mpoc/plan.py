@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -77,12 +78,14 @@ def make_plan(
     _check_rules(selection, recipe)
     plans = [_open_plan(map, recipe) for map in selection.chosen]
     _check_shapes_used(plans, recipe)
+    if not recipe.allow_growth:
+        plans = [_shrinking(plan) for plan in plans]
     if recipe.ratio is not None:
-        plans = _within_ratio(plans, recipe.ratio)
-    elif recipe.size is not None:
+        return _within_ratio(plans, recipe.ratio, recipe.allow_growth)
+    if recipe.size is not None:
         assert predict_size is not None
-        plans = _within_size(plans, recipe.size, predict_size)
-    return plans if recipe.allow_growth else [_shrinking(plan) for plan in plans]
+        return _within_size(plans, recipe.size, predict_size)
+    return plans
 
 
 def _check_rules(selection: Selection, recipe: Recipe) -> None:
@@ -137,18 +140,25 @@ def _check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:
             raise UsageError(f"--shape {text}: multiplies out to no selected layer's sides")
 
 
-def _within_ratio(plans: list[LayerPlan], ratio: float) -> list[LayerPlan]:
+def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> list[LayerPlan]:
     total = sum(plan.structure.num_original for plan in plans)
-    fixed = sum(plan.record().num_stored for plan in plans if plan.max_bond != 0)
+    fixed = sum(_most_stored(plan, allow_growth) for plan in plans if plan.max_bond != 0)
     found = _share_out(plans, int(ratio * total) - fixed, lambda plan: (1, 1))
     if found is None:
         least = _share_out(plans, 1 << 62, lambda plan: (1, 1), bond_one=True) or plans
-        reached = sum(plan.record().num_stored for plan in least) / total
+        reached = sum(_most_stored(plan, allow_growth) for plan in least) / total
+        within = min(math.ceil(reached * 1.01e4) / 1e4, 1.0)
         raise UsageError(
             f"--ratio {ratio} cannot be reached: with every bond at 1 these layers are at {reached:.4f}",
-            f"--ratio {reached * 1.01:.4f}, or leave hard layers out with --exclude",
+            f"--ratio {within:.4f}, or leave hard layers out with --exclude",
         )
     return found
+
+
+def _most_stored(plan: LayerPlan, allow_growth: bool) -> int:
+    """Parameters that a layer with a goal of its own comes to at most."""
+    dense = plan.tolerance and not allow_growth
+    return plan.structure.num_original if dense else plan.record().num_stored
 
 
 def _within_size(
@@ -214,7 +224,7 @@ def _closed(plan: LayerPlan, bond: int | None) -> LayerPlan:
 
 def _shrinking(plan: LayerPlan) -> LayerPlan:
     """The plan, or dense where the cores would be no smaller than the weight."""
-    if plan.max_bond is None or plan.tolerance:
+    if not plan.max_bond or plan.tolerance:
         return plan
     return leave_dense_unless_smaller(plan, plan.structure.num_parameters(plan.max_bond))
 

@@ -20,6 +20,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,8 @@ def _typed(raw: Mapping[str, Any], target: type, where: str) -> dict[str, Any]:
         except UsageError as error:
             raise UsageError(f"{where}: {key}: {error}", error.hint) from error
     if target is LayerRule and "shape" in values:
+        if len(values["shape"]) != 1 or values["shape"][0].pattern is not None:
+            raise UsageError(f"{where}: shape: one inputs:outputs, the table names the layers")
         values["shape"] = values["shape"][0]
     return values
 
@@ -244,7 +247,7 @@ def parse_size(value: str | int) -> int:
     unit = (found[2] or "b").lower() if found else ""
     if not found or unit not in _UNITS:
         raise UsageError(f"{value!r} is not a size", "write it as 20MB, 500kB or 1.5GB")
-    return int(float(found[1]) * _UNITS[unit])
+    return int(Fraction(found[1]) * _UNITS[unit])
 
 
 def parse_shape(text: str) -> ShapeRule:

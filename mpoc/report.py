@@ -132,10 +132,10 @@ def human_bytes(count: int) -> str:
     """``3471733`` → ``3.47 MB`` (powers of 1000)."""
     size, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
+        if size < 999.5:  # what would round to four digits goes to the next unit
             break
         size, unit = size / 1000, larger
-    return f"{int(size)} B" if unit == "B" else f"{size:.3g} {unit}" if size < 1000 else f"{size:.0f} {unit}"
+    return f"{int(size)} B" if unit == "B" else f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
 
 
 def output_bytes(path: Path) -> int:

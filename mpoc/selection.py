@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
 
 from mpoc.checkpoint import Checkpoint
 from mpoc.errors import UsageError, nearest
@@ -87,7 +86,7 @@ def select(
     chosen: list[LinearMap] = []
     left: dict[str, str] = {name: f"tied to {first}" for name, first in checkpoint.tied.items()}
     for info in checkpoint.infos.values():
-        found = _classify(info, config)
+        found = _classify(info, checkpoint)
         reason = found if isinstance(found, str) else None
         if isinstance(found, LinearMap):
             named = any(matches(pattern, info.name) for pattern in layers)
@@ -103,11 +102,17 @@ def select(
                 chosen.append(found)
         if reason is not None:
             left[info.name] = reason
-    known = config.get("model_type")
-    selection = Selection(chosen, left, f"config.json ({known})" if known else "names and shapes")
+    selection = Selection(chosen, left, _source_of_kinds(checkpoint))
     if config.get("tie_word_embeddings") and any(m.kind == "embedding" for m in chosen):
         selection.notes.append("the output head is tied to the embedding: compressing one compresses both")
     return selection
+
+
+def _source_of_kinds(checkpoint: Checkpoint) -> str:
+    if checkpoint.kinds is not None:
+        return "the model's modules"
+    known = (checkpoint.config or {}).get("model_type")
+    return f"config.json ({known})" if known else "names and shapes"
 
 
 def _check_patterns(layers: list[str], exclude: list[str], names: list[str]) -> None:
@@ -134,9 +139,13 @@ def check_pattern(option: str, pattern: str, names: list[str]) -> None:
         )
 
 
-def _classify(info: TensorInfo, config: dict[str, Any]) -> LinearMap | str:
+def _classify(info: TensorInfo, checkpoint: Checkpoint) -> LinearMap | str:
     """The linear map that this tensor is, or the reason why it is none."""
-    kind = _kind(info)
+    if checkpoint.kinds is not None:
+        kind, transposed = checkpoint.kinds.get(info.name, (None, False))
+    else:
+        kind = _kind(info)
+        transposed = _is_transposed(info, kind, str((checkpoint.config or {}).get("model_type", "")))
     if "float" not in info.dtype:
         return f"not a floating dtype ({info.dtype})"
     if info.dtype.startswith("float8"):
@@ -145,7 +154,6 @@ def _classify(info: TensorInfo, config: dict[str, Any]) -> LinearMap | str:
         return "a vector (bias, norm or the like)" if len(info.shape) < 2 else "not known as a linear map"
     if info.numel == 0:
         return "empty"
-    transposed = _is_transposed(info, kind, str(config.get("model_type", "")))
     return LinearMap(info.name, kind, info.shape, info.dtype, transposed)
 
 
@@ -163,7 +171,7 @@ def _kind(info: TensorInfo) -> str | None:
     return None
 
 
-def _is_transposed(info: TensorInfo, kind: str, model_type: str) -> bool:
+def _is_transposed(info: TensorInfo, kind: str | None, model_type: str) -> bool:
     if kind == "experts":
         return model_type in _TRANSPOSED_EXPERTS
     return kind == "linear" and model_type in _CONV1D_MODELS and bool(_CONV1D_NAMES.search(info.name))

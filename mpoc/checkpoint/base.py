@@ -30,6 +30,7 @@ class Checkpoint:
     files: dict[str, Path]  # name → the file that holds it, for messages
     config: dict[str, Any] | None = None  # a Hugging Face directory's config.json
     notes: list[str] = field(default_factory=list)  # what the user should know about the reading
+    kinds: dict[str, tuple[str, bool]] | None = None  # (kind, transposed) where modules tell; else by name
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU; memory-mapped where the format allows, so do not write to it."""

@@ -48,8 +48,7 @@ _BROKEN = (
     RuntimeError,
     EOFError,
     ValueError,
-    KeyError,
-    IndexError,
+    LookupError,
     TypeError,
     AttributeError,
     AssertionError,
@@ -89,12 +88,10 @@ def open_torch_file(path: Path) -> Checkpoint:
 
 def load_plain(path: Path) -> Any:
     """``torch.load`` with ``weights_only=True``; what it refuses, refused with the way out."""
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        _refuse_torchscript(path)
-    elif _starts_like_zip(path):
-        raise _damaged(path, "a zip archive without its end")
+    zipped = _starts_like_zip(path)
     try:
+        if zipped:
+            _refuse_torchscript(path)
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # said below, where it fails
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -103,7 +100,8 @@ def load_plain(path: Path) -> Any:
             raise _damaged(path, "its pickle breaks off") from error
         raise _needs_code(path, error) from error
     except _BROKEN as error:
-        said = str(error).strip().splitlines() if isinstance(error, RuntimeError) else []
+        told = isinstance(error, (RuntimeError, zipfile.BadZipFile))
+        said = str(error).strip().splitlines() if told and "weights_only" not in str(error) else []
         raise _damaged(path, said[0] if said else "its pickle breaks off") from error
 
 
@@ -124,7 +122,7 @@ def _pickles_are_whole(path: Path) -> bool:
                 deque(pickletools.genops(file), maxlen=0)
                 if not file.peek(1):
                     break
-        except ValueError:
+        except (ValueError, MemoryError):
             return False
     return True
 
@@ -134,24 +132,24 @@ def _needs_code(path: Path, error: pickle.UnpicklingError) -> MpocError:
     name = text.split("GLOBAL ")[-1].split()[0].rstrip(",.") if "GLOBAL " in text else "a class"
     what = f"loading it would run code ({name})"
     if "Unsupported operand" in text:
-        what = "pickled with a protocol later than 3, which torch reads only by running code"
+        what = "pickled with protocol 4 or later (or damaged), which torch reads only by running code"
     return MpocError(
         f"{path}: {what}, so it was not loaded",
         'if you trust the file, save its state dict once: python -c "import torch; '
-        f"m = torch.load('{path}', weights_only=False); "
+        f"m = torch.load('{path}', 'cpu', weights_only=False); "
         "m = next((m[k] for k in ('state_dict', 'model') if k in m), m) if isinstance(m, dict) else m; "
         f"torch.save(m if isinstance(m, dict) else m.state_dict(), '{path.stem}-state.pt')\"",
     )
 
 
 def _refuse_torchscript(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(path) as archive:  # raises where the archive is cut off
         names = archive.namelist()
     if any(name.endswith("/constants.pkl") for name in names):
         raise MpocError(
             f"{path}: a TorchScript archive, which is a program, not a state dict",
             'save its weights once: python -c "import torch; '
-            f"torch.save(torch.jit.load('{path}').state_dict(), '{path.stem}-state.pt')\"",
+            f"torch.save(torch.jit.load('{path}', 'cpu').state_dict(), '{path.stem}-state.pt')\"",
         )
 
 
@@ -178,7 +176,7 @@ def find_state_dict(path: Path, payload: Any) -> tuple[str, Mapping[str, Any]]:
     if found:
         raise MpocError(
             f"{path}: holds several state dicts: {', '.join(found)}",
-            f"save the one you mean: torch.save(torch.load('{path}')['{found[0]}'], 'model.pt')",
+            f"save the one you mean: torch.save(torch.load('{path}', 'cpu')['{found[0]}'], 'model.pt')",
         )
     keys = ", ".join(map(str, list(payload)[:6])) or "nothing"
     raise MpocError(f"{path}: no state dict in it (found: {keys})", "save model.state_dict()")

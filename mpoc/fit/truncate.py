@@ -7,8 +7,8 @@ libraries slow.  Three routes give the same answer:
   beyond, at most, one QR;
 - ``krylov``: the bond is far below the smaller side: block Golub-Kahan bidiagonalisation from a random
   start (Golub, Luk, Overton 1981; Musco, Musco 2015), grown until the error has stopped falling, given up
-  for the exact route where it would need too wide a basis, where the matrix has no further directions to
-  give (few non-zero rows), or where the error is too small to be measured;
+  for the exact route where it would need too wide a basis or where the matrix has no further directions
+  to give (few non-zero rows);
 - ``exact``: everything else, and every truncation to a tolerance.  For float32 data the eigenvectors of
   the Gram matrix of the smaller side, formed in float64 where the error is small: squaring the condition
   number costs digits that float32 data do not have.  For float64 data an SVD.
@@ -28,8 +28,8 @@ from torch import Tensor
 _KRYLOV_GAIN = 6e-4
 # Past this share of the smaller side the exact route is as cheap.
 _KRYLOV_WIDEST = 0.5
-# Errors squared below this share of the matrix are lost in the difference of two norms.
-_KRYLOV_RESOLUTION = 1e-9
+# On a flat spectrum the basis grows to about five times the bond; and small Gram matrices cost nothing.
+_KRYLOV_SMALLEST = 512
 # A new direction of which less than this share lies outside the basis is rounding noise.
 _LEAST_NEW = 0.1
 # Where less than this share of the largest squared singular value is lost, a Gram matrix of float32
@@ -54,6 +54,7 @@ def truncate(
     max_bond: int,
     discard: float = 0.0,
     generator: torch.Generator | None = None,
+    weight: float | None = None,
 ) -> Truncation:
     """Approximate ``matrix`` (m, n) by rank at most ``max_bond``.
 
@@ -62,12 +63,14 @@ def truncate(
         max_bond: largest rank, at least 1.
         discard: the squared Frobenius error that may be spent to make the rank smaller still.
         generator: CPU generator for the random start; None draws from torch's own.
+        weight: ‖matrix‖² where it is known already.
     """
     smaller = min(matrix.shape)
     if max_bond >= smaller and discard == 0.0:
         return _keep(matrix)
-    if discard == 0.0 and _krylov_block(max_bond) * 3 <= _KRYLOV_WIDEST * smaller:
-        found = _krylov(matrix, max_bond, generator)
+    if discard == 0.0 and smaller > _KRYLOV_SMALLEST and 5 * max_bond <= _KRYLOV_WIDEST * smaller:
+        weight = squared_norm(matrix) if weight is None else weight
+        found = _krylov(matrix, max_bond, generator, weight)
         if found is not None:
             return found
     return _exact(matrix, max_bond, discard)
@@ -134,12 +137,13 @@ def _krylov_block(max_bond: int) -> int:
     return min(max(max_bond // 2, 16), 128)
 
 
-def _krylov(matrix: Tensor, max_bond: int, generator: torch.Generator | None) -> Truncation | None:
+def _krylov(
+    matrix: Tensor, max_bond: int, generator: torch.Generator | None, weight: float
+) -> Truncation | None:
     """Block Golub-Kahan with full reorthogonalisation; None where the basis would get too wide."""
     rows, columns = matrix.shape
     block = _krylov_block(max_bond)
     widest = int(_KRYLOV_WIDEST * min(rows, columns)) // block * block
-    weight = squared_norm(matrix)
     left = matrix.new_empty(rows, widest)
     right = matrix.new_empty(columns, widest + block)
     projected = matrix.new_zeros(widest, widest + block)  # leftᵀ matrix right
@@ -163,15 +167,21 @@ def _krylov(matrix: Tensor, max_bond: int, generator: torch.Generator | None) ->
         small = projected[:width, : width + block].double()
         gram = small @ small.T
         captured = float(torch.linalg.eigvalsh(gram)[-max_bond:].sum())
-        errors.append(max(weight - captured, 0.0))
-        unresolved = errors[-1] <= _KRYLOV_RESOLUTION * weight
-        if unresolved or _converged(errors):
-            vectors = torch.linalg.eigh(gram)[1][:, -max_bond:]
-            basis = left[:, :width] @ vectors.to(matrix.dtype)
-            kept = basis.T @ matrix
-            if unresolved and not _is_exact(matrix, basis, kept, weight):
-                return None
+        errors.append(weight - captured)
+        gain = _gain_to_come(errors)
+        rounding = torch.finfo(matrix.dtype).eps
+        resolved = errors[-1] > 100 * rounding * weight  # else lost in the difference of two norms
+        if resolved and gain > 2 * _KRYLOV_GAIN * errors[-1]:
+            continue
+        vectors = torch.linalg.eigh(gram)[1][:, -max_bond:]
+        basis = left[:, :width] @ vectors.to(matrix.dtype)
+        kept = basis.T @ matrix
+        if resolved:
             return Truncation(basis, kept, max(weight - squared_norm(kept), 0.0), "krylov", None)
+        lost = squared_norm(torch.addmm(matrix, basis, kept, alpha=-1))
+        gain = max(gain, 1e-15 * weight)  # what float64 sums resolve
+        if gain <= 2 * _KRYLOV_GAIN * lost or lost <= (16 * rounding) ** 2 * weight:
+            return Truncation(basis, kept, lost, "krylov", None)
     return None
 
 
@@ -190,17 +200,11 @@ def _extend(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor] | Non
     return new, inside, new.T @ rest
 
 
-def _is_exact(matrix: Tensor, basis: Tensor, kept: Tensor, weight: float) -> bool:
-    """Whether ``basis @ kept`` is ``matrix`` up to rounding, by the difference itself."""
-    rounding = 16 * torch.finfo(matrix.dtype).eps
-    return squared_norm(torch.addmm(matrix, basis, kept, alpha=-1)) <= rounding**2 * weight
-
-
-def _converged(errors: list[float]) -> bool:
-    """Whether the gain still to come, were the last gains to go on geometrically, is negligible."""
+def _gain_to_come(errors: list[float]) -> float:
+    """By how much the squared error would still fall, were the last gains to go on geometrically."""
     if len(errors) < 2:
-        return False
+        return math.inf
     last = errors[-2] - errors[-1]
     before = errors[-3] - errors[-2] if len(errors) > 2 else 0.0
     shrinking = min(max(last / before, 0.0), 0.95) if before > 0 else 0.7
-    return last * shrinking / (1 - shrinking) <= 2 * _KRYLOV_GAIN * errors[-1]
+    return last * shrinking / (1 - shrinking)

@@ -53,13 +53,16 @@ def tt_svd(
     """
     tensor = interleave(weight, structure)
     generator = torch.Generator().manual_seed(seed)
-    cores, entropies_of_weight, routes = _sweep(tensor, structure, max_bond, tolerance, generator)
-    balanced = MPO(cores, structure).balanced()
+    weight_norm = squared_norm(tensor)
+    cores, entropies_of_weight, routes = _sweep(
+        tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator
+    )
+    balanced, spectra = MPO(cores, structure).balanced()
     stored = MPO([core.to(dtype or weight.dtype) for core in balanced.cores], structure)
     return Fit(
         stored,
-        _relative_error(tensor, stored),
-        balanced.entropies(),
+        _relative_error(tensor, weight_norm, stored),
+        [entropy(values) for values in spectra],
         entropies_of_weight,
         routes,
     )
@@ -69,32 +72,36 @@ def _sweep(
     tensor: Tensor,
     structure: Structure,
     max_bond: int,
-    tolerance: float,
+    budget: float,
+    weight_norm: float,
     generator: torch.Generator,
 ) -> tuple[list[Tensor], list[float | None], list[str]]:
-    """Left-canonical cores, entropies of the weight where known, and the route of every bond."""
+    """Left-canonical cores, entropies of the weight where known, and the route of every bond.
+
+    ``budget`` is the squared error that may be spent, ``weight_norm`` the squared norm of ``tensor``.
+    """
     sizes = structure.site_sizes
-    budget = tolerance**2 * squared_norm(tensor) if tolerance else 0.0
     cores: list[Tensor] = []
     entropies: list[float | None] = []
     routes: list[str] = []
     rest, bond, truncated = tensor, 1, False
     for k, size in enumerate(sizes[:-1]):
         share = budget / (len(sizes) - 1 - k)
-        cut = truncate(rest.reshape(bond * size, -1), max_bond, share, generator)
+        cut = truncate(rest.reshape(bond * size, -1), max_bond, share, generator, weight_norm)
         shape = (bond, structure.output_factors[k], structure.input_factors[k], -1)
         cores.append(cut.left.reshape(shape))
         whole = cut.singular_values is not None and not truncated
         entropies.append(entropy(cut.singular_values) if whole else None)  # type: ignore[arg-type]
         routes.append(cut.route)
         rest, bond, budget = cut.right, cut.left.shape[1], max(budget - cut.discarded, 0.0)
+        weight_norm -= cut.discarded
         truncated = truncated or cut.discarded > 0.0
     last = (bond, structure.output_factors[-1], structure.input_factors[-1], 1)
     cores.append(rest.reshape(last))
     return cores, entropies, routes
 
 
-def _relative_error(tensor: Tensor, form: MPO) -> float:
+def _relative_error(tensor: Tensor, weight_norm: float, form: MPO) -> float:
     """‖W − Ŵ‖_F / ‖W‖_F against the interleaved weight, a block of rows at a time; 0 for 0/0."""
     working = MPO([core.to(tensor.dtype) for core in form.cores], form.structure)
     left, right = working.halves()
@@ -110,5 +117,4 @@ def _relative_error(tensor: Tensor, form: MPO) -> float:
         if inside is not None:
             difference.mul_(inside[block])
         parts.append(squared_norm(difference))
-    norm = squared_norm(tensor)
-    return math.sqrt(math.fsum(parts) / norm) if norm else 0.0
+    return math.sqrt(math.fsum(parts) / weight_norm) if weight_norm else 0.0

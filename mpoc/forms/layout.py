@@ -28,7 +28,7 @@ def to_matrix(weight: Tensor, structure: Structure) -> Tensor:
 def from_matrix(matrix: Tensor, structure: Structure) -> Tensor:
     """The inverse of :func:`to_matrix`: (lead, outputs, inputs) → ``structure.shape``, contiguous."""
     if structure.kind.startswith("conv"):
-        return matrix.permute(1, 2, 0).reshape(structure.shape)
+        return matrix.permute(1, 2, 0).reshape(structure.shape).contiguous()
     blocks = matrix.transpose(1, 2) if structure.transposed else matrix
     return blocks.reshape(structure.shape).contiguous()
 

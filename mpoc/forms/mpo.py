@@ -91,8 +91,10 @@ class MPO:
         """Entanglement entropy S_k = −Σ p ln p, p = s²/Σs², at bonds 1..n-1."""
         return [entropy(values) for values in self.spectra()]
 
-    def balanced(self) -> MPO:
-        """The same weight in the balanced gauge, in float64; bonds that carry nothing are cut.
+    def balanced(self) -> tuple[MPO, list[Tensor]]:
+        """The same weight in the balanced gauge, in float64, and the Schmidt values of its bonds.
+
+        Bonds that carry nothing are cut.
 
         "Nothing" is a Schmidt value below the resolution of the cores' dtype.
         """
@@ -100,9 +102,9 @@ class MPO:
         cores, spectra = _schmidt_sweep(_left_canonical(self.cores), resolution)
         for k, values in enumerate(spectra):
             root = values.sqrt()
-            cores[k] = cores[k] / root
+            cores[k] = cores[k] / root.clamp(min=torch.finfo(root.dtype).tiny)  # 0/0 of a zero weight is 0
             cores[k + 1] = cores[k + 1] * root[:, None, None, None]
-        return MPO(cores, self.structure)
+        return MPO(cores, self.structure), spectra
 
 
 def entropy(values: Tensor) -> float:

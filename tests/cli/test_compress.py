@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mpoc.manifest import read_manifest
+from tests.checkpoints import contents, mlp_state, num_bytes, save_directory
+from tests.process import Mpoc
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.save({"state_dict": mlp_state(), "epoch": 3}, tmp_path / "mlp.pt")
+    return tmp_path / "mlp.pt"
+
+
+def test_a_file_lands_in_the_current_directory_with_a_report(run: Mpoc, model: Path) -> None:
+    done = run("compress", model, "--bond", 4)
+    assert done.returncode == 0, done.stderr
+    output = run.folder / "mlp.mpo.safetensors"
+    assert list(run.folder.iterdir()) == [output]
+    assert contents(model.parent).keys() == {"mlp.pt"}
+    manifest = read_manifest(output)
+    for layer in manifest.replaced:
+        row = next(line for line in done.stdout.splitlines() if line.startswith(layer.layer))
+        assert f"{layer.rho:.4f}" in row
+        assert f"{layer.num_original:,} → {layer.num_stored:,}" in row
+    assert f"ρ = {manifest.rho:.4f} over 2 replaced layers" in done.stdout
+    assert "[2/2] fc2 mpo" in done.stderr
+    assert "note: state dict taken from 'state_dict'" in done.stderr
+    assert "wrote mlp.mpo.safetensors" in done.stderr
+    assert done.stderr.splitlines()[-1] == "next: mpoc report mlp.mpo.safetensors"
+    assert "\x1b" not in done.stdout + done.stderr  # no colours in a pipe
+    following = run(*done.stderr.splitlines()[-1].split()[2:])
+    assert following.returncode == 0
+    assert f"ρ = {manifest.rho:.4f}" in following.stdout
+
+
+def test_a_directory_lands_beside_with_everything_it_had(run: Mpoc, tmp_path: Path) -> None:
+    source = save_directory(tmp_path / "bert", mlp_state(), shards=2)
+    done = run("compress", f"{source}/", "--ratio", 0.5, "--max-shard-size", "4kB", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in run.folder.iterdir()] == ["bert-mpo"]
+    names = contents(run.folder / "bert-mpo").keys()
+    assert {"config.json", "tokenizer.json", "README.md", "mpoc.json", "model.safetensors.index.json"} < names
+    assert all((run.folder / "bert-mpo" / name).stat().st_size < 6000 for name in names)
+
+
+def test_json_is_all_of_stdout_and_quiet_silences_the_rest(run: Mpoc, model: Path) -> None:
+    done = run("compress", model, "--max-error", 0.9, "-o", "out.safetensors", "--json", "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert report["written"] == "out.safetensors"
+    assert report["totals"]["bytes_after"] == num_bytes(run.folder / "out.safetensors")
+    assert [layer["layer"] for layer in report["layers"]] == ["fc1", "fc2"]
+    assert all(layer["relative_error"] <= 0.9 and layer["seconds"] >= 0 for layer in report["layers"])
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Mpoc, model: Path) -> None:
+    done = run("compress", model, "--size", "9kB", "--dry-run", "--json")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["written"] is None
+    assert plan["totals"]["bytes_after"] <= 9000
+    assert "wrote" not in done.stderr
+    assert contents(run.folder) == {}
+    done = run("compress", model, "--bond", 4, "--dry-run", "--verbose", "--exclude", "fc2")
+    assert "predicted at most" in done.stdout
+    assert "fc2.weight: --exclude" in done.stdout
+    assert contents(run.folder) == {}
+
+
+def test_options_and_recipe_act_together(run: Mpoc, model: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('bond = 2\nexclude = ["nothing*"]\n\n[layer.fc2]\nbond = 3\nsites = 2\n')
+    arguments = ["compress", model, "--recipe", recipe, "--exclude", "*.bias", "--dtype", "bfloat16"]
+    arguments += ["--shape", "fc1=4x4x3:4x4x4", "-o", "out.safetensors", "--json", "--quiet"]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    fc1, fc2 = json.loads(done.stdout)["layers"]
+    assert (fc1["input_factors"], fc1["output_factors"]) == ([4, 4, 3], [4, 4, 4])
+    assert fc1["bonds"] == [1, 2, 2, 1]
+    assert fc2["bonds"] == [1, 3, 1]
+    stored = load_file(run.folder / "out.safetensors")
+    assert stored["fc1.cores.0"].dtype == torch.bfloat16
+    assert stored["fc1.bias"].dtype == torch.float32
+
+
+def test_force_replaces_and_nothing_else_does(run: Mpoc, model: Path) -> None:
+    output = run.folder / "mlp.mpo.safetensors"
+    output.write_text("mine")
+    refused = run("compress", model, "--bond", 4)
+    assert refused.returncode == 2
+    assert "mlp.mpo.safetensors: exists already" in refused.stderr
+    assert "--force" in refused.stderr
+    assert contents(run.folder) == {output.name: b"mine"}
+    assert run("compress", model, "--bond", 4, "--force").returncode == 0
+    assert read_manifest(output).options["bond"] == 4
+    assert list(run.folder.iterdir()) == [output]
+
+
+def test_the_same_bytes_from_two_processes(run: Mpoc, model: Path) -> None:
+    for name in ("a", "b"):
+        done = run("compress", model, "--bond", 4, "-o", f"{name}.safetensors", "--seed", 5, "--quiet")
+        assert done.returncode == 0, done.stderr
+    assert (run.folder / "a.safetensors").read_bytes() == (run.folder / "b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["compress"], "Missing argument 'MODEL'"),
+        (["compress", "m.pt", "--bond", "many"], "--bond"),
+        (["compress", "m.pt", "--bond", "0"], "error: --bond 0: a bond dimension is a whole number from 1"),
+        (["compress", "m.pt", "--bnod", "4"], "No such option"),
+        (["compres", "m.pt"], "No such command"),
+    ],
+)
+def test_a_bad_command_line_exits_with_2(run: Mpoc, arguments: list[str], said: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_terminal_gets_a_live_bar(run: Mpoc, model: Path) -> None:
+    master, slave = pty.openpty()
+    process = run.start("compress", model, "--bond", 4, stderr=slave)
+    os.close(slave)
+    shown = b""
+    with suppress(OSError):  # so a pseudo-terminal ends
+        while piece := os.read(master, 4096):
+            shown += piece
+    os.close(master)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0
+    assert b"2/2 layers" in shown
+    assert b"\x1b" in shown
+    assert b"[2/2]" not in shown
+    assert out.startswith("layer")

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import mpoc
+from mpoc.cli.app import app
+from mpoc.pipeline import compress_checkpoint
+from mpoc.recipe import make_recipe
+from tests.checkpoints import network_state, save_directory
+from tests.process import Mpoc
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = {command.name: command for command in typer.main.get_group(app).commands.values()}
+
+
+def examples(command: str) -> list[str]:
+    """The command lines under "Example" in a command's help, as they are written in its source."""
+    text = COMMANDS[command].help or ""
+    _, found, rest = text.partition("Example")
+    assert found, f"mpoc {command} --help has no example"
+    return re.findall(r"mpoc .*", rest)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+class TestEveryCommand:
+    def test_has_help_with_an_example_and_all_its_options(self, run: Mpoc, command: str) -> None:
+        done = run(command, "--help")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"mpoc {command} " in done.stdout
+        flat = re.sub(r"[\s│]+", " ", done.stdout)
+        for example in examples(command):
+            assert example in flat
+        for parameter in COMMANDS[command].params:
+            for option in parameter.opts:
+                assert option.lstrip("-") in done.stdout.lower() or parameter.param_type_name == "argument"
+            if parameter.param_type_name == "option":
+                assert getattr(parameter, "help", ""), f"{parameter.name} has no help"
+
+    def test_examples_work(self, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        make_what_the_examples_name(compressed=command != "compress")
+        for example in examples(command):
+            words = shlex.split(example.partition(" > ")[0])
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, f"{example}: {result.output}"
+
+    def test_stands_in_the_readme(self, command: str) -> None:
+        readme = (ROOT / "README.md").read_text("utf-8")
+        assert f"mpoc {command}" in readme
+
+    def test_is_listed_with_what_it_does(self, run: Mpoc, command: str) -> None:
+        listed = run("--help").stdout
+        assert re.search(rf"{command} +\w+", listed)
+
+
+def make_what_the_examples_name(compressed: bool) -> None:
+    state = network_state()
+    for name in ("resnet56.th", "vgg.pt"):
+        torch.save(state, name)
+    save_directory(Path("bert"), {"pooler.dense.weight": torch.randn(32, 32), **state})
+    if compressed:
+        compress_checkpoint(Path("vgg.pt"), Path("resnet56.mpo.safetensors"), make_recipe(None, {"bond": 4}))
+
+
+def test_no_arguments_show_the_help(run: Mpoc) -> None:
+    done = run()
+    assert done.returncode in (0, 2)  # typer's choice, by version
+    assert "Usage:" in done.stdout + done.stderr
+
+
+def test_the_version_is_the_package_s(run: Mpoc) -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"mpoc {mpoc.__version__}\n", "")
+
+
+@pytest.fixture(autouse=True)
+def _own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run in this process leave its handler of SIGTERM alone."""
+    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)

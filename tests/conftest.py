@@ -1,0 +1,55 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import network_state, save_directory
+from tests.process import Mpoc
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tensors are tiny here: threads would only wait for each other, long ones on a busy machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same random numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def data() -> Path:
+    """The folder of real checkpoints and data sets that MPOC_TEST_DATA names."""
+    folder = os.environ.get("MPOC_TEST_DATA")
+    if not folder:
+        pytest.skip("MPOC_TEST_DATA is not set: no real checkpoints to test on")
+    return Path(folder)
+
+
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mpoc]:
+    """``run("report", file)``: a process of its own, in ``run.folder``, which is empty."""
+    mpoc = Mpoc(tmp_path_factory.mktemp("run"))
+    yield mpoc
+    for process in mpoc.started:
+        with suppress(ProcessLookupError):
+            process.kill()
+        process.communicate()
+
+
+@pytest.fixture(params=["file", "directory", "shards"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A small network as a torch file, as a Hugging Face directory, and as one in shards."""
+    if request.param == "file":
+        torch.save(network_state(), tmp_path / "m.pt")
+        return tmp_path / "m.pt"
+    return save_directory(tmp_path / "m", network_state(), shards=1 if request.param == "directory" else 3)

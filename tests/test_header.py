@@ -1,0 +1,223 @@
+"""The header against the safetensors library, both ways, and against files that are none."""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpoc.errors import MpocError
+from mpoc.header import DTYPES, ITEMSIZE, TensorInfo, encode_header, read_header, storage_order
+
+SOME = settings(max_examples=100, deadline=None, derandomize=True)
+
+_NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
+    lambda name: name != "__metadata__"
+)
+_SHAPES = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+TENSORS = st.dictionaries(_NAMES, st.tuples(st.sampled_from(sorted(ITEMSIZE)), _SHAPES), max_size=6).map(
+    lambda table: [TensorInfo(name, *rest) for name, rest in table.items()]
+)
+METADATA = st.dictionaries(_NAMES, st.text(st.characters(exclude_categories=["Cs"])), max_size=1)
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("header") / "m.safetensors"
+
+
+def data(info: TensorInfo) -> Tensor:
+    """Bytes 0, 1, 2, … as a tensor."""
+    raw = torch.arange(info.nbytes, dtype=torch.int64) % 2  # 0 and 1: also good as booleans
+    return raw.to(torch.uint8).view(getattr(torch, info.dtype)).reshape(info.shape)
+
+
+def as_written_here(tensors: list[TensorInfo], metadata: dict[str, str]) -> bytes:
+    ordered = storage_order(tensors)
+    raw = [data(info).reshape(-1).view(torch.uint8).numpy().tobytes() for info in ordered]
+    return encode_header(ordered, metadata) + b"".join(raw)
+
+
+def with_length(text: bytes, length: int | None = None, rest: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text + rest
+
+
+def entry(**changes: Any) -> bytes:
+    """A file of one float32 tensor (2,), with some of its entry changed."""
+    good = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    return with_length(json.dumps({"a": good | changes}).encode(), rest=bytes(8))
+
+
+@SOME
+@given(TENSORS, METADATA)
+def test_bytes_are_those_of_the_safetensors_library(
+    file: Path, tensors: list[TensorInfo], metadata: dict[str, str]
+) -> None:
+    save_file({info.name: data(info) for info in tensors}, file, metadata or None)
+    assert as_written_here(tensors, metadata) == file.read_bytes()
+
+
+@SOME
+@given(TENSORS, METADATA)
+def test_the_library_reads_what_is_written(
+    file: Path, tensors: list[TensorInfo], metadata: dict[str, str]
+) -> None:
+    file.write_bytes(as_written_here(tensors, metadata))
+    with safe_open(file, framework="pt") as handle:
+        assert (handle.metadata() or {}) == metadata
+        assert set(handle.keys()) == {info.name for info in tensors}
+        for info in tensors:
+            tensor = handle.get_tensor(info.name)
+            assert (tensor.dtype, tuple(tensor.shape)) == (getattr(torch, info.dtype), info.shape)
+            assert torch.equal(tensor.reshape(-1).view(torch.uint8), data(info).reshape(-1).view(torch.uint8))
+
+
+@SOME
+@given(TENSORS, st.dictionaries(_NAMES, st.text(st.characters(exclude_categories=["Cs"])), max_size=4))
+def test_what_the_library_writes_is_read(
+    file: Path, tensors: list[TensorInfo], metadata: dict[str, str]
+) -> None:
+    save_file({info.name: data(info) for info in tensors}, file, metadata or None)
+    header = read_header(file)
+    assert header.tensors == {info.name: info for info in tensors}
+    assert header.metadata == metadata
+
+
+def test_every_dtype_is_known_with_its_size() -> None:
+    for name, size in DTYPES.values():
+        assert getattr(torch, name).itemsize == size
+
+
+def test_numbers_of_a_tensor() -> None:
+    info = TensorInfo("a", "bfloat16", (3, 4, 5))
+    assert (info.numel, info.nbytes) == (60, 120)
+    assert TensorInfo("scalar", "float64", ()).nbytes == 8
+
+
+@SOME
+@given(TENSORS)
+def test_every_tensor_is_aligned_in_the_file(tensors: list[TensorInfo]) -> None:
+    ordered = storage_order(tensors)
+    start = len(encode_header(ordered, {}))
+    assert start % 8 == 0
+    for info in ordered:
+        assert start % ITEMSIZE[info.dtype] == 0
+        start += info.nbytes
+
+
+def test_a_file_cut_anywhere_is_refused(file: Path) -> None:
+    tensors = [TensorInfo("layer.weight", "float32", (3, 5)), TensorInfo("b", "int8", (2,))]
+    whole = as_written_here(tensors, {"mpoc": "{}"})
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(MpocError, match=r"truncated|not a safetensors file"):
+            read_header(file)
+    file.write_bytes(whole[:-3])
+    with pytest.raises(MpocError, match=r"m\.safetensors: truncated: 3 bytes missing .*tensor 'b'"):
+        read_header(file)
+
+
+HOSTILE = {
+    "empty": b"",
+    "no header": with_length(b""),
+    "length of 16 EB": with_length(b"{}", 2**64 - 1),
+    "length of 101 MB": with_length(b"{}", 101_000_000),
+    "header longer than the file": with_length(b"{}", 3),
+    "a zip file": b"PK\x03\x04" + bytes(100),
+    "no JSON": with_length(b"{a}"),
+    "no UTF-8": with_length(b'{"\xff": 1}'),
+    "a list": with_length(b"[]"),
+    "a number": with_length(b"12"),
+    "deep": with_length(b"[" * 100_000),
+    "long digits": with_length(b'{"a":' + b"9" * 5000 + b"}"),
+    "metadata a list": with_length(b'{"__metadata__":[1]}'),
+    "metadata null": with_length(b'{"__metadata__":null}'),
+    "metadata a number": with_length(b'{"__metadata__":{"mpoc":3}}'),
+    "entry null": with_length(b'{"a":null}'),
+    "entry a list": with_length(b'{"a":[1]}'),
+    "entry empty": with_length(b'{"a":{}}'),
+    "dtype unknown": entry(dtype="F128"),
+    "dtype a list": entry(dtype=["F32"]),
+    "shape null": entry(shape=None),
+    "shape text": entry(shape="2"),
+    "shape of text": entry(shape=["2"]),
+    "shape of floats": entry(shape=[2.0]),
+    "shape of truth": entry(shape=[True, 2]),
+    "shape infinite": entry(shape=[math.inf]),
+    "shape negative": entry(shape=[-1, -2]),
+    "shape huge": entry(shape=[10**40] * 50),
+    "shape too large": entry(shape=[3]),
+    "shape too small": entry(shape=[1]),
+    "offsets negative": entry(data_offsets=[-8, 0]),
+    "offsets backwards": entry(data_offsets=[8, 0]),
+    "offsets of floats": entry(data_offsets=[0.0, 8.0]),
+    "offsets huge float": entry(data_offsets=[0.5, 10**400]),
+    "offsets three": entry(data_offsets=[0, 4, 8]),
+    "offsets a number": entry(data_offsets=8),
+    "offsets behind the end": entry(data_offsets=[8, 16]),
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_headers_are_refused(file: Path, content: bytes) -> None:
+    file.write_bytes(content)
+    with pytest.raises(MpocError, match=r"m\.safetensors: "):
+        read_header(file)
+
+
+def test_the_unchanged_entry_is_good(file: Path) -> None:
+    file.write_bytes(entry())
+    assert read_header(file).tensors == {"a": TensorInfo("a", "float32", (2,))}
+
+
+def test_an_unknown_dtype_is_named_with_its_tensor(file: Path) -> None:
+    file.write_bytes(entry(dtype="F8_E8M0"))
+    with pytest.raises(MpocError, match="tensor 'a' has dtype F8_E8M0"):
+        read_header(file)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+_ENTRY = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*DTYPES]) | _JSON,
+        "shape": st.lists(st.integers(-2, 4), max_size=3) | _JSON,
+        "data_offsets": st.lists(st.integers(-1, 40), min_size=2, max_size=2) | _JSON,
+    }
+)
+
+
+@SOME
+@given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), _ENTRY | _JSON, max_size=3) | _JSON)
+def test_any_json_is_read_or_refused(file: Path, value: Any) -> None:
+    file.write_bytes(with_length(json.dumps(value).encode(), rest=bytes(40)))
+    try:
+        header = read_header(file)
+    except MpocError:
+        return
+    assert all(isinstance(text, str) for text in header.metadata.values())
+    for info in header.tensors.values():
+        assert info.dtype in ITEMSIZE and 0 <= info.nbytes <= 40
+        assert all(type(side) is int and side >= 0 for side in info.shape)
+
+
+@SOME
+@given(st.binary(max_size=64))
+def test_garbage_is_refused(file: Path, content: bytes) -> None:
+    file.write_bytes(with_length(content))
+    try:
+        tensors = read_header(file).tensors
+    except MpocError:
+        return
+    assert tensors == {} and json.loads(content) in ({}, {"__metadata__": {}})

@@ -1,0 +1,249 @@
+"""The manifest: there and back, its sums, and damaged ones."""
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from mpoc.errors import MpocError
+from mpoc.manifest import (
+    FORMAT,
+    LayerRecord,
+    Manifest,
+    Source,
+    core_prefix,
+    parse_manifest,
+    read_manifest,
+)
+from mpoc.structure import make_structure
+
+SOME = settings(max_examples=60, deadline=None, derandomize=True)
+HERE = Path("m.safetensors")
+
+
+def record(name: str, kind: str, shape: tuple[int, ...], bond: int | None, **changes: Any) -> LayerRecord:
+    """As a fit would leave it; dense where ``bond`` is None."""
+    transposed = changes.pop("transposed", False)
+    structure = make_structure(kind, shape, transposed)
+    count = structure.num_original
+    if bond is None:
+        return LayerRecord(name, kind, shape, "float32", "dense", count, count, "float32", "too small")
+    bonds = structure.bonds(bond)
+    values: dict[str, Any] = {
+        "transposed": transposed,
+        "output_factors": structure.output_factors,
+        "input_factors": structure.input_factors,
+        "bonds": bonds,
+        "padding": structure.padding,
+        "relative_error": 0.25,
+        "entropies": (0.5,) * (len(bonds) - 2),
+        "entropies_of_weight": (None, 1.5, None)[: len(bonds) - 2],
+    }
+    stored = structure.num_parameters(bond)
+    return LayerRecord(
+        name, kind, shape, "float32", "mpo", count, stored, "bfloat16", "", **(values | changes)
+    )
+
+
+def manifest(*layers: LayerRecord, **changes: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "source": Source("modèle.pt", 123_456, 60_000, "ab" * 32),
+        "layers": layers,
+        "options": {"bond": 4, "seed": 0},
+        "kinds_from": "names and shapes",
+        "left_alone": {"wte.weight": "embedding (--embeddings takes it in)"},
+        "vectors": 7,
+        "tied": {"lm_head.weight": "wte.weight"},
+        "tool": "mpoc 0.1.0",
+    }
+    return Manifest(**(values | changes))
+
+
+LAYERS = (
+    record("conv.weight", "conv2d", (16, 12, 3, 3), 4),
+    record("fc.weight", "linear", (64, 48), 3, transposed=True),
+    record("embedding.weight", "embedding", (101, 32), 2),
+    record("experts.gate_up_proj", "experts", (3, 16, 8), 2),
+    record("head.weight", "linear", (3, 2), None),
+)
+WHOLE = manifest(*LAYERS)
+
+
+def test_there_and_back() -> None:
+    assert parse_manifest(WHOLE.to_json(), HERE) == WHOLE
+    assert parse_manifest(WHOLE.to_json(indent=2).encode(), HERE) == WHOLE
+    assert parse_manifest(manifest().to_json(), HERE) == manifest()
+
+
+_FLOATS = st.floats(0, 1e6)
+
+
+@SOME
+@given(
+    st.text(st.characters(exclude_categories=["Cs"])),
+    st.floats(0, 1) | st.none(),
+    st.lists(_FLOATS, max_size=4).map(tuple),
+    st.lists(_FLOATS | st.none(), max_size=4).map(tuple),
+    st.text(max_size=5),
+)
+def test_any_record_there_and_back(
+    name: str, error: float | None, entropies: tuple[float, ...], of_weight: tuple[Any, ...], reason: str
+) -> None:
+    layer = record(
+        name, "linear", (8, 12), 2, relative_error=error, entropies=entropies, entropies_of_weight=of_weight
+    )
+    whole = manifest(layer, left_alone={name: reason}, tied={reason: name})
+    assert parse_manifest(whole.to_json(), HERE) == whole
+
+
+def test_defaults_are_not_written() -> None:
+    (layer,) = json.loads(manifest(LAYERS[-1]).to_json())["layers"]
+    assert "padding" not in layer and "bonds" not in layer and layer["reason"] == "too small"
+
+
+def test_same_manifest_same_text() -> None:
+    again = parse_manifest(WHOLE.to_json(), HERE)
+    assert again.to_json() == WHOLE.to_json() == deepcopy(WHOLE).to_json()
+
+
+def test_sums_by_hand() -> None:
+    layers = (
+        LayerRecord("a.weight", "linear", (10, 10), "float32", "mpo", 100, 30, "float32"),
+        LayerRecord("b.weight", "linear", (30, 10), "float32", "mpo", 300, 50, "float32"),
+        LayerRecord("c.weight", "linear", (10, 20), "float32", "dense", 200, 200, "float32"),
+    )
+    whole = manifest(*layers, source=Source("m.pt", 1, 1000, ""))
+    assert [layer.layer for layer in whole.replaced] == ["a", "b"]
+    assert whole.rho == (30 + 50) / (100 + 300)
+    assert whole.rho_selected == (30 + 50 + 200) / (100 + 300 + 200)
+    assert whole.num_parameters == 1000 - (100 - 30) - (300 - 50)
+    assert layers[0].rho == 0.3
+    assert manifest(layers[2]).rho == manifest().rho == manifest().rho_selected == 1.0
+
+
+@pytest.mark.parametrize("layer", LAYERS[:-1], ids=lambda layer: layer.kind)
+def test_a_records_structure_is_the_one_it_was_made_from(layer: LayerRecord) -> None:
+    structure = make_structure(layer.kind, layer.shape, layer.transposed)
+    assert layer.structure == structure
+    assert layer.structure.padding == layer.padding
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("fc.weight", "fc.cores"),
+        ("weight", "cores"),
+        ("lstm.weight_ih_l0", "lstm.weight_ih_l0_cores"),
+        ("mlp.experts.down_proj", "mlp.experts.down_proj_cores"),
+        ("attn.in_proj_weight", "attn.in_proj_weight_cores"),
+    ],
+)
+def test_names_of_cores(name: str, prefix: str) -> None:
+    assert core_prefix(name) == prefix
+    assert record(name, "linear", (8, 8), 2).core_name(2) == f"{prefix}.2"
+
+
+def test_files_and_directories_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_file({"a": torch.zeros(2)}, file, {"format": "pt", "mpoc": WHOLE.to_json()})
+    (tmp_path / "mpoc.json").write_text(WHOLE.to_json(indent=2), "utf-8")
+    assert read_manifest(file) == read_manifest(tmp_path) == WHOLE
+
+
+def test_what_mpoc_did_not_make_is_refused(tmp_path: Path) -> None:
+    plain, other = tmp_path / "plain.safetensors", tmp_path / "model.pt"
+    save_file({"a": torch.zeros(2)}, plain)
+    other.write_bytes(b"PK")
+    for path in (plain, other, tmp_path):
+        with pytest.raises(MpocError, match="not compressed by mpoc") as caught:
+            read_manifest(path)
+        assert caught.value.hint == f"mpoc compress {path} --ratio 0.5"
+    with pytest.raises(MpocError, match="no such file"):
+        read_manifest(tmp_path / "absent")
+
+
+def test_a_later_format_says_how_to_read_it() -> None:
+    value = json.loads(WHOLE.to_json()) | {"format": FORMAT + 1}
+    with pytest.raises(MpocError, match=f"format {FORMAT + 1}, this mpoc reads format {FORMAT}") as caught:
+        parse_manifest(json.dumps(value), HERE)
+    assert "upgrade" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "{}", '{"format": 1}', "[" * 100_000])
+def test_what_is_no_manifest(text: str) -> None:
+    with pytest.raises(MpocError, match=r"damaged manifest|format"):
+        parse_manifest(text, HERE)
+    with pytest.raises(MpocError, match="damaged manifest"):
+        parse_manifest(b"\xff" + text.encode(), HERE)
+
+
+def _places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield at
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from _places(value[key], (*at, key))
+
+
+def _with(value: Any, at: tuple[Any, ...], new: Any) -> Any:
+    if not at:
+        return new
+    value = deepcopy(value)
+    inner = value
+    for key in at[:-1]:
+        inner = inner[key]
+    inner[at[-1]] = new
+    return value
+
+
+def test_no_single_change_gets_past_the_check_and_then_breaks() -> None:
+    whole = json.loads(WHOLE.to_json())
+    replacements: list[Any] = [None, -1, 0, 1.5, True, "x", [], {}, [None], ["x"], {"a": 1}, [[]], [3, 4]]
+    for at in _places(whole):
+        for new in replacements:
+            try:
+                found = parse_manifest(json.dumps(_with(whole, at, new)), HERE)
+            except MpocError:
+                continue
+            assert isinstance(found.rho + found.rho_selected + found.num_parameters, float)
+            for layer in found.replaced:
+                assert layer.structure.num_original == layer.num_original
+                assert len(layer.bonds) == len(layer.structure.site_sizes) + 1
+            assert json.loads(found.to_json())
+
+
+@pytest.mark.parametrize(
+    ("key", "new"),
+    [
+        ("kind", "conv4d"),
+        ("form", "svd"),
+        ("shape", [16, 12, 3, 4]),
+        ("shape", [1728]),
+        ("num_original", 0),
+        ("bonds", [1, 4, 1]),
+        ("output_factors", [1, 4, 2, 1]),
+        ("dtype", "float31"),
+        ("stored_dtype", 32),
+        ("unknown", 1),
+        ("name", None),
+    ],
+)
+def test_damaged_records_are_refused(key: str, new: Any) -> None:
+    value = json.loads(WHOLE.to_json())
+    value["layers"][0][key] = new
+    with pytest.raises(MpocError, match=r"m\.safetensors: damaged manifest"):
+        parse_manifest(json.dumps(value), HERE)
+
+
+@pytest.mark.parametrize("key", ["source", "layers", "options", "kinds_from"])
+def test_missing_parts_are_refused(key: str) -> None:
+    value = json.loads(WHOLE.to_json())
+    del value[key]
+    with pytest.raises(MpocError, match="damaged manifest"):
+        parse_manifest(json.dumps(value), HERE)

@@ -1,0 +1,224 @@
+"""The plan: goals, rules of single layers, ceilings that hold."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpoc.errors import UsageError
+from mpoc.header import ITEMSIZE
+from mpoc.plan import LayerPlan, leave_dense_unless_smaller, make_plan
+from mpoc.recipe import LayerRule, Recipe, ShapeRule, make_recipe, parse_shape
+from mpoc.selection import LinearMap, Selection
+from mpoc.structure import make_structure
+
+SOME = settings(max_examples=60, deadline=None, derandomize=True)
+
+NETWORK = [
+    LinearMap("conv1.weight", "conv2d", (16, 3, 3, 3), "float32", False),
+    LinearMap("conv2.weight", "conv2d", (64, 32, 3, 3), "float32", False),
+    LinearMap("fc1.weight", "linear", (256, 784), "float32", False),
+    LinearMap("fc2.weight", "linear", (10, 256), "float16", False),
+]
+
+
+def selection(*maps: LinearMap) -> Selection:
+    return Selection(list(maps), {}, "names and shapes")
+
+
+def plan(maps: list[LinearMap], rules: tuple[LayerRule, ...] = (), **options: Any) -> dict[str, LayerPlan]:
+    plans = make_plan(selection(*maps), Recipe(**options, rules=rules), size_with_text)
+    return {plan.map.layer: plan for plan in plans}
+
+
+def ratio_of(plans: list[LayerPlan]) -> float:
+    """Eq. (9) over all selected layers."""
+    records = [plan.record() for plan in plans]
+    return sum(r.num_stored for r in records) / sum(r.num_original for r in records)
+
+
+def size_with_text(plans: list[LayerPlan]) -> int:
+    """Bytes of the data and of a text whose length depends on the bonds, as a manifest's does."""
+    records = [plan.record() for plan in plans]
+    text = sum(len(str(record.bonds)) for record in records)
+    return 1000 + text + sum(r.num_stored * ITEMSIZE[r.stored_dtype] for r in records)
+
+
+_SIDE = st.integers(1, 200)
+MAPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("linear"), st.tuples(_SIDE, _SIDE)),
+        st.tuples(st.just("conv2d"), st.tuples(_SIDE, _SIDE, st.just(3), st.just(3))),
+    ),
+    min_size=1,
+    max_size=5,
+).map(lambda ws: [LinearMap(f"l{k}.weight", w[0], w[1], "float32", False) for k, w in enumerate(ws)])
+
+
+def test_a_bond_caps_every_layer() -> None:
+    for layer in plan(NETWORK, bond=4).values():
+        structure = make_structure(layer.map.kind, layer.map.shape)
+        record = layer.record()
+        assert (record.form, record.bonds) == ("mpo", structure.bonds(4))
+        assert record.num_stored == structure.num_parameters(4) < record.num_original
+        assert (record.output_factors, record.input_factors) == (
+            structure.output_factors,
+            structure.input_factors,
+        )
+
+
+def test_records_keep_the_source_and_the_stored_dtype() -> None:
+    own, asked = (
+        plan(NETWORK, bond=4)["fc2"].record(),
+        plan(NETWORK, bond=4, dtype="bfloat16")["fc2"].record(),
+    )
+    assert (own.dtype, own.stored_dtype) == ("float16", "float16")
+    assert (asked.dtype, asked.stored_dtype) == ("float16", "bfloat16")
+
+
+def test_a_layer_that_would_grow_stays_dense_and_says_so() -> None:
+    layer = plan(NETWORK, bond=64)["fc2"]
+    grown = layer.structure.num_parameters(64)
+    assert layer.max_bond is None and grown >= 2560
+    assert layer.reason == f"would not shrink at bond 64: 2,560 → {grown:,} (--allow-growth)"
+    record = layer.record()
+    assert (record.form, record.num_stored, record.bonds) == ("dense", 2560, ())
+    assert plan(NETWORK, bond=64, allow_growth=True)["fc2"].record().num_stored == grown
+
+
+def test_dense_unless_strictly_smaller() -> None:
+    layer = plan(NETWORK, bond=4)["fc1"]
+    assert leave_dense_unless_smaller(layer, 256 * 784 - 1) is layer
+    assert leave_dense_unless_smaller(layer, 256 * 784).max_bond is None
+
+
+def test_a_tolerance_starts_from_the_full_bond() -> None:
+    layer = plan(NETWORK, max_error=0.1)["fc1"]
+    assert (layer.tolerance, layer.max_bond) == (0.1, layer.structure.full_bond)
+
+
+def test_rules_of_single_layers_win() -> None:
+    rules = (
+        LayerRule("fc*", bond=7, sites=2),
+        LayerRule("fc2", max_error=0.2),
+        LayerRule("conv1", dense=True),
+    )
+    layers = plan(NETWORK, rules, bond=3, sites=3)
+    assert layers["conv1"].max_bond is None and layers["conv1"].reason == "the recipe leaves it dense"
+    assert layers["conv2"].max_bond == 3 and len(layers["conv2"].structure.output_factors) == 4
+    assert layers["fc1"].max_bond == 7 and len(layers["fc1"].structure.output_factors) == 2
+    assert layers["fc2"].tolerance == 0.2 and len(layers["fc2"].structure.output_factors) == 2
+
+
+def test_shapes_go_to_the_layers_they_fit_or_name() -> None:
+    everywhere = parse_shape("4x7x7x4:4x4x4x4")
+    named = parse_shape("fc2=4x4x4x4:1x1x10x1")
+    layers = plan(NETWORK, bond=4, shape=(everywhere, named))
+    assert layers["fc1"].structure.input_factors == (4, 7, 7, 4)
+    assert layers["fc2"].structure.output_factors == (1, 1, 10, 1)
+    assert layers["fc2"].record().num_stored == 736
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"shape": (parse_shape("4x4:4x4"),)}, "--shape 4x4:4x4: multiplies out to no selected layer's"),
+        ({"shape": (parse_shape("fc1=4x4:4x4"),)}, "shape for layer fc1: 4×4 = 16 inputs"),
+        ({"shape": (parse_shape("fc9=4x4:4x4"),)}, "--shape pattern 'fc9' matches no tensor; .* 'fc"),
+        ({"rules": (LayerRule("fd1"),)}, r"\[layer\] pattern 'fd1' matches no tensor; .* 'fc1'"),
+    ],
+)
+def test_what_fits_no_layer_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        make_plan(selection(*NETWORK), Recipe(bond=4, **options))
+
+
+def test_nothing_selected_is_refused() -> None:
+    with pytest.raises(UsageError, match="no layer is left to compress"):
+        make_plan(selection(), Recipe(bond=4))
+
+
+@SOME
+@given(MAPS, st.floats(0.001, 1))
+def test_ratio_is_a_ceiling_that_is_used(maps: list[LinearMap], ratio: float) -> None:
+    try:
+        plans = make_plan(selection(*maps), Recipe(ratio=ratio))
+    except UsageError:
+        assert ratio_of(make_plan(selection(*maps), Recipe(bond=1))) > ratio
+        return
+    assert ratio_of(plans) <= ratio
+    total = sum(layer.structure.num_original for layer in plans)
+    for layer in plans:
+        if layer.max_bond is None:
+            assert layer.reason == "would not shrink even at bond 1"
+            continue
+        now, more = (layer.structure.num_parameters(layer.max_bond + k) for k in (0, 1))
+        fits = ratio_of(plans) + (more - now) / total <= ratio * (1 - 1e-12)
+        assert more == now or more >= layer.structure.num_original or not fits
+
+
+def test_a_ratio_out_of_reach_names_one_within() -> None:
+    with pytest.raises(UsageError, match=r"--ratio 0\.0001 cannot be reached") as caught:
+        make_plan(selection(*NETWORK), Recipe(ratio=0.0001))
+    assert caught.value.hint is not None
+    within = float(caught.value.hint.split()[1].rstrip(","))
+    assert ratio_of(make_plan(selection(*NETWORK), Recipe(ratio=within))) <= within < 0.1
+
+
+@pytest.mark.parametrize("growth", [False, True])
+def test_the_ceiling_counts_layers_with_a_goal_of_their_own(growth: bool) -> None:
+    rules = (LayerRule("conv2", bond=4), LayerRule("fc2", dense=True))
+    layers = plan(NETWORK, rules, ratio=0.5, allow_growth=growth)
+    assert layers["conv2"].max_bond == 4 and layers["fc2"].max_bond is None
+    assert 0.49 < ratio_of(list(layers.values())) <= 0.5
+
+
+def test_the_ceiling_counts_a_layer_that_would_grow_as_dense() -> None:
+    maps = [LinearMap(f"{name}.weight", "linear", (64, 64), "float32", False) for name in "ab"]
+    for rule in (LayerRule("a", bond=10**6), LayerRule("a", max_error=0.1)):
+        layers = plan(maps, (rule,), ratio=0.8)
+        spent = 64 * 64 + layers["b"].record().num_stored
+        assert 0.75 < spent / (2 * 64 * 64) <= 0.8
+
+
+@SOME
+@given(MAPS, st.floats(0.1, 1.1), st.sampled_from([None, "bfloat16"]))
+def test_size_is_a_ceiling_that_is_used(maps: list[LinearMap], share: float, dtype: str | None) -> None:
+    def make(goal: Recipe, predict: Callable[[list[LayerPlan]], int] | None = None) -> list[LayerPlan]:
+        return make_plan(selection(*maps), goal, predict)
+
+    size = int(share * 4 * sum(make_structure(m.kind, m.shape).num_original for m in maps)) + 1000
+    smallest = size_with_text(make(Recipe(bond=1, dtype=dtype)))
+    try:
+        plans = make(Recipe(size=size, dtype=dtype), size_with_text)
+    except UsageError as error:
+        # Longer texts may cost what bond 1 had left.
+        assert smallest > size - 10 and f"has {smallest} bytes" in str(error)
+        return
+    assert size_with_text(plans) <= size
+    steps = [
+        (layer.structure.num_parameters(layer.max_bond + 1) - layer.record().num_stored)
+        * ITEMSIZE[layer.stored_dtype]
+        for layer in plans
+        if layer.max_bond is not None
+        and layer.structure.num_parameters(layer.max_bond + 1) < layer.structure.num_original
+    ]
+    unspent = size - size_with_text(plans)
+    assert all(step == 0 or step > unspent - 50 * len(plans) for step in steps)
+
+
+def test_open_bonds_are_found_in_a_recipe_file(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('ratio = 0.2\n[layer."fc1"]\nbond = 5\nshape = "28x28:16x16"\n')
+    recipe = make_recipe(file, {})
+    layers = {layer.map.layer: layer for layer in make_plan(selection(*NETWORK), recipe)}
+    assert layers["fc1"].structure.input_factors == (28, 28) and layers["fc1"].max_bond == 5
+    assert recipe.rules[0].shape == ShapeRule(None, (16, 16), (28, 28))
+
+
+def test_same_recipe_same_plan() -> None:
+    first, second = (make_plan(selection(*NETWORK), Recipe(ratio=0.3)) for _ in range(2))
+    assert first == second

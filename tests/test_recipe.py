@@ -1,0 +1,233 @@
+"""Options and recipe files: what is read, what wins, what is refused."""
+
+from dataclasses import fields
+from fractions import Fraction
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpoc.errors import UsageError
+from mpoc.recipe import LayerRule, Recipe, ShapeRule, make_recipe, parse_shape, parse_size
+
+SOME = settings(max_examples=100, deadline=None, derandomize=True)
+
+# Every option as a file may give it, and what it means.
+EVERY_KEY: list[tuple[str, str, Any]] = [
+    ("bond", "8", 8),
+    ("ratio", "1", 1.0),
+    ("max-error", "0.25", 0.25),
+    ("size", '"20MB"', 20_000_000),
+    ("sites", "3", 3),
+    ("shape", '"28x28:16x16"', (ShapeRule(None, (16, 16), (28, 28)),)),
+    ("shape", '["fc=4x4:2x8"]', (ShapeRule("fc", (2, 8), (4, 4)),)),
+    ("layers", '"fc*"', ("fc*",)),
+    ("exclude", '["a", "re:b"]', ("a", "re:b")),
+    ("embeddings", "true", True),
+    ("min-params", "100", 100),
+    ("allow-growth", "true", True),
+    ("dtype", '"bfloat16"', "bfloat16"),
+    ("seed", "7", 7),
+    ("device", '"cpu"', "cpu"),
+    ("max-shard-size", "5000", 5000),
+    ("max-shard-size", '"1KiB"', 1024),
+]
+GOALS: dict[str, Any] = {"bond": 8, "ratio": 0.5, "max_error": 0.1, "size": 1000}
+
+
+def read(tmp_path: Path, text: str, **options: Any) -> Recipe:
+    file = tmp_path / "recipe.toml"
+    file.write_text(text, "utf-8")
+    return make_recipe(file, options)
+
+
+@pytest.mark.parametrize(("key", "text", "value"), EVERY_KEY)
+def test_every_option_can_stand_in_a_file(tmp_path: Path, key: str, text: str, value: Any) -> None:
+    field = key.replace("-", "_")
+    goal = {} if field in GOALS else {"bond": 8}
+    found = getattr(read(tmp_path, f"{key} = {text}", **goal), field)
+    assert found == value and type(found) is type(value)
+
+
+def test_that_list_has_every_option() -> None:
+    assert {key.replace("-", "_") for key, _, _ in EVERY_KEY} | {"rules"} == {f.name for f in fields(Recipe)}
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_one_goal_is_enough(goal: str) -> None:
+    assert getattr(make_recipe(None, {goal: GOALS[goal]}), goal) == GOALS[goal]
+
+
+@pytest.mark.parametrize("goals", [(), *combinations(GOALS, 2), tuple(GOALS)], ids=str)
+def test_no_goal_and_several_are_refused(goals: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match="exactly one of --bond, --ratio, --max-error and --size") as caught:
+        make_recipe(None, {goal: GOALS[goal] for goal in goals} | {"seed": 1})
+    assert all("--" + goal.replace("_", "-") in str(caught.value).partition("given:")[2] for goal in goals)
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    text = 'bond = 8\nseed = 3\nlayers = ["a"]\n'
+    recipe = read(tmp_path, text, seed=4, layers=None)
+    assert (recipe.bond, recipe.seed, recipe.layers) == (8, 4, ("a",))
+
+
+def test_a_goal_on_the_command_line_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    recipe = read(tmp_path, "bond = 8", ratio=0.5)
+    assert (recipe.bond, recipe.ratio) == (None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("bnd = 8", "unknown key 'bnd'; did you mean 'bond'?"),
+        ("max_error = 0.1", "unknown key 'max_error'; did you mean 'max-error'?"),
+        ("rules = 1", "unknown key 'rules'"),
+        ("[layer.fc]\nbonds = 8", r"\[layer.'fc'\]: unknown key 'bonds'; did you mean 'bond'?"),
+        ("[layer.fc]\npattern = 'a'", "unknown key 'pattern'"),
+        ("[layer.fc]\nembeddings = true", "unknown key 'embeddings'"),
+        ("[layers.fc]\nbond = 8", "layers = .*: a string or a list of strings is needed"),
+        ("layer = 3", r"layers are tables, as in \[layer\.\"encoder\.\*\"\]"),
+        ("[layer]\nfc = 3", "layers are tables"),
+        ("bond = 8.0", "bond = 8.0: a whole number is needed"),
+        ("bond = true", "bond = True: a whole number is needed"),
+        ('bond = "8"', "bond = '8': a whole number is needed"),
+        ('ratio = "0.5"', "ratio = '0.5': a number is needed"),
+        ("ratio = true", "ratio = True: a number is needed"),
+        ("embeddings = 1", "embeddings = 1: true or false is needed"),
+        ("dtype = 16", "dtype = 16: a string is needed"),
+        ("layers = [1]", r"layers = \[1\]: a string or a list of strings is needed"),
+        ("size = 1.5", "size = 1.5: a whole number is needed"),
+        ('size = "20 apples"', "size: '20 apples' is not a size"),
+        ('shape = "4x4"', "shape: '4x4' is not a shape"),
+        ("[layer.fc]\nshape = []", "shape: one inputs:outputs"),
+        ('[layer.fc]\nshape = ["4:4", "2:2"]', "shape: one inputs:outputs"),
+        ('[layer.fc]\nshape = "other=4:4"', "shape: one inputs:outputs"),
+        ("bond = ", "not valid TOML"),
+        ("bond = 1\nbond = 2", "not valid TOML"),
+    ],
+)
+def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        read(tmp_path, text)
+    assert "recipe.toml" in str(caught.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such recipe file"):
+        make_recipe(tmp_path / "absent.toml", {"bond": 8})
+    (tmp_path / "latin.toml").write_bytes(b'device = "\xff"')
+    with pytest.raises(UsageError, match="not valid TOML"):
+        make_recipe(tmp_path / "latin.toml", {"bond": 8})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bond": 0}, "--bond 0: a bond dimension is a whole number from 1"),
+        ({"ratio": 0.0}, "--ratio 0.0: .* above 0 and up to 1"),
+        ({"ratio": 1.01}, "--ratio 1.01"),
+        ({"ratio": float("nan")}, "--ratio nan"),
+        ({"max_error": 0.0}, "--max-error 0.0: a relative error lies between 0 and 1"),
+        ({"max_error": 1.0}, "--max-error 1.0"),
+        ({"max_error": float("nan")}, "--max-error nan"),
+        ({"size": 0}, "--size 0: must be above 0"),
+        ({"bond": 8, "sites": 1}, "--sites 1: .* at least 2 sites"),
+        ({"bond": 8, "min_params": -1}, "--min-params -1: must not be negative"),
+        ({"bond": 8, "max_shard_size": 0}, "--max-shard-size 0"),
+        ({"bond": 8, "dtype": "bfloat61"}, "--dtype 'bfloat61': .*; did you mean 'bfloat16'?"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        make_recipe(None, options)
+
+
+@pytest.mark.parametrize("text", ["bond = 0", "max-error = 1.0", "sites = 1"])
+def test_a_layers_values_are_checked_too(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match=r"layer 'fc\*': " + text.split()[0]):
+        read(tmp_path, f'bond = 4\n[layer."fc*"]\n{text}\n')
+
+
+def test_rules_merge_and_later_ones_win(tmp_path: Path) -> None:
+    text = """
+        ratio = 0.5
+        [layer."enc.*"]
+        bond = 8
+        sites = 3
+        [layer."re:query$"]
+        bond = 16
+        [layer."enc.1.query"]
+        max-error = 0.1
+        shape = "4x4:2x8"
+        [layer.head]
+        dense = true
+    """
+    recipe = read(tmp_path, text)
+    assert [rule.pattern for rule in recipe.rules] == ["enc.*", "re:query$", "enc.1.query", "head"]
+    assert recipe.rule_for("enc.0.key.weight") == LayerRule("enc.0.key.weight", bond=8, sites=3)
+    assert recipe.rule_for("enc.0.query.weight") == LayerRule("enc.0.query.weight", bond=16, sites=3)
+    last = recipe.rule_for("enc.1.query.weight")  # its own goal takes the place of the earlier one
+    assert (last.bond, last.max_error, last.sites) == (None, 0.1, 3)
+    assert last.shape == ShapeRule(None, (2, 8), (4, 4))
+    assert recipe.rule_for("head.weight").dense is True
+    assert recipe.rule_for("other.weight") == LayerRule("other.weight")
+
+
+def test_the_nearest_shape_wins() -> None:
+    free, other, named = map(parse_shape, ("4x4:4x4", "2x8:2x8", "fc=16x1:1x16"))
+    table = LayerRule("fc2", shape=parse_shape("1x16:16x1"))
+    recipe = Recipe(bond=2, shape=(named, free, other, parse_shape("9:9")), rules=(table,))
+    assert recipe.factors_for("fc2.weight", 16, 16) == ((16, 1), (1, 16))  # its table
+    assert recipe.factors_for("fc.weight", 16, 16) == ((1, 16), (16, 1))  # a pattern that names it
+    assert recipe.factors_for("x.weight", 16, 16) == ((2, 8), (2, 8))  # the last that fits
+    assert recipe.factors_for("x.weight", 16, 15) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [
+        ("20MB", 20_000_000),
+        ("500kB", 500_000),
+        ("1.5GB", 1_500_000_000),
+        ("1.001kB", 1001),
+        ("2 TiB", 2**41),
+        ("3gib", 3 * 2**30),
+        (" 7 b ", 7),
+        ("12", 12),
+        (12, 12),
+        ("1" * 400, int("1" * 400)),
+    ],
+)
+def test_sizes(text: str | int, nbytes: int) -> None:
+    assert parse_size(text) == nbytes
+
+
+@SOME
+@given(st.decimals(0, 10**6, places=4), st.sampled_from(["B", "kB", "MB", "GB", "KiB", "MiB"]))
+def test_sizes_are_not_rounded_by_floats(number: Any, unit: str) -> None:
+    power = 1024 if "i" in unit else 1000
+    exact = Fraction(str(number)) * power ** "BKMG".index(unit[0].upper())
+    assert parse_size(f"{number}{unit}") == int(exact)
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-5MB", "5 megabytes", "20M", "1.5.2kB", "nan", "1e3", "5ib", -3])
+def test_what_is_no_size(text: str | int) -> None:
+    with pytest.raises(UsageError, match="is not a size"):
+        parse_size(text)
+
+
+def test_shapes_are_inputs_then_outputs() -> None:
+    assert parse_shape("4x7x7x4:4x4x4x4") == ShapeRule(None, (4, 4, 4, 4), (4, 7, 7, 4))
+    assert parse_shape("re:a=b$=2x3:5x7") == ShapeRule("re:a=b$", (5, 7), (2, 3))
+    assert parse_shape("10:4") == ShapeRule(None, (4,), (10,))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "4x4", "4x4:", ":4x4", "=4:4", "4x4:4x4:4x4", "4x-4:4x4", "4.0:4", "0x4:4x4", "fc1"]
+)
+def test_what_is_no_shape(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a shape|a factor of 0"):
+        parse_shape(text)

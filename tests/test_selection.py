@@ -1,0 +1,220 @@
+"""Which tensors are linear maps, and the reason for every other one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpoc.checkpoint import Checkpoint
+from mpoc.errors import UsageError
+from mpoc.header import TensorInfo
+from mpoc.selection import LinearMap, Selection, matches, select
+
+SOME = settings(max_examples=100, deadline=None, derandomize=True)
+
+NAMES = {
+    "conv1.weight": (16, 3, 3, 3),
+    "bn1.weight": (16,),
+    "bn1.running_mean": (16,),
+    "layer1.0.conv1.weight": (16, 16, 3, 3),
+    "layer1.0.conv2.weight": (16, 16, 3, 3),
+    "wte.weight": (1009, 32),
+    "fc.weight": (10, 64),
+    "fc.bias": (10,),
+}
+
+
+def checkpoint(
+    shapes: dict[str, tuple[int, ...]],
+    dtypes: dict[str, str] | None = None,
+    config: dict[str, Any] | None = None,
+    tied: dict[str, str] | None = None,
+) -> Checkpoint:
+    dtypes = dtypes or {}
+    infos = {name: TensorInfo(name, dtypes.get(name, "float32"), shape) for name, shape in shapes.items()}
+    return Checkpoint(Path("m.pt"), infos, tied or {}, lambda name: torch.zeros(0), {}, config)
+
+
+def names(selection: Selection) -> list[str]:
+    return [map.layer for map in selection.chosen]
+
+
+def only(name: str, shape: tuple[int, ...], config: dict[str, Any] | None = None) -> LinearMap:
+    """How the one tensor is classified."""
+    (found,) = select(checkpoint({name: shape}, config=config), embeddings=True).chosen
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "kind"),
+    [
+        ("fc.weight", (10, 64), "linear"),
+        ("weight", (10, 64), "linear"),
+        ("attn.in_proj_weight", (96, 32), "linear"),
+        ("lstm.weight_ih_l0", (256, 64), "linear"),
+        ("lstm.weight_hh_l1_reverse", (256, 64), "linear"),
+        ("time_embedding.linear_1.weight", (320, 1280), "linear"),
+        ("conv.weight", (8, 4, 3), "conv1d"),
+        ("patch_embed.proj.weight", (768, 3, 16, 16), "conv2d"),
+        ("conv.weight", (8, 1, 3, 3, 3), "conv3d"),
+        ("transformer.wte.weight", (50257, 768), "embedding"),
+        ("model.embed_tokens.weight", (50257, 768), "embedding"),
+        ("bert.embeddings.word_embeddings.weight", (30522, 384), "embedding"),
+        ("embedding.weight", (1009, 32), "embedding"),
+        ("shared.weight", (32128, 512), "embedding"),
+        ("block.0.relative_attention_bias.weight", (32, 8), "embedding"),
+        ("mlp.experts.gate_up_proj", (8, 64, 32), "experts"),
+        ("mlp.experts.down_proj.weight", (8, 32, 64), "experts"),
+    ],
+)
+def test_kinds_by_name_and_shape(name: str, shape: tuple[int, ...], kind: str) -> None:
+    found = only(name, shape)
+    assert found == LinearMap(name, kind, shape, "float32", False)
+    assert found.layer == name.removesuffix(".weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "reason"),
+    [
+        ("fc.bias", (10,), "float32", "a vector (bias, norm or the like)"),
+        ("scale.weight", (), "float32", "a vector (bias, norm or the like)"),
+        ("pos_embed", (1, 197, 768), "float32", "not known as a linear map"),
+        ("conv.filters", (8, 8, 3, 3), "float32", "not known as a linear map"),
+        ("mlp.experts.gate_up_proj_bias", (8, 2, 64), "float32", "not known as a linear map"),
+        ("table.weight", (2, 2, 2, 2, 2, 2), "float32", "not known as a linear map"),
+        ("fc.weight", (10, 64), "int8", "not a floating dtype (int8)"),
+        ("fc.weight", (10, 64), "complex64", "not a floating dtype (complex64)"),
+        ("steps", (), "int64", "not a floating dtype (int64)"),
+        ("fc.weight", (10, 64), "float8_e4m3fn", "already quantised (float8_e4m3fn)"),
+        ("fc.weight", (0, 64), "float32", "empty"),
+    ],
+)
+def test_reasons_to_leave_a_tensor_alone(name: str, shape: tuple[int, ...], dtype: str, reason: str) -> None:
+    selection = select(checkpoint({name: shape}, {name: dtype}))
+    assert (selection.chosen, selection.left) == ([], {name: reason})
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "embedding (--embeddings takes it in)"),
+        ({"layers": ["fc"]}, "not among --layers"),
+        ({"layers": ["wte"], "exclude": ["w*"]}, "--exclude"),
+        ({"embeddings": True, "min_params": 10**6}, "fewer than 1000000 parameters (--min-params)"),
+    ],
+)
+def test_reasons_that_the_options_give(options: dict[str, Any], reason: str) -> None:
+    assert select(checkpoint(NAMES), **options).left["wte.weight"] == reason
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, ["conv1", "layer1.0.conv1", "layer1.0.conv2", "fc"]),
+        ({"embeddings": True}, ["conv1", "layer1.0.conv1", "layer1.0.conv2", "wte", "fc"]),
+        ({"layers": ["wte"]}, ["wte"]),
+        ({"layers": ["layer1.*", "fc.weight"]}, ["layer1.0.conv1", "layer1.0.conv2", "fc"]),
+        ({"layers": [r"re:conv1(\.weight)?$"]}, ["conv1", "layer1.0.conv1"]),
+        ({"exclude": ["re:^layer", "conv1"]}, ["fc"]),
+        ({"layers": ["layer1.*"], "exclude": ["*.conv2"]}, ["layer1.0.conv1"]),
+        ({"min_params": 641}, ["layer1.0.conv1", "layer1.0.conv2"]),
+        ({"min_params": 640}, ["layer1.0.conv1", "layer1.0.conv2", "fc"]),
+    ],
+)
+def test_options_choose(options: dict[str, Any], chosen: list[str]) -> None:
+    assert names(select(checkpoint(NAMES), **options)) == chosen
+
+
+@SOME
+@given(st.sets(st.sampled_from(sorted(NAMES))), st.sets(st.sampled_from(sorted(NAMES))), st.booleans())
+def test_every_tensor_is_chosen_or_has_a_reason(
+    layers: set[str], exclude: set[str], embeddings: bool
+) -> None:
+    selection = select(checkpoint(NAMES), sorted(layers), sorted(exclude), embeddings)
+    chosen = [map.name for map in selection.chosen]
+    assert sorted(chosen + list(selection.left)) == sorted(NAMES)
+    assert all(selection.left.values())
+    assert not set(chosen) & exclude and (not layers or set(chosen) <= layers)
+
+
+def test_gpt2_stores_its_conv1d_weights_transposed() -> None:
+    gpt2 = {"model_type": "gpt2"}
+    for name in ("h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight", "h.3.mlp.c_fc.weight"):
+        assert only(name, (64, 192), gpt2).transposed
+        assert not only(name, (64, 192)).transposed
+    assert not only("lm_head.weight", (1009, 64), gpt2).transposed
+
+
+def test_some_models_store_experts_transposed() -> None:
+    shape = (8, 64, 32)
+    assert only("mlp.experts.down_proj", shape, {"model_type": "gpt_oss"}).transposed
+    assert not only("mlp.experts.down_proj", shape, {"model_type": "mixtral"}).transposed
+    assert not only("fc.weight", (64, 32), {"model_type": "gpt_oss"}).transposed
+
+
+def test_where_kinds_come_from_is_said() -> None:
+    assert select(checkpoint(NAMES)).source == "names and shapes"
+    assert select(checkpoint(NAMES, config={"model_type": "bert"})).source == "config.json (bert)"
+
+
+def test_tied_names_follow_their_first() -> None:
+    tied = {"lm_head.weight": "wte.weight"}
+    selection = select(checkpoint(NAMES, tied=tied), embeddings=True)
+    assert selection.left["lm_head.weight"] == "tied to wte.weight"
+    assert names(selection).count("wte") == 1 and "lm_head" not in names(selection)
+
+
+def test_a_tied_head_is_noted_where_its_embedding_is_compressed() -> None:
+    tied = checkpoint(NAMES, config={"tie_word_embeddings": True})
+    assert select(tied).notes == []
+    (note,) = select(tied, embeddings=True).notes
+    assert "tied to the embedding" in note
+
+
+@pytest.mark.parametrize("option", ["layers", "exclude"])
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("layer1.0.conv3", r"matches no tensor; did you mean 'layer1.0.conv[12]'\?"),
+        ("zzz*", "matches no tensor$"),
+        ("re:(", "not a regular expression"),
+        ("FC", "matches no tensor"),
+    ],
+)
+def test_patterns_that_match_nothing_are_refused(option: str, pattern: str, said: str) -> None:
+    patterns: dict[str, Any] = {option: ["fc", pattern]}
+    with pytest.raises(UsageError, match=f"--{option} .*{said}"):
+        select(checkpoint(NAMES), **patterns)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "expected"),
+    [
+        ("fc", "fc.weight", True),
+        ("fc.weight", "fc.weight", True),
+        ("fc", "fc.bias", False),
+        ("fc", "fc1.weight", False),
+        ("fc?", "fc1.weight", True),
+        ("layer[12].*", "layer2.0.conv.weight", True),
+        ("layer[12].*", "layer3.0.conv.weight", False),
+        ("*.conv1", "layer2.0.conv1.weight", True),
+        ("re:conv1$", "layer2.0.conv1.weight", True),
+        ("re:^conv1", "layer2.0.conv1.weight", False),
+        ("re:weight_ih", "lstm.weight_ih_l0", True),
+    ],
+)
+def test_globs_match_whole_names_and_expressions_any_part(pattern: str, name: str, expected: bool) -> None:
+    assert matches(pattern, name) is expected
+
+
+def test_same_checkpoint_same_selection_in_its_own_order() -> None:
+    first, second = (select(checkpoint(NAMES), embeddings=True) for _ in range(2))
+    assert first == second
+    assert [map.name for map in first.chosen] == [name for name in NAMES if name in set(_chosen(first))]
+
+
+def _chosen(selection: Selection) -> list[str]:
+    return [map.name for map in selection.chosen]
