@@ -23,8 +23,13 @@ class Share:
 def uniform_bonds(shares: list[Share], budget: int) -> list[int | None] | None:
     """A bond cap for each layer, None for a layer better left dense; None where even bond 1 costs more.
 
+    All stay dense where the budget covers that.
+
     The sum of the layers' costs never exceeds ``budget``.
     """
+    dense: list[int | None] = [None] * len(shares)
+    if _cost(shares, dense) <= budget:
+        return dense
     low, high = 0.0, 1.0
     if _cost(shares, _at(shares, low)) > budget:
         return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mpoc import hub_directory
-from mpoc.checkpoint.base import Checkpoint
+from mpoc.checkpoint.base import Checkpoint, fingerprint
 from mpoc.checkpoint.directory import weight_files_of
 from mpoc.checkpoint.safetensors_file import open_safetensors
 from mpoc.errors import MpocError
@@ -16,7 +16,7 @@ from mpoc.forms.layout import working_dtype
 from mpoc.forms.mpo import MPO
 from mpoc.header import TensorInfo
 from mpoc.manifest import LayerRecord, Manifest, read_manifest
-from mpoc.writer import Entry, plan_shards, refuse_existing, staged, write_safetensors
+from mpoc.writer import Entry, plan_shards, refuse_existing, refuse_misnamed, staged, write_safetensors
 
 
 def default_dense_output(source: Path) -> Path:
@@ -38,6 +38,7 @@ def expand_checkpoint(
     """
     manifest = read_manifest(source)
     refuse_existing(output, source, force)
+    refuse_misnamed(output, source)
     stored = open_compressed(source)
     entries = _dense_entries(stored, manifest)
     with staged(output) as target:
@@ -54,9 +55,9 @@ def expand_checkpoint(
 def open_compressed(path: Path) -> Checkpoint:
     """The tensors of a compressed file or directory, cores under their own names."""
     if not path.is_dir():
-        return open_safetensors(path, [path], None)
+        return open_safetensors(path, [path], None, strip=False)
     files, wanted = weight_files_of(path)
-    return open_safetensors(path, files, wanted)
+    return open_safetensors(path, files, wanted, strip=False)
 
 
 def check_cores(stored: Checkpoint, layer: LayerRecord) -> None:
@@ -103,6 +104,11 @@ def _dense_entries(stored: Checkpoint, manifest: Manifest) -> list[Entry]:
             entries[layer.name] = Entry(dense, lambda layer=layer: dense_weight(stored, layer))  # type: ignore[misc]
         elif name not in cores:
             entries[name] = Entry(info, lambda name=name: stored.read(name))  # type: ignore[misc]
+    if fingerprint(entry.info for entry in entries.values()) != manifest.source.fingerprint:
+        raise MpocError(
+            f"{stored.path}: its tensors are not those of {manifest.source.name}: some are lost or changed",
+            f"compress {manifest.source.name} again",
+        )
     for alias, name in manifest.tied.items():
         if name not in entries:
             raise MpocError(f"{stored.path}: tensor {name!r} is missing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import replace
 
@@ -14,6 +15,9 @@ from mpoc.fit.ttsvd import Fit, tt_svd
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.recipe import Recipe
+
+# Trial factorisations of a layer under a tolerance.
+_TRIALS = 6
 
 
 def fit_layer(
@@ -55,21 +59,32 @@ def fit_layer(
 
 
 def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
-    """TT-SVD; under a tolerance, again with less to spend where rounding to the stored dtype broke it."""
+    """TT-SVD; under a tolerance, the smallest of several that keep it.
+
+    Where the spectra end early, bonds cannot use up their share of the error, and rounding to the stored
+    dtype adds some.  So what may be spent is found by bisection on the error that comes out.
+    """
     assert plan.max_bond is not None
     dtype = getattr(torch, plan.stored_dtype)
+    if not plan.tolerance:
+        return tt_svd(weight, plan.structure, plan.max_bond, 0.0, dtype, seed)
+    best: Fit | None = None
+    low, high = 0.0, plan.tolerance * math.sqrt(len(plan.structure.site_sizes))
     spend = plan.tolerance
-    fit = tt_svd(weight, plan.structure, plan.max_bond, spend, dtype, seed)
-    for _ in range(4):
-        if not plan.tolerance or fit.relative_error <= plan.tolerance:
-            return fit
-        spend *= 0.98 * plan.tolerance / fit.relative_error
+    for _ in range(_TRIALS):
         fit = tt_svd(weight, plan.structure, plan.max_bond, spend, dtype, seed)
-    if fit.relative_error <= plan.tolerance:
-        return fit
+        if fit.relative_error <= plan.tolerance:
+            low = spend
+            if best is None or fit.form.num_parameters < best.form.num_parameters:
+                best = fit
+        else:
+            high = spend
+        spend = (low + high) / 2
+    if best is not None:
+        return best
     raise MpocError(
         f"layer {plan.map.layer}: relative error {plan.tolerance:g} cannot be kept in "
-        f"{plan.stored_dtype}: rounding the cores alone gives {fit.relative_error:.2g}",
+        f"{plan.stored_dtype}: rounding the cores takes it to {fit.relative_error:.2g}",
         "--dtype float32, or a larger --max-error",
     )
 

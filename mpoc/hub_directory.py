@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ _CARD_BEGIN, _CARD_END = "<!-- mpoc: begin -->", "<!-- mpoc: end -->"
 _OTHER_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".gguf")
 _OTHER_RUNTIMES = (".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".mlmodel")
 _KEEP = ("training_args.bin",)
+# Folders that hold the whole model again: other runtimes, and a trainer's checkpoints (checkpoint-500).
+_COPY_FOLDERS = ("onnx", "openvino")
 _SKIP_FOLDERS = (".git", ".cache", "__pycache__")
 
 
@@ -37,7 +40,7 @@ def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
     weights = {file.resolve() for file in weight_files}
     found: list[Path] = []
     for folder, folders, files in os.walk(source, followlinks=False):
-        folders[:] = sorted(name for name in folders if name not in _SKIP_FOLDERS)
+        folders[:] = sorted(name for name in folders if not _is_skipped(name))
         for name in sorted(files):
             file = Path(folder) / name
             top = Path(folder) == source
@@ -47,6 +50,25 @@ def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
             if not (dropped or index or file.resolve() in weights):
                 found.append(file.relative_to(source))
     return found
+
+
+def _is_skipped(folder: str) -> bool:
+    return folder in (*_SKIP_FOLDERS, *_COPY_FOLDERS) or re.fullmatch(r"checkpoint-\d+", folder) is not None
+
+
+def left_behind(source: Path, weight_files: list[Path]) -> list[str]:
+    """A note that names what of the directory is not copied, where there is something."""
+    weights = {file.resolve() for file in weight_files}
+    kept = set(other_files(source, weight_files))
+    every = (file.relative_to(source) for file in sorted(source.rglob("*")) if file.resolve() not in weights)
+    dropped = [str(name) for name in every if (source / name).is_file() and name not in kept]
+    dropped = [
+        name for name in dropped if not name.startswith(_SKIP_FOLDERS) and not name.endswith(".index.json")
+    ]
+    if not dropped:
+        return []
+    more = f" and {len(dropped) - 4} more" if len(dropped) > 4 else ""
+    return [f"not copied, other copies of weights: {', '.join(dropped[:4])}{more}"]
 
 
 def size_of_other_files(source: Path, weight_files: list[Path]) -> int:
@@ -96,7 +118,10 @@ def unmark(target: Path) -> None:
         config = json.loads(config_file.read_text("utf-8"))
         config.pop("quantization_config", None)
         config.pop(GUARD_KEY, None)
-        config_file.write_text(_config_text(config), "utf-8")
+        if config:
+            config_file.write_text(_config_text(config), "utf-8")
+        else:
+            config_file.unlink()  # there was none
     if card_file.is_file():
         before, found, after = _read(card_file).partition(_CARD_BEGIN)
         rest = before.removesuffix("\n\n") + after.partition(_CARD_END)[2].removeprefix("\n")
@@ -165,7 +190,7 @@ def quantization_config(manifest: Manifest) -> dict[str, Any]:
 def _card_with_section(card: str, manifest: Manifest) -> str:
     """The model card with a section on the compression at its end."""
     rows = [
-        f"| {layer.layer} | {'×'.join(map(str, layer.shape))} | "
+        f"| {layer.layer.replace('|', '¦')} | {'×'.join(map(str, layer.shape))} | "
         f"{', '.join(map(str, layer.bonds[1:-1]))} | "
         f"{layer.num_original:,} → {layer.num_stored:,} | {layer.rho:.4f} | "
         f"{layer.relative_error or 0:.4f} |"

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, UsageError
 from mpoc.header import ITEMSIZE, read_header
 from mpoc.structure import KINDS, Structure
 
@@ -140,7 +140,7 @@ def read_manifest(path: Path) -> Manifest:
         MpocError: nothing there, not made by mpoc, of a later format, or damaged.
     """
     if not path.exists():
-        raise MpocError(f"{path}: no such file or directory")
+        raise UsageError(f"{path}: no such file or directory")
     text: str | bytes | None
     if path.is_dir():
         file = path / MANIFEST_FILE
@@ -150,7 +150,9 @@ def read_manifest(path: Path) -> Manifest:
     else:
         text = None
     if text is None:
-        raise MpocError(f"{path}: not compressed by mpoc (no manifest)", f"mpoc compress {path} --ratio 0.5")
+        raise MpocError(
+            f"{path}: not compressed by mpoc (no manifest)", "mpoc compress MODEL makes one that is"
+        )
     return parse_manifest(text, path)
 
 
@@ -185,6 +187,12 @@ def _layer(value: dict[str, Any]) -> LayerRecord:
     return layer
 
 
+def _modest(structure: Structure) -> bool:
+    """No more padding than factors are ever chosen with: a small file must not ask for a huge matrix."""
+    sides = zip(structure.padding, (structure.outputs, structure.inputs), strict=True)
+    return all(0 <= padding <= 0.1 * side for padding, side in sides)
+
+
 def _check_factors(layer: LayerRecord) -> None:
     """Factors and bonds must make a chain, and the chain a matrix no smaller than the weight's.
 
@@ -195,7 +203,7 @@ def _check_factors(layer: LayerRecord) -> None:
     chain = len(layer.output_factors) == len(layer.input_factors) == len(layer.bonds) - 1 > 0
     whole = structure.lead * structure.outputs * structure.inputs == layer.num_original
     front = structure.site_sizes[0] if chain and structure.lead_sites else 1
-    if not (chain and whole and front == structure.lead and min(structure.padding) >= 0):
+    if not (chain and whole and front == structure.lead and _modest(structure)):
         raise ValueError(f"layer {layer.name!r}: its factors and bonds do not make its weight")
 
 

@@ -13,13 +13,13 @@ from mpoc import hub_directory
 from mpoc.checkpoint import Checkpoint, open_checkpoint
 from mpoc.errors import MpocError, UsageError
 from mpoc.fitting import fit_layer
-from mpoc.manifest import LayerRecord, Manifest
+from mpoc.manifest import LayerRecord, Manifest, core_prefix
 from mpoc.outline import make_manifest, predict_size
 from mpoc.plan import LayerPlan, make_plan
 from mpoc.recipe import Recipe
 from mpoc.report import output_bytes
-from mpoc.selection import select
-from mpoc.writer import Entry, Spool, plan_shards, refuse_existing, staged, write_safetensors
+from mpoc.selection import Selection, select
+from mpoc.writer import Entry, Spool, plan_shards, refuse_existing, refuse_misnamed, staged, write_safetensors
 
 Progress = Callable[[LayerRecord, float, int, int], None]  # record, seconds, layers done, layers in all
 
@@ -52,8 +52,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name}: not available here", "--device auto") from error
     return device
 
@@ -82,20 +82,17 @@ def compress_checkpoint(
     """
     if not dry_run and source.exists():
         refuse_existing(output, source, force)
+        refuse_misnamed(output, source)
     checkpoint = open_checkpoint(source)
     device = choose_device(recipe.device)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
     plans = make_plan(selection, recipe, lambda plans: predict_size(checkpoint, selection, recipe, plans))
     notes = [*checkpoint.notes, *selection.notes]
-    if dry_run and not any(plan.tolerance for plan in plans):
-        manifest = make_manifest(checkpoint, selection, recipe, [plan.record() for plan in plans])
-        nbytes = predict_size(checkpoint, selection, recipe, plans)
-        return Compression(manifest, output, nbytes, False, notes=notes)
+    if checkpoint.is_directory:
+        notes += hub_directory.left_behind(checkpoint.path, checkpoint.weight_files)
+    _refuse_name_collisions(checkpoint, plans)
     if dry_run:
-        records, seconds, _ = _fit_all(checkpoint, plans, recipe, device, None, progress)
-        manifest = make_manifest(checkpoint, selection, recipe, records)
-        nbytes = predict_size(checkpoint, selection, recipe, plans, records)
-        return Compression(manifest, output, nbytes, False, seconds, notes)
+        return _dry_run(checkpoint, selection, recipe, plans, output, device, notes, progress)
     with staged(output) as target:
         spool = Spool(target.with_name(f"{target.name}.cores"))
         try:
@@ -109,11 +106,45 @@ def compress_checkpoint(
     return Compression(manifest, output, output_bytes(output), True, seconds, notes)
 
 
+def _dry_run(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    output: Path,
+    device: torch.device,
+    notes: list[str],
+    progress: Progress | None,
+) -> Compression:
+    """What would be done; under a tolerance the bonds are found by factorising."""
+    records = [plan.record() for plan in plans]
+    seconds: dict[str, float] = {}
+    fitted = any(plan.tolerance for plan in plans)
+    if fitted:
+        records, seconds, _ = _fit_all(checkpoint, plans, recipe, device, None, progress)
+    manifest = make_manifest(checkpoint, selection, recipe, records)
+    nbytes = predict_size(checkpoint, selection, recipe, plans, records if fitted else None)
+    if not manifest.replaced:
+        notes.append("no layer would be compressed: without --dry-run this ends with an error")
+    return Compression(manifest, output, nbytes, False, seconds, notes)
+
+
+def _refuse_name_collisions(checkpoint: Checkpoint, plans: list[LayerPlan]) -> None:
+    for plan in plans:
+        prefix = core_prefix(plan.map.name) + "."
+        taken = next((name for name in checkpoint.infos if name.startswith(prefix)), None)
+        if plan.max_bond is not None and taken:
+            raise MpocError(
+                f"{checkpoint.path}: tensor {taken!r} has the name that a core of {plan.map.layer} would get",
+                f"--exclude '{plan.map.layer}'",
+            )
+
+
 def _refuse_nothing_gained(manifest: Manifest) -> None:
     if not manifest.replaced:
         first = manifest.layers[0]
         raise MpocError(
-            f"no layer would shrink, so nothing was written ({first.layer}: {first.reason})",
+            f"no layer would be compressed, so nothing was written ({first.layer}: {first.reason})",
             "a smaller --bond, a larger --max-error, or other --layers; --dry-run shows the plan",
         )
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from mpoc.errors import UsageError
 from mpoc.header import ITEMSIZE
 from mpoc.manifest import LayerRecord
 from mpoc.recipe import LayerRule, Recipe
-from mpoc.selection import LinearMap, Selection, check_pattern
+from mpoc.selection import LinearMap, Selection, check_pattern, matches
 from mpoc.structure import Structure, lead_outputs_inputs, make_structure
 
 
@@ -74,7 +75,11 @@ def make_plan(
             cannot be reached, or nothing left to compress.
     """
     if not selection.chosen:
-        raise UsageError("no layer is left to compress", "--layers, --exclude and --min-params decide")
+        reasons = Counter(selection.left.values()).most_common(3)
+        raise UsageError(
+            "no layer is left to compress: " + "; ".join(f"{count} {why}" for why, count in reasons),
+            "--layers, --exclude, --embeddings and --min-params decide",
+        )
     _check_rules(selection, recipe)
     plans = [_open_plan(map, recipe) for map in selection.chosen]
     _check_shapes_used(plans, recipe)
@@ -89,12 +94,14 @@ def make_plan(
 
 
 def _check_rules(selection: Selection, recipe: Recipe) -> None:
-    names = [map.name for map in selection.chosen]
-    for rule in recipe.rules:
-        check_pattern("[layer] pattern", rule.pattern, names)
-    for shape in recipe.shape:
-        if shape.pattern is not None:
-            check_pattern("--shape pattern", shape.pattern, names)
+    chosen = [map.name for map in selection.chosen]
+    given = [("[layer] pattern", rule.pattern) for rule in recipe.rules]
+    given += [("--shape pattern", shape.pattern) for shape in recipe.shape if shape.pattern is not None]
+    for option, pattern in given:
+        check_pattern(option, pattern, [*chosen, *selection.left])
+        if not any(matches(pattern, name) for name in chosen):
+            name = next(name for name in selection.left if matches(pattern, name))
+            raise UsageError(f"{option} {pattern!r}: {name} is left alone ({selection.left[name]})")
 
 
 def _open_plan(map: LinearMap, recipe: Recipe) -> LayerPlan:
@@ -184,7 +191,7 @@ def _within_size(
         budget -= excess
     raise UsageError(
         f"--size {size}: with every bond at 1 the output has {predict_size(smallest)} bytes",
-        "--embeddings takes embeddings in; --dtype bfloat16 halves the cores",
+        f"--size {predict_size(smallest)}, or take more in: --embeddings, --dtype bfloat16",
     )
 
 
@@ -218,7 +225,10 @@ def _bond_one(structure: Structure) -> int | None:
 
 
 def _closed(plan: LayerPlan, bond: int | None) -> LayerPlan:
-    reason = "" if bond is not None else "would not shrink even at bond 1"
+    reason = ""
+    if bond is None:
+        shrinks = _bond_one(plan.structure) is not None
+        reason = "fits as it is" if shrinks else "would not shrink even at bond 1"
     return replace(plan, max_bond=bond, reason=reason)
 
 

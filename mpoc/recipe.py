@@ -83,8 +83,9 @@ class Recipe:
                 continue
             given = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "pattern"}
             given = {key: value for key, value in given.items() if value is not None}
-            if "bond" in given or "max_error" in given:
-                given = {"bond": None, "max_error": None} | given
+            for group in (("bond", "max_error", "dense"), ("sites", "shape")):
+                if given.keys() & set(group):
+                    given = dict.fromkeys(group) | given
             merged = replace(merged, **given)
         return merged
 
@@ -138,6 +139,8 @@ def _check(recipe: Recipe) -> None:
         raise UsageError(f"--ratio {recipe.ratio}: a compression ratio ρ lies above 0 and up to 1")
     if recipe.size is not None and recipe.size <= 0:
         raise UsageError(f"--size {recipe.size}: must be above 0")
+    if not 0 <= recipe.seed < 2**63:
+        raise UsageError(f"--seed {recipe.seed}: a whole number from 0 to 2^63 - 1")
     if recipe.min_params < 0:
         raise UsageError(f"--min-params {recipe.min_params}: must not be negative")
     if recipe.max_shard_size <= 0:
@@ -191,6 +194,8 @@ def _typed(raw: Mapping[str, Any], target: type, where: str) -> dict[str, Any]:
     known = [f.name.replace("_", "-") for f in fields(target) if f.name not in ("pattern", "rules")]
     values: dict[str, Any] = {}
     for key, value in raw.items():
+        if isinstance(value, dict):
+            raise UsageError(f"{where}: a table in a table", 'quote dotted names: [layer."layer1.0.conv1"]')
         if key not in known:
             raise UsageError(f"{where}: unknown key {key!r}{nearest(key, known)}")
         try:

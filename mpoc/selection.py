@@ -135,7 +135,7 @@ def check_pattern(option: str, pattern: str, names: list[str]) -> None:
         layers = [name.removesuffix(".weight") for name in names if name.endswith("weight")]
         raise UsageError(
             f"{option} {pattern!r} matches no tensor{nearest(pattern, layers)}",
-            "mpoc compress MODEL --dry-run --bond 8 --verbose lists all names",
+            "mpoc compress MODEL --dry-run --bond 8 --verbose lists the names of weights",
         )
 
 

@@ -23,6 +23,9 @@ from torch import Tensor
 from mpoc.errors import MpocError, UsageError
 from mpoc.header import TensorInfo, encode_header, storage_order
 
+# What mpoc adds to a directory besides weight files and what it copies.
+_OWN_FILES = ("mpoc.json", "config.json", "README.md")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -133,6 +136,19 @@ def refuse_existing(output: Path, source: Path, force: bool) -> None:
         raise MpocError(f"{output}: no permission to write in {parent}")
 
 
+def refuse_misnamed(output: Path, source: Path) -> None:
+    """A single file is safetensors and must say so, or nothing would recognise it.
+
+    Raises:
+        UsageError: another suffix.
+    """
+    if not source.is_dir() and output.suffix != ".safetensors":
+        raise UsageError(
+            f"{output}: the output is a safetensors file and must be named like one",
+            f"-o {output.with_suffix('.safetensors')}",
+        )
+
+
 def _refuse_foreign_directory(output: Path, source: Path) -> None:
     """--force replaces a model, not somebody's home directory."""
     if output.is_dir() != source.is_dir():
@@ -140,10 +156,19 @@ def _refuse_foreign_directory(output: Path, source: Path) -> None:
         raise UsageError(f"{output}: is {kinds[0]}, and the output is {kinds[1]}", "choose another -o")
     if output.exists() and not (output.is_dir() or output.is_file()):
         raise UsageError(f"{output}: neither a file nor a directory", "choose another -o")
-    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
-        raise UsageError(
-            f"{output}: not a model directory, so --force does not remove it", "choose another -o"
-        )
+    if output.is_dir():
+        _refuse_foreign_files(output, source)
+
+
+def _refuse_foreign_files(output: Path, source: Path) -> None:
+    for file in sorted(output.rglob("*")):
+        name = file.relative_to(output)
+        ours = name.name in _OWN_FILES or file.suffix == ".safetensors" or name.name.endswith(".index.json")
+        if file.is_file() and not ours and not (source / name).exists():
+            raise UsageError(
+                f"{output}: holds {name}, which no output of mpoc would, so --force does not remove it",
+                "choose another -o",
+            )
 
 
 @contextmanager
@@ -171,9 +196,10 @@ def _put_in_place(new: Path, output: Path, aside: Path) -> None:
     if not (new.is_dir() and output.is_dir() and not output.is_symlink()):
         new.replace(output)
         return
-    output.rename(aside)  # a directory cannot be replaced in one step
     try:
+        output.rename(aside)  # a directory cannot be replaced in one step
         new.rename(output)
     except BaseException:
-        aside.rename(output)
+        if aside.exists() and not output.exists():
+            aside.rename(output)
         raise

@@ -41,6 +41,9 @@ def useful_bonds(structure: Structure) -> list[int | None]:
 def test_never_over_the_budget_and_no_bond_can_rise(shares: list[Share], ratio: float) -> None:
     budget = int(ratio * sum(share.structure.num_original * share.dense_cost for share in shares))
     bonds = uniform_bonds(shares, budget)
+    if total(shares, [None] * len(shares)) <= budget:
+        assert bonds == [None] * len(shares)
+        return
     least = total(shares, [useful_bonds(share.structure)[0] for share in shares])
     if bonds is None:
         assert least > budget
@@ -59,14 +62,18 @@ def test_never_over_the_budget_and_no_bond_can_rise(shares: list[Share], ratio: 
 def test_bond_one_is_reached_exactly_at_its_cost(shares: list[Share]) -> None:
     smallest = [useful_bonds(share.structure)[0] for share in shares]
     least = total(shares, smallest)
-    assert uniform_bonds(shares, least) == smallest
+    dense = total(shares, [None] * len(shares))
+    assert uniform_bonds(shares, least) == (smallest if least < dense else [None] * len(shares))
     assert uniform_bonds(shares, least - 1) is None
 
 
 @SOME
 @given(SHARES)
-def test_more_than_enough_gives_the_largest_bonds_that_shrink(shares: list[Share]) -> None:
-    assert uniform_bonds(shares, 1 << 60) == [useful_bonds(share.structure)[-1] for share in shares]
+def test_what_fits_as_it_is_stays_dense(shares: list[Share]) -> None:
+    dense = total(shares, [None] * len(shares))
+    assert uniform_bonds(shares, dense) == [None] * len(shares)
+    if any(share.stored_cost <= share.dense_cost and useful_bonds(share.structure)[0] for share in shares):
+        assert uniform_bonds(shares, dense - 1) != [None] * len(shares)
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5, 0.8])

@@ -167,3 +167,18 @@ def test_a_source_without_config_and_card(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config.keys() == {"quantization_config", GUARD_KEY}
     assert (tmp_path / "out" / "README.md").read_text().startswith("<!-- mpoc: begin -->")
+
+
+def test_what_is_not_copied_is_named(source: Path) -> None:
+    assert hub_directory.left_behind(source, weights(source)) == []
+    put(source, "vision.safetensors", "checkpoint-5/model.safetensors", "onnx/model.onnx", "vocab.txt")
+    (note,) = hub_directory.left_behind(source, weights(source))
+    assert note.endswith("checkpoint-5/model.safetensors, onnx/model.onnx, vision.safetensors")
+    assert Path("vocab.txt") in other_files(source, weights(source))
+
+
+def test_a_directory_without_config_comes_back_without_one(source: Path, manifest: Manifest) -> None:
+    (source / "config.json").unlink()
+    mark_compressed(source, manifest)
+    unmark(source)
+    assert not (source / "config.json").exists()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, UsageError
 from mpoc.manifest import (
     FORMAT,
     LayerRecord,
@@ -164,8 +164,8 @@ def test_what_mpoc_did_not_make_is_refused(tmp_path: Path) -> None:
     for path in (plain, other, tmp_path):
         with pytest.raises(MpocError, match="not compressed by mpoc") as caught:
             read_manifest(path)
-        assert caught.value.hint == f"mpoc compress {path} --ratio 0.5"
-    with pytest.raises(MpocError, match="no such file"):
+        assert caught.value.hint == "mpoc compress MODEL makes one that is"
+    with pytest.raises(UsageError, match="no such file"):
         read_manifest(tmp_path / "absent")
 
 
@@ -247,3 +247,18 @@ def test_missing_parts_are_refused(key: str) -> None:
     del value[key]
     with pytest.raises(MpocError, match="damaged manifest"):
         parse_manifest(json.dumps(value), HERE)
+
+
+def test_a_small_file_cannot_ask_for_a_huge_matrix() -> None:
+    layer: dict[str, Any] = {
+        "name": "a.weight",
+        "kind": "linear",
+        "shape": [10, 64],
+        "dtype": "float32",
+        "form": "mpo",
+    }
+    layer |= {"num_original": 640, "num_stored": 256, "stored_dtype": "float32"}
+    layer |= {"output_factors": [4] * 16, "input_factors": [4] * 16, "bonds": [1] * 17}
+    value = json.loads(WHOLE.to_json()) | {"layers": [layer]}
+    with pytest.raises(MpocError, match="damaged manifest"):
+        parse_manifest(json.dumps(value), Path("m.safetensors"))

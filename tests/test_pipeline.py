@@ -47,15 +47,16 @@ def test_cores_that_overflow_their_dtype_are_refused(tmp_path: Path) -> None:
 
 def test_a_core_s_name_that_is_taken_is_refused(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.randn(64, 64), "fc.cores.0": torch.randn(2)}, tmp_path / "m.pt")
-    with pytest.raises(MpocError, match=r"two tensors would be named 'fc\.cores\.0'"):
+    with pytest.raises(MpocError, match=r"tensor 'fc\.cores\.0' has the name that a core of fc would get"):
         compress(tmp_path / "m.pt", bond=4)
     assert list(tmp_path.iterdir()) == [tmp_path / "m.pt"]
 
 
-def test_nothing_is_written_where_nothing_shrinks(source: Path) -> None:
+@pytest.mark.parametrize("goal", [{"bond": 10**6}, {"size": 10**9}, {"ratio": 1.0}])
+def test_nothing_is_written_where_nothing_shrinks(source: Path, goal: dict[str, Any]) -> None:
     before = contents(source.parent)
-    with pytest.raises(MpocError, match="no layer would shrink") as caught:
-        compress(source, bond=10**6)
+    with pytest.raises(MpocError, match="no layer would be compressed") as caught:
+        compress(source, **goal)
     assert "--bond" in (caught.value.hint or "")
     assert contents(source.parent) == before
 

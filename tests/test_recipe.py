@@ -88,7 +88,8 @@ def test_a_goal_on_the_command_line_takes_the_place_of_the_files(tmp_path: Path)
         ("[layer.fc]\nbonds = 8", r"\[layer.'fc'\]: unknown key 'bonds'; did you mean 'bond'?"),
         ("[layer.fc]\npattern = 'a'", "unknown key 'pattern'"),
         ("[layer.fc]\nembeddings = true", "unknown key 'embeddings'"),
-        ("[layers.fc]\nbond = 8", "layers = .*: a string or a list of strings is needed"),
+        ("[layers.fc]\nbond = 8", "a table in a table"),
+        ("[layer.fc.conv1]\nbond = 8", "a table in a table"),
         ("layer = 3", r"layers are tables, as in \[layer\.\"encoder\.\*\"\]"),
         ("[layer]\nfc = 3", "layers are tables"),
         ("bond = 8.0", "bond = 8.0: a whole number is needed"),
@@ -164,15 +165,17 @@ def test_rules_merge_and_later_ones_win(tmp_path: Path) -> None:
         shape = "4x4:2x8"
         [layer.head]
         dense = true
+        [layer."hea?"]
+        bond = 2
     """
     recipe = read(tmp_path, text)
-    assert [rule.pattern for rule in recipe.rules] == ["enc.*", "re:query$", "enc.1.query", "head"]
+    assert [rule.pattern for rule in recipe.rules] == ["enc.*", "re:query$", "enc.1.query", "head", "hea?"]
     assert recipe.rule_for("enc.0.key.weight") == LayerRule("enc.0.key.weight", bond=8, sites=3)
     assert recipe.rule_for("enc.0.query.weight") == LayerRule("enc.0.query.weight", bond=16, sites=3)
     last = recipe.rule_for("enc.1.query.weight")  # its own goal takes the place of the earlier one
-    assert (last.bond, last.max_error, last.sites) == (None, 0.1, 3)
+    assert (last.bond, last.max_error, last.sites) == (None, 0.1, None)  # and its own shape that of sites
     assert last.shape == ShapeRule(None, (2, 8), (4, 4))
-    assert recipe.rule_for("head.weight").dense is True
+    assert (recipe.rule_for("head.weight").dense, recipe.rule_for("head.weight").bond) == (None, 2)
     assert recipe.rule_for("other.weight") == LayerRule("other.weight")
 
 

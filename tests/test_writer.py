@@ -208,6 +208,8 @@ class TestRefuseExisting:
         (tmp_path / "old.safetensors").write_text("old")
         (tmp_path / "empty").mkdir()
         (tmp_path / "home" / "documents").mkdir(parents=True)
+        (tmp_path / "home" / "config.json").write_text("{}")
+        (tmp_path / "home" / "documents" / "thesis.txt").write_text("years")
         save_directory(tmp_path / "bert", {"a": torch.zeros(2)})
         save_directory(tmp_path / "bert-mpo", {"a": torch.zeros(2)})
         (tmp_path / "link.pt").symlink_to("m.pt")
@@ -231,7 +233,7 @@ class TestRefuseExisting:
             ("empty", "m.pt", "is a directory, and the output is a file"),
             ("bert-mpo", "m.pt", "is a directory, and the output is a file"),
             ("old.safetensors", "bert", "is a file, and the output is a directory"),
-            ("home", "bert", "not a model directory"),
+            ("home", "bert", "holds documents/thesis.txt, which no output of mpoc would"),
             ("pipe", "m.pt", "neither a file nor a directory"),
         ],
     )

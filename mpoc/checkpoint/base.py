@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,9 +61,14 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.weight_files)
 
     def fingerprint(self) -> str:
-        """SHA-256 over all names, dtypes and shapes: says which checkpoint a compressed file came from."""
-        table = [[i.name, i.dtype, list(i.shape)] for i in sorted(self.infos.values(), key=_name)]
-        return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+        """Says which checkpoint a compressed file came from."""
+        return fingerprint(self.infos.values())
+
+
+def fingerprint(infos: Iterable[TensorInfo]) -> str:
+    """SHA-256 over the names, dtypes and shapes of tensors."""
+    table = [[info.name, info.dtype, list(info.shape)] for info in sorted(infos, key=_name)]
+    return hashlib.sha256(json.dumps(table).encode()).hexdigest()
 
 
 def _name(info: TensorInfo) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def open_directory(path: Path) -> Checkpoint:
     if files[0].suffix == ".safetensors":
         checkpoint = open_safetensors(path, files, wanted)
     else:
-        checkpoint = _join([open_torch_file(file) for file in files], path, wanted)
+        checkpoint = _join([open_torch_file(file, strip=False) for file in files], path, wanted)
     checkpoint.config = config
     return checkpoint
 
@@ -94,9 +95,10 @@ def _refuse_by_config(path: Path, config: dict[str, Any] | None) -> None:
         )
     if (path / "mpoc.json").exists():
         raise already_compressed(path)
-    quantization = (config or {}).get("quantization_config") or {}
+    quantization = (config or {}).get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown method")
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown method") if known else quantization
         if method == "mpo":
             raise already_compressed(path)
         raise MpocError(
@@ -114,20 +116,20 @@ def already_compressed(path: Path) -> MpocError:
 
 
 def _join(parts: list[Checkpoint], path: Path, wanted: dict[str, Path] | None) -> Checkpoint:
-    """Several torch shards as one checkpoint."""
+    """Several torch shards as one checkpoint, wrapper prefixes taken off over all names together."""
     owner = {name: part for part in parts for name in part.infos}
     tied = {alias: name for part in parts for alias, name in part.tied.items()}
-    wanted = wanted or {}
-    for original, name in strip_wrappers(list(wanted)).items():
+    for name, file in (wanted or {}).items():
         if name not in owner and name not in tied:
-            file = wanted[original].name
-            raise MpocError(f"{path}: the index puts tensor {original!r} into {file}, which lacks it")
+            raise MpocError(f"{path}: the index puts tensor {name!r} into {file.name}, which lacks it")
+    clean = strip_wrappers([*owner, *tied])
+    origin = {clean[name]: (name, part) for name, part in owner.items()}
     return Checkpoint(
         path,
-        {name: part.infos[name] for name, part in owner.items()},
-        tied,
-        lambda name: owner[name].read(name),
-        {name: part.files[name] for name, part in owner.items()},
+        {short: replace(part.infos[name], name=short) for short, (name, part) in origin.items()},
+        {clean[alias]: clean[name] for alias, name in tied.items()},
+        lambda short: origin[short][1].read(origin[short][0]),
+        {short: part.files[name] for short, (name, part) in origin.items()},
         notes=sorted({note for part in parts for note in part.notes}),
     )
 

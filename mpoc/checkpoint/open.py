@@ -57,6 +57,8 @@ def _refuse_by_names(checkpoint: Checkpoint) -> None:
     if not checkpoint.infos:
         raise MpocError(f"{path}: holds no tensors")
     for name in checkpoint.infos:
+        if not name.isprintable():
+            raise MpocError(f"{path}: a tensor is named {name!r}, with characters that cannot be printed")
         if ".lora_A." in name or ".lora_B." in name or name.endswith((".lora_A", ".lora_B")):
             raise MpocError(
                 f"{path}: a LoRA adapter (tensor {name!r}), not a whole model",

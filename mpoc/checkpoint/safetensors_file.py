@@ -12,13 +12,16 @@ from mpoc.errors import MpocError
 from mpoc.header import TensorInfo, read_header
 
 
-def open_safetensors(path: Path, files: list[Path], wanted: dict[str, Path] | None) -> Checkpoint:
+def open_safetensors(
+    path: Path, files: list[Path], wanted: dict[str, Path] | None, strip: bool = True
+) -> Checkpoint:
     """A checkpoint over ``files``.
 
     Args:
         path: what the user named.
         files: the safetensors files.
         wanted: name → file as an index gives it; None where the one file is the index.
+        strip: take wrapper prefixes off the names.
 
     Raises:
         MpocError: a file is broken, or the index names a tensor that its file lacks.
@@ -29,7 +32,7 @@ def open_safetensors(path: Path, files: list[Path], wanted: dict[str, Path] | No
     for name, file in wanted.items():
         if name not in held[file]:
             raise MpocError(f"{path}: the index puts tensor {name!r} into {file.name}, which lacks it")
-    clean = strip_wrappers(list(wanted))
+    clean = strip_wrappers(list(wanted)) if strip else {name: name for name in wanted}
     origin = {short: (name, wanted[name]) for name, short in clean.items()}
 
     def read(name: str) -> Tensor:

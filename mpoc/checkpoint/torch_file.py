@@ -35,11 +35,14 @@ _NESTS = (
     "state_dict_ema",
 )
 # Plain data that checkpoints carry beside tensors (a best accuracy as a numpy scalar, arguments).
+_multiarray = np._core.multiarray  # type: ignore[attr-defined]
 _HARMLESS = [
     np.dtype,
     np.ndarray,
-    np._core.multiarray.scalar,  # type: ignore[attr-defined]
-    np._core.multiarray._reconstruct,  # type: ignore[attr-defined]
+    _multiarray.scalar,
+    _multiarray._reconstruct,
+    (_multiarray.scalar, "numpy.core.multiarray.scalar"),  # as numpy 1 named them
+    (_multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
     *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"),
     argparse.Namespace,
 ]
@@ -57,8 +60,10 @@ _BROKEN = (
 )
 
 
-def open_torch_file(path: Path) -> Checkpoint:
+def open_torch_file(path: Path, strip: bool = True) -> Checkpoint:
     """Open a ``torch.save`` file; memory-mapped, unless it is in the format from before torch 1.6.
+
+    ``strip`` takes wrapper prefixes off the names.
 
     Raises:
         MpocError: truncated, TorchScript, needs code to load, or holds no state dict.
@@ -70,7 +75,7 @@ def open_torch_file(path: Path) -> Checkpoint:
     others = [name for name in state if name not in tensors]
     if others:
         notes.append(f"left behind, not tensors: {', '.join(others[:5])}")
-    names = strip_wrappers(list(tensors))
+    names = strip_wrappers(list(tensors)) if strip else {name: name for name in tensors}
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first_at: dict[Any, str] = {}

@@ -39,7 +39,7 @@ def compress(
     ] = None,
     max_error: Annotated[
         float | None,
-        typer.Option(help="Smallest bonds that keep each layer's relative error.", rich_help_panel=_GOAL),
+        typer.Option(help="Small bonds that keep each layer's relative error.", rich_help_panel=_GOAL),
     ] = None,
     size: Annotated[
         str | None,
@@ -136,7 +136,9 @@ def compress(
     ] = False,
     verbose: Annotated[
         bool,
-        typer.Option("--verbose", help="Name every tensor left alone.", rich_help_panel=_OUT),
+        typer.Option(
+            "--verbose", help="Name every weight left alone, with the reason.", rich_help_panel=_OUT
+        ),
     ] = False,
 ) -> None:
     """Compress a checkpoint: each chosen linear map becomes a matrix product operator.

@@ -62,7 +62,9 @@ def reported_errors() -> Iterator[None]:
         text = str(error).lower()
         if not isinstance(error, MemoryError) and "out of memory" not in text and "can't alloc" not in text:
             raise
-        _fail(f"out of memory: {error}", "--device cpu, or a machine with more memory", 1)
+        _fail(
+            f"out of memory: {error}", "a machine with more memory, or --device cpu where a GPU was used", 1
+        )
 
 
 def _fail(message: str, hint: str | None, status: int) -> None:

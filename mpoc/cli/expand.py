@@ -36,3 +36,5 @@ def expand(
             f"wrote {target}: {len(manifest.replaced)} layers dense again, "
             f"{human_bytes(output_bytes(target))}"
         )
+        loader = "AutoModel.from_pretrained" if target.is_dir() else "safetensors.torch.load_file"
+        words.next_command(f"{loader}({str(target)!r}) in Python")

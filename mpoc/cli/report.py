@@ -15,7 +15,9 @@ def report(
     path: Annotated[Path, typer.Argument(metavar="OUT", help="A compressed file or directory.")],
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="One CSV line a layer.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Name every tensor left alone.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Name every weight left alone, with the reason.")
+    ] = False,
 ) -> None:
     """Show the per-layer ρ table of a compressed file; quick on any size.
 

@@ -12,6 +12,10 @@ from rich.table import Table
 from mpoc.manifest import LayerRecord, Manifest
 from mpoc.report import summary, times
 
+_WIDEST = "outputs J / inputs I"
+# Below this width of a terminal the factors, and the seconds, are left out.
+_NARROW = 120
+
 
 def print_report(
     console: Console,
@@ -31,26 +35,31 @@ def print_report(
         predicted: a plan, nothing is written.
         verbose: name every tensor left alone.
     """
-    console.print(_table(manifest, seconds))
+    narrow = console.width < _NARROW
+    console.print(_table(manifest, seconds, narrow))
+    for layer in manifest.layers:
+        if narrow and layer.form == "dense":
+            console.print(escape(f"{layer.layer}: {layer.reason}"), soft_wrap=True)
     for line in summary(manifest, nbytes, predicted):
         console.print(escape(line), soft_wrap=True)
     _print_left_alone(console, manifest, verbose)
 
 
-def _table(manifest: Manifest, seconds: dict[str, float] | None) -> Table:
+def _table(manifest: Manifest, seconds: dict[str, float] | None, narrow: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("layer", overflow="fold")
-    table.add_column("shape", overflow="fold")
-    table.add_column("outputs J / inputs I", overflow="fold")
-    table.add_column("bonds D", overflow="fold")
+    for title in ("layer", "shape", "outputs J / inputs I", "bonds D"):
+        if title != _WIDEST or not narrow:
+            table.add_column(title, overflow="fold")
     table.add_column("parameters", justify="right", overflow="fold")
     table.add_column("ρ", justify="right", no_wrap=True)
     table.add_column("rel. error", justify="right", no_wrap=True)
-    if seconds is not None:
+    if seconds is not None and not narrow:
         table.add_column("s", justify="right", no_wrap=True)
     for layer in manifest.layers:
         row = _row(layer)
-        if seconds is not None:
+        if narrow:
+            del row[2]
+        elif seconds is not None:
             row.append(f"{seconds.get(layer.name, 0):.2f}")
         table.add_row(*row, style="dim" if layer.form == "dense" else None)
     return table
@@ -96,3 +105,5 @@ def _print_left_alone(console: Console, manifest: Manifest, verbose: bool) -> No
     if verbose:
         for name, reason in manifest.left_alone.items():
             console.print(escape(f"  {name}: {reason}"), soft_wrap=True)
+        for name, first in manifest.tied.items():
+            console.print(escape(f"  {name}: tied to {first}, stored once"), soft_wrap=True)

@@ -37,7 +37,9 @@ def tell_story(folder: Path, bond: int, force: bool) -> Story:
     names = (NETWORK_FILE, "digits-cnn.mpo.safetensors", "digits-cnn.dense.safetensors")
     original, compressed, dense = (folder / name for name in names)
     recipe = make_recipe(None, {"bond": bond})
-    if folder.exists() and not (force and folder.is_dir()):
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: is a file", "-o DIR writes elsewhere")
+    if folder.exists() and not force:
         raise UsageError(f"{folder}: exists already", "--force goes on in it, -o DIR writes elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
     with as_file(files("mpoc.demo") / NETWORK_FILE) as carried:

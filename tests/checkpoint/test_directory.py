@@ -199,3 +199,15 @@ def test_a_compressed_directory_is_known_without_its_manifest(tmp_path: Path) ->
     config = {**CONFIG, "quantization_config": {"quant_method": "mpo"}}
     error = refusal(save_directory(tmp_path / "m", mlp_state(), config=config))
     assert "already compressed by mpoc" in str(error)
+
+
+def test_wrapper_prefixes_come_off_over_all_shards_together(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    shards = {"a.bin": {"module.a.weight": torch.randn(4, 4)}, "b.bin": {"head.weight": torch.randn(4, 4)}}
+    for file, state in shards.items():
+        torch.save(state, tmp_path / file)
+    index = {"weight_map": {name: file for file, state in shards.items() for name in state}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.infos.keys() == {"module.a.weight", "head.weight"}
+    assert torch.equal(checkpoint.read("head.weight"), shards["b.bin"]["head.weight"])

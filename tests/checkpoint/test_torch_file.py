@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,11 @@ def test_a_plain_pickle_of_tensors_is_no_torch_file(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     path.write_bytes(pickle.dumps({"a": [1, 2, 3]}, protocol=2))
     refusal(path)
+
+
+def test_a_scalar_as_numpy_1_named_it_is_plain_data(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(2)}, "best": np.float64(93.0)}, tmp_path / "new.pt")
+    with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for entry in new.infolist():
+            old.writestr(entry.filename, new.read(entry).replace(b"numpy._core", b"numpy.core"))
+    assert torch.equal(open_checkpoint(tmp_path / "old.pt").read("a"), torch.ones(2))
