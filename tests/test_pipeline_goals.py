@@ -191,4 +191,4 @@ def test_a_tolerance_is_used_up(tmp_path: Path) -> None:
     """A little more error would let no bond go: what is allowed is spent."""
     torch.save({"conv.weight": torch.randn(64, 64, 3, 3)}, tmp_path / "m.pt")
     (layer,) = compress(tmp_path / "m.pt", max_error=0.6).manifest.layers
-    assert 0.58 < (layer.relative_error or 0) <= 0.6
+    assert 0.55 < (layer.relative_error or 0) <= 0.6
