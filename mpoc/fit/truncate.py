@@ -24,8 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The Krylov basis grows until the error it would still gain is below this share of the error.
-_KRYLOV_GAIN = 6e-4
+# The Krylov basis grows until the error it would still gain is below this share of the error; a basis of
+# less than four times the bond, from which that is hard to tell, must promise ten times less.
+_KRYLOV_GAIN = 8e-4
 # Past this share of the smaller side the exact route is as cheap.
 _KRYLOV_WIDEST = 0.5
 # On a flat spectrum the basis grows to about five times the bond; and small Gram matrices cost nothing.
@@ -168,7 +169,7 @@ def _krylov(
         gram = small @ small.T
         captured = float(torch.linalg.eigvalsh(gram)[-max_bond:].sum())
         errors.append(weight - captured)
-        gain = _gain_to_come(errors)
+        gain = _gain_to_come(errors) * (1 if width >= 4 * max_bond else 10)
         rounding = torch.finfo(matrix.dtype).eps
         resolved = errors[-1] > 100 * rounding * weight  # else lost in the difference of two norms
         if resolved and gain > 2 * _KRYLOV_GAIN * errors[-1]:
