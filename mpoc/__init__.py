@@ -1,3 +1,26 @@
-"""mpoc: compress trained networks by matrix product operators and other tensor networks."""
+"""mpoc: compress trained networks by matrix product operators and other tensor networks.
+
+    report = mpoc.compress(model, bond=4)                    # in memory, in place
+    model = mpoc.load("model.mpo.safetensors", model)        # a file that ``mpoc compress`` wrote
+
+Both import torch when they are first used, so that ``mpoc report`` need not.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpoc.loading import load
+    from mpoc.memory import compress
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "compress", "load"]
+_HOMES = {"compress": "mpoc.memory", "load": "mpoc.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpoc' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

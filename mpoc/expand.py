@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,11 +13,15 @@ from mpoc.checkpoint.base import Checkpoint, fingerprint
 from mpoc.checkpoint.directory import weight_files_of
 from mpoc.checkpoint.safetensors_file import open_safetensors
 from mpoc.errors import MpocError
+from mpoc.fit.conv_map import project
 from mpoc.forms.layout import working_dtype
 from mpoc.forms.mpo import MPO
 from mpoc.header import TensorInfo
 from mpoc.manifest import LayerRecord, Manifest, read_manifest
 from mpoc.writer import Entry, plan_shards, refuse_existing, refuse_misnamed, staged, write_safetensors
+
+# A map is a convolution where it is nearer to one than this many roundings of its cores.
+_ROUNDING = 64
 
 
 def default_dense_output(source: Path) -> Path:
@@ -28,18 +33,32 @@ def default_dense_output(source: Path) -> Path:
 
 
 def expand_checkpoint(
-    source: Path, output: Path, force: bool = False, max_shard_size: int = 5 * 10**9
+    source: Path,
+    output: Path,
+    force: bool = False,
+    max_shard_size: int = 5 * 10**9,
+    projected: Callable[[LayerRecord, float], None] | None = None,
 ) -> Manifest:
     """Write the dense checkpoint of a compressed one, a layer at a time.
 
+    Args:
+        source: file or directory.
+        output: of the same sort.
+        force: replace an existing output.
+        max_shard_size: in bytes; directories only.
+        projected: permits whole maps that are no convolutions any more to become the nearest ones, and is
+            called with each and the relative error of its map.
+
     Raises:
-        MpocError: not compressed by mpoc, damaged, or its tensors do not fit its manifest.
+        MpocError: not compressed by mpoc, damaged, its tensors do not fit its manifest, or it holds a whole
+            map that is no convolution and ``projected`` is None.
         UsageError: the output exists and ``force`` is not given.
     """
     manifest = read_manifest(source)
     refuse_existing(output, source, force)
     refuse_misnamed(output, source)
     stored = open_compressed(source)
+    _check_maps(stored, manifest, projected)
     entries = _dense_entries(stored, manifest)
     with staged(output) as target:
         if not source.is_dir():
@@ -83,11 +102,40 @@ def check_cores(stored: Checkpoint, layer: LayerRecord) -> None:
 
 
 def dense_weight(stored: Checkpoint, layer: LayerRecord) -> Tensor:
-    """The weight of a replaced layer in its original shape and dtype."""
-    dtype = getattr(torch, layer.dtype)
-    sites = range(len(layer.output_factors))
-    cores = [stored.read(layer.core_name(k)).to(working_dtype(dtype)) for k in sites]
-    return MPO(cores, layer.structure).to_weight().to(dtype)
+    """The weight of a replaced layer in its original shape and dtype; of a whole map the nearest kernel."""
+    form = _form(stored, layer)
+    weight = form.to_weight() if layer.geometry is None else project(form)[0]
+    return weight.to(getattr(torch, layer.dtype))
+
+
+def _form(stored: Checkpoint, layer: LayerRecord) -> MPO:
+    dtype = working_dtype(getattr(torch, layer.dtype))
+    cores = [stored.read(layer.core_name(k)).to(dtype) for k in range(len(layer.output_factors))]
+    return MPO(cores, layer.structure)
+
+
+def _check_maps(
+    stored: Checkpoint, manifest: Manifest, projected: Callable[[LayerRecord, float], None] | None
+) -> None:
+    """Refuse whole maps that are no convolutions beyond rounding, or report their distance from the nearest.
+
+    Raises:
+        MpocError: there is one and ``projected`` is None.
+    """
+    for layer in manifest.replaced:
+        if layer.geometry is None:
+            continue
+        check_cores(stored, layer)
+        error = project(_form(stored, layer))[1]
+        if error <= _ROUNDING * torch.finfo(getattr(torch, layer.stored_dtype)).eps:
+            continue
+        if projected is None:
+            raise MpocError(
+                f"layer {layer.layer}: its map is no convolution any more: "
+                f"the nearest one is {error:.2g} of its norm away",
+                "--project writes the nearest kernels",
+            )
+        projected(layer, error)
 
 
 def _dense_entries(stored: Checkpoint, manifest: Manifest) -> list[Entry]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpoc.checkpoint import Checkpoint
 from mpoc.errors import MpocError
+from mpoc.fit.conv_map import fit_conv_map
 from mpoc.fit.ttsvd import Fit, tt_svd
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
@@ -66,13 +67,14 @@ def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
     """
     assert plan.max_bond is not None
     dtype = getattr(torch, plan.stored_dtype)
+    factorise = tt_svd if plan.structure.geometry is None else fit_conv_map
     if not plan.tolerance:
-        return tt_svd(weight, plan.structure, plan.max_bond, 0.0, dtype, seed)
+        return factorise(weight, plan.structure, plan.max_bond, 0.0, dtype, seed)
     best: Fit | None = None
     low, high = 0.0, plan.tolerance * math.sqrt(len(plan.structure.site_sizes))
     spend = plan.tolerance
     for _ in range(_TRIALS):
-        fit = tt_svd(weight, plan.structure, plan.max_bond, spend, dtype, seed)
+        fit = factorise(weight, plan.structure, plan.max_bond, spend, dtype, seed)
         if fit.relative_error <= plan.tolerance:
             low = spend
             if best is None or fit.form.num_parameters < best.form.num_parameters:

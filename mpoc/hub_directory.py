@@ -11,11 +11,14 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mpoc.errors import MpocError
 from mpoc.header import TensorInfo, encode_header, storage_order
-from mpoc.manifest import FORMAT, MANIFEST_FILE, Manifest
+from mpoc.manifest import FORMAT, MANIFEST_FILE, Manifest, parse_geometry
+from mpoc.structure import KINDS, Structure
 from mpoc.writer import Shard, write_safetensors
 
 GUARD_KEY = "transformers_weights"
@@ -182,9 +185,32 @@ def quantization_config(manifest: Manifest) -> dict[str, Any]:
             "bonds": layer.bonds,
             "dtype": layer.stored_dtype,
         }
+        | ({"geometry": asdict(layer.geometry)} if layer.geometry else {})
         for layer in manifest.replaced
     }
     return {"quant_method": "mpo", "format": FORMAT, "layers": layers}
+
+
+def cores_of(name: str, entry: Any) -> tuple[Structure, tuple[int, ...]]:
+    """One layer of :func:`quantization_config`, read back: its structure and its bonds (D_0..D_n).
+
+    Raises:
+        MpocError: the entry is damaged.
+    """
+    try:
+        lists = [tuple(entry[key]) for key in ("shape", "output_factors", "input_factors", "bonds")]
+        shape, outputs, inputs, bonds = lists
+        geometry = parse_geometry(entry["geometry"], shape) if "geometry" in entry else None
+        structure = Structure(entry["kind"], shape, entry["transposed"], outputs, inputs, geometry)
+        whole = all(isinstance(number, int) and number > 0 for numbers in lists for number in numbers)
+        chain = len(outputs) == len(inputs) == len(bonds) - 1 > 0 and bonds[0] == bonds[-1] == 1
+        known = entry["form"] == "mpo" and structure.kind in KINDS
+        known = known and (structure.kind == "convmap") == (geometry is not None)
+        if not (whole and chain and known and min(structure.padding) >= 0):
+            raise ValueError(entry)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise MpocError(f"config.json: damaged quantization_config of {name!r} ({error!r})") from error
+    return structure, bonds
 
 
 def _card_with_section(card: str, manifest: Manifest) -> str:

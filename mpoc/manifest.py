@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mpoc.errors import MpocError, UsageError
+from mpoc.geometry import Geometry
 from mpoc.header import ITEMSIZE, read_header
 from mpoc.structure import KINDS, Structure
 
@@ -42,6 +43,7 @@ class LayerRecord:
     relative_error: float | None = None  # None in a plan, and for a dense layer
     entropies: tuple[float, ...] = ()  # of the stored weight
     entropies_of_weight: tuple[float | None, ...] = ()  # of the source's, where computed exactly
+    geometry: Geometry | None = None  # of a whole map (kind "convmap")
 
     @property
     def layer(self) -> str:
@@ -56,7 +58,9 @@ class LayerRecord:
     @property
     def structure(self) -> Structure:
         """How the cores make the weight; not for dense layers."""
-        return Structure(self.kind, self.shape, self.transposed, self.output_factors, self.input_factors)
+        return Structure(
+            self.kind, self.shape, self.transposed, self.output_factors, self.input_factors, self.geometry
+        )
 
     def core_name(self, site: int) -> str:
         """The tensor name of core ``site`` (from 0)."""
@@ -174,8 +178,9 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
 
 
 def _layer(value: dict[str, Any]) -> LayerRecord:
-    lists = {key: tuple(item) for key, item in value.items() if isinstance(item, list)}
-    layer = _typed(LayerRecord(**{**value, **lists}))
+    if value.get("geometry") is not None:
+        value["geometry"] = parse_geometry(value["geometry"], tuple(value["shape"]))
+    layer = _typed(LayerRecord(**_with_tuples(value)))
     if layer.kind not in KINDS or layer.form not in ("mpo", "dense"):
         raise ValueError(f"layer {layer.name!r}: kind {layer.kind!r}, form {layer.form!r}")
     if math.prod(layer.shape) != layer.num_original or min(layer.shape, default=0) < 1:
@@ -193,6 +198,21 @@ def _modest(structure: Structure) -> bool:
     return all(0 <= padding <= 0.1 * side for padding, side in sides)
 
 
+def parse_geometry(value: dict[str, Any], shape: tuple[int, ...]) -> Geometry:
+    """The geometry of a kernel of ``shape`` from JSON, checked.
+
+    Raises:
+        TypeError, ValueError: it is damaged.
+    """
+    geometry: Geometry = _typed(Geometry(**_with_tuples(value)))
+    geometry.check(shape)
+    return geometry
+
+
+def _with_tuples(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+
+
 def _check_factors(layer: LayerRecord) -> None:
     """Factors and bonds must make a chain, and the chain a matrix no smaller than the weight's.
 
@@ -201,7 +221,11 @@ def _check_factors(layer: LayerRecord) -> None:
     """
     structure = layer.structure
     chain = len(layer.output_factors) == len(layer.input_factors) == len(layer.bonds) - 1 > 0
-    whole = structure.lead * structure.outputs * structure.inputs == layer.num_original
+    if layer.geometry is None:
+        whole = structure.lead * structure.outputs * structure.inputs == layer.num_original
+    else:
+        whole = structure.num_original == layer.num_original
+    whole = whole and (layer.kind == "convmap") == (layer.geometry is not None)
     front = structure.site_sizes[0] if chain and structure.lead_sites else 1
     if not (chain and whole and front == structure.lead and _modest(structure)):
         raise ValueError(f"layer {layer.name!r}: its factors and bonds do not make its weight")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from mpoc.budget import Share, uniform_bonds
 from mpoc.errors import UsageError
+from mpoc.geometry import Geometry
 from mpoc.header import ITEMSIZE
 from mpoc.manifest import LayerRecord
 from mpoc.recipe import LayerRule, Recipe
@@ -47,6 +48,7 @@ class LayerPlan:
             return base
         return replace(
             base,
+            kind=self.structure.kind,
             form="mpo",
             num_stored=self.structure.num_parameters(self.max_bond),
             stored_dtype=self.stored_dtype,
@@ -55,6 +57,7 @@ class LayerPlan:
             input_factors=self.structure.input_factors,
             bonds=self.structure.bonds(self.max_bond),
             padding=self.structure.padding,
+            geometry=self.structure.geometry,
         )
 
 
@@ -62,6 +65,7 @@ def make_plan(
     selection: Selection,
     recipe: Recipe,
     predict_size: Callable[[list[LayerPlan]], int] | None = None,
+    geometries: Mapping[str, Geometry] | None = None,
 ) -> list[LayerPlan]:
     """Decide form, factors and bonds of every chosen layer.
 
@@ -69,6 +73,7 @@ def make_plan(
         selection: the chosen linear maps.
         recipe: checked.
         predict_size: bytes of the whole output under a plan, an upper bound; needed for ``--size``.
+        geometries: of whole maps, by the weight's name, where modules told; else the recipe does.
 
     Raises:
         UsageError: factors that do not multiply out, a pattern that matches nothing, a ceiling that
@@ -81,7 +86,7 @@ def make_plan(
             "--layers, --exclude, --embeddings and --min-params decide",
         )
     _check_rules(selection, recipe)
-    plans = [_open_plan(map, recipe) for map in selection.chosen]
+    plans = [_open_plan(map, recipe, geometries or {}) for map in selection.chosen]
     _check_shapes_used(plans, recipe)
     if not recipe.allow_growth:
         plans = [_shrinking(plan) for plan in plans]
@@ -97,6 +102,8 @@ def _check_rules(selection: Selection, recipe: Recipe) -> None:
     chosen = [map.name for map in selection.chosen]
     given = [("[layer] pattern", rule.pattern) for rule in recipe.rules]
     given += [("--shape pattern", shape.pattern) for shape in recipe.shape if shape.pattern is not None]
+    shapes = (("--input-shape pattern", shape.pattern) for shape in recipe.input_shape)
+    given += [(option, pattern) for option, pattern in shapes if pattern is not None]
     for option, pattern in given:
         check_pattern(option, pattern, [*chosen, *selection.left])
         if not any(matches(pattern, name) for name in chosen):
@@ -104,16 +111,19 @@ def _check_rules(selection: Selection, recipe: Recipe) -> None:
             raise UsageError(f"{option} {pattern!r}: {name} is left alone ({selection.left[name]})")
 
 
-def _open_plan(map: LinearMap, recipe: Recipe) -> LayerPlan:
+def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry]) -> LayerPlan:
     """A layer's plan with what is given for it alone; its bond is open (0) where a ceiling decides."""
     rule = recipe.rule_for(map.name)
-    _, outputs, inputs = lead_outputs_inputs(map.kind, map.shape, map.transposed)
-    factors = recipe.factors_for(map.name, outputs, inputs)
-    sites = rule.sites or recipe.sites
+    sites, geometry = rule.sites or recipe.sites, None
     try:
-        structure = make_structure(map.kind, map.shape, map.transposed, sites, factors)
+        if recipe.is_map(map.name, map.kind) and not rule.dense:
+            geometry = geometries.get(map.name) or recipe.geometry_for(map.name, map.shape)
+        kind = map.kind if geometry is None else "convmap"
+        _, outputs, inputs = lead_outputs_inputs(kind, map.shape, map.transposed, geometry)
+        factors = recipe.factors_for(map.name, outputs, inputs)
+        structure = make_structure(kind, map.shape, map.transposed, sites, factors, geometry)
     except UsageError as error:
-        raise UsageError(f"shape for layer {map.layer}: {error}") from error
+        raise UsageError(f"shape for layer {map.layer}: {error}", error.hint) from error
     plan = LayerPlan(map, structure, recipe.dtype or map.dtype, None)
     if rule.dense:
         return replace(plan, reason="the recipe leaves it dense")
@@ -233,8 +243,11 @@ def _closed(plan: LayerPlan, bond: int | None) -> LayerPlan:
 
 
 def _shrinking(plan: LayerPlan) -> LayerPlan:
-    """The plan, or dense where the cores would be no smaller than the weight."""
-    if not plan.max_bond or plan.tolerance:
+    """The plan, or dense where the cores would be no smaller than the weight.
+
+    A whole map's bonds end below the cap where its shifts need fewer, so the fit decides about it.
+    """
+    if not plan.max_bond or plan.tolerance or plan.structure.geometry is not None:
         return plan
     return leave_dense_unless_smaller(plan, plan.structure.num_parameters(plan.max_bond))
 

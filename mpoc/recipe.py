@@ -25,8 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from mpoc.errors import UsageError, nearest
+from mpoc.geometry import Geometry
+from mpoc.input_shape import InputShape, geometry_at, parse_input_shape
 from mpoc.selection import matches
+from mpoc.toml_values import flag, number, text, texts, whole
 
+CONV_FORMS = ("kernel", "map")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 GOALS = ("bond", "ratio", "max_error", "size")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -51,6 +55,8 @@ class LayerRule:
     max_error: float | None = None
     sites: int | None = None
     shape: ShapeRule | None = None
+    conv: str | None = None
+    input_shape: InputShape | None = None
     dense: bool | None = None
 
 
@@ -64,6 +70,8 @@ class Recipe:
     size: int | None = None  # ceiling on the output, bytes
     sites: int | None = None
     shape: tuple[ShapeRule, ...] = ()
+    conv: str = "kernel"  # what of a convolution is factorised: its kernel, or the whole map
+    input_shape: tuple[InputShape, ...] = ()  # of whole maps
     layers: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     embeddings: bool = False
@@ -88,6 +96,15 @@ class Recipe:
                     given = dict.fromkeys(group) | given
             merged = replace(merged, **given)
         return merged
+
+    def is_map(self, name: str, kind: str) -> bool:
+        """Whether this weight is a convolution to be taken as one map."""
+        return kind.startswith("conv") and (self.rule_for(name).conv or self.conv) == "map"
+
+    def geometry_for(self, name: str, shape: tuple[int, ...]) -> Geometry:
+        """Of a convolution that is taken as one map; see :func:`mpoc.input_shape.geometry_at`."""
+        own = self.rule_for(name).input_shape
+        return geometry_at(name, shape, self.input_shape if own is None else (own,))
 
     def factors_for(
         self, name: str, outputs: int, inputs: int
@@ -150,10 +167,22 @@ def _check(recipe: Recipe) -> None:
         raise UsageError(
             f"--dtype {recipe.dtype!r}: not one of {known}{nearest(recipe.dtype, STORED_DTYPES)}"
         )
+    _check_conv(recipe)
     for rule in recipe.rules:
         _check_bond(f"layer {rule.pattern!r}: bond", rule.bond)
         _check_error(f"layer {rule.pattern!r}: max-error", rule.max_error)
         _check_sites(f"layer {rule.pattern!r}: sites", rule.sites)
+
+
+def _check_conv(recipe: Recipe) -> None:
+    forms = [recipe.conv, *(rule.conv for rule in recipe.rules if rule.conv)]
+    for form in forms:
+        if form not in CONV_FORMS:
+            raise UsageError(
+                f"--conv {form!r}: not one of {', '.join(CONV_FORMS)}{nearest(form, CONV_FORMS)}"
+            )
+    if "map" not in forms and (recipe.input_shape or any(rule.input_shape for rule in recipe.rules)):
+        raise UsageError("--input-shape is of use with --conv map only", "--conv map")
 
 
 def _check_bond(where: str, bond: int | None) -> None:
@@ -204,42 +233,13 @@ def _typed(raw: Mapping[str, Any], target: type, where: str) -> dict[str, Any]:
             raise UsageError(f"{where}: {key} = {value!r}: {error}") from error
         except UsageError as error:
             raise UsageError(f"{where}: {key}: {error}", error.hint) from error
-    if target is LayerRule and "shape" in values:
-        if len(values["shape"]) != 1 or values["shape"][0].pattern is not None:
-            raise UsageError(f"{where}: shape: one inputs:outputs, the table names the layers")
-        values["shape"] = values["shape"][0]
+    for key, form in (("shape", "inputs:outputs"), ("input_shape", "HxW")):
+        if target is LayerRule and key in values:
+            if len(values[key]) != 1 or values[key][0].pattern is not None:
+                name = key.replace("_", "-")
+                raise UsageError(f"{where}: {name}: one {form}, the table names the layers")
+            values[key] = values[key][0]
     return values
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError("a whole number is needed")
-    return value
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError("a number is needed")
-    return float(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("true or false is needed")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a string is needed")
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    items = [value] if isinstance(value, str) else value
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise TypeError("a string or a list of strings is needed")
-    return tuple(items)
 
 
 def parse_size(value: str | int) -> int:
@@ -272,28 +272,34 @@ def parse_shape(text: str) -> ShapeRule:
 
 
 def _shapes(value: Any) -> tuple[ShapeRule, ...]:
-    return tuple(parse_shape(text) for text in _texts(value))
+    return tuple(parse_shape(text) for text in texts(value))
+
+
+def _input_shapes(value: Any) -> tuple[InputShape, ...]:
+    return tuple(parse_input_shape(text) for text in texts(value))
 
 
 def _size(value: Any) -> int:
-    return parse_size(value if isinstance(value, str) else _whole(value))
+    return parse_size(value if isinstance(value, str) else whole(value))
 
 
 _READERS = {
-    "bond": _whole,
-    "ratio": _number,
-    "max-error": _number,
+    "bond": whole,
+    "ratio": number,
+    "max-error": number,
     "size": _size,
-    "sites": _whole,
+    "sites": whole,
     "shape": _shapes,
-    "layers": _texts,
-    "exclude": _texts,
-    "embeddings": _flag,
-    "min-params": _whole,
-    "allow-growth": _flag,
-    "dtype": _text,
-    "seed": _whole,
-    "device": _text,
+    "conv": text,
+    "input-shape": _input_shapes,
+    "layers": texts,
+    "exclude": texts,
+    "embeddings": flag,
+    "min-params": whole,
+    "allow-growth": flag,
+    "dtype": text,
+    "seed": whole,
+    "device": text,
     "max-shard-size": _size,
-    "dense": _flag,
+    "dense": flag,
 }

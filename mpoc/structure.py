@@ -6,6 +6,9 @@ weight.  Then outputs and inputs are factored, J = (J_1..J_n) and I = (I_1..I_n)
 2020), and the factors interleaved, (J_1 I_1)(J_2 I_2)…, one pair a site.  A lead above 1 is a site of its
 own in front: J = 1, I = taps, or J = experts, I = 1.
 
+A convolution can also be seen as one linear map at a given input size (kind ``convmap``; Gao et al. 2020):
+outputs H'·W'·C_out, inputs H·W·C_in, channel last, and no lead.  ρ still counts the kernel's numbers.
+
 Where no good factorisation exists (a vocabulary of 30522, a prime) a side is padded with zeros; errors
 and ρ are always those of the cropped weight.
 """
@@ -18,8 +21,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from mpoc.errors import UsageError
+from mpoc.geometry import Geometry, factors_by_axis
 
-KINDS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", "experts")
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "convmap", "embedding", "experts")
+# A whole map of more numbers is never formed, and its factors must then align with height, width, channels.
+DENSE_LIMIT = 1 << 26
 # An exact factorisation is kept unless its factors sum to more than this many times the padded one's.
 _EXACT_BONUS = 2.0
 _WIDEST_PADDING = 0.1
@@ -34,21 +40,22 @@ class Structure:
     transposed: bool  # the checkpoint stores (inputs, outputs): GPT-2's Conv1D
     output_factors: tuple[int, ...]  # J, one a site, the lead site included
     input_factors: tuple[int, ...]  # I
+    geometry: Geometry | None = None  # of a whole map, and of nothing else
 
     @property
     def lead(self) -> int:
         """Taps of a kernel, number of experts, else 1."""
-        return lead_outputs_inputs(self.kind, self.shape, self.transposed)[0]
+        return lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)[0]
 
     @property
     def outputs(self) -> int:
         """N_y, of one tap or expert."""
-        return lead_outputs_inputs(self.kind, self.shape, self.transposed)[1]
+        return lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)[1]
 
     @property
     def inputs(self) -> int:
         """N_x, of one tap or expert."""
-        return lead_outputs_inputs(self.kind, self.shape, self.transposed)[2]
+        return lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)[2]
 
     @property
     def lead_sites(self) -> int:
@@ -74,8 +81,26 @@ class Structure:
 
     @property
     def num_original(self) -> int:
-        """N_ori: the weight's own parameters."""
+        """N_ori: the weight's own parameters; of a whole map the kernel's."""
         return math.prod(self.shape)
+
+    @property
+    def is_large_map(self) -> bool:
+        """Whether this is a whole map too large to be formed."""
+        return self.geometry is not None and math.prod(self.site_sizes) > DENSE_LIMIT
+
+    @property
+    def axis_factors(self) -> tuple[tuple[tuple[int, int], ...], ...] | None:
+        """Of a whole map: at each site (J, I) of each axis, channels last; None where they do not align."""
+        if self.geometry is None or any(self.padding):
+            return None
+        outputs = (*self.geometry.output_size, self.shape[0])
+        inputs = (*self.geometry.size, self.shape[1] * self.geometry.groups)
+        by_output = factors_by_axis(self.output_factors, outputs)
+        by_input = factors_by_axis(self.input_factors, inputs)
+        if by_output is None or by_input is None:
+            return None
+        return tuple(tuple(zip(j, i, strict=True)) for j, i in zip(by_output, by_input, strict=True))
 
     def bonds(self, max_bond: int) -> tuple[int, ...]:
         """(D_0..D_n), each capped at ``max_bond`` and at both sizes of its unfolding."""
@@ -93,7 +118,7 @@ class Structure:
     @property
     def full_bond(self) -> int:
         """The smallest cap at which nothing is discarded."""
-        return max(self.bonds(self.num_original * 2))
+        return max(self.bonds(math.prod(self.site_sizes)))
 
 
 def count_parameters(site_sizes: tuple[int, ...], bonds: tuple[int, ...]) -> int:
@@ -101,8 +126,13 @@ def count_parameters(site_sizes: tuple[int, ...], bonds: tuple[int, ...]) -> int
     return sum(a * size * b for a, size, b in zip(bonds[:-1], site_sizes, bonds[1:], strict=True))
 
 
-def lead_outputs_inputs(kind: str, shape: tuple[int, ...], transposed: bool) -> tuple[int, int, int]:
+def lead_outputs_inputs(
+    kind: str, shape: tuple[int, ...], transposed: bool, geometry: Geometry | None = None
+) -> tuple[int, int, int]:
     """How a weight of this kind and shape is read: (lead, outputs, inputs)."""
+    if geometry is not None:
+        outputs, inputs = geometry.positions
+        return 1, outputs * shape[0], inputs * shape[1] * geometry.groups
     if kind.startswith("conv"):
         return math.prod(shape[2:]), shape[0], shape[1]
     lead = shape[0] if kind == "experts" else 1
@@ -122,6 +152,7 @@ def make_structure(
     transposed: bool = False,
     sites: int | None = None,
     factors: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    geometry: Geometry | None = None,
 ) -> Structure:
     """Choose factors for a weight, or check the given ones.
 
@@ -131,20 +162,30 @@ def make_structure(
         transposed: stored as (inputs, outputs).
         sites: number of sites besides the taps or experts site; None for the papers' habit.
         factors: (output factors, input factors) that a user asked for, with or without the lead site.
+        geometry: makes a convolution a whole map; ``kind`` is then ``convmap``.
 
     Raises:
-        UsageError: given factors do not multiply out to the weight's sides.
+        UsageError: given factors do not multiply out to the weight's sides, or do not align with the axes
+            of a whole map that is too large to be formed.
     """
-    lead, outputs, inputs = lead_outputs_inputs(kind, shape, transposed)
+    lead, outputs, inputs = lead_outputs_inputs(kind, shape, transposed, geometry)
     front = (lead, 1) if kind == "experts" else (1, lead)
     if factors is not None:
         output_factors, input_factors = _check_factors(front, outputs, inputs, factors)
+    elif geometry is not None:
+        output_factors, input_factors = _choose_map_factors(geometry, shape, sites)
     else:
         output_factors, input_factors = _choose_factors(outputs, inputs, sites)
     if lead > 1:
         output_factors = (front[0], *output_factors)
         input_factors = (front[1], *input_factors)
-    return Structure(kind, tuple(shape), transposed, output_factors, input_factors)
+    structure = Structure(kind, tuple(shape), transposed, output_factors, input_factors, geometry)
+    if structure.is_large_map and structure.axis_factors is None:
+        raise UsageError(
+            f"a map of {outputs} × {inputs} numbers is built from shifts, so each factor must divide an axis "
+            f"or span whole ones: outputs {_times(output_factors)}, inputs {_times(input_factors)} do not"
+        )
+    return structure
 
 
 def _check_factors(
@@ -184,6 +225,41 @@ def _choose_factors(outputs: int, inputs: int, sites: int | None) -> tuple[tuple
         if found[0] and found[1]:
             return found[0][::-1], found[1]
     return (outputs,), (inputs,)
+
+
+def _choose_map_factors(
+    geometry: Geometry, shape: tuple[int, ...], sites: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sites of their own for each axis, channels last, that no factor crosses; neighbours merged if too many.
+
+    Nothing is padded.  Unless asked for fewer, a large map has more sites than the papers' habit: a factor of
+    at most about 8 in height and width, and three sites for the channels.
+    """
+    _, outputs, inputs = lead_outputs_inputs("convmap", shape, False, geometry)
+    channels = (shape[0], shape[1] * geometry.groups)
+    pairs: list[tuple[int, int]] = []
+    for pair in zip(geometry.output_size, geometry.size, strict=True):
+        if max(pair) > 1:
+            pairs += _exact_pairs(*pair, math.ceil(math.log2(max(pair)) / 3))
+    habit = default_sites(outputs, inputs) if sites is None else sites
+    least = min(3, default_sites(*channels)) if sites is None else 1
+    found = _exact_pairs(*channels, max(least, habit - len(pairs)))
+    # Shifts keep most digits of a position, so positions match digit by digit; channels balance the sites.
+    pairs += zip((j for j, _ in reversed(found)), (i for _, i in found), strict=True)
+    while sites is not None and len(pairs) > sites:
+        k = min(range(len(pairs) - 1), key=lambda k: math.prod(pairs[k] + pairs[k + 1]))
+        (j, i), (more_j, more_i) = pairs[k : k + 2]
+        pairs[k : k + 2] = [(j * more_j, i * more_i)]
+    return tuple(j for j, _ in pairs), tuple(i for _, i in pairs)
+
+
+def _exact_pairs(outputs: int, inputs: int, count: int) -> list[tuple[int, int]]:
+    """Rising factors (J, I) of at most ``count`` sites that multiply out to the two sides exactly."""
+    for number in range(count, 1, -1):
+        found = _most_balanced(outputs, number), _most_balanced(inputs, number)
+        if found[0] and found[1]:
+            return list(zip(*found, strict=True))
+    return [(outputs, inputs)]
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ class Mpoc:
 
     def start(self, *arguments: object, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
         """Start and return at once; the ``run`` fixture ends what still runs after the test."""
+        # A background job ignores Ctrl-C and hands that on; the tests send one.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
             [sys.executable, "-m", "mpoc", *map(str, arguments)],
             cwd=self.folder,

@@ -76,6 +76,14 @@ def test_what_fits_as_it_is_stays_dense(shares: list[Share]) -> None:
         assert uniform_bonds(shares, dense - 1) != [None] * len(shares)
 
 
+def test_every_bond_that_shrinks_a_small_layer_is_known() -> None:
+    for rows, columns in itertools.product(range(1, 20), repeat=2):
+        structure = make_structure("linear", (rows, columns))
+        largest = useful_bonds(structure)[-1]
+        found = uniform_bonds([Share(structure, 1, 1)], structure.num_original - 1)
+        assert found == (None if largest is None else [largest])
+
+
 @pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5, 0.8])
 def test_the_worst_off_layer_is_as_well_off_as_any_choice_of_bonds_can_make_it(ratio: float) -> None:
     structures = [make_structure("linear", shape, sites=2) for shape in ((16, 16), (24, 12), (8, 32))]

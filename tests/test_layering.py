@@ -22,7 +22,7 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 WITHOUT_TORCH = ["mpoc.errors", "mpoc.header", "mpoc.structure", "mpoc.manifest", "mpoc.report"]
-WITH_TRANSFORMERS = {"mpoc.hf", "mpoc.data.text"}
+WITH_TRANSFORMERS = {"mpoc.hf", "mpoc.data.text", "mpoc.architecture"}
 
 
 @cache
@@ -90,8 +90,8 @@ def test_a_report_needs_no_torch(module: str) -> None:
     assert {top(name) for name in reached(module)} - sys.stdlib_module_names == {"mpoc"}
 
 
-def test_forms_know_torch_and_structure_only() -> None:
-    allowed = {"torch", "mpoc.structure", *sys.stdlib_module_names}
+def test_forms_know_torch_and_structures_only() -> None:
+    allowed = {"torch", "mpoc.structure", "mpoc.geometry", *sys.stdlib_module_names}
     for module in FILES:
         if module.startswith("mpoc.forms"):
             others = {name for name in imports(module) if not name.startswith("mpoc.forms")}

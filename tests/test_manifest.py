@@ -103,9 +103,22 @@ def test_any_record_there_and_back(
     assert parse_manifest(whole.to_json(), HERE) == whole
 
 
-def test_defaults_are_not_written() -> None:
-    (layer,) = json.loads(manifest(LAYERS[-1]).to_json())["layers"]
-    assert "padding" not in layer and "bonds" not in layer and layer["reason"] == "too small"
+def test_defaults_are_not_written_and_mean_the_same_when_read() -> None:
+    text = manifest(LAYERS[-1]).to_json()
+    (layer,) = json.loads(text)["layers"]
+    assert set(layer) == {
+        *("name", "kind", "shape", "dtype", "form"),
+        *("num_original", "num_stored", "stored_dtype", "reason"),
+    }
+    (read,) = parse_manifest(text, HERE).layers
+    assert (read.transposed, read.padding, read.relative_error) == (False, (0, 0), None)
+    assert read.output_factors == read.input_factors == read.bonds == read.entropies == ()
+
+
+def test_the_text_says_its_format_and_wastes_no_space() -> None:
+    text = WHOLE.to_json()
+    assert text.startswith('{"format":1,"source":{"name":"modèle.pt","nbytes":')
+    assert WHOLE.to_json(indent=2).startswith('{\n  "format": 1,\n')
 
 
 def test_same_manifest_same_text() -> None:
@@ -225,6 +238,7 @@ def test_no_single_change_gets_past_the_check_and_then_breaks() -> None:
         ("form", "svd"),
         ("shape", [16, 12, 3, 4]),
         ("shape", [1728]),
+        ("shape", [-16, -12, 3, 3]),
         ("num_original", 0),
         ("bonds", [1, 4, 1]),
         ("output_factors", [1, 4, 2, 1]),
@@ -238,6 +252,13 @@ def test_damaged_records_are_refused(key: str, new: Any) -> None:
     value = json.loads(WHOLE.to_json())
     value["layers"][0][key] = new
     with pytest.raises(MpocError, match=r"m\.safetensors: damaged manifest"):
+        parse_manifest(json.dumps(value), HERE)
+
+
+def test_an_empty_weight_is_refused() -> None:
+    value = json.loads(WHOLE.to_json())
+    value["layers"][-1] |= {"shape": [0, 2], "num_original": 0, "num_stored": 0}
+    with pytest.raises(MpocError, match="damaged manifest"):
         parse_manifest(json.dumps(value), HERE)
 
 

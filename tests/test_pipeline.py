@@ -9,7 +9,7 @@ import torch
 
 from mpoc import writer
 from mpoc.errors import MpocError, UsageError
-from mpoc.manifest import LayerRecord
+from mpoc.manifest import LayerRecord, read_manifest
 from mpoc.pipeline import Compression, choose_device, compress_checkpoint, default_output
 from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, network_state
@@ -59,6 +59,19 @@ def test_nothing_is_written_where_nothing_shrinks(source: Path, goal: dict[str, 
         compress(source, **goal)
     assert "--bond" in (caught.value.hint or "")
     assert contents(source.parent) == before
+
+
+def test_an_existing_output_is_refused_before_any_work(source: Path) -> None:
+    done = compress(source, bond=2)
+    before = contents(source.parent)
+    told: list[str] = []
+    recipe = make_recipe(None, {"bond": 4})
+    with pytest.raises(UsageError, match="exists already"):
+        compress_checkpoint(source, done.output, recipe, progress=lambda record, *_: told.append(record.name))
+    assert told == []
+    assert contents(source.parent) == before
+    compress_checkpoint(source, done.output, recipe, force=True)
+    assert read_manifest(done.output).options["bond"] == 4
 
 
 def test_progress_is_told_after_every_layer(source: Path) -> None:

@@ -88,6 +88,18 @@ class TestEveryGoal:
         assert contents(source) == before
 
 
+def test_the_seed_alone_decides_the_randomised_svd(tmp_path: Path) -> None:
+    """On a matrix large enough that the fit starts from random vectors."""
+    torch.save({"fc.weight": torch.randn(1024, 1536)}, tmp_path / "m.pt")
+    made = []
+    for number, seed in enumerate((3, 3, 4)):
+        torch.manual_seed(number)
+        output = compress(tmp_path / "m.pt", f"out{number}", bond=4, sites=2, seed=seed).output
+        made.append(load_file(output)["fc.cores.0"])
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+
+
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(ratio=st.floats(0.15, 1.0), sites=st.sampled_from([None, 2, 3]), directory=st.booleans())
 def test_the_ratio_is_never_exceeded(
@@ -128,6 +140,7 @@ def test_the_size_is_never_exceeded(
     else:
         source = folder / "m.pt"
         torch.save(network_state(), source)
+    assert compress(source, dry_run=True, size=size, dtype=dtype).nbytes <= size
     done = compress(source, size=size, dtype=dtype)
     assert num_bytes(done.output) <= size
     assert num_bytes(done.output) == done.nbytes

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoc.errors import UsageError
+from mpoc.input_shape import InputShape
 from mpoc.recipe import LayerRule, Recipe, ShapeRule, make_recipe, parse_shape, parse_size
 
 SOME = settings(max_examples=100, deadline=None, derandomize=True)
@@ -24,6 +25,9 @@ EVERY_KEY: list[tuple[str, str, Any]] = [
     ("sites", "3", 3),
     ("shape", '"28x28:16x16"', (ShapeRule(None, (16, 16), (28, 28)),)),
     ("shape", '["fc=4x4:2x8"]', (ShapeRule("fc", (2, 8), (4, 4)),)),
+    ("conv", '"map"', "map"),
+    ("input-shape", '"8x4:stride=2"', (InputShape(None, (8, 4), (2,)),)),
+    ("input-shape", '["c=3"]', (InputShape("c", (3,)),)),
     ("layers", '"fc*"', ("fc*",)),
     ("exclude", '["a", "re:b"]', ("a", "re:b")),
     ("embeddings", "true", True),
@@ -47,7 +51,9 @@ def read(tmp_path: Path, text: str, **options: Any) -> Recipe:
 @pytest.mark.parametrize(("key", "text", "value"), EVERY_KEY)
 def test_every_option_can_stand_in_a_file(tmp_path: Path, key: str, text: str, value: Any) -> None:
     field = key.replace("-", "_")
-    goal = {} if field in GOALS else {"bond": 8}
+    goal: dict[str, Any] = {} if field in GOALS else {"bond": 8}
+    if field == "input_shape":
+        goal["conv"] = "map"
     found = getattr(read(tmp_path, f"{key} = {text}", **goal), field)
     assert found == value and type(found) is type(value)
 
@@ -59,6 +65,27 @@ def test_that_list_has_every_option() -> None:
 @pytest.mark.parametrize("goal", GOALS)
 def test_one_goal_is_enough(goal: str) -> None:
     assert getattr(make_recipe(None, {goal: GOALS[goal]}), goal) == GOALS[goal]
+
+
+def test_what_is_not_said_is_as_usual() -> None:
+    recipe = make_recipe(None, {"bond": 1})
+    assert recipe == Recipe(bond=1, ratio=None, max_error=None, size=None, sites=None)
+    assert (recipe.shape, recipe.layers, recipe.exclude, recipe.rules) == ((), (), (), ())
+    assert (recipe.embeddings, recipe.allow_growth, recipe.dtype) == (False, False, None)
+    assert (recipe.min_params, recipe.seed, recipe.device, recipe.max_shard_size) == (0, 0, "auto", 5 * 10**9)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ratio": 1.0},
+        {"bond": 1, "sites": 2},
+        *({"bond": 1, "dtype": dtype} for dtype in ("float64", "float32", "bfloat16", "float16")),
+    ],
+)
+def test_values_at_the_edge_are_good(options: dict[str, Any]) -> None:
+    recipe = make_recipe(None, options)
+    assert {key: getattr(recipe, key) for key in options} == options
 
 
 @pytest.mark.parametrize("goals", [(), *combinations(GOALS, 2), tuple(GOALS)], ids=str)
@@ -195,6 +222,7 @@ def test_the_nearest_shape_wins() -> None:
         ("20MB", 20_000_000),
         ("500kB", 500_000),
         ("1.5GB", 1_500_000_000),
+        ("0.002TB", 2_000_000_000),
         ("1.001kB", 1001),
         ("2 TiB", 2**41),
         ("3gib", 3 * 2**30),

@@ -94,7 +94,9 @@ def test_totals_are_the_sums_of_the_layers(counts: list[tuple[int, int, bool]]) 
 
 
 def test_json_holds_every_field_of_every_layer() -> None:
-    report = json.loads(to_json(report_dict(WHOLE, 987)))
+    text = to_json(report_dict(WHOLE, 987))
+    assert '\n  "source": {\n    "name": "modèle.pt",' in text
+    report = json.loads(text)
     assert report["schema"] == "mpoc.report/1"
     assert report["source"] == asdict(WHOLE.source)
     assert (report["options"], report["tool"], report["kinds_from"]) == (

@@ -140,24 +140,38 @@ def test_every_tensor_is_chosen_or_has_a_reason(
     assert not set(chosen) & exclude and (not layers or set(chosen) <= layers)
 
 
-def test_gpt2_stores_its_conv1d_weights_transposed() -> None:
-    gpt2 = {"model_type": "gpt2"}
+@pytest.mark.parametrize("model", ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"])
+def test_gpt2_and_its_kin_store_conv1d_weights_transposed(model: str) -> None:
+    gpt2 = {"model_type": model}
     for name in ("h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight", "h.3.mlp.c_fc.weight"):
         assert only(name, (64, 192), gpt2).transposed
         assert not only(name, (64, 192)).transposed
     assert not only("lm_head.weight", (1009, 64), gpt2).transposed
 
 
-def test_some_models_store_experts_transposed() -> None:
+@pytest.mark.parametrize("model", ["gpt_oss", "llama4", "llama4_text", "aria", "aria_text"])
+def test_some_models_store_experts_transposed(model: str) -> None:
     shape = (8, 64, 32)
-    assert only("mlp.experts.down_proj", shape, {"model_type": "gpt_oss"}).transposed
+    assert only("mlp.experts.down_proj", shape, {"model_type": model}).transposed
     assert not only("mlp.experts.down_proj", shape, {"model_type": "mixtral"}).transposed
-    assert not only("fc.weight", (64, 32), {"model_type": "gpt_oss"}).transposed
+    assert not only("fc.weight", (64, 32), {"model_type": model}).transposed
 
 
 def test_where_kinds_come_from_is_said() -> None:
     assert select(checkpoint(NAMES)).source == "names and shapes"
     assert select(checkpoint(NAMES, config={"model_type": "bert"})).source == "config.json (bert)"
+
+
+def test_kinds_that_a_models_modules_tell_win_over_names() -> None:
+    told = checkpoint(NAMES, config={"model_type": "gpt2"})
+    told.kinds = {"fc.weight": ("embedding", False), "conv1.weight": ("conv2d", True)}
+    selection = select(told, embeddings=True)
+    assert selection.source == "the model's modules"
+    assert [(m.layer, m.kind, m.transposed) for m in selection.chosen] == [
+        ("conv1", "conv2d", True),
+        ("fc", "embedding", False),
+    ]
+    assert selection.left["wte.weight"] == "not known as a linear map"
 
 
 def test_tied_names_follow_their_first() -> None:

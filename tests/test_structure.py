@@ -71,6 +71,7 @@ def test_taps_site_costs_its_own_row() -> None:
         ("linear", (6, 10), True, (1, 10, 6)),
         ("embedding", (101, 8), False, (1, 101, 8)),
         ("conv1d", (6, 10, 5), False, (5, 6, 10)),
+        ("conv1d", (6, 10, 2), False, (2, 6, 10)),
         ("conv2d", (6, 1, 3, 3), False, (9, 6, 1)),
         ("conv3d", (6, 10, 3, 2, 5), False, (30, 6, 10)),
         ("experts", (4, 6, 10), False, (4, 6, 10)),
@@ -90,6 +91,8 @@ def test_lead_site_carries_taps_as_inputs_and_experts_as_outputs() -> None:
     experts = make_structure("experts", (8, 16, 16))
     assert (conv.output_factors[0], conv.input_factors[0]) == (1, 9)
     assert (experts.output_factors[0], experts.input_factors[0]) == (8, 1)
+    for two in (make_structure("conv1d", (16, 16, 2)), make_structure("experts", (2, 16, 16))):
+        assert (two.site_sizes[0], two.lead_sites, two.padded) == (2, 1, (16, 16))
     for flat in (make_structure("conv2d", (16, 16, 1, 1)), make_structure("experts", (1, 16, 16))):
         assert flat.lead_sites == 0
         assert flat.output_factors == make_structure("linear", (16, 16)).output_factors

@@ -60,6 +60,7 @@ def test_bytes_are_those_of_the_safetensors_library(
 def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
     base = torch.randn(6, 8)
     state = {"t": base.t(), "step": base[::2, 1::3], "wide": base[:1].expand(5, 8), "scalar": base[0, 0]}
+    state["column"] = base[:, 3]
     write_safetensors(tmp_path / "m", [entry(name, tensor) for name, tensor in state.items()], {})
     loaded = load_file(tmp_path / "m")
     for name, tensor in state.items():
@@ -115,7 +116,10 @@ def test_the_spool_gives_back_what_it_took(tmp_path: Path, dtype: torch.dtype) -
     tensors = [torch.randint(0, 2, shape).to(dtype) for shape in ((2, 3), (), (1, 4, 4, 1), (5,))]
     first = spool.add("0", tensors[0])
     assert torch.equal(first.read(), tensors[0])  # between two additions
-    entries = [first] + [spool.add(str(k), tensor) for k, tensor in enumerate(tensors[1:], start=1)]
+    entries = [first]
+    for k, tensor in enumerate(tensors[1:], start=1):
+        entries.append(spool.add(str(k), tensor))
+        assert torch.equal(first.read(), tensors[0])
     for kept, tensor in zip(reversed(entries), reversed(tensors), strict=True):
         assert torch.equal(kept.read(), tensor)
         assert kept.info.shape == tuple(tensor.shape)

@@ -11,6 +11,7 @@ import mpoc
 from mpoc.cli.compress import compress
 from mpoc.cli.demo import demo
 from mpoc.cli.expand import expand
+from mpoc.cli.export import export
 from mpoc.cli.report import report
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ def options(
 app.command()(compress)
 app.command()(report)
 app.command()(expand)
+app.command()(export)
 app.command()(demo)
 
 

@@ -88,6 +88,24 @@ def compress(
             rich_help_panel=_HOW,
         ),
     ] = None,
+    conv: Annotated[
+        str | None,
+        typer.Option(
+            metavar="kernel|map",
+            help="What of a convolution is factorised: its kernel (default), or the whole linear map "
+            "at one input size, which ties the layer to that size.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[PATTERN=]HxW[:stride=1,padding=1,dilation=1,groups=1,padding_mode=zeros]",
+            help="For --conv map: the layer's input size and, as no checkpoint has them, its settings. "
+            "Default padding: dilation·(k-1)/2. Repeatable.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -150,6 +168,8 @@ def compress(
     mpoc compress bert/ --ratio 0.5 --exclude 'pooler*'
 
     mpoc compress vgg.pt --size 20MB --dry-run
+
+    mpoc compress vgg.pt --bond 4 --layers 'conv*' --conv map --input-shape 'conv*=2x2'
     """
     options = {
         key: tuple(value) if isinstance(value, list) else value
@@ -190,11 +210,14 @@ def _run(
     words: Output,
 ) -> Compression:
     from mpoc.cli.progress import layer_progress
+    from mpoc.input_shape import parse_input_shape
     from mpoc.pipeline import choose_device, compress_checkpoint, default_output
     from mpoc.recipe import make_recipe, parse_shape, parse_size
 
     if options["shape"] is not None:
         options["shape"] = tuple(parse_shape(text) for text in options["shape"])
+    if options["input_shape"] is not None:
+        options["input_shape"] = tuple(parse_input_shape(text) for text in options["input_shape"])
     for key in ("size", "max_shard_size"):
         if options[key] is not None:
             options[key] = parse_size(options[key])

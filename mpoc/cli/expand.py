@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpoc.cli.console import Output, reported_errors
+
+if TYPE_CHECKING:
+    from mpoc.manifest import LayerRecord
 
 
 def expand(
@@ -18,6 +21,13 @@ def expand(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file of a directory, as 5GB.")] = "5GB",
+    project: Annotated[
+        bool,
+        typer.Option(
+            "--project",
+            help="Of a convolution compressed as one map (--conv map), write the nearest kernel.",
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Errors only.")] = False,
 ) -> None:
     """Write dense weights under their original names, shapes and dtypes, so that anything can load them.
@@ -29,9 +39,13 @@ def expand(
         from mpoc.recipe import parse_size
         from mpoc.report import human_bytes, output_bytes
 
-        target = output or default_dense_output(path)
-        manifest = expand_checkpoint(path, target, force, parse_size(max_shard_size))
+        def say_projected(layer: LayerRecord, error: float) -> None:
+            words.say(f"{layer.layer}: nearest kernel, {error:.4g} of the map's norm away")
+
         words = Output(quiet)
+        target = output or default_dense_output(path)
+        size, projected = parse_size(max_shard_size), say_projected if project else None
+        manifest = expand_checkpoint(path, target, force, size, projected)
         words.say(
             f"wrote {target}: {len(manifest.replaced)} layers dense again, "
             f"{human_bytes(output_bytes(target))}"

@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpoc.forms.mpo import rank_within
+
 # The Krylov basis grows until the error it would still gain is below this share of the error; a basis of
 # less than four times the bond, from which that is hard to tell, must promise ten times less.
 _KRYLOV_GAIN = 8e-4
@@ -92,27 +94,18 @@ def _keep(matrix: Tensor) -> Truncation:
     return Truncation(left, right, 0.0, "kept", None)
 
 
-def _rank_within(singular_values: Tensor, max_bond: int, discard: float) -> tuple[int, float]:
-    """The smallest rank whose discarded weight is at most ``discard``, capped; and that weight."""
-    tails = singular_values.square().flip(0).cumsum(0).flip(0)  # tails[r] = weight lost at rank r
-    tails = torch.cat([tails, tails.new_zeros(1)])
-    rank = int((tails > discard).sum().item())
-    rank = max(1, min(rank, max_bond))
-    return rank, float(tails[rank])
-
-
 def _exact(matrix: Tensor, max_bond: int, discard: float) -> Truncation:
     if matrix.dtype == torch.float64:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        rank, lost = _rank_within(values, max_bond, discard)
+        rank, lost = rank_within(values, max_bond, discard)
         return Truncation(left[:, :rank], values[:rank, None] * right[:rank], lost, "exact", values)
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
     values, vectors = _left_singular(wide, torch.float32)
-    rank, lost = _rank_within(values, max_bond, discard)
+    rank, lost = rank_within(values, max_bond, discard)
     if lost < _SINGLE_FLOOR * float(values[0]) ** 2:
         values, vectors = _left_singular(wide, torch.float64)
-        rank, lost = _rank_within(values, max_bond, discard)
+        rank, lost = rank_within(values, max_bond, discard)
     basis = vectors[:, :rank].to(matrix.dtype)
     if not tall:
         return Truncation(basis, basis.T @ matrix, lost, "exact", values)

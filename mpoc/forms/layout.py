@@ -1,6 +1,9 @@
 """Between a weight as the checkpoint stores it and the interleaved tensor that a form factorises.
 
 weight → (lead, outputs, inputs) → padded → (lead, J_1..J_n, I_1..I_n) → (J_1, I_1, J_2, I_2, …).
+
+Of a whole map the weight is the kernel: the way there forms the dense map, the way back gives the kernel that
+is nearest to a map, which need not be a convolution's.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mpoc.forms.conv_map import map_of_kernel, nearest_kernel
 from mpoc.structure import Structure
 
 
@@ -19,6 +23,8 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def to_matrix(weight: Tensor, structure: Structure) -> Tensor:
     """``weight`` (as in the checkpoint) as (lead, outputs, inputs), a view where possible."""
+    if structure.geometry is not None:
+        return map_of_kernel(weight, structure.geometry)[None]
     if structure.kind.startswith("conv"):
         return weight.flatten(2).permute(2, 0, 1)  # (taps, C_out, C_in)
     blocks = weight.reshape(structure.lead, *weight.shape[-2:])
@@ -27,6 +33,8 @@ def to_matrix(weight: Tensor, structure: Structure) -> Tensor:
 
 def from_matrix(matrix: Tensor, structure: Structure) -> Tensor:
     """The inverse of :func:`to_matrix`: (lead, outputs, inputs) → ``structure.shape``, contiguous."""
+    if structure.geometry is not None:
+        return nearest_kernel(matrix[0], structure.geometry)
     if structure.kind.startswith("conv"):
         return matrix.permute(1, 2, 0).reshape(structure.shape).contiguous()
     blocks = matrix.transpose(1, 2) if structure.transposed else matrix
@@ -46,12 +54,17 @@ def interleave(weight: Tensor, structure: Structure) -> Tensor:
 
 def deinterleave(tensor: Tensor, structure: Structure) -> Tensor:
     """(J_1 I_1, J_2 I_2, …) → ``structure.shape``, padding cropped: the inverse of :func:`interleave`."""
+    return from_matrix(deinterleave_matrix(tensor, structure), structure)
+
+
+def deinterleave_matrix(tensor: Tensor, structure: Structure) -> Tensor:
+    """(J_1 I_1, J_2 I_2, …) → (lead, outputs, inputs), padding cropped."""
     shape = _side_by_side(structure)
     order = _interleaving(structure)
     split = tensor.reshape([shape[axis] for axis in order])
     inverse = [order.index(axis) for axis in range(len(order))]
     matrix = split.permute(inverse).reshape(structure.lead, *structure.padded)
-    return from_matrix(matrix[:, : structure.outputs, : structure.inputs], structure)
+    return matrix[:, : structure.outputs, : structure.inputs]
 
 
 def unpadded(structure: Structure, device: torch.device) -> Tensor:

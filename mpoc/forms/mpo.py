@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpoc.forms.layout import deinterleave
+from mpoc.forms.layout import deinterleave_matrix, from_matrix
 from mpoc.structure import Structure
 
 
@@ -64,11 +64,8 @@ class MPO:
         sizes = self.structure.site_sizes
         lefts = [math.prod(sizes[:k]) for k in range(1, len(sizes))]
         total = math.prod(sizes)
-        cut = min(
-            range(len(lefts)),
-            key=lambda k: self.bonds[k + 1] * (lefts[k] + total // lefts[k]),
-            default=-1,
-        )
+        costs = [self.bonds[k + 1] * (left + total // left) for k, left in enumerate(lefts)]
+        cut = costs.index(min(costs)) if costs else -1
         one = self.cores[0].new_ones(1, 1)
         left = one
         for core in self.cores[: cut + 1]:
@@ -79,9 +76,20 @@ class MPO:
         return left, right
 
     def to_weight(self) -> Tensor:
-        """The dense weight in the checkpoint's own shape, in the cores' dtype."""
+        """The dense weight in the checkpoint's own shape, in the cores' dtype.
+
+        Of a whole map it is the nearest kernel.
+        """
+        return from_matrix(self.to_matrix(), self.structure)
+
+    def to_matrix(self) -> Tensor:
+        """(lead, outputs, inputs) without padding, in the cores' dtype."""
         left, right = self.halves()
-        return deinterleave(left @ right, self.structure)
+        return deinterleave_matrix(left @ right, self.structure)
+
+    def norm(self) -> float:
+        """‖Ŵ‖_F, padding included."""
+        return float(torch.linalg.vector_norm(_left_canonical(self.cores)[-1]))
 
     def spectra(self) -> list[Tensor]:
         """Schmidt values at bonds 1..n-1, float64, descending, from the canonical form."""
@@ -106,6 +114,31 @@ class MPO:
             cores[k + 1] = cores[k + 1] * root[:, None, None, None]
         return MPO(cores, self.structure), spectra
 
+    def rounded(self, max_bond: int, tolerance: float = 0.0) -> tuple[MPO, list[Tensor]]:
+        """TT-rounding (Oseledets 2011, algorithm 2): the same weight nearly, with smaller bonds.
+
+        The squared error equals the sum of the squares discarded at the successive truncations.
+
+        Args:
+            max_bond: cap on every D_k.
+            tolerance: relative Frobenius error that may be spent to make bonds smaller than the cap.
+
+        Returns:
+            As :meth:`balanced`: float64, balanced gauge, and the Schmidt values of its bonds.
+        """
+        cores = _left_canonical(self.cores)
+        budget = tolerance**2 * float(cores[-1].square().sum())
+        return MPO(_schmidt_sweep(cores, 0.0, max_bond, budget)[0], self.structure).balanced()
+
+
+def rank_within(singular_values: Tensor, max_bond: int, discard: float) -> tuple[int, float]:
+    """The smallest rank whose discarded weight is at most ``discard``, capped; and that weight."""
+    tails = singular_values.square().flip(0).cumsum(0).flip(0)  # tails[r] = weight lost at rank r
+    tails = torch.cat([tails, tails.new_zeros(1)])
+    rank = int((tails > discard).sum().item())
+    rank = max(1, min(rank, max_bond))
+    return rank, float(tails[rank])
+
 
 def entropy(values: Tensor) -> float:
     """−Σ p ln p with p = s²/Σs² (0 where all values are zero)."""
@@ -129,18 +162,27 @@ def _left_canonical(cores: Sequence[Tensor]) -> list[Tensor]:
     return canonical
 
 
-def _schmidt_sweep(cores: list[Tensor], resolution: float = 0.0) -> tuple[list[Tensor], list[Tensor]]:
-    """Right-canonical cores (the first holds the norm) and the Schmidt values of every bond.
+def _schmidt_sweep(
+    cores: list[Tensor], resolution: float = 0.0, max_bond: int | None = None, budget: float = 0.0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Right-canonical cores (the first holds the norm) and the singular values kept at every bond.
+
+    These are the Schmidt values unless something was discarded.
 
     Args:
         cores: left-canonical; consumed.
-        resolution: Schmidt values at or below this share of the bond's largest are cut.
+        resolution: singular values at or below this share of the bond's largest are cut.
+        max_bond: cap on every bond.
+        budget: squared error that may be spent to make bonds smaller.
     """
     spectra: list[Tensor] = []
     for k in range(len(cores) - 1, 0, -1):
         core = cores[k]
         left, values, right = torch.linalg.svd(core.flatten(1), full_matrices=False)
         kept = max(1, int((values > resolution * values[0]).sum()))
+        if max_bond is not None:
+            kept, lost = rank_within(values, min(max_bond, kept), budget / k)
+            budget = max(budget - lost, 0.0) if budget else 0.0
         cores[k] = right[:kept].reshape(kept, *core.shape[1:])
         carry = left[:, :kept] * values[:kept]
         cores[k - 1] = torch.einsum("ajib,bc->ajic", cores[k - 1], carry)

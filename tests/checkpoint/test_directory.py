@@ -73,9 +73,10 @@ def test_shards_as_transformers_writes_them(tmp_path: Path, architecture: str) -
     assert_holds(tmp_path / "m", state)
 
 
-def test_safetensors_win_over_torch_files(tmp_path: Path) -> None:
+def test_the_usual_file_wins_over_copies_and_torch_files(tmp_path: Path) -> None:
     state = mlp_state()
     path = save_directory(tmp_path / "m", state)
+    save_file({"fc1.weight": torch.zeros(2, 2)}, path / "consolidated.safetensors")
     torch.save({"fc1.weight": torch.zeros(2, 2)}, path / "pytorch_model.bin")
     (path / "optimizer.bin").write_bytes(b"something else")
     assert_holds(path, state)

@@ -13,7 +13,7 @@ import mpoc
 from mpoc.cli.app import app
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
-from tests.checkpoints import network_state, save_directory
+from tests.checkpoints import mlp_state, network_state, save_directory
 from tests.process import Mpoc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,13 +60,32 @@ class TestEveryCommand:
         assert re.search(rf"{command} +\w+", listed)
 
 
+# The network of ``mlp_state``, as --arch names it.
+RESNET = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(48, 64), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.fc2(self.fc1(x.flatten(1)[:, :48]))
+
+def resnet56():
+    return Net()
+"""
+
+
 def make_what_the_examples_name(compressed: bool) -> None:
+    Path("resnet.py").write_text(RESNET)
     state = network_state()
     for name in ("resnet56.th", "vgg.pt"):
         torch.save(state, name)
     save_directory(Path("bert"), {"pooler.dense.weight": torch.randn(32, 32), **state})
     if compressed:
-        compress_checkpoint(Path("vgg.pt"), Path("resnet56.mpo.safetensors"), make_recipe(None, {"bond": 4}))
+        torch.save(mlp_state(), "mlp.pt")
+        compress_checkpoint(Path("mlp.pt"), Path("resnet56.mpo.safetensors"), make_recipe(None, {"bond": 4}))
 
 
 def test_no_arguments_show_the_help(run: Mpoc) -> None:

@@ -63,6 +63,27 @@ def test_halves_multiply_to_the_interleaved_tensor(structure: Structure, bond: i
 
 @SOME
 @given(structures(), BONDS)
+def test_halves_are_cut_where_they_are_smallest(structure: Structure, bond: int) -> None:
+    mpo = random_mpo(structure, bond)
+    left, right = mpo.halves()
+    cuts = [parts(mpo.cores, k) for k in range(1, len(mpo.cores))] or [parts(mpo.cores, 0)]
+    assert left.numel() + right.numel() == min(a.size + b.size for a, b in cuts)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shapes"),
+    [((2, 2, 2, 16), ((64, 3), (3, 256))), ((16, 2, 2, 2), ((256, 3), (3, 64)))],
+)
+def test_halves_may_be_cut_at_either_end(
+    inputs: tuple[int, ...], shapes: tuple[tuple[int, int], tuple[int, int]]
+) -> None:
+    structure = make_structure("linear", (128, 128), factors=(inputs, inputs))
+    left, right = random_mpo(structure, 3).halves()
+    assert (tuple(left.shape), tuple(right.shape)) == shapes
+
+
+@SOME
+@given(structures(), BONDS)
 def test_bonds_and_parameters_are_the_cores_own(structure: Structure, bond: int) -> None:
     mpo = random_mpo(structure, bond)
     assert mpo.bonds == structure.bonds(bond)

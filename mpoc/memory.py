@@ -1,0 +1,125 @@
+"""Compress a network in memory: the same selection, plan and fit as for a file, then modules swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpoc.checkpoint.base import Checkpoint
+from mpoc.errors import MpocError, UsageError
+from mpoc.fitting import fit_layer
+from mpoc.header import TensorInfo
+from mpoc.loading import adopt_everywhere, same_tensor
+from mpoc.manifest import Manifest
+from mpoc.observe import observe_geometries
+from mpoc.outline import make_manifest
+from mpoc.plan import make_plan
+from mpoc.recipe import make_recipe, parse_shape
+from mpoc.selection import select
+
+
+@dataclass
+class _Model(Checkpoint):
+    """A network's state as a checkpoint."""
+
+    @property
+    def is_directory(self) -> bool:
+        return False
+
+    @property
+    def nbytes_on_disk(self) -> int:
+        return sum(info.nbytes for info in self.infos.values())
+
+
+def compress(model: nn.Module, **options: Any) -> Manifest:
+    """Replace the linear maps of ``model`` by matrix product operators, in place.
+
+        report = mpoc.compress(model, bond=4)
+        print(report.rho)
+
+    Args:
+        model: on any device; kinds of layers are told from its modules.
+        options: those of ``mpoc compress``, with underscores: exactly one of ``bond``, ``ratio`` and
+            ``max_error``; ``layers``, ``exclude``, ``shape`` (lists of strings), ``embeddings``,
+            ``min_params``, ``allow_growth``, ``sites``, ``seed``; and for ``conv="map"`` the
+            ``input_shape`` of one sample with its batch axis, as (1, 3, 32, 32).
+
+    Returns:
+        The report: ``rho``, ``rho_selected``, ``layers`` with factors, bonds and errors.
+
+    Raises:
+        MpocError: a weight that holds NaN, options that do not fit, nothing that would shrink. The model is
+            unchanged then.
+    """
+    for key in options.keys() & {"size", "dtype", "device", "max_shard_size"}:
+        raise UsageError(f"{key}: for files only; in memory a network keeps its device and dtype")
+    sample = options.pop("input_shape", None)
+    if "shape" in options:
+        options["shape"] = tuple(parse_shape(text) for text in options["shape"])
+    known = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    recipe = make_recipe(None, known)
+    checkpoint = _as_checkpoint(model)
+    selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
+    if sample is not None and recipe.conv != "map":
+        raise UsageError('input_shape is of use with conv="map" only')
+    maps = [map.name for map in selection.chosen if recipe.is_map(map.name, map.kind)]
+    geometries = observe_geometries(model, maps, sample) if maps else {}
+    fitted = [
+        fit_layer(checkpoint, plan, recipe, model.get_parameter(plan.map.name).device)
+        for plan in make_plan(selection, recipe, geometries=geometries)
+    ]
+    if all(fit is None for _, fit in fitted):
+        first = fitted[0][0]
+        raise MpocError(
+            f"no layer would shrink, so nothing was changed ({first.layer}: {first.reason})",
+            "a smaller bond, a larger max_error, or allow_growth=True",
+        )
+    places = same_tensor(model)
+    for record, fit in fitted:  # nothing is changed before every layer could be fitted
+        if fit is not None:
+            names = [record.name, *sorted(places[record.name] - {record.name})]
+            adopt_everywhere(model, names, fit.form.cores, record.structure)
+    return make_manifest(checkpoint, selection, recipe, [record for record, _ in fitted])
+
+
+def _as_checkpoint(model: nn.Module) -> _Model:
+    path = Path(f"<{type(model).__name__}>")
+    state: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
+    first = {id(tensor): name for name, tensor in reversed(state.items())}
+    every = model.named_parameters(remove_duplicate=False)
+    tied = {name: first[id(p)] for name, p in every if first[id(p)] != name}
+    infos = {n: TensorInfo(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in state.items()}
+    return _Model(
+        path,
+        infos,
+        tied,
+        lambda name: state[name].detach(),
+        dict.fromkeys(infos, path),
+        kinds=dict(_kinds(model)),
+    )
+
+
+def _kinds(model: nn.Module) -> Iterator[tuple[str, tuple[str, bool]]]:
+    """(name of the weight, (kind, transposed)) of every linear map, told from its module."""
+    for place, module in model.named_modules():
+        prefix = f"{place}." if place else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            kind = _kind(module, name, parameter)
+            if kind is not None:
+                yield prefix + name, (kind, type(module).__name__ == "Conv1D")
+
+
+def _kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
+    if name == "weight" and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if name == "weight" and isinstance(module, nn.modules.conv._ConvNd):
+        return f"conv{parameter.dim() - 2}d"
+    if parameter.dim() == 3 and "expert" in type(module).__name__.lower() and "bias" not in name:
+        return "experts"
+    if parameter.dim() == 2 and ("weight" in name) and not name.startswith("bias"):
+        return "linear"
+    return None

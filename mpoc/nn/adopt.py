@@ -1,0 +1,106 @@
+"""Turn a dense module into its counterpart with cores, in place.
+
+The module stays the same object: hooks, training mode, references from elsewhere and every attribute
+(``in_features``, ``stride``, ``padding_idx``) stay; its class becomes the one with cores and its dense weight
+goes.  Weights of any other module (an LSTM, ``MultiheadAttention``, fused experts, a subclass with a
+``forward`` of its own) are rebuilt from cores whenever they are read, as torch's parametrizations do; but the
+cores keep the names they have in the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.forms.mpo import MPO
+from mpoc.nn.conv import (
+    MPOConv1d,
+    MPOConv2d,
+    MPOConv3d,
+    MPOConvTranspose1d,
+    MPOConvTranspose2d,
+    MPOConvTranspose3d,
+)
+from mpoc.nn.conv_map import CONV_MAPS, check_geometry
+from mpoc.nn.embedding import MPOEmbedding
+from mpoc.nn.linear import MPOConv1D, MPOLinear
+from mpoc.structure import Structure
+
+_COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: MPOLinear,
+    nn.Conv1d: MPOConv1d,
+    nn.Conv2d: MPOConv2d,
+    nn.Conv3d: MPOConv3d,
+    nn.ConvTranspose1d: MPOConvTranspose1d,
+    nn.ConvTranspose2d: MPOConvTranspose2d,
+    nn.ConvTranspose3d: MPOConvTranspose3d,
+    nn.Embedding: MPOEmbedding,
+}
+
+
+def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Structure) -> None:
+    """Replace the dense weight ``name`` of ``module`` by cores.
+
+    Args:
+        module: that holds the weight; changed in place.
+        name: of the weight within the module, as ``"weight"`` or ``"weight_ih_l0"``.
+        cores: (D_{k-1}, J_k, I_k, D_k); those that are parameters already (tied layers) are shared.
+        structure: whose shape is the weight's.
+
+    Raises:
+        ValueError: the weight has another shape, the cores do not fit the structure, or they make a whole
+            map and the module is no such convolution.
+    """
+    dense = getattr(module, name)
+    if tuple(dense.shape) != structure.shape:
+        raise ValueError(f"weight {name!r} has shape {tuple(dense.shape)}, its cores make {structure.shape}")
+    MPO(cores, structure)  # checks
+    if structure.geometry is not None:
+        check_geometry(module, structure.geometry)
+    trained = dense.requires_grad
+    parameters = nn.ParameterList(
+        core if isinstance(core, nn.Parameter) else nn.Parameter(core, requires_grad=trained)
+        for core in cores
+    )
+    delattr(module, name)
+    counterpart = _counterpart(module) if name == "weight" else None
+    if structure.geometry is not None:
+        counterpart = CONV_MAPS[type(module)]
+    if counterpart is None:
+        module.__class__ = _rebuilding(type(module), name)  # type: ignore[arg-type]
+        setattr(module, f"{name}_cores" if name != "weight" else "cores", parameters)
+        module.__dict__[f"_{name}_structure"] = structure
+    else:
+        module.__class__ = counterpart
+        module.cores = parameters
+        module.__dict__.update(structure=structure, _dense=None)
+
+
+def _counterpart(module: nn.Module) -> type[nn.Module] | None:
+    """The class with cores, for exactly the classes whose ``forward`` is known."""
+    cls = type(module)
+    if cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D":
+        return MPOConv1D
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
+        return None
+    return _COUNTERPARTS.get(cls)
+
+
+@cache
+def _rebuilding(cls: type[nn.Module], name: str) -> type[nn.Module]:
+    """A subclass of ``cls`` whose attribute ``name`` is built from cores whenever it is read."""
+    cores_name = f"{name}_cores" if name != "weight" else "cores"
+
+    def build(module: nn.Module) -> Tensor:
+        return MPO(getattr(module, cores_name), module.__dict__[f"_{name}_structure"]).to_weight()
+
+    @torch.no_grad()
+    def state(module: nn.Module) -> Any:
+        return cls.__getstate__(module)  # of recurrent layers: the weights, which must not bring a graph
+
+    members = {name: property(build), "__getstate__": state}
+    return type(f"MPO{cls.__name__.removeprefix('MPO')}", (cls,), members)

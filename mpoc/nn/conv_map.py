@@ -1,0 +1,126 @@
+"""Convolutions as one linear map at a fixed input size, through the cores of that map (Gao et al. 2020).
+
+The input is flattened channel last, y = Ŵx as in a linear layer, and the bias stays one number a channel.
+Such a map can do more than a convolution, as it knows its positions: once its cores are trained, or a bond
+inside height or width was truncated, there is no kernel to it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from mpoc.errors import UsageError
+from mpoc.forms.mpo import MPO
+from mpoc.geometry import Geometry, make_geometry
+from mpoc.nn.contract import contract
+from mpoc.nn.weight import CoreWeight
+
+
+class MPOConvMap(CoreWeight):
+    """y = Ŵx + b, Ŵ of shape (H'·W'·C_out, H·W·C_in) given by its cores.
+
+    Shapes: (batch, C_in, H, W) → (batch, C_out, H', W'), at the one size H×W of its geometry; also without
+    a batch, and with one or three axes.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Through the cores, or through the dense map where it is cached.
+
+        Raises:
+            ValueError: the input has another size.
+        """
+        structure, geometry = self.structure, self.structure.geometry
+        assert geometry is not None
+        axes = len(geometry.size)
+        channels = structure.shape[1] * geometry.groups
+        if input.shape[-axes - 1 :] != (channels, *geometry.size) or input.dim() not in (axes + 1, axes + 2):
+            raise ValueError(
+                f"input of shape {tuple(input.shape)}: this convolution was compressed as one map of "
+                f"(batch, {', '.join(map(str, (channels, *geometry.size)))}) and knows no other size"
+            )
+        flat = input.flatten(-axes).transpose(-1, -2).reshape(-1, structure.inputs)
+        y = self._through_map(flat).unflatten(1, (math.prod(geometry.output_size), structure.shape[0]))
+        y = y.transpose(1, 2).reshape(*input.shape[: -axes - 1], structure.shape[0], *geometry.output_size)
+        return y if self.bias is None else y + self.bias.reshape(-1, *(1,) * axes)
+
+    def _through_map(self, x: Tensor) -> Tensor:
+        """Ŵx for x of shape (batch, N_x); padded inputs are zeros, padded outputs are dropped."""
+        if self._dense is not None and not self.training:
+            return linear(x, self._dense)
+        columns = self.structure.padding[1]
+        return contract(pad(x, (0, columns)) if columns else x, list(self.cores))[:, : self.structure.outputs]
+
+    def materialize(self, on: bool = True) -> None:
+        """Keep the dense map for evaluation, as :meth:`CoreWeight.materialize`: it may be very large."""
+        with torch.no_grad():
+            self._dense = MPO(list(self.cores), self.structure).to_matrix()[0] if on else None
+
+    def dense_weight(self) -> Tensor:
+        """There is none.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "a convolution that was compressed as one map has no kernel; "
+            "'mpoc expand --project' gives the nearest one"
+        )
+
+
+class MPOConvMap1d(MPOConvMap, nn.Conv1d):
+    """``nn.Conv1d`` as one map."""
+
+
+class MPOConvMap2d(MPOConvMap, nn.Conv2d):
+    """``nn.Conv2d`` as one map."""
+
+
+class MPOConvMap3d(MPOConvMap, nn.Conv3d):
+    """``nn.Conv3d`` as one map."""
+
+
+CONV_MAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: MPOConvMap1d,
+    nn.Conv2d: MPOConvMap2d,
+    nn.Conv3d: MPOConvMap3d,
+}
+
+
+def geometry_of(module: nn.Module, size: tuple[int, ...]) -> Geometry:
+    """The geometry of a convolution for inputs of ``size``, e.g. (32, 32).
+
+    Raises:
+        UsageError: it is none of torch's plain convolutions, or the size does not fit.
+    """
+    if type(module) not in CONV_MAPS:
+        raise UsageError(f"a {type(module).__name__} cannot be taken as one map: only plain convolutions can")
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    both = module._reversed_padding_repeated_twice[::-1]  # (after, before) of each axis, the first axis first
+    return make_geometry(
+        tuple(module.weight.shape),
+        size,
+        module.stride,
+        tuple(both[1::2]),
+        module.dilation,
+        module.groups,
+        module.padding_mode,
+        tuple(both[0::2]),
+    )
+
+
+def check_geometry(module: nn.Module, geometry: Geometry) -> None:
+    """Whether the map was made of a convolution like ``module``.
+
+    Raises:
+        ValueError: stride, padding, dilation, groups or padding mode differ, with both sides said.
+    """
+    try:
+        own = geometry_of(module, geometry.size)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    if own != geometry:
+        raise ValueError(f"the map is that of {geometry}, this {type(module).__name__} is {own}")

@@ -1,0 +1,46 @@
+"""Fully connected layers through cores: ``nn.Linear``, and transformers' transposed ``Conv1D``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from mpoc.nn.contract import contract
+from mpoc.nn.weight import CoreWeight
+
+
+class MPOLinear(CoreWeight, nn.Linear):
+    """y = Ŵx + b, Ŵ of shape (N_y, N_x) given by its cores (Eqs. 2 and 5 of Gao et al. 2020).
+
+    Shapes: (…, in_features) → (…, out_features), as ``nn.Linear``.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Through the cores, or through the dense weight where it is cached."""
+        if self._dense is not None and not self.training:
+            return linear(input, self._dense, self.bias)
+        return through_cores(self, input)
+
+
+class MPOConv1D(CoreWeight):
+    """transformers' ``Conv1D``, a linear layer that stores its weight as (inputs, outputs)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, nx) → (…, nf)."""
+        if self._dense is not None and not self.training:
+            return linear(x, self._dense.T, self.bias)
+        return through_cores(self, x)
+
+
+def through_cores(layer: CoreWeight, x: Tensor) -> Tensor:
+    """Ŵx + b for x of shape (…, N_x); padded inputs are zeros, padded outputs are dropped."""
+    structure = layer.structure
+    flat = x.reshape(-1, structure.inputs)
+    if structure.padding[1]:
+        flat = pad(flat, (0, structure.padding[1]))
+    y = contract(flat, list(layer.cores))
+    if structure.padding[0]:
+        y = y[:, : structure.outputs]
+    if layer.bias is not None:
+        y = y + layer.bias.to(y.dtype)  # under autocast the product is narrower
+    return y.reshape(*x.shape[:-1], structure.outputs)

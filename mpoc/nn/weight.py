@@ -1,0 +1,139 @@
+"""What all layers with cores share: the cores as parameters, and a weight that is built only when used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.forms.mpo import MPO
+from mpoc.structure import Structure
+
+
+class CoreWeight(nn.Module):
+    """A module whose ``weight`` is an MPO. Made by :func:`mpoc.nn.adopt.adopt` from a dense module.
+
+    ``cores`` are the parameters.  ``weight`` answers for dtype, device and shape without building anything,
+    and becomes the dense weight where a torch function gets it.
+    """
+
+    cores: nn.ParameterList
+    structure: Structure
+    bias: Any
+    _dense: Tensor | None
+
+    weight: Any = property(lambda layer: WeightView(layer))
+
+    def dense_weight(self) -> Tensor:
+        """The weight in its own shape, built from the cores, or as cached by :meth:`materialize`."""
+        if self._dense is not None and not self.training:
+            return self._dense
+        return MPO(list(self.cores), self.structure).to_weight()
+
+    def materialize(self, on: bool = True) -> None:
+        """Keep the dense weight for evaluation: as fast as dense, and as large. Off gives it up.
+
+        The cache is a snapshot without gradients.  Training mode, a change of device or dtype and
+        ``load_state_dict`` end it; call again then, and after cores were changed in any other way.
+        """
+        with torch.no_grad():
+            self._dense = MPO(list(self.cores), self.structure).to_weight() if on else None
+
+    def train(self, mode: bool = True) -> Any:
+        """Training changes the cores and so ends the cache."""
+        self._dense = None if mode else self._dense
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._dense = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """A change of device or dtype ends the cache."""
+        self._dense = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """The dense module's, with factors and bonds."""
+        bonds = [core.shape[0] for core in self.cores] + [1]
+        outputs, inputs = self.structure.output_factors, self.structure.input_factors
+        return f"{super().extra_repr()}, outputs={outputs}, inputs={inputs}, bonds={tuple(bonds)}"
+
+
+class WeightView:
+    """A weight's dtype, device and shape; the weight itself where torch computes with it."""
+
+    def __init__(self, layer: CoreWeight) -> None:
+        self._layer = layer
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Tensor]:  # type: ignore[override]
+        """T5 and others ask ``isinstance(weight, torch.Tensor)`` before they read its dtype."""
+        return Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the cores."""
+        return self._layer.cores[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the cores."""
+        return self._layer.cores[0].device
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the dense weight."""
+        return torch.Size(self._layer.structure.shape)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Of the cores."""
+        return self._layer.cores[0].requires_grad
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything else a tensor can do is asked of the dense weight, sizes of one without data."""
+        if name in _SIZES:
+            return getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
+        if name == "_is_hf_initialized":  # transformers' mark on what needs no random start
+            return getattr(self._layer.cores[0], name, False)
+        return getattr(self._layer.dense_weight(), name)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Give torch the dense weight."""
+        dense = [_dense(argument) for argument in args]
+        return function(*dense, **{key: _dense(value) for key, value in (kwargs or {}).items()})
+
+
+_SIZES = ("ndim", "dim", "size", "stride", "numel", "element_size", "nbytes", "is_floating_point")
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def apply(view: WeightView, *others: Any) -> Any:
+        dense = view._layer.dense_weight()
+        return getattr(dense, name)(*map(_dense, others))
+
+    return apply
+
+
+# Python looks operators up in the class, never through __getattr__.
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "pow", "matmul", "neg", "getitem"):
+    setattr(WeightView, f"__{_name}__", _operator(f"__{_name}__"))
+
+
+def _dense(value: Any) -> Any:
+    if type(value) in (list, tuple):
+        return type(value)(map(_dense, value))
+    return value._layer.dense_weight() if isinstance(value, WeightView) else value

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.process import Mpoc
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    state = {
+        "conv5_1.weight": torch.randn(32, 32, 3, 3),
+        "conv5_1.bias": torch.randn(32),
+        "fc.weight": torch.randn(64, 48),
+    }
+    torch.save(state, tmp_path / "vgg.pt")
+    return tmp_path / "vgg.pt"
+
+
+def test_a_whole_map_is_one_option_away(run: Mpoc, model: Path) -> None:
+    arguments = ["--bond", 4, "--shape", "conv5_1=2x8x8:2x8x8", "--layers", "conv5_1", "--json", "--quiet"]
+    done = run("compress", model, "--conv", "map", "--input-shape", "conv5_1=2x2", *arguments)
+    assert done.returncode == 0, done.stderr
+    (layer,) = json.loads(done.stdout)["layers"]
+    assert (layer["kind"], layer["num_original"]) == ("convmap", 32 * 32 * 9)
+    assert (layer["output_factors"], layer["input_factors"]) == ([2, 8, 8], [2, 8, 8])
+    assert layer["geometry"]["size"] == layer["geometry"]["output_size"] == [2, 2]
+    stored = load_file(run.folder / "vgg.mpo.safetensors")
+    assert [stored[f"conv5_1.cores.{k}"].shape[1:3] for k in range(3)] == [(2, 2), (8, 8), (8, 8)]
+
+
+def test_expand_needs_project_for_what_is_no_convolution(run: Mpoc, model: Path) -> None:
+    shape = ["--conv", "map", "--input-shape", "conv5_1=4x4:stride=1,padding=1", "--layers", "conv5_1"]
+    done = run("compress", model, *shape, "--bond", 2, "--shape", "2x8x32:2x8x32", "-o", "m.safetensors")
+    assert done.returncode == 0, done.stderr
+    refused = run("expand", "m.safetensors", "-o", "d.safetensors")
+    assert refused.returncode == 1
+    assert "error: layer conv5_1: its map is no convolution any more" in refused.stderr
+    assert "hint: --project" in refused.stderr
+    done = run("expand", "m.safetensors", "-o", "d.safetensors", "--project")
+    assert done.returncode == 0, done.stderr
+    assert "conv5_1: nearest kernel, 0." in done.stderr
+    assert load_file(run.folder / "d.safetensors")["conv5_1.weight"].shape == (32, 32, 3, 3)
+
+
+def test_a_map_without_its_size_exits_with_2(run: Mpoc, model: Path) -> None:
+    done = run("compress", model, "--bond", 4, "--conv", "map")
+    assert (done.returncode, list(run.folder.iterdir())) == (2, [])
+    assert "error: shape for layer conv5_1: as one map (--conv map) a convolution needs" in done.stderr
+    assert "hint: --input-shape 'conv5_1=HxW'" in done.stderr

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner, Result
+
+from mpoc.architecture import open_network
+from mpoc.cli.app import app
+from mpoc.pipeline import compress_checkpoint
+from mpoc.recipe import make_recipe
+from tests.checkpoints import contents
+from tests.process import Mpoc
+
+NET = """from torch import nn
+
+def net():
+    return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32))
+"""
+
+
+@pytest.fixture
+def compressed(tmp_path: Path) -> Path:
+    network = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32))
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    output = tmp_path / "m.mpo.safetensors"
+    compress_checkpoint(tmp_path / "m.pt", output, make_recipe(None, {"bond": 4}))
+    return output
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["export", *map(str, arguments)])
+
+
+def test_both_files_in_a_process_of_its_own(run: Mpoc, compressed: Path) -> None:
+    (run.folder / "net.py").write_text(NET)
+    shape = ("--input-shape", "1x48")
+    done = run("export", compressed, "--arch", "net:net", *shape, "--onnx", "m.onnx", "--pt2", "m.pt2")
+    assert (done.returncode, done.stdout) == (0, "")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, done.stderr  # nothing of torch's
+    assert lines[0].startswith("wrote m.onnx: ")
+    assert lines[1].startswith("wrote m.pt2: ")
+    assert lines[1].endswith("kB, inputs batch×48 float32")
+    written = {name for name in contents(run.folder) if not name.startswith("__pycache__")}
+    assert written == {"net.py", "m.onnx", "m.pt2"}
+    network = open_network(compressed, f"{run.folder / 'net.py'}:net")
+    x = torch.randn(5, 48)
+    program = torch.export.load(run.folder / "m.pt2").module()
+    torch.testing.assert_close(program(x), network(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--arch", "net.py:net", "--input-shape", "1x48"], 2, "nothing to write"),
+        (["--arch", "net.py:net", "--pt2", "m.pt2"], 2, "the shape of the input is needed"),
+        (["--input-shape", "1x48", "--pt2", "m.pt2"], 2, "holds tensors, not the network's code"),
+        (
+            ["--arch", "net.py:net", "--input-shape", "48,1", "--pt2", "m.pt2"],
+            2,
+            "not a shape with its batch",
+        ),
+        (["--arch", "net.py:ner", "--input-shape", "1x48", "--pt2", "m.pt2"], 2, "did you mean 'net'?"),
+        (["--arch", "net.py:net", "--input-shape", "1x47", "--pt2", "m.pt2"], 2, "batch×47 fails: "),
+        (["--arch", "net.py:net", "--input-shape", "1x48", "--pt2", "old.pt2"], 2, "exists already"),
+    ],
+)
+def test_what_is_refused(
+    compressed: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int, said: str
+) -> None:
+    monkeypatch.chdir(compressed.parent)
+    Path("net.py").write_text(NET)
+    Path("old.pt2").write_text("mine")
+    before = contents(Path())
+    result = invoke(compressed, *arguments)
+    assert result.exit_code == status, result.output
+    assert said in result.stderr
+    assert {k: v for k, v in contents(Path()).items() if "__pycache__" not in k} == before
+
+
+def test_quietly_and_over_an_old_file(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(compressed.parent)
+    Path("net.py").write_text(NET)
+    Path("m.pt2").write_text("old")
+    options = ("--arch", "net.py:net", "--input-shape", "1x48", "--pt2", "m.pt2", "--force", "--quiet")
+    result = invoke(compressed, *options)
+    assert (result.exit_code, result.output) == (0, "")
+    assert torch.export.load("m.pt2").module()(torch.ones(3, 48)).shape == (3, 32)
+
+
+@pytest.fixture(autouse=True)
+def _own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run in this process leave its handler of SIGTERM alone."""
+    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)

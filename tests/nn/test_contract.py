@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpoc.nn import contract as module
+from mpoc.nn.contract import CPU, GPU, Rates, best_grouping, contract, merge
+from mpoc.structure import Structure, make_structure
+from tests.weights import by_eq_5, random_cores
+
+FACTORS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4)
+
+
+def of_factors(factors: list[tuple[int, int]]) -> Structure:
+    """A linear map with these (J_k, I_k)."""
+    outputs, inputs = zip(*factors, strict=True)
+    shape = int(torch.tensor(outputs).prod()), int(torch.tensor(inputs).prod())
+    return Structure("linear", shape, False, outputs, inputs)
+
+
+def groupings(count: int) -> list[tuple[int, ...]]:
+    return [(0, *c, count) for size in range(count) for c in combinations(range(1, count), size)]
+
+
+@given(FACTORS, st.integers(1, 5), st.integers(0, 6))
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_is_the_product_with_the_matrix_of_eq_5(
+    factors: list[tuple[int, int]], bond: int, batch: int
+) -> None:
+    structure = of_factors(factors)
+    cores = random_cores(structure, bond)
+    x = torch.randn(batch, structure.inputs, dtype=torch.float64)
+    torch.testing.assert_close(contract(x, cores), x @ by_eq_5(cores, structure).T)
+
+
+@pytest.mark.parametrize("cuts", groupings(4))
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_every_grouping_gives_the_same(
+    cuts: tuple[int, ...], batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    structure = of_factors([(2, 3), (3, 1), (1, 4), (3, 2)])
+    cores = random_cores(structure, 3)
+    x = torch.randn(batch, structure.inputs, dtype=torch.float64)
+    monkeypatch.setattr(module, "_best_cuts", lambda *_: cuts)
+    torch.testing.assert_close(contract(x, cores), x @ by_eq_5(cores, structure).T)
+
+
+def test_any_strides_of_the_input() -> None:
+    structure = make_structure("linear", (12, 8))
+    cores = random_cores(structure, 3)
+    x = torch.randn(8, 5, dtype=torch.float64).T
+    torch.testing.assert_close(contract(x, cores), x @ by_eq_5(cores, structure).T)
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    structure = of_factors([(2, 2), (2, 3), (3, 1)])
+    cores = [core.requires_grad_() for core in random_cores(structure, 2)]
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, *cores: contract(x, cores), (x, *cores))
+
+
+def test_merged_cores_are_a_core() -> None:
+    structure = of_factors([(2, 3), (3, 2), (2, 2)])
+    cores = random_cores(structure, 4)
+    merged = [merge(cores[:2]), cores[2]]
+    assert merged[0].shape == (1, 6, 6, 4)
+    two_sites = of_factors([(6, 6), (2, 2)])
+    torch.testing.assert_close(by_eq_5(merged, two_sites), by_eq_5(cores, structure))
+
+
+class TestPlan:
+    SITES = ((1, 8, 8, 16), (16, 8, 8, 16), (16, 8, 8, 16), (16, 8, 8, 1))
+
+    @pytest.mark.parametrize("rates", [CPU, GPU])
+    @pytest.mark.parametrize("batch", [1, 64, 1 << 16])
+    def test_is_the_cheapest_of_all_groupings(self, rates: Rates, batch: int) -> None:
+        best = best_grouping(self.SITES, batch, rates)
+        assert best.cuts in groupings(4)
+        assert best.seconds > 0
+        assert best_grouping(self.SITES, batch, rates) is best  # made once
+
+    def test_costs_grow_with_the_batch(self) -> None:
+        seconds = [best_grouping(self.SITES, 4**k, CPU).seconds for k in range(9)]
+        assert seconds == sorted(seconds)
+
+    def test_a_large_batch_at_full_bond_rebuilds_the_weight(self) -> None:
+        full = ((1, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 1))
+        assert best_grouping(full, 1 << 20, CPU).cuts == (0, 3)
+
+    def test_few_plans_serve_all_batches(self) -> None:
+        batches = {module.planned_batch(torch.empty(size, 1)) for size in range(1000)}
+        assert batches == {2**k for k in range(11)}
