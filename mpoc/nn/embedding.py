@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from itertools import combinations, pairwise
@@ -10,10 +11,11 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor, nn
 
-from mpoc.nn.contract import Site, merge, planned_batch
+from mpoc.nn.contract import merge, planned, planned_batch, sites_of
+from mpoc.nn.cost import CPU, GPU, Rates, Site, bandwidth, merged
 from mpoc.nn.weight import CoreWeight
 
-_FLOPS_PER_NUMBER = 50  # arithmetic that takes as long as writing a number to memory
+_AT_ONCE = 1 << 18  # numbers of core slices gathered at a time
 
 
 class MPOEmbedding(CoreWeight, nn.Embedding):
@@ -54,45 +56,48 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
     def _rows(self, indices: Tensor) -> Tensor:
         """(count,) → (count, embedding_dim)."""
         cores = list(self.cores)
-        cuts = _best_cuts(tuple([tuple(core.shape) for core in cores]), planned_batch(indices))
-        rows = cores[0].new_ones(1, 1, 1)  # (count, I so far, D)
-        after = math.prod(self.structure.output_factors)
-        for first, last in pairwise(cuts):
-            core = merge(cores[first:last])
-            after //= core.shape[1]
-            digit = indices // after % core.shape[1]
-            sliced = core.transpose(0, 1)[digit]  # (count, D_left, I, D_right)
-            rows = (rows @ sliced.flatten(2)).unflatten(2, sliced.shape[2:]).flatten(1, 2)
-        rows = rows.flatten(1)[:, : self.embedding_dim]
+        cuts = _best_cuts(sites_of(cores), planned_batch(indices), indices.is_cuda)
+        groups = [merge(cores[first:last]) for first, last in pairwise(cuts)]
+        at_once = max(1, _AT_ONCE // max([core.numel() // core.shape[1] for core in groups]))
+        if torch.compiler.is_compiling() or indices.shape[0] <= at_once:
+            rows = _gather(indices, groups)
+        else:
+            rows = torch.cat([_gather(part, groups) for part in indices.split(at_once)])
+        rows = rows[:, : self.embedding_dim]
         if self.padding_idx is not None:
             rows = torch.where((indices == self.padding_idx)[:, None], rows.detach(), rows)
         return rows
 
 
-def _best_cuts(sites: tuple[Site, ...], count: int) -> tuple[int, ...]:
-    return _cheapest(sites, count)
-
-
-_best_cuts._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in mpoc.nn.contract
+def _gather(indices: Tensor, cores: Sequence[Tensor]) -> Tensor:
+    """The equation: (count,) → (count, ΠI)."""
+    rows = cores[0].new_ones(1, 1, 1)  # (count, I so far, D)
+    after = math.prod([core.shape[1] for core in cores])
+    for core in cores:
+        after //= core.shape[1]
+        digit = indices // after % core.shape[1]
+        sliced = core.transpose(0, 1)[digit]  # (count, D_left, I, D_right)
+        rows = (rows @ sliced.flatten(2)).unflatten(2, sliced.shape[2:]).flatten(1, 2)
+    return rows.flatten(1)
 
 
 @cache
-def _cheapest(sites: tuple[Site, ...], count: int) -> tuple[int, ...]:
-    """Of all groupings of ``sites`` the one that writes the fewest numbers for ``count`` rows."""
-    inner = range(1, len(sites))
+def _cheapest(sites: tuple[Site, ...], count: int, on_gpu: bool) -> tuple[int, ...]:
+    """Of all groupings of ``sites`` the one that takes least time for ``count`` rows."""
+    inner, rates = range(1, len(sites)), GPU if on_gpu else CPU
     every = [(0, *c, len(sites)) for size in range(len(sites)) for c in combinations(inner, size)]
-    return min(every, key=lambda cuts: _written(sites, cuts, count))
+    return min(every, key=lambda cuts: _seconds(sites, cuts, count, rates))
 
 
-def _written(sites: tuple[Site, ...], cuts: tuple[int, ...], count: int) -> float:
-    """Numbers written to memory, arithmetic counted by the numbers that could be written meanwhile."""
-    total, before = 0.0, 1  # before: I so far
-    for first, last in pairwise(cuts):
-        a, j, i, b = sites[first]
-        for c, more_j, more_i, d in sites[first + 1 : last]:
-            j, i, b = j * more_j, i * more_i, d
-            total += a * j * i * b * (2 + 2 * c / _FLOPS_PER_NUMBER)
-        total += count * a * i * b * (3 + 2 * before / _FLOPS_PER_NUMBER)  # gathered, read again, multiplied
+def _seconds(sites: tuple[Site, ...], cuts: tuple[int, ...], count: int, rates: Rates) -> float:
+    """Estimated time: merging, then for each group gathering slices (written and read) and multiplying."""
+    groups, total = merged(sites, cuts, rates)
+    total, before = 3 * total, 1  # merged cores are fresh memory; before: I so far
+    for a, _, i, b in groups:
+        flops, numbers = 2 * count * before * a * i * b, count * (3 * a * i * b + before * (a + i * b))
+        total += 1.5 * rates.start + flops / (rates.flops / 4) + 4 * numbers / bandwidth(numbers, rates)
         before *= i
-        total += count * before * b
     return total
+
+
+_best_cuts = planned(_cheapest)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoc.nn import contract as module
-from mpoc.nn.contract import CPU, GPU, Rates, best_grouping, contract, merge
+from mpoc.nn.contract import contract, merge
+from mpoc.nn.cost import CPU, GPU, Plan, Rates, cheapest, ways
 from mpoc.structure import Structure, make_structure
 from tests.weights import by_eq_5, random_cores
 
@@ -37,16 +38,27 @@ def test_is_the_product_with_the_matrix_of_eq_5(
     torch.testing.assert_close(contract(x, cores), x @ by_eq_5(cores, structure).T)
 
 
-@pytest.mark.parametrize("cuts", groupings(4))
+def plans(count: int) -> list[Plan]:
+    """Every grouping in a chain and every cut to rebuild from, a few vectors or outputs at a time."""
+    chains = [Plan(cuts, False, rows, 0.0) for cuts in groupings(count) for rows in (2, 100)]
+    return chains + [Plan((0, cut, count), True, rows, 0.0) for cut in range(1, count) for rows in (1, 100)]
+
+
+@pytest.mark.parametrize("plan", plans(4), ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 5])
-def test_every_grouping_gives_the_same(
-    cuts: tuple[int, ...], batch: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("trained", [False, True])
+def test_every_plan_gives_the_same(
+    plan: Plan, batch: int, trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     structure = of_factors([(2, 3), (3, 1), (1, 4), (3, 2)])
-    cores = random_cores(structure, 3)
+    cores = [core.requires_grad_(trained) for core in random_cores(structure, 3)]
     x = torch.randn(batch, structure.inputs, dtype=torch.float64)
-    monkeypatch.setattr(module, "_best_cuts", lambda *_: cuts)
+    monkeypatch.setattr(module, "_plan", lambda *_: plan)
     torch.testing.assert_close(contract(x, cores), x @ by_eq_5(cores, structure).T)
+    if trained:
+        found = torch.autograd.grad(contract(x, cores).square().sum(), cores)
+        expected = torch.autograd.grad((x @ merge(cores)[0, :, :, 0].T).square().sum(), cores)
+        torch.testing.assert_close(found, expected)
 
 
 def test_any_strides_of_the_input() -> None:
@@ -75,21 +87,32 @@ def test_merged_cores_are_a_core() -> None:
 class TestPlan:
     SITES = ((1, 8, 8, 16), (16, 8, 8, 16), (16, 8, 8, 16), (16, 8, 8, 1))
 
-    @pytest.mark.parametrize("rates", [CPU, GPU])
+    @pytest.mark.parametrize("on_gpu", [False, True])
     @pytest.mark.parametrize("batch", [1, 64, 1 << 16])
-    def test_is_the_cheapest_of_all_groupings(self, rates: Rates, batch: int) -> None:
-        best = best_grouping(self.SITES, batch, rates)
-        assert best.cuts in groupings(4)
-        assert best.seconds > 0
-        assert best_grouping(self.SITES, batch, rates) is best  # made once
+    def test_is_the_cheapest_of_all_ways(self, on_gpu: bool, batch: int) -> None:
+        best = cheapest(self.SITES, batch, on_gpu)
+        every = list(ways(self.SITES, batch, GPU if on_gpu else CPU))
+        assert {plan.cuts for plan in every} == set(groupings(4))
+        assert sum(plan.rebuild for plan in every) == 3
+        assert 0 < best.seconds == min(plan.seconds for plan in every)
+        assert cheapest(self.SITES, batch, on_gpu) is best  # made once
 
     def test_costs_grow_with_the_batch(self) -> None:
-        seconds = [best_grouping(self.SITES, 4**k, CPU).seconds for k in range(9)]
+        seconds = [cheapest(self.SITES, 4**k, False).seconds for k in range(9)]
         assert seconds == sorted(seconds)
 
     def test_a_large_batch_at_full_bond_rebuilds_the_weight(self) -> None:
         full = ((1, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 1))
-        assert best_grouping(full, 1 << 20, CPU).cuts == (0, 3)
+        assert cheapest(full, 1 << 20, False).rebuild
+
+    @pytest.mark.parametrize("rates", [CPU, GPU])
+    def test_what_is_made_at_once_has_a_limit(self, rates: Rates) -> None:
+        sites = ((1, 64, 64, 32), (32, 64, 64, 1))
+        for plan in ways(sites, 1 << 20, rates):
+            if plan.rebuild:
+                assert plan.rows * 64 * 64 * 64 <= rates.block
+            elif len(plan.cuts) == 3:
+                assert plan.rows * 64 * 32 * 64 <= rates.cache
 
     def test_few_plans_serve_all_batches(self) -> None:
         batches = {module.planned_batch(torch.empty(size, 1)) for size in range(1000)}
