@@ -63,7 +63,7 @@ def tensorly_torch(cores: list[Tensor], structure: Structure, implementation: st
     weight = tltorch.BlockTT(
         [nn.Parameter(core.clone()) for core in cores],
         tensorized_shape=(structure.output_factors, structure.input_factors),
-        rank=tuple(core.shape[0] for core in cores) + (1,),
+        rank=(*(core.shape[0] for core in cores), 1),
     )
     layer: nn.Module = tltorch.FactorizedLinear(
         structure.input_factors,
