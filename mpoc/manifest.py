@@ -2,21 +2,25 @@
 
 In a single file it is one JSON text under the key ``mpoc`` of the safetensors header's metadata; in a
 directory it is ``mpoc.json``.  It holds no times and no dates, so that the same input gives the same bytes.
+
+A directory that transformers saved again (``save_pretrained`` after ``import mpoc.hf``) has no ``mpoc.json``.
+Its config.json and the headers of its weights still tell factors and bonds, but not what was lost.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.geometry import Geometry
-from mpoc.header import ITEMSIZE, read_header
+from mpoc.header import ITEMSIZE, TensorInfo, count_parameters, read_header
 from mpoc.structure import KINDS, Structure
+from mpoc.weight_files import read_json, stored_tensors
 
 FORMAT = 1
 MANIFEST_FILE = "mpoc.json"
@@ -76,12 +80,12 @@ def core_prefix(name: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint that was compressed."""
+    """The checkpoint that was compressed; None: not recorded."""
 
-    name: str
-    nbytes: int  # of its weight files and, in a directory, of the other files kept
+    name: str | None
+    nbytes: int | None  # of its weight files and, in a directory, of the other files kept
     num_parameters: int
-    fingerprint: str  # SHA-256 over its names, dtypes and shapes
+    fingerprint: str | None  # SHA-256 over its names, dtypes and shapes
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class Manifest:
     tool: str = ""
 
     @property
+    def is_complete(self) -> bool:
+        """False where transformers saved the directory again: errors and what was selected are not known."""
+        return self.source.fingerprint is not None
+
+    @property
     def replaced(self) -> list[LayerRecord]:
         """The layers stored in a compressed form."""
         return [layer for layer in self.layers if layer.form != "dense"]
@@ -109,7 +118,7 @@ class Manifest:
 
     @property
     def rho_selected(self) -> float:
-        """The same sum over all selected layers, those left dense included."""
+        """The same sum over all selected layers, those left dense included (of no use if not complete)."""
         return _ratio(self.layers)
 
     @property
@@ -145,31 +154,67 @@ def read_manifest(path: Path) -> Manifest:
     """
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory")
-    text: str | bytes | None
-    if path.is_dir():
-        file = path / MANIFEST_FILE
-        text = file.read_bytes() if file.is_file() else None
-    elif path.suffix == ".safetensors":
+    if (path / MANIFEST_FILE).is_file():
+        return parse_manifest((path / MANIFEST_FILE).read_bytes(), path)
+    if (path / "config.json").is_file():
+        quantization = read_json(path / "config.json").get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == "mpo":
+            return _from_config(quantization, stored_tensors(path), path)
+    elif path.is_file() and path.suffix == ".safetensors":
         text = read_header(path).metadata.get("mpoc")
-    else:
-        text = None
-    if text is None:
+        if text is not None:
+            return parse_manifest(text, path)
+    raise MpocError(f"{path}: not compressed by mpoc (no manifest)", "mpoc compress MODEL makes one that is")
+
+
+def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], path: Path) -> Manifest:
+    """What config.json and the headers tell; names and dtypes are those that transformers saved.
+
+    Raises:
+        MpocError: another format, or damaged.
+    """
+    _check_format(quantization.get("format"), path)
+    try:
+        layers = tuple(_layer_of_entry(name, entry) for name, entry in quantization["layers"].items())
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise MpocError(f"{path}: config.json: damaged quantization_config ({error!r})") from error
+    cores = {layer.core_name(site) for layer in layers for site in range(len(layer.output_factors))}
+    dense = [info for name, info in tensors.items() if name not in cores]
+    matrices = [info.name for info in dense if len(info.shape) > 1]
+    num_parameters = count_parameters(dense) + sum(layer.num_original for layer in layers)
+    return Manifest(
+        source=Source(None, None, num_parameters, None),
+        layers=layers,
+        options={},
+        kinds_from="config.json's quantization_config",
+        left_alone=dict.fromkeys(matrices, "dense, for a reason that is not recorded"),
+        vectors=len(dense) - len(matrices),
+    )
+
+
+def _layer_of_entry(name: str, entry: dict[str, Any]) -> LayerRecord:
+    """A layer of ``quantization_config``, checked."""
+    dtype, shape = entry["dtype"], entry["shape"]
+    bonds, outputs, inputs = entry["bonds"], entry["output_factors"], entry["input_factors"]
+    sites = zip(bonds[:-1], outputs, inputs, bonds[1:], strict=True)
+    counts = {"num_original": math.prod(shape), "num_stored": sum(math.prod(site) for site in sites)}
+    layer = _layer({**entry, **counts, "name": name, "stored_dtype": dtype})
+    return replace(layer, padding=layer.structure.padding)
+
+
+def _check_format(found: Any, path: Path) -> None:
+    if found != FORMAT:
         raise MpocError(
-            f"{path}: not compressed by mpoc (no manifest)", "mpoc compress MODEL makes one that is"
+            f"{path}: manifest format {found}, this mpoc reads format {FORMAT}",
+            "pip install --upgrade mpoc",
         )
-    return parse_manifest(text, path)
 
 
 def parse_manifest(text: str | bytes, path: Path) -> Manifest:
     """``Manifest.to_json`` undone; ``path`` is for messages."""
     try:
         value = json.loads(text)
-        found = value.pop("format")
-        if found != FORMAT:
-            raise MpocError(
-                f"{path}: manifest format {found}, this mpoc reads format {FORMAT}",
-                "pip install --upgrade mpoc",
-            )
+        _check_format(value.pop("format"), path)
         layers = tuple(_layer(layer) for layer in value.pop("layers"))
         source = Source(**value.pop("source"))
         return _typed(Manifest(source=_typed(source), layers=layers, **value))
