@@ -89,6 +89,14 @@ def _check(
                 if names
             )
         )
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = sorted(replaced.keys() - parameters)
+    if buffers:
+        raise MpocError(
+            f"{path}: tensor {buffers[0]!r} is compressed in the file and a buffer in the model: "
+            "cores can only be parameters",
+            f"compress without it: --exclude '{buffers[0].removesuffix('.weight')}'",
+        )
     empty = [name for name, value in state.items() if value.is_meta]
     if empty:
         raise MpocError(f"{path}: tensor {empty[0]!r} of the model is on the meta device", "model.to_empty()")
