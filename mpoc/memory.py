@@ -123,3 +123,5 @@ def _kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
     if parameter.dim() == 2 and ("weight" in name) and not name.startswith("bias"):
         return "linear"
     return None
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return None  # it scales number by number, whatever its shape

@@ -64,6 +64,13 @@ def test_kinds_are_told_from_modules() -> None:
     assert {layer.name: layer.kind for layer in report.layers} == {"table.weight": "embedding"}
 
 
+def test_norms_of_matrices_are_no_linear_maps() -> None:
+    network = nn.Sequential(nn.LayerNorm((32, 32)), nn.RMSNorm((32, 32)), nn.Linear(32, 32))
+    report = mpoc.compress(network, bond=3)
+    assert [layer.name for layer in report.layers] == ["2.weight"]
+    assert report.left_alone.keys() == {"0.weight", "0.bias", "1.weight"}
+
+
 def test_tied_weights_share_their_cores() -> None:
     network = Tied()
     x = torch.tensor([0, 59])
