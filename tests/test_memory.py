@@ -146,6 +146,9 @@ class TestErrors:
             ({"bond": 4, "layers": ["nothing*"]}, "matches no tensor"),
             ({"bond": 4, "device": "cpu"}, "device: for files only"),
             ({"size": 10**6}, "size: for files only"),
+            ({"bnd": 4}, "unknown option 'bnd'; did you mean 'bond'"),
+            ({"bond": 4, "rules": ()}, "unknown option 'rules'"),
+            ({"bond": 4, "layers": "none*"}, r"'none\*' matches no tensor"),
             ({"bond": 4, "shape": ["0=2x2:3x3"]}, r"0.*outputs, but the layer has 24 and 18"),
         ],
     )
@@ -178,3 +181,7 @@ def test_options_are_those_of_the_command() -> None:
     assert [layer.layer for layer in report.layers] == ["0"]
     assert report.layers[0].input_factors == (6, 4)
     assert report.layers[0].output_factors == (3, 6)
+    one = mpoc.compress(mlp(), bond=3, shape="0=6x4:3x6", exclude="2", allow_growth=True)  # as text
+    assert [(layer.name, layer.structure) for layer in one.layers] == [
+        (layer.name, layer.structure) for layer in report.layers
+    ]
