@@ -28,6 +28,7 @@ from mpoc.nn.conv import (
 from mpoc.nn.conv_map import CONV_MAPS, check_geometry
 from mpoc.nn.embedding import MPOEmbedding
 from mpoc.nn.linear import MPOConv1D, MPOLinear
+from mpoc.nn.weight import build_weight
 from mpoc.structure import Structure
 
 _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -96,7 +97,7 @@ def _rebuilding(cls: type[nn.Module], name: str) -> type[nn.Module]:
     cores_name = f"{name}_cores" if name != "weight" else "cores"
 
     def build(module: nn.Module) -> Tensor:
-        return MPO(getattr(module, cores_name), module.__dict__[f"_{name}_structure"]).to_weight()
+        return build_weight(list(getattr(module, cores_name)), module.__dict__[f"_{name}_structure"])
 
     @torch.no_grad()
     def state(module: nn.Module) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from functools import cache
 from itertools import combinations, pairwise
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.nn.contract import Site, merge, planned_batch
-from mpoc.nn.weight import CoreWeight
+from mpoc.nn.weight import CoreWeight, without_autocast
 
 _FLOPS_PER_NUMBER = 50  # arithmetic that takes as long as writing a number to memory
 
@@ -37,10 +36,7 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
         if self._dense is not None and not self.training:
             return nn.functional.embedding(input, self._dense, self.padding_idx)
         self._check(input)
-        device = input.device.type
-        narrow = not input.is_meta and torch.is_autocast_enabled(device)
-        # Like nn.Embedding, which keeps its dtype under autocast.
-        with torch.autocast(device, enabled=False) if narrow else nullcontext():
+        with without_autocast(input.device):  # nn.Embedding keeps its dtype
             rows = self._rows(input.reshape(-1))
         return rows.reshape(*input.shape, self.embedding_dim)
 

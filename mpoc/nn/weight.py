@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from torch import Tensor, nn
 
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure
+
+
+def build_weight(cores: Sequence[Tensor], structure: Structure) -> Tensor:
+    """The dense weight in the cores' dtype, under autocast too: then it is what a dense layer would hold."""
+    with without_autocast(cores[0].device):
+        return MPO(cores, structure).to_weight()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which ``device`` computes in the dtypes that tensors have."""
+    narrow = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if narrow else nullcontext()
 
 
 class CoreWeight(nn.Module):
@@ -30,7 +43,7 @@ class CoreWeight(nn.Module):
         """The weight in its own shape, built from the cores, or as cached by :meth:`materialize`."""
         if self._dense is not None and not self.training:
             return self._dense
-        return MPO(list(self.cores), self.structure).to_weight()
+        return build_weight(list(self.cores), self.structure)
 
     def materialize(self, on: bool = True) -> None:
         """Keep the dense weight for evaluation: as fast as dense, and as large. Off gives it up.
@@ -39,7 +52,7 @@ class CoreWeight(nn.Module):
         ``load_state_dict`` end it; call again then, and after cores were changed in any other way.
         """
         with torch.no_grad():
-            self._dense = MPO(list(self.cores), self.structure).to_weight() if on else None
+            self._dense = build_weight(list(self.cores), self.structure) if on else None
 
     def train(self, mode: bool = True) -> Any:
         """Training changes the cores and so ends the cache."""

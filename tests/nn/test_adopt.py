@@ -130,6 +130,25 @@ class TestRebuiltWeights:
                     parameter -= 0.1 * parameter.grad
         torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
 
+    @pytest.mark.parametrize(
+        ("plain", "x"),
+        [
+            (lambda: nn.EmbeddingBag(60, 16), torch.arange(12).reshape(3, 4)),
+            (lambda: nn.Embedding(60, 16, max_norm=1.0), torch.arange(12)),
+            (lambda: nn.LSTMCell(8, 12), torch.linspace(-1, 1, 40).reshape(5, 8)),
+            (lambda: nn.Conv2d(4, 6, 3), torch.linspace(-1, 1, 64).reshape(1, 4, 4, 4)),
+        ],
+    )
+    def test_autocast_gives_what_a_dense_layer_gives(self, plain: Any, x: Tensor) -> None:
+        layer = plain()
+        dense = copy.deepcopy(layer)
+        mpoc.compress(layer, bond=10**6, allow_growth=True, embeddings=True)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            for name, weight in dense.named_parameters():
+                torch.testing.assert_close(torch.clone(getattr(layer, name)), weight, rtol=0, atol=1e-5)
+            expected, found = dense(x), layer(x)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
     @pytest.mark.parametrize("grad", [True, False])
     def test_a_transformer_layer_in_evaluation(self, grad: bool) -> None:
         layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True).eval()
