@@ -76,10 +76,30 @@ class CoreWeight(nn.Module):
 
 
 class WeightView:
-    """A weight's dtype, device and shape; the weight itself where torch computes with it."""
+    """A weight's dtype, device and shape; the weight itself where torch computes with it.
 
-    def __init__(self, layer: CoreWeight) -> None:
-        self._layer = layer
+    It can be read, and nothing else: what is written to a weight made from cores would be lost, so writing
+    raises AttributeError or TypeError.
+    """
+
+    _layer: CoreWeight
+    _detached: bool
+
+    def __init__(self, layer: CoreWeight, detached: bool = False) -> None:
+        vars(self).update(_layer=layer, _detached=detached)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(f"{name!r} of a weight made from cores cannot be set: {_WRITE_INSTEAD}")
+
+    @property
+    def data(self) -> WeightView:
+        """The same without gradients; as little to be written to."""
+        return WeightView(self._layer, detached=True)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Tensor]:  # type: ignore[override]
@@ -104,7 +124,7 @@ class WeightView:
     @property
     def requires_grad(self) -> bool:
         """Of the cores."""
-        return self._layer.cores[0].requires_grad
+        return not self._detached and self._layer.cores[0].requires_grad
 
     def __getattr__(self, name: str) -> Any:
         """Anything else a tensor can do is asked of the dense weight, sizes of one without data."""
@@ -112,7 +132,14 @@ class WeightView:
             return getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
         if name == "_is_hf_initialized":  # transformers' mark on what needs no random start
             return getattr(self._layer.cores[0], name, False)
-        return getattr(self._layer.dense_weight(), name)
+        if not hasattr(Tensor, name):  # nothing is built to say no
+            raise AttributeError(f"a weight made from cores has no attribute {name!r}")
+        _refuse_writing(name)
+        return getattr(self._dense(), name)
+
+    def _dense(self) -> Tensor:
+        dense = self._layer.dense_weight()
+        return dense.detach() if self._detached else dense
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -125,28 +152,61 @@ class WeightView:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Give torch the dense weight."""
+        """Give torch the dense weight.
+
+        Raises:
+            TypeError: the function writes to it.
+        """
+        written = next(iter((*args, *(kwargs or {}).values())), None)  # what functions in place change
+        if isinstance(written, WeightView):
+            _refuse_writing(getattr(function, "__name__", ""))
+        if isinstance((kwargs or {}).get("out"), WeightView):
+            raise TypeError(f"out= a weight made from cores: {_WRITE_INSTEAD}")
         dense = [_dense(argument) for argument in args]
         return function(*dense, **{key: _dense(value) for key, value in (kwargs or {}).items()})
 
 
 _SIZES = ("ndim", "dim", "size", "stride", "numel", "element_size", "nbytes", "is_floating_point")
+_WRITE_INSTEAD = "change the layer's cores, or make it dense first (mpoc expand)"
+# Python looks operators up in the class, never through __getattr__.
+_READING = (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "matmul", "rmatmul"),
+    *("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "iter", "array"),
+)
+_WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")
 
 
 def _operator(name: str) -> Callable[..., Any]:
     def apply(view: WeightView, *others: Any) -> Any:
-        dense = view._layer.dense_weight()
-        return getattr(dense, name)(*map(_dense, others))
+        return getattr(_dense(view), name)(*map(_dense, others))
 
     return apply
 
 
-# Python looks operators up in the class, never through __getattr__.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "pow", "matmul", "neg", "getitem"):
+def _refusal(name: str) -> Callable[..., Any]:
+    def apply(*_: Any) -> Any:
+        raise TypeError(f"{name} would write to a weight made from cores: {_WRITE_INSTEAD}")
+
+    return apply
+
+
+def _refuse_writing(name: str) -> None:
+    """Torch names whatever works in place with an underscore at the end.
+
+    Raises:
+        TypeError: this is such a name.
+    """
+    if name.endswith("_") and not name.endswith("__"):
+        _refusal(name)()
+
+
+for _name in _READING:
     setattr(WeightView, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in _WRITING:
+    setattr(WeightView, f"__{_name}__", _refusal(f"__{_name}__"))
 
 
 def _dense(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_dense, value))
-    return value._layer.dense_weight() if isinstance(value, WeightView) else value
+    return value._dense() if isinstance(value, WeightView) else value
