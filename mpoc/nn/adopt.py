@@ -103,5 +103,22 @@ def _rebuilding(cls: type[nn.Module], name: str) -> type[nn.Module]:
     def state(module: nn.Module) -> Any:
         return cls.__getstate__(module)  # of recurrent layers: the weights, which must not bring a graph
 
-    members = {name: property(build), "__getstate__": state}
+    def pickled(module: nn.Module, _: Any) -> Any:
+        return _blank, (plain, names), state(module)
+
+    plain, names = getattr(cls, "_rebuilt", (cls, ()))
+    names = (*names, name)
+    members = {
+        name: property(build),
+        "__getstate__": state,
+        "__reduce_ex__": pickled,  # pickle does not find a class made here
+        "_rebuilt": (plain, names),
+    }
     return type(f"MPO{cls.__name__.removeprefix('MPO')}", (cls,), members)
+
+
+def _blank(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """A module without its state, whose weights ``names`` are rebuilt."""
+    for name in names:
+        cls = _rebuilding(cls, name)  # type: ignore[arg-type]
+    return cls.__new__(cls)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -148,6 +149,15 @@ class TestRebuiltWeights:
                 torch.testing.assert_close(torch.clone(getattr(layer, name)), weight, rtol=0, atol=1e-5)
             expected, found = dense(x), layer(x)
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+    @pytest.mark.parametrize("kind", ["lstm", "attention", "embedding bag"])
+    def test_saved_as_a_whole_module(self, kind: str, tmp_path: Path) -> None:
+        network, x = NETWORKS[kind]()
+        mpoc.compress(network.eval(), bond=3, embeddings=True, allow_growth=True)
+        torch.save(network, tmp_path / "network.pt")
+        again = torch.load(tmp_path / "network.pt", weights_only=False)
+        assert torch.equal(again(x), network(x))
+        assert [type(module) for module in again.modules()] == [type(m) for m in network.modules()]
 
     @pytest.mark.parametrize("grad", [True, False])
     def test_a_transformer_layer_in_evaluation(self, grad: bool) -> None:
