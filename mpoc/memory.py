@@ -13,7 +13,7 @@ from mpoc.checkpoint.base import Checkpoint
 from mpoc.errors import MpocError, UsageError, nearest
 from mpoc.fitting import fit_layer
 from mpoc.header import TensorInfo
-from mpoc.loading import adopt_everywhere, same_tensor
+from mpoc.loading import adopt_everywhere, forbid_save_pretrained, same_tensor
 from mpoc.manifest import Manifest
 from mpoc.observe import observe_geometries
 from mpoc.outline import make_manifest
@@ -80,6 +80,7 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
         if fit is not None:
             names = [record.name, *sorted(places[record.name] - {record.name})]
             adopt_everywhere(model, names, fit.form.cores, record.structure)
+    forbid_save_pretrained(model)
     return make_manifest(checkpoint, selection, recipe, [record for record, _ in fitted])
 
 
