@@ -12,18 +12,20 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.geometry import Geometry
 from mpoc.header import ITEMSIZE, TensorInfo, count_parameters, read_header
 from mpoc.structure import KINDS, Structure
+from mpoc.typed import typed
 from mpoc.weight_files import read_json, stored_tensors
 
 FORMAT = 1
 MANIFEST_FILE = "mpoc.json"
+# In the metadata of weights that transformers saved: an ``mpoc.json`` beside them is an older one.
+SAVED_AGAIN = "mpoc_saved_again"
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def read_manifest(path: Path) -> Manifest:
     """
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory")
-    if (path / MANIFEST_FILE).is_file():
+    if (path / MANIFEST_FILE).is_file() and not _is_saved_again(path):
         return parse_manifest((path / MANIFEST_FILE).read_bytes(), path)
     if (path / "config.json").is_file():
         quantization = read_json(path / "config.json").get("quantization_config")
@@ -167,6 +169,12 @@ def read_manifest(path: Path) -> Manifest:
     raise MpocError(f"{path}: not compressed by mpoc (no manifest)", "mpoc compress MODEL makes one that is")
 
 
+def _is_saved_again(directory: Path) -> bool:
+    return any(
+        SAVED_AGAIN in read_header(file).metadata for file in sorted(directory.glob("*.safetensors"))[:1]
+    )
+
+
 def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], path: Path) -> Manifest:
     """What config.json and the headers tell; names and dtypes are those that transformers saved.
 
@@ -175,10 +183,16 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
     """
     _check_format(quantization.get("format"), path)
     try:
-        layers = tuple(_layer_of_entry(name, entry) for name, entry in quantization["layers"].items())
+        entries = quantization["layers"].items()
+        layers = tuple(_layer_of_entry(name, entry, tensors) for name, entry in entries)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise MpocError(f"{path}: config.json: damaged quantization_config ({error!r})") from error
     cores = {layer.core_name(site) for layer in layers for site in range(len(layer.output_factors))}
+    if cores - tensors.keys():
+        raise MpocError(
+            f"{path}: {min(cores - tensors.keys())!r} is not among the weights that config.json describes",
+            "after import mpoc.hf, from_pretrained and save_pretrained put a part saved alone in order",
+        )
     dense = [info for name, info in tensors.items() if name not in cores]
     matrices = [info.name for info in dense if len(info.shape) > 1]
     num_parameters = count_parameters(dense) + sum(layer.num_original for layer in layers)
@@ -192,13 +206,14 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
     )
 
 
-def _layer_of_entry(name: str, entry: dict[str, Any]) -> LayerRecord:
+def _layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorInfo]) -> LayerRecord:
     """A layer of ``quantization_config``, checked."""
-    dtype, shape = entry["dtype"], entry["shape"]
+    first, shape = tensors.get(f"{core_prefix(name)}.0"), entry["shape"]
+    dtype = first.dtype if first else entry["dtype"]
     bonds, outputs, inputs = entry["bonds"], entry["output_factors"], entry["input_factors"]
     sites = zip(bonds[:-1], outputs, inputs, bonds[1:], strict=True)
     counts = {"num_original": math.prod(shape), "num_stored": sum(math.prod(site) for site in sites)}
-    layer = _layer({**entry, **counts, "name": name, "stored_dtype": dtype})
+    layer = _layer({**entry, **counts, "name": name, "dtype": dtype, "stored_dtype": dtype})
     return replace(layer, padding=layer.structure.padding)
 
 
@@ -217,7 +232,7 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
         _check_format(value.pop("format"), path)
         layers = tuple(_layer(layer) for layer in value.pop("layers"))
         source = Source(**value.pop("source"))
-        return _typed(Manifest(source=_typed(source), layers=layers, **value))
+        return typed(Manifest(source=typed(source), layers=layers, **value))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise MpocError(f"{path}: damaged manifest ({error!r})") from error
 
@@ -225,7 +240,7 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
 def _layer(value: dict[str, Any]) -> LayerRecord:
     if value.get("geometry") is not None:
         value["geometry"] = parse_geometry(value["geometry"], tuple(value["shape"]))
-    layer = _typed(LayerRecord(**_with_tuples(value)))
+    layer = typed(LayerRecord(**_with_tuples(value)))
     if layer.kind not in KINDS or layer.form not in ("mpo", "dense"):
         raise ValueError(f"layer {layer.name!r}: kind {layer.kind!r}, form {layer.form!r}")
     if math.prod(layer.shape) != layer.num_original or min(layer.shape, default=0) < 1:
@@ -249,7 +264,7 @@ def parse_geometry(value: dict[str, Any], shape: tuple[int, ...]) -> Geometry:
     Raises:
         TypeError, ValueError: it is damaged.
     """
-    geometry: Geometry = _typed(Geometry(**_with_tuples(value)))
+    geometry: Geometry = typed(Geometry(**_with_tuples(value)))
     geometry.check(shape)
     return geometry
 
@@ -274,35 +289,3 @@ def _check_factors(layer: LayerRecord) -> None:
     front = structure.site_sizes[0] if chain and structure.lead_sites else 1
     if not (chain and whole and front == structure.lead and _modest(structure)):
         raise ValueError(f"layer {layer.name!r}: its factors and bonds do not make its weight")
-
-
-def _typed(record: Any) -> Any:
-    """``record``, whose fields hold what their annotations say.
-
-    Raises:
-        TypeError: one does not.
-    """
-    for name, expected in _hints(record.__class__).items():
-        if not _is_a(getattr(record, name), expected):
-            raise TypeError(f"{name} = {getattr(record, name)!r}")
-    return record
-
-
-@cache
-def _hints(record: Any) -> dict[str, Any]:
-    return get_type_hints(record)
-
-
-def _is_a(value: Any, expected: Any) -> bool:
-    """``isinstance`` for the annotations used here: plain classes, unions, tuples and dictionaries."""
-    kind, inner = get_origin(expected), get_args(expected)
-    if kind is tuple:
-        each = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(_is_a, value, each))
-    if kind is dict:
-        return isinstance(value, dict) and all(_is_a(item, inner[1]) for item in value.values())
-    if inner:
-        return any(_is_a(value, one) for one in inner)
-    if expected in (int, float):
-        return isinstance(value, int | expected) and not isinstance(value, bool)
-    return expected is Any or isinstance(value, expected)

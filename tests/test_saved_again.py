@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -91,6 +92,28 @@ def test_what_is_not_known_is_not_made_up(make: Make, tmp_path: Path) -> None:
     assert lines[2].startswith("no mpoc.json, which transformers does not save: errors, entropies")
 
 
+def test_an_older_manifest_is_void(make: Make, tmp_path: Path) -> None:
+    shutil.copytree(make("bert").path, tmp_path / "tuned")
+    model = auto("bert", tmp_path / "tuned")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.cores[0].mul_(2)
+    model.save_pretrained(tmp_path / "tuned")
+    assert (tmp_path / "tuned" / MANIFEST_FILE).exists()
+    assert {layer.relative_error for layer in read_manifest(tmp_path / "tuned").layers} == {None}
+    expand_checkpoint(tmp_path / "tuned", tmp_path / "dense")
+    assert not (tmp_path / "dense" / MANIFEST_FILE).exists()
+    assert torch.allclose(answer(auto("bert", tmp_path / "dense")), answer(model), atol=1e-5)
+
+
+def test_a_part_saved_alone_goes_through_transformers(make: Make, tmp_path: Path) -> None:
+    auto("bert", make("bert").path).bfloat16().bert.save_pretrained(tmp_path / "part")
+    with pytest.raises(MpocError, match=r"is not among the weights that config.json describes"):
+        read_manifest(tmp_path / "part")
+    transformers.AutoModel.from_pretrained(tmp_path / "part").save_pretrained(tmp_path / "again")
+    replaced = read_manifest(tmp_path / "again").replaced
+    assert replaced and {layer.stored_dtype for layer in replaced} == {"bfloat16"}
+
+
 def test_the_command_line(make: Make, tmp_path: Path, run: Mpoc) -> None:
     path = saved_again(make("bert"), "bert", tmp_path)
     done = run("report", path)
@@ -132,7 +155,6 @@ def test_shards_of_other_tensors_are_not_counted(make: Make, tmp_path: Path) -> 
         ("damaged quantization_config", lambda q: q["layers"].update(x={})),
         ("damaged quantization_config", lambda q: q["layers"].update(x=None)),
         ("damaged quantization_config", lambda q: first(q).update(bonds=[1, 2, 3])),
-        ("damaged quantization_config", lambda q: first(q).update(dtype="float31")),
         ("damaged quantization_config", lambda q: first(q).update(shape=[10**9, 10**9])),
         ("not compressed by mpoc", lambda q: q.update(quant_method="gptq")),
     ],
