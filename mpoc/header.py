@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ CODES = {name: code for code, (name, _) in DTYPES.items()}
 ITEMSIZE = dict(DTYPES.values())
 # What the safetensors library accepts; also keeps a hostile length from being allocated.
 _LONGEST_HEADER = 100_000_000
+_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes on disk."""
         return self.numel * ITEMSIZE[self.dtype]
+
+
+def count_parameters(tensors: Iterable[TensorInfo]) -> int:
+    """Entries of all floating tensors, batch-norm statistics left out."""
+    return sum(t.numel for t in tensors if "float" in t.dtype and not t.name.endswith(_STATISTICS))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 from mpoc.errors import MpocError
 from mpoc.hub_directory import GUARD, GUARD_KEY, cores_of
 from mpoc.loading import adopt_everywhere
-from mpoc.manifest import FORMAT, core_prefix
+from mpoc.manifest import FORMAT, SAVED_AGAIN, core_prefix
 from mpoc.nn.experts import unstack
 from mpoc.structure import Structure
 
@@ -230,11 +230,11 @@ class MpoQuantizer(HfQuantizer):
         vars(model).update(_weight_conversions=kept, is_quantized=False)  # quantized: no .half(), no .float()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
-        """Before saving: note the dtype that the cores have by now."""
+        """Before saving: note the dtype that the cores have by now, and that an older manifest is void."""
         for name, target in self._targets.items():
             core = model.get_parameter(f"{core_prefix(target)}.0")
             self.quantization_config.layers[name]["dtype"] = str(core.dtype).removeprefix("torch.")
-        return None, {}
+        return None, {SAVED_AGAIN: "transformers"}
 
 
 class _Names:

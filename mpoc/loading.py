@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +54,25 @@ def load(path: str | PathLike[str], model: nn.Module) -> nn.Module:
         for name in stored.infos:
             for place in () if name in others else (name, *tied.get(name, ())):
                 state[place].copy_(stored.read(name))
+    forbid_save_pretrained(model)
     return model
+
+
+def forbid_save_pretrained(model: nn.Module) -> None:
+    """Make ``save_pretrained`` of a network that got cores in memory, and of its parts, an error.
+
+    transformers would not write what the cores are, and the directory would load with random weights.
+    """
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            vars(module)["save_pretrained"] = _refuse_to_save
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise MpocError(
+        "save_pretrained cannot save a network that got its cores by mpoc.load or mpoc.compress",
+        "mpoc compress a saved directory, import mpoc.hf, and load that with from_pretrained",
+    )
 
 
 def _core_names(layers: list[LayerRecord]) -> set[str]:
@@ -88,6 +107,14 @@ def _check(
                 for side, names in (("model", missing), ("file", surplus))
                 if names
             )
+        )
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = sorted(replaced.keys() - parameters)
+    if buffers:
+        raise MpocError(
+            f"{path}: tensor {buffers[0]!r} is compressed in the file and a buffer in the model: "
+            "cores can only be parameters",
+            f"compress without it: --exclude '{buffers[0].removesuffix('.weight')}'",
         )
     empty = [name for name, value in state.items() if value.is_meta]
     if empty:

@@ -2,24 +2,30 @@
 
 In a single file it is one JSON text under the key ``mpoc`` of the safetensors header's metadata; in a
 directory it is ``mpoc.json``.  It holds no times and no dates, so that the same input gives the same bytes.
+
+A directory that transformers saved again (``save_pretrained`` after ``import mpoc.hf``) has no ``mpoc.json``.
+Its config.json and the headers of its weights still tell factors and bonds, but not what was lost.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
-from functools import cache
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.geometry import Geometry
-from mpoc.header import ITEMSIZE, read_header
+from mpoc.header import ITEMSIZE, TensorInfo, count_parameters, read_header
 from mpoc.structure import KINDS, Structure
+from mpoc.typed import typed
+from mpoc.weight_files import read_json, stored_tensors
 
 FORMAT = 1
 MANIFEST_FILE = "mpoc.json"
+# In the metadata of weights that transformers saved: an ``mpoc.json`` beside them is an older one.
+SAVED_AGAIN = "mpoc_saved_again"
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,12 @@ def core_prefix(name: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """The checkpoint that was compressed."""
+    """The checkpoint that was compressed; None: not recorded."""
 
-    name: str
-    nbytes: int  # of its weight files and, in a directory, of the other files kept
+    name: str | None
+    nbytes: int | None  # of its weight files and, in a directory, of the other files kept
     num_parameters: int
-    fingerprint: str  # SHA-256 over its names, dtypes and shapes
+    fingerprint: str | None  # SHA-256 over its names, dtypes and shapes
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,11 @@ class Manifest:
     tool: str = ""
 
     @property
+    def is_complete(self) -> bool:
+        """False where transformers saved the directory again: errors and what was selected are not known."""
+        return self.source.fingerprint is not None
+
+    @property
     def replaced(self) -> list[LayerRecord]:
         """The layers stored in a compressed form."""
         return [layer for layer in self.layers if layer.form != "dense"]
@@ -109,7 +120,7 @@ class Manifest:
 
     @property
     def rho_selected(self) -> float:
-        """The same sum over all selected layers, those left dense included."""
+        """The same sum over all selected layers, those left dense included (of no use if not complete)."""
         return _ratio(self.layers)
 
     @property
@@ -145,34 +156,83 @@ def read_manifest(path: Path) -> Manifest:
     """
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory")
-    text: str | bytes | None
-    if path.is_dir():
-        file = path / MANIFEST_FILE
-        text = file.read_bytes() if file.is_file() else None
-    elif path.suffix == ".safetensors":
+    if (path / MANIFEST_FILE).is_file() and not _is_saved_again(path):
+        return parse_manifest((path / MANIFEST_FILE).read_bytes(), path)
+    if (path / "config.json").is_file():
+        quantization = read_json(path / "config.json").get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") == "mpo":
+            return _from_config(quantization, stored_tensors(path), path)
+    elif path.is_file() and path.suffix == ".safetensors":
         text = read_header(path).metadata.get("mpoc")
-    else:
-        text = None
-    if text is None:
+        if text is not None:
+            return parse_manifest(text, path)
+    raise MpocError(f"{path}: not compressed by mpoc (no manifest)", "mpoc compress MODEL makes one that is")
+
+
+def _is_saved_again(directory: Path) -> bool:
+    return any(
+        SAVED_AGAIN in read_header(file).metadata for file in sorted(directory.glob("*.safetensors"))[:1]
+    )
+
+
+def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], path: Path) -> Manifest:
+    """What config.json and the headers tell; names and dtypes are those that transformers saved.
+
+    Raises:
+        MpocError: another format, or damaged.
+    """
+    _check_format(quantization.get("format"), path)
+    try:
+        entries = quantization["layers"].items()
+        layers = tuple(_layer_of_entry(name, entry, tensors) for name, entry in entries)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise MpocError(f"{path}: config.json: damaged quantization_config ({error!r})") from error
+    cores = {layer.core_name(site) for layer in layers for site in range(len(layer.output_factors))}
+    if cores - tensors.keys():
         raise MpocError(
-            f"{path}: not compressed by mpoc (no manifest)", "mpoc compress MODEL makes one that is"
+            f"{path}: {min(cores - tensors.keys())!r} is not among the weights that config.json describes",
+            "after import mpoc.hf, from_pretrained and save_pretrained put a part saved alone in order",
         )
-    return parse_manifest(text, path)
+    dense = [info for name, info in tensors.items() if name not in cores]
+    matrices = [info.name for info in dense if len(info.shape) > 1]
+    num_parameters = count_parameters(dense) + sum(layer.num_original for layer in layers)
+    return Manifest(
+        source=Source(None, None, num_parameters, None),
+        layers=layers,
+        options={},
+        kinds_from="config.json's quantization_config",
+        left_alone=dict.fromkeys(matrices, "dense, for a reason that is not recorded"),
+        vectors=len(dense) - len(matrices),
+    )
+
+
+def _layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorInfo]) -> LayerRecord:
+    """A layer of ``quantization_config``, checked."""
+    first, shape = tensors.get(f"{core_prefix(name)}.0"), entry["shape"]
+    dtype = first.dtype if first else entry["dtype"]
+    bonds, outputs, inputs = entry["bonds"], entry["output_factors"], entry["input_factors"]
+    sites = zip(bonds[:-1], outputs, inputs, bonds[1:], strict=True)
+    counts = {"num_original": math.prod(shape), "num_stored": sum(math.prod(site) for site in sites)}
+    layer = _layer({**entry, **counts, "name": name, "dtype": dtype, "stored_dtype": dtype})
+    return replace(layer, padding=layer.structure.padding)
+
+
+def _check_format(found: Any, path: Path) -> None:
+    if found != FORMAT:
+        raise MpocError(
+            f"{path}: manifest format {found}, this mpoc reads format {FORMAT}",
+            "pip install --upgrade mpoc",
+        )
 
 
 def parse_manifest(text: str | bytes, path: Path) -> Manifest:
     """``Manifest.to_json`` undone; ``path`` is for messages."""
     try:
         value = json.loads(text)
-        found = value.pop("format")
-        if found != FORMAT:
-            raise MpocError(
-                f"{path}: manifest format {found}, this mpoc reads format {FORMAT}",
-                "pip install --upgrade mpoc",
-            )
+        _check_format(value.pop("format"), path)
         layers = tuple(_layer(layer) for layer in value.pop("layers"))
         source = Source(**value.pop("source"))
-        return _typed(Manifest(source=_typed(source), layers=layers, **value))
+        return typed(Manifest(source=typed(source), layers=layers, **value))
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise MpocError(f"{path}: damaged manifest ({error!r})") from error
 
@@ -180,7 +240,7 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
 def _layer(value: dict[str, Any]) -> LayerRecord:
     if value.get("geometry") is not None:
         value["geometry"] = parse_geometry(value["geometry"], tuple(value["shape"]))
-    layer = _typed(LayerRecord(**_with_tuples(value)))
+    layer = typed(LayerRecord(**_with_tuples(value)))
     if layer.kind not in KINDS or layer.form not in ("mpo", "dense"):
         raise ValueError(f"layer {layer.name!r}: kind {layer.kind!r}, form {layer.form!r}")
     if math.prod(layer.shape) != layer.num_original or min(layer.shape, default=0) < 1:
@@ -204,7 +264,7 @@ def parse_geometry(value: dict[str, Any], shape: tuple[int, ...]) -> Geometry:
     Raises:
         TypeError, ValueError: it is damaged.
     """
-    geometry: Geometry = _typed(Geometry(**_with_tuples(value)))
+    geometry: Geometry = typed(Geometry(**_with_tuples(value)))
     geometry.check(shape)
     return geometry
 
@@ -229,35 +289,3 @@ def _check_factors(layer: LayerRecord) -> None:
     front = structure.site_sizes[0] if chain and structure.lead_sites else 1
     if not (chain and whole and front == structure.lead and _modest(structure)):
         raise ValueError(f"layer {layer.name!r}: its factors and bonds do not make its weight")
-
-
-def _typed(record: Any) -> Any:
-    """``record``, whose fields hold what their annotations say.
-
-    Raises:
-        TypeError: one does not.
-    """
-    for name, expected in _hints(record.__class__).items():
-        if not _is_a(getattr(record, name), expected):
-            raise TypeError(f"{name} = {getattr(record, name)!r}")
-    return record
-
-
-@cache
-def _hints(record: Any) -> dict[str, Any]:
-    return get_type_hints(record)
-
-
-def _is_a(value: Any, expected: Any) -> bool:
-    """``isinstance`` for the annotations used here: plain classes, unions, tuples and dictionaries."""
-    kind, inner = get_origin(expected), get_args(expected)
-    if kind is tuple:
-        each = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(_is_a, value, each))
-    if kind is dict:
-        return isinstance(value, dict) and all(_is_a(item, inner[1]) for item in value.values())
-    if inner:
-        return any(_is_a(value, one) for one in inner)
-    if expected in (int, float):
-        return isinstance(value, int | expected) and not isinstance(value, bool)
-    return expected is Any or isinstance(value, expected)

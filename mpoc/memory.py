@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from mpoc.checkpoint.base import Checkpoint
-from mpoc.errors import MpocError, UsageError
+from mpoc.errors import MpocError, UsageError, nearest
 from mpoc.fitting import fit_layer
 from mpoc.header import TensorInfo
-from mpoc.loading import adopt_everywhere, same_tensor
+from mpoc.loading import adopt_everywhere, forbid_save_pretrained, same_tensor
 from mpoc.manifest import Manifest
 from mpoc.observe import observe_geometries
 from mpoc.outline import make_manifest
 from mpoc.plan import make_plan
-from mpoc.recipe import make_recipe, parse_shape
+from mpoc.recipe import Recipe, make_recipe, parse_shape
 from mpoc.selection import select
 
 
@@ -58,10 +58,7 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
     for key in options.keys() & {"size", "dtype", "device", "max_shard_size"}:
         raise UsageError(f"{key}: for files only; in memory a network keeps its device and dtype")
     sample = options.pop("input_shape", None)
-    if "shape" in options:
-        options["shape"] = tuple(parse_shape(text) for text in options["shape"])
-    known = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-    recipe = make_recipe(None, known)
+    recipe = make_recipe(None, _recipe_options(options))
     checkpoint = _as_checkpoint(model)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
     if sample is not None and recipe.conv != "map":
@@ -83,7 +80,25 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
         if fit is not None:
             names = [record.name, *sorted(places[record.name] - {record.name})]
             adopt_everywhere(model, names, fit.form.cores, record.structure)
+    forbid_save_pretrained(model)
     return make_manifest(checkpoint, selection, recipe, [record for record, _ in fitted])
+
+
+def _recipe_options(options: dict[str, Any]) -> dict[str, Any]:
+    """As the command line would give them; one pattern or shape need not be a list.
+
+    Raises:
+        UsageError: an option that there is not.
+    """
+    known = [field.name for field in fields(Recipe) if field.name != "rules"]
+    for key in options:
+        if key not in known:
+            raise UsageError(f"unknown option {key!r}{nearest(key, known)}")
+    several = {key: options[key] for key in ("layers", "exclude", "shape") if key in options}
+    lists = {key: (one,) if isinstance(one, str) else tuple(one) for key, one in several.items()}
+    if "shape" in lists:
+        lists["shape"] = tuple(map(parse_shape, lists["shape"]))
+    return options | lists
 
 
 def _as_checkpoint(model: nn.Module) -> _Model:
@@ -120,6 +135,8 @@ def _kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
         return f"conv{parameter.dim() - 2}d"
     if parameter.dim() == 3 and "expert" in type(module).__name__.lower() and "bias" not in name:
         return "experts"
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return None  # it scales number by number, whatever its shape
     if parameter.dim() == 2 and ("weight" in name) and not name.startswith("bias"):
         return "linear"
     return None

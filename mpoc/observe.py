@@ -30,12 +30,12 @@ def observe_geometries(
         raise UsageError('conv="map" needs the shape of one input, as input_shape=(1, 3, 32, 32)')
     seen: dict[nn.Module, set[tuple[int, ...]]] = {}
 
-    def note(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         axes = module.get_parameter("weight").dim() - 2
-        seen.setdefault(module, set()).add(tuple(inputs[0].shape[-axes:]))
+        seen.setdefault(module, set()).add(tuple([*inputs, *named.values()][0].shape[-axes:]))
 
     modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    hooks = [module.register_forward_pre_hook(note) for module in modules.values()]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules.values()]
     try:
         _run(model, input_shape)
     finally:

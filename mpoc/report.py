@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpoc.manifest import LayerRecord, Manifest
+from mpoc.manifest import MANIFEST_FILE, LayerRecord, Manifest
 
 SCHEMA = "mpoc.report/1"
 # Above this share of a weight's norm lost, a network without fine-tuning is usually badly hurt.
@@ -49,9 +49,9 @@ def report_dict(manifest: Manifest, nbytes: int, seconds: dict[str, float] | Non
         "kinds_from": manifest.kinds_from,
         "totals": {
             "rho": manifest.rho,
-            "rho_selected": manifest.rho_selected,
+            "rho_selected": manifest.rho_selected if manifest.is_complete else None,
             "layers_replaced": len(manifest.replaced),
-            "layers_selected": len(manifest.layers),
+            "layers_selected": len(manifest.layers) if manifest.is_complete else None,
             "parameters_replaced_before": sum(layer.num_original for layer in manifest.replaced),
             "parameters_replaced_after": sum(layer.num_stored for layer in manifest.replaced),
             "parameters_before": manifest.source.num_parameters,
@@ -104,15 +104,21 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
     before = sum(layer.num_original for layer in replaced)
     after = sum(layer.num_stored for layer in replaced)
     source = manifest.source
-    size = "predicted at most" if predicted else "on disk"
+    rho = f"ρ = {manifest.rho:.4f} over {len(replaced)} replaced layers ({before:,} → {after:,})"
+    if manifest.is_complete:
+        rho += f"; {manifest.rho_selected:.4f} over the {len(manifest.layers)} selected"
+    was = "" if source.nbytes is None else f"{human_bytes(source.nbytes)} → "
     lines = [
-        f"ρ = {manifest.rho:.4f} over {len(replaced)} replaced layers ({before:,} → {after:,}); "
-        f"{manifest.rho_selected:.4f} over the {len(manifest.layers)} selected",
+        rho,
         f"whole model {source.num_parameters:,} → {manifest.num_parameters:,} parameters; "
-        f"{size} {human_bytes(source.nbytes)} → {human_bytes(nbytes)}",
+        f"{'predicted at most' if predicted else 'on disk'} {was}{human_bytes(nbytes)}",
     ]
-    lines += _advice(manifest)
-    return lines
+    if not manifest.is_complete:
+        lines.append(
+            f"no {MANIFEST_FILE}, which transformers does not save: errors, entropies, the original's size "
+            "and what else was selected are not known"
+        )
+    return lines + _advice(manifest)
 
 
 def _advice(manifest: Manifest) -> list[str]:

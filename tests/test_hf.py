@@ -242,3 +242,11 @@ class TestWaysToLoad:
         tokens = model.generate(IDS, **options)
         assert tokens.shape[1] > 1
         assert torch.equal(tokens, dense.generate(IDS, **options))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_cores_are_not_resized_behind_the_user_s_back(make: Make, kind: str) -> None:
+    model = auto(kind, make(kind, embeddings=True).path)
+    with pytest.raises(AttributeError, match="make it dense first"):
+        model.resize_token_embeddings(110)
+    assert model.get_input_embeddings().num_embeddings == len(model.get_input_embeddings().weight)

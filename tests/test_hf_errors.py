@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
 import shutil
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+import mpoc
 import mpoc.hf
 from mpoc.errors import MpocError
-from tests.hub_models import Make, auto, compress_once
+from tests.hub_models import Make, auto, compress_once, tiny
 
 transformers: Any = import_module("transformers")  # its own types are not complete
 
@@ -98,3 +100,14 @@ def test_transformers_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, versio
     monkeypatch.setitem(sys.modules, "transformers", found if version else None)
     with pytest.raises(ImportError, match=r"5\.23 or later .*: pip install 'mpoc\[hf\]'"):
         runpy.run_path(str(mpoc.hf.__file__))
+
+
+@pytest.mark.parametrize("part", ["", "bert"])
+def test_cores_unknown_to_transformers_are_not_saved(make: Make, tmp_path: Path, part: str) -> None:
+    loaded, compressed = mpoc.load(make("bert").path, tiny("bert")), tiny("bert")
+    mpoc.compress(compressed, bond=4)
+    for model in (loaded, compressed, copy.deepcopy(compressed)):
+        saved: Any = model.get_submodule(part)
+        with pytest.raises(MpocError, match="cannot save a network that got its cores by mpoc"):
+            saved.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -46,6 +46,15 @@ def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     return nn.Sequential(nn.Linear(24, 18), nn.ReLU(), nn.Linear(18, 12)).to(dtype)
 
 
+def with_a_buffer() -> nn.Sequential:
+    """Its second weight is no parameter."""
+    network = mlp()
+    weight = network.get_parameter("2.weight").detach()
+    del network[2].weight
+    network[2].register_buffer("weight", weight)
+    return network
+
+
 class Tied(nn.Module):
     """An embedding and a head of one weight, or of two."""
 
@@ -246,9 +255,23 @@ class TestErrors:
                 r"tensor '0\.weight' is \(18, 24\) float32 in the file, \(18, 20\) float32 in the model",
             ),
             (lambda: mlp(torch.float16), r"is \(.*\) float32 in the file, \(.*\) float16 in the model"),
+            (
+                with_a_buffer,
+                r"tensor '2\.weight' is compressed .* and a buffer in the model: cores",
+            ),
             (lambda: mlp().to("meta"), r"tensor '0\.weight' of the model is on the meta device"),
         ],
-        ids=["missing", "surplus", "other names", "bias", "shape", "shape of cores", "dtype", "meta"],
+        ids=[
+            "missing",
+            "surplus",
+            "other names",
+            "bias",
+            "shape",
+            "shape of cores",
+            "dtype",
+            "buffer",
+            "meta",
+        ],
     )
     def test_a_model_that_does_not_fit(self, tmp_path: Path, model: Any, said: str) -> None:
         path = compressed(mlp(), tmp_path)

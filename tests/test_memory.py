@@ -64,6 +64,13 @@ def test_kinds_are_told_from_modules() -> None:
     assert {layer.name: layer.kind for layer in report.layers} == {"table.weight": "embedding"}
 
 
+def test_norms_of_matrices_are_no_linear_maps() -> None:
+    network = nn.Sequential(nn.LayerNorm((32, 32)), nn.RMSNorm((32, 32)), nn.Linear(32, 32))
+    report = mpoc.compress(network, bond=3)
+    assert [layer.name for layer in report.layers] == ["2.weight"]
+    assert report.left_alone.keys() == {"0.weight", "0.bias", "1.weight"}
+
+
 def test_tied_weights_share_their_cores() -> None:
     network = Tied()
     x = torch.tensor([0, 59])
@@ -139,6 +146,9 @@ class TestErrors:
             ({"bond": 4, "layers": ["nothing*"]}, "matches no tensor"),
             ({"bond": 4, "device": "cpu"}, "device: for files only"),
             ({"size": 10**6}, "size: for files only"),
+            ({"bnd": 4}, "unknown option 'bnd'; did you mean 'bond'"),
+            ({"bond": 4, "rules": ()}, "unknown option 'rules'"),
+            ({"bond": 4, "layers": "none*"}, r"'none\*' matches no tensor"),
             ({"bond": 4, "shape": ["0=2x2:3x3"]}, r"0.*outputs, but the layer has 24 and 18"),
         ],
     )
@@ -171,3 +181,7 @@ def test_options_are_those_of_the_command() -> None:
     assert [layer.layer for layer in report.layers] == ["0"]
     assert report.layers[0].input_factors == (6, 4)
     assert report.layers[0].output_factors == (3, 6)
+    one = mpoc.compress(mlp(), bond=3, shape="0=6x4:3x6", exclude="2", allow_growth=True)  # as text
+    assert [(layer.name, layer.structure) for layer in one.layers] == [
+        (layer.name, layer.structure) for layer in report.layers
+    ]

@@ -73,3 +73,16 @@ def test_what_cannot_be_learned_is_said(
     with pytest.raises(UsageError, match=said):
         observe_geometries(model, [name], shape)
     assert model.training
+
+
+def test_an_input_given_by_name_is_seen() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.conv(input=x)
+            return y
+
+    assert observe_geometries(Named(), ["conv.weight"], (1, 3, 5, 6))["conv.weight"].size == (5, 6)

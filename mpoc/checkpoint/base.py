@@ -11,9 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mpoc.header import TensorInfo
-
-_STATISTICS = ("running_mean", "running_var")
+from mpoc.header import TensorInfo, count_parameters
 
 
 @dataclass
@@ -44,11 +42,7 @@ class Checkpoint:
     @property
     def num_parameters(self) -> int:
         """Entries of all floating tensors, tied ones once, batch-norm statistics left out."""
-        return sum(
-            info.numel
-            for info in self.infos.values()
-            if "float" in info.dtype and not info.name.endswith(_STATISTICS)
-        )
+        return count_parameters(self.infos.values())
 
     @property
     def weight_files(self) -> list[Path]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,7 @@ from mpoc.checkpoint.base import Checkpoint, strip_wrappers
 from mpoc.checkpoint.safetensors_file import open_safetensors
 from mpoc.checkpoint.torch_file import open_torch_file
 from mpoc.errors import MpocError
-
-# The weights of a directory, first match first: safetensors before pickles, an index before a lone file.
-_PATTERNS = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "*.safetensors.index.json",
-    "*.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "*.bin.index.json",
-)
+from mpoc.weight_files import read_json, weight_files_of
 
 
 def open_directory(path: Path) -> Checkpoint:
@@ -31,7 +20,7 @@ def open_directory(path: Path) -> Checkpoint:
         MpocError: an adapter, quantised, already compressed, no or several sets of weights, or an index
             that names a missing file or one outside the directory.
     """
-    config = _read_json(path / "config.json") if (path / "config.json").is_file() else None
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else None
     _refuse_by_config(path, config)
     files, wanted = weight_files_of(path)
     if files[0].suffix == ".safetensors":
@@ -40,51 +29,6 @@ def open_directory(path: Path) -> Checkpoint:
         checkpoint = _join([open_torch_file(file, strip=False) for file in files], path, wanted)
     checkpoint.config = config
     return checkpoint
-
-
-def weight_files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
-    """The weight files of a directory, and which tensor lies in which where an index says so.
-
-    Raises:
-        MpocError: none, several sets, or an index that names a missing file or one outside.
-    """
-    found = _find_weights(path)
-    if not found.name.endswith(".index.json"):
-        return [found], None
-    wanted = _read_index(path, found)
-    return sorted(set(wanted.values())), wanted
-
-
-def _find_weights(path: Path) -> Path:
-    for pattern in _PATTERNS:
-        found = sorted(path.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(file.name for file in found[:4])
-            raise MpocError(
-                f"{path}: {len(found)} weight files and no index that says which belong together ({names})",
-                "name one of the files instead of the directory",
-            )
-    raise MpocError(f"{path}: no weights in this directory (looked for {', '.join(_PATTERNS[:2])}, …)")
-
-
-def _read_index(path: Path, index: Path) -> dict[str, Path]:
-    """Tensor name → file, every file checked to lie in the directory and to exist."""
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise MpocError(f"{index}: an index without a weight_map")
-    files: dict[str, Path] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise MpocError(f"{index}: tensor {name!r} is put into {file!r}, outside the directory")
-        if not (path / file).is_file():
-            raise MpocError(
-                f"{index}: shard {file} is missing (tensor {name!r} and others are in it)",
-                "download the directory again, whole",
-            )
-        files[name] = path / file
-    return files
 
 
 def _refuse_by_config(path: Path, config: dict[str, Any] | None) -> None:
@@ -132,13 +76,3 @@ def _join(parts: list[Checkpoint], path: Path, wanted: dict[str, Path] | None) -
         {short: part.files[name] for short, (name, part) in origin.items()},
         notes=sorted({note for part in parts for note in part.notes}),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise MpocError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise MpocError(f"{path}: a JSON object was expected")
-    return value

@@ -28,6 +28,7 @@ from mpoc.nn.conv import (
 from mpoc.nn.conv_map import CONV_MAPS, check_geometry
 from mpoc.nn.embedding import MPOEmbedding
 from mpoc.nn.linear import MPOConv1D, MPOLinear
+from mpoc.nn.weight import build_weight
 from mpoc.structure import Structure
 
 _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -96,11 +97,28 @@ def _rebuilding(cls: type[nn.Module], name: str) -> type[nn.Module]:
     cores_name = f"{name}_cores" if name != "weight" else "cores"
 
     def build(module: nn.Module) -> Tensor:
-        return MPO(getattr(module, cores_name), module.__dict__[f"_{name}_structure"]).to_weight()
+        return build_weight(list(getattr(module, cores_name)), module.__dict__[f"_{name}_structure"])
 
     @torch.no_grad()
     def state(module: nn.Module) -> Any:
         return cls.__getstate__(module)  # of recurrent layers: the weights, which must not bring a graph
 
-    members = {name: property(build), "__getstate__": state}
+    def pickled(module: nn.Module, _: Any) -> Any:
+        return _blank, (plain, names), state(module)
+
+    plain, names = getattr(cls, "_rebuilt", (cls, ()))
+    names = (*names, name)
+    members = {
+        name: property(build),
+        "__getstate__": state,
+        "__reduce_ex__": pickled,  # pickle does not find a class made here
+        "_rebuilt": (plain, names),
+    }
     return type(f"MPO{cls.__name__.removeprefix('MPO')}", (cls,), members)
+
+
+def _blank(cls: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    """A module without its state, whose weights ``names`` are rebuilt."""
+    for name in names:
+        cls = _rebuilding(cls, name)  # type: ignore[arg-type]
+    return cls.__new__(cls)

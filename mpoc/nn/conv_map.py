@@ -17,7 +17,7 @@ from mpoc.errors import UsageError
 from mpoc.forms.mpo import MPO
 from mpoc.geometry import Geometry, make_geometry
 from mpoc.nn.contract import contract
-from mpoc.nn.weight import CoreWeight
+from mpoc.nn.weight import CoreWeight, without_autocast
 
 
 class MPOConvMap(CoreWeight):
@@ -45,7 +45,9 @@ class MPOConvMap(CoreWeight):
         flat = input.flatten(-axes).transpose(-1, -2).reshape(-1, structure.inputs)
         y = self._through_map(flat).unflatten(1, (math.prod(geometry.output_size), structure.shape[0]))
         y = y.transpose(1, 2).reshape(*input.shape[: -axes - 1], structure.shape[0], *geometry.output_size)
-        return y if self.bias is None else y + self.bias.reshape(-1, *(1,) * axes)
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype).reshape(-1, *(1,) * axes)  # under autocast the product is narrower
 
     def _through_map(self, x: Tensor) -> Tensor:
         """Ŵx for x of shape (batch, N_x); padded inputs are zeros, padded outputs are dropped."""
@@ -56,7 +58,7 @@ class MPOConvMap(CoreWeight):
 
     def materialize(self, on: bool = True) -> None:
         """Keep the dense map for evaluation, as :meth:`CoreWeight.materialize`: it may be very large."""
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.cores[0].device):
             self._dense = MPO(list(self.cores), self.structure).to_matrix()[0] if on else None
 
     def dense_weight(self) -> Tensor:

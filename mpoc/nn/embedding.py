@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import cache
 from itertools import combinations, pairwise
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from mpoc.nn.contract import merge, planned, planned_batch, sites_of
 from mpoc.nn.cost import CPU, GPU, Rates, Site, bandwidth, merged
-from mpoc.nn.weight import CoreWeight
+from mpoc.nn.weight import CoreWeight, without_autocast
 
 _AT_ONCE = 1 << 18  # numbers of core slices gathered at a time
 
@@ -39,10 +38,7 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
         if self._dense is not None and not self.training:
             return nn.functional.embedding(input, self._dense, self.padding_idx)
         self._check(input)
-        device = input.device.type
-        narrow = not input.is_meta and torch.is_autocast_enabled(device)
-        # Like nn.Embedding, which keeps its dtype under autocast.
-        with torch.autocast(device, enabled=False) if narrow else nullcontext():
+        with without_autocast(input.device):  # nn.Embedding keeps its dtype
             rows = self._rows(input.reshape(-1))
         return rows.reshape(*input.shape, self.embedding_dim)
 

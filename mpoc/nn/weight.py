@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from torch import Tensor, nn
 
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure
+
+
+def build_weight(cores: Sequence[Tensor], structure: Structure) -> Tensor:
+    """The dense weight in the cores' dtype, under autocast too: then it is what a dense layer would hold."""
+    with without_autocast(cores[0].device):
+        return MPO(cores, structure).to_weight()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which ``device`` computes in the dtypes that tensors have."""
+    narrow = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if narrow else nullcontext()
 
 
 class CoreWeight(nn.Module):
@@ -30,7 +43,7 @@ class CoreWeight(nn.Module):
         """The weight in its own shape, built from the cores, or as cached by :meth:`materialize`."""
         if self._dense is not None and not self.training:
             return self._dense
-        return MPO(list(self.cores), self.structure).to_weight()
+        return build_weight(list(self.cores), self.structure)
 
     def materialize(self, on: bool = True) -> None:
         """Keep the dense weight for evaluation: as fast as dense, and as large. Off gives it up.
@@ -39,7 +52,7 @@ class CoreWeight(nn.Module):
         ``load_state_dict`` end it; call again then, and after cores were changed in any other way.
         """
         with torch.no_grad():
-            self._dense = MPO(list(self.cores), self.structure).to_weight() if on else None
+            self._dense = build_weight(list(self.cores), self.structure) if on else None
 
     def train(self, mode: bool = True) -> Any:
         """Training changes the cores and so ends the cache."""
@@ -63,10 +76,30 @@ class CoreWeight(nn.Module):
 
 
 class WeightView:
-    """A weight's dtype, device and shape; the weight itself where torch computes with it."""
+    """A weight's dtype, device and shape; the weight itself where torch computes with it.
 
-    def __init__(self, layer: CoreWeight) -> None:
-        self._layer = layer
+    It can be read, and nothing else: what is written to a weight made from cores would be lost, so writing
+    raises AttributeError or TypeError.
+    """
+
+    _layer: CoreWeight
+    _detached: bool
+
+    def __init__(self, layer: CoreWeight, detached: bool = False) -> None:
+        vars(self).update(_layer=layer, _detached=detached)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(f"{name!r} of a weight made from cores cannot be set: {_WRITE_INSTEAD}")
+
+    @property
+    def data(self) -> WeightView:
+        """The same without gradients; as little to be written to."""
+        return WeightView(self._layer, detached=True)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type[Tensor]:  # type: ignore[override]
@@ -91,7 +124,7 @@ class WeightView:
     @property
     def requires_grad(self) -> bool:
         """Of the cores."""
-        return self._layer.cores[0].requires_grad
+        return not self._detached and self._layer.cores[0].requires_grad
 
     def __getattr__(self, name: str) -> Any:
         """Anything else a tensor can do is asked of the dense weight, sizes of one without data."""
@@ -99,7 +132,14 @@ class WeightView:
             return getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
         if name == "_is_hf_initialized":  # transformers' mark on what needs no random start
             return getattr(self._layer.cores[0], name, False)
-        return getattr(self._layer.dense_weight(), name)
+        if not hasattr(Tensor, name):  # nothing is built to say no
+            raise AttributeError(f"a weight made from cores has no attribute {name!r}")
+        _refuse_writing(name)
+        return getattr(self._dense(), name)
+
+    def _dense(self) -> Tensor:
+        dense = self._layer.dense_weight()
+        return dense.detach() if self._detached else dense
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -112,28 +152,61 @@ class WeightView:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Give torch the dense weight."""
+        """Give torch the dense weight.
+
+        Raises:
+            TypeError: the function writes to it.
+        """
+        written = next(iter((*args, *(kwargs or {}).values())), None)  # what functions in place change
+        if isinstance(written, WeightView):
+            _refuse_writing(getattr(function, "__name__", ""))
+        if isinstance((kwargs or {}).get("out"), WeightView):
+            raise TypeError(f"out= a weight made from cores: {_WRITE_INSTEAD}")
         dense = [_dense(argument) for argument in args]
         return function(*dense, **{key: _dense(value) for key, value in (kwargs or {}).items()})
 
 
 _SIZES = ("ndim", "dim", "size", "stride", "numel", "element_size", "nbytes", "is_floating_point")
+_WRITE_INSTEAD = "change the layer's cores, or make it dense first (mpoc expand)"
+# Python looks operators up in the class, never through __getattr__.
+_READING = (
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "matmul", "rmatmul"),
+    *("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "iter", "array"),
+)
+_WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")
 
 
 def _operator(name: str) -> Callable[..., Any]:
     def apply(view: WeightView, *others: Any) -> Any:
-        dense = view._layer.dense_weight()
-        return getattr(dense, name)(*map(_dense, others))
+        return getattr(_dense(view), name)(*map(_dense, others))
 
     return apply
 
 
-# Python looks operators up in the class, never through __getattr__.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "pow", "matmul", "neg", "getitem"):
+def _refusal(name: str) -> Callable[..., Any]:
+    def apply(*_: Any) -> Any:
+        raise TypeError(f"{name} would write to a weight made from cores: {_WRITE_INSTEAD}")
+
+    return apply
+
+
+def _refuse_writing(name: str) -> None:
+    """Torch names whatever works in place with an underscore at the end.
+
+    Raises:
+        TypeError: this is such a name.
+    """
+    if name.endswith("_") and not name.endswith("__"):
+        _refusal(name)()
+
+
+for _name in _READING:
     setattr(WeightView, f"__{_name}__", _operator(f"__{_name}__"))
+for _name in _WRITING:
+    setattr(WeightView, f"__{_name}__", _refusal(f"__{_name}__"))
 
 
 def _dense(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_dense, value))
-    return value._layer.dense_weight() if isinstance(value, WeightView) else value
+    return value._dense() if isinstance(value, WeightView) else value

@@ -27,7 +27,7 @@ def draw(stories: list[Story], file: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 3.2), layout="constrained")
     sizes = [story.compression.nbytes / 1e3 for story in stories]
     axes.axhline(before.accuracy_before, color="0.5", linestyle="--", linewidth=1)
-    dense = before.compression.manifest.source.nbytes / 1e3
+    dense = (before.compression.manifest.source.nbytes or 0) / 1e3
     axes.text(sizes[0], before.accuracy_before + 1.5, f"dense, {dense:.0f} kB", color="0.35", fontsize=9)
     axes.plot(sizes, [story.accuracy_after for story in stories], "o-", color="#1f6fb4")
     for bond, size, story in zip(BONDS, sizes, stories, strict=True):

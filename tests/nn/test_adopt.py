@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +130,34 @@ class TestRebuiltWeights:
                 for parameter in layer.parameters():
                     parameter -= 0.1 * parameter.grad
         torch.testing.assert_close(copy.deepcopy(layer)(x), layer(x))
+
+    @pytest.mark.parametrize(
+        ("plain", "x"),
+        [
+            (lambda: nn.EmbeddingBag(60, 16), torch.arange(12).reshape(3, 4)),
+            (lambda: nn.Embedding(60, 16, max_norm=1.0), torch.arange(12)),
+            (lambda: nn.LSTMCell(8, 12), torch.linspace(-1, 1, 40).reshape(5, 8)),
+            (lambda: nn.Conv2d(4, 6, 3), torch.linspace(-1, 1, 64).reshape(1, 4, 4, 4)),
+        ],
+    )
+    def test_autocast_gives_what_a_dense_layer_gives(self, plain: Any, x: Tensor) -> None:
+        layer = plain()
+        dense = copy.deepcopy(layer)
+        mpoc.compress(layer, bond=10**6, allow_growth=True, embeddings=True)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            for name, weight in dense.named_parameters():
+                torch.testing.assert_close(torch.clone(getattr(layer, name)), weight, rtol=0, atol=1e-5)
+            expected, found = dense(x), layer(x)
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+
+    @pytest.mark.parametrize("kind", ["lstm", "attention", "embedding bag"])
+    def test_saved_as_a_whole_module(self, kind: str, tmp_path: Path) -> None:
+        network, x = NETWORKS[kind]()
+        mpoc.compress(network.eval(), bond=3, embeddings=True, allow_growth=True)
+        torch.save(network, tmp_path / "network.pt")
+        again = torch.load(tmp_path / "network.pt", weights_only=False)
+        assert torch.equal(again(x), network(x))
+        assert [type(module) for module in again.modules()] == [type(m) for m in network.modules()]
 
     @pytest.mark.parametrize("grad", [True, False])
     def test_a_transformer_layer_in_evaluation(self, grad: bool) -> None:

@@ -169,3 +169,15 @@ def test_compiles_into_one_graph_with_any_batch() -> None:
     program = torch.export.export(layer, (torch.randn(4, 6, 4, 4),), dynamic_shapes=({0: batch},))
     x = torch.randn(7, 6, 4, 4)
     torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_gives_what_a_convolution_gives(bias: bool) -> None:
+    conv = nn.Conv2d(4, 6, 3, padding=1, bias=bias)
+    dense, layer, x = copy.deepcopy(conv), as_map(conv, (4, 4)).eval(), torch.randn(2, 4, 4, 4)
+    for cached in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            layer.materialize(cached)
+            assert layer(x).dtype == dense(x).dtype == torch.bfloat16
+            torch.testing.assert_close(layer(x), dense(x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)  # what is cached is not rounded

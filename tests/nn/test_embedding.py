@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import accumulate, combinations
 from typing import Any
 
 import pytest
@@ -116,8 +116,22 @@ def largest_allocation(layer: nn.Module, indices: torch.Tensor) -> int:
     return max(event.cpu_memory_usage for event in profiled.events())
 
 
+def peak_allocation(layer: nn.Module, indices: torch.Tensor) -> int:
+    """Bytes held at once in a call without gradients."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        layer(indices)
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    events = profiled.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
 class TestMemory:
     TABLE = 30522 * 384 * 4
+
+    @pytest.mark.parametrize("bond", [4, 16, 32])
+    def test_a_lookup_of_128_tokens_takes_less_than_5_mb(self, bond: int) -> None:
+        layer, indices = with_large_cores(bond), torch.randint(0, 30522, (1, 128))
+        assert largest_allocation(layer, indices) <= peak_allocation(layer, indices) < 5e6
 
     @pytest.mark.parametrize("bond", [16, 64, 256])
     def test_a_lookup_makes_no_table(self, bond: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,6 +66,12 @@ class TestView:
             lambda w, x: w.norm(),
             lambda w, x: w.float().mean(0),
             lambda w, x: torch.stack(list(w)),
+            lambda w, x: 1 / w.data + abs(w) + 2**w,
+            lambda w, x: (w == 0) | (w != w) | (w < 0.1) | (w >= 1),
+            lambda w, x: w.data.norm(),
+            lambda w, x: torch.zeros(18, 24).copy_(w.data),
+            lambda w, x: torch.zeros(18, 24).add_(w),
+            lambda w, x: torch.zeros(18, 24).index_put((torch.tensor(3),), w[2]),
         ],
     )
     def test_is_the_dense_weight_to_torch(self, use: Any) -> None:
@@ -87,6 +93,44 @@ class TestView:
             nn.Linear(24, 18).weight = layer.weight
         with pytest.raises(AttributeError):
             layer.weight.requires_grad = False
+
+    @pytest.mark.parametrize("materialized", [False, True])
+    @pytest.mark.parametrize(
+        "write",
+        [
+            lambda w: w.zero_(),
+            lambda w: w.data.normal_(),
+            lambda w: w.copy_(torch.zeros(18, 24)),
+            lambda w: w.requires_grad_(False),
+            nn.init.zeros_,
+            nn.init.normal_,
+            nn.init.xavier_uniform_,
+            lambda w: torch.add(torch.ones(18, 24), 1, out=w),
+            lambda w: w.__setitem__(0, 1.0),
+            lambda w: w.data.__setitem__(0, 1.0),
+            lambda w: w.__iadd__(1),
+            lambda w: setattr(w, "data", torch.zeros(18, 24)),
+            lambda w: setattr(w, "grad", None),
+        ],
+    )
+    def test_nothing_is_written_to_what_would_be_lost(self, write: Any, materialized: bool) -> None:
+        layer = with_cores(nn.Linear(24, 18)).eval()
+        if materialized:
+            layer.materialize()
+        before = layer(torch.ones(24))
+        with torch.no_grad(), pytest.raises((TypeError, AttributeError), match="weight made from cores"):
+            write(layer.weight)
+        assert torch.equal(layer(torch.ones(24)), before)
+
+    def test_what_no_tensor_has_is_not_looked_for_in_the_dense_weight(self, built: list[int]) -> None:
+        layer = with_cores(nn.Linear(24, 18))
+        built.clear()
+        assert getattr(layer.weight, "quant_state", None) is None
+        assert not isinstance(layer.weight, nn.Parameter)
+        data = layer.weight.data
+        assert (data.dtype, data.shape, data.requires_grad) == (torch.float32, (18, 24), False)
+        assert built == []
+        assert not data.clone().requires_grad
 
 
 @pytest.mark.parametrize("make", LAYERS)
