@@ -1,5 +1,4 @@
-"""The densely connected networks of Huang et al. for CIFAR-10, without bottlenecks; Gao et al. 2020, table
-II.
+"""The CIFAR-10 densely connected networks of Huang et al. without bottlenecks; Gao et al. 2020, table II.
 
 "Densely connected convolutional networks", CVPR 2017: depth 3m + 4, three blocks of m convolutions (each of
 the concatenation of all before it), 1 × 1 convolutions and average pooling between the blocks. Every
