@@ -102,6 +102,8 @@ class Manifest:
     vectors: int = 0  # other tensors left alone
     tied: dict[str, str] = field(default_factory=dict)
     tool: str = ""
+    # The dense network: {"zoo": "resnet:depth=56"}, {"factory": "net.py:net"}, or {} where none was named.
+    architecture: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:
@@ -133,6 +135,8 @@ class Manifest:
         """The text that is stored."""
         value = {"format": FORMAT, **asdict(self)}
         value["layers"] = [_compact(layer) for layer in self.layers]
+        if not self.architecture:
+            del value["architecture"]
         separators = (",", ":") if indent is None else None
         return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
 
@@ -232,7 +236,10 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
         _check_format(value.pop("format"), path)
         layers = tuple(_layer(layer) for layer in value.pop("layers"))
         source = Source(**value.pop("source"))
-        return typed(Manifest(source=typed(source), layers=layers, **value))
+        manifest: Manifest = typed(Manifest(source=typed(source), layers=layers, **value))
+        if list(manifest.architecture) not in ([], ["zoo"], ["factory"]):
+            raise ValueError(f"architecture = {manifest.architecture!r}")
+        return manifest
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise MpocError(f"{path}: damaged manifest ({error!r})") from error
 

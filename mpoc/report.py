@@ -47,6 +47,7 @@ def report_dict(manifest: Manifest, nbytes: int, seconds: dict[str, float] | Non
         "options": manifest.options,
         "tool": manifest.tool,
         "kinds_from": manifest.kinds_from,
+        "architecture": manifest.architecture,
         "totals": {
             "rho": manifest.rho,
             "rho_selected": manifest.rho_selected if manifest.is_complete else None,
@@ -118,7 +119,12 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
             f"no {MANIFEST_FILE}, which transformers does not save: errors, entropies, the original's size "
             "and what else was selected are not known"
         )
-    return lines + _advice(manifest)
+    lines += _advice(manifest)
+    if "zoo" in manifest.architecture:
+        lines.append(f"architecture {manifest.architecture['zoo']}, of the zoo")
+    elif "factory" in manifest.architecture:
+        lines.append(f"architecture {manifest.architecture['factory']}, code that is asked for again")
+    return lines
 
 
 def _advice(manifest: Manifest) -> list[str]:

@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -85,7 +85,7 @@ def layers(sites: int, bond: int, materialized: bool) -> dict[str, nn.Module]:
         found[f"tensorly-torch {implementation}"] = tensorly_torch(cores, structure, implementation)
     for layer in found.values():
         with torch.no_grad():
-            layer.bias.copy_(found["nn.Linear"].bias)
+            layer.get_parameter("bias").copy_(found["nn.Linear"].get_parameter("bias"))
     return found
 
 
@@ -95,7 +95,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_each(
-    calls: dict[str, Callable[[], object]], budget: float, device: torch.device
+    calls: Mapping[str, Callable[[], object]], budget: float, device: torch.device
 ) -> dict[str, float]:
     """Median seconds of each call over rounds that interleave them, for about ``budget`` seconds in all."""
     repeats = {}
