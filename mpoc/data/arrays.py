@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class Part:
     x: Tensor  # (n, …), in memory or mapped
     y: Column | None  # (n,) or (n, …)
     x_name: str = "x"  # the array in the file, for messages
+    y_file: str = ""  # where labels lie in a file of their own
 
 
 class Arrays(Examples):
@@ -90,7 +91,7 @@ def _channels_first(part: Part) -> Part:
         x = x.unsqueeze(1)
     elif x.ndim == 4 and x.shape[1] not in (1, 3, 4) and x.shape[3] in (1, 3, 4):
         x = x.permute(0, 3, 1, 2)
-    return Part(part.name, x, part.y, part.x_name)
+    return replace(part, x=x)
 
 
 def _check(part: Part, first: Part) -> None:
@@ -133,6 +134,6 @@ def _column(held: list[Part]) -> tuple[Column, Where]:
 
     def where(row: int) -> str:
         k = int(np.searchsorted(starts, row, side="right")) - 1
-        return f"{held[k].name}, row {row - int(starts[k])}"
+        return f"{held[k].y_file or held[k].name}, row {row - int(starts[k])}"
 
     return np.concatenate(columns), where

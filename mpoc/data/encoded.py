@@ -162,7 +162,7 @@ def _decode_all(rows: Rows[bytes], decoder: Decoder) -> Tensor:
 
 
 def _for_all(rows: Rows[bytes], work: Callable[[int, bytes, str], None]) -> None:
-    """``work`` on every (index, value, name), on torch's number of threads: pillow decodes without the GIL."""
+    """``work`` on every (index, value, name), on as many threads as torch has: pillow frees the GIL."""
     start = 0
     threads = torch.get_num_threads()
 

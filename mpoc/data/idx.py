@@ -40,7 +40,7 @@ def _pair(images: Path) -> Part:
     x, y = read_idx(images, 3), read_idx(labels, 1)
     if len(x) != len(y):
         raise MpocError(f"{images}: {len(x):,} images, but {labels.name} has {len(y):,} labels")
-    return Part(str(labels), torch.from_numpy(x), y)
+    return Part(str(images), torch.from_numpy(x), y, "images", str(labels))
 
 
 def _labels_of(images: Path) -> Path:
