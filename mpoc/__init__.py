@@ -2,6 +2,7 @@
 
     report = mpoc.compress(model, bond=4)                    # in memory, in place
     model = mpoc.load("model.mpo.safetensors", model)        # a file that ``mpoc compress`` wrote
+    model = mpoc.load("resnet20.mpo.safetensors")            # where the file names a network of the zoo
 
 Both import torch when they are first used, so that ``mpoc report`` need not.
 """

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.architecture import open_network
+from mpoc.architecture import example_input, is_of_transformers
 from mpoc.errors import MpocError, UsageError
+from mpoc.loading import open_network
 from mpoc.manifest import MANIFEST_FILE, read_manifest
 from mpoc.writer import refuse_existing, staged
 
@@ -66,8 +67,8 @@ def export_network(
     Args:
         source: a compressed file or directory.
         files: format (``"onnx"`` or ``"pt2"``) → where to.
-        inputs: what the network takes, in order.
-        arch: ``package.module:factory`` of the dense network; None: as the directory's config.json says.
+        inputs: what the network takes, in order; none: what a network of the zoo takes.
+        arch: the dense network, as ``--arch`` names it; None: what the file or directory says itself.
         force: replace existing files.
 
     Returns:
@@ -77,9 +78,13 @@ def export_network(
         UsageError: nothing to write or no inputs given, a file exists, inputs that the network does not take.
         MpocError: a package is missing, the file does not fit the network, or it cannot be traced.
     """
+    if not files:
+        raise UsageError("nothing to write", "--onnx FILE, --pt2 FILE, or both")
+    manifest = read_manifest(source)
+    inputs = inputs or _of_the_zoo(example_input(source, manifest, arch))
     _check_request(source, files, inputs, force)
     network = open_network(source, arch)
-    if arch is None:
+    if arch is None and is_of_transformers(source, manifest):
         network, inputs = _of_tensors(network, inputs)
     own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
     inputs = [InputSpec(spec.shape, spec.dtype or own) for spec in inputs]
@@ -90,15 +95,19 @@ def export_network(
     return inputs
 
 
+def _of_the_zoo(example: Tensor | None) -> list[InputSpec]:
+    """Images in the network's own dtype, or token ids."""
+    if example is None:
+        return []
+    return [InputSpec(tuple(example.shape), None if example.is_floating_point() else example.dtype)]
+
+
 def _check_request(source: Path, files: dict[str, Path], inputs: list[InputSpec], force: bool) -> None:
     """All that can be said before any code of the user's runs."""
-    if not files:
-        raise UsageError("nothing to write", "--onnx FILE, --pt2 FILE, or both")
     if not inputs:
         raise UsageError("the shape of the input is needed", "--input-shape 1x3x32x32; repeat it for more")
     if len({spec.shape[0] for spec in inputs}) > 1:
         raise UsageError("inputs of different batch sizes: their first axis is the batch")
-    read_manifest(source)
     for kind, path in files.items():
         if path.suffix != _SUFFIXES[kind]:
             raise UsageError(f"{path}: the name of a program for --{kind} ends in {_SUFFIXES[kind]}")

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 from mpoc.hub_directory import GUARD, GUARD_KEY, cores_of
-from mpoc.loading import adopt_everywhere
 from mpoc.manifest import FORMAT, core_prefix
+from mpoc.nn.adopt import adopt_everywhere
 from mpoc.nn.experts import unstack
 from mpoc.structure import Structure
 

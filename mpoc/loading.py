@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from mpoc.architecture import by_transformers, is_of_transformers, make_network, make_recorded
 from mpoc.checkpoint.base import Checkpoint
 from mpoc.errors import MpocError
 from mpoc.expand import check_cores, open_compressed
-from mpoc.manifest import LayerRecord, read_manifest
-from mpoc.nn.adopt import adopt
+from mpoc.manifest import LayerRecord, Manifest, read_manifest
+from mpoc.network import differing_names, same_tensor, tensors_of, unsaved_buffers
+from mpoc.nn.adopt import adopt_everywhere
 from mpoc.nn.conv_map import check_geometry
-from mpoc.structure import Structure
 
 
-def load(path: str | PathLike[str], model: nn.Module) -> nn.Module:
+def load(path: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Turn ``model`` into the compressed network stored at ``path``.
 
         model = mpoc.load("resnet56.mpo.safetensors", resnet56())
+        model = mpoc.load("resnet56.mpo.safetensors")  # compressed with --arch resnet:depth=56
+        model = mpoc.load("bert-mpo")  # a Hugging Face directory
 
     Args:
         path: a file or directory that ``mpoc compress`` wrote.
-        model: the dense architecture, on any device, initialised in any way; changed in place.
+        model: the dense architecture, on any device, initialised in any way; changed in place. None: the
+            network of the zoo that the file names, or what transformers makes of the directory's config.json;
+            on the CPU and in evaluation mode.
 
     Returns:
         ``model``: the compressed layers compute through their cores, everything else is as stored. Devices,
@@ -33,53 +37,66 @@ def load(path: str | PathLike[str], model: nn.Module) -> nn.Module:
         they replace.
 
     Raises:
+        UsageError: no ``model`` is given, and the file names none or code, which is not run unasked.
         MpocError: not compressed by mpoc or damaged; or names, shapes or dtypes differ between file and
             model, with both sides said. The model is unchanged then.
     """
     source = Path(path)
     manifest = read_manifest(source)
+    if model is None and is_of_transformers(source, manifest):
+        return by_transformers(source).eval()
     stored = open_compressed(source)
-    replaced = {layer.name: layer for layer in manifest.replaced}
     for layer in manifest.replaced:
         check_cores(stored, layer)
-    _check(source, stored, replaced, manifest.tied, model)
-    tied: dict[str, list[str]] = {}
-    for alias, first in manifest.tied.items():
-        tied.setdefault(first, []).append(alias)
-    _swap(stored, replaced, tied, model)
-    state = model.state_dict()
-    others = _core_names(manifest.replaced) | _unsaved_buffers(model)
-    with torch.no_grad():
-        for name in stored.infos:
-            for place in () if name in others else (name, *tied.get(name, ())):
-                state[place].copy_(stored.read(name))
+    if model is None:
+        model = _recorded_network(source, stored, manifest)
+    _check(source, stored, manifest, model)
+    empty = [name for name, value in tensors_of(model).items() if value.is_meta]
+    if empty:
+        raise MpocError(f"{path}: tensor {empty[0]!r} of the model is on the meta device", "model.to_empty()")
+    _fill(stored, manifest, model)
     return model
+
+
+def open_network(source: Path, arch: str | None) -> nn.Module:
+    """The network stored at ``source``, computing through its cores, in evaluation mode.
+
+    Args:
+        source: a compressed file or directory.
+        arch: the dense network, as ``--arch`` names it; None for what ``source`` says itself.
+
+    Raises:
+        UsageError: no architecture is known, or ``arch`` is not found or makes no network.
+        MpocError: the file does not fit the network.
+    """
+    return load(source, None if arch is None else make_network(arch)).eval()
+
+
+def _recorded_network(source: Path, stored: Checkpoint, manifest: Manifest) -> nn.Module:
+    """The zoo's network of the file's dtype; memory is taken only once names and shapes were found to fit."""
+    dtypes = {layer.dtype for layer in manifest.layers}
+    dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
+    with torch.device("meta"):
+        _check(source, stored, manifest, make_recorded(source, manifest).to(dtype))
+    with torch.random.fork_rng(devices=[]):
+        return make_recorded(source, manifest).to(dtype).eval()
 
 
 def _core_names(layers: list[LayerRecord]) -> set[str]:
     return {layer.core_name(k) for layer in layers for k in range(len(layer.bonds) - 1)}
 
 
-def _check(
-    path: Path,
-    stored: Checkpoint,
-    replaced: dict[str, LayerRecord],
-    tied: dict[str, str],
-    model: nn.Module,
-) -> None:
-    """Compare the file's dense names, shapes and dtypes with the model's."""
-    cores = _core_names(list(replaced.values()))
+def _check(path: Path, stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:
+    """Compare the file's dense names, shapes, dtypes and geometries with the model's.
+
+    Raises:
+        MpocError: they differ.
+    """
+    cores = _core_names(manifest.replaced)
     offered = {n: (i.shape, i.dtype) for n, i in stored.infos.items() if n not in cores}
-    offered |= {name: (layer.shape, layer.dtype) for name, layer in replaced.items()}
-    offered |= {alias: offered[first] for alias, first in tied.items() if first in offered}
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    known = same_tensor(model)
-    # Batch norms saved before torch 0.4.1 do not count their batches; torch lets that pass too.
-    expected = [name for name in state if not name.endswith("num_batches_tracked")]
-    missing = [n for n in expected if n not in offered and not (known.get(n, set()) & offered.keys())]
-    for name in _unsaved_buffers(model) & offered.keys():
-        del offered[name]
-    surplus = [n for n in offered if n not in state]
+    offered |= {layer.name: (layer.shape, layer.dtype) for layer in manifest.replaced}
+    offered |= {alias: offered[first] for alias, first in manifest.tied.items() if first in offered}
+    missing, surplus = differing_names(model, offered)
     if missing or surplus:
         raise MpocError(
             f"{path}: does not fit this {type(model).__name__}: "
@@ -89,54 +106,33 @@ def _check(
                 if names
             )
         )
-    empty = [name for name, value in state.items() if value.is_meta]
-    if empty:
-        raise MpocError(f"{path}: tensor {empty[0]!r} of the model is on the meta device", "model.to_empty()")
-    for name, (shape, dtype) in offered.items():
-        found = tuple(state[name].shape), str(state[name].dtype).removeprefix("torch.")
-        if found != (shape, dtype):
+    for name, value in tensors_of(model).items():
+        found = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        if offered.get(name, found) != found:
+            shape, dtype = offered[name]
             raise MpocError(
                 f"{path}: tensor {name!r} is {shape} {dtype} in the file, {found[0]} {found[1]} in the model"
             )
-    for name, layer in replaced.items():
+    for layer in manifest.replaced:
         if layer.geometry is not None:
             try:
-                check_geometry(model.get_submodule(name.rpartition(".")[0]), layer.geometry)
+                check_geometry(model.get_submodule(layer.name.rpartition(".")[0]), layer.geometry)
             except ValueError as error:
                 raise MpocError(f"{path}: layer {layer.layer}: {error}") from error
 
 
-def _unsaved_buffers(model: nn.Module) -> set[str]:
-    """Buffers that the network makes itself; older checkpoints hold some, as BERT's ``position_ids``."""
-    return {name for name, _ in model.named_buffers()} - model.state_dict().keys()
-
-
-def same_tensor(model: nn.Module) -> dict[str, set[str]]:
-    """For each name, all names of the same parameter or buffer."""
-    places: dict[int, set[str]] = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
-        places.setdefault(id(tensor), set()).add(name)
-    return {name: names for names in places.values() for name in names}
-
-
-def adopt_everywhere(
-    model: nn.Module, names: Sequence[str], cores: Sequence[Tensor], structure: Structure
-) -> None:
-    """Put cores in the place of weights that are one, by all their names; they then share them.
-
-    The cores take the first's device, dtype and ``requires_grad``.
-    """
-    dense = model.get_parameter(names[0])
-    own = [core.to(dense.device, dense.dtype).contiguous() for core in cores]
-    parameters = [nn.Parameter(core, requires_grad=dense.requires_grad) for core in own]
-    done = set()
-    for name in names:
-        path, _, weight = name.rpartition(".")
-        module = model.get_submodule(path)
-        if (module, weight) not in done:  # a module in two places has two names
-            adopt(module, weight, parameters, structure)
-        done.add((module, weight))
+def _fill(stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:
+    """Cores and all other tensors into a network that was checked."""
+    tied: dict[str, list[str]] = {}
+    for alias, first in manifest.tied.items():
+        tied.setdefault(first, []).append(alias)
+    _swap(stored, {layer.name: layer for layer in manifest.replaced}, tied, model)
+    state = model.state_dict()
+    others = _core_names(manifest.replaced) | unsaved_buffers(model)
+    with torch.no_grad():
+        for name in stored.infos:
+            for place in () if name in others else (name, *tied.get(name, ())):
+                state[place].copy_(stored.read(name))
 
 
 def _swap(

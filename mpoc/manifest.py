@@ -96,6 +96,9 @@ class Manifest:
     vectors: int = 0  # other tensors left alone
     tied: dict[str, str] = field(default_factory=dict)
     tool: str = ""
+    # The dense network: {"zoo": "resnet:depth=56"}, {"factory": "net.py:net"}, or {} where none was named.
+    architecture: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)  # what ``mpoc finetune`` did; {}: nothing
 
     @property
     def replaced(self) -> list[LayerRecord]:
@@ -122,6 +125,9 @@ class Manifest:
         """The text that is stored."""
         value = {"format": FORMAT, **asdict(self)}
         value["layers"] = [_compact(layer) for layer in self.layers]
+        for name in ("architecture", "training"):
+            if not value[name]:
+                del value[name]
         separators = (",", ":") if indent is None else None
         return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
 
@@ -172,7 +178,10 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
             )
         layers = tuple(_layer(layer) for layer in value.pop("layers"))
         source = Source(**value.pop("source"))
-        return _typed(Manifest(source=_typed(source), layers=layers, **value))
+        manifest: Manifest = _typed(Manifest(source=_typed(source), layers=layers, **value))
+        if list(manifest.architecture) not in ([], ["zoo"], ["factory"]):
+            raise ValueError(f"architecture = {manifest.architecture!r}")
+        return manifest
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise MpocError(f"{path}: damaged manifest ({error!r})") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from mpoc.checkpoint.base import Checkpoint
 from mpoc.errors import MpocError, UsageError
 from mpoc.fitting import fit_layer
 from mpoc.header import TensorInfo
-from mpoc.loading import adopt_everywhere, same_tensor
 from mpoc.manifest import Manifest
+from mpoc.network import kinds_of, same_tensor
+from mpoc.nn.adopt import adopt_everywhere
 from mpoc.observe import observe_geometries
 from mpoc.outline import make_manifest
 from mpoc.plan import make_plan
@@ -99,27 +99,5 @@ def _as_checkpoint(model: nn.Module) -> _Model:
         tied,
         lambda name: state[name].detach(),
         dict.fromkeys(infos, path),
-        kinds=dict(_kinds(model)),
+        kinds=kinds_of(model),
     )
-
-
-def _kinds(model: nn.Module) -> Iterator[tuple[str, tuple[str, bool]]]:
-    """(name of the weight, (kind, transposed)) of every linear map, told from its module."""
-    for place, module in model.named_modules():
-        prefix = f"{place}." if place else ""
-        for name, parameter in module.named_parameters(recurse=False):
-            kind = _kind(module, name, parameter)
-            if kind is not None:
-                yield prefix + name, (kind, type(module).__name__ == "Conv1D")
-
-
-def _kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
-    if name == "weight" and isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embedding"
-    if name == "weight" and isinstance(module, nn.modules.conv._ConvNd):
-        return f"conv{parameter.dim() - 2}d"
-    if parameter.dim() == 3 and "expert" in type(module).__name__.lower() and "bias" not in name:
-        return "experts"
-    if parameter.dim() == 2 and ("weight" in name) and not name.startswith("bias"):
-        return "linear"
-    return None

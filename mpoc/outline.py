@@ -43,6 +43,7 @@ def make_manifest(
         vectors=len(infos) - len(records) - len(left),
         tied=checkpoint.tied,
         tool=f"mpoc {mpoc.__version__}",
+        architecture=checkpoint.architecture,
     )
 
 

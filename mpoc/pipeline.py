@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from mpoc import hub_directory
+from mpoc.architecture import with_architecture
 from mpoc.checkpoint import Checkpoint, open_checkpoint
 from mpoc.errors import MpocError, UsageError
 from mpoc.fitting import fit_layer
@@ -65,6 +66,7 @@ def compress_checkpoint(
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    arch: str | None = None,
 ) -> Compression:
     """Compress a checkpoint on disk.
 
@@ -75,8 +77,11 @@ def compress_checkpoint(
         force: replace an existing output.
         dry_run: write nothing. Bonds under a tolerance are still found by factorising.
         progress: called after each layer.
+        arch: the network that the checkpoint belongs to, as :func:`mpoc.architecture.make_network` takes it;
+            it tells kinds of layers and is recorded.
 
     Raises:
+        UsageError: ``arch`` makes no network, or one with other tensors.
         MpocError: bad input, or nothing that can be done; see its message and hint.
         OSError: of reading or writing (a full disk).
     """
@@ -84,6 +89,8 @@ def compress_checkpoint(
         refuse_existing(output, source, force)
         refuse_misnamed(output, source)
     checkpoint = open_checkpoint(source)
+    if arch is not None:
+        checkpoint = with_architecture(checkpoint, arch)
     device = choose_device(recipe.device)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
     plans = make_plan(selection, recipe, lambda plans: predict_size(checkpoint, selection, recipe, plans))

@@ -47,6 +47,7 @@ def report_dict(manifest: Manifest, nbytes: int, seconds: dict[str, float] | Non
         "options": manifest.options,
         "tool": manifest.tool,
         "kinds_from": manifest.kinds_from,
+        "architecture": manifest.architecture,
         "totals": {
             "rho": manifest.rho,
             "rho_selected": manifest.rho_selected,
@@ -112,6 +113,10 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
         f"{size} {human_bytes(source.nbytes)} → {human_bytes(nbytes)}",
     ]
     lines += _advice(manifest)
+    if "zoo" in manifest.architecture:
+        lines.append(f"architecture {manifest.architecture['zoo']}, of the zoo")
+    elif "factory" in manifest.architecture:
+        lines.append(f"architecture {manifest.architecture['factory']}, code that is asked for again")
     return lines
 
 

@@ -16,9 +16,9 @@ from mpoc.expand import default_dense_output, expand_checkpoint
 from mpoc.manifest import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import Recipe, make_recipe
+from mpoc.zoo.resnet import resnet
 from tests.architectures import AUTO, answer, tiny
 from tests.checkpoints import contents, mlp_state, relative_error, save_directory
-from tests.cifar_resnet import cifar_resnet
 from tests.process import run_python
 
 FULL: dict[str, Any] = {"bond": 10**6, "allow_growth": True, "embeddings": True}
@@ -250,7 +250,7 @@ def test_a_published_resnet_loads_again(
     compress_checkpoint(original, tmp_path / "c.safetensors", make_recipe(None, options))
     expand_checkpoint(tmp_path / "c.safetensors", tmp_path / "dense.safetensors")
     dense = load_file(tmp_path / "dense.safetensors")
-    network = cifar_resnet(20)
+    network = resnet(20)
     network.load_state_dict(dense, strict=True)
     assert network.eval()(torch.randn(2, 3, 32, 32)).isfinite().all()
     state = torch.load(original, "cpu", weights_only=True)["state_dict"]

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpoc.architecture import make_network, open_network
+from mpoc.architecture import make_network
 from mpoc.errors import MpocError, UsageError
 from mpoc.export import InputSpec, export_network, parse_input_spec
+from mpoc.loading import open_network
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from tests.architectures import tiny

@@ -108,6 +108,15 @@ def test_the_command_line_and_its_libraries_stay_in_its_folder() -> None:
         assert not [name for name in imports(module) if name.startswith("mpoc.cli")], module
 
 
+def test_the_zoo_is_plain_torch() -> None:
+    for module in FILES:
+        if module.startswith("mpoc.zoo"):
+            others = {name for name in imports(module) if not name.startswith("mpoc.zoo")}
+            known = {"torch", "mpoc.errors"} if module == "mpoc.zoo" else {"torch"}
+            tops = {name if top(name) == "mpoc" else top(name) for name in others}
+            assert tops - sys.stdlib_module_names <= known, module
+
+
 def test_transformers_has_its_place() -> None:
     users = {module for module in FILES if "transformers" in {top(name) for name in imports(module)}}
     assert users <= WITH_TRANSFORMERS
@@ -143,7 +152,7 @@ def test_help_and_report_start_without_torch(tmp_path: Path) -> None:
         for arguments in (["--help"], ["compress", "--help"], ["--version"], ["report", {str(output)!r}]):
             with contextlib.suppress(SystemExit):
                 app(arguments)
-        heavy = {{"torch", "numpy", "safetensors", "transformers"}} & sys.modules.keys()
+        heavy = {{"torch", "numpy", "safetensors", "transformers", "mpoc.zoo"}} & sys.modules.keys()
         print("heavy:", *heavy)
     """
     said = run_python("-c", script)

@@ -18,8 +18,8 @@ from mpoc.manifest import read_manifest
 from mpoc.nn import MPOEmbedding, MPOLinear
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
+from mpoc.zoo.resnet import resnet
 from tests.checkpoints import save_directory
-from tests.cifar_resnet import cifar_resnet
 from tests.nn.layers import NETWORKS, gradients, named, pulled_back
 
 LOSSY: dict[str, Any] = {"bond": 3, "embeddings": True, "allow_growth": True}
@@ -330,9 +330,9 @@ def test_a_layer_of_256_by_256(tmp_path: Path) -> None:
 
 
 def test_a_whole_residual_network(tmp_path: Path) -> None:
-    network = cifar_resnet(20)
+    network = resnet(20)
     path = compressed(network, tmp_path, bond=16, allow_growth=False)
-    loaded, dense = mpoc.load(path, cifar_resnet(20)).eval(), expanded(path, cifar_resnet(20)).eval()
+    loaded, dense = mpoc.load(path, resnet(20)).eval(), expanded(path, resnet(20)).eval()
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), dense(x), rtol=1e-4, atol=1e-5)

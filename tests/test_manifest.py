@@ -62,6 +62,7 @@ def manifest(*layers: LayerRecord, **changes: Any) -> Manifest:
         "vectors": 7,
         "tied": {"lm_head.weight": "wte.weight"},
         "tool": "mpoc 0.1.0",
+        "architecture": {"zoo": "resnet:depth=20"},
     }
     return Manifest(**(values | changes))
 
@@ -258,6 +259,23 @@ def test_damaged_records_are_refused(key: str, new: Any) -> None:
 def test_an_empty_weight_is_refused() -> None:
     value = json.loads(WHOLE.to_json())
     value["layers"][-1] |= {"shape": [0, 2], "num_original": 0, "num_stored": 0}
+    with pytest.raises(MpocError, match="damaged manifest"):
+        parse_manifest(json.dumps(value), HERE)
+
+
+def test_a_manifest_of_before_architectures() -> None:
+    value = json.loads(WHOLE.to_json())
+    del value["architecture"]
+    found = parse_manifest(json.dumps(value), HERE)
+    assert found.architecture == {}
+    assert "architecture" not in json.loads(found.to_json())  # nor is it written where there is none
+
+
+@pytest.mark.parametrize(
+    "architecture", [{"code": "x"}, {"zoo": 3}, {"zoo": "fc2", "factory": "net.py:net"}, ["zoo"], None]
+)
+def test_a_damaged_architecture_is_refused(architecture: Any) -> None:
+    value = json.loads(WHOLE.to_json()) | {"architecture": architecture}
     with pytest.raises(MpocError, match="damaged manifest"):
         parse_manifest(json.dumps(value), HERE)
 

@@ -106,6 +106,15 @@ def compress(
             rich_help_panel=_HOW,
         ),
     ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NETWORK",
+            help="Whose tensors these are: a network of the zoo, as resnet:depth=56, or "
+            "package.module:factory or file.py:factory, which is run. Tells kinds of layers; is recorded.",
+            rich_help_panel=_WHICH,
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -178,7 +187,7 @@ def compress(
     }
     with reported_errors():
         words = Output(quiet, verbose)
-        done = _run(model, output, recipe, options, force, dry_run, words)
+        done = _run(model, output, recipe, options, force, dry_run, arch, words)
         if as_json:
             _print_json(done)
         else:
@@ -194,6 +203,7 @@ _NOT_IN_RECIPE = (
     "recipe",
     "force",
     "dry_run",
+    "arch",
     "as_json",
     "quiet",
     "verbose",
@@ -207,6 +217,7 @@ def _run(
     options: dict[str, Any],
     force: bool,
     dry_run: bool,
+    arch: str | None,
     words: Output,
 ) -> Compression:
     from mpoc.cli.progress import layer_progress
@@ -225,7 +236,7 @@ def _run(
     words.say(f"device {choose_device(recipe.device)}")
     target = output or default_output(model)
     with layer_progress(words) as progress:
-        done = compress_checkpoint(model, target, recipe, force, dry_run, progress)
+        done = compress_checkpoint(model, target, recipe, force, dry_run, progress, arch)
     for note in done.notes:
         words.say(f"note: {note}")
     return done

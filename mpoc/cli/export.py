@@ -21,16 +21,17 @@ def export(
     arch: Annotated[
         str | None,
         typer.Option(
-            metavar="MODULE:FACTORY",
-            help="What makes the dense network: package.module:factory or file.py:factory. "
-            "A Hugging Face directory needs none.",
+            metavar="NETWORK",
+            help="The dense network: package.module:factory or file.py:factory, or one of the zoo. Not "
+            "needed for a Hugging Face directory, nor for a file that names a network of the zoo itself.",
         ),
     ] = None,
     input_shape: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SHAPE[:DTYPE]",
-            help="Of an input with its batch, as 1x3x32x32 or 1x128:int64. Repeatable, in order.",
+            help="Of an input with its batch, as 1x3x32x32 or 1x128:int64. Repeatable, in order. "
+            "Default: what a network of the zoo takes.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,

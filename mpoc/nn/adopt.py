@@ -80,6 +80,25 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
         module.__dict__.update(structure=structure, _dense=None)
 
 
+def adopt_everywhere(
+    model: nn.Module, names: Sequence[str], cores: Sequence[Tensor], structure: Structure
+) -> None:
+    """Put cores in the place of weights that are one, by all their names; they then share them.
+
+    The cores take the first's device, dtype and ``requires_grad``.
+    """
+    dense = model.get_parameter(names[0])
+    own = [core.to(dense.device, dense.dtype).contiguous() for core in cores]
+    parameters = [nn.Parameter(core, requires_grad=dense.requires_grad) for core in own]
+    done = set()
+    for name in names:
+        path, _, weight = name.rpartition(".")
+        module = model.get_submodule(path)
+        if (module, weight) not in done:  # a module in two places has two names
+            adopt(module, weight, parameters, structure)
+        done.add((module, weight))
+
+
 def _counterpart(module: nn.Module) -> type[nn.Module] | None:
     """The class with cores, for exactly the classes whose ``forward`` is known."""
     cls = type(module)

@@ -13,7 +13,6 @@ fine-tuning. About a minute on two cores; needs pyarrow and pillow.
 
 import argparse
 import io
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from cifar_resnet import cifar_resnet
+from mpoc.zoo.resnet import resnet
 
 CHECKPOINT = Path("checkpoints/resnet56-4bfd9763.th")
 IMAGES = Path("cifar10/test.parquet")
@@ -69,7 +67,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 @torch.inference_mode()
 def predict(state: dict[str, Tensor], images: Tensor, batch: int = 250) -> Tensor:
     """Classes (N,) that ResNet-56 with these weights gives to images (N, 3, 32, 32)."""
-    network = cifar_resnet(56)
+    network = resnet(56)
     network.load_state_dict(state, strict=True)
     network.eval()
     return torch.cat([network(part).argmax(dim=1) for part in images.split(batch)])

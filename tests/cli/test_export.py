@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner, Result
 
-from mpoc.architecture import open_network
 from mpoc.cli.app import app
+from mpoc.loading import open_network
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from tests.checkpoints import contents

@@ -1,0 +1,109 @@
+"""The papers' networks by name, so that a file can say which one its tensors belong to.
+
+    network = make("resnet:depth=56")
+
+A spec is a name and, after a colon, options: ``resnet:depth=20,width=4``. An option that is not given keeps
+the value in ``ENTRIES``; those never change, since compressed files hold specs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.errors import nearest
+from mpoc.zoo.densenet import densenet
+from mpoc.zoo.fc2 import FC2
+from mpoc.zoo.lenet5 import LeNet5
+from mpoc.zoo.picogpt import PicoGPT
+from mpoc.zoo.resnet import resnet
+from mpoc.zoo.vgg import vgg16, vgg19
+
+__all__ = ["ENTRIES", "Entry", "example", "make", "parse"]
+
+_GAO = "Gao et al., Phys. Rev. Research 2, 023300 (2020)"
+_VGG = f"Simonyan and Zisserman, arXiv:1409.1556; {_GAO}"
+# Images run from 0 to 1, then (x − mean) / std; in training padded with zeros, cropped, mirrored at random.
+_DIGITS = {"mean": (0.0,), "std": (1.0,), "pad": 0, "flip": False}
+_CIFAR = {"mean": (0.4914, 0.4824, 0.4467), "std": (0.2471, 0.2435, 0.2616), "pad": 4, "flip": True}
+# Of the published CIFAR-10 checkpoints with these key names.
+_PUBLISHED = _CIFAR | {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A network of the zoo."""
+
+    factory: Callable[..., nn.Module]
+    paper: str
+    shape: tuple[int, ...]  # of one sample: (C, H, W), or (tokens,)
+    options: dict[str, int] = field(default_factory=dict)  # with their defaults
+    images: dict[str, Any] = field(default_factory=dict)  # mean, std, pad and flip; {}: takes token ids
+
+
+ENTRIES = {
+    "densenet": Entry(
+        densenet, f"Huang et al., CVPR 2017; {_GAO}", (3, 32, 32), {"depth": 40, "growth": 12}, _CIFAR
+    ),
+    "fc2": Entry(FC2, _GAO, (1, 28, 28), {}, _DIGITS),
+    "lenet5": Entry(LeNet5, f"LeCun et al., Proc. IEEE 86, 2278 (1998); {_GAO}", (1, 28, 28), {}, _DIGITS),
+    "picogpt": Entry(PicoGPT, "arXiv:2603.28534", (256,), {"vocab": 65, "context": 256}),
+    "resnet": Entry(
+        resnet, f"He et al., CVPR 2016; {_GAO}", (3, 32, 32), {"depth": 20, "width": 1}, _PUBLISHED
+    ),
+    "vgg16": Entry(vgg16, _VGG, (3, 32, 32), {}, _CIFAR),
+    "vgg19": Entry(vgg19, _VGG, (3, 32, 32), {}, _CIFAR),
+}
+
+
+def make(spec: str) -> nn.Module:
+    """The untrained network that ``spec`` names, drawn from torch's global generator.
+
+    Raises:
+        ValueError: an unknown name or option, or a value that the network does not take.
+    """
+    name, options = parse(spec)
+    try:
+        return ENTRIES[name].factory(**options)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def parse(spec: str) -> tuple[str, dict[str, int]]:
+    """Name and all options of a spec: ``"resnet:depth=56"`` → ``("resnet", {"depth": 56, "width": 1})``.
+
+    Raises:
+        ValueError: an unknown name or option, an option given twice, or no whole number.
+    """
+    name, colon, rest = spec.partition(":")
+    if name not in ENTRIES:
+        raise ValueError(f"no network {name!r} in the zoo ({', '.join(ENTRIES)}){nearest(name, [*ENTRIES])}")
+    defaults, given = ENTRIES[name].options, dict[str, int]()
+    for pair in rest.split(",") if colon else ():
+        key, _, value = pair.partition("=")
+        if key not in defaults:
+            known = f"only {' and '.join(defaults)}" if defaults else "none at all"
+            raise ValueError(f"{name} has no option {key!r}, {known}{nearest(key, [*defaults])}")
+        if key in given:
+            raise ValueError(f"{name}: option {key} is given twice")
+        if not re.fullmatch(r"[1-9][0-9]{0,5}", value):
+            raise ValueError(f"{name}: {key}={value}: not a whole number from 1 to 999999")
+        given[key] = int(value)
+    return name, defaults | given
+
+
+def example(spec: str) -> Tensor:
+    """An input of one sample: zeros (1, C, H, W), or token ids (1, context) of dtype int64.
+
+    Raises:
+        ValueError: as :func:`parse`.
+    """
+    name, options = parse(spec)
+    if ENTRIES[name].images:
+        return torch.zeros(1, *ENTRIES[name].shape)
+    return torch.zeros(1, options["context"], dtype=torch.int64)
