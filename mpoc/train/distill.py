@@ -33,7 +33,7 @@ class Distillation(Task):
     def __init__(self, teacher: nn.Module, temperature: float = 2.0, hidden_weight: float = 1.0) -> None:
         if temperature <= 0 or hidden_weight < 0:
             raise UsageError("--temperature must be above 0, --hidden-weight at least 0")
-        self.teacher = teacher.eval().requires_grad_(False)
+        self.teacher: nn.Module = teacher.eval().requires_grad_(False)
         self.temperature, self.hidden_weight = temperature, hidden_weight
         self.hidden = hidden_weight > 0
         self._call = Call.of(teacher, self.hidden)

@@ -9,13 +9,9 @@ import torch
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.pipeline import choose_device
+from mpoc.processes import num_processes
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-
-
-def num_processes() -> int:
-    """As torchrun or accelerate launch started them; 1 without."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def make_accelerator(device: str = "auto", precision: str = "fp32") -> Any:

@@ -109,6 +109,8 @@ class _Trainer:
         """Check the network against the data, then hand it to accelerate."""
         if not is_sharded(self.accelerator):
             network.to(self.device)
+        if self.task.teacher is not None:
+            self.task.teacher.to(self.device)
         where = next((p.device for p in network.parameters()), self.device)
         unused = probe(network, self.task, feed, where)
         if self.settings.gradient_checkpointing:

@@ -27,7 +27,7 @@ class Model:
     stored: Checkpoint  # the tensors of the file, cores under their own names
     manifest: Manifest | None  # None: dense
     architecture: str | None  # as --arch takes it, where known
-    places: dict[str, str]  # a tensor's name in the file → the name of that parameter or buffer in the network
+    places: dict[str, str]  # name in the file → name of that parameter or buffer in the network
     notes: list[str] = field(default_factory=list)
 
 

@@ -59,7 +59,7 @@ def write_tuned(
 
 
 def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:
-    """Every tensor of the file, in order; those of the network as trained, in the dtype they were stored in."""
+    """Every tensor of the file, in order; those of the network as trained, in their stored dtypes."""
     stored = model.stored
     infos = list(stored.infos.values())
     if model.manifest is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpoc.errors import UsageError
 from mpoc.train.call import Batch, first_output
@@ -29,6 +29,7 @@ class Task(ABC):
     metric: str
     higher_is_better: bool
     hidden = False  # whether the network is asked for its hidden states
+    teacher: nn.Module | None = None  # must be where the network is
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
         """What is drawn anew for each batch, on the CPU; most tasks draw nothing."""
