@@ -48,3 +48,13 @@ def make_accelerator(device: str = "auto", precision: str = "fp32") -> Any:
 def is_sharded(accelerator: Any) -> bool:
     """Whether the parameters lie in pieces on several processes (FSDP)."""
     return str(accelerator.distributed_type).endswith("FSDP")
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed what networks draw from (dropout) on the CPU and on ``device``.
+
+    As ``torch.manual_seed``, which takes a millisecond where CUDA is not in use: it notes a traceback.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        getattr(torch, device.type).manual_seed(seed)
