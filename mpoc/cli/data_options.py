@@ -67,6 +67,7 @@ Column = Annotated[
 HoldOut = Annotated[
     float | None,
     typer.Option(
+        "--hold-out",
         help="Share of the training split that is held out for validation; 0: none. Default: 0.1 where the "
         "data have no split to measure on.",
         rich_help_panel=DATA,

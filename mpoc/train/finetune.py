@@ -107,6 +107,8 @@ def finetune(
     material = open_material(request.data, model, request.settings.seed, request.settings.keeps_best)
     if "train" not in material.data.splits:
         raise UsageError(f"{material.data.path}: no training split, only {', '.join(material.data.splits)}")
+    if request.settings.keeps_best and "validation" not in material.data.splits:
+        raise UsageError("the best weights are chosen on a validation split, and there is none", "--hold-out")
     _announce(model, material, say)
     task = _task(request, model, material)
     keeper = Keeper(request.checkpoint, _identity(request, model, material, task))
@@ -136,16 +138,16 @@ def _check(request: Request) -> None:
         raise UsageError(f"--runs {request.runs}: must be at least 1")
     refuse_existing(request.target, request.source, request.force)
     refuse_misnamed(request.target, request.source)
-    if request.plot is not None:
-        refuse_unknown_picture(request.plot)
-    for file in (request.log_file, request.plot):
-        if file is not None and not (request.resume and file == request.log_file):
-            refuse_existing(file, request.data.path, request.force)
     if request.checkpoint.exists() and not (request.resume or request.force):
         raise UsageError(
             f"{request.checkpoint}: the checkpoint of an interrupted training",
             "--resume goes on from it, --force starts anew",
         )
+    if request.plot is not None:
+        refuse_unknown_picture(request.plot)
+    for file in (request.log_file, request.plot):
+        if file is not None and not (request.resume and file == request.log_file):
+            refuse_existing(file, request.data.path, request.force)
 
 
 def _announce(model: Model, material: Material, say: Callable[[str], None]) -> None:

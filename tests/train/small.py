@@ -34,14 +34,10 @@ def perceptron(dropout: float = 0.0) -> nn.Sequential:
     """12 → 24 → 3, the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        return nn.Sequential(
-            nn.Linear(12, 24), nn.ReLU(), nn.Dropout(dropout), nn.Linear(24, CLASSES)
-        )
+        return nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Dropout(dropout), nn.Linear(24, CLASSES))
 
 
-def run(
-    network: nn.Module, data: Feed | None = None, watch: Watch | None = None, **settings: Any
-) -> Outcome:
+def run(network: nn.Module, data: Feed | None = None, watch: Watch | None = None, **settings: Any) -> Outcome:
     """Train by classification on the CPU; without more said, SGD with a constant rate."""
     values = {**SGD, "batch": 16, "epochs": 2, **settings}
     validation = feed(48, seed=1)

@@ -101,7 +101,9 @@ class TestOrder:
     def test_draws_are_those_of_the_step_however_it_is_reached(self) -> None:
         x, y = blobs()
 
-        def noisy(batch: dict[str, torch.Tensor], generator: torch.Generator | None) -> dict[str, torch.Tensor]:
+        def noisy(
+            batch: dict[str, torch.Tensor], generator: torch.Generator | None
+        ) -> dict[str, torch.Tensor]:
             return {**batch, "x": batch["x"] + torch.rand(batch["x"].shape, generator=generator)}
 
         data = Feed(Arrays([x], y), noisy)
@@ -151,7 +153,9 @@ class TestEvaluationsOnTheWay:
 
 class TestWhatStopsIt:
     def test_a_loss_that_is_not_finite_names_step_and_rate(self) -> None:
-        with pytest.raises(MpocError, match=r"the loss is (nan|infinite) at step \d+ \(learning rate 1e\+0?30"):
+        with pytest.raises(
+            MpocError, match=r"the loss is (nan|infinite) at step \d+ \(learning rate 1e\+0?30"
+        ):
             run(perceptron(), lr=1e30, epochs=5)
 
     def test_a_network_for_other_inputs(self) -> None:
