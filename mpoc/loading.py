@@ -29,7 +29,7 @@ def load(path: str | PathLike[str], model: nn.Module | None = None) -> nn.Module
         path: a file or directory that ``mpoc compress`` wrote.
         model: the dense architecture, on any device, initialised in any way; changed in place. None: the
             network of the zoo that the file names, or what transformers makes of the directory's config.json;
-            on the CPU and in evaluation mode.
+            in evaluation mode.
 
     Returns:
         ``model``: the compressed layers compute through their cores, everything else is as stored. Devices,
@@ -74,7 +74,7 @@ def open_network(source: Path, arch: str | None) -> nn.Module:
 
 def _recorded_network(source: Path, stored: Checkpoint, manifest: Manifest) -> nn.Module:
     """The zoo's network of the file's dtype; memory is taken only once names and shapes were found to fit."""
-    dtypes = {layer.dtype for layer in manifest.layers}
+    dtypes = {layer.dtype for layer in manifest.layers if "float" in layer.dtype}
     dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
     with torch.device("meta"):
         _check(source, stored, manifest, make_recorded(source, manifest).to(dtype))

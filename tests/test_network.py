@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.network import differing_names, kinds_of, same_tensor, tensors_of, unsaved_buffers
+
+
+class Net(nn.Module):
+    """A layer in two places, a tied weight, and a buffer that is not saved."""
+
+    cache: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.conv = nn.Conv1d(4, 4, 3)
+        self.one = self.other = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
+
+
+def test_kinds_stand_under_every_name_of_a_layer() -> None:
+    assert kinds_of(Net()) == {
+        "embed.weight": ("embedding", False),
+        "conv.weight": ("conv1d", False),
+        "one.weight": ("linear", False),
+        "other.weight": ("linear", False),
+        "head.weight": ("linear", False),
+    }
+
+
+def test_names_of_one_tensor() -> None:
+    names = same_tensor(Net())
+    assert names["head.weight"] == names["embed.weight"] == {"embed.weight", "head.weight"}
+    assert names["one.bias"] == {"one.bias", "other.bias"}
+    assert names["conv.bias"] == {"conv.bias"}
+
+
+def test_nothing_differs_where_only_ties_counters_and_caches_do() -> None:
+    network = Net()
+    assert unsaved_buffers(network) == {"cache"}
+    offered = set(tensors_of(network)) - {"head.weight", "other.bias", "norm.num_batches_tracked"} | {"cache"}
+    assert differing_names(network, offered) == ([], [])
+
+
+def test_names_that_differ_in_order() -> None:
+    network = Net()
+    offered = [name for name in tensors_of(network) if not name.startswith("conv")] + ["z.weight", "a.weight"]
+    assert differing_names(network, offered) == (["conv.weight", "conv.bias"], ["z.weight", "a.weight"])
