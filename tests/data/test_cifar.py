@@ -32,14 +32,18 @@ def test_several_batches_read_as_one_split(tmp_path: Path, limit: int) -> None:
 def test_a_label_out_of_range_is_named_with_its_row(tmp_path: Path) -> None:
     write_cifar(tmp_path / "data_batch_1.bin", pixels(2, 3, 32, 32), [0, 1])
     write_cifar(tmp_path / "data_batch_2.bin", pixels(2, 3, 32, 32), [0, 10])
-    with pytest.raises(MpocError, match=r"data_batch_2\.bin, row 1: label 10 is out of range: there are 10 cl"):
+    with pytest.raises(
+        MpocError, match=r"data_batch_2\.bin, row 1: label 10 is out of range: there are 10 cl"
+    ):
         open_data(tmp_path)
 
 
 def test_rows_that_are_not_whole(tmp_path: Path) -> None:
     file = write_cifar(tmp_path / "data_batch_1.bin", pixels(2, 3, 32, 32), [0, 1])
     file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(MpocError, match=r"data_batch_1\.bin: 6,141 bytes are not whole CIFAR-10 rows of 3073"):
+    with pytest.raises(
+        MpocError, match=r"data_batch_1\.bin: 6,141 bytes are not whole CIFAR-10 rows of 3073"
+    ):
         open_data(file)
 
 

@@ -57,7 +57,9 @@ def test_a_truncated_file_is_named(tmp_path: Path, packed: bool, length: int) ->
 
 def test_counts_that_differ(tmp_path: Path) -> None:
     write_idx(tmp_path, "train", pixels(6, 4, 5), Y[:5])
-    with pytest.raises(MpocError, match=r"train-images-idx3-ubyte: 6 images, but train-labels.* has 5 labels"):
+    with pytest.raises(
+        MpocError, match=r"train-images-idx3-ubyte: 6 images, but train-labels.* has 5 labels"
+    ):
         open_data(tmp_path)
 
 

@@ -79,7 +79,10 @@ def test_images_are_brought_to_channels_first(tmp_path: Path, limit: int) -> Non
 
 @pytest.mark.parametrize(
     "names",
-    [("x_train", "y_train", "x_test", "y_test"), ("train_images", "train_labels", "test_images", "test_labels")],
+    [
+        ("x_train", "y_train", "x_test", "y_test"),
+        ("train_images", "train_labels", "test_images", "test_labels"),
+    ],
 )
 def test_splits_by_the_names_of_the_arrays(tmp_path: Path, names: tuple[str, ...]) -> None:
     arrays = [pixels(6, 3, 3), np.arange(6), pixels(2, 3, 3, seed=1), np.array([5, 0])]
