@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mpoc.data import open_data
+from mpoc.data import open_data, rows
 from mpoc.errors import MpocError
 from tests.data.samples import pixels, png, write_folder
 
@@ -98,8 +98,10 @@ def test_deep_images_are_refused(tmp_path: Path) -> None:
         open_data(tmp_path)
 
 
-def test_threads_change_nothing(tmp_path: Path) -> None:
-    write_folder(tmp_path / "train", classes("a", "b", each=20))
+def test_threads_and_scans_in_pieces_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = classes("a", "b", each=20)
+    write_folder(tmp_path / "train", held)
+    monkeypatch.setattr(rows, "ROWS_AT_ONCE", 7)
     alone = open_data(tmp_path).splits["train"].batch(range(40))
     try:
         torch.set_num_threads(3)
@@ -107,3 +109,4 @@ def test_threads_change_nothing(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(1)
     assert torch.equal(alone["x"], together["x"])
+    np.testing.assert_array_equal(alone["x"].numpy(), np.stack(held["a"] + held["b"]).transpose(0, 3, 1, 2))

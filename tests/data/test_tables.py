@@ -133,11 +133,11 @@ def test_a_bad_row_of_the_second_file_is_named_there(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-0.parquet", image_columns(pixels(3, 3, 3), [0, 1, 0]))
     columns = image_columns(pixels(3, 3, 3), [0, 1, -7])
     columns["image"][1]["bytes"] = columns["image"][1]["bytes"][:30]
-    write_parquet(tmp_path / "train-1.parquet", columns)
+    write_parquet(tmp_path / "train-1.parquet", columns, 1)
     with pytest.raises(MpocError, match=r"train-1\.parquet, row 2, 'label': label -7"):
         open_data(tmp_path)
     columns["label"] = [0, 1, 0]
-    write_parquet(tmp_path / "train-1.parquet", columns)
+    write_parquet(tmp_path / "train-1.parquet", columns, 1)
     with pytest.raises(MpocError, match=r"train-1\.parquet, row 1, column 'image'"):
         open_data(tmp_path)
 
