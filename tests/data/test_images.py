@@ -49,6 +49,7 @@ def test_crops_and_flips_are_of_the_padded_image() -> None:
         assert len(matches) == 1
         seen.add(matches[0])
     assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == set(range(5))
+    assert any(top != left for top, left, _ in seen)
     assert {flip for _, _, flip in seen} == {False, True}
     assert torch.equal(x, before)
 
