@@ -85,7 +85,7 @@ def test_images_are_brought_to_channels_first(tmp_path: Path, limit: int) -> Non
     ],
 )
 def test_splits_by_the_names_of_the_arrays(tmp_path: Path, names: tuple[str, ...]) -> None:
-    arrays = [pixels(6, 3, 3), np.arange(6), pixels(2, 3, 3, seed=1), np.array([5, 0])]
+    arrays: list[NDArray[Any]] = [pixels(6, 3, 3), np.arange(6), pixels(2, 3, 3, seed=1), np.array([5, 0])]
     data = open_data(save(tmp_path / "mnist.npz", **dict(zip(names, arrays, strict=True))))
     assert list(data.splits) == ["train", "test"]
     np.testing.assert_array_equal(data.splits["test"].batch([1])["x"][0, 0].numpy(), arrays[2][1])
