@@ -91,13 +91,15 @@ def evaluate(
 ) -> None:
     """Measure a network, dense or compressed, on a data set: accuracy, loss, perplexity, or fidelity.
 
+    --arch runs the code that it names.
+
     Examples:
 
-    mpoc eval resnet56.mpo.safetensors --data cifar10/
+    mpoc eval resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10/
 
-    mpoc eval resnet56.mpo.safetensors --data cifar10/ --reference resnet56.th --json
+    mpoc eval resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10/ --reference dense.pt --json
 
-    mpoc eval resnet56.mpo.safetensors --data cifar10/ --latency --batch 128
+    mpoc eval resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10/ --latency --batch 16
     """
     values = dict(locals())
     with reported_errors():

@@ -243,11 +243,13 @@ def finetune(
 
     With several processes or GPUs: torchrun -m mpoc finetune …, or accelerate launch -m mpoc finetune …
 
+    --arch runs the code that it names.
+
     Examples:
 
-    mpoc finetune resnet56.mpo.safetensors --data cifar10/ --epochs 10 --lr 0.001
+    mpoc finetune resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10/ --epochs 2 --lr 0.001
 
-    mpoc finetune resnet56.mpo.safetensors --data cifar10/ --teacher resnet56.th -o student.safetensors
+    mpoc finetune resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10 --teacher dense.pt --force
     """
     values = dict(locals())
     with reported_errors():

@@ -36,7 +36,7 @@ def choose_task(
     """
     if wanted is not None and wanted not in TASKS:
         raise UsageError(f"--task {wanted}: unknown{nearest(wanted, TASKS)}", ", ".join(TASKS))
-    if (teacher is None) == (wanted == "distillation") or (teacher and wanted not in (None, "distillation")):
+    if wanted == "distillation" if teacher is None else wanted not in (None, "distillation"):
         raise UsageError("--task distillation and --teacher go together", "--teacher DENSE alone is enough")
     if teacher is not None:
         return Distillation(teacher, temperature, hidden_weight)

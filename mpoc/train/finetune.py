@@ -147,7 +147,8 @@ def _check(request: Request) -> None:
         refuse_unknown_picture(request.plot)
     for file in (request.log_file, request.plot):
         if file is not None and not (request.resume and file == request.log_file):
-            refuse_existing(file, request.data.path, request.force)
+            data = request.data.path  # a file of it: the log may replace a file though the data are a folder
+            refuse_existing(file, data / "data" if data.is_dir() else data, request.force)
 
 
 def _announce(model: Model, material: Material, say: Callable[[str], None]) -> None:

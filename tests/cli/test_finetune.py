@@ -48,7 +48,7 @@ def folder(run: Mpoc) -> Path:
     (run.folder / "net.py").write_text(NET)
     x, y, x_test, y_test = load_digits()
     arrays = {"x_train": _bytes(x), "y_train": y, "x_test": _bytes(x_test), "y_test": y_test}
-    np.savez(run.folder / "digits.npz", **{name: value.numpy() for name, value in arrays.items()})
+    np.savez(run.folder / "digits.npz", allow_pickle=False, **{n: v.numpy() for n, v in arrays.items()})
     torch.save(network().state_dict(), run.folder / "net.pt")
     recipe = make_recipe(None, {"bond": 6, "sites": 2, "allow_growth": True})
     compress_checkpoint(run.folder / "net.pt", run.folder / "net.mpo.safetensors", recipe)
@@ -107,8 +107,8 @@ def test_there_and_back(run: Mpoc, folder: Path) -> None:
 def test_killed_and_resumed_ends_with_the_same_bytes(
     run: Mpoc, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("finetune", "net.mpo.safetensors", *TRAIN, "--epochs", 3, "--pad", 1, "--patience", 5)
-    options = (*options, "--checkpoint-every", "7")
+    options = ["finetune", "net.mpo.safetensors", *TRAIN, "--epochs", "3", "--pad", "1", "--patience", "5"]
+    options += ["--checkpoint-every", "7"]
     assert run(*options, "-o", "straight.safetensors").returncode == 0
     monkeypatch.setenv("SLOWLY", "0.02")
     process = run.start(*options, "-o", "broken.safetensors")

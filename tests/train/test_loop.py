@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -179,6 +180,6 @@ class TestWhatStopsIt:
             ({"gradient_checkpointing": True}, "does not offer it"),
         ],
     )
-    def test_settings_out_of_range(self, settings: dict[str, float], said: str) -> None:
+    def test_settings_out_of_range(self, settings: dict[str, Any], said: str) -> None:
         with pytest.raises(UsageError, match=said):
             run(perceptron(), **settings)
