@@ -16,21 +16,6 @@ from mpoc.train.settings import Settings
 from tests.hub_models import answer, auto, compress, tiny
 
 WORDS = [*"abcdefghijklmn"]
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "brew",
-    "potions",
-]
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
