@@ -219,7 +219,7 @@ def _card_with_section(card: str, manifest: Manifest) -> str:
         f"| {layer.layer.replace('|', '¦')} | {'×'.join(map(str, layer.shape))} | "
         f"{', '.join(map(str, layer.bonds[1:-1]))} | "
         f"{layer.num_original:,} → {layer.num_stored:,} | {layer.rho:.4f} | "
-        f"{layer.relative_error or 0:.4f} |"
+        f"{'' if layer.relative_error is None else f'{layer.relative_error:.4f}'} |"
         for layer in manifest.replaced
     ]
     section = [

@@ -104,6 +104,7 @@ class Manifest:
     tool: str = ""
     # The dense network: {"zoo": "resnet:depth=56"}, {"factory": "net.py:net"}, or {} where none was named.
     architecture: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)  # what ``mpoc finetune`` did; {}: nothing
 
     @property
     def is_complete(self) -> bool:
@@ -135,8 +136,9 @@ class Manifest:
         """The text that is stored."""
         value = {"format": FORMAT, **asdict(self)}
         value["layers"] = [_compact(layer) for layer in self.layers]
-        if not self.architecture:
-            del value["architecture"]
+        for name in ("architecture", "training"):
+            if not value[name]:
+                del value[name]
         separators = (",", ":") if indent is None else None
         return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
 

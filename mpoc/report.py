@@ -48,6 +48,7 @@ def report_dict(manifest: Manifest, nbytes: int, seconds: dict[str, float] | Non
         "tool": manifest.tool,
         "kinds_from": manifest.kinds_from,
         "architecture": manifest.architecture,
+        "training": manifest.training,
         "totals": {
             "rho": manifest.rho,
             "rho_selected": manifest.rho_selected if manifest.is_complete else None,
@@ -124,7 +125,25 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
         lines.append(f"architecture {manifest.architecture['zoo']}, of the zoo")
     elif "factory" in manifest.architecture:
         lines.append(f"architecture {manifest.architecture['factory']}, code that is asked for again")
-    return lines
+    return lines + training_lines(manifest.training)
+
+
+def training_lines(training: dict[str, Any]) -> list[str]:
+    """What ``mpoc finetune`` did, a line each time it was run, the first time first."""
+    if not training:
+        return []
+    data, metric = training.get("data", {}), training.get("metric", "loss")
+    parts = [f"{training.get('steps', 0):,} steps of {training.get('task', 'training')}"]
+    if training.get("split") and training.get("final"):
+        start, final = (training.get(key, {}).get(metric) for key in ("start", "final"))
+        change = f"{start:.4g} → {final:.4g}" if start is not None else f"{final:.4g}"
+        parts.append(f"{metric} {change} on its {training['split']} split")
+    if metric in training.get("test", {}):
+        parts.append(f"{training['test'][metric]:.4g} on test")
+    if "sigma" in training:
+        parts.append(f"{training['mean']:.4g} ± {training['sigma']:.2g} over {len(training['runs'])} runs")
+    line = f"fine-tuned on {data.get('name', '?')}: {', '.join(parts)}"
+    return [*training_lines(training.get("earlier", {})), line]
 
 
 def _advice(manifest: Manifest) -> list[str]:

@@ -10,8 +10,10 @@ import typer
 import mpoc
 from mpoc.cli.compress import compress
 from mpoc.cli.demo import demo
+from mpoc.cli.eval import evaluate
 from mpoc.cli.expand import expand
 from mpoc.cli.export import export
+from mpoc.cli.finetune import finetune
 from mpoc.cli.report import report
 
 app = typer.Typer(
@@ -43,6 +45,8 @@ def options(
 app.command()(compress)
 app.command()(report)
 app.command()(expand)
+app.command()(finetune)
+app.command("eval")(evaluate)
 app.command()(export)
 app.command()(demo)
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mpoc.cli.console import Output, reported_errors
+from mpoc.errors import UsageError
 
 if TYPE_CHECKING:
     from mpoc.pipeline import Compression
+    from mpoc.train.measure import Measured
 
 _GOAL = "How far (exactly one)"
 _WHICH = "Which layers"
@@ -115,6 +117,15 @@ def compress(
             rich_help_panel=_WHICH,
         ),
     ] = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval",
+            metavar="DATA",
+            help="Measure before and after on these data, as mpoc eval does; a file needs --arch.",
+            rich_help_panel=_OUT,
+        ),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -187,11 +198,16 @@ def compress(
     }
     with reported_errors():
         words = Output(quiet, verbose)
+        if eval_data is not None and dry_run:
+            raise UsageError("--eval measures what was written, and --dry-run writes nothing")
+        before = _measure(model, eval_data, arch, device, words)
         done = _run(model, output, recipe, options, force, dry_run, arch, words)
+        after = _measure(done.output, eval_data, arch, device, words)
         if as_json:
-            _print_json(done)
+            _print_json(done, before, after)
         else:
             _print_table(done, words)
+            _print_scores(before, after, words)
         if done.written:
             words.say(f"wrote {done.output}")
             words.next_command(f"mpoc report {done.output}")
@@ -204,6 +220,7 @@ _NOT_IN_RECIPE = (
     "force",
     "dry_run",
     "arch",
+    "eval_data",
     "as_json",
     "quiet",
     "verbose",
@@ -242,11 +259,35 @@ def _run(
     return done
 
 
-def _print_json(done: Compression) -> None:
+def _measure(
+    path: Path, data: Path | None, arch: str | None, device: str | None, words: Output
+) -> Measured | None:
+    """The network's scores on the data of ``--eval``; said in words once, before."""
+    if data is None:
+        return None
+    from mpoc.train.material import DataOptions
+    from mpoc.train.measure import MeasureRequest, measure
+
+    words.say(f"measuring {path}")
+    return measure(MeasureRequest(path, DataOptions(data), arch=arch, device=device or "auto"))
+
+
+def _print_scores(before: Measured | None, after: Measured | None, words: Output) -> None:
+    from mpoc.cli.tables import scores_line
+
+    for title, found in (("before", before), ("after", after)):
+        if found is not None:
+            line = f"{title}: {scores_line(found.scores)} ({found.split}, {found.examples:,} examples)"
+            words.result.print(line, soft_wrap=True)
+
+
+def _print_json(done: Compression, before: Measured | None, after: Measured | None) -> None:
     from mpoc.report import report_dict, to_json
 
     report = report_dict(done.manifest, done.nbytes, done.seconds)
     report["written"] = str(done.output) if done.written else None
+    if before is not None and after is not None:
+        report["evaluation"] = {"before": before.as_dict(), "after": after.as_dict()}
     sys.stdout.write(to_json(report) + "\n")
 
 

@@ -14,15 +14,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from mpoc.errors import MpocError
+from mpoc.processes import is_main
 
 _WIDTH_OFF_TERMINAL = 200
+_BAD_COMMAND = 2  # exit status
 
 
 class Output:
-    """Where a command's words go; ``quiet`` keeps results and errors only."""
+    """Where a command's words go; ``quiet`` keeps results and errors only.
+
+    Of several processes the first one speaks; in the others ``silent`` is true.
+    """
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
-        self.quiet = quiet
+        self.silent = not is_main()
+        self.quiet = quiet or self.silent
         self.verbose = verbose
         self.result = _console(stderr=False)
         self.words = _console(stderr=True)
@@ -68,6 +74,8 @@ def reported_errors() -> Iterator[None]:
 
 
 def _fail(message: str, hint: str | None, status: int) -> None:
+    if status == _BAD_COMMAND and not is_main():
+        raise SystemExit(status)  # all processes were given the same command
     console = _console(stderr=True)
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     if hint:

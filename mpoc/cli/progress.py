@@ -1,14 +1,19 @@
-"""Progress over layers: a live bar on a terminal, one plain line a layer elsewhere."""
+"""Progress: a live bar on a terminal; elsewhere one plain line a layer, or an evaluation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mpoc.cli.console import Output
+from mpoc.cli.tables import scores_line
 from mpoc.manifest import LayerRecord
+
+if TYPE_CHECKING:
+    from mpoc.train.watch import Told
 
 
 @contextmanager
@@ -48,5 +53,54 @@ def _bar(words: Output) -> Iterator[Callable[[LayerRecord, float, int, int], Non
             before += record.num_original
             after += record.num_stored
             bar.update(task, description=record.layer, completed=done, total=total, rho=after / before)
+
+        yield tell
+
+
+@contextmanager
+def training_progress(words: Output) -> Iterator[Callable[[Told], None] | None]:
+    """The callback for a training; None when quiet."""
+    if words.quiet:
+        yield None
+    elif words.words.is_terminal:
+        yield from _training_bar(words)
+    else:
+        yield lambda told: _tell_evaluation(words, told)
+
+
+def _tell_evaluation(words: Output, told: Told) -> None:
+    """One line an evaluation."""
+    if told.scores is None:
+        return
+    loss = "" if told.loss != told.loss else f" training loss {told.loss:.4f}"
+    measured = f" {scores_line(told.scores)}" if told.scores else ""
+    rate = f" ({told.rate:,.0f} examples/s, {_clock(told.seconds_left)} left)" if told.rate else ""
+    words.say(f"[{told.step}/{told.steps}] epoch {told.epoch:.4g}{loss}{measured}{rate}")
+
+
+def _clock(seconds: float) -> str:
+    """``3725`` → ``1:02:05``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _training_bar(words: Output) -> Iterator[Callable[[Told], None]]:
+    columns = (
+        TextColumn("epoch {task.fields[epoch]:.2f}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.4f}  {task.fields[scores]}"),
+        TextColumn("{task.fields[rate]:,.0f}/s  {task.fields[left]} left"),
+    )
+    with Progress(*columns, console=words.words, transient=True) as bar:
+        task = bar.add_task("", total=None, epoch=0.0, loss=float("nan"), scores="", rate=0.0, left="?")
+
+        def tell(told: Told) -> None:
+            _tell_evaluation(words, told)
+            fields: dict[str, Any] = {"epoch": told.epoch, "loss": told.loss, "rate": told.rate}
+            if told.scores:
+                fields["scores"] = scores_line(told.scores)
+            left = _clock(told.seconds_left) if told.rate else "?"
+            bar.update(task, completed=told.step, total=told.steps, left=left, **fields)
 
         yield tell

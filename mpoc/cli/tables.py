@@ -15,6 +15,7 @@ from mpoc.report import summary, times
 _WIDEST = "outputs J / inputs I"
 # Below this width of a terminal the factors, and the seconds, are left out.
 _NARROW = 120
+_PER_CENT = ("accuracy", "agreement")
 
 
 def print_report(
@@ -107,3 +108,12 @@ def _print_left_alone(console: Console, manifest: Manifest, verbose: bool) -> No
             console.print(escape(f"  {name}: {reason}"), soft_wrap=True)
         for name, first in manifest.tied.items():
             console.print(escape(f"  {name}: tied to {first}, stored once"), soft_wrap=True)
+
+
+def scores_line(scores: dict[str, float]) -> str:
+    """``{"loss": 0.5, "accuracy": 98.1}`` → ``loss 0.5000, accuracy 98.10 %``."""
+    shown = {name: value for name, value in scores.items() if name not in ("step", "epoch", "train_loss")}
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:.2f} %' if name in _PER_CENT else f'{value:.4g}'}"
+        for name, value in shown.items()
+    )

@@ -83,6 +83,11 @@ def make_what_the_examples_name(compressed: bool) -> None:
     for name in ("resnet56.th", "vgg.pt"):
         torch.save(state, name)
     save_directory(Path("bert"), {"pooler.dense.weight": torch.randn(32, 32), **state})
+    Path("cifar10").mkdir()
+    for name, rows in (("data_batch_1.bin", 40), ("test_batch.bin", 20)):
+        labelled = [bytes([k % 10]) + bytes([k] * 3072) for k in range(rows)]
+        (Path("cifar10") / name).write_bytes(b"".join(labelled))
+    torch.save(mlp_state(), "dense.pt")
     if compressed:
         torch.save(mlp_state(), "mlp.pt")
         compress_checkpoint(Path("mlp.pt"), Path("resnet56.mpo.safetensors"), make_recipe(None, {"bond": 4}))

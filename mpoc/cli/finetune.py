@@ -1,0 +1,307 @@
+"""``mpoc finetune``: train a compressed (or dense) network on a data set."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpoc.cli.console import Output, reported_errors
+from mpoc.cli.data_options import (
+    DATA,
+    Block,
+    Column,
+    DataPath,
+    Format,
+    HoldOut,
+    ImageSize,
+    Mean,
+    Std,
+    Tokenizer,
+)
+from mpoc.cli.training_request import training_request
+
+if TYPE_CHECKING:
+    from mpoc.train.finetune import Finetuned
+
+_WHAT = "What is learnt"
+_HOW = "How"
+_OUT = "Output"
+
+
+def finetune(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A compressed file or directory; or a dense checkpoint, with --arch."
+        ),
+    ],
+    data: DataPath,
+    format: Format = None,
+    mean: Mean = None,
+    std: Std = None,
+    pad: Annotated[
+        int | None,
+        typer.Option(
+            help="Augment: pad by so many pixels and crop at random. Default: as recorded, else 0.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option(
+            "--flip/--no-flip",
+            help="Augment: mirror half of the images. Default: as recorded, else not.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    size: ImageSize = None,
+    tokenizer: Tokenizer = None,
+    block: Block = None,
+    column: Column = None,
+    held_out: HoldOut = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NETWORK",
+            help="The dense network: one of the zoo, as resnet:depth=56, or package.module:factory or "
+            "file.py:factory, which is run. A Hugging Face directory, and a file that records its zoo "
+            "network, need none.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="classification, regression, causal-lm, masked-lm or distillation. Default: told from data, "
+            "network and --teacher.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DENSE",
+            help="Learn to answer as this checkpoint does; needs no labels.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    teacher_arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NETWORK", help="The teacher's network. Default: MODEL's.", rich_help_panel=_WHAT
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Distillation: that of the logits.", rich_help_panel=_WHAT)
+    ] = 2.0,
+    hidden_weight: Annotated[
+        float,
+        typer.Option(
+            help="Distillation: weight of the hidden states, where both networks give them.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = 1.0,
+    epochs: Annotated[
+        float, typer.Option(help="Passes over the training split.", rich_help_panel=_HOW)
+    ] = 1.0,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps, in the place of epochs.", rich_help_panel=_HOW)
+    ] = None,
+    batch: Annotated[
+        int, typer.Option(help="Examples a step, over all processes.", rich_help_panel=_HOW)
+    ] = 64,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            help="Parts a process computes its share of a batch in, to save memory.", rich_help_panel=_HOW
+        ),
+    ] = 1,
+    optimizer: Annotated[str, typer.Option(help="sgd or adamw.", rich_help_panel=_HOW)] = "adamw",
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate. Default: sgd 0.01, adamw 0.0003.", rich_help_panel=_HOW),
+    ] = None,
+    momentum: Annotated[float, typer.Option(help="Of sgd.", rich_help_panel=_HOW)] = 0.9,
+    nesterov: Annotated[
+        bool, typer.Option("--nesterov", help="Nesterov's momentum, of sgd.", rich_help_panel=_HOW)
+    ] = False,
+    l2: Annotated[
+        float,
+        typer.Option(
+            help="L2 of Gao et al., Eq. (7): (l2/2)·Σ|w|² over all parameters is part of the loss.",
+            rich_help_panel=_HOW,
+        ),
+    ] = 0.0,
+    weight_decay: Annotated[
+        float, typer.Option(help="Decoupled decay, of adamw.", rich_help_panel=_HOW)
+    ] = 0.0,
+    schedule: Annotated[
+        str,
+        typer.Option(help="Of the learning rate: cosine, constant or exponential.", rich_help_panel=_HOW),
+    ] = "cosine",
+    warmup: Annotated[
+        float, typer.Option(help="Steps of linear warm-up; below 1 a share of all.", rich_help_panel=_HOW)
+    ] = 0.0,
+    gamma: Annotated[
+        float, typer.Option(help="Factor of the exponential schedule.", rich_help_panel=_HOW)
+    ] = 0.99,
+    decay_every: Annotated[
+        int, typer.Option(help="Epochs from one factor to the next.", rich_help_panel=_HOW)
+    ] = 1,
+    clip: Annotated[
+        float | None, typer.Option(help="Largest norm of the gradient.", rich_help_panel=_HOW)
+    ] = None,
+    precision: Annotated[
+        str,
+        typer.Option(help="Of the arithmetic: fp32, bf16 or fp16 (GPU).", rich_help_panel=_HOW),
+    ] = "fp32",
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Recompute activations, to save memory, where the network offers it.",
+            rich_help_panel=_HOW,
+        ),
+    ] = False,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps between evaluations. Default: an epoch.", rich_help_panel=_HOW)
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many evaluations without gain; the best weights are written.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    best: Annotated[
+        bool,
+        typer.Option(
+            "--best", help="Write the weights that are best on the validation split.", rich_help_panel=_HOW
+        ),
+    ] = False,
+    runs: Annotated[
+        int,
+        typer.Option(
+            help="Train so often, from seed, seed+1, …; gives mean ± σ. The first seed's is written.",
+            rich_help_panel=_HOW,
+        ),
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.", rich_help_panel=_HOW)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_HOW)] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="TUNED",
+            help="Default: MODEL.tuned.safetensors or MODEL-tuned/ in the current directory.",
+            rich_help_panel=_OUT,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the checkpoint of an interrupted training.", rich_help_panel=_OUT
+        ),
+    ] = False,
+    checkpoint_every: Annotated[
+        str,
+        typer.Option(
+            metavar="N|Ns",
+            help="Steps between checkpoints, or seconds with an s.",
+            rich_help_panel=_OUT,
+        ),
+    ] = "60s",
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Training log, JSON lines. Default: beside the output.", rich_help_panel=_OUT
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw the curves: .png, .svg or .pdf.", rich_help_panel=_OUT),
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest weight file of a directory.", rich_help_panel=_OUT)
+    ] = "5GB",
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace an existing output, log and checkpoint.", rich_help_panel=_OUT),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The history as JSON on stdout.", rich_help_panel=_OUT)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=_OUT)
+    ] = False,
+) -> None:
+    """Train a network on a data set: the cores and all else, from one process or many.
+
+    With several processes or GPUs: torchrun -m mpoc finetune …, or accelerate launch -m mpoc finetune …
+
+    --arch runs the code that it names.
+
+    Examples:
+
+    mpoc finetune resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10/ --epochs 2 --lr 0.001
+
+    mpoc finetune resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10 --teacher dense.pt --force
+    """
+    values = dict(locals())
+    with reported_errors():
+        words = Output(quiet)
+        done = _run(values, words)
+        if words.silent:
+            return
+        if as_json:
+            _print_json(done)
+        else:
+            _print_lines(done, words)
+        words.say(f"wrote {done.output}")
+        if done.manifest is not None:
+            words.next_command(f"mpoc report {done.output}")
+
+
+def _run(values: dict[str, Any], words: Output) -> Finetuned:
+    import shlex
+
+    from mpoc.cli.progress import training_progress
+    from mpoc.processes import num_processes
+    from mpoc.train.finetune import finetune
+    from mpoc.train.stop import Interrupted
+
+    request = training_request(values)
+    try:
+        with training_progress(words) as told:
+            return finetune(request, words.say, told)
+    except Interrupted as stop:
+        words.say(f"stopped at step {stop.step:,}; saved {request.checkpoint}")
+        again = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
+        command = f"mpoc {shlex.join(again)}" if num_processes() == 1 else "the same command with"
+        words.next_command(f"{command} --resume")
+        raise SystemExit(128 + stop.signum) from None
+
+
+def _print_json(done: Finetuned) -> None:
+    from mpoc.report import to_json
+
+    report = {"schema": "mpoc.training/1", "written": str(done.output), **done.training}
+    report["examples_per_second"] = round(done.rate, 2)
+    sys.stdout.write(to_json(report) + "\n")
+
+
+def _print_lines(done: Finetuned, words: Output) -> None:
+    from mpoc.cli.tables import scores_line
+    from mpoc.report import training_lines
+
+    training = done.training
+    for title in ("start", "final", "test"):
+        if title in training:
+            split = "" if title == "test" else f"{training['split']}, "
+            words.result.print(f"{split}{title}: {scores_line(training[title])}", soft_wrap=True)
+    earlier = {name: value for name, value in training.items() if name != "earlier"}
+    words.result.print(training_lines(earlier)[-1], soft_wrap=True)

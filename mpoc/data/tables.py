@@ -1,0 +1,194 @@
+"""Tables in Hugging Face layout: ``.parquet`` and ``.jsonl`` with an image or a text column, and labels.
+
+https://huggingface.co/docs/datasets/image_dataset gives the layout of images in parquet: a struct of the
+encoded ``bytes`` and a ``path``; names of the classes stand in the schema's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpoc.data.base import Data, Source
+from mpoc.data.documents import assemble_documents
+from mpoc.data.encoded import assemble_images
+from mpoc.data.labels import Column, Where
+from mpoc.data.rows import JsonRows, ParquetRows, Rows
+from mpoc.errors import MpocError
+
+_IMAGES = ("image", "img")
+_TEXTS = ("text", "sentence", "content", "document")
+_LABELS = ("label", "labels", "fine_label", "target", "y")
+
+
+def open_parquet(source: Source) -> Data:
+    """Images (struct with bytes, or bytes) or text, with a label column where there is one.
+
+    Raises:
+        MpocError: pyarrow is missing, a damaged file, no such column or several, an empty cell, a bad label.
+    """
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError as error:
+        raise MpocError("reading parquet needs pyarrow", "pip install 'mpoc[train]'") from error
+    schemas = {file: _schema(file) for files in source.files.values() for file in files}
+    first, schema = next(iter(schemas.items()))
+    column, kind, label = _choose(first, {field.name: _kind(field.type) for field in schema}, source)
+    for file, other in schemas.items():
+        for name in (column, label):
+            if name and (name not in other.names or other.field(name).type != schema.field(name).type):
+                raise MpocError(f"{file}: column {name!r} is not there, or of another type than in {first}")
+    columns = {}
+    if label:
+        columns = {split: _parquet_labels(files, label) for split, files in source.files.items()}
+    names = _class_names(schema, label)
+    if kind == "image":
+        images: dict[str, Rows[bytes]] = {k: ParquetRows(files, column) for k, files in source.files.items()}
+        return assemble_images(source, "parquet", images, columns, names)
+    texts: dict[str, Rows[str]] = {k: ParquetRows(files, column) for k, files in source.files.items()}
+    return assemble_documents(source, "parquet", texts, columns, names)
+
+
+def _schema(file: Path) -> Any:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        return parquet.read_schema(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise MpocError(f"{file}: not a parquet file, or a truncated one ({error})") from error
+
+
+def _kind(arrow_type: Any) -> str:
+    """What a column of this type can serve as."""
+    from pyarrow import types
+
+    if types.is_struct(arrow_type):
+        inside = {arrow_type.field(k).name for k in range(arrow_type.num_fields)}
+        return "image" if "bytes" in inside else "other"
+    if types.is_binary(arrow_type) or types.is_large_binary(arrow_type):
+        return "image"
+    if types.is_string(arrow_type) or types.is_large_string(arrow_type):
+        return "text"
+    if types.is_integer(arrow_type) or types.is_boolean(arrow_type) or types.is_floating(arrow_type):
+        return "number"
+    return "other"
+
+
+def _choose(file: Path, kinds: dict[str, str], source: Source) -> tuple[str, str, str | None]:
+    """The column of the examples, its kind, and the column of the labels.
+
+    Raises:
+        MpocError: no column for the examples, or several and none with a usual name.
+    """
+    label = next((name for name in _LABELS if kinds.get(name) in ("number", "text")), None)
+    wanted = source.text.column if source.text else None
+    if wanted:
+        if kinds.get(wanted) != "text":
+            raise MpocError(f"{file}: no text column {wanted!r} (found: {', '.join(kinds)})")
+        return wanted, "text", label if label != wanted else None
+    for kind, usual in (("image", _IMAGES), ("text", _TEXTS)):
+        found = [name for name, other in kinds.items() if other == kind and name != label]
+        named = [name for name in usual if name in found]
+        if len(found) == 1 or named:
+            return (named or found)[0], kind, label
+        if found:
+            hint = "say which with --column" if kind == "text" else f"call one of them {usual[0]!r}"
+            raise MpocError(f"{file}: several {kind} columns: {', '.join(found)}", hint)
+    listed = ", ".join(kinds) or "nothing"
+    raise MpocError(f"{file}: no column of images (a struct with bytes) or of text (found: {listed})")
+
+
+def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
+    """The names that Hugging Face's metadata gives the labels; () where there are none."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    try:
+        info = json.loads(text)["info"]["features"][label] if text and label else {}
+        names = info.get("names") or ()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return ()  # metadata of another tool: labels then count for themselves
+    return tuple(map(str, names))
+
+
+def _parquet_labels(files: list[Path], label: str) -> tuple[Column, Where]:
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    try:
+        values = [parquet.read_table(file, columns=[label]).column(0).to_pylist() for file in files]
+    except (pyarrow.ArrowException, OSError) as error:
+        raise MpocError(f"{files[0].parent}: labels cannot be read ({error})") from error
+    return _label_column(files, values, label)
+
+
+def _label_column(files: list[Path], values: list[list[Any]], label: str) -> tuple[Column, Where]:
+    """The labels of all files of a split as one array, every one there and of one type."""
+    starts = np.cumsum([0, *(len(held) for held in values)])
+
+    def where(row: int) -> str:
+        k = int(np.searchsorted(starts, row, side="right")) - 1
+        return f"{files[k]}, row {row - int(starts[k])}, {label!r}"
+
+    flat = [value for held in values for value in held]
+    known = {str: "text", bool: "number", int: "number", float: "number"}
+    for row, value in enumerate(flat):
+        if known.get(type(value)) != known.get(type(flat[0])) or type(value) not in known:
+            raise MpocError(
+                f"{where(row)}: {json.dumps(value, default=str)[:40]} is not a label like the others"
+            )
+    return np.asarray(flat), where
+
+
+def open_jsonl(source: Source) -> Data:
+    """A JSON object a line: a text field, and a label field where there is one.
+
+    Raises:
+        MpocError: a line that is no JSON object, no text field or several, a missing value, a bad label.
+    """
+    first = next(iter(source.files.values()))[0]
+    head = next(_lines(first), None)
+    if head is None:
+        raise MpocError(f"{first}: no examples")
+    column, _, label = _choose(first, {name: _json_kind(value) for name, value in head[1].items()}, source)
+    texts: dict[str, Rows[str]] = {}
+    columns: dict[str, tuple[Column, Where]] = {}
+    for split, files in source.files.items():
+        offsets: list[list[int]] = []
+        values: list[list[Any]] = []
+        for file in files:
+            offsets.append([])
+            values.append([])
+            for place, row in _lines(file):
+                if not isinstance(row.get(column), str):
+                    raise MpocError(f"{file}, row {len(offsets[-1])}: no text in field {column!r}")
+                offsets[-1].append(place)
+                values[-1].append(row.get(label) if label else None)
+        texts[split] = JsonRows(files, offsets, column)
+        if label:
+            columns[split] = _label_column(files, values, label)
+    return assemble_documents(source, "jsonl", texts, columns, ())
+
+
+def _json_kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    return "number" if isinstance(value, int | float) else "other"
+
+
+def _lines(file: Path) -> Any:
+    """(offset of the line, its object) for every line that is not blank."""
+    place = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise MpocError(f"{file}, line {number}: not valid JSON ({error})") from error
+                if not isinstance(row, dict):
+                    raise MpocError(f"{file}, line {number}: a JSON object was expected")
+                yield place, row
+            place += len(line)

@@ -1,0 +1,80 @@
+"""Which task: as asked, else what data and network are made for."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mpoc.errors import UsageError, nearest
+from mpoc.train.distill import Distillation
+from mpoc.train.material import Material
+from mpoc.train.tasks import CausalLM, Classification, MaskedLM, Regression, Task
+
+TASKS = ("classification", "regression", "causal-lm", "masked-lm", "distillation")
+
+
+def choose_task(
+    wanted: str | None,
+    material: Material,
+    network: nn.Module,
+    teacher: nn.Module | None = None,
+    temperature: float = 2.0,
+    hidden_weight: float = 1.0,
+) -> Task:
+    """The task.
+
+    Args:
+        wanted: one of TASKS; None to tell from data and network.
+        material: the data.
+        network: the network.
+        teacher: for distillation, which is then the task.
+        temperature: of distillation.
+        hidden_weight: of distillation.
+
+    Raises:
+        UsageError: an unknown task, or one that data or network are not made for.
+    """
+    if wanted is not None and wanted not in TASKS:
+        raise UsageError(f"--task {wanted}: unknown{nearest(wanted, TASKS)}", ", ".join(TASKS))
+    if wanted == "distillation" if teacher is None else wanted not in (None, "distillation"):
+        raise UsageError("--task distillation and --teacher go together", "--teacher DENSE alone is enough")
+    if teacher is not None:
+        return Distillation(teacher, temperature, hidden_weight)
+    name = wanted or _fitting(material, network)
+    if name == "masked-lm":
+        return _masked(material)
+    if name == "causal-lm":
+        if material.data.kind != "text":
+            raise UsageError(f"--task {name}: {material.data.path} is no text")
+        return CausalLM()
+    y = _labels(material)
+    if y is None:
+        raise UsageError(
+            f"{material.data.path}: has no labels to train on",
+            "--teacher DENSE learns from the original network, without labels",
+        )
+    if name == "regression":
+        return Regression()
+    if y.is_floating_point():
+        raise UsageError(f"--task classification: the targets of {material.data.path} are no classes")
+    return Classification(len(material.data.classes))
+
+
+def _fitting(material: Material, network: nn.Module) -> str:
+    y = _labels(material)
+    if material.data.kind == "text" and y is None:
+        return "masked-lm" if type(network).__name__.endswith("MaskedLM") else "causal-lm"
+    return "regression" if y is not None and y.is_floating_point() else "classification"
+
+
+def _labels(material: Material) -> torch.Tensor | None:
+    return next(iter(material.data.splits.values())).y
+
+
+def _masked(material: Material) -> MaskedLM:
+    tokenizer = material.data.tokenizer
+    if tokenizer is None or tokenizer.mask_id is None:
+        raise UsageError(
+            "--task masked-lm needs a tokenizer with a mask token", "--tokenizer names a directory"
+        )
+    return MaskedLM(tokenizer.mask_id, tokenizer.vocab_size, tokenizer.special_ids)

@@ -1,0 +1,162 @@
+"""Measure a network on a split: by its task, against a reference, and by the clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpoc.errors import UsageError
+from mpoc.train.call import Batch, Call, first_output, has_logits, rows, to_device
+from mpoc.train.distill import kl_of_rows
+from mpoc.train.feed import Feed
+from mpoc.train.order import cut
+from mpoc.train.settings import derived_seed
+from mpoc.train.tasks import Scores, Task
+
+_LATENCY_SECONDS = 1.0  # spent on each measurement of a latency
+_WARM_UP = 3  # calls
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores over a whole split."""
+
+    scores: Scores
+    examples: int
+    rate: float  # examples a second, all processes together, reading included
+
+    def rounded(self) -> Scores:
+        """Six significant digits: what files keep."""
+        return {name: float(f"{value:.6g}") for name, value in self.scores.items()}
+
+
+def evaluate(
+    network: nn.Module,
+    task: Task,
+    feed: Feed,
+    batch: int,
+    device: torch.device,
+    call: Call | None = None,
+    accelerator: Any = None,
+    seed: int = 0,
+) -> Evaluation:
+    """Scores of ``network`` on every example of a split, each counted once.
+
+    Args:
+        network: on ``device``; wrapped for several processes or not. Its training mode is kept.
+        task: says what is measured.
+        feed: the split.
+        batch: examples at a time in each process.
+        device: where the network is.
+        call: how the network is called; None: found out, for a network that is not wrapped.
+        accelerator: of accelerate, where there are several processes or mixed precision.
+        seed: of what the task draws (masks): the same in every evaluation.
+    """
+    was_training = network.training
+    network.eval()
+    rank, processes = 0, 1
+    if accelerator is not None:
+        rank, processes = accelerator.process_index, accelerator.num_processes
+    call = Call.of(network, task.hidden) if call is None else call
+    totals: dict[str, Tensor] = {}
+    count, start = 0, time.perf_counter()
+    everything = torch.arange(len(feed))
+    for step, chunk in enumerate(everything.split(batch * processes)):
+        # Every process makes as many calls, as sharded networks ask: one without a share repeats an example.
+        share = cut(chunk, rank, processes)
+        generator = torch.Generator().manual_seed(derived_seed(seed, "evaluation", step, rank))
+        part = task.prepare(feed.read(share if len(share) else chunk[:1]), generator)
+        weight = int(len(share) > 0)
+        count += weight * task.count(part)
+        for name, value in _sums(network, call, task, to_device(part, device), accelerator).items():
+            totals[name] = totals.get(name, 0) + weight * value.double()
+    sums, count = _over_processes(totals, count, accelerator)
+    seconds = time.perf_counter() - start
+    network.train(was_training)
+    return Evaluation(task.scores(sums, max(1, count)), len(feed), len(feed) / seconds)
+
+
+@torch.no_grad()
+def _sums(network: nn.Module, call: Call, task: Task, part: Batch, accelerator: Any) -> dict[str, Tensor]:
+    if accelerator is None:
+        return task.sums(call(network, part), part)
+    with accelerator.autocast():
+        return task.sums(call(network, part), part)
+
+
+def _over_processes(totals: dict[str, Tensor], count: int, accelerator: Any) -> tuple[Scores, int]:
+    names = list(totals)
+    values = torch.stack([totals[name] for name in names])
+    values = torch.cat([values, values.new_tensor([count])])
+    if accelerator is not None and accelerator.num_processes > 1:
+        values = accelerator.reduce(values, "sum")
+    *sums, counted = values.tolist()
+    return dict(zip(names, sums, strict=True)), round(counted)
+
+
+@torch.no_grad()
+def fidelity(
+    network: nn.Module, reference: nn.Module, feed: Feed, batch: int, device: torch.device
+) -> Evaluation:
+    """How near the outputs of ``network`` are to those of ``reference``, both on ``device``.
+
+    Means over tokens or examples: ``cosine`` of the outputs, ``relative_error`` ‖y − y_ref‖/‖y_ref‖, and
+    where they are logits ``kl`` = KL(reference ‖ network) in nats and ``agreement`` of the largest in %.
+
+    Raises:
+        UsageError: outputs of different shapes.
+    """
+    call, other = Call.of(network), Call.of(reference)
+    network.eval()
+    reference.eval()
+    totals: dict[str, float] = {}
+    count, start = 0, time.perf_counter()
+    for chunk in torch.arange(len(feed)).split(batch):
+        part = to_device(feed.read(chunk), device)
+        outputs = call(network, part)
+        taught = other(reference, part)
+        shapes = [tuple(first_output(o).shape) for o in (outputs, taught)]
+        if shapes[0] != shapes[1]:
+            raise UsageError(f"the outputs are of shape {shapes[0]}, those of the reference {shapes[1]}")
+        ours, theirs = (rows(first_output(o).float(), part) for o in (outputs, taught))
+        found = {
+            "cosine": F.cosine_similarity(ours, theirs, dim=-1).sum(),
+            "relative_error": ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).sum(),
+        }
+        if has_logits(outputs) and ours.shape[-1] > 1:
+            found["kl"] = kl_of_rows(ours, theirs).sum()
+            found["agreement"] = 100 * (ours.argmax(-1) == theirs.argmax(-1)).sum()
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+        count += len(ours)
+    seconds = time.perf_counter() - start
+    return Evaluation({name: value / count for name, value in totals.items()}, len(feed), len(feed) / seconds)
+
+
+def latency(network: nn.Module, part: Batch, device: torch.device) -> float:
+    """Median seconds of one call with this batch, in evaluation mode, after a warm-up."""
+    call, part = Call.of(network), to_device(part, device)
+    network.eval()
+    times: list[float] = []
+    with torch.inference_mode():
+        begin = time.perf_counter()
+        while len(times) < _WARM_UP + 2 or time.perf_counter() - begin < _LATENCY_SECONDS:
+            start = time.perf_counter()
+            call(network, part)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[_WARM_UP:])
+
+
+def repeated(part: Batch, count: int) -> Batch:
+    """``count`` examples, those of ``part`` again and again."""
+    have = len(next(iter(part.values())))
+    chosen = torch.arange(count) % have
+    return {name: values[chosen] for name, values in part.items()}

@@ -1,0 +1,45 @@
+"""The training log: one JSON object a line. A resumed training goes on where its checkpoint was."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Log:
+    """Appends lines to a file.
+
+    Args:
+        path: of the file; None writes nothing.
+        position: bytes to keep of what is there, as a checkpoint noted them; 0 starts anew.
+    """
+
+    def __init__(self, path: Path | None, position: int = 0) -> None:
+        self._file = None
+        if path is not None:
+            self._file = path.open("r+b" if position and path.exists() else "wb")
+            self._file.truncate(min(position, os.fstat(self._file.fileno()).st_size))
+            self._file.seek(0, os.SEEK_END)
+
+    def write(self, **values: Any) -> None:
+        """One line, on disk at once."""
+        if self._file is not None:
+            self._file.write((json.dumps(values, ensure_ascii=False) + "\n").encode())
+            self._file.flush()
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell() if self._file is not None else 0
+
+    def close(self) -> None:
+        """Let the file go."""
+        if self._file is not None:
+            self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All lines of a log."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]

@@ -1,0 +1,324 @@
+"""The training loop, on accelerate: one process or many, any device, exact to resume.
+
+A step takes the same examples for any number of processes and parts, and its gradient is that of the mean
+loss over all of them: sums are divided by the count over everything, not averaged share by share.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.train.call import Call, to_device
+from mpoc.train.engine import is_sharded, make_accelerator, seed_generators
+from mpoc.train.evaluate import Evaluation, evaluate
+from mpoc.train.feed import Feed, Reader
+from mpoc.train.order import Order
+from mpoc.train.probe import probe
+from mpoc.train.schedule import learning_rate, make_optimizer, set_learning_rate
+from mpoc.train.settings import Settings, derived_seed
+from mpoc.train.state import Progress, Saved, gather, scatter, set_weights, whole_weights
+from mpoc.train.stop import Interrupted, StopSignals
+from mpoc.train.tasks import Scores, Task
+from mpoc.train.watch import Outcome, Told, Watch, short
+
+_TELL_EVERY = 0.5  # seconds; looking at the loss makes a GPU wait
+_MOST_UNSEEN = 500  # steps between two looks at the loss
+
+
+def train(
+    network: nn.Module,
+    task: Task,
+    feed: Feed,
+    settings: Settings,
+    validation: Feed | None = None,
+    watch: Watch | None = None,
+    accelerator: Any = None,
+    resume: Saved | None = None,
+) -> Outcome:
+    """Train ``network`` in place.
+
+    Args:
+        network: dense or compressed, in float32; moved to the accelerator's device.
+        task: loss and measures.
+        feed: the training split.
+        settings: how.
+        validation: scored before step 1 and at intervals; None: the training loss alone is known.
+        watch: who looks on.
+        accelerator: of :func:`make_accelerator`; None: the default device, this process alone.
+        resume: a checkpoint of the same training.
+
+    Raises:
+        UsageError: settings out of range, or data and network do not fit.
+        MpocError: the loss is not finite: with its step, learning rate and a hint.
+        Interrupted: Ctrl-C or SIGTERM, after everything is saved.
+    """
+    settings.check()
+    accelerator = accelerator or make_accelerator("auto", settings.precision)
+    trainer = _Trainer(network, task, feed, settings, validation, watch or Watch(), accelerator)
+    try:
+        with warnings.catch_warnings():
+            # Of the gradients of cores with sizes of 1, whose strides there mean nothing.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+            return trainer.run(resume)
+    finally:
+        trainer.reader.close()
+
+
+class _Trainer:
+    def __init__(
+        self,
+        network: nn.Module,
+        task: Task,
+        feed: Feed,
+        settings: Settings,
+        validation: Feed | None,
+        watch: Watch,
+        accelerator: Any,
+    ) -> None:
+        if settings.keeps_best and validation is None:
+            raise UsageError("the best weights are chosen on a validation split, and there is none")
+        self.task, self.settings, self.validation = task, settings, validation
+        self.watch, self.accelerator = watch, accelerator
+        self.device, self.world = accelerator.device, accelerator.num_processes
+        self.order = Order(
+            feed.examples, settings.batch, settings.accumulate, accelerator.process_index, self.world,
+            settings.seed,
+        )  # fmt: skip
+        if self.order.batch < settings.accumulate * self.world:
+            raise UsageError(
+                f"--batch {self.order.batch}: fewer examples than {self.world} processes × "
+                f"--accumulate {settings.accumulate}"
+            )
+        self.steps = self.order.steps(settings.epochs) if settings.steps is None else settings.steps
+        self.eval_every = settings.eval_every or self.order.steps_per_epoch
+        self.reader = Reader(feed, self.order, task, ahead=self.device.type != "cpu")
+        self.call = Call.of(network, task.hidden)
+        self._prepare(network, feed)
+        self.mixed = accelerator.autocast if settings.precision != "fp32" else nullcontext
+        self.progress, self.best = Progress(), dict[str, Tensor]()
+        self.losses: list[Tensor] = []  # of this process, since the last look
+        self.counts: list[int] = []
+        self.busy, self.begun = 0.0, 0  # seconds of training, and the step they are counted from
+        self.looked = self.saved = time.monotonic()
+        self.now = math.nan  # last mean loss
+
+    def _prepare(self, network: nn.Module, feed: Feed) -> None:
+        """Check the network against the data, then hand it to accelerate."""
+        if not is_sharded(self.accelerator):
+            network.to(self.device)
+        if self.task.teacher is not None:
+            self.task.teacher.to(self.device)
+        where = next((p.device for p in network.parameters()), self.device)
+        unused = probe(network, self.task, feed, where)
+        if self.settings.gradient_checkpointing:
+            _checkpoint_gradients(network)
+        if self.world > 1 and unused:
+            from accelerate import DistributedDataParallelKwargs
+
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        optimizer = make_optimizer(network.parameters(), self.settings)
+        self.model, self.optimizer = self.accelerator.prepare(network.train(), optimizer)
+        # accelerate's wrapper looks for an optional package in every step (0.5 ms); only fp16 needs it.
+        self.stepper = self.optimizer if self.accelerator.scaler else self.optimizer.optimizer
+
+    def run(self, resume: Saved | None) -> Outcome:
+        if resume is not None:
+            self._restore(resume)
+        self.begun = self.progress.step
+        with StopSignals() as signals:
+            if not self.progress.evaluations:
+                self._evaluate()
+            while self.progress.step < self.steps and not self._is_enough():
+                self._step(signals)
+                if self.progress.step % self.eval_every == 0 or self.progress.step == self.steps:
+                    self._look()
+                    self._evaluate()
+        self._look()
+        chosen = self.progress.evaluations[-1]
+        if self.settings.keeps_best and self.progress.best is not None:
+            set_weights(self.accelerator, self.model, self.best)
+            chosen = next(e for e in self.progress.evaluations if e["step"] == self.progress.best_step)
+        weights = whole_weights(self.accelerator, self.model)
+        return Outcome(weights, self.progress.evaluations, chosen, self.progress.step, self._rate())
+
+    def _is_enough(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.progress.waiting >= patience
+
+    def _step(self, signals: StopSignals) -> None:
+        """One step, and before it what is due: a look at the loss, a checkpoint, an end."""
+        step, begin = self.progress.step, time.perf_counter()
+        parts = self.reader.take(step)
+        self.busy += time.perf_counter() - begin
+        count, look, save, stop = self._agree(sum(map(self.task.count, parts)), signals.received)
+        if look:
+            self._look()
+        if save or stop:
+            self._save()
+        if stop:
+            raise Interrupted(stop, step, self.watch.keeper is not None)
+        begin = time.perf_counter()
+        seed_generators(derived_seed(self.settings.seed, "step", step, self.order.rank), self.device)
+        set_learning_rate(self.optimizer, self._lr(step))
+        losses = []
+        for k, part in enumerate(parts, start=1):
+            part = to_device(part, self.device)
+            with nullcontext() if k == len(parts) else self.accelerator.no_sync(self.model):
+                with self.mixed():
+                    loss = self.task.loss(self.call(self.model, part), part)
+                self.accelerator.backward(loss * (self.world / max(1, count)))
+            losses.append(loss.detach())
+        if self.settings.clip is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        self.losses.append(sum(losses[1:], start=losses[0]))
+        self.counts.append(max(1, count))
+        self.progress.step += 1
+        self.busy += time.perf_counter() - begin
+
+    def _agree(self, count: int, signum: int) -> tuple[int, bool, bool, int]:
+        """The count over all processes, and what all do before this step, by the main one's clock."""
+        now, watch, step = time.monotonic(), self.watch, self.progress.step
+        look = now - self.looked > _TELL_EVERY or len(self.losses) >= _MOST_UNSEEN
+        save = now - self.saved > watch.save_seconds and step > self.begun
+        save = save or (watch.save_steps is not None and step > self.begun and step % watch.save_steps == 0)
+        if self.world == 1:
+            return count, look, save, signum
+        main = self.accelerator.is_main_process
+        said = torch.tensor([count, main and look, main and save, signum], device=self.device)
+        said = self.accelerator.gather(said[None])
+        return int(said[:, 0].sum()), bool(said[:, 1].any()), bool(said[:, 2].any()), int(said[:, 3].max())
+
+    def _lr(self, step: int) -> float:
+        return learning_rate(self.settings, step, self.steps, self.order.steps_per_epoch)
+
+    def _look(self) -> None:
+        """Look at the losses since the last time: all finite? Then log and tell.
+
+        Raises:
+            MpocError: one is not.
+        """
+        self.looked = time.monotonic()
+        if not self.losses:
+            return
+        begin = time.perf_counter()
+        sums = torch.stack(self.losses)
+        if self.world > 1:
+            sums = self.accelerator.reduce(sums, "sum")
+        means = [loss / count for loss, count in zip(sums.tolist(), self.counts, strict=True)]
+        self.busy += time.perf_counter() - begin  # a GPU was waited for
+        first = self.progress.step - len(means)
+        for k, loss in enumerate(means):
+            if not math.isfinite(loss):
+                raise _diverged(first + k + 1, self._lr(first + k), loss)
+            self.progress.loss_sum += loss
+            self.progress.loss_steps += 1
+        self.losses, self.counts, self.now = [], [], sum(means) / len(means)
+        told = self._told()
+        if self.accelerator.is_main_process:
+            self.watch.log.write(
+                step=told.step, epoch=short(told.epoch), loss=short(told.loss), lr=short(told.lr),
+                examples_per_second=short(told.rate),
+            )  # fmt: skip
+        self._tell(told)
+
+    def _evaluate(self) -> None:
+        """Score the validation split, keep the best."""
+        progress = self.progress
+        found: Evaluation | None = None
+        if self.validation is not None:
+            found = evaluate(
+                self.model, self.task, self.validation, self._eval_batch(), self.device, self.call,
+                self.accelerator,
+            )  # fmt: skip
+        record: dict[str, Any] = {"step": progress.step, "epoch": short(self._epoch())}
+        if progress.loss_steps:
+            record["train_loss"] = short(progress.loss_sum / progress.loss_steps)
+            progress.loss_sum, progress.loss_steps = 0.0, 0
+        if found is not None:
+            record |= found.rounded()
+            self._compare(found.scores)
+        progress.evaluations.append(record)
+        if self.accelerator.is_main_process:
+            self.watch.log.write(split="validation" if found else "train", **record)
+        self._tell(self._told(found.scores if found else {}))
+        self.looked = time.monotonic()
+
+    def _compare(self, scores: Scores) -> None:
+        progress = self.progress
+        if self.task.better(scores, progress.best):
+            progress.best, progress.best_step, progress.waiting = scores, progress.step, 0
+            if self.settings.keeps_best:
+                weights = whole_weights(self.accelerator, self.model)
+                self.best = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+        else:
+            progress.waiting += 1
+
+    def _eval_batch(self) -> int:
+        return max(1, self.order.batch // (self.settings.accumulate * self.world))
+
+    def _epoch(self) -> float:
+        return self.progress.step / self.order.steps_per_epoch
+
+    def _rate(self) -> float:
+        done = self.progress.step - self.begun
+        return done * self.order.batch / self.busy if self.busy else 0.0
+
+    def _told(self, scores: Scores | None = None) -> Told:
+        step = self.progress.step
+        done = max(1, step - self.begun)
+        left = (self.steps - step) * self.busy / done
+        lr = self._lr(max(0, step - 1))
+        return Told(step, self.steps, self._epoch(), self.now, lr, self._rate(), left, scores)
+
+    def _tell(self, told: Told) -> None:
+        if self.watch.told is not None and self.accelerator.is_main_process:
+            self.watch.told(told)
+
+    def _save(self) -> None:
+        """A checkpoint of this moment, by the main process."""
+        keeper = self.watch.keeper
+        if keeper is None:
+            return
+        self._look()
+        tensors = gather(self.accelerator, self.model, self.optimizer)
+        scaler = self.accelerator.scaler
+        if self.accelerator.is_main_process:
+            keeper.extra["log"] = self.watch.log.position
+            keeper.save(self.progress, tensors, self.best, scaler.state_dict() if scaler else {})
+        self.saved = time.monotonic()
+
+    def _restore(self, saved: Saved) -> None:
+        scatter(self.accelerator, self.model, self.optimizer, saved.tensors)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved.extra["scaler"])
+        self.progress, self.best = saved.progress, saved.best
+
+
+def _checkpoint_gradients(network: nn.Module) -> None:
+    """Recompute activations in the backward pass.
+
+    Raises:
+        UsageError: the network does not offer it.
+    """
+    enable = getattr(network, "gradient_checkpointing_enable", None)
+    if enable is None:
+        raise UsageError(f"--gradient-checkpointing: {type(network).__name__} does not offer it")
+    enable()
+
+
+def _diverged(step: int, lr: float, loss: float) -> MpocError:
+    what = "nan" if math.isnan(loss) else "infinite"
+    return MpocError(
+        f"the loss is {what} at step {step} (learning rate {lr:.3g})",
+        "a smaller --lr, --warmup 0.1, or --clip 1",
+    )

@@ -1,0 +1,158 @@
+"""The data set of a command, and its batches as one network takes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mpoc import zoo
+from mpoc.data import Data, HubTokenizer, ImageOptions, TextOptions, check_fits, hold_out, open_data, prepare
+from mpoc.data.text import Tokenizer, tokenizer_from_state
+from mpoc.errors import MpocError, UsageError
+from mpoc.train.call import Batch
+from mpoc.train.feed import Feed, plain
+from mpoc.train.model import Model
+
+HELD_OUT = 0.1  # of a training split, where there is nothing else to measure on
+_BLOCK = 256  # tokens
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which data, and what is done to them; None: as the network's record says, or the default."""
+
+    path: Path
+    format: str | None = None
+    mean: tuple[float, ...] | None = None  # images
+    std: tuple[float, ...] | None = None
+    pad: int | None = None
+    flip: bool | None = None
+    size: tuple[int, int] | None = None  # (height, width)
+    tokenizer: Path | None = None  # text: a Hugging Face directory
+    block: int | None = None
+    column: str | None = None
+    held_out: float | None = None
+
+
+@dataclass(frozen=True)
+class Material:
+    """A data set with what is done to its images."""
+
+    data: Data
+    images: ImageOptions
+
+    def feed(self, split: str) -> Feed:
+        """A split as batches; training ones are augmented where the reader draws."""
+        return Feed(self.data.splits[split], self._transform)
+
+    def _transform(self, batch: Batch, generator: torch.Generator | None) -> Batch:
+        if self.data.kind != "images":
+            return plain(batch, generator)
+        return {**batch, "x": prepare(batch["x"], self.images, generator)}
+
+
+def open_material(options: DataOptions, model: Model, seed: int, wants_validation: bool = False) -> Material:
+    """Open the data set for a network.
+
+    Args:
+        options: which, and how.
+        model: whose record fills in what the options leave open.
+        seed: of the examples that are held out, and of the windows of a text.
+        wants_validation: a validation split is needed even where there is a test split.
+
+    Raises:
+        UsageError: options that do not fit.
+        MpocError: bad data.
+    """
+    images = image_options(options, model)
+    share = HELD_OUT if options.held_out is None else options.held_out
+    text = TextOptions(
+        _tokenizer(options, model), options.block or _block(model), options.column, share, seed
+    )
+    data = open_data(options.path, options.format, text=text, size=options.size)
+    measured = "validation" in data.splits or ("test" in data.splits and not wants_validation)
+    asked = options.held_out is not None and options.held_out > 0
+    if "train" in data.splits and "validation" not in data.splits and (asked or not measured) and share > 0:
+        data = hold_out(data, share, seed)
+    check_fits(data, vocabulary=_vocabulary(model))
+    return Material(data, images)
+
+
+def image_options(options: DataOptions, model: Model) -> ImageOptions:
+    """What is done to images: as asked, else as the zoo or the directory records, else scaled to [0, 1]."""
+    recorded = ImageOptions(**_recorded_images(model))
+    asked = {
+        name: value
+        for name in ("mean", "std", "pad", "flip", "size")
+        if (value := getattr(options, name)) is not None
+    }
+    return replace(recorded, **asked)
+
+
+def _recorded_images(model: Model) -> dict[str, Any]:
+    spec = zoo_spec(model)
+    if spec is not None:
+        return zoo.ENTRIES[zoo.parse(spec)[0]].images
+    file = model.path / "preprocessor_config.json"
+    if not (model.path.is_dir() and file.is_file()):
+        return {}
+    words = json.loads(file.read_text("utf-8"))
+    size = words.get("size")
+    found = {"mean": words.get("image_mean"), "std": words.get("image_std")}
+    if isinstance(size, dict) and "height" in size and "width" in size:
+        found["size"] = (size["height"], size["width"])
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def zoo_spec(model: Model) -> str | None:
+    """The network's name in the zoo, where it is of it."""
+    arch = model.architecture
+    return arch if arch is not None and arch.partition(":")[0] in zoo.ENTRIES else None
+
+
+def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:
+    """As asked, else as recorded in training, else the directory's own, else the characters of the text."""
+    if options.tokenizer is not None:
+        return HubTokenizer(options.tokenizer)
+    recorded = (model.manifest.training if model.manifest else {}).get("tokenizer")
+    if recorded and "characters" in recorded:
+        return tokenizer_from_state(recorded)
+    files = ("tokenizer.json", "tokenizer_config.json")
+    if model.path.is_dir() and any((model.path / name).is_file() for name in files):
+        try:
+            return HubTokenizer(model.path)
+        except MpocError:
+            if options.path.suffix in (".txt", ".jsonl", ".parquet"):
+                raise
+    return None
+
+
+def _vocabulary(model: Model) -> int | None:
+    spec = zoo_spec(model)
+    if spec is not None:
+        return zoo.parse(spec)[1].get("vocab")
+    found = getattr(getattr(model.network, "config", None), "vocab_size", None)
+    return found if isinstance(found, int) else None
+
+
+def _block(model: Model) -> int:
+    spec = zoo_spec(model)
+    if spec is not None:
+        return zoo.parse(spec)[1].get("context", _BLOCK)
+    longest = getattr(getattr(model.network, "config", None), "max_position_embeddings", None)
+    return min(_BLOCK, longest) if isinstance(longest, int) and longest > 0 else _BLOCK
+
+
+def choose_split(data: Data, wanted: str | None) -> str:
+    """The split to measure on: ``wanted``, else test, validation or train, the first there is.
+
+    Raises:
+        UsageError: the set has no such split.
+    """
+    if wanted is not None and wanted not in data.splits:
+        raise UsageError(f"{data.path}: no split {wanted!r}, only {', '.join(data.splits)}")
+    return wanted or next(name for name in ("test", "validation", "train") if name in data.splits)

@@ -1,0 +1,141 @@
+"""``mpoc eval`` from files to numbers: open, check, measure."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpoc.architecture import make_network
+from mpoc.errors import UsageError
+from mpoc.pipeline import choose_device
+from mpoc.train.choose import choose_task
+from mpoc.train.evaluate import Evaluation, evaluate, fidelity, latency, repeated
+from mpoc.train.feed import Feed
+from mpoc.train.material import DataOptions, Material, choose_split, open_material
+from mpoc.train.model import Model, open_model
+from mpoc.train.probe import probe
+from mpoc.train.watch import short
+
+SCHEMA = "mpoc.eval/1"
+
+
+@dataclass(frozen=True)
+class MeasureRequest:
+    """What is asked for."""
+
+    source: Path
+    data: DataOptions
+    split: str | None = None
+    arch: str | None = None
+    task: str | None = None
+    reference: Path | None = None
+    latency: bool = False
+    batch: int = 256
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found."""
+
+    model: Path
+    split: str
+    scores: dict[str, float]
+    examples: int
+    rate: float  # examples a second, reading included
+    device: str
+    reference: Path | None = None
+    latencies: list[dict[str, Any]] = field(default_factory=list)  # batch, ms and, where compressed, dense_ms
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``; README documents it."""
+        found: dict[str, Any] = {
+            "schema": SCHEMA,
+            "model": str(self.model),
+            "split": self.split,
+            "examples": self.examples,
+            "device": self.device,
+            "scores": self.scores,
+            "examples_per_second": short(self.rate),
+        }
+        if self.reference is not None:
+            found["reference"] = str(self.reference)
+        if self.latencies:
+            found["latency"] = self.latencies
+        return found
+
+
+def measure(request: MeasureRequest, say: Callable[[str], None] = lambda text: None) -> Measured:
+    """Measure a network on a split.
+
+    Args:
+        request: what, on what, against what.
+        say: gets messages.
+
+    Raises:
+        UsageError: no architecture, no such split, or network and data do not fit.
+        MpocError: bad data or checkpoint.
+    """
+    if request.batch < 1:
+        raise UsageError(f"--batch {request.batch}: must be at least 1")
+    model = open_model(request.source, request.arch)
+    material = open_material(request.data, model, seed=0)
+    split = choose_split(material.data, request.split)
+    device = choose_device(request.device)
+    for line in (material.data.announce(), *material.data.notes, *model.notes):
+        say(line)
+    say(f"device {device}")
+    feed, network = material.feed(split), model.network.to(device)
+    found = _scores(request, model, material, feed, device)
+    latencies = _latencies(model, network, feed, request, device) if request.latency else []
+    return Measured(
+        request.source, split, found.rounded(), found.examples, found.rate, str(device), request.reference,
+        latencies,
+    )  # fmt: skip
+
+
+def _scores(
+    request: MeasureRequest, model: Model, material: Material, feed: Feed, device: torch.device
+) -> Evaluation:
+    if request.reference is not None:
+        if request.task is not None:
+            raise UsageError("--task and --reference: one of them")
+        other = open_model(request.reference, request.arch or model.architecture).network.to(device)
+        return fidelity(model.network, other, feed, request.batch, device)
+    task = choose_task(request.task, material, model.network)
+    probe(model.network, task, feed, device)
+    return evaluate(model.network, task, feed, request.batch, device)
+
+
+def _latencies(
+    model: Model, network: nn.Module, feed: Feed, request: MeasureRequest, device: torch.device
+) -> list[dict[str, Any]]:
+    """Median milliseconds of a call for one example and for a batch, compressed beside dense."""
+    part = feed.read(torch.arange(min(request.batch, len(feed))))
+    dense = None if model.manifest is None else _dense(model, device)
+    found = []
+    for count in sorted({1, request.batch}):
+        batch = repeated(part, count)
+        line: dict[str, Any] = {"batch": count, "ms": short(1e3 * latency(network, batch, device))}
+        if dense is not None:
+            line["dense_ms"] = short(1e3 * latency(dense, batch, device))
+        found.append(line)
+    return found
+
+
+def _dense(model: Model, device: torch.device) -> nn.Module:
+    """The dense network with any weights: how long it takes does not depend on them."""
+    with torch.random.fork_rng(devices=[]):
+        if model.architecture is not None:
+            return make_network(model.architecture).to(device)
+        network: Any = model.network
+        config = copy.deepcopy(network.config)  # of transformers: nothing else records no architecture
+        del config.quantization_config
+        dense: nn.Module = type(network)(config)
+        return dense.to(device)

@@ -1,0 +1,118 @@
+"""A checkpoint opened to be trained or measured: its network, and where each tensor of the file is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.architecture import by_transformers, make_network, with_architecture
+from mpoc.checkpoint import Checkpoint, open_checkpoint
+from mpoc.errors import MpocError, UsageError
+from mpoc.expand import open_compressed
+from mpoc.header import read_header
+from mpoc.loading import open_network
+from mpoc.manifest import MANIFEST_FILE, Manifest, read_manifest
+
+
+@dataclass
+class Model:
+    """A network with what its file says of it."""
+
+    path: Path
+    network: nn.Module  # on the CPU, in evaluation mode, parameters in float32 or better
+    stored: Checkpoint  # the tensors of the file, cores under their own names
+    manifest: Manifest | None  # None: dense
+    architecture: str | None  # as --arch takes it, where known
+    places: dict[str, str]  # name in the file → name of that parameter or buffer in the network
+    notes: list[str] = field(default_factory=list)
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether ``mpoc compress`` made it; only names and a header are read."""
+    if path.is_dir():
+        return (path / MANIFEST_FILE).is_file()
+    return path.is_file() and path.suffix == ".safetensors" and "mpoc" in read_header(path).metadata
+
+
+def open_model(path: Path, arch: str | None) -> Model:
+    """Open a compressed or dense checkpoint with its network.
+
+    Args:
+        path: a file or a Hugging Face directory.
+        arch: the dense network, as ``--arch`` names it; None for what the checkpoint says itself.
+
+    Raises:
+        UsageError: no architecture is known, or it is not found.
+        MpocError: the checkpoint is damaged, or does not fit the network.
+    """
+    manifest = read_manifest(path) if is_compressed(path) else None
+    if manifest is None:
+        stored = open_checkpoint(path)
+        network = _dense_network(stored, arch)
+    else:
+        stored, network = open_compressed(path), open_network(path, arch)
+        arch = arch or manifest.architecture.get("zoo")
+    notes = list(stored.notes)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters()):
+        network.float()
+        notes.append("half-precision parameters are computed with, and trained, in float32")
+    places, unused = _places(path, network, [*stored.infos, *stored.tied])
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        notes.append(f"not in the network, kept as they are: {', '.join(unused[:3])}{more}")
+    return Model(path, network.eval(), stored, manifest, arch, places, notes)
+
+
+def _dense_network(stored: Checkpoint, arch: str | None) -> nn.Module:
+    if arch is None:
+        if stored.is_directory and (stored.path / "config.json").is_file():
+            return by_transformers(stored.path)
+        raise UsageError(
+            f"{stored.path}: holds tensors, not the network's code",
+            "--arch resnet:depth=56, or --arch file.py:factory, where factory() makes the network",
+        )
+    with_architecture(stored, arch)  # checks names and shapes
+    network = make_network(arch)
+    state = network.state_dict()
+    with torch.no_grad():
+        for name in (*stored.infos, *stored.tied):
+            if name in state:
+                state[name].copy_(stored.read(stored.tied.get(name, name)))
+    return network
+
+
+def _places(path: Path, network: nn.Module, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Where each tensor of the file is in the network, and which are nowhere.
+
+    transformers leaves out or adds the base model's prefix.
+
+    Raises:
+        MpocError: a trained parameter is none of the file's tensors.
+    """
+    first: dict[int, str] = {}
+    known: dict[str, str] = {}
+    tensors: list[tuple[str, Tensor]] = [*network.named_parameters(remove_duplicate=False)]
+    tensors += network.named_buffers(remove_duplicate=False)
+    for name, tensor in tensors:
+        known[name] = first.setdefault(id(tensor), name)
+    prefix = f"{getattr(network, 'base_model_prefix', '')}."
+    places: dict[str, str] = {}
+    unused: list[str] = []
+    for name in names:
+        place = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in known), None)
+        if place is None:
+            unused.append(name)
+        else:
+            places[name] = known[place]
+    lost = {name for name, p in network.named_parameters() if p.requires_grad} - set(places.values())
+    if lost:
+        raise MpocError(
+            f"{path}: which of its tensors is the network's {min(lost)!r} cannot be told "
+            f"({len(lost)} such parameters)",
+            "save the network again with its present library, and compress that",
+        )
+    return places, unused

@@ -1,0 +1,92 @@
+"""A trained network as a file like the one it came from: same names, same stored dtypes, honest figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoc import hub_directory
+from mpoc.forms.layout import working_dtype
+from mpoc.forms.mpo import MPO
+from mpoc.header import TensorInfo
+from mpoc.manifest import LayerRecord, Manifest
+from mpoc.train.model import Model
+from mpoc.train.watch import short
+from mpoc.writer import Entry, plan_shards, staged, write_safetensors
+
+
+def default_tuned_output(source: Path) -> Path:
+    """``m.mpo.safetensors`` or ``m.pt`` → ``m.tuned.safetensors``, ``bert-mpo/`` → ``bert-tuned``."""
+    source = source.resolve() if source.name in ("", ".", "..") else source
+    if source.is_dir():
+        return Path(source.name.removesuffix("-mpo") + "-tuned")
+    return Path(source.stem.removesuffix(".mpo") + ".tuned.safetensors")
+
+
+def write_tuned(
+    model: Model, weights: dict[str, Tensor], training: dict[str, Any], output: Path, max_shard_size: int
+) -> Manifest | None:
+    """Write ``weights`` in the place of those of ``model``'s file.
+
+    Args:
+        model: that was trained.
+        weights: by the network's names.
+        training: the history that the manifest keeps.
+        output: a file, or a directory where the model's is one; appears whole or not at all.
+        max_shard_size: in bytes; directories only.
+
+    Returns:
+        The manifest; None for a dense model.
+    """
+    entries = tuned_entries(model, weights)
+    manifest = None if model.manifest is None else tuned_manifest(model.manifest, entries, training)
+    with staged(output) as target:
+        if not model.stored.is_directory:
+            metadata = {"format": "pt"} | ({"mpoc": manifest.to_json()} if manifest else {})
+            write_safetensors(target, entries, metadata)
+            return manifest
+        target.mkdir()
+        hub_directory.copy_other_files(model.path, target, model.stored.weight_files)
+        hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
+        if manifest is not None:
+            hub_directory.unmark(target)  # of the model card: what was said of the cores before
+            hub_directory.mark_compressed(target, manifest)
+    return manifest
+
+
+def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:
+    """Every tensor of the file, in order; those of the network as trained, in their stored dtypes."""
+    stored = model.stored
+    infos = list(stored.infos.values())
+    if model.manifest is None:
+        infos += [replace(stored.infos[first], name=alias) for alias, first in stored.tied.items()]
+    return [_entry(model, info, weights) for info in infos]
+
+
+def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor]) -> Entry:
+    place = model.places.get(info.name)
+    if place is None or place not in weights:
+        source = model.stored.tied.get(info.name, info.name)
+        return Entry(info, lambda: model.stored.read(source))
+    return Entry(info, lambda: weights[place].detach().to("cpu", getattr(torch, info.dtype)))
+
+
+def tuned_manifest(manifest: Manifest, entries: list[Entry], training: dict[str, Any]) -> Manifest:
+    """The manifest with this history; errors against the original weights are known no more."""
+    tensors = {entry.info.name: entry for entry in entries}
+    layers = tuple(
+        layer if layer.form == "dense" else _tuned_record(layer, tensors) for layer in manifest.layers
+    )
+    earlier = {"earlier": manifest.training} if manifest.training else {}
+    return replace(manifest, layers=layers, training={**training, **earlier})
+
+
+def _tuned_record(layer: LayerRecord, tensors: dict[str, Entry]) -> LayerRecord:
+    dtype = working_dtype(getattr(torch, layer.dtype))
+    cores = [tensors[layer.core_name(k)].read().to(dtype) for k in range(len(layer.output_factors))]
+    entropies = tuple(map(short, MPO(cores, layer.structure).entropies()))
+    return replace(layer, relative_error=None, entropies=entropies)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpoc.data.files import FORMATS, files_of, recognise, split_of
+from mpoc.errors import MpocError, UsageError
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train-00000-of-00002.parquet", "train"),
+        ("t10k-images-idx3-ubyte.gz", "test"),
+        ("docstrings-test.jsonl", "test"),
+        ("VAL.npz", "validation"),
+        ("my_valid_set.txt", "validation"),
+        ("latest.npz", None),
+        ("training.npz", "train"),
+        ("contest.npz", None),
+    ],
+)
+def test_the_split_a_name_speaks_of(name: str, split: str | None) -> None:
+    assert split_of(name) == split
+
+
+@pytest.mark.parametrize(
+    ("names", "form"),
+    [
+        (["train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"], "idx"),
+        (["train-images.idx3-ubyte", "train-labels.idx1-ubyte"], "idx"),
+        (["data_batch_1.bin", "test_batch.bin", "batches.meta.txt", "readme.html"], "cifar-binary"),
+        (["data/train-00000-of-00001.parquet", "README.md", ".gitattributes"], "parquet"),
+        (["train.jsonl", "README.txt", "LICENSE.txt"], "jsonl"),
+        (["train/a/1.png", "train/b/1.JPG", "list.txt"], "image-folder"),
+        (["a/deep/1.png"], "image-folder"),
+        (["m.npz"], "npz"),
+        (["train/m.safetensors", "test/m.safetensors"], "safetensors"),
+        (["a.txt", "b.txt"], "txt"),
+    ],
+)
+def test_directories_are_recognised(tmp_path: Path, names: list[str], form: str) -> None:
+    fill(tmp_path, names)
+    assert recognise(tmp_path, None) == form
+    assert form in FORMATS
+
+
+def fill(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"x")
+
+
+def test_the_files_of_each_split_in_order(tmp_path: Path) -> None:
+    fill(tmp_path, ["train-1.npz", "train-0.npz", "test.npz", "dev.npz", "extra.npz", ".hidden-train.npz"])
+    files, notes = files_of(tmp_path, "npz")
+    assert {split: [file.name for file in held] for split, held in files.items()} == {
+        "train": ["train-0.npz", "train-1.npz"],
+        "validation": ["dev.npz"],
+        "test": ["test.npz"],
+    }
+    assert list(files) == ["train", "validation", "test"]
+    assert notes == ["left out, no word of a split in the name: extra.npz"]
+
+
+def test_folders_named_after_splits(tmp_path: Path) -> None:
+    fill(tmp_path, ["train/0.npz", "train/1.npz", "testing/0.npz"])
+    files, notes = files_of(tmp_path, "npz")
+    assert {split: len(held) for split, held in files.items()} == {"train": 2, "test": 1}
+    assert notes == []
+
+
+def test_files_without_a_word_of_a_split_are_training_data(tmp_path: Path) -> None:
+    fill(tmp_path, ["b.txt", "a.txt"])
+    files, notes = files_of(tmp_path, "txt")
+    assert [file.name for file in files["train"]] == ["a.txt", "b.txt"]
+    assert (list(files), notes) == (["train"], [])
+    assert files_of(tmp_path / "a.txt", "txt") == ({"train": [tmp_path / "a.txt"]}, [])
+
+
+def test_several_formats_are_named(tmp_path: Path) -> None:
+    fill(tmp_path, ["a.jsonl", "b.txt"])
+    with pytest.raises(UsageError, match="holds several formats: jsonl, txt") as caught:
+        recognise(tmp_path, None)
+    assert "--format jsonl" in (caught.value.hint or "")
+    assert recognise(tmp_path, "txt") == "txt"
+
+
+def test_what_is_not_known(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file or directory"):
+        recognise(tmp_path / "none", None)
+    with pytest.raises(UsageError, match="unknown format 'parket'; did you mean 'parquet'"):
+        recognise(tmp_path, "parket")
+    fill(tmp_path, ["a.csv"])
+    for path in (tmp_path, tmp_path / "a.csv"):
+        with pytest.raises(MpocError, match="not a data set known here"):
+            recognise(path, None)
+    with pytest.raises(MpocError, match="no file of format npz in it"):
+        files_of(tmp_path, "npz")

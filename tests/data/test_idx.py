@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mpoc.data import open_data
+from mpoc.errors import MpocError
+from tests.data.samples import pixels, write_idx
+
+Y = [0, 1, 2, 1, 0, 2]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+def test_pixels_and_labels_are_those_written(tmp_path: Path, packed: bool, limit: int) -> None:
+    x, x_test = pixels(6, 4, 5), pixels(3, 4, 5, seed=1)
+    write_idx(tmp_path, "train", x, Y, packed)
+    write_idx(tmp_path, "t10k", x_test, [2, 0, 1], packed)
+    data = open_data(tmp_path, limit=limit)
+    assert (data.format, data.kind, data.shape, data.classes) == ("idx", "images", (1, 4, 5), ("0", "1", "2"))
+    batch = data.splits["train"].batch([4, 0])
+    np.testing.assert_array_equal(batch["x"].numpy(), x[[4, 0], None])
+    assert batch["y"].tolist() == [0, 0]
+    assert batch["y"].dtype == torch.int64
+    np.testing.assert_array_equal(data.splits["test"].batch([1])["x"].numpy(), x_test[[1], None])
+
+
+def test_mnist_as_unpacked_by_hand(data: Path) -> None:
+    mnist = open_data(data / "mnist")
+    raw = gzip.decompress((data / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
+    assert struct.unpack(">4I", raw[:16]) == (0x803, 10_000, 28, 28)
+    batch = mnist.splits["test"].batch([0, 9_999])
+    for k, row in enumerate((0, 9_999)):
+        assert bytes(batch["x"][k].flatten().tolist()) == raw[16 + row * 784 : 16 + (row + 1) * 784]
+    labels = gzip.decompress((data / "mnist" / "t10k-labels-idx1-ubyte.gz").read_bytes())
+    y = mnist.splits["test"].y
+    assert y is not None
+    assert bytes(y.tolist()) == labels[8:]
+    said = f"{data / 'mnist'}: idx; train 60,000, test 10,000; images 1×28×28; 10 classes (0, 1, 2, …)"
+    assert mnist.announce() == said
+    assert mnist.notes == ()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [0, 3, 12, 40, -1])
+def test_a_truncated_file_is_named(tmp_path: Path, packed: bool, length: int) -> None:
+    file = write_idx(tmp_path, "train", pixels(6, 4, 5), Y, packed)
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(MpocError, match=rf"{file.name}: .*(truncated|empty|not an IDX)"):
+        open_data(tmp_path)
+
+
+def test_counts_that_differ(tmp_path: Path) -> None:
+    write_idx(tmp_path, "train", pixels(6, 4, 5), Y[:5])
+    with pytest.raises(
+        MpocError, match=r"train-images-idx3-ubyte: 6 images, but train-labels.* has 5 labels"
+    ):
+        open_data(tmp_path)
+
+
+def test_bytes_too_many(tmp_path: Path) -> None:
+    file = write_idx(tmp_path, "train", pixels(6, 4, 5), Y)
+    file.write_bytes(file.read_bytes() + b"12")
+    with pytest.raises(MpocError, match="2 bytes too many"):
+        open_data(file)
+
+
+def test_labels_missing(tmp_path: Path) -> None:
+    file = write_idx(tmp_path, "train", pixels(6, 4, 5), Y)
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(MpocError, match="its labels are missing: train-labels-idx1-ubyte"):
+        open_data(file)
+
+
+def test_another_size_in_the_test_split(tmp_path: Path) -> None:
+    write_idx(tmp_path, "train", pixels(6, 4, 5), Y)
+    write_idx(tmp_path, "t10k", pixels(6, 5, 5), Y)
+    with pytest.raises(MpocError, match=r"t10k-images.*\(1, 5, 5\).*train-images.*\(1, 4, 5\)"):
+        open_data(tmp_path)

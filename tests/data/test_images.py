@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from mpoc.data import ImageOptions, prepare
+from mpoc.errors import UsageError
+from tests.data.samples import pixels
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.from_numpy(pixels(*shape))
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_normalised_as_the_formula_says() -> None:
+    x = images(4, 3, 5, 6)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    expected = (x.numpy() / 255 - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
+    found = prepare(x, ImageOptions(mean, std))
+    assert found.dtype == torch.float32
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
+    one = prepare(x, ImageOptions((0.5,), (0.25,)))
+    torch.testing.assert_close(one, (x / 255 - 0.5) / 0.25)
+
+
+def test_crops_and_flips_are_of_the_padded_image() -> None:
+    x = images(64, 2, 4, 5)
+    before = x.clone()
+    found = (prepare(x, ImageOptions(pad=2, flip=True), generator()) * 255).round().to(torch.uint8)
+    padded = F.pad(x, (2, 2, 2, 2))
+    seen = set()
+    for image, source in zip(found, padded, strict=True):
+        matches = [
+            (top, left, flip)
+            for top in range(5)
+            for left in range(5)
+            for flip in (False, True)
+            if torch.equal(image.flip(2) if flip else image, source[:, top : top + 4, left : left + 5])
+        ]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert {top for top, _, _ in seen} == {left for _, left, _ in seen} == set(range(5))
+    assert any(top != left for top, left, _ in seen)
+    assert {flip for _, _, flip in seen} == {False, True}
+    assert torch.equal(x, before)
+
+
+def test_the_generator_decides_and_none_means_evaluation() -> None:
+    x = images(32, 1, 6, 6)
+    options = ImageOptions(pad=2, flip=True)
+    assert torch.equal(prepare(x, options, generator(1)), prepare(x, options, generator(1)))
+    assert not torch.equal(prepare(x, options, generator(1)), prepare(x, options, generator(2)))
+    torch.testing.assert_close(prepare(x, options), x / 255)
+
+
+def test_resized_as_pillow_does() -> None:
+    x = images(2, 3, 16, 12)
+    options = ImageOptions(size=(8, 6))
+    found = prepare(x, options) * 255
+    for image, source in zip(found, x, strict=True):
+        pillow = Image.fromarray(source.permute(1, 2, 0).numpy()).resize((6, 8), Image.Resampling.BILINEAR)
+        expected = torch.from_numpy(np.array(pillow)).permute(2, 0, 1).float()
+        assert float((image - expected).abs().max()) <= 1.01  # pillow rounds twice
+    assert options.output_shape((3, 16, 12)) == (3, 8, 6)
+    assert ImageOptions().output_shape((3, 16, 12)) == (3, 16, 12)
+
+
+def test_options_survive_json() -> None:
+    options = ImageOptions((0.1, 0.2, 0.3), (1.0, 1.0, 2.0), 4, True, (32, 32))
+    assert ImageOptions(**json.loads(json.dumps(options.as_dict()))) == options
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mean": (0.1, 0.2), "std": (1.0, 1.0, 1.0)},
+        {"std": (0.0,)},
+        {"std": ()},
+        {"pad": -1},
+        {"size": (0, 4)},
+        {"size": (4,)},
+    ],
+)
+def test_options_out_of_range(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError):
+        ImageOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_means_for_other_channels() -> None:
+    with pytest.raises(UsageError, match="3 means for images of 1 channels"):
+        prepare(images(2, 1, 4, 4), ImageOptions((0.1, 0.2, 0.3), (1.0, 1.0, 1.0)))

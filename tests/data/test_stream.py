@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpoc.data import CharacterTokenizer, TextOptions, open_data
+from mpoc.data import stream as stream_module
+from mpoc.data.stream import TokenStream
+from mpoc.errors import MpocError
+
+
+def test_tiny_shakespeare(data: Path) -> None:
+    file = data / "text" / "tinyshakespeare.txt"
+    text = file.read_text("utf-8")
+    found = open_data(file)
+    tokenizer = found.tokenizer
+    assert isinstance(tokenizer, CharacterTokenizer)
+    assert tokenizer.characters == "".join(sorted(set(text)))
+    assert tokenizer.vocab_size == 65
+    train, validation = found.splits["train"], found.splits["validation"]
+    assert isinstance(train, TokenStream)
+    assert isinstance(validation, TokenStream)
+    assert (len(train.tokens), len(validation.tokens)) == (1_003_854, 111_540)
+    first = validation.batch([0, 1])["input_ids"].flatten().tolist()
+    assert tokenizer.decode(first) == text[1_003_854 : 1_003_854 + 512]
+    assert found.notes == ("no validation text: the last 10% of tinyshakespeare.txt are held out",)
+
+
+@pytest.mark.parametrize("limit", [1 << 30, 0])
+@pytest.mark.parametrize("piece", [7, 1 << 20])
+def test_blocks_and_windows_are_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, piece: int
+) -> None:
+    monkeypatch.setattr(stream_module, "_PIECE", piece)
+    text = "to be, or not\r\nto be: that is the quéstion\n" * 5
+    (tmp_path / "train.txt").write_bytes(text.encode())
+    (tmp_path / "test.txt").write_bytes(text[::-1].encode())
+    data = open_data(tmp_path, text=TextOptions(block=8), limit=limit)
+    assert list(data.splits) == ["train", "test"]
+    tokenizer = data.tokenizer
+    assert isinstance(tokenizer, CharacterTokenizer)
+    count = len(text) // 8
+    blocks = data.splits["test"].batch(range(count))
+    assert tokenizer.decode(blocks["input_ids"].flatten().tolist()) == text[::-1][: count * 8]
+    assert blocks["attention_mask"].tolist() == [[1] * 8] * count
+    train = data.splits["train"]
+    assert len(train) == count
+    windows = [tokenizer.decode(row) for row in train.batch(range(count))["input_ids"].tolist()]
+    assert all(window in text for window in windows)
+
+
+def test_windows_are_drawn_anew_each_epoch_and_the_same_again() -> None:
+    stream = TokenStream(torch.arange(1000, dtype=torch.int32), 10, seed=3)
+    first = stream.batch(range(100))["input_ids"]
+    stream.set_epoch(1)
+    second = stream.batch(range(100))["input_ids"]
+    stream.set_epoch(0)
+    assert torch.equal(stream.batch(range(100))["input_ids"], first)
+    assert not torch.equal(first, second)
+    other = TokenStream(torch.arange(1000, dtype=torch.int32), 10, seed=4)
+    assert not torch.equal(other.batch(range(100))["input_ids"], first)
+    assert len(torch.unique(first[:, 0] % 10)) == 10  # at any place, not at block ends alone
+    assert int(first.max()) <= 999
+
+
+def test_every_place_can_be_drawn() -> None:
+    stream = TokenStream(torch.arange(12, dtype=torch.int32), 10, seed=0)
+    seen = set()
+    for epoch in range(50):
+        stream.set_epoch(epoch)
+        seen.add(int(stream.batch([0])["input_ids"][0, 0]))
+    assert seen == {0, 1, 2}
+
+
+def test_no_share_held_out_when_told(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc" * 40)
+    data = open_data(tmp_path / "a.txt", text=TextOptions(block=8, held_out=0.0))
+    assert list(data.splits) == ["train"]
+    assert len(data.splits["train"]) == 15
+
+
+def test_text_that_is_too_short(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc" * 40)
+    with pytest.raises(MpocError, match=r"a\.txt: validation has fewer tokens than one block of 20"):
+        open_data(tmp_path / "a.txt", text=TextOptions(block=20))
+
+
+def test_bytes_that_are_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good\n\xff\xfe bad")
+    with pytest.raises(MpocError, match=r"a\.txt: not text in UTF-8"):
+        open_data(tmp_path / "a.txt")
+
+
+def test_a_character_that_training_has_not(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("abc" * 400)
+    (tmp_path / "test.txt").write_text("abz" * 400)
+    with pytest.raises(MpocError, match=r"test\.txt: character 'z' is not among the 3"):
+        open_data(tmp_path)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mpoc.data import CharacterTokenizer, HubTokenizer, TextOptions, open_data, tokenizer_from_state
+from mpoc.errors import MpocError
+from tests.data.samples import write_jsonl
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "##s"]
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    """A BERT tokenizer of nine words."""
+    from transformers import BertTokenizer
+
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def test_characters_are_numbered_in_order_and_survive_json() -> None:
+    tokenizer = CharacterTokenizer.of(["héllo", "wörld\n"])
+    text = "hello".replace("e", "é")
+    assert tokenizer.characters == "".join(sorted(set("héllowörld\n")))
+    assert tokenizer.encode(text) == [tokenizer.characters.index(character) for character in text]
+    again = tokenizer_from_state(json.loads(json.dumps(tokenizer.state())))
+    assert again.encode("wörld\n") == tokenizer.encode("wörld\n")
+    assert (tokenizer.pad_id, tokenizer.mask_id, tokenizer.special_ids) == (0, None, ())
+    assert tokenizer.encode_documents(["low", "h"], 2) == [tokenizer.encode("lo"), tokenizer.encode("h")]
+
+
+def test_an_unknown_character_is_named() -> None:
+    with pytest.raises(MpocError, match="character 'z' is not among the 3"):
+        CharacterTokenizer("abc").encode("abz")
+
+
+def test_a_directory_s_tokenizer(bert: Path) -> None:
+    tokenizer = HubTokenizer(bert)
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.mask_id) == (9, 0, 4)
+    assert set(tokenizer.special_ids) == {0, 1, 2, 3, 4}
+    assert tokenizer.encode("the cats") == [5, 6, 8]
+    assert tokenizer.encode_documents(["the cats sat", "cat"], 4) == [[2, 5, 6, 3], [2, 6, 3]]
+    assert tokenizer_from_state(json.loads(json.dumps(tokenizer.state()))).encode("cat") == [6]
+
+
+def test_documents_with_a_directory_s_tokenizer(bert: Path, tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "t.jsonl", [{"text": "the cats sat"}, {"text": "cat"}])
+    data = open_data(file, text=TextOptions(HubTokenizer(bert), block=8))
+    batch = data.splits["train"].batch([1, 0])
+    assert batch["input_ids"].tolist() == [[2, 6, 3, 0, 0, 0], [2, 5, 6, 8, 7, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0, 0], [1] * 6]
+    assert data.announce().endswith("jsonl; train 2; vocabulary 9")
+
+
+def test_states_and_directories_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(MpocError, match=r"no tokenizer in it"):
+        HubTokenizer(tmp_path)
+    with pytest.raises(MpocError, match=r"not the state of a tokenizer \(keys: other\)"):
+        tokenizer_from_state({"other": 1})
+
+
+@pytest.mark.parametrize("options", [{"block": 0}, {"held_out": 1.0}, {"held_out": -0.1}])
+def test_options_out_of_range(options: dict[str, float]) -> None:
+    with pytest.raises(MpocError, match="at least"):
+        TextOptions(**options)  # type: ignore[arg-type]

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mpoc.data.arrays import Arrays
+from mpoc.errors import MpocError, UsageError
+from mpoc.train.feed import Feed, Reader
+from mpoc.train.order import Order
+from mpoc.train.schedule import learning_rate
+from mpoc.train.settings import Settings
+from mpoc.train.tasks import Classification
+from mpoc.train.watch import Told, Watch
+from tests.train.small import blobs, feed, perceptron, run, weights
+
+
+class TestAgainstAHandWrittenLoop:
+    @pytest.mark.parametrize("nesterov", [False, True])
+    def test_sgd_with_the_coupled_l2_of_eq_7(self, nesterov: bool) -> None:
+        """v ← μ v + g + λ w, w ← w − η (v, or g + λ w + μ v with Nesterov), on all parameters."""
+        eta, mu, lam = 0.1, 0.9, 0.01
+        network, ours = perceptron(), perceptron()
+        run(ours, lr=eta, momentum=mu, l2=lam, nesterov=nesterov)
+        x, y = blobs()
+        velocity = [torch.zeros_like(w) for w in network.parameters()]
+        order = Order(feed().examples, 16)
+        for step in range(12):
+            chosen = order.indices(step)[0]
+            loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen])
+            gradients = torch.autograd.grad(loss, list(network.parameters()))
+            with torch.no_grad():
+                for w, v, g in zip(network.parameters(), velocity, gradients, strict=True):
+                    full = g + lam * w
+                    v.mul_(mu).add_(full)
+                    w.sub_(eta * (full + mu * v if nesterov else v))
+        torch.testing.assert_close(weights(ours), weights(network), rtol=0, atol=1e-6)
+
+    def test_the_l2_is_the_gradient_of_half_the_square(self) -> None:
+        """Eq. (7): one step with λ is one step on loss + (λ/2) Σ w², whatever the optimiser."""
+        lam = 0.05
+        for name in ("sgd", "adamw"):
+            ours, network = perceptron(), perceptron()
+            run(ours, optimizer=name, lr=0.01, momentum=0.0, l2=lam, steps=1)
+            x, y = blobs()
+            chosen = Order(feed().examples, 16).indices(0)[0]
+            square = sum(w.square().sum() for w in network.parameters())
+            loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen]) + lam / 2 * square
+            kind = torch.optim.SGD if name == "sgd" else torch.optim.Adam
+            optimizer = kind(network.parameters(), lr=0.01)
+            loss.backward()
+            optimizer.step()
+            torch.testing.assert_close(weights(ours), weights(network), rtol=1e-5, atol=1e-7)
+
+    def test_adamw_decouples_its_decay(self) -> None:
+        ours, network = perceptron(), perceptron()
+        run(ours, optimizer="adamw", lr=0.01, weight_decay=0.1, steps=1)
+        plain = perceptron()
+        run(plain, optimizer="adamw", lr=0.01, steps=1)
+        for w, v, start in zip(weights(ours), weights(plain), weights(network), strict=True):
+            torch.testing.assert_close(w, v - 0.01 * 0.1 * start, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_is_one_large_batch(parts: int) -> None:
+    """Also for the last batch of an epoch, which is smaller."""
+    whole, cut = perceptron(), perceptron()
+    run(whole, feed(90))
+    run(cut, feed(90), accumulate=parts)
+    torch.testing.assert_close(weights(cut), weights(whole), rtol=0, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
+    found = []
+    for seed in (3, 3, 4):
+        network = perceptron(dropout=0.3)
+        run(network, seed=seed)
+        found.append(weights(network))
+    assert all(torch.equal(a, b) for a, b in zip(found[0], found[1], strict=True))
+    assert not torch.equal(found[0][0], found[2][0])
+
+
+class TestOrder:
+    def test_an_epoch_is_every_example_once_for_any_processes_and_parts(self) -> None:
+        examples = feed(90).examples
+        whole = Order(examples, 16, seed=1)
+        shares = [Order(examples, 16, 2, rank, 2, seed=1) for rank in range(2)]
+        for step in range(2 * whole.steps_per_epoch):
+            together = torch.cat([part for order in shares for part in order.indices(step)])
+            assert torch.equal(together, whole.indices(step)[0])
+        first = torch.cat([whole.indices(step)[0] for step in range(whole.steps_per_epoch)])
+        assert sorted(first.tolist()) == list(range(90))
+
+    def test_a_last_batch_too_small_for_its_parts_is_left_out(self) -> None:
+        examples = feed(34).examples
+        assert Order(examples, 16).steps_per_epoch == 3
+        assert Order(examples, 16, 2).steps_per_epoch == 2
+
+    def test_draws_are_those_of_the_step_however_it_is_reached(self) -> None:
+        x, y = blobs()
+
+        def noisy(
+            batch: dict[str, torch.Tensor], generator: torch.Generator | None
+        ) -> dict[str, torch.Tensor]:
+            return {**batch, "x": batch["x"] + torch.rand(batch["x"].shape, generator=generator)}
+
+        data = Feed(Arrays([x], y), noisy)
+        readers = [Reader(data, Order(data.examples, 16), Classification(3), False) for _ in range(2)]
+        straight = [readers[0].take(step)[0]["x"] for step in range(5)]
+        assert torch.equal(readers[1].take(4)[0]["x"], straight[4])
+        assert not torch.equal(straight[3], straight[4])
+
+
+class TestSchedules:
+    def test_cosine_with_warm_up(self) -> None:
+        settings = Settings(lr=2.0, warmup=0.1)
+        rates = [learning_rate(settings, step, 100, 10) for step in range(100)]
+        assert rates[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)])
+        assert rates[55] == pytest.approx(1.0)
+        assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+        assert 0 < rates[-1] < 1e-3
+
+    def test_exponential_falls_at_epochs(self) -> None:
+        settings = Settings(lr=0.8, schedule="exponential", gamma=0.5, decay_every=2)
+        rates = [learning_rate(settings, step, 60, 10) for step in range(60)]
+        assert rates == [0.8] * 20 + [0.4] * 20 + [0.2] * 20
+
+
+class TestEvaluationsOnTheWay:
+    def test_early_stop_ends_with_the_best_weights(self) -> None:
+        """A rate so large that it gets worse after a while."""
+        network = perceptron()
+        done = run(network, epochs=40, lr=1.5, momentum=0.95, patience=3)
+        accuracies = [e["accuracy"] for e in done.evaluations]
+        assert done.steps < 40 * 6
+        assert done.chosen["accuracy"] == max(accuracies)
+        assert len(accuracies) - 1 - accuracies.index(max(accuracies)) == 3
+        x, y = blobs(48, seed=1)
+        right = float((network.eval()(x).argmax(1) == y).float().mean()) * 100
+        assert right == pytest.approx(done.chosen["accuracy"], abs=1e-3)
+
+    def test_what_is_told(self) -> None:
+        told: list[Told] = []
+        done = run(perceptron(), watch=Watch(told=told.append), epochs=3)
+        assert [t.step for t in told if t.scores is not None] == [0, 6, 12, 18]
+        assert told[-1].steps == 18
+        assert told[-1].seconds_left == 0
+        assert done.rate > 0
+        assert done.evaluations[-1]["accuracy"] > done.evaluations[0]["accuracy"] + 20
+
+
+class TestWhatStopsIt:
+    def test_a_loss_that_is_not_finite_names_step_and_rate(self) -> None:
+        with pytest.raises(
+            MpocError, match=r"the loss is (nan|infinite) at step \d+ \(learning rate 1e\+0?30"
+        ):
+            run(perceptron(), lr=1e30, epochs=5)
+
+    def test_a_network_for_other_inputs(self) -> None:
+        network = nn.Linear(5, 3)
+        with pytest.raises(UsageError, match=r"does not take x of shape \(2, 12\) float32: .*12"):
+            run(network)
+
+    def test_a_network_for_fewer_classes(self) -> None:
+        with pytest.raises(UsageError, match="the data have 3 classes, the network scores 2"):
+            run(nn.Linear(12, 2))
+
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"lr": -1.0}, "--lr -1"),
+            ({"lr": math.nan}, "--lr nan"),
+            ({"schedule": "cosin"}, "did you mean 'cosine'"),
+            ({"momentum": 1.0}, "--momentum 1"),
+            ({"weight_decay": 0.1}, "AdamW's decoupled decay"),
+            ({"batch": 2, "accumulate": 4}, "fewer examples than"),
+            ({"gradient_checkpointing": True}, "does not offer it"),
+        ],
+    )
+    def test_settings_out_of_range(self, settings: dict[str, Any], said: str) -> None:
+        with pytest.raises(UsageError, match=said):
+            run(perceptron(), **settings)
