@@ -38,7 +38,7 @@ class TokenStream(Examples):
         """Draw the places of this epoch: as many as there are whole blocks, so that an epoch is one pass."""
         count = len(self.tokens) // self.block
         self._starts = torch.arange(count) * self.block
-        if self.seed is not None:
+        if self.seed is not None and count:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             last = len(self.tokens) - self.block
             self._starts = torch.randint(0, last + 1, (count,), generator=generator)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, UsageError
 
 
 class Tokenizer(Protocol):
@@ -188,6 +188,6 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         if self.block < 1:
-            raise MpocError(f"a block of {self.block} tokens: at least 1 is needed")
+            raise UsageError(f"a block of {self.block} tokens: at least 1 is needed")
         if not 0 <= self.held_out < 1:
-            raise MpocError(f"held-out share {self.held_out}: at least 0 and below 1 is needed")
+            raise UsageError(f"held-out share {self.held_out}: at least 0 and below 1 is needed")

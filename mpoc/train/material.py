@@ -70,9 +70,8 @@ def open_material(options: DataOptions, model: Model, seed: int, wants_validatio
     """
     images = image_options(options, model)
     share = HELD_OUT if options.held_out is None else options.held_out
-    text = TextOptions(
-        _tokenizer(options, model), options.block or _block(model), options.column, share, seed
-    )
+    block = _block(model) if options.block is None else options.block
+    text = TextOptions(_tokenizer(options, model), block, options.column, share, seed)
     data = open_data(options.path, options.format, text=text, size=options.size)
     measured = "validation" in data.splits or ("test" in data.splits and not wants_validation)
     asked = options.held_out is not None and options.held_out > 0

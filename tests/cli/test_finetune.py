@@ -203,6 +203,7 @@ def test_two_processes_are_one(run: Mpoc, folder: Path) -> None:
         ((*TRAIN, "--hold-out", "0", "--patience", "2"), 2, "there is none"),
         ((*TRAIN, "-o", "net.mpo.safetensors"), 2, "would write over or into the input"),
         ((*TRAIN, "--plot", "curves.jpeg2"), 2, "the name of a picture ends in"),
+        ((*TRAIN, "--block", "0"), 2, "a block of 0 tokens"),
         ((*TRAIN, "--checkpoint-every", "soon"), 2, "not as 500 (steps) or 60s"),
     ],
 )

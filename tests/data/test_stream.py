@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from mpoc.data import CharacterTokenizer, TextOptions, open_data
 from mpoc.data import stream as stream_module
 from mpoc.data.stream import TokenStream
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, UsageError
 
 
 def test_tiny_shakespeare(data: Path) -> None:
@@ -85,6 +86,19 @@ def test_text_that_is_too_short(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 40)
     with pytest.raises(MpocError, match=r"a\.txt: validation has fewer tokens than one block of 20"):
         open_data(tmp_path / "a.txt", text=TextOptions(block=20))
+
+
+@pytest.mark.parametrize("text", ["", "a", "abc" * 6])
+def test_text_shorter_than_a_block(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(MpocError, match=r"a\.txt: train has fewer tokens than one block of 20"):
+        open_data(tmp_path / "a.txt", text=TextOptions(block=20))
+
+
+@pytest.mark.parametrize("options", [{"block": 0}, {"held_out": 1.0}, {"held_out": -0.1}])
+def test_options_out_of_range(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="is needed"):
+        TextOptions(**options)
 
 
 def test_bytes_that_are_not_text(tmp_path: Path) -> None:
