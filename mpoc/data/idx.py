@@ -27,12 +27,25 @@ def open_idx(source: Source) -> Data:
     """Images from ``…-images-idx3-ubyte`` with the labels from ``…-labels-idx1-ubyte`` beside them.
 
     Raises:
-        MpocError: labels missing, a file that is truncated or no IDX file, counts that differ.
+        MpocError: several sets, labels missing, a file truncated or no IDX file, counts that differ.
     """
-    parts = {}
-    for split, files in source.files.items():
-        parts[split] = [_pair(file) for file in files]
+    parts = {split: [_pair(_only(split, files))] for split, files in source.files.items()}
     return assemble(source, "idx", parts)
+
+
+def _only(split: str, files: list[Path]) -> Path:
+    """The file of a split; of the same file plain and packed (torchvision leaves both) the plain one.
+
+    Raises:
+        MpocError: several, which are different sets, as EMNIST's letters and digits.
+    """
+    plain = [file for file in files if file.suffix != ".gz" or file.with_suffix("") not in files]
+    if len(plain) > 1:
+        raise MpocError(
+            f"{plain[0].parent}: {len(plain)} sets of {split} images: {', '.join(f.name for f in plain)}",
+            "put each set in a folder of its own",
+        )
+    return plain[0]
 
 
 def _pair(images: Path) -> Part:

@@ -30,6 +30,19 @@ def test_pixels_and_labels_are_those_written(tmp_path: Path, packed: bool, limit
     np.testing.assert_array_equal(data.splits["test"].batch([1])["x"].numpy(), x_test[[1], None])
 
 
+def test_plain_beside_packed_is_one_set(tmp_path: Path) -> None:
+    for packed in (False, True):
+        write_idx(tmp_path, "train", pixels(5, 4, 4), range(5), packed)
+    assert len(open_data(tmp_path).splits["train"]) == 5
+
+
+def test_different_sets_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("emnist-letters-train", "emnist-digits-train"):
+        write_idx(tmp_path, name, pixels(5, 4, 4), range(5))
+    with pytest.raises(MpocError, match=r"2 sets of train images: emnist-digits.*, emnist-let"):
+        open_data(tmp_path)
+
+
 def test_mnist_as_unpacked_by_hand(data: Path) -> None:
     mnist = open_data(data / "mnist")
     raw = gzip.decompress((data / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
