@@ -31,6 +31,7 @@ _BY_SUFFIX = {
 }
 FORMATS = ("idx", "cifar-binary", "image-folder", *dict.fromkeys(_BY_SUFFIX.values()))
 _IDX = re.compile(r"images[-._]idx3[-._]ubyte(\.gz)?$")
+_IDX_LABELS = re.compile(r"labels[-._]idx1[-._]ubyte(\.gz)?$")
 _CIFAR = re.compile(r"(?P<split>data|test)_batch(_\d+)?\.bin$")
 _PICKLED_CIFAR = re.compile(r"((data|test)_batch(_\d+)?|batches\.meta)$")
 _NO_DATA = re.compile(r"(readme|license|licence|attribution|citation|requirements)", re.IGNORECASE)
@@ -152,6 +153,16 @@ def _belongs(file: Path, form: str) -> bool:
     if form == "cifar-binary":
         return bool(_CIFAR.search(file.name))
     return _BY_SUFFIX.get(file.suffix.lower()) == form and not _NO_DATA.match(file.name)
+
+
+def is_data(file: Path, path: Path, wanted: str | None) -> bool:
+    """Whether ``file`` is one of those that the data set at ``path`` is read from, by its name and place."""
+    if path.resolve() not in file.resolve().parents:
+        return False
+    form = recognise(path, wanted)
+    if form == "image-folder":
+        return file.suffix.lower() in IMAGE_SUFFIXES
+    return _belongs(file, form) or (form == "idx" and bool(_IDX_LABELS.search(file.name)))
 
 
 def _split_folders(path: Path) -> dict[str, list[Path]]:

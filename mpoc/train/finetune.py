@@ -13,6 +13,7 @@ from mpoc.hub_directory import left_behind
 from mpoc.manifest import Manifest
 from mpoc.processes import is_main
 from mpoc.train.choose import choose_task
+from mpoc.train.collisions import refuse_collisions
 from mpoc.train.curves import draw_curves, refuse_unknown_picture
 from mpoc.train.engine import make_accelerator
 from mpoc.train.evaluate import evaluate
@@ -147,8 +148,11 @@ def _check(request: Request) -> None:
         refuse_unknown_picture(request.plot)
     for file in (request.log_file, request.plot):
         if file is not None and not (request.resume and file == request.log_file):
-            data = request.data.path  # a file of it: the log may replace a file though the data are a folder
-            refuse_existing(file, data / "data" if data.is_dir() else data, request.force)
+            folder = request.source.is_dir()  # what is written here is a file all the same
+            refuse_existing(file, request.source / "file" if folder else request.source, request.force)
+    written = (request.target, request.checkpoint, request.log_file, request.plot)
+    read = (request.source, request.teacher, request.data.tokenizer)
+    refuse_collisions(filter(None, written), filter(None, read), request.data)
 
 
 def _announce(model: Model, material: Material, say: Callable[[str], None]) -> None:

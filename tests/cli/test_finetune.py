@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -215,6 +215,33 @@ def test_what_is_refused_leaves_nothing(
     assert result.exit_code == status, result.output
     assert said in result.stderr
     assert files(folder) == BEFORE
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--log", "net.mpo.safetensors"),
+        ("--log", "data/digits.npz"),
+        ("--log", "net.tuned.safetensors"),
+        ("--teacher", "dense.safetensors", "-o", "dense.safetensors"),
+        ("--data", "data.safetensors", "-o", "data.safetensors"),
+    ],
+)
+def test_force_replaces_no_input(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "data").mkdir()
+    (folder / "digits.npz").rename(folder / "data" / "digits.npz")
+    x, y, _, _ = load_digits()
+    save_file({"x": _bytes(x), "y": y}, folder / "data.safetensors")
+    save_file(network().state_dict(), folder / "dense.safetensors")
+    before = {file: file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
+    train = ("--arch", "net.py:Net", "--data", "data", "--steps", "1", "--force")
+    result = CliRunner().invoke(app, ["finetune", "net.mpo.safetensors", *train, *words])
+    assert result.exit_code == 2, result.output
+    assert "would write over or into" in result.stderr or "written twice" in result.stderr
+    assert {file: file.read_bytes() for file in before} == before
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mpoc.data.files import FORMATS, files_of, recognise, split_of
+from mpoc.data.files import FORMATS, files_of, is_data, recognise, split_of
 from mpoc.errors import MpocError, UsageError
 
 
@@ -77,6 +77,19 @@ def test_files_without_a_word_of_a_split_are_training_data(tmp_path: Path) -> No
     assert [file.name for file in files["train"]] == ["a.txt", "b.txt"]
     assert (list(files), notes) == (["train"], [])
     assert files_of(tmp_path / "a.txt", "txt") == ({"train": [tmp_path / "a.txt"]}, [])
+
+
+def test_the_files_a_set_is_read_from(tmp_path: Path) -> None:
+    fill(tmp_path, ["train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz", "readme.txt"])
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    fill(tmp_path, ["images/cat/0.png", "images/cat/0.json", "train.npz"])
+    assert is_data(tmp_path / "train-images-idx3-ubyte", tmp_path, "idx")
+    assert is_data(tmp_path / "train-labels-idx1-ubyte.gz", tmp_path, "idx")
+    assert is_data(tmp_path / "train.npz", tmp_path, "npz")
+    assert is_data(tmp_path / "images" / "cat" / "0.png", tmp_path / "images", None)
+    assert not is_data(tmp_path / "images" / "cat" / "0.json", tmp_path / "images", None)
+    assert not is_data(tmp_path / "train.npz", tmp_path, "idx")
+    assert not is_data(tmp_path / "train.npz", tmp_path / "images", None)
 
 
 def test_several_formats_are_named(tmp_path: Path) -> None:
