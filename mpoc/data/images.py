@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,6 +31,8 @@ class ImageOptions:
                 object.__setattr__(self, name, tuple(value))
         if len(self.mean) != len(self.std) and 1 not in (len(self.mean), len(self.std)):
             raise UsageError(f"{len(self.mean)} means but {len(self.std)} standard deviations")
+        if not all(map(math.isfinite, (*self.mean, *self.std))):
+            raise UsageError(f"means {self.mean}, standard deviations {self.std}: must be finite")
         if not self.mean or not self.std or min(self.std) <= 0:
             raise UsageError(
                 f"standard deviations {self.std}: each must be above 0, one a channel or one for all"

@@ -18,7 +18,12 @@ from mpoc.train.feed import Feed, plain
 from mpoc.train.model import Model
 
 HELD_OUT = 0.1  # of a training split, where there is nothing else to measure on
+# Of what is held out: the same in ``eval`` as in ``finetune --seed 7``, or training data would be measured.
+_SEED = 0
 _BLOCK = 256  # tokens
+
+
+_OF_KIND = {"images": ("mean", "std", "pad", "flip", "size"), "text": ("tokenizer", "block", "column")}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ def open_material(options: DataOptions, model: Model, seed: int, wants_validatio
     Args:
         options: which, and how.
         model: whose record fills in what the options leave open.
-        seed: of the examples that are held out, and of the windows of a text.
+        seed: of the windows of a text.
         wants_validation: a validation split is needed even where there is a test split.
 
     Raises:
@@ -72,17 +77,33 @@ def open_material(options: DataOptions, model: Model, seed: int, wants_validatio
     share = HELD_OUT if options.held_out is None else options.held_out
     block = _block(model) if options.block is None else options.block
     text = TextOptions(_tokenizer(options, model), block, options.column, share, seed)
-    data = open_data(options.path, options.format, text=text, size=options.size)
+    data = open_data(options.path, options.format, text=text, size=images.size)
     measured = "validation" in data.splits or ("test" in data.splits and not wants_validation)
     asked = options.held_out is not None and options.held_out > 0
     if "train" in data.splits and "validation" not in data.splits and (asked or not measured) and share > 0:
-        data = hold_out(data, share, seed)
+        data = hold_out(data, share, _SEED)
+    _refuse_unused(options, data)
     check_fits(data, vocabulary=_vocabulary(model))
     return Material(data, images)
 
 
+def _refuse_unused(options: DataOptions, data: Data) -> None:
+    """Options for another kind of data than this.
+
+    Raises:
+        UsageError: one is given.
+    """
+    for kind, names in _OF_KIND.items():
+        given = [name for name in names if getattr(options, name) is not None]
+        if given and kind != data.kind:
+            raise UsageError(
+                f"--{given[0]} is for {kind}, and {data.path} holds {data.kind}",
+                "images are arrays of uint8" if kind == "images" else None,
+            )
+
+
 def image_options(options: DataOptions, model: Model) -> ImageOptions:
-    """What is done to images: as asked, else as the zoo or the directory records, else scaled to [0, 1]."""
+    """What is done to images: as asked, as in training, as zoo or directory says, else scaled to [0, 1]."""
     recorded = ImageOptions(**_recorded_images(model))
     asked = {
         name: value
@@ -93,6 +114,9 @@ def image_options(options: DataOptions, model: Model) -> ImageOptions:
 
 
 def _recorded_images(model: Model) -> dict[str, Any]:
+    trained = (model.manifest.training if model.manifest else {}).get("images")
+    if trained:
+        return dict(trained)
     spec = zoo_spec(model)
     if spec is not None:
         return zoo.ENTRIES[zoo.parse(spec)[0]].images

@@ -84,6 +84,8 @@ def test_options_survive_json() -> None:
     [
         {"mean": (0.1, 0.2), "std": (1.0, 1.0, 1.0)},
         {"std": (0.0,)},
+        {"std": (float("nan"),)},
+        {"mean": (float("inf"),)},
         {"std": ()},
         {"pad": -1},
         {"size": (0, 4)},
