@@ -283,6 +283,8 @@ def _history(
         history |= {"start": outcome.evaluations[0], "final": outcome.chosen}
     if "test" in material.data.splits and monitor != "test":
         history["test"] = {name: value for name, value in results[-1].items() if name != "seed"}
+    if material.data.kind == "images":
+        history["images"] = material.images.as_dict()
     if material.data.tokenizer is not None:
         history["tokenizer"] = material.data.tokenizer.state()
     if request.runs > 1:

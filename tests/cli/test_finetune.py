@@ -74,7 +74,8 @@ BEFORE = {"net.py", "net.pt", "net.mpo.safetensors", "digits.npz"}
 
 
 def test_there_and_back(run: Mpoc, folder: Path) -> None:
-    done = run("finetune", "net.mpo.safetensors", *TRAIN, "--epochs", 6, "--plot", "curves.svg")
+    scaled = ("--mean", 0.3, "--std", 0.5)
+    done = run("finetune", "net.mpo.safetensors", *TRAIN, *scaled, "--epochs", 6, "--plot", "curves.svg")
     assert done.returncode == 0, done.stderr
     assert "digits.npz: npz; train 1,258, test 539; images 1×8×8; 10 classes" in done.stderr
     assert done.stderr.splitlines()[-2:] == [
@@ -94,12 +95,13 @@ def test_there_and_back(run: Mpoc, folder: Path) -> None:
     dense = network()
     dense.load_state_dict(load_file(folder / "dense.safetensors"))
     _, _, x, y = load_digits()
-    right = 100 * float((dense.eval()(_bytes(x).float() / 255).argmax(1) == y).float().mean())
+    right = 100 * float((dense.eval()((_bytes(x) / 255 - 0.3) / 0.5).argmax(1) == y).float().mean())
     assert right == pytest.approx(training["final"]["accuracy"], abs=0.2)
     report = run("report", "net.tuned.safetensors")
     assert "fine-tuned on digits.npz: 156 steps of classification, accuracy" in report.stdout
     log = read_log(folder / "net.tuned.jsonl")
     assert [line["step"] for line in log if "split" in line] == [26 * k for k in range(7)]
+    # eval takes the mean and the deviation from the record
     measured = run("eval", "net.tuned.safetensors", "--data", "digits.npz", "--arch", "net.py:Net", "--json")
     assert json.loads(measured.stdout)["scores"]["accuracy"] == training["final"]["accuracy"]
 
