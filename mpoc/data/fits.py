@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mpoc.data.base import Data
+from mpoc.data.base import Data, Subset
 from mpoc.data.images import ImageOptions
 from mpoc.errors import MpocError
 
@@ -54,9 +54,11 @@ def _check_classes(data: Data, classes: int) -> None:
             raise MpocError(f"{data.path}: {split} has {what}, but the network has {classes} classes")
         bad = torch.nonzero(y >= classes).flatten()
         if len(bad):
-            label = int(y[bad[0]])
+            label, row = int(y[bad[0]]), int(bad[0])
+            if isinstance(examples, Subset):  # what was held out is of the training files too
+                split, row = "train", int(examples.indices[row])
             raise MpocError(
-                f"{data.path}: label {label} (class {data.classes[label]!r}; {split}, example {int(bad[0])}) "
+                f"{data.path}: label {label} (class {data.classes[label]!r}; {split}, example {row}) "
                 f"is out of range for a network of {classes} classes (0 to {classes - 1})",
                 f"the set has {len(data.classes)} classes: give the network as many",
             )

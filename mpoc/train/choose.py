@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
+from mpoc.data import check_fits
 from mpoc.errors import UsageError, nearest
 from mpoc.train.distill import Distillation
 from mpoc.train.material import Material
@@ -57,7 +60,7 @@ def choose_task(
         return Regression()
     if y.is_floating_point():
         raise UsageError(f"--task classification: the targets of {material.data.path} are no classes")
-    return Classification(len(material.data.classes))
+    return Classification(len(material.data.classes), partial(check_fits, material.data))
 
 
 def _fitting(material: Material, network: nn.Module) -> str:

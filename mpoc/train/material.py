@@ -83,7 +83,7 @@ def open_material(options: DataOptions, model: Model, seed: int, wants_validatio
     if "train" in data.splits and "validation" not in data.splits and (asked or not measured) and share > 0:
         data = hold_out(data, share, _SEED)
     _refuse_unused(options, data)
-    check_fits(data, vocabulary=_vocabulary(model))
+    check_fits(data, shape=_shape(data, model), images=images, vocabulary=_vocabulary(model))
     return Material(data, images)
 
 
@@ -152,6 +152,12 @@ def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:
             if options.path.suffix in (".txt", ".jsonl", ".parquet"):
                 raise
     return None
+
+
+def _shape(data: Data, model: Model) -> tuple[int, ...] | None:
+    """Of one image, where the network is of the zoo."""
+    spec = zoo_spec(model)
+    return zoo.ENTRIES[zoo.parse(spec)[0]].shape if spec is not None and data.kind == "images" else None
 
 
 def _vocabulary(model: Model) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,12 +73,13 @@ class Classification(Task):
 
     Args:
         classes: how many the data have.
+        check_labels: given how many the network scores, raises where labels are out of range.
     """
 
     name, metric, higher_is_better = "classification", "accuracy", True
 
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
+    def __init__(self, classes: int, check_labels: Callable[[int], None] = lambda classes: None) -> None:
+        self.classes, self._check_labels = classes, check_labels
 
     def count(self, batch: Batch) -> int:
         """Examples."""
@@ -101,6 +103,7 @@ class Classification(Task):
         shape = tuple(first_output(outputs).shape)
         if len(shape) != 2:
             raise UsageError(f"the network gives outputs of shape {shape}, which are no scores of classes")
+        self._check_labels(shape[1])
         if shape[1] < self.classes:
             raise UsageError(f"the data have {self.classes} classes, the network scores {shape[1]}")
 

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from mpoc import zoo
 from mpoc.data import Subset
-from mpoc.errors import UsageError
+from mpoc.errors import MpocError, UsageError
 from mpoc.train.material import DataOptions, open_material
+from mpoc.train.measure import MeasureRequest, measure
 from mpoc.train.model import Model, open_model
 from tests.data.samples import pixels
 
@@ -38,6 +39,24 @@ def test_what_is_held_out_in_training_is_held_out_in_eval_whatever_the_seed(
         assert isinstance(validation, Subset)
         held.append(validation.indices.tolist())
     assert held[0] == held[1]
+
+
+def test_a_label_out_of_range_is_named(tmp_path: Path, fc2: Model) -> None:
+    y = np.arange(200) % 10
+    y[123] = 37
+    path = written(tmp_path, pixels(200, 28, 28), y)
+    with pytest.raises(
+        MpocError, match=r"digits.npz: label 37 .*train, example 123\) is out of range for a netw"
+    ):
+        measure(MeasureRequest(fc2.path, DataOptions(path), arch="fc2"))
+
+
+def test_images_of_another_size(tmp_path: Path, fc2: Model) -> None:
+    path = written(tmp_path, pixels(20, 32, 32))
+    with pytest.raises(MpocError, match="examples are 1×32×32, but the network takes 1×28×28") as caught:
+        open_material(DataOptions(path), fc2, 0)
+    assert caught.value.hint == "resize: --size 28x28"
+    open_material(DataOptions(path, size=(28, 28)), fc2, 0)
 
 
 @pytest.mark.parametrize(
