@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpoc.errors import UsageError
+from mpoc.errors import MpocError, UsageError
 from mpoc.train.call import Batch, Call, first_output, has_logits, rows, to_device
 from mpoc.train.distill import kl_of_rows
 from mpoc.train.feed import Feed
@@ -57,6 +57,9 @@ def evaluate(
         call: how the network is called; None: found out, for a network that is not wrapped.
         accelerator: of accelerate, where there are several processes or mixed precision.
         seed: of what the task draws (masks): the same in every evaluation.
+
+    Raises:
+        MpocError: the split has nothing to score, as texts of one token.
     """
     was_training = network.training
     network.eval()
@@ -79,7 +82,11 @@ def evaluate(
     sums, count = _over_processes(totals, count, accelerator)
     seconds = time.perf_counter() - start
     network.train(was_training)
-    return Evaluation(task.scores(sums, max(1, count)), len(feed), len(feed) / seconds)
+    if count == 0:
+        raise MpocError(
+            f"{task.name}: nothing to predict in {len(feed):,} examples", "longer text, or --block"
+        )
+    return Evaluation(task.scores(sums, count), len(feed), len(feed) / seconds)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 from mpoc.errors import UsageError, nearest
@@ -81,8 +82,8 @@ class Settings:
             ("--patience", self.patience, 1),
             ("--clip", self.clip, 0.0),
         ):
-            if number is not None and not number >= least:
-                raise UsageError(f"{option} {number:g}: must be at least {least:g}")
+            if number is not None and not least <= number < math.inf:
+                raise UsageError(f"{option} {number:g}: must be finite and at least {least:g}")
         if not 0 <= self.momentum < 1:
             raise UsageError(f"--momentum {self.momentum:g}: must be at least 0 and below 1")
         if not 0 < self.gamma <= 1:

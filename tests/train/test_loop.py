@@ -173,6 +173,7 @@ class TestWhatStopsIt:
         [
             ({"lr": -1.0}, "--lr -1"),
             ({"lr": math.nan}, "--lr nan"),
+            ({"epochs": math.inf}, "--epochs inf"),
             ({"schedule": "cosin"}, "did you mean 'cosine'"),
             ({"momentum": 1.0}, "--momentum 1"),
             ({"weight_decay": 0.1}, "AdamW's decoupled decay"),

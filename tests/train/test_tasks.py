@@ -11,6 +11,7 @@ from torch import nn
 
 from mpoc.data.arrays import Arrays
 from mpoc.data.documents import Documents
+from mpoc.errors import MpocError
 from mpoc.train.distill import Distillation
 from mpoc.train.evaluate import evaluate
 from mpoc.train.feed import Feed
@@ -74,6 +75,13 @@ def test_causal_language_modelling_counts_each_token_once_and_no_padding(batch: 
     assert len(losses) == 4 + 2 + 8
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert scores["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
+
+
+def test_texts_of_one_token_have_no_perplexity() -> None:
+    tokens = torch.arange(5, dtype=torch.int32)
+    data = Documents(tokens, torch.arange(6), 0, None)
+    with pytest.raises(MpocError, match="causal-lm: nothing to predict in 5 examples"):
+        evaluate(Bigram(), CausalLM(), Feed(data), 2, CPU)
 
 
 def test_masking_is_eighty_ten_ten_of_fifteen_per_cent() -> None:
