@@ -53,8 +53,8 @@ def choose_task(
     y = _labels(material)
     if y is None:
         raise UsageError(
-            f"{material.data.path}: has no labels to train on",
-            "--teacher DENSE learns from the original network, without labels",
+            f"{material.data.path}: has no labels",
+            "finetune --teacher DENSE or eval --reference DENSE: the original network in their place",
         )
     if name == "regression":
         return Regression()

@@ -16,6 +16,7 @@ from mpoc.train.call import Batch, Call, first_output, has_logits, rows, to_devi
 from mpoc.train.distill import kl_of_rows
 from mpoc.train.feed import Feed
 from mpoc.train.order import cut
+from mpoc.train.probe import try_call
 from mpoc.train.settings import derived_seed
 from mpoc.train.tasks import Scores, Task
 
@@ -117,7 +118,7 @@ def fidelity(
     where they are logits ``kl`` = KL(reference ‖ network) in nats and ``agreement`` of the largest in %.
 
     Raises:
-        UsageError: outputs of different shapes.
+        UsageError: outputs of different shapes, or a network that does not take the data.
     """
     call, other = Call.of(network), Call.of(reference)
     network.eval()
@@ -126,8 +127,8 @@ def fidelity(
     count, start = 0, time.perf_counter()
     for chunk in torch.arange(len(feed)).split(batch):
         part = to_device(feed.read(chunk), device)
-        outputs = call(network, part)
-        taught = other(reference, part)
+        outputs = try_call(call, network, part)
+        taught = try_call(other, reference, part)
         shapes = [tuple(first_output(o).shape) for o in (outputs, taught)]
         if shapes[0] != shapes[1]:
             raise UsageError(f"the outputs are of shape {shapes[0]}, those of the reference {shapes[1]}")

@@ -20,7 +20,7 @@ from mpoc.train.evaluate import evaluate
 from mpoc.train.log import Log
 from mpoc.train.loop import train
 from mpoc.train.material import DataOptions, Material, open_material
-from mpoc.train.model import Model, open_model
+from mpoc.train.model import Model, open_beside, open_model
 from mpoc.train.result import default_tuned_output, write_tuned
 from mpoc.train.settings import Settings
 from mpoc.train.state import Keeper, Saved
@@ -167,7 +167,10 @@ def _announce(model: Model, material: Material, say: Callable[[str], None]) -> N
 def _task(request: Request, model: Model, material: Material) -> Task:
     teacher = None
     if request.teacher is not None:
-        teacher = open_model(request.teacher, request.teacher_arch or model.architecture).network
+        if request.teacher_arch is None:
+            teacher = open_beside(request.teacher, model.architecture).network
+        else:
+            teacher = open_model(request.teacher, request.teacher_arch).network
     return choose_task(
         request.task, material, model.network, teacher, request.temperature, request.hidden_weight
     )

@@ -18,7 +18,7 @@ from mpoc.train.choose import choose_task
 from mpoc.train.evaluate import Evaluation, evaluate, fidelity, latency, repeated
 from mpoc.train.feed import Feed
 from mpoc.train.material import DataOptions, Material, choose_split, open_material
-from mpoc.train.model import Model, open_model
+from mpoc.train.model import Model, open_beside, open_model
 from mpoc.train.probe import probe
 from mpoc.train.watch import short
 
@@ -106,8 +106,10 @@ def _scores(
     if request.reference is not None:
         if request.task is not None:
             raise UsageError("--task and --reference: one of them")
-        other = open_model(request.reference, request.arch or model.architecture).network.to(device)
+        other = open_beside(request.reference, model.architecture).network.to(device)
         return fidelity(model.network, other, feed, request.batch, device)
+    if request.task == "distillation":
+        raise UsageError("--task distillation: of mpoc finetune", "--reference MODEL2 measures likeness")
     task = choose_task(request.task, material, model.network)
     probe(model.network, task, feed, device)
     return evaluate(model.network, task, feed, request.batch, device)

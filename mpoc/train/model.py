@@ -38,6 +38,17 @@ def is_compressed(path: Path) -> bool:
     return path.is_file() and path.suffix == ".safetensors" and "mpoc" in read_header(path).metadata
 
 
+def open_beside(path: Path, arch: str | None) -> Model:
+    """Open a teacher or reference; ``arch``, the other network's, where this one does not say its own.
+
+    Raises:
+        UsageError: as :func:`open_model`.
+        MpocError: as :func:`open_model`.
+    """
+    own = is_compressed(path) and "zoo" in read_manifest(path).architecture
+    return open_model(path, None if own or (path / "config.json").is_file() else arch)
+
+
 def open_model(path: Path, arch: str | None) -> Model:
     """Open a compressed or dense checkpoint with its network.
 

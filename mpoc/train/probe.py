@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -26,12 +28,7 @@ def probe(network: nn.Module, task: Task, feed: Feed, device: torch.device) -> s
     batch = to_device(task.prepare(feed.read(indices, generator), generator), device)
     was_training = network.training
     network.eval()
-    try:
-        outputs = Call.of(network, task.hidden)(network, batch)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        if "out of memory" in str(error).lower():
-            raise
-        raise UsageError(f"the network does not take {_shapes(batch)}: {_first_line(error)}") from error
+    outputs = try_call(Call.of(network, task.hidden), network, batch)
     with torch.no_grad():
         task.check(outputs, batch)
     task.loss(outputs, batch).backward()
@@ -40,6 +37,20 @@ def probe(network: nn.Module, task: Task, feed: Feed, device: torch.device) -> s
         parameter.grad = None
     network.train(was_training)
     return unused
+
+
+def try_call(call: Call, network: nn.Module, batch: Batch) -> Any:
+    """What the network gives, or a message where it does not take the batch.
+
+    Raises:
+        UsageError: it does not.
+    """
+    try:
+        return call(network, batch)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if "out of memory" in str(error).lower():
+            raise
+        raise UsageError(f"the network does not take {_shapes(batch)}: {_first_line(error)}") from error
 
 
 def _shapes(batch: Batch) -> str:
