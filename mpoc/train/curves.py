@@ -44,9 +44,7 @@ def draw_curves(log: Path, picture: Path) -> None:
         scored = [line for line in lines if "split" in line and "loss" in line and "epoch" in line]
         left.plot([s["epoch"] for s in steps], [s["loss"] for s in steps], f"C{k}", lw=0.7, label="training")
         left.plot([s["epoch"] for s in scored], [s["loss"] for s in scored], f"C{k}--", label="validation")
-        name = next(
-            (n for n in ("accuracy", "agreement", "cosine", "r2") if scored and n in scored[0]), "loss"
-        )
+        name = next((n for n in _METRICS if scored and n in scored[0]), "loss")
         right.plot([s["epoch"] for s in scored], [s.get(name) for s in scored], f"C{k}.-")
         right.set_ylabel(name)
     left.set_xlabel("epoch")

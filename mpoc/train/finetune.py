@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mpoc.errors import MpocError, UsageError
+from mpoc.errors import UsageError
 from mpoc.hub_directory import left_behind
 from mpoc.manifest import Manifest
 from mpoc.processes import is_main
@@ -18,7 +18,7 @@ from mpoc.train.curves import draw_curves, refuse_unknown_picture
 from mpoc.train.engine import make_accelerator
 from mpoc.train.evaluate import evaluate
 from mpoc.train.log import Log
-from mpoc.train.loop import train
+from mpoc.train.loop import DivergedError, train
 from mpoc.train.material import DataOptions, Material, open_material
 from mpoc.train.model import Model, open_beside, open_model
 from mpoc.train.result import default_tuned_output, write_tuned
@@ -179,9 +179,11 @@ def _task(request: Request, model: Model, material: Material) -> Task:
 def _identity(request: Request, model: Model, material: Material, task: Task) -> dict[str, Any]:
     """What a checkpoint must share with the training that goes on from it."""
     images = material.images.as_dict() if material.data.kind == "images" else {}
+    tokenizer = material.data.tokenizer and material.data.tokenizer.state()
+    text = {"tokenizer": tokenizer, "block": material.block} if material.data.kind == "text" else {}
     return {
         "model": {"name": model.path.resolve().name, "fingerprint": model.stored.fingerprint()},
-        "data": _data_record(material) | {"images": images},
+        "data": _data_record(material) | images | text,
         "task": {"name": task.name, "teacher": request.teacher and request.teacher.resolve().name},
         "distillation": {"temperature": request.temperature, "hidden_weight": request.hidden_weight},
         "options": {**asdict(request.settings), "runs": request.runs},
@@ -302,7 +304,7 @@ def _tidy(request: Request, keeper: Keeper, error: BaseException) -> None:
     """After a failure: what a resume needs stays, nothing else."""
     if not is_main() or isinstance(error, Interrupted):
         return
-    if isinstance(error, MpocError) and not request.resume:
+    if isinstance(error, DivergedError) and not request.resume:
         keeper.remove()  # the same would happen again
     if not keeper.path.exists():
         request.log_file.unlink(missing_ok=True)

@@ -33,6 +33,10 @@ _TELL_EVERY = 0.5  # seconds; looking at the loss makes a GPU wait
 _MOST_UNSEEN = 500  # steps between two looks at the loss
 
 
+class DivergedError(MpocError):
+    """The loss is not finite."""
+
+
 def train(
     network: nn.Module,
     task: Task,
@@ -57,7 +61,7 @@ def train(
 
     Raises:
         UsageError: settings out of range, or data and network do not fit.
-        MpocError: the loss is not finite: with its step, learning rate and a hint.
+        DivergedError: the loss is not finite: with its step, learning rate and a hint.
         Interrupted: Ctrl-C or SIGTERM, after everything is saved.
     """
     settings.check()
@@ -316,9 +320,9 @@ def _checkpoint_gradients(network: nn.Module) -> None:
     enable()
 
 
-def _diverged(step: int, lr: float, loss: float) -> MpocError:
+def _diverged(step: int, lr: float, loss: float) -> DivergedError:
     what = "nan" if math.isnan(loss) else "infinite"
-    return MpocError(
+    return DivergedError(
         f"the loss is {what} at step {step} (learning rate {lr:.3g})",
         "a smaller --lr, --warmup 0.1, or --clip 1",
     )

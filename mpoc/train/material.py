@@ -45,10 +45,11 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Material:
-    """A data set with what is done to its images."""
+    """A data set with what is done to its examples."""
 
     data: Data
     images: ImageOptions
+    block: int  # tokens of an example of text
 
     def feed(self, split: str) -> Feed:
         """A split as batches; training ones are augmented where the reader draws."""
@@ -84,7 +85,7 @@ def open_material(options: DataOptions, model: Model, seed: int, wants_validatio
         data = hold_out(data, share, _SEED)
     _refuse_unused(options, data)
     check_fits(data, shape=_shape(data, model), images=images, vocabulary=_vocabulary(model))
-    return Material(data, images)
+    return Material(data, images, block)
 
 
 def _refuse_unused(options: DataOptions, data: Data) -> None:

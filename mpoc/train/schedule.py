@@ -36,8 +36,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> to
 def learning_rate(settings: Settings, step: int, steps: int, steps_per_epoch: int) -> float:
     """Of step ``step`` (from 0) of ``steps``.
 
-    Warm-up is linear and reaches the peak in its last step.  Cosine falls from there to 0 in the last step
-    (Loshchilov and Hutter 2017); exponential multiplies by gamma every ``decay_every`` epochs.
+    Warm-up is linear and reaches the peak in its last step.  Cosine falls from there and is 0 only behind the
+    last step (Loshchilov and Hutter 2017); exponential multiplies by gamma every ``decay_every`` epochs.
     """
     warmup = settings.warmup * steps if settings.warmup < 1 else settings.warmup
     if step + 1 < warmup:
