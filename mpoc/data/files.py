@@ -96,9 +96,15 @@ def _formats_in(path: Path) -> set[str]:
         ):
             found.add(_BY_SUFFIX[file.suffix.lower()])
     folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
-    if any(file.suffix.lower() in IMAGE_SUFFIXES for folder in folders for file in folder.rglob("*")):
+    if any(_holds_images(folder) for folder in folders):
         found.add("image-folder")
     return found
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether images lie in a split's or a class's folder; rglob alone would not enter linked classes."""
+    places = (folder, *(place for place in folder.iterdir() if place.is_symlink() and place.is_dir()))
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for place in places for file in place.rglob("*"))
 
 
 def _files_in(path: Path) -> list[Path]:
@@ -115,7 +121,7 @@ def files_of(path: Path, form: str) -> tuple[dict[str, list[Path]], list[str]]:
     directory, files that speak of no split are training data unless others speak of one.
 
     Raises:
-        MpocError: no file of this format.
+        MpocError: no file of this format, or two folders of one split.
     """
     if path.is_file():
         return {_split_of(path, form) or "train": [path]}, []
@@ -166,9 +172,21 @@ def is_data(file: Path, path: Path, wanted: str | None) -> bool:
 
 
 def _split_folders(path: Path) -> dict[str, list[Path]]:
-    """The folders named after splits; the directory itself where there are none."""
+    """The folders named after splits; the directory itself where there are none.
+
+    Raises:
+        MpocError: two of one split.
+    """
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
-    named = {WORDS[folder.name.lower()]: [folder] for folder in folders if folder.name.lower() in WORDS}
+    named: dict[str, list[Path]] = {}
+    for folder in folders:
+        split = WORDS.get(folder.name.lower())
+        if split in named:
+            raise MpocError(
+                f"{path}: {named[split][0].name} and {folder.name} are both {split}", "remove one"
+            )
+        if split is not None:
+            named[split] = [folder]
     return {split: named[split] for split in SPLITS if split in named} or {"train": [path]}
 
 

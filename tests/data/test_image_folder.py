@@ -111,3 +111,19 @@ def test_threads_and_scans_in_pieces_change_nothing(tmp_path: Path, monkeypatch:
     expected = np.stack(held["a"] + held["b"]).transpose(0, 3, 1, 2)
     for examples in (alone, together):
         np.testing.assert_array_equal(examples.batch(range(40))["x"].numpy(), expected)
+
+
+def test_linked_class_folders(tmp_path: Path) -> None:
+    write_folder(tmp_path / "kept", {"a": [pixels(4, 4)], "b": [pixels(4, 4)]})
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / "set" / "train" / name).symlink_to(tmp_path / "kept" / name)
+    data = open_data(tmp_path / "set")
+    assert (data.format, len(data.splits["train"]), data.classes) == ("image-folder", 2, ("a", "b"))
+
+
+def test_two_folders_of_one_split(tmp_path: Path) -> None:
+    for split in ("train", "val", "valid"):
+        write_folder(tmp_path / split, {"a": [pixels(4, 4)]})
+    with pytest.raises(MpocError, match="val and valid are both validation"):
+        open_data(tmp_path)
