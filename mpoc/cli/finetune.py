@@ -189,7 +189,7 @@ def finetune(
             rich_help_panel=_HOW,
         ),
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.", rich_help_panel=_HOW)] = 0,
+    seed: Annotated[int, typer.Option(help="Of all that training draws.", rich_help_panel=_HOW)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_HOW)] = "auto",
     output: Annotated[
         Path | None,
