@@ -119,7 +119,7 @@ def reproduce(
 ) -> None:
     """Repeat an experiment of a paper: dense, MPO-Net from TT-SVD, MPO-Net from random cores.
 
-    Every network gets the same training. An interrupted command goes on where it stopped when it is given again.
+    Every network gets the same training. Given again, an interrupted command goes on where it stopped.
 
     Examples:
 

@@ -1,4 +1,4 @@
-"""The table of ``mpoc reproduce``: parameters, ρ, accuracies and seconds, and the paper's number beside them."""
+"""The table of ``mpoc reproduce``: parameters, ρ, accuracies, seconds, and the paper's number beside them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def print_reproduction(console: Console, done: Reproduction) -> None:
         f"every network: {experiment.training.words()}{note}; "
         f"{runs if len(done.seeds) > 1 else f'seed {done.seeds[0]}'}",
         done.material.reported(),
-        "TT-SVD starts from the dense network of the same seed, after its training; random cores from nothing",
+        "TT-SVD starts from the trained dense network of the same seed; random cores start from nothing",
         f"paper: {done.study.source}, on {experiment.data}",
     ]
     lines += dict.fromkeys(note for row in done.rows for note in row.experiment.notes)
@@ -74,8 +74,8 @@ def _cells(row: Row) -> list[str]:
         _STARTS[row.start],
         bond,
         f"{first.parameters:,}",
-        f"{first.replaced:,}",
-        "1" if dense else f"{first.rho:.4g}",
+        f"{row.replaced:,}",
+        "1" if dense else f"{row.rho:.4g}",
         f"{row.mean('start')[0]:.2f}",
         _with_sigma(row, "final"),
         _with_sigma(row, "best"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoc import zoo
-from mpoc.reproduce.experiment import Experiment, Layer
+from mpoc.reproduce.experiment import Experiment
 from mpoc.reproduce.material import Material
 from mpoc.reproduce.networks import compress
 from mpoc.reproduce.store import Result
@@ -99,15 +99,11 @@ def run_cell(
     """
     begin = time.perf_counter()
     network = _network(cell, dense)
-    original = sum(_dense_sizes(cell.experiment))
-    replaced = sum(_weight_parameters(network, layer) for layer in cell.experiment.layers)
     accelerator = make_accelerator(device)
     outcome, curve = _train(cell, network, material, accelerator, told)
     chosen = next(point for point in curve if point["step"] == outcome.chosen["step"])
     result = Result(
         parameters=sum(p.numel() for p in network.parameters()),
-        original=original,
-        replaced=replaced,
         start=curve[0]["accuracy"],
         final=chosen["accuracy"],
         best=max(point["accuracy"] for point in curve),
@@ -132,16 +128,12 @@ def _network(cell: Cell, dense: dict[str, Tensor] | None) -> nn.Module:
     return compress(network, cell.experiment.layers, cell.bond, cell.start, cell.seed)
 
 
-def _dense_sizes(experiment: Experiment) -> list[int]:
-    """N_ori of each replaced layer."""
+def dense_sizes(experiment: Experiment) -> tuple[int, int]:
+    """Parameters of the whole dense network, and N_ori of the layers that are replaced."""
     with torch.device("meta"):
         network = zoo.make(experiment.network)
-    return [network.get_submodule(layer.name).get_parameter("weight").numel() for layer in experiment.layers]
-
-
-def _weight_parameters(network: nn.Module, layer: Layer) -> int:
-    named = network.get_submodule(layer.name).named_parameters()
-    return sum(p.numel() for name, p in named if name != "bias")
+    weights = (network.get_submodule(layer.name).get_parameter("weight") for layer in experiment.layers)
+    return sum(p.numel() for p in network.parameters()), sum(weight.numel() for weight in weights)
 
 
 def _train(

@@ -7,7 +7,7 @@ from mpoc.train.settings import Settings
 
 CIFAR = "CIFAR-10"
 
-# Of the paper's public code, but for its per-pixel standardisation: means and deviations are a channel's here.
+# Of the paper's public code, but for its per-pixel standardisation: it is by channel here.
 PAPER = Training(
     Settings(
         epochs=325, batch=100, optimizer="sgd", lr=0.1, momentum=0.9, nesterov=True, l2=2e-4,

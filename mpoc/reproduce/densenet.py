@@ -1,4 +1,4 @@
-"""DenseNets on CIFAR-10: section III B 3 of Gao et al. 2020, Table II and the convolution of its last lines."""
+"""DenseNets on CIFAR-10: section III B 3 of Gao et al. 2020, Table II, and one convolution."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """An MPO-Net from a dense network: from TT-SVD of its weights, or from random cores.
 
-Random cores keep the nominal D at every bond, even above the sizes of the unfoldings, as the papers' parameter
-counts do.  TT-SVD has no use for more than an unfolding's rank, so that its counts can be lower.
+Random cores keep the nominal D at every bond, even above the sizes of the unfoldings: so do the papers'
+parameter counts.  TT-SVD has no use for more than an unfolding's rank, so that its counts can be lower.
 """
 
 from __future__ import annotations

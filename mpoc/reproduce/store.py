@@ -26,8 +26,6 @@ class Result:
     """A trained network."""
 
     parameters: int  # of the whole network
-    original: int  # N_ori of the replaced layers
-    replaced: int  # N_mpo of them; N_ori where dense
     start: float  # accuracy before training, per cent
     final: float
     best: float
@@ -35,11 +33,6 @@ class Result:
     steps: int
     device: str
     curve: list[dict[str, float]]  # epoch, accuracy and, where one chooses, validation
-
-    @property
-    def rho(self) -> float:
-        """ρ of Eq. (9)."""
-        return self.replaced / self.original
 
 
 class Store:

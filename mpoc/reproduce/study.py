@@ -1,17 +1,17 @@
-"""A whole study, seed by seed: every network trained, or taken from the store, and their numbers put together."""
+"""A whole study, seed by seed: every network trained or taken from the store, and the numbers of all."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mpoc.errors import UsageError, nearest
 from mpoc.processes import num_processes
 from mpoc.reproduce.catalogue import Choice, choose, find_study
-from mpoc.reproduce.cell import DENSE, Cell, Key, run_cell
+from mpoc.reproduce.cell import DENSE, Cell, Key, dense_sizes, run_cell
 from mpoc.reproduce.experiment import Experiment, Published, Study
 from mpoc.reproduce.material import QUICK_STEPS, Material, open_material, shortened
 from mpoc.reproduce.networks import STARTS
@@ -28,7 +28,7 @@ class Request:
     name: str
     data: Path
     output: Path
-    choice: Choice = Choice()
+    choice: Choice = field(default_factory=Choice)
     starts: tuple[str, ...] = STARTS
     runs: int = 1
     seed: int = 0
@@ -46,6 +46,22 @@ class Row:
     start: str
     bond: int
     results: tuple[Result, ...]  # one a run
+
+    @property
+    def original(self) -> int:
+        """N_ori of the replaced layers."""
+        return dense_sizes(self.experiment)[1]
+
+    @property
+    def replaced(self) -> int:
+        """What they have here: N_mpo, or N_ori where dense."""
+        whole, original = dense_sizes(self.experiment)
+        return original - whole + self.results[0].parameters
+
+    @property
+    def rho(self) -> float:
+        """ρ of Eq. (9)."""
+        return self.replaced / self.original
 
     @property
     def published(self) -> Published | None:
@@ -94,9 +110,9 @@ def _row_dict(row: Row) -> dict[str, Any]:
         "structures": [layer.notation(row.bond) for layer in row.experiment.layers],
         "training": row.experiment.training.words(),
         "parameters": first.parameters,
-        "parameters_replaced_before": first.original,
-        "parameters_replaced_after": first.replaced,
-        "rho": short(first.rho),
+        "parameters_replaced_before": row.original,
+        "parameters_replaced_after": row.replaced,
+        "rho": short(row.rho),
     }
     for name in ("start", "final", "best", "seconds"):
         mean, sigma = row.mean(name)
@@ -205,10 +221,8 @@ def _result(
         result, weights = run_cell(cell, material, device, dense, told)
         store.put(cell.name, identity, result, weights if cell.start == DENSE else None)
     how = "stored" if stored else f"{result.seconds:.0f} s on {result.device}"
-    say(
-        f"{place} {cell.experiment.label}, {cell.start}{f' D={cell.bond}' if cell.bond else ''}, seed {cell.seed}: "
-        f"{result.final:.2f} % (best {result.best:.2f}), {how}"
-    )
+    which = f"{cell.experiment.label}, {cell.start}{f' D={cell.bond}' if cell.bond else ''}, seed {cell.seed}"
+    say(f"{place} {which}: {result.final:.2f} % (best {result.best:.2f}), {how}")
     return result
 
 
