@@ -123,11 +123,9 @@ def reproduce(
 
     Examples:
 
-    mpoc reproduce fc2 --data mnist/ --runs 5 --plot figures/
+    mpoc reproduce fc2 --data mnist/ --quick --plot figures/
 
-    mpoc reproduce densenet --data cifar10/ --variants all
-
-    mpoc reproduce resnet --data cifar10/ --quick
+    mpoc reproduce fc2 --data mnist/ --epochs 1 --bonds 4,16 --shape 'fc1=28x28:16x16' --json
     """
     values = dict(locals())
     with reported_errors():

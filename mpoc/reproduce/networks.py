@@ -12,14 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from mpoc import zoo
 from mpoc.errors import UsageError
-from mpoc.fit.conv_map import exact_map, fit_conv_map
+from mpoc.fit.conv_map import fit_conv_map
 from mpoc.fit.ttsvd import tt_svd
-from mpoc.forms.mpo import MPO
 from mpoc.nn import adopt
-from mpoc.nn.contract import merge
 from mpoc.nn.conv_map import geometry_of
-from mpoc.reproduce.experiment import Layer
+from mpoc.reproduce.experiment import Experiment, Layer
 from mpoc.structure import Structure, count_parameters
 from mpoc.train.settings import derived_seed
 
@@ -35,8 +34,8 @@ def layer_structure(network: nn.Module, layer: Layer) -> Structure:
     """The structure of a layer that is to be replaced.
 
     Raises:
-        UsageError: the factors do not multiply out to the layer's sides. More inputs are allowed to a whole
-            map, zeros then follow them.
+        UsageError: the factors do not multiply out to the layer's sides (a whole map may have more inputs,
+            zeros then follow them), or do not align with the axes of a map too large to be formed.
     """
     module = network.get_submodule(layer.name)
     weight = module.get_parameter("weight")
@@ -49,7 +48,23 @@ def layer_structure(network: nn.Module, layer: Layer) -> Structure:
             f"{layer.notation()}: {math.prod(layer.inputs)} inputs and {math.prod(layer.outputs)} outputs, "
             f"but the layer has {structure.inputs} and {structure.outputs}; each site has one factor of each"
         )
+    if structure.is_large_map and structure.axis_factors is None:
+        raise UsageError(
+            f"{layer.notation()}: in so large a map each factor must divide an axis or span whole ones"
+        )
     return structure
+
+
+def check_structures(experiment: Experiment) -> None:
+    """Whether all layers of an experiment can be replaced as it says; no weights are made.
+
+    Raises:
+        UsageError: as :func:`layer_structure`.
+    """
+    with torch.device("meta"):
+        network = zoo.make(experiment.network)
+    for layer in experiment.layers:
+        layer_structure(network, layer)
 
 
 def num_cores_parameters(structure: Structure, bond: int) -> int:
@@ -105,48 +120,4 @@ def fitted_cores(weight: Tensor, structure: Structure, bond: int, seed: int) -> 
     """TT-SVD of a dense weight, of a convolution's whole map where the structure says so."""
     if structure.geometry is None:
         return tt_svd(weight, structure, bond, seed=seed).form.cores
-    if structure.is_large_map and structure.axis_factors is None:
-        return _crossing_cores(weight, structure, bond)
     return fit_conv_map(weight, structure, bond, seed=seed).form.cores
-
-
-def _crossing_cores(weight: Tensor, structure: Structure, bond: int) -> list[Tensor]:
-    """Of a map too large to be formed, with factors that cross its axes.
-
-    The exact operator is built with prime factors, which never do; neighbouring sites are then merged.
-
-    Raises:
-        UsageError: the factors are no products of neighbouring prime ones.
-    """
-    fine, groups = _prime_structure(structure)
-    cores = exact_map(weight, fine).cores
-    merged, first = [], 0
-    for count in groups:
-        merged.append(merge(cores[first : first + count]))
-        first += count
-    return [core.to(weight.dtype) for core in MPO(merged, structure).rounded(bond)[0].cores]
-
-
-def _prime_structure(structure: Structure) -> tuple[Structure, list[int]]:
-    """The same map at sites of one prime each, and how many of them make each site; J = I at every site."""
-    groups = [_primes(factor) for factor in structure.input_factors]
-    fine = tuple(prime for group in groups for prime in group)
-    found = Structure(structure.kind, structure.shape, False, fine, fine, structure.geometry)
-    if structure.output_factors != structure.input_factors or found.axis_factors is None:
-        raise UsageError(
-            f"a map of {structure.outputs} × {structure.inputs} numbers with these factors cannot be started "
-            "from TT-SVD",
-            "--starts random",
-        )
-    return found, [len(group) for group in groups]
-
-
-def _primes(number: int) -> list[int]:
-    """12 → [2, 2, 3]; 1 → [1]."""
-    found, prime = [], 2
-    while number > 1:
-        while number % prime == 0:
-            found.append(prime)
-            number //= prime
-        prime += 1
-    return found or [1]

@@ -14,7 +14,7 @@ from mpoc.reproduce.catalogue import Choice, choose, find_study
 from mpoc.reproduce.cell import DENSE, Cell, Key, dense_sizes, run_cell
 from mpoc.reproduce.experiment import Experiment, Published, Study
 from mpoc.reproduce.material import QUICK_STEPS, Material, open_material, shortened
-from mpoc.reproduce.networks import STARTS
+from mpoc.reproduce.networks import STARTS, check_structures
 from mpoc.reproduce.store import Result, Store
 from mpoc.train.watch import Told, short
 
@@ -142,6 +142,8 @@ def reproduce(
     study = find_study(request.name)
     _check(request)
     experiments = choose(study, request.choice)
+    for experiment in experiments:
+        check_structures(experiment)
     network = experiments[0].network
     material = open_material(request.data, network, request.format, request.held_out, request.seed)
     if request.quick:
