@@ -50,6 +50,7 @@ class Reader:
 
     def __init__(self, feed: Feed, order: Order, task: Task, ahead: bool) -> None:
         self._feed, self._order, self._task = feed, order, task
+        self._generator = torch.Generator()
         self._pool = ThreadPoolExecutor(1) if ahead else None
         self._coming: tuple[int, Future[list[Batch]]] | None = None
 
@@ -65,7 +66,7 @@ class Reader:
 
     def _read(self, step: int) -> list[Batch]:
         order = self._order
-        generator = torch.Generator().manual_seed(derived_seed(order.seed, "draw", step, order.rank))
+        generator = self._generator.manual_seed(derived_seed(order.seed, "draw", step, order.rank))
         parts = []
         for indices in order.indices(step):
             batch = self._task.prepare(self._feed.read(indices, generator), generator)

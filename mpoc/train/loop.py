@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -63,7 +64,10 @@ def train(
     accelerator = accelerator or make_accelerator("auto", settings.precision)
     trainer = _Trainer(network, task, feed, settings, validation, watch or Watch(), accelerator)
     try:
-        return trainer.run(resume)
+        with warnings.catch_warnings():
+            # Of the gradients of cores with sizes of 1, whose strides there mean nothing.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+            return trainer.run(resume)
     finally:
         trainer.reader.close()
 

@@ -22,7 +22,8 @@ from mpoc.train.settings import Settings
 from mpoc.train.tasks import Classification
 
 BATCH, LR, L2, ROUNDS = 100, 0.1, 1e-4, 5
-IMAGES = ImageOptions()
+MEAN, STD = 0.1307, 0.3081
+IMAGES = ImageOptions((MEAN,), (STD,))
 
 
 def plain(network: nn.Module, x: Tensor, y: Tensor) -> float:
@@ -31,7 +32,7 @@ def plain(network: nn.Module, x: Tensor, y: Tensor) -> float:
     network.train()
     start = time.perf_counter()
     for chosen in torch.randperm(len(x)).split(BATCH):
-        images = x[chosen].float().div_(255)
+        images = x[chosen].float().div_(255).sub_(MEAN).div_(STD)
         loss = nn.functional.cross_entropy(network(images), y[chosen])
         optimizer.zero_grad()
         loss.backward()

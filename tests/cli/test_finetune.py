@@ -259,3 +259,15 @@ def test_fidelity_to_the_original(run: Mpoc, folder: Path) -> None:
     assert scores["agreement"] == pytest.approx(100 * float(agree), abs=0.2)
     assert [line["batch"] for line in found["latency"]] == [1, 64]
     assert all(line["ms"] > 0 and line["dense_ms"] > 0 for line in found["latency"])
+
+
+def test_compress_measures_before_and_after(run: Mpoc, folder: Path) -> None:
+    words = ("compress", "net.pt", "--bond", 4, "--sites", 2, "--arch", "net.py:Net", "-o", "c.safetensors")
+    done = run(*words, "--eval", "digits.npz", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["evaluation"]
+    for key, file in (("before", "net.pt"), ("after", "c.safetensors")):
+        alone = run("eval", file, "--data", "digits.npz", "--arch", "net.py:Net", "--json")
+        assert json.loads(alone.stdout)["scores"] == found[key]["scores"]
+    refused = run(*words, "--eval", "digits.npz", "--dry-run")
+    assert (refused.returncode, "--dry-run writes nothing" in refused.stderr) == (2, True)
