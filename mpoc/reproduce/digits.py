@@ -1,4 +1,9 @@
-"""FC2 and LeNet-5 on MNIST: section III A of Gao et al. 2020, its Fig. 2 and the first row of Table I."""
+"""FC2 and LeNet-5 on MNIST: section III A of Gao et al. 2020, its Fig. 2 and the first row of Table I.
+
+The recipes were chosen on a tenth of the training split.  FC2 starts from so much noise (a truncated normal of
+0.1) that with the paper's L2 twenty epochs leave most of it in the weights, and TT-SVD spends its bonds on it;
+five times that L2 removes it.  Shifts of the images help the dense FC2 and cost small D, so that it has none.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +31,7 @@ _FC2 = Experiment(
     bonds=(2, 4, 8, 16),
     training=Training(
         Settings(
-            epochs=20, batch=100, optimizer="sgd", lr=0.1, momentum=0.9, nesterov=True, l2=1e-4,
+            epochs=20, batch=100, optimizer="sgd", lr=0.1, momentum=0.9, nesterov=True, l2=5e-4,
             warmup=0.05, clip=1.0,
         )
     ),
@@ -50,9 +55,10 @@ _LENET5 = Experiment(
     bonds=(),
     training=Training(
         Settings(
-            epochs=20, batch=100, optimizer="sgd", lr=0.05, momentum=0.9, nesterov=True, l2=1e-4,
+            epochs=20, batch=100, optimizer="sgd", lr=0.05, momentum=0.9, nesterov=True, l2=2e-4,
             warmup=0.05, clip=1.0,
-        )
+        ),
+        pad=1,
     ),
     paper_training=_paper(0.01),
     data=_MNIST,
