@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -193,10 +194,10 @@ def _run(request: Request, plot: Path | None, words: Output) -> Reproduction:
     try:
         with _live_progress(words) as told:
             done = reproduce(request, words.say, told)
-    except Interrupted as stop:
+    except (Interrupted, KeyboardInterrupt) as stop:
         words.say(f"stopped; finished networks are in {request.output}")
         words.next_command(f"mpoc {shlex.join(sys.argv[1:])}")
-        raise SystemExit(128 + stop.signum) from None
+        raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     report = request.output / "report.json"
     with staged(report) as target:
         target.write_text(to_json(done.as_dict()) + "\n", "utf-8")

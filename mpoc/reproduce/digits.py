@@ -1,8 +1,8 @@
 """FC2 and LeNet-5 on MNIST: section III A of Gao et al. 2020, its Fig. 2 and the first row of Table I.
 
-The recipes were chosen on a tenth of the training split.  FC2 starts from so much noise (a truncated normal of
-0.1) that with the paper's L2 twenty epochs leave most of it in the weights, and TT-SVD spends its bonds on it;
-five times that L2 removes it.  Shifts of the images help the dense FC2 and cost small D, so that it has none.
+The recipes were chosen on a tenth of the training split.  FC2 starts from much noise (a truncated normal of
+0.1): with the paper's L2 twenty epochs leave most of it in the weights, and TT-SVD spends its bonds on it;
+five times that L2 removes it.  Shifts of the images help the dense FC2 and hurt small D, so it has none.
 """
 
 from __future__ import annotations

@@ -105,13 +105,16 @@ def _variants(done: Reproduction) -> int:
 def _draw_curves(axes: Any, done: Reproduction) -> None:
     """Mean accuracy over the runs at every evaluation."""
     many = _variants(done) > 1
+    pairs = list(dict.fromkeys((row.experiment.label, row.bond) for row in done.rows if row.start != DENSE))
     for row in done.rows:
         epochs = [point["epoch"] for point in row.results[0].curve]
         columns = zip(*([p["accuracy"] for p in result.curve] for result in row.results), strict=True)
         label = _NAMES[row.start] + (f", D = {row.bond}" if row.bond else "")
         label += f", {row.experiment.label}" if many else ""
         style = {"ttsvd": "-", "random": "--", DENSE: "-"}[row.start]
-        colour = _COLOURS[DENSE] if row.start == DENSE and not many else None
+        colour = _COLOURS[DENSE]
+        if row.start != DENSE:
+            colour = f"C{pairs.index((row.experiment.label, row.bond)) % 10}"
         means = [statistics.fmean(column) for column in columns]
         axes.plot(epochs, means, style, color=colour, lw=1, label=label)
     axes.set_xlabel("epoch")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,7 @@ def shortened(material: Material, batch: int, seed: int) -> Material:
         count = min(len(split), batch * (QUICK_STEPS if name == "train" else _QUICK_MEASURED))
         generator = torch.Generator().manual_seed(derived_seed(seed, "quick", name))
         splits[name] = Subset(split, torch.randperm(len(split), generator=generator)[:count])
-    data = Data(**{**vars(material.data), "splits": splits})
-    return Material(data, material.task, material.images, material.measured, material.chooses)
+    return replace(material, data=replace(material.data, splits=splits))
 
 
 def _digest(split: Examples) -> str:

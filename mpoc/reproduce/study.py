@@ -141,14 +141,7 @@ def reproduce(
     """
     study = find_study(request.name)
     _check(request)
-    experiments = choose(study, request.choice)
-    for experiment in experiments:
-        check_structures(experiment)
-    network = experiments[0].network
-    material = open_material(request.data, network, request.format, request.held_out, request.seed)
-    if request.quick:
-        material = shortened(material, study.quick_batch, request.seed)
-        experiments = [_quick(experiment, study) for experiment in experiments]
+    experiments, material = _open(request, study)
     say(material.data.announce())
     for note in material.data.notes:
         say(f"note: {note}")
@@ -182,6 +175,19 @@ def _check(request: Request) -> None:
         raise UsageError(f"--hold-out {request.held_out:g}: a share, at least 0 and below 1")
     if num_processes() > 1:
         raise UsageError("reproduce runs in one process", "several commands, each with its --seed and -o")
+
+
+def _open(request: Request, study: Study) -> tuple[list[Experiment], Material]:
+    """The experiments, whose structures fit, and their data; both made small where it must be quick."""
+    experiments = choose(study, request.choice)
+    for experiment in experiments:
+        check_structures(experiment)
+    network = experiments[0].network
+    material = open_material(request.data, network, request.format, request.held_out, request.seed)
+    if not request.quick:
+        return experiments, material
+    small = shortened(material, study.quick_batch, request.seed)
+    return [_quick(experiment, study) for experiment in experiments], small
 
 
 def _quick(experiment: Experiment, study: Study) -> Experiment:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mpoc.cli.app import app
+from mpoc.train.stop import Interrupted
 from tests.process import Mpoc
 from tests.reproduce.images import write_digits
 
@@ -55,6 +56,23 @@ def test_bad_command_lines(
     write_digits(tmp_path / "digits", 30, 10)
     done = CliRunner().invoke(app, ["reproduce", *words, "--data", "digits"])
     assert done.exit_code == 2 and message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("stop", [Interrupted(15, 1, False), KeyboardInterrupt()])
+def test_a_stopped_command_says_how_to_go_on(
+    stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*_: object) -> None:
+        raise stop
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mpoc.reproduce.study.run_cell", stops)
+    monkeypatch.setattr("sys.argv", ["mpoc", "reproduce", "fc2", "--data", "my digits"])
+    write_digits(tmp_path / "my digits", 30, 10)
+    done = CliRunner().invoke(app, ["reproduce", "fc2", "--data", "my digits"])
+    assert done.exit_code == 128 + getattr(stop, "signum", 2)
+    assert "stopped; finished networks are in reproduce-fc2" in done.stderr
+    assert done.stderr.splitlines()[-1] == "next: mpoc reproduce fc2 --data 'my digits'"
 
 
 @pytest.fixture(autouse=True)

@@ -164,6 +164,22 @@ def test_data_of_another_shape_are_refused(tmp_path: Path) -> None:
         run(Request("picogpt", tmp_path / "small.npz", tmp_path / "out"))
 
 
+def test_a_text_is_measured_on_its_end(tmp_path: Path) -> None:
+    characters = "".join(map(chr, range(48, 113)))  # 65, as tiny Shakespeare has
+    (tmp_path / "text.txt").write_text(characters * 200)
+    asked = Request(
+        "picogpt", tmp_path / "text.txt", tmp_path / "out", Choice(bonds=(4,)), ("random",), quick=True,
+        device="cpu",
+    )  # fmt: skip
+    done, said = run(asked)
+    assert any(line.startswith("note: ") and "the last 10% of text.txt" in line for line in said)
+    assert done.material.measured == "validation"
+    assert [row.results[0].parameters for row in done.rows] == [808_448, 42_336]
+    with pytest.raises(UsageError, match="no test split") as error:
+        run(replace(asked, held_out=0.1))
+    assert error.value.hint == "leave --hold-out away"
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
