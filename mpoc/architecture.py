@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from mpoc import zoo
 from mpoc.checkpoint.base import Checkpoint
 from mpoc.errors import MpocError, UsageError, nearest
+from mpoc.geometry import Geometry
 from mpoc.manifest import Manifest
 from mpoc.network import differing_names, kinds_of, tensors_of
+from mpoc.observe import observe_geometries
 
 
 def make_network(arch: str) -> nn.Module:
@@ -81,6 +83,17 @@ def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
         )
     record = {"zoo" if _is_spec(arch) else "factory": arch}
     return replace(checkpoint, kinds=kinds_of(network), architecture=record)
+
+
+def observed(arch: str, kernels: list[str]) -> dict[str, Geometry]:
+    """The geometry of each kernel's convolution, from a sample run of a network of the zoo; else none.
+
+    Raises:
+        UsageError: a convolution is not reached, or cannot be taken as one map.
+    """
+    if not kernels or not _is_spec(arch):
+        return {}
+    return observe_geometries(make_network(arch), kernels, tuple(zoo.example(arch).shape))
 
 
 def _first_difference(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str:

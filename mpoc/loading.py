@@ -54,6 +54,7 @@ def load(path: str | PathLike[str], model: nn.Module | None = None) -> nn.Module
     empty = [name for name, value in tensors_of(model).items() if value.is_meta]
     if empty:
         raise MpocError(f"{path}: tensor {empty[0]!r} of the model is on the meta device", "model.to_empty()")
+    _untie(stored, model)
     _fill(stored, manifest, model)
     forbid_save_pretrained(model)
     return model
@@ -128,6 +129,29 @@ def _check(path: Path, stored: Checkpoint, manifest: Manifest, model: nn.Module)
                 check_geometry(model.get_submodule(layer.name.rpartition(".")[0]), layer.geometry)
             except ValueError as error:
                 raise MpocError(f"{path}: layer {layer.layer}: {error}") from error
+
+
+def _untie(stored: Checkpoint, model: nn.Module) -> None:
+    """Parameters that are one in the model, and of different values in the file, get data of their own.
+
+    Raises:
+        MpocError: they belong to one module in two places.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    apart: list[tuple[nn.Module, str]] = []
+    for name, names in same_tensor(model).items():
+        first = min(names & stored.infos.keys(), default=name)
+        if name == first or name not in stored.infos or torch.equal(stored.read(name), stored.read(first)):
+            continue
+        place, _, own = name.rpartition(".")
+        if modules[place] is modules[first.rpartition(".")[0]]:
+            raise MpocError(
+                f"{stored.path}: {name!r} and {first!r} differ in the file and are one layer in the model"
+            )
+        apart.append((modules[place], own))
+    for module, own in apart:
+        one = getattr(module, own)
+        setattr(module, own, nn.Parameter(one.detach().clone(), requires_grad=one.requires_grad))
 
 
 def _fill(stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:

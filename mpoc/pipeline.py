@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mpoc import hub_directory
-from mpoc.architecture import with_architecture
+from mpoc.architecture import observed, with_architecture
 from mpoc.checkpoint import Checkpoint, open_checkpoint
 from mpoc.errors import MpocError, UsageError
 from mpoc.fitting import fit_layer
@@ -93,7 +93,12 @@ def compress_checkpoint(
         checkpoint = with_architecture(checkpoint, arch)
     device = choose_device(recipe.device)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
-    plans = make_plan(selection, recipe, lambda plans: predict_size(checkpoint, selection, recipe, plans))
+    maps = [m.name for m in selection.chosen if recipe.is_map(m.name, m.kind)]
+    unsaid = [name for name in maps if not recipe.has_input_shape(name)]
+    geometries = observed(arch, unsaid) if arch is not None else {}
+    plans = make_plan(
+        selection, recipe, lambda plans: predict_size(checkpoint, selection, recipe, plans), geometries
+    )
     notes = [*checkpoint.notes, *selection.notes]
     if checkpoint.is_directory:
         notes += hub_directory.left_behind(checkpoint.path, checkpoint.weight_files)

@@ -73,7 +73,7 @@ def make_plan(
         selection: the chosen linear maps.
         recipe: checked.
         predict_size: bytes of the whole output under a plan, an upper bound; needed for ``--size``.
-        geometries: of whole maps, by the weight's name, where modules told; else the recipe does.
+        geometries: of whole maps, by the weight's name, where a sample run told; else the recipe does.
 
     Raises:
         UsageError: factors that do not multiply out, a pattern that matches nothing, a ceiling that

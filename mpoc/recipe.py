@@ -101,6 +101,13 @@ class Recipe:
         """Whether this weight is a convolution to be taken as one map."""
         return kind.startswith("conv") and (self.rule_for(name).conv or self.conv) == "map"
 
+    def has_input_shape(self, name: str) -> bool:
+        """Whether :meth:`geometry_for` knows the input size of this convolution."""
+        given = (shape.pattern for shape in self.input_shape)
+        return self.rule_for(name).input_shape is not None or any(
+            p is None or matches(p, name) for p in given
+        )
+
     def geometry_for(self, name: str, shape: tuple[int, ...]) -> Geometry:
         """Of a convolution that is taken as one map; see :func:`mpoc.input_shape.geometry_at`."""
         own = self.rule_for(name).input_shape

@@ -9,10 +9,10 @@ from typing import Any
 from mpoc.errors import MpocError
 from mpoc.header import TensorInfo, read_header
 
-# The weights of a directory, first match first: safetensors before pickles, an index before a lone file.
+# The weights of a directory, first match first, as transformers looks: safetensors before pickles.
 _PATTERNS = (
-    "model.safetensors.index.json",
     "model.safetensors",
+    "model.safetensors.index.json",
     "*.safetensors.index.json",
     "*.safetensors",
     "pytorch_model.bin.index.json",

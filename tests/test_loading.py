@@ -154,6 +154,25 @@ class TestTiedWeights:
         dense = expanded(path, Tied(tied=False))
         torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
 
+    def test_dense_tensors_that_the_file_does_not_tie(self, tmp_path: Path) -> None:
+        path = compressed(Tied(tied=False), tmp_path, embeddings=False, exclude=("head",))
+        loaded: Any = mpoc.load(path, Tied())
+        dense, x = expanded(path, Tied(tied=False)), torch.tensor([0, 59])
+        torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
+        assert loaded.head.weight is not loaded.embed.weight
+        tied: Any = mpoc.load(compressed(Tied(), tmp_path, embeddings=False, exclude=("head",)), Tied())
+        assert tied.head.weight is tied.embed.weight
+
+    def test_one_layer_in_two_places_cannot_be_two(self, tmp_path: Path) -> None:
+        network = nn.Sequential(nn.Linear(24, 24), nn.Linear(16, 16), nn.Linear(16, 16))
+        path = compressed(network, tmp_path, exclude=("1", "2"))
+        layer = nn.Linear(16, 16)
+        model = nn.Sequential(nn.Linear(24, 24), layer, layer)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(MpocError, match=r"'2\.\w+' and '1\.\w+' differ in the file"):
+            mpoc.load(path, model)
+        torch.testing.assert_close(model.state_dict(), before)
+
     def test_a_module_in_two_places(self, tmp_path: Path) -> None:
         def network() -> nn.Module:
             layer = nn.Linear(16, 16)

@@ -15,6 +15,7 @@ from mpoc.cli.expand import expand
 from mpoc.cli.export import export
 from mpoc.cli.finetune import finetune
 from mpoc.cli.report import report
+from mpoc.cli.reproduce import reproduce
 
 app = typer.Typer(
     name="mpoc",
@@ -47,6 +48,7 @@ app.command()(report)
 app.command()(expand)
 app.command()(finetune)
 app.command("eval")(evaluate)
+app.command()(reproduce)
 app.command()(export)
 app.command()(demo)
 

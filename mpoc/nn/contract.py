@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mpoc.nn.cost import Site, cheapest, split
+from mpoc.nn.weight import is_autocast
 
 
 def contract(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
@@ -46,7 +47,7 @@ def contract(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
     trained = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
     chain = _chain if _pieces_are_cheap(x, merged, trained) else _chain_of_rows
     at_once = max(min(8, plan.rows), plan.rows // 4) if trained else plan.rows  # gradients hold several
-    if torch.compiler.is_compiling() or x.shape[0] <= at_once:
+    if is_traced() or x.shape[0] <= at_once:
         return chain(x, merged)
     return torch.cat([chain(rows, merged) for rows in x.split(at_once)])
 
@@ -83,7 +84,7 @@ def _chain_of_rows(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
 
 def _pieces_are_cheap(x: Tensor, cores: Sequence[Tensor], trained: bool) -> bool:
     """Whether ``_chain`` is; its gradient makes a matrix (m, k) for every piece, autocast a copy of one."""
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocast(x.device):
         return False
     if not trained:
         return True
@@ -112,9 +113,14 @@ def planned_batch(x: Tensor) -> int:
 
     While a graph is traced the batch may be a symbol; the plan must then not depend on it.
     """
-    if torch.compiler.is_compiling():
+    if is_traced():
         return 64
     return 1 << (x.shape[0] - 1).bit_length() if x.shape[0] > 1 else 1
+
+
+def is_traced() -> bool:
+    """Whether a graph is made, that must serve other batches too."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def sites_of(cores: Sequence[Tensor]) -> tuple[Site, ...]:

@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor, nn
 
-from mpoc.nn.contract import merge, planned, planned_batch, sites_of
+from mpoc.nn.contract import is_traced, merge, planned, planned_batch, sites_of
 from mpoc.nn.cost import CPU, GPU, Rates, Site, bandwidth, merged
 from mpoc.nn.weight import CoreWeight, without_autocast
 
@@ -25,15 +25,18 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
     Neighbouring cores may be multiplied together first: then fewer and larger slices are gathered.  For very
     many indices all are, which makes the table for the time of the call.
 
-    Shapes: (…) of whole numbers → (…, embedding_dim).  ``padding_idx`` rows get no gradient, as in
-    ``nn.Embedding``.
+    Shapes: (…) of whole numbers → (…, embedding_dim).  The ``padding_idx`` row gets no gradient, as in
+    ``nn.Embedding``; but it is made from cores that other rows share, so it is as exact as they are, and
+    moves when they are trained.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the table.
 
         Raises:
-            IndexError: an index is negative or not below ``num_embeddings`` (on the CPU, uncompiled).
+            IndexError: an index is negative or not below ``num_embeddings``. Looked for on the CPU only, and
+                neither in a compiled graph nor under vmap: there such an index gives a wrong row.
+            RuntimeError: indices are not int32 or int64.
         """
         if self._dense is not None and not self.training:
             return nn.functional.embedding(input, self._dense, self.padding_idx)
@@ -43,7 +46,11 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
         return rows.reshape(*input.shape, self.embedding_dim)
 
     def _check(self, indices: Tensor) -> None:
-        if torch.compiler.is_compiling() or indices.device.type != "cpu" or not indices.numel():
+        if indices.dtype not in (torch.int32, torch.int64):
+            raise RuntimeError(f"indices of an embedding are int32 or int64, not {indices.dtype}")
+        # Nothing can be read off indices on a GPU without waiting for it, in a graph, or under vmap.
+        unread = is_traced() or indices.device.type != "cpu" or torch._C._functorch.is_batchedtensor(indices)
+        if unread or not indices.numel():
             return
         least, largest = indices.aminmax()
         if int(least) < 0 or int(largest) >= self.num_embeddings:
@@ -55,7 +62,7 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
         cuts = _best_cuts(sites_of(cores), planned_batch(indices), indices.is_cuda)
         groups = [merge(cores[first:last]) for first, last in pairwise(cuts)]
         at_once = max(1, _AT_ONCE // max([core.numel() // core.shape[1] for core in groups]))
-        if torch.compiler.is_compiling() or indices.shape[0] <= at_once:
+        if is_traced() or indices.shape[0] <= at_once:
             rows = _gather(indices, groups)
         else:
             rows = torch.cat([_gather(part, groups) for part in indices.split(at_once)])

@@ -35,6 +35,8 @@ class MPOConv1D(CoreWeight):
 def through_cores(layer: CoreWeight, x: Tensor) -> Tensor:
     """Ŵx + b for x of shape (…, N_x); padded inputs are zeros, padded outputs are dropped."""
     structure = layer.structure
+    if x.shape[-1] != structure.inputs:
+        raise RuntimeError(f"input has {x.shape[-1]} features, the layer takes {structure.inputs}")
     flat = x.reshape(-1, structure.inputs)
     if structure.padding[1]:
         flat = pad(flat, (0, structure.padding[1]))

@@ -21,8 +21,12 @@ def build_weight(cores: Sequence[Tensor], structure: Structure) -> Tensor:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which ``device`` computes in the dtypes that tensors have."""
-    narrow = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if narrow else nullcontext()
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether products on ``device`` are narrowed by autocast."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 class CoreWeight(nn.Module):
@@ -50,8 +54,13 @@ class CoreWeight(nn.Module):
 
         The cache is a snapshot without gradients.  Training mode, a change of device or dtype and
         ``load_state_dict`` end it; call again then, and after cores were changed in any other way.
+
+        Raises:
+            RuntimeError: in training mode, which changes the cores.
         """
-        with torch.no_grad():
+        if on and self.training:
+            raise RuntimeError("materialize() is for evaluation: call eval() first")
+        with torch.inference_mode(False), torch.no_grad():
             self._dense = build_weight(list(self.cores), self.structure) if on else None
 
     def train(self, mode: bool = True) -> Any:
@@ -72,14 +81,15 @@ class CoreWeight(nn.Module):
         """The dense module's, with factors and bonds."""
         bonds = [core.shape[0] for core in self.cores] + [1]
         outputs, inputs = self.structure.output_factors, self.structure.input_factors
-        return f"{super().extra_repr()}, outputs={outputs}, inputs={inputs}, bonds={tuple(bonds)}"
+        own = f"outputs={outputs}, inputs={inputs}, bonds={tuple(bonds)}"
+        return ", ".join(filter(None, [super().extra_repr(), own]))
 
 
 class WeightView:
     """A weight's dtype, device and shape; the weight itself where torch computes with it.
 
     It can be read, and nothing else: what is written to a weight made from cores would be lost, so writing
-    raises AttributeError or TypeError.
+    raises AttributeError or TypeError.  (Writing to a part of it, as ``weight[0].zero_()``, is lost.)
     """
 
     _layer: CoreWeight
@@ -124,7 +134,7 @@ class WeightView:
     @property
     def requires_grad(self) -> bool:
         """Of the cores."""
-        return not self._detached and self._layer.cores[0].requires_grad
+        return not self._detached and any(core.requires_grad for core in self._layer.cores)
 
     def __getattr__(self, name: str) -> Any:
         """Anything else a tensor can do is asked of the dense weight, sizes of one without data."""
@@ -135,7 +145,18 @@ class WeightView:
         if not hasattr(Tensor, name):  # nothing is built to say no
             raise AttributeError(f"a weight made from cores has no attribute {name!r}")
         _refuse_writing(name)
-        return getattr(self._dense(), name)
+        return getattr(self._own(), name)
+
+    def __repr__(self) -> str:
+        return f"<weight {tuple(self.shape)} made from cores, {self.dtype}, {self.device}>"
+
+    def __format__(self, how: str) -> str:
+        return format(repr(self), how)
+
+    def _own(self) -> Tensor:
+        """Built anew: the caller may keep a view of it, and must not get at the layer's cache."""
+        dense = build_weight(list(self._layer.cores), self._layer.structure)
+        return dense.detach() if self._detached else dense
 
     def _dense(self) -> Tensor:
         dense = self._layer.dense_weight()
@@ -170,15 +191,30 @@ _SIZES = ("ndim", "dim", "size", "stride", "numel", "element_size", "nbytes", "i
 _WRITE_INSTEAD = "change the layer's cores, or make it dense first (mpoc expand)"
 # Python looks operators up in the class, never through __getattr__.
 _READING = (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow", "matmul", "rmatmul"),
-    *("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "iter", "array"),
+    *(
+        "add",
+        "radd",
+        "sub",
+        "rsub",
+        "mul",
+        "rmul",
+        "truediv",
+        "rtruediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "rpow",
+        "matmul",
+        "rmatmul",
+    ),
+    *("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "iter", "contains", "array"),
 )
 _WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")
 
 
 def _operator(name: str) -> Callable[..., Any]:
     def apply(view: WeightView, *others: Any) -> Any:
-        return getattr(_dense(view), name)(*map(_dense, others))
+        return getattr(view._own(), name)(*map(_dense, others))
 
     return apply
 

@@ -202,6 +202,12 @@ def test_a_compressed_directory_is_known_without_its_manifest(tmp_path: Path) ->
     assert "already compressed by mpoc" in str(error)
 
 
+def test_a_lone_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), 3)
+    save_file({"lone.weight": torch.ones(2, 2)}, path / "model.safetensors")
+    assert open_checkpoint(path).infos.keys() == {"lone.weight"}
+
+
 def test_wrapper_prefixes_come_off_over_all_shards_together(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     shards = {"a.bin": {"module.a.weight": torch.randn(4, 4)}, "b.bin": {"head.weight": torch.randn(4, 4)}}

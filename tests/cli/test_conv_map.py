@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import mpoc
+from mpoc import zoo
 from tests.process import Mpoc
 
 
@@ -31,6 +33,23 @@ def test_a_whole_map_is_one_option_away(run: Mpoc, model: Path) -> None:
     assert layer["geometry"]["size"] == layer["geometry"]["output_size"] == [2, 2]
     stored = load_file(run.folder / "vgg.mpo.safetensors")
     assert [stored[f"conv5_1.cores.{k}"].shape[1:3] for k in range(3)] == [(2, 2), (8, 8), (8, 8)]
+
+
+def test_a_network_of_the_zoo_says_its_sizes_itself(run: Mpoc, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = zoo.make("lenet5").eval()
+    torch.save(network.state_dict(), tmp_path / "lenet.pt")
+    options = ["--arch", "lenet5", "--conv", "map", "--layers", "conv2", "--bond", 100000, "--allow-growth"]
+    done = run("compress", tmp_path / "lenet.pt", *options, "--json", "--quiet")
+    assert done.returncode == 0, done.stderr
+    (layer,) = json.loads(done.stdout)["layers"]
+    seen: list[torch.Size] = []
+    network.get_submodule("conv2").register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    x = torch.randn(2, *zoo.example("lenet5").shape[1:])
+    y = network(x)
+    assert layer["geometry"]["size"] == list(seen[0][2:])
+    loaded = mpoc.load(run.folder / "lenet.mpo.safetensors")
+    torch.testing.assert_close(loaded(x), y, rtol=0, atol=1e-4)
 
 
 def test_expand_needs_project_for_what_is_no_convolution(run: Mpoc, model: Path) -> None:

@@ -15,6 +15,7 @@ from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from tests.checkpoints import mlp_state, network_state, save_directory
 from tests.process import Mpoc
+from tests.reproduce.images import write_digits
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {command.name: command for command in typer.main.get_group(app).commands.values()}
@@ -87,6 +88,7 @@ def make_what_the_examples_name(compressed: bool) -> None:
     for name, rows in (("data_batch_1.bin", 40), ("test_batch.bin", 20)):
         labelled = [bytes([k % 10]) + bytes([k] * 3072) for k in range(rows)]
         (Path("cifar10") / name).write_bytes(b"".join(labelled))
+    write_digits(Path("mnist"), train=60, test=20)
     torch.save(mlp_state(), "dense.pt")
     if compressed:
         torch.save(mlp_state(), "mlp.pt")

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoc.nn import contract as module
 from mpoc.nn.contract import contract, merge
-from mpoc.nn.cost import CPU, GPU, Plan, Rates, cheapest, ways
+from mpoc.nn.cost import CPU, GPU, Plan, Rates, cheapest, split, ways
 from mpoc.structure import Structure, make_structure
 from tests.weights import by_eq_5, random_cores
 
@@ -82,6 +84,65 @@ def test_merged_cores_are_a_core() -> None:
     assert merged[0].shape == (1, 6, 6, 4)
     two_sites = of_factors([(6, 6), (2, 2)])
     torch.testing.assert_close(by_eq_5(merged, two_sites), by_eq_5(cores, structure))
+
+
+class Largest(TorchDispatchMode):
+    """Numbers of the largest tensor that any operation gives."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes():
+            self.numbers = max(self.numbers, out.untyped_storage().nbytes() // out.element_size())
+        return out
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("plan", "most"),
+    [  # an intermediate for one vector: 8 · 16 · 8 numbers; Ŵ: 64 · 64
+        (Plan((0, 1, 2), False, 4, 0.0), 4 * 1024),
+        (Plan((0, 1, 2), False, 32, 0.0), 32 * 1024),
+        (Plan((0, 1, 2), True, 2, 0.0), 2 * 8 * 64),
+        (Plan((0, 1, 2), True, 8, 0.0), 64 * 64),
+    ],
+)
+def test_no_more_is_made_at_once_than_planned(
+    plan: Plan, most: int, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores = [core.float().requires_grad_(trained) for core in random_cores(of_factors([(8, 8)] * 2), 16)]
+    x = torch.randn(32, 64)
+    monkeypatch.setattr(module, "_plan", lambda *_: plan)
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        contract(x, cores)
+    if trained and not plan.rebuild:
+        most = max(most // 4, 1024 * min(plan.rows, 8))
+    assert largest.numbers == max(most, 32 * 64)
+
+
+def test_the_gradient_of_a_core_is_not_made_for_every_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = [core.float().requires_grad_() for core in random_cores(of_factors([(16, 16)] * 3), 4)]
+    monkeypatch.setattr(module, "_plan", lambda *_: Plan((0, 1, 2, 3), False, 64, 0.0))
+    y = contract(torch.randn(8, 4096), cores)
+    with Largest() as largest:  # type: ignore[no-untyped-call]
+        y.sum().backward()
+    assert largest.numbers == 8 * 256 * 4 * 16  # the intermediate; pieces: 8 · 16 · (4 · 16)²
+
+
+def test_neighbours_are_merged_from_the_side_where_bonds_are_small() -> None:
+    assert split(((1, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 64))) == 2
+    assert split(((64, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 1))) == 1
+
+
+def test_on_the_meta_device_and_under_autocast() -> None:
+    cores = [core.float() for core in random_cores(of_factors([(4, 4)] * 3), 3)]
+    assert contract(torch.empty(5, 64, device="meta"), [core.to("meta") for core in cores]).shape == (5, 64)
+    x = torch.randn(5, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = contract(x, cores)
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), contract(x, cores), rtol=0.05, atol=0.2)
 
 
 class TestPlan:

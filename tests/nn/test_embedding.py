@@ -164,3 +164,21 @@ def with_large_cores(bond: int) -> Any:
     )
     adopt(layer, "weight", [torch.randn(site) for site in sites], structure)
     return layer
+
+
+def test_under_vmap() -> None:
+    dense, layer = pair(nn.Embedding(50, 12))
+    ids = torch.arange(12).reshape(3, 4)
+    torch.testing.assert_close(torch.vmap(layer)(ids), dense(ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+def test_indices_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match="int32 or int64"):
+        with_cores(nn.Embedding(50, 12))(torch.ones(3).to(dtype))
+
+
+def test_many_rows_are_gathered_from_merged_cores() -> None:
+    sites = ((1, 9, 2, 32), (32, 9, 3, 32), (32, 9, 4, 32), (32, 7, 4, 32), (32, 6, 4, 1))
+    assert module._best_cuts(sites, 8, False) == (0, 1, 2, 3, 4, 5)
+    assert len(module._best_cuts(sites, 16384, False)) < 5

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -143,3 +144,19 @@ def test_is_a_linear_layer() -> None:
     assert (layer.in_features, layer.out_features) == (24, 18)
     assert "in_features=24" in repr(layer)
     assert "outputs=(3, 3, 2)" in repr(layer)
+
+
+@pytest.mark.parametrize("batch", [0, 4])
+def test_inputs_of_another_width_are_refused(batch: int) -> None:
+    layer = with_cores(nn.Linear(64, 48))
+    with pytest.raises(RuntimeError, match="32 features, the layer takes 64"):
+        layer(torch.empty(batch, 32))
+
+
+def test_traced_for_any_batch() -> None:
+    layer = with_cores(nn.Linear(64, 48)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and says what it cannot follow
+        traced = torch.jit.trace(layer, torch.randn(3, 64), check_trace=False)
+    x = torch.randn(7, 64)
+    torch.testing.assert_close(traced(x), layer(x))

@@ -170,12 +170,29 @@ class TestMaterialize:
         assert not layer(x).any()
         assert not layer.eval()(x).any()
 
-    def test_in_training_mode_is_not_used(self, make: Any) -> None:
+    def test_in_training_mode_is_refused(self, make: Any) -> None:
+        layer = with_cores(make()[0]).train()
+        with pytest.raises(RuntimeError, match="eval"):
+            layer.materialize()
+        assert layer._dense is None
+
+    def test_made_without_gradients_lets_them_through(self, make: Any) -> None:
         plain, x = make()
-        layer = with_cores(plain).train()
+        layer = with_cores(plain).eval()
+        with torch.inference_mode():
+            layer.materialize()
+        x = x.requires_grad_() if x.is_floating_point() else x
+        (layer(x) * 2).square().sum()
+
+    def test_what_is_read_is_not_the_cache(self, make: Any) -> None:
+        plain, x = make()
+        layer = with_cores(plain).eval()
         layer.materialize()
-        layer(x).sum().backward()
-        assert all(core.grad.abs().sum() > 0 for core in layer.cores)
+        before = layer(x)
+        with torch.no_grad():
+            layer.weight[0].zero_()
+            layer.weight.view(-1)[3:7].fill_(5)
+        assert torch.equal(layer(x), before)
 
     def test_ends_with_load_state_dict(self, make: Any) -> None:
         plain, x = make()
@@ -195,7 +212,7 @@ class TestMaterialize:
         assert layer(x).dtype == torch.float64
 
     def test_leaves_nothing_in_the_state(self, make: Any) -> None:
-        layer = with_cores(make()[0])
+        layer = with_cores(make()[0]).eval()
         names = list(layer.state_dict())
         layer.materialize()
         assert list(layer.state_dict()) == names == [name for name, _ in layer.named_parameters()]

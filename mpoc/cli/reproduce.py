@@ -1,0 +1,218 @@
+"""``mpoc reproduce``: the papers' experiments, the paper's numbers beside ours."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpoc.cli.console import Output, reported_errors
+from mpoc.cli.data_options import DATA, DataPath, Format
+from mpoc.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from mpoc.reproduce.study import Reproduction, Request
+    from mpoc.train.watch import Told
+
+_WHAT = "What is trained"
+_HOW = "How"
+_OUT = "Output"
+
+
+def reproduce(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="fc2, lenet5, vgg16, vgg19, resnet, densenet (Gao et al. 2020) or picogpt."
+        ),
+    ],
+    data: DataPath,
+    format: Format = None,
+    held_out: Annotated[
+        float,
+        typer.Option(
+            "--hold-out",
+            help="Share of the training split on which the best weights are chosen; 0: the last ones count.",
+            rich_help_panel=DATA,
+        ),
+    ] = 0.0,
+    variants: Annotated[
+        str | None,
+        typer.Option(
+            metavar="V[,V…]",
+            help="Of resnet: its depths, or as 56-resunit with the last ResUnit. Of densenet: (n, m, k) as "
+            "16-12-24, or convolution. all: every one. Default: the first.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    depth: Annotated[
+        str | None,
+        typer.Option(metavar="L[,L…]", help="Of resnet: 20, 32, 44, 56, 110.", rich_help_panel=_WHAT),
+    ] = None,
+    bonds: Annotated[
+        str | None,
+        typer.Option(metavar="D[,D…]", help="Default: the paper's.", rich_help_panel=_WHAT),
+    ] = None,
+    starts: Annotated[
+        str,
+        typer.Option(
+            metavar="S[,S]",
+            help="ttsvd, from the trained dense network, and random, as the paper.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = "ttsvd,random",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="LAYER=INPUTS:OUTPUTS",
+            help="Another factoring of a layer beside the paper's, as fc1=28x28:16x16. Repeatable.",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Of each network. Default: the recipe's.", rich_help_panel=_HOW)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps, in the place of epochs.", rich_help_panel=_HOW)
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's own training, long.", rich_help_panel=_HOW)
+    ] = False,
+    no_l2: Annotated[
+        bool, typer.Option("--no-l2", help="Without the second term of Eq. (7).", rich_help_panel=_HOW)
+    ] = False,
+    runs: Annotated[int, typer.Option(help="Seeds of every network: mean ± σ.", rich_help_panel=_HOW)] = 1,
+    seed: Annotated[int, typer.Option(help="The first.", rich_help_panel=_HOW)] = 0,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="A smoke run: ten steps on a part of the data.", rich_help_panel=_HOW),
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_HOW)] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Finished networks are kept there and used again. Default: reproduce-NAME/.",
+            rich_help_panel=_OUT,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Draw the paper's figure and the curves there.", rich_help_panel=_OUT
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The table as JSON on stdout.", rich_help_panel=_OUT)
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Results and errors only.", rich_help_panel=_OUT)
+    ] = False,
+) -> None:
+    """Repeat an experiment of a paper: dense, MPO-Net from TT-SVD, MPO-Net from random cores.
+
+    Every network gets the same training. Given again, an interrupted command goes on where it stopped.
+
+    Examples:
+
+    mpoc reproduce fc2 --data mnist/ --quick --plot figures/
+
+    mpoc reproduce fc2 --data mnist/ --epochs 1 --bonds 4,16 --shape 'fc1=28x28:16x16' --json
+    """
+    values = dict(locals())
+    with reported_errors():
+        words = Output(quiet)
+        done = _run(_request(values), plot, words)
+        if as_json:
+            from mpoc.report import to_json
+
+            sys.stdout.write(to_json(done.as_dict()) + "\n")
+        else:
+            from mpoc.cli.reproduction_table import print_reproduction
+
+            print_reproduction(words.result, done)
+
+
+def _request(values: dict[str, Any]) -> Request:
+    from mpoc.recipe import parse_shape
+    from mpoc.reproduce.catalogue import Choice, find_study
+    from mpoc.reproduce.study import Request
+
+    study = find_study(values["name"])
+    if values["depth"] is not None and (study.axis != "depth" or values["variants"] is not None):
+        raise UsageError("--depth is of resnet, and in the place of --variants")
+    variants = _words(values["variants"] if values["depth"] is None else values["depth"])
+    shapes = []
+    for text in values["shape"] or ():
+        rule = parse_shape(text)
+        if rule.pattern is None:
+            raise UsageError(f"--shape {text}: names no layer", "as --shape 'fc1=28x28:16x16'")
+        shapes.append((text, {rule.pattern: (rule.output_factors, rule.input_factors)}))
+    choice = Choice(
+        tuple(study.variants) if variants == ("all",) else variants,
+        tuple(_whole("--bonds", word) for word in _words(values["bonds"])),
+        tuple(shapes), values["paper"], values["epochs"], values["steps"], not values["no_l2"],
+    )  # fmt: skip
+    same = ("name", "data", "runs", "seed", "quick", "format", "held_out", "device")
+    return Request(
+        **{name: values[name] for name in same},
+        output=values["output"] or Path(f"reproduce-{study.name}"),
+        choice=choice,
+        starts=_words(values["starts"]),
+    )
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(filter(None, (text or "").split(","))))
+
+
+def _whole(option: str, word: str) -> int:
+    if not word.isdecimal():
+        raise UsageError(f"{option} {word}: not whole numbers with commas between, as 2,4,8")
+    return int(word)
+
+
+def _run(request: Request, plot: Path | None, words: Output) -> Reproduction:
+    """Train, draw, and keep the report beside the networks."""
+    from mpoc.report import to_json
+    from mpoc.reproduce.figure import draw_figures, require_matplotlib
+    from mpoc.reproduce.study import reproduce
+    from mpoc.train.stop import Interrupted
+    from mpoc.writer import staged
+
+    if plot is not None:
+        require_matplotlib()
+    try:
+        with _live_progress(words) as told:
+            done = reproduce(request, words.say, told)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        words.say(f"stopped; finished networks are in {request.output}")
+        words.next_command(f"mpoc {shlex.join(sys.argv[1:])}")
+        raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
+    report = request.output / "report.json"
+    with staged(report) as target:
+        target.write_text(to_json(done.as_dict()) + "\n", "utf-8")
+    written = [report, *(draw_figures(done, plot) if plot is not None else ())]
+    words.say(f"wrote {', '.join(map(str, written))}")
+    return done
+
+
+@contextmanager
+def _live_progress(words: Output) -> Iterator[Callable[[Told], None] | None]:
+    """A bar on a terminal; elsewhere the lines of finished networks are enough."""
+    from mpoc.cli.progress import training_progress
+
+    if not words.words.is_terminal:
+        yield None
+        return
+    with training_progress(words) as told:
+        yield told

@@ -1,0 +1,106 @@
+"""All studies by name, and one of them narrowed to what is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mpoc.errors import UsageError, nearest
+from mpoc.reproduce.densenet import DENSENET
+from mpoc.reproduce.digits import FC2, LENET5
+from mpoc.reproduce.experiment import Experiment, Layer, Study, Training
+from mpoc.reproduce.picogpt import PICOGPT
+from mpoc.reproduce.resnet import RESNET
+from mpoc.reproduce.vgg import VGG16, VGG19
+
+STUDIES = {study.name: study for study in (FC2, LENET5, VGG16, VGG19, RESNET, DENSENET, PICOGPT)}
+
+Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # layer → (outputs, inputs)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is asked for; None: as the study has it."""
+
+    variants: tuple[str, ...] = ()
+    bonds: tuple[int, ...] = ()
+    shapes: tuple[tuple[str, Shapes], ...] = ()  # each with the words it was asked in
+    paper: bool = False  # the paper's own training
+    epochs: float | None = None
+    steps: int | None = None
+    l2: bool = True
+
+
+def find_study(name: str) -> Study:
+    """The study of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in STUDIES:
+        raise UsageError(f"no experiment {name!r}{nearest(name, [*STUDIES])}", ", ".join(STUDIES))
+    return STUDIES[name]
+
+
+def choose(study: Study, choice: Choice) -> list[Experiment]:
+    """The experiments that are asked for, each with its training and bonds.
+
+    Raises:
+        UsageError: an unknown variant or layer, or a bond below 1.
+    """
+    names = choice.variants or (next(iter(study.variants)),)
+    unknown = [name for name in names if name not in study.variants]
+    if unknown:
+        known = [*study.variants]
+        raise UsageError(
+            f"{study.name} has no variant {unknown[0]!r}{nearest(unknown[0], known)}", ", ".join(known)
+        )
+    if min(choice.bonds, default=1) < 1:
+        raise UsageError(f"--bonds {min(choice.bonds)}: at least 1")
+    found: list[Experiment] = []
+    for name in dict.fromkeys(names):
+        experiment = _with_bonds(study.variants[name], choice.bonds)
+        experiment = replace(experiment, training=_training(experiment, choice))
+        found += [experiment, *(_reshaped(experiment, *shape) for shape in choice.shapes)]
+    return found
+
+
+def _with_bonds(experiment: Experiment, bonds: Sequence[int]) -> Experiment:
+    """At these D; where every layer has a bond of its own, all take D instead."""
+    if not bonds:
+        return experiment
+    layers = experiment.layers
+    if not experiment.bonds:
+        layers = tuple(replace(layer, bond=None) for layer in layers)
+    return replace(experiment, bonds=tuple(sorted(set(bonds))), layers=layers)
+
+
+def _training(experiment: Experiment, choice: Choice) -> Training:
+    training = experiment.paper_training if choice.paper else experiment.training
+    settings = training.settings
+    if choice.epochs is not None:
+        settings = replace(settings, epochs=choice.epochs, steps=None)
+    if choice.steps is not None:
+        settings = replace(settings, steps=choice.steps)
+    if not choice.l2:
+        settings = replace(settings, l2=0.0, weight_decay=0.0)
+    return replace(training, settings=settings)
+
+
+def _reshaped(experiment: Experiment, words: str, shapes: Shapes) -> Experiment:
+    """The same experiment with other factors in some layers."""
+    names = [layer.name for layer in experiment.layers]
+    for name in shapes:
+        if name not in names:
+            raise UsageError(
+                f"--shape {words}: {name} is not replaced{nearest(name, names)}", ", ".join(names)
+            )
+    layers = tuple(_reshape(layer, shapes) for layer in experiment.layers)
+    return replace(experiment, label=f"{experiment.label}, {words}", layers=layers, published={})
+
+
+def _reshape(layer: Layer, shapes: Shapes) -> Layer:
+    if layer.name not in shapes:
+        return layer
+    outputs, inputs = shapes[layer.name]
+    return replace(layer, inputs=inputs, outputs=outputs)

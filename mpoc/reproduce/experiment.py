@@ -1,0 +1,100 @@
+"""An experiment of a paper as plain data: a network, which of its layers become MPOs, training, the numbers.
+
+The papers write a structure as M(I_1,…,I_n → J_1,…,J_n)(D), Eq. (8) of Gao et al. 2020.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from mpoc.train.settings import Settings
+
+GAO = "Gao et al., Phys. Rev. Research 2, 023300 (2020)"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that is replaced, and by what."""
+
+    name: str  # of the module in the zoo's network
+    inputs: tuple[int, ...]  # I
+    outputs: tuple[int, ...]  # J
+    bond: int | None = None  # None: the D of the experiment
+    size: tuple[int, ...] = ()  # of a convolution that becomes one whole map: (height, width) of its input
+
+    def notation(self, bond: int | None = None) -> str:
+        """``fc1 M(4,7,7,4→4,4,4,4)(D)``."""
+        sides = "→".join(",".join(map(str, side)) for side in (self.inputs, self.outputs))
+        return f"{self.name} M({sides})({self.bond or bond or 'D'})"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A number of the paper."""
+
+    where: str  # "Table I"
+    accuracy: float | None = None  # per cent; None: the paper draws or says it, and prints no number
+    sigma: float | None = None
+    rho: float | None = None
+    words: str = ""  # what it says where it prints no number
+
+    def __str__(self) -> str:
+        if self.accuracy is None:
+            return f"{self.words} ({self.where})"
+        sigma = "" if self.sigma is None else f" ± {self.sigma:.2f}"
+        return f"{self.accuracy:.2f}{sigma} ({self.where})"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One way of training, the same for the dense network and for every start of the MPO-Net."""
+
+    settings: Settings
+    pad: int = 0  # pixels: shifts drawn at random
+    flip: bool = False
+    note: str = ""  # where it departs from the paper's own, or from what a reader would expect
+
+    def words(self) -> str:
+        """One line for the table."""
+        s = self.settings
+        long = f"{s.epochs:g} epochs" if s.steps is None else f"{s.steps:,} steps"
+        momentum = f" momentum {s.momentum:g}" if s.optimizer == "sgd" and s.momentum else ""
+        nesterov = " (Nesterov)" if s.nesterov else ""
+        schedule = s.schedule
+        if s.schedule == "exponential":
+            schedule = f"×{s.gamma:.4g} every {s.decay_every} epoch(s)"
+        parts = [long, f"batch {s.batch}", f"{s.optimizer}{momentum}{nesterov}", f"lr {s.peak:g} {schedule}"]
+        parts += [f"warm-up {s.warmup:g}"] if s.warmup else []
+        parts += [f"L2 {s.l2:g}" if s.l2 else "no L2"]
+        parts += [f"random shifts of {self.pad} pixels"] if self.pad else []
+        parts += ["random flips"] if self.flip else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One network with one set of replaced layers, at one or more D."""
+
+    label: str  # of this variant in tables, as "depth 56"
+    network: str  # of the zoo, as "resnet:depth=56,width=4"
+    layers: tuple[Layer, ...]
+    bonds: tuple[int, ...]  # the D's; () where every layer has a bond of its own
+    training: Training
+    paper_training: Training
+    data: str  # what the paper trained on
+    dense: Published
+    published: dict[int, Published] = field(default_factory=dict)  # by D; 0 where there are no D's
+    x: float = 0.0  # place in a figure over something else than D
+    notes: tuple[str, ...] = ()  # on the structure
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one name of ``mpoc reproduce`` stands for."""
+
+    name: str
+    title: str
+    source: str
+    variants: dict[str, Experiment]  # the first is what is done unless asked otherwise
+    quick_batch: int  # of --quick
+    axis: str = "D"  # what a figure runs over: D, or the x of the experiments

@@ -1,0 +1,123 @@
+"""An MPO-Net from a dense network: from TT-SVD of its weights, or from random cores.
+
+Random cores keep the nominal D at every bond, even above the sizes of the unfoldings: so do the papers'
+parameter counts.  TT-SVD has no use for more than an unfolding's rank, so that its counts can be lower.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpoc import zoo
+from mpoc.errors import UsageError
+from mpoc.fit.conv_map import fit_conv_map
+from mpoc.fit.ttsvd import tt_svd
+from mpoc.nn import adopt
+from mpoc.nn.conv_map import geometry_of
+from mpoc.reproduce.experiment import Experiment, Layer
+from mpoc.structure import Structure, count_parameters
+from mpoc.train.settings import derived_seed
+
+STARTS = ("ttsvd", "random")
+
+
+def nominal_bonds(sites: int, bond: int) -> tuple[int, ...]:
+    """(1, D, …, D, 1)."""
+    return (1, *(bond,) * (sites - 1), 1)
+
+
+def layer_structure(network: nn.Module, layer: Layer) -> Structure:
+    """The structure of a layer that is to be replaced.
+
+    Raises:
+        UsageError: the factors do not multiply out to the layer's sides (a whole map may have more inputs,
+            zeros then follow them), or do not align with the axes of a map too large to be formed.
+    """
+    module = network.get_submodule(layer.name)
+    weight = module.get_parameter("weight")
+    geometry = geometry_of(module, layer.size) if layer.size else None
+    kind = "convmap" if geometry else "linear"
+    structure = Structure(kind, tuple(weight.shape), False, layer.outputs, layer.inputs, geometry)
+    rows, columns = structure.padding
+    if len(layer.inputs) != len(layer.outputs) or rows or columns < 0 or (columns and geometry is None):
+        raise UsageError(
+            f"{layer.notation()}: {math.prod(layer.inputs)} inputs and {math.prod(layer.outputs)} outputs, "
+            f"but the layer has {structure.inputs} and {structure.outputs}; each site has one factor of each"
+        )
+    if structure.is_large_map and structure.axis_factors is None:
+        raise UsageError(
+            f"{layer.notation()}: in so large a map each factor must divide an axis or span whole ones"
+        )
+    return structure
+
+
+def check_structures(experiment: Experiment) -> None:
+    """Whether all layers of an experiment can be replaced as it says; no weights are made.
+
+    Raises:
+        UsageError: as :func:`layer_structure`.
+    """
+    with torch.device("meta"):
+        network = zoo.make(experiment.network)
+    for layer in experiment.layers:
+        layer_structure(network, layer)
+
+
+def num_cores_parameters(structure: Structure, bond: int) -> int:
+    """N_mpo of Eq. (6) at the nominal bond."""
+    return count_parameters(structure.site_sizes, nominal_bonds(len(structure.site_sizes), bond))
+
+
+def compress(network: nn.Module, layers: Sequence[Layer], bond: int, start: str, seed: int) -> nn.Module:
+    """Put cores in the place of the layers' weights.
+
+    Args:
+        network: dense; changed in place. From ``random`` its other parameters stay as they are too.
+        layers: which.
+        bond: D, of the layers that have none of their own.
+        start: ``ttsvd`` or ``random``.
+        seed: of the random cores, and of TT-SVD's randomised route.
+
+    Returns:
+        The same network.
+
+    Raises:
+        UsageError: the factors do not fit.
+    """
+    for layer in layers:
+        structure = layer_structure(network, layer)
+        module = network.get_submodule(layer.name)
+        own = layer.bond or bond
+        if start == "random":
+            cores = random_cores(structure, own, derived_seed(seed, "cores", layer.name))
+        else:
+            cores = fitted_cores(module.get_parameter("weight").detach(), structure, own, seed)
+        adopt(module, "weight", cores, structure)
+    return network
+
+
+def random_cores(structure: Structure, bond: int, seed: int) -> list[Tensor]:
+    """Normal cores of variance 2 / (fan-in + fan-out), with fans D_{k-1} I_k and J_k D_k.
+
+    Source: Glorot and Bengio 2010, Eq. (12), on each core as the matrix that it is in a contraction from the
+    left; what Gao et al. 2020 start from.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bonds = nominal_bonds(len(structure.site_sizes), bond)
+    cores: list[Tensor] = []
+    for k, (j, i) in enumerate(zip(structure.output_factors, structure.input_factors, strict=True)):
+        a, b = bonds[k], bonds[k + 1]
+        deviation = math.sqrt(2 / (a * i + j * b))
+        cores.append(torch.randn(a, j, i, b, generator=generator) * deviation)
+    return cores
+
+
+def fitted_cores(weight: Tensor, structure: Structure, bond: int, seed: int) -> list[Tensor]:
+    """TT-SVD of a dense weight, of a convolution's whole map where the structure says so."""
+    if structure.geometry is None:
+        return tt_svd(weight, structure, bond, seed=seed).form.cores
+    return fit_conv_map(weight, structure, bond, seed=seed).form.cores

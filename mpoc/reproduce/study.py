@@ -1,0 +1,246 @@
+"""A whole study, seed by seed: every network trained or taken from the store, and the numbers of all."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mpoc.errors import UsageError, nearest
+from mpoc.processes import num_processes
+from mpoc.reproduce.catalogue import Choice, choose, find_study
+from mpoc.reproduce.cell import DENSE, Cell, Key, dense_sizes, run_cell
+from mpoc.reproduce.experiment import Experiment, Published, Study
+from mpoc.reproduce.material import QUICK_STEPS, Material, open_material, shortened
+from mpoc.reproduce.networks import STARTS, check_structures
+from mpoc.reproduce.store import Result, Store
+from mpoc.train.watch import Told, short
+
+SCHEMA = "mpoc.reproduction/1"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for."""
+
+    name: str
+    data: Path
+    output: Path
+    choice: Choice = field(default_factory=Choice)
+    starts: tuple[str, ...] = STARTS
+    runs: int = 1
+    seed: int = 0
+    quick: bool = False
+    format: str | None = None
+    held_out: float = 0.0
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a network over all its runs."""
+
+    experiment: Experiment
+    start: str
+    bond: int
+    results: tuple[Result, ...]  # one a run
+
+    @property
+    def original(self) -> int:
+        """N_ori of the replaced layers."""
+        return dense_sizes(self.experiment)[1]
+
+    @property
+    def replaced(self) -> int:
+        """What they have here: N_mpo, or N_ori where dense."""
+        whole, original = dense_sizes(self.experiment)
+        return original - whole + self.results[0].parameters
+
+    @property
+    def rho(self) -> float:
+        """ρ of Eq. (9)."""
+        return self.replaced / self.original
+
+    @property
+    def published(self) -> Published | None:
+        """What the paper has for it: one number for every start, as it knows one only."""
+        if self.start == DENSE:
+            return self.experiment.dense
+        return self.experiment.published.get(self.bond, self.experiment.published.get(0))
+
+    def mean(self, name: str) -> tuple[float, float | None]:
+        """ā and σ of Eqs. (10) and (11) of a result's number; no σ of one run."""
+        values = [float(getattr(result, name)) for result in self.results]
+        return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What was found."""
+
+    study: Study
+    material: Material
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+    quick: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``; README documents it."""
+        return {
+            "schema": SCHEMA,
+            "experiment": self.study.name,
+            "source": self.study.source,
+            "data": self.material.data.announce(),
+            "measured": self.material.measured,
+            "reported": self.material.reported(),
+            "quick": self.quick,
+            "seeds": list(self.seeds),
+            "rows": [_row_dict(row) for row in self.rows],
+        }
+
+
+def _row_dict(row: Row) -> dict[str, Any]:
+    first = row.results[0]
+    found: dict[str, Any] = {
+        "network": row.experiment.label,
+        "start": row.start,
+        "bond": row.bond or None,
+        "structures": [layer.notation(row.bond) for layer in row.experiment.layers],
+        "training": row.experiment.training.words(),
+        "parameters": first.parameters,
+        "parameters_replaced_before": row.original,
+        "parameters_replaced_after": row.replaced,
+        "rho": short(row.rho),
+    }
+    for name in ("start", "final", "best", "seconds"):
+        mean, sigma = row.mean(name)
+        key = "accuracy_before_training" if name == "start" else name
+        found[key] = {"mean": short(mean), "sigma": None if sigma is None else short(sigma)}
+    found["published"] = asdict(row.published) if row.published else None
+    found["runs"] = [asdict(result) for result in row.results]
+    return found
+
+
+def reproduce(
+    request: Request, say: Callable[[str], None], told: Callable[[Told], None] | None = None
+) -> Reproduction:
+    """Train what is missing of a study, and put its numbers together.
+
+    Args:
+        request: what.
+        say: gets messages.
+        told: called while a network trains.
+
+    Raises:
+        UsageError: something unknown, or data or factors that do not fit.
+        MpocError: bad data, a damaged result, no finite loss, a package is missing.
+        Interrupted: Ctrl-C or SIGTERM; finished networks are stored.
+        OSError: of reading or writing.
+    """
+    study = find_study(request.name)
+    _check(request)
+    experiments, material = _open(request, study)
+    say(material.data.announce())
+    for note in material.data.notes:
+        say(f"note: {note}")
+    seeds = tuple(range(request.seed, request.seed + request.runs))
+    cells = [cell for seed in seeds for cell in _cells(experiments, request.starts, seed)]
+    store = Store(request.output)
+    found: dict[Key, Result] = {}
+    for number, cell in enumerate(cells, 1):
+        found[cell.key] = _result(
+            cell, material, store, request.device, told, say, f"[{number}/{len(cells)}]"
+        )
+    rows = (
+        Row(
+            cell.experiment,
+            cell.start,
+            cell.bond,
+            tuple(found[replace(cell, seed=seed).key] for seed in seeds),
+        )
+        for cell in _cells(experiments, request.starts, request.seed)
+    )
+    return Reproduction(study, material, tuple(rows), seeds, request.quick)
+
+
+def _check(request: Request) -> None:
+    for start in request.starts:
+        if start not in STARTS:
+            raise UsageError(f"--starts {start}: unknown{nearest(start, STARTS)}", ",".join(STARTS))
+    if request.runs < 1:
+        raise UsageError(f"--runs {request.runs}: must be at least 1")
+    if not 0 <= request.held_out < 1:
+        raise UsageError(f"--hold-out {request.held_out:g}: a share, at least 0 and below 1")
+    if num_processes() > 1:
+        raise UsageError("reproduce runs in one process", "several commands, each with its --seed and -o")
+
+
+def _open(request: Request, study: Study) -> tuple[list[Experiment], Material]:
+    """The experiments, whose structures fit, and their data; both made small where it must be quick."""
+    experiments = choose(study, request.choice)
+    for experiment in experiments:
+        check_structures(experiment)
+    network = experiments[0].network
+    material = open_material(request.data, network, request.format, request.held_out, request.seed)
+    if not request.quick:
+        return experiments, material
+    small = shortened(material, study.quick_batch, request.seed)
+    return [_quick(experiment, study) for experiment in experiments], small
+
+
+def _quick(experiment: Experiment, study: Study) -> Experiment:
+    settings = replace(
+        experiment.training.settings, steps=QUICK_STEPS, batch=study.quick_batch, eval_every=None
+    )
+    return replace(experiment, training=replace(experiment.training, settings=settings))
+
+
+def _cells(experiments: list[Experiment], starts: tuple[str, ...], seed: int) -> Iterator[Cell]:
+    """In the order of the table, each dense network once."""
+    dense: set[str] = set()
+    for experiment in experiments:
+        if experiment.network not in dense:
+            yield Cell(experiment, DENSE, 0, seed)
+            dense.add(experiment.network)
+        for bond in experiment.bonds or (0,):
+            for start in starts:
+                yield Cell(experiment, start, bond, seed)
+
+
+def _result(
+    cell: Cell,
+    material: Material,
+    store: Store,
+    device: str,
+    told: Callable[[Told], None] | None,
+    say: Callable[[str], None],
+    place: str,
+) -> Result:
+    """From the store, or trained and stored."""
+    identity = cell.identity(material)
+    result = store.find(cell.name, identity)
+    stored = result is not None
+    if result is None:
+        dense = None
+        if cell.start == "ttsvd":
+            dense = _dense_weights(cell.dense(), material, store, device, told)
+        result, weights = run_cell(cell, material, device, dense, told)
+        store.put(cell.name, identity, result, weights if cell.start == DENSE else None)
+    how = "stored" if stored else f"{result.seconds:.0f} s on {result.device}"
+    which = f"{cell.experiment.label}, {cell.start}{f' D={cell.bond}' if cell.bond else ''}, seed {cell.seed}"
+    say(f"{place} {which}: {result.final:.2f} % (best {result.best:.2f}), {how}")
+    return result
+
+
+def _dense_weights(
+    cell: Cell, material: Material, store: Store, device: str, told: Callable[[Told], None] | None
+) -> Any:
+    """The trained dense network's; trained again where they were removed."""
+    identity = cell.identity(material)
+    weights = store.weights(cell.name, identity)
+    if weights is None:
+        result, weights = run_cell(cell, material, device, None, told)
+        store.put(cell.name, identity, result, weights)
+    return weights

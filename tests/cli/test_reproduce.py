@@ -1,0 +1,81 @@
+"""``mpoc reproduce`` as a process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mpoc.cli.app import app
+from mpoc.train.stop import Interrupted
+from tests.process import Mpoc
+from tests.reproduce.images import write_digits
+
+
+def test_quick_fc2_from_data_to_table_and_figures(run: Mpoc, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_digits(run.folder / "digits")
+    done = run("reproduce", "fc2", "--data", "digits", "--quick", "--bonds", "2,16", "--plot", "figures")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "smoke run" in lines[0]
+    rows = [line.split("  ") for line in lines if "MPO, " in line or line.startswith("fc2 ")]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert [row[1] for row in cells] == ["dense", *["MPO, TT-SVD", "MPO, random"] * 2]
+    assert cells[3][2:6] == ["16", "15,584", "15,584", "0.07667"]
+    assert cells[0][-1] == "98.35 ± 0.20 (Fig. 2)" and cells[3][-1] == "98.35 (Fig. 2)"
+    assert "FC2: fc1 M(4,7,7,4→4,4,4,4)(D); fc2 M(4,4,4,4→1,1,10,1)(4)" in lines
+    assert "on MNIST" in done.stdout and "'final' is that of the last weights" in done.stdout
+    assert "[5/5] FC2, random D=16, seed 0: " in done.stderr
+    assert {file.name for file in (run.folder / "figures").iterdir()} == {"fc2.svg", "fc2-curves.svg"}
+    monkeypatch.chdir(run.folder)
+    again = CliRunner().invoke(
+        app, ["reproduce", "fc2", "--data", "digits", "--quick", "--bonds", "2,16", "--json"]
+    )
+    assert again.exit_code == 0 and again.stderr.count(", stored") == 5
+    report = json.loads(again.stdout)
+    assert report == json.loads((run.folder / "reproduce-fc2" / "report.json").read_text("utf-8"))
+    assert report["quick"] and len(report["rows"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("fc3",), "no experiment 'fc3'; did you mean 'fc2'?"),
+        (("fc2", "--bonds", "2,x"), "--bonds x: not whole numbers"),
+        (("fc2", "--depth", "20"), "--depth is of resnet"),
+        (("fc2", "--shape", "28x28:16x16"), "names no layer"),
+        (("fc2", "--shape", "fc1=28x27:16x16"), "756 inputs and 256 outputs, but the layer has 784 and 256"),
+    ],
+)
+def test_bad_command_lines(
+    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path / "digits", 30, 10)
+    done = CliRunner().invoke(app, ["reproduce", *words, "--data", "digits"])
+    assert done.exit_code == 2 and message in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("stop", [Interrupted(15, 1, False), KeyboardInterrupt()])
+def test_a_stopped_command_says_how_to_go_on(
+    stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(*_: object) -> None:
+        raise stop
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mpoc.reproduce.study.run_cell", stops)
+    monkeypatch.setattr("sys.argv", ["mpoc", "reproduce", "fc2", "--data", "my digits"])
+    write_digits(tmp_path / "my digits", 30, 10)
+    done = CliRunner().invoke(app, ["reproduce", "fc2", "--data", "my digits"])
+    assert done.exit_code == 128 + getattr(stop, "signum", 2)
+    assert "stopped; finished networks are in reproduce-fc2" in done.stderr
+    assert done.stderr.splitlines()[-1] == "next: mpoc reproduce fc2 --data 'my digits'"
+
+
+@pytest.fixture(autouse=True)
+def _own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that run in this process leave its handler of SIGTERM alone."""
+    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)

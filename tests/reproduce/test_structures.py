@@ -1,0 +1,125 @@
+"""The papers' structures, against the numbers that the papers print."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mpoc import zoo
+from mpoc.errors import UsageError
+from mpoc.forms.mpo import MPO
+from mpoc.reproduce.catalogue import STUDIES
+from mpoc.reproduce.cell import dense_sizes
+from mpoc.reproduce.experiment import Experiment, Layer
+from mpoc.reproduce.networks import (
+    compress,
+    layer_structure,
+    nominal_bonds,
+    num_cores_parameters,
+    random_cores,
+)
+from mpoc.reproduce.picogpt import PARAMETERS
+from mpoc.structure import Structure
+
+ALL = [(study, name) for study in STUDIES.values() for name in study.variants]
+
+
+def meta(experiment: Experiment) -> nn.Module:
+    with torch.device("meta"):
+        return zoo.make(experiment.network)
+
+
+def counts(experiment: Experiment, bond: int = 0) -> tuple[int, int]:
+    """N_mpo and N_ori over the replaced layers."""
+    network = meta(experiment)
+    structures = [(layer_structure(network, layer), layer.bond or bond) for layer in experiment.layers]
+    replaced = sum(num_cores_parameters(structure, own) for structure, own in structures)
+    return replaced, dense_sizes(experiment)[1]
+
+
+def experiment(study: str, variant: str | None = None) -> Experiment:
+    variants = STUDIES[study].variants
+    return variants[variant or next(iter(variants))]
+
+
+def test_fc2() -> None:
+    fc2 = experiment("fc2")
+    assert counts(fc2, 2) == (1_024, 203_264)  # "only 1024 parameters, about 200 times less"
+    replaced, original = counts(fc2, 16)
+    assert replaced / original < 0.08
+
+
+def test_lenet5() -> None:
+    assert counts(experiment("lenet5")) == (2_860, 58_920)  # ρ ≈ 0.05
+
+
+@pytest.mark.parametrize("name", ["vgg16", "vgg19"])
+def test_vgg(name: str) -> None:
+    assert counts(experiment(name), 4) == (10_944, 23_633_920)  # ρ ≈ 0.0005
+
+
+@pytest.mark.parametrize(("study", "variant"), ALL, ids=lambda value: getattr(value, "name", value))
+def test_every_structure_fits_its_network_and_reaches_the_papers_ratio(study: object, variant: str) -> None:
+    found = study.variants[variant]  # type: ignore[attr-defined]
+    for bond in found.bonds or (0,):
+        replaced, original = counts(found, bond)
+        published = found.published.get(bond)
+        if published is not None and published.rho is not None and variant != "convolution":
+            assert replaced / original == pytest.approx(published.rho, rel=0.1)
+
+
+@pytest.mark.parametrize("bond", [4, 8, 16, 32])
+def test_picogpt_has_the_parameters_of_the_papers_code(bond: int) -> None:
+    network = meta(experiment("picogpt"))
+    whole, original = dense_sizes(experiment("picogpt"))
+    assert whole == sum(p.numel() for p in network.parameters()) == PARAMETERS[0]
+    assert whole - original + counts(experiment("picogpt"), bond)[0] == PARAMETERS[bond]
+
+
+def linear(inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Structure:
+    rows, columns = 1, 1
+    for j, i in zip(outputs, inputs, strict=True):
+        rows, columns = rows * j, columns * i
+    return Structure("linear", (rows, columns), False, outputs, inputs)
+
+
+def test_random_cores_keep_the_nominal_bond() -> None:
+    structure = linear((4, 4, 8, 8, 4), (1, 10, 1, 1, 1))
+    assert max(structure.bonds(4)[-2:-1]) == 4 and structure.bonds(100)[-2] < 100
+    form = MPO(random_cores(structure, 100, seed=0), structure)
+    assert form.bonds == nominal_bonds(5, 100) == (1, 100, 100, 100, 100, 1)
+    assert form.num_parameters == num_cores_parameters(structure, 100)
+
+
+def test_random_cores_have_glorots_variance_and_follow_the_seed() -> None:
+    structure = linear((16, 16, 16), (16, 16, 16))
+    cores = random_cores(structure, 8, seed=3)
+    assert float(cores[1].std()) == pytest.approx((2 / (8 * 16 + 16 * 8)) ** 0.5, rel=0.03)
+    assert float(cores[0].std()) == pytest.approx((2 / (16 + 16 * 8)) ** 0.5, rel=0.03)
+    again = random_cores(structure, 8, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(cores, again, strict=True))
+    assert not torch.equal(cores[0], random_cores(structure, 8, seed=4)[0])
+
+
+def test_from_tt_svd_at_full_bond_the_network_is_the_dense_one() -> None:
+    network, x = zoo.make("lenet5"), torch.rand(4, 1, 28, 28)
+    before = network(x)
+    layers = [Layer("fc2", (2, 5, 6, 2), (2, 3, 7, 2)), Layer("fc3", (2, 3, 7, 2), (1, 5, 2, 1))]
+    compress(network, layers, 10_000, "ttsvd", seed=0)
+    torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_padded_map_at_full_bond_is_the_convolution() -> None:
+    """DenseNet's factors make more inputs than there are; zeros follow them."""
+    network = nn.Sequential(nn.Conv2d(5, 6, 3, padding=1))
+    x = torch.randn(2, 5, 4, 4)
+    before = network(x)
+    layer = Layer("0", (4, 4, 6), (4, 4, 6), size=(4, 4))  # 96 inputs for 80
+    compress(network, [layer], 10_000, "ttsvd", seed=0)
+    torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_factors_are_refused_with_both_sides() -> None:
+    with pytest.raises(UsageError, match="783 inputs and 256 outputs, but the layer has 784 and 256"):
+        layer_structure(zoo.make("fc2"), Layer("fc1", (27, 29), (16, 16)))

@@ -1,0 +1,215 @@
+"""A study from data to rows: what is trained, kept, used again, and put beside the paper's numbers."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.reproduce import study as module
+from mpoc.reproduce.catalogue import STUDIES, Choice, Shapes, choose, find_study
+from mpoc.reproduce.cell import DENSE, Cell, run_cell
+from mpoc.reproduce.study import Reproduction, Request, reproduce
+from mpoc.train.stop import Interrupted
+from tests.reproduce.images import write_digits
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+def request(digits: Path, output: Path, **more: object) -> Request:
+    asked = Request("fc2", digits, output, Choice(bonds=(2, 16), epochs=3), device="cpu")
+    return replace(asked, **more)  # type: ignore[arg-type]
+
+
+def run(asked: Request) -> tuple[Reproduction, list[str]]:
+    said: list[str] = []
+    return reproduce(asked, said.append), said
+
+
+def test_rows_their_numbers_and_the_papers(digits: Path, tmp_path: Path) -> None:
+    done, _ = run(request(digits, tmp_path / "out", runs=2))
+    assert [(row.start, row.bond) for row in done.rows] == [
+        (DENSE, 0), ("ttsvd", 2), ("random", 2), ("ttsvd", 16), ("random", 16),
+    ]  # fmt: skip
+    dense, small, large = done.rows[0], done.rows[1], done.rows[3]
+    assert (dense.replaced, small.replaced, large.replaced) == (203_264, 1_024, 15_584)
+    assert (dense.rho, small.rho) == (1, 1_024 / 203_264)
+    finals = [result.final for result in dense.results]
+    assert dense.mean("final") == (statistics.fmean(finals), statistics.stdev(finals))
+    assert min(finals) > 90
+    assert dense.published is not None and dense.published.accuracy == 98.35
+    assert str(large.published) == "98.35 (Fig. 2)"
+    for row in done.rows:
+        for result in row.results:
+            assert [point["epoch"] for point in result.curve] == [0, 1, 2, 3]
+            assert result.final == result.curve[-1]["accuracy"]
+            assert result.best == max(point["accuracy"] for point in result.curve)
+
+
+def test_starts_differ_only_where_they_should(digits: Path, tmp_path: Path) -> None:
+    """From TT-SVD a network begins near where dense training ended; random cores know nothing."""
+    done, _ = run(request(digits, tmp_path / "out", choice=Choice(bonds=(64,), epochs=3)))
+    dense, fitted, drawn = done.rows
+    # D = 64 is full for the first layer, so that TT-SVD truncates the second layer alone.
+    assert fitted.results[0].start > 30 > drawn.results[0].start
+    assert fitted.results[0].parameters < drawn.results[0].parameters  # the nominal D above the unfoldings
+    assert dense.results[0].start < 50
+
+
+def test_an_interrupted_study_goes_on(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request(digits, tmp_path / "out")
+    trained: list[str] = []
+
+    def stops(cell: Cell, *arguments: object) -> object:
+        if len(trained) == 3:
+            raise Interrupted(2, 1, False)
+        trained.append(cell.name)
+        return run_cell(cell, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "run_cell", stops)
+    with pytest.raises(Interrupted):
+        run(asked)
+    assert trained == ["fc2-dense-seed0", "fc2-ttsvd-D2-seed0", "fc2-random-D2-seed0"]
+    names = {file.name.rpartition("-")[0] for file in (tmp_path / "out").iterdir()}
+    assert names == set(trained)
+    monkeypatch.setattr(module, "run_cell", run_cell)
+    done, said = run(asked)
+    assert [line.endswith(", stored") for line in said[1:]] == [True] * 3 + [False] * 2
+    whole, _ = run(replace(asked, output=tmp_path / "undisturbed"))
+    for ours, theirs in zip(done.rows, whole.rows, strict=True):
+        assert ours.results[0].curve == theirs.results[0].curve
+
+
+def test_other_settings_are_another_network(digits: Path, tmp_path: Path) -> None:
+    asked = request(digits, tmp_path / "out", choice=Choice(bonds=(2,), epochs=1), starts=("random",))
+    run(asked)
+    for other in (
+        replace(asked, seed=1),
+        replace(asked, choice=replace(asked.choice, epochs=2)),
+        replace(asked, choice=replace(asked.choice, l2=False)),
+        replace(asked, data=write_digits(tmp_path / "fewer", train=250)),
+        replace(asked, held_out=0.2),
+    ):
+        assert not any(line.endswith("stored") for line in run(other)[1])
+    again = run(replace(asked, runs=1))[1]
+    assert sum(line.endswith("stored") for line in again) == 2
+
+
+def test_two_factorings_share_the_dense_network(digits: Path, tmp_path: Path) -> None:
+    shape: Shapes = {"fc1": ((16, 16), (28, 28))}
+    shapes = (("fc1=28x28:16x16", shape),)
+    choice = Choice(bonds=(2,), epochs=1, shapes=shapes)
+    done, _ = run(request(digits, tmp_path / "out", choice=choice, starts=("random",)))
+    assert [(row.start, row.replaced) for row in done.rows] == [
+        (DENSE, 203_264), ("random", 1_024), ("random", 736 + 2 * 2 * 28 * 16),
+    ]  # fmt: skip
+    assert done.rows[2].published is None
+
+
+def test_a_validation_split_chooses_the_weights(digits: Path, tmp_path: Path) -> None:
+    asked = request(digits, tmp_path / "out", held_out=0.2, choice=Choice(bonds=(2,), epochs=3))
+    done, said = run(asked)
+    assert "validation 60" in said[0] and "best on the validation split" in done.material.reported()
+    for row in done.rows:
+        curve = row.results[0].curve
+        chosen = max(range(len(curve)), key=lambda k: (curve[k]["validation"], -k))
+        assert row.results[0].final == curve[chosen]["accuracy"]
+
+
+def test_a_damaged_result_is_named(digits: Path, tmp_path: Path) -> None:
+    asked = request(digits, tmp_path / "out", choice=Choice(bonds=(2,), epochs=1), starts=())
+    run(asked)
+    file = next((tmp_path / "out").glob("*.json"))
+    file.write_text("{")
+    with pytest.raises(MpocError, match=f"{file.name}: damaged") as error:
+        run(asked)
+    assert "remove it" in (error.value.hint or "")
+
+
+def test_without_weights_the_dense_network_is_trained_again(digits: Path, tmp_path: Path) -> None:
+    asked = request(digits, tmp_path / "out", choice=Choice(bonds=(2,), epochs=1), starts=("ttsvd",))
+    before, _ = run(asked)
+    for file in (tmp_path / "out").iterdir():
+        if file.suffix == ".safetensors" or "ttsvd" in file.name:
+            file.unlink()
+    after, _ = run(asked)
+    assert before.rows[1].results[0].curve == after.rows[1].results[0].curve
+
+
+def test_json_has_all_rows(digits: Path, tmp_path: Path) -> None:
+    done, _ = run(request(digits, tmp_path / "out", choice=Choice(bonds=(2,), epochs=1)))
+    report = json.loads(json.dumps(done.as_dict()))
+    assert report["schema"] == "mpoc.reproduction/1"
+    assert report["rows"][1]["structures"] == [
+        "fc1 M(4,7,7,4→4,4,4,4)(2)", "fc2 M(4,4,4,4→1,1,10,1)(4)",
+    ]  # fmt: skip
+    assert report["rows"][1]["rho"] == pytest.approx(1_024 / 203_264, rel=1e-5)
+    assert report["rows"][0]["final"]["sigma"] is None
+
+
+def test_data_of_another_shape_are_refused(tmp_path: Path) -> None:
+    x = np.zeros((20, 1, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "small.npz", allow_pickle=False, x=x, y=np.arange(20) % 10)
+    with pytest.raises(UsageError, match="fc2 takes images of 1×28×28, not npz"):
+        run(Request("fc2", tmp_path / "small.npz", tmp_path / "out"))
+    with pytest.raises(UsageError, match="picogpt takes text"):
+        run(Request("picogpt", tmp_path / "small.npz", tmp_path / "out"))
+
+
+def test_a_text_is_measured_on_its_end(tmp_path: Path) -> None:
+    characters = "".join(map(chr, range(48, 113)))  # 65, as tiny Shakespeare has
+    (tmp_path / "text.txt").write_text(characters * 200)
+    asked = Request(
+        "picogpt", tmp_path / "text.txt", tmp_path / "out", Choice(bonds=(4,)), ("random",), quick=True,
+        device="cpu",
+    )  # fmt: skip
+    done, said = run(asked)
+    assert any(line.startswith("note: ") and "the last 10% of text.txt" in line for line in said)
+    assert done.material.measured == "validation"
+    assert [row.results[0].parameters for row in done.rows] == [808_448, 42_336]
+    with pytest.raises(UsageError, match="no test split") as error:
+        run(replace(asked, held_out=0.1))
+    assert error.value.hint == "leave --hold-out away"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"starts": ("ttsdv",)}, "did you mean 'ttsvd'"),
+        ({"runs": 0}, "--runs 0"),
+        ({"held_out": 1.0}, "--hold-out 1"),
+        ({"choice": Choice(variants=("fc3",))}, "no variant 'fc3'"),
+        ({"choice": Choice(bonds=(0,))}, "--bonds 0"),
+        ({"choice": Choice(shapes=(("fc9=4:4", {"fc9": ((4,), (4,))}),))}, "fc9 is not replaced"),
+    ],
+)
+def test_bad_requests(digits: Path, tmp_path: Path, more: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        run(request(digits, tmp_path / "out", **more))
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean 'lenet5'"):
+        find_study("lenet")
+
+
+def test_bonds_of_layers_that_have_their_own_are_replaced_together() -> None:
+    found = choose(STUDIES["lenet5"], Choice(bonds=(8, 2)))[0]
+    assert found.bonds == (2, 8) and {layer.bond for layer in found.layers} == {None}
+
+
+def test_the_papers_training() -> None:
+    for found in STUDIES.values():
+        ours = choose(found, Choice(paper=True))[0].training
+        assert ours.note.startswith("the paper's own")
+        ours.settings.check()
+    vgg = choose(STUDIES["vgg16"], Choice(paper=True))[0].training.words()
+    assert vgg.startswith("325 epochs, batch 100, sgd momentum 0.9 (Nesterov), lr 0.1 ×0.3162 every 50 epoch")
