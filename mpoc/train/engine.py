@@ -14,6 +14,15 @@ from mpoc.processes import num_processes
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
+def can_train() -> bool:
+    """Whether accelerate is installed; the extra ``train`` has it."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def make_accelerator(device: str = "auto", precision: str = "fp32") -> Any:
     """An ``accelerate.Accelerator``.
 
