@@ -22,6 +22,7 @@ from mpoc.train.evaluate import Evaluation, evaluate
 from mpoc.train.feed import Feed, Reader
 from mpoc.train.order import Order
 from mpoc.train.probe import probe
+from mpoc.train.recompute import Undo, recompute_activations
 from mpoc.train.schedule import learning_rate, make_optimizer, set_learning_rate
 from mpoc.train.settings import Settings, derived_seed
 from mpoc.train.state import Progress, Saved, gather, scatter, set_weights, whole_weights
@@ -69,7 +70,7 @@ def train(
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
             return trainer.run(resume)
     finally:
-        trainer.reader.close()
+        trainer.close()
 
 
 class _Trainer:
@@ -101,6 +102,7 @@ class _Trainer:
         self.eval_every = settings.eval_every or self.order.steps_per_epoch
         self.reader = Reader(feed, self.order, task, ahead=self.device.type != "cpu")
         self.call = Call.of(network, task.hidden)
+        self.undo: Undo = lambda: None  # of gradient checkpointing
         self._prepare(network, feed)
         self.mixed = accelerator.autocast if settings.precision != "fp32" else nullcontext
         self.progress, self.best = Progress(), dict[str, Tensor]()
@@ -119,7 +121,7 @@ class _Trainer:
         where = next((p.device for p in network.parameters()), self.device)
         unused = probe(network, self.task, feed, where)
         if self.settings.gradient_checkpointing:
-            _checkpoint_gradients(network)
+            self.undo = recompute_activations(network)
         if self.world > 1 and unused:
             from accelerate import DistributedDataParallelKwargs
 
@@ -148,6 +150,11 @@ class _Trainer:
             chosen = next(e for e in self.progress.evaluations if e["step"] == self.progress.best_step)
         weights = whole_weights(self.accelerator, self.model)
         return Outcome(weights, self.progress.evaluations, chosen, self.progress.step, self._rate())
+
+    def close(self) -> None:
+        """Stop reading ahead, and leave the network as it was handed over."""
+        self.reader.close()
+        self.undo()
 
     def _is_enough(self) -> bool:
         patience = self.settings.patience
@@ -302,18 +309,6 @@ class _Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.extra["scaler"])
         self.progress, self.best = saved.progress, saved.best
-
-
-def _checkpoint_gradients(network: nn.Module) -> None:
-    """Recompute activations in the backward pass.
-
-    Raises:
-        UsageError: the network does not offer it.
-    """
-    enable = getattr(network, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise UsageError(f"--gradient-checkpointing: {type(network).__name__} does not offer it")
-    enable()
 
 
 def _diverged(step: int, lr: float, loss: float) -> MpocError:
