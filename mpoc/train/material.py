@@ -40,16 +40,19 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Material:
-    """A data set with what is done to its images."""
+    """A data set with what is done to its images and labels."""
 
     data: Data
     images: ImageOptions
+    numbers: torch.Tensor | None = None  # (classes,): the network's number of each class; None: the same
 
     def feed(self, split: str) -> Feed:
         """A split as batches; training ones are augmented where the reader draws."""
         return Feed(self.data.splits[split], self._transform)
 
     def _transform(self, batch: Batch, generator: torch.Generator | None) -> Batch:
+        if self.numbers is not None and "y" in batch:
+            batch = {**batch, "y": self.numbers[batch["y"]]}
         if self.data.kind != "images":
             return plain(batch, generator)
         return {**batch, "x": prepare(batch["x"], self.images, generator)}
@@ -79,7 +82,10 @@ def open_material(options: DataOptions, model: Model, seed: int, wants_validatio
     if "train" in data.splits and "validation" not in data.splits and (asked or not measured) and share > 0:
         data = hold_out(data, share, seed)
     check_fits(data, vocabulary=_vocabulary(model))
-    return Material(data, images)
+    numbers = _class_numbers(data, model)
+    if numbers is not None:
+        data = replace(data, notes=(*data.notes, "classes are numbered as in the model's config.json"))
+    return Material(data, images, numbers)
 
 
 def image_options(options: DataOptions, model: Model) -> ImageOptions:
@@ -129,6 +135,16 @@ def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:
             if options.path.suffix in (".txt", ".jsonl", ".parquet"):
                 raise
     return None
+
+
+def _class_numbers(data: Data, model: Model) -> torch.Tensor | None:
+    """The numbers that config.json gives to classes of these names, where they are others."""
+    known = getattr(getattr(model.network, "config", None), "label2id", None) or {}
+    plain_numbers = tuple(map(str, range(len(data.classes))))
+    if not data.classes or data.classes == plain_numbers or not set(data.classes) <= set(known):
+        return None
+    numbers = [int(known[name]) for name in data.classes]
+    return None if numbers == list(range(len(numbers))) else torch.tensor(numbers)
 
 
 def _vocabulary(model: Model) -> int | None:
