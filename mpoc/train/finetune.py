@@ -209,7 +209,8 @@ def _train_all(
         seed = request.settings.seed + request.runs - 1 - k
         if request.runs > 1:
             say(f"run {k + 1} of {request.runs}, seed {seed}")
-            watch.log.write(run=k + 1, seed=seed)
+            if saved is None:  # else the log has that line
+                watch.log.write(run=k + 1, seed=seed)
         if k > first:
             model = open_model(request.source, request.arch)
         done = _one_run(request, model, material, task, seed, watch, saved, say)
