@@ -14,7 +14,7 @@ from mpoc.manifest import Manifest
 from mpoc.processes import is_main
 from mpoc.train.choose import choose_task
 from mpoc.train.curves import draw_curves, refuse_unknown_picture
-from mpoc.train.engine import make_accelerator
+from mpoc.train.engine import describe, make_accelerator
 from mpoc.train.evaluate import evaluate
 from mpoc.train.log import Log
 from mpoc.train.loop import train
@@ -239,8 +239,7 @@ def _one_run(
     """Train once; the outcome and the scores that count: on test where there is one."""
     settings = replace(request.settings, seed=seed)
     accelerator = make_accelerator(request.device, settings.precision)
-    many = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    say(f"device {accelerator.device}{many}, {settings.precision}")
+    say(f"{describe(accelerator)}, {settings.precision}")
     monitor = _monitor(material)
     validation = material.feed(monitor) if monitor else None
     outcome = train(

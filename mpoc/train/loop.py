@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.train.call import Call, to_device
-from mpoc.train.engine import is_sharded, make_accelerator, seed_generators
+from mpoc.train.engine import make_accelerator, seed_generators, will_shard
 from mpoc.train.evaluate import Evaluation, evaluate
 from mpoc.train.feed import Feed, Reader
 from mpoc.train.order import Order
@@ -68,6 +68,8 @@ def train(
         with warnings.catch_warnings():
             # Of the gradients of cores with sizes of 1, whose strides there mean nothing.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+            # Of FSDP, where outputs are views; nothing here writes to outputs.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
             return trainer.run(resume)
     finally:
         trainer.close()
@@ -114,7 +116,7 @@ class _Trainer:
 
     def _prepare(self, network: nn.Module, feed: Feed) -> None:
         """Check the network against the data, then hand it to accelerate."""
-        if not is_sharded(self.accelerator):
+        if not will_shard(self.accelerator):
             network.to(self.device)
         if self.task.teacher is not None:
             self.task.teacher.to(self.device)
