@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -160,3 +161,17 @@ def test_a_disk_that_fills_up_while_training(
     for more in (["--resume"], ["-o", "straight.safetensors"]):
         assert CliRunner().invoke(app, [*map(str, words), *more]).exit_code == 0
     assert (folder / "net.tuned.safetensors").read_bytes() == (folder / "straight.safetensors").read_bytes()
+
+
+def test_the_readme_names_every_field_of_the_json(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
+    section = readme.partition("The JSON of finetune and eval")[2].partition("</details>")[0]
+    words = {word.removesuffix("[]") for word in re.findall(r"`([^`]*)`", section)}
+    measure = ("eval", "net.pt", *TRAIN[2:6], "--latency", "--json")
+    for command in ((*TRAIN, "--runs", 2, "--json"), measure, (*measure, "--reference", "net.pt")):
+        result = CliRunner().invoke(app, [*map(str, command)])
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert found.keys() | found.get("scores", {}).keys() <= words | {"schema"}
