@@ -273,6 +273,12 @@ class _Names:
         return name.removeprefix(prefix) if renamed == prefix + target else name
 
 
+def places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Stored tensor → its name in a loaded network; without those that loading converts, not only renames."""
+    found = _Names(model, getattr(model, "_weight_conversions", None) or [])
+    return {name: found.in_model(name) for name in names if found.converter(name) is None}
+
+
 def _stored_names(files: Iterable[str]) -> Iterator[str]:
     for file in files:
         with safe_open(file, "pt") as tensors:

@@ -29,10 +29,25 @@ class Mpoc:
 
     def start(self, *arguments: object, stderr: int = subprocess.PIPE) -> subprocess.Popen[str]:
         """Start and return at once; the ``run`` fixture ends what still runs after the test."""
+        return self._start(["-m", "mpoc"], arguments, stderr)
+
+    def after(self, code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """As a call, in a process that runs ``code`` first."""
+        process = self._start(["-c", f"{code}\nfrom mpoc.cli.app import main\nmain()"], arguments)
+        out, err = process.communicate(timeout=_LONGEST)
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def without(self, package: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """As a call, where ``package`` is not installed."""
+        return self.after(f"import sys; sys.modules[{package!r}] = None", *arguments)
+
+    def _start(
+        self, program: list[str], arguments: tuple[object, ...], stderr: int = subprocess.PIPE
+    ) -> subprocess.Popen[str]:
         # A background job ignores Ctrl-C and hands that on; the tests send one.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         process = subprocess.Popen(
-            [sys.executable, "-m", "mpoc", *map(str, arguments)],
+            [sys.executable, *program, *map(str, arguments)],
             cwd=self.folder,
             env=environment(),
             stdout=subprocess.PIPE,

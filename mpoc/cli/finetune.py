@@ -162,7 +162,7 @@ def finetune(
         bool,
         typer.Option(
             "--gradient-checkpointing",
-            help="Recompute activations, to save memory, where the network offers it.",
+            help="Recompute activations in the backward pass: less memory, more time.",
             rich_help_panel=_HOW,
         ),
     ] = False,

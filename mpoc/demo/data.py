@@ -1,6 +1,7 @@
-"""The demo's digits, read from the package, and the accuracy of a network on them."""
+"""The demo's digits, read from the package, as a data file, and the accuracy of a network on them."""
 
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,16 @@ def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         labels = torch.from_numpy(arrays["labels"]).long()
         test = torch.from_numpy(arrays["test"])
     return images[~test], labels[~test], images[test], labels[test]
+
+
+def write_digits(path: Path) -> None:
+    """Write them as ``mpoc finetune --data`` takes them: an .npz with a training and a test split.
+
+    Sixteenths are exact in float16.
+    """
+    x, y, x_test, y_test = load_digits()
+    splits = {"x_train": x.half(), "y_train": y, "x_test": x_test.half(), "y_test": y_test}
+    np.savez_compressed(path, allow_pickle=False, **{name: part.numpy() for name, part in splits.items()})
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -6,12 +6,22 @@ import os
 from typing import Any
 
 import torch
+from torch import nn
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.pipeline import choose_device
 from mpoc.processes import num_processes
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def can_train() -> bool:
+    """Whether accelerate is installed; the extra ``train`` has it."""
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def make_accelerator(device: str = "auto", precision: str = "fp32") -> Any:
@@ -45,9 +55,31 @@ def make_accelerator(device: str = "auto", precision: str = "fp32") -> Any:
     return accelerator
 
 
-def is_sharded(accelerator: Any) -> bool:
-    """Whether the parameters lie in pieces on several processes (FSDP)."""
+def will_shard(accelerator: Any) -> bool:
+    """Whether accelerate will share the parameters out over the processes (FSDP); asked before it prepares.
+
+    accelerate does so on accelerators only; elsewhere ``--use_fsdp`` gives DDP.
+    """
     return str(accelerator.distributed_type).endswith("FSDP")
+
+
+def describe(accelerator: Any) -> str:
+    """Device and processes in words; also where FSDP was asked for and accelerate does not give it."""
+    if accelerator.num_processes == 1:
+        return f"device {accelerator.device}"
+    how = "parameters shared out (FSDP)" if will_shard(accelerator) else "each with all parameters"
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not will_shard(accelerator):
+        how += ", as accelerate has FSDP on accelerators only"
+    return f"device {accelerator.device}, {accelerator.num_processes} processes, {how}"
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a prepared network's parameters lie in pieces on several processes.
+
+    Asked of the network: what accelerate's state says of it changes while it prepares an optimiser.
+    """
+    pieces = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return pieces or type(model).__name__ == "FullyShardedDataParallel"
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from mpoc.processes import is_main
 from mpoc.train.choose import choose_task
 from mpoc.train.collisions import refuse_collisions
 from mpoc.train.curves import draw_curves, refuse_unknown_picture
-from mpoc.train.engine import make_accelerator
+from mpoc.train.engine import describe, make_accelerator
 from mpoc.train.evaluate import evaluate
 from mpoc.train.log import Log
 from mpoc.train.loop import DivergedError, train
@@ -218,7 +218,8 @@ def _train_all(
         seed = request.settings.seed + request.runs - 1 - k
         if request.runs > 1:
             say(f"run {k + 1} of {request.runs}, seed {seed}")
-            watch.log.write(run=k + 1, seed=seed)
+            if saved is None:  # else the log has that line
+                watch.log.write(run=k + 1, seed=seed)
         if k > first:
             model = open_model(request.source, request.arch)
         done = _one_run(request, model, material, task, seed, watch, saved, say)
@@ -247,8 +248,7 @@ def _one_run(
     """Train once; the outcome and the scores that count: on test where there is one."""
     settings = replace(request.settings, seed=seed)
     accelerator = make_accelerator(request.device, settings.precision)
-    many = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    say(f"device {accelerator.device}{many}, {settings.precision}")
+    say(f"{describe(accelerator)}, {settings.precision}")
     monitor = _monitor(material)
     validation = material.feed(monitor) if monitor else None
     outcome = train(

@@ -19,15 +19,26 @@ class Log:
     def __init__(self, path: Path | None, position: int = 0) -> None:
         self._file = None
         if path is not None:
-            self._file = path.open("r+b" if position and path.exists() else "wb")
+            self._path = path
+            self._file = path.open("r+b" if position and path.exists() else "wb", buffering=0)
             self._file.truncate(min(position, os.fstat(self._file.fileno()).st_size))
             self._file.seek(0, os.SEEK_END)
 
     def write(self, **values: Any) -> None:
-        """One line, on disk at once."""
-        if self._file is not None:
-            self._file.write((json.dumps(values, ensure_ascii=False) + "\n").encode())
-            self._file.flush()
+        """One line, with the file at once.
+
+        Raises:
+            OSError: of writing, with the file's name.
+        """
+        if self._file is None:
+            return
+        line = (json.dumps(values, ensure_ascii=False) + "\n").encode()
+        try:
+            while line:
+                line = line[self._file.write(line) :]  # less than all where a disk is nearly full
+        except OSError as error:
+            error.filename = str(self._path)
+            raise
 
     @property
     def position(self) -> int:

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.train.call import Call, to_device
-from mpoc.train.engine import is_sharded, make_accelerator, seed_generators
+from mpoc.train.engine import make_accelerator, seed_generators, will_shard
 from mpoc.train.evaluate import Evaluation, evaluate
 from mpoc.train.feed import Feed, Reader
 from mpoc.train.order import Order
 from mpoc.train.probe import probe
+from mpoc.train.recompute import Undo, recompute_activations
 from mpoc.train.schedule import learning_rate, make_optimizer, set_learning_rate
 from mpoc.train.settings import Settings, derived_seed
 from mpoc.train.state import Progress, Saved, gather, scatter, set_weights, whole_weights
@@ -71,9 +72,11 @@ def train(
         with warnings.catch_warnings():
             # Of the gradients of cores with sizes of 1, whose strides there mean nothing.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
+            # Of FSDP, where outputs are views; nothing here writes to outputs.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
             return trainer.run(resume)
     finally:
-        trainer.reader.close()
+        trainer.close()
 
 
 class _Trainer:
@@ -105,6 +108,7 @@ class _Trainer:
         self.eval_every = settings.eval_every or self.order.steps_per_epoch
         self.reader = Reader(feed, self.order, task, ahead=self.device.type != "cpu")
         self.call = Call.of(network, task.hidden)
+        self.undo: Undo = lambda: None  # of gradient checkpointing
         self._prepare(network, feed)
         self.mixed = accelerator.autocast if settings.precision != "fp32" else nullcontext
         self.progress, self.best = Progress(), dict[str, Tensor]()
@@ -116,14 +120,14 @@ class _Trainer:
 
     def _prepare(self, network: nn.Module, feed: Feed) -> None:
         """Check the network against the data, then hand it to accelerate."""
-        if not is_sharded(self.accelerator):
+        if not will_shard(self.accelerator):
             network.to(self.device)
         if self.task.teacher is not None:
             self.task.teacher.to(self.device)
         where = next((p.device for p in network.parameters()), self.device)
         unused = probe(network, self.task, feed, where)
         if self.settings.gradient_checkpointing:
-            _checkpoint_gradients(network)
+            self.undo = recompute_activations(network)
         if self.world > 1 and unused:
             from accelerate import DistributedDataParallelKwargs
 
@@ -152,6 +156,11 @@ class _Trainer:
             chosen = next(e for e in self.progress.evaluations if e["step"] == self.progress.best_step)
         weights = whole_weights(self.accelerator, self.model)
         return Outcome(weights, self.progress.evaluations, chosen, self.progress.step, self._rate())
+
+    def close(self) -> None:
+        """Stop reading ahead, and leave the network as it was handed over."""
+        self.reader.close()
+        self.undo()
 
     def _is_enough(self) -> bool:
         patience = self.settings.patience
@@ -306,18 +315,6 @@ class _Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.extra["scaler"])
         self.progress, self.best = saved.progress, saved.best
-
-
-def _checkpoint_gradients(network: nn.Module) -> None:
-    """Recompute activations in the backward pass.
-
-    Raises:
-        UsageError: the network does not offer it.
-    """
-    enable = getattr(network, "gradient_checkpointing_enable", None)
-    if enable is None:
-        raise UsageError(f"--gradient-checkpointing: {type(network).__name__} does not offer it")
-    enable()
 
 
 def _diverged(step: int, lr: float, loss: float) -> DivergedError:

@@ -50,12 +50,15 @@ class Material:
     data: Data
     images: ImageOptions
     block: int  # tokens of an example of text
+    numbers: torch.Tensor | None = None  # (classes,): the network's number of each class; None: the same
 
     def feed(self, split: str) -> Feed:
         """A split as batches; training ones are augmented where the reader draws."""
         return Feed(self.data.splits[split], self._transform)
 
     def _transform(self, batch: Batch, generator: torch.Generator | None) -> Batch:
+        if self.numbers is not None and "y" in batch:
+            batch = {**batch, "y": self.numbers[batch["y"]]}
         if self.data.kind != "images":
             return plain(batch, generator)
         return {**batch, "x": prepare(batch["x"], self.images, generator)}
@@ -85,7 +88,10 @@ def open_material(options: DataOptions, model: Model, seed: int, wants_validatio
         data = hold_out(data, share, _SEED)
     _refuse_unused(options, data)
     check_fits(data, shape=_shape(data, model), images=images, vocabulary=_vocabulary(model))
-    return Material(data, images, block)
+    numbers = _class_numbers(data, model)
+    if numbers is not None:
+        data = replace(data, notes=(*data.notes, "classes are numbered as in the model's config.json"))
+    return Material(data, images, block, numbers)
 
 
 def _refuse_unused(options: DataOptions, data: Data) -> None:
@@ -159,6 +165,16 @@ def _shape(data: Data, model: Model) -> tuple[int, ...] | None:
     """Of one image, where the network is of the zoo."""
     spec = zoo_spec(model)
     return zoo.ENTRIES[zoo.parse(spec)[0]].shape if spec is not None and data.kind == "images" else None
+
+
+def _class_numbers(data: Data, model: Model) -> torch.Tensor | None:
+    """The numbers that config.json gives to classes of these names, where they are others."""
+    known = getattr(getattr(model.network, "config", None), "label2id", None) or {}
+    plain_numbers = tuple(map(str, range(len(data.classes))))
+    if not data.classes or data.classes == plain_numbers or not set(data.classes) <= set(known):
+        return None
+    numbers = [int(known[name]) for name in data.classes]
+    return None if numbers == list(range(len(numbers))) else torch.tensor(numbers)
 
 
 def _vocabulary(model: Model) -> int | None:

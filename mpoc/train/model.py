@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,8 +100,6 @@ def _dense_network(stored: Checkpoint, arch: str | None) -> nn.Module:
 def _places(path: Path, network: nn.Module, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Where each tensor of the file is in the network, and which are nowhere.
 
-    transformers leaves out or adds the base model's prefix.
-
     Raises:
         MpocError: a trained parameter is none of the file's tensors.
     """
@@ -110,15 +109,9 @@ def _places(path: Path, network: nn.Module, names: Iterable[str]) -> tuple[dict[
     tensors += network.named_buffers(remove_duplicate=False)
     for name, tensor in tensors:
         known[name] = first.setdefault(id(tensor), name)
-    prefix = f"{getattr(network, 'base_model_prefix', '')}."
-    places: dict[str, str] = {}
-    unused: list[str] = []
-    for name in names:
-        place = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in known), None)
-        if place is None:
-            unused.append(name)
-        else:
-            places[name] = known[place]
+    by_name = _names_in(network, names)
+    places = {name: known[place] for name, place in by_name.items() if place in known}
+    unused = [name for name in by_name if name not in places]
     lost = {name for name, p in network.named_parameters() if p.requires_grad} - set(places.values())
     if lost:
         raise MpocError(
@@ -127,3 +120,14 @@ def _places(path: Path, network: nn.Module, names: Iterable[str]) -> tuple[dict[
             "save the network again with its present library, and compress that",
         )
     return places, unused
+
+
+def _names_in(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The names of a file's tensors in the network: the same, but where transformers has names of its own."""
+    same = {name: name for name in names}
+    if not hasattr(network, "base_model_prefix"):
+        return same
+    from mpoc import hf
+
+    found: Any = network
+    return same | hf.places(found, same)

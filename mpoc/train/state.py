@@ -138,7 +138,7 @@ def own_tensors(network: nn.Module) -> Tensors:
 
 def whole_weights(accelerator: Any, model: nn.Module) -> Tensors:
     """All parameters and buffers, gathered from the processes where they are sharded; collective then."""
-    if not is_sharded(accelerator):
+    if not is_sharded(model):
         return own_tensors(accelerator.unwrap_model(model))
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -149,14 +149,15 @@ def whole_weights(accelerator: Any, model: nn.Module) -> Tensors:
 
 def set_weights(accelerator: Any, model: nn.Module, weights: Tensors) -> None:
     """:func:`whole_weights` undone."""
-    if not is_sharded(accelerator):
+    if not is_sharded(model):
         with torch.no_grad():
             for name, tensor in own_tensors(accelerator.unwrap_model(model)).items():
                 tensor.copy_(weights[name])
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    set_model_state_dict(model, dict[str, Any](weights), options=StateDictOptions(full_state_dict=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)  # gathered, it has them alone
+    set_model_state_dict(model, dict[str, Any](weights), options=options)
 
 
 def gather(accelerator: Any, model: nn.Module, optimizer: Any) -> Tensors:
@@ -166,7 +167,9 @@ def gather(accelerator: Any, model: nn.Module, optimizer: Any) -> Tensors:
     for name, values in _optimizer_state(accelerator, model, optimizer).items():
         for key, value in values.items():
             if value is not None:
-                found[f"{_OPTIMIZER}{name}/{key}"] = torch.as_tensor(value)
+                # torch 2.13 leaves the momentum of SGD in pieces, though asked for the full state.
+                whole = value.full_tensor().cpu() if hasattr(value, "full_tensor") else torch.as_tensor(value)
+                found[f"{_OPTIMIZER}{name}/{key}"] = whole
     return found
 
 
@@ -179,7 +182,7 @@ def scatter(accelerator: Any, model: nn.Module, optimizer: Any, tensors: Tensors
         if name.startswith(_OPTIMIZER):
             parameter, _, key = name.removeprefix(_OPTIMIZER).rpartition("/")
             state.setdefault(parameter, {})[key] = tensor
-    if is_sharded(accelerator):
+    if is_sharded(model):
         _set_sharded_optimizer(model, optimizer, state)
         return
     names = _trained_names(accelerator, model)
@@ -189,10 +192,10 @@ def scatter(accelerator: Any, model: nn.Module, optimizer: Any, tensors: Tensors
 
 
 def _optimizer_state(accelerator: Any, model: nn.Module, optimizer: Any) -> dict[str, dict[str, Any]]:
-    if is_sharded(accelerator):
+    if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        options = StateDictOptions(full_state_dict=True)  # on every process
         sharded: Any = get_optimizer_state_dict(model, optimizer.optimizer, options=options)
         return dict(sharded["state"])
     state = optimizer.optimizer.state_dict()["state"]
@@ -206,7 +209,7 @@ def _set_sharded_optimizer(model: nn.Module, optimizer: Any, state: dict[str, di
         set_optimizer_state_dict,
     )
 
-    options = StateDictOptions(full_state_dict=True)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     groups = get_optimizer_state_dict(model, optimizer.optimizer, options=options)["param_groups"]
     whole: Any = {"state": state, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer.optimizer, whole, options=options)

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/demo_curve.py .readme/demo.svg
 
-Needs matplotlib (extra ``plot``). No fine-tuning anywhere; prints the figures as a table too.
+Each point is measured as compressed and after the demo's fine-tuning. Needs the extras ``plot`` and
+``train``; prints the figures as a table too.
 """
 
 import argparse
@@ -11,12 +12,12 @@ from pathlib import Path
 
 from benchmarking import markdown_table
 
-from mpoc.demo.story import Story, tell_story
+from mpoc.demo.story import Story, heal, tell_story
 
 BONDS = (4, 8, 12, 16, 20, 24, 32, 48)
 
 
-def draw(stories: list[Story], file: Path) -> None:
+def draw(stories: list[Story], healed: list[float], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -29,11 +30,12 @@ def draw(stories: list[Story], file: Path) -> None:
     axes.axhline(before.accuracy_before, color="0.5", linestyle="--", linewidth=1)
     dense = (before.compression.manifest.source.nbytes or 0) / 1e3
     axes.text(sizes[0], before.accuracy_before + 1.5, f"dense, {dense:.0f} kB", color="0.35", fontsize=9)
-    axes.plot(sizes, [story.accuracy_after for story in stories], "o-", color="#1f6fb4")
-    for bond, size, story in zip(BONDS, sizes, stories, strict=True):
-        axes.annotate(
-            f"D={bond}", (size, story.accuracy_after), (4, -12), textcoords="offset points", fontsize=8
-        )
+    plain = [story.accuracy_after for story in stories]
+    axes.plot(sizes, plain, "o-", color="#1f6fb4", label="as compressed")
+    axes.plot(sizes, healed, "o-", color="#c8552b", label="fine-tuned")
+    for bond, size, value in zip(BONDS, sizes, plain, strict=True):
+        axes.annotate(f"D={bond}", (size, value), (5, -12), textcoords="offset points", fontsize=8)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
     axes.set(xlabel="file size, kB", ylabel="test accuracy, %", ylim=(0, 108))
     axes.spines[["top", "right"]].set_visible(False)
     metadata = {"Date": None} if file.suffix == ".svg" else None
@@ -46,17 +48,19 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         stories = [tell_story(Path(scratch) / str(bond), bond, False) for bond in BONDS]
-    draw(stories, arguments.file)
+        healed = [accuracy for story in stories if (accuracy := heal(story)) is not None]
+    draw(stories, healed, arguments.file)
     rows = [
         [
             str(bond),
             f"{s.compression.manifest.rho_selected:.3f}",
             f"{s.compression.nbytes:,}",
             f"{s.accuracy_after:.2f}",
+            f"{tuned:.2f}",
         ]
-        for bond, s in zip(BONDS, stories, strict=True)
+        for bond, s, tuned in zip(BONDS, stories, healed, strict=True)
     ]
-    print(markdown_table(["bond D", "ρ (selected)", "bytes", "accuracy %"], rows))
+    print(markdown_table(["bond D", "ρ (selected)", "bytes", "accuracy %", "fine-tuned %"], rows))
 
 
 if __name__ == "__main__":

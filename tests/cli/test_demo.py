@@ -1,42 +1,76 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from torch import Tensor
 
 from mpoc.demo.data import accuracy, load_digits
 from mpoc.demo.network import DigitsNet, load_network
 from mpoc.demo.story import tell_story
 from mpoc.errors import UsageError
+from mpoc.expand import expand_checkpoint
 from mpoc.manifest import read_manifest
 from tests.checkpoints import contents
 from tests.process import Mpoc
 
-FILES = {"digits-cnn.safetensors", "digits-cnn.mpo.safetensors", "digits-cnn.dense.safetensors"}
+COMPRESSED = {
+    "digits-cnn.safetensors", "digits-cnn.mpo.safetensors", "digits-cnn.dense.safetensors", "digits.npz",
+}  # fmt: skip
+TUNED = {"digits-cnn.tuned.safetensors", "digits-cnn.tuned.jsonl"}
+
+
+def said(title: str, text: str) -> float:
+    found = re.search(rf"^accuracy {title}: ([\d.]+) %", text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def by_hand(state: dict[str, Tensor]) -> float:
+    _, _, images, labels = load_digits()
+    network = DigitsNet()
+    network.load_state_dict(state, strict=True)
+    return accuracy(network, images, labels)
 
 
 def test_the_story_is_told_and_its_files_are_real(run: Mpoc) -> None:
     done = run("demo")
     assert done.returncode == 0, done.stderr
     folder = run.folder / "mpoc-demo"
-    assert contents(folder).keys() == FILES
-    before = re.search(r"accuracy before: ([\d.]+) %", done.stdout)
-    after = re.search(r"accuracy after: +([\d.]+) %", done.stdout)
-    assert before is not None
-    assert after is not None
-    _, _, images, labels = load_digits()
-    dense = DigitsNet()
-    dense.load_state_dict(load_file(folder / "digits-cnn.dense.safetensors"), strict=True)
-    assert float(before[1]) == pytest.approx(accuracy(load_network(), images, labels), abs=0.01)
-    assert float(after[1]) == pytest.approx(accuracy(dense, images, labels), abs=0.01)
-    assert 97 < float(before[1]) <= 100
-    assert 80 < float(after[1]) < float(before[1])
+    assert contents(folder).keys() == COMPRESSED | TUNED
+    before, after, healed = (
+        said(t, done.stdout) for t in ("before", "after compression", "after fine-tuning")
+    )
+    assert before == pytest.approx(by_hand(load_network().state_dict()), abs=0.01)
+    assert after == pytest.approx(by_hand(load_file(folder / "digits-cnn.dense.safetensors")), abs=0.01)
+    expand_checkpoint(folder / "digits-cnn.tuned.safetensors", run.folder / "tuned.safetensors")
+    assert healed == pytest.approx(by_hand(load_file(run.folder / "tuned.safetensors")), abs=0.2)
+    assert min(before, healed) > 97
+    assert after < 50
     manifest = read_manifest(folder / "digits-cnn.mpo.safetensors")
     assert f"ρ = {manifest.rho:.4f}" in done.stdout
-    assert manifest.rho < 0.25
-    assert done.stderr.splitlines()[-1] == "next: mpoc report mpoc-demo/digits-cnn.mpo.safetensors"
+    assert manifest.rho < 0.06
+    assert done.stderr.splitlines()[-1] == "next: mpoc report mpoc-demo/digits-cnn.tuned.safetensors"
+    # the commands that are printed do the same
+    tuned = (folder / "digits-cnn.tuned.safetensors").read_bytes()
+    commands = re.findall(r"^  mpoc (.*)", done.stdout, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["finetune", "eval"]
+    results = [run(*shlex.split(command)) for command in commands]
+    assert [result.returncode for result in results] == [0, 0], results
+    assert (folder / "digits-cnn.tuned.safetensors").read_bytes() == tuned
+    assert f"accuracy {healed:.2f} %" in results[1].stdout
+
+
+def test_without_accelerate_it_says_what_is_left_out(run: Mpoc) -> None:
+    done = run.without("accelerate", "demo")
+    assert done.returncode == 0, done.stderr
+    assert "left out: fine-tuning, which needs accelerate: pip install 'mpoc[train]'" in done.stdout
+    assert "accuracy after compression: " in done.stdout
+    assert "mpoc finetune" not in done.stdout
+    assert contents(run.folder / "mpoc-demo").keys() == COMPRESSED
 
 
 def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
@@ -47,7 +81,7 @@ def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"demo/mine": b"mine"}
     for _ in range(2):
         tell_story(tmp_path / "demo", 8, force=True)
-        assert contents(tmp_path / "demo").keys() == FILES | {"mine"}
+        assert contents(tmp_path / "demo").keys() == COMPRESSED | {"mine"}
 
 
 def test_a_larger_bond_loses_less(tmp_path: Path) -> None:

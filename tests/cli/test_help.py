@@ -95,6 +95,27 @@ def make_what_the_examples_name(compressed: bool) -> None:
         compress_checkpoint(Path("mlp.pt"), Path("resnet56.mpo.safetensors"), make_recipe(None, {"bond": 4}))
 
 
+def test_the_readme_s_table_of_finetune_names_its_options() -> None:
+    """Every option in the table is one of the command, and every one of the command stands in the README."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    table = readme.partition("| option of `finetune` |")[2].partition("\n\n")[0]
+    known = {option for parameter in COMMANDS["finetune"].params for option in parameter.opts}
+    assert (named := set(re.findall(r"--[a-z][a-z0-9-]*", table))) <= known
+    assert len(named) > 25
+    common = {
+        "--data",
+        "--format",
+        "--arch",
+        "--task",
+        "--teacher-arch",
+        "--seed",
+        "--device",
+        "--output",
+        "--force",
+    }
+    assert known - named - common - {"-o", "--quiet", "--max-shard-size", "--help", "model"} == set()
+
+
 def test_no_arguments_show_the_help(run: Mpoc) -> None:
     done = run()
     assert done.returncode in (0, 2)  # typer's choice, by version

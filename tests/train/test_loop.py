@@ -178,7 +178,6 @@ class TestWhatStopsIt:
             ({"momentum": 1.0}, "--momentum 1"),
             ({"weight_decay": 0.1}, "AdamW's decoupled decay"),
             ({"batch": 2, "accumulate": 4}, "fewer examples than"),
-            ({"gradient_checkpointing": True}, "does not offer it"),
         ],
     )
     def test_settings_out_of_range(self, settings: dict[str, Any], said: str) -> None:
