@@ -271,19 +271,26 @@ def _run(values: dict[str, Any], words: Output) -> Finetuned:
 
     from mpoc.cli.progress import training_progress
     from mpoc.processes import num_processes
+    from mpoc.train.engine import leave
     from mpoc.train.finetune import finetune
     from mpoc.train.stop import Interrupted
 
     request = training_request(values)
+    together = False
     try:
         with training_progress(words) as told:
-            return finetune(request, words.say, told)
+            done = finetune(request, words.say, told)
+        together = True
+        return done
     except Interrupted as stop:
+        together = True
         words.say(f"stopped at step {stop.step:,}; saved {request.checkpoint}")
         again = [word for word in sys.argv[1:] if word not in ("--resume", "--force")]
         command = f"mpoc {shlex.join(again)}" if num_processes() == 1 else "the same command with"
         words.next_command(f"{command} --resume")
         raise SystemExit(128 + stop.signum) from None
+    finally:
+        leave(together)
 
 
 def _print_json(done: Finetuned) -> None:

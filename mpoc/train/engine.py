@@ -55,6 +55,18 @@ def make_accelerator(device: str = "auto", precision: str = "fp32") -> Any:
     return accelerator
 
 
+def leave(together: bool) -> None:
+    """End what connects this process to others; left to Python's end, its threads may abort the process.
+
+    Args:
+        together: wait until all have come here; not where one may have failed.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if together:
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def will_shard(accelerator: Any) -> bool:
     """Whether accelerate will share the parameters out over the processes (FSDP); asked before it prepares.
 
