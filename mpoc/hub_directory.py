@@ -17,7 +17,7 @@ from typing import Any
 
 from mpoc.errors import MpocError
 from mpoc.header import TensorInfo, encode_header, storage_order
-from mpoc.manifest import FORMAT, MANIFEST_FILE, Manifest, parse_geometry
+from mpoc.manifest import FORMAT, FORMS, MANIFEST_FILE, Manifest, parse_geometry
 from mpoc.structure import KINDS, Structure
 from mpoc.writer import Shard, write_safetensors
 
@@ -204,7 +204,7 @@ def cores_of(name: str, entry: Any) -> tuple[Structure, tuple[int, ...]]:
         structure = Structure(entry["kind"], shape, entry["transposed"], outputs, inputs, geometry)
         whole = all(isinstance(number, int) and number > 0 for numbers in lists for number in numbers)
         chain = len(outputs) == len(inputs) == len(bonds) - 1 > 0 and bonds[0] == bonds[-1] == 1
-        known = entry["form"] == "mpo" and structure.kind in KINDS
+        known = entry["form"] in FORMS[:-1] and structure.kind in KINDS
         known = known and (structure.kind == "convmap") == (geometry is not None)
         if not (whole and chain and known and min(structure.padding) >= 0):
             raise ValueError(entry)

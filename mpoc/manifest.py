@@ -23,6 +23,7 @@ from mpoc.typed import typed
 from mpoc.weight_files import read_json, stored_tensors
 
 FORMAT = 1
+FORMS = ("mpo", "svd", "dense")
 MANIFEST_FILE = "mpoc.json"
 # In the metadata of weights that transformers saved: an ``mpoc.json`` beside them is an older one.
 SAVED_AGAIN = "mpoc_saved_again"
@@ -36,7 +37,7 @@ class LayerRecord:
     kind: str
     shape: tuple[int, ...]  # of the weight in the source
     dtype: str  # of the weight in the source
-    form: str  # "mpo" or "dense"
+    form: str  # "mpo", "svd" or "dense"
     num_original: int  # N_ori
     num_stored: int  # N_mpo, or N_ori where dense
     stored_dtype: str
@@ -250,7 +251,7 @@ def _layer(value: dict[str, Any]) -> LayerRecord:
     if value.get("geometry") is not None:
         value["geometry"] = parse_geometry(value["geometry"], tuple(value["shape"]))
     layer = typed(LayerRecord(**_with_tuples(value)))
-    if layer.kind not in KINDS or layer.form not in ("mpo", "dense"):
+    if layer.kind not in KINDS or layer.form not in FORMS:
         raise ValueError(f"layer {layer.name!r}: kind {layer.kind!r}, form {layer.form!r}")
     if math.prod(layer.shape) != layer.num_original or min(layer.shape, default=0) < 1:
         raise ValueError(f"layer {layer.name!r}: shape {layer.shape}, {layer.num_original} parameters")

@@ -17,7 +17,7 @@ from mpoc.header import ITEMSIZE
 from mpoc.manifest import LayerRecord
 from mpoc.recipe import LayerRule, Recipe
 from mpoc.selection import LinearMap, Selection, check_pattern, matches
-from mpoc.structure import Structure, lead_outputs_inputs, make_structure
+from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LayerPlan:
         return replace(
             base,
             kind=self.structure.kind,
-            form="mpo",
+            form=self.structure.form,
             num_stored=self.structure.num_parameters(self.max_bond),
             stored_dtype=self.stored_dtype,
             transposed=self.structure.transposed,
@@ -114,20 +114,30 @@ def _check_rules(selection: Selection, recipe: Recipe) -> None:
 def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry]) -> LayerPlan:
     """A layer's plan with what is given for it alone; its bond is open (0) where a ceiling decides."""
     rule = recipe.rule_for(map.name)
-    sites, geometry = rule.sites or recipe.sites, None
     try:
-        if recipe.is_map(map.name, map.kind) and not rule.dense:
-            geometry = geometries.get(map.name) or recipe.geometry_for(map.name, map.shape)
-        kind = map.kind if geometry is None else "convmap"
-        _, outputs, inputs = lead_outputs_inputs(kind, map.shape, map.transposed, geometry)
-        factors = recipe.factors_for(map.name, outputs, inputs)
-        structure = make_structure(kind, map.shape, map.transposed, sites, factors, geometry)
+        structure = _structure(map, rule, recipe, geometries)
     except UsageError as error:
         raise UsageError(f"shape for layer {map.layer}: {error}", error.hint) from error
     plan = LayerPlan(map, structure, recipe.dtype or map.dtype, None)
     if rule.dense:
         return replace(plan, reason="the recipe leaves it dense")
     return _with_goal(plan, rule, recipe)
+
+
+def _structure(
+    map: LinearMap, rule: LayerRule, recipe: Recipe, geometries: Mapping[str, Geometry]
+) -> Structure:
+    geometry = None
+    if recipe.is_map(map.name, map.kind) and not rule.dense:
+        geometry = geometries.get(map.name) or recipe.geometry_for(map.name, map.shape)
+    kind = map.kind if geometry is None else "convmap"
+    _, outputs, inputs = lead_outputs_inputs(kind, map.shape, map.transposed, geometry)
+    factors, sites = recipe.factors_for(map.name, outputs, inputs), rule.sites or recipe.sites
+    if (rule.form or recipe.form) != "svd" or factors is not None:
+        return make_structure(kind, map.shape, map.transposed, sites, factors, geometry)
+    if geometry is not None:
+        raise UsageError("--form svd is of kernels, not of whole maps", "--conv kernel")
+    return low_rank_structure(kind, map.shape, map.transposed)
 
 
 def _with_goal(plan: LayerPlan, rule: LayerRule, recipe: Recipe) -> LayerPlan:

@@ -31,6 +31,7 @@ from mpoc.selection import matches
 from mpoc.toml_values import flag, number, text, texts, whole
 
 CONV_FORMS = ("kernel", "map")
+FORMS = ("mpo", "svd")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 GOALS = ("bond", "ratio", "max_error", "size")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -53,6 +54,7 @@ class LayerRule:
     pattern: str
     bond: int | None = None
     max_error: float | None = None
+    form: str | None = None
     sites: int | None = None
     shape: ShapeRule | None = None
     conv: str | None = None
@@ -68,6 +70,7 @@ class Recipe:
     ratio: float | None = None  # ceiling on ρ over the selected layers
     max_error: float | None = None  # relative error of each layer
     size: int | None = None  # ceiling on the output, bytes
+    form: str = "mpo"  # or "svd": two factors, outputs × D and D × inputs
     sites: int | None = None
     shape: tuple[ShapeRule, ...] = ()
     conv: str = "kernel"  # what of a convolution is factorised: its kernel, or the whole map
@@ -91,7 +94,7 @@ class Recipe:
                 continue
             given = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "pattern"}
             given = {key: value for key, value in given.items() if value is not None}
-            for group in (("bond", "max_error", "dense"), ("sites", "shape")):
+            for group in (("bond", "max_error", "dense"), ("form", "sites", "shape")):
                 if given.keys() & set(group):
                     given = dict.fromkeys(group) | given
             merged = replace(merged, **given)
@@ -175,10 +178,12 @@ def _check(recipe: Recipe) -> None:
             f"--dtype {recipe.dtype!r}: not one of {known}{nearest(recipe.dtype, STORED_DTYPES)}"
         )
     _check_conv(recipe)
+    _check_form("--form", recipe.form, recipe.sites)
     for rule in recipe.rules:
         _check_bond(f"layer {rule.pattern!r}: bond", rule.bond)
         _check_error(f"layer {rule.pattern!r}: max-error", rule.max_error)
         _check_sites(f"layer {rule.pattern!r}: sites", rule.sites)
+        _check_form(f"layer {rule.pattern!r}: form", rule.form, rule.sites)
 
 
 def _check_conv(recipe: Recipe) -> None:
@@ -205,6 +210,13 @@ def _check_error(where: str, error: float | None) -> None:
 def _check_sites(where: str, sites: int | None) -> None:
     if sites is not None and sites < 2:
         raise UsageError(f"{where} {sites}: a matrix product operator has at least 2 sites")
+
+
+def _check_form(where: str, form: str | None, sites: int | None) -> None:
+    if form is not None and form not in FORMS:
+        raise UsageError(f"{where} {form!r}: not one of {', '.join(FORMS)}{nearest(form, FORMS)}")
+    if form == "svd" and sites is not None:
+        raise UsageError(f"{where} svd: has two factors, and no number of sites to choose", "--form mpo")
 
 
 def _read_recipe(file: Path) -> tuple[dict[str, Any], tuple[LayerRule, ...]]:
@@ -295,6 +307,7 @@ _READERS = {
     "ratio": number,
     "max-error": number,
     "size": _size,
+    "form": text,
     "sites": whole,
     "shape": _shapes,
     "conv": text,

@@ -6,6 +6,9 @@ weight.  Then outputs and inputs are factored, J = (J_1..J_n) and I = (I_1..I_n)
 2020), and the factors interleaved, (J_1 I_1)(J_2 I_2)…, one pair a site.  A lead above 1 is a site of its
 own in front: J = 1, I = taps, or J = experts, I = 1.
 
+Two sites with the factors (N_y, 1) and (1, N_x) are a plain low-rank factorisation (form ``svd``).  It has no
+site for the lead: taps go with the inputs, experts with the outputs.
+
 A convolution can also be seen as one linear map at a given input size (kind ``convmap``; Gao et al. 2020):
 outputs H'·W'·C_out, inputs H·W·C_in, channel last, and no lead.  ρ still counts the kernel's numbers.
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from mpoc.errors import UsageError
@@ -42,20 +45,21 @@ class Structure:
     input_factors: tuple[int, ...]  # I
     geometry: Geometry | None = None  # of a whole map, and of nothing else
 
-    @property
-    def lead(self) -> int:
-        """Taps of a kernel, number of experts, else 1."""
-        return lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)[0]
+    # How the sites see the weight, told from the above.
+    form: str = field(init=False, compare=False, repr=False)  # "svd" or "mpo"
+    lead: int = field(init=False, compare=False, repr=False)  # taps, experts; 1 where they have no own site
+    outputs: int = field(init=False, compare=False, repr=False)  # N_y, of one tap or expert
+    inputs: int = field(init=False, compare=False, repr=False)  # N_x, of one tap or expert
 
-    @property
-    def outputs(self) -> int:
-        """N_y, of one tap or expert."""
-        return lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)[1]
-
-    @property
-    def inputs(self) -> int:
-        """N_x, of one tap or expert."""
-        return lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)[2]
+    def __post_init__(self) -> None:
+        joined = low_rank_sides(self.kind, self.shape, self.transposed)
+        factors = (self.output_factors, self.input_factors)
+        low_rank = self.geometry is None and _low_rank_factors(joined) == factors
+        lead, outputs, inputs = lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)
+        if low_rank:
+            lead, (outputs, inputs) = 1, joined
+        found = {"form": "svd" if low_rank else "mpo", "lead": lead, "outputs": outputs, "inputs": inputs}
+        vars(self).update(found)
 
     @property
     def lead_sites(self) -> int:
@@ -138,6 +142,22 @@ def lead_outputs_inputs(
     lead = shape[0] if kind == "experts" else 1
     first, second = shape[-2:]
     return (lead, second, first) if transposed else (lead, first, second)
+
+
+def low_rank_sides(kind: str, shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
+    """(outputs, inputs) of the one matrix that a low-rank factorisation takes a weight for."""
+    lead, outputs, inputs = lead_outputs_inputs(kind, shape, transposed)
+    return (lead * outputs, inputs) if kind == "experts" else (outputs, lead * inputs)
+
+
+def _low_rank_factors(sides: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (sides[0], 1), (1, sides[1])
+
+
+def low_rank_structure(kind: str, shape: tuple[int, ...], transposed: bool = False) -> Structure:
+    """The structure of the form ``svd``: sites of (N_y, 1) and (1, N_x)."""
+    factors = _low_rank_factors(low_rank_sides(kind, shape, transposed))
+    return Structure(kind, tuple(shape), transposed, *factors)
 
 
 def default_sites(outputs: int, inputs: int) -> int:

@@ -236,7 +236,7 @@ def test_no_single_change_gets_past_the_check_and_then_breaks() -> None:
     ("key", "new"),
     [
         ("kind", "conv4d"),
-        ("form", "svd"),
+        ("form", "tucker"),
         ("shape", [16, 12, 3, 4]),
         ("shape", [1728]),
         ("shape", [-16, -12, 3, 3]),

@@ -22,6 +22,7 @@ EVERY_KEY: list[tuple[str, str, Any]] = [
     ("ratio", "1", 1.0),
     ("max-error", "0.25", 0.25),
     ("size", '"20MB"', 20_000_000),
+    ("form", "'svd'", "svd"),
     ("sites", "3", 3),
     ("shape", '"28x28:16x16"', (ShapeRule(None, (16, 16), (28, 28)),)),
     ("shape", '["fc=4x4:2x8"]', (ShapeRule("fc", (2, 8), (4, 4)),)),

@@ -75,6 +75,14 @@ def compress(
             rich_help_panel=_WHICH,
         ),
     ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            metavar="mpo|svd",
+            help="A chain of sites (default), or two factors: outputs × D and D × inputs.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
     sites: Annotated[
         int | None,
         typer.Option(

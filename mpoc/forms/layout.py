@@ -26,19 +26,26 @@ def to_matrix(weight: Tensor, structure: Structure) -> Tensor:
     if structure.geometry is not None:
         return map_of_kernel(weight, structure.geometry)[None]
     if structure.kind.startswith("conv"):
-        return weight.flatten(2).permute(2, 0, 1)  # (taps, C_out, C_in)
-    blocks = weight.reshape(structure.lead, *weight.shape[-2:])
-    return blocks.transpose(1, 2) if structure.transposed else blocks
+        taps = weight.flatten(2).permute(2, 0, 1)  # (taps, C_out, C_in)
+        return taps.transpose(0, 1).flatten(1)[None] if structure.form == "svd" else taps
+    blocks = weight.reshape(-1, *weight.shape[-2:])
+    blocks = blocks.transpose(1, 2) if structure.transposed else blocks
+    return blocks.reshape(structure.lead, structure.outputs, structure.inputs)
 
 
 def from_matrix(matrix: Tensor, structure: Structure) -> Tensor:
     """The inverse of :func:`to_matrix`: (lead, outputs, inputs) → ``structure.shape``, contiguous."""
     if structure.geometry is not None:
         return nearest_kernel(matrix[0], structure.geometry)
+    shape = structure.shape
     if structure.kind.startswith("conv"):
-        return matrix.permute(1, 2, 0).reshape(structure.shape).contiguous()
-    blocks = matrix.transpose(1, 2) if structure.transposed else matrix
-    return blocks.reshape(structure.shape).contiguous()
+        taps = matrix
+        if structure.form == "svd":
+            taps = matrix[0].unflatten(1, (-1, shape[1])).transpose(0, 1)  # (taps, C_out, C_in)
+        return taps.permute(1, 2, 0).reshape(shape).contiguous()
+    if structure.transposed:
+        matrix = matrix.reshape(-1, *shape[:-3:-1]).transpose(1, 2)
+    return matrix.reshape(shape).contiguous()
 
 
 def interleave(weight: Tensor, structure: Structure) -> Tensor:

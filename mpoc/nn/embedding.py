@@ -78,6 +78,9 @@ def _gather(indices: Tensor, cores: Sequence[Tensor]) -> Tensor:
     after = math.prod([core.shape[1] for core in cores])
     for core in cores:
         after //= core.shape[1]
+        if core.shape[1] == 1:  # the same for every row
+            rows = (rows @ core[:, 0].flatten(1)).unflatten(2, core.shape[2:]).flatten(1, 2)
+            continue
         digit = indices // after % core.shape[1]
         sliced = core.transpose(0, 1)[digit]  # (count, D_left, I, D_right)
         rows = (rows @ sliced.flatten(2)).unflatten(2, sliced.shape[2:]).flatten(1, 2)
