@@ -1,0 +1,44 @@
+"""Weighted norms for the tests, well conditioned and singular ones, and moments of real samples."""
+
+import torch
+from torch import Tensor
+
+from mpoc.fit.metric import Metric
+
+
+def random_moment(size: int, rank: int | None = None, seed: int = 0) -> Tensor:
+    """(size, size) float64 of this rank, eigenvalues spread over three decades."""
+    generator = torch.Generator().manual_seed(seed)
+    rank = size if rank is None else rank
+    draws = torch.randn(size, rank, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(draws)[0]
+    return (basis * torch.logspace(0, -3, rank, dtype=torch.float64)) @ basis.T
+
+
+def random_metric(
+    outputs: int,
+    inputs: int,
+    weighted_outputs: bool = True,
+    ranks: tuple[int | None, int | None] = (None, None),
+    seed: int = 0,
+) -> Metric:
+    """A Gaussian target in a random metric; ``ranks`` those of M and G."""
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
+    return Metric(
+        target,
+        random_moment(inputs, ranks[0], seed + 1),
+        random_moment(outputs, ranks[1], seed + 2) if weighted_outputs else None,
+    )
+
+
+def moments(samples: Tensor, dense: Tensor | None = None) -> dict[str, Tensor]:
+    """The moments that :func:`make_metric` takes, of rows (n, N_x), by default of the dense network."""
+    dense = samples if dense is None else dense
+    count = len(samples)
+    return {
+        "second": samples.T @ samples / count,
+        "mean": samples.mean(0),
+        "cross": dense.T @ samples / count,
+        "dense_mean": dense.mean(0),
+    }
