@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,9 +22,16 @@ from mpoc.recipe import Recipe
 _TRIALS = 6
 
 
-def fit_layer(
-    checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: torch.device
-) -> tuple[LayerRecord, Fit | None]:
+@dataclass(frozen=True)
+class Fitted:
+    """A layer as it is to be stored."""
+
+    record: LayerRecord
+    cores: Sequence[Tensor] = ()  # in the stored dtype; none where the layer stays dense
+    changed: Mapping[str, Tensor] = field(default_factory=dict)  # other tensors that go with it: a bias
+
+
+def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: torch.device) -> Fitted:
     """Carry out a layer's plan.
 
     Args:
@@ -33,30 +41,30 @@ def fit_layer(
         device: to compute on.
 
     Returns:
-        The record of what is to be stored, and the fit; None where the layer stays dense.
+        The record of what is to be stored, and the cores.
 
     Raises:
         MpocError: a weight that is not finite, cores that overflow, a tolerance that cannot be kept.
     """
     if plan.max_bond is None:
-        return plan.record(), None
+        return Fitted(plan.record())
     name = plan.map.name
-    weight = _read_finite(checkpoint, name).to(device)
+    weight = read_finite(checkpoint, name).to(device)
     fit = _fit_within(weight, plan, zlib.crc32(name.encode()) ^ recipe.seed)
-    _check_cores(fit, checkpoint, plan)
+    check_cores(fit.form.cores, checkpoint, plan)
     if not recipe.allow_growth:
         plan = leave_dense_unless_smaller(plan, fit.form.num_parameters)
     if plan.max_bond is None:
-        return plan.record(), None
+        return Fitted(plan.record())
     record = replace(
         plan.record(),
         num_stored=fit.form.num_parameters,
         bonds=fit.form.bonds,
-        relative_error=_rounded(fit.relative_error),
-        entropies=tuple(map(_rounded, fit.entropies)),
+        relative_error=rounded(fit.relative_error),
+        entropies=tuple(map(rounded, fit.entropies)),
         entropies_of_weight=_known(fit.entropies_of_weight),
     )
-    return record, fit
+    return Fitted(record, fit.form.cores)
 
 
 def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
@@ -91,7 +99,12 @@ def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
     )
 
 
-def _read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
+def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A weight of the checkpoint, on the CPU.
+
+    Raises:
+        MpocError: it holds NaN or infinite values.
+    """
     weight = checkpoint.read(name)
     if not bool(torch.isfinite(weight).all()):
         kind = "NaN" if bool(torch.isnan(weight).any()) else "infinite values"
@@ -102,8 +115,13 @@ def _read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
     return weight
 
 
-def _check_cores(fit: Fit, checkpoint: Checkpoint, plan: LayerPlan) -> None:
-    if not all(bool(torch.isfinite(core).all()) for core in fit.form.cores):
+def check_cores(cores: Sequence[Tensor], checkpoint: Checkpoint, plan: LayerPlan) -> None:
+    """Whether cores survived the rounding to their stored dtype.
+
+    Raises:
+        MpocError: a number overflows.
+    """
+    if not all(bool(torch.isfinite(core).all()) for core in cores):
         raise MpocError(
             f"{checkpoint.files[plan.map.name]}: tensor {plan.map.name!r}: its cores overflow "
             f"{plan.stored_dtype}",
@@ -115,9 +133,9 @@ def _known(values: list[float | None]) -> tuple[float | None, ...]:
     """Rounded, and nothing at all where none is known."""
     if all(value is None for value in values):
         return ()
-    return tuple(None if value is None else _rounded(value) for value in values)
+    return tuple(None if value is None else rounded(value) for value in values)
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Six significant digits: what the manifest keeps."""
     return float(f"{value:.6g}")

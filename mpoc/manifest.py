@@ -51,6 +51,9 @@ class LayerRecord:
     entropies: tuple[float, ...] = ()  # of the stored weight
     entropies_of_weight: tuple[float | None, ...] = ()  # of the source's, where computed exactly
     geometry: Geometry | None = None  # of a whole map (kind "convmap")
+    # ‖Wx − Ŵx̃‖ / ‖Wx‖ about the mean, x̃ the inputs that the compressed network gives; None: not calibrated.
+    output_error: float | None = None  # on the inputs of the fit
+    held_out_error: float | None = None  # on others
 
     @property
     def layer(self) -> str:
@@ -106,6 +109,7 @@ class Manifest:
     # The dense network: {"zoo": "resnet:depth=56"}, {"factory": "net.py:net"}, or {} where none was named.
     architecture: dict[str, str] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)  # what ``mpoc finetune`` did; {}: nothing
+    calibration: dict[str, Any] = field(default_factory=dict)  # on what the fit was made; {}: weights alone
 
     @property
     def is_complete(self) -> bool:
@@ -137,7 +141,7 @@ class Manifest:
         """The text that is stored."""
         value = {"format": FORMAT, **asdict(self)}
         value["layers"] = [_compact(layer) for layer in self.layers]
-        for name in ("architecture", "training"):
+        for name in ("architecture", "training", "calibration"):
             if not value[name]:
                 del value[name]
         separators = (",", ":") if indent is None else None

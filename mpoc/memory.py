@@ -69,19 +69,20 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
         fit_layer(checkpoint, plan, recipe, model.get_parameter(plan.map.name).device)
         for plan in make_plan(selection, recipe, geometries=geometries)
     ]
-    if all(fit is None for _, fit in fitted):
-        first = fitted[0][0]
+    if not any(fit.cores for fit in fitted):
+        first = fitted[0].record
         raise MpocError(
             f"no layer would shrink, so nothing was changed ({first.layer}: {first.reason})",
             "a smaller bond, a larger max_error, or allow_growth=True",
         )
     places = same_tensor(model)
-    for record, fit in fitted:  # nothing is changed before every layer could be fitted
-        if fit is not None:
-            names = [record.name, *sorted(places[record.name] - {record.name})]
-            adopt_everywhere(model, names, fit.form.cores, record.structure)
+    for fit in fitted:  # nothing is changed before every layer could be fitted
+        name = fit.record.name
+        if fit.cores:
+            names = [name, *sorted(places[name] - {name})]
+            adopt_everywhere(model, names, fit.cores, fit.record.structure)
     forbid_save_pretrained(model)
-    return make_manifest(checkpoint, selection, recipe, [record for record, _ in fitted])
+    return make_manifest(checkpoint, selection, recipe, [fit.record for fit in fitted])
 
 
 def _recipe_options(options: dict[str, Any]) -> dict[str, Any]:

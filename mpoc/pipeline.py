@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from mpoc import hub_directory
 from mpoc.architecture import observed, with_architecture
 from mpoc.checkpoint import Checkpoint, open_checkpoint
 from mpoc.errors import MpocError, UsageError
-from mpoc.fitting import fit_layer
+from mpoc.fitting import Fitted, fit_layer
 from mpoc.manifest import LayerRecord, Manifest, core_prefix
 from mpoc.outline import make_manifest, predict_size
 from mpoc.plan import LayerPlan, make_plan
@@ -108,10 +108,11 @@ def compress_checkpoint(
     with staged(output) as target:
         spool = Spool(target.with_name(f"{target.name}.cores"))
         try:
-            records, seconds, cores = _fit_all(checkpoint, plans, recipe, device, spool, progress)
+            fits = _fit_each(checkpoint, plans, recipe, device)
+            records, seconds, fitted = _collect(fits, len(plans), spool, progress)
             manifest = make_manifest(checkpoint, selection, recipe, records)
             _refuse_nothing_gained(manifest)
-            entries = _entries(checkpoint, records, cores)
+            entries = _entries(checkpoint, fitted)
             _write(target, checkpoint, entries, manifest, recipe.max_shard_size)
         finally:
             spool.close()
@@ -133,7 +134,8 @@ def _dry_run(
     seconds: dict[str, float] = {}
     fitted = any(plan.tolerance for plan in plans)
     if fitted:
-        records, seconds, _ = _fit_all(checkpoint, plans, recipe, device, None, progress)
+        fits = _fit_each(checkpoint, plans, recipe, device)
+        records, seconds, _ = _collect(fits, len(plans), None, progress)
     manifest = make_manifest(checkpoint, selection, recipe, records)
     nbytes = predict_size(checkpoint, selection, recipe, plans, records if fitted else None)
     if not manifest.replaced:
@@ -161,42 +163,42 @@ def _refuse_nothing_gained(manifest: Manifest) -> None:
         )
 
 
-def _fit_all(
-    checkpoint: Checkpoint,
-    plans: list[LayerPlan],
-    recipe: Recipe,
-    device: torch.device,
-    spool: Spool | None,
-    progress: Progress | None,
+def _fit_each(
+    checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe, device: torch.device
+) -> Iterator[Fitted]:
+    return (fit_layer(checkpoint, plan, recipe, device) for plan in plans)
+
+
+def _collect(
+    fits: Iterator[Fitted], count: int, spool: Spool | None, progress: Progress | None
 ) -> tuple[list[LayerRecord], dict[str, float], dict[str, list[Entry]]]:
-    """Factorise layer by layer: records, seconds, and the spooled cores of each replaced layer."""
+    """Layer by layer: records, seconds, and what is spooled in the place of a tensor of the source."""
     records: list[LayerRecord] = []
     seconds: dict[str, float] = {}
-    cores: dict[str, list[Entry]] = {}
-    for plan in plans:
-        start = time.perf_counter()
-        record, fit = fit_layer(checkpoint, plan, recipe, device)
-        if fit is not None and spool is not None:
-            cores[record.name] = [
-                spool.add(record.core_name(k), core) for k, core in enumerate(fit.form.cores)
-            ]
+    entries: dict[str, list[Entry]] = {}
+    start = time.perf_counter()
+    for fit in fits:
+        record = fit.record
+        if spool is not None:
+            if fit.cores:
+                entries[record.name] = [
+                    spool.add(record.core_name(k), core) for k, core in enumerate(fit.cores)
+                ]
+            entries |= {name: [spool.add(name, tensor)] for name, tensor in fit.changed.items()}
         records.append(record)
         seconds[record.name] = time.perf_counter() - start
         if progress:
-            progress(record, seconds[record.name], len(records), len(plans))
-    return records, seconds, cores
+            progress(record, seconds[record.name], len(records), count)
+        start = time.perf_counter()
+    return records, seconds, entries
 
 
-def _entries(
-    checkpoint: Checkpoint, records: list[LayerRecord], cores: dict[str, list[Entry]]
-) -> list[Entry]:
-    """All tensors of the output in the source's order, cores in the place of their weight."""
+def _entries(checkpoint: Checkpoint, fitted: dict[str, list[Entry]]) -> list[Entry]:
+    """All tensors of the output in the source's order, what was fitted in the place of its tensor."""
     entries: list[Entry] = []
     for name, info in checkpoint.infos.items():
-        if name in cores:
-            entries += cores[name]
-        else:
-            entries.append(Entry(info, lambda name=name: checkpoint.read(name)))  # type: ignore[misc]
+        kept = Entry(info, lambda name=name: checkpoint.read(name))  # type: ignore[misc]
+        entries += fitted.get(name, [kept])
     return entries
 
 

@@ -27,6 +27,8 @@ _COLUMNS = (
     "num_stored",
     "rho",
     "relative_error",
+    "output_error",
+    "held_out_error",
     "stored_dtype",
     "reason",
 )
@@ -49,6 +51,7 @@ def report_dict(manifest: Manifest, nbytes: int, seconds: dict[str, float] | Non
         "kinds_from": manifest.kinds_from,
         "architecture": manifest.architecture,
         "training": manifest.training,
+        "calibration": manifest.calibration,
         "totals": {
             "rho": manifest.rho,
             "rho_selected": manifest.rho_selected if manifest.is_complete else None,
@@ -120,12 +123,29 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
             f"no {MANIFEST_FILE}, which transformers does not save: errors, entropies, the original's size "
             "and what else was selected are not known"
         )
+    lines += calibration_lines(manifest.calibration)
     lines += _advice(manifest)
     if "zoo" in manifest.architecture:
         lines.append(f"architecture {manifest.architecture['zoo']}, of the zoo")
     elif "factory" in manifest.architecture:
         lines.append(f"architecture {manifest.architecture['factory']}, code that is asked for again")
     return lines + training_lines(manifest.training)
+
+
+def calibration_lines(calibration: dict[str, Any]) -> list[str]:
+    """What ``--calibrate`` did: the data, how the budget was shared out, and against what."""
+    if not calibration:
+        return []
+    data = calibration.get("data", {})
+    line = (
+        f"calibrated on {calibration.get('samples', 0):,} examples of {data.get('name', '?')} "
+        f"({calibration.get('held_out', 0):,} held out), layers in the order of the network"
+    )
+    shares = calibration.get("shares", {})
+    if shares:
+        errors = ", ".join(f"{name} {error:.4g}" for name, error in shares.get("errors", {}).items())
+        line += f"; budget shared out by {shares.get('chosen', '?')} (held-out output error: {errors})"
+    return [line]
 
 
 def training_lines(training: dict[str, Any]) -> list[str]:
@@ -148,6 +168,8 @@ def training_lines(training: dict[str, Any]) -> list[str]:
 
 def _advice(manifest: Manifest) -> list[str]:
     """A plain word where the result cannot be used as it is."""
+    if manifest.calibration:
+        return []  # the weight's own error then says little
     errors = [layer.relative_error for layer in manifest.replaced if layer.relative_error is not None]
     large = [error for error in errors if error > LARGE_ERROR]
     if not large:

@@ -135,6 +135,8 @@ def test_csv_has_one_line_a_layer() -> None:
         "num_stored": "300",
         "rho": "0.3",
         "relative_error": "0.05",
+        "output_error": "",
+        "held_out_error": "",
         "stored_dtype": "bfloat16",
         "reason": "",
     }

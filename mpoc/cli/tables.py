@@ -54,10 +54,15 @@ def _table(manifest: Manifest, seconds: dict[str, float] | None, narrow: bool) -
     table.add_column("parameters", justify="right", overflow="fold")
     table.add_column("ρ", justify="right", no_wrap=True)
     table.add_column("rel. error", justify="right", no_wrap=True)
+    calibrated = any(layer.output_error is not None for layer in manifest.layers)
+    if calibrated:
+        table.add_column("output error", justify="right", no_wrap=True)
     if seconds is not None and not narrow:
         table.add_column("s", justify="right", no_wrap=True)
     for layer in manifest.layers:
         row = _row(layer)
+        if calibrated:
+            row.append(_output_error(layer))
         if narrow:
             del row[2]
         elif seconds is not None:
@@ -93,6 +98,12 @@ def _row(layer: LayerRecord) -> list[str]:
         f"{layer.rho:.4f}",
         error,
     ]
+
+
+def _output_error(layer: LayerRecord) -> str:
+    """On the inputs of the fit / on held-out ones."""
+    found = [error for error in (layer.output_error, layer.held_out_error) if error is not None]
+    return " / ".join(f"{error:.4f}" for error in found)
 
 
 def _print_left_alone(console: Console, manifest: Manifest, verbose: bool) -> None:
