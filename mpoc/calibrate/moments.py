@@ -2,7 +2,7 @@
 
 Products of float32 rows are formed in float32, ``_BLOCK`` rows at a time, and summed in float64: twice as
 fast as float64 throughout, and each entry is right to about 3e-7 of the standard deviations it belongs to.
-Rows are first shifted by the mean of the first ones, so that this holds where means are large beside deviations.
+Rows are shifted by the mean of the first ones, so that it holds where means are large beside deviations.
 """
 
 from __future__ import annotations
