@@ -1,0 +1,139 @@
+"""One pass of the dense network: moments of what goes into each layer, and of gradients behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.calibrate.gather import LayerSums, Positions, as_rows, total_rows
+from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
+from mpoc.calibrate.inputs import Layer
+from mpoc.calibrate.interest import Pooling, direction, output_of_interest
+from mpoc.calibrate.moments import Moments, product
+from mpoc.calibrate.trace import Trace
+from mpoc.train.call import Batch, Call, to_device
+from mpoc.train.settings import derived_seed
+
+
+@dataclass(frozen=True)
+class DensePass:
+    """Of the dense network, by weight.
+
+    ``gradients`` are G, (N_y, N_y) float64 on the CPU: E[g gᵀ] over rows and directions, g the gradient of an
+    example's Σ at the layer's output.  An example's change by an error δ there is about rows / examples times
+    E[δᵀ G δ], so ``Moments.rows`` times tr[G (W − Ŵ) M (W − Ŵ)ᵀ] can be compared between layers.
+    """
+
+    moments: dict[str, Moments]
+    gradients: dict[str, Tensor]
+    reasons: dict[str, str]  # weight → why one of the two is missing
+
+
+def dense_pass(
+    network: nn.Module,
+    call: Call,
+    batches: Sequence[Batch],
+    trace: Trace,
+    probes: int = 1,
+    pooling: Pooling | None = None,
+    positions: Positions = Positions(),  # noqa: B008  (frozen)
+    seed: int = 0,
+) -> DensePass:
+    """Run the network over the batches, forth and, ``probes`` times a batch, back.
+
+    Args:
+        network: in evaluation mode, on any device; left as it is.
+        call: how it is called.
+        batches: of calibration data.
+        trace: of this network.
+        probes: random directions in the output a batch; 0: no gradients.
+        pooling: as of :func:`output_of_interest`.
+        positions: of convolutions.
+        seed: of the directions.
+
+    Raises:
+        MpocError: the data give a layer no rows.
+    """
+    run = _Run(network, trace)
+    device = device_of(network)
+    with at_rest(network), hooked() as handles, torch.set_grad_enabled(probes > 0):
+        for layer in trace.layers.values():
+            for path in layer.modules:
+                module = network.get_submodule(path)
+                handles.append(
+                    module.register_forward_pre_hook(run.before(layer, positions), with_kwargs=True)
+                )
+                if probes:
+                    handles.append(module.register_forward_hook(run.after(layer)))
+        for index, batch in enumerate(batches):
+            run.index, part = index, to_device(batch, device)
+            run.mask = part.get("attention_mask")
+            values, are_logits = output_of_interest(call(network, part), part, pooling)
+            for probe in range(probes if values.requires_grad else 0):
+                generator = torch.Generator(device).manual_seed(derived_seed(seed, "direction", index, probe))
+                values.backward(direction(values, are_logits, generator), retain_graph=probe + 1 < probes)
+    return run.result(probes)
+
+
+class _Run:
+    def __init__(self, network: nn.Module, trace: Trace) -> None:
+        self.index, self.mask = 0, None
+        self._trace = trace
+        self._sums = {name: LayerSums(trace.layers[name]) for name in set(trace.same_rows.values())}
+        self._start = torch.zeros((), device=device_of(network), requires_grad=True)
+        self._gradients: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
+
+    index: int
+    mask: Tensor | None
+
+    def before(self, layer: Layer, positions: Positions) -> Any:
+        """A hook that adds what the layer is given."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if layer.name in self._sums:
+                with torch.no_grad():
+                    given = first_given(args, named)
+                    self._sums[layer.name].add(given, self.mask, positions.of(self.index))
+
+        return hook
+
+    def after(self, layer: Layer) -> Any:
+        """A hook that begins the graph where nothing has, and adds the gradients at the output."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output = output + self._start.to(output.dtype)
+            mask = self.mask
+
+            def add(gradient: Tensor) -> None:
+                rows = as_rows(layer, gradient, mask)
+                found = product(rows, rows)
+                if layer.name in self._gradients:
+                    self._gradients[layer.name] += found
+                else:
+                    self._gradients[layer.name] = found
+
+            if output.requires_grad:  # not so where the network itself has switched gradients off
+                output.register_hook(add)
+                self._rows[layer.name] = self._rows.get(layer.name, 0) + total_rows(layer, output, mask)
+            return output
+
+        return hook
+
+    def result(self, probes: int) -> DensePass:
+        found = {name: sums.moments() for name, sums in self._sums.items()}
+        moments = {name: found[first] for name, first in self._trace.same_rows.items()}
+        gradients = {
+            name: ((total + total.T) / (2 * self._rows[name] * probes)).cpu()
+            for name, total in self._gradients.items()
+        }
+        reasons = dict(self._trace.reasons)
+        if probes:
+            missing = [name for name in moments if name not in gradients]
+            reasons |= dict.fromkeys(missing, "no gradient of the output reaches it")
+        return DensePass(moments, gradients, reasons)

@@ -1,0 +1,204 @@
+"""Moments of what the compressed network gives a layer, beside what the dense one gives it.
+
+Both networks run on the same batches until the last layer that is asked for has its input.  Where blocks are
+a chain (:mod:`mpoc.calibrate.chain`) the inputs of the present block are kept for all batches, in both
+networks, and only that block runs again; the next block's inputs are computed from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.calibrate.chain import Chain, goes_on
+from mpoc.calibrate.gather import LayerSums, Positions
+from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
+from mpoc.calibrate.moments import Moments
+from mpoc.calibrate.trace import Trace
+from mpoc.train.call import Batch, Call, to_device
+
+_KEPT_BYTES = 2 * 1024**3
+
+
+class _StopError(Exception):
+    """Everything asked for was seen."""
+
+
+@dataclass
+class _State:
+    """What a block is given."""
+
+    given: Tensor
+    args: tuple[Any, ...]  # after ``given``
+    named: dict[str, Any]
+
+
+class _Runner:
+    """One network on the batches, from their start or from a block on."""
+
+    def __init__(self, network: nn.Module, call: Call, batches: Sequence[Batch], trace: Trace) -> None:
+        self.network, self._call, self._batches, self._trace = network, call, batches, trace
+        self._device = device_of(network)
+        self._at: tuple[int, int] | None = None
+        self._states: list[_State] = []
+
+    def move(self, place: tuple[int, int] | None) -> None:
+        """Keep the inputs of this block (chain, position) for all batches; None: of no block."""
+        if place == self._at:
+            return
+        old, states = self._at, self._states
+        self._at, self._states = None, []
+        if place is None:
+            return
+        if old is not None and old[0] == place[0] and old[1] < place[1]:
+            chain = self._trace.chains[place[0]][old[1] : place[1]]
+            for number, state in enumerate(states):
+                states[number] = _State(self._through(chain, state), state.args, state.named)
+        else:
+            states = [self._caught(batch, place) for batch in self._batches]
+        self._at, self._states = place, states
+
+    def run(self, index: int) -> None:
+        """Run batch ``index`` from the kept block on, or as a whole, until a hook stops it."""
+        with suppress(_StopError):
+            if self._at is None:
+                self._call(self.network, to_device(self._batches[index], self._device))
+            else:
+                chain, position = self._at
+                self._through(self._trace.chains[chain][position:], self._states[index])
+
+    def _through(self, chain: Chain, state: _State) -> Tensor:
+        given = state.given
+        for block in chain:
+            output = goes_on(self.network.get_submodule(block.module)(given, *state.args, **state.named))
+            assert output is not None, f"{block.module} gave a tensor when it was traced"
+            given = output
+        return given
+
+    def _caught(self, batch: Batch, place: tuple[int, int]) -> _State:
+        """What a block is given, from the start of the network."""
+        found: list[_State] = []
+
+        def catch(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found.append(_State(args[0], args[1:], named))
+            raise _StopError
+
+        block = self.network.get_submodule(self._trace.chains[place[0]][place[1]].module)
+        with hooked() as handles:
+            handles.append(block.register_forward_pre_hook(catch, with_kwargs=True))
+            with suppress(_StopError):
+                self._call(self.network, to_device(batch, self._device))
+        return found[0]
+
+
+class PairPass:
+    """Passes of a dense network and of one that is being compressed, group by group.
+
+    Groups are asked for in the trace's order.  Of the compressed network whatever runs before a group must be
+    final by then, since inputs of blocks are kept from it.
+
+    Args:
+        dense: in evaluation mode; left as it is, as is ``compressed``.
+        compressed: the same network but for weights that were replaced, on any device.
+        call: how both are called.
+        batches: of calibration data.
+        trace: of the dense network.
+        positions: of convolutions.
+        replay: keep inputs of blocks where they form a chain.
+        kept_bytes: and where they take at most this, both networks together.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        compressed: nn.Module,
+        call: Call,
+        batches: Sequence[Batch],
+        trace: Trace,
+        positions: Positions = Positions(),  # noqa: B008  (frozen)
+        replay: bool = True,
+        kept_bytes: int = _KEPT_BYTES,
+    ) -> None:
+        self._trace, self._batches, self._positions = trace, batches, positions
+        self._replay, self._kept_bytes = replay, kept_bytes
+        self._runners = [_Runner(network, call, batches, trace) for network in (dense, compressed)]
+        self._device = device_of(compressed)
+
+    def moments(self, group: Sequence[str], dense: Mapping[str, Moments] | None = None) -> dict[str, Moments]:
+        """Moments of the inputs of these weights.
+
+        Args:
+            group: of weights, one of ``trace.groups`` or a part of one.
+            dense: by weight, of the dense network on the same batches and positions: E[xxᵀ] is taken from
+                there in the place of being summed again.
+
+        Raises:
+            MpocError: the data give a layer no rows, or not the same rows in both networks.
+        """
+        first = {name: self._trace.same_rows[name] for name in group}
+        names = sorted(set(first.values()), key=list(self._trace.layers).index)
+        sums = {name: LayerSums(self._trace.layers[name], dense is None) for name in names}
+        place = self._place(names)
+        with torch.no_grad(), at_rest(self._runners[0].network), at_rest(self._runners[1].network):
+            for runner in self._runners:
+                runner.move(place)
+            for index in range(len(self._batches)):
+                self._add(index, sums)
+        found = {name: sums[name].moments(None if dense is None else dense[name]) for name in names}
+        return {name: found[first[name]] for name in group}
+
+    def _add(self, index: int, sums: dict[str, LayerSums]) -> None:
+        original, compressed = (self._inputs(runner, index, list(sums)) for runner in self._runners)
+        mask = self._batches[index].get("attention_mask")
+        mask = None if mask is None else mask.to(self._device)
+        sample = self._positions.of(index)
+        for name, layer_sums in sums.items():
+            for given, other in zip(compressed[name], original[name], strict=True):
+                layer_sums.add(given, mask, sample, other.to(self._device))
+
+    def _inputs(self, runner: _Runner, index: int, names: list[str]) -> dict[str, list[Tensor]]:
+        """What each layer is given in one network and batch, call by call."""
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        left = sum(self._trace.calls[name] for name in names)
+
+        def hook(name: str) -> Callable[..., None]:
+            def see(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+                nonlocal left
+                found[name].append(first_given(args, named).clone())  # what comes later may change it
+                left -= 1
+                if left == 0:
+                    raise _StopError
+
+            return see
+
+        with hooked() as handles:
+            for name in names:
+                for path in self._trace.layers[name].modules:
+                    module = runner.network.get_submodule(path)
+                    handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
+            runner.run(index)
+        return found
+
+    def _place(self, names: list[str]) -> tuple[int, int] | None:
+        """The block to start from: the last one, not behind the layers, whose input can be kept."""
+        homes = [self._trace.homes.get(name) for name in names]
+        known = [home for home in homes if home is not None]
+        if not self._replay or len(known) < len(names) or len({chain for chain, _ in known}) > 1:
+            return None
+        chain, position = min(known)
+        share = sum(map(_numbers, self._batches)) / self._trace.numbers
+        for k in range(position, -1, -1):
+            block = self._trace.chains[chain][k]
+            if block.is_kept_whole:
+                fits = 2 * block.nbytes * share <= self._kept_bytes
+                return (chain, k) if fits else None
+        return None
+
+
+def _numbers(batch: Batch) -> int:
+    return (batch["input_ids"] if "input_ids" in batch else batch["x"]).numel()

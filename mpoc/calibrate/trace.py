@@ -1,0 +1,183 @@
+"""One forward pass, watched: which weight is used when, which share an input, which lead into a norm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+from mpoc.calibrate.chain import Chain, ChainWatcher, identity
+from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
+from mpoc.calibrate.inputs import Layer, find_layer
+from mpoc.train.call import Batch, Call, to_device
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass shows of the weights that were asked for."""
+
+    layers: dict[str, Layer]  # by weight, in the order of their first use
+    groups: tuple[
+        tuple[str, ...], ...
+    ]  # weights that are given the same tensor, in order of the first of them
+    calls: dict[str, int]  # how often each is used
+    same_rows: dict[str, str]  # weight → the first one whose rows are the same; itself where there is none
+    norms: dict[str, str]  # weight → module of the batch norm that alone takes the layer's output
+    reasons: dict[str, str]  # weight → why nothing is known of it
+    chains: tuple[Chain, ...]
+    homes: dict[
+        str, tuple[int, int]
+    ]  # weight → chain, block of its first use; all its uses are in that chain
+    numbers: int  # in the input of the pass
+
+
+def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) -> Trace:
+    """Watch the weights ``names`` while the network runs on one batch.
+
+    Args:
+        network: dense, in evaluation mode; left as it is.
+        call: how it is called.
+        batch: any.
+        names: of weights, as the network names them.
+
+    Raises:
+        MpocError: the network has no such weight.
+    """
+    found = {name: find_layer(network, name) for name in names}
+    layers = {name: layer for name, layer in found.items() if isinstance(layer, Layer)}
+    reasons = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+    watcher = _Watcher(network, layers)
+    with at_rest(network), torch.no_grad(), hooked() as handles, ExitStack() as stack:
+        handles += watcher.watch()
+        if watcher.has_norms:
+            stack.enter_context(_Uses(watcher))
+        call(network, to_device(batch, device_of(network)))
+    reasons |= {name: "the network does not reach it" for name in layers if name not in watcher.given}
+    return watcher.result(reasons, batch)
+
+
+class _Watcher:
+    """What the hooks of one pass see."""
+
+    def __init__(self, network: nn.Module, layers: dict[str, Layer]) -> None:
+        self._network, self._layers = network, layers
+        self._chains = ChainWatcher()
+        self.given: dict[str, list[tuple[Tensor, Any, list[int]]]] = {}  # input, identity, open blocks
+        self.outputs: dict[int, tuple[str, Tensor]] = {}  # id of a tensor → the layer that gave it
+        self.other_uses: set[int] = set()  # ids of outputs that go elsewhere than into a batch norm
+        self._normed: dict[str, list[int]] = {}  # batch norm → ids of its inputs
+        self._in_norm = False
+
+    @property
+    def has_norms(self) -> bool:
+        """Whether there is a batch norm with statistics of its own."""
+        return any(_is_norm(module) for module in self._network.modules())
+
+    def watch(self) -> list[RemovableHandle]:
+        """Hooks; those of blocks first, so that a layer that is a block is within itself."""
+        handles = self._chains.watch(self._network)
+        for layer in self._layers.values():
+            for path in layer.modules:
+                handles += self._watch_layer(layer.name, self._network.get_submodule(path))
+        for path, module in self._network.named_modules():
+            if _is_norm(module):
+                handles += self._watch_norm(path, module)
+        return handles
+
+    def _watch_layer(self, name: str, module: nn.Module) -> list[RemovableHandle]:
+        def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = first_given(args, named)
+            self.given.setdefault(name, []).append((given, identity(given), list(self._chains.open)))
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self.outputs[id(output)] = name, output
+
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after),
+        ]
+
+    def _watch_norm(self, path: str, module: nn.Module) -> list[RemovableHandle]:
+        def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._normed.setdefault(path, []).append(id(first_given(args, named)))
+            self._in_norm = True
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._in_norm = False
+
+        return [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after),
+        ]
+
+    def use(self, value: Any) -> None:
+        """An operation takes ``value``."""
+        if isinstance(value, tuple | list):
+            for entry in value:
+                self.use(entry)
+        elif not self._in_norm and id(value) in self.outputs:
+            self.other_uses.add(id(value))
+
+    def result(self, reasons: dict[str, str], batch: Batch) -> Trace:
+        """What was seen, in order."""
+        calls = {name: len(given) for name, given in self.given.items()}
+        groups: dict[Any, list[str]] = {}
+        for name, given in self.given.items():
+            key = given[0][1] if calls[name] == 1 else name
+            groups.setdefault(key, []).append(name)
+        same: dict[str, str] = {}
+        for group in groups.values():
+            first: dict[Any, str] = {}
+            for name in group:
+                same[name] = first.setdefault(self._layers[name].inputs.key, name)
+        chains, blocks = self._chains.chains()
+        return Trace(
+            {name: self._layers[name] for name in self.given}, tuple(map(tuple, groups.values())), calls,
+            same, self._norms(calls), reasons, tuple(chains), self._homes(blocks), _numbers(batch),
+        )  # fmt: skip
+
+    def _norms(self, calls: dict[str, int]) -> dict[str, str]:
+        found = {}
+        for path, inputs in self._normed.items():
+            name = self.outputs[inputs[0]][0] if inputs[0] in self.outputs else None
+            takers = sum(taken.count(inputs[0]) for taken in self._normed.values())
+            alone = len(inputs) == 1 and takers == 1 and inputs[0] not in self.other_uses
+            if name is not None and alone and calls[name] == 1:
+                found[name] = path
+        return found
+
+    def _homes(self, blocks: dict[int, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        homes = {}
+        for name, given in self.given.items():
+            places = [next((blocks[n] for n in within if n in blocks), None) for _, _, within in given]
+            chains = {None if place is None else place[0] for place in places}
+            if len(chains) == 1 and places[0] is not None:
+                homes[name] = places[0]
+        return homes
+
+
+class _Uses(TorchDispatchMode):
+    """Tells the watcher of everything that an operation takes."""
+
+    def __init__(self, watcher: _Watcher) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._watcher = watcher
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._watcher.use([*args, *(kwargs or {}).values()])
+        return func(*args, **(kwargs or {}))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and not module.training and module.running_mean is not None
+
+
+def _numbers(batch: Batch) -> int:
+    return (batch["input_ids"] if "input_ids" in batch else batch["x"]).numel()

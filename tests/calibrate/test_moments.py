@@ -1,0 +1,107 @@
+"""Streamed moments against numpy's in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mpoc.calibrate.moments import Accumulator, Moments, one_hot_moments
+
+
+def mixed(rows: int, features: int, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Correlated rows of scales from 0.01 to 100, their means ``mean`` deviations large."""
+    x = torch.randn(rows, features) @ torch.randn(features, features) / features**0.5
+    return ((x + mean) * torch.logspace(-2, 2, features)).to(dtype)
+
+
+def gathered(rows: Tensor, dense: Tensor | None = None, parts: int = 3, **options: bool) -> Moments:
+    accumulator = Accumulator(**options)
+    for k in range(parts):
+        accumulator.add(rows[..., k::parts, :], None if dense is None else dense[..., k::parts, :])
+    return accumulator.moments()
+
+
+def far(found: Tensor, wanted: Tensor, left: Tensor, right: Tensor) -> float:
+    """The largest error of a covariance beside the deviations it belongs to."""
+    deviations = left.double().std(0)[:, None] * right.double().std(0)
+    return float(((found - wanted).abs() / deviations).max())
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_one_network(mean: float) -> None:
+    x = mixed(20_000, 24, mean)
+    found = gathered(x)
+    exact = x.double().numpy()
+    assert np.abs((found.mean.numpy() - exact.mean(0)) / exact.std(0)).max() < 1e-6
+    assert far(found.second, torch.from_numpy(exact.T @ exact / len(exact)), x, x) < 1e-6 * (1 + mean)
+    centred = found.second - torch.outer(found.mean, found.mean)
+    assert far(centred, torch.from_numpy(np.cov(exact.T, bias=True)), x, x) < 1e-6
+    assert found.rows == 20_000
+    assert torch.equal(found.second, found.second.T)
+    assert found.dense_mean is found.mean and found.cross is found.second is found.dense_second
+
+
+def test_two_networks() -> None:
+    x, y = mixed(5_000, 16, 20.0), mixed(5_000, 16, 3.0)
+    y += 0.5 * x
+    found = gathered(y, x)
+    a, b = x.double(), y.double()
+    assert torch.allclose(found.dense_mean, a.mean(0), rtol=1e-7)
+    assert torch.allclose(found.mean, b.mean(0), rtol=1e-7)
+    cross = found.cross - torch.outer(found.dense_mean, found.mean)
+    assert far(cross, (a - a.mean(0)).T @ (b - b.mean(0)) / len(a), x, y) < 1e-6
+    dense = found.dense_second - torch.outer(found.dense_mean, found.dense_mean)
+    assert far(dense, torch.cov(a.T, correction=0), x, x) < 1e-6
+
+
+def test_the_dense_second_moment_can_come_from_another_pass() -> None:
+    x, y = mixed(300, 8), mixed(300, 8)
+    alone = gathered(x)
+    accumulator = Accumulator(dense_second=False)
+    accumulator.add(y, x)
+    found, whole = accumulator.moments(dense=alone), gathered(y, x, parts=1)
+    assert found.dense_second is alone.second
+    assert torch.equal(found.cross, whole.cross) and torch.equal(found.second, whole.second)
+
+
+def test_float64_rows_stay_so() -> None:
+    x = mixed(500, 12, dtype=torch.float64)
+    assert torch.allclose(gathered(x).second, x.T @ x / len(x), rtol=1e-13, atol=0)
+
+
+def test_constant_and_dead_inputs_have_no_variance() -> None:
+    x = torch.randn(400, 3)
+    x[:, 1], x[:, 2] = 0.1, 0.0
+    found = gathered(x)
+    centred = found.second - torch.outer(found.mean, found.mean)
+    assert centred[1:].abs().max() < 1e-15
+    assert found.second[2].abs().max() == 0
+
+
+def test_groups_are_apart() -> None:
+    x, y = mixed(200, 5)[None].repeat(3, 1, 1), mixed(200, 5)
+    x[1] = y
+    found = gathered(x)
+    assert found.second.shape == (3, 5, 5) and found.mean.shape == (3, 5)
+    alone = gathered(y)
+    assert torch.allclose(found.second[1], alone.second, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(found.second[0], found.second[2], rtol=1e-6, atol=1e-9)
+    assert not torch.allclose(found.second[0], found.second[1], rtol=1e-2)
+
+
+def test_no_rows() -> None:
+    accumulator = Accumulator()
+    accumulator.add(torch.empty(0, 4))
+    with pytest.raises(ValueError, match="no rows"):
+        accumulator.moments()
+
+
+def test_one_hot_rows() -> None:
+    ids = torch.tensor([2, 2, 0, 3])
+    rows = torch.nn.functional.one_hot(ids, 5).double()
+    found, full = one_hot_moments(torch.bincount(ids, minlength=5)), gathered(rows)
+    assert found.rows == 4
+    assert torch.allclose(torch.diag(found.second), full.second, atol=1e-15)
+    assert torch.allclose(found.mean, full.mean)
