@@ -1,0 +1,149 @@
+"""Minimise f over all cores of an MPO together: limited-memory BFGS (Nocedal & Wright 2006, algorithm 7.4).
+
+One application of Ŵ ↦ G (T − Ŵ) M gives the gradient for every core at once.  Alternating least squares
+needs several for each core, and many sweeps where neighbouring cores depend on each other.  Measured on a
+transformer's layers, at equal numbers of applications this reaches a lower f than one-site ALS, with exact
+solves or with a few conjugate gradients each, and than Gauss-Newton steps.
+
+The metric is to be near the identity (:mod:`mpoc.fit.site_whitening`).  A core's curvature is then the Gram
+matrix of everything to its left, times that of everything to its right; to divide by both makes steps
+the same in every gauge.  A step that does not lower f is shortened, so f never rises.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpoc.fit.metric import Metric
+from mpoc.forms.mpo import MPO
+from mpoc.structure import Structure
+
+_MEMORY = 10
+_SHORTENINGS = 6
+# A bond's directions of less than this share of its mean weight are not scaled up further.
+_GRAM_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Point:
+    """Cores as one vector, with f and its gradient there."""
+
+    vector: Tensor  # all cores, flattened one after another
+    value: float
+    gradient: Tensor  # likewise
+
+
+class Descent:
+    """The state of a minimisation; ``run`` goes on from where it stopped.
+
+    Args:
+        metric: in whitened coordinates; its dtype is that of the arithmetic.
+        structure: whose factors multiply out to the metric's sides.
+        cores: the start.
+    """
+
+    def __init__(self, metric: Metric, structure: Structure, cores: Sequence[Tensor]) -> None:
+        self.metric = metric
+        self.structure = structure
+        self.shapes = [core.shape for core in cores]
+        # (step, change of gradient, their product), the latest last
+        self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
+        self.point = self._at(torch.cat([core.reshape(-1) for core in cores]).to(metric.target.dtype))
+
+    @property
+    def cores(self) -> list[Tensor]:
+        """Where the minimisation stands."""
+        return self._split(self.point.vector)
+
+    def run(self, steps: int) -> bool:
+        """Take up to ``steps`` steps; whether all of them lowered f."""
+        return all(self._step() for _ in range(steps))
+
+    def _step(self) -> bool:
+        """One step along the L-BFGS direction, or failing that along the preconditioned gradient."""
+        if self._search():
+            return True
+        if not self.pairs:
+            return False
+        self.pairs.clear()
+        return self._search()
+
+    def _search(self) -> bool:
+        """Move to a lower point along the present direction; whether there was one."""
+        here = self.point
+        direction = -self._inverse_hessian(here.gradient)
+        slope = float(here.gradient @ direction)
+        length = 1.0
+        for _ in range(_SHORTENINGS if slope < 0 else 0):
+            there = self._at(here.vector + length * direction)
+            if there.value < here.value:
+                step, change = there.vector - here.vector, there.gradient - here.gradient
+                curvature = float(step @ change)
+                if curvature > 1e-6 * float(step.norm() * change.norm()):
+                    self.pairs.append((step, change, curvature))
+                self.point = there
+                return True
+            bend = there.value - here.value - slope * length  # of the parabola through both points
+            length *= min(max(-slope * length / (2 * bend), 0.1), 0.5) if bend > 0 else 0.1
+        return False
+
+    def _at(self, vector: Tensor) -> Point:
+        with torch.enable_grad():
+            cores = [core.requires_grad_() for core in self._split(vector.detach())]
+            matrix = MPO(cores, self.structure).to_matrix()[0]
+            error = self.metric.target - matrix.detach()
+            weighted = error @ self.metric.inputs
+            if self.metric.outputs is not None:
+                weighted = self.metric.outputs @ weighted
+            gradients = torch.autograd.grad(matrix, cores, -2 * weighted)
+        value = float((error * weighted).sum(dtype=torch.float64))
+        return Point(vector, value, torch.cat([gradient.reshape(-1) for gradient in gradients]))
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        parts = vector.split([shape.numel() for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def _inverse_hessian(self, gradient: Tensor) -> Tensor:
+        """The two-loop recursion around the preconditioner."""
+        weights: list[float] = []
+        for step, change, curvature in reversed(self.pairs):
+            weights.append(float(step @ gradient) / curvature)
+            gradient = torch.add(gradient, change, alpha=-weights[-1])
+        result = self._precondition(gradient)
+        if self.pairs:
+            _, change, curvature = self.pairs[-1]
+            result.mul_(curvature / float(change @ self._precondition(change)))
+        for (step, change, curvature), weight in zip(self.pairs, reversed(weights), strict=True):
+            result.add_(step, alpha=weight - float(change @ result) / curvature)
+        return result
+
+    def _precondition(self, vector: Tensor) -> Tensor:
+        """Half the vector, each core divided by the Gram matrices of both its sides."""
+        parts = [
+            torch.einsum("ac,cjid,db->ajib", left, part, right).reshape(-1) / 2
+            for part, (left, right) in zip(self._split(vector), inverse_grams(self.cores), strict=True)
+        ]
+        return torch.cat(parts)
+
+
+def inverse_grams(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """For every core the inverse Gram matrices of all to its left and of all to its right."""
+    one = cores[0].new_ones(1, 1)
+    lefts, rights = [one], [one]
+    for core in cores[:-1]:
+        lefts.append(torch.einsum("ajib,ac,cjid->bd", core, lefts[-1], core))
+    for core in reversed(cores[1:]):
+        rights.append(torch.einsum("ajib,bd,cjid->ac", core, rights[-1], core))
+    return [(_inverse(left), _inverse(right)) for left, right in zip(lefts, reversed(rights), strict=True)]
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """Of Gram matrices that may be singular, or zero."""
+    regular = gram.double()
+    regular.diagonal().add_(_GRAM_FLOOR * regular.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    return torch.cholesky_inverse(torch.linalg.cholesky(regular)).to(gram.dtype)

@@ -1,0 +1,93 @@
+"""The descent against gradients by autograd, known optima, and what it must never do."""
+
+import torch
+from torch import Tensor
+
+from mpoc.fit.descent import Descent, inverse_grams
+from mpoc.fit.metric import Metric
+from mpoc.fit.weighted_svd import weighted_svd
+from mpoc.forms.mpo import MPO
+from mpoc.structure import Structure, make_structure
+from tests.fit.metrics import random_metric
+from tests.weights import by_eq_5, random_cores
+
+STRUCTURE = make_structure("linear", (12, 12), factors=((2, 3, 2), (3, 1, 4)))
+
+
+def start(structure: Structure, bond: int, metric: Metric) -> Descent:
+    return Descent(metric, structure, random_cores(structure, bond, seed=4))
+
+
+def test_value_and_gradient_are_those_of_the_formula() -> None:
+    metric = random_metric(12, 12)
+    descent = start(STRUCTURE, 3, metric)
+    assert (
+        descent.point.value == metric.value(by_eq_5(descent.cores, STRUCTURE))
+        or abs(descent.point.value / metric.value(by_eq_5(descent.cores, STRUCTURE)) - 1) < 1e-12
+    )
+    vector = descent.point.vector
+    for place in range(0, len(vector), 7):
+        shift = torch.zeros_like(vector)
+        shift[place] = 1e-5
+        ends = [by_eq_5(descent._split(vector + sign * shift), STRUCTURE) for sign in (1, -1)]
+        slope = (metric.value(ends[0]) - metric.value(ends[1])) / 2e-5
+        torch.testing.assert_close(float(descent.point.gradient[place]), slope, rtol=1e-5, atol=1e-5)
+
+
+def test_every_step_lowers_f() -> None:
+    metric = random_metric(12, 12, seed=2)
+    descent = start(STRUCTURE, 3, metric)
+    values = [descent.point.value]
+    for _ in range(60):
+        assert descent.run(1)
+        values.append(metric.value(by_eq_5(descent.cores, STRUCTURE)))
+        assert values[-1] < values[-2]
+    assert values[-1] < 0.2 * values[0]
+
+
+def test_a_low_rank_matrix_reaches_the_closed_form() -> None:
+    structure = make_structure("linear", (8, 6), factors=((8, 1), (1, 6)))
+    metric = random_metric(8, 6, weighted_outputs=False)
+    metric = Metric(metric.target, metric.inputs + 0.1 * torch.eye(6, dtype=torch.float64))
+    descent = start(structure, 2, metric)
+    descent.run(300)
+    optimum = float(weighted_svd(metric).values[2:].square().sum())
+    assert optimum * (1 - 1e-9) < descent.point.value < optimum * (1 + 1e-6)
+
+
+def test_it_says_when_there_is_nothing_lower() -> None:
+    cores = random_cores(STRUCTURE, 3, seed=4)
+    target = MPO(cores, STRUCTURE).to_matrix()[0]
+    descent = Descent(Metric(target, torch.eye(12, dtype=torch.float64)), STRUCTURE, cores)
+    assert not descent.run(5)
+    torch.testing.assert_close(MPO(descent.cores, STRUCTURE).to_matrix()[0], target)
+
+
+def test_the_path_is_the_same_in_every_gauge() -> None:
+    metric = random_metric(12, 12)
+    cores = random_cores(STRUCTURE, 3, seed=4)
+    gauge = torch.linalg.qr(random_cores(STRUCTURE, 3)[1].flatten(0, 2)[:3, :3])[0] * 3.0
+    changed = [cores[0] @ gauge, torch.einsum("ab,bjic->ajic", torch.linalg.inv(gauge), cores[1]), cores[2]]
+    paths: list[Tensor] = []
+    for at in (cores, changed):
+        descent = Descent(metric, STRUCTURE, at)
+        descent.run(3)
+        paths.append(MPO(descent.cores, STRUCTURE).to_matrix()[0])
+    torch.testing.assert_close(paths[0], paths[1], rtol=1e-2, atol=1e-2)
+
+
+def test_grams_are_those_of_all_else() -> None:
+    cores = random_cores(STRUCTURE, 3)
+    left = torch.einsum("ajib,bklc->jiklc", cores[0], cores[1]).reshape(-1, cores[2].shape[0])
+    inverse = torch.linalg.inv(inverse_grams(cores)[2][0])
+    torch.testing.assert_close(inverse, left.T @ left, rtol=1e-3, atol=1e-3)
+    right = torch.einsum("ajib,bklc->ajikl", cores[1], cores[2]).reshape(cores[0].shape[3], -1)
+    inverse = torch.linalg.inv(inverse_grams(cores)[0][1])
+    torch.testing.assert_close(inverse, right @ right.T, rtol=1e-3, atol=1e-3)
+
+
+def test_zero_cores_are_no_trouble() -> None:
+    cores = [torch.zeros_like(core) for core in random_cores(STRUCTURE, 2)]
+    descent = Descent(random_metric(12, 12), STRUCTURE, cores)
+    assert not descent.run(1)
+    assert all(not core.any() for core in descent.cores)
