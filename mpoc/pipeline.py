@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,10 @@ from mpoc.recipe import Recipe
 from mpoc.report import output_bytes
 from mpoc.selection import Selection, select
 from mpoc.writer import Entry, Spool, plan_shards, refuse_existing, refuse_misnamed, staged, write_safetensors
+
+if TYPE_CHECKING:
+    from mpoc.calibrate.in_order import InOrder
+    from mpoc.calibrate.study import CalibrationRequest
 
 Progress = Callable[[LayerRecord, float, int, int], None]  # record, seconds, layers done, layers in all
 
@@ -67,6 +72,7 @@ def compress_checkpoint(
     dry_run: bool = False,
     progress: Progress | None = None,
     arch: str | None = None,
+    calibration: CalibrationRequest | None = None,
 ) -> Compression:
     """Compress a checkpoint on disk.
 
@@ -79,9 +85,11 @@ def compress_checkpoint(
         progress: called after each layer.
         arch: the network that the checkpoint belongs to, as :func:`mpoc.architecture.make_network` takes it;
             it tells kinds of layers and is recorded.
+        calibration: data to fit what the layers do on; None: their weights alone count.
 
     Raises:
-        UsageError: ``arch`` makes no network, or one with other tensors.
+        UsageError: ``arch`` makes no network, or one with other tensors; or calibration needs a network and
+            none is known.
         MpocError: bad input, or nothing that can be done; see its message and hint.
         OSError: of reading or writing (a full disk).
     """
@@ -92,6 +100,7 @@ def compress_checkpoint(
     if arch is not None:
         checkpoint = with_architecture(checkpoint, arch)
     device = choose_device(recipe.device)
+    recipe = recipe.with_form(calibration is not None)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
     maps = [m.name for m in selection.chosen if recipe.is_map(m.name, m.kind)]
     unsaid = [name for name in maps if not recipe.has_input_shape(name)]
@@ -103,14 +112,20 @@ def compress_checkpoint(
     if checkpoint.is_directory:
         notes += hub_directory.left_behind(checkpoint.path, checkpoint.weight_files)
     _refuse_name_collisions(checkpoint, plans)
+    calibrated = None
+    if calibration is not None:
+        calibrated = _calibrated(checkpoint, arch, calibration, recipe, plans, device)
+        plans, notes = calibrated.share(plans), [*notes, *calibrated.notes]
     if dry_run:
         return _dry_run(checkpoint, selection, recipe, plans, output, device, notes, progress)
     with staged(output) as target:
         spool = Spool(target.with_name(f"{target.name}.cores"))
         try:
-            fits = _fit_each(checkpoint, plans, recipe, device)
-            records, seconds, fitted = _collect(fits, len(plans), spool, progress)
+            fits = calibrated.fit(plans) if calibrated else _fit_each(checkpoint, plans, recipe, device)
+            records, seconds, fitted = _collect(fits, [plan.map.name for plan in plans], spool, progress)
             manifest = make_manifest(checkpoint, selection, recipe, records)
+            if calibrated:
+                manifest = replace(manifest, calibration=calibrated.facts())
             _refuse_nothing_gained(manifest)
             entries = _entries(checkpoint, fitted)
             _write(target, checkpoint, entries, manifest, recipe.max_shard_size)
@@ -135,7 +150,7 @@ def _dry_run(
     fitted = any(plan.tolerance for plan in plans)
     if fitted:
         fits = _fit_each(checkpoint, plans, recipe, device)
-        records, seconds, _ = _collect(fits, len(plans), None, progress)
+        records, seconds, _ = _collect(fits, [plan.map.name for plan in plans], None, progress)
     manifest = make_manifest(checkpoint, selection, recipe, records)
     nbytes = predict_size(checkpoint, selection, recipe, plans, records if fitted else None)
     if not manifest.replaced:
@@ -163,6 +178,22 @@ def _refuse_nothing_gained(manifest: Manifest) -> None:
         )
 
 
+def _calibrated(
+    checkpoint: Checkpoint,
+    arch: str | None,
+    request: CalibrationRequest,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    device: torch.device,
+) -> InOrder:
+    from mpoc.calibrate.in_order import InOrder
+    from mpoc.calibrate.study import Study
+
+    names = [plan.map.name for plan in plans if plan.structure.geometry is None]
+    study = Study(checkpoint.path, arch, request, names, recipe.seed, device)
+    return InOrder(study, checkpoint, recipe, device)
+
+
 def _fit_each(
     checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe, device: torch.device
 ) -> Iterator[Fitted]:
@@ -170,7 +201,7 @@ def _fit_each(
 
 
 def _collect(
-    fits: Iterator[Fitted], count: int, spool: Spool | None, progress: Progress | None
+    fits: Iterator[Fitted], names: list[str], spool: Spool | None, progress: Progress | None
 ) -> tuple[list[LayerRecord], dict[str, float], dict[str, list[Entry]]]:
     """Layer by layer: records, seconds, and what is spooled in the place of a tensor of the source."""
     records: list[LayerRecord] = []
@@ -188,8 +219,10 @@ def _collect(
         records.append(record)
         seconds[record.name] = time.perf_counter() - start
         if progress:
-            progress(record, seconds[record.name], len(records), count)
+            progress(record, seconds[record.name], len(records), len(names))
         start = time.perf_counter()
+    order = list(names)
+    records.sort(key=lambda record: order.index(record.name))
     return records, seconds, entries
 
 

@@ -31,7 +31,7 @@ from mpoc.selection import matches
 from mpoc.toml_values import flag, number, text, texts, whole
 
 CONV_FORMS = ("kernel", "map")
-FORMS = ("mpo", "svd")
+FORMS = ("mpo", "svd", "auto")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 GOALS = ("bond", "ratio", "max_error", "size")
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -70,7 +70,7 @@ class Recipe:
     ratio: float | None = None  # ceiling on ρ over the selected layers
     max_error: float | None = None  # relative error of each layer
     size: int | None = None  # ceiling on the output, bytes
-    form: str = "mpo"  # or "svd": two factors, outputs × D and D × inputs
+    form: str | None = None  # None: "auto", the best for each layer, where calibrated, else "mpo"
     sites: int | None = None
     shape: tuple[ShapeRule, ...] = ()
     conv: str = "kernel"  # what of a convolution is factorised: its kernel, or the whole map
@@ -85,6 +85,18 @@ class Recipe:
     device: str = "auto"
     max_shard_size: int = 5 * 10**9  # bytes; directories only
     rules: tuple[LayerRule, ...] = ()
+
+    def with_form(self, calibrated: bool) -> Recipe:
+        """With the form that plans begin with, where none was asked for.
+
+        Raises:
+            UsageError: a form, or a goal, that needs or excludes calibration.
+        """
+        if not calibrated and "auto" in (self.form, *(rule.form for rule in self.rules)):
+            raise UsageError("--form auto compares what layers do: it needs --calibrate", "--calibrate DATA")
+        if calibrated and (self.max_error is not None or self.size is not None):
+            raise UsageError("--calibrate shares out parameters: --bond or --ratio", "--ratio 0.5")
+        return replace(self, form=self.form or "auto") if calibrated else self
 
     def rule_for(self, name: str) -> LayerRule:
         """All rules that match ``name`` merged, later ones winning."""

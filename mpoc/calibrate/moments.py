@@ -7,7 +7,7 @@ Rows are shifted by the mean of the first ones, so that it holds where means are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ class Moments:
     dense_mean: Tensor  # μ (N_x,); where only the dense network ran the same tensor as ``mean``
     cross: Tensor  # E[x x̃ᵀ] (N_x, N_x), not centred
     dense_second: Tensor  # E[x xᵀ] (N_x, N_x), not centred
+
+
+def merge(one: Moments, other: Moments) -> Moments:
+    """The moments of the rows of both together."""
+    rows = one.rows + other.rows
+    share = other.rows / rows
+    pairs = {f.name: (getattr(one, f.name), getattr(other, f.name)) for f in fields(one) if f.name != "rows"}
+    return Moments(rows, **{name: torch.lerp(a, b, share) for name, (a, b) in pairs.items()})
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,8 +77,9 @@ def compress(
     form: Annotated[
         str | None,
         typer.Option(
-            metavar="mpo|svd",
-            help="A chain of sites (default), or two factors: outputs × D and D × inputs.",
+            metavar="mpo|svd|auto",
+            help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. auto: for each layer "
+            "the best, with --calibrate, where it is the default.",
             rich_help_panel=_HOW,
         ),
     ] = None,
@@ -134,6 +134,18 @@ def compress(
             rich_help_panel=_OUT,
         ),
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="Fit what the layers do on these data, not their weights: inputs like those the network "
+            "will see, no labels needed. A file needs --arch.",
+            rich_help_panel=_HOW,
+        ),
+    ] = None,
+    calibration_samples: Annotated[
+        int, typer.Option(help="How many of their examples at most.", rich_help_panel=_HOW)
+    ] = 512,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -195,6 +207,8 @@ def compress(
 
     mpoc compress bert/ --ratio 0.5 --exclude 'pooler*'
 
+    mpoc compress bert/ --ratio 0.5 --calibrate corpus.jsonl
+
     mpoc compress vgg.pt --size 20MB --dry-run
 
     mpoc compress vgg.pt --bond 4 --layers 'conv*' --conv map --input-shape 'conv*=2x2'
@@ -204,18 +218,20 @@ def compress(
         for key, value in locals().items()
         if key not in _NOT_IN_RECIPE
     }
+    from mpoc.cli.compress_output import print_json, print_table
+
     with reported_errors():
         words = Output(quiet, verbose)
         if eval_data is not None and dry_run:
             raise UsageError("--eval measures what was written, and --dry-run writes nothing")
         before = _measure(model, eval_data, arch, device, words)
-        done = _run(model, output, recipe, options, force, dry_run, arch, words)
+        calibration = None if calibrate is None else (calibrate, calibration_samples)
+        done = _run(model, output, recipe, options, force, dry_run, arch, calibration, words)
         after = _measure(done.output, eval_data, arch, device, words)
         if as_json:
-            _print_json(done, before, after)
+            print_json(done, before, after)
         else:
-            _print_table(done, words)
-            _print_scores(before, after, words)
+            print_table(done, before, after, words)
         if done.written:
             words.say(f"wrote {done.output}")
             words.next_command(f"mpoc report {done.output}")
@@ -229,6 +245,8 @@ _NOT_IN_RECIPE = (
     "dry_run",
     "arch",
     "eval_data",
+    "calibrate",
+    "calibration_samples",
     "as_json",
     "quiet",
     "verbose",
@@ -243,8 +261,10 @@ def _run(
     force: bool,
     dry_run: bool,
     arch: str | None,
+    calibration: tuple[Path, int] | None,
     words: Output,
 ) -> Compression:
+    from mpoc.calibrate.study import CalibrationRequest
     from mpoc.cli.progress import layer_progress
     from mpoc.input_shape import parse_input_shape
     from mpoc.pipeline import choose_device, compress_checkpoint, default_output
@@ -261,7 +281,8 @@ def _run(
     words.say(f"device {choose_device(recipe.device)}")
     target = output or default_output(model)
     with layer_progress(words) as progress:
-        done = compress_checkpoint(model, target, recipe, force, dry_run, progress, arch)
+        request = None if calibration is None else CalibrationRequest(*calibration)
+        done = compress_checkpoint(model, target, recipe, force, dry_run, progress, arch, request)
     for note in done.notes:
         words.say(f"note: {note}")
     return done
@@ -278,29 +299,3 @@ def _measure(
 
     words.say(f"measuring {path}")
     return measure(MeasureRequest(path, DataOptions(data), arch=arch, device=device or "auto"))
-
-
-def _print_scores(before: Measured | None, after: Measured | None, words: Output) -> None:
-    from mpoc.cli.tables import scores_line
-
-    for title, found in (("before", before), ("after", after)):
-        if found is not None:
-            line = f"{title}: {scores_line(found.scores)} ({found.split}, {found.examples:,} examples)"
-            words.result.print(line, soft_wrap=True)
-
-
-def _print_json(done: Compression, before: Measured | None, after: Measured | None) -> None:
-    from mpoc.report import report_dict, to_json
-
-    report = report_dict(done.manifest, done.nbytes, done.seconds)
-    report["written"] = str(done.output) if done.written else None
-    if before is not None and after is not None:
-        report["evaluation"] = {"before": before.as_dict(), "after": after.as_dict()}
-    sys.stdout.write(to_json(report) + "\n")
-
-
-def _print_table(done: Compression, words: Output) -> None:
-    from mpoc.cli.tables import print_report
-
-    seconds = done.seconds or None
-    print_report(words.result, done.manifest, done.nbytes, seconds, not done.written, words.verbose)

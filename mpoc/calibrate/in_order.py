@@ -1,0 +1,167 @@
+"""Fit layers in the order of the network, each on the inputs that those before it, compressed, really give.
+
+Two copies of the network run side by side, one dense, one that gets the compressed weights as they are
+found.  What a layer's error does to the mean of its outputs is taken up by its bias, or by the running mean
+of the batch norm right behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoc.calibrate.fit import CalibratedFit, Evidence, fit_calibrated, one_matrix
+from mpoc.calibrate.share import Offers, Shares, share_by_gain
+from mpoc.calibrate.study import Study
+from mpoc.checkpoint import Checkpoint
+from mpoc.fitting import Fitted, check_cores, fit_layer, read_finite, rounded
+from mpoc.forms.mpo import MPO
+from mpoc.manifest import LayerRecord
+from mpoc.plan import LayerPlan, leave_dense_unless_smaller
+from mpoc.recipe import Recipe
+from mpoc.structure import Structure, make_structure
+
+
+class InOrder:
+    """The calibrated fit of a checkpoint.
+
+    Args:
+        study: of the network and the calibration data.
+        checkpoint: that is compressed.
+        recipe: its options.
+        device: to compute on.
+    """
+
+    def __init__(self, study: Study, checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> None:
+        self._study, self._checkpoint, self._recipe, self._device = study, checkpoint, recipe, device
+        self._compressed = copy.deepcopy(study.network)
+        self._shares: Shares | None = None
+
+    def share(self, plans: list[LayerPlan]) -> list[LayerPlan]:
+        """Plans with a common budget shared out anew, by what each layer gains; others as they are."""
+        if self._recipe.ratio is None:
+            return plans
+        known = {name for group in self._study.groups for name in group}
+        takes_part = [p for p in plans if p.map.name in known and self._has_no_goal_of_its_own(p)]
+        offers = {
+            plan.map.name: Offers(
+                one_matrix(self._weight(plan), plan.structure.kind, plan.structure.transposed),
+                self._mpo_structure(plan),
+                self._study.dense_evidence(plan.map.name),
+                self._forms(plan),
+            )
+            for plan in takes_part
+        }
+        total = sum(plan.structure.num_original for plan in plans)
+        others = sum(plan.record().num_stored for plan in plans if plan.map.name not in offers)
+        self._shares = share_by_gain(plans, offers, int(self._recipe.ratio * total) - others)
+        return self._shares.plans
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest: the data, and how the budget was shared out."""
+        study = self._study
+        found = {**study.facts(), "reasons": study.reasons}
+        if self._shares is not None:
+            errors = {way: rounded(error) for way, error in self._shares.errors.items()}
+            found["shares"] = {"chosen": self._shares.chosen, "errors": errors}
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """What was read, and which layers are fitted by their weights alone."""
+        reasons = self._study.reasons
+        blind = [f"{name.removesuffix('.weight')} ({why})" for name, why in reasons.items()]
+        more = f" and {len(blind) - 4} more" if len(blind) > 4 else ""
+        said = [f"fitted by their weights alone: {', '.join(blind[:4])}{more}"] if blind else []
+        return [*self._study.data.notes, *said]
+
+    def _forms(self, plan: LayerPlan) -> tuple[str, ...]:
+        form = self._recipe.rule_for(plan.map.name).form or self._recipe.form or "auto"
+        return ("svd", "mpo") if form == "auto" else (form,)
+
+    def _has_no_goal_of_its_own(self, plan: LayerPlan) -> bool:
+        rule = self._recipe.rule_for(plan.map.name)
+        return rule.bond is None and rule.max_error is None and not rule.dense
+
+    def _mpo_structure(self, plan: LayerPlan) -> Structure:
+        if plan.structure.form == "mpo":
+            return plan.structure
+        return make_structure(plan.map.kind, plan.map.shape, plan.map.transposed, self._recipe.sites)
+
+    def _weight(self, plan: LayerPlan) -> Tensor:
+        return read_finite(self._checkpoint, plan.map.name).to(self._device)
+
+    def fit(self, plans: Sequence[LayerPlan]) -> Iterator[Fitted]:
+        """The layers, in any order; those whose inputs cannot be seen are fitted by their weights, first."""
+        todo = {plan.map.name: plan for plan in plans}
+        seen = [[name for name in group if name in todo] for group in self._study.groups]
+        known = {name for group in seen for name in group}
+        for plan in plans:
+            if plan.map.name not in known:
+                fitted = fit_layer(self._checkpoint, plan, self._recipe, self._device)
+                self._put(fitted)
+                yield fitted
+        for group in filter(None, seen):
+            if all(todo[name].max_bond is None for name in group):
+                yield from (Fitted(todo[name].record()) for name in group)
+                continue
+            evidence = self._study.evidence(self._compressed, group)
+            for name in group:
+                yield self._fit_one(todo[name], evidence[name])
+
+    def _fit_one(self, plan: LayerPlan, evidence: Evidence) -> Fitted:
+        if plan.max_bond is None:
+            return Fitted(plan.record())
+        name = plan.map.name
+        weight = self._weight(plan)
+        dtype = getattr(torch, plan.stored_dtype)
+        seed = zlib.crc32(name.encode()) ^ self._recipe.seed
+        fit = fit_calibrated(weight, plan.structure, plan.max_bond, evidence, dtype, seed)
+        check_cores(fit.form.cores, self._checkpoint, plan)
+        if not self._recipe.allow_growth:
+            plan = leave_dense_unless_smaller(plan, fit.form.num_parameters)
+        if plan.max_bond is None:
+            return Fitted(plan.record())
+        fitted = Fitted(_record(plan, fit), fit.form.cores, self._shifted(name, fit.shift))
+        self._put(fitted)
+        return fitted
+
+    def _shifted(self, name: str, shift: Tensor | None) -> dict[str, Tensor]:
+        """The bias plus the shift, or the running mean behind the layer less the shift, in its own dtype."""
+        taken_up = self._study.means.get(name)
+        if shift is None or taken_up is None:
+            return {}
+        tensor, sign = self._checkpoint.read(taken_up.name), taken_up.sign
+        return {taken_up.name: (tensor.double() + sign * shift.to(tensor.device)).to(tensor.dtype)}
+
+    @torch.no_grad()
+    def _put(self, fitted: Fitted) -> None:
+        """Into the compressed network, what is stored."""
+        state = {**dict(self._compressed.named_parameters()), **dict(self._compressed.named_buffers())}
+        new = dict(fitted.changed)
+        if fitted.cores:
+            new[fitted.record.name] = _weight(fitted)
+        for name, tensor in new.items():
+            state[self._study.places[name]].copy_(tensor)
+
+
+def _weight(fitted: Fitted) -> Tensor:
+    return MPO([core.float() for core in fitted.cores], fitted.record.structure).to_weight()
+
+
+def _record(plan: LayerPlan, fit: CalibratedFit) -> LayerRecord:
+    return replace(
+        plan.record(),
+        num_stored=fit.form.num_parameters,
+        bonds=fit.form.bonds,
+        relative_error=rounded(fit.relative_error),
+        output_error=rounded(fit.output_error),
+        held_out_error=rounded(fit.held_out_error),
+        entropies=tuple(map(rounded, fit.form.entropies())),
+    )

@@ -1,0 +1,161 @@
+"""A dense network on calibration data: what is known of its layers, before any is compressed and then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpoc.calibrate.data import CalibrationData, open_calibration
+from mpoc.calibrate.dense import DensePass, dense_pass
+from mpoc.calibrate.fit import Evidence
+from mpoc.calibrate.moments import Moments
+from mpoc.calibrate.pair import PairPass
+from mpoc.calibrate.trace import Trace, trace
+from mpoc.train.material import DataOptions
+from mpoc.train.model import open_model
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """On what to calibrate."""
+
+    data: Path
+    samples: int = 512
+
+
+@dataclass(frozen=True)
+class TakenUp:
+    """The tensor of the checkpoint that takes up the mean of a layer's error."""
+
+    name: str
+    sign: int  # 1: a bias; -1: the running mean of a batch norm
+
+
+class Study:
+    """Weights and tensors go by their names in the checkpoint.
+
+    Args:
+        source: the checkpoint.
+        arch: its network, as ``--arch`` names it; None where the checkpoint says it.
+        request: on what to calibrate.
+        names: of the weights that are to be fitted.
+        seed: of the examples drawn, and of output probes.
+        device: to compute on.
+
+    Raises:
+        UsageError: no architecture is known, or data and network do not fit.
+        MpocError: bad data.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        arch: str | None,
+        request: CalibrationRequest,
+        names: Iterable[str],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self._request = request
+        model = open_model(source, arch)
+        self.places = model.places  # name in the checkpoint → in the network
+        self.network = model.network.to(device)
+        self.data: CalibrationData = open_calibration(
+            DataOptions(request.data, held_out=0.0), model, request.samples, seed=seed
+        )
+        self.device = device
+        self._named = {self.places[name]: name for name in names if name in self.places}
+        self._trace: Trace = trace(self.network, self.data.call, self.data.batches[0], self._named)
+        self._dense = self._pass(self.data.batches, 1, seed)
+        self._held_out = self._pass(self.data.held_out, 0, seed)
+        self.means = self._means({place: name for name, place in self.places.items()})
+        self._passes: list[PairPass] = []
+
+    def facts(self) -> dict[str, Any]:
+        """What it was calibrated on, for the manifest."""
+        counts = [
+            sum(len(next(iter(b.values()))) for b in part) for part in (self.data.batches, self.data.held_out)
+        ]
+        return {"data": {"name": self._request.data.name}, "samples": counts[0], "held_out": counts[1]}
+
+    @property
+    def groups(self) -> list[list[str]]:
+        """Weights whose inputs are known, those of one input together, in the order of the network."""
+        known = ([self._named[w] for w in group if self._is_known(w)] for group in self._trace.groups)
+        return [group for group in known if group]
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Weight → why nothing is known of its inputs."""
+        found = {self._named[weight]: why for weight, why in self._trace.reasons.items()}
+        for weight, moments in self._dense.moments.items():
+            if moments.second.dim() != 2:
+                found[self._named[weight]] = "an embedding" if moments.second.dim() == 1 else "groups"
+        return found
+
+    def dense_evidence(self, name: str) -> Evidence:
+        """Of the dense network's inputs alone."""
+        weight = self.places[name]
+        return self._evidence(name, self._dense.moments[weight], self._held_out.moments[weight])
+
+    def evidence(self, compressed: nn.Module, group: Sequence[str]) -> dict[str, Evidence]:
+        """Of the inputs that ``compressed`` gives, beside those that the dense network gives.
+
+        Args:
+            compressed: the same network at every call, final in all that runs before the group.
+            group: one of :attr:`groups`, in their order.
+        """
+        if not self._passes:
+            parts = (self.data.batches, self.data.held_out)
+            self._passes = [
+                PairPass(self.network, compressed, self.data.call, batches, self._trace) for batches in parts
+            ]
+        weights = [self.places[name] for name in group]
+        seen = self._passes[0].moments(weights, self._dense.moments)
+        others = self._passes[1].moments(weights, self._held_out.moments)
+        return {
+            name: self._evidence(name, seen[weight], others[weight])
+            for name, weight in zip(group, weights, strict=True)
+        }
+
+    def _pass(self, batches: Any, probes: int, seed: int) -> DensePass:
+        return dense_pass(
+            self.network, self.data.call, batches, self._trace, probes, self.data.pooling, seed=seed
+        )
+
+    def _is_known(self, weight: str) -> bool:
+        moments = self._dense.moments.get(weight)
+        return moments is not None and moments.second.dim() == 2
+
+    def _evidence(self, name: str, moments: Moments, held_out: Moments) -> Evidence:
+        outputs = self._dense.gradients.get(self.places[name])
+        return Evidence(
+            _on(self.device, moments),
+            _on(self.device, held_out),
+            None if outputs is None else outputs.to(self.device),
+            name in self.means,
+        )
+
+    def _means(self, named: dict[str, str]) -> dict[str, TakenUp]:
+        """What takes up the mean of each layer: its bias, else the norm that alone takes its outputs."""
+        found = {}
+        for weight, name in self._named.items():
+            bias = weight.removesuffix("weight") + "bias"
+            norm = self._trace.norms.get(weight)
+            if weight.endswith("weight") and bias in named and weight in self._trace.layers:
+                found[name] = TakenUp(named[bias], 1)
+            elif norm is not None and f"{norm}.running_mean" in named:
+                found[name] = TakenUp(named[f"{norm}.running_mean"], -1)
+        return found
+
+
+def _on(device: torch.device, moments: Moments) -> Moments:
+    if device.type == "cpu":
+        return moments
+    tensors = {f.name: getattr(moments, f.name).to(device) for f in fields(moments) if f.name != "rows"}
+    return replace(moments, **tensors)
