@@ -16,9 +16,10 @@ from mpoc.manifest import Manifest
 from mpoc.network import forbid_save_pretrained, kinds_of, same_tensor
 from mpoc.nn.adopt import adopt_everywhere
 from mpoc.observe import observe_geometries
+from mpoc.option_text import parse_shape
 from mpoc.outline import make_manifest
 from mpoc.plan import make_plan
-from mpoc.recipe import Recipe, make_recipe, parse_shape
+from mpoc.recipe import Recipe, make_recipe
 from mpoc.selection import select
 
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from mpoc.errors import UsageError
 from mpoc.header import ITEMSIZE
+from mpoc.option_text import ShapeRule, parse_shape
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller, make_plan
-from mpoc.recipe import LayerRule, Recipe, ShapeRule, make_recipe, parse_shape
+from mpoc.recipe import LayerRule, Recipe, make_recipe
 from mpoc.selection import LinearMap, Selection
 from mpoc.structure import make_structure
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mpoc.errors import UsageError
 from mpoc.input_shape import InputShape
-from mpoc.recipe import LayerRule, Recipe, ShapeRule, make_recipe, parse_shape, parse_size
+from mpoc.option_text import ShapeRule, parse_shape, parse_size
+from mpoc.recipe import LayerRule, Recipe, make_recipe
 
 SOME = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -23,9 +23,10 @@ from mpoc.hub_directory import cores_of, quantization_config
 from mpoc.input_shape import parse_input_shape
 from mpoc.manifest import LayerRecord, Manifest, read_manifest
 from mpoc.nn import MPOConvMap2d, MPOLinear
+from mpoc.option_text import parse_shape
 from mpoc.pipeline import compress_checkpoint
 from mpoc.plan import make_plan
-from mpoc.recipe import Recipe, make_recipe, parse_shape
+from mpoc.recipe import Recipe, make_recipe
 from mpoc.selection import LinearMap, Selection
 from mpoc.structure import make_structure
 from tests.checkpoints import relative_error, save_directory

@@ -207,7 +207,7 @@ def compress(
 
     mpoc compress bert/ --ratio 0.5 --exclude 'pooler*'
 
-    mpoc compress bert/ --ratio 0.5 --calibrate corpus.jsonl
+    mpoc compress fc2.pt --arch fc2 --ratio 0.5 --calibrate mnist/
 
     mpoc compress vgg.pt --size 20MB --dry-run
 
@@ -267,8 +267,9 @@ def _run(
     from mpoc.calibrate.study import CalibrationRequest
     from mpoc.cli.progress import layer_progress
     from mpoc.input_shape import parse_input_shape
+    from mpoc.option_text import parse_shape, parse_size
     from mpoc.pipeline import choose_device, compress_checkpoint, default_output
-    from mpoc.recipe import make_recipe, parse_shape, parse_size
+    from mpoc.recipe import make_recipe
 
     if options["shape"] is not None:
         options["shape"] = tuple(parse_shape(text) for text in options["shape"])

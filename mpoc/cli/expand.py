@@ -36,7 +36,7 @@ def expand(
     """
     with reported_errors():
         from mpoc.expand import default_dense_output, expand_checkpoint
-        from mpoc.recipe import parse_size
+        from mpoc.option_text import parse_size
         from mpoc.report import human_bytes, output_bytes
 
         def say_projected(layer: LayerRecord, error: float) -> None:

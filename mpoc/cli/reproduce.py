@@ -143,7 +143,7 @@ def reproduce(
 
 
 def _request(values: dict[str, Any]) -> Request:
-    from mpoc.recipe import parse_shape
+    from mpoc.option_text import parse_shape
     from mpoc.reproduce.catalogue import Choice, find_study
     from mpoc.reproduce.study import Request
 

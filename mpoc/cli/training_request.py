@@ -28,7 +28,7 @@ def training_request(values: dict[str, Any]) -> Request:
     Raises:
         UsageError: a value that cannot be read.
     """
-    from mpoc.recipe import parse_size
+    from mpoc.option_text import parse_size
     from mpoc.train.finetune import Request
     from mpoc.train.settings import Settings
 

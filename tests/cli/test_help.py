@@ -10,6 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 import mpoc
+from mpoc import zoo
 from mpoc.cli.app import app
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
@@ -90,6 +91,7 @@ def make_what_the_examples_name(compressed: bool) -> None:
         (Path("cifar10") / name).write_bytes(b"".join(labelled))
     write_digits(Path("mnist"), train=60, test=20)
     torch.save(mlp_state(), "dense.pt")
+    torch.save(zoo.make("fc2").state_dict(), "fc2.pt")
     if compressed:
         torch.save(mlp_state(), "mlp.pt")
         compress_checkpoint(Path("mlp.pt"), Path("resnet56.mpo.safetensors"), make_recipe(None, {"bond": 4}))
