@@ -30,7 +30,9 @@ def fingerprint(network: nn.Module, batches: Iterable[Batch], **options: Any) ->
         batches: every number of them counts.
         options: whatever else the moments depend on; their ``repr`` counts.
     """
-    digest = hashlib.blake2b(repr((_FORMAT, torch.__version__, sorted(options.items()))).encode(), digest_size=16)
+    digest = hashlib.blake2b(
+        repr((_FORMAT, torch.__version__, sorted(options.items()))).encode(), digest_size=16
+    )
     for name, tensor in network.state_dict().items():
         if isinstance(tensor, Tensor):
             _add(digest, name, tensor)
@@ -83,7 +85,9 @@ def load_moments(path: Path, key: str) -> DensePass | None:
         return None
     metadata = read_header(path).metadata
     if _FORMAT not in metadata:
-        raise MpocError(f"{path}: holds no moments of this version of mpoc", f"rm {path}, or name another file")
+        raise MpocError(
+            f"{path}: holds no moments of this version of mpoc", f"rm {path}, or name another file"
+        )
     record = json.loads(metadata[_FORMAT])
     if record["key"] != key:
         return None

@@ -78,7 +78,7 @@ def test_norms_behind_convolutions() -> None:
     assert len(found.norms) == 19
     assert found.norms["layer2.0.conv2.weight"] == "layer2.0.bn2"
     network.train()
-    network.conv1.eval()
+    network.get_submodule("conv1").eval()
     with pytest.raises(AssertionError, match="evaluation mode"):
         traced(network, images(2))
 
