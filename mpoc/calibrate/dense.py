@@ -83,7 +83,7 @@ class _Run:
     def __init__(self, network: nn.Module, trace: Trace) -> None:
         self.index, self.mask = 0, None
         self._trace = trace
-        self._sums = {name: LayerSums(trace.layers[name]) for name in set(trace.same_rows.values())}
+        self._sums = {name: LayerSums(trace.layers[name]) for name in dict.fromkeys(trace.same_rows.values())}
         self._start = torch.zeros((), device=device_of(network), requires_grad=True)
         self._gradients: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
@@ -130,7 +130,8 @@ class _Run:
         moments = {name: found[first] for name, first in self._trace.same_rows.items()}
         gradients = {
             name: ((total + total.T) / (2 * self._rows[name] * probes)).cpu()
-            for name, total in self._gradients.items()
+            for name in moments
+            if (total := self._gradients.get(name)) is not None
         }
         reasons = dict(self._trace.reasons)
         if probes:

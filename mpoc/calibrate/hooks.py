@@ -25,7 +25,8 @@ def hooked() -> Iterator[list[RemovableHandle]]:
 @contextmanager
 def at_rest(network: nn.Module) -> Iterator[None]:
     """For the time of a pass no parameter asks for a gradient and transformers keeps no keys and values."""
-    assert not any(module.training for module in network.modules()), "calibration is in evaluation mode"
+    modules = (module for module in network.modules() if not isinstance(module, nn.ParameterList))
+    assert not any(module.training for module in modules), "calibration is in evaluation mode"
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     config: Any = getattr(network, "config", None)
     cached = getattr(config, "use_cache", None)

@@ -18,6 +18,8 @@ from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
 from mpoc.calibrate.inputs import Layer, find_layer
 from mpoc.train.call import Batch, Call, to_device
 
+_EXAMPLES = 4  # that are watched: all activations of the pass are held
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -44,7 +46,7 @@ def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) ->
     Args:
         network: dense, in evaluation mode; left as it is.
         call: how it is called.
-        batch: any.
+        batch: any; its first examples are enough.
         names: of weights, as the network names them.
 
     Raises:
@@ -58,6 +60,7 @@ def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) ->
         handles += watcher.watch()
         if watcher.has_norms:
             stack.enter_context(_Uses(watcher))
+        batch = {name: values[:_EXAMPLES] for name, values in batch.items()}
         call(network, to_device(batch, device_of(network)))
     reasons |= {name: "the network does not reach it" for name in layers if name not in watcher.given}
     return watcher.result(reasons, batch)

@@ -1,0 +1,85 @@
+"""Small networks and batches that passes are tried on."""
+
+from __future__ import annotations
+
+import copy
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc import zoo
+from mpoc.network import kinds_of
+from mpoc.train.call import Batch
+
+transformers: Any = import_module("transformers")
+
+
+def encoder(layers: int = 3) -> Any:
+    """A BERT without a head."""
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    network = transformers.BertModel(config, add_pooling_layer=False).eval()
+    for parameter in network.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))  # biases and norms are not trivial
+    return network
+
+
+def resnet20() -> nn.Module:
+    """With batch norms that have seen something."""
+    torch.manual_seed(2)
+    network = zoo.make("resnet:depth=20").eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return network
+
+
+def texts(lengths: tuple[int, ...] = (9, 4, 6), seed: int = 0, vocabulary: int = 50) -> Batch:
+    """Tokens padded behind."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(1, vocabulary, mask.shape, generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def images(count: int = 3, seed: int = 0, size: int = 32) -> Batch:
+    return {"x": torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))}
+
+
+def damaged(network: nn.Module, scale: float = 0.3) -> nn.Module:
+    """A copy whose weights are others: what a compressed network is to its dense one."""
+    other = copy.deepcopy(network)
+    generator = torch.Generator().manual_seed(3)
+    for parameter in other.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data.add_(scale * parameter.data.std(correction=0) * noise)
+    return other
+
+
+def weights(network: nn.Module) -> list[str]:
+    return list(kinds_of(network))
+
+
+def second(rows: Tensor) -> Tensor:
+    """E[x xᵀ] in float64."""
+    return rows.double().T @ rows.double() / len(rows)
+
+
+class Stopped(nn.Module):
+    """``body`` computes without gradients; ``late`` is called twice, ``never`` not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.late, self.never = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.body(x)
+        return self.late(self.late(x).relu())
