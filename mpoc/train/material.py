@@ -202,3 +202,8 @@ def choose_split(data: Data, wanted: str | None) -> str:
     if wanted is not None and wanted not in data.splits:
         raise UsageError(f"{data.path}: no split {wanted!r}, only {', '.join(data.splits)}")
     return wanted or next(name for name in ("test", "validation", "train") if name in data.splits)
+
+
+def monitored_split(data: Data) -> str | None:
+    """The split that is measured while training; test only where nothing is chosen by it."""
+    return next((name for name in ("validation", "test") if name in data.splits), None)
