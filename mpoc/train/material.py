@@ -11,8 +11,10 @@ import torch
 
 from mpoc import zoo
 from mpoc.data import Data, HubTokenizer, ImageOptions, TextOptions, check_fits, hold_out, open_data, prepare
+from mpoc.data.files import recognise
 from mpoc.data.text import Tokenizer, tokenizer_from_state
 from mpoc.errors import MpocError, UsageError
+from mpoc.history import recorded
 from mpoc.train.call import Batch
 from mpoc.train.feed import Feed, plain
 from mpoc.train.model import Model
@@ -64,13 +66,15 @@ class Material:
         return {**batch, "x": prepare(batch["x"], self.images, generator)}
 
 
-def open_material(options: DataOptions, model: Model, seed: int, wants_validation: bool = False) -> Material:
+def open_material(
+    options: DataOptions, model: Model, seed: int | None, wants_validation: bool = False
+) -> Material:
     """Open the data set for a network.
 
     Args:
         options: which, and how.
         model: whose record fills in what the options leave open.
-        seed: of the windows of a text.
+        seed: of the windows of a text; None: nothing is trained, all is measured.
         wants_validation: a validation split is needed even where there is a test split.
 
     Raises:
@@ -80,7 +84,8 @@ def open_material(options: DataOptions, model: Model, seed: int, wants_validatio
     images = image_options(options, model)
     share = HELD_OUT if options.held_out is None else options.held_out
     block = _block(model) if options.block is None else options.block
-    text = TextOptions(_tokenizer(options, model), block, options.column, share, seed)
+    tokenizer = _tokenizer(options, model)
+    text = TextOptions(tokenizer, block, options.column, share, seed or 0)
     data = open_data(options.path, options.format, text=text, size=images.size)
     measured = "validation" in data.splits or ("test" in data.splits and not wants_validation)
     asked = options.held_out is not None and options.held_out > 0
@@ -88,6 +93,8 @@ def open_material(options: DataOptions, model: Model, seed: int, wants_validatio
         data = hold_out(data, share, _SEED)
     _refuse_unused(options, data)
     check_fits(data, shape=_shape(data, model), images=images, vocabulary=_vocabulary(model))
+    if data.kind == "text" and tokenizer is None:
+        data = _own_characters(data, model, trains=seed is not None)
     numbers = _class_numbers(data, model)
     if numbers is not None:
         data = replace(data, notes=(*data.notes, "classes are numbered as in the model's config.json"))
@@ -111,17 +118,17 @@ def _refuse_unused(options: DataOptions, data: Data) -> None:
 
 def image_options(options: DataOptions, model: Model) -> ImageOptions:
     """What is done to images: as asked, as in training, as zoo or directory says, else scaled to [0, 1]."""
-    recorded = ImageOptions(**_recorded_images(model))
+    known = ImageOptions(**_recorded_images(model))
     asked = {
         name: value
         for name in ("mean", "std", "pad", "flip", "size")
         if (value := getattr(options, name)) is not None
     }
-    return replace(recorded, **asked)
+    return replace(known, **asked)
 
 
 def _recorded_images(model: Model) -> dict[str, Any]:
-    trained = (model.manifest.training if model.manifest else {}).get("images")
+    trained = recorded(model.history, "images")
     if trained:
         return dict(trained)
     spec = zoo_spec(model)
@@ -148,17 +155,35 @@ def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:
     """As asked, else as recorded in training, else the directory's own, else the characters of the text."""
     if options.tokenizer is not None:
         return HubTokenizer(options.tokenizer)
-    recorded = (model.manifest.training if model.manifest else {}).get("tokenizer")
-    if recorded and "characters" in recorded:
-        return tokenizer_from_state(recorded)
+    state = recorded(model.history, "tokenizer") or {}
     files = ("tokenizer.json", "tokenizer_config.json")
-    if model.path.is_dir() and any((model.path / name).is_file() for name in files):
+    own = model.path.is_dir() and any((model.path / name).is_file() for name in files)
+    if own and "characters" not in state:
+        state = {"directory": str(model.path)}
+    if state:
         try:
-            return HubTokenizer(model.path)
+            return tokenizer_from_state(state)
         except MpocError:
-            if options.path.suffix in (".txt", ".jsonl", ".parquet"):
+            if recognise(options.path, options.format) in ("txt", "jsonl", "parquet"):
                 raise
     return None
+
+
+def _own_characters(data: Data, model: Model, trains: bool) -> Data:
+    """Say that the characters are numbered as in this text, or that they cannot be.
+
+    Raises:
+        MpocError: the network is measured, and has learnt others.
+    """
+    count, known = data.tokenizer.vocab_size if data.tokenizer else 0, _vocabulary(model)
+    if not trains and known not in (None, count):
+        raise MpocError(
+            f"{data.path}: has {count} different characters and the network {known}; it does not record "
+            "which has which number",
+            "measure it on the text it was trained on, or train it with mpoc finetune, which records them",
+        )
+    said = "characters are numbered in their order in this text: the network records no numbers of its own"
+    return replace(data, notes=(*data.notes, said))
 
 
 def _shape(data: Data, model: Model) -> tuple[int, ...] | None:

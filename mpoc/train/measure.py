@@ -85,7 +85,7 @@ def measure(request: MeasureRequest, say: Callable[[str], None] = lambda text: N
     if request.batch < 1:
         raise UsageError(f"--batch {request.batch}: must be at least 1")
     model = open_model(request.source, request.arch)
-    material = open_material(request.data, model, seed=0)
+    material = open_material(request.data, model, seed=None)
     split = choose_split(material.data, request.split)
     device = choose_device(request.device)
     for line in (material.data.announce(), *material.data.notes, *model.notes):
