@@ -56,6 +56,8 @@ def make_history(
         history["test"] = {name: value for name, value in results[-1].items() if name != "seed"}
     if material.data.kind == "images":
         history["images"] = material.images.as_dict()
+    if material.classes and task.name == "classification":
+        history["classes"] = material.classes
     if material.data.tokenizer is not None:
         history["tokenizer"] = material.data.tokenizer.state()
     if runs > 1:

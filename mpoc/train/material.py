@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class Material:
     images: ImageOptions
     block: int  # tokens of an example of text
     numbers: torch.Tensor | None = None  # (classes,): the network's number of each class; None: the same
+    classes: dict[str, int] = field(default_factory=dict)  # the network's number by name; {}: no names
+    renumbered: bool = False  # the network was trained on classes of other names
 
     def feed(self, split: str) -> Feed:
         """A split as batches; training ones are augmented where the reader draws."""
@@ -95,10 +97,7 @@ def open_material(
     check_fits(data, shape=_shape(data, model), images=images, vocabulary=_vocabulary(model))
     if data.kind == "text" and tokenizer is None:
         data = _own_characters(data, model, trains=seed is not None)
-    numbers = _class_numbers(data, model)
-    if numbers is not None:
-        data = replace(data, notes=(*data.notes, "classes are numbered as in the model's config.json"))
-    return Material(data, images, block, numbers)
+    return _with_classes(Material(data, images, block), model)
 
 
 def _refuse_unused(options: DataOptions, data: Data) -> None:
@@ -192,14 +191,26 @@ def _shape(data: Data, model: Model) -> tuple[int, ...] | None:
     return zoo.ENTRIES[zoo.parse(spec)[0]].shape if spec is not None and data.kind == "images" else None
 
 
-def _class_numbers(data: Data, model: Model) -> torch.Tensor | None:
-    """The numbers that config.json gives to classes of these names, where they are others."""
-    known = getattr(getattr(model.network, "config", None), "label2id", None) or {}
-    plain_numbers = tuple(map(str, range(len(data.classes))))
-    if not data.classes or data.classes == plain_numbers or not set(data.classes) <= set(known):
-        return None
+def _with_classes(material: Material, model: Model) -> Material:
+    """Classes numbered as in training, else as in config.json, where the data name the same ones."""
+    data = material.data
+    if not data.classes or data.classes == tuple(map(str, range(len(data.classes)))):
+        return material
+    learnt: dict[str, int] = recorded(model.history, "classes") or {}
+    known = learnt or getattr(getattr(model.network, "config", None), "label2id", None) or {}
+    unknown = [name for name in data.classes if name not in known]
+    if unknown:
+        own = {name: number for number, name in enumerate(data.classes)}
+        if learnt:
+            said = f"the network was trained on other classes, without {unknown[0]!r}: all are numbered anew"
+            data = replace(data, notes=(*data.notes, said))
+        return replace(material, data=data, classes=own, renumbered=bool(learnt))
     numbers = [int(known[name]) for name in data.classes]
-    return None if numbers == list(range(len(numbers))) else torch.tensor(numbers)
+    if numbers == list(range(len(numbers))):
+        return replace(material, classes=dict(known))
+    where = "training" if learnt else "the model's config.json"
+    data = replace(data, notes=(*data.notes, f"classes are numbered as in {where}"))
+    return replace(material, data=data, numbers=torch.tensor(numbers), classes=dict(known))
 
 
 def _vocabulary(model: Model) -> int | None:
