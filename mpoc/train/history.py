@@ -19,6 +19,7 @@ def data_record(material: Material) -> dict[str, Any]:
         "name": data.path.resolve().name,
         "format": data.format,
         "splits": {name: len(split) for name, split in data.splits.items()},
+        "fingerprint": material.fingerprint,
     }
 
 

@@ -12,6 +12,7 @@ import torch
 from mpoc import zoo
 from mpoc.data import Data, HubTokenizer, ImageOptions, TextOptions, check_fits, hold_out, open_data, prepare
 from mpoc.data.files import recognise
+from mpoc.data.fingerprint import fingerprint
 from mpoc.data.text import Tokenizer, tokenizer_from_state
 from mpoc.errors import MpocError, UsageError
 from mpoc.history import recorded
@@ -52,6 +53,7 @@ class Material:
     data: Data
     images: ImageOptions
     block: int  # tokens of an example of text
+    fingerprint: str  # of the data's files
     numbers: torch.Tensor | None = None  # (classes,): the network's number of each class; None: the same
     classes: dict[str, int] = field(default_factory=dict)  # the network's number by name; {}: no names
     renumbered: bool = False  # the network was trained on classes of other names
@@ -97,7 +99,7 @@ def open_material(
     check_fits(data, shape=_shape(data, model), images=images, vocabulary=_vocabulary(model))
     if data.kind == "text" and tokenizer is None:
         data = _own_characters(data, model, trains=seed is not None)
-    return _with_classes(Material(data, images, block), model)
+    return _with_classes(Material(data, images, block, fingerprint(data.path, data.format)), model)
 
 
 def _refuse_unused(options: DataOptions, data: Data) -> None:
