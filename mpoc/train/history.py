@@ -15,12 +15,13 @@ from mpoc.train.watch import Outcome, short
 def data_record(material: Material) -> dict[str, Any]:
     """Which data: the same in a training that goes on."""
     data = material.data
+    held_out = {"held_out": material.held_out} if material.held_out else {}
     return {
         "name": data.path.resolve().name,
         "format": data.format,
         "splits": {name: len(split) for name, split in data.splits.items()},
         "fingerprint": material.fingerprint,
-    }
+    } | held_out
 
 
 def make_history(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mpoc import zoo
-from mpoc.data import Data, HubTokenizer, ImageOptions, TextOptions, check_fits, hold_out, open_data, prepare
+from mpoc.data import Data, HubTokenizer, ImageOptions, TextOptions, check_fits, open_data, prepare
 from mpoc.data.files import recognise
 from mpoc.data.fingerprint import fingerprint
 from mpoc.data.text import Tokenizer, tokenizer_from_state
@@ -18,11 +18,9 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.history import recorded
 from mpoc.train.call import Batch
 from mpoc.train.feed import Feed, plain
+from mpoc.train.held_out import hold_out_to_measure, hold_out_to_train
 from mpoc.train.model import Model
 
-HELD_OUT = 0.1  # of a training split, where there is nothing else to measure on
-# Of what is held out: the same in ``eval`` as in ``finetune --seed 7``, or training data would be measured.
-_SEED = 0
 _BLOCK = 256  # tokens
 
 
@@ -54,6 +52,7 @@ class Material:
     images: ImageOptions
     block: int  # tokens of an example of text
     fingerprint: str  # of the data's files
+    held_out: float  # share of their training split that is the validation split here; 0: none
     numbers: torch.Tensor | None = None  # (classes,): the network's number of each class; None: the same
     classes: dict[str, int] = field(default_factory=dict)  # the network's number by name; {}: no names
     renumbered: bool = False  # the network was trained on classes of other names
@@ -78,7 +77,7 @@ def open_material(
     Args:
         options: which, and how.
         model: whose record fills in what the options leave open.
-        seed: of the windows of a text; None: nothing is trained, all is measured.
+        seed: of the windows of a text; None: nothing is trained, and text is read in order.
         wants_validation: a validation split is needed even where there is a test split.
 
     Raises:
@@ -86,20 +85,20 @@ def open_material(
         MpocError: bad data.
     """
     images = image_options(options, model)
-    share = HELD_OUT if options.held_out is None else options.held_out
     block = _block(model) if options.block is None else options.block
     tokenizer = _tokenizer(options, model)
-    text = TextOptions(tokenizer, block, options.column, share, seed or 0)
+    text = TextOptions(tokenizer, block, options.column, seed)
     data = open_data(options.path, options.format, text=text, size=images.size)
-    measured = "validation" in data.splits or ("test" in data.splits and not wants_validation)
-    asked = options.held_out is not None and options.held_out > 0
-    if "train" in data.splits and "validation" not in data.splits and (asked or not measured) and share > 0:
-        data = hold_out(data, share, _SEED)
+    digest = fingerprint(data.path, data.format)
+    if seed is None:
+        data, held_out = hold_out_to_measure(data, options.held_out, model.history, digest)
+    else:
+        data, held_out = hold_out_to_train(data, options.held_out, wants_validation)
     _refuse_unused(options, data)
     check_fits(data, shape=_shape(data, model), images=images, vocabulary=_vocabulary(model))
     if data.kind == "text" and tokenizer is None:
         data = _own_characters(data, model, trains=seed is not None)
-    return _with_classes(Material(data, images, block, fingerprint(data.path, data.format)), model)
+    return _with_classes(Material(data, images, block, digest, held_out), model)
 
 
 def _refuse_unused(options: DataOptions, data: Data) -> None:
