@@ -21,7 +21,7 @@ from mpoc.train.log import Log
 from mpoc.train.loop import DivergedError, train
 from mpoc.train.material import DataOptions, Material, monitored_split, open_material
 from mpoc.train.model import Model, open_beside, open_model
-from mpoc.train.result import default_tuned_output, write_tuned
+from mpoc.train.result import default_tuned_output, round_to_stored, write_tuned
 from mpoc.train.settings import Settings
 from mpoc.train.state import Keeper, Saved
 from mpoc.train.stop import Interrupted
@@ -245,13 +245,18 @@ def _one_run(
     outcome = train(
         model.network, task, material.feed("train"), settings, validation, watch, accelerator, saved
     )
+
+    def scored(split: str) -> dict[str, float]:
+        device, feed = accelerator.device, material.feed(split)
+        found = evaluate(model.network, task, feed, settings.batch, device, accelerator=accelerator)
+        return found.rounded()
+
+    if round_to_stored(model) and monitor:
+        say("half precision: the final scores are those of the weights as they are stored")
+        outcome = replace(outcome, chosen={**outcome.chosen, **scored(monitor)})
     scores = {name: value for name, value in outcome.chosen.items() if name not in ("step", "epoch")}
     if "test" in material.data.splits and monitor != "test":
-        found = evaluate(
-            model.network, task, material.feed("test"), settings.batch, accelerator.device,
-            accelerator=accelerator,
-        )  # fmt: skip
-        scores = found.rounded()
+        scores = scored("test")
         watch.log.write(split="test", step=outcome.steps, **scores)
     return outcome, scores
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpoc import hub_directory
 from mpoc.forms.layout import working_dtype
 from mpoc.forms.mpo import MPO
-from mpoc.header import TensorInfo
+from mpoc.header import ITEMSIZE, TensorInfo
 from mpoc.history import metadata, write_history
 from mpoc.manifest import LayerRecord, Manifest
 from mpoc.train.model import Model
@@ -60,6 +60,19 @@ def write_tuned(
         else:
             write_history(target, history)
     return manifest
+
+
+@torch.no_grad()
+def round_to_stored(model: Model) -> bool:
+    """Give the network the values that its file can hold; whether any of its tensors is stored narrower."""
+    tensors = {**dict(model.network.named_parameters()), **dict(model.network.named_buffers())}
+    narrowed = False
+    for name, place in model.places.items():
+        info, tensor = model.stored.infos.get(name), tensors.get(place)
+        if info is not None and tensor is not None and ITEMSIZE[info.dtype] < tensor.dtype.itemsize:
+            tensor.copy_(tensor.to(getattr(torch, info.dtype)))
+            narrowed = True
+    return narrowed
 
 
 def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:
