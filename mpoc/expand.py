@@ -16,6 +16,7 @@ from mpoc.fit.conv_map import project
 from mpoc.forms.layout import working_dtype
 from mpoc.forms.mpo import MPO
 from mpoc.header import TensorInfo
+from mpoc.history import metadata, write_history
 from mpoc.manifest import LayerRecord, Manifest, read_manifest
 from mpoc.weight_files import weight_files_of
 from mpoc.writer import Entry, plan_shards, refuse_existing, refuse_misnamed, staged, write_safetensors
@@ -62,12 +63,13 @@ def expand_checkpoint(
     entries = _dense_entries(stored, manifest)
     with staged(output) as target:
         if not source.is_dir():
-            write_safetensors(target, entries, {"format": "pt"})
+            write_safetensors(target, entries, metadata(manifest.training))
         else:
             target.mkdir()
             hub_directory.copy_other_files(source, target, stored.weight_files)
             hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
             hub_directory.unmark(target)
+            write_history(target, manifest.training)
     return manifest
 
 

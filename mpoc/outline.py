@@ -11,6 +11,7 @@ import mpoc
 from mpoc import hub_directory
 from mpoc.checkpoint import Checkpoint
 from mpoc.header import ITEMSIZE, TensorInfo, encode_header
+from mpoc.history import before_compression
 from mpoc.manifest import LayerRecord, Manifest, Source
 from mpoc.plan import LayerPlan
 from mpoc.recipe import GOALS, Recipe
@@ -44,6 +45,7 @@ def make_manifest(
         tied=checkpoint.tied,
         tool=f"mpoc {mpoc.__version__}",
         architecture=checkpoint.architecture,
+        training=before_compression(checkpoint.history),
     )
 
 

@@ -152,6 +152,8 @@ def training_lines(training: dict[str, Any]) -> list[str]:
     """What ``mpoc finetune`` did, a line each time it was run, the first time first."""
     if not training:
         return []
+    if "steps" not in training:
+        return [f"before compression {line}" for line in training_lines(training.get("earlier", {}))]
     data, metric = training.get("data", {}), training.get("metric", "loss")
     parts = [f"{training.get('steps', 0):,} steps of {training.get('task', 'training')}"]
     if training.get("split") and training.get("final"):

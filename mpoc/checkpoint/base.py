@@ -30,6 +30,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)  # what the user should know about the reading
     kinds: dict[str, tuple[str, bool]] | None = None  # (kind, transposed) where modules tell; else by name
     architecture: dict[str, str] = field(default_factory=dict)  # the network it belongs to, where named
+    history: dict[str, Any] = field(default_factory=dict)  # of its training by mpoc; {}: none is recorded
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU; memory-mapped where the format allows, so do not write to it."""

@@ -11,6 +11,7 @@ from mpoc.checkpoint.safetensors_file import open_safetensors
 from mpoc.checkpoint.torch_file import open_torch_file
 from mpoc.errors import MpocError, UsageError
 from mpoc.header import read_header
+from mpoc.history import read_history
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
 _QUANTISED = re.compile(
@@ -39,6 +40,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         known = " ".join((*TORCH_SUFFIXES, ".safetensors"))
         raise MpocError(f"{path}: not a kind of checkpoint known here ({known}, or a directory)")
     _refuse_by_names(checkpoint)
+    checkpoint.history = read_history(path)
     return checkpoint
 
 

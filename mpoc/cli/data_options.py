@@ -69,7 +69,7 @@ HoldOut = Annotated[
     typer.Option(
         "--hold-out",
         help="Share of the training split that is held out for validation; 0: none. Default: 0.1 where the "
-        "data have no split to measure on.",
+        "data have no split to measure on; in eval what the network's training on this set held out.",
         rich_help_panel=DATA,
     ),
 ]

@@ -152,7 +152,8 @@ def finetune(
         int, typer.Option(help="Epochs from one factor to the next.", rich_help_panel=_HOW)
     ] = 1,
     clip: Annotated[
-        float | None, typer.Option(help="Largest norm of the gradient.", rich_help_panel=_HOW)
+        float | None,
+        typer.Option(help="Largest norm of the gradient, that of --l2 not counted.", rich_help_panel=_HOW),
     ] = None,
     precision: Annotated[
         str,

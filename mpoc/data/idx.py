@@ -49,14 +49,19 @@ def _only(split: str, files: list[Path]) -> Path:
 
 
 def _pair(images: Path) -> Part:
-    labels = _labels_of(images)
+    labels = labels_of(images)
     x, y = read_idx(images, 3), read_idx(labels, 1)
     if len(x) != len(y):
         raise MpocError(f"{images}: {len(x):,} images, but {labels.name} has {len(y):,} labels")
     return Part(str(images), torch.from_numpy(x), y, "images", str(labels))
 
 
-def _labels_of(images: Path) -> Path:
+def labels_of(images: Path) -> Path:
+    """The labels beside a file of images.
+
+    Raises:
+        MpocError: it is not named like one, or has none beside it.
+    """
     found = NAMES.search(images.name)
     if found is None or found["kind"] != "images":
         raise MpocError(f"{images}: not named like IDX images (train-images-idx3-ubyte, with .gz or without)")

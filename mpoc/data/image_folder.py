@@ -20,7 +20,7 @@ def open_image_folder(source: Source) -> Data:
     Raises:
         MpocError: no class folders, an empty one, a class that training lacks, or a bad image.
     """
-    folders = {split: _class_folders(held[0]) for split, held in source.files.items()}
+    folders = {split: class_folders(held[0]) for split, held in source.files.items()}
     first = next(split for split in SPLITS if split in folders)
     names = tuple(sorted(folders[first]))
     rows: dict[str, Rows[bytes]] = {}
@@ -38,8 +38,12 @@ def open_image_folder(source: Source) -> Data:
     return assemble_images(source, "image-folder", rows, columns, names)
 
 
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Class → its image files, sorted, those in deeper folders included."""
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """Class → its image files, sorted, those in deeper folders included.
+
+    Raises:
+        MpocError: no folder, no class folders, or an empty one.
+    """
     classes = {}
     if not folder.is_dir():
         raise MpocError(f"{folder}: not a folder", "name the folder that holds train/ or the class folders")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -74,9 +75,14 @@ def prepare(x: Tensor, options: ImageOptions, generator: torch.Generator | None 
     if generator is not None and options.flip:
         flips = torch.rand(len(x), generator=generator, device=generator.device) < 0.5
         x = torch.where(flips.to(x.device)[:, None, None, None], x.flip(3), x)
-    mean = torch.tensor(options.mean, device=x.device)[:, None, None]
-    std = torch.tensor(options.std, device=x.device)[:, None, None]
+    mean, std = _planes(options.mean, x.device), _planes(options.std, x.device)
     return x.float().div_(255).sub_(mean).div_(std) if x.dtype == torch.uint8 else (x / 255 - mean) / std
+
+
+@lru_cache(maxsize=16)
+def _planes(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(C, 1, 1) float32; kept, as every batch needs the same."""
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def _crop(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:

@@ -46,7 +46,10 @@ def hold_out(data: Data, share: float, seed: int) -> Data:
         )
         said += f" (seed {seed}{', by class' if labelled else ''})"
     if len(kept) == 0 or len(held) == 0:
-        raise MpocError(f"{data.path}: {share:.3g} of {len(train):,} training examples leaves a split empty")
+        hint = "choose a shorter block, or bring more text" if isinstance(train, TokenStream) else None
+        raise MpocError(
+            f"{data.path}: {share:.3g} of {len(train):,} training examples leaves a split empty", hint
+        )
     splits = {"train": kept, "validation": held, **{k: v for k, v in data.splits.items() if k != "train"}}
     return replace(data, splits=splits, notes=(*data.notes, said))
 

@@ -60,7 +60,7 @@ class TokenStream(Examples):
 
 
 def open_text(source: Source) -> Data:
-    """Text in UTF-8; without other splits its end becomes the validation split, and that is said.
+    """Text in UTF-8.
 
     Raises:
         MpocError: not UTF-8, shorter than a block, or a character that training has not.
@@ -69,24 +69,15 @@ def open_text(source: Source) -> Data:
     train = source.files.get("train") or next(iter(source.files.values()))
     tokenizer = options.tokenizer or CharacterTokenizer.of(text for file in train for text in _pieces(file))
     splits: dict[str, Examples] = {}
-    notes = list(source.notes)
     for split, files in source.files.items():
-        stream = TokenStream(
-            _tokens(files, tokenizer, source.limit), options.block, options.seed if split == "train" else None
-        )
-        splits[split] = stream
-        if list(source.files) == ["train"] and options.held_out:
-            splits["train"], splits["validation"] = stream.cut(options.held_out)
-            notes.append(
-                f"no validation text: the last {options.held_out:.0%} of {files[-1].name} are held out"
-            )
-    for split, held in splits.items():
-        if len(held) == 0:
+        seed = options.seed if split == "train" else None
+        splits[split] = TokenStream(_tokens(files, tokenizer, source.limit), options.block, seed)
+        if len(splits[split]) == 0:
             raise MpocError(
                 f"{source.path}: {split} has fewer tokens than one block of {options.block}",
                 "choose a shorter block, or bring more text",
             )
-    return Data(source.path, "txt", "text", splits, (), (), tuple(notes), tokenizer)
+    return Data(source.path, "txt", "text", splits, (), (), source.notes, tokenizer)
 
 
 def _pieces(file: Path) -> Iterator[str]:

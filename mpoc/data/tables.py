@@ -7,6 +7,7 @@ encoded ``bytes`` and a ``path``; names of the classes stand in the schema's met
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,8 @@ def open_jsonl(source: Source) -> Data:
     head = next(_lines(first), None)
     if head is None:
         raise MpocError(f"{first}: no examples")
-    column, _, label = _choose(first, {name: _json_kind(value) for name, value in head[1].items()}, source)
+    column, _, label = _choose(first, {name: _json_kind(value) for name, value in head[2].items()}, source)
+    absent = [name for name in _LABELS if _json_kind(head[2].get(name)) == "other"]
     texts: dict[str, Rows[str]] = {}
     columns: dict[str, tuple[Column, Where]] = {}
     for split, files in source.files.items():
@@ -161,9 +163,8 @@ def open_jsonl(source: Source) -> Data:
         for file in files:
             offsets.append([])
             values.append([])
-            for place, row in _lines(file):
-                if not isinstance(row.get(column), str):
-                    raise MpocError(f"{file}, row {len(offsets[-1])}: no text in field {column!r}")
+            for number, place, row in _lines(file):
+                _refuse_other_fields(f"{file}, line {number}", row, column, label, absent)
                 offsets[-1].append(place)
                 values[-1].append(row.get(label) if label else None)
         texts[split] = JsonRows(files, offsets, column)
@@ -172,14 +173,34 @@ def open_jsonl(source: Source) -> Data:
     return assemble_documents(source, "jsonl", texts, columns, ())
 
 
+def _refuse_other_fields(
+    where: str, row: dict[str, Any], column: str, label: str | None, absent: list[str]
+) -> None:
+    """Text and label must lie where they lie in the first line; ``absent`` are label fields that it lacks.
+
+    Raises:
+        MpocError: they do not.
+    """
+    if not isinstance(row.get(column), str):
+        raise MpocError(f"{where}: no text in field {column!r}, where the first line has it")
+    if label is not None and row.get(label) is None:
+        raise MpocError(f"{where}: no label in field {label!r}, where the first line has it")
+    other = next((name for name in absent if _json_kind(row.get(name)) != "other"), None)
+    if other is not None and label is None:
+        raise MpocError(
+            f"{where}: a label in field {other!r}, and the first line has none",
+            "give every line a label, or none",
+        )
+
+
 def _json_kind(value: Any) -> str:
     if isinstance(value, str):
         return "text"
     return "number" if isinstance(value, int | float) else "other"
 
 
-def _lines(file: Path) -> Any:
-    """(offset of the line, its object) for every line that is not blank."""
+def _lines(file: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(number of the line from 1, its offset, its object) for every line that is not blank."""
     place = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -190,5 +211,5 @@ def _lines(file: Path) -> Any:
                     raise MpocError(f"{file}, line {number}: not valid JSON ({error})") from error
                 if not isinstance(row, dict):
                     raise MpocError(f"{file}, line {number}: a JSON object was expected")
-                yield place, row
+                yield number, place, row
             place += len(line)

@@ -183,11 +183,8 @@ class TextOptions:
     tokenizer: Tokenizer | None = None  # None: the characters of the training text
     block: int = 256  # tokens of an example; for documents the most that are kept
     column: str | None = None  # of a table with several text columns
-    held_out: float = 0.1  # share at the end of a lone .txt that becomes "validation"; 0: none
-    seed: int = 0  # of the random windows that training draws from a .txt
+    seed: int | None = 0  # of the random windows that training draws from a .txt; None: blocks in order
 
     def __post_init__(self) -> None:
         if self.block < 1:
             raise UsageError(f"a block of {self.block} tokens: at least 1 is needed")
-        if not 0 <= self.held_out < 1:
-            raise UsageError(f"held-out share {self.held_out}: at least 0 and below 1 is needed")

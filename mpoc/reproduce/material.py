@@ -85,7 +85,7 @@ def open_material(path: Path, network: str, format: str | None, held_out: float,
     name, options = zoo.parse(network)
     entry = zoo.ENTRIES[name]
     share = held_out or _HELD_OUT
-    text = TextOptions(None, options.get("context", 256), None, share, seed)
+    text = TextOptions(block=options.get("context", 256), seed=seed)
     data = open_data(path, format, text=text)
     kind = "images" if entry.images else "text"
     if data.kind != kind or (entry.images and data.shape != entry.shape):

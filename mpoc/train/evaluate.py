@@ -57,7 +57,7 @@ def evaluate(
         device: where the network is.
         call: how the network is called; None: found out, for a network that is not wrapped.
         accelerator: of accelerate, where there are several processes or mixed precision.
-        seed: of what the task draws (masks): the same in every evaluation.
+        seed: of what the task draws (masks): the same in every evaluation, whatever the batch.
 
     Raises:
         MpocError: the split has nothing to score, as texts of one token.
@@ -71,12 +71,13 @@ def evaluate(
     totals: dict[str, Tensor] = {}
     count, start = 0, time.perf_counter()
     everything = torch.arange(len(feed))
-    for step, chunk in enumerate(everything.split(batch * processes)):
+    for chunk in everything.split(batch * processes):
         # Every process makes as many calls, as sharded networks ask: one without a share repeats an example.
         share = cut(chunk, rank, processes)
-        generator = torch.Generator().manual_seed(derived_seed(seed, "evaluation", step, rank))
-        part = task.prepare(feed.read(share if len(share) else chunk[:1]), generator)
         weight = int(len(share) > 0)
+        share = share if weight else chunk[:1]
+        seeds = [derived_seed(seed, "evaluation", index) for index in share.tolist()]
+        part = task.prepare_each(feed.read(share), seeds)
         count += weight * task.count(part)
         for name, value in _sums(network, call, task, to_device(part, device), accelerator).items():
             totals[name] = totals.get(name, 0) + weight * value.double()

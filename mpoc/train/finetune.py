@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,16 +16,17 @@ from mpoc.train.collisions import refuse_collisions
 from mpoc.train.curves import draw_curves, refuse_unknown_picture
 from mpoc.train.engine import describe, make_accelerator
 from mpoc.train.evaluate import evaluate
+from mpoc.train.history import data_record, make_history
 from mpoc.train.log import Log
 from mpoc.train.loop import DivergedError, train
-from mpoc.train.material import DataOptions, Material, open_material
+from mpoc.train.material import DataOptions, Material, monitored_split, open_material
 from mpoc.train.model import Model, open_beside, open_model
-from mpoc.train.result import default_tuned_output, write_tuned
+from mpoc.train.result import default_tuned_output, round_to_stored, write_tuned
 from mpoc.train.settings import Settings
 from mpoc.train.state import Keeper, Saved
 from mpoc.train.stop import Interrupted
 from mpoc.train.tasks import Task
-from mpoc.train.watch import Outcome, Told, Watch, short
+from mpoc.train.watch import Outcome, Told, Watch
 from mpoc.writer import refuse_existing, refuse_misnamed, staged
 
 
@@ -183,19 +183,10 @@ def _identity(request: Request, model: Model, material: Material, task: Task) ->
     text = {"tokenizer": tokenizer, "block": material.block} if material.data.kind == "text" else {}
     return {
         "model": {"name": model.path.resolve().name, "fingerprint": model.stored.fingerprint()},
-        "data": _data_record(material) | images | text,
+        "data": data_record(material) | images | text,
         "task": {"name": task.name, "teacher": request.teacher and request.teacher.resolve().name},
         "distillation": {"temperature": request.temperature, "hidden_weight": request.hidden_weight},
         "options": {**asdict(request.settings), "runs": request.runs},
-    }
-
-
-def _data_record(material: Material) -> dict[str, Any]:
-    data = material.data
-    return {
-        "name": data.path.resolve().name,
-        "format": data.format,
-        "splits": {name: len(split) for name, split in data.splits.items()},
     }
 
 
@@ -227,7 +218,7 @@ def _train_all(
         results.append({"seed": seed, **done[1]})
     assert done is not None
     outcome = done[0]
-    training = _history(request, material, task, outcome, results)
+    training = make_history(request.settings, request.runs, material, task, outcome, results)
     manifest = None
     if is_main():
         manifest = write_tuned(model, outcome.weights, training, request.target, request.max_shard_size)
@@ -249,55 +240,25 @@ def _one_run(
     settings = replace(request.settings, seed=seed)
     accelerator = make_accelerator(request.device, settings.precision)
     say(f"{describe(accelerator)}, {settings.precision}")
-    monitor = _monitor(material)
+    monitor = monitored_split(material.data)
     validation = material.feed(monitor) if monitor else None
     outcome = train(
         model.network, task, material.feed("train"), settings, validation, watch, accelerator, saved
     )
+
+    def scored(split: str) -> dict[str, float]:
+        device, feed = accelerator.device, material.feed(split)
+        found = evaluate(model.network, task, feed, settings.batch, device, accelerator=accelerator)
+        return found.rounded()
+
+    if round_to_stored(model) and monitor:
+        say("half precision: the final scores are those of the weights as they are stored")
+        outcome = replace(outcome, chosen={**outcome.chosen, **scored(monitor)})
     scores = {name: value for name, value in outcome.chosen.items() if name not in ("step", "epoch")}
     if "test" in material.data.splits and monitor != "test":
-        found = evaluate(
-            model.network, task, material.feed("test"), settings.batch, accelerator.device,
-            accelerator=accelerator,
-        )  # fmt: skip
-        scores = found.rounded()
+        scores = scored("test")
         watch.log.write(split="test", step=outcome.steps, **scores)
     return outcome, scores
-
-
-def _monitor(material: Material) -> str | None:
-    """The split that is measured on the way; test only where nothing is chosen by it."""
-    return next((name for name in ("validation", "test") if name in material.data.splits), None)
-
-
-def _history(
-    request: Request, material: Material, task: Task, outcome: Outcome, results: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """What the manifest keeps: no times, so that the same training gives the same bytes."""
-    monitor = _monitor(material)
-    history: dict[str, Any] = {
-        "data": _data_record(material),
-        "task": task.name,
-        "metric": task.metric,
-        "split": monitor or "",
-        "steps": outcome.steps,
-        "settings": {**asdict(request.settings), "lr": request.settings.peak},
-        "evaluations": outcome.evaluations,
-    }
-    if monitor:
-        history |= {"start": outcome.evaluations[0], "final": outcome.chosen}
-    if "test" in material.data.splits and monitor != "test":
-        history["test"] = {name: value for name, value in results[-1].items() if name != "seed"}
-    if material.data.kind == "images":
-        history["images"] = material.images.as_dict()
-    if material.data.tokenizer is not None:
-        history["tokenizer"] = material.data.tokenizer.state()
-    if request.runs > 1:
-        name = task.metric if task.metric in results[0] else "train_loss"
-        values = [result[name] for result in results]
-        mean, sigma = statistics.fmean(values), statistics.stdev(values)  # Eqs. (10) and (11)
-        history |= {"runs": results, "mean": short(mean), "sigma": short(sigma)}
-    return history
 
 
 def _tidy(request: Request, keeper: Keeper, error: BaseException) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mpoc import zoo
-from mpoc.data import Data, HubTokenizer, ImageOptions, TextOptions, check_fits, hold_out, open_data, prepare
+from mpoc.data import Data, HubTokenizer, ImageOptions, TextOptions, check_fits, open_data, prepare
+from mpoc.data.files import recognise
+from mpoc.data.fingerprint import fingerprint
 from mpoc.data.text import Tokenizer, tokenizer_from_state
 from mpoc.errors import MpocError, UsageError
+from mpoc.history import recorded
 from mpoc.train.call import Batch
 from mpoc.train.feed import Feed, plain
+from mpoc.train.held_out import hold_out_to_measure, hold_out_to_train
 from mpoc.train.model import Model
 
-HELD_OUT = 0.1  # of a training split, where there is nothing else to measure on
-# Of what is held out: the same in ``eval`` as in ``finetune --seed 7``, or training data would be measured.
-_SEED = 0
 _BLOCK = 256  # tokens
 
 
@@ -50,7 +51,11 @@ class Material:
     data: Data
     images: ImageOptions
     block: int  # tokens of an example of text
+    fingerprint: str  # of the data's files
+    held_out: float  # share of their training split that is the validation split here; 0: none
     numbers: torch.Tensor | None = None  # (classes,): the network's number of each class; None: the same
+    classes: dict[str, int] = field(default_factory=dict)  # the network's number by name; {}: no names
+    renumbered: bool = False  # the network was trained on classes of other names
 
     def feed(self, split: str) -> Feed:
         """A split as batches; training ones are augmented where the reader draws."""
@@ -64,13 +69,15 @@ class Material:
         return {**batch, "x": prepare(batch["x"], self.images, generator)}
 
 
-def open_material(options: DataOptions, model: Model, seed: int, wants_validation: bool = False) -> Material:
+def open_material(
+    options: DataOptions, model: Model, seed: int | None, wants_validation: bool = False
+) -> Material:
     """Open the data set for a network.
 
     Args:
         options: which, and how.
         model: whose record fills in what the options leave open.
-        seed: of the windows of a text.
+        seed: of the windows of a text; None: nothing is trained, and text is read in order.
         wants_validation: a validation split is needed even where there is a test split.
 
     Raises:
@@ -78,20 +85,20 @@ def open_material(options: DataOptions, model: Model, seed: int, wants_validatio
         MpocError: bad data.
     """
     images = image_options(options, model)
-    share = HELD_OUT if options.held_out is None else options.held_out
     block = _block(model) if options.block is None else options.block
-    text = TextOptions(_tokenizer(options, model), block, options.column, share, seed)
+    tokenizer = _tokenizer(options, model)
+    text = TextOptions(tokenizer, block, options.column, seed)
     data = open_data(options.path, options.format, text=text, size=images.size)
-    measured = "validation" in data.splits or ("test" in data.splits and not wants_validation)
-    asked = options.held_out is not None and options.held_out > 0
-    if "train" in data.splits and "validation" not in data.splits and (asked or not measured) and share > 0:
-        data = hold_out(data, share, _SEED)
+    digest = fingerprint(data.path, data.format)
+    if seed is None:
+        data, held_out = hold_out_to_measure(data, options.held_out, model.history, digest)
+    else:
+        data, held_out = hold_out_to_train(data, options.held_out, wants_validation)
     _refuse_unused(options, data)
     check_fits(data, shape=_shape(data, model), images=images, vocabulary=_vocabulary(model))
-    numbers = _class_numbers(data, model)
-    if numbers is not None:
-        data = replace(data, notes=(*data.notes, "classes are numbered as in the model's config.json"))
-    return Material(data, images, block, numbers)
+    if data.kind == "text" and tokenizer is None:
+        data = _own_characters(data, model, trains=seed is not None)
+    return _with_classes(Material(data, images, block, digest, held_out), model)
 
 
 def _refuse_unused(options: DataOptions, data: Data) -> None:
@@ -111,17 +118,17 @@ def _refuse_unused(options: DataOptions, data: Data) -> None:
 
 def image_options(options: DataOptions, model: Model) -> ImageOptions:
     """What is done to images: as asked, as in training, as zoo or directory says, else scaled to [0, 1]."""
-    recorded = ImageOptions(**_recorded_images(model))
+    known = ImageOptions(**_recorded_images(model))
     asked = {
         name: value
         for name in ("mean", "std", "pad", "flip", "size")
         if (value := getattr(options, name)) is not None
     }
-    return replace(recorded, **asked)
+    return replace(known, **asked)
 
 
 def _recorded_images(model: Model) -> dict[str, Any]:
-    trained = (model.manifest.training if model.manifest else {}).get("images")
+    trained = recorded(model.history, "images")
     if trained:
         return dict(trained)
     spec = zoo_spec(model)
@@ -148,17 +155,35 @@ def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:
     """As asked, else as recorded in training, else the directory's own, else the characters of the text."""
     if options.tokenizer is not None:
         return HubTokenizer(options.tokenizer)
-    recorded = (model.manifest.training if model.manifest else {}).get("tokenizer")
-    if recorded and "characters" in recorded:
-        return tokenizer_from_state(recorded)
+    state = recorded(model.history, "tokenizer") or {}
     files = ("tokenizer.json", "tokenizer_config.json")
-    if model.path.is_dir() and any((model.path / name).is_file() for name in files):
+    own = model.path.is_dir() and any((model.path / name).is_file() for name in files)
+    if own and "characters" not in state:
+        state = {"directory": str(model.path)}
+    if state:
         try:
-            return HubTokenizer(model.path)
+            return tokenizer_from_state(state)
         except MpocError:
-            if options.path.suffix in (".txt", ".jsonl", ".parquet"):
+            if recognise(options.path, options.format) in ("txt", "jsonl", "parquet"):
                 raise
     return None
+
+
+def _own_characters(data: Data, model: Model, trains: bool) -> Data:
+    """Say that the characters are numbered as in this text, or that they cannot be.
+
+    Raises:
+        MpocError: the network is measured, and has learnt others.
+    """
+    count, known = data.tokenizer.vocab_size if data.tokenizer else 0, _vocabulary(model)
+    if not trains and known not in (None, count):
+        raise MpocError(
+            f"{data.path}: has {count} different characters and the network {known}; it does not record "
+            "which has which number",
+            "measure it on the text it was trained on, or train it with mpoc finetune, which records them",
+        )
+    said = "characters are numbered in their order in this text: the network records no numbers of its own"
+    return replace(data, notes=(*data.notes, said))
 
 
 def _shape(data: Data, model: Model) -> tuple[int, ...] | None:
@@ -167,14 +192,26 @@ def _shape(data: Data, model: Model) -> tuple[int, ...] | None:
     return zoo.ENTRIES[zoo.parse(spec)[0]].shape if spec is not None and data.kind == "images" else None
 
 
-def _class_numbers(data: Data, model: Model) -> torch.Tensor | None:
-    """The numbers that config.json gives to classes of these names, where they are others."""
-    known = getattr(getattr(model.network, "config", None), "label2id", None) or {}
-    plain_numbers = tuple(map(str, range(len(data.classes))))
-    if not data.classes or data.classes == plain_numbers or not set(data.classes) <= set(known):
-        return None
+def _with_classes(material: Material, model: Model) -> Material:
+    """Classes numbered as in training, else as in config.json, where the data name the same ones."""
+    data = material.data
+    if not data.classes or data.classes == tuple(map(str, range(len(data.classes)))):
+        return material
+    learnt: dict[str, int] = recorded(model.history, "classes") or {}
+    known = learnt or getattr(getattr(model.network, "config", None), "label2id", None) or {}
+    unknown = [name for name in data.classes if name not in known]
+    if unknown:
+        own = {name: number for number, name in enumerate(data.classes)}
+        if learnt:
+            said = f"the network was trained on other classes, without {unknown[0]!r}: all are numbered anew"
+            data = replace(data, notes=(*data.notes, said))
+        return replace(material, data=data, classes=own, renumbered=bool(learnt))
     numbers = [int(known[name]) for name in data.classes]
-    return None if numbers == list(range(len(numbers))) else torch.tensor(numbers)
+    if numbers == list(range(len(numbers))):
+        return replace(material, classes=dict(known))
+    where = "training" if learnt else "the model's config.json"
+    data = replace(data, notes=(*data.notes, f"classes are numbered as in {where}"))
+    return replace(material, data=data, numbers=torch.tensor(numbers), classes=dict(known))
 
 
 def _vocabulary(model: Model) -> int | None:
@@ -202,3 +239,8 @@ def choose_split(data: Data, wanted: str | None) -> str:
     if wanted is not None and wanted not in data.splits:
         raise UsageError(f"{data.path}: no split {wanted!r}, only {', '.join(data.splits)}")
     return wanted or next(name for name in ("test", "validation", "train") if name in data.splits)
+
+
+def monitored_split(data: Data) -> str | None:
+    """The split that is measured while training; test only where nothing is chosen by it."""
+    return next((name for name in ("validation", "test") if name in data.splits), None)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mpoc.architecture import make_network
-from mpoc.errors import UsageError
+from mpoc.errors import MpocError, UsageError
+from mpoc.history import recorded
 from mpoc.pipeline import choose_device
 from mpoc.train.choose import choose_task
 from mpoc.train.evaluate import Evaluation, evaluate, fidelity, latency, repeated
@@ -85,7 +86,7 @@ def measure(request: MeasureRequest, say: Callable[[str], None] = lambda text: N
     if request.batch < 1:
         raise UsageError(f"--batch {request.batch}: must be at least 1")
     model = open_model(request.source, request.arch)
-    material = open_material(request.data, model, seed=0)
+    material = open_material(request.data, model, seed=None)
     split = choose_split(material.data, request.split)
     device = choose_device(request.device)
     for line in (material.data.announce(), *material.data.notes, *model.notes):
@@ -111,6 +112,13 @@ def _scores(
     if request.task == "distillation":
         raise UsageError("--task distillation: of mpoc finetune", "--reference MODEL2 measures likeness")
     task = choose_task(request.task, material, model.network)
+    if task.name == "classification" and material.renumbered:
+        known = recorded(model.history, "classes")
+        strange = next(name for name in material.data.classes if name not in known)
+        raise MpocError(
+            f"{request.data.path}: class {strange!r} is none of the {len(known)} of the network's training",
+            f"name the classes as in training: {', '.join(sorted(known, key=known.__getitem__)[:10])}",
+        )
     probe(model.network, task, feed, device)
     return evaluate(model.network, task, feed, request.batch, device)
 

@@ -31,6 +31,11 @@ class Model:
     places: dict[str, str]  # name in the file → name of that parameter or buffer in the network
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def history(self) -> dict[str, Any]:
+        """What it says of its training; {}: nothing."""
+        return self.stored.history if self.manifest is None else self.manifest.training
+
 
 def is_compressed(path: Path) -> bool:
     """Whether ``mpoc compress`` made it; only names and a header are read."""

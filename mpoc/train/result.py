@@ -12,7 +12,8 @@ from torch import Tensor
 from mpoc import hub_directory
 from mpoc.forms.layout import working_dtype
 from mpoc.forms.mpo import MPO
-from mpoc.header import TensorInfo
+from mpoc.header import ITEMSIZE, TensorInfo
+from mpoc.history import metadata, write_history
 from mpoc.manifest import LayerRecord, Manifest
 from mpoc.train.model import Model
 from mpoc.train.watch import short
@@ -35,7 +36,7 @@ def write_tuned(
     Args:
         model: that was trained.
         weights: by the network's names.
-        training: the history that the manifest keeps.
+        training: what the file keeps of it, before what it says of trainings before.
         output: a file, or a directory where the model's is one; appears whole or not at all.
         max_shard_size: in bytes; directories only.
 
@@ -43,11 +44,12 @@ def write_tuned(
         The manifest; None for a dense model.
     """
     entries = tuned_entries(model, weights)
-    manifest = None if model.manifest is None else tuned_manifest(model.manifest, entries, training)
+    history = {**training, **({"earlier": model.history} if model.history else {})}
+    manifest = None if model.manifest is None else tuned_manifest(model.manifest, entries, history)
     with staged(output) as target:
         if not model.stored.is_directory:
-            metadata = {"format": "pt"} | ({"mpoc": manifest.to_json()} if manifest else {})
-            write_safetensors(target, entries, metadata)
+            compressed = manifest and {"format": "pt", "mpoc": manifest.to_json()}
+            write_safetensors(target, entries, compressed or metadata(history))
             return manifest
         target.mkdir()
         hub_directory.copy_other_files(model.path, target, model.stored.weight_files)
@@ -55,7 +57,22 @@ def write_tuned(
         if manifest is not None:
             hub_directory.unmark(target)  # of the model card: what was said of the cores before
             hub_directory.mark_compressed(target, manifest)
+        else:
+            write_history(target, history)
     return manifest
+
+
+@torch.no_grad()
+def round_to_stored(model: Model) -> bool:
+    """Give the network the values that its file can hold; whether any of its tensors is stored narrower."""
+    tensors = {**dict(model.network.named_parameters()), **dict(model.network.named_buffers())}
+    narrowed = False
+    for name, place in model.places.items():
+        info, tensor = model.stored.infos.get(name), tensors.get(place)
+        if info is not None and tensor is not None and ITEMSIZE[info.dtype] < tensor.dtype.itemsize:
+            tensor.copy_(tensor.to(getattr(torch, info.dtype)))
+            narrowed = True
+    return narrowed
 
 
 def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:
@@ -75,14 +92,13 @@ def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor]) -> Entry:
     return Entry(info, lambda: weights[place].detach().to("cpu", getattr(torch, info.dtype)))
 
 
-def tuned_manifest(manifest: Manifest, entries: list[Entry], training: dict[str, Any]) -> Manifest:
+def tuned_manifest(manifest: Manifest, entries: list[Entry], history: dict[str, Any]) -> Manifest:
     """The manifest with this history; errors against the original weights are known no more."""
     tensors = {entry.info.name: entry for entry in entries}
     layers = tuple(
         layer if layer.form == "dense" else _tuned_record(layer, tensors) for layer in manifest.layers
     )
-    earlier = {"earlier": manifest.training} if manifest.training else {}
-    return replace(manifest, layers=layers, training={**training, **earlier})
+    return replace(manifest, layers=layers, training=history)
 
 
 def _tuned_record(layer: LayerRecord, tensors: dict[str, Entry]) -> LayerRecord:

@@ -37,7 +37,7 @@ class Settings:
     warmup: float = 0.0  # steps; below 1 a share of all steps
     gamma: float = 0.99  # exponential: factor
     decay_every: int = 1  # exponential: epochs from one factor to the next
-    clip: float | None = None  # largest norm of the gradient
+    clip: float | None = None  # largest norm of the gradient, that of the l2 not counted
     precision: str = "fp32"  # of the arithmetic; parameters stay float32
     gradient_checkpointing: bool = False
     eval_every: int | None = None  # steps; None: once an epoch

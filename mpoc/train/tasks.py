@@ -36,6 +36,10 @@ class Task(ABC):
         """What is drawn anew for each batch, on the CPU; most tasks draw nothing."""
         return batch
 
+    def prepare_each(self, batch: Batch, seeds: list[int]) -> Batch:
+        """The same, drawn for each example from its own seed: it depends on no other of the batch."""
+        return batch
+
     @abstractmethod
     def count(self, batch: Batch) -> int:
         """How many terms the loss of this batch is a sum of."""
@@ -224,6 +228,17 @@ class MaskedLM(_Tokens):
         other = torch.randint(self.vocabulary, ids.shape, generator=generator)
         shown = torch.where(chosen & (fate < 0.8), self.mask_id, ids)
         shown = torch.where(chosen & (fate >= 0.8) & (fate < 0.9), other, shown)
+        return {**batch, "input_ids": shown, "labels": labels}
+
+    def prepare_each(self, batch: Batch, seeds: list[int]) -> Batch:
+        """Each example is masked as if it were alone, without its padding."""
+        ids = batch["input_ids"]
+        shown, labels = ids.clone(), torch.full_like(ids, IGNORED)
+        mask = batch.get("attention_mask", torch.ones_like(ids))
+        for row, (seed, length) in enumerate(zip(seeds, mask.sum(1).tolist(), strict=True)):
+            one = {"input_ids": ids[row : row + 1, :length]}
+            drawn = self.prepare(one, torch.Generator().manual_seed(seed))
+            shown[row, :length], labels[row, :length] = drawn["input_ids"][0], drawn["labels"][0]
         return {**batch, "input_ids": shown, "labels": labels}
 
     def count(self, batch: Batch) -> int:

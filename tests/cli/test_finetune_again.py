@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from mpoc.cli.app import app
 from mpoc.header import read_header
+from mpoc.train import evaluate
 from mpoc.train.finetune import Request, finetune
 from mpoc.train.log import read_log
 from mpoc.train.material import DataOptions
@@ -167,6 +168,7 @@ def test_the_readme_names_every_field_of_the_json(folder: Path, monkeypatch: pyt
     monkeypatch.chdir(folder)
     monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
+    monkeypatch.setattr(evaluate, "_LATENCY_SECONDS", 0.01)
     section = readme.partition("The JSON of finetune and eval")[2].partition("</details>")[0]
     words = {word.removesuffix("[]") for word in re.findall(r"`([^`]*)`", section)}
     measure = ("eval", "net.pt", *TRAIN[2:6], "--latency", "--json")

@@ -32,6 +32,15 @@ def test_normalised_as_the_formula_says() -> None:
     torch.testing.assert_close(one, (x / 255 - 0.5) / 0.25)
 
 
+def test_mean_and_deviation_become_tensors_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, options = images(4, 3, 5, 6), ImageOptions((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    first = prepare(x, options)
+    other = prepare(x, ImageOptions((0.1, 0.2, 0.4), (0.4, 0.5, 0.6)))
+    assert not torch.equal(other, first)
+    monkeypatch.delattr(torch, "tensor")
+    assert torch.equal(prepare(x, options), first)
+
+
 def test_crops_and_flips_are_of_the_padded_image() -> None:
     x = images(64, 2, 4, 5)
     before = x.clone()

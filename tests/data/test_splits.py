@@ -61,7 +61,7 @@ def test_the_seed_decides() -> None:
 
 def test_the_end_of_a_stream_is_held_out(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcde" * 40)
-    data = hold_out(open_data(tmp_path / "a.txt", text=TextOptions(block=8, held_out=0)), 0.25, 0)
+    data = hold_out(open_data(tmp_path / "a.txt", text=TextOptions(block=8)), 0.25, 0)
     train, validation = data.splits["train"], data.splits["validation"]
     assert isinstance(train, TokenStream)
     assert isinstance(validation, TokenStream)

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from mpoc.data import CharacterTokenizer, TextOptions, open_data
+from mpoc.data import CharacterTokenizer, TextOptions, hold_out, open_data
 from mpoc.data import stream as stream_module
 from mpoc.data.stream import TokenStream
 from mpoc.errors import MpocError, UsageError
@@ -15,7 +14,7 @@ from mpoc.errors import MpocError, UsageError
 def test_tiny_shakespeare(data: Path) -> None:
     file = data / "text" / "tinyshakespeare.txt"
     text = file.read_text("utf-8")
-    found = open_data(file)
+    found = hold_out(open_data(file), 0.1, 0)
     tokenizer = found.tokenizer
     assert isinstance(tokenizer, CharacterTokenizer)
     assert tokenizer.characters == "".join(sorted(set(text)))
@@ -26,7 +25,7 @@ def test_tiny_shakespeare(data: Path) -> None:
     assert (len(train.tokens), len(validation.tokens)) == (1_003_854, 111_540)
     first = validation.batch([0, 1])["input_ids"].flatten().tolist()
     assert tokenizer.decode(first) == text[1_003_854 : 1_003_854 + 512]
-    assert found.notes == ("no validation text: the last 10% of tinyshakespeare.txt are held out",)
+    assert found.notes == ("no validation split: 0.1 of train held out, its end",)
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])
@@ -75,17 +74,19 @@ def test_every_place_can_be_drawn() -> None:
     assert seen == {0, 1, 2}
 
 
-def test_no_share_held_out_when_told(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("abc" * 40)
-    data = open_data(tmp_path / "a.txt", text=TextOptions(block=8, held_out=0.0))
+def test_without_a_seed_blocks_come_in_order(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abcde" * 24)
+    data = open_data(tmp_path / "a.txt", text=TextOptions(block=8, seed=None))
     assert list(data.splits) == ["train"]
-    assert len(data.splits["train"]) == 15
+    found = data.splits["train"].batch(range(15))["input_ids"].flatten().tolist()
+    assert found == [0, 1, 2, 3, 4] * 24
 
 
 def test_text_that_is_too_short(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 40)
-    with pytest.raises(MpocError, match=r"a\.txt: validation has fewer tokens than one block of 20"):
-        open_data(tmp_path / "a.txt", text=TextOptions(block=20))
+    with pytest.raises(MpocError, match=r"a\.txt: 0\.1 of 6 .* leaves a split empty") as caught:
+        hold_out(open_data(tmp_path / "a.txt", text=TextOptions(block=20)), 0.1, 0)
+    assert caught.value.hint == "choose a shorter block, or bring more text"
 
 
 @pytest.mark.parametrize("text", ["", "a", "abc" * 6])
@@ -95,10 +96,9 @@ def test_text_shorter_than_a_block(tmp_path: Path, text: str) -> None:
         open_data(tmp_path / "a.txt", text=TextOptions(block=20))
 
 
-@pytest.mark.parametrize("options", [{"block": 0}, {"held_out": 1.0}, {"held_out": -0.1}])
-def test_options_out_of_range(options: dict[str, Any]) -> None:
+def test_a_block_of_nothing() -> None:
     with pytest.raises(UsageError, match="is needed"):
-        TextOptions(**options)
+        TextOptions(block=0)
 
 
 def test_bytes_that_are_not_text(tmp_path: Path) -> None:

@@ -154,16 +154,27 @@ def test_a_truncated_parquet_file_is_named(tmp_path: Path, length: int) -> None:
     [
         ('{"text": "a"', r"line 2: not valid JSON"),
         ('["a"]', r"line 2: a JSON object was expected"),
-        ('{"other": "a", "label": 0}', r"row 1: no text in field 'text'"),
-        ('{"text": 3, "label": 0}', r"row 1: no text in field 'text'"),
+        ('{"other": "a", "label": 0}', r"line 2: no text in field 'text', where the first line has it"),
+        ('{"text": 3, "label": 0}', r"line 2: no text in field 'text'"),
         ('{"text": "a", "label": "b"}', r"row 1, 'label': \"b\" is not a label like the others"),
-        ('{"text": "a"}', r"row 1, 'label': null is not a label like the others"),
+        ('{"text": "a"}', r"line 2: no label in field 'label', where the first line has it"),
+        ('\n{"text": "a", "target": 0}', r"line 3: no label in field 'label'"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, said: str) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "first", "label": 1}\n' + line + "\n", "utf-8")
     with pytest.raises(MpocError, match=rf"t\.jsonl, {said}"):
         open_data(tmp_path / "t.jsonl")
+
+
+@pytest.mark.parametrize("first", [{"text": "a"}, {"text": "a", "label": None}, {"text": "a", "label": [1]}])
+def test_labels_that_begin_late_are_not_passed_over(tmp_path: Path, first: dict[str, Any]) -> None:
+    file = write_jsonl(tmp_path / "t.jsonl", [first, first, {"text": "b", "label": 1}])
+    with pytest.raises(
+        MpocError, match=r"t\.jsonl, line 3: a label in field 'label', and the first line has none"
+    ):
+        open_data(file)
+    assert open_data(write_jsonl(tmp_path / "u.jsonl", [first, first])).splits["train"].y is None
 
 
 def test_the_column_that_is_asked_for(tmp_path: Path) -> None:

@@ -63,9 +63,3 @@ def test_states_and_directories_without_a_tokenizer(tmp_path: Path) -> None:
         HubTokenizer(tmp_path)
     with pytest.raises(MpocError, match=r"not the state of a tokenizer \(keys: other\)"):
         tokenizer_from_state({"other": 1})
-
-
-@pytest.mark.parametrize("options", [{"block": 0}, {"held_out": 1.0}, {"held_out": -0.1}])
-def test_options_out_of_range(options: dict[str, float]) -> None:
-    with pytest.raises(MpocError, match="at least"):
-        TextOptions(**options)  # type: ignore[arg-type]

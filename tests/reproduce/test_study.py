@@ -172,7 +172,7 @@ def test_a_text_is_measured_on_its_end(tmp_path: Path) -> None:
         device="cpu",
     )  # fmt: skip
     done, said = run(asked)
-    assert any(line.startswith("note: ") and "the last 10% of text.txt" in line for line in said)
+    assert any(line.startswith("note: ") and "0.1 of train held out, its end" in line for line in said)
     assert done.material.measured == "validation"
     assert [row.results[0].parameters for row in done.rows] == [808_448, 42_336]
     with pytest.raises(UsageError, match="no test split") as error:

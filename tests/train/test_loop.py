@@ -55,6 +55,22 @@ class TestAgainstAHandWrittenLoop:
             optimizer.step()
             torch.testing.assert_close(weights(ours), weights(network), rtol=1e-5, atol=1e-7)
 
+    def test_clip_bounds_the_gradient_of_the_data_and_not_the_l2(self) -> None:
+        """w ← w − η (g · c/‖g‖ + λ w), where ‖g‖ over all parameters is above c."""
+        eta, lam, c = 0.1, 0.5, 0.01
+        network, ours = perceptron(), perceptron()
+        run(ours, lr=eta, momentum=0.0, l2=lam, clip=c, steps=1)
+        x, y = blobs()
+        chosen = Order(feed().examples, 16).indices(0)[0]
+        loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen])
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+        assert norm > c
+        with torch.no_grad():
+            for w, g in zip(network.parameters(), gradients, strict=True):
+                w.sub_(eta * (g * c / norm + lam * w))
+        torch.testing.assert_close(weights(ours), weights(network), rtol=0, atol=1e-6)
+
     def test_adamw_decouples_its_decay(self) -> None:
         ours, network = perceptron(), perceptron()
         run(ours, optimizer="adamw", lr=0.01, weight_decay=0.1, steps=1)

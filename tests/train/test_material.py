@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from mpoc import zoo
 from mpoc.data import Subset
 from mpoc.errors import MpocError, UsageError
+from mpoc.train.finetune import Request, finetune
 from mpoc.train.material import DataOptions, open_material
 from mpoc.train.measure import MeasureRequest, measure
 from mpoc.train.model import Model, open_model
-from tests.data.samples import pixels
+from mpoc.train.settings import Settings
+from tests.data.samples import pixels, write_folder
 
 
 @pytest.fixture
@@ -66,3 +70,45 @@ def test_options_for_another_kind_of_data(tmp_path: Path, fc2: Model, given: dic
     path = written(tmp_path, np.zeros((20, 784), np.float32))
     with pytest.raises(UsageError, match=r"--\w+ is for (images|text), and .*digits.npz holds arrays"):
         open_material(DataOptions(path, **given), fc2, 0)
+
+
+def animals(folder: Path, *names: str) -> Path:
+    """An image folder with the same ten images for each name."""
+    return write_folder(folder, {name: list(pixels(10, 28, 28)) for name in names})
+
+
+def tuned_on(data: Path, source: Path) -> Path:
+    request = Request(
+        source, DataOptions(data), Settings(steps=1, batch=4), source.with_name("tuned.safetensors"),
+        arch="fc2", device="cpu", force=True,
+    )  # fmt: skip
+    return finetune(request).output
+
+
+def test_classes_keep_the_numbers_of_training(tmp_path: Path, fc2: Model) -> None:
+    tuned = tuned_on(animals(tmp_path / "a", "cat", "cow", "dog"), fc2.path)
+    part = animals(tmp_path / "b", "dog", "cow")
+    material = open_material(DataOptions(part), open_model(tuned, "fc2"), None)
+    y = material.feed("train").read(torch.tensor([0, 10]))["y"]
+    assert y.tolist() == [1, 2]
+    assert "classes are numbered as in training" in material.data.notes
+    # trained again on a part of them, it still knows all
+    again = tuned_on(part, tuned.rename(tmp_path / "once.safetensors"))
+    assert open_material(DataOptions(part), open_model(again, "fc2"), 0).classes == {
+        "cat": 0,
+        "cow": 1,
+        "dog": 2,
+    }
+
+
+def test_classes_that_training_did_not_have(tmp_path: Path, fc2: Model) -> None:
+    tuned = tuned_on(animals(tmp_path / "a", "cat", "dog"), fc2.path)
+    other = DataOptions(animals(tmp_path / "b", "cat", "zebra"))
+    asked = MeasureRequest(tuned, other, arch="fc2", device="cpu")
+    with pytest.raises(MpocError, match="b: class 'zebra' is none of the 2 of") as caught:
+        measure(asked)
+    assert caught.value.hint == "name the classes as in training: cat, dog"
+    assert measure(replace(asked, reference=fc2.path)).examples > 0
+    material = open_material(other, open_model(tuned, "fc2"), 0)
+    assert material.classes == {"cat": 0, "zebra": 1}
+    assert any("without 'zebra': all are numbered anew" in note for note in material.data.notes)

@@ -46,6 +46,11 @@ def test_damaged_data_on_the_way_leave_the_checkpoint(
     assert request.checkpoint.exists()
     with pytest.raises(UsageError, match="another data: block 4 there, 5 here"):
         finetune(replace(request, resume=True, data=replace(data, block=5)))
+    good = data.path.read_text()
+    data.path.write_text(good.replace("to be 17", "to be 71"))
+    with pytest.raises(UsageError, match=r"another data: fingerprint [0-9a-f]{16} there, [0-9a-f]{16} here"):
+        finetune(replace(request, resume=True))
+    data.path.write_text(good)
     assert finetune(replace(request, resume=True)).training["steps"] == 6
     assert not request.checkpoint.exists()
 

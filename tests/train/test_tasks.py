@@ -105,6 +105,31 @@ def test_masking_is_eighty_ten_ten_of_fifteen_per_cent() -> None:
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5, 40])
+def test_masks_of_an_evaluation_do_not_depend_on_the_batch(batch: int) -> None:
+    lengths = torch.randint(3, 30, (40,), generator=torch.Generator().manual_seed(3))
+    starts = torch.tensor([0, *lengths.tolist()]).cumsum(0)
+    tokens = torch.randint(2, 11, (int(starts[-1]),), dtype=torch.int32)
+    network, task = Bigram(), MaskedLM(mask_id=1, vocabulary=11, special=(2,))
+    found = evaluate(network, task, Feed(Documents(tokens, starts, 0, None)), batch, CPU).scores
+    other = evaluate(network, task, Feed(Documents(tokens, starts, 0, None)), 7, CPU).scores
+    assert found == pytest.approx(other, rel=1e-6)
+
+
+def test_each_example_is_masked_by_its_own_seed_and_behind_its_end_is_nothing() -> None:
+    task = MaskedLM(mask_id=1, vocabulary=1000)
+    ids = torch.randint(4, 1000, (300, 60))
+    mask = (torch.arange(60) < torch.arange(300)[:, None] % 41 + 20).long()
+    found = task.prepare_each({"input_ids": ids, "attention_mask": mask}, list(range(300)))
+    chosen = found["labels"] != IGNORED
+    assert not (chosen & (mask == 0)).any()
+    assert chosen.any(1).all()
+    assert float(chosen.sum() / mask.sum()) == pytest.approx(0.15, abs=0.01)
+    assert torch.equal(found["input_ids"][~chosen], ids[~chosen])
+    rows = chosen[:, :20].float()
+    assert len(rows.unique(dim=0)) > 250
+
+
 class TestDistillation:
     def test_the_loss_is_kl_at_a_temperature(self) -> None:
         student, teacher, t = perceptron(), nn.Linear(12, CLASSES), 3.0

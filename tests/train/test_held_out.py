@@ -1,0 +1,96 @@
+"""What ``mpoc eval`` measures of a set that has one split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mpoc import zoo
+from mpoc.data import Subset
+from mpoc.errors import UsageError
+from mpoc.train.finetune import Request, finetune
+from mpoc.train.material import DataOptions, open_material
+from mpoc.train.measure import Measured, MeasureRequest, measure
+from mpoc.train.model import open_model
+from mpoc.train.settings import Settings
+from tests.data.samples import pixels
+
+GPT = "picogpt:vocab=3,context=8"
+
+
+@pytest.fixture
+def lone(tmp_path: Path) -> Path:
+    """lone.npz, 200 images in one split, and fc2.safetensors."""
+    save_file(zoo.make("fc2").state_dict(), tmp_path / "fc2.safetensors")
+    np.savez(tmp_path / "lone.npz", x=pixels(200, 28, 28), y=np.arange(200) % 10)
+    return tmp_path / "lone.npz"
+
+
+def tuned(data: Path, **options: Any) -> Path:
+    source = data.with_name("fc2.safetensors")
+    settings = Settings(steps=1, seed=7)
+    output = data.with_name("tuned.safetensors")
+    return finetune(
+        Request(source, DataOptions(data, **options), settings, output, arch="fc2", device="cpu")
+    ).output
+
+
+def measured(source: Path, data: Path, **options: Any) -> tuple[Measured, list[str]]:
+    said: list[str] = []
+    request = MeasureRequest(source, DataOptions(data, **options), arch="fc2", device="cpu")
+    return measure(request, said.append), said
+
+
+def test_all_of_it_where_the_network_was_not_trained_on_it(lone: Path) -> None:
+    found, said = measured(lone.with_name("fc2.safetensors"), lone)
+    assert (found.split, found.examples) == ("train", 200)
+    assert "all of it is measured: no training of the network on this set is recorded" in said
+    np.savez(lone.with_name("other.npz"), x=pixels(50, 28, 28, seed=1), y=np.arange(50) % 10)
+    found, said = measured(tuned(lone), lone.with_name("other.npz"))
+    assert found.examples == 50
+
+
+@pytest.mark.parametrize(("options", "count"), [({}, 20), ({"held_out": 0.25}, 50)])
+def test_what_its_training_held_out(lone: Path, options: dict[str, Any], count: int) -> None:
+    source = tuned(lone, **options)
+    moved = lone.rename(lone.with_name("moved.npz"))
+    found, said = measured(source, moved)
+    assert (found.split, found.examples) == ("validation", count)
+    share = options.get("held_out", 0.1)
+    assert f"{share:.3g} of train is held out, as in the network's training on this set" in said
+    splits = [
+        open_material(DataOptions(moved, **options), open_model(source, "fc2"), seed).data.splits
+        for seed in (7, None)
+    ]
+    for name in ("train", "validation"):
+        learnt, seen = (split[name] for split in splits)
+        assert isinstance(learnt, Subset)
+        assert isinstance(seen, Subset)
+        assert torch.equal(learnt.indices, seen.indices)
+
+
+def test_a_network_trained_on_all_of_it(lone: Path) -> None:
+    found, said = measured(tuned(lone, held_out=0.0), lone)
+    assert found.examples == 200
+    assert "all of it is measured, and all of it is what the network was trained on" in said
+
+
+def test_a_share_that_is_asked_for(lone: Path) -> None:
+    source = lone.with_name("fc2.safetensors")
+    assert measured(source, lone, held_out=0.5)[0].examples == 100
+    with pytest.raises(UsageError, match=r"--hold-out -0\.5: a share, at least 0 and below 1"):
+        measured(source, lone, held_out=-0.5)
+
+
+def test_text_is_measured_in_order_and_whole(tmp_path: Path) -> None:
+    save_file(zoo.make(GPT).state_dict(), tmp_path / "gpt.safetensors")
+    (tmp_path / "a.txt").write_text("abcab" * 32)
+    model = open_model(tmp_path / "gpt.safetensors", GPT)
+    train = open_material(DataOptions(tmp_path / "a.txt"), model, None).data.splits["train"]
+    read = train.batch(range(len(train)))["input_ids"].flatten().tolist()
+    assert read == [0, 1, 2, 0, 1] * 32

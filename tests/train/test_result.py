@@ -1,0 +1,49 @@
+"""What is said of the weights that are written is true of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpoc import zoo
+from mpoc.pipeline import compress_checkpoint
+from mpoc.recipe import make_recipe
+from mpoc.train.finetune import Request, finetune
+from mpoc.train.material import DataOptions
+from mpoc.train.measure import MeasureRequest, measure
+from mpoc.train.settings import Settings
+from tests.data.samples import pixels
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("best", [False, True])
+def test_the_final_score_is_that_of_the_bytes_in_half_precision(
+    tmp_path: Path, compressed: bool, best: bool
+) -> None:
+    source, small = tmp_path / "fc2.safetensors", tmp_path / "small.safetensors"
+    state, recipe = zoo.make("fc2").state_dict(), make_recipe(None, {"bond": 4, "dtype": "bfloat16"})
+    save_file(state if compressed else {name: tensor.bfloat16() for name, tensor in state.items()}, source)
+    if compressed:
+        compress_checkpoint(source, small, recipe, arch="fc2")
+        source = small
+    arrays: dict[str, Any] = {}
+    for k, split in enumerate(("train", "validation", "test")):
+        arrays |= {f"x_{split}": pixels(60, 28, 28, seed=k), f"y_{split}": np.arange(60) % 10}
+    np.savez(tmp_path / "a.npz", allow_pickle=False, **arrays)
+    request = Request(
+        source, DataOptions(tmp_path / "a.npz"), Settings(steps=4, lr=0.01, eval_every=1, keep_best=best),
+        tmp_path / "tuned.safetensors", arch="fc2", device="cpu",
+    )  # fmt: skip
+    training = finetune(request).training
+    assert torch.bfloat16 in {tensor.dtype for tensor in load_file(request.target).values()}
+    chosen = {e["step"]: e for e in training["evaluations"]}[training["final"]["step"]]
+    assert chosen["loss"] != training["final"]["loss"]
+    for split, key in (("validation", "final"), ("test", "test")):
+        asked = MeasureRequest(request.target, request.data, split, arch="fc2", device="cpu", batch=64)
+        for name, value in measure(asked).scores.items():
+            assert training[key][name] == pytest.approx(value, rel=2e-6)
