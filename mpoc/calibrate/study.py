@@ -13,11 +13,15 @@ from torch import nn
 from mpoc.calibrate.data import CalibrationData, open_calibration
 from mpoc.calibrate.dense import DensePass, dense_pass
 from mpoc.calibrate.fit import Evidence
+from mpoc.calibrate.gather import Positions
 from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.pair import PairPass
 from mpoc.calibrate.trace import Trace, trace
 from mpoc.train.material import DataOptions
 from mpoc.train.model import open_model
+
+_PROBES = 4  # random directions in the output, a batch
+_POSITIONS = 64  # of a convolution, an example: more are nearly the same rows again
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,10 @@ class Study:
             DataOptions(request.data, held_out=0.0), model, request.samples, seed=seed
         )
         self.device = device
+        self._positions = Positions(_POSITIONS, seed)
         self._named = {self.places[name]: name for name in names if name in self.places}
         self._trace: Trace = trace(self.network, self.data.call, self.data.batches[0], self._named)
-        self._dense = self._pass(self.data.batches, 1, seed)
+        self._dense = self._pass(self.data.batches, _PROBES, seed)
         self._held_out = self._pass(self.data.held_out, 0, seed)
         self.means = self._means({place: name for name, place in self.places.items()})
         self._passes: list[PairPass] = []
@@ -113,7 +118,8 @@ class Study:
         if not self._passes:
             parts = (self.data.batches, self.data.held_out)
             self._passes = [
-                PairPass(self.network, compressed, self.data.call, batches, self._trace) for batches in parts
+                PairPass(self.network, compressed, self.data.call, batches, self._trace, self._positions)
+                for batches in parts
             ]
         weights = [self.places[name] for name in group]
         seen = self._passes[0].moments(weights, self._dense.moments)
@@ -125,7 +131,14 @@ class Study:
 
     def _pass(self, batches: Any, probes: int, seed: int) -> DensePass:
         return dense_pass(
-            self.network, self.data.call, batches, self._trace, probes, self.data.pooling, seed=seed
+            self.network,
+            self.data.call,
+            batches,
+            self._trace,
+            probes,
+            self.data.pooling,
+            self._positions,
+            seed,
         )
 
     def _is_known(self, weight: str) -> bool:
