@@ -43,7 +43,7 @@ def weighted_fit(
     max_bond: int,
     *,
     start: MPO | None = None,
-    max_stretches: int = 12,
+    max_stretches: int = 8,
     tolerance: float = 0.01,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
