@@ -160,6 +160,19 @@ def low_rank_structure(kind: str, shape: tuple[int, ...], transposed: bool = Fal
     return Structure(kind, tuple(shape), transposed, *factors)
 
 
+def wide_factors(outputs: int, inputs: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Two sites, one nearly all outputs and the other nearly all inputs: (2, N_y/2) and (N_x/2, 2).
+
+    Of genuine MPOs those that come closest to a layer's outputs at equal size; None where a side is a prime.
+    """
+    j, i = _least_factor(outputs), _least_factor(inputs)
+    return None if j == outputs or i == inputs else ((j, outputs // j), (inputs // i, i))
+
+
+def _least_factor(size: int) -> int:
+    return next((k for k in range(2, math.isqrt(size) + 1) if size % k == 0), size)
+
+
 def default_sites(outputs: int, inputs: int) -> int:
     """The papers' habit: four sites where the larger side is under 1,024, five from there."""
     wanted = 4 if max(outputs, inputs) < 1024 else 5

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from mpoc.calibrate.moments import Moments, merge
 from mpoc.fit.metric import Metric, make_metric
+from mpoc.fit.weighted_mpo import matrix_of as forms_matrix
 from mpoc.fit.weighted_mpo import weighted_fit
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.layout import to_matrix
@@ -20,7 +22,18 @@ from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, low_rank_structure
 
 GAMMAS = (0.0, 0.02, 0.1, 0.3)
+MPO_GAMMAS = (0.1, 0.3)  # their fit takes longer, and follows chance in M more
 RIDGE = 1e-6
+STRETCHES = 3  # of the descent of an MPO; more lower f on the inputs of the fit alone
+
+
+@dataclass(frozen=True)
+class Second:
+    """Second moments of inputs less the means that the fit takes up."""
+
+    mine: Tensor  # E[x̃ x̃ᵀ] (N_x, N_x)
+    cross: Tensor  # E[x x̃ᵀ]
+    dense: Tensor  # E[x xᵀ]
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,35 @@ class Evidence:
     outputs: Tensor | None  # G (N_y, N_y) float64
     centred: bool  # whether a bias, or a norm behind the layer, takes up the mean
 
+    @cached_property
+    def seen(self) -> Second:
+        """Of the inputs of the fit."""
+        return self._less_means(self.moments)
+
+    @cached_property
+    def unseen(self) -> Second:
+        """Of the others, less the means of the fit: those are what a bias takes up."""
+        return self._less_means(self.held_out)
+
+    def together(self) -> Evidence:
+        """With nothing held out."""
+        return replace(self, moments=merge(self.moments, self.held_out))
+
+    def _less_means(self, m: Moments) -> Second:
+        if not self.centred:
+            return Second(m.second, m.cross, m.dense_second)
+        mean, dense = self.moments.mean, self.moments.dense_mean
+        return Second(
+            _about(m.second, m.mean, m.mean, mean, mean),
+            _about(m.cross, m.dense_mean, m.mean, dense, mean),
+            _about(m.dense_second, m.dense_mean, m.dense_mean, dense, dense),
+        )
+
+
+def _about(second: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """E[(x − a)(y − b)ᵀ] from E[x yᵀ], E[x] and E[y]."""
+    return second - torch.outer(left, b) - torch.outer(a, right) + torch.outer(a, b)
+
 
 @dataclass(frozen=True)
 class CalibratedFit:
@@ -42,18 +84,13 @@ class CalibratedFit:
     gamma: float
     relative_error: float  # ‖W − Ŵ‖_F / ‖W‖_F of the stored cores
     output_error: float  # of the outputs about their mean, on all inputs that were seen
-    held_out_error: float  # of a low-rank fit of that size without the held-out ones, on those
+    held_out_error: float  # of the same fit without the held-out ones, on those
 
 
 def one_matrix(weight: Tensor, kind: str, transposed: bool) -> Tensor:
     """A weight as the one matrix (N_y, N_x) that moments are of: of a kernel (C_out, taps·C_in)."""
     structure = low_rank_structure(kind, tuple(weight.shape), transposed)
     return to_matrix(weight, structure)[0].double()
-
-
-def matrix_of(form: MPO) -> Tensor:
-    """The same of a form, (N_y, N_x) float64."""
-    return MPO([core.double() for core in form.cores], form.structure).to_matrix().transpose(0, 1).flatten(1)
 
 
 def fit_calibrated(
@@ -70,90 +107,77 @@ def fit_calibrated(
         seed: of the sweeps' start.
     """
     matrix = one_matrix(weight, structure.kind, structure.transposed)
-    rank = bond
-    if structure.form != "svd":
-        rank = max(1, round(structure.num_parameters(bond) / sum(matrix.shape)))
     tried = []
-    for gamma in GAMMAS:
-        form = _rounded(_low_rank(metric_of(matrix, evidence, gamma), structure, rank), dtype)
-        shift = shift_of(matrix, matrix_of(form), evidence)
-        error = squared_error(matrix, matrix_of(form), evidence.held_out, shift, evidence.outputs)
-        tried.append((error, gamma, form, shift))
-    _, gamma, form, shift = min(tried, key=lambda one: one[0])
-    held_out_error = output_error(matrix, matrix_of(form), evidence.held_out, shift)
-    everything = replace(evidence, moments=merge(evidence.moments, evidence.held_out))
-    metric = metric_of(matrix, everything, gamma)
-    if structure.form == "svd":
-        form = _low_rank(metric, structure, bond)
-    else:
-        form = weighted_fit(metric, structure, bond, seed=seed).form
+    for gamma in GAMMAS if structure.form == "svd" else MPO_GAMMAS:
+        form = _rounded(_fit(metric_of(matrix, evidence, gamma), structure, bond, seed), dtype)
+        error = squared_error(matrix, matrix_of(form), evidence.unseen, evidence.outputs)
+        tried.append((error, gamma, form))
+    _, gamma, form = min(tried, key=lambda one: one[0])
+    held_out_error = output_error(matrix, matrix_of(form), evidence.unseen)
+    everything = evidence.together()
+    form = _fit(metric_of(matrix, everything, gamma), structure, bond, seed, form)
     return _judged(matrix, _rounded(form, dtype), everything, gamma, held_out_error)
 
 
+def matrix_of(form: MPO) -> Tensor:
+    """What a form stands for, as the same one matrix in float64."""
+    return forms_matrix(MPO([core.double() for core in form.cores], form.structure))
+
+
+def _fit(metric: Metric, structure: Structure, bond: int, seed: int, start: MPO | None = None) -> MPO:
+    if structure.form == "svd":
+        left, right = weighted_svd(metric).factors(bond)
+        return MPO([left[None, :, None, :], right[:, None, :, None]], structure)
+    stretches = STRETCHES if start is None else 1
+    return weighted_fit(metric, structure, bond, start=start, max_stretches=stretches, seed=seed).form
+
+
 def metric_of(matrix: Tensor, evidence: Evidence, gamma: float) -> Metric:
-    """What a fit minimises, with the second moment trusted as far as γ says."""
-    m = evidence.moments
+    """What a fit minimises; of both second moments the share γ is replaced by its diagonal."""
+    m, outputs = evidence.moments, evidence.outputs
+    if outputs is not None:
+        outputs = torch.lerp(outputs, torch.diag(outputs.diagonal()), gamma)
     return make_metric(
         matrix, m.second, m.mean, m.cross, m.dense_mean,
-        centred=evidence.centred, gamma=gamma, ridge=RIDGE, outputs=evidence.outputs,
+        centred=evidence.centred, gamma=gamma, ridge=RIDGE, outputs=outputs,
     )  # fmt: skip
-
-
-def _low_rank(metric: Metric, structure: Structure, rank: int) -> MPO:
-    left, right = weighted_svd(metric).factors(rank)
-    structure = low_rank_structure(structure.kind, structure.shape, structure.transposed)
-    return MPO([left[None, :, None, :], right[:, None, :, None]], structure)
 
 
 def _rounded(form: MPO, dtype: torch.dtype) -> MPO:
     return MPO([core.to(dtype).contiguous() for core in form.cores], form.structure)
 
 
-def shift_of(matrix: Tensor, found: Tensor, evidence: Evidence) -> Tensor | None:
-    """(N_y,) W μ − Ŵ μ̃; None where nothing can take it up."""
-    if not evidence.centred:
-        return None
-    return matrix @ evidence.moments.dense_mean - found @ evidence.moments.mean
-
-
 def _judged(
     matrix: Tensor, form: MPO, evidence: Evidence, gamma: float, held_out_error: float
 ) -> CalibratedFit:
-    found = matrix_of(form)
-    shift = shift_of(matrix, found, evidence)
+    found, moments = matrix_of(form), evidence.moments
+    shift = matrix @ moments.dense_mean - found @ moments.mean if evidence.centred else None
     norm = float(torch.linalg.vector_norm(matrix))
     return CalibratedFit(
         form,
         shift,
         gamma,
         float(torch.linalg.vector_norm(matrix - found)) / norm if norm else 0.0,
-        output_error(matrix, found, evidence.moments, shift),
+        output_error(matrix, found, evidence.seen),
         held_out_error,
     )
 
 
-def output_error(matrix: Tensor, found: Tensor, moments: Moments, shift: Tensor | None) -> float:
-    """√(E‖Wx − Ŵx̃ − s‖² / E‖Wx − E[Wx]‖²), 0 for 0/0.
+def output_error(matrix: Tensor, found: Tensor, second: Second) -> float:
+    """√(E‖Wx − Ŵx̃‖² / E‖Wx‖²) about the means; 0 for 0/0.
 
     Args:
         matrix: W (N_y, N_x).
         found: Ŵ.
-        moments: of x̃ and x.
-        shift: s (N_y,); None: zero.
+        second: moments of x̃ and x.
     """
-    centred = moments.dense_second - torch.outer(moments.dense_mean, moments.dense_mean)
-    whole = float((matrix @ centred * matrix).sum())
-    error = squared_error(matrix, found, moments, shift, None)
+    whole = squared_error(matrix, torch.zeros_like(matrix), second, None)
+    error = squared_error(matrix, found, second, None)
     return math.sqrt(error / whole) if whole > 0 else 0.0
 
 
-def squared_error(
-    matrix: Tensor, found: Tensor, moments: Moments, shift: Tensor | None, outputs: Tensor | None
-) -> float:
-    """E of (Wx − Ŵx̃ − s)ᵀ G (Wx − Ŵx̃ − s); G = ``outputs``, None for the identity."""
-    left, middle = matrix @ moments.dense_second - found @ moments.cross.T, matrix @ moments.cross
-    second = left @ matrix.T - (middle - found @ moments.second) @ found.T
-    if shift is not None:
-        mean = matrix @ moments.dense_mean - found @ moments.mean
-        second += torch.outer(shift, shift) - torch.outer(mean, shift) - torch.outer(shift, mean)
-    return max(0.0, float(second.trace() if outputs is None else (second * outputs).sum()))
+def squared_error(matrix: Tensor, found: Tensor, second: Second, outputs: Tensor | None) -> float:
+    """E of (Wx − Ŵx̃)ᵀ G (Wx − Ŵx̃) about the means; G = ``outputs``, None for the identity."""
+    left, middle = matrix @ second.dense - found @ second.cross.T, matrix @ second.cross
+    error = left @ matrix.T - (middle - found @ second.mine) @ found.T
+    return max(0.0, float(error.trace() if outputs is None else (error * outputs).sum()))

@@ -25,7 +25,7 @@ from mpoc.forms.mpo import MPO
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.recipe import Recipe
-from mpoc.structure import Structure, make_structure
+from mpoc.structure import Structure, lead_outputs_inputs, make_structure, wide_factors
 
 
 class InOrder:
@@ -90,9 +90,13 @@ class InOrder:
         return rule.bond is None and rule.max_error is None and not rule.dense
 
     def _mpo_structure(self, plan: LayerPlan) -> Structure:
-        if plan.structure.form == "mpo":
-            return plan.structure
-        return make_structure(plan.map.kind, plan.map.shape, plan.map.transposed, self._recipe.sites)
+        rule, one = self._recipe.rule_for(plan.map.name), plan.structure
+        sites = rule.sites or self._recipe.sites
+        _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
+        if self._recipe.factors_for(plan.map.name, outputs, inputs) is not None:
+            return one
+        factors = None if sites is not None else wide_factors(outputs, inputs)
+        return make_structure(one.kind, one.shape, one.transposed, sites, factors)
 
     def _weight(self, plan: LayerPlan) -> Tensor:
         return read_finite(self._checkpoint, plan.map.name).to(self._device)

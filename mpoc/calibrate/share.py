@@ -1,8 +1,8 @@
 """Which form and bond each layer gets of a common budget: equal marginal gain in f.
 
 Each layer offers its error f over its parameters, with the output metric G and times its positions, so that
-layers compare: the closed form of ``svd`` at every rank, MPOs at some bonds, and the weight as it is.  The
-shares are kept only if they do better than uniform ones on held-out inputs.
+layers compare: the closed form of ``svd`` at every rank, MPOs at some bonds, and the weight as it is.  It is
+f on held-out inputs: on those of the fit, forms with more freedom look better than they are.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from mpoc.calibrate.fit import Evidence, matrix_of, metric_of, shift_of, squared_error
+from mpoc.calibrate.fit import Evidence, matrix_of, metric_of, squared_error
 from mpoc.curves import share_out
-from mpoc.fit.metric import Metric
 from mpoc.fit.weighted_mpo import weighted_fit
-from mpoc.fit.weighted_svd import WeightedSVD, weighted_svd
+from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.plan import LayerPlan
 from mpoc.structure import Structure, low_rank_structure
 
-_GAMMA = 0.02  # of the curves; each fit chooses its own
+_GAMMA, _MPO_GAMMA = 0.02, 0.2  # of the curves; each fit chooses its own
 _BONDS = 6  # at how many an MPO's curve is computed
 
 
@@ -31,11 +31,11 @@ class Offer:
     structure: Structure | None  # None: dense
     bond: int
     parameters: int
-    error: float  # f on the inputs of the fit, times positions
+    error: float
 
 
 class Offers:
-    """The ways to store one layer.
+    """The ways to store one layer, with f on held-out inputs.
 
     Args:
         matrix: W as one matrix (N_y, N_x), float64.
@@ -48,21 +48,42 @@ class Offers:
         self, matrix: Tensor, structure: Structure, evidence: Evidence, forms: Sequence[str]
     ) -> None:
         self._matrix, self._evidence = matrix, evidence
-        self._metric: Metric = metric_of(matrix, evidence, _GAMMA)
         self._low_rank = low_rank_structure(structure.kind, structure.shape, structure.transposed)
-        self._svd: WeightedSVD = weighted_svd(self._metric)
+        self._errors = self._low_rank_errors()
         self.every = [Offer(None, 0, structure.num_original, 0.0)]
         if "svd" in forms:
             self.every += self._of_svd()
         if "mpo" in forms and structure.form == "mpo":
             self.every += self._of_mpo(structure)
 
+    def error(self, structure: Structure | None, bond: int) -> float:
+        """f on held-out inputs, times positions."""
+        if structure is None:
+            return 0.0
+        if structure.form == "svd":
+            return self._errors[min(bond, len(self._errors)) - 1]
+        metric = metric_of(self._matrix, self._evidence, _MPO_GAMMA)
+        found = matrix_of(weighted_fit(metric, structure, bond, max_stretches=1).form)
+        evidence = self._evidence
+        error = squared_error(self._matrix, found, evidence.unseen, evidence.outputs)
+        return evidence.moments.rows * error
+
+    def _low_rank_errors(self) -> list[float]:
+        """Of the best weight L_r R_r of every rank; its square is Σ_{k,l<r} (Lᵀ G L)_kl (R M Rᵀ)_kl."""
+        evidence, found = self._evidence, weighted_svd(metric_of(self._matrix, self._evidence, _GAMMA))
+        left, right, second = found.left, found.right, evidence.unseen
+        weighed = left if evidence.outputs is None else evidence.outputs @ left
+        squares = (weighed.T @ left) * (right @ second.mine @ right.T)
+        joint = ((weighed.T @ self._matrix @ second.cross) * right).sum(1)
+        whole = squared_error(self._matrix, torch.zeros_like(self._matrix), second, evidence.outputs)
+        errors = whole - 2 * joint.cumsum(0) + squares.cumsum(0).cumsum(1).diagonal()
+        return (evidence.moments.rows * errors.clamp(min=0)).tolist()
+
     def _of_svd(self) -> Iterator[Offer]:
-        tails = self._svd.values.square().flip(0).cumsum(0).flip(0).tolist()
-        for rank, error in enumerate([*tails[1:], 0.0], start=1):
+        for rank, error in enumerate(self._errors, start=1):
             parameters = self._low_rank.num_parameters(rank)
             if parameters < self._low_rank.num_original:
-                yield Offer(self._low_rank, rank, parameters, self._evidence.moments.rows * error)
+                yield Offer(self._low_rank, rank, parameters, error)
 
     def _of_mpo(self, structure: Structure) -> Iterator[Offer]:
         """At bonds in a geometric row."""
@@ -71,23 +92,7 @@ class Offers:
         largest = next(shrinking, 0)
         bonds = {max(1, round(largest ** (k / (_BONDS - 1)))) for k in range(_BONDS)} if largest else set()
         for bond in sorted(bonds):
-            form = weighted_fit(self._metric, structure, bond, max_stretches=1).form
-            error = self._evidence.moments.rows * self._metric.value(matrix_of(form))
-            yield Offer(structure, bond, structure.num_parameters(bond), error)
-
-    def held_out(self, structure: Structure | None, bond: int) -> float:
-        """f on held-out inputs, times positions."""
-        if structure is None:
-            return 0.0
-        if structure.form == "svd":
-            left, right = self._svd.factors(bond)
-            found = left @ right
-        else:
-            found = matrix_of(weighted_fit(self._metric, structure, bond, max_stretches=1).form)
-        evidence = self._evidence
-        shift = shift_of(self._matrix, found, evidence)
-        error = squared_error(self._matrix, found, evidence.held_out, shift, evidence.outputs)
-        return evidence.moments.rows * error
+            yield Offer(structure, bond, structure.num_parameters(bond), self.error(structure, bond))
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def share_by_gain(plans: Sequence[LayerPlan], offers: Mapping[str, Offers], budg
 
 def _error(plans: Sequence[LayerPlan], offers: Mapping[str, Offers]) -> float:
     return sum(
-        offers[plan.map.name].held_out(None if plan.max_bond is None else plan.structure, plan.max_bond or 0)
+        offers[plan.map.name].error(None if plan.max_bond is None else plan.structure, plan.max_bond or 0)
         for plan in plans
         if plan.map.name in offers
     )
