@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.calibrate.gather import LayerSums, Positions, as_rows, total_rows
+from mpoc.calibrate.gather import ALL, LayerSums, Positions, as_rows, total_rows
 from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
 from mpoc.calibrate.inputs import Layer
 from mpoc.calibrate.interest import Pooling, direction, output_of_interest
@@ -40,7 +40,7 @@ def dense_pass(
     trace: Trace,
     probes: int = 1,
     pooling: Pooling | None = None,
-    positions: Positions = Positions(),  # noqa: B008  (frozen)
+    positions: Positions = ALL,
     seed: int = 0,
 ) -> DensePass:
     """Run the network over the batches, forth and, ``probes`` times a batch, back.

@@ -25,6 +25,9 @@ class Positions:
         return None if self.most is None else Sample(self.most, derived_seed(self.seed, "positions", batch))
 
 
+ALL = Positions()
+
+
 class LayerSums:
     """What is summed of the inputs of one layer.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.calibrate.chain import Chain, goes_on
-from mpoc.calibrate.gather import LayerSums, Positions
+from mpoc.calibrate.gather import ALL, LayerSums, Positions
 from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
 from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.trace import Trace
@@ -120,7 +120,7 @@ class PairPass:
         call: Call,
         batches: Sequence[Batch],
         trace: Trace,
-        positions: Positions = Positions(),  # noqa: B008  (frozen)
+        positions: Positions = ALL,
         replay: bool = True,
         kept_bytes: int = _KEPT_BYTES,
     ) -> None:

@@ -20,7 +20,7 @@ from mpoc.calibrate.trace import Trace, trace
 from mpoc.train.material import DataOptions
 from mpoc.train.model import open_model
 
-_PROBES = 4  # random directions in the output, a batch
+_PROBES = 2  # random directions in the output, a batch
 _POSITIONS = 64  # of a convolution, an example: more are nearly the same rows again
 
 
