@@ -58,7 +58,7 @@ class Cell:
             "network": self.experiment.network,
             "settings": {**settings, "betas": list(settings["betas"])},
             "augmentation": {"pad": training.pad, "flip": training.flip},
-            "data": material.identity(),
+            "data": material.identity,
             "start": self.start,
         }
         if self.start != DENSE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,12 @@ class Material:
 
         return transform
 
+    @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a stored result must share with the data to be used again."""
+        """What a stored result must share with the data to be used again.
+
+        Found out before anything is trained: the windows of a text are drawn anew each epoch.
+        """
         splits = {name: [len(split), _digest(split)] for name, split in self.data.splits.items()}
         return {"shape": list(self.data.shape), "splits": splits, "chooses": self.chooses}
 
