@@ -143,8 +143,8 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
     )
     shares = calibration.get("shares", {})
     if shares:
-        errors = ", ".join(f"{name} {error:.4g}" for name, error in shares.get("errors", {}).items())
-        line += f"; budget shared out by {shares.get('chosen', '?')} (held-out output error: {errors})"
+        found = ", ".join(f"{way} {far:.4g}" for way, far in shares.get("distances", {}).items())
+        line += f"; shares: {shares.get('chosen', '?')} (distance of held-out outputs: {found})"
     return [line]
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpoc.calibrate.fit import CalibratedFit, Evidence, fit_calibrated, one_matrix
+from mpoc.calibrate.outputs import OutputDistance
 from mpoc.calibrate.share import Offers, Shares, share_by_gain
 from mpoc.calibrate.study import Study
 from mpoc.checkpoint import Checkpoint
@@ -60,7 +61,9 @@ class InOrder:
         }
         total = sum(plan.structure.num_original for plan in plans)
         others = sum(plan.record().num_stored for plan in plans if plan.map.name not in offers)
-        self._shares = share_by_gain(plans, offers, int(self._recipe.ratio * total) - others)
+        self._shares = share_by_gain(
+            plans, offers, int(self._recipe.ratio * total) - others, OutputDistance(self._study)
+        )
         return self._shares.plans
 
     def facts(self) -> dict[str, Any]:
@@ -68,8 +71,8 @@ class InOrder:
         study = self._study
         found = {**study.facts(), "reasons": study.reasons}
         if self._shares is not None:
-            errors = {way: rounded(error) for way, error in self._shares.errors.items()}
-            found["shares"] = {"chosen": self._shares.chosen, "errors": errors}
+            distances = {way: rounded(found) for way, found in self._shares.distances.items()}
+            found["shares"] = {"chosen": self._shares.chosen, "distances": distances}
         return found
 
     @property

@@ -1,8 +1,9 @@
 """Which form and bond each layer gets of a common budget: equal marginal gain in f.
 
-Each layer offers its error f over its parameters, with the output metric G and times its positions, so that
-layers compare: the closed form of ``svd`` at every rank, MPOs at some bonds, and the weight as it is.  It is
-f on held-out inputs: on those of the fit, forms with more freedom look better than they are.
+Each layer offers its error over its parameters: the closed form of ``svd`` at every rank, MPOs at some bonds,
+and the weight as it is.  It is f on held-out inputs: on those of the fit, forms with more freedom look better
+than they are.  So that layers compare, each curve is scaled to how far the network's outputs move when that
+layer alone is compressed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from mpoc.calibrate.fit import Evidence, matrix_of, metric_of, squared_error
+from mpoc.calibrate.outputs import OutputDistance, Replaced
 from mpoc.curves import share_out
 from mpoc.fit.weighted_mpo import weighted_fit
 from mpoc.fit.weighted_svd import weighted_svd
+from mpoc.forms.layout import from_matrix
 from mpoc.plan import LayerPlan
 from mpoc.structure import Structure, low_rank_structure
 
@@ -49,6 +52,7 @@ class Offers:
     ) -> None:
         self._matrix, self._evidence = matrix, evidence
         self._low_rank = low_rank_structure(structure.kind, structure.shape, structure.transposed)
+        self._svd = weighted_svd(metric_of(matrix, evidence, _GAMMA))
         self._errors = self._low_rank_errors()
         self.every = [Offer(None, 0, structure.num_original, 0.0)]
         if "svd" in forms:
@@ -56,28 +60,46 @@ class Offers:
         if "mpo" in forms and structure.form == "mpo":
             self.every += self._of_mpo(structure)
 
-    def error(self, structure: Structure | None, bond: int) -> float:
-        """f on held-out inputs, times positions."""
-        if structure is None:
-            return 0.0
+    def scale_to(self, distance: float, structure: Structure, bond: int) -> None:
+        """Give all errors the scale at which this choice's is ``distance``."""
+        error = self.error(structure, bond)
+        if error > 0:
+            self.every = [replace(offer, error=offer.error * distance / error) for offer in self.every]
+
+    def error(self, structure: Structure, bond: int) -> float:
+        """f on held-out inputs."""
         if structure.form == "svd":
             return self._errors[min(bond, len(self._errors)) - 1]
+        found, evidence = self.matrix(structure, bond), self._evidence
+        return squared_error(self._matrix, found, evidence.unseen, evidence.outputs)
+
+    def matrix(self, structure: Structure, bond: int) -> Tensor:
+        """Ŵ (N_y, N_x) of this choice, fitted to the dense network's inputs."""
+        if structure.form == "svd":
+            return self._svd.left[:, :bond] @ self._svd.right[:bond]
         metric = metric_of(self._matrix, self._evidence, _MPO_GAMMA)
-        found = matrix_of(weighted_fit(metric, structure, bond, max_stretches=1).form)
-        evidence = self._evidence
-        error = squared_error(self._matrix, found, evidence.unseen, evidence.outputs)
-        return evidence.moments.rows * error
+        return matrix_of(weighted_fit(metric, structure, bond, max_stretches=1).form)
+
+    def replaced(self, plan: LayerPlan) -> Replaced:
+        """The layer as the plan has it, were it compressed alone."""
+        assert plan.max_bond is not None
+        found = self.matrix(plan.structure, plan.max_bond)
+        moments = self._evidence.moments
+        shift = None
+        if self._evidence.centred:
+            shift = self._matrix @ moments.dense_mean - found @ moments.mean
+        return Replaced(from_matrix(found[None], self._low_rank), shift)
 
     def _low_rank_errors(self) -> list[float]:
         """Of the best weight L_r R_r of every rank; its square is Σ_{k,l<r} (Lᵀ G L)_kl (R M Rᵀ)_kl."""
-        evidence, found = self._evidence, weighted_svd(metric_of(self._matrix, self._evidence, _GAMMA))
+        evidence, found = self._evidence, self._svd
         left, right, second = found.left, found.right, evidence.unseen
         weighed = left if evidence.outputs is None else evidence.outputs @ left
         squares = (weighed.T @ left) * (right @ second.mine @ right.T)
         joint = ((weighed.T @ self._matrix @ second.cross) * right).sum(1)
         whole = squared_error(self._matrix, torch.zeros_like(self._matrix), second, evidence.outputs)
         errors = whole - 2 * joint.cumsum(0) + squares.cumsum(0).cumsum(1).diagonal()
-        return (evidence.moments.rows * errors.clamp(min=0)).tolist()
+        return errors.clamp(min=0).tolist()
 
     def _of_svd(self) -> Iterator[Offer]:
         for rank, error in enumerate(self._errors, start=1):
@@ -97,40 +119,48 @@ class Offers:
 
 @dataclass(frozen=True)
 class Shares:
-    """Plans with their bonds, and how they compare on held-out inputs."""
+    """Plans with their bonds, and how far the outputs move under each way to share, not yet in order."""
 
     plans: list[LayerPlan]
     chosen: str  # "equal gain" or "uniform"
-    errors: dict[str, float]  # of both: f, summed over the layers
+    distances: dict[str, float]
 
 
-def share_by_gain(plans: Sequence[LayerPlan], offers: Mapping[str, Offers], budget: int) -> Shares:
-    """The structures and bonds that take most off the error, or those given where they do better.
+def share_by_gain(
+    plans: Sequence[LayerPlan], offers: Mapping[str, Offers], budget: int, distance: OutputDistance
+) -> Shares:
+    """The structures and bonds that take most off the error, or those given where the outputs prefer them.
 
     Args:
         plans: of all selected layers, bonds shared out uniformly.
         offers: of those that take part, by the name of the weight.
         budget: parameters of those together.
+        distance: on held-out inputs.
     """
     names = [plan.map.name for plan in plans if plan.map.name in offers]
+    for plan in plans:
+        if plan.map.name in offers and plan.max_bond is not None:
+            name, own = plan.map.name, offers[plan.map.name]
+            own.scale_to(distance.of({name: own.replaced(plan)}), plan.structure, plan.max_bond)
     every = [offers[name].every for name in names]
     taken = share_out([[(offer.parameters, offer.error) for offer in each] for each in every], budget)
-    uniform = _error(plans, offers)
-    if taken is None:
-        return Shares(list(plans), "uniform", {"uniform": uniform})
-    chosen = {name: each[k] for name, each, k in zip(names, every, taken, strict=True)}
-    shared = [_as_offered(plan, chosen[plan.map.name]) if plan.map.name in chosen else plan for plan in plans]
-    errors = {"equal gain": _error(shared, offers), "uniform": uniform}
-    best = min(errors, key=lambda way: errors[way])
-    return Shares(shared if best == "equal gain" else list(plans), best, errors)
+    ways = {"uniform": list(plans)}
+    if taken is not None:
+        chosen = {name: each[k] for name, each, k in zip(names, every, taken, strict=True)}
+        ways["equal gain"] = [
+            _as_offered(plan, chosen[plan.map.name]) if plan.map.name in chosen else plan for plan in plans
+        ]
+    distances = {way: distance.of(_replaced(shared, offers)) for way, shared in ways.items()}
+    best = min(distances, key=lambda way: distances[way])
+    return Shares(ways[best], best, distances)
 
 
-def _error(plans: Sequence[LayerPlan], offers: Mapping[str, Offers]) -> float:
-    return sum(
-        offers[plan.map.name].error(None if plan.max_bond is None else plan.structure, plan.max_bond or 0)
+def _replaced(plans: Sequence[LayerPlan], offers: Mapping[str, Offers]) -> dict[str, Replaced]:
+    return {
+        plan.map.name: offers[plan.map.name].replaced(plan)
         for plan in plans
-        if plan.map.name in offers
-    )
+        if plan.map.name in offers and plan.max_bond is not None
+    }
 
 
 def _as_offered(plan: LayerPlan, offer: Offer) -> LayerPlan:
