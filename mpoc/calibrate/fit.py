@@ -133,10 +133,14 @@ def _fit(metric: Metric, structure: Structure, bond: int, seed: int, start: MPO 
 
 
 def metric_of(matrix: Tensor, evidence: Evidence, gamma: float) -> Metric:
-    """What a fit minimises; of both second moments the share γ is replaced by its diagonal."""
+    """What a fit minimises; of both second moments the share γ is replaced by its diagonal.
+
+    Both get a ridge, so that at full bond the weight is met in every direction.
+    """
     m, outputs = evidence.moments, evidence.outputs
     if outputs is not None:
-        outputs = torch.lerp(outputs, torch.diag(outputs.diagonal()), gamma)
+        diagonal = outputs.diagonal()
+        outputs = (1 - gamma) * outputs + torch.diag(gamma * diagonal + RIDGE * diagonal.mean())
     return make_metric(
         matrix, m.second, m.mean, m.cross, m.dense_mean,
         centred=evidence.centred, gamma=gamma, ridge=RIDGE, outputs=outputs,

@@ -1,0 +1,133 @@
+"""One layer fitted to rows: against sums over the rows themselves."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import conv2d, unfold
+
+from mpoc.calibrate.fit import GAMMAS, Evidence, fit_calibrated, matrix_of, one_matrix, output_error
+from mpoc.calibrate.moments import Accumulator
+from mpoc.fit.ttsvd import tt_svd
+from mpoc.forms.mpo import MPO
+from mpoc.structure import Structure, low_rank_structure, make_structure
+
+N_Y, N_X = 12, 20
+
+
+def rows(count: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """x̃ and x, correlated, of falling scales, with means."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = torch.randn(2, count, N_X, generator=generator, dtype=torch.float64)
+    x = draw[0] * torch.logspace(0, -2, N_X) + torch.linspace(-1, 1, N_X)
+    mixing = torch.randn(N_X, N_X, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    x = x @ mixing / N_X**0.5
+    return x + 0.1 * draw[1] * x.std() + 0.05, x
+
+
+def evidence(given: Tensor, dense: Tensor, held: tuple[Tensor, Tensor], centred: bool = True) -> Evidence:
+    found = []
+    for mine, theirs in ((given, dense), held):
+        sums = Accumulator()
+        sums.add(mine, theirs)
+        found.append(sums.moments())
+    return Evidence(found[0], found[1], None, centred)
+
+
+def a_weight(seed: int = 1) -> Tensor:
+    return torch.randn(N_Y, N_X, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fit_of(structure: Structure, bond: int, known: Evidence, weight: Tensor | None = None):  # type: ignore[no-untyped-def]
+    weight = a_weight() if weight is None else weight
+    return fit_calibrated(weight, structure, bond, known, torch.float64, 0)
+
+
+LOW_RANK = low_rank_structure("linear", (N_Y, N_X))
+CHAIN = make_structure("linear", (N_Y, N_X), factors=((3, 4), (5, 4)))
+
+
+@pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
+@pytest.mark.parametrize("centred", [True, False])
+def test_errors_are_those_of_the_rows(structure: Structure, centred: bool) -> None:
+    given, held = rows(), rows(seed=5)
+    fit = fit_of(structure, 3, evidence(*given, held, centred))
+    everything = [torch.cat([a, b]) for a, b in zip(given, held, strict=True)]
+    error = everything[1] @ a_weight().T - everything[0] @ matrix_of(fit.form).T
+    whole = everything[1] @ a_weight().T
+    if centred:
+        assert fit.shift is not None
+        torch.testing.assert_close(error.mean(0), fit.shift)
+        error, whole = error - fit.shift, whole - whole.mean(0)
+    assert fit.output_error == pytest.approx(float(error.norm() / whole.norm()), rel=1e-6)
+    assert (fit.shift is None) == (not centred)
+
+
+@pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
+def test_exact_at_full_bond_where_inputs_are_those_of_the_dense_network(structure: Structure) -> None:
+    x = rows()[1]
+    fit = fit_of(structure, structure.full_bond, evidence(x, x, (x, x)))
+    torch.testing.assert_close(matrix_of(fit.form), a_weight())
+    assert fit.output_error < 1e-6
+    assert fit.relative_error < 1e-6
+
+
+@pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
+def test_outputs_are_nearer_than_by_tt_svd_of_the_weight(structure: Structure) -> None:
+    x, other = rows()[1], rows(seed=5)[1]
+    known = evidence(x, x, (other, other))
+    plain = tt_svd(a_weight(), structure, 3).form
+    for second in (known.seen, known.unseen):
+        fitted = output_error(a_weight(), matrix_of(fit_of(structure, 3, known).form), second)
+        assert fitted < output_error(a_weight(), matrix_of(plain), second)
+
+
+def test_more_bond_never_does_worse() -> None:
+    known = evidence(*rows(), rows(seed=5))
+    errors = [fit_of(LOW_RANK, bond, known).output_error for bond in range(1, N_Y)]
+    assert all(after <= before + 1e-9 for before, after in pairwise(errors))
+
+
+def test_what_the_compressed_network_changed_is_made_up_for() -> None:
+    """Inputs twice as large: the best weight is half as large, though W is what was asked for."""
+    x = rows()[1]
+    fit = fit_of(LOW_RANK, N_Y, evidence(2 * x, x, (2 * x, x)))
+    assert fit.output_error < 1e-3
+    assert fit.relative_error == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["one row", "constant", "dead unit", "zero weight"])
+@pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
+def test_inputs_that_say_little(kind: str, structure: Structure) -> None:
+    x = rows()[1]
+    weight = a_weight()
+    if kind == "one row":
+        x = x[:1]
+    elif kind == "constant":
+        x = torch.ones_like(x)
+    elif kind == "dead unit":
+        x[:, 3] = 0
+    else:
+        weight = torch.zeros_like(weight)
+    fit = fit_of(structure, 3, evidence(x, x, (x, x)), weight)
+    assert bool(torch.isfinite(matrix_of(fit.form)).all())
+    assert 0 <= fit.output_error <= 1 + 1e-9
+    assert fit.gamma in (*GAMMAS, 0.1, 0.3)
+
+
+def test_the_one_matrix_of_a_kernel_multiplies_patches() -> None:
+    kernel, x = torch.randn(6, 4, 3, 3, dtype=torch.float64), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    patches = unfold(x, 3).unflatten(1, (4, 9)).transpose(1, 2).flatten(1, 2)  # taps outermost
+    expected = conv2d(x, kernel).flatten(2)
+    torch.testing.assert_close(one_matrix(kernel, "conv2d", False) @ patches, expected)
+
+
+def test_the_matrix_of_a_form_is_that_of_its_weight() -> None:
+    structure = make_structure("conv2d", (6, 4, 3, 3))
+    kernel = torch.randn(6, 4, 3, 3, dtype=torch.float64)
+    form = tt_svd(kernel, structure, structure.full_bond).form
+    torch.testing.assert_close(matrix_of(form), one_matrix(kernel, "conv2d", False))
+    assert isinstance(form, MPO)

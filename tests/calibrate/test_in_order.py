@@ -1,0 +1,233 @@
+"""Compressing a checkpoint on data, from the file to the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import mpoc
+from mpoc.calibrate.study import CalibrationRequest
+from mpoc.errors import MpocError, UsageError
+from mpoc.manifest import read_manifest
+from mpoc.pipeline import Compression, compress_checkpoint
+from mpoc.recipe import make_recipe
+
+NET = """
+import torch
+from torch import nn
+
+def mlp():
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(),
+        nn.Linear(48, 32, bias=False), nn.Linear(32, 6),
+    )
+
+def conv():
+    torch.manual_seed(4)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16, momentum=1.0), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16, momentum=1.0), nn.ReLU(),
+        nn.Conv2d(16, 16, 3, groups=4), nn.Flatten(), nn.Linear(16 * 25, 6),
+    )
+    net(torch.rand(64, 3, 16, 16).cumsum(2) / 17)
+    return net
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(24, 2, batch_first=True), nn.Linear(24, 6)
+    def forward(self, x):
+        x = x[:, None]
+        return self.head(self.attention(x, x, x)[0][:, 0])
+
+def attention():
+    torch.manual_seed(4)
+    return Attention()
+"""
+
+
+class Case:
+    """A network, its checkpoint and data in a folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        (folder / "net.py").write_text(NET)
+        space: dict[str, Any] = {}
+        exec(NET, space)
+        self.network: nn.Module = space[name]().eval()
+        torch.save(self.network.state_dict(), folder / "m.pt")
+        generator = torch.Generator().manual_seed(0)
+        if name == "conv":
+            self.x = (torch.rand(200, 3, 16, 16, generator=generator).cumsum(2) * 15).byte()
+        else:
+            self.x = torch.randn(400, 5, generator=generator) @ torch.randn(5, 24, generator=generator) + 0.5
+        np.savez(
+            folder / "data.npz", x_train=self.x[::2].numpy(), y_train=np.zeros(len(self.x) // 2, np.int64)
+        )
+
+    @property
+    def arch(self) -> str:
+        return f"{self.folder}/net.py:{self.name}"
+
+    def compress(self, samples: int = 200, out: str = "o", **options: Any) -> Compression:
+        recipe = make_recipe(None, {"device": "cpu", **options})
+        request = CalibrationRequest(self.folder / "data.npz", samples)
+        path = self.folder / f"{out}.safetensors"
+        return compress_checkpoint(self.folder / "m.pt", path, recipe, arch=self.arch, calibration=request)
+
+    def plain(self, **options: Any) -> Compression:
+        recipe = make_recipe(None, {"device": "cpu", **options})
+        path = self.folder / "plain.safetensors"
+        return compress_checkpoint(self.folder / "m.pt", path, recipe, arch=self.arch)
+
+    def unseen(self) -> Tensor:
+        return self.x[1::2].float() / (255 if self.name == "conv" else 1)
+
+    @torch.no_grad()
+    def error(self, done: Compression) -> float:
+        """Relative, of outputs on inputs that the calibration has not seen."""
+        space: dict[str, Any] = {}
+        exec(NET, space)
+        loaded = mpoc.load(done.output, space[self.name]()).eval()
+        ours, dense = (net(self.unseen()).log_softmax(1) for net in (loaded, self.network))
+        return float((ours - dense).norm() / (dense - dense.mean(0)).norm())
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+@pytest.mark.parametrize("form", ["svd", "mpo", "auto"])
+def test_outputs_are_nearer_than_without_data(tmp_path: Path, name: str, form: str) -> None:
+    case = Case(tmp_path, name)
+    options: dict[str, Any] = {"ratio": 0.4}
+    if name == "conv":
+        options["exclude"] = ("6",)  # groups are fitted by their weights
+    done = case.compress(form=form, **options)
+    plain = case.plain(form="mpo" if form == "mpo" else "svd", **options)
+    assert done.manifest.rho_selected <= 0.4
+    assert case.error(done) < 0.8 * case.error(plain)
+    if form != "auto":
+        assert {layer.form for layer in done.manifest.replaced} == {form}
+
+
+def test_the_report_tells_what_was_done(tmp_path: Path) -> None:
+    done = Case(tmp_path, "mlp").compress(ratio=0.4)
+    manifest = read_manifest(done.output)
+    assert manifest == done.manifest
+    facts = manifest.calibration
+    distances = facts["shares"]["distances"]
+    assert (facts["data"]["name"], facts["samples"], facts["held_out"]) == ("data.npz", 175, 25)
+    assert facts["shares"]["chosen"] == min(distances, key=distances.get)
+    for layer in manifest.replaced:
+        assert layer.output_error is not None and layer.held_out_error is not None
+        assert layer.relative_error is not None and layer.output_error < layer.relative_error
+    assert [layer.name for layer in manifest.layers] == ["0.weight", "2.weight", "4.weight", "5.weight"]
+
+
+def test_biases_take_up_the_mean_and_nothing_else_changes(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    done = case.compress(bond=3, form="svd")
+    stored = load_file(done.output)
+    before = case.network.state_dict()
+    for name in ("0.bias", "2.bias", "5.bias"):
+        assert stored[name].dtype == before[name].dtype
+        assert not torch.equal(stored[name], before[name])
+    loaded = mpoc.load(done.output, _fresh(case)).eval()
+    with torch.no_grad():
+        x = case.x[::2]
+        assert float((loaded(x) - case.network(x)).mean(0).abs().max()) < 0.02
+
+
+def test_running_means_take_it_up_behind_a_convolution_without_bias(tmp_path: Path) -> None:
+    case = Case(tmp_path, "conv")
+    stored = load_file(case.compress(bond=4, form="svd").output)
+    before = case.network.state_dict()
+    kept = stored.keys() & before.keys()
+    assert {name for name in kept if not torch.equal(stored[name], before[name])} == {
+        "1.running_mean",
+        "4.running_mean",
+        "8.bias",
+    }
+
+
+def test_what_cannot_be_seen_is_fitted_by_its_weights_and_said(tmp_path: Path) -> None:
+    case = Case(tmp_path, "conv")
+    done = case.compress(bond=2, form="svd", allow_growth=True)
+    layer = next(layer for layer in done.manifest.layers if layer.name == "6.weight")
+    assert layer.form == "svd" and layer.output_error is None
+    assert any("by their weights alone" in note and "6" in note for note in done.notes)
+
+
+def test_attention_inside_a_module_is_fitted_by_its_weights(tmp_path: Path) -> None:
+    done = Case(tmp_path, "attention").compress(bond=3)
+    assert next(layer for layer in done.manifest.layers if "in_proj" in layer.name).output_error is None
+    assert (
+        next(layer for layer in done.manifest.layers if layer.name == "head.weight").output_error is not None
+    )
+
+
+def test_the_same_bytes_again(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    first, again = (case.compress(ratio=0.5, out=out).output.read_bytes() for out in ("a", "b"))
+    assert first == again
+
+
+def test_exact_at_full_bond(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    assert case.error(case.compress(bond=10**6, form="svd", allow_growth=True)) < 1e-4
+
+
+def test_a_dry_run_plans_by_the_same_shares(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    recipe = make_recipe(None, {"ratio": 0.5, "device": "cpu", "form": "svd"})
+    request = CalibrationRequest(tmp_path / "data.npz", 200)
+    planned = compress_checkpoint(
+        tmp_path / "m.pt",
+        tmp_path / "o.safetensors",
+        recipe,
+        dry_run=True,
+        arch=case.arch,
+        calibration=request,
+    )
+    done = case.compress(ratio=0.5, form="svd")
+    assert [layer.bonds for layer in planned.manifest.layers] == [
+        layer.bonds for layer in done.manifest.layers
+    ]
+
+
+@pytest.mark.parametrize("goal", [{"max_error": 0.1}, {"size": 10_000}])
+def test_goals_that_are_not_of_calibration(tmp_path: Path, goal: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--bond or --ratio"):
+        Case(tmp_path, "mlp").compress(**goal)
+
+
+def test_auto_needs_data(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs --calibrate"):
+        Case(tmp_path, "mlp").plain(bond=4, form="auto")
+
+
+def test_a_file_without_a_network_is_refused_before_any_work(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    request = CalibrationRequest(tmp_path / "data.npz")
+    with pytest.raises(UsageError, match="not the network's code"):
+        compress_checkpoint(
+            tmp_path / "m.pt", tmp_path / "o.safetensors", make_recipe(None, {"bond": 3}), calibration=request
+        )
+    assert case.folder.joinpath("o.safetensors").exists() is False
+
+
+def test_a_single_example_is_too_few(tmp_path: Path) -> None:
+    with pytest.raises(MpocError, match="at least 2"):
+        Case(tmp_path, "mlp").compress(samples=1, bond=3)
+
+
+def _fresh(case: Case) -> nn.Module:
+    space: dict[str, Any] = {}
+    exec(NET, space)
+    network: nn.Module = space[case.name]()
+    return network

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoc.calibrate.fit import Evidence, squared_error
+from mpoc.calibrate.moments import Accumulator, Moments
+from mpoc.calibrate.outputs import Replaced
+from mpoc.calibrate.share import Offers, share_by_gain
+from mpoc.plan import LayerPlan
+from mpoc.selection import LinearMap
+from mpoc.structure import low_rank_structure, make_structure
+
+SIDES = (16, 24)
+
+
+def moments(seed: int, count: int = 300) -> Moments:
+    generator = torch.Generator().manual_seed(seed)
+    sums = Accumulator()
+    sums.add(torch.randn(count, SIDES[1], generator=generator, dtype=torch.float64).cumsum(1) + 0.3)
+    return sums.moments()
+
+
+def known(centred: bool = True, weighed: bool = True) -> Evidence:
+    probes = torch.randn(40, SIDES[0], generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    return Evidence(moments(0), moments(1), probes.T @ probes / 40 if weighed else None, centred)
+
+
+def weight(seed: int) -> Tensor:
+    return torch.randn(SIDES, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def plan(name: str, bond: int) -> LayerPlan:
+    map = LinearMap(f"{name}.weight", "linear", SIDES, "float32", False)
+    return LayerPlan(map, low_rank_structure("linear", SIDES), "float32", bond)
+
+
+class Distance:
+    """Stands for the network: the squared errors of its layers summed, each with its own weight."""
+
+    def __init__(self, dense: Mapping[str, Tensor], importance: Mapping[str, float]) -> None:
+        self.dense, self.importance, self.asked = dense, importance, 0
+
+    def of(self, layers: Mapping[str, Replaced]) -> float:
+        self.asked += 1
+        return sum(
+            self.importance[name] * float((self.dense[name] - layer.weight).square().sum())
+            for name, layer in layers.items()
+        )
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("weighed", [True, False])
+def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> None:
+    evidence = known(centred, weighed)
+    offers = Offers(weight(3), make_structure("linear", SIDES), evidence, ("svd",))
+    structure = low_rank_structure("linear", SIDES)
+    for rank in (1, 4, 9, 16):
+        expected = squared_error(weight(3), offers.matrix(structure, rank), evidence.unseen, evidence.outputs)
+        assert offers.error(structure, rank) == pytest.approx(expected, rel=1e-8, abs=1e-9)
+
+
+def test_offers_of_both_forms_shrink_the_layer_but_for_the_dense_one() -> None:
+    structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
+    offers = Offers(weight(3), structure, known(), ("svd", "mpo")).every
+    forms = {None if offer.structure is None else offer.structure.form for offer in offers}
+    assert forms == {None, "svd", "mpo"}
+    assert [offer.error for offer in offers if offer.structure is None] == [0.0]
+    assert all(offer.parameters < 16 * 24 for offer in offers if offer.structure is not None)
+
+
+def shared(importance: dict[str, float], budget: int) -> Any:
+    plans = [plan("a", 4), plan("b", 4), plan("c", 4)]
+    dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
+    offers = {
+        name: Offers(matrix, make_structure("linear", SIDES), known(), ("svd",))
+        for name, matrix in dense.items()
+    }
+    named = {f"{name}.weight": value for name, value in importance.items()}
+    return share_by_gain(plans, offers, budget, Distance(dense, named)), plans  # type: ignore[arg-type]
+
+
+def test_layers_that_matter_to_the_outputs_get_more() -> None:
+    found, _ = shared({"a": 100.0, "b": 1.0, "c": 1.0}, 3 * 4 * 40)
+    stored = [one.record().num_stored for one in found.plans]
+    assert sum(stored) <= 3 * 4 * 40
+    assert found.chosen == "equal gain"
+    assert stored[0] > max(stored[1:])
+    assert found.distances["equal gain"] < found.distances["uniform"]
+
+
+def test_uniform_shares_stay_where_the_outputs_prefer_them() -> None:
+    """Together the layers do not do what they did alone."""
+
+    class Contrary(Distance):
+        def of(self, layers: Mapping[str, Replaced]) -> float:
+            alone = super().of(layers)
+            return alone if len(layers) == 1 else float(self.asked)  # the first asked for is uniform
+
+    plans = [plan("a", 4), plan("b", 4)]
+    dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
+    offers = {
+        name: Offers(matrix, make_structure("linear", SIDES), known(), ("svd",))
+        for name, matrix in dense.items()
+    }
+    distance = Contrary(dense, dict.fromkeys(dense, 1.0))
+    found = share_by_gain(plans, offers, 320, distance)  # type: ignore[arg-type]
+    assert found.chosen == "uniform"
+    assert found.plans == plans
+
+
+def test_a_budget_below_every_offer_leaves_the_plans() -> None:
+    found, plans = shared({"a": 1.0, "b": 1.0, "c": 1.0}, 10)
+    assert (found.chosen, found.plans) == ("uniform", plans)
+
+
+def test_layers_that_take_no_part_stay() -> None:
+    plans = [plan("a", 4), replace(plan("b", 4), max_bond=None, reason="the recipe leaves it dense")]
+    offers = {"a.weight": Offers(weight(0), make_structure("linear", SIDES), known(), ("svd",))}
+    distance = Distance({"a.weight": weight(0)}, {"a.weight": 1.0})
+    found = share_by_gain(plans, offers, 200, distance)  # type: ignore[arg-type]
+    assert found.plans[1] == plans[1]
