@@ -59,7 +59,7 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
     for key in options.keys() & {"size", "dtype", "device", "max_shard_size"}:
         raise UsageError(f"{key}: for files only; in memory a network keeps its device and dtype")
     sample = options.pop("input_shape", None)
-    recipe = make_recipe(None, _recipe_options(options))
+    recipe = make_recipe(None, _recipe_options(options)).with_form(calibrated=False)
     checkpoint = _as_checkpoint(model)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
     if sample is not None and recipe.conv != "map":

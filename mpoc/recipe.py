@@ -58,7 +58,7 @@ class Recipe:
     ratio: float | None = None  # ceiling on ρ over the selected layers
     max_error: float | None = None  # relative error of each layer
     size: int | None = None  # ceiling on the output, bytes
-    form: str | None = None  # None: "auto", the best for each layer, where calibrated, else "mpo"
+    form: str | None = None  # None: "auto", each layer's best, of a calibrated budget, else "mpo"
     sites: int | None = None
     shape: tuple[ShapeRule, ...] = ()
     conv: str = "kernel"  # what of a convolution is factorised: its kernel, or the whole map
@@ -80,11 +80,16 @@ class Recipe:
         Raises:
             UsageError: a form, or a goal, that needs or excludes calibration.
         """
-        if not calibrated and "auto" in (self.form, *(rule.form for rule in self.rules)):
-            raise UsageError("--form auto compares what layers do: it needs --calibrate", "--calibrate DATA")
+        if "auto" in (self.form, *(rule.form for rule in self.rules)):
+            if not calibrated:
+                hint = "--calibrate DATA"
+                raise UsageError("--form auto compares what layers do: it needs --calibrate", hint)
+            if self.ratio is None:
+                raise UsageError("--form auto shares out a budget: it needs --ratio", "--ratio 0.5")
         if calibrated and (self.max_error is not None or self.size is not None):
             raise UsageError("--calibrate shares out parameters: --bond or --ratio", "--ratio 0.5")
-        return replace(self, form=self.form or "auto") if calibrated else self
+        budget = calibrated and self.ratio is not None
+        return replace(self, form=self.form or ("auto" if budget else "mpo"))
 
     def rule_for(self, name: str) -> LayerRule:
         """All rules that match ``name`` merged, later ones winning."""

@@ -79,7 +79,7 @@ def compress(
         typer.Option(
             metavar="mpo|svd|auto",
             help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. auto: for each layer "
-            "the best, with --calibrate, where it is the default.",
+            "the best, with --calibrate and --ratio, where it is the default.",
             rich_help_panel=_HOW,
         ),
     ] = None,

@@ -211,6 +211,16 @@ def test_auto_needs_data(tmp_path: Path) -> None:
         Case(tmp_path, "mlp").plain(bond=4, form="auto")
 
 
+def test_auto_shares_out_a_budget(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs --ratio"):
+        Case(tmp_path, "mlp").compress(bond=4, form="auto")
+
+
+def test_in_memory_there_is_no_auto() -> None:
+    with pytest.raises(UsageError, match="needs --calibrate"):
+        mpoc.compress(nn.Linear(8, 8), ratio=0.5, form="auto")
+
+
 def test_a_file_without_a_network_is_refused_before_any_work(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     request = CalibrationRequest(tmp_path / "data.npz")
