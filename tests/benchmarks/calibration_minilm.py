@@ -4,9 +4,10 @@
 
 The 36 linear layers of the encoder at equal ρ, by plain TT-SVD (``mpoc compress``: four or five sites, and
 two), plain SVD (``--form svd``), SVD whitened by each layer's inputs in the dense network (SVD-LLM, written
-here, with torch alone) and ``mpoc compress --calibrate``. Calibrated on ``text/docstrings-calibration.jsonl``;
-measured on ``text/docstrings-test.jsonl``, which no method sees: 128 tokens, mean over real tokens, normalised.
-Cosine: mean over texts to the original's embedding. Spearman: of the similarities of all pairs of texts.
+here, with torch alone) and ``mpoc compress --calibrate``. Calibrated on
+``text/docstrings-calibration.jsonl``; measured on ``text/docstrings-test.jsonl``, which no method sees: 128
+tokens, mean over real tokens, normalised. Cosine: mean over texts to the original's embedding. Spearman: of the
+similarities of all pairs of texts.
 """
 
 import argparse
@@ -18,7 +19,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from benchmarking import markdown_table, require_file, run_mpoc
 from torch import Tensor, nn
@@ -50,8 +50,8 @@ def embed(model: nn.Module, tokenizer: Any, texts: list[str]) -> Tensor:
 def spearman(ours: Tensor, original: Tensor) -> float:
     """Of the cosines of all pairs."""
     upper = torch.triu_indices(len(ours), len(ours), 1)
-    ranks = [(e @ e.T)[upper[0], upper[1]].argsort().argsort().double().numpy() for e in (ours, original)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    ranks = [(e @ e.T)[upper[0], upper[1]].argsort().argsort().double() for e in (ours, original)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
 @torch.no_grad()
