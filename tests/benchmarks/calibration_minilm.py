@@ -6,8 +6,8 @@ The 36 linear layers of the encoder at equal ρ, by plain TT-SVD (``mpoc compres
 two), plain SVD (``--form svd``), SVD whitened by each layer's inputs in the dense network (SVD-LLM, written
 here, with torch alone) and ``mpoc compress --calibrate``. Calibrated on
 ``text/docstrings-calibration.jsonl``; measured on ``text/docstrings-test.jsonl``, which no method sees: 128
-tokens, mean over real tokens, normalised. Cosine: mean over texts to the original's embedding. Spearman: of the
-similarities of all pairs of texts.
+tokens, mean over real tokens, normalised. Cosine: mean over texts to the original's embedding. Spearman: of
+the similarities of all pairs of texts.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoTokenizer
 import mpoc
 
 LAYERS = "encoder*"
-CALIBRATED = (["--form", "svd"], ["--form", "mpo"], [])
+CALIBRATED: tuple[list[str], ...] = (["--form", "svd"], ["--form", "mpo"], [])
 
 
 def batches(tokenizer: Any, texts: list[str]) -> Iterator[Any]:
