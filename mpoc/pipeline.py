@@ -116,16 +116,17 @@ def compress_checkpoint(
     if calibration is not None:
         calibrated = _calibrated(checkpoint, arch, calibration, recipe, plans, device)
         plans, notes = calibrated.share(plans), [*notes, *calibrated.notes]
+    facts = calibrated.facts() if calibrated else {}
     if dry_run:
-        return _dry_run(checkpoint, selection, recipe, plans, output, device, notes, progress)
+        done = _dry_run(checkpoint, selection, recipe, plans, output, device, notes, progress)
+        return replace(done, manifest=replace(done.manifest, calibration=facts))
     with staged(output) as target:
         spool = Spool(target.with_name(f"{target.name}.cores"))
         try:
             fits = calibrated.fit(plans) if calibrated else _fit_each(checkpoint, plans, recipe, device)
             records, seconds, fitted = _collect(fits, [plan.map.name for plan in plans], spool, progress)
             manifest = make_manifest(checkpoint, selection, recipe, records)
-            if calibrated:
-                manifest = replace(manifest, calibration=calibrated.facts())
+            manifest = replace(manifest, calibration=facts)
             _refuse_nothing_gained(manifest)
             entries = _entries(checkpoint, fitted)
             _write(target, checkpoint, entries, manifest, recipe.max_shard_size)

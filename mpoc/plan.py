@@ -133,7 +133,10 @@ def _structure(
     kind = map.kind if geometry is None else "convmap"
     _, outputs, inputs = lead_outputs_inputs(kind, map.shape, map.transposed, geometry)
     factors, sites = recipe.factors_for(map.name, outputs, inputs), rule.sites or recipe.sites
-    if (rule.form or recipe.form) not in ("svd", "auto") or factors is not None:
+    form = rule.form or recipe.form
+    if geometry is not None and form == "auto":
+        form = "mpo"
+    if form not in ("svd", "auto") or factors is not None:
         return make_structure(kind, map.shape, map.transposed, sites, factors, geometry)
     if geometry is not None:
         raise UsageError("--form svd is of kernels, not of whole maps", "--conv kernel")

@@ -36,7 +36,7 @@ def open_calibration(
 ) -> CalibrationData:
     """Draw examples of the training split, or of the first there is.
 
-    What ``mpoc eval`` holds out of a set without other splits is not drawn, unless ``options.held_out`` is 0.
+    What a training of the network on this set held out, so that ``mpoc eval`` measures it, is not drawn.
 
     Args:
         options: which data set.
@@ -50,8 +50,8 @@ def open_calibration(
         MpocError: bad data, or fewer than two examples.
     """
     if samples < 2 or not 0 < held_out < 1:
-        raise UsageError(f"{samples} samples, {held_out:g} of them held out: at least 2, and between 0 and 1")
-    material = open_material(options, model, seed)
+        raise UsageError(f"--calibration-samples {samples}: at least 2, one to fit on and one held out")
+    material = open_material(options, model, None)
     split = "train" if "train" in material.data.splits else next(iter(material.data.splits))
     feed = material.feed(split)
     if len(feed) < 2:

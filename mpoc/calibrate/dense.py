@@ -15,6 +15,7 @@ from mpoc.calibrate.inputs import Layer
 from mpoc.calibrate.interest import Pooling, direction, output_of_interest
 from mpoc.calibrate.moments import Moments, product
 from mpoc.calibrate.trace import Trace
+from mpoc.errors import MpocError
 from mpoc.train.call import Batch, Call, to_device
 from mpoc.train.settings import derived_seed
 
@@ -56,7 +57,7 @@ def dense_pass(
         seed: of the directions.
 
     Raises:
-        MpocError: the data give a layer no rows.
+        MpocError: the data give a layer no rows, or outputs are not finite.
     """
     run = _Run(network, trace)
     device = device_of(network)
@@ -73,6 +74,11 @@ def dense_pass(
             run.index, part = index, to_device(batch, device)
             run.mask = part.get("attention_mask")
             values, are_logits = output_of_interest(call(network, part), part, pooling)
+            if not bool(values.isfinite().all()):
+                raise MpocError(
+                    f"the outputs of the network, a {type(network).__name__}, are not finite on these data",
+                    "look at data and checkpoint for NaN: mpoc eval",
+                )
             for probe in range(probes if values.requires_grad else 0):
                 generator = torch.Generator(device).manual_seed(derived_seed(seed, "direction", index, probe))
                 values.backward(direction(values, are_logits, generator), retain_graph=probe + 1 < probes)

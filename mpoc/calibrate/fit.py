@@ -184,4 +184,5 @@ def squared_error(matrix: Tensor, found: Tensor, second: Second, outputs: Tensor
     """E of (Wx − Ŵx̃)ᵀ G (Wx − Ŵx̃) about the means; G = ``outputs``, None for the identity."""
     left, middle = matrix @ second.dense - found @ second.cross.T, matrix @ second.cross
     error = left @ matrix.T - (middle - found @ second.mine) @ found.T
-    return max(0.0, float(error.trace() if outputs is None else (error * outputs).sum()))
+    found_error = float(error.trace() if outputs is None else (error * outputs).sum())
+    return math.inf if math.isnan(found_error) else max(0.0, found_error)

@@ -155,7 +155,8 @@ class InOrder:
         if fitted.cores:
             new[fitted.record.name] = _weight(fitted)
         for name, tensor in new.items():
-            state[self._study.places[name]].copy_(tensor)
+            if name in self._study.places:
+                state[self._study.places[name]].copy_(tensor)
 
 
 def _weight(fitted: Fitted) -> Tensor:

@@ -49,10 +49,13 @@ def read_pooling(path: Path) -> Pooling | None:
     if not file.is_file():
         return None
     modules = _read(file)
-    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        return None
-    config = _read(path / modules[1]["path"] / "config.json")
+    try:
+        kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+        if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+            return None
+        config = dict(_read(path / modules[1]["path"] / "config.json"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise MpocError(f"{file}: damaged ({error!r})") from error
     chosen = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
     mode = modes.get(chosen[0]) if len(chosen) == 1 else None

@@ -7,7 +7,7 @@ example add up, and more so in front of a mean over positions.  What the network
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class OutputDistance:
             **dict(self._network.named_parameters()),
             **dict(self._network.named_buffers()),
         }
-        self._dense = self._outputs(study.network)
+        self._dense = list(self._outputs(study.network))
 
     @torch.no_grad()
     def of(self, layers: Mapping[str, Replaced]) -> float:
@@ -79,8 +79,9 @@ class OutputDistance:
         return total / rows
 
     @torch.no_grad()
-    def _outputs(self, network: nn.Module) -> list[tuple[Tensor, bool]]:
+    def _outputs(self, network: nn.Module) -> Iterator[tuple[Tensor, bool]]:
         data, device = self._study.data, self._study.device
         with at_rest(network):
-            batches = (to_device(batch, device) for batch in data.held_out)
-            return [output_of_interest(data.call(network, batch), batch, data.pooling) for batch in batches]
+            for batch in data.held_out:
+                part = to_device(batch, device)
+                yield output_of_interest(data.call(network, part), part, data.pooling)

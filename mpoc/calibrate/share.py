@@ -139,9 +139,8 @@ def share_by_gain(
     """
     names = [plan.map.name for plan in plans if plan.map.name in offers]
     for plan in plans:
-        if plan.map.name in offers and plan.max_bond is not None:
-            name, own = plan.map.name, offers[plan.map.name]
-            own.scale_to(distance.of({name: own.replaced(plan)}), plan.structure, plan.max_bond)
+        if plan.map.name in offers:
+            _scale(offers[plan.map.name], plan, distance)
     every = [offers[name].every for name in names]
     taken = share_out([[(offer.parameters, offer.error) for offer in each] for each in every], budget)
     ways = {"uniform": list(plans)}
@@ -153,6 +152,19 @@ def share_by_gain(
     distances = {way: distance.of(_replaced(shared, offers)) for way, shared in ways.items()}
     best = min(distances, key=lambda way: distances[way])
     return Shares(ways[best], best, distances)
+
+
+def _scale(offers: Offers, plan: LayerPlan, distance: OutputDistance) -> None:
+    """Errors as the network's outputs feel them, at the layer's plan, else at its largest offer."""
+    if plan.max_bond is None:
+        smaller = [offer for offer in offers.every if offer.structure is not None]
+        if not smaller:
+            return
+        largest = max(smaller, key=lambda offer: offer.parameters)
+        plan = _as_offered(plan, largest)
+    assert plan.max_bond is not None
+    far = distance.of({plan.map.name: offers.replaced(plan)})
+    offers.scale_to(far, plan.structure, plan.max_bond)
 
 
 def _replaced(plans: Sequence[LayerPlan], offers: Mapping[str, Offers]) -> dict[str, Replaced]:

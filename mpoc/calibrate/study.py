@@ -17,9 +17,11 @@ from mpoc.calibrate.gather import Positions
 from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.pair import PairPass
 from mpoc.calibrate.trace import Trace, trace
+from mpoc.network import same_tensor
 from mpoc.train.material import DataOptions
 from mpoc.train.model import open_model
 
+_WIDEST = 12_288  # outputs or inputs: the second moments are squares of that, in float64
 _PROBES = 2  # random directions in the output, a batch
 _POSITIONS = 64  # of a convolution, an example: more are nearly the same rows again
 
@@ -53,7 +55,7 @@ class Study:
 
     Raises:
         UsageError: no architecture is known, or data and network do not fit.
-        MpocError: bad data.
+        MpocError: bad data, or a network that gives numbers that are not finite.
     """
 
     def __init__(
@@ -65,16 +67,17 @@ class Study:
         seed: int,
         device: torch.device,
     ) -> None:
-        self._request = request
+        self._request, self._source = request, source
         model = open_model(source, arch)
         self.places = model.places  # name in the checkpoint → in the network
         self.network = model.network.to(device)
         self.data: CalibrationData = open_calibration(
-            DataOptions(request.data, held_out=0.0), model, request.samples, seed=seed
+            DataOptions(request.data), model, request.samples, seed=seed
         )
         self.device = device
         self._positions = Positions(_POSITIONS, seed)
-        self._named = {self.places[name]: name for name in names if name in self.places}
+        self._reasons = {name: why for name in names if (why := self._why_not(name))}
+        self._named = {self.places[name]: name for name in names if name not in self._reasons}
         self._trace: Trace = trace(self.network, self.data.call, self.data.batches[0], self._named)
         self._dense = self._pass(self.data.batches, _PROBES, seed)
         self._held_out = self._pass(self.data.held_out, 0, seed)
@@ -86,7 +89,20 @@ class Study:
         counts = [
             sum(len(next(iter(b.values()))) for b in part) for part in (self.data.batches, self.data.held_out)
         ]
-        return {"data": {"name": self._request.data.name}, "samples": counts[0], "held_out": counts[1]}
+        return {
+            "data": {"name": self._request.data.resolve().name},
+            "samples": counts[0],
+            "held_out": counts[1],
+        }
+
+    def _why_not(self, name: str) -> str:
+        """Why a weight is not looked at; empty where it is."""
+        parameters = dict(self.network.named_parameters(remove_duplicate=False))
+        if self.places.get(name) not in parameters:
+            return "not in the network"
+        shape = parameters[self.places[name]].shape
+        outputs, inputs = shape[0], shape[1:].numel()
+        return f"wider than {_WIDEST:,}" if max(outputs, inputs) > _WIDEST else ""
 
     @property
     def groups(self) -> list[list[str]]:
@@ -97,7 +113,7 @@ class Study:
     @property
     def reasons(self) -> dict[str, str]:
         """Weight → why nothing is known of its inputs."""
-        found = {self._named[weight]: why for weight, why in self._trace.reasons.items()}
+        found = self._reasons | {self._named[weight]: why for weight, why in self._trace.reasons.items()}
         for weight, moments in self._dense.moments.items():
             if moments.second.dim() != 2:
                 found[self._named[weight]] = "an embedding" if moments.second.dim() == 1 else "groups"
@@ -156,11 +172,14 @@ class Study:
 
     def _means(self, named: dict[str, str]) -> dict[str, TakenUp]:
         """What takes up the mean of each layer: its bias, else the norm that alone takes its outputs."""
-        found = {}
+        found, tied = {}, same_tensor(self.network)
         for weight, name in self._named.items():
             bias = weight.removesuffix("weight") + "bias"
             norm = self._trace.norms.get(weight)
-            if weight.endswith("weight") and bias in named and weight in self._trace.layers:
+            layer = self._trace.layers.get(weight)
+            if layer is None or len(layer.modules) > 1:
+                continue
+            if weight.endswith("weight") and bias in named and len(tied[bias]) == 1:
                 found[name] = TakenUp(named[bias], 1)
             elif norm is not None and f"{norm}.running_mean" in named:
                 found[name] = TakenUp(named[f"{norm}.running_mean"], -1)

@@ -144,8 +144,9 @@ def compress(
         ),
     ] = None,
     calibration_samples: Annotated[
-        int, typer.Option(help="How many of their examples at most.", rich_help_panel=_HOW)
-    ] = 512,
+        int | None,
+        typer.Option(help="How many of their examples at most. Default: 512.", rich_help_panel=_HOW),
+    ] = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -225,7 +226,9 @@ def compress(
         if eval_data is not None and dry_run:
             raise UsageError("--eval measures what was written, and --dry-run writes nothing")
         before = _measure(model, eval_data, arch, device, words)
-        calibration = None if calibrate is None else (calibrate, calibration_samples)
+        if calibration_samples is not None and calibrate is None:
+            raise UsageError("--calibration-samples is of use with --calibrate only", "--calibrate DATA")
+        calibration = None if calibrate is None else (calibrate, calibration_samples or 512)
         done = _run(model, output, recipe, options, force, dry_run, arch, calibration, words)
         after = _measure(done.output, eval_data, arch, device, words)
         if as_json:
@@ -281,6 +284,8 @@ def _run(
     recipe = make_recipe(recipe_file, options)
     words.say(f"device {choose_device(recipe.device)}")
     target = output or default_output(model)
+    if calibration is not None:
+        words.say(f"calibrating on {calibration[0]}: first the dense network, then layer by layer")
     with layer_progress(words) as progress:
         request = None if calibration is None else CalibrationRequest(*calibration)
         done = compress_checkpoint(model, target, recipe, force, dry_run, progress, arch, request)

@@ -13,6 +13,7 @@ so T is W itself where x̃ = x, and also in directions that no input has.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -36,7 +37,8 @@ class Metric:
         """f of ``matrix`` (N_y, N_x), in float64."""
         error = self.target - matrix.double()
         weighted = error if self.outputs is None else self.outputs @ error
-        return max(0.0, float((weighted * (error @ self.inputs)).sum()))
+        value = float((weighted * (error @ self.inputs)).sum())
+        return math.inf if math.isnan(value) else max(0.0, value)
 
     @cached_property
     def input_root(self) -> Tensor:

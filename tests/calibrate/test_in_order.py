@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import mpoc
 from mpoc.calibrate.study import CalibrationRequest
 from mpoc.errors import MpocError, UsageError
+from mpoc.input_shape import parse_input_shape
 from mpoc.manifest import read_manifest
 from mpoc.pipeline import Compression, compress_checkpoint
 from mpoc.recipe import make_recipe
@@ -241,3 +242,66 @@ def _fresh(case: Case) -> nn.Module:
     exec(NET, space)
     network: nn.Module = space[case.name]()
     return network
+
+
+def test_a_recipe_s_error_for_one_layer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('ratio = 0.5\n[layer."0"]\nmax-error = 0.1\n')
+    case = Case(tmp_path, "mlp")
+    request = CalibrationRequest(tmp_path / "data.npz")
+    recipe = make_recipe(tmp_path / "recipe.toml", {})
+    output = tmp_path / "o.safetensors"
+    with pytest.raises(UsageError, match="--bond or --ratio"):
+        compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=case.arch, calibration=request)
+
+
+def test_a_network_whose_outputs_are_not_finite_is_refused(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    state = {**case.network.state_dict(), "0.bias": torch.full((48,), float("nan"))}
+    torch.save(state, tmp_path / "m.pt")
+    with pytest.raises(MpocError, match="not finite on these data"):
+        case.compress(ratio=0.5)
+
+
+def test_a_whole_map_is_fitted_by_its_weights(tmp_path: Path) -> None:
+    case = Case(tmp_path, "conv")
+    recipe = make_recipe(
+        None, {"ratio": 0.6, "conv": "map", "input_shape": (parse_input_shape("3=16x16:stride=2,padding=0"),),
+               "layers": ("3", "8"), "device": "cpu"}
+    )  # fmt: skip
+    request = CalibrationRequest(tmp_path / "data.npz", 60)
+    output = tmp_path / "o.safetensors"
+    done = compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=case.arch, calibration=request)
+    kinds = {layer.name: layer.kind for layer in done.manifest.layers}
+    assert kinds["8.weight"] == "linear"
+
+
+def test_a_dry_run_tells_of_the_calibration(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    recipe = make_recipe(None, {"ratio": 0.5, "device": "cpu", "form": "svd"})
+    request = CalibrationRequest(tmp_path / "data.npz", 60)
+    output = tmp_path / "o.safetensors"
+    planned = compress_checkpoint(
+        tmp_path / "m.pt", output, recipe, dry_run=True, arch=case.arch, calibration=request
+    )
+    assert planned.manifest.calibration["shares"]["chosen"] in ("uniform", "equal gain")
+
+
+def test_a_bias_of_two_layers_is_left_alone(tmp_path: Path) -> None:
+    """What one layer's mean needs is not what the other's does."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def shared():\n"
+        "    net = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))\n"
+        "    net[2].bias = net[0].bias\n"
+        "    return net\n"
+    )
+    network = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24))
+    network[2].bias = network[0].bias
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    x = torch.randn(60, 24)
+    np.savez(tmp_path / "data.npz", x_train=x.numpy(), y_train=x[:, :24].numpy())
+    request = CalibrationRequest(tmp_path / "data.npz", 60)
+    arch, output = f"{tmp_path}/net.py:shared", tmp_path / "o.safetensors"
+    recipe = make_recipe(None, {"bond": 4, "form": "svd", "device": "cpu"})
+    compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=arch, calibration=request)
+    assert torch.equal(load_file(output)["0.bias"], network.state_dict()["0.bias"])
