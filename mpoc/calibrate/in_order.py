@@ -21,12 +21,13 @@ from mpoc.calibrate.outputs import OutputDistance
 from mpoc.calibrate.share import Offers, Shares, share_by_gain
 from mpoc.calibrate.study import Study
 from mpoc.checkpoint import Checkpoint
+from mpoc.factors import wide_factors
 from mpoc.fitting import Fitted, check_cores, fit_layer, read_finite, rounded
 from mpoc.forms.mpo import MPO
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.recipe import Recipe
-from mpoc.structure import Structure, lead_outputs_inputs, make_structure, wide_factors
+from mpoc.structure import Structure, lead_outputs_inputs, make_structure
 
 
 class InOrder:
