@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from mpoc import zoo
 from mpoc.calibrate.data import CalibrationData, open_calibration
 from mpoc.calibrate.interest import Pooling
+from mpoc.data.fingerprint import fingerprint
 from mpoc.errors import MpocError, UsageError
 from mpoc.train.call import Batch
 from mpoc.train.material import DataOptions
@@ -58,10 +60,17 @@ def test_the_draw(tmp_path: Path) -> None:
     assert len(numbers(opened(tmp_path, 2).held_out)) == 1
 
 
-def test_what_eval_holds_out_is_not_drawn(tmp_path: Path) -> None:
-    np.savez(tmp_path / "lone.npz", x=pixels(100, 28, 28), y=np.arange(100) % 10)
-    found = open_calibration(DataOptions(tmp_path / "lone.npz"), lenet5(tmp_path), 1000)
-    assert "90 of 90 examples of train" in found.notes[-1]
+def test_what_a_training_held_out_is_not_drawn(tmp_path: Path) -> None:
+    """``mpoc eval`` measures that part."""
+    path = tmp_path / "lone.npz"
+    np.savez(path, x=pixels(100, 28, 28), y=np.arange(100) % 10)
+    model = lenet5(tmp_path)
+    found = open_calibration(DataOptions(path), model, 1000)
+    assert "100 of 100 examples of train" in found.notes[-1]
+    record = {"data": {"fingerprint": fingerprint(path, "npz"), "held_out": 0.2}}
+    model = replace(model, stored=replace(model.stored, history=record))
+    found = open_calibration(DataOptions(path), model, 1000)
+    assert "80 of 80 examples of train" in found.notes[-1]
 
 
 @pytest.mark.parametrize(("samples", "share"), [(1, 0.1), (10, 0.0), (10, 1.0)])
@@ -80,7 +89,8 @@ def test_texts_of_one_length_are_together(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("mpoc.calibrate.data._TOKENS", 24)
     tiny("bert").save_pretrained(tmp_path / "bert")
     folder(tmp_path / "bert", mean_tokens=True)
-    words = [" ".join(["ab"] * (1 + k % 5)) for k in range(40)]
+    alphabet = "".join(map(chr, range(33, 33 + 99)))  # as many as the network knows
+    words = [(alphabet * 2)[8 * k % 99 :][: 2 + 3 * (k % 5)] for k in range(40)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     model = open_model(tmp_path / "bert", None)
     options = DataOptions(tmp_path / "texts.jsonl", block=12, held_out=0.0)
