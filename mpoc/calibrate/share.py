@@ -20,11 +20,12 @@ from mpoc.curves import share_out
 from mpoc.fit.weighted_mpo import weighted_fit
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.layout import from_matrix
+from mpoc.forms.mpo import MPO
 from mpoc.plan import LayerPlan
 from mpoc.structure import Structure, low_rank_structure
 
 _GAMMA, _MPO_GAMMA = 0.02, 0.2  # of the curves; each fit chooses its own
-_BONDS = 6  # at how many an MPO's curve is computed
+_BONDS = 4  # at how many an MPO's curve is computed
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Offers:
         self._low_rank = low_rank_structure(structure.kind, structure.shape, structure.transposed)
         self._svd = weighted_svd(metric_of(matrix, evidence, _GAMMA))
         self._errors = self._low_rank_errors()
+        self._forms: dict[tuple[tuple[int, ...], tuple[int, ...], int], MPO] = {}  # fitted so far
         self.every = [Offer(None, 0, structure.num_original, 0.0)]
         if "svd" in forms:
             self.every += self._of_svd()
@@ -77,8 +79,11 @@ class Offers:
         """Ŵ (N_y, N_x) of this choice, fitted to the dense network's inputs."""
         if structure.form == "svd":
             return self._svd.left[:, :bond] @ self._svd.right[:bond]
-        metric = metric_of(self._matrix, self._evidence, _MPO_GAMMA)
-        return matrix_of(weighted_fit(metric, structure, bond, max_stretches=1).form)
+        key = structure.output_factors, structure.input_factors, bond
+        if key not in self._forms:
+            metric = metric_of(self._matrix, self._evidence, _MPO_GAMMA)
+            self._forms[key] = weighted_fit(metric, structure, bond, max_stretches=1).form
+        return matrix_of(self._forms[key])
 
     def replaced(self, plan: LayerPlan) -> Replaced:
         """The layer as the plan has it, were it compressed alone."""
