@@ -190,8 +190,9 @@ def _calibrated(
     from mpoc.calibrate.in_order import InOrder
     from mpoc.calibrate.study import Study
 
-    names = [plan.map.name for plan in plans if plan.structure.geometry is None]
-    study = Study(checkpoint.path, arch, request, names, recipe.seed, device)
+    names = [plan.map.name for plan in plans]
+    maps = {plan.map.name: "a whole map" for plan in plans if plan.structure.geometry is not None}
+    study = Study(checkpoint.path, arch, request, names, recipe.seed, device, maps)
     return InOrder(study, checkpoint, recipe, device)
 
 

@@ -136,7 +136,7 @@ def _structure(
     form = rule.form or recipe.form
     if geometry is not None and form == "auto":
         form = "mpo"
-    if form not in ("svd", "auto") or factors is not None:
+    if form not in ("svd", "auto") or factors is not None or sites is not None:
         return make_structure(kind, map.shape, map.transposed, sites, factors, geometry)
     if geometry is not None:
         raise UsageError("--form svd is of kernels, not of whole maps", "--conv kernel")

@@ -88,7 +88,9 @@ class Recipe:
                 raise UsageError("--form auto shares out a budget: it needs --ratio", "--ratio 0.5")
         errors = (self.max_error, *(rule.max_error for rule in self.rules))
         if calibrated and (self.size is not None or any(error is not None for error in errors)):
-            raise UsageError("--calibrate shares out parameters: --bond or --ratio", "--ratio 0.5")
+            raise UsageError(
+                "--max-error and --size do not go with --calibrate: --bond or --ratio", "--ratio 0.5"
+            )
         budget = calibrated and self.ratio is not None
         return replace(self, form=self.form or ("auto" if budget else "mpo"))
 

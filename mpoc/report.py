@@ -14,6 +14,8 @@ from mpoc.manifest import MANIFEST_FILE, LayerRecord, Manifest
 SCHEMA = "mpoc.report/1"
 # Above this share of a weight's norm lost, a network without fine-tuning is usually badly hurt.
 LARGE_ERROR = 0.1
+# The same of a layer's outputs after calibration, where later layers make up for a part.
+LARGE_OUTPUT_ERROR = 0.3
 
 _COLUMNS = (
     "layer",
@@ -142,9 +144,12 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
         f"({calibration.get('held_out', 0):,} held out), layers in the order of the network"
     )
     shares = calibration.get("shares", {})
-    if shares:
-        found = ", ".join(f"{way} {far:.4g}" for way, far in shares.get("distances", {}).items())
-        line += f"; shares: {shares.get('chosen', '?')} (distance of held-out outputs: {found})"
+    if any(shares.get("distances", {}).values()):
+        found = ", ".join(f"{way} {far:.4g}" for way, far in shares["distances"].items())
+        line += (
+            f"; budget shared out by {shares.get('chosen', '?')} (mean distance of the network's held-out "
+            f"outputs from the dense ones, before the fit in order: {found})"
+        )
     return [line]
 
 
@@ -171,7 +176,7 @@ def training_lines(training: dict[str, Any]) -> list[str]:
 def _advice(manifest: Manifest) -> list[str]:
     """A plain word where the result cannot be used as it is."""
     if manifest.calibration:
-        return []  # the weight's own error then says little
+        return _calibrated_advice(manifest)
     errors = [layer.relative_error for layer in manifest.replaced if layer.relative_error is not None]
     large = [error for error in errors if error > LARGE_ERROR]
     if not large:
@@ -180,6 +185,19 @@ def _advice(manifest: Manifest) -> list[str]:
         f"{len(large)} of {len(errors)} replaced layers lost more than {LARGE_ERROR:.0%} of their weight's "
         f"norm (worst {max(large):.0%}): a network usually needs fine-tuning after that; measure its "
         "accuracy before use. A larger --bond or --ratio, or --max-error 0.1, loses less."
+    ]
+
+
+def _calibrated_advice(manifest: Manifest) -> list[str]:
+    """The weight's own error says little here: it may be above 1 where no inputs are."""
+    errors = [layer.held_out_error for layer in manifest.replaced if layer.held_out_error is not None]
+    large = [error for error in errors if error > LARGE_OUTPUT_ERROR]
+    if not large:
+        return []
+    return [
+        f"{len(large)} of {len(errors)} fitted layers miss their held-out outputs by more than "
+        f"{LARGE_OUTPUT_ERROR:.0%} (worst {max(large):.0%}): measure the network before use (mpoc eval). A "
+        "larger --ratio, more --calibration-samples, or mpoc finetune helps."
     ]
 
 

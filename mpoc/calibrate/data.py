@@ -62,10 +62,14 @@ def open_calibration(
     said = (
         f"calibration: {len(chosen):,} of {len(feed):,} examples of {split} (seed {seed}), {apart:,} held out"
     )
+    images = material.images
+    pixels = f"images: (pixel / 255 − {list(images.mean)}) / {list(images.std)}"
+    notes = [material.data.announce(), *material.data.notes]
+    notes += [pixels] if material.data.kind == "images" else []
     return CalibrationData(
         _batches(feed, chosen[apart:]), _batches(feed, chosen[:apart]), Call.of(model.network),
         read_pooling(model.path) if model.path.is_dir() else None,
-        (material.data.announce(), *material.data.notes, said),
+        (*notes, said),
     )  # fmt: skip
 
 

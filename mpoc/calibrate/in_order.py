@@ -87,20 +87,28 @@ class InOrder:
 
     def _forms(self, plan: LayerPlan) -> tuple[str, ...]:
         form = self._recipe.rule_for(plan.map.name).form or self._recipe.form or "auto"
+        if self._has_own_factors(plan):
+            return ("mpo",)
         return ("svd", "mpo") if form == "auto" else (form,)
+
+    def _has_own_factors(self, plan: LayerPlan) -> bool:
+        """Whether factors, or a number of sites, were asked for."""
+        rule, one = self._recipe.rule_for(plan.map.name), plan.structure
+        _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
+        factors = self._recipe.factors_for(plan.map.name, outputs, inputs)
+        return factors is not None or (rule.sites or self._recipe.sites) is not None
 
     def _has_no_goal_of_its_own(self, plan: LayerPlan) -> bool:
         rule = self._recipe.rule_for(plan.map.name)
         return rule.bond is None and rule.max_error is None and not rule.dense
 
     def _mpo_structure(self, plan: LayerPlan) -> Structure:
-        rule, one = self._recipe.rule_for(plan.map.name), plan.structure
-        sites = rule.sites or self._recipe.sites
-        _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
-        if self._recipe.factors_for(plan.map.name, outputs, inputs) is not None:
+        one = plan.structure
+        if self._has_own_factors(plan):
             return one
-        factors = None if sites is not None else wide_factors(outputs, inputs)
-        return make_structure(one.kind, one.shape, one.transposed, sites, factors)
+        _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
+        factors = wide_factors(outputs, inputs)
+        return make_structure(one.kind, one.shape, one.transposed, None, factors)
 
     def _weight(self, plan: LayerPlan) -> Tensor:
         return read_finite(self._checkpoint, plan.map.name).to(self._device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Study:
         names: of the weights that are to be fitted.
         seed: of the examples drawn, and of output probes.
         device: to compute on.
+        unseen: weights that are not looked at, and why.
 
     Raises:
         UsageError: no architecture is known, or data and network do not fit.
@@ -66,6 +67,7 @@ class Study:
         names: Iterable[str],
         seed: int,
         device: torch.device,
+        unseen: Mapping[str, str] | None = None,
     ) -> None:
         self._request, self._source = request, source
         model = open_model(source, arch)
@@ -76,7 +78,8 @@ class Study:
         )
         self.device = device
         self._positions = Positions(_POSITIONS, seed)
-        self._reasons = {name: why for name in names if (why := self._why_not(name))}
+        given = unseen or {}
+        self._reasons = {name: why for name in names if (why := given.get(name) or self._why_not(name))}
         self._named = {self.places[name]: name for name in names if name not in self._reasons}
         self._trace: Trace = trace(self.network, self.data.call, self.data.batches[0], self._named)
         self._dense = self._pass(self.data.batches, _PROBES, seed)

@@ -228,7 +228,11 @@ def compress(
         before = _measure(model, eval_data, arch, device, words)
         if calibration_samples is not None and calibrate is None:
             raise UsageError("--calibration-samples is of use with --calibrate only", "--calibrate DATA")
-        calibration = None if calibrate is None else (calibrate, calibration_samples or 512)
+        calibration = (
+            None
+            if calibrate is None
+            else (calibrate, 512 if calibration_samples is None else calibration_samples)
+        )
         done = _run(model, output, recipe, options, force, dry_run, arch, calibration, words)
         after = _measure(done.output, eval_data, arch, device, words)
         if as_json:

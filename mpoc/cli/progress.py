@@ -32,6 +32,8 @@ def layer_progress(
 def _line_by_line(words: Output) -> Callable[[LayerRecord, float, int, int], None]:
     def tell(record: LayerRecord, seconds: float, done: int, total: int) -> None:
         error = "" if record.relative_error is None else f" error {record.relative_error:.4f}"
+        if record.output_error is not None:
+            error = f" output error {record.output_error:.4f}"
         words.say(f"[{done}/{total}] {record.layer} {record.form} ρ {record.rho:.4f}{error} {seconds:.2f} s")
 
     return tell

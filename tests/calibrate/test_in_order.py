@@ -16,6 +16,7 @@ from mpoc.calibrate.study import CalibrationRequest
 from mpoc.errors import MpocError, UsageError
 from mpoc.input_shape import parse_input_shape
 from mpoc.manifest import read_manifest
+from mpoc.option_text import parse_shape
 from mpoc.pipeline import Compression, compress_checkpoint
 from mpoc.recipe import make_recipe
 
@@ -284,6 +285,16 @@ def test_a_dry_run_tells_of_the_calibration(tmp_path: Path) -> None:
         tmp_path / "m.pt", output, recipe, dry_run=True, arch=case.arch, calibration=request
     )
     assert planned.manifest.calibration["shares"]["chosen"] in ("uniform", "equal gain")
+
+
+def test_asked_sites_and_factors_are_kept(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    done = case.compress(ratio=0.5, shape=(parse_shape("2=6x8:8x6"),))
+    found = {layer.name: layer.input_factors for layer in done.manifest.replaced}
+    assert found["2.weight"] == (6, 8)
+    done = case.compress(ratio=0.5, sites=3, out="p")
+    assert {len(layer.input_factors) for layer in done.manifest.replaced} <= {2, 3}
+    assert {layer.form for layer in done.manifest.replaced} == {"mpo"}
 
 
 def test_a_bias_of_two_layers_is_left_alone(tmp_path: Path) -> None:
