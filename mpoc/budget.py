@@ -1,4 +1,4 @@
-"""Share a budget among layers: for now uniformly, the same ρ for every layer.
+"""Share a budget among layers uniformly, the same ρ for every layer (by gain: :mod:`mpoc.curves`).
 
 The largest common ρ at which the sum stays within the budget is found by bisection; what granularity
 leaves over goes, a step of the bond at a time, to the layers that are furthest below.

@@ -134,9 +134,9 @@ def _structure(
     _, outputs, inputs = lead_outputs_inputs(kind, map.shape, map.transposed, geometry)
     factors, sites = recipe.factors_for(map.name, outputs, inputs), rule.sites or recipe.sites
     form = rule.form or recipe.form
-    if geometry is not None and form == "auto":
-        form = "mpo"
-    if form not in ("svd", "auto") or factors is not None or sites is not None:
+    if form == "auto":  # what a budget is shared out from; chains where they were asked for
+        form = "mpo" if geometry is not None or sites is not None else "svd"
+    if form != "svd" or factors is not None:
         return make_structure(kind, map.shape, map.transposed, sites, factors, geometry)
     if geometry is not None:
         raise UsageError("--form svd is of kernels, not of whole maps", "--conv kernel")

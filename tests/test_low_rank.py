@@ -101,6 +101,15 @@ def test_a_recipe_mixes_forms(tmp_path: Path) -> None:
     ]
 
 
+def test_sites_for_all_are_not_of_a_layer_in_low_rank_form(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32))
+    file = tmp_path / "recipe.toml"
+    file.write_text('bond = 4\nsites = 3\n[layer."1"]\nform = "svd"\n')
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    done = compress_checkpoint(tmp_path / "m.pt", tmp_path / "o.safetensors", make_recipe(file, {}))
+    assert [layer.form for layer in done.manifest.layers] == ["mpo", "svd"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from mpoc.calibrate.moments import Moments, merge
 from mpoc.fit.metric import Metric, make_metric
-from mpoc.fit.weighted_mpo import matrix_of as forms_matrix
-from mpoc.fit.weighted_mpo import weighted_fit
+from mpoc.fit.weighted_mpo import matrix_of, weighted_fit
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.layout import to_matrix
 from mpoc.forms.mpo import MPO
@@ -117,11 +116,6 @@ def fit_calibrated(
     everything = evidence.together()
     form = _fit(metric_of(matrix, everything, gamma), structure, bond, seed, form)
     return _judged(matrix, _rounded(form, dtype), everything, gamma, held_out_error)
-
-
-def matrix_of(form: MPO) -> Tensor:
-    """What a form stands for, as the same one matrix in float64."""
-    return forms_matrix(MPO([core.double() for core in form.cores], form.structure))
 
 
 def _fit(metric: Metric, structure: Structure, bond: int, seed: int, start: MPO | None = None) -> MPO:

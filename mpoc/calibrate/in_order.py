@@ -86,10 +86,10 @@ class InOrder:
         return [*self._study.data.notes, *said]
 
     def _forms(self, plan: LayerPlan) -> tuple[str, ...]:
-        form = self._recipe.rule_for(plan.map.name).form or self._recipe.form or "auto"
-        if self._has_own_factors(plan):
-            return ("mpo",)
-        return ("svd", "mpo") if form == "auto" else (form,)
+        form = self._recipe.rule_for(plan.map.name).form or self._recipe.form
+        if form == "auto" and not self._has_own_factors(plan):
+            return ("svd", "mpo")
+        return (plan.structure.form,)
 
     def _has_own_factors(self, plan: LayerPlan) -> bool:
         """Whether factors, or a number of sites, were asked for."""

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpoc.calibrate.fit import Evidence, matrix_of, metric_of, squared_error
+from mpoc.calibrate.fit import Evidence, metric_of, squared_error
 from mpoc.calibrate.outputs import OutputDistance, Replaced
 from mpoc.curves import share_out
-from mpoc.fit.weighted_mpo import weighted_fit
+from mpoc.fit.weighted_mpo import matrix_of, weighted_fit
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.layout import from_matrix
 from mpoc.forms.mpo import MPO

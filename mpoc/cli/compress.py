@@ -11,6 +11,7 @@ from mpoc.cli.console import Output, reported_errors
 from mpoc.errors import UsageError
 
 if TYPE_CHECKING:
+    from mpoc.calibrate.study import CalibrationRequest
     from mpoc.pipeline import Compression
     from mpoc.train.measure import Measured
 
@@ -225,14 +226,8 @@ def compress(
         words = Output(quiet, verbose)
         if eval_data is not None and dry_run:
             raise UsageError("--eval measures what was written, and --dry-run writes nothing")
+        calibration = _calibration(calibrate, calibration_samples)
         before = _measure(model, eval_data, arch, device, words)
-        if calibration_samples is not None and calibrate is None:
-            raise UsageError("--calibration-samples is of use with --calibrate only", "--calibrate DATA")
-        calibration = (
-            None
-            if calibrate is None
-            else (calibrate, 512 if calibration_samples is None else calibration_samples)
-        )
         done = _run(model, output, recipe, options, force, dry_run, arch, calibration, words)
         after = _measure(done.output, eval_data, arch, device, words)
         if as_json:
@@ -260,6 +255,16 @@ _NOT_IN_RECIPE = (
 )
 
 
+def _calibration(data: Path | None, samples: int | None) -> CalibrationRequest | None:
+    if data is None:
+        if samples is not None:
+            raise UsageError("--calibration-samples is of use with --calibrate only", "--calibrate DATA")
+        return None
+    from mpoc.calibrate.study import CalibrationRequest
+
+    return CalibrationRequest(data) if samples is None else CalibrationRequest(data, samples)
+
+
 def _run(
     model: Path,
     output: Path | None,
@@ -268,10 +273,9 @@ def _run(
     force: bool,
     dry_run: bool,
     arch: str | None,
-    calibration: tuple[Path, int] | None,
+    calibration: CalibrationRequest | None,
     words: Output,
 ) -> Compression:
-    from mpoc.calibrate.study import CalibrationRequest
     from mpoc.cli.progress import layer_progress
     from mpoc.input_shape import parse_input_shape
     from mpoc.option_text import parse_shape, parse_size
@@ -289,10 +293,9 @@ def _run(
     words.say(f"device {choose_device(recipe.device)}")
     target = output or default_output(model)
     if calibration is not None:
-        words.say(f"calibrating on {calibration[0]}: first the dense network, then layer by layer")
+        words.say(f"calibrating on {calibration.data}: first the dense network, then layer by layer")
     with layer_progress(words) as progress:
-        request = None if calibration is None else CalibrationRequest(*calibration)
-        done = compress_checkpoint(model, target, recipe, force, dry_run, progress, arch, request)
+        done = compress_checkpoint(model, target, recipe, force, dry_run, progress, arch, calibration)
     for note in done.notes:
         words.say(f"note: {note}")
     return done

@@ -99,8 +99,9 @@ def _descend(
 
 
 def matrix_of(form: MPO) -> Tensor:
-    """A weight as the one matrix that a metric is about: (N_y, N_x), or (C_out, taps · C_in)."""
-    return form.to_matrix().transpose(0, 1).flatten(1)
+    """A weight as the one matrix that a metric is about: (N_y, N_x), or (C_out, taps · C_in); float64."""
+    exact = MPO([core.double() for core in form.cores], form.structure)
+    return exact.to_matrix().transpose(0, 1).flatten(1)
 
 
 def _best_start(

@@ -150,9 +150,9 @@ class _Tokens(Task):
 
     metric, higher_is_better = "loss", False
 
+    @abstractmethod
     def _predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits (n, t, vocabulary) and the labels (n, t) they are scored against."""
-        raise NotImplementedError
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """−Σ log p(token)."""

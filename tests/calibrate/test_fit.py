@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, unfold
 
-from mpoc.calibrate.fit import GAMMAS, Evidence, fit_calibrated, matrix_of, one_matrix, output_error
+from mpoc.calibrate.fit import GAMMAS, Evidence, fit_calibrated, one_matrix, output_error
 from mpoc.calibrate.moments import Accumulator
 from mpoc.fit.ttsvd import tt_svd
+from mpoc.fit.weighted_mpo import matrix_of
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, low_rank_structure, make_structure
 
