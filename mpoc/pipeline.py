@@ -11,21 +11,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from mpoc import hub_directory
-from mpoc.architecture import observed, with_architecture
-from mpoc.checkpoint import Checkpoint, open_checkpoint
+from mpoc.checkpoint import Checkpoint
 from mpoc.errors import MpocError, UsageError
 from mpoc.fitting import Fitted, fit_layer
-from mpoc.manifest import LayerRecord, Manifest, core_prefix
+from mpoc.manifest import LayerRecord, Manifest
+from mpoc.opened import Opened, open_source
 from mpoc.outline import make_manifest, predict_size
-from mpoc.plan import LayerPlan, make_plan
+from mpoc.plan import LayerPlan
 from mpoc.recipe import Recipe
 from mpoc.report import output_bytes
-from mpoc.selection import Selection, select
 from mpoc.writer import Entry, Spool, plan_shards, refuse_existing, refuse_misnamed, staged, write_safetensors
 
 if TYPE_CHECKING:
     from mpoc.calibrate.in_order import InOrder
-    from mpoc.calibrate.study import CalibrationRequest
+    from mpoc.calibrate.study import CalibrationRequest, Study
 
 Progress = Callable[[LayerRecord, float, int, int], None]  # record, seconds, layers done, layers in all
 
@@ -96,78 +95,90 @@ def compress_checkpoint(
     if not dry_run and source.exists():
         refuse_existing(output, source, force)
         refuse_misnamed(output, source)
-    checkpoint = open_checkpoint(source)
-    if arch is not None:
-        checkpoint = with_architecture(checkpoint, arch)
-    device = choose_device(recipe.device)
-    recipe = recipe.with_form(calibration is not None)
-    selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
-    maps = [m.name for m in selection.chosen if recipe.is_map(m.name, m.kind)]
-    unsaid = [name for name in maps if not recipe.has_input_shape(name)]
-    geometries = observed(arch, unsaid) if arch is not None else {}
-    plans = make_plan(
-        selection, recipe, lambda plans: predict_size(checkpoint, selection, recipe, plans), geometries
-    )
-    notes = [*checkpoint.notes, *selection.notes]
-    if checkpoint.is_directory:
-        notes += hub_directory.left_behind(checkpoint.path, checkpoint.weight_files)
-    _refuse_name_collisions(checkpoint, plans)
-    calibrated = None
-    if calibration is not None:
-        calibrated = _calibrated(checkpoint, arch, calibration, recipe, plans, device)
-        plans, notes = calibrated.share(plans), [*notes, *calibrated.notes]
-    facts = calibrated.facts() if calibrated else {}
+    opened = open_source(source, recipe, arch, calibration is not None, choose_device(recipe.device))
+    plans = opened.plan(opened.recipe)
+    study = None if calibration is None else opened.study(calibration)
     if dry_run:
-        done = _dry_run(checkpoint, selection, recipe, plans, output, device, notes, progress)
-        return replace(done, manifest=replace(done.manifest, calibration=facts))
+        return _dry_run(opened, plans, study, output, progress)
     with staged(output) as target:
-        spool = Spool(target.with_name(f"{target.name}.cores"))
-        try:
-            fits = calibrated.fit(plans) if calibrated else _fit_each(checkpoint, plans, recipe, device)
-            records, seconds, fitted = _collect(fits, [plan.map.name for plan in plans], spool, progress)
-            manifest = make_manifest(checkpoint, selection, recipe, records)
-            manifest = replace(manifest, calibration=facts)
-            _refuse_nothing_gained(manifest)
-            entries = _entries(checkpoint, fitted)
-            _write(target, checkpoint, entries, manifest, recipe.max_shard_size)
-        finally:
-            spool.close()
-    return Compression(manifest, output, output_bytes(output), True, seconds, notes)
+        done = write_compressed(opened, target, opened.recipe, plans, study, progress)
+    return replace(done, output=output)
+
+
+def write_compressed(
+    opened: Opened,
+    target: Path,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    study: Study | None = None,
+    progress: Progress | None = None,
+) -> Compression:
+    """Fit the layers and write file or directory.
+
+    Args:
+        opened: the source.
+        target: does not exist; what is spooled beside it stays for the caller to remove.
+        recipe: that of the plans.
+        plans: of :meth:`mpoc.opened.Opened.plan`.
+        study: of calibration data; None: weights alone count.
+        progress: called after each layer.
+
+    Raises:
+        MpocError: a weight that cannot be fitted, or nothing that would shrink.
+        OSError: of reading or writing (a full disk).
+    """
+    checkpoint = opened.checkpoint
+    calibrated, plans = _shared(opened, recipe, plans, study)
+    spool = Spool(target.with_name(f"{target.name}.cores"))
+    try:
+        fits = calibrated.fit(plans) if calibrated else _fit_each(opened, plans, recipe)
+        records, seconds, fitted = _collect(fits, [plan.map.name for plan in plans], spool, progress)
+        manifest = make_manifest(checkpoint, opened.selection, recipe, records)
+        manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
+        _refuse_nothing_gained(manifest)
+        entries = _entries(checkpoint, fitted)
+        _write(target, checkpoint, entries, manifest, recipe.max_shard_size)
+    finally:
+        spool.close()
+    notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
+    return Compression(manifest, target, output_bytes(target), True, seconds, notes)
+
+
+def _shared(
+    opened: Opened, recipe: Recipe, plans: list[LayerPlan], study: Study | None
+) -> tuple[InOrder | None, list[LayerPlan]]:
+    """The calibrated fit, and plans with the budget as it shares it out; the plans as they are without."""
+    if study is None:
+        return None, plans
+    from mpoc.calibrate.in_order import InOrder
+
+    calibrated = InOrder(study, opened.checkpoint, recipe, opened.device)
+    return calibrated, calibrated.share(plans)
 
 
 def _dry_run(
-    checkpoint: Checkpoint,
-    selection: Selection,
-    recipe: Recipe,
+    opened: Opened,
     plans: list[LayerPlan],
+    study: Study | None,
     output: Path,
-    device: torch.device,
-    notes: list[str],
     progress: Progress | None,
 ) -> Compression:
     """What would be done; under a tolerance the bonds are found by factorising."""
+    recipe = opened.recipe
+    calibrated, plans = _shared(opened, recipe, plans, study)
     records = [plan.record() for plan in plans]
     seconds: dict[str, float] = {}
     fitted = any(plan.tolerance for plan in plans)
     if fitted:
-        fits = _fit_each(checkpoint, plans, recipe, device)
+        fits = _fit_each(opened, plans, recipe)
         records, seconds, _ = _collect(fits, [plan.map.name for plan in plans], None, progress)
-    manifest = make_manifest(checkpoint, selection, recipe, records)
-    nbytes = predict_size(checkpoint, selection, recipe, plans, records if fitted else None)
+    manifest = make_manifest(opened.checkpoint, opened.selection, recipe, records)
+    manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
+    nbytes = predict_size(opened.checkpoint, opened.selection, recipe, plans, records if fitted else None)
+    notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
     if not manifest.replaced:
         notes.append("no layer would be compressed: without --dry-run this ends with an error")
     return Compression(manifest, output, nbytes, False, seconds, notes)
-
-
-def _refuse_name_collisions(checkpoint: Checkpoint, plans: list[LayerPlan]) -> None:
-    for plan in plans:
-        prefix = core_prefix(plan.map.name) + "."
-        taken = next((name for name in checkpoint.infos if name.startswith(prefix)), None)
-        if plan.max_bond is not None and taken:
-            raise MpocError(
-                f"{checkpoint.path}: tensor {taken!r} has the name that a core of {plan.map.layer} would get",
-                f"--exclude '{plan.map.layer}'",
-            )
 
 
 def _refuse_nothing_gained(manifest: Manifest) -> None:
@@ -179,27 +190,8 @@ def _refuse_nothing_gained(manifest: Manifest) -> None:
         )
 
 
-def _calibrated(
-    checkpoint: Checkpoint,
-    arch: str | None,
-    request: CalibrationRequest,
-    recipe: Recipe,
-    plans: list[LayerPlan],
-    device: torch.device,
-) -> InOrder:
-    from mpoc.calibrate.in_order import InOrder
-    from mpoc.calibrate.study import Study
-
-    names = [plan.map.name for plan in plans]
-    maps = {plan.map.name: "a whole map" for plan in plans if plan.structure.geometry is not None}
-    study = Study(checkpoint.path, arch, request, names, recipe.seed, device, maps)
-    return InOrder(study, checkpoint, recipe, device)
-
-
-def _fit_each(
-    checkpoint: Checkpoint, plans: list[LayerPlan], recipe: Recipe, device: torch.device
-) -> Iterator[Fitted]:
-    return (fit_layer(checkpoint, plan, recipe, device) for plan in plans)
+def _fit_each(opened: Opened, plans: list[LayerPlan], recipe: Recipe) -> Iterator[Fitted]:
+    return (fit_layer(opened.checkpoint, plan, recipe, opened.device) for plan in plans)
 
 
 def _collect(

@@ -85,6 +85,7 @@ class Study:
         self._dense = self._pass(self.data.batches, _PROBES, seed)
         self._held_out = self._pass(self.data.held_out, 0, seed)
         self.means = self._means({place: name for name, place in self.places.items()})
+        self._compressed: nn.Module | None = None  # which the passes are of
         self._passes: list[PairPass] = []
 
     def facts(self) -> dict[str, Any]:
@@ -131,10 +132,11 @@ class Study:
         """Of the inputs that ``compressed`` gives, beside those that the dense network gives.
 
         Args:
-            compressed: the same network at every call, final in all that runs before the group.
+            compressed: final in all that runs before the group; another one than before begins anew.
             group: one of :attr:`groups`, in their order.
         """
-        if not self._passes:
+        if compressed is not self._compressed:
+            self._compressed, self._passes = compressed, []  # what was kept of the other one goes first
             parts = (self.data.batches, self.data.held_out)
             self._passes = [
                 PairPass(self.network, compressed, self.data.call, batches, self._trace, self._positions)

@@ -1,0 +1,113 @@
+"""A checkpoint opened to be compressed: its layers are chosen; it can be planned for one goal or for many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mpoc import hub_directory
+from mpoc.architecture import observed, with_architecture
+from mpoc.checkpoint import Checkpoint, open_checkpoint
+from mpoc.errors import MpocError
+from mpoc.geometry import Geometry
+from mpoc.manifest import core_prefix
+from mpoc.outline import predict_size
+from mpoc.plan import LayerPlan, make_plan
+from mpoc.recipe import Recipe
+from mpoc.selection import Selection, select
+
+if TYPE_CHECKING:
+    from mpoc.calibrate.study import CalibrationRequest, Study
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint with all that is decided before its goal."""
+
+    checkpoint: Checkpoint
+    arch: str | None
+    recipe: Recipe
+    device: torch.device
+    selection: Selection
+    geometries: Mapping[str, Geometry]  # of whole maps, where a sample run told
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be said of the checkpoint."""
+        notes = [*self.checkpoint.notes, *self.selection.notes]
+        if self.checkpoint.is_directory:
+            notes += hub_directory.left_behind(self.checkpoint.path, self.checkpoint.weight_files)
+        return notes
+
+    def plan(self, recipe: Recipe) -> list[LayerPlan]:
+        """Form and bonds of every layer; ``recipe`` is this one with any goal.
+
+        Raises:
+            UsageError: as :func:`mpoc.plan.make_plan`.
+            MpocError: a tensor has the name of a core.
+        """
+        checkpoint, selection = self.checkpoint, self.selection
+        plans = make_plan(
+            selection,
+            recipe,
+            lambda plans: predict_size(checkpoint, selection, recipe, plans),
+            self.geometries,
+        )
+        _refuse_name_collisions(checkpoint, plans)
+        return plans
+
+    def study(self, request: CalibrationRequest) -> Study:
+        """The dense network on calibration data, whatever the goal."""
+        from mpoc.calibrate.study import Study
+
+        names = [map.name for map in self.selection.chosen]
+        maps = dict.fromkeys(_whole_maps(self.selection, self.recipe), "a whole map")
+        return Study(self.checkpoint.path, self.arch, request, names, self.recipe.seed, self.device, maps)
+
+
+def open_source(
+    source: Path, recipe: Recipe, arch: str | None, calibrated: bool, device: torch.device
+) -> Opened:
+    """Open a checkpoint and choose its layers.
+
+    Args:
+        source: file or directory.
+        recipe: as asked.
+        arch: its network, as ``--arch`` names it.
+        calibrated: whether it is to be fitted to data.
+        device: to compute on.
+
+    Raises:
+        UsageError: options that do not fit, or ``arch`` makes no network, or one with other tensors.
+        MpocError: bad input.
+    """
+    checkpoint = open_checkpoint(source)
+    if arch is not None:
+        checkpoint = with_architecture(checkpoint, arch)
+    recipe = recipe.with_form(calibrated)
+    selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
+    maps = [m.name for m in selection.chosen if recipe.is_map(m.name, m.kind)]
+    unsaid = [name for name in maps if not recipe.has_input_shape(name)]
+    geometries = observed(arch, unsaid) if arch is not None else {}
+    return Opened(checkpoint, arch, recipe, device, selection, geometries)
+
+
+def _whole_maps(selection: Selection, recipe: Recipe) -> list[str]:
+    """Convolutions that are compressed as whole maps."""
+    maps = [map.name for map in selection.chosen if recipe.is_map(map.name, map.kind)]
+    return [name for name in maps if not recipe.rule_for(name).dense]
+
+
+def _refuse_name_collisions(checkpoint: Checkpoint, plans: list[LayerPlan]) -> None:
+    for plan in plans:
+        prefix = core_prefix(plan.map.name) + "."
+        taken = next((name for name in checkpoint.infos if name.startswith(prefix)), None)
+        if plan.max_bond is not None and taken:
+            raise MpocError(
+                f"{checkpoint.path}: tensor {taken!r} has the name that a core of {plan.map.layer} would get",
+                f"--exclude '{plan.map.layer}'",
+            )
