@@ -7,6 +7,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mpoc.cli.compress_options import (
+    HOW,
+    OUT,
+    AllowGrowth,
+    Arch,
+    Bond,
+    Calibrate,
+    CalibrationSamples,
+    Embeddings,
+    EvalData,
+    Exclude,
+    Layers,
+    MaxError,
+    MinParams,
+    Ratio,
+    Size,
+)
 from mpoc.cli.console import Output, reported_errors
 from mpoc.errors import UsageError
 
@@ -14,11 +31,6 @@ if TYPE_CHECKING:
     from mpoc.calibrate.study import CalibrationRequest
     from mpoc.pipeline import Compression
     from mpoc.train.measure import Measured
-
-_GOAL = "How far (exactly one)"
-_WHICH = "Which layers"
-_HOW = "How"
-_OUT = "Output"
 
 
 def compress(
@@ -29,66 +41,29 @@ def compress(
             help="Checkpoint: .pt .pth .th .bin .ckpt .safetensors, or a Hugging Face directory.",
         ),
     ],
-    bond: Annotated[
-        int | None, typer.Option(help="Cap on every bond dimension D.", rich_help_panel=_GOAL)
-    ] = None,
-    ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="Ceiling on ρ over all selected layers, those left dense included.",
-            rich_help_panel=_GOAL,
-        ),
-    ] = None,
-    max_error: Annotated[
-        float | None,
-        typer.Option(help="Small bonds that keep each layer's relative error.", rich_help_panel=_GOAL),
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(help="Ceiling on the whole output, as 20MB.", rich_help_panel=_GOAL),
-    ] = None,
-    layers: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN",
-            help="Only these: a glob, or re: and a regular expression. Repeatable.",
-            rich_help_panel=_WHICH,
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN", help="Not these. Repeatable.", rich_help_panel=_WHICH),
-    ] = None,
-    embeddings: Annotated[
-        bool | None,
-        typer.Option("--embeddings/--no-embeddings", help="Embeddings too.", rich_help_panel=_WHICH),
-    ] = None,
-    min_params: Annotated[
-        int | None,
-        typer.Option(help="Leave weights with fewer parameters alone.", rich_help_panel=_WHICH),
-    ] = None,
-    allow_growth: Annotated[
-        bool | None,
-        typer.Option(
-            "--allow-growth/--no-allow-growth",
-            help="Factorise layers even where the cores are larger than the weight.",
-            rich_help_panel=_WHICH,
-        ),
-    ] = None,
+    bond: Bond = None,
+    ratio: Ratio = None,
+    max_error: MaxError = None,
+    size: Size = None,
+    layers: Layers = None,
+    exclude: Exclude = None,
+    embeddings: Embeddings = None,
+    min_params: MinParams = None,
+    allow_growth: AllowGrowth = None,
     form: Annotated[
         str | None,
         typer.Option(
             metavar="mpo|svd|auto",
             help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. auto: for each layer "
             "the best, with --calibrate and --ratio, where it is the default.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW,
         ),
     ] = None,
     sites: Annotated[
         int | None,
         typer.Option(
             help="Sites a layer, besides a kernel's taps. Default: 4, from 1,024 wide 5.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW,
         ),
     ] = None,
     shape: Annotated[
@@ -96,7 +71,7 @@ def compress(
         typer.Option(
             metavar="[PATTERN=]INPUTS:OUTPUTS",
             help="Factors, as fc1=4x7x7x4:4x4x4x4. Repeatable.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW,
         ),
     ] = None,
     conv: Annotated[
@@ -105,7 +80,7 @@ def compress(
             metavar="kernel|map",
             help="What of a convolution is factorised: its kernel (default), or the whole linear map "
             "at one input size, which ties the layer to that size.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW,
         ),
     ] = None,
     input_shape: Annotated[
@@ -114,59 +89,32 @@ def compress(
             metavar="[PATTERN=]HxW[:stride=1,padding=1,dilation=1,groups=1,padding_mode=zeros]",
             help="For --conv map: the layer's input size and, as no checkpoint has them, its settings. "
             "Default padding: dilation·(k-1)/2. Repeatable.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW,
         ),
     ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NETWORK",
-            help="Whose tensors these are: a network of the zoo, as resnet:depth=56, or "
-            "package.module:factory or file.py:factory, which is run. Tells kinds of layers; is recorded.",
-            rich_help_panel=_WHICH,
-        ),
-    ] = None,
-    eval_data: Annotated[
-        Path | None,
-        typer.Option(
-            "--eval",
-            metavar="DATA",
-            help="Measure before and after on these data, as mpoc eval does; a file needs --arch.",
-            rich_help_panel=_OUT,
-        ),
-    ] = None,
-    calibrate: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DATA",
-            help="Fit what the layers do on these data, not their weights: inputs like those the network "
-            "will see, no labels needed. A file needs --arch.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    calibration_samples: Annotated[
-        int | None,
-        typer.Option(help="How many of their examples at most. Default: 512.", rich_help_panel=_HOW),
-    ] = None,
+    arch: Arch = None,
+    eval_data: EvalData = None,
+    calibrate: Calibrate = None,
+    calibration_samples: CalibrationSamples = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
             help="TOML file: these options, and tables for single layers.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW,
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
             help="Of the stored cores: float32, bfloat16, … Default: each weight's own.",
-            rich_help_panel=_HOW,
+            rich_help_panel=HOW,
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_HOW)
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=HOW)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the randomised SVD.", rich_help_panel=_HOW)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the randomised SVD.", rich_help_panel=HOW)] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -174,31 +122,29 @@ def compress(
             "-o",
             metavar="OUT",
             help="Default: MODEL.mpo.safetensors or MODEL-mpo/ in the current directory.",
-            rich_help_panel=_OUT,
+            rich_help_panel=OUT,
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=_OUT)
+        bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=OUT)
     ] = False,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(help="Largest weight file of a directory. Default: 5GB.", rich_help_panel=_OUT),
+        typer.Option(help="Largest weight file of a directory. Default: 5GB.", rich_help_panel=OUT),
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the plan, write nothing.", rich_help_panel=_OUT),
+        typer.Option("--dry-run", help="Print the plan, write nothing.", rich_help_panel=OUT),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The report as JSON on stdout.", rich_help_panel=_OUT)
+        bool, typer.Option("--json", help="The report as JSON on stdout.", rich_help_panel=OUT)
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=_OUT)
+        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=OUT)
     ] = False,
     verbose: Annotated[
         bool,
-        typer.Option(
-            "--verbose", help="Name every weight left alone, with the reason.", rich_help_panel=_OUT
-        ),
+        typer.Option("--verbose", help="Name every weight left alone, with the reason.", rich_help_panel=OUT),
     ] = False,
 ) -> None:
     """Compress a checkpoint: each chosen linear map becomes a matrix product operator.

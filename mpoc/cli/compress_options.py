@@ -1,0 +1,89 @@
+"""The options of ``mpoc compress`` that say how far, which layers, and on what data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+GOAL = "How far (exactly one)"
+WHICH = "Which layers"
+HOW = "How"
+OUT = "Output"
+
+Bond = Annotated[int | None, typer.Option(help="Cap on every bond dimension D.", rich_help_panel=GOAL)]
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        help="Ceiling on ρ over all selected layers, those left dense included.",
+        rich_help_panel=GOAL,
+    ),
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option(help="Small bonds that keep each layer's relative error.", rich_help_panel=GOAL),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(help="Ceiling on the whole output, as 20MB.", rich_help_panel=GOAL),
+]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Only these: a glob, or re: and a regular expression. Repeatable.",
+        rich_help_panel=WHICH,
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Not these. Repeatable.", rich_help_panel=WHICH),
+]
+Embeddings = Annotated[
+    bool | None,
+    typer.Option("--embeddings/--no-embeddings", help="Embeddings too.", rich_help_panel=WHICH),
+]
+MinParams = Annotated[
+    int | None,
+    typer.Option(help="Leave weights with fewer parameters alone.", rich_help_panel=WHICH),
+]
+AllowGrowth = Annotated[
+    bool | None,
+    typer.Option(
+        "--allow-growth/--no-allow-growth",
+        help="Factorise layers even where the cores are larger than the weight.",
+        rich_help_panel=WHICH,
+    ),
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NETWORK",
+        help="Whose tensors these are: a network of the zoo, as resnet:depth=56, or "
+        "package.module:factory or file.py:factory, which is run. Tells kinds of layers; is recorded.",
+        rich_help_panel=WHICH,
+    ),
+]
+EvalData = Annotated[
+    Path | None,
+    typer.Option(
+        "--eval",
+        metavar="DATA",
+        help="Measure before and after on these data, as mpoc eval does; a file needs --arch.",
+        rich_help_panel=OUT,
+    ),
+]
+Calibrate = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DATA",
+        help="Fit what the layers do on these data, not their weights: inputs like those the network "
+        "will see, no labels needed. A file needs --arch.",
+        rich_help_panel=HOW,
+    ),
+]
+CalibrationSamples = Annotated[
+    int | None,
+    typer.Option(help="How many of their examples at most. Default: 512.", rich_help_panel=HOW),
+]
