@@ -58,6 +58,8 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
     """
     for key in options.keys() & {"size", "dtype", "device", "max_shard_size"}:
         raise UsageError(f"{key}: for files only; in memory a network keeps its device and dtype")
+    if "max_drop" in options:
+        raise UsageError("max_drop: for files only, which are measured on data", "mpoc compress --max-drop X")
     sample = options.pop("input_shape", None)
     recipe = make_recipe(None, _recipe_options(options)).with_form(calibrated=False)
     checkpoint = _as_checkpoint(model)

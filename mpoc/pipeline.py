@@ -63,6 +63,18 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def refuse_output(source: Path, output: Path, force: bool) -> None:
+    """Check, before any work, that what is made of ``source`` may be written to ``output``.
+
+    Raises:
+        UsageError: it exists and ``force`` is not given, is the source, or is not named like its kind.
+        MpocError: its directory does not exist or cannot be written.
+    """
+    if source.exists():
+        refuse_existing(output, source, force)
+        refuse_misnamed(output, source)
+
+
 def compress_checkpoint(
     source: Path,
     output: Path,
@@ -87,14 +99,15 @@ def compress_checkpoint(
         calibration: data to fit what the layers do on; None: their weights alone count.
 
     Raises:
-        UsageError: ``arch`` makes no network, or one with other tensors; or calibration needs a network and
-            none is known.
+        UsageError: ``arch`` makes no network, or one with other tensors; calibration needs a network and
+            none is known; or a ``max_drop``, which :func:`mpoc.search.compress_within` is for.
         MpocError: bad input, or nothing that can be done; see its message and hint.
         OSError: of reading or writing (a full disk).
     """
-    if not dry_run and source.exists():
-        refuse_existing(output, source, force)
-        refuse_misnamed(output, source)
+    if recipe.max_drop is not None:
+        raise UsageError("max_drop: files are measured to find its ratio", "mpoc.search.compress_within")
+    if not dry_run:
+        refuse_output(source, output, force)
     opened = open_source(source, recipe, arch, calibration is not None, choose_device(recipe.device))
     plans = opened.plan(opened.recipe)
     study = None if calibration is None else opened.study(calibration)

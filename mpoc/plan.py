@@ -175,14 +175,20 @@ def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> l
     fixed = sum(_most_stored(plan, allow_growth) for plan in plans if plan.max_bond != 0)
     found = _share_out(plans, int(ratio * total) - fixed, lambda plan: (1, 1))
     if found is None:
-        least = _share_out(plans, 1 << 62, lambda plan: (1, 1), bond_one=True) or plans
-        reached = sum(_most_stored(plan, allow_growth) for plan in least) / total
+        reached = least_ratio(plans, allow_growth)
         within = min(math.ceil(reached * 1.01e4) / 1e4, 1.0)
         raise UsageError(
             f"--ratio {ratio} cannot be reached: with every bond at 1 these layers are at {reached:.4f}",
             f"--ratio {within:.4f}, or leave hard layers out with --exclude",
         )
     return found
+
+
+def least_ratio(plans: list[LayerPlan], allow_growth: bool) -> float:
+    """ρ over all selected layers with every open bond at 1: no budget can be smaller."""
+    least = _share_out(plans, 1 << 62, lambda plan: (1, 1), bond_one=True) or plans
+    total = sum(plan.structure.num_original for plan in plans)
+    return sum(_most_stored(plan, allow_growth) for plan in least) / total
 
 
 def _most_stored(plan: LayerPlan, allow_growth: bool) -> int:

@@ -32,7 +32,7 @@ from mpoc.toml_values import flag, number, text, texts, whole
 CONV_FORMS = ("kernel", "map")
 FORMS = ("mpo", "svd", "auto")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
-GOALS = ("bond", "ratio", "max_error", "size")
+GOALS = ("bond", "ratio", "max_error", "size", "max_drop")
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,13 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All options of a compression. Exactly one of bond, ratio, max_error and size is set."""
+    """All options of a compression. Exactly one goal is set; a trial at a maximal drop has its ratio too."""
 
     bond: int | None = None  # cap on every D_k
     ratio: float | None = None  # ceiling on ρ over the selected layers
     max_error: float | None = None  # relative error of each layer
     size: int | None = None  # ceiling on the output, bytes
+    max_drop: float | None = None  # what the metric may lose, in its unit; the ratio is searched for
     form: str | None = None  # None: "auto", each layer's best, of a calibrated budget, else "mpo"
     sites: int | None = None
     shape: tuple[ShapeRule, ...] = ()
@@ -84,14 +85,15 @@ class Recipe:
             if not calibrated:
                 hint = "--calibrate DATA"
                 raise UsageError("--form auto compares what layers do: it needs --calibrate", hint)
-            if self.ratio is None:
+            if self.ratio is None and self.max_drop is None:
                 raise UsageError("--form auto shares out a budget: it needs --ratio", "--ratio 0.5")
         errors = (self.max_error, *(rule.max_error for rule in self.rules))
         if calibrated and (self.size is not None or any(error is not None for error in errors)):
             raise UsageError(
-                "--max-error and --size do not go with --calibrate: --bond or --ratio", "--ratio 0.5"
+                "--max-error and --size do not go with --calibrate: --bond or --ratio, or --max-drop",
+                "--ratio 0.5",
             )
-        budget = calibrated and self.ratio is not None
+        budget = calibrated and (self.ratio is not None or self.max_drop is not None)
         return replace(self, form=self.form or ("auto" if budget else "mpo"))
 
     def rule_for(self, name: str) -> LayerRule:
@@ -164,7 +166,7 @@ def _check(recipe: Recipe) -> None:
     if len(goals) != 1:
         said = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
         raise UsageError(
-            f"exactly one of --bond, --ratio, --max-error and --size is needed; given: {said}",
+            f"exactly one of --bond, --ratio, --max-error, --size and --max-drop is needed; given: {said}",
             "mpoc compress MODEL --ratio 0.5",
         )
     _check_bond("--bond", recipe.bond)
@@ -174,6 +176,8 @@ def _check(recipe: Recipe) -> None:
         raise UsageError(f"--ratio {recipe.ratio}: a compression ratio ρ lies above 0 and up to 1")
     if recipe.size is not None and recipe.size <= 0:
         raise UsageError(f"--size {recipe.size}: must be above 0")
+    if recipe.max_drop is not None and not 0 <= recipe.max_drop < math.inf:
+        raise UsageError(f"--max-drop {recipe.max_drop}: what the metric may lose, from 0")
     if not 0 <= recipe.seed < 2**63:
         raise UsageError(f"--seed {recipe.seed}: a whole number from 0 to 2^63 - 1")
     if recipe.min_params < 0:
@@ -286,6 +290,7 @@ _READERS = {
     "ratio": number,
     "max-error": number,
     "size": _size,
+    "max-drop": number,
     "form": text,
     "sites": whole,
     "shape": _shapes,

@@ -23,6 +23,7 @@ EVERY_KEY: list[tuple[str, str, Any]] = [
     ("ratio", "1", 1.0),
     ("max-error", "0.25", 0.25),
     ("size", '"20MB"', 20_000_000),
+    ("max-drop", "1", 1.0),
     ("form", "'svd'", "svd"),
     ("sites", "3", 3),
     ("shape", '"28x28:16x16"', (ShapeRule(None, (16, 16), (28, 28)),)),
@@ -41,7 +42,7 @@ EVERY_KEY: list[tuple[str, str, Any]] = [
     ("max-shard-size", "5000", 5000),
     ("max-shard-size", '"1KiB"', 1024),
 ]
-GOALS: dict[str, Any] = {"bond": 8, "ratio": 0.5, "max_error": 0.1, "size": 1000}
+GOALS: dict[str, Any] = {"bond": 8, "ratio": 0.5, "max_error": 0.1, "size": 1000, "max_drop": 0.5}
 
 
 def read(tmp_path: Path, text: str, **options: Any) -> Recipe:
@@ -92,7 +93,8 @@ def test_values_at_the_edge_are_good(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("goals", [(), *combinations(GOALS, 2), tuple(GOALS)], ids=str)
 def test_no_goal_and_several_are_refused(goals: tuple[str, ...]) -> None:
-    with pytest.raises(UsageError, match="exactly one of --bond, --ratio, --max-error and --size") as caught:
+    said = "exactly one of --bond, --ratio, --max-error, --size and --max-drop"
+    with pytest.raises(UsageError, match=said) as caught:
         make_recipe(None, {goal: GOALS[goal] for goal in goals} | {"seed": 1})
     assert all("--" + goal.replace("_", "-") in str(caught.value).partition("given:")[2] for goal in goals)
 
@@ -164,6 +166,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ({"max_error": 1.0}, "--max-error 1.0"),
         ({"max_error": float("nan")}, "--max-error nan"),
         ({"size": 0}, "--size 0: must be above 0"),
+        ({"max_drop": -0.1}, "--max-drop -0.1: .* from 0"),
+        ({"max_drop": float("nan")}, "--max-drop nan"),
+        ({"max_drop": float("inf")}, "--max-drop inf"),
         ({"bond": 8, "sites": 1}, "--sites 1: .* at least 2 sites"),
         ({"bond": 8, "min_params": -1}, "--min-params -1: must not be negative"),
         ({"bond": 8, "max_shard_size": 0}, "--max-shard-size 0"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,18 +19,15 @@ from mpoc.cli.compress_options import (
     EvalData,
     Exclude,
     Layers,
+    MaxDrop,
     MaxError,
     MinParams,
+    Plot,
     Ratio,
     Size,
 )
+from mpoc.cli.compress_request import compress_request
 from mpoc.cli.console import Output, reported_errors
-from mpoc.errors import UsageError
-
-if TYPE_CHECKING:
-    from mpoc.calibrate.study import CalibrationRequest
-    from mpoc.pipeline import Compression
-    from mpoc.train.measure import Measured
 
 
 def compress(
@@ -45,6 +42,7 @@ def compress(
     ratio: Ratio = None,
     max_error: MaxError = None,
     size: Size = None,
+    max_drop: MaxDrop = None,
     layers: Layers = None,
     exclude: Exclude = None,
     embeddings: Embeddings = None,
@@ -94,6 +92,7 @@ def compress(
     ] = None,
     arch: Arch = None,
     eval_data: EvalData = None,
+    plot: Plot = None,
     calibrate: Calibrate = None,
     calibration_samples: CalibrationSamples = None,
     recipe: Annotated[
@@ -157,104 +156,24 @@ def compress(
 
     mpoc compress fc2.pt --arch fc2 --ratio 0.5 --calibrate mnist/
 
+    mpoc compress fc2.pt --arch fc2 --max-drop 1 --eval mnist/ -o small.safetensors
+
     mpoc compress vgg.pt --size 20MB --dry-run
 
     mpoc compress vgg.pt --bond 4 --layers 'conv*' --conv map --input-shape 'conv*=2x2'
     """
-    options = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in locals().items()
-        if key not in _NOT_IN_RECIPE
-    }
+    values = dict(locals())
     from mpoc.cli.compress_output import print_json, print_table
+    from mpoc.cli.compress_run import run
 
     with reported_errors():
         words = Output(quiet, verbose)
-        if eval_data is not None and dry_run:
-            raise UsageError("--eval measures what was written, and --dry-run writes nothing")
-        calibration = _calibration(calibrate, calibration_samples)
-        before = _measure(model, eval_data, arch, device, words)
-        done = _run(model, output, recipe, options, force, dry_run, arch, calibration, words)
-        after = _measure(done.output, eval_data, arch, device, words)
+        request = compress_request(values)
+        found = run(request, words)
         if as_json:
-            print_json(done, before, after)
+            print_json(found)
         else:
-            print_table(done, before, after, words)
-        if done.written:
-            words.say(f"wrote {done.output}")
-            words.next_command(f"mpoc report {done.output}")
-
-
-_NOT_IN_RECIPE = (
-    "model",
-    "output",
-    "recipe",
-    "force",
-    "dry_run",
-    "arch",
-    "eval_data",
-    "calibrate",
-    "calibration_samples",
-    "as_json",
-    "quiet",
-    "verbose",
-)
-
-
-def _calibration(data: Path | None, samples: int | None) -> CalibrationRequest | None:
-    if data is None:
-        if samples is not None:
-            raise UsageError("--calibration-samples is of use with --calibrate only", "--calibrate DATA")
-        return None
-    from mpoc.calibrate.study import CalibrationRequest
-
-    return CalibrationRequest(data) if samples is None else CalibrationRequest(data, samples)
-
-
-def _run(
-    model: Path,
-    output: Path | None,
-    recipe_file: Path | None,
-    options: dict[str, Any],
-    force: bool,
-    dry_run: bool,
-    arch: str | None,
-    calibration: CalibrationRequest | None,
-    words: Output,
-) -> Compression:
-    from mpoc.cli.progress import layer_progress
-    from mpoc.input_shape import parse_input_shape
-    from mpoc.option_text import parse_shape, parse_size
-    from mpoc.pipeline import choose_device, compress_checkpoint, default_output
-    from mpoc.recipe import make_recipe
-
-    if options["shape"] is not None:
-        options["shape"] = tuple(parse_shape(text) for text in options["shape"])
-    if options["input_shape"] is not None:
-        options["input_shape"] = tuple(parse_input_shape(text) for text in options["input_shape"])
-    for key in ("size", "max_shard_size"):
-        if options[key] is not None:
-            options[key] = parse_size(options[key])
-    recipe = make_recipe(recipe_file, options)
-    words.say(f"device {choose_device(recipe.device)}")
-    target = output or default_output(model)
-    if calibration is not None:
-        words.say(f"calibrating on {calibration.data}: first the dense network, then layer by layer")
-    with layer_progress(words) as progress:
-        done = compress_checkpoint(model, target, recipe, force, dry_run, progress, arch, calibration)
-    for note in done.notes:
-        words.say(f"note: {note}")
-    return done
-
-
-def _measure(
-    path: Path, data: Path | None, arch: str | None, device: str | None, words: Output
-) -> Measured | None:
-    """The network's scores on the data of ``--eval``; said in words once, before."""
-    if data is None:
-        return None
-    from mpoc.train.material import DataOptions
-    from mpoc.train.measure import MeasureRequest, measure
-
-    words.say(f"measuring {path}")
-    return measure(MeasureRequest(path, DataOptions(data), arch=arch, device=device or "auto"))
+            print_table(found, words)
+        if found.done.written:
+            words.say(f"wrote {found.done.output}")
+            words.next_command(f"mpoc report {found.done.output}")

@@ -28,6 +28,16 @@ Size = Annotated[
     str | None,
     typer.Option(help="Ceiling on the whole output, as 20MB.", rich_help_panel=GOAL),
 ]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="The smallest output found that loses at most X of the metric on the data of --eval: points of "
+        "accuracy in per cent, or a rise of the loss; without labels or head, of the likeness to the "
+        "original (agreement in per cent, else cosine). Tries up to 8 ratios.",
+        rich_help_panel=GOAL,
+    ),
+]
 Layers = Annotated[
     list[str] | None,
     typer.Option(
@@ -70,7 +80,16 @@ EvalData = Annotated[
     typer.Option(
         "--eval",
         metavar="DATA",
-        help="Measure before and after on these data, as mpoc eval does; a file needs --arch.",
+        help="Measure before and after on these data, as mpoc eval does, or where there are no labels the "
+        "likeness to the original; a file needs --arch.",
+        rich_help_panel=OUT,
+    ),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="With --max-drop, draw size against metric: .png, .svg or .pdf.",
         rich_help_panel=OUT,
     ),
 ]

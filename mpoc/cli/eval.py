@@ -108,7 +108,15 @@ def evaluate(
 
         words = Output(quiet)
         request = MeasureRequest(
-            model, data_options(data, values), split, arch, task, reference, latency, batch, device
+            model,
+            data_options(data, values),
+            split,
+            arch,
+            task,
+            reference,
+            latency=latency,
+            batch=batch,
+            device=device,
         )
         found = measure(request, words.say)
         if as_json:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from mpoc.data import check_fits
 from mpoc.errors import UsageError, nearest
+from mpoc.train.call import has_logits
 from mpoc.train.distill import Distillation
 from mpoc.train.material import Material
 from mpoc.train.tasks import CausalLM, Classification, MaskedLM, Regression, Task
@@ -61,6 +63,16 @@ def choose_task(
     if y.is_floating_point():
         raise UsageError(f"--task classification: the targets of {material.data.path} are no classes")
     return Classification(len(material.data.classes), partial(check_fits, material.data))
+
+
+def has_task(material: Material, outputs: Any) -> bool:
+    """Whether there is something to score: text or labels, and a network with a head.
+
+    Args:
+        material: the data.
+        outputs: what the network gives on a batch of them.
+    """
+    return (material.data.kind == "text" or _labels(material) is not None) and has_logits(outputs)
 
 
 def _fitting(material: Material, network: nn.Module) -> str:

@@ -17,10 +17,13 @@ def refuse_unknown_picture(path: Path) -> None:
 
     Raises:
         UsageError: another suffix.
-        MpocError: matplotlib is missing.
+        MpocError: matplotlib is missing, or the directory.
     """
     if path.suffix not in _SUFFIXES:
         raise UsageError(f"--plot {path}: the name of a picture ends in {', '.join(_SUFFIXES)}")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise MpocError(f"--plot {path}: there is no directory {folder}", f"mkdir -p {folder}")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -15,12 +15,13 @@ from mpoc.architecture import make_network
 from mpoc.errors import MpocError, UsageError
 from mpoc.history import recorded
 from mpoc.pipeline import choose_device
-from mpoc.train.choose import choose_task
+from mpoc.train.call import Call, to_device
+from mpoc.train.choose import choose_task, has_task
 from mpoc.train.evaluate import Evaluation, evaluate, fidelity, latency, repeated
 from mpoc.train.feed import Feed
 from mpoc.train.material import DataOptions, Material, choose_split, open_material
 from mpoc.train.model import Model, open_beside, open_model
-from mpoc.train.probe import probe
+from mpoc.train.probe import probe, try_call
 from mpoc.train.watch import short
 
 SCHEMA = "mpoc.eval/1"
@@ -36,6 +37,7 @@ class MeasureRequest:
     arch: str | None = None
     task: str | None = None
     reference: Path | None = None
+    stand_in: Path | None = None  # the reference where data and network make no task
     latency: bool = False
     batch: int = 256
     device: str = "auto"
@@ -46,11 +48,14 @@ class Measured:
     """What was found."""
 
     model: Path
+    data: str  # its name
     split: str
     scores: dict[str, float]
     examples: int
     rate: float  # examples a second, reading included
     device: str
+    metric: str  # the score that counts
+    higher_is_better: bool
     reference: Path | None = None
     latencies: list[dict[str, Any]] = field(default_factory=list)  # batch, ms and, where compressed, dense_ms
 
@@ -59,9 +64,11 @@ class Measured:
         found: dict[str, Any] = {
             "schema": SCHEMA,
             "model": str(self.model),
+            "data": self.data,
             "split": self.split,
             "examples": self.examples,
             "device": self.device,
+            "metric": self.metric,
             "scores": self.scores,
             "examples_per_second": short(self.rate),
         }
@@ -70,6 +77,21 @@ class Measured:
         if self.latencies:
             found["latency"] = self.latencies
         return found
+
+    def drop_from(self, before: Measured) -> float:
+        """By how much the metric is worse than before, in its unit, to six significant digits."""
+        change = before.scores[self.metric] - self.scores[self.metric]
+        return float(f"{change if self.higher_is_better else -change:.6g}")
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What was found, and against what."""
+
+    evaluation: Evaluation
+    metric: str
+    higher_is_better: bool
+    reference: Path | None = None
 
 
 def measure(request: MeasureRequest, say: Callable[[str], None] = lambda text: None) -> Measured:
@@ -96,19 +118,22 @@ def measure(request: MeasureRequest, say: Callable[[str], None] = lambda text: N
     found = _scores(request, model, material, feed, device)
     latencies = _latencies(model, network, feed, request, device) if request.latency else []
     return Measured(
-        request.source, split, found.rounded(), found.examples, found.rate, str(device), request.reference,
-        latencies,
+        request.source, request.data.path.resolve().name, split, found.evaluation.rounded(),
+        found.evaluation.examples, found.evaluation.rate, str(device), found.metric, found.higher_is_better,
+        found.reference, latencies,
     )  # fmt: skip
 
 
 def _scores(
     request: MeasureRequest, model: Model, material: Material, feed: Feed, device: torch.device
-) -> Evaluation:
-    if request.reference is not None:
-        if request.task is not None:
-            raise UsageError("--task and --reference: one of them")
-        other = open_beside(request.reference, model.architecture).network.to(device)
-        return fidelity(model.network, other, feed, request.batch, device)
+) -> _Scored:
+    if request.reference is not None and request.task is not None:
+        raise UsageError("--task and --reference: one of them")
+    reference = request.reference or _stand_in(request, model, material, feed, device)
+    if reference is not None:
+        other = open_beside(reference, model.architecture).network.to(device)
+        found = fidelity(model.network, other, feed, request.batch, device)
+        return _Scored(found, "agreement" if "agreement" in found.scores else "cosine", True, reference)
     if request.task == "distillation":
         raise UsageError("--task distillation: of mpoc finetune", "--reference MODEL2 measures likeness")
     task = choose_task(request.task, material, model.network)
@@ -120,7 +145,20 @@ def _scores(
             f"name the classes as in training: {', '.join(sorted(known, key=known.__getitem__)[:10])}",
         )
     probe(model.network, task, feed, device)
-    return evaluate(model.network, task, feed, request.batch, device)
+    found = evaluate(model.network, task, feed, request.batch, device)
+    return _Scored(found, task.metric, task.higher_is_better)
+
+
+@torch.no_grad()
+def _stand_in(
+    request: MeasureRequest, model: Model, material: Material, feed: Feed, device: torch.device
+) -> Path | None:
+    """The reference where there is no task."""
+    if request.stand_in is None:
+        return None
+    batch = to_device(feed.read(torch.arange(min(2, len(feed)))), device)
+    outputs = try_call(Call.of(model.network), model.network, batch)
+    return None if has_task(material, outputs) else request.stand_in
 
 
 def _latencies(

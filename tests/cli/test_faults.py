@@ -115,7 +115,10 @@ def model(tmp_path: Path) -> Path:
     [
         (["--bond", "0"], "--bond 0: a bond dimension is a whole number from 1"),
         (["--bond", "-3"], "--bond -3: a bond dimension is a whole number from 1"),
-        ([], "exactly one of --bond, --ratio, --max-error and --size is needed; given: none of them"),
+        (
+            [],
+            "one of --bond, --ratio, --max-error, --size and --max-drop is needed; given: none of them",
+        ),
         (["--bond", "4", "--ratio", "0.5"], "given: --bond and --ratio"),
         (["--bond", "4", "--shape", "fc1=4x4x4:4x4x4"], "4×4×4 = 64 inputs and 4×4×4 = 64 outputs"),
         (["--bond", "4", "--layers", "encoder.*"], "--layers 'encoder.*' matches no tensor"),

@@ -1,0 +1,107 @@
+"""The command line of ``mpoc compress`` as plain data, checked before any work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpoc.errors import UsageError
+
+if TYPE_CHECKING:
+    from mpoc.calibrate.study import CalibrationRequest
+    from mpoc.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class CompressRequest:
+    """What is asked for."""
+
+    model: Path
+    output: Path
+    recipe: Recipe
+    force: bool
+    dry_run: bool
+    arch: str | None
+    calibration: CalibrationRequest | None
+    eval_data: Path | None
+    plot: Path | None
+
+
+def compress_request(values: dict[str, Any]) -> CompressRequest:
+    """The options of ``mpoc compress`` as plain data.
+
+    Args:
+        values: by the names of the command's parameters.
+
+    Raises:
+        UsageError: a value that cannot be read, options that do not go together, no such data, or an output
+            or picture that may not be written.
+        MpocError: the output's or picture's directory is not there, or matplotlib is not.
+    """
+    from mpoc.pipeline import default_output, refuse_output
+
+    request = CompressRequest(
+        values["model"],
+        values["output"] or default_output(values["model"]),
+        _recipe(values),
+        values["force"],
+        values["dry_run"],
+        values["arch"],
+        _calibration(values["calibrate"], values["calibration_samples"]),
+        values["eval_data"],
+        values["plot"],
+    )
+    _refuse_what_does_not_go_together(request)
+    if request.eval_data is not None:
+        refuse_output(request.model, request.output, request.force)
+        _refuse_missing(request.eval_data)
+        if request.calibration is not None:
+            _refuse_missing(request.calibration.data)
+    return request
+
+
+def _recipe(values: dict[str, Any]) -> Recipe:
+    from mpoc.input_shape import parse_input_shape
+    from mpoc.option_text import parse_shape, parse_size
+    from mpoc.recipe import Recipe, make_recipe
+
+    options = {f.name: values[f.name] for f in fields(Recipe) if f.name != "rules"}
+    readers = {"shape": parse_shape, "input_shape": parse_input_shape}
+    for key, value in options.items():
+        if isinstance(value, list):
+            options[key] = tuple(map(readers[key], value)) if key in readers else tuple(value)
+        elif key in ("size", "max_shard_size") and value is not None:
+            options[key] = parse_size(value)
+    return make_recipe(values["recipe"], options)
+
+
+def _calibration(data: Path | None, samples: int | None) -> CalibrationRequest | None:
+    if data is None:
+        if samples is not None:
+            raise UsageError("--calibration-samples is of use with --calibrate only", "--calibrate DATA")
+        return None
+    from mpoc.calibrate.study import CalibrationRequest
+
+    return CalibrationRequest(data) if samples is None else CalibrationRequest(data, samples)
+
+
+def _refuse_what_does_not_go_together(request: CompressRequest) -> None:
+    searches = request.recipe.max_drop is not None
+    if request.dry_run and (searches or request.eval_data is not None):
+        option = "--max-drop" if searches else "--eval"
+        raise UsageError(f"{option} measures what was written, and --dry-run writes nothing")
+    if searches and request.eval_data is None:
+        raise UsageError("--max-drop is of a metric, so it needs data to measure it on", "--eval DATA")
+    if request.plot is not None:
+        if not searches:
+            raise UsageError("--plot draws what --max-drop finds, and it is not given", "--max-drop 1")
+        from mpoc.train.curves import refuse_unknown_picture
+
+        refuse_unknown_picture(request.plot)
+
+
+def _refuse_missing(data: Path) -> None:
+    from mpoc.data.files import recognise
+
+    recognise(data, None)

@@ -1,0 +1,156 @@
+"""``mpoc compress --max-drop``, as a process where that counts, on the demo's network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mpoc.cli.app import app
+from mpoc.manifest import read_manifest
+from tests.checkpoints import contents
+from tests.cli.test_faults import assert_fails
+from tests.process import Mpoc
+from tests.search.digits import ARCHITECTURE, but_for_the_goal, write_network
+
+COMMAND = ("compress", "net.safetensors", *ARCHITECTURE, "--device", "cpu", "--layers", "fc*")
+
+
+@pytest.fixture
+def folder(run: Mpoc, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_network(run.folder)
+    monkeypatch.chdir(run.folder)
+    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
+    return run.folder
+
+
+def here(*words: object) -> Result:
+    return CliRunner().invoke(app, [*COMMAND, *map(str, words)])
+
+
+def test_table_words_picture_and_report(run: Mpoc, folder: Path) -> None:
+    done = run(
+        *COMMAND, "--max-drop", 2, "--eval", "digits.npz", "--plot", "curve.svg", "-o", "o.safetensors"
+    )
+    assert done.returncode == 0, done.stderr
+    goal = "accuracy 98.89 % on digits.npz (test, 539 examples); it may fall by 2"
+    assert goal in done.stderr and done.stdout.splitlines()[0] == goal
+    told = [line for line in done.stderr.splitlines() if line.startswith("ρ ")]
+    assert 5 < len(told) <= 8
+    assert {line.rpartition(", ")[2] for line in told} == {"kept", "too much"}
+    lines = done.stdout.splitlines()
+    rows = lines[3 : lines.index("")]
+    assert len(rows) == len(told) + 1 and "dense" in rows[-1]
+    options = read_manifest(folder / "o.safetensors").options
+    [chosen] = [row for row in rows if row.rstrip().endswith("chosen")]
+    assert f"{options['ratio']:.3f}" in chosen and options["max_drop"] == 2.0
+    sizes = [float(row.split()[0]) for row in rows]
+    assert sizes == sorted(sizes)
+    assert "before: loss" in done.stdout and "after: loss" in done.stdout
+    assert "<svg" in (folder / "curve.svg").read_text()
+    assert {path.name for path in folder.iterdir()} == {
+        "net.safetensors", "digits.npz", "curve.svg", "o.safetensors",
+    }  # fmt: skip
+
+
+def test_json_and_the_file_that_ratio_writes(folder: Path) -> None:
+    done = here("--max-drop", 2, "--eval", "digits.npz", "-o", "o.safetensors", "--json", "--quiet")
+    assert (done.exit_code, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    [chosen] = [trial for trial in report["search"] if trial["chosen"]]
+    assert chosen["kept"] and chosen["drop"] <= 2
+    assert chosen["nbytes"] == report["totals"]["bytes_after"] == (folder / "o.safetensors").stat().st_size
+    assert chosen["nbytes"] == min(trial["nbytes"] for trial in report["search"] if trial["kept"])
+    assert chosen["scores"] == report["evaluation"]["after"]["scores"]
+    assert report["evaluation"]["after"]["model"] == "o.safetensors"
+    assert report["evaluation"]["before"]["metric"] == "accuracy"
+    assert here("--ratio", chosen["ratio"], "-o", "r.safetensors").exit_code == 0
+    assert but_for_the_goal(folder / "o.safetensors") == but_for_the_goal(folder / "r.safetensors")
+
+
+def test_the_goal_of_a_recipe(folder: Path) -> None:
+    Path("recipe.toml").write_text("max-drop = 2\n[layer.fc2]\ndense = true\n")
+    done = here("--recipe", "recipe.toml", "--eval", "digits.npz", "-o", "o.safetensors", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert [layer.layer for layer in read_manifest(folder / "o.safetensors").replaced] == ["fc1"]
+    assert json.loads(done.stdout)["options"]["max_drop"] == 2.0
+
+
+def test_nothing_keeps_it(run: Mpoc, folder: Path) -> None:
+    before = contents(folder)
+    words = ("compress", "net.safetensors", *ARCHITECTURE, "--layers", "conv1", "--sites", 8)
+    done = run(*words, "--max-drop", 1, "--eval", "digits.npz", "--plot", "curve.svg")
+    assert_fails(
+        done, 1, "none of 6 trials keeps accuracy on digits.npz within 1: the best, ρ ", "98.89 to 97"
+    )
+    assert "hint: --calibrate DATA" in done.stderr
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--max-drop", 1], 2, "--max-drop is of a metric, so it needs data to measure it on"),
+        (["--max-drop", 1, "--dry-run"], 2, "--max-drop measures what was written, and --dry-run"),
+        (["--max-drop", 1, "--ratio", 0.5, "--eval", "digits.npz"], 2, "given: --ratio and --max-drop"),
+        (["--max-drop", -1, "--eval", "digits.npz"], 2, "--max-drop -1.0: what the metric may lose, from 0"),
+        (["--max-drop", 1, "--eval", "nope"], 2, "nope: no such file or directory"),
+        (["--ratio", 0.5, "--eval", "nope"], 2, "nope: no such file or directory"),
+        (["--max-drop", 1, "--eval", "digits.npz", "--calibrate", "nope"], 2, "nope: no such file"),
+        (
+            ["--max-drop", 1, "--eval", "digits.npz", "-o", "out.bin"],
+            2,
+            "out.bin: the output is a safetensors",
+        ),
+        (["--max-drop", 1, "--eval", "digits.npz", "-o", "no/o.safetensors"], 1, "there is no directory"),
+        (["--max-drop", 1, "--eval", "digits.npz", "--plot", "c.gif"], 2, "--plot c.gif: the name of a"),
+        (
+            ["--max-drop", 1, "--eval", "digits.npz", "--plot", "no/c.svg"],
+            1,
+            "--plot no/c.svg: there is no dir",
+        ),
+        (
+            ["--ratio", 0.5, "--eval", "digits.npz", "--plot", "c.svg"],
+            2,
+            "--plot draws what --max-drop finds",
+        ),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(
+    folder: Path, words: list[object], status: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpoc.train.measure.open_model", None)  # nothing is opened
+    before = contents(folder)
+    done = here(*words)
+    assert done.exit_code == status, done.output
+    assert said in done.stderr.replace("\n", " ")
+    assert contents(folder) == before
+
+
+def test_without_matplotlib(run: Mpoc, folder: Path) -> None:
+    words = ("--max-drop", 1, "--eval", "digits.npz", "--plot", "c.svg")
+    done = run.without("matplotlib", *COMMAND, *words)
+    assert_fails(done, 1, "--plot needs matplotlib")
+    assert "measuring" not in done.stderr
+
+
+def test_ctrl_c_within_the_search_leaves_an_old_output(run: Mpoc, folder: Path) -> None:
+    shutil.copy("net.safetensors", "o.safetensors")
+    before = contents(folder)
+    process = run.start(
+        *COMMAND, "--max-drop", 2, "--eval", "digits.npz", "--calibrate", "digits.npz", "-o", "o.safetensors",
+        "--force", "--form", "svd", "--calibration-samples", 40,
+    )  # fmt: skip
+    assert process.stderr is not None
+    while not (line := process.stderr.readline()).startswith("ρ "):
+        assert line
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, out) == (130, "")
+    assert err.endswith("error: interrupted; nothing was written\n")
+    assert contents(folder) == before
+    assert {path.name for path in folder.iterdir()} == {"net.safetensors", "digits.npz", "o.safetensors"}
