@@ -56,10 +56,8 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
         MpocError: a weight that holds NaN, options that do not fit, nothing that would shrink. The model is
             unchanged then.
     """
-    for key in options.keys() & {"size", "dtype", "device", "max_shard_size"}:
+    for key in options.keys() & {"size", "max_drop", "dtype", "device", "max_shard_size"}:
         raise UsageError(f"{key}: for files only; in memory a network keeps its device and dtype")
-    if "max_drop" in options:
-        raise UsageError("max_drop: for files only, which are measured on data", "mpoc compress --max-drop X")
     sample = options.pop("input_shape", None)
     recipe = make_recipe(None, _recipe_options(options)).with_form(calibrated=False)
     checkpoint = _as_checkpoint(model)

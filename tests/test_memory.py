@@ -146,6 +146,7 @@ class TestErrors:
             ({"bond": 4, "layers": ["nothing*"]}, "matches no tensor"),
             ({"bond": 4, "device": "cpu"}, "device: for files only"),
             ({"size": 10**6}, "size: for files only"),
+            ({"max_drop": 1.0}, "max_drop: for files only"),
             ({"bnd": 4}, "unknown option 'bnd'; did you mean 'bond'"),
             ({"bond": 4, "rules": ()}, "unknown option 'rules'"),
             ({"bond": 4, "layers": "none*"}, r"'none\*' matches no tensor"),

@@ -15,7 +15,7 @@ from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.train.finetune import Request, finetune
 from mpoc.train.material import DataOptions
-from mpoc.train.measure import MeasureRequest, measure
+from mpoc.train.measure import Measured, MeasureRequest, measure
 from mpoc.train.settings import Settings
 from tests.data.samples import pixels
 
@@ -41,6 +41,35 @@ def asked(folder: Path, data: str = "digits.npz", **options: Any) -> MeasureRequ
 def test_a_reference_that_records_another_network(folder: Path) -> None:
     found = measure(asked(folder, reference=folder / "lenet5.mpo.safetensors"))
     assert found.scores.keys() == {"cosine", "relative_error", "kl", "agreement"}
+
+
+def test_a_stand_in_is_the_reference_only_where_there_is_no_task(folder: Path) -> None:
+    other = folder / "lenet5.mpo.safetensors"
+    found = measure(asked(folder, stand_in=other))
+    assert (found.metric, found.higher_is_better, found.reference) == ("agreement", True, other)
+    assert found.scores == measure(asked(folder, reference=other)).scores
+    np.savez(folder / "labelled.npz", x=pixels(40, 28, 28), y=np.arange(40) % 10)
+    found = measure(asked(folder, "labelled.npz", stand_in=other))
+    assert (found.metric, found.reference, found.data) == ("accuracy", None, "labelled.npz")
+
+
+@pytest.mark.parametrize(
+    ("metric", "higher", "before", "after", "drop"),
+    [
+        ("accuracy", True, 92.6, 91.6, 1.0),  # not 0.99999999999999
+        ("loss", False, 0.5, 0.75, 0.25),
+        ("loss", False, 0.5, 0.25, -0.25),
+        ("accuracy", True, 50.0, 60.0, -10.0),
+    ],
+)
+def test_a_drop_is_a_loss_of_the_metric(
+    metric: str, higher: bool, before: float, after: float, drop: float
+) -> None:
+    first, second = (
+        Measured(Path("m"), "d", "test", {metric: value}, 1, 1.0, "cpu", metric, higher)
+        for value in (before, after)
+    )
+    assert second.drop_from(first) == drop
 
 
 def test_a_teacher_that_records_another_network(folder: Path) -> None:
