@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,12 @@ def test_the_output_is_that_of_the_chosen_ratio(
 ) -> None:
     studies: list[Study] = []
     made = Study.__init__
-    monkeypatch.setattr(Study, "__init__", lambda self, *words: (studies.append(self), made(self, *words))[1])
+
+    def make(self: Study, *words: Any) -> None:
+        studies.append(self)
+        made(self, *words)
+
+    monkeypatch.setattr(Study, "__init__", make)
     calibration = CalibrationRequest(folder / "digits.npz", 40) if calibrated else None
     told: list[tuple[Trial, bool]] = []
     found = find(
@@ -114,17 +120,21 @@ def test_where_nothing_keeps_it_nothing_is_written(folder: Path) -> None:
     assert contents(folder) == before
 
 
-def test_a_stop_within_a_trial_leaves_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_stops_a_trial_leaves_nothing(folder: Path, error: BaseException) -> None:
     before = contents(folder)
 
     def stop(trial: Trial, kept: bool) -> None:
         if kept:
             assert len(list(folder.glob(".out.safetensors.*.partial/*"))) == 1
-            raise KeyboardInterrupt
+            raise error
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(error)) as caught:
         find(folder, 50.0, Watch(trial=stop))
     assert contents(folder) == before
+    assert sorted(path.name for path in folder.iterdir()) == ["digits.npz", "net.safetensors"]
+    if isinstance(caught.value, OSError):
+        assert caught.value.filename == str(folder / "out.safetensors")
 
 
 def test_a_directory_without_a_head_is_compared_with_the_original(tmp_path: Path) -> None:
