@@ -13,6 +13,7 @@ from mpoc.checkpoint.base import Checkpoint, fingerprint
 from mpoc.checkpoint.safetensors_file import open_safetensors
 from mpoc.errors import MpocError
 from mpoc.fit.conv_map import project
+from mpoc.forms.chains import weight_of
 from mpoc.forms.layout import working_dtype
 from mpoc.forms.mpo import MPO
 from mpoc.header import TensorInfo
@@ -87,14 +88,7 @@ def check_cores(stored: Checkpoint, layer: LayerRecord) -> None:
     Raises:
         MpocError: a core is missing or differs.
     """
-    for site in range(len(layer.output_factors)):
-        name = layer.core_name(site)
-        expected = (
-            layer.bonds[site],
-            layer.output_factors[site],
-            layer.input_factors[site],
-            layer.bonds[site + 1],
-        )
+    for name, expected in zip(layer.core_names, layer.core_shapes, strict=True):
         found = stored.infos.get(name)
         if found is None or found.shape != expected or found.dtype != layer.stored_dtype:
             said = f"{found.shape} {found.dtype}" if found else "missing"
@@ -105,15 +99,17 @@ def check_cores(stored: Checkpoint, layer: LayerRecord) -> None:
 
 def dense_weight(stored: Checkpoint, layer: LayerRecord) -> Tensor:
     """The weight of a replaced layer in its original shape and dtype; of a whole map the nearest kernel."""
-    form = _form(stored, layer)
-    weight = form.to_weight() if layer.geometry is None else project(form)[0]
+    cores = _cores(stored, layer)
+    if layer.geometry is None:
+        weight = weight_of(cores, layer.structure)
+    else:
+        weight = project(MPO(cores, layer.structure))[0]
     return weight.to(getattr(torch, layer.dtype))
 
 
-def _form(stored: Checkpoint, layer: LayerRecord) -> MPO:
+def _cores(stored: Checkpoint, layer: LayerRecord) -> list[Tensor]:
     dtype = working_dtype(getattr(torch, layer.dtype))
-    cores = [stored.read(layer.core_name(k)).to(dtype) for k in range(len(layer.output_factors))]
-    return MPO(cores, layer.structure)
+    return [stored.read(name).to(dtype) for name in layer.core_names]
 
 
 def _check_maps(
@@ -128,7 +124,7 @@ def _check_maps(
         if layer.geometry is None:
             continue
         check_cores(stored, layer)
-        error = project(_form(stored, layer))[1]
+        error = project(MPO(_cores(stored, layer), layer.structure))[1]
         if error <= _ROUNDING * torch.finfo(getattr(torch, layer.stored_dtype)).eps:
             continue
         if projected is None:
@@ -143,7 +139,7 @@ def _check_maps(
 def _dense_entries(stored: Checkpoint, manifest: Manifest) -> list[Entry]:
     """Every tensor of the original checkpoint, in order; tied ones under each of their names."""
     replaced = {layer.core_name(0): layer for layer in manifest.replaced}
-    cores = {layer.core_name(k) for layer in manifest.replaced for k in range(len(layer.output_factors))}
+    cores = {name for layer in manifest.replaced for name in layer.core_names}
     for layer in manifest.replaced:
         check_cores(stored, layer)
     entries: dict[str, Entry] = {}

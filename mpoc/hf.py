@@ -27,6 +27,7 @@ from mpoc.errors import MpocError
 from mpoc.hub_directory import GUARD, GUARD_KEY, cores_of
 from mpoc.manifest import FORMAT, SAVED_AGAIN, core_prefix
 from mpoc.nn.adopt import adopt_everywhere
+from mpoc.nn.cost import Site
 from mpoc.nn.experts import unstack
 from mpoc.structure import Structure
 
@@ -146,7 +147,7 @@ class MpoQuantizer(HfQuantizer):
         ties = _declared_ties(model)
         for name, target in targets.items():
             dense = names.state.get(target)
-            structure, bonds = cores_of(name, layers[name])
+            structure, shapes = cores_of(name, layers[name])
             if dense is None:
                 continue  # another head's: transformers lists its tensors as unexpected
             if tuple(dense.shape) != structure.shape:
@@ -155,7 +156,7 @@ class MpoQuantizer(HfQuantizer):
                 self._other_sizes.append(WeightRenaming(f"^{core}$", target))
                 continue
             tied = _tied_to(target, model.all_tied_weights_keys) - stored - set(targets.values())
-            self._swap(model, [target, *sorted(tied)], structure, bonds)
+            self._swap(model, [target, *sorted(tied)], structure, shapes)
         if layers and not (self._cores or self._other_sizes):
             raise MpocError(
                 f"{model.config.name_or_path}: none of its {len(layers)} compressed layers "
@@ -195,12 +196,10 @@ class MpoQuantizer(HfQuantizer):
             self._unstacked.add(converter.target_patterns[0])
 
     def _swap(
-        self, model: PreTrainedModel, names: list[str], structure: Structure, bonds: tuple[int, ...]
+        self, model: PreTrainedModel, names: list[str], structure: Structure, shapes: list[Site]
     ) -> None:
         """Cores, still empty, in the place of a weight, by all its names."""
-        factors = zip(structure.output_factors, structure.input_factors, strict=True)
-        sites = zip(bonds[:-1], factors, bonds[1:], strict=True)
-        cores = [torch.empty(left, j, i, right, device="meta") for left, (j, i), right in sites]
+        cores = [torch.empty(shape, device="meta") for shape in shapes]
         try:
             adopt_everywhere(model, names, cores, structure)
         except ValueError as error:

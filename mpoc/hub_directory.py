@@ -17,7 +17,8 @@ from typing import Any
 
 from mpoc.errors import MpocError
 from mpoc.header import TensorInfo, encode_header, storage_order
-from mpoc.manifest import FORMAT, FORMS, MANIFEST_FILE, Manifest, parse_geometry
+from mpoc.manifest import FORMAT, FORMS, MANIFEST_FILE, Manifest
+from mpoc.record_check import check_low_rank, parse_geometry
 from mpoc.structure import KINDS, Structure
 from mpoc.writer import Shard, write_safetensors
 
@@ -185,14 +186,15 @@ def quantization_config(manifest: Manifest) -> dict[str, Any]:
             "bonds": layer.bonds,
             "dtype": layer.stored_dtype,
         }
+        | ({"low_rank": layer.low_rank} if layer.low_rank else {})
         | ({"geometry": asdict(layer.geometry)} if layer.geometry else {})
         for layer in manifest.replaced
     }
     return {"quant_method": "mpo", "format": FORMAT, "layers": layers}
 
 
-def cores_of(name: str, entry: Any) -> tuple[Structure, tuple[int, ...]]:
-    """One layer of :func:`quantization_config`, read back: its structure and its bonds (D_0..D_n).
+def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, int, int, int]]]:
+    """One layer of :func:`quantization_config`, read back: its structure and the shapes of its cores.
 
     Raises:
         MpocError: the entry is damaged.
@@ -202,22 +204,26 @@ def cores_of(name: str, entry: Any) -> tuple[Structure, tuple[int, ...]]:
         shape, outputs, inputs, bonds = lists
         geometry = parse_geometry(entry["geometry"], shape) if "geometry" in entry else None
         structure = Structure(entry["kind"], shape, entry["transposed"], outputs, inputs, geometry)
+        low_rank = entry.get("low_rank", 0)
         whole = all(isinstance(number, int) and number > 0 for numbers in lists for number in numbers)
+        whole = whole and isinstance(low_rank, int)
         chain = len(outputs) == len(inputs) == len(bonds) - 1 > 0 and bonds[0] == bonds[-1] == 1
         known = entry["form"] in FORMS[:-1] and structure.kind in KINDS
         known = known and (structure.kind == "convmap") == (geometry is not None)
+        known = known and (entry["form"] == "svd+mpo") == (low_rank != 0)
         if not (whole and chain and known and min(structure.padding) >= 0):
             raise ValueError(entry)
+        check_low_rank(structure, low_rank)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise MpocError(f"config.json: damaged quantization_config of {name!r} ({error!r})") from error
-    return structure, bonds
+    return structure, structure.core_shapes(bonds, low_rank)
 
 
 def _card_with_section(card: str, manifest: Manifest) -> str:
     """The model card with a section on the compression at its end."""
     rows = [
         f"| {layer.layer.replace('|', '¦')} | {'×'.join(map(str, layer.shape))} | "
-        f"{', '.join(map(str, layer.bonds[1:-1]))} | "
+        f"{layer.bonds_text(', ')} | "
         f"{layer.num_original:,} → {layer.num_stored:,} | {layer.rho:.4f} | "
         f"{'' if layer.relative_error is None else f'{layer.relative_error:.4f}'} |"
         for layer in manifest.replaced

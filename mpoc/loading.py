@@ -85,7 +85,7 @@ def _recorded_network(source: Path, stored: Checkpoint, manifest: Manifest) -> n
 
 
 def _core_names(layers: list[LayerRecord]) -> set[str]:
-    return {layer.core_name(k) for layer in layers for k in range(len(layer.bonds) - 1)}
+    return {name for layer in layers for name in layer.core_names}
 
 
 def _check(path: Path, stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:
@@ -174,6 +174,6 @@ def _swap(
     """Modules to their counterparts; where file and model differ in what is tied, the file decides."""
     known, apart = same_tensor(model), stored.infos.keys() | replaced.keys()
     for name, layer in replaced.items():
-        cores = [stored.read(layer.core_name(k)).clone() for k in range(len(layer.bonds) - 1)]
+        cores = [stored.read(core).clone() for core in layer.core_names]
         aliases = (known[name] - apart) | set(tied.get(name, ())) - {name}
         adopt_everywhere(model, [name, *sorted(aliases)], cores, layer.structure)

@@ -17,13 +17,14 @@ from typing import Any
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.geometry import Geometry
-from mpoc.header import ITEMSIZE, TensorInfo, count_parameters, read_header
+from mpoc.header import TensorInfo, count_parameters, read_header
+from mpoc.record_check import check_record, parse_geometry, with_tuples
 from mpoc.structure import KINDS, Structure
 from mpoc.typed import typed
 from mpoc.weight_files import read_json, stored_tensors
 
 FORMAT = 1
-FORMS = ("mpo", "svd", "dense")
+FORMS = ("mpo", "svd", "svd+mpo", "dense")
 MANIFEST_FILE = "mpoc.json"
 # In the metadata of weights that transformers saved: an ``mpoc.json`` beside them is an older one.
 SAVED_AGAIN = "mpoc_saved_again"
@@ -37,7 +38,7 @@ class LayerRecord:
     kind: str
     shape: tuple[int, ...]  # of the weight in the source
     dtype: str  # of the weight in the source
-    form: str  # "mpo", "svd" or "dense"
+    form: str  # one of FORMS
     num_original: int  # N_ori
     num_stored: int  # N_mpo, or N_ori where dense
     stored_dtype: str
@@ -46,9 +47,10 @@ class LayerRecord:
     output_factors: tuple[int, ...] = ()
     input_factors: tuple[int, ...] = ()
     bonds: tuple[int, ...] = ()
+    low_rank: int = 0  # rank of the part that is added to the MPO (form "svd+mpo")
     padding: tuple[int, int] = (0, 0)
     relative_error: float | None = None  # None in a plan, and for a dense layer
-    entropies: tuple[float, ...] = ()  # of the stored weight
+    entropies: tuple[float, ...] = ()  # of the stored weight; of a sum, which is no chain, none
     entropies_of_weight: tuple[float | None, ...] = ()  # of the source's, where computed exactly
     geometry: Geometry | None = None  # of a whole map (kind "convmap")
     # ‖Wx − Ŵx̃‖ / ‖Wx‖ about the mean, x̃ the inputs that the compressed network gives; None: not calibrated.
@@ -71,6 +73,26 @@ class LayerRecord:
         return Structure(
             self.kind, self.shape, self.transposed, self.output_factors, self.input_factors, self.geometry
         )
+
+    @property
+    def num_cores(self) -> int:
+        """Of the MPO, and two more of an added low-rank part; 0 where dense."""
+        return len(self.output_factors) + (2 if self.low_rank else 0)
+
+    @property
+    def core_names(self) -> list[str]:
+        """The tensor names of all cores, in order."""
+        return [self.core_name(k) for k in range(self.num_cores)]
+
+    @property
+    def core_shapes(self) -> list[tuple[int, int, int, int]]:
+        """Their shapes; not for dense layers."""
+        return self.structure.core_shapes(self.bonds, self.low_rank)
+
+    def bonds_text(self, between: str = " ") -> str:
+        """The inner bonds for people, as ``4 8 4``, or ``48 + r 12`` with an added part of rank 12."""
+        added = f"r {self.low_rank}" if self.low_rank else ""
+        return " + ".join(filter(None, [between.join(map(str, self.bonds[1:-1])), added]))
 
     def core_name(self, site: int) -> str:
         """The tensor name of core ``site`` (from 0)."""
@@ -198,7 +220,7 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
         layers = tuple(_layer_of_entry(name, entry, tensors) for name, entry in entries)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise MpocError(f"{path}: config.json: damaged quantization_config ({error!r})") from error
-    cores = {layer.core_name(site) for layer in layers for site in range(len(layer.output_factors))}
+    cores = {name for layer in layers for name in layer.core_names}
     if cores - tensors.keys():
         raise MpocError(
             f"{path}: {min(cores - tensors.keys())!r} is not among the weights that config.json describes",
@@ -221,11 +243,10 @@ def _layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorI
     """A layer of ``quantization_config``, checked."""
     first, shape = tensors.get(f"{core_prefix(name)}.0"), entry["shape"]
     dtype = first.dtype if first else entry["dtype"]
-    bonds, outputs, inputs = entry["bonds"], entry["output_factors"], entry["input_factors"]
-    sites = zip(bonds[:-1], outputs, inputs, bonds[1:], strict=True)
-    counts = {"num_original": math.prod(shape), "num_stored": sum(math.prod(site) for site in sites)}
+    counts = {"num_original": math.prod(shape), "num_stored": 0}
     layer = _layer({**entry, **counts, "name": name, "dtype": dtype, "stored_dtype": dtype})
-    return replace(layer, padding=layer.structure.padding)
+    stored = sum(map(math.prod, layer.core_shapes))
+    return replace(layer, num_stored=stored, padding=layer.structure.padding)
 
 
 def _check_format(found: Any, path: Path) -> None:
@@ -254,52 +275,8 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
 def _layer(value: dict[str, Any]) -> LayerRecord:
     if value.get("geometry") is not None:
         value["geometry"] = parse_geometry(value["geometry"], tuple(value["shape"]))
-    layer = typed(LayerRecord(**_with_tuples(value)))
+    layer: LayerRecord = typed(LayerRecord(**with_tuples(value)))
     if layer.kind not in KINDS or layer.form not in FORMS:
         raise ValueError(f"layer {layer.name!r}: kind {layer.kind!r}, form {layer.form!r}")
-    if math.prod(layer.shape) != layer.num_original or min(layer.shape, default=0) < 1:
-        raise ValueError(f"layer {layer.name!r}: shape {layer.shape}, {layer.num_original} parameters")
-    if layer.dtype not in ITEMSIZE or layer.stored_dtype not in ITEMSIZE:
-        raise ValueError(f"layer {layer.name!r}: dtypes {layer.dtype!r} and {layer.stored_dtype!r}")
-    if layer.form != "dense":
-        _check_factors(layer)
+    check_record(layer)
     return layer
-
-
-def _modest(structure: Structure) -> bool:
-    """No more padding than factors are ever chosen with: a small file must not ask for a huge matrix."""
-    sides = zip(structure.padding, (structure.outputs, structure.inputs), strict=True)
-    return all(0 <= padding <= 0.1 * side for padding, side in sides)
-
-
-def parse_geometry(value: dict[str, Any], shape: tuple[int, ...]) -> Geometry:
-    """The geometry of a kernel of ``shape`` from JSON, checked.
-
-    Raises:
-        TypeError, ValueError: it is damaged.
-    """
-    geometry: Geometry = typed(Geometry(**_with_tuples(value)))
-    geometry.check(shape)
-    return geometry
-
-
-def _with_tuples(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
-
-
-def _check_factors(layer: LayerRecord) -> None:
-    """Factors and bonds must make a chain, and the chain a matrix no smaller than the weight's.
-
-    Raises:
-        ValueError: they do not.
-    """
-    structure = layer.structure
-    chain = len(layer.output_factors) == len(layer.input_factors) == len(layer.bonds) - 1 > 0
-    if layer.geometry is None:
-        whole = structure.lead * structure.outputs * structure.inputs == layer.num_original
-    else:
-        whole = structure.num_original == layer.num_original
-    whole = whole and (layer.kind == "convmap") == (layer.geometry is not None)
-    front = structure.site_sizes[0] if chain and structure.lead_sites else 1
-    if not (chain and whole and front == structure.lead and _modest(structure)):
-        raise ValueError(f"layer {layer.name!r}: its factors and bonds do not make its weight")

@@ -94,7 +94,7 @@ def _more_than_planned(plan: LayerPlan) -> int:
 
 
 def _with_longest_figures(record: LayerRecord) -> LayerRecord:
-    inner = max(len(record.bonds) - 2, 0)
+    inner = 0 if record.low_rank else max(len(record.bonds) - 2, 0)
     if record.form == "dense":
         return record
     figures = (_LONGEST_FIGURE,) * inner
@@ -102,11 +102,5 @@ def _with_longest_figures(record: LayerRecord) -> LayerRecord:
 
 
 def _core_infos(record: LayerRecord) -> list[TensorInfo]:
-    sites = zip(
-        record.bonds[:-1],
-        record.output_factors,
-        record.input_factors,
-        record.bonds[1:],
-        strict=True,
-    )
-    return [TensorInfo(record.core_name(k), record.stored_dtype, site) for k, site in enumerate(sites)]
+    cores = zip(record.core_names, record.core_shapes, strict=True)
+    return [TensorInfo(name, record.stored_dtype, shape) for name, shape in cores]

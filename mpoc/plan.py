@@ -29,6 +29,7 @@ class LayerPlan:
     stored_dtype: str
     max_bond: int | None  # None: dense
     tolerance: float = 0.0  # relative error that may be spent to go below max_bond
+    low_rank: int = 0  # rank of a part that is added to the MPO of ``structure`` (form "svd+mpo")
     reason: str = ""  # why dense
 
     def record(self) -> LayerRecord:
@@ -49,13 +50,14 @@ class LayerPlan:
         return replace(
             base,
             kind=self.structure.kind,
-            form=self.structure.form,
-            num_stored=self.structure.num_parameters(self.max_bond),
+            form="svd+mpo" if self.low_rank else self.structure.form,
+            num_stored=self.structure.num_parameters(self.max_bond, self.low_rank),
             stored_dtype=self.stored_dtype,
             transposed=self.structure.transposed,
             output_factors=self.structure.output_factors,
             input_factors=self.structure.input_factors,
             bonds=self.structure.bonds(self.max_bond),
+            low_rank=self.low_rank,
             padding=self.structure.padding,
             geometry=self.structure.geometry,
         )
@@ -134,12 +136,12 @@ def _structure(
     _, outputs, inputs = lead_outputs_inputs(kind, map.shape, map.transposed, geometry)
     factors, sites = recipe.factors_for(map.name, outputs, inputs), rule.sites or recipe.sites
     form = rule.form or recipe.form
+    if geometry is not None and (form == "svd+mpo" or (form == "svd" and factors is None)):
+        raise UsageError(f"--form {form} is of kernels, not of whole maps", "--conv kernel")
     if form == "auto":  # what a budget is shared out from; chains where they were asked for
         form = "mpo" if geometry is not None or sites is not None else "svd"
     if form != "svd" or factors is not None:
         return make_structure(kind, map.shape, map.transposed, sites, factors, geometry)
-    if geometry is not None:
-        raise UsageError("--form svd is of kernels, not of whole maps", "--conv kernel")
     return low_rank_structure(kind, map.shape, map.transposed)
 
 
@@ -268,7 +270,7 @@ def _shrinking(plan: LayerPlan) -> LayerPlan:
     """
     if not plan.max_bond or plan.tolerance or plan.structure.geometry is not None:
         return plan
-    return leave_dense_unless_smaller(plan, plan.structure.num_parameters(plan.max_bond))
+    return leave_dense_unless_smaller(plan, plan.record().num_stored)
 
 
 def leave_dense_unless_smaller(plan: LayerPlan, num_stored: int) -> LayerPlan:

@@ -30,7 +30,7 @@ from mpoc.selection import matches
 from mpoc.toml_values import flag, number, text, texts, whole
 
 CONV_FORMS = ("kernel", "map")
-FORMS = ("mpo", "svd", "auto")
+FORMS = ("mpo", "svd", "svd+mpo", "auto")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 GOALS = ("bond", "ratio", "max_error", "size", "max_drop")
 
@@ -81,12 +81,13 @@ class Recipe:
         Raises:
             UsageError: a form, or a goal, that needs or excludes calibration.
         """
-        if "auto" in (self.form, *(rule.form for rule in self.rules)):
+        forms = (self.form, *(rule.form for rule in self.rules))
+        for form in (form for form in ("auto", "svd+mpo") if form in forms):
             if not calibrated:
                 hint = "--calibrate DATA"
-                raise UsageError("--form auto compares what layers do: it needs --calibrate", hint)
+                raise UsageError(f"--form {form} compares what layers do: it needs --calibrate", hint)
             if self.ratio is None and self.max_drop is None:
-                raise UsageError("--form auto shares out a budget: it needs --ratio", "--ratio 0.5")
+                raise UsageError(f"--form {form} shares out a budget: it needs --ratio", "--ratio 0.5")
         errors = (self.max_error, *(rule.max_error for rule in self.rules))
         if calibrated and (self.size is not None or any(error is not None for error in errors)):
             raise UsageError(

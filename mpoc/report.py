@@ -25,6 +25,7 @@ _COLUMNS = (
     "output_factors",
     "input_factors",
     "bonds",
+    "low_rank",
     "num_original",
     "num_stored",
     "rho",

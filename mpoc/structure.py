@@ -7,7 +7,8 @@ weight.  Then outputs and inputs are factored, J = (J_1..J_n) and I = (I_1..I_n)
 own in front: J = 1, I = taps, or J = experts, I = 1.
 
 Two sites with the factors (N_y, 1) and (1, N_x) are a plain low-rank factorisation (form ``svd``).  It has no
-site for the lead: taps go with the inputs, experts with the outputs.
+site for the lead: taps go with the inputs, experts with the outputs.  Such a low-rank part can be added to
+an MPO (form ``svd+mpo``); the structure is then the MPO's.
 
 A convolution can also be seen as one linear map at a given input size (kind ``convmap``; Gao et al. 2020):
 outputs H'·W'·C_out, inputs H·W·C_in, channel last, and no lead.  ρ still counts the kernel's numbers.
@@ -111,9 +112,26 @@ class Structure:
             bonds.append(min(max_bond, left, total // left))
         return (*bonds, 1)
 
-    def num_parameters(self, max_bond: int) -> int:
-        """N_mpo (Eq. 6) at these bonds."""
-        return count_parameters(self.site_sizes, self.bonds(max_bond))
+    def num_parameters(self, max_bond: int, low_rank: int = 0) -> int:
+        """N_mpo (Eq. 6) at these bonds, and r·(N_y + N_x) of an added part of rank r = ``low_rank``."""
+        added = low_rank * sum(self.as_low_rank().site_sizes) if low_rank else 0
+        return count_parameters(self.site_sizes, self.bonds(max_bond)) + added
+
+    def as_low_rank(self) -> Structure:
+        """The same weight's structure of the form ``svd``: that of an added low-rank part.
+
+        Raises:
+            ValueError: of a whole map, which has none.
+        """
+        if self.geometry is not None:
+            raise ValueError("a whole map has no low-rank part")
+        return low_rank_structure(self.kind, self.shape, self.transposed)
+
+    def core_shapes(self, bonds: tuple[int, ...], low_rank: int = 0) -> list[tuple[int, int, int, int]]:
+        """(D_left, J, I, D_right) of each core as stored, an added low-rank part's two at the end."""
+        sides = zip(bonds[:-1], self.output_factors, self.input_factors, bonds[1:], strict=True)
+        added = self.as_low_rank().core_shapes((1, low_rank, 1)) if low_rank else []
+        return [*sides, *added]
 
     @property
     def full_bond(self) -> int:

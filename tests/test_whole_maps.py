@@ -332,7 +332,7 @@ def test_a_directory_s_config_keeps_the_geometry(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "net-mpo" / "config.json").read_text())["quantization_config"]
     assert config == json.loads(json.dumps(quantization_config(manifest)))
     for layer in manifest.replaced:
-        assert cores_of(layer.name, config["layers"][layer.name]) == (layer.structure, layer.bonds)
+        assert cores_of(layer.name, config["layers"][layer.name]) == (layer.structure, layer.core_shapes)
     assert "geometry" not in config["layers"]["head.weight"]
     entry = config["layers"]["first.weight"]
     for damaged in ({**entry, "geometry": {}}, {**entry, "kind": "conv2d"}, {**entry, "geometry": None}):

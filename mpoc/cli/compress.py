@@ -51,9 +51,10 @@ def compress(
     form: Annotated[
         str | None,
         typer.Option(
-            metavar="mpo|svd|auto",
-            help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. auto: for each layer "
-            "the best, with --calibrate and --ratio, where it is the default.",
+            metavar="mpo|svd|svd+mpo|auto",
+            help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. svd+mpo: their sum. "
+            "auto: for each layer the best. The last two with --calibrate and --ratio, where auto is the "
+            "default.",
             rich_help_panel=HOW,
         ),
     ] = None,

@@ -93,7 +93,7 @@ def _row(layer: LayerRecord) -> list[str]:
         escape(layer.layer),
         shape,
         factors,
-        " ".join(map(str, layer.bonds[1:-1])),
+        layer.bonds_text(),
         f"{layer.num_original:,} → {layer.num_stored:,}",
         f"{layer.rho:.4f}",
         error,

@@ -11,13 +11,15 @@ parameters, but fewer and larger products, and a smaller intermediate.  Or Ŵ it
 its rows at a time.  A cost model (operations, bytes moved, products started) picks; its choice is plain data,
 made once for each batch size.  Large batches go through in chunks whose intermediates stay in the cache.
 
+A low-rank part that is added takes two more products, or is added to the blocks of a rebuilt Ŵ.
+
 The trade-off: at large batches and bonds the intermediates outweigh what the cores save, and rebuilding the
 dense weight wins, as it would for any tensor-train library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -28,28 +30,54 @@ from mpoc.nn.cost import Site, cheapest, split
 from mpoc.nn.weight import is_autocast
 
 
-def contract(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
+def contract(x: Tensor, cores: Sequence[Tensor], added: Sequence[Tensor] = ()) -> Tensor:
     """Ŵx for every vector of a batch.
 
     Args:
         x: (batch, I_1·…·I_n).
         cores: (D_{k-1}, J_k, I_k, D_k), e.g. (4, 8, 16, 4).
+        added: (1, J_1·…·J_n, 1, r) and (r, 1, I_1·…·I_n, 1) of a low-rank part; none: empty.
 
     Returns:
         (batch, J_1·…·J_n).
     """
-    plan = _plan(sites_of(cores), planned_batch(x), x.is_cuda)
+    plan = _plan(sites_of(cores), planned_batch(x), x.is_cuda, added[1].shape[0] if added else 0)
     merged = [merge(cores[first:last]) for first, last in pairwise(plan.cuts)]
     if plan.rebuild:
-        left, right = merged
-        blocks = left.split(plan.rows, dim=1)
-        return torch.cat([x @ merge((block, right))[0, :, :, 0].T for block in blocks], dim=1)
-    trained = torch.is_grad_enabled() and any(core.requires_grad for core in cores)
+        return torch.cat([x @ block.T for block in _blocks(merged, added, plan.rows)], dim=1)
+    y = _through(x, merged, plan.rows)
+    if not added:
+        return y
+    left, right = _matrices(added)
+    return torch.addmm(y, x @ right.T, left.T)
+
+
+def _blocks(halves: Sequence[Tensor], added: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
+    """Ŵ, so many J of its left half at a time: (rows·J_right, ΠI) each."""
+    left, right = halves
+    blocks = (merge((block, right))[0, :, :, 0] for block in left.split(rows, dim=1))
+    if not added:
+        yield from blocks
+        return
+    low_left, low_right = _matrices(added)
+    for block, low in zip(blocks, low_left.split(rows * right.shape[1]), strict=True):
+        yield torch.addmm(block, low, low_right)
+
+
+def _matrices(added: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(ΠJ, r) and (r, ΠI)."""
+    left, right = added
+    return left[0, :, 0], right[:, 0, :, 0]
+
+
+def _through(x: Tensor, merged: Sequence[Tensor], rows: int) -> Tensor:
+    """The chain, so many vectors at a time."""
+    trained = torch.is_grad_enabled() and any(core.requires_grad for core in merged)
     chain = _chain if _pieces_are_cheap(x, merged, trained) else _chain_of_rows
-    at_once = max(min(8, plan.rows), plan.rows // 4) if trained else plan.rows  # gradients hold several
+    at_once = max(min(8, rows), rows // 4) if trained else rows  # gradients hold several
     if is_traced() or x.shape[0] <= at_once:
         return chain(x, merged)
-    return torch.cat([chain(rows, merged) for rows in x.split(at_once)])
+    return torch.cat([chain(part, merged) for part in x.split(at_once)])
 
 
 def _chain(x: Tensor, cores: Sequence[Tensor]) -> Tensor:

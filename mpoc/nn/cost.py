@@ -44,27 +44,37 @@ class Plan:
 
 
 @cache
-def cheapest(sites: tuple[Site, ...], batch: int, on_gpu: bool) -> Plan:
-    """Of all ways for ``batch`` vectors the one that is estimated to take least time."""
+def cheapest(sites: tuple[Site, ...], batch: int, on_gpu: bool, rank: int = 0) -> Plan:
+    """Of all ways for ``batch`` vectors the one that is estimated to take least time.
+
+    Args:
+        sites: of the chain.
+        batch: number of vectors.
+        on_gpu: or on a CPU.
+        rank: of a low-rank part that is added; 0: none.
+    """
     rates = GPU if on_gpu else CPU
-    return min(ways(sites, batch, rates), key=lambda plan: plan.seconds)
+    return min(ways(sites, batch, rates, rank), key=lambda plan: plan.seconds)
 
 
-def ways(sites: tuple[Site, ...], batch: int, rates: Rates) -> Iterator[Plan]:
+def ways(sites: tuple[Site, ...], batch: int, rates: Rates, rank: int = 0) -> Iterator[Plan]:
     """Every grouping of neighbours contracted in a chain, and every cut in two to rebuild the weight from."""
     count = len(sites)
+    outputs, inputs = (math.prod(site[axis] for site in sites) for axis in (1, 2))
+    apart = 0.0
+    if rank:
+        apart = _product(1, batch, inputs, rank, rates) + _product(1, batch, rank, outputs, rates)
     for size in range(count):
         for inner in combinations(range(1, count), size):
             cuts = (0, *inner, count)
             groups, merging = merged(sites, cuts, rates)
             largest = _largest_intermediate(groups)
             rows = max(1, min(batch, rates.cache // largest))
-            yield Plan(cuts, False, rows, merging + _chain(groups, batch, rows, rates))
+            yield Plan(cuts, False, rows, merging + _chain(groups, batch, rows, rates) + apart)
             if len(cuts) == 3:
                 left, right = groups
-                inputs = left[2] * right[2]
                 rows = max(1, min(left[1], rates.block // (right[1] * inputs)))
-                yield Plan(cuts, True, rows, merging + _rebuild(left, right, batch, rows, rates))
+                yield Plan(cuts, True, rows, merging + _rebuild(left, right, batch, rows, rates, rank))
 
 
 def merged(sites: tuple[Site, ...], cuts: tuple[int, ...], rates: Rates) -> tuple[list[Site], float]:
@@ -127,10 +137,12 @@ def _chain(groups: list[Site], batch: int, rows: int, rates: Rates) -> float:
     return total * math.ceil(batch / rows)
 
 
-def _rebuild(left: Site, right: Site, batch: int, rows: int, rates: Rates) -> float:
+def _rebuild(left: Site, right: Site, batch: int, rows: int, rates: Rates, rank: int) -> float:
     """Seconds to build Ŵ ``rows`` outputs of the left group at a time, and to multiply."""
     block = (1, rows, *left[2:])
     seconds = _join(block, right, rates) + _product(1, batch, left[2] * right[2], rows * right[1], rates)
+    if rank:
+        seconds += _product(1, rows * right[1], rank, left[2] * right[2], rates)
     return seconds * math.ceil(left[1] / rows)
 
 

@@ -10,6 +10,7 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor, nn
 
+from mpoc.forms.chains import split
 from mpoc.nn.contract import is_traced, merge, planned, planned_batch, sites_of
 from mpoc.nn.cost import CPU, GPU, Rates, Site, bandwidth, merged
 from mpoc.nn.weight import CoreWeight, without_autocast
@@ -58,7 +59,16 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
 
     def _rows(self, indices: Tensor) -> Tensor:
         """(count,) → (count, embedding_dim)."""
-        cores = list(self.cores)
+        cores, added = split(list(self.cores), self.structure)
+        rows = self._rows_of(indices, cores)
+        if added:
+            rows = rows + self._rows_of(indices, added)
+        if self.padding_idx is not None:
+            rows = torch.where((indices == self.padding_idx)[:, None], rows.detach(), rows)
+        return rows
+
+    def _rows_of(self, indices: Tensor, cores: Sequence[Tensor]) -> Tensor:
+        """Of one chain."""
         cuts = _best_cuts(sites_of(cores), planned_batch(indices), indices.is_cuda)
         groups = [merge(cores[first:last]) for first, last in pairwise(cuts)]
         at_once = max(1, _AT_ONCE // max([core.numel() // core.shape[1] for core in groups]))
@@ -66,10 +76,7 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
             rows = _gather(indices, groups)
         else:
             rows = torch.cat([_gather(part, groups) for part in indices.split(at_once)])
-        rows = rows[:, : self.embedding_dim]
-        if self.padding_idx is not None:
-            rows = torch.where((indices == self.padding_idx)[:, None], rows.detach(), rows)
-        return rows
+        return rows[:, : self.embedding_dim]
 
 
 def _gather(indices: Tensor, cores: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from mpoc.forms.chains import split
 from mpoc.nn.contract import contract
 from mpoc.nn.weight import CoreWeight
 
@@ -38,10 +39,14 @@ def through_cores(layer: CoreWeight, x: Tensor) -> Tensor:
     if x.shape[-1] != structure.inputs:
         raise RuntimeError(f"input has {x.shape[-1]} features, the layer takes {structure.inputs}")
     flat = x.reshape(-1, structure.inputs)
-    if structure.padding[1]:
-        flat = pad(flat, (0, structure.padding[1]))
-    y = contract(flat, list(layer.cores))
-    if structure.padding[0]:
+    cores, added = split(list(layer.cores), structure)
+    rows, columns = structure.padding
+    if columns:
+        flat = pad(flat, (0, columns))
+    if added and (rows or columns):
+        added = [pad(added[0], (0, 0, 0, 0, 0, rows)), pad(added[1], (0, 0, 0, columns))]
+    y = contract(flat, cores, added)
+    if rows:
         y = y[:, : structure.outputs]
     if layer.bias is not None:
         y = y + layer.bias.to(y.dtype)  # under autocast the product is narrower

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.forms.mpo import MPO
+from mpoc.forms.chains import split, weight_of
 from mpoc.structure import Structure
 
 
 def build_weight(cores: Sequence[Tensor], structure: Structure) -> Tensor:
     """The dense weight in the cores' dtype, under autocast too: then it is what a dense layer would hold."""
     with without_autocast(cores[0].device):
-        return MPO(cores, structure).to_weight()
+        return weight_of(cores, structure)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -30,10 +30,10 @@ def is_autocast(device: torch.device) -> bool:
 
 
 class CoreWeight(nn.Module):
-    """A module whose ``weight`` is an MPO. Made by :func:`mpoc.nn.adopt.adopt` from a dense module.
+    """A module whose ``weight`` is made from cores. Made by :func:`mpoc.nn.adopt.adopt` from a dense module.
 
-    ``cores`` are the parameters.  ``weight`` answers for dtype, device and shape without building anything,
-    and becomes the dense weight where a torch function gets it.
+    ``cores``, of an MPO or of one and a low-rank part, are the parameters.  ``weight`` answers for dtype, device
+    and shape without building anything, and becomes the dense weight where a torch function gets it.
     """
 
     cores: nn.ParameterList
@@ -79,10 +79,12 @@ class CoreWeight(nn.Module):
 
     def extra_repr(self) -> str:
         """The dense module's, with factors and bonds."""
-        bonds = [core.shape[0] for core in self.cores] + [1]
+        chain, added = split(list(self.cores), self.structure)
+        bonds = [core.shape[0] for core in chain] + [1]
         outputs, inputs = self.structure.output_factors, self.structure.input_factors
         own = f"outputs={outputs}, inputs={inputs}, bonds={tuple(bonds)}"
-        return ", ".join(filter(None, [super().extra_repr(), own]))
+        more = f"low_rank={added[1].shape[0]}" if added else ""
+        return ", ".join(filter(None, [super().extra_repr(), own, more]))
 
 
 class WeightView:

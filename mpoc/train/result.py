@@ -102,7 +102,9 @@ def tuned_manifest(manifest: Manifest, entries: list[Entry], history: dict[str, 
 
 
 def _tuned_record(layer: LayerRecord, tensors: dict[str, Entry]) -> LayerRecord:
+    if layer.low_rank:
+        return replace(layer, relative_error=None)
     dtype = working_dtype(getattr(torch, layer.dtype))
-    cores = [tensors[layer.core_name(k)].read().to(dtype) for k in range(len(layer.output_factors))]
+    cores = [tensors[name].read().to(dtype) for name in layer.core_names]
     entropies = tuple(map(short, MPO(cores, layer.structure).entropies()))
     return replace(layer, relative_error=None, entropies=entropies)

@@ -1,0 +1,81 @@
+"""Whether what a file says of a layer can be: its counts, factors, bonds and geometry.  No torch here."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from mpoc.geometry import Geometry
+from mpoc.header import ITEMSIZE
+from mpoc.structure import Structure
+from mpoc.typed import typed
+
+if TYPE_CHECKING:
+    from mpoc.manifest import LayerRecord
+
+
+def check_record(layer: LayerRecord) -> None:
+    """Compare a record's fields, of a known kind and form, with each other.
+
+    Raises:
+        ValueError: they contradict each other.
+    """
+    if math.prod(layer.shape) != layer.num_original or min(layer.shape, default=0) < 1:
+        raise ValueError(f"layer {layer.name!r}: shape {layer.shape}, {layer.num_original} parameters")
+    if layer.dtype not in ITEMSIZE or layer.stored_dtype not in ITEMSIZE:
+        raise ValueError(f"layer {layer.name!r}: dtypes {layer.dtype!r} and {layer.stored_dtype!r}")
+    if (layer.form == "svd+mpo") != (layer.low_rank != 0):
+        raise ValueError(f"layer {layer.name!r}: form {layer.form!r}, low_rank = {layer.low_rank}")
+    if layer.form != "dense":
+        _check_factors(layer)
+
+
+def _check_factors(layer: LayerRecord) -> None:
+    """Factors and bonds must make a chain, and the chain a matrix no smaller than the weight's.
+
+    Raises:
+        ValueError: they do not.
+    """
+    structure = layer.structure
+    chain = len(layer.output_factors) == len(layer.input_factors) == len(layer.bonds) - 1 > 0
+    if layer.geometry is None:
+        whole = structure.lead * structure.outputs * structure.inputs == layer.num_original
+    else:
+        whole = structure.num_original == layer.num_original
+    whole = whole and (layer.kind == "convmap") == (layer.geometry is not None)
+    front = structure.site_sizes[0] if chain and structure.lead_sites else 1
+    if not (chain and whole and front == structure.lead and _modest(structure)):
+        raise ValueError(f"layer {layer.name!r}: its factors and bonds do not make its weight")
+    check_low_rank(structure, layer.low_rank)
+
+
+def check_low_rank(structure: Structure, low_rank: int) -> None:
+    """Whether a part of rank ``low_rank`` can be added to an MPO of ``structure``; 0: none is.
+
+    Raises:
+        ValueError: it is negative or above a side of the weight's matrix, or the weight is a whole map.
+    """
+    if low_rank and not 0 < low_rank <= min(structure.as_low_rank().site_sizes):
+        raise ValueError(f"a part of rank {low_rank} added to a weight of shape {structure.shape}")
+
+
+def _modest(structure: Structure) -> bool:
+    """No more padding than factors are ever chosen with: a small file must not ask for a huge matrix."""
+    sides = zip(structure.padding, (structure.outputs, structure.inputs), strict=True)
+    return all(0 <= padding <= 0.1 * side for padding, side in sides)
+
+
+def parse_geometry(value: dict[str, Any], shape: tuple[int, ...]) -> Geometry:
+    """The geometry of a kernel of ``shape`` from JSON, checked.
+
+    Raises:
+        TypeError, ValueError: it is damaged.
+    """
+    geometry: Geometry = typed(Geometry(**with_tuples(value)))
+    geometry.check(shape)
+    return geometry
+
+
+def with_tuples(value: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists as tuples."""
+    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
