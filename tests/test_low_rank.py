@@ -115,6 +115,7 @@ def test_sites_for_all_are_not_of_a_layer_in_low_rank_form(tmp_path: Path) -> No
     [
         ({"form": "tucker"}, "not one of mpo, svd"),
         ({"form": "svd", "sites": 3}, "two factors"),
+        ({"form": "svd+mpo"}, "--form svd\\+mpo compares what layers do: it needs --calibrate"),
         ({"form": "svd", "conv": "map", "input_shape": (1, 8, 6, 6)}, "of kernels, not of whole maps"),
     ],
 )

@@ -1,6 +1,7 @@
 """The manifest: there and back, its sums, and damaged ones."""
 
 import json
+import math
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -46,9 +47,10 @@ def record(name: str, kind: str, shape: tuple[int, ...], bond: int | None, **cha
         "entropies": (0.5,) * (len(bonds) - 2),
         "entropies_of_weight": (None, 1.5, None)[: len(bonds) - 2],
     }
-    stored = structure.num_parameters(bond)
+    low_rank = changes.get("low_rank", 0)
+    form, stored = "svd+mpo" if low_rank else "mpo", structure.num_parameters(bond, low_rank)
     return LayerRecord(
-        name, kind, shape, "float32", "mpo", count, stored, "bfloat16", "", **(values | changes)
+        name, kind, shape, "float32", form, count, stored, "bfloat16", "", **(values | changes)
     )
 
 
@@ -72,6 +74,7 @@ LAYERS = (
     record("fc.weight", "linear", (64, 48), 3, transposed=True),
     record("embedding.weight", "embedding", (101, 32), 2),
     record("experts.gate_up_proj", "experts", (3, 16, 8), 2),
+    record("sum.weight", "conv2d", (16, 12, 3, 3), 4, low_rank=5),
     record("head.weight", "linear", (3, 2), None),
 )
 WHOLE = manifest(*LAYERS)
@@ -229,6 +232,7 @@ def test_no_single_change_gets_past_the_check_and_then_breaks() -> None:
             for layer in found.replaced:
                 assert layer.structure.num_original == layer.num_original
                 assert len(layer.bonds) == len(layer.structure.site_sizes) + 1
+                assert len(layer.core_shapes) == layer.num_cores
             assert json.loads(found.to_json())
 
 
@@ -254,6 +258,32 @@ def test_damaged_records_are_refused(key: str, new: Any) -> None:
     value["layers"][0][key] = new
     with pytest.raises(MpocError, match=r"m\.safetensors: damaged manifest"):
         parse_manifest(json.dumps(value), HERE)
+
+
+@pytest.mark.parametrize("low_rank", [-1, 0, 17, 10**30, 2.5, True, "5", None, [5]])
+def test_a_low_rank_part_that_cannot_be_is_refused(low_rank: Any) -> None:
+    value = json.loads(WHOLE.to_json())
+    value["layers"][4]["low_rank"] = low_rank
+    with pytest.raises(MpocError, match=r"m\.safetensors: damaged manifest"):
+        parse_manifest(json.dumps(value), HERE)
+
+
+@pytest.mark.parametrize(
+    ("layer", "key", "new"), [(0, "low_rank", 3), (5, "low_rank", 1), (4, "form", "mpo")]
+)
+def test_only_a_sum_has_a_low_rank_part(layer: int, key: str, new: Any) -> None:
+    value = json.loads(WHOLE.to_json())
+    value["layers"][layer][key] = new
+    with pytest.raises(MpocError, match="damaged manifest"):
+        parse_manifest(json.dumps(value), HERE)
+
+
+def test_the_cores_of_a_sum() -> None:
+    layer = LAYERS[4]
+    assert layer.core_names == [f"sum.cores.{k}" for k in range(layer.num_cores)]
+    assert layer.core_shapes[-2:] == [(1, 16, 1, 5), (5, 1, 108, 1)]
+    assert layer.num_stored == sum(math.prod(shape) for shape in layer.core_shapes)
+    assert layer.bonds_text() == " ".join(map(str, layer.bonds[1:-1])) + " + r 5"
 
 
 def test_an_empty_weight_is_refused() -> None:

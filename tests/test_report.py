@@ -131,6 +131,7 @@ def test_csv_has_one_line_a_layer() -> None:
         "output_factors": "50×2",
         "input_factors": "5×2",
         "bonds": "1×4×1",
+        "low_rank": "0",
         "num_original": "1000",
         "num_stored": "300",
         "rho": "0.3",

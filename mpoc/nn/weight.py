@@ -32,8 +32,8 @@ def is_autocast(device: torch.device) -> bool:
 class CoreWeight(nn.Module):
     """A module whose ``weight`` is made from cores. Made by :func:`mpoc.nn.adopt.adopt` from a dense module.
 
-    ``cores``, of an MPO or of one and a low-rank part, are the parameters.  ``weight`` answers for dtype, device
-    and shape without building anything, and becomes the dense weight where a torch function gets it.
+    ``cores``, of an MPO or of one and a low-rank part, are the parameters.  ``weight`` answers for dtype,
+    device and shape without building anything, and becomes the dense weight where a torch function gets it.
     """
 
     cores: nn.ParameterList

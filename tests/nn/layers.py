@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.forms.mpo import MPO
+from mpoc.forms.chains import chains, weight_of
 from mpoc.nn import adopt
 from mpoc.structure import Structure, make_structure
 from tests.weights import random_cores
@@ -24,14 +24,24 @@ def structure_of(module: nn.Module, name: str = "weight", sites: int | None = No
 
 
 def with_cores(
-    module: nn.Module, max_bond: int = 3, sites: int | None = None, name: str = "weight", seed: int = 0
+    module: nn.Module,
+    max_bond: int = 3,
+    sites: int | None = None,
+    name: str = "weight",
+    seed: int = 0,
+    low_rank: int = 0,
 ) -> Any:
-    """The module itself, its weight replaced by random cores that make entries of about 1."""
+    """The module itself, its weight replaced by random cores; each part's entries are of about 1."""
     structure = structure_of(module, name, sites)
-    cores = random_cores(structure, max_bond, seed)
-    scale = float(MPO(cores, structure).to_weight().std(correction=0)) or 1.0
+    every = random_cores(structure, max_bond, seed)
+    if low_rank:
+        every += random_cores(structure.as_low_rank(), low_rank, seed + 1)
     dtype = getattr(module, name).dtype
-    adopt(module, name, [(core / scale ** (1 / len(cores))).to(dtype) for core in cores], structure)
+    cores = []
+    for form in chains(every, structure):
+        scale = float(form.to_weight().std(correction=0)) or 1.0
+        cores += [(core / scale ** (1 / len(form.cores))).to(dtype) for core in form.cores]
+    adopt(module, name, cores, structure)
     return module
 
 
@@ -55,9 +65,9 @@ def gradients(layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], T
 
 
 def pulled_back(cores: Sequence[Tensor], structure: Structure, gradient: Tensor) -> list[Tensor]:
-    """Gradients of cores from that of the weight they make, through ``MPO.to_weight``."""
+    """Gradients of cores from that of the weight they make."""
     leaves = [core.detach().clone().requires_grad_() for core in cores]
-    return list(torch.autograd.grad(MPO(leaves, structure).to_weight(), leaves, gradient))
+    return list(torch.autograd.grad(weight_of(leaves, structure), leaves, gradient))
 
 
 class First(nn.Module):
