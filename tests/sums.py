@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpoc import pipeline
 from mpoc.fitting import Fitted
+from mpoc.forms.chains import chains
 from mpoc.plan import LayerPlan, make_plan
 from mpoc.recipe import make_recipe
 from mpoc.structure import Structure
@@ -41,13 +42,15 @@ def random_sum(structure: Structure, bond: int = 3, rank: int = RANK, seed: int 
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def compress_to_sums(source: Path, output: Path, **options: Any) -> pipeline.Compression:
+def compress_to_sums(
+    source: Path, output: Path, dry_run: bool = False, **options: Any
+) -> pipeline.Compression:
     """``mpoc compress`` with random sums in the place of its fits."""
     recipe = make_recipe(None, {"bond": 3, "allow_growth": True} | options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "make_plan", lambda *given: [_added(plan) for plan in make_plan(*given)])
         patch.setattr(pipeline, "fit_layer", lambda _, plan, *rest: _fitted(plan))
-        return pipeline.compress_checkpoint(source, output, recipe)
+        return pipeline.compress_checkpoint(source, output, recipe, True, dry_run)
 
 
 def _added(plan: LayerPlan) -> LayerPlan:
@@ -57,7 +60,12 @@ def _added(plan: LayerPlan) -> LayerPlan:
 def _fitted(plan: LayerPlan) -> Fitted:
     record = plan.record()
     assert plan.max_bond is not None
-    cores = random_sum(plan.structure, plan.max_bond, seed=zlib.crc32(record.name.encode()))
-    scale = math.sqrt(plan.structure.inputs) ** (1 / len(cores))
-    dtype = getattr(torch, record.stored_dtype)
-    return Fitted(replace(record, relative_error=0.5), [(core / scale).to(dtype) for core in cores])
+    dtype, cores = getattr(torch, record.stored_dtype), []
+    for form in chains(random_sum(plan.structure, plan.max_bond, seed=_seed(plan)), plan.structure):
+        size = float(form.to_weight().std(correction=0)) * math.sqrt(plan.structure.inputs)
+        cores += [(core / size ** (1 / len(form.cores))).to(dtype) for core in form.cores]
+    return Fitted(replace(record, relative_error=0.5), cores)
+
+
+def _seed(plan: LayerPlan) -> int:
+    return zlib.crc32(plan.map.name.encode())
