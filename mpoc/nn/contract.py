@@ -44,7 +44,8 @@ def contract(x: Tensor, cores: Sequence[Tensor], added: Sequence[Tensor] = ()) -
     plan = _plan(sites_of(cores), planned_batch(x), x.is_cuda, added[1].shape[0] if added else 0)
     merged = [merge(cores[first:last]) for first, last in pairwise(plan.cuts)]
     if plan.rebuild:
-        return torch.cat([x @ block.T for block in _blocks(merged, added, plan.rows)], dim=1)
+        parts = [x @ block.T for block in _blocks(merged, added, plan.rows)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # of one, cat makes a copy
     y = _through(x, merged, plan.rows)
     if not added:
         return y
@@ -52,16 +53,17 @@ def contract(x: Tensor, cores: Sequence[Tensor], added: Sequence[Tensor] = ()) -
     return torch.addmm(y, x @ right.T, left.T)
 
 
-def _blocks(halves: Sequence[Tensor], added: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
-    """Ŵ, so many J of its left half at a time: (rows·J_right, ΠI) each."""
-    left, right = halves
-    blocks = (merge((block, right))[0, :, :, 0] for block in left.split(rows, dim=1))
+def _blocks(merged: Sequence[Tensor], added: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
+    """Ŵ of one core or of two halves, so many J of the first at a time: (rows·J of the other, ΠI) each."""
+    first, *other = merged
+    blocks = (merge((block, *other))[0, :, :, 0] for block in first.split(rows, dim=1))
     if not added:
         yield from blocks
         return
-    low_left, low_right = _matrices(added)
-    for block, low in zip(blocks, low_left.split(rows * right.shape[1]), strict=True):
-        yield torch.addmm(block, low, low_right)
+    left, right = _matrices(added)
+    lefts = left.unflatten(0, (first.shape[1], -1)).split(rows)
+    for block, low in zip(blocks, lefts, strict=True):
+        yield torch.addmm(block, low.flatten(0, 1), right)
 
 
 def _matrices(added: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ class Plan:
     """How to contract: which neighbouring sites are merged first, and how much goes through at once."""
 
     cuts: tuple[int, ...]  # 0 = first, …, n: group g holds sites cuts[g]..cuts[g+1]-1
-    rebuild: bool  # Ŵ is built from its two groups, ``rows`` outputs of the first at a time
+    rebuild: bool  # Ŵ is built from its one or two groups, ``rows`` outputs of the first at a time
     rows: int  # else: vectors of the batch at a time
     seconds: float  # estimated
 
@@ -58,7 +58,10 @@ def cheapest(sites: tuple[Site, ...], batch: int, on_gpu: bool, rank: int = 0) -
 
 
 def ways(sites: tuple[Site, ...], batch: int, rates: Rates, rank: int = 0) -> Iterator[Plan]:
-    """Every grouping of neighbours contracted in a chain, and every cut in two to rebuild the weight from."""
+    """Every grouping of neighbours contracted in a chain, and every cut in two to rebuild the weight from.
+
+    A low-rank part takes two products more beside a chain, and is added to a weight that is rebuilt.
+    """
     count = len(sites)
     outputs, inputs = (math.prod(site[axis] for site in sites) for axis in (1, 2))
     apart = 0.0
@@ -75,6 +78,9 @@ def ways(sites: tuple[Site, ...], batch: int, rates: Rates, rank: int = 0) -> It
                 left, right = groups
                 rows = max(1, min(left[1], rates.block // (right[1] * inputs)))
                 yield Plan(cuts, True, rows, merging + _rebuild(left, right, batch, rows, rates, rank))
+            elif rank and len(cuts) == 2:
+                adding = _product(1, outputs, rank, inputs, rates)
+                yield Plan(cuts, True, outputs, merging + adding + _product(1, batch, inputs, outputs, rates))
 
 
 def merged(sites: tuple[Site, ...], cuts: tuple[int, ...], rates: Rates) -> tuple[list[Site], float]:
