@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc import pipeline
+from mpoc import opened, pipeline
 from mpoc.fitting import Fitted
 from mpoc.forms.chains import chains
 from mpoc.plan import LayerPlan, make_plan
@@ -48,7 +48,7 @@ def compress_to_sums(
     """``mpoc compress`` with random sums in the place of its fits."""
     recipe = make_recipe(None, {"bond": 3, "allow_growth": True} | options)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "make_plan", lambda *given: [_added(plan) for plan in make_plan(*given)])
+        patch.setattr(opened, "make_plan", lambda *given: [_added(plan) for plan in make_plan(*given)])
         patch.setattr(pipeline, "fit_layer", lambda _, plan, *rest: _fitted(plan))
         return pipeline.compress_checkpoint(source, output, recipe, True, dry_run)
 
