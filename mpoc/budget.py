@@ -45,10 +45,10 @@ def uniform_bonds(shares: list[Share], budget: int) -> list[int | None] | None:
 
 
 def _at(shares: list[Share], ratio: float) -> list[int | None]:
-    return [_largest_bond(share.structure, ratio) for share in shares]
+    return [largest_bond(share.structure, ratio) for share in shares]
 
 
-def _largest_bond(structure: Structure, ratio: float) -> int | None:
+def largest_bond(structure: Structure, ratio: float) -> int | None:
     """The largest cap that keeps the layer within ``ratio``; 1 where none does; None: never shrinks."""
     original = structure.num_original
     if structure.num_parameters(1) >= original:

@@ -56,6 +56,8 @@ class LayerRecord:
     # ‖Wx − Ŵx̃‖ / ‖Wx‖ about the mean, x̃ the inputs that the compressed network gives; None: not calibrated.
     output_error: float | None = None  # on the inputs of the fit
     held_out_error: float | None = None  # on others
+    # The latter as the network's output feels it, of "this" and of other methods at the same size.
+    same_size: dict[str, float] | None = None
 
     @property
     def layer(self) -> str:

@@ -127,6 +127,7 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
             "and what else was selected are not known"
         )
     lines += calibration_lines(manifest.calibration)
+    lines += same_size_lines(manifest)
     lines += _advice(manifest)
     if "zoo" in manifest.architecture:
         lines.append(f"architecture {manifest.architecture['zoo']}, of the zoo")
@@ -152,6 +153,20 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
             f"outputs from the dense ones, before the fit in order: {found})"
         )
     return [line]
+
+
+def same_size_lines(manifest: Manifest) -> list[str]:
+    """What other methods would have given in the same bytes."""
+    found = [layer.same_size for layer in manifest.replaced if layer.same_size]
+    if not found:
+        return []
+    others = [name for name in found[0] if name != "this" and all(name in one for one in found)]
+    means = {name: sum(one[name] for one in found) / len(found) for name in ("this", *others)}
+    said = ", ".join(f"{name} {means[name]:.4f}" for name in others)
+    return [
+        f"in the same bytes, mean over {len(found)} layers of the held-out output error as the network's "
+        f"output feels it: {means['this']:.4f}; {said or 'no other method is as small'}"
+    ]
 
 
 def training_lines(training: dict[str, Any]) -> list[str]:

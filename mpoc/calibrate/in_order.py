@@ -16,18 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoc.calibrate.fit import CalibratedFit, Evidence, fit_calibrated, one_matrix
+from mpoc.calibrate.evidence import Evidence, one_matrix
+from mpoc.calibrate.fit import CalibratedFit, Storage, fit_calibrated
 from mpoc.calibrate.outputs import OutputDistance
-from mpoc.calibrate.share import Offers, Shares, share_by_gain
+from mpoc.calibrate.share import Offers, Shares, share_by_gain, storage_of
 from mpoc.calibrate.study import Study
 from mpoc.checkpoint import Checkpoint
 from mpoc.factors import wide_factors
 from mpoc.fitting import Fitted, check_cores, fit_layer, read_finite, rounded
-from mpoc.forms.mpo import MPO
+from mpoc.forms.chains import weight_of
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.recipe import Recipe
-from mpoc.structure import Structure, lead_outputs_inputs, make_structure
+from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
 
 
 class InOrder:
@@ -57,6 +58,7 @@ class InOrder:
                 self._mpo_structure(plan),
                 self._study.dense_evidence(plan.map.name),
                 self._forms(plan),
+                int(self._recipe.ratio * plan.structure.num_original),
             )
             for plan in takes_part
         }
@@ -88,8 +90,8 @@ class InOrder:
     def _forms(self, plan: LayerPlan) -> tuple[str, ...]:
         form = self._recipe.rule_for(plan.map.name).form or self._recipe.form
         if form == "auto" and not self._has_own_factors(plan):
-            return ("svd", "mpo")
-        return (plan.structure.form,)
+            return ("svd", "mpo", "svd+mpo")
+        return ("svd+mpo",) if form == "svd+mpo" else (plan.structure.form,)
 
     def _has_own_factors(self, plan: LayerPlan) -> bool:
         """Whether factors, or a number of sites, were asked for."""
@@ -138,15 +140,25 @@ class InOrder:
         weight = self._weight(plan)
         dtype = getattr(torch, plan.stored_dtype)
         seed = zlib.crc32(name.encode()) ^ self._recipe.seed
-        fit = fit_calibrated(weight, plan.structure, plan.max_bond, evidence, dtype, seed)
-        check_cores(fit.form.cores, self._checkpoint, plan)
+        fit = fit_calibrated(weight, self._storages(plan), evidence, dtype, seed)
+        check_cores(fit.cores, self._checkpoint, plan)
         if not self._recipe.allow_growth:
-            plan = leave_dense_unless_smaller(plan, fit.form.num_parameters)
+            plan = leave_dense_unless_smaller(plan, sum(core.numel() for core in fit.cores))
         if plan.max_bond is None:
             return Fitted(plan.record())
-        fitted = Fitted(_record(plan, fit), fit.form.cores, self._shifted(name, fit.shift))
+        fitted = Fitted(_record(plan, fit), fit.cores, self._shifted(name, fit.shift))
         self._put(fitted)
         return fitted
+
+    def _storages(self, plan: LayerPlan) -> list[Storage]:
+        """The plan's, and where the form is open two factors of the same size."""
+        planned = storage_of(plan)
+        if "svd" not in self._forms(plan) or planned.structure.form == "svd":
+            return [planned]
+        one = plan.structure
+        two = low_rank_structure(one.kind, one.shape, one.transposed)
+        rank = planned.num_parameters // two.num_parameters(1)
+        return [planned, Storage(two, rank)] if rank else [planned]
 
     def _shifted(self, name: str, shift: Tensor | None) -> dict[str, Tensor]:
         """The bias plus the shift, or the running mean behind the layer less the shift, in its own dtype."""
@@ -169,16 +181,19 @@ class InOrder:
 
 
 def _weight(fitted: Fitted) -> Tensor:
-    return MPO([core.float() for core in fitted.cores], fitted.record.structure).to_weight()
+    return weight_of([core.float() for core in fitted.cores], fitted.record.structure)
 
 
 def _record(plan: LayerPlan, fit: CalibratedFit) -> LayerRecord:
+    form, *others = fit.terms
+    plan = replace(plan, structure=form.structure, low_rank=others[0].bonds[1] if others else 0)
     return replace(
         plan.record(),
-        num_stored=fit.form.num_parameters,
-        bonds=fit.form.bonds,
+        num_stored=sum(core.numel() for core in fit.cores),
+        bonds=form.bonds,
         relative_error=rounded(fit.relative_error),
         output_error=rounded(fit.output_error),
         held_out_error=rounded(fit.held_out_error),
-        entropies=tuple(map(rounded, fit.form.entropies())),
+        same_size={name: rounded(error) for name, error in fit.same_size.items()},
+        entropies=() if others else tuple(map(rounded, form.entropies())),
     )

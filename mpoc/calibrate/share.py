@@ -1,9 +1,10 @@
 """Which form and bond each layer gets of a common budget: equal marginal gain in f.
 
-Each layer offers its error over its parameters: the closed form of ``svd`` at every rank, MPOs at some bonds,
-and the weight as it is.  It is f on held-out inputs: on those of the fit, forms with more freedom look better
-than they are.  So that layers compare, each curve is scaled to how far the network's outputs move when that
-layer alone is compressed.
+Each layer offers its error over its parameters: the closed form of ``svd`` at every rank, MPOs and sums, and
+the weight as it is.  It is f on held-out inputs: on those of the fit, forms with more freedom look better
+than they are.  An MPO's error, as a share of what ``svd`` leaves at the same size, varies little: it is
+measured at one size.  So that layers compare, each curve is scaled to how far the network's outputs move
+when that layer alone is compressed.
 """
 
 from __future__ import annotations
@@ -14,26 +15,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpoc.calibrate.fit import Evidence, metric_of, squared_error
+from mpoc.budget import largest_bond
+from mpoc.calibrate.evidence import Evidence, metric_of, squared_error
+from mpoc.calibrate.fit import MPO_GAMMA, Storage
 from mpoc.calibrate.outputs import OutputDistance, Replaced
 from mpoc.curves import share_out
-from mpoc.fit.weighted_mpo import matrix_of, weighted_fit
+from mpoc.fit.weighted_mpo import Problem, matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.layout import from_matrix
-from mpoc.forms.mpo import MPO
 from mpoc.plan import LayerPlan
 from mpoc.structure import Structure, low_rank_structure
 
-_GAMMA, _MPO_GAMMA = 0.02, 0.2  # of the curves; each fit chooses its own
-_BONDS = 4  # at how many an MPO's curve is computed
+_GAMMA = 0.02  # of the curve of ``svd``; each fit chooses its own
+_STRETCHES = 3
+_SIZES = 32  # at which they are offered
+_MPO_SHARE = 0.4  # of a sum's parameters
 
 
 @dataclass(frozen=True)
 class Offer:
     """One way to store a layer."""
 
-    structure: Structure | None  # None: dense
-    bond: int
+    storage: Storage | None  # None: dense
     parameters: int
     error: float
 
@@ -45,50 +48,56 @@ class Offers:
         matrix: W as one matrix (N_y, N_x), float64.
         structure: of the layer's MPO.
         evidence: of the dense network's inputs.
-        forms: of ``svd`` and ``mpo``, which may be chosen.
+        forms: of ``svd``, ``mpo`` and ``svd+mpo``, which may be chosen.
+        size: parameters at which MPOs and sums are measured.
     """
 
     def __init__(
-        self, matrix: Tensor, structure: Structure, evidence: Evidence, forms: Sequence[str]
+        self, matrix: Tensor, structure: Structure, evidence: Evidence, forms: Sequence[str], size: int
     ) -> None:
         self._matrix, self._evidence = matrix, evidence
         self._low_rank = low_rank_structure(structure.kind, structure.shape, structure.transposed)
         self._svd = weighted_svd(metric_of(matrix, evidence, _GAMMA))
         self._errors = self._low_rank_errors()
-        self._forms: dict[tuple[tuple[int, ...], tuple[int, ...], int], MPO] = {}  # fitted so far
-        self.every = [Offer(None, 0, structure.num_original, 0.0)]
+        self._problems: dict[Structure, Problem] = {}
+        self._found: dict[Storage, Tensor] = {}  # matrices fitted so far
+        self.every = [Offer(None, structure.num_original, 0.0)]
         if "svd" in forms:
             self.every += self._of_svd()
-        if "mpo" in forms and structure.form == "mpo":
-            self.every += self._of_mpo(structure)
+        if structure.form == "mpo":
+            for form in ("mpo", "svd+mpo"):
+                self.every += self._of_mpo(structure, form == "svd+mpo", size) if form in forms else []
 
-    def scale_to(self, distance: float, structure: Structure, bond: int) -> None:
+    def scale_to(self, distance: float, storage: Storage) -> None:
         """Give all errors the scale at which this choice's is ``distance``."""
-        error = self.error(structure, bond)
+        error = self.error(storage)
         if error > 0:
             self.every = [replace(offer, error=offer.error * distance / error) for offer in self.every]
 
-    def error(self, structure: Structure, bond: int) -> float:
+    def error(self, storage: Storage) -> float:
         """f on held-out inputs."""
-        if structure.form == "svd":
-            return self._errors[min(bond, len(self._errors)) - 1]
-        found, evidence = self.matrix(structure, bond), self._evidence
+        if storage.structure.form == "svd":
+            return self._errors[min(storage.bond, len(self._errors)) - 1]
+        found, evidence = self.matrix(storage), self._evidence
         return squared_error(self._matrix, found, evidence.unseen, evidence.outputs)
 
-    def matrix(self, structure: Structure, bond: int) -> Tensor:
+    def matrix(self, storage: Storage) -> Tensor:
         """Ŵ (N_y, N_x) of this choice, fitted to the dense network's inputs."""
-        if structure.form == "svd":
-            return self._svd.left[:, :bond] @ self._svd.right[:bond]
-        key = structure.output_factors, structure.input_factors, bond
-        if key not in self._forms:
-            metric = metric_of(self._matrix, self._evidence, _MPO_GAMMA)
-            self._forms[key] = weighted_fit(metric, structure, bond, max_stretches=1).form
-        return matrix_of(self._forms[key])
+        if storage.structure.form == "svd":
+            return self._svd.left[:, : storage.bond] @ self._svd.right[: storage.bond]
+        if storage not in self._found:
+            structure = storage.structure
+            if structure not in self._problems:
+                metric = metric_of(self._matrix, self._evidence, MPO_GAMMA)
+                self._problems[structure] = Problem(metric, structure)
+            problem = self._problems[structure]
+            fit = problem.fit(storage.bond, rank=storage.low_rank, max_stretches=_STRETCHES)
+            self._found[storage] = matrix_of(fit.terms)
+        return self._found[storage]
 
     def replaced(self, plan: LayerPlan) -> Replaced:
         """The layer as the plan has it, were it compressed alone."""
-        assert plan.max_bond is not None
-        found = self.matrix(plan.structure, plan.max_bond)
+        found = self.matrix(storage_of(plan))
         moments = self._evidence.moments
         shift = None
         if self._evidence.centred:
@@ -108,18 +117,50 @@ class Offers:
 
     def _of_svd(self) -> Iterator[Offer]:
         for rank, error in enumerate(self._errors, start=1):
-            parameters = self._low_rank.num_parameters(rank)
-            if parameters < self._low_rank.num_original:
-                yield Offer(self._low_rank, rank, parameters, error)
+            storage = Storage(self._low_rank, rank)
+            if storage.num_parameters < self._low_rank.num_original:
+                yield Offer(storage, storage.num_parameters, error)
 
-    def _of_mpo(self, structure: Structure) -> Iterator[Offer]:
-        """At bonds in a geometric row."""
-        original = structure.num_original
-        shrinking = (b for b in range(structure.full_bond, 0, -1) if structure.num_parameters(b) < original)
-        largest = next(shrinking, 0)
-        bonds = {max(1, round(largest ** (k / (_BONDS - 1)))) for k in range(_BONDS)} if largest else set()
-        for bond in sorted(bonds):
-            yield Offer(structure, bond, structure.num_parameters(bond), self.error(structure, bond))
+    def _of_mpo(self, structure: Structure, is_sum: bool, size: int) -> Iterator[Offer]:
+        """At sizes in a geometric row, with errors told from the one that is measured."""
+        measured = largest_within(structure, size, is_sum)
+        known = 0.0 if measured is None else self._svd_error(measured.num_parameters)
+        if measured is None or known == 0.0:
+            return
+        share, original = self.error(measured) / known, structure.num_original
+        sizes = [int(original ** (k / _SIZES)) for k in range(1, _SIZES)]
+        offered = (largest_within(structure, found, is_sum) for found in (*sizes, size, original - 1))
+        for storage in dict.fromkeys(offered):
+            if storage is not None:
+                yield Offer(storage, storage.num_parameters, share * self._svd_error(storage.num_parameters))
+
+    def _svd_error(self, parameters: int) -> float:
+        """That of the rank that takes so many parameters, between two of them in proportion."""
+        rank = parameters / self._low_rank.num_parameters(1)
+        below = max(1, min(len(self._errors), int(rank)))
+        above = min(len(self._errors), below + 1)
+        weight = min(1.0, max(0.0, rank - below))
+        return (1 - weight) * self._errors[below - 1] + weight * self._errors[above - 1]
+
+
+def largest_within(structure: Structure, parameters: int, is_sum: bool) -> Storage | None:
+    """The largest MPO, or sum of a matrix of low rank and one, of at most so many parameters."""
+    share = _MPO_SHARE if is_sum else 1
+    bond = largest_bond(structure, share * parameters / structure.num_original)
+    if bond is None or structure.num_parameters(bond) > share * parameters:
+        return None
+    storage = Storage(structure, bond)
+    if not is_sum:
+        return storage
+    one_rank = Storage(structure, bond, 1).num_parameters - storage.num_parameters
+    rank = (parameters - storage.num_parameters) // one_rank
+    return replace(storage, low_rank=rank) if rank else None
+
+
+def storage_of(plan: LayerPlan) -> Storage:
+    """How a plan that is not dense stores its layer."""
+    assert plan.max_bond is not None
+    return Storage(plan.structure, plan.max_bond, plan.low_rank)
 
 
 @dataclass(frozen=True)
@@ -148,7 +189,7 @@ def share_by_gain(
             _scale(offers[plan.map.name], plan, distance)
     every = [offers[name].every for name in names]
     taken = share_out([[(offer.parameters, offer.error) for offer in each] for each in every], budget)
-    ways = {"uniform": list(plans)}
+    ways = {"uniform": [_in_best_form(plan, offers.get(plan.map.name)) for plan in plans]}
     if taken is not None:
         chosen = {name: each[k] for name, each, k in zip(names, every, taken, strict=True)}
         ways["equal gain"] = [
@@ -162,14 +203,13 @@ def share_by_gain(
 def _scale(offers: Offers, plan: LayerPlan, distance: OutputDistance) -> None:
     """Errors as the network's outputs feel them, at the layer's plan, else at its largest offer."""
     if plan.max_bond is None:
-        smaller = [offer for offer in offers.every if offer.structure is not None]
+        smaller = [offer for offer in offers.every if offer.storage is not None]
         if not smaller:
             return
         largest = max(smaller, key=lambda offer: offer.parameters)
         plan = _as_offered(plan, largest)
-    assert plan.max_bond is not None
     far = distance.of({plan.map.name: offers.replaced(plan)})
-    offers.scale_to(far, plan.structure, plan.max_bond)
+    offers.scale_to(far, storage_of(plan))
 
 
 def _replaced(plans: Sequence[LayerPlan], offers: Mapping[str, Offers]) -> dict[str, Replaced]:
@@ -180,7 +220,18 @@ def _replaced(plans: Sequence[LayerPlan], offers: Mapping[str, Offers]) -> dict[
     }
 
 
+def _in_best_form(plan: LayerPlan, offers: Offers | None) -> LayerPlan:
+    """The same size, as the layer offers it with the least error."""
+    if offers is None or plan.max_bond is None:
+        return plan
+    size = plan.record().num_stored
+    within = [offer for offer in offers.every if offer.storage is not None and offer.parameters <= size]
+    return _as_offered(plan, min(within, key=lambda offer: offer.error)) if within else plan
+
+
 def _as_offered(plan: LayerPlan, offer: Offer) -> LayerPlan:
-    if offer.structure is None:
-        return replace(plan, max_bond=None, reason="worth its parameters as it is")
-    return replace(plan, structure=offer.structure, max_bond=offer.bond, reason="")
+    storage = offer.storage
+    if storage is None:
+        return replace(plan, max_bond=None, low_rank=0, reason="worth its parameters as it is")
+    found = replace(plan, structure=storage.structure, max_bond=storage.bond, low_rank=storage.low_rank)
+    return replace(found, reason="")

@@ -12,7 +12,7 @@ from torch import nn
 
 from mpoc.calibrate.data import CalibrationData, open_calibration
 from mpoc.calibrate.dense import DensePass, dense_pass
-from mpoc.calibrate.fit import Evidence
+from mpoc.calibrate.evidence import Evidence
 from mpoc.calibrate.gather import Positions
 from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.pair import PairPass

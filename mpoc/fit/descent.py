@@ -1,4 +1,4 @@
-"""Minimise f over all cores of an MPO together: limited-memory BFGS (Nocedal & Wright 2006, algorithm 7.4).
+"""Minimise f over all cores of an MPO, or of a sum, together: L-BFGS (Nocedal & Wright 2006, algorithm 7.4).
 
 One application of Ŵ ↦ G (T − Ŵ) M gives the gradient for every core at once.  Alternating least squares
 needs several for each core, and many sweeps where neighbouring cores depend on each other.  Measured on a
@@ -21,7 +21,6 @@ from torch import Tensor
 
 from mpoc.fit.metric import Metric
 from mpoc.forms.mpo import MPO
-from mpoc.structure import Structure
 
 _MEMORY = 10
 _SHORTENINGS = 6
@@ -43,22 +42,22 @@ class Descent:
 
     Args:
         metric: in whitened coordinates; its dtype is that of the arithmetic.
-        structure: whose factors multiply out to the metric's sides.
-        cores: the start.
+        start: the terms of a sum, each with factors that multiply out to the metric's sides.
     """
 
-    def __init__(self, metric: Metric, structure: Structure, cores: Sequence[Tensor]) -> None:
+    def __init__(self, metric: Metric, start: Sequence[MPO]) -> None:
         self.metric = metric
-        self.structure = structure
-        self.shapes = [core.shape for core in cores]
+        self.structures = [term.structure for term in start]
+        self.shapes = [[core.shape for core in term.cores] for term in start]
         # (step, change of gradient, their product), the latest last
         self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
-        self.point = self._at(torch.cat([core.reshape(-1) for core in cores]).to(metric.target.dtype))
+        numbers = [core.reshape(-1) for term in start for core in term.cores]
+        self.point = self._at(torch.cat(numbers).to(metric.target.dtype))
 
     @property
-    def cores(self) -> list[Tensor]:
+    def terms(self) -> list[MPO]:
         """Where the minimisation stands."""
-        return self._split(self.point.vector)
+        return self._formed(self._split(self.point.vector))
 
     def run(self, steps: int) -> bool:
         """Take up to ``steps`` steps; whether all of them lowered f."""
@@ -94,19 +93,24 @@ class Descent:
 
     def _at(self, vector: Tensor) -> Point:
         with torch.enable_grad():
-            cores = [core.requires_grad_() for core in self._split(vector.detach())]
-            matrix = MPO(cores, self.structure).to_matrix()[0]
+            vector = vector.detach().requires_grad_()
+            matrix = total(self._formed(self._split(vector)))
             error = self.metric.target - matrix.detach()
             weighted = error @ self.metric.inputs
             if self.metric.outputs is not None:
                 weighted = self.metric.outputs @ weighted
-            gradients = torch.autograd.grad(matrix, cores, -2 * weighted)
+            gradient = torch.autograd.grad(matrix, vector, -2 * weighted)[0]
         value = float((error * weighted).sum(dtype=torch.float64))
-        return Point(vector, value, torch.cat([gradient.reshape(-1) for gradient in gradients]))
+        return Point(vector.detach(), value, gradient)
 
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        parts = vector.split([shape.numel() for shape in self.shapes])
-        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+    def _split(self, vector: Tensor) -> list[list[Tensor]]:
+        """The cores of each term."""
+        shapes = [shape for term in self.shapes for shape in term]
+        parts = iter(vector.split([shape.numel() for shape in shapes]))
+        return [[next(parts).view(shape) for shape in term] for term in self.shapes]
+
+    def _formed(self, cores: list[list[Tensor]]) -> list[MPO]:
+        return [MPO(*term) for term in zip(cores, self.structures, strict=True)]
 
     def _inverse_hessian(self, gradient: Tensor) -> Tensor:
         """The two-loop recursion around the preconditioner."""
@@ -126,9 +130,18 @@ class Descent:
         """Half the vector, each core divided by the Gram matrices of both its sides."""
         parts = [
             torch.einsum("ac,cjid,db->ajib", left, part, right).reshape(-1) / 2
-            for part, (left, right) in zip(self._split(vector), inverse_grams(self.cores), strict=True)
+            for given, term in zip(self._split(vector), self.terms, strict=True)
+            for part, (left, right) in zip(given, inverse_grams(term.cores), strict=True)
         ]
         return torch.cat(parts)
+
+
+def total(terms: Sequence[MPO]) -> Tensor:
+    """The sum of the terms as one matrix (N_y, N_x), padding left out; none has a lead above 1."""
+    matrix = terms[0].to_matrix()[0]
+    for term in terms[1:]:
+        matrix = matrix + term.to_matrix()[0]
+    return matrix
 
 
 def inverse_grams(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

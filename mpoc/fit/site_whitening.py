@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mpoc.fit.metric import Metric
+from mpoc.forms.mpo import MPO
 
 _ROUNDS = 4
 # Added to each X_k, of mean eigenvalue 1: sites with features that never occur stay invertible.
@@ -42,13 +43,13 @@ class Coordinates:
         outputs = None if metric.outputs is None else _both_sides(metric.outputs, self.outputs_inverse)
         return Metric(target, _both_sides(metric.inputs, self.inputs_inverse), outputs)
 
-    def whiten_cores(self, cores: Sequence[Tensor]) -> list[Tensor]:
-        """Cores of Ŵ → cores of H Ŵ F, in float64."""
-        return _transform(cores, self.outputs, self.inputs)
+    def whiten_term(self, term: MPO) -> MPO:
+        """Ŵ → H Ŵ F, in float64: an MPO with these sites, or two factors."""
+        return _transform(term, self.outputs, self.inputs)
 
-    def restore_cores(self, cores: Sequence[Tensor]) -> list[Tensor]:
-        """Cores of H Ŵ F → cores of Ŵ, in float64."""
-        return _transform(cores, self.outputs_inverse, self.inputs_inverse)
+    def restore_term(self, term: MPO) -> MPO:
+        """H Ŵ F → Ŵ, in float64."""
+        return _transform(term, self.outputs_inverse, self.inputs_inverse)
 
 
 def site_coordinates(
@@ -110,8 +111,14 @@ def _both_sides(moment: Tensor, factors: list[Tensor]) -> Tensor:
     return (product + product.T) / 2
 
 
-def _transform(cores: Sequence[Tensor], outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
-    return [
-        torch.einsum("ajib,jk,il->aklb", core.double(), output, input_)
+def _transform(term: MPO, outputs: list[Tensor], inputs: list[Tensor]) -> MPO:
+    cores = [core.double() for core in term.cores]
+    if term.structure.form == "svd":
+        left, right = cores[0][0, :, 0], cores[1][:, 0, :, 0]
+        left, right = _columns(left.T, outputs).T, _columns(right, inputs)
+        return MPO([left[None, :, None], right[:, None, :, None]], term.structure)
+    changed = [
+        torch.einsum("ajib,jk,il->aklb", core, output, input_)
         for core, output, input_ in zip(cores, outputs, inputs, strict=True)
     ]
+    return MPO(changed, term.structure)

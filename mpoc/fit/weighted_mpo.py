@@ -1,5 +1,7 @@
 """MPO cores for what a layer does: f of :mod:`mpoc.fit.metric` minimised over all MPOs with given bonds.
 
+Or over sums of one and a matrix of given rank; measured, at equal size a sum errs less than either alone.
+
     start     TT-SVD in coordinates where the metric is nearly the identity, or plain TT-SVD, the better one
     descent   over all cores together, in float32
     history   f in float64, from the metric as it was given; a stretch that does not lower it is taken back
@@ -10,18 +12,21 @@ taps are a site like the others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mpoc.fit.descent import Descent
+from mpoc.fit.descent import Descent, total
 from mpoc.fit.metric import Metric
-from mpoc.fit.site_whitening import Coordinates, site_coordinates
+from mpoc.fit.site_whitening import site_coordinates
 from mpoc.fit.ttsvd import tt_svd
+from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.mpo import MPO
-from mpoc.structure import Structure, make_structure
+from mpoc.structure import Structure, low_rank_structure, make_structure
 
 # Steps of the descent between two looks at f in float64.
 STRETCH = 10
@@ -31,100 +36,153 @@ _EXACT = 1e-24
 
 @dataclass(frozen=True)
 class WeightedFit:
-    """A fitted MPO and how f fell."""
+    """What was fitted and how f fell."""
 
-    form: MPO
+    terms: tuple[MPO, ...]  # the MPO, and the low-rank part of a sum
     history: tuple[float, ...]  # f of the start, then after every stretch; never rising
 
+    @property
+    def form(self) -> MPO:
+        """The MPO."""
+        return self.terms[0]
 
-def weighted_fit(
-    metric: Metric,
-    structure: Structure,
-    max_bond: int,
-    *,
-    start: MPO | None = None,
-    max_stretches: int = 8,
-    tolerance: float = 0.01,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> WeightedFit:
-    """The MPO with every bond at most ``max_bond`` that makes f small, from a start that is never made worse.
+
+class Problem:
+    """f over all MPOs with these factors, and over sums of one and two factors of given rank.
 
     Args:
         metric: of the layer as one matrix: a kernel's taps are the slower part of the inputs.
-        structure: factors, padding, taps site; no experts.
-        max_bond: cap on every D_k.
-        start: where to begin; None for the better of two TT-SVDs.
-        max_stretches: of ``STRETCH`` steps each; 0 gives the start.
-        tolerance: the relative fall of f over a stretch below which the fit ends.
-        dtype: of the cores returned.
-        seed: of the range finder in TT-SVD.
+        structure: factors, padding, taps site.
 
     Raises:
-        ValueError: experts, or a start with another structure or larger bonds.
-
-    Returns:
-        Cores in the balanced gauge; bonds that carry nothing are cut.  The history is of cores in float64.
+        ValueError: experts.
     """
-    whole = _padded_metric(metric, structure)
-    working = _working_structure(structure)
-    coordinates = site_coordinates(whole, working.output_factors, working.input_factors)
-    white = coordinates.whiten(whole)
-    if start is None:
-        best = _best_start(whole, white, coordinates, working, max_bond, seed)
-    else:
-        best = _given_start(start, structure, working, max_bond)
-    best, history = _descend(best, whole, white, coordinates, max_stretches, tolerance)
-    balanced = best.balanced()[0]
-    return WeightedFit(MPO([core.to(dtype) for core in balanced.cores], structure), tuple(history))
 
+    def __init__(self, metric: Metric, structure: Structure) -> None:
+        self.structure = structure
+        self._working = _working_structure(structure)
+        self._whole = _padded_metric(metric, structure)
+        factors = self._working.output_factors, self._working.input_factors
+        self._coordinates = site_coordinates(self._whole, *factors)
+        self._white = self._coordinates.whiten(self._whole)
 
-def _descend(
-    best: MPO, whole: Metric, white: Metric, coordinates: Coordinates, max_stretches: int, tolerance: float
-) -> tuple[MPO, list[float]]:
-    history = [_value(whole, best)]
-    if history[0] <= _EXACT * whole.value(torch.zeros_like(whole.target)):
+    def fit(
+        self,
+        max_bond: int,
+        *,
+        rank: int = 0,
+        start: Sequence[MPO] | None = None,
+        max_stretches: int = 8,
+        tolerance: float = 0.01,
+        dtype: torch.dtype = torch.float64,
+        seed: int = 0,
+    ) -> WeightedFit:
+        """Cores that make f small, from a start that is never made worse.
+
+        Args:
+            max_bond: cap on every D_k.
+            rank: of the low-rank part; 0: there is none.
+            start: terms to begin with; None for the better of two TT-SVDs, of what the closed form of the
+                low-rank part leaves.
+            max_stretches: of ``STRETCH`` steps each; 0 gives the start.
+            tolerance: the relative fall of f over a stretch below which the fit ends.
+            dtype: of the cores returned.
+            seed: of the range finder in TT-SVD.
+
+        Raises:
+            ValueError: a start with another structure or larger bonds.
+
+        Returns:
+            Cores in the balanced gauge; bonds that carry nothing are cut.  The history is of float64 cores.
+        """
+        if start is None:
+            best = self._best_start(max_bond, rank, seed)
+        else:
+            best = _given_start(start, self.structure, self._working, max_bond, rank)
+        best, history = self._descend(best, max_stretches, tolerance)
+        one = self.structure
+        cores = [best[0].balanced()[0].cores, *(_cropped(t.balanced()[0].cores, one) for t in best[1:])]
+        own = [one, low_rank_structure(one.kind, one.shape, one.transposed)]
+        terms = (MPO([c.to(dtype) for c in term], whose) for term, whose in zip(cores, own, strict=False))
+        return WeightedFit(tuple(terms), tuple(history))
+
+    def _descend(
+        self, best: list[MPO], max_stretches: int, tolerance: float
+    ) -> tuple[list[MPO], list[float]]:
+        whole, coordinates = self._whole, self._coordinates
+        history = [_value(whole, best)]
+        if max_stretches < 1 or history[0] <= _EXACT * whole.value(torch.zeros_like(whole.target)):
+            return best, history
+        descent = Descent(_single(self._white), [coordinates.whiten_term(term) for term in best])
+        going = True
+        while going and len(history) <= max_stretches:
+            going = descent.run(STRETCH)
+            candidate = [coordinates.restore_term(term) for term in descent.terms]
+            value = _value(whole, candidate)
+            going = going and value < (1 - tolerance) * history[-1]
+            if value < history[-1]:
+                best = candidate
+                history.append(value)
         return best, history
-    descent = Descent(_single(white), best.structure, coordinates.whiten_cores(best.cores))
-    going = True
-    while going and len(history) <= max_stretches:
-        going = descent.run(STRETCH)
-        candidate = MPO(coordinates.restore_cores(descent.cores), best.structure)
-        value = _value(whole, candidate)
-        going = going and value < (1 - tolerance) * history[-1]
-        if value < history[-1]:
-            best = candidate
-            history.append(value)
-    return best, history
+
+    def _best_start(self, max_bond: int, rank: int, seed: int) -> list[MPO]:
+        """The better of plain TT-SVD and TT-SVD in white coordinates, of what the low-rank part leaves."""
+        whole, white, working = self._whole, self._white, self._working
+        parts = []
+        if rank:
+            left, right = weighted_svd(whole).factors(rank)
+            parts = [MPO([left[None, :, None], right[:, None, :, None]], _two_factors(working))]
+            rest = [(whole, parts), (white, [self._coordinates.whiten_term(parts[0])])]
+            whole, white = (replace(metric, target=metric.target - total(part)) for metric, part in rest)
+        if max_bond >= working.full_bond:
+            return [MPO(_tt_svd(whole.target, working, max_bond, seed), working), *parts]
+        plain = MPO(_tt_svd(whole.target.float(), working, max_bond, seed), working)
+        other = MPO(_tt_svd(white.target.float(), working, max_bond, seed), working)
+        candidates = (plain, self._coordinates.restore_term(other))
+        return [min(candidates, key=lambda form: _value(whole, [form])), *parts]
 
 
-def matrix_of(form: MPO) -> Tensor:
-    """A weight as the one matrix that a metric is about: (N_y, N_x), or (C_out, taps · C_in); float64."""
-    exact = MPO([core.double() for core in form.cores], form.structure)
-    return exact.to_matrix().transpose(0, 1).flatten(1)
+def weighted_fit(metric: Metric, structure: Structure, max_bond: int, **options: Any) -> WeightedFit:
+    """One fit of a :class:`Problem`; ``options`` and errors are those of :meth:`Problem.fit`."""
+    return Problem(metric, structure).fit(max_bond, **options)
 
 
-def _best_start(
-    whole: Metric, white: Metric, coordinates: Coordinates, working: Structure, max_bond: int, seed: int
-) -> MPO:
-    """The better of plain TT-SVD and TT-SVD in white coordinates."""
-    if max_bond >= working.full_bond:
-        return MPO(_tt_svd(whole.target, working, max_bond, seed), working)
-    plain = MPO(_tt_svd(whole.target.float(), working, max_bond, seed), working)
-    cores = _tt_svd(white.target.float(), working, max_bond, seed)
-    return min(plain, MPO(coordinates.restore_cores(cores), working), key=lambda form: _value(whole, form))
+def matrix_of(terms: Sequence[MPO]) -> Tensor:
+    """A sum as the one matrix that a metric is about: (N_y, N_x), or (C_out, taps · C_in); float64."""
+    exact = (MPO([core.double() for core in term.cores], term.structure).to_matrix() for term in terms)
+    return torch.stack([matrix.transpose(0, 1).flatten(1) for matrix in exact]).sum(0)
 
 
-def _given_start(start: MPO, structure: Structure, working: Structure, max_bond: int) -> MPO:
-    if start.structure != structure or max(start.bonds) > max_bond:
+def _given_start(
+    start: Sequence[MPO], structure: Structure, working: Structure, max_bond: int, rank: int
+) -> list[MPO]:
+    form = start[0]
+    ranks = [term.bonds[1] for term in start[1:]]
+    fits = len(ranks) == bool(rank) and all(found <= rank for found in ranks)
+    if form.structure != structure or max(form.bonds) > max_bond or not fits:
         raise ValueError(
-            f"a start with bonds {start.bonds} and {start.structure} for {max_bond}, {structure}"
+            f"a start with bonds {form.bonds}, ranks {ranks} and {form.structure} for {max_bond}, {rank}, "
+            f"{structure}"
         )
-    return MPO([core.double() for core in start.cores], working)
+    terms = [MPO([core.double() for core in form.cores], working)]
+    if rank:
+        rows, columns = structure.padding
+        left, right = (core.double() for core in start[1].cores)
+        right = pad(right.reshape(len(right), structure.lead, structure.inputs), (0, columns))
+        cores = [pad(left, (0, 0, 0, 0, 0, rows)), right.reshape(len(right), 1, -1, 1)]
+        terms.append(MPO(cores, _two_factors(working)))
+    return terms
 
 
-def _value(whole: Metric, form: MPO) -> float:
-    return whole.value(form.to_matrix()[0])
+def _cropped(cores: list[Tensor], structure: Structure) -> list[Tensor]:
+    """Two factors without the padded rows and columns."""
+    left, right = cores
+    right = right.reshape(len(right), structure.lead, -1)[..., : structure.inputs]
+    return [left[:, : structure.outputs], right.reshape(len(right), 1, -1, 1)]
+
+
+def _value(whole: Metric, terms: Sequence[MPO]) -> float:
+    return whole.value(total(terms))
 
 
 def _tt_svd(target: Tensor, working: Structure, max_bond: int, seed: int) -> list[Tensor]:
@@ -143,6 +201,10 @@ def _working_structure(structure: Structure) -> Structure:
     rows, columns = structure.padded
     factors = structure.output_factors, structure.input_factors
     return make_structure("linear", (rows, structure.lead * columns), factors=factors)
+
+
+def _two_factors(working: Structure) -> Structure:
+    return low_rank_structure(working.kind, working.shape)
 
 
 def _padded_metric(metric: Metric, structure: Structure) -> Metric:

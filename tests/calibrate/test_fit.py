@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, unfold
 
-from mpoc.calibrate.fit import GAMMAS, Evidence, fit_calibrated, one_matrix, output_error
+from mpoc.calibrate.evidence import Evidence, one_matrix, output_error
+from mpoc.calibrate.fit import GAMMAS, MPO_GAMMA, CalibratedFit, Storage, fit_calibrated
 from mpoc.calibrate.moments import Accumulator
 from mpoc.fit.ttsvd import tt_svd
 from mpoc.fit.weighted_mpo import matrix_of
@@ -42,9 +43,11 @@ def a_weight(seed: int = 1) -> Tensor:
     return torch.randn(N_Y, N_X, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def fit_of(structure: Structure, bond: int, known: Evidence, weight: Tensor | None = None):  # type: ignore[no-untyped-def]
+def fit_of(
+    structure: Structure, bond: int, known: Evidence, weight: Tensor | None = None, low_rank: int = 0
+) -> CalibratedFit:
     weight = a_weight() if weight is None else weight
-    return fit_calibrated(weight, structure, bond, known, torch.float64, 0)
+    return fit_calibrated(weight, [Storage(structure, bond, low_rank)], known, torch.float64, 0)
 
 
 LOW_RANK = low_rank_structure("linear", (N_Y, N_X))
@@ -57,7 +60,7 @@ def test_errors_are_those_of_the_rows(structure: Structure, centred: bool) -> No
     given, held = rows(), rows(seed=5)
     fit = fit_of(structure, 3, evidence(*given, held, centred))
     everything = [torch.cat([a, b]) for a, b in zip(given, held, strict=True)]
-    error = everything[1] @ a_weight().T - everything[0] @ matrix_of(fit.form).T
+    error = everything[1] @ a_weight().T - everything[0] @ matrix_of(fit.terms).T
     whole = everything[1] @ a_weight().T
     if centred:
         assert fit.shift is not None
@@ -71,7 +74,7 @@ def test_errors_are_those_of_the_rows(structure: Structure, centred: bool) -> No
 def test_exact_at_full_bond_where_inputs_are_those_of_the_dense_network(structure: Structure) -> None:
     x = rows()[1]
     fit = fit_of(structure, structure.full_bond, evidence(x, x, (x, x)))
-    torch.testing.assert_close(matrix_of(fit.form), a_weight())
+    torch.testing.assert_close(matrix_of(fit.terms), a_weight())
     assert fit.output_error < 1e-6
     assert fit.relative_error < 1e-6
 
@@ -82,8 +85,8 @@ def test_outputs_are_nearer_than_by_tt_svd_of_the_weight(structure: Structure) -
     known = evidence(x, x, (other, other))
     plain = tt_svd(a_weight(), structure, 3).form
     for second in (known.seen, known.unseen):
-        fitted = output_error(a_weight(), matrix_of(fit_of(structure, 3, known).form), second)
-        assert fitted < output_error(a_weight(), matrix_of(plain), second)
+        fitted = output_error(a_weight(), matrix_of(fit_of(structure, 3, known).terms), second)
+        assert fitted < output_error(a_weight(), matrix_of([plain]), second)
 
 
 def test_more_bond_never_does_worse() -> None:
@@ -114,9 +117,9 @@ def test_inputs_that_say_little(kind: str, structure: Structure) -> None:
     else:
         weight = torch.zeros_like(weight)
     fit = fit_of(structure, 3, evidence(x, x, (x, x)), weight)
-    assert bool(torch.isfinite(matrix_of(fit.form)).all())
+    assert bool(torch.isfinite(matrix_of(fit.terms)).all())
     assert 0 <= fit.output_error <= 1 + 1e-9
-    assert fit.gamma in (*GAMMAS, 0.1, 0.3)
+    assert fit.gamma in (*GAMMAS, MPO_GAMMA)
 
 
 def test_the_one_matrix_of_a_kernel_multiplies_patches() -> None:
@@ -130,5 +133,5 @@ def test_the_matrix_of_a_form_is_that_of_its_weight() -> None:
     structure = make_structure("conv2d", (6, 4, 3, 3))
     kernel = torch.randn(6, 4, 3, 3, dtype=torch.float64)
     form = tt_svd(kernel, structure, structure.full_bond).form
-    torch.testing.assert_close(matrix_of(form), one_matrix(kernel, "conv2d", False))
+    torch.testing.assert_close(matrix_of([form]), one_matrix(kernel, "conv2d", False))
     assert isinstance(form, MPO)

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.calibrate.fit import Evidence, squared_error
+from mpoc.calibrate.evidence import Evidence, squared_error
+from mpoc.calibrate.fit import Storage
 from mpoc.calibrate.moments import Accumulator, Moments
 from mpoc.calibrate.outputs import Replaced
-from mpoc.calibrate.share import Offers, share_by_gain
+from mpoc.calibrate.share import Offers, largest_within, share_by_gain
 from mpoc.plan import LayerPlan
 from mpoc.selection import LinearMap
 from mpoc.structure import low_rank_structure, make_structure
@@ -58,27 +59,53 @@ class Distance:
 @pytest.mark.parametrize("weighed", [True, False])
 def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> None:
     evidence = known(centred, weighed)
-    offers = Offers(weight(3), make_structure("linear", SIDES), evidence, ("svd",))
+    offers = Offers(weight(3), make_structure("linear", SIDES), evidence, ("svd",), 160)
     structure = low_rank_structure("linear", SIDES)
     for rank in (1, 4, 9, 16):
-        expected = squared_error(weight(3), offers.matrix(structure, rank), evidence.unseen, evidence.outputs)
-        assert offers.error(structure, rank) == pytest.approx(expected, rel=1e-8, abs=1e-9)
+        expected = squared_error(
+            weight(3), offers.matrix(Storage(structure, rank)), evidence.unseen, evidence.outputs
+        )
+        assert offers.error(Storage(structure, rank)) == pytest.approx(expected, rel=1e-8, abs=1e-9)
 
 
-def test_offers_of_both_forms_shrink_the_layer_but_for_the_dense_one() -> None:
+def test_offers_of_every_form_shrink_the_layer_but_for_the_dense_one() -> None:
     structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
-    offers = Offers(weight(3), structure, known(), ("svd", "mpo")).every
-    forms = {None if offer.structure is None else offer.structure.form for offer in offers}
-    assert forms == {None, "svd", "mpo"}
-    assert [offer.error for offer in offers if offer.structure is None] == [0.0]
-    assert all(offer.parameters < 16 * 24 for offer in offers if offer.structure is not None)
+    offers = Offers(weight(3), structure, known(), ("svd", "mpo", "svd+mpo"), 160)
+    stored = [offer.storage for offer in offers.every if offer.storage is not None]
+    assert {(one.structure.form, one.low_rank > 0) for one in stored} == {
+        ("svd", False),
+        ("mpo", False),
+        ("mpo", True),
+    }
+    assert [offer.error for offer in offers.every if offer.storage is None] == [0.0]
+    assert all(offer.parameters < 16 * 24 for offer in offers.every if offer.storage is not None)
+    for is_sum in (False, True):
+        measured = largest_within(structure, 160, is_sum)
+        assert measured is not None
+        found = [offer.error for offer in offers.every if offer.storage == measured]
+        assert found == [pytest.approx(offers.error(measured), rel=1e-9)]
+        expected = squared_error(weight(3), offers.matrix(measured), known().unseen, known().outputs)
+        assert offers.error(measured) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("is_sum", [False, True])
+def test_the_largest_within_a_size_is_within_it(is_sum: bool) -> None:
+    structure = make_structure("conv2d", (16, 12, 3, 3), factors=((2, 8), (6, 2)))
+    for size in (1, 30, 200, 700, 1700):
+        found = largest_within(structure, size, is_sum)
+        if found is None:
+            assert size < 700
+            continue
+        assert found.num_parameters <= size
+        assert Storage(structure, found.bond, found.low_rank + is_sum).num_parameters > size or not is_sum
+        assert is_sum or Storage(structure, found.bond + 1).num_parameters > size
 
 
 def shared(importance: dict[str, float], budget: int) -> Any:
     plans = [plan("a", 4), plan("b", 4), plan("c", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     offers = {
-        name: Offers(matrix, make_structure("linear", SIDES), known(), ("svd",))
+        name: Offers(matrix, make_structure("linear", SIDES), known(), ("svd",), 160)
         for name, matrix in dense.items()
     }
     named = {f"{name}.weight": value for name, value in importance.items()}
@@ -105,7 +132,7 @@ def test_uniform_shares_stay_where_the_outputs_prefer_them() -> None:
     plans = [plan("a", 4), plan("b", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     offers = {
-        name: Offers(matrix, make_structure("linear", SIDES), known(), ("svd",))
+        name: Offers(matrix, make_structure("linear", SIDES), known(), ("svd",), 160)
         for name, matrix in dense.items()
     }
     distance = Contrary(dense, dict.fromkeys(dense, 1.0))
@@ -121,7 +148,7 @@ def test_a_budget_below_every_offer_leaves_the_plans() -> None:
 
 def test_layers_that_take_no_part_stay() -> None:
     plans = [plan("a", 4), replace(plan("b", 4), max_bond=None, reason="the recipe leaves it dense")]
-    offers = {"a.weight": Offers(weight(0), make_structure("linear", SIDES), known(), ("svd",))}
+    offers = {"a.weight": Offers(weight(0), make_structure("linear", SIDES), known(), ("svd",), 160)}
     distance = Distance({"a.weight": weight(0)}, {"a.weight": 1.0})
     found = share_by_gain(plans, offers, 200, distance)  # type: ignore[arg-type]
     assert found.plans[1] == plans[1]

@@ -16,19 +16,19 @@ STRUCTURE = make_structure("linear", (12, 12), factors=((2, 3, 2), (3, 1, 4)))
 
 
 def start(structure: Structure, bond: int, metric: Metric) -> Descent:
-    return Descent(metric, structure, random_cores(structure, bond, seed=4))
+    return Descent(metric, [MPO(random_cores(structure, bond, seed=4), structure)])
 
 
 def test_value_and_gradient_are_those_of_the_formula() -> None:
     metric = random_metric(12, 12)
     descent = start(STRUCTURE, 3, metric)
-    expected = metric.value(by_eq_5(descent.cores, STRUCTURE))
+    expected = metric.value(by_eq_5(descent.terms[0].cores, STRUCTURE))
     assert descent.point.value == pytest.approx(expected, rel=1e-12)
     vector = descent.point.vector
     for place in range(0, len(vector), 7):
         shift = torch.zeros_like(vector)
         shift[place] = 1e-5
-        ends = [by_eq_5(descent._split(vector + sign * shift), STRUCTURE) for sign in (1, -1)]
+        ends = [by_eq_5(descent._split(vector + sign * shift)[0], STRUCTURE) for sign in (1, -1)]
         slope = (metric.value(ends[0]) - metric.value(ends[1])) / 2e-5
         assert float(descent.point.gradient[place]) == pytest.approx(slope, rel=1e-5, abs=1e-5)
 
@@ -39,7 +39,7 @@ def test_every_step_lowers_f() -> None:
     values = [descent.point.value]
     for _ in range(60):
         assert descent.run(1)
-        values.append(metric.value(by_eq_5(descent.cores, STRUCTURE)))
+        values.append(metric.value(by_eq_5(descent.terms[0].cores, STRUCTURE)))
         assert values[-1] < values[-2]
     assert values[-1] < 0.2 * values[0]
 
@@ -57,9 +57,9 @@ def test_a_low_rank_matrix_reaches_the_closed_form() -> None:
 def test_it_says_when_there_is_nothing_lower() -> None:
     cores = random_cores(STRUCTURE, 3, seed=4)
     target = MPO(cores, STRUCTURE).to_matrix()[0]
-    descent = Descent(Metric(target, torch.eye(12, dtype=torch.float64)), STRUCTURE, cores)
+    descent = Descent(Metric(target, torch.eye(12, dtype=torch.float64)), [MPO(cores, STRUCTURE)])
     assert not descent.run(5)
-    torch.testing.assert_close(MPO(descent.cores, STRUCTURE).to_matrix()[0], target)
+    torch.testing.assert_close(descent.terms[0].to_matrix()[0], target)
 
 
 def test_the_path_is_the_same_in_every_gauge() -> None:
@@ -69,9 +69,9 @@ def test_the_path_is_the_same_in_every_gauge() -> None:
     changed = [cores[0] @ gauge, torch.einsum("ab,bjic->ajic", torch.linalg.inv(gauge), cores[1]), cores[2]]
     paths: list[Tensor] = []
     for at in (cores, changed):
-        descent = Descent(metric, STRUCTURE, at)
+        descent = Descent(metric, [MPO(at, STRUCTURE)])
         descent.run(3)
-        paths.append(MPO(descent.cores, STRUCTURE).to_matrix()[0])
+        paths.append(descent.terms[0].to_matrix()[0])
     torch.testing.assert_close(paths[0], paths[1], rtol=1e-2, atol=1e-2)
 
 
@@ -87,6 +87,6 @@ def test_grams_are_those_of_all_else() -> None:
 
 def test_zero_cores_are_no_trouble() -> None:
     cores = [torch.zeros_like(core) for core in random_cores(STRUCTURE, 2)]
-    descent = Descent(random_metric(12, 12), STRUCTURE, cores)
+    descent = Descent(random_metric(12, 12), [MPO(cores, STRUCTURE)])
     assert not descent.run(1)
-    assert all(not core.any() for core in descent.cores)
+    assert all(not core.any() for core in descent.terms[0].cores)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from mpoc.fit.metric import Metric
-from mpoc.fit.site_whitening import kronecker_factors, site_coordinates
+from mpoc.fit.site_whitening import Coordinates, kronecker_factors, site_coordinates
 from mpoc.forms.mpo import MPO
-from mpoc.structure import make_structure
+from mpoc.structure import low_rank_structure, make_structure
 from tests.fit.metrics import random_metric, random_moment
 from tests.weights import random_cores
 
@@ -57,11 +57,16 @@ def test_f_is_the_same_number(weighted: bool, ranks: tuple[int | None, int | Non
     structure = make_structure("linear", (12, 12), factors=factors)
     metric = random_metric(12, 12, weighted, ranks)
     coordinates = site_coordinates(metric, *factors)
-    form = MPO(random_cores(structure, 3), structure)
-    white = MPO(coordinates.whiten_cores(form.cores), structure)
+    two = low_rank_structure("linear", (12, 12))
+    for form in (MPO(random_cores(one, 3), one) for one in (structure, two)):
+        same_number(form, metric, coordinates)
+
+
+def same_number(form: MPO, metric: Metric, coordinates: Coordinates) -> None:
+    white = coordinates.whiten_term(form)
     value = coordinates.whiten(metric).value(white.to_matrix()[0])
     assert value == pytest.approx(metric.value(form.to_matrix()[0]), rel=1e-9)
-    back = MPO(coordinates.restore_cores(white.cores), structure)
+    back = coordinates.restore_term(white)
     torch.testing.assert_close(back.to_matrix(), form.to_matrix(), rtol=1e-9, atol=1e-9)
 
 

@@ -37,7 +37,7 @@ def brute_force_value(metric: Metric, form: MPO, k: int) -> float:
         cores = list(form.cores)
         cores[k] = torch.zeros(cores[k].shape, dtype=torch.float64)
         cores[k].view(-1)[place] = 1.0
-        seen = outputs.T @ matrix_of(MPO(cores, form.structure)) @ metric.input_root
+        seen = outputs.T @ matrix_of([MPO(cores, form.structure)]) @ metric.input_root
         columns.append(seen.flatten())
     matrix = torch.stack(columns, 1)
     target = (outputs.T @ metric.target @ metric.input_root).flatten()
@@ -66,9 +66,9 @@ def test_f_never_rises_and_is_that_of_the_result(
     fit = weighted_fit(metric, structure, bond, max_stretches=2, seed=seed)
     assert all(later < before for before, later in zip(fit.history, fit.history[1:], strict=False))
     least = 1e-20 * metric.value(torch.zeros_like(metric.target))
-    assert metric.value(matrix_of(fit.form)) == pytest.approx(fit.history[-1], rel=1e-9, abs=least)
+    assert metric.value(matrix_of(fit.terms)) == pytest.approx(fit.history[-1], rel=1e-9, abs=least)
     assert all(have <= cap for have, cap in zip(fit.form.bonds, structure.bonds(bond), strict=True))
-    plain = matrix_of(tt_svd(_as_weight(metric.target, structure), structure, bond).form)
+    plain = matrix_of([tt_svd(_as_weight(metric.target, structure), structure, bond).form])
     assert fit.history[0] <= metric.value(plain) * (1 + 1e-5) + least
 
 
@@ -83,7 +83,7 @@ def _as_weight(matrix: Tensor, structure: Structure) -> Tensor:
 @pytest.mark.parametrize("structure", ONE_MATRIX, ids=shape_id)
 def test_the_matrix_has_the_taps_outermost(structure: Structure) -> None:
     form = tt_svd(random_weight(structure), structure, structure.full_bond).form
-    weight = _as_weight(matrix_of(form), structure)
+    weight = _as_weight(matrix_of([form]), structure)
     torch.testing.assert_close(weight, random_weight(structure), rtol=1e-10, atol=1e-10)
 
 
@@ -93,7 +93,7 @@ def test_full_bond_is_exact(structure: Structure, rank: int | None) -> None:
     width = structure.lead * structure.inputs
     metric = metric_for(structure, rank=None if rank is None else min(rank, width))
     fit = weighted_fit(metric, structure, structure.full_bond)
-    torch.testing.assert_close(matrix_of(fit.form), metric.target, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(matrix_of(fit.terms), metric.target, rtol=1e-10, atol=1e-10)
     assert fit.form.structure == structure
 
 
@@ -111,7 +111,7 @@ def test_a_low_rank_matrix_starts_at_the_closed_form(rank: int) -> None:
 def test_it_is_better_than_plain_tt_svd(structure: Structure) -> None:
     for seed in range(3):
         metric = metric_for(structure, seed=seed)
-        plain = matrix_of(tt_svd(metric.target, structure, 3).form)
+        plain = matrix_of([tt_svd(metric.target, structure, 3).form])
         fit = weighted_fit(metric, structure, 3)
         assert fit.history[-1] < 0.5 * metric.value(plain)
 
@@ -138,8 +138,8 @@ def test_padding_costs_nothing_and_takes_no_part() -> None:
     metric = metric_for(structure)
     fit = weighted_fit(metric, structure, 6, max_stretches=40, tolerance=1e-5)
     assert fit.form.to_weight().shape == (53, 29)
-    assert metric.value(matrix_of(fit.form)) == pytest.approx(fit.history[-1], rel=1e-9)
-    assert fit.history[-1] < metric.value(matrix_of(tt_svd(metric.target, structure, 6).form))
+    assert metric.value(matrix_of(fit.terms)) == pytest.approx(fit.history[-1], rel=1e-9)
+    assert fit.history[-1] < metric.value(matrix_of([tt_svd(metric.target, structure, 6).form]))
 
 
 def test_samples_fewer_than_features_and_dead_and_constant_ones() -> None:
@@ -151,7 +151,7 @@ def test_samples_fewer_than_features_and_dead_and_constant_ones() -> None:
         metric = make_metric(weight, **moments(samples), centred=True, gamma=0, ridge=0, outputs=None)
         for structure in (TWO, THREE):
             fit = weighted_fit(metric, structure, 3)
-            matrix = matrix_of(fit.form)
+            matrix = matrix_of(fit.terms)
             assert matrix.isfinite().all()
             errors = (samples - samples.mean(0)) @ (matrix - weight).T
             assert fit.history[-1] == pytest.approx(float(errors.square().sum()) / count, rel=1e-6, abs=1e-12)
@@ -163,7 +163,7 @@ def test_a_zero_anywhere_costs_nothing(which: str) -> None:
     parts[which] = torch.zeros(12, 12)
     fit = weighted_fit(Metric(**{name: part.double() for name, part in parts.items()}), TWO, 2)
     assert fit.history == (0.0,)
-    assert matrix_of(fit.form).isfinite().all()
+    assert matrix_of(fit.terms).isfinite().all()
 
 
 def test_a_dead_output_costs_nothing() -> None:
@@ -171,7 +171,7 @@ def test_a_dead_output_costs_nothing() -> None:
     assert metric.outputs is not None
     metric.outputs[3] = metric.outputs[:, 3] = 0.0
     fit = weighted_fit(metric, TWO, 3)
-    changed = matrix_of(fit.form)
+    changed = matrix_of(fit.terms)
     changed[3] += 100
     assert metric.value(changed) == pytest.approx(fit.history[-1], rel=1e-9)
 
@@ -179,19 +179,19 @@ def test_a_dead_output_costs_nothing() -> None:
 def test_a_start_is_kept_or_bettered() -> None:
     metric = metric_for(THREE)
     start = MPO(random_cores(THREE, 3), THREE)
-    fit = weighted_fit(metric, THREE, 3, start=start)
-    assert fit.history[0] == pytest.approx(metric.value(matrix_of(start)), rel=1e-12)
+    fit = weighted_fit(metric, THREE, 3, start=[start])
+    assert fit.history[0] == pytest.approx(metric.value(matrix_of([start])), rel=1e-12)
     assert fit.history[-1] < 0.1 * fit.history[0]
-    kept = weighted_fit(metric, THREE, 3, start=start, max_stretches=0)
-    torch.testing.assert_close(matrix_of(kept.form), matrix_of(start), rtol=1e-10, atol=1e-10)
+    kept = weighted_fit(metric, THREE, 3, start=[start], max_stretches=0)
+    torch.testing.assert_close(matrix_of(kept.terms), matrix_of([start]), rtol=1e-10, atol=1e-10)
 
 
 def test_starts_and_structures_that_do_not_fit_are_refused() -> None:
     metric = metric_for(THREE)
     with pytest.raises(ValueError, match="a start with bonds"):
-        weighted_fit(metric, THREE, 2, start=MPO(random_cores(THREE, 3), THREE))
+        weighted_fit(metric, THREE, 2, start=[MPO(random_cores(THREE, 3), THREE)])
     with pytest.raises(ValueError, match="a start with bonds"):
-        weighted_fit(metric, THREE, 3, start=MPO(random_cores(TWO, 3), TWO))
+        weighted_fit(metric, THREE, 3, start=[MPO(random_cores(TWO, 3), TWO)])
     with pytest.raises(ValueError, match="experts"):
         weighted_fit(metric, make_structure("experts", (3, 4, 12)), 2)
 
