@@ -146,6 +146,8 @@ def write_compressed(
     try:
         fits = calibrated.fit(plans) if calibrated else _fit_each(opened, plans, recipe)
         records, seconds, fitted = _collect(fits, [plan.map.name for plan in plans], spool, progress)
+        last = calibrated.finish() if calibrated else {}
+        fitted |= {name: [spool.add(name, tensor)] for name, tensor in last.items()}
         manifest = make_manifest(checkpoint, opened.selection, recipe, records)
         manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
         _refuse_nothing_gained(manifest)

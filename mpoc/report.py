@@ -152,7 +152,12 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
             f"; budget shared out by {shares.get('chosen', '?')} (mean distance of the network's held-out "
             f"outputs from the dense ones, before the fit in order: {found})"
         )
-    return [line]
+    norms = calibration.get("norms")
+    if norms is None:
+        return [line]
+    kept = "renewed" if norms.get("renewed") else "left as they were"
+    found = f"(distance {norms.get('before', 0):.4g}, with new ones {norms.get('after', 0):.4g})"
+    return [line, f"statistics of batch norms {kept}, as held-out outputs prefer {found}"]
 
 
 def same_size_lines(manifest: Manifest) -> list[str]:

@@ -11,6 +11,7 @@ import copy
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mpoc.calibrate.evidence import Evidence, one_matrix
 from mpoc.calibrate.fit import CalibratedFit, Storage, fit_calibrated
+from mpoc.calibrate.norms import Renewed, renewed_norms
 from mpoc.calibrate.outputs import OutputDistance
 from mpoc.calibrate.share import Offers, Shares, share_by_gain, storage_of
 from mpoc.calibrate.study import Study
@@ -45,6 +47,7 @@ class InOrder:
         self._study, self._checkpoint, self._recipe, self._device = study, checkpoint, recipe, device
         self._compressed = copy.deepcopy(study.network)
         self._shares: Shares | None = None
+        self._norms: Renewed | None = None
 
     def share(self, plans: list[LayerPlan]) -> list[LayerPlan]:
         """Plans with a common budget shared out anew, by what each layer gains; others as they are."""
@@ -64,9 +67,7 @@ class InOrder:
         }
         total = sum(plan.structure.num_original for plan in plans)
         others = sum(plan.record().num_stored for plan in plans if plan.map.name not in offers)
-        self._shares = share_by_gain(
-            plans, offers, int(self._recipe.ratio * total) - others, OutputDistance(self._study)
-        )
+        self._shares = share_by_gain(plans, offers, int(self._recipe.ratio * total) - others, self._distance)
         return self._shares.plans
 
     def facts(self) -> dict[str, Any]:
@@ -76,6 +77,9 @@ class InOrder:
         if self._shares is not None:
             distances = {way: rounded(found) for way, found in self._shares.distances.items()}
             found["shares"] = {"chosen": self._shares.chosen, "distances": distances}
+        if self._norms is not None:
+            before, after = rounded(self._norms.before), rounded(self._norms.after)
+            found["norms"] = {"renewed": self._norms.is_better, "before": before, "after": after}
         return found
 
     @property
@@ -132,6 +136,20 @@ class InOrder:
             evidence = self._study.evidence(self._compressed, group)
             for name in group:
                 yield self._fit_one(todo[name], evidence[name])
+
+    def finish(self) -> dict[str, Tensor]:
+        """After the last layer: statistics of batch norms, by their names, where they help."""
+        data = self._study.data
+        self._norms = renewed_norms(self._compressed, data.call, data.batches, self._distance)
+        if self._norms is None or not self._norms.is_better:
+            return {}
+        named = {place: name for name, place in self._study.places.items()}
+        found = {named[place]: new for place, new in self._norms.statistics.items() if place in named}
+        return {name: new.to(self._checkpoint.read(name)) for name, new in found.items()}
+
+    @cached_property
+    def _distance(self) -> OutputDistance:
+        return OutputDistance(self._study)
 
     def _fit_one(self, plan: LayerPlan, evidence: Evidence) -> Fitted:
         if plan.max_bond is None:

@@ -56,7 +56,7 @@ class OutputDistance:
         try:
             for name, tensor in changed.items():
                 self._state[name].copy_(tensor)
-            return self._distance()
+            return self.of_network(self._network)
         finally:
             for name, tensor in before.items():
                 self._state[name].copy_(tensor)
@@ -71,9 +71,11 @@ class OutputDistance:
                 found[place] = self._state[place] + taken_up.sign * layer.shift
         return found
 
-    def _distance(self) -> float:
+    @torch.no_grad()
+    def of_network(self, network: nn.Module) -> float:
+        """Likewise, of a network of the same kind in evaluation mode."""
         total, rows = 0.0, 0
-        for (ours, are_logits), (theirs, _) in zip(self._outputs(self._network), self._dense, strict=True):
+        for (ours, are_logits), (theirs, _) in zip(self._outputs(network), self._dense, strict=True):
             far = kl_of_rows(ours, theirs) if are_logits else (ours - theirs).square().sum(-1) / 2
             total, rows = total + float(far.sum()), rows + len(ours)
         return total / rows
