@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -168,7 +169,8 @@ def _shared(
     from mpoc.calibrate.in_order import InOrder
 
     calibrated = InOrder(study, opened.checkpoint, recipe, opened.device)
-    return calibrated, calibrated.share(plans)
+    predict = partial(predict_size, opened.checkpoint, opened.selection, recipe)
+    return calibrated, calibrated.share(plans, predict)
 
 
 def _dry_run(

@@ -86,16 +86,20 @@ class Recipe:
             if not calibrated:
                 hint = "--calibrate DATA"
                 raise UsageError(f"--form {form} compares what layers do: it needs --calibrate", hint)
-            if self.ratio is None and self.max_drop is None:
-                raise UsageError(f"--form {form} shares out a budget: it needs --ratio", "--ratio 0.5")
+            if not self._has_budget:
+                hint = "--ratio 0.5"
+                raise UsageError(f"--form {form} shares out a budget: it needs --ratio or --size", hint)
         errors = (self.max_error, *(rule.max_error for rule in self.rules))
-        if calibrated and (self.size is not None or any(error is not None for error in errors)):
+        if calibrated and any(error is not None for error in errors):
             raise UsageError(
-                "--max-error and --size do not go with --calibrate: --bond or --ratio, or --max-drop",
+                "--max-error is of weights, and does not go with --calibrate: --ratio, --size or --max-drop",
                 "--ratio 0.5",
             )
-        budget = calibrated and (self.ratio is not None or self.max_drop is not None)
-        return replace(self, form=self.form or ("auto" if budget else "mpo"))
+        return replace(self, form=self.form or ("auto" if calibrated and self._has_budget else "mpo"))
+
+    @property
+    def _has_budget(self) -> bool:
+        return any(goal is not None for goal in (self.ratio, self.size, self.max_drop))
 
     def rule_for(self, name: str) -> LayerRule:
         """All rules that match ``name`` merged, later ones winning."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -21,16 +21,19 @@ from mpoc.calibrate.evidence import Evidence, one_matrix
 from mpoc.calibrate.fit import CalibratedFit, Storage, fit_calibrated
 from mpoc.calibrate.norms import Renewed, renewed_norms
 from mpoc.calibrate.outputs import OutputDistance
-from mpoc.calibrate.share import Offers, Shares, share_by_gain, storage_of
+from mpoc.calibrate.share import Costs, Offers, Shares, share_by_gain, storage_of
 from mpoc.calibrate.study import Study
 from mpoc.checkpoint import Checkpoint
 from mpoc.factors import wide_factors
 from mpoc.fitting import Fitted, check_cores, fit_layer, read_finite, rounded
 from mpoc.forms.chains import weight_of
+from mpoc.header import ITEMSIZE
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.recipe import Recipe
 from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
+
+_ATTEMPTS = 3  # at shares whose file, names and all, is within a ceiling
 
 
 class InOrder:
@@ -49,26 +52,62 @@ class InOrder:
         self._shares: Shares | None = None
         self._norms: Renewed | None = None
 
-    def share(self, plans: list[LayerPlan]) -> list[LayerPlan]:
-        """Plans with a common budget shared out anew, by what each layer gains; others as they are."""
-        if self._recipe.ratio is None:
+    def share(
+        self, plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]
+    ) -> list[LayerPlan]:
+        """Plans with a common budget shared out anew, by what each layer gains; others as they are.
+
+        Args:
+            plans: with equal shares.
+            predict_size: bytes of the whole output, an upper bound; for a ceiling on that.
+        """
+        ratio, size = self._recipe.ratio, self._recipe.size
+        if ratio is None and size is None:
             return plans
         known = {name for group in self._study.groups for name in group}
         takes_part = [p for p in plans if p.map.name in known and self._has_no_goal_of_its_own(p)]
-        offers = {
-            plan.map.name: Offers(
+        offers = {plan.map.name: self._offers(plan) for plan in takes_part}
+        if ratio is not None:
+            total = sum(plan.structure.num_original for plan in plans)
+            others = sum(plan.record().num_stored for plan in plans if plan.map.name not in offers)
+            costs, budget = dict.fromkeys(offers, Costs()), int(ratio * total) - others
+            self._shares = share_by_gain(plans, offers, costs, budget, self._distance)
+        if size is not None:
+            self._shares = self._within_size(plans, offers, size, predict_size)
+        return plans if self._shares is None else self._shares.plans
+
+    def _within_size(
+        self,
+        plans: list[LayerPlan],
+        offers: dict[str, Offers],
+        size: int,
+        predict_size: Callable[[list[LayerPlan]], int],
+    ) -> Shares | None:
+        """Shares of bytes; None where names and headers take too many."""
+        costs = {plan.map.name: _bytes(plan) for plan in plans if plan.map.name in offers}
+        budget = sum(costs[plan.map.name].of(plan) for plan in plans if plan.map.name in offers)
+        budget += size - predict_size(plans)
+        for _ in range(_ATTEMPTS):
+            shares = share_by_gain(plans, offers, costs, budget, self._distance)
+            excess = predict_size(shares.plans) - size
+            if excess <= 0:
+                return shares
+            budget -= excess
+        return None
+
+    def _offers(self, plan: LayerPlan) -> Offers:
+        """Those of the layer, the same for every budget."""
+        name, forms = plan.map.name, self._forms(plan)
+        kept: dict[Any, Offers] = self._study.kept
+        key = name, forms, plan.structure if self._has_own_factors(plan) else None
+        if key not in kept:
+            kept[key] = Offers(
                 one_matrix(self._weight(plan), plan.structure.kind, plan.structure.transposed),
                 self._mpo_structure(plan),
-                self._study.dense_evidence(plan.map.name),
-                self._forms(plan),
-                int(self._recipe.ratio * plan.structure.num_original),
+                self._study.dense_evidence(name),
+                forms,
             )
-            for plan in takes_part
-        }
-        total = sum(plan.structure.num_original for plan in plans)
-        others = sum(plan.record().num_stored for plan in plans if plan.map.name not in offers)
-        self._shares = share_by_gain(plans, offers, int(self._recipe.ratio * total) - others, self._distance)
-        return self._shares.plans
+        return kept[key]
 
     def facts(self) -> dict[str, Any]:
         """For the manifest: the data, and how the budget was shared out."""
@@ -196,6 +235,10 @@ class InOrder:
         for name, tensor in new.items():
             if name in self._study.places:
                 state[self._study.places[name]].copy_(tensor)
+
+
+def _bytes(plan: LayerPlan) -> Costs:
+    return Costs(ITEMSIZE[plan.stored_dtype], ITEMSIZE[plan.map.dtype])
 
 
 def _weight(fitted: Fitted) -> Tensor:

@@ -28,6 +28,7 @@ from mpoc.structure import Structure, low_rank_structure
 
 _GAMMA = 0.02  # of the curve of ``svd``; each fit chooses its own
 _STRETCHES = 3
+_MEASURED = 0.3  # of the weight's parameters: the size at which MPOs and sums are fitted
 _SIZES = 32  # at which they are offered
 _MPO_SHARE = 0.4  # of a sum's parameters
 
@@ -49,11 +50,10 @@ class Offers:
         structure: of the layer's MPO.
         evidence: of the dense network's inputs.
         forms: of ``svd``, ``mpo`` and ``svd+mpo``, which may be chosen.
-        size: parameters at which MPOs and sums are measured.
     """
 
     def __init__(
-        self, matrix: Tensor, structure: Structure, evidence: Evidence, forms: Sequence[str], size: int
+        self, matrix: Tensor, structure: Structure, evidence: Evidence, forms: Sequence[str]
     ) -> None:
         self._matrix, self._evidence = matrix, evidence
         self._low_rank = low_rank_structure(structure.kind, structure.shape, structure.transposed)
@@ -66,13 +66,7 @@ class Offers:
             self.every += self._of_svd()
         if structure.form == "mpo":
             for form in ("mpo", "svd+mpo"):
-                self.every += self._of_mpo(structure, form == "svd+mpo", size) if form in forms else []
-
-    def scale_to(self, distance: float, storage: Storage) -> None:
-        """Give all errors the scale at which this choice's is ``distance``."""
-        error = self.error(storage)
-        if error > 0:
-            self.every = [replace(offer, error=offer.error * distance / error) for offer in self.every]
+                self.every += self._of_mpo(structure, form == "svd+mpo") if form in forms else []
 
     def error(self, storage: Storage) -> float:
         """f on held-out inputs."""
@@ -121,8 +115,9 @@ class Offers:
             if storage.num_parameters < self._low_rank.num_original:
                 yield Offer(storage, storage.num_parameters, error)
 
-    def _of_mpo(self, structure: Structure, is_sum: bool, size: int) -> Iterator[Offer]:
+    def _of_mpo(self, structure: Structure, is_sum: bool) -> Iterator[Offer]:
         """At sizes in a geometric row, with errors told from the one that is measured."""
+        size = int(_MEASURED * structure.num_original)
         measured = largest_within(structure, size, is_sum)
         known = 0.0 if measured is None else self._svd_error(measured.num_parameters)
         if measured is None or known == 0.0:
@@ -172,26 +167,48 @@ class Shares:
     distances: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Costs:
+    """Of one number of a layer, in the unit of the budget: 1, or its bytes."""
+
+    stored: int = 1  # in a core
+    dense: int = 1
+
+    def of(self, plan: LayerPlan) -> int:
+        """Of the layer as planned."""
+        each = self.dense if plan.max_bond is None else self.stored
+        return each * plan.record().num_stored
+
+
 def share_by_gain(
-    plans: Sequence[LayerPlan], offers: Mapping[str, Offers], budget: int, distance: OutputDistance
+    plans: Sequence[LayerPlan],
+    offers: Mapping[str, Offers],
+    costs: Mapping[str, Costs],
+    budget: int,
+    distance: OutputDistance,
 ) -> Shares:
     """The structures and bonds that take most off the error, or those given where the outputs prefer them.
 
     Args:
         plans: of all selected layers, bonds shared out uniformly.
         offers: of those that take part, by the name of the weight.
-        budget: parameters of those together.
+        costs: of each layer that takes part.
+        budget: of those together.
         distance: on held-out inputs.
     """
-    names = [plan.map.name for plan in plans if plan.map.name in offers]
-    for plan in plans:
-        if plan.map.name in offers:
-            _scale(offers[plan.map.name], plan, distance)
-    every = [offers[name].every for name in names]
-    taken = share_out([[(offer.parameters, offer.error) for offer in each] for each in every], budget)
+    part = {plan.map.name: plan for plan in plans if plan.map.name in offers}
+    curves = []
+    for name, plan in part.items():
+        scale, cost = _scale(offers[name], plan, distance), costs[name]
+        numbers = [
+            offer.parameters * (cost.stored if offer.storage else cost.dense) for offer in offers[name].every
+        ]
+        errors = [offer.error * scale for offer in offers[name].every]
+        curves.append(list(zip(numbers, errors, strict=True)))
+    taken = share_out(curves, budget)
     ways = {"uniform": [_in_best_form(plan, offers.get(plan.map.name)) for plan in plans]}
     if taken is not None:
-        chosen = {name: each[k] for name, each, k in zip(names, every, taken, strict=True)}
+        chosen = {name: offers[name].every[k] for name, k in zip(part, taken, strict=True)}
         ways["equal gain"] = [
             _as_offered(plan, chosen[plan.map.name]) if plan.map.name in chosen else plan for plan in plans
         ]
@@ -200,16 +217,15 @@ def share_by_gain(
     return Shares(ways[best], best, distances)
 
 
-def _scale(offers: Offers, plan: LayerPlan, distance: OutputDistance) -> None:
-    """Errors as the network's outputs feel them, at the layer's plan, else at its largest offer."""
+def _scale(offers: Offers, plan: LayerPlan, distance: OutputDistance) -> float:
+    """From errors to those that the outputs feel, told at the layer's plan, else at its largest offer."""
     if plan.max_bond is None:
         smaller = [offer for offer in offers.every if offer.storage is not None]
         if not smaller:
-            return
-        largest = max(smaller, key=lambda offer: offer.parameters)
-        plan = _as_offered(plan, largest)
-    far = distance.of({plan.map.name: offers.replaced(plan)})
-    offers.scale_to(far, storage_of(plan))
+            return 1.0
+        plan = _as_offered(plan, max(smaller, key=lambda offer: offer.parameters))
+    error = offers.error(storage_of(plan))
+    return distance.of({plan.map.name: offers.replaced(plan)}) / error if error > 0 else 1.0
 
 
 def _replaced(plans: Sequence[LayerPlan], offers: Mapping[str, Offers]) -> dict[str, Replaced]:

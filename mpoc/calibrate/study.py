@@ -86,6 +86,7 @@ class Study:
         self._held_out = self._pass(self.data.held_out, 0, seed)
         self.means = self._means({place: name for name, place in self.places.items()})
         self._compressed: nn.Module | None = None  # which the passes are of
+        self.kept: dict[Any, Any] = {}  # what is told from it and holds for every budget
         self._passes: list[PairPass] = []
 
     def facts(self) -> dict[str, Any]:

@@ -202,10 +202,9 @@ def test_a_dry_run_plans_by_the_same_shares(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("goal", [{"max_error": 0.1}, {"size": 10_000}])
-def test_goals_that_are_not_of_calibration(tmp_path: Path, goal: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="--bond or --ratio"):
-        Case(tmp_path, "mlp").compress(**goal)
+def test_a_goal_that_is_not_of_calibration(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--max-error is of weights"):
+        Case(tmp_path, "mlp").compress(max_error=0.1)
 
 
 def test_auto_needs_data(tmp_path: Path) -> None:
@@ -251,7 +250,7 @@ def test_a_recipe_s_error_for_one_layer_is_refused(tmp_path: Path) -> None:
     request = CalibrationRequest(tmp_path / "data.npz")
     recipe = make_recipe(tmp_path / "recipe.toml", {})
     output = tmp_path / "o.safetensors"
-    with pytest.raises(UsageError, match="--bond or --ratio"):
+    with pytest.raises(UsageError, match="--max-error is of weights"):
         compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=case.arch, calibration=request)
 
 
@@ -316,3 +315,12 @@ def test_a_bias_of_two_layers_is_left_alone(tmp_path: Path) -> None:
     recipe = make_recipe(None, {"bond": 4, "form": "svd", "device": "cpu"})
     compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=arch, calibration=request)
     assert torch.equal(load_file(output)["0.bias"], network.state_dict()["0.bias"])
+
+
+def test_a_ceiling_in_bytes_is_kept_and_its_budget_shared_out(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    done = case.compress(size=20_000)
+    assert 0.9 * 20_000 < done.nbytes <= 20_000
+    assert done.manifest.calibration["shares"]["chosen"] in ("equal gain", "uniform")
+    half = case.compress(out="half", size=12_000, dtype="bfloat16")
+    assert half.nbytes <= 12_000

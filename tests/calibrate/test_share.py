@@ -12,7 +12,7 @@ from mpoc.calibrate.evidence import Evidence, squared_error
 from mpoc.calibrate.fit import Storage
 from mpoc.calibrate.moments import Accumulator, Moments
 from mpoc.calibrate.outputs import Replaced
-from mpoc.calibrate.share import Offers, largest_within, share_by_gain
+from mpoc.calibrate.share import Costs, Offers, largest_within, share_by_gain
 from mpoc.plan import LayerPlan
 from mpoc.selection import LinearMap
 from mpoc.structure import low_rank_structure, make_structure
@@ -59,7 +59,7 @@ class Distance:
 @pytest.mark.parametrize("weighed", [True, False])
 def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> None:
     evidence = known(centred, weighed)
-    offers = Offers(weight(3), make_structure("linear", SIDES), evidence, ("svd",), 160)
+    offers = Offers(weight(3), make_structure("linear", SIDES), evidence, ("svd",))
     structure = low_rank_structure("linear", SIDES)
     for rank in (1, 4, 9, 16):
         expected = squared_error(
@@ -70,7 +70,7 @@ def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> 
 
 def test_offers_of_every_form_shrink_the_layer_but_for_the_dense_one() -> None:
     structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
-    offers = Offers(weight(3), structure, known(), ("svd", "mpo", "svd+mpo"), 160)
+    offers = Offers(weight(3), structure, known(), ("svd", "mpo", "svd+mpo"))
     stored = [offer.storage for offer in offers.every if offer.storage is not None]
     assert {(one.structure.form, one.low_rank > 0) for one in stored} == {
         ("svd", False),
@@ -80,7 +80,7 @@ def test_offers_of_every_form_shrink_the_layer_but_for_the_dense_one() -> None:
     assert [offer.error for offer in offers.every if offer.storage is None] == [0.0]
     assert all(offer.parameters < 16 * 24 for offer in offers.every if offer.storage is not None)
     for is_sum in (False, True):
-        measured = largest_within(structure, 160, is_sum)
+        measured = largest_within(structure, int(0.3 * 16 * 24), is_sum)
         assert measured is not None
         found = [offer.error for offer in offers.every if offer.storage == measured]
         assert found == [pytest.approx(offers.error(measured), rel=1e-9)]
@@ -105,11 +105,12 @@ def shared(importance: dict[str, float], budget: int) -> Any:
     plans = [plan("a", 4), plan("b", 4), plan("c", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     offers = {
-        name: Offers(matrix, make_structure("linear", SIDES), known(), ("svd",), 160)
+        name: Offers(matrix, make_structure("linear", SIDES), known(), ("svd",))
         for name, matrix in dense.items()
     }
     named = {f"{name}.weight": value for name, value in importance.items()}
-    return share_by_gain(plans, offers, budget, Distance(dense, named)), plans  # type: ignore[arg-type]
+    costs = dict.fromkeys(offers, Costs())
+    return share_by_gain(plans, offers, costs, budget, Distance(dense, named)), plans  # type: ignore[arg-type]
 
 
 def test_layers_that_matter_to_the_outputs_get_more() -> None:
@@ -132,11 +133,11 @@ def test_uniform_shares_stay_where_the_outputs_prefer_them() -> None:
     plans = [plan("a", 4), plan("b", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     offers = {
-        name: Offers(matrix, make_structure("linear", SIDES), known(), ("svd",), 160)
+        name: Offers(matrix, make_structure("linear", SIDES), known(), ("svd",))
         for name, matrix in dense.items()
     }
     distance = Contrary(dense, dict.fromkeys(dense, 1.0))
-    found = share_by_gain(plans, offers, 320, distance)  # type: ignore[arg-type]
+    found = share_by_gain(plans, offers, dict.fromkeys(offers, Costs()), 320, distance)  # type: ignore[arg-type]
     assert found.chosen == "uniform"
     assert found.plans == plans
 
@@ -148,7 +149,8 @@ def test_a_budget_below_every_offer_leaves_the_plans() -> None:
 
 def test_layers_that_take_no_part_stay() -> None:
     plans = [plan("a", 4), replace(plan("b", 4), max_bond=None, reason="the recipe leaves it dense")]
-    offers = {"a.weight": Offers(weight(0), make_structure("linear", SIDES), known(), ("svd",), 160)}
+    offers = {"a.weight": Offers(weight(0), make_structure("linear", SIDES), known(), ("svd",))}
     distance = Distance({"a.weight": weight(0)}, {"a.weight": 1.0})
-    found = share_by_gain(plans, offers, 200, distance)  # type: ignore[arg-type]
+    costs = {"a.weight": Costs()}
+    found = share_by_gain(plans, offers, costs, 200, distance)  # type: ignore[arg-type]
     assert found.plans[1] == plans[1]
