@@ -19,7 +19,7 @@ from mpoc.selection import Selection
 from mpoc.writer import Entry, plan_shards
 
 # The most digits that a figure of the manifest can take.
-_LONGEST_FIGURE = 1.23456e-104
+LONGEST_FIGURE = 1.23456e-104
 
 
 def make_manifest(
@@ -63,13 +63,20 @@ def predict_size(
     recipe: Recipe,
     plans: list[LayerPlan],
     records: list[LayerRecord] | None = None,
+    calibration: dict[str, Any] | None = None,
 ) -> int:
-    """Bytes of the whole output, an upper bound: figures still unknown are given their most digits."""
+    """Bytes of the whole output, an upper bound: figures still unknown are given their most digits.
+
+    With ``calibration``, the facts at their longest, layers are taken to have the figures of a fit to data.
+    """
     undecided: list[LayerPlan] = []
     if records is None:
         undecided = [plan for plan in plans if plan.tolerance and not recipe.allow_growth]
         records = [_with_longest_figures(plan.record()) for plan in plans]
+    if calibration is not None:
+        records = [_with_calibrated_figures(record) for record in records]
     manifest = make_manifest(checkpoint, selection, recipe, records)
+    manifest = replace(manifest, calibration=calibration or {})
     replaced = {record.name: record for record in manifest.replaced}
     infos: list[TensorInfo] = []
     for name, info in checkpoint.infos.items():
@@ -97,8 +104,16 @@ def _with_longest_figures(record: LayerRecord) -> LayerRecord:
     inner = 0 if record.low_rank else max(len(record.bonds) - 2, 0)
     if record.form == "dense":
         return record
-    figures = (_LONGEST_FIGURE,) * inner
-    return replace(record, relative_error=_LONGEST_FIGURE, entropies=figures, entropies_of_weight=figures)
+    figures = (LONGEST_FIGURE,) * inner
+    return replace(record, relative_error=LONGEST_FIGURE, entropies=figures, entropies_of_weight=figures)
+
+
+def _with_calibrated_figures(record: LayerRecord) -> LayerRecord:
+    if record.form == "dense":
+        return record
+    longest = LONGEST_FIGURE
+    others = dict.fromkeys(("this", "plain svd", "whitened svd", "plain mpo"), longest)
+    return replace(record, output_error=longest, held_out_error=longest, same_size=others)
 
 
 def _core_infos(record: LayerRecord) -> list[TensorInfo]:

@@ -59,6 +59,19 @@ def goes_on(output: Any) -> Tensor | None:
     return first if isinstance(first, Tensor) else None
 
 
+def features(values: Tensor, mask: Tensor | None, axis: int) -> Tensor:
+    """(rows, width) of what a block gives, without padding.
+
+    Args:
+        values: tokens (n, T, width), or any shape.
+        mask: (n, T), 0 where a token is padding.
+        axis: of the features.
+    """
+    if mask is not None and mask.dim() == 2 and values.shape[:2] == mask.shape and values.dim() > 2:
+        return values[mask.bool()].flatten(0, -2)
+    return values.movedim(axis, -1).flatten(0, -2)
+
+
 @dataclass
 class _Call:
     module: str

@@ -16,7 +16,7 @@ from mpoc.train.material import DataOptions, open_material
 from mpoc.train.model import Model
 from mpoc.train.settings import derived_seed
 
-_TOKENS = 2048  # of a batch of text, padding included
+TOKENS = 2048  # of a batch of text, padding included
 _IMAGES = 64  # of a batch of anything else
 
 
@@ -32,7 +32,12 @@ class CalibrationData:
 
 
 def open_calibration(
-    options: DataOptions, model: Model, samples: int, held_out: float = 0.125, seed: int = 0
+    options: DataOptions,
+    model: Model,
+    samples: int,
+    held_out: float = 0.125,
+    seed: int = 0,
+    tokens: int = TOKENS,
 ) -> CalibrationData:
     """Draw examples of the training split, or of the first there is.
 
@@ -44,6 +49,7 @@ def open_calibration(
         samples: how many examples; all where there are fewer.
         held_out: share of them, one at least.
         seed: of the draw.
+        tokens: of a batch of text at most, padding included, where it is more than one text.
 
     Raises:
         UsageError: options that do not fit.
@@ -67,13 +73,14 @@ def open_calibration(
     notes = [material.data.announce(), *material.data.notes]
     notes += [pixels] if material.data.kind == "images" else []
     return CalibrationData(
-        _batches(feed, chosen[apart:]), _batches(feed, chosen[:apart]), Call.of(model.network),
+        _batches(feed, chosen[apart:], tokens), _batches(feed, chosen[:apart], tokens),
+        Call.of(model.network),
         read_pooling(model.path) if model.path.is_dir() else None,
         (*notes, said),
     )  # fmt: skip
 
 
-def _batches(feed: Feed, chosen: Tensor) -> list[Batch]:
+def _batches(feed: Feed, chosen: Tensor, tokens: int) -> list[Batch]:
     """Texts of about one length together, so that there is little padding."""
     chosen = chosen.sort().values
     lengths = torch.cat([_lengths(feed.read(part)) for part in chosen.split(_IMAGES)])
@@ -83,7 +90,7 @@ def _batches(feed: Feed, chosen: Tensor) -> list[Batch]:
     batches: list[Batch] = []
     start = 0
     while start < len(order):
-        count = max(1, _TOKENS // max(1, int(lengths[order[start]])))
+        count = max(1, tokens // max(1, int(lengths[order[start]])))
         batches.append(feed.read(chosen[order[start : start + count]]))
         start += count
     return batches

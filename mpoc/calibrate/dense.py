@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpoc.calibrate.chain import features, goes_on
 from mpoc.calibrate.gather import ALL, LayerSums, Positions, as_rows, total_rows
 from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
 from mpoc.calibrate.inputs import Layer
@@ -31,6 +32,7 @@ class DensePass:
 
     moments: dict[str, Moments]
     gradients: dict[str, Tensor]
+    blocks: dict[str, Tensor]  # by module Σ g gᵀ over rows and directions, at what blocks give
     reasons: dict[str, str]  # weight → why one of the two is missing
 
 
@@ -43,6 +45,7 @@ def dense_pass(
     pooling: Pooling | None = None,
     positions: Positions = ALL,
     seed: int = 0,
+    blocks: bool = False,
 ) -> DensePass:
     """Run the network over the batches, forth and, ``probes`` times a batch, back.
 
@@ -55,6 +58,7 @@ def dense_pass(
         pooling: as of :func:`output_of_interest`.
         positions: of convolutions.
         seed: of the directions.
+        blocks: whether gradients at the outputs of blocks are wanted too.
 
     Raises:
         MpocError: the data give a layer no rows, or outputs are not finite.
@@ -70,6 +74,12 @@ def dense_pass(
                 )
                 if probes:
                     handles.append(module.register_forward_hook(run.after(layer)))
+        for k, chain in enumerate(trace.chains if blocks and probes else ()):
+            for position, block in enumerate(chain):
+                module = network.get_submodule(block.module)
+                handles.append(
+                    module.register_forward_hook(run.behind(block.module, trace.axis((k, position))))
+                )
         for index, batch in enumerate(batches):
             run.index, part = index, to_device(batch, device)
             run.mask = part.get("attention_mask")
@@ -93,6 +103,7 @@ class _Run:
         self._start = torch.zeros((), device=device_of(network), requires_grad=True)
         self._gradients: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
+        self._blocks: dict[str, Tensor] = {}
 
     index: int
     mask: Tensor | None
@@ -131,6 +142,24 @@ class _Run:
 
         return hook
 
+    def behind(self, path: str, axis: int) -> Any:
+        """A hook that adds the gradients at the output of a block."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            first, mask = goes_on(output), self.mask
+
+            def add(gradient: Tensor) -> None:
+                rows = features(gradient, mask, axis).float()
+                found = product(rows, rows)
+                total = self._blocks.get(path)
+                if total is None or total.shape == found.shape:  # else the axis is none of features
+                    self._blocks[path] = found if total is None else total + found
+
+            if first is not None and first.requires_grad:
+                first.register_hook(add)
+
+        return hook
+
     def result(self, probes: int) -> DensePass:
         found = {name: sums.moments() for name, sums in self._sums.items()}
         moments = {name: found[first] for name, first in self._trace.same_rows.items()}
@@ -143,4 +172,5 @@ class _Run:
         if probes:
             missing = [name for name in moments if name not in gradients]
             reasons |= dict.fromkeys(missing, "no gradient of the output reaches it")
-        return DensePass(moments, gradients, reasons)
+        blocks = {path: total.cpu() for path, total in self._blocks.items()}
+        return DensePass(moments, gradients, blocks, reasons)

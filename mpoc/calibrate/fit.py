@@ -6,7 +6,7 @@ How far the second moment M is trusted, γ, is chosen on held-out inputs; the fi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,16 +39,24 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class Judgement:
+    """What the cores of a layer do, in the dtype they are stored in."""
+
+    shift: Tensor | None  # (N_y,) float64 to be added to the layer's outputs: W μ − Ŵ μ̃; None: nothing can be
+    relative_error: float  # ‖W − Ŵ‖_F / ‖W‖_F
+    output_error: float  # of the outputs about their mean, on the inputs of the fit
+    held_out_error: float  # on held-out inputs, of the same fit without them
+    felt_error: float  # likewise, as the network's output feels it
+
+
+@dataclass(frozen=True)
 class CalibratedFit:
     """A layer's cores in the stored dtype, with what they do."""
 
     terms: tuple[MPO, ...]  # the form, and what is added to it
-    shift: Tensor | None  # (N_y,) float64 to be added to the layer's outputs: W μ − Ŵ μ̃; None: nothing can be
     gamma: float
-    relative_error: float  # ‖W − Ŵ‖_F / ‖W‖_F of the stored cores
-    output_error: float  # of the outputs about their mean, on all inputs that were seen
-    held_out_error: float  # of the same fit without the held-out ones, on those
-    same_size: dict[str, float]  # of that fit and of other methods, as the network's output feels it
+    judged: Judgement
+    same_size: dict[str, float]  # felt errors, of "this" and of other methods
 
     @property
     def cores(self) -> list[Tensor]:
@@ -57,7 +65,12 @@ class CalibratedFit:
 
 
 def fit_calibrated(
-    weight: Tensor, storages: Sequence[Storage], evidence: Evidence, dtype: torch.dtype, seed: int
+    weight: Tensor,
+    storages: Sequence[Storage],
+    evidence: Evidence,
+    dtype: torch.dtype,
+    seed: int,
+    apart: bool = False,
 ) -> CalibratedFit:
     """Cores that make small errors of the layer's outputs.
 
@@ -68,6 +81,7 @@ def fit_calibrated(
         evidence: with moments (N_x, N_x).
         dtype: of the stored cores.
         seed: of the sweeps' start.
+        apart: keep held-out inputs out of the fit, for what comes after it.
     """
     first = storages[0].structure
     matrix = one_matrix(weight, first.kind, first.transposed)
@@ -79,21 +93,29 @@ def fit_calibrated(
             error = squared_error(matrix, matrix_of(rounded), evidence.unseen, evidence.outputs)
             tried.append((error, gamma, storage, rounded))
     _, gamma, storage, terms = min(tried, key=lambda one: one[0])
-    held_out_error = output_error(matrix, matrix_of(terms), evidence.unseen)
-    same_size = {"this": felt_error(matrix, matrix_of(terms), evidence)}
-    same_size |= rivals(weight, first, storage.num_parameters, evidence, seed)
-    everything = evidence.together()
-    terms = _rounded(_fit(metric_of(matrix, everything, gamma), storage, LAST, seed, terms), dtype)
-    found, moments = matrix_of(terms), everything.moments
+    judged = judge(weight, terms, evidence)
+    if not apart:
+        everything = evidence.together()
+        terms = _rounded(_fit(metric_of(matrix, everything, gamma), storage, LAST, seed, terms), dtype)
+        found = judge(weight, terms, everything)
+        judged = replace(found, held_out_error=judged.held_out_error, felt_error=judged.felt_error)
+    size = sum(core.numel() for term in terms for core in term.cores)
+    same_size = {"this": judged.felt_error} | rivals(weight, first, size, evidence, seed)
+    return CalibratedFit(terms, gamma, judged, same_size)
+
+
+def judge(weight: Tensor, terms: Sequence[MPO], evidence: Evidence) -> Judgement:
+    """What cores do, however they were found."""
+    first = terms[0].structure
+    matrix = one_matrix(weight, first.kind, first.transposed)
+    found, moments = matrix_of(terms), evidence.moments
     norm = float(torch.linalg.vector_norm(matrix))
-    return CalibratedFit(
-        terms,
+    return Judgement(
         matrix @ moments.dense_mean - found @ moments.mean if evidence.centred else None,
-        gamma,
         float(torch.linalg.vector_norm(matrix - found)) / norm if norm else 0.0,
-        output_error(matrix, found, everything.seen),
-        held_out_error,
-        same_size,
+        output_error(matrix, found, evidence.seen),
+        output_error(matrix, found, evidence.unseen),
+        felt_error(matrix, found, evidence),
     )
 
 

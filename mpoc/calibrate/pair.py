@@ -19,6 +19,7 @@ from mpoc.calibrate.chain import Chain, goes_on
 from mpoc.calibrate.gather import ALL, LayerSums, Positions
 from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
 from mpoc.calibrate.moments import Moments
+from mpoc.calibrate.refine import Example
 from mpoc.calibrate.trace import Trace
 from mpoc.train.call import Batch, Call, to_device
 
@@ -71,6 +72,15 @@ class _Runner:
             else:
                 chain, position = self._at
                 self._through(self._trace.chains[chain][position:], self._states[index])
+
+    def state(self, index: int, place: tuple[int, int]) -> _State:
+        """What a block is given in batch ``index``: kept, or found again from the start."""
+        return self._states[index] if self._at == place else self._caught(self._batches[index], place)
+
+    def output(self, index: int, place: tuple[int, int]) -> Tensor:
+        """What it gives there."""
+        block = self._trace.chains[place[0]][place[1]]
+        return self._through((block,), self.state(index, place))
 
     def _through(self, chain: Chain, state: _State) -> Tensor:
         given = state.given
@@ -152,6 +162,28 @@ class PairPass:
         found = {name: sums[name].moments(None if dense is None else dense[name]) for name in names}
         return {name: found[first[name]] for name in group}
 
+    def examples(self, place: tuple[int, int]) -> Sequence[Example]:
+        """The batches as a block sees them: given by the compressed network, aimed at by the dense one.
+
+        All are kept if with the targets they take at most ``kept_bytes``; else each is found when it is
+        asked for, from the start of the networks.
+
+        Args:
+            place: chain and position of a block that nothing changes the input of; what runs before it is
+                final.
+        """
+        dense, compressed = self._runners
+        found = _Examples(dense, compressed, self._batches, place, self._trace.axis(place))
+        kept = self._replay and self._fits(place, 3)
+        with torch.no_grad(), at_rest(dense.network), at_rest(compressed.network):
+            for runner in self._runners:
+                runner.move(place if kept else None)
+        return list(found) if kept else found
+
+    def _fits(self, place: tuple[int, int], copies: int) -> bool:
+        share = sum(map(_numbers, self._batches)) / self._trace.numbers
+        return copies * self._trace.chains[place[0]][place[1]].nbytes * share <= self._kept_bytes
+
     def _add(self, index: int, sums: dict[str, LayerSums]) -> None:
         original, compressed = (self._inputs(runner, index, list(sums)) for runner in self._runners)
         mask = self._batches[index].get("attention_mask")
@@ -191,13 +223,37 @@ class PairPass:
         if not self._replay or len(known) < len(names) or len({chain for chain, _ in known}) > 1:
             return None
         chain, position = min(known)
-        share = sum(map(_numbers, self._batches)) / self._trace.numbers
         for k in range(position, -1, -1):
-            block = self._trace.chains[chain][k]
-            if block.is_kept_whole:
-                fits = 2 * block.nbytes * share <= self._kept_bytes
-                return (chain, k) if fits else None
+            if self._trace.chains[chain][k].is_kept_whole:
+                return (chain, k) if self._fits((chain, k), 2) else None
         return None
+
+
+class _Examples(Sequence[Example]):
+    """Found when they are asked for."""
+
+    def __init__(
+        self,
+        dense: _Runner,
+        compressed: _Runner,
+        batches: Sequence[Batch],
+        place: tuple[int, int],
+        axis: int,
+    ) -> None:
+        self._dense, self._compressed, self._batches = dense, compressed, batches
+        self._place, self._axis = place, axis
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        mask = self._batches[index].get("attention_mask")
+        device = device_of(self._compressed.network)
+        with torch.no_grad(), at_rest(self._dense.network), at_rest(self._compressed.network):
+            target = self._dense.output(index, self._place)
+            state = self._compressed.state(index, self._place)
+        mask = None if mask is None else mask.to(device)
+        return Example(state.given, state.args, state.named, target, mask, self._axis)
 
 
 def _numbers(batch: Batch) -> int:

@@ -207,6 +207,8 @@ def share_by_gain(
         curves.append(list(zip(numbers, errors, strict=True)))
     taken = share_out(curves, budget)
     ways = {"uniform": [_in_best_form(plan, offers.get(plan.map.name)) for plan in plans]}
+    if taken is not None and sum(costs[name].of(plan) for name, plan in part.items()) > budget:
+        ways = {}
     if taken is not None:
         chosen = {name: offers[name].every[k] for name, k in zip(part, taken, strict=True)}
         ways["equal gain"] = [

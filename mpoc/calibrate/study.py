@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mpoc.calibrate.data import CalibrationData, open_calibration
+from mpoc.calibrate.data import TOKENS, CalibrationData, open_calibration
 from mpoc.calibrate.dense import DensePass, dense_pass
 from mpoc.calibrate.evidence import Evidence
 from mpoc.calibrate.gather import Positions
 from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.pair import PairPass
+from mpoc.calibrate.refine import Example
 from mpoc.calibrate.trace import Trace, trace
 from mpoc.network import same_tensor
 from mpoc.train.material import DataOptions
@@ -23,6 +24,7 @@ from mpoc.train.model import open_model
 
 _WIDEST = 12_288  # outputs or inputs: the second moments are squares of that, in float64
 _PROBES = 2  # random directions in the output, a batch
+_TOKENS_TO_REFINE = 512  # of a batch: more steps are worth more than wide ones
 _POSITIONS = 64  # of a convolution, an example: more are nearly the same rows again
 
 
@@ -32,6 +34,7 @@ class CalibrationRequest:
 
     data: Path
     samples: int = 512
+    refine: bool = False  # the layers of each block together, once all are fitted
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,16 @@ class Study:
         unseen: Mapping[str, str] | None = None,
     ) -> None:
         self._request, self._source = request, source
+        self.refines = request.refine
         model = open_model(source, arch)
         self.places = model.places  # name in the checkpoint → in the network
         self.network = model.network.to(device)
         self.data: CalibrationData = open_calibration(
-            DataOptions(request.data), model, request.samples, seed=seed
+            DataOptions(request.data),
+            model,
+            request.samples,
+            seed=seed,
+            tokens=_TOKENS_TO_REFINE if request.refine else TOKENS,
         )
         self.device = device
         self._positions = Positions(_POSITIONS, seed)
@@ -136,6 +144,44 @@ class Study:
             compressed: final in all that runs before the group; another one than before begins anew.
             group: one of :attr:`groups`, in their order.
         """
+        passes = self._pair(compressed)
+        weights = [self.places[name] for name in group]
+        seen = passes[0].moments(weights, self._dense.moments)
+        others = passes[1].moments(weights, self._held_out.moments)
+        return {
+            name: self._evidence(name, seen[weight], others[weight])
+            for name, weight in zip(group, weights, strict=True)
+        }
+
+    def home(self, weight: str) -> tuple[int, int] | None:
+        """Chain and position of the block that alone uses a weight, once, and keeps its input as it is."""
+        place = self._trace.homes.get(weight)
+        if place is None or self._trace.calls[weight] > 1:
+            return None
+        return place if self._trace.chains[place[0]][place[1]].is_kept_whole else None
+
+    def block(self, place: tuple[int, int]) -> str:
+        """The module that is there."""
+        return self._trace.chains[place[0]][place[1]].module
+
+    def metric(self, place: tuple[int, int]) -> Tensor | None:
+        """G (width, width) of what a block gives, to a factor; None where it is not known."""
+        found = self._dense.blocks.get(self.block(place))
+        return None if found is None else found.to(self.device)
+
+    def examples(
+        self, compressed: nn.Module, place: tuple[int, int]
+    ) -> tuple[Sequence[Example], Sequence[Example]]:
+        """What a block is given in ``compressed`` and what it gives in the dense network; also held out.
+
+        Args:
+            compressed: as of :meth:`evidence`.
+            place: of the block.
+        """
+        seen, held_out = (one.examples(place) for one in self._pair(compressed))
+        return seen, held_out
+
+    def _pair(self, compressed: nn.Module) -> list[PairPass]:
         if compressed is not self._compressed:
             self._compressed, self._passes = compressed, []  # what was kept of the other one goes first
             parts = (self.data.batches, self.data.held_out)
@@ -143,13 +189,7 @@ class Study:
                 PairPass(self.network, compressed, self.data.call, batches, self._trace, self._positions)
                 for batches in parts
             ]
-        weights = [self.places[name] for name in group]
-        seen = self._passes[0].moments(weights, self._dense.moments)
-        others = self._passes[1].moments(weights, self._held_out.moments)
-        return {
-            name: self._evidence(name, seen[weight], others[weight])
-            for name, weight in zip(group, weights, strict=True)
-        }
+        return self._passes
 
     def _pass(self, batches: Any, probes: int, seed: int) -> DensePass:
         return dense_pass(
@@ -161,6 +201,7 @@ class Study:
             self.data.pooling,
             self._positions,
             seed,
+            self.refines,
         )
 
     def _is_known(self, weight: str) -> bool:

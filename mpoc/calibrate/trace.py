@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mpoc.calibrate.chain import Chain, ChainWatcher, identity
 from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
-from mpoc.calibrate.inputs import Layer, find_layer
+from mpoc.calibrate.inputs import ConvInputs, Layer, find_layer
 from mpoc.train.call import Batch, Call, to_device
 
 _EXAMPLES = 4  # that are watched: all activations of the pass are held
@@ -38,6 +38,11 @@ class Trace:
         str, tuple[int, int]
     ]  # weight → chain, block of its first use; all its uses are in that chain
     numbers: int  # in the input of the pass
+
+    def axis(self, place: tuple[int, int]) -> int:
+        """Which axis of what a block gives is of features: the channels behind convolutions, or the last."""
+        here = (name for name, home in self.homes.items() if home == place)
+        return 1 if any(isinstance(self.layers[name].inputs, ConvInputs) for name in here) else -1
 
 
 def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) -> Trace:

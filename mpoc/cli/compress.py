@@ -24,6 +24,7 @@ from mpoc.cli.compress_options import (
     MinParams,
     Plot,
     Ratio,
+    Refine,
     Size,
 )
 from mpoc.cli.compress_request import compress_request
@@ -96,6 +97,7 @@ def compress(
     plot: Plot = None,
     calibrate: Calibrate = None,
     calibration_samples: CalibrationSamples = None,
+    refine: Refine = False,
     recipe: Annotated[
         Path | None,
         typer.Option(

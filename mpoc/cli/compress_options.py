@@ -106,3 +106,12 @@ CalibrationSamples = Annotated[
     int | None,
     typer.Option(help="How many of their examples at most. Default: 512.", rich_help_panel=HOW),
 ]
+Refine = Annotated[
+    bool,
+    typer.Option(
+        "--refine",
+        help="With --calibrate: train each block's compressed layers together to give what the dense block "
+        "gives.",
+        rich_help_panel=HOW,
+    ),
+]

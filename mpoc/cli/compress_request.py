@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ def compress_request(values: dict[str, Any]) -> CompressRequest:
         values["force"],
         values["dry_run"],
         values["arch"],
-        _calibration(values["calibrate"], values["calibration_samples"]),
+        _calibration(values["calibrate"], values["calibration_samples"], values["refine"]),
         values["eval_data"],
         values["plot"],
     )
@@ -76,14 +76,17 @@ def _recipe(values: dict[str, Any]) -> Recipe:
     return make_recipe(values["recipe"], options)
 
 
-def _calibration(data: Path | None, samples: int | None) -> CalibrationRequest | None:
+def _calibration(data: Path | None, samples: int | None, refine: bool) -> CalibrationRequest | None:
     if data is None:
         if samples is not None:
             raise UsageError("--calibration-samples is of use with --calibrate only", "--calibrate DATA")
+        if refine:
+            raise UsageError("--refine is of use with --calibrate only", "--calibrate DATA")
         return None
     from mpoc.calibrate.study import CalibrationRequest
 
-    return CalibrationRequest(data) if samples is None else CalibrationRequest(data, samples)
+    request = CalibrationRequest(data, refine=refine)
+    return request if samples is None else replace(request, samples=samples)
 
 
 def _refuse_what_does_not_go_together(request: CompressRequest) -> None:

@@ -208,3 +208,16 @@ def test_on_a_gpu() -> None:
     for name, moments in found.moments.items():
         assert torch.allclose(other.moments[name].second, moments.second, rtol=1e-3, atol=1e-5)
         assert other.gradients[name].device.type == "cpu"
+
+
+def test_gradients_behind_a_block_are_those_behind_its_last_layer() -> None:
+    """The last layer takes the mean over what the last block gives: G there is Wᵀ E[g gᵀ] W to a factor."""
+    network, batches = resnet20(), [images(3, size=12)]
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    done = dense_pass(network, Call.of(network), batches, found, 3, blocks=True)
+    path = found.chains[0][-1].module
+    weight = network.get_parameter("linear.weight").detach().double()
+    wanted = weight.T @ done.gradients["linear.weight"] @ weight
+    ours = done.blocks[path]
+    assert torch.allclose(ours / ours.norm(), wanted / wanted.norm(), atol=1e-5)
+    assert not dense_pass(network, Call.of(network), batches, found, 3).blocks

@@ -63,11 +63,11 @@ def test_errors_are_those_of_the_rows(structure: Structure, centred: bool) -> No
     error = everything[1] @ a_weight().T - everything[0] @ matrix_of(fit.terms).T
     whole = everything[1] @ a_weight().T
     if centred:
-        assert fit.shift is not None
-        torch.testing.assert_close(error.mean(0), fit.shift)
-        error, whole = error - fit.shift, whole - whole.mean(0)
-    assert fit.output_error == pytest.approx(float(error.norm() / whole.norm()), rel=1e-6)
-    assert (fit.shift is None) == (not centred)
+        assert fit.judged.shift is not None
+        torch.testing.assert_close(error.mean(0), fit.judged.shift)
+        error, whole = error - fit.judged.shift, whole - whole.mean(0)
+    assert fit.judged.output_error == pytest.approx(float(error.norm() / whole.norm()), rel=1e-6)
+    assert (fit.judged.shift is None) == (not centred)
 
 
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
@@ -75,8 +75,8 @@ def test_exact_at_full_bond_where_inputs_are_those_of_the_dense_network(structur
     x = rows()[1]
     fit = fit_of(structure, structure.full_bond, evidence(x, x, (x, x)))
     torch.testing.assert_close(matrix_of(fit.terms), a_weight())
-    assert fit.output_error < 1e-6
-    assert fit.relative_error < 1e-6
+    assert fit.judged.output_error < 1e-6
+    assert fit.judged.relative_error < 1e-6
 
 
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
@@ -91,7 +91,7 @@ def test_outputs_are_nearer_than_by_tt_svd_of_the_weight(structure: Structure) -
 
 def test_more_bond_never_does_worse() -> None:
     known = evidence(*rows(), rows(seed=5))
-    errors = [fit_of(LOW_RANK, bond, known).output_error for bond in range(1, N_Y)]
+    errors = [fit_of(LOW_RANK, bond, known).judged.output_error for bond in range(1, N_Y)]
     assert all(after <= before + 1e-9 for before, after in pairwise(errors))
 
 
@@ -99,8 +99,8 @@ def test_what_the_compressed_network_changed_is_made_up_for() -> None:
     """Inputs twice as large: the best weight is half as large, though W is what was asked for."""
     x = rows()[1]
     fit = fit_of(LOW_RANK, N_Y, evidence(2 * x, x, (2 * x, x)))
-    assert fit.output_error < 1e-3
-    assert fit.relative_error == pytest.approx(0.5, abs=0.02)
+    assert fit.judged.output_error < 1e-3
+    assert fit.judged.relative_error == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("kind", ["one row", "constant", "dead unit", "zero weight"])
@@ -118,7 +118,7 @@ def test_inputs_that_say_little(kind: str, structure: Structure) -> None:
         weight = torch.zeros_like(weight)
     fit = fit_of(structure, 3, evidence(x, x, (x, x)), weight)
     assert bool(torch.isfinite(matrix_of(fit.terms)).all())
-    assert 0 <= fit.output_error <= 1 + 1e-9
+    assert 0 <= fit.judged.output_error <= 1 + 1e-9
     assert fit.gamma in (*GAMMAS, MPO_GAMMA)
 
 

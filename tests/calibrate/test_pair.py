@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpoc.calibrate.chain import goes_on
 from mpoc.calibrate.dense import dense_pass
 from mpoc.calibrate.gather import Positions
 from mpoc.calibrate.inputs import ConvInputs, EmbeddingInputs
@@ -237,3 +238,36 @@ def test_on_a_gpu() -> None:
     result = in_order(network.to("cuda"), other.to("cuda"), batches, found)
     for name, moments in wanted.items():
         assert torch.allclose(result[name].cross, moments.cross, rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, resnet])
+def test_blocks_are_seen_as_in_whole_passes(make: Any) -> None:
+    """Kept or found again: inputs of the compressed network's block, outputs of the dense one's."""
+    network, batches = make()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    other = damaged(network)
+    position = 1
+    path = found.chains[0][position].module
+    for options in ({}, {"kept_bytes": 0}, {"replay": False}):
+        passes = PairPass(network, other, Call.of(network), batches, found, **options)
+        examples = passes.examples((0, position))
+        assert len(examples) == len(batches)
+        for example, batch in zip(examples, batches, strict=True):
+            assert torch.equal(example.given, _at(other, path, batch)[0])
+            assert torch.equal(example.target, _at(network, path, batch)[1])
+            assert (example.mask is None) == ("attention_mask" not in batch)
+            output = goes_on(other.get_submodule(path)(example.given, *example.args, **example.named))
+            assert output is not None and torch.equal(output, _at(other, path, batch)[1])
+
+
+@torch.no_grad()
+def _at(network: nn.Module, path: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Input and output of a module in a whole pass."""
+    seen: list[Any] = []
+    handle = network.get_submodule(path).register_forward_hook(
+        lambda _, args, output: seen.append((args[0].clone(), goes_on(output)))
+    )
+    Call.of(network)(network, batch)
+    handle.remove()
+    found: tuple[Tensor, Tensor] = seen[0]
+    return found

@@ -5,7 +5,9 @@ import os
 import pty
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -145,3 +147,37 @@ def test_a_terminal_gets_a_live_bar(run: Mpoc, model: Path) -> None:
     assert b"\x1b" in shown
     assert b"[2/2]" not in shown
     assert out.startswith("layer")
+
+
+def test_refinement_needs_data(run: Mpoc, model: Path) -> None:
+    done = run("compress", model, "--bond", 4, "--refine")
+    assert done.returncode == 2
+    assert "--refine is of use with --calibrate only" in done.stderr
+    assert list(run.folder.iterdir()) == []
+
+
+def test_refinement_is_said_and_recorded(run: Mpoc, tmp_path: Path) -> None:
+    code = (
+        "from torch import nn\n"
+        "class Block(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)\n"
+        "    def forward(self, x):\n"
+        "        return x + self.down(self.up(x).relu())\n"
+        "def net():\n"
+        "    return nn.Sequential(Block(), Block())\n"
+    )
+    (tmp_path / "net.py").write_text(code)
+    space: dict[str, Any] = {}
+    exec(code, space)
+    torch.save(space["net"]().state_dict(), tmp_path / "m.pt")
+    np.savez(tmp_path / "data.npz", x_train=np.random.default_rng(0).random((40, 8), np.float32),
+             y_train=np.zeros(40, np.int64))  # fmt: skip
+    done = run(
+        "compress", tmp_path / "m.pt", "--arch", f"{tmp_path}/net.py:net", "--ratio", 0.5, "--calibrate",
+        tmp_path / "data.npz", "--refine",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "of 2 blocks: relative error of their outputs on held-out examples" in done.stderr
+    assert list(read_manifest(run.folder / "m.mpo.safetensors").calibration["refined"]) == ["0", "1"]
