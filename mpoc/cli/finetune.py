@@ -155,6 +155,12 @@ def finetune(
         float | None,
         typer.Option(help="Largest norm of the gradient, that of --l2 not counted.", rich_help_panel=_HOW),
     ] = None,
+    dropout: Annotated[
+        float | None,
+        typer.Option(
+            help="Of the network's dropout. Default: its own; with --teacher 0.", rich_help_panel=_HOW
+        ),
+    ] = None,
     precision: Annotated[
         str,
         typer.Option(help="Of the arithmetic: fp32, bf16 or fp16 (GPU).", rich_help_panel=_HOW),

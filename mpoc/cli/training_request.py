@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 _SETTINGS = (
     "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "momentum", "nesterov", "l2", "weight_decay",
-    "schedule", "warmup", "gamma", "decay_every", "clip", "precision", "gradient_checkpointing", "eval_every",
-    "patience", "seed",
+    "schedule", "warmup", "gamma", "decay_every", "clip", "dropout", "precision", "gradient_checkpointing",
+    "eval_every", "patience", "seed",
 )  # fmt: skip
 _REQUEST = (
     "output", "arch", "task", "teacher", "teacher_arch", "temperature", "hidden_weight", "runs", "device",
@@ -38,6 +38,8 @@ def training_request(values: dict[str, Any]) -> Request:
     when: dict[str, Any] = {"save_seconds": float(every[1])}
     if not every[2]:
         when = {"save_seconds": float("inf"), "save_steps": int(every[1])}
+    if values["dropout"] is None and values["teacher"] is not None:
+        values = values | {"dropout": 0.0}  # noise in the answers is nothing to learn from
     return Request(
         values["model"],
         data_options(values["data"], values),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.train.call import Call, to_device
+from mpoc.train.dropout import set_dropout
 from mpoc.train.engine import make_accelerator, seed_generators, will_shard
 from mpoc.train.evaluate import Evaluation, evaluate
 from mpoc.train.feed import Feed, Reader
@@ -126,6 +127,8 @@ class _Trainer:
             self.task.teacher.to(self.device)
         where = next((p.device for p in network.parameters()), self.device)
         unused = probe(network, self.task, feed, where)
+        if self.settings.dropout is not None:
+            set_dropout(network, self.settings.dropout)
         if self.settings.gradient_checkpointing:
             self.undo = recompute_activations(network)
         if self.world > 1 and unused:

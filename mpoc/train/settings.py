@@ -38,6 +38,7 @@ class Settings:
     gamma: float = 0.99  # exponential: factor
     decay_every: int = 1  # exponential: epochs from one factor to the next
     clip: float | None = None  # largest norm of the gradient, that of the l2 not counted
+    dropout: float | None = None  # of all the network's dropout; None: its own
     precision: str = "fp32"  # of the arithmetic; parameters stay float32
     gradient_checkpointing: bool = False
     eval_every: int | None = None  # steps; None: once an epoch
@@ -86,6 +87,8 @@ class Settings:
                 raise UsageError(f"{option} {number:g}: must be finite and at least {least:g}")
         if not 0 <= self.momentum < 1:
             raise UsageError(f"--momentum {self.momentum:g}: must be at least 0 and below 1")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise UsageError(f"--dropout {self.dropout:g}: must be at least 0 and below 1")
         if not 0 < self.gamma <= 1:
             raise UsageError(f"--gamma {self.gamma:g}: must be above 0 and at most 1")
         self._check_together()
