@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, unfold
 
-from mpoc.calibrate.evidence import Evidence, one_matrix, output_error
+from mpoc.calibrate.evidence import RIDGE, Evidence, metric_of, one_matrix, output_error
 from mpoc.calibrate.fit import GAMMAS, MPO_GAMMA, CalibratedFit, Storage, fit_calibrated
 from mpoc.calibrate.moments import Accumulator
+from mpoc.fit.metric import make_metric
 from mpoc.fit.ttsvd import tt_svd
 from mpoc.fit.weighted_mpo import matrix_of
+from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, low_rank_structure, make_structure
 
@@ -120,6 +123,47 @@ def test_inputs_that_say_little(kind: str, structure: Structure) -> None:
     assert bool(torch.isfinite(matrix_of(fit.terms)).all())
     assert 0 <= fit.judged.output_error <= 1 + 1e-9
     assert fit.gamma in (*GAMMAS, MPO_GAMMA)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("rank", [1, 3, 6])
+def test_open_forms_never_lose_to_whitened_svd(rank: int, seed: int) -> None:
+    """Neither on the objective of the fit, nor, of all that were tried, on held-out inputs."""
+    known = evidence(*rows(seed=seed), rows(seed=seed + 10))
+    probes = torch.randn(40, N_Y, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    known = replace(known, outputs=probes.T @ probes / 40)
+    weight = a_weight(seed)
+    two = Storage(LOW_RANK, rank)
+    chain = Storage(CHAIN, max(b for b in range(1, 12) if CHAIN.num_parameters(b) <= two.num_parameters))
+    both = [fit_calibrated(weight, forms, known, torch.float64, 0) for forms in ([two], [chain, two])]
+    assert both[1].same_size["this"] <= both[0].same_size["this"]
+    metric = metric_of(weight, known.together(), both[0].gamma)
+    dense = known.together().moments
+    white = make_metric(
+        weight, dense.dense_second, dense.dense_mean, dense.dense_second, dense.dense_mean,
+        centred=True, gamma=0.0, ridge=RIDGE, outputs=None,
+    )  # fmt: skip
+    left, right = weighted_svd(white).factors(rank)
+    assert metric.value(matrix_of(both[0].terms)) <= metric.value(left @ right) * (1 + 1e-9)
+
+
+def test_a_sum_does_better_than_its_terms_alone() -> None:
+    x, other = rows()[1], rows(seed=5)[1]
+    known = evidence(x, x, (other, other))
+    generator = torch.Generator().manual_seed(3)
+    chain = MPO(
+        [torch.randn(s, generator=generator, dtype=torch.float64) for s in CHAIN.core_shapes((1, 2, 1))],
+        CHAIN,
+    )
+    low = torch.randn(N_Y, 2, generator=generator, dtype=torch.float64)
+    low = low @ torch.randn(2, N_X, generator=generator, dtype=torch.float64)
+    weight = matrix_of([chain]) + low
+    fits = [
+        fit_calibrated(weight, [storage], known, torch.float64, 0)
+        for storage in (Storage(CHAIN, 2, 2), Storage(CHAIN, 4), Storage(LOW_RANK, 4))
+    ]
+    assert [len(fit.terms) for fit in fits] == [2, 1, 1]
+    assert fits[0].judged.held_out_error < 0.5 * min(fit.judged.held_out_error for fit in fits[1:])
 
 
 def test_the_one_matrix_of_a_kernel_multiplies_patches() -> None:
