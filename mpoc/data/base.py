@@ -47,6 +47,10 @@ class Examples(Dataset[Batch], ABC):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         return self.batch(indices)
 
+    def lengths(self) -> Tensor | None:
+        """(n,) int64: how many tokens each has; None where all are alike or it is not known."""
+        return None
+
     def chunks(self) -> Tensor | None:
         """(n,) the chunk of the file each example lies in; None where any order costs the same."""
         return None
@@ -71,6 +75,11 @@ class Subset(Examples):
         """The chunks of the examples that were taken."""
         chunks = self.examples.chunks()
         return None if chunks is None else chunks[self.indices]
+
+    def lengths(self) -> Tensor | None:
+        """Those of the examples that were taken."""
+        lengths = self.examples.lengths()
+        return None if lengths is None else lengths[self.indices]
 
 
 def shuffled(examples: Examples, generator: torch.Generator) -> Tensor:

@@ -42,6 +42,10 @@ class Documents(Examples):
         batch = {"input_ids": ids, "attention_mask": mask.to(torch.int64)}
         return batch if self.y is None else batch | {"y": self.y[chosen]}
 
+    def lengths(self) -> Tensor:
+        """Tokens of each."""
+        return self.starts.diff()
+
 
 class LazyDocuments(Examples):
     """Documents that are read and tokenized when a batch asks for them."""

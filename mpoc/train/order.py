@@ -1,7 +1,8 @@
 """Which examples each step takes: a pure function of seed and step, so that a resume needs no sampler state.
 
 The examples of a step are the same for any number of processes and of parts: they are cut into contiguous
-shares, one a process, and each share into parts.
+shares, one a process, and each share into parts.  Texts of about one length go together, so that little is
+padding.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 from mpoc.data import Examples, shuffled
 from mpoc.data.stream import TokenStream
 from mpoc.train.settings import derived_seed
+
+_WINDOW = 16  # batches among which lengths are sorted
 
 
 class Order:
@@ -50,7 +53,10 @@ class Order:
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, "order", epoch))
             self._begin_epoch(epoch)
-            self._epoch, self._permutation = epoch, shuffled(self.examples, generator)
+            order, lengths = shuffled(self.examples, generator), self.examples.lengths()
+            if lengths is not None:
+                order = by_length(order, lengths, self.batch, generator)
+            self._epoch, self._permutation = epoch, order
         chosen = self._permutation[k * self.batch : (k + 1) * self.batch]
         share = cut(chosen, self.rank, self.processes)
         return [cut(share, part, self.parts) for part in range(self.parts)]
@@ -59,6 +65,24 @@ class Order:
         """Examples that are drawn anew each epoch (windows of a text) are so now."""
         if isinstance(self.examples, TokenStream):
             self.examples.set_epoch(epoch)
+
+
+def by_length(order: Tensor, lengths: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """Within each window of ``order``, examples of about one length in a batch, batches in random order.
+
+    Args:
+        order: (n,) examples.
+        lengths: by example.
+        batch: examples of a batch; what is left over at the end stays there.
+        generator: draws the order of the batches.
+    """
+    found = []
+    for window in order.split(_WINDOW * batch):
+        count = len(window) // batch
+        whole, rest = window[: count * batch], window[count * batch :]
+        alike = whole[lengths[whole].argsort(stable=True)].view(count, batch)
+        found += [alike[torch.randperm(count, generator=generator)].flatten(), rest]
+    return torch.cat(found)
 
 
 def cut(indices: Tensor, k: int, pieces: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mpoc.data.arrays import Arrays
+from mpoc.data.documents import Documents
 from mpoc.errors import MpocError, UsageError
 from mpoc.train.feed import Feed, Reader
 from mpoc.train.order import Order
@@ -109,6 +110,24 @@ class TestOrder:
             assert torch.equal(together, whole.indices(step)[0])
         first = torch.cat([whole.indices(step)[0] for step in range(whole.steps_per_epoch)])
         assert sorted(first.tolist()) == list(range(90))
+
+    def test_texts_of_about_one_length_go_together_and_each_comes_once(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(1, 200, (330,), generator=generator)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        documents = Documents(torch.ones(int(lengths.sum()), dtype=torch.int32), starts, 0, None)
+        order = Order(documents, 16, seed=1)
+        batches = [order.indices(step)[0] for step in range(2 * order.steps_per_epoch)]
+        for epoch in (batches[: len(batches) // 2], batches[len(batches) // 2 :]):
+            assert sorted(torch.cat(epoch).tolist()) == list(range(330))
+            assert [len(batch) for batch in epoch] == [16] * 20 + [10]
+        padding = [1 - lengths[batch].double().mean() / lengths[batch].max() for batch in batches]
+        assert sum(padding) / len(padding) < 0.15
+        means = torch.stack([lengths[batch].double().mean() for batch in batches[:16]])
+        assert not torch.equal(means, means.sort().values)
+        assert not torch.equal(batches[0], batches[21])
+        again = Order(documents, 16, seed=1)
+        assert torch.equal(again.indices(30)[0], batches[30])
 
     def test_a_last_batch_too_small_for_its_parts_is_left_out(self) -> None:
         examples = feed(34).examples
