@@ -21,6 +21,7 @@ from mpoc.recipe import Recipe
 from mpoc.selection import Selection, select
 
 if TYPE_CHECKING:
+    from mpoc.calibrate.dense import Tell
     from mpoc.calibrate.study import CalibrationRequest, Study
 
 
@@ -60,13 +61,14 @@ class Opened:
         _refuse_name_collisions(checkpoint, plans)
         return plans
 
-    def study(self, request: CalibrationRequest) -> Study:
-        """The dense network on calibration data, whatever the goal."""
+    def study(self, request: CalibrationRequest, tell: Tell | None = None) -> Study:
+        """The dense network on calibration data, whatever the goal; ``tell`` is told as work goes on."""
         from mpoc.calibrate.study import Study
 
         names = [map.name for map in self.selection.chosen]
         maps = dict.fromkeys(_whole_maps(self.selection, self.recipe), "a whole map")
-        return Study(self.checkpoint.path, self.arch, request, names, self.recipe.seed, self.device, maps)
+        seed, path = self.recipe.seed, self.checkpoint.path
+        return Study(path, self.arch, request, names, seed, self.device, maps, tell)
 
 
 def open_source(

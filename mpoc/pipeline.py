@@ -24,6 +24,7 @@ from mpoc.report import output_bytes
 from mpoc.writer import Entry, Spool, plan_shards, refuse_existing, refuse_misnamed, staged, write_safetensors
 
 if TYPE_CHECKING:
+    from mpoc.calibrate.dense import Tell
     from mpoc.calibrate.in_order import InOrder
     from mpoc.calibrate.study import CalibrationRequest, Study
 
@@ -85,6 +86,7 @@ def compress_checkpoint(
     progress: Progress | None = None,
     arch: str | None = None,
     calibration: CalibrationRequest | None = None,
+    tell: Tell | None = None,
 ) -> Compression:
     """Compress a checkpoint on disk.
 
@@ -98,6 +100,7 @@ def compress_checkpoint(
         arch: the network that the checkpoint belongs to, as :func:`mpoc.architecture.make_network` takes it;
             it tells kinds of layers and is recorded.
         calibration: data to fit what the layers do on; None: their weights alone count.
+        tell: called as calibration goes on, before layers are fitted.
 
     Raises:
         UsageError: ``arch`` makes no network, or one with other tensors; calibration needs a network and
@@ -111,7 +114,7 @@ def compress_checkpoint(
         refuse_output(source, output, force)
     opened = open_source(source, recipe, arch, calibration is not None, choose_device(recipe.device))
     plans = opened.plan(opened.recipe)
-    study = None if calibration is None else opened.study(calibration)
+    study = None if calibration is None else opened.study(calibration, tell)
     if dry_run:
         return _dry_run(opened, plans, study, output, progress)
     with staged(output) as target:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from mpoc.errors import MpocError
 from mpoc.train.call import Batch, Call, to_device
 from mpoc.train.settings import derived_seed
 
+Tell = Callable[[str, int, int], None]  # what goes on, which one begins, of how many
+
 
 @dataclass(frozen=True)
 class DensePass:
@@ -32,8 +34,7 @@ class DensePass:
 
     moments: dict[str, Moments]
     gradients: dict[str, Tensor]
-    blocks: dict[str, Tensor]  # by module Σ g gᵀ over rows and directions, at what blocks give
-    reasons: dict[str, str]  # weight → why one of the two is missing
+    blocks: dict[str, Tensor]  # by module Σ g gᵀ over rows and directions, at what blocks give; CPU
 
 
 def dense_pass(
@@ -46,6 +47,7 @@ def dense_pass(
     positions: Positions = ALL,
     seed: int = 0,
     blocks: bool = False,
+    tell: Tell | None = None,
 ) -> DensePass:
     """Run the network over the batches, forth and, ``probes`` times a batch, back.
 
@@ -59,6 +61,7 @@ def dense_pass(
         positions: of convolutions.
         seed: of the directions.
         blocks: whether gradients at the outputs of blocks are wanted too.
+        tell: called before each batch.
 
     Raises:
         MpocError: the data give a layer no rows, or outputs are not finite.
@@ -81,6 +84,8 @@ def dense_pass(
                     module.register_forward_hook(run.behind(block.module, trace.axis((k, position))))
                 )
         for index, batch in enumerate(batches):
+            if tell:
+                tell("reading the dense network: batch", index + 1, len(batches))
             run.index, part = index, to_device(batch, device)
             run.mask = part.get("attention_mask")
             values, are_logits = output_of_interest(call(network, part), part, pooling)
@@ -168,9 +173,5 @@ class _Run:
             for name in moments
             if (total := self._gradients.get(name)) is not None
         }
-        reasons = dict(self._trace.reasons)
-        if probes:
-            missing = [name for name in moments if name not in gradients]
-            reasons |= dict.fromkeys(missing, "no gradient of the output reaches it")
-        blocks = {path: total.cpu() for path, total in self._blocks.items()}
-        return DensePass(moments, gradients, blocks, reasons)
+        blocks = {path: ((total + total.T) / 2).cpu() for path, total in self._blocks.items()}
+        return DensePass(moments, gradients, blocks)

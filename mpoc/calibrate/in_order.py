@@ -92,7 +92,7 @@ class InOrder:
         blind = [f"{name.removesuffix('.weight')} ({why})" for name, why in reasons.items()]
         more = f" and {len(blind) - 4} more" if len(blind) > 4 else ""
         said = [f"fitted by their weights alone: {', '.join(blind[:4])}{more}"] if blind else []
-        return [*self._study.data.notes, *said, *(self._blocks.notes if self._blocks else ())]
+        return [*self._study.notes, *said, *(self._blocks.notes if self._blocks else ())]
 
     def fit(self, plans: Sequence[LayerPlan]) -> Iterator[Fitted]:
         """The layers, in any order; those whose inputs cannot be seen are fitted by their weights, first."""

@@ -58,7 +58,11 @@ class Sharing:
             return plans
         known = {name for group in self._study.groups for name in group}
         takes_part = [p for p in plans if p.map.name in known and self._has_no_goal_of_its_own(p)]
-        offers = {plan.map.name: self._offers(plan) for plan in takes_part}
+        offers: dict[str, Offers] = {}
+        for k, plan in enumerate(takes_part, start=1):
+            if self._study.tell:
+                self._study.tell("what each form would cost: layer", k, len(takes_part))
+            offers[plan.map.name] = self._offers(plan)
         if ratio is not None:
             total = sum(plan.structure.num_original for plan in plans)
             others = sum(plan.record().num_stored for plan in plans if plan.map.name not in offers)

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.calibrate.data import TOKENS, CalibrationData, open_calibration
-from mpoc.calibrate.dense import DensePass, dense_pass
+from mpoc.calibrate.dense import DensePass, Tell, dense_pass
 from mpoc.calibrate.evidence import Evidence
 from mpoc.calibrate.gather import Positions
 from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.pair import PairPass
 from mpoc.calibrate.refine import Example
+from mpoc.calibrate.store import fingerprint, kept_or_measured
 from mpoc.calibrate.trace import Trace, trace
 from mpoc.network import same_tensor
+from mpoc.train.call import Batch
 from mpoc.train.material import DataOptions
 from mpoc.train.model import open_model
 
@@ -35,6 +37,7 @@ class CalibrationRequest:
     data: Path
     samples: int = 512
     refine: bool = False  # the layers of each block together, once all are fitted
+    moments: Path | None = None  # file to keep what is measured of the dense network in
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,11 @@ class Study:
         seed: of the examples drawn, and of output probes.
         device: to compute on.
         unseen: weights that are not looked at, and why.
+        tell: called as the work goes on.
 
     Raises:
         UsageError: no architecture is known, or data and network do not fit.
-        MpocError: bad data, or a network that gives numbers that are not finite.
+        MpocError: bad data, a network that gives numbers that are not finite, or a damaged file of moments.
     """
 
     def __init__(
@@ -71,9 +75,10 @@ class Study:
         seed: int,
         device: torch.device,
         unseen: Mapping[str, str] | None = None,
+        tell: Tell | None = None,
     ) -> None:
         self._request, self._source = request, source
-        self.refines = request.refine
+        self.refines, self.tell = request.refine, tell
         model = open_model(source, arch)
         self.places = model.places  # name in the checkpoint → in the network
         self.network = model.network.to(device)
@@ -90,7 +95,8 @@ class Study:
         self._reasons = {name: why for name in names if (why := given.get(name) or self._why_not(name))}
         self._named = {self.places[name]: name for name in names if name not in self._reasons}
         self._trace: Trace = trace(self.network, self.data.call, self.data.batches[0], self._named)
-        self._dense = self._pass(self.data.batches, _PROBES, seed)
+        self.notes = list(self.data.notes)
+        self._dense = self._kept_pass(seed)
         self._held_out = self._pass(self.data.held_out, 0, seed)
         self.means = self._means({place: name for name, place in self.places.items()})
         self._compressed: nn.Module | None = None  # which the passes are of
@@ -99,13 +105,10 @@ class Study:
 
     def facts(self) -> dict[str, Any]:
         """What it was calibrated on, for the manifest."""
-        counts = [
-            sum(len(next(iter(b.values()))) for b in part) for part in (self.data.batches, self.data.held_out)
-        ]
         return {
             "data": {"name": self._request.data.resolve().name},
-            "samples": counts[0],
-            "held_out": counts[1],
+            "samples": _count(self.data.batches),
+            "held_out": _count(self.data.held_out),
         }
 
     def _why_not(self, name: str) -> str:
@@ -191,7 +194,31 @@ class Study:
             ]
         return self._passes
 
-    def _pass(self, batches: Any, probes: int, seed: int) -> DensePass:
+    def _kept_pass(self, seed: int) -> DensePass:
+        """Of the examples of the fit; from the file of moments where one is named, and fits."""
+        batches, path = self.data.batches, self._request.moments
+
+        def measure() -> DensePass:
+            return self._pass(batches, _PROBES, seed, self.tell)
+
+        if path is None:
+            return measure()
+        parts = fingerprint(
+            self.network,
+            self.data.call,
+            batches,
+            self.data.pooling,
+            names=list(self._named),
+            probes=_PROBES,
+            positions=self._positions,
+            seed=seed,
+            blocks=self.refines,
+        )
+        found, said = kept_or_measured(path, parts, self.network, self._trace, measure)
+        self.notes.append(f"moments: {_count(batches):,} examples {said}")
+        return found
+
+    def _pass(self, batches: Any, probes: int, seed: int, tell: Tell | None = None) -> DensePass:
         return dense_pass(
             self.network,
             self.data.call,
@@ -202,6 +229,7 @@ class Study:
             self._positions,
             seed,
             self.refines,
+            tell,
         )
 
     def _is_known(self, weight: str) -> bool:
@@ -231,6 +259,11 @@ class Study:
             elif norm is not None and f"{norm}.running_mean" in named:
                 found[name] = TakenUp(named[f"{norm}.running_mean"], -1)
         return found
+
+
+def _count(batches: Iterable[Batch]) -> int:
+    """Examples."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
 def _on(device: torch.device, moments: Moments) -> Moments:

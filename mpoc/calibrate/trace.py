@@ -18,7 +18,7 @@ from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
 from mpoc.calibrate.inputs import ConvInputs, Layer, find_layer
 from mpoc.train.call import Batch, Call, to_device
 
-_EXAMPLES = 4  # that are watched: all activations of the pass are held
+EXAMPLES = 4  # that are watched: all activations of the pass are held
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) ->
         handles += watcher.watch()
         if watcher.has_norms:
             stack.enter_context(_Uses(watcher))
-        batch = {name: values[:_EXAMPLES] for name, values in batch.items()}
+        batch = {name: values[:EXAMPLES] for name, values in batch.items()}
         call(network, to_device(batch, device_of(network)))
     reasons |= {name: "the network does not reach it" for name in layers if name not in watcher.given}
     return watcher.result(reasons, batch)

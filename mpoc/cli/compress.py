@@ -22,6 +22,7 @@ from mpoc.cli.compress_options import (
     MaxDrop,
     MaxError,
     MinParams,
+    Moments,
     Plot,
     Ratio,
     Refine,
@@ -98,6 +99,7 @@ def compress(
     calibrate: Calibrate = None,
     calibration_samples: CalibrationSamples = None,
     refine: Refine = False,
+    moments: Moments = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -136,7 +138,7 @@ def compress(
     ] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the plan, write nothing.", rich_help_panel=OUT),
+        typer.Option("--dry-run", help="Print the plan, write no output.", rich_help_panel=OUT),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="The report as JSON on stdout.", rich_help_panel=OUT)

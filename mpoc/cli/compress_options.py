@@ -106,6 +106,15 @@ CalibrationSamples = Annotated[
     int | None,
     typer.Option(help="How many of their examples at most. Default: 512.", rich_help_panel=HOW),
 ]
+Moments = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="With --calibrate: keep what is measured of the dense network in FILE, and read it from there "
+        "where it is of the same weights, data and options. --dry-run keeps it too.",
+        rich_help_panel=HOW,
+    ),
+]
 Refine = Annotated[
     bool,
     typer.Option(

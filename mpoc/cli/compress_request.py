@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpoc.errors import UsageError
+from mpoc.errors import MpocError, UsageError
 
 if TYPE_CHECKING:
     from mpoc.calibrate.study import CalibrationRequest
@@ -35,9 +36,9 @@ def compress_request(values: dict[str, Any]) -> CompressRequest:
         values: by the names of the command's parameters.
 
     Raises:
-        UsageError: a value that cannot be read, options that do not go together, no such data, or an output
-            or picture that may not be written.
-        MpocError: the output's or picture's directory is not there, or matplotlib is not.
+        UsageError: a value that cannot be read, options that do not go together, no such data, or an output,
+            picture or file of moments that may not be written.
+        MpocError: the directory of one of them is not there, or matplotlib is not.
     """
     from mpoc.pipeline import default_output, refuse_output
 
@@ -48,11 +49,12 @@ def compress_request(values: dict[str, Any]) -> CompressRequest:
         values["force"],
         values["dry_run"],
         values["arch"],
-        _calibration(values["calibrate"], values["calibration_samples"], values["refine"]),
+        _calibration(values),
         values["eval_data"],
         values["plot"],
     )
     _refuse_what_does_not_go_together(request)
+    _refuse_moments(request)
     if request.eval_data is not None:
         refuse_output(request.model, request.output, request.force)
         _refuse_missing(request.eval_data)
@@ -76,16 +78,17 @@ def _recipe(values: dict[str, Any]) -> Recipe:
     return make_recipe(values["recipe"], options)
 
 
-def _calibration(data: Path | None, samples: int | None, refine: bool) -> CalibrationRequest | None:
-    if data is None:
-        if samples is not None:
-            raise UsageError("--calibration-samples is of use with --calibrate only", "--calibrate DATA")
-        if refine:
-            raise UsageError("--refine is of use with --calibrate only", "--calibrate DATA")
+def _calibration(values: dict[str, Any]) -> CalibrationRequest | None:
+    if values["calibrate"] is None:
+        for name in ("calibration_samples", "refine", "moments"):
+            if values[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option} is of use with --calibrate only", "--calibrate DATA")
         return None
     from mpoc.calibrate.study import CalibrationRequest
 
-    request = CalibrationRequest(data, refine=refine)
+    request = CalibrationRequest(values["calibrate"], refine=values["refine"], moments=values["moments"])
+    samples = values["calibration_samples"]
     return request if samples is None else replace(request, samples=samples)
 
 
@@ -102,6 +105,23 @@ def _refuse_what_does_not_go_together(request: CompressRequest) -> None:
         from mpoc.train.curves import refuse_unknown_picture
 
         refuse_unknown_picture(request.plot)
+
+
+def _refuse_moments(request: CompressRequest) -> None:
+    """A file to keep moments in must have a place of its own."""
+    path = None if request.calibration is None else request.calibration.moments
+    if request.calibration is None or path is None:
+        return
+    here = path.resolve()
+    for other in (request.model, request.output, request.calibration.data, request.eval_data, request.plot):
+        if other is not None and other.resolve() in (here, *here.parents):
+            raise UsageError(f"--moments {path}: is in the place of {other}, or in it", "name another FILE")
+    if here.exists() and not here.is_file():
+        raise UsageError(f"--moments {path}: is not a file", "name another FILE")
+    if not here.parent.is_dir():
+        raise MpocError(f"--moments {path}: there is no directory {here.parent}", f"mkdir -p {here.parent}")
+    if not here.exists() and not os.access(here.parent, os.W_OK | os.X_OK):
+        raise MpocError(f"--moments {path}: no permission to write in {here.parent}")
 
 
 def _refuse_missing(data: Path) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from mpoc.cli.compress_output import Compressed, goal_line, trial_line
 from mpoc.cli.compress_request import CompressRequest
 from mpoc.cli.console import Output
-from mpoc.cli.progress import layer_progress
+from mpoc.cli.progress import layer_progress, stage_lines
 
 if TYPE_CHECKING:
     from mpoc.train.measure import Measured
@@ -43,6 +43,7 @@ def _once(request: CompressRequest, words: Output) -> Compressed:
             progress,
             request.arch,
             request.calibration,
+            stage_lines(words),
         )
     return Compressed(done, before, _measure(done.output, request, words))
 
@@ -62,6 +63,7 @@ def _search(request: CompressRequest, words: Output) -> Compressed:
         start,
         lambda trial, kept: words.say(trial_line(trial, kept)),
         partial(layer_progress, words) if words.words.is_terminal else nullcontext,
+        stage_lines(words),
     )
     words.say(f"measuring {request.model}")
     found = compress_within(

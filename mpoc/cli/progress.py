@@ -1,9 +1,10 @@
-"""Progress: a live bar on a terminal; elsewhere one plain line a layer, or an evaluation."""
+"""Progress: a live bar on a terminal; elsewhere one plain line a layer, or an evaluation; lines of stages."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +15,21 @@ from mpoc.manifest import LayerRecord
 
 if TYPE_CHECKING:
     from mpoc.train.watch import Told
+
+_BETWEEN_LINES = 10.0  # seconds, within a stage
+
+
+def stage_lines(words: Output) -> Callable[[str, int, int], None] | None:
+    """The callback for what comes before layers: a line as a stage begins, then one every ten seconds."""
+    last = 0.0
+
+    def tell(stage: str, number: int, total: int) -> None:
+        nonlocal last
+        if number == 1 or monotonic() - last >= _BETWEEN_LINES:
+            words.say(f"{stage} {number:,} of {total:,}")
+            last = monotonic()
+
+    return None if words.quiet else tell
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from mpoc.train.measure import Measured, MeasureRequest, measure
 from mpoc.writer import staged
 
 if TYPE_CHECKING:
+    from mpoc.calibrate.dense import Tell
     from mpoc.calibrate.study import CalibrationRequest
 
 
@@ -46,6 +47,7 @@ class Watch:
     start: Callable[[Measured], None] = lambda before: None  # the dense network was measured
     trial: Callable[[Trial, bool], None] = lambda trial, kept: None
     layers: Callable[[], AbstractContextManager[Progress | None]] = nullcontext  # of one trial
+    stage: Tell | None = None  # as :func:`mpoc.pipeline.compress_checkpoint` takes it
 
 
 def compress_within(
@@ -88,7 +90,7 @@ def compress_within(
     request = MeasureRequest(source, data, arch=arch, stand_in=source, device=recipe.device)
     before = measure(request)
     watch.start(before)
-    study = None if calibration is None else opened.study(calibration)
+    study = None if calibration is None else opened.study(calibration, watch.stage)
 
     def attempt(ratio: float, target: Path) -> tuple[Compression, Measured]:
         at_ratio = replace(opened.recipe, ratio=ratio)

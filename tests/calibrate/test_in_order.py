@@ -52,6 +52,17 @@ class Attention(nn.Module):
 def attention():
     torch.manual_seed(4)
     return Attention()
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(24, 48), nn.Linear(48, 24)
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+def blocks():
+    torch.manual_seed(4)
+    return nn.Sequential(Block(), Block(), nn.Linear(24, 6))
 """
 
 
@@ -78,9 +89,16 @@ class Case:
     def arch(self) -> str:
         return f"{self.folder}/net.py:{self.name}"
 
-    def compress(self, samples: int = 200, out: str = "o", **options: Any) -> Compression:
+    def compress(
+        self,
+        samples: int = 200,
+        out: str = "o",
+        moments: Path | None = None,
+        refine: bool = False,
+        **options: Any,
+    ) -> Compression:
         recipe = make_recipe(None, {"device": "cpu", **options})
-        request = CalibrationRequest(self.folder / "data.npz", samples)
+        request = CalibrationRequest(self.folder / "data.npz", samples, refine, moments)
         path = self.folder / f"{out}.safetensors"
         return compress_checkpoint(self.folder / "m.pt", path, recipe, arch=self.arch, calibration=request)
 
@@ -324,3 +342,36 @@ def test_a_ceiling_in_bytes_is_kept_and_its_budget_shared_out(tmp_path: Path) ->
     assert done.manifest.calibration["shares"]["chosen"] in ("equal gain", "uniform")
     half = case.compress(out="half", size=12_000, dtype="bfloat16")
     assert half.nbytes <= 12_000
+
+
+@pytest.mark.parametrize(("name", "refine"), [("mlp", False), ("conv", False), ("blocks", True)])
+def test_kept_moments_give_the_same_bytes(tmp_path: Path, name: str, refine: bool) -> None:
+    case, kept = Case(tmp_path, name), tmp_path / "moments"
+    options: dict[str, Any] = {"ratio": 0.5, "form": "auto", "refine": refine}
+    without = case.compress(**options).output.read_bytes()
+    said = []
+    for out in ("first", "again"):
+        done = case.compress(out=out, moments=kept, **options)
+        said += [note for note in done.notes if note.startswith("moments: ")]
+        assert done.output.read_bytes() == without
+    count = 88 if name == "conv" else 175
+    assert said == [
+        f"moments: {count} examples kept in {kept}",
+        f"moments: {count} examples read from {kept}",
+    ]
+    assert ("refined" in done.manifest.calibration) == refine
+    assert done.manifest.calibration["samples"] == count
+
+
+def test_kept_moments_hold_for_another_goal_and_not_for_other_data(tmp_path: Path) -> None:
+    case, kept = Case(tmp_path, "mlp"), tmp_path / "moments"
+    case.compress(moments=kept, ratio=0.5, form="svd")
+    before = kept.read_bytes()
+    done = case.compress(out="a", moments=kept, ratio=0.3)
+    assert f"moments: 175 examples read from {kept}" in done.notes and kept.read_bytes() == before
+    done = case.compress(100, out="b", moments=kept, ratio=0.3)
+    assert f"moments: 88 examples kept in {kept}, which was of other data: measured again" in done.notes
+    done = case.compress(100, out="c", moments=kept, ratio=0.3, seed=1)
+    assert done.notes[-1].endswith("which was of other data, other options: measured again")
+    done = case.compress(100, out="d", moments=kept, ratio=0.3, seed=1, exclude=("0",))
+    assert done.notes[-1].endswith("which was of other options: measured again")

@@ -1,0 +1,92 @@
+"""``mpoc compress --calibrate --moments``, on the demo's network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from mpoc.cli.app import app
+from tests.checkpoints import contents
+from tests.search.digits import ARCHITECTURE, write_network
+
+COMMAND = (
+    "compress",
+    "net.safetensors",
+    *ARCHITECTURE,
+    "--device",
+    "cpu",
+    "--layers",
+    "fc*",
+    "--form",
+    "svd",
+)
+CALIBRATE = ("--calibrate", "digits.npz", "--calibration-samples", 40)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_network(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
+    return tmp_path
+
+
+def here(*words: object) -> Result:
+    return CliRunner().invoke(app, [*COMMAND, *map(str, words)])
+
+
+def test_it_is_kept_by_a_dry_run_and_read_then(folder: Path) -> None:
+    done = here(*CALIBRATE, "--ratio", 0.5, "--moments", "m", "--dry-run")
+    assert done.exit_code == 0, done.stderr
+    assert "note: moments: 35 examples kept in m\n" in done.stderr
+    assert "reading the dense network: batch 1 of 1\n" in done.stderr
+    assert "what each form would cost: layer 1 of " in done.stderr
+    assert contents(folder).keys() == {"net.safetensors", "digits.npz", "m"}
+    done = here(*CALIBRATE, "--ratio", 0.5, "--moments", "m", "-o", "with.safetensors")
+    assert "note: moments: 35 examples read from m\n" in done.stderr
+    assert "reading the dense network" not in done.stderr
+    done = here(*CALIBRATE, "--ratio", 0.5, "-o", "without.safetensors", "--quiet")
+    assert done.exit_code == 0 and done.stderr == ""
+    assert Path("with.safetensors").read_bytes() == Path("without.safetensors").read_bytes()
+
+
+def test_with_a_search(folder: Path) -> None:
+    words = (*CALIBRATE, "--max-drop", 5, "--eval", "digits.npz", "--moments", "m", "--force")
+    first, again = here(*words, "-o", "a.safetensors"), here(*words, "-o", "b.safetensors")
+    assert first.exit_code == again.exit_code == 0, first.stderr
+    assert "kept in m\n" in first.stderr and "read from m\n" in again.stderr
+    assert first.stderr.count("reading the dense network") == 1
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--moments", "m"], 2, "--moments is of use with --calibrate only"),
+        ([*CALIBRATE, "--moments", "net.safetensors"], 2, "is in the place of net.safetensors, or in it"),
+        ([*CALIBRATE, "--moments", "o.safetensors"], 2, "is in the place of o.safetensors, or in it"),
+        ([*CALIBRATE, "--moments", "./digits.npz"], 2, "is in the place of digits.npz, or in it"),
+        (["--calibrate", ".", "--moments", "m"], 2, "--moments m: is in the place of ., or in it"),
+        ([*CALIBRATE, "--moments", ".."], 2, "--moments ..: is not a file"),
+        ([*CALIBRATE, "--moments", "no/m"], 1, "--moments no/m: there is no directory"),
+    ],
+)
+def test_what_is_refused_before_any_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[object], status: int, said: str
+) -> None:
+    monkeypatch.setattr("mpoc.pipeline.open_source", None)  # nothing is opened
+    before = contents(folder)
+    done = here("--ratio", 0.5, "-o", "o.safetensors", *words)
+    assert done.exit_code == status, done.output
+    assert said in done.stderr.replace("\n", " ")
+    assert contents(folder) == before
+
+
+def test_a_file_that_is_something_else(folder: Path) -> None:
+    Path("m").write_text("of somebody")
+    before = contents(folder)
+    done = here(*CALIBRATE, "--ratio", 0.5, "--moments", "m", "-o", "o.safetensors")
+    assert done.exit_code == 1 and "error: m: not a safetensors file" in done.stderr
+    assert contents(folder) == before
