@@ -72,9 +72,9 @@ def test_there_and_back(tmp_path: Path, case: Case, name: str) -> None:
         for field in ("mean", "second", "dense_mean", "cross", "dense_second"):
             ours, theirs = getattr(other, field), getattr(moments, field)
             assert torch.equal(ours, theirs) and ours.stride() == theirs.stride(), (weight, field)
-    for one, other in ((found.gradients, again.gradients), (found.blocks, again.blocks)):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(tensor, other[weight]) for weight, tensor in one.items())
+    for one, second in ((found.gradients, again.gradients), (found.blocks, again.blocks)):
+        assert one.keys() == second.keys()
+        assert all(torch.equal(tensor, second[weight]) for weight, tensor in one.items())
     assert bool(found.blocks) == (name != "grouped")
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
