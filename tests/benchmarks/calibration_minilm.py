@@ -1,10 +1,11 @@
 """all-MiniLM-L6-v2 compressed without training: what calibration keeps of its embeddings.
 
-    python tests/benchmarks/calibration_minilm.py --minilm DIR --data DATA [--ratios 0.5 0.25]
+    python tests/benchmarks/calibration_minilm.py --minilm DIR --data DATA [--ratios 0.5 0.25 0.1 0.05]
 
 The 36 linear layers of the encoder at equal ρ, by plain TT-SVD (``mpoc compress``: four or five sites, and
 two), plain SVD (``--form svd``), SVD whitened by each layer's inputs in the dense network (SVD-LLM, written
-here, with torch alone) and ``mpoc compress --calibrate``. Calibrated on
+here, with torch alone) and ``mpoc compress --calibrate``: each layer's best form and, at the first ratio, two
+factors and chains alone too. Calibrated on
 ``text/docstrings-calibration.jsonl``; measured on ``text/docstrings-test.jsonl``, which no method sees: 128
 tokens, mean over real tokens, normalised. Cosine: mean over texts to the original's embedding. Spearman: of
 the similarities of all pairs of texts.
@@ -27,7 +28,7 @@ from transformers import AutoModel, AutoTokenizer
 import mpoc
 
 LAYERS = "encoder*"
-CALIBRATED: tuple[list[str], ...] = (["--form", "svd"], ["--form", "mpo"], [])
+ONE_FORM = (["--form", "svd"], ["--form", "mpo"])
 
 
 def batches(tokenizer: Any, texts: list[str]) -> Iterator[Any]:
@@ -102,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--minilm", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.05])
     arguments = parser.parse_args()
     files = [arguments.data / "text" / f"docstrings-{part}.jsonl" for part in ("calibration", "test")]
     seen, unseen = (
@@ -130,8 +131,8 @@ def main() -> None:
             start = time.perf_counter()
             network = whitened(model, tokenizer, seen, ratio)
             add("whitened SVD", ratio, network, time.perf_counter() - start)
-            for options in CALIBRATED:
-                given = ["--calibrate", str(files[0]), *options]
+            for options in ([], *(ONE_FORM if ratio == arguments.ratios[0] else ())):
+                given = ["--calibrate", str(files[0]), "--moments", str(Path(scratch) / "moments"), *options]
                 network, rho, seconds = compressed(arguments, out, ratio, given)
                 add(" ".join(["mpoc --calibrate", *options]), rho, network, seconds)
     print(markdown_table(["method", "ρ", "mean cosine", "Spearman", "seconds"], rows))
