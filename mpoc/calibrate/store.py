@@ -105,7 +105,8 @@ def _others(path: Path, parts: Mapping[str, str]) -> list[str]:
     metadata = read_header(path).metadata
     if _CONTENT not in metadata:
         raise MpocError(f"{path}: holds no moments that --moments of this mpoc kept", "name another FILE")
-    return [part for part, digest in parts.items() if metadata.get(part) != digest]
+    found = [part for part, digest in parts.items() if metadata.get(part) != digest]
+    return [part for part in found if part != "network"] or found  # what it gives follows from the others
 
 
 @dataclass(frozen=True)

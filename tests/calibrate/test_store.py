@@ -106,6 +106,15 @@ def test_other_parts_are_named_and_replaced(case: Case) -> None:
     assert case.measured == 3
 
 
+def test_another_network_is_named_where_nothing_else_is_other(case: Case) -> None:
+    for parts, said in (
+        ({"network": "a", "data": "a"}, "kept in"),
+        ({"network": "b", "data": "b"}, "of other data:"),
+        ({"network": "c", "data": "b"}, "of other network:"),
+    ):
+        assert said in case.ask(parts)[1]
+
+
 def resaved(path: Path, **changed: Tensor | None) -> None:
     """The file with other tensors, and the digests it had."""
     tensors = {name: t for name, t in (load_file(path) | changed).items() if t is not None}
