@@ -30,7 +30,7 @@ class ErrorNorm:
     outputs: Tensor | None = None  # G as in :class:`mpoc.fit.metric.Metric`
 
     def squared(self, matrix: Tensor, found: Tensor) -> float:
-        """Of Ŵ = ``found`` in the place of W = ``matrix``, both (N_y, N_x); infinite where it is no number."""
+        """Of Ŵ = ``found`` in the place of W = ``matrix``, both (N_y, N_x); inf in the place of NaN."""
         if self.mine is self.cross is self.dense:
             rest = matrix - found
             error = float((weighed(self.outputs, rest @ self.mine) * rest).sum())
@@ -108,7 +108,7 @@ class Evidence(ABC):
 
 @dataclass(frozen=True)
 class LayerEvidence(Evidence):
-    """Of a linear map or a convolution; γ is the share of both second moments that gives way to its diagonal."""
+    """Of a linear map or a convolution; γ is the share of both moments that gives way to the diagonal."""
 
     outputs: Tensor | None  # G (N_y, N_y) float64, of gradients at the layer's output
     centred: bool  # whether a bias, or a norm behind the layer, takes up the mean

@@ -74,8 +74,8 @@ def fit_calibrated(
 
     Args:
         weight: of shape ``structure.shape``.
-        storages: of a linear map, a convolution without groups or an embedding; what does best on held-out inputs
-            is kept.
+        storages: of a linear map, a convolution without groups or an embedding; what does best on held-out
+            inputs is kept.
         evidence: of this layer.
         dtype: of the stored cores.
         seed: of the sweeps' start.

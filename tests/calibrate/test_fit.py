@@ -32,7 +32,9 @@ def rows(count: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x + 0.1 * draw[1] * x.std() + 0.05, x
 
 
-def evidence(given: Tensor, dense: Tensor, held: tuple[Tensor, Tensor], centred: bool = True) -> LayerEvidence:
+def evidence(
+    given: Tensor, dense: Tensor, held: tuple[Tensor, Tensor], centred: bool = True
+) -> LayerEvidence:
     found = []
     for mine, theirs in ((given, dense), held):
         sums = Accumulator()
