@@ -136,7 +136,7 @@ class Study:
             if moments.second.dim() > 2:
                 found[self._named[weight]] = "groups"
             elif not self._is_known(weight):
-                found[self._named[weight]] = self._dense.reasons[weight]
+                found[self._named[weight]] = "no gradient of the output reaches it"
         return found
 
     def dense_evidence(self, name: str) -> Evidence:

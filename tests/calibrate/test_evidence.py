@@ -31,8 +31,8 @@ def table(seed: int = 0) -> Tensor:
 
 
 def known(seen: Tensor, unseen: Tensor) -> TableEvidence:
-    counts = (torch.bincount(part, minlength=VOCABULARY) for part in (seen, unseen))
-    return TableEvidence(*map(one_hot_moments, counts), random_moment(WIDTH, seed=3))
+    mine, other = (one_hot_moments(torch.bincount(part, minlength=VOCABULARY)) for part in (seen, unseen))
+    return TableEvidence(mine, other, random_moment(WIDTH, seed=3))
 
 
 def test_errors_are_those_of_the_tokens() -> None:
