@@ -1,6 +1,6 @@
 """One layer fitted to what it does: its cores, the shift that its bias takes up, and errors of its outputs.
 
-How far the second moment M is trusted, γ, is chosen on held-out inputs; the fit is then made on all of them.
+How far moments are trusted, γ, is chosen on held-out inputs; the fit is then made on all of them.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpoc.calibrate.evidence import Evidence, metric_of, one_matrix, output_error, squared_error
-from mpoc.calibrate.rivals import felt_error, rivals
+from mpoc.calibrate.evidence import Evidence, one_matrix
+from mpoc.calibrate.rivals import rivals
 from mpoc.fit.metric import Metric
 from mpoc.fit.weighted_mpo import matrix_of, weighted_fit
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure
 
-GAMMAS = (0.0, 0.02, 0.1, 0.3)
-MPO_GAMMA = 0.1  # the fit of an MPO takes longer, and follows chance in M more
 STRETCHES, LAST = 6, 1  # of a descent; then on all inputs
 
 
@@ -76,9 +74,9 @@ def fit_calibrated(
 
     Args:
         weight: of shape ``structure.shape``.
-        storages: of a linear map or of a convolution without groups; what does best on held-out inputs
-            is kept.
-        evidence: with moments (N_x, N_x).
+        storages: of a linear map, a convolution without groups or an embedding; what does best on held-out
+            inputs is kept.
+        evidence: of this layer.
         dtype: of the stored cores.
         seed: of the sweeps' start.
         apart: keep held-out inputs out of the fit, for what comes after it.
@@ -87,16 +85,15 @@ def fit_calibrated(
     matrix = one_matrix(weight, first.kind, first.transposed)
     tried = []
     for storage in storages:
-        for gamma in GAMMAS if storage.structure.form == "svd" else (MPO_GAMMA,):
-            terms = _fit(metric_of(matrix, evidence, gamma), storage, STRETCHES, seed)
+        for gamma in evidence.gammas if storage.structure.form == "svd" else (evidence.mpo_gamma,):
+            terms = _fit(evidence.metric(matrix, gamma), storage, STRETCHES, seed)
             rounded = _rounded(terms, dtype)
-            error = squared_error(matrix, matrix_of(rounded), evidence.unseen, evidence.outputs)
-            tried.append((error, gamma, storage, rounded))
+            tried.append((evidence.felt.squared(matrix, matrix_of(rounded)), gamma, storage, rounded))
     _, gamma, storage, terms = min(tried, key=lambda one: one[0])
     judged = judge(weight, terms, evidence)
     if not apart:
         everything = evidence.together()
-        terms = _rounded(_fit(metric_of(matrix, everything, gamma), storage, LAST, seed, terms), dtype)
+        terms = _rounded(_fit(everything.metric(matrix, gamma), storage, LAST, seed, terms), dtype)
         found = judge(weight, terms, everything)
         judged = replace(found, held_out_error=judged.held_out_error, felt_error=judged.felt_error)
     size = sum(core.numel() for term in terms for core in term.cores)
@@ -108,14 +105,14 @@ def judge(weight: Tensor, terms: Sequence[MPO], evidence: Evidence) -> Judgement
     """What cores do, however they were found."""
     first = terms[0].structure
     matrix = one_matrix(weight, first.kind, first.transposed)
-    found, moments = matrix_of(terms), evidence.moments
+    found = matrix_of(terms)
     norm = float(torch.linalg.vector_norm(matrix))
     return Judgement(
-        matrix @ moments.dense_mean - found @ moments.mean if evidence.centred else None,
+        evidence.shift(matrix, found),
         float(torch.linalg.vector_norm(matrix - found)) / norm if norm else 0.0,
-        output_error(matrix, found, evidence.seen),
-        output_error(matrix, found, evidence.unseen),
-        felt_error(matrix, found, evidence),
+        evidence.seen.relative(matrix, found),
+        evidence.unseen.relative(matrix, found),
+        evidence.felt.relative(matrix, found),
     )
 
 

@@ -3,21 +3,21 @@
 Each layer offers its error over its parameters: the closed form of ``svd`` at every rank, MPOs and sums, and
 the weight as it is.  It is f on held-out inputs: on those of the fit, forms with more freedom look better
 than they are.  An MPO's error, as a share of what ``svd`` leaves at the same size, varies little: it is
-measured at one size.  So that layers compare, each curve is scaled to how far the network's outputs move
-when that layer alone is compressed.
+measured at one size, of an embedding at two.  So that layers compare, each curve is scaled to how far the
+network's outputs move when that layer alone is compressed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from mpoc.budget import largest_bond
-from mpoc.calibrate.evidence import Evidence, metric_of, squared_error
-from mpoc.calibrate.fit import MPO_GAMMA, Storage
+from mpoc.calibrate.evidence import Evidence
+from mpoc.calibrate.fit import Storage
 from mpoc.calibrate.outputs import OutputDistance, Replaced
 from mpoc.curves import share_out
 from mpoc.fit.weighted_mpo import Problem, matrix_of
@@ -26,9 +26,7 @@ from mpoc.forms.layout import from_matrix
 from mpoc.plan import LayerPlan
 from mpoc.structure import Structure, low_rank_structure
 
-_GAMMA = 0.02  # of the curve of ``svd``; each fit chooses its own
 _STRETCHES = 3
-_MEASURED = 0.3  # of the weight's parameters: the size at which MPOs and sums are fitted
 _SIZES = 32  # at which they are offered
 _MPO_SHARE = 0.4  # of a sum's parameters
 
@@ -57,8 +55,8 @@ class Offers:
     ) -> None:
         self._matrix, self._evidence = matrix, evidence
         self._low_rank = low_rank_structure(structure.kind, structure.shape, structure.transposed)
-        self._svd = weighted_svd(metric_of(matrix, evidence, _GAMMA))
-        self._errors = self._low_rank_errors()
+        self._svd = weighted_svd(evidence.metric(matrix, evidence.usual_gamma))
+        self._errors = evidence.felt.of_ranks(matrix, self._svd.left, self._svd.right).tolist()
         self._problems: dict[Structure, Problem] = {}
         self._found: dict[Storage, Tensor] = {}  # matrices fitted so far
         self.every = [Offer(None, structure.num_original, 0.0)]
@@ -72,8 +70,7 @@ class Offers:
         """f on held-out inputs."""
         if storage.structure.form == "svd":
             return self._errors[min(storage.bond, len(self._errors)) - 1]
-        found, evidence = self.matrix(storage), self._evidence
-        return squared_error(self._matrix, found, evidence.unseen, evidence.outputs)
+        return self._evidence.felt.squared(self._matrix, self.matrix(storage))
 
     def matrix(self, storage: Storage) -> Tensor:
         """Ŵ (N_y, N_x) of this choice, fitted to the dense network's inputs."""
@@ -82,7 +79,7 @@ class Offers:
         if storage not in self._found:
             structure = storage.structure
             if structure not in self._problems:
-                metric = metric_of(self._matrix, self._evidence, MPO_GAMMA)
+                metric = self._evidence.metric(self._matrix, self._evidence.mpo_gamma)
                 self._problems[structure] = Problem(metric, structure)
             problem = self._problems[structure]
             fit = problem.fit(storage.bond, rank=storage.low_rank, max_stretches=_STRETCHES)
@@ -92,22 +89,8 @@ class Offers:
     def replaced(self, plan: LayerPlan) -> Replaced:
         """The layer as the plan has it, were it compressed alone."""
         found = self.matrix(storage_of(plan))
-        moments = self._evidence.moments
-        shift = None
-        if self._evidence.centred:
-            shift = self._matrix @ moments.dense_mean - found @ moments.mean
+        shift = self._evidence.shift(self._matrix, found)
         return Replaced(from_matrix(found[None], self._low_rank), shift)
-
-    def _low_rank_errors(self) -> list[float]:
-        """Of the best weight L_r R_r of every rank; its square is Σ_{k,l<r} (Lᵀ G L)_kl (R M Rᵀ)_kl."""
-        evidence, found = self._evidence, self._svd
-        left, right, second = found.left, found.right, evidence.unseen
-        weighed = left if evidence.outputs is None else evidence.outputs @ left
-        squares = (weighed.T @ left) * (right @ second.mine @ right.T)
-        joint = ((weighed.T @ self._matrix @ second.cross) * right).sum(1)
-        whole = squared_error(self._matrix, torch.zeros_like(self._matrix), second, evidence.outputs)
-        errors = whole - 2 * joint.cumsum(0) + squares.cumsum(0).cumsum(1).diagonal()
-        return errors.clamp(min=0).tolist()
 
     def _of_svd(self) -> Iterator[Offer]:
         for rank, error in enumerate(self._errors, start=1):
@@ -116,18 +99,26 @@ class Offers:
                 yield Offer(storage, storage.num_parameters, error)
 
     def _of_mpo(self, structure: Structure, is_sum: bool) -> Iterator[Offer]:
-        """At sizes in a geometric row, with errors told from the one that is measured."""
-        size = int(_MEASURED * structure.num_original)
-        measured = largest_within(structure, size, is_sum)
-        known = 0.0 if measured is None else self._svd_error(measured.num_parameters)
-        if measured is None or known == 0.0:
-            return
-        share, original = self.error(measured) / known, structure.num_original
+        """At sizes in a geometric row, with errors told from those that are measured."""
+        original = structure.num_original
+        measured = [int(share * original) for share in self._evidence.measured]
+        known = dict(self._shares_of_svd(structure, measured, is_sum))
         sizes = [int(original ** (k / _SIZES)) for k in range(1, _SIZES)]
-        offered = (largest_within(structure, found, is_sum) for found in (*sizes, size, original - 1))
+        offered = (largest_within(structure, found, is_sum) for found in (*sizes, *measured, original - 1))
         for storage in dict.fromkeys(offered):
-            if storage is not None:
-                yield Offer(storage, storage.num_parameters, share * self._svd_error(storage.num_parameters))
+            if storage is not None and known:
+                size = storage.num_parameters
+                yield Offer(storage, size, _share_at(known, size) * self._svd_error(size))
+
+    def _shares_of_svd(
+        self, structure: Structure, sizes: Sequence[int], is_sum: bool
+    ) -> Iterator[tuple[int, float]]:
+        """At each size that is met: parameters, and the error over that of ``svd`` of as many."""
+        for size in sizes:
+            storage = largest_within(structure, size, is_sum)
+            known = 0.0 if storage is None else self._svd_error(storage.num_parameters)
+            if storage is not None and known > 0.0:
+                yield storage.num_parameters, self.error(storage) / known
 
     def _svd_error(self, parameters: int) -> float:
         """That of the rank that takes so many parameters, between two of them in proportion."""
@@ -136,6 +127,15 @@ class Offers:
         above = min(len(self._errors), below + 1)
         weight = min(1.0, max(0.0, rank - below))
         return (1 - weight) * self._errors[below - 1] + weight * self._errors[above - 1]
+
+
+def _share_at(known: Mapping[int, float], size: int) -> float:
+    """A straight line in log(size) through the smallest and the largest known size; flat below them."""
+    small, large = min(known), max(known)
+    if size <= small or small == large:
+        return known[small]
+    line = known[small] + (known[large] - known[small]) * math.log(size / small) / math.log(large / small)
+    return max(line, min(known.values()))
 
 
 def largest_within(structure: Structure, parameters: int, is_sum: bool) -> Storage | None:

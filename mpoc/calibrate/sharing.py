@@ -125,7 +125,7 @@ class Sharing:
     def _forms(self, plan: LayerPlan) -> tuple[str, ...]:
         form = self._recipe.rule_for(plan.map.name).form or self._recipe.form
         if form == "auto" and not self._has_own_factors(plan):
-            return ("svd", "mpo", "svd+mpo")
+            return ("svd", "mpo") if plan.map.kind == "embedding" else ("svd", "mpo", "svd+mpo")
         return ("svd+mpo",) if form == "svd+mpo" else (plan.structure.form,)
 
     def _has_own_factors(self, plan: LayerPlan) -> bool:
@@ -143,6 +143,8 @@ class Sharing:
         one = plan.structure
         if self._has_own_factors(plan):
             return one
+        if one.kind == "embedding":  # few of many rows matter much: measured, the more sites the better
+            return make_structure(one.kind, one.shape, one.transposed)
         _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
         factors = wide_factors(outputs, inputs)
         return make_structure(one.kind, one.shape, one.transposed, None, factors)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mpoc.calibrate.data import TOKENS, CalibrationData, open_calibration
 from mpoc.calibrate.dense import DensePass, Tell, dense_pass
-from mpoc.calibrate.evidence import Evidence
+from mpoc.calibrate.evidence import Evidence, LayerEvidence, TableEvidence
 from mpoc.calibrate.gather import Positions
 from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.pair import PairPass
@@ -118,7 +118,9 @@ class Study:
             return "not in the network"
         shape = parameters[self.places[name]].shape
         outputs, inputs = shape[0], shape[1:].numel()
-        return f"wider than {_WIDEST:,}" if max(outputs, inputs) > _WIDEST else ""
+        module = self.network.get_submodule(self.places[name].rpartition(".")[0])
+        widest = inputs if isinstance(module, nn.Embedding) else max(outputs, inputs)
+        return f"wider than {_WIDEST:,}" if widest > _WIDEST else ""
 
     @property
     def groups(self) -> list[list[str]]:
@@ -131,8 +133,10 @@ class Study:
         """Weight → why nothing is known of its inputs."""
         found = self._reasons | {self._named[weight]: why for weight, why in self._trace.reasons.items()}
         for weight, moments in self._dense.moments.items():
-            if moments.second.dim() != 2:
-                found[self._named[weight]] = "an embedding" if moments.second.dim() == 1 else "groups"
+            if moments.second.dim() > 2:
+                found[self._named[weight]] = "groups"
+            elif not self._is_known(weight):
+                found[self._named[weight]] = "no gradient of the output reaches it"
         return found
 
     def dense_evidence(self, name: str) -> Evidence:
@@ -147,6 +151,8 @@ class Study:
             compressed: final in all that runs before the group; another one than before begins anew.
             group: one of :attr:`groups`, in their order.
         """
+        if self._is_table(self.places[group[0]]):
+            return {name: self.dense_evidence(name) for name in group}
         passes = self._pair(compressed)
         weights = [self.places[name] for name in group]
         seen = passes[0].moments(weights, self._dense.moments)
@@ -234,16 +240,21 @@ class Study:
 
     def _is_known(self, weight: str) -> bool:
         moments = self._dense.moments.get(weight)
-        return moments is not None and moments.second.dim() == 2
+        if moments is None or moments.second.dim() > 2:
+            return False
+        return not self._is_table(weight) or weight in self._dense.gradients
+
+    def _is_table(self, weight: str) -> bool:
+        return self._dense.moments[weight].second.dim() == 1
 
     def _evidence(self, name: str, moments: Moments, held_out: Moments) -> Evidence:
         outputs = self._dense.gradients.get(self.places[name])
-        return Evidence(
-            _on(self.device, moments),
-            _on(self.device, held_out),
-            None if outputs is None else outputs.to(self.device),
-            name in self.means,
-        )
+        outputs = None if outputs is None else outputs.to(self.device)
+        both = _on(self.device, moments), _on(self.device, held_out)
+        if self._is_table(self.places[name]):
+            assert outputs is not None, "else it is fitted by its weight alone"
+            return TableEvidence(*both, outputs)
+        return LayerEvidence(*both, outputs, name in self.means)
 
     def _means(self, named: dict[str, str]) -> dict[str, TakenUp]:
         """What takes up the mean of each layer: its bias, else the norm that alone takes its outputs."""

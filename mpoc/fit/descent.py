@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpoc.fit.metric import Metric
+from mpoc.fit.metric import Metric, weighed
 from mpoc.forms.mpo import MPO
 
 _MEMORY = 10
@@ -96,9 +96,7 @@ class Descent:
             vector = vector.detach().requires_grad_()
             matrix = total(self._formed(self._split(vector)))
             error = self.metric.target - matrix.detach()
-            weighted = error @ self.metric.inputs
-            if self.metric.outputs is not None:
-                weighted = self.metric.outputs @ weighted
+            weighted = weighed(self.metric.outputs, error @ self.metric.inputs)
             gradient = torch.autograd.grad(matrix, vector, -2 * weighted)[0]
         value = float((error * weighted).sum(dtype=torch.float64))
         return Point(vector.detach(), value, gradient)

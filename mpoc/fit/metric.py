@@ -31,13 +31,12 @@ class Metric:
 
     target: Tensor  # T (N_y, N_x) float64
     inputs: Tensor  # M + R (N_x, N_x) float64, symmetric, positive semidefinite
-    outputs: Tensor | None = None  # G (N_y, N_y) likewise; None: the identity
+    outputs: Tensor | None = None  # G (N_y, N_y) likewise, (N_y,) of a diagonal one; None: the identity
 
     def value(self, matrix: Tensor) -> float:
         """f of ``matrix`` (N_y, N_x), in float64."""
         error = self.target - matrix.double()
-        weighted = error if self.outputs is None else self.outputs @ error
-        value = float((weighted * (error @ self.inputs)).sum())
+        value = float((weighed(self.outputs, error) * (error @ self.inputs)).sum())
         return math.inf if math.isnan(value) else max(0.0, value)
 
     @cached_property
@@ -47,8 +46,17 @@ class Metric:
 
     @cached_property
     def output_root(self) -> Tensor | None:
-        """Some square F with F Fᵀ = G; None: the identity."""
-        return None if self.outputs is None else _root(self.outputs)
+        """Some square F with F Fᵀ = G, (N_y,) of a diagonal one; None: the identity."""
+        if self.outputs is None:
+            return None
+        return self.outputs.sqrt() if self.outputs.dim() == 1 else _root(self.outputs)
+
+
+def weighed(outputs: Tensor | None, matrix: Tensor) -> Tensor:
+    """G ``matrix`` (N_y, n), with G as in :class:`Metric`."""
+    if outputs is None:
+        return matrix
+    return outputs[:, None] * matrix if outputs.dim() == 1 else outputs @ matrix
 
 
 def make_metric(

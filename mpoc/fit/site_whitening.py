@@ -31,7 +31,7 @@ _FLOOR = 1e-6
 class Coordinates:
     """Y_k^½ and X_k^½ and their inverses, each symmetric."""
 
-    outputs: list[Tensor]  # (J_k, J_k) float64 each
+    outputs: list[Tensor]  # (J_k, J_k) float64 each, or (J_k,) where G is diagonal
     inputs: list[Tensor]  # (I_k, I_k)
     outputs_inverse: list[Tensor]
     inputs_inverse: list[Tensor]
@@ -58,9 +58,12 @@ def site_coordinates(
     """Coordinates for sites with these factors, whose products are the metric's sides."""
     inputs = _roots(kronecker_factors(metric.inputs, input_factors))
     if metric.outputs is None:
-        like = metric.target
-        ones = [torch.eye(size, dtype=like.dtype, device=like.device) for size in output_factors]
+        ones = [metric.target.new_ones(size) for size in output_factors]
         return Coordinates(ones, inputs[0], ones, inputs[1])
+    if metric.outputs.dim() == 1:
+        diagonals = diagonal_factors(metric.outputs, output_factors)
+        roots = [diagonal.sqrt() for diagonal in diagonals]
+        return Coordinates(roots, inputs[0], [1 / root for root in roots], inputs[1])
     outputs = _roots(kronecker_factors(metric.outputs, output_factors))
     return Coordinates(outputs[0], inputs[0], outputs[1], inputs[1])
 
@@ -86,6 +89,19 @@ def kronecker_factors(moment: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return factors
 
 
+def diagonal_factors(moment: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The same of a diagonal ``moment`` (N,): factors (size,) each, the mean of their entries 1."""
+    factors = [moment.new_ones(size) for size in sizes]
+    if float(moment.sum()) <= 0.0:
+        return factors
+    for _ in range(_ROUNDS):
+        for k in range(len(sizes)):
+            inverses = [1 / other if j != k else torch.ones_like(other) for j, other in enumerate(factors)]
+            mean = _columns(moment[None], inverses).reshape(sizes).movedim(k, 0).flatten(1).sum(1)
+            factors[k] = mean / mean.mean() + _FLOOR
+    return factors
+
+
 def _roots(factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """X_k^½ and X_k^-½."""
     roots: list[Tensor] = []
@@ -99,14 +115,22 @@ def _roots(factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _columns(matrix: Tensor, factors: list[Tensor]) -> Tensor:
-    """``matrix`` (m, N) @ ⊗ factors, each symmetric, without forming the product."""
+    """``matrix`` (m, N) @ ⊗ factors, each symmetric or a diagonal, without forming the product."""
     tensor = matrix.reshape(-1, *(len(factor) for factor in factors))
     for factor in factors:  # each contraction moves its axis to the end, so all come back in order
-        tensor = torch.tensordot(tensor, factor, dims=([1], [0]))
+        tensor = _times(tensor, factor, 1).movedim(1, -1)
     return tensor.reshape(matrix.shape)
 
 
+def _times(tensor: Tensor, factor: Tensor, axis: int) -> Tensor:
+    """One axis of ``tensor`` multiplied by a symmetric factor, or by a diagonal (size,)."""
+    last = tensor.movedim(axis, -1)
+    return (last * factor if factor.dim() == 1 else last @ factor).movedim(-1, axis)
+
+
 def _both_sides(moment: Tensor, factors: list[Tensor]) -> Tensor:
+    if moment.dim() == 1:
+        return _columns(_columns(moment[None], factors), factors)[0]
     product = _columns(_columns(moment, factors).T, factors)
     return (product + product.T) / 2
 
@@ -118,7 +142,7 @@ def _transform(term: MPO, outputs: list[Tensor], inputs: list[Tensor]) -> MPO:
         left, right = _columns(left.T, outputs).T, _columns(right, inputs)
         return MPO([left[None, :, None], right[:, None, :, None]], term.structure)
     changed = [
-        torch.einsum("ajib,jk,il->aklb", core, output, input_)
+        _times(_times(core, output, 1), input_, 2)
         for core, output, input_ in zip(cores, outputs, inputs, strict=True)
     ]
     return MPO(changed, term.structure)

@@ -220,6 +220,6 @@ def _padded_metric(metric: Metric, structure: Structure) -> Metric:
     moment = pad(moment, (0, columns, 0, 0, 0, columns)).reshape(count, count)
     outputs = metric.outputs
     if rows:
-        identity = torch.eye(structure.outputs, dtype=moment.dtype, device=moment.device)
-        outputs = pad(identity if outputs is None else outputs, (0, rows, 0, rows))
+        outputs = moment.new_ones(structure.outputs) if outputs is None else outputs
+        outputs = pad(outputs, (0, rows) * outputs.dim())
     return replace(metric, target=target, inputs=moment, outputs=outputs)

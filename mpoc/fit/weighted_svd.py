@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpoc.fit.metric import Metric
+from mpoc.fit.metric import Metric, weighed
 
 # Singular values below this share of the largest are zero up to rounding.
 _FLOOR = 1e-13
@@ -46,8 +46,9 @@ def weighted_svd(metric: Metric) -> WeightedSVD:
     """
     seen_inputs = metric.target @ metric.input_root  # T F
     root = metric.output_root
-    seen_outputs = metric.target if root is None else root.T @ metric.target  # Hᵀ T
-    whitened = seen_inputs if root is None else root.T @ seen_inputs
+    root = None if root is None else root.mT if root.dim() == 2 else root
+    seen_outputs = weighed(root, metric.target)  # Hᵀ T
+    whitened = weighed(root, seen_inputs)
     u, values, v = torch.linalg.svd(whitened, full_matrices=False)
     count = max(1, int((values > _FLOOR * values[0]).sum()))
     u, values, v = u[:, :count], values[:count], v[:count]

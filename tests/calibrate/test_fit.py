@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, unfold
 
-from mpoc.calibrate.evidence import RIDGE, Evidence, metric_of, one_matrix, output_error
-from mpoc.calibrate.fit import GAMMAS, MPO_GAMMA, CalibratedFit, Storage, fit_calibrated
+from mpoc.calibrate.evidence import LayerEvidence, one_matrix
+from mpoc.calibrate.fit import CalibratedFit, Storage, fit_calibrated
 from mpoc.calibrate.moments import Accumulator
-from mpoc.fit.metric import make_metric
 from mpoc.fit.ttsvd import tt_svd
 from mpoc.fit.weighted_mpo import matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
@@ -33,13 +32,15 @@ def rows(count: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x + 0.1 * draw[1] * x.std() + 0.05, x
 
 
-def evidence(given: Tensor, dense: Tensor, held: tuple[Tensor, Tensor], centred: bool = True) -> Evidence:
+def evidence(
+    given: Tensor, dense: Tensor, held: tuple[Tensor, Tensor], centred: bool = True
+) -> LayerEvidence:
     found = []
     for mine, theirs in ((given, dense), held):
         sums = Accumulator()
         sums.add(mine, theirs)
         found.append(sums.moments())
-    return Evidence(found[0], found[1], None, centred)
+    return LayerEvidence(found[0], found[1], None, centred)
 
 
 def a_weight(seed: int = 1) -> Tensor:
@@ -47,7 +48,7 @@ def a_weight(seed: int = 1) -> Tensor:
 
 
 def fit_of(
-    structure: Structure, bond: int, known: Evidence, weight: Tensor | None = None, low_rank: int = 0
+    structure: Structure, bond: int, known: LayerEvidence, weight: Tensor | None = None, low_rank: int = 0
 ) -> CalibratedFit:
     weight = a_weight() if weight is None else weight
     return fit_calibrated(weight, [Storage(structure, bond, low_rank)], known, torch.float64, 0)
@@ -87,9 +88,9 @@ def test_outputs_are_nearer_than_by_tt_svd_of_the_weight(structure: Structure) -
     x, other = rows()[1], rows(seed=5)[1]
     known = evidence(x, x, (other, other))
     plain = tt_svd(a_weight(), structure, 3).form
-    for second in (known.seen, known.unseen):
-        fitted = output_error(a_weight(), matrix_of(fit_of(structure, 3, known).terms), second)
-        assert fitted < output_error(a_weight(), matrix_of([plain]), second)
+    fitted = matrix_of(fit_of(structure, 3, known).terms)
+    for norm in (known.seen, known.unseen):
+        assert norm.relative(a_weight(), fitted) < norm.relative(a_weight(), matrix_of([plain]))
 
 
 def test_more_bond_never_does_worse() -> None:
@@ -122,7 +123,7 @@ def test_inputs_that_say_little(kind: str, structure: Structure) -> None:
     fit = fit_of(structure, 3, evidence(x, x, (x, x)), weight)
     assert bool(torch.isfinite(matrix_of(fit.terms)).all())
     assert 0 <= fit.judged.output_error <= 1 + 1e-9
-    assert fit.gamma in (*GAMMAS, MPO_GAMMA)
+    assert fit.gamma in (*LayerEvidence.gammas, LayerEvidence.mpo_gamma)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -137,13 +138,8 @@ def test_open_forms_never_lose_to_whitened_svd(rank: int, seed: int) -> None:
     chain = Storage(CHAIN, max(b for b in range(1, 12) if CHAIN.num_parameters(b) <= two.num_parameters))
     both = [fit_calibrated(weight, forms, known, torch.float64, 0) for forms in ([two], [chain, two])]
     assert both[1].same_size["this"] <= both[0].same_size["this"]
-    metric = metric_of(weight, known.together(), both[0].gamma)
-    dense = known.together().moments
-    white = make_metric(
-        weight, dense.dense_second, dense.dense_mean, dense.dense_second, dense.dense_mean,
-        centred=True, gamma=0.0, ridge=RIDGE, outputs=None,
-    )  # fmt: skip
-    left, right = weighted_svd(white).factors(rank)
+    metric = known.together().metric(weight, both[0].gamma)
+    left, right = weighted_svd(known.together().whitened(weight)).factors(rank)
     assert metric.value(matrix_of(both[0].terms)) <= metric.value(left @ right) * (1 + 1e-9)
 
 

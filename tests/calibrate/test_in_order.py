@@ -63,6 +63,24 @@ class Block(nn.Module):
 def blocks():
     torch.manual_seed(4)
     return nn.Sequential(Block(), Block(), nn.Linear(24, 6))
+
+
+class Words(nn.Module):
+    def __init__(self, tied):
+        super().__init__()
+        self.table, self.head = nn.Embedding(60, 16), nn.Linear(16, 60 if tied else 6)
+        if tied:
+            self.head.weight = self.table.weight
+    def forward(self, x):
+        return self.head(self.table(x.long()).mean(1))
+
+def words():
+    torch.manual_seed(4)
+    return Words(False)
+
+def tied():
+    torch.manual_seed(4)
+    return Words(True)
 """
 
 
@@ -79,6 +97,8 @@ class Case:
         generator = torch.Generator().manual_seed(0)
         if name == "conv":
             self.x = (torch.rand(200, 3, 16, 16, generator=generator).cumsum(2) * 15).byte()
+        elif name in ("words", "tied"):
+            self.x = (60 * torch.rand(400, 7, generator=generator) ** 3).floor()
         else:
             self.x = torch.randn(400, 5, generator=generator) @ torch.randn(5, 24, generator=generator) + 0.5
         np.savez(
@@ -375,3 +395,22 @@ def test_kept_moments_hold_for_another_goal_and_not_for_other_data(tmp_path: Pat
     assert done.notes[-1].endswith("which was of other data, other options: measured again")
     done = case.compress(100, out="d", moments=kept, ratio=0.3, seed=1, exclude=("0",))
     assert done.notes[-1].endswith("which was of other options: measured again")
+
+
+@pytest.mark.parametrize("form", ["svd", "mpo", "auto"])
+def test_embeddings_are_nearer_than_without_data(tmp_path: Path, form: str) -> None:
+    case = Case(tmp_path, "words")
+    options: dict[str, Any] = {"ratio": 0.6, "embeddings": True, "layers": ("table",), "form": form}
+    done = case.compress(**options)
+    plain = case.plain(**options | {"form": "mpo" if form == "mpo" else "svd"})
+    (layer,) = done.manifest.layers
+    assert (layer.kind, layer.form) == ("embedding", form if form != "auto" else layer.form)
+    assert layer.output_error is not None and layer.same_size is not None
+    assert case.error(done) < 0.8 * case.error(plain)
+
+
+def test_a_table_that_is_also_the_head_is_fitted_by_its_weights(tmp_path: Path) -> None:
+    done = Case(tmp_path, "tied").compress(ratio=0.6, embeddings=True, form="svd")
+    (layer,) = done.manifest.layers
+    assert layer.form == "svd" and layer.output_error is None
+    assert any("by their weights alone" in note and "tied" in note for note in done.notes)

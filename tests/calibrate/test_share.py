@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.calibrate.evidence import Evidence, squared_error
+from mpoc.calibrate.evidence import Evidence, LayerEvidence
 from mpoc.calibrate.fit import Storage
 from mpoc.calibrate.moments import Accumulator, Moments
 from mpoc.calibrate.outputs import Replaced
@@ -29,7 +29,7 @@ def moments(seed: int, count: int = 300) -> Moments:
 
 def known(centred: bool = True, weighed: bool = True) -> Evidence:
     probes = torch.randn(40, SIDES[0], generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    return Evidence(moments(0), moments(1), probes.T @ probes / 40 if weighed else None, centred)
+    return LayerEvidence(moments(0), moments(1), probes.T @ probes / 40 if weighed else None, centred)
 
 
 def weight(seed: int) -> Tensor:
@@ -62,9 +62,7 @@ def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> 
     offers = Offers(weight(3), make_structure("linear", SIDES), evidence, ("svd",))
     structure = low_rank_structure("linear", SIDES)
     for rank in (1, 4, 9, 16):
-        expected = squared_error(
-            weight(3), offers.matrix(Storage(structure, rank)), evidence.unseen, evidence.outputs
-        )
+        expected = evidence.felt.squared(weight(3), offers.matrix(Storage(structure, rank)))
         assert offers.error(Storage(structure, rank)) == pytest.approx(expected, rel=1e-8, abs=1e-9)
 
 
@@ -84,7 +82,7 @@ def test_offers_of_every_form_shrink_the_layer_but_for_the_dense_one() -> None:
         assert measured is not None
         found = [offer.error for offer in offers.every if offer.storage == measured]
         assert found == [pytest.approx(offers.error(measured), rel=1e-9)]
-        expected = squared_error(weight(3), offers.matrix(measured), known().unseen, known().outputs)
+        expected = known().felt.squared(weight(3), offers.matrix(measured))
         assert offers.error(measured) == pytest.approx(expected, rel=1e-9)
 
 

@@ -1,5 +1,7 @@
 """Weighted norms for the tests, well conditioned and singular ones, and moments of real samples."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,14 @@ def random_metric(
         random_moment(inputs, ranks[0], seed + 1),
         random_moment(outputs, ranks[1], seed + 2) if weighted_outputs else None,
     )
+
+
+def diagonal_metric(outputs: int, inputs: int, seed: int = 0) -> tuple[Metric, Metric]:
+    """A metric whose G is diagonal and spread over three decades, and the same with G formed."""
+    metric = random_metric(outputs, inputs, weighted_outputs=False, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 3)
+    diagonal = 10 ** (-3 * torch.rand(outputs, generator=generator, dtype=torch.float64))
+    return replace(metric, outputs=diagonal), replace(metric, outputs=torch.diag(diagonal))
 
 
 def moments(samples: Tensor, dense: Tensor | None = None) -> dict[str, Tensor]:

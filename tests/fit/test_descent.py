@@ -9,7 +9,7 @@ from mpoc.fit.metric import Metric
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, make_structure
-from tests.fit.metrics import random_metric
+from tests.fit.metrics import diagonal_metric, random_metric
 from tests.weights import by_eq_5, random_cores
 
 STRUCTURE = make_structure("linear", (12, 12), factors=((2, 3, 2), (3, 1, 4)))
@@ -90,3 +90,9 @@ def test_zero_cores_are_no_trouble() -> None:
     descent = Descent(random_metric(12, 12), [MPO(cores, STRUCTURE)])
     assert not descent.run(1)
     assert all(not core.any() for core in descent.terms[0].cores)
+
+
+def test_a_diagonal_need_not_be_formed() -> None:
+    found, expected = (start(STRUCTURE, 3, metric).point for metric in diagonal_metric(12, 12))
+    assert found.value == pytest.approx(expected.value, rel=1e-12)
+    torch.testing.assert_close(found.gradient, expected.gradient)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mpoc.fit.metric import Metric, make_metric, semidefinite
-from tests.fit.metrics import moments, random_metric
+from tests.fit.metrics import diagonal_metric, moments, random_metric
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -123,3 +123,11 @@ def test_semidefinite_clips_what_rounding_made_negative() -> None:
         clipped, (basis * torch.tensor([2.0, 1.0, 0.5, 0.0])) @ basis.T, rtol=0, atol=1e-14
     )
     assert float(torch.linalg.eigvalsh(clipped)[0]) > -1e-15
+
+
+def test_a_diagonal_need_not_be_formed() -> None:
+    metric, formed = diagonal_metric(7, 5)
+    matrix = draw(7, 5, seed=4)
+    assert metric.value(matrix) == pytest.approx(formed.value(matrix), rel=1e-12)
+    assert metric.output_root is not None and formed.output_root is not None
+    torch.testing.assert_close(metric.output_root.diag(), formed.output_root)

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from mpoc.fit.metric import Metric
-from mpoc.fit.site_whitening import Coordinates, kronecker_factors, site_coordinates
+from mpoc.fit.site_whitening import Coordinates, diagonal_factors, kronecker_factors, site_coordinates
 from mpoc.forms.mpo import MPO
 from mpoc.structure import low_rank_structure, make_structure
-from tests.fit.metrics import random_metric, random_moment
+from tests.fit.metrics import diagonal_metric, random_metric, random_moment
 from tests.weights import random_cores
 
 
@@ -82,3 +82,31 @@ def test_features_that_never_occur_keep_the_coordinates_finite() -> None:
         values = torch.linalg.eigvalsh(factor)
         assert math.isclose(float(values.mean()), 1.0, rel_tol=1e-3)
         assert float(values[0]) > 0.9e-6
+
+
+def test_a_diagonal_need_not_be_formed() -> None:
+    factors = (2, 3, 2), (1, 4, 3)
+    metric, formed = diagonal_metric(12, 12)
+    assert metric.outputs is not None
+    pairs = zip(
+        diagonal_factors(metric.outputs, factors[0]),
+        kronecker_factors(metric.outputs.diag(), factors[0]),
+        strict=True,
+    )
+    for found, expected in pairs:
+        torch.testing.assert_close(found.diag(), expected)
+    coordinates = site_coordinates(metric, *factors)
+    white, whole = coordinates.whiten(metric), site_coordinates(formed, *factors).whiten(formed)
+    assert white.outputs is not None
+    torch.testing.assert_close(white.target, whole.target)
+    torch.testing.assert_close(white.outputs.diag(), whole.outputs)
+    for structure in (
+        make_structure("linear", (12, 12), factors=factors),
+        low_rank_structure("linear", (12, 12)),
+    ):
+        same_number(MPO(random_cores(structure, 3), structure), metric, coordinates)
+
+
+def test_a_diagonal_of_zeros_leaves_the_coordinates_alone() -> None:
+    for factor in diagonal_factors(torch.zeros(6, dtype=torch.float64), (2, 3)):
+        assert torch.equal(factor, torch.ones_like(factor))

@@ -5,7 +5,7 @@ import torch
 
 from mpoc.fit.metric import Metric
 from mpoc.fit.weighted_svd import weighted_svd
-from tests.fit.metrics import random_metric
+from tests.fit.metrics import diagonal_metric, random_metric
 
 METRICS = {
     "no G": random_metric(9, 7, weighted_outputs=False),
@@ -109,3 +109,12 @@ def test_a_zero_anywhere_gives_finite_factors(which: str) -> None:
     product = found.left @ found.right
     assert product.isfinite().all() and metric.value(product) == 0.0
     assert all(factor.isfinite().all() for factor in found.factors(1))
+
+
+def test_a_diagonal_need_not_be_formed() -> None:
+    found, expected = map(weighted_svd, diagonal_metric(11, 6))
+    torch.testing.assert_close(found.values, expected.values)
+    for rank in (1, 3, 6):
+        torch.testing.assert_close(
+            found.left[:, :rank] @ found.right[:rank], expected.left[:, :rank] @ expected.right[:rank]
+        )
