@@ -77,7 +77,7 @@ class OutputDistance:
         total, rows = 0.0, 0
         for (ours, are_logits), (theirs, _) in zip(self._outputs(network), self._dense, strict=True):
             far = kl_of_rows(ours, theirs) if are_logits else (ours - theirs).square().sum(-1) / 2
-            total, rows = total + float(far.sum()), rows + len(ours)
+            total, rows = total + max(0.0, float(far.sum())), rows + len(ours)
         return total / rows
 
     @torch.no_grad()

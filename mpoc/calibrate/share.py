@@ -27,6 +27,7 @@ from mpoc.plan import LayerPlan
 from mpoc.structure import Structure, low_rank_structure
 
 _STRETCHES = 3
+_TELLING = 1e-3  # of a layer's largest error: smaller ones say nothing of how far outputs move
 _SIZES = 32  # at which they are offered
 _MPO_SHARE = 0.4  # of a sum's parameters
 
@@ -55,42 +56,47 @@ class Offers:
     ) -> None:
         self._matrix, self._evidence = matrix, evidence
         self._low_rank = low_rank_structure(structure.kind, structure.shape, structure.transposed)
-        self._svd = weighted_svd(evidence.metric(matrix, evidence.usual_gamma))
-        self._errors = evidence.felt.of_ranks(matrix, self._svd.left, self._svd.right).tolist()
-        self._problems: dict[Structure, Problem] = {}
-        self._found: dict[Storage, Tensor] = {}  # matrices fitted so far
+        svd = weighted_svd(evidence.metric(matrix, evidence.usual_gamma))
+        self._left, self._right = svd.left.float(), svd.right.float()
+        self._errors = evidence.felt.of_ranks(matrix, svd.left, svd.right).tolist()
+        self._problem: Problem | None = None
+        self._found: dict[Storage, Tensor] = {}  # float32 matrices fitted so far
         self.every = [Offer(None, structure.num_original, 0.0)]
         if "svd" in forms:
             self.every += self._of_svd()
         if structure.form == "mpo":
             for form in ("mpo", "svd+mpo"):
                 self.every += self._of_mpo(structure, form == "svd+mpo") if form in forms else []
+        self._let_go()
 
     def error(self, storage: Storage) -> float:
         """f on held-out inputs."""
         if storage.structure.form == "svd":
             return self._errors[min(storage.bond, len(self._errors)) - 1]
-        return self._evidence.felt.squared(self._matrix, self.matrix(storage))
+        return self._evidence.felt.squared(self._matrix.double(), self.matrix(storage).double())
 
     def matrix(self, storage: Storage) -> Tensor:
-        """Ŵ (N_y, N_x) of this choice, fitted to the dense network's inputs."""
+        """Ŵ (N_y, N_x) of this choice in float32, fitted to the dense network's inputs."""
         if storage.structure.form == "svd":
-            return self._svd.left[:, : storage.bond] @ self._svd.right[: storage.bond]
+            return self._left[:, : storage.bond] @ self._right[: storage.bond]
         if storage not in self._found:
-            structure = storage.structure
-            if structure not in self._problems:
-                metric = self._evidence.metric(self._matrix, self._evidence.mpo_gamma)
-                self._problems[structure] = Problem(metric, structure)
-            problem = self._problems[structure]
-            fit = problem.fit(storage.bond, rank=storage.low_rank, max_stretches=_STRETCHES)
-            self._found[storage] = matrix_of(fit.terms)
+            if self._problem is None or self._problem.structure != storage.structure:
+                metric = self._evidence.metric(self._matrix.double(), self._evidence.mpo_gamma)
+                self._problem = Problem(metric, storage.structure)
+            fit = self._problem.fit(storage.bond, rank=storage.low_rank, max_stretches=_STRETCHES)
+            self._found[storage] = matrix_of(fit.terms).float()
         return self._found[storage]
 
     def replaced(self, plan: LayerPlan) -> Replaced:
         """The layer as the plan has it, were it compressed alone."""
         found = self.matrix(storage_of(plan))
-        shift = self._evidence.shift(self._matrix, found)
+        shift = self._evidence.shift(self._matrix.double(), found.double())
+        self._let_go()
         return Replaced(from_matrix(found[None], self._low_rank), shift)
+
+    def _let_go(self) -> None:
+        """Of all that can be had again: layers offer at the same time, and are fitted one by one."""
+        self._problem, self._matrix, self._evidence = None, self._matrix.float(), replace(self._evidence)
 
     def _of_svd(self) -> Iterator[Offer]:
         for rank, error in enumerate(self._errors, start=1):
@@ -220,12 +226,16 @@ def share_by_gain(
 
 
 def _scale(offers: Offers, plan: LayerPlan, distance: OutputDistance) -> float:
-    """From errors to those that the outputs feel, told at the layer's plan, else at its largest offer."""
-    if plan.max_bond is None:
-        smaller = [offer for offer in offers.every if offer.storage is not None]
-        if not smaller:
-            return 1.0
-        plan = _as_offered(plan, max(smaller, key=lambda offer: offer.parameters))
+    """From errors to those that the outputs feel, told at the layer's plan.
+
+    Where that is dense, or errs so little that rounding drowns it, at the offer that errs most.
+    """
+    smaller = [offer for offer in offers.every if offer.storage is not None]
+    most = max(smaller, key=lambda offer: offer.error, default=None)
+    if most is None:
+        return 1.0
+    if plan.max_bond is None or offers.error(storage_of(plan)) < _TELLING * most.error:
+        plan = _as_offered(plan, most)
     error = offers.error(storage_of(plan))
     return distance.of({plan.map.name: offers.replaced(plan)}) / error if error > 0 else 1.0
 

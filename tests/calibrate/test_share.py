@@ -62,8 +62,8 @@ def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> 
     offers = Offers(weight(3), make_structure("linear", SIDES), evidence, ("svd",))
     structure = low_rank_structure("linear", SIDES)
     for rank in (1, 4, 9, 16):
-        expected = evidence.felt.squared(weight(3), offers.matrix(Storage(structure, rank)))
-        assert offers.error(Storage(structure, rank)) == pytest.approx(expected, rel=1e-8, abs=1e-9)
+        expected = evidence.felt.squared(weight(3), offers.matrix(Storage(structure, rank)).double())
+        assert offers.error(Storage(structure, rank)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_offers_of_every_form_shrink_the_layer_but_for_the_dense_one() -> None:
@@ -81,9 +81,9 @@ def test_offers_of_every_form_shrink_the_layer_but_for_the_dense_one() -> None:
         measured = largest_within(structure, int(0.3 * 16 * 24), is_sum)
         assert measured is not None
         found = [offer.error for offer in offers.every if offer.storage == measured]
-        assert found == [pytest.approx(offers.error(measured), rel=1e-9)]
-        expected = known().felt.squared(weight(3), offers.matrix(measured))
-        assert offers.error(measured) == pytest.approx(expected, rel=1e-9)
+        assert found == [pytest.approx(offers.error(measured), rel=1e-4)]
+        expected = known().felt.squared(weight(3), offers.matrix(measured).double())
+        assert offers.error(measured) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("is_sum", [False, True])
