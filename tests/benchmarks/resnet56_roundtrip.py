@@ -38,24 +38,24 @@ OPTIONS = {
 
 
 @dataclass(frozen=True)
-class CifarTest:
-    """The test images."""
+class Images:
+    """Images of CIFAR-10."""
 
     images: Tensor  # (N, 3, 32, 32), normalised
     labels: Tensor  # (N,)
 
 
-def read_cifar(path: Path) -> CifarTest:
-    """Decode a parquet file of {image: {bytes, path}, label} rows; the image column may be img."""
+def read_cifar(path: Path, count: int | None = None) -> Images:
+    """Decode a parquet file of {image: {bytes, path}, label} rows, or the first; the column may be img."""
     import pyarrow.parquet as pq
     from PIL import Image
 
-    table = pq.read_table(path)
+    table = pq.read_table(path).slice(0, count)
     column = "img" if "img" in table.column_names else "image"
     files = [row["bytes"] for row in table[column].to_pylist()]
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    return CifarTest((images - MEAN) / STD, torch.tensor(table["label"].to_pylist()))
+    return Images((images - MEAN) / STD, torch.tensor(table["label"].to_pylist()))
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
