@@ -2,12 +2,12 @@
 
     python tests/benchmarks/calibration_picogpt.py --text FILE [--checkpoint FILE] [--ratios 0.75 0.5 ...]
 
-The linear layers and the head by plain TT-SVD (``mpoc compress``), plain SVD (``--form svd``), SVD whitened by
-each layer's inputs in the dense network (SVD-LLM, in ``calibration.py``, with torch alone) and ``mpoc compress
---calibrate``. Trained and calibrated (512 blocks of 256 characters) on the first 90 % of the text; measured on
-the rest, block by block, which no method sees. The dense network is trained here with ``mpoc finetune``, as
-``mpoc reproduce picogpt`` trains it, unless ``--checkpoint`` is one already. It is run on the calibration text
-once for all rows; seconds are without that pass, which has a line of its own.
+The linear layers and the head by plain TT-SVD (``mpoc compress``), plain SVD (``--form svd``), SVD whitened
+by each layer's inputs in the dense network (SVD-LLM, in ``calibration.py``, with torch alone) and ``mpoc
+compress --calibrate``. Trained and calibrated (512 blocks of 256 characters) on the first 90 % of the text;
+measured on the rest, block by block, which no method sees. The dense network is trained here with ``mpoc
+finetune``, as ``mpoc reproduce picogpt`` trains it, unless ``--checkpoint`` is one already. It is run on
+the calibration text once for all rows; seconds are without that pass, which has a line of its own.
 """
 
 import argparse
@@ -27,7 +27,10 @@ from mpoc.calibrate.study import CalibrationRequest
 from mpoc.zoo.picogpt import PicoGPT
 
 CONTEXT, SAMPLES, HELD_OUT = 256, 512, 0.1
-TRAINING = "--steps 2000 --batch 32 --optimizer adamw --lr 2e-3 --weight-decay 0.01 --warmup 0.05 --clip 1"
+TRAINING = (
+    "--steps 2000 --batch 32 --optimizer adamw --lr 2e-3 --weight-decay 0.01 --warmup 0.05 --clip 1"
+    " --hold-out 0"
+)
 
 
 def blocks(text: str, characters: list[str]) -> Tensor:

@@ -3,11 +3,11 @@
     python tests/benchmarks/calibration_resnet.py --data DATA [--depths 56 20] [--ratios 0.75 0.5 0.35 0.25]
 
 DATA holds ``checkpoints/resnet*.th`` and ``cifar10/``. The convolutions of the blocks and the head
-(``--layers``) at equal ρ, by plain TT-SVD (``mpoc compress``), plain SVD (``--form svd``), SVD of each kernel
-(C_out, C_in k²) whitened by the patches it is given in the dense network (SVD-LLM, in ``calibration.py``,
-with torch alone) and ``mpoc compress --calibrate``. Calibrated on 1,024 images of the training split; measured
-on the 10,000 test images, which no method sees. The dense network is run on the calibration images once for all
-rows; seconds are without that pass, which has a line of its own.
+(``--layers``) at equal ρ, by plain TT-SVD (``mpoc compress``), plain SVD (``--form svd``), SVD of each
+kernel (C_out, C_in k²) whitened by the patches it is given in the dense network (SVD-LLM, in
+``calibration.py``, with torch alone) and ``mpoc compress --calibrate``. Calibrated on 1,024 images of the
+training split; measured on the 10,000 test images, which no method sees. The dense network is run on the
+calibration images once for all rows; seconds are without that pass, which has a line of its own.
 """
 
 import argparse
