@@ -7,14 +7,16 @@ taken up errors already, they may do harm.  So they are kept only where outputs 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mpoc.calibrate.hooks import device_of
+from mpoc.calibrate.hooks import device_of, first_given, hooked
 from mpoc.calibrate.outputs import OutputDistance
 from mpoc.train.call import Batch, Call, to_device
 
@@ -36,7 +38,10 @@ class Renewed:
 def renewed_norms(
     network: nn.Module, call: Call, batches: Sequence[Batch], distance: OutputDistance
 ) -> Renewed | None:
-    """Mean and variance of what each batch norm is given, over all batches; None where there is no norm.
+    """Mean and variance of what each batch norm is given, over all batches.
+
+    None where there is no norm, or none is given two values a channel at once.  Norms that the network does
+    not reach keep what they have.
 
     Args:
         network: compressed, in evaluation mode; left as it is.
@@ -46,22 +51,29 @@ def renewed_norms(
     """
     changed = copy.deepcopy(network)
     norms = {name: m for name, m in changed.named_modules() if _keeps_statistics(m)}
-    if not norms:
-        return None
-    for norm in norms.values():
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over batches
-        norm.train()
+    counts: Counter[nn.Module] = Counter()
+
+    def count(norm: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = first_given(args, named)
+        values = given.numel() // given.shape[1]  # a channel
+        norm.train(values > 1)  # one value has no variance
+        counts[norm] += values if values > 1 else 0
+        norm.momentum = values / max(1, counts[norm])  # a mean over all values
+
     device = device_of(changed)
-    with torch.no_grad():
-        for batch in batches:
+    with torch.no_grad(), hooked() as handles:
+        handles += [norm.register_forward_pre_hook(count, with_kwargs=True) for norm in norms.values()]
+        for batch in batches if norms else ():
             call(changed, to_device(batch, device))
     changed.eval()
     statistics = {
         f"{name}.{kind}": getattr(norm, kind)
         for name, norm in norms.items()
+        if counts[norm]
         for kind in ("running_mean", "running_var")
     }
+    if not statistics:
+        return None
     return Renewed(statistics, distance.of_network(network), distance.of_network(changed))
 
 

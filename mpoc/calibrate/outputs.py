@@ -7,6 +7,7 @@ example add up, and more so in front of a mean over positions.  What the network
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -73,12 +74,12 @@ class OutputDistance:
 
     @torch.no_grad()
     def of_network(self, network: nn.Module) -> float:
-        """Likewise, of a network of the same kind in evaluation mode."""
+        """Likewise, of a network of the same kind in evaluation mode; inf in the place of NaN."""
         total, rows = 0.0, 0
         for (ours, are_logits), (theirs, _) in zip(self._outputs(network), self._dense, strict=True):
             far = kl_of_rows(ours, theirs) if are_logits else (ours - theirs).square().sum(-1) / 2
-            total, rows = total + max(0.0, float(far.sum())), rows + len(ours)
-        return total / rows
+            total, rows = total + float(far.sum()), rows + len(ours)
+        return math.inf if math.isnan(total) else max(0.0, total) / rows
 
     @torch.no_grad()
     def _outputs(self, network: nn.Module) -> Iterator[tuple[Tensor, bool]]:

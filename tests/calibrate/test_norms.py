@@ -16,7 +16,10 @@ from tests.calibrate.networks import damaged, images, resnet20
 
 
 def distance_from(network: nn.Module) -> OutputDistance:
-    held_out = [images(4, seed=7)]
+    return distance_from_own(network, [images(4, seed=7)])
+
+
+def distance_from_own(network: nn.Module, held_out: list[Any]) -> OutputDistance:
     data = SimpleNamespace(held_out=held_out, call=Call.of(network), pooling=None)
     study: Any = SimpleNamespace(network=network, data=data, device=torch.device("cpu"))
     return OutputDistance(study)
@@ -70,3 +73,33 @@ def test_they_mend_wrong_statistics_and_are_refused_where_outputs_lose() -> None
 def test_no_norms_no_statistics() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)).eval()
     assert renewed_norms(network, Call.of(network), [images()], distance_from(network)) is None
+
+
+def test_batches_count_by_their_size_and_one_value_a_channel_counts_nothing() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)).eval()
+    batches = [{"x": torch.randn(n, 3, 4)} for n in (6, 1, 2)]
+    found = renewed_norms(network, Call.of(network), batches, distance_from_own(network, batches))
+    assert found is not None
+    rows = [network[:2](batch["x"]).detach() for batch in (batches[0], batches[2])]
+    torch.testing.assert_close(found.statistics["2.running_mean"], torch.cat(rows).mean(0))
+    variance = (6 * rows[0].var(0) + 2 * rows[1].var(0)) / 8
+    torch.testing.assert_close(found.statistics["2.running_var"], variance)
+    alone = batches[1:2]
+    assert renewed_norms(network, Call.of(network), alone, distance_from_own(network, alone)) is None
+
+
+def test_norms_that_are_not_reached_keep_their_statistics() -> None:
+    class Helped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.helper = nn.Linear(4, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.norm(self.first(x))
+            return y if not self.training else y + self.helper(y)
+
+    network, batches = Helped().eval(), [{"x": torch.randn(8, 4)}]
+    found = renewed_norms(network, Call.of(network), batches, distance_from_own(network, batches))
+    assert found is not None
+    assert set(found.statistics) == {"norm.running_mean", "norm.running_var"}
