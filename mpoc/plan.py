@@ -139,7 +139,8 @@ def _structure(
     if geometry is not None and (form == "svd+mpo" or (form == "svd" and factors is None)):
         raise UsageError(f"--form {form} is of kernels, not of whole maps", "--conv kernel")
     if form == "auto":  # what a budget is shared out from; chains where they were asked for
-        form = "mpo" if geometry is not None or sites is not None else "svd"
+        chain = geometry is not None or sites is not None or rule.bond is not None
+        form = "mpo" if chain else "svd"
     if form != "svd" or factors is not None:
         return make_structure(kind, map.shape, map.transposed, sites, factors, geometry)
     return low_rank_structure(kind, map.shape, map.transposed)

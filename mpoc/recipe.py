@@ -200,7 +200,7 @@ def _check(recipe: Recipe) -> None:
         _check_bond(f"layer {rule.pattern!r}: bond", rule.bond)
         _check_error(f"layer {rule.pattern!r}: max-error", rule.max_error)
         _check_sites(f"layer {rule.pattern!r}: sites", rule.sites)
-        _check_form(f"layer {rule.pattern!r}: form", rule.form, rule.sites)
+        _check_form(f"layer {rule.pattern!r}: form", rule.form, rule.sites, rule.bond)
 
 
 def _check_conv(recipe: Recipe) -> None:
@@ -229,11 +229,13 @@ def _check_sites(where: str, sites: int | None) -> None:
         raise UsageError(f"{where} {sites}: a matrix product operator has at least 2 sites")
 
 
-def _check_form(where: str, form: str | None, sites: int | None) -> None:
+def _check_form(where: str, form: str | None, sites: int | None, bond: int | None = None) -> None:
     if form is not None and form not in FORMS:
         raise UsageError(f"{where} {form!r}: not one of {', '.join(FORMS)}{nearest(form, FORMS)}")
     if form == "svd" and sites is not None:
         raise UsageError(f"{where} svd: has two factors, and no number of sites to choose", "--form mpo")
+    if form in ("auto", "svd+mpo") and bond is not None:
+        raise UsageError(f"{where} {form}: is for a share of a budget, not for a bond", "form mpo, or svd")
 
 
 def _read_recipe(file: Path) -> tuple[dict[str, Any], tuple[LayerRule, ...]]:

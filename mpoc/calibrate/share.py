@@ -62,7 +62,7 @@ class Offers:
         self._problem: Problem | None = None
         self._found: dict[Storage, Tensor] = {}  # float32 matrices fitted so far
         self.every = [Offer(None, structure.num_original, 0.0)]
-        if "svd" in forms:
+        if "svd" in forms or structure.form == "svd":
             self.every += self._of_svd()
         if structure.form == "mpo":
             for form in ("mpo", "svd+mpo"):

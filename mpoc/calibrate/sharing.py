@@ -58,11 +58,10 @@ class Sharing:
             return plans
         known = {name for group in self._study.groups for name in group}
         takes_part = [p for p in plans if p.map.name in known and self._has_no_goal_of_its_own(p)]
-        offers: dict[str, Offers] = {}
-        for k, plan in enumerate(takes_part, start=1):
-            if self._study.tell:
-                self._study.tell("what each form would cost: layer", k, len(takes_part))
-            offers[plan.map.name] = self._offers(plan)
+        offers = {
+            plan.map.name: self._offers(plan, k, len(takes_part))
+            for k, plan in enumerate(takes_part, start=1)
+        }
         if ratio is not None:
             total = sum(plan.structure.num_original for plan in plans)
             others = sum(plan.record().num_stored for plan in plans if plan.map.name not in offers)
@@ -97,12 +96,14 @@ class Sharing:
             f"--size {size}: too small for what calibration records of each layer", "a larger --size"
         )
 
-    def _offers(self, plan: LayerPlan) -> Offers:
-        """Those of the layer, the same for every budget."""
+    def _offers(self, plan: LayerPlan, k: int, count: int) -> Offers:
+        """Those of layer ``k`` of ``count``, the same for every budget."""
         name, forms = plan.map.name, self._forms(plan)
         kept: dict[Any, Offers] = self._study.kept
         key = name, forms, plan.structure if self._has_own_factors(plan) else None
         if key not in kept:
+            if self._study.tell:
+                self._study.tell("what each form would cost: layer", k, count)
             weight = read_finite(self._checkpoint, name).to(self._device)
             kept[key] = Offers(
                 one_matrix(weight, plan.structure.kind, plan.structure.transposed),
@@ -124,7 +125,7 @@ class Sharing:
 
     def _forms(self, plan: LayerPlan) -> tuple[str, ...]:
         form = self._recipe.rule_for(plan.map.name).form or self._recipe.form
-        if form == "auto" and not self._has_own_factors(plan):
+        if form == "auto" and not self._has_own_factors(plan) and self._has_no_goal_of_its_own(plan):
             return ("svd", "mpo") if plan.map.kind == "embedding" else ("svd", "mpo", "svd+mpo")
         return ("svd+mpo",) if form == "svd+mpo" else (plan.structure.form,)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,11 +46,16 @@ def _trial_dict(trial: Trial, search: Bisection) -> dict[str, Any]:
     return {
         "ratio": trial.ratio,
         "nbytes": trial.nbytes,
-        "scores": dict(trial.scores),
-        "drop": trial.drop,
+        "scores": {name: _number(score) for name, score in trial.scores.items()},
+        "drop": _number(trial.drop),
         "kept": search.keeps(trial),
         "chosen": trial is search.chosen,
     }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def print_table(found: Compressed, words: Output) -> None:

@@ -71,6 +71,7 @@ def _rows(module: nn.Module, given: Tensor) -> Tensor:
     """What is multiplied by the weight as a matrix: (rows, inputs)."""
     if isinstance(module, nn.Conv2d):
         size, padding, stride = module.kernel_size, module.padding, module.stride
+        assert not isinstance(padding, str)
         return nn.functional.unfold(given, size, padding=padding, stride=stride).transpose(1, 2).flatten(0, 1)
     return given.flatten(0, -2)
 

@@ -414,3 +414,22 @@ def test_a_table_that_is_also_the_head_is_fitted_by_its_weights(tmp_path: Path) 
     (layer,) = done.manifest.layers
     assert layer.form == "svd" and layer.output_error is None
     assert any("by their weights alone" in note and "tied" in note for note in done.notes)
+
+
+def test_a_layer_s_own_bond_makes_a_chain_beside_open_forms(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    (tmp_path / "recipe.toml").write_text('ratio = 0.5\n[layer."2"]\nbond = 3\n')
+    recipe = make_recipe(tmp_path / "recipe.toml", {"device": "cpu"})
+    request = CalibrationRequest(tmp_path / "data.npz", 200)
+    done = compress_checkpoint(
+        tmp_path / "m.pt", tmp_path / "o.safetensors", recipe, arch=case.arch, calibration=request
+    )
+    second = next(layer for layer in done.manifest.layers if layer.layer == "2")
+    assert second.form == "mpo" and max(second.bonds) == 3 and len(second.output_factors) > 2
+
+
+@pytest.mark.parametrize("form", ["auto", "svd+mpo"])
+def test_an_open_form_takes_no_bond(tmp_path: Path, form: str) -> None:
+    (tmp_path / "recipe.toml").write_text(f'ratio = 0.5\n[layer."2"]\nform = "{form}"\nbond = 3\n')
+    with pytest.raises(UsageError, match="for a share of a budget, not for a bond"):
+        make_recipe(tmp_path / "recipe.toml", {})
