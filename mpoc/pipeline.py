@@ -204,9 +204,11 @@ def _dry_run(
 def _refuse_nothing_gained(manifest: Manifest) -> None:
     if not manifest.replaced:
         first = manifest.layers[0]
+        hint = "a smaller --bond, a larger --max-error, or other --layers; --dry-run shows the plan"
+        if any(goal in manifest.options for goal in ("ratio", "size")):
+            hint = "a smaller --ratio or --size, or other --layers; --dry-run shows the plan"
         raise MpocError(
-            f"no layer would be compressed, so nothing was written ({first.layer}: {first.reason})",
-            "a smaller --bond, a larger --max-error, or other --layers; --dry-run shows the plan",
+            f"no layer would be compressed, so nothing was written ({first.layer}: {first.reason})", hint
         )
 
 

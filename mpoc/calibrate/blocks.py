@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ class Blocks:
             self._left += [one.record.layer for one in compressed]
             return list(fitted)
         path = self._study.block(place)
+        if self._study.tell:
+            self._study.tell("refining block", len(self._losses) + 1, self._count)
         block, cores = self._with_cores(path, compressed)
         vectors = self._vectors(path, block, compressed)
         stored = {name: getattr(torch, one.record.stored_dtype) for name, one in cores.items()}
@@ -79,6 +82,12 @@ class Blocks:
         first = compressed[0].record.name
         new[first] = replace(new[first], changed={**new[first].changed, **changed})
         return [new.get(one.record.name, one) for one in fitted]
+
+    @cached_property
+    def _count(self) -> int:
+        """Blocks that have a layer to refine, at most."""
+        homes = {self.home(name) for group in self._study.groups for name in group}
+        return len(homes - {None})
 
     def take_back(self, place: Place | None) -> None:
         """The last refinement was of this block, and the network is nearer to the dense one without it."""

@@ -14,15 +14,17 @@ from mpoc.calibrate.data import TOKENS, CalibrationData, open_calibration
 from mpoc.calibrate.dense import DensePass, Tell, dense_pass
 from mpoc.calibrate.evidence import Evidence, LayerEvidence, TableEvidence
 from mpoc.calibrate.gather import Positions
+from mpoc.calibrate.hooks import at_rest
 from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.pair import PairPass
 from mpoc.calibrate.refine import Example
 from mpoc.calibrate.store import fingerprint, kept_or_measured
 from mpoc.calibrate.trace import Trace, trace
 from mpoc.network import same_tensor
-from mpoc.train.call import Batch
+from mpoc.train.call import Batch, to_device
 from mpoc.train.material import DataOptions
 from mpoc.train.model import open_model
+from mpoc.train.probe import try_call
 
 _WIDEST = 12_288  # outputs or inputs: the second moments are squares of that, in float64
 _PROBES = 2  # random directions in the output, a batch
@@ -62,7 +64,7 @@ class Study:
         tell: called as the work goes on.
 
     Raises:
-        UsageError: no architecture is known, or data and network do not fit.
+        UsageError: no architecture is known, or the network does not take such data.
         MpocError: bad data, a network that gives numbers that are not finite, or a damaged file of moments.
     """
 
@@ -94,6 +96,9 @@ class Study:
         given = unseen or {}
         self._reasons = {name: why for name in names if (why := given.get(name) or self._why_not(name))}
         self._named = {self.places[name]: name for name in names if name not in self._reasons}
+        first = {name: values[:1] for name, values in self.data.batches[0].items()}
+        with at_rest(self.network), torch.no_grad():
+            try_call(self.data.call, self.network, to_device(first, device))
         self._trace: Trace = trace(self.network, self.data.call, self.data.batches[0], self._named)
         self.notes = list(self.data.notes)
         self._dense = self._kept_pass(seed)

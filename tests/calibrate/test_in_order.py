@@ -433,3 +433,11 @@ def test_an_open_form_takes_no_bond(tmp_path: Path, form: str) -> None:
     (tmp_path / "recipe.toml").write_text(f'ratio = 0.5\n[layer."2"]\nform = "{form}"\nbond = 3\n')
     with pytest.raises(UsageError, match="for a share of a budget, not for a bond"):
         make_recipe(tmp_path / "recipe.toml", {})
+
+
+def test_data_of_another_kind_are_told(tmp_path: Path) -> None:
+    case = Case(tmp_path, "conv")
+    np.savez(tmp_path / "data.npz", x_train=np.zeros((9, 5), np.float32), y_train=np.zeros(9, np.int64))
+    with pytest.raises(UsageError, match=r"the network does not take x of shape \(1, 5\)"):
+        case.compress(ratio=0.5)
+    assert not (tmp_path / "o.safetensors").exists()
