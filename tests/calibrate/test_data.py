@@ -85,8 +85,7 @@ def test_one_example_is_too_few(tmp_path: Path) -> None:
         open_calibration(DataOptions(tmp_path / "one.npz", held_out=0.0), lenet5(tmp_path), 8)
 
 
-def test_texts_of_one_length_are_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpoc.calibrate.data._TOKENS", 24)
+def test_texts_of_one_length_are_together(tmp_path: Path) -> None:
     tiny("bert").save_pretrained(tmp_path / "bert")
     folder(tmp_path / "bert", mean_tokens=True)
     alphabet = "".join(map(chr, range(33, 33 + 99)))  # as many as the network knows
@@ -94,7 +93,7 @@ def test_texts_of_one_length_are_together(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     model = open_model(tmp_path / "bert", None)
     options = DataOptions(tmp_path / "texts.jsonl", block=12, held_out=0.0)
-    found = open_calibration(options, model, 40, 0.25)
+    found = open_calibration(options, model, 40, 0.25, tokens=24)
     masks = [batch["attention_mask"] for batch in found.batches]
     assert sum(map(len, masks)) == 30 and sum(len(batch["input_ids"]) for batch in found.held_out) == 10
     assert all(mask.numel() <= 24 for mask in masks)
