@@ -120,8 +120,10 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpoc.calibrate.refine, "_STEPS", 200)
 
 
-@pytest.mark.parametrize("form", ["svd", "mpo", "auto"])
-@pytest.mark.parametrize("name", ["blocks", "convolutions"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("blocks", "mpo"), ("blocks", "auto"), ("convolutions", "svd"), ("convolutions", "auto")],
+)
 def test_outputs_are_nearer_than_without(tmp_path: Path, name: str, form: str) -> None:
     case = Case(tmp_path, name)
     refined = case.compress(ratio=0.5, form=form)
@@ -129,8 +131,7 @@ def test_outputs_are_nearer_than_without(tmp_path: Path, name: str, form: str) -
     assert [layer.bonds for layer in refined.manifest.layers] == [
         layer.bonds for layer in plain.manifest.layers
     ]
-    hardly = (name, form) == ("convolutions", "mpo")  # where the fit alone leaves little to be gained
-    assert case.error(refined) < (1.03 if hardly else 0.97) * case.error(plain)
+    assert case.error(refined) < 0.97 * case.error(plain)
 
 
 def test_the_file_tells_of_each_block(tmp_path: Path) -> None:

@@ -53,7 +53,18 @@ def test_it_is_kept_by_a_dry_run_and_read_then(folder: Path) -> None:
 
 
 def test_with_a_search(folder: Path) -> None:
-    words = (*CALIBRATE, "--max-drop", 5, "--eval", "digits.npz", "--moments", "m", "--force")
+    words = (
+        *CALIBRATE,
+        "--max-drop",
+        60,
+        "--form",
+        "svd",
+        "--eval",
+        "digits.npz",
+        "--moments",
+        "m",
+        "--force",
+    )
     first, again = here(*words, "-o", "a.safetensors"), here(*words, "-o", "b.safetensors")
     assert first.exit_code == again.exit_code == 0, first.stderr
     assert "kept in m\n" in first.stderr and "read from m\n" in again.stderr
