@@ -14,7 +14,7 @@ from torch import Tensor
 from mpoc.calibrate.evidence import Evidence, one_matrix
 from mpoc.calibrate.rivals import rivals
 from mpoc.fit.metric import Metric
-from mpoc.fit.weighted_mpo import matrix_of, weighted_fit
+from mpoc.fit.weighted_mpo import Problem, matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure
@@ -124,8 +124,8 @@ def _fit(
     if structure.form == "svd":
         left, right = weighted_svd(metric).factors(storage.bond)
         return (MPO([left[None, :, None, :], right[:, None, :, None]], structure),)
-    options = {"rank": storage.low_rank, "start": start, "max_stretches": stretches, "seed": seed}
-    return weighted_fit(metric, structure, storage.bond, **options).terms
+    problem, rank = Problem(metric, structure), storage.low_rank
+    return problem.fit(storage.bond, rank=rank, start=start, max_stretches=stretches, seed=seed).terms
 
 
 def _rounded(terms: tuple[MPO, ...], dtype: torch.dtype) -> tuple[MPO, ...]:

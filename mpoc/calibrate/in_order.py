@@ -109,7 +109,12 @@ class InOrder:
     def finish(self) -> dict[str, Tensor]:
         """After the last layer: statistics of batch norms, by their names, where they help."""
         data = self._study.data
-        self._norms = renewed_norms(self._compressed, data.call, data.batches, self._sharing.distance)
+        self._norms = renewed_norms(
+            self._compressed,
+            data.call,
+            data.batches,
+            lambda network: self._sharing.distance.of_network(network),  # made where there are norms
+        )
         if self._norms is None or not self._norms.is_better:
             return {}
         named = {place: name for name, place in self._study.places.items()}

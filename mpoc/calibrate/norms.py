@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpoc.calibrate.hooks import device_of, first_given, hooked
-from mpoc.calibrate.outputs import OutputDistance
 from mpoc.train.call import Batch, Call, to_device
 
 
@@ -36,7 +35,7 @@ class Renewed:
 
 
 def renewed_norms(
-    network: nn.Module, call: Call, batches: Sequence[Batch], distance: OutputDistance
+    network: nn.Module, call: Call, batches: Sequence[Batch], distance: Callable[[nn.Module], float]
 ) -> Renewed | None:
     """Mean and variance of what each batch norm is given, over all batches.
 
@@ -47,7 +46,7 @@ def renewed_norms(
         network: compressed, in evaluation mode; left as it is.
         call: how it is called.
         batches: of calibration data.
-        distance: on held-out inputs.
+        distance: of a network's held-out outputs from the dense ones.
     """
     changed = copy.deepcopy(network)
     norms = {name: m for name, m in changed.named_modules() if _keeps_statistics(m)}
@@ -74,7 +73,7 @@ def renewed_norms(
     }
     if not statistics:
         return None
-    return Renewed(statistics, distance.of_network(network), distance.of_network(changed))
+    return Renewed(statistics, distance(network), distance(changed))
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

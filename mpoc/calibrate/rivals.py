@@ -13,7 +13,7 @@ from mpoc.calibrate.evidence import Evidence, one_matrix
 from mpoc.fit.ttsvd import tt_svd
 from mpoc.fit.weighted_mpo import matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
-from mpoc.structure import Structure, low_rank_structure, make_structure
+from mpoc.structure import Structure, make_structure
 
 
 def rivals(
@@ -34,7 +34,7 @@ def rivals(
     kind, shape, transposed = structure.kind, structure.shape, structure.transposed
     matrix = one_matrix(weight, kind, transposed)
     found: dict[str, Tensor] = {}
-    rank = parameters // low_rank_structure(kind, shape, transposed).num_parameters(1)
+    rank = parameters // structure.as_low_rank().num_parameters(1)
     if rank:
         left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
         found["plain svd"] = (left[:, :rank] * values[:rank] @ right[:rank]).double()

@@ -55,8 +55,8 @@ def compress(
         typer.Option(
             metavar="mpo|svd|svd+mpo|auto",
             help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. svd+mpo: their sum. "
-            "auto: for each layer the best. The last two with --calibrate and --ratio, where auto is the "
-            "default.",
+            "auto: for each layer the best. The last two with --calibrate and a budget (--ratio, --size or "
+            "--max-drop), where auto is the default.",
             rich_help_panel=HOW,
         ),
     ] = None,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from mpoc.fit.site_whitening import site_coordinates
 from mpoc.fit.ttsvd import tt_svd
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.mpo import MPO
-from mpoc.structure import Structure, low_rank_structure, make_structure
+from mpoc.structure import Structure, make_structure
 
 # Steps of the descent between two looks at f in float64.
 STRETCH = 10
@@ -102,8 +101,8 @@ class Problem:
         best, history = self._descend(best, max_stretches, tolerance)
         one = self.structure
         cores = [best[0].balanced()[0].cores, *(_cropped(t.balanced()[0].cores, one) for t in best[1:])]
-        own = [one, low_rank_structure(one.kind, one.shape, one.transposed)]
-        terms = (MPO([c.to(dtype) for c in term], whose) for term, whose in zip(cores, own, strict=False))
+        own = [one, one.as_low_rank()][: len(cores)]
+        terms = (MPO([c.to(dtype) for c in term], whose) for term, whose in zip(cores, own, strict=True))
         return WeightedFit(tuple(terms), tuple(history))
 
     def _descend(
@@ -131,7 +130,7 @@ class Problem:
         parts = []
         if rank:
             left, right = weighted_svd(whole).factors(rank)
-            parts = [MPO([left[None, :, None], right[:, None, :, None]], _two_factors(working))]
+            parts = [MPO([left[None, :, None], right[:, None, :, None]], working.as_low_rank())]
             rest = [(whole, parts), (white, [self._coordinates.whiten_term(parts[0])])]
             whole, white = (replace(metric, target=metric.target - total(part)) for metric, part in rest)
         if max_bond >= working.full_bond:
@@ -140,11 +139,6 @@ class Problem:
         other = MPO(_tt_svd(white.target.float(), working, max_bond, seed), working)
         candidates = (plain, self._coordinates.restore_term(other))
         return [min(candidates, key=lambda form: _value(whole, [form])), *parts]
-
-
-def weighted_fit(metric: Metric, structure: Structure, max_bond: int, **options: Any) -> WeightedFit:
-    """One fit of a :class:`Problem`; ``options`` and errors are those of :meth:`Problem.fit`."""
-    return Problem(metric, structure).fit(max_bond, **options)
 
 
 def matrix_of(terms: Sequence[MPO]) -> Tensor:
@@ -170,7 +164,7 @@ def _given_start(
         left, right = (core.double() for core in start[1].cores)
         right = pad(right.reshape(len(right), structure.lead, structure.inputs), (0, columns))
         cores = [pad(left, (0, 0, 0, 0, 0, rows)), right.reshape(len(right), 1, -1, 1)]
-        terms.append(MPO(cores, _two_factors(working)))
+        terms.append(MPO(cores, working.as_low_rank()))
     return terms
 
 
@@ -201,10 +195,6 @@ def _working_structure(structure: Structure) -> Structure:
     rows, columns = structure.padded
     factors = structure.output_factors, structure.input_factors
     return make_structure("linear", (rows, structure.lead * columns), factors=factors)
-
-
-def _two_factors(working: Structure) -> Structure:
-    return low_rank_structure(working.kind, working.shape)
 
 
 def _padded_metric(metric: Metric, structure: Structure) -> Metric:

@@ -40,7 +40,7 @@ def test_statistics_are_those_of_what_a_norm_is_given() -> None:
     network = resnet20()
     compressed = damaged(network)
     before = copy.deepcopy(compressed.state_dict())
-    found = renewed_norms(compressed, Call.of(network), [images(8)], distance_from(network))
+    found = renewed_norms(compressed, Call.of(network), [images(8)], distance_from(network).of_network)
     assert found is not None
     rows = given_to(compressed, "bn1", [images(8)])
     torch.testing.assert_close(found.statistics["bn1.running_mean"], rows.mean(1))
@@ -53,7 +53,7 @@ def test_statistics_are_those_of_what_a_norm_is_given() -> None:
 def test_they_mend_wrong_statistics_and_are_refused_where_outputs_lose() -> None:
     network, batches = resnet20(), [images(64, seed=k) for k in range(3)]
     call = Call.of(network)
-    right = renewed_norms(network, call, batches, distance_from(network))
+    right = renewed_norms(network, call, batches, distance_from(network).of_network)
     assert right is not None
     good = copy.deepcopy(network)
     good.load_state_dict({**network.state_dict(), **right.statistics})
@@ -62,31 +62,33 @@ def test_they_mend_wrong_statistics_and_are_refused_where_outputs_lose() -> None
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
             module.running_mean.add_(1.0)
-    mended = renewed_norms(wrong, call, batches, distance_from(good))
+    mended = renewed_norms(wrong, call, batches, distance_from(good).of_network)
     assert mended is not None and mended.is_better
     assert mended.after < 0.1 * mended.before
-    spoilt = renewed_norms(good, call, [images(2, seed=9)], distance_from(good))
+    spoilt = renewed_norms(good, call, [images(2, seed=9)], distance_from(good).of_network)
     assert spoilt is not None and not spoilt.is_better
     assert spoilt.before == 0.0
 
 
 def test_no_norms_no_statistics() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)).eval()
-    assert renewed_norms(network, Call.of(network), [images()], distance_from(network)) is None
+    assert renewed_norms(network, Call.of(network), [images()], distance_from(network).of_network) is None
 
 
 def test_batches_count_by_their_size_and_one_value_a_channel_counts_nothing() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)).eval()
     batches = [{"x": torch.randn(n, 3, 4)} for n in (6, 1, 2)]
-    found = renewed_norms(network, Call.of(network), batches, distance_from_own(network, batches))
+    found = renewed_norms(network, Call.of(network), batches, distance_from_own(network, batches).of_network)
     assert found is not None
     rows = [network[:2](batch["x"]).detach() for batch in (batches[0], batches[2])]
     torch.testing.assert_close(found.statistics["2.running_mean"], torch.cat(rows).mean(0))
     variance = (6 * rows[0].var(0) + 2 * rows[1].var(0)) / 8
     torch.testing.assert_close(found.statistics["2.running_var"], variance)
     alone = batches[1:2]
-    assert renewed_norms(network, Call.of(network), alone, distance_from_own(network, alone)) is None
+    assert (
+        renewed_norms(network, Call.of(network), alone, distance_from_own(network, alone).of_network) is None
+    )
 
 
 def test_norms_that_are_not_reached_keep_their_statistics() -> None:
@@ -100,6 +102,6 @@ def test_norms_that_are_not_reached_keep_their_statistics() -> None:
             return y if not self.training else y + self.helper(y)
 
     network, batches = Helped().eval(), [{"x": torch.randn(8, 4)}]
-    found = renewed_norms(network, Call.of(network), batches, distance_from_own(network, batches))
+    found = renewed_norms(network, Call.of(network), batches, distance_from_own(network, batches).of_network)
     assert found is not None
     assert set(found.statistics) == {"norm.running_mean", "norm.running_var"}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpoc.fit.metric import Metric, make_metric
 from mpoc.fit.ttsvd import tt_svd
-from mpoc.fit.weighted_mpo import matrix_of, weighted_fit
+from mpoc.fit.weighted_mpo import Problem, matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, make_structure
@@ -50,7 +50,7 @@ def brute_force_value(metric: Metric, form: MPO, k: int) -> float:
 )
 def test_no_core_alone_can_do_better(structure: Structure) -> None:
     metric = metric_for(structure)
-    fit = weighted_fit(metric, structure, 3, max_stretches=60, tolerance=1e-6)
+    fit = Problem(metric, structure).fit(3, max_stretches=60, tolerance=1e-6)
     for k in range(len(fit.form.cores)):
         assert brute_force_value(metric, fit.form, k) > (1 - 1e-3) * fit.history[-1]
 
@@ -63,7 +63,7 @@ def test_f_never_rises_and_is_that_of_the_result(
     if structure.kind == "experts":
         return
     metric = metric_for(structure, weighted, seed=seed)
-    fit = weighted_fit(metric, structure, bond, max_stretches=2, seed=seed)
+    fit = Problem(metric, structure).fit(bond, max_stretches=2, seed=seed)
     assert all(later < before for before, later in zip(fit.history, fit.history[1:], strict=False))
     least = 1e-20 * metric.value(torch.zeros_like(metric.target))
     assert metric.value(matrix_of(fit.terms)) == pytest.approx(fit.history[-1], rel=1e-9, abs=least)
@@ -92,7 +92,7 @@ def test_the_matrix_has_the_taps_outermost(structure: Structure) -> None:
 def test_full_bond_is_exact(structure: Structure, rank: int | None) -> None:
     width = structure.lead * structure.inputs
     metric = metric_for(structure, rank=None if rank is None else min(rank, width))
-    fit = weighted_fit(metric, structure, structure.full_bond)
+    fit = Problem(metric, structure).fit(structure.full_bond)
     torch.testing.assert_close(matrix_of(fit.terms), metric.target, rtol=1e-10, atol=1e-10)
     assert fit.form.structure == structure
 
@@ -101,7 +101,7 @@ def test_full_bond_is_exact(structure: Structure, rank: int | None) -> None:
 def test_a_low_rank_matrix_starts_at_the_closed_form(rank: int) -> None:
     metric = random_metric(9, 7)
     structure = make_structure("linear", (9, 7), factors=((9, 1), (1, 7)))
-    fit = weighted_fit(metric, structure, rank, max_stretches=40, tolerance=1e-6)
+    fit = Problem(metric, structure).fit(rank, max_stretches=40, tolerance=1e-6)
     optimum = float(weighted_svd(metric).values[rank:].square().sum())
     assert optimum * (1 - 1e-9) <= fit.history[-1] <= optimum * (1 + 1e-3)
     assert fit.history[0] <= optimum * 1.05
@@ -112,7 +112,7 @@ def test_it_is_better_than_plain_tt_svd(structure: Structure) -> None:
     for seed in range(3):
         metric = metric_for(structure, seed=seed)
         plain = matrix_of([tt_svd(metric.target, structure, 3).form])
-        fit = weighted_fit(metric, structure, 3)
+        fit = Problem(metric, structure).fit(3)
         assert fit.history[-1] < 0.5 * metric.value(plain)
 
 
@@ -120,7 +120,7 @@ def test_it_is_better_than_plain_tt_svd(structure: Structure) -> None:
 def test_no_outputs_are_those_of_the_identity(structure: Structure) -> None:
     metric = metric_for(structure, weighted=False)
     other = Metric(metric.target, metric.inputs, torch.eye(12, dtype=torch.float64))
-    first, second = (weighted_fit(m, structure, 3, max_stretches=30, tolerance=1e-5) for m in (metric, other))
+    first, second = (Problem(m, structure).fit(3, max_stretches=30, tolerance=1e-5) for m in (metric, other))
     assert first.history[-1] == pytest.approx(second.history[-1], rel=0.01)
 
 
@@ -128,7 +128,7 @@ def test_what_an_mpo_can_be_is_found() -> None:
     cores = random_cores(THREE, 2)
     target = MPO(cores, THREE).to_matrix()[0]
     metric = Metric(target, metric_for(THREE).inputs, metric_for(THREE).outputs)
-    fit = weighted_fit(metric, THREE, 2)
+    fit = Problem(metric, THREE).fit(2)
     assert fit.history[-1] < 1e-10 * metric.value(torch.zeros_like(target))
 
 
@@ -136,7 +136,7 @@ def test_padding_costs_nothing_and_takes_no_part() -> None:
     structure = make_structure("embedding", (53, 29), sites=2)
     assert structure.padding != (0, 0)
     metric = metric_for(structure)
-    fit = weighted_fit(metric, structure, 6, max_stretches=40, tolerance=1e-5)
+    fit = Problem(metric, structure).fit(6, max_stretches=40, tolerance=1e-5)
     assert fit.form.to_weight().shape == (53, 29)
     assert metric.value(matrix_of(fit.terms)) == pytest.approx(fit.history[-1], rel=1e-9)
     assert fit.history[-1] < metric.value(matrix_of([tt_svd(metric.target, structure, 6).form]))
@@ -150,7 +150,7 @@ def test_samples_fewer_than_features_and_dead_and_constant_ones() -> None:
         samples[:, 2], samples[:, 5] = 0.0, 7.0
         metric = make_metric(weight, **moments(samples), centred=True, gamma=0, ridge=0, outputs=None)
         for structure in (TWO, THREE):
-            fit = weighted_fit(metric, structure, 3)
+            fit = Problem(metric, structure).fit(3)
             matrix = matrix_of(fit.terms)
             assert matrix.isfinite().all()
             errors = (samples - samples.mean(0)) @ (matrix - weight).T
@@ -161,7 +161,7 @@ def test_samples_fewer_than_features_and_dead_and_constant_ones() -> None:
 def test_a_zero_anywhere_costs_nothing(which: str) -> None:
     parts = {"target": random_weight(TWO), "inputs": torch.eye(12), "outputs": torch.eye(12)}
     parts[which] = torch.zeros(12, 12)
-    fit = weighted_fit(Metric(**{name: part.double() for name, part in parts.items()}), TWO, 2)
+    fit = Problem(Metric(**{name: part.double() for name, part in parts.items()}), TWO).fit(2)
     assert fit.history == (0.0,)
     assert matrix_of(fit.terms).isfinite().all()
 
@@ -170,7 +170,7 @@ def test_a_dead_output_costs_nothing() -> None:
     metric = metric_for(TWO)
     assert metric.outputs is not None
     metric.outputs[3] = metric.outputs[:, 3] = 0.0
-    fit = weighted_fit(metric, TWO, 3)
+    fit = Problem(metric, TWO).fit(3)
     changed = matrix_of(fit.terms)
     changed[3] += 100
     assert metric.value(changed) == pytest.approx(fit.history[-1], rel=1e-9)
@@ -179,25 +179,48 @@ def test_a_dead_output_costs_nothing() -> None:
 def test_a_start_is_kept_or_bettered() -> None:
     metric = metric_for(THREE)
     start = MPO(random_cores(THREE, 3), THREE)
-    fit = weighted_fit(metric, THREE, 3, start=[start])
+    fit = Problem(metric, THREE).fit(3, start=[start])
     assert fit.history[0] == pytest.approx(metric.value(matrix_of([start])), rel=1e-12)
     assert fit.history[-1] < 0.1 * fit.history[0]
-    kept = weighted_fit(metric, THREE, 3, start=[start], max_stretches=0)
+    kept = Problem(metric, THREE).fit(3, start=[start], max_stretches=0)
     torch.testing.assert_close(matrix_of(kept.terms), matrix_of([start]), rtol=1e-10, atol=1e-10)
 
 
 def test_starts_and_structures_that_do_not_fit_are_refused() -> None:
     metric = metric_for(THREE)
     with pytest.raises(ValueError, match="a start with bonds"):
-        weighted_fit(metric, THREE, 2, start=[MPO(random_cores(THREE, 3), THREE)])
+        Problem(metric, THREE).fit(2, start=[MPO(random_cores(THREE, 3), THREE)])
     with pytest.raises(ValueError, match="a start with bonds"):
-        weighted_fit(metric, THREE, 3, start=[MPO(random_cores(TWO, 3), TWO)])
+        Problem(metric, THREE).fit(3, start=[MPO(random_cores(TWO, 3), TWO)])
     with pytest.raises(ValueError, match="experts"):
-        weighted_fit(metric, make_structure("experts", (3, 4, 12)), 2)
+        Problem(metric, make_structure("experts", (3, 4, 12))).fit(2)
+
+
+@pytest.mark.parametrize("structure", [s for s in ONE_MATRIX if s.form == "mpo"], ids=shape_id)
+def test_f_of_a_sum_never_rises_and_is_that_of_the_result(structure: Structure) -> None:
+    metric, problem = metric_for(structure), Problem(metric_for(structure), structure)
+    fit = problem.fit(2, rank=2, max_stretches=4)
+    assert [term.structure for term in fit.terms] == [structure, structure.as_low_rank()]
+    assert fit.terms[1].bonds[1] <= 2 and max(fit.form.bonds) <= 2
+    assert all(later < before for before, later in zip(fit.history, fit.history[1:], strict=False))
+    least = 1e-20 * metric.value(torch.zeros_like(metric.target))
+    assert metric.value(matrix_of(fit.terms)) == pytest.approx(fit.history[-1], rel=1e-9, abs=least)
+    optimum = weighted_svd(metric).values[2:].square().sum()
+    assert fit.history[-1] <= float(optimum) * (1 + 1e-9) + least
+    again = problem.fit(2, rank=2, start=fit.terms, max_stretches=0)
+    torch.testing.assert_close(matrix_of(again.terms), matrix_of(fit.terms), rtol=1e-9, atol=1e-9)
+
+
+def test_a_sum_can_be_what_is_one() -> None:
+    low = torch.randn(12, 2).double() @ torch.randn(2, 12).double()
+    target = MPO(random_cores(TWO, 2), TWO).to_matrix()[0] + low
+    metric = Metric(target, metric_for(TWO).inputs, metric_for(TWO).outputs)
+    fit = Problem(metric, TWO).fit(2, rank=2, max_stretches=60, tolerance=1e-6)
+    assert fit.history[-1] < 1e-4 * metric.value(torch.zeros_like(target))
 
 
 def test_cores_are_balanced_and_of_the_dtype_asked_for() -> None:
-    fit = weighted_fit(metric_for(THREE), THREE, 3, dtype=torch.float32)
+    fit = Problem(metric_for(THREE), THREE).fit(3, dtype=torch.float32)
     assert {core.dtype for core in fit.form.cores} == {torch.float32}
     norms = [float(core.double().norm()) for core in fit.form.cores]
     assert max(norms) < 4 * min(norms)
@@ -208,6 +231,6 @@ def test_cores_are_balanced_and_of_the_dtype_asked_for() -> None:
 
 def test_same_bits_every_time() -> None:
     metric = metric_for(THREE)
-    first, second = (weighted_fit(metric, THREE, 3) for _ in range(2))
+    first, second = (Problem(metric, THREE).fit(3) for _ in range(2))
     assert first.history == second.history
     assert all(map(torch.equal, first.form.cores, second.form.cores))

@@ -1,10 +1,8 @@
-"""Which form and bond each layer gets of a common budget: equal marginal gain in f.
+"""What each way to store a layer would cost, in error over parameters.
 
-Each layer offers its error over its parameters: the closed form of ``svd`` at every rank, MPOs and sums, and
-the weight as it is.  It is f on held-out inputs: on those of the fit, forms with more freedom look better
-than they are.  An MPO's error, as a share of what ``svd`` leaves at the same size, varies little: it is
-measured at one size, of an embedding at two.  So that layers compare, each curve is scaled to how far the
-network's outputs move when that layer alone is compressed.
+The closed form of ``svd`` at every rank, MPOs and sums, and the weight as it is.  The error is f on held-out
+inputs: on those of the fit, forms with more freedom look better than they are.  An MPO's error, as a share of
+what ``svd`` leaves at the same size, varies little: it is measured at one size, of an embedding at two.
 """
 
 from __future__ import annotations
@@ -18,16 +16,14 @@ from torch import Tensor
 from mpoc.budget import largest_bond
 from mpoc.calibrate.evidence import Evidence
 from mpoc.calibrate.fit import Storage
-from mpoc.calibrate.outputs import OutputDistance, Replaced
-from mpoc.curves import share_out
+from mpoc.calibrate.outputs import Replaced
 from mpoc.fit.weighted_mpo import Problem, matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.layout import from_matrix
 from mpoc.plan import LayerPlan
-from mpoc.structure import Structure, low_rank_structure
+from mpoc.structure import Structure
 
 _STRETCHES = 3
-_TELLING = 1e-3  # of a layer's largest error: smaller ones say nothing of how far outputs move
 _SIZES = 32  # at which they are offered
 _MPO_SHARE = 0.4  # of a sum's parameters
 
@@ -55,7 +51,7 @@ class Offers:
         self, matrix: Tensor, structure: Structure, evidence: Evidence, forms: Sequence[str]
     ) -> None:
         self._matrix, self._evidence = matrix, evidence
-        self._low_rank = low_rank_structure(structure.kind, structure.shape, structure.transposed)
+        self._low_rank = structure.as_low_rank()
         svd = weighted_svd(evidence.metric(matrix, evidence.usual_gamma))
         self._left, self._right = svd.left.float(), svd.right.float()
         self._errors = evidence.felt.of_ranks(matrix, svd.left, svd.right).tolist()
@@ -162,104 +158,3 @@ def storage_of(plan: LayerPlan) -> Storage:
     """How a plan that is not dense stores its layer."""
     assert plan.max_bond is not None
     return Storage(plan.structure, plan.max_bond, plan.low_rank)
-
-
-@dataclass(frozen=True)
-class Shares:
-    """Plans with their bonds, and how far the outputs move under each way to share, not yet in order."""
-
-    plans: list[LayerPlan]
-    chosen: str  # "equal gain" or "uniform"
-    distances: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Of one number of a layer, in the unit of the budget: 1, or its bytes."""
-
-    stored: int = 1  # in a core
-    dense: int = 1
-
-    def of(self, plan: LayerPlan) -> int:
-        """Of the layer as planned."""
-        each = self.dense if plan.max_bond is None else self.stored
-        return each * plan.record().num_stored
-
-
-def share_by_gain(
-    plans: Sequence[LayerPlan],
-    offers: Mapping[str, Offers],
-    costs: Mapping[str, Costs],
-    budget: int,
-    distance: OutputDistance,
-) -> Shares:
-    """The structures and bonds that take most off the error, or those given where the outputs prefer them.
-
-    Args:
-        plans: of all selected layers, bonds shared out uniformly.
-        offers: of those that take part, by the name of the weight.
-        costs: of each layer that takes part.
-        budget: of those together.
-        distance: on held-out inputs.
-    """
-    part = {plan.map.name: plan for plan in plans if plan.map.name in offers}
-    curves = []
-    for name, plan in part.items():
-        scale, cost = _scale(offers[name], plan, distance), costs[name]
-        numbers = [
-            offer.parameters * (cost.stored if offer.storage else cost.dense) for offer in offers[name].every
-        ]
-        errors = [offer.error * scale for offer in offers[name].every]
-        curves.append(list(zip(numbers, errors, strict=True)))
-    taken = share_out(curves, budget)
-    ways = {"uniform": [_in_best_form(plan, offers.get(plan.map.name)) for plan in plans]}
-    if taken is not None and sum(costs[name].of(plan) for name, plan in part.items()) > budget:
-        ways = {}
-    if taken is not None:
-        chosen = {name: offers[name].every[k] for name, k in zip(part, taken, strict=True)}
-        ways["equal gain"] = [
-            _as_offered(plan, chosen[plan.map.name]) if plan.map.name in chosen else plan for plan in plans
-        ]
-    distances = {way: distance.of(_replaced(shared, offers)) for way, shared in ways.items()}
-    best = min(distances, key=lambda way: distances[way])
-    return Shares(ways[best], best, distances)
-
-
-def _scale(offers: Offers, plan: LayerPlan, distance: OutputDistance) -> float:
-    """From errors to those that the outputs feel, told at the layer's plan.
-
-    Where that is dense, or errs so little that rounding drowns it, at the offer that errs most.
-    """
-    smaller = [offer for offer in offers.every if offer.storage is not None]
-    most = max(smaller, key=lambda offer: offer.error, default=None)
-    if most is None:
-        return 1.0
-    if plan.max_bond is None or offers.error(storage_of(plan)) < _TELLING * most.error:
-        plan = _as_offered(plan, most)
-    error = offers.error(storage_of(plan))
-    return distance.of({plan.map.name: offers.replaced(plan)}) / error if error > 0 else 1.0
-
-
-def _replaced(plans: Sequence[LayerPlan], offers: Mapping[str, Offers]) -> dict[str, Replaced]:
-    return {
-        plan.map.name: offers[plan.map.name].replaced(plan)
-        for plan in plans
-        if plan.map.name in offers and plan.max_bond is not None
-    }
-
-
-def _in_best_form(plan: LayerPlan, offers: Offers | None) -> LayerPlan:
-    """The same size, as the layer offers it with the least error."""
-    if offers is None or plan.max_bond is None:
-        return plan
-    size = plan.record().num_stored
-    within = [offer for offer in offers.every if offer.storage is not None and offer.parameters <= size]
-    return _as_offered(plan, min(within, key=lambda offer: offer.error)) if within else plan
-
-
-def _as_offered(plan: LayerPlan, offer: Offer) -> LayerPlan:
-    storage = offer.storage
-    if storage is None:
-        return replace(plan, max_bond=None, low_rank=0, reason="worth its parameters as it is")
-    found = replace(plan, structure=storage.structure, max_bond=storage.bond, low_rank=storage.low_rank)
-    return replace(found, reason="")
