@@ -52,9 +52,9 @@ def _console(stderr: bool) -> Console:
 @contextmanager
 def reported_errors() -> Iterator[None]:
     """Turn errors into one message on stderr and the exit status: 1, 2, or 130 for Ctrl-C."""
-    _terminate_like_interrupt()
     try:
-        yield
+        with _stopped_by_signals():
+            yield
     except MpocError as error:
         _fail(str(error), error.hint, error.exit_code)
     except KeyboardInterrupt:
@@ -98,10 +98,25 @@ def _os_hint(error: OSError) -> str | None:
     return hints.get(error.errno or 0)
 
 
-def _terminate_like_interrupt() -> None:
-    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written stays."""
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written stays.
+
+    Either stays what it is where native code that it falls into turns it into an error of its own, as torch's
+    does.
+    """
+    received: list[BaseException] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + signum)
+        received.append(KeyboardInterrupt() if signum == signal.SIGINT else SystemExit(128 + signum))
+        raise received[-1]
 
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as under nohup
+        signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except Exception:
+        if received:
+            raise received[-1] from None
+        raise

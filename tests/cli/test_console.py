@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from mpoc.cli.console import reported_errors
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """As a process has them at its start, and afterwards as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def stopped_in_native_code(signum: int) -> None:
+    """As torch does where its native code calls back into Python."""
+    try:
+        signal.raise_signal(signum)
+    except BaseException:
+        raise ValueError("could not determine the shape") from None
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_that_native_code_turns_into_an_error_stays_one(
+    signum: int, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop, reported_errors():
+        stopped_in_native_code(signum)
+    assert stop.value.code == status
+    said = "error: interrupted; nothing was written\n" if signum == signal.SIGINT else ""
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.usefixtures("handlers")
+def test_errors_without_a_signal_stay_errors() -> None:
+    with pytest.raises(ValueError, match="a fault"), reported_errors():
+        raise ValueError("a fault")
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_signal_that_was_ignored_from_the_start_stays_so() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with reported_errors():
+        signal.raise_signal(signal.SIGINT)
