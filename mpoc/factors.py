@@ -1,10 +1,12 @@
-"""Whole numbers as products of nearly equal factors, or of a small and a large one."""
+"""Whole numbers as products of nearly equal factors, or of a small and a large one: the sides of a layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from functools import cache
+
+from mpoc.geometry import Geometry
 
 # An exact factorisation is kept unless its factors sum to more than this many times the padded one's.
 _EXACT_BONUS = 2.0
@@ -61,3 +63,60 @@ def wide_factors(outputs: int, inputs: int) -> tuple[tuple[int, ...], tuple[int,
 
 def _least_factor(size: int) -> int:
     return next((k for k in range(2, math.isqrt(size) + 1) if size % k == 0), size)
+
+
+def default_sites(outputs: int, inputs: int) -> int:
+    """The papers' habit: four sites where the larger side is under 1,024, five from there."""
+    wanted = 4 if max(outputs, inputs) < 1024 else 5
+    return max(1, min(wanted, int(math.log2(max(2, min(outputs, inputs))))))
+
+
+def choose_factors(outputs: int, inputs: int, sites: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(output factors, input factors): outputs falling and inputs rising, so that all sites are alike in size.
+
+    Args:
+        outputs: N_y.
+        inputs: N_x.
+        sites: wanted number; None for the papers' habit. Fewer where a side is too small, or prime.
+    """
+    wanted = sites if sites is not None else default_sites(outputs, inputs)
+    for count in range(wanted, 1, -1):
+        found = balanced_factors(outputs, count), balanced_factors(inputs, count)
+        if found[0] and found[1]:
+            return found[0][::-1], found[1]
+    return (outputs,), (inputs,)
+
+
+def choose_map_factors(
+    geometry: Geometry, channels: tuple[int, int], sites: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sites of their own for each axis, channels last, that no factor crosses; neighbours merged if too many.
+
+    Nothing is padded.  Unless asked for fewer, a large map has more sites than the papers' habit: a factor of
+    at most about 8 in height and width, and three sites for the channels.
+    """
+    positions = geometry.positions
+    outputs, inputs = (count * each for count, each in zip(positions, channels, strict=True))
+    pairs: list[tuple[int, int]] = []
+    for pair in zip(geometry.output_size, geometry.size, strict=True):
+        if max(pair) > 1:
+            pairs += _exact_pairs(*pair, math.ceil(math.log2(max(pair)) / 3))
+    habit = default_sites(outputs, inputs) if sites is None else sites
+    least = min(3, default_sites(*channels)) if sites is None else 1
+    found = _exact_pairs(*channels, max(least, habit - len(pairs)))
+    # Shifts keep most digits of a position, so positions match digit by digit; channels balance the sites.
+    pairs += zip((j for j, _ in reversed(found)), (i for _, i in found), strict=True)
+    while sites is not None and len(pairs) > sites:
+        k = min(range(len(pairs) - 1), key=lambda k: math.prod(pairs[k] + pairs[k + 1]))
+        (j, i), (more_j, more_i) = pairs[k : k + 2]
+        pairs[k : k + 2] = [(j * more_j, i * more_i)]
+    return tuple(j for j, _ in pairs), tuple(i for _, i in pairs)
+
+
+def _exact_pairs(outputs: int, inputs: int, count: int) -> list[tuple[int, int]]:
+    """Rising factors (J, I) of at most ``count`` sites that multiply out to the two sides exactly."""
+    for number in range(count, 1, -1):
+        found = most_balanced(outputs, number), most_balanced(inputs, number)
+        if found[0] and found[1]:
+            return list(zip(*found, strict=True))
+    return [(outputs, inputs)]

@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass, field
 
 from mpoc.errors import UsageError
-from mpoc.factors import balanced_factors, most_balanced
+from mpoc.factors import choose_factors, choose_map_factors
 from mpoc.geometry import Geometry, factors_by_axis
 
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "convmap", "embedding", "experts")
@@ -174,12 +174,6 @@ def low_rank_structure(kind: str, shape: tuple[int, ...], transposed: bool = Fal
     return Structure(kind, tuple(shape), transposed, *factors)
 
 
-def default_sites(outputs: int, inputs: int) -> int:
-    """The papers' habit: four sites where the larger side is under 1,024, five from there."""
-    wanted = 4 if max(outputs, inputs) < 1024 else 5
-    return max(1, min(wanted, int(math.log2(max(2, min(outputs, inputs))))))
-
-
 def make_structure(
     kind: str,
     shape: tuple[int, ...],
@@ -207,9 +201,10 @@ def make_structure(
     if factors is not None:
         output_factors, input_factors = _check_factors(front, outputs, inputs, factors)
     elif geometry is not None:
-        output_factors, input_factors = _choose_map_factors(geometry, shape, sites)
+        channels = (shape[0], shape[1] * geometry.groups)
+        output_factors, input_factors = choose_map_factors(geometry, channels, sites)
     else:
-        output_factors, input_factors = _choose_factors(outputs, inputs, sites)
+        output_factors, input_factors = choose_factors(outputs, inputs, sites)
     if lead > 1:
         output_factors = (front[0], *output_factors)
         input_factors = (front[1], *input_factors)
@@ -249,48 +244,3 @@ def _check_factors(
 
 def _times(factors: tuple[int, ...]) -> str:
     return "×".join(map(str, factors))
-
-
-def _choose_factors(outputs: int, inputs: int, sites: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Balanced factors, outputs falling and inputs rising so that every site is about the same size."""
-    wanted = sites if sites is not None else default_sites(outputs, inputs)
-    for count in range(wanted, 1, -1):
-        found = balanced_factors(outputs, count), balanced_factors(inputs, count)
-        if found[0] and found[1]:
-            return found[0][::-1], found[1]
-    return (outputs,), (inputs,)
-
-
-def _choose_map_factors(
-    geometry: Geometry, shape: tuple[int, ...], sites: int | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sites of their own for each axis, channels last, that no factor crosses; neighbours merged if too many.
-
-    Nothing is padded.  Unless asked for fewer, a large map has more sites than the papers' habit: a factor of
-    at most about 8 in height and width, and three sites for the channels.
-    """
-    _, outputs, inputs = lead_outputs_inputs("convmap", shape, False, geometry)
-    channels = (shape[0], shape[1] * geometry.groups)
-    pairs: list[tuple[int, int]] = []
-    for pair in zip(geometry.output_size, geometry.size, strict=True):
-        if max(pair) > 1:
-            pairs += _exact_pairs(*pair, math.ceil(math.log2(max(pair)) / 3))
-    habit = default_sites(outputs, inputs) if sites is None else sites
-    least = min(3, default_sites(*channels)) if sites is None else 1
-    found = _exact_pairs(*channels, max(least, habit - len(pairs)))
-    # Shifts keep most digits of a position, so positions match digit by digit; channels balance the sites.
-    pairs += zip((j for j, _ in reversed(found)), (i for _, i in found), strict=True)
-    while sites is not None and len(pairs) > sites:
-        k = min(range(len(pairs) - 1), key=lambda k: math.prod(pairs[k] + pairs[k + 1]))
-        (j, i), (more_j, more_i) = pairs[k : k + 2]
-        pairs[k : k + 2] = [(j * more_j, i * more_i)]
-    return tuple(j for j, _ in pairs), tuple(i for _, i in pairs)
-
-
-def _exact_pairs(outputs: int, inputs: int, count: int) -> list[tuple[int, int]]:
-    """Rising factors (J, I) of at most ``count`` sites that multiply out to the two sides exactly."""
-    for number in range(count, 1, -1):
-        found = most_balanced(outputs, number), most_balanced(inputs, number)
-        if found[0] and found[1]:
-            return list(zip(*found, strict=True))
-    return [(outputs, inputs)]
