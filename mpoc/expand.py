@@ -13,9 +13,9 @@ from mpoc.checkpoint.base import Checkpoint, fingerprint
 from mpoc.checkpoint.safetensors_file import open_safetensors
 from mpoc.errors import MpocError
 from mpoc.fit.conv_map import project
-from mpoc.forms.chains import weight_of
 from mpoc.forms.layout import working_dtype
 from mpoc.forms.mpo import MPO
+from mpoc.forms.terms import weight_of
 from mpoc.header import TensorInfo
 from mpoc.history import metadata, write_history
 from mpoc.manifest import LayerRecord, Manifest, read_manifest

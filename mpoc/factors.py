@@ -72,7 +72,7 @@ def default_sites(outputs: int, inputs: int) -> int:
 
 
 def choose_factors(outputs: int, inputs: int, sites: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(output factors, input factors): outputs falling and inputs rising, so that all sites are alike in size.
+    """(output factors, input factors): outputs fall and inputs rise, so that all sites are alike in size.
 
     Args:
         outputs: N_y.

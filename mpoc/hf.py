@@ -27,7 +27,6 @@ from mpoc.errors import MpocError
 from mpoc.hub_directory import GUARD, GUARD_KEY, cores_of
 from mpoc.manifest import FORMAT, SAVED_AGAIN, core_prefix
 from mpoc.nn.adopt import adopt_everywhere
-from mpoc.nn.cost import Site
 from mpoc.nn.experts import unstack
 from mpoc.structure import Structure
 
@@ -196,7 +195,7 @@ class MpoQuantizer(HfQuantizer):
             self._unstacked.add(converter.target_patterns[0])
 
     def _swap(
-        self, model: PreTrainedModel, names: list[str], structure: Structure, shapes: list[Site]
+        self, model: PreTrainedModel, names: list[str], structure: Structure, shapes: list[tuple[int, ...]]
     ) -> None:
         """Cores, still empty, in the place of a weight, by all its names."""
         cores = [torch.empty(shape, device="meta") for shape in shapes]

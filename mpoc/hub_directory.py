@@ -18,8 +18,9 @@ from typing import Any
 from mpoc.errors import MpocError
 from mpoc.header import TensorInfo, encode_header, storage_order
 from mpoc.manifest import FORMAT, FORMS, MANIFEST_FILE, Manifest
-from mpoc.record_check import check_low_rank, parse_geometry
+from mpoc.record_check import are_joined, check_low_rank, parse_geometry
 from mpoc.structure import KINDS, Structure
+from mpoc.wiring import network_of
 from mpoc.writer import Shard, write_safetensors
 
 GUARD_KEY = "transformers_weights"
@@ -193,7 +194,7 @@ def quantization_config(manifest: Manifest) -> dict[str, Any]:
     return {"quant_method": "mpo", "format": FORMAT, "layers": layers}
 
 
-def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, int, int, int]]]:
+def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, ...]]]:
     """One layer of :func:`quantization_config`, read back: its structure and the shapes of its cores.
 
     Raises:
@@ -203,15 +204,15 @@ def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, int, int
         lists = [tuple(entry[key]) for key in ("shape", "output_factors", "input_factors", "bonds")]
         shape, outputs, inputs, bonds = lists
         geometry = parse_geometry(entry["geometry"], shape) if "geometry" in entry else None
-        structure = Structure(entry["kind"], shape, entry["transposed"], outputs, inputs, geometry)
+        sides = shape, entry["transposed"], outputs, inputs
+        structure = Structure(entry["kind"], *sides, geometry, network_of(entry["form"]))
         low_rank = entry.get("low_rank", 0)
         whole = all(isinstance(number, int) and number > 0 for numbers in lists for number in numbers)
         whole = whole and isinstance(low_rank, int)
-        chain = len(outputs) == len(inputs) == len(bonds) - 1 > 0 and bonds[0] == bonds[-1] == 1
         known = entry["form"] in FORMS[:-1] and structure.kind in KINDS
         known = known and (structure.kind == "convmap") == (geometry is not None)
         known = known and (entry["form"] == "svd+mpo") == (low_rank != 0)
-        if not (whole and chain and known and min(structure.padding) >= 0):
+        if not (whole and known and are_joined(structure, bonds) and min(structure.padding) >= 0):
             raise ValueError(entry)
         check_low_rank(structure, low_rank)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

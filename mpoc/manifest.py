@@ -22,9 +22,10 @@ from mpoc.record_check import check_record, parse_geometry, with_tuples
 from mpoc.structure import KINDS, Structure
 from mpoc.typed import typed
 from mpoc.weight_files import read_json, stored_tensors
+from mpoc.wiring import network_of
 
 FORMAT = 1
-FORMS = ("mpo", "svd", "svd+mpo", "dense")
+FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "dense")
 MANIFEST_FILE = "mpoc.json"
 # In the metadata of weights that transformers saved: an ``mpoc.json`` beside them is an older one.
 SAVED_AGAIN = "mpoc_saved_again"
@@ -72,14 +73,15 @@ class LayerRecord:
     @property
     def structure(self) -> Structure:
         """How the cores make the weight; not for dense layers."""
+        factors = self.output_factors, self.input_factors
         return Structure(
-            self.kind, self.shape, self.transposed, self.output_factors, self.input_factors, self.geometry
+            self.kind, self.shape, self.transposed, *factors, self.geometry, network_of(self.form)
         )
 
     @property
     def num_cores(self) -> int:
-        """Of the MPO, and two more of an added low-rank part; 0 where dense."""
-        return len(self.output_factors) + (2 if self.low_rank else 0)
+        """Of the form, and two more of an added low-rank part; 0 where dense."""
+        return len(self.core_shapes) if self.form != "dense" else 0
 
     @property
     def core_names(self) -> list[str]:
@@ -87,14 +89,15 @@ class LayerRecord:
         return [self.core_name(k) for k in range(self.num_cores)]
 
     @property
-    def core_shapes(self) -> list[tuple[int, int, int, int]]:
+    def core_shapes(self) -> list[tuple[int, ...]]:
         """Their shapes; not for dense layers."""
         return self.structure.core_shapes(self.bonds, self.low_rank)
 
     def bonds_text(self, between: str = " ") -> str:
         """The inner bonds for people, as ``4 8 4``, or ``48 + r 12`` with an added part of rank 12."""
+        inner = self.bonds[1:-1] if network_of(self.form) == "chain" else self.bonds
         added = f"r {self.low_rank}" if self.low_rank else ""
-        return " + ".join(filter(None, [between.join(map(str, self.bonds[1:-1])), added]))
+        return " + ".join(filter(None, [between.join(map(str, inner)), added]))
 
     def core_name(self, site: int) -> str:
         """The tensor name of core ``site`` (from 0)."""

@@ -101,10 +101,9 @@ def _more_than_planned(plan: LayerPlan) -> int:
 
 
 def _with_longest_figures(record: LayerRecord) -> LayerRecord:
-    inner = 0 if record.low_rank else max(len(record.bonds) - 2, 0)
     if record.form == "dense":
         return record
-    figures = (LONGEST_FIGURE,) * inner
+    figures = (LONGEST_FIGURE,) * (0 if record.low_rank else len(record.bonds))
     return replace(record, relative_error=LONGEST_FIGURE, entropies=figures, entropies_of_weight=figures)
 
 

@@ -18,6 +18,7 @@ from mpoc.manifest import LayerRecord
 from mpoc.recipe import LayerRule, Recipe
 from mpoc.selection import LinearMap, Selection, check_pattern, matches
 from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
+from mpoc.wiring import network_of
 
 
 @dataclass(frozen=True)
@@ -136,13 +137,15 @@ def _structure(
     _, outputs, inputs = lead_outputs_inputs(kind, map.shape, map.transposed, geometry)
     factors, sites = recipe.factors_for(map.name, outputs, inputs), rule.sites or recipe.sites
     form = rule.form or recipe.form
-    if geometry is not None and (form == "svd+mpo" or (form == "svd" and factors is None)):
+    of_kernels = form in ("svd+mpo", "tree", "mera") or (form == "svd" and factors is None)
+    if geometry is not None and of_kernels:
         raise UsageError(f"--form {form} is of kernels, not of whole maps", "--conv kernel")
     if form == "auto":  # what a budget is shared out from; chains where they were asked for
         chain = geometry is not None or sites is not None or rule.bond is not None
         form = "mpo" if chain else "svd"
     if form != "svd" or factors is not None:
-        return make_structure(kind, map.shape, map.transposed, sites, factors, geometry)
+        network = network_of(form or "mpo")
+        return make_structure(kind, map.shape, map.transposed, sites, factors, geometry, network)
     return low_rank_structure(kind, map.shape, map.transposed)
 
 

@@ -9,6 +9,7 @@ from mpoc.geometry import Geometry
 from mpoc.header import ITEMSIZE
 from mpoc.structure import Structure
 from mpoc.typed import typed
+from mpoc.wiring import num_bonds
 
 if TYPE_CHECKING:
     from mpoc.manifest import LayerRecord
@@ -31,22 +32,31 @@ def check_record(layer: LayerRecord) -> None:
 
 
 def _check_factors(layer: LayerRecord) -> None:
-    """Factors and bonds must make a chain, and the chain a matrix no smaller than the weight's.
+    """Factors and bonds must make a network, and the network a matrix no smaller than the weight's.
 
     Raises:
         ValueError: they do not.
     """
     structure = layer.structure
-    chain = len(layer.output_factors) == len(layer.input_factors) == len(layer.bonds) - 1 > 0
+    joined = are_joined(structure, layer.bonds)
     if layer.geometry is None:
         whole = structure.lead * structure.outputs * structure.inputs == layer.num_original
     else:
         whole = structure.num_original == layer.num_original
     whole = whole and (layer.kind == "convmap") == (layer.geometry is not None)
-    front = structure.site_sizes[0] if chain and structure.lead_sites else 1
-    if not (chain and whole and front == structure.lead and _modest(structure)):
+    front = structure.site_sizes[0] if joined and structure.lead_sites else 1
+    if not (joined and whole and front == structure.lead and _modest(structure)):
         raise ValueError(f"layer {layer.name!r}: its factors and bonds do not make its weight")
     check_low_rank(structure, layer.low_rank)
+
+
+def are_joined(structure: Structure, bonds: tuple[int, ...]) -> bool:
+    """Whether outputs, inputs and bonds are of one number of sites; those of a whole map are a chain."""
+    sites, is_chain = len(structure.output_factors), structure.network == "chain"
+    if sites != len(structure.input_factors) or sites < 1 or (structure.geometry and not is_chain):
+        return False
+    ends = (bonds[0], bonds[-1]) if is_chain and bonds else (1, 1)
+    return len(bonds) == num_bonds(structure.network, sites) and ends == (1, 1)
 
 
 def check_low_rank(structure: Structure, low_rank: int) -> None:

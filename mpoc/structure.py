@@ -10,6 +10,8 @@ Two sites with the factors (N_y, 1) and (1, N_x) are a plain low-rank factorisat
 site for the lead: taps go with the inputs, experts with the outputs.  Such a low-rank part can be added to
 an MPO (form ``svd+mpo``); the structure is then the MPO's.
 
+The sites are joined to a chain (an MPO), or to a tree or a MERA over the same sites (:mod:`mpoc.wiring`).
+
 A convolution can also be seen as one linear map at a given input size (kind ``convmap``; Gao et al. 2020):
 outputs H'·W'·C_out, inputs H·W·C_in, channel last, and no lead.  ρ still counts the kernel's numbers.
 
@@ -25,6 +27,7 @@ from dataclasses import dataclass, field
 from mpoc.errors import UsageError
 from mpoc.factors import choose_factors, choose_map_factors
 from mpoc.geometry import Geometry, factors_by_axis
+from mpoc.wiring import Core, branches, count_parameters, wiring
 
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "convmap", "embedding", "experts")
 # A whole map of more numbers is never formed, and its factors must then align with height, width, channels.
@@ -41,9 +44,10 @@ class Structure:
     output_factors: tuple[int, ...]  # J, one a site, the lead site included
     input_factors: tuple[int, ...]  # I
     geometry: Geometry | None = None  # of a whole map, and of nothing else
+    network: str = "chain"  # one of mpoc.wiring.NETWORKS
 
     # How the sites see the weight, told from the above.
-    form: str = field(init=False, compare=False, repr=False)  # "svd" or "mpo"
+    form: str = field(init=False, compare=False, repr=False)  # "svd", "mpo", "tree" or "mera"
     lead: int = field(init=False, compare=False, repr=False)  # taps, experts; 1 where they have no own site
     outputs: int = field(init=False, compare=False, repr=False)  # N_y, of one tap or expert
     inputs: int = field(init=False, compare=False, repr=False)  # N_x, of one tap or expert
@@ -51,11 +55,13 @@ class Structure:
     def __post_init__(self) -> None:
         joined = low_rank_sides(self.kind, self.shape, self.transposed)
         factors = (self.output_factors, self.input_factors)
-        low_rank = self.geometry is None and _low_rank_factors(joined) == factors
+        is_chain = self.network == "chain"
+        low_rank = is_chain and self.geometry is None and _low_rank_factors(joined) == factors
         lead, outputs, inputs = lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)
         if low_rank:
             lead, (outputs, inputs) = 1, joined
-        found = {"form": "svd" if low_rank else "mpo", "lead": lead, "outputs": outputs, "inputs": inputs}
+        form = "svd" if low_rank else "mpo" if is_chain else self.network
+        found = {"form": form, "lead": lead, "outputs": outputs, "inputs": inputs}
         vars(self).update(found)
 
     @property
@@ -104,9 +110,18 @@ class Structure:
         return tuple(tuple(zip(j, i, strict=True)) for j, i in zip(by_output, by_input, strict=True))
 
     def bonds(self, max_bond: int) -> tuple[int, ...]:
-        """(D_0..D_n), each capped at ``max_bond`` and at both sizes of its unfolding."""
+        """Dimensions as :func:`mpoc.wiring.wiring` takes them, at most ``max_bond``.
+
+        Those of a chain or a tree are capped at both sizes of the cut that they make.
+        """
         sizes = self.site_sizes
-        total, left, bonds = math.prod(sizes), 1, [1]
+        total = math.prod(sizes)
+        if self.network == "mera":
+            return (max_bond,)
+        if self.network == "tree":
+            spans = (math.prod(sizes[span.start : span.stop]) for span in branches(len(sizes)))
+            return tuple(min(max_bond, inside, total // inside) for inside in spans)
+        left, bonds = 1, [1]
         for size in sizes[:-1]:
             left *= size
             bonds.append(min(max_bond, left, total // left))
@@ -115,7 +130,11 @@ class Structure:
     def num_parameters(self, max_bond: int, low_rank: int = 0) -> int:
         """N_mpo (Eq. 6) at these bonds, and r·(N_y + N_x) of an added part of rank r = ``low_rank``."""
         added = low_rank * sum(self.as_low_rank().site_sizes) if low_rank else 0
-        return count_parameters(self.site_sizes, self.bonds(max_bond)) + added
+        return self.count(self.bonds(max_bond)) + added
+
+    def count(self, bonds: tuple[int, ...]) -> int:
+        """Numbers in the cores at just these bonds."""
+        return count_parameters(self.network, self.output_factors, self.input_factors, bonds)
 
     def as_low_rank(self) -> Structure:
         """The same weight's structure of the form ``svd``: that of an added low-rank part.
@@ -127,21 +146,23 @@ class Structure:
             raise ValueError("a whole map has no low-rank part")
         return low_rank_structure(self.kind, self.shape, self.transposed)
 
-    def core_shapes(self, bonds: tuple[int, ...], low_rank: int = 0) -> list[tuple[int, int, int, int]]:
-        """(D_left, J, I, D_right) of each core as stored, an added low-rank part's two at the end."""
-        sides = zip(bonds[:-1], self.output_factors, self.input_factors, bonds[1:], strict=True)
+    def wiring(self, bonds: tuple[int, ...]) -> tuple[Core, ...]:
+        """The cores and their legs, an added low-rank part left out."""
+        return wiring(self.network, self.output_factors, self.input_factors, bonds)
+
+    def core_shapes(self, bonds: tuple[int, ...], low_rank: int = 0) -> list[tuple[int, ...]]:
+        """Of each core as stored, (D_left, J, I, D_right) in a chain; then an added low-rank part's two."""
         added = self.as_low_rank().core_shapes((1, low_rank, 1)) if low_rank else []
-        return [*sides, *added]
+        return [*(core.shape for core in self.wiring(bonds)), *added]
 
     @property
     def full_bond(self) -> int:
-        """The smallest cap at which nothing is discarded."""
-        return max(self.bonds(math.prod(self.site_sizes)))
-
-
-def count_parameters(site_sizes: tuple[int, ...], bonds: tuple[int, ...]) -> int:
-    """Σ D_{k-1} J_k I_k D_k."""
-    return sum(a * size * b for a, size, b in zip(bonds[:-1], site_sizes, bonds[1:], strict=True))
+        """The smallest cap at which nothing need be discarded; of a MERA, one at which nothing need be."""
+        sizes = self.site_sizes
+        if self.network != "mera":
+            return max(self.bonds(math.prod(sizes)), default=1)
+        cuts = (math.prod(sizes[:k]) for k in range(len(sizes) + 1))
+        return max(min(left, math.prod(sizes) // left) for left in cuts)
 
 
 def lead_outputs_inputs(
@@ -181,6 +202,7 @@ def make_structure(
     sites: int | None = None,
     factors: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     geometry: Geometry | None = None,
+    network: str = "chain",
 ) -> Structure:
     """Choose factors for a weight, or check the given ones.
 
@@ -191,6 +213,7 @@ def make_structure(
         sites: number of sites besides the taps or experts site; None for the papers' habit.
         factors: (output factors, input factors) that a user asked for, with or without the lead site.
         geometry: makes a convolution a whole map; ``kind`` is then ``convmap``.
+        network: that joins the sites; of whole maps a chain.
 
     Raises:
         UsageError: given factors do not multiply out to the weight's sides, or do not align with the axes
@@ -208,7 +231,7 @@ def make_structure(
     if lead > 1:
         output_factors = (front[0], *output_factors)
         input_factors = (front[1], *input_factors)
-    structure = Structure(kind, tuple(shape), transposed, output_factors, input_factors, geometry)
+    structure = Structure(kind, tuple(shape), transposed, output_factors, input_factors, geometry, network)
     if structure.is_large_map and structure.axis_factors is None:
         raise UsageError(
             f"a map of {outputs} × {inputs} numbers is built from shifts, so each factor must divide an axis "

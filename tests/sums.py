@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpoc import opened, pipeline
 from mpoc.fitting import Fitted
-from mpoc.forms.chains import chains
+from mpoc.forms.terms import forms_of
 from mpoc.plan import LayerPlan, make_plan
 from mpoc.recipe import make_recipe
 from mpoc.structure import Structure
@@ -61,7 +61,7 @@ def _fitted(plan: LayerPlan) -> Fitted:
     record = plan.record()
     assert plan.max_bond is not None
     dtype, cores = getattr(torch, record.stored_dtype), []
-    for form in chains(random_sum(plan.structure, plan.max_bond, seed=_seed(plan)), plan.structure):
+    for form in forms_of(random_sum(plan.structure, plan.max_bond, seed=_seed(plan)), plan.structure):
         size = float(form.to_weight().std(correction=0)) * math.sqrt(plan.structure.inputs)
         cores += [(core / size ** (1 / len(form.cores))).to(dtype) for core in form.cores]
     return Fitted(replace(record, relative_error=0.5), cores)

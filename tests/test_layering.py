@@ -91,7 +91,7 @@ def test_a_report_needs_no_torch(module: str) -> None:
 
 
 def test_forms_know_torch_and_structures_only() -> None:
-    allowed = {"torch", "mpoc.structure", "mpoc.geometry", *sys.stdlib_module_names}
+    allowed = {"torch", "mpoc.structure", "mpoc.wiring", "mpoc.geometry", *sys.stdlib_module_names}
     for module in FILES:
         if module.startswith("mpoc.forms"):
             others = {name for name in imports(module) if not name.startswith("mpoc.forms")}

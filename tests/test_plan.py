@@ -154,7 +154,9 @@ def test_ratio_is_a_ceiling_that_is_used(maps: list[LinearMap], ratio: float) ->
     total = sum(layer.structure.num_original for layer in plans)
     for layer in plans:
         if layer.max_bond is None:
-            assert layer.reason == "would not shrink even at bond 1"
+            shrinks = layer.structure.num_parameters(1) < layer.structure.num_original
+            assert layer.reason == ("fits as it is" if shrinks else "would not shrink even at bond 1")
+            assert not shrinks or ratio == 1.0
             continue
         now, more = (layer.structure.num_parameters(layer.max_bond + k) for k in (0, 1))
         fits = ratio_of(plans) + (more - now) / total <= ratio * (1 - 1e-12)

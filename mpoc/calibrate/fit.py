@@ -16,6 +16,7 @@ from mpoc.calibrate.rivals import rivals
 from mpoc.fit.metric import Metric
 from mpoc.fit.weighted_mpo import Problem, matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
+from mpoc.forms.form import Form
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure
 
@@ -101,7 +102,7 @@ def fit_calibrated(
     return CalibratedFit(terms, gamma, judged, same_size)
 
 
-def judge(weight: Tensor, terms: Sequence[MPO], evidence: Evidence) -> Judgement:
+def judge(weight: Tensor, terms: Sequence[Form], evidence: Evidence) -> Judgement:
     """What cores do, however they were found."""
     first = terms[0].structure
     matrix = one_matrix(weight, first.kind, first.transposed)

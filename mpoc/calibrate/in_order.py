@@ -26,8 +26,8 @@ from mpoc.calibrate.sharing import Sharing
 from mpoc.calibrate.study import Study
 from mpoc.checkpoint import Checkpoint
 from mpoc.fitting import Fitted, check_cores, fit_layer, read_finite, rounded
-from mpoc.forms.chains import chains, weight_of
-from mpoc.forms.mpo import MPO
+from mpoc.forms.form import Form
+from mpoc.forms.terms import forms_of, weight_of
 from mpoc.manifest import LayerRecord
 from mpoc.outline import LONGEST_FIGURE
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
@@ -155,7 +155,7 @@ class InOrder:
     def _judged(self, fitted: Fitted, evidence: Evidence) -> Fitted:
         record = fitted.record
         weight = read_finite(self._checkpoint, record.name).to(self._device)
-        terms = chains([core.to(self._device) for core in fitted.cores], record.structure)
+        terms = forms_of([core.to(self._device) for core in fitted.cores], record.structure)
         judged = judge(weight, terms, evidence)
         same_size = {**(record.same_size or {}), "this": judged.felt_error}
         return replace(fitted, record=_with_figures(record, terms, judged, same_size))
@@ -211,7 +211,7 @@ class InOrder:
 
 
 def _with_figures(
-    record: LayerRecord, terms: Sequence[MPO], judged: Judgement, same_size: dict[str, float]
+    record: LayerRecord, terms: Sequence[Form], judged: Judgement, same_size: dict[str, float]
 ) -> LayerRecord:
     return replace(
         record,

@@ -24,7 +24,9 @@ from mpoc.fit.metric import Metric
 from mpoc.fit.site_whitening import site_coordinates
 from mpoc.fit.ttsvd import tt_svd
 from mpoc.fit.weighted_svd import weighted_svd
+from mpoc.forms.form import Form
 from mpoc.forms.mpo import MPO
+from mpoc.forms.terms import form_of
 from mpoc.structure import Structure, make_structure
 
 # Steps of the descent between two looks at f in float64.
@@ -141,9 +143,9 @@ class Problem:
         return [min(candidates, key=lambda form: _value(whole, [form])), *parts]
 
 
-def matrix_of(terms: Sequence[MPO]) -> Tensor:
+def matrix_of(terms: Sequence[Form]) -> Tensor:
     """A sum as the one matrix that a metric is about: (N_y, N_x), or (C_out, taps · C_in); float64."""
-    exact = (MPO([core.double() for core in term.cores], term.structure).to_matrix() for term in terms)
+    exact = (form_of([core.double() for core in term.cores], term.structure).to_matrix() for term in terms)
     return torch.stack([matrix.transpose(0, 1).flatten(1) for matrix in exact]).sum(0)
 
 

@@ -17,11 +17,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mpoc.forms.layout import deinterleave_matrix, from_matrix
+from mpoc.forms.form import Form
+from mpoc.forms.layout import deinterleave_matrix
 from mpoc.structure import Structure
 
 
-class MPO:
+class MPO(Form):
     """A weight as cores, with the structure that says which weight.
 
     Args:
@@ -32,11 +33,8 @@ class MPO:
         ValueError: the cores do not have the structure's factors, or neighbouring bonds differ.
     """
 
-    name = "mpo"
-
     def __init__(self, cores: Sequence[Tensor], structure: Structure) -> None:
-        self.cores = list(cores)
-        self.structure = structure
+        super().__init__(cores, structure)
         factors = list(zip(structure.output_factors, structure.input_factors, strict=True))
         if [tuple(core.shape[1:3]) for core in self.cores] != factors:
             shapes = [tuple(core.shape) for core in self.cores]
@@ -50,11 +48,6 @@ class MPO:
     def bonds(self) -> tuple[int, ...]:
         """(D_0..D_n)."""
         return (*(core.shape[0] for core in self.cores), 1)
-
-    @property
-    def num_parameters(self) -> int:
-        """N_mpo."""
-        return sum(core.numel() for core in self.cores)
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """(J_1 I_1 … J_k I_k, D_k) and (D_k, J_{k+1} I_{k+1} …), cut where the two are smallest.
@@ -74,13 +67,6 @@ class MPO:
         for core in reversed(self.cores[cut + 1 :]):
             right = torch.einsum("ajib,bq->ajiq", core, right).reshape(core.shape[0], -1)
         return left, right
-
-    def to_weight(self) -> Tensor:
-        """The dense weight in the checkpoint's own shape, in the cores' dtype.
-
-        Of a whole map it is the nearest kernel.
-        """
-        return from_matrix(self.to_matrix(), self.structure)
 
     def to_matrix(self) -> Tensor:
         """(lead, outputs, inputs) without padding, in the cores' dtype."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.forms.chains import chains
+from mpoc.forms.terms import forms_of
 from mpoc.nn.conv import (
     MPOConv1d,
     MPOConv2d,
@@ -49,7 +49,7 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
     Args:
         module: that holds the weight; changed in place.
         name: of the weight within the module, as ``"weight"`` or ``"weight_ih_l0"``.
-        cores: (D_{k-1}, J_k, I_k, D_k), as :func:`mpoc.forms.chains.chains` takes them; those that are
+        cores: as :func:`mpoc.forms.terms.forms_of` takes them; those that are
             parameters already (tied layers) are shared.
         structure: whose shape is the weight's.
 
@@ -60,7 +60,7 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
     dense = getattr(module, name)
     if tuple(dense.shape) != structure.shape:
         raise ValueError(f"weight {name!r} has shape {tuple(dense.shape)}, its cores make {structure.shape}")
-    chains(cores, structure)  # checks
+    forms_of(cores, structure)  # checks
     if structure.geometry is not None:
         check_geometry(module, structure.geometry)
     trained = dense.requires_grad
@@ -70,6 +70,8 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
     )
     delattr(module, name)
     counterpart = _counterpart(module) if name == "weight" else None
+    if isinstance(module, nn.Embedding) and structure.network == "mera":  # whose rows do not come one by one
+        counterpart = None
     if structure.geometry is not None:
         counterpart = CONV_MAPS[type(module)]
     if counterpart is None:

@@ -10,7 +10,7 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor, nn
 
-from mpoc.forms.chains import split
+from mpoc.forms.terms import as_chain, split
 from mpoc.nn.contract import is_traced, merge, planned, planned_batch, sites_of
 from mpoc.nn.cost import CPU, GPU, Rates, Site, bandwidth, merged
 from mpoc.nn.weight import CoreWeight, without_autocast
@@ -60,7 +60,7 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
     def _rows(self, indices: Tensor) -> Tensor:
         """(count,) → (count, embedding_dim)."""
         cores, added = split(list(self.cores), self.structure)
-        rows = self._rows_of(indices, cores)
+        rows = self._rows_of(indices, as_chain(cores, self.structure))
         if added:
             rows = rows + self._rows_of(indices, added)
         if self.padding_idx is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from mpoc.forms.chains import split
+from mpoc.forms.terms import as_chain, split
 from mpoc.nn.contract import contract
+from mpoc.nn.mera import contract_mera
 from mpoc.nn.weight import CoreWeight
 
 
@@ -45,7 +46,10 @@ def through_cores(layer: CoreWeight, x: Tensor) -> Tensor:
         flat = pad(flat, (0, columns))
     if added and (rows or columns):
         added = [pad(added[0], (0, 0, 0, 0, 0, rows)), pad(added[1], (0, 0, 0, columns))]
-    y = contract(flat, cores, added)
+    if structure.network == "mera":
+        y = contract_mera(flat, cores, structure)
+    else:
+        y = contract(flat, as_chain(cores, structure), added)
     if rows:
         y = y[:, : structure.outputs]
     if layer.bias is not None:

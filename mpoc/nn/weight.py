@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.forms.chains import split, weight_of
+from mpoc.forms.terms import form_of, split, weight_of
 from mpoc.structure import Structure
 
 
@@ -79,10 +79,10 @@ class CoreWeight(nn.Module):
 
     def extra_repr(self) -> str:
         """The dense module's, with factors and bonds."""
-        chain, added = split(list(self.cores), self.structure)
-        bonds = [core.shape[0] for core in chain] + [1]
+        own_cores, added = split(list(self.cores), self.structure)
+        bonds = form_of(own_cores, self.structure).bonds
         outputs, inputs = self.structure.output_factors, self.structure.input_factors
-        own = f"outputs={outputs}, inputs={inputs}, bonds={tuple(bonds)}"
+        own = f"outputs={outputs}, inputs={inputs}, bonds={bonds}"
         more = f"low_rank={added[1].shape[0]}" if added else ""
         return ", ".join(filter(None, [super().extra_repr(), own, more]))
 

@@ -19,7 +19,7 @@ from mpoc.fit.ttsvd import tt_svd
 from mpoc.nn import adopt
 from mpoc.nn.conv_map import geometry_of
 from mpoc.reproduce.experiment import Experiment, Layer
-from mpoc.structure import Structure, count_parameters
+from mpoc.structure import Structure
 from mpoc.train.settings import derived_seed
 
 STARTS = ("ttsvd", "random")
@@ -69,7 +69,7 @@ def check_structures(experiment: Experiment) -> None:
 
 def num_cores_parameters(structure: Structure, bond: int) -> int:
     """N_mpo of Eq. (6) at the nominal bond."""
-    return count_parameters(structure.site_sizes, nominal_bonds(len(structure.site_sizes), bond))
+    return structure.count(nominal_bonds(len(structure.site_sizes), bond))
 
 
 def compress(network: nn.Module, layers: Sequence[Layer], bond: int, start: str, seed: int) -> nn.Module:

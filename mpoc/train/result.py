@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpoc import hub_directory
 from mpoc.forms.layout import working_dtype
-from mpoc.forms.mpo import MPO
+from mpoc.forms.terms import form_of
 from mpoc.header import ITEMSIZE, TensorInfo
 from mpoc.history import metadata, write_history
 from mpoc.manifest import LayerRecord, Manifest
@@ -106,5 +106,5 @@ def _tuned_record(layer: LayerRecord, tensors: dict[str, Entry]) -> LayerRecord:
         return replace(layer, relative_error=None)
     dtype = working_dtype(getattr(torch, layer.dtype))
     cores = [tensors[name].read().to(dtype) for name in layer.core_names]
-    entropies = tuple(map(short, MPO(cores, layer.structure).entropies()))
+    entropies = tuple(map(short, form_of(cores, layer.structure).entropies()))
     return replace(layer, relative_error=None, entropies=entropies)

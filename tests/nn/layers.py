@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.forms.chains import chains, weight_of
+from mpoc.forms.terms import forms_of, weight_of
 from mpoc.nn import adopt
 from mpoc.structure import Structure, make_structure
 from tests.weights import random_cores
@@ -38,7 +38,7 @@ def with_cores(
         every += random_cores(structure.as_low_rank(), low_rank, seed + 1)
     dtype = getattr(module, name).dtype
     cores = []
-    for form in chains(every, structure):
+    for form in forms_of(every, structure):
         scale = float(form.to_weight().std(correction=0)) or 1.0
         cores += [(core / scale ** (1 / len(form.cores))).to(dtype) for core in form.cores]
     adopt(module, name, cores, structure)

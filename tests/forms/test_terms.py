@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.forms.chains import chains, split, weight_of
+from mpoc.forms.terms import forms_of, split, weight_of
 from mpoc.geometry import make_geometry
 from mpoc.structure import Structure, make_structure
 from tests.sums import random_sum, sum_weight
@@ -27,7 +27,7 @@ def test_the_weight_is_that_of_the_definition(structure: Structure) -> None:
 @settings(max_examples=40, derandomize=True, deadline=None)
 def test_parts_counts_and_the_weight_belong_together(structure: Structure, bond: int, rank: int) -> None:
     cores = random_sum(structure, bond, rank)
-    first, added = chains(cores, structure)
+    first, added = forms_of(cores, structure)
     assert first.cores + added.cores == cores
     assert first.cores == split(cores, structure)[0]
     assert added.bonds == (1, rank, 1)
@@ -55,13 +55,13 @@ def test_cores_that_fit_neither_are_refused() -> None:
         cores[1:],
     ):
         with pytest.raises(ValueError, match=r"cores of shapes|bonds do not meet"):
-            chains(wrong, structure)
+            forms_of(wrong, structure)
 
 
 def test_a_whole_map_has_no_low_rank_part() -> None:
     geometry = make_geometry((4, 4, 3, 3), (4, 4), (1, 1), (1, 1))
     structure = make_structure("convmap", (4, 4, 3, 3), geometry=geometry)
     cores = random_cores(structure, 2)
-    assert len(chains(cores, structure)) == 1
+    assert len(forms_of(cores, structure)) == 1
     with pytest.raises(ValueError, match="a whole map has no low-rank part"):
-        chains([*cores, torch.ones(1, 64, 1, 2), torch.ones(2, 1, 64, 1)], structure)
+        forms_of([*cores, torch.ones(1, 64, 1, 2), torch.ones(2, 1, 64, 1)], structure)

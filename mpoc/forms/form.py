@@ -1,0 +1,59 @@
+"""What every form is: cores, and the structure that says which weight they make."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mpoc.forms.layout import from_matrix
+from mpoc.structure import Structure
+
+
+class Form(ABC):
+    """A weight as a tensor network.
+
+    Args:
+        cores: with the legs that ``structure.wiring`` names.
+        structure: output and input factors, padding, the weight's own shape.
+    """
+
+    def __init__(self, cores: Sequence[Tensor], structure: Structure) -> None:
+        self.cores = list(cores)
+        self.structure = structure
+
+    @property
+    @abstractmethod
+    def bonds(self) -> tuple[int, ...]:
+        """As ``structure.wiring`` takes them."""
+
+    @abstractmethod
+    def to_matrix(self) -> Tensor:
+        """(lead, outputs, inputs) without padding, in the cores' dtype."""
+
+    @property
+    def num_parameters(self) -> int:
+        """N_mpo."""
+        return sum(core.numel() for core in self.cores)
+
+    def to_weight(self) -> Tensor:
+        """The dense weight in the checkpoint's own shape, in the cores' dtype.
+
+        Of a whole map it is the nearest kernel.
+        """
+        return from_matrix(self.to_matrix(), self.structure)
+
+    def entropies(self) -> list[float]:
+        """Entanglement entropies at the bonds, where each cuts the weight in two; else none."""
+        return []
+
+    def _check(self, bonds: tuple[int, ...]) -> None:
+        """Compare the cores' shapes with those that ``bonds`` give.
+
+        Raises:
+            ValueError: they differ.
+        """
+        shapes, expected = [tuple(core.shape) for core in self.cores], self.structure.core_shapes(bonds)
+        if shapes != expected:
+            raise ValueError(f"cores of shapes {shapes} where a {self.structure.form} has {expected}")

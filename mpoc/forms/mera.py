@@ -1,0 +1,59 @@
+"""The MERA (multi-scale entanglement renormalisation ansatz) as an operator: Hallam et al. 2017.
+
+Inputs enter at the bottom, pass disentanglers and isometries level by level, and an output leaves at every
+isometry.  Cores, legs and order are those of :func:`mpoc.wiring.mera`.  All cores are free: nothing holds
+isometries to be isometric once they are trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mpoc.forms.contraction import contract_all
+from mpoc.forms.form import Form
+from mpoc.forms.layout import deinterleave_matrix
+from mpoc.structure import Structure
+
+
+class Mera(Form):
+    """A weight as a binary MERA.
+
+    Args:
+        cores: (upper two legs, lower two legs) each, in the order in which they are applied.
+        structure: its network is ``mera``.
+
+    Raises:
+        ValueError: the cores do not have the structure's factors, or bonds differ.
+    """
+
+    def __init__(self, cores: Sequence[Tensor], structure: Structure) -> None:
+        super().__init__(cores, structure)
+        self._check(self.bonds)
+
+    @property
+    def bonds(self) -> tuple[int, ...]:
+        """(D,), the dimension of every bond."""
+        bonds = {
+            size
+            for core, of in zip(self.cores, self.structure.wiring((1,)), strict=True)
+            for leg, size in zip(of.legs, core.shape, strict=True)
+            if leg[0] not in "ij"
+        }
+        return (max(bonds, default=1),)
+
+    def to_matrix(self) -> Tensor:
+        """(lead, outputs, inputs) without padding, in the cores' dtype."""
+        sites = range(1, len(self.structure.site_sizes) + 1)
+        tensor = self.contracted([leg for k in sites for leg in (f"j{k}", f"i{k}")])
+        return deinterleave_matrix(tensor.reshape(self.structure.site_sizes), self.structure)
+
+    def contracted(self, legs: Sequence[str]) -> Tensor:
+        """All cores contracted to one tensor with these legs, j_1, i_1 and so on, in this order."""
+        return contract_all(self.cores, self.legs, tuple(legs))
+
+    @property
+    def legs(self) -> list[tuple[str, ...]]:
+        """Of each core."""
+        return [core.legs for core in self.structure.wiring(self.bonds)]
