@@ -14,7 +14,7 @@ from torch import nn
 
 import mpoc.hf  # noqa: F401  # registers
 from mpoc.errors import MpocError
-from mpoc.forms.mpo import MPO
+from mpoc.forms.form import Form
 from mpoc.loading import load
 from mpoc.manifest import read_manifest
 from mpoc.nn import MPOEmbedding, MPOLinear
@@ -69,7 +69,7 @@ class TestEveryArchitecture:
         self, make: Make, kind: str, embeddings: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         small = make(kind, embeddings=embeddings)
-        monkeypatch.delattr(MPO, "to_weight")
+        monkeypatch.delattr(Form, "to_weight")
         auto(kind, small.path)
 
     def test_loads_without_its_head(self, make: Make, kind: str, embeddings: bool) -> None:
