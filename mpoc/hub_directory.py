@@ -89,9 +89,19 @@ def copy_other_files(source: Path, target: Path, weight_files: list[Path]) -> No
 
 
 def write_shards(target: Path, shards: list[Shard]) -> None:
-    """The weight files, and the index where there are several."""
+    """All weight files, and the index where there are several."""
     for shard in shards:
-        write_safetensors(target / shard.name, shard.entries, {"format": "pt"})
+        write_shard(target, shard)
+    write_index(target, shards)
+
+
+def write_shard(target: Path, shard: Shard) -> None:
+    """One weight file."""
+    write_safetensors(target / shard.name, shard.entries, {"format": "pt"})
+
+
+def write_index(target: Path, shards: list[Shard]) -> None:
+    """Which tensor is in which of several weight files; nothing of one alone."""
     if len(shards) > 1:
         (target / _INDEX).write_text(_index_text(shards), "utf-8")
 

@@ -186,6 +186,20 @@ def _compact(layer: LayerRecord) -> dict[str, Any]:
     return {key: value for key, value in asdict(layer).items() if value != defaults[key]}
 
 
+def record_to_json(layer: LayerRecord) -> str:
+    """A record alone as text."""
+    return json.dumps(_compact(layer), ensure_ascii=False)
+
+
+def record_from_json(text: str) -> LayerRecord:
+    """:func:`record_to_json` undone.
+
+    Raises:
+        ValueError, TypeError, LookupError: damaged.
+    """
+    return _layer(json.loads(text))
+
+
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a compressed file or directory, checked.
 

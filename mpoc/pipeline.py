@@ -2,45 +2,29 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from mpoc import hub_directory
-from mpoc.checkpoint import Checkpoint
-from mpoc.errors import MpocError, UsageError
-from mpoc.fitting import Fitted, fit_layer
-from mpoc.manifest import LayerRecord, Manifest
+from mpoc.compression import Compression, Progress, Work, fit_all, fit_each, shared_out, write_compressed
+from mpoc.errors import UsageError
+from mpoc.finished import Finished, layer_key
+from mpoc.fitting import Fitted
 from mpoc.opened import Opened, open_source
 from mpoc.outline import make_manifest, predict_size
 from mpoc.plan import LayerPlan
+from mpoc.processes import local_rank, num_processes
 from mpoc.recipe import Recipe
-from mpoc.report import output_bytes
-from mpoc.writer import Entry, Spool, plan_shards, refuse_existing, refuse_misnamed, staged, write_safetensors
+from mpoc.team import team
+from mpoc.workplace import layers_of, workplace
+from mpoc.writer import refuse_existing, refuse_misnamed
 
 if TYPE_CHECKING:
     from mpoc.calibrate.dense import Tell
-    from mpoc.calibrate.in_order import InOrder
     from mpoc.calibrate.study import CalibrationRequest, Study
-
-Progress = Callable[[LayerRecord, float, int, int], None]  # record, seconds, layers done, layers in all
-
-
-@dataclass
-class Compression:
-    """What a compression did, or (dry run) would do."""
-
-    manifest: Manifest
-    output: Path
-    nbytes: int  # of the output on disk; predicted, an upper bound, where nothing was written
-    written: bool
-    seconds: dict[str, float] = field(default_factory=dict)  # layer name → time of its fit
-    notes: list[str] = field(default_factory=list)
 
 
 def default_output(source: Path) -> Path:
@@ -50,13 +34,15 @@ def default_output(source: Path) -> Path:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
+    """``auto`` takes a GPU where there is one; of several processes each its own.
 
     Raises:
         UsageError: unknown or not present.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        count = torch.cuda.device_count()
+        number = local_rank() % count if num_processes() > 1 and count else 0
+        return torch.device("cuda", number) if count > 1 else torch.device("cuda" if count else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
@@ -87,8 +73,9 @@ def compress_checkpoint(
     arch: str | None = None,
     calibration: CalibrationRequest | None = None,
     tell: Tell | None = None,
+    resume: bool = False,
 ) -> Compression:
-    """Compress a checkpoint on disk.
+    """Compress a checkpoint on disk, with as many processes as torchrun started.
 
     Args:
         source: file or directory; only read.
@@ -101,6 +88,7 @@ def compress_checkpoint(
             it tells kinds of layers and is recorded.
         calibration: data to fit what the layers do on; None: their weights alone count.
         tell: called as calibration goes on, before layers are fitted.
+        resume: keep finished layers in ``OUT.partial`` until the output is whole, and go on from those there.
 
     Raises:
         UsageError: ``arch`` makes no network, or one with other tensors; calibration needs a network and
@@ -110,70 +98,41 @@ def compress_checkpoint(
     """
     if recipe.max_drop is not None:
         raise UsageError("max_drop: files are measured to find its ratio", "mpoc.search.compress_within")
-    if not dry_run:
-        refuse_output(source, output, force)
-    opened = open_source(source, recipe, arch, calibration is not None, choose_device(recipe.device))
-    plans = opened.plan(opened.recipe)
-    study = None if calibration is None else opened.study(calibration, tell)
-    if dry_run:
-        return _dry_run(opened, plans, study, output, progress)
-    with staged(output) as target:
-        done = write_compressed(opened, target, opened.recipe, plans, study, progress)
+    _refuse_alone(calibration is not None, resume)
+    with team() as mates:
+        with mates.together():
+            if not dry_run:
+                refuse_output(source, output, force)
+            device = choose_device(recipe.device)
+            opened = open_source(source, recipe, arch, calibration is not None, device)
+            plans = opened.plan(opened.recipe)
+        study = None if calibration is None else opened.study(calibration, tell)
+        if dry_run:
+            return _dry_run(opened, plans, study, output, progress)
+        with workplace(output, mates, resume) as target:
+            keys = partial(_key, opened, plans) if resume else None
+            work = Work(mates, Finished(layers_of(target), keys), progress)
+            done = write_compressed(opened, target, opened.recipe, plans, study, work)
     return replace(done, output=output)
 
 
-def write_compressed(
-    opened: Opened,
-    target: Path,
-    recipe: Recipe,
-    plans: list[LayerPlan],
-    study: Study | None = None,
-    progress: Progress | None = None,
-) -> Compression:
-    """Fit the layers and write file or directory.
-
-    Args:
-        opened: the source.
-        target: does not exist; what is spooled beside it stays for the caller to remove.
-        recipe: that of the plans.
-        plans: of :meth:`mpoc.opened.Opened.plan`.
-        study: of calibration data; None: weights alone count.
-        progress: called after each layer.
+def _refuse_alone(calibrated: bool, resume: bool) -> None:
+    """Calibration goes through the network in order, in one process and in one go.
 
     Raises:
-        MpocError: a weight that cannot be fitted, or nothing that would shrink.
-        OSError: of reading or writing (a full disk).
+        UsageError: it is asked for otherwise.
     """
-    checkpoint = opened.checkpoint
-    calibrated, plans = _shared(opened, recipe, plans, study)
-    spool = Spool(target.with_name(f"{target.name}.cores"))
-    try:
-        fits = calibrated.fit(plans) if calibrated else _fit_each(opened, plans, recipe)
-        records, seconds, fitted = _collect(fits, [plan.map.name for plan in plans], spool, progress)
-        last = calibrated.finish() if calibrated else {}
-        fitted |= {name: [spool.add(name, tensor)] for name, tensor in last.items()}
-        manifest = make_manifest(checkpoint, opened.selection, recipe, records)
-        manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
-        _refuse_nothing_gained(manifest)
-        entries = _entries(checkpoint, fitted)
-        _write(target, checkpoint, entries, manifest, recipe.max_shard_size)
-    finally:
-        spool.close()
-    notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
-    return Compression(manifest, target, output_bytes(target), True, seconds, notes)
+    if calibrated and num_processes() > 1:
+        raise UsageError("--calibrate goes through the network layer by layer, in one process: no torchrun")
+    if calibrated and resume:
+        raise UsageError(
+            "--resume keeps layers that are fitted each by itself, and --calibrate fits them in order",
+            "--moments FILE keeps what was measured of the dense network",
+        )
 
 
-def _shared(
-    opened: Opened, recipe: Recipe, plans: list[LayerPlan], study: Study | None
-) -> tuple[InOrder | None, list[LayerPlan]]:
-    """The calibrated fit, and plans with the budget as it shares it out; the plans as they are without."""
-    if study is None:
-        return None, plans
-    from mpoc.calibrate.in_order import InOrder
-
-    calibrated = InOrder(study, opened.checkpoint, recipe, opened.device)
-    predict = partial(predict_size, opened.checkpoint, opened.selection, recipe)
-    return calibrated, calibrated.share(plans, predict)
+def _key(opened: Opened, plans: list[LayerPlan], number: int) -> str:
+    return layer_key(opened.checkpoint, plans[number], opened.recipe, opened.device)
 
 
 def _dry_run(
@@ -185,83 +144,22 @@ def _dry_run(
 ) -> Compression:
     """What would be done; under a tolerance the bonds are found by factorising."""
     recipe = opened.recipe
-    calibrated, plans = _shared(opened, recipe, plans, study)
-    records = [plan.record() for plan in plans]
-    seconds: dict[str, float] = {}
+    calibrated, plans = shared_out(opened, recipe, plans, study)
+    records = {plan.map.name: plan.record() for plan in plans}
+    times: dict[str, float] = {}
+
+    def keep(fitted: Fitted, seconds: float) -> int:
+        records[fitted.record.name], times[fitted.record.name] = fitted.record, seconds
+        return len(times)
+
     fitted = any(plan.tolerance for plan in plans)
     if fitted:
-        fits = _fit_each(opened, plans, recipe)
-        records, seconds, _ = _collect(fits, [plan.map.name for plan in plans], None, progress)
-    manifest = make_manifest(opened.checkpoint, opened.selection, recipe, records)
+        fit_all(fit_each(opened, plans, recipe), plans, len(plans), keep, progress)
+    found = list(records.values())
+    manifest = make_manifest(opened.checkpoint, opened.selection, recipe, found)
     manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
-    nbytes = predict_size(opened.checkpoint, opened.selection, recipe, plans, records if fitted else None)
+    nbytes = predict_size(opened.checkpoint, opened.selection, recipe, plans, found if fitted else None)
     notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
     if not manifest.replaced:
         notes.append("no layer would be compressed: without --dry-run this ends with an error")
-    return Compression(manifest, output, nbytes, False, seconds, notes)
-
-
-def _refuse_nothing_gained(manifest: Manifest) -> None:
-    if not manifest.replaced:
-        first = manifest.layers[0]
-        hint = "a smaller --bond, a larger --max-error, or other --layers; --dry-run shows the plan"
-        if any(goal in manifest.options for goal in ("ratio", "size")):
-            hint = "a smaller --ratio or --size, or other --layers; --dry-run shows the plan"
-        raise MpocError(
-            f"no layer would be compressed, so nothing was written ({first.layer}: {first.reason})", hint
-        )
-
-
-def _fit_each(opened: Opened, plans: list[LayerPlan], recipe: Recipe) -> Iterator[Fitted]:
-    return (fit_layer(opened.checkpoint, plan, recipe, opened.device) for plan in plans)
-
-
-def _collect(
-    fits: Iterator[Fitted], names: list[str], spool: Spool | None, progress: Progress | None
-) -> tuple[list[LayerRecord], dict[str, float], dict[str, list[Entry]]]:
-    """Layer by layer: records, seconds, and what is spooled in the place of a tensor of the source."""
-    records: list[LayerRecord] = []
-    seconds: dict[str, float] = {}
-    entries: dict[str, list[Entry]] = {}
-    start = time.perf_counter()
-    for fit in fits:
-        record = fit.record
-        if spool is not None:
-            if fit.cores:
-                entries[record.name] = [
-                    spool.add(record.core_name(k), core) for k, core in enumerate(fit.cores)
-                ]
-            entries |= {name: [spool.add(name, tensor)] for name, tensor in fit.changed.items()}
-        records.append(record)
-        seconds[record.name] = time.perf_counter() - start
-        if progress:
-            progress(record, seconds[record.name], len(records), len(names))
-        start = time.perf_counter()
-    order = list(names)
-    records.sort(key=lambda record: order.index(record.name))
-    return records, seconds, entries
-
-
-def _entries(checkpoint: Checkpoint, fitted: dict[str, list[Entry]]) -> list[Entry]:
-    """All tensors of the output in the source's order, what was fitted in the place of its tensor."""
-    entries: list[Entry] = []
-    for name, info in checkpoint.infos.items():
-        kept = Entry(info, lambda name=name: checkpoint.read(name))  # type: ignore[misc]
-        entries += fitted.get(name, [kept])
-    return entries
-
-
-def _write(
-    target: Path,
-    checkpoint: Checkpoint,
-    entries: list[Entry],
-    manifest: Manifest,
-    max_shard_size: int,
-) -> None:
-    if not checkpoint.is_directory:
-        write_safetensors(target, entries, {"format": "pt", "mpoc": manifest.to_json()})
-        return
-    target.mkdir()
-    hub_directory.copy_other_files(checkpoint.path, target, checkpoint.weight_files)
-    hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
-    hub_directory.mark_compressed(target, manifest)
+    return Compression(manifest, output, nbytes, False, times, notes)

@@ -20,6 +20,9 @@ from mpoc.selection import LinearMap, Selection, check_pattern, matches
 from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
 from mpoc.wiring import network_of
 
+# What a fit costs beside its products with the bond's columns: reading, checking, moving axes.
+_PASSES = 50
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -32,6 +35,11 @@ class LayerPlan:
     tolerance: float = 0.0  # relative error that may be spent to go below max_bond
     low_rank: int = 0  # rank of a part that is added to the MPO of ``structure`` (form "svd+mpo")
     reason: str = ""  # why dense
+
+    @property
+    def cost(self) -> float:
+        """Time of the fit, in numbers read: the range finder's passes grow with the bond."""
+        return self.structure.num_original * (_PASSES + min(self.max_bond or 0, *self.structure.padded))
 
     def record(self) -> LayerRecord:
         """As the report shows it: the counts are exact unless a tolerance is still to be met."""

@@ -10,6 +10,16 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """The number of this one, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """The number of this one on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this process is the one that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0

@@ -7,9 +7,11 @@ computed.  The library's own reader checks this writer in the tests, byte for by
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,9 +36,17 @@ class Entry:
     info: TensorInfo
     read: Callable[[], Tensor]
 
+    @staticmethod
+    def of(name: str, tensor: Tensor) -> Entry:
+        """A tensor that is in memory."""
+        info = TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        return Entry(info, lambda: tensor)
 
-def write_safetensors(path: Path, entries: list[Entry], metadata: dict[str, str]) -> None:
-    """Write one file, to disk (fsync).
+
+def write_safetensors(
+    path: Path, entries: list[Entry], metadata: dict[str, str], durable: bool = True
+) -> None:
+    """Write one file, ``durable`` to disk (fsync).
 
     Raises:
         MpocError: two entries of one name.
@@ -50,8 +60,9 @@ def write_safetensors(path: Path, entries: list[Entry], metadata: dict[str, str]
         file.write(encode_header(ordered, metadata))
         for info in ordered:
             _write_tensor(file, info, by_name[info.name].read())
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _write_tensor(file: BinaryIO, info: TensorInfo, tensor: Tensor) -> None:
@@ -86,31 +97,6 @@ def plan_shards(entries: list[Entry], max_bytes: int) -> list[Shard]:
     return [
         Shard(f"model-{k:05d}-of-{count:05d}.safetensors", group) for k, group in enumerate(groups, start=1)
     ]
-
-
-class Spool:
-    """Fitted cores on disk until the header can be written; memory holds one layer's at most."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b")
-
-    def add(self, name: str, tensor: Tensor) -> Entry:
-        """Keep ``tensor``; the entry reads it back."""
-        info = TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        start = self._file.seek(0, os.SEEK_END)
-        _write_tensor(self._file, info, tensor)
-        dtype, shape = tensor.dtype, tensor.shape
-
-        def read() -> Tensor:
-            self._file.seek(start)
-            data = bytearray(self._file.read(info.nbytes))
-            return torch.frombuffer(data, dtype=dtype).reshape(shape)
-
-        return Entry(info, read)
-
-    def close(self) -> None:
-        """Let the file go; its entries cannot be read any more."""
-        self._file.close()
 
 
 def refuse_existing(output: Path, source: Path, force: bool) -> None:
@@ -177,29 +163,56 @@ def staged(output: Path) -> Iterator[Path]:
 
     On any failure, Ctrl-C included, nothing is left behind and an old ``output`` stays.
     """
-    scratch = Path(
-        tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.resolve().parent)
-    )
+    scratch = scratch_beside(output)
     try:
-        yield scratch / output.name
-        _put_in_place(scratch / output.name, output, scratch / f"{output.name}.replaced")
-    except OSError as error:
-        # A failing write names no file, and a failing copy its source even where the target is full.
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        error.filename = str(output) if full or not error.filename else error.filename
-        raise
+        with naming(output):
+            yield scratch / output.name
+            put_in_place(scratch / output.name, output)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _put_in_place(new: Path, output: Path, aside: Path) -> None:
+def scratch_beside(output: Path) -> Path:
+    """A new, hidden directory for what is to become ``output``."""
+    folder = output.resolve().parent
+    return Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=folder))
+
+
+@contextmanager
+def naming(output: Path) -> Iterator[None]:
+    """Errors of writing name ``output``: a failing write names no file, a failing copy its source."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        error.filename = str(output) if full or not error.filename else error.filename
+        raise
+
+
+def put_in_place(new: Path, output: Path) -> None:
+    """Rename what was written to ``output``, which names the old or the new at every moment.
+
+    An old directory is exchanged with the new one in one step where the system can, and else set aside first.
+    """
     if not (new.is_dir() and output.is_dir() and not output.is_symlink()):
         new.replace(output)
         return
+    if _exchanged(new, output):
+        return
+    aside = new.with_name(f"{output.name}.replaced")
     try:
-        output.rename(aside)  # a directory cannot be replaced in one step
+        output.rename(aside)
         new.rename(output)
     except BaseException:
         if aside.exists() and not output.exists():
             aside.rename(output)
         raise
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two paths change places (Linux: renameat2 with RENAME_EXCHANGE); whether it could be done."""
+    library = ctypes.CDLL(None)
+    if not sys.platform.startswith("linux") or not hasattr(library, "renameat2"):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(library.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)

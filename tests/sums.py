@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc import opened, pipeline
+from mpoc import compression, opened, pipeline
+from mpoc.compression import Compression
 from mpoc.fitting import Fitted
 from mpoc.forms.terms import forms_of
 from mpoc.plan import LayerPlan, make_plan
@@ -42,14 +43,12 @@ def random_sum(structure: Structure, bond: int = 3, rank: int = RANK, seed: int 
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def compress_to_sums(
-    source: Path, output: Path, dry_run: bool = False, **options: Any
-) -> pipeline.Compression:
+def compress_to_sums(source: Path, output: Path, dry_run: bool = False, **options: Any) -> Compression:
     """``mpoc compress`` with random sums in the place of its fits."""
     recipe = make_recipe(None, {"bond": 3, "allow_growth": True} | options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opened, "make_plan", lambda *given: [_added(plan) for plan in make_plan(*given)])
-        patch.setattr(pipeline, "fit_layer", lambda _, plan, *rest: _fitted(plan))
+        patch.setattr(compression, "fit_layer", lambda _, plan, *rest: _fitted(plan))
         return pipeline.compress_checkpoint(source, output, recipe, True, dry_run)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mpoc import writer
+from mpoc.compression import Compression
 from mpoc.errors import MpocError, UsageError
 from mpoc.manifest import LayerRecord, read_manifest
-from mpoc.pipeline import Compression, choose_device, compress_checkpoint, default_output
+from mpoc.pipeline import choose_device, compress_checkpoint, default_output
 from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, network_state
 
@@ -77,8 +78,9 @@ def test_an_existing_output_is_refused_before_any_work(source: Path) -> None:
 def test_progress_is_told_after_every_layer(source: Path) -> None:
     told: list[tuple[str, int, int]] = []
 
-    def progress(record: LayerRecord, seconds: float, done: int, total: int) -> None:
+    def progress(record: LayerRecord, seconds: float, done: int, total: int, share: float) -> None:
         assert seconds >= 0
+        assert 0 < share <= 1 and (share == 1) == (done == total)
         told.append((record.name, done, total))
 
     output = source.parent / ("out" if source.is_dir() else "out.safetensors")
@@ -94,7 +96,7 @@ def test_an_interrupt_leaves_everything_as_it_was(source: Path, old: bool) -> No
         compress(source, bond=2)
     before = contents(source.parent)
 
-    def interrupt(record: LayerRecord, seconds: float, done: int, total: int) -> None:
+    def interrupt(record: LayerRecord, seconds: float, done: int, total: int, share: float) -> None:
         if done == 2:
             raise KeyboardInterrupt
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.header import TensorInfo
-from mpoc.writer import Entry, Spool, plan_shards, refuse_existing, staged, write_safetensors
+from mpoc.writer import Entry, plan_shards, refuse_existing, staged, write_safetensors
 from tests.checkpoints import contents, save_directory
 
 DTYPES = (
@@ -110,24 +110,6 @@ def test_shards_hold_all_tensors_in_order_within_the_limit(sizes: list[int], lim
     assert [shard.name for shard in shards] == (names if count > 1 else ["model.safetensors"])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_spool_gives_back_what_it_took(tmp_path: Path, dtype: torch.dtype) -> None:
-    spool = Spool(tmp_path / "spool")
-    tensors = [torch.randint(0, 2, shape).to(dtype) for shape in ((2, 3), (), (1, 4, 4, 1), (5,))]
-    first = spool.add("0", tensors[0])
-    assert torch.equal(first.read(), tensors[0])  # between two additions
-    entries = [first]
-    for k, tensor in enumerate(tensors[1:], start=1):
-        entries.append(spool.add(str(k), tensor))
-        assert torch.equal(first.read(), tensors[0])
-    for kept, tensor in zip(reversed(entries), reversed(tensors), strict=True):
-        assert torch.equal(kept.read(), tensor)
-        assert kept.info.shape == tuple(tensor.shape)
-    spool.close()
-    with pytest.raises(ValueError, match="closed file"):
-        first.read()
-
-
 @pytest.mark.parametrize("name", ["out", "cores", "replaced", "new", "out.partial"])
 @pytest.mark.parametrize("directory", [False, True])
 def test_staging_puts_the_output_in_place_and_leaves_nothing_else(
@@ -182,6 +164,7 @@ def test_a_directory_that_cannot_take_its_place_gives_it_back(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_second)
+    monkeypatch.setattr("mpoc.writer._exchanged", lambda *_: False)  # as on systems without it
     with pytest.raises(OSError, match="broken"), staged(output) as target:
         target.mkdir()
         (target / "file").write_text("new")

@@ -26,6 +26,7 @@ from mpoc.cli.compress_options import (
     Plot,
     Ratio,
     Refine,
+    Resume,
     Size,
 )
 from mpoc.cli.compress_request import compress_request
@@ -132,6 +133,7 @@ def compress(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing output.", rich_help_panel=OUT)
     ] = False,
+    resume: Resume = False,
     max_shard_size: Annotated[
         str | None,
         typer.Option(help="Largest weight file of a directory. Default: 5GB.", rich_help_panel=OUT),
@@ -175,6 +177,8 @@ def compress(
         words = Output(quiet, verbose)
         request = compress_request(values)
         found = run(request, words)
+        if words.silent:
+            return
         if as_json:
             print_json(found)
         else:

@@ -124,3 +124,12 @@ Refine = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Keep finished layers in OUT.partial until the output is whole; the same command goes on from "
+        "there after an interruption.",
+        rich_help_panel=OUT,
+    ),
+]

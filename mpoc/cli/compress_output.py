@@ -15,7 +15,7 @@ from mpoc.cli.tables import print_report, scores_line
 from mpoc.report import human_bytes, report_dict, to_json
 
 if TYPE_CHECKING:
-    from mpoc.pipeline import Compression
+    from mpoc.compression import Compression
     from mpoc.search import Bisection, Trial
     from mpoc.train.measure import Measured
 

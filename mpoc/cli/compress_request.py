@@ -27,6 +27,7 @@ class CompressRequest:
     calibration: CalibrationRequest | None
     eval_data: Path | None
     plot: Path | None
+    resume: bool
 
 
 def compress_request(values: dict[str, Any]) -> CompressRequest:
@@ -52,6 +53,7 @@ def compress_request(values: dict[str, Any]) -> CompressRequest:
         _calibration(values),
         values["eval_data"],
         values["plot"],
+        values["resume"],
     )
     _refuse_what_does_not_go_together(request)
     _refuse_moments(request)
@@ -99,6 +101,9 @@ def _refuse_what_does_not_go_together(request: CompressRequest) -> None:
         raise UsageError(f"{option} measures what was written, and --dry-run writes nothing")
     if searches and request.eval_data is None:
         raise UsageError("--max-drop is of a metric, so it needs data to measure it on", "--eval DATA")
+    if request.resume and (searches or request.dry_run):
+        option = "--max-drop" if searches else "--dry-run"
+        raise UsageError(f"--resume keeps the layers of one output, and {option} makes none, or several")
     if request.plot is not None:
         if not searches:
             raise UsageError("--plot draws what --max-drop finds, and it is not given", "--max-drop 1")

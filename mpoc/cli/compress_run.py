@@ -44,6 +44,7 @@ def _once(request: CompressRequest, words: Output) -> Compressed:
             request.arch,
             request.calibration,
             stage_lines(words),
+            request.resume,
         )
     return Compressed(done, before, _measure(done.output, request, words))
 

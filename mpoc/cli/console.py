@@ -56,28 +56,35 @@ def reported_errors() -> Iterator[None]:
         with _stopped_by_signals():
             yield
     except MpocError as error:
-        _fail(str(error), error.hint, error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", None, 130)
+        _fail(error, str(error), error.hint, error.exit_code)
+    except KeyboardInterrupt as error:
+        said = "interrupted" if _notes(error) else "interrupted; nothing was written"
+        _fail(error, said, None, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except OSError as error:
-        _fail(_os_message(error), _os_hint(error), 1)
+        _fail(error, _os_message(error), _os_hint(error), 1)
     except (MemoryError, RuntimeError) as error:
         text = str(error).lower()
         if not isinstance(error, MemoryError) and "out of memory" not in text and "can't alloc" not in text:
             raise
-        _fail(
-            f"out of memory: {error}", "a machine with more memory, or --device cpu where a GPU was used", 1
-        )
+        hint = "a machine with more memory, or --device cpu where a GPU was used"
+        _fail(error, f"out of memory: {error}", hint, 1)
 
 
-def _fail(message: str, hint: str | None, status: int) -> None:
-    if status == _BAD_COMMAND and not is_main():
-        raise SystemExit(status)  # all processes were given the same command
+def _notes(error: BaseException) -> list[str]:
+    """What was added on the way up: what is kept of the work."""
+    return getattr(error, "__notes__", [])
+
+
+def _fail(error: BaseException, message: str, hint: str | None, status: int) -> None:
+    if status in (_BAD_COMMAND, 130) and not is_main():
+        raise SystemExit(status)  # all processes were given the same command, or the same signal
     console = _console(stderr=True)
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    for note in _notes(error):
+        console.print(f"[bold]note:[/] {escape(note)}", soft_wrap=True)
     if hint:
         console.print(f"[bold]hint:[/] {escape(hint)}", soft_wrap=True)
     raise SystemExit(status)

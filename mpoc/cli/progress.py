@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from mpoc.cli.console import Output
 from mpoc.cli.tables import scores_line
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from mpoc.train.watch import Told
 
 _BETWEEN_LINES = 10.0  # seconds, within a stage
+_WORTH_SAYING = 5.0  # seconds that must have passed before time left is told
+
+# record, its seconds, layers done, layers in all, part of the work done
+LayerTold = Callable[[LayerRecord, float, int, int, float], None]
 
 
 def stage_lines(words: Output) -> Callable[[str, int, int], None] | None:
@@ -35,7 +39,7 @@ def stage_lines(words: Output) -> Callable[[str, int, int], None] | None:
 @contextmanager
 def layer_progress(
     words: Output,
-) -> Iterator[Callable[[LayerRecord, float, int, int], None] | None]:
+) -> Iterator[LayerTold | None]:
     """The callback for the pipeline; None when quiet."""
     if words.quiet:
         yield None
@@ -45,32 +49,50 @@ def layer_progress(
         yield _line_by_line(words)
 
 
-def _line_by_line(words: Output) -> Callable[[LayerRecord, float, int, int], None]:
-    def tell(record: LayerRecord, seconds: float, done: int, total: int) -> None:
+def _line_by_line(words: Output) -> LayerTold:
+    left = _time_left()
+
+    def tell(record: LayerRecord, seconds: float, done: int, total: int, share: float) -> None:
         error = "" if record.relative_error is None else f" error {record.relative_error:.4f}"
         if record.output_error is not None:
             error = f" output error {record.output_error:.4f}"
-        words.say(f"[{done}/{total}] {record.layer} {record.form} ρ {record.rho:.4f}{error} {seconds:.2f} s")
+        line = f"[{done}/{total}] {record.layer} {record.form} ρ {record.rho:.4f}{error} {seconds:.2f} s"
+        words.say(line + (f" ({rest} left)" if (rest := left(share)) else ""))
 
     return tell
 
 
-def _bar(words: Output) -> Iterator[Callable[[LayerRecord, float, int, int], None]]:
+def _time_left() -> Callable[[float], str]:
+    """From the part of the work done to the time that the rest takes; empty at first, and at the end."""
+    start = monotonic()
+
+    def left(share: float) -> str:
+        passed = monotonic() - start
+        return _clock(passed * (1 - share) / share) if passed > _WORTH_SAYING and 0 < share < 1 else ""
+
+    return left
+
+
+def _bar(words: Output) -> Iterator[LayerTold]:
     before = after = 0
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} layers  ρ {task.fields[rho]:.4f}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
     )
+    left = _time_left()
     with Progress(*columns, console=words.words, transient=True) as bar:
-        task = bar.add_task("reading", total=None, rho=1.0)
+        task = bar.add_task("reading", total=None, rho=1.0, left="")
 
-        def tell(record: LayerRecord, seconds: float, done: int, total: int) -> None:
+        def tell(record: LayerRecord, seconds: float, done: int, total: int, share: float) -> None:
             nonlocal before, after
             before += record.num_original
             after += record.num_stored
-            bar.update(task, description=record.layer, completed=done, total=total, rho=after / before)
+            rest = f"{left(share)} left" if left(share) else ""
+            bar.update(
+                task, description=record.layer, completed=done, total=total, rho=after / before, left=rest
+            )
 
         yield tell
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from mpoc.compression import Compression
 from mpoc.demo.data import accuracy, load_digits, write_digits
 from mpoc.demo.network import NETWORK_FILE, DigitsNet, load_network
 from mpoc.errors import UsageError
 from mpoc.expand import expand_checkpoint
-from mpoc.pipeline import Compression, compress_checkpoint
+from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.train.engine import can_train
 from mpoc.train.finetune import Request, finetune

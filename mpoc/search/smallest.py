@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpoc.compression import Compression, Progress, Work, write_compressed
 from mpoc.errors import MpocError, UsageError
 from mpoc.opened import open_source
-from mpoc.pipeline import Compression, Progress, choose_device, refuse_output, write_compressed
+from mpoc.pipeline import choose_device, refuse_output
 from mpoc.plan import least_ratio
 from mpoc.recipe import Recipe
 from mpoc.report import human_bytes
@@ -95,7 +96,8 @@ def compress_within(
     def attempt(ratio: float, target: Path) -> tuple[Compression, Measured]:
         at_ratio = replace(opened.recipe, ratio=ratio)
         with watch.layers() as progress:
-            done = write_compressed(opened, target, at_ratio, opened.plan(at_ratio), study, progress)
+            work = Work.beside(target, progress)
+            done = write_compressed(opened, target, at_ratio, opened.plan(at_ratio), study, work)
         return done, measure(replace(request, source=target))
 
     search = Bisection(recipe.max_drop, least)

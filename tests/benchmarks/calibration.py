@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import mpoc
 from mpoc.calibrate.study import CalibrationRequest, Study
+from mpoc.compression import Work, write_compressed
 from mpoc.opened import open_source
-from mpoc.pipeline import choose_device, write_compressed
+from mpoc.pipeline import choose_device
 from mpoc.recipe import Recipe
 
 WHITENED = "whitened SVD"
@@ -63,7 +64,8 @@ class Compressor:
         study = self._study if calibrates else None
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "compressed.safetensors"
-            done = write_compressed(opened, out, opened.recipe, opened.plan(opened.recipe), study)
+            plans, work = opened.plan(opened.recipe), Work.beside(out)
+            done = write_compressed(opened, out, opened.recipe, plans, study, work)
             return mpoc.load(out).eval(), done.manifest.rho_selected
 
 

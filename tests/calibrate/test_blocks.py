@@ -16,8 +16,9 @@ import mpoc
 import mpoc.calibrate.refine
 from mpoc.calibrate.data import open_calibration
 from mpoc.calibrate.study import CalibrationRequest
+from mpoc.compression import Compression
 from mpoc.manifest import LayerRecord, read_manifest
-from mpoc.pipeline import Compression, compress_checkpoint
+from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.train.material import DataOptions
 from mpoc.train.model import open_model

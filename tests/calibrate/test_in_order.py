@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import mpoc
 from mpoc.calibrate.study import CalibrationRequest
+from mpoc.compression import Compression
 from mpoc.errors import MpocError, UsageError
 from mpoc.input_shape import parse_input_shape
 from mpoc.manifest import read_manifest
 from mpoc.option_text import parse_shape
-from mpoc.pipeline import Compression, compress_checkpoint
+from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 
 NET = """

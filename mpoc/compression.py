@@ -1,0 +1,194 @@
+"""One compression of a source that is open: its layers fitted and kept, then the output written from them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpoc import hub_directory
+from mpoc.checkpoint import Checkpoint
+from mpoc.errors import MpocError
+from mpoc.finished import Finished
+from mpoc.fitting import Fitted, fit_layer
+from mpoc.manifest import LayerRecord, Manifest
+from mpoc.opened import Opened
+from mpoc.outline import make_manifest, predict_size
+from mpoc.plan import LayerPlan
+from mpoc.recipe import Recipe
+from mpoc.report import output_bytes
+from mpoc.team import Team
+from mpoc.writer import Entry, plan_shards, write_safetensors
+
+if TYPE_CHECKING:
+    from mpoc.calibrate.in_order import InOrder
+    from mpoc.calibrate.study import Study
+
+# record, seconds, layers done, layers in all, part of the work done
+Progress = Callable[[LayerRecord, float, int, int, float], None]
+
+
+@dataclass
+class Compression:
+    """What a compression did, or (dry run) would do."""
+
+    manifest: Manifest
+    output: Path
+    nbytes: int  # of the output on disk; predicted, an upper bound, where nothing was written
+    written: bool
+    seconds: dict[str, float] = field(default_factory=dict)  # layer name → time of its fit
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where and by whom layers are fitted, and who is told."""
+
+    mates: Team
+    finished: Finished
+    progress: Progress | None = None
+
+    @staticmethod
+    def beside(target: Path, progress: Progress | None = None) -> Work:
+        """Of one process, in a new folder beside ``target`` that stays for the caller to remove."""
+        folder = target.with_name(f"{target.name}.layers")
+        folder.mkdir()
+        return Work(Team(), Finished(folder), progress)
+
+
+def write_compressed(
+    opened: Opened,
+    target: Path,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    study: Study | None,
+    work: Work,
+) -> Compression:
+    """Fit the layers and write file or directory.
+
+    Args:
+        opened: the source.
+        target: does not exist.
+        recipe: that of the plans.
+        plans: of :meth:`mpoc.opened.Opened.plan`.
+        study: of calibration data; None: weights alone count.
+        work: whose finished layers stay for the caller to remove.
+
+    Raises:
+        MpocError: a weight that cannot be fitted, or nothing that would shrink.
+        OSError: of reading or writing (a full disk).
+    """
+    checkpoint, finished = opened.checkpoint, work.finished
+    calibrated, plans = shared_out(opened, recipe, plans, study)
+    with work.mates.together():
+        mine = work.mates.share([plan.cost for plan in plans])
+        todo = {plans[k].map.name: k for k in mine if not finished.is_usable(k)}
+        asked = [plan for plan in plans if plan.map.name in todo]
+        fits = calibrated.fit(plans) if calibrated else fit_each(opened, asked, recipe)
+
+        def keep(fitted: Fitted, seconds: float) -> int:
+            finished.keep(todo[fitted.record.name], fitted, seconds)
+            return finished.count()
+
+        fit_all(fits, asked, len(plans), keep, work.progress)
+    with work.mates.together():
+        layers = [finished.layer(number) for number in range(len(plans))]
+        entries = {name: one for layer in layers for name, one in layer.entries.items()}
+        entries |= finished.keep_others(calibrated.finish()) if calibrated else {}
+        manifest = make_manifest(checkpoint, opened.selection, recipe, [layer.record for layer in layers])
+        manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
+        _refuse_nothing_gained(manifest)
+    _write(target, checkpoint, _entries(checkpoint, entries), manifest, recipe.max_shard_size, work.mates)
+    with work.mates.together():
+        nbytes = output_bytes(target)
+    notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
+    times = {layer.record.name: layer.seconds for layer in layers}
+    return Compression(manifest, target, nbytes, True, times, notes)
+
+
+def shared_out(
+    opened: Opened, recipe: Recipe, plans: list[LayerPlan], study: Study | None
+) -> tuple[InOrder | None, list[LayerPlan]]:
+    """The calibrated fit, and plans with the budget as it shares it out; the plans as they are without."""
+    if study is None:
+        return None, plans
+    from mpoc.calibrate.in_order import InOrder
+
+    calibrated = InOrder(study, opened.checkpoint, recipe, opened.device)
+    predict = partial(predict_size, opened.checkpoint, opened.selection, recipe)
+    return calibrated, calibrated.share(plans, predict)
+
+
+def fit_each(opened: Opened, plans: list[LayerPlan], recipe: Recipe) -> Iterator[Fitted]:
+    """Layers by their weights alone, each when its turn comes."""
+    return (fit_layer(opened.checkpoint, plan, recipe, opened.device) for plan in plans)
+
+
+def fit_all(
+    fits: Iterator[Fitted],
+    asked: list[LayerPlan],
+    total: int,
+    keep: Callable[[Fitted, float], int],
+    progress: Progress | None,
+) -> None:
+    """Layer by layer: ``keep`` takes one and its seconds, and says how many of ``total`` are finished."""
+    costs = {plan.map.name: plan.cost for plan in asked}
+    done, start = 0.0, time.perf_counter()
+    for fitted in fits:
+        seconds = time.perf_counter() - start
+        number = keep(fitted, seconds)
+        done += costs[fitted.record.name]
+        if progress:
+            progress(fitted.record, seconds, number, total, done / sum(costs.values()))
+        start = time.perf_counter()
+
+
+def _refuse_nothing_gained(manifest: Manifest) -> None:
+    if not manifest.replaced:
+        first = manifest.layers[0]
+        hint = "a smaller --bond, a larger --max-error, or other --layers; --dry-run shows the plan"
+        if any(goal in manifest.options for goal in ("ratio", "size")):
+            hint = "a smaller --ratio or --size, or other --layers; --dry-run shows the plan"
+        raise MpocError(
+            f"no layer would be compressed, so nothing was written ({first.layer}: {first.reason})", hint
+        )
+
+
+def _entries(checkpoint: Checkpoint, fitted: dict[str, list[Entry]]) -> list[Entry]:
+    """All tensors of the output in the source's order, what was fitted in the place of its tensor."""
+    entries: list[Entry] = []
+    for name, info in checkpoint.infos.items():
+        kept = Entry(info, lambda name=name: checkpoint.read(name))  # type: ignore[misc]
+        entries += fitted.get(name, [kept])
+    return entries
+
+
+def _write(
+    target: Path,
+    checkpoint: Checkpoint,
+    entries: list[Entry],
+    manifest: Manifest,
+    max_shard_size: int,
+    mates: Team,
+) -> None:
+    """One file, by the first process; or shards, shared out among all."""
+    if not checkpoint.is_directory:
+        with mates.together():
+            if mates.is_first:
+                write_safetensors(target, entries, {"format": "pt", "mpoc": manifest.to_json()})
+        return
+    shards = plan_shards(entries, max_shard_size)
+    with mates.together():
+        if mates.is_first:
+            target.mkdir()
+            hub_directory.copy_other_files(checkpoint.path, target, checkpoint.weight_files)
+    with mates.together():
+        for number in mates.share([sum(entry.info.nbytes for entry in shard.entries) for shard in shards]):
+            hub_directory.write_shard(target, shards[number])
+    with mates.together():
+        if mates.is_first:
+            hub_directory.write_index(target, shards)
+            hub_directory.mark_compressed(target, manifest)

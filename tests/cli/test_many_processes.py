@@ -1,0 +1,94 @@
+"""torchrun, and going on after a kill: the same bytes as one process that was left alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.checkpoints import contents, save_directory
+from tests.process import Mpoc, environment
+
+LAYERS = 10
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    sides = [(256 + 32 * (k % 3), 256) for k in range(LAYERS)]
+    state = {f"layers.{k}.weight": torch.randn(side, generator=generator) for k, side in enumerate(sides)}
+    return save_directory(tmp_path / "m", state, config={"model_type": "test"})
+
+
+def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, "-m", "mpoc", *map(str, arguments)],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+def test_two_processes_give_the_bytes_of_one(run: Mpoc, model: Path) -> None:
+    options = ["--bond", 8, "--max-shard-size", "30kB", "--device", "cpu"]
+    alone = run("compress", model, *options, "-o", "one")
+    assert alone.returncode == 0, alone.stderr
+    done = torchrun(run.folder, "compress", model, *options, "-o", "two", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == LAYERS  # said once
+    assert done.stderr.count("wrote two") == 1
+    assert contents(run.folder / "two") == contents(run.folder / "one")
+    assert sorted(path.name for path in run.folder.iterdir()) == ["one", "two"]
+
+
+def test_an_error_in_one_of_two_processes_ends_both(run: Mpoc, model: Path) -> None:
+    state = {f"layers.{k}.weight": torch.randn(64, 64) for k in range(4)}
+    state["layers.3.weight"][0, 0] = float("nan")
+    bad = save_directory(model.parent / "bad", state, config={"model_type": "test"})
+    done = torchrun(run.folder, "compress", bad, "--bond", 2, "--device", "cpu")
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "tensor 'layers.3.weight' holds NaN" in done.stderr
+    assert list(run.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
+def test_work_goes_on_after_a_kill(run: Mpoc, model: Path, signum: signal.Signals) -> None:
+    options = ["--max-error", 0.9, "--device", "cpu"]
+    assert run("compress", model, *options, "-o", "whole").returncode == 0
+    process = run.start("compress", model, *options, "-o", "out", "--resume")
+    assert process.stderr is not None
+    lines = [process.stderr.readline() for _ in range(4)]
+    assert "[3/10]" in lines[-1]
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode in (-signal.SIGKILL, 130)
+    if signum == signal.SIGINT:
+        assert "error: interrupted\nnote: finished layers are kept in out.partial;" in err
+    assert not (run.folder / "out").exists()
+    again = run("compress", model, *options, "-o", "out", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "[1/10]" not in again.stderr  # what was finished is not done again
+    assert contents(run.folder / "out") == contents(run.folder / "whole")
+    assert sorted(path.name for path in run.folder.iterdir()) == ["out", "whole"]
+
+
+def test_layers_of_another_goal_or_weight_are_made_anew(run: Mpoc, model: Path) -> None:
+    process = run.start("compress", model, "--bond", 8, "-o", "out", "--resume", "--device", "cpu")
+    assert process.stderr is not None
+    for _ in range(6):
+        process.stderr.readline()
+    process.kill()
+    process.communicate(timeout=100)
+    options = ["--bond", 5, "--device", "cpu"]
+    assert run("compress", model, *options, "-o", "out", "--resume", "--force").returncode == 0
+    assert run("compress", model, *options, "-o", "whole").returncode == 0
+    assert contents(run.folder / "out") == contents(run.folder / "whole")

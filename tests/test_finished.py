@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpoc.finished import Finished
+from mpoc.fitting import Fitted, fit_layer
+from mpoc.plan import make_plan
+from mpoc.recipe import Recipe
+from mpoc.selection import LinearMap, Selection
+from mpoc.writer import write_safetensors
+from tests.checkpoints import contents
+
+
+def fitted(dtype: torch.dtype = torch.float32) -> Fitted:
+    """A layer of two cores, with a bias that changed."""
+    from mpoc.checkpoint.base import Checkpoint
+    from mpoc.header import TensorInfo
+
+    name = "fc.weight"
+    weight = torch.randn(24, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    info = TensorInfo(name, str(dtype).removeprefix("torch."), (24, 30))
+    checkpoint = Checkpoint(Path("m"), {name: info}, {}, lambda _: weight, {name: Path("m")})
+    selection = Selection([LinearMap(name, "linear", (24, 30), info.dtype, False)], {}, "names", [])
+    recipe = Recipe(bond=3, form="mpo", sites=2)
+    found = fit_layer(checkpoint, make_plan(selection, recipe)[0], recipe, torch.device("cpu"))
+    return Fitted(found.record, found.cores, {"fc.bias": torch.arange(24.0).to(dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_layer_comes_back_as_it_was(tmp_path: Path, dtype: torch.dtype) -> None:
+    layer = fitted(dtype)
+    store = Finished(tmp_path)
+    store.keep(7, layer, 1.5)
+    assert (store.count(), store.is_usable(7)) == (1, False)  # without keys nothing is used again
+    found = store.layer(7)
+    assert (found.record, found.seconds) == (layer.record, 1.5)
+    assert list(found.entries) == ["fc.bias", "fc.weight"]
+    cores = found.entries["fc.weight"]
+    assert [entry.info.name for entry in cores] == layer.record.core_names
+    for entry, core in zip(cores, layer.cores, strict=True):
+        assert torch.equal(entry.read(), core)
+    (bias,) = found.entries["fc.bias"]
+    assert torch.equal(bias.read(), layer.changed["fc.bias"])
+
+
+def test_a_dense_layer_has_a_record_only(tmp_path: Path) -> None:
+    record = fitted().record
+    store = Finished(tmp_path)
+    store.keep(0, Fitted(record))
+    assert store.layer(0).record == record
+    assert store.layer(0).entries == {}
+
+
+def test_tensors_of_no_single_layer_are_kept_too(tmp_path: Path) -> None:
+    store = Finished(tmp_path)
+    entries = store.keep_others({"bn.running_mean": torch.arange(3.0)})
+    assert store.count() == 0
+    assert torch.equal(entries["bn.running_mean"][0].read(), torch.arange(3.0))
+
+
+def test_a_layer_is_used_again_where_nothing_changed(tmp_path: Path) -> None:
+    layer = fitted()
+    Finished(tmp_path, lambda number: f"key {number}").keep(3, layer)
+    assert Finished(tmp_path, lambda number: f"key {number}").is_usable(3)
+    assert not Finished(tmp_path, lambda number: "another").is_usable(3)
+    assert not Finished(tmp_path, lambda number: f"key {number}").is_usable(2)
+    assert list(contents(tmp_path)) == ["000003.safetensors"]
+
+
+@pytest.mark.parametrize("position", [3, 200, -1, -60])
+def test_a_damaged_layer_is_not_used_again(tmp_path: Path, position: int) -> None:
+    store = Finished(tmp_path, str)
+    store.keep(0, fitted())
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+    assert not store.is_usable(0)
+    path.write_bytes(data[:-5])
+    assert not store.is_usable(0)
+
+
+def test_a_failing_write_leaves_the_layer_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, layer = Finished(tmp_path, str), fitted()
+    store.keep(0, layer)
+
+    def half(path: Path, *rest: object, **options: object) -> None:
+        write_safetensors(path, [], {})
+        raise OSError(28, "full")
+
+    monkeypatch.setattr("mpoc.finished.write_safetensors", half)
+    with pytest.raises(OSError, match="full"):
+        store.keep(0, Fitted(layer.record))
+    assert store.is_usable(0)
+    assert store.count() == 1

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.team import Team
+from mpoc.workplace import kept_beside, layers_of, workplace
+
+
+def test_what_is_written_takes_the_place_of_the_output(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.write_text("old")
+    for resume in (False, True):
+        with workplace(output, Team(), resume) as target:
+            assert layers_of(target).is_dir()
+            assert (target.parent == kept_beside(output)) == resume
+            target.write_text(f"new {resume}")
+        assert output.read_text() == f"new {resume}"
+        assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("failure", [MpocError("no"), KeyboardInterrupt(), SystemExit(143)])
+def test_after_a_failure_finished_layers_stay_where_they_are_wanted(
+    tmp_path: Path, failure: BaseException
+) -> None:
+    output = tmp_path / "out"
+    for resume in (False, True):
+        with pytest.raises(type(failure)), workplace(output, Team(), resume) as target:
+            target.mkdir()
+            (layers_of(target) / "0").write_text("a layer")
+            raise failure
+        assert list(tmp_path.iterdir()) == ([kept_beside(output)] if resume else [])
+    assert "kept in out.partial" in failure.__notes__[-1]
+    with workplace(output, Team(), True) as target:
+        assert not target.exists()  # half an output is not gone on with
+        assert (layers_of(target) / "0").read_text() == "a layer"
+        target.write_text("whole")
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    kept_beside(output).mkdir()
+    (kept_beside(output) / "notes.txt").write_text("mine")
+    with (
+        pytest.raises(UsageError, match=r"out\.partial: exists, and is not"),
+        workplace(output, Team(), True),
+    ):
+        pass
+    assert (kept_beside(output) / "notes.txt").read_text() == "mine"
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with workplace(output, Team(), True) as target:
+        with pytest.raises(MpocError, match="another mpoc is at work"), workplace(output, Team(), True):
+            pass
+        target.write_text("whole")
+    assert output.read_text() == "whole"
