@@ -93,11 +93,15 @@ class LayerRecord:
         """Their shapes; not for dense layers."""
         return self.structure.core_shapes(self.bonds, self.low_rank)
 
+    @property
+    def inner_bonds(self) -> tuple[int, ...]:
+        """Of a chain without D_0 and D_n."""
+        return self.bonds[1:-1] if network_of(self.form) == "chain" else self.bonds
+
     def bonds_text(self, between: str = " ") -> str:
         """The inner bonds for people, as ``4 8 4``, or ``48 + r 12`` with an added part of rank 12."""
-        inner = self.bonds[1:-1] if network_of(self.form) == "chain" else self.bonds
         added = f"r {self.low_rank}" if self.low_rank else ""
-        return " + ".join(filter(None, [between.join(map(str, inner)), added]))
+        return " + ".join(filter(None, [between.join(map(str, self.inner_bonds)), added]))
 
     def core_name(self, site: int) -> str:
         """The tensor name of core ``site`` (from 0)."""

@@ -103,7 +103,7 @@ def _more_than_planned(plan: LayerPlan) -> int:
 def _with_longest_figures(record: LayerRecord) -> LayerRecord:
     if record.form == "dense":
         return record
-    figures = (LONGEST_FIGURE,) * (0 if record.low_rank else len(record.bonds))
+    figures = (LONGEST_FIGURE,) * (0 if record.low_rank else len(record.inner_bonds))
     return replace(record, relative_error=LONGEST_FIGURE, entropies=figures, entropies_of_weight=figures)
 
 
