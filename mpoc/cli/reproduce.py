@@ -24,13 +24,17 @@ if TYPE_CHECKING:
 _WHAT = "What is trained"
 _HOW = "How"
 _OUT = "Output"
+_IMAGES = "mps-images"
 
 
 def reproduce(
+    context: typer.Context,
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="fc2, lenet5, vgg16, vgg19, resnet, densenet (Gao et al. 2020) or picogpt."
+            metavar="NAME",
+            help="fc2, lenet5, vgg16, vgg19, resnet, densenet (Gao et al. 2020) or picogpt; or mps-images, "
+            "where images are what is compressed.",
         ),
     ],
     data: DataPath,
@@ -126,11 +130,16 @@ def reproduce(
 
     mpoc reproduce fc2 --data mnist/ --quick --plot figures/
 
+    mpoc reproduce mps-images --data mnist/ --quick
+
     mpoc reproduce fc2 --data mnist/ --epochs 1 --bonds 4,16 --shape 'fc1=28x28:16x16' --json
     """
     values = dict(locals())
     with reported_errors():
         words = Output(quiet)
+        if name == _IMAGES:
+            _reproduce_images(context, values, words)
+            return
         done = _run(_request(values), plot, words)
         if as_json:
             from mpoc.report import to_json
@@ -140,6 +149,16 @@ def reproduce(
             from mpoc.cli.reproduction_table import print_reproduction
 
             print_reproduction(words.result, done)
+
+
+def _reproduce_images(context: typer.Context, values: dict[str, Any], words: Output) -> None:
+    from mpoc.cli.reproduce_images import images_request, refuse_training_options, run_images
+
+    sources = ((parameter, context.get_parameter_source(parameter)) for parameter in context.params)
+    refuse_training_options([name for name, source in sources if source and source.name == "COMMANDLINE"])
+    request = images_request(values, _bonds(values))
+    output = values["output"] or Path(f"reproduce-{_IMAGES}")
+    run_images(request, output, values["plot"], values["as_json"], words)
 
 
 def _request(values: dict[str, Any]) -> Request:
@@ -159,7 +178,7 @@ def _request(values: dict[str, Any]) -> Request:
         shapes.append((text, {rule.pattern: (rule.output_factors, rule.input_factors)}))
     choice = Choice(
         tuple(study.variants) if variants == ("all",) else variants,
-        tuple(_whole("--bonds", word) for word in _words(values["bonds"])),
+        _bonds(values),
         tuple(shapes), values["paper"], values["epochs"], values["steps"], not values["no_l2"],
     )  # fmt: skip
     same = ("name", "data", "runs", "seed", "quick", "format", "held_out", "device")
@@ -169,6 +188,10 @@ def _request(values: dict[str, Any]) -> Request:
         choice=choice,
         starts=_words(values["starts"]),
     )
+
+
+def _bonds(values: dict[str, Any]) -> tuple[int, ...]:
+    return tuple(_whole("--bonds", word) for word in _words(values["bonds"]))
 
 
 def _words(text: str | None) -> tuple[str, ...]:

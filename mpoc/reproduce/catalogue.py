@@ -15,6 +15,8 @@ from mpoc.reproduce.vgg import VGG16, VGG19
 
 STUDIES = {study.name: study for study in (FC2, LENET5, VGG16, VGG19, RESNET, DENSENET, PICOGPT)}
 
+UNTRAINED = ("mps-images",)  # of another kind: mps_images.py
+
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # layer → (outputs, inputs)
 
 
@@ -38,7 +40,8 @@ def find_study(name: str) -> Study:
         UsageError: there is none.
     """
     if name not in STUDIES:
-        raise UsageError(f"no experiment {name!r}{nearest(name, [*STUDIES])}", ", ".join(STUDIES))
+        known = [*STUDIES, *UNTRAINED]
+        raise UsageError(f"no experiment {name!r}{nearest(name, known)}", ", ".join(known))
     return STUDIES[name]
 
 

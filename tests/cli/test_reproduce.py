@@ -39,12 +39,33 @@ def test_quick_fc2_from_data_to_table_and_figures(run: Mpoc, monkeypatch: pytest
     assert report["quick"] and len(report["rows"]) == 5
 
 
+def test_images_as_states_from_data_to_table_and_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path / "digits", 20, 30)
+    words = ["reproduce", "mps-images", "--data", "digits", "--bonds", "1,8", "--quick"]
+    done = CliRunner().invoke(app, [*words, "--plot", "figures"])
+    assert done.exit_code == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith(("1 ", "8 "))]
+    assert [row[:3] for row in rows] == [["1", "20", "0.026"], ["8", "544", "0.694"]]
+    assert rows[0][5] == "–" and "morton order, bonds 1 to 4: " in done.stdout
+    assert "30 images of 1×28×28 (test), as sites of 4, coarse to fine" in done.stdout
+    assert len(list((tmp_path / "figures").iterdir())) == 3
+    again = CliRunner().invoke(app, [*words, "--json", "--quiet"])
+    assert again.exit_code == 0 and again.stderr == ""
+    assert again.stdout == (tmp_path / "reproduce-mps-images" / "report.json").read_text("utf-8")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("fc3",), "no experiment 'fc3'; did you mean 'fc2'?"),
         (("fc2", "--bonds", "2,x"), "--bonds x: not whole numbers"),
         (("fc2", "--depth", "20"), "--depth is of resnet"),
+        (("mps-imagse",), "did you mean 'mps-images'?"),
+        (("mps-images", "--starts", "random"), "--starts is of studies that train networks"),
+        (("mps-images", "--bonds", "0"), "--bonds: one at least, each at least 1"),
         (("fc2", "--shape", "28x28:16x16"), "names no layer"),
         (("fc2", "--shape", "fc1=28x27:16x16"), "756 inputs and 256 outputs, but the layer has 784 and 256"),
     ],

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpoc.reproduce.pixels import ORDERS, from_sites, pixel_order, to_sites
+
+
+def test_morton_order_by_hand() -> None:
+    numbers = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert pixel_order("morton", 4).tolist() == numbers
+    assert pixel_order("raster", 4).tolist() == [*range(16)]
+
+
+def test_sites_are_digits_of_the_pixel_s_number_or_quadrants() -> None:
+    x = torch.arange(64.0).reshape(1, 1, 8, 8)
+    morton, raster = (to_sites(x, order)[0] for order in ORDERS)
+    for row in range(8):
+        for column in range(8):
+            quadrants = [2 * (row >> k & 1) + (column >> k & 1) for k in (2, 1, 0)]
+            number = 8 * row + column
+            digits = [number >> 4, number >> 2 & 3, number & 3]
+            assert morton[tuple(quadrants)] == raster[tuple(digits)] == x[0, 0, row, column]
+
+
+def test_an_image_is_padded_on_all_sides() -> None:
+    sites = to_sites(torch.ones(1, 1, 28, 28), "raster")
+    assert sites.shape == (1, *(4,) * 5)
+    padded = sites.reshape(32, 32)
+    assert padded[2:30, 2:30].min() == 1 and padded.sum() == 28 * 28
+
+
+@given(
+    st.sampled_from(ORDERS), st.integers(1, 3), st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9)
+)
+@settings(max_examples=15, deadline=None)
+def test_there_and_back(order: str, count: int, channels: int, height: int, width: int) -> None:
+    x = torch.randn(count, channels, height, width)
+    sites = to_sites(x, order)
+    assert sites.square().sum().item() == pytest.approx(x.square().sum().item(), rel=1e-5)
+    torch.testing.assert_close(from_sites(sites, order, (channels, height, width)), x, rtol=0, atol=0)
