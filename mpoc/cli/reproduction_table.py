@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +23,8 @@ def print_reproduction(console: Console, done: Reproduction) -> None:
     console.print(_table(done))
     for label, structure in dict.fromkeys(_structures(done)):
         console.print(escape(f"{label}: {structure}"), soft_wrap=True)
+    for line in _effective(done):
+        console.print(escape(line), soft_wrap=True)
     note = f" ({experiment.training.note})" if experiment.training.note else ""
     runs = f"{len(done.seeds)} runs, seeds {done.seeds[0]} to {done.seeds[-1]}"
     lines = [
@@ -48,6 +52,17 @@ def _structures(done: Reproduction) -> list[tuple[str, str]]:
     return found
 
 
+def _effective(done: Reproduction) -> list[str]:
+    """Of networks whose bonds were chosen: how many Schmidt values count at each, of the first run."""
+    found = []
+    for row in done.rows:
+        if row.experiment.discard and row.start != DENSE:
+            for layer, entropies in row.results[0].entropies.items():
+                numbers = " ".join(f"{math.exp(entropy):.1f}" for entropy in entropies)
+                found.append(f"{row.experiment.label}, {layer}: effective components exp(S) {numbers}")
+    return found
+
+
 def _joined(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, …, {names[-1]} ({len(names)} layers)"
 
@@ -65,15 +80,16 @@ def _table(done: Reproduction) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
-    first = row.results[0]
     dense = row.start == DENSE
     own = ", ".join(dict.fromkeys(str(layer.bond) for layer in row.experiment.layers if layer.bond))
     bond = "" if dense else str(row.bond or own)
+    if row.experiment.discard and not dense:
+        bond = ", ".join(" ".join(map(str, bonds)) for bonds in row.results[0].bonds.values())
     return [
         row.experiment.network if dense else row.experiment.label,
         _STARTS[row.start],
         bond,
-        f"{first.parameters:,}",
+        f"{row.parameters:,}",
         f"{row.replaced:,}",
         "1" if dense else f"{row.rho:.4g}",
         f"{row.mean('start')[0]:.2f}",

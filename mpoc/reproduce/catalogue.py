@@ -9,11 +9,12 @@ from mpoc.errors import UsageError, nearest
 from mpoc.reproduce.densenet import DENSENET
 from mpoc.reproduce.digits import FC2, LENET5
 from mpoc.reproduce.experiment import Experiment, Layer, Study, Training
+from mpoc.reproduce.harada import HARADA
 from mpoc.reproduce.picogpt import PICOGPT
 from mpoc.reproduce.resnet import RESNET
 from mpoc.reproduce.vgg import VGG16, VGG19
 
-STUDIES = {study.name: study for study in (FC2, LENET5, VGG16, VGG19, RESNET, DENSENET, PICOGPT)}
+STUDIES = {study.name: study for study in (FC2, LENET5, VGG16, VGG19, RESNET, DENSENET, PICOGPT, HARADA)}
 
 UNTRAINED = ("mps-images",)  # of another kind: mps_images.py
 
@@ -49,9 +50,9 @@ def choose(study: Study, choice: Choice) -> list[Experiment]:
     """The experiments that are asked for, each with its training and bonds.
 
     Raises:
-        UsageError: an unknown variant or layer, or a bond below 1.
+        UsageError: an unknown variant or layer, a bond below 1, or no training of the paper's.
     """
-    names = choice.variants or (next(iter(study.variants)),)
+    names = choice.variants or study.shown or (next(iter(study.variants)),)
     unknown = [name for name in names if name not in study.variants]
     if unknown:
         known = [*study.variants]
@@ -80,6 +81,8 @@ def _with_bonds(experiment: Experiment, bonds: Sequence[int]) -> Experiment:
 
 def _training(experiment: Experiment, choice: Choice) -> Training:
     training = experiment.paper_training if choice.paper else experiment.training
+    if training is None:
+        raise UsageError(f"--paper: the source of {experiment.label} tells no training", "leave it away")
     settings = training.settings
     if choice.epochs is not None:
         settings = replace(settings, epochs=choice.epochs, steps=None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpoc import zoo
 from mpoc.reproduce.experiment import Experiment
 from mpoc.reproduce.material import Material
-from mpoc.reproduce.networks import compress
+from mpoc.reproduce.networks import FULL_BOND, choose_bonds, compress, core_forms
 from mpoc.reproduce.store import Result
 from mpoc.train.engine import make_accelerator
 from mpoc.train.evaluate import evaluate
@@ -31,7 +31,7 @@ class Cell:
 
     experiment: Experiment
     start: str  # "dense", "ttsvd" or "random"
-    bond: int  # D; 0 where every layer has its own, and of a dense network
+    bond: int  # D, of random cores and caps; 0 where every layer has its own, and of a dense network
     seed: int
 
     @property
@@ -46,9 +46,13 @@ class Cell:
         """Label, start, D and seed: different for any two of a study."""
         return self.experiment.label, self.start, self.bond, self.seed
 
-    def dense(self) -> Cell:
-        """The dense network of the same seed."""
-        return replace(self, start=DENSE, bond=0)
+    def origin(self) -> Cell | None:
+        """The trained network of the same seed that this one starts from."""
+        if self.start == "ttsvd":
+            return replace(self, start=DENSE, bond=0)
+        if self.start == "random" and self.experiment.discard:
+            return replace(self, experiment=replace(self.experiment, discard=0.0))
+        return None
 
     def identity(self, material: Material) -> dict[str, Any]:
         """All that the result depends on; labels and the paper's numbers are not part of it."""
@@ -66,6 +70,8 @@ class Cell:
                 asdict(replace(layer, bond=layer.bond or self.bond)) for layer in self.experiment.layers
             ]
             found["layers"] = [{**layer, **_lists(layer)} for layer in layers]
+            if self.experiment.discard:
+                found["discard"] = self.experiment.discard
         return found
 
 
@@ -77,7 +83,7 @@ def run_cell(
     cell: Cell,
     material: Material,
     device: str,
-    dense: dict[str, Tensor] | None,
+    origin: dict[str, Tensor] | None,
     told: Callable[[Told], None] | None = None,
 ) -> tuple[Result, dict[str, Tensor]]:
     """Build, train and measure a network.
@@ -86,7 +92,7 @@ def run_cell(
         cell: which.
         material: its data.
         device: ``auto``, ``cpu``, …
-        dense: the trained dense weights; needed from TT-SVD.
+        origin: the weights of the cell's origin, where it has one.
         told: called while training runs.
 
     Returns:
@@ -98,7 +104,7 @@ def run_cell(
         Interrupted: Ctrl-C or SIGTERM.
     """
     begin = time.perf_counter()
-    network = _network(cell, dense)
+    network = _network(cell, origin)
     accelerator = make_accelerator(device)
     outcome, curve = _train(cell, network, material, accelerator, told)
     chosen = next(point for point in curve if point["step"] == outcome.chosen["step"])
@@ -111,21 +117,42 @@ def run_cell(
         steps=outcome.steps,
         device=str(accelerator.device),
         curve=curve,
+        **_spectra(cell, network),
     )
     return result, {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
 
 
-def _network(cell: Cell, dense: dict[str, Tensor] | None) -> nn.Module:
+def _spectra(cell: Cell, network: nn.Module) -> dict[str, dict[str, list[Any]]]:
+    """Bonds and entropies of the replaced layers."""
+    if cell.start == DENSE:
+        return {}
+    forms = core_forms(network, cell.experiment.layers)
+    return {
+        "bonds": {name: list(form.bonds[1:-1]) for name, form in forms.items()},
+        "entropies": {name: list(map(short, form.entropies())) for name, form in forms.items()},
+    }
+
+
+def _network(cell: Cell, origin: dict[str, Tensor] | None) -> nn.Module:
     """As it is before training. All starts of a seed draw the same parameters outside the replaced layers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(cell.seed, "network"))
         network = zoo.make(cell.experiment.network)
     if cell.start == DENSE:
         return network
+    layers, discard = cell.experiment.layers, cell.experiment.discard
+    bond = cell.bond
     if cell.start == "ttsvd":
-        assert dense is not None
-        network.load_state_dict(dense)
-    return compress(network, cell.experiment.layers, cell.bond, cell.start, cell.seed)
+        assert origin is not None
+        network.load_state_dict(origin)
+        bond = FULL_BOND if discard else bond
+    compress(network, layers, bond, cell.start, cell.seed)
+    if discard:
+        if cell.start == "random":
+            assert origin is not None
+            network.load_state_dict(origin)
+        choose_bonds(network, layers, discard)
+    return network
 
 
 def dense_sizes(experiment: Experiment) -> tuple[int, int]:

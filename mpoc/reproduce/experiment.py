@@ -21,11 +21,13 @@ class Layer:
     outputs: tuple[int, ...]  # J
     bond: int | None = None  # None: the D of the experiment
     size: tuple[int, ...] = ()  # of a convolution that becomes one whole map: (height, width) of its input
+    order: str = "raster"  # in which the cores take the inputs, pixels of a square image; of pixels.ORDERS
 
     def notation(self, bond: int | None = None) -> str:
         """``fc1 M(4,7,7,4→4,4,4,4)(D)``."""
         sides = "→".join(",".join(map(str, side)) for side in (self.inputs, self.outputs))
-        return f"{self.name} M({sides})({self.bond or bond or 'D'})"
+        order = "" if self.order == "raster" else f", inputs in {self.order} order"
+        return f"{self.name} M({sides})({self.bond or bond or 'D'}){order}"
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,17 @@ class Experiment:
     layers: tuple[Layer, ...]
     bonds: tuple[int, ...]  # the D's; () where every layer has a bond of its own
     training: Training
-    paper_training: Training
+    paper_training: Training | None  # None: the source has none
     data: str  # what the paper trained on
     dense: Published
     published: dict[int, Published] = field(default_factory=dict)  # by D; 0 where there are no D's
     x: float = 0.0  # place in a figure over something else than D
     notes: tuple[str, ...] = ()  # on the structure
+    # Above 0 each bond is the smallest that discards at most this share of the weight's squared norm: of the
+    # dense weight, or of random cores trained at D before.
+    discard: float = 0.0
+    starts: tuple[str, ...] = ("ttsvd", "random")  # those it is done from
+    series: str = ""  # what is joined by a line in a figure over parameters
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class Study:
     name: str
     title: str
     source: str
-    variants: dict[str, Experiment]  # the first is what is done unless asked otherwise
+    variants: dict[str, Experiment]
     quick_batch: int  # of --quick
-    axis: str = "D"  # what a figure runs over: D, or the x of the experiments
+    axis: str = "D"  # what a figure runs over: D, parameters, or the x of the experiments
+    shown: tuple[str, ...] = ()  # the variants that are done unless asked otherwise; (): the first

@@ -49,11 +49,13 @@ def draw_figures(done: Reproduction, folder: Path) -> list[Path]:
 
 def _draw_accuracy(axes: Any, done: Reproduction) -> None:
     """The dense line with its band, or points where each x has its own dense network."""
-    over_bonds = done.study.axis == "D" and any(row.bond for row in done.rows)
+    over_parameters = done.study.axis == "parameters"
+    over_bonds = over_parameters or (done.study.axis == "D" and any(row.bond for row in done.rows))
     if over_bonds:
-        axes.set_xscale("log", base=2)
-        bonds = sorted({row.bond for row in done.rows if row.bond})
-        axes.set_xticks(bonds, [str(bond) for bond in bonds])
+        axes.set_xscale("log", base=10 if over_parameters else 2)
+        if not over_parameters:
+            bonds = sorted({row.bond for row in done.rows if row.bond})
+            axes.set_xticks(bonds, [str(bond) for bond in bonds])
         for row in done.rows:
             if row.start == DENSE:
                 _draw_band(axes, row)
@@ -67,7 +69,8 @@ def _draw_accuracy(axes: Any, done: Reproduction) -> None:
         label = _NAMES[start[0]] + (f", {start[1]}" if over_bonds and _variants(done) > 1 else "")
         colour = None if _variants(done) > 1 and over_bonds else _COLOURS[start[0]]
         axes.errorbar(xs, [mean for mean, _ in pairs], errors, fmt=".-", capsize=3, color=colour, label=label)
-    axes.set_xlabel("bond dimension D" if over_bonds else done.study.axis)
+    names = {"D": "bond dimension D", "parameters": "parameters of the replaced layers"}
+    axes.set_xlabel(names.get(done.study.axis, done.study.axis))
     if not over_bonds and done.study.axis == "D":
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlabel("")
@@ -84,17 +87,23 @@ def _draw_band(axes: Any, row: Row) -> None:
 
 def _place(done: Reproduction, row: Row, labels: list[str], over_bonds: bool) -> float:
     """Where a row stands on the horizontal axis."""
+    if done.study.axis == "parameters":
+        return float(row.replaced)
     if over_bonds:
         return float(row.bond)
     return float(labels.index(row.experiment.label)) if done.study.axis == "D" else row.experiment.x
 
 
 def _series(done: Reproduction) -> dict[tuple[str, str], list[Row]]:
-    """Rows that are joined by a line: of one start and, over D, of one variant."""
-    over_variants = not any(row.bond for row in done.rows) or done.study.axis != "D"
+    """Rows that are joined by a line: of one start and, over D or parameters, of one variant or series."""
+    axis = done.study.axis
+    over_variants = not any(row.bond for row in done.rows) or axis not in ("D", "parameters")
     found: dict[tuple[str, str], list[Row]] = {}
     for row in done.rows:
-        found.setdefault((row.start, "" if over_variants else row.experiment.label), []).append(row)
+        series = row.experiment.series or row.experiment.label
+        found.setdefault((row.start, "" if over_variants else series), []).append(row)
+    if axis == "parameters":
+        return {key: sorted(rows, key=lambda row: row.replaced) for key, rows in found.items()}
     return found
 
 

@@ -16,13 +16,16 @@ from mpoc import zoo
 from mpoc.errors import UsageError
 from mpoc.fit.conv_map import fit_conv_map
 from mpoc.fit.ttsvd import tt_svd
+from mpoc.forms.mpo import MPO, rank_within
 from mpoc.nn import adopt
 from mpoc.nn.conv_map import geometry_of
 from mpoc.reproduce.experiment import Experiment, Layer
+from mpoc.reproduce.pixels import pixel_order
 from mpoc.structure import Structure
 from mpoc.train.settings import derived_seed
 
 STARTS = ("ttsvd", "random")
+FULL_BOND = 1 << 30  # no cap
 
 
 def nominal_bonds(sites: int, bond: int) -> tuple[int, ...]:
@@ -95,9 +98,61 @@ def compress(network: nn.Module, layers: Sequence[Layer], bond: int, start: str,
         if start == "random":
             cores = random_cores(structure, own, derived_seed(seed, "cores", layer.name))
         else:
-            cores = fitted_cores(module.get_parameter("weight").detach(), structure, own, seed)
+            weight = module.get_parameter("weight").detach()
+            if layer.order != "raster":
+                weight = weight[:, _input_order(layer, structure)]
+            cores = fitted_cores(weight, structure, own, seed)
         adopt(module, "weight", cores, structure)
+        if layer.order != "raster":
+            module.register_buffer("input_order", _input_order(layer, structure), persistent=False)
+            module.register_forward_pre_hook(_reordered)
     return network
+
+
+def _input_order(layer: Layer, structure: Structure) -> Tensor:
+    return pixel_order(layer.order, math.isqrt(structure.inputs))
+
+
+def _reordered(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """A hook: the inputs as the cores take them."""
+    return (inputs[0][..., module.input_order],)
+
+
+def core_forms(network: nn.Module, layers: Sequence[Layer]) -> dict[str, MPO]:
+    """The replaced layers' cores as they are, by layer."""
+    modules = {layer.name: network.get_submodule(layer.name) for layer in layers}
+    return {
+        name: MPO([core.detach() for core in module.cores], module.structure)  # type: ignore[union-attr, arg-type]
+        for name, module in modules.items()
+    }
+
+
+def choose_bonds(network: nn.Module, layers: Sequence[Layer], discard: float) -> None:
+    """Cut every bond of the layers' cores to what their own Schmidt spectra ask for; in place."""
+    for name, form in core_forms(network, layers).items():
+        cores = cut_by_weight(form, discard).cores
+        module = network.get_submodule(name)
+        module.cores = nn.ParameterList(core.float().contiguous() for core in cores)
+
+
+def cut_by_weight(form: MPO, discard: float) -> MPO:
+    """The smallest bonds whose discarded weight, at each, is at most a share of the squared norm.
+
+    In the canonical form a bond is cut by leaving out its smallest Schmidt values; all bonds together lose at
+    most the sum of what they discard.
+
+    Args:
+        form: any gauge and bonds.
+        discard: the share, from 0 to 1, for each bond.
+
+    Returns:
+        float64, in the balanced gauge.
+    """
+    whole, spectra = form.balanced()
+    kept = [rank_within(values, len(values), discard * float(values.square().sum()))[0] for values in spectra]
+    bonds = (1, *kept, 1)
+    cores = [core[:a, :, :, :b] for core, a, b in zip(whole.cores, bonds[:-1], bonds[1:], strict=True)]
+    return MPO(cores, form.structure).balanced()[0]
 
 
 def random_cores(structure: Structure, bond: int, seed: int) -> list[Tensor]:

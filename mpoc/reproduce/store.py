@@ -1,14 +1,14 @@
 """Finished networks on disk, so that an interrupted or widened study trains only what is missing.
 
-Each is a JSON file with everything that its result depends on; a dense network's weights lie beside it, for
-TT-SVD.  A file is there whole or not at all, and counts only where what it depends on is the same.
+Each is a JSON file with everything that its result depends on; the weights of networks that others start from
+lie beside it.  A file is there whole or not at all, and counts only where what it depends on is the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ class Result:
     steps: int
     device: str
     curve: list[dict[str, float]]  # epoch, accuracy and, where one chooses, validation
+    # By replaced layer, at the inner bonds; {} of a dense network.
+    bonds: dict[str, list[int]] = field(default_factory=dict)
+    entropies: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Store:
@@ -74,7 +77,7 @@ class Store:
             target.write_text(json.dumps(record, indent=1, ensure_ascii=False), "utf-8")
 
     def weights(self, name: str, identity: dict[str, Any]) -> dict[str, Tensor] | None:
-        """Of a dense network; None where they are not there."""
+        """Of a network that others start from; None where they are not there."""
         file = self._file(name, identity, ".safetensors")
         return load_file(file) if file.exists() else None
 

@@ -53,10 +53,15 @@ class Row:
         return dense_sizes(self.experiment)[1]
 
     @property
+    def parameters(self) -> int:
+        """Of the whole network; the mean over the runs where bonds chosen from spectra differ."""
+        return round(statistics.fmean(result.parameters for result in self.results))
+
+    @property
     def replaced(self) -> int:
         """What they have here: N_mpo, or N_ori where dense."""
         whole, original = dense_sizes(self.experiment)
-        return original - whole + self.results[0].parameters
+        return original - whole + self.parameters
 
     @property
     def rho(self) -> float:
@@ -102,14 +107,14 @@ class Reproduction:
 
 
 def _row_dict(row: Row) -> dict[str, Any]:
-    first = row.results[0]
     found: dict[str, Any] = {
         "network": row.experiment.label,
         "start": row.start,
         "bond": row.bond or None,
         "structures": [layer.notation(row.bond) for layer in row.experiment.layers],
         "training": row.experiment.training.words(),
-        "parameters": first.parameters,
+        "discard": row.experiment.discard or None,
+        "parameters": row.parameters,
         "parameters_replaced_before": row.original,
         "parameters_replaced_after": row.replaced,
         "rho": short(row.rho),
@@ -148,10 +153,11 @@ def reproduce(
     seeds = tuple(range(request.seed, request.seed + request.runs))
     cells = [cell for seed in seeds for cell in _cells(experiments, request.starts, seed)]
     store = Store(request.output)
+    origins = [origin.identity(material) for cell in cells if (origin := cell.origin()) is not None]
     found: dict[Key, Result] = {}
     for number, cell in enumerate(cells, 1):
         found[cell.key] = _result(
-            cell, material, store, request.device, told, say, f"[{number}/{len(cells)}]"
+            cell, material, store, request.device, told, say, origins, f"[{number}/{len(cells)}]"
         )
     rows = (
         Row(
@@ -205,7 +211,7 @@ def _cells(experiments: list[Experiment], starts: tuple[str, ...], seed: int) ->
             yield Cell(experiment, DENSE, 0, seed)
             dense.add(experiment.network)
         for bond in experiment.bonds or (0,):
-            for start in starts:
+            for start in (start for start in starts if start in experiment.starts):
                 yield Cell(experiment, start, bond, seed)
 
 
@@ -216,28 +222,29 @@ def _result(
     device: str,
     told: Callable[[Told], None] | None,
     say: Callable[[str], None],
+    origins: list[dict[str, Any]],
     place: str,
 ) -> Result:
-    """From the store, or trained and stored."""
+    """From the store, or trained and stored; with its weights if it is dense or one of the ``origins``."""
     identity = cell.identity(material)
     result = store.find(cell.name, identity)
     stored = result is not None
     if result is None:
-        dense = None
-        if cell.start == "ttsvd":
-            dense = _dense_weights(cell.dense(), material, store, device, told)
-        result, weights = run_cell(cell, material, device, dense, told)
-        store.put(cell.name, identity, result, weights if cell.start == DENSE else None)
+        origin = cell.origin()
+        start = None if origin is None else _weights(origin, material, store, device, told)
+        result, weights = run_cell(cell, material, device, start, told)
+        kept = cell.start == DENSE or identity in origins
+        store.put(cell.name, identity, result, weights if kept else None)
     how = "stored" if stored else f"{result.seconds:.0f} s on {result.device}"
     which = f"{cell.experiment.label}, {cell.start}{f' D={cell.bond}' if cell.bond else ''}, seed {cell.seed}"
     say(f"{place} {which}: {result.final:.2f} % (best {result.best:.2f}), {how}")
     return result
 
 
-def _dense_weights(
+def _weights(
     cell: Cell, material: Material, store: Store, device: str, told: Callable[[Told], None] | None
-) -> Any:
-    """The trained dense network's; trained again where they were removed."""
+) -> dict[str, Any]:
+    """Of a trained network that has no origin; trained again where they are not in the store."""
     identity = cell.identity(material)
     weights = store.weights(cell.name, identity)
     if weights is None:

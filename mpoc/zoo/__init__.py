@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mpoc.errors import nearest
 from mpoc.zoo.densenet import densenet
 from mpoc.zoo.fc2 import FC2
+from mpoc.zoo.harada import Harada
 from mpoc.zoo.lenet5 import LeNet5
 from mpoc.zoo.picogpt import PicoGPT
 from mpoc.zoo.resnet import resnet
@@ -27,6 +28,7 @@ from mpoc.zoo.vgg import vgg16, vgg19
 __all__ = ["ENTRIES", "Entry", "example", "make", "parse"]
 
 _GAO = "Gao et al., Phys. Rev. Research 2, 023300 (2020)"
+_HARADA = "Harada, 'Compressing neural networks by tensor networks', slides, 24 Nov 2022"
 _VGG = f"Simonyan and Zisserman, arXiv:1409.1556; {_GAO}"
 # Images run from 0 to 1, then (x − mean) / std; in training padded with zeros, cropped, mirrored at random.
 _DIGITS = {"mean": (0.0,), "std": (1.0,), "pad": 0, "flip": False}
@@ -51,6 +53,7 @@ ENTRIES = {
         densenet, f"Huang et al., CVPR 2017; {_GAO}", (3, 32, 32), {"depth": 40, "growth": 12}, _CIFAR
     ),
     "fc2": Entry(FC2, _GAO, (1, 28, 28), {}, _DIGITS),
+    "harada": Entry(Harada, _HARADA, (1, 28, 28), {}, _DIGITS),
     "lenet5": Entry(LeNet5, f"LeCun et al., Proc. IEEE 86, 2278 (1998); {_GAO}", (1, 28, 28), {}, _DIGITS),
     "picogpt": Entry(PicoGPT, "arXiv:2603.28534", (256,), {"vocab": 65, "context": 256}),
     "resnet": Entry(

@@ -91,8 +91,13 @@ def test_json(done: ImageStates) -> None:
 
 
 def test_figures(done: ImageStates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, target: (figures.append(figure), target.touch()))
+    figures: list[Any] = []
+
+    def keep(figure: Figure, target: Path) -> None:
+        figures.append(figure)
+        target.touch()
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     written = draw_image_figures(done, tmp_path / "plots")
     names = ["mps-images.svg", "mps-images-entropy.svg", "mps-images-examples.svg"]
     assert [file.name for file in written] == names and all(file.exists() for file in written)

@@ -14,6 +14,7 @@ from mpoc.zoo import ENTRIES, example, make, parse
 # Of all parameters: what the papers print, and what the layers add up to here.
 COUNTS = {
     "fc2": 784 * 256 + 256 * 10,  # Gao et al.: "784 × 256 and 256 × 10 elements"
+    "harada": 1024 * 1024 + 1024 * 10,  # the slides: 4⁵ → 4⁵, and 1024 → 10
     "lenet5": 156 + 2_416 + 48_120 + 120 * 84 + 84 * 10,  # LeCun et al.: "60,000 trainable parameters"
     "vgg16": 28_923_850,
     "vgg19": 38_953_418,
@@ -175,8 +176,8 @@ def test_specs_are_read() -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("resnt", "no network 'resnt' in the zoo (densenet, fc2, lenet5, picogpt, resnet, vgg16, vgg19); "
-         "did you mean 'resnet'?"),
+        ("resnt", "no network 'resnt' in the zoo (densenet, fc2, harada, lenet5, picogpt, resnet, vgg16, "
+         "vgg19); did you mean 'resnet'?"),
         ("", "no network ''"),
         ("resnet:", "resnet has no option '', only depth and width"),
         ("resnet:dept=20", "resnet has no option 'dept', only depth and width; did you mean 'depth'?"),
