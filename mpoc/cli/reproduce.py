@@ -33,8 +33,8 @@ def reproduce(
         str,
         typer.Argument(
             metavar="NAME",
-            help="fc2, lenet5, vgg16, vgg19, resnet, densenet (Gao et al. 2020) or picogpt; or mps-images, "
-            "where images are what is compressed.",
+            help="fc2, lenet5, vgg16, vgg19, resnet, densenet (Gao et al. 2020), picogpt or harada; or "
+            "mps-images, where images are what is compressed.",
         ),
     ],
     data: DataPath,
@@ -52,7 +52,8 @@ def reproduce(
         typer.Option(
             metavar="V[,V…]",
             help="Of resnet: its depths, or as 56-resunit with the last ResUnit. Of densenet: (n, m, k) as "
-            "16-12-24, or convolution. all: every one. Default: the first.",
+            "16-12-24, or convolution. Of harada: raster or morton order, and as morton-random-0.1 with "
+            "automatic bonds. all: every one. Default: the first; of harada all.",
             rich_help_panel=_WHAT,
         ),
     ] = None,

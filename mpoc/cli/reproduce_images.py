@@ -61,15 +61,15 @@ def refuse_training_options(given: list[str]) -> None:
 def print_images(console: Console, done: ImageStates) -> None:
     """The table, the entropies, and what the numbers are."""
     from mpoc.reproduce.mps_images import SOURCE
+    from mpoc.reproduce.pixels import ORDERS
 
     if done.quick:
         console.print(f"--quick: {len(done.images)} images", soft_wrap=True)
     console.print(_table(done))
     for order, values in done.entropies.items():
         shown = " ".join(f"{value:.3f}" for value in values)
-        console.print(
-            f"entanglement entropy, {order} order, bonds 1 to {len(values)}: {shown}", soft_wrap=True
-        )
+        name = f"entanglement entropy, {ORDERS[order]}"
+        console.print(f"{name}, bonds 1 to {len(values)}: {shown}", soft_wrap=True)
     shape = "×".join(map(str, done.images.shape[1:]))
     colour = "a site of 3 colours in front of " if done.images.shape[1] == 3 else ""
     for line in (

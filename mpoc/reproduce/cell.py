@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoc import zoo
-from mpoc.reproduce.experiment import Experiment
+from mpoc.reproduce.experiment import Experiment, Layer
 from mpoc.reproduce.material import Material
 from mpoc.reproduce.networks import FULL_BOND, choose_bonds, compress, core_forms
 from mpoc.reproduce.store import Result
@@ -66,17 +66,17 @@ class Cell:
             "start": self.start,
         }
         if self.start != DENSE:
-            layers = [
-                asdict(replace(layer, bond=layer.bond or self.bond)) for layer in self.experiment.layers
-            ]
-            found["layers"] = [{**layer, **_lists(layer)} for layer in layers]
+            found["layers"] = [_layer_identity(layer, self.bond) for layer in self.experiment.layers]
             if self.experiment.discard:
                 found["discard"] = self.experiment.discard
         return found
 
 
-def _lists(layer: dict[str, Any]) -> dict[str, list[int]]:
-    return {key: list(layer[key]) for key in ("inputs", "outputs", "size")}
+def _layer_identity(layer: Layer, bond: int) -> dict[str, Any]:
+    """As plain data; raster order goes without saying, as it does in results of before there was another."""
+    found = {"name": layer.name, "bond": layer.bond or bond}
+    found |= {key: list(getattr(layer, key)) for key in ("inputs", "outputs", "size")}
+    return found if layer.order == "raster" else {**found, "order": layer.order}
 
 
 def run_cell(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mpoc.reproduce.pixels import ORDERS
 from mpoc.train.settings import Settings
 
 GAO = "Gao et al., Phys. Rev. Research 2, 023300 (2020)"
@@ -26,7 +27,7 @@ class Layer:
     def notation(self, bond: int | None = None) -> str:
         """``fc1 M(4,7,7,4→4,4,4,4)(D)``."""
         sides = "→".join(",".join(map(str, side)) for side in (self.inputs, self.outputs))
-        order = "" if self.order == "raster" else f", inputs in {self.order} order"
+        order = "" if self.order == "raster" else f", inputs in {ORDERS[self.order]}"
         return f"{self.name} M({sides})({self.bond or bond or 'D'}){order}"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mpoc.reproduce.experiment import Experiment, Layer, Published, Study, Training
+from mpoc.reproduce.pixels import ORDERS
 from mpoc.train.settings import Settings
 
 _SOURCE = "Harada, slides of 24 Nov 2022, 'Observation of effective components in weight matrix'"
@@ -33,7 +34,7 @@ _RULE = "each bond is the smallest that discards at most the named share of the 
 
 
 def _fixed(order: str) -> Experiment:
-    label = f"{order} order"
+    label = ORDERS[order]
     return Experiment(
         label=label,
         network="harada",
@@ -49,7 +50,7 @@ def _fixed(order: str) -> Experiment:
 
 
 def _automatic(order: str, start: str, discard: float) -> Experiment:
-    series = f"{order} order, automatic from {_FROM[start]}"
+    series = f"{ORDERS[order]}, automatic from {_FROM[start]}"
     notes = (_NOTES[start], _RULE)
     label = f"{series}, {discard:g}"
     return replace(
@@ -59,7 +60,7 @@ def _automatic(order: str, start: str, discard: float) -> Experiment:
 
 def _variants() -> dict[str, Experiment]:
     found: dict[str, Experiment] = {}
-    for order in ("raster", "morton"):
+    for order in reversed(ORDERS):
         found[order] = _fixed(order)
         for start, discards in _DISCARDS.items():
             for discard in discards:

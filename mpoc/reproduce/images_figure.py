@@ -11,8 +11,7 @@ from mpoc.reproduce.pixels import ORDERS
 from mpoc.writer import staged
 
 METHODS = {
-    "morton": "state, Morton order",
-    "raster": "state, raster order",
+    **{order: f"state, {name}" for order, name in ORDERS.items()},
     "svd": "SVD",
     "dct-own": "DCT, own places",
     "dct-common": "DCT, common places",
@@ -68,10 +67,10 @@ def _draw_entropies(figure: Any, done: ImageStates) -> None:
 def _draw_examples(figure: Any, done: ImageStates) -> None:
     """The first images, and what every second bond that compresses keeps of them, in either order."""
     x = done.images[:_SHOWN]
-    states = [at for at in done.states[ORDERS[0]] if at.numbers < done.pixels][1::2]
+    states = [at for at in done.states["morton"] if at.numbers < done.pixels][1::2]
     rows = [("image", x)]
     for order in ORDERS:
-        rows += [(f"{order}, D = {at.kept}", approximate(x, order, at.kept)[0]) for at in states]
+        rows += [(f"{ORDERS[order]}, D = {at.kept}", approximate(x, order, at.kept)[0]) for at in states]
     grid = figure.subplots(len(rows), len(x), squeeze=False)
     for line, (label, images) in zip(grid, rows, strict=True):
         for axes, image in zip(line, images, strict=True):

@@ -119,7 +119,7 @@ def measure_images(request: Request, say: Callable[[str], None]) -> ImageStates:
     split, x = _images(data, request)
     bonds = tuple(sorted(set(request.bonds)))
     states = {order: tuple(_quality(x, order, bond) for bond in bonds) for order in ORDERS}
-    sizes = [at.numbers for at in states[ORDERS[0]]]
+    sizes = [at.numbers for at in states["morton"]]
     means = {order: tuple(_entropies(x, order).mean(0).tolist()) for order in ORDERS}
     return ImageStates(data, split, x, states, _peers(x, sizes), means, request.quick)
 

@@ -115,7 +115,7 @@ def _input_order(layer: Layer, structure: Structure) -> Tensor:
 
 def _reordered(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     """A hook: the inputs as the cores take them."""
-    return (inputs[0][..., module.input_order],)
+    return (inputs[0][..., module.get_buffer("input_order")],)
 
 
 def core_forms(network: nn.Module, layers: Sequence[Layer]) -> dict[str, MPO]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-ORDERS = ("morton", "raster")
+ORDERS = {"morton": "Morton order", "raster": "raster order"}  # with what people call them
 
 
 def to_sites(x: Tensor, order: str) -> Tensor:

@@ -49,7 +49,7 @@ def test_images_as_states_from_data_to_table_and_figures(
     assert done.exit_code == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith(("1 ", "8 "))]
     assert [row[:3] for row in rows] == [["1", "20", "0.026"], ["8", "544", "0.694"]]
-    assert rows[0][5] == "–" and "morton order, bonds 1 to 4: " in done.stdout
+    assert rows[0][5] == "–" and "Morton order, bonds 1 to 4: " in done.stdout
     assert "30 images of 1×28×28 (test), as sites of 4, coarse to fine" in done.stdout
     assert len(list((tmp_path / "figures").iterdir())) == 3
     again = CliRunner().invoke(app, [*words, "--json", "--quiet"])

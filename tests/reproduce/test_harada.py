@@ -23,6 +23,7 @@ from mpoc.reproduce.catalogue import STUDIES, Choice
 from mpoc.reproduce.cell import Cell, run_cell
 from mpoc.reproduce.experiment import Layer
 from mpoc.reproduce.figure import draw_figures
+from mpoc.reproduce.material import open_material
 from mpoc.reproduce.networks import compress, core_forms, cut_by_weight, num_cores_parameters
 from mpoc.reproduce.study import Reproduction, Request, reproduce
 from mpoc.structure import Structure
@@ -132,6 +133,16 @@ def test_each_automatic_variant_has_its_start(digits: Path, tmp_path: Path) -> N
     assert [row["discard"] for row in done.as_dict()["rows"]] == [0.5, 0.5]
 
 
+def test_results_of_raster_order_are_found_under_what_they_always_depended_on(digits: Path) -> None:
+    material = open_material(digits, "harada", None, 0.0, 0)
+    raster, morton = (
+        Cell(STUDIES["harada"].variants[order], "random", 4, 0).identity(material)["layers"]
+        for order in ("raster", "morton")
+    )
+    layer = {"name": "fc1", "bond": 4, "inputs": [4] * 5, "outputs": [4] * 5, "size": []}
+    assert raster == [layer] and morton == [{**layer, "order": "morton"}]
+
+
 def test_mean_parameters_over_runs_whose_bonds_differ(digits: Path, tmp_path: Path) -> None:
     request = replace(asked(digits, tmp_path, "raster-random-0.1"), runs=2)
     row = reproduce(request, lambda _: None).rows[1]
@@ -143,9 +154,12 @@ def test_figure_over_parameters(digits: Path, tmp_path: Path, monkeypatch: pytes
     done: Reproduction = reproduce(asked(digits, tmp_path, *variants), lambda _: None)
     figures: list[Any] = []
     save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *arguments: (figures.append(self), save(self, *arguments))[1]
-    )
+
+    def keep(figure: Figure, target: Path) -> None:
+        figures.append(figure)
+        save(figure, target)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     draw_figures(done, tmp_path / "plots")
     axes = figures[0].axes[0]
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "parameters of the replaced layers"

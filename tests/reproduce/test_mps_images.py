@@ -106,7 +106,11 @@ def test_figures(done: ImageStates, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(quality[0].lines[0].get_ydata()) == [at.decibels for at in done.states["morton"]]
     assert list(quality[0].lines[2].get_xdata()) == [at.numbers / 784 for at in done.peers["svd"] if at.kept]
     assert list(entropy[0].lines[1].get_ydata()) == list(done.entropies["raster"])
-    assert [axes.get_ylabel() for axes in examples[::8]] == ["image", "morton, D = 4", "raster, D = 4"]
+    assert [axes.get_ylabel() for axes in examples[::8]] == [
+        "image",
+        "Morton order, D = 4",
+        "raster order, D = 4",
+    ]
 
 
 def test_what_is_no_images_or_no_bond_is_refused(digits: Path, tmp_path: Path) -> None:

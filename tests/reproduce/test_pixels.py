@@ -33,7 +33,11 @@ def test_an_image_is_padded_on_all_sides() -> None:
 
 
 @given(
-    st.sampled_from(ORDERS), st.integers(1, 3), st.sampled_from([1, 3]), st.integers(1, 9), st.integers(1, 9)
+    st.sampled_from([*ORDERS]),
+    st.integers(1, 3),
+    st.sampled_from([1, 3]),
+    st.integers(1, 9),
+    st.integers(1, 9),
 )
 @settings(max_examples=15, deadline=None)
 def test_there_and_back(order: str, count: int, channels: int, height: int, width: int) -> None:
