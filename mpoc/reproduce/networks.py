@@ -119,10 +119,10 @@ def _reordered(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 
 def core_forms(network: nn.Module, layers: Sequence[Layer]) -> dict[str, MPO]:
-    """The replaced layers' cores as they are, by layer."""
+    """The replaced layers' cores as they are, on the CPU, by layer."""
     modules = {layer.name: network.get_submodule(layer.name) for layer in layers}
     return {
-        name: MPO([core.detach() for core in module.cores], module.structure)  # type: ignore[union-attr, arg-type]
+        name: MPO([core.detach().cpu() for core in module.cores], module.structure)  # type: ignore[union-attr, arg-type]
         for name, module in modules.items()
     }
 
