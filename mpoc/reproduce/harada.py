@@ -28,7 +28,8 @@ _TRAINING = Training(
 _FROM = {"ttsvd": "dense", "random": "random"}
 _NOTES = {
     "ttsvd": "automatic from dense: bonds of the trained dense weight, then the same training again",
-    "random": "automatic from random: bonds of random cores trained at D = 16, then the same training again",
+    "random": "automatic from random: bonds of random cores trained at D = 16, or at --bonds; then the same "
+    "training again",
 }
 _RULE = "each bond is the smallest that discards at most the named share of the weight's squared norm"
 
