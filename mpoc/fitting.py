@@ -17,6 +17,7 @@ from mpoc.fit.ttsvd import Fit, tt_svd
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.recipe import Recipe
+from mpoc.spectrum import Spectrum, thinned
 
 # Trial factorisations of a layer under a tolerance.
 _TRIALS = 6
@@ -63,6 +64,7 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
         relative_error=rounded(fit.relative_error),
         entropies=tuple(map(rounded, fit.entropies)),
         entropies_of_weight=_known(fit.entropies_of_weight),
+        spectra_of_weight=_spectra(fit),
     )
     return Fitted(record, fit.form.cores)
 
@@ -134,6 +136,13 @@ def _known(values: list[float | None]) -> tuple[float | None, ...]:
     if all(value is None for value in values):
         return ()
     return tuple(None if value is None else rounded(value) for value in values)
+
+
+def _spectra(fit: Fit) -> tuple[Spectrum | None, ...]:
+    """Some points of each that is known, and nothing at all where none is."""
+    pairs = zip(fit.spectra_of_weight, fit.form.bonds[1:-1], strict=True)
+    found = [None if values is None else thinned(values.tolist(), kept) or None for values, kept in pairs]
+    return tuple(found) if any(found) else ()
 
 
 def rounded(value: float) -> float:

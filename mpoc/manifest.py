@@ -19,6 +19,7 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.geometry import Geometry
 from mpoc.header import TensorInfo, count_parameters, read_header
 from mpoc.record_check import check_record, parse_geometry, with_tuples
+from mpoc.spectrum import Spectrum
 from mpoc.structure import KINDS, Structure
 from mpoc.typed import typed
 from mpoc.weight_files import read_json, stored_tensors
@@ -53,6 +54,8 @@ class LayerRecord:
     relative_error: float | None = None  # None in a plan, and for a dense layer
     entropies: tuple[float, ...] = ()  # of the stored weight; of a sum, which is no chain, none
     entropies_of_weight: tuple[float | None, ...] = ()  # of the source's, where computed exactly
+    # The same bonds: some of the Schmidt values, where they are known and some were cut off.
+    spectra_of_weight: tuple[Spectrum | None, ...] = ()
     geometry: Geometry | None = None  # of a whole map (kind "convmap")
     # ‖Wx − Ŵx̃‖ / ‖Wx‖ about the mean, x̃ the inputs that the compressed network gives; None: not calibrated.
     output_error: float | None = None  # on the inputs of the fit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from mpoc.manifest import LayerRecord, Manifest, Source
 from mpoc.plan import LayerPlan
 from mpoc.recipe import GOALS, Recipe
 from mpoc.selection import Selection
+from mpoc.spectrum import MOST_POINTS, Spectrum
 from mpoc.writer import Entry, plan_shards
 
 # The most digits that a figure of the manifest can take.
@@ -104,7 +106,26 @@ def _with_longest_figures(record: LayerRecord) -> LayerRecord:
     if record.form == "dense":
         return record
     figures = (LONGEST_FIGURE,) * (0 if record.low_rank else len(record.inner_bonds))
-    return replace(record, relative_error=LONGEST_FIGURE, entropies=figures, entropies_of_weight=figures)
+    return replace(
+        record,
+        relative_error=LONGEST_FIGURE,
+        entropies=figures,
+        entropies_of_weight=figures,
+        spectra_of_weight=_longest_spectra(record),
+    )
+
+
+def _longest_spectra(record: LayerRecord) -> tuple[Spectrum | None, ...]:
+    """Of the first bond of a chain that is cut; of a map too large to be formed, of every bond."""
+    sizes = record.structure.site_sizes
+    if record.structure.network != "chain" or record.low_rank or len(sizes) < 2:
+        return ()
+    lefts = [math.prod(sizes[:k]) for k in range(1, len(sizes))]
+    smaller = [min(left, math.prod(sizes) // left) for left in lefts]
+    longest = [((size, LONGEST_FIGURE),) * min(size, MOST_POINTS) for size in smaller]
+    if record.structure.is_large_map:
+        return tuple(longest)
+    return (*[None] * (len(smaller) - 1), longest[smaller.index(max(smaller))])
 
 
 def _with_calibrated_figures(record: LayerRecord) -> LayerRecord:

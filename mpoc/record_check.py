@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpoc.geometry import Geometry
 from mpoc.header import ITEMSIZE
+from mpoc.spectrum import check_spectrum
 from mpoc.structure import Structure
 from mpoc.typed import typed
 from mpoc.wiring import num_bonds
@@ -38,6 +39,7 @@ def _check_factors(layer: LayerRecord) -> None:
         ValueError: they do not.
     """
     structure = layer.structure
+    _check_spectra(layer)
     joined = are_joined(structure, layer.bonds)
     if layer.geometry is None:
         whole = structure.lead * structure.outputs * structure.inputs == layer.num_original
@@ -57,6 +59,20 @@ def are_joined(structure: Structure, bonds: tuple[int, ...]) -> bool:
         return False
     ends = (bonds[0], bonds[-1]) if is_chain and bonds else (1, 1)
     return len(bonds) == num_bonds(structure.network, sites) and ends == (1, 1)
+
+
+def _check_spectra(layer: LayerRecord) -> None:
+    """One spectrum, or none, for each inner bond.
+
+    Raises:
+        ValueError: there are more or fewer, or one that cannot be.
+    """
+    inner = len(layer.bonds) - (2 if layer.structure.network == "chain" else 0)
+    if len(layer.spectra_of_weight) not in (0, inner):
+        raise ValueError(f"layer {layer.name!r}: {len(layer.spectra_of_weight)} spectra of its weight")
+    for spectrum in layer.spectra_of_weight:
+        if spectrum is not None:
+            check_spectrum(spectrum, math.prod(layer.structure.site_sizes))
 
 
 def check_low_rank(structure: Structure, low_rank: int) -> None:
@@ -87,5 +103,9 @@ def parse_geometry(value: dict[str, Any], shape: tuple[int, ...]) -> Geometry:
 
 
 def with_tuples(value: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists as tuples."""
-    return {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+    """JSON's lists as tuples, those within lists too."""
+    return {key: _as_tuple(item) for key, item in value.items()}
+
+
+def _as_tuple(item: Any) -> Any:
+    return tuple(map(_as_tuple, item)) if isinstance(item, list) else item

@@ -46,6 +46,7 @@ def record(name: str, kind: str, shape: tuple[int, ...], bond: int | None, **cha
         "relative_error": 0.25,
         "entropies": (0.5,) * (len(bonds) - 2),
         "entropies_of_weight": (None, 1.5, None)[: len(bonds) - 2],
+        "spectra_of_weight": (((1, 0.8), (4, 0.3), (9, 0.0)), None, None, None)[: len(bonds) - 2],
     }
     low_rank = changes.get("low_rank", 0)
     form, stored = "svd+mpo" if low_rank else "mpo", structure.num_parameters(bond, low_rank)
@@ -249,6 +250,10 @@ def test_no_single_change_gets_past_the_check_and_then_breaks() -> None:
         ("output_factors", [1, 4, 2, 1]),
         ("dtype", "float31"),
         ("stored_dtype", 32),
+        ("spectra_of_weight", [None]),
+        ("spectra_of_weight", [[[1, 0.5], [10**400, 0.1]], None, None, None]),
+        ("spectra_of_weight", [[[1, 0.5], [2, 0.7]], None, None, None]),
+        ("spectra_of_weight", [[[1, 0.5, 3]], None, None, None]),
         ("unknown", 1),
         ("name", None),
     ],
@@ -299,6 +304,13 @@ def test_a_manifest_of_before_architectures() -> None:
     found = parse_manifest(json.dumps(value), HERE)
     assert found.architecture == {}
     assert "architecture" not in json.loads(found.to_json())  # nor is it written where there is none
+
+
+def test_a_manifest_of_before_spectra() -> None:
+    value = json.loads(WHOLE.to_json())
+    for layer in value["layers"]:
+        layer.pop("spectra_of_weight", None)
+    assert [layer.spectra_of_weight for layer in parse_manifest(json.dumps(value), HERE).layers] == [()] * 6
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from torch import Tensor
 from mpoc.fit.ttsvd import Fit, tt_svd
 from mpoc.forms.algebra import add, kronecker, subtract
 from mpoc.forms.conv_map import from_full_taps, full_taps, map_of_kernel, shift_matrices, solve_for_taps
-from mpoc.forms.mpo import MPO
+from mpoc.forms.mpo import MPO, entropy
 from mpoc.structure import Structure, make_structure
 
 # What float64 sums leave of zero.
@@ -58,8 +58,10 @@ def fit_conv_map(
     stored = MPO([core.to(dtype or kernel.dtype) for core in rounded.cores], structure)
     norm = exact.norm()
     error = subtract(exact, stored).norm() / norm if norm else 0.0
-    bonds = len(structure.site_sizes) - 1
-    return Fit(stored, error, rounded.entropies(), list(exact.entropies()), ["rounded"] * bonds)
+    spectra = exact.spectra()
+    cut = [v if len(v) > kept else None for v, kept in zip(spectra, stored.bonds[1:-1], strict=True)]
+    of_weight: list[float | None] = [entropy(values) for values in spectra]
+    return Fit(stored, error, rounded.entropies(), of_weight, cut, ["rounded"] * len(spectra))
 
 
 def exact_map(kernel: Tensor, structure: Structure) -> MPO:

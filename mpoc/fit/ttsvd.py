@@ -27,6 +27,7 @@ class Fit:
     relative_error: float  # ‖W − Ŵ‖_F / ‖W‖_F of the stored cores, padding left out
     entropies: list[float]  # of Ŵ, bonds 1..n-1
     entropies_of_weight: list[float | None]  # of W, where the full spectrum was computed
+    spectra_of_weight: list[Tensor | None]  # of W, all values (descending), where known and some are cut off
     routes: list[str]  # how each bond was truncated
 
 
@@ -54,7 +55,7 @@ def tt_svd(
     tensor = interleave(weight, structure)
     generator = torch.Generator().manual_seed(seed)
     weight_norm = squared_norm(tensor)
-    cores, entropies_of_weight, routes = _sweep(
+    cores, entropies_of_weight, spectra_of_weight, routes = _sweep(
         tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator
     )
     balanced, spectra = MPO(cores, structure).balanced()
@@ -64,6 +65,7 @@ def tt_svd(
         _relative_error(tensor, weight_norm, stored),
         [entropy(values) for values in spectra],
         entropies_of_weight,
+        spectra_of_weight,
         routes,
     )
 
@@ -75,14 +77,17 @@ def _sweep(
     budget: float,
     weight_norm: float,
     generator: torch.Generator,
-) -> tuple[list[Tensor], list[float | None], list[str]]:
-    """Left-canonical cores, entropies of the weight where known, and the route of every bond.
+) -> tuple[list[Tensor], list[float | None], list[Tensor | None], list[str]]:
+    """Left-canonical cores, entropies and spectra of the weight where known, and the route of every bond.
+
+    Where nothing is cut off a spectrum is that of the cores, so it is left out.
 
     ``budget`` is the squared error that may be spent, ``weight_norm`` the squared norm of ``tensor``.
     """
     sizes = structure.site_sizes
     cores: list[Tensor] = []
     entropies: list[float | None] = []
+    spectra: list[Tensor | None] = []
     routes: list[str] = []
     rest, bond, truncated = tensor, 1, False
     for k, size in enumerate(sizes[:-1]):
@@ -92,13 +97,14 @@ def _sweep(
         cores.append(cut.left.reshape(shape))
         whole = cut.singular_values is not None and not truncated
         entropies.append(entropy(cut.singular_values) if whole else None)  # type: ignore[arg-type]
+        spectra.append(cut.singular_values if whole and cut.discarded > 0.0 else None)
         routes.append(cut.route)
         rest, bond, budget = cut.right, cut.left.shape[1], max(budget - cut.discarded, 0.0)
         weight_norm -= cut.discarded
         truncated = truncated or cut.discarded > 0.0
     last = (bond, structure.output_factors[-1], structure.input_factors[-1], 1)
     cores.append(rest.reshape(last))
-    return cores, entropies, routes
+    return cores, entropies, spectra, routes
 
 
 def _relative_error(tensor: Tensor, weight_norm: float, form: MPO) -> float:

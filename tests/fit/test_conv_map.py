@@ -83,6 +83,9 @@ def test_entropies_of_the_weight_agree() -> None:
     p = torch.linalg.svdvals(halves).square()
     p = p[p > 1e-20] / p.sum()
     assert rounded.entropies_of_weight[0] == pytest.approx(float(-(p * p.log()).sum()))
+    (spectrum, *_) = rounded.spectra_of_weight
+    assert spectrum is not None
+    assert spectrum[: len(p)].square() / spectrum.square().sum() == pytest.approx(p, abs=1e-12)
 
 
 def test_the_exact_operator_has_the_bonds_of_its_taps() -> None:

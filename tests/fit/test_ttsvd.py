@@ -146,6 +146,27 @@ def test_entropies_of_the_weight_are_those_of_its_unfoldings(
             assert known == pytest.approx(-(p * np.log(p)).sum(), abs=1e-4)
 
 
+@SOME
+@given(structures(), BONDS, st.sampled_from([torch.float32, torch.float64]))
+def test_the_spectrum_of_the_first_cut_is_that_of_its_unfolding(
+    structure: Structure, bond: int, dtype: torch.dtype
+) -> None:
+    weight = random_weight(structure, dtype)
+    fit = tt_svd(weight, structure, bond)
+    direct = unfolding_values(interleave(weight.double(), structure).numpy())
+    known = [(k, values) for k, values in enumerate(fit.spectra_of_weight) if values is not None]
+    assert len(known) <= 1
+    for k, values in known:
+        assert fit.entropies_of_weight[k] is not None
+        assert len(values) == len(direct[k]) > fit.form.bonds[k + 1]
+        np.testing.assert_allclose(values, direct[k], atol=1e-3 * direct[k][0])
+
+
+def test_nothing_cut_leaves_no_spectrum_to_record() -> None:
+    structure = make_structure("linear", (16, 16), sites=3)
+    assert tt_svd(random_weight(structure), structure, structure.full_bond).spectra_of_weight == [None] * 2
+
+
 def test_the_first_truncated_bond_knows_the_weights_entropy() -> None:
     structure = make_structure("linear", (64, 64), factors=((2, 4, 4, 2), (4, 2, 2, 4)))
     fit = tt_svd(random_weight(structure), structure, 16)

@@ -1,0 +1,62 @@
+"""A few points of a spectrum, and what cannot be one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpoc.spectrum import MOST_POINTS, Spectrum, check_spectrum, thinned
+
+SOME = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def test_a_short_spectrum_is_kept_whole() -> None:
+    assert thinned([4.0, 3.0, 0.0], 2) == ((1, 0.8), (2, 0.6), (3, 0.0))
+
+
+def test_zeros_have_no_spectrum() -> None:
+    assert thinned([0.0, 0.0], 1) == ()
+
+
+@SOME
+@given(st.integers(1, 5000), st.floats(0, 1), st.floats(0.1, 3))
+def test_the_first_the_cut_and_the_last_stay(count: int, share: float, power: float) -> None:
+    kept = max(1, round(share * count))
+    values = [7 * k**-power for k in range(1, count + 1)]
+    points = thinned(values, kept)
+    indices = [index for index, _ in points]
+    assert {1, kept, count} <= set(indices)
+    assert len(points) <= MOST_POINTS
+    norm = math.sqrt(sum(value**2 for value in values))
+    for index, value in points:
+        assert value == pytest.approx(values[index - 1] / norm, rel=1e-5)
+    check_spectrum(points, count)
+
+
+def test_the_points_lie_evenly_on_a_logarithmic_index() -> None:
+    indices = [index for index, _ in thinned([1.0] * 4096, 1)]
+    ratios = [after / before for before, after in zip(indices, indices[1:], strict=False) if before > 30]
+    assert max(ratios) / min(ratios) < 1.1
+
+
+@pytest.mark.parametrize(
+    "spectrum",
+    [
+        (),
+        ((2, 1.0),),
+        ((1, 0.5), (1, 0.5)),
+        ((1, 0.5), (3, 0.6)),
+        ((1, 1.5),),
+        ((1, 0.5), (2, -0.1)),
+        ((1, 0.5), (2, float("nan"))),
+        ((1, float("nan")),),
+        ((1, 0.5), (9, 0.1)),
+        tuple((k, 0.1) for k in range(1, 40)),
+    ],
+)
+def test_what_cannot_be_a_spectrum(spectrum: Spectrum) -> None:
+    with pytest.raises(ValueError, match="a spectrum of"):
+        check_spectrum(spectrum, 8)
