@@ -121,6 +121,12 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
         f"whole model {source.num_parameters:,} → {manifest.num_parameters:,} parameters; "
         f"{'predicted at most' if predicted else 'on disk'} {was}{human_bytes(nbytes)}",
     ]
+    return lines + remarks(manifest)
+
+
+def remarks(manifest: Manifest) -> list[str]:
+    """What there is to say besides the totals: what is not known, calibration, advice, training."""
+    lines: list[str] = []
     if not manifest.is_complete:
         lines.append(
             f"no {MANIFEST_FILE}, which transformers does not save: errors, entropies, the original's size "

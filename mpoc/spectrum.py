@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -39,8 +40,8 @@ def check_spectrum(spectrum: Spectrum, longest: int) -> None:
         ValueError: they cannot.
     """
     indices, values = [index for index, _ in spectrum], [value for _, value in spectrum]
-    rising = all(before < after for before, after in zip(indices, indices[1:], strict=False))
-    falling = all(before >= after for before, after in zip(values, values[1:], strict=False))
+    rising = all(before < after for before, after in itertools.pairwise(indices))
+    falling = all(before >= after for before, after in itertools.pairwise(values))
     within = 0 < len(spectrum) <= MOST_POINTS and indices[0] == 1 and indices[-1] <= longest
-    if not (within and rising and falling and 1.0 >= values[0] and values[-1] >= 0.0):
+    if not (within and rising and falling and values[0] <= 1.0 and values[-1] >= 0.0):
         raise ValueError(f"a spectrum of {len(spectrum)} points, from {spectrum[:1]} to {spectrum[-1:]}")

@@ -99,8 +99,20 @@ def plan_shards(entries: list[Entry], max_bytes: int) -> list[Shard]:
     ]
 
 
-def refuse_existing(output: Path, source: Path, force: bool) -> None:
+def refuse_existing(
+    output: Path,
+    source: Path,
+    force: bool,
+    refuse_foreign: Callable[[Path, Path], None] | None = None,
+) -> None:
     """Check, before any work, that ``output`` may be written.
+
+    Args:
+        output: file or directory.
+        source: what it is made from.
+        force: replace an existing output.
+        refuse_foreign: is given both where ``output`` is to be replaced, and raises where it is not of the
+            sort that may be; None: what is not of the source's sort, or holds what no model does.
 
     Raises:
         UsageError: it exists and ``force`` is not given, or writing it would touch the source.
@@ -114,7 +126,7 @@ def refuse_existing(output: Path, source: Path, force: bool) -> None:
     if os.path.lexists(output):
         if not force:
             raise UsageError(f"{output}: exists already", "--force replaces it, -o OUT writes elsewhere")
-        _refuse_foreign_directory(output, source)
+        (refuse_foreign or _refuse_foreign_directory)(output, source)
     parent = target.parent
     if not parent.is_dir():
         raise MpocError(f"{output}: there is no directory {parent}", f"mkdir -p {parent}")

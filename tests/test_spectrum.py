@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -38,7 +39,7 @@ def test_the_first_the_cut_and_the_last_stay(count: int, share: float, power: fl
 
 def test_the_points_lie_evenly_on_a_logarithmic_index() -> None:
     indices = [index for index, _ in thinned([1.0] * 4096, 1)]
-    ratios = [after / before for before, after in zip(indices, indices[1:], strict=False) if before > 30]
+    ratios = [after / before for before, after in itertools.pairwise(indices) if before > 30]
     assert max(ratios) / min(ratios) < 1.1
 
 

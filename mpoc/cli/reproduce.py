@@ -207,8 +207,9 @@ def _whole(option: str, word: str) -> int:
 
 def _run(request: Request, plot: Path | None, words: Output) -> Reproduction:
     """Train, draw, and keep the report beside the networks."""
+    from mpoc.plotting import require_matplotlib
     from mpoc.report import to_json
-    from mpoc.reproduce.figure import draw_figures, require_matplotlib
+    from mpoc.reproduce.figure import draw_figures
     from mpoc.reproduce.study import reproduce
     from mpoc.train.stop import Interrupted
     from mpoc.writer import staged

@@ -6,25 +6,12 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from mpoc.errors import MpocError
 from mpoc.reproduce.cell import DENSE
 from mpoc.reproduce.study import Reproduction, Row
 from mpoc.writer import staged
 
 _NAMES = {"ttsvd": "MPO-Net, from TT-SVD", "random": "MPO-Net, random start", DENSE: "dense"}
 _COLOURS = {"ttsvd": "C0", "random": "C1", DENSE: "0.25"}
-
-
-def require_matplotlib() -> None:
-    """Check, before any work, that figures can be drawn.
-
-    Raises:
-        MpocError: matplotlib is missing.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MpocError("--plot needs matplotlib", "pip install 'mpoc[plot]'") from error
 
 
 def draw_figures(done: Reproduction, folder: Path) -> list[Path]:

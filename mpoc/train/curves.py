@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoc.errors import MpocError, UsageError
+from mpoc.plotting import require_matplotlib
 from mpoc.train.log import read_log
 
 _SUFFIXES = (".png", ".svg", ".pdf")
@@ -24,10 +25,7 @@ def refuse_unknown_picture(path: Path) -> None:
     folder = path.resolve().parent
     if not folder.is_dir():
         raise MpocError(f"--plot {path}: there is no directory {folder}", f"mkdir -p {folder}")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MpocError("--plot needs matplotlib", "pip install 'mpoc[plot]'") from error
+    require_matplotlib()
 
 
 def draw_curves(log: Path, picture: Path) -> None:

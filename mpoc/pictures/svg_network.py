@@ -1,0 +1,125 @@
+"""Tensor networks as inline SVG: a disc a tensor, a line an index, thicker where it is larger."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mpoc.pictures.markup import Markup, join, tag
+from mpoc.pictures.network import Bond, Leg, Network, Node
+
+# Of the grid, in units of the viewBox; a label of five digits fits between two discs.
+STEP_X, STEP_Y = 84, 78
+RADIUS = 15
+_LEG = 20
+_EDGE = 40  # to the first disc's middle, with room for the label of its leg
+_TEXT = 14
+_BETWEEN = 16  # terms of a sum
+
+
+def stroke(size: int) -> float:
+    """Width of an index's line."""
+    return 1.2 + 0.45 * math.log2(max(size, 1)) if size > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A network on a canvas of ``width`` × ``height``."""
+
+    network: Network
+    left: float
+    top: float
+
+    @property
+    def width(self) -> float:
+        """With the labels of its legs."""
+        return 2 * _EDGE + STEP_X * self._span(0)
+
+    @property
+    def height(self) -> float:
+        """With its legs and their labels."""
+        return 2 * (RADIUS + _LEG + _TEXT + 4) + STEP_Y * self._span(1)
+
+    def _span(self, side: int) -> float:
+        values = [(node.x, node.y)[side] for node in self.network.nodes]
+        return max(values) - min(values)
+
+    def at(self, node: int | Node) -> tuple[float, float]:
+        """The middle of a disc."""
+        found = self.network.nodes[node] if isinstance(node, int) else node
+        first = min(n.x for n in self.network.nodes), min(n.y for n in self.network.nodes)
+        top = self.top + RADIUS + _LEG + _TEXT + 4
+        return self.left + _EDGE + STEP_X * (found.x - first[0]), top + STEP_Y * (found.y - first[1])
+
+    def end(self, leg: Leg) -> tuple[float, float, float]:
+        """Of a leg: where its node's middle is, and how far up or down the leg goes."""
+        x, y = self.at(leg.node)
+        return x, y, y + (-1 if leg.up else 1) * (RADIUS + _LEG)
+
+
+def place_terms(networks: tuple[Network, ...]) -> list[Placed]:
+    """The terms of a sum below each other."""
+    left = 24.0 if len(networks) > 1 else 0.0
+    placed: list[Placed] = []
+    top = 0.0
+    for network in networks:
+        placed.append(Placed(network, left, top))
+        top += placed[-1].height + _BETWEEN
+    return placed
+
+
+def network_svg(networks: tuple[Network, ...], label: str) -> Markup:
+    """The sum of ``networks``; ``label`` is said in its place where it is not seen."""
+    placed = place_terms(networks)
+    width = max(one.left + one.width for one in placed)
+    height = placed[-1].top + placed[-1].height
+    plus = [tag("text", "+", x=12, y=one.at(0)[1] + 6, class_="m plus") for one in placed[1:]]
+    return tag(
+        "svg",
+        *(_term(one) for one in placed),
+        *plus,
+        class_="network",
+        viewBox=f"0 0 {width:.0f} {height:.0f}",
+        width=width,
+        height=height,
+        style=f"--w:{width:.0f}px",
+        role="img",
+        aria_label=label,
+    )
+
+
+def _term(placed: Placed) -> Markup:
+    bonds = [_bond(placed, bond) for bond in placed.network.bonds]
+    legs = [_leg(placed, leg) for leg in placed.network.legs]
+    discs = [_disc(placed, node) for node in placed.network.nodes]
+    sizes = [_size(placed, bond) for bond in placed.network.bonds]
+    return join(*bonds, *legs, *discs, *sizes)
+
+
+def _bond(placed: Placed, bond: Bond) -> Markup:
+    (x1, y1), (x2, y2) = placed.at(bond.first), placed.at(bond.second)
+    width = f"{stroke(bond.size):.1f}"
+    return tag(
+        "line", x1=x1, y1=y1, x2=x2, y2=y2, stroke_width=width, class_="bond" if bond.size > 1 else "bond one"
+    )
+
+
+def _size(placed: Placed, bond: Bond) -> Markup:
+    """Above the middle of a bond's line."""
+    (x1, y1), (x2, y2) = placed.at(bond.first), placed.at(bond.second)
+    return tag(
+        "text", str(bond.size), x=(x1 + x2) / 2, y=(y1 + y2) / 2 - 3 - stroke(bond.size) / 2, class_="m d"
+    )
+
+
+def _leg(placed: Placed, leg: Leg) -> Markup:
+    x, y, end = placed.end(leg)
+    text = end - 5 if leg.up else end + _TEXT
+    label = tag("text", tag("tspan", f"{leg.label} ", class_="k"), str(leg.size), x=x, y=text, class_="m")
+    line = tag("line", x1=x, y1=y, x2=x, y2=end, stroke_width=f"{stroke(leg.size):.1f}", class_="leg")
+    return join(line, label)
+
+
+def _disc(placed: Placed, node: Node) -> Markup:
+    x, y = placed.at(node)
+    return join(tag("circle", cx=x, cy=y, r=RADIUS), tag("text", node.name, x=x, y=y + 4, class_="m n"))
