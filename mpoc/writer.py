@@ -125,7 +125,7 @@ def refuse_existing(
         raise UsageError(f"{output}: would write over or into the input {source}", "choose another -o")
     if os.path.lexists(output):
         if not force:
-            raise UsageError(f"{output}: exists already", "--force replaces it, -o OUT writes elsewhere")
+            raise UsageError(f"{output}: exists already", "--force replaces it; or choose another name")
         (refuse_foreign or _refuse_foreign_directory)(output, source)
     parent = target.parent
     if not parent.is_dir():

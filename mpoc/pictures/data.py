@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,6 +57,21 @@ class FileData:
     manifest: Manifest
     nbytes: int
     layers: tuple[LayerData, ...]  # the replaced ones
+
+
+def read_files(path: Path, others: Sequence[Path]) -> list[FileData]:
+    """``path`` whole, and the manifests of ``others``, under names that tell them apart.
+
+    Raises:
+        UsageError, MpocError: as :func:`read_file`.
+    """
+    found = [read_file(path), *(read_file(other, with_bonds=False) for other in others)]
+    paths = [one.resolve() for one in (path, *others)]
+    for parts in (1, 2):
+        names = [str(Path(*one.parts[-parts:])) for one in paths]
+        if len(set(names)) == len(names):
+            return [replace(file, name=name) for file, name in zip(found, names, strict=True)]
+    return [replace(file, name=str(one)) for file, one in zip(found, paths, strict=True)]
 
 
 def read_file(path: Path, with_bonds: bool = True) -> FileData:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from mpoc.manifest import LayerRecord
 from mpoc.pictures.data import LayerData
 from mpoc.pictures.figures import ERRORS, entropy_chart, spectrum_chart
-from mpoc.pictures.markup import Markup, tag
+from mpoc.pictures.markup import Markup, breakable, tag
 from mpoc.pictures.network import networks_of
 from mpoc.pictures.parts import error_text, figures
 from mpoc.pictures.svg_network import network_svg
@@ -20,7 +20,8 @@ def layer_section(layer: LayerData) -> Markup:
         "details",
         tag(
             "summary",
-            tag("b", record.layer),
+            tag("b", breakable(record.layer)),
+            " ",
             tag("span", f"{record.form}, ρ {record.rho:.4f}{_lost(record)}", class_="muted"),
         ),
         tag("div", _drawing(record), _facts(layer), class_="beside"),

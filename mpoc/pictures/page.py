@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mpoc.manifest import Manifest
 from mpoc.pictures.compare import comparison
-from mpoc.pictures.data import FileData, read_file
+from mpoc.pictures.data import FileData, read_files
 from mpoc.pictures.figures import layer_charts, training_charts
 from mpoc.pictures.layer import layer_section
 from mpoc.pictures.layer_table import layer_table
@@ -31,11 +31,9 @@ def write_page(path: Path, output: Path, others: Sequence[Path] = ()) -> None:
         others: compressed files to compare with.
 
     Raises:
-        UsageError, MpocError: as :func:`mpoc.pictures.data.read_file`.
+        UsageError, MpocError: as :func:`mpoc.pictures.data.read_files`.
     """
-    file = read_file(path)
-    compared = [read_file(other, with_bonds=False) for other in others]
-    text = page([file, *compared])
+    text = page(read_files(path, others))
     with staged(output) as scratch:
         scratch.write_text(text, "utf-8")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpoc.errors import UsageError
 from mpoc.pictures.chart import Chart, Series
-from mpoc.pictures.data import LayerData, read_file
+from mpoc.pictures.data import LayerData, read_files
 from mpoc.pictures.figures import (
     comparison_charts,
     entropy_chart,
@@ -26,7 +26,7 @@ _TONES = {"stored": "#2a5db0", "original": "#b96f1c", "bound": "#b9c0cb", "error
 _FILES = ("#2a5db0", "#c0681b", "#2f8a63", "#8d4bb0", "#b8473d", "#6b7280")
 _INK, _MUTED = "#1d2127", "#5d6673"
 _STYLES = {"line": "-", "marked line": ".-", "dotted line": ":", "dots": "o"}
-_ACROSS = 4  # charts in a row
+_ACROSS = 4  # charts in a row at most
 _SUFFIXES = (".svg", ".png")
 _LONGEST_NAME = 80  # of a layer, within the name of its file
 
@@ -71,10 +71,10 @@ def write_plots(
         The names of the files.
 
     Raises:
-        UsageError, MpocError: as :func:`mpoc.pictures.data.read_file`.
+        UsageError, MpocError: as :func:`mpoc.pictures.data.read_files`.
     """
-    file = read_file(path)
-    compared = [file, *(read_file(other, with_bonds=False) for other in others)]
+    compared = read_files(path, others)
+    file = compared[0]
     with staged(folder) as scratch:
         scratch.mkdir()
         _draw_charts(scratch / "layers", layer_charts(file.manifest), file.name)
@@ -123,7 +123,7 @@ def _draw_layer(target: Path, layer: LayerData) -> None:
     charts = [chart for chart in found if chart]
     placed = place_terms(networks_of(layer.record))
     rows = -(-len(charts) // _ACROSS)
-    across = max(1, min(len(charts), _ACROSS))
+    across = -(-len(charts) // rows) if rows else 1
     top = (placed[-1].top + placed[-1].height) / 90 if placed else 0.1
     figure = Figure(figsize=(max(3.6 * across, 5.0), top + 0.4 + 2.9 * rows), layout="constrained")
     record = layer.record
@@ -133,7 +133,7 @@ def _draw_layer(target: Path, layer: LayerData) -> None:
     if placed:
         _draw_network(figure.add_subplot(grid[0, :]), placed)
     for k, chart in enumerate(charts):
-        _draw_chart(figure.add_subplot(grid[1 + k // _ACROSS, k % _ACROSS]), chart)
+        _draw_chart(figure.add_subplot(grid[1 + k // across, k % across]), chart)
     _save(figure, target)
 
 
@@ -180,7 +180,7 @@ def _draw_series(axes: Any, series: Series) -> None:
     if series.style == "columns":
         axes.bar(xs, ys, color=colour, label=name)
     else:
-        axes.plot(xs, ys, _STYLES[series.style], color=colour, ms=5, label=name)
+        axes.plot(xs, ys, _STYLES[series.style], color=colour, ms=3 if len(xs) > 12 else 5, label=name)
 
 
 def _draw_network(axes: Any, placed: Sequence[Placed]) -> None:

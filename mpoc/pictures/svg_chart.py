@@ -9,8 +9,8 @@ from mpoc.pictures.markup import Markup, join, short, tag
 from mpoc.pictures.ticks import limits, place, ticks, written
 
 # Of a text of 11 px, in any of the page's fonts.
-_CHARACTER = 6.4
-_BOTTOM, _RIGHT = 36, 14
+_CHARACTER, _BOLD = 6.4, 7.6
+_BOTTOM, _RIGHT = 38, 14
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ def _x_axis(frame: _Frame) -> Markup:
         half = len(text) * _CHARACTER / 2
         middle = min(max(frame.x(value), half), frame.right + _RIGHT - half)
         if middle - half > end:
-            texts.append(tag("text", text, x=middle, y=frame.bottom + 15, class_="m"))
+            texts.append(tag("text", text, x=middle, y=frame.bottom + 17, class_="m"))
             end = middle + half + 6
     middle = (frame.left + frame.right) / 2
-    return join(base, *texts, tag("text", axis.label, x=middle, y=frame.bottom + 31, class_="m"))
+    return join(base, *texts, tag("text", axis.label, x=middle, y=frame.bottom + 33, class_="m"))
 
 
 def _mark(frame: _Frame) -> Markup | None:
@@ -106,7 +106,7 @@ def _mark(frame: _Frame) -> Markup | None:
     mark = frame.chart.mark
     if mark is None:
         return None
-    x, length = frame.x(mark.x), len(mark.label) * _CHARACTER
+    x, length = frame.x(mark.x), len(mark.label) * _BOLD
     middle = min(max(x, frame.left + length / 2), frame.right + _RIGHT - length / 2)
     line = f"M{short(x)} {short(frame.top - 2)}V{short(frame.bottom)}"
     text = tag("text", mark.label, x=middle, y=frame.top - 6, class_="m cut")
