@@ -42,6 +42,12 @@ def compressed(folder: Path, state: dict[str, torch.Tensor] | None = None, **opt
     return output
 
 
+def one_layer(folder: Path) -> Path:
+    """A linear map that was trained, which is quickly drawn."""
+    path = compressed(folder, {f"{HOSTILE}.weight": torch.randn(48, 64)}, bond=4)
+    return rewritten(path, replace(read_manifest(path), training=TRAINING))
+
+
 def every_kind(folder: Path) -> Path:
     """A convolution, linear maps, one that stays dense; a hostile name and a long one; a training."""
     state = network_state()
@@ -63,7 +69,7 @@ def rewritten(path: Path, manifest: Manifest) -> Path:
     """The same tensors under another manifest."""
     stored = open_safetensors(path, [path], None, strip=False)
     entries = [Entry(info, lambda name=name: stored.read(name)) for name, info in stored.infos.items()]  # type: ignore[misc]
-    target = path.with_name("again.mpo.safetensors")
+    target = path.with_name(f"again.{path.name}")
     write_safetensors(target, entries, {"format": "pt", "mpoc": manifest.to_json()})
     return target
 
