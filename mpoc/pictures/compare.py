@@ -44,6 +44,9 @@ def _totals(files: Sequence[FileData], kind: ErrorKind | None) -> Markup:
     ]
     if kind is not None:
         rows.append(row(f"mean {kind.name}", lambda file: error_text(mean_error(file.manifest, kind))))
+    trained = [_after_training(file) for file in files]
+    if any(trained):
+        rows.append(row("after training", lambda file: _after_training(file) or "not trained"))
     heads = [tag("td"), *(_head(k, file) for k, file in enumerate(files, start=1))]
     return scrolled(
         tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), class_="totals"), "totals"
@@ -61,6 +64,14 @@ def _rho_selected(file: FileData) -> str:
 def _bytes_before(file: FileData) -> str:
     nbytes = file.manifest.source.nbytes
     return "not known" if nbytes is None else human_bytes(nbytes)
+
+
+def _after_training(file: FileData) -> str:
+    """The metric that its last training kept an eye on."""
+    training = file.manifest.training
+    metric, final = training.get("metric"), training.get("final")
+    score = final.get(metric) if isinstance(final, dict) else None
+    return f"{metric} {score:.4g} ({training.get('split')})" if isinstance(score, int | float) else ""
 
 
 def _layers(files: Sequence[FileData], kind: ErrorKind | None) -> Markup:

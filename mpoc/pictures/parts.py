@@ -18,7 +18,7 @@ def figures(charts: Sequence[Chart], small: bool = False) -> Markup | None:
     """Charts side by side, as many as the page is wide."""
     if not charts:
         return None
-    size = (280, 200) if small else (368, 216)
+    size = (280, 200) if small else (344, 208)
     return tag(
         "div", *(figure(chart, *size) for chart in charts), class_="figures small" if small else "figures"
     )
