@@ -24,10 +24,8 @@ def layer_table(manifest: Manifest) -> Markup:
             header_cell(kind.name.replace("relative", "rel."), "n" if kind is kinds[-1] else "n wide")
         )
     rows = [_row(k, layer, kinds, largest) for k, layer in enumerate(layers, start=1)]
-    caption = (
-        "All selected layers. A column's heading sorts by it; a layer's name leads to its pictures. The "
-    )
-    caption += "bars: ρ of 1, and each error of the largest in its column."
+    caption = "All selected layers. A column's heading sorts by it; a layer's name leads to its pictures. "
+    caption += "Bars: ρ of 1" + (", and each error of the largest in its column." if kinds else ".")
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), class_="sortable layers")
     return join(tag("p", caption, class_="note"), scrolled(table, "table of layers"))
 
