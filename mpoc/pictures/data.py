@@ -12,14 +12,11 @@ import torch
 from mpoc.checkpoint.base import Checkpoint
 from mpoc.errors import MpocError
 from mpoc.expand import check_cores, open_compressed
-from mpoc.forms.chains import chains
-from mpoc.forms.mpo import entropy
+from mpoc.forms.mpo import MPO, entropy
+from mpoc.forms.terms import forms_of
 from mpoc.manifest import LayerRecord, Manifest, read_manifest
 from mpoc.report import output_bytes
 from mpoc.spectrum import Spectrum, thinned
-
-# Forms whose cores are chains, or sums of chains.
-_CHAINS = ("mpo", "svd", "svd+mpo")
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,6 @@ def read_file(path: Path, with_bonds: bool = True) -> FileData:
 
 def _bonds(stored: Checkpoint, record: LayerRecord) -> tuple[BondSpectra, ...]:
     check_cores(stored, record)
-    if record.form not in _CHAINS:
-        return ()
     return tuple(_of_chains(stored, record))
 
 
@@ -108,7 +103,7 @@ def _of_chains(stored: Checkpoint, record: LayerRecord) -> Iterator[BondSpectra]
     for name, core in zip(record.core_names, cores, strict=True):
         if not bool(torch.isfinite(core).all()):
             raise MpocError(f"{stored.path}: core {name!r} holds NaN or infinite values")
-    terms = chains(cores, record.structure)
+    terms = [form for form in forms_of(cores, record.structure) if isinstance(form, MPO)]
     originals = record.spectra_of_weight or (None,) * (len(record.bonds) - 2)
     for term, chain in enumerate(terms):
         for k, values in enumerate(chain.spectra()):

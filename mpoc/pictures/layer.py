@@ -76,7 +76,7 @@ def _drawing(record: LayerRecord) -> Markup | None:
     networks = networks_of(record)
     if not networks:
         return None
-    caption = "The tensor network: outputs J up, inputs I down, bond dimensions D between the tensors"
+    caption = "The tensor network: outputs J, inputs I, and the bonds with their dimensions"
     caption += "; the weight is the sum of both." if len(networks) > 1 else "."
     sizes = " and ".join(f"bonds {' '.join(str(b.size) for b in one.bonds) or 'none'}" for one in networks)
     label = f"Tensor network of {record.layer}: {sizes}"

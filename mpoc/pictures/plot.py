@@ -198,9 +198,9 @@ def _draw_network(axes: Any, placed: Sequence[Placed]) -> None:
             axes.plot([x1, x2], [y1, y2], color=_TONES["stored"], lw=stroke(bond.size), zorder=1)
             axes.text((x1 + x2) / 2, (y1 + y2) / 2 - 9, str(bond.size), color=_TONES["stored"], **text)
         for leg in one.network.legs:
-            x, y, end = one.end(leg)
-            axes.plot([x, x], [y, end], color=_MUTED, lw=stroke(leg.size), zorder=1)
-            axes.text(x, end + (-9 if leg.up else 9), f"{leg.label} {leg.size}", color=_INK, **text)
+            (x, y), (x_end, end) = one.at(leg.node), one.end(leg)
+            axes.plot([x, x_end], [y, end], color=_MUTED, lw=stroke(leg.size), zorder=1)
+            axes.text(x_end, end + (-9 if leg.up else 9), f"{leg.label} {leg.size}", color=_INK, **text)
         for node in one.network.nodes:
             x, y = one.at(node)
             axes.add_patch(Circle((x, y), RADIUS, facecolor="#f6f7f9", edgecolor=_INK, lw=1.2, zorder=2))

@@ -12,8 +12,9 @@ from mpoc.pictures.network import Bond, Leg, Network, Node
 STEP_X, STEP_Y = 84, 78
 RADIUS = 15
 _LEG = 20
-_EDGE = 40  # to the first disc's middle, with room for the label of its leg
+_EDGE = 52  # to the first disc's middle, with room for the label of its leg
 _TEXT = 14
+_SLANT = 25  # of a leg beside another; their labels do not touch
 _BETWEEN = 16  # terms of a sum
 
 
@@ -51,10 +52,10 @@ class Placed:
         top = self.top + RADIUS + _LEG + _TEXT + 4
         return self.left + _EDGE + STEP_X * (found.x - first[0]), top + STEP_Y * (found.y - first[1])
 
-    def end(self, leg: Leg) -> tuple[float, float, float]:
-        """Of a leg: where its node's middle is, and how far up or down the leg goes."""
+    def end(self, leg: Leg) -> tuple[float, float]:
+        """Of a leg, upwards or downwards from its node."""
         x, y = self.at(leg.node)
-        return x, y, y + (-1 if leg.up else 1) * (RADIUS + _LEG)
+        return x + _SLANT * leg.side, y + (-1 if leg.up else 1) * (RADIUS + _LEG)
 
 
 def place_terms(networks: tuple[Network, ...]) -> list[Placed]:
@@ -113,10 +114,10 @@ def _size(placed: Placed, bond: Bond) -> Markup:
 
 
 def _leg(placed: Placed, leg: Leg) -> Markup:
-    x, y, end = placed.end(leg)
+    (x, y), (x_end, end) = placed.at(leg.node), placed.end(leg)
     text = end - 5 if leg.up else end + _TEXT
-    label = tag("text", tag("tspan", f"{leg.label} ", class_="k"), str(leg.size), x=x, y=text, class_="m")
-    line = tag("line", x1=x, y1=y, x2=x, y2=end, stroke_width=f"{stroke(leg.size):.1f}", class_="leg")
+    label = tag("text", tag("tspan", f"{leg.label} ", class_="k"), str(leg.size), x=x_end, y=text, class_="m")
+    line = tag("line", x1=x, y1=y, x2=x_end, y2=end, stroke_width=f"{stroke(leg.size):.1f}", class_="leg")
     return join(line, label)
 
 

@@ -20,6 +20,8 @@ MORE = [
     make_structure("linear", (7, 5), sites=1),
     make_structure("linear", (4096, 4096), sites=12),
 ]
+TREES = [make_structure("linear", (2**n, 2**n), sites=n, network="tree") for n in (2, 3, 5, 8)]
+MERAS = [make_structure("linear", (2**n, 2**n), sites=n, network="mera") for n in (2, 3, 6, 12)]
 
 
 def record_of(structure: Structure, bond: int = 3, low_rank: int = 0) -> LayerRecord:
@@ -39,6 +41,16 @@ def numbers(network: Network) -> int:
         sizes += [bond.size for bond in network.bonds if k in (bond.first, bond.second)]
         total += math.prod(sizes)
     return total
+
+
+@pytest.mark.parametrize("structure", [*EVERY_KIND, *MORE, *TREES, *MERAS], ids=shape_id)
+def test_it_has_the_numbers_and_the_sides_of_its_layer(structure: Structure) -> None:
+    record = record_of(structure)
+    (network,) = networks_of(record)
+    assert numbers(network) == record.num_stored
+    sides = [math.prod(leg.size for leg in network.legs if leg.label[0] == letter) for letter in "JI"]
+    named = [leg.size for leg in network.legs if leg.label in ("taps", "experts")]
+    assert math.prod(sides + named) == math.prod(record.output_factors) * math.prod(record.input_factors)
 
 
 @pytest.mark.parametrize("structure", [*EVERY_KIND, *MORE], ids=shape_id)
@@ -65,6 +77,30 @@ def test_a_sum_has_two_terms() -> None:
 def test_the_lead_site_says_what_it_is(kind: str, shape: tuple[int, ...], label: str) -> None:
     (network,) = networks_of(record_of(make_structure(kind, shape)))
     assert [leg.label for leg in network.legs if leg.node == 0] == [label]
+
+
+@pytest.mark.parametrize("structure", [*EVERY_KIND, *MORE, *TREES, *MERAS], ids=shape_id)
+def test_no_label_touches_another_or_leaves_the_drawing(structure: Structure) -> None:
+    sums = [record_of(structure)]
+    if structure.network == "chain" and structure.form == "mpo":
+        sums.append(record_of(structure, low_rank=1))
+    for record in sums:
+        root = ElementTree.fromstring(network_svg(networks_of(record), "a network"))
+        boxes = [box(text) for text in root.iter("text")]
+        width, height = float(root.get("width", "")), float(root.get("height", ""))
+        assert all(
+            left >= 0 and top >= 0 and right <= width and bottom <= height
+            for left, top, right, bottom in boxes
+        )
+        for (l1, t1, r1, b1), (l2, t2, r2, b2) in combinations(boxes, 2):
+            assert min(r1, r2) <= max(l1, l2) or min(b1, b2) <= max(t1, t2)
+
+
+def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
+    """Left, top, right, bottom of a label of 12 px."""
+    x, y = float(text.get("x", "")), float(text.get("y", ""))
+    half = 3.6 * len("".join(text.itertext()))
+    return x - half, y - 9, x + half, y + 2
 
 
 def test_what_is_no_network_has_no_drawing() -> None:

@@ -140,7 +140,7 @@ def test_nothing_known_but_factors_and_bonds(path: Path) -> None:
 
 
 def test_a_form_without_a_drawing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpoc.pictures.network.DRAWN", {})
+    monkeypatch.setattr("mpoc.pictures.network.PLACES", {})
     text = shown(path)
     assert_whole(text)
     assert '<svg class="network"' not in text
