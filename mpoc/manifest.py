@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from mpoc.wiring import network_of
 
 FORMAT = 1
 FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "dense")
+# Lists of numbers, and lists of these, over several lines: no string holds a line's end.
+_NUMBERS = (re.compile(r"\[\n[-+.,eE\d\s]*\]"), re.compile(r"\[\n(?:\s*\[[-+.,eE\d ]*\],?)+\s*\]"))
 MANIFEST_FILE = "mpoc.json"
 # In the metadata of weights that transformers saved: an ``mpoc.json`` beside them is an older one.
 SAVED_AGAIN = "mpoc_saved_again"
@@ -179,7 +182,10 @@ class Manifest:
             if not value[name]:
                 del value[name]
         separators = (",", ":") if indent is None else None
-        return json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
+        text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
+        for numbers in _NUMBERS if indent else ():
+            text = numbers.sub(lambda found: " ".join(found[0].split()), text)
+        return text
 
 
 def _ratio(layers: tuple[LayerRecord, ...] | list[LayerRecord]) -> float:

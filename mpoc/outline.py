@@ -17,7 +17,7 @@ from mpoc.manifest import LayerRecord, Manifest, Source
 from mpoc.plan import LayerPlan
 from mpoc.recipe import GOALS, Recipe
 from mpoc.selection import Selection
-from mpoc.spectrum import MOST_POINTS, Spectrum
+from mpoc.spectrum import Spectrum, longest
 from mpoc.writer import Entry, plan_shards
 
 # The most digits that a figure of the manifest can take.
@@ -74,7 +74,7 @@ def predict_size(
     undecided: list[LayerPlan] = []
     if records is None:
         undecided = [plan for plan in plans if plan.tolerance and not recipe.allow_growth]
-        records = [_with_longest_figures(plan.record()) for plan in plans]
+        records = [_with_longest_figures(plan.record(), bool(plan.tolerance)) for plan in plans]
     if calibration is not None:
         records = [_with_calibrated_figures(record) for record in records]
     manifest = make_manifest(checkpoint, selection, recipe, records)
@@ -102,7 +102,7 @@ def _more_than_planned(plan: LayerPlan) -> int:
     return record.num_original * widest - record.num_stored * ITEMSIZE[record.stored_dtype]
 
 
-def _with_longest_figures(record: LayerRecord) -> LayerRecord:
+def _with_longest_figures(record: LayerRecord, in_tolerance: bool) -> LayerRecord:
     if record.form == "dense":
         return record
     figures = (LONGEST_FIGURE,) * (0 if record.low_rank else len(record.inner_bonds))
@@ -111,21 +111,28 @@ def _with_longest_figures(record: LayerRecord) -> LayerRecord:
         relative_error=LONGEST_FIGURE,
         entropies=figures,
         entropies_of_weight=figures,
-        spectra_of_weight=_longest_spectra(record),
+        spectra_of_weight=_longest_spectra(record, in_tolerance),
     )
 
 
-def _longest_spectra(record: LayerRecord) -> tuple[Spectrum | None, ...]:
-    """Of the first bond of a chain that is cut; of a map too large to be formed, of every bond."""
+def _longest_spectra(record: LayerRecord, in_tolerance: bool) -> tuple[Spectrum | None, ...]:
+    """Of one bond of a chain, the first that its cap cuts or, in a tolerance, one before it.
+
+    Of a map too large to be formed, of every bond.
+    """
     sizes = record.structure.site_sizes
     if record.structure.network != "chain" or record.low_rank or len(sizes) < 2:
         return ()
     lefts = [math.prod(sizes[:k]) for k in range(1, len(sizes))]
     smaller = [min(left, math.prod(sizes) // left) for left in lefts]
-    longest = [((size, LONGEST_FIGURE),) * min(size, MOST_POINTS) for size in smaller]
+    spectra = [longest(size, LONGEST_FIGURE) for size in smaller]
     if record.structure.is_large_map:
-        return tuple(longest)
-    return (*[None] * (len(smaller) - 1), longest[smaller.index(max(smaller))])
+        return tuple(spectra)
+    cuts = [k for k, size in enumerate(smaller) if record.bonds[k + 1] < size]
+    if not cuts and not in_tolerance:
+        return ()
+    last = cuts[0] if cuts else len(smaller) - 1
+    return (*[None] * (len(smaller) - 1), max(spectra[: last + 1], key=len))
 
 
 def _with_calibrated_figures(record: LayerRecord) -> LayerRecord:

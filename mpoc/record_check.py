@@ -67,8 +67,7 @@ def _check_spectra(layer: LayerRecord) -> None:
     Raises:
         ValueError: there are more or fewer, or one that cannot be.
     """
-    inner = len(layer.bonds) - (2 if layer.structure.network == "chain" else 0)
-    if len(layer.spectra_of_weight) not in (0, inner):
+    if len(layer.spectra_of_weight) not in (0, len(layer.inner_bonds)):
         raise ValueError(f"layer {layer.name!r}: {len(layer.spectra_of_weight)} spectra of its weight")
     for spectrum in layer.spectra_of_weight:
         if spectrum is not None:

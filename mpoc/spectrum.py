@@ -26,11 +26,19 @@ def thinned(values: Sequence[float], kept: int) -> Spectrum:
     norm = math.sqrt(math.fsum(value * value for value in values))
     if norm == 0.0:
         return ()
-    count = len(values)
+    indices = _indices(len(values), kept)
+    return tuple((index, float(f"{values[index - 1] / norm:.6g}")) for index in indices)
+
+
+def longest(count: int, figure: float) -> Spectrum:
+    """As many points as :func:`thinned` can leave of ``count`` values, each at its longest."""
+    return ((count, figure),) * min(count, len(_indices(count, 1)) + 1)
+
+
+def _indices(count: int, kept: int) -> list[int]:
     steps = MOST_POINTS - 2
     spaced = {round(count ** (step / steps)) for step in range(steps + 1)}
-    indices = range(1, count + 1) if count <= MOST_POINTS else sorted(spaced | {kept})
-    return tuple((index, float(f"{values[index - 1] / norm:.6g}")) for index in indices)
+    return list(range(1, count + 1)) if count <= MOST_POINTS else sorted(spaced | {kept})
 
 
 def check_spectrum(spectrum: Spectrum, longest: int) -> None:

@@ -123,7 +123,12 @@ def test_defaults_are_not_written_and_mean_the_same_when_read() -> None:
 def test_the_text_says_its_format_and_wastes_no_space() -> None:
     text = WHOLE.to_json()
     assert text.startswith('{"format":1,"source":{"name":"modèle.pt","nbytes":')
-    assert WHOLE.to_json(indent=2).startswith('{\n  "format": 1,\n')
+    indented = WHOLE.to_json(indent=2)
+    assert indented.startswith('{\n  "format": 1,\n')
+    assert '"shape": [ 16, 12, 3, 3 ],\n' in indented
+    assert "[ [ 1, 0.8 ], [ 4, 0.3 ], [ 9, 0.0 ] ],\n" in indented
+    odd = manifest(LAYERS[0], left_alone={"a": "[\n  1,  2\n]"})
+    assert parse_manifest(odd.to_json(indent=2), HERE) == odd
 
 
 def test_same_manifest_same_text() -> None:

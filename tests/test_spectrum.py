@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.spectrum import MOST_POINTS, Spectrum, check_spectrum, thinned
+from mpoc.spectrum import MOST_POINTS, Spectrum, check_spectrum, longest, thinned
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -35,6 +35,9 @@ def test_the_first_the_cut_and_the_last_stay(count: int, share: float, power: fl
     for index, value in points:
         assert value == pytest.approx(values[index - 1] / norm, rel=1e-5)
     check_spectrum(points, count)
+    most = longest(count, 1.23456e-104)
+    assert len(points) <= len(most) <= MOST_POINTS
+    assert len(str(points)) <= len(str(most))
 
 
 def test_the_points_lie_evenly_on_a_logarithmic_index() -> None:
