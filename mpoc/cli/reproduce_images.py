@@ -23,8 +23,8 @@ TAKES = frozenset({"name", "data", "format", "bonds", "seed", "quick", "output",
 
 def run_images(request: Request, output: Path, plot: Path | None, as_json: bool, words: Output) -> None:
     """Measure, draw, keep the report, and print it."""
+    from mpoc.plotting import require_matplotlib
     from mpoc.report import to_json
-    from mpoc.reproduce.figure import require_matplotlib
     from mpoc.reproduce.images_figure import draw_image_figures
     from mpoc.reproduce.mps_images import measure_images
     from mpoc.writer import staged
