@@ -129,7 +129,7 @@ def finetune(
             rich_help_panel=_WHAT,
         ),
     ] = 1.0,
-    epochs: Epochs = 1.0,
+    epochs: Epochs = None,
     steps: Steps = None,
     batch: Batch = 64,
     accumulate: Accumulate = 1,

@@ -8,7 +8,9 @@ import typer
 
 HOW = "How"
 
-Epochs = Annotated[float, typer.Option(help="Passes over the training split.", rich_help_panel=HOW)]
+Epochs = Annotated[
+    float | None, typer.Option(help="Passes over the training split. Default: 1.", rich_help_panel=HOW)
+]
 Steps = Annotated[int | None, typer.Option(help="Steps, in the place of epochs.", rich_help_panel=HOW)]
 Batch = Annotated[int, typer.Option(help="Examples a step, over all processes.", rich_help_panel=HOW)]
 Accumulate = Annotated[

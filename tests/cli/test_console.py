@@ -34,7 +34,7 @@ def test_a_signal_that_native_code_turns_into_an_error_stays_one(
     with pytest.raises(SystemExit) as stop, reported_errors():
         stopped_in_native_code(signum)
     assert stop.value.code == status
-    said = "error: interrupted; nothing was written\n" if signum == signal.SIGINT else ""
+    said = "error: interrupted; no output was written\n" if signum == signal.SIGINT else ""
     assert capsys.readouterr().err == said
 
 

@@ -149,6 +149,14 @@ def test_a_wrong_option(
     assert contents(model.parent) == before
 
 
+@pytest.mark.parametrize("option", ["--ratio", "--max-error"])
+def test_a_share_in_per_cent(model: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        app(["compress", str(model), option, "50%"])
+    assert caught.value.code == 2
+    assert f"Invalid value for '{option}': '50%' is not a number; 50 % is 0.5" in capsys.readouterr().err
+
+
 def test_a_hub_id_that_is_no_path(run: Mpoc) -> None:
     for hub_id in ("bert-base-uncased", "org/name"):
         done = run("compress", hub_id, "--ratio", 0.5)
@@ -233,7 +241,7 @@ def large(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("signum", "status", "said"),
-    [(signal.SIGINT, 130, "error: interrupted; nothing was written\n"), (signal.SIGTERM, 143, "")],
+    [(signal.SIGINT, 130, "error: interrupted; no output was written\n"), (signal.SIGTERM, 143, "")],
 )
 @pytest.mark.parametrize("old", [False, True])
 def test_stopped_midway(
