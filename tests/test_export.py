@@ -204,7 +204,7 @@ def test_a_network_in_half_precision() -> None:
 
 @pytest.mark.parametrize("architecture", ["bert", "vit"])
 def test_a_hugging_face_directory(architecture: str) -> None:
-    tiny(architecture).save_pretrained("model")
+    tiny(architecture, layers=1).save_pretrained("model")
     recipe = make_recipe(None, {"bond": 4, "embeddings": True, "allow_growth": True})
     compress_checkpoint(Path("model"), Path("model-mpo"), recipe)
     before = contents(Path("model-mpo"))
