@@ -50,11 +50,11 @@ class Layer:
     def __init__(self, weight: Tensor, kind: str, seen: Evidence, unseen: Evidence) -> None:
         self.kind, self.shape = kind, tuple(weight.shape)
         self.matrix = one_matrix(weight.detach(), kind, False)
-        assert isinstance(seen, LayerEvidence | TableEvidence) and isinstance(unseen, type(seen))
+        assert isinstance(seen, LayerEvidence | TableEvidence)
+        assert isinstance(unseen, LayerEvidence | TableEvidence) and unseen.outputs is not None
         self.metric = seen.together().metric(self.matrix, GAMMA)
-        self.norm = replace(
-            seen.together(), held_out=unseen.together().moments, outputs=unseen.outputs
-        ).felt  # fmt: skip
+        others = replace(seen.together(), held_out=unseen.together().moments, outputs=unseen.outputs)
+        self.norm = others.felt
 
     def error(self, found: Tensor) -> str:
         """Of Ŵ in the place of W."""

@@ -366,7 +366,10 @@ def test_a_ceiling_in_bytes_is_kept_and_its_budget_shared_out(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "refine"), [("mlp", False), ("conv", False), ("blocks", True)])
-def test_kept_moments_give_the_same_bytes(tmp_path: Path, name: str, refine: bool) -> None:
+def test_kept_moments_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, refine: bool
+) -> None:
+    monkeypatch.setattr("mpoc.calibrate.refine._STEPS", 40)
     case, kept = Case(tmp_path, name), tmp_path / "moments"
     options: dict[str, Any] = {"ratio": 0.5, "form": "svd", "refine": refine}
     without = case.compress(64, **options).output.read_bytes()
