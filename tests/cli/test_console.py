@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from mpoc.cli.console import reported_errors
+from mpoc.errors import MpocError
 
 
 @pytest.fixture
@@ -49,3 +50,13 @@ def test_a_signal_that_was_ignored_from_the_start_stays_so() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with reported_errors():
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_note_is_told_and_the_hint_once(capsys: pytest.CaptureFixture[str]) -> None:
+    error = MpocError("m.pt: no weights", "--layers fc1")
+    error.add_note("finished layers are kept")
+    with pytest.raises(SystemExit), reported_errors():
+        raise error
+    said = ["error: m.pt: no weights", "note: finished layers are kept", "hint: --layers fc1"]
+    assert capsys.readouterr().err.splitlines() == said
