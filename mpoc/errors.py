@@ -6,7 +6,7 @@ from __future__ import annotations
 class MpocError(Exception):
     """The work failed: exit status 1.
 
-    ``hint`` names the command or option that mends it.
+    ``hint`` names the command or option that mends it; a traceback shows it too.
     """
 
     exit_code = 1
@@ -14,6 +14,8 @@ class MpocError(Exception):
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")
 
 
 class UsageError(MpocError):

@@ -37,10 +37,12 @@ try:
         raise ImportError(f"found transformers {_version}")
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightRenaming
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    from mpoc.hf_names import Names
 except ImportError as error:
     raise ImportError(
         f"mpoc.hf needs transformers 5.23 or later ({error}): pip install 'mpoc[hf]'"
@@ -140,7 +142,7 @@ class MpoQuantizer(HfQuantizer):
         layers = self.quantization_config.layers
         conversions = get_model_conversion_mapping(model)
         self._unstack_experts(model, conversions)
-        names = _Names(model, self.update_weight_conversions(conversions))
+        names = Names(model, self.update_weight_conversions(conversions))
         targets = {name: names.in_model(name) for name in layers}
         stored = {names.in_model(name) for name in _stored_names(kwargs.get("checkpoint_files") or ())}
         ties = _declared_ties(model)
@@ -172,7 +174,7 @@ class MpoQuantizer(HfQuantizer):
         Raises:
             MpocError: a compressed weight would be converted in any other way.
         """
-        names = _Names(model, conversions)
+        names = Names(model, conversions)
         for name in self.quantization_config.layers:
             converter = names.converter(name)
             if converter is None or converter.target_patterns[0] in self._unstacked:
@@ -233,48 +235,6 @@ class MpoQuantizer(HfQuantizer):
             core = model.get_parameter(f"{core_prefix(target)}.0")
             self.quantization_config.layers[name]["dtype"] = str(core.dtype).removeprefix("torch.")
         return None, {SAVED_AGAIN: "transformers"}
-
-
-class _Names:
-    """Where transformers puts the tensors of a checkpoint."""
-
-    def __init__(self, model: PreTrainedModel, conversions: list[Any]) -> None:
-        self.state: dict[str, Tensor] = model.state_dict()
-        self._prefix: str = model.base_model_prefix
-        self._renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-
-    def _renamed(self, name: str) -> tuple[str, str | None]:
-        """The name in the network, with or without the base model's prefix, and a conversion's pattern."""
-        found = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
-        if found[0] not in self.state and name in self.state:
-            return name, None
-        return found
-
-    def in_model(self, name: str) -> str:
-        """The name in the network."""
-        return self._renamed(name)[0]
-
-    def converter(self, name: str) -> WeightConverter | None:
-        """What would convert the weight while it is loaded."""
-        target, pattern = self._renamed(name)
-        if target not in self.state:
-            return None
-        return next((entry for entry in self._converters if pattern in entry.source_patterns), None)
-
-    def saved(self, name: str) -> str:
-        """The name in a directory that the network is saved to: the prefix is there if the network has it."""
-        renamed, _ = rename_source_key(name, self._renamings, self._converters)
-        target, prefix = self.in_model(name), f"{self._prefix}."
-        if target == prefix + renamed:
-            return prefix + name
-        return name.removeprefix(prefix) if renamed == prefix + target else name
-
-
-def places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Stored tensor → its name in a loaded network; without those that loading converts, not only renames."""
-    found = _Names(model, getattr(model, "_weight_conversions", None) or [])
-    return {name: found.in_model(name) for name in names if found.converter(name) is None}
 
 
 def _stored_names(files: Iterable[str]) -> Iterator[str]:

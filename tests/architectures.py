@@ -23,7 +23,6 @@ AUTO = {
 _SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 32,
 }
@@ -32,7 +31,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt2": {
         "vocab_size": 97,
         "n_embd": 32,
-        "n_layer": 2,
         "n_head": 4,
         "n_positions": 32,
         "bos_token_id": 0,
@@ -44,12 +42,12 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(architecture: str) -> Any:
+def tiny(architecture: str, layers: int = 2) -> Any:
     """A random model of about 50,000 parameters, in evaluation mode."""
     import transformers
 
     _be_quiet()
-    sizes = {} if architecture == "gpt2" else _SIZES
+    sizes = {"n_layer": layers} if architecture == "gpt2" else {**_SIZES, "num_hidden_layers": layers}
     config = transformers.AutoConfig.for_model(architecture, **sizes, **_OWN[architecture])
     torch.manual_seed(0)
     return getattr(transformers, AUTO[architecture]).from_config(config).eval()

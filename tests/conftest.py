@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.checkpoints import network_state, save_directory
-from tests.process import Mpoc
+from tests.process import Here, Mpoc
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -44,6 +44,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mpoc]:
         with suppress(ProcessLookupError):
             process.kill()
         process.communicate()
+
+
+@pytest.fixture
+def here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Here:
+    """``here("report", file)``: in this process, whose folder is ``here.folder``, which is empty."""
+    folder = tmp_path_factory.mktemp("here")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)  # its handlers stay
+    return Here(folder)
 
 
 @pytest.fixture(params=["file", "directory", "shards"])

@@ -8,6 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from mpoc.cli.app import app
+
 _ROOT = Path(__file__).resolve().parent.parent
 # What makes rich and typer colour a pipe, or not a terminal, or change its width.
 _COLOURS = ("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "COLUMNS")
@@ -57,6 +61,21 @@ class Mpoc:
         )
         self.started.append(process)
         return process
+
+
+class Here:
+    """Runs ``mpoc`` in this process, in ``folder``: where a process of its own is not what is tested."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        """As :class:`Mpoc`; what a process would show as a traceback is raised."""
+        words = [*map(str, arguments)]
+        result = CliRunner().invoke(app, words)
+        if not isinstance(result.exception, SystemExit | None):
+            raise result.exception
+        return subprocess.CompletedProcess(words, result.exit_code, result.stdout, result.stderr)
 
 
 def run_python(*arguments: object) -> str:

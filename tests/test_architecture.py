@@ -179,7 +179,7 @@ class TestLoadingWithoutAModel:
             ("fc3", "its network is not of this zoo: no network 'fc3' in the zoo"),
             ("resnet:depth=21", "its network is not of this zoo: resnet: depth=21"),
             ("lenet5", "does not fit this LeNet5: "),
-            ("resnet:depth=1202,width=99999", "does not fit this ResNet: "),  # and takes no memory
+            ("resnet:depth=20,width=99999", "does not fit this ResNet: "),  # and takes no memory
         ],
     )
     def test_a_file_that_names_another(self, spec: str, said: str) -> None:

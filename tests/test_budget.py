@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mpoc.budget import Share, uniform_bonds
 from mpoc.structure import Structure, make_structure
 
-SOME = settings(max_examples=80, deadline=None, derandomize=True)
+SOME = settings(max_examples=40, deadline=None, derandomize=True)
 
 _SIDE = st.integers(1, 300)
 _STRUCTURES = st.one_of(

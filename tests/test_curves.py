@@ -12,7 +12,7 @@ from mpoc.curves import share_out
 
 CURVE = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 100).map(float)), min_size=1, max_size=5)
 CURVES = st.lists(CURVE, min_size=1, max_size=4)
-SOME = settings(max_examples=300, deadline=None, derandomize=True)
+SOME = settings(max_examples=120, deadline=None, derandomize=True)
 
 
 def cost(curves: list[list[tuple[int, float]]], taken: tuple[int, ...] | list[int]) -> tuple[int, float]:

@@ -3,6 +3,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from contextlib import chdir
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,32 @@ def compressed(name: str, dtype: torch.dtype = torch.float32) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Exported:
+    """One of the networks, compressed, and as a program of each kind."""
+
+    source: Path
+    files: dict[str, Path]
+    inputs: list[InputSpec]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """``exported("mlp")``: made once for all tests."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "nets.py").write_text(FACTORIES)
+
+    @cache
+    def make(name: str) -> Exported:
+        files = {kind: folder / f"{name}.{kind}" for kind in ("onnx", "pt2")}
+        specs = [parse_input_spec(text) for text in SPECS[name]]
+        with chdir(folder):
+            source = folder / compressed(name)
+            return Exported(source, files, export_network(source, files, specs, f"nets.py:{name}"))
+
+    return make
+
+
 def run_onnx(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -114,40 +143,39 @@ def outputs_of(network: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_a_program_computes_as_the_network(name: str) -> None:
-    source = compressed(name)
-    files = {"onnx": Path("p.onnx"), "pt2": Path("p.pt2")}
-    specs = [parse_input_spec(text) for text in SPECS[name]]
-    taken = export_network(source, files, specs, f"nets.py:{name}")
-    assert [spec.dtype for spec in taken] == [x.dtype for x in INPUTS[name](1)]
-    network = open_network(source, f"nets.py:{name}")
-    program = torch.export.load(files["pt2"]).module()
+def test_a_program_computes_as_the_network(exported: Callable[[str], Exported], name: str) -> None:
+    made = exported(name)
+    assert [spec.dtype for spec in made.inputs] == [x.dtype for x in INPUTS[name](1)]
+    network = open_network(made.source, f"nets.py:{name}")
+    program = torch.export.load(made.files["pt2"]).module()
     for batch in (1, 2, 7):
         inputs = INPUTS[name](batch)
         expected = outputs_of(network, inputs)
-        for found in (run_onnx(files["onnx"], inputs), outputs_of(program, inputs)):
+        for found in (run_onnx(made.files["onnx"], inputs), outputs_of(program, inputs)):
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_the_onnx_file_keeps_the_cores() -> None:
-    source = compressed("mlp")
-    export_network(source, {"onnx": Path("p.onnx")}, [parse_input_spec("1x96")], "nets.py:mlp")
-    model = onnx.load("p.onnx")
+def test_the_onnx_file_keeps_the_cores(exported: Callable[[str], Exported]) -> None:
+    made = exported("mlp")
+    source, file = made.source, made.files["onnx"]
+    model = onnx.load(file)
     onnx.checker.check_model(model)
     sizes = [int(torch.tensor(value.dims).prod()) for value in model.graph.initializer]
     largest_core = max(value.numel() for value in load_file(source).values())
     assert max(sizes) == largest_core
-    assert Path("p.onnx").stat().st_size < 2 * source.stat().st_size < Path("mlp.pt").stat().st_size
+    dense = source.with_name("mlp.pt")
+    assert file.stat().st_size < 2 * source.stat().st_size < dense.stat().st_size
     (given,), (answer,) = model.graph.input, model.graph.output
     assert (given.name, answer.name) == ("input", "output")
     assert [axis.dim_param or axis.dim_value for axis in given.type.tensor_type.shape.dim] == ["batch", 96]
     assert [axis.dim_param or axis.dim_value for axis in answer.type.tensor_type.shape.dim] == ["batch", 64]
 
 
-def test_the_pt2_file_runs_without_mpoc() -> None:
-    source = compressed("tokens")
-    export_network(source, {"pt2": Path("p.pt2")}, [parse_input_spec("1x5:int64")], "nets.py:tokens")
-    assert str(Path(__file__).resolve().parent.parent).encode() not in Path("p.pt2").read_bytes()
+def test_the_pt2_file_runs_without_mpoc(exported: Callable[[str], Exported]) -> None:
+    made = exported("tokens")
+    program = made.files["pt2"].read_bytes()
+    assert str(Path(__file__).resolve().parent.parent).encode() not in program
+    Path("p.pt2").write_bytes(program)
     (x,) = INPUTS["tokens"](3)
     save_file({"x": x}, "x.safetensors")
     script = """if True:
@@ -159,13 +187,13 @@ def test_the_pt2_file_runs_without_mpoc() -> None:
         save_file({"y": y.detach()}, "y.safetensors")
     """
     run_python("-c", script)
-    expected = outputs_of(open_network(source, "nets.py:tokens"), (x,))
+    expected = outputs_of(open_network(made.source, "nets.py:tokens"), (x,))
     torch.testing.assert_close([load_file("y.safetensors")["y"]], expected, rtol=0, atol=1e-5)
 
 
 def test_a_network_in_half_precision() -> None:
     source = compressed("mlp", torch.float16)
-    files = {"onnx": Path("p.onnx"), "pt2": Path("p.pt2")}
+    files = {"onnx": Path("p.onnx")}
     Path("halves.py").write_text("import nets\n\ndef mlp():\n    return nets.mlp().half()\n")
     (spec,) = export_network(source, files, [parse_input_spec("1x96")], "halves.py:mlp")
     assert spec.dtype == torch.float16
@@ -176,7 +204,7 @@ def test_a_network_in_half_precision() -> None:
 
 @pytest.mark.parametrize("architecture", ["bert", "vit"])
 def test_a_hugging_face_directory(architecture: str) -> None:
-    tiny(architecture).save_pretrained("model")
+    tiny(architecture, layers=1).save_pretrained("model")
     recipe = make_recipe(None, {"bond": 4, "embeddings": True, "allow_growth": True})
     compress_checkpoint(Path("model"), Path("model-mpo"), recipe)
     before = contents(Path("model-mpo"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from mpoc.errors import MpocError
 from mpoc.header import DTYPES, ITEMSIZE, TensorInfo, encode_header, read_header, storage_order
 
-SOME = settings(max_examples=100, deadline=None, derandomize=True)
+SOME = settings(max_examples=60, deadline=None, derandomize=True)
 
 _NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__"

@@ -22,7 +22,7 @@ FILES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 WITHOUT_TORCH = ["mpoc.errors", "mpoc.header", "mpoc.structure", "mpoc.manifest", "mpoc.report"]
-WITH_TRANSFORMERS = {"mpoc.hf", "mpoc.data.text", "mpoc.architecture"}
+WITH_TRANSFORMERS = {"mpoc.hf", "mpoc.hf_names", "mpoc.data.text", "mpoc.architecture"}
 
 
 @cache

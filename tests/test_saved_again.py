@@ -20,7 +20,7 @@ from mpoc.loading import load
 from mpoc.manifest import MANIFEST_FILE, LayerRecord, read_manifest
 from mpoc.report import report_dict, summary
 from tests.hub_models import AUTO, Compressed, Make, answer, auto, compress_once, tiny
-from tests.process import Mpoc
+from tests.process import Here
 from tests.test_hf import CANNOT_TAKE
 
 transformers: Any = import_module("transformers")  # its own types are not complete
@@ -114,14 +114,14 @@ def test_a_part_saved_alone_goes_through_transformers(make: Make, tmp_path: Path
     assert replaced and {layer.stored_dtype for layer in replaced} == {"bfloat16"}
 
 
-def test_the_command_line(make: Make, tmp_path: Path, run: Mpoc) -> None:
+def test_the_command_line(make: Make, tmp_path: Path, here: Here) -> None:
     path = saved_again(make("bert"), "bert", tmp_path)
-    done = run("report", path)
+    done = here("report", path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "bert.encoder.layer.0.attention.self.query" in done.stdout and "no mpoc.json" in done.stdout
-    layers = json.loads(run("report", path, "--json").stdout)["layers"]
+    layers = json.loads(here("report", path, "--json").stdout)["layers"]
     assert layers and {layer["relative_error"] for layer in layers} == {None}
-    assert run("expand", path, "-o", tmp_path / "dense").returncode == 0
+    assert here("expand", path, "-o", tmp_path / "dense").returncode == 0
 
 
 def test_after_training_in_another_dtype_and_in_shards(make: Make, tmp_path: Path) -> None:

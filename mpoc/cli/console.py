@@ -58,7 +58,7 @@ def reported_errors() -> Iterator[None]:
     except MpocError as error:
         _fail(error, str(error), error.hint, error.exit_code)
     except KeyboardInterrupt as error:
-        said = "interrupted" if _notes(error) else "interrupted; nothing was written"
+        said = "interrupted" if _notes(error) else "interrupted; no output was written"
         _fail(error, said, None, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -74,8 +74,9 @@ def reported_errors() -> Iterator[None]:
 
 
 def _notes(error: BaseException) -> list[str]:
-    """What was added on the way up: what is kept of the work."""
-    return getattr(error, "__notes__", [])
+    """What was added on the way up: what is kept of the work.  The hint has its own line."""
+    hint = f"hint: {getattr(error, 'hint', None)}"
+    return [note for note in getattr(error, "__notes__", []) if note != hint]
 
 
 def _fail(error: BaseException, message: str, hint: str | None, status: int) -> None:

@@ -21,13 +21,38 @@ from mpoc.cli.data_options import (
     Std,
     Tokenizer,
 )
+from mpoc.cli.training_options import (
+    L2,
+    Accumulate,
+    Batch,
+    Best,
+    Clip,
+    DecayEvery,
+    Device,
+    Dropout,
+    Epochs,
+    EvalEvery,
+    Gamma,
+    GradientCheckpointing,
+    LearningRate,
+    Momentum,
+    Nesterov,
+    Optimizer,
+    Patience,
+    Precision,
+    Runs,
+    Schedule,
+    Seed,
+    Steps,
+    Warmup,
+    WeightDecay,
+)
 from mpoc.cli.training_request import training_request
 
 if TYPE_CHECKING:
     from mpoc.train.finetune import Finetuned
 
 _WHAT = "What is learnt"
-_HOW = "How"
 _OUT = "Output"
 
 
@@ -104,100 +129,30 @@ def finetune(
             rich_help_panel=_WHAT,
         ),
     ] = 1.0,
-    epochs: Annotated[
-        float, typer.Option(help="Passes over the training split.", rich_help_panel=_HOW)
-    ] = 1.0,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps, in the place of epochs.", rich_help_panel=_HOW)
-    ] = None,
-    batch: Annotated[
-        int, typer.Option(help="Examples a step, over all processes.", rich_help_panel=_HOW)
-    ] = 64,
-    accumulate: Annotated[
-        int,
-        typer.Option(
-            help="Parts a process computes its share of a batch in, to save memory.", rich_help_panel=_HOW
-        ),
-    ] = 1,
-    optimizer: Annotated[str, typer.Option(help="sgd or adamw.", rich_help_panel=_HOW)] = "adamw",
-    lr: Annotated[
-        float | None,
-        typer.Option(help="Peak learning rate. Default: sgd 0.01, adamw 0.0003.", rich_help_panel=_HOW),
-    ] = None,
-    momentum: Annotated[float, typer.Option(help="Of sgd.", rich_help_panel=_HOW)] = 0.9,
-    nesterov: Annotated[
-        bool, typer.Option("--nesterov", help="Nesterov's momentum, of sgd.", rich_help_panel=_HOW)
-    ] = False,
-    l2: Annotated[
-        float,
-        typer.Option(
-            help="L2 of Gao et al., Eq. (7): (l2/2)·Σ|w|² over all parameters is part of the loss.",
-            rich_help_panel=_HOW,
-        ),
-    ] = 0.0,
-    weight_decay: Annotated[
-        float, typer.Option(help="Decoupled decay, of adamw.", rich_help_panel=_HOW)
-    ] = 0.0,
-    schedule: Annotated[
-        str,
-        typer.Option(help="Of the learning rate: cosine, constant or exponential.", rich_help_panel=_HOW),
-    ] = "cosine",
-    warmup: Annotated[
-        float, typer.Option(help="Steps of linear warm-up; below 1 a share of all.", rich_help_panel=_HOW)
-    ] = 0.0,
-    gamma: Annotated[
-        float, typer.Option(help="Factor of the exponential schedule.", rich_help_panel=_HOW)
-    ] = 0.99,
-    decay_every: Annotated[
-        int, typer.Option(help="Epochs from one factor to the next.", rich_help_panel=_HOW)
-    ] = 1,
-    clip: Annotated[
-        float | None,
-        typer.Option(help="Largest norm of the gradient, that of --l2 not counted.", rich_help_panel=_HOW),
-    ] = None,
-    dropout: Annotated[
-        float | None,
-        typer.Option(
-            help="Of the network's dropout. Default: its own; with --teacher 0.", rich_help_panel=_HOW
-        ),
-    ] = None,
-    precision: Annotated[
-        str,
-        typer.Option(help="Of the arithmetic: fp32, bf16 or fp16 (GPU).", rich_help_panel=_HOW),
-    ] = "fp32",
-    gradient_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--gradient-checkpointing",
-            help="Recompute activations in the backward pass: less memory, more time.",
-            rich_help_panel=_HOW,
-        ),
-    ] = False,
-    eval_every: Annotated[
-        int | None, typer.Option(help="Steps between evaluations. Default: an epoch.", rich_help_panel=_HOW)
-    ] = None,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            help="Stop after so many evaluations without gain; the best weights are written.",
-            rich_help_panel=_HOW,
-        ),
-    ] = None,
-    best: Annotated[
-        bool,
-        typer.Option(
-            "--best", help="Write the weights that are best on the validation split.", rich_help_panel=_HOW
-        ),
-    ] = False,
-    runs: Annotated[
-        int,
-        typer.Option(
-            help="Train so often, from seed, seed+1, …; gives mean ± σ. The first seed's is written.",
-            rich_help_panel=_HOW,
-        ),
-    ] = 1,
-    seed: Annotated[int, typer.Option(help="Of all that training draws.", rich_help_panel=_HOW)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …", rich_help_panel=_HOW)] = "auto",
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch: Batch = 64,
+    accumulate: Accumulate = 1,
+    optimizer: Optimizer = "adamw",
+    lr: LearningRate = None,
+    momentum: Momentum = 0.9,
+    nesterov: Nesterov = False,
+    l2: L2 = 0.0,
+    weight_decay: WeightDecay = 0.0,
+    schedule: Schedule = "cosine",
+    warmup: Warmup = 0.0,
+    gamma: Gamma = 0.99,
+    decay_every: DecayEvery = 1,
+    clip: Clip = None,
+    dropout: Dropout = None,
+    precision: Precision = "fp32",
+    gradient_checkpointing: GradientCheckpointing = False,
+    eval_every: EvalEvery = None,
+    patience: Patience = None,
+    best: Best = False,
+    runs: Runs = 1,
+    seed: Seed = 0,
+    device: Device = "auto",
     output: Annotated[
         Path | None,
         typer.Option(

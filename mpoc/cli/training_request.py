@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mpoc.cli.data_options import data_options
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from mpoc.train.finetune import Request
 
 _SETTINGS = (
-    "epochs", "steps", "batch", "accumulate", "optimizer", "lr", "momentum", "nesterov", "l2", "weight_decay",
+    "steps", "batch", "accumulate", "optimizer", "lr", "momentum", "nesterov", "l2", "weight_decay",
     "schedule", "warmup", "gamma", "decay_every", "clip", "dropout", "precision", "gradient_checkpointing",
     "eval_every", "patience", "seed",
 )  # fmt: skip
@@ -26,7 +27,7 @@ def training_request(values: dict[str, Any]) -> Request:
     """The options of ``mpoc finetune`` as plain data.
 
     Raises:
-        UsageError: a value that cannot be read.
+        UsageError: a value that cannot be read, or options that do not go together.
     """
     from mpoc.option_text import parse_size
     from mpoc.train.finetune import Request
@@ -38,12 +39,15 @@ def training_request(values: dict[str, Any]) -> Request:
     when: dict[str, Any] = {"save_seconds": float(every[1])}
     if not every[2]:
         when = {"save_seconds": float("inf"), "save_steps": int(every[1])}
+    if values["steps"] is not None and values["epochs"] is not None:
+        raise UsageError("--steps and --epochs: one of them")
     if values["dropout"] is None and values["teacher"] is not None:
         values = values | {"dropout": 0.0}  # noise in the answers is nothing to learn from
+    settings = Settings(**{name: values[name] for name in _SETTINGS}, keep_best=values["best"])
     return Request(
         values["model"],
         data_options(values["data"], values),
-        Settings(**{name: values[name] for name in _SETTINGS}, keep_best=values["best"]),
+        settings if values["epochs"] is None else replace(settings, epochs=values["epochs"]),
         **{name: values[name] for name in _REQUEST},
         **when,
         max_shard_size=parse_size(values["max_shard_size"]),

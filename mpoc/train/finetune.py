@@ -18,7 +18,8 @@ from mpoc.train.engine import describe, make_accelerator
 from mpoc.train.evaluate import evaluate
 from mpoc.train.history import data_record, make_history
 from mpoc.train.log import Log
-from mpoc.train.loop import DivergedError, train
+from mpoc.train.loop import train
+from mpoc.train.losses import DivergedError
 from mpoc.train.material import DataOptions, Material, monitored_split, open_material
 from mpoc.train.model import Model, open_beside, open_model
 from mpoc.train.result import default_tuned_output, round_to_stored, write_tuned

@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.errors import MpocError, UsageError
+from mpoc.errors import UsageError
 from mpoc.train.call import Call, to_device
-from mpoc.train.dropout import set_dropout
-from mpoc.train.engine import make_accelerator, seed_generators, will_shard
+from mpoc.train.engine import make_accelerator, seed_generators
 from mpoc.train.evaluate import Evaluation, evaluate
 from mpoc.train.feed import Feed, Reader
+from mpoc.train.losses import Losses
 from mpoc.train.order import Order
-from mpoc.train.probe import probe
-from mpoc.train.recompute import Undo, recompute_activations
-from mpoc.train.schedule import learning_rate, make_optimizer, set_learning_rate
+from mpoc.train.prepare import prepare
+from mpoc.train.schedule import learning_rate, set_learning_rate
 from mpoc.train.settings import Settings, derived_seed
 from mpoc.train.state import Progress, Saved, gather, scatter, set_weights, whole_weights
 from mpoc.train.stop import Interrupted, StopSignals
@@ -33,10 +32,6 @@ from mpoc.train.watch import Outcome, Told, Watch, short
 
 _TELL_EVERY = 0.5  # seconds; looking at the loss makes a GPU wait
 _MOST_UNSEEN = 500  # steps between two looks at the loss
-
-
-class DivergedError(MpocError):
-    """The loss is not finite."""
 
 
 def train(
@@ -109,36 +104,15 @@ class _Trainer:
         self.eval_every = settings.eval_every or self.order.steps_per_epoch
         self.reader = Reader(feed, self.order, task, ahead=self.device.type != "cpu")
         self.call = Call.of(network, task.hidden)
-        self.undo: Undo = lambda: None  # of gradient checkpointing
-        self._prepare(network, feed)
+        self.model, self.optimizer, self.stepper, self.undo = prepare(
+            network, task, feed, settings, accelerator
+        )
         self.mixed = accelerator.autocast if settings.precision != "fp32" else nullcontext
         self.progress, self.best = Progress(), dict[str, Tensor]()
-        self.losses: list[Tensor] = []  # of this process, since the last look
-        self.counts: list[int] = []
+        self.losses = Losses()  # since the last look
         self.busy, self.begun = 0.0, 0  # seconds of training, and the step they are counted from
         self.looked = self.saved = time.monotonic()
         self.now = math.nan  # last mean loss
-
-    def _prepare(self, network: nn.Module, feed: Feed) -> None:
-        """Check the network against the data, then hand it to accelerate."""
-        if not will_shard(self.accelerator):
-            network.to(self.device)
-        if self.task.teacher is not None:
-            self.task.teacher.to(self.device)
-        where = next((p.device for p in network.parameters()), self.device)
-        unused = probe(network, self.task, feed, where)
-        if self.settings.dropout is not None:
-            set_dropout(network, self.settings.dropout)
-        if self.settings.gradient_checkpointing:
-            self.undo = recompute_activations(network)
-        if self.world > 1 and unused:
-            from accelerate import DistributedDataParallelKwargs
-
-            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        optimizer = make_optimizer(network.parameters(), self.settings)
-        self.model, self.optimizer = self.accelerator.prepare(network.train(), optimizer)
-        # accelerate's wrapper looks for an optional package in every step (0.5 ms); only fp16 needs it.
-        self.stepper = self.optimizer if self.accelerator.scaler else self.optimizer.optimizer
 
     def run(self, resume: Saved | None) -> Outcome:
         if resume is not None:
@@ -196,8 +170,7 @@ class _Trainer:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.stepper.step()
         self.stepper.zero_grad()
-        self.losses.append(sum(losses[1:], start=losses[0]))
-        self.counts.append(max(1, count))
+        self.losses.add(sum(losses[1:], start=losses[0]), max(1, count))
         self.progress.step += 1
         self.busy += time.perf_counter() - begin
 
@@ -218,27 +191,21 @@ class _Trainer:
         return learning_rate(self.settings, step, self.steps, self.order.steps_per_epoch)
 
     def _look(self) -> None:
-        """Look at the losses since the last time: all finite? Then log and tell.
+        """Look at the losses since the last time, log and tell.
 
         Raises:
-            MpocError: one is not.
+            DivergedError: one is not finite.
         """
         self.looked = time.monotonic()
         if not self.losses:
             return
         begin = time.perf_counter()
-        sums = torch.stack(self.losses)
-        if self.world > 1:
-            sums = self.accelerator.reduce(sums, "sum")
-        means = [loss / count for loss, count in zip(sums.tolist(), self.counts, strict=True)]
+        means = self.losses.take(self.accelerator, self.progress.step, self._lr)
         self.busy += time.perf_counter() - begin  # a GPU was waited for
-        first = self.progress.step - len(means)
-        for k, loss in enumerate(means):
-            if not math.isfinite(loss):
-                raise _diverged(first + k + 1, self._lr(first + k), loss)
+        for loss in means:
             self.progress.loss_sum += loss
-            self.progress.loss_steps += 1
-        self.losses, self.counts, self.now = [], [], sum(means) / len(means)
+        self.progress.loss_steps += len(means)
+        self.now = sum(means) / len(means)
         told = self._told()
         if self.accelerator.is_main_process:
             self.watch.log.write(
@@ -318,11 +285,3 @@ class _Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.extra["scaler"])
         self.progress, self.best = saved.progress, saved.best
-
-
-def _diverged(step: int, lr: float, loss: float) -> DivergedError:
-    what = "nan" if math.isnan(loss) else "infinite"
-    return DivergedError(
-        f"the loss is {what} at step {step} (learning rate {lr:.3g})",
-        "a smaller --lr, --warmup 0.1, or --clip 1",
-    )

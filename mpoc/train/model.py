@@ -132,7 +132,8 @@ def _names_in(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
     same = {name: name for name in names}
     if not hasattr(network, "base_model_prefix"):
         return same
-    from mpoc import hf
+    import mpoc.hf  # noqa: F401  (refuses a transformers that is too old)
+    from mpoc.hf_names import places
 
     found: Any = network
-    return same | hf.places(found, same)
+    return same | places(found, same)

@@ -1,4 +1,4 @@
-"""``--arch`` from end to end, in processes of their own."""
+"""``--arch`` from end to end."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import nn
 
 import mpoc
 from mpoc.zoo import example, make
-from tests.process import Mpoc, run_python
+from tests.process import Here, run_python
 
 
-@pytest.mark.parametrize("spec", ["fc2", "resnet:depth=20"])
-def test_compress_report_load_and_export(run: Mpoc, spec: str) -> None:
+@pytest.mark.parametrize("spec", ["fc2", "resnet:depth=8"])
+def test_compress_report_and_load(here: Here, spec: str) -> None:
     network = make(spec).eval()
-    torch.save(network.state_dict(), run.folder / "m.pt")
-    done = run("compress", "m.pt", "--bond", "4", "--arch", spec)
+    torch.save(network.state_dict(), here.folder / "m.pt")
+    done = here("compress", "m.pt", "--bond", "4", "--arch", spec)
     assert done.returncode == 0, done.stderr
     assert f"architecture {spec}, of the zoo" in done.stdout
     assert "kinds of layers told from the model's modules" in done.stdout
-    assert f"architecture {spec}, of the zoo" in run("report", "m.mpo.safetensors").stdout
-    report = json.loads(run("report", "m.mpo.safetensors", "--json").stdout)
+    assert f"architecture {spec}, of the zoo" in here("report", "m.mpo.safetensors").stdout
+    report = json.loads(here("report", "m.mpo.safetensors", "--json").stdout)
     assert report["architecture"] == {"zoo": spec}
-    path = run.folder / "m.mpo.safetensors"
+    path = here.folder / "m.mpo.safetensors"
     answer = run_python(
         "-c",
         f"import mpoc, torch; y = mpoc.load({str(path)!r})(torch.ones{tuple(example(spec).shape)})\n"
@@ -33,9 +33,14 @@ def test_compress_report_load_and_export(run: Mpoc, spec: str) -> None:
     with torch.no_grad():
         expected = mpoc.load(path, network)(torch.ones_like(example(spec)))
     assert float(answer) == pytest.approx(float(expected.double().sum()), rel=1e-4, abs=1e-4)
-    done = run("export", "m.mpo.safetensors", "--onnx", "m.onnx")
+
+
+def test_export_needs_no_options(here: Here) -> None:
+    torch.save(make("fc2").state_dict(), "m.pt")
+    assert here("compress", "m.pt", "--bond", "4", "--arch", "fc2").returncode == 0
+    done = here("export", "m.mpo.safetensors", "--onnx", "m.onnx")
     assert done.returncode == 0, done.stderr
-    assert (run.folder / "m.onnx").stat().st_size > 1000
+    assert (here.folder / "m.onnx").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -45,9 +50,9 @@ def test_compress_report_load_and_export(run: Mpoc, spec: str) -> None:
         ("fc3", "did you mean 'fc2'?"),
     ],
 )
-def test_what_does_not_fit(run: Mpoc, arch: str, said: str) -> None:
-    torch.save(nn.Linear(16, 16).state_dict(), run.folder / "m.pt")
-    done = run("compress", "m.pt", "--bond", "2", "--arch", arch)
+def test_what_does_not_fit(here: Here, arch: str, said: str) -> None:
+    torch.save(nn.Linear(16, 16).state_dict(), here.folder / "m.pt")
+    done = here("compress", "m.pt", "--bond", "2", "--arch", arch)
     assert (done.returncode, done.stdout) == (2, "")
     assert said in done.stderr
-    assert [file.name for file in run.folder.iterdir()] == ["m.pt"]
+    assert [file.name for file in here.folder.iterdir()] == ["m.pt"]

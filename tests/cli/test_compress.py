@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from mpoc.manifest import read_manifest
 from tests.checkpoints import contents, mlp_state, num_bytes, save_directory
-from tests.process import Mpoc
+from tests.process import Here, Mpoc
 
 
 @pytest.fixture
@@ -45,67 +45,67 @@ def test_a_file_lands_in_the_current_directory_with_a_report(run: Mpoc, model: P
     assert f"ρ = {manifest.rho:.4f}" in following.stdout
 
 
-def test_a_directory_lands_beside_with_everything_it_had(run: Mpoc, tmp_path: Path) -> None:
+def test_a_directory_lands_beside_with_everything_it_had(here: Here, tmp_path: Path) -> None:
     source = save_directory(tmp_path / "bert", mlp_state(), shards=2)
-    done = run("compress", f"{source}/", "--ratio", 0.5, "--max-shard-size", "4kB", "--quiet")
+    done = here("compress", f"{source}/", "--ratio", 0.5, "--max-shard-size", "4kB", "--quiet")
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in run.folder.iterdir()] == ["bert-mpo"]
-    names = contents(run.folder / "bert-mpo").keys()
+    assert [path.name for path in here.folder.iterdir()] == ["bert-mpo"]
+    names = contents(here.folder / "bert-mpo").keys()
     assert {"config.json", "tokenizer.json", "README.md", "mpoc.json", "model.safetensors.index.json"} < names
-    assert all((run.folder / "bert-mpo" / name).stat().st_size < 6000 for name in names)
+    assert all((here.folder / "bert-mpo" / name).stat().st_size < 6000 for name in names)
 
 
-def test_json_is_all_of_stdout_and_quiet_silences_the_rest(run: Mpoc, model: Path) -> None:
-    done = run("compress", model, "--max-error", 0.9, "-o", "out.safetensors", "--json", "--quiet")
+def test_json_is_all_of_stdout_and_quiet_silences_the_rest(here: Here, model: Path) -> None:
+    done = here("compress", model, "--max-error", 0.9, "-o", "out.safetensors", "--json", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert report["written"] == "out.safetensors"
-    assert report["totals"]["bytes_after"] == num_bytes(run.folder / "out.safetensors")
+    assert report["totals"]["bytes_after"] == num_bytes(here.folder / "out.safetensors")
     assert [layer["layer"] for layer in report["layers"]] == ["fc1", "fc2"]
     assert all(layer["relative_error"] <= 0.9 and layer["seconds"] >= 0 for layer in report["layers"])
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Mpoc, model: Path) -> None:
-    done = run("compress", model, "--size", "9kB", "--dry-run", "--json")
+def test_a_dry_run_prints_the_plan_and_writes_nothing(here: Here, model: Path) -> None:
+    done = here("compress", model, "--size", "9kB", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["written"] is None
     assert plan["totals"]["bytes_after"] <= 9000
     assert "wrote" not in done.stderr
-    assert contents(run.folder) == {}
-    done = run("compress", model, "--bond", 4, "--dry-run", "--verbose", "--exclude", "fc2")
+    assert contents(here.folder) == {}
+    done = here("compress", model, "--bond", 4, "--dry-run", "--verbose", "--exclude", "fc2")
     assert "predicted at most" in done.stdout
     assert "fc2.weight: --exclude" in done.stdout
-    assert contents(run.folder) == {}
+    assert contents(here.folder) == {}
 
 
-def test_options_and_recipe_act_together(run: Mpoc, model: Path, tmp_path: Path) -> None:
+def test_options_and_recipe_act_together(here: Here, model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('bond = 2\nexclude = ["nothing*"]\n\n[layer.fc2]\nbond = 3\nsites = 2\n')
     arguments = ["compress", model, "--recipe", recipe, "--exclude", "*.bias", "--dtype", "bfloat16"]
     arguments += ["--shape", "fc1=4x4x3:4x4x4", "-o", "out.safetensors", "--json", "--quiet"]
-    done = run(*arguments)
+    done = here(*arguments)
     assert done.returncode == 0, done.stderr
     fc1, fc2 = json.loads(done.stdout)["layers"]
     assert (fc1["input_factors"], fc1["output_factors"]) == ([4, 4, 3], [4, 4, 4])
     assert fc1["bonds"] == [1, 2, 2, 1]
     assert fc2["bonds"] == [1, 3, 1]
-    stored = load_file(run.folder / "out.safetensors")
+    stored = load_file(here.folder / "out.safetensors")
     assert stored["fc1.cores.0"].dtype == torch.bfloat16
     assert stored["fc1.bias"].dtype == torch.float32
 
 
-def test_force_replaces_and_nothing_else_does(run: Mpoc, model: Path) -> None:
-    output = run.folder / "mlp.mpo.safetensors"
+def test_force_replaces_and_nothing_else_does(here: Here, model: Path) -> None:
+    output = here.folder / "mlp.mpo.safetensors"
     output.write_text("mine")
-    refused = run("compress", model, "--bond", 4)
+    refused = here("compress", model, "--bond", 4)
     assert refused.returncode == 2
     assert "mlp.mpo.safetensors: exists already" in refused.stderr
     assert "--force" in refused.stderr
-    assert contents(run.folder) == {output.name: b"mine"}
-    assert run("compress", model, "--bond", 4, "--force").returncode == 0
+    assert contents(here.folder) == {output.name: b"mine"}
+    assert here("compress", model, "--bond", 4, "--force").returncode == 0
     assert read_manifest(output).options["bond"] == 4
-    assert list(run.folder.iterdir()) == [output]
+    assert list(here.folder.iterdir()) == [output]
 
 
 def test_the_same_bytes_from_two_processes(run: Mpoc, model: Path) -> None:
@@ -125,8 +125,8 @@ def test_the_same_bytes_from_two_processes(run: Mpoc, model: Path) -> None:
         (["compres", "m.pt"], "No such command"),
     ],
 )
-def test_a_bad_command_line_exits_with_2(run: Mpoc, arguments: list[str], said: str) -> None:
-    done = run(*arguments)
+def test_a_bad_command_line_exits_with_2(here: Here, arguments: list[str], said: str) -> None:
+    done = here(*arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stdout == ""
@@ -149,14 +149,14 @@ def test_a_terminal_gets_a_live_bar(run: Mpoc, model: Path) -> None:
     assert out.startswith("layer")
 
 
-def test_refinement_needs_data(run: Mpoc, model: Path) -> None:
-    done = run("compress", model, "--bond", 4, "--refine")
+def test_refinement_needs_data(here: Here, model: Path) -> None:
+    done = here("compress", model, "--bond", 4, "--refine")
     assert done.returncode == 2
     assert "--refine is of use with --calibrate only" in done.stderr
-    assert list(run.folder.iterdir()) == []
+    assert list(here.folder.iterdir()) == []
 
 
-def test_refinement_is_said_and_recorded(run: Mpoc, tmp_path: Path) -> None:
+def test_refinement_is_said_and_recorded(here: Here, tmp_path: Path) -> None:
     code = (
         "from torch import nn\n"
         "class Block(nn.Module):\n"
@@ -174,10 +174,10 @@ def test_refinement_is_said_and_recorded(run: Mpoc, tmp_path: Path) -> None:
     torch.save(space["net"]().state_dict(), tmp_path / "m.pt")
     np.savez(tmp_path / "data.npz", x_train=np.random.default_rng(0).random((40, 8), np.float32),
              y_train=np.zeros(40, np.int64))  # fmt: skip
-    done = run(
+    done = here(
         "compress", tmp_path / "m.pt", "--arch", f"{tmp_path}/net.py:net", "--ratio", 0.5, "--calibrate",
         tmp_path / "data.npz", "--refine",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "of 2 blocks: relative error of their outputs on held-out examples" in done.stderr
-    assert list(read_manifest(run.folder / "m.mpo.safetensors").calibration["refined"]) == ["0", "1"]
+    assert list(read_manifest(here.folder / "m.mpo.safetensors").calibration["refined"]) == ["0", "1"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from mpoc.cli.console import reported_errors
+from mpoc.errors import MpocError
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_a_signal_that_native_code_turns_into_an_error_stays_one(
     with pytest.raises(SystemExit) as stop, reported_errors():
         stopped_in_native_code(signum)
     assert stop.value.code == status
-    said = "error: interrupted; nothing was written\n" if signum == signal.SIGINT else ""
+    said = "error: interrupted; no output was written\n" if signum == signal.SIGINT else ""
     assert capsys.readouterr().err == said
 
 
@@ -49,3 +50,13 @@ def test_a_signal_that_was_ignored_from_the_start_stays_so() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with reported_errors():
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_note_is_told_and_the_hint_once(capsys: pytest.CaptureFixture[str]) -> None:
+    error = MpocError("m.pt: no weights", "--layers fc1")
+    error.add_note("finished layers are kept")
+    with pytest.raises(SystemExit), reported_errors():
+        raise error
+    said = ["error: m.pt: no weights", "note: finished layers are kept", "hint: --layers fc1"]
+    assert capsys.readouterr().err.splitlines() == said

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import mpoc
 from mpoc import zoo
-from tests.process import Mpoc
+from tests.process import Here
 
 
 @pytest.fixture
@@ -23,24 +23,24 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "vgg.pt"
 
 
-def test_a_whole_map_is_one_option_away(run: Mpoc, model: Path) -> None:
+def test_a_whole_map_is_one_option_away(here: Here, model: Path) -> None:
     arguments = ["--bond", 4, "--shape", "conv5_1=2x8x8:2x8x8", "--layers", "conv5_1", "--json", "--quiet"]
-    done = run("compress", model, "--conv", "map", "--input-shape", "conv5_1=2x2", *arguments)
+    done = here("compress", model, "--conv", "map", "--input-shape", "conv5_1=2x2", *arguments)
     assert done.returncode == 0, done.stderr
     (layer,) = json.loads(done.stdout)["layers"]
     assert (layer["kind"], layer["num_original"]) == ("convmap", 32 * 32 * 9)
     assert (layer["output_factors"], layer["input_factors"]) == ([2, 8, 8], [2, 8, 8])
     assert layer["geometry"]["size"] == layer["geometry"]["output_size"] == [2, 2]
-    stored = load_file(run.folder / "vgg.mpo.safetensors")
+    stored = load_file(here.folder / "vgg.mpo.safetensors")
     assert [stored[f"conv5_1.cores.{k}"].shape[1:3] for k in range(3)] == [(2, 2), (8, 8), (8, 8)]
 
 
-def test_a_network_of_the_zoo_says_its_sizes_itself(run: Mpoc, tmp_path: Path) -> None:
+def test_a_network_of_the_zoo_says_its_sizes_itself(here: Here, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = zoo.make("lenet5").eval()
     torch.save(network.state_dict(), tmp_path / "lenet.pt")
     options = ["--arch", "lenet5", "--conv", "map", "--layers", "conv2", "--bond", 100000, "--allow-growth"]
-    done = run("compress", tmp_path / "lenet.pt", *options, "--json", "--quiet")
+    done = here("compress", tmp_path / "lenet.pt", *options, "--json", "--quiet")
     assert done.returncode == 0, done.stderr
     (layer,) = json.loads(done.stdout)["layers"]
     seen: list[torch.Size] = []
@@ -48,26 +48,26 @@ def test_a_network_of_the_zoo_says_its_sizes_itself(run: Mpoc, tmp_path: Path) -
     x = torch.randn(2, *zoo.example("lenet5").shape[1:])
     y = network(x)
     assert layer["geometry"]["size"] == list(seen[0][2:])
-    loaded = mpoc.load(run.folder / "lenet.mpo.safetensors")
+    loaded = mpoc.load(here.folder / "lenet.mpo.safetensors")
     torch.testing.assert_close(loaded(x), y, rtol=0, atol=1e-4)
 
 
-def test_expand_needs_project_for_what_is_no_convolution(run: Mpoc, model: Path) -> None:
+def test_expand_needs_project_for_what_is_no_convolution(here: Here, model: Path) -> None:
     shape = ["--conv", "map", "--input-shape", "conv5_1=4x4:stride=1,padding=1", "--layers", "conv5_1"]
-    done = run("compress", model, *shape, "--bond", 2, "--shape", "2x8x32:2x8x32", "-o", "m.safetensors")
+    done = here("compress", model, *shape, "--bond", 2, "--shape", "2x8x32:2x8x32", "-o", "m.safetensors")
     assert done.returncode == 0, done.stderr
-    refused = run("expand", "m.safetensors", "-o", "d.safetensors")
+    refused = here("expand", "m.safetensors", "-o", "d.safetensors")
     assert refused.returncode == 1
     assert "error: layer conv5_1: its map is no convolution any more" in refused.stderr
     assert "hint: --project" in refused.stderr
-    done = run("expand", "m.safetensors", "-o", "d.safetensors", "--project")
+    done = here("expand", "m.safetensors", "-o", "d.safetensors", "--project")
     assert done.returncode == 0, done.stderr
     assert "conv5_1: nearest kernel, 0." in done.stderr
-    assert load_file(run.folder / "d.safetensors")["conv5_1.weight"].shape == (32, 32, 3, 3)
+    assert load_file(here.folder / "d.safetensors")["conv5_1.weight"].shape == (32, 32, 3, 3)
 
 
-def test_a_map_without_its_size_exits_with_2(run: Mpoc, model: Path) -> None:
-    done = run("compress", model, "--bond", 4, "--conv", "map")
-    assert (done.returncode, list(run.folder.iterdir())) == (2, [])
+def test_a_map_without_its_size_exits_with_2(here: Here, model: Path) -> None:
+    done = here("compress", model, "--bond", 4, "--conv", "map")
+    assert (done.returncode, list(here.folder.iterdir())) == (2, [])
     assert "error: shape for layer conv5_1: as one map (--conv map) a convolution needs" in done.stderr
     assert "hint: --input-shape 'conv5_1=HxW'" in done.stderr

@@ -15,7 +15,7 @@ from mpoc.errors import UsageError
 from mpoc.expand import expand_checkpoint
 from mpoc.manifest import read_manifest
 from tests.checkpoints import contents
-from tests.process import Mpoc
+from tests.process import Here, Mpoc
 
 COMPRESSED = {
     "digits-cnn.safetensors", "digits-cnn.mpo.safetensors", "digits-cnn.dense.safetensors", "digits.npz",
@@ -36,18 +36,18 @@ def by_hand(state: dict[str, Tensor]) -> float:
     return accuracy(network, images, labels)
 
 
-def test_the_story_is_told_and_its_files_are_real(run: Mpoc) -> None:
-    done = run("demo")
+def test_the_story_is_told_and_its_files_are_real(here: Here) -> None:
+    done = here("demo")
     assert done.returncode == 0, done.stderr
-    folder = run.folder / "mpoc-demo"
+    folder = here.folder / "mpoc-demo"
     assert contents(folder).keys() == COMPRESSED | TUNED
     before, after, healed = (
         said(t, done.stdout) for t in ("before", "after compression", "after fine-tuning")
     )
     assert before == pytest.approx(by_hand(load_network().state_dict()), abs=0.01)
     assert after == pytest.approx(by_hand(load_file(folder / "digits-cnn.dense.safetensors")), abs=0.01)
-    expand_checkpoint(folder / "digits-cnn.tuned.safetensors", run.folder / "tuned.safetensors")
-    assert healed == pytest.approx(by_hand(load_file(run.folder / "tuned.safetensors")), abs=0.2)
+    expand_checkpoint(folder / "digits-cnn.tuned.safetensors", here.folder / "tuned.safetensors")
+    assert healed == pytest.approx(by_hand(load_file(here.folder / "tuned.safetensors")), abs=0.2)
     assert min(before, healed) > 97
     assert after < 50
     manifest = read_manifest(folder / "digits-cnn.mpo.safetensors")
@@ -58,7 +58,7 @@ def test_the_story_is_told_and_its_files_are_real(run: Mpoc) -> None:
     tuned = (folder / "digits-cnn.tuned.safetensors").read_bytes()
     commands = re.findall(r"^  mpoc (.*)", done.stdout, re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["finetune", "eval"]
-    results = [run(*shlex.split(command)) for command in commands]
+    results = [here(*shlex.split(command)) for command in commands]
     assert [result.returncode for result in results] == [0, 0], results
     assert (folder / "digits-cnn.tuned.safetensors").read_bytes() == tuned
     assert f"accuracy {healed:.2f} %" in results[1].stdout

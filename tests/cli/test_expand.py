@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, mlp_state, relative_error, save_directory
-from tests.process import Mpoc
+from tests.process import Here, Mpoc
 
 
 @pytest.fixture
@@ -32,28 +32,28 @@ def test_a_file_lands_in_the_current_directory(run: Mpoc, compressed: Path) -> N
     assert torch.equal(dense["fc1.bias"], state["fc1.bias"])
 
 
-def test_a_directory_in_shards(run: Mpoc, tmp_path: Path) -> None:
+def test_a_directory_in_shards(here: Here, tmp_path: Path) -> None:
     source = save_directory(tmp_path / "bert", mlp_state())
     compress_checkpoint(source, tmp_path / "bert-mpo", make_recipe(None, {"bond": 6}))
-    done = run("expand", tmp_path / "bert-mpo", "--max-shard-size", "10kB", "--quiet")
+    done = here("expand", tmp_path / "bert-mpo", "--max-shard-size", "10kB", "--quiet")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    names = contents(run.folder / "bert-dense").keys()
+    names = contents(here.folder / "bert-dense").keys()
     assert {"config.json", "tokenizer.json", "README.md", "model.safetensors.index.json"} < names
     assert len([name for name in names if name.endswith(".safetensors")]) == 3
     assert "mpoc.json" not in names
 
 
-def test_an_existing_output_needs_force(run: Mpoc, compressed: Path) -> None:
-    (run.folder / "d.safetensors").write_text("mine")
-    done = run("expand", compressed, "-o", "d.safetensors")
-    assert (done.returncode, contents(run.folder)) == (2, {"d.safetensors": b"mine"})
+def test_an_existing_output_needs_force(here: Here, compressed: Path) -> None:
+    (here.folder / "d.safetensors").write_text("mine")
+    done = here("expand", compressed, "-o", "d.safetensors")
+    assert (done.returncode, contents(here.folder)) == (2, {"d.safetensors": b"mine"})
     assert "error: d.safetensors: exists already" in done.stderr
-    assert run("expand", compressed, "-o", "d.safetensors", "--force").returncode == 0
-    assert "fc1.weight" in load_file(run.folder / "d.safetensors")
+    assert here("expand", compressed, "-o", "d.safetensors", "--force").returncode == 0
+    assert "fc1.weight" in load_file(here.folder / "d.safetensors")
 
 
-def test_what_mpoc_did_not_compress(run: Mpoc, compressed: Path) -> None:
-    done = run("expand", compressed.with_name("mlp.pt"))
-    assert (done.returncode, contents(run.folder)) == (1, {})
+def test_what_mpoc_did_not_compress(here: Here, compressed: Path) -> None:
+    done = here("expand", compressed.with_name("mlp.pt"))
+    assert (done.returncode, contents(here.folder)) == (1, {})
     assert done.stderr.startswith("error: ")
     assert "mlp.pt: not compressed by mpoc" in done.stderr

@@ -16,7 +16,7 @@ import torch
 
 from mpoc.cli.app import app
 from tests.checkpoints import contents, mlp_state, network_state, save_directory
-from tests.process import Mpoc
+from tests.process import Here, Mpoc
 
 
 class Malice:
@@ -92,15 +92,15 @@ def assert_fails(done: subprocess.CompletedProcess[str], status: int, *said: str
 
 
 @pytest.mark.parametrize("fault", BROKEN_INPUTS)
-def test_a_broken_input(run: Mpoc, tmp_path: Path, fault: str) -> None:
+def test_a_broken_input(here: Here, tmp_path: Path, fault: str) -> None:
     make, said = BROKEN_INPUTS[fault]
     folder = tmp_path / "inputs"
     folder.mkdir()
     source = make(folder)
     before = contents(folder)
-    done = run("compress", source, "--bond", 4)
+    done = here("compress", source, "--bond", 4)
     assert_fails(done, 1, *said)
-    assert list(run.folder.iterdir()) == []
+    assert list(here.folder.iterdir()) == []
     assert contents(tmp_path) == {f"inputs/{name}": data for name, data in before.items()}
 
 
@@ -149,12 +149,20 @@ def test_a_wrong_option(
     assert contents(model.parent) == before
 
 
-def test_a_hub_id_that_is_no_path(run: Mpoc) -> None:
+@pytest.mark.parametrize("option", ["--ratio", "--max-error"])
+def test_a_share_in_per_cent(model: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        app(["compress", str(model), option, "50%"])
+    assert caught.value.code == 2
+    assert f"Invalid value for '{option}': '50%' is not a number; 50 % is 0.5" in capsys.readouterr().err
+
+
+def test_a_hub_id_that_is_no_path(here: Here) -> None:
     for hub_id in ("bert-base-uncased", "org/name"):
-        done = run("compress", hub_id, "--ratio", 0.5)
+        done = here("compress", hub_id, "--ratio", 0.5)
         assert_fails(done, 2, f"{hub_id}: no such file or directory")
         assert f"hf download {hub_id}" in done.stderr
-        assert list(run.folder.iterdir()) == []
+        assert list(here.folder.iterdir()) == []
 
 
 @pytest.fixture
@@ -183,7 +191,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_a_full_disk(
-    run: Mpoc, tmp_path: Path, disk: Callable[[str], Path], kind: str, request: pytest.FixtureRequest
+    here: Here, tmp_path: Path, disk: Callable[[str], Path], kind: str, request: pytest.FixtureRequest
 ) -> None:
     state = {**network_state(), "ballast": torch.zeros(60_000)}
     source = tmp_path / "m.pt"
@@ -193,7 +201,7 @@ def test_a_full_disk(
         torch.save(state, source)
     before = contents(tmp_path)
     output = disk("size=160k") / "out.safetensors"
-    done = run("compress", source, "--bond", 4, "-o", output)
+    done = here("compress", source, "--bond", 4, "-o", output)
     assert_fails(done, 1, f"{output}: No space left on device")
     assert "hint: make room" in done.stderr
     assert contents(output.parent) == {}
@@ -202,23 +210,23 @@ def test_a_full_disk(
 
 
 def test_a_disk_full_of_other_files_names_the_output(
-    run: Mpoc, tmp_path: Path, disk: Callable[[str], Path]
+    here: Here, tmp_path: Path, disk: Callable[[str], Path]
 ) -> None:
     source = save_directory(tmp_path / "m", mlp_state())
     (source / "tokenizer.json").write_bytes(bytes(100_000))
     output = disk("size=64k") / "out"
-    done = run("compress", source, "--bond", 4, "-o", output)
+    done = here("compress", source, "--bond", 4, "-o", output)
     assert_fails(done, 1, f"{output}: No space left on device")
     assert list(output.parent.iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_written(run: Mpoc, model: Path, disk: Callable[[str], Path]) -> None:
+def test_a_directory_that_cannot_be_written(here: Here, model: Path, disk: Callable[[str], Path]) -> None:
     if os.geteuid():
         folder = model.parent / "locked"
         folder.mkdir(mode=0o500)
     else:
         folder = disk("ro")  # permissions do not stop root; a read-only file system does
-    done = run("compress", model, "--bond", 4, "-o", folder / "out.safetensors")
+    done = here("compress", model, "--bond", 4, "-o", folder / "out.safetensors")
     assert_fails(done, 1, f"no permission to write in {folder}")
     assert list(folder.iterdir()) == []
 
@@ -233,7 +241,7 @@ def large(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("signum", "status", "said"),
-    [(signal.SIGINT, 130, "error: interrupted; nothing was written\n"), (signal.SIGTERM, 143, "")],
+    [(signal.SIGINT, 130, "error: interrupted; no output was written\n"), (signal.SIGTERM, 143, "")],
 )
 @pytest.mark.parametrize("old", [False, True])
 def test_stopped_midway(
@@ -273,10 +281,10 @@ def test_stopped_before_the_work_began(run: Mpoc, large: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["missing core", "missing shard"])
-def test_a_broken_compressed_directory(run: Mpoc, tmp_path: Path, fault: str) -> None:
+def test_a_broken_compressed_directory(here: Here, tmp_path: Path, fault: str) -> None:
     source = save_directory(tmp_path / "m", mlp_state())
-    assert run("compress", source, "--bond", 4, "--max-shard-size", "1kB", "--quiet").returncode == 0
-    output = run.folder / "m-mpo"
+    assert here("compress", source, "--bond", 4, "--max-shard-size", "1kB", "--quiet").returncode == 0
+    output = here.folder / "m-mpo"
     index_file = output / "model.safetensors.index.json"
     index = json.loads(index_file.read_text())
     shard = index["weight_map"]["fc1.cores.1"]
@@ -285,7 +293,7 @@ def test_a_broken_compressed_directory(run: Mpoc, tmp_path: Path, fault: str) ->
         index_file.write_text(json.dumps(index))
     else:
         (output / shard).unlink()
-    before = contents(run.folder)
+    before = contents(here.folder)
     said = "core 'fc1.cores.1' is missing" if fault == "missing core" else f"shard {shard} is missing"
-    assert_fails(run("expand", "m-mpo"), 1, "m-mpo", said)
-    assert contents(run.folder) == before
+    assert_fails(here("expand", "m-mpo"), 1, "m-mpo", said)
+    assert contents(here.folder) == before

@@ -217,6 +217,7 @@ def test_two_processes_are_one(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
         ((*TRAIN, "--plot", "curves.jpeg2"), 2, "the name of a picture ends in"),
         ((*TRAIN, "--block", "0"), 2, "a block of 0 tokens"),
         ((*TRAIN, "--checkpoint-every", "soon"), 2, "not as 500 (steps) or 60s"),
+        ((*TRAIN, "--steps", "2", "--epochs", "1"), 2, "--steps and --epochs: one of them"),
     ],
 )
 def test_what_is_refused_leaves_nothing(

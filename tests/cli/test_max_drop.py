@@ -14,7 +14,7 @@ from mpoc.cli.app import app
 from mpoc.manifest import read_manifest
 from tests.checkpoints import contents
 from tests.cli.test_faults import assert_fails
-from tests.process import Mpoc
+from tests.process import Here, Mpoc
 from tests.search.digits import ARCHITECTURE, but_for_the_goal, write_network
 
 COMMAND = ("compress", "net.safetensors", *ARCHITECTURE, "--device", "cpu", "--layers", "fc*")
@@ -32,8 +32,8 @@ def here(*words: object) -> Result:
     return CliRunner().invoke(app, [*COMMAND, *map(str, words)])
 
 
-def test_table_words_picture_and_report(run: Mpoc, folder: Path) -> None:
-    done = run(
+def test_table_words_picture_and_report(folder: Path) -> None:
+    done = Here(folder)(
         *COMMAND, "--max-drop", 2, "--eval", "digits.npz", "--plot", "curve.svg", "-o", "o.safetensors"
     )
     assert done.returncode == 0, done.stderr
@@ -80,10 +80,10 @@ def test_the_goal_of_a_recipe(folder: Path) -> None:
     assert json.loads(done.stdout)["options"]["max_drop"] == 2.0
 
 
-def test_nothing_keeps_it(run: Mpoc, folder: Path) -> None:
+def test_nothing_keeps_it(folder: Path) -> None:
     before = contents(folder)
     words = ("compress", "net.safetensors", *ARCHITECTURE, "--layers", "conv1", "--sites", 8)
-    done = run(*words, "--max-drop", 1, "--eval", "digits.npz", "--plot", "curve.svg")
+    done = Here(folder)(*words, "--max-drop", 1, "--eval", "digits.npz", "--plot", "curve.svg")
     assert_fails(
         done, 1, "none of 6 trials keeps accuracy on digits.npz within 1: the best, ρ ", "98.89 to 97"
     )
@@ -151,6 +151,6 @@ def test_ctrl_c_within_the_search_leaves_an_old_output(run: Mpoc, folder: Path) 
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (130, "")
-    assert err.endswith("error: interrupted; nothing was written\n")
+    assert err.endswith("error: interrupted; no output was written\n")
     assert contents(folder) == before
     assert {path.name for path in folder.iterdir()} == {"net.safetensors", "digits.npz", "o.safetensors"}

@@ -18,7 +18,9 @@ COMMAND = (
     "--device",
     "cpu",
     "--layers",
-    "fc*",
+    "conv2",
+    "--layers",
+    "fc2",
     "--form",
     "svd",
 )

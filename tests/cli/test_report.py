@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, network_state, num_bytes, save_directory
-from tests.process import Mpoc
+from tests.process import Here, Mpoc
 
 
 @pytest.fixture(params=["file", "directory"])
@@ -53,8 +53,8 @@ def test_table_json_and_csv_tell_the_same(run: Mpoc, output: Path) -> None:
     assert contents(output) == before
 
 
-def test_verbose_names_what_was_left_alone(run: Mpoc, output: Path) -> None:
-    quiet, verbose = run("report", output), run("report", output, "--verbose")
+def test_verbose_names_what_was_left_alone(here: Here, output: Path) -> None:
+    quiet, verbose = here("report", output), here("report", output, "--verbose")
     assert "embeddings.weight" not in quiet.stdout
     assert "  embeddings.weight: embedding (--embeddings takes it in)" in verbose.stdout
     assert "left alone: 1 embedding" in quiet.stdout
@@ -86,27 +86,27 @@ def test_a_reader_that_stops_early_is_no_error(run: Mpoc, output: Path) -> None:
         ("folder/config.json", b"{}"),
     ],
 )
-def test_garbage_is_refused_in_one_line(run: Mpoc, name: str, content: bytes) -> None:
-    file = run.folder / name
+def test_garbage_is_refused_in_one_line(here: Here, name: str, content: bytes) -> None:
+    file = here.folder / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
     path = Path(name).parts[0]
-    done = run("report", path)
+    done = here("report", path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"error: {path}: ")
     assert done.stderr.count("error:") == 1
     assert "Traceback" not in done.stderr
 
 
-def test_somebody_else_s_safetensors_file(run: Mpoc, tmp_path: Path) -> None:
+def test_somebody_else_s_safetensors_file(here: Here, tmp_path: Path) -> None:
     save_file(network_state(), tmp_path / "m.safetensors", {"format": "pt"})
-    done = run("report", tmp_path / "m.safetensors")
+    done = here("report", tmp_path / "m.safetensors")
     assert (done.returncode, done.stdout) == (1, "")
     assert "m.safetensors: not compressed by mpoc (no manifest)" in done.stderr
     assert "hint: mpoc compress MODEL makes one that is" in done.stderr
 
 
-def test_json_and_csv_at_once(run: Mpoc, output: Path) -> None:
-    done = run("report", output, "--json", "--csv")
+def test_json_and_csv_at_once(here: Here, output: Path) -> None:
+    done = here("report", output, "--json", "--csv")
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: --json and --csv: one of them" in done.stderr

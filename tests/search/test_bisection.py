@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mpoc.search import Bisection, Trial
 
-SOME = settings(max_examples=200, deadline=None, derandomize=True)
+SOME = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def searched(
