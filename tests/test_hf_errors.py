@@ -61,7 +61,7 @@ def bert_as_gpt2(path: Path) -> Any:
         ("damaged .* 'bert.*weight'", lambda q: first(q).update(bonds=[1, 2, 3])),
         ("damaged .* 'bert.*weight'", lambda q: first(q).update(kind="tensor")),
         ("damaged .* 'bert.*weight'", lambda q: first(q).update(shape=[320, 32])),
-        ("damaged .* 'bert.*weight'", lambda q: first(q).update(form="tree")),
+        ("damaged .* 'bert.*weight'", lambda q: first(q).update(form="ring")),
     ],
 )
 def test_a_damaged_configuration(
