@@ -16,13 +16,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import mpoc
 from mpoc.errors import MpocError, UsageError
 from mpoc.geometry import Geometry
 from mpoc.header import TensorInfo, count_parameters, read_header
 from mpoc.record_check import check_record, parse_geometry, with_tuples
 from mpoc.spectrum import Spectrum
 from mpoc.structure import KINDS, Structure
-from mpoc.typed import typed
+from mpoc.typed import made
+from mpoc.versions import is_later
 from mpoc.weight_files import read_json, stored_tensors
 from mpoc.wiring import network_of
 
@@ -290,25 +292,43 @@ def _check_format(found: Any, path: Path) -> None:
 
 
 def parse_manifest(text: str | bytes, path: Path) -> Manifest:
-    """``Manifest.to_json`` undone; ``path`` is for messages."""
+    """``Manifest.to_json`` undone; ``path`` is for messages.
+
+    Raises:
+        MpocError: of a later format, or with what this mpoc does not know, or damaged.
+    """
+    value: Any = None
     try:
         value = json.loads(text)
         _check_format(value.pop("format"), path)
         layers = tuple(_layer(layer) for layer in value.pop("layers"))
-        source = Source(**value.pop("source"))
-        manifest: Manifest = typed(Manifest(source=typed(source), layers=layers, **value))
+        source = made(Source, value.pop("source"))
+        manifest = made(Manifest, {**value, "source": source, "layers": layers})
         if list(manifest.architecture) not in ([], ["zoo"], ["factory"]):
             raise ValueError(f"architecture = {manifest.architecture!r}")
         return manifest
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise MpocError(f"{path}: damaged manifest ({error!r})") from error
+        raise _unreadable(value, error, path) from error
+
+
+def _unreadable(value: Any, error: Exception, path: Path) -> MpocError:
+    """Damaged, or written by a later mpoc with more than this one knows."""
+    tool = value.get("tool") if isinstance(value, dict) else None
+    writer = tool.removeprefix("mpoc ") if isinstance(tool, str) else ""
+    if is_later(writer, mpoc.__version__):
+        return MpocError(
+            f"{path}: written by mpoc {writer}, this is mpoc {mpoc.__version__}: {error}",
+            "pip install --upgrade mpoc",
+        )
+    return MpocError(f"{path}: damaged manifest ({error!r})")
 
 
 def _layer(value: dict[str, Any]) -> LayerRecord:
     if value.get("geometry") is not None:
         value["geometry"] = parse_geometry(value["geometry"], tuple(value["shape"]))
-    layer: LayerRecord = typed(LayerRecord(**with_tuples(value)))
-    if layer.kind not in KINDS or layer.form not in FORMS:
-        raise ValueError(f"layer {layer.name!r}: kind {layer.kind!r}, form {layer.form!r}")
+    layer = made(LayerRecord, with_tuples(value))
+    for what, found, known in (("kind", layer.kind, KINDS), ("form", layer.form, FORMS)):
+        if found not in known:
+            raise ValueError(f"layer {layer.name!r}: {what} {found!r} is not known")
     check_record(layer)
     return layer

@@ -9,7 +9,7 @@ from mpoc.geometry import Geometry
 from mpoc.header import ITEMSIZE
 from mpoc.spectrum import check_spectrum
 from mpoc.structure import Structure
-from mpoc.typed import typed
+from mpoc.typed import made
 from mpoc.wiring import num_bonds
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def parse_geometry(value: dict[str, Any], shape: tuple[int, ...]) -> Geometry:
     Raises:
         TypeError, ValueError: it is damaged.
     """
-    geometry: Geometry = typed(Geometry(**with_tuples(value)))
+    geometry = made(Geometry, with_tuples(value))
     geometry.check(shape)
     return geometry
 

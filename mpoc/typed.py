@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+_Record = TypeVar("_Record")
+
+
+def made(record: Callable[..., _Record], values: Mapping[str, Any]) -> _Record:
+    """A dataclass of ``values``, which hold what its annotations say.
+
+    Raises:
+        ValueError: there is a value that the class does not know.
+        TypeError: one is missing, or of another type.
+    """
+    unknown = set(values) - set(_hints(record))
+    if unknown:
+        raise ValueError(f"field {min(unknown)!r} is not known")
+    found: _Record = typed(record(**values))
+    return found
 
 
 def typed(record: Any) -> Any:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from mpoc import __version__
 from mpoc.errors import MpocError, UsageError
 from mpoc.manifest import (
     FORMAT,
@@ -197,6 +198,34 @@ def test_a_later_format_says_how_to_read_it() -> None:
     with pytest.raises(MpocError, match=f"format {FORMAT + 1}, this mpoc reads format {FORMAT}") as caught:
         parse_manifest(json.dumps(value), HERE)
     assert "upgrade" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    ("at", "new", "said"),
+    [
+        (("layers", 0, "twist"), 3, "field 'twist' is not known"),
+        (("source", "licence"), "mit", "field 'licence' is not known"),
+        (("provenance",), {}, "field 'provenance' is not known"),
+        (("layers", 1, "form"), "tucker", "layer 'fc.weight': form 'tucker' is not known"),
+        (("layers", 1, "kind"), "lstm", "layer 'fc.weight': kind 'lstm' is not known"),
+        (("layers", 1, "bonds"), {"0": 1}, "bonds = {'0': 1}"),
+    ],
+)
+def test_what_a_later_mpoc_wrote_says_which(at: tuple[Any, ...], new: Any, said: str) -> None:
+    value = _with(json.loads(WHOLE.to_json()), at, new)
+    text = json.dumps(value | {"tool": "mpoc 99.1.0"})
+    with pytest.raises(MpocError) as caught:
+        parse_manifest(text, HERE)
+    assert str(caught.value) == f"{HERE}: written by mpoc 99.1.0, this is mpoc {__version__}: {said}"
+    assert caught.value.hint == "pip install --upgrade mpoc"
+    for tool in (f"mpoc {__version__}", "mpoc 0.0.1", "mpoc", "mpoc soon", "99.1.0 mpoc", None, 99):
+        with pytest.raises(MpocError, match="damaged manifest"):
+            parse_manifest(json.dumps(value | {"tool": tool}), HERE)
+
+
+def test_what_a_later_mpoc_wrote_is_read_where_all_of_it_is_known() -> None:
+    later = manifest(*LAYERS, tool="mpoc 99.1.0")
+    assert parse_manifest(later.to_json(), HERE) == later
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "{}", '{"format": 1}', "[" * 100_000])
