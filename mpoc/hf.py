@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 from mpoc.hub_directory import GUARD, GUARD_KEY, cores_of
-from mpoc.manifest import FORMAT, SAVED_AGAIN, core_prefix
+from mpoc.manifest import FORMAT, MAYBE_LATER, SAVED_AGAIN, core_prefix
 from mpoc.nn.adopt import adopt_everywhere
 from mpoc.nn.experts import unstack
 from mpoc.structure import Structure
@@ -76,7 +76,8 @@ class MpoConfig(QuantizationConfigMixin):
             )
         layers = config_dict.get("layers")
         if not isinstance(layers, dict) or config_dict.keys() - {"quant_method", "format", "layers"}:
-            raise MpocError("config.json: damaged quantization_config (no layers, or unknown keys)")
+            said = "config.json: damaged quantization_config (no layers, or unknown keys)"
+            raise MpocError(said, MAYBE_LATER)
         for name, layer in layers.items():
             cores_of(name, layer)
         config = cls(format=found, layers=layers)

@@ -17,7 +17,7 @@ from typing import Any
 
 from mpoc.errors import MpocError
 from mpoc.header import TensorInfo, encode_header, storage_order
-from mpoc.manifest import FORMAT, FORMS, MANIFEST_FILE, Manifest
+from mpoc.manifest import FORMAT, FORMS, MANIFEST_FILE, MAYBE_LATER, Manifest
 from mpoc.record_check import are_joined, check_low_rank, parse_geometry
 from mpoc.structure import KINDS, Structure
 from mpoc.wiring import network_of
@@ -226,7 +226,8 @@ def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, ...]]]:
             raise ValueError(entry)
         check_low_rank(structure, low_rank)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise MpocError(f"config.json: damaged quantization_config of {name!r} ({error!r})") from error
+        said = f"config.json: damaged quantization_config of {name!r} ({error!r})"
+        raise MpocError(said, MAYBE_LATER) from error
     return structure, structure.core_shapes(bonds, low_rank)
 
 

@@ -35,6 +35,8 @@ _NUMBERS = (re.compile(r"\[\n[-+.,eE\d\s]*\]"), re.compile(r"\[\n(?:\s*\[[-+.,eE
 MANIFEST_FILE = "mpoc.json"
 # In the metadata of weights that transformers saved: an ``mpoc.json`` beside them is an older one.
 SAVED_AGAIN = "mpoc_saved_again"
+# config.json does not tell which mpoc wrote it.
+MAYBE_LATER = "pip install --upgrade mpoc, where a later one wrote it"
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,8 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
         entries = quantization["layers"].items()
         layers = tuple(_layer_of_entry(name, entry, tensors) for name, entry in entries)
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise MpocError(f"{path}: config.json: damaged quantization_config ({error!r})") from error
+        said = f"{path}: config.json: damaged quantization_config ({error!r})"
+        raise MpocError(said, MAYBE_LATER) from error
     cores = {name for layer in layers for name in layer.core_names}
     if cores - tensors.keys():
         raise MpocError(

@@ -21,7 +21,9 @@ FILES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-WITHOUT_TORCH = ["mpoc.errors", "mpoc.header", "mpoc.structure", "mpoc.manifest", "mpoc.report"]
+WITHOUT_TORCH = [
+    f"mpoc.{name}" for name in ("errors", "header", "structure", "manifest", "report", "schemas")
+]
 WITH_TRANSFORMERS = {"mpoc.hf", "mpoc.hf_names", "mpoc.data.text", "mpoc.architecture"}
 
 
