@@ -1,6 +1,6 @@
 """JSON Schemas (2020-12) of what mpoc writes for other programs: the report and the manifest.  No torch here.
 
-Fields that they do not name are allowed: later versions add some.  ``layer.json`` is what both say of a layer.
+Fields that they do not name are allowed: later versions add some.  Of layers both say ``layer.json``.
 """
 
 from __future__ import annotations
