@@ -41,7 +41,7 @@ def test_a_file_of_format_1_is_read() -> None:
     assert parse_manifest(manifest.to_json(), FILE) == manifest
 
 
-def test_it_computes_what_it_did(tmp_path: Path) -> None:
+def test_it_computes_what_it_did() -> None:
     with torch.no_grad():
         found = load(FILE, Net())(images(3)).flatten()
     torch.testing.assert_close(found, torch.tensor(EXPECTED["outputs"]), rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ import typer
 import mpoc
 from mpoc.cli.compress import compress
 from mpoc.cli.demo import demo
+from mpoc.cli.doctor import doctor
 from mpoc.cli.eval import evaluate
 from mpoc.cli.expand import expand
 from mpoc.cli.export import export
@@ -51,6 +52,7 @@ app.command("eval")(evaluate)
 app.command()(reproduce)
 app.command()(export)
 app.command()(demo)
+app.command()(doctor)
 
 
 def main() -> None:

@@ -138,7 +138,8 @@ def main() -> None:
         "--arch",
         "tests/kept/make.py:Net",
     ]
-    words += ["--calibrate", folder / "images.npz", "-o", output, "--device", "cpu"]
+    words += ["--arch", "tests/kept/make.py:Net", "--calibrate", folder / "images.npz"]
+    words += ["-o", output, "--device", "cpu"]
     done = CliRunner().invoke(app, list(map(str, words)))
     print(done.output)
     (folder / "format-1.json").write_text(json.dumps(expected(output), indent=1) + "\n")

@@ -1,0 +1,146 @@
+"""Whether mpoc works on this machine: what is installed, what the machine has, and a self-test."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mpoc
+from mpoc.installed import Package, packages
+from mpoc.machine import Device, devices, free_disk, memory, usable_cpus
+from mpoc.report import human_bytes
+
+SCHEMA = "mpoc.doctor/1"
+_LITTLE_ROOM = 10**9  # bytes
+_OTHER_FOLDER = "name a folder with room, that can be written to: TMPDIR=FOLDER mpoc doctor"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is wrong."""
+
+    what: str
+    mend: str
+    stops: bool = True  # False: the rest works
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A self-test on one device."""
+
+    device: str
+    seconds: float
+    difference: float | None  # of the network's outputs, relative; None: it failed
+
+
+@dataclass
+class Examination:
+    """All that was found."""
+
+    packages: list[Package] = field(default_factory=list)
+    devices: list[Device] = field(default_factory=list)
+    why_no_device: list[str] = field(default_factory=list)
+    cpus: int = 1
+    threads: int | None = None  # of torch; None: not importable
+    memory: int | None = None
+    memory_free: int | None = None
+    disk_free: dict[str, int] = field(default_factory=dict)
+    trials: list[Trial] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing stops mpoc from working."""
+        return not any(fault.stops for fault in self.faults)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        about = {"schema": SCHEMA, "well": self.is_well, "mpoc": mpoc.__version__, **where()}
+        return about | asdict(self)
+
+
+def where() -> dict[str, str]:
+    """The places of mpoc and Python, and the system."""
+    folder = Path(mpoc.__file__).parent
+    return {"folder": str(folder), "python": sys.executable, "platform": platform.platform()}
+
+
+def examine() -> Examination:
+    """Look at everything, then try it; what is wrong becomes faults."""
+    found = Examination(cpus=usable_cpus())
+    found.memory, found.memory_free = memory()
+    _look_at_packages(found)
+    _look_at_disk(found)
+    _look_at_torch(found)
+    if found.threads is not None:
+        for device in ("cpu", *(device.name for device in found.devices if device.is_used)):
+            _try(found, device)
+    return found
+
+
+def _look_at_packages(found: Examination) -> None:
+    try:
+        found.packages = packages()
+    except metadata.PackageNotFoundError:
+        what = "mpoc runs from a folder and is not installed: what it needs is not known"
+        found.faults.append(Fault(what, "pip install FOLDER", stops=False))
+    for package in found.packages:
+        if package.is_right or (package.extra and package.version is None):
+            continue
+        has = f"{package.version} is outside {package.needs}" if package.version else "is not installed"
+        extra = f", which the extra {package.extra} asks for" if package.extra else ""
+        found.faults.append(Fault(f"{package.name} {has}{extra}", package.mend, package.extra is None))
+
+
+def _look_at_disk(found: Examination) -> None:
+    try:
+        found.disk_free = free_disk()
+    except OSError as error:
+        found.faults.append(Fault(f"no temporary folder: {error}", _OTHER_FOLDER, stops=False))
+    for folder, free in found.disk_free.items():
+        if free < _LITTLE_ROOM:
+            what = f"{human_bytes(free)} free in {folder}"
+            found.faults.append(Fault(what, "make room, or write elsewhere with -o", stops=False))
+
+
+def _look_at_torch(found: Examination) -> None:
+    try:
+        import torch
+
+        found.devices, found.why_no_device = devices()
+        found.threads = torch.get_num_threads()
+    except (ImportError, OSError) as error:
+        bounds = next(
+            (package.mend for package in found.packages if package.name == "torch"), "pip install torch"
+        )
+        mend = bounds.replace("install", "install --force-reinstall")
+        found.faults.append(Fault(f"torch cannot be imported: {error}", mend))
+
+
+def _try(found: Examination, device: str) -> None:
+    """The self-test, in a temporary folder; whatever goes wrong in it is a fault."""
+    start = time.perf_counter()
+    difference: float | None = None
+    try:
+        from mpoc.self_test import self_test
+
+        with tempfile.TemporaryDirectory(prefix="mpoc-doctor-") as folder:
+            difference = self_test(device, Path(folder))
+    except Exception as error:
+        what = f"self-test on {device}: {error.__class__.__name__}: {error}"
+        found.faults.append(Fault(what, _mend(error, device)))
+    found.trials.append(Trial(device, round(time.perf_counter() - start, 3), difference))
+
+
+def _mend(error: Exception, device: str) -> str:
+    if isinstance(error, OSError):
+        return _OTHER_FOLDER
+    if device != "cpu":
+        return "--device cpu works around it; a torch built for this device: https://pytorch.org/get-started"
+    return "reinstall torch and mpoc; where it stays, tell the makers what mpoc doctor --json prints"

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpoc import machine
+from mpoc.machine import Device, devices, free_disk, memory, usable_cpus
+
+
+def test_processors_and_memory_can_be() -> None:
+    assert 1 <= usable_cpus() <= (os.cpu_count() or 1)
+    total, free = memory()
+    assert total is None or total > 10**8
+    assert total is None or free is None or free > 0
+
+
+def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "max").write_text("max\n")
+    monkeypatch.setattr(machine, "_LIMIT", tmp_path / "max")
+    whole = memory()[0]
+    (tmp_path / "max").write_text("123456789\n")
+    assert memory()[0] == (None if whole is None else 123_456_789)
+
+
+def test_room_here_and_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert free_disk().keys() == {str(tmp_path), tempfile.gettempdir()}
+    monkeypatch.chdir(tempfile.gettempdir())
+    assert len(free_disk()) == 1
+
+
+def test_no_gpu_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def old_driver() -> bool:
+        warnings.warn("the driver is too old", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", old_driver)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert devices() == ([], ["this torch is built for the CPU alone"])
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert devices() == ([], ["torch is built for 13.0, but sees no GPU", "the driver is too old"])
+
+
+def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        total_memory = 10**9
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda k: f"card {k}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda k: Properties)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert devices() == (
+        [
+            Device("cuda:0", "card 0", 10**9, True),
+            Device("cuda:1", "card 1", 10**9, True),
+            Device("mps", "Apple GPU", None, False),
+        ],
+        [],
+    )
