@@ -158,6 +158,14 @@ def test_they_name_all_fields_and_no_others() -> None:
     assert report["totals"]["properties"].keys() == plain["totals"].keys()
 
 
+def test_types_are_compared_to_the_bottom() -> None:
+    pairs = {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "number"}]}
+    spectra = {"type": "array", "items": {"type": ["array", "null"], "items": pairs}}
+    assert allowed(spectra) == json_types(tuple[tuple[tuple[int, float], ...] | None, ...])
+    assert allowed(spectra) != json_types(tuple[tuple[tuple[int, float], ...], ...])
+    assert allowed(spectra) != json_types(tuple[tuple[tuple[int, int], ...] | None, ...])
+
+
 def test_they_name_all_words() -> None:
     assert LAYER["properties"]["kind"]["enum"] == list(KINDS)
     assert set(LAYER["properties"]["form"]["enum"]) == set(FORMS)
@@ -187,10 +195,9 @@ def allowed(found: Mapping[str, Any]) -> set[str]:
     """``array of integer`` and the like: the types that a property may have."""
     if "anyOf" in found:
         return set().union(*(allowed(resolved(one)) for one in found["anyOf"]))
-    types = found["type"] if isinstance(found["type"], list) else [found["type"]]
-    if "array" in types:
-        return {f"array of {one}" for one in allowed(resolved(found["items"]))}
-    return set(types)
+    types = {found["type"]} if isinstance(found["type"], str) else set(found["type"])
+    items = found.get("prefixItems", [found["items"]] if "items" in found else [])
+    return types - {"array"} | {f"array of {kind}" for one in items for kind in allowed(resolved(one))}
 
 
 def json_types(expected: Any) -> set[str]:
