@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from safetensors.torch import load_file
 from mpoc import load
 from mpoc.expand import expand_checkpoint
 from mpoc.manifest import parse_manifest, read_manifest
-from tests.kept.make import Net, images
+from tests.kept.make import IDS, Net, Parts, images
 
 FOLDER = Path(__file__).parent / "kept"
-FILE = FOLDER / "format-1.safetensors"
+FILE, DIRECTORY = FOLDER / "format-1.safetensors", FOLDER / "format-1"
 EXPECTED: dict[str, Any] = json.loads((FOLDER / "format-1.json").read_text("utf-8"))
 
 
@@ -62,3 +63,31 @@ def test_it_expands_to_what_it_did(tmp_path: Path) -> None:
     with torch.no_grad():
         found = network(images(3)).flatten()
     torch.testing.assert_close(found, torch.tensor(EXPECTED["outputs"]), rtol=1e-5, atol=1e-6)
+
+
+def test_a_directory_of_format_1_is_read(tmp_path: Path) -> None:
+    manifest = read_manifest(DIRECTORY)
+    conv, embed = manifest.layers
+    assert (conv.kind, conv.bonds, conv.stored_dtype) == ("convmap", (1, 3, 4, 1), "bfloat16")
+    assert conv.geometry is not None
+    assert (conv.geometry.size, conv.geometry.kernel_size, conv.geometry.groups) == ((4, 4), (3, 3), 1)
+    assert conv.entropies_of_weight == (1.01047, None)
+    assert (embed.kind, embed.padding) == ("embedding", (1, 0))
+    assert embed.structure.padded == tuple(EXPECTED["directory"]["padded"])
+    assert manifest.tied == {"head.weight": "embed.weight"}
+    shutil.copytree(DIRECTORY, tmp_path / "saved")
+    (tmp_path / "saved" / "mpoc.json").unlink()  # as transformers leaves it
+    for found, was in zip(read_manifest(tmp_path / "saved").layers, manifest.layers, strict=True):
+        assert (found.structure, found.bonds, found.core_shapes) == (
+            was.structure,
+            was.bonds,
+            was.core_shapes,
+        )
+
+
+def test_the_directory_computes_what_it_did() -> None:
+    x = images(1)[0, 0, :4].reshape(1, 2, 4, 4)
+    with torch.no_grad():
+        mapped, scores = load(DIRECTORY, Parts())(x, torch.tensor(IDS))
+    for found, name in ((mapped.flatten(), "map"), (scores.flatten()[::5], "scores")):
+        torch.testing.assert_close(found, torch.tensor(EXPECTED["directory"][name]), rtol=1e-5, atol=1e-5)

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from mpoc.cli.app import app
 from mpoc.errors import UsageError
 from mpoc.geometry import PADDING_MODES, Geometry
+from mpoc.header import read_header
 from mpoc.input_shape import parse_input_shape
 from mpoc.manifest import FORMAT, FORMS, LayerRecord, Manifest, Source, read_manifest
 from mpoc.pipeline import compress_checkpoint
@@ -117,6 +118,15 @@ def test_they_hold_for_calibration_with_scores_and_trials(
         assert report.keys() <= SCHEMAS["report"]["properties"].keys()
     assert read_manifest(Path("a.safetensors")).calibration
     holds(Path("a.safetensors"))
+
+
+def test_they_hold_for_what_an_earlier_version_wrote() -> None:
+    kept = Path(__file__).parent / "kept"
+    of_file = read_header(kept / "format-1.safetensors").metadata["mpoc"]
+    for text in (of_file, (kept / "format-1" / "mpoc.json").read_text("utf-8")):
+        CHECKS["manifest"].validate(json.loads(text))
+    holds(kept / "format-1.safetensors")
+    holds(kept / "format-1")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Made ``format-1.safetensors`` and ``format-1.json`` with mpoc 0.1.0, once: later versions must read them.
+"""Made the files here with mpoc 0.1.0, once: later versions must read them.
+
+``format-1.safetensors`` is a calibrated network with one layer of each form; ``format-1/`` a directory with a
+whole map, a padded and tied embedding, and cores in bfloat16.  ``format-1.json`` has what they must give.
 
     python -m tests.kept.make FOLDER        (in the repository's folder)
 
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from mpoc.cli.app import app
+from tests.checkpoints import save_directory
 
 RECIPE = """
 ratio = 0.6
@@ -45,6 +49,9 @@ dense = true
 """
 
 
+IDS = [0, 7, 52]
+
+
 class Net(nn.Module):
     """8×8 images of two channels to four classes; one layer for each form."""
 
@@ -61,6 +68,21 @@ class Net(nn.Module):
         x = torch.tanh(self.rank(torch.tanh(self.chain(x))))
         found: Tensor = self.alone(self.head(x))
         return found
+
+
+class Parts(nn.Module):
+    """A convolution, and an embedding tied to a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.embed, self.head = nn.Embedding(53, 12), nn.Linear(12, 53, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of images (n, 2, 4, 4) and of rows (n,)."""
+        rows: Tensor = self.embed(ids)
+        return self.conv(x), self.head(rows)
 
 
 def images(count: int) -> Tensor:
@@ -117,6 +139,23 @@ def expected(path: Path) -> dict[str, Any]:
     }
 
 
+def expected_of_directory(path: Path) -> dict[str, Any]:
+    """The same of the directory: the map by its matrix, channels last; embedding and head."""
+    stored = {name: tensor.double() for name, tensor in load_file(path / "model.safetensors").items()}
+    conv, embed = (
+        product([core for key, core in stored.items() if key.startswith(f"{name}.cores.")])
+        for name in ("conv", "embed")
+    )
+    x = images(1).double()[0, 0, :4].reshape(1, 2, 4, 4)
+    mapped = (conv @ x.permute(0, 2, 3, 1).flatten()).reshape(4, 4, 3).permute(2, 0, 1)
+    table = embed[:53, :12]
+    return {
+        "padded": list(embed.shape),
+        "map": short((mapped + stored["conv.bias"][:, None, None]).flatten()),
+        "scores": short((table[IDS] @ table.T).flatten()[::5]),
+    }
+
+
 def short(numbers: Tensor) -> list[float]:
     """Nine significant digits of each."""
     return [float(f"{number:.9g}") for number in numbers.tolist()]
@@ -129,20 +168,22 @@ def main() -> None:
     torch.save(Net().state_dict(), folder / "net.pt")
     np.savez(folder / "images.npz", x=images(64).numpy())
     (folder / "recipe.toml").write_text(RECIPE)
-    output = folder / "format-1.safetensors"
-    words = [
-        "compress",
-        folder / "net.pt",
-        "--recipe",
-        folder / "recipe.toml",
-        "--arch",
-        "tests/kept/make.py:Net",
-    ]
-    words += ["--arch", "tests/kept/make.py:Net", "--calibrate", folder / "images.npz"]
-    words += ["-o", output, "--device", "cpu"]
-    done = CliRunner().invoke(app, list(map(str, words)))
-    print(done.output)
-    (folder / "format-1.json").write_text(json.dumps(expected(output), indent=1) + "\n")
+    calibrated = (
+        f"--recipe {folder}/recipe.toml --arch tests/kept/make.py:Net --calibrate {folder}/images.npz"
+    )
+    compress(folder / "net.pt", folder / "format-1.safetensors", calibrated)
+    source = save_directory(folder / "parts", dict(Parts().state_dict()), suffix=".bin")
+    options = "--bond 4 --dtype bfloat16 --embeddings --allow-growth --conv map --input-shape conv=4x4"
+    compress(source, folder / "format-1", options)
+    found = expected(folder / "format-1.safetensors")
+    found["directory"] = expected_of_directory(folder / "format-1")
+    (folder / "format-1.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def compress(source: Path, output: Path, options: str) -> None:
+    """By ``mpoc compress``."""
+    words = ["compress", str(source), "-o", str(output), "--device", "cpu", *options.split()]
+    print(CliRunner().invoke(app, words).output)
 
 
 if __name__ == "__main__":
