@@ -6,13 +6,14 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import mpoc
-from mpoc.installed import Package, packages
+from mpoc.installed import EXTRAS, PYTHON, Package, install, packages
 from mpoc.machine import Device, devices, free_disk, memory, usable_cpus
 from mpoc.report import human_bytes
 
@@ -116,11 +117,11 @@ def _look_at_torch(found: Examination) -> None:
         found.devices, found.why_no_device = devices()
         found.threads = torch.get_num_threads()
     except (ImportError, OSError) as error:
-        bounds = next(
-            (package.mend for package in found.packages if package.name == "torch"), "pip install torch"
-        )
-        mend = bounds.replace("install", "install --force-reinstall")
-        found.faults.append(Fault(f"torch cannot be imported: {error}", mend))
+        known = {package.name: package for package in found.packages}
+        if "torch" not in known or known["torch"].version is not None:  # else it is told already
+            mend = known["torch"].mend if "torch" in known else "pip install torch"
+            mend = mend.replace("install", "install --force-reinstall")
+            found.faults.append(Fault(f"torch cannot be imported: {_first_line(error)}", mend))
 
 
 def _try(found: Examination, device: str) -> None:
@@ -132,8 +133,8 @@ def _try(found: Examination, device: str) -> None:
 
         with tempfile.TemporaryDirectory(prefix="mpoc-doctor-") as folder:
             difference = self_test(device, Path(folder))
-    except Exception as error:
-        what = f"self-test on {device}: {error.__class__.__name__}: {error}"
+    except Exception as error:  # whatever it is, it is what was asked for
+        what = f"self-test on {device}: {error.__class__.__name__}: {_first_line(error)}"
         found.faults.append(Fault(what, _mend(error, device)))
     found.trials.append(Trial(device, round(time.perf_counter() - start, 3), difference))
 
@@ -144,3 +145,44 @@ def _mend(error: Exception, device: str) -> str:
     if device != "cpu":
         return "--device cpu works around it; a torch built for this device: https://pytorch.org/get-started"
     return "reinstall torch and mpoc; where it stays, tell the makers what mpoc doctor --json prints"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def lines(found: Examination) -> Iterator[tuple[str, str]]:
+    """A line each: what, and what it is."""
+    places = where()
+    yield "mpoc", f"{mpoc.__version__} in {places['folder']}"
+    for package in found.packages:
+        if package.extra is None:
+            place = f" in {places['python']}" if package.name == PYTHON else ""
+            yield package.name, f"{package.version or 'not installed'} (needs {package.needs}){place}"
+    for extra in EXTRAS:
+        there = [package for package in found.packages if package.extra == extra]
+        lacks = [package.name for package in there if package.version is None]
+        has = ", ".join(f"{package.name} {package.version}" for package in there if package.version)
+        if there:
+            more = f"without {', '.join(lacks)}: {install(extra)}" if lacks else ""
+            yield f"mpoc[{extra}]", "; ".join(filter(None, [has, more]))
+    yield "platform", places["platform"]
+    yield from _machine_lines(found)
+    for trial in found.trials:
+        how = "failed" if trial.difference is None else f"passed, outputs differ by {trial.difference:.1g}"
+        yield "self-test", f"{trial.device}: {how} ({trial.seconds:.1f} s)"
+
+
+def _machine_lines(found: Examination) -> Iterator[tuple[str, str]]:
+    uses = "" if found.threads is None else f", of which torch uses {found.threads}"
+    yield "CPUs", f"{found.cpus}{uses}"
+    if found.memory is not None:
+        free = "" if found.memory_free is None else f", {human_bytes(found.memory_free)} free"
+        yield "memory", human_bytes(found.memory) + free
+    for device in found.devices:
+        size = "" if device.memory is None else f", {human_bytes(device.memory)}"
+        yield device.name, device.title + size + ("" if device.is_used else " (not used: no float64)")
+    if not found.devices and found.threads is not None:
+        yield "GPUs", "; ".join(["none", *found.why_no_device])
+    for folder, room in found.disk_free.items():
+        yield "disk", f"{human_bytes(room)} free in {folder}"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mpoc import doctor
-from mpoc.doctor import Examination, Fault, examine
+from mpoc.doctor import Examination, Fault, examine, lines
 from mpoc.errors import MpocError
 from mpoc.installed import Package
 from mpoc.machine import Device
@@ -85,6 +85,23 @@ def test_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert faults(found) == [("torch cannot be imported: libcudart.so: cannot open", True)]
     assert found.faults[0].mend == "pip install --force-reinstall 'torch>=2.6,<2.14'"
     assert (found.is_well, found.trials) == (False, [])
+    assert "GPUs" not in dict(lines(found))
+
+
+def test_a_torch_that_is_missing_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "packages", lambda: [Package("torch", None, ">=2.6,<2.14")])
+    monkeypatch.setattr(doctor, "devices", raising(ModuleNotFoundError("No module named 'torch'")))
+    found = examine()
+    assert found.faults == [Fault("torch is not installed", "pip install 'torch>=2.6,<2.14'")]
+
+
+def test_extras_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = [Package("accelerate", "1.2", ">=1.0", "train"), Package("pillow", None, ">=10", "train")]
+    plot = [Package("matplotlib", None, ">=3.8", "plot")]
+    monkeypatch.setattr(doctor, "packages", lambda: [*train, *plot])
+    told = dict(lines(examine()))
+    assert told["mpoc[train]"] == "accelerate 1.2; without pillow: pip install 'mpoc[train]'"
+    assert told["mpoc[plot]"] == "without matplotlib: pip install 'mpoc[plot]'"
 
 
 def test_each_device_that_is_used_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +113,7 @@ def test_each_device_that_is_used_is_tried(monkeypatch: pytest.MonkeyPatch) -> N
         assert list(folder.iterdir()) == []
         tried.append(device)
         if device != "cpu":
-            raise RuntimeError("no kernel image is available")
+            raise RuntimeError("no kernel image is available\nCompile with …")
         return 1e-7
 
     monkeypatch.setattr("mpoc.self_test.self_test", one_fails)
