@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import mpoc
 from mpoc.errors import MpocError, UsageError
 from mpoc.geometry import Geometry
 from mpoc.header import TensorInfo, count_parameters, read_header
@@ -24,7 +23,7 @@ from mpoc.record_check import check_record, parse_geometry, with_tuples
 from mpoc.spectrum import Spectrum
 from mpoc.structure import KINDS, Structure
 from mpoc.typed import made
-from mpoc.versions import is_later
+from mpoc.versions import unreadable
 from mpoc.weight_files import read_json, stored_tensors
 from mpoc.wiring import network_of
 
@@ -311,19 +310,7 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
             raise ValueError(f"architecture = {manifest.architecture!r}")
         return manifest
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise _unreadable(value, error, path) from error
-
-
-def _unreadable(value: Any, error: Exception, path: Path) -> MpocError:
-    """Damaged, or written by a later mpoc with more than this one knows."""
-    tool = value.get("tool") if isinstance(value, dict) else None
-    writer = tool.removeprefix("mpoc ") if isinstance(tool, str) else ""
-    if is_later(writer, mpoc.__version__):
-        return MpocError(
-            f"{path}: written by mpoc {writer}, this is mpoc {mpoc.__version__}: {error}",
-            "pip install --upgrade mpoc",
-        )
-    return MpocError(f"{path}: damaged manifest ({error!r})")
+        raise unreadable(path, value.get("tool") if isinstance(value, dict) else None, error) from error
 
 
 def _layer(value: dict[str, Any]) -> LayerRecord:

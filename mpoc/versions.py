@@ -1,4 +1,4 @@
-"""Version numbers compared, as far as mpoc's own bounds need it.  No torch here.
+"""Version numbers compared, as far as mpoc's own bounds and files of later versions need it.  No torch here.
 
 Releases count by their numbers; what follows them (``+cpu``, ``rc1``) does not.
 """
@@ -8,6 +8,11 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mpoc
+from mpoc.errors import MpocError
 
 _RELEASE = re.compile(r"(\d{1,9}(?:\.\d{1,9}){0,5})(?:(?:[+-]|\.?[a-z])[\w.+-]{0,40})?")
 _BOUND = re.compile(r"(>=|<=|==|!=|>|<)\s*([\w.+]+)")
@@ -38,3 +43,20 @@ def is_within(version: str, bounds: str) -> bool:
     found = release(version)
     pairs = ((_COMPARE[sign], release(bound)) for sign, bound in _BOUND.findall(bounds))
     return found is not None and all(bound is not None and keeps(found, bound) for keeps, bound in pairs)
+
+
+def unreadable(path: Path, tool: Any, error: Exception) -> MpocError:
+    """What to say of a manifest: damaged, or written by a later mpoc with more in it than this one knows.
+
+    Args:
+        path: of the file.
+        tool: what the manifest says of its writer, ``"mpoc 0.1.0"``; unchecked.
+        error: of reading it.
+    """
+    writer = tool.removeprefix("mpoc ") if isinstance(tool, str) else ""
+    if is_later(writer, mpoc.__version__):
+        return MpocError(
+            f"{path}: written by mpoc {writer}, this is mpoc {mpoc.__version__}: {error}",
+            "pip install --upgrade mpoc",
+        )
+    return MpocError(f"{path}: damaged manifest ({error!r})")
