@@ -7,8 +7,8 @@ process of one thread, then under torchrun with several such processes, whose me
 every 20 ms.  The outputs must be the same byte for byte.
 
 The floor is the longer of two: all bytes read once and written once at the disk's speed (1 GB, flushed, and
-read after the kernel was told to forget it), and a range finder of four products of each matrix with D columns
-at the speed of such products (float32, one thread for each process).  Linux only.
+read after the kernel was told to forget it), and a range finder of four products of each matrix with D
+columns at the speed of such products (float32, one thread for each process).  Linux only.
 """
 
 import argparse
