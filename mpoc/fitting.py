@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mpoc.checkpoint import Checkpoint
 from mpoc.errors import MpocError
-from mpoc.fit.conv_map import fit_conv_map
-from mpoc.fit.ttsvd import Fit, tt_svd
+from mpoc.fit.factorise import factorise
+from mpoc.fit.ttsvd import Fit
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.recipe import Recipe
@@ -70,14 +70,13 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
 
 
 def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
-    """TT-SVD; under a tolerance, the smallest of several that keep it.
+    """Factorised once; under a tolerance, the smallest of several that keep it.
 
     Where the spectra end early, bonds cannot use up their share of the error, and rounding to the stored
     dtype adds some.  So what may be spent is found by bisection on the error that comes out.
     """
     assert plan.max_bond is not None
     dtype = getattr(torch, plan.stored_dtype)
-    factorise = tt_svd if plan.structure.geometry is None else fit_conv_map
     if not plan.tolerance:
         return factorise(weight, plan.structure, plan.max_bond, 0.0, dtype, seed)
     best: Fit | None = None

@@ -54,8 +54,9 @@ def compress(
     form: Annotated[
         str | None,
         typer.Option(
-            metavar="mpo|svd|svd+mpo|auto",
-            help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. svd+mpo: their sum. "
+            metavar="mpo|svd|tree|svd+mpo|auto",
+            help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. tree: the sites in a "
+            "binary tree. svd+mpo: a sum. "
             "auto: for each layer the best. The last two with --calibrate and a budget (--ratio, --size or "
             "--max-drop), where auto is the default.",
             rich_help_panel=HOW,

@@ -8,14 +8,17 @@ then put into the balanced gauge.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mpoc.fit.truncate import squared_norm, truncate
+from mpoc.fit.truncate import Truncation, squared_norm, truncate
+from mpoc.forms.form import Form
 from mpoc.forms.layout import interleave, unpadded
 from mpoc.forms.mpo import MPO, entropy
+from mpoc.forms.terms import form_of
 from mpoc.structure import Structure
 
 
@@ -23,9 +26,9 @@ from mpoc.structure import Structure
 class Fit:
     """A fitted form with what the fit knows about itself."""
 
-    form: MPO
+    form: Form
     relative_error: float  # ‖W − Ŵ‖_F / ‖W‖_F of the stored cores, padding left out
-    entropies: list[float]  # of Ŵ, bonds 1..n-1
+    entropies: list[float]  # of Ŵ, bonds 1..n-1 of a chain, the branches of a tree
     entropies_of_weight: list[float | None]  # of W, where the full spectrum was computed
     spectra_of_weight: list[Tensor | None]  # of W, all values (descending), where known and some are cut off
     routes: list[str]  # how each bond was truncated
@@ -55,18 +58,50 @@ def tt_svd(
     tensor = interleave(weight, structure)
     generator = torch.Generator().manual_seed(seed)
     weight_norm = squared_norm(tensor)
-    cores, entropies_of_weight, spectra_of_weight, routes = _sweep(
-        tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator
-    )
-    balanced, spectra = MPO(cores, structure).balanced()
-    stored = MPO([core.to(dtype or weight.dtype) for core in balanced.cores], structure)
+    cores, cuts = _sweep(tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator)
+    return stored_fit(tensor, weight_norm, MPO(cores, structure), dtype or weight.dtype, cuts)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one truncation tells of the weight."""
+
+    entropy: float | None  # as the fields of :class:`Fit`
+    spectrum: Tensor | None
+    route: str
+
+
+def told_by(found: Truncation, truncated: bool) -> Cut:
+    """Nothing of the weight's own bond where something was ``truncated`` before.
+
+    Where nothing is cut off a spectrum is that of the cores, so it is left out.
+    """
+    values = None if truncated else found.singular_values
+    known = None if values is None else entropy(values)
+    return Cut(known, values if found.discarded > 0.0 else None, found.route)
+
+
+def stored_fit(
+    tensor: Tensor, weight_norm: float, found: Form, dtype: torch.dtype, cuts: Sequence[Cut]
+) -> Fit:
+    """Cores in the gauge and dtype in which they are stored, and what they make of a weight.
+
+    Args:
+        tensor: the interleaved weight.
+        weight_norm: its squared norm.
+        found: in any gauge.
+        dtype: of the stored cores.
+        cuts: one a bond.
+    """
+    balanced, spectra = found.balanced()
+    stored = form_of([core.to(dtype) for core in balanced.cores], found.structure)
     return Fit(
         stored,
         _relative_error(tensor, weight_norm, stored),
         [entropy(values) for values in spectra],
-        entropies_of_weight,
-        spectra_of_weight,
-        routes,
+        [cut.entropy for cut in cuts],
+        [cut.spectrum for cut in cuts],
+        [cut.route for cut in cuts],
     )
 
 
@@ -77,40 +112,32 @@ def _sweep(
     budget: float,
     weight_norm: float,
     generator: torch.Generator,
-) -> tuple[list[Tensor], list[float | None], list[Tensor | None], list[str]]:
-    """Left-canonical cores, entropies and spectra of the weight where known, and the route of every bond.
-
-    Where nothing is cut off a spectrum is that of the cores, so it is left out.
+) -> tuple[list[Tensor], list[Cut]]:
+    """Left-canonical cores, and what is told of every bond.
 
     ``budget`` is the squared error that may be spent, ``weight_norm`` the squared norm of ``tensor``.
     """
     sizes = structure.site_sizes
     cores: list[Tensor] = []
-    entropies: list[float | None] = []
-    spectra: list[Tensor | None] = []
-    routes: list[str] = []
+    cuts: list[Cut] = []
     rest, bond, truncated = tensor, 1, False
     for k, size in enumerate(sizes[:-1]):
         share = budget / (len(sizes) - 1 - k)
         cut = truncate(rest.reshape(bond * size, -1), max_bond, share, generator, weight_norm)
         shape = (bond, structure.output_factors[k], structure.input_factors[k], -1)
         cores.append(cut.left.reshape(shape))
-        whole = cut.singular_values is not None and not truncated
-        entropies.append(entropy(cut.singular_values) if whole else None)  # type: ignore[arg-type]
-        spectra.append(cut.singular_values if whole and cut.discarded > 0.0 else None)
-        routes.append(cut.route)
+        cuts.append(told_by(cut, truncated))
         rest, bond, budget = cut.right, cut.left.shape[1], max(budget - cut.discarded, 0.0)
         weight_norm -= cut.discarded
         truncated = truncated or cut.discarded > 0.0
     last = (bond, structure.output_factors[-1], structure.input_factors[-1], 1)
     cores.append(rest.reshape(last))
-    return cores, entropies, spectra, routes
+    return cores, cuts
 
 
-def _relative_error(tensor: Tensor, weight_norm: float, form: MPO) -> float:
+def _relative_error(tensor: Tensor, weight_norm: float, form: Form) -> float:
     """‖W − Ŵ‖_F / ‖W‖_F against the interleaved weight, a block of rows at a time; 0 for 0/0."""
-    working = MPO([core.to(tensor.dtype) for core in form.cores], form.structure)
-    left, right = working.halves()
+    left, right = form_of([core.to(tensor.dtype) for core in form.cores], form.structure).halves()
     target = tensor.reshape(left.shape[0], right.shape[1])
     inside = None
     if any(form.structure.padding):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from mpoc.forms.layout import from_matrix
+from mpoc.forms.layout import deinterleave_matrix, from_matrix
 from mpoc.structure import Structure
 
 
@@ -29,8 +29,23 @@ class Form(ABC):
         """As ``structure.wiring`` takes them."""
 
     @abstractmethod
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is the interleaved tensor, its first sites the rows.
+
+        A block of its rows needs a block of the first.
+        """
+
+    def balanced(self) -> tuple[Form, list[Tensor]]:
+        """The same weight in float64, in the gauge that is stored, and the Schmidt values of its bonds.
+
+        None of either in a network with loops: it has no such gauge.
+        """
+        return type(self)([core.double() for core in self.cores], self.structure), []
+
     def to_matrix(self) -> Tensor:
         """(lead, outputs, inputs) without padding, in the cores' dtype."""
+        left, right = self.halves()
+        return deinterleave_matrix(left @ right, self.structure)
 
     @property
     def num_parameters(self) -> int:

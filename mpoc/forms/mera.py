@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mpoc.forms.contraction import contract_all
 from mpoc.forms.form import Form
-from mpoc.forms.layout import deinterleave_matrix
 from mpoc.structure import Structure
 
 
@@ -43,11 +42,11 @@ class Mera(Form):
         }
         return (max(bonds, default=1),)
 
-    def to_matrix(self) -> Tensor:
-        """(lead, outputs, inputs) without padding, in the cores' dtype."""
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """The interleaved tensor as one column, and (1, 1)."""
         sites = range(1, len(self.structure.site_sizes) + 1)
         tensor = self.contracted([leg for k in sites for leg in (f"j{k}", f"i{k}")])
-        return deinterleave_matrix(tensor.reshape(self.structure.site_sizes), self.structure)
+        return tensor.reshape(-1, 1), tensor.new_ones(1, 1)
 
     def contracted(self, legs: Sequence[str]) -> Tensor:
         """All cores contracted to one tensor with these legs, j_1, i_1 and so on, in this order."""

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from mpoc.forms.form import Form
-from mpoc.forms.layout import deinterleave_matrix
 from mpoc.structure import Structure
 
 
@@ -67,11 +66,6 @@ class MPO(Form):
         for core in reversed(self.cores[cut + 1 :]):
             right = torch.einsum("ajib,bq->ajiq", core, right).reshape(core.shape[0], -1)
         return left, right
-
-    def to_matrix(self) -> Tensor:
-        """(lead, outputs, inputs) without padding, in the cores' dtype."""
-        left, right = self.halves()
-        return deinterleave_matrix(left @ right, self.structure)
 
     def norm(self) -> float:
         """‖Ŵ‖_F, padding included."""
