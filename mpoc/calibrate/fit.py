@@ -14,10 +14,11 @@ from torch import Tensor
 from mpoc.calibrate.evidence import Evidence, one_matrix
 from mpoc.calibrate.rivals import rivals
 from mpoc.fit.metric import Metric
-from mpoc.fit.weighted_mpo import Problem, matrix_of
+from mpoc.fit.weighted import Problem, matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.form import Form
 from mpoc.forms.mpo import MPO
+from mpoc.forms.terms import form_of
 from mpoc.structure import Structure
 
 STRETCHES, LAST = 6, 1  # of a descent; then on all inputs
@@ -28,7 +29,7 @@ class Storage:
     """A way to store a layer."""
 
     structure: Structure
-    bond: int  # cap on every D_k
+    bond: int  # cap on every bond
     low_rank: int = 0  # of the matrix that is added to an MPO; 0: none
 
     @property
@@ -52,7 +53,7 @@ class Judgement:
 class CalibratedFit:
     """A layer's cores in the stored dtype, with what they do."""
 
-    terms: tuple[MPO, ...]  # the form, and what is added to it
+    terms: tuple[Form, ...]  # the form, and what is added to it
     gamma: float
     judged: Judgement
     same_size: dict[str, float]  # felt errors, of "this" and of other methods
@@ -118,8 +119,8 @@ def judge(weight: Tensor, terms: Sequence[Form], evidence: Evidence) -> Judgemen
 
 
 def _fit(
-    metric: Metric, storage: Storage, stretches: int, seed: int, start: tuple[MPO, ...] | None = None
-) -> tuple[MPO, ...]:
+    metric: Metric, storage: Storage, stretches: int, seed: int, start: tuple[Form, ...] | None = None
+) -> tuple[Form, ...]:
     """A closed form needs no start and no stretches."""
     structure = storage.structure
     if structure.form == "svd":
@@ -129,5 +130,7 @@ def _fit(
     return problem.fit(storage.bond, rank=rank, start=start, max_stretches=stretches, seed=seed).terms
 
 
-def _rounded(terms: tuple[MPO, ...], dtype: torch.dtype) -> tuple[MPO, ...]:
-    return tuple(MPO([core.to(dtype).contiguous() for core in term.cores], term.structure) for term in terms)
+def _rounded(terms: tuple[Form, ...], dtype: torch.dtype) -> tuple[Form, ...]:
+    return tuple(
+        form_of([core.to(dtype).contiguous() for core in term.cores], term.structure) for term in terms
+    )

@@ -17,7 +17,7 @@ from mpoc.budget import largest_bond
 from mpoc.calibrate.evidence import Evidence
 from mpoc.calibrate.fit import Storage
 from mpoc.calibrate.outputs import Replaced
-from mpoc.fit.weighted_mpo import Problem, matrix_of
+from mpoc.fit.weighted import Problem, matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.layout import from_matrix
 from mpoc.plan import LayerPlan
@@ -42,9 +42,9 @@ class Offers:
 
     Args:
         matrix: W as one matrix (N_y, N_x), float64.
-        structure: of the layer's MPO.
+        structure: of the layer's MPO, or of its tree.
         evidence: of the dense network's inputs.
-        forms: of ``svd``, ``mpo`` and ``svd+mpo``, which may be chosen.
+        forms: of ``svd``, that of ``structure`` and ``svd+mpo``, which may be chosen.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class Offers:
         self.every = [Offer(None, structure.num_original, 0.0)]
         if "svd" in forms or structure.form == "svd":
             self.every += self._of_svd()
-        if structure.form == "mpo":
-            for form in ("mpo", "svd+mpo"):
+        if structure.form != "svd":
+            for form in (structure.form, "svd+mpo"):
                 self.every += self._of_mpo(structure, form == "svd+mpo") if form in forms else []
         self._let_go()
 

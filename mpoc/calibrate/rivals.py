@@ -11,7 +11,7 @@ from torch import Tensor
 from mpoc.budget import largest_bond
 from mpoc.calibrate.evidence import Evidence, one_matrix
 from mpoc.fit.ttsvd import tt_svd
-from mpoc.fit.weighted_mpo import matrix_of
+from mpoc.fit.weighted import matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.structure import Structure, make_structure
 

@@ -211,7 +211,7 @@ class Sharing:
 
     def _mpo_structure(self, plan: LayerPlan) -> Structure:
         one = plan.structure
-        if self._has_own_factors(plan):
+        if self._has_own_factors(plan) or one.network != "chain":
             return one
         if one.kind == "embedding":  # few of many rows matter much: measured, the more sites the better
             return make_structure(one.kind, one.shape, one.transposed)

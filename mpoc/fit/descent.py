@@ -1,13 +1,13 @@
-"""Minimise f over all cores of an MPO, or of a sum, together: L-BFGS (Nocedal & Wright 2006, algorithm 7.4).
+"""Minimise f over all cores of a form, or of a sum, together: L-BFGS (Nocedal & Wright 2006, algorithm 7.4).
 
 One application of Ŵ ↦ G (T − Ŵ) M gives the gradient for every core at once.  Alternating least squares
 needs several for each core, and many sweeps where neighbouring cores depend on each other.  Measured on a
 transformer's layers, at equal numbers of applications this reaches a lower f than one-site ALS, with exact
 solves or with a few conjugate gradients each, and than Gauss-Newton steps.
 
-The metric is to be near the identity (:mod:`mpoc.fit.site_whitening`).  A core's curvature is then the Gram
-matrix of everything to its left, times that of everything to its right; to divide by both makes steps
-the same in every gauge.  A step that does not lower f is shortened, so f never rises.
+The metric is to be near the identity (:mod:`mpoc.fit.site_whitening`).  In a chain or a tree a core's
+curvature is then the product of the Gram matrices of everything beyond each of its bonds; to divide by all
+makes steps the same in every gauge.  A step that does not lower f is shortened, so f never rises.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpoc.fit.environments import inverse_grams
 from mpoc.fit.metric import Metric, weighed
-from mpoc.forms.mpo import MPO
+from mpoc.forms.contraction import along
+from mpoc.forms.form import Form
+from mpoc.forms.terms import form_of
 
 _MEMORY = 10
 _SHORTENINGS = 6
-# A bond's directions of less than this share of its mean weight are not scaled up further.
-_GRAM_FLOOR = 1e-4
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,18 @@ class Descent:
         start: the terms of a sum, each with factors that multiply out to the metric's sides.
     """
 
-    def __init__(self, metric: Metric, start: Sequence[MPO]) -> None:
+    def __init__(self, metric: Metric, start: Sequence[Form]) -> None:
         self.metric = metric
         self.structures = [term.structure for term in start]
         self.shapes = [[core.shape for core in term.cores] for term in start]
+        self.legs = [term.legs for term in start]
         # (step, change of gradient, their product), the latest last
         self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
         numbers = [core.reshape(-1) for term in start for core in term.cores]
         self.point = self._at(torch.cat(numbers).to(metric.target.dtype))
 
     @property
-    def terms(self) -> list[MPO]:
+    def terms(self) -> list[Form]:
         """Where the minimisation stands."""
         return self._formed(self._split(self.point.vector))
 
@@ -107,8 +109,8 @@ class Descent:
         parts = iter(vector.split([shape.numel() for shape in shapes]))
         return [[next(parts).view(shape) for shape in term] for term in self.shapes]
 
-    def _formed(self, cores: list[list[Tensor]]) -> list[MPO]:
-        return [MPO(*term) for term in zip(cores, self.structures, strict=True)]
+    def _formed(self, cores: list[list[Tensor]]) -> list[Form]:
+        return [form_of(*term) for term in zip(cores, self.structures, strict=True)]
 
     def _inverse_hessian(self, gradient: Tensor) -> Tensor:
         """The two-loop recursion around the preconditioner."""
@@ -125,36 +127,20 @@ class Descent:
         return result
 
     def _precondition(self, vector: Tensor) -> Tensor:
-        """Half the vector, each core divided by the Gram matrices of both its sides."""
-        parts = [
-            torch.einsum("ac,cjid,db->ajib", left, part, right).reshape(-1) / 2
-            for given, term in zip(self._split(vector), self.terms, strict=True)
-            for part, (left, right) in zip(given, inverse_grams(term.cores), strict=True)
-        ]
+        """Half the vector, each core divided by the Gram matrices of all beyond its bonds."""
+        parts = []
+        now = self._split(self.point.vector)
+        for given, cores, legs in zip(self._split(vector), now, self.legs, strict=True):
+            for part, inverses in zip(given, inverse_grams(cores, legs), strict=True):
+                for axis, inverse in inverses.items():
+                    part = along(part, axis, inverse)
+                parts.append(part.reshape(-1) / 2)
         return torch.cat(parts)
 
 
-def total(terms: Sequence[MPO]) -> Tensor:
+def total(terms: Sequence[Form]) -> Tensor:
     """The sum of the terms as one matrix (N_y, N_x), padding left out; none has a lead above 1."""
     matrix = terms[0].to_matrix()[0]
     for term in terms[1:]:
         matrix = matrix + term.to_matrix()[0]
     return matrix
-
-
-def inverse_grams(cores: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """For every core the inverse Gram matrices of all to its left and of all to its right."""
-    one = cores[0].new_ones(1, 1)
-    lefts, rights = [one], [one]
-    for core in cores[:-1]:
-        lefts.append(torch.einsum("ajib,ac,cjid->bd", core, lefts[-1], core))
-    for core in reversed(cores[1:]):
-        rights.append(torch.einsum("ajib,bd,cjid->ac", core, rights[-1], core))
-    return [(_inverse(left), _inverse(right)) for left, right in zip(lefts, reversed(rights), strict=True)]
-
-
-def _inverse(gram: Tensor) -> Tensor:
-    """Of Gram matrices that may be singular, or zero."""
-    regular = gram.double()
-    regular.diagonal().add_(_GRAM_FLOOR * regular.diagonal().mean() + torch.finfo(torch.float32).tiny)
-    return torch.cholesky_inverse(torch.linalg.cholesky(regular)).to(gram.dtype)

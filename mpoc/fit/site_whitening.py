@@ -6,7 +6,7 @@ In the coordinates H = ⊗ Y_k^½ of the outputs, whose moment is G, and F = ⊗
 
     T → H T F,    Ŵ → H Ŵ F,    M → F⁻¹ M F⁻¹,    G → H⁻¹ G H⁻¹,
 
-f is the same number, Ŵ an MPO with the same bonds, and the new M and G are the identity on average.  TT-SVD
+f is the same number, Ŵ a form with the same bonds, and the new M and G are the identity on average.  TT-SVD
 is then a good start, and gradients point the right way.  The X_k that are nearest to M in Frobenius norm look
 at its large eigenvalues alone: measured, a worse start and a slower way from there.
 """
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from mpoc.fit.metric import Metric
+from mpoc.forms.form import Form
 from mpoc.forms.mpo import MPO
+from mpoc.forms.terms import form_of
 
 _ROUNDS = 4
 # Added to each X_k, of mean eigenvalue 1: sites with features that never occur stay invertible.
@@ -43,11 +45,11 @@ class Coordinates:
         outputs = None if metric.outputs is None else _both_sides(metric.outputs, self.outputs_inverse)
         return Metric(target, _both_sides(metric.inputs, self.inputs_inverse), outputs)
 
-    def whiten_term(self, term: MPO) -> MPO:
-        """Ŵ → H Ŵ F, in float64: an MPO with these sites, or two factors."""
+    def whiten_term(self, term: Form) -> Form:
+        """Ŵ → H Ŵ F, in float64: a form with these sites, or two factors."""
         return _transform(term, self.outputs, self.inputs)
 
-    def restore_term(self, term: MPO) -> MPO:
+    def restore_term(self, term: Form) -> Form:
         """H Ŵ F → Ŵ, in float64."""
         return _transform(term, self.outputs_inverse, self.inputs_inverse)
 
@@ -135,14 +137,15 @@ def _both_sides(moment: Tensor, factors: list[Tensor]) -> Tensor:
     return (product + product.T) / 2
 
 
-def _transform(term: MPO, outputs: list[Tensor], inputs: list[Tensor]) -> MPO:
+def _transform(term: Form, outputs: list[Tensor], inputs: list[Tensor]) -> Form:
     cores = [core.double() for core in term.cores]
     if term.structure.form == "svd":
         left, right = cores[0][0, :, 0], cores[1][:, 0, :, 0]
         left, right = _columns(left.T, outputs).T, _columns(right, inputs)
         return MPO([left[None, :, None], right[:, None, :, None]], term.structure)
-    changed = [
-        _times(_times(core, output, 1), input_, 2)
-        for core, output, input_ in zip(cores, outputs, inputs, strict=True)
-    ]
-    return MPO(changed, term.structure)
+    factors = {f"{side}{k}": x for side, xs in (("j", outputs), ("i", inputs)) for k, x in enumerate(xs, 1)}
+    for k, legs in enumerate(term.legs):
+        for axis, leg in enumerate(legs):
+            if leg in factors:
+                cores[k] = _times(cores[k], factors[leg], axis)
+    return form_of(cores, term.structure)

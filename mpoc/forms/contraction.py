@@ -39,6 +39,11 @@ def join(a: Tensor, names_a: Legs, b: Tensor, names_b: Legs) -> tuple[Tensor, Le
     return torch.tensordot(a, b, dims=axes), rest
 
 
+def along(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
+    """``tensor`` with ``matrix`` (new, old) applied to one axis."""
+    return torch.tensordot(tensor, matrix, dims=([axis], [1])).movedim(-1, axis)
+
+
 @cache
 def path(legs: tuple[Legs, ...], sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[int, int], ...]:
     """Which two to contract next, greedily: those whose product is smallest beside what it replaces.

@@ -48,6 +48,11 @@ class Form(ABC):
         return deinterleave_matrix(left @ right, self.structure)
 
     @property
+    def legs(self) -> list[tuple[str, ...]]:
+        """The names of each core's axes: see :mod:`mpoc.wiring`."""
+        return [core.legs for core in self.structure.wiring(self.bonds)]
+
+    @property
     def num_parameters(self) -> int:
         """N_mpo."""
         return sum(core.numel() for core in self.cores)

@@ -51,8 +51,3 @@ class Mera(Form):
     def contracted(self, legs: Sequence[str]) -> Tensor:
         """All cores contracted to one tensor with these legs, j_1, i_1 and so on, in this order."""
         return contract_all(self.cores, self.legs, tuple(legs))
-
-    @property
-    def legs(self) -> list[tuple[str, ...]]:
-        """Of each core."""
-        return [core.legs for core in self.structure.wiring(self.bonds)]

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mpoc.forms.contraction import along
 from mpoc.forms.form import Form
 from mpoc.forms.mpo import entropy
 from mpoc.structure import Structure
@@ -134,7 +135,7 @@ def _canonical(cores: Sequence[Tensor], resolution: float = 0.0) -> tuple[list[T
     for k, (above, axis) in enumerate(meetings):
         orthonormal, rest = torch.linalg.qr(cores[k].flatten(0, -2))
         cores[k] = orthonormal.reshape(*cores[k].shape[:-1], -1)
-        cores[above] = _along(cores[above], axis, rest)
+        cores[above] = along(cores[above], axis, rest)
     spectra: dict[int, Tensor] = {}
     for k, (above, axis) in reversed(list(enumerate(meetings))):
         centre = cores[above] * spectra[above] if above in spectra else cores[above]
@@ -142,11 +143,6 @@ def _canonical(cores: Sequence[Tensor], resolution: float = 0.0) -> tuple[list[T
         _, values, right = torch.linalg.svd(unfolded, full_matrices=False)
         kept = max(1, int((values > resolution * values[0]).sum()))
         spectra[k], right = values[:kept], right[:kept]
-        cores[above] = _along(cores[above], axis, right)
+        cores[above] = along(cores[above], axis, right)
         cores[k] = cores[k] @ right.T
     return cores, [spectra[k] for k in range(len(meetings))]
-
-
-def _along(core: Tensor, axis: int, matrix: Tensor) -> Tensor:
-    """``core`` with ``matrix`` (new, old) applied to one axis."""
-    return torch.tensordot(core, matrix, dims=([axis], [1])).movedim(-1, axis)

@@ -9,7 +9,7 @@ from torch import Tensor
 from mpoc.calibrate.evidence import TableEvidence
 from mpoc.calibrate.fit import Storage, fit_calibrated
 from mpoc.calibrate.moments import one_hot_moments
-from mpoc.fit.weighted_mpo import matrix_of
+from mpoc.fit.weighted import matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.structure import Structure, low_rank_structure, make_structure
 from tests.fit.metrics import random_moment

@@ -14,7 +14,7 @@ from mpoc.calibrate.evidence import LayerEvidence, one_matrix
 from mpoc.calibrate.fit import CalibratedFit, Storage, fit_calibrated
 from mpoc.calibrate.moments import Accumulator
 from mpoc.fit.ttsvd import tt_svd
-from mpoc.fit.weighted_mpo import matrix_of
+from mpoc.fit.weighted import matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, low_rank_structure, make_structure

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpoc.fit.metric import Metric, make_metric
 from mpoc.fit.ttsvd import tt_svd
-from mpoc.fit.weighted_mpo import Problem, matrix_of
+from mpoc.fit.weighted import Problem, matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, make_structure

@@ -1,13 +1,14 @@
-"""MPO cores for what a layer does: f of :mod:`mpoc.fit.metric` minimised over all MPOs with given bonds.
+"""Cores for what a layer does: f of :mod:`mpoc.fit.metric` minimised over all forms with given bonds.
 
-Or over sums of one and a matrix of given rank; measured, at equal size a sum errs less than either alone.
+Or over sums of an MPO and a matrix of given rank; measured, at equal size a sum errs less than either alone.
 
-    start     TT-SVD in coordinates where the metric is nearly the identity, or plain TT-SVD, the better one
+    start     the fit to a plain norm in coordinates where the metric is nearly that, or in the layer's own,
+              the better one
     descent   over all cores together, in float32
     history   f in float64, from the metric as it was given; a stretch that does not lower it is taken back
 
-At full bond TT-SVD is exact and there is nothing to do.  Padded rows and columns are free, and a kernel's
-taps are a site like the others.
+At full bond the start of a chain or a tree is exact and there is nothing to do.  Padded rows and columns are
+free, and a kernel's taps are a site like the others.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mpoc.fit.descent import Descent, total
+from mpoc.fit.factorise import factorise
 from mpoc.fit.metric import Metric
 from mpoc.fit.site_whitening import site_coordinates
-from mpoc.fit.ttsvd import tt_svd
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.forms.form import Form
 from mpoc.forms.mpo import MPO
@@ -39,17 +40,17 @@ _EXACT = 1e-24
 class WeightedFit:
     """What was fitted and how f fell."""
 
-    terms: tuple[MPO, ...]  # the MPO, and the low-rank part of a sum
+    terms: tuple[Form, ...]  # the form, and the low-rank part of a sum
     history: tuple[float, ...]  # f of the start, then after every stretch; never rising
 
     @property
-    def form(self) -> MPO:
-        """The MPO."""
+    def form(self) -> Form:
+        """The first."""
         return self.terms[0]
 
 
 class Problem:
-    """f over all MPOs with these factors, and over sums of one and two factors of given rank.
+    """f over all forms with these factors, and over sums of an MPO and two factors of given rank.
 
     Args:
         metric: of the layer as one matrix: a kernel's taps are the slower part of the inputs.
@@ -72,7 +73,7 @@ class Problem:
         max_bond: int,
         *,
         rank: int = 0,
-        start: Sequence[MPO] | None = None,
+        start: Sequence[Form] | None = None,
         max_stretches: int = 8,
         tolerance: float = 0.01,
         dtype: torch.dtype = torch.float64,
@@ -81,14 +82,14 @@ class Problem:
         """Cores that make f small, from a start that is never made worse.
 
         Args:
-            max_bond: cap on every D_k.
+            max_bond: cap on every bond.
             rank: of the low-rank part; 0: there is none.
-            start: terms to begin with; None for the better of two TT-SVDs, of what the closed form of the
-                low-rank part leaves.
+            start: terms to begin with; None for the better of two fits to plain norms, of what the closed
+                form of the low-rank part leaves.
             max_stretches: of ``STRETCH`` steps each; 0 gives the start.
             tolerance: the relative fall of f over a stretch below which the fit ends.
             dtype: of the cores returned.
-            seed: of the range finder in TT-SVD.
+            seed: of the start.
 
         Raises:
             ValueError: a start with another structure or larger bonds.
@@ -104,12 +105,12 @@ class Problem:
         one = self.structure
         cores = [best[0].balanced()[0].cores, *(_cropped(t.balanced()[0].cores, one) for t in best[1:])]
         own = [one, one.as_low_rank()][: len(cores)]
-        terms = (MPO([c.to(dtype) for c in term], whose) for term, whose in zip(cores, own, strict=True))
+        terms = (form_of([c.to(dtype) for c in term], whose) for term, whose in zip(cores, own, strict=True))
         return WeightedFit(tuple(terms), tuple(history))
 
     def _descend(
-        self, best: list[MPO], max_stretches: int, tolerance: float
-    ) -> tuple[list[MPO], list[float]]:
+        self, best: list[Form], max_stretches: int, tolerance: float
+    ) -> tuple[list[Form], list[float]]:
         whole, coordinates = self._whole, self._coordinates
         history = [_value(whole, best)]
         if max_stretches < 1 or history[0] <= _EXACT * whole.value(torch.zeros_like(whole.target)):
@@ -126,19 +127,19 @@ class Problem:
                 history.append(value)
         return best, history
 
-    def _best_start(self, max_bond: int, rank: int, seed: int) -> list[MPO]:
-        """The better of plain TT-SVD and TT-SVD in white coordinates, of what the low-rank part leaves."""
+    def _best_start(self, max_bond: int, rank: int, seed: int) -> list[Form]:
+        """The better of the plain fit and that in white coordinates, of what the low-rank part leaves."""
         whole, white, working = self._whole, self._white, self._working
-        parts = []
+        parts: list[Form] = []
         if rank:
             left, right = weighted_svd(whole).factors(rank)
             parts = [MPO([left[None, :, None], right[:, None, :, None]], working.as_low_rank())]
             rest = [(whole, parts), (white, [self._coordinates.whiten_term(parts[0])])]
             whole, white = (replace(metric, target=metric.target - total(part)) for metric, part in rest)
         if max_bond >= working.full_bond:
-            return [MPO(_tt_svd(whole.target, working, max_bond, seed), working), *parts]
-        plain = MPO(_tt_svd(whole.target.float(), working, max_bond, seed), working)
-        other = MPO(_tt_svd(white.target.float(), working, max_bond, seed), working)
+            return [_plain(whole.target, working, max_bond, seed), *parts]
+        plain = _plain(whole.target.float(), working, max_bond, seed)
+        other = _plain(white.target.float(), working, max_bond, seed)
         candidates = (plain, self._coordinates.restore_term(other))
         return [min(candidates, key=lambda form: _value(whole, [form])), *parts]
 
@@ -150,17 +151,17 @@ def matrix_of(terms: Sequence[Form]) -> Tensor:
 
 
 def _given_start(
-    start: Sequence[MPO], structure: Structure, working: Structure, max_bond: int, rank: int
-) -> list[MPO]:
+    start: Sequence[Form], structure: Structure, working: Structure, max_bond: int, rank: int
+) -> list[Form]:
     form = start[0]
     ranks = [term.bonds[1] for term in start[1:]]
     fits = len(ranks) == bool(rank) and all(found <= rank for found in ranks)
-    if form.structure != structure or max(form.bonds) > max_bond or not fits:
+    if form.structure != structure or max(form.bonds, default=1) > max_bond or not fits:
         raise ValueError(
             f"a start with bonds {form.bonds}, ranks {ranks} and {form.structure} for {max_bond}, {rank}, "
             f"{structure}"
         )
-    terms = [MPO([core.double() for core in form.cores], working)]
+    terms = [form_of([core.double() for core in form.cores], working)]
     if rank:
         rows, columns = structure.padding
         left, right = (core.double() for core in start[1].cores)
@@ -177,12 +178,14 @@ def _cropped(cores: list[Tensor], structure: Structure) -> list[Tensor]:
     return [left[:, : structure.outputs], right.reshape(len(right), 1, -1, 1)]
 
 
-def _value(whole: Metric, terms: Sequence[MPO]) -> float:
+def _value(whole: Metric, terms: Sequence[Form]) -> float:
     return whole.value(total(terms))
 
 
-def _tt_svd(target: Tensor, working: Structure, max_bond: int, seed: int) -> list[Tensor]:
-    return [core.double() for core in tt_svd(target, working, max_bond, seed=seed).form.cores]
+def _plain(target: Tensor, working: Structure, max_bond: int, seed: int) -> Form:
+    """Nearest to ``target`` in the plain norm, in float64."""
+    found = factorise(target, working, max_bond, seed=seed).form
+    return form_of([core.double() for core in found.cores], working)
 
 
 def _single(metric: Metric) -> Metric:
@@ -196,7 +199,8 @@ def _working_structure(structure: Structure) -> Structure:
         raise ValueError("experts are several matrices: a metric is about one")
     rows, columns = structure.padded
     factors = structure.output_factors, structure.input_factors
-    return make_structure("linear", (rows, structure.lead * columns), factors=factors)
+    shape = rows, structure.lead * columns
+    return make_structure("linear", shape, factors=factors, network=structure.network)
 
 
 def _padded_metric(metric: Metric, structure: Structure) -> Metric:
