@@ -65,9 +65,8 @@ def random_weight(structure: Structure, dtype: torch.dtype = torch.float64, seed
 def random_cores(structure: Structure, max_bond: int, seed: int = 0) -> list[Tensor]:
     """Gaussian float64 cores with the structure's capped bonds."""
     generator = torch.Generator().manual_seed(seed)
-    bonds = structure.bonds(max_bond)
-    factors = zip(bonds, structure.output_factors, structure.input_factors, bonds[1:], strict=False)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in factors]
+    shapes = structure.core_shapes(structure.bonds(max_bond))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def by_eq_5(cores: Sequence[Tensor], structure: Structure) -> Tensor:

@@ -85,8 +85,8 @@ class Tree(Form):
         for k, ((above, axis), values) in enumerate(zip(_meetings(len(cores)), spectra, strict=True)):
             root = values.sqrt()
             cores[k] = cores[k] * root
-            root = root.clamp(min=torch.finfo(root.dtype).tiny)  # 0/0 of a zero weight is 0
-            cores[above] = (cores[above].movedim(axis, -1) / root).movedim(-1, axis)
+            inverse = torch.where(root > 0, 1 / root, 0.0)  # 0/0 of a zero weight is 0
+            cores[above] = (cores[above].movedim(axis, -1) * inverse).movedim(-1, axis)
         return Tree(cores, self.structure), spectra
 
     def _half(self, span: range) -> Tensor:

@@ -1,6 +1,7 @@
 """White coordinates change no f, and make the metric the identity where it is a product over sites."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from mpoc.fit.metric import Metric
 from mpoc.fit.site_whitening import Coordinates, diagonal_factors, kronecker_factors, site_coordinates
+from mpoc.forms.form import Form
 from mpoc.forms.mpo import MPO
+from mpoc.forms.terms import form_of
 from mpoc.structure import low_rank_structure, make_structure
 from tests.fit.metrics import diagonal_metric, random_metric, random_moment
 from tests.weights import random_cores
@@ -58,11 +61,12 @@ def test_f_is_the_same_number(weighted: bool, ranks: tuple[int | None, int | Non
     metric = random_metric(12, 12, weighted, ranks)
     coordinates = site_coordinates(metric, *factors)
     two = low_rank_structure("linear", (12, 12))
-    for form in (MPO(random_cores(one, 3), one) for one in (structure, two)):
+    others = (replace(structure, network=network) for network in ("tree", "mera"))
+    for form in (form_of(random_cores(one, 3), one) for one in (structure, two, *others)):
         same_number(form, metric, coordinates)
 
 
-def same_number(form: MPO, metric: Metric, coordinates: Coordinates) -> None:
+def same_number(form: Form, metric: Metric, coordinates: Coordinates) -> None:
     white = coordinates.whiten_term(form)
     value = coordinates.whiten(metric).value(white.to_matrix()[0])
     assert value == pytest.approx(metric.value(form.to_matrix()[0]), rel=1e-9)

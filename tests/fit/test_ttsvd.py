@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpoc.fit.truncate import Truncation, truncate
 from mpoc.fit.ttsvd import Fit, tt_svd
+from mpoc.forms.form import Form
 from mpoc.forms.layout import interleave
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, make_structure
@@ -20,7 +21,7 @@ SOME = settings(max_examples=40, deadline=None, derandomize=True)
 BONDS = st.integers(1, 8)
 
 
-def relative_error(weight: Tensor, form: MPO) -> float:
+def relative_error(weight: Tensor, form: Form) -> float:
     """Of the stored cores, all in float64."""
     cores = [core.double() for core in form.cores]
     difference = MPO(cores, form.structure).to_weight() - weight.double()

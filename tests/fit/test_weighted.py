@@ -1,6 +1,7 @@
-"""Weighted MPO fits against brute-force least squares, closed forms, and hard moments."""
+"""Weighted fits against brute-force least squares, closed forms, and hard moments."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mpoc.fit.factorise import factorise
 from mpoc.fit.metric import Metric, make_metric
 from mpoc.fit.ttsvd import tt_svd
 from mpoc.fit.weighted import Problem, matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
+from mpoc.forms.form import Form
 from mpoc.forms.mpo import MPO
+from mpoc.forms.terms import form_of
 from mpoc.structure import Structure, make_structure
 from tests.fit.metrics import moments, random_metric
 from tests.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
@@ -28,7 +32,7 @@ def metric_for(structure: Structure, weighted: bool = True, rank: int | None = N
     )
 
 
-def brute_force_value(metric: Metric, form: MPO, k: int) -> float:
+def brute_force_value(metric: Metric, form: Form, k: int) -> float:
     """The least f that core k can give with the others as they are: dense least squares over its entries."""
     outputs = metric.output_root
     assert outputs is not None
@@ -37,7 +41,7 @@ def brute_force_value(metric: Metric, form: MPO, k: int) -> float:
         cores = list(form.cores)
         cores[k] = torch.zeros(cores[k].shape, dtype=torch.float64)
         cores[k].view(-1)[place] = 1.0
-        seen = outputs.T @ matrix_of([MPO(cores, form.structure)]) @ metric.input_root
+        seen = outputs.T @ matrix_of([form_of(cores, form.structure)]) @ metric.input_root
         columns.append(seen.flatten())
     matrix = torch.stack(columns, 1)
     target = (outputs.T @ metric.target @ metric.input_root).flatten()
@@ -45,10 +49,12 @@ def brute_force_value(metric: Metric, form: MPO, k: int) -> float:
     return float((matrix @ solution - target).square().sum())
 
 
+@pytest.mark.parametrize("network", ["chain", "tree"])
 @pytest.mark.parametrize(
     "structure", [TWO, THREE, make_structure("conv2d", (6, 4, 2, 2), sites=2)], ids=shape_id
 )
-def test_no_core_alone_can_do_better(structure: Structure) -> None:
+def test_no_core_alone_can_do_better(structure: Structure, network: str) -> None:
+    structure = replace(structure, network=network)
     metric = metric_for(structure)
     fit = Problem(metric, structure).fit(3, max_stretches=60, tolerance=1e-6)
     for k in range(len(fit.form.cores)):
@@ -56,19 +62,20 @@ def test_no_core_alone_can_do_better(structure: Structure) -> None:
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(structures(), st.integers(1, 6), st.booleans(), st.integers(0, 3))
+@given(structures(), st.sampled_from(["chain", "tree"]), st.integers(1, 6), st.booleans(), st.integers(0, 3))
 def test_f_never_rises_and_is_that_of_the_result(
-    structure: Structure, bond: int, weighted: bool, seed: int
+    structure: Structure, network: str, bond: int, weighted: bool, seed: int
 ) -> None:
     if structure.kind == "experts":
         return
+    structure = replace(structure, network=network)
     metric = metric_for(structure, weighted, seed=seed)
     fit = Problem(metric, structure).fit(bond, max_stretches=2, seed=seed)
     assert all(later < before for before, later in zip(fit.history, fit.history[1:], strict=False))
     least = 1e-20 * metric.value(torch.zeros_like(metric.target))
     assert metric.value(matrix_of(fit.terms)) == pytest.approx(fit.history[-1], rel=1e-9, abs=least)
     assert all(have <= cap for have, cap in zip(fit.form.bonds, structure.bonds(bond), strict=True))
-    plain = matrix_of([tt_svd(_as_weight(metric.target, structure), structure, bond).form])
+    plain = matrix_of([factorise(_as_weight(metric.target, structure), structure, bond).form])
     assert fit.history[0] <= metric.value(plain) * (1 + 1e-5) + least
 
 
@@ -87,9 +94,11 @@ def test_the_matrix_has_the_taps_outermost(structure: Structure) -> None:
     torch.testing.assert_close(weight, random_weight(structure), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("network", ["chain", "tree"])
 @pytest.mark.parametrize("rank", [None, 1, 3])
 @pytest.mark.parametrize("structure", ONE_MATRIX, ids=shape_id)
-def test_full_bond_is_exact(structure: Structure, rank: int | None) -> None:
+def test_full_bond_is_exact(structure: Structure, rank: int | None, network: str) -> None:
+    structure = replace(structure, network=network)
     width = structure.lead * structure.inputs
     metric = metric_for(structure, rank=None if rank is None else min(rank, width))
     fit = Problem(metric, structure).fit(structure.full_bond)
@@ -107,11 +116,13 @@ def test_a_low_rank_matrix_starts_at_the_closed_form(rank: int) -> None:
     assert fit.history[0] <= optimum * 1.05
 
 
+@pytest.mark.parametrize("network", ["chain", "tree"])
 @pytest.mark.parametrize("structure", [TWO, THREE], ids=["two", "three"])
-def test_it_is_better_than_plain_tt_svd(structure: Structure) -> None:
+def test_it_is_better_than_a_fit_of_the_weight(structure: Structure, network: str) -> None:
+    structure = replace(structure, network=network)
     for seed in range(3):
         metric = metric_for(structure, seed=seed)
-        plain = matrix_of([tt_svd(metric.target, structure, 3).form])
+        plain = matrix_of([factorise(metric.target, structure, 3).form])
         fit = Problem(metric, structure).fit(3)
         assert fit.history[-1] < 0.5 * metric.value(plain)
 
@@ -124,11 +135,12 @@ def test_no_outputs_are_those_of_the_identity(structure: Structure) -> None:
     assert first.history[-1] == pytest.approx(second.history[-1], rel=0.01)
 
 
-def test_what_an_mpo_can_be_is_found() -> None:
-    cores = random_cores(THREE, 2)
-    target = MPO(cores, THREE).to_matrix()[0]
+@pytest.mark.parametrize("network", ["chain", "tree"])
+def test_what_a_form_can_be_is_found(network: str) -> None:
+    structure = replace(THREE, network=network)
+    target = form_of(random_cores(structure, 2), structure).to_matrix()[0]
     metric = Metric(target, metric_for(THREE).inputs, metric_for(THREE).outputs)
-    fit = Problem(metric, THREE).fit(2)
+    fit = Problem(metric, structure).fit(2)
     assert fit.history[-1] < 1e-10 * metric.value(torch.zeros_like(target))
 
 
@@ -176,13 +188,14 @@ def test_a_dead_output_costs_nothing() -> None:
     assert metric.value(changed) == pytest.approx(fit.history[-1], rel=1e-9)
 
 
-def test_a_start_is_kept_or_bettered() -> None:
-    metric = metric_for(THREE)
-    start = MPO(random_cores(THREE, 3), THREE)
-    fit = Problem(metric, THREE).fit(3, start=[start])
+@pytest.mark.parametrize("network", ["chain", "tree", "mera"])
+def test_a_start_is_kept_or_bettered(network: str) -> None:
+    metric, structure = metric_for(THREE), replace(THREE, network=network)
+    start = form_of(random_cores(structure, 3), structure)
+    fit = Problem(metric, structure).fit(3, start=[start])
     assert fit.history[0] == pytest.approx(metric.value(matrix_of([start])), rel=1e-12)
     assert fit.history[-1] < 0.1 * fit.history[0]
-    kept = Problem(metric, THREE).fit(3, start=[start], max_stretches=0)
+    kept = Problem(metric, structure).fit(3, start=[start], max_stretches=0)
     torch.testing.assert_close(matrix_of(kept.terms), matrix_of([start]), rtol=1e-10, atol=1e-10)
 
 

@@ -16,6 +16,7 @@ from mpoc.forms.terms import form_of, weight_of
 from mpoc.forms.tree import Tree
 from mpoc.nn import adopt
 from mpoc.structure import Structure, make_structure
+from tests.weights import random_cores
 
 SHAPES = [
     ("linear", (24, 36), False, 3),
@@ -31,12 +32,6 @@ SHAPES = [
 
 def structure(kind: str, shape: tuple[int, ...], transposed: bool, sites: int, network: str) -> Structure:
     return make_structure(kind, shape, transposed, sites, network=network)
-
-
-def random_network(structure: Structure, bond: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = structure.core_shapes(structure.bonds(bond))
-    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
 def brute_force(cores: Sequence[Tensor], structure: Structure, bond: int) -> Tensor:
@@ -58,7 +53,7 @@ def test_the_weight_is_the_sum_over_all_legs(
 ) -> None:
     of = structure(kind, shape, transposed, sites, network)
     for bond in (1, 3):
-        cores = random_network(of, bond)
+        cores = random_cores(of, bond)
         form = form_of(cores, of)
         assert isinstance(form, Tree if network == "tree" else Mera)
         assert form.num_parameters == of.num_parameters(bond) == sum(map(torch.numel, cores))
@@ -69,14 +64,14 @@ def test_the_weight_is_the_sum_over_all_legs(
 @pytest.mark.parametrize("network", ["tree", "mera"])
 def test_gradients_reach_every_core(network: str) -> None:
     of = structure("linear", (24, 36), False, 4, network)
-    cores = [core.requires_grad_() for core in random_network(of, 2)]
+    cores = [core.requires_grad_() for core in random_cores(of, 2)]
     assert torch.autograd.gradcheck(lambda *given: weight_of(given, of), cores, fast_mode=True)
 
 
 @pytest.mark.parametrize("network", ["tree", "mera"])
 def test_cores_of_other_shapes_are_refused(network: str) -> None:
     of = structure("linear", (24, 36), False, 4, network)
-    cores = random_network(of, 2)
+    cores = random_cores(of, 2)
     for wrong in (cores[:-1], [*cores[:-1], cores[-1][:1]], [core.flatten() for core in cores]):
         with pytest.raises(ValueError):
             form_of(wrong, of)
@@ -96,7 +91,7 @@ def test_a_contraction_of_many_is_that_of_einsum() -> None:
 def test_a_linear_layer_computes_what_its_weight_does(network: str, batch: int) -> None:
     layer = nn.Linear(30, 37).double()
     of = structure("linear", (37, 30), False, 4, network)
-    adopt(layer, "weight", random_network(of, 3), of)
+    adopt(layer, "weight", random_cores(of, 3), of)
     x = torch.randn(batch, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), x @ torch.clone(layer.weight).T + layer.bias)
@@ -115,7 +110,7 @@ def test_other_layers_compute_what_a_dense_one_does(
 ) -> None:
     dense, layer = copy.deepcopy(module), copy.deepcopy(module)
     of = structure(kind, tuple(dense.get_parameter("weight").shape), False, 3, network)
-    cores = [core.float() for core in random_network(of, 2)]
+    cores = [core.float() for core in random_cores(of, 2)]
     with torch.no_grad():
         dense.get_parameter("weight").copy_(weight_of(cores, of))
     adopt(layer, "weight", cores, of)
