@@ -142,14 +142,14 @@ class Case:
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])
-@pytest.mark.parametrize("form", ["svd", "mpo", "auto"])
+@pytest.mark.parametrize("form", ["svd", "mpo", "tree", "auto"])
 def test_outputs_are_nearer_than_without_data(tmp_path: Path, name: str, form: str) -> None:
     case = Case(tmp_path, name)
     options: dict[str, Any] = {"ratio": 0.4}
     if name == "conv":
         options["exclude"] = ("6",)  # groups are fitted by their weights
     done = case.compress(form=form, **options)
-    plain = case.plain(form="mpo" if form == "mpo" else "svd", **options)
+    plain = case.plain(form="svd" if form == "auto" else form, **options)
     assert done.manifest.rho_selected <= 0.4
     assert case.error(done) < 0.8 * case.error(plain)
     if form != "auto":
