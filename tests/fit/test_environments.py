@@ -38,7 +38,7 @@ def test_they_are_the_curvature_of_each_core(structure: Structure, network: str)
                 if axis in inverses
                 else torch.eye(size).double()
             )
-            product = torch.kron(product, gram)
+            product = torch.kron(product, own.contiguous())
         expected = curvature(form, k)
         torch.testing.assert_close(product, expected, rtol=1e-2, atol=1e-3 * float(expected.max()))
 
