@@ -33,11 +33,7 @@ def test_they_are_the_curvature_of_each_core(structure: Structure, network: str)
     for k, (core, inverses) in enumerate(zip(form.cores, inverse_grams(form.cores, form.legs), strict=True)):
         product = torch.ones(1, 1, dtype=torch.float64)
         for axis, size in enumerate(core.shape):
-            gram = (
-                torch.linalg.inv(inverses[axis]).contiguous()
-                if axis in inverses
-                else torch.eye(size).double()
-            )
+            own = torch.linalg.inv(inverses[axis]) if axis in inverses else torch.eye(size).double()
             product = torch.kron(product, own.contiguous())
         expected = curvature(form, k)
         torch.testing.assert_close(product, expected, rtol=1e-2, atol=1e-3 * float(expected.max()))
