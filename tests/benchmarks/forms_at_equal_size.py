@@ -1,0 +1,141 @@
+"""Forms beside each other at equal numbers of parameters, on layers of two pretrained networks.
+
+    python tests/benchmarks/forms_at_equal_size.py --minilm DIR --data DATA [--texts 384] [--images 512]
+
+Layers of all-MiniLM-L6-v2 (``DIR``) on ``text/docstrings-calibration.jsonl``, and of ResNet-56
+(``checkpoints/resnet56-4bfd9763.th``) on CIFAR-10's training images.  In each cell: the relative error of
+the weight, fitted by itself; behind the stroke the error of the layer's outputs as the network's output feels
+it, on examples that the fit does not see, fitted as ``mpoc compress --calibrate`` fits the first layer.
+Every form has the largest bond that keeps it within ρ.  ``--speed`` instead times one vector through chains
+and trees over more and more sites.
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from benchmarking import markdown_table, require_file
+from torch import Tensor, nn
+
+from mpoc.calibrate.evidence import Evidence, one_matrix
+from mpoc.calibrate.fit import STRETCHES
+from mpoc.calibrate.offers import largest_within
+from mpoc.calibrate.study import CalibrationRequest, Study
+from mpoc.factors import wide_factors
+from mpoc.fit.factorise import factorise
+from mpoc.fit.weighted import Problem, matrix_of
+from mpoc.fit.weighted_svd import weighted_svd
+from mpoc.nn import adopt
+from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
+
+RATIOS = (0.5, 0.1, 0.02)
+BLOCK = "encoder.layer.{}."
+MINILM = {
+    "embeddings.word_embeddings.weight": "embedding",
+    f"{BLOCK.format(0)}attention.self.query.weight": "linear",
+    f"{BLOCK.format(2)}intermediate.dense.weight": "linear",
+    f"{BLOCK.format(2)}output.dense.weight": "linear",
+}
+RESNET = {f"layer{stage}.4.conv1.weight": "conv2d" for stage in (1, 2, 3)}
+
+Make = Callable[[str, tuple[int, ...]], Structure]
+
+
+def _wide(kind: str, shape: tuple[int, ...]) -> Structure:
+    _, outputs, inputs = lead_outputs_inputs(kind, shape, False)
+    return make_structure(kind, shape, factors=wide_factors(outputs, inputs))
+
+
+COLUMNS: dict[str, Make] = {
+    "svd": low_rank_structure,
+    "mpo, two wide sites": _wide,
+    "mpo": make_structure,
+    "tree": lambda kind, shape: make_structure(kind, shape, network="tree"),
+}
+
+
+def cell(weight: Tensor, structure: Structure, ratio: float, evidence: Evidence) -> str:
+    """Both errors at the largest bond within ρ; empty where even bond 1 is larger."""
+    storage = largest_within(structure, int(ratio * structure.num_original), is_sum=False)
+    if storage is None:
+        return ""
+    alone = factorise(weight, structure, storage.bond).relative_error
+    matrix = one_matrix(weight, structure.kind, structure.transposed)
+    if structure.form == "svd":
+        factors = weighted_svd(evidence.metric(matrix, evidence.usual_gamma)).factors(storage.bond)
+        found = factors[0] @ factors[1]
+    else:
+        problem = Problem(evidence.metric(matrix, evidence.mpo_gamma), structure)
+        found = matrix_of(problem.fit(storage.bond, max_stretches=STRETCHES).terms)
+    return f"{alone:.3f} / {evidence.felt.relative(matrix, found):.3f}"
+
+
+def rows(study: Study, kinds: dict[str, str]) -> Iterator[list[str]]:
+    """Of every layer at every ρ."""
+    weights = dict(study.network.named_parameters())
+    for name, kind in kinds.items():
+        weight, evidence = weights[study.places[name]].detach(), study.dense_evidence(name)
+        size = "×".join(map(str, weight.shape))
+        for ratio in RATIOS:
+            cells = [
+                cell(weight, make(kind, tuple(weight.shape)), ratio, evidence) for make in COLUMNS.values()
+            ]
+            yield [f"{name.removesuffix('.weight')}, {size}", f"{ratio:g}", *cells]
+            print("…", *cells, flush=True)
+
+
+def speed() -> Iterator[list[str]]:
+    """Milliseconds of one vector through 4096 × 4096 at bond 4, by the number of sites."""
+    for sites in (2, 3, 4, 6, 12):
+        times = []
+        for network in ("chain", "tree"):
+            structure = make_structure("linear", (4096, 4096), sites=sites, network=network)
+            layer = nn.Linear(4096, 4096, bias=False)
+            shapes = structure.core_shapes(structure.bonds(4))
+            adopt(layer, "weight", [torch.randn(shape) for shape in shapes], structure)
+            times.append(_seconds(layer.eval(), torch.randn(1, 4096)))
+        yield [str(sites), *(f"{1e3 * one:.3f}" for one in times)]
+
+
+@torch.no_grad()
+def _seconds(layer: nn.Module, x: Tensor, calls: int = 20) -> float:
+    """The least of several, after a warm-up."""
+    layer(x)
+    least = math.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(calls):
+            layer(x)
+        least = min(least, (time.perf_counter() - start) / calls)
+    return least
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--minilm", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--texts", type=int, default=384)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--speed", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.speed:
+        print(markdown_table(["sites", "mpo, ms", "tree, ms"], list(speed())))
+        return
+    if arguments.minilm is None or arguments.data is None:
+        parser.error("--minilm and --data, or --speed")
+    data, cpu = arguments.data, torch.device("cpu")
+    texts = require_file(data / "text" / "docstrings-calibration.jsonl", "texts")
+    resnet = require_file(data / "checkpoints" / "resnet56-4bfd9763.th", "ResNet-56")
+    for source, arch, examples, count, kinds in (
+        (arguments.minilm, None, texts, arguments.texts, MINILM),
+        (resnet, "resnet:depth=56", data / "cifar10", arguments.images, RESNET),
+    ):
+        study = Study(source, arch, CalibrationRequest(examples, count), list(kinds), 0, cpu)
+        print(markdown_table(["layer", "ρ", *COLUMNS], list(rows(study, kinds))), end="\n\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
