@@ -14,13 +14,14 @@ from torch import nn
 
 import mpoc
 import mpoc.hf  # registers
+from mpoc.compression import Compression
 from mpoc.errors import MpocError, UsageError
 from mpoc.expand import expand_checkpoint
 from mpoc.export import export_network, parse_input_spec
 from mpoc.fit.factorise import factorise
 from mpoc.hub_directory import cores_of
 from mpoc.manifest import read_manifest
-from mpoc.pipeline import Compression, compress_checkpoint
+from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.wiring import num_bonds
 from tests.checkpoints import mlp_state, relative_error
