@@ -5,7 +5,7 @@
 Layers of all-MiniLM-L6-v2 (``DIR``) on ``text/docstrings-calibration.jsonl``, and of ResNet-56
 (``checkpoints/resnet56-4bfd9763.th``) on CIFAR-10's training images.  In each cell: the relative error of
 the weight, fitted by itself; behind the stroke the error of the layer's outputs as the network's output feels
-it, on examples that the fit does not see, fitted as ``mpoc compress --calibrate`` fits the first layer.
+it, on examples that the fit does not see, fitted as ``mpoc compress --calibrate`` compares forms.
 Every form has the largest bond that keeps it within ρ.  ``--speed`` instead times one vector through chains
 and trees over more and more sites.
 """
@@ -21,7 +21,6 @@ from benchmarking import markdown_table, require_file
 from torch import Tensor, nn
 
 from mpoc.calibrate.evidence import Evidence, one_matrix
-from mpoc.calibrate.fit import STRETCHES
 from mpoc.calibrate.offers import largest_within
 from mpoc.calibrate.study import CalibrationRequest, Study
 from mpoc.factors import wide_factors
@@ -31,13 +30,14 @@ from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.nn import adopt
 from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
 
-RATIOS = (0.5, 0.1, 0.02)
+RATIOS = {"linear": (0.5, 0.1), "conv2d": (0.5, 0.1), "embedding": (0.1, 0.02)}
+STRETCHES = {"linear": 3, "conv2d": 3, "embedding": 1}  # of the descent: as forms are compared
 BLOCK = "encoder.layer.{}."
 MINILM = {
-    "embeddings.word_embeddings.weight": "embedding",
     f"{BLOCK.format(0)}attention.self.query.weight": "linear",
     f"{BLOCK.format(2)}intermediate.dense.weight": "linear",
     f"{BLOCK.format(2)}output.dense.weight": "linear",
+    "embeddings.word_embeddings.weight": "embedding",
 }
 RESNET = {f"layer{stage}.4.conv1.weight": "conv2d" for stage in (1, 2, 3)}
 
@@ -69,7 +69,7 @@ def cell(weight: Tensor, structure: Structure, ratio: float, evidence: Evidence)
         found = factors[0] @ factors[1]
     else:
         problem = Problem(evidence.metric(matrix, evidence.mpo_gamma), structure)
-        found = matrix_of(problem.fit(storage.bond, max_stretches=STRETCHES).terms)
+        found = matrix_of(problem.fit(storage.bond, max_stretches=STRETCHES[structure.kind]).terms)
     return f"{alone:.3f} / {evidence.felt.relative(matrix, found):.3f}"
 
 
@@ -79,7 +79,7 @@ def rows(study: Study, kinds: dict[str, str]) -> Iterator[list[str]]:
     for name, kind in kinds.items():
         weight, evidence = weights[study.places[name]].detach(), study.dense_evidence(name)
         size = "×".join(map(str, weight.shape))
-        for ratio in RATIOS:
+        for ratio in RATIOS[kind]:
             cells = [
                 cell(weight, make(kind, tuple(weight.shape)), ratio, evidence) for make in COLUMNS.values()
             ]
@@ -130,8 +130,8 @@ def main() -> None:
     texts = require_file(data / "text" / "docstrings-calibration.jsonl", "texts")
     resnet = require_file(data / "checkpoints" / "resnet56-4bfd9763.th", "ResNet-56")
     for source, arch, examples, count, kinds in (
-        (arguments.minilm, None, texts, arguments.texts, MINILM),
         (resnet, "resnet:depth=56", data / "cifar10", arguments.images, RESNET),
+        (arguments.minilm, None, texts, arguments.texts, MINILM),
     ):
         study = Study(source, arch, CalibrationRequest(examples, count), list(kinds), 0, cpu)
         print(markdown_table(["layer", "ρ", *COLUMNS], list(rows(study, kinds))), end="\n\n", flush=True)
