@@ -52,38 +52,41 @@ def _wide(kind: str, shape: tuple[int, ...]) -> Structure:
 COLUMNS: dict[str, Make] = {
     "svd": low_rank_structure,
     "mpo, two wide sites": _wide,
+    "svd+mpo": _wide,
     "mpo": make_structure,
     "tree": lambda kind, shape: make_structure(kind, shape, network="tree"),
 }
 
 
-def cell(weight: Tensor, structure: Structure, ratio: float, evidence: Evidence) -> str:
-    """Both errors at the largest bond within ρ; empty where even bond 1 is larger."""
-    storage = largest_within(structure, int(ratio * structure.num_original), is_sum=False)
+def cell(weight: Tensor, structure: Structure, ratio: float, is_sum: bool, evidence: Evidence) -> str:
+    """Both errors at the largest bond within ρ; a sum has the second alone."""
+    storage = largest_within(structure, int(ratio * structure.num_original), is_sum)
     if storage is None:
         return ""
-    alone = factorise(weight, structure, storage.bond).relative_error
     matrix = one_matrix(weight, structure.kind, structure.transposed)
     if structure.form == "svd":
         factors = weighted_svd(evidence.metric(matrix, evidence.usual_gamma)).factors(storage.bond)
         found = factors[0] @ factors[1]
     else:
         problem = Problem(evidence.metric(matrix, evidence.mpo_gamma), structure)
-        found = matrix_of(problem.fit(storage.bond, max_stretches=STRETCHES[structure.kind]).terms)
-    return f"{alone:.3f} / {evidence.felt.relative(matrix, found):.3f}"
+        stretches = STRETCHES[structure.kind]
+        found = matrix_of(problem.fit(storage.bond, rank=storage.low_rank, max_stretches=stretches).terms)
+    alone = "" if is_sum else f"{factorise(weight, structure, storage.bond).relative_error:.3f}"
+    return f"{alone} / {evidence.felt.relative(matrix, found):.3f}"
 
 
 def rows(study: Study, kinds: dict[str, str]) -> Iterator[list[str]]:
     """Of every layer at every ρ."""
     weights = dict(study.network.named_parameters())
-    for name, kind in kinds.items():
-        weight, evidence = weights[study.places[name]].detach(), study.dense_evidence(name)
+    for layer, kind in kinds.items():
+        weight, evidence = weights[study.places[layer]].detach(), study.dense_evidence(layer)
         size = "×".join(map(str, weight.shape))
         for ratio in RATIOS[kind]:
             cells = [
-                cell(weight, make(kind, tuple(weight.shape)), ratio, evidence) for make in COLUMNS.values()
+                cell(weight, make(kind, tuple(weight.shape)), ratio, name == "svd+mpo", evidence)
+                for name, make in COLUMNS.items()
             ]
-            yield [f"{name.removesuffix('.weight')}, {size}", f"{ratio:g}", *cells]
+            yield [f"{layer.removesuffix('.weight')}, {size}", f"{ratio:g}", *cells]
             print("…", *cells, flush=True)
 
 

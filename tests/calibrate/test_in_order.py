@@ -397,12 +397,12 @@ def test_kept_moments_hold_for_another_goal_and_not_for_other_data(tmp_path: Pat
     assert done.notes[-1].endswith("which was of other options: measured again")
 
 
-@pytest.mark.parametrize("form", ["svd", "mpo", "auto"])
+@pytest.mark.parametrize("form", ["svd", "mpo", "tree", "auto"])
 def test_embeddings_are_nearer_than_without_data(tmp_path: Path, form: str) -> None:
     case = Case(tmp_path, "words")
     options: dict[str, Any] = {"ratio": 0.6, "embeddings": True, "layers": ("table",), "form": form}
     done = case.compress(**options)
-    plain = case.plain(**options | {"form": "mpo" if form == "mpo" else "svd"})
+    plain = case.plain(**options | {"form": "svd" if form == "auto" else form})
     (layer,) = done.manifest.layers
     assert (layer.kind, layer.form) == ("embedding", form if form != "auto" else layer.form)
     assert layer.output_error is not None and layer.same_size is not None
