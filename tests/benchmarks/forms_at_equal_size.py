@@ -6,8 +6,8 @@ Layers of all-MiniLM-L6-v2 (``DIR``) on ``text/docstrings-calibration.jsonl``, a
 (``checkpoints/resnet56-4bfd9763.th``) on CIFAR-10's training images.  In each cell: the relative error of
 the weight, fitted by itself; behind the stroke the error of the layer's outputs as the network's output feels
 it, on examples that the fit does not see, fitted as ``mpoc compress --calibrate`` compares forms.
-Every form has the largest bond that keeps it within ρ.  ``--speed`` instead times one vector through chains
-and trees over more and more sites.
+Every form has the largest bond that keeps it within ρ.  ``--speed`` instead times vectors through chains and
+trees over more and more sites.
 """
 
 import argparse
@@ -40,6 +40,8 @@ MINILM = {
     "embeddings.word_embeddings.weight": "embedding",
 }
 RESNET = {f"layer{stage}.4.conv1.weight": "conv2d" for stage in (1, 2, 3)}
+
+NETWORKS = ("chain", "tree")
 
 Make = Callable[[str, tuple[int, ...]], Structure]
 
@@ -91,24 +93,35 @@ def rows(study: Study, kinds: dict[str, str]) -> Iterator[list[str]]:
 
 
 def speed() -> Iterator[list[str]]:
-    """Milliseconds of one vector through 4096 × 4096 at bond 4, by the number of sites."""
-    for sites in (2, 3, 4, 6, 12):
-        times = []
-        for network in ("chain", "tree"):
-            structure = make_structure("linear", (4096, 4096), sites=sites, network=network)
-            layer = nn.Linear(4096, 4096, bias=False)
-            shapes = structure.core_shapes(structure.bonds(4))
-            adopt(layer, "weight", [torch.randn(shape) for shape in shapes], structure)
-            times.append(_seconds(layer.eval(), torch.randn(1, 4096)))
-        yield [str(sites), *(f"{1e3 * one:.3f}" for one in times)]
+    """Milliseconds of 8 vectors through N × N at bond 4, sites of 4 × 4; then exponents from 1,024 on."""
+    sizes, networks = [4**sites for sites in range(3, 8)], (None, *NETWORKS)
+    times: dict[str | None, list[float]] = {network: [] for network in networks}
+    for size in sizes:
+        for network in networks:
+            layer = nn.Linear(size, size, bias=False).eval()
+            if network is not None:
+                factors = ((4,) * round(math.log(size, 4)),) * 2
+                structure = make_structure("linear", (size, size), factors=factors, network=network)
+                shapes = structure.core_shapes(structure.bonds(4))
+                adopt(layer, "weight", [torch.randn(shape) for shape in shapes], structure)
+            times[network].append(_seconds(layer, torch.randn(8, size)))
+        yield [f"{size:,}", *(f"{1e3 * times[network][-1]:.3f}" for network in networks)]
+    large = [k for k, size in enumerate(sizes) if size >= 1024]
+    logs = torch.tensor([math.log(sizes[k]) for k in large])
+    for_fit = torch.stack([logs, torch.ones(len(large))], 1)
+    slopes = []
+    for network in networks:
+        measured = torch.tensor([[math.log(times[network][k])] for k in large])
+        slopes.append(f"{float(torch.linalg.lstsq(for_fit, measured).solution[0]):.2f}")
+    yield ["exponent", *slopes]
 
 
 @torch.no_grad()
-def _seconds(layer: nn.Module, x: Tensor, calls: int = 20) -> float:
+def _seconds(layer: nn.Module, x: Tensor, calls: int = 5) -> float:
     """The least of several, after a warm-up."""
     layer(x)
     least = math.inf
-    for _ in range(10):
+    for _ in range(8):
         start = time.perf_counter()
         for _ in range(calls):
             layer(x)
@@ -125,7 +138,7 @@ def main() -> None:
     parser.add_argument("--speed", action="store_true")
     arguments = parser.parse_args()
     if arguments.speed:
-        print(markdown_table(["sites", "mpo, ms", "tree, ms"], list(speed())))
+        print(markdown_table(["N", "dense, ms", "mpo, ms", "tree, ms"], list(speed())))
         return
     if arguments.minilm is None or arguments.data is None:
         parser.error("--minilm and --data, or --speed")
