@@ -64,6 +64,10 @@ class Form(ABC):
         """
         return from_matrix(self.to_matrix(), self.structure)
 
+    def spectra(self) -> list[Tensor]:
+        """Schmidt values at the bonds, where each cuts the weight in two; else none."""
+        return []
+
     def entropies(self) -> list[float]:
         """Entanglement entropies at the bonds, where each cuts the weight in two; else none."""
         return []

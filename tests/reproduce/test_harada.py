@@ -18,6 +18,7 @@ from torch import nn
 from mpoc import zoo
 from mpoc.fit.ttsvd import tt_svd
 from mpoc.forms.layout import interleave
+from mpoc.forms.mpo import MPO
 from mpoc.reproduce import study as module
 from mpoc.reproduce.catalogue import STUDIES, Choice
 from mpoc.reproduce.cell import Cell, run_cell
@@ -41,6 +42,7 @@ def test_each_bond_is_the_smallest_that_discards_no_more_than_its_share(seed: in
     scales = torch.logspace(0, -3, 12, dtype=torch.float64)
     weight = torch.randn(24, 12, dtype=torch.float64, generator=generator) * scales
     whole = tt_svd(weight, SMALL, 100).form
+    assert isinstance(whole, MPO)
     cut = cut_by_weight(whole, discard)
     tensor = interleave(weight, SMALL).reshape(6, 6, 8).numpy()
     total = np.square(tensor).sum()
@@ -54,6 +56,7 @@ def test_each_bond_is_the_smallest_that_discards_no_more_than_its_share(seed: in
 def test_without_a_truncation_before_bonds_are_exactly_those_of_the_spectra() -> None:
     weight = torch.randn(24, 12, dtype=torch.float64) * torch.logspace(0, -3, 12, dtype=torch.float64)
     whole = tt_svd(weight, SMALL, 100).form
+    assert isinstance(whole, MPO)
     kept = cut_by_weight(whole, 0.05).bonds[1:-1]
     for bond, values in zip(kept, whole.spectra(), strict=True):
         shares = values.square() / values.square().sum()
