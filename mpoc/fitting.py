@@ -138,7 +138,9 @@ def _known(values: list[float | None]) -> tuple[float | None, ...]:
 
 
 def _spectra(fit: Fit) -> tuple[Spectrum | None, ...]:
-    """Some points of each that is known, and nothing at all where none is."""
+    """Some points of each that is known, and nothing at all where none is, or of other forms than chains."""
+    if fit.form.structure.network != "chain":
+        return ()
     pairs = zip(fit.spectra_of_weight, fit.form.bonds[1:-1], strict=True)
     found = [None if values is None else thinned(values.tolist(), kept) or None for values, kept in pairs]
     return tuple(found) if any(found) else ()

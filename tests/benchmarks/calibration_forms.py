@@ -24,7 +24,7 @@ from mpoc.calibrate.offers import largest_within
 from mpoc.calibrate.study import CalibrationRequest, Study
 from mpoc.factors import wide_factors
 from mpoc.fit.metric import Metric
-from mpoc.fit.weighted_mpo import Problem, matrix_of
+from mpoc.fit.weighted import Problem, matrix_of
 from mpoc.fit.weighted_svd import weighted_svd
 from mpoc.structure import Structure, make_structure
 

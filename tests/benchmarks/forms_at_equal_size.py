@@ -73,7 +73,7 @@ def cell(weight: Tensor, structure: Structure, ratio: float, is_sum: bool, evide
         problem = Problem(evidence.metric(matrix, evidence.mpo_gamma), structure)
         stretches = STRETCHES[structure.kind]
         found = matrix_of(problem.fit(storage.bond, rank=storage.low_rank, max_stretches=stretches).terms)
-    alone = "" if is_sum else f"{factorise(weight, structure, storage.bond).relative_error:.3f}"
+    alone = "–" if is_sum else f"{factorise(weight, structure, storage.bond).relative_error:.3f}"
     return f"{alone} / {evidence.felt.relative(matrix, found):.3f}"
 
 
