@@ -33,27 +33,29 @@ def reproduce(
         str,
         typer.Argument(
             metavar="NAME",
-            help="fc2, lenet5, vgg16, vgg19, resnet, densenet (Gao et al. 2020), picogpt or harada; or "
-            "mps-images, where images are what is compressed.",
+            help="fc2, lenet5, vgg16, vgg19, resnet, densenet (Gao et al. 2020), mera (Hallam et al. 2017), "
+            "harada or picogpt; or mps-images, where images are what is compressed.",
         ),
     ],
     data: DataPath,
     format: Format = None,
     held_out: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--hold-out",
-            help="Share of the training split on which the best weights are chosen; 0: the last ones count.",
+            help="Share of the training split on which the best weights are chosen; 0: the last ones count. "
+            "Default: 0.1 of mera, where it also ends training, else 0.",
             rich_help_panel=DATA,
         ),
-    ] = 0.0,
+    ] = None,
     variants: Annotated[
         str | None,
         typer.Option(
             metavar="V[,V…]",
             help="Of resnet: its depths, or as 56-resunit with the last ResUnit. Of densenet: (n, m, k) as "
             "16-12-24, or convolution. Of harada: raster or morton order, and as morton-random-0.1 with "
-            "automatic bonds. all: every one. Default: the first; of harada all.",
+            "automatic bonds. Of mera: fc-1, fc-2, fc-2-printed, mera, tt, mera-channels. all: every one. "
+            "Default: the first; of harada and mera all.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
@@ -182,9 +184,10 @@ def _request(values: dict[str, Any]) -> Request:
         _bonds(values),
         tuple(shapes), values["paper"], values["epochs"], values["steps"], not values["no_l2"],
     )  # fmt: skip
-    same = ("name", "data", "runs", "seed", "quick", "format", "held_out", "device")
+    same = ("name", "data", "runs", "seed", "quick", "format", "device")
     return Request(
         **{name: values[name] for name in same},
+        held_out=study.held_out if values["held_out"] is None else values["held_out"],
         output=values["output"] or Path(f"reproduce-{study.name}"),
         choice=choice,
         starts=_words(values["starts"]),

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mpoc.cli.compression_table import compression_table
 from mpoc.reproduce.cell import DENSE
 from mpoc.reproduce.study import Reproduction, Row
 
+_STARTED = "TT-SVD starts from the trained dense network of the same seed; random cores start from nothing"
 _STARTS = {DENSE: "dense", "ttsvd": "MPO, TT-SVD", "random": "MPO, random"}
 
 
@@ -20,7 +22,7 @@ def print_reproduction(console: Console, done: Reproduction) -> None:
     experiment = done.rows[0].experiment
     if done.quick:
         console.print("--quick: a smoke run; its accuracies say nothing of the experiment", soft_wrap=True)
-    console.print(_table(done))
+    console.print(compression_table(done) if done.study.baseline else _table(done))
     for label, structure in dict.fromkeys(_structures(done)):
         console.print(escape(f"{label}: {structure}"), soft_wrap=True)
     for line in _effective(done):
@@ -31,7 +33,7 @@ def print_reproduction(console: Console, done: Reproduction) -> None:
         f"every network: {experiment.training.words()}{note}; "
         f"{runs if len(done.seeds) > 1 else f'seed {done.seeds[0]}'}",
         done.material.reported(),
-        "TT-SVD starts from the trained dense network of the same seed; random cores start from nothing",
+        *([_STARTED] if any(row.start == "ttsvd" for row in done.rows) else []),
         f"paper: {done.study.source}, on {experiment.data}",
     ]
     lines += dict.fromkeys(note for row in done.rows for note in row.experiment.notes)
@@ -48,7 +50,8 @@ def _structures(done: Reproduction) -> list[tuple[str, str]]:
             name, _, structure = layer.notation().partition(" ")
             names.setdefault(structure, []).append(name)
         shown = "; ".join(f"{_joined(layers)} {structure}" for structure, layers in names.items())
-        found.append((row.experiment.label, shown))
+        if shown:
+            found.append((row.experiment.label, shown))
     return found
 
 

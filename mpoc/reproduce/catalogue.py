@@ -10,11 +10,13 @@ from mpoc.reproduce.densenet import DENSENET
 from mpoc.reproduce.digits import FC2, LENET5
 from mpoc.reproduce.experiment import Experiment, Layer, Study, Training
 from mpoc.reproduce.harada import HARADA
+from mpoc.reproduce.mera import MERA
 from mpoc.reproduce.picogpt import PICOGPT
 from mpoc.reproduce.resnet import RESNET
 from mpoc.reproduce.vgg import VGG16, VGG19
 
-STUDIES = {study.name: study for study in (FC2, LENET5, VGG16, VGG19, RESNET, DENSENET, PICOGPT, HARADA)}
+_ALL = (FC2, LENET5, VGG16, VGG19, RESNET, DENSENET, PICOGPT, HARADA, MERA)
+STUDIES = {study.name: study for study in _ALL}
 
 UNTRAINED = ("mps-images",)  # of another kind: mps_images.py
 

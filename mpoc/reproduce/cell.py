@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mpoc import zoo
+from mpoc.forms.form import Form
+from mpoc.forms.mpo import MPO
 from mpoc.reproduce.experiment import Experiment, Layer
 from mpoc.reproduce.material import Material
 from mpoc.reproduce.networks import FULL_BOND, choose_bonds, compress, core_forms
@@ -73,10 +75,11 @@ class Cell:
 
 
 def _layer_identity(layer: Layer, bond: int) -> dict[str, Any]:
-    """As plain data; raster order goes without saying, as it does in results of before there was another."""
+    """As plain data; raster order and a chain go without saying, as in results of before there were others."""
     found = {"name": layer.name, "bond": layer.bond or bond}
     found |= {key: list(getattr(layer, key)) for key in ("inputs", "outputs", "size")}
-    return found if layer.order == "raster" else {**found, "order": layer.order}
+    found |= {} if layer.order == "raster" else {"order": layer.order}
+    return found if layer.network == "chain" else {**found, "network": layer.network}
 
 
 def run_cell(
@@ -117,6 +120,9 @@ def run_cell(
         steps=outcome.steps,
         device=str(accelerator.device),
         curve=curve,
+        milliseconds=short(1000 * cell.experiment.training.settings.batch / outcome.rate)
+        if outcome.rate
+        else None,
         **_spectra(cell, network),
     )
     return result, {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
@@ -128,9 +134,13 @@ def _spectra(cell: Cell, network: nn.Module) -> dict[str, dict[str, list[Any]]]:
         return {}
     forms = core_forms(network, cell.experiment.layers)
     return {
-        "bonds": {name: list(form.bonds[1:-1]) for name, form in forms.items()},
+        "bonds": {name: list(_inner(form)) for name, form in forms.items()},
         "entropies": {name: list(map(short, form.entropies())) for name, form in forms.items()},
     }
+
+
+def _inner(form: Form) -> tuple[int, ...]:
+    return form.bonds[1:-1] if isinstance(form, MPO) else form.bonds
 
 
 def _network(cell: Cell, origin: dict[str, Tensor] | None) -> nn.Module:

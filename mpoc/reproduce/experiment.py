@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from mpoc.reproduce.pixels import ORDERS
 from mpoc.train.settings import Settings
 
+_ORDERS = {**ORDERS, "channels": "channels-first order"}
+_NAMES = {"chain": "M", "tree": "tree", "mera": "MERA"}
 GAO = "Gao et al., Phys. Rev. Research 2, 023300 (2020)"
 
 
@@ -22,13 +24,15 @@ class Layer:
     outputs: tuple[int, ...]  # J
     bond: int | None = None  # None: the D of the experiment
     size: tuple[int, ...] = ()  # of a convolution that becomes one whole map: (height, width) of its input
-    order: str = "raster"  # in which the cores take the inputs, pixels of a square image; of pixels.ORDERS
+    # In which the cores take the inputs: of pixels.ORDERS, where they are a square image, or "channels" first.
+    order: str = "raster"
+    network: str = "chain"  # of mpoc.wiring.NETWORKS
 
     def notation(self, bond: int | None = None) -> str:
         """``fc1 M(4,7,7,4→4,4,4,4)(D)``."""
         sides = "→".join(",".join(map(str, side)) for side in (self.inputs, self.outputs))
-        order = "" if self.order == "raster" else f", inputs in {ORDERS[self.order]}"
-        return f"{self.name} M({sides})({self.bond or bond or 'D'}){order}"
+        order = "" if self.order == "raster" else f", inputs in {_ORDERS[self.order]}"
+        return f"{self.name} {_NAMES[self.network]}({sides})({self.bond or bond or 'D'}){order}"
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Published:
     sigma: float | None = None
     rho: float | None = None
     words: str = ""  # what it says where it prints no number
+    parameters: tuple[int, int] = (0, 0)  # of the fully connected layers, and of all
 
     def __str__(self) -> str:
         if self.accuracy is None:
@@ -66,11 +71,15 @@ class Training:
         schedule = s.schedule
         if s.schedule == "exponential":
             schedule = f"×{s.gamma:.4g} every {s.decay_every} epoch(s)"
-        parts = [long, f"batch {s.batch}", f"{s.optimizer}{momentum}{nesterov}", f"lr {s.peak:g} {schedule}"]
+        optimizer = "adam" if s.optimizer == "adamw" and not s.weight_decay else s.optimizer
+        parts = [long, f"batch {s.batch}", f"{optimizer}{momentum}{nesterov}", f"lr {s.peak:g} {schedule}"]
         parts += [f"warm-up {s.warmup:g}"] if s.warmup else []
         parts += [f"L2 {s.l2:g}" if s.l2 else "no L2"]
         parts += [f"random shifts of {self.pad} pixels"] if self.pad else []
         parts += ["random flips"] if self.flip else []
+        if s.patience is not None:
+            every = f"{s.eval_every} steps" if s.eval_every else "epoch"
+            parts.append(f"ended by {s.patience} evaluations, one every {every}, without gain")
         return ", ".join(parts)
 
 
@@ -107,3 +116,6 @@ class Study:
     quick_batch: int  # of --quick
     axis: str = "D"  # what a figure runs over: D, parameters, or the x of the experiments
     shown: tuple[str, ...] = ()  # the variants that are done unless asked otherwise; (): the first
+    held_out: float = 0.0  # share of the training split that chooses the weights, unless asked otherwise
+    baseline: str = ""  # the variant with whose fully connected layers the paper compares those of all others
+    head: int = 0  # what the paper then counts for the last layer

@@ -1,4 +1,4 @@
-"""An MPO-Net from a dense network: from TT-SVD of its weights, or from random cores.
+"""A network of cores from a dense one: from TT-SVD of its weights, or from random cores.
 
 Random cores keep the nominal D at every bond, even above the sizes of the unfoldings: so do the papers'
 parameter counts.  TT-SVD has no use for more than an unfolding's rank, so that its counts can be lower.
@@ -15,14 +15,18 @@ from torch import Tensor, nn
 from mpoc import zoo
 from mpoc.errors import UsageError
 from mpoc.fit.conv_map import fit_conv_map
+from mpoc.fit.orthogonal import orthogonal_cores
 from mpoc.fit.ttsvd import tt_svd
+from mpoc.forms.form import Form
 from mpoc.forms.mpo import MPO, rank_within
+from mpoc.forms.terms import form_of
 from mpoc.nn import adopt
 from mpoc.nn.conv_map import geometry_of
 from mpoc.reproduce.experiment import Experiment, Layer
-from mpoc.reproduce.pixels import pixel_order
+from mpoc.reproduce.pixels import channel_order, pixel_order
 from mpoc.structure import Structure
 from mpoc.train.settings import derived_seed
+from mpoc.zoo.mera_cnn import FEATURES
 
 STARTS = ("ttsvd", "random")
 FULL_BOND = 1 << 30  # no cap
@@ -44,7 +48,9 @@ def layer_structure(network: nn.Module, layer: Layer) -> Structure:
     weight = module.get_parameter("weight")
     geometry = geometry_of(module, layer.size) if layer.size else None
     kind = "convmap" if geometry else "linear"
-    structure = Structure(kind, tuple(weight.shape), False, layer.outputs, layer.inputs, geometry)
+    structure = Structure(
+        kind, tuple(weight.shape), False, layer.outputs, layer.inputs, geometry, layer.network
+    )
     rows, columns = structure.padding
     if len(layer.inputs) != len(layer.outputs) or rows or columns < 0 or (columns and geometry is None):
         raise UsageError(
@@ -72,7 +78,9 @@ def check_structures(experiment: Experiment) -> None:
 
 def num_cores_parameters(structure: Structure, bond: int) -> int:
     """N_mpo of Eq. (6) at the nominal bond."""
-    return structure.count(nominal_bonds(len(structure.site_sizes), bond))
+    if structure.network == "chain":
+        return structure.count(nominal_bonds(len(structure.site_sizes), bond))
+    return structure.num_parameters(bond)
 
 
 def compress(network: nn.Module, layers: Sequence[Layer], bond: int, start: str, seed: int) -> nn.Module:
@@ -110,6 +118,8 @@ def compress(network: nn.Module, layers: Sequence[Layer], bond: int, start: str,
 
 
 def _input_order(layer: Layer, structure: Structure) -> Tensor:
+    if layer.order == "channels":
+        return channel_order(*FEATURES)
     return pixel_order(layer.order, math.isqrt(structure.inputs))
 
 
@@ -118,11 +128,11 @@ def _reordered(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return (inputs[0][..., module.get_buffer("input_order")],)
 
 
-def core_forms(network: nn.Module, layers: Sequence[Layer]) -> dict[str, MPO]:
+def core_forms(network: nn.Module, layers: Sequence[Layer]) -> dict[str, Form]:
     """The replaced layers' cores as they are, on the CPU, by layer."""
     modules = {layer.name: network.get_submodule(layer.name) for layer in layers}
     return {
-        name: MPO([core.detach().cpu() for core in module.cores], module.structure)  # type: ignore[union-attr, arg-type]
+        name: form_of([core.detach().cpu() for core in module.cores], module.structure)  # type: ignore[union-attr, arg-type]
         for name, module in modules.items()
     }
 
@@ -130,6 +140,7 @@ def core_forms(network: nn.Module, layers: Sequence[Layer]) -> dict[str, MPO]:
 def choose_bonds(network: nn.Module, layers: Sequence[Layer], discard: float) -> None:
     """Cut every bond of the layers' cores to what their own Schmidt spectra ask for; in place."""
     for name, form in core_forms(network, layers).items():
+        assert isinstance(form, MPO)
         cores = cut_by_weight(form, discard).cores
         module = network.get_submodule(name)
         module.cores = nn.ParameterList(core.float().contiguous() for core in cores)
@@ -156,12 +167,14 @@ def cut_by_weight(form: MPO, discard: float) -> MPO:
 
 
 def random_cores(structure: Structure, bond: int, seed: int) -> list[Tensor]:
-    """Normal cores of variance 2 / (fan-in + fan-out), with fans D_{k-1} I_k and J_k D_k.
+    """Of a chain, normal cores of variance 2 / (fan-in + fan-out), with fans D_{k-1} I_k and J_k D_k.
 
     Source: Glorot and Bengio 2010, Eq. (12), on each core as the matrix that it is in a contraction from the
-    left; what Gao et al. 2020 start from.
+    left; what Gao et al. 2020 start from.  Those of a MERA are orthogonal, as Hallam et al. 2017 have them.
     """
     generator = torch.Generator().manual_seed(seed)
+    if structure.network == "mera":
+        return [core.float() for core in orthogonal_cores(structure, bond, generator)]
     bonds = nominal_bonds(len(structure.site_sizes), bond)
     cores: list[Tensor] = []
     for k, (j, i) in enumerate(zip(structure.output_factors, structure.input_factors, strict=True)):

@@ -53,6 +53,13 @@ def pixel_order(order: str, side: int) -> Tensor:
     return to_sites(torch.arange(side * side).reshape(1, 1, side, side), order).flatten()
 
 
+def channel_order(height: int, width: int, channels: int) -> Tensor:
+    """(height·width·channels,) int64: the number that a feature has pixel by pixel, channels last, of each
+    feature with channels first and pixels in Morton order; height and width one power of two."""
+    places = pixel_order("morton", height) * channels
+    return (torch.arange(channels)[:, None] + places).flatten()
+
+
 def _depth(height: int, width: int) -> int:
     """The smallest m with 2ᵐ × 2ᵐ pixels for the image, at least 1."""
     return max(1, (max(height, width) - 1).bit_length())

@@ -33,6 +33,7 @@ class Result:
     steps: int
     device: str
     curve: list[dict[str, float]]  # epoch, accuracy and, where one chooses, validation
+    milliseconds: float | None = None  # of a training step
     # By replaced layer, at the inner bonds; {} of a dense network.
     bonds: dict[str, list[int]] = field(default_factory=dict)
     entropies: dict[str, list[float]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from mpoc.errors import UsageError, nearest
 from mpoc.processes import num_processes
 from mpoc.reproduce.catalogue import Choice, choose, find_study
 from mpoc.reproduce.cell import DENSE, Cell, Key, dense_sizes, run_cell
+from mpoc.reproduce.compression import baseline_counts, counts
 from mpoc.reproduce.experiment import Experiment, Published, Study
 from mpoc.reproduce.material import QUICK_STEPS, Material, open_material, shortened
 from mpoc.reproduce.networks import STARTS, check_structures
@@ -66,7 +67,7 @@ class Row:
     @property
     def rho(self) -> float:
         """ρ of Eq. (9)."""
-        return self.replaced / self.original
+        return self.replaced / self.original if self.original else 1.0
 
     @property
     def published(self) -> Published | None:
@@ -102,11 +103,11 @@ class Reproduction:
             "reported": self.material.reported(),
             "quick": self.quick,
             "seeds": list(self.seeds),
-            "rows": [_row_dict(row) for row in self.rows],
+            "rows": [_row_dict(self.study, row) for row in self.rows],
         }
 
 
-def _row_dict(row: Row) -> dict[str, Any]:
+def _row_dict(study: Study, row: Row) -> dict[str, Any]:
     found: dict[str, Any] = {
         "network": row.experiment.label,
         "start": row.start,
@@ -123,6 +124,9 @@ def _row_dict(row: Row) -> dict[str, Any]:
         mean, sigma = row.mean(name)
         key = "accuracy_before_training" if name == "start" else name
         found[key] = {"mean": short(mean), "sigma": None if sigma is None else short(sigma)}
+    if study.baseline:
+        own = counts(study, row.experiment.network, row.parameters)
+        found["as_counted_there"] = {**asdict(own), "compression": list(own.of(baseline_counts(study)))}
     found["published"] = asdict(row.published) if row.published else None
     found["runs"] = [asdict(result) for result in row.results]
     return found
@@ -188,6 +192,8 @@ def _open(request: Request, study: Study) -> tuple[list[Experiment], Material]:
     experiments = choose(study, request.choice)
     for experiment in experiments:
         check_structures(experiment)
+    if not request.held_out and any(one.training.settings.patience for one in experiments):
+        raise UsageError("--hold-out 0: a validation split ends these trainings", "--hold-out 0.1")
     network = experiments[0].network
     material = open_material(request.data, network, request.format, request.held_out, request.seed)
     if not request.quick:

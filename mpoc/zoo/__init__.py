@@ -21,6 +21,7 @@ from mpoc.zoo.densenet import densenet
 from mpoc.zoo.fc2 import FC2
 from mpoc.zoo.harada import Harada
 from mpoc.zoo.lenet5 import LeNet5
+from mpoc.zoo.mera_cnn import MeraCNN
 from mpoc.zoo.picogpt import PicoGPT
 from mpoc.zoo.resnet import resnet
 from mpoc.zoo.vgg import vgg16, vgg19
@@ -33,6 +34,8 @@ _VGG = f"Simonyan and Zisserman, arXiv:1409.1556; {_GAO}"
 # Images run from 0 to 1, then (x − mean) / std; in training padded with zeros, cropped, mirrored at random.
 _DIGITS = {"mean": (0.0,), "std": (1.0,), "pad": 0, "flip": False}
 _CIFAR = {"mean": (0.4914, 0.4824, 0.4467), "std": (0.2471, 0.2435, 0.2616), "pad": 4, "flip": True}
+# Centred, not scaled, as Hallam et al. do.
+_CENTRED = _CIFAR | {"std": (1.0, 1.0, 1.0)}
 # Of the published CIFAR-10 checkpoints with these key names.
 _PUBLISHED = _CIFAR | {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -55,6 +58,9 @@ ENTRIES = {
     "fc2": Entry(FC2, _GAO, (1, 28, 28), {}, _DIGITS),
     "harada": Entry(Harada, _HARADA, (1, 28, 28), {}, _DIGITS),
     "lenet5": Entry(LeNet5, f"LeCun et al., Proc. IEEE 86, 2278 (1998); {_GAO}", (1, 28, 28), {}, _DIGITS),
+    "mera-cnn": Entry(
+        MeraCNN, "Hallam et al., arXiv:1711.03357", (3, 32, 32), {"hidden": 4096, "parallel": 0}, _CENTRED
+    ),
     "picogpt": Entry(PicoGPT, "arXiv:2603.28534", (256,), {"vocab": 65, "context": 256}),
     "resnet": Entry(
         resnet, f"He et al., CVPR 2016; {_GAO}", (3, 32, 32), {"depth": 20, "width": 1}, _PUBLISHED
