@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mpoc.fit.environments import inverse_grams
-from mpoc.fit.metric import Metric, weighed
+from mpoc.fit.metric import Metric
 from mpoc.forms.contraction import along
 from mpoc.forms.form import Form
 from mpoc.forms.terms import form_of
@@ -98,7 +98,7 @@ class Descent:
             vector = vector.detach().requires_grad_()
             matrix = total(self._formed(self._split(vector)))
             error = self.metric.target - matrix.detach()
-            weighted = weighed(self.metric.outputs, error @ self.metric.inputs)
+            weighted = self.metric.weighed(error)
             gradient = torch.autograd.grad(matrix, vector, -2 * weighted)[0]
         value = float((error * weighted).sum(dtype=torch.float64))
         return Point(vector.detach(), value, gradient)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mpoc.fit.conv_map import fit_conv_map
+from mpoc.fit.mera import fit_mera
 from mpoc.fit.tree import tree_svd
 from mpoc.fit.ttsvd import Fit, tt_svd
 from mpoc.structure import Structure
@@ -13,6 +14,7 @@ from mpoc.structure import Structure
 _FITS = {
     "chain": tt_svd,
     "tree": tree_svd,
+    "mera": fit_mera,
 }
 
 

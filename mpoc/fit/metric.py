@@ -30,14 +30,19 @@ class Metric:
     """f(Ŵ) = tr[G (T − Ŵ) M (T − Ŵ)ᵀ]."""
 
     target: Tensor  # T (N_y, N_x) float64
-    inputs: Tensor  # M + R (N_x, N_x) float64, symmetric, positive semidefinite
+    inputs: Tensor  # M + R (N_x, N_x) float64, symmetric, positive semidefinite; (N_x,) of a diagonal one
     outputs: Tensor | None = None  # G (N_y, N_y) likewise, (N_y,) of a diagonal one; None: the identity
 
     def value(self, matrix: Tensor) -> float:
         """f of ``matrix`` (N_y, N_x), in float64."""
         error = self.target - matrix.double()
-        value = float((weighed(self.outputs, error) * (error @ self.inputs)).sum())
+        value = float((error * self.weighed(error)).sum())
         return math.inf if math.isnan(value) else max(0.0, value)
+
+    def weighed(self, error: Tensor) -> Tensor:
+        """G E M of E (N_y, N_x)."""
+        right = error @ self.inputs if self.inputs.dim() == 2 else error * self.inputs
+        return weighed(self.outputs, right)
 
     @cached_property
     def input_root(self) -> Tensor:

@@ -7,6 +7,7 @@ isometries to be isometric once they are trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -34,13 +35,18 @@ class Mera(Form):
     @property
     def bonds(self) -> tuple[int, ...]:
         """(D,), the dimension of every bond."""
-        bonds = {
-            size
-            for core, of in zip(self.cores, self.structure.wiring((1,)), strict=True)
-            for leg, size in zip(of.legs, core.shape, strict=True)
-            if leg[0] not in "ij"
-        }
-        return (max(bonds, default=1),)
+        shapes = [tuple(core.shape) for core in self.cores]
+        sizes = sorted({1, *(size for shape in shapes for size in shape)})
+        return next(((size,) for size in sizes if self.structure.core_shapes((size,)) == shapes), (1,))
+
+    def balanced(self) -> tuple[Mera, list[Tensor]]:
+        """The same weight in float64 with cores of equal norms; no Schmidt values: see :class:`Form`."""
+        cores = [core.double() for core in self.cores]
+        norms = [float(core.norm()) for core in cores]
+        if all(norms):
+            mean = math.exp(math.fsum(map(math.log, norms)) / len(norms))
+            cores = [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)]
+        return Mera(cores, self.structure), []
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """The interleaved tensor as one column, and (1, 1)."""
