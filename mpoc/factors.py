@@ -71,13 +71,19 @@ def default_sites(outputs: int, inputs: int) -> int:
     return max(1, min(wanted, int(math.log2(max(2, min(outputs, inputs))))))
 
 
+def mera_sites(outputs: int, inputs: int) -> int:
+    """Sites of about 4 on the larger side: what a MERA has over a chain are levels of small ones."""
+    wanted = (max(1, outputs - 1, inputs - 1).bit_length() + 1) // 2
+    return max(1, min(wanted, int(math.log2(max(2, min(outputs, inputs))))))
+
+
 def choose_factors(outputs: int, inputs: int, sites: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(output factors, input factors): outputs fall and inputs rise, so that all sites are alike in size.
 
     Args:
         outputs: N_y.
         inputs: N_x.
-        sites: wanted number; None for the papers' habit. Fewer where a side is too small, or prime.
+        sites: wanted number; None for the papers' habit with chains. Fewer where a side is too small, or prime.
     """
     wanted = sites if sites is not None else default_sites(outputs, inputs)
     for count in range(wanted, 1, -1):

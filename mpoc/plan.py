@@ -161,6 +161,12 @@ def _with_goal(plan: LayerPlan, rule: LayerRule, recipe: Recipe) -> LayerPlan:
     own = rule.bond is not None or rule.max_error is not None
     bond = rule.bond if own else recipe.bond
     error = rule.max_error if own else recipe.max_error
+    if error is not None and plan.structure.network == "mera":
+        raise UsageError(
+            f"layer {plan.map.layer}: --max-error cuts bonds by a spectrum, and a MERA has none: its "
+            "error is known after the fit only",
+            "--bond 4 or --ratio 0.1, or --form mpo",
+        )
     if error is not None:
         return replace(plan, max_bond=plan.structure.full_bond, tolerance=error)
     return replace(plan, max_bond=bond if bond is not None else 0)

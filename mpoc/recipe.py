@@ -30,7 +30,7 @@ from mpoc.selection import matches
 from mpoc.toml_values import flag, number, text, texts, whole
 
 CONV_FORMS = ("kernel", "map")
-FORMS = ("mpo", "svd", "tree", "svd+mpo", "auto")
+FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "auto")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 GOALS = ("bond", "ratio", "max_error", "size", "max_drop")
 

@@ -25,7 +25,7 @@ import math
 from dataclasses import dataclass, field
 
 from mpoc.errors import UsageError
-from mpoc.factors import choose_factors, choose_map_factors
+from mpoc.factors import choose_factors, choose_map_factors, mera_sites
 from mpoc.geometry import Geometry, factors_by_axis
 from mpoc.wiring import Core, branches, count_parameters, wiring
 
@@ -210,7 +210,8 @@ def make_structure(
         kind: one of ``KINDS``.
         shape: the weight's.
         transposed: stored as (inputs, outputs).
-        sites: number of sites besides the taps or experts site; None for the papers' habit.
+        sites: number of sites besides the taps or experts site; None for the papers' habit, of a MERA
+            for :func:`mpoc.factors.mera_sites`.
         factors: (output factors, input factors) that a user asked for, with or without the lead site.
         geometry: makes a convolution a whole map; ``kind`` is then ``convmap``.
         network: that joins the sites; of whole maps a chain.
@@ -227,6 +228,8 @@ def make_structure(
         channels = (shape[0], shape[1] * geometry.groups)
         output_factors, input_factors = choose_map_factors(geometry, channels, sites)
     else:
+        if network == "mera" and sites is None:
+            sites = mera_sites(outputs, inputs)
         output_factors, input_factors = choose_factors(outputs, inputs, sites)
     if lead > 1:
         output_factors = (front[0], *output_factors)

@@ -54,9 +54,9 @@ def compress(
     form: Annotated[
         str | None,
         typer.Option(
-            metavar="mpo|svd|tree|svd+mpo|auto",
+            metavar="mpo|svd|tree|mera|svd+mpo|auto",
             help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. tree: the sites in a "
-            "binary tree. svd+mpo: a sum. "
+            "binary tree. mera: the tree with disentanglers. svd+mpo: a sum. "
             "auto: for each layer the best. The last two with --calibrate and a budget (--ratio, --size or "
             "--max-drop), where auto is the default.",
             rich_help_panel=HOW,
