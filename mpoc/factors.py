@@ -83,7 +83,7 @@ def choose_factors(outputs: int, inputs: int, sites: int | None) -> tuple[tuple[
     Args:
         outputs: N_y.
         inputs: N_x.
-        sites: wanted number; None for the papers' habit with chains. Fewer where a side is too small, or prime.
+        sites: wanted number; None for the papers' habit. Fewer where a side is too small, or prime.
     """
     wanted = sites if sites is not None else default_sites(outputs, inputs)
     for count in range(wanted, 1, -1):

@@ -1,4 +1,4 @@
-"""The table of a study that compares fully connected layers: parameters, compression, accuracy, time a step."""
+"""The table of a study that compares fully connected layers: parameters, compression, accuracy, time."""
 
 from __future__ import annotations
 

@@ -120,12 +120,14 @@ def run_cell(
         steps=outcome.steps,
         device=str(accelerator.device),
         curve=curve,
-        milliseconds=short(1000 * cell.experiment.training.settings.batch / outcome.rate)
-        if outcome.rate
-        else None,
+        milliseconds=_step_time(cell, outcome),
         **_spectra(cell, network),
     )
     return result, {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+
+
+def _step_time(cell: Cell, outcome: Outcome) -> float | None:
+    return short(1000 * cell.experiment.training.settings.batch / outcome.rate) if outcome.rate else None
 
 
 def _spectra(cell: Cell, network: nn.Module) -> dict[str, dict[str, list[Any]]]:

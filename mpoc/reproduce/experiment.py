@@ -24,7 +24,7 @@ class Layer:
     outputs: tuple[int, ...]  # J
     bond: int | None = None  # None: the D of the experiment
     size: tuple[int, ...] = ()  # of a convolution that becomes one whole map: (height, width) of its input
-    # In which the cores take the inputs: of pixels.ORDERS, where they are a square image, or "channels" first.
+    # In which the cores take the inputs: of pixels.ORDERS, of a square image; or "channels" first.
     order: str = "raster"
     network: str = "chain"  # of mpoc.wiring.NETWORKS
 
@@ -102,6 +102,7 @@ class Experiment:
     # dense weight, or of random cores trained at D before.
     discard: float = 0.0
     starts: tuple[str, ...] = ("ttsvd", "random")  # those it is done from
+    with_dense: bool = True  # whether its dense network is trained too; else another variant is that
     series: str = ""  # what is joined by a line in a figure over parameters
 
 

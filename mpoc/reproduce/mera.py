@@ -30,8 +30,8 @@ _PAPER = replace(
     note="the paper's own, but that it ends by a validation split, not by the test data",
 )
 _COUNTED = (
-    "parameters: what the network has, 640 of them in its last layer; all columns after it count 2,560 there, "
-    "as the paper's numbers do"
+    "parameters: what the network has, 640 of them in its last layer; columns after it count 2,560 there, as "
+    "the paper's numbers do"
 )
 _SITES = "the hidden layers' 4096 features are pixels, channels last, each index of dimension 2"
 
@@ -85,6 +85,7 @@ def _factored(
         bonds=tuple(published),
         published=published,
         starts=("random",),
+        with_dense=False,
         notes=(_COUNTED, note),
         series=label,
     )
@@ -116,7 +117,7 @@ MERA = Study(
     "MERA layers",
     "Hallam et al., arXiv:1711.03357 (2017)",
     _VARIANTS,
-    quick_batch=50,
+    quick_batch=20,
     axis="parameters",
     shown=tuple(_VARIANTS),
     held_out=0.1,

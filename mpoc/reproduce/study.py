@@ -213,7 +213,7 @@ def _cells(experiments: list[Experiment], starts: tuple[str, ...], seed: int) ->
     """In the order of the table, each dense network once."""
     dense: set[str] = set()
     for experiment in experiments:
-        if experiment.network not in dense:
+        if experiment.with_dense and experiment.network not in dense:
             yield Cell(experiment, DENSE, 0, seed)
             dense.add(experiment.network)
         for bond in experiment.bonds or (0,):

@@ -1,9 +1,9 @@
-"""The network for CIFAR-10 whose two hidden layers Hallam et al., arXiv:1711.03357, make MERAs and tensor trains.
+"""The network for CIFAR-10 whose two hidden layers Hallam et al. replace (arXiv:1711.03357, 2017).
 
 Three pairs of 3 × 3 convolutions, 64 channels but for the last of 256, each pair followed by a 3 × 3 max
-pooling of stride 2: 4 × 4 × 256 features, then 4096 → hidden → 64 → 10.  Leaky ReLU of 0.2, dropout of 0.2 and
-0.5 on the last two convolutions and of 0.5 on the hidden layers, batch norm after it and after the pooling.
-There are no biases, and the norms have no parameters: the paper's totals count neither.
+pooling of stride 2: 4 × 4 × 256 features, then 4096 → hidden → 64 → 10.  Leaky ReLU of 0.2, dropout of 0.2
+and 0.5 on the last two convolutions and of 0.5 on the hidden layers, batch norm after it and after the
+pooling.  There are no biases, and the norms have no parameters: the paper's totals count neither.
 
 Features are counted as TensorFlow does, which the paper used: pixel by pixel, channels last.
 """
@@ -11,6 +11,7 @@ Features are counted as TensorFlow does, which the paper used: pixel by pixel, c
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class MeraCNN(nn.Module):
         if parallel not in (0, 1):
             raise ValueError(f"parallel={parallel}: 0 or 1")
         self.parallel = parallel
-        for k, (before, after) in enumerate(zip(_CHANNELS[:-1], _CHANNELS[1:], strict=True), 1):
+        for k, (before, after) in enumerate(pairwise(_CHANNELS), 1):
             self.add_module(f"conv{k}", nn.Conv2d(before, after, 3, padding=1, bias=False))
             self.add_module(f"bn{k}", nn.BatchNorm2d(after, affine=False))
         features = math.prod(FEATURES)
