@@ -2,7 +2,7 @@
 
     start     disentanglers that leave alone what goes through them, isometries of a hierarchical SVD: exact
               in what the weight's tree of inputs and outputs needs, and no disentangling; or random
-              orthogonal cores; the one from which a first stretch of the descent gets further
+              orthogonal cores; the one from which the descent's first steps get further
     descent   L-BFGS over all cores together (:mod:`mpoc.fit.descent`), in the weight's working dtype
 
 Bonds of a MERA close loops, so that there is no canonical form, and no truncation that is known to be best.
@@ -83,10 +83,12 @@ def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:
         Descent(metric, [Mera(_scaled(cores, scale), working).balanced()[0]])
         for cores, scale in ((start.cores, 1 / norm), (drawn.cores, _half_norm(drawn)))
     ]
+    steps = _affordable(start)
+    first = max(_STRETCH // 2, min(2 * _STRETCH, steps // 4))
     for descent in descents:
-        descent.run(_STRETCH)
+        descent.run(first)
     best = min(descents, key=lambda descent: descent.point.value)
-    steps = _affordable(start) - 2 * _STRETCH
+    steps -= 2 * first
     before = math.inf
     while steps >= _STRETCH and best.point.value < (1 - _GAIN) * before:
         before = best.point.value
@@ -103,7 +105,7 @@ def _affordable(form: Mera) -> int:
         for leg, n in zip(legs, core.shape, strict=True)
     }
     multiplications, made = work(tuple(form.legs), tuple(sizes.items()))
-    return int(min(_MOST_STEPS, _WORK / (multiplications + _MOVING * made)))
+    return int(min(_MOST_STEPS, _WORK / max(1, multiplications + _MOVING * made)))
 
 
 def tree_cores(tensor: Tensor, structure: Structure, bond: int, generator: torch.Generator) -> list[Tensor]:
