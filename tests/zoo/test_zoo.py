@@ -18,6 +18,9 @@ COUNTS = {
     "lenet5": 156 + 2_416 + 48_120 + 120 * 84 + 84 * 10,  # LeCun et al.: "60,000 trainable parameters"
     "vgg16": 28_923_850,
     "vgg19": 38_953_418,
+    # Hallam et al.: 17,338,560 and 602,304, with 2,560 in the place of the last layer's 640 and 740
+    "mera-cnn": 17_338_560 - 2_560 + 640,
+    "mera-cnn:hidden=10,parallel=1": 602_304 - 2_560 + 740,
     "picogpt": 808_448,  # of the paper's code; its text has 1,020,224
 }
 # He et al., table 6; Huang et al., table 2. Both print two digits.
@@ -176,8 +179,8 @@ def test_specs_are_read() -> None:
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("resnt", "no network 'resnt' in the zoo (densenet, fc2, harada, lenet5, picogpt, resnet, vgg16, "
-         "vgg19); did you mean 'resnet'?"),
+        ("resnt", "no network 'resnt' in the zoo (densenet, fc2, harada, lenet5, mera-cnn, picogpt, resnet, "
+         "vgg16, vgg19); did you mean 'resnet'?"),
         ("", "no network ''"),
         ("resnet:", "resnet has no option '', only depth and width"),
         ("resnet:dept=20", "resnet has no option 'dept', only depth and width; did you mean 'depth'?"),
@@ -192,6 +195,7 @@ def test_specs_are_read() -> None:
         ("resnet:depth=600002", "depth=600002: 6n + 2 from 8 to 1202"),
         ("densenet:depth=41", "densenet: depth=41: 3m + 4 from 7 to 250, as 40 or 100"),
         ("densenet:depth=4", "depth=4: 3m + 4"),
+        ("mera-cnn:parallel=2", "mera-cnn: parallel=2: 0 or 1"),
         ("picogpt:vocab=1000000", "vocab=1000000: not a whole number from 1 to 999999"),
     ],
 )  # fmt: skip

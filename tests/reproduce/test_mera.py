@@ -1,0 +1,142 @@
+"""The study of Hallam et al. 2017: its parameters against the paper's, its cores, and a run of a few steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpoc import zoo
+from mpoc.errors import UsageError
+from mpoc.reproduce.catalogue import Choice, choose
+from mpoc.reproduce.compression import baseline_counts, counts
+from mpoc.reproduce.mera import MERA
+from mpoc.reproduce.networks import compress, layer_structure, num_cores_parameters
+from mpoc.reproduce.pixels import channel_order
+from mpoc.reproduce.study import Request, reproduce
+
+# Variant and D → parameters of the fully connected layers, and what is printed where that differs.
+COUNTS = {
+    ("fc-1", 0): (17_041_920, 17_041_920),
+    ("fc-2", 0): (4096 * 10 + 10 * 64 + 2_560, 305_664),
+    ("fc-2-printed", 0): (305_664, 305_664),
+    ("mera", 2): (3_120, 3_112),
+    ("mera", 3): (4_342, 4_342),
+    ("tt", 3): (3_232, 3_168),
+    ("tt", 5): (4_380, 4_380),
+    ("tt", 7): (6_088, 6_088),
+    ("mera-channels", 2): (3_120, 3_112),
+}
+CONVOLUTIONS = 296_640
+
+
+def on_meta(network: str) -> nn.Module:
+    with torch.device("meta"):
+        return zoo.make(network)
+
+
+@pytest.mark.parametrize(("variant", "bond"), COUNTS)
+def test_parameters_are_the_papers(variant: str, bond: int) -> None:
+    experiment = MERA.variants[variant]
+    network = on_meta(experiment.network)
+    structures = [layer_structure(network, layer) for layer in experiment.layers]
+    dense = sum(structure.num_original for structure in structures)
+    cores = sum(num_cores_parameters(structure, bond) for structure in structures)
+    whole = sum(parameter.numel() for parameter in network.parameters()) - dense + cores
+    found, printed = COUNTS[variant, bond]
+    assert counts(MERA, experiment.network, whole).fully_connected == found
+    assert counts(MERA, experiment.network, whole).total == found + CONVOLUTIONS
+    published = experiment.published.get(bond, experiment.dense)
+    assert published.parameters == (printed, printed + CONVOLUTIONS) or variant.startswith("tt")
+
+
+def test_compression_is_counted_from_the_first_network() -> None:
+    found = counts(MERA, "mera-cnn", CONVOLUTIONS + 4_342 - 2_560 + 640).of(baseline_counts(MERA))
+    assert (round(found[0]), round(found[1], 2)) == (3925, 57.61)  # the paper's 3924 is cut, not rounded
+
+
+def test_the_convolutions_are_the_papers() -> None:
+    network = on_meta("mera-cnn")
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert sum(module.weight.numel() for module in convolutions) == CONVOLUTIONS
+    names = {name.split(".")[0] for name, _ in network.named_parameters()}
+    assert names == {f"conv{k}" for k in range(1, 7)} | {"fc1", "fc2", "head"}
+
+
+def test_features_are_pixels_with_their_channels() -> None:
+    network = zoo.make("mera-cnn").eval()
+    seen: list[torch.Tensor] = []
+    network.get_submodule("fc1").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    network.get_submodule("bn6").register_forward_hook(lambda *_: seen.append(_[2]))
+    with torch.no_grad():
+        network(torch.randn(2, 3, 32, 32))
+    maps, features = seen
+    assert torch.equal(features[:, 256 * (4 * 2 + 1) + 7], maps[:, 7, 2, 1])
+
+
+def test_channels_come_first_and_neighbouring_pixels_together() -> None:
+    order = channel_order(4, 4, 256)
+    features = torch.arange(4 * 4 * 256).reshape(4, 4, 256)
+    expected = [features[y, x, 9] for y, x in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2))]
+    assert order[9 * 16 : 9 * 16 + 5].tolist() == expected
+    assert sorted(order.tolist()) == list(range(4096))
+
+
+def test_in_another_order_the_first_layer_sees_the_same_features() -> None:
+    experiment = MERA.variants["mera-channels"]
+    other = compress(zoo.make("mera-cnn"), experiment.layers, 2, "random", seed=0)
+    plain = compress(zoo.make("mera-cnn"), MERA.variants["mera"].layers, 2, "random", seed=0)
+    x = torch.randn(3, 4096)
+    with torch.no_grad():
+        torch.testing.assert_close(other.fc1(x), plain.fc1(x[:, channel_order(4, 4, 256)]))
+        assert not torch.allclose(other.fc1(x), plain.fc1(x))
+
+
+def test_the_first_layer_starts_orthogonal_and_the_second_keeps_variance() -> None:
+    network = compress(zoo.make("mera-cnn"), MERA.variants["mera"].layers, 2, "random", seed=0)
+    x = torch.randn(50, 4096, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        first = network.fc1(x)
+        torch.testing.assert_close(first.norm(dim=1), x.norm(dim=1), rtol=1e-4, atol=1e-4)
+        assert float(network.fc2(first).var()) == pytest.approx(1.0, rel=0.1)
+
+
+def test_every_variant_is_done_unless_asked_otherwise() -> None:
+    labels = [experiment.label for experiment in choose(MERA, Choice())]
+    assert labels == ["FC-1", "FC-2", "FC-2, as printed", "MERA", "TT", "MERA, channels first"]
+    words = choose(MERA, Choice(paper=True))[3].training.words()
+    assert words.startswith(
+        "1000 epochs, batch 50, adam, lr 0.001 constant, no L2, random shifts of 4 pixels"
+    )
+    assert words.endswith("ended by 10 evaluations, one every 500 steps, without gain")
+
+
+def write_images(path: Path) -> Path:
+    random = np.random.default_rng(0)
+    parts = {}
+    for split, count in (("train", 60), ("test", 20)):
+        parts[f"x_{split}"] = random.integers(0, 255, (count, 3, 32, 32), dtype=np.uint8)
+        parts[f"y_{split}"] = np.arange(count) % 10
+    np.savez(path, allow_pickle=False, **parts)
+    return path
+
+
+def test_a_few_steps(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "images.npz")
+    choice = Choice(variants=("mera",), bonds=(2,))
+    asked = Request("mera", data, tmp_path / "out", choice, quick=True, held_out=0.2, device="cpu")
+    done = reproduce(asked, lambda _: None)
+    assert [(row.experiment.label, row.start, row.bond) for row in done.rows] == [
+        ("MERA", "random", 2),
+    ]
+    row = done.rows[0]
+    assert row.results[0].steps == 10 and (row.results[0].milliseconds or 0) > 0
+    found = done.as_dict()["rows"][0]
+    assert found["as_counted_there"]["fully_connected"] == 3_120
+    assert found["structures"][1] == "fc2 MERA(2,2,2,2,2,2,2,2,2,2,2,2→1,2,1,2,1,2,1,2,1,2,1,2)(2)"
+    with pytest.raises(UsageError, match="--hold-out 0: a validation split ends these trainings"):
+        reproduce(replace(asked, held_out=0.0), lambda _: None)
