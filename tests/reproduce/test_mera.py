@@ -1,4 +1,4 @@
-"""The study of Hallam et al. 2017: its parameters against the paper's, its cores, and a run of a few steps."""
+"""The study of Hallam et al. 2017: parameters against the paper's, cores, and a run of a few steps."""
 
 from __future__ import annotations
 

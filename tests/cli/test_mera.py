@@ -1,0 +1,114 @@
+"""``--form mera`` from a command line to a network again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from typer.testing import CliRunner
+
+import mpoc
+import mpoc.hf  # registers
+from mpoc.cli.app import app
+from mpoc.manifest import read_manifest
+from mpoc.pipeline import compress_checkpoint
+from mpoc.recipe import make_recipe
+from tests.checkpoints import contents, network_state, save_directory
+from tests.hub_models import answer, auto, compress, tiny
+from tests.process import Mpoc
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fit finds is tested with it."""
+    monkeypatch.setattr("mpoc.fit.mera._MOST_STEPS", 20)
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40))
+
+
+def test_compress_report_expand_and_load(run: Mpoc) -> None:
+    torch.save(small().state_dict(), run.folder / "m.pt")
+    done = run("compress", "m.pt", "--form", "mera", "--bond", 4, "-o", "a.safetensors")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(run.folder / "a.safetensors")
+    for layer in manifest.replaced:
+        assert (layer.form, layer.bonds, len(layer.output_factors)) == ("mera", (4,), 3)
+        assert layer.num_stored < layer.num_original / 2
+        assert f"{layer.num_original:,} → {layer.num_stored:,}" in done.stdout
+    report = CliRunner().invoke(app, ["report", str(run.folder / "a.safetensors"), "--json"])
+    assert [layer["form"] for layer in json.loads(report.stdout)["layers"]] == ["mera", "mera"]
+    dense = run.folder / "dense.safetensors"
+    expanded = CliRunner().invoke(app, ["expand", str(run.folder / "a.safetensors"), "-o", str(dense)])
+    assert expanded.exit_code == 0, expanded.stderr
+    cores, weights = mpoc.load(run.folder / "a.safetensors", model=small()), small()
+    weights.load_state_dict(load_file(dense))
+    x = torch.randn(5, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(cores(x), weights(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"bond": 3}, {"ratio": 0.3}, {"size": 20_000}, {"bond": 2, "sites": 5}])
+def test_every_goal_on_layers_of_every_kind(tmp_path: Path, options: dict[str, float]) -> None:
+    source = save_directory(tmp_path / "m", network_state())
+    recipe = make_recipe(None, {"form": "mera", "embeddings": True, **options})
+    for name in ("a", "b"):
+        compress_checkpoint(source, tmp_path / name, recipe)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    manifest = read_manifest(tmp_path / "a")
+    assert {layer.form for layer in manifest.replaced} == {"mera"}
+    kinds = {layer.kind for layer in manifest.replaced}
+    assert "linear" in kinds and ("bond" not in options or {"conv2d", "embedding"} < kinds)
+    if "ratio" in options:
+        assert manifest.rho_selected <= options["ratio"]
+
+
+def test_transformers_read_it_and_what_they_save_again(tmp_path: Path) -> None:
+    made = compress(tiny("bert"), tmp_path, form="mera", bond=3, embeddings=True)
+    model = auto("bert", made.path)
+    model.save_pretrained(tmp_path / "again")
+    again = auto("bert", tmp_path / "again")
+    assert any("cores" in name for name in model.state_dict())
+    assert all(torch.equal(again.state_dict()[name], x) for name, x in model.state_dict().items())
+    torch.testing.assert_close(answer(again), answer(model))
+    torch.testing.assert_close(answer(auto("bert", made.expanded)), answer(model), rtol=1e-3, atol=1e-4)
+    manifests = read_manifest(made.path).replaced, read_manifest(tmp_path / "again").replaced
+    assert [layer.structure for layer in manifests[0]] == [layer.structure for layer in manifests[1]]
+
+
+def test_in_memory_it_trains() -> None:
+    model = small()
+    report = mpoc.compress(model, bond=4, form="mera")
+    assert 0 < report.rho < 0.5
+    x, before = torch.randn(20, 48), [parameter.clone() for parameter in model.parameters()]
+    loss = model(x).square().mean()
+    loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert model(x).square().mean() < loss
+    assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--max-error", "0.1"), "--max-error cuts bonds by a spectrum, and a MERA has none"),
+        (
+            ("--bond", "4", "--conv", "map", "--input-shape", "8x8"),
+            "--form mera is of kernels, not of whole maps",
+        ),
+    ],
+)
+def test_what_a_mera_cannot_do_is_said_before_any_work(
+    tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    torch.save(network_state(), tmp_path / "m.pt")
+    done = CliRunner().invoke(
+        app,
+        ["compress", str(tmp_path / "m.pt"), "--form", "mera", *words, "-o", str(tmp_path / "o.safetensors")],
+    )
+    assert done.exit_code == 2 and message in done.stderr, done.stderr
