@@ -75,7 +75,7 @@ class Cell:
 
 
 def _layer_identity(layer: Layer, bond: int) -> dict[str, Any]:
-    """As plain data; raster order and a chain go without saying, as in results of before there were others."""
+    """As plain data; raster order and a chain go without saying, as in results before there were others."""
     found = {"name": layer.name, "bond": layer.bond or bond}
     found |= {key: list(getattr(layer, key)) for key in ("inputs", "outputs", "size")}
     found |= {} if layer.order == "raster" else {"order": layer.order}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,11 @@ COUNTS = {
     ("mera-channels", 2): (3_120, 3_112),
 }
 CONVOLUTIONS = 296_640
+
+
+def made(variant: str) -> nn.Module:
+    """With its cores at the start."""
+    return compress(zoo.make("mera-cnn"), MERA.variants[variant].layers, 2, "random", seed=0)
 
 
 def on_meta(network: str) -> nn.Module:
@@ -87,22 +93,19 @@ def test_channels_come_first_and_neighbouring_pixels_together() -> None:
 
 
 def test_in_another_order_the_first_layer_sees_the_same_features() -> None:
-    experiment = MERA.variants["mera-channels"]
-    other = compress(zoo.make("mera-cnn"), experiment.layers, 2, "random", seed=0)
-    plain = compress(zoo.make("mera-cnn"), MERA.variants["mera"].layers, 2, "random", seed=0)
+    other, plain = (made(name).get_submodule("fc1") for name in ("mera-channels", "mera"))
     x = torch.randn(3, 4096)
     with torch.no_grad():
-        torch.testing.assert_close(other.fc1(x), plain.fc1(x[:, channel_order(4, 4, 256)]))
-        assert not torch.allclose(other.fc1(x), plain.fc1(x))
+        torch.testing.assert_close(other(x), plain(x[:, channel_order(4, 4, 256)]))
+        assert not torch.allclose(other(x), plain(x))
 
 
 def test_the_first_layer_starts_orthogonal_and_the_second_keeps_variance() -> None:
-    network = compress(zoo.make("mera-cnn"), MERA.variants["mera"].layers, 2, "random", seed=0)
+    first, second = (made("mera").get_submodule(name) for name in ("fc1", "fc2"))
     x = torch.randn(50, 4096, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        first = network.fc1(x)
-        torch.testing.assert_close(first.norm(dim=1), x.norm(dim=1), rtol=1e-4, atol=1e-4)
-        assert float(network.fc2(first).var()) == pytest.approx(1.0, rel=0.1)
+        torch.testing.assert_close(first(x).norm(dim=1), x.norm(dim=1), rtol=1e-4, atol=1e-4)
+        assert float(second(first(x)).var()) == pytest.approx(1.0, rel=0.1)
 
 
 def test_every_variant_is_done_unless_asked_otherwise() -> None:
@@ -117,7 +120,7 @@ def test_every_variant_is_done_unless_asked_otherwise() -> None:
 
 def write_images(path: Path) -> Path:
     random = np.random.default_rng(0)
-    parts = {}
+    parts: dict[str, Any] = {}
     for split, count in (("train", 60), ("test", 20)):
         parts[f"x_{split}"] = random.integers(0, 255, (count, 3, 32, 32), dtype=np.uint8)
         parts[f"y_{split}"] = np.arange(count) % 10
