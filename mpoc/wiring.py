@@ -31,6 +31,7 @@ class Core:
     shape: tuple[int, ...]
 
 
+@cache
 def wiring(
     network: str, output_factors: tuple[int, ...], input_factors: tuple[int, ...], bonds: tuple[int, ...]
 ) -> tuple[Core, ...]:

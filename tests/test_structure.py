@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoc.errors import UsageError
-from mpoc.factors import balanced_factors, default_sites
+from mpoc.factors import balanced_factors, default_sites, mera_sites
 from mpoc.structure import Structure, make_structure
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
@@ -233,3 +233,12 @@ def test_same_weight_same_structure(weight: tuple[str, tuple[int, ...]]) -> None
     first = make_structure(*weight)
     balanced_factors.cache_clear()
     assert make_structure(*weight) == first
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "sites"), [(4096, 4096, 6), (384, 384, 5), (1536, 384, 6), (10, 64, 3), (1, 64, 1)]
+)
+def test_a_mera_has_sites_of_about_four(outputs: int, inputs: int, sites: int) -> None:
+    assert mera_sites(outputs, inputs) == sites
+    made = make_structure("linear", (outputs, inputs), network="mera")
+    assert len(made.output_factors) == sites or outputs == 10  # whose factors do not reach

@@ -78,7 +78,7 @@ def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:
     working = _as_linear(structure)
     metric = _plain_metric(tensor / norm, structure, working)
     cores = orthogonal_cores(structure, bond, torch.Generator().manual_seed(seed))
-    drawn = Mera([core.to(tensor.device) for core in cores], structure)
+    drawn = Mera([core.to(tensor) for core in cores], structure)
     descents = [
         Descent(metric, [Mera(_scaled(cores, scale), working).balanced()[0]])
         for cores, scale in ((start.cores, 1 / norm), (drawn.cores, _half_norm(drawn)))

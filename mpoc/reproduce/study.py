@@ -156,6 +156,10 @@ def reproduce(
         say(f"note: {note}")
     seeds = tuple(range(request.seed, request.seed + request.runs))
     cells = [cell for seed in seeds for cell in _cells(experiments, request.starts, seed)]
+    if not cells:
+        raise UsageError(
+            f"--starts {','.join(request.starts)}: none of these variants is done from that", "random"
+        )
     store = Store(request.output)
     origins = [origin.identity(material) for cell in cells if (origin := cell.origin()) is not None]
     found: dict[Key, Result] = {}

@@ -143,3 +143,5 @@ def test_a_few_steps(tmp_path: Path) -> None:
     assert found["structures"][1] == "fc2 MERA(2,2,2,2,2,2,2,2,2,2,2,2→1,2,1,2,1,2,1,2,1,2,1,2)(2)"
     with pytest.raises(UsageError, match="--hold-out 0: a validation split ends these trainings"):
         reproduce(replace(asked, held_out=0.0), lambda _: None)
+    with pytest.raises(UsageError, match="--starts ttsvd: none of these variants"):
+        reproduce(replace(asked, starts=("ttsvd",)), lambda _: None)
