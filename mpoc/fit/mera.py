@@ -69,7 +69,7 @@ def fit_mera(
     found = Mera(tree_cores(tensor, structure, max_bond, torch.Generator().manual_seed(seed)), structure)
     if norm > 0.0:
         found = _descend(tensor, norm, found, seed)
-    return stored_fit(tensor, norm**2, found, dtype or weight.dtype, [], [])
+    return stored_fit(tensor, norm**2, found, dtype or weight.dtype, [])
 
 
 def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:
