@@ -79,7 +79,7 @@ def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
     dtype = getattr(torch, plan.stored_dtype)
     factorise = tt_svd if plan.structure.geometry is None else fit_conv_map
     if not plan.tolerance:
-        return factorise(weight, plan.structure, plan.max_bond, 0.0, dtype, seed)
+        return factorise(weight, plan.structure, plan.max_bond, 0.0, dtype, seed, plan.discard)
     best: Fit | None = None
     low, high = 0.0, plan.tolerance * math.sqrt(len(plan.structure.site_sizes))
     spend = plan.tolerance

@@ -44,10 +44,10 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
 
     Args:
         model: on any device; kinds of layers are told from its modules.
-        options: those of ``mpoc compress``, with underscores: exactly one of ``bond``, ``ratio`` and
-            ``max_error``; ``layers``, ``exclude``, ``shape`` (lists of strings), ``embeddings``,
-            ``min_params``, ``allow_growth``, ``sites``, ``seed``; and for ``conv="map"`` the
-            ``input_shape`` of one sample with its batch axis, as (1, 3, 32, 32).
+        options: those of ``mpoc compress``, with underscores: exactly one of ``bond``, ``ratio``,
+            ``max_error`` and ``discard`` (which ``bond`` may cap); ``layers``, ``exclude``, ``shape`` (lists
+            of strings), ``embeddings``, ``min_params``, ``allow_growth``, ``sites``, ``seed``; and for
+            ``conv="map"`` the ``input_shape`` of one sample with its batch axis, as (1, 3, 32, 32).
 
     Returns:
         The report: ``rho``, ``rho_selected``, ``layers`` with factors, bonds and errors.
@@ -74,7 +74,7 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
         first = fitted[0].record
         raise MpocError(
             f"no layer would shrink, so nothing was changed ({first.layer}: {first.reason})",
-            "a smaller bond, a larger max_error, or allow_growth=True",
+            "a smaller bond, a larger max_error or discard, or allow_growth=True",
         )
     places = same_tensor(model)
     for fit in fitted:  # nothing is changed before every layer could be fitted

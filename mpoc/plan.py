@@ -33,6 +33,7 @@ class LayerPlan:
     stored_dtype: str
     max_bond: int | None  # None: dense
     tolerance: float = 0.0  # relative error that may be spent to go below max_bond
+    discard: float = 0.0  # share of its squared Schmidt values that each bond may lose to go below max_bond
     low_rank: int = 0  # rank of a part that is added to the MPO of ``structure`` (form "svd+mpo")
     reason: str = ""  # why dense
 
@@ -41,8 +42,13 @@ class LayerPlan:
         """Time of the fit, in numbers read: the range finder's passes grow with the bond."""
         return self.structure.num_original * (_PASSES + min(self.max_bond or 0, *self.structure.padded))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the weight's spectrum decides how far bonds go below ``max_bond``."""
+        return bool(self.tolerance or self.discard)
+
     def record(self) -> LayerRecord:
-        """As the report shows it: the counts are exact unless a tolerance is still to be met."""
+        """As the report shows it: the counts are exact unless the spectrum decides, and then the most."""
         base = LayerRecord(
             name=self.map.name,
             kind=self.map.kind,
@@ -158,12 +164,15 @@ def _structure(
 
 
 def _with_goal(plan: LayerPlan, rule: LayerRule, recipe: Recipe) -> LayerPlan:
-    own = rule.bond is not None or rule.max_error is not None
-    bond = rule.bond if own else recipe.bond
-    error = rule.max_error if own else recipe.max_error
-    if error is not None:
-        return replace(plan, max_bond=plan.structure.full_bond, tolerance=error)
-    return replace(plan, max_bond=bond if bond is not None else 0)
+    goal: LayerRule | Recipe = recipe
+    if rule.bond is not None or rule.max_error is not None or rule.discard is not None:
+        goal = rule
+    full = plan.structure.full_bond
+    if goal.max_error is not None:
+        return replace(plan, max_bond=full, tolerance=goal.max_error)
+    if goal.discard is not None:
+        return replace(plan, max_bond=min(goal.bond or full, full), discard=goal.discard)
+    return replace(plan, max_bond=goal.bond if goal.bond is not None else 0)
 
 
 def _check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:
@@ -207,7 +216,7 @@ def least_ratio(plans: list[LayerPlan], allow_growth: bool) -> float:
 
 def _most_stored(plan: LayerPlan, allow_growth: bool) -> int:
     """Parameters that a layer with a goal of its own comes to at most."""
-    dense = plan.tolerance and not allow_growth
+    dense = plan.is_open and not allow_growth
     return plan.structure.num_original if dense else plan.record().num_stored
 
 
@@ -280,7 +289,7 @@ def _shrinking(plan: LayerPlan) -> LayerPlan:
 
     A whole map's bonds end below the cap where its shifts need fewer, so the fit decides about it.
     """
-    if not plan.max_bond or plan.tolerance or plan.structure.geometry is not None:
+    if not plan.max_bond or plan.is_open or plan.structure.geometry is not None:
         return plan
     return leave_dense_unless_smaller(plan, plan.record().num_stored)
 
@@ -290,6 +299,8 @@ def leave_dense_unless_smaller(plan: LayerPlan, num_stored: int) -> LayerPlan:
     original = plan.structure.num_original
     if num_stored < original:
         return plan
-    goal = f"error {plan.tolerance:g}" if plan.tolerance else f"bond {plan.max_bond}"
+    goal = f"bond {plan.max_bond}"
+    if plan.is_open:
+        goal = f"error {plan.tolerance:g}" if plan.tolerance else f"discarded weight {plan.discard:g}"
     reason = f"would not shrink at {goal}: {original:,} → {num_stored:,} (--allow-growth)"
     return replace(plan, max_bond=None, reason=reason)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-GOAL = "How far (exactly one)"
+GOAL = "How far (exactly one; --bond may cap --discard)"
 WHICH = "Which layers"
 HOW = "How"
 OUT = "Output"
@@ -36,6 +36,15 @@ MaxError = Annotated[
         parser=_share,
         metavar="FLOAT",
         help="Small bonds that keep each layer's relative error.",
+        rich_help_panel=GOAL,
+    ),
+]
+Discard = Annotated[
+    float | None,
+    typer.Option(
+        metavar="ε",
+        help="Each bond as small as its own spectrum allows: the Schmidt values cut hold at most this share "
+        "of Σs². --bond caps it.",
         rich_help_panel=GOAL,
     ),
 ]
