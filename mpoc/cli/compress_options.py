@@ -90,6 +90,49 @@ AllowGrowth = Annotated[
         rich_help_panel=WHICH,
     ),
 ]
+Form = Annotated[
+    str | None,
+    typer.Option(
+        metavar="mpo|svd|svd+mpo|auto",
+        help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. svd+mpo: their sum. "
+        "auto: for each layer the best. The last two with --calibrate and a budget (--ratio, --size or "
+        "--max-drop), where auto is the default.",
+        rich_help_panel=HOW,
+    ),
+]
+Sites = Annotated[
+    int | None,
+    typer.Option(
+        help="Sites a layer, besides a kernel's taps. Default: 4, from 1,024 wide 5.",
+        rich_help_panel=HOW,
+    ),
+]
+Shape = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[PATTERN=]INPUTS:OUTPUTS",
+        help="Factors, as fc1=4x7x7x4:4x4x4x4. Repeatable.",
+        rich_help_panel=HOW,
+    ),
+]
+Conv = Annotated[
+    str | None,
+    typer.Option(
+        metavar="kernel|map",
+        help="What of a convolution is factorised: its kernel (default), or the whole linear map "
+        "at one input size, which ties the layer to that size.",
+        rich_help_panel=HOW,
+    ),
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[PATTERN=]HxW[:stride=1,padding=1,dilation=1,groups=1,padding_mode=zeros]",
+        help="For --conv map: the layer's input size and, as no checkpoint has them, its settings. "
+        "Default padding: dilation·(k-1)/2. Repeatable.",
+        rich_help_panel=HOW,
+    ),
+]
 Arch = Annotated[
     str | None,
     typer.Option(
