@@ -171,6 +171,11 @@ def _with_goal(plan: LayerPlan, rule: LayerRule, recipe: Recipe) -> LayerPlan:
     if goal.max_error is not None:
         return replace(plan, max_bond=full, tolerance=goal.max_error)
     if goal.discard is not None:
+        if plan.structure.network != "chain":
+            raise UsageError(
+                f"--discard is of the cuts of a chain, and {plan.map.layer} is to be a {plan.structure.form}",
+                "--form mpo",
+            )
         return replace(plan, max_bond=min(goal.bond or full, full), discard=goal.discard)
     return replace(plan, max_bond=goal.bond if goal.bond is not None else 0)
 

@@ -111,6 +111,11 @@ def test_a_discarded_weight_starts_from_the_full_bond_or_its_cap() -> None:
     assert plan(NETWORK, (LayerRule("fc1", discard=0.2),), bond=3)["fc1"].max_bond == layer.max_bond
 
 
+def test_a_discarded_weight_is_of_chains() -> None:
+    with pytest.raises(UsageError, match="fc1 is to be a tree"):
+        plan(NETWORK, (LayerRule("fc1", form="tree"),), discard=0.1)
+
+
 def test_rules_of_single_layers_win() -> None:
     rules = (
         LayerRule("fc*", bond=7, sites=2),

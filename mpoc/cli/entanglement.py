@@ -146,9 +146,8 @@ def _row(profile: Profile, both: bool) -> list[str]:
         _spaced(f"{cut.entropy / (cut.largest_entropy or 1):.3f}" for cut in cuts),
         _spaced(cut.effective_bond for cut in cuts),
     ]
-    if profile.stored is not None:
-        added = f" + r {profile.low_rank}" if profile.low_rank else ""
-        row.append(_spaced(profile.bonds[1:-1]) + added)
+    if profile.record is not None and profile.stored is not None:
+        row.append(profile.record.bonds_text())
         row += [_spaced(f"{cut.entropy:.3f}" for cut in profile.stored)] if both else []
     return row
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mpoc.fit.conv_map import exact_map
 from mpoc.fit.truncate import gram
-from mpoc.forms.chains import chains, weight_of
 from mpoc.forms.layout import interleave
-from mpoc.forms.mpo import entropy, rank_within
+from mpoc.forms.mpo import MPO, entropy, rank_within
+from mpoc.forms.terms import forms_of, weight_of
 from mpoc.structure import Structure
 
 
@@ -54,20 +54,20 @@ def cuts_of_weight(weight: Tensor, structure: Structure, kept: float) -> list[Cu
 
 
 def cuts_of_cores(cores: Sequence[Tensor], structure: Structure, kept: float) -> list[Cut]:
-    """Every cut of what is stored: of a chain from its canonical form, of a sum from its weight.
+    """Every cut of what is stored: of a chain from its canonical form, of all else from its weight.
 
     Args:
-        cores: as stored, those of an added low-rank part at the end.
-        structure: of the MPO.
+        cores: as :func:`mpoc.forms.terms.forms_of` takes them.
+        structure: of the first form; the cuts are those of a chain of its sites.
         kept: as in :func:`cuts_of_weight`.
 
     Raises:
         ValueError: cores and structure do not fit.
     """
-    first, *added = chains(cores, structure)
-    if added:
-        return cuts_of_weight(weight_of([core.double() for core in cores], structure), structure, kept)
-    return _cuts(first.spectra(), structure, kept)
+    first, *added = forms_of(cores, structure)
+    if isinstance(first, MPO) and not added:
+        return _cuts(first.spectra(), structure, kept)
+    return cuts_of_weight(weight_of([core.double() for core in cores], structure), structure, kept)
 
 
 def schmidt_spectra(weight: Tensor, structure: Structure) -> list[Tensor]:
@@ -89,10 +89,11 @@ def schmidt_spectra(weight: Tensor, structure: Structure) -> list[Tensor]:
 
 
 def _cuts(spectra: list[Tensor], structure: Structure, kept: float) -> list[Cut]:
-    full = structure.bonds(math.prod(structure.site_sizes))[1:-1]
+    sizes = structure.site_sizes
+    halves = [(math.prod(sizes[:site]), math.prod(sizes[site:])) for site in range(1, len(sizes))]
     return [
-        _cut(site, bond, values, kept)
-        for site, (bond, values) in enumerate(zip(full, spectra, strict=True), start=1)
+        _cut(site, min(sides), values, kept)
+        for site, (sides, values) in enumerate(zip(halves, spectra, strict=True), start=1)
     ]
 
 

@@ -39,8 +39,7 @@ class Profile:
     structure: Structure
     weight: tuple[Cut, ...] | None  # of the dense weight; None: not looked at
     stored: tuple[Cut, ...] | None = None  # of the compressed one
-    bonds: tuple[int, ...] = ()  # D_0..D_n as stored
-    low_rank: int = 0  # of a part that is added to the chain
+    record: LayerRecord | None = None  # of what is stored
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def _profile(layer: LayerRecord, stored: Checkpoint, dense: Checkpoint | None, k
         values = read_finite(dense, dense.tied.get(layer.name, layer.name))
         weight = tuple(cuts_of_weight(values, layer.structure, kept))
     cuts = tuple(cuts_of_cores(cores, layer.structure, kept))
-    return Profile(layer.layer, layer.name, layer.structure, weight, cuts, layer.bonds, layer.low_rank)
+    return Profile(layer.layer, layer.name, layer.structure, weight, cuts, layer)
 
 
 def as_dict(found: Entanglement) -> dict[str, Any]:
@@ -182,12 +181,13 @@ def _layer_dict(profile: Profile) -> dict[str, Any]:
         "layer": profile.layer,
         "name": profile.name,
         "kind": structure.kind,
+        "form": structure.form if profile.record is None else profile.record.form,
         "shape": structure.shape,
         "output_factors": structure.output_factors,
         "input_factors": structure.input_factors,
         "padding": structure.padding,
-        "bonds": profile.bonds or None,
-        "low_rank": profile.low_rank,
+        "bonds": None if profile.record is None else profile.record.bonds,
+        "low_rank": 0 if profile.record is None else profile.record.low_rank,
         "cuts": _cut_dicts(profile.weight),
         "cuts_stored": _cut_dicts(profile.stored),
     }

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mpoc.entanglement.spectra import Cut, cuts_of_cores, cuts_of_weight, schmidt_spectra
 from mpoc.fit.ttsvd import tt_svd
-from mpoc.forms.chains import weight_of
 from mpoc.forms.layout import deinterleave, interleave
+from mpoc.forms.terms import weight_of
 from mpoc.geometry import make_geometry
 from mpoc.structure import Structure, low_rank_structure, make_structure
 from tests.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
@@ -105,6 +105,14 @@ def test_a_sum_has_the_spectra_of_its_weight() -> None:
     cores = [*random_cores(SQUARE, 2), torch.randn(1, 64, 1, 3), torch.randn(3, 1, 64, 1)]
     cores = [core.double() for core in cores]
     check(cuts_of_cores(cores, SQUARE, 0.9), weight_of(cores, SQUARE), SQUARE, 0.9)
+
+
+@pytest.mark.parametrize("network", ["tree", "mera"])
+def test_other_networks_have_the_spectra_of_their_weight(network: str) -> None:
+    structure = make_structure("linear", (64, 64), factors=((4,) * 3, (4,) * 3), network=network)
+    torch.manual_seed(0)
+    cores = [torch.randn(shape, dtype=torch.float64) for shape in structure.core_shapes(structure.bonds(3))]
+    check(cuts_of_cores(cores, structure, 0.9), weight_of(cores, structure), SQUARE, 0.9)
 
 
 def test_truncation_takes_entropy_away() -> None:

@@ -54,7 +54,7 @@ def test_entropies_are_those_of_the_report(dense: Path, stored: Path) -> None:
     found = entanglement_of(dense, {}, against=stored)
     assert found.left == 1  # tiny
     for profile, layer in zip(found.profiles, done.manifest.replaced, strict=True):
-        assert profile.bonds == layer.bonds
+        assert profile.record == layer
         assert profile.weight is not None and profile.stored is not None
         after = [cut.entropy for cut in profile.stored]
         assert after == pytest.approx(list(layer.entropies), rel=1e-2 if layer.dtype == "bfloat16" else 1e-4)
