@@ -13,6 +13,7 @@ from torch import Tensor
 from mpoc.checkpoint import Checkpoint
 from mpoc.errors import MpocError
 from mpoc.fit.conv_map import fit_conv_map
+from mpoc.fit.order import learn_order
 from mpoc.fit.ttsvd import Fit, tt_svd
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
@@ -51,7 +52,7 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
         return Fitted(plan.record())
     name = plan.map.name
     weight = read_finite(checkpoint, name).to(device)
-    fit = _fit_within(weight, plan, zlib.crc32(name.encode()) ^ recipe.seed)
+    plan, fit = _fit_ordered(weight, plan, zlib.crc32(name.encode()) ^ recipe.seed)
     check_cores(fit.form.cores, checkpoint, plan)
     if not recipe.allow_growth:
         plan = leave_dense_unless_smaller(plan, fit.form.num_parameters)
@@ -67,6 +68,22 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
         spectra_of_weight=_spectra(fit),
     )
     return Fitted(record, fit.form.cores)
+
+
+def _fit_ordered(weight: Tensor, plan: LayerPlan, seed: int) -> tuple[LayerPlan, Fit]:
+    """The fit; with an order that is to be learnt, and is then in the plan, where it serves."""
+    fit = _fit_within(weight, plan, seed)
+    if not plan.learns_order:
+        return plan, fit
+    plan = replace(plan, learns_order=False)
+    order = learn_order(weight, plan.structure, max(fit.form.bonds))
+    ordered = replace(plan, structure=replace(plan.structure, order=order))
+    found = _fit_within(weight, ordered, seed)
+    return (ordered, found) if _goodness(found) < _goodness(fit) else (plan, fit)
+
+
+def _goodness(fit: Fit) -> tuple[int, float]:
+    return fit.form.num_parameters, fit.relative_error
 
 
 def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:

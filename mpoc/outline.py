@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mpoc.checkpoint import Checkpoint
 from mpoc.header import ITEMSIZE, TensorInfo, encode_header, storage_order
 from mpoc.history import before_compression
 from mpoc.manifest import LayerRecord, Manifest, Source
+from mpoc.orders import LEARNED
 from mpoc.plan import LayerPlan
 from mpoc.recipe import GOALS, Recipe
 from mpoc.selection import Selection
@@ -106,6 +108,8 @@ def _more_than_planned(plan: LayerPlan) -> int:
 def _with_longest_figures(record: LayerRecord, in_tolerance: bool) -> LayerRecord:
     if record.form == "dense":
         return record
+    if record.order == LEARNED:  # any permutation takes as many digits
+        record = replace(record, order=tuple(range(prod(record.input_factors))))
     figures = (LONGEST_FIGURE,) * (0 if record.low_rank else len(record.inner_bonds))
     return replace(
         record,

@@ -15,6 +15,7 @@ from mpoc.errors import UsageError
 from mpoc.geometry import Geometry
 from mpoc.header import ITEMSIZE
 from mpoc.manifest import LayerRecord
+from mpoc.orders import LEARNED, MOST_INPUTS, order_fits
 from mpoc.recipe import LayerRule, Recipe
 from mpoc.selection import LinearMap, Selection, check_pattern, matches
 from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
@@ -35,6 +36,7 @@ class LayerPlan:
     tolerance: float = 0.0  # relative error that may be spent to go below max_bond
     discard: float = 0.0  # share of its squared Schmidt values that each bond may lose to go below max_bond
     low_rank: int = 0  # rank of a part that is added to the MPO of ``structure`` (form "svd+mpo")
+    learns_order: bool = False  # of its inputs, from the weight
     reason: str = ""  # why dense
 
     @property
@@ -75,6 +77,7 @@ class LayerPlan:
             low_rank=self.low_rank,
             padding=self.structure.padding,
             geometry=self.structure.geometry,
+            order=LEARNED if self.learns_order else self.structure.order,
         )
 
 
@@ -119,6 +122,7 @@ def _check_rules(selection: Selection, recipe: Recipe) -> None:
     chosen = [map.name for map in selection.chosen]
     given = [("[layer] pattern", rule.pattern) for rule in recipe.rules]
     given += [("--shape pattern", shape.pattern) for shape in recipe.shape if shape.pattern is not None]
+    given += [("--order pattern", order.pattern) for order in recipe.order if order.pattern is not None]
     shapes = (("--input-shape pattern", shape.pattern) for shape in recipe.input_shape)
     given += [(option, pattern) for option, pattern in shapes if pattern is not None]
     for option, pattern in given:
@@ -135,7 +139,18 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
         structure = _structure(map, rule, recipe, geometries)
     except UsageError as error:
         raise UsageError(f"shape for layer {map.layer}: {error}", error.hint) from error
-    plan = LayerPlan(map, structure, recipe.dtype or map.dtype, None)
+    order = recipe.order_for(map.name, map.kind, structure.inputs)
+    if order and structure.form == "svd":
+        raise UsageError(
+            f"--order {order}: two factors, as of {map.layer}, are the same in any", "--form mpo"
+        )
+    learns = order == LEARNED
+    if learns and structure.inputs > MOST_INPUTS:
+        raise UsageError(
+            f"--order learned: layer {map.layer} has {structure.inputs:,} inputs, more than {MOST_INPUTS:,}",
+            f"--order '{map.layer}=raster'",
+        )
+    plan = LayerPlan(map, structure, recipe.dtype or map.dtype, None, learns_order=learns)
     if rule.dense:
         return replace(plan, reason="the recipe leaves it dense")
     return _with_goal(plan, rule, recipe)
@@ -158,8 +173,9 @@ def _structure(
         chain = geometry is not None or sites is not None or rule.bond is not None
         form = "mpo" if chain else "svd"
     if form != "svd" or factors is not None:
-        network = network_of(form or "mpo")
-        return make_structure(kind, map.shape, map.transposed, sites, factors, geometry, network)
+        network, order = network_of(form or "mpo"), recipe.order_for(map.name, kind, inputs)
+        order = "" if order == LEARNED else order
+        return make_structure(kind, map.shape, map.transposed, sites, factors, geometry, network, order)
     return low_rank_structure(kind, map.shape, map.transposed)
 
 
@@ -181,7 +197,11 @@ def _with_goal(plan: LayerPlan, rule: LayerRule, recipe: Recipe) -> LayerPlan:
 
 
 def _check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:
-    """A ``--shape`` without a pattern must fit some layer."""
+    """A ``--shape`` or ``--order`` without a pattern must fit some layer."""
+    for rule in recipe.order:
+        linear = (plan.structure.inputs for plan in plans if plan.map.kind == "linear")
+        if rule.pattern is None and not any(order_fits(rule.order, inputs) for inputs in linear):
+            raise UsageError(f"--order {rule.order}: no selected linear layer has so many inputs")
     for shape in recipe.shape:
         if shape.pattern is not None:
             continue

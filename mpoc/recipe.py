@@ -25,6 +25,7 @@ from mpoc.errors import UsageError, nearest
 from mpoc.geometry import Geometry
 from mpoc.input_shape import InputShape, geometry_at
 from mpoc.option_text import ShapeRule
+from mpoc.orders import OrderRule, order_fits
 from mpoc.recipe_file import read_recipe
 from mpoc.selection import matches
 
@@ -46,6 +47,7 @@ class LayerRule:
     form: str | None = None
     sites: int | None = None
     shape: ShapeRule | None = None
+    order: OrderRule | None = None
     conv: str | None = None
     input_shape: InputShape | None = None
     dense: bool | None = None
@@ -67,6 +69,7 @@ class Recipe:
     form: str | None = None  # None: "auto", each layer's best, of a calibrated budget, else "mpo"
     sites: int | None = None
     shape: tuple[ShapeRule, ...] = ()
+    order: tuple[OrderRule, ...] = ()  # of linear layers' inputs
     conv: str = "kernel"  # what of a convolution is factorised: its kernel, or the whole map
     input_shape: tuple[InputShape, ...] = ()  # of whole maps
     layers: tuple[str, ...] = ()
@@ -94,6 +97,8 @@ class Recipe:
             if not self._has_budget:
                 hint = "--ratio 0.5"
                 raise UsageError(f"--form {form} shares out a budget: it needs --ratio or --size", hint)
+        if calibrated and (self.order or any(rule.order for rule in self.rules)):
+            raise UsageError("--order does not go with --calibrate: inputs are fitted in their own order")
         for goal in ("max_error", "discard"):
             values = (getattr(goals, goal) for goals in (self, *self.rules))
             if calibrated and any(value is not None for value in values):
@@ -122,6 +127,18 @@ class Recipe:
                     given = dict.fromkeys(group) | given
             merged = replace(merged, **given)
         return merged
+
+    def order_for(self, name: str, kind: str, inputs: int) -> str:
+        """The order asked for this layer's inputs; ``""``: their own."""
+        own = self.rule_for(name).order
+        if own is not None:
+            return own.order
+        for rule in reversed(self.order):
+            if rule.pattern is not None and matches(rule.pattern, name):
+                return rule.order
+            if rule.pattern is None and kind == "linear" and order_fits(rule.order, inputs):
+                return rule.order
+        return ""
 
     def is_map(self, name: str, kind: str) -> bool:
         """Whether this weight is a convolution to be taken as one map."""

@@ -11,6 +11,7 @@ from typing import Any
 from mpoc.errors import UsageError, nearest
 from mpoc.input_shape import InputShape, parse_input_shape
 from mpoc.option_text import ShapeRule, parse_shape, parse_size
+from mpoc.orders import OrderRule, parse_order
 from mpoc.toml_values import flag, number, text, texts, whole
 
 
@@ -42,7 +43,7 @@ def _table(pattern: str, table: dict[str, Any], rule: type, file: Path) -> dict[
     """A layer's table; of options with patterns of their own it holds one value without."""
     where = f"{file}: [layer.{pattern!r}]"
     values = _typed(table, rule, where)
-    for key, form in (("shape", "inputs:outputs"), ("input_shape", "HxW")):
+    for key, form in (("shape", "inputs:outputs"), ("input_shape", "HxW"), ("order", "order")):
         if key in values:
             if len(values[key]) != 1 or values[key][0].pattern is not None:
                 name = key.replace("_", "-")
@@ -73,6 +74,10 @@ def _shapes(value: Any) -> tuple[ShapeRule, ...]:
     return tuple(parse_shape(text) for text in texts(value))
 
 
+def _orders(value: Any) -> tuple[OrderRule, ...]:
+    return tuple(parse_order(text) for text in texts(value))
+
+
 def _input_shapes(value: Any) -> tuple[InputShape, ...]:
     return tuple(parse_input_shape(text) for text in texts(value))
 
@@ -91,6 +96,7 @@ _READERS = {
     "form": text,
     "sites": whole,
     "shape": _shapes,
+    "order": _orders,
     "conv": text,
     "input-shape": _input_shapes,
     "layers": texts,

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mpoc.errors import UsageError
 from mpoc.input_shape import InputShape
 from mpoc.option_text import ShapeRule, parse_shape, parse_size
+from mpoc.orders import OrderRule
 from mpoc.recipe import LayerRule, Recipe, make_recipe
 
 SOME = settings(max_examples=100, deadline=None, derandomize=True)
@@ -29,6 +30,8 @@ EVERY_KEY: list[tuple[str, str, Any]] = [
     ("sites", "3", 3),
     ("shape", '"28x28:16x16"', (ShapeRule(None, (16, 16), (28, 28)),)),
     ("shape", '["fc=4x4:2x8"]', (ShapeRule("fc", (2, 8), (4, 4)),)),
+    ("order", '"morton:28x28"', (OrderRule(None, "morton:28x28"),)),
+    ("order", '["fc=learned", "raster"]', (OrderRule("fc", "learned"), OrderRule(None, ""))),
     ("conv", '"map"', "map"),
     ("input-shape", '"8x4:stride=2"', (InputShape(None, (8, 4), (2,)),)),
     ("input-shape", '["c=3"]', (InputShape("c", (3,)),)),

@@ -115,6 +115,15 @@ Shape = Annotated[
         rich_help_panel=HOW,
     ),
 ]
+Orders = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[PATTERN=]raster|morton:[Cx]HxW|learned",
+        help="In which order a linear layer's inputs are factorised: as they are; an image's by blocks, "
+        "coarse to fine, as fc1=morton:28x28; or one learnt from the weight. Undone on load. Repeatable.",
+        rich_help_panel=HOW,
+    ),
+]
 Conv = Annotated[
     str | None,
     typer.Option(

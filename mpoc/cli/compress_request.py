@@ -80,9 +80,10 @@ def recipe_options(options: dict[str, Any]) -> dict[str, Any]:
     """
     from mpoc.input_shape import parse_input_shape
     from mpoc.option_text import parse_shape, parse_size
+    from mpoc.orders import parse_order
 
     options = dict(options)
-    readers = {"shape": parse_shape, "input_shape": parse_input_shape}
+    readers = {"shape": parse_shape, "input_shape": parse_input_shape, "order": parse_order}
     for key, value in options.items():
         if isinstance(value, list):
             options[key] = tuple(map(readers[key], value)) if key in readers else tuple(value)

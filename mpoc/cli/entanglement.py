@@ -20,6 +20,7 @@ from mpoc.cli.compress_options import (
     InputShapes,
     Layers,
     MinParams,
+    Orders,
     Shape,
     Sites,
 )
@@ -48,6 +49,7 @@ def entanglement(
     arch: Arch = None,
     sites: Sites = None,
     shape: Shape = None,
+    order: Orders = None,
     conv: Conv = None,
     input_shape: InputShapes = None,
     weight: Annotated[
@@ -85,6 +87,7 @@ def entanglement(
         "min_params": min_params,
         "sites": sites,
         "shape": shape,
+        "order": order,
         "conv": conv,
         "input_shape": input_shape,
     }

@@ -97,12 +97,20 @@ def _dense(
     recipe = make_recipe(None, options | {"bond": 1, "allow_growth": True})
     opened = open_source(model, recipe, arch, False, torch.device("cpu"))
 
+    plans = opened.plan(opened.recipe)
+    learning = next((plan.map.layer for plan in plans if plan.learns_order), None)
+    if learning is not None:
+        raise UsageError(
+            f"--order learned: what {learning} is truncated to decides it, and nothing is truncated here",
+            f"mpoc compress {model} --order learned, then mpoc entanglement {model} --against OUT",
+        )
+
     def look(plan: LayerPlan) -> Profile:
         weight = read_finite(opened.checkpoint, plan.map.name)
         cuts = tuple(cuts_of_weight(weight, plan.structure, kept))
         return Profile(plan.map.layer, plan.map.name, plan.structure, cuts)
 
-    return {plan.map.layer: partial(look, plan) for plan in opened.plan(opened.recipe)}
+    return {plan.map.layer: partial(look, plan) for plan in plans}
 
 
 def _stored(
