@@ -191,6 +191,7 @@ def _layer_dict(profile: Profile) -> dict[str, Any]:
         "kind": structure.kind,
         "form": structure.form if profile.record is None else profile.record.form,
         "shape": structure.shape,
+        "order": structure.order,
         "output_factors": structure.output_factors,
         "input_factors": structure.input_factors,
         "padding": structure.padding,
