@@ -15,9 +15,10 @@ from mpoc.errors import UsageError
 from mpoc.geometry import Geometry
 from mpoc.header import ITEMSIZE
 from mpoc.manifest import LayerRecord
-from mpoc.orders import LEARNED, MOST_INPUTS, order_fits
+from mpoc.orders import LEARNED, MOST_INPUTS
 from mpoc.recipe import LayerRule, Recipe
-from mpoc.selection import LinearMap, Selection, check_pattern, matches
+from mpoc.rule_check import check_rules, check_shapes_used
+from mpoc.selection import LinearMap, Selection
 from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
 from mpoc.wiring import network_of
 
@@ -105,9 +106,9 @@ def make_plan(
             "no layer is left to compress: " + "; ".join(f"{count} {why}" for why, count in reasons),
             "--layers, --exclude, --embeddings and --min-params decide",
         )
-    _check_rules(selection, recipe)
+    check_rules(selection, recipe)
     plans = [_open_plan(map, recipe, geometries or {}) for map in selection.chosen]
-    _check_shapes_used(plans, recipe)
+    check_shapes_used(plans, recipe)
     if not recipe.allow_growth:
         plans = [_shrinking(plan) for plan in plans]
     if recipe.ratio is not None:
@@ -116,20 +117,6 @@ def make_plan(
         assert predict_size is not None
         return _within_size(plans, recipe.size, predict_size)
     return plans
-
-
-def _check_rules(selection: Selection, recipe: Recipe) -> None:
-    chosen = [map.name for map in selection.chosen]
-    given = [("[layer] pattern", rule.pattern) for rule in recipe.rules]
-    given += [("--shape pattern", shape.pattern) for shape in recipe.shape if shape.pattern is not None]
-    given += [("--order pattern", order.pattern) for order in recipe.order if order.pattern is not None]
-    shapes = (("--input-shape pattern", shape.pattern) for shape in recipe.input_shape)
-    given += [(option, pattern) for option, pattern in shapes if pattern is not None]
-    for option, pattern in given:
-        check_pattern(option, pattern, [*chosen, *selection.left])
-        if not any(matches(pattern, name) for name in chosen):
-            name = next(name for name in selection.left if matches(pattern, name))
-            raise UsageError(f"{option} {pattern!r}: {name} is left alone ({selection.left[name]})")
 
 
 def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry]) -> LayerPlan:
@@ -194,28 +181,6 @@ def _with_goal(plan: LayerPlan, rule: LayerRule, recipe: Recipe) -> LayerPlan:
             )
         return replace(plan, max_bond=min(goal.bond or full, full), discard=goal.discard)
     return replace(plan, max_bond=goal.bond if goal.bond is not None else 0)
-
-
-def _check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:
-    """A ``--shape`` or ``--order`` without a pattern must fit some layer."""
-    for rule in recipe.order:
-        linear = (plan.structure.inputs for plan in plans if plan.map.kind == "linear")
-        if rule.pattern is None and not any(order_fits(rule.order, inputs) for inputs in linear):
-            raise UsageError(f"--order {rule.order}: no selected linear layer has so many inputs")
-    for shape in recipe.shape:
-        if shape.pattern is not None:
-            continue
-        fits = any(
-            (shape.output_factors, shape.input_factors)
-            == tuple(
-                side[plan.structure.lead_sites :]
-                for side in (plan.structure.output_factors, plan.structure.input_factors)
-            )
-            for plan in plans
-        )
-        if not fits:
-            text = ":".join("x".join(map(str, side)) for side in (shape.input_factors, shape.output_factors))
-            raise UsageError(f"--shape {text}: multiplies out to no selected layer's sides")
 
 
 def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> list[LayerPlan]:

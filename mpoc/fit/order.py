@@ -21,8 +21,8 @@ from mpoc.fit.ttsvd import tt_svd
 from mpoc.forms.layout import to_matrix, working_dtype
 from mpoc.structure import Structure
 
-_TURNS = 20
-_ROUNDS = 100
+_TURNS = 10
+_ROUNDS = 10
 # A turn that takes less than this share off the error is the last.
 _LEAST_GAIN = 1e-4
 # An exchange that gains less than this share of the largest likeness is rounding.

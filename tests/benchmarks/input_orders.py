@@ -20,7 +20,7 @@ import mpoc
 # Sites of height · width (· channels) for the Morton order; the other orders have the same.
 CASES = {
     "mnist": ("morton:28x28", "4x4x49:8x8x4", (4, 8, 12, 16, 24, 32)),
-    "cifar10": ("morton:3x32x32", "4x4x16x12:4x4x4x4", (4, 8, 16, 32, 64)),
+    "cifar10": ("morton:3x32x32", "4x4x16x12:4x4x4x4", (8, 16, 32, 64)),
 }
 
 
@@ -36,10 +36,10 @@ def rows(name: str, network: nn.Module, images: Tensor, labels: Tensor) -> list[
             report = mpoc.compress(model, bond=bond, **options)
             errors.append(report.layers[0].relative_error or 0.0)
             scores.append(accuracy(model.eval(), images, labels))
+            print(name, order, bond, f"{errors[-1]:.4f} {scores[-1]:.2f} %", flush=True)
         enough = next((str(b) for b, score in zip(bonds, scores, strict=True) if score >= dense - 2), "")
         found.append([f"{name}, {order}", "accuracy %", *(f"{score:.1f}" for score in scores), enough])
         found.append(["", "relative error", *(f"{error:.3f}" for error in errors), ""])
-        print(*found[-2:], sep="\n", flush=True)
     return found
 
 
