@@ -27,7 +27,7 @@ from mpoc.structure import make_structure
 
 STRUCTURE = make_structure("linear", (256, 784), factors=((4, 4, 4, 4), (4, 7, 7, 4)))
 SHAPE = "fc1=4x7x7x4:4x4x4x4"
-BONDS = (2, 4, 8, 16, 32)
+BONDS = (4, 8, 16)
 
 
 def weights(data: Path, folder: Path) -> dict[str, Tensor]:
