@@ -13,6 +13,7 @@ from torch import Tensor
 from mpoc.checkpoint import Checkpoint
 from mpoc.errors import MpocError
 from mpoc.fit.factorise import factorise
+from mpoc.fit.order import learn_order
 from mpoc.fit.ttsvd import Fit
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
@@ -51,7 +52,7 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
         return Fitted(plan.record())
     name = plan.map.name
     weight = read_finite(checkpoint, name).to(device)
-    fit = _fit_within(weight, plan, zlib.crc32(name.encode()) ^ recipe.seed)
+    plan, fit = _fit_ordered(weight, plan, zlib.crc32(name.encode()) ^ recipe.seed)
     check_cores(fit.form.cores, checkpoint, plan)
     if not recipe.allow_growth:
         plan = leave_dense_unless_smaller(plan, fit.form.num_parameters)
@@ -69,6 +70,22 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
     return Fitted(record, fit.form.cores)
 
 
+def _fit_ordered(weight: Tensor, plan: LayerPlan, seed: int) -> tuple[LayerPlan, Fit]:
+    """The fit; with an order that is to be learnt, and is then in the plan, where it serves."""
+    fit = _fit_within(weight, plan, seed)
+    if not plan.learns_order:
+        return plan, fit
+    plan = replace(plan, learns_order=False)
+    order = learn_order(weight, plan.structure, max(fit.form.bonds))
+    ordered = replace(plan, structure=replace(plan.structure, order=order))
+    found = _fit_within(weight, ordered, seed)
+    return (ordered, found) if _goodness(found) < _goodness(fit) else (plan, fit)
+
+
+def _goodness(fit: Fit) -> tuple[int, float]:
+    return fit.form.num_parameters, fit.relative_error
+
+
 def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
     """Factorised once; under a tolerance, the smallest of several that keep it.
 
@@ -78,7 +95,7 @@ def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
     assert plan.max_bond is not None
     dtype = getattr(torch, plan.stored_dtype)
     if not plan.tolerance:
-        return factorise(weight, plan.structure, plan.max_bond, 0.0, dtype, seed)
+        return factorise(weight, plan.structure, plan.max_bond, 0.0, dtype, seed, plan.discard)
     best: Fit | None = None
     low, high = 0.0, plan.tolerance * math.sqrt(len(plan.structure.site_sizes))
     spend = plan.tolerance

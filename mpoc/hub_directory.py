@@ -18,7 +18,7 @@ from typing import Any
 from mpoc.errors import MpocError
 from mpoc.header import TensorInfo, encode_header, storage_order
 from mpoc.manifest import FORMAT, FORMS, MANIFEST_FILE, MAYBE_LATER, Manifest
-from mpoc.record_check import are_joined, check_low_rank, parse_geometry
+from mpoc.record_check import are_joined, check_low_rank, check_order, parse_geometry
 from mpoc.structure import KINDS, Structure
 from mpoc.wiring import network_of
 from mpoc.writer import Shard, write_safetensors
@@ -198,6 +198,7 @@ def quantization_config(manifest: Manifest) -> dict[str, Any]:
             "dtype": layer.stored_dtype,
         }
         | ({"low_rank": layer.low_rank} if layer.low_rank else {})
+        | ({"order": layer.order} if layer.order else {})
         | ({"geometry": asdict(layer.geometry)} if layer.geometry else {})
         for layer in manifest.replaced
     }
@@ -215,7 +216,9 @@ def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, ...]]]:
         shape, outputs, inputs, bonds = lists
         geometry = parse_geometry(entry["geometry"], shape) if "geometry" in entry else None
         sides = shape, entry["transposed"], outputs, inputs
-        structure = Structure(entry["kind"], *sides, geometry, network_of(entry["form"]))
+        order = entry.get("order", "")
+        order = order if isinstance(order, str) else tuple(order)
+        structure = Structure(entry["kind"], *sides, geometry, network_of(entry["form"]), order)
         low_rank = entry.get("low_rank", 0)
         whole = all(isinstance(number, int) and number > 0 for numbers in lists for number in numbers)
         whole = whole and isinstance(low_rank, int)
@@ -225,6 +228,7 @@ def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, ...]]]:
         if not (whole and known and are_joined(structure, bonds) and min(structure.padding) >= 0):
             raise ValueError(entry)
         check_low_rank(structure, low_rank)
+        check_order(structure, low_rank)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         said = f"config.json: damaged quantization_config of {name!r} ({error!r})"
         raise MpocError(said, MAYBE_LATER) from error

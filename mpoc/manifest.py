@@ -19,6 +19,7 @@ from typing import Any
 from mpoc.errors import MpocError, UsageError
 from mpoc.geometry import Geometry
 from mpoc.header import TensorInfo, count_parameters, read_header
+from mpoc.orders import Order
 from mpoc.record_check import check_record, parse_geometry, with_tuples
 from mpoc.spectrum import Spectrum
 from mpoc.structure import KINDS, Structure
@@ -63,6 +64,7 @@ class LayerRecord:
     # The same bonds: some of the Schmidt values, where they are known and some were cut off.
     spectra_of_weight: tuple[Spectrum | None, ...] = ()
     geometry: Geometry | None = None  # of a whole map (kind "convmap")
+    order: Order = ""  # of the inputs (mpoc.orders): by its name, or the permutation; in a plan "learned" too
     # ‖Wx − Ŵx̃‖ / ‖Wx‖ about the mean, x̃ the inputs that the compressed network gives; None: not calibrated.
     output_error: float | None = None  # on the inputs of the fit
     held_out_error: float | None = None  # on others
@@ -84,7 +86,7 @@ class LayerRecord:
         """How the cores make the weight; not for dense layers."""
         factors = self.output_factors, self.input_factors
         return Structure(
-            self.kind, self.shape, self.transposed, *factors, self.geometry, network_of(self.form)
+            self.kind, self.shape, self.transposed, *factors, self.geometry, network_of(self.form), self.order
         )
 
     @property

@@ -17,6 +17,7 @@ from mpoc.network import forbid_save_pretrained, kinds_of, same_tensor
 from mpoc.nn.adopt import adopt_everywhere
 from mpoc.observe import observe_geometries
 from mpoc.option_text import parse_shape
+from mpoc.orders import parse_order
 from mpoc.outline import make_manifest
 from mpoc.plan import make_plan
 from mpoc.recipe import Recipe, make_recipe
@@ -44,10 +45,11 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
 
     Args:
         model: on any device; kinds of layers are told from its modules.
-        options: those of ``mpoc compress``, with underscores: exactly one of ``bond``, ``ratio`` and
-            ``max_error``; ``layers``, ``exclude``, ``shape`` (lists of strings), ``embeddings``,
-            ``min_params``, ``allow_growth``, ``sites``, ``seed``; and for ``conv="map"`` the
-            ``input_shape`` of one sample with its batch axis, as (1, 3, 32, 32).
+        options: those of ``mpoc compress``, with underscores: exactly one of ``bond``, ``ratio``,
+            ``max_error`` and ``discard`` (which ``bond`` may cap); ``layers``, ``exclude``, ``shape``,
+            ``order`` (lists of strings), ``embeddings``, ``min_params``, ``allow_growth``, ``sites``,
+            ``seed``; and for ``conv="map"`` the ``input_shape`` of one sample with its batch axis, as
+            (1, 3, 32, 32).
 
     Returns:
         The report: ``rho``, ``rho_selected``, ``layers`` with factors, bonds and errors.
@@ -74,7 +76,7 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
         first = fitted[0].record
         raise MpocError(
             f"no layer would shrink, so nothing was changed ({first.layer}: {first.reason})",
-            "a smaller bond, a larger max_error, or allow_growth=True",
+            "a smaller bond, a larger max_error or discard, or allow_growth=True",
         )
     places = same_tensor(model)
     for fit in fitted:  # nothing is changed before every layer could be fitted
@@ -96,10 +98,11 @@ def _recipe_options(options: dict[str, Any]) -> dict[str, Any]:
     for key in options:
         if key not in known:
             raise UsageError(f"unknown option {key!r}{nearest(key, known)}")
-    several = {key: options[key] for key in ("layers", "exclude", "shape") if key in options}
+    several = {key: options[key] for key in ("layers", "exclude", "shape", "order") if key in options}
     lists = {key: (one,) if isinstance(one, str) else tuple(one) for key, one in several.items()}
-    if "shape" in lists:
-        lists["shape"] = tuple(map(parse_shape, lists["shape"]))
+    for key, parse in (("shape", parse_shape), ("order", parse_order)):
+        if key in lists:
+            lists[key] = tuple(map(parse, lists[key]))
     return options | lists
 
 

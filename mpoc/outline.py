@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ import torch
 import mpoc
 from mpoc import hub_directory
 from mpoc.checkpoint import Checkpoint
-from mpoc.header import ITEMSIZE, TensorInfo, encode_header
+from mpoc.header import ITEMSIZE, TensorInfo, encode_header, storage_order
 from mpoc.history import before_compression
 from mpoc.manifest import LayerRecord, Manifest, Source
+from mpoc.orders import LEARNED
 from mpoc.plan import LayerPlan
 from mpoc.recipe import GOALS, Recipe
 from mpoc.selection import Selection
@@ -73,8 +75,8 @@ def predict_size(
     """
     undecided: list[LayerPlan] = []
     if records is None:
-        undecided = [plan for plan in plans if plan.tolerance and not recipe.allow_growth]
-        records = [_with_longest_figures(plan.record(), bool(plan.tolerance)) for plan in plans]
+        undecided = [plan for plan in plans if plan.is_open and not recipe.allow_growth]
+        records = [_with_longest_figures(plan.record(), plan.is_open) for plan in plans]
     if calibration is not None:
         records = [_with_calibrated_figures(record) for record in records]
     manifest = make_manifest(checkpoint, selection, recipe, records)
@@ -86,14 +88,15 @@ def predict_size(
     data = sum(info.nbytes for info in infos)
     data += sum(_more_than_planned(plan) for plan in undecided)
     if not checkpoint.is_directory:
-        return data + len(encode_header(infos, {"format": "pt", "mpoc": manifest.to_json()}))
+        metadata = {"format": "pt", "mpoc": manifest.to_json()}
+        return data + len(encode_header(storage_order(infos), metadata))
     entries = [Entry(info, lambda: torch.empty(0)) for info in infos]
     shards = plan_shards(entries, recipe.max_shard_size)
     return data + hub_directory.overhead(checkpoint.path, checkpoint.weight_files, shards, manifest)
 
 
 def _more_than_planned(plan: LayerPlan) -> int:
-    """Bytes, perhaps negative, that a layer under a tolerance can take beyond its cores at full bond.
+    """Bytes, perhaps negative, that a layer of open bonds can take beyond its cores at the largest.
 
     It ends with fewer numbers than the weight has, or dense.
     """
@@ -105,6 +108,8 @@ def _more_than_planned(plan: LayerPlan) -> int:
 def _with_longest_figures(record: LayerRecord, in_tolerance: bool) -> LayerRecord:
     if record.form == "dense":
         return record
+    if record.order == LEARNED:  # any permutation takes as many digits
+        record = replace(record, order=tuple(range(prod(record.input_factors))))
     figures = (LONGEST_FIGURE,) * (0 if record.low_rank else len(record.inner_bonds))
     return replace(
         record,

@@ -82,7 +82,7 @@ def compress_checkpoint(
         output: file (single-file source) or directory.
         recipe: what to do.
         force: replace an existing output.
-        dry_run: write nothing. Bonds under a tolerance are still found by factorising.
+        dry_run: write nothing. Bonds that a spectrum decides are still found by factorising.
         progress: called after each layer.
         arch: the network that the checkpoint belongs to, as :func:`mpoc.architecture.make_network` takes it;
             it tells kinds of layers and is recorded.
@@ -142,7 +142,7 @@ def _dry_run(
     output: Path,
     progress: Progress | None,
 ) -> Compression:
-    """What would be done; under a tolerance the bonds are found by factorising."""
+    """What would be done; bonds that a spectrum decides are found by factorising."""
     recipe = opened.recipe
     calibrated, plans = shared_out(opened, recipe, plans, study)
     records = {plan.map.name: plan.record() for plan in plans}
@@ -152,7 +152,7 @@ def _dry_run(
         records[fitted.record.name], times[fitted.record.name] = fitted.record, seconds
         return len(times)
 
-    fitted = any(plan.tolerance for plan in plans)
+    fitted = any(plan.is_open for plan in plans)
     if fitted:
         fit_all(fit_each(opened, plans, recipe), plans, len(plans), keep, progress)
     found = list(records.values())

@@ -15,8 +15,10 @@ from mpoc.errors import UsageError
 from mpoc.geometry import Geometry
 from mpoc.header import ITEMSIZE
 from mpoc.manifest import LayerRecord
+from mpoc.orders import LEARNED, MOST_INPUTS
 from mpoc.recipe import LayerRule, Recipe
-from mpoc.selection import LinearMap, Selection, check_pattern, matches
+from mpoc.rule_check import check_rules, check_shapes_used
+from mpoc.selection import LinearMap, Selection
 from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
 from mpoc.wiring import network_of
 
@@ -33,7 +35,9 @@ class LayerPlan:
     stored_dtype: str
     max_bond: int | None  # None: dense
     tolerance: float = 0.0  # relative error that may be spent to go below max_bond
+    discard: float = 0.0  # share of its squared Schmidt values that each bond may lose to go below max_bond
     low_rank: int = 0  # rank of a part that is added to the MPO of ``structure`` (form "svd+mpo")
+    learns_order: bool = False  # of its inputs, from the weight
     reason: str = ""  # why dense
 
     @property
@@ -41,8 +45,13 @@ class LayerPlan:
         """Time of the fit, in numbers read: the range finder's passes grow with the bond."""
         return self.structure.num_original * (_PASSES + min(self.max_bond or 0, *self.structure.padded))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the weight's spectrum decides how far bonds go below ``max_bond``."""
+        return bool(self.tolerance or self.discard)
+
     def record(self) -> LayerRecord:
-        """As the report shows it: the counts are exact unless a tolerance is still to be met."""
+        """As the report shows it: the counts are exact unless the spectrum decides, and then the most."""
         base = LayerRecord(
             name=self.map.name,
             kind=self.map.kind,
@@ -69,6 +78,7 @@ class LayerPlan:
             low_rank=self.low_rank,
             padding=self.structure.padding,
             geometry=self.structure.geometry,
+            order=LEARNED if self.learns_order else self.structure.order,
         )
 
 
@@ -96,9 +106,9 @@ def make_plan(
             "no layer is left to compress: " + "; ".join(f"{count} {why}" for why, count in reasons),
             "--layers, --exclude, --embeddings and --min-params decide",
         )
-    _check_rules(selection, recipe)
+    check_rules(selection, recipe)
     plans = [_open_plan(map, recipe, geometries or {}) for map in selection.chosen]
-    _check_shapes_used(plans, recipe)
+    check_shapes_used(plans, recipe)
     if not recipe.allow_growth:
         plans = [_shrinking(plan) for plan in plans]
     if recipe.ratio is not None:
@@ -109,19 +119,6 @@ def make_plan(
     return plans
 
 
-def _check_rules(selection: Selection, recipe: Recipe) -> None:
-    chosen = [map.name for map in selection.chosen]
-    given = [("[layer] pattern", rule.pattern) for rule in recipe.rules]
-    given += [("--shape pattern", shape.pattern) for shape in recipe.shape if shape.pattern is not None]
-    shapes = (("--input-shape pattern", shape.pattern) for shape in recipe.input_shape)
-    given += [(option, pattern) for option, pattern in shapes if pattern is not None]
-    for option, pattern in given:
-        check_pattern(option, pattern, [*chosen, *selection.left])
-        if not any(matches(pattern, name) for name in chosen):
-            name = next(name for name in selection.left if matches(pattern, name))
-            raise UsageError(f"{option} {pattern!r}: {name} is left alone ({selection.left[name]})")
-
-
 def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry]) -> LayerPlan:
     """A layer's plan with what is given for it alone; its bond is open (0) where a ceiling decides."""
     rule = recipe.rule_for(map.name)
@@ -129,7 +126,18 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
         structure = _structure(map, rule, recipe, geometries)
     except UsageError as error:
         raise UsageError(f"shape for layer {map.layer}: {error}", error.hint) from error
-    plan = LayerPlan(map, structure, recipe.dtype or map.dtype, None)
+    order = recipe.order_for(map.name, map.kind, structure.inputs)
+    if order and structure.form == "svd":
+        raise UsageError(
+            f"--order {order}: two factors, as of {map.layer}, are the same in any", "--form mpo"
+        )
+    learns = order == LEARNED
+    if learns and structure.inputs > MOST_INPUTS:
+        raise UsageError(
+            f"--order learned: layer {map.layer} has {structure.inputs:,} inputs, more than {MOST_INPUTS:,}",
+            f"--order '{map.layer}=raster'",
+        )
+    plan = LayerPlan(map, structure, recipe.dtype or map.dtype, None, learns_order=learns)
     if rule.dense:
         return replace(plan, reason="the recipe leaves it dense")
     return _with_goal(plan, rule, recipe)
@@ -152,42 +160,29 @@ def _structure(
         chain = geometry is not None or sites is not None or rule.bond is not None
         form = "mpo" if chain else "svd"
     if form != "svd" or factors is not None:
-        network = network_of(form or "mpo")
-        return make_structure(kind, map.shape, map.transposed, sites, factors, geometry, network)
+        network, order = network_of(form or "mpo"), recipe.order_for(map.name, kind, inputs)
+        order = "" if order == LEARNED else order
+        return make_structure(kind, map.shape, map.transposed, sites, factors, geometry, network, order)
     return low_rank_structure(kind, map.shape, map.transposed)
 
 
 def _with_goal(plan: LayerPlan, rule: LayerRule, recipe: Recipe) -> LayerPlan:
-    own = rule.bond is not None or rule.max_error is not None
-    bond = rule.bond if own else recipe.bond
-    error = rule.max_error if own else recipe.max_error
-    if error is not None and plan.structure.network == "mera":
+    goal: LayerRule | Recipe = recipe
+    if rule.bond is not None or rule.max_error is not None or rule.discard is not None:
+        goal = rule
+    full, network = plan.structure.full_bond, plan.structure.network
+    if network == "mera" and (goal.max_error is not None or goal.discard is not None):
+        option = "--discard" if goal.max_error is None else "--max-error"
         raise UsageError(
-            f"layer {plan.map.layer}: --max-error cuts bonds by a spectrum, and a MERA has none: its "
+            f"layer {plan.map.layer}: {option} cuts bonds by a spectrum, and a MERA has none: its "
             "error is known after the fit only",
             "--bond 4 or --ratio 0.1, or --form mpo",
         )
-    if error is not None:
-        return replace(plan, max_bond=plan.structure.full_bond, tolerance=error)
-    return replace(plan, max_bond=bond if bond is not None else 0)
-
-
-def _check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:
-    """A ``--shape`` without a pattern must fit some layer."""
-    for shape in recipe.shape:
-        if shape.pattern is not None:
-            continue
-        fits = any(
-            (shape.output_factors, shape.input_factors)
-            == tuple(
-                side[plan.structure.lead_sites :]
-                for side in (plan.structure.output_factors, plan.structure.input_factors)
-            )
-            for plan in plans
-        )
-        if not fits:
-            text = ":".join("x".join(map(str, side)) for side in (shape.input_factors, shape.output_factors))
-            raise UsageError(f"--shape {text}: multiplies out to no selected layer's sides")
+    if goal.max_error is not None:
+        return replace(plan, max_bond=full, tolerance=goal.max_error)
+    if goal.discard is not None:
+        return replace(plan, max_bond=min(goal.bond or full, full), discard=goal.discard)
+    return replace(plan, max_bond=goal.bond if goal.bond is not None else 0)
 
 
 def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> list[LayerPlan]:
@@ -213,7 +208,7 @@ def least_ratio(plans: list[LayerPlan], allow_growth: bool) -> float:
 
 def _most_stored(plan: LayerPlan, allow_growth: bool) -> int:
     """Parameters that a layer with a goal of its own comes to at most."""
-    dense = plan.tolerance and not allow_growth
+    dense = plan.is_open and not allow_growth
     return plan.structure.num_original if dense else plan.record().num_stored
 
 
@@ -286,7 +281,7 @@ def _shrinking(plan: LayerPlan) -> LayerPlan:
 
     A whole map's bonds end below the cap where its shifts need fewer, so the fit decides about it.
     """
-    if not plan.max_bond or plan.tolerance or plan.structure.geometry is not None:
+    if not plan.max_bond or plan.is_open or plan.structure.geometry is not None:
         return plan
     return leave_dense_unless_smaller(plan, plan.record().num_stored)
 
@@ -296,6 +291,8 @@ def leave_dense_unless_smaller(plan: LayerPlan, num_stored: int) -> LayerPlan:
     original = plan.structure.num_original
     if num_stored < original:
         return plan
-    goal = f"error {plan.tolerance:g}" if plan.tolerance else f"bond {plan.max_bond}"
+    goal = f"bond {plan.max_bond}"
+    if plan.is_open:
+        goal = f"error {plan.tolerance:g}" if plan.tolerance else f"discarded weight {plan.discard:g}"
     reason = f"would not shrink at {goal}: {original:,} → {num_stored:,} (--allow-growth)"
     return replace(plan, max_bond=None, reason=reason)

@@ -16,7 +16,6 @@ A recipe file holds the options' own names, and tables for single layers, later 
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,15 +23,17 @@ from typing import Any
 
 from mpoc.errors import UsageError, nearest
 from mpoc.geometry import Geometry
-from mpoc.input_shape import InputShape, geometry_at, parse_input_shape
-from mpoc.option_text import ShapeRule, parse_shape, parse_size
+from mpoc.input_shape import InputShape, geometry_at
+from mpoc.option_text import ShapeRule
+from mpoc.orders import OrderRule, order_fits
+from mpoc.recipe_file import read_recipe
 from mpoc.selection import matches
-from mpoc.toml_values import flag, number, text, texts, whole
 
 CONV_FORMS = ("kernel", "map")
 FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "auto")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
-GOALS = ("bond", "ratio", "max_error", "size", "max_drop")
+GOALS = ("bond", "discard", "ratio", "max_error", "size", "max_drop")
+_ERROR, _WEIGHT = "a relative error", "a share of the squared Schmidt values"
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ class LayerRule:
     pattern: str
     bond: int | None = None
     max_error: float | None = None
+    discard: float | None = None
     form: str | None = None
     sites: int | None = None
     shape: ShapeRule | None = None
+    order: OrderRule | None = None
     conv: str | None = None
     input_shape: InputShape | None = None
     dense: bool | None = None
@@ -52,16 +55,21 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All options of a compression. Exactly one goal is set; a trial at a maximal drop has its ratio too."""
+    """All options of a compression.
+
+    Exactly one goal is set; a trial at a maximal drop has its ratio too, a discarded weight may have a cap.
+    """
 
     bond: int | None = None  # cap on every D_k
     ratio: float | None = None  # ceiling on ρ over the selected layers
     max_error: float | None = None  # relative error of each layer
+    discard: float | None = None  # share of the squared Schmidt values that each bond may lose
     size: int | None = None  # ceiling on the output, bytes
     max_drop: float | None = None  # what the metric may lose, in its unit; the ratio is searched for
     form: str | None = None  # None: "auto", each layer's best, of a calibrated budget, else "mpo"
     sites: int | None = None
     shape: tuple[ShapeRule, ...] = ()
+    order: tuple[OrderRule, ...] = ()  # of linear layers' inputs
     conv: str = "kernel"  # what of a convolution is factorised: its kernel, or the whole map
     input_shape: tuple[InputShape, ...] = ()  # of whole maps
     layers: tuple[str, ...] = ()
@@ -89,12 +97,17 @@ class Recipe:
             if not self._has_budget:
                 hint = "--ratio 0.5"
                 raise UsageError(f"--form {form} shares out a budget: it needs --ratio or --size", hint)
-        errors = (self.max_error, *(rule.max_error for rule in self.rules))
-        if calibrated and any(error is not None for error in errors):
-            raise UsageError(
-                "--max-error is of weights, and does not go with --calibrate: --ratio, --size or --max-drop",
-                "--ratio 0.5",
-            )
+        if calibrated and (self.order or any(rule.order for rule in self.rules)):
+            raise UsageError("--order does not go with --calibrate: inputs are fitted in their own order")
+        for goal in ("max_error", "discard"):
+            values = (getattr(goals, goal) for goals in (self, *self.rules))
+            if calibrated and any(value is not None for value in values):
+                option = f"--{goal.replace('_', '-')}"
+                raise UsageError(
+                    f"{option} is of weights, and does not go with --calibrate: "
+                    "--ratio, --size or --max-drop",
+                    "--ratio 0.5",
+                )
         return replace(self, form=self.form or ("auto" if calibrated and self._has_budget else "mpo"))
 
     @property
@@ -109,11 +122,23 @@ class Recipe:
                 continue
             given = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "pattern"}
             given = {key: value for key, value in given.items() if value is not None}
-            for group in (("bond", "max_error", "dense"), ("form", "sites", "shape")):
+            for group in (("bond", "max_error", "discard", "dense"), ("form", "sites", "shape")):
                 if given.keys() & set(group):
                     given = dict.fromkeys(group) | given
             merged = replace(merged, **given)
         return merged
+
+    def order_for(self, name: str, kind: str, inputs: int) -> str:
+        """The order asked for this layer's inputs; ``""``: their own."""
+        own = self.rule_for(name).order
+        if own is not None:
+            return own.order
+        for rule in reversed(self.order):
+            if rule.pattern is not None and matches(rule.pattern, name):
+                return rule.order
+            if rule.pattern is None and kind == "linear" and order_fits(rule.order, inputs):
+                return rule.order
+        return ""
 
     def is_map(self, name: str, kind: str) -> bool:
         """Whether this weight is a convolution to be taken as one map."""
@@ -157,7 +182,8 @@ def make_recipe(file: Path | None, options: Mapping[str, Any]) -> Recipe:
     Raises:
         UsageError: unknown or badly typed keys, values out of range, no goal or several.
     """
-    values, rules = ({}, ()) if file is None else _read_recipe(file)
+    values, tables = ({}, {}) if file is None else read_recipe(file, Recipe, LayerRule)
+    rules = tuple(LayerRule(pattern, **table) for pattern, table in tables.items())
     given = {key: value for key, value in options.items() if value is not None}
     if any(goal in given for goal in GOALS):
         values = {key: value for key, value in values.items() if key not in GOALS}
@@ -168,14 +194,16 @@ def make_recipe(file: Path | None, options: Mapping[str, Any]) -> Recipe:
 
 def _check(recipe: Recipe) -> None:
     goals = [goal for goal in GOALS if getattr(recipe, goal) is not None]
-    if len(goals) != 1:
+    if len(goals) != 1 and goals != ["bond", "discard"]:
         said = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
         raise UsageError(
-            f"exactly one of --bond, --ratio, --max-error, --size and --max-drop is needed; given: {said}",
+            "exactly one of --bond, --discard, --ratio, --max-error, --size and --max-drop is needed (--bond "
+            f"may cap --discard); given: {said}",
             "mpoc compress MODEL --ratio 0.5",
         )
     _check_bond("--bond", recipe.bond)
-    _check_error("--max-error", recipe.max_error)
+    _check_share("--max-error", recipe.max_error, _ERROR)
+    _check_share("--discard", recipe.discard, _WEIGHT)
     _check_sites("--sites", recipe.sites)
     if recipe.ratio is not None and not 0 < recipe.ratio <= 1:
         raise UsageError(f"--ratio {recipe.ratio}: a compression ratio ρ lies above 0 and up to 1")
@@ -198,7 +226,10 @@ def _check(recipe: Recipe) -> None:
     _check_form("--form", recipe.form, recipe.sites)
     for rule in recipe.rules:
         _check_bond(f"layer {rule.pattern!r}: bond", rule.bond)
-        _check_error(f"layer {rule.pattern!r}: max-error", rule.max_error)
+        _check_share(f"layer {rule.pattern!r}: max-error", rule.max_error, _ERROR)
+        _check_share(f"layer {rule.pattern!r}: discard", rule.discard, _WEIGHT)
+        if rule.max_error is not None and rule.discard is not None:
+            raise UsageError(f"layer {rule.pattern!r}: max-error and discard: one of them")
         _check_sites(f"layer {rule.pattern!r}: sites", rule.sites)
         _check_form(f"layer {rule.pattern!r}: form", rule.form, rule.sites, rule.bond)
 
@@ -219,9 +250,9 @@ def _check_bond(where: str, bond: int | None) -> None:
         raise UsageError(f"{where} {bond}: a bond dimension is a whole number from 1")
 
 
-def _check_error(where: str, error: float | None) -> None:
-    if error is not None and not 0 < error < 1:
-        raise UsageError(f"{where} {error}: a relative error lies between 0 and 1")
+def _check_share(where: str, share: float | None, what: str) -> None:
+    if share is not None and not 0 < share < 1:
+        raise UsageError(f"{where} {share}: {what} lies between 0 and 1")
 
 
 def _check_sites(where: str, sites: int | None) -> None:
@@ -236,81 +267,3 @@ def _check_form(where: str, form: str | None, sites: int | None, bond: int | Non
         raise UsageError(f"{where} svd: has two factors, and no number of sites to choose", "--form mpo")
     if form in ("auto", "svd+mpo") and bond is not None:
         raise UsageError(f"{where} {form}: is for a share of a budget, not for a bond", "form mpo, or svd")
-
-
-def _read_recipe(file: Path) -> tuple[dict[str, Any], tuple[LayerRule, ...]]:
-    if not file.is_file():
-        raise UsageError(f"{file}: no such recipe file")
-    try:
-        raw = tomllib.loads(file.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not valid TOML ({error})") from error
-    tables = raw.pop("layer", {})
-    if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
-        raise UsageError(f'{file}: layers are tables, as in [layer."encoder.*"]')
-    values = _typed(raw, Recipe, f"{file}")
-    rules = tuple(
-        LayerRule(pattern, **_typed(table, LayerRule, f"{file}: [layer.{pattern!r}]"))
-        for pattern, table in tables.items()
-    )
-    return values, rules
-
-
-def _typed(raw: Mapping[str, Any], target: type, where: str) -> dict[str, Any]:
-    """Checked values for ``target``'s fields from a TOML table."""
-    known = [f.name.replace("_", "-") for f in fields(target) if f.name not in ("pattern", "rules")]
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        if isinstance(value, dict):
-            raise UsageError(f"{where}: a table in a table", 'quote dotted names: [layer."layer1.0.conv1"]')
-        if key not in known:
-            raise UsageError(f"{where}: unknown key {key!r}{nearest(key, known)}")
-        try:
-            values[key.replace("-", "_")] = _READERS[key](value)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"{where}: {key} = {value!r}: {error}") from error
-        except UsageError as error:
-            raise UsageError(f"{where}: {key}: {error}", error.hint) from error
-    for key, form in (("shape", "inputs:outputs"), ("input_shape", "HxW")):
-        if target is LayerRule and key in values:
-            if len(values[key]) != 1 or values[key][0].pattern is not None:
-                name = key.replace("_", "-")
-                raise UsageError(f"{where}: {name}: one {form}, the table names the layers")
-            values[key] = values[key][0]
-    return values
-
-
-def _shapes(value: Any) -> tuple[ShapeRule, ...]:
-    return tuple(parse_shape(text) for text in texts(value))
-
-
-def _input_shapes(value: Any) -> tuple[InputShape, ...]:
-    return tuple(parse_input_shape(text) for text in texts(value))
-
-
-def _size(value: Any) -> int:
-    return parse_size(value if isinstance(value, str) else whole(value))
-
-
-_READERS = {
-    "bond": whole,
-    "ratio": number,
-    "max-error": number,
-    "size": _size,
-    "max-drop": number,
-    "form": text,
-    "sites": whole,
-    "shape": _shapes,
-    "conv": text,
-    "input-shape": _input_shapes,
-    "layers": texts,
-    "exclude": texts,
-    "embeddings": flag,
-    "min-params": whole,
-    "allow-growth": flag,
-    "dtype": text,
-    "seed": whole,
-    "device": text,
-    "max-shard-size": _size,
-    "dense": flag,
-}

@@ -50,6 +50,20 @@ def _check_factors(layer: LayerRecord) -> None:
     if not (joined and whole and front == structure.lead and _modest(structure)):
         raise ValueError(f"layer {layer.name!r}: its factors and bonds do not make its weight")
     check_low_rank(structure, layer.low_rank)
+    check_order(structure, layer.low_rank)
+
+
+def check_order(structure: Structure, low_rank: int) -> None:
+    """Whether a weight of ``structure`` can have its order of inputs.
+
+    Raises:
+        ValueError: it is no permutation of them, or not of a linear map that is one network of sites.
+    """
+    one_network = structure.kind == "linear" and structure.form != "svd" and not low_rank
+    if structure.permutation is not None and not one_network:
+        raise ValueError(
+            f"an order of the inputs of a weight of kind {structure.kind}, form {structure.form}"
+        )
 
 
 def are_joined(structure: Structure, bonds: tuple[int, ...]) -> bool:

@@ -25,8 +25,9 @@ import math
 from dataclasses import dataclass, field
 
 from mpoc.errors import UsageError
-from mpoc.factors import choose_factors, choose_map_factors, mera_sites
+from mpoc.factors import choose_map_factors, mera_sites
 from mpoc.geometry import Geometry, factors_by_axis
+from mpoc.orders import Order, order_fits, ordered_factors, permutation
 from mpoc.wiring import Core, branches, count_parameters, wiring
 
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "convmap", "embedding", "experts")
@@ -45,6 +46,7 @@ class Structure:
     input_factors: tuple[int, ...]  # I
     geometry: Geometry | None = None  # of a whole map, and of nothing else
     network: str = "chain"  # one of mpoc.wiring.NETWORKS
+    order: Order = ""  # of the inputs, where it is not their own (mpoc.orders)
 
     # How the sites see the weight, told from the above.
     form: str = field(init=False, compare=False, repr=False)  # "svd", "mpo", "tree" or "mera"
@@ -63,6 +65,15 @@ class Structure:
         form = "svd" if low_rank else "mpo" if is_chain else self.network
         found = {"form": form, "lead": lead, "outputs": outputs, "inputs": inputs}
         vars(self).update(found)
+
+    @property
+    def permutation(self) -> tuple[int, ...] | None:
+        """For each position of the matrix that is factorised the input there; None: its own.
+
+        Raises:
+            ValueError: the order is not one of these inputs.
+        """
+        return permutation(self.order, self.inputs, self.input_factors)
 
     @property
     def lead_sites(self) -> int:
@@ -203,6 +214,7 @@ def make_structure(
     factors: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     geometry: Geometry | None = None,
     network: str = "chain",
+    order: str = "",
 ) -> Structure:
     """Choose factors for a weight, or check the given ones.
 
@@ -215,13 +227,16 @@ def make_structure(
         factors: (output factors, input factors) that a user asked for, with or without the lead site.
         geometry: makes a convolution a whole map; ``kind`` is then ``convmap``.
         network: that joins the sites; of whole maps a chain.
+        order: of the inputs of a linear map.
 
     Raises:
-        UsageError: given factors do not multiply out to the weight's sides, or do not align with the axes
-            of a whole map that is too large to be formed.
+        UsageError: the order is of other inputs, given factors do not multiply out to the weight's sides, or
+            do not align with the axes of a whole map that is too large to be formed.
     """
     lead, outputs, inputs = lead_outputs_inputs(kind, shape, transposed, geometry)
     front = (lead, 1) if kind == "experts" else (1, lead)
+    if order and (kind != "linear" or not order_fits(order, inputs)):
+        raise UsageError(f"--order {order}: is not of a {kind} weight with {inputs} inputs")
     if factors is not None:
         output_factors, input_factors = _check_factors(front, outputs, inputs, factors)
     elif geometry is not None:
@@ -230,11 +245,12 @@ def make_structure(
     else:
         if network == "mera" and sites is None:
             sites = mera_sites(outputs, inputs)
-        output_factors, input_factors = choose_factors(outputs, inputs, sites)
+        output_factors, input_factors = ordered_factors(order, outputs, inputs, sites)
     if lead > 1:
         output_factors = (front[0], *output_factors)
         input_factors = (front[1], *input_factors)
-    structure = Structure(kind, tuple(shape), transposed, output_factors, input_factors, geometry, network)
+    sides = tuple(shape), transposed, output_factors, input_factors
+    structure = Structure(kind, *sides, geometry, network, order)
     if structure.is_large_map and structure.axis_factors is None:
         raise UsageError(
             f"a map of {outputs} × {inputs} numbers is built from shifts, so each factor must divide an axis "

@@ -31,7 +31,7 @@ def test_at_full_bond_nothing_changes(kind: str) -> None:
     torch.testing.assert_close(network(x), dense(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{"bond": 4}, {"ratio": 0.6}, {"max_error": 0.7}])
+@pytest.mark.parametrize("options", [{"bond": 4}, {"ratio": 0.6}, {"max_error": 0.7}, {"discard": 0.2}])
 def test_gives_what_a_file_gives(tmp_path: Path, options: dict[str, Any]) -> None:
     network = nn.Sequential(nn.Linear(48, 64), nn.Conv1d(16, 16, 3), nn.Linear(64, 32))
     torch.save(network.state_dict(), tmp_path / "m.pt")

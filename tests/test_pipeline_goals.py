@@ -31,6 +31,8 @@ GOALS: list[dict[str, Any]] = [
     {"bond": 4, "embeddings": True, "dtype": "bfloat16"},
     {"ratio": 0.4},
     {"max_error": 0.5},
+    {"discard": 0.2},
+    {"discard": 0.2, "bond": 6},
     {"size": 40_000},
     {"bond": 10**6, "allow_growth": True},
 ]
@@ -146,7 +148,17 @@ def test_the_size_is_never_exceeded(
     assert num_bytes(done.output) == done.nbytes
 
 
-@pytest.mark.parametrize("goal", ["bond = 100000", "max-error = 0.01", "max-error = 0.5", "dense = true"])
+@pytest.mark.parametrize(
+    "goal",
+    [
+        "bond = 100000",
+        "max-error = 0.01",
+        "max-error = 0.5",
+        "discard = 0.001",
+        "discard = 0.5",
+        "dense = true",
+    ],
+)
 @pytest.mark.parametrize("dtype", [None, "float16"])
 @pytest.mark.parametrize(("ceiling", "values"), [("size", [42_000, 50_000]), ("ratio", [0.5, 0.8])])
 def test_a_ceiling_counts_layers_with_a_goal_of_their_own(

@@ -101,6 +101,24 @@ def test_a_tolerance_starts_from_the_full_bond() -> None:
     assert (layer.tolerance, layer.max_bond) == (0.1, layer.structure.full_bond)
 
 
+def test_a_discarded_weight_starts_from_the_full_bond_or_its_cap() -> None:
+    layer = plan(NETWORK, discard=0.1)["fc1"]
+    assert (layer.discard, layer.max_bond) == (0.1, layer.structure.full_bond)
+    capped = plan(NETWORK, (LayerRule("fc1", bond=5, discard=0.2),), discard=0.1, bond=3)
+    assert (capped["fc1"].discard, capped["fc1"].max_bond) == (0.2, 5)
+    assert (capped["conv2"].discard, capped["conv2"].max_bond) == (0.1, 3)
+    assert plan(NETWORK, (LayerRule("fc1", bond=5),), discard=0.1)["fc1"].discard == 0.0
+    assert plan(NETWORK, (LayerRule("fc1", discard=0.2),), bond=3)["fc1"].max_bond == layer.max_bond
+
+
+def test_a_mera_has_no_spectrum_to_cut() -> None:
+    assert plan(NETWORK, (LayerRule("fc1", form="tree"),), discard=0.1)["fc1"].discard == 0.1
+    for option in ("discard", "max_error"):
+        goal = {option: 0.1}
+        with pytest.raises(UsageError, match=f"fc1: --{option.replace('_', '-')} cuts bonds by a spectrum"):
+            plan(NETWORK, (LayerRule("fc1", form="mera"),), **goal)
+
+
 def test_rules_of_single_layers_win() -> None:
     rules = (
         LayerRule("fc*", bond=7, sites=2),
@@ -181,7 +199,7 @@ def test_the_ceiling_counts_layers_with_a_goal_of_their_own(growth: bool) -> Non
 
 def test_the_ceiling_counts_a_layer_that_would_grow_as_dense() -> None:
     maps = [LinearMap(f"{name}.weight", "linear", (64, 64), "float32", False) for name in "ab"]
-    for rule in (LayerRule("a", bond=10**6), LayerRule("a", max_error=0.1)):
+    for rule in (LayerRule("a", bond=10**6), LayerRule("a", max_error=0.1), LayerRule("a", discard=0.1)):
         layers = plan(maps, (rule,), ratio=0.8)
         spent = 64 * 64 + layers["b"].record().num_stored
         assert 0.75 < spent / (2 * 64 * 64) <= 0.8

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mpoc.errors import UsageError
 from mpoc.input_shape import InputShape
 from mpoc.option_text import ShapeRule, parse_shape, parse_size
+from mpoc.orders import OrderRule
 from mpoc.recipe import LayerRule, Recipe, make_recipe
 
 SOME = settings(max_examples=100, deadline=None, derandomize=True)
@@ -22,12 +23,15 @@ EVERY_KEY: list[tuple[str, str, Any]] = [
     ("bond", "8", 8),
     ("ratio", "1", 1.0),
     ("max-error", "0.25", 0.25),
+    ("discard", "0.01", 0.01),
     ("size", '"20MB"', 20_000_000),
     ("max-drop", "1", 1.0),
     ("form", "'svd'", "svd"),
     ("sites", "3", 3),
     ("shape", '"28x28:16x16"', (ShapeRule(None, (16, 16), (28, 28)),)),
     ("shape", '["fc=4x4:2x8"]', (ShapeRule("fc", (2, 8), (4, 4)),)),
+    ("order", '"morton:28x28"', (OrderRule(None, "morton:28x28"),)),
+    ("order", '["fc=learned", "raster"]', (OrderRule("fc", "learned"), OrderRule(None, ""))),
     ("conv", '"map"', "map"),
     ("input-shape", '"8x4:stride=2"', (InputShape(None, (8, 4), (2,)),)),
     ("input-shape", '["c=3"]', (InputShape("c", (3,)),)),
@@ -42,7 +46,15 @@ EVERY_KEY: list[tuple[str, str, Any]] = [
     ("max-shard-size", "5000", 5000),
     ("max-shard-size", '"1KiB"', 1024),
 ]
-GOALS: dict[str, Any] = {"bond": 8, "ratio": 0.5, "max_error": 0.1, "size": 1000, "max_drop": 0.5}
+GOALS: dict[str, Any] = {
+    "bond": 8,
+    "ratio": 0.5,
+    "max_error": 0.1,
+    "size": 1000,
+    "max_drop": 0.5,
+    "discard": 0.01,
+}
+SEVERAL = [pair for pair in combinations(GOALS, 2) if pair != ("bond", "discard")]
 
 
 def read(tmp_path: Path, text: str, **options: Any) -> Recipe:
@@ -91,12 +103,17 @@ def test_values_at_the_edge_are_good(options: dict[str, Any]) -> None:
     assert {key: getattr(recipe, key) for key in options} == options
 
 
-@pytest.mark.parametrize("goals", [(), *combinations(GOALS, 2), tuple(GOALS)], ids=str)
+@pytest.mark.parametrize("goals", [(), *SEVERAL, ("bond", "discard", "ratio"), tuple(GOALS)], ids=str)
 def test_no_goal_and_several_are_refused(goals: tuple[str, ...]) -> None:
-    said = "exactly one of --bond, --ratio, --max-error, --size and --max-drop"
+    said = "exactly one of --bond, --discard, --ratio, --max-error, --size and --max-drop"
     with pytest.raises(UsageError, match=said) as caught:
         make_recipe(None, {goal: GOALS[goal] for goal in goals} | {"seed": 1})
     assert all("--" + goal.replace("_", "-") in str(caught.value).partition("given:")[2] for goal in goals)
+
+
+def test_a_bond_may_cap_a_discarded_weight() -> None:
+    recipe = make_recipe(None, {"bond": 8, "discard": 0.01})
+    assert (recipe.bond, recipe.discard) == (8, 0.01)
 
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
@@ -165,6 +182,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ({"max_error": 0.0}, "--max-error 0.0: a relative error lies between 0 and 1"),
         ({"max_error": 1.0}, "--max-error 1.0"),
         ({"max_error": float("nan")}, "--max-error nan"),
+        ({"discard": 0.0}, "--discard 0.0: a share of the squared Schmidt values lies between 0 and 1"),
+        ({"discard": 1.0}, "--discard 1.0"),
         ({"size": 0}, "--size 0: must be above 0"),
         ({"max_drop": -0.1}, "--max-drop -0.1: .* from 0"),
         ({"max_drop": float("nan")}, "--max-drop nan"),
@@ -180,7 +199,9 @@ def test_values_out_of_range_are_refused(options: dict[str, Any], said: str) -> 
         make_recipe(None, options)
 
 
-@pytest.mark.parametrize("text", ["bond = 0", "max-error = 1.0", "sites = 1"])
+@pytest.mark.parametrize(
+    "text", ["bond = 0", "max-error = 1.0", "discard = 1.0", "sites = 1", "max-error = 0.1\ndiscard = 0.1"]
+)
 def test_a_layers_values_are_checked_too(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match=r"layer 'fc\*': " + text.split()[0]):
         read(tmp_path, f'bond = 4\n[layer."fc*"]\n{text}\n')

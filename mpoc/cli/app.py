@@ -11,6 +11,7 @@ import mpoc
 from mpoc.cli.compress import compress
 from mpoc.cli.demo import demo
 from mpoc.cli.doctor import doctor
+from mpoc.cli.entanglement import entanglement
 from mpoc.cli.eval import evaluate
 from mpoc.cli.expand import expand
 from mpoc.cli.export import export
@@ -46,6 +47,7 @@ def options(
 
 app.command()(compress)
 app.command()(report)
+app.command()(entanglement)
 app.command()(expand)
 app.command()(finetune)
 app.command("eval")(evaluate)

@@ -15,18 +15,25 @@ from mpoc.cli.compress_options import (
     Bond,
     Calibrate,
     CalibrationSamples,
+    Conv,
+    Discard,
     Embeddings,
     EvalData,
     Exclude,
+    Form,
+    InputShapes,
     Layers,
     MaxDrop,
     MaxError,
     MinParams,
     Moments,
+    Orders,
     Plot,
     Ratio,
     Refine,
     Resume,
+    Shape,
+    Sites,
     Size,
 )
 from mpoc.cli.compress_request import compress_request
@@ -44,6 +51,7 @@ def compress(
     bond: Bond = None,
     ratio: Ratio = None,
     max_error: MaxError = None,
+    discard: Discard = None,
     size: Size = None,
     max_drop: MaxDrop = None,
     layers: Layers = None,
@@ -51,50 +59,12 @@ def compress(
     embeddings: Embeddings = None,
     min_params: MinParams = None,
     allow_growth: AllowGrowth = None,
-    form: Annotated[
-        str | None,
-        typer.Option(
-            metavar="mpo|svd|tree|mera|svd+mpo|auto",
-            help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. tree: the sites in a "
-            "binary tree. mera: the tree with disentanglers. svd+mpo: a sum. "
-            "auto: for each layer the best. The last two with --calibrate and a budget (--ratio, --size or "
-            "--max-drop), where auto is the default.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    sites: Annotated[
-        int | None,
-        typer.Option(
-            help="Sites a layer, besides a kernel's taps. Default: 4, from 1,024 wide 5.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[PATTERN=]INPUTS:OUTPUTS",
-            help="Factors, as fc1=4x7x7x4:4x4x4x4. Repeatable.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    conv: Annotated[
-        str | None,
-        typer.Option(
-            metavar="kernel|map",
-            help="What of a convolution is factorised: its kernel (default), or the whole linear map "
-            "at one input size, which ties the layer to that size.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    input_shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[PATTERN=]HxW[:stride=1,padding=1,dilation=1,groups=1,padding_mode=zeros]",
-            help="For --conv map: the layer's input size and, as no checkpoint has them, its settings. "
-            "Default padding: dilation·(k-1)/2. Repeatable.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
+    form: Form = None,
+    sites: Sites = None,
+    shape: Shape = None,
+    order: Orders = None,
+    conv: Conv = None,
+    input_shape: InputShapes = None,
     arch: Arch = None,
     eval_data: EvalData = None,
     plot: Plot = None,

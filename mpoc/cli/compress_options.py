@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-GOAL = "How far (exactly one)"
+GOAL = "How far (exactly one; --bond may cap --discard)"
 WHICH = "Which layers"
 HOW = "How"
 OUT = "Output"
@@ -36,6 +36,15 @@ MaxError = Annotated[
         parser=_share,
         metavar="FLOAT",
         help="Small bonds that keep each layer's relative error.",
+        rich_help_panel=GOAL,
+    ),
+]
+Discard = Annotated[
+    float | None,
+    typer.Option(
+        metavar="ε",
+        help="Each bond as small as its own spectrum allows: the Schmidt values cut hold at most this share "
+        "of Σs². --bond caps it.",
         rich_help_panel=GOAL,
     ),
 ]
@@ -79,6 +88,59 @@ AllowGrowth = Annotated[
         "--allow-growth/--no-allow-growth",
         help="Factorise layers even where the cores are larger than the weight.",
         rich_help_panel=WHICH,
+    ),
+]
+Form = Annotated[
+    str | None,
+    typer.Option(
+        metavar="mpo|svd|tree|mera|svd+mpo|auto",
+        help="mpo: a chain of sites. svd: two factors, outputs × D and D × inputs. tree: the sites in a "
+        "binary tree. mera: the tree with disentanglers. svd+mpo: a sum. "
+        "auto: for each layer the best. The last two with --calibrate and a budget (--ratio, --size or "
+        "--max-drop), where auto is the default.",
+        rich_help_panel=HOW,
+    ),
+]
+Sites = Annotated[
+    int | None,
+    typer.Option(
+        help="Sites a layer, besides a kernel's taps. Default: 4, from 1,024 wide 5.",
+        rich_help_panel=HOW,
+    ),
+]
+Shape = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[PATTERN=]INPUTS:OUTPUTS",
+        help="Factors, as fc1=4x7x7x4:4x4x4x4. Repeatable.",
+        rich_help_panel=HOW,
+    ),
+]
+Orders = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[PATTERN=]raster|morton:[Cx]HxW|learned",
+        help="In which order a linear layer's inputs are factorised: as they are; an image's by blocks, "
+        "coarse to fine, as fc1=morton:28x28; or one learnt from the weight. Undone on load. Repeatable.",
+        rich_help_panel=HOW,
+    ),
+]
+Conv = Annotated[
+    str | None,
+    typer.Option(
+        metavar="kernel|map",
+        help="What of a convolution is factorised: its kernel (default), or the whole linear map "
+        "at one input size, which ties the layer to that size.",
+        rich_help_panel=HOW,
+    ),
+]
+InputShapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="[PATTERN=]HxW[:stride=1,padding=1,dilation=1,groups=1,padding_mode=zeros]",
+        help="For --conv map: the layer's input size and, as no checkpoint has them, its settings. "
+        "Default padding: dilation·(k-1)/2. Repeatable.",
+        rich_help_panel=HOW,
     ),
 ]
 Arch = Annotated[

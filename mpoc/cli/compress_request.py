@@ -66,18 +66,30 @@ def compress_request(values: dict[str, Any]) -> CompressRequest:
 
 
 def _recipe(values: dict[str, Any]) -> Recipe:
-    from mpoc.input_shape import parse_input_shape
-    from mpoc.option_text import parse_shape, parse_size
     from mpoc.recipe import Recipe, make_recipe
 
     options = {f.name: values[f.name] for f in fields(Recipe) if f.name != "rules"}
-    readers = {"shape": parse_shape, "input_shape": parse_input_shape}
+    return make_recipe(values["recipe"], recipe_options(options))
+
+
+def recipe_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as the command line gives them, by the names of a recipe's fields, read.
+
+    Raises:
+        UsageError: a shape or a size that is none.
+    """
+    from mpoc.input_shape import parse_input_shape
+    from mpoc.option_text import parse_shape, parse_size
+    from mpoc.orders import parse_order
+
+    options = dict(options)
+    readers = {"shape": parse_shape, "input_shape": parse_input_shape, "order": parse_order}
     for key, value in options.items():
         if isinstance(value, list):
             options[key] = tuple(map(readers[key], value)) if key in readers else tuple(value)
         elif key in ("size", "max_shard_size") and value is not None:
             options[key] = parse_size(value)
-    return make_recipe(values["recipe"], options)
+    return options
 
 
 def _calibration(values: dict[str, Any]) -> CalibrationRequest | None:

@@ -40,21 +40,22 @@ def fit_conv_map(
     tolerance: float = 0.0,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    discard: float = 0.0,
 ) -> Fit:
     """Factorise the map of ``kernel`` with every bond at most ``max_bond``.
 
     Args:
         kernel: (C_out, C_in / groups, k, …), any floating dtype.
         structure: of kind ``convmap``.
-        max_bond, tolerance, dtype, seed: as in :func:`mpoc.fit.ttsvd.tt_svd`.
+        max_bond, tolerance, dtype, seed, discard: as in :func:`mpoc.fit.ttsvd.tt_svd`.
 
     Returns:
         As :func:`mpoc.fit.ttsvd.tt_svd`; the relative error is that of the map against the exact map.
     """
     if not structure.is_large_map:
-        return tt_svd(kernel, structure, max_bond, tolerance, dtype, seed)
+        return tt_svd(kernel, structure, max_bond, tolerance, dtype, seed, discard)
     exact = exact_map(kernel, structure)
-    rounded, _ = exact.rounded(max_bond, tolerance)
+    rounded, _ = exact.rounded(max_bond, tolerance, discard)
     stored = MPO([core.to(dtype or kernel.dtype) for core in rounded.cores], structure)
     norm = exact.norm()
     error = subtract(exact, stored).norm() / norm if norm else 0.0

@@ -25,7 +25,8 @@ def factorise(
     tolerance: float = 0.0,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    discard: float = 0.0,
 ) -> Fit:
     """As :func:`mpoc.fit.ttsvd.tt_svd`, of the form that ``structure`` is."""
     fit = _FITS[structure.network] if structure.geometry is None else fit_conv_map
-    return fit(weight, structure, max_bond, tolerance, dtype, seed)
+    return fit(weight, structure, max_bond, tolerance, dtype, seed, discard)

@@ -45,6 +45,7 @@ def fit_mera(
     tolerance: float = 0.0,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    discard: float = 0.0,
 ) -> Fit:
     """Fit a MERA whose bonds all have the dimension ``max_bond``.
 
@@ -52,7 +53,7 @@ def fit_mera(
         weight: of shape ``structure.shape``; any floating dtype.
         structure: its network is ``mera``.
         max_bond: D.
-        tolerance: 0; an error cannot be asked for, since it is known after the fit only.
+        tolerance, discard: 0; an error cannot be asked for, since it is known after the fit only.
         dtype: of the stored cores; None for the weight's own.
         seed: of the random start.
 
@@ -60,9 +61,9 @@ def fit_mera(
         Cores of equal norms in ``dtype``; the error is measured on exactly these cores.
 
     Raises:
-        ValueError: a tolerance.
+        ValueError: a tolerance, or a share to discard.
     """
-    if tolerance:
+    if tolerance or discard:
         raise ValueError("a MERA has no bonds that a tolerance could lower")
     tensor = interleave(weight, structure)
     norm = math.sqrt(squared_norm(tensor))

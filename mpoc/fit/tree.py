@@ -32,13 +32,14 @@ def tree_svd(
     tolerance: float = 0.0,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    discard: float = 0.0,
 ) -> Fit:
     """Factorise ``weight`` with the bond of every branch at most ``max_bond``.
 
     Args:
         weight: of shape ``structure.shape``; any floating dtype.
         structure: its network is ``tree``.
-        max_bond, tolerance, dtype, seed: as in :func:`mpoc.fit.ttsvd.tt_svd`.
+        max_bond, tolerance, dtype, seed, discard: as in :func:`mpoc.fit.ttsvd.tt_svd`.
 
     Returns:
         As :func:`mpoc.fit.ttsvd.tt_svd`; entropies and routes one a branch, in the order of the cores.
@@ -46,7 +47,9 @@ def tree_svd(
     tensor = interleave(weight, structure)
     weight_norm = squared_norm(tensor)
     generator = torch.Generator().manual_seed(seed)
-    tree, cuts = _sweep(tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator)
+    tree, cuts = _sweep(
+        tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator, discard
+    )
     return stored_fit(tensor, weight_norm, tree, dtype or weight.dtype, cuts)
 
 
@@ -57,10 +60,12 @@ def _sweep(
     budget: float,
     weight_norm: float,
     generator: torch.Generator,
+    discard: float,
 ) -> tuple[Tree, list[Cut]]:
     """The tree, and what is told of every branch.
 
-    ``budget`` is the squared error that may be spent, ``weight_norm`` the squared norm of ``tensor``.
+    ``budget`` is the squared error that may be spent in all, ``discard`` the share that each bond may lose,
+    ``weight_norm`` the squared norm of ``tensor``.
     """
     sites = len(structure.site_sizes)
     spans = branches(sites)
@@ -73,7 +78,7 @@ def _sweep(
         others = [axis for axis in axes if axis not in parts]
         rest = rest.permute([axes.index(axis) for axis in (*parts, *others)])
         inside, outside = rest.shape[: len(parts)], rest.shape[len(parts) :]
-        share = budget / (len(spans) - done)
+        share = budget / (len(spans) - done) + discard * weight_norm
         cut = truncate(rest.reshape(math.prod(inside), -1), max_bond, share, generator, weight_norm)
         cores[span] = cut.left.reshape(*inside, -1)
         cuts[span] = told_by(cut, truncated)

@@ -114,16 +114,21 @@ def _exact(matrix: Tensor, max_bond: int, discard: float) -> Truncation:
 
 
 def _left_singular(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Singular values (m,), float64, descending, and left vectors (m, m) from wide @ wideᵀ.
+    """Singular values (m,), float64, descending, and left vectors (m, m) from wide @ wideᵀ."""
+    squares, vectors = torch.linalg.eigh(gram(wide, dtype))
+    return squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+
+
+def gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """wide @ wideᵀ, (m, m), float64.
 
     The products are formed in ``dtype`` a block of columns at a time and added up in float64.
     """
-    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
+    sums = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
     for block in wide.split(_GRAM_CHUNK, dim=1):
         block = block.to(dtype)
-        gram += block @ block.T
-    squares, vectors = torch.linalg.eigh(gram)
-    return squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+        sums += block @ block.T
+    return sums
 
 
 def _krylov_block(max_bond: int) -> int:
@@ -159,15 +164,15 @@ def _krylov(
         if width < max_bond:
             continue
         small = projected[:width, : width + block].double()
-        gram = small @ small.T
-        captured = float(torch.linalg.eigvalsh(gram)[-max_bond:].sum())
+        squares = small @ small.T
+        captured = float(torch.linalg.eigvalsh(squares)[-max_bond:].sum())
         errors.append(weight - captured)
         gain = _gain_to_come(errors) * (1 if width >= 4 * max_bond else 10)
         rounding = torch.finfo(matrix.dtype).eps
         resolved = errors[-1] > 100 * rounding * weight  # else lost in the difference of two norms
         if resolved and gain > 2 * _KRYLOV_GAIN * errors[-1]:
             continue
-        vectors = torch.linalg.eigh(gram)[1][:, -max_bond:]
+        vectors = torch.linalg.eigh(squares)[1][:, -max_bond:]
         basis = left[:, :width] @ vectors.to(matrix.dtype)
         kept = basis.T @ matrix
         if resolved:

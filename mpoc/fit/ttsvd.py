@@ -41,6 +41,7 @@ def tt_svd(
     tolerance: float = 0.0,
     dtype: torch.dtype | None = None,
     seed: int = 0,
+    discard: float = 0.0,
 ) -> Fit:
     """Factorise ``weight`` with every bond at most ``max_bond``.
 
@@ -51,6 +52,8 @@ def tt_svd(
         tolerance: relative Frobenius error that may be spent to make bonds smaller than the cap.
         dtype: of the stored cores; None for the weight's own.
         seed: of the randomised range finder.
+        discard: share of the squared Schmidt values that each bond may lose to be smaller than the cap: ε of
+            D_k = min {D : Σ_{r>D} s_r² ≤ ε Σ s_r²}, the unfolding being of what the bonds before kept.
 
     Returns:
         The cores in ``dtype`` in the balanced gauge; the error is measured on exactly these cores.
@@ -58,7 +61,9 @@ def tt_svd(
     tensor = interleave(weight, structure)
     generator = torch.Generator().manual_seed(seed)
     weight_norm = squared_norm(tensor)
-    cores, cuts = _sweep(tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator)
+    cores, cuts = _sweep(
+        tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator, discard
+    )
     return stored_fit(tensor, weight_norm, MPO(cores, structure), dtype or weight.dtype, cuts)
 
 
@@ -112,17 +117,19 @@ def _sweep(
     budget: float,
     weight_norm: float,
     generator: torch.Generator,
+    discard: float,
 ) -> tuple[list[Tensor], list[Cut]]:
     """Left-canonical cores, and what is told of every bond.
 
-    ``budget`` is the squared error that may be spent, ``weight_norm`` the squared norm of ``tensor``.
+    ``budget`` is the squared error that may be spent in all, ``discard`` the share that each bond may lose,
+    ``weight_norm`` the squared norm of ``tensor``.
     """
     sizes = structure.site_sizes
     cores: list[Tensor] = []
     cuts: list[Cut] = []
     rest, bond, truncated = tensor, 1, False
     for k, size in enumerate(sizes[:-1]):
-        share = budget / (len(sizes) - 1 - k)
+        share = budget / (len(sizes) - 1 - k) + discard * weight_norm
         cut = truncate(rest.reshape(bond * size, -1), max_bond, share, generator, weight_norm)
         shape = (bond, structure.output_factors[k], structure.input_factors[k], -1)
         cores.append(cut.left.reshape(shape))

@@ -22,7 +22,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def to_matrix(weight: Tensor, structure: Structure) -> Tensor:
-    """``weight`` (as in the checkpoint) as (lead, outputs, inputs), a view where possible."""
+    """``weight`` (as in the checkpoint) as (lead, outputs, inputs in their order), a view where possible."""
     if structure.geometry is not None:
         return map_of_kernel(weight, structure.geometry)[None]
     if structure.kind.startswith("conv"):
@@ -30,7 +30,9 @@ def to_matrix(weight: Tensor, structure: Structure) -> Tensor:
         return taps.transpose(0, 1).flatten(1)[None] if structure.form == "svd" else taps
     blocks = weight.reshape(-1, *weight.shape[-2:])
     blocks = blocks.transpose(1, 2) if structure.transposed else blocks
-    return blocks.reshape(structure.lead, structure.outputs, structure.inputs)
+    matrix = blocks.reshape(structure.lead, structure.outputs, structure.inputs)
+    order = input_order(structure, matrix.device)
+    return matrix if order is None else matrix[:, :, order]
 
 
 def from_matrix(matrix: Tensor, structure: Structure) -> Tensor:
@@ -43,9 +45,18 @@ def from_matrix(matrix: Tensor, structure: Structure) -> Tensor:
         if structure.form == "svd":
             taps = matrix[0].unflatten(1, (-1, shape[1])).transpose(0, 1)  # (taps, C_out, C_in)
         return taps.permute(1, 2, 0).reshape(shape).contiguous()
+    order = input_order(structure, matrix.device)
+    if order is not None:
+        matrix = matrix[:, :, order.argsort()]
     if structure.transposed:
         matrix = matrix.reshape(-1, *shape[:-3:-1]).transpose(1, 2)
     return matrix.reshape(shape).contiguous()
+
+
+def input_order(structure: Structure, device: torch.device | str) -> Tensor | None:
+    """(N_x,): the input at each position of the matrix; None where that is its own."""
+    found = structure.permutation
+    return None if found is None else torch.tensor(found, device=device)
 
 
 def interleave(weight: Tensor, structure: Structure) -> Tensor:

@@ -94,7 +94,9 @@ class MPO(Form):
             cores[k + 1] = cores[k + 1] * root[:, None, None, None]
         return MPO(cores, self.structure), spectra
 
-    def rounded(self, max_bond: int, tolerance: float = 0.0) -> tuple[MPO, list[Tensor]]:
+    def rounded(
+        self, max_bond: int, tolerance: float = 0.0, discard: float = 0.0
+    ) -> tuple[MPO, list[Tensor]]:
         """TT-rounding (Oseledets 2011, algorithm 2): the same weight nearly, with smaller bonds.
 
         The squared error equals the sum of the squares discarded at the successive truncations.
@@ -102,13 +104,14 @@ class MPO(Form):
         Args:
             max_bond: cap on every D_k.
             tolerance: relative Frobenius error that may be spent to make bonds smaller than the cap.
+            discard: share of its squared singular values that each bond may lose besides.
 
         Returns:
             As :meth:`balanced`: float64, balanced gauge, and the Schmidt values of its bonds.
         """
         cores = _left_canonical(self.cores)
         budget = tolerance**2 * float(cores[-1].square().sum())
-        return MPO(_schmidt_sweep(cores, 0.0, max_bond, budget)[0], self.structure).balanced()
+        return MPO(_schmidt_sweep(cores, 0.0, max_bond, budget, discard)[0], self.structure).balanced()
 
 
 def rank_within(singular_values: Tensor, max_bond: int, discard: float) -> tuple[int, float]:
@@ -143,7 +146,11 @@ def _left_canonical(cores: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _schmidt_sweep(
-    cores: list[Tensor], resolution: float = 0.0, max_bond: int | None = None, budget: float = 0.0
+    cores: list[Tensor],
+    resolution: float = 0.0,
+    max_bond: int | None = None,
+    budget: float = 0.0,
+    discard: float = 0.0,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Right-canonical cores (the first holds the norm) and the singular values kept at every bond.
 
@@ -153,7 +160,8 @@ def _schmidt_sweep(
         cores: left-canonical; consumed.
         resolution: singular values at or below this share of the bond's largest are cut.
         max_bond: cap on every bond.
-        budget: squared error that may be spent to make bonds smaller.
+        budget: squared error that may be spent in all to make bonds smaller.
+        discard: share of its squared singular values that each bond may lose besides.
     """
     spectra: list[Tensor] = []
     for k in range(len(cores) - 1, 0, -1):
@@ -161,7 +169,8 @@ def _schmidt_sweep(
         left, values, right = torch.linalg.svd(core.flatten(1), full_matrices=False)
         kept = max(1, int((values > resolution * values[0]).sum()))
         if max_bond is not None:
-            kept, lost = rank_within(values, min(max_bond, kept), budget / k)
+            share = budget / k + discard * float(values.square().sum())
+            kept, lost = rank_within(values, min(max_bond, kept), share)
             budget = max(budget - lost, 0.0) if budget else 0.0
         cores[k] = right[:kept].reshape(kept, *core.shape[1:])
         carry = left[:, :kept] * values[:kept]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpoc.forms.layout import input_order
 from mpoc.forms.terms import forms_of
 from mpoc.nn.conv import (
     MPOConv1d,
@@ -81,7 +82,7 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
     else:
         module.__class__ = counterpart
         module.cores = parameters
-        module.__dict__.update(structure=structure, _dense=None)
+        module.__dict__.update(structure=structure, order=input_order(structure, "cpu"), _dense=None)
 
 
 def adopt_everywhere(

@@ -40,6 +40,8 @@ def through_cores(layer: CoreWeight, x: Tensor) -> Tensor:
     if x.shape[-1] != structure.inputs:
         raise RuntimeError(f"input has {x.shape[-1]} features, the layer takes {structure.inputs}")
     flat = x.reshape(-1, structure.inputs)
+    if layer.order is not None:
+        flat = flat[:, layer.order]
     cores, added = split(list(layer.cores), structure)
     rows, columns = structure.padding
     if columns:

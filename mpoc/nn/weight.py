@@ -38,6 +38,7 @@ class CoreWeight(nn.Module):
 
     cores: nn.ParameterList
     structure: Structure
+    order: Tensor | None = None  # of the inputs, on the CPU wherever the cores are
     bias: Any
     _dense: Tensor | None
 

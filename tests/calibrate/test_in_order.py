@@ -241,9 +241,10 @@ def test_a_dry_run_plans_by_the_same_shares(tmp_path: Path) -> None:
     ]
 
 
-def test_a_goal_that_is_not_of_calibration(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--max-error is of weights"):
-        Case(tmp_path, "mlp").compress(max_error=0.1)
+@pytest.mark.parametrize("goal", ["max_error", "discard"])
+def test_a_goal_that_is_not_of_calibration(tmp_path: Path, goal: str) -> None:
+    with pytest.raises(UsageError, match=f"--{goal.replace('_', '-')} is of weights"):
+        Case(tmp_path, "mlp").compress(**{goal: 0.1})  # type: ignore[arg-type]
 
 
 def test_auto_needs_data(tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ def model(tmp_path: Path) -> Path:
         (["--bond", "-3"], "--bond -3: a bond dimension is a whole number from 1"),
         (
             [],
-            "one of --bond, --ratio, --max-error, --size and --max-drop is needed; given: none of them",
+            "one of --bond, --discard, --ratio, --max-error, --size and --max-drop is needed (--bond may cap "
+            "--discard); given: none of them",
         ),
         (["--bond", "4", "--ratio", "0.5"], "given: --bond and --ratio"),
         (["--bond", "4", "--shape", "fc1=4x4x4:4x4x4"], "4×4×4 = 64 inputs and 4×4×4 = 64 outputs"),

@@ -78,6 +78,14 @@ def test_a_tolerance_holds_on_both_routes() -> None:
         assert 0.2 < fit.relative_error <= 0.4
 
 
+def test_a_discarded_weight_holds_on_both_routes() -> None:
+    structure = map_structure((8, 8, 3, 3), (4, 4))
+    cuts = len(structure.site_sizes) - 1
+    for fit in both_routes(torch.randn(8, 8, 3, 3), structure, structure.full_bond, discard=0.1):
+        assert 0.1 < fit.relative_error**2 <= 1 - 0.9**cuts
+        assert max(fit.form.bonds) < structure.full_bond
+
+
 def test_entropies_of_the_weight_agree() -> None:
     structure = map_structure((4, 4, 3, 3), (4, 4))
     kernel = torch.randn(4, 4, 3, 3, dtype=torch.float64)

@@ -46,6 +46,30 @@ def discarded_by_numpy(tensor: np.ndarray, max_bond: int) -> list[float]:
     return lost
 
 
+def bonds_by_numpy(tensor: np.ndarray, discard: float) -> list[int]:
+    """Each branch's smallest bond, from the sites upwards, that loses at most a share of what is left."""
+    bonds = {}
+    for span in sorted(branches(tensor.ndim), key=len):
+        left, values, _ = np.linalg.svd(unfolding(tensor, span), full_matrices=False)
+        tails = np.append(np.cumsum(values[::-1] ** 2)[::-1], 0.0)
+        bonds[span] = max(1, int((tails > discard * tails[0]).sum()))
+        basis = left[:, : bonds[span]]
+        axes = list(range(span.start, span.stop))
+        shape = np.moveaxis(tensor, axes, range(len(axes))).shape
+        projected = (basis @ (basis.T @ unfolding(tensor, span))).reshape(shape)
+        tensor = np.moveaxis(projected, range(len(axes)), axes)
+    return [bonds[span] for span in branches(tensor.ndim)]
+
+
+@SOME
+@given(TREES, st.sampled_from([0.03, 0.1, 0.3]))
+def test_each_branch_loses_at_most_its_share(structure: Structure, discard: float) -> None:
+    weight = random_weight(structure)
+    fit = tree_svd(weight, structure, structure.full_bond, discard=discard)
+    tensor = interleave(weight, structure).numpy()
+    assert list(fit.form.bonds) == bonds_by_numpy(tensor, discard)
+
+
 def fit_and_discarded(weight: Tensor, structure: Structure, bond: int) -> tuple[Fit, float]:
     """The fit, and the sum of what its truncations said they discarded."""
     lost: list[float] = []

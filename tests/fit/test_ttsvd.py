@@ -12,7 +12,7 @@ from torch import Tensor
 from mpoc.fit.truncate import Truncation, truncate
 from mpoc.fit.ttsvd import Fit, tt_svd
 from mpoc.forms.form import Form
-from mpoc.forms.layout import interleave
+from mpoc.forms.layout import deinterleave, interleave
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, make_structure
 from tests.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
@@ -249,3 +249,46 @@ def test_the_weight_is_left_as_it_was() -> None:
         weight = random_weight(structure)
         tt_svd(weight, structure, 3)
         assert torch.equal(weight, random_weight(structure))
+
+
+def bonds_by_numpy(tensor: np.ndarray, discard: float, cap: int) -> list[int]:
+    """Of successive SVDs, at each the smallest rank whose squares beyond it are at most that share."""
+    sizes, bonds, bond = tensor.shape, [1], 1
+    rest = tensor
+    for size in sizes[:-1]:
+        _, values, right = np.linalg.svd(rest.reshape(bond * size, -1), full_matrices=False)
+        lost = [float((values[rank:] ** 2).sum()) for rank in range(len(values) + 1)]
+        bond = next(rank for rank in range(1, len(lost)) if lost[rank] <= discard * lost[0] or rank == cap)
+        bonds.append(bond)
+        rest = values[:bond, None] * right[:bond]
+    return [*bonds, 1]
+
+
+@SOME
+@given(structures(), st.floats(0.003, 0.9), st.sampled_from([3, 10**6]))
+def test_discarded_weight_decides_each_bond(structure: Structure, discard: float, cap: int) -> None:
+    weight = random_weight(structure)
+    fit = tt_svd(weight, structure, min(cap, structure.full_bond), discard=discard)
+    assert fit.form.bonds == tuple(bonds_by_numpy(interleave(weight, structure).numpy(), discard, cap))
+    if cap > structure.full_bond:
+        cuts = len(structure.site_sizes) - 1
+        assert fit.relative_error**2 <= 1 - (1 - discard) ** cuts + 1e-12
+
+
+def test_bonds_end_where_the_spectrum_falls() -> None:
+    """A weight of low rank at one bond, full at the others, and a small tail that may be discarded."""
+    structure = make_structure("linear", (64, 64), factors=((4, 4, 4), (4, 4, 4)))
+    torch.manual_seed(0)
+    left, right = torch.randn(16, 2), torch.randn(2, 256)
+    noise = torch.randn(16, 256)
+    tensor = left @ right / (left @ right).norm() + 1e-3 * noise / noise.norm()
+    whole = deinterleave(tensor.reshape(16, 16, 16), structure)
+    assert tt_svd(whole, structure, 16, discard=1e-5).form.bonds == (1, 2, 16, 1)
+    assert tt_svd(whole, structure, 16, discard=1e-8).form.bonds == (1, 16, 16, 1)
+
+
+def test_a_zero_weight_needs_no_bond() -> None:
+    structure = make_structure("linear", (16, 16), sites=3)
+    fit = tt_svd(torch.zeros(16, 16), structure, structure.full_bond, discard=0.1)
+    assert fit.form.bonds == (1,) * (len(structure.site_sizes) + 1)
+    assert fit.relative_error == 0.0

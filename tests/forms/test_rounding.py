@@ -69,6 +69,21 @@ def test_a_tolerance_is_kept(structure: Structure, bond: int, tolerance: float) 
     assert np.linalg.norm(dense(mpo) - dense(rounded)) <= tolerance * mpo.norm() * (1 + 1e-9)
 
 
+@SOME
+@given(structures(), BONDS, st.floats(0.003, 0.9))
+def test_a_discarded_weight_decides_each_bond(structure: Structure, bond: int, discard: float) -> None:
+    """At the first cut, from the right, as the SVD of that unfolding says; at the others within the bound."""
+    mpo = random_mpo(structure, bond)
+    rounded, _ = mpo.rounded(structure.full_bond, discard=discard)
+    sizes = structure.site_sizes
+    if len(sizes) > 1:
+        values = np.linalg.svd(dense(mpo).reshape(-1, sizes[-1]), compute_uv=False) ** 2
+        lost = [float(values[rank:].sum()) / float(values.sum()) for rank in range(len(values) + 1)]
+        assert rounded.bonds[-2] == next(rank for rank in range(1, len(lost)) if lost[rank] <= discard)
+    error = float(((dense(mpo) - dense(rounded)) ** 2).sum()) / mpo.norm() ** 2
+    assert error <= 1 - (1 - discard) ** (len(sizes) - 1) + 1e-12
+
+
 def test_a_tolerance_makes_bonds_smaller_and_is_spent() -> None:
     structure = make_structure("linear", (64, 64), sites=3)
     signal, noise = random_mpo(structure, 2), random_mpo(structure, 8, seed=1)

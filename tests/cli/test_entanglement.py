@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from mpoc.cli.app import app
+from mpoc.pipeline import compress_checkpoint
+from mpoc.recipe import make_recipe
+from tests.checkpoints import mlp_state
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.save(mlp_state(), tmp_path / "m.pt")
+    compress_checkpoint(tmp_path / "m.pt", tmp_path / "small.safetensors", make_recipe(None, {"bond": 4}))
+    return tmp_path / "m.pt"
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Commands that run in this process leave its handler of SIGTERM alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
+
+
+def run(*words: object) -> Result:
+    return CliRunner().invoke(app, ["entanglement", *map(str, words)])
+
+
+def test_a_table(model: Path) -> None:
+    done = run(model, "--weight", 0.5, "--quiet")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "D for 50 %" in done.stdout and "S stored" not in done.stdout
+    assert {"fc1", "fc2"} <= {line.split()[0] for line in done.stdout.splitlines() if line.split()}
+
+
+def test_both_sides_and_a_picture(model: Path) -> None:
+    pytest.importorskip("matplotlib")
+    small = model.with_name("small.safetensors")
+    done = run(model, "--against", small, "--plot", "entropy.svg")
+    assert done.exit_code == 0, done.stderr
+    assert "S stored" in done.stdout and "[1/2] fc1" in done.stderr
+    assert "wrote entropy.svg" in done.stderr
+    assert "<svg" in (model.parent / "entropy.svg").read_text()
+
+
+def test_json_holds_the_spectra(model: Path) -> None:
+    done = run(model, "--layers", "fc1", "--json", "--quiet")
+    found = json.loads(done.stdout)
+    assert found["schema"] == "mpoc.entanglement/1"
+    (layer,) = found["layers"]
+    for cut in layer["cuts"]:
+        p = [value**2 for value in cut["spectrum"]]
+        assert sum(p) == pytest.approx(1)
+        assert cut["entropy"] == pytest.approx(-sum(x * math.log(x) for x in p if x > 0))
+        assert cut["largest_entropy"] == pytest.approx(math.log(len(p)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--weight", "1"], "lies between 0 and 1"),
+        (["--against", "missing.safetensors"], "no such file"),
+        (["--plot", "x.gif"], "the name of a picture ends in"),
+        (["--shape", "fc1=2x2:2x2"], "the layer has 48 and 64"),
+    ],
+)
+def test_a_wrong_option(model: Path, options: list[str], said: str) -> None:
+    done = run(model, *options)
+    assert done.exit_code == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
