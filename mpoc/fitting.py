@@ -15,6 +15,8 @@ from mpoc.errors import MpocError
 from mpoc.fit.factorise import factorise
 from mpoc.fit.order import learn_order
 from mpoc.fit.ttsvd import Fit
+from mpoc.forms.form import Form
+from mpoc.forms.layout import working_dtype
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.recipe import Recipe
@@ -53,11 +55,15 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
     name = plan.map.name
     weight = read_finite(checkpoint, name).to(device)
     plan, fit = _fit_ordered(weight, plan, zlib.crc32(name.encode()) ^ recipe.seed)
-    check_cores(fit.form.cores, checkpoint, plan)
+    check_cores([fit.form], weight, checkpoint, plan)
     if not recipe.allow_growth:
         plan = leave_dense_unless_smaller(plan, fit.form.num_parameters)
     if plan.max_bond is None:
         return Fitted(plan.record())
+    if not math.isfinite(fit.relative_error):
+        raise MpocError(
+            f"{checkpoint.files[name]}: tensor {name!r}: its numbers are too large to be factorised"
+        )
     record = replace(
         plan.record(),
         num_stored=fit.form.num_parameters,
@@ -133,17 +139,27 @@ def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
     return weight
 
 
-def check_cores(cores: Sequence[Tensor], checkpoint: Checkpoint, plan: LayerPlan) -> None:
-    """Whether cores survived the rounding to their stored dtype.
+def check_cores(terms: Sequence[Form], weight: Tensor, checkpoint: Checkpoint, plan: LayerPlan) -> None:
+    """Whether cores survived the rounding to their stored dtype, and what they make that to the weight's.
 
     Raises:
         MpocError: a number overflows.
     """
-    if not all(bool(torch.isfinite(core).all()) for core in cores):
+    named = f"{checkpoint.files[plan.map.name]}: tensor {plan.map.name!r}"
+    if not all(bool(torch.isfinite(core).all()) for form in terms for core in form.cores):
+        raise MpocError(f"{named}: its cores overflow {plan.stored_dtype}", "--dtype bfloat16 or float32")
+    norm = torch.linalg.vector_norm(weight, dtype=working_dtype(weight.dtype))
+    largest = torch.finfo(weight.dtype).max
+    if float(norm) < largest / 4:  # no number of an approximation comes near
+        return
+    made = sum(
+        type(form)([core.double() for core in form.cores], form.structure).to_weight() for form in terms
+    )
+    assert isinstance(made, Tensor)
+    if not bool((made.abs() <= largest).all()):
         raise MpocError(
-            f"{checkpoint.files[plan.map.name]}: tensor {plan.map.name!r}: its cores overflow "
-            f"{plan.stored_dtype}",
-            "--dtype bfloat16 or float32",
+            f"{named}: its approximation overflows {plan.map.dtype}",
+            f"leave the layer alone: --exclude '{plan.map.layer}'",
         )
 
 

@@ -176,7 +176,7 @@ class InOrder:
         dtype = getattr(torch, plan.stored_dtype)
         seed = zlib.crc32(name.encode()) ^ self._recipe.seed
         fit = fit_calibrated(weight, self._sharing.storages(plan), evidence, dtype, seed, apart)
-        check_cores(fit.cores, self._checkpoint, plan)
+        check_cores(fit.terms, weight, self._checkpoint, plan)
         if not self._recipe.allow_growth:
             plan = leave_dense_unless_smaller(plan, sum(core.numel() for core in fit.cores))
         if plan.max_bond is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mpoc.fit.descent import Descent
 from mpoc.fit.metric import Metric
 from mpoc.fit.orthogonal import orthogonal_cores
+from mpoc.fit.scale import exponent_of, scaled
 from mpoc.fit.truncate import squared_norm, truncate
 from mpoc.fit.ttsvd import Fit, stored_fit
 from mpoc.forms.contraction import work
@@ -66,11 +67,13 @@ def fit_mera(
     if tolerance or discard:
         raise ValueError("a MERA has no bonds that a tolerance could lower")
     tensor = interleave(weight, structure)
+    exponent = exponent_of(tensor)
+    tensor = scaled(tensor, -exponent)
     norm = math.sqrt(squared_norm(tensor))
     found = Mera(tree_cores(tensor, structure, max_bond, torch.Generator().manual_seed(seed)), structure)
     if norm > 0.0:
         found = _descend(tensor, norm, found, seed)
-    return stored_fit(tensor, norm**2, found, dtype or weight.dtype, [])
+    return stored_fit(tensor, norm**2, found, dtype or weight.dtype, [], exponent)
 
 
 def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:

@@ -17,6 +17,7 @@ import math
 import torch
 from torch import Tensor
 
+from mpoc.fit.scale import exponent_of, scaled
 from mpoc.fit.truncate import squared_norm, truncate
 from mpoc.fit.ttsvd import Cut, Fit, stored_fit, told_by
 from mpoc.forms.layout import interleave
@@ -45,12 +46,14 @@ def tree_svd(
         As :func:`mpoc.fit.ttsvd.tt_svd`; entropies and routes one a branch, in the order of the cores.
     """
     tensor = interleave(weight, structure)
+    exponent = exponent_of(tensor)
+    tensor = scaled(tensor, -exponent)
     weight_norm = squared_norm(tensor)
     generator = torch.Generator().manual_seed(seed)
     tree, cuts = _sweep(
         tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator, discard
     )
-    return stored_fit(tensor, weight_norm, tree, dtype or weight.dtype, cuts)
+    return stored_fit(tensor, weight_norm, tree, dtype or weight.dtype, cuts, exponent)
 
 
 def _sweep(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpoc.fit.scale import exponent_of, scaled, spread
 from mpoc.fit.truncate import Truncation, squared_norm, truncate
 from mpoc.forms.form import Form
 from mpoc.forms.layout import interleave, unpadded
@@ -59,12 +60,15 @@ def tt_svd(
         The cores in ``dtype`` in the balanced gauge; the error is measured on exactly these cores.
     """
     tensor = interleave(weight, structure)
+    exponent = exponent_of(tensor)
+    tensor = scaled(tensor, -exponent)
     generator = torch.Generator().manual_seed(seed)
     weight_norm = squared_norm(tensor)
     cores, cuts = _sweep(
         tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator, discard
     )
-    return stored_fit(tensor, weight_norm, MPO(cores, structure), dtype or weight.dtype, cuts)
+    found = MPO(cores, structure)
+    return stored_fit(tensor, weight_norm, found, dtype or weight.dtype, cuts, exponent)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,12 @@ def told_by(found: Truncation, truncated: bool) -> Cut:
 
 
 def stored_fit(
-    tensor: Tensor, weight_norm: float, found: Form, dtype: torch.dtype, cuts: Sequence[Cut]
+    tensor: Tensor,
+    weight_norm: float,
+    found: Form,
+    dtype: torch.dtype,
+    cuts: Sequence[Cut],
+    exponent: int = 0,
 ) -> Fit:
     """Cores in the gauge and dtype in which they are stored, and what they make of a weight.
 
@@ -97,12 +106,14 @@ def stored_fit(
         found: in any gauge.
         dtype: of the stored cores.
         cuts: one a bond.
+        exponent: e, where the weight itself is 2ᵉ · ``tensor``.
     """
     balanced, spectra = found.balanced()
-    stored = form_of([core.to(dtype) for core in balanced.cores], found.structure)
+    stored = [core.to(dtype) for core in spread(balanced.cores, exponent)]
+    working = spread([core.to(tensor.dtype) for core in stored], -exponent)
     return Fit(
-        stored,
-        _relative_error(tensor, weight_norm, stored),
+        form_of(stored, found.structure),
+        _relative_error(tensor, weight_norm, form_of(working, found.structure)),
         [entropy(values) for values in spectra],
         [cut.entropy for cut in cuts],
         [cut.spectrum for cut in cuts],
@@ -144,7 +155,7 @@ def _sweep(
 
 def _relative_error(tensor: Tensor, weight_norm: float, form: Form) -> float:
     """‖W − Ŵ‖_F / ‖W‖_F against the interleaved weight, a block of rows at a time; 0 for 0/0."""
-    left, right = form_of([core.to(tensor.dtype) for core in form.cores], form.structure).halves()
+    left, right = form.halves()
     target = tensor.reshape(left.shape[0], right.shape[1])
     inside = None
     if any(form.structure.padding):

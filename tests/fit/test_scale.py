@@ -1,0 +1,72 @@
+"""Weights of any size: the same fit, and the error that is true."""
+
+import math
+
+import pytest
+import torch
+
+from mpoc.fit.scale import exponent_of, scaled, spread
+from mpoc.fit.ttsvd import tt_svd
+from mpoc.forms.mpo import MPO
+from mpoc.structure import Structure, low_rank_structure, make_structure
+
+STRUCTURES = [make_structure("linear", (64, 48)), low_rank_structure("linear", (64, 48))]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.form)
+@pytest.mark.parametrize("exponent", [-125, -100, -50, 50, 100, 122])
+def test_a_power_of_two_changes_nothing_but_the_size(structure: Structure, exponent: int) -> None:
+    weight = torch.randn(64, 48)
+    plain, other = tt_svd(weight, structure, 8), tt_svd(weight * 2.0**exponent, structure, 8)
+    assert other.relative_error == pytest.approx(plain.relative_error, rel=1e-6)
+    assert other.entropies == pytest.approx(plain.entropies, rel=1e-4)
+    back = other.form.to_weight().double() * 2.0**-exponent
+    assert torch.allclose(back, plain.form.to_weight().double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-41, 1e-38, 1e-20, 1e20, 5e37])
+def test_the_error_is_that_of_what_comes_back(size: float) -> None:
+    weight = torch.randn(64, 48) * size
+    fit = tt_svd(weight, STRUCTURES[0], 8)
+    lost = (fit.form.to_weight().double() - weight.double()).norm() / weight.double().norm()
+    assert fit.relative_error == pytest.approx(float(lost), rel=1e-4)
+    assert 0.7 < fit.relative_error < 0.8  # as a random matrix of any size
+
+
+@pytest.mark.parametrize("size", [1e-310, 1e-200, 1e200, 1e307])
+def test_float64_likewise(size: float) -> None:
+    weight = torch.randn(64, 48, dtype=torch.float64)
+    fit, plain = tt_svd(weight * size, STRUCTURES[0], 8), tt_svd(weight, STRUCTURES[0], 8)
+    assert fit.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (1, 1), (7, 1)])
+@pytest.mark.parametrize("value", [0.0, 1e-40, 3e38])
+def test_thin_and_constant_weights_come_back(shape: tuple[int, int], value: float) -> None:
+    weight = torch.full(shape, value)
+    for structure in (make_structure("linear", shape), low_rank_structure("linear", shape)):
+        fit = tt_svd(weight, structure, 4)
+        assert torch.allclose(fit.form.to_weight(), weight, rtol=1e-5, atol=2e-45)
+        assert fit.relative_error < 1e-5 and all(math.isfinite(found) for found in fit.entropies)
+
+
+def test_rank_deficient_weights_come_back() -> None:
+    weight = torch.outer(torch.randn(64), torch.randn(48)) * 1e-30
+    fit = tt_svd(weight, STRUCTURES[1], 8)
+    assert fit.relative_error < 1e-5
+    assert fit.form.bonds == (1, 1, 1)
+
+
+def test_ordinary_weights_are_left_as_they_are() -> None:
+    for size in (0.0, 1e-11, 1.0, 1e11):
+        weight = torch.full((3, 2), size)
+        assert exponent_of(weight) == 0
+        assert scaled(weight, 0) is weight
+    assert exponent_of(torch.empty(0)) == exponent_of(torch.tensor([math.inf, 1.0])) == 0
+
+
+def test_the_exponent_is_shared_out_exactly() -> None:
+    structure = STRUCTURES[0]
+    form = tt_svd(torch.randn(64, 48), structure, 8).form
+    grown = MPO(spread(form.cores, 7), structure)
+    assert torch.equal(grown.to_weight(), 128 * form.to_weight())
