@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mpoc import zoo
 from mpoc.checkpoint.base import Checkpoint
-from mpoc.errors import MpocError, UsageError, nearest
+from mpoc.errors import MpocError, UsageError, nearest, shortened
 from mpoc.geometry import Geometry
 from mpoc.manifest import Manifest
 from mpoc.network import differing_names, kinds_of, tensors_of
@@ -196,7 +196,7 @@ def by_transformers(source: Path) -> nn.Module:
     """The compressed network, loaded: the class that config.json names where known, else ``AutoModel``.
 
     Raises:
-        MpocError: transformers is missing or too old.
+        MpocError: transformers is missing or too old, or cannot make the network of these files alone.
     """
     try:
         import mpoc.hf  # noqa: F401  (teaches transformers to read cores)
@@ -204,14 +204,19 @@ def by_transformers(source: Path) -> nn.Module:
         raise MpocError(str(error), "pip install 'mpoc[hf]', or --arch file.py:factory") from error
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(source, local_files_only=True)
+    # Never asked whether code that a directory brings along may be run: it may not.
+    own = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **own)
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        raise MpocError(f"{source}: transformers knows no network of this: {shortened(error)}") from error
     known = [getattr(transformers, name, None) for name in config.architectures or []]
     cls = next((found for found in known if found is not None), transformers.AutoModel)
     bar: Any = transformers.utils.logging
     shown = bar.is_progress_bar_enabled()
     bar.disable_progress_bar()
     try:
-        network: nn.Module = cls.from_pretrained(source, local_files_only=True)
+        network: nn.Module = cls.from_pretrained(source, **own)
     finally:
         if shown:
             bar.enable_progress_bar()

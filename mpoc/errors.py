@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Characters of a message: what a file from a stranger says may have any length.
+_LONGEST = 2000
+
 
 class MpocError(Exception):
     """The work failed: exit status 1.
@@ -12,7 +15,7 @@ class MpocError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…")
         self.hint = hint
         if hint:
             self.add_note(f"hint: {hint}")
@@ -22,6 +25,15 @@ class UsageError(MpocError):
     """The command line or the recipe is wrong: exit status 2."""
 
     exit_code = 2
+
+
+def shortened(value: object) -> str:
+    """A value, or what an error says, at a length that can be read."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no number of more than some thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def nearest(word: str, known: list[str] | tuple[str, ...]) -> str:

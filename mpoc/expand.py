@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from mpoc.fit.conv_map import project
 from mpoc.forms.layout import working_dtype
 from mpoc.forms.mpo import MPO
 from mpoc.forms.terms import weight_of
-from mpoc.header import TensorInfo
+from mpoc.header import ITEMSIZE, TensorInfo
 from mpoc.history import metadata, write_history
 from mpoc.manifest import LayerRecord, Manifest, read_manifest
+from mpoc.room import refuse_more_than_disk, refuse_more_than_memory
 from mpoc.weight_files import weight_files_of
 from mpoc.writer import Entry, plan_shards, refuse_existing, refuse_misnamed, staged, write_safetensors
 
@@ -60,8 +62,12 @@ def expand_checkpoint(
     refuse_existing(output, source, force)
     refuse_misnamed(output, source)
     stored = open_compressed(source)
-    _check_maps(stored, manifest, projected)
+    for layer in manifest.replaced:
+        check_cores(stored, layer)
+        _refuse_too_large(source, layer)
     entries = _dense_entries(stored, manifest)
+    refuse_more_than_disk(output, sum(entry.info.nbytes for entry in entries))
+    _check_maps(stored, manifest, projected)
     with staged(output) as target:
         if not source.is_dir():
             write_safetensors(target, entries, metadata(manifest.training))
@@ -104,7 +110,23 @@ def dense_weight(stored: Checkpoint, layer: LayerRecord) -> Tensor:
         weight = weight_of(cores, layer.structure)
     else:
         weight = project(MPO(cores, layer.structure))[0]
-    return weight.to(getattr(torch, layer.dtype))
+    found = weight.to(getattr(torch, layer.dtype))
+    if not bool(torch.isfinite(found).all()):
+        what = f"overflows {layer.dtype}" if bool(torch.isfinite(weight).all()) else "is not finite"
+        raise MpocError(f"{stored.path}: tensor {layer.name!r}, made of its cores, {what}")
+    return found
+
+
+def _refuse_too_large(path: Path, layer: LayerRecord) -> None:
+    """Whether the dense weight and the matrix that it is made of fit into memory.
+
+    Raises:
+        MpocError: they do not.
+    """
+    entries = layer.num_original
+    if not layer.structure.is_large_map:
+        entries += math.prod(layer.structure.site_sizes)
+    refuse_more_than_memory(path, layer.name, entries * max(4, ITEMSIZE[layer.dtype]))
 
 
 def _cores(stored: Checkpoint, layer: LayerRecord) -> list[Tensor]:
@@ -123,7 +145,6 @@ def _check_maps(
     for layer in manifest.replaced:
         if layer.geometry is None:
             continue
-        check_cores(stored, layer)
         error = project(MPO(_cores(stored, layer), layer.structure))[1]
         if error <= _ROUNDING * torch.finfo(getattr(torch, layer.stored_dtype)).eps:
             continue
@@ -140,8 +161,6 @@ def _dense_entries(stored: Checkpoint, manifest: Manifest) -> list[Entry]:
     """Every tensor of the original checkpoint, in order; tied ones under each of their names."""
     replaced = {layer.core_name(0): layer for layer in manifest.replaced}
     cores = {name for layer in manifest.replaced for name in layer.core_names}
-    for layer in manifest.replaced:
-        check_cores(stored, layer)
     entries: dict[str, Entry] = {}
     for name, info in stored.infos.items():
         if name in replaced:

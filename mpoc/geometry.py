@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from mpoc.errors import UsageError
 
+# Of an axis, and of its taps times its outputs: no image or sound comes near.
+_WIDEST = 1 << 20
+_MOST_STEPS = 1 << 24
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
 
@@ -64,8 +67,24 @@ class Geometry:
         whole = bool(self.size) and all(len(numbers) == len(self.size) for numbers in lists)
         positive = min(*self.size, *self.output_size, *self.stride, *self.dilation, self.groups, 1) == 1
         fits = whole and positive and min(self.padding, default=0) >= 0 and self.kernel_size == shape[2:]
+        fits = fits and self.is_modest and all(map(self._reaches, range(len(self.size))))
         if not fits or shape[0] % self.groups or self.padding_mode not in PADDING_MODES:
             raise ValueError(f"{self} is no geometry of a kernel of shape {shape}")
+
+    @property
+    def is_modest(self) -> bool:
+        """Whether no axis takes long to walk along."""
+        steps = zip(self.kernel_size, self.output_size, strict=True)
+        widest = max(*self.size, *self.padding, *self.dilation, *self.stride)
+        return widest <= _WIDEST and max(k * o for k, o in steps) <= _MOST_STEPS
+
+    def _reaches(self, axis: int) -> bool:
+        """Whether the outputs along an axis are those of a padding that is wide enough, and not too wide."""
+        size, padding = self.size[axis], self.padding[axis]
+        span = self.dilation[axis] * (self.kernel_size[axis] - 1)
+        after = (self.output_size[axis] - 1) * self.stride[axis] + span + 1 - size - padding
+        mirrored = {"reflect": size - 1, "circular": size}.get(self.padding_mode, max(padding, span))
+        return -self.stride[axis] < after <= max(padding, span) and max(padding, after) <= mirrored
 
 
 def make_geometry(
@@ -117,7 +136,10 @@ def make_geometry(
     )
     if min(output) < 1:
         raise UsageError(f"a kernel of size {_by(kernel)} does not fit into an input of size {_by(size)}")
-    return Geometry(size, output, kernel, stride, padding, dilation, groups, padding_mode)
+    found = Geometry(size, output, kernel, stride, padding, dilation, groups, padding_mode)
+    if not found.is_modest:
+        raise UsageError(f"input size {_by(size)}, stride, padding or dilation is too large for one map")
+    return found
 
 
 def _each(numbers: tuple[int, ...], axes: int, what: str) -> tuple[int, ...]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, shortened
+from mpoc.strict_json import LONGEST, parse_strictly
 
 # safetensors' name of a dtype: (torch's name, bytes each), in the order in which its own writer stores them
 DTYPES = {
@@ -37,8 +38,9 @@ DTYPES = {
 }
 CODES = {name: code for code, (name, _) in DTYPES.items()}
 ITEMSIZE = dict(DTYPES.values())
-# What the safetensors library accepts; also keeps a hostile length from being allocated.
-_LONGEST_HEADER = 100_000_000
+# Far beyond any tensor that is: what is done with a name or a shape takes time by its length.
+LONGEST_NAME = 1000
+_MOST_AXES = 64
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -78,43 +80,63 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file.
 
     Raises:
-        MpocError: not a safetensors file, truncated, or with a dtype that is not known here.
+        MpocError: not a safetensors file, truncated, or with a dtype that is not known here; tensors that
+            share bytes, or bytes that belong to none.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= _LONGEST_HEADER:
+        if not 2 <= length <= LONGEST:
             raise MpocError(f"{path}: not a safetensors file (no header)")
+        if length > size - 8:
+            raise MpocError(f"{path}: truncated in its header: {size} bytes, header of {length}")
         text = file.read(length)
-    if len(text) < length:
-        raise MpocError(f"{path}: truncated in its header: {size} bytes, header of {length}")
     try:
-        raw = json.loads(text)
+        raw = parse_strictly(text)
         metadata = raw.pop("__metadata__", {})
         if not all(isinstance(text, str) for text in metadata.values()):
             raise TypeError("metadata that is not text")
         entries = {name: _entry(path, name, value) for name, value in raw.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise MpocError(f"{path}: not a safetensors file (broken header: {error})") from error
-    end = max((stop for _, stop in entries.values()), default=0)
-    if size < 8 + length + end:
-        missing = 8 + length + end - size
-        last = max(entries, key=lambda name: entries[name][1])
-        raise MpocError(f"{path}: truncated: {missing} bytes missing at its end (tensor {last!r})")
+        raise MpocError(f"{path}: not a safetensors file (broken header: {shortened(error)})") from error
+    _check_bytes(path, entries, size - 8 - length)
     return Header({name: info for name, (info, _) in entries.items()}, metadata)
 
 
-def _entry(path: Path, name: str, value: dict[str, Any]) -> tuple[TensorInfo, int]:
-    """A tensor's info and the offset behind its last byte."""
+def _entry(path: Path, name: str, value: dict[str, Any]) -> tuple[TensorInfo, tuple[int, int]]:
+    """A tensor's info and the offsets of its first byte and behind its last."""
+    if len(name) > LONGEST_NAME:
+        raise MpocError(f"{path}: tensor {name[:40]!r}… has a name of {len(name)} characters")
     if value["dtype"] not in DTYPES:
-        raise MpocError(f"{path}: tensor {name!r} has dtype {value['dtype']}, not known here")
-    info = TensorInfo(name, DTYPES[value["dtype"]][0], tuple(value["shape"]))
+        raise MpocError(f"{path}: tensor {name!r} has dtype {str(value['dtype'])[:40]}, not known here")
+    shape = tuple(value["shape"][: _MOST_AXES + 1])
     start, stop = value["data_offsets"]
-    whole = all(type(n) is int and n >= 0 for n in (*info.shape, start, stop))
-    if not whole or stop - start != info.nbytes:
+    whole = all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, stop))
+    info = TensorInfo(name, DTYPES[value["dtype"]][0], shape)
+    if not whole or len(shape) > _MOST_AXES or stop - start != info.nbytes:
         raise MpocError(f"{path}: tensor {name!r}: offsets do not match its shape and dtype")
-    return info, stop
+    return info, (start, stop)
+
+
+def _check_bytes(path: Path, entries: dict[str, tuple[TensorInfo, tuple[int, int]]], size: int) -> None:
+    """Every one of the ``size`` bytes behind the header must belong to one tensor.
+
+    Raises:
+        MpocError: one does not.
+    """
+    end, last = 0, ""
+    for name, (_, (start, stop)) in sorted(entries.items(), key=lambda entry: entry[1][1]):
+        if start != end:
+            what = (
+                f"begins inside tensor {last!r}" if start < end else f"leaves a hole of {start - end} bytes"
+            )
+            raise MpocError(f"{path}: tensor {name!r} {what}")
+        end, last = stop, name
+    if size < end:
+        raise MpocError(f"{path}: truncated: {end - size} bytes missing at its end (tensor {last!r})")
+    if size > end:
+        raise MpocError(f"{path}: {size - end} bytes at its end belong to no tensor")
 
 
 def encode_header(tensors: list[TensorInfo], metadata: dict[str, str]) -> bytes:

@@ -11,11 +11,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, shortened
 from mpoc.header import read_header
+from mpoc.strict_json import parse_strictly, read_bounded
 
 KEY = "mpoc.history"
 HISTORY_FILE = "mpoc-history.json"
+_LONGEST = 1000  # trainings one after another
+# What reports, and data read as training did, take from a history.
+_NUMBER = int | float
+_NUMBERS = object()  # a dictionary of numbers
+_HISTORY = {"steps": int, "task": str, "metric": str, "split": str, "start": _NUMBERS, "final": _NUMBERS}
+_HISTORY |= {"test": _NUMBERS, "mean": _NUMBER, "sigma": _NUMBER, "runs": list, "data": dict, "earlier": dict}
+_HISTORY |= {"images": dict, "tokenizer": dict, "classes": _NUMBERS}
+_CALIBRATION = {"samples": int, "held_out": int, "data": dict, "shares": dict, "norms": dict | None}
 
 
 def read_history(path: Path) -> dict[str, Any]:
@@ -26,18 +35,57 @@ def read_history(path: Path) -> dict[str, Any]:
     """
     text: str | None = None
     if (path / HISTORY_FILE).is_file():
-        text = (path / HISTORY_FILE).read_text("utf-8", errors="replace")
+        text = read_bounded(path / HISTORY_FILE).decode("utf-8", errors="replace")
     elif path.is_file() and path.suffix == ".safetensors":
         text = read_header(path).metadata.get(KEY)
     if text is None:
         return {}
     try:
-        history = json.loads(text)
-        if not isinstance(history, dict):
-            raise TypeError(type(history).__name__)
+        history: dict[str, Any] = parse_strictly(text)
+        check_history(history)
     except (ValueError, TypeError, RecursionError) as error:
-        raise MpocError(f"{path}: the history of its training is damaged ({error!r})") from error
+        said = shortened(error)
+        raise MpocError(f"{path}: the history of its training is damaged ({said})") from error
     return history
+
+
+def check_history(history: Any) -> None:
+    """Whether what is told of a training has the types that it is told with.
+
+    Raises:
+        TypeError, ValueError: it has not.
+    """
+    for _ in range(_LONGEST):
+        _check_types(history, _HISTORY)
+        if history.get("split") and history.get("final"):
+            metric = history.get("metric", "loss")
+            if metric not in history["final"]:
+                raise ValueError(f"no {metric} at the end")
+        if "sigma" in history and not {"mean", "runs"} <= history.keys():
+            raise ValueError("a spread without a mean")
+        if not (history := history.get("earlier", {})):
+            return
+    raise ValueError(f"more than {_LONGEST} trainings")
+
+
+def check_calibration(calibration: Any) -> None:
+    """The same of a calibration."""
+    _check_types(calibration, _CALIBRATION)
+    _check_types(calibration.get("shares", {}), {"chosen": str, "distances": _NUMBERS})
+    _check_types(calibration.get("norms") or {}, {"before": _NUMBER, "after": _NUMBER})
+
+
+def _check_types(record: Any, types: dict[str, Any]) -> None:
+    if not isinstance(record, dict):
+        raise TypeError(shortened(TypeError(record)))
+    for name, expected in types.items():
+        value = record.get(name)
+        if name in record and not isinstance(value, dict if expected is _NUMBERS else expected):
+            raise TypeError(f"{name} = {value!r}")
+        if expected is _NUMBERS and not all(
+            isinstance(one, _NUMBER | None) for one in (value or {}).values()
+        ):
+            raise TypeError(f"{name} = {value!r}")
 
 
 def metadata(history: dict[str, Any]) -> dict[str, str]:

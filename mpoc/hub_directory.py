@@ -15,12 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, shortened
 from mpoc.header import TensorInfo, encode_header, storage_order
-from mpoc.manifest import FORMAT, FORMS, MANIFEST_FILE, MAYBE_LATER, Manifest
-from mpoc.record_check import are_joined, check_low_rank, check_order, parse_geometry
-from mpoc.structure import KINDS, Structure
-from mpoc.wiring import network_of
+from mpoc.manifest import FORMAT, MANIFEST_FILE, MAYBE_LATER, Manifest, layer_of_entry
+from mpoc.structure import Structure
+from mpoc.weight_files import check_inside, read_json
 from mpoc.writer import Shard, write_safetensors
 
 GUARD_KEY = "transformers_weights"
@@ -41,8 +40,11 @@ def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
     """Every file of the directory, relative, that is no copy of its weights.
 
     Weights of further modules in folders of their own (a pooling or dense head) are kept.
+
+    Raises:
+        MpocError: one is a link to a file outside the directory, which must not be copied unseen.
     """
-    weights = {file.resolve() for file in weight_files}
+    weights = {Path(os.path.realpath(file)) for file in weight_files}
     found: list[Path] = []
     for folder, folders, files in os.walk(source, followlinks=False):
         folders[:] = sorted(name for name in folders if not _is_skipped(name))
@@ -52,7 +54,8 @@ def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
             copies = _OTHER_FORMATS if top else _OTHER_RUNTIMES
             dropped = file.suffix in copies and name not in _KEEP
             index = top and name.endswith((".safetensors.index.json", ".bin.index.json"))
-            if not (dropped or index or file.resolve() in weights):
+            if not (dropped or index or Path(os.path.realpath(file)) in weights):
+                check_inside(source, file)
                 found.append(file.relative_to(source))
     return found
 
@@ -130,7 +133,7 @@ def unmark(target: Path) -> None:
     (target / MANIFEST_FILE).unlink(missing_ok=True)
     config_file, card_file = target / "config.json", target / _CARD
     if config_file.is_file():
-        config = json.loads(config_file.read_text("utf-8"))
+        config = read_json(config_file)
         config.pop("quantization_config", None)
         config.pop(GUARD_KEY, None)
         if config:
@@ -162,7 +165,7 @@ def _marked(directory: Path, manifest: Manifest) -> dict[str, str]:
     """The files that say "compressed by mpoc", by name, made from those in ``directory``."""
     texts = {MANIFEST_FILE: manifest.to_json(indent=1) + "\n"}
     config_file, card_file = directory / "config.json", directory / _CARD
-    config = json.loads(config_file.read_text("utf-8")) if config_file.is_file() else {}
+    config = read_json(config_file) if config_file.is_file() else {}
     config["quantization_config"] = quantization_config(manifest)
     config[GUARD_KEY] = GUARD
     texts["config.json"] = _config_text(config)
@@ -212,27 +215,13 @@ def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, ...]]]:
         MpocError: the entry is damaged.
     """
     try:
-        lists = [tuple(entry[key]) for key in ("shape", "output_factors", "input_factors", "bonds")]
-        shape, outputs, inputs, bonds = lists
-        geometry = parse_geometry(entry["geometry"], shape) if "geometry" in entry else None
-        sides = shape, entry["transposed"], outputs, inputs
-        order = entry.get("order", "")
-        order = order if isinstance(order, str) else tuple(order)
-        structure = Structure(entry["kind"], *sides, geometry, network_of(entry["form"]), order)
-        low_rank = entry.get("low_rank", 0)
-        whole = all(isinstance(number, int) and number > 0 for numbers in lists for number in numbers)
-        whole = whole and isinstance(low_rank, int)
-        known = entry["form"] in FORMS[:-1] and structure.kind in KINDS
-        known = known and (structure.kind == "convmap") == (geometry is not None)
-        known = known and (entry["form"] == "svd+mpo") == (low_rank != 0)
-        if not (whole and known and are_joined(structure, bonds) and min(structure.padding) >= 0):
-            raise ValueError(entry)
-        check_low_rank(structure, low_rank)
-        check_order(structure, low_rank)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        said = f"config.json: damaged quantization_config of {name!r} ({error!r})"
+        layer = layer_of_entry(name, entry, {})
+        if layer.form == "dense":
+            raise ValueError(layer.form)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        said = f"config.json: damaged quantization_config of {name!r} ({shortened(error)})"
         raise MpocError(said, MAYBE_LATER) from error
-    return structure, structure.core_shapes(bonds, low_rank)
+    return layer.structure, layer.core_shapes
 
 
 def _card_with_section(card: str, manifest: Manifest) -> str:

@@ -11,28 +11,27 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mpoc.errors import MpocError, UsageError
+from mpoc import record_check
+from mpoc.errors import MpocError, UsageError, shortened
 from mpoc.geometry import Geometry
 from mpoc.header import TensorInfo, count_parameters, read_header
 from mpoc.orders import Order
-from mpoc.record_check import check_record, parse_geometry, with_tuples
 from mpoc.spectrum import Spectrum
+from mpoc.strict_json import parse_strictly, read_bounded, written
 from mpoc.structure import KINDS, Structure
 from mpoc.typed import made
 from mpoc.versions import unreadable
-from mpoc.weight_files import read_json, stored_tensors
+from mpoc.weight_files import check_inside, read_json, stored_tensors
 from mpoc.wiring import network_of
 
 FORMAT = 1
 FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "dense")
-# Lists of numbers, and lists of these, over several lines: no string holds a line's end.
-_NUMBERS = (re.compile(r"\[\n[-+.,eE\d\s]*\]"), re.compile(r"\[\n(?:\s*\[[-+.,eE\d ]*\],?)+\s*\]"))
 MANIFEST_FILE = "mpoc.json"
+_DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 # In the metadata of weights that transformers saved: an ``mpoc.json`` beside them is an older one.
 SAVED_AGAIN = "mpoc_saved_again"
 # config.json does not tell which mpoc wrote it.
@@ -186,11 +185,7 @@ class Manifest:
         for name in ("architecture", "training", "calibration"):
             if not value[name]:
                 del value[name]
-        separators = (",", ":") if indent is None else None
-        text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
-        for numbers in _NUMBERS if indent else ():
-            text = numbers.sub(lambda found: " ".join(found[0].split()), text)
-        return text
+        return written(value, indent)
 
 
 def _ratio(layers: tuple[LayerRecord, ...] | list[LayerRecord]) -> float:
@@ -215,7 +210,9 @@ def record_from_json(text: str) -> LayerRecord:
     Raises:
         ValueError, TypeError, LookupError: damaged.
     """
-    return _layer(json.loads(text))
+    layer = _layer(parse_strictly(text))
+    record_check.check_record(layer)
+    return layer
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -227,7 +224,8 @@ def read_manifest(path: Path) -> Manifest:
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory")
     if (path / MANIFEST_FILE).is_file() and not _is_saved_again(path):
-        return parse_manifest((path / MANIFEST_FILE).read_bytes(), path)
+        check_inside(path, path / MANIFEST_FILE)
+        return parse_manifest(read_bounded(path / MANIFEST_FILE), path)
     if (path / "config.json").is_file():
         quantization = read_json(path / "config.json").get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") == "mpo":
@@ -254,9 +252,10 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
     _check_format(quantization.get("format"), path)
     try:
         entries = quantization["layers"].items()
-        layers = tuple(_layer_of_entry(name, entry, tensors) for name, entry in entries)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        said = f"{path}: config.json: damaged quantization_config ({error!r})"
+        layers = tuple(layer_of_entry(name, entry, tensors) for name, entry in entries)
+        record_check.check_names(layers)
+    except _DAMAGED as error:
+        said = f"{path}: config.json: damaged quantization_config ({shortened(error)})"
         raise MpocError(said, MAYBE_LATER) from error
     cores = {name for layer in layers for name in layer.core_names}
     if cores - tensors.keys():
@@ -277,12 +276,17 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
     )
 
 
-def _layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorInfo]) -> LayerRecord:
-    """A layer of ``quantization_config``, checked."""
+def layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorInfo]) -> LayerRecord:
+    """A layer of ``quantization_config``, checked.
+
+    Raises:
+        TypeError, ValueError, LookupError, AttributeError: it is damaged.
+    """
     first, shape = tensors.get(f"{core_prefix(name)}.0"), entry["shape"]
     dtype = first.dtype if first else entry["dtype"]
-    counts = {"num_original": math.prod(shape), "num_stored": 0}
+    counts = {"num_original": math.prod(shape[:6]), "num_stored": 0}
     layer = _layer({**entry, **counts, "name": name, "dtype": dtype, "stored_dtype": dtype})
+    record_check.check_made(layer)
     stored = sum(map(math.prod, layer.core_shapes))
     return replace(layer, num_stored=stored, padding=layer.structure.padding)
 
@@ -303,24 +307,24 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
     """
     value: Any = None
     try:
-        value = json.loads(text)
+        value = parse_strictly(text)
         _check_format(value.pop("format"), path)
-        layers = tuple(_layer(layer) for layer in value.pop("layers"))
+        layers = tuple(map(_layer, value.pop("layers")))
         source = made(Source, value.pop("source"))
         manifest = made(Manifest, {**value, "source": source, "layers": layers})
         if list(manifest.architecture) not in ([], ["zoo"], ["factory"]):
             raise ValueError(f"architecture = {manifest.architecture!r}")
+        record_check.check_manifest(manifest)
         return manifest
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except _DAMAGED as error:
         raise unreadable(path, value.get("tool") if isinstance(value, dict) else None, error) from error
 
 
 def _layer(value: dict[str, Any]) -> LayerRecord:
     if value.get("geometry") is not None:
-        value["geometry"] = parse_geometry(value["geometry"], tuple(value["shape"]))
-    layer = made(LayerRecord, with_tuples(value))
+        value["geometry"] = record_check.parse_geometry(value["geometry"], tuple(value["shape"]))
+    layer = made(LayerRecord, record_check.with_tuples(value))
     for what, found, known in (("kind", layer.kind, KINDS), ("form", layer.form, FORMS)):
         if found not in known:
             raise ValueError(f"layer {layer.name!r}: {what} {found!r} is not known")
-    check_record(layer)
     return layer

@@ -23,7 +23,8 @@ from mpoc.factors import balanced_factors, choose_factors, default_sites
 
 LEARNED = "learned"
 MOST_INPUTS = 8192  # of an order that is learnt: the table of all exchanges is their square
-_MORTON = re.compile(r"morton:(?:([1-9]\d*)x)?([1-9]\d*)x([1-9]\d*)")
+MOST_ORDERED = 1 << 20  # inputs of an order by name: it is written out as a permutation
+_MORTON = re.compile(r"morton:(?:([1-9]\d{0,6})x)?([1-9]\d{0,6})x([1-9]\d{0,6})")
 
 Order = str | tuple[int, ...]
 
@@ -54,7 +55,7 @@ def parse_order(text: str) -> OrderRule:
 
 def order_fits(order: str, inputs: int) -> bool:
     """Whether a layer of so many inputs can have it."""
-    return not order.startswith("morton") or math.prod(_image(order)) == inputs
+    return not order.startswith("morton") or math.prod(_image(order)) == inputs <= MOST_ORDERED
 
 
 def ordered_factors(
@@ -97,6 +98,8 @@ def permutation(order: Order, inputs: int, factors: tuple[int, ...]) -> tuple[in
     """
     if not order:
         return None
+    if inputs > MOST_ORDERED:
+        raise ValueError(f"an order of {inputs} inputs")
     found = _morton(order, factors) if isinstance(order, str) else order
     if len(found) != inputs or not _is_permutation(found):
         raise ValueError(f"an order of {len(found)} inputs for {inputs}")

@@ -31,6 +31,8 @@ from mpoc.orders import Order, order_fits, ordered_factors, permutation
 from mpoc.wiring import Core, branches, count_parameters, wiring
 
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "convmap", "embedding", "experts")
+# Far more than any weight has, and few enough to be put in order at once.
+MOST_SITES = 128
 # A whole map of more numbers is never formed, and its factors must then align with height, width, channels.
 DENSE_LIMIT = 1 << 26
 
@@ -267,6 +269,8 @@ def _check_factors(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The given factors without the lead site, whether they came with it or not."""
     output_factors, input_factors = factors
+    if len(output_factors) > MOST_SITES:
+        raise UsageError(f"{len(output_factors)} factors: at most {MOST_SITES} sites")
     if len(output_factors) != len(input_factors):
         raise UsageError(
             f"{len(input_factors)} input factors against {len(output_factors)} output factors: "

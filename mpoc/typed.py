@@ -7,6 +7,8 @@ from functools import cache
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 _Record = TypeVar("_Record")
+# Every number counts bytes or parameters, or is a ratio.
+_LARGEST = 1 << 63
 
 
 def made(record: Callable[..., _Record], values: Mapping[str, Any]) -> _Record:
@@ -51,5 +53,5 @@ def _is_a(value: Any, expected: Any) -> bool:
     if inner:
         return any(_is_a(value, one) for one in inner)
     if expected in (int, float):
-        return isinstance(value, int | expected) and not isinstance(value, bool)
+        return type(value) in (int, expected) and -_LARGEST < value < _LARGEST  # no NaN
     return expected is Any or isinstance(value, expected)

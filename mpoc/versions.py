@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mpoc
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, shortened
 
 _RELEASE = re.compile(r"(\d{1,9}(?:\.\d{1,9}){0,5})(?:(?:[+-]|\.?[a-z])[\w.+-]{0,40})?")
 _BOUND = re.compile(r"(>=|<=|==|!=|>|<)\s*([\w.+]+)")
@@ -59,4 +59,4 @@ def unreadable(path: Path, tool: Any, error: Exception) -> MpocError:
             f"{path}: written by mpoc {writer}, this is mpoc {mpoc.__version__}: {error}",
             "pip install --upgrade mpoc",
         )
-    return MpocError(f"{path}: damaged manifest ({error!r})")
+    return MpocError(f"{path}: damaged manifest ({shortened(error)})")

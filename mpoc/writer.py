@@ -26,7 +26,7 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.header import TensorInfo, encode_header, storage_order
 
 # What mpoc adds to a directory besides weight files and what it copies.
-_OWN_FILES = ("mpoc.json", "config.json", "README.md")
+_OWN_FILES = ("mpoc.json", "mpoc-history.json", "config.json", "README.md")
 
 
 @dataclass(frozen=True)

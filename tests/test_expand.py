@@ -291,3 +291,12 @@ def test_an_output_named_unlike_safetensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="must be named like one") as caught:
         compress_checkpoint(tmp_path / "m.pt", tmp_path / "out.pt", make_recipe(None, {"bond": 3}))
     assert caught.value.hint == f"-o {tmp_path / 'out.safetensors'}"
+
+
+def test_a_directory_with_a_damaged_config_is_refused(tmp_path: Path) -> None:
+    source, output = save_directory(tmp_path / "m", mlp_state()), tmp_path / "m-mpo"
+    compress_checkpoint(source, output, make_recipe(None, {"bond": 2}))
+    (output / "config.json").write_text('{"quantization_config": ')
+    with pytest.raises(MpocError, match=r"config\.json: not valid JSON"):
+        expand_checkpoint(output, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()

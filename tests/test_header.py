@@ -3,6 +3,7 @@
 import json
 import math
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,17 @@ def entry(**changes: Any) -> bytes:
     """A file of one float32 tensor (2,), with some of its entry changed."""
     good = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     return with_length(json.dumps({"a": good | changes}).encode(), rest=bytes(8))
+
+
+ENTRY = b'{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'
+
+
+def tensors_at(offsets: tuple[list[int], list[int]], size: int) -> bytes:
+    """Two float32 tensors (2,) at these offsets, in a file of ``size`` bytes of data."""
+    table = {
+        k: {"dtype": "F32", "shape": [2], "data_offsets": at} for k, at in zip("ab", offsets, strict=True)
+    }
+    return with_length(json.dumps(table).encode(), rest=bytes(size))
 
 
 @SOME
@@ -163,6 +175,17 @@ HOSTILE = {
     "offsets three": entry(data_offsets=[0, 4, 8]),
     "offsets a number": entry(data_offsets=8),
     "offsets behind the end": entry(data_offsets=[8, 16]),
+    "shape without end": entry(shape=[1] * 100_000),
+    "digits without end": entry(shape=[10**4000] * 300),
+    "sides of no number": entry(shape=[2**70, 0], data_offsets=[0, 0]),
+    "bytes shared": tensors_at(([0, 8], [4, 12]), 12),
+    "bytes of two": tensors_at(([0, 8], [0, 8]), 8),
+    "a hole": tensors_at(([0, 8], [16, 24]), 24),
+    "bytes of none": tensors_at(([0, 8], [8, 16]), 20),
+    "a name twice": with_length(b'{"a":%b,"a":%b}' % (ENTRY, ENTRY), rest=bytes(8)),
+    "a name without end": with_length(b'{"%b":%b}' % (b"module." * 10_000, ENTRY), rest=bytes(8)),
+    "half a character": with_length(b'{"\\ud800":%b}' % ENTRY, rest=bytes(8)),
+    "not a number": with_length(b'{"__metadata__":{},"a":NaN}'),
 }
 
 
@@ -171,6 +194,22 @@ def test_hostile_headers_are_refused(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(MpocError, match=r"m\.safetensors: "):
         read_header(file)
+
+
+def test_two_tensors_side_by_side_are_good(file: Path) -> None:
+    for offsets in (([0, 8], [8, 16]), ([8, 16], [0, 8])):
+        file.write_bytes(tensors_at(offsets, 16))
+        assert set(read_header(file).tensors) == {"a", "b"}
+
+
+def test_a_length_that_lies_is_not_allocated(file: Path) -> None:
+    file.write_bytes(with_length(b"{}", 99_000_000))
+    tracemalloc.start()
+    with pytest.raises(MpocError, match="truncated in its header: 10 bytes, header of 99000000"):
+        read_header(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_the_unchanged_entry_is_good(file: Path) -> None:

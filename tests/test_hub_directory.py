@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mpoc import hub_directory
+from mpoc.errors import MpocError
 from mpoc.hub_directory import GUARD, GUARD_KEY, copy_other_files, mark_compressed, other_files, unmark
 from mpoc.manifest import Manifest, read_manifest
 from mpoc.pipeline import compress_checkpoint
@@ -55,10 +56,14 @@ def test_weights_of_a_further_module_are_dropped_only_where_they_are_the_weights
 
 
 def test_files_are_copied_byte_for_byte_and_links_as_files(source: Path, tmp_path: Path) -> None:
+    """Links as in a hub cache: snapshots/REVISION/NAME → blobs/HASH."""
     put(source, "code/modeling.py")
-    blob = tmp_path / "blob"
+    (tmp_path / "cache" / "snapshots").mkdir(parents=True)
+    source = source.rename(tmp_path / "cache" / "snapshots" / "a1b2")
+    blob = tmp_path / "cache" / "blobs" / "hash"
+    blob.parent.mkdir()
     blob.write_bytes(bytes(range(256)))
-    (source / "vocab.txt").symlink_to(blob)
+    (source / "vocab.txt").symlink_to(Path("../../blobs/hash"))
     target = tmp_path / "target"
     target.mkdir()
     copy_other_files(source, target, weights(source))
@@ -66,6 +71,18 @@ def test_files_are_copied_byte_for_byte_and_links_as_files(source: Path, tmp_pat
     assert copied == {name: data for name, data in contents(source).items() if not name.startswith("model")}
     assert copied["vocab.txt"] == blob.read_bytes()
     assert not any(file.is_symlink() for file in target.rglob("*"))
+
+
+def test_a_link_out_of_the_directory_is_not_copied(source: Path, tmp_path: Path) -> None:
+    """Or a directory from a stranger would carry off what its user can read."""
+    (tmp_path / "secret").write_text("key")
+    (source / "vocab.txt").symlink_to(tmp_path / "secret")
+    (source / "loop").symlink_to("loop")
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(MpocError, match=r"vocab\.txt: a link to .*secret, outside the directory"):
+        copy_other_files(source, target, weights(source))
+    assert list(target.iterdir()) == []
 
 
 @pytest.mark.parametrize("limit", [10**6, 9000])

@@ -105,7 +105,7 @@ def test_any_record_there_and_back(
     layer = record(
         name, "linear", (8, 12), 2, relative_error=error, entropies=entropies, entropies_of_weight=of_weight
     )
-    whole = manifest(layer, left_alone={name: reason}, tied={reason: name})
+    whole = manifest(layer, left_alone={name: reason}, tied={f"{reason}{name}+": name})
     assert parse_manifest(whole.to_json(), HERE) == whole
 
 
@@ -377,3 +377,126 @@ def test_a_small_file_cannot_ask_for_a_huge_matrix() -> None:
     value = json.loads(WHOLE.to_json()) | {"layers": [layer]}
     with pytest.raises(MpocError, match="damaged manifest"):
         parse_manifest(json.dumps(value), Path("m.safetensors"))
+
+
+def with_layer(k: int, **changes: Any) -> str:
+    value = json.loads(WHOLE.to_json())
+    value["layers"][k] |= changes
+    return json.dumps(value)
+
+
+def fc(factors: tuple[list[int], list[int]], bonds: list[int], form: str = "mpo", **changes: Any) -> str:
+    """The second layer, of 64 inputs and 48 outputs, with other factors and counts that fit."""
+    outputs, inputs = factors
+    count = 0
+    if len(bonds) == len(outputs) + 1:
+        sites = zip(bonds, outputs, inputs, bonds[1:], strict=False)
+        count = sum(math.prod(site) for site in sites)
+    sides: dict[str, Any] = {"output_factors": outputs, "input_factors": inputs, "bonds": bonds, "form": form}
+    return with_layer(
+        1, **sides, num_stored=count, padding=[0, 0], entropies=[], spectra_of_weight=[], **changes
+    )
+
+
+HUGE = 10**18
+GEOMETRY = {
+    "size": [4, 4], "output_size": [4, 4], "kernel_size": [3, 3],
+    "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "padding_mode": "zeros",
+}  # fmt: skip
+TOO_MUCH = {
+    "sites without end": fc(([48] + [1] * 10**5, [64] + [1] * 10**5), [1] * (10**5 + 2)),
+    "a tree without end": fc(([48] + [1] * 10**5, [64] + [1] * 10**5), [1] * (10**5 + 2), "tree"),
+    "a MERA without end": fc(([48] + [1] * 10**5, [64] + [1] * 10**5), [2], "mera"),
+    "a MERA of bond 10^9": fc(([6, 8], [8, 8]), [10**9], "mera"),
+    "a bond of 10^18": fc(([6, 8], [8, 8]), [1, HUGE, 1]),
+    "a bond below one": fc(([6, 8], [8, 8]), [1, -3, 1]),
+    "a factor below one": fc(([-6, -8], [8, 8]), [1, 3, 1]),
+    "a count that is none": with_layer(1, num_stored=10**400),
+    "a count of another": with_layer(1, num_stored=5),
+    "a padding of another": with_layer(1, padding=[1, 0]),
+    "a number that is none": with_layer(1, relative_error=10**400),
+    "a shape without end": with_layer(1, shape=[1] * 10**5 + [64, 48]),
+    "a shape of more axes": with_layer(1, shape=[1, 64, 48]),
+    "a huge shape": with_layer(1, shape=[HUGE, HUGE], num_original=HUGE * HUGE),
+    "entropies without end": with_layer(1, entropies=[0.5] * 10**5),
+    "a layer larger than its network": with_layer(
+        5, shape=[300, 300], num_original=90_000, num_stored=90_000
+    ),
+    "integers as cores": with_layer(1, stored_dtype="int8"),
+    "a geometry of nothing": with_layer(0, geometry=GEOMETRY | {"size": [HUGE, HUGE]}),
+    "an order of another": with_layer(1, order="morton:1x9999999"),
+    "an order without end": with_layer(1, order=[0] * (1 << 20) + [1]),
+    "another of the same name": with_layer(1, name="conv.weight"),
+    "same size as nothing": with_layer(1, same_size={"that": 1.0}),
+}
+
+
+@pytest.mark.parametrize("text", TOO_MUCH.values(), ids=TOO_MUCH)
+def test_what_would_take_more_than_it_says_is_refused(text: str) -> None:
+    with pytest.raises(MpocError, match=r"^m\.safetensors: damaged manifest \(.{1,320}\)$"):
+        parse_manifest(text, HERE)
+
+
+def test_the_unchanged_second_layer_is_good() -> None:
+    (layer,) = parse_manifest(fc(([6, 8], [8, 8]), [1, 3, 1]), HERE).layers[1:2]
+    assert (layer.num_stored, layer.core_shapes) == (336, [(1, 6, 8, 3), (3, 8, 8, 1)])
+
+
+JSON = {
+    "a key twice": '{"format":1,"format":1}',
+    "no number": WHOLE.to_json().replace("0.25", "NaN", 1),
+    "an infinite number": WHOLE.to_json().replace("0.25", "-Infinity", 1),
+    "a number too large": WHOLE.to_json().replace("0.25", "1e999", 1),
+    "half a character": WHOLE.to_json().replace("0.1.0", "\\ud800", 1),
+    "thousands of digits": WHOLE.to_json().replace("60000", "9" * 10_000, 1),
+    "brackets without end": "[" * 10**6,
+    "more than 100 MB": '{"format":1,"x":"' + " " * 100_000_001 + '"}',
+}
+
+
+@pytest.mark.parametrize("text", JSON.values(), ids=JSON)
+def test_json_that_is_none(text: str) -> None:
+    with pytest.raises(MpocError, match="damaged manifest"):
+        parse_manifest(text, HERE)
+
+
+@pytest.mark.parametrize(
+    ("key", "new"),
+    [
+        ("tied", {"a": "a"}),
+        ("tied", {"a": "b", "b": "c"}),
+        ("tied", {"fc.weight": "head.weight"}),
+        ("vectors", -1),
+        ("source", {"name": "m", "nbytes": -5, "num_parameters": 60_000, "fingerprint": "x"}),
+        ("source", {"name": "m", "nbytes": 5, "num_parameters": -60_000, "fingerprint": "x"}),
+        ("training", {"steps": "many"}),
+        ("training", {"steps": 1, "final": {"loss": "low"}}),
+        ("training", {"steps": 1, "split": "test", "final": {"accuracy": 3}}),
+        ("training", {"earlier": {"earlier": {"data": [1]}}}),
+        ("training", {"sigma": 3.0}),
+        ("calibration", {"samples": "all"}),
+        ("calibration", {"shares": {"distances": {"a": "b"}}}),
+        ("calibration", {"norms": {"before": None}}),
+    ],
+)
+def test_parts_that_do_not_hold_together_are_refused(key: str, new: Any) -> None:
+    value = json.loads(WHOLE.to_json()) | {key: new}
+    with pytest.raises(MpocError, match="damaged manifest"):
+        parse_manifest(json.dumps(value), HERE)
+
+
+def test_a_training_told_a_thousand_times() -> None:
+    history: dict[str, Any] = {"steps": 1}
+    for _ in range(400):
+        history = {"steps": 1, "earlier": history}
+    text = json.dumps(json.loads(WHOLE.to_json()) | {"training": history})
+    assert parse_manifest(text, HERE).training == history
+
+
+def test_a_manifest_that_is_a_link_out_of_the_directory(tmp_path: Path) -> None:
+    (tmp_path / "secret.json").write_text(WHOLE.to_json())
+    directory = tmp_path / "m"
+    directory.mkdir()
+    (directory / "mpoc.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(MpocError, match=r"mpoc\.json: a link to .*, outside the directory"):
+        read_manifest(directory)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import pickletools
 import struct
 import warnings
 import zipfile
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpoc.checkpoint.archive_check import check_archive, check_pickle
 from mpoc.checkpoint.base import Checkpoint, strip_wrappers
 from mpoc.errors import MpocError
-from mpoc.header import ITEMSIZE, TensorInfo
+from mpoc.header import ITEMSIZE, LONGEST_NAME, TensorInfo
 
 # Where training scripts put the state dict, most telling first.
 _NESTS = (
@@ -34,10 +33,21 @@ _NESTS = (
     "ema_state_dict",
     "state_dict_ema",
 )
+# How many times a file's bytes its tensors may have: views that repeat one storage take no room in it.
+_MOST_REPEATED = 16
+
+
+def _plain_dtype(code: str, *_: Any) -> np.dtype[Any]:
+    """Of numbers alone: others can be made to nest without end."""
+    if not isinstance(code, str) or len(code) > 4:
+        raise TypeError(f"a dtype {str(code)[:40]!r}")
+    return np.dtype(code)
+
+
 # Plain data that checkpoints carry beside tensors (a best accuracy as a numpy scalar, arguments).
 _multiarray = np._core.multiarray  # type: ignore[attr-defined]
 _HARMLESS = [
-    np.dtype,
+    (_plain_dtype, "numpy.dtype"),
     np.ndarray,
     _multiarray.scalar,
     _multiarray._reconstruct,
@@ -55,6 +65,9 @@ _BROKEN = (
     TypeError,
     AttributeError,
     AssertionError,
+    ArithmeticError,
+    MemoryError,
+    OSError,
     struct.error,
     zipfile.BadZipFile,
 )
@@ -75,6 +88,9 @@ def open_torch_file(path: Path, strip: bool = True) -> Checkpoint:
     others = [name for name in state if name not in tensors]
     if others:
         notes.append(f"left behind, not tensors: {', '.join(others[:5])}")
+    longest = max(tensors, key=len)
+    if len(longest) > LONGEST_NAME:
+        raise MpocError(f"{path}: tensor {longest[:40]!r}… has a name of {len(longest)} characters")
     names = strip_wrappers(list(tensors)) if strip else {name: name for name in tensors}
     kept: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -88,7 +104,21 @@ def open_torch_file(path: Path, strip: bool = True) -> Checkpoint:
         else:
             tied[name] = first
     infos = {n: TensorInfo(n, _dtype(t), tuple(t.shape)) for n, t in kept.items()}
+    _refuse_repeated(path, infos)
     return Checkpoint(path, infos, tied, kept.__getitem__, dict.fromkeys(infos, path), None, notes)
+
+
+def _refuse_repeated(path: Path, infos: dict[str, TensorInfo]) -> None:
+    """A view can repeat a few bytes as a tensor of any size."""
+    room = _MOST_REPEATED * path.stat().st_size
+    for info in infos.values():
+        room -= info.nbytes
+        if room < 0:
+            raise MpocError(
+                f"{path}: tensor {info.name!r} {info.shape} repeats the same few bytes: with it the tensors "
+                f"have more than {_MOST_REPEATED} times the bytes of the file",
+                "save it whole: tensor.clone()",
+            )
 
 
 def load_plain(path: Path) -> Any:
@@ -97,15 +127,16 @@ def load_plain(path: Path) -> Any:
     try:
         if zipped:
             _refuse_torchscript(path)
+            check_archive(path)
+        else:
+            _check_pickles(path)
         with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # said below, where it fails
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        if not zipped and not _pickles_are_whole(path):
-            raise _damaged(path, "its pickle breaks off") from error
         raise _needs_code(path, error) from error
     except _BROKEN as error:
-        told = isinstance(error, (RuntimeError, zipfile.BadZipFile))
+        told = isinstance(error, (RuntimeError, ValueError, MemoryError, zipfile.BadZipFile))
         said = str(error).strip().splitlines() if told and "weights_only" not in str(error) else []
         raise _damaged(path, said[0] if said else "its pickle breaks off") from error
 
@@ -119,17 +150,13 @@ def _starts_like_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _pickles_are_whole(path: Path) -> bool:
-    """Whether the pickles at the start of a file without zip directory end properly; none is run."""
+def _check_pickles(path: Path) -> None:
+    """The pickles at the start of a file without zip directory must end properly; none is run."""
     with path.open("rb") as file:
-        try:
-            for _ in range(4):  # magic number, protocol, system, payload: the format before torch 1.6
-                deque(pickletools.genops(file), maxlen=0)
-                if not file.peek(1):
-                    break
-        except (ValueError, MemoryError):
-            return False
-    return True
+        for _ in range(4):  # magic number, protocol, system, payload: the format before torch 1.6
+            check_pickle(file)
+            if not file.peek(1):
+                break
 
 
 def _needs_code(path: Path, error: pickle.UnpicklingError) -> MpocError:
@@ -191,9 +218,11 @@ def _is_state_dict(value: Any) -> bool:
     """A mapping from strings whose values are, some at least, tensors, and none is a mapping of tensors."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
-    return any(isinstance(item, Tensor) for item in value.values()) and not any(
-        _is_state_dict(item) for item in value.values() if isinstance(item, Mapping)
-    )
+    return _has_tensors(value) and not any(_has_tensors(item) for item in value.values())
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values())
 
 
 def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:

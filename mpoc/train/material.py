@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ from mpoc.data import Data, HubTokenizer, ImageOptions, TextOptions, check_fits,
 from mpoc.data.files import recognise
 from mpoc.data.fingerprint import fingerprint
 from mpoc.data.text import Tokenizer, tokenizer_from_state
-from mpoc.errors import MpocError, UsageError
+from mpoc.errors import MpocError, UsageError, shortened
 from mpoc.history import recorded
 from mpoc.train.call import Batch
 from mpoc.train.feed import Feed, plain
 from mpoc.train.held_out import hold_out_to_measure, hold_out_to_train
 from mpoc.train.model import Model
+from mpoc.typed import typed
+from mpoc.weight_files import read_json
 
 _BLOCK = 256  # tokens
 
@@ -118,7 +119,11 @@ def _refuse_unused(options: DataOptions, data: Data) -> None:
 
 def image_options(options: DataOptions, model: Model) -> ImageOptions:
     """What is done to images: as asked, as in training, as zoo or directory says, else scaled to [0, 1]."""
-    known = ImageOptions(**_recorded_images(model))
+    try:
+        known = typed(ImageOptions(**_recorded_images(model)))
+    except TypeError as error:
+        said = shortened(error)
+        raise MpocError(f"{model.path}: damaged record of what is done to images ({said})") from error
     asked = {
         name: value
         for name in ("mean", "std", "pad", "flip", "size")
@@ -137,7 +142,7 @@ def _recorded_images(model: Model) -> dict[str, Any]:
     file = model.path / "preprocessor_config.json"
     if not (model.path.is_dir() and file.is_file()):
         return {}
-    words = json.loads(file.read_text("utf-8"))
+    words = read_json(file)
     size = words.get("size")
     found = {"mean": words.get("image_mean"), "std": words.get("image_std")}
     if isinstance(size, dict) and "height" in size and "width" in size:

@@ -92,8 +92,8 @@ def test_weights_under_another_name(tmp_path: Path) -> None:
 def test_a_snapshot_of_links_as_the_hub_s_cache_holds_it(tmp_path: Path) -> None:
     state = mlp_state()
     blobs = save_directory(tmp_path / "blobs", state, shards=2)
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    snapshot = tmp_path / "snapshots" / "a1b2"
+    snapshot.mkdir(parents=True)
     for number, file in enumerate(list(blobs.iterdir())):
         blob = file.rename(blobs / f"{number:064x}")
         (snapshot / file.name).symlink_to(blob)
@@ -149,7 +149,11 @@ def test_an_index_that_names_a_tensor_its_shard_lacks(tmp_path: Path, suffix: st
 
 
 @pytest.mark.parametrize(
-    "outside", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", 3]
+    "outside",
+    [
+        *("../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", 3, None, ["x"], {"x": 1}),
+        *("..\\x.safetensors", "a\0b", "x\n.safetensors", "\x1b[2J", "x" * 250, "\ud800"),
+    ],
 )
 def test_an_index_that_leads_out_of_the_directory(tmp_path: Path, outside: Any) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2)
@@ -159,7 +163,47 @@ def test_an_index_that_leads_out_of_the_directory(tmp_path: Path, outside: Any) 
     index = json.loads((path / INDEX).read_text())
     index["weight_map"]["fc1.weight"] = outside
     (path / INDEX).write_text(json.dumps(index))
-    assert f"tensor 'fc1.weight' is put into {outside!r}, outside the directory" in str(refusal(path))
+    said = str(refusal(path))
+    if outside == "\ud800":
+        assert "not valid JSON" in said
+    else:
+        assert f"tensor 'fc1.weight' is put into {outside!r}, outside the directory" in said
+
+
+@pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", INDEX])
+def test_a_link_that_leads_out_of_the_directory(tmp_path: Path, file: str) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2)
+    (path / file).rename(tmp_path / "elsewhere")
+    (path / file).symlink_to(Path("..") / "elsewhere")
+    error = refusal(path)
+    assert f"{file}: a link to " in str(error) and "elsewhere, outside the directory" in str(error)
+    assert "put the file itself in its place" in (error.hint or "")
+
+
+def test_links_inside_the_directory_are_followed(tmp_path: Path) -> None:
+    state = mlp_state()
+    path = save_directory(tmp_path / "m", state)
+    (path / "model.safetensors").rename(path / "weights")
+    (path / "model.safetensors").symlink_to("weights")
+    (tmp_path / "link").symlink_to(path)
+    assert_holds(path, state)
+    assert_holds(tmp_path / "link", state)
+
+
+def test_an_index_that_names_one_shard_without_end(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2)
+    index = json.loads((path / INDEX).read_text())
+    shard = index["weight_map"]["fc1.weight"]
+    index["weight_map"] |= {f"x{k}": shard for k in range(50_000)}
+    (path / INDEX).write_text(json.dumps(index))
+    assert f"the index puts tensor 'x0' into {shard}, which lacks it" in str(refusal(path))
+
+
+def test_an_index_that_says_two_things(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2)
+    text = (path / INDEX).read_text()
+    (path / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"fc1.weight": "x", ', 1))
+    assert "'fc1.weight' stands there twice" in str(refusal(path))
 
 
 @pytest.mark.parametrize(

@@ -112,3 +112,13 @@ def test_classes_that_training_did_not_have(tmp_path: Path, fc2: Model) -> None:
     material = open_material(other, open_model(tuned, "fc2"), 0)
     assert material.classes == {"cat": 0, "zebra": 1}
     assert any("without 'zebra': all are numbered anew" in note for note in material.data.notes)
+
+
+@pytest.mark.parametrize(
+    "record", [{"mean": 3}, {"mean": ["x"]}, {"pad": "4"}, {"size": [2.5, 3]}, {"colour": 1}, {"mean": None}]
+)
+def test_a_damaged_record_of_images_is_refused(tmp_path: Path, fc2: Model, record: dict[str, Any]) -> None:
+    path = written(tmp_path, pixels(20, 28, 28))
+    strange = replace(fc2, stored=replace(fc2.stored, history={"images": record}))
+    with pytest.raises(MpocError, match=r"fc2\.safetensors: damaged record of what is done to images"):
+        open_material(DataOptions(path), strange, 0)
