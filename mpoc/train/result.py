@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpoc import hub_directory
+from mpoc.errors import MpocError
 from mpoc.forms.layout import working_dtype
 from mpoc.forms.terms import form_of
 from mpoc.header import ITEMSIZE, TensorInfo
@@ -81,15 +82,24 @@ def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:
     infos = list(stored.infos.values())
     if model.manifest is None:
         infos += [replace(stored.infos[first], name=alias) for alias, first in stored.tied.items()]
-    return [_entry(model, info, weights) for info in infos]
+    trained = {place for place, _ in model.network.named_parameters(remove_duplicate=False)}
+    return [_entry(model, info, weights, trained) for info in infos]
 
 
-def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor]) -> Entry:
+def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor], trained: set[str]) -> Entry:
     place = model.places.get(info.name)
     if place is None or place not in weights:
         source = model.stored.tied.get(info.name, info.name)
         return Entry(info, lambda: model.stored.read(source))
-    return Entry(info, lambda: weights[place].detach().to("cpu", getattr(torch, info.dtype)))
+
+    def read() -> Tensor:
+        found = weights[place].detach().to("cpu", getattr(torch, info.dtype))
+        if place in trained and not bool(torch.isfinite(found).all()):
+            said = f"{model.path}: tensor {info.name!r} is not finite any more after the training"
+            raise MpocError(said, "a smaller --lr")
+        return found
+
+    return Entry(info, read)
 
 
 def tuned_manifest(manifest: Manifest, entries: list[Entry], history: dict[str, Any]) -> Manifest:

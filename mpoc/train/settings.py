@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from dataclasses import dataclass
 
-from mpoc.errors import UsageError, nearest
+from mpoc.errors import UsageError, nearest, shortened
 
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "constant", "exponential")
 PRECISIONS = ("fp32", "bf16", "fp16")
 LEARNING_RATES = {"sgd": 0.01, "adamw": 3e-4}
+
+
+_LARGEST = 1e30  # float32 has room for it and for what is made of it
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,9 @@ class Settings:
             ("--patience", self.patience, 1),
             ("--clip", self.clip, 0.0),
         ):
-            if number is not None and not least <= number < math.inf:
-                raise UsageError(f"{option} {number:g}: must be finite and at least {least:g}")
+            if number is not None and not least <= number <= _LARGEST:
+                said = f"{number:g}" if abs(number) <= _LARGEST else shortened(number)
+                raise UsageError(f"{option} {said}: must be finite and at least {least:g}")
         if not 0 <= self.momentum < 1:
             raise UsageError(f"--momentum {self.momentum:g}: must be at least 0 and below 1")
         if self.dropout is not None and not 0 <= self.dropout < 1:
