@@ -11,6 +11,7 @@ from mpoc.geometry import Geometry
 # An exact factorisation is kept unless its factors sum to more than this many times the padded one's.
 _EXACT_BONUS = 2.0
 _WIDEST_PADDING = 0.1
+_MOST_TRIED = 1 << 15
 
 
 @cache
@@ -20,7 +21,7 @@ def balanced_factors(size: int, count: int) -> tuple[int, ...]:
     Empty where even 10 % of padding finds none.
     """
     exact = most_balanced(size, count)
-    candidates = range(size + 1, int(size * (1 + _WIDEST_PADDING)) + 1)
+    candidates = range(size + 1, min(int(size * (1 + _WIDEST_PADDING)), size + _MOST_TRIED) + 1)
     limit = 2 * math.ceil(size ** (1 / count)) + 1
     ideal = count * size ** (1 / count)
     if exact and sum(exact) <= 1.25 * ideal:
@@ -85,7 +86,8 @@ def choose_factors(outputs: int, inputs: int, sites: int | None) -> tuple[tuple[
         inputs: N_x.
         sites: wanted number; None for the papers' habit. Fewer where a side is too small, or prime.
     """
-    wanted = sites if sites is not None else default_sites(outputs, inputs)
+    most = int(math.log2(1.1 * max(2, min(outputs, inputs)))) + 1  # a factor of 2 at least to each
+    wanted = min(sites, most) if sites is not None else default_sites(outputs, inputs)
     for count in range(wanted, 1, -1):
         found = balanced_factors(outputs, count), balanced_factors(inputs, count)
         if found[0] and found[1]:

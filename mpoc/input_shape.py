@@ -12,6 +12,7 @@ from mpoc.selection import matches
 
 _NUMBERS = ("stride", "padding", "dilation")
 _KEYS = (*_NUMBERS, "groups", "padding_mode")
+_LONGEST = 1000  # characters: none that is meant has more
 _FORM = re.compile(
     r"(?:(?!\d+(?:x\d+)*:)(?P<pattern>.+?)=)?"
     r"(?P<size>\d+(?:x\d+)*)(?::(?P<settings>\w+=\w+(?:,\w+=\w+)*))?"
@@ -63,10 +64,10 @@ def parse_input_shape(text: str) -> InputShape:
     Raises:
         UsageError: not of that form.
     """
-    found = _FORM.fullmatch(text.strip())
+    found = _FORM.fullmatch(text.strip()) if len(text) < _LONGEST else None
     if not found:
         raise UsageError(
-            f"{text!r} is not an input shape",
+            f"{text[:_LONGEST]!r} is not an input shape",
             "height x width and, where they differ, settings: --input-shape 'conv5*=2x2:stride=1,padding=1'",
         )
     settings = dict(pair.split("=") for pair in (found["settings"] or "").split(",") if pair)

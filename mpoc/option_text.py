@@ -9,6 +9,7 @@ from fractions import Fraction
 from mpoc.errors import UsageError
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_LONGEST = 1000  # characters: none that is meant has more
 _UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -27,10 +28,11 @@ def parse_size(value: str | int) -> int:
     Raises:
         UsageError: not a size.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", str(value), re.IGNORECASE)
+    text = str(value)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", text[:_LONGEST], re.IGNORECASE)
     unit = (found[2] or "b").lower() if found else ""
-    if not found or unit not in _UNITS:
-        raise UsageError(f"{value!r} is not a size", "write it as 20MB, 500kB or 1.5GB")
+    if not found or unit not in _UNITS or len(text) > _LONGEST:
+        raise UsageError(f"{text[:_LONGEST]!r} is not a size", "write it as 20MB, 500kB or 1.5GB")
     return int(Fraction(found[1]) * _UNITS[unit])
 
 
@@ -42,8 +44,10 @@ def parse_shape(text: str) -> ShapeRule:
     """
     pattern, equals, factors = text.rpartition("=")
     found = re.fullmatch(r"(\d+(?:x\d+)*):(\d+(?:x\d+)*)", factors.strip())
-    if not found or (equals and not pattern):
-        raise UsageError(f"{text!r} is not a shape", "inputs:outputs, as in --shape 'fc1=4x7x7x4:4x4x4x4'")
+    if not found or (equals and not pattern) or len(factors) > _LONGEST:
+        raise UsageError(
+            f"{text[:_LONGEST]!r} is not a shape", "inputs:outputs, as in --shape 'fc1=4x7x7x4:4x4x4x4'"
+        )
     inputs, outputs = (tuple(int(n) for n in side.split("x")) for side in found.groups())
     if 0 in inputs + outputs:
         raise UsageError(f"{text!r}: a factor of 0")

@@ -27,7 +27,7 @@ from mpoc.input_shape import InputShape, geometry_at
 from mpoc.option_text import ShapeRule
 from mpoc.orders import OrderRule, order_fits
 from mpoc.recipe_file import read_recipe
-from mpoc.selection import matches
+from mpoc.selection import check_regular_expressions, matches
 
 CONV_FORMS = ("kernel", "map")
 FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "auto")
@@ -223,6 +223,8 @@ def _check(recipe: Recipe) -> None:
             f"--dtype {recipe.dtype!r}: not one of {known}{nearest(recipe.dtype, STORED_DTYPES)}"
         )
     _check_conv(recipe)
+    every = (recipe.rules, recipe.shape, recipe.order, recipe.input_shape)
+    check_regular_expressions(rule.pattern or "" for rules in every for rule in rules)
     _check_form("--form", recipe.form, recipe.sites)
     for rule in recipe.rules:
         _check_bond(f"layer {rule.pattern!r}: bond", rule.bond)

@@ -8,10 +8,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mpoc.errors import UsageError, nearest
+from mpoc.errors import UsageError, nearest, shortened
 from mpoc.input_shape import InputShape, parse_input_shape
 from mpoc.option_text import ShapeRule, parse_shape, parse_size
 from mpoc.orders import OrderRule, parse_order
+from mpoc.strict_json import read_bounded
 from mpoc.toml_values import flag, number, text, texts, whole
 
 
@@ -28,9 +29,9 @@ def read_recipe(file: Path, recipe: type, rule: type) -> tuple[dict[str, Any], d
     if not file.is_file():
         raise UsageError(f"{file}: no such recipe file")
     try:
-        raw = tomllib.loads(file.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not valid TOML ({error})") from error
+        raw = tomllib.loads(read_bounded(file).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file}: not valid TOML ({shortened(error)})") from error
     tables = raw.pop("layer", {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
         raise UsageError(f'{file}: layers are tables, as in [layer."encoder.*"]')
@@ -63,8 +64,8 @@ def _typed(raw: Mapping[str, Any], target: type, where: str) -> dict[str, Any]:
             raise UsageError(f"{where}: unknown key {key!r}{nearest(key, known)}")
         try:
             values[key.replace("-", "_")] = _READERS[key](value)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"{where}: {key} = {value!r}: {error}") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UsageError(f"{where}: {key} = {shortened(value)}: {error}") from error
         except UsageError as error:
             raise UsageError(f"{where}: {key}: {error}", error.hint) from error
     return values

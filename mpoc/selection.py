@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from mpoc.checkpoint import Checkpoint
-from mpoc.errors import UsageError, nearest
+from mpoc.errors import UsageError, nearest, shortened
 from mpoc.header import TensorInfo
 
 # Architectures whose attention and feed-forward weights are transformers' Conv1D: stored (inputs, outputs).
@@ -59,6 +59,20 @@ def matches(pattern: str, name: str) -> bool:
     if pattern.startswith("re:"):
         return any(re.search(pattern[3:], n) for n in names)
     return any(fnmatchcase(n, pattern) for n in names)
+
+
+def check_regular_expressions(patterns: Iterable[str], option: str = "pattern ") -> None:
+    """Refuse patterns that :func:`matches` cannot take.
+
+    Raises:
+        UsageError: naming ``option``.
+    """
+    for pattern in patterns:
+        try:
+            matches(pattern, "")
+        except (re.error, OverflowError, RecursionError) as error:
+            said = f"{option}{shortened(pattern)}"
+            raise UsageError(f"{said}: not a regular expression ({error})") from error
 
 
 def select(
@@ -127,11 +141,8 @@ def check_pattern(option: str, pattern: str, names: list[str]) -> None:
     Raises:
         UsageError: naming the option and the nearest name.
     """
-    try:
-        found = any(matches(pattern, name) for name in names)
-    except re.error as error:
-        raise UsageError(f"{option} {pattern!r}: not a regular expression ({error})") from error
-    if not found:
+    check_regular_expressions([pattern], f"{option} ")
+    if not any(matches(pattern, name) for name in names):
         layers = [name.removesuffix(".weight") for name in names if name.endswith("weight")]
         raise UsageError(
             f"{option} {pattern!r} matches no tensor{nearest(pattern, layers)}",

@@ -7,7 +7,7 @@ from typing import Any
 
 def whole(value: Any) -> int:
     """A whole number."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 63:
         raise TypeError("a whole number is needed")
     return value
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
+from mpoc.cli.console import escape
 from mpoc.reproduce.cell import DENSE
 from mpoc.reproduce.compression import baseline_counts, counts
 from mpoc.reproduce.study import Reproduction, Row

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 
 from mpoc.errors import MpocError
 from mpoc.processes import is_main
@@ -41,6 +41,20 @@ class Output:
     def next_command(self, command: str) -> None:
         """The useful next step."""
         self.say(f"next: {command}")
+
+
+def escape(text: str) -> str:
+    """Text as rich prints it: no markup, and nothing that a terminal would take for a command.
+
+    Names come from files of strangers.
+    """
+    if not all(map(_is_plain, text)):
+        text = "".join(one if _is_plain(one) else repr(one)[1:-1] for one in text)
+    return markup.escape(text)
+
+
+def _is_plain(character: str) -> bool:
+    return character.isprintable() or character in "\n\t"
 
 
 def _console(stderr: bool) -> Console:

@@ -108,7 +108,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    found = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
     if not found:
-        raise UsageError(f"--size {text}: not a height and a width, as 32x32")
+        raise UsageError(f"--size {text[:40]}: not a height and a width, as 32x32")
     return int(found[1]), int(found[2] or found[1])

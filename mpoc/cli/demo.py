@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from mpoc.cli.console import Output, reported_errors
+from mpoc.cli.console import Output, escape, reported_errors
 
 if TYPE_CHECKING:
     from mpoc.demo.story import Story

@@ -6,9 +6,8 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from mpoc.cli.console import Output, reported_errors
+from mpoc.cli.console import Output, escape, reported_errors
 
 
 def doctor(

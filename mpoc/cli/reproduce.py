@@ -203,7 +203,7 @@ def _words(text: str | None) -> tuple[str, ...]:
 
 
 def _whole(option: str, word: str) -> int:
-    if not word.isdecimal():
+    if not word.isdecimal() or len(word) > 15:
         raise UsageError(f"{option} {word}: not whole numbers with commas between, as 2,4,8")
     return int(word)
 

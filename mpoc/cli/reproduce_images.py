@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from mpoc.cli.console import Output
+from mpoc.cli.console import Output, escape
 from mpoc.errors import UsageError
 
 if TYPE_CHECKING:

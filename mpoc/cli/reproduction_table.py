@@ -6,10 +6,10 @@ import math
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from mpoc.cli.compression_table import compression_table
+from mpoc.cli.console import escape
 from mpoc.reproduce.cell import DENSE
 from mpoc.reproduce.study import Reproduction, Row
 

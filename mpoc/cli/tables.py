@@ -6,9 +6,9 @@ from collections import Counter
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from mpoc.cli.console import escape
 from mpoc.manifest import LayerRecord, Manifest
 from mpoc.report import summary, times
 

@@ -33,7 +33,7 @@ def training_request(values: dict[str, Any]) -> Request:
     from mpoc.train.finetune import Request
     from mpoc.train.settings import Settings
 
-    every = re.fullmatch(r"([1-9]\d*)(s?)", values["checkpoint_every"])
+    every = re.fullmatch(r"([1-9]\d{0,14})(s?)", values["checkpoint_every"])
     if not every:
         raise UsageError(f"--checkpoint-every {values['checkpoint_every']}: not as 500 (steps) or 60s")
     when: dict[str, Any] = {"save_seconds": float(every[1])}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpoc.cli.console import reported_errors
+from mpoc.cli.console import Output, escape, reported_errors
 from mpoc.errors import MpocError
 
 
@@ -60,3 +60,20 @@ def test_a_note_is_told_and_the_hint_once(capsys: pytest.CaptureFixture[str]) ->
         raise error
     said = ["error: m.pt: no weights", "note: finished layers are kept", "hint: --layers fc1"]
     assert capsys.readouterr().err.splitlines() == said
+
+
+HOSTILE = "a\x1b[2J\x9b1m\x07\u202e[red]b\r\udcff"
+
+
+def test_text_of_files_is_no_command_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Output().say(HOSTILE)
+    with pytest.raises(SystemExit), reported_errors():
+        raise MpocError(HOSTILE, HOSTILE)
+    said = capsys.readouterr().err
+    assert said.count("a\\x1b[2J\\x9b1m\\x07\\u202e[red]b\\r\\udcff") == 3
+    assert not set("\x1b\x9b\x07\u202e\r\udcff") & set(said)
+
+
+def test_other_text_stays_as_it_is() -> None:
+    for text in ("layer.0 × ρ → 模型", "two\n\tlines", ""):
+        assert escape(text) == text
