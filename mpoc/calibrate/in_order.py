@@ -22,7 +22,7 @@ from mpoc.calibrate.blocks import Blocks, Place
 from mpoc.calibrate.evidence import Evidence
 from mpoc.calibrate.fit import Judgement, fit_calibrated, judge
 from mpoc.calibrate.norms import Renewed, renewed_norms
-from mpoc.calibrate.sharing import Sharing
+from mpoc.calibrate.sharing import WAYS, Sharing
 from mpoc.calibrate.study import Study
 from mpoc.checkpoint import Checkpoint
 from mpoc.fitting import Fitted, check_cores, fit_layer, read_finite, rounded
@@ -76,9 +76,9 @@ class InOrder:
 
     def _longest_facts(self) -> dict[str, Any]:
         """At least as long as :meth:`facts` will be."""
-        ways = dict.fromkeys(("uniform", "equal gain"), LONGEST_FIGURE)
+        ways = dict.fromkeys(WAYS, LONGEST_FIGURE)
         ends = dict.fromkeys(("before", "after"), LONGEST_FIGURE)
-        found = self.facts() | {"shares": {"chosen": "equal gain", "distances": ways}}
+        found = self.facts() | {"shares": {"chosen": max(WAYS, key=len), "distances": ways}}
         if self._blocks is not None:
             groups = (name for group in self._study.groups for name in group)
             places = {place for name in groups if (place := self._blocks.home(name)) is not None}

@@ -33,12 +33,16 @@ _FAR = 1e12  # in the place of an infinite distance: a network that gives no num
 _ATTEMPTS = 3  # at shares whose file, names and all, is within a ceiling
 
 
+# How a budget is shared out.
+WAYS = ("uniform", "equal gain", "equal gain, chains alone", "equal gain, svd alone")
+
+
 @dataclass(frozen=True)
 class Shares:
     """Plans with their bonds, and how far the outputs move under each way to share, not yet in order."""
 
     plans: list[LayerPlan]
-    chosen: str  # "equal gain" or "uniform"
+    chosen: str  # one of WAYS
     distances: dict[str, float]
 
 
@@ -72,26 +76,60 @@ def share_by_gain(
         distance: on held-out inputs.
     """
     part = {plan.map.name: plan for plan in plans if plan.map.name in offers}
-    curves = []
-    for name, plan in part.items():
-        scale, cost = _scale(offers[name], plan, distance), costs[name]
-        numbers = [
-            offer.parameters * (cost.stored if offer.storage else cost.dense) for offer in offers[name].every
-        ]
-        errors = [offer.error * scale for offer in offers[name].every]
-        curves.append(list(zip(numbers, errors, strict=True)))
-    taken = share_out(curves, budget)
-    ways = {"uniform": [_in_best_form(plan, offers.get(plan.map.name)) for plan in plans]}
-    if taken is not None and sum(costs[name].of(plan) for name, plan in part.items()) > budget:
-        ways = {}
-    if taken is not None:
-        chosen = {name: offers[name].every[k] for name, k in zip(part, taken, strict=True)}
-        ways["equal gain"] = [
-            _as_offered(plan, chosen[plan.map.name]) if plan.map.name in chosen else plan for plan in plans
-        ]
+    ways: dict[str, list[LayerPlan]] = {}
+    if sum(costs[name].of(plan) for name, plan in part.items()) <= budget:
+        ways["uniform"] = [_in_best_form(plan, offers.get(plan.map.name)) for plan in plans]
+    for way, open_to in _menus(offers).items():
+        curves = []
+        for name, plan in part.items():
+            told_at = plan if way == WAYS[1] else _of_size(plan, open_to[name])
+            scale = _scale(offers[name], told_at, distance)
+            curves.append(_curve(open_to[name], scale, costs[name]))
+        taken = share_out(curves, budget)
+        if taken is not None:
+            chosen = {name: open_to[name][k] for name, k in zip(part, taken, strict=True)}
+            ways[way] = [
+                _as_offered(plan, chosen[plan.map.name]) if plan.map.name in chosen else plan
+                for plan in plans
+            ]
+    ways = ways or {"uniform": list(plans)}
     distances = {way: distance.of(_replaced(shared, offers)) for way, shared in ways.items()}
     best = min(distances, key=lambda way: distances[way])
     return Shares(ways[best], best, distances)
+
+
+def _menus(offers: Mapping[str, Offers]) -> dict[str, dict[str, list[Offer]]]:
+    """Ways to share by gain: in every form on offer, and where those are several, in one of them alone.
+
+    Errors of one form compare well; how those of two add up in the network's outputs is less sure.
+    """
+    forms = {form for one in offers.values() for form in map(_form, one.every) if form is not None}
+    menus = {WAYS[1]: {name: one.every for name, one in offers.items()}}
+    for form, way in zip(("mpo", "svd"), WAYS[2:], strict=True):
+        if len(forms) > 1 and form in forms:
+            menus[way] = {name: _only(one.every, form) for name, one in offers.items()}
+    return menus
+
+
+def _only(every: list[Offer], form: str) -> list[Offer]:
+    """Offers of this form, and the dense one; all where there are none."""
+    found = [offer for offer in every if _form(offer) in (form, None)]
+    return found if len(found) > 1 else every
+
+
+def _form(offer: Offer) -> str | None:
+    """None: dense."""
+    if offer.storage is None:
+        return None
+    return "svd+mpo" if offer.storage.low_rank else offer.storage.structure.form
+
+
+def _curve(every: list[Offer], scale: float, cost: Costs) -> list[tuple[int, float]]:
+    """What each offer costs, and its error as the outputs feel it."""
+    return [
+        (offer.parameters * (cost.stored if offer.storage else cost.dense), offer.error * scale)
+        for offer in every
+    ]
 
 
 class Sharing:
@@ -213,7 +251,7 @@ class Sharing:
         one = plan.structure
         if self._has_own_factors(plan) or one.network != "chain":
             return one
-        if one.kind == "embedding":  # few of many rows matter much: measured, the more sites the better
+        if one.kind != "linear":  # of tables and kernels, measured, the more sites the better
             return make_structure(one.kind, one.shape, one.transposed)
         _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
         factors = wide_factors(outputs, inputs)
@@ -247,10 +285,15 @@ def _replaced(plans: Sequence[LayerPlan], offers: Mapping[str, Offers]) -> dict[
 
 def _in_best_form(plan: LayerPlan, offers: Offers | None) -> LayerPlan:
     """The same size, as the layer offers it with the least error."""
-    if offers is None or plan.max_bond is None:
+    return plan if offers is None else _of_size(plan, offers.every)
+
+
+def _of_size(plan: LayerPlan, every: Sequence[Offer]) -> LayerPlan:
+    """What errs least of these offers, of those no larger than planned; the plan itself where none is."""
+    if plan.max_bond is None:
         return plan
     size = plan.record().num_stored
-    within = [offer for offer in offers.every if offer.storage is not None and offer.parameters <= size]
+    within = [offer for offer in every if offer.storage is not None and offer.parameters <= size]
     return _as_offered(plan, min(within, key=lambda offer: offer.error)) if within else plan
 
 

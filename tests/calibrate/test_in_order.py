@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mpoc
+from mpoc.calibrate.sharing import WAYS
 from mpoc.calibrate.study import CalibrationRequest
 from mpoc.compression import Compression
 from mpoc.errors import MpocError, UsageError
@@ -323,7 +324,7 @@ def test_a_dry_run_tells_of_the_calibration(tmp_path: Path) -> None:
     planned = compress_checkpoint(
         tmp_path / "m.pt", output, recipe, dry_run=True, arch=case.arch, calibration=request
     )
-    assert planned.manifest.calibration["shares"]["chosen"] in ("uniform", "equal gain")
+    assert planned.manifest.calibration["shares"]["chosen"] in WAYS
 
 
 def test_asked_sites_and_factors_are_kept(tmp_path: Path) -> None:
@@ -361,7 +362,7 @@ def test_a_ceiling_in_bytes_is_kept_and_its_budget_shared_out(tmp_path: Path) ->
     case = Case(tmp_path, "mlp")
     done = case.compress(size=20_000)
     assert 0.9 * 20_000 < done.nbytes <= 20_000
-    assert done.manifest.calibration["shares"]["chosen"] in ("equal gain", "uniform")
+    assert done.manifest.calibration["shares"]["chosen"] in WAYS
     half = case.compress(out="half", size=12_000, dtype="bfloat16")
     assert half.nbytes <= 12_000
 

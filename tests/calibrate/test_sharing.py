@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mpoc.calibrate.offers import Offers
 from mpoc.calibrate.outputs import Replaced
-from mpoc.calibrate.sharing import Costs, share_by_gain
+from mpoc.calibrate.sharing import WAYS, Costs, share_by_gain
 from mpoc.plan import LayerPlan
 from mpoc.selection import LinearMap
 from mpoc.structure import low_rank_structure, make_structure
@@ -25,6 +25,7 @@ class Distance:
 
     def __init__(self, dense: Mapping[str, Tensor], importance: Mapping[str, float]) -> None:
         self.dense, self.importance, self.asked = dense, importance, 0
+        self.penalty: list[float] = []
 
     def of(self, layers: Mapping[str, Replaced]) -> float:
         self.asked += 1
@@ -87,3 +88,36 @@ def test_layers_that_take_no_part_stay() -> None:
     costs = {"a.weight": Costs()}
     found = share_by_gain(plans, offers, costs, 200, distance)  # type: ignore[arg-type]
     assert found.plans[1] == plans[1]
+
+
+def test_each_form_alone_competes_where_several_are_on_offer() -> None:
+    plans = [plan("a", 4), plan("b", 4)]
+    dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
+    structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
+    offers = {name: Offers(matrix, structure, known(), ("svd", "mpo")) for name, matrix in dense.items()}
+    costs = dict.fromkeys(offers, Costs())
+    distance: Any = Distance(dense, dict.fromkeys(dense, 1.0))
+    found = share_by_gain(plans, offers, costs, 2 * 4 * 40, distance)
+    assert tuple(found.distances) == WAYS
+    assert found.distances[found.chosen] == min(found.distances.values())
+    one_form = {name: Offers(matrix, structure, known(), ("svd",)) for name, matrix in dense.items()}
+    assert tuple(share_by_gain(plans, one_form, costs, 2 * 4 * 40, distance).distances) == WAYS[:2]
+
+
+def test_where_forms_do_not_go_together_one_is_taken_alone() -> None:
+    class Jealous(Distance):
+        """Two forms in one network move its outputs far."""
+
+        def of(self, layers: Mapping[str, Replaced]) -> float:
+            alone = super().of(layers)
+            return alone if len(layers) == 1 else alone + self.penalty.pop(0)
+
+    plans = [plan("a", 4), plan("b", 4)]
+    dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
+    structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
+    offers = {name: Offers(matrix, structure, known(), ("svd", "mpo")) for name, matrix in dense.items()}
+    distance: Any = Jealous(dense, dict.fromkeys(dense, 1.0))
+    distance.penalty = [1e6, 1e6, 0.0, 1e6]
+    found = share_by_gain(plans, offers, dict.fromkeys(offers, Costs()), 2 * 4 * 40, distance)
+    assert found.chosen == WAYS[2]
+    assert {one.structure.form for one in found.plans if one.max_bond is not None} == {"mpo"}
