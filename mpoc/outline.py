@@ -78,7 +78,8 @@ def predict_size(
         undecided = [plan for plan in plans if plan.is_open and not recipe.allow_growth]
         records = [_with_longest_figures(plan.record(), plan.is_open) for plan in plans]
     if calibration is not None:
-        records = [_with_calibrated_figures(record) for record in records]
+        alone = calibration.get("reasons", {})  # layers fitted by their weights
+        records = [r if r.name in alone else _with_calibrated_figures(r) for r in records]
     manifest = make_manifest(checkpoint, selection, recipe, records)
     manifest = replace(manifest, calibration=calibration or {})
     replaced = {record.name: record for record in manifest.replaced}
@@ -145,7 +146,8 @@ def _with_calibrated_figures(record: LayerRecord) -> LayerRecord:
         return record
     longest = LONGEST_FIGURE
     others = dict.fromkeys(("this", "plain svd", "whitened svd", "plain mpo"), longest)
-    return replace(record, output_error=longest, held_out_error=longest, same_size=others)
+    found = replace(record, output_error=longest, held_out_error=longest, same_size=others)
+    return replace(found, entropies_of_weight=(), spectra_of_weight=())
 
 
 def _core_infos(record: LayerRecord) -> list[TensorInfo]:
