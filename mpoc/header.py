@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -83,8 +84,8 @@ def read_header(path: Path) -> Header:
         MpocError: not a safetensors file, truncated, or with a dtype that is not known here; tensors that
             share bytes, or bytes that belong to none.
     """
-    size = path.stat().st_size
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size  # of this file, should another take its place meanwhile
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= LONGEST:

@@ -130,7 +130,7 @@ def test_what_is_damaged_is_refused_and_left(case: Case) -> None:
         "truncated": whole[:-8],
         "no header": whole[:5],
         "not those that were written": bytes(flipped),
-        "damaged": whole + b"more",
+        "belong to no tensor": whole + b"more",
         "not a safetensors file": b"\xff" * 64,
     }
     for why, data in damages.items():
