@@ -84,8 +84,11 @@ def write_compressed(
     checkpoint, finished = opened.checkpoint, work.finished
     calibrated, plans = shared_out(opened, recipe, plans, study)
     with work.mates.together():
+        if work.mates.is_first:
+            finished.clear(len(plans))
+    with work.mates.together():
         mine = work.mates.share([plan.cost for plan in plans])
-        todo = {plans[k].map.name: k for k in mine if not finished.is_usable(k)}
+        todo = {plans[k].map.name: k for k in mine if not finished.takes_up(k)}
         asked = [plan for plan in plans if plan.map.name in todo]
         fits = calibrated.fit(plans) if calibrated else fit_each(opened, asked, recipe)
 
@@ -104,7 +107,8 @@ def write_compressed(
     _write(target, checkpoint, _entries(checkpoint, entries), manifest, recipe.max_shard_size, work.mates)
     with work.mates.together():
         nbytes = output_bytes(target)
-    notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
+    taken_up = [f"{len(mine) - len(todo)} layers were finished before"] if len(todo) < len(mine) else []
+    notes = [*opened.notes, *taken_up, *(calibrated.notes if calibrated else ())]
     times = {layer.record.name: layer.seconds for layer in layers}
     return Compression(manifest, target, nbytes, True, times, notes)
 
@@ -149,7 +153,7 @@ def fit_all(
 def _refuse_nothing_gained(manifest: Manifest) -> None:
     if not manifest.replaced:
         first = manifest.layers[0]
-        hint = "a smaller --bond, a larger --max-error, or other --layers; --dry-run shows the plan"
+        hint = "a smaller --bond, a larger --max-error or --discard, other --layers; --dry-run shows the plan"
         if any(goal in manifest.options for goal in ("ratio", "size")):
             hint = "a smaller --ratio or --size, or other --layers; --dry-run shows the plan"
         raise MpocError(

@@ -69,8 +69,21 @@ class Finished:
         """How many layers are finished."""
         return sum(1 for _ in self._folder.glob("[0-9]*.safetensors"))
 
-    def is_usable(self, number: int) -> bool:
-        """Whether a layer is here that was made by the same means of the same weight, and is undamaged."""
+    def clear(self, total: int) -> None:
+        """Remove what is no layer of ``total``, and what was not written to its end."""
+        for path in self._folder.iterdir():
+            if path.suffix == ".writing" or not path.stem.isdigit() or int(path.stem) >= total:
+                path.unlink()
+
+    def takes_up(self, number: int) -> bool:
+        """Whether a layer is here, made by the same means of the same weight; any other is removed."""
+        found = self._is_usable(number)
+        if not found:
+            self._path(number).unlink(missing_ok=True)
+        return found
+
+    def _is_usable(self, number: int) -> bool:
+        """Nor may it be damaged."""
         path = self._path(number)
         if self._keys is None or not path.is_file():
             return False
@@ -118,7 +131,7 @@ def _entry(stored: Checkpoint, name: str) -> Entry:
 
 def layer_key(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: torch.device) -> str:
     """Says what a layer's cores depend on: versions, plan, seed, device, threads, and the weight's bytes."""
-    versions = [mpoc.__version__, torch.__version__, str(device), torch.get_num_threads()]
+    versions = [mpoc.__version__, torch.__version__, device.type, torch.get_num_threads()]
     options = [recipe.seed, recipe.allow_growth, repr(plan)]
     weight = _digest({plan.map.name: checkpoint.read(plan.map.name)}, {})
     return hashlib.sha256(json.dumps([versions, options, weight]).encode()).hexdigest()

@@ -82,7 +82,7 @@ def _fit_ordered(weight: Tensor, plan: LayerPlan, seed: int) -> tuple[LayerPlan,
     if not plan.learns_order:
         return plan, fit
     plan = replace(plan, learns_order=False)
-    order = learn_order(weight, plan.structure, max(fit.form.bonds))
+    order = learn_order(weight, plan.structure, max(fit.form.bonds, default=1))
     ordered = replace(plan, structure=replace(plan.structure, order=order))
     found = _fit_within(weight, ordered, seed)
     return (ordered, found) if _goodness(found) < _goodness(fit) else (plan, fit)

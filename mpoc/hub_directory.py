@@ -237,7 +237,7 @@ def _card_with_section(card: str, manifest: Manifest) -> str:
         _CARD_BEGIN,
         "## Compressed with mpoc",
         "",
-        f"{len(manifest.replaced)} layers are matrix product operators; ρ = {manifest.rho:.4f} over "
+        f"{len(manifest.replaced)} layers are tensor networks; ρ = {manifest.rho:.4f} over "
         f"them, {manifest.source.num_parameters:,} → {manifest.num_parameters:,} parameters in all. "
         "Dense weights: `mpoc expand`.",
         "",

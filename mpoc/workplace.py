@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.team import Team
 from mpoc.writer import naming, put_in_place, scratch_beside
 
-_LAYERS = "layers"
-# Says that a folder is one of these, and of what source.
+_LAYERS, _OUTPUT = "layers", "output"
+# Says that a folder is one of these; whoever works in it holds it locked.
 _MARK = "mpoc-partial.json"
 
 
@@ -34,63 +34,71 @@ def workplace(output: Path, mates: Team, resume: bool = False) -> Iterator[Path]
         UsageError: ``OUT.partial`` is no such folder.
         MpocError: another process is at work in it.
     """
-    with mates.together():
-        folder = None
+    with ExitStack() as held:
+        with mates.together():
+            folder = None
+            if mates.is_first:
+                folder = _kept(output, held) if resume else scratch_beside(output)
+                for name in (_LAYERS, _OUTPUT):
+                    (folder / name).mkdir(exist_ok=True)
+        folder = mates.told(folder)
+        assert folder is not None
+        try:
+            with naming(output):
+                yield folder / _OUTPUT / output.name
+                with mates.together():
+                    if mates.is_first:
+                        put_in_place(folder / _OUTPUT / output.name, output)
+        except BaseException as error:
+            if resume:
+                kept = f"finished layers are kept in {folder.name}"
+                error.add_note(f"{kept}; the same command goes on from there")
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         if mates.is_first:
-            folder = _opened_again(kept_beside(output)) if resume else scratch_beside(output)
-            (folder / _LAYERS).mkdir(exist_ok=True)
-    folder = mates.told(folder)
-    assert folder is not None
-    try:
-        with naming(output), _locked(folder, mates.is_first and resume):
-            yield folder / output.name
-            with mates.together():
-                if mates.is_first:
-                    put_in_place(folder / output.name, output)
-    except BaseException as error:
-        if resume:
-            error.add_note(f"finished layers are kept in {folder.name}; the same command goes on from there")
-        else:
             shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if mates.is_first:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def layers_of(target: Path) -> Path:
     """The folder of finished layers beside a path that :func:`workplace` gave."""
-    return target.parent / _LAYERS
+    return target.parent.parent / _LAYERS
 
 
-def _opened_again(folder: Path) -> Path:
-    """The folder as it was left, without what was not finished; made where it is not there."""
-    if os.path.lexists(folder) and not (folder / _MARK).is_file():
+def _kept(output: Path, held: ExitStack) -> Path:
+    """The folder of an earlier run without what was not finished, or a new one; ``held`` keeps others out."""
+    folder = kept_beside(output)
+    if os.path.lexists(folder) and not (folder / _MARK).is_file() and not _is_empty(folder):
         raise UsageError(
             f"{folder}: exists, and is not what --resume keeps its work in", "remove it, or choose another -o"
         )
     folder.mkdir(exist_ok=True)
-    (folder / _MARK).write_text(json.dumps({"made by": "mpoc compress --resume"}) + "\n", "utf-8")
+    _lock(held.enter_context((folder / _MARK).open("w")), folder)
     for one in folder.iterdir():
         if one.name not in (_MARK, _LAYERS):
             shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
     return folder
 
 
-@contextmanager
-def _locked(folder: Path, wanted: bool) -> Iterator[None]:
-    """Keep a second command out of the folder; where the system has no such locks, none is."""
-    if not wanted:
-        yield
-        return
-    with (folder / _MARK).open() as mark:
-        try:
-            import fcntl
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
 
-            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:
-            pass
-        except BlockingIOError as error:
-            raise MpocError(
-                f"{folder}: another mpoc is at work in it", "wait for it, or choose another -o"
-            ) from error
-        yield
+
+def _lock(mark: TextIO, folder: Path) -> None:
+    """Keep a second command out as long as ``mark`` is open; where the system has no such locks, none is.
+
+    Raises:
+        MpocError: another has the lock, or had it and has just taken the folder away.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        still_there = os.fstat(mark.fileno()).st_nlink > 0
+    except ImportError:
+        return
+    except BlockingIOError:
+        still_there = False
+    if not still_there:
+        hint = "wait for it, or choose another -o"
+        raise MpocError(f"{folder}: another mpoc is at work in it", hint)

@@ -34,7 +34,7 @@ def test_a_layer_comes_back_as_it_was(tmp_path: Path, dtype: torch.dtype) -> Non
     layer = fitted(dtype)
     store = Finished(tmp_path)
     store.keep(7, layer, 1.5)
-    assert (store.count(), store.is_usable(7)) == (1, False)  # without keys nothing is used again
+    assert (store.count(), Finished(tmp_path).takes_up(6)) == (1, False)
     found = store.layer(7)
     assert (found.record, found.seconds) == (layer.record, 1.5)
     assert list(found.entries) == ["fc.bias", "fc.weight"]
@@ -64,10 +64,11 @@ def test_tensors_of_no_single_layer_are_kept_too(tmp_path: Path) -> None:
 def test_a_layer_is_used_again_where_nothing_changed(tmp_path: Path) -> None:
     layer = fitted()
     Finished(tmp_path, lambda number: f"key {number}").keep(3, layer)
-    assert Finished(tmp_path, lambda number: f"key {number}").is_usable(3)
-    assert not Finished(tmp_path, lambda number: "another").is_usable(3)
-    assert not Finished(tmp_path, lambda number: f"key {number}").is_usable(2)
+    assert Finished(tmp_path, lambda number: f"key {number}").takes_up(3)
+    assert not Finished(tmp_path, lambda number: f"key {number}").takes_up(2)
     assert list(contents(tmp_path)) == ["000003.safetensors"]
+    assert not Finished(tmp_path, lambda number: "another").takes_up(3)
+    assert list(contents(tmp_path)) == []  # what is made anew does not count as finished
 
 
 @pytest.mark.parametrize("position", [3, 200, -1, -60])
@@ -78,9 +79,18 @@ def test_a_damaged_layer_is_not_used_again(tmp_path: Path, position: int) -> Non
     data = bytearray(path.read_bytes())
     data[position] ^= 1
     path.write_bytes(data)
-    assert not store.is_usable(0)
+    assert not store.takes_up(0)
     path.write_bytes(data[:-5])
-    assert not store.is_usable(0)
+    assert not store.takes_up(0)
+
+
+def test_what_belongs_to_no_layer_is_cleared_away(tmp_path: Path) -> None:
+    store = Finished(tmp_path, str)
+    for number in (0, 1, 5):
+        store.keep(number, fitted())
+    (tmp_path / "000002.writing").write_text("half")
+    store.clear(2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.safetensors", "000001.safetensors"]
 
 
 def test_a_failing_write_leaves_the_layer_that_was_there(
@@ -96,5 +106,5 @@ def test_a_failing_write_leaves_the_layer_that_was_there(
     monkeypatch.setattr("mpoc.finished.write_safetensors", half)
     with pytest.raises(OSError, match="full"):
         store.keep(0, Fitted(layer.record))
-    assert store.is_usable(0)
+    assert store.takes_up(0)
     assert store.count() == 1

@@ -15,7 +15,7 @@ def test_what_is_written_takes_the_place_of_the_output(tmp_path: Path) -> None:
     for resume in (False, True):
         with workplace(output, Team(), resume) as target:
             assert layers_of(target).is_dir()
-            assert (target.parent == kept_beside(output)) == resume
+            assert (target.parent.parent == kept_beside(output)) == resume
             target.write_text(f"new {resume}")
         assert output.read_text() == f"new {resume}"
         assert list(tmp_path.iterdir()) == [output]
@@ -52,10 +52,30 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert (kept_beside(output) / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["layers", "output", "mpoc-partial.json"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_an_output_may_be_called_as_what_lies_beside_it(tmp_path: Path, name: str, resume: bool) -> None:
+    with workplace(tmp_path / name, Team(), resume) as target:
+        target.mkdir()
+        (target / "file").write_text("whole")
+    assert (tmp_path / name / "file").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_empty_folder_of_a_run_that_was_killed_at_once_is_taken(tmp_path: Path) -> None:
+    kept_beside(tmp_path / "out").mkdir()
+    with workplace(tmp_path / "out", Team(), True) as target:
+        target.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with workplace(output, Team(), True) as target:
-        with pytest.raises(MpocError, match="another mpoc is at work"), workplace(output, Team(), True):
-            pass
         target.write_text("whole")
+        refused = pytest.raises(MpocError, match="another mpoc is at work")
+        with refused as caught, workplace(output, Team(), True):
+            pass
+        assert "finished layers" not in str(caught.value.__notes__)
+        assert target.read_text() == "whole"  # of the other, which goes on
     assert output.read_text() == "whole"

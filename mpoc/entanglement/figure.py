@@ -54,7 +54,7 @@ def _draw_profile(axes: Any, profile: Profile, colour: Any, named: bool) -> None
     for cuts, style, said in drawn:
         label = profile.layer + (said if len(drawn) > 1 else "")
         axes.plot(*_points(cuts), style, color=colour, label=label, lw=None if named else 1)
-    if named:
+    if named and drawn:
         cuts = drawn[0][0]
         largest = [cut.largest_entropy for cut in cuts]
         axes.plot([cut.site for cut in cuts], largest, "_:", color=colour, lw=1)

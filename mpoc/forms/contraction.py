@@ -10,6 +10,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from mpoc.forms.planned import planned
+
 Legs = tuple[str, ...]
 
 
@@ -25,7 +27,7 @@ def contract_all(tensors: Sequence[Tensor], legs: Sequence[Legs], result: Legs) 
     sizes = {
         name: size for tensor, names in left.values() for name, size in zip(names, tensor.shape, strict=True)
     }
-    for number, (a, b) in enumerate(path(tuple(legs), tuple(sizes.items())), len(left)):
+    for number, (a, b) in enumerate(_path(tuple(legs), tuple(sizes.items())), len(left)):
         left[number] = join(*left.pop(a), *left.pop(b))
     ((tensor, names),) = left.values()
     return tensor.permute([names.index(name) for name in result])
@@ -59,6 +61,9 @@ def path(legs: tuple[Legs, ...], sizes: tuple[tuple[str, int], ...]) -> tuple[tu
         found.append((a, b))
         left[number] = tuple(set(left.pop(a)) ^ set(left.pop(b)))
     return tuple(found)
+
+
+_path = planned(path)
 
 
 def work(legs: tuple[Legs, ...], sizes: tuple[tuple[str, int], ...]) -> tuple[int, int]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 from torch import Tensor
 
 from mpoc.forms.contraction import contract_all
 from mpoc.forms.form import Form
 from mpoc.structure import Structure
+from mpoc.wiring import mera
 
 
 class Mera(Form):
@@ -35,9 +37,8 @@ class Mera(Form):
     @property
     def bonds(self) -> tuple[int, ...]:
         """(D,), the dimension of every bond."""
-        shapes = [tuple(core.shape) for core in self.cores]
-        sizes = sorted({1, *(size for shape in shapes for size in shape)})
-        return next(((size,) for size in sizes if self.structure.core_shapes((size,)) == shapes), (1,))
+        sides = self.structure.output_factors, self.structure.input_factors
+        return (bond_of(*sides, tuple(tuple(core.shape) for core in self.cores)),)
 
     def balanced(self) -> tuple[Mera, list[Tensor]]:
         """The same weight in float64 with cores of equal norms; no Schmidt values: see :class:`Form`."""
@@ -57,3 +58,11 @@ class Mera(Form):
     def contracted(self, legs: Sequence[str]) -> Tensor:
         """All cores contracted to one tensor with these legs, j_1, i_1 and so on, in this order."""
         return contract_all(self.cores, self.legs, tuple(legs))
+
+
+@cache
+def bond_of(outputs: tuple[int, ...], inputs: tuple[int, ...], shapes: tuple[tuple[int, ...], ...]) -> int:
+    """The dimension of all bonds at which cores have these shapes; 1 where there is none."""
+    sizes = sorted({1, *(size for shape in shapes for size in shape)})
+    fits = (size for size in sizes if tuple(core.shape for core in mera(outputs, inputs, size)) == shapes)
+    return next(fits, 1)

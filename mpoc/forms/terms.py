@@ -14,7 +14,7 @@ from torch import Tensor
 from mpoc.forms.form import Form
 from mpoc.forms.mera import Mera
 from mpoc.forms.mpo import MPO
-from mpoc.forms.tree import Tree
+from mpoc.forms.tree import Tree, tree_chain
 from mpoc.structure import Structure
 
 _FORMS: dict[str, type[Form]] = {"chain": MPO, "tree": Tree, "mera": Mera}
@@ -31,7 +31,7 @@ def form_of(cores: Sequence[Tensor], structure: Structure) -> Form:
 
 def as_chain(cores: Sequence[Tensor], structure: Structure) -> list[Tensor]:
     """Cores of an MPO of the same weight: a chain's own, or two made of a tree's halves."""
-    return Tree(cores, structure).chain() if structure.network == "tree" else list(cores)
+    return tree_chain(cores) if structure.network == "tree" else list(cores)
 
 
 def split(cores: Sequence[Tensor], structure: Structure) -> tuple[list[Tensor], list[Tensor]]:

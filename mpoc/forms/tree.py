@@ -20,6 +20,7 @@ from torch import Tensor
 from mpoc.forms.contraction import along
 from mpoc.forms.form import Form
 from mpoc.forms.mpo import entropy
+from mpoc.forms.planned import planned
 from mpoc.structure import Structure
 from mpoc.wiring import branches, halves
 
@@ -45,13 +46,6 @@ class Tree(Form):
     def bonds(self) -> tuple[int, ...]:
         """D of every branch, as :func:`mpoc.wiring.branches` orders them."""
         return tuple(core.shape[-1] for core in self.cores[:-1])
-
-    def chain(self) -> list[Tensor]:
-        """The same weight as an MPO of two sites, one for each half: (1, J, I, D) and (D, J, I, 1)."""
-        if len(self.cores) == 1:
-            return [self.cores[0][None, :, :, None]]
-        left, right = (self._half(span) for span in halves(range(len(self.structure.site_sizes))))
-        return [left[None], right.permute(2, 0, 1)[..., None]]
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """(ΠJI of the left half, D) and (D, ΠJI of the right half), interleaved."""
@@ -88,15 +82,6 @@ class Tree(Form):
             inverse = torch.where(root > 0, 1 / root, 0.0)  # 0/0 of a zero weight is 0
             cores[above] = (cores[above].movedim(axis, -1) * inverse).movedim(-1, axis)
         return Tree(cores, self.structure), spectra
-
-    def _half(self, span: range) -> Tensor:
-        """(ΠJ, ΠI, D)."""
-        core = self._core(span)
-        if len(span) == 1:
-            return core
-        left, right = (self._half(half) for half in halves(span))
-        joined = torch.einsum("jia,abd,pqb->jpiqd", left, core, right)
-        return joined.flatten(2, 3).flatten(0, 1)
 
     def _core(self, span: range) -> Tensor:
         spans = branches(len(self.structure.site_sizes))
@@ -146,3 +131,31 @@ def _canonical(cores: Sequence[Tensor], resolution: float = 0.0) -> tuple[list[T
         cores[above] = along(cores[above], axis, right)
         cores[k] = cores[k] @ right.T
     return cores, [spectra[k] for k in range(len(meetings))]
+
+
+def tree_chain(cores: Sequence[Tensor]) -> list[Tensor]:
+    """A tree's weight as an MPO of two sites, one for each half: (1, J, I, D) and (D, J, I, 1)."""
+    if len(cores) == 1:
+        return [cores[0][None, :, :, None]]
+    joins, left = _plan(len(cores))
+    made: list[Tensor] = []  # (ΠJ, ΠI, D) of every branch
+    for core, (a, b) in zip(cores, joins, strict=True):
+        if a >= 0:
+            core = torch.einsum("jia,abd,pqb->jpiqd", made[a], core, made[b]).flatten(2, 3).flatten(0, 1)
+        made.append(core)
+    return [made[left][None], made[-1].permute(2, 0, 1)[..., None]]
+
+
+@cache
+def _joined(cores: int) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Of every core the numbers of the two that it joins, -1 of a site; and the number of the left half."""
+    sites = range((cores + 2) // 2)
+    spans = [*branches(len(sites)), halves(sites)[1]]
+    joins = []
+    for span in spans:
+        a, b = map(spans.index, halves(span)) if len(span) > 1 else (-1, -1)
+        joins.append((a, b))
+    return tuple(joins), spans.index(halves(sites)[0])
+
+
+_plan = planned(_joined)

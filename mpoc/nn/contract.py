@@ -19,13 +19,13 @@ dense weight wins, as it would for any tensor-train library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpoc.forms.planned import planned
 from mpoc.nn.cost import Site, cheapest, split
 from mpoc.nn.weight import is_autocast
 
@@ -156,20 +156,6 @@ def is_traced() -> bool:
 def sites_of(cores: Sequence[Tensor]) -> tuple[Site, ...]:
     """The shapes of the cores, as plans know them."""
     return tuple([tuple(core.shape) for core in cores])  # type: ignore[misc]
-
-
-def planned(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let torch.compile run a planner instead of tracing it.
-
-    The public decorator, torch.compiler.assume_constant_result, does just this but imports the whole compiler
-    (1.6 s) first.
-    """
-
-    def run(*arguments: Any) -> Any:
-        return function(*arguments)
-
-    run._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return run
 
 
 _plan, _split = planned(cheapest), planned(split)

@@ -10,8 +10,9 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor, nn
 
+from mpoc.forms.planned import planned
 from mpoc.forms.terms import as_chain, split
-from mpoc.nn.contract import is_traced, merge, planned, planned_batch, sites_of
+from mpoc.nn.contract import is_traced, merge, planned_batch, sites_of
 from mpoc.nn.cost import CPU, GPU, Rates, Site, bandwidth, merged
 from mpoc.nn.weight import CoreWeight, without_autocast
 

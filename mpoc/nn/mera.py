@@ -13,10 +13,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mpoc.forms.contraction import join, work
-from mpoc.forms.mera import Mera
-from mpoc.nn.contract import planned, planned_batch
+from mpoc.forms.contraction import contract_all, join, work
+from mpoc.forms.mera import bond_of
+from mpoc.forms.planned import planned
+from mpoc.nn.contract import is_traced, planned_batch
+from mpoc.nn.weight import is_autocast
 from mpoc.structure import Structure
+from mpoc.wiring import mera
 
 # Numbers held at a time; a larger batch goes through in parts.
 _AT_ONCE = 1 << 24
@@ -35,39 +38,45 @@ def contract_mera(x: Tensor, cores: Sequence[Tensor], structure: Structure) -> T
     Returns:
         (batch, J_1·…·J_n).
     """
-    form = Mera(cores, structure)
-    rebuild, largest = _plan(structure, form.bonds, planned_batch(x))
-    outputs, inputs = ([f"{side}{k + 1}" for k in range(len(structure.site_sizes))] for side in "ji")
+    sides = structure.output_factors, structure.input_factors
+    rebuild, largest, legs = _plan(*sides, tuple([tuple(core.shape) for core in cores]), planned_batch(x))
+    sites = range(1, len(sides[0]) + 1)
+    outputs, inputs = tuple([f"j{k}" for k in sites]), tuple([f"i{k}" for k in sites])
+    if is_autocast(x.device):  # all products in its dtype, as those of a chain are
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, cores = x.to(dtype), [core.to(dtype) for core in cores]
     if rebuild:
-        weight = form.contracted([*outputs, *inputs]).reshape(-1, x.shape[1])
+        weight = contract_all(cores, legs, (*outputs, *inputs)).reshape(-1, x.shape[1])
         return x @ weight.T
-    parts = x.split(max(1, _AT_ONCE // largest)) if x.shape[0] > 1 else [x]
-    found = [_through(part, form, outputs, inputs) for part in parts]
+    at_once = max(1, _AT_ONCE // largest)
+    parts = [x] if is_traced() or x.shape[0] <= at_once else x.split(at_once)
+    found = []
+    for part in parts:
+        state, names = part.reshape(-1, *sides[1]), ("n", *inputs)
+        for core, own in zip(cores, legs, strict=True):
+            state, names = join(state, names, core, own)
+        found.append(state.permute([names.index(name) for name in ("n", *outputs)]).flatten(1))
     return torch.cat(found) if len(found) > 1 else found[0]
 
 
-def _through(x: Tensor, form: Mera, outputs: list[str], inputs: list[str]) -> Tensor:
-    state, legs = x.reshape(-1, *form.structure.input_factors), ("n", *inputs)
-    for core, names in zip(form.cores, form.legs, strict=True):
-        state, legs = join(state, legs, core, names)
-    return state.permute([legs.index(name) for name in ("n", *outputs)]).flatten(1)
-
-
 @cache
-def _estimated(structure: Structure, bonds: tuple[int, ...], batch: int) -> tuple[bool, int]:
-    """Whether to build the weight, and the numbers held of one vector on the way through the cores."""
-    cores = structure.wiring(bonds)
-    size = largest = math.prod(structure.input_factors)
+def _estimated(
+    outputs: tuple[int, ...], inputs: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], batch: int
+) -> tuple[bool, int, tuple[tuple[str, ...], ...]]:
+    """Whether to build the weight, the numbers held of one vector on the way through, and the cores' legs."""
+    cores = mera(outputs, inputs, bond_of(outputs, inputs, shapes))
+    size = largest = math.prod(inputs)
     through = 0
     for core in cores:
         multiplications = size * math.prod(core.shape[:2])
         size = multiplications // math.prod(core.shape[2:])
         through += multiplications + _MOVING * size
         largest = max(largest, size)
+    legs = tuple(core.legs for core in cores)
     sizes = {leg: n for core in cores for leg, n in zip(core.legs, core.shape, strict=True)}
-    multiplications, made = work(tuple(core.legs for core in cores), tuple(sizes.items()))
-    dense = math.prod(structure.site_sizes)
-    return multiplications + _MOVING * made + batch * dense < batch * through, largest
+    multiplications, made = work(legs, tuple(sizes.items()))
+    dense = math.prod(outputs) * math.prod(inputs)
+    return multiplications + _MOVING * made + batch * dense < batch * through, largest, legs
 
 
 _plan = planned(_estimated)

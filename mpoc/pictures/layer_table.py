@@ -40,7 +40,7 @@ def _row(k: int, layer: LayerRecord, kinds: list[ErrorKind], largest: dict[str, 
     name = written if dense else tag("a", written, href=f"#layer-{k}")
     errors = [_error(kind, layer, largest[kind.key], kind is kinds[-1]) for kind in kinds]
     bonds = layer.reason if dense else layer.bonds_text()
-    widest = 0 if dense else max(layer.bonds)
+    widest = 0 if dense else max(layer.bonds, default=0)
     return tag(
         "tr",
         cell(str(k), k, class_="wide"),

@@ -115,3 +115,33 @@ def test_other_layers_compute_what_a_dense_one_does(
         dense.get_parameter("weight").copy_(weight_of(cores, of))
     adopt(layer, "weight", cores, of)
     torch.testing.assert_close(layer(given), dense(given), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("network", ["chain", "tree", "mera"])
+@pytest.mark.parametrize("batch", [2, 3000])  # through the cores, and through a weight that is built
+def test_autocast_narrows_as_it_does_a_dense_layer(network: str, batch: int) -> None:
+    layer = nn.Linear(30, 37)
+    of = structure("linear", (37, 30), False, 4, network)
+    adopt(layer, "weight", [core.float() for core in random_cores(of, 3)], of)
+    x = torch.randn(batch, 30, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert found.dtype == torch.bfloat16
+    found.float().sum().backward()
+    assert all(core.grad is not None for core in layer.parameters())
+    found = found.detach()
+    assert float((found.float() - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("network", ["tree", "mera"])
+def test_a_compiled_layer_is_one_graph_for_all_batches(network: str) -> None:
+    layer = nn.Linear(30, 37)
+    of = structure("linear", (37, 30), False, 4, network)
+    adopt(layer, "weight", [core.float() for core in random_cores(of, 2)], of)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for batch in (4, 9):
+        x = torch.randn(batch, 30, generator=torch.Generator().manual_seed(batch))
+        torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-3)
+    torch.compiler.reset()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoc.forms.layout import interleave
-from mpoc.forms.tree import Tree
+from mpoc.forms.tree import Tree, tree_chain
 from mpoc.structure import Structure, make_structure
 from mpoc.wiring import branches
 from tests.weights import random_cores
@@ -88,7 +88,7 @@ def test_zero_cores_stay_zero_and_finite() -> None:
 def test_a_tree_as_a_chain_of_two_is_the_same_weight() -> None:
     for sites in (1, 2, 3, 5):
         tree = random_tree(structure(sites), 3)
-        matrix = tree.chain()[0]
-        for core in tree.chain()[1:]:
+        matrix = tree_chain(tree.cores)[0]
+        for core in tree_chain(tree.cores)[1:]:
             matrix = torch.einsum("ajib,bklc->ajkilc", matrix, core).flatten(3, 4).flatten(1, 2)
         torch.testing.assert_close(matrix[0, :, :, 0], tree.to_matrix()[0])
