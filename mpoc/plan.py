@@ -132,6 +132,11 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
             f"--order {order}: two factors, as of {map.layer}, are the same in any", "--form mpo"
         )
     learns = order == LEARNED
+    if learns and map.kind != "linear":
+        raise UsageError(
+            f"--order learned: {map.layer} is a {map.kind}, and an order is of linear layers' inputs",
+            "a pattern that names linear layers",
+        )
     if learns and structure.inputs > MOST_INPUTS:
         raise UsageError(
             f"--order learned: layer {map.layer} has {structure.inputs:,} inputs, more than {MOST_INPUTS:,}",

@@ -132,6 +132,13 @@ def remarks(manifest: Manifest) -> list[str]:
             f"no {MANIFEST_FILE}, which transformers does not save: errors, entropies, the original's size "
             "and what else was selected are not known"
         )
+    ordered = [
+        f"{layer.layer} ({layer.order if isinstance(layer.order, str) else 'learned'})"
+        for layer in manifest.replaced
+        if layer.order
+    ]
+    if ordered:
+        lines.append(f"inputs are factorised in another order: {', '.join(ordered)}")
     lines += calibration_lines(manifest.calibration)
     lines += same_size_lines(manifest)
     lines += _advice(manifest)
@@ -211,8 +218,16 @@ def _advice(manifest: Manifest) -> list[str]:
     return [
         f"{len(large)} of {len(errors)} replaced layers lost more than {LARGE_ERROR:.0%} of their weight's "
         f"norm (worst {max(large):.0%}): a network usually needs fine-tuning after that; measure its "
-        "accuracy before use. A larger --bond or --ratio, or --max-error 0.1, loses less."
+        f"accuracy before use. {_what_loses_less(manifest)} loses less."
     ]
+
+
+def _what_loses_less(manifest: Manifest) -> str:
+    if "discard" in manifest.options:
+        return "A smaller --discard"
+    if any(layer.form == "mera" for layer in manifest.replaced):
+        return "A larger --bond or --ratio, or another --form,"
+    return "A larger --bond or --ratio, or --max-error 0.1,"
 
 
 def _calibrated_advice(manifest: Manifest) -> list[str]:

@@ -134,7 +134,7 @@ def _print(found: Entanglement, words: Output) -> None:
     words.result.print(table)
     words.result.print("S in nats at each cut of the chain; its largest value is ln of the full bond")
     if found.left:
-        words.result.print(f"{found.left} more layers are stored dense")
+        words.result.print(f"stored dense: {found.left} more")
 
 
 def _row(profile: Profile, both: bool) -> list[str]:

@@ -70,9 +70,8 @@ def report(
         if as_json and as_csv:
             raise UsageError("--json and --csv: one of them")
         if html is None and plot is None and (others or force):
-            raise UsageError(
-                "--compare and --force are about --html FILE and --plot DIR: one of them is missing"
-            )
+            given = "--compare" if others else "--force"
+            raise UsageError(f"{given} is about a page or pictures", "--html FILE, or --plot DIR")
         manifest = read_manifest(path)
         nbytes = output_bytes(path)
         if html is not None or plot is not None:

@@ -93,7 +93,7 @@ def _row(layer: LayerRecord) -> list[str]:
         escape(layer.layer),
         shape,
         factors,
-        layer.bonds_text(),
+        (f"{layer.form} " if layer.form in ("tree", "mera") else "") + layer.bonds_text(),
         f"{layer.num_original:,} → {layer.num_stored:,}",
         f"{layer.rho:.4f}",
         error,
