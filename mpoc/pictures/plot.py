@@ -29,6 +29,7 @@ _STYLES = {"line": "-", "marked line": ".-", "dotted line": ":", "dots": "o"}
 _ACROSS = 4  # charts in a row at most
 _SUFFIXES = (".svg", ".png")
 _LONGEST_NAME = 80  # of a layer, within the name of its file
+_LONGEST_LABEL = 32  # of a file, within a legend; its end tells files apart
 
 
 def refuse_existing_folder(folder: Path, source: Path, force: bool) -> None:
@@ -169,14 +170,15 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if len(chart.series) > 1:
-        axes.legend(fontsize="small", frameon=False)
+        axes.legend(fontsize="small", frameon=False).set_in_layout(False)
 
 
 def _draw_series(axes: Any, series: Series) -> None:
     tone = series.tone
     colour = _TONES.get(tone) or _FILES[int(tone.split()[-1]) - 1]
     xs, ys = zip(*series.points, strict=True)
-    name = _plain(series.name)
+    short = series.name if len(series.name) <= _LONGEST_LABEL else f"…{series.name[-_LONGEST_LABEL:]}"
+    name = _plain(short)
     if series.style == "columns":
         axes.bar(xs, ys, color=colour, label=name)
     else:
