@@ -62,7 +62,7 @@ def differs_from_svd(weight: Tensor, cuts: list[Cut]) -> float:
 def draw(found: dict[str, list[Cut]], picture: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
+    figure = Figure(figsize=(8.0, 3.4), layout="constrained")
     axes = figure.subplots()
     for name, cuts in found.items():
         axes.plot([cut.site for cut in cuts], [cut.entropy for cut in cuts], "o-", label=name)
@@ -72,7 +72,7 @@ def draw(found: dict[str, list[Cut]], picture: Path) -> None:
     )
     axes.set(xlabel="cut behind site k", ylabel="entanglement entropy S (nats)", ylim=(0, None))
     axes.set_xticks([cut.site for cut in largest])
-    axes.legend(fontsize="small", frameon=False)
+    axes.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(picture)
 
 
