@@ -82,8 +82,8 @@ def test_figures(path: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     ("arguments", "status", "said"),
     [
         (["{path}", "{path}"], 2, "a report is of one file"),
-        (["{path}", "--compare", "{path}"], 2, "--html FILE and --plot DIR"),
-        (["{path}", "--force"], 2, "--html FILE and --plot DIR"),
+        (["{path}", "--compare", "{path}"], 2, "is about a page or pictures"),
+        (["{path}", "--force"], 2, "is about a page or pictures"),
         (["{path}", "--html", "no/r.html"], 1, "there is no directory"),
         (["{path}", "--html", "{path}", "--force"], 2, "would write over or into the input"),
         (["{path}", "--html", "r.html", "--compare", "none"], 2, "none: no such file or directory"),
