@@ -45,10 +45,16 @@ class Offers:
         structure: of the layer's MPO, or of its tree.
         evidence: of the dense network's inputs.
         forms: of ``svd``, that of ``structure`` and ``svd+mpo``, which may be chosen.
+        others: further structures that may be chosen.
     """
 
     def __init__(
-        self, matrix: Tensor, structure: Structure, evidence: Evidence, forms: Sequence[str]
+        self,
+        matrix: Tensor,
+        structure: Structure,
+        evidence: Evidence,
+        forms: Sequence[str],
+        others: Sequence[Structure] = (),
     ) -> None:
         self._matrix, self._evidence = matrix, evidence
         self._low_rank = structure.as_low_rank()
@@ -63,6 +69,8 @@ class Offers:
         if structure.form != "svd":
             for form in (structure.form, "svd+mpo"):
                 self.every += self._of_mpo(structure, form == "svd+mpo") if form in forms else []
+        for other in others:
+            self.every += self._of_mpo(other, False)
         self._let_go()
 
     def error(self, storage: Storage) -> float:

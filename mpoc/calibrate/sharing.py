@@ -34,7 +34,13 @@ _ATTEMPTS = 3  # at shares whose file, names and all, is within a ceiling
 
 
 # How a budget is shared out.
-WAYS = ("uniform", "equal gain", "equal gain, chains alone", "equal gain, svd alone")
+WAYS = (
+    "uniform",
+    "equal gain",
+    "equal gain, chains alone",
+    "equal gain, svd alone",
+    "equal gain, meras alone",
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def _menus(offers: Mapping[str, Offers]) -> dict[str, dict[str, list[Offer]]]:
     """
     forms = {form for one in offers.values() for form in map(_form, one.every) if form is not None}
     menus = {WAYS[1]: {name: one.every for name, one in offers.items()}}
-    for form, way in zip(("mpo", "svd"), WAYS[2:], strict=True):
+    for form, way in zip(("mpo", "svd", "mera"), WAYS[2:], strict=True):
         if len(forms) > 1 and form in forms:
             menus[way] = {name: _only(one.every, form) for name, one in offers.items()}
     return menus
@@ -217,6 +223,7 @@ class Sharing:
                 self._mpo_structure(plan),
                 self._study.dense_evidence(name),
                 forms,
+                self._other_structures(plan, forms),
             )
         return kept[key]
 
@@ -246,6 +253,13 @@ class Sharing:
     def _has_no_goal_of_its_own(self, plan: LayerPlan) -> bool:
         rule = self._recipe.rule_for(plan.map.name)
         return rule.bond is None and rule.max_error is None and not rule.dense
+
+    def _other_structures(self, plan: LayerPlan, forms: tuple[str, ...]) -> list[Structure]:
+        """A MERA of a kernel where the form is open; measured, it errs least by far, and is small there."""
+        one = plan.structure
+        if len(forms) == 1 or not one.kind.startswith("conv"):
+            return []
+        return [make_structure(one.kind, one.shape, one.transposed, network="mera")]
 
     def _mpo_structure(self, plan: LayerPlan) -> Structure:
         one = plan.structure

@@ -57,6 +57,7 @@ COLUMNS: dict[str, Make] = {
     "svd+mpo": _wide,
     "mpo": make_structure,
     "tree": lambda kind, shape: make_structure(kind, shape, network="tree"),
+    "mera": lambda kind, shape: make_structure(kind, shape, network="mera"),
 }
 
 

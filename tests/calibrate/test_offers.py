@@ -50,3 +50,17 @@ def test_the_largest_within_a_size_is_within_it(is_sum: bool) -> None:
         assert found.num_parameters <= size
         assert Storage(structure, found.bond, found.low_rank + is_sum).num_parameters > size or not is_sum
         assert is_sum or Storage(structure, found.bond + 1).num_parameters > size
+
+
+def test_a_structure_besides_is_offered_too() -> None:
+    structure = make_structure("linear", SIDES)
+    mera = make_structure("linear", SIDES, network="mera")
+    offers = Offers(weight(3), structure, known(), ("svd", "mpo"), [mera])
+    offered = [one for one in offers.every if one.storage is not None and one.storage.structure == mera]
+    assert offered
+    storage = largest_within(mera, int(0.4 * 16 * 24), False)
+    assert storage is not None
+    (one,) = (offer for offer in offered if offer.storage == storage)
+    assert one.error == pytest.approx(offers.error(storage), rel=1e-4)
+    expected = known().felt.squared(weight(3), offers.matrix(storage).double())
+    assert offers.error(storage) == pytest.approx(expected, rel=1e-4)

@@ -98,7 +98,7 @@ def test_each_form_alone_competes_where_several_are_on_offer() -> None:
     costs = dict.fromkeys(offers, Costs())
     distance: Any = Distance(dense, dict.fromkeys(dense, 1.0))
     found = share_by_gain(plans, offers, costs, 2 * 4 * 40, distance)
-    assert tuple(found.distances) == WAYS
+    assert tuple(found.distances) == WAYS[:4]
     assert found.distances[found.chosen] == min(found.distances.values())
     one_form = {name: Offers(matrix, structure, known(), ("svd",)) for name, matrix in dense.items()}
     assert tuple(share_by_gain(plans, one_form, costs, 2 * 4 * 40, distance).distances) == WAYS[:2]
