@@ -57,16 +57,21 @@ def _line_by_line(words: Output) -> LayerTold:
         if record.output_error is not None:
             error = f" output error {record.output_error:.4f}"
         line = f"[{done}/{total}] {record.layer} {record.form} ρ {record.rho:.4f}{error} {seconds:.2f} s"
-        words.say(line + (f" ({rest} left)" if (rest := left(share)) else ""))
+        words.say(line + (f" ({rest} left)" if (rest := left(share, seconds)) else ""))
 
     return tell
 
 
-def _time_left() -> Callable[[float], str]:
-    """From the part of the work done to the time that the rest takes; empty at first, and at the end."""
-    start = monotonic()
+def _time_left() -> Callable[[float, float], str]:
+    """From the part of the work done, and the last layer's seconds, to the time that the rest takes.
 
-    def left(share: float) -> str:
+    Empty at first, and at the end.  The clock starts with the first layer, whatever came before.
+    """
+    start: float | None = None
+
+    def left(share: float, seconds: float) -> str:
+        nonlocal start
+        start = monotonic() - seconds if start is None else start
         passed = monotonic() - start
         return _clock(passed * (1 - share) / share) if passed > _WORTH_SAYING and 0 < share < 1 else ""
 
@@ -89,7 +94,7 @@ def _bar(words: Output) -> Iterator[LayerTold]:
             nonlocal before, after
             before += record.num_original
             after += record.num_stored
-            rest = f"{left(share)} left" if left(share) else ""
+            rest = f"{found} left" if (found := left(share, seconds)) else ""
             bar.update(
                 task, description=record.layer, completed=done, total=total, rho=after / before, left=rest
             )
