@@ -19,7 +19,8 @@ from mpoc.forms.mpo import MPO
 from mpoc.forms.terms import weight_of
 from mpoc.header import ITEMSIZE, TensorInfo
 from mpoc.history import metadata, write_history
-from mpoc.manifest import LayerRecord, Manifest, read_manifest
+from mpoc.manifest import LayerRecord, Manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.room import refuse_more_than_disk, refuse_more_than_memory
 from mpoc.weight_files import weight_files_of
 from mpoc.writer import Entry, plan_shards, refuse_existing, refuse_misnamed, staged, write_safetensors

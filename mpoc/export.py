@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from mpoc.architecture import example_input, is_of_transformers
 from mpoc.errors import MpocError, UsageError
 from mpoc.loading import open_network
-from mpoc.manifest import MANIFEST_FILE, read_manifest
+from mpoc.manifest import MANIFEST_FILE
+from mpoc.manifest_file import read_manifest
 from mpoc.writer import refuse_existing, staged
 
 _FOLDED = 256  # numbers: shapes and scalars are computed in advance, products of cores are not

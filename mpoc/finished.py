@@ -23,7 +23,8 @@ from mpoc.checkpoint.safetensors_file import open_safetensors
 from mpoc.errors import MpocError
 from mpoc.fitting import Fitted
 from mpoc.header import read_header
-from mpoc.manifest import LayerRecord, record_from_json, record_to_json
+from mpoc.manifest import LayerRecord, record_to_json
+from mpoc.manifest_file import record_from_json
 from mpoc.plan import LayerPlan
 from mpoc.recipe import Recipe
 from mpoc.writer import Entry, write_safetensors

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 from mpoc.hub_directory import GUARD, GUARD_KEY, cores_of
-from mpoc.manifest import FORMAT, MAYBE_LATER, SAVED_AGAIN, core_prefix
+from mpoc.manifest import FORMAT, core_prefix
+from mpoc.manifest_file import MAYBE_LATER, SAVED_AGAIN
 from mpoc.nn.adopt import adopt_everywhere
 from mpoc.nn.experts import unstack
 from mpoc.structure import Structure

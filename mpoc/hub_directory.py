@@ -17,7 +17,8 @@ from typing import Any
 
 from mpoc.errors import MpocError, shortened
 from mpoc.header import TensorInfo, encode_header, storage_order
-from mpoc.manifest import FORMAT, MANIFEST_FILE, MAYBE_LATER, Manifest, layer_of_entry
+from mpoc.manifest import FORMAT, MANIFEST_FILE, Manifest
+from mpoc.manifest_file import MAYBE_LATER, layer_of_entry
 from mpoc.structure import Structure
 from mpoc.weight_files import check_inside, read_json
 from mpoc.writer import Shard, write_safetensors

@@ -12,7 +12,8 @@ from mpoc.architecture import by_transformers, is_of_transformers, make_network,
 from mpoc.checkpoint.base import Checkpoint
 from mpoc.errors import MpocError
 from mpoc.expand import check_cores, open_compressed
-from mpoc.manifest import LayerRecord, Manifest, read_manifest
+from mpoc.manifest import LayerRecord, Manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.network import differing_names, forbid_save_pretrained, same_tensor, tensors_of, unsaved_buffers
 from mpoc.nn.adopt import adopt_everywhere
 from mpoc.nn.conv_map import check_geometry

@@ -18,7 +18,8 @@ import mpoc
 from mpoc.architecture import make_network
 from mpoc.errors import MpocError, UsageError
 from mpoc.export import export_network
-from mpoc.manifest import Manifest, read_manifest
+from mpoc.manifest import Manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.report import report_dict, summary

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.expand import default_dense_output, expand_checkpoint
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import Recipe, make_recipe
 from mpoc.zoo.resnet import resnet

@@ -16,7 +16,7 @@ import mpoc.hf  # noqa: F401  # registers
 from mpoc.errors import MpocError
 from mpoc.forms.form import Form
 from mpoc.loading import load
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.nn import MPOEmbedding, MPOLinear
 from tests.hub_models import (
     AUTO,

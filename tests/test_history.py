@@ -13,7 +13,7 @@ from mpoc import zoo
 from mpoc.errors import MpocError
 from mpoc.expand import expand_checkpoint
 from mpoc.history import HISTORY_FILE, before_compression, read_history, recorded
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.report import training_lines

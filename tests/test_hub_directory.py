@@ -10,7 +10,8 @@ import torch
 from mpoc import hub_directory
 from mpoc.errors import MpocError
 from mpoc.hub_directory import GUARD, GUARD_KEY, copy_other_files, mark_compressed, other_files, unmark
-from mpoc.manifest import Manifest, read_manifest
+from mpoc.manifest import Manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.writer import plan_shards

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import mpoc
 from mpoc.errors import MpocError
 from mpoc.expand import expand_checkpoint
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.nn import MPOEmbedding, MPOLinear
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe

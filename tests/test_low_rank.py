@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mpoc
 from mpoc.errors import UsageError
 from mpoc.forms.layout import from_matrix, to_matrix
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.structure import low_rank_structure, make_structure

@@ -15,15 +15,8 @@ from safetensors.torch import save_file
 
 from mpoc import __version__
 from mpoc.errors import MpocError, UsageError
-from mpoc.manifest import (
-    FORMAT,
-    LayerRecord,
-    Manifest,
-    Source,
-    core_prefix,
-    parse_manifest,
-    read_manifest,
-)
+from mpoc.manifest import FORMAT, LayerRecord, Manifest, Source, core_prefix
+from mpoc.manifest_file import parse_manifest, read_manifest
 from mpoc.structure import make_structure
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)

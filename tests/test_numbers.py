@@ -14,7 +14,7 @@ from torch import Tensor
 from mpoc.calibrate.study import CalibrationRequest
 from mpoc.errors import MpocError
 from mpoc.expand import expand_checkpoint
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, relative_error

@@ -22,7 +22,8 @@ from mpoc.fit.ttsvd import tt_svd
 from mpoc.forms.layout import deinterleave, interleave, to_matrix
 from mpoc.forms.terms import weight_of
 from mpoc.hub_directory import cores_of, quantization_config
-from mpoc.manifest import Manifest, parse_manifest
+from mpoc.manifest import Manifest
+from mpoc.manifest_file import parse_manifest
 from mpoc.nn.adopt import adopt
 from mpoc.orders import parse_order
 from mpoc.pipeline import compress_checkpoint

@@ -10,7 +10,8 @@ import torch
 from mpoc import writer
 from mpoc.compression import Compression
 from mpoc.errors import MpocError, UsageError
-from mpoc.manifest import LayerRecord, read_manifest
+from mpoc.manifest import LayerRecord
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import choose_device, compress_checkpoint, default_output
 from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, network_state

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.expand import expand_checkpoint
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, mlp_state, network_state, num_bytes, relative_error, save_directory

@@ -13,7 +13,8 @@ from mpoc.checkpoint.base import fingerprint
 from mpoc.errors import MpocError
 from mpoc.expand import expand_checkpoint
 from mpoc.header import TensorInfo
-from mpoc.manifest import FORMAT, read_manifest
+from mpoc.manifest import FORMAT
+from mpoc.manifest_file import read_manifest
 from mpoc.room import refuse_more_than_disk, refuse_more_than_memory
 from tests.checkpoints import contents
 from tests.process import Mpoc

@@ -17,7 +17,8 @@ import mpoc.hf  # noqa: F401  # registers
 from mpoc.errors import MpocError
 from mpoc.expand import expand_checkpoint
 from mpoc.loading import load
-from mpoc.manifest import MANIFEST_FILE, LayerRecord, read_manifest
+from mpoc.manifest import MANIFEST_FILE, LayerRecord
+from mpoc.manifest_file import read_manifest
 from mpoc.report import report_dict, summary
 from tests.hub_models import AUTO, Compressed, Make, answer, auto, compress_once, tiny
 from tests.process import Here

@@ -21,7 +21,8 @@ from mpoc.errors import UsageError
 from mpoc.geometry import PADDING_MODES, Geometry
 from mpoc.header import read_header
 from mpoc.input_shape import parse_input_shape
-from mpoc.manifest import FORMAT, FORMS, LayerRecord, Manifest, Source, read_manifest
+from mpoc.manifest import FORMAT, FORMS, LayerRecord, Manifest, Source
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.report import SCHEMA, output_bytes, report_dict, to_json

@@ -9,7 +9,7 @@ from torch import nn
 from mpoc import load
 from mpoc import self_test as module
 from mpoc.errors import MpocError, UsageError
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.self_test import self_test
 
 

@@ -29,7 +29,8 @@ from mpoc.export import export_network, parse_input_spec
 from mpoc.header import read_header
 from mpoc.hub_directory import cores_of
 from mpoc.input_shape import parse_input_shape
-from mpoc.manifest import MANIFEST_FILE, read_manifest
+from mpoc.manifest import MANIFEST_FILE
+from mpoc.manifest_file import read_manifest
 from mpoc.plan import LayerPlan, make_plan
 from mpoc.recipe import make_recipe
 from mpoc.report import report_dict, to_csv

@@ -20,7 +20,7 @@ from mpoc.expand import expand_checkpoint
 from mpoc.export import export_network, parse_input_spec
 from mpoc.fit.factorise import factorise
 from mpoc.hub_directory import cores_of
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.wiring import num_bonds

@@ -21,7 +21,8 @@ from mpoc.expand import expand_checkpoint
 from mpoc.geometry import make_geometry
 from mpoc.hub_directory import cores_of, quantization_config
 from mpoc.input_shape import parse_input_shape
-from mpoc.manifest import LayerRecord, Manifest, read_manifest
+from mpoc.manifest import LayerRecord, Manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.nn import MPOConvMap2d, MPOLinear
 from mpoc.option_text import parse_shape
 from mpoc.pipeline import compress_checkpoint

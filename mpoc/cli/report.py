@@ -63,7 +63,7 @@ def report(
     with reported_errors():
         from mpoc.cli.tables import print_report
         from mpoc.errors import UsageError
-        from mpoc.manifest import read_manifest
+        from mpoc.manifest_file import read_manifest
         from mpoc.report import output_bytes, report_dict, to_csv, to_json
 
         path, others = _first_and_others(paths, compare or [])

@@ -15,7 +15,8 @@ from mpoc.entanglement.spectra import Cut, cuts_of_cores, cuts_of_weight
 from mpoc.errors import MpocError, UsageError
 from mpoc.expand import check_cores, open_compressed
 from mpoc.fitting import read_finite
-from mpoc.manifest import LayerRecord, read_manifest
+from mpoc.manifest import LayerRecord
+from mpoc.manifest_file import read_manifest
 from mpoc.opened import open_source
 from mpoc.plan import LayerPlan
 from mpoc.recipe import make_recipe

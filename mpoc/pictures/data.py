@@ -14,7 +14,8 @@ from mpoc.errors import MpocError
 from mpoc.expand import check_cores, open_compressed
 from mpoc.forms.mpo import MPO, entropy
 from mpoc.forms.terms import forms_of
-from mpoc.manifest import LayerRecord, Manifest, read_manifest
+from mpoc.manifest import LayerRecord, Manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.report import output_bytes
 from mpoc.spectrum import Spectrum, thinned
 

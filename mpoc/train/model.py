@@ -16,7 +16,8 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.expand import open_compressed
 from mpoc.header import read_header
 from mpoc.loading import open_network
-from mpoc.manifest import MANIFEST_FILE, Manifest, read_manifest
+from mpoc.manifest import MANIFEST_FILE, Manifest
+from mpoc.manifest_file import read_manifest
 
 
 @dataclass

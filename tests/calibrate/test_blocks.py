@@ -17,7 +17,8 @@ import mpoc.calibrate.refine
 from mpoc.calibrate.data import open_calibration
 from mpoc.calibrate.study import CalibrationRequest
 from mpoc.compression import Compression
-from mpoc.manifest import LayerRecord, read_manifest
+from mpoc.manifest import LayerRecord
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.train.material import DataOptions

@@ -17,7 +17,7 @@ from mpoc.calibrate.study import CalibrationRequest
 from mpoc.compression import Compression
 from mpoc.errors import MpocError, UsageError
 from mpoc.input_shape import parse_input_shape
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.option_text import parse_shape
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe

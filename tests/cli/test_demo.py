@@ -13,7 +13,7 @@ from mpoc.demo.network import DigitsNet, load_network
 from mpoc.demo.story import tell_story
 from mpoc.errors import UsageError
 from mpoc.expand import expand_checkpoint
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from tests.checkpoints import contents
 from tests.process import Here, Mpoc
 

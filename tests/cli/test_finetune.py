@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from mpoc.cli.app import app
 from mpoc.demo.data import load_digits
 from mpoc.expand import expand_checkpoint
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.train import evaluate

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from mpoc.cli.app import app
 from mpoc.history import HISTORY_FILE
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from tests.hub_models import compress_saved, transformers
 from tests.process import Mpoc, run_python
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mpoc.cli.app import app
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from tests.checkpoints import contents
 from tests.cli.test_faults import assert_fails
 from tests.process import Here, Mpoc

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import mpoc
 import mpoc.hf  # registers
 from mpoc.cli.app import app
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, network_state, save_directory

@@ -18,7 +18,8 @@ import mpoc
 from mpoc.checkpoint import Checkpoint, open_checkpoint
 from mpoc.cli.tables import print_report
 from mpoc.expand import expand_checkpoint
-from mpoc.manifest import Manifest, read_manifest
+from mpoc.manifest import Manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.opened import Opened, open_source
 from mpoc.recipe import make_recipe
 from mpoc.report import report_dict, to_csv, to_json

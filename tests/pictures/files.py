@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mpoc.checkpoint.safetensors_file import open_safetensors
-from mpoc.manifest import LayerRecord, Manifest, read_manifest
+from mpoc.manifest import LayerRecord, Manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from mpoc.writer import Entry, write_safetensors

@@ -12,7 +12,7 @@ import torch
 from mpoc.errors import MpocError
 from mpoc.expand import dense_weight, open_compressed
 from mpoc.forms.layout import interleave
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pictures.data import read_file, read_files
 from mpoc.spectrum import Spectrum
 from tests.checkpoints import network_state

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoc.manifest import Source, read_manifest
+from mpoc.manifest import Source
+from mpoc.manifest_file import read_manifest
 from mpoc.pictures.data import FileData, read_file, read_files
 from mpoc.pictures.page import page, write_page
 from mpoc.pipeline import compress_checkpoint

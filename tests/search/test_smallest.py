@@ -14,7 +14,7 @@ import torch
 from mpoc.calibrate.study import CalibrationRequest, Study
 from mpoc.demo.story import ARCH
 from mpoc.errors import MpocError, UsageError
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import LayerRule, make_recipe
 from mpoc.report import output_bytes

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpoc.manifest import read_manifest
+from mpoc.manifest_file import read_manifest
 from mpoc.train.finetune import Request, finetune
 from mpoc.train.material import DataOptions
 from mpoc.train.settings import Settings
