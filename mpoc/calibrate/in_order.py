@@ -21,8 +21,9 @@ from torch import Tensor
 from mpoc.calibrate.blocks import Blocks, Place
 from mpoc.calibrate.evidence import Evidence
 from mpoc.calibrate.fit import Judgement, fit_calibrated, judge
+from mpoc.calibrate.gain import WAYS
 from mpoc.calibrate.norms import Renewed, renewed_norms
-from mpoc.calibrate.sharing import WAYS, Sharing
+from mpoc.calibrate.sharing import Sharing
 from mpoc.calibrate.study import Study
 from mpoc.checkpoint import Checkpoint
 from mpoc.fitting import Fitted, check_cores, fit_layer, read_finite, rounded

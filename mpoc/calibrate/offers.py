@@ -1,8 +1,9 @@
 """What each way to store a layer would cost, in error over parameters.
 
-The closed form of ``svd`` at every rank, MPOs and sums, and the weight as it is.  The error is f on held-out
-inputs: on those of the fit, forms with more freedom look better than they are.  An MPO's error, as a share of
-what ``svd`` leaves at the same size, varies little: it is measured at one size, of an embedding at two.
+The closed form of ``svd`` at every rank, fitted networks and sums, and the weight as it is.  The error is f
+on held-out inputs: on those of the fit, forms with more freedom look better than they are.  The error of a
+network, as a share of what ``svd`` leaves at the same size, varies little: it is measured at one size, of an
+embedding at two.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ class Offers:
             self.every += self._of_svd()
         if structure.form != "svd":
             for form in (structure.form, "svd+mpo"):
-                self.every += self._of_mpo(structure, form == "svd+mpo") if form in forms else []
+                self.every += self._of_network(structure, form == "svd+mpo") if form in forms else []
         for other in others:
-            self.every += self._of_mpo(other, False)
+            self.every += self._of_network(other, False)
         self._let_go()
 
     def error(self, storage: Storage) -> float:
@@ -108,7 +109,7 @@ class Offers:
             if storage.num_parameters < self._low_rank.num_original:
                 yield Offer(storage, storage.num_parameters, error)
 
-    def _of_mpo(self, structure: Structure, is_sum: bool) -> Iterator[Offer]:
+    def _of_network(self, structure: Structure, is_sum: bool) -> Iterator[Offer]:
         """At sizes in a geometric row, with errors told from those that are measured."""
         original = structure.num_original
         measured = [int(share * original) for share in self._evidence.measured]
@@ -149,7 +150,7 @@ def _share_at(known: Mapping[int, float], size: int) -> float:
 
 
 def largest_within(structure: Structure, parameters: int, is_sum: bool) -> Storage | None:
-    """The largest MPO, or sum of a matrix of low rank and one, of at most so many parameters."""
+    """The largest network, or sum of a matrix of low rank and one, of at most so many parameters."""
     share = _MPO_SHARE if is_sum else 1
     bond = largest_bond(structure, share * parameters / structure.num_original)
     if bond is None or structure.num_parameters(bond) > share * parameters:

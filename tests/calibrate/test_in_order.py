@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mpoc
-from mpoc.calibrate.sharing import WAYS
+from mpoc.calibrate.gain import WAYS
 from mpoc.calibrate.study import CalibrationRequest
 from mpoc.compression import Compression
 from mpoc.errors import MpocError, UsageError

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from mpoc.calibrate.gain import WAYS, Costs, share_by_gain
 from mpoc.calibrate.offers import Offers
 from mpoc.calibrate.outputs import Replaced
-from mpoc.calibrate.sharing import WAYS, Costs, share_by_gain
 from mpoc.plan import LayerPlan
 from mpoc.selection import LinearMap
 from mpoc.structure import low_rank_structure, make_structure
