@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mpoc import hub_directory
 from mpoc.checkpoint import Checkpoint
 from mpoc.errors import MpocError
-from mpoc.finished import Finished
+from mpoc.finished import Finished, in_order_key, layer_key
 from mpoc.fitting import Fitted, fit_layer
 from mpoc.manifest import LayerRecord, Manifest
 from mpoc.opened import Opened
@@ -48,15 +48,16 @@ class Work:
     """Where and by whom layers are fitted, and who is told."""
 
     mates: Team
-    finished: Finished
+    folder: Path  # of finished layers, for the caller to remove
+    resumes: bool = False  # and whether those that are there are used again
     progress: Progress | None = None
 
     @staticmethod
     def beside(target: Path, progress: Progress | None = None) -> Work:
-        """Of one process, in a new folder beside ``target`` that stays for the caller to remove."""
+        """Of one process, in a new folder beside ``target``."""
         folder = target.with_name(f"{target.name}.layers")
         folder.mkdir()
-        return Work(Team(), Finished(folder), progress)
+        return Work(Team(), folder, progress=progress)
 
 
 def write_compressed(
@@ -75,42 +76,82 @@ def write_compressed(
         recipe: that of the plans.
         plans: of :meth:`mpoc.opened.Opened.plan`.
         study: of calibration data; None: weights alone count.
-        work: whose finished layers stay for the caller to remove.
+        work: by whom and where.
 
     Raises:
         MpocError: a weight that cannot be fitted, or nothing that would shrink.
         OSError: of reading or writing (a full disk).
     """
-    checkpoint, finished = opened.checkpoint, work.finished
+    checkpoint = opened.checkpoint
     calibrated, plans = shared_out(opened, recipe, plans, study)
+    keys = partial(_key, opened, recipe, plans, study) if work.resumes else None
+    finished = Finished(work.folder, keys)
     with work.mates.together():
         if work.mates.is_first:
             finished.clear(len(plans))
+    if calibrated:
+        taken_up = _fit_in_order(calibrated, plans, finished, work)
+    else:
+        with work.mates.together():
+            taken_up = _fit_shared(opened, recipe, plans, finished, work)
+    others = calibrated.finish() if calibrated else {}
     with work.mates.together():
-        mine = work.mates.share([plan.cost for plan in plans])
-        todo = {plans[k].map.name: k for k in mine if not finished.takes_up(k)}
-        asked = [plan for plan in plans if plan.map.name in todo]
-        fits = calibrated.fit(plans) if calibrated else fit_each(opened, asked, recipe)
-
-        def keep(fitted: Fitted, seconds: float) -> int:
-            finished.keep(todo[fitted.record.name], fitted, seconds)
-            return finished.count()
-
-        fit_all(fits, asked, len(plans), keep, work.progress)
+        if work.mates.is_first:
+            finished.keep_others(others)
     with work.mates.together():
         layers = [finished.layer(number) for number in range(len(plans))]
-        entries = {name: one for layer in layers for name, one in layer.entries.items()}
-        entries |= finished.keep_others(calibrated.finish()) if calibrated else {}
+        entries = {name: one for layer in layers for name, one in layer.entries.items()} | finished.others()
         manifest = make_manifest(checkpoint, opened.selection, recipe, [layer.record for layer in layers])
         manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
         _refuse_nothing_gained(manifest)
     _write(target, checkpoint, _entries(checkpoint, entries), manifest, recipe.max_shard_size, work.mates)
     with work.mates.together():
         nbytes = output_bytes(target)
-    taken_up = [f"{len(mine) - len(todo)} layers were finished before"] if len(todo) < len(mine) else []
-    notes = [*opened.notes, *taken_up, *(calibrated.notes if calibrated else ())]
+    before = [f"{taken_up} layers were finished before"] if taken_up else []
+    notes = [*opened.notes, *before, *(calibrated.notes if calibrated else ())]
     times = {layer.record.name: layer.seconds for layer in layers}
     return Compression(manifest, target, nbytes, True, times, notes)
+
+
+def _fit_shared(
+    opened: Opened, recipe: Recipe, plans: list[LayerPlan], finished: Finished, work: Work
+) -> int:
+    """Each process fits its share by weights alone, but for what is finished; says how many that was."""
+    mine = work.mates.share([plan.cost for plan in plans])
+    todo = {plans[k].map.name: k for k in mine if not finished.takes_up(k)}
+    asked = [plan for plan in plans if plan.map.name in todo]
+
+    def keep(fitted: Fitted, seconds: float) -> int:
+        finished.keep(todo[fitted.record.name], fitted, seconds)
+        return finished.count()
+
+    fit_all(fit_each(opened, asked, recipe), asked, len(plans), keep, work.progress)
+    return len(mine) - len(todo)
+
+
+def _fit_in_order(calibrated: InOrder, plans: list[LayerPlan], finished: Finished, work: Work) -> int:
+    """All processes fit each layer together, but for what is finished; says how many that was."""
+    numbers = {plan.map.name: k for k, plan in enumerate(plans)}
+    usable = work.mates.by_first(lambda: {name for name, k in numbers.items() if finished.takes_up(k)})
+    done = {name for unit in calibrated.units(plans) if usable.issuperset(unit) for name in unit}
+    asked = [plan for plan in plans if plan.map.name not in done]
+
+    def keep(fitted: Fitted, seconds: float) -> int:
+        with work.mates.together():
+            if work.mates.is_first:
+                finished.keep(numbers[fitted.record.name], fitted, seconds)
+        return finished.count()
+
+    kept = {name: partial(finished.fitted, numbers[name]) for name in done}
+    fit_all(calibrated.fit(plans, kept), asked, len(plans), keep, work.progress)
+    return len(done)
+
+
+def _key(opened: Opened, recipe: Recipe, plans: list[LayerPlan], study: Study | None, number: int) -> str:
+    """Says what a layer depends on; where they are fitted in order, on all that is known of all."""
+    if study is None:
+        return layer_key(opened.checkpoint, plans[number], recipe, opened.device)
+    return in_order_key(study.fingerprint, plans, recipe, number)
 
 
 def shared_out(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ class Layer:
     record: LayerRecord
     entries: dict[str, list[Entry]]
     seconds: float  # that its fit took
+    losses: dict[str, list[float]]  # as of :class:`mpoc.fitting.Fitted`
 
 
 class Finished:
@@ -60,7 +61,7 @@ class Finished:
         """
         tensors = dict(zip(fitted.record.core_names, fitted.cores, strict=True)) if fitted.cores else {}
         facts = {"record": record_to_json(fitted.record), "changed": json.dumps(sorted(fitted.changed))}
-        facts["seconds"] = repr(seconds)
+        facts |= {"seconds": repr(seconds), "losses": json.dumps(dict(fitted.losses))}
         if self._keys is not None:
             facts["key"] = self._keys(number)
             facts["sha256"] = _digest({**tensors, **fitted.changed}, facts)
@@ -107,14 +108,28 @@ class Finished:
         cores = [_entry(stored, name) for name in stored.infos if name not in entries]
         if cores:
             entries[record.name] = sorted(cores, key=lambda entry: record.core_names.index(entry.info.name))
-        return Layer(record, entries, float(facts["seconds"]))
+        return Layer(record, entries, float(facts["seconds"]), json.loads(facts["losses"]))
 
-    def keep_others(self, tensors: Mapping[str, Tensor]) -> dict[str, list[Entry]]:
-        """Tensors that belong to no single layer, in the place of the source's of the same names."""
-        path = self._folder / "others.safetensors"
-        self._write(path, tensors, {})
-        stored = open_safetensors(path, [path], None, strip=False)
+    def fitted(self, number: int) -> Fitted:
+        """The same in memory, as it was fitted."""
+        layer = self.layer(number)
+        read = {name: [entry.read() for entry in entries] for name, entries in layer.entries.items()}
+        cores = read.pop(layer.record.name, [])
+        losses = {name: (before, after) for name, (before, after) in layer.losses.items()}
+        return Fitted(layer.record, cores, {name: tensor for name, (tensor,) in read.items()}, losses)
+
+    def keep_others(self, tensors: Mapping[str, Tensor]) -> None:
+        """Tensors that belong to no single layer."""
+        self._write(self._others, tensors, {})
+
+    def others(self) -> dict[str, list[Entry]]:
+        """Those, in the place of the source's of the same names."""
+        stored = open_safetensors(self._others, [self._others], None, strip=False)
         return {name: [_entry(stored, name)] for name in stored.infos}
+
+    @property
+    def _others(self) -> Path:
+        return self._folder / "others.safetensors"
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str]) -> None:
         beside = path.with_suffix(".writing")
@@ -136,6 +151,21 @@ def layer_key(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
     options = [recipe.seed, recipe.allow_growth, repr(plan)]
     weight = _digest({plan.map.name: checkpoint.read(plan.map.name)}, {})
     return hashlib.sha256(json.dumps([versions, options, weight]).encode()).hexdigest()
+
+
+def in_order_key(
+    fingerprint: Mapping[str, str], plans: Sequence[LayerPlan], recipe: Recipe, number: int | None = None
+) -> str:
+    """Says what a layer's cores depend on that is fitted behind others.
+
+    Args:
+        fingerprint: of the network, the data, the software and the machine.
+        plans: of all layers.
+        recipe: of the compression.
+        number: of the layer; None: of what the layers share.
+    """
+    facts = [sorted(fingerprint.items()), repr(recipe), repr(plans), number]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:

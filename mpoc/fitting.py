@@ -33,6 +33,7 @@ class Fitted:
     record: LayerRecord
     cores: Sequence[Tensor] = ()  # in the stored dtype; none where the layer stays dense
     changed: Mapping[str, Tensor] = field(default_factory=dict)  # other tensors that go with it: a bias
+    losses: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # of a block refined with it
 
 
 def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: torch.device) -> Fitted:

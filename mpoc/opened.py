@@ -19,6 +19,7 @@ from mpoc.outline import predict_size
 from mpoc.plan import LayerPlan, make_plan
 from mpoc.recipe import Recipe
 from mpoc.selection import Selection, select
+from mpoc.team import ALONE, Team
 
 if TYPE_CHECKING:
     from mpoc.calibrate.dense import Tell
@@ -61,14 +62,14 @@ class Opened:
         _refuse_name_collisions(checkpoint, plans)
         return plans
 
-    def study(self, request: CalibrationRequest, tell: Tell | None = None) -> Study:
+    def study(self, request: CalibrationRequest, tell: Tell | None = None, mates: Team = ALONE) -> Study:
         """The dense network on calibration data, whatever the goal; ``tell`` is told as work goes on."""
         from mpoc.calibrate.study import Study
 
         names = [map.name for map in self.selection.chosen]
         maps = dict.fromkeys(_whole_maps(self.selection, self.recipe), "a whole map")
         seed, path = self.recipe.seed, self.checkpoint.path
-        return Study(path, self.arch, request, names, seed, self.device, maps, tell)
+        return Study(path, self.arch, request, names, seed, self.device, maps, tell, mates)
 
 
 def open_source(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,6 @@ import torch
 
 from mpoc.compression import Compression, Progress, Work, fit_all, fit_each, shared_out, write_compressed
 from mpoc.errors import UsageError
-from mpoc.finished import Finished, layer_key
 from mpoc.fitting import Fitted
 from mpoc.opened import Opened, open_source
 from mpoc.outline import make_manifest, predict_size
@@ -19,7 +17,7 @@ from mpoc.plan import LayerPlan
 from mpoc.processes import local_rank, num_processes
 from mpoc.recipe import Recipe
 from mpoc.team import team
-from mpoc.workplace import layers_of, workplace
+from mpoc.workplace import calibration_of, layers_of, workplace
 from mpoc.writer import refuse_existing, refuse_misnamed
 
 if TYPE_CHECKING:
@@ -98,7 +96,6 @@ def compress_checkpoint(
     """
     if recipe.max_drop is not None:
         raise UsageError("max_drop: files are measured to find its ratio", "mpoc.search.compress_within")
-    _refuse_alone(calibration is not None, resume)
     with team() as mates:
         with mates.together():
             if not dry_run:
@@ -106,33 +103,16 @@ def compress_checkpoint(
             device = choose_device(recipe.device)
             opened = open_source(source, recipe, arch, calibration is not None, device)
             plans = opened.plan(opened.recipe)
-        study = None if calibration is None else opened.study(calibration, tell)
         if dry_run:
+            study = None if calibration is None else opened.study(calibration, tell, mates)
             return _dry_run(opened, plans, study, output, progress)
         with workplace(output, mates, resume) as target:
-            keys = partial(_key, opened, plans) if resume else None
-            work = Work(mates, Finished(layers_of(target), keys), progress)
+            if calibration is not None and resume:
+                calibration = replace(calibration, folder=calibration_of(target))
+            study = None if calibration is None else opened.study(calibration, tell, mates)
+            work = Work(mates, layers_of(target), resume, progress)
             done = write_compressed(opened, target, opened.recipe, plans, study, work)
     return replace(done, output=output)
-
-
-def _refuse_alone(calibrated: bool, resume: bool) -> None:
-    """Calibration goes through the network in order, in one process and in one go.
-
-    Raises:
-        UsageError: it is asked for otherwise.
-    """
-    if calibrated and num_processes() > 1:
-        raise UsageError("--calibrate goes through the network layer by layer, in one process: no torchrun")
-    if calibrated and resume:
-        raise UsageError(
-            "--resume keeps layers that are fitted each by itself, and --calibrate fits them in order",
-            "--moments FILE keeps what was measured of the dense network",
-        )
-
-
-def _key(opened: Opened, plans: list[LayerPlan], number: int) -> str:
-    return layer_key(opened.checkpoint, plans[number], opened.recipe, opened.device)
 
 
 def _dry_run(

@@ -6,15 +6,16 @@ torchrun starts them, on one machine or on several that see the same files; they
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from mpoc.errors import MpocError
 from mpoc.processes import num_processes, rank
 
+_Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 # A process may wait for another's longest layer; torchrun ends all where one dies.
 _PATIENCE = timedelta(days=7)
@@ -32,15 +33,38 @@ class Team:
         """Whether it prints, and puts the output in place."""
         return self.rank == 0
 
-    def told(self, value: _Value) -> _Value:
-        """What the first process has, in all."""
-        if self.size == 1:
-            return value
-        import torch.distributed as dist
+    def told(self, value: _Value | None, by: int = 0) -> _Value:
+        """What one process has, in all; tensors in it are on the CPU."""
+        if self.size > 1:
+            import torch.distributed as dist
 
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
+            box = [value if self.rank == by else None]
+            dist.broadcast_object_list(box, src=by)
+            value = box[0]
+        return cast(_Value, value)
+
+    def by_first(self, work: Callable[[], _Value]) -> _Value:
+        """What the first process finds, in all."""
+        found = None
+        with self.together():
+            if self.is_first:
+                found = work()
+        return self.told(found)
+
+    def each(
+        self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None = None
+    ) -> list[_Value]:
+        """What ``work`` makes of each, in all processes; they share the work.
+
+        Args:
+            items: the same in all.
+            work: is done by one process alone.  What it gives has its tensors on the CPU.
+            costs: of the items; None: they are alike.
+        """
+        owners = self.owners([1.0] * len(items) if costs is None else costs)
+        with self.together():
+            own = {k: work(items[k]) for k, owner in enumerate(owners) if owner == self.rank}
+        return [self.told(own.pop(k, None), by=owner) for k, owner in enumerate(owners)]
 
     def agree(self, error: Exception | None) -> None:
         """Wait for all; where one failed, all end: the first process with its message, the others silently.
@@ -79,14 +103,20 @@ class Team:
         self.agree(failed)
 
     def share(self, costs: Sequence[float]) -> list[int]:
-        """Which pieces of work are this process's: the largest first, always to whoever has least."""
-        loads, mine = [0.0] * self.size, []
+        """Which pieces of work are this process's."""
+        return [number for number, owner in enumerate(self.owners(costs)) if owner == self.rank]
+
+    def owners(self, costs: Sequence[float]) -> list[int]:
+        """Whose each piece of work is: the largest first, always to whoever has least."""
+        loads, owners = [0.0] * self.size, [0] * len(costs)
         for number in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
             least = min(range(self.size), key=loads.__getitem__)
             loads[least] += costs[number]
-            if least == self.rank:
-                mine.append(number)
-        return sorted(mine)
+            owners[number] = least
+        return owners
+
+
+ALONE = Team()
 
 
 def _as_ours(error: Exception) -> MpocError:

@@ -13,7 +13,7 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.team import Team
 from mpoc.writer import naming, put_in_place, scratch_beside
 
-_LAYERS, _OUTPUT = "layers", "output"
+_LAYERS, _CALIBRATION, _OUTPUT = "layers", "calibration", "output"
 # Says that a folder is one of these; whoever works in it holds it locked.
 _MARK = "mpoc-partial.json"
 
@@ -27,22 +27,16 @@ def kept_beside(output: Path) -> Path:
 def workplace(output: Path, mates: Team, resume: bool = False) -> Iterator[Path]:
     """A path to write to; on success it takes the place of ``output``, for all processes together.
 
-    Beside it is a folder ``layers`` for what is finished.  On a failure, Ctrl-C included, nothing is left
-    behind and an old ``output`` stays; with ``resume`` the finished layers stay in ``OUT.partial``.
+    Beside it are folders for finished layers and for what calibration finds before.  On a failure, Ctrl-C
+    included, nothing is left behind and an old ``output`` stays; with ``resume`` those folders stay in
+    ``OUT.partial``.
 
     Raises:
         UsageError: ``OUT.partial`` is no such folder.
         MpocError: another process is at work in it.
     """
     with ExitStack() as held:
-        with mates.together():
-            folder = None
-            if mates.is_first:
-                folder = _kept(output, held) if resume else scratch_beside(output)
-                for name in (_LAYERS, _OUTPUT):
-                    (folder / name).mkdir(exist_ok=True)
-        folder = mates.told(folder)
-        assert folder is not None
+        folder = mates.by_first(lambda: _prepared(output, held, resume))
         try:
             with naming(output):
                 yield folder / _OUTPUT / output.name
@@ -60,9 +54,21 @@ def workplace(output: Path, mates: Team, resume: bool = False) -> Iterator[Path]
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _prepared(output: Path, held: ExitStack, resume: bool) -> Path:
+    folder = _kept(output, held) if resume else scratch_beside(output)
+    for name in (_LAYERS, _CALIBRATION, _OUTPUT):
+        (folder / name).mkdir(exist_ok=True)
+    return folder
+
+
 def layers_of(target: Path) -> Path:
     """The folder of finished layers beside a path that :func:`workplace` gave."""
     return target.parent.parent / _LAYERS
+
+
+def calibration_of(target: Path) -> Path:
+    """Likewise, of the folder of what calibration finds before layers are fitted."""
+    return target.parent.parent / _CALIBRATION
 
 
 def _kept(output: Path, held: ExitStack) -> Path:
@@ -75,7 +81,7 @@ def _kept(output: Path, held: ExitStack) -> Path:
     folder.mkdir(exist_ok=True)
     _lock(held.enter_context((folder / _MARK).open("w")), folder)
     for one in folder.iterdir():
-        if one.name not in (_MARK, _LAYERS):
+        if one.name not in (_MARK, _LAYERS, _CALIBRATION):
             shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
     return folder
 

@@ -26,7 +26,9 @@ def fitted(dtype: torch.dtype = torch.float32) -> Fitted:
     selection = Selection([LinearMap(name, "linear", (24, 30), info.dtype, False)], {}, "names", [])
     recipe = Recipe(bond=3, form="mpo", sites=2)
     found = fit_layer(checkpoint, make_plan(selection, recipe)[0], recipe, torch.device("cpu"))
-    return Fitted(found.record, found.cores, {"fc.bias": torch.arange(24.0).to(dtype)})
+    return Fitted(
+        found.record, found.cores, {"fc.bias": torch.arange(24.0).to(dtype)}, {"block": (0.5, 0.25)}
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -44,6 +46,10 @@ def test_a_layer_comes_back_as_it_was(tmp_path: Path, dtype: torch.dtype) -> Non
         assert torch.equal(entry.read(), core)
     (bias,) = found.entries["fc.bias"]
     assert torch.equal(bias.read(), layer.changed["fc.bias"])
+    again = store.fitted(7)
+    assert (again.record, again.losses) == (layer.record, layer.losses)
+    assert all(map(torch.equal, again.cores, layer.cores))
+    assert torch.equal(again.changed["fc.bias"], layer.changed["fc.bias"])
 
 
 def test_a_dense_layer_has_a_record_only(tmp_path: Path) -> None:
@@ -56,9 +62,9 @@ def test_a_dense_layer_has_a_record_only(tmp_path: Path) -> None:
 
 def test_tensors_of_no_single_layer_are_kept_too(tmp_path: Path) -> None:
     store = Finished(tmp_path)
-    entries = store.keep_others({"bn.running_mean": torch.arange(3.0)})
+    store.keep_others({"bn.running_mean": torch.arange(3.0)})
     assert store.count() == 0
-    assert torch.equal(entries["bn.running_mean"][0].read(), torch.arange(3.0))
+    assert torch.equal(store.others()["bn.running_mean"][0].read(), torch.arange(3.0))
 
 
 def test_a_layer_is_used_again_where_nothing_changed(tmp_path: Path) -> None:

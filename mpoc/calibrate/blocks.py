@@ -57,8 +57,8 @@ class Blocks:
             fitted: all its selected layers; the compressed network has them already.
 
         Returns:
-            The layers, their records as they were; those that are dense, and all where no state was better
-            on held-out examples, as they were.
+            The layers, their records as they were, one of them with the losses of the block; cores of those
+            that are dense, and of all where no state was better on held-out examples, as they were.
         """
         compressed = [one for one in fitted if one.cores]
         if place is None or not compressed:
@@ -76,12 +76,23 @@ class Blocks:
         found = refine(block, stored, seen, held_out, self._study.metric(place), seed)
         self._losses[path] = found.before, found.after
         if not found.tensors:
-            return list(fitted)
+            return self._with_losses(path, fitted)
         changed = {own: found.tensors[name].cpu() for name, own in vectors.items()}
         new = {one.record.name: self._taken(one, path, found.tensors, changed) for one in compressed}
         first = compressed[0].record.name
         new[first] = replace(new[first], changed={**new[first].changed, **changed})
-        return [new.get(one.record.name, one) for one in fitted]
+        return self._with_losses(path, [new.get(one.record.name, one) for one in fitted])
+
+    def _with_losses(self, path: str, fitted: Sequence[Fitted]) -> list[Fitted]:
+        first = next(one.record.name for one in fitted if one.cores)
+        losses = {path: self._losses[path]}
+        return [replace(one, losses=losses) if one.record.name == first else one for one in fitted]
+
+    def take_up(self, place: Place | None, fitted: Sequence[Fitted]) -> None:
+        """Layers of a block that an earlier run has refined; None of layers that have none."""
+        self._left += [one.record.layer for one in fitted if one.cores and place is None]
+        for one in fitted:
+            self._losses |= one.losses
 
     @cached_property
     def _count(self) -> int:
@@ -89,11 +100,12 @@ class Blocks:
         homes = {self.home(name) for group in self._study.groups for name in group}
         return len(homes - {None})
 
-    def take_back(self, place: Place | None) -> None:
-        """The last refinement was of this block, and the network is nearer to the dense one without it."""
+    def taken_back(self, place: Place | None, fitted: Sequence[Fitted]) -> list[Fitted]:
+        """The layers as they were: without the last refinement the network is nearer to the dense one."""
         path = self._study.block(place) if place is not None else ""
         before, _ = self._losses[path]
         self._losses[path] = before, before
+        return self._with_losses(path, fitted)
 
     def facts(self) -> dict[str, Any]:
         """For the manifest: by block the loss on held-out examples, before and after."""
@@ -153,6 +165,6 @@ class Blocks:
     ) -> Fitted:
         """A layer with new cores, and new values of the tensors that its fit had changed."""
         prefix = core_prefix(self._within(path, fitted))
-        cores = [tensors[f"{prefix}.{k}"].contiguous() for k in range(len(fitted.cores))]
+        cores = [tensors[f"{prefix}.{k}"].cpu().contiguous() for k in range(len(fitted.cores))]
         own = {name: changed.get(name, tensor) for name, tensor in fitted.changed.items()}
         return replace(fitted, cores=cores, changed=own)

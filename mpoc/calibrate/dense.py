@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mpoc.calibrate.chain import features, goes_on
-from mpoc.calibrate.gather import ALL, LayerSums, Positions, as_rows, total_rows
+from mpoc.calibrate.gather import ALL, LayerSums, Positions, as_rows, refuse_without_rows, total_rows
 from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
 from mpoc.calibrate.inputs import Layer
 from mpoc.calibrate.interest import Pooling, direction, output_of_interest
-from mpoc.calibrate.moments import Moments, product
+from mpoc.calibrate.moments import Moments, merge, product
+from mpoc.calibrate.parts import Parts
 from mpoc.calibrate.trace import Trace
 from mpoc.errors import MpocError
+from mpoc.team import ALONE, Team
 from mpoc.train.call import Batch, Call, to_device
 from mpoc.train.settings import derived_seed
 
 Tell = Callable[[str, int, int], None]  # what goes on, which one begins, of how many
+_Key = tuple[str, str]  # "moments", "gradients" or "blocks"; the weight or the module
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ def dense_pass(
     seed: int = 0,
     blocks: bool = False,
     tell: Tell | None = None,
+    mates: Team = ALONE,
 ) -> DensePass:
     """Run the network over the batches, forth and, ``probes`` times a batch, back.
 
@@ -62,69 +67,123 @@ def dense_pass(
         seed: of the directions.
         blocks: whether gradients at the outputs of blocks are wanted too.
         tell: called before each batch.
+        mates: the processes that share the batches.
 
     Raises:
         MpocError: the data give a layer no rows, or outputs are not finite.
     """
-    run = _Run(network, trace)
     device = device_of(network)
-    with at_rest(network), hooked() as handles, torch.set_grad_enabled(probes > 0):
-        for layer in trace.layers.values():
-            for path in layer.modules:
-                module = network.get_submodule(path)
-                handles.append(
-                    module.register_forward_pre_hook(run.before(layer, positions), with_kwargs=True)
-                )
-                if probes:
-                    handles.append(module.register_forward_hook(run.after(layer)))
-        for k, chain in enumerate(trace.chains if blocks and probes else ()):
-            for position, block in enumerate(chain):
-                module = network.get_submodule(block.module)
-                handles.append(
-                    module.register_forward_hook(run.behind(block.module, trace.axis((k, position))))
-                )
-        for index, batch in enumerate(batches):
-            if tell:
-                tell("reading the dense network: batch", index + 1, len(batches))
-            run.index, part = index, to_device(batch, device)
-            run.mask = part.get("attention_mask")
-            values, are_logits = output_of_interest(call(network, part), part, pooling)
-            if not bool(values.isfinite().all()):
-                raise MpocError(
-                    f"the outputs of the network, a {type(network).__name__}, are not finite on these data",
-                    "look at data and checkpoint for NaN: mpoc eval",
-                )
-            for probe in range(probes if values.requires_grad else 0):
-                generator = torch.Generator(device).manual_seed(derived_seed(seed, "direction", index, probe))
-                values.backward(direction(values, are_logits, generator), retain_graph=probe + 1 < probes)
-    return run.result(probes)
+
+    def measure(part: range) -> dict[_Key, Moments | _Sum]:
+        run = _Run(network, trace, positions)
+        with at_rest(network), hooked() as handles, torch.set_grad_enabled(probes > 0):
+            handles += run.hooks(probes > 0, blocks)
+            for index in part:
+                if tell:
+                    tell("reading the dense network: batch", index + 1, len(batches))
+                batch = to_device(batches[index], device)
+                run.index, run.mask = index, batch.get("attention_mask")
+                values, are_logits = output_of_interest(call(network, batch), batch, pooling)
+                _refuse_infinite(values, network)
+                for probe in range(probes if values.requires_grad else 0):
+                    chance = torch.Generator(device).manual_seed(
+                        derived_seed(seed, "direction", index, probe)
+                    )
+                    values.backward(direction(values, are_logits, chance), retain_graph=probe + 1 < probes)
+        return run.sums()
+
+    return _result(Parts(len(batches), mates).total(measure, _merged), trace, probes)
+
+
+def _refuse_infinite(values: Tensor, network: nn.Module) -> None:
+    if not bool(values.isfinite().all()):
+        raise MpocError(
+            f"the outputs of the network, a {type(network).__name__}, are not finite on these data",
+            "look at data and checkpoint for NaN: mpoc eval",
+        )
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Σ g gᵀ over rows; on the CPU."""
+
+    total: Tensor
+    rows: int
+
+
+def _merged(one: Moments | _Sum, other: Moments | _Sum) -> Moments | _Sum:
+    if isinstance(one, Moments) and isinstance(other, Moments):
+        return merge(one, other)
+    assert isinstance(one, _Sum)
+    assert isinstance(other, _Sum)
+    if one.total.shape != other.total.shape:
+        return one  # the axis of a block's output is none of features
+    return _Sum(one.total + other.total, one.rows + other.rows)
+
+
+def _result(found: Mapping[_Key, Moments | _Sum], trace: Trace, probes: int) -> DensePass:
+    first = {name: one for (_, name), one in found.items() if isinstance(one, Moments)}
+    refuse_without_rows((trace.layers[name] for name in dict.fromkeys(trace.same_rows.values())), first)
+    moments = {name: first[same] for name, same in trace.same_rows.items()}
+    sums = {key: one for key, one in found.items() if isinstance(one, _Sum)}
+    halves = {key: (one.total + one.total.T) / 2 for key, one in sums.items()}
+    gradients = {
+        name: halves[key] / (sums[key].rows * probes)
+        for name in moments
+        if (key := ("gradients", name)) in sums
+    }
+    blocks = {name: half for (kind, name), half in halves.items() if kind == "blocks"}
+    return DensePass(moments, gradients, blocks)
 
 
 class _Run:
-    def __init__(self, network: nn.Module, trace: Trace) -> None:
-        self.index, self.mask = 0, None
-        self._trace = trace
+    """What hooks gather over the batches of a part."""
+
+    index: int  # of the batch
+    mask: Tensor | None
+
+    def __init__(self, network: nn.Module, trace: Trace, positions: Positions) -> None:
+        self._network, self._trace, self._positions = network, trace, positions
         self._sums = {name: LayerSums(trace.layers[name]) for name in dict.fromkeys(trace.same_rows.values())}
         self._start = torch.zeros((), device=device_of(network), requires_grad=True)
         self._gradients: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
         self._blocks: dict[str, Tensor] = {}
 
-    index: int
-    mask: Tensor | None
+    def hooks(self, gradients: bool, blocks: bool) -> Iterator[RemovableHandle]:
+        """Of layers, and of blocks where gradients at what they give are wanted."""
+        for layer in self._trace.layers.values():
+            for path in layer.modules:
+                module = self._network.get_submodule(path)
+                yield module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
+                if gradients:
+                    yield module.register_forward_hook(self._after(layer))
+        for k, chain in enumerate(self._trace.chains if blocks and gradients else ()):
+            for position, block in enumerate(chain):
+                behind = self._behind(block.module, self._trace.axis((k, position)))
+                yield self._network.get_submodule(block.module).register_forward_hook(behind)
 
-    def before(self, layer: Layer, positions: Positions) -> Any:
+    def sums(self) -> dict[_Key, Moments | _Sum]:
+        """Of what was seen."""
+        found: dict[_Key, Moments | _Sum] = {}
+        for name, layer_sums in self._sums.items():
+            moments = layer_sums.moments()
+            found |= {} if moments is None else {("moments", name): moments}
+        found |= {("gradients", name): _Sum(g.cpu(), self._rows[name]) for name, g in self._gradients.items()}
+        return found | {("blocks", path): _Sum(total.cpu(), 0) for path, total in self._blocks.items()}
+
+    def _before(self, layer: Layer) -> Any:
         """A hook that adds what the layer is given."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             if layer.name in self._sums:
                 with torch.no_grad():
                     given = first_given(args, named)
-                    self._sums[layer.name].add(given, self.mask, positions.of(self.index))
+                    self._sums[layer.name].add(given, self.mask, self._positions.of(self.index))
 
         return hook
 
-    def after(self, layer: Layer) -> Any:
+    def _after(self, layer: Layer) -> Any:
         """A hook that begins the graph where nothing has, and adds the gradients at the output."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -147,7 +206,7 @@ class _Run:
 
         return hook
 
-    def behind(self, path: str, axis: int) -> Any:
+    def _behind(self, path: str, axis: int) -> Any:
         """A hook that adds the gradients at the output of a block."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -164,14 +223,3 @@ class _Run:
                 first.register_hook(add)
 
         return hook
-
-    def result(self, probes: int) -> DensePass:
-        found = {name: sums.moments() for name, sums in self._sums.items()}
-        moments = {name: found[first] for name, first in self._trace.same_rows.items()}
-        gradients = {
-            name: ((total + total.T) / (2 * self._rows[name] * probes)).cpu()
-            for name in moments
-            if (total := self._gradients.get(name)) is not None
-        }
-        blocks = {path: ((total + total.T) / 2).cpu() for path, total in self._blocks.items()}
-        return DensePass(moments, gradients, blocks)

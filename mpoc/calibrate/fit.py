@@ -20,6 +20,7 @@ from mpoc.forms.form import Form
 from mpoc.forms.mpo import MPO
 from mpoc.forms.terms import form_of
 from mpoc.structure import Structure
+from mpoc.team import ALONE, Team
 
 STRETCHES, LAST = 6, 1  # of a descent; then on all inputs
 
@@ -48,10 +49,14 @@ class Judgement:
     held_out_error: float  # on held-out inputs, of the same fit without them
     felt_error: float  # likewise, as the network's output feels it
 
+    def on_cpu(self) -> Judgement:
+        """With its tensor there."""
+        return self if self.shift is None else replace(self, shift=self.shift.cpu())
+
 
 @dataclass(frozen=True)
 class CalibratedFit:
-    """A layer's cores in the stored dtype, with what they do."""
+    """A layer's cores in the stored dtype, on the CPU, with what they do."""
 
     terms: tuple[Form, ...]  # the form, and what is added to it
     gamma: float
@@ -71,6 +76,7 @@ def fit_calibrated(
     dtype: torch.dtype,
     seed: int,
     apart: bool = False,
+    mates: Team = ALONE,
 ) -> CalibratedFit:
     """Cores that make small errors of the layer's outputs.
 
@@ -82,25 +88,46 @@ def fit_calibrated(
         dtype: of the stored cores.
         seed: of the sweeps' start.
         apart: keep held-out inputs out of the fit, for what comes after it.
+        mates: the processes that share the trials, with the same arguments.
     """
     first = storages[0].structure
     matrix = one_matrix(weight, first.kind, first.transposed)
-    tried = []
-    for storage in storages:
-        for gamma in evidence.gammas if storage.structure.form == "svd" else (evidence.mpo_gamma,):
-            terms = _fit(evidence.metric(matrix, gamma), storage, STRETCHES, seed)
-            rounded = _rounded(terms, dtype)
-            tried.append((evidence.felt.squared(matrix, matrix_of(rounded)), gamma, storage, rounded))
-    _, gamma, storage, terms = min(tried, key=lambda one: one[0])
-    judged = judge(weight, terms, evidence)
-    if not apart:
+    trials = [
+        (storage, gamma)
+        for storage in storages
+        for gamma in (evidence.gammas if storage.structure.form == "svd" else (evidence.mpo_gamma,))
+    ]
+
+    def attempt(trial: tuple[Storage, float]) -> tuple[float, tuple[Form, ...]]:
+        storage, gamma = trial
+        terms = _rounded(_fit(evidence.metric(matrix, gamma), storage, STRETCHES, seed), dtype)
+        return evidence.felt.squared(matrix, matrix_of(terms)), on_device(terms, "cpu")
+
+    tried = mates.each(trials, attempt, [_costs(storage) for storage, _ in trials])
+    best = min(range(len(trials)), key=lambda k: tried[k][0])
+    (storage, gamma), terms = trials[best], on_device(tried[best][1], weight.device)
+
+    def finish(part: str) -> tuple[tuple[Form, ...], Judgement | None, dict[str, float]]:
+        if part == "rivals":
+            size = sum(core.numel() for term in terms for core in term.cores)
+            return (), None, rivals(weight, first, size, evidence, seed)
+        judged = judge(weight, terms, evidence)
+        if apart:
+            return on_device(terms, "cpu"), judged.on_cpu(), {}
         everything = evidence.together()
-        terms = _rounded(_fit(everything.metric(matrix, gamma), storage, LAST, seed, terms), dtype)
-        found = judge(weight, terms, everything)
+        last = _rounded(_fit(everything.metric(matrix, gamma), storage, LAST, seed, terms), dtype)
+        found = judge(weight, last, everything)
         judged = replace(found, held_out_error=judged.held_out_error, felt_error=judged.felt_error)
-    size = sum(core.numel() for term in terms for core in term.cores)
-    same_size = {"this": judged.felt_error} | rivals(weight, first, size, evidence, seed)
-    return CalibratedFit(terms, gamma, judged, same_size)
+        return on_device(last, "cpu"), judged.on_cpu(), {}
+
+    (last, judged, _), (_, _, others) = mates.each(("fit", "rivals"), finish, (_costs(storage), 1.0))
+    assert judged is not None
+    return CalibratedFit(last, gamma, judged, {"this": judged.felt_error} | others)
+
+
+def _costs(storage: Storage) -> float:
+    """Of a fit, beside a closed form."""
+    return 1.0 if storage.structure.form == "svd" else 4.0
 
 
 def judge(weight: Tensor, terms: Sequence[Form], evidence: Evidence) -> Judgement:
@@ -134,3 +161,8 @@ def _rounded(terms: tuple[Form, ...], dtype: torch.dtype) -> tuple[Form, ...]:
     return tuple(
         form_of([core.to(dtype).contiguous() for core in term.cores], term.structure) for term in terms
     )
+
+
+def on_device(terms: tuple[Form, ...], device: torch.device | str) -> tuple[Form, ...]:
+    """With their cores there."""
+    return tuple(form_of([core.to(device) for core in term.cores], term.structure) for term in terms)

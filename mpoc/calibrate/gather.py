@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -71,17 +72,22 @@ class LayerSums:
         part = sample is not None and isinstance(inputs, ConvInputs)
         self.rows += inputs.count(given, mask) if part else self._accumulator.count - added
 
-    def moments(self, dense: Moments | None = None) -> Moments:
-        """Of all that was added; ``dense``: as of :meth:`Accumulator.moments`.
-
-        Raises:
-            MpocError: no rows.
-        """
+    def moments(self) -> Moments | None:
+        """Of all that was added; None: no rows were."""
         if isinstance(self._counts, Tensor) and bool(self._counts.any()):
             return one_hot_moments(self._counts)
-        if not self.rows:
-            raise MpocError(f"{self._layer.name}: the calibration data give it no rows")
-        return self._accumulator.moments(self.rows, dense)
+        return self._accumulator.moments(self.rows) if self.rows else None
+
+
+def refuse_without_rows(layers: Iterable[Layer], found: Container[str]) -> None:
+    """Whether all of these were found.
+
+    Raises:
+        MpocError: the data give a layer no rows.
+    """
+    without = next((layer.name for layer in layers if layer.name not in found), None)
+    if without is not None:
+        raise MpocError(f"{without}: the calibration data give it no rows")
 
 
 def total_rows(layer: Layer, output: Tensor, mask: Tensor | None) -> int:

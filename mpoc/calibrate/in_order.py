@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -47,6 +47,7 @@ class InOrder:
 
     def __init__(self, study: Study, checkpoint: Checkpoint, recipe: Recipe, device: torch.device) -> None:
         self._study, self._checkpoint, self._recipe, self._device = study, checkpoint, recipe, device
+        self._mates = study.mates
         self._compressed = copy.deepcopy(study.network)
         self._sharing = Sharing(study, checkpoint, recipe, device)
         self._norms: Renewed | None = None
@@ -95,27 +96,68 @@ class InOrder:
         said = [f"fitted by their weights alone: {', '.join(blind[:4])}{more}"] if blind else []
         return [*self._study.notes, *said, *(self._blocks.notes if self._blocks else ())]
 
-    def fit(self, plans: Sequence[LayerPlan]) -> Iterator[Fitted]:
-        """The layers, in any order; those whose inputs cannot be seen are fitted by their weights, first."""
+    def units(self, plans: Sequence[LayerPlan]) -> list[list[str]]:
+        """Layers that are fitted together, by name, in the order of :meth:`fit`."""
+        names = {plan.map.name for plan in plans}
+        known = [[name for name in group if name in names] for group in self._study.groups]
+        unseen = names.difference(*known)
+        found = [[plan.map.name] for plan in plans if plan.map.name in unseen]
+        return found + [[name for group in groups for name in group] for _, groups in self._steps(names)]
+
+    def fit(
+        self, plans: Sequence[LayerPlan], kept: Mapping[str, Callable[[], Fitted]] | None = None
+    ) -> Iterator[Fitted]:
+        """The layers, in any order; those whose inputs cannot be seen are fitted by their weights, first.
+
+        Args:
+            plans: of all layers.
+            kept: units of layers that an earlier run has fitted: they are put in their place, and not given.
+        """
+        kept = kept or {}
         todo = {plan.map.name: plan for plan in plans}
-        seen = [[name for name in group if name in todo] for group in self._study.groups]
-        known = {name for group in seen for name in group}
-        unseen = [plan for plan in plans if plan.map.name not in known]
-        yield from self._in_block(None, [self._fit_unseen(plan) for plan in unseen], [])
+        steps = list(self._steps(todo))
+        seen = {name for _, groups in steps for group in groups for name in group}
+        unseen = [plan for plan in plans if plan.map.name not in seen and plan.map.name not in kept]
+        self._take_up([kept[plan.map.name] for plan in plans if plan.map.name in kept.keys() - seen])
+        fitted = self._mates.each(unseen, self._fit_unseen, [plan.cost for plan in unseen])
+        for one in fitted:
+            self._put(one)
+        yield from self._in_block(None, fitted, [])
+        for place, groups in steps:
+            names = [name for group in groups for name in group]
+            if kept.keys() >= set(names):
+                self._take_up([kept[name] for name in names], place)
+            else:
+                found = [one for group in groups for one in self._fit_group(group, todo, place)]
+                yield from self._in_block(place, found, groups)
+
+    def _steps(self, names: Container[str]) -> Iterator[tuple[Place | None, list[list[str]]]]:
+        """Groups of one input each; those of a block that is refined are fitted in one step."""
+        seen = [[name for name in group if name in names] for group in self._study.groups]
         for place, part in groupby(filter(None, seen), self._place):
-            for groups in [list(part)] if place is not None else ([group] for group in part):
-                fitted = [self._fit_group(group, todo, place) for group in groups]
-                yield from self._in_block(place, [one for group in fitted for one in group], groups)
+            groups = list(part)
+            yield from [(place, groups)] if place is not None else [(None, [group]) for group in groups]
+
+    def _take_up(self, kept: Sequence[Callable[[], Fitted]], place: Place | None = None) -> None:
+        fitted = [one() for one in kept]
+        for one in fitted:
+            self._put(one)
+        if self._blocks is not None:
+            self._blocks.take_up(place, fitted)
 
     def finish(self) -> dict[str, Tensor]:
         """After the last layer: statistics of batch norms, by their names, where they help."""
         data = self._study.data
-        self._norms = renewed_norms(
-            self._compressed,
-            data.call,
-            data.batches,
-            lambda network: self._sharing.distance.of_network(network),  # made where there are norms
-        )
+
+        def renewed() -> Renewed | None:
+            return renewed_norms(
+                self._compressed,
+                data.call,
+                data.batches,
+                lambda network: self._sharing.distance.of_network(network),  # made where there are norms
+            )
+
+        self._norms = self._mates.by_first(renewed)
         if self._norms is None or not self._norms.is_better:
             return {}
         named = {place: name for name, place in self._study.places.items()}
@@ -124,8 +166,7 @@ class InOrder:
 
     def _fit_unseen(self, plan: LayerPlan) -> Fitted:
         fitted = fit_layer(self._checkpoint, plan, self._recipe, self._device)
-        self._put(fitted)
-        return fitted
+        return replace(fitted, cores=[core.cpu() for core in fitted.cores])
 
     def _place(self, group: Sequence[str]) -> Place | None:
         """The block to refine a group with."""
@@ -136,22 +177,31 @@ class InOrder:
         """The layers of a block, all fitted, refined where that helps; their errors are measured again."""
         if self._blocks is None:
             return fitted
-        refined = self._blocks.refine(place, fitted)
-        if all(new is old for new, old in zip(refined, fitted, strict=True)):
-            return fitted
-        distance, before = self._sharing.distance, copy.deepcopy(self._compressed.state_dict())
-        far = distance.of_network(self._compressed)
+        refined = self._mates.by_first(lambda: self._refined(place, fitted))
+        if not _have_changed(refined, fitted):
+            return refined
         for one in refined:
             self._put(one)
-        if distance.of_network(self._compressed) >= far:  # of the whole network, what follows still dense
-            self._compressed.load_state_dict(before)
-            self._blocks.take_back(place)
-            return fitted
         new = {one.record.name: one for one in refined}
         for group in groups:
             evidence = self._study.evidence(self._compressed, group)
             new |= {name: self._judged(new[name], evidence[name]) for name in group if new[name].cores}
         return list(new.values())
+
+    def _refined(self, place: Place | None, fitted: list[Fitted]) -> list[Fitted]:
+        """As they were where the network is no nearer to the dense one, what follows still dense."""
+        assert self._blocks is not None
+        refined = self._blocks.refine(place, fitted)
+        if not _have_changed(refined, fitted):
+            return refined
+        distance, before = self._sharing.distance, copy.deepcopy(self._compressed.state_dict())
+        far = distance.of_network(self._compressed)
+        for one in refined:
+            self._put(one)
+        if distance.of_network(self._compressed) < far:
+            return refined
+        self._compressed.load_state_dict(before)
+        return self._blocks.taken_back(place, fitted)
 
     def _judged(self, fitted: Fitted, evidence: Evidence) -> Fitted:
         record = fitted.record
@@ -170,14 +220,18 @@ class InOrder:
         return [self._fit_one(todo[name], evidence[name], place is not None) for name in group]
 
     def _fit_one(self, plan: LayerPlan, evidence: Evidence, apart: bool) -> Fitted:
+        """Whatever may fail is in step with the other processes."""
         if plan.max_bond is None:
             return Fitted(plan.record())
         name = plan.map.name
-        weight = read_finite(self._checkpoint, name).to(self._device)
+        with self._mates.together():
+            weight = read_finite(self._checkpoint, name).to(self._device)
         dtype = getattr(torch, plan.stored_dtype)
         seed = zlib.crc32(name.encode()) ^ self._recipe.seed
-        fit = fit_calibrated(weight, self._sharing.storages(plan), evidence, dtype, seed, apart)
-        check_cores(fit.terms, weight, self._checkpoint, plan)
+        storages = self._sharing.storages(plan)
+        fit = fit_calibrated(weight, storages, evidence, dtype, seed, apart, self._mates)
+        with self._mates.together():
+            check_cores(fit.terms, weight, self._checkpoint, plan)
         if not self._recipe.allow_growth:
             plan = leave_dense_unless_smaller(plan, sum(core.numel() for core in fit.cores))
         if plan.max_bond is None:
@@ -209,6 +263,12 @@ class InOrder:
         for name, tensor in new.items():
             if name in self._study.places:
                 state[self._study.places[name]].copy_(tensor)
+
+
+def _have_changed(new: Sequence[Fitted], old: Sequence[Fitted]) -> bool:
+    """Whether a core has; several processes do not share tensors, so numbers are compared."""
+    pairs = zip(new, old, strict=True)
+    return any(not all(map(torch.equal, one.cores, other.cores)) for one, other in pairs)
 
 
 def _with_figures(

@@ -29,15 +29,21 @@ class Moments:
     second: Tensor  # E[x̃ x̃ᵀ] (N_x, N_x), not centred
     dense_mean: Tensor  # μ (N_x,); where only the dense network ran the same tensor as ``mean``
     cross: Tensor  # E[x x̃ᵀ] (N_x, N_x), not centred
-    dense_second: Tensor  # E[x xᵀ] (N_x, N_x), not centred
+    dense_second: Tensor  # E[x xᵀ] (N_x, N_x), not centred; (0,) where it was not wanted
 
 
 def merge(one: Moments, other: Moments) -> Moments:
-    """The moments of the rows of both together."""
+    """The moments of the rows of both together; what is one tensor in both stays one tensor."""
     rows = one.rows + other.rows
-    share = other.rows / rows
-    pairs = {f.name: (getattr(one, f.name), getattr(other, f.name)) for f in fields(one) if f.name != "rows"}
-    return Moments(rows, **{name: torch.lerp(a, b, share) for name, (a, b) in pairs.items()})
+    merged: dict[tuple[int, int], Tensor] = {}
+
+    def both(a: Tensor, b: Tensor) -> Tensor:
+        if (id(a), id(b)) not in merged:
+            merged[id(a), id(b)] = torch.lerp(a, b, other.rows / rows)
+        return merged[id(a), id(b)]
+
+    names = [field.name for field in fields(one) if field.name != "rows"]
+    return Moments(rows, **{name: both(getattr(one, name), getattr(other, name)) for name in names})
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -109,12 +115,11 @@ class Accumulator:
                 total += part
         self.count += rows.shape[-2]
 
-    def moments(self, rows: int | None = None, dense: Moments | None = None) -> Moments:
+    def moments(self, rows: int | None = None) -> Moments:
         """What was gathered.
 
         Args:
             rows: there were, where those added are a part of them.
-            dense: of the dense network on the same rows, where its second moment was not wanted here.
 
         Raises:
             ValueError: no rows were added.
@@ -122,15 +127,13 @@ class Accumulator:
         if not self.count:
             raise ValueError("no rows were added")
         means = [sums.mean(self.count) for sums in self._sums]
-        mine, other = 0, len(self._sums) - 1
-        second = self._second(0, mine, mine, means)
-        cross = self._second(1, other, mine, means) if other else second
-        if dense is not None:
-            dense_second = dense.dense_second
-        else:
-            dense_second = self._second(2, other, other, means) if other else second
-        mean, dense_mean = means[mine].cpu(), means[other].cpu()
-        return Moments(rows or self.count, mean, second, dense_mean if other else mean, cross, dense_second)
+        second = self._second(0, 0, 0, means)
+        if len(means) == 1:
+            mean = means[0].cpu()
+            return Moments(rows or self.count, mean, second, mean, second, second)
+        cross = self._second(1, 1, 0, means)
+        dense_second = self._second(2, 1, 1, means) if self._wants_dense else torch.empty(0).double()
+        return Moments(rows or self.count, means[0].cpu(), second, means[1].cpu(), cross, dense_second)
 
     def _second(self, which: int, left: int, right: int, means: list[Tensor]) -> Tensor:
         """E[a bᵀ] from the product of the shifted a − s and b − t: Σ/n + s E[b]ᵀ + (E[a] − s) tᵀ."""

@@ -24,7 +24,7 @@ from mpoc.train.call import Batch, Call, to_device
 class Renewed:
     """What new statistics would do."""
 
-    statistics: dict[str, Tensor]  # running mean or variance, by its place in the network
+    statistics: dict[str, Tensor]  # running mean or variance, by its place in the network; on the CPU
     before: float  # distance of held-out outputs from the dense network's
     after: float
 
@@ -66,7 +66,7 @@ def renewed_norms(
             call(changed, to_device(batch, device))
     changed.eval()
     statistics = {
-        f"{name}.{kind}": getattr(norm, kind)
+        f"{name}.{kind}": getattr(norm, kind).cpu()
         for name, norm in norms.items()
         if counts[norm]
         for kind in ("running_mean", "running_var")

@@ -37,6 +37,14 @@ class Offer:
     parameters: int
     error: float
 
+    def taken_by(self, plan: LayerPlan) -> LayerPlan:
+        """The plan of the layer, with this for its storage."""
+        storage = self.storage
+        if storage is None:
+            return replace(plan, max_bond=None, low_rank=0, reason="worth its parameters as it is")
+        found = replace(plan, structure=storage.structure, max_bond=storage.bond, low_rank=storage.low_rank)
+        return replace(found, reason="")
+
 
 class Offers:
     """The ways to store one layer, with f on held-out inputs.
@@ -93,11 +101,12 @@ class Offers:
         return self._found[storage]
 
     def replaced(self, plan: LayerPlan) -> Replaced:
-        """The layer as the plan has it, were it compressed alone."""
+        """The layer as the plan has it, were it compressed alone; on the CPU."""
         found = self.matrix(storage_of(plan))
         shift = self._evidence.shift(self._matrix.double(), found.double())
         self._let_go()
-        return Replaced(from_matrix(found[None], self._low_rank), shift)
+        weight = from_matrix(found[None], self._low_rank).cpu()
+        return Replaced(weight, None if shift is None else shift.cpu())
 
     def _let_go(self) -> None:
         """Of all that can be had again: layers offer at the same time, and are fitted one by one."""

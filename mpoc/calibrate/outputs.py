@@ -69,7 +69,7 @@ class OutputDistance:
             if layer.shift is not None:
                 taken_up = means[name]
                 place = places[taken_up.name]
-                found[place] = self._state[place] + taken_up.sign * layer.shift
+                found[place] = self._state[place] + taken_up.sign * layer.shift.to(self._study.device)
         return found
 
     @torch.no_grad()

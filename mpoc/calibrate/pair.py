@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpoc.calibrate.chain import Chain, goes_on
-from mpoc.calibrate.gather import ALL, LayerSums, Positions
+from mpoc.calibrate.gather import ALL, LayerSums, Positions, refuse_without_rows
 from mpoc.calibrate.hooks import at_rest, device_of, first_given, hooked
-from mpoc.calibrate.moments import Moments
+from mpoc.calibrate.moments import Moments, merge
+from mpoc.calibrate.parts import Parts
 from mpoc.calibrate.refine import Example
 from mpoc.calibrate.trace import Trace
+from mpoc.team import ALONE, Team
 from mpoc.train.call import Batch, Call, to_device
 
 _KEPT_BYTES = 2 * 1024**3
@@ -42,26 +44,29 @@ class _State:
 class _Runner:
     """One network on the batches, from their start or from a block on."""
 
-    def __init__(self, network: nn.Module, call: Call, batches: Sequence[Batch], trace: Trace) -> None:
+    def __init__(
+        self, network: nn.Module, call: Call, batches: Sequence[Batch], mine: Sequence[int], trace: Trace
+    ) -> None:
         self.network, self._call, self._batches, self._trace = network, call, batches, trace
         self._device = device_of(network)
+        self._mine = mine
         self._at: tuple[int, int] | None = None
-        self._states: list[_State] = []
+        self._states: dict[int, _State] = {}
 
     def move(self, place: tuple[int, int] | None) -> None:
-        """Keep the inputs of this block (chain, position) for all batches; None: of no block."""
+        """Keep the inputs of this block (chain, position) for this process's batches; None: of no block."""
         if place == self._at:
             return
         old, states = self._at, self._states
-        self._at, self._states = None, []
+        self._at, self._states = None, {}
         if place is None:
             return
         if old is not None and old[0] == place[0] and old[1] < place[1]:
             chain = self._trace.chains[place[0]][old[1] : place[1]]
-            for number, state in enumerate(states):
+            for number, state in states.items():
                 states[number] = _State(self._through(chain, state), state.args, state.named)
         else:
-            states = [self._caught(batch, place) for batch in self._batches]
+            states = {number: self._caught(self._batches[number], place) for number in self._mine}
         self._at, self._states = place, states
 
     def run(self, index: int) -> None:
@@ -75,7 +80,8 @@ class _Runner:
 
     def state(self, index: int, place: tuple[int, int]) -> _State:
         """What a block is given in batch ``index``: kept, or found again from the start."""
-        return self._states[index] if self._at == place else self._caught(self._batches[index], place)
+        kept = self._at == place and index in self._states
+        return self._states[index] if kept else self._caught(self._batches[index], place)
 
     def output(self, index: int, place: tuple[int, int]) -> Tensor:
         """What it gives there."""
@@ -121,6 +127,7 @@ class PairPass:
         positions: of convolutions.
         replay: keep inputs of blocks where they form a chain.
         kept_bytes: and where they take at most this, both networks together.
+        mates: the processes that share the batches, and ask for the same groups.
     """
 
     def __init__(
@@ -133,10 +140,13 @@ class PairPass:
         positions: Positions = ALL,
         replay: bool = True,
         kept_bytes: int = _KEPT_BYTES,
+        mates: Team = ALONE,
     ) -> None:
         self._trace, self._batches, self._positions = trace, batches, positions
         self._replay, self._kept_bytes = replay, kept_bytes
-        self._runners = [_Runner(network, call, batches, trace) for network in (dense, compressed)]
+        self._parts = Parts(len(batches), mates)
+        mine = self._parts.mine
+        self._runners = [_Runner(network, call, batches, mine, trace) for network in (dense, compressed)]
         self._device = device_of(compressed)
 
     def moments(self, group: Sequence[str], dense: Mapping[str, Moments] | None = None) -> dict[str, Moments]:
@@ -152,15 +162,23 @@ class PairPass:
         """
         first = {name: self._trace.same_rows[name] for name in group}
         names = sorted(set(first.values()), key=list(self._trace.layers).index)
-        sums = {name: LayerSums(self._trace.layers[name], dense is None) for name in names}
         place = self._place(names)
-        with torch.no_grad(), at_rest(self._runners[0].network), at_rest(self._runners[1].network):
-            for runner in self._runners:
-                runner.move(place)
-            for index in range(len(self._batches)):
-                self._add(index, sums)
-        found = {name: sums[name].moments(None if dense is None else dense[name]) for name in names}
-        return {name: found[first[name]] for name in group}
+
+        def measure(part: range) -> dict[str, Moments]:
+            sums = {name: LayerSums(self._trace.layers[name], dense is None) for name in names}
+            with torch.no_grad(), at_rest(self._runners[0].network), at_rest(self._runners[1].network):
+                for runner in self._runners:
+                    runner.move(place)
+                for index in part:
+                    self._add(index, sums)
+            found = {name: layer_sums.moments() for name, layer_sums in sums.items()}
+            return {name: moments for name, moments in found.items() if moments is not None}
+
+        total = self._parts.total(measure, merge)
+        refuse_without_rows((self._trace.layers[name] for name in names), total)
+        if dense is not None:
+            total = {name: replace(m, dense_second=dense[name].dense_second) for name, m in total.items()}
+        return {name: total[first[name]] for name in group}
 
     def examples(self, place: tuple[int, int]) -> Sequence[Example]:
         """The batches as a block sees them: given by the compressed network, aimed at by the dense one.

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
+from mpoc.calibrate.choices import Choices
 from mpoc.calibrate.evidence import one_matrix
 from mpoc.calibrate.fit import Storage
 from mpoc.calibrate.gain import Costs, Shares, share_by_gain
 from mpoc.calibrate.offers import Offers, storage_of
 from mpoc.calibrate.outputs import OutputDistance
+from mpoc.calibrate.shares_file import kept_or_shared
 from mpoc.calibrate.study import Study
 from mpoc.checkpoint import Checkpoint
 from mpoc.errors import UsageError
 from mpoc.factors import wide_factors
+from mpoc.finished import in_order_key
 from mpoc.fitting import read_finite
 from mpoc.header import ITEMSIZE
 from mpoc.plan import LayerPlan
@@ -54,28 +57,33 @@ class Sharing:
             plans: with equal shares.
             predict_size: bytes of the whole output, an upper bound; for a ceiling on that.
         """
-        ratio, size = self._recipe.ratio, self._recipe.size
-        if ratio is None and size is None:
+        if self._recipe.ratio is None and self._recipe.size is None:
             return plans
+        folder = self._study.folder
+        if folder is None:
+            self.shares = self._found(plans, predict_size)
+        else:
+            key = in_order_key(self._study.fingerprint, plans, self._recipe)
+            found = partial(self._found, plans, predict_size)
+            self.shares = kept_or_shared(folder / "shares.json", key, plans, found, self._study.mates)
+        return self.shares.plans
+
+    def _found(self, plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]) -> Shares:
         known = {name for group in self._study.groups for name in group}
         takes_part = [p for p in plans if p.map.name in known and self._has_no_goal_of_its_own(p)]
-        offers = {
-            plan.map.name: self._offers(plan, k, len(takes_part))
-            for k, plan in enumerate(takes_part, start=1)
-        }
-        if ratio is not None:
-            total = sum(plan.structure.num_original for plan in plans)
-            others = sum(plan.record().num_stored for plan in plans if plan.map.name not in offers)
-            costs, budget = dict.fromkeys(offers, Costs()), int(ratio * total) - others
-            self.shares = share_by_gain(plans, offers, costs, budget, self.distance)
-        if size is not None:
-            self.shares = self._within_size(plans, offers, size, predict_size)
-        return plans if self.shares is None else self.shares.plans
+        choices = Choices(takes_part, partial(self._offers, count=len(takes_part)), self._study.mates)
+        if self._recipe.size is not None:
+            return self._within_size(plans, choices, self._recipe.size, predict_size)
+        assert self._recipe.ratio is not None
+        total = sum(plan.structure.num_original for plan in plans)
+        others = sum(plan.record().num_stored for plan in plans if plan.map.name not in choices.every)
+        costs, budget = dict.fromkeys(choices.every, Costs()), int(self._recipe.ratio * total) - others
+        return share_by_gain(plans, choices, costs, budget, self.distance)
 
     def _within_size(
         self,
         plans: list[LayerPlan],
-        offers: dict[str, Offers],
+        choices: Choices,
         size: int,
         predict_size: Callable[[list[LayerPlan]], int],
     ) -> Shares:
@@ -84,11 +92,11 @@ class Sharing:
         Raises:
             UsageError: nothing so small is found.
         """
-        costs = {plan.map.name: _bytes(plan) for plan in plans if plan.map.name in offers}
-        budget = sum(costs[plan.map.name].of(plan) for plan in plans if plan.map.name in offers)
+        costs = {plan.map.name: _bytes(plan) for plan in plans if plan.map.name in choices.every}
+        budget = sum(costs[plan.map.name].of(plan) for plan in plans if plan.map.name in costs)
         budget += size - predict_size(plans)
         for _ in range(_ATTEMPTS):
-            shares = share_by_gain(plans, offers, costs, budget, self.distance)
+            shares = share_by_gain(plans, choices, costs, budget, self.distance)
             excess = predict_size(shares.plans) - size
             if excess <= 0:
                 return shares
@@ -97,14 +105,16 @@ class Sharing:
             f"--size {size}: too small for what calibration records of each layer", "a larger --size"
         )
 
-    def _offers(self, plan: LayerPlan, k: int, count: int) -> Offers:
-        """Those of layer ``k`` of ``count``, the same for every budget."""
+    def _offers(self, plan: LayerPlan, count: int) -> Offers:
+        """Those of one of so many layers, the same for every budget."""
         name, forms = plan.map.name, self._forms(plan)
         kept: dict[Any, Offers] = self._study.kept
         key = name, forms, plan.structure if self._has_own_factors(plan) else None
         if key not in kept:
             if self._study.tell:
-                self._study.tell("what each form would cost: layer", k, count)
+                self._study.tell(
+                    "what each form would cost: layer", len(kept) + 1, -(-count // self._study.mates.size)
+                )
             weight = read_finite(self._checkpoint, name).to(self._device)
             kept[key] = Offers(
                 one_matrix(weight, plan.structure.kind, plan.structure.transposed),

@@ -26,6 +26,7 @@ from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.trace import EXAMPLES, Trace
 from mpoc.errors import MpocError
 from mpoc.header import TensorInfo, read_header
+from mpoc.team import ALONE, Team
 from mpoc.train.call import Batch, Call, to_device
 from mpoc.writer import Entry, staged, write_safetensors
 
@@ -72,6 +73,7 @@ def kept_or_measured(
     network: nn.Module,
     trace: Trace,
     measure: Callable[[], DensePass],
+    mates: Team = ALONE,
 ) -> tuple[DensePass, str]:
     """The dense pass at ``path`` where there is one of these parts; else it is measured and kept there.
 
@@ -81,6 +83,7 @@ def kept_or_measured(
         network: whose weights they are.
         trace: of this network.
         measure: runs the pass.
+        mates: the processes that do this together.
 
     Returns:
         The pass, and whether it was read.
@@ -89,13 +92,14 @@ def kept_or_measured(
         MpocError: what is at ``path`` is damaged, or holds no moments.
         OSError: of reading or writing.
     """
-    others: list[str] = []
-    if path.exists():
-        others = _others(path, parts)
-        if not others:
+    others = mates.by_first(lambda: _others(path, parts) if path.exists() else None)
+    if others == []:
+        with mates.together():
             return _load(path, network, trace), f"read from {path}"
     found = measure()
-    _save(path, parts, found, trace)
+    with mates.together():
+        if mates.is_first:
+            _save(path, parts, found, trace)
     said = f"kept in {path}"
     return found, f"{said}, which was of other {', other '.join(others)}: measured again" if others else said
 

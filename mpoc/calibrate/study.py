@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mpoc.calibrate.refine import Example
 from mpoc.calibrate.store import fingerprint, kept_or_measured
 from mpoc.calibrate.trace import Trace, trace
 from mpoc.network import same_tensor
+from mpoc.team import ALONE, Team
 from mpoc.train.call import Batch, to_device
 from mpoc.train.material import DataOptions
 from mpoc.train.model import open_model
@@ -40,6 +42,7 @@ class CalibrationRequest:
     samples: int = 512
     refine: bool = False  # the layers of each block together, once all are fitted
     moments: Path | None = None  # file to keep what is measured of the dense network in
+    folder: Path | None = None  # to keep what is found before layers are fitted, and go on from it
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Study:
         device: to compute on.
         unseen: weights that are not looked at, and why.
         tell: called as the work goes on.
+        mates: the processes that share the work, with the same arguments.
 
     Raises:
         UsageError: no architecture is known, or the network does not take such data.
@@ -78,35 +82,39 @@ class Study:
         device: torch.device,
         unseen: Mapping[str, str] | None = None,
         tell: Tell | None = None,
+        mates: Team = ALONE,
     ) -> None:
-        self._request, self._source = request, source
-        self.refines, self.tell = request.refine, tell
-        model = open_model(source, arch)
-        self.places = model.places  # name in the checkpoint → in the network
-        self.network = model.network.to(device)
-        self.data: CalibrationData = open_calibration(
-            DataOptions(request.data),
-            model,
-            request.samples,
-            seed=seed,
-            tokens=_TOKENS_TO_REFINE if request.refine else TOKENS,
-        )
-        self.device = device
+        self._request, self._seed = request, seed
+        self.refines, self.tell, self.device, self.mates = request.refine, tell, device, mates
         self._positions = Positions(_POSITIONS, seed)
-        given = unseen or {}
-        self._reasons = {name: why for name in names if (why := given.get(name) or self._why_not(name))}
-        self._named = {self.places[name]: name for name in names if name not in self._reasons}
-        first = {name: values[:1] for name, values in self.data.batches[0].items()}
-        with at_rest(self.network), torch.no_grad():
-            try_call(self.data.call, self.network, to_device(first, device))
-        self._trace: Trace = trace(self.network, self.data.call, self.data.batches[0], self._named)
+        with mates.together():
+            self._open(source, arch, list(names), unseen or {})
         self.notes = list(self.data.notes)
-        self._dense = self._kept_pass(seed)
-        self._held_out = self._pass(self.data.held_out, 0, seed)
+        self._dense = self._kept_pass()
+        self._held_out = self._pass(self.data.held_out, 0)
         self.means = self._means({place: name for name, place in self.places.items()})
         self._compressed: nn.Module | None = None  # which the passes are of
         self.kept: dict[Any, Any] = {}  # what is told from it and holds for every budget
         self._passes: list[PairPass] = []
+
+    def _open(self, source: Path, arch: str | None, names: list[str], unseen: Mapping[str, str]) -> None:
+        """Network, data, and which weight is used where."""
+        model = open_model(source, arch)
+        self.places = model.places  # name in the checkpoint → in the network
+        self.network = model.network.to(self.device)
+        self.data: CalibrationData = open_calibration(
+            DataOptions(self._request.data),
+            model,
+            self._request.samples,
+            seed=self._seed,
+            tokens=_TOKENS_TO_REFINE if self.refines else TOKENS,
+        )
+        self._reasons = {name: why for name in names if (why := unseen.get(name) or self._why_not(name))}
+        self._named = {self.places[name]: name for name in names if name not in self._reasons}
+        first = {name: values[:1] for name, values in self.data.batches[0].items()}
+        with at_rest(self.network), torch.no_grad():
+            try_call(self.data.call, self.network, to_device(first, self.device))
+        self._trace: Trace = trace(self.network, self.data.call, self.data.batches[0], self._named)
 
     def facts(self) -> dict[str, Any]:
         """What it was calibrated on, for the manifest."""
@@ -200,21 +208,31 @@ class Study:
             self._compressed, self._passes = compressed, []  # what was kept of the other one goes first
             parts = (self.data.batches, self.data.held_out)
             self._passes = [
-                PairPass(self.network, compressed, self.data.call, batches, self._trace, self._positions)
+                PairPass(
+                    self.network,
+                    compressed,
+                    self.data.call,
+                    batches,
+                    self._trace,
+                    self._positions,
+                    mates=self.mates,
+                )
                 for batches in parts
             ]
         return self._passes
 
-    def _kept_pass(self, seed: int) -> DensePass:
-        """Of the examples of the fit; from the file of moments where one is named, and fits."""
-        batches, path = self.data.batches, self._request.moments
+    @property
+    def folder(self) -> Path | None:
+        """Where to keep what is found before layers are fitted."""
+        return self._request.folder
 
-        def measure() -> DensePass:
-            return self._pass(batches, _PROBES, seed, self.tell)
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What all that is told here depends on; with several processes, as the first sees it."""
+        return self.mates.by_first(lambda: self._fingerprint([*self.data.batches, *self.data.held_out]))
 
-        if path is None:
-            return measure()
-        parts = fingerprint(
+    def _fingerprint(self, batches: Sequence[Batch]) -> dict[str, str]:
+        return fingerprint(
             self.network,
             self.data.call,
             batches,
@@ -222,14 +240,28 @@ class Study:
             names=list(self._named),
             probes=_PROBES,
             positions=self._positions,
-            seed=seed,
+            seed=self._seed,
             blocks=self.refines,
         )
-        found, said = kept_or_measured(path, parts, self.network, self._trace, measure)
-        self.notes.append(f"moments: {_count(batches):,} examples {said}")
+
+    def _kept_pass(self) -> DensePass:
+        """Of the examples of the fit; from a file of moments where one is named, and fits."""
+        batches, path = self.data.batches, self._request.moments
+        if path is None and self.folder is not None:
+            path = self.folder / "moments.safetensors"
+
+        def measure() -> DensePass:
+            return self._pass(batches, _PROBES, self.tell)
+
+        if path is None:
+            return measure()
+        parts = self.mates.by_first(lambda: self._fingerprint(batches))
+        found, said = kept_or_measured(path, parts, self.network, self._trace, measure, self.mates)
+        if self._request.moments is not None:
+            self.notes.append(f"moments: {_count(batches):,} examples {said}")
         return found
 
-    def _pass(self, batches: Any, probes: int, seed: int, tell: Tell | None = None) -> DensePass:
+    def _pass(self, batches: Sequence[Batch], probes: int, tell: Tell | None = None) -> DensePass:
         return dense_pass(
             self.network,
             self.data.call,
@@ -238,9 +270,10 @@ class Study:
             probes,
             self.data.pooling,
             self._positions,
-            seed,
+            self._seed,
             self.refines,
             tell,
+            self.mates,
         )
 
     def _is_known(self, weight: str) -> bool:

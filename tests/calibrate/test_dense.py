@@ -141,7 +141,7 @@ def test_convolutions() -> None:
         logits.backward(direction(logits, True, generator))
     wanted = accumulator.moments()
     assert result.moments[name].rows == 4 * 8 * 8
-    assert torch.allclose(result.moments[name].second, wanted.second, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(result.moments[name].second, wanted.second, rtol=1e-5, atol=2e-6)
     rows = torch.cat(gradients).movedim(1, -1).flatten(0, -2)
     assert torch.allclose(result.gradients[name], second(rows), rtol=1e-4, atol=1e-9)
     assert list(result.moments) == list(result.gradients) == list(found.layers)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mpoc.calibrate.choices import Choices
 from mpoc.calibrate.gain import WAYS, Costs, share_by_gain
 from mpoc.calibrate.offers import Offers
 from mpoc.calibrate.outputs import Replaced
@@ -35,6 +36,10 @@ class Distance:
         )
 
 
+def chosen_from(plans: list[LayerPlan], offers: Mapping[str, Offers]) -> Choices:
+    return Choices([plan for plan in plans if plan.map.name in offers], lambda plan: offers[plan.map.name])
+
+
 def shared(importance: dict[str, float], budget: int) -> Any:
     plans = [plan("a", 4), plan("b", 4), plan("c", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
@@ -44,7 +49,7 @@ def shared(importance: dict[str, float], budget: int) -> Any:
     }
     named = {f"{name}.weight": value for name, value in importance.items()}
     costs = dict.fromkeys(offers, Costs())
-    return share_by_gain(plans, offers, costs, budget, Distance(dense, named)), plans  # type: ignore[arg-type]
+    return share_by_gain(plans, chosen_from(plans, offers), costs, budget, Distance(dense, named)), plans  # type: ignore[arg-type]
 
 
 def test_layers_that_matter_to_the_outputs_get_more() -> None:
@@ -71,7 +76,7 @@ def test_uniform_shares_stay_where_the_outputs_prefer_them() -> None:
         for name, matrix in dense.items()
     }
     distance = Contrary(dense, dict.fromkeys(dense, 1.0))
-    found = share_by_gain(plans, offers, dict.fromkeys(offers, Costs()), 320, distance)  # type: ignore[arg-type]
+    found = share_by_gain(plans, chosen_from(plans, offers), dict.fromkeys(offers, Costs()), 320, distance)  # type: ignore[arg-type]
     assert found.chosen == "uniform"
     assert found.plans == plans
 
@@ -86,7 +91,7 @@ def test_layers_that_take_no_part_stay() -> None:
     offers = {"a.weight": Offers(weight(0), make_structure("linear", SIDES), known(), ("svd",))}
     distance = Distance({"a.weight": weight(0)}, {"a.weight": 1.0})
     costs = {"a.weight": Costs()}
-    found = share_by_gain(plans, offers, costs, 200, distance)  # type: ignore[arg-type]
+    found = share_by_gain(plans, chosen_from(plans, offers), costs, 200, distance)  # type: ignore[arg-type]
     assert found.plans[1] == plans[1]
 
 
@@ -97,11 +102,14 @@ def test_each_form_alone_competes_where_several_are_on_offer() -> None:
     offers = {name: Offers(matrix, structure, known(), ("svd", "mpo")) for name, matrix in dense.items()}
     costs = dict.fromkeys(offers, Costs())
     distance: Any = Distance(dense, dict.fromkeys(dense, 1.0))
-    found = share_by_gain(plans, offers, costs, 2 * 4 * 40, distance)
+    found = share_by_gain(plans, chosen_from(plans, offers), costs, 2 * 4 * 40, distance)
     assert tuple(found.distances) == WAYS[:4]
     assert found.distances[found.chosen] == min(found.distances.values())
     one_form = {name: Offers(matrix, structure, known(), ("svd",)) for name, matrix in dense.items()}
-    assert tuple(share_by_gain(plans, one_form, costs, 2 * 4 * 40, distance).distances) == WAYS[:2]
+    assert (
+        tuple(share_by_gain(plans, chosen_from(plans, one_form), costs, 2 * 4 * 40, distance).distances)
+        == WAYS[:2]
+    )
 
 
 def test_where_forms_do_not_go_together_one_is_taken_alone() -> None:
@@ -118,6 +126,8 @@ def test_where_forms_do_not_go_together_one_is_taken_alone() -> None:
     offers = {name: Offers(matrix, structure, known(), ("svd", "mpo")) for name, matrix in dense.items()}
     distance: Any = Jealous(dense, dict.fromkeys(dense, 1.0))
     distance.penalty = [1e6, 1e6, 0.0, 1e6]
-    found = share_by_gain(plans, offers, dict.fromkeys(offers, Costs()), 2 * 4 * 40, distance)
+    found = share_by_gain(
+        plans, chosen_from(plans, offers), dict.fromkeys(offers, Costs()), 2 * 4 * 40, distance
+    )
     assert found.chosen == WAYS[2]
     assert {one.structure.form for one in found.plans if one.max_bond is not None} == {"mpo"}
