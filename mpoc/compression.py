@@ -18,6 +18,7 @@ from mpoc.manifest import LayerRecord, Manifest
 from mpoc.opened import Opened
 from mpoc.outline import make_manifest, predict_size
 from mpoc.plan import LayerPlan
+from mpoc.read_ahead import one_ahead
 from mpoc.recipe import Recipe
 from mpoc.report import output_bytes
 from mpoc.team import Team
@@ -169,7 +170,9 @@ def shared_out(
 
 def fit_each(opened: Opened, plans: list[LayerPlan], recipe: Recipe) -> Iterator[Fitted]:
     """Layers by their weights alone, each when its turn comes."""
-    return (fit_layer(opened.checkpoint, plan, recipe, opened.device) for plan in plans)
+    by_name = {plan.map.name: plan for plan in plans}
+    for name in one_ahead(opened.checkpoint, by_name):
+        yield fit_layer(opened.checkpoint, by_name[name], recipe, opened.device)
 
 
 def fit_all(

@@ -19,6 +19,7 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.opened import open_source
 from mpoc.pipeline import choose_device, refuse_output
 from mpoc.plan import least_ratio
+from mpoc.processes import num_processes
 from mpoc.recipe import Recipe
 from mpoc.report import human_bytes
 from mpoc.search.bisection import Bisection, Trial
@@ -84,6 +85,8 @@ def compress_within(
     """
     if recipe.max_drop is None:
         raise UsageError("a recipe without max_drop: there is nothing to search for", "--max-drop 1")
+    if num_processes() > 1:
+        raise UsageError("--max-drop measures one file after another, in one process: no torchrun")
     watch = watch or Watch()
     refuse_output(source, output, force)
     opened = open_source(source, recipe, arch, calibration is not None, choose_device(recipe.device))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.calibrate.blocks import Case
 from tests.checkpoints import contents, save_directory
 from tests.process import Mpoc, environment
 
@@ -47,6 +48,34 @@ def test_two_processes_give_the_bytes_of_one(run: Mpoc, model: Path) -> None:
     assert done.stderr.count("wrote two") == 1
     assert contents(run.folder / "two") == contents(run.folder / "one")
     assert sorted(path.name for path in run.folder.iterdir()) == ["one", "two"]
+
+
+@pytest.mark.parametrize("options", [[], ["--refine", "--moments", "m"]])
+def test_two_processes_calibrate_as_one_does(run: Mpoc, tmp_path: Path, options: list[str]) -> None:
+    case = Case(tmp_path, "convolutions")
+    words = ["compress", tmp_path / "m.pt", "--arch", case.arch, "--ratio", 0.5, "--device", "cpu", *options]
+    words += ["--calibrate", tmp_path / "data.npz", "--calibration-samples", 40]
+    alone = run(*words, "-o", "one.safetensors")
+    assert alone.returncode == 0, alone.stderr
+    (run.folder / "m").unlink(missing_ok=True)
+    done = torchrun(run.folder, *words, "-o", "two.safetensors")
+    assert done.returncode == 0, done.stderr
+    one, two = (run.folder / f"{name}.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert done.stderr.count("wrote two.safetensors") == 1
+
+
+def test_an_error_while_two_processes_calibrate(run: Mpoc, tmp_path: Path) -> None:
+    case = Case(tmp_path, "blocks")
+    state = case.network.state_dict()
+    state["1.down.weight"][3, 4] = float("inf")
+    torch.save(state, tmp_path / "m.pt")
+    words = ["compress", tmp_path / "m.pt", "--arch", case.arch, "--ratio", 0.5, "--device", "cpu"]
+    done = torchrun(run.folder, *words, "--calibrate", tmp_path / "data.npz")
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "are not finite on these data" in done.stderr
+    assert list(run.folder.iterdir()) == []
 
 
 def test_an_error_in_one_of_two_processes_ends_both(run: Mpoc, model: Path) -> None:
