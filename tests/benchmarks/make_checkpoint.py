@@ -2,11 +2,12 @@
 
     python tests/benchmarks/make_checkpoint.py OUT_DIR --gigabytes 6 [--shard 1GB]
 
-The directory holds a ``config.json`` of a llama, bfloat16 shards and their index: the three MLP
-matrices of as many layers as come nearest to the size asked for, and two norms a layer. A matrix is
-a product of rank 64 whose singular values fall as 1/k, plus noise that carries a tenth of its norm,
-so that truncation finds something to keep and something to discard. The same seed gives the same
-bytes. A shard is filled in memory before it is written, which sets the memory this needs.
+The directory holds a ``config.json`` of a llama, bfloat16 shards and their index: token embeddings and
+head, and as many layers (seven matrices and two norms each) as come nearest to the size asked for; 13.5
+GB are the 32 layers of Llama-7B. A matrix is a product of rank 64 whose singular values fall as 1/k,
+plus noise that carries a tenth of its norm, so that truncation finds something to keep and something to
+discard. The same seed gives the same bytes. A shard is filled in memory before it is written, which
+sets the memory this needs.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from torch import Tensor
 RANK = 64
 NOISE = 0.1
 BYTES_PER_NUMBER = 2
+VOCABULARY = 32000
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 Shapes = dict[str, tuple[int, ...]]
@@ -44,7 +46,19 @@ def layer_shapes(layer: int, hidden: int, intermediate: int) -> Shapes:
         prefix + "mlp.gate_proj.weight": (intermediate, hidden),
         prefix + "mlp.up_proj.weight": (intermediate, hidden),
         prefix + "post_attention_layernorm.weight": (hidden,),
+        **{prefix + f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "kqvo"},
     }
+
+
+def model_shapes(gigabytes: float, hidden: int, intermediate: int) -> tuple[Shapes, int]:
+    """Of a whole network of about this size, and the number of its layers."""
+    ends = size((VOCABULARY, hidden))
+    layer = sum(map(size, layer_shapes(0, hidden, intermediate).values()))
+    layers = max(1, round((gigabytes * 1e9 - 2 * ends) / layer))
+    shapes: Shapes = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+    for number in range(layers):
+        shapes |= layer_shapes(number, hidden, intermediate)
+    return shapes | {"model.norm.weight": (hidden,), "lm_head.weight": (VOCABULARY, hidden)}, layers
 
 
 def size(shape: tuple[int, ...]) -> int:
@@ -108,17 +122,14 @@ def main() -> None:
     parser.add_argument("--shard", type=parse_bytes, default="1GB", help="largest shard (1GB)")
     arguments = parser.parse_args()
 
-    layer = layer_shapes(0, arguments.rows, arguments.columns)
-    layers = max(1, round(arguments.gigabytes * 1e9 / sum(map(size, layer.values()))))
-    shapes: Shapes = {}
-    for number in range(layers):
-        shapes |= layer_shapes(number, arguments.rows, arguments.columns)
+    shapes, layers = model_shapes(arguments.gigabytes, arguments.rows, arguments.columns)
     config: dict[str, object] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": arguments.rows,
         "intermediate_size": arguments.columns,
         "num_hidden_layers": layers,
+        "vocab_size": VOCABULARY,
         "torch_dtype": "bfloat16",
     }
     total = write_checkpoint(arguments.directory, shapes, config, arguments.shard)
