@@ -28,7 +28,7 @@ class Parts:
     @property
     def every(self) -> list[range]:
         """Batches of each part; their number does not depend on that of the processes."""
-        parts = min(_MOST, self.count)
+        parts = max(1, min(_MOST, self.count))
         return [range(*ends) for ends in pairwise(k * self.count // parts for k in range(parts + 1))]
 
     @property

@@ -220,13 +220,10 @@ def main() -> None:
             raise SystemExit("error: the outputs differ")
         output = size(folder / "out-0")
         floors = nbytes / read + output / written, PRODUCTS * nbytes * arguments.bond / speed
-        print(
-            f"{nbytes / 1e9:.2f} GB, the output {output / 1e9:.2f} GB; the disk reads {read / 1e9:.2f} GB/s and"
-        )
-        print(
-            f"writes {written / 1e9:.2f}; products with {arguments.bond} columns: {speed / 1e9:.0f} Gflop/s a"
-        )
-        print(f"thread; floors: {floors[0]:.1f} s of bytes, {floors[1]:.1f} s of products by one thread\n")
+        disk = f"the disk reads {read / 1e9:.2f} GB/s and writes {written / 1e9:.2f}"
+        products = f"products with {arguments.bond} columns: {speed / 1e9:.0f} Gflop/s a thread"
+        print(f"{nbytes / 1e9:.2f} GB, the output {output / 1e9:.2f} GB; {disk}; {products};")
+        print(f"floors: {floors[0]:.1f} s of bytes, {floors[1]:.1f} s of products by one thread\n")
         print(table(runs, nbytes, output, floors))
 
 
