@@ -144,7 +144,7 @@ def _plain(text: str) -> str:
 
 
 def _draw_chart(axes: Any, chart: Chart) -> None:
-    axes.set_title(_plain(chart.title), fontsize="medium", loc="left")
+    axes.set_title(_plain(chart.title), fontsize="medium", loc="left", pad=18 if chart.mark else None)
     for one in chart.series:
         if one.points:
             _draw_series(axes, one)
@@ -163,8 +163,8 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
     if chart.mark:
         axes.axvline(chart.mark.x, color=_INK, lw=1, ls="--")
         axes.annotate(
-            chart.mark.label, (chart.mark.x, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),
-            textcoords="offset points", ha="right", va="top", fontsize="small",
+            chart.mark.label, (chart.mark.x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+            textcoords="offset points", ha="center", va="bottom", fontsize="small",
         )  # fmt: skip
     axes.grid(axis="y", color="0.9", lw=0.8)
     axes.set_axisbelow(True)
