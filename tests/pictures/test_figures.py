@@ -16,6 +16,7 @@ from mpoc.pictures.figures import (
     best_error,
     comparison_charts,
     entropy_chart,
+    entropy_text,
     layer_charts,
     mean_error,
     shared_error,
@@ -96,7 +97,21 @@ def test_entropies_beside_their_bound() -> None:
     assert points["ln D"] == ((1.0, math.log(2)), (2.0, 0.0))
     assert points["original"] == ((2, 1.5),)
     assert points["stored"] == ((1, 0.7), (2, 0.0))
-    assert entropy_chart(LayerData(1, record, bonds[:1])) is None
+    assert entropy_text(LayerData(1, record, bonds)) == ""
+
+
+def test_the_entropy_of_a_single_bond_is_text() -> None:
+    single = LayerData(1, layer("a.weight", 40, entropies_of_weight=(1.5,)), (bond(((1, 0.8), (2, 0.6))),))
+    assert entropy_chart(single) is None
+    assert entropy_text(single) == "0.7 nats, of the original 1.5"
+
+
+def test_branches_of_a_tree_are_no_line() -> None:
+    record = layer("a.weight", 40, form="tree")
+    bonds = (bond(((1, 0.8), (2, 0.6))),) * 3
+    chart = entropy_chart(LayerData(1, record, bonds))
+    assert chart is not None and chart.x.label == "branch"
+    assert {one.style for one in chart.series} == {"dots"}
 
 
 def test_training_from_the_first_to_the_last() -> None:

@@ -109,6 +109,12 @@ def test_a_sum_shows_both_terms(tmp_path: Path) -> None:
     assert "Low-rank part" in text
 
 
+def test_a_mera_says_why_it_has_no_entropies(tmp_path: Path) -> None:
+    text = shown(compressed(tmp_path, {"a.weight": torch.randn(16, 16)}, bond=2, form="mera", sites=4))
+    assert_whole(text)
+    assert "no bond of a MERA cuts it in two" in text and "Schmidt" not in text
+
+
 def test_all_layers_dense(path: Path) -> None:
     manifest = read_manifest(path)
     manifest = replace(manifest, layers=tuple(one for one in manifest.layers if one.form == "dense"))
