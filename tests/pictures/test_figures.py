@@ -14,6 +14,7 @@ from mpoc.pictures.data import BondSpectra, FileData, LayerData
 from mpoc.pictures.figures import (
     ErrorKind,
     best_error,
+    common_layers,
     comparison_charts,
     entropy_chart,
     entropy_text,
@@ -71,8 +72,18 @@ def test_the_most_telling_error_that_all_have() -> None:
 
 
 def test_the_mean_counts_dense_layers() -> None:
-    assert mean_error(WHOLE, ErrorKind("relative_error")) == pytest.approx(0.2)
-    assert mean_error(CALIBRATED, ErrorKind("held_out_error")) == pytest.approx(0.15)
+    names = common_layers([WHOLE])
+    assert mean_error(WHOLE, ErrorKind("relative_error"), names) == pytest.approx(0.2)
+    assert mean_error(CALIBRATED, ErrorKind("held_out_error"), names) == pytest.approx(0.15)
+
+
+def test_means_are_of_the_layers_that_all_files_have() -> None:
+    less = manifest(layer("a.weight", 40, 0.3), layer("c.weight", 30, 0.7), layer("d.weight", 30, 0.9))
+    whole, _ = comparison_charts([FileData("a", WHOLE, 200, ()), FileData("b", less, 300, ())])
+    assert [one.points[0][1] for one in whole.series[:2]] == pytest.approx([0.25, 0.5])
+    assert "(2)" in whole.caption
+    other = manifest(layer("d.weight", 30, 0.9))
+    assert len(comparison_charts([FileData("a", WHOLE, 200, ()), FileData("b", other, 300, ())])) == 1
 
 
 def test_spectra_are_of_one_scale_and_end_above_the_noise() -> None:

@@ -160,6 +160,8 @@ def test_comparison_by_name(path: Path, tmp_path: Path) -> None:
     tables = re.findall(r'<table class="sortable">.*?</table>', text, re.DOTALL)
     names = {one.layer for file in (path, other) for one in read_manifest(file).layers}
     assert len(tables) == 1 and tables[0].count("<tr") == 2 + len(names)
+    common = sum(len(read_manifest(file).layers) for file in (path, other)) - len(names)
+    assert f"mean relative error, layers in common: {common}<" in text
 
 
 def test_200_layers_are_not_large(tmp_path: Path) -> None:
