@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mpoc.loading import load
     from mpoc.memory import compress
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "compress", "load"]
 _HOMES = {"compress": "mpoc.memory", "load": "mpoc.loading"}
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mpoc.errors import MpocError
-from mpoc.hub_directory import GUARD, GUARD_KEY, cores_of
-from mpoc.manifest import FORMAT, core_prefix
-from mpoc.manifest_file import MAYBE_LATER, SAVED_AGAIN
+from mpoc.hub_directory import GUARD, GUARD_KEY, config_format, cores_of
+from mpoc.manifest import FORMAT, ORDERED_FORMAT, core_prefix
+from mpoc.manifest_file import MAYBE_LATER, SAVED_AGAIN, check_format
 from mpoc.nn.adopt import adopt_everywhere
 from mpoc.nn.experts import unstack
 from mpoc.structure import Structure
@@ -59,8 +60,11 @@ class MpoConfig(QuantizationConfigMixin):
     """``quantization_config`` in the config.json of a compressed directory."""
 
     quant_method: str = "mpo"  # type: ignore[assignment]  # transformers lists only its own methods
-    format: int = FORMAT
+    format: int = field(init=False)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # a weight's name → its cores' shapes
+
+    def __post_init__(self) -> None:
+        self.format = config_format(self.layers)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -69,19 +73,14 @@ class MpoConfig(QuantizationConfigMixin):
         Raises:
             MpocError: it has another format, or is damaged.
         """
-        found = config_dict.get("format")
-        if found != FORMAT:
-            raise MpocError(
-                f"config.json: quantization_config has format {found}, this mpoc reads format {FORMAT}",
-                "pip install --upgrade mpoc",
-            )
+        check_format(config_dict.get("format"), Path("config.json"), (FORMAT, ORDERED_FORMAT))
         layers = config_dict.get("layers")
         if not isinstance(layers, dict) or config_dict.keys() - {"quant_method", "format", "layers"}:
             said = "config.json: damaged quantization_config (no layers, or unknown keys)"
             raise MpocError(said, MAYBE_LATER)
         for name, layer in layers.items():
             cores_of(name, layer)
-        config = cls(format=found, layers=layers)
+        config = cls(layers=layers)
         return (config, kwargs) if return_unused_kwargs else config
 
 

@@ -11,13 +11,14 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mpoc.errors import MpocError, shortened
 from mpoc.header import TensorInfo, encode_header, storage_order
-from mpoc.manifest import FORMAT, MANIFEST_FILE, Manifest
+from mpoc.manifest import FORMAT, MANIFEST_FILE, ORDERED_FORMAT, Manifest
 from mpoc.manifest_file import MAYBE_LATER, layer_of_entry
 from mpoc.structure import Structure
 from mpoc.weight_files import check_inside, read_json
@@ -206,7 +207,12 @@ def quantization_config(manifest: Manifest) -> dict[str, Any]:
         | ({"geometry": asdict(layer.geometry)} if layer.geometry else {})
         for layer in manifest.replaced
     }
-    return {"quant_method": "mpo", "format": FORMAT, "layers": layers}
+    return {"quant_method": "mpo", "format": config_format(layers), "layers": layers}
+
+
+def config_format(layers: Mapping[str, Mapping[str, Any]]) -> int:
+    """The earliest that tells all of these entries of a :func:`quantization_config`."""
+    return ORDERED_FORMAT if any("order" in entry for entry in layers.values()) else FORMAT
 
 
 def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, ...]]]:

@@ -18,6 +18,8 @@ from mpoc.structure import Structure
 from mpoc.wiring import network_of
 
 FORMAT = 1
+# Of a quantization_config in which a layer has an order: 0.1.0 passes over fields that it does not know.
+ORDERED_FORMAT = 2
 FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "dense")
 MANIFEST_FILE = "mpoc.json"
 

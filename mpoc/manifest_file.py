@@ -14,7 +14,16 @@ from typing import Any
 from mpoc import record_check
 from mpoc.errors import MpocError, UsageError, shortened
 from mpoc.header import TensorInfo, count_parameters, read_header
-from mpoc.manifest import FORMAT, FORMS, MANIFEST_FILE, LayerRecord, Manifest, Source, core_prefix
+from mpoc.manifest import (
+    FORMAT,
+    FORMS,
+    MANIFEST_FILE,
+    ORDERED_FORMAT,
+    LayerRecord,
+    Manifest,
+    Source,
+    core_prefix,
+)
 from mpoc.strict_json import parse_strictly, read_bounded
 from mpoc.structure import KINDS
 from mpoc.typed import made
@@ -73,7 +82,7 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
     Raises:
         MpocError: another format, or damaged.
     """
-    _check_format(quantization.get("format"), path)
+    check_format(quantization.get("format"), path, (FORMAT, ORDERED_FORMAT))
     try:
         entries = quantization["layers"].items()
         layers = tuple(layer_of_entry(name, entry, tensors) for name, entry in entries)
@@ -115,11 +124,16 @@ def layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorIn
     return replace(layer, num_stored=stored, padding=layer.structure.padding)
 
 
-def _check_format(found: Any, path: Path) -> None:
-    if found != FORMAT:
+def check_format(found: Any, path: Path, known: tuple[int, ...]) -> None:
+    """Whether a manifest, or a ``quantization_config``, has a format that is read here.
+
+    Raises:
+        MpocError: it has another.
+    """
+    if found not in known:
+        formats = " or ".join(map(str, known))
         raise MpocError(
-            f"{path}: manifest format {found}, this mpoc reads format {FORMAT}",
-            "pip install --upgrade mpoc",
+            f"{path}: manifest format {found}, this mpoc reads format {formats}", "pip install --upgrade mpoc"
         )
 
 
@@ -132,7 +146,7 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
     value: Any = None
     try:
         value = parse_strictly(text)
-        _check_format(value.pop("format"), path)
+        check_format(value.pop("format"), path, (FORMAT,))
         layers = tuple(map(_layer, value.pop("layers")))
         source = made(Source, value.pop("source"))
         manifest = made(Manifest, {**value, "source": source, "layers": layers})

@@ -193,14 +193,7 @@ def make_recipe(file: Path | None, options: Mapping[str, Any]) -> Recipe:
 
 
 def _check(recipe: Recipe) -> None:
-    goals = [goal for goal in GOALS if getattr(recipe, goal) is not None]
-    if len(goals) != 1 and goals != ["bond", "discard"]:
-        said = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
-        raise UsageError(
-            "exactly one of --bond, --discard, --ratio, --max-error, --size and --max-drop is needed (--bond "
-            f"may cap --discard); given: {said}",
-            "mpoc compress MODEL --ratio 0.5",
-        )
+    _check_goals(recipe)
     _check_bond("--bond", recipe.bond)
     _check_share("--max-error", recipe.max_error, _ERROR)
     _check_share("--discard", recipe.discard, _WEIGHT)
@@ -227,13 +220,28 @@ def _check(recipe: Recipe) -> None:
     check_regular_expressions(rule.pattern or "" for rules in every for rule in rules)
     _check_form("--form", recipe.form, recipe.sites)
     for rule in recipe.rules:
-        _check_bond(f"layer {rule.pattern!r}: bond", rule.bond)
-        _check_share(f"layer {rule.pattern!r}: max-error", rule.max_error, _ERROR)
-        _check_share(f"layer {rule.pattern!r}: discard", rule.discard, _WEIGHT)
-        if rule.max_error is not None and rule.discard is not None:
-            raise UsageError(f"layer {rule.pattern!r}: max-error and discard: one of them")
-        _check_sites(f"layer {rule.pattern!r}: sites", rule.sites)
-        _check_form(f"layer {rule.pattern!r}: form", rule.form, rule.sites, rule.bond)
+        _check_rule(f"layer {rule.pattern!r}:", rule)
+
+
+def _check_goals(recipe: Recipe) -> None:
+    goals = [goal for goal in GOALS if getattr(recipe, goal) is not None]
+    if len(goals) != 1 and goals != ["bond", "discard"]:
+        said = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
+        raise UsageError(
+            "exactly one of --bond, --discard, --ratio, --max-error, --size and --max-drop is needed (--bond "
+            f"may cap --discard); given: {said}",
+            "mpoc compress MODEL --ratio 0.5",
+        )
+
+
+def _check_rule(where: str, rule: LayerRule) -> None:
+    _check_bond(f"{where} bond", rule.bond)
+    _check_share(f"{where} max-error", rule.max_error, _ERROR)
+    _check_share(f"{where} discard", rule.discard, _WEIGHT)
+    if rule.max_error is not None and rule.discard is not None:
+        raise UsageError(f"{where} max-error and discard: one of them")
+    _check_sites(f"{where} sites", rule.sites)
+    _check_form(f"{where} form", rule.form, rule.sites, rule.bond)
 
 
 def _check_conv(recipe: Recipe) -> None:

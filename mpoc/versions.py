@@ -50,7 +50,7 @@ def unreadable(path: Path, tool: Any, error: Exception) -> MpocError:
 
     Args:
         path: of the file.
-        tool: what the manifest says of its writer, ``"mpoc 0.1.0"``; unchecked.
+        tool: what the manifest says of its writer, ``"mpoc 0.2.0"``; unchecked.
         error: of reading it.
     """
     writer = tool.removeprefix("mpoc ") if isinstance(tool, str) else ""

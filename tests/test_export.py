@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +24,7 @@ from mpoc.recipe import make_recipe
 from tests.architectures import tiny
 from tests.checkpoints import contents
 from tests.process import run_python
+from tests.programs import run_onnx
 
 # What --arch names in these tests: a file with a factory for each network.
 FACTORIES = """
@@ -126,14 +126,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
             return Exported(source, files, export_network(source, files, specs, f"nets.py:{name}"))
 
     return make
-
-
-def run_onnx(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    named = {node.name: x.numpy() for node, x in zip(session.get_inputs(), inputs, strict=True)}
-    return [torch.from_numpy(y) for y in session.run(None, named)]
 
 
 def outputs_of(network: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:

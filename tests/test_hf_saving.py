@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 import mpoc.hf  # noqa: F401  # registers
 from mpoc.hub_directory import GUARD, GUARD_KEY
 from mpoc.manifest import core_prefix
+from mpoc.manifest_file import read_manifest
 from mpoc.nn.weight import CoreWeight
+from mpoc.orders import parse_order
 from tests.hub_models import AUTO, IDS, Make, answer, auto, compress_once, tiny
 from tests.process import run_python
 
@@ -70,6 +72,20 @@ def test_saved_again_is_the_same_directory(make: Make, tmp_path: Path, kind: str
         assert config_of(tmp_path)[key] == config_of(small.path)[key]
     assert_layers_are_stored(tmp_path)
     assert torch.equal(answer(auto(kind, tmp_path)), answer(model))
+
+
+def test_a_layer_s_order_takes_a_format_that_earlier_readers_refuse(make: Make, tmp_path: Path) -> None:
+    plain, ordered = make("gpt2"), make("bert", order=(parse_order("morton:4x8"),))
+    assert config_of(plain.path)["quantization_config"]["format"] == 1
+    model = auto("bert", ordered.path)
+    model.save_pretrained(tmp_path)
+    for folder in (ordered.path, tmp_path):
+        assert config_of(folder)["quantization_config"]["format"] == 2
+        assert {layer.order for layer in read_manifest(folder).layers} == {"", "morton:4x8"}
+    config = config_of(tmp_path)
+    config["quantization_config"]["format"] = 1  # as before there was another
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(answer(auto("bert", tmp_path)), answer(model))
 
 
 def test_saved_in_shards(make: Make, tmp_path: Path) -> None:

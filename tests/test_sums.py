@@ -25,7 +25,6 @@ from mpoc.checkpoint import open_checkpoint
 from mpoc.cli.tables import print_report
 from mpoc.errors import MpocError, UsageError
 from mpoc.expand import expand_checkpoint, open_compressed
-from mpoc.export import export_network, parse_input_spec
 from mpoc.header import read_header
 from mpoc.hub_directory import cores_of
 from mpoc.input_shape import parse_input_shape
@@ -39,6 +38,7 @@ from mpoc.train.result import tuned_manifest
 from mpoc.writer import Entry
 from tests.hub_models import answer, auto, tiny
 from tests.nn.layers import NETWORKS
+from tests.programs import assert_exports_alike
 from tests.sums import RANK, compress_to_sums, sum_weight
 
 KINDS = ("linear, padded", "conv2d with its strides", "transposed conv1d", "embedding", "lstm", "attention")
@@ -135,19 +135,8 @@ def test_the_report_says_so(path: Path) -> None:
     assert f"3 3 + r {RANK} " in text.getvalue()
 
 
-def test_an_exported_program_computes_the_sum(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    onnxruntime: Any = pytest.importorskip("onnxruntime")
-    (tmp_path / "nets.py").write_text("from tests.test_sums import network")
-    monkeypatch.chdir(tmp_path)
-    arch, program = "nets.py:network", tmp_path / "p.onnx"
-    export_network(path, {"onnx": program}, [parse_input_spec("1x24")], arch)
-    x = torch.randn(5, 24)
-    session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"input": x.numpy()})
-    expected = mpoc.load(path, network())(x)
-    torch.testing.assert_close(torch.from_numpy(found), expected.detach(), rtol=1e-4, atol=1e-4)
+def test_an_exported_program_computes_the_sum(path: Path, tmp_path: Path) -> None:
+    assert_exports_alike(path, network, tmp_path)
 
 
 @pytest.fixture(scope="module")

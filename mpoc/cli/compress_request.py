@@ -66,14 +66,13 @@ def compress_request(values: dict[str, Any]) -> CompressRequest:
 
 
 def _recipe(values: dict[str, Any]) -> Recipe:
-    from mpoc.recipe import Recipe, make_recipe
+    from mpoc.recipe import make_recipe
 
-    options = {f.name: values[f.name] for f in fields(Recipe) if f.name != "rules"}
-    return make_recipe(values["recipe"], recipe_options(options))
+    return make_recipe(values["recipe"], recipe_options(values))
 
 
-def recipe_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as the command line gives them, by the names of a recipe's fields, read.
+def recipe_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Those of a command's parameters that are fields of a recipe, read.
 
     Raises:
         UsageError: a shape or a size that is none.
@@ -81,8 +80,9 @@ def recipe_options(options: dict[str, Any]) -> dict[str, Any]:
     from mpoc.input_shape import parse_input_shape
     from mpoc.option_text import parse_shape, parse_size
     from mpoc.orders import parse_order
+    from mpoc.recipe import Recipe
 
-    options = dict(options)
+    options = {f.name: values[f.name] for f in fields(Recipe) if f.name in values}
     readers = {"shape": parse_shape, "input_shape": parse_input_shape, "order": parse_order}
     for key, value in options.items():
         if isinstance(value, list):

@@ -80,17 +80,7 @@ def entanglement(
 
     mpoc entanglement mlp.pt --against resnet56.mpo.safetensors --json > spectra.json
     """
-    choices = {
-        "layers": layers,
-        "exclude": exclude,
-        "embeddings": embeddings,
-        "min_params": min_params,
-        "sites": sites,
-        "shape": shape,
-        "order": order,
-        "conv": conv,
-        "input_shape": input_shape,
-    }
+    values = dict(locals())
     with reported_errors():
         from mpoc.cli.compress_request import recipe_options
         from mpoc.entanglement.study import as_dict, entanglement_of
@@ -103,7 +93,7 @@ def entanglement(
         def tell(layer: str, number: int, total: int) -> None:
             words.say(f"[{number}/{total}] {layer}")
 
-        found = entanglement_of(model, recipe_options(choices), against, weight, arch, tell)
+        found = entanglement_of(model, recipe_options(values), against, weight, arch, tell)
         if as_json:
             sys.stdout.write(json.dumps(as_dict(found), ensure_ascii=False) + "\n")
         else:

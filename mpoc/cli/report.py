@@ -11,6 +11,7 @@ import typer
 from mpoc.cli.console import Output, reported_errors
 
 _PICTURES = "Pictures"
+_STDOUT = Path("-")
 
 
 def report(
@@ -27,7 +28,8 @@ def report(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write the report as one self-contained page: totals, layers, spectra, entropies, networks.",
+            help="Write the report as one self-contained page: totals, layers, spectra, entropies, networks; "
+            "- is stdout, in the table's place.",
             rich_help_panel=_PICTURES,
         ),
     ] = None,
@@ -62,21 +64,21 @@ def report(
     """
     with reported_errors():
         from mpoc.cli.tables import print_report
-        from mpoc.errors import UsageError
         from mpoc.manifest_file import read_manifest
         from mpoc.report import output_bytes, report_dict, to_csv, to_json
 
         path, others = _first_and_others(paths, compare or [])
-        if as_json and as_csv:
-            raise UsageError("--json and --csv: one of them")
-        if html is None and plot is None and (others or force):
-            given = "--compare" if others else "--force"
-            raise UsageError(f"{given} is about a page or pictures", "--html FILE, or --plot DIR")
+        formats = {"--json": as_json, "--csv": as_csv, "--html -": html == _STDOUT}
+        _refuse_two_results([name for name, chosen in formats.items() if chosen])
+        _refuse_undrawn(html, plot, others, force)
         manifest = read_manifest(path)
         nbytes = output_bytes(path)
-        if html is not None or plot is not None:
-            _draw(path, others, html, plot, force)
-        if as_json:
+        file = None if html == _STDOUT else html
+        if file is not None or plot is not None:
+            _draw(path, others, file, plot, force)
+        if html == _STDOUT:
+            _print_page(path, others)
+        elif as_json:
             sys.stdout.write(to_json(report_dict(manifest, nbytes)) + "\n")
         elif as_csv:
             sys.stdout.write(to_csv(manifest))
@@ -98,6 +100,33 @@ def _first_and_others(paths: list[Path], compare: list[Path]) -> tuple[Path, lis
             f"{others[0]}: a report is of one file", f"--compare {others[0]} puts it beside the first"
         )
     return first, [*compare, *others]
+
+
+def _refuse_two_results(given: list[str]) -> None:
+    """Stdout takes one result.
+
+    Raises:
+        UsageError: it would have several.
+    """
+    from mpoc.errors import UsageError
+
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)}: one of them")
+
+
+def _refuse_undrawn(html: Path | None, plot: Path | None, others: list[Path], force: bool) -> None:
+    """Check what is about pictures.
+
+    Raises:
+        UsageError: there are none, or figures would go to stdout.
+    """
+    from mpoc.errors import UsageError
+
+    if plot == _STDOUT:
+        raise UsageError("--plot -: stdout takes one page, not a directory", "--plot DIR, or --html -")
+    if html is None and plot is None and (others or force):
+        given = "--compare" if others else "--force"
+        raise UsageError(f"{given} is about a page or pictures", "--html FILE, or --plot DIR")
 
 
 def _draw(path: Path, others: list[Path], html: Path | None, plot: Path | None, force: bool) -> None:
@@ -122,3 +151,11 @@ def _draw(path: Path, others: list[Path], html: Path | None, plot: Path | None, 
     if plot is not None:
         names = write_plots(path, plot, others, words.say)
         words.say(f"wrote {len(names)} figures into {plot}")
+
+
+def _print_page(path: Path, others: list[Path]) -> None:
+    """In the encoding that the page says it has."""
+    from mpoc.pictures.data import read_files
+    from mpoc.pictures.page import page
+
+    sys.stdout.buffer.write(page(read_files(path, others)).encode())

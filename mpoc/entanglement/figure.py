@@ -1,7 +1,8 @@
-"""Entropy profiles as a picture: S_k over the cuts, a line a layer."""
+"""Entropies as a picture: S_k over the cuts, a line a layer; S over layers where none has two cuts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,39 +14,75 @@ if TYPE_CHECKING:
 
 # More layers than this have a scale of colours, and no names.
 _NAMED = 8
+_LAYERS = "layer, from the first to the last"
+_ENTROPY = "entanglement entropy S (nats)"
 
 
 def draw_entanglement(found: Entanglement, picture: Path) -> None:
     """Dense weights in full lines, what is stored dashed, the largest possible entropy dotted.
 
+    Where no layer has two cuts there are no lines: all layers then stand below each other.
+
     Args:
         found: of :func:`mpoc.entanglement.study.entanglement_of`.
         picture: .png, .svg or .pdf.
     """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    single = all(len(profile.structure.site_sizes) <= 2 for profile in found.profiles)
+    (_draw_layers if single else _draw_profiles)(figure.subplots(), found.profiles)
+    with staged(picture) as scratch:
+        figure.savefig(scratch)
+
+
+def _draw_layers(axes: Any, profiles: Sequence[Profile]) -> None:
+    """The only cut of each, below each other."""
+    from matplotlib.ticker import MaxNLocator
+
+    weights = [(k, cut) for k, profile in enumerate(profiles, start=1) for cut in profile.weight or ()]
+    stored = [(k, cut) for k, profile in enumerate(profiles, start=1) for cut in profile.stored or ()]
+    largest = [(k, cut.largest_entropy) for k, cut in weights or stored]
+    for said, style, colour, points in (
+        ("dense", ".", "C0", [(k, cut.entropy) for k, cut in weights]),
+        ("stored", "x", "C1", [(k, cut.entropy) for k, cut in stored]),
+        ("largest possible", "|", "0.6", largest),
+    ):
+        if points:
+            axes.plot([s for _, s in points], [k for k, _ in points], style, color=colour, label=said)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(_ENTROPY)
+    axes.set_ylim(len(profiles) + 0.5, 0.5)
+    if len(profiles) <= _NAMED:
+        axes.set_yticks(
+            range(1, len(profiles) + 1), [profile.layer for profile in profiles], fontsize="small"
+        )
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_ylabel(_LAYERS)
+    if largest:
+        axes.figure.legend(loc="outside upper right", ncols=3, fontsize="small")
+
+
+def _draw_profiles(axes: Any, profiles: Sequence[Profile]) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    count = len(found.profiles)
-    named = count <= _NAMED
-    scale = Normalize(1, max(count, 2))
-    for number, profile in enumerate(found.profiles, start=1):
+    named = len(profiles) <= _NAMED
+    scale = Normalize(1, max(len(profiles), 2))
+    for number, profile in enumerate(profiles, start=1):
         colour = f"C{number - 1}" if named else colormaps["viridis"](scale(number))
         _draw_profile(axes, profile, colour, named)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("cut behind site k")
-    axes.set_ylabel("entanglement entropy S (nats)")
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel(_ENTROPY)
     if named:
         axes.legend(fontsize="small")
     else:
-        figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, label="layer, from the first to the last")
-    with staged(picture) as scratch:
-        figure.savefig(scratch)
+        axes.figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, label=_LAYERS)
 
 
 def _draw_profile(axes: Any, profile: Profile, colour: Any, named: bool) -> None:

@@ -23,7 +23,7 @@ from mpoc.fit.orthogonal import orthogonal_cores
 from mpoc.fit.scale import exponent_of, scaled
 from mpoc.fit.truncate import squared_norm, truncate
 from mpoc.fit.ttsvd import Fit, stored_fit
-from mpoc.forms.contraction import work
+from mpoc.forms.contraction import leg_sizes, work
 from mpoc.forms.layout import deinterleave_matrix, interleave, unpadded
 from mpoc.forms.mera import Mera
 from mpoc.structure import Structure, make_structure
@@ -103,12 +103,8 @@ def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:
 
 def _affordable(form: Mera) -> int:
     """Steps for ``_WORK``: a function of the shapes, so that the fit is one of the weight alone."""
-    sizes = {
-        leg: n
-        for core, legs in zip(form.cores, form.legs, strict=True)
-        for leg, n in zip(legs, core.shape, strict=True)
-    }
-    multiplications, made = work(tuple(form.legs), tuple(sizes.items()))
+    sizes = leg_sizes(form.legs, [core.shape for core in form.cores])
+    multiplications, made = work(tuple(form.legs), sizes)
     return int(min(_MOST_STEPS, _WORK / max(1, multiplications + _MOVING * made)))
 
 

@@ -17,10 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from mpoc.fit.scale import exponent_of, scaled
-from mpoc.fit.truncate import squared_norm, truncate
-from mpoc.fit.ttsvd import Cut, Fit, stored_fit, told_by
-from mpoc.forms.layout import interleave
+from mpoc.fit.ttsvd import Cut, Fit, Truncations, swept
 from mpoc.forms.tree import Tree
 from mpoc.structure import Structure
 from mpoc.wiring import branches, halves
@@ -45,51 +42,26 @@ def tree_svd(
     Returns:
         As :func:`mpoc.fit.ttsvd.tt_svd`; entropies and routes one a branch, in the order of the cores.
     """
-    tensor = interleave(weight, structure)
-    exponent = exponent_of(tensor)
-    tensor = scaled(tensor, -exponent)
-    weight_norm = squared_norm(tensor)
-    generator = torch.Generator().manual_seed(seed)
-    tree, cuts = _sweep(
-        tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator, discard
-    )
-    return stored_fit(tensor, weight_norm, tree, dtype or weight.dtype, cuts, exponent)
+    return swept(_sweep, weight, structure, max_bond, tolerance, dtype, seed, discard)
 
 
-def _sweep(
-    tensor: Tensor,
-    structure: Structure,
-    max_bond: int,
-    budget: float,
-    weight_norm: float,
-    generator: torch.Generator,
-    discard: float,
-) -> tuple[Tree, list[Cut]]:
-    """The tree, and what is told of every branch.
-
-    ``budget`` is the squared error that may be spent in all, ``discard`` the share that each bond may lose,
-    ``weight_norm`` the squared norm of ``tensor``.
-    """
+def _sweep(tensor: Tensor, structure: Structure, truncations: Truncations) -> tuple[Tree, list[Cut]]:
+    """The tree, and what is told of every branch."""
     sites = len(structure.site_sizes)
     spans = branches(sites)
     axes = [range(k, k + 1) for k in range(sites)]  # of ``rest``
     cores: dict[range, Tensor] = {}
-    cuts: dict[range, Cut] = {}
-    rest, truncated = tensor, False
-    for done, span in enumerate(sorted(spans, key=len)):
+    rest, smallest_first = tensor, sorted(spans, key=len)
+    for done, span in enumerate(smallest_first):
         parts = _parts(span)
         others = [axis for axis in axes if axis not in parts]
         rest = rest.permute([axes.index(axis) for axis in (*parts, *others)])
         inside, outside = rest.shape[: len(parts)], rest.shape[len(parts) :]
-        share = budget / (len(spans) - done) + discard * weight_norm
-        cut = truncate(rest.reshape(math.prod(inside), -1), max_bond, share, generator, weight_norm)
+        cut = truncations.next(rest.reshape(math.prod(inside), -1), len(spans) - done)
         cores[span] = cut.left.reshape(*inside, -1)
-        cuts[span] = told_by(cut, truncated)
         rest, axes = cut.right.reshape(-1, *outside), [span, *others]
-        budget = max(budget - cut.discarded, 0.0)
-        weight_norm -= cut.discarded
-        truncated = truncated or cut.discarded > 0.0
-    return _joined(cores, rest, axes, structure), [cuts[span] for span in spans]
+    told = dict(zip(smallest_first, truncations.cuts, strict=True))
+    return _joined(cores, rest, axes, structure), [told[span] for span in spans]
 
 
 def _joined(cores: dict[range, Tensor], rest: Tensor, axes: list[range], structure: Structure) -> Tree:

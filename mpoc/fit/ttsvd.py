@@ -8,7 +8,7 @@ then put into the balanced gauge.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,16 +59,7 @@ def tt_svd(
     Returns:
         The cores in ``dtype`` in the balanced gauge; the error is measured on exactly these cores.
     """
-    tensor = interleave(weight, structure)
-    exponent = exponent_of(tensor)
-    tensor = scaled(tensor, -exponent)
-    generator = torch.Generator().manual_seed(seed)
-    weight_norm = squared_norm(tensor)
-    cores, cuts = _sweep(
-        tensor, structure, max_bond, tolerance**2 * weight_norm, weight_norm, generator, discard
-    )
-    found = MPO(cores, structure)
-    return stored_fit(tensor, weight_norm, found, dtype or weight.dtype, cuts, exponent)
+    return swept(_sweep, weight, structure, max_bond, tolerance, dtype, seed, discard)
 
 
 @dataclass(frozen=True)
@@ -80,14 +71,64 @@ class Cut:
     route: str
 
 
-def told_by(found: Truncation, truncated: bool) -> Cut:
-    """Nothing of the weight's own bond where something was ``truncated`` before.
+class Truncations:
+    """Those of one weight, one after another, each within its share of what may still be lost.
 
-    Where nothing is cut off a spectrum is that of the cores, so it is left out.
+    Args:
+        max_bond: cap on every bond.
+        budget: squared error that may be spent in all.
+        discard: share of what is left of the weight that each bond may lose besides.
+        norm: squared, of the weight.
+        generator: of the randomised range finder.
     """
-    values = None if truncated else found.singular_values
-    known = None if values is None else entropy(values)
-    return Cut(known, values if found.discarded > 0.0 else None, found.route)
+
+    def __init__(
+        self, max_bond: int, budget: float, discard: float, norm: float, generator: torch.Generator
+    ) -> None:
+        self.max_bond, self.budget, self.discard, self.norm = max_bond, budget, discard, norm
+        self.generator = generator
+        self.cuts: list[Cut] = []
+        self._lossless = True  # so far
+
+    def next(self, rest: Tensor, to_come: int) -> Truncation:
+        """Of an unfolding of what is left; ``to_come`` bonds, this one among them, share the budget.
+
+        The weight's own spectrum is known as long as nothing was cut off before.  Where nothing is now, it is
+        that of the cores, and is left out.
+        """
+        share = self.budget / to_come + self.discard * self.norm
+        found = truncate(rest, self.max_bond, share, self.generator, self.norm)
+        values, lossless = found.singular_values if self._lossless else None, found.discarded <= 0.0
+        known = None if values is None else entropy(values)
+        self.cuts.append(Cut(known, None if lossless else values, found.route))
+        self.budget = max(self.budget - found.discarded, 0.0)
+        self.norm -= found.discarded
+        self._lossless = self._lossless and lossless
+        return found
+
+
+Sweep = Callable[[Tensor, Structure, Truncations], tuple[Form, list[Cut]]]
+
+
+def swept(
+    sweep: Sweep,
+    weight: Tensor,
+    structure: Structure,
+    max_bond: int,
+    tolerance: float,
+    dtype: torch.dtype | None,
+    seed: int,
+    discard: float,
+) -> Fit:
+    """A weight factorised by successive truncations of its interleaved tensor; all else as :func:`tt_svd`."""
+    tensor = interleave(weight, structure)
+    exponent = exponent_of(tensor)
+    tensor = scaled(tensor, -exponent)
+    norm = squared_norm(tensor)
+    generator = torch.Generator().manual_seed(seed)
+    truncations = Truncations(max_bond, tolerance**2 * norm, discard, norm, generator)
+    found, cuts = sweep(tensor, structure, truncations)
+    return stored_fit(tensor, norm, found, dtype or weight.dtype, cuts, exponent)
 
 
 def stored_fit(
@@ -121,36 +162,17 @@ def stored_fit(
     )
 
 
-def _sweep(
-    tensor: Tensor,
-    structure: Structure,
-    max_bond: int,
-    budget: float,
-    weight_norm: float,
-    generator: torch.Generator,
-    discard: float,
-) -> tuple[list[Tensor], list[Cut]]:
-    """Left-canonical cores, and what is told of every bond.
-
-    ``budget`` is the squared error that may be spent in all, ``discard`` the share that each bond may lose,
-    ``weight_norm`` the squared norm of ``tensor``.
-    """
-    sizes = structure.site_sizes
+def _sweep(tensor: Tensor, structure: Structure, truncations: Truncations) -> tuple[MPO, list[Cut]]:
+    """Left-canonical cores, and what is told of every bond."""
+    *sides, last = zip(structure.output_factors, structure.input_factors, strict=True)
     cores: list[Tensor] = []
-    cuts: list[Cut] = []
-    rest, bond, truncated = tensor, 1, False
-    for k, size in enumerate(sizes[:-1]):
-        share = budget / (len(sizes) - 1 - k) + discard * weight_norm
-        cut = truncate(rest.reshape(bond * size, -1), max_bond, share, generator, weight_norm)
-        shape = (bond, structure.output_factors[k], structure.input_factors[k], -1)
-        cores.append(cut.left.reshape(shape))
-        cuts.append(told_by(cut, truncated))
-        rest, bond, budget = cut.right, cut.left.shape[1], max(budget - cut.discarded, 0.0)
-        weight_norm -= cut.discarded
-        truncated = truncated or cut.discarded > 0.0
-    last = (bond, structure.output_factors[-1], structure.input_factors[-1], 1)
-    cores.append(rest.reshape(last))
-    return cores, cuts
+    rest, bond = tensor, 1
+    for k, (j, i) in enumerate(sides):
+        cut = truncations.next(rest.reshape(bond * j * i, -1), len(sides) - k)
+        cores.append(cut.left.reshape(bond, j, i, -1))
+        rest, bond = cut.right, cut.left.shape[1]
+    cores.append(rest.reshape(bond, *last, 1))
+    return MPO(cores, structure), truncations.cuts
 
 
 def _relative_error(tensor: Tensor, weight_norm: float, form: Form) -> float:

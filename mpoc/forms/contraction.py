@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import combinations
 
@@ -15,25 +15,36 @@ from mpoc.forms.planned import planned
 Legs = tuple[str, ...]
 
 
-def contract_all(tensors: Sequence[Tensor], legs: Sequence[Legs], result: Legs) -> Tensor:
+def contract_all(
+    tensors: Sequence[Tensor],
+    legs: Sequence[Legs],
+    result: Legs,
+    steps: Iterable[tuple[int, int]] | None = None,
+) -> Tensor:
     """The sum over all legs that two tensors have in common.
 
     Args:
         tensors: any number from one on.
         legs: the name of every axis; a name stands in one tensor or in two.
         result: the names that stand in one, in the order wanted.
+        steps: which two to contract next, as :func:`path` numbers them, which is asked where none are given.
     """
+    if steps is None:
+        steps = _path(tuple(legs), leg_sizes(legs, [tensor.shape for tensor in tensors]))
     left = dict(enumerate(zip(tensors, legs, strict=True)))
-    sizes = {
-        name: size for tensor, names in left.values() for name, size in zip(names, tensor.shape, strict=True)
-    }
-    for number, (a, b) in enumerate(_path(tuple(legs), tuple(sizes.items())), len(left)):
-        left[number] = join(*left.pop(a), *left.pop(b))
+    for number, (a, b) in enumerate(steps, len(left)):
+        left[number] = _joined(*left.pop(a), *left.pop(b))
     ((tensor, names),) = left.values()
     return tensor.permute([names.index(name) for name in result])
 
 
-def join(a: Tensor, names_a: Legs, b: Tensor, names_b: Legs) -> tuple[Tensor, Legs]:
+def leg_sizes(legs: Iterable[Legs], shapes: Iterable[Sequence[int]]) -> tuple[tuple[str, int], ...]:
+    """(name, dimension) of every leg, once."""
+    pairs = zip(legs, shapes, strict=True)
+    return tuple({name: n for names, shape in pairs for name, n in zip(names, shape, strict=True)}.items())
+
+
+def _joined(a: Tensor, names_a: Legs, b: Tensor, names_b: Legs) -> tuple[Tensor, Legs]:
     """Two tensors contracted over the legs that they share; the legs of the first come first."""
     shared = [name for name in names_a if name in names_b]
     axes = [names_a.index(name) for name in shared], [names_b.index(name) for name in shared]

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mpoc.forms.contraction import contract_all, join, work
+from mpoc.forms.contraction import contract_all, leg_sizes, work
 from mpoc.forms.mera import bond_of
 from mpoc.forms.planned import planned
 from mpoc.nn.contract import is_traced, planned_batch
@@ -50,12 +50,12 @@ def contract_mera(x: Tensor, cores: Sequence[Tensor], structure: Structure) -> T
         return x @ weight.T
     at_once = max(1, _AT_ONCE // largest)
     parts = [x] if is_traced() or x.shape[0] <= at_once else x.split(at_once)
+    named, result = (("n", *inputs), *legs), ("n", *outputs)
+    steps = [(0 if k == 1 else len(cores) + k - 1, k) for k in range(1, len(named))]
     found = []
     for part in parts:
-        state, names = part.reshape(-1, *sides[1]), ("n", *inputs)
-        for core, own in zip(cores, legs, strict=True):
-            state, names = join(state, names, core, own)
-        found.append(state.permute([names.index(name) for name in ("n", *outputs)]).flatten(1))
+        state = part.reshape(-1, *sides[1])
+        found.append(contract_all([state, *cores], named, result, steps).flatten(1))
     return torch.cat(found) if len(found) > 1 else found[0]
 
 
@@ -73,8 +73,7 @@ def _estimated(
         through += multiplications + _MOVING * size
         largest = max(largest, size)
     legs = tuple(core.legs for core in cores)
-    sizes = {leg: n for core in cores for leg, n in zip(core.legs, core.shape, strict=True)}
-    multiplications, made = work(legs, tuple(sizes.items()))
+    multiplications, made = work(legs, leg_sizes(legs, shapes))
     dense = math.prod(outputs) * math.prod(inputs)
     return multiplications + _MOVING * made + batch * dense < batch * through, largest, legs
 

@@ -6,7 +6,14 @@ from collections.abc import Callable, Sequence
 
 from mpoc.manifest import LayerRecord
 from mpoc.pictures.data import FileData
-from mpoc.pictures.figures import ErrorKind, comparison_charts, mean_error, shared_error, tone_of
+from mpoc.pictures.figures import (
+    ErrorKind,
+    common_layers,
+    comparison_charts,
+    mean_error,
+    shared_error,
+    tone_of,
+)
 from mpoc.pictures.markup import Markup, breakable, join, tag
 from mpoc.pictures.parts import cell, error_text, figures, header_cell, scrolled
 from mpoc.report import human_bytes
@@ -42,8 +49,10 @@ def _totals(files: Sequence[FileData], kind: ErrorKind | None) -> Markup:
         row("on disk", lambda file: human_bytes(file.nbytes)),
         row("layers replaced", lambda file: str(len(file.manifest.replaced))),
     ]
-    if kind is not None:
-        rows.append(row(f"mean {kind.name}", lambda file: error_text(mean_error(file.manifest, kind))))
+    names = common_layers([file.manifest for file in files])
+    if kind is not None and names:
+        title = f"mean {kind.name}, layers in common: {len(names)}"
+        rows.append(row(title, lambda file: error_text(mean_error(file.manifest, kind, names))))
     trained = [_after_training(file) for file in files]
     if any(trained):
         rows.append(row("after training", lambda file: _after_training(file) or "not trained"))

@@ -12,19 +12,20 @@ import torch
 from mpoc.checkpoint.base import Checkpoint
 from mpoc.errors import MpocError
 from mpoc.expand import check_cores, open_compressed
-from mpoc.forms.mpo import MPO, entropy
+from mpoc.forms.mpo import entropy
 from mpoc.forms.terms import forms_of
 from mpoc.manifest import LayerRecord, Manifest
 from mpoc.manifest_file import read_manifest
 from mpoc.report import output_bytes
 from mpoc.spectrum import Spectrum, thinned
+from mpoc.wiring import branches
 
 
 @dataclass(frozen=True)
 class BondSpectra:
     """One bond of a layer."""
 
-    title: str  # "bond 2", or "low-rank part"
+    title: str  # "bond 2", "branch 3: sites 1–2", or "low-rank part"
     kept: int  # D_k
     stored: Spectrum  # of the cores; () where they are zero
     original: Spectrum | None  # of the source's weight
@@ -39,7 +40,7 @@ class LayerData:
 
     place: int  # among all layers of the file, from 1
     record: LayerRecord
-    bonds: tuple[BondSpectra, ...]  # none for forms that are no chains
+    bonds: tuple[BondSpectra, ...]  # none of a MERA: it has loops
 
     @property
     def anchor(self) -> str:
@@ -95,25 +96,35 @@ def read_file(path: Path, with_bonds: bool = True) -> FileData:
 
 def _bonds(stored: Checkpoint, record: LayerRecord) -> tuple[BondSpectra, ...]:
     check_cores(stored, record)
-    return tuple(_of_chains(stored, record))
+    return tuple(_of_terms(stored, record))
 
 
-def _of_chains(stored: Checkpoint, record: LayerRecord) -> Iterator[BondSpectra]:
-    """Of the MPO bond by bond, then of an added low-rank part."""
+def _of_terms(stored: Checkpoint, record: LayerRecord) -> Iterator[BondSpectra]:
+    """Of the first term bond by bond, then of an added low-rank part."""
     cores = [stored.read(name) for name in record.core_names]
     for name, core in zip(record.core_names, cores, strict=True):
         if not bool(torch.isfinite(core).all()):
             raise MpocError(f"{stored.path}: core {name!r} holds NaN or infinite values")
-    terms = [form for form in forms_of(cores, record.structure) if isinstance(form, MPO)]
-    originals = record.spectra_of_weight or (None,) * (len(record.bonds) - 2)
-    for term, chain in enumerate(terms):
-        for k, values in enumerate(chain.spectra()):
-            alone = len(terms) == 1
-            title = f"bond {k + 1}" if term == 0 else "low-rank part"
-            original = originals[k] if alone else None
-            points = thinned(values.tolist(), len(values))
-            scale = _scale(record) if original else None
-            yield BondSpectra(title, chain.bonds[k + 1], points, original, entropy(values), scale)
+    spectra = [values for form in forms_of(cores, record.structure) for values in form.spectra()]
+    titles, kept = (*_titles(record), "low-rank part"), (*record.inner_bonds, record.low_rank)
+    known = () if record.low_rank else record.spectra_of_weight
+    originals = known or (None,) * len(spectra)
+    for title, bond, values, original in zip(titles, kept, spectra, originals, strict=False):
+        points = thinned(values.tolist(), len(values))
+        scale = _scale(record) if original else None
+        yield BondSpectra(title, bond, points, original, entropy(values), scale)
+
+
+def _titles(record: LayerRecord) -> list[str]:
+    """Of bonds: of a tree with the sites below, each branch with the number of the core at its lower end."""
+    if record.structure.network != "tree":
+        return [f"bond {k}" for k in range(1, len(record.bonds) - 1)]
+    spans = branches(len(record.structure.site_sizes))
+    return [f"branch {k}: {_sites(span)}" for k, span in enumerate(spans, start=1)]
+
+
+def _sites(span: range) -> str:
+    return f"site {span.stop}" if len(span) == 1 else f"sites {span.start + 1}–{span.stop}"
 
 
 def _scale(record: LayerRecord) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,25 +143,39 @@ def spectrum_chart(bond: BondSpectra) -> Chart | None:
 
 
 def entropy_chart(layer: LayerData) -> Chart | None:
-    """The entanglement entropy along the chain; None where there are not two bonds."""
+    """The entanglement entropy along the chain, or over a tree; None where there are not two bonds."""
     bonds = [bond for bond in layer.bonds if bond.title != "low-rank part"]
     if len(bonds) < 2 or layer.record.low_rank:
         return None
     places = [float(k) for k in range(1, len(bonds) + 1)]
     known = layer.record.entropies_of_weight
     original = tuple((k, s) for k, s in zip(places, known, strict=False) if s is not None)
+    tree = layer.record.structure.network == "tree"
+    largest, stored = [math.log(bond.kept) for bond in bonds], [bond.entropy for bond in bonds]
     series = [
-        Series("ln D", _points(places, [math.log(b.kept) for b in bonds]), "dotted line", "bound"),
+        Series("ln D", _points(places, largest), "dots" if tree else "dotted line", "bound"),
         Series("original", original, "dots", "original"),
-        Series("stored", _points(places, [bond.entropy for bond in bonds]), "marked line", "stored"),
+        Series("stored", _points(places, stored), "dots" if tree else "marked line", "stored"),
     ]
+    where = "branch of the tree, above the core of its number" if tree else "bond along the chain"
     return Chart(
         "Entropy",
-        "Entanglement entropy S = −Σ s² ln s² at each bond along the chain; it is at most ln D.",
-        Axis("bond", unit="whole"),
+        f"Entanglement entropy S = −Σ s² ln s² at each {where}; it is at most ln D.",
+        Axis("branch" if tree else "bond", unit="whole"),
         Axis("entropy (nats)", from_zero=True),
         tuple(one for one in series if one.points),
     )
+
+
+def entropy_text(layer: LayerData) -> str:
+    """Of a single bond, for which there is no profile; and why a MERA has none."""
+    if layer.record.form == "mera":
+        return "none: no bond of a MERA cuts it in two"
+    if len(layer.bonds) != 1:
+        return ""
+    known = layer.record.entropies_of_weight
+    was = f", of the original {known[0]:.4g}" if known and known[0] is not None else ""
+    return f"{layer.bonds[0].entropy:.4g} nats{was}"
 
 
 def _points(places: list[float], values: list[float]) -> tuple[tuple[float, float], ...]:
@@ -214,10 +228,15 @@ def _finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and abs(value) < _LARGEST else None
 
 
-def mean_error(manifest: Manifest, kind: ErrorKind) -> float:
-    """The mean over all selected layers, 0 for those left dense."""
-    found = [error for layer in manifest.layers if (error := kind.of(layer)) is not None]
-    return sum(found) / len(found) if found else 0.0
+def common_layers(manifests: Sequence[Manifest]) -> frozenset[str]:
+    """The layers that every file has selected."""
+    return frozenset.intersection(*(frozenset(one.layer for one in held.layers) for held in manifests))
+
+
+def mean_error(manifest: Manifest, kind: ErrorKind, names: Collection[str]) -> float:
+    """The mean over the layers of these names, one or more; 0 for those left dense."""
+    found = [kind.of(layer) or 0.0 for layer in manifest.layers if layer.layer in names]
+    return sum(found) / len(found)
 
 
 def tone_of(place: int) -> str:
@@ -226,33 +245,36 @@ def tone_of(place: int) -> str:
 
 
 def comparison_charts(files: Sequence[FileData]) -> list[Chart]:
-    """Size against error of whole files, and of their layers."""
+    """Size against error of whole files, where they have layers in common, and of their layers."""
     kind = shared_error([file.manifest for file in files])
     if kind is None:
         return []
+    layers = Chart(
+        "Size against error, layer by layer",
+        f"Each dot is a replaced layer: its ρ and its {kind.name}.",
+        Axis("ρ", from_zero=True),
+        Axis(kind.name, from_zero=True),
+        tuple(_layers_of(file, kind, tone_of(k)) for k, file in enumerate(files, start=1)),
+    )
+    names = common_layers([file.manifest for file in files])
+    return [_whole_files(files, kind, names), layers] if names else [layers]
+
+
+def _whole_files(files: Sequence[FileData], kind: ErrorKind, names: Collection[str]) -> Chart:
     whole = tuple(
-        Series(file.name, ((float(file.nbytes), mean_error(file.manifest, kind)),), "dots", tone_of(k))
+        Series(file.name, ((float(file.nbytes), mean_error(file.manifest, kind, names)),), "dots", tone_of(k))
         for k, file in enumerate(files, start=1)
     )
-    layers = tuple(_layers_of(file, kind, tone_of(k)) for k, file in enumerate(files, start=1))
     before = {float(file.manifest.source.nbytes) for file in files if file.manifest.source.nbytes}
     dense = Series("dense", tuple((nbytes, 0.0) for nbytes in sorted(before)), "dots", "bound")
-    return [
-        Chart(
-            "Size against error",
-            f"Bytes on disk and the mean {kind.name} of the selected layers, those left dense counted as 0.",
-            Axis("size on disk", unit="bytes", from_zero=True),
-            Axis(f"mean {kind.name}", from_zero=True),
-            (*whole, *([dense] if before else [])),
-        ),
-        Chart(
-            "Size against error, layer by layer",
-            f"Each dot is a replaced layer: its ρ and its {kind.name}.",
-            Axis("ρ", from_zero=True),
-            Axis(kind.name, from_zero=True),
-            layers,
-        ),
-    ]
+    return Chart(
+        "Size against error",
+        f"Bytes on disk and the mean {kind.name} of the layers selected in every file ({len(names)}), "
+        "those left dense counted as 0.",
+        Axis("size on disk", unit="bytes", from_zero=True),
+        Axis(f"mean {kind.name}", from_zero=True),
+        (*whole, *([dense] if before else [])),
+    )
 
 
 def _layers_of(file: FileData, kind: ErrorKind, tone: str) -> Series:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mpoc.manifest import LayerRecord
 from mpoc.pictures.data import LayerData
-from mpoc.pictures.figures import ERRORS, entropy_chart, spectrum_chart
+from mpoc.pictures.figures import ERRORS, entropy_chart, entropy_text, spectrum_chart
 from mpoc.pictures.markup import Markup, breakable, tag
 from mpoc.pictures.network import networks_of
 from mpoc.pictures.parts import error_text, figures
@@ -52,7 +52,7 @@ def _facts(layer: LayerData) -> Markup:
         ("output error", error_text(record.output_error)),
         ("held-out error", error_text(record.held_out_error)),
         ("in the same bytes", _same_size(record)),
-        ("entropy", _entropy(layer)),
+        ("entropy", entropy_text(layer)),
     ]
     return tag("dl", *(tag("div", tag("dt", k), tag("dd", v)) for k, v in facts if v), class_="facts")
 
@@ -61,15 +61,6 @@ def _same_size(record: LayerRecord) -> str:
     """The error of other methods at the same size, as the network's output feels it."""
     found = record.same_size or {}
     return ", ".join(f"{name} {error_text(error)}" for name, error in found.items())
-
-
-def _entropy(layer: LayerData) -> str:
-    """Of a single bond, for which there is no profile."""
-    if len(layer.bonds) != 1:
-        return ""
-    known = layer.record.entropies_of_weight
-    was = f", of the original {known[0]:.4g}" if known and known[0] is not None else ""
-    return f"{layer.bonds[0].entropy:.4g} nats{was}"
 
 
 def _drawing(record: LayerRecord) -> Markup | None:

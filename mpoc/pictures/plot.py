@@ -13,6 +13,7 @@ from mpoc.pictures.data import LayerData, read_files
 from mpoc.pictures.figures import (
     comparison_charts,
     entropy_chart,
+    entropy_text,
     layer_charts,
     spectrum_chart,
     training_charts,
@@ -128,7 +129,8 @@ def _draw_layer(target: Path, layer: LayerData) -> None:
     top = (placed[-1].top + placed[-1].height) / 90 if placed else 0.1
     figure = Figure(figsize=(max(3.6 * across, 5.0), top + 0.4 + 2.9 * rows), layout="constrained")
     record = layer.record
-    title = f"{record.layer}: {record.form}, ρ {record.rho:.4f}"
+    known = entropy_text(layer)
+    title = f"{record.layer}: {record.form}, ρ {record.rho:.4f}" + (f", entropy {known}" if known else "")
     figure.suptitle(_plain(title), fontsize="medium", x=0.01, ha="left")
     grid = figure.add_gridspec(1 + rows, across, height_ratios=[top, *([2.9] * rows)])
     if placed:
@@ -144,7 +146,7 @@ def _plain(text: str) -> str:
 
 
 def _draw_chart(axes: Any, chart: Chart) -> None:
-    axes.set_title(_plain(chart.title), fontsize="medium", loc="left")
+    axes.set_title(_plain(chart.title), fontsize="medium", loc="left", pad=18 if chart.mark else None)
     for one in chart.series:
         if one.points:
             _draw_series(axes, one)
@@ -163,8 +165,8 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
     if chart.mark:
         axes.axvline(chart.mark.x, color=_INK, lw=1, ls="--")
         axes.annotate(
-            chart.mark.label, (chart.mark.x, 1), xycoords=("data", "axes fraction"), xytext=(-4, -4),
-            textcoords="offset points", ha="right", va="top", fontsize="small",
+            chart.mark.label, (chart.mark.x, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
+            textcoords="offset points", ha="center", va="bottom", fontsize="small",
         )  # fmt: skip
     axes.grid(axis="y", color="0.9", lw=0.8)
     axes.set_axisbelow(True)
@@ -194,11 +196,13 @@ def _draw_network(axes: Any, placed: Sequence[Placed]) -> None:
     axes.set_xlim(0, max(one.left + one.width for one in placed))
     axes.set_ylim(placed[-1].top + placed[-1].height, 0)
     text = {"ha": "center", "va": "center", "fontsize": 9}
+    over = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a line that is not level
     for k, one in enumerate(placed):
         for bond in one.network.bonds:
             (x1, y1), (x2, y2) = one.at(bond.first), one.at(bond.second)
             axes.plot([x1, x2], [y1, y2], color=_TONES["stored"], lw=stroke(bond.size), zorder=1)
-            axes.text((x1 + x2) / 2, (y1 + y2) / 2 - 9, str(bond.size), color=_TONES["stored"], **text)
+            x, y = (x1 + x2) / 2, (y1 + y2) / 2 - 9
+            axes.text(x, y, str(bond.size), color=_TONES["stored"], bbox=None if y1 == y2 else over, **text)
         for leg in one.network.legs:
             (x, y), (x_end, end) = one.at(leg.node), one.end(leg)
             axes.plot([x, x_end], [y, end], color=_MUTED, lw=stroke(leg.size), zorder=1)

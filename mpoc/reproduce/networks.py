@@ -22,8 +22,8 @@ from mpoc.forms.mpo import MPO, rank_within
 from mpoc.forms.terms import form_of
 from mpoc.nn import adopt
 from mpoc.nn.conv_map import geometry_of
+from mpoc.orders import Order, permutation
 from mpoc.reproduce.experiment import Experiment, Layer
-from mpoc.reproduce.pixels import channel_order, pixel_order
 from mpoc.structure import Structure
 from mpoc.train.settings import derived_seed
 from mpoc.zoo.mera_cnn import FEATURES
@@ -48,9 +48,8 @@ def layer_structure(network: nn.Module, layer: Layer) -> Structure:
     weight = module.get_parameter("weight")
     geometry = geometry_of(module, layer.size) if layer.size else None
     kind = "convmap" if geometry else "linear"
-    structure = Structure(
-        kind, tuple(weight.shape), False, layer.outputs, layer.inputs, geometry, layer.network
-    )
+    sides, order = (layer.outputs, layer.inputs), _order(layer, weight.shape[1])
+    structure = Structure(kind, tuple(weight.shape), False, *sides, geometry, layer.network, order)
     rows, columns = structure.padding
     if len(layer.inputs) != len(layer.outputs) or rows or columns < 0 or (columns and geometry is None):
         raise UsageError(
@@ -62,6 +61,24 @@ def layer_structure(network: nn.Module, layer: Layer) -> Structure:
             f"{layer.notation()}: in so large a map each factor must divide an axis or span whole ones"
         )
     return structure
+
+
+def _order(layer: Layer, inputs: int) -> Order:
+    """Of its inputs, as a structure has it."""
+    if layer.order == "channels":
+        return channel_order(*FEATURES)
+    side = math.isqrt(inputs)
+    return "" if layer.order == "raster" else f"morton:{side}x{side}"
+
+
+def channel_order(height: int, width: int, channels: int) -> tuple[int, ...]:
+    """The number that a feature has pixel by pixel, channels last, of each feature with channels first.
+
+    Pixels are then in Morton order; height and width are one power of two.
+    """
+    factors = (4,) * (height.bit_length() - 1)
+    pixels = permutation(f"morton:{height}x{width}", height * width, factors) or ()
+    return tuple(pixel * channels + channel for channel in range(channels) for pixel in pixels)
 
 
 def check_structures(experiment: Experiment) -> None:
@@ -106,26 +123,9 @@ def compress(network: nn.Module, layers: Sequence[Layer], bond: int, start: str,
         if start == "random":
             cores = random_cores(structure, own, derived_seed(seed, "cores", layer.name))
         else:
-            weight = module.get_parameter("weight").detach()
-            if layer.order != "raster":
-                weight = weight[:, _input_order(layer, structure)]
-            cores = fitted_cores(weight, structure, own, seed)
+            cores = fitted_cores(module.get_parameter("weight").detach(), structure, own, seed)
         adopt(module, "weight", cores, structure)
-        if layer.order != "raster":
-            module.register_buffer("input_order", _input_order(layer, structure), persistent=False)
-            module.register_forward_pre_hook(_reordered)
     return network
-
-
-def _input_order(layer: Layer, structure: Structure) -> Tensor:
-    if layer.order == "channels":
-        return channel_order(*FEATURES)
-    return pixel_order(layer.order, math.isqrt(structure.inputs))
-
-
-def _reordered(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """A hook: the inputs as the cores take them."""
-    return (inputs[0][..., module.get_buffer("input_order")],)
 
 
 def core_forms(network: nn.Module, layers: Sequence[Layer]) -> dict[str, Form]:

@@ -8,7 +8,6 @@ bonds.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -46,18 +45,6 @@ def from_sites(sites: Tensor, order: str, shape: tuple[int, int, int]) -> Tensor
         bits = bits.permute([axes.index(axis) for axis in range(len(axes))])
     images = bits.reshape(-1, channels, 1 << depth, 1 << depth)
     return images[:, :, top : top + height, left : left + width]
-
-
-def pixel_order(order: str, side: int) -> Tensor:
-    """(side²,) int64: the raster number of each pixel as the order counts them; ``side`` a power of two."""
-    return to_sites(torch.arange(side * side).reshape(1, 1, side, side), order).flatten()
-
-
-def channel_order(height: int, width: int, channels: int) -> Tensor:
-    """(height·width·channels,) int64: the number that a feature has pixel by pixel, channels last, of each
-    feature with channels first and pixels in Morton order; height and width one power of two."""
-    places = pixel_order("morton", height) * channels
-    return (torch.arange(channels)[:, None] + places).flatten()
 
 
 def _depth(height: int, width: int) -> int:

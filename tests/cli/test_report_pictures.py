@@ -48,6 +48,14 @@ def test_the_table_stays_as_it_is(path: Path, here: Path) -> None:
         assert table.stderr == "" and len(table.stdout) > 100
 
 
+def test_the_page_on_stdout_is_the_page(run: Mpoc, path: Path) -> None:
+    assert run("report", path, "--html", "r.html", "--compare", path).returncode == 0
+    done = run("report", path, "--html", "-", "--compare", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (run.folder / "r.html").read_text("utf-8")
+    assert [file.name for file in run.folder.iterdir()] == ["r.html"]
+
+
 def test_nothing_existing_is_replaced_without_force(path: Path, here: Path) -> None:
     (here / "r.html").write_text("mine")
     refused = report(path, "--html", "r.html")
@@ -84,6 +92,8 @@ def test_figures(path: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (["{path}", "{path}"], 2, "a report is of one file"),
         (["{path}", "--compare", "{path}"], 2, "is about a page or pictures"),
         (["{path}", "--force"], 2, "is about a page or pictures"),
+        (["{path}", "--html", "-", "--csv"], 2, "--csv and --html -: one of them"),
+        (["{path}", "--plot", "-"], 2, "--plot -: stdout takes one page"),
         (["{path}", "--html", "no/r.html"], 1, "there is no directory"),
         (["{path}", "--html", "{path}", "--force"], 2, "would write over or into the input"),
         (["{path}", "--html", "r.html", "--compare", "none"], 2, "none: no such file or directory"),

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpoc.fit.tree import tree_svd
-from mpoc.fit.truncate import Truncation, truncate
 from mpoc.fit.ttsvd import Fit, tt_svd
 from mpoc.forms.layout import deinterleave, interleave
 from mpoc.forms.terms import weight_of
 from mpoc.forms.tree import Tree
 from mpoc.structure import Structure, make_structure
 from mpoc.wiring import branches
+from tests.fit.discarded import fit_and_discarded
 from tests.weights import EVERY_KIND, random_weight, shape_id, structures
 
 SOME = settings(max_examples=30, deadline=None, derandomize=True)
@@ -70,20 +70,6 @@ def test_each_branch_loses_at_most_its_share(structure: Structure, discard: floa
     assert list(fit.form.bonds) == bonds_by_numpy(tensor, discard)
 
 
-def fit_and_discarded(weight: Tensor, structure: Structure, bond: int) -> tuple[Fit, float]:
-    """The fit, and the sum of what its truncations said they discarded."""
-    lost: list[float] = []
-
-    def recording(*args: object) -> Truncation:
-        cut = truncate(*args)  # type: ignore[arg-type]
-        lost.append(cut.discarded)
-        return cut
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mpoc.fit.tree.truncate", recording)
-        return tree_svd(weight, structure, bond), math.fsum(lost)
-
-
 def relative_error(weight: Tensor, fit: Fit) -> float:
     """Of the stored cores, all in float64."""
     found = weight_of([core.double() for core in fit.form.cores], fit.form.structure)
@@ -95,7 +81,7 @@ def relative_error(weight: Tensor, fit: Fit) -> float:
 def test_error_squared_is_the_sum_of_the_discarded_squares(structure: Structure, bond: int) -> None:
     weight = random_weight(structure)
     tensor = interleave(weight, structure).numpy()
-    fit, lost = fit_and_discarded(weight, structure, bond)
+    fit, lost = fit_and_discarded(tree_svd, weight, structure, bond)
     norm = float(weight.norm()) ** 2
     assert lost == pytest.approx(sum(discarded_by_numpy(tensor, bond)), rel=1e-9, abs=1e-12 * norm)
     if not any(structure.padding):

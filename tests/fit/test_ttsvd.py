@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpoc.fit.truncate import Truncation, truncate
-from mpoc.fit.ttsvd import Fit, tt_svd
+from mpoc.fit.ttsvd import tt_svd
 from mpoc.forms.form import Form
 from mpoc.forms.layout import deinterleave, interleave
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, make_structure
+from tests.fit.discarded import fit_and_discarded
 from tests.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
 
 SOME = settings(max_examples=40, deadline=None, derandomize=True)
@@ -45,20 +45,6 @@ def unfolding_values(tensor: np.ndarray) -> list[np.ndarray]:
     return [np.linalg.svd(tensor.reshape(left, -1), compute_uv=False) for left in lefts]
 
 
-def fit_and_discarded(weight: Tensor, structure: Structure, bond: int) -> tuple[Fit, float]:
-    """The fit, and the sum of what its truncations said they discarded."""
-    lost: list[float] = []
-
-    def recording(*args: object) -> Truncation:
-        cut = truncate(*args)  # type: ignore[arg-type]
-        lost.append(cut.discarded)
-        return cut
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mpoc.fit.ttsvd.truncate", recording)
-        return tt_svd(weight, structure, bond), math.fsum(lost)
-
-
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("structure", EVERY_KIND, ids=shape_id)
 def test_full_bond_is_exact(structure: Structure, dtype: torch.dtype, limit: float) -> None:
@@ -74,7 +60,7 @@ def test_full_bond_is_exact(structure: Structure, dtype: torch.dtype, limit: flo
 def test_error_squared_is_the_sum_of_the_discarded_squares(structure: Structure, bond: int) -> None:
     weight = random_weight(structure)
     tensor = interleave(weight, structure)
-    fit, lost = fit_and_discarded(weight, structure, bond)
+    fit, lost = fit_and_discarded(tt_svd, weight, structure, bond)
     norm = float(weight.norm()) ** 2
     assert lost == pytest.approx(sum(discarded_by_numpy(tensor.numpy(), bond)), rel=1e-9, abs=1e-12 * norm)
     tails = sum(float((values[bond:] ** 2).sum()) for values in unfolding_values(tensor.numpy()))

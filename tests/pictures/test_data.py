@@ -81,6 +81,33 @@ def test_a_sum_has_the_bonds_of_both_terms(tmp_path: Path) -> None:
         assert [bond.kept for bond in chain] == list(layer.record.bonds[1:-1])
 
 
+def test_a_tree_has_those_of_its_branches(tmp_path: Path) -> None:
+    path = compressed(tmp_path, {"a.weight": torch.randn(48, 60)}, bond=5, form="tree", sites=3)
+    (layer,) = read_file(path).layers
+    structure = layer.record.structure
+    weight = interleave(dense_weight(open_compressed(path), layer.record).double(), structure).numpy()
+    tensor = weight.reshape(structure.site_sizes)
+    assert [bond.title for bond in layer.bonds] == [
+        "branch 1: site 1",
+        "branch 2: site 2",
+        "branch 3: sites 1–2",
+    ]
+    for bond, front in zip(layer.bonds, ([0], [1], [0, 1]), strict=True):
+        rest = [axis for axis in range(3) if axis not in front]
+        rows = math.prod(structure.site_sizes[axis] for axis in front)
+        values = np.linalg.svd(tensor.transpose(*front, *rest).reshape(rows, -1), compute_uv=False)
+        values /= np.linalg.norm(values)
+        assert len(bond.stored) == bond.kept == 5
+        assert_points_of(bond.stored, values)
+        p = values[:5] ** 2
+        assert bond.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=1e-6)
+
+
+def test_a_mera_has_none(tmp_path: Path) -> None:
+    path = compressed(tmp_path, {"a.weight": torch.randn(16, 16)}, bond=2, form="mera", sites=4)
+    assert read_file(path).layers[0].bonds == ()
+
+
 def test_names_tell_files_apart(tmp_path: Path) -> None:
     paths = [compressed(tmp_path / name) for name in ("a", "b")]
     assert [file.name for file in read_files(paths[0], paths[1:])] == [

@@ -14,8 +14,10 @@ from mpoc.pictures.data import BondSpectra, FileData, LayerData
 from mpoc.pictures.figures import (
     ErrorKind,
     best_error,
+    common_layers,
     comparison_charts,
     entropy_chart,
+    entropy_text,
     layer_charts,
     mean_error,
     shared_error,
@@ -70,8 +72,18 @@ def test_the_most_telling_error_that_all_have() -> None:
 
 
 def test_the_mean_counts_dense_layers() -> None:
-    assert mean_error(WHOLE, ErrorKind("relative_error")) == pytest.approx(0.2)
-    assert mean_error(CALIBRATED, ErrorKind("held_out_error")) == pytest.approx(0.15)
+    names = common_layers([WHOLE])
+    assert mean_error(WHOLE, ErrorKind("relative_error"), names) == pytest.approx(0.2)
+    assert mean_error(CALIBRATED, ErrorKind("held_out_error"), names) == pytest.approx(0.15)
+
+
+def test_means_are_of_the_layers_that_all_files_have() -> None:
+    less = manifest(layer("a.weight", 40, 0.3), layer("c.weight", 30, 0.7), layer("d.weight", 30, 0.9))
+    whole, _ = comparison_charts([FileData("a", WHOLE, 200, ()), FileData("b", less, 300, ())])
+    assert [one.points[0][1] for one in whole.series[:2]] == pytest.approx([0.25, 0.5])
+    assert "(2)" in whole.caption
+    other = manifest(layer("d.weight", 30, 0.9))
+    assert len(comparison_charts([FileData("a", WHOLE, 200, ()), FileData("b", other, 300, ())])) == 1
 
 
 def test_spectra_are_of_one_scale_and_end_above_the_noise() -> None:
@@ -96,7 +108,21 @@ def test_entropies_beside_their_bound() -> None:
     assert points["ln D"] == ((1.0, math.log(2)), (2.0, 0.0))
     assert points["original"] == ((2, 1.5),)
     assert points["stored"] == ((1, 0.7), (2, 0.0))
-    assert entropy_chart(LayerData(1, record, bonds[:1])) is None
+    assert entropy_text(LayerData(1, record, bonds)) == ""
+
+
+def test_the_entropy_of_a_single_bond_is_text() -> None:
+    single = LayerData(1, layer("a.weight", 40, entropies_of_weight=(1.5,)), (bond(((1, 0.8), (2, 0.6))),))
+    assert entropy_chart(single) is None
+    assert entropy_text(single) == "0.7 nats, of the original 1.5"
+
+
+def test_branches_of_a_tree_are_no_line() -> None:
+    record = layer("a.weight", 40, form="tree")
+    bonds = (bond(((1, 0.8), (2, 0.6))),) * 3
+    chart = entropy_chart(LayerData(1, record, bonds))
+    assert chart is not None and chart.x.label == "branch"
+    assert {one.style for one in chart.series} == {"dots"}
 
 
 def test_training_from_the_first_to_the_last() -> None:

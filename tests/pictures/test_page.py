@@ -109,6 +109,12 @@ def test_a_sum_shows_both_terms(tmp_path: Path) -> None:
     assert "Low-rank part" in text
 
 
+def test_a_mera_says_why_it_has_no_entropies(tmp_path: Path) -> None:
+    text = shown(compressed(tmp_path, {"a.weight": torch.randn(16, 16)}, bond=2, form="mera", sites=4))
+    assert_whole(text)
+    assert "no bond of a MERA cuts it in two" in text and "Schmidt" not in text
+
+
 def test_all_layers_dense(path: Path) -> None:
     manifest = read_manifest(path)
     manifest = replace(manifest, layers=tuple(one for one in manifest.layers if one.form == "dense"))
@@ -154,6 +160,8 @@ def test_comparison_by_name(path: Path, tmp_path: Path) -> None:
     tables = re.findall(r'<table class="sortable">.*?</table>', text, re.DOTALL)
     names = {one.layer for file in (path, other) for one in read_manifest(file).layers}
     assert len(tables) == 1 and tables[0].count("<tr") == 2 + len(names)
+    common = sum(len(read_manifest(file).layers) for file in (path, other)) - len(names)
+    assert f"mean relative error, layers in common: {common}<" in text
 
 
 def test_200_layers_are_not_large(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from mpoc.errors import UsageError
 from mpoc.reproduce.catalogue import Choice, choose
 from mpoc.reproduce.compression import baseline_counts, counts
 from mpoc.reproduce.mera import MERA
-from mpoc.reproduce.networks import compress, layer_structure, num_cores_parameters
-from mpoc.reproduce.pixels import channel_order
+from mpoc.reproduce.networks import channel_order, compress, layer_structure, num_cores_parameters
 from mpoc.reproduce.study import Request, reproduce
 
 # Variant and D → parameters of the fully connected layers, and what is printed where that differs.
@@ -88,8 +87,8 @@ def test_channels_come_first_and_neighbouring_pixels_together() -> None:
     order = channel_order(4, 4, 256)
     features = torch.arange(4 * 4 * 256).reshape(4, 4, 256)
     expected = [features[y, x, 9] for y, x in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2))]
-    assert order[9 * 16 : 9 * 16 + 5].tolist() == expected
-    assert sorted(order.tolist()) == list(range(4096))
+    assert list(order[9 * 16 : 9 * 16 + 5]) == expected
+    assert sorted(order) == list(range(4096))
 
 
 def test_in_another_order_the_first_layer_sees_the_same_features() -> None:

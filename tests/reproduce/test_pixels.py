@@ -5,13 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.reproduce.pixels import ORDERS, from_sites, pixel_order, to_sites
+from mpoc.orders import permutation
+from mpoc.reproduce.pixels import ORDERS, from_sites, to_sites
 
 
-def test_morton_order_by_hand() -> None:
-    numbers = [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
-    assert pixel_order("morton", 4).tolist() == numbers
-    assert pixel_order("raster", 4).tolist() == [*range(16)]
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_morton_order_is_that_of_layers(depth: int) -> None:
+    side = 1 << depth
+    numbers = torch.arange(side**2).reshape(1, 1, side, side)
+    expected = permutation(f"morton:{side}x{side}", side**2, (4,) * depth)
+    assert tuple(to_sites(numbers, "morton").flatten().tolist()) == expected
+    assert to_sites(numbers, "raster").flatten().tolist() == [*range(side**2)]
 
 
 def test_sites_are_digits_of_the_pixel_s_number_or_quadrants() -> None:

@@ -1,0 +1,29 @@
+"""What successive truncations say that they discarded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+from torch import Tensor
+
+from mpoc.fit.truncate import Truncation, truncate
+from mpoc.fit.ttsvd import Fit
+from mpoc.structure import Structure
+
+
+def fit_and_discarded(
+    factorise: Callable[[Tensor, Structure, int], Fit], weight: Tensor, structure: Structure, bond: int
+) -> tuple[Fit, float]:
+    """The fit, and the sum over its truncations."""
+    lost: list[float] = []
+
+    def recording(*args: object) -> Truncation:
+        cut = truncate(*args)  # type: ignore[arg-type]
+        lost.append(cut.discarded)
+        return cut
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpoc.fit.ttsvd.truncate", recording)
+        return factorise(weight, structure, bond), math.fsum(lost)
