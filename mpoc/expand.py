@@ -14,6 +14,7 @@ from mpoc.checkpoint.base import Checkpoint, fingerprint
 from mpoc.checkpoint.safetensors_file import open_safetensors
 from mpoc.errors import MpocError
 from mpoc.fit.conv_map import project
+from mpoc.fit.scale import largest
 from mpoc.forms.layout import working_dtype
 from mpoc.forms.mpo import MPO
 from mpoc.forms.terms import weight_of
@@ -112,8 +113,8 @@ def dense_weight(stored: Checkpoint, layer: LayerRecord) -> Tensor:
     else:
         weight = project(MPO(cores, layer.structure))[0]
     found = weight.to(getattr(torch, layer.dtype))
-    if not bool(torch.isfinite(found).all()):
-        what = f"overflows {layer.dtype}" if bool(torch.isfinite(weight).all()) else "is not finite"
+    if not math.isfinite(largest(found)):
+        what = f"overflows {layer.dtype}" if math.isfinite(largest(weight)) else "is not finite"
         raise MpocError(f"{stored.path}: tensor {layer.name!r}, made of its cores, {what}")
     return found
 

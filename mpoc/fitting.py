@@ -14,9 +14,9 @@ from mpoc.checkpoint import Checkpoint
 from mpoc.errors import MpocError
 from mpoc.fit.factorise import factorise
 from mpoc.fit.order import learn_order
+from mpoc.fit.scale import largest
 from mpoc.fit.ttsvd import Fit
 from mpoc.forms.form import Form
-from mpoc.forms.layout import working_dtype
 from mpoc.manifest import LayerRecord
 from mpoc.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.recipe import Recipe
@@ -131,8 +131,9 @@ def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
         MpocError: it holds NaN or infinite values.
     """
     weight = checkpoint.read(name)
-    if not bool(torch.isfinite(weight).all()):
-        kind = "NaN" if bool(torch.isnan(weight).any()) else "infinite values"
+    most = largest(weight)
+    if not math.isfinite(most):
+        kind = "NaN" if math.isnan(most) else "infinite values"
         raise MpocError(
             f"{checkpoint.files[name]}: tensor {name!r} holds {kind}",
             f"mend the checkpoint, or leave the layer alone: --exclude '{name}'",
@@ -149,15 +150,14 @@ def check_cores(terms: Sequence[Form], weight: Tensor, checkpoint: Checkpoint, p
     named = f"{checkpoint.files[plan.map.name]}: tensor {plan.map.name!r}"
     if not all(bool(torch.isfinite(core).all()) for form in terms for core in form.cores):
         raise MpocError(f"{named}: its cores overflow {plan.stored_dtype}", "--dtype bfloat16 or float32")
-    norm = torch.linalg.vector_norm(weight, dtype=working_dtype(weight.dtype))
-    largest = torch.finfo(weight.dtype).max
-    if float(norm) < largest / 4:  # no number of an approximation comes near
+    most = torch.finfo(weight.dtype).max
+    if largest(weight) * math.sqrt(weight.numel()) < most / 4:  # ≥ ‖W‖: no number of an approximation is near
         return
     made = sum(
         type(form)([core.double() for core in form.cores], form.structure).to_weight() for form in terms
     )
     assert isinstance(made, Tensor)
-    if not bool((made.abs() <= largest).all()):
+    if not bool((made.abs() <= most).all()):
         raise MpocError(
             f"{named}: its approximation overflows {plan.map.dtype}",
             f"leave the layer alone: --exclude '{plan.map.layer}'",

@@ -5,16 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 # Between 2⁻⁴⁰ and 2⁴⁰ squares, and sums of them, keep all their digits.
 _PLAIN = 40
 
 
+def largest(tensor: Tensor) -> float:
+    """max |x|, in one pass; NaN or infinite where an entry is, 0 of no entry."""
+    ends = torch.aminmax(tensor) if tensor.numel() else ()
+    return max((abs(float(end)) for end in ends), default=0.0)
+
+
 def exponent_of(tensor: Tensor) -> int:
     """e such that the largest entry is below 2ᵉ, and not below 2ᵉ⁻¹; 0 where no scaling is needed."""
-    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
-    exponent = math.frexp(largest)[1] if math.isfinite(largest) else 0
+    most = largest(tensor)
+    exponent = math.frexp(most)[1] if math.isfinite(most) else 0
     return exponent if abs(exponent) > _PLAIN else 0
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mpoc.fit.scale import exponent_of, scaled, spread
+from mpoc.fit.scale import exponent_of, largest, scaled, spread
 from mpoc.fit.ttsvd import tt_svd
 from mpoc.forms.mpo import MPO
 from mpoc.structure import Structure, low_rank_structure, make_structure
@@ -63,6 +63,16 @@ def test_ordinary_weights_are_left_as_they_are() -> None:
         assert exponent_of(weight) == 0
         assert scaled(weight, 0) is weight
     assert exponent_of(torch.empty(0)) == exponent_of(torch.tensor([math.inf, 1.0])) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, -7.0])
+def test_one_odd_entry_is_seen_anywhere(dtype: torch.dtype, odd: float) -> None:
+    for place in (0, 77, 5999):
+        weight = torch.linspace(-1, 1, 6000).to(dtype)
+        weight[place] = odd
+        assert largest(weight.view(60, 100).T) == pytest.approx(abs(odd), nan_ok=True)
+    assert largest(torch.empty(0, 3, dtype=dtype)) == 0.0
 
 
 def test_the_exponent_is_shared_out_exactly() -> None:
