@@ -6,7 +6,6 @@ example add up, and more so in front of a mean over positions.  What the network
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -38,12 +37,12 @@ class OutputDistance:
 
     def __init__(self, study: Study) -> None:
         self._study = study
-        self._network = copy.deepcopy(study.network)
-        self._state: dict[str, Tensor] = {
-            **dict(self._network.named_parameters()),
-            **dict(self._network.named_buffers()),
-        }
         self._dense = list(self._outputs(study.network))
+
+    @property
+    def _state(self) -> dict[str, Tensor]:
+        network = self._study.network
+        return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
     @torch.no_grad()
     def of(self, layers: Mapping[str, Replaced]) -> float:
@@ -52,24 +51,25 @@ class OutputDistance:
         Args:
             layers: by the weight's name in the checkpoint; all others stay dense.
         """
-        changed = self._changed(layers)
-        before = {name: self._state[name].clone() for name in changed}
+        state = self._state  # of the dense network itself, which is as it was afterwards
+        changed = self._changed(layers, state)
+        before = {name: state[name].clone() for name in changed}
         try:
             for name, tensor in changed.items():
-                self._state[name].copy_(tensor)
-            return self.of_network(self._network)
+                state[name].copy_(tensor)
+            return self.of_network(self._study.network)
         finally:
             for name, tensor in before.items():
-                self._state[name].copy_(tensor)
+                state[name].copy_(tensor)
 
-    def _changed(self, layers: Mapping[str, Replaced]) -> dict[str, Tensor]:
+    def _changed(self, layers: Mapping[str, Replaced], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         places, means = self._study.places, self._study.means
         found = {places[name]: layer.weight for name, layer in layers.items()}
         for name, layer in layers.items():
             if layer.shift is not None:
                 taken_up = means[name]
                 place = places[taken_up.name]
-                found[place] = self._state[place] + taken_up.sign * layer.shift.to(self._study.device)
+                found[place] = state[place] + taken_up.sign * layer.shift.to(self._study.device)
         return found
 
     @torch.no_grad()

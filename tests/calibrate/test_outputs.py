@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from mpoc.calibrate.outputs import Replaced
+from mpoc.calibrate.study import TakenUp
 from tests.calibrate.networks import images
 from tests.calibrate.test_norms import distance_from_own
 
@@ -27,3 +31,20 @@ def test_divergence_of_classes_and_no_number_is_infinitely_far() -> None:
     with torch.no_grad():
         other.get_parameter("1.weight")[0, 0] = math.nan
     assert distance.of_network(other) == math.inf
+
+
+def test_replaced_layers_are_tried_and_taken_out_again() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)).eval()
+    distance = distance_from_own(network, [images(3)])
+    study: Any = distance._study
+    study.places, study.means = {"w": "1.weight", "b": "1.bias"}, {"w": TakenUp("b", 1)}
+    before = copy.deepcopy(network.state_dict())
+    other = copy.deepcopy(network)
+    weight, shift = torch.randn(5, 3 * 32 * 32) / 50, torch.arange(5.0).double()
+    with torch.no_grad():
+        other.get_parameter("1.weight").copy_(weight)
+        other.get_parameter("1.bias").add_(shift)
+    assert distance.of({"w": Replaced(weight, shift)}) == distance.of_network(other) > 0
+    with pytest.raises(RuntimeError):  # of another shape
+        distance.of({"w": Replaced(torch.ones(7, 7), None)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
