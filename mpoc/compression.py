@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -126,7 +126,8 @@ def _fit_shared(
         finished.keep(todo[fitted.record.name], fitted, seconds)
         return finished.count()
 
-    fit_all(fit_each(opened, asked, recipe), asked, len(plans), keep, work.progress)
+    costs = {plan.map.name: plan.cost for plan in asked}
+    fit_all(fit_each(opened, asked, recipe), costs, len(plans), keep, work.progress)
     return len(mine) - len(todo)
 
 
@@ -134,8 +135,8 @@ def _fit_in_order(calibrated: InOrder, plans: list[LayerPlan], finished: Finishe
     """All processes fit each layer together, but for what is finished; says how many that was."""
     numbers = {plan.map.name: k for k, plan in enumerate(plans)}
     usable = work.mates.by_first(lambda: {name for name, k in numbers.items() if finished.takes_up(k)})
-    done = {name for unit in calibrated.units(plans) if usable.issuperset(unit) for name in unit}
-    asked = [plan for plan in plans if plan.map.name not in done]
+    done = {name for unit in calibrated.steps.units(plans) if usable.issuperset(unit) for name in unit}
+    costs = {name: cost for name, cost in calibrated.steps.costs(plans).items() if name not in done}
 
     def keep(fitted: Fitted, seconds: float) -> int:
         with work.mates.together():
@@ -144,7 +145,7 @@ def _fit_in_order(calibrated: InOrder, plans: list[LayerPlan], finished: Finishe
         return finished.count()
 
     kept = {name: partial(finished.fitted, numbers[name]) for name in done}
-    fit_all(calibrated.fit(plans, kept), asked, len(plans), keep, work.progress)
+    fit_all(calibrated.fit(plans, kept), costs, len(plans), keep, work.progress)
     return len(done)
 
 
@@ -177,20 +178,19 @@ def fit_each(opened: Opened, plans: list[LayerPlan], recipe: Recipe) -> Iterator
 
 def fit_all(
     fits: Iterator[Fitted],
-    asked: list[LayerPlan],
+    costs: Mapping[str, float],
     total: int,
     keep: Callable[[Fitted, float], int],
     progress: Progress | None,
 ) -> None:
     """Layer by layer: ``keep`` takes one and its seconds, and says how many of ``total`` are finished."""
-    costs = {plan.map.name: plan.cost for plan in asked}
     done, start = 0.0, time.perf_counter()
     for fitted in fits:
         seconds = time.perf_counter() - start
         number = keep(fitted, seconds)
         done += costs[fitted.record.name]
         if progress:
-            progress(fitted.record, seconds, number, total, done / sum(costs.values()))
+            progress(fitted.record, seconds, number, total, done / (sum(costs.values()) or 1.0))
         start = time.perf_counter()
 
 

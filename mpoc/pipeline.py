@@ -134,7 +134,8 @@ def _dry_run(
 
     fitted = any(plan.is_open for plan in plans)
     if fitted:
-        fit_all(fit_each(opened, plans, recipe), plans, len(plans), keep, progress)
+        costs = {plan.map.name: plan.cost for plan in plans}
+        fit_all(fit_each(opened, plans, recipe), costs, len(plans), keep, progress)
     found = list(records.values())
     manifest = make_manifest(opened.checkpoint, opened.selection, recipe, found)
     manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from mpoc.calibrate.fit import Judgement, fit_calibrated, judge
 from mpoc.calibrate.gain import WAYS
 from mpoc.calibrate.norms import Renewed, renewed_norms
 from mpoc.calibrate.sharing import Sharing
+from mpoc.calibrate.steps import Steps
 from mpoc.calibrate.study import Study
 from mpoc.checkpoint import Checkpoint
 from mpoc.fitting import Fitted, check_cores, fit_layer, read_finite, rounded
@@ -52,6 +52,7 @@ class InOrder:
         self._sharing = Sharing(study, checkpoint, recipe, device)
         self._norms: Renewed | None = None
         self._blocks = Blocks(study, self._compressed, checkpoint, recipe.seed) if study.refines else None
+        self.steps = Steps(study.groups, self._place)
 
     def share(self, plans: list[LayerPlan], predict_size: Callable[..., int]) -> list[LayerPlan]:
         """As :meth:`mpoc.calibrate.sharing.Sharing.share`.
@@ -96,14 +97,6 @@ class InOrder:
         said = [f"fitted by their weights alone: {', '.join(blind[:4])}{more}"] if blind else []
         return [*self._study.notes, *said, *(self._blocks.notes if self._blocks else ())]
 
-    def units(self, plans: Sequence[LayerPlan]) -> list[list[str]]:
-        """Layers that are fitted together, by name, in the order of :meth:`fit`."""
-        names = {plan.map.name for plan in plans}
-        known = [[name for name in group if name in names] for group in self._study.groups]
-        unseen = names.difference(*known)
-        found = [[plan.map.name] for plan in plans if plan.map.name in unseen]
-        return found + [[name for group in groups for name in group] for _, groups in self._steps(names)]
-
     def fit(
         self, plans: Sequence[LayerPlan], kept: Mapping[str, Callable[[], Fitted]] | None = None
     ) -> Iterator[Fitted]:
@@ -115,28 +108,19 @@ class InOrder:
         """
         kept = kept or {}
         todo = {plan.map.name: plan for plan in plans}
-        steps = list(self._steps(todo))
-        seen = {name for _, groups in steps for group in groups for name in group}
-        unseen = [plan for plan in plans if plan.map.name not in seen and plan.map.name not in kept]
-        self._take_up([kept[plan.map.name] for plan in plans if plan.map.name in kept.keys() - seen])
+        unseen = [plan for plan in plans if plan.map.name not in {*self.steps.seen, *kept}]
+        self._take_up([one for name, one in kept.items() if name not in self.steps.seen])
         fitted = self._mates.each(unseen, self._fit_unseen, [plan.cost for plan in unseen])
         for one in fitted:
             self._put(one)
         yield from self._in_block(None, fitted, [])
-        for place, groups in steps:
+        for place, groups in self.steps.of(todo):
             names = [name for group in groups for name in group]
             if kept.keys() >= set(names):
                 self._take_up([kept[name] for name in names], place)
             else:
                 found = [one for group in groups for one in self._fit_group(group, todo, place)]
                 yield from self._in_block(place, found, groups)
-
-    def _steps(self, names: Container[str]) -> Iterator[tuple[Place | None, list[list[str]]]]:
-        """Groups of one input each; those of a block that is refined are fitted in one step."""
-        seen = [[name for name in group if name in names] for group in self._study.groups]
-        for place, part in groupby(filter(None, seen), self._place):
-            groups = list(part)
-            yield from [(place, groups)] if place is not None else [(None, [group]) for group in groups]
 
     def _take_up(self, kept: Sequence[Callable[[], Fitted]], place: Place | None = None) -> None:
         fitted = [one() for one in kept]

@@ -16,12 +16,12 @@ from mpoc.calibrate.dense import DensePass, Tell, dense_pass
 from mpoc.calibrate.evidence import Evidence, LayerEvidence, TableEvidence
 from mpoc.calibrate.gather import Positions
 from mpoc.calibrate.hooks import at_rest
+from mpoc.calibrate.means import taken_up
 from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.pair import PairPass
 from mpoc.calibrate.refine import Example
 from mpoc.calibrate.store import fingerprint, kept_or_measured
 from mpoc.calibrate.trace import Trace, trace
-from mpoc.network import same_tensor
 from mpoc.team import ALONE, Team
 from mpoc.train.call import Batch, to_device
 from mpoc.train.material import DataOptions
@@ -43,14 +43,6 @@ class CalibrationRequest:
     refine: bool = False  # the layers of each block together, once all are fitted
     moments: Path | None = None  # file to keep what is measured of the dense network in
     folder: Path | None = None  # to keep what is found before layers are fitted, and go on from it
-
-
-@dataclass(frozen=True)
-class TakenUp:
-    """The tensor of the checkpoint that takes up the mean of a layer's error."""
-
-    name: str
-    sign: int  # 1: a bias; -1: the running mean of a batch norm
 
 
 class Study:
@@ -92,7 +84,7 @@ class Study:
         self.notes = list(self.data.notes)
         self._dense = self._kept_pass()
         self._held_out = self._pass(self.data.held_out, 0)
-        self.means = self._means({place: name for name, place in self.places.items()})
+        self.means = taken_up(self.network, self._trace, self._named, self.places)
         self._compressed: nn.Module | None = None  # which the passes are of
         self.kept: dict[Any, Any] = {}  # what is told from it and holds for every budget
         self._passes: list[PairPass] = []
@@ -293,21 +285,6 @@ class Study:
             assert outputs is not None, "else it is fitted by its weight alone"
             return TableEvidence(*both, outputs)
         return LayerEvidence(*both, outputs, name in self.means)
-
-    def _means(self, named: dict[str, str]) -> dict[str, TakenUp]:
-        """What takes up the mean of each layer: its bias, else the norm that alone takes its outputs."""
-        found, tied = {}, same_tensor(self.network)
-        for weight, name in self._named.items():
-            bias = weight.removesuffix("weight") + "bias"
-            norm = self._trace.norms.get(weight)
-            layer = self._trace.layers.get(weight)
-            if layer is None or len(layer.modules) > 1:
-                continue
-            if weight.endswith("weight") and bias in named and len(tied[bias]) == 1:
-                found[name] = TakenUp(named[bias], 1)
-            elif norm is not None and f"{norm}.running_mean" in named:
-                found[name] = TakenUp(named[f"{norm}.running_mean"], -1)
-        return found
 
 
 def _count(batches: Iterable[Batch]) -> int:

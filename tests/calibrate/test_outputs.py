@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from mpoc.calibrate.means import TakenUp
 from mpoc.calibrate.outputs import Replaced
-from mpoc.calibrate.study import TakenUp
 from tests.calibrate.networks import images
 from tests.calibrate.test_norms import distance_from_own
 

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mpoc.calibrate.steps import Steps
+from mpoc.plan import LayerPlan
+from mpoc.selection import LinearMap
+from mpoc.structure import low_rank_structure
+
+SHAPES = {"a": (48, 48), "b": (48, 48), "c": (96, 48), "d": (48, 96), "e": (48, 48)}
+
+
+def plans(names: str = "abcde", dense: str = "") -> list[LayerPlan]:
+    maps = [LinearMap(name, "linear", SHAPES[name], "float32", False) for name in names]
+    return [
+        LayerPlan(map, low_rank_structure("linear", map.shape), "float32", None if map.name in dense else 4)
+        for map in maps
+    ]
+
+
+def place(group: Sequence[str]) -> tuple[int, int] | None:
+    return (0, 1) if group[0] in "cd" else None
+
+
+STEPS = Steps([["b", "a"], ["c"], ["d"]], place)  # of e no inputs are known
+
+
+def test_blocks_are_whole_and_groups_alone() -> None:
+    assert list(STEPS.of("abcde")) == [(None, [["b", "a"]]), ((0, 1), [["c"], ["d"]])]
+    assert list(STEPS.of("ad")) == [(None, [["a"]]), ((0, 1), [["d"]])]
+    assert STEPS.units(plans()) == [["e"], ["b", "a"], ["c", "d"]]
+    assert STEPS.units(plans("dbe")) == [["e"], ["b"], ["d"]]
+
+
+def test_the_first_of_a_unit_has_the_cost_of_all() -> None:
+    costs = STEPS.costs(plans())
+    assert costs["a"] == costs["d"] == 0.0
+    assert costs["b"] == 2 * STEPS.costs(plans(dense="a"))["b"]
+    assert costs["c"] > costs["b"] > costs["e"] > 0
+    assert STEPS.costs(plans(dense="cd"))["c"] == 0
