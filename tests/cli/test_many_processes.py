@@ -50,9 +50,14 @@ def test_two_processes_give_the_bytes_of_one(run: Mpoc, model: Path) -> None:
     assert sorted(path.name for path in run.folder.iterdir()) == ["one", "two"]
 
 
-@pytest.mark.parametrize("options", [[], ["--refine", "--moments", "m"]])
-def test_two_processes_calibrate_as_one_does(run: Mpoc, tmp_path: Path, options: list[str]) -> None:
-    case = Case(tmp_path, "convolutions")
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [("convolutions", ["--form", "mpo"]), ("blocks", ["--refine", "--moments", "m"])],
+)
+def test_two_processes_calibrate_as_one_does(
+    run: Mpoc, tmp_path: Path, network: str, options: list[str]
+) -> None:
+    case = Case(tmp_path, network)
     words = ["compress", tmp_path / "m.pt", "--arch", case.arch, "--ratio", 0.5, "--device", "cpu", *options]
     words += ["--calibrate", tmp_path / "data.npz", "--calibration-samples", 40]
     alone = run(*words, "-o", "one.safetensors")
