@@ -1,0 +1,140 @@
+"""The commands that write something, each on small models, with and without an old output to replace."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from mpoc.demo.network import DigitsNet
+from mpoc.pipeline import compress_checkpoint
+from mpoc.recipe import make_recipe
+from tests.checkpoints import contents, network_state, save_directory
+from tests.faults.child import attempt, command
+
+_AT_HAND = ("mpoc", "rich", "typer", "safetensors", "importlib", "concurrent", "json", "email", "zipfile")
+_COMPRESS = ("--max-error", "0.9", "--device", "cpu", "--max-shard-size", "8kB")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command in a folder that holds the inputs of all, and where its output goes."""
+
+    arguments: tuple[str, ...]
+    output: str
+    old: bool = False  # whether there is an output already, to be replaced
+    kept: tuple[str, ...] = ()  # what an interrupted one may leave, to go on from
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        kind = "directory" if (self.output in ("out", "dense")) else "file"
+        options = [word for word in ("--resume", "--html") if word in self.arguments]
+        return " ".join([self.arguments[0], kind, *options, *(["--force"] if self.old else [])])
+
+
+def _cases() -> Iterator[Case]:
+    for source, output in (("m.pt", "out.safetensors"), ("m", "out")):
+        plain = ("compress", source, *_COMPRESS, "-o", output)
+        yield Case(plain, output)
+        yield Case((*plain, "--resume"), output, kept=(f"{output}.partial",))
+    yield Case(("expand", "c.safetensors", "-o", "dense.safetensors"), "dense.safetensors")
+    yield Case(("expand", "c", "-o", "dense", "--max-shard-size", "16kB"), "dense")
+    yield Case(("report", "c", "--html", "report.html"), "report.html")
+
+
+CASES = [one for case in _cases() for one in (case, replace(case, old=True, arguments=(*case.arguments, "--force")))]
+
+_TRAIN = ("--arch", "mpoc.demo.network:DigitsNet", "--data", "digits.npz", "--epochs", "1", "--batch", "8")
+FINETUNE = Case(
+    ("finetune", "d.safetensors", *_TRAIN, "--device", "cpu", "--checkpoint-every", "1", "-o", "tuned.safetensors"),
+    "tuned.safetensors",
+    kept=("tuned.jsonl", "tuned.checkpoint.safetensors"),
+)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Folders to copy from: the inputs of all commands, and old outputs by their names."""
+
+    inputs: Path
+    old: Path
+
+    @contextmanager
+    def copied(self, case: Case | None = None) -> Iterator[Path]:
+        """A folder with the inputs, and the case's old output."""
+        with TemporaryDirectory(prefix="mpoc-faults-") as holder:
+            folder = Path(holder) / "work"
+            shutil.copytree(self.inputs, folder)
+            if case is not None and case.old:
+                _copy(self.old / case.output, folder / case.output)
+            yield folder
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copyfile(source, target)
+
+
+@contextmanager
+def material() -> Iterator[Material]:
+    """Small models made on the spot."""
+    with TemporaryDirectory(prefix="mpoc-faults-") as holder:
+        found = Material(Path(holder) / "inputs", Path(holder) / "old")
+        for folder in (found.inputs, found.old):
+            folder.mkdir()
+        _make_inputs(found.inputs)
+        _make_old(found)
+        yield found
+
+
+def _make_inputs(folder: Path) -> None:
+    torch.manual_seed(0)
+    state = network_state()
+    torch.save(state, folder / "m.pt")
+    save_directory(folder / "m", state, shards=3)
+    recipe = make_recipe(None, {"bond": 4, "device": "cpu", "max_shard_size": 8000})
+    compress_checkpoint(folder / "m.pt", folder / "c.safetensors", recipe)
+    compress_checkpoint(folder / "m", folder / "c", recipe)
+    torch.save(DigitsNet().state_dict(), folder / "digits.pt")
+    compress_checkpoint(folder / "digits.pt", folder / "d.safetensors", recipe)
+    images = np.random.default_rng(0).random((32, 1, 8, 8), dtype=np.float32)
+    np.savez(folder / "digits.npz", x=images, y=np.arange(32) % 10)
+
+
+def _make_old(found: Material) -> None:
+    """Outputs of other options."""
+    recipe = make_recipe(None, {"bond": 2, "device": "cpu"})
+    compress_checkpoint(found.inputs / "m.pt", found.old / "out.safetensors", recipe)
+    compress_checkpoint(found.inputs / "m", found.old / "out", recipe)
+    shutil.copyfile(found.old / "out.safetensors", found.old / "dense.safetensors")
+    shutil.copytree(found.old / "out", found.old / "dense")
+    (found.old / "report.html").write_text("an old page")
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A case as it goes when nothing goes wrong."""
+
+    new: dict[str, bytes]  # contents of the output
+    moments: dict[str, int]
+
+
+def undisturbed(case: Case, made: Material) -> Undisturbed:
+    """Run it once; what it imports is imported here."""
+    with made.copied(case) as folder:
+        ended = attempt(command(*case.arguments), folder)
+        assert ended.status == 0, ended.err
+        for name in ended.modules:
+            if name.split(".")[0] in _AT_HAND:
+                import_module(name)  # the children to come need not
+        return Undisturbed(contents(folder / case.output), ended.moments)

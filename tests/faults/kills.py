@@ -1,0 +1,61 @@
+"""Signals, and errors of the system, at each moment of each command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.checkpoints import contents
+from tests.faults.cases import Case, Material, Undisturbed
+from tests.faults.child import Ended, Fault, attempt, command
+from tests.faults.judge import Before, Finding, judge_words, statuses
+
+SIGNALS = {"SIGKILL": ("files",), "SIGINT": ("files", "lines"), "SIGTERM": ("files", "lines")}
+ERRORS = {"ENOSPC": "changes", "EACCES": "changes", "EDQUOT": "changes", "EIO": "reads"}
+
+
+def moments(case: Case, normal: Undisturbed) -> Iterator[Fault]:
+    """Every fault that there is for a case."""
+    for what, clocks in (*SIGNALS.items(), *((what, (clock,)) for what, clock in ERRORS.items())):
+        for clock in clocks:
+            yield from (Fault(what, clock, at) for at in range(1, normal.moments[clock] + 1))
+
+
+def strike(case: Case, fault: Fault, made: Material, normal: Undisturbed) -> tuple[Ended, list[Finding]]:
+    """One fault, what it led to, and whether the same command then goes through."""
+    with made.copied(case) as folder:
+        before = Before.of(folder, case.output, normal.new)
+        ended = attempt(command(*case.arguments), folder, fault)
+        found = list(_judge(before, case, fault, folder, ended))
+        if fault.clock == "files":
+            found += _go_on(before, case, fault, folder)
+        return ended, found
+
+
+def _judge(before: Before, case: Case, fault: Fault, folder: Path, ended: Ended) -> Iterator[Finding]:
+    allowed = statuses(fault.what)
+    harmless = ended.struck in ("remove", "rmdir", "list") or not fault.what.startswith("SIG")
+    if ended.struck is None or harmless and ended.status == 0:
+        allowed = (0,)
+    yield from judge_words(ended, allowed)
+
+    def left(name: str) -> bool:
+        hidden = fault.what == "SIGKILL" and name.startswith(".") and name.endswith(".partial")
+        return hidden or name in case.kept
+
+    yield from before.judge_files(folder, ended, left)
+
+
+def _go_on(before: Before, case: Case, fault: Fault, folder: Path) -> Iterator[Finding]:
+    """The same command, with ``--force`` where the output has been put in place."""
+    whole = contents(folder / case.output) == before.new if (folder / case.output).exists() else False
+    force = ["--force"] if whole and "--force" not in case.arguments else []
+    resume = ["--resume"] if case.arguments[0] == "finetune" and not force else []
+    ended = attempt(command(*case.arguments, *force, *resume), folder, Fault(fault.what, "files", 0))
+    for one in judge_words(ended, (0,)):
+        yield Finding(one.kind, f"the next run: {one.text}\n{ended.err}")
+    names = {path.name for path in folder.iterdir()}
+    for one in before.judge_files(folder, ended, lambda name: name.startswith(".")):
+        yield Finding(one.kind, f"after the next run: {one.text}")
+    if kept := names & set(case.kept) and case.arguments[0] == "compress":
+        yield Finding("debris", f"after the next run: {kept} is left behind")
