@@ -19,7 +19,19 @@ from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, network_state, save_directory
 from tests.faults.child import attempt, command
 
-_AT_HAND = ("mpoc", "rich", "typer", "safetensors", "importlib", "concurrent", "json", "email", "zipfile")
+_AT_HAND = (
+    "mpoc",
+    "rich",
+    "typer",
+    "safetensors",
+    "importlib",
+    "concurrent",
+    "json",
+    "email",
+    "zipfile",
+    "accelerate",
+    "torch",
+)
 _COMPRESS = ("--max-error", "0.9", "--device", "cpu", "--max-shard-size", "8kB")
 
 
@@ -50,11 +62,25 @@ def _cases() -> Iterator[Case]:
     yield Case(("report", "c", "--html", "report.html"), "report.html")
 
 
-CASES = [one for case in _cases() for one in (case, replace(case, old=True, arguments=(*case.arguments, "--force")))]
+CASES = [
+    one
+    for case in _cases()
+    for one in (case, replace(case, old=True, arguments=(*case.arguments, "--force")))
+]
 
 _TRAIN = ("--arch", "mpoc.demo.network:DigitsNet", "--data", "digits.npz", "--epochs", "1", "--batch", "8")
 FINETUNE = Case(
-    ("finetune", "d.safetensors", *_TRAIN, "--device", "cpu", "--checkpoint-every", "1", "-o", "tuned.safetensors"),
+    (
+        "finetune",
+        "d.safetensors",
+        *_TRAIN,
+        "--device",
+        "cpu",
+        "--checkpoint-every",
+        "1",
+        "-o",
+        "tuned.safetensors",
+    ),
     "tuned.safetensors",
     kept=("tuned.jsonl", "tuned.checkpoint.safetensors"),
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
+import gc
 import io
 import json
 import os
@@ -47,8 +48,11 @@ _TRACED = frozenset(
     [
         contextlib.__file__,
         *(str(file) for file in (_PACKAGE / "cli").glob("*.py") if file.stem not in ("tables", "app")),
-        *(str(_PACKAGE / f"{name}.py") for name in ("workplace", "writer", "team", "compression", "finished")),
-        *(str(_PACKAGE / f"{name}.py") for name in ("pipeline", "expand", "hub_directory", "undisturbed")),
+        *(
+            str(_PACKAGE / f"{name}.py")
+            for name in ("workplace", "writer", "team", "compression", "finished")
+        ),
+        *(str(_PACKAGE / f"{name}.py") for name in ("pipeline", "expand", "hub_directory", "uninterrupted")),
         *(str(_PACKAGE / f"{name}.py") for name in ("pictures/page", "train/state", "train/result")),
     ]
 )
@@ -56,7 +60,7 @@ _TRACED = frozenset(
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong at the ``at``-th moment of a clock: a signal, or an error of the system, by its name."""
+    """At the ``at``-th moment of a clock: a signal, or an error of the system, by its name."""
 
     what: str
     clock: str
@@ -72,6 +76,7 @@ class Ended:
     err: str
     hung: bool = False
     struck: str | None = None  # what was being done when the fault came; None: it never came
+    begun: bool = False  # whether mpoc was at work then, and had taken signals upon itself
     moments: dict[str, int] = field(default_factory=dict)  # clock → how many, of a child without a fault
     modules: list[str] = field(default_factory=list)  # that such a child imported
 
@@ -99,7 +104,8 @@ class _Clock:
         return {clock: self._counts[clock] for clock in CLOCKS}
 
     def _strike(self, what: str, kind: str, path: object) -> None:
-        self._tell({"struck": kind})
+        begun = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        self._tell({"struck": kind, "begun": begun})
         if what.startswith("SIG"):
             os.kill(os.getpid(), signal.Signals[what])
             return
@@ -117,7 +123,8 @@ class _Clock:
             return
         if event == "open" and self._is_inside(args[0]):
             writes = args[2] & (os.O_WRONLY | os.O_RDWR)
-            self.tick("open to write" if writes else "open to read", args[0])
+            reads = "open to read" if args[1] is not None else "list"  # rmtree opens folders
+            self.tick("open to write" if writes else reads, args[0])
         elif event in _AUDITED and (self._is_inside(args[0]) or self._beneath_one(args)):
             self.tick(_AUDITED[event], args[0])
 
@@ -206,7 +213,7 @@ def attempt(
         out.seek(0)
         err.seek(0)
         words = [stream.read().decode("utf-8", "replace") for stream in (out, err)]
-    return Ended(status, words[0], words[1], hung, said.get("struck"), said.get("moments", {}), said.get("modules", []))
+    return Ended(status, words[0], words[1], hung, **said)
 
 
 def _listen(receive: int, pid: int) -> tuple[dict[str, Any], bool]:
@@ -255,6 +262,7 @@ def _live(
     finally:
         clock.running = False
         sys.settrace(None)
+        gc.collect()  # as at the end of every Python
         sys.stdout.flush()
         sys.stderr.flush()
         if fault is None:

@@ -29,7 +29,7 @@ def judge_words(ended: Ended, allowed: tuple[int, ...]) -> Iterator[Finding]:
     if ended.status not in allowed:
         yield Finding("words", f"exit status {ended.status}, not {' or '.join(map(str, allowed))}")
     errors = sum(line.startswith("error: ") for line in ended.err.splitlines())
-    if errors != (ended.status > 0):
+    if errors != (ended.status > 0) and (errors or ended.begun or ended.struck is None):
         yield Finding("words", f"{errors} messages at exit status {ended.status}")
     for mark in _MARKS_OF_A_CRASH:
         if mark in ended.err:
@@ -58,7 +58,7 @@ class Before:
         return Before(inputs, output, old, new)
 
     def judge_files(self, folder: Path, ended: Ended, left: Callable[[str], bool]) -> Iterator[Finding]:
-        """Inputs as they were; the output old or new, and whole; nothing besides but what ``left`` permits."""
+        """Inputs as they were; the output old or new, and whole; besides it what ``left`` permits."""
         found = contents(folder)
         for name, data in self.inputs.items():
             if found.get(name) != data:
@@ -68,8 +68,9 @@ class Before:
             yield Finding("loss", f"{self.output} is neither the old output nor the new one")
         if ended.status == 0 and held != self.new:
             yield Finding("loss", "it said that all is well, and there is no new output")
-        if "no output was written" in ended.err and held != self.old:
-            yield Finding("words", "it said that no output was written, and one was")
+        for said, held_then in (("is as it was", self.old), ("is written", self.new)):
+            if f"note: {self.output} {said}" in ended.err and held != held_then:
+                yield Finding("words", f"it said that {self.output} {said}, which is not so")
         tops = {name.split("/")[0] for name in self.inputs} | {self.output}
         for path in folder.iterdir():
             if path.name not in tops and not left(path.name):

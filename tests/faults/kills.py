@@ -35,8 +35,10 @@ def strike(case: Case, fault: Fault, made: Material, normal: Undisturbed) -> tup
 def _judge(before: Before, case: Case, fault: Fault, folder: Path, ended: Ended) -> Iterator[Finding]:
     allowed = statuses(fault.what)
     harmless = ended.struck in ("remove", "rmdir", "list") or not fault.what.startswith("SIG")
-    if ended.struck is None or harmless and ended.status == 0:
+    if ended.struck is None or (harmless and ended.status == 0):
         allowed = (0,)
+    elif not ended.begun and fault.what == "SIGTERM":
+        allowed = (143, -15)
     yield from judge_words(ended, allowed)
 
     def left(name: str) -> bool:
