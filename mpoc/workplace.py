@@ -11,7 +11,8 @@ from typing import TextIO
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.team import Team
-from mpoc.writer import naming, put_in_place, scratch_beside
+from mpoc.uninterrupted import uninterrupted
+from mpoc.writer import Place, naming, scratch_beside
 
 _LAYERS, _CALIBRATION, _OUTPUT = "layers", "calibration", "output"
 # Says that a folder is one of these; whoever works in it holds it locked.
@@ -35,30 +36,38 @@ def workplace(output: Path, mates: Team, resume: bool = False) -> Iterator[Path]
         UsageError: ``OUT.partial`` is no such folder.
         MpocError: another process is at work in it.
     """
-    with ExitStack() as held:
+    place = Place(output)
+    with ExitStack() as held, naming(output):
         folder = mates.by_first(lambda: _prepared(output, held, resume))
+        if not resume:
+            held.callback(_remove, folder)  # whoever is last: others may write to it still
         try:
-            with naming(output):
-                yield folder / _OUTPUT / output.name
-                with mates.together():
-                    if mates.is_first:
-                        put_in_place(folder / _OUTPUT / output.name, output)
+            yield folder / _OUTPUT / output.name
+            with mates.together():
+                if mates.is_first:
+                    place.take(folder / _OUTPUT / output.name, folder)
         except BaseException as error:
-            if resume:
+            place.tell(error)
+            if resume and not place.is_taken:
                 kept = f"finished layers are kept in {folder.name}"
                 error.add_note(f"{kept}; the same command goes on from there")
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
             raise
-        if mates.is_first:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prepared(output: Path, held: ExitStack, resume: bool) -> Path:
-    folder = _kept(output, held) if resume else scratch_beside(output)
-    for name in (_LAYERS, _CALIBRATION, _OUTPUT):
-        (folder / name).mkdir(exist_ok=True)
+    """The folder, with those in it; ``held`` removes it unless it is to be kept."""
+    with uninterrupted():
+        folder = _kept(output, held) if resume else scratch_beside(output)
+        if not resume:
+            held.callback(_remove, folder)
+        for name in (_LAYERS, _CALIBRATION, _OUTPUT):
+            (folder / name).mkdir(exist_ok=True)
     return folder
+
+
+def _remove(folder: Path) -> None:
+    with uninterrupted():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def layers_of(target: Path) -> Path:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.header import TensorInfo, encode_header, storage_order
+from mpoc.uninterrupted import uninterrupted
 
 # What mpoc adds to a directory besides weight files and what it copies.
 _OWN_FILES = ("mpoc.json", "mpoc-history.json", "config.json", "README.md")
@@ -175,13 +176,46 @@ def staged(output: Path) -> Iterator[Path]:
 
     On any failure, Ctrl-C included, nothing is left behind and an old ``output`` stays.
     """
-    scratch = scratch_beside(output)
+    scratch, place = None, Place(output)
     try:
+        with uninterrupted():
+            scratch = scratch_beside(output)
         with naming(output):
             yield scratch / output.name
-            put_in_place(scratch / output.name, output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+            place.take(scratch / output.name, scratch)
+    except BaseException as error:
+        if scratch is not None:
+            with uninterrupted():
+                shutil.rmtree(scratch, ignore_errors=True)
+        place.tell(error)
+        raise
+
+
+class Place:
+    """That of an output, to be taken by what was written beside it."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self.is_taken = False
+
+    def take(self, new: Path, scratch: Path) -> None:
+        """Let ``new`` be the output and remove ``scratch``, where it was; not to be interrupted in between.
+
+        Raises:
+            OSError: it cannot be put there; both are as they were.
+        """
+        with uninterrupted():
+            put_in_place(new, self._output)
+            self.is_taken = True
+            for folder in sorted(scratch.iterdir()):  # what says whose scratch it is goes last
+                if folder.is_dir():
+                    shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def tell(self, error: BaseException) -> None:
+        """Note what became of the output where ``error`` is none of the work's but stops it."""
+        if not isinstance(error, Exception | GeneratorExit):
+            error.add_note(f"{self._output} is {'written' if self.is_taken else 'as it was'}")
 
 
 def scratch_beside(output: Path) -> Path:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,36 @@ def test_after_a_failure_finished_layers_stay_where_they_are_wanted(
         assert not target.exists()  # half an output is not gone on with
         assert (layers_of(target) / "0").read_text() == "a layer"
         target.write_text("whole")
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_what_cannot_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = Path.mkdir
+
+    def full(self: Path, *args: int, **more: bool) -> None:
+        if self.name == "output":
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        mkdir(self, *args, **more)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match="out") as caught, workplace(tmp_path / "out", Team()):
+        pass
+    assert caught.value.filename == str(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_while_kept_work_is_removed_does_not_stop_the_next(tmp_path: Path) -> None:
+    """What marks the folder goes last."""
+    output, partial = tmp_path / "out", kept_beside(tmp_path / "out")
+    gone: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mpoc.writer.shutil.rmtree", lambda path, **_: gone.append(path.name))
+        with workplace(output, Team(), True) as target:
+            target.write_text("whole")
+    assert gone == ["layers", "output", partial.name]
+    assert (partial / "mpoc-partial.json").exists()
+    with workplace(output, Team(), True) as target:
+        target.write_text("whole again")
     assert list(tmp_path.iterdir()) == [output]
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,34 @@ def test_a_failure_leaves_the_old_output_and_nothing_else(
         raise failure
     assert contents(tmp_path) == before
     assert list(tmp_path.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_an_output_takes_its_place_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    """And then says what became of it; with what it is made of gone."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    replace = Path.replace
+
+    def interrupted(self: Path, target: Path) -> Path:
+        signal.raise_signal(signum)
+        return replace(self, target)
+
+    before = signal.signal(signum, stop)
+    monkeypatch.setattr(Path, "replace", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught, staged(tmp_path / "out") as target:
+            target.write_text("new")
+        assert signal.getsignal(signum) is stop
+    finally:
+        signal.signal(signum, before)
+    assert caught.value.__notes__ == [f"{tmp_path / 'out'} is written"]
+    assert contents(tmp_path) == {"out": b"new"}
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
 def test_a_directory_that_cannot_take_its_place_gives_it_back(

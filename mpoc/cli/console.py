@@ -17,7 +17,11 @@ from mpoc.errors import MpocError
 from mpoc.processes import is_main
 
 _WIDTH_OFF_TERMINAL = 200
-_BAD_COMMAND = 2  # exit status
+_BAD_COMMAND, _INTERRUPTED, _TERMINATED = 2, 130, 143  # exit statuses
+
+
+class _Terminated(SystemExit):
+    """SIGTERM came."""
 
 
 class Output:
@@ -65,15 +69,16 @@ def _console(stderr: bool) -> Console:
 
 @contextmanager
 def reported_errors() -> Iterator[None]:
-    """Turn errors into one message on stderr and the exit status: 1, 2, or 130 for Ctrl-C."""
+    """Turn errors into one message on stderr and the exit status: 1, 2, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
         with _stopped_by_signals():
             yield
     except MpocError as error:
         _fail(error, str(error), error.hint, error.exit_code)
-    except KeyboardInterrupt as error:
-        said = "interrupted" if _notes(error) else "interrupted; no output was written"
-        _fail(error, said, None, 130)
+    except (KeyboardInterrupt, _Terminated) as stop:
+        if isinstance(stop, KeyboardInterrupt):
+            _fail(stop, "interrupted", None, _INTERRUPTED)
+        _fail(stop, "stopped by SIGTERM", None, _TERMINATED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -94,7 +99,7 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _fail(error: BaseException, message: str, hint: str | None, status: int) -> None:
-    if status in (_BAD_COMMAND, 130) and not is_main():
+    if status in (_BAD_COMMAND, _INTERRUPTED, _TERMINATED) and not is_main():
         raise SystemExit(status)  # all processes were given the same command, or the same signal
     console = _console(stderr=True)
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
@@ -130,15 +135,20 @@ def _stopped_by_signals() -> Iterator[None]:
     received: list[BaseException] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        received.append(KeyboardInterrupt() if signum == signal.SIGINT else SystemExit(128 + signum))
+        received.append(KeyboardInterrupt() if signum == signal.SIGINT else _Terminated())
         raise received[-1]
 
-    signal.signal(signal.SIGTERM, stop)
+    before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as under nohup
-        signal.signal(signal.SIGINT, stop)
+        before[signal.SIGINT] = signal.default_int_handler
     try:
+        for number in before:
+            signal.signal(number, stop)
         yield
     except Exception:
         if received:
             raise received[-1] from None
         raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -35,8 +35,16 @@ def test_a_signal_that_native_code_turns_into_an_error_stays_one(
     with pytest.raises(SystemExit) as stop, reported_errors():
         stopped_in_native_code(signum)
     assert stop.value.code == status
-    said = "error: interrupted; no output was written\n" if signum == signal.SIGINT else ""
+    said = f"error: {'interrupted' if signum == signal.SIGINT else 'stopped by SIGTERM'}\n"
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.usefixtures("handlers")
+def test_signals_do_afterwards_what_they_did_before() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with reported_errors():
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.usefixtures("handlers")

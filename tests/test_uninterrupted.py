@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from mpoc.uninterrupted import uninterrupted
+
+
+def stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_and_stops_once(signum: signal.Signals) -> None:
+    before, done = signal.signal(signum, stop), []
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():
+            signal.raise_signal(signum)
+            signal.raise_signal(signum)
+            done.append("all steps")
+        assert done
+        with uninterrupted():
+            pass  # nothing of it is left
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signum)
+    finally:
+        signal.signal(signum, before)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_change_no_handlers() -> None:
+    seen: list[object] = []
+
+    def work() -> None:
+        with uninterrupted():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]
