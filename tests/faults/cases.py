@@ -43,6 +43,7 @@ class Case:
     output: str
     old: bool = False  # whether there is an output already, to be replaced
     kept: tuple[str, ...] = ()  # what an interrupted one may leave, to go on from
+    aside: tuple[str, ...] = ()  # what is written besides, line by line
 
     @property
     def name(self) -> str:
@@ -62,28 +63,19 @@ def _cases() -> Iterator[Case]:
     yield Case(("report", "c", "--html", "report.html"), "report.html")
 
 
-CASES = [
-    one
-    for case in _cases()
-    for one in (case, replace(case, old=True, arguments=(*case.arguments, "--force")))
-]
-
 _TRAIN = ("--arch", "mpoc.demo.network:DigitsNet", "--data", "digits.npz", "--epochs", "1", "--batch", "8")
 FINETUNE = Case(
-    (
-        "finetune",
-        "d.safetensors",
-        *_TRAIN,
-        "--device",
-        "cpu",
-        "--checkpoint-every",
-        "1",
-        "-o",
-        "tuned.safetensors",
-    ),
-    "tuned.safetensors",
-    kept=("tuned.jsonl", "tuned.checkpoint.safetensors"),
+    ("finetune", "d.safetensors", *_TRAIN, "--device", "cpu", "--checkpoint-every", "1", "-o", "t.safetensors"),
+    "t.safetensors",
+    kept=("t.checkpoint.safetensors",),
+    aside=("t.jsonl",),
 )
+_PLAIN = [*_cases()]
+CASES = [
+    *_PLAIN,
+    *(replace(case, old=True, arguments=(*case.arguments, "--force")) for case in _PLAIN),
+    FINETUNE,
+]
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ class Undisturbed:
 def undisturbed(case: Case, made: Material) -> Undisturbed:
     """Run it once; what it imports is imported here."""
     with made.copied(case) as folder:
-        ended = attempt(command(*case.arguments), folder)
+        ended = attempt(command(*case.arguments), folder, counted=True)
         assert ended.status == 0, ended.err
         for name in ended.modules:
             if name.split(".")[0] in _AT_HAND:

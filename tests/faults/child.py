@@ -186,19 +186,24 @@ class _Counted(io.FileIO):
         return super().readall()
 
 
+_NEVER = Fault("SIGKILL", "files", 0)
+
+
 def attempt(
     work: Callable[[], object],
     folder: Path,
     fault: Fault | None = None,
     file_size: int | None = None,
+    counted: bool = False,
 ) -> Ended:
     """Let a child do ``work`` in ``folder``.
 
     Args:
         work: may end with SystemExit; its words go to stdout and stderr.
         folder: the child's current one; what is done to files in it is counted.
-        fault: None: nothing goes wrong, and the moments of each clock are counted.
+        fault: None: none of its own accord.
         file_size: in bytes; the system lets no file of the child grow beyond.
+        counted: without a fault: count the moments of each clock.
     """
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         sys.stdout.flush()
@@ -206,7 +211,7 @@ def attempt(
         receive, send = os.pipe()
         pid = os.fork()
         if not pid:
-            _live(work, folder, fault, file_size, (out.fileno(), err.fileno(), send))
+            _live(work, folder, None if counted else fault or _NEVER, file_size, (out.fileno(), err.fileno(), send))
         os.close(send)
         said, hung = _listen(receive, pid)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

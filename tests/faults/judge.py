@@ -10,6 +10,7 @@ from tests.checkpoints import contents
 from tests.faults.child import Ended
 
 _STATUS = {"SIGKILL": (-9,), "SIGINT": (130,), "SIGTERM": (143,)}
+_MESSAGES = ("error: ", "stopped at step ")  # the latter of a training that can go on
 _MARKS_OF_A_CRASH = ("Traceback", "Exception ignored", "Aborted", "Fatal Python error")
 
 
@@ -28,7 +29,7 @@ def judge_words(ended: Ended, allowed: tuple[int, ...]) -> Iterator[Finding]:
         return
     if ended.status not in allowed:
         yield Finding("words", f"exit status {ended.status}, not {' or '.join(map(str, allowed))}")
-    errors = sum(line.startswith("error: ") for line in ended.err.splitlines())
+    errors = sum(line.startswith(_MESSAGES) for line in ended.err.splitlines())
     if errors != (ended.status > 0) and (errors or ended.begun or ended.struck is None):
         yield Finding("words", f"{errors} messages at exit status {ended.status}")
     for mark in _MARKS_OF_A_CRASH:
@@ -71,9 +72,10 @@ class Before:
         for said, held_then in (("is as it was", self.old), ("is written", self.new)):
             if f"note: {self.output} {said}" in ended.err and held != held_then:
                 yield Finding("words", f"it said that {self.output} {said}, which is not so")
-        tops = {name.split("/")[0] for name in self.inputs} | {self.output}
-        for path in folder.iterdir():
-            if path.name not in tops and not left(path.name):
+        output = folder / self.output
+        known = {folder / name.split("/")[0] for name in (*self.inputs, self.output)} | {output}
+        for path in {*folder.iterdir(), *output.parent.iterdir()} - known:
+            if not left(path.name):
                 yield Finding("debris", f"{path.name} is left behind")
 
 

@@ -34,8 +34,9 @@ def strike(case: Case, fault: Fault, made: Material, normal: Undisturbed) -> tup
 
 def _judge(before: Before, case: Case, fault: Fault, folder: Path, ended: Ended) -> Iterator[Finding]:
     allowed = statuses(fault.what)
-    harmless = ended.struck in ("remove", "rmdir", "list") or not fault.what.startswith("SIG")
-    if ended.struck is None or (harmless and ended.status == 0):
+    # Removing and listing is tidying up; a training hears a signal after a step, and none follows the last.
+    harmless = ended.struck in ("remove", "rmdir", "list") and not fault.what.startswith("SIG")
+    if ended.struck is None or ((harmless or case.aside) and ended.status == 0):
         allowed = (0,)
     elif not ended.begun and fault.what == "SIGTERM":
         allowed = (143, -15)
@@ -43,7 +44,7 @@ def _judge(before: Before, case: Case, fault: Fault, folder: Path, ended: Ended)
 
     def left(name: str) -> bool:
         hidden = fault.what == "SIGKILL" and name.startswith(".") and name.endswith(".partial")
-        return hidden or name in case.kept
+        return hidden or name in (*case.kept, *case.aside)
 
     yield from before.judge_files(folder, ended, left)
 
@@ -51,13 +52,13 @@ def _judge(before: Before, case: Case, fault: Fault, folder: Path, ended: Ended)
 def _go_on(before: Before, case: Case, fault: Fault, folder: Path) -> Iterator[Finding]:
     """The same command, with ``--force`` where the output has been put in place."""
     whole = contents(folder / case.output) == before.new if (folder / case.output).exists() else False
-    force = ["--force"] if whole and "--force" not in case.arguments else []
-    resume = ["--resume"] if case.arguments[0] == "finetune" and not force else []
-    ended = attempt(command(*case.arguments, *force, *resume), folder, Fault(fault.what, "files", 0))
+    more = []
+    if case.arguments[0] == "finetune" and (folder / case.kept[0]).exists():
+        more = ["--resume"]
+    if whole and "--force" not in case.arguments:
+        more = ["--force"]
+    ended = attempt(command(*case.arguments, *more), folder)
     for one in judge_words(ended, (0,)):
         yield Finding(one.kind, f"the next run: {one.text}\n{ended.err}")
-    names = {path.name for path in folder.iterdir()}
-    for one in before.judge_files(folder, ended, lambda name: name.startswith(".")):
+    for one in before.judge_files(folder, ended, lambda name: name.startswith(".") or name in case.aside):
         yield Finding(one.kind, f"after the next run: {one.text}")
-    if kept := names & set(case.kept) and case.arguments[0] == "compress":
-        yield Finding("debris", f"after the next run: {kept} is left behind")
