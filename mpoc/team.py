@@ -39,7 +39,8 @@ class Team:
             import torch.distributed as dist
 
             box = [value if self.rank == by else None]
-            dist.broadcast_object_list(box, src=by)
+            with self._talking():
+                dist.broadcast_object_list(box, src=by)
             value = box[0]
         return cast(_Value, value)
 
@@ -81,12 +82,23 @@ class Team:
         import torch.distributed as dist
 
         found: list[MpocError | None] = [None] * self.size
-        dist.all_gather_object(found, None if error is None else _as_ours(error))
+        with self._talking():
+            dist.all_gather_object(found, None if error is None else _as_ours(error))
         first = next((one for one in found if one is not None), None)
         if first is not None and self.is_first:
             raise first from error
         if first is not None:
             raise SystemExit(first.exit_code)
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """gloo raises where another process is gone; torchrun says which one, and ends the others."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.is_first:
+                raise SystemExit(1) from error
+            raise MpocError("another of the processes has ended before the work was done") from error
 
     @contextmanager
     def together(self) -> Iterator[None]:

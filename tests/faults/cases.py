@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from mpoc.demo.network import DigitsNet
 from mpoc.pipeline import compress_checkpoint
@@ -33,6 +34,16 @@ _AT_HAND = (
     "torch",
 )
 _COMPRESS = ("--max-error", "0.9", "--device", "cpu", "--max-shard-size", "8kB")
+
+_RECIPE = """bond = 8
+exclude = ["tiny"]
+sites = 3
+[layer."f*"]
+bond = 4
+form = "svd"
+[layer.conv]
+dense = true
+"""
 
 
 @dataclass(frozen=True)
@@ -123,8 +134,13 @@ def _make_inputs(folder: Path) -> None:
     recipe = make_recipe(None, {"bond": 4, "device": "cpu", "max_shard_size": 8000})
     compress_checkpoint(folder / "m.pt", folder / "c.safetensors", recipe)
     compress_checkpoint(folder / "m", folder / "c", recipe)
-    torch.save(DigitsNet().state_dict(), folder / "digits.pt")
+    save_file(state, folder / "m.safetensors")
+    (folder / "recipe.toml").write_text(_RECIPE)
+    digits = DigitsNet().state_dict()
+    torch.save(digits, folder / "digits.pt")
     compress_checkpoint(folder / "digits.pt", folder / "d.safetensors", recipe)
+    save_directory(folder / "digits", digits, shards=2)
+    compress_checkpoint(folder / "digits", folder / "d", replace(recipe, max_shard_size=2000))
     images = np.random.default_rng(0).random((32, 1, 8, 8), dtype=np.float32)
     np.savez(folder / "digits.npz", x=images, y=np.arange(32) % 10)
 
