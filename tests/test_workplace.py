@@ -44,10 +44,10 @@ def test_after_a_failure_finished_layers_stay_where_they_are_wanted(
 def test_what_cannot_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mkdir = Path.mkdir
 
-    def full(self: Path, *args: int, **more: bool) -> None:
+    def full(self: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
         if self.name == "output":
             raise OSError(errno.ENOSPC, "No space left on device", str(self))
-        mkdir(self, *args, **more)
+        mkdir(self, mode, parents, exist_ok)
 
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(OSError, match="out") as caught, workplace(tmp_path / "out", Team()):

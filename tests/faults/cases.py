@@ -76,7 +76,17 @@ def _cases() -> Iterator[Case]:
 
 _TRAIN = ("--arch", "mpoc.demo.network:DigitsNet", "--data", "digits.npz", "--epochs", "1", "--batch", "8")
 FINETUNE = Case(
-    ("finetune", "d.safetensors", *_TRAIN, "--device", "cpu", "--checkpoint-every", "1", "-o", "t.safetensors"),
+    (
+        "finetune",
+        "d.safetensors",
+        *_TRAIN,
+        "--device",
+        "cpu",
+        "--checkpoint-every",
+        "1",
+        "-o",
+        "t.safetensors",
+    ),
     "t.safetensors",
     kept=("t.checkpoint.safetensors",),
     aside=("t.jsonl",),
@@ -116,7 +126,8 @@ def _copy(source: Path, target: Path) -> None:
 
 @contextmanager
 def material() -> Iterator[Material]:
-    """Small models made on the spot."""
+    """Small models made on the spot, by one thread."""
+    torch.set_num_threads(1)
     with TemporaryDirectory(prefix="mpoc-faults-") as holder:
         found = Material(Path(holder) / "inputs", Path(holder) / "old")
         for folder in (found.inputs, found.old):

@@ -211,7 +211,13 @@ def attempt(
         receive, send = os.pipe()
         pid = os.fork()
         if not pid:
-            _live(work, folder, None if counted else fault or _NEVER, file_size, (out.fileno(), err.fileno(), send))
+            _live(
+                work,
+                folder,
+                None if counted else fault or _NEVER,
+                file_size,
+                (out.fileno(), err.fileno(), send),
+            )
         os.close(send)
         said, hung = _listen(receive, pid)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -249,6 +255,7 @@ def _live(
     out, err, send = pipes
     clock = _Clock(folder, fault, lambda fact: _tell(send, fact))
     status, known = 1, {*sys.modules}
+    gc.freeze()  # what the parent made need not be looked through
     try:
         os.dup2(out, 1)
         os.dup2(err, 2)

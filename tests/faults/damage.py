@@ -1,11 +1,11 @@
-"""Files damaged in every way a disk or a download can: bits flipped, ends cut off, blocks blank, shards mixed up."""
+"""Files as a disk or a download damages them: bits flipped, ends cut off, blocks blank, shards mixed up."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -15,7 +15,7 @@ import mpoc
 from mpoc.cli.console import reported_errors
 from mpoc.demo.network import DigitsNet
 from tests.checkpoints import contents
-from tests.faults.cases import CASES, Case, Material, Undisturbed
+from tests.faults.cases import Case, Material, Undisturbed
 from tests.faults.child import Ended, Fault, attempt, command
 from tests.faults.judge import Before, Finding, judge_words
 
@@ -88,7 +88,9 @@ def _uses_of_compressed(path: str, dense: str) -> list[Use]:
 # What is damaged, and by which commands it is read.
 SUBJECTS = {
     "m.pt": [Use("compress", ("m.pt", "--bond", "4", "--device", "cpu"), "m.mpo.safetensors")],
-    "m.safetensors": [Use("compress", ("m.safetensors", "--bond", "4", "--device", "cpu"), "m.mpo.safetensors")],
+    "m.safetensors": [
+        Use("compress", ("m.safetensors", "--bond", "4", "--device", "cpu"), "m.mpo.safetensors")
+    ],
     "m": [Use("compress", ("m", "--bond", "4", "--device", "cpu"), "m-mpo")],
     "d.safetensors": _uses_of_compressed("d.safetensors", "dense.safetensors"),
     "d": _uses_of_compressed("d", "dense"),
@@ -108,7 +110,7 @@ def damaged(subject: str, what: str, made: Material, choose: random.Random) -> t
     use = choose.choice(SUBJECTS[subject])
     with made.copied() as folder:
         path = folder / subject
-        file = path if path.is_file() else choose.choice([one for one in sorted(path.iterdir())])
+        file = path if path.is_file() else choose.choice(sorted(path.iterdir()))
         DAMAGES[what](file, choose)
         cut_off = what == "end cut off" and file.suffix in _WEIGHTS and use.reads_data
         return _read(use, folder, (1,) if cut_off else (0, 1, 2) if use.usage else (0, 1))[:2]
@@ -122,7 +124,7 @@ def _read(use: Use, folder: Path, allowed: tuple[int, ...]) -> tuple[Ended, list
     held = contents(output) if output.exists() else {}
     found = [*judge_words(ended, allowed)]
     before = Before(untouched, use.output, {}, held if ended.status == 0 else {})
-    return ended, [*found, *before.judge_files(folder, ended, lambda name: False)], held
+    return _injected(ended), [*found, *before.judge_files(folder, ended, lambda name: False)], held
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -181,7 +183,7 @@ def _metadata(file: Path) -> dict[str, str]:
         return dict(handle.metadata() or {})
 
 
-# With whether a command that reads the data must refuse it; else its answer must be that of what was not damaged.
+# With whether a command that reads the data must refuse it; else it gives what it gave before.
 SHARD_DAMAGES: dict[str, tuple[Callable[[Path, random.Random], None], bool]] = {
     "shard dropped": (drop_a_shard, True),
     "shards swapped": (swap_shards, True),
@@ -214,23 +216,23 @@ def _weights(held: dict[str, bytes]) -> dict[str, bytes]:
     return {name: data for name, data in held.items() if name.endswith(".safetensors")}
 
 
-def interrupted(normal: dict[str, Undisturbed]) -> Iterator[tuple[Case, Fault]]:
-    """Commands that keep their work, with a kill late in it."""
-    for case in CASES:
-        if "--resume" in case.arguments and not case.old:
-            yield case, Fault("SIGKILL", "files", normal[case.name].moments["files"] * 2 // 3)
-
-
 def resumed(
-    case: Case, fault: Fault, what: str, made: Material, normal: Undisturbed, choose: random.Random
+    case: Case, what: str, made: Material, normal: Undisturbed, choose: random.Random
 ) -> tuple[Ended, list[Finding]]:
-    """Damage what a killed command kept; given again it must end as if nothing had been."""
+    """Damage what a command kept that was killed; given again it must end as if nothing had been."""
     with made.copied(case) as folder:
+        fault = Fault("SIGKILL", "files", int(normal.moments["files"] * choose.uniform(0.4, 0.8)))
         attempt(command(*case.arguments), folder, fault)
-        before = Before.of(folder, case.output, normal.new)
-        kept = sorted(path for path in (folder / case.kept[0]).rglob("*") if path.is_file() and path.stat().st_size)
-        DAMAGES[what](choose.choice(kept), choose)
-        before = Before({n: d for n, d in before.inputs.items() if not n.startswith(case.kept)}, case.output, {}, normal.new)
+        kept = [file for file in sorted((folder / case.kept[0]).rglob("*")) if file.is_file()]
+        DAMAGES[what](choose.choice([file for file in kept if file.stat().st_size]), choose)
+        now = Before.of(folder, case.output, normal.new)
+        inputs = {name: data for name, data in now.inputs.items() if not name.startswith(case.kept)}
         ended = attempt(command(*case.arguments), folder)
-        found = [*judge_words(ended, (0,))]
-        return ended, [*found, *before.judge_files(folder, ended, lambda name: False)]
+        before = replace(now, inputs=inputs)
+        found = [*judge_words(ended, (0,)), *before.judge_files(folder, ended, lambda name: False)]
+        return _injected(ended), found
+
+
+def _injected(ended: Ended) -> Ended:
+    """The fault was there before the command."""
+    return replace(ended, struck="before", begun=True)

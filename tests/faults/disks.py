@@ -59,7 +59,9 @@ def shortages(normal: Undisturbed, mounts: bool) -> Iterator[Shortage]:
         yield Shortage(_PAGE + largest * part // _STEPS, each=True)  # a page for the command's own words
 
 
-def run_short(case: Case, short: Shortage, made: Material, normal: Undisturbed) -> tuple[Ended, list[Finding]]:
+def run_short(
+    case: Case, short: Shortage, made: Material, normal: Undisturbed
+) -> tuple[Ended, list[Finding]]:
     """The command with that little room; the output goes to a disk of its own, where there is no old one."""
     output = f"disk/{case.output}"
     words = [output if word == case.output else word for word in case.arguments]
@@ -71,4 +73,4 @@ def run_short(case: Case, short: Shortage, made: Material, normal: Undisturbed) 
         ended = attempt(command(*words), folder, file_size=short.size if short.each else None)
         found = [*judge_words(ended, (0, 1))]
         found += before.judge_files(folder, ended, lambda name: name in (*case.kept, *case.aside))
-        return ended, found
+        return replace(ended, struck=short.what, begun=True), found

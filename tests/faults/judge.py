@@ -13,10 +13,18 @@ _STATUS = {"SIGKILL": (-9,), "SIGINT": (130,), "SIGTERM": (143,)}
 _MESSAGES = ("error: ", "stopped at step ")  # the latter of a training that can go on
 _MARKS_OF_A_CRASH = ("Traceback", "Exception ignored", "Aborted", "Fatal Python error")
 
+# What may not be, and what a table calls it.
+KINDS = {
+    "loss": "losses",
+    "hang": "hangs",
+    "words": "crashes, or not one message",
+    "debris": "left behind",
+}
+
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that may not be: a loss, a hang, words missing or of no use, debris."""
+    """One of ``KINDS``."""
 
     kind: str
     text: str

@@ -10,15 +10,24 @@ from tests.faults.cases import Case, Material, Undisturbed
 from tests.faults.child import Ended, Fault, attempt, command
 from tests.faults.judge import Before, Finding, judge_words, statuses
 
-SIGNALS = {"SIGKILL": ("files",), "SIGINT": ("files", "lines"), "SIGTERM": ("files", "lines")}
-ERRORS = {"ENOSPC": "changes", "EACCES": "changes", "EDQUOT": "changes", "EIO": "reads"}
+# What may come, by which clock, and what a table calls it.
+FAULTS = {
+    "SIGKILL, file operations": ("SIGKILL", "files"),
+    "SIGINT, file operations": ("SIGINT", "files"),
+    "SIGINT, lines": ("SIGINT", "lines"),
+    "SIGTERM, file operations": ("SIGTERM", "files"),
+    "SIGTERM, lines": ("SIGTERM", "lines"),
+    "no space, at each change": ("ENOSPC", "changes"),
+    "quota, at each change": ("EDQUOT", "changes"),
+    "no permission, at each change": ("EACCES", "changes"),
+    "error of the disk, at each change": ("EIO", "changes"),
+    "error of the disk, at each read": ("EIO", "reads"),
+}
 
 
-def moments(case: Case, normal: Undisturbed) -> Iterator[Fault]:
-    """Every fault that there is for a case."""
-    for what, clocks in (*SIGNALS.items(), *((what, (clock,)) for what, clock in ERRORS.items())):
-        for clock in clocks:
-            yield from (Fault(what, clock, at) for at in range(1, normal.moments[clock] + 1))
+def moments(what: str, clock: str, normal: Undisturbed) -> list[Fault]:
+    """All of a case's."""
+    return [Fault(what, clock, at) for at in range(1, normal.moments[clock] + 1)]
 
 
 def strike(case: Case, fault: Fault, made: Material, normal: Undisturbed) -> tuple[Ended, list[Finding]]:
@@ -27,15 +36,15 @@ def strike(case: Case, fault: Fault, made: Material, normal: Undisturbed) -> tup
         before = Before.of(folder, case.output, normal.new)
         ended = attempt(command(*case.arguments), folder, fault)
         found = list(_judge(before, case, fault, folder, ended))
-        if fault.clock == "files":
+        if fault.what == "SIGKILL" or (case.kept and fault.clock == "files"):
             found += _go_on(before, case, fault, folder)
         return ended, found
 
 
 def _judge(before: Before, case: Case, fault: Fault, folder: Path, ended: Ended) -> Iterator[Finding]:
     allowed = statuses(fault.what)
-    # Removing and listing is tidying up; a training hears a signal after a step, and none follows the last.
-    harmless = ended.struck in ("remove", "rmdir", "list") and not fault.what.startswith("SIG")
+    # A copy can be made by other means; a training hears a signal after a step, and none follows the last.
+    harmless = ended.struck == "copy" and not fault.what.startswith("SIG")
     if ended.struck is None or ((harmless or case.aside) and ended.status == 0):
         allowed = (0,)
     elif not ended.begun and fault.what == "SIGTERM":

@@ -34,7 +34,16 @@ def strike_a_rank(signum: signal.Signals, rank: int, late: bool) -> tuple[Ended,
 
 
 def _torchrun(folder: Path, signum: signal.Signals, rank: int, layers: int) -> Ended:
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mpoc"]
+    program = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mpoc",
+    ]
     words = ["compress", "m", "--max-error", "0.9", "--device", "cpu", "-o", "out"]
     with subprocess.Popen(
         [*program, *words], cwd=folder, env=environment(), stdout=-1, stderr=-1, text=True
