@@ -13,7 +13,7 @@ from itertools import count
 
 from tests.faults import damage, disks, kills, ranks
 from tests.faults.cases import Case, Material, Undisturbed, undisturbed
-from tests.faults.child import Ended
+from tests.faults.child import Ended, Fault
 from tests.faults.judge import KINDS, Finding
 
 Job = partial[tuple[Ended, list[Finding]]]
@@ -39,10 +39,8 @@ class Row:
         self.injected += ended.struck is not None
         for one in found:
             self.counts[one.kind] += 1
-            words = [
-                word for word in job.args if not isinstance(word, Material | Undisturbed | random.Random)
-            ]  # type: ignore[attr-defined]
-            self.found.append(f"{self.name}: {one.kind}: {one.text}\n  {words}\n{ended.err}")
+            what = [word for word in job.args if isinstance(word, str | Case | Fault | disks.Shortage)]
+            self.found.append(f"{self.name}: {one.kind}: {one.text}\n  {what}\n{ended.err}")
         return True
 
 

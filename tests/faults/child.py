@@ -31,7 +31,7 @@ from typing import IO, Any
 
 import mpoc
 
-_LONGEST = 60.0  # seconds; a child that takes more hangs
+LONGEST = 60.0  # seconds; a child that takes more hangs
 _READS = frozenset({"open to read", "read"})
 _CHANGES = frozenset({"open to write", "write", "half a write", "copy", "fsync", "mkdir", "rename"})
 # What each clock counts.
@@ -153,12 +153,18 @@ class _Clock:
         """In this process, for good."""
         sys.addaudithook(self.audit)
         builtins.open = io.open = self.open  # type: ignore[assignment]
-        fsync, sendfile = os.fsync, os.sendfile
-        os.fsync = lambda fd: (self.tick("fsync"), fsync(fd))[1]  # type: ignore[func-returns-value]
-        os.sendfile = lambda *args: (self.tick("copy"), sendfile(*args))[1]  # type: ignore[assignment, func-returns-value]
+        os.fsync = self._counted("fsync", os.fsync)
+        os.sendfile = self._counted("copy", os.sendfile)
         self.running = True
         if self._fault is None or self._fault.clock == "lines":
             sys.settrace(self.line)
+
+    def _counted(self, kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            self.tick(kind)
+            return call(*args)
+
+        return counted
 
 
 _OPEN = io.open
@@ -229,7 +235,7 @@ def attempt(
 
 def _listen(receive: int, pid: int) -> tuple[dict[str, Any], bool]:
     """What a child tells until it ends; one that takes too long is killed."""
-    text, until = b"", time.monotonic() + _LONGEST
+    text, until = b"", time.monotonic() + LONGEST
     while select.select([receive], [], [], max(0.0, until - time.monotonic()))[0]:
         more = os.read(receive, 65536)
         text += more

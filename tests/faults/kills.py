@@ -43,8 +43,9 @@ def strike(case: Case, fault: Fault, made: Material, normal: Undisturbed) -> tup
 
 def _judge(before: Before, case: Case, fault: Fault, folder: Path, ended: Ended) -> Iterator[Finding]:
     allowed = statuses(fault.what)
-    # A copy can be made by other means; a training hears a signal after a step, and none follows the last.
-    harmless = ended.struck == "copy" and not fault.what.startswith("SIG")
+    # A copy can be made by other means, and a folder may be there; a training hears a signal after a step,
+    # and none follows the last.
+    harmless = ended.struck in ("copy", "mkdir") and not fault.what.startswith("SIG")
     if ended.struck is None or ((harmless or case.aside) and ended.status == 0):
         allowed = (0,)
     elif not ended.begun and fault.what == "SIGTERM":
