@@ -64,7 +64,7 @@ def test_a_kill_while_kept_work_is_removed_does_not_stop_the_next(tmp_path: Path
         patch.setattr("mpoc.writer.shutil.rmtree", lambda path, **_: gone.append(path.name))
         with workplace(output, Team(), True) as target:
             target.write_text("whole")
-    assert gone == ["layers", "output", partial.name]
+    assert gone == ["calibration", "layers", "output", partial.name]
     assert (partial / "mpoc-partial.json").exists()
     with workplace(output, Team(), True) as target:
         target.write_text("whole again")

@@ -18,13 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mpoc.digest import digest
 from mpoc.errors import MpocError, UsageError
 from mpoc.header import TensorInfo, read_header
 from mpoc.train.engine import is_sharded
 from mpoc.train.tasks import Scores
 from mpoc.writer import Entry, staged, write_safetensors
 
-FORMAT = "mpoc.training/1"
+FORMAT = "mpoc.training/2"  # 1 had no digest
+_WORDS, _DIGEST = "mpoc.training", "digest"
 Tensors = dict[str, Tensor]
 _MODEL, _OPTIMIZER, _BEST = "model/", "optimizer/", "best/"
 
@@ -75,8 +77,10 @@ class Keeper:
             "progress": asdict(progress),
             "extra": {**self.extra, "scaler": scaler},
         }
+        text = json.dumps(words)
         with staged(self.path) as target:
-            write_safetensors(target, entries, {"mpoc.training": json.dumps(words)})
+            facts = {_WORDS: text, _DIGEST: digest(named.items(), text)}
+            write_safetensors(target, entries, facts)
 
     def load(self) -> Saved:
         """Read the file.
@@ -85,13 +89,16 @@ class Keeper:
             MpocError: no checkpoint, or damaged.
             UsageError: of a training with other options.
         """
-        words = _read_words(self.path)
-        for group, values in self.identity.items():
-            _refuse_other(self.path, group, words["identity"].get(group), values)
+        words, written = _read_words(self.path)
         try:
             tensors = load_file(self.path)
         except (SafetensorError, OSError) as error:
             raise MpocError(f"{self.path}: cannot be read: {error}") from error
+        if digest(tensors.items(), json.dumps(words)) != written:
+            said = f"{self.path}: damaged: what is in it is not what was written"
+            raise MpocError(said, "--force starts anew")
+        for group, values in self.identity.items():
+            _refuse_other(self.path, group, words["identity"].get(group), values)
         best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
         rest = {n: t for n, t in tensors.items() if not n.startswith(_BEST)}
         return Saved(Progress(**words["progress"]), words["extra"], rest, best)
@@ -101,15 +108,16 @@ class Keeper:
         self.path.unlink(missing_ok=True)
 
 
-def _read_words(path: Path) -> dict[str, Any]:
-    text = read_header(path).metadata.get("mpoc.training")
+def _read_words(path: Path) -> tuple[dict[str, Any], str | None]:
+    """And the digest that was written."""
+    facts = read_header(path).metadata
     try:
-        words = json.loads(text or "")
+        words = json.loads(facts.get(_WORDS, ""))
         if words["format"] != FORMAT:
             raise ValueError(words["format"])
     except (ValueError, TypeError, KeyError) as error:
         raise MpocError(f"{path}: not a checkpoint of mpoc finetune", "--force starts anew") from error
-    return dict(words)
+    return dict(words), facts.get(_DIGEST)
 
 
 def _refuse_other(path: Path, group: str, found: Any, wanted: Any) -> None:
