@@ -18,7 +18,7 @@ from mpoc.demo.network import DigitsNet
 from mpoc.pipeline import compress_checkpoint
 from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, network_state, save_directory
-from tests.faults.child import attempt, command
+from tests.faults.child import Fault, attempt, command
 
 _AT_HAND = (
     "mpoc",
@@ -74,19 +74,10 @@ def _cases() -> Iterator[Case]:
     yield Case(("report", "c", "--html", "report.html"), "report.html")
 
 
-_TRAIN = ("--arch", "mpoc.demo.network:DigitsNet", "--data", "digits.npz", "--epochs", "1", "--batch", "8")
+_DIGITS = ("--arch", "mpoc.demo.network:DigitsNet", "--data", "digits.npz", "--epochs", "1", "--batch", "8")
+TRAIN = ("d.safetensors", *_DIGITS, "--device", "cpu", "--checkpoint-every", "1")
 FINETUNE = Case(
-    (
-        "finetune",
-        "d.safetensors",
-        *_TRAIN,
-        "--device",
-        "cpu",
-        "--checkpoint-every",
-        "1",
-        "-o",
-        "t.safetensors",
-    ),
+    ("finetune", *TRAIN, "-o", "t.safetensors"),
     "t.safetensors",
     kept=("t.checkpoint.safetensors",),
     aside=("t.jsonl",),
@@ -154,6 +145,8 @@ def _make_inputs(folder: Path) -> None:
     compress_checkpoint(folder / "digits", folder / "d", replace(recipe, max_shard_size=2000))
     images = np.random.default_rng(0).random((32, 1, 8, 8), dtype=np.float32)
     np.savez(folder / "digits.npz", x=images, y=np.arange(32) % 10)
+    stopped = attempt(command("finetune", *TRAIN), folder, Fault("SIGTERM", "files", 25))
+    assert stopped.status == 143, stopped.err  # and leaves d.tuned.checkpoint.safetensors
 
 
 def _make_old(found: Material) -> None:

@@ -15,7 +15,7 @@ import mpoc
 from mpoc.cli.console import reported_errors
 from mpoc.demo.network import DigitsNet
 from tests.checkpoints import contents
-from tests.faults.cases import Case, Material, Undisturbed
+from tests.faults.cases import TRAIN, Case, Material, Undisturbed
 from tests.faults.child import Ended, Fault, attempt, command
 from tests.faults.judge import Before, Finding, judge_words
 
@@ -57,6 +57,8 @@ class Use:
     arguments: tuple[str, ...]
     output: str
     usage: bool = False  # whether what is damaged is part of the command line
+    checked: bool = False  # whether any change is noticed
+    own: tuple[str, ...] = ()  # what it may change or write besides
 
     def work(self) -> Callable[[], object]:
         """For a child."""
@@ -85,6 +87,8 @@ def _uses_of_compressed(path: str, dense: str) -> list[Use]:
     ]
 
 
+_KEPT = ("d.tuned.checkpoint.safetensors", "d.tuned.jsonl")
+_RESUME = Use("finetune", (*TRAIN, "--resume"), "d.tuned.safetensors", checked=True, own=_KEPT)
 # What is damaged, and by which commands it is read.
 SUBJECTS = {
     "m.pt": [Use("compress", ("m.pt", "--bond", "4", "--device", "cpu"), "m.mpo.safetensors")],
@@ -102,6 +106,9 @@ SUBJECTS = {
             usage=True,
         )
     ],
+    "digits.npz": [Use("finetune", (*TRAIN, "-o", "t.safetensors"), "t.safetensors", own=("t.jsonl",))],
+    "d.tuned.checkpoint.safetensors": [_RESUME],
+    "d.tuned.jsonl": [replace(_RESUME, checked=False)],
 }
 
 
@@ -111,20 +118,22 @@ def damaged(subject: str, what: str, made: Material, choose: random.Random) -> t
     with made.copied() as folder:
         path = folder / subject
         file = path if path.is_file() else choose.choice(sorted(path.iterdir()))
+        whole = file.read_bytes()
         DAMAGES[what](file, choose)
         cut_off = what == "end cut off" and file.suffix in _WEIGHTS and use.reads_data
-        return _read(use, folder, (1,) if cut_off else (0, 1, 2) if use.usage else (0, 1))[:2]
+        noticed = cut_off or (use.checked and file.read_bytes() != whole)
+        return _read(use, folder, (1,) if noticed else (0, 1, 2) if use.usage else (0, 1))[:2]
 
 
 def _read(use: Use, folder: Path, allowed: tuple[int, ...]) -> tuple[Ended, list[Finding], dict[str, bytes]]:
     """Run a command on damaged files: an answer or one message, and an output only with an answer."""
-    untouched = contents(folder)
+    untouched = {name: data for name, data in contents(folder).items() if name not in use.own}
     ended = attempt(use.work(), folder)
     output = folder / use.output
     held = contents(output) if output.exists() else {}
     found = [*judge_words(ended, allowed)]
     before = Before(untouched, use.output, {}, held if ended.status == 0 else {})
-    return _injected(ended), [*found, *before.judge_files(folder, ended, lambda name: False)], held
+    return _injected(ended), [*found, *before.judge_files(folder, ended, use.own.__contains__)], held
 
 
 def _shards(folder: Path) -> list[Path]:
