@@ -56,13 +56,6 @@ class Case:
     kept: tuple[str, ...] = ()  # what an interrupted one may leave, to go on from
     aside: tuple[str, ...] = ()  # what is written besides, line by line
 
-    @property
-    def name(self) -> str:
-        """For tables."""
-        kind = "directory" if (self.output in ("out", "dense")) else "file"
-        options = [word for word in ("--resume", "--html") if word in self.arguments]
-        return " ".join([self.arguments[0], kind, *options, *(["--force"] if self.old else [])])
-
 
 def _cases() -> Iterator[Case]:
     for source, output in (("m.pt", "out.safetensors"), ("m", "out")):
@@ -82,11 +75,18 @@ FINETUNE = Case(
     kept=("t.checkpoint.safetensors",),
     aside=("t.jsonl",),
 )
+_FIT = ("--calibrate", "digits.npz", "--calibration-samples", "16", "--ratio", "0.5", "--form", "svd")
+CALIBRATED = Case(
+    ("compress", "digits.pt", *_DIGITS[:2], *_FIT, "--device", "cpu", "--resume", "-o", "out.safetensors"),
+    "out.safetensors",
+    kept=("out.safetensors.partial",),
+)
 _PLAIN = [*_cases()]
 CASES = [
     *_PLAIN,
     *(replace(case, old=True, arguments=(*case.arguments, "--force")) for case in _PLAIN),
     FINETUNE,
+    CALIBRATED,
 ]
 
 
