@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoc.calibrate.gain import Shares
+from mpoc.digest import digest
 from mpoc.manifest import record_to_json
 from mpoc.manifest_file import record_from_json
 from mpoc.plan import LayerPlan
@@ -42,7 +43,8 @@ def kept_or_shared(
 
 def _write(path: Path, key: str, shares: Shares) -> None:
     beside = path.with_suffix(".writing")
-    beside.write_text(json.dumps({"key": key, **_to_json(shares)}), "utf-8")
+    value = {"key": key, **_to_json(shares)}
+    beside.write_text(json.dumps({**value, "digest": digest([], json.dumps(value))}), "utf-8")
     beside.replace(path)
 
 
@@ -57,7 +59,8 @@ def _to_json(shares: Shares) -> dict[str, Any]:
 def _read(path: Path, key: str, plans: list[LayerPlan]) -> Shares | None:
     try:
         value: Any = parse_strictly(path.read_text("utf-8"))
-        if value["key"] != key:
+        written = value.pop("digest")
+        if value["key"] != key or digest([], json.dumps(value)) != written:
             return None
         layers = [_as_kept(plan, **kept) for plan, kept in zip(plans, value["layers"], strict=True)]
         return Shares(layers, value["chosen"], value["distances"])

@@ -74,6 +74,7 @@ def kept_or_measured(
     trace: Trace,
     measure: Callable[[], DensePass],
     mates: Team = ALONE,
+    own: bool = False,
 ) -> tuple[DensePass, str]:
     """The dense pass at ``path`` where there is one of these parts; else it is measured and kept there.
 
@@ -84,18 +85,32 @@ def kept_or_measured(
         trace: of this network.
         measure: runs the pass.
         mates: the processes that do this together.
+        own: nobody named the file: a damaged one is replaced.
 
     Returns:
         The pass, and whether it was read.
 
     Raises:
-        MpocError: what is at ``path`` is damaged, or holds no moments.
+        MpocError: what is at ``path`` is damaged, or holds no moments, and is not our own.
         OSError: of reading or writing.
     """
-    others = mates.by_first(lambda: _others(path, parts) if path.exists() else None)
+    read: list[DensePass] = []
+
+    def look() -> list[str] | None:
+        try:
+            others = _others(path, parts)
+            if not others:
+                read.append(_load(path, network, trace))
+            return others
+        except MpocError:
+            if not own:
+                raise
+            return None
+
+    others = mates.by_first(lambda: look() if path.exists() else None)
     if others == []:
         with mates.together():
-            return _load(path, network, trace), f"read from {path}"
+            return read[0] if read else _load(path, network, trace), f"read from {path}"
     found = measure()
     with mates.together():
         if mates.is_first:

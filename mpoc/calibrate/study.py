@@ -248,8 +248,9 @@ class Study:
         if path is None:
             return measure()
         parts = self.mates.by_first(lambda: self._fingerprint(batches))
-        found, said = kept_or_measured(path, parts, self.network, self._trace, measure, self.mates)
-        if self._request.moments is not None:
+        own = self._request.moments is None
+        found, said = kept_or_measured(path, parts, self.network, self._trace, measure, self.mates, own)
+        if not own:
             self.notes.append(f"moments: {_count(batches):,} examples {said}")
         return found
 

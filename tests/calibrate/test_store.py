@@ -45,8 +45,8 @@ class Case:
         self.measured += 1
         return self.found
 
-    def ask(self, parts: dict[str, str] = PARTS) -> tuple[DensePass, str]:
-        return kept_or_measured(self.path, parts, self.network, self.trace, self.measure)
+    def ask(self, parts: dict[str, str] = PARTS, own: bool = False) -> tuple[DensePass, str]:
+        return kept_or_measured(self.path, parts, self.network, self.trace, self.measure, own=own)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def resaved(path: Path, **changed: Tensor | None) -> None:
     save_file(tensors, path, read_header(path).metadata)
 
 
-def test_what_is_damaged_is_refused_and_left(case: Case) -> None:
+def test_what_is_damaged_is_refused_and_left_unless_nobody_named_it(case: Case) -> None:
     case.ask()
     whole = case.path.read_bytes()
     flipped = bytearray(whole)
@@ -140,6 +140,10 @@ def test_what_is_damaged_is_refused_and_left(case: Case) -> None:
             case.ask()
         assert contents(case.path.parent) == before
     assert case.measured == 1
+    for measured, data in enumerate(damages.values(), start=2):
+        case.path.write_bytes(data)
+        case.ask(own=True)
+        assert case.measured == measured and case.path.read_bytes() == whole
 
 
 def test_a_foreign_file_is_not_replaced(case: Case) -> None:
