@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tests.faults.cases import Case, Material, Undisturbed
 from tests.faults.child import Ended, attempt, command
@@ -32,7 +33,7 @@ class Shortage:
 def can_mount() -> bool:
     """Whether a small file system can be mounted here."""
     try:
-        with _mounted(Path("/mnt"), "size=64k"):
+        with TemporaryDirectory() as folder, _mounted(Path(folder), "size=64k"):
             return True
     except (OSError, subprocess.CalledProcessError):
         return False

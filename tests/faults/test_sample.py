@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from tests.faults.judge import KINDS
 from tests.faults.kills import FAULTS
 from tests.faults.ranks import strike_a_rank
 from tests.process import run_python
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
 
 
 @pytest.fixture(scope="module")
