@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import count
+from itertools import count, product
 
 from tests.faults import damage, disks, kills, ranks
 from tests.faults.cases import Case, Material, Undisturbed, undisturbed
@@ -55,52 +55,42 @@ def rows(made: Material, cases: Sequence[Case], seed: int, several: bool = True)
     """
     assert len(os.listdir("/proc/self/task")) == 1, "a process with threads is not forked"  # noqa: PTH208
     normal = cache(lambda case: undisturbed(case, made))
+    listed = [*_struck(made, cases, normal), *_short_of_room(made, cases, normal)]
+    if several:
+        stops = product((signal.SIGKILL, signal.SIGTERM, signal.SIGINT), (0, 1), (False, True))
+        listed.append(("one of two processes stopped", [partial(ranks.strike_a_rank, *one) for one in stops]))
     choose = random.Random(seed)
-
-    def listed(name: str, jobs: list[Job]) -> Row:
+    for _, jobs in listed:
         choose.shuffle(jobs)
-        return Row(name, iter(jobs), len(jobs))
+    found = [Row(name, iter(jobs), len(jobs)) for name, jobs in listed]
+    for what in damage.DAMAGES:
+        found.append(Row(f"{what} in a file that is read", _damaged(what, made, seed), None))
+    found.append(Row("shards mixed up", _mixed(made, seed), None))
+    return [*found, Row("kept work damaged", _resumed(made, cases, normal, seed), None)]
 
-    found = []
+
+_Normal = Callable[[Case], Undisturbed]
+
+
+def _struck(made: Material, cases: Sequence[Case], normal: _Normal) -> Iterator[tuple[str, list[Job]]]:
     for name, (what, clock) in kills.FAULTS.items():
         every = [(case, fault) for case in cases for fault in kills.moments(what, clock, normal(case))]
-        found.append(listed(name, [partial(kills.strike, c, f, made, normal(c)) for c, f in every]))
+        yield name, [partial(kills.strike, case, fault, made, normal(case)) for case, fault in every]
+
+
+def _short_of_room(made: Material, cases: Sequence[Case], normal: _Normal) -> Iterator[tuple[str, list[Job]]]:
     mounts = disks.can_mount()
-    short = [(case, one) for case in cases for one in disks.shortages(normal(case), mounts)]
-    for what in dict.fromkeys(one.what for _, one in short):
-        jobs: list[Job] = [
-            partial(disks.run_short, case, one, made, normal(case)) for case, one in short if one.what == what
-        ]
-        found.append(listed(what, jobs))
-    found += [
-        Row(
-            f"{what} in a file that is read",
-            _endless(damage.SUBJECTS, damage.damaged, what, made, seed),
-            None,
-        )
-        for what in damage.DAMAGES
-    ]
-    found.append(Row("shards mixed up", _mixed(made, seed), None))
-    found.append(Row("kept work damaged", _resumed(made, cases, normal, seed), None))
-    if several:
-        signals = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
-        late = [(s, rank, late) for s in signals for rank in (0, 1) for late in (False, True)]
-        found.append(
-            listed("one of two processes stopped", [partial(ranks.strike_a_rank, *one) for one in late])
-        )
-    return found
+    every = [(case, short) for case in cases for short in disks.shortages(normal(case), mounts)]
+    for what in dict.fromkeys(short.what for _, short in every):
+        these = [(case, short) for case, short in every if short.what == what]
+        yield what, [partial(disks.run_short, case, short, made, normal(case)) for case, short in these]
 
 
-def _endless(
-    subjects: dict[str, list[damage.Use]],
-    hurt: Callable[[str, str, Material, random.Random], tuple[Ended, list[Finding]]],
-    what: str,
-    made: Material,
-    seed: int,
-) -> Iterator[Job]:
+def _damaged(what: str, made: Material, seed: int) -> Iterator[Job]:
     for k in count():
-        for subject in subjects:
-            yield partial(hurt, subject, what, made, random.Random(f"{seed} {k} {subject} {what}"))
+        for subject in damage.SUBJECTS:
+            choose = random.Random(f"{seed} {k} {subject} {what}")
+            yield partial(damage.damaged, subject, what, made, choose)
 
 
 def _mixed(made: Material, seed: int) -> Iterator[Job]:
@@ -110,9 +100,7 @@ def _mixed(made: Material, seed: int) -> Iterator[Job]:
         yield partial(damage.mixed_up, choose.choice(("m", "d")), what, made, choose)
 
 
-def _resumed(
-    made: Material, cases: Sequence[Case], normal: Callable[[Case], Undisturbed], seed: int
-) -> Iterator[Job]:
+def _resumed(made: Material, cases: Sequence[Case], normal: _Normal, seed: int) -> Iterator[Job]:
     keeping = [case for case in cases if "--resume" in case.arguments and not case.old]
     for k in count() if keeping else ():
         choose = random.Random(f"{seed} {k}")

@@ -258,18 +258,11 @@ def _live(
     pipes: tuple[int, int, int],
 ) -> None:
     """The child's life; never returns."""
-    out, err, send = pipes
-    clock = _Clock(folder, fault, lambda fact: _tell(send, fact))
-    status, known = 1, {*sys.modules}
+    status, known, send = 1, {*sys.modules}, pipes[2]
     gc.freeze()  # what the parent made need not be looked through
+    clock = _Clock(folder, fault, lambda fact: _tell(send, fact))
     try:
-        os.dup2(out, 1)
-        os.dup2(err, 2)
-        os.chdir(folder)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if file_size is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+        _settle(folder, file_size, pipes)
         clock.install()
         work()
         status = 0
@@ -286,6 +279,17 @@ def _live(
         if fault is None:
             _tell(send, {"moments": clock.counts(), "modules": sorted({*sys.modules} - known)})
         os._exit(status)
+
+
+def _settle(folder: Path, file_size: int | None, pipes: tuple[int, int, int]) -> None:
+    """As a process finds the world that a shell starts."""
+    os.dup2(pipes[0], 1)
+    os.dup2(pipes[1], 2)
+    os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
 
 
 def _tell(send: int, fact: dict[str, Any]) -> None:
