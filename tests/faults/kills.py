@@ -65,6 +65,8 @@ def _go_on(before: Before, case: Case, fault: Fault, folder: Path) -> Iterator[F
     more = []
     if case.arguments[0] == "finetune" and (folder / case.kept[0]).exists():
         more = ["--resume"]
+    elif any((folder / name).exists() for name in case.aside):  # a log, and no checkpoint yet
+        more = ["--force"]
     if whole and "--force" not in case.arguments:
         more = ["--force"]
     ended = attempt(command(*case.arguments, *more), folder)
