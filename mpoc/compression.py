@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -85,7 +87,7 @@ def write_compressed(
     """
     checkpoint = opened.checkpoint
     calibrated, plans = shared_out(opened, recipe, plans, study)
-    keys = partial(_key, opened, recipe, plans, study) if work.resumes else None
+    keys = _keys(opened, recipe, plans, study) if work.resumes else None
     finished = Finished(work.folder, keys)
     with work.mates.together():
         if work.mates.is_first:
@@ -142,18 +144,21 @@ def _fit_in_order(calibrated: InOrder, plans: list[LayerPlan], finished: Finishe
         with work.mates.together():
             if work.mates.is_first:
                 finished.keep(numbers[fitted.record.name], fitted, seconds)
-        return finished.count()
+        return next(count)
 
-    kept = {name: partial(finished.fitted, numbers[name]) for name in done}
+    count = itertools.count(len(done) + 1)
+    kept = {name: partial(finished.fitted, number) for name, number in numbers.items() if name in done}
     fit_all(calibrated.fit(plans, kept), costs, len(plans), keep, work.progress)
     return len(done)
 
 
-def _key(opened: Opened, recipe: Recipe, plans: list[LayerPlan], study: Study | None, number: int) -> str:
-    """Says what a layer depends on; where they are fitted in order, on all that is known of all."""
-    if study is None:
-        return layer_key(opened.checkpoint, plans[number], recipe, opened.device)
-    return in_order_key(study.fingerprint, plans, recipe, number)
+def _keys(
+    opened: Opened, recipe: Recipe, plans: list[LayerPlan], study: Study | None
+) -> Callable[[int], str]:
+    """What says what each layer depends on; where they are fitted in order, on all that is known of all."""
+    if study is not None:  # the processes find its fingerprint together
+        return partial(in_order_key, study.fingerprint, opened.checkpoint, plans, recipe)
+    return lambda number: layer_key(opened.checkpoint, plans[number], recipe, opened.device)
 
 
 def shared_out(
@@ -164,16 +169,20 @@ def shared_out(
         return None, plans
     from mpoc.calibrate.in_order import InOrder
 
-    calibrated = InOrder(study, opened.checkpoint, recipe, opened.device)
+    with study.mates.together():
+        calibrated = InOrder(study, opened.checkpoint, recipe, opened.device)
     predict = partial(predict_size, opened.checkpoint, opened.selection, recipe)
     return calibrated, calibrated.share(plans, predict)
 
 
 def fit_each(opened: Opened, plans: list[LayerPlan], recipe: Recipe) -> Iterator[Fitted]:
     """Layers by their weights alone, each when its turn comes."""
-    by_name = {plan.map.name: plan for plan in plans}
-    for name in one_ahead(opened.checkpoint, by_name):
-        yield fit_layer(opened.checkpoint, by_name[name], recipe, opened.device)
+    read = [plan.map.name for plan in plans if plan.max_bond is not None]
+    with closing(one_ahead(opened.checkpoint, read)) as ahead:
+        for plan in plans:
+            if plan.max_bond is not None:
+                next(ahead)
+            yield fit_layer(opened.checkpoint, plan, recipe, opened.device)
 
 
 def fit_all(

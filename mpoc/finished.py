@@ -20,6 +20,7 @@ from torch import Tensor
 import mpoc
 from mpoc.checkpoint.base import Checkpoint
 from mpoc.checkpoint.safetensors_file import open_safetensors
+from mpoc.digest import digest
 from mpoc.errors import MpocError
 from mpoc.fitting import Fitted
 from mpoc.header import read_header
@@ -64,7 +65,7 @@ class Finished:
         facts |= {"seconds": repr(seconds), "losses": json.dumps(dict(fitted.losses))}
         if self._keys is not None:
             facts["key"] = self._keys(number)
-            facts["sha256"] = _digest({**tensors, **fitted.changed}, facts)
+            facts["digest"] = _digest({**tensors, **fitted.changed}, facts)
         self._write(self._path(number), {**tensors, **fitted.changed}, facts)
 
     def count(self) -> int:
@@ -95,7 +96,7 @@ class Finished:
             tensors = {name: stored.read(name) for name in stored.infos}
         except MpocError:
             return False
-        found = facts.pop("sha256", None)
+        found = facts.pop("digest", None)
         return facts.get("key") == self._keys(number) and found == _digest(tensors, facts)
 
     def layer(self, number: int) -> Layer:
@@ -149,31 +150,35 @@ def layer_key(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
     """Says what a layer's cores depend on: versions, plan, seed, device, threads, and the weight's bytes."""
     versions = [mpoc.__version__, torch.__version__, device.type, torch.get_num_threads()]
     options = [recipe.seed, recipe.allow_growth, repr(plan)]
-    weight = _digest({plan.map.name: checkpoint.read(plan.map.name)}, {})
-    return hashlib.sha256(json.dumps([versions, options, weight]).encode()).hexdigest()
+    return _sha256(versions, options, digest([(plan.map.name, checkpoint.read(plan.map.name))]))
 
 
 def in_order_key(
-    fingerprint: Mapping[str, str], plans: Sequence[LayerPlan], recipe: Recipe, number: int | None = None
+    fingerprint: Mapping[str, str],
+    checkpoint: Checkpoint,
+    plans: Sequence[LayerPlan],
+    recipe: Recipe,
+    number: int | None = None,
 ) -> str:
     """Says what a layer's cores depend on that is fitted behind others.
 
     Args:
         fingerprint: of the network, the data, the software and the machine.
+        checkpoint: that is compressed.
         plans: of all layers.
         recipe: of the compression.
-        number: of the layer; None: of what the layers share.
+        number: of the layer, whose weight need not be in the network; None: of what the layers share.
     """
-    facts = [sorted(fingerprint.items()), repr(recipe), repr(plans), number]
+    name = None if number is None else plans[number].map.name
+    weight = "" if name is None else digest([(name, checkpoint.read(name))])
+    source = checkpoint.fingerprint()
+    return _sha256(sorted(fingerprint.items()), source, repr(recipe), repr(plans), number, weight)
+
+
+def _sha256(*facts: object) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
-    """SHA-256 over facts, and over names and bytes of tensors."""
-    digest = hashlib.sha256(json.dumps(sorted(facts.items())).encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """Of the file of a layer."""
+    return digest(tensors.items(), json.dumps(sorted(facts.items())))

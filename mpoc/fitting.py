@@ -24,6 +24,8 @@ from mpoc.spectrum import Spectrum, thinned
 
 # Trial factorisations of a layer under a tolerance.
 _TRIALS = 6
+# An approximation whose norm is this many times the weight's is none: its error is larger than of nothing.
+_FAR = 4
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def check_cores(terms: Sequence[Form], weight: Tensor, checkpoint: Checkpoint, p
     if not all(bool(torch.isfinite(core).all()) for form in terms for core in form.cores):
         raise MpocError(f"{named}: its cores overflow {plan.stored_dtype}", "--dtype bfloat16 or float32")
     most = torch.finfo(weight.dtype).max
-    if largest(weight) * math.sqrt(weight.numel()) < most / 4:  # ≥ ‖W‖: no number of an approximation is near
+    if largest(weight) * math.sqrt(weight.numel()) < most / _FAR:  # above ‖W‖: an approximation is not near
         return
     made = sum(
         type(form)([core.double() for core in form.cores], form.structure).to_weight() for form in terms

@@ -1,13 +1,13 @@
 """The next tensor is brought into memory while the present one is worked on.
 
 Checkpoints are memory-mapped: a tensor's bytes come from disk, or over a network, when they are first looked
-at.  A thread of its own looks at them beforehand; what it brings in is the system's page cache, not this
-process's.
+at.  A thread of its own looks at them beforehand; what it brings in are pages of files, which the system
+drops where memory is short.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 
@@ -19,7 +19,7 @@ _PAGE = 4096
 _PIECE = 1 << 24  # bytes looked at in one step
 
 
-def one_ahead(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[str]:
+def one_ahead(checkpoint: Checkpoint, names: Iterable[str]) -> Generator[str, None, None]:
     """These names; while one is worked on, the tensor of the next is brought into memory.
 
     Args:

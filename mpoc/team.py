@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from mpoc.errors import MpocError
 from mpoc.processes import num_processes, rank
 
 _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
+_Other = TypeVar("_Other")
 # A process may wait for another's longest layer; torchrun ends all where one dies.
 _PATIENCE = timedelta(days=7)
 
@@ -44,6 +45,29 @@ class Team:
             value = box[0]
         return cast(_Value, value)
 
+    def _given(self, value: _Value | None, by: int) -> _Value | None:
+        """What one process has, in the first; nothing in others."""
+        if by != 0 and self.rank in (0, by):
+            import torch.distributed as dist
+
+            box = [value]
+            with self._talking():
+                if self.is_first:
+                    dist.recv_object_list(box, src=by)
+                else:
+                    dist.send_object_list(box, dst=0)
+            value = box[0]
+        return value if self.is_first else None
+
+    def _heard(self, value: Any) -> list[Any]:
+        """What each process has, in all; picklable."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        with self._talking():
+            dist.all_gather_object(found, value)
+        return found
+
     def by_first(self, work: Callable[[], _Value]) -> _Value:
         """What the first process finds, in all."""
         found = None
@@ -62,33 +86,47 @@ class Team:
             work: is done by one process alone.  What it gives has its tensors on the CPU.
             costs: of the items; None: they are alike.
         """
+        own, owners = self._done(items, work, costs)
+        return [self.told(own.pop(k, None), by=owner) for k, owner in enumerate(owners)]
+
+    def both(self, one: Callable[[], _Value], other: Callable[[], _Other]) -> tuple[_Value, _Other]:
+        """Two pieces of work, by two processes where there are; the longer is the first."""
+        works: list[Callable[[], Any]] = [one, other]
+        first, second = self.each(works, lambda work: work(), (2.0, 1.0))
+        return first, second
+
+    def each_for_first(
+        self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None = None
+    ) -> Iterator[_Value | None]:
+        """As :meth:`each`, one after another, for the first process; nothing for the others."""
+        own, owners = self._done(items, work, costs)
+        for k, owner in enumerate(owners):
+            yield self._given(own.pop(k, None), by=owner)
+
+    def _done(
+        self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None
+    ) -> tuple[dict[int, _Value], list[int]]:
+        """This process's share by number, and whose each is."""
         owners = self.owners([1.0] * len(items) if costs is None else costs)
         with self.together():
             own = {k: work(items[k]) for k, owner in enumerate(owners) if owner == self.rank}
-        return [self.told(own.pop(k, None), by=owner) for k, owner in enumerate(owners)]
+        return own, owners
 
     def agree(self, error: Exception | None) -> None:
         """Wait for all; where one failed, all end: the first process with its message, the others silently.
 
         Raises:
-            Exception: the error itself, with one process.
-            MpocError: an error, of whichever process has one.
+            Exception: the error itself, with one process; its own, of the first.
+            MpocError, OSError: an error of another.
             SystemExit: in the others.
         """
-        if self.size == 1:
-            if error is not None:
-                raise error
-            return
-        import torch.distributed as dist
-
-        found: list[MpocError | None] = [None] * self.size
-        with self._talking():
-            dist.all_gather_object(found, None if error is None else _as_ours(error))
+        found = [error] if self.size == 1 else self._heard(None if error is None else _as_ours(error))
         first = next((one for one in found if one is not None), None)
-        if first is not None and self.is_first:
-            raise first from error
-        if first is not None:
-            raise SystemExit(first.exit_code)
+        if first is None:
+            return
+        if not self.is_first:
+            raise SystemExit(getattr(first, "exit_code", 1))
+        raise first if error is None else error
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
@@ -131,11 +169,11 @@ class Team:
 ALONE = Team()
 
 
-def _as_ours(error: Exception) -> MpocError:
-    if isinstance(error, MpocError):
+def _as_ours(error: Exception) -> Exception:
+    """One that other processes can be sent."""
+    if isinstance(error, MpocError | OSError):
         return error
-    text = f"{getattr(error, 'filename', None) or socket.gethostname()}: {error!r}"
-    return MpocError(text)
+    return MpocError(f"{socket.gethostname()}: {error!r}")
 
 
 @contextmanager

@@ -49,9 +49,20 @@ def workplace(output: Path, mates: Team, resume: bool = False) -> Iterator[Path]
         except BaseException as error:
             place.tell(error)
             if resume and not place.is_taken:
-                kept = f"finished layers are kept in {folder.name}"
-                error.add_note(f"{kept}; the same command goes on from there")
+                _tell_kept(error, folder)
             raise
+
+
+def _tell_kept(error: BaseException, folder: Path) -> None:
+    """Note that there is work to go on from; a folder without any goes."""
+    if any(_files(folder)):
+        error.add_note(f"finished work is kept in {folder.name}; the same command goes on from there")
+    else:
+        _remove(folder)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (one for name in (_LAYERS, _CALIBRATION) for one in (folder / name).glob("[!.]*"))
 
 
 def _prepared(output: Path, held: ExitStack, resume: bool) -> Path:
@@ -91,8 +102,17 @@ def _kept(output: Path, held: ExitStack) -> Path:
     _lock(held.enter_context((folder / _MARK).open("w")), folder)
     for one in folder.iterdir():
         if one.name not in (_MARK, _LAYERS, _CALIBRATION):
-            shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
+            _clear(one)
+    for one in (folder / _CALIBRATION).glob(".*"):  # what was not written to its end
+        _clear(one)
     return folder
+
+
+def _clear(one: Path) -> None:
+    if one.is_dir() and not one.is_symlink():
+        shutil.rmtree(one)
+    else:
+        one.unlink()
 
 
 def _is_empty(folder: Path) -> bool:

@@ -226,13 +226,23 @@ def scratch_beside(output: Path) -> Path:
 
 @contextmanager
 def naming(output: Path) -> Iterator[None]:
-    """Errors of writing name ``output``: a failing write names no file, a failing copy its source."""
+    """Errors of writing name ``output``: a failing write names no file, a failing copy its source.
+
+    One that names another output already, written meanwhile, is left as it is.
+    """
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        error.filename = str(output) if full or not error.filename else error.filename
+        if not error.filename or (full and not isinstance(error.filename, _Named)):
+            error.filename = _Named(output)
         raise
+
+
+class _Named(str):
+    """The name of an output."""
+
+    __slots__ = ()
 
 
 def put_in_place(new: Path, output: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from mpoc.errors import MpocError
 from mpoc.team import Team
 
 _Value = TypeVar("_Value")
@@ -28,21 +28,20 @@ class Threads(Team):
 
     table: _Table | None = None
 
-    def _all_say(self, value: Any) -> list[Any]:
+    def _heard(self, value: Any) -> list[Any]:
         assert self.table is not None
-        self.table.said[self.rank] = value
+        self.table.said[self.rank] = pickle.dumps(value)
         self.table.barrier.wait(60)
-        found = list(self.table.said)
+        found = [pickle.loads(said) for said in self.table.said]
         self.table.barrier.wait(60)
         return found
 
     def told(self, value: Any, by: int = 0) -> Any:
-        return self._all_say(value)[by]
+        return self._heard(value)[by]
 
-    def agree(self, error: Exception | None) -> None:
-        first = next((one for one in self._all_say(error) if one is not None), None)
-        if first is not None:
-            raise MpocError(str(first)) if self.is_first else SystemExit(1)
+    def _given(self, value: Any, by: int) -> Any:
+        found = self._heard(value)[by]
+        return found if self.is_first else None
 
 
 def in_threads(size: int, work: Callable[[Team], _Value]) -> list[_Value]:

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoc.finished import Finished
+from mpoc.checkpoint.base import Checkpoint
+from mpoc.finished import Finished, in_order_key
 from mpoc.fitting import Fitted, fit_layer
+from mpoc.header import TensorInfo
 from mpoc.plan import make_plan
 from mpoc.recipe import Recipe
 from mpoc.selection import LinearMap, Selection
@@ -16,9 +18,6 @@ from tests.checkpoints import contents
 
 def fitted(dtype: torch.dtype = torch.float32) -> Fitted:
     """A layer of two cores, with a bias that changed."""
-    from mpoc.checkpoint.base import Checkpoint
-    from mpoc.header import TensorInfo
-
     name = "fc.weight"
     weight = torch.randn(24, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
     info = TensorInfo(name, str(dtype).removeprefix("torch."), (24, 30))
@@ -114,3 +113,20 @@ def test_a_failing_write_leaves_the_layer_that_was_there(
         store.keep(0, Fitted(layer.record))
     assert store.takes_up(0)
     assert store.count() == 1
+
+
+def test_the_key_of_a_layer_behind_others_knows_its_weight() -> None:
+    """Which the network that data run through may lack."""
+    keys = set()
+    for seed in (0, 1):
+        weight = torch.randn(24, 30, generator=torch.Generator().manual_seed(seed))
+        info = TensorInfo("fc.weight", "float32", (24, 30))
+        files = {"fc.weight": Path("m")}
+        read = {"fc.weight": weight}.__getitem__
+        checkpoint = Checkpoint(Path("m"), {"fc.weight": info}, {}, read, files)
+        chosen = [LinearMap("fc.weight", "linear", (24, 30), "float32", False)]
+        recipe = Recipe(bond=3)
+        plans = make_plan(Selection(chosen, {}, "names", []), recipe)
+        keys |= {in_order_key({"weights": "w"}, checkpoint, plans, recipe, number) for number in (0, None)}
+        keys.add(in_order_key({"weights": "other"}, checkpoint, plans, recipe, 0))
+    assert len(keys) == 5  # what layers share does not hang on one of them

@@ -54,7 +54,7 @@ def test_whoever_stops_early_leaves_no_thread() -> None:
         break
     names = one_ahead(source.checkpoint, "abc")
     next(names)
-    names.close()  # type: ignore[attr-defined]
+    names.close()
     assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
 
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, UsageError
 from mpoc.team import Team, team
 from tests.teams import in_threads
 
@@ -34,19 +36,32 @@ def test_each_piece_is_done_once_and_known_to_all(size: int) -> None:
     assert in_threads(size, lambda mates: mates.by_first(lambda: mates.rank)) == [0] * size
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_the_first_may_be_the_only_one_to_know(size: int) -> None:
+    found = in_threads(size, lambda mates: list(mates.each_for_first("abcd", str.upper)))
+    assert found == [list("ABCD"), *[[None] * 4] * (size - 1)]
+
+
 def test_an_error_of_one_ends_all() -> None:
-    def fail(number: int) -> None:
-        if number == 1:
-            raise MpocError("no")
+    def ended(mates: Team, error: Exception) -> list[str]:
+        def work(number: int) -> None:
+            if number == 1:
+                raise error
 
-    def ended(mates: Team) -> type[BaseException] | None:
         try:
-            mates.each([0, 1, 2], fail)
-        except BaseException as error:
-            return type(error)
-        return None
+            mates.each([0, 1, 2], work)
+        except BaseException as found:
+            return [type(found).__name__, str(found)]
+        return []
 
-    assert in_threads(3, ended) == [MpocError, SystemExit, SystemExit]
+    silent = ["SystemExit", "2"]
+    found = in_threads(3, lambda mates: ended(mates, UsageError("no")))
+    assert found == [["UsageError", "no"], silent, silent]
+    full = OSError(errno.ENOSPC, "No space left", "m.safetensors")
+    found = in_threads(2, lambda mates: ended(mates, full))
+    assert found == [["OSError", str(full)], ["SystemExit", "1"]]
+    found = in_threads(2, lambda mates: ended(mates, ZeroDivisionError("x")))
+    assert found[0][0] == "MpocError" and "ZeroDivisionError('x')" in found[0][1]
 
 
 def test_one_process_needs_nobody() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.team import Team
-from mpoc.workplace import kept_beside, layers_of, workplace
+from mpoc.workplace import calibration_of, kept_beside, layers_of, workplace
 
 
 def test_what_is_written_takes_the_place_of_the_output(tmp_path: Path) -> None:
@@ -110,3 +110,23 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
         assert "finished layers" not in str(caught.value.__notes__)
         assert target.read_text() == "whole"  # of the other, which goes on
     assert output.read_text() == "whole"
+
+
+def test_before_anything_is_finished_there_is_nothing_to_keep(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(UsageError) as caught, workplace(output, Team(), resume=True):
+        raise UsageError("no such data")
+    assert not hasattr(caught.value, "__notes__")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_calibration_did_not_write_to_its_end_goes(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), workplace(output, Team(), resume=True) as target:
+        (calibration_of(target) / "shares.json").write_text("{}")
+        (calibration_of(target) / ".moments.safetensors.x.partial").mkdir()
+        raise KeyboardInterrupt
+    with workplace(output, Team(), resume=True) as target:
+        assert [path.name for path in calibration_of(target).iterdir()] == ["shares.json"]
+        target.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.header import TensorInfo
-from mpoc.writer import Entry, plan_shards, refuse_existing, staged, write_safetensors
+from mpoc.writer import Entry, naming, plan_shards, refuse_existing, staged, write_safetensors
 from tests.checkpoints import contents, save_directory
 
 DTYPES = (
@@ -289,3 +289,12 @@ class TestRefuseExisting:
         with pytest.raises(MpocError, match="no permission to write in") as caught:
             refuse_existing(Path("new"), Path("m.pt"), force=False)
         assert str(place) in str(caught.value)
+
+
+def test_an_error_names_the_output_that_it_is_of(tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, naming(tmp_path / "out"), naming(tmp_path / "moments"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "moments")
+    with pytest.raises(OSError) as caught, naming(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "scratch"))
+    assert caught.value.filename == str(tmp_path / "out")

@@ -27,7 +27,7 @@ class Choices:
     ) -> None:
         self.mates = mates
         self._names = [plan.map.name for plan in plans]
-        self._costs = [plan.structure.num_original for plan in plans]
+        self._costs = costs_of(plans)
         self._own: dict[str, Offers] = {}
 
         def measure(plan: LayerPlan) -> list[Offer]:
@@ -47,15 +47,21 @@ class Choices:
 
         return dict(zip(self._names, self.mates.each(self._names, scale, self._costs), strict=True))
 
-    def replaced(self, plans: Iterable[LayerPlan]) -> dict[str, Replaced]:
-        """By weight, the layers of these plans that are compressed and take part."""
+    def distance(self, plans: Iterable[LayerPlan], distance: OutputDistance) -> float:
+        """Of the network's outputs, where the layers that take part are as these plans have them."""
         planned = {plan.map.name: plan for plan in plans if plan.max_bond is not None}
 
         def replace(name: str) -> Replaced | None:
             return self._own[name].replaced(planned[name]) if name in planned else None
 
-        found = zip(self._names, self.mates.each(self._names, replace, self._costs), strict=True)
-        return {name: layer for name, layer in found if layer is not None}
+        found = list(self.mates.each_for_first(self._names, replace, self._costs))
+        layers = {name: one for name, one in zip(self._names, found, strict=True) if one is not None}
+        return self.mates.by_first(lambda: distance.of(layers))
+
+
+def costs_of(plans: Sequence[LayerPlan]) -> list[float]:
+    """By which processes share layers; the same for every budget."""
+    return [float(plan.structure.num_original) for plan in plans]
 
 
 def _scale(offers: Offers, plan: LayerPlan, distance: OutputDistance) -> float:

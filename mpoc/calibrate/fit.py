@@ -105,24 +105,33 @@ def fit_calibrated(
 
     tried = mates.each(trials, attempt, [_costs(storage) for storage, _ in trials])
     best = min(range(len(trials)), key=lambda k: tried[k][0])
-    (storage, gamma), terms = trials[best], on_device(tried[best][1], weight.device)
+    terms = on_device(tried[best][1], weight.device)
+    size = sum(core.numel() for term in terms for core in term.cores)
+    (last, judged), others = mates.both(
+        lambda: _finished(weight, terms, None if apart else trials[best], evidence, dtype, seed),
+        lambda: rivals(weight, first, size, evidence, seed),
+    )
+    return CalibratedFit(last, trials[best][1], judged, {"this": judged.felt_error} | others)
 
-    def finish(part: str) -> tuple[tuple[Form, ...], Judgement | None, dict[str, float]]:
-        if part == "rivals":
-            size = sum(core.numel() for term in terms for core in term.cores)
-            return (), None, rivals(weight, first, size, evidence, seed)
-        judged = judge(weight, terms, evidence)
-        if apart:
-            return on_device(terms, "cpu"), judged.on_cpu(), {}
+
+def _finished(
+    weight: Tensor,
+    terms: tuple[Form, ...],
+    trial: tuple[Storage, float] | None,
+    evidence: Evidence,
+    dtype: torch.dtype,
+    seed: int,
+) -> tuple[tuple[Form, ...], Judgement]:
+    """The chosen trial, fitted on all inputs unless it is None; on the CPU."""
+    judged = judge(weight, terms, evidence)
+    if trial is not None:
+        storage, gamma = trial
         everything = evidence.together()
-        last = _rounded(_fit(everything.metric(matrix, gamma), storage, LAST, seed, terms), dtype)
-        found = judge(weight, last, everything)
+        matrix = one_matrix(weight, storage.structure.kind, storage.structure.transposed)
+        terms = _rounded(_fit(everything.metric(matrix, gamma), storage, LAST, seed, terms), dtype)
+        found = judge(weight, terms, everything)
         judged = replace(found, held_out_error=judged.held_out_error, felt_error=judged.felt_error)
-        return on_device(last, "cpu"), judged.on_cpu(), {}
-
-    (last, judged, _), (_, _, others) = mates.each(("fit", "rivals"), finish, (_costs(storage), 1.0))
-    assert judged is not None
-    return CalibratedFit(last, gamma, judged, {"this": judged.felt_error} | others)
+    return on_device(terms, "cpu"), judged.on_cpu()
 
 
 def _costs(storage: Storage) -> float:

@@ -75,18 +75,13 @@ def share_by_gain(
             chosen = {name: open_to[name][k] for name, k in zip(part, taken, strict=True)}
             ways[way] = [_as_chosen(plan, chosen) for plan in plans]
     ways = ways or {"uniform": list(plans)}
-    distances = {way: _distance(choices, shared, distance) for way, shared in ways.items()}
+    distances = {way: choices.distance(shared, distance) for way, shared in ways.items()}
     best = min(distances, key=lambda way: distances[way])
     return Shares(ways[best], best, distances)
 
 
 def _as_chosen(plan: LayerPlan, chosen: Mapping[str, Offer]) -> LayerPlan:
     return chosen[plan.map.name].taken_by(plan) if plan.map.name in chosen else plan
-
-
-def _distance(choices: Choices, plans: Sequence[LayerPlan], distance: OutputDistance) -> float:
-    replaced = choices.replaced(plans)
-    return choices.mates.by_first(lambda: distance.of(replaced))
 
 
 def _menus(every: Mapping[str, Sequence[Offer]]) -> dict[str, dict[str, Sequence[Offer]]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mpoc.calibrate.blocks import Blocks, Place
 from mpoc.calibrate.evidence import Evidence
-from mpoc.calibrate.fit import Judgement, fit_calibrated, judge
+from mpoc.calibrate.fit import CalibratedFit, Judgement, fit_calibrated, judge
 from mpoc.calibrate.gain import WAYS
 from mpoc.calibrate.norms import Renewed, renewed_norms
 from mpoc.calibrate.sharing import Sharing
@@ -150,7 +150,7 @@ class InOrder:
 
     def _fit_unseen(self, plan: LayerPlan) -> Fitted:
         fitted = fit_layer(self._checkpoint, plan, self._recipe, self._device)
-        return replace(fitted, cores=[core.cpu() for core in fitted.cores])
+        return replace(fitted, cores=[core.cpu().contiguous() for core in fitted.cores])  # as read back
 
     def _place(self, group: Sequence[str]) -> Place | None:
         """The block to refine a group with."""
@@ -216,6 +216,12 @@ class InOrder:
         fit = fit_calibrated(weight, storages, evidence, dtype, seed, apart, self._mates)
         with self._mates.together():
             check_cores(fit.terms, weight, self._checkpoint, plan)
+            fitted = self._stored(plan, fit)
+            self._put(fitted)
+        return fitted
+
+    def _stored(self, plan: LayerPlan, fit: CalibratedFit) -> Fitted:
+        """The layer with its record; dense where it would not shrink."""
         if not self._recipe.allow_growth:
             plan = leave_dense_unless_smaller(plan, sum(core.numel() for core in fit.cores))
         if plan.max_bond is None:
@@ -224,9 +230,7 @@ class InOrder:
         plan = replace(plan, structure=form.structure, low_rank=others[0].bonds[1] if others else 0)
         record = replace(plan.record(), num_stored=sum(core.numel() for core in fit.cores), bonds=form.bonds)
         record = _with_figures(record, fit.terms, fit.judged, fit.same_size)
-        fitted = Fitted(record, fit.cores, self._shifted(name, fit.judged.shift))
-        self._put(fitted)
-        return fitted
+        return Fitted(record, fit.cores, self._shifted(plan.map.name, fit.judged.shift))
 
     def _shifted(self, name: str, shift: Tensor | None) -> dict[str, Tensor]:
         """The bias plus the shift, or the running mean behind the layer less the shift, in its own dtype."""
@@ -250,9 +254,16 @@ class InOrder:
 
 
 def _have_changed(new: Sequence[Fitted], old: Sequence[Fitted]) -> bool:
-    """Whether a core has; several processes do not share tensors, so numbers are compared."""
-    pairs = zip(new, old, strict=True)
-    return any(not all(map(torch.equal, one.cores, other.cores)) for one, other in pairs)
+    """Whether a core has, or what goes with it; processes do not share tensors, so numbers are compared."""
+    return not all(_is_same(one, other) for one, other in zip(new, old, strict=True))
+
+
+def _is_same(one: Fitted, other: Fitted) -> bool:
+    if one.changed.keys() != other.changed.keys():
+        return False
+    pairs = [*zip(one.cores, other.cores, strict=True)]
+    pairs += [(tensor, other.changed[name]) for name, tensor in one.changed.items()]
+    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _with_figures(

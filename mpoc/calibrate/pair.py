@@ -128,6 +128,7 @@ class PairPass:
         replay: keep inputs of blocks where they form a chain.
         kept_bytes: and where they take at most this, both networks together.
         mates: the processes that share the batches, and ask for the same groups.
+        keeps_all: keep inputs of blocks for the batches of other processes too, for :meth:`examples`.
     """
 
     def __init__(
@@ -141,11 +142,12 @@ class PairPass:
         replay: bool = True,
         kept_bytes: int = _KEPT_BYTES,
         mates: Team = ALONE,
+        keeps_all: bool = False,
     ) -> None:
         self._trace, self._batches, self._positions = trace, batches, positions
         self._replay, self._kept_bytes = replay, kept_bytes
         self._parts = Parts(len(batches), mates)
-        mine = self._parts.mine
+        mine = range(len(batches)) if keeps_all else self._parts.mine
         self._runners = [_Runner(network, call, batches, mine, trace) for network in (dense, compressed)]
         self._device = device_of(compressed)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mpoc.calibrate.choices import Choices
+from mpoc.calibrate.choices import Choices, costs_of
 from mpoc.calibrate.evidence import one_matrix
 from mpoc.calibrate.fit import Storage
 from mpoc.calibrate.gain import Costs, Shares, share_by_gain
@@ -63,7 +63,7 @@ class Sharing:
         if folder is None:
             self.shares = self._found(plans, predict_size)
         else:
-            key = in_order_key(self._study.fingerprint, plans, self._recipe)
+            key = in_order_key(self._study.fingerprint, self._checkpoint, plans, self._recipe)
             found = partial(self._found, plans, predict_size)
             self.shares = kept_or_shared(folder / "shares.json", key, plans, found, self._study.mates)
         return self.shares.plans
@@ -71,14 +71,18 @@ class Sharing:
     def _found(self, plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]) -> Shares:
         known = {name for group in self._study.groups for name in group}
         takes_part = [p for p in plans if p.map.name in known and self._has_no_goal_of_its_own(p)]
-        choices = Choices(takes_part, partial(self._offers, count=len(takes_part)), self._study.mates)
+        mates = self._study.mates
+        with mates.together():
+            distance = self.distance
+        offers = partial(self._offers, count=len(mates.share(costs_of(takes_part))))
+        choices = Choices(takes_part, offers, mates)
         if self._recipe.size is not None:
             return self._within_size(plans, choices, self._recipe.size, predict_size)
         assert self._recipe.ratio is not None
         total = sum(plan.structure.num_original for plan in plans)
         others = sum(plan.record().num_stored for plan in plans if plan.map.name not in choices.every)
         costs, budget = dict.fromkeys(choices.every, Costs()), int(self._recipe.ratio * total) - others
-        return share_by_gain(plans, choices, costs, budget, self.distance)
+        return share_by_gain(plans, choices, costs, budget, distance)
 
     def _within_size(
         self,
@@ -106,7 +110,7 @@ class Sharing:
         )
 
     def _offers(self, plan: LayerPlan, count: int) -> Offers:
-        """Those of one of so many layers, the same for every budget."""
+        """Those of one of so many layers of this process, the same for every budget."""
         name, forms = plan.map.name, self._forms(plan)
         kept: dict[Any, Offers] = self._study.kept
         key = name, forms, plan.structure if self._has_own_factors(plan) else None

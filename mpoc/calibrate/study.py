@@ -208,6 +208,7 @@ class Study:
                     self._trace,
                     self._positions,
                     mates=self.mates,
+                    keeps_all=self.refines and self.mates.is_first,  # who refines
                 )
                 for batches in parts
             ]

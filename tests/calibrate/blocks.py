@@ -55,6 +55,13 @@ def convolutions():
     net(torch.rand(64, 3, 8, 8).cumsum(2) / 9)
     return net
 
+def grouped():  # the inputs of the convolution in groups are not looked at
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=2), nn.ReLU(), nn.AvgPool2d(8), nn.Flatten(),
+        nn.Linear(8, 24), nn.ReLU(), nn.Linear(24, 6),
+    )
+
 def plain():
     torch.manual_seed(4)
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 6))
@@ -70,7 +77,8 @@ class Case:
         self.network = self.fresh().eval()
         torch.save(self.network.state_dict(), folder / "m.pt")
         generator = torch.Generator().manual_seed(0)
-        if name == "convolutions":
+        self.images = name in ("convolutions", "grouped")
+        if self.images:
             self.x = (torch.rand(192, 3, 8, 8, generator=generator).cumsum(2) * 15).byte()
         else:
             self.x = torch.randn(800, 16, generator=generator) * torch.logspace(0, -1, 16) + 0.3
@@ -109,7 +117,7 @@ class Case:
     @torch.no_grad()
     def error(self, done: Compression) -> float:
         """Relative, of outputs on inputs that the calibration has not seen."""
-        x = self.x[len(self.x) // 2 :].float() / (255 if self.name == "convolutions" else 1)
+        x = self.x[len(self.x) // 2 :].float() / (255 if self.images else 1)
         ours, dense = self.loaded(done)(x), self.network(x)
         return float((ours - dense).norm() / (dense - dense.mean(0)).norm())
 

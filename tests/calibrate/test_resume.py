@@ -51,6 +51,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("convolutions", True, {"ratio": 0.5, "form": "svd"}, [1, 3, 4]),  # a block is fitted whole
         ("blocks", True, {"size": 12_000}, [2, 5]),
         ("blocks", False, {"bond": 2}, [4]),
+        ("grouped", False, {"bond": 3, "form": "mpo"}, [1, 2]),
     ],
 )
 def test_it_ends_with_the_same_bytes(

@@ -52,13 +52,17 @@ def test_two_processes_give_the_bytes_of_one(run: Mpoc, model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("network", "options"),
-    [("convolutions", ["--form", "mpo"]), ("blocks", ["--refine", "--moments", "m"])],
+    [
+        ("convolutions", ["--ratio", 0.5, "--form", "mpo"]),
+        ("blocks", ["--ratio", 0.5, "--refine", "--moments", "m"]),
+        ("blocks", ["--bond", 2, "--resume"]),
+    ],
 )
 def test_two_processes_calibrate_as_one_does(
-    run: Mpoc, tmp_path: Path, network: str, options: list[str]
+    run: Mpoc, tmp_path: Path, network: str, options: list[object]
 ) -> None:
     case = Case(tmp_path, network)
-    words = ["compress", tmp_path / "m.pt", "--arch", case.arch, "--ratio", 0.5, "--device", "cpu", *options]
+    words = ["compress", tmp_path / "m.pt", "--arch", case.arch, "--device", "cpu", *options]
     words += ["--calibrate", tmp_path / "data.npz", "--calibration-samples", 40]
     alone = run(*words, "-o", "one.safetensors")
     assert alone.returncode == 0, alone.stderr
@@ -107,8 +111,7 @@ def test_work_goes_on_after_a_kill(run: Mpoc, model: Path, signum: signal.Signal
     assert process.returncode in (-signal.SIGKILL, 130)
     if signum == signal.SIGINT:
         assert (
-            "error: interrupted\nnote: out is as it was\nnote: finished layers are kept in out.partial;"
-            in err
+            "error: interrupted\nnote: out is as it was\nnote: finished work is kept in out.partial;" in err
         )
     assert not (run.folder / "out").exists()
     again = run("compress", model, *options, "-o", "out", "--resume")
