@@ -139,8 +139,8 @@ class Accumulator:
         """E[a bᵀ] from the product of the shifted a − s and b − t: Σ/n + s E[b]ᵀ + (E[a] − s) tᵀ."""
         s, t = self._sums[left].shift.squeeze(-2).double(), self._sums[right].shift.squeeze(-2).double()
         found = self._products[which] / self.count
-        found = found + s[..., :, None] * means[right][..., None, :]
-        found = found + (means[left] - s)[..., :, None] * t[..., None, :]
+        found.addcmul_(s[..., :, None], means[right][..., None, :])
+        found.addcmul_((means[left] - s)[..., :, None], t[..., None, :])
         if left == right:
             found = (found + found.mT) / 2
         return found.cpu()
