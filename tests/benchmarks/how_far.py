@@ -3,10 +3,9 @@
     python tests/benchmarks/how_far.py
 
 Nothing is run.  Weights alone: the fit takes ``FIT`` thread seconds a number at bond 64, and every byte is
-read and written once at the disk's speed.  Calibrated: a layer of m × n costs ``APPLY`` thread seconds for
-each of its m²n + mn² (an application of G E M, of which a fit needs a number that hardly depends on the
-size), and ``PASS`` for each number and token of calibration; layers wider than 12,288 are fitted by weights
-alone.
+read once at the disk's speed.  Calibrated: a layer of m × n costs ``APPLY`` thread seconds for each of its
+m²n + mn² (an application of G E M, of which all fits together need a number that hardly depends on the size),
+and ``PASS`` for each number and token of calibration; layers wider than 12,288 are fitted by weights alone.
 
 Of a calibrated compression ``OFFERS`` of the fits is shared by all processes, and of the rest two at a time;
 passes are shared by eight at most.  Each process holds the network twice in float32 (dense and compressed)
@@ -21,12 +20,12 @@ from math import prod
 
 from benchmarking import markdown_table
 
-FIT = 25e-9  # thread seconds a number: processes.py, two processes
-APPLY = 20e-9  # thread seconds: calibration of MiniLM
-PASS = 1e-9
+FIT = 51e-9  # processes.py: 171.8 s of two threads for 6.74e9 numbers
+APPLY = 33e-9  # all-MiniLM-L6-v2's encoder: 286 s of two threads, less the passes in them, for 1.63e10
+PASS = 6e-10  # likewise: 26 s of two threads before the fits and about as many in them, 16,384 tokens
 OFFERS = 0.6
 GPU = 400
-DISK = 2e9  # bytes a second
+DISK = 2.76e9  # bytes a second read
 TOKENS = 128 * 2048
 WIDEST = 12_288
 COLUMNS = ("2 threads", "64 threads", "1 GPU", "8 GPUs")
@@ -62,10 +61,9 @@ MODELS = (
 )
 
 
-def plain(model: Llama, threads: float, machines_disks: int = 1) -> float:
+def plain(model: Llama, threads: float) -> float:
     """Seconds; reading goes on beside the fits."""
-    fits = model.numbers * FIT / threads
-    return max(fits, 2 * model.numbers / DISK / machines_disks)
+    return max(model.numbers * FIT / threads, 2 * model.numbers / DISK)
 
 
 def calibrated(model: Llama, threads: float, processes: int) -> float:
