@@ -85,10 +85,35 @@ def write_compressed(
         MpocError: a weight that cannot be fitted, or nothing that would shrink.
         OSError: of reading or writing (a full disk).
     """
-    checkpoint = opened.checkpoint
     calibrated, plans = shared_out(opened, recipe, plans, study)
-    keys = _keys(opened, recipe, plans, study) if work.resumes else None
-    finished = Finished(work.folder, keys)
+    finished = Finished(work.folder, _keys(opened, recipe, plans, study) if work.resumes else None)
+    taken_up = _fit(opened, recipe, plans, calibrated, finished, work)
+    with work.mates.together():
+        layers = [finished.layer(number) for number in range(len(plans))]
+        entries = {name: one for layer in layers for name, one in layer.entries.items()} | finished.others()
+        records = [layer.record for layer in layers]
+        manifest = make_manifest(opened.checkpoint, opened.selection, recipe, records)
+        manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
+        _refuse_nothing_gained(manifest)
+    entries_of_all = _entries(opened.checkpoint, entries)
+    _write(target, opened.checkpoint, entries_of_all, manifest, recipe.max_shard_size, work.mates)
+    with work.mates.together():
+        nbytes = output_bytes(target)
+    before = [f"{taken_up} layers were finished before"] if taken_up else []
+    notes = [*opened.notes, *before, *(calibrated.notes if calibrated else ())]
+    times = {layer.record.name: layer.seconds for layer in layers}
+    return Compression(manifest, target, nbytes, True, times, notes)
+
+
+def _fit(
+    opened: Opened,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    calibrated: InOrder | None,
+    finished: Finished,
+    work: Work,
+) -> int:
+    """Until all layers, and what goes with none of them, are finished; says how many were before."""
     with work.mates.together():
         if work.mates.is_first:
             finished.clear(len(plans))
@@ -101,19 +126,7 @@ def write_compressed(
     with work.mates.together():
         if work.mates.is_first:
             finished.keep_others(others)
-    with work.mates.together():
-        layers = [finished.layer(number) for number in range(len(plans))]
-        entries = {name: one for layer in layers for name, one in layer.entries.items()} | finished.others()
-        manifest = make_manifest(checkpoint, opened.selection, recipe, [layer.record for layer in layers])
-        manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
-        _refuse_nothing_gained(manifest)
-    _write(target, checkpoint, _entries(checkpoint, entries), manifest, recipe.max_shard_size, work.mates)
-    with work.mates.together():
-        nbytes = output_bytes(target)
-    before = [f"{taken_up} layers were finished before"] if taken_up else []
-    notes = [*opened.notes, *before, *(calibrated.notes if calibrated else ())]
-    times = {layer.record.name: layer.seconds for layer in layers}
-    return Compression(manifest, target, nbytes, True, times, notes)
+    return taken_up
 
 
 def _fit_shared(

@@ -7,8 +7,7 @@ numbers as they were measured, so that what is compressed from them is the same 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from mpoc.calibrate.inputs import ConvInputs, EmbeddingInputs, Layer
 from mpoc.calibrate.interest import Pooling, output_of_interest
 from mpoc.calibrate.moments import Moments
 from mpoc.calibrate.trace import EXAMPLES, Trace
+from mpoc.digest import digest
 from mpoc.errors import MpocError
 from mpoc.header import TensorInfo, read_header
 from mpoc.team import ALONE, Team
@@ -59,11 +59,11 @@ def fingerprint(
     weights = {name: tensor for name, tensor in network.state_dict().items() if isinstance(tensor, Tensor)}
     data = {f"{k} {name}": batch[name] for k, batch in enumerate(batches) for name in sorted(batch)}
     return {
-        "weights": _digest(weights.items()),
-        "network": _digest([(repr(network), values)]),
-        "data": _digest(data.items()),
-        "options": _digest([(repr((pooling, sorted(options.items()))), torch.empty(0))]),
-        "software or machine": _digest([(repr(machine), torch.empty(0))]),
+        "weights": digest(weights.items()),
+        "network": digest([(repr(network), values)]),
+        "data": digest(data.items()),
+        "options": digest([(repr((pooling, sorted(options.items()))), torch.empty(0))]),
+        "software or machine": digest([(repr(machine), torch.empty(0))]),
     }
 
 
@@ -148,7 +148,7 @@ class _Shapes:
 def _save(path: Path, parts: Mapping[str, str], found: DensePass, trace: Trace) -> None:
     """Whole or not at all."""
     tensors = _tensors(found, trace)
-    digest = _digest((name, _packed(tensor)) for name, tensor in sorted(tensors.items()))
+    content = digest((name, _packed(tensor)) for name, tensor in tensors.items())
     entries = [
         Entry(
             TensorInfo(name, str(tensor.dtype).removeprefix("torch."), _packed_shape(tuple(tensor.shape))),
@@ -157,7 +157,7 @@ def _save(path: Path, parts: Mapping[str, str], found: DensePass, trace: Trace) 
         for name, tensor in tensors.items()
     ]
     with staged(path) as target:
-        write_safetensors(target, entries, {_CONTENT: digest, **parts})
+        write_safetensors(target, entries, {_CONTENT: content, **parts})
 
 
 def _tensors(found: DensePass, trace: Trace) -> dict[str, Tensor]:
@@ -204,7 +204,7 @@ class _File:
         try:
             with safe_open(path, "pt") as file:
                 self.packed = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-                is_whole = _digest(self.packed.items()) == file.metadata()[_CONTENT]
+                is_whole = digest(self.packed.items()) == file.metadata()[_CONTENT]
         except SafetensorError as error:
             raise self.damaged(str(error)) from error
         if not is_whole:
@@ -253,12 +253,3 @@ def _unpacked(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     found = packed.new_zeros(shape)
     found[..., upper] = packed
     return torch.where(upper, found, found.mT).contiguous()
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors:
-        digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-        if tensor.numel():
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

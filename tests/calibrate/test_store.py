@@ -172,7 +172,7 @@ def test_a_foreign_file_is_not_replaced(case: Case) -> None:
 def test_what_was_forged_is_refused(
     case: Case, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Tensor | None], why: str
 ) -> None:
-    monkeypatch.setattr("mpoc.calibrate.store._digest", lambda _: "0")  # of a forger who makes it right
+    monkeypatch.setattr("mpoc.calibrate.store.digest", lambda _: "0")  # of a forger who makes it right
     case.ask()
     resaved(case.path, **changed)
     with pytest.raises(MpocError, match=f"^{case.path}: damaged: .*{why}"):
