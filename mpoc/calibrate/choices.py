@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from mpoc.calibrate.fit import Storage
 from mpoc.calibrate.offers import Offer, Offers, storage_of
 from mpoc.calibrate.outputs import OutputDistance, Replaced
 from mpoc.plan import LayerPlan
@@ -29,6 +30,7 @@ class Choices:
         self._names = [plan.map.name for plan in plans]
         self._costs = costs_of(plans)
         self._own: dict[str, Offers] = {}
+        self._moved: dict[tuple[str, Storage], float] = {}  # how far outputs move, of one layer alone
 
         def measure(plan: LayerPlan) -> list[Offer]:
             self._own[plan.map.name] = offers(plan)
@@ -43,7 +45,7 @@ class Choices:
         """
 
         def scale(name: str) -> float:
-            return _scale(self._own[name], told_at[name], distance)
+            return self._scale(self._own[name], told_at[name], distance)
 
         return dict(zip(self._names, self.mates.each(self._names, scale, self._costs), strict=True))
 
@@ -58,20 +60,22 @@ class Choices:
         layers = {name: one for name, one in zip(self._names, found, strict=True) if one is not None}
         return self.mates.by_first(lambda: distance.of(layers))
 
+    def _scale(self, offers: Offers, plan: LayerPlan, distance: OutputDistance) -> float:
+        smaller = [offer for offer in offers.every if offer.storage is not None]
+        most = max(smaller, key=lambda offer: offer.error, default=None)
+        if most is None:
+            return 1.0
+        if plan.max_bond is None or offers.error(storage_of(plan)) < _TELLING * most.error:
+            plan = most.taken_by(plan)
+        error = offers.error(storage_of(plan))
+        if error == 0:
+            return 1.0
+        told = plan.map.name, storage_of(plan)
+        if told not in self._moved:
+            self._moved[told] = distance.of({plan.map.name: offers.replaced(plan)})
+        return min(_FAR, self._moved[told]) / error
+
 
 def costs_of(plans: Sequence[LayerPlan]) -> list[float]:
     """By which processes share layers; the same for every budget."""
     return [float(plan.structure.num_original) for plan in plans]
-
-
-def _scale(offers: Offers, plan: LayerPlan, distance: OutputDistance) -> float:
-    smaller = [offer for offer in offers.every if offer.storage is not None]
-    most = max(smaller, key=lambda offer: offer.error, default=None)
-    if most is None:
-        return 1.0
-    if plan.max_bond is None or offers.error(storage_of(plan)) < _TELLING * most.error:
-        plan = most.taken_by(plan)
-    error = offers.error(storage_of(plan))
-    if error == 0:
-        return 1.0
-    return min(_FAR, distance.of({plan.map.name: offers.replaced(plan)})) / error

@@ -105,6 +105,7 @@ def test_each_form_alone_competes_where_several_are_on_offer() -> None:
     found = share_by_gain(plans, chosen_from(plans, offers), costs, 2 * 4 * 40, distance)
     assert tuple(found.distances) == WAYS[:4]
     assert found.distances[found.chosen] == min(found.distances.values())
+    assert distance.asked == len(found.distances) + 2 * len(plans)  # what is told at once is not asked again
     one_form = {name: Offers(matrix, structure, known(), ("svd",)) for name, matrix in dense.items()}
     assert (
         tuple(share_by_gain(plans, chosen_from(plans, one_form), costs, 2 * 4 * 40, distance).distances)
