@@ -115,10 +115,11 @@ def layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorIn
     Raises:
         TypeError, ValueError, LookupError, AttributeError: it is damaged.
     """
-    first, shape = tensors.get(f"{core_prefix(name)}.0"), entry["shape"]
+    first = tensors.get(f"{core_prefix(name)}.0")
     dtype = first.dtype if first else entry["dtype"]
-    counts = {"num_original": math.prod(shape[:6]), "num_stored": 0}
+    counts = {"num_original": 0, "num_stored": 0}
     layer = _layer({**entry, **counts, "name": name, "dtype": dtype, "stored_dtype": dtype})
+    layer = replace(layer, num_original=math.prod(layer.shape[:6]))  # of whole numbers, once that is sure
     record_check.check_made(layer)
     stored = sum(map(math.prod, layer.core_shapes))
     return replace(layer, num_stored=stored, padding=layer.structure.padding)

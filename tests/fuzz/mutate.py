@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
+_LONGEST = 1 << 22  # characters of a JSON text
 _NUMBERS = (
     *(0, 1, -1, 2, 3, 7, 8, 64, 255, 256, 65_536, 10**6, 10**9, 2**31, 2**32 - 1, 2**53, 2**62, 2**63 - 1),
     *(2**63, 2**64, 10**18, -(2**63), 10**30, 10**400, 0.5, -0.5, 1e-320, 1e308, float("nan"), float("inf")),
@@ -136,7 +137,18 @@ def json_bytes(data: bytes, choose: random.Random) -> bytes:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return change_bytes(data, choose)
-    return json.dumps(change_json(value, choose)).encode("utf-8", "surrogatepass")
+    return _text(change_json(value, choose), data)
+
+
+def _text(value: Any, data: bytes) -> bytes:
+    """JSON; ``data`` where it would be too long, as of lists that hold themselves many times over."""
+    parts, size = [], 0
+    for part in json.JSONEncoder().iterencode(value):
+        parts.append(part)
+        size += len(part)
+        if size > _LONGEST:
+            return data
+    return "".join(parts).encode("utf-8", "surrogatepass")
 
 
 def safetensors_bytes(data: bytes, choose: random.Random) -> bytes:
