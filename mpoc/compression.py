@@ -27,6 +27,7 @@ from mpoc.team import Team
 from mpoc.writer import Entry, plan_shards, write_safetensors
 
 if TYPE_CHECKING:
+    from mpoc.calibrate.dense import Tell
     from mpoc.calibrate.in_order import InOrder
     from mpoc.calibrate.study import Study
 
@@ -54,6 +55,7 @@ class Work:
     folder: Path  # of finished layers, for the caller to remove
     resumes: bool = False  # and whether those that are there are used again
     progress: Progress | None = None
+    tell: Tell | None = None  # of what goes on before layers are fitted
 
     @staticmethod
     def beside(target: Path, progress: Progress | None = None) -> Work:
@@ -87,7 +89,7 @@ def write_compressed(
     """
     calibrated, plans = shared_out(opened, recipe, plans, study)
     finished = Finished(work.folder, _keys(opened, recipe, plans, study) if work.resumes else None)
-    taken_up = _fit(opened, recipe, plans, calibrated, finished, work)
+    _fit(opened, recipe, plans, calibrated, finished, work)
     with work.mates.together():
         layers = [finished.layer(number) for number in range(len(plans))]
         entries = {name: one for layer in layers for name, one in layer.entries.items()} | finished.others()
@@ -99,8 +101,7 @@ def write_compressed(
     _write(target, opened.checkpoint, entries_of_all, manifest, recipe.max_shard_size, work.mates)
     with work.mates.together():
         nbytes = output_bytes(target)
-    before = [f"{taken_up} layers were finished before"] if taken_up else []
-    notes = [*opened.notes, *before, *(calibrated.notes if calibrated else ())]
+    notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
     times = {layer.record.name: layer.seconds for layer in layers}
     return Compression(manifest, target, nbytes, True, times, notes)
 
@@ -112,46 +113,53 @@ def _fit(
     calibrated: InOrder | None,
     finished: Finished,
     work: Work,
-) -> int:
-    """Until all layers, and what goes with none of them, are finished; says how many were before."""
+) -> None:
+    """Until all layers, and what goes with none of them, are finished."""
     with work.mates.together():
         if work.mates.is_first:
             finished.clear(len(plans))
     if calibrated:
-        taken_up = _fit_in_order(calibrated, plans, finished, work)
+        _fit_in_order(calibrated, plans, finished, work)
     else:
-        with work.mates.together():
-            taken_up = _fit_shared(opened, recipe, plans, finished, work)
+        _fit_shared(opened, recipe, plans, finished, work)
     others = calibrated.finish() if calibrated else {}
     with work.mates.together():
         if work.mates.is_first:
             finished.keep_others(others)
-    return taken_up
 
 
 def _fit_shared(
     opened: Opened, recipe: Recipe, plans: list[LayerPlan], finished: Finished, work: Work
-) -> int:
-    """Each process fits its share by weights alone, but for what is finished; says how many that was."""
-    mine = work.mates.share([plan.cost for plan in plans])
-    todo = {plans[k].map.name: k for k in mine if not finished.takes_up(k)}
-    asked = [plan for plan in plans if plan.map.name in todo]
+) -> None:
+    """Each process fits its share by weights alone, but for what is finished."""
+    with work.mates.together():
+        mine = work.mates.share([plan.cost for plan in plans])
+        todo = {plans[k].map.name: k for k in mine if not finished.takes_up(k)}
+        asked = [plan for plan in plans if plan.map.name in todo]
+    with work.mates.together():
+        _tell_finished(finished.count(), len(plans), work)
 
     def keep(fitted: Fitted, seconds: float) -> int:
         finished.keep(todo[fitted.record.name], fitted, seconds)
         return finished.count()
 
     costs = {plan.map.name: plan.cost for plan in asked}
-    fit_all(fit_each(opened, asked, recipe), costs, len(plans), keep, work.progress)
-    return len(mine) - len(todo)
+    with work.mates.together():
+        fit_all(fit_each(opened, asked, recipe), costs, len(plans), keep, work.progress)
 
 
-def _fit_in_order(calibrated: InOrder, plans: list[LayerPlan], finished: Finished, work: Work) -> int:
-    """All processes fit each layer together, but for what is finished; says how many that was."""
+def _tell_finished(count: int, total: int, work: Work) -> None:
+    if count and work.tell:
+        work.tell("going on: layers finished before:", count, total)
+
+
+def _fit_in_order(calibrated: InOrder, plans: list[LayerPlan], finished: Finished, work: Work) -> None:
+    """All processes fit each layer together, but for what is finished."""
     numbers = {plan.map.name: k for k, plan in enumerate(plans)}
     usable = work.mates.by_first(lambda: {name for name, k in numbers.items() if finished.takes_up(k)})
     done = {name for unit in calibrated.steps.units(plans) if usable.issuperset(unit) for name in unit}
     costs = {name: cost for name, cost in calibrated.steps.costs(plans).items() if name not in done}
+    _tell_finished(len(done), len(plans), work)
 
     def keep(fitted: Fitted, seconds: float) -> int:
         with work.mates.together():
@@ -162,7 +170,6 @@ def _fit_in_order(calibrated: InOrder, plans: list[LayerPlan], finished: Finishe
     count = itertools.count(len(done) + 1)
     kept = {name: partial(finished.fitted, number) for name, number in numbers.items() if name in done}
     fit_all(calibrated.fit(plans, kept), costs, len(plans), keep, work.progress)
-    return len(done)
 
 
 def _keys(

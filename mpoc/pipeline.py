@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+import mpoc
 from mpoc.compression import Compression, Progress, Work, fit_all, fit_each, shared_out, write_compressed
 from mpoc.errors import UsageError
 from mpoc.fitting import Fitted
@@ -86,7 +87,8 @@ def compress_checkpoint(
             it tells kinds of layers and is recorded.
         calibration: data to fit what the layers do on; None: their weights alone count.
         tell: called as calibration goes on, before layers are fitted.
-        resume: keep finished layers in ``OUT.partial`` until the output is whole, and go on from those there.
+        resume: keep finished layers in ``OUT.partial`` until the output is whole, and go on from those there;
+            with ``force`` also where that was of other work, which goes.
 
     Raises:
         UsageError: ``arch`` makes no network, or one with other tensors; calibration needs a network and
@@ -106,13 +108,28 @@ def compress_checkpoint(
         if dry_run:
             study = None if calibration is None else opened.study(calibration, tell, mates)
             return _dry_run(opened, plans, study, output, progress)
-        with workplace(output, mates, resume) as target:
+        asked = _asked(source, opened.recipe, arch, calibration) if resume else None
+        with workplace(output, mates, asked, force) as target:
             if calibration is not None and resume:
                 calibration = replace(calibration, folder=calibration_of(target))
             study = None if calibration is None else opened.study(calibration, tell, mates)
-            work = Work(mates, layers_of(target), resume, progress)
+            work = Work(mates, layers_of(target), resume, progress, tell)
             done = write_compressed(opened, target, opened.recipe, plans, study, work)
     return replace(done, output=output)
+
+
+def _asked(
+    source: Path, recipe: Recipe, arch: str | None, calibration: CalibrationRequest | None
+) -> dict[str, str]:
+    """All that finished layers depend on and a user can change, but for what is in files."""
+    options = {f"--{f.name.replace('_', '-')}": str(getattr(recipe, f.name)) for f in fields(recipe)}
+    del options["--max-shard-size"]
+    data = ""
+    if calibration is not None:
+        data = f"{calibration.data.resolve()}, {calibration.samples} examples"
+    found = {"MODEL": str(source.resolve()), "--arch": str(arch), "--calibrate": data, **options}
+    found["--refine"] = str(calibration is not None and calibration.refine)
+    return found | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "mpoc": mpoc.__version__}
 
 
 def _dry_run(

@@ -160,7 +160,7 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
     )
     shares = calibration.get("shares", {})
     if any(shares.get("distances", {}).values()):
-        found = ", ".join(f"{way} {far:.4g}" for way, far in shares["distances"].items())
+        found = "; ".join(f"{way} {far:.4g}" for way, far in shares["distances"].items())
         line += (
             f"; budget shared out by {shares.get('chosen', '?')} (mean distance of the network's held-out "
             f"outputs from the dense ones, before the fit in order: {found})"

@@ -215,7 +215,8 @@ class Place:
     def tell(self, error: BaseException) -> None:
         """Note what became of the output where ``error`` is none of the work's but stops it."""
         if not isinstance(error, Exception | GeneratorExit):
-            error.add_note(f"{self._output} is {'written' if self.is_taken else 'as it was'}")
+            there = "as it was" if os.path.lexists(self._output) else "not written"
+            error.add_note(f"{self._output} is {'written' if self.is_taken else there}")
 
 
 def scratch_beside(output: Path) -> Path:

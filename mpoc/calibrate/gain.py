@@ -15,6 +15,8 @@ from mpoc.calibrate.outputs import OutputDistance
 from mpoc.curves import share_out
 from mpoc.plan import LayerPlan
 
+_MUCH = 3  # times as far as told
+
 # How a budget is shared out.
 WAYS = (
     "uniform",
@@ -32,6 +34,17 @@ class Shares:
     plans: list[LayerPlan]
     chosen: str  # one of WAYS
     distances: dict[str, float]
+
+    def surprise(self, reached: float) -> list[str]:
+        """What should be said where outputs are much further off after the fits, as of too few examples."""
+        told = self.distances[self.chosen]
+        if told == 0 or reached <= _MUCH * told:
+            return []
+        far = f"held-out outputs are {reached:.3g} from the dense ones, {reached / told:.0f} times as far as"
+        return [
+            f"{far} when the budget was shared out, so its shares may be bad: measure it (mpoc eval); "
+            "more --calibration-samples tell better, or try another --ratio"
+        ]
 
 
 @dataclass(frozen=True)

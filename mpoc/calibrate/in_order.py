@@ -51,6 +51,7 @@ class InOrder:
         self._compressed = copy.deepcopy(study.network)
         self._sharing = Sharing(study, checkpoint, recipe, device)
         self._norms: Renewed | None = None
+        self._reached: float | None = None  # distance of held-out outputs after the fits
         self._blocks = Blocks(study, self._compressed, checkpoint, recipe.seed) if study.refines else None
         self.steps = Steps(study.groups, self._place)
 
@@ -95,6 +96,8 @@ class InOrder:
         blind = [f"{name.removesuffix('.weight')} ({why})" for name, why in reasons.items()]
         more = f" and {len(blind) - 4} more" if len(blind) > 4 else ""
         said = [f"fitted by their weights alone: {', '.join(blind[:4])}{more}"] if blind else []
+        shares = self._sharing.shares
+        said += [] if shares is None or self._reached is None else shares.surprise(self._reached)
         return [*self._study.notes, *said, *(self._blocks.notes if self._blocks else ())]
 
     def fit(
@@ -132,6 +135,8 @@ class InOrder:
     def finish(self) -> dict[str, Tensor]:
         """After the last layer: statistics of batch norms, by their names, where they help."""
         data = self._study.data
+        if self._sharing.shares is not None:
+            self._reached = self._mates.by_first(lambda: self._sharing.distance.of_network(self._compressed))
 
         def renewed() -> Renewed | None:
             return renewed_norms(

@@ -114,8 +114,8 @@ def _refuse_what_does_not_go_together(request: CompressRequest) -> None:
     if searches and request.eval_data is None:
         raise UsageError("--max-drop is of a metric, so it needs data to measure it on", "--eval DATA")
     if request.resume and (searches or request.dry_run):
-        option = "--max-drop" if searches else "--dry-run"
-        raise UsageError(f"--resume keeps the layers of one output, and {option} makes none, or several")
+        why = "--max-drop writes several" if searches else "--dry-run fits nothing that could be kept"
+        raise UsageError(f"--resume keeps the finished layers of one output, and {why}")
     if request.plot is not None:
         if not searches:
             raise UsageError("--plot draws what --max-drop finds, and it is not given", "--max-drop 1")

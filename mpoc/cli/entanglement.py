@@ -78,7 +78,7 @@ def entanglement(
 
     mpoc entanglement fc2.pt
 
-    mpoc entanglement mlp.pt --against resnet56.mpo.safetensors --json > spectra.json
+    mpoc entanglement mlp.pt --against mlp.mpo.safetensors --json > spectra.json
     """
     values = dict(locals())
     with reported_errors():

@@ -96,7 +96,13 @@ class Case:
         return f"{self.folder}/net.py:{self.name}"
 
     def compress(
-        self, refine: bool = True, out: str = "o", resume: bool = False, tell: Any = None, **options: Any
+        self,
+        refine: bool = True,
+        out: str = "o",
+        resume: bool = False,
+        tell: Any = None,
+        force: bool = False,
+        **options: Any,
     ) -> Compression:
         recipe = make_recipe(None, {"device": "cpu", **options})
         request = CalibrationRequest(self.folder / "data.npz", 400, refine)
@@ -105,6 +111,7 @@ class Case:
             self.folder / "m.pt",
             path,
             recipe,
+            force,
             progress=tell,
             arch=self.arch,
             calibration=request,

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from mpoc.calibrate.choices import Choices
-from mpoc.calibrate.gain import WAYS, Costs, share_by_gain
+from mpoc.calibrate.gain import WAYS, Costs, Shares, share_by_gain
 from mpoc.calibrate.offers import Offers
 from mpoc.calibrate.outputs import Replaced
 from mpoc.plan import LayerPlan
@@ -132,3 +132,11 @@ def test_where_forms_do_not_go_together_one_is_taken_alone() -> None:
     )
     assert found.chosen == WAYS[2]
     assert {one.structure.form for one in found.plans if one.max_bond is not None} == {"mpo"}
+
+
+def test_what_the_fits_make_of_the_shares_may_surprise() -> None:
+    shares = Shares([], "uniform", {"uniform": 0.01, "equal gain": 0.001})
+    assert shares.surprise(0.03) == shares.surprise(0.0) == []
+    (said,) = shares.surprise(0.4)
+    assert "are 0.4 from the dense ones, 40 times as far" in said and "--calibration-samples" in said
+    assert Shares([], "uniform", {"uniform": 0.0}).surprise(1.0) == []

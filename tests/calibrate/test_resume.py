@@ -12,6 +12,7 @@ import pytest
 import mpoc.calibrate.refine
 from mpoc.calibrate.fit import fit_calibrated
 from mpoc.calibrate.gain import share_by_gain
+from mpoc.errors import UsageError
 from tests.calibrate.blocks import Case
 
 
@@ -68,7 +69,7 @@ def test_it_ends_with_the_same_bytes(
     for layers in kept:
         with pytest.raises(KeyboardInterrupt) as stopped:
             case.compress(refine, resume=True, tell=stop_after(layers), **goal)
-        assert "the same command goes on" in stopped.value.__notes__[-1]
+        assert "--resume goes on" in stopped.value.__notes__[-1]
     done = counted(monkeypatch)
     found = case.compress(refine, resume=True, **goal)
     assert done.count("fit") < total and "share" not in done
@@ -81,7 +82,9 @@ def test_what_was_found_for_another_goal_is_not_used(tmp_path: Path) -> None:
     whole = case.compress(False, "whole", ratio=0.4)
     with pytest.raises(KeyboardInterrupt):
         case.compress(False, resume=True, tell=stop_after(4), ratio=0.6)
-    found = case.compress(False, resume=True, ratio=0.4)
+    with pytest.raises(UsageError, match=r"kept of other work: --ratio was 0\.6 and is 0\.4"):
+        case.compress(False, resume=True, ratio=0.4)
+    found = case.compress(False, resume=True, ratio=0.4, force=True)
     assert found.output.read_bytes() == whole.output.read_bytes()
 
 

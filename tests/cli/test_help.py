@@ -98,7 +98,9 @@ def make_what_the_examples_name(compressed: bool) -> None:
     torch.save(zoo.make("fc2").state_dict(), "fc2.pt")
     if compressed:
         torch.save(mlp_state(), "mlp.pt")
-        compress_checkpoint(Path("mlp.pt"), Path("resnet56.mpo.safetensors"), make_recipe(None, {"bond": 4}))
+        for name in ("resnet56", "mlp"):
+            output = Path(f"{name}.mpo.safetensors")
+            compress_checkpoint(Path("mlp.pt"), output, make_recipe(None, {"bond": 4}))
 
 
 def test_the_readme_s_table_of_finetune_names_its_options() -> None:

@@ -111,7 +111,7 @@ def test_work_goes_on_after_a_kill(run: Mpoc, model: Path, signum: signal.Signal
     assert process.returncode in (-signal.SIGKILL, 130)
     if signum == signal.SIGINT:
         assert (
-            "error: interrupted\nnote: out is as it was\nnote: finished work is kept in out.partial;" in err
+            "error: interrupted\nnote: out is not written\nnote: finished work is kept in out.partial;" in err
         )
     assert not (run.folder / "out").exists()
     again = run("compress", model, *options, "-o", "out", "--resume")

@@ -77,7 +77,8 @@ class Before:
             yield Finding("loss", f"{self.output} is neither the old output nor the new one")
         if ended.status == 0 and held != self.new:
             yield Finding("loss", "it said that all is well, and there is no new output")
-        for said, held_then in (("is as it was", self.old), ("is written", self.new)):
+        told = {"is as it was": self.old, "is not written": {}, "is written": self.new}
+        for said, held_then in told.items():
             if f"note: {self.output} {said}" in ended.err and held != held_then:
                 yield Finding("words", f"it said that {self.output} {said}, which is not so")
         output = folder / self.output

@@ -45,6 +45,7 @@ def test_a_hang() -> None:
         ({"kept": ""}, 1, "", []),
         ({"out/a": "new"}, 130, "note: out is as it was", ["words"]),
         ({}, 130, "note: out is as it was", []),
+        ({}, 130, "note: out is not written", ["words"]),
         ({}, 130, "note: out is written", ["words"]),
     ],
 )
