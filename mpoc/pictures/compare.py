@@ -22,17 +22,33 @@ from mpoc.report import human_bytes
 def comparison(files: Sequence[FileData]) -> Markup:
     """The part of the page above the report of the first file."""
     kind = shared_error([file.manifest for file in files])
-    unknown = None if kind else tag("p", "Not all of these files hold errors: they are not compared.")
+    said = (
+        _what_errors_do_not_say(files)
+        if kind
+        else "Not all of these files hold errors: they are not compared."
+    )
     return tag(
         "section",
         tag("p", "mpoc report", class_="kind"),
         tag("h1", f"{len(files)} files compared"),
         _totals(files, kind),
-        unknown,
+        tag("p", said) if said else None,
         figures(comparison_charts(files)),
         tag("h2", "Layers by name"),
         _layers(files, kind),
         class_="comparison",
+    )
+
+
+def _what_errors_do_not_say(files: Sequence[FileData]) -> str:
+    """Where only some were fitted to data: those give up error of the weight for error of the outputs."""
+    calibrated = [bool(file.manifest.calibration) for file in files]
+    if all(calibrated) or not any(calibrated):
+        return ""
+    names = ", ".join(file.name for file in files if file.manifest.calibration)
+    return (
+        f"Errors below are those of weights, which is all that these files share. {names} was fitted to what "
+        "layers do on data, and may err more in its weights and less in its outputs: mpoc eval compares them."
     )
 
 

@@ -164,6 +164,13 @@ def test_comparison_by_name(path: Path, tmp_path: Path) -> None:
     assert f"mean relative error, layers in common: {common}<" in text
 
 
+def test_errors_of_weights_are_not_all_of_a_calibrated_file(path: Path) -> None:
+    fitted = rewritten(path, replace(read_manifest(path), calibration={"samples": 64}))
+    assert f"{fitted.name} was fitted to what layers do on data" in page(read_files(path, [fitted]))
+    assert "was fitted to what layers do" not in page(read_files(path, [path]))
+    assert "was fitted to what layers do" not in page(read_files(fitted, [fitted]))
+
+
 def test_200_layers_are_not_large(tmp_path: Path) -> None:
     text = shown(many_layers(tmp_path, 20))
     assert_whole(text)
