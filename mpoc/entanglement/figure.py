@@ -79,17 +79,29 @@ def _draw_profiles(axes: Any, profiles: Sequence[Profile]) -> None:
     axes.set_xlabel("cut behind site k")
     axes.set_ylim(bottom=0)
     axes.set_ylabel(_ENTROPY)
+    _tell_styles(axes, profiles, named)
     if named:
         axes.legend(fontsize="small")
     else:
         axes.figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, label=_LAYERS)
 
 
+def _tell_styles(axes: Any, profiles: Sequence[Profile], named: bool) -> None:
+    """A legend of what kinds of lines there are, whatever their colour."""
+    styles = (
+        ("dense", ".-", any(profile.weight for profile in profiles)),
+        ("stored", "x--", any(profile.stored for profile in profiles)),
+        ("largest possible", "_:", named),
+    )
+    drawn = {said: axes.plot([], [], style, color="0.4")[0] for said, style, there in styles if there}
+    axes.figure.legend(drawn.values(), drawn, loc="outside upper right", ncols=3, fontsize="small")
+
+
 def _draw_profile(axes: Any, profile: Profile, colour: Any, named: bool) -> None:
-    parts = ((profile.weight, ".-", ""), (profile.stored, "x--", " stored"))
-    drawn = [(cuts, style, said) for cuts, style, said in parts if cuts]
-    for cuts, style, said in drawn:
-        label = profile.layer + (said if len(drawn) > 1 else "")
+    parts = ((profile.weight, ".-"), (profile.stored, "x--"))
+    drawn = [(cuts, style) for cuts, style in parts if cuts]
+    for cuts, style in drawn:
+        label = profile.layer if cuts is drawn[0][0] else None
         axes.plot(*_points(cuts), style, color=colour, label=label, lw=None if named else 1)
     if named and drawn:
         cuts = drawn[0][0]
