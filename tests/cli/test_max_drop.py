@@ -151,6 +151,6 @@ def test_ctrl_c_within_the_search_leaves_an_old_output(run: Mpoc, folder: Path) 
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
     assert (process.returncode, out) == (130, "")
-    assert err.endswith("error: interrupted\nnote: o.safetensors is not written\n")
+    assert err.endswith("error: interrupted\nnote: o.safetensors is as it was\n")
     assert contents(folder) == before
     assert {path.name for path in folder.iterdir()} == {"net.safetensors", "digits.npz", "o.safetensors"}
