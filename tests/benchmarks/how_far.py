@@ -21,8 +21,8 @@ from math import prod
 from benchmarking import markdown_table
 
 FIT = 51e-9  # processes.py: 171.8 s of two threads for 6.74e9 numbers
-APPLY = 33e-9  # all-MiniLM-L6-v2's encoder: 286 s of two threads, less the passes in them, for 1.63e10
-PASS = 6e-10  # likewise: 26 s of two threads before the fits and about as many in them, 16,384 tokens
+APPLY = 29e-9  # all-MiniLM-L6-v2's encoder: 253 s of two threads, less the passes in them, for 1.63e10
+PASS = 4.4e-10  # likewise: 19 s of two threads before the fits and about as many in them, 16,384 tokens
 OFFERS = 0.6
 GPU = 400
 DISK = 2.76e9  # bytes a second read
