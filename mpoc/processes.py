@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
+from typing import NoReturn
 
 
 def num_processes() -> int:
@@ -18,6 +21,27 @@ def rank() -> int:
 def local_rank() -> int:
     """The number of this one on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+_talked = threading.Event()
+
+
+def note_talk() -> None:
+    """This process talks to others through gloo."""
+    _talked.set()
+
+
+def end(status: int) -> NoReturn:
+    """End this process.
+
+    One that has talked through gloo ends without finalising: now and then a thread of gloo's outlives its
+    group until then, and takes a process whose work is done down with SIGABRT (pytorch issue 190489).
+    """
+    if _talked.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def is_main() -> bool:

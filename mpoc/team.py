@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 from mpoc.errors import MpocError
-from mpoc.processes import num_processes, rank
+from mpoc.processes import note_talk, num_processes, rank
 
 _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
@@ -186,6 +186,7 @@ def team() -> Iterator[Team]:
 
     if not dist.is_available():
         raise MpocError("this torch has no torch.distributed, which several processes need")
+    note_talk()
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield Team(rank(), num_processes())

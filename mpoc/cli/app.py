@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
@@ -18,6 +17,7 @@ from mpoc.cli.export import export
 from mpoc.cli.finetune import finetune
 from mpoc.cli.report import report
 from mpoc.cli.reproduce import reproduce
+from mpoc.processes import end
 
 app = typer.Typer(
     name="mpoc",
@@ -62,4 +62,6 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun
-        sys.exit(130)
+        end(130)
+    except SystemExit as done:
+        end(done.code if isinstance(done.code, int) else int(done.code is not None))
