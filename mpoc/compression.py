@@ -23,7 +23,7 @@ from mpoc.plan import LayerPlan
 from mpoc.read_ahead import one_ahead
 from mpoc.recipe import Recipe
 from mpoc.report import output_bytes
-from mpoc.team import Team
+from mpoc.team import ALONE, Team
 from mpoc.writer import Entry, plan_shards, write_safetensors
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Work:
         """Of one process, in a new folder beside ``target``."""
         folder = target.with_name(f"{target.name}.layers")
         folder.mkdir()
-        return Work(Team(), folder, progress=progress)
+        return Work(ALONE, folder, progress=progress)
 
 
 def write_compressed(

@@ -180,7 +180,7 @@ def _as_ours(error: Exception) -> Exception:
 def team() -> Iterator[Team]:
     """The processes that the environment names; one alone without torchrun."""
     if num_processes() == 1:
-        yield Team()
+        yield ALONE
         return
     import torch.distributed as dist
 
