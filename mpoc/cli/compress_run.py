@@ -13,7 +13,11 @@ from mpoc.cli.console import Output
 from mpoc.cli.progress import layer_progress, stage_lines
 
 if TYPE_CHECKING:
+    from mpoc.search import Smallest
+    from mpoc.search.figure import SizeTrials
     from mpoc.train.measure import Measured
+
+_UNITS = {"accuracy": " (%)", "agreement": " (%)"}
 
 
 def run(request: CompressRequest, words: Output) -> Compressed:
@@ -78,11 +82,30 @@ def _search(request: CompressRequest, words: Output) -> Compressed:
         watch,
     )
     if request.plot is not None:
-        from mpoc.search.figure import draw_search
+        from mpoc.search.figure import draw_size_trials
 
-        draw_search(found, request.plot)
+        draw_size_trials(_size_trials(found), request.plot)
         words.say(f"wrote {request.plot}")
     return Compressed(found.done, found.before, found.after, found.search)
+
+
+def _size_trials(found: Smallest) -> SizeTrials:
+    """The trials of a search as the picture takes them."""
+    from mpoc.search.figure import SizeTrials
+
+    search, before, metric = found.search, found.before, found.before.metric
+    chosen = search.chosen
+    assert chosen is not None
+    sign = -1 if before.higher_is_better else 1
+    return SizeTrials(
+        sorted((trial.nbytes, trial.scores[metric]) for trial in search.trials),
+        (chosen.nbytes, chosen.scores[metric]),
+        f"chosen: --ratio {chosen.ratio:g}",
+        (found.done.manifest.source.nbytes, before.scores[metric]),
+        before.scores[metric] + sign * search.max_drop,
+        f"dense {'−+'[sign > 0]} {search.max_drop:g}",
+        f"{metric} on {before.data}, {before.split}{_UNITS.get(metric, '')}",
+    )
 
 
 def _say_what_begins(request: CompressRequest, words: Output) -> None:

@@ -99,9 +99,10 @@ def entanglement(
         else:
             _print(found, words)
         if plot is not None:
-            from mpoc.entanglement.figure import draw_entanglement
+            from mpoc.entanglement.figure import EntropyProfile, draw_entropies
 
-            draw_entanglement(found, plot)
+            profiles = [EntropyProfile(one.layer, one.weight, one.stored) for one in found.profiles]
+            draw_entropies(profiles, plot)
             words.say(f"wrote {plot}")
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mpoc.entanglement.study import Entanglement, Profile
+from mpoc.entanglement.spectra import Cut
 from mpoc.writer import staged
-
-if TYPE_CHECKING:
-    from mpoc.entanglement.spectra import Cut
 
 # More layers than this have a scale of colours, and no names.
 _NAMED = 8
@@ -18,25 +16,34 @@ _LAYERS = "layer, from the first to the last"
 _ENTROPY = "entanglement entropy S (nats)"
 
 
-def draw_entanglement(found: Entanglement, picture: Path) -> None:
+@dataclass(frozen=True)
+class EntropyProfile:
+    """The cuts of one layer: of its dense weight, of what is stored of it, or of both."""
+
+    layer: str
+    weight: tuple[Cut, ...] | None
+    stored: tuple[Cut, ...] | None
+
+
+def draw_entropies(profiles: Sequence[EntropyProfile], picture: Path) -> None:
     """Dense weights in full lines, what is stored dashed, the largest possible entropy dotted.
 
     Where no layer has two cuts there are no lines: all layers then stand below each other.
 
     Args:
-        found: of :func:`mpoc.entanglement.study.entanglement_of`.
+        profiles: a layer each, in the order of the network.
         picture: .png, .svg or .pdf.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
-    single = all(len(profile.structure.site_sizes) <= 2 for profile in found.profiles)
-    (_draw_layers if single else _draw_profiles)(figure.subplots(), found.profiles)
+    single = all(len(profile.weight or profile.stored or ()) <= 1 for profile in profiles)
+    (_draw_layers if single else _draw_profiles)(figure.subplots(), profiles)
     with staged(picture) as scratch:
         figure.savefig(scratch)
 
 
-def _draw_layers(axes: Any, profiles: Sequence[Profile]) -> None:
+def _draw_layers(axes: Any, profiles: Sequence[EntropyProfile]) -> None:
     """The only cut of each, below each other."""
     from matplotlib.ticker import MaxNLocator
 
@@ -64,7 +71,7 @@ def _draw_layers(axes: Any, profiles: Sequence[Profile]) -> None:
         axes.figure.legend(loc="outside upper right", ncols=3, fontsize="small")
 
 
-def _draw_profiles(axes: Any, profiles: Sequence[Profile]) -> None:
+def _draw_profiles(axes: Any, profiles: Sequence[EntropyProfile]) -> None:
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -86,7 +93,7 @@ def _draw_profiles(axes: Any, profiles: Sequence[Profile]) -> None:
         axes.figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, label=_LAYERS)
 
 
-def _tell_styles(axes: Any, profiles: Sequence[Profile], named: bool) -> None:
+def _tell_styles(axes: Any, profiles: Sequence[EntropyProfile], named: bool) -> None:
     """A legend of what kinds of lines there are, whatever their colour."""
     styles = (
         ("dense", ".-", any(profile.weight for profile in profiles)),
@@ -97,7 +104,7 @@ def _tell_styles(axes: Any, profiles: Sequence[Profile], named: bool) -> None:
     axes.figure.legend(drawn.values(), drawn, loc="outside upper right", ncols=3, fontsize="small")
 
 
-def _draw_profile(axes: Any, profile: Profile, colour: Any, named: bool) -> None:
+def _draw_profile(axes: Any, profile: EntropyProfile, colour: Any, named: bool) -> None:
     parts = ((profile.weight, ".-"), (profile.stored, "x--"))
     drawn = [(cuts, style) for cuts, style in parts if cuts]
     for cuts, style in drawn:

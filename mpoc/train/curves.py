@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.plotting import require_matplotlib
-from mpoc.train.log import read_log
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 _METRICS = ("accuracy", "agreement", "cosine", "r2")  # the first that is known is drawn
@@ -28,12 +28,17 @@ def refuse_unknown_picture(path: Path) -> None:
     require_matplotlib()
 
 
-def draw_curves(log: Path, picture: Path) -> None:
-    """Left the losses, right the metric of the measured split, one line a run."""
+def draw_curves(log: Iterable[dict[str, Any]], picture: Path) -> None:
+    """Left the losses, right the metric of the measured split, one line a run.
+
+    Args:
+        log: the lines of a training log.
+        picture: .png, .svg or .pdf.
+    """
     from matplotlib.figure import Figure
 
     runs: list[list[dict[str, Any]]] = [[]]
-    for line in read_log(log):
+    for line in log:
         if "run" in line and "step" not in line:
             runs += [[]] if runs[-1] else []
         elif "step" in line:

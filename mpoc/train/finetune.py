@@ -17,7 +17,7 @@ from mpoc.train.curves import draw_curves, refuse_unknown_picture
 from mpoc.train.engine import describe, make_accelerator
 from mpoc.train.evaluate import evaluate
 from mpoc.train.history import data_record, make_history
-from mpoc.train.log import Log
+from mpoc.train.log import Log, read_log
 from mpoc.train.loop import train
 from mpoc.train.losses import DivergedError
 from mpoc.train.material import DataOptions, Material, monitored_split, open_material
@@ -130,7 +130,7 @@ def finetune(
     log.close()
     if is_main() and request.plot is not None:
         with staged(request.plot) as picture:
-            draw_curves(request.log_file, picture)
+            draw_curves(read_log(request.log_file), picture)
     return done
 
 

@@ -8,18 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoc.entanglement.figure import draw_entanglement
-from mpoc.entanglement.study import entanglement_of
+from mpoc.entanglement.figure import EntropyProfile, draw_entropies
+from mpoc.entanglement.study import Entanglement, entanglement_of
 from tests.checkpoints import mlp_state
 
 matplotlib = pytest.importorskip("matplotlib")
+
+
+def draw(found: Entanglement, picture: Path) -> None:
+    draw_entropies([EntropyProfile(one.layer, one.weight, one.stored) for one in found.profiles], picture)
 
 
 def texts(tmp_path: Path, sites: int) -> list[str]:
     """All that is written in the picture of a network's chains of so many sites."""
     torch.save(mlp_state(), tmp_path / "m.pt")
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        draw_entanglement(entanglement_of(tmp_path / "m.pt", {"sites": sites}), tmp_path / "s.svg")
+        draw(entanglement_of(tmp_path / "m.pt", {"sites": sites}), tmp_path / "s.svg")
     return re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "s.svg").read_text("utf-8"))
 
 
@@ -37,5 +41,5 @@ def test_layers_of_one_site_have_nothing_to_show(tmp_path: Path) -> None:
     torch.save({"a.weight": torch.randn(7, 5)}, tmp_path / "m.pt")
     found = entanglement_of(tmp_path / "m.pt", {"min_params": 1})
     assert found.profiles[0].weight == ()
-    draw_entanglement(found, tmp_path / "s.svg")
+    draw(found, tmp_path / "s.svg")
     assert (tmp_path / "s.svg").is_file()
