@@ -13,12 +13,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpoc.loading import load
-    from mpoc.memory import compress
+    from mpoc.compression.in_memory import compress
+    from mpoc.models.loading import load
 
 __version__ = "0.2.0"
 __all__ = ["__version__", "compress", "load"]
-_HOMES = {"compress": "mpoc.memory", "load": "mpoc.loading"}
+_HOMES = {"compress": "mpoc.compression.in_memory", "load": "mpoc.models.loading"}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mpoc.geometry import PADDING_MODES, Geometry
 from mpoc.nn.conv_map import geometry_of
+from mpoc.tensor_networks.geometry import PADDING_MODES, Geometry
 
 _CLASSES = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 

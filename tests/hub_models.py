@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.expand import expand_checkpoint
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from tests import architectures
 
 transformers: Any = import_module("transformers")  # its own types are not complete

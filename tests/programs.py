@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import mpoc
-from mpoc.export import export_network, parse_input_spec
+from mpoc.models.export import export_network, parse_input_spec
 
 
 def run_onnx(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:

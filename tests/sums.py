@@ -12,13 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc import compression, opened, pipeline
-from mpoc.compression import Compression
-from mpoc.fitting import Fitted
-from mpoc.forms.terms import forms_of
-from mpoc.plan import LayerPlan, make_plan
-from mpoc.recipe import make_recipe
-from mpoc.structure import Structure
+from mpoc.compression import pipeline
+from mpoc.compression import source as opened
+from mpoc.compression import write as compression
+from mpoc.compression.plain_fit import Fitted
+from mpoc.compression.plan import LayerPlan, make_plan
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.write import Compression
+from mpoc.tensor_networks.forms.stored import forms_of
+from mpoc.tensor_networks.structure import Structure
 from tests.weights import by_eq_5
 
 RANK = 2

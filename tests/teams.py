@@ -1,4 +1,6 @@
-"""Several threads that work as the processes of a :class:`mpoc.team.Team`; they share their memory."""
+"""Several threads that work as the processes of a :class:`mpoc.runtime.distributed.ProcessGroup`; they share
+their memory.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from mpoc.team import Team
+from mpoc.runtime.distributed import ProcessGroup
 
 _Value = TypeVar("_Value")
 
@@ -23,7 +25,7 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class Threads(Team):
+class Threads(ProcessGroup):
     """One of them."""
 
     table: _Table | None = None
@@ -44,7 +46,7 @@ class Threads(Team):
         return found if self.is_first else None
 
 
-def in_threads(size: int, work: Callable[[Team], _Value]) -> list[_Value]:
+def in_threads(size: int, work: Callable[[ProcessGroup], _Value]) -> list[_Value]:
     """What each of ``size`` mates finds."""
     table = _Table(threading.Barrier(size), [None] * size)
     with ThreadPoolExecutor(size) as pool:

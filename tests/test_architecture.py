@@ -15,15 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mpoc
-from mpoc.architecture import make_network
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
-from mpoc.export import export_network
-from mpoc.manifest import Manifest
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.report import report_dict, summary
-from mpoc.zoo import example, make
+from mpoc.io.manifest import Manifest
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.models.architecture import make_network
+from mpoc.models.export import export_network
+from mpoc.models.zoo import example, make
+from mpoc.reporting.summary import report_dict, summary
 from tests.architectures import tiny
 
 NET = """from torch import nn

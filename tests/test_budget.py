@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.budget import Share, uniform_bonds
-from mpoc.structure import Structure, make_structure
+from mpoc.compression.budget import Share, uniform_bonds
+from mpoc.tensor_networks.structure import Structure, make_structure
 
 SOME = settings(max_examples=40, deadline=None, derandomize=True)
 

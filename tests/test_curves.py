@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.curves import share_out
+from mpoc.compression.budget import share_out
 
 CURVE = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 100).map(float)), min_size=1, max_size=5)
 CURVES = st.lists(CURVE, min_size=1, max_size=4)

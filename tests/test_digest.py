@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from mpoc.digest import digest
+from mpoc.io.atomic import digest
 
 
 def test_it_is_of_names_shapes_dtypes_and_numbers() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from mpoc import doctor
-from mpoc.doctor import Examination, Fault, examine, lines
+from mpoc.cli import doctor
+from mpoc.cli.doctor import Examination, Fault, examine, lines
 from mpoc.errors import MpocError
-from mpoc.installed import Package
-from mpoc.machine import Device
+from mpoc.runtime.device import DeviceInfo
+from mpoc.runtime.packages import Package
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def _well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "packages", lambda: [Package("torch", "2.13.0", ">=2.6,<2.14")])
     monkeypatch.setattr(doctor, "devices", lambda: ([], ["none here"]))
     monkeypatch.setattr(doctor, "free_disk", lambda: {"/tmp": 10**11})
-    monkeypatch.setattr("mpoc.self_test.self_test", lambda device, folder: 1e-7)
+    monkeypatch.setattr("mpoc.cli.doctor.self_test", lambda device, folder: 1e-7)
 
 
 def faults(found: Examination) -> list[tuple[str, bool]]:
@@ -32,7 +32,7 @@ def test_all_is_well() -> None:
     assert (found.faults, found.is_well) == ([], True)
     assert [(trial.device, trial.difference) for trial in found.trials] == [("cpu", 1e-7)]
     value = json.loads(json.dumps(found.as_dict()))
-    assert (value["schema"], value["well"]) == ("mpoc.doctor/1", True)
+    assert (value["schema"], value["well"]) == ("mpoc.cli.doctor/1", True)
     assert value["packages"][0] == {
         "name": "torch", "version": "2.13.0", "needs": ">=2.6,<2.14", "extra": None,
     }  # fmt: skip
@@ -105,7 +105,7 @@ def test_extras_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_device_that_is_used_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    cards = [Device("cuda:0", "a card", 10**9, True), Device("mps", "Apple GPU", None, False)]
+    cards = [DeviceInfo("cuda:0", "a card", 10**9, True), DeviceInfo("mps", "Apple GPU", None, False)]
     monkeypatch.setattr(doctor, "devices", lambda: (cards, []))
     tried: list[str] = []
 
@@ -116,7 +116,7 @@ def test_each_device_that_is_used_is_tried(monkeypatch: pytest.MonkeyPatch) -> N
             raise RuntimeError("no kernel image is available\nCompile with …")
         return 1e-7
 
-    monkeypatch.setattr("mpoc.self_test.self_test", one_fails)
+    monkeypatch.setattr("mpoc.cli.doctor.self_test", one_fails)
     found = examine()
     assert tried == ["cpu", "cuda:0"]
     assert [trial.difference for trial in found.trials] == [1e-7, None]
@@ -129,7 +129,7 @@ def test_each_device_that_is_used_is_tried(monkeypatch: pytest.MonkeyPatch) -> N
     [(MpocError("outputs differ by 0.5"), "reinstall"), (OSError(28, "No space left on device"), "TMPDIR=")],
 )
 def test_what_mends_a_failed_self_test(monkeypatch: pytest.MonkeyPatch, error: Exception, mend: str) -> None:
-    monkeypatch.setattr("mpoc.self_test.self_test", raising(error))
+    monkeypatch.setattr("mpoc.cli.doctor.self_test", raising(error))
     found = examine()
     assert not found.is_well
     assert mend in found.faults[0].mend

@@ -11,12 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mpoc.compression.expand import default_dense_output, expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import Recipe, make_recipe
 from mpoc.errors import MpocError, UsageError
-from mpoc.expand import default_dense_output, expand_checkpoint
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import Recipe, make_recipe
-from mpoc.zoo.resnet import resnet
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.models.zoo.cifar import resnet
 from tests.architectures import AUTO, answer, tiny
 from tests.checkpoints import contents, mlp_state, relative_error, save_directory
 from tests.process import run_python

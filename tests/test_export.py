@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpoc.architecture import make_network
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
-from mpoc.export import InputSpec, export_network, parse_input_spec
-from mpoc.loading import open_network
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.models.architecture import make_network
+from mpoc.models.export import InputSpec, export_network, parse_input_spec
+from mpoc.models.loading import open_network
 from tests.architectures import tiny
 from tests.checkpoints import contents
 from tests.process import run_python
@@ -331,7 +331,7 @@ class TestErrors:
 
     def test_a_missing_package_is_named_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         source = compressed("mlp")
-        monkeypatch.setattr("mpoc.export.find_spec", lambda name: None)
+        monkeypatch.setattr("mpoc.models.export.find_spec", lambda name: None)
         with pytest.raises(MpocError, match="--onnx needs onnx and onnxscript") as caught:
             export_network(source, {"onnx": Path("p.onnx")}, [parse_input_spec("1x96")], "nets.py:absent")
         assert caught.value.hint == "pip install 'mpoc[onnx]'"

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoc.checkpoint.base import Checkpoint
-from mpoc.finished import Finished, in_order_key
-from mpoc.fitting import Fitted, fit_layer
-from mpoc.header import TensorInfo
-from mpoc.plan import make_plan
-from mpoc.recipe import Recipe
-from mpoc.selection import LinearMap, Selection
-from mpoc.writer import write_safetensors
+from mpoc.compression.plain_fit import Fitted, fit_layer
+from mpoc.compression.plan import make_plan
+from mpoc.compression.recipe import Recipe
+from mpoc.compression.resume import LayerCache, in_order_key
+from mpoc.compression.selection import LinearMap, Selection
+from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.safetensors_header import TensorInfo
+from mpoc.io.safetensors_writer import write_safetensors
 from tests.checkpoints import contents
 
 
@@ -33,9 +33,9 @@ def fitted(dtype: torch.dtype = torch.float32) -> Fitted:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_layer_comes_back_as_it_was(tmp_path: Path, dtype: torch.dtype) -> None:
     layer = fitted(dtype)
-    store = Finished(tmp_path)
+    store = LayerCache(tmp_path)
     store.keep(7, layer, 1.5)
-    assert (store.count(), Finished(tmp_path).takes_up(6)) == (1, False)
+    assert (store.count(), LayerCache(tmp_path).takes_up(6)) == (1, False)
     found = store.layer(7)
     assert (found.record, found.seconds) == (layer.record, 1.5)
     assert list(found.entries) == ["fc.bias", "fc.weight"]
@@ -53,14 +53,14 @@ def test_a_layer_comes_back_as_it_was(tmp_path: Path, dtype: torch.dtype) -> Non
 
 def test_a_dense_layer_has_a_record_only(tmp_path: Path) -> None:
     record = fitted().record
-    store = Finished(tmp_path)
+    store = LayerCache(tmp_path)
     store.keep(0, Fitted(record))
     assert store.layer(0).record == record
     assert store.layer(0).entries == {}
 
 
 def test_tensors_of_no_single_layer_are_kept_too(tmp_path: Path) -> None:
-    store = Finished(tmp_path)
+    store = LayerCache(tmp_path)
     store.keep_others({"bn.running_mean": torch.arange(3.0)})
     assert store.count() == 0
     assert torch.equal(store.others()["bn.running_mean"][0].read(), torch.arange(3.0))
@@ -68,17 +68,17 @@ def test_tensors_of_no_single_layer_are_kept_too(tmp_path: Path) -> None:
 
 def test_a_layer_is_used_again_where_nothing_changed(tmp_path: Path) -> None:
     layer = fitted()
-    Finished(tmp_path, lambda number: f"key {number}").keep(3, layer)
-    assert Finished(tmp_path, lambda number: f"key {number}").takes_up(3)
-    assert not Finished(tmp_path, lambda number: f"key {number}").takes_up(2)
+    LayerCache(tmp_path, lambda number: f"key {number}").keep(3, layer)
+    assert LayerCache(tmp_path, lambda number: f"key {number}").takes_up(3)
+    assert not LayerCache(tmp_path, lambda number: f"key {number}").takes_up(2)
     assert list(contents(tmp_path)) == ["000003.safetensors"]
-    assert not Finished(tmp_path, lambda number: "another").takes_up(3)
+    assert not LayerCache(tmp_path, lambda number: "another").takes_up(3)
     assert list(contents(tmp_path)) == []  # what is made anew does not count as finished
 
 
 @pytest.mark.parametrize("position", [3, 200, -1, -60])
 def test_a_damaged_layer_is_not_used_again(tmp_path: Path, position: int) -> None:
-    store = Finished(tmp_path, str)
+    store = LayerCache(tmp_path, str)
     store.keep(0, fitted())
     (path,) = tmp_path.iterdir()
     data = bytearray(path.read_bytes())
@@ -90,7 +90,7 @@ def test_a_damaged_layer_is_not_used_again(tmp_path: Path, position: int) -> Non
 
 
 def test_what_belongs_to_no_layer_is_cleared_away(tmp_path: Path) -> None:
-    store = Finished(tmp_path, str)
+    store = LayerCache(tmp_path, str)
     for number in (0, 1, 5):
         store.keep(number, fitted())
     (tmp_path / "000002.writing").write_text("half")
@@ -101,14 +101,14 @@ def test_what_belongs_to_no_layer_is_cleared_away(tmp_path: Path) -> None:
 def test_a_failing_write_leaves_the_layer_that_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, layer = Finished(tmp_path, str), fitted()
+    store, layer = LayerCache(tmp_path, str), fitted()
     store.keep(0, layer)
 
     def half(path: Path, *rest: object, **options: object) -> None:
         write_safetensors(path, [], {})
         raise OSError(28, "full")
 
-    monkeypatch.setattr("mpoc.finished.write_safetensors", half)
+    monkeypatch.setattr("mpoc.compression.resume.write_safetensors", half)
     with pytest.raises(OSError, match="full"):
         store.keep(0, Fitted(layer.record))
     assert store.takes_up(0)

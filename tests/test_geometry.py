@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoc.errors import UsageError
-from mpoc.geometry import Geometry, factors_by_axis, make_geometry
+from mpoc.tensor_networks.geometry import Geometry, factors_by_axis, make_geometry
 from tests.convolutions import convolutions
 
 SOME = settings(max_examples=40, deadline=None, derandomize=True)

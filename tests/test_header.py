@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpoc.errors import MpocError
-from mpoc.header import DTYPES, ITEMSIZE, TensorInfo, encode_header, read_header, storage_order
+from mpoc.io.safetensors_header import DTYPES, ITEMSIZE, TensorInfo, encode_header, read_header, storage_order
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -14,10 +14,10 @@ from torch import nn
 
 import mpoc.hf  # noqa: F401  # registers
 from mpoc.errors import MpocError
-from mpoc.forms.form import Form
-from mpoc.loading import load
-from mpoc.manifest_file import read_manifest
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.models.loading import load
 from mpoc.nn import MPOEmbedding, MPOLinear
+from mpoc.tensor_networks.forms.form import Form
 from tests.hub_models import (
     AUTO,
     IDS,

@@ -90,7 +90,7 @@ def test_a_network_without_any_of_the_layers(make: Make) -> None:
 
 def test_a_dense_directory_is_not_compressed_in_loading(make: Make) -> None:
     with pytest.raises(ValueError, match="pre-quantized"):
-        auto("bert", make("bert").expanded, quantization_config=mpoc.hf.MpoConfig())
+        auto("bert", make("bert").expanded, quantization_config=mpoc.hf.quantizer.MpoConfig())
 
 
 @pytest.mark.parametrize("version", [None, "4.57.1", "5.12.0"])

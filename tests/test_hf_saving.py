@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import mpoc.hf  # noqa: F401  # registers
-from mpoc.hub_directory import GUARD, GUARD_KEY
-from mpoc.manifest import core_prefix
-from mpoc.manifest_file import read_manifest
+from mpoc.io.hub_directory import GUARD, GUARD_KEY
+from mpoc.io.manifest import core_prefix
+from mpoc.io.manifest_reader import read_manifest
 from mpoc.nn.weight import CoreWeight
-from mpoc.orders import parse_order
+from mpoc.tensor_networks.factors import parse_order
 from tests.hub_models import AUTO, IDS, Make, answer, auto, compress_once, tiny
 from tests.process import run_python
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpoc import zoo
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError
-from mpoc.expand import expand_checkpoint
-from mpoc.history import HISTORY_FILE, before_compression, read_history, recorded
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.report import training_lines
-from mpoc.train.finetune import Request, finetune
-from mpoc.train.material import DataOptions, open_material
-from mpoc.train.measure import MeasureRequest, measure
-from mpoc.train.model import open_model
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.training_history import HISTORY_FILE, before_compression, read_history, recorded
+from mpoc.models import zoo
+from mpoc.models.loading import open_model
+from mpoc.reporting.summary import training_lines
+from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
+from mpoc.train.finetune import FinetuneRequest, finetune
 from mpoc.train.settings import Settings
+from mpoc.train.training_data import DataOptions, open_training_data
 from tests.hub_models import tiny
 
 GPT = "picogpt:vocab=12,context=16"
@@ -32,7 +32,7 @@ def gpt(folder: Path, text: str = LETTERS * 40) -> Path:
     """gpt.tuned.safetensors, dense, trained a little on a.txt."""
     save_file(zoo.make(GPT).state_dict(), folder / "gpt.safetensors")
     (folder / "a.txt").write_text(text)
-    request = Request(
+    request = FinetuneRequest(
         folder / "gpt.safetensors", DataOptions(folder / "a.txt"), Settings(steps=2, batch=4),
         folder / "gpt.tuned.safetensors", arch=GPT, device="cpu",
     )  # fmt: skip
@@ -41,7 +41,7 @@ def gpt(folder: Path, text: str = LETTERS * 40) -> Path:
 
 def ids(source: Path, data: Path, arch: str | None = GPT) -> torch.Tensor:
     """The first tokens that eval reads."""
-    material = open_material(DataOptions(data), open_model(source, arch), None)
+    material = open_training_data(DataOptions(data), open_model(source, arch), None)
     return next(iter(material.data.splits.values())).batch([0])["input_ids"][0]
 
 
@@ -56,7 +56,9 @@ def test_characters_keep_the_numbers_of_training(tmp_path: Path) -> None:
     with pytest.raises(
         MpocError, match=r"b\.txt: has 6 different characters and the network 12; it does not"
     ):
-        measure(MeasureRequest(tmp_path / "plain.safetensors", DataOptions(tmp_path / "b.txt"), arch=GPT))
+        evaluate_file(
+            EvaluationRequest(tmp_path / "plain.safetensors", DataOptions(tmp_path / "b.txt"), arch=GPT)
+        )
 
 
 def test_the_history_comes_along_through_compression_and_back(tmp_path: Path) -> None:
@@ -84,7 +86,7 @@ def test_a_dense_directory_keeps_it_beside_its_weights(tmp_path: Path) -> None:
     data = DataOptions(tmp_path / "a.jsonl", block=8)
     source = folder
     for k in range(2):
-        request = Request(
+        request = FinetuneRequest(
             source, data, Settings(steps=1, batch=4), tmp_path / f"tuned{k}", teacher=folder, device="cpu"
         )
         source = finetune(request).output

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from mpoc import hub_directory
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError
-from mpoc.hub_directory import GUARD, GUARD_KEY, copy_other_files, mark_compressed, other_files, unmark
-from mpoc.manifest import Manifest
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.writer import plan_shards
+from mpoc.io import hub_directory
+from mpoc.io.hub_directory import GUARD, GUARD_KEY, copy_other_files, mark_compressed, other_files, unmark
+from mpoc.io.manifest import Manifest
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.safetensors_writer import plan_shards
 from tests.checkpoints import CARD, CONFIG, contents, mlp_state, num_bytes, save_directory
 from tests.test_writer import entry
 

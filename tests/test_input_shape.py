@@ -2,8 +2,8 @@
 
 import pytest
 
+from mpoc.compression.recipe_syntax import InputShape, geometry_at, parse_input_shape
 from mpoc.errors import UsageError
-from mpoc.input_shape import InputShape, geometry_at, parse_input_shape
 
 
 @pytest.mark.parametrize(

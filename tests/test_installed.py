@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpoc.installed import Package, packages
+from mpoc.runtime.packages import Package, packages
 
 PROJECT: dict[str, Any] = tomllib.loads(
     (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text("utf-8")

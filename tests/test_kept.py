@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from mpoc import load
-from mpoc.expand import expand_checkpoint
-from mpoc.manifest_file import parse_manifest, read_manifest
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.io.manifest_reader import parse_manifest, read_manifest
 from tests.kept.make import IDS, Net, Parts, images
 
 FOLDER = Path(__file__).parent / "kept"

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from tests.checkpoints import mlp_state
 from tests.process import run_python
 
@@ -24,7 +24,7 @@ FILES = {
 WITHOUT_TORCH = [
     f"mpoc.{name}" for name in ("errors", "header", "structure", "manifest", "report", "schemas")
 ]
-WITH_TRANSFORMERS = {"mpoc.hf", "mpoc.hf_names", "mpoc.data.text", "mpoc.architecture"}
+WITH_TRANSFORMERS = {"mpoc.hf", "mpoc.hf.names", "mpoc.data.text", "mpoc.models.architecture"}
 
 
 @cache
@@ -80,11 +80,16 @@ def reached(module: str) -> set[str]:
 
 
 def test_there_is_something_to_check() -> None:
-    assert {"mpoc", "mpoc.pipeline", "mpoc.cli.app", "mpoc.forms.mpo"} <= FILES.keys()
-    assert "mpoc.plan" in imports("mpoc.pipeline", at_import=True)
-    assert "mpoc.pipeline" in imports("mpoc.cli.compress_run")
-    assert "mpoc.pipeline" not in imports("mpoc.cli.compress_run", at_import=True)
-    assert "torch" in reached("mpoc.pipeline")
+    assert {
+        "mpoc",
+        "mpoc.compression.pipeline",
+        "mpoc.cli.app",
+        "mpoc.tensor_networks.forms.mpo",
+    } <= FILES.keys()
+    assert "mpoc.compression.plan" in imports("mpoc.compression.pipeline", at_import=True)
+    assert "mpoc.compression.pipeline" in imports("mpoc.cli.compress")
+    assert "mpoc.compression.pipeline" not in imports("mpoc.cli.compress", at_import=True)
+    assert "torch" in reached("mpoc.compression.pipeline")
 
 
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
@@ -93,10 +98,16 @@ def test_a_report_needs_no_torch(module: str) -> None:
 
 
 def test_forms_know_torch_and_structures_only() -> None:
-    allowed = {"torch", "mpoc.structure", "mpoc.wiring", "mpoc.geometry", *sys.stdlib_module_names}
+    allowed = {
+        "torch",
+        "mpoc.tensor_networks.structure",
+        "mpoc.tensor_networks.topology",
+        "mpoc.tensor_networks.geometry",
+        *sys.stdlib_module_names,
+    }
     for module in FILES:
-        if module.startswith("mpoc.forms"):
-            others = {name for name in imports(module) if not name.startswith("mpoc.forms")}
+        if module.startswith("mpoc.tensor_networks.forms"):
+            others = {name for name in imports(module) if not name.startswith("mpoc.tensor_networks.forms")}
             assert {name if top(name) == "mpoc" else top(name) for name in others} <= allowed, module
 
 
@@ -112,9 +123,9 @@ def test_the_command_line_and_its_libraries_stay_in_its_folder() -> None:
 
 def test_the_zoo_is_plain_torch() -> None:
     for module in FILES:
-        if module.startswith("mpoc.zoo"):
-            others = {name for name in imports(module) if not name.startswith("mpoc.zoo")}
-            known = {"torch", "mpoc.errors"} if module == "mpoc.zoo" else {"torch"}
+        if module.startswith("mpoc.models.zoo"):
+            others = {name for name in imports(module) if not name.startswith("mpoc.models.zoo")}
+            known = {"torch", "mpoc.errors"} if module == "mpoc.models.zoo" else {"torch"}
             tops = {name if top(name) == "mpoc" else top(name) for name in others}
             assert tops - sys.stdlib_module_names <= known, module
 
@@ -154,7 +165,7 @@ def test_help_and_report_start_without_torch(tmp_path: Path) -> None:
         for arguments in (["--help"], ["compress", "--help"], ["--version"], ["report", {str(output)!r}]):
             with contextlib.suppress(SystemExit):
                 app(arguments)
-        heavy = {{"torch", "numpy", "safetensors", "transformers", "mpoc.zoo"}} & sys.modules.keys()
+        heavy = {{"torch", "numpy", "safetensors", "transformers", "mpoc.models.zoo"}} & sys.modules.keys()
         print("heavy:", *heavy)
     """
     said = run_python("-c", script)

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mpoc
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError
-from mpoc.expand import expand_checkpoint
-from mpoc.manifest_file import read_manifest
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.models.zoo.cifar import resnet
 from mpoc.nn import MPOEmbedding, MPOLinear
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.zoo.resnet import resnet
 from tests.checkpoints import save_directory
 from tests.nn.layers import NETWORKS, gradients, named, pulled_back
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import mpoc
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import UsageError
-from mpoc.forms.layout import from_matrix, to_matrix
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.structure import low_rank_structure, make_structure
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.tensor_networks.forms.layout import from_matrix, to_matrix
+from mpoc.tensor_networks.structure import low_rank_structure, make_structure
 from tests.nn.layers import NETWORKS
 
 KINDS = [

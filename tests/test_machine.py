@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoc import machine
-from mpoc.machine import Device, devices, free_disk, memory, usable_cpus
+from mpoc.runtime import device as machine
+from mpoc.runtime.device import DeviceInfo, devices, free_disk, memory, usable_cpus
 
 
 def test_processors_and_memory_can_be() -> None:
@@ -59,9 +59,9 @@ def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert devices() == (
         [
-            Device("cuda:0", "card 0", 10**9, True),
-            Device("cuda:1", "card 1", 10**9, True),
-            Device("mps", "Apple GPU", None, False),
+            DeviceInfo("cuda:0", "card 0", 10**9, True),
+            DeviceInfo("cuda:1", "card 1", 10**9, True),
+            DeviceInfo("mps", "Apple GPU", None, False),
         ],
         [],
     )

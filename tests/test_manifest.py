@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 from mpoc import __version__
 from mpoc.errors import MpocError, UsageError
-from mpoc.manifest import FORMAT, LayerRecord, Manifest, Source, core_prefix
-from mpoc.manifest_file import parse_manifest, read_manifest
-from mpoc.structure import make_structure
+from mpoc.io.manifest import FORMAT, LayerRecord, Manifest, Source, core_prefix
+from mpoc.io.manifest_reader import parse_manifest, read_manifest
+from mpoc.tensor_networks.structure import make_structure
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 HERE = Path("m.safetensors")

@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import mpoc
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
-from mpoc.manifest import Manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.io.manifest import Manifest
 from tests.nn.layers import NETWORKS
 from tests.test_loading import Tied, mlp, unchanged
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mpoc.network import differing_names, kinds_of, same_tensor, tensors_of, unsaved_buffers
+from mpoc.models.introspection import differing_names, kinds_of, same_tensor, tensors_of, unsaved_buffers
 
 
 class Net(nn.Module):

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpoc.calibrate.study import CalibrationRequest
+from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError
-from mpoc.expand import expand_checkpoint
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.io.manifest_reader import read_manifest
 from tests.checkpoints import contents, relative_error
 
 FORMS = pytest.mark.parametrize("form", ["mpo", "svd", "tree"])

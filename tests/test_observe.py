@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.errors import UsageError
+from mpoc.models.introspection import trace_geometries
 from mpoc.nn.conv_map import geometry_of
-from mpoc.observe import observe_geometries
 
 
 class Twice(nn.Module):
@@ -36,7 +36,7 @@ def network() -> nn.Sequential:
 
 def test_sizes_are_those_that_the_convolutions_see() -> None:
     model = network()
-    found = observe_geometries(model, ["0.weight", "3.weight"], (2, 3, 12, 16))
+    found = trace_geometries(model, ["0.weight", "3.weight"], (2, 3, 12, 16))
     assert found["0.weight"] == geometry_of(model[0], (12, 16))
     assert found["3.weight"] == geometry_of(model[3], (6, 8))
     assert (found["3.weight"].output_size, found["3.weight"].groups) == ((6, 6), 2)
@@ -46,14 +46,14 @@ def test_the_network_is_left_as_it_was() -> None:
     model = network()
     model[2].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    observe_geometries(model, ["0.weight"], (2, 3, 12, 16))
+    trace_geometries(model, ["0.weight"], (2, 3, 12, 16))
     assert [module.training for module in model] == [True, True, False, True]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_convolution_may_be_met_again_at_the_same_size() -> None:
-    found = observe_geometries(Twice(pooled=False), ["conv.weight"], (1, 4, 6, 6))
+    found = trace_geometries(Twice(pooled=False), ["conv.weight"], (1, 4, 6, 6))
     assert found["conv.weight"].size == (6, 6)
 
 
@@ -71,7 +71,7 @@ def test_what_cannot_be_learned_is_said(
     model: nn.Module, name: str, shape: tuple[int, ...] | None, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
-        observe_geometries(model, [name], shape)
+        trace_geometries(model, [name], shape)
     assert model.training
 
 
@@ -85,4 +85,4 @@ def test_an_input_given_by_name_is_seen() -> None:
             y: Tensor = self.conv(input=x)
             return y
 
-    assert observe_geometries(Named(), ["conv.weight"], (1, 3, 5, 6))["conv.weight"].size == (5, 6)
+    assert trace_geometries(Named(), ["conv.weight"], (1, 3, 5, 6))["conv.weight"].size == (5, 6)

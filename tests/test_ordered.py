@@ -14,21 +14,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mpoc
-from mpoc.calibrate.study import CalibrationRequest
-from mpoc.entanglement.study import entanglement_of
+from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.compression.entanglement import entanglement_of
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
-from mpoc.expand import expand_checkpoint
-from mpoc.fit.ttsvd import tt_svd
-from mpoc.forms.layout import deinterleave, interleave, to_matrix
-from mpoc.forms.terms import weight_of
-from mpoc.hub_directory import cores_of, quantization_config
-from mpoc.manifest import Manifest
-from mpoc.manifest_file import parse_manifest
+from mpoc.io.hub_directory import cores_of, quantization_config
+from mpoc.io.manifest import Manifest
+from mpoc.io.manifest_reader import parse_manifest
 from mpoc.nn.adopt import adopt
-from mpoc.orders import parse_order
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.factors import parse_order
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.layout import deinterleave, interleave, to_matrix
+from mpoc.tensor_networks.forms.stored import weight_of
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.checkpoints import num_bytes
 
 MIXED = tuple(torch.randperm(48, generator=torch.Generator().manual_seed(3)).tolist())

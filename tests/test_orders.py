@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoc.errors import UsageError
-from mpoc.orders import OrderRule, order_fits, ordered_factors, parse_order, permutation
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.factors import OrderRule, order_fits, ordered_factors, parse_order, permutation
+from mpoc.tensor_networks.structure import Structure, make_structure
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from mpoc import writer
-from mpoc.compression import Compression
+from mpoc.compression.pipeline import compress_checkpoint, default_output
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.write import Compression
 from mpoc.errors import MpocError, UsageError
-from mpoc.manifest import LayerRecord
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import choose_device, compress_checkpoint, default_output
-from mpoc.recipe import make_recipe
+from mpoc.io import safetensors_writer as writer
+from mpoc.io.manifest import LayerRecord
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.runtime.device import choose_device
 from tests.checkpoints import contents, network_state
 
 

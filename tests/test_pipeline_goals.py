@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
-from mpoc.expand import expand_checkpoint
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.io.manifest_reader import read_manifest
 from tests.checkpoints import contents, mlp_state, network_state, num_bytes, relative_error, save_directory
 from tests.test_pipeline import compress
 

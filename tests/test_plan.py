@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller, make_plan
+from mpoc.compression.recipe import LayerRule, Recipe, make_recipe
+from mpoc.compression.recipe_syntax import ShapeRule, parse_shape
+from mpoc.compression.selection import LinearMap, Selection
 from mpoc.errors import UsageError
-from mpoc.header import ITEMSIZE
-from mpoc.option_text import ShapeRule, parse_shape
-from mpoc.plan import LayerPlan, leave_dense_unless_smaller, make_plan
-from mpoc.recipe import LayerRule, Recipe, make_recipe
-from mpoc.selection import LinearMap, Selection
-from mpoc.structure import make_structure
+from mpoc.io.safetensors_header import ITEMSIZE
+from mpoc.tensor_networks.structure import make_structure
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 

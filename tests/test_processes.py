@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from mpoc.processes import end
+from mpoc.runtime.distributed import exit_process
 from tests.process import environment
 
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_process_that_talked_ends_at_once_with_all_it_said(status: int) -> None:
     code = (
-        "import atexit, sys; from mpoc.processes import end, note_talk; note_talk();"
+        "import atexit, sys; from mpoc.runtime.distributed import end, note_talk; note_talk();"
         f"atexit.register(print, 'late'); print('said'); sys.stderr.write('too'); end({status})"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
@@ -21,5 +21,5 @@ def test_a_process_that_talked_ends_at_once_with_all_it_said(status: int) -> Non
 
 def test_any_other_ends_as_usual() -> None:
     with pytest.raises(SystemExit) as ended:
-        end(3)
+        exit_process(3)
     assert ended.value.code == 3

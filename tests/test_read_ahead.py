@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.checkpoint import Checkpoint, open_checkpoint
 from mpoc.errors import MpocError
-from mpoc.header import TensorInfo
-from mpoc.read_ahead import look_at, one_ahead
+from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.open_checkpoint import look_at, one_ahead, open_checkpoint
+from mpoc.io.safetensors_header import TensorInfo
 from tests.checkpoints import save_directory
 
 

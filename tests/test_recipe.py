@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpoc.compression.recipe import LayerRule, Recipe, make_recipe
+from mpoc.compression.recipe_syntax import InputShape, ShapeRule, parse_shape, parse_size
 from mpoc.errors import UsageError
-from mpoc.input_shape import InputShape
-from mpoc.option_text import ShapeRule, parse_shape, parse_size
-from mpoc.orders import OrderRule
-from mpoc.recipe import LayerRule, Recipe, make_recipe
+from mpoc.tensor_networks.factors import OrderRule
 
 SOME = settings(max_examples=100, deadline=None, derandomize=True)
 

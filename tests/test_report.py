@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.manifest import LayerRecord, Manifest, Source
-from mpoc.report import human_bytes, output_bytes, report_dict, summary, times, to_csv, to_json
+from mpoc.io.manifest import LayerRecord, Manifest, Source
+from mpoc.io.weight_files import output_bytes
+from mpoc.reporting.summary import report_dict, summary, to_csv, to_json
+from mpoc.runtime.formatting import human_bytes, times
 
 SOME = settings(max_examples=80, deadline=None, derandomize=True)
 
@@ -97,7 +99,7 @@ def test_json_holds_every_field_of_every_layer() -> None:
     text = to_json(report_dict(WHOLE, 987))
     assert '\n  "source": {\n    "name": "modèle.pt",' in text
     report = json.loads(text)
-    assert report["schema"] == "mpoc.report/1"
+    assert report["schema"] == "mpoc.reporting.summary/1"
     assert report["source"] == asdict(WHOLE.source)
     assert (report["options"], report["tool"], report["kinds_from"]) == (
         {"bond": 4, "seed": 0},

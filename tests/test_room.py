@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpoc.checkpoint.base import fingerprint
+from mpoc.compression.expand import expand_checkpoint
 from mpoc.errors import MpocError
-from mpoc.expand import expand_checkpoint
-from mpoc.header import TensorInfo
-from mpoc.manifest import FORMAT
-from mpoc.manifest_file import read_manifest
-from mpoc.room import refuse_more_than_disk, refuse_more_than_memory
+from mpoc.io.checkpoint import tensor_fingerprint
+from mpoc.io.manifest import FORMAT
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.safetensors_header import TensorInfo
+from mpoc.runtime.device import require_disk_space, require_memory
 from tests.checkpoints import contents
 from tests.process import Mpoc
 
@@ -29,7 +29,12 @@ def chain(folder: Path, sites: int) -> Path:
         "output_factors": [2] * sites, "input_factors": [2] * sites, "bonds": [1] * (sites + 1),
     }  # fmt: skip
     info = TensorInfo("fc.weight", "float32", (side, side))
-    source = {"name": "m", "nbytes": 1, "num_parameters": side * side, "fingerprint": fingerprint([info])}
+    source = {
+        "name": "m",
+        "nbytes": 1,
+        "num_parameters": side * side,
+        "fingerprint": tensor_fingerprint([info]),
+    }
     manifest = {"format": FORMAT, "source": source, "layers": [layer], "options": {}, "kinds_from": "names"}
     cores = {f"fc.cores.{k}": torch.ones(1, 2, 2, 1) for k in range(sites)}
     save_file(cores, folder / "c.safetensors", {"mpoc": json.dumps(manifest)})
@@ -57,9 +62,9 @@ def test_a_number_that_counts_no_bytes(tmp_path: Path) -> None:
 
 
 def test_what_fits_is_let_through(tmp_path: Path) -> None:
-    refuse_more_than_memory(tmp_path, "a", 1000)
-    refuse_more_than_disk(tmp_path / "out", 1000)
+    require_memory(tmp_path, "a", 1000)
+    require_disk_space(tmp_path / "out", 1000)
     with pytest.raises(MpocError, match=r"tensor 'a' takes 1e\+03 PB|tensor 'a' takes .* TB"):
-        refuse_more_than_memory(tmp_path, "a", 10**18)
+        require_memory(tmp_path, "a", 10**18)
     with pytest.raises(MpocError, match=r"out: would take .* TB, and its disk has"):
-        refuse_more_than_disk(tmp_path / "out", 10**18)
+        require_disk_space(tmp_path / "out", 10**18)

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mpoc.hf  # noqa: F401  # registers
+from mpoc.compression.expand import expand_checkpoint
 from mpoc.errors import MpocError
-from mpoc.expand import expand_checkpoint
-from mpoc.loading import load
-from mpoc.manifest import MANIFEST_FILE, LayerRecord
-from mpoc.manifest_file import read_manifest
-from mpoc.report import report_dict, summary
+from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.models.loading import load
+from mpoc.reporting.summary import report_dict, summary
 from tests.hub_models import AUTO, Compressed, Make, answer, auto, compress_once, tiny
 from tests.process import Here
 from tests.test_hf import CANNOT_TAKE

@@ -17,17 +17,18 @@ from torch import nn
 from typer.testing import CliRunner
 
 from mpoc.cli.app import app
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.recipe_syntax import parse_input_shape
 from mpoc.errors import UsageError
-from mpoc.geometry import PADDING_MODES, Geometry
-from mpoc.header import read_header
-from mpoc.input_shape import parse_input_shape
-from mpoc.manifest import FORMAT, FORMS, LayerRecord, Manifest, Source
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.report import SCHEMA, output_bytes, report_dict, to_json
-from mpoc.schemas import NAMES, schema
-from mpoc.structure import KINDS
+from mpoc.io.manifest import FORMAT, FORMS, LayerRecord, Manifest, Source
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.safetensors_header import read_header
+from mpoc.io.weight_files import output_bytes
+from mpoc.reporting.schemas import NAMES, schema
+from mpoc.reporting.summary import SCHEMA, report_dict, to_json
+from mpoc.tensor_networks.geometry import PADDING_MODES, Geometry
+from mpoc.tensor_networks.structure import KINDS
 from tests.checkpoints import mlp_state, save_directory
 from tests.sums import compress_to_sums
 

@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.checkpoint import Checkpoint
+from mpoc.compression.selection import LinearMap, Selection, matches, select
 from mpoc.errors import UsageError
-from mpoc.header import TensorInfo
-from mpoc.selection import LinearMap, Selection, matches, select
+from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.safetensors_header import TensorInfo
 
 SOME = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from mpoc import load
-from mpoc import self_test as module
+from mpoc.cli import doctor as module
+from mpoc.cli.doctor import self_test
 from mpoc.errors import MpocError, UsageError
-from mpoc.manifest_file import read_manifest
-from mpoc.self_test import self_test
+from mpoc.io.manifest_reader import read_manifest
 
 
 def test_it_passes_here_and_leaves_its_files(tmp_path: Path) -> None:

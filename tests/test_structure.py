@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoc.errors import UsageError
-from mpoc.factors import balanced_factors, default_sites, mera_sites
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.factors import balanced_factors, default_sites, mera_sites
+from mpoc.tensor_networks.structure import Structure, make_structure
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -21,21 +21,21 @@ from torch import nn
 
 import mpoc
 import mpoc.hf  # registers
-from mpoc.checkpoint import open_checkpoint
 from mpoc.cli.tables import print_report
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.plan import LayerPlan, make_plan
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.recipe_syntax import parse_input_shape
+from mpoc.compression.selection import select
 from mpoc.errors import MpocError, UsageError
-from mpoc.expand import expand_checkpoint, open_compressed
-from mpoc.header import read_header
-from mpoc.hub_directory import cores_of
-from mpoc.input_shape import parse_input_shape
-from mpoc.manifest import MANIFEST_FILE
-from mpoc.manifest_file import read_manifest
-from mpoc.plan import LayerPlan, make_plan
-from mpoc.recipe import make_recipe
-from mpoc.report import report_dict, to_csv
-from mpoc.selection import select
-from mpoc.train.result import tuned_manifest
-from mpoc.writer import Entry
+from mpoc.io.hub_directory import cores_of
+from mpoc.io.manifest import MANIFEST_FILE
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.open_checkpoint import open_checkpoint, open_compressed
+from mpoc.io.safetensors_header import read_header
+from mpoc.io.safetensors_writer import Entry
+from mpoc.reporting.summary import report_dict, to_csv
+from mpoc.train.output import tuned_manifest
 from tests.hub_models import answer, auto, tiny
 from tests.nn.layers import NETWORKS
 from tests.programs import assert_exports_alike

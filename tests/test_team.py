@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.team import Team, team
+from mpoc.runtime.distributed import ProcessGroup, process_group
 from tests.teams import in_threads
 
 
 @given(st.lists(st.floats(0, 100), max_size=30), st.integers(1, 5))
 def test_work_is_shared_out_whole_and_evenly(costs: list[float], size: int) -> None:
-    shares = [Team(rank, size).share(costs) for rank in range(size)]
+    shares = [ProcessGroup(rank, size).share(costs) for rank in range(size)]
     assert sorted(number for share in shares for number in share) == list(range(len(costs)))
     loads = [sum(costs[number] for number in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0) + 1e-9  # of the largest-first rule
@@ -43,7 +43,7 @@ def test_the_first_may_be_the_only_one_to_know(size: int) -> None:
 
 
 def test_an_error_of_one_ends_all() -> None:
-    def ended(mates: Team, error: Exception) -> list[str]:
+    def ended(mates: ProcessGroup, error: Exception) -> list[str]:
         def work(number: int) -> None:
             if number == 1:
                 raise error
@@ -65,8 +65,8 @@ def test_an_error_of_one_ends_all() -> None:
 
 
 def test_one_process_needs_nobody() -> None:
-    with team() as alone:
-        assert alone == Team()
+    with process_group() as alone:
+        assert alone == ProcessGroup()
         assert alone.is_first
         assert alone.told("a") == "a"
         with alone.together():

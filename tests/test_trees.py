@@ -14,15 +14,15 @@ from torch import nn
 
 import mpoc
 import mpoc.hf  # registers
-from mpoc.compression import Compression
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.write import Compression
 from mpoc.errors import MpocError, UsageError
-from mpoc.expand import expand_checkpoint
-from mpoc.fit.factorise import factorise
-from mpoc.hub_directory import cores_of
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.wiring import num_bonds
+from mpoc.io.hub_directory import cores_of
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.tensor_networks.fit.decompose import decompose
+from mpoc.tensor_networks.topology import num_bonds
 from tests.checkpoints import mlp_state, relative_error
 from tests.hub_models import Make, answer, auto, compress_once
 from tests.nn.layers import NETWORKS
@@ -177,5 +177,5 @@ def test_cores_are_stored_in_the_dtype_asked_for(form: str, tmp_path: Path) -> N
     for layer in done.manifest.replaced:
         assert {stored[name].dtype for name in layer.core_names} == {torch.bfloat16}
         weight = torch.load(tmp_path / "m.pt")[layer.name]
-        exact = factorise(weight, layer.structure, 3).relative_error
+        exact = decompose(weight, layer.structure, 3).relative_error
         assert layer.relative_error == pytest.approx(exact, rel=0.05)

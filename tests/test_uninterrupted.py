@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from mpoc.uninterrupted import uninterrupted
+from mpoc.runtime.signals import defer_signals
 
 
 def stop(number: int, frame: object) -> None:
@@ -16,12 +16,12 @@ def stop(number: int, frame: object) -> None:
 def test_a_signal_waits_and_stops_once(signum: signal.Signals) -> None:
     before, done = signal.signal(signum, stop), []
     try:
-        with pytest.raises(KeyboardInterrupt), uninterrupted():
+        with pytest.raises(KeyboardInterrupt), defer_signals():
             signal.raise_signal(signum)
             signal.raise_signal(signum)
             done.append("all steps")
         assert done
-        with uninterrupted():
+        with defer_signals():
             pass  # nothing of it is left
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signum)
@@ -32,7 +32,7 @@ def test_a_signal_waits_and_stops_once(signum: signal.Signals) -> None:
 def test_a_signal_that_is_ignored_stays_so() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with uninterrupted():
+        with defer_signals():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -42,7 +42,7 @@ def test_other_threads_change_no_handlers() -> None:
     seen: list[object] = []
 
     def work() -> None:
-        with uninterrupted():
+        with defer_signals():
             seen.append(signal.getsignal(signal.SIGINT))
 
     worker = threading.Thread(target=work)

@@ -4,7 +4,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from mpoc.versions import is_later, is_within, release
+from mpoc.runtime.packages import is_later, is_within, release
 
 RELEASES = ["0.1", "0.1.0", "0.9", "0.10", "1.0", "1.0.1", "2.6", "2.6.1", "2.13.0", "2.14", "10.2"]
 

@@ -16,20 +16,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mpoc
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.plan import make_plan
+from mpoc.compression.recipe import Recipe, make_recipe
+from mpoc.compression.recipe_syntax import parse_input_shape, parse_shape
+from mpoc.compression.selection import LinearMap, Selection
 from mpoc.errors import MpocError, UsageError
-from mpoc.expand import expand_checkpoint
-from mpoc.geometry import make_geometry
-from mpoc.hub_directory import cores_of, quantization_config
-from mpoc.input_shape import parse_input_shape
-from mpoc.manifest import LayerRecord, Manifest
-from mpoc.manifest_file import read_manifest
+from mpoc.io.hub_directory import cores_of, quantization_config
+from mpoc.io.manifest import LayerRecord, Manifest
+from mpoc.io.manifest_reader import read_manifest
 from mpoc.nn import MPOConvMap2d, MPOLinear
-from mpoc.option_text import parse_shape
-from mpoc.pipeline import compress_checkpoint
-from mpoc.plan import make_plan
-from mpoc.recipe import Recipe, make_recipe
-from mpoc.selection import LinearMap, Selection
-from mpoc.structure import make_structure
+from mpoc.tensor_networks.geometry import make_geometry
+from mpoc.tensor_networks.structure import make_structure
 from tests.checkpoints import relative_error, save_directory
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)

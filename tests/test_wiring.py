@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpoc.wiring import NETWORKS, branches, halves, mera, num_bonds, wiring
+from mpoc.tensor_networks.topology import TOPOLOGIES, branches, core_layout, halves, mera, num_bonds
 
 SIDES = st.integers(1, 13).flatmap(
     lambda sites: st.tuples(*[st.lists(st.integers(1, 4), min_size=sites, max_size=sites)] * 2)
@@ -32,14 +32,14 @@ def test_a_mera_keeps_intermediates_small() -> None:
     assert largest < 70_000 < 4 * 3**10  # the latter level by level
 
 
-@given(SIDES, st.sampled_from(NETWORKS))
+@given(SIDES, st.sampled_from(TOPOLOGIES))
 def test_every_leg_has_its_place(sides: tuple[list[int], list[int]], network: str) -> None:
     outputs, inputs = map(tuple, sides)
     bonds = (3,) * num_bonds(network, len(outputs))
     if network == "chain":
         bonds = (1, *bonds[1:-1], 1)
     ends: dict[str, list[int]] = {}
-    for core in wiring(network, outputs, inputs, bonds):
+    for core in core_layout(network, outputs, inputs, bonds):
         assert len(set(core.legs)) == len(core.legs) == len(core.shape)
         for leg, size in zip(core.legs, core.shape, strict=True):
             ends.setdefault(leg, []).append(size)

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from mpoc.compression.resume import (
+    calibration_folder,
+    existing_resume_directory,
+    layers_folder,
+    resume_directory,
+)
 from mpoc.errors import MpocError, UsageError
-from mpoc.team import Team
-from mpoc.workplace import calibration_of, kept_beside, layers_of, workplace
+from mpoc.runtime.distributed import ProcessGroup
 
 ASKED = {"MODEL": "m.pt", "--bond": "4"}
 
@@ -16,9 +21,9 @@ def test_what_is_written_takes_the_place_of_the_output(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.write_text("old")
     for resume in (False, True):
-        with workplace(output, Team(), ASKED if resume else None) as target:
-            assert layers_of(target).is_dir()
-            assert (target.parent.parent == kept_beside(output)) == resume
+        with resume_directory(output, ProcessGroup(), ASKED if resume else None) as target:
+            assert layers_folder(target).is_dir()
+            assert (target.parent.parent == existing_resume_directory(output)) == resume
             target.write_text(f"new {resume}")
         assert output.read_text() == f"new {resume}"
         assert list(tmp_path.iterdir()) == [output]
@@ -30,15 +35,18 @@ def test_after_a_failure_finished_layers_stay_where_they_are_wanted(
 ) -> None:
     output = tmp_path / "out"
     for resume in (False, True):
-        with pytest.raises(type(failure)), workplace(output, Team(), ASKED if resume else None) as target:
+        with (
+            pytest.raises(type(failure)),
+            resume_directory(output, ProcessGroup(), ASKED if resume else None) as target,
+        ):
             target.mkdir()
-            (layers_of(target) / "0").write_text("a layer")
+            (layers_folder(target) / "0").write_text("a layer")
             raise failure
-        assert list(tmp_path.iterdir()) == ([kept_beside(output)] if resume else [])
+        assert list(tmp_path.iterdir()) == ([existing_resume_directory(output)] if resume else [])
     assert "kept in out.partial" in failure.__notes__[-1]
-    with workplace(output, Team(), ASKED) as target:
+    with resume_directory(output, ProcessGroup(), ASKED) as target:
         assert not target.exists()  # half an output is not gone on with
-        assert (layers_of(target) / "0").read_text() == "a layer"
+        assert (layers_folder(target) / "0").read_text() == "a layer"
         target.write_text("whole")
     assert list(tmp_path.iterdir()) == [output]
 
@@ -52,7 +60,7 @@ def test_what_cannot_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest
         mkdir(self, mode, parents, exist_ok)
 
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(OSError, match="out") as caught, workplace(tmp_path / "out", Team()):
+    with pytest.raises(OSError, match="out") as caught, resume_directory(tmp_path / "out", ProcessGroup()):
         pass
     assert caught.value.filename == str(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -60,35 +68,35 @@ def test_what_cannot_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest
 
 def test_a_kill_while_kept_work_is_removed_does_not_stop_the_next(tmp_path: Path) -> None:
     """What marks the folder goes last."""
-    output, partial = tmp_path / "out", kept_beside(tmp_path / "out")
+    output, partial = tmp_path / "out", existing_resume_directory(tmp_path / "out")
     gone: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mpoc.writer.shutil.rmtree", lambda path, **_: gone.append(path.name))
-        with workplace(output, Team(), ASKED) as target:
+        patch.setattr("mpoc.io.atomic.shutil.rmtree", lambda path, **_: gone.append(path.name))
+        with resume_directory(output, ProcessGroup(), ASKED) as target:
             target.write_text("whole")
     assert gone == ["calibration", "layers", "output", partial.name]
     assert (partial / "mpoc-partial.json").exists()
-    with workplace(output, Team(), ASKED) as target:
+    with resume_directory(output, ProcessGroup(), ASKED) as target:
         target.write_text("whole again")
     assert list(tmp_path.iterdir()) == [output]
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    kept_beside(output).mkdir()
-    (kept_beside(output) / "notes.txt").write_text("mine")
+    existing_resume_directory(output).mkdir()
+    (existing_resume_directory(output) / "notes.txt").write_text("mine")
     with (
         pytest.raises(UsageError, match=r"out\.partial: exists, and is not"),
-        workplace(output, Team(), ASKED),
+        resume_directory(output, ProcessGroup(), ASKED),
     ):
         pass
-    assert (kept_beside(output) / "notes.txt").read_text() == "mine"
+    assert (existing_resume_directory(output) / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["layers", "output", "mpoc-partial.json"])
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_output_may_be_called_as_what_lies_beside_it(tmp_path: Path, name: str, resume: bool) -> None:
-    with workplace(tmp_path / name, Team(), ASKED if resume else None) as target:
+    with resume_directory(tmp_path / name, ProcessGroup(), ASKED if resume else None) as target:
         target.mkdir()
         (target / "file").write_text("whole")
     assert (tmp_path / name / "file").read_text() == "whole"
@@ -96,18 +104,18 @@ def test_an_output_may_be_called_as_what_lies_beside_it(tmp_path: Path, name: st
 
 
 def test_an_empty_folder_of_a_run_that_was_killed_at_once_is_taken(tmp_path: Path) -> None:
-    kept_beside(tmp_path / "out").mkdir()
-    with workplace(tmp_path / "out", Team(), ASKED) as target:
+    existing_resume_directory(tmp_path / "out").mkdir()
+    with resume_directory(tmp_path / "out", ProcessGroup(), ASKED) as target:
         target.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with workplace(output, Team(), ASKED) as target:
+    with resume_directory(output, ProcessGroup(), ASKED) as target:
         target.write_text("whole")
         refused = pytest.raises(MpocError, match="another mpoc is at work")
-        with refused as caught, workplace(output, Team(), ASKED):
+        with refused as caught, resume_directory(output, ProcessGroup(), ASKED):
             pass
         assert "finished layers" not in str(caught.value.__notes__)
         assert target.read_text() == "whole"  # of the other, which goes on
@@ -116,7 +124,7 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
 
 def test_before_anything_is_finished_there_is_nothing_to_keep(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(UsageError) as caught, workplace(output, Team(), ASKED):
+    with pytest.raises(UsageError) as caught, resume_directory(output, ProcessGroup(), ASKED):
         raise UsageError("no such data")
     assert not hasattr(caught.value, "__notes__")
     assert list(tmp_path.iterdir()) == []
@@ -124,12 +132,12 @@ def test_before_anything_is_finished_there_is_nothing_to_keep(tmp_path: Path) ->
 
 def test_what_calibration_did_not_write_to_its_end_goes(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), workplace(output, Team(), ASKED) as target:
-        (calibration_of(target) / "shares.json").write_text("{}")
-        (calibration_of(target) / ".moments.safetensors.x.partial").mkdir()
+    with pytest.raises(KeyboardInterrupt), resume_directory(output, ProcessGroup(), ASKED) as target:
+        (calibration_folder(target) / "shares.json").write_text("{}")
+        (calibration_folder(target) / ".moments.safetensors.x.partial").mkdir()
         raise KeyboardInterrupt
-    with workplace(output, Team(), ASKED) as target:
-        assert [path.name for path in calibration_of(target).iterdir()] == ["shares.json"]
+    with resume_directory(output, ProcessGroup(), ASKED) as target:
+        assert [path.name for path in calibration_folder(target).iterdir()] == ["shares.json"]
         target.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -137,18 +145,21 @@ def test_what_calibration_did_not_write_to_its_end_goes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damaged", [False, True])
 def test_what_is_kept_of_other_work_is_not_lost(tmp_path: Path, damaged: bool) -> None:
     output, other = tmp_path / "out", {**ASKED, "--bond": "5"}
-    with pytest.raises(KeyboardInterrupt), workplace(output, Team(), ASKED) as target:
-        (layers_of(target) / "0").write_text("a layer")
+    with pytest.raises(KeyboardInterrupt), resume_directory(output, ProcessGroup(), ASKED) as target:
+        (layers_folder(target) / "0").write_text("a layer")
         raise KeyboardInterrupt
     refused = pytest.raises(UsageError, match="is kept of other work: --bond was 4 and is 5\n")
-    with refused as caught, workplace(output, Team(), other):
+    with refused as caught, resume_directory(output, ProcessGroup(), other):
         pass
     assert "--force starts anew" in str(caught.value.hint)
     if damaged:  # layers say themselves what they are of
-        (kept_beside(output) / "mpoc-partial.json").write_text('{"MODEL"')
+        (existing_resume_directory(output) / "mpoc-partial.json").write_text('{"MODEL"')
     for asked, anew in ((ASKED, False), (other, not damaged)):
-        with pytest.raises(KeyboardInterrupt), workplace(output, Team(), asked, anew) as target:
-            assert (layers_of(target) / "0").exists() == (asked is ASKED or damaged)
+        with (
+            pytest.raises(KeyboardInterrupt),
+            resume_directory(output, ProcessGroup(), asked, anew) as target,
+        ):
+            assert (layers_folder(target) / "0").exists() == (asked is ASKED or damaged)
             if damaged:
-                (kept_beside(output) / "mpoc-partial.json").write_text("")
+                (existing_resume_directory(output) / "mpoc-partial.json").write_text("")
             raise KeyboardInterrupt

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.header import TensorInfo
-from mpoc.writer import Entry, naming, plan_shards, refuse_existing, staged, write_safetensors
+from mpoc.io.atomic import naming, refuse_existing, staged
+from mpoc.io.safetensors_header import TensorInfo
+from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
 from tests.checkpoints import contents, save_directory
 
 DTYPES = (
@@ -193,7 +194,7 @@ def test_a_directory_that_cannot_take_its_place_gives_it_back(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail_second)
-    monkeypatch.setattr("mpoc.writer._exchanged", lambda *_: False)  # as on systems without it
+    monkeypatch.setattr("mpoc.io.atomic._exchanged", lambda *_: False)  # as on systems without it
     with pytest.raises(OSError, match="broken"), staged(output) as target:
         target.mkdir()
         (target / "file").write_text("new")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.structure import Structure, make_structure
 
 # One of each: convolutions with C_in / groups = 1 among them, a prime vocabulary (padded), thin sides.
 EVERY_KIND = [

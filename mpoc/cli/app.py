@@ -17,7 +17,7 @@ from mpoc.cli.export import export
 from mpoc.cli.finetune import finetune
 from mpoc.cli.report import report
 from mpoc.cli.reproduce import reproduce
-from mpoc.processes import end
+from mpoc.runtime.distributed import exit_process
 
 app = typer.Typer(
     name="mpoc",
@@ -62,6 +62,6 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun
-        end(130)
+        exit_process(130)
     except SystemExit as done:
-        end(done.code if isinstance(done.code, int) else int(done.code is not None))
+        exit_process(done.code if isinstance(done.code, int) else int(done.code is not None))

@@ -13,32 +13,7 @@ HOW = "How"
 OUT = "Output"
 
 
-def _share(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a number; 50 % is 0.5") from None
-
-
 Bond = Annotated[int | None, typer.Option(help="Cap on every bond dimension D.", rich_help_panel=GOAL)]
-Ratio = Annotated[
-    float | None,
-    typer.Option(
-        parser=_share,
-        metavar="FLOAT",
-        help="Ceiling on ρ over all selected layers, those left dense included.",
-        rich_help_panel=GOAL,
-    ),
-]
-MaxError = Annotated[
-    float | None,
-    typer.Option(
-        parser=_share,
-        metavar="FLOAT",
-        help="Small bonds that keep each layer's relative error.",
-        rich_help_panel=GOAL,
-    ),
-]
 Discard = Annotated[
     float | None,
     typer.Option(
@@ -208,5 +183,32 @@ Resume = Annotated[
         help="Keep finished layers in OUT.partial until the output is whole; the same command goes on from "
         "there after an interruption.",
         rich_help_panel=OUT,
+    ),
+]
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number; 50 % is 0.5") from None
+
+
+Ratio = Annotated[
+    float | None,
+    typer.Option(
+        parser=_share,
+        metavar="FLOAT",
+        help="Ceiling on ρ over all selected layers, those left dense included.",
+        rich_help_panel=GOAL,
+    ),
+]
+MaxError = Annotated[
+    float | None,
+    typer.Option(
+        parser=_share,
+        metavar="FLOAT",
+        help="Small bonds that keep each layer's relative error.",
+        rich_help_panel=GOAL,
     ),
 ]

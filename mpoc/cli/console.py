@@ -14,7 +14,7 @@ from rich import markup
 from rich.console import Console
 
 from mpoc.errors import MpocError
-from mpoc.processes import is_main
+from mpoc.runtime.distributed import is_main
 
 _WIDTH_OFF_TERMINAL = 200
 _BAD_COMMAND, _INTERRUPTED, _TERMINATED = 2, 130, 143  # exit statuses

@@ -11,7 +11,8 @@ import typer
 from mpoc.errors import UsageError
 
 if TYPE_CHECKING:
-    from mpoc.train.material import DataOptions
+    from mpoc.train.training_data import DataOptions
+
 
 DATA = "Data"
 
@@ -85,7 +86,7 @@ def data_options(path: Path, values: dict[str, Any]) -> DataOptions:
     Raises:
         UsageError: a value that cannot be read.
     """
-    from mpoc.train.material import DataOptions
+    from mpoc.train.training_data import DataOptions
 
     given: dict[str, Any] = {
         name: values[name]

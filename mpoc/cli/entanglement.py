@@ -27,7 +27,7 @@ from mpoc.cli.compress_options import (
 from mpoc.cli.console import Output, reported_errors
 
 if TYPE_CHECKING:
-    from mpoc.entanglement.study import Entanglement, Profile
+    from mpoc.compression.entanglement import Entanglement, Profile
 
 
 def entanglement(
@@ -82,9 +82,9 @@ def entanglement(
     """
     values = dict(locals())
     with reported_errors():
-        from mpoc.cli.compress_request import recipe_options
-        from mpoc.entanglement.study import as_dict, entanglement_of
-        from mpoc.train.curves import refuse_unknown_picture
+        from mpoc.cli.compress import recipe_options
+        from mpoc.compression.entanglement import as_dict, entanglement_of
+        from mpoc.reporting.plots import refuse_unknown_picture
 
         words = Output(quiet)
         if plot is not None:
@@ -99,7 +99,7 @@ def entanglement(
         else:
             _print(found, words)
         if plot is not None:
-            from mpoc.entanglement.figure import EntropyProfile, draw_entropies
+            from mpoc.reporting.plots import EntropyProfile, draw_entropies
 
             profiles = [EntropyProfile(one.layer, one.weight, one.stored) for one in found.profiles]
             draw_entropies(profiles, plot)
@@ -129,7 +129,7 @@ def _print(found: Entanglement, words: Output) -> None:
 
 
 def _row(profile: Profile, both: bool) -> list[str]:
-    from mpoc.report import times
+    from mpoc.runtime.formatting import times
 
     cuts, structure = profile.weight or profile.stored or (), profile.structure
     row = [

@@ -23,7 +23,8 @@ from mpoc.cli.data_options import (
 )
 
 if TYPE_CHECKING:
-    from mpoc.train.measure import Measured
+    from mpoc.train.evaluate_file import FileEvaluation
+
 
 _WHAT = "What is measured"
 
@@ -103,11 +104,11 @@ def evaluate(
     """
     values = dict(locals())
     with reported_errors():
-        from mpoc.report import to_json
-        from mpoc.train.measure import MeasureRequest, measure
+        from mpoc.reporting.summary import to_json
+        from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
 
         words = Output(quiet)
-        request = MeasureRequest(
+        request = EvaluationRequest(
             model,
             data_options(data, values),
             split,
@@ -118,14 +119,14 @@ def evaluate(
             batch=batch,
             device=device,
         )
-        found = measure(request, words.say)
+        found = evaluate_file(request, words.say)
         if as_json:
             sys.stdout.write(to_json(found.as_dict()) + "\n")
         else:
             _print_lines(found, words)
 
 
-def _print_lines(found: Measured, words: Output) -> None:
+def _print_lines(found: FileEvaluation, words: Output) -> None:
     from mpoc.cli.tables import scores_line
 
     words.result.print(f"{found.split}: {scores_line(found.scores)}", soft_wrap=True)

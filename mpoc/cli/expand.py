@@ -10,7 +10,7 @@ import typer
 from mpoc.cli.console import Output, reported_errors
 
 if TYPE_CHECKING:
-    from mpoc.manifest import LayerRecord
+    from mpoc.io.manifest import LayerRecord
 
 
 def expand(
@@ -35,9 +35,10 @@ def expand(
     Example: mpoc expand resnet56.mpo.safetensors -o resnet56.safetensors
     """
     with reported_errors():
-        from mpoc.expand import default_dense_output, expand_checkpoint
-        from mpoc.option_text import parse_size
-        from mpoc.report import human_bytes, output_bytes
+        from mpoc.compression.expand import default_dense_output, expand_checkpoint
+        from mpoc.compression.recipe_syntax import parse_size
+        from mpoc.io.weight_files import output_bytes
+        from mpoc.runtime.formatting import human_bytes
 
         def say_projected(layer: LayerRecord, error: float) -> None:
             words.say(f"{layer.layer}: nearest kernel, {error:.4g} of the map's norm away")

@@ -48,8 +48,9 @@ def export(
     mpoc export resnet56.mpo.safetensors --arch resnet.py:resnet56 --input-shape 1x3x32x32 --pt2 net.pt2
     """
     with reported_errors():
-        from mpoc.export import export_network, parse_input_spec
-        from mpoc.report import human_bytes, output_bytes
+        from mpoc.io.weight_files import output_bytes
+        from mpoc.models.export import export_network, parse_input_spec
+        from mpoc.runtime.formatting import human_bytes
 
         files = {kind: file for kind, file in (("onnx", onnx), ("pt2", pt2)) if file is not None}
         shapes = [parse_input_spec(text) for text in input_shape or []]

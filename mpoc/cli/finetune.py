@@ -1,8 +1,13 @@
-"""``mpoc finetune``: train a compressed (or dense) network on a data set."""
+"""The command line of ``mpoc finetune`` as plain data.
+
+``mpoc finetune``: train a compressed (or dense) network on a data set.
+"""
 
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +25,7 @@ from mpoc.cli.data_options import (
     Mean,
     Std,
     Tokenizer,
+    data_options,
 )
 from mpoc.cli.training_options import (
     L2,
@@ -47,13 +53,55 @@ from mpoc.cli.training_options import (
     Warmup,
     WeightDecay,
 )
-from mpoc.cli.training_request import training_request
+from mpoc.errors import UsageError
 
 if TYPE_CHECKING:
-    from mpoc.train.finetune import Finetuned
+    from mpoc.train.finetune import Finetuned, FinetuneRequest
+
+
+_SETTINGS = (
+    "steps", "batch", "accumulate", "optimizer", "lr", "momentum", "nesterov", "l2", "weight_decay",
+    "schedule", "warmup", "gamma", "decay_every", "clip", "dropout", "precision", "gradient_checkpointing",
+    "eval_every", "patience", "seed",
+)  # fmt: skip
+_REQUEST = (
+    "output", "arch", "task", "teacher", "teacher_arch", "temperature", "hidden_weight", "runs", "device",
+    "force", "resume", "log", "plot",
+)  # fmt: skip
 
 _WHAT = "What is learnt"
 _OUT = "Output"
+
+
+def training_request(values: dict[str, Any]) -> FinetuneRequest:
+    """The options of ``mpoc finetune`` as plain data.
+
+    Raises:
+        UsageError: a value that cannot be read, or options that do not go together.
+    """
+    from mpoc.compression.recipe_syntax import parse_size
+    from mpoc.train.finetune import FinetuneRequest
+    from mpoc.train.settings import Settings
+
+    every = re.fullmatch(r"([1-9]\d{0,14})(s?)", values["checkpoint_every"])
+    if not every:
+        raise UsageError(f"--checkpoint-every {values['checkpoint_every']}: not as 500 (steps) or 60s")
+    when: dict[str, Any] = {"save_seconds": float(every[1])}
+    if not every[2]:
+        when = {"save_seconds": float("inf"), "save_steps": int(every[1])}
+    if values["steps"] is not None and values["epochs"] is not None:
+        raise UsageError("--steps and --epochs: one of them")
+    if values["dropout"] is None and values["teacher"] is not None:
+        values = values | {"dropout": 0.0}  # noise in the answers is nothing to learn from
+    settings = Settings(**{name: values[name] for name in _SETTINGS}, keep_best=values["best"])
+    return FinetuneRequest(
+        values["model"],
+        data_options(values["data"], values),
+        settings if values["epochs"] is None else replace(settings, epochs=values["epochs"]),
+        **{name: values[name] for name in _REQUEST},
+        **when,
+        max_shard_size=parse_size(values["max_shard_size"]),
+    )
 
 
 def finetune(
@@ -232,10 +280,10 @@ def _run(values: dict[str, Any], words: Output) -> Finetuned:
     import shlex
 
     from mpoc.cli.progress import training_progress
-    from mpoc.processes import num_processes
+    from mpoc.runtime.distributed import num_processes
+    from mpoc.runtime.signals import Interrupted
     from mpoc.train.engine import leave
     from mpoc.train.finetune import finetune
-    from mpoc.train.stop import Interrupted
 
     request = training_request(values)
     together = False
@@ -256,7 +304,7 @@ def _run(values: dict[str, Any], words: Output) -> Finetuned:
 
 
 def _print_json(done: Finetuned) -> None:
-    from mpoc.report import to_json
+    from mpoc.reporting.summary import to_json
 
     report = {"schema": "mpoc.training/1", "written": str(done.output), **done.training}
     report["examples_per_second"] = round(done.rate, 2)
@@ -265,7 +313,7 @@ def _print_json(done: Finetuned) -> None:
 
 def _print_lines(done: Finetuned, words: Output) -> None:
     from mpoc.cli.tables import scores_line
-    from mpoc.report import training_lines
+    from mpoc.reporting.summary import training_lines
 
     training = done.training
     for title in ("start", "final", "test"):

@@ -11,10 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from mpoc.cli.console import Output
 from mpoc.cli.tables import scores_line
-from mpoc.manifest import LayerRecord
+from mpoc.io.manifest import LayerRecord
 
 if TYPE_CHECKING:
-    from mpoc.train.watch import Told
+    from mpoc.train.monitor import TrainingEvent
+
 
 _BETWEEN_LINES = 10.0  # seconds, within a stage
 _WORTH_SAYING = 5.0  # seconds that must have passed before time left is told
@@ -103,7 +104,7 @@ def _bar(words: Output) -> Iterator[LayerTold]:
 
 
 @contextmanager
-def training_progress(words: Output) -> Iterator[Callable[[Told], None] | None]:
+def training_progress(words: Output) -> Iterator[Callable[[TrainingEvent], None] | None]:
     """The callback for a training; None when quiet."""
     if words.quiet:
         yield None
@@ -113,7 +114,7 @@ def training_progress(words: Output) -> Iterator[Callable[[Told], None] | None]:
         yield lambda told: _tell_evaluation(words, told)
 
 
-def _tell_evaluation(words: Output, told: Told) -> None:
+def _tell_evaluation(words: Output, told: TrainingEvent) -> None:
     """One line an evaluation."""
     if told.scores is None:
         return
@@ -130,7 +131,7 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _training_bar(words: Output) -> Iterator[Callable[[Told], None]]:
+def _training_bar(words: Output) -> Iterator[Callable[[TrainingEvent], None]]:
     columns = (
         TextColumn("epoch {task.fields[epoch]:.2f}"),
         BarColumn(),
@@ -140,7 +141,7 @@ def _training_bar(words: Output) -> Iterator[Callable[[Told], None]]:
     with Progress(*columns, console=words.words, transient=True) as bar:
         task = bar.add_task("", total=None, epoch=0.0, loss=float("nan"), scores="", rate=0.0, left="?")
 
-        def tell(told: Told) -> None:
+        def tell(told: TrainingEvent) -> None:
             _tell_evaluation(words, told)
             fields: dict[str, Any] = {"epoch": told.epoch, "loss": told.loss, "rate": told.rate}
             if told.scores:

@@ -64,8 +64,9 @@ def report(
     """
     with reported_errors():
         from mpoc.cli.tables import print_report
-        from mpoc.manifest_file import read_manifest
-        from mpoc.report import output_bytes, report_dict, to_csv, to_json
+        from mpoc.io.manifest_reader import read_manifest
+        from mpoc.io.weight_files import output_bytes
+        from mpoc.reporting.summary import report_dict, to_csv, to_json
 
         path, others = _first_and_others(paths, compare or [])
         formats = {"--json": as_json, "--csv": as_csv, "--html -": html == _STDOUT}
@@ -131,11 +132,11 @@ def _refuse_undrawn(html: Path | None, plot: Path | None, others: list[Path], fo
 
 def _draw(path: Path, others: list[Path], html: Path | None, plot: Path | None, force: bool) -> None:
     """The page, the figures, or both; checked first, and written whole or not at all."""
-    from mpoc.manifest import MANIFEST_FILE
-    from mpoc.pictures.page import write_page
-    from mpoc.pictures.plot import refuse_existing_folder, write_plots
-    from mpoc.plotting import require_matplotlib
-    from mpoc.writer import refuse_existing
+    from mpoc.io.atomic import refuse_existing
+    from mpoc.io.manifest import MANIFEST_FILE
+    from mpoc.reporting.html import write_page
+    from mpoc.reporting.plots import refuse_existing_folder, write_plots
+    from mpoc.runtime.packages import require_matplotlib
 
     words = Output()
     if plot is not None:
@@ -155,7 +156,7 @@ def _draw(path: Path, others: list[Path], html: Path | None, plot: Path | None, 
 
 def _print_page(path: Path, others: list[Path]) -> None:
     """In the encoding that the page says it has."""
-    from mpoc.pictures.data import read_files
-    from mpoc.pictures.page import page
+    from mpoc.reporting.contents import read_files
+    from mpoc.reporting.html import page
 
     sys.stdout.buffer.write(page(read_files(path, others)).encode())

@@ -1,4 +1,7 @@
-"""``mpoc reproduce``: the papers' experiments, the paper's numbers beside ours."""
+"""``mpoc reproduce``: the papers' experiments, the paper's numbers beside ours.
+
+``mpoc reproduce mps-images``: the study that trains nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from mpoc.cli.console import Output, reported_errors
+from mpoc.cli.console import Output, escape, reported_errors
 from mpoc.cli.data_options import DATA, DataPath, Format
 from mpoc.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from mpoc.reproduce.study import Reproduction, Request
-    from mpoc.train.watch import Told
+    from mpoc.reproduce.image_states import ImageStates, ImageStatesRequest, Quality
+    from mpoc.reproduce.study import Reproduction, StudyRequest
+    from mpoc.train.monitor import TrainingEvent
+
 
 _WHAT = "What is trained"
 _HOW = "How"
 _OUT = "Output"
 _IMAGES = "mps-images"
+
+# Options of ``reproduce`` that it has a use for, by their parameters' names.
+TAKES = frozenset({"name", "data", "format", "bonds", "seed", "quick", "output", "plot", "as_json", "quiet"})
 
 
 def reproduce(
@@ -145,17 +156,16 @@ def reproduce(
             return
         done = _run(_request(values), plot, words)
         if as_json:
-            from mpoc.report import to_json
+            from mpoc.reporting.summary import to_json
 
             sys.stdout.write(to_json(done.as_dict()) + "\n")
         else:
-            from mpoc.cli.reproduction_table import print_reproduction
+            from mpoc.cli.tables import print_reproduction
 
             print_reproduction(words.result, done)
 
 
 def _reproduce_images(context: typer.Context, values: dict[str, Any], words: Output) -> None:
-    from mpoc.cli.reproduce_images import images_request, refuse_training_options, run_images
 
     sources = ((parameter, context.get_parameter_source(parameter)) for parameter in context.params)
     refuse_training_options([name for name, source in sources if source and source.name == "COMMANDLINE"])
@@ -164,10 +174,10 @@ def _reproduce_images(context: typer.Context, values: dict[str, Any], words: Out
     run_images(request, output, values["plot"], values["as_json"], words)
 
 
-def _request(values: dict[str, Any]) -> Request:
-    from mpoc.option_text import parse_shape
-    from mpoc.reproduce.catalogue import Choice, find_study
-    from mpoc.reproduce.study import Request
+def _request(values: dict[str, Any]) -> StudyRequest:
+    from mpoc.compression.recipe_syntax import parse_shape
+    from mpoc.reproduce.catalogue import StudyChoice, find_study
+    from mpoc.reproduce.study import StudyRequest
 
     study = find_study(values["name"])
     if values["depth"] is not None and (study.axis != "depth" or values["variants"] is not None):
@@ -179,13 +189,13 @@ def _request(values: dict[str, Any]) -> Request:
         if rule.pattern is None:
             raise UsageError(f"--shape {text}: names no layer", "as --shape 'fc1=28x28:16x16'")
         shapes.append((text, {rule.pattern: (rule.output_factors, rule.input_factors)}))
-    choice = Choice(
+    choice = StudyChoice(
         tuple(study.variants) if variants == ("all",) else variants,
         _bonds(values),
         tuple(shapes), values["paper"], values["epochs"], values["steps"], not values["no_l2"],
     )  # fmt: skip
     same = ("name", "data", "runs", "seed", "quick", "format", "device")
-    return Request(
+    return StudyRequest(
         **{name: values[name] for name in same},
         held_out=study.held_out if values["held_out"] is None else values["held_out"],
         output=values["output"] or Path(f"reproduce-{study.name}"),
@@ -208,20 +218,20 @@ def _whole(option: str, word: str) -> int:
     return int(word)
 
 
-def _run(request: Request, plot: Path | None, words: Output) -> Reproduction:
+def _run(request: StudyRequest, plot: Path | None, words: Output) -> Reproduction:
     """Train, draw, and keep the report beside the networks."""
-    from mpoc.plotting import require_matplotlib
-    from mpoc.report import to_json
-    from mpoc.reproduce.figure import draw_figures
-    from mpoc.reproduce.study import reproduce
-    from mpoc.train.stop import Interrupted
-    from mpoc.writer import staged
+    from mpoc.io.atomic import staged
+    from mpoc.reporting.summary import to_json
+    from mpoc.reproduce.figures import draw_figures
+    from mpoc.reproduce.study import run_study
+    from mpoc.runtime.packages import require_matplotlib
+    from mpoc.runtime.signals import Interrupted
 
     if plot is not None:
         require_matplotlib()
     try:
         with _live_progress(words) as told:
-            done = reproduce(request, words.say, told)
+            done = run_study(request, words.say, told)
     except (Interrupted, KeyboardInterrupt) as stop:
         words.say(f"stopped; finished networks are in {request.output}")
         words.next_command(f"mpoc {shlex.join(sys.argv[1:])}")
@@ -235,7 +245,7 @@ def _run(request: Request, plot: Path | None, words: Output) -> Reproduction:
 
 
 @contextmanager
-def _live_progress(words: Output) -> Iterator[Callable[[Told], None] | None]:
+def _live_progress(words: Output) -> Iterator[Callable[[TrainingEvent], None] | None]:
     """A bar on a terminal; elsewhere the lines of finished networks are enough."""
     from mpoc.cli.progress import training_progress
 
@@ -244,3 +254,94 @@ def _live_progress(words: Output) -> Iterator[Callable[[Told], None] | None]:
         return
     with training_progress(words) as told:
         yield told
+
+
+def run_images(
+    request: ImageStatesRequest, output: Path, plot: Path | None, as_json: bool, words: Output
+) -> None:
+    """Measure, draw, keep the report, and print it."""
+    from mpoc.io.atomic import staged
+    from mpoc.reporting.summary import to_json
+    from mpoc.reproduce.figures import draw_image_figures
+    from mpoc.reproduce.image_states import measure_images
+    from mpoc.runtime.packages import require_matplotlib
+
+    if plot is not None:
+        require_matplotlib()
+    done = measure_images(request, words.say)
+    output.mkdir(parents=True, exist_ok=True)
+    text, report = to_json(done.as_dict()) + "\n", output / "report.json"
+    with staged(report) as target:
+        target.write_text(text, "utf-8")
+    written = [report, *(draw_image_figures(done, plot) if plot is not None else ())]
+    words.say(f"wrote {', '.join(map(str, written))}")
+    if as_json:
+        sys.stdout.write(text)
+    else:
+        print_images(words.result, done)
+
+
+def refuse_training_options(given: list[str]) -> None:
+    """Refuse options that have no meaning where nothing is trained.
+
+    Args:
+        given: names of the parameters that stand on the command line.
+
+    Raises:
+        UsageError: one of them.
+    """
+    for name in given:
+        if name not in TAKES:
+            raise UsageError(f"--{name.replace('_', '-')} is of studies that train networks", "leave it away")
+
+
+def print_images(console: Console, done: ImageStates) -> None:
+    """The table, the entropies, and what the numbers are."""
+    from mpoc.reproduce.image_states import ORDERS, SOURCE
+
+    if done.quick:
+        console.print(f"--quick: {len(done.images)} images", soft_wrap=True)
+    console.print(_table(done))
+    for order, values in done.entropies.items():
+        shown = " ".join(f"{value:.3f}" for value in values)
+        name = f"entanglement entropy, {ORDERS[order]}"
+        console.print(f"{name}, bonds 1 to {len(values)}: {shown}", soft_wrap=True)
+    shape = "×".join(map(str, done.images.shape[1:]))
+    colour = "a site of 3 colours in front of " if done.images.shape[1] == 3 else ""
+    for line in (
+        f"{len(done.images):,} images of {shape} ({done.split}), as {colour}sites of 4, coarse to fine; "
+        "errors on the image's own pixels",
+        "dB: mean over the images of 10 log₁₀(1/mean squared error), peak 1; an error below that of 8-bit "
+        "pixels counts as theirs, 58.9 dB",
+        "numbers of a state are its cores'; of rank r of a matrix (colours and rows, columns) its two "
+        "factors'; of a cosine coefficient its value, at a place of its own its place too",
+        f"source: {SOURCE}",
+    ):
+        console.print(escape(line), soft_wrap=True)
+
+
+def _table(done: ImageStates) -> Table:
+    from mpoc.reproduce.figures import METHODS
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in ("D", "numbers", "share"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for name in (*done.states, *done.peers):
+        table.add_column(f"{METHODS[name]} dB", justify="right")
+    columns = [*done.states.values(), *done.peers.values()]
+    for k, at in enumerate(columns[0]):
+        cells = [str(at.kept), f"{at.numbers:,}", f"{at.numbers / done.pixels:.3f}"]
+        table.add_row(*cells, *(_decibels(column[k]) for column in columns))
+    return table
+
+
+def _decibels(at: Quality) -> str:
+    return f"{at.decibels:.2f}" if at.kept else "–"
+
+
+def images_request(values: dict[str, Any], bonds: tuple[int, ...]) -> ImageStatesRequest:
+    """The request of a command line; the study's own bonds where it names none."""
+    from mpoc.reproduce.image_states import BONDS, ImageStatesRequest
+
+    same = {name: values[name] for name in ("data", "seed", "quick", "format")}
+    return ImageStatesRequest(bonds=bonds or BONDS, **same)

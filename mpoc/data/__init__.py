@@ -1,11 +1,9 @@
 """Data sets in the formats people have them in: recognised, checked, read a batch at a time."""
 
 from mpoc.data.base import Batch, Data, Examples, Subset, shuffled
-from mpoc.data.files import FORMATS
-from mpoc.data.fits import check_fits
-from mpoc.data.images import ImageOptions, prepare
-from mpoc.data.open import open_data
-from mpoc.data.splits import hold_out
+from mpoc.data.images import ImageOptions, prepare_images
+from mpoc.data.open import check_fits, hold_out, open_data
+from mpoc.data.recognise import FORMATS
 from mpoc.data.text import CharacterTokenizer, HubTokenizer, TextOptions, Tokenizer, tokenizer_from_state
 
 __all__ = [
@@ -22,7 +20,7 @@ __all__ = [
     "check_fits",
     "hold_out",
     "open_data",
-    "prepare",
+    "prepare_images",
     "shuffled",
     "tokenizer_from_state",
 ]

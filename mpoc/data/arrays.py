@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpoc.data.base import Batch, Data, Examples, Source
+from mpoc.data.base import Batch, Data, DataSource, Examples
 from mpoc.data.labels import Column, Where, number_labels
 from mpoc.errors import MpocError
 
@@ -52,7 +52,9 @@ class Arrays(Examples):
         return {"x": x} if self.y is None else {"x": x, "y": self.y[chosen]}
 
 
-def assemble(source: Source, form: str, parts: dict[str, list[Part]], names: tuple[str, ...] = ()) -> Data:
+def assemble(
+    source: DataSource, form: str, parts: dict[str, list[Part]], names: tuple[str, ...] = ()
+) -> Data:
     """A checked data set from the arrays of each split.
 
     uint8 arrays (n, H, W), (n, C, H, W) and (n, H, W, C) are images, and come out as (n, C, H, W).

@@ -15,13 +15,16 @@ from torch.utils.data import Dataset
 if TYPE_CHECKING:
     from mpoc.data.text import TextOptions, Tokenizer
 
+
 Batch = dict[str, Tensor]
 
 IN_MEMORY_BYTES = 2 * 1024**3
-"""A set whose decoded examples take at most this many bytes is decoded once and held; a larger one is
-read from disk, batch by batch."""
 
 CHUNKS_AT_ONCE = 4
+
+
+"""A set whose decoded examples take at most this many bytes is decoded once and held; a larger one is
+read from disk, batch by batch."""
 """Row groups that a shuffled pass draws from at a time, and that are kept while it does."""
 
 
@@ -125,7 +128,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Source:
+class DataSource:
     """What a reader is given: the files of each split and how to read them."""
 
     path: Path  # as the user named it

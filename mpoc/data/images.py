@@ -1,18 +1,40 @@
-"""From stored pixels to a network's input: resize, pad-crop-flip, normalise; a whole batch at a time."""
+"""From stored pixels to a network's input: resize, pad-crop-flip, normalise; a whole batch at a time.
+
+Encoded images (PNG, JPEG, …): decoded once where they fit in memory, else batch by batch.
+
+A folder a class, an image a file: ``train/<class>/*``, ``test/<class>/*``, or ``<class>/*`` alone.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpoc.errors import UsageError
+from mpoc.data.arrays import Arrays
+from mpoc.data.base import Batch, Data, DataSource, Examples
+from mpoc.data.columns import FileRows, Rows
+from mpoc.data.labels import Column, Where, number_labels
+from mpoc.data.recognise import IMAGE_SUFFIXES, SPLITS
+from mpoc.errors import MpocError, UsageError
+
+_GREY = ("1", "L", "LA")
+_DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than eight bits a channel
+# What pillow's decoders raise on bytes that are not what they should be.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -50,7 +72,7 @@ class ImageOptions:
         return (shape[0], *self.size) if self.size else tuple(shape)
 
 
-def prepare(x: Tensor, options: ImageOptions, generator: torch.Generator | None = None) -> Tensor:
+def prepare_images(x: Tensor, options: ImageOptions, generator: torch.Generator | None = None) -> Tensor:
     """A batch of images as the network takes it.
 
     Args:
@@ -93,3 +115,220 @@ def _crop(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:
         F.pad(x, (pad,) * 4).unfold(2, height, 1).unfold(3, width, 1)
     )  # (n, C, 2p+1, 2p+1, H, W), a view
     return windows[torch.arange(n, device=x.device), :, places[0], places[1]]
+
+
+class _ColourFoundError(Exception):
+    """A set taken for grey has a colour image in it."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Turns encoded bytes into uint8 pixels of one shape."""
+
+    shape: tuple[int, int, int]  # (C, H, W), C 1 or 3
+    resize: bool  # to H×W; else an image of another size is an error
+    first: str  # the image that gave the shape, for messages
+
+    def decode(self, content: bytes, name: str) -> NDArray[np.uint8]:
+        """(C, H, W) uint8.
+
+        Raises:
+            MpocError: not an image, damaged, or of another size.
+        """
+        channels, height, width = self.shape
+        image = _open(content, name)
+        self.check(image, name)
+        try:
+            if image.mode != "RGB" or channels == 1:
+                if "transparency" in image.info:
+                    image = image.convert("RGBA")
+                image = image.convert("L" if channels == 1 else "RGB")
+            if self.resize and image.size != (width, height):
+                image = image.resize((width, height), _pillow().Resampling.BILINEAR)
+            pixels = np.asarray(image)
+        except _BROKEN as error:
+            raise MpocError(f"{name}: a damaged image ({error})") from error
+        return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+    def check(self, image: Any, name: str) -> None:
+        """Raise MpocError for an image that is not of this shape; only its header is looked at."""
+        channels, height, width = self.shape
+        if image.mode in _DEEP:
+            raise MpocError(f"{name}: more than 8 bits a channel (mode {image.mode})", "save it with 8 bits")
+        if not self.resize and image.size != (width, height):
+            raise MpocError(
+                f"{name}: {image.height}×{image.width} pixels, but {self.first} has {height}×{width}",
+                f"resize all while reading: --size {height}x{width}",
+            )
+        if channels == 1 and image.mode not in _GREY:
+            raise _ColourFoundError
+
+
+class EncodedImages(Examples):
+    """Images that are decoded when a batch asks for them."""
+
+    def __init__(self, rows: Rows[bytes], decoder: Decoder, y: Tensor | None) -> None:
+        self.rows = rows
+        self.decoder = decoder
+        self.y = y
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
+        """``x`` (n, C, H, W) uint8, decoded now, and ``y``."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        places = chosen.tolist()
+        x = np.empty((len(places), *self.decoder.shape), np.uint8)
+        for k, (place, content) in enumerate(zip(places, self.rows.take(places), strict=True)):
+            x[k] = self.decoder.decode(content, self.rows.name(place))
+        return {"x": torch.from_numpy(x)} | ({} if self.y is None else {"y": self.y[chosen]})
+
+    def chunks(self) -> Tensor | None:
+        """Those of the file."""
+        return self.rows.chunks()
+
+
+def assemble_images(
+    source: DataSource,
+    form: str,
+    rows: dict[str, Rows[bytes]],
+    columns: dict[str, tuple[Column, Where]],
+    names: tuple[str, ...],
+) -> Data:
+    """A checked data set of encoded images; ``columns`` are the labels of each split.
+
+    Every image is decoded, or where the set is too large for memory its header is read: its size and
+    colour are certain then, and damage further on is met, and named, when the image is decoded.
+
+    Raises:
+        MpocError: pillow is missing, no examples, a damaged image, images of different sizes, a bad label.
+    """
+    for split, held in rows.items():
+        if len(held) == 0:
+            raise MpocError(f"{source.files[split][0]}: no examples")
+    labels, classes, notes = number_labels(columns, names)
+    decoder = _decoder_for(next(iter(rows.values())), source.size)
+    try:
+        splits = _read_splits(rows, decoder, labels, source.limit)
+    except _ColourFoundError:
+        notes.append("grey and colour images are mixed: all are read as RGB")
+        decoder = Decoder((3, *decoder.shape[1:]), decoder.resize, decoder.first)
+        splits = _read_splits(rows, decoder, labels, source.limit)
+    return Data(source.path, form, "images", splits, classes, decoder.shape, (*source.notes, *notes))
+
+
+def _decoder_for(rows: Rows[bytes], size: tuple[int, int] | None) -> Decoder:
+    """The first image gives the shape."""
+    image = _open(rows.take([0])[0], rows.name(0))
+    channels = 1 if image.mode in _GREY else 3
+    return Decoder((channels, *(size or (image.height, image.width))), size is not None, rows.name(0))
+
+
+def _read_splits(
+    rows: dict[str, Rows[bytes]], decoder: Decoder, labels: dict[str, Tensor], limit: int
+) -> dict[str, Examples]:
+    total = sum(len(held) for held in rows.values()) * int(np.prod(decoder.shape))
+    splits: dict[str, Examples] = {}
+    for split, held in rows.items():
+        if total <= limit:
+            splits[split] = Arrays([_decode_all(held, decoder)], labels.get(split))
+        else:
+            _for_all(held, lambda _, content, name: decoder.check(_open(content, name), name))
+            splits[split] = EncodedImages(held, decoder, labels.get(split))
+    return splits
+
+
+def _decode_all(rows: Rows[bytes], decoder: Decoder) -> Tensor:
+    """(n, C, H, W) uint8."""
+    pixels = np.empty((len(rows), *decoder.shape), np.uint8)
+
+    def fill(index: int, content: bytes, name: str) -> None:
+        pixels[index] = decoder.decode(content, name)
+
+    _for_all(rows, fill)
+    return torch.from_numpy(pixels)
+
+
+def _for_all(rows: Rows[bytes], work: Callable[[int, bytes, str], None]) -> None:
+    """``work`` on every (index, value, name), on as many threads as torch has: pillow frees the GIL."""
+    start = 0
+    threads = torch.get_num_threads()
+
+    def piece(part: list[tuple[int, bytes]]) -> None:
+        for index, content in part:
+            work(index, content, rows.name(index))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for values in rows.scan():
+            numbered = list(enumerate(values, start))
+            step = -(-len(numbered) // threads)
+            parts = [numbered[k : k + step] for k in range(0, len(numbered), step)]
+            list(pool.map(piece, parts))  # the list waits, and raises what the first failing part raised
+            start += len(values)
+
+
+@cache
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MpocError("reading images needs pillow", "pip install 'mpoc[train]'") from error
+    return Image
+
+
+def _open(content: bytes, name: str) -> Any:
+    """A pillow image of which only the header has been read."""
+    pillow = _pillow()
+    try:
+        return pillow.open(BytesIO(content))
+    except (*_BROKEN, pillow.DecompressionBombError) as error:
+        reason = "empty" if not content else "not an image, or a damaged one"
+        raise MpocError(f"{name}: {reason}") from error
+
+
+def open_image_folder(source: DataSource) -> Data:
+    """Classes are the training folders' names, sorted.
+
+    Raises:
+        MpocError: no class folders, an empty one, a class that training lacks, or a bad image.
+    """
+    folders = {split: class_folders(held[0]) for split, held in source.files.items()}
+    first = next(split for split in SPLITS if split in folders)
+    names = tuple(sorted(folders[first]))
+    rows: dict[str, Rows[bytes]] = {}
+    columns: dict[str, tuple[Column, Where]] = {}
+    for split, classes in folders.items():
+        unknown = sorted(classes.keys() - set(names))
+        if unknown:
+            raise MpocError(
+                f"{classes[unknown[0]][0].parent}: class {unknown[0]!r} is not among those of {first}"
+            )
+        held = FileRows([file for name in sorted(classes) for file in classes[name]])
+        numbers = [names.index(name) for name in sorted(classes)]
+        labels = np.repeat(np.array(numbers), [len(classes[name]) for name in sorted(classes)])
+        rows[split], columns[split] = held, (labels, held.name)
+    return assemble_images(source, "image-folder", rows, columns, names)
+
+
+def class_folders(folder: Path) -> dict[str, list[Path]]:
+    """Class → its image files, sorted, those in deeper folders included.
+
+    Raises:
+        MpocError: no folder, no class folders, or an empty one.
+    """
+    classes = {}
+    if not folder.is_dir():
+        raise MpocError(f"{folder}: not a folder", "name the folder that holds train/ or the class folders")
+    for place in sorted(folder.iterdir()):
+        if not place.is_dir() or place.name.startswith("."):
+            continue
+        files = [
+            file for file in place.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+        ]
+        if not files:
+            raise MpocError(f"{place}: no image in this class folder", "put images into it, or remove it")
+        classes[place.name] = sorted(files)
+    if not classes:
+        raise MpocError(f"{folder}: no class folders in it", "one folder a class: train/<class>/*.png")
+    return classes

@@ -12,10 +12,12 @@ from torch import Tensor
 from mpoc.errors import MpocError
 
 MOST_CLASSES = 1_000_000
-"""Integer labels above this are taken for a mistake (identifiers, hashes), not for classes."""
 
 Column = NDArray[np.generic]  # (n,) or (n, …): integers, floats or strings
 Where = Callable[[int], str]  # the file and row of an example, for messages
+
+
+"""Integer labels above this are taken for a mistake (identifiers, hashes), not for classes."""
 
 
 def number_labels(

@@ -1,21 +1,33 @@
-"""Open a data set of any known format, checked, or say why not."""
+"""A validation split for a set that brings none.
+
+Whether a data set fits a network, asked before the first step.
+
+Which data set this is, by its files: their names, sizes and a bounded part of their bytes.
+
+Open a data set of any known format, checked, or say why not.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from mpoc.data.base import IN_MEMORY_BYTES, Data, Source
-from mpoc.data.cifar import open_cifar
-from mpoc.data.files import files_of, recognise
-from mpoc.data.idx import open_idx
-from mpoc.data.image_folder import open_image_folder
-from mpoc.data.keyed import open_npz, open_safetensors_data
-from mpoc.data.stream import open_text
-from mpoc.data.tables import open_jsonl, open_parquet
-from mpoc.data.text import TextOptions
+import torch
+from torch import Tensor
 
-_READERS: dict[str, Callable[[Source], Data]] = {
+from mpoc.data.array_files import labels_of, open_cifar, open_idx, open_npz, open_safetensors_data
+from mpoc.data.base import IN_MEMORY_BYTES, Data, DataSource, Examples, Subset
+from mpoc.data.images import ImageOptions, class_folders, open_image_folder
+from mpoc.data.recognise import files_of, recognise
+from mpoc.data.tables import open_jsonl, open_parquet
+from mpoc.data.text import TextOptions, TokenStream, open_text
+from mpoc.errors import MpocError
+
+READ_AT_MOST = 1 << 26
+
+_READERS: dict[str, Callable[[DataSource], Data]] = {
     "idx": open_idx,
     "cifar-binary": open_cifar,
     "image-folder": open_image_folder,
@@ -25,6 +37,165 @@ _READERS: dict[str, Callable[[Source], Data]] = {
     "jsonl": open_jsonl,
     "txt": open_text,
 }
+
+
+def hold_out(data: Data, share: float, seed: int) -> Data:
+    """The same set with a share of ``train`` as ``validation``; ``notes`` says so.
+
+    Where examples have labels every class gives its share, to within one example.  Of a token stream the
+    end is taken, since random windows of what is left must not overlap it.
+
+    Args:
+        data: a set with a training split and no validation split.
+        share: between 0 and 1.
+        seed: of the choice; the same seed chooses the same examples.
+
+    Raises:
+        MpocError: no training split, a validation split already, or nothing left on one side.
+    """
+    if "train" not in data.splits or "validation" in data.splits:
+        had = ", ".join(data.splits)
+        raise MpocError(f"{data.path}: nothing to hold out: it has the splits {had}")
+    train = data.splits["train"]
+    kept: Examples
+    held: Examples
+    said = f"no validation split: {share:.3g} of train held out"
+    if isinstance(train, TokenStream):
+        kept, held = train.cut(share) if 0 < share < 1 else (train, train.cut(0)[1])
+        said += ", its end"
+    else:
+        labelled = train.y is not None and train.y.dtype == torch.int64
+        classes = train.y if train.y is not None and labelled else torch.zeros(len(train), dtype=torch.int64)
+        chosen = _choose(classes, share, seed)
+        kept, held = (
+            Subset(train, torch.nonzero(~chosen).flatten()),
+            Subset(train, torch.nonzero(chosen).flatten()),
+        )
+        said += f" (seed {seed}{', by class' if labelled else ''})"
+    if len(kept) == 0 or len(held) == 0:
+        hint = "choose a shorter block, or bring more text" if isinstance(train, TokenStream) else None
+        raise MpocError(
+            f"{data.path}: {share:.3g} of {len(train):,} training examples leaves a split empty", hint
+        )
+    splits = {"train": kept, "validation": held, **{k: v for k, v in data.splits.items() if k != "train"}}
+    return replace(data, splits=splits, notes=(*data.notes, said))
+
+
+def _choose(classes: Tensor, share: float, seed: int) -> Tensor:
+    """(n,) bool: round(n · share) examples, of class c its share to within one; one at least is left."""
+    if not 0 < share < 1:
+        return torch.zeros(len(classes), dtype=torch.bool)
+    counts = torch.bincount(classes)
+    exact = counts.double() * share
+    quota = exact.floor().long()
+    missing = round(len(classes) * share) - int(quota.sum())
+    largest = torch.argsort(exact - quota, descending=True, stable=True)
+    quota[largest[: max(missing, 0)]] += 1
+    quota = torch.minimum(quota, (counts - 1).clamp(min=0))
+    order = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))
+    by_class = order[torch.argsort(classes[order], stable=True)]
+    rank = torch.arange(len(classes)) - (counts.cumsum(0) - counts)[classes[by_class]]
+    chosen = torch.zeros(len(classes), dtype=torch.bool)
+    chosen[by_class] = rank < quota[classes[by_class]]
+    return chosen
+
+
+def check_fits(
+    data: Data,
+    classes: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    *,
+    images: ImageOptions | None = None,
+    vocabulary: int | None = None,
+) -> None:
+    """Stop where data and network disagree.
+
+    Args:
+        data: the set.
+        classes: the network's outputs; None for a task without classes.
+        shape: of one input as the network takes it, e.g. (3, 32, 32); None where any will do.
+        images: what is done to images on the way (their size may change).
+        vocabulary: the network's tokens; None where it takes no text.
+
+    Raises:
+        MpocError: labels the network has no output for, no labels, inputs of another shape, tokens it lacks.
+    """
+    if classes is not None:
+        _check_classes(data, classes)
+    if shape is not None and data.kind != "text":
+        found = images.output_shape(data.shape) if images and data.kind == "images" else data.shape
+        if found != tuple(shape):
+            taken, given = ("×".join(map(str, sizes)) for sizes in (shape, found))
+            resizable = data.kind == "images" and len(shape) == 3 and found[0] == shape[0]
+            hint = f"resize: --size {shape[1]}x{shape[2]}" if resizable else None
+            raise MpocError(f"{data.path}: examples are {given}, but the network takes {taken}", hint)
+    if vocabulary is not None and data.tokenizer is not None and data.tokenizer.vocab_size > vocabulary:
+        raise MpocError(
+            f"{data.path}: its tokenizer has {data.tokenizer.vocab_size:,} tokens, "
+            f"but the network {vocabulary:,}",
+            "use the tokenizer the network was made with",
+        )
+
+
+def _check_classes(data: Data, classes: int) -> None:
+    for split, examples in data.splits.items():
+        y = examples.y
+        if y is None or y.dtype != torch.int64:
+            what = "no labels" if y is None else "regression targets, not labels"
+            raise MpocError(f"{data.path}: {split} has {what}, but the network has {classes} classes")
+        bad = torch.nonzero(y >= classes).flatten()
+        if len(bad):
+            label, row = int(y[bad[0]]), int(bad[0])
+            if isinstance(examples, Subset):  # what was held out is of the training files too
+                split, row = "train", int(examples.indices[row])
+            raise MpocError(
+                f"{data.path}: label {label} (class {data.classes[label]!r}; {split}, example {row}) "
+                f"is out of range for a network of {classes} classes (0 to {classes - 1})",
+                f"the set has {len(data.classes)} classes: give the network as many",
+            )
+
+
+"""Bytes that are read in all: a set of at most so many is read whole, of each file of a larger one an equal
+share, half at its beginning and half at its end."""
+
+
+def data_fingerprint(path: Path, form: str) -> str:
+    """BLAKE2 over the files of a data set, 16 hexadecimal digits; the name of ``path`` itself is left out.
+
+    Args:
+        path: file or directory.
+        form: its format.
+
+    Raises:
+        MpocError: no such files.
+        OSError: of reading.
+    """
+    files = sorted(_files(path, form))
+    sizes = [file.stat().st_size for file in files]
+    whole = sum(sizes) <= READ_AT_MOST
+    found = hashlib.blake2b(digest_size=8)
+    for file, size in zip(files, sizes, strict=True):
+        name = "" if path.is_file() else file.relative_to(path).as_posix()
+        found.update(repr((name, size)).encode())
+        found.update(_ends(file, size, size if whole else READ_AT_MOST // (2 * len(files))))
+    return found.hexdigest()
+
+
+def _files(path: Path, form: str) -> set[Path]:
+    files = [file for held in files_of(path, form)[0].values() for file in held]
+    if form == "image-folder":
+        return {file for folder in files for held in class_folders(folder).values() for file in held}
+    return set(files) | ({labels_of(file) for file in files} if form == "idx" else set())
+
+
+def _ends(file: Path, size: int, count: int) -> bytes:
+    """The first and the last ``count`` bytes; all, once, where they would meet."""
+    with file.open("rb") as content:
+        if size <= 2 * count:
+            return content.read()
+        first = content.read(count)
+        content.seek(size - count)
+        return first + content.read(count)
 
 
 def open_data(
@@ -54,4 +225,4 @@ def open_data(
     """
     form = recognise(path, format)
     files, notes = files_of(path, form)
-    return _READERS[form](Source(path, files, tuple(notes), size, text, limit))
+    return _READERS[form](DataSource(path, files, tuple(notes), size, text, limit))

@@ -1,5 +1,7 @@
 """The demo's digits, read from the package, as a data file, and the accuracy of a network on them."""
 
+from __future__ import annotations
+
 from importlib import resources
 from pathlib import Path
 

@@ -4,6 +4,8 @@ It is kept in the package so that anyone can see, and repeat, how the carried ne
 Every step is seeded; another PyTorch version or processor may still change the last digits.
 """
 
+from __future__ import annotations
+
 import importlib
 from pathlib import Path
 

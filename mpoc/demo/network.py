@@ -1,5 +1,7 @@
 """The demo's network: small enough to ship, with one large linear map worth compressing."""
 
+from __future__ import annotations
+
 from importlib import resources
 
 import torch

@@ -25,9 +25,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mpoc.forms.planned import planned
-from mpoc.nn.cost import Site, cheapest, split
+from mpoc.nn.cost import Site, cheapest, split_batch
 from mpoc.nn.weight import is_autocast
+from mpoc.tensor_networks.forms.contraction import traced_once
+
+_plan, _split = traced_once(cheapest), traced_once(split_batch)
 
 
 def contract(x: Tensor, cores: Sequence[Tensor], added: Sequence[Tensor] = ()) -> Tensor:
@@ -42,7 +44,7 @@ def contract(x: Tensor, cores: Sequence[Tensor], added: Sequence[Tensor] = ()) -
         (batch, J_1·…·J_n).
     """
     plan = _plan(sites_of(cores), planned_batch(x), x.is_cuda, added[1].shape[0] if added else 0)
-    merged = [merge(cores[first:last]) for first, last in pairwise(plan.cuts)]
+    merged = [merge_cores(cores[first:last]) for first, last in pairwise(plan.cuts)]
     if plan.rebuild:
         parts = [x @ block.T for block in _blocks(merged, added, plan.rows)]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]  # of one, cat makes a copy
@@ -56,7 +58,7 @@ def contract(x: Tensor, cores: Sequence[Tensor], added: Sequence[Tensor] = ()) -
 def _blocks(merged: Sequence[Tensor], added: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
     """Ŵ of one core or of two halves, so many J of the first at a time: (rows·J of the other, ΠI) each."""
     first, *other = merged
-    blocks = (merge((block, *other))[0, :, :, 0] for block in first.split(rows, dim=1))
+    blocks = (merge_cores((block, *other))[0, :, :, 0] for block in first.split(rows, dim=1))
     if not added:
         yield from blocks
         return
@@ -127,12 +129,12 @@ def _pieces_are_cheap(x: Tensor, cores: Sequence[Tensor], trained: bool) -> bool
     return True
 
 
-def merge(cores: Sequence[Tensor]) -> Tensor:
+def merge_cores(cores: Sequence[Tensor]) -> Tensor:
     """Neighbouring cores as one: (D_left, J…, I…, D_right), in the cheapest order."""
     if len(cores) == 1:
         return cores[0]
     cut = _split(sites_of(cores)) if len(cores) > 2 else 1
-    left, right = merge(cores[:cut]), merge(cores[cut:])
+    left, right = merge_cores(cores[:cut]), merge_cores(cores[cut:])
     (a, j, i, b), (_, p, q, c) = left.shape, right.shape
     product = left.reshape(-1, b) @ right.reshape(b, -1)
     return product.view(a, j, i, p, q, c).transpose(2, 3).reshape(a, j * p, i * q, c)
@@ -156,6 +158,3 @@ def is_traced() -> bool:
 def sites_of(cores: Sequence[Tensor]) -> tuple[Site, ...]:
     """The shapes of the cores, as plans know them."""
     return tuple([tuple(core.shape) for core in cores])  # type: ignore[misc]
-
-
-_plan, _split = planned(cheapest), planned(split)

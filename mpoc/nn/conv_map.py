@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 from mpoc.errors import UsageError
-from mpoc.forms.mpo import MPO
-from mpoc.geometry import Geometry, make_geometry
 from mpoc.nn.contract import contract
 from mpoc.nn.weight import CoreWeight, without_autocast
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.geometry import Geometry, make_geometry
 
 
 class MPOConvMap(CoreWeight):

@@ -90,7 +90,7 @@ def merged(sites: tuple[Site, ...], cuts: tuple[int, ...], rates: Rates) -> tupl
 
 
 @cache
-def split(sites: tuple[Site, ...]) -> int:
+def split_batch(sites: tuple[Site, ...]) -> int:
     """Where to divide neighbours that are multiplied together, so that it takes least time."""
     return _merge(sites, CPU)[2]
 

@@ -10,11 +10,11 @@ from itertools import combinations, pairwise
 import torch
 from torch import Tensor, nn
 
-from mpoc.forms.planned import planned
-from mpoc.forms.terms import as_chain, split
-from mpoc.nn.contract import is_traced, merge, planned_batch, sites_of
+from mpoc.nn.contract import is_traced, merge_cores, planned_batch, sites_of
 from mpoc.nn.cost import CPU, GPU, Rates, Site, bandwidth, merged
 from mpoc.nn.weight import CoreWeight, without_autocast
+from mpoc.tensor_networks.forms.contraction import traced_once
+from mpoc.tensor_networks.forms.stored import as_chain, split
 
 _AT_ONCE = 1 << 18  # numbers of core slices gathered at a time
 
@@ -71,7 +71,7 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
     def _rows_of(self, indices: Tensor, cores: Sequence[Tensor]) -> Tensor:
         """Of one chain."""
         cuts = _best_cuts(sites_of(cores), planned_batch(indices), indices.is_cuda)
-        groups = [merge(cores[first:last]) for first, last in pairwise(cuts)]
+        groups = [merge_cores(cores[first:last]) for first, last in pairwise(cuts)]
         at_once = max(1, _AT_ONCE // max([core.numel() // core.shape[1] for core in groups]))
         if is_traced() or indices.shape[0] <= at_once:
             rows = _gather(indices, groups)
@@ -114,4 +114,4 @@ def _seconds(sites: tuple[Site, ...], cuts: tuple[int, ...], count: int, rates: 
     return total
 
 
-_best_cuts = planned(_cheapest)
+_best_cuts = traced_once(_cheapest)

@@ -9,8 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.forms.terms import form_of, split, weight_of
-from mpoc.structure import Structure
+from mpoc.tensor_networks.forms.stored import form_of, split, weight_of
+from mpoc.tensor_networks.structure import Structure
+
+_SIZES = ("ndim", "dim", "size", "stride", "numel", "element_size", "nbytes", "is_floating_point")
+_WRITE_INSTEAD = "change the layer's cores, or make it dense first (mpoc expand)"
+# Python looks operators up in the class, never through __getattr__.
+_READING = (
+    *(
+        "add",
+        "radd",
+        "sub",
+        "rsub",
+        "mul",
+        "rmul",
+        "truediv",
+        "rtruediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "rpow",
+        "matmul",
+        "rmatmul",
+    ),
+    *("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "iter", "contains", "array"),
+)
+_WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")
 
 
 def build_weight(cores: Sequence[Tensor], structure: Structure) -> Tensor:
@@ -188,31 +212,6 @@ class WeightView:
             raise TypeError(f"out= a weight made from cores: {_WRITE_INSTEAD}")
         dense = [_dense(argument) for argument in args]
         return function(*dense, **{key: _dense(value) for key, value in (kwargs or {}).items()})
-
-
-_SIZES = ("ndim", "dim", "size", "stride", "numel", "element_size", "nbytes", "is_floating_point")
-_WRITE_INSTEAD = "change the layer's cores, or make it dense first (mpoc expand)"
-# Python looks operators up in the class, never through __getattr__.
-_READING = (
-    *(
-        "add",
-        "radd",
-        "sub",
-        "rsub",
-        "mul",
-        "rmul",
-        "truediv",
-        "rtruediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "rpow",
-        "matmul",
-        "rmatmul",
-    ),
-    *("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "iter", "contains", "array"),
-)
-_WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")
 
 
 def _operator(name: str) -> Callable[..., Any]:

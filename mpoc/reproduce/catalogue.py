@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mpoc.errors import UsageError, nearest
-from mpoc.reproduce.densenet import DENSENET
-from mpoc.reproduce.digits import FC2, LENET5
-from mpoc.reproduce.experiment import Experiment, Layer, Study, Training
-from mpoc.reproduce.harada import HARADA
-from mpoc.reproduce.mera import MERA
+from mpoc.reproduce.experiment import Experiment, ReplacedLayer, Study, Training
+from mpoc.reproduce.gao2020 import DENSENET, FC2, LENET5, RESNET, VGG16, VGG19
+from mpoc.reproduce.hallam2017 import MERA
+from mpoc.reproduce.harada2022 import HARADA
 from mpoc.reproduce.picogpt import PICOGPT
-from mpoc.reproduce.resnet import RESNET
-from mpoc.reproduce.vgg import VGG16, VGG19
 
 _ALL = (FC2, LENET5, VGG16, VGG19, RESNET, DENSENET, PICOGPT, HARADA, MERA)
 STUDIES = {study.name: study for study in _ALL}
@@ -24,7 +21,7 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # layer → (output
 
 
 @dataclass(frozen=True)
-class Choice:
+class StudyChoice:
     """What is asked for; None: as the study has it."""
 
     variants: tuple[str, ...] = ()
@@ -48,7 +45,7 @@ def find_study(name: str) -> Study:
     return STUDIES[name]
 
 
-def choose(study: Study, choice: Choice) -> list[Experiment]:
+def choose_studies(study: Study, choice: StudyChoice) -> list[Experiment]:
     """The experiments that are asked for, each with its training and bonds.
 
     Raises:
@@ -81,7 +78,7 @@ def _with_bonds(experiment: Experiment, bonds: Sequence[int]) -> Experiment:
     return replace(experiment, bonds=tuple(sorted(set(bonds))), layers=layers)
 
 
-def _training(experiment: Experiment, choice: Choice) -> Training:
+def _training(experiment: Experiment, choice: StudyChoice) -> Training:
     training = experiment.paper_training if choice.paper else experiment.training
     if training is None:
         raise UsageError(f"--paper: the source of {experiment.label} tells no training", "leave it away")
@@ -107,7 +104,7 @@ def _reshaped(experiment: Experiment, words: str, shapes: Shapes) -> Experiment:
     return replace(experiment, label=f"{experiment.label}, {words}", layers=layers, published={})
 
 
-def _reshape(layer: Layer, shapes: Shapes) -> Layer:
+def _reshape(layer: ReplacedLayer, shapes: Shapes) -> ReplacedLayer:
     if layer.name not in shapes:
         return layer
     outputs, inputs = shapes[layer.name]

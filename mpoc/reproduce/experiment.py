@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from mpoc.reproduce.pixels import ORDERS
+from mpoc.reproduce.image_states import ORDERS
 from mpoc.train.settings import Settings
 
 _ORDERS = {**ORDERS, "channels": "channels-first order"}
@@ -16,7 +16,7 @@ GAO = "Gao et al., Phys. Rev. Research 2, 023300 (2020)"
 
 
 @dataclass(frozen=True)
-class Layer:
+class ReplacedLayer:
     """A layer that is replaced, and by what."""
 
     name: str  # of the module in the zoo's network
@@ -26,7 +26,7 @@ class Layer:
     size: tuple[int, ...] = ()  # of a convolution that becomes one whole map: (height, width) of its input
     # In which the cores take the inputs: of pixels.ORDERS, of a square image; or "channels" first.
     order: str = "raster"
-    network: str = "chain"  # of mpoc.wiring.NETWORKS
+    network: str = "chain"  # of mpoc.tensor_networks.topology.TOPOLOGIES
 
     def notation(self, bond: int | None = None) -> str:
         """``fc1 M(4,7,7,4→4,4,4,4)(D)``."""
@@ -89,7 +89,7 @@ class Experiment:
 
     label: str  # of this variant in tables, as "depth 56"
     network: str  # of the zoo, as "resnet:depth=56,width=4"
-    layers: tuple[Layer, ...]
+    layers: tuple[ReplacedLayer, ...]
     bonds: tuple[int, ...]  # the D's; () where every layer has a bond of its own
     training: Training
     paper_training: Training | None  # None: the source has none

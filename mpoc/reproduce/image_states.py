@@ -1,16 +1,98 @@
-"""A stack of tensors as matrix product states, all at once, and what else the same numbers could hold.
+"""Pixels as the index of a chain of sites: an image of side 2ᵐ is a tensor of m indices of 4.
+
+In Morton order an index names a quadrant, from the whole image to single pixels: the coarse-grained addresses
+of Latorre, "Image compression and entanglement", arXiv:quant-ph/0510031.  In raster order, row by row, an
+index is a digit of the pixel's number.  Colour is a site of its own in front, where it needs the smallest
+bonds.
+
+A stack of tensors as matrix product states, all at once, and what else the same numbers could hold.
 
 A state of sites d_1, …, d_m has cores (D_{k-1}, d_k, D_k), D_0 = D_m = 1; a stack has one more axis in front.
 Every tensor of a stack gets the same bonds: the smaller of D and what the unfolding can have.
+
+Images themselves as matrix product states: how few numbers hold them how well.
+
+The outlook of Gao et al. 2020 after Latorre, arXiv:quant-ph/0510031.  Nothing is trained: some images of a
+set become states of two orders of their pixels at several bonds, beside what is usual for as many numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from mpoc.data import Data, open_data
+from mpoc.errors import UsageError
+from mpoc.runtime.device import derived_seed
+from mpoc.runtime.formatting import rounded
+
+ORDERS = {"morton": "Morton order", "raster": "raster order"}  # with what people call them
+
+NAME = "mps-images"
+SOURCE = "outlook of Gao et al. 2020, after Latorre, arXiv:quant-ph/0510031"
+SCHEMA = "mpoc.image-states/1"
+BONDS = (1, 2, 3, 4, 6, 8, 12, 16)
+_IMAGES, _QUICK_IMAGES = 1000, 100
+_AT_ONCE = 250  # images of a stack
+# Of 8-bit pixels: an error below that of rounding to them counts as that, 58.9 dB, else exact images would
+# make every mean infinite.
+_ROUNDING = 1 / (12 * 255**2)
+
+
+def to_sites(x: Tensor, order: str) -> Tensor:
+    """Images → tensors of their sites.
+
+    Args:
+        x: (n, C, H, W); black rows and columns are added on all sides to the next 2ᵐ × 2ᵐ.
+        order: one of ``ORDERS``.
+
+    Returns:
+        (n, 4, …, 4) of m sites, or (n, C, 4, …, 4) of colour images.
+    """
+    n, channels, height, width = x.shape
+    depth, (top, left) = _depth(height, width), _margins(height, width)
+    side = 1 << depth
+    bits = pad(x, (left, side - width - left, top, side - height - top))
+    bits = bits.reshape(n, channels, *(2,) * (2 * depth))
+    if order == "morton":
+        bits = bits.permute(_interleaving(depth))
+    sites = bits.reshape(n, channels, *(4,) * depth)
+    return sites[:, 0] if channels == 1 else sites
+
+
+def from_sites(sites: Tensor, order: str, shape: tuple[int, int, int]) -> Tensor:
+    """The inverse of :func:`to_sites`: (n, C, H, W) with ``shape`` (C, H, W), without what was added."""
+    channels, height, width = shape
+    depth, (top, left) = _depth(height, width), _margins(height, width)
+    bits = sites.reshape(-1, channels, *(2,) * (2 * depth))
+    if order == "morton":
+        axes = _interleaving(depth)
+        bits = bits.permute([axes.index(axis) for axis in range(len(axes))])
+    images = bits.reshape(-1, channels, 1 << depth, 1 << depth)
+    return images[:, :, top : top + height, left : left + width]
+
+
+def _depth(height: int, width: int) -> int:
+    """The smallest m with 2ᵐ × 2ᵐ pixels for the image, at least 1."""
+    return max(1, (max(height, width) - 1).bit_length())
+
+
+def _margins(height: int, width: int) -> tuple[int, int]:
+    """Rows above and columns left of the image."""
+    side = 1 << _depth(height, width)
+    return (side - height) // 2, (side - width) // 2
+
+
+def _interleaving(depth: int) -> list[int]:
+    """The permutation of (n, C, row bits, column bits) that pairs row bit k with column bit k."""
+    return [0, 1, *(axis for k in range(depth) for axis in (2 + k, 2 + depth + k))]
 
 
 def tt_svd_stack(tensors: Tensor, max_bond: int) -> list[Tensor]:
@@ -94,3 +176,151 @@ def _cosines(size: int) -> Tensor:
     matrix = torch.cos(math.pi / size * k[:, None] * (k + 0.5)) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
     return matrix
+
+
+@dataclass(frozen=True)
+class ImageStatesRequest:
+    """What is asked for."""
+
+    data: Path
+    bonds: tuple[int, ...] = BONDS
+    seed: int = 0
+    quick: bool = False
+    format: str | None = None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Peak signal-to-noise of some images at one number of stored numbers each."""
+
+    numbers: int  # of an image
+    kept: int  # bond, rank or coefficients
+    decibels: float  # mean over the images of 10 log₁₀(1/mean squared error)
+    sigma: float  # over the images
+    of_mean_error: float  # 10 log₁₀(1/mean squared error of all images)
+
+
+@dataclass(frozen=True)
+class ImageStates:
+    """What was found."""
+
+    data: Data
+    split: str
+    images: Tensor  # (n, C, H, W) float64 from 0 to 1
+    states: dict[str, tuple[Quality, ...]]  # by order, one a bond
+    peers: dict[str, tuple[Quality, ...]]  # by method, each the best of it that the same numbers hold
+    entropies: dict[str, tuple[float, ...]]  # by order, mean over the images at every bond
+    quick: bool
+
+    @property
+    def pixels(self) -> int:
+        """Numbers of an image as it is."""
+        return self.images[0].numel()
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``; README documents it."""
+        return {
+            "schema": SCHEMA,
+            "experiment": NAME,
+            "source": SOURCE,
+            "data": self.data.announce(),
+            "measured": self.split,
+            "images": len(self.images),
+            "numbers_of_an_image": self.pixels,
+            "quick": self.quick,
+            "states": {name: [_as_dict(at) for at in found] for name, found in self.states.items()},
+            "peers": {name: [_as_dict(at) for at in found] for name, found in self.peers.items()},
+            "entropies": {name: list(map(rounded, found)) for name, found in self.entropies.items()},
+        }
+
+
+def _as_dict(at: Quality) -> dict[str, float]:
+    found = {name: rounded(getattr(at, name)) for name in ("decibels", "sigma", "of_mean_error")}
+    return {"numbers": at.numbers, "kept": at.kept, **found}
+
+
+def measure_images(request: ImageStatesRequest, say: Callable[[str], None]) -> ImageStates:
+    """Make the states, and measure them and their peers.
+
+    Args:
+        request: what.
+        say: gets messages.
+
+    Raises:
+        UsageError: no images, or a bond below 1.
+        MpocError: bad data.
+    """
+    if min(request.bonds, default=0) < 1:
+        raise UsageError("--bonds: one at least, each at least 1")
+    data = open_data(request.data, request.format)
+    if data.kind != "images":
+        raise UsageError(f"{request.data}: {NAME} takes images, not {data.announce().partition(': ')[2]}")
+    say(data.announce())
+    split, x = _images(data, request)
+    bonds = tuple(sorted(set(request.bonds)))
+    states = {order: tuple(_quality(x, order, bond) for bond in bonds) for order in ORDERS}
+    sizes = [at.numbers for at in states["morton"]]
+    means = {order: tuple(_entropies(x, order).mean(0).tolist()) for order in ORDERS}
+    return ImageStates(data, split, x, states, _peers(x, sizes), means, request.quick)
+
+
+def approximate(x: Tensor, order: str, bond: int) -> tuple[Tensor, int]:
+    """Images through states at one bond.
+
+    Args:
+        x: (n, C, H, W).
+        order: of the pixels.
+        bond: cap on every D_k.
+
+    Returns:
+        The same shape, and the numbers of one state.
+    """
+    shape = (x.shape[1], x.shape[2], x.shape[3])
+    cores = tt_svd_stack(to_sites(x, order), bond)
+    return from_sites(contract_stack(cores), order, shape), sum(core[0].numel() for core in cores)
+
+
+def _images(data: Data, request: ImageStatesRequest) -> tuple[str, Tensor]:
+    """A seeded choice of the test images, or of the only split's."""
+    split = "test" if "test" in data.splits else next(iter(data.splits))
+    examples = data.splits[split]
+    generator = torch.Generator().manual_seed(derived_seed(request.seed, NAME))
+    count = _QUICK_IMAGES if request.quick else _IMAGES
+    chosen = torch.randperm(len(examples), generator=generator)[:count]
+    return split, examples.batch(chosen)["x"].double() / 255
+
+
+def _quality(x: Tensor, order: str, bond: int) -> Quality:
+    errors, numbers = [], 0
+    for part in x.split(_AT_ONCE):
+        image, numbers = approximate(part, order, bond)
+        errors.append((image - part).square().flatten(1).mean(1))
+    return _decibels(numbers, bond, torch.cat(errors))
+
+
+def _entropies(x: Tensor, order: str) -> Tensor:
+    return torch.cat([entropies(to_sites(part, order)) for part in x.split(_AT_ONCE)])
+
+
+def _peers(x: Tensor, sizes: list[int]) -> dict[str, tuple[Quality, ...]]:
+    """What each method makes of the images in at most so many numbers.
+
+    A rank costs a column and a row; a coefficient at a place of its own costs its value and its place, at a
+    place common to all images its value.
+    """
+    pixels, rank = x[0].numel(), x.shape[1] * x.shape[2] + x.shape[3]
+    own, common = cosine_errors(x)
+    methods = {"svd": (low_rank_errors(x), rank), "dct-own": (own, 2), "dct-common": (common, 1)}
+    found: dict[str, tuple[Quality, ...]] = {}
+    for name, (errors, cost) in methods.items():
+        kept = [min(size // cost, errors.shape[1] - 1) for size in sizes]
+        found[name] = tuple(_decibels(k * cost, k, errors[:, k] / pixels) for k in kept)
+    return found
+
+
+def _decibels(numbers: int, kept: int, errors: Tensor) -> Quality:
+    """Of mean squared errors (n,), one an image."""
+    errors = errors.clamp(min=_ROUNDING)
+    each = -10 * errors.log10()
+    sigma = float(each.std()) if len(each) > 1 else 0.0
+    return Quality(numbers, kept, float(each.mean()), sigma, float(-10 * errors.mean().log10()))

@@ -12,21 +12,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mpoc import zoo
 from mpoc.errors import UsageError
-from mpoc.fit.conv_map import fit_conv_map
-from mpoc.fit.orthogonal import orthogonal_cores
-from mpoc.fit.ttsvd import tt_svd
-from mpoc.forms.form import Form
-from mpoc.forms.mpo import MPO, rank_within
-from mpoc.forms.terms import form_of
+from mpoc.models import zoo
+from mpoc.models.zoo.mera_cnn import FEATURES
 from mpoc.nn import adopt
 from mpoc.nn.conv_map import geometry_of
-from mpoc.orders import Order, permutation
-from mpoc.reproduce.experiment import Experiment, Layer
-from mpoc.structure import Structure
-from mpoc.train.settings import derived_seed
-from mpoc.zoo.mera_cnn import FEATURES
+from mpoc.reproduce.experiment import Experiment, ReplacedLayer
+from mpoc.runtime.device import derived_seed
+from mpoc.tensor_networks.factors import InputOrder, permutation
+from mpoc.tensor_networks.fit.conv_map import fit_conv_map
+from mpoc.tensor_networks.fit.mera import orthogonal_cores
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.mpo import MPO, rank_within
+from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.structure import Structure
 
 STARTS = ("ttsvd", "random")
 FULL_BOND = 1 << 30  # no cap
@@ -37,7 +37,7 @@ def nominal_bonds(sites: int, bond: int) -> tuple[int, ...]:
     return (1, *(bond,) * (sites - 1), 1)
 
 
-def layer_structure(network: nn.Module, layer: Layer) -> Structure:
+def layer_structure(network: nn.Module, layer: ReplacedLayer) -> Structure:
     """The structure of a layer that is to be replaced.
 
     Raises:
@@ -63,7 +63,7 @@ def layer_structure(network: nn.Module, layer: Layer) -> Structure:
     return structure
 
 
-def _order(layer: Layer, inputs: int) -> Order:
+def _order(layer: ReplacedLayer, inputs: int) -> InputOrder:
     """Of its inputs, as a structure has it."""
     if layer.order == "channels":
         return channel_order(*FEATURES)
@@ -100,7 +100,9 @@ def num_cores_parameters(structure: Structure, bond: int) -> int:
     return structure.num_parameters(bond)
 
 
-def compress(network: nn.Module, layers: Sequence[Layer], bond: int, start: str, seed: int) -> nn.Module:
+def replace_layers(
+    network: nn.Module, layers: Sequence[ReplacedLayer], bond: int, start: str, seed: int
+) -> nn.Module:
     """Put cores in the place of the layers' weights.
 
     Args:
@@ -128,7 +130,7 @@ def compress(network: nn.Module, layers: Sequence[Layer], bond: int, start: str,
     return network
 
 
-def core_forms(network: nn.Module, layers: Sequence[Layer]) -> dict[str, Form]:
+def core_forms(network: nn.Module, layers: Sequence[ReplacedLayer]) -> dict[str, Form]:
     """The replaced layers' cores as they are, on the CPU, by layer."""
     modules = {layer.name: network.get_submodule(layer.name) for layer in layers}
     return {
@@ -137,7 +139,7 @@ def core_forms(network: nn.Module, layers: Sequence[Layer]) -> dict[str, Form]:
     }
 
 
-def choose_bonds(network: nn.Module, layers: Sequence[Layer], discard: float) -> None:
+def choose_bonds(network: nn.Module, layers: Sequence[ReplacedLayer], discard: float) -> None:
     """Cut every bond of the layers' cores to what their own Schmidt spectra ask for; in place."""
     for name, form in core_forms(network, layers).items():
         assert isinstance(form, MPO)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mpoc.reproduce.experiment import Experiment, Layer, Published, Study, Training
+from mpoc.reproduce.experiment import Experiment, Published, ReplacedLayer, Study, Training
 from mpoc.train.settings import Settings
 
 _SOURCE = "arXiv:2603.28534"
@@ -20,17 +20,21 @@ _WIDE, _NARROW = (8, 8, 8), (4, 4, 8)  # 512 and 128
 PARAMETERS = {0: 808_448, 4: 42_336, 8: 79_168, 16: 177_408, 32: 472_192}  # of the whole network; 0: dense
 
 
-def _layers() -> tuple[Layer, ...]:
-    found: list[Layer] = []
-    for k in range(4):
-        names = (f"layers.{k}.attention.{name}" for name in ("query", "key", "value", "out"))
-        found += [Layer(name, _SQUARE, _SQUARE) for name in names]
-        found += [Layer(f"layers.{k}.up", _NARROW, _WIDE), Layer(f"layers.{k}.down", _WIDE, _NARROW)]
-    return (*found, Layer("head", _SQUARE, (5, 13)))
-
-
 _PAPER = Settings(steps=2000, batch=32, optimizer="adamw", lr=3e-4, weight_decay=0.01, schedule="constant")
 _OURS = replace(_PAPER, lr=2e-3, schedule="cosine", warmup=0.05, clip=1.0, eval_every=250)
+
+
+def _layers() -> tuple[ReplacedLayer, ...]:
+    found: list[ReplacedLayer] = []
+    for k in range(4):
+        names = (f"layers.{k}.attention.{name}" for name in ("query", "key", "value", "out"))
+        found += [ReplacedLayer(name, _SQUARE, _SQUARE) for name in names]
+        found += [
+            ReplacedLayer(f"layers.{k}.up", _NARROW, _WIDE),
+            ReplacedLayer(f"layers.{k}.down", _WIDE, _NARROW),
+        ]
+    return (*found, ReplacedLayer("head", _SQUARE, (5, 13)))
+
 
 _PICOGPT = Experiment(
     label="PicoGPT",

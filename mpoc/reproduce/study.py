@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from mpoc.errors import UsageError, nearest
-from mpoc.processes import num_processes
-from mpoc.reproduce.catalogue import Choice, choose, find_study
-from mpoc.reproduce.cell import DENSE, Cell, Key, dense_sizes, run_cell
-from mpoc.reproduce.compression import baseline_counts, counts
+from mpoc.reproduce.catalogue import StudyChoice, choose_studies, find_study
 from mpoc.reproduce.experiment import Experiment, Published, Study
-from mpoc.reproduce.material import QUICK_STEPS, Material, open_material, shortened
+from mpoc.reproduce.hallam2017 import baseline_counts, counts
 from mpoc.reproduce.networks import STARTS, check_structures
-from mpoc.reproduce.store import Result, Store
-from mpoc.train.watch import Told, short
+from mpoc.reproduce.paper_data import QUICK_STEPS, PaperData, open_paper_data, shortened_data
+from mpoc.reproduce.run import DENSE, Cell, Key, Result, Store, dense_sizes, run_cell
+from mpoc.runtime.distributed import num_processes
+from mpoc.runtime.formatting import rounded
+from mpoc.train.monitor import TrainingEvent
 
 SCHEMA = "mpoc.reproduction/1"
 
 
 @dataclass(frozen=True)
-class Request:
+class StudyRequest:
     """What is asked for."""
 
     name: str
     data: Path
     output: Path
-    choice: Choice = field(default_factory=Choice)
+    choice: StudyChoice = field(default_factory=StudyChoice)
     starts: tuple[str, ...] = STARTS
     runs: int = 1
     seed: int = 0
@@ -87,7 +87,7 @@ class Reproduction:
     """What was found."""
 
     study: Study
-    material: Material
+    material: PaperData
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
     quick: bool
@@ -118,12 +118,12 @@ def _row_dict(study: Study, row: Row) -> dict[str, Any]:
         "parameters": row.parameters,
         "parameters_replaced_before": row.original,
         "parameters_replaced_after": row.replaced,
-        "rho": short(row.rho),
+        "rho": rounded(row.rho),
     }
     for name in ("start", "final", "best", "seconds"):
         mean, sigma = row.mean(name)
         key = "accuracy_before_training" if name == "start" else name
-        found[key] = {"mean": short(mean), "sigma": None if sigma is None else short(sigma)}
+        found[key] = {"mean": rounded(mean), "sigma": None if sigma is None else rounded(sigma)}
     if study.baseline:
         own = counts(study, row.experiment.network, row.parameters)
         found["as_counted_there"] = {**asdict(own), "compression": list(own.of(baseline_counts(study)))}
@@ -132,8 +132,8 @@ def _row_dict(study: Study, row: Row) -> dict[str, Any]:
     return found
 
 
-def reproduce(
-    request: Request, say: Callable[[str], None], told: Callable[[Told], None] | None = None
+def run_study(
+    request: StudyRequest, say: Callable[[str], None], told: Callable[[TrainingEvent], None] | None = None
 ) -> Reproduction:
     """Train what is missing of a study, and put its numbers together.
 
@@ -179,7 +179,7 @@ def reproduce(
     return Reproduction(study, material, tuple(rows), seeds, request.quick)
 
 
-def _check(request: Request) -> None:
+def _check(request: StudyRequest) -> None:
     for start in request.starts:
         if start not in STARTS:
             raise UsageError(f"--starts {start}: unknown{nearest(start, STARTS)}", ",".join(STARTS))
@@ -191,18 +191,18 @@ def _check(request: Request) -> None:
         raise UsageError("reproduce runs in one process", "several commands, each with its --seed and -o")
 
 
-def _open(request: Request, study: Study) -> tuple[list[Experiment], Material]:
+def _open(request: StudyRequest, study: Study) -> tuple[list[Experiment], PaperData]:
     """The experiments, whose structures fit, and their data; both made small where it must be quick."""
-    experiments = choose(study, request.choice)
+    experiments = choose_studies(study, request.choice)
     for experiment in experiments:
         check_structures(experiment)
     if not request.held_out and any(one.training.settings.patience for one in experiments):
         raise UsageError("--hold-out 0: a validation split ends these trainings", "--hold-out 0.1")
     network = experiments[0].network
-    material = open_material(request.data, network, request.format, request.held_out, request.seed)
+    material = open_paper_data(request.data, network, request.format, request.held_out, request.seed)
     if not request.quick:
         return experiments, material
-    small = shortened(material, study.quick_batch, request.seed)
+    small = shortened_data(material, study.quick_batch, request.seed)
     return [_quick(experiment, study) for experiment in experiments], small
 
 
@@ -227,10 +227,10 @@ def _cells(experiments: list[Experiment], starts: tuple[str, ...], seed: int) ->
 
 def _result(
     cell: Cell,
-    material: Material,
+    material: PaperData,
     store: Store,
     device: str,
-    told: Callable[[Told], None] | None,
+    told: Callable[[TrainingEvent], None] | None,
     say: Callable[[str], None],
     origins: list[dict[str, Any]],
     place: str,
@@ -252,7 +252,7 @@ def _result(
 
 
 def _weights(
-    cell: Cell, material: Material, store: Store, device: str, told: Callable[[Told], None] | None
+    cell: Cell, material: PaperData, store: Store, device: str, told: Callable[[TrainingEvent], None] | None
 ) -> dict[str, Any]:
     """Of a trained network that has no origin; trained again where they are not in the store."""
     identity = cell.identity(material)

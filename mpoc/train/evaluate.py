@@ -1,4 +1,7 @@
-"""Measure a network on a split: by its task, against a reference, and by the clock."""
+"""Before step 1: does the network take the data, and does the task take what it gives?
+
+Measure a network on a split: by its task, against a reference, and by the clock.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +15,65 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.train.call import Batch, Call, first_output, has_logits, rows, to_device
-from mpoc.train.distill import kl_of_rows
-from mpoc.train.feed import Feed
-from mpoc.train.order import cut
-from mpoc.train.probe import try_call
-from mpoc.train.settings import derived_seed
+from mpoc.models.call import Batch, Call, first_output, has_logits, rows, to_device
+from mpoc.runtime.device import derived_seed
+from mpoc.train.distillation import kl_of_rows
+from mpoc.train.loader import BatchLoader, cut
 from mpoc.train.tasks import Scores, Task
 
 _LATENCY_SECONDS = 1.0  # spent on each measurement of a latency
 _WARM_UP = 3  # calls
+
+
+def probe(network: nn.Module, task: Task, feed: BatchLoader, device: torch.device) -> set[str]:
+    """Run two examples through ``network`` and back, in evaluation mode; nothing is changed.
+
+    Returns:
+        Names of the trained parameters that the loss does not depend on.
+
+    Raises:
+        UsageError: the network does not take such a batch, or the task does not take its outputs.
+    """
+    generator = torch.Generator().manual_seed(derived_seed("probe"))
+    indices = torch.arange(min(2, len(feed)))
+    batch = to_device(task.prepare(feed.read(indices, generator), generator), device)
+    was_training = network.training
+    network.eval()
+    outputs = try_call(Call.of(network, task.hidden), network, batch)
+    with torch.no_grad():
+        task.check(outputs, batch)
+    task.loss(outputs, batch).backward()
+    unused = {n for n, p in network.named_parameters() if p.requires_grad and p.grad is None}
+    for parameter in network.parameters():
+        parameter.grad = None
+    network.train(was_training)
+    return unused
+
+
+def try_call(call: Call, network: nn.Module, batch: Batch) -> Any:
+    """What the network gives, or a message where it does not take the batch.
+
+    Raises:
+        UsageError: it does not.
+    """
+    try:
+        return call(network, batch)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if "out of memory" in str(error).lower():
+            raise
+        raise UsageError(f"the network does not take {_shapes(batch)}: {_first_line(error)}") from error
+
+
+def _shapes(batch: Batch) -> str:
+    given = {n: v for n, v in batch.items() if n not in ("y", "labels")}
+    return ", ".join(
+        f"{name} of shape {tuple(values.shape)} {str(values.dtype).removeprefix('torch.')}"
+        for name, values in given.items()
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True)
@@ -40,7 +92,7 @@ class Evaluation:
 def evaluate(
     network: nn.Module,
     task: Task,
-    feed: Feed,
+    feed: BatchLoader,
     batch: int,
     device: torch.device,
     call: Call | None = None,
@@ -112,7 +164,7 @@ def _over_processes(totals: dict[str, Tensor], count: int, accelerator: Any) -> 
 
 @torch.no_grad()
 def fidelity(
-    network: nn.Module, reference: nn.Module, feed: Feed, batch: int, device: torch.device
+    network: nn.Module, reference: nn.Module, feed: BatchLoader, batch: int, device: torch.device
 ) -> Evaluation:
     """How near the outputs of ``network`` are to those of ``reference``, both on ``device``.
 

@@ -1,38 +1,60 @@
-"""``mpoc finetune`` from file to file: open, check, train, measure, write; top to bottom."""
+"""No file that a training reads, and no other that it writes, is replaced, ``--force`` or not.
+
+``mpoc finetune`` from file to file: open, check, train, measure, write; top to bottom.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mpoc.data.recognise import is_data
 from mpoc.errors import UsageError
-from mpoc.hub_directory import left_behind
-from mpoc.manifest import Manifest
-from mpoc.processes import is_main
-from mpoc.train.choose import choose_task
-from mpoc.train.collisions import refuse_collisions
-from mpoc.train.curves import draw_curves, refuse_unknown_picture
+from mpoc.io.atomic import refuse_existing, refuse_misnamed, staged
+from mpoc.io.hub_directory import left_behind
+from mpoc.io.manifest import Manifest
+from mpoc.models.loading import Model, open_beside, open_model
+from mpoc.reporting.plots import draw_curves, refuse_unknown_picture
+from mpoc.runtime.distributed import is_main
+from mpoc.runtime.signals import Interrupted
 from mpoc.train.engine import describe, make_accelerator
 from mpoc.train.evaluate import evaluate
-from mpoc.train.history import data_record, make_history
-from mpoc.train.log import Log, read_log
-from mpoc.train.loop import train
-from mpoc.train.losses import DivergedError
-from mpoc.train.material import DataOptions, Material, monitored_split, open_material
-from mpoc.train.model import Model, open_beside, open_model
-from mpoc.train.result import default_tuned_output, round_to_stored, write_tuned
+from mpoc.train.loop import DivergedError, train
+from mpoc.train.monitor import Outcome, TrainingEvent, TrainingLog, TrainingMonitor, read_log
+from mpoc.train.output import data_record, default_tuned_output, make_history, round_to_stored, write_tuned
 from mpoc.train.settings import Settings
-from mpoc.train.state import Keeper, Saved
-from mpoc.train.stop import Interrupted
+from mpoc.train.task_choice import infer_task
 from mpoc.train.tasks import Task
-from mpoc.train.watch import Outcome, Told, Watch
-from mpoc.writer import refuse_existing, refuse_misnamed, staged
+from mpoc.train.training_checkpoint import CheckpointKeeper, SavedTraining
+from mpoc.train.training_data import DataOptions, TrainingData, monitored_split, open_training_data
+
+
+def refuse_collisions(written: Iterable[Path], read: Iterable[Path], data: DataOptions) -> None:
+    """Check the names of all files before any work.
+
+    Args:
+        written: files and directories.
+        read: files and directories.
+        data: the set, which is read too; other files may be written into its folder.
+
+    Raises:
+        UsageError: one would be written over.
+    """
+    inputs = {path.resolve() for path in (*read, data.path)}
+    taken: set[Path] = set()
+    for file in written:
+        target = file.resolve()
+        if target in inputs or (file.exists() and is_data(file, data.path, data.format)):
+            raise UsageError(f"{file}: would write over or into an input", "choose another name")
+        if target in taken:
+            raise UsageError(f"{file}: written twice", "choose another name")
+        taken.add(target)
 
 
 @dataclass(frozen=True)
-class Request:
+class FinetuneRequest:
     """What is asked for."""
 
     source: Path
@@ -85,9 +107,9 @@ class Finetuned:
 
 
 def finetune(
-    request: Request,
+    request: FinetuneRequest,
     say: Callable[[str], None] = lambda text: None,
-    told: Callable[[Told], None] | None = None,
+    told: Callable[[TrainingEvent], None] | None = None,
 ) -> Finetuned:
     """Train the network of a file on a data set and write it as a file like it.
 
@@ -106,23 +128,25 @@ def finetune(
     if is_main():
         _check(request)
     model = open_model(request.source, request.arch)
-    material = open_material(request.data, model, request.settings.seed, request.settings.keeps_best)
+    material = open_training_data(request.data, model, request.settings.seed, request.settings.keeps_best)
     if "train" not in material.data.splits:
         raise UsageError(f"{material.data.path}: no training split, only {', '.join(material.data.splits)}")
     if request.settings.keeps_best and "validation" not in material.data.splits:
         raise UsageError("the best weights are chosen on a validation split, and there is none", "--hold-out")
     _announce(model, material, say)
     task = _task(request, model, material)
-    keeper = Keeper(request.checkpoint, _identity(request, model, material, task))
+    keeper = CheckpointKeeper(request.checkpoint, _identity(request, model, material, task))
     saved = keeper.load() if request.resume and keeper.path.exists() else None
     if request.resume:
         at = f"going on from step {saved.progress.step:,}" if saved else "no checkpoint, from the start"
         say(f"{keeper.path}: {at}")
     if saved is not None:
         keeper.extra = saved.extra
-    log = Log(request.log_file if is_main() else None, keeper.extra.get("log", 0))
+    log = TrainingLog(request.log_file if is_main() else None, keeper.extra.get("log", 0))
     try:
-        done = _train_all(request, model, material, task, keeper, saved, Watch(log, keeper), say, told)
+        done = _train_all(
+            request, model, material, task, keeper, saved, TrainingMonitor(log, keeper), say, told
+        )
     except BaseException as error:
         log.close()
         _tidy(request, keeper, error)
@@ -134,7 +158,7 @@ def finetune(
     return done
 
 
-def _check(request: Request) -> None:
+def _check(request: FinetuneRequest) -> None:
     """All that can be said before anything is opened; the main process does it, which is to write."""
     if request.runs < 1:
         raise UsageError(f"--runs {request.runs}: must be at least 1")
@@ -156,7 +180,7 @@ def _check(request: Request) -> None:
     refuse_collisions(filter(None, written), filter(None, read), request.data)
 
 
-def _announce(model: Model, material: Material, say: Callable[[str], None]) -> None:
+def _announce(model: Model, material: TrainingData, say: Callable[[str], None]) -> None:
     say(material.data.announce())
     notes = [*material.data.notes, *model.notes]
     if model.stored.is_directory:
@@ -165,19 +189,19 @@ def _announce(model: Model, material: Material, say: Callable[[str], None]) -> N
         say(f"note: {note}")
 
 
-def _task(request: Request, model: Model, material: Material) -> Task:
+def _task(request: FinetuneRequest, model: Model, material: TrainingData) -> Task:
     teacher = None
     if request.teacher is not None:
         if request.teacher_arch is None:
             teacher = open_beside(request.teacher, model.architecture).network
         else:
             teacher = open_model(request.teacher, request.teacher_arch).network
-    return choose_task(
+    return infer_task(
         request.task, material, model.network, teacher, request.temperature, request.hidden_weight
     )
 
 
-def _identity(request: Request, model: Model, material: Material, task: Task) -> dict[str, Any]:
+def _identity(request: FinetuneRequest, model: Model, material: TrainingData, task: Task) -> dict[str, Any]:
     """What a checkpoint must share with the training that goes on from it."""
     images = material.images.as_dict() if material.data.kind == "images" else {}
     tokenizer = material.data.tokenizer and material.data.tokenizer.state()
@@ -192,15 +216,15 @@ def _identity(request: Request, model: Model, material: Material, task: Task) ->
 
 
 def _train_all(
-    request: Request,
+    request: FinetuneRequest,
     model: Model,
-    material: Material,
+    material: TrainingData,
     task: Task,
-    keeper: Keeper,
-    saved: Saved | None,
-    watch: Watch,
+    keeper: CheckpointKeeper,
+    saved: SavedTraining | None,
+    watch: TrainingMonitor,
     say: Callable[[str], None],
-    told: Callable[[Told], None] | None,
+    told: Callable[[TrainingEvent], None] | None,
 ) -> Finetuned:
     """All runs; the last has the seed that was asked for, and is the one that is written."""
     watch.save_seconds, watch.save_steps, watch.told = request.save_seconds, request.save_steps, told
@@ -228,13 +252,13 @@ def _train_all(
 
 
 def _one_run(
-    request: Request,
+    request: FinetuneRequest,
     model: Model,
-    material: Material,
+    material: TrainingData,
     task: Task,
     seed: int,
-    watch: Watch,
-    saved: Saved | None,
+    watch: TrainingMonitor,
+    saved: SavedTraining | None,
     say: Callable[[str], None],
 ) -> tuple[Outcome, dict[str, Any]]:
     """Train once; the outcome and the scores that count: on test where there is one."""
@@ -262,7 +286,7 @@ def _one_run(
     return outcome, scores
 
 
-def _tidy(request: Request, keeper: Keeper, error: BaseException) -> None:
+def _tidy(request: FinetuneRequest, keeper: CheckpointKeeper, error: BaseException) -> None:
     """After a failure: what a resume needs stays, nothing else."""
     if not is_main() or isinstance(error, Interrupted):
         return

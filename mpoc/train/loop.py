@@ -1,4 +1,6 @@
-"""The training loop, on accelerate: one process or many, any device, exact to resume.
+"""The losses of steps that nobody has looked at yet: looking makes a GPU wait.
+
+The training loop, on accelerate: one process or many, any device, exact to resume.
 
 A step takes the same examples for any number of processes and parts, and its gradient is that of the mean
 loss over all of them: sums are divided by the count over everything, not averaged share by share.
@@ -9,40 +11,97 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpoc.errors import UsageError
-from mpoc.train.call import Call, to_device
-from mpoc.train.engine import make_accelerator, seed_generators
+from mpoc.errors import MpocError, UsageError
+from mpoc.models.call import Call, to_device
+from mpoc.runtime.device import derived_seed
+from mpoc.runtime.formatting import rounded
+from mpoc.runtime.signals import Interrupted, StopSignals
+from mpoc.train.engine import (
+    learning_rate,
+    make_accelerator,
+    prepare_training,
+    seed_generators,
+    set_learning_rate,
+)
 from mpoc.train.evaluate import Evaluation, evaluate
-from mpoc.train.feed import Feed, Reader
-from mpoc.train.losses import Losses
-from mpoc.train.order import Order
-from mpoc.train.prepare import prepare
-from mpoc.train.schedule import learning_rate, set_learning_rate
-from mpoc.train.settings import Settings, derived_seed
-from mpoc.train.state import Progress, Saved, gather, scatter, set_weights, whole_weights
-from mpoc.train.stop import Interrupted, StopSignals
+from mpoc.train.loader import BatchLoader, BatchReader, ExampleOrder
+from mpoc.train.monitor import Outcome, TrainingEvent, TrainingMonitor
+from mpoc.train.settings import Settings
 from mpoc.train.tasks import Scores, Task
-from mpoc.train.watch import Outcome, Told, Watch, short
+from mpoc.train.training_checkpoint import (
+    SavedTraining,
+    TrainingProgress,
+    gather,
+    scatter,
+    set_weights,
+    whole_weights,
+)
 
 _TELL_EVERY = 0.5  # seconds; looking at the loss makes a GPU wait
 _MOST_UNSEEN = 500  # steps between two looks at the loss
 
 
+class DivergedError(MpocError):
+    """The loss is not finite."""
+
+
+class Losses:
+    """Of one step after another."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] = []  # of this process
+        self._counts: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def add(self, summed: Tensor, count: int) -> None:
+        """Those of one step: this process's sum (scalar), and how many all processes have together."""
+        self._sums.append(summed)
+        self._counts.append(count)
+
+    def take(self, accelerator: Any, step: int, lr: Callable[[int], float]) -> list[float]:
+        """The mean loss of each step, and forget them.
+
+        Args:
+            accelerator: of :func:`mpoc.train.engine.make_accelerator`.
+            step: how many steps are done.
+            lr: the learning rate of a step, counted from 0.
+
+        Raises:
+            DivergedError: one is not finite: with its step, learning rate and a hint.
+        """
+        sums = torch.stack(self._sums)
+        if accelerator.num_processes > 1:
+            sums = accelerator.reduce(sums, "sum")
+        means = [summed / count for summed, count in zip(sums.tolist(), self._counts, strict=True)]
+        for k, loss in enumerate(means, start=step - len(means)):
+            if not math.isfinite(loss):
+                what = "nan" if math.isnan(loss) else "infinite"
+                raise DivergedError(
+                    f"the loss is {what} at step {k + 1} (learning rate {lr(k):.3g})",
+                    "a smaller --lr, --warmup 0.1, or --clip 1",
+                )
+        self._sums, self._counts = [], []
+        return means
+
+
 def train(
     network: nn.Module,
     task: Task,
-    feed: Feed,
+    feed: BatchLoader,
     settings: Settings,
-    validation: Feed | None = None,
-    watch: Watch | None = None,
+    validation: BatchLoader | None = None,
+    watch: TrainingMonitor | None = None,
     accelerator: Any = None,
-    resume: Saved | None = None,
+    resume: SavedTraining | None = None,
 ) -> Outcome:
     """Train ``network`` in place.
 
@@ -63,7 +122,7 @@ def train(
     """
     settings.check()
     accelerator = accelerator or make_accelerator("auto", settings.precision)
-    trainer = _Trainer(network, task, feed, settings, validation, watch or Watch(), accelerator)
+    trainer = _Trainer(network, task, feed, settings, validation, watch or TrainingMonitor(), accelerator)
     try:
         with warnings.catch_warnings():
             # Of the gradients of cores with sizes of 1, whose strides there mean nothing.
@@ -80,10 +139,10 @@ class _Trainer:
         self,
         network: nn.Module,
         task: Task,
-        feed: Feed,
+        feed: BatchLoader,
         settings: Settings,
-        validation: Feed | None,
-        watch: Watch,
+        validation: BatchLoader | None,
+        watch: TrainingMonitor,
         accelerator: Any,
     ) -> None:
         if settings.keeps_best and validation is None:
@@ -91,7 +150,7 @@ class _Trainer:
         self.task, self.settings, self.validation = task, settings, validation
         self.watch, self.accelerator = watch, accelerator
         self.device, self.world = accelerator.device, accelerator.num_processes
-        self.order = Order(
+        self.order = ExampleOrder(
             feed.examples, settings.batch, settings.accumulate, accelerator.process_index, self.world,
             settings.seed,
         )  # fmt: skip
@@ -102,19 +161,19 @@ class _Trainer:
             )
         self.steps = self.order.steps(settings.epochs) if settings.steps is None else settings.steps
         self.eval_every = settings.eval_every or self.order.steps_per_epoch
-        self.reader = Reader(feed, self.order, task, ahead=self.device.type != "cpu")
+        self.reader = BatchReader(feed, self.order, task, ahead=self.device.type != "cpu")
         self.call = Call.of(network, task.hidden)
-        self.model, self.optimizer, self.stepper, self.undo = prepare(
+        self.model, self.optimizer, self.stepper, self.undo = prepare_training(
             network, task, feed, settings, accelerator
         )
         self.mixed = accelerator.autocast if settings.precision != "fp32" else nullcontext
-        self.progress, self.best = Progress(), dict[str, Tensor]()
+        self.progress, self.best = TrainingProgress(), dict[str, Tensor]()
         self.losses = Losses()  # since the last look
         self.busy, self.begun = 0.0, 0  # seconds of training, and the step they are counted from
         self.looked = self.saved = time.monotonic()
         self.now = math.nan  # last mean loss
 
-    def run(self, resume: Saved | None) -> Outcome:
+    def run(self, resume: SavedTraining | None) -> Outcome:
         if resume is not None:
             self._restore(resume)
         self.begun = self.progress.step
@@ -209,8 +268,8 @@ class _Trainer:
         told = self._told()
         if self.accelerator.is_main_process:
             self.watch.log.write(
-                step=told.step, epoch=short(told.epoch), loss=short(told.loss), lr=short(told.lr),
-                examples_per_second=short(told.rate),
+                step=told.step, epoch=rounded(told.epoch), loss=rounded(told.loss), lr=rounded(told.lr),
+                examples_per_second=rounded(told.rate),
             )  # fmt: skip
         self._tell(told)
 
@@ -223,9 +282,9 @@ class _Trainer:
                 self.model, self.task, self.validation, self._eval_batch(), self.device, self.call,
                 self.accelerator,
             )  # fmt: skip
-        record: dict[str, Any] = {"step": progress.step, "epoch": short(self._epoch())}
+        record: dict[str, Any] = {"step": progress.step, "epoch": rounded(self._epoch())}
         if progress.loss_steps:
-            record["train_loss"] = short(progress.loss_sum / progress.loss_steps)
+            record["train_loss"] = rounded(progress.loss_sum / progress.loss_steps)
             progress.loss_sum, progress.loss_steps = 0.0, 0
         if found is not None:
             record |= found.rounded()
@@ -256,14 +315,14 @@ class _Trainer:
         done = self.progress.step - self.begun
         return done * self.order.batch / self.busy if self.busy else 0.0
 
-    def _told(self, scores: Scores | None = None) -> Told:
+    def _told(self, scores: Scores | None = None) -> TrainingEvent:
         step = self.progress.step
         done = max(1, step - self.begun)
         left = (self.steps - step) * self.busy / done
         lr = self._lr(max(0, step - 1))
-        return Told(step, self.steps, self._epoch(), self.now, lr, self._rate(), left, scores)
+        return TrainingEvent(step, self.steps, self._epoch(), self.now, lr, self._rate(), left, scores)
 
-    def _tell(self, told: Told) -> None:
+    def _tell(self, told: TrainingEvent) -> None:
         if self.watch.told is not None and self.accelerator.is_main_process:
             self.watch.told(told)
 
@@ -280,7 +339,7 @@ class _Trainer:
             keeper.save(self.progress, tensors, self.best, scaler.state_dict() if scaler else {})
         self.saved = time.monotonic()
 
-    def _restore(self, saved: Saved) -> None:
+    def _restore(self, saved: SavedTraining) -> None:
         scatter(self.accelerator, self.model, self.optimizer, saved.tensors)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(saved.extra["scaler"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 from mpoc.errors import UsageError, nearest, shortened
@@ -103,9 +102,3 @@ class Settings:
             raise UsageError("--l2 and --weight-decay: one of them")
         if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
             raise UsageError("--nesterov needs --optimizer sgd with a momentum")
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed (0 … 2⁶³−1) that is a function of ``parts``, unlike that of any other parts."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoc.errors import UsageError
-from mpoc.train.call import Batch, first_output
+from mpoc.models.call import Batch, first_output
 
 Sums = dict[str, Tensor]  # scalars
 Scores = dict[str, float]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import mpoc
-from mpoc.calibrate.study import CalibrationRequest, Study
-from mpoc.compression import Work, write_compressed
-from mpoc.opened import open_source
-from mpoc.pipeline import choose_device
-from mpoc.recipe import Recipe
+from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+from mpoc.compression.recipe import Recipe
+from mpoc.compression.source import open_source
+from mpoc.compression.write import WorkContext, write_compressed
+from mpoc.runtime.device import choose_device
 
 WHITENED = "whitened SVD"
 METHODS: dict[str, tuple[str | None, bool, bool]] = {  # form, calibrates, refines
@@ -46,7 +46,7 @@ class Compressor:
     ) -> None:  # fmt: skip
         self._checkpoint, self._arch, self._layers = checkpoint, arch, tuple(layers)
         self._request, self._moments = request, moments
-        self._study: Study | None = None
+        self._study: CalibrationStatistics | None = None
 
     def compressed(self, method: str, ratio: float, dense: nn.Module) -> tuple[nn.Module, float]:
         """The network in evaluation mode, and its ρ over all selected layers."""
@@ -64,7 +64,7 @@ class Compressor:
         study = self._study if calibrates else None
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "compressed.safetensors"
-            plans, work = opened.plan(opened.recipe), Work.beside(out)
+            plans, work = opened.plan(opened.recipe), WorkContext.beside(out)
             done = write_compressed(opened, out, opened.recipe, plans, study, work)
             return mpoc.load(out).eval(), done.manifest.rho_selected
 

@@ -19,14 +19,19 @@ import torch
 from benchmarking import markdown_table, require_file
 from torch import Tensor
 
-from mpoc.calibrate.evidence import ErrorNorm, Evidence, LayerEvidence, TableEvidence, one_matrix
-from mpoc.calibrate.offers import largest_within
-from mpoc.calibrate.study import CalibrationRequest, Study
-from mpoc.factors import wide_factors
-from mpoc.fit.metric import Metric
-from mpoc.fit.weighted import Problem, matrix_of
-from mpoc.fit.weighted_svd import weighted_svd
-from mpoc.structure import Structure, make_structure
+from mpoc.compression.calibrate.candidates import largest_within
+from mpoc.compression.calibrate.objective import (
+    EmbeddingObjective,
+    ErrorNorm,
+    LayerObjective,
+    Objective,
+    one_matrix,
+)
+from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+from mpoc.tensor_networks.factors import wide_factors
+from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
+from mpoc.tensor_networks.structure import Structure, make_structure
 
 SINGLE = ["encoder.layer.0.attention.self.query.weight", "encoder.layer.4.intermediate.dense.weight"]
 ATTENTION = [
@@ -47,11 +52,11 @@ class Layer:
         unseen: of other texts.
     """
 
-    def __init__(self, weight: Tensor, kind: str, seen: Evidence, unseen: Evidence) -> None:
+    def __init__(self, weight: Tensor, kind: str, seen: Objective, unseen: Objective) -> None:
         self.kind, self.shape = kind, tuple(weight.shape)
         self.matrix = one_matrix(weight.detach(), kind, False)
-        assert isinstance(seen, LayerEvidence | TableEvidence)
-        assert isinstance(unseen, LayerEvidence | TableEvidence) and unseen.outputs is not None
+        assert isinstance(seen, LayerObjective | EmbeddingObjective)
+        assert isinstance(unseen, LayerObjective | EmbeddingObjective) and unseen.outputs is not None
         self.metric = seen.together().metric(self.matrix, GAMMA)
         others = replace(seen.together(), held_out=unseen.together().moments, outputs=unseen.outputs)
         self.norm = others.felt
@@ -148,10 +153,10 @@ def word_pieces(layers: dict[str, Layer]) -> Iterable[list[str]]:
         yield [f"{ratio:g}", table.svd(size), *(table.chain(one, size) for one in structures)]
 
 
-def studied(minilm: Path, file: Path, texts: int, names: list[str]) -> Study:
+def studied(minilm: Path, file: Path, texts: int, names: list[str]) -> CalibrationStatistics:
     """The dense network on at most so many texts."""
     request = CalibrationRequest(require_file(file, "texts"), texts)
-    return Study(minilm, None, request, names, 0, torch.device("cpu"))
+    return CalibrationStatistics(minilm, None, request, names, 0, torch.device("cpu"))
 
 
 def main() -> None:

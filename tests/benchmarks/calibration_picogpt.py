@@ -23,8 +23,8 @@ from calibration import METHODS, Compressor, second_moments
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpoc.calibrate.study import CalibrationRequest
-from mpoc.zoo.picogpt import PicoGPT
+from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.models.zoo.picogpt import PicoGPT
 
 CONTEXT, SAMPLES, HELD_OUT = 256, 512, 0.1
 TRAINING = (

@@ -21,8 +21,8 @@ from calibration import METHODS, Compressor, second_moments
 from resnet56_roundtrip import Images, read_checkpoint, read_cifar
 from torch import nn
 
-from mpoc.calibrate.study import CalibrationRequest
-from mpoc.zoo.resnet import resnet
+from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.models.zoo.cifar import resnet
 
 SAMPLES = 1024
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from mpoc.data import open_data
-from mpoc.reproduce.image_states import contract_stack, tt_svd_stack
-from mpoc.reproduce.pixels import ORDERS, to_sites
+from mpoc.reproduce.image_states import ORDERS, contract_stack, to_sites, tt_svd_stack
 
 BONDS = (4, 6, 8, 12, 16)
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from benchmarking import markdown_table
 
-from mpoc.demo.story import Story, heal, tell_story
+from mpoc.cli.demo import DemoResult, fine_tune_demo, run_demo
 
 BONDS = (4, 8, 12, 16, 20, 24, 32, 48)
 
 
-def draw(stories: list[Story], healed: list[float], file: Path) -> None:
+def draw(stories: list[DemoResult], healed: list[float], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        stories = [tell_story(Path(scratch) / str(bond), bond, False) for bond in BONDS]
-        healed = [accuracy for story in stories if (accuracy := heal(story)) is not None]
+        stories = [run_demo(Path(scratch) / str(bond), bond, False) for bond in BONDS]
+        healed = [accuracy for story in stories if (accuracy := fine_tune_demo(story)) is not None]
     draw(stories, healed, arguments.file)
     rows = [
         [

@@ -18,12 +18,12 @@ from benchmarking import markdown_table, run_mpoc
 from fully_connected import mnist, train
 from torch import Tensor
 
+from mpoc.compression.entanglement import entanglement_of
 from mpoc.data.open import open_data
-from mpoc.entanglement.spectra import Cut, cuts_of_weight
-from mpoc.entanglement.study import entanglement_of
-from mpoc.forms.layout import interleave
-from mpoc.forms.mpo import MPO
-from mpoc.structure import make_structure
+from mpoc.tensor_networks.fit.spectra import Cut, cuts_of_weight
+from mpoc.tensor_networks.forms.layout import interleave
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.structure import make_structure
 
 STRUCTURE = make_structure("linear", (256, 784), factors=((4, 4, 4, 4), (4, 7, 7, 4)))
 SHAPE = "fc1=4x7x7x4:4x4x4x4"

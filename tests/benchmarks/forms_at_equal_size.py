@@ -20,15 +20,15 @@ import torch
 from benchmarking import markdown_table, require_file
 from torch import Tensor, nn
 
-from mpoc.calibrate.evidence import Evidence, one_matrix
-from mpoc.calibrate.offers import largest_within
-from mpoc.calibrate.study import CalibrationRequest, Study
-from mpoc.factors import wide_factors
-from mpoc.fit.factorise import factorise
-from mpoc.fit.weighted import Problem, matrix_of
-from mpoc.fit.weighted_svd import weighted_svd
+from mpoc.compression.calibrate.candidates import largest_within
+from mpoc.compression.calibrate.objective import Objective, one_matrix
+from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
 from mpoc.nn import adopt
-from mpoc.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
+from mpoc.tensor_networks.factors import wide_factors
+from mpoc.tensor_networks.fit.decompose import decompose
+from mpoc.tensor_networks.fit.metric import weighted_svd
+from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
+from mpoc.tensor_networks.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
 
 RATIOS = {"linear": (0.5, 0.1), "conv2d": (0.5, 0.1), "embedding": (0.1, 0.02)}
 STRETCHES = {"linear": 3, "conv2d": 3, "embedding": 1}  # of the descent: as forms are compared
@@ -61,7 +61,7 @@ COLUMNS: dict[str, Make] = {
 }
 
 
-def cell(weight: Tensor, structure: Structure, ratio: float, is_sum: bool, evidence: Evidence) -> str:
+def cell(weight: Tensor, structure: Structure, ratio: float, is_sum: bool, evidence: Objective) -> str:
     """Both errors at the largest bond within ρ; a sum has the second alone."""
     storage = largest_within(structure, int(ratio * structure.num_original), is_sum)
     if storage is None:
@@ -74,11 +74,11 @@ def cell(weight: Tensor, structure: Structure, ratio: float, is_sum: bool, evide
         problem = Problem(evidence.metric(matrix, evidence.mpo_gamma), structure)
         stretches = STRETCHES[structure.kind]
         found = matrix_of(problem.fit(storage.bond, rank=storage.low_rank, max_stretches=stretches).terms)
-    alone = "–" if is_sum else f"{factorise(weight, structure, storage.bond).relative_error:.3f}"
+    alone = "–" if is_sum else f"{decompose(weight, structure, storage.bond).relative_error:.3f}"
     return f"{alone} / {evidence.felt.relative(matrix, found):.3f}"
 
 
-def rows(study: Study, kinds: dict[str, str]) -> Iterator[list[str]]:
+def rows(study: CalibrationStatistics, kinds: dict[str, str]) -> Iterator[list[str]]:
     """Of every layer at every ρ."""
     weights = dict(study.network.named_parameters())
     for layer, kind in kinds.items():
@@ -150,7 +150,7 @@ def main() -> None:
         (resnet, "resnet:depth=56", data / "cifar10", arguments.images, RESNET),
         (arguments.minilm, None, texts, arguments.texts, MINILM),
     ):
-        study = Study(source, arch, CalibrationRequest(examples, count), list(kinds), 0, cpu)
+        study = CalibrationStatistics(source, arch, CalibrationRequest(examples, count), list(kinds), 0, cpu)
         print(markdown_table(["layer", "ρ", *COLUMNS], list(rows(study, kinds))), end="\n\n", flush=True)
 
 

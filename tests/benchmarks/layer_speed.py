@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from mpoc.nn.adopt import adopt
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.structure import Structure, make_structure
 
 SIDE = 4096
 FACTORS = {2: (64, 64), 3: (16, 16, 16), 4: (8, 8, 8, 8)}
@@ -223,7 +223,7 @@ def rows(arguments: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
 
 def embedding_rows(arguments: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
     """A lookup of 128 rows through the cores, and by building the table first."""
-    from mpoc.forms.mpo import MPO
+    from mpoc.tensor_networks.forms.mpo import MPO
 
     device = torch.device(arguments.device)
     table = []

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpoc.zoo.resnet import resnet
+from mpoc.models.zoo.cifar import resnet
 
 CHECKPOINT = Path("checkpoints/resnet56-4bfd9763.th")
 IMAGES = Path("cifar10/test.parquet")

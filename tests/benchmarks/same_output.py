@@ -136,7 +136,7 @@ def main() -> None:
     if arguments.command == "compare":
         raise SystemExit(bool(compare(arguments.before, arguments.after, arguments.wording)))
     folders = [arguments.folder.resolve(), arguments.data.resolve(), arguments.minilm.resolve()]
-    collect(*folders, arguments.only)
+    collect(folders[0], folders[1], folders[2], arguments.only)
 
 
 if __name__ == "__main__":

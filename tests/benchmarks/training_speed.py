@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mpoc import zoo
-from mpoc.data import ImageOptions, open_data, prepare
+from mpoc.data import ImageOptions, open_data, prepare_images
+from mpoc.models import zoo
 from mpoc.train.engine import make_accelerator
-from mpoc.train.feed import Feed
+from mpoc.train.loader import BatchLoader
 from mpoc.train.loop import train
 from mpoc.train.settings import Settings
 from mpoc.train.tasks import Classification
@@ -40,7 +40,7 @@ def plain(network: nn.Module, x: Tensor, y: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def ours(network: nn.Module, feed: Feed) -> float:
+def ours(network: nn.Module, feed: BatchLoader) -> float:
     """Seconds of an epoch."""
     settings = Settings(
         epochs=1, batch=BATCH, optimizer="sgd", lr=LR, momentum=0.0, l2=L2, schedule="constant"
@@ -57,7 +57,9 @@ def main() -> None:
     data = open_data(parser.parse_args().data / "mnist")
     examples = data.splits["train"]
     whole = examples.batch(torch.arange(len(examples)))
-    feed = Feed(examples, lambda batch, generator: {**batch, "x": prepare(batch["x"], IMAGES, generator)})
+    feed = BatchLoader(
+        examples, lambda batch, generator: {**batch, "x": prepare_images(batch["x"], IMAGES, generator)}
+    )
     times: dict[str, list[float]] = {"plain": [], "mpoc": []}
     for _ in range(ROUNDS):
         times["plain"].append(plain(zoo.make("fc2"), whole["x"], whole["y"]))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 import mpoc
-from mpoc.calibrate.data import open_calibration
-from mpoc.calibrate.study import CalibrationRequest
-from mpoc.compression import Compression
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.train.material import DataOptions
-from mpoc.train.model import open_model
+from mpoc.compression.calibrate.calibration_data import open_calibration
+from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.write import Compression
+from mpoc.models.loading import open_model
+from mpoc.train.training_data import DataOptions
 
 NET = """
 import torch

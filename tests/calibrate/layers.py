@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpoc.calibrate.evidence import Evidence, LayerEvidence
-from mpoc.calibrate.moments import Accumulator, Moments
+from mpoc.compression.calibrate.moments import Accumulator, Moments
+from mpoc.compression.calibrate.objective import LayerObjective, Objective
 
 SIDES = (16, 24)
 
@@ -18,9 +18,9 @@ def moments(seed: int, count: int = 300) -> Moments:
     return sums.moments()
 
 
-def known(centred: bool = True, weighed: bool = True) -> Evidence:
+def known(centred: bool = True, weighed: bool = True) -> Objective:
     probes = torch.randn(40, SIDES[0], generator=torch.Generator().manual_seed(8), dtype=torch.float64)
-    return LayerEvidence(moments(0), moments(1), probes.T @ probes / 40 if weighed else None, centred)
+    return LayerObjective(moments(0), moments(1), probes.T @ probes / 40 if weighed else None, centred)
 
 
 def weight(seed: int) -> Tensor:

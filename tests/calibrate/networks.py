@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc import zoo
-from mpoc.network import kinds_of
-from mpoc.train.call import Batch
+from mpoc.models import zoo
+from mpoc.models.call import Batch
+from mpoc.models.introspection import kinds_of
 
 transformers: Any = import_module("transformers")
 

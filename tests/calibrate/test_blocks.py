@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mpoc
-import mpoc.calibrate.refine
-from mpoc.manifest import LayerRecord
-from mpoc.manifest_file import read_manifest
+import mpoc.compression.calibrate.block_refinement
+from mpoc.io.manifest import LayerRecord
+from mpoc.io.manifest_reader import read_manifest
 from tests.calibrate.blocks import Case
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mpoc.calibrate.refine, "_STEPS", 200)
+    monkeypatch.setattr(mpoc.compression.calibrate.block_refinement, "_STEPS", 200)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_the_recorded_loss_is_that_of_what_is_stored(tmp_path: Path) -> None:
     """Of both blocks together, biases and norms included, with the identity as G."""
     case = Case(tmp_path, "blocks")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mpoc.calibrate.refine._SHARE", 1.0)  # the identity
+        patch.setattr("mpoc.compression.calibrate.block_refinement._SHARE", 1.0)  # the identity
         done = case.compress(bond=4, form="svd")
     _, held_out = case.parts()
     x = torch.cat([batch["x"] for batch in held_out])

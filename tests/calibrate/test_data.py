@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpoc import zoo
-from mpoc.calibrate.data import CalibrationData, open_calibration
-from mpoc.calibrate.interest import Pooling
-from mpoc.data.fingerprint import fingerprint
+from mpoc.compression.calibrate.calibration_data import CalibrationData, Pooling, open_calibration
+from mpoc.data.open import data_fingerprint
 from mpoc.errors import MpocError, UsageError
-from mpoc.train.call import Batch
-from mpoc.train.material import DataOptions
-from mpoc.train.model import Model, open_model
+from mpoc.models import zoo
+from mpoc.models.call import Batch
+from mpoc.models.loading import Model, open_model
+from mpoc.train.training_data import DataOptions
 from tests.architectures import tiny
 from tests.calibrate.test_interest import folder
 from tests.data.samples import pixels
@@ -67,7 +66,7 @@ def test_what_a_training_held_out_is_not_drawn(tmp_path: Path) -> None:
     model = lenet5(tmp_path)
     found = open_calibration(DataOptions(path), model, 1000)
     assert "100 of 100 examples of train" in found.notes[-1]
-    record = {"data": {"fingerprint": fingerprint(path, "npz"), "held_out": 0.2}}
+    record = {"data": {"fingerprint": data_fingerprint(path, "npz"), "held_out": 0.2}}
     model = replace(model, stored=replace(model.stored, history=record))
     found = open_calibration(DataOptions(path), model, 1000)
     assert "80 of 80 examples of train" in found.notes[-1]

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.calibrate.dense import DensePass, dense_pass
-from mpoc.calibrate.gather import Positions
-from mpoc.calibrate.interest import Pooling, direction, output_of_interest
-from mpoc.calibrate.moments import Accumulator
-from mpoc.calibrate.trace import Trace, trace
+from mpoc.compression.calibrate.calibration_data import Pooling, direction, output_of_interest
+from mpoc.compression.calibrate.dense_pass import DensePass, dense_pass
+from mpoc.compression.calibrate.moments import Accumulator, Positions
+from mpoc.compression.calibrate.trace import Trace, trace
 from mpoc.errors import MpocError
-from mpoc.train.call import Batch, Call
-from mpoc.train.settings import derived_seed
+from mpoc.models.call import Batch, Call
+from mpoc.runtime.device import derived_seed
 from tests.calibrate.networks import Stopped, encoder, images, resnet20, second, texts, weights
 
 

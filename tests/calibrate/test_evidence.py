@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.calibrate.evidence import TableEvidence
-from mpoc.calibrate.fit import Storage, fit_calibrated
-from mpoc.calibrate.moments import one_hot_moments
-from mpoc.fit.weighted import matrix_of
-from mpoc.fit.weighted_svd import weighted_svd
-from mpoc.structure import Structure, low_rank_structure, make_structure
+from mpoc.compression.calibrate.calibrated_fit import Storage, fit_calibrated
+from mpoc.compression.calibrate.moments import one_hot_moments
+from mpoc.compression.calibrate.objective import EmbeddingObjective
+from mpoc.tensor_networks.fit.metric import weighted_svd
+from mpoc.tensor_networks.fit.weighted import matrix_of
+from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
 from tests.fit.metrics import random_moment
 
 VOCABULARY, WIDTH = 30, 8
@@ -30,9 +30,9 @@ def table(seed: int = 0) -> Tensor:
     return torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def known(seen: Tensor, unseen: Tensor) -> TableEvidence:
+def known(seen: Tensor, unseen: Tensor) -> EmbeddingObjective:
     mine, other = (one_hot_moments(torch.bincount(part, minlength=VOCABULARY)) for part in (seen, unseen))
-    return TableEvidence(mine, other, random_moment(WIDTH, seed=3))
+    return EmbeddingObjective(mine, other, random_moment(WIDTH, seed=3))
 
 
 def test_errors_are_those_of_the_tokens() -> None:
@@ -70,7 +70,9 @@ def test_a_fit_is_nearer_on_other_texts(structure: Structure) -> None:
     evidence, matrix = known(tokens(200, 0), tokens(50, 1)), table()
     fit = fit_calibrated(matrix, [Storage(structure, 3)], evidence, torch.float64, 0)
     assert fit.judged.shift is None
-    assert fit.gamma in (TableEvidence.gammas if structure is LOW_RANK else (TableEvidence.mpo_gamma,))
+    assert fit.gamma in (
+        EmbeddingObjective.gammas if structure is LOW_RANK else (EmbeddingObjective.mpo_gamma,)
+    )
     assert fit.same_size["this"] < 0.9 * fit.same_size["plain svd" if structure is LOW_RANK else "plain mpo"]
 
 
@@ -98,7 +100,7 @@ def test_exact_at_full_bond(structure: Structure) -> None:
 
 def test_a_network_that_never_feels_it() -> None:
     evidence = known(tokens(200, 0), tokens(50, 1))
-    deaf = TableEvidence(evidence.moments, evidence.held_out, torch.zeros_like(evidence.outputs))
+    deaf = EmbeddingObjective(evidence.moments, evidence.held_out, torch.zeros_like(evidence.outputs))
     for structure in (LOW_RANK, CHAIN):
         fit = fit_calibrated(table(), [Storage(structure, 3)], deaf, torch.float64, 0)
         assert bool(matrix_of(fit.terms).isfinite().all())

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, unfold
 
-from mpoc.calibrate.evidence import LayerEvidence, one_matrix
-from mpoc.calibrate.fit import CalibratedFit, Storage, fit_calibrated
-from mpoc.calibrate.moments import Accumulator
-from mpoc.fit.ttsvd import tt_svd
-from mpoc.fit.weighted import matrix_of
-from mpoc.fit.weighted_svd import weighted_svd
-from mpoc.forms.mpo import MPO
-from mpoc.structure import Structure, low_rank_structure, make_structure
+from mpoc.compression.calibrate.calibrated_fit import CalibratedFit, Storage, fit_calibrated
+from mpoc.compression.calibrate.moments import Accumulator
+from mpoc.compression.calibrate.objective import LayerObjective, one_matrix
+from mpoc.tensor_networks.fit.metric import weighted_svd
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.fit.weighted import matrix_of
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
 
 N_Y, N_X = 12, 20
 
@@ -34,13 +34,13 @@ def rows(count: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def evidence(
     given: Tensor, dense: Tensor, held: tuple[Tensor, Tensor], centred: bool = True
-) -> LayerEvidence:
+) -> LayerObjective:
     found = []
     for mine, theirs in ((given, dense), held):
         sums = Accumulator()
         sums.add(mine, theirs)
         found.append(sums.moments())
-    return LayerEvidence(found[0], found[1], None, centred)
+    return LayerObjective(found[0], found[1], None, centred)
 
 
 def a_weight(seed: int = 1) -> Tensor:
@@ -48,7 +48,7 @@ def a_weight(seed: int = 1) -> Tensor:
 
 
 def fit_of(
-    structure: Structure, bond: int, known: LayerEvidence, weight: Tensor | None = None, low_rank: int = 0
+    structure: Structure, bond: int, known: LayerObjective, weight: Tensor | None = None, low_rank: int = 0
 ) -> CalibratedFit:
     weight = a_weight() if weight is None else weight
     return fit_calibrated(weight, [Storage(structure, bond, low_rank)], known, torch.float64, 0)
@@ -123,7 +123,7 @@ def test_inputs_that_say_little(kind: str, structure: Structure) -> None:
     fit = fit_of(structure, 3, evidence(x, x, (x, x)), weight)
     assert bool(torch.isfinite(matrix_of(fit.terms)).all())
     assert 0 <= fit.judged.output_error <= 1 + 1e-9
-    assert fit.gamma in (*LayerEvidence.gammas, LayerEvidence.mpo_gamma)
+    assert fit.gamma in (*LayerObjective.gammas, LayerObjective.mpo_gamma)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -12,15 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mpoc
-from mpoc.calibrate.gain import WAYS
-from mpoc.calibrate.study import CalibrationRequest
-from mpoc.compression import Compression
+from mpoc.compression.calibrate.allocation import WAYS
+from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.recipe_syntax import parse_input_shape, parse_shape
+from mpoc.compression.write import Compression
 from mpoc.errors import MpocError, UsageError
-from mpoc.input_shape import parse_input_shape
-from mpoc.manifest_file import read_manifest
-from mpoc.option_text import parse_shape
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.io.manifest_reader import read_manifest
 
 NET = """
 import torch
@@ -371,7 +370,7 @@ def test_a_ceiling_in_bytes_is_kept_and_its_budget_shared_out(tmp_path: Path) ->
 def test_kept_moments_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, refine: bool
 ) -> None:
-    monkeypatch.setattr("mpoc.calibrate.refine._STEPS", 40)
+    monkeypatch.setattr("mpoc.compression.calibrate.block_refinement._STEPS", 40)
     case, kept = Case(tmp_path, name), tmp_path / "moments"
     options: dict[str, Any] = {"ratio": 0.5, "form": "svd", "refine": refine}
     without = case.compress(64, **options).output.read_bytes()

@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpoc.calibrate.inputs import EmbeddingInputs, Layer, Sample, find_layer
+from mpoc.compression.calibrate.layer_inputs import EmbeddingInputs, ObservedLayer, Sample, find_layer
 from mpoc.errors import MpocError
-from mpoc.forms.layout import to_matrix
-from mpoc.structure import make_structure
+from mpoc.tensor_networks.forms.layout import to_matrix
+from mpoc.tensor_networks.structure import make_structure
 from tests.architectures import tiny
 
 
-def layer_of(module: nn.Module, name: str = "0.weight") -> Layer:
+def layer_of(module: nn.Module, name: str = "0.weight") -> ObservedLayer:
     found = find_layer(nn.Sequential(module), name)
-    assert isinstance(found, Layer)
+    assert isinstance(found, ObservedLayer)
     return found
 
 
@@ -110,7 +110,7 @@ def test_an_image_without_a_batch_axis() -> None:
 def test_blocks_are_the_whole_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = nn.Conv2d(3, 3, 3, groups=3), torch.randn(7, 3, 6, 6)
     whole = rows_of(module, x)
-    monkeypatch.setattr("mpoc.calibrate.inputs._AT_ONCE", 1000)
+    monkeypatch.setattr("mpoc.compression.calibrate.layer_inputs._AT_ONCE", 1000)
     blocks = list(layer_of(module).inputs.blocks(x, None, None))
     assert len(blocks) > 3
     assert torch.equal(torch.cat(blocks, dim=-2), whole)
@@ -162,7 +162,7 @@ def test_an_embedding_counts() -> None:
 def test_conv1d_of_transformers() -> None:
     network = tiny("gpt2")
     found = find_layer(network, "transformer.h.0.mlp.c_fc.weight")
-    assert isinstance(found, Layer)
+    assert isinstance(found, ObservedLayer)
     assert found.inputs.features == 32
     assert found.modules == ("transformer.h.0.mlp.c_fc",)
 
@@ -171,14 +171,14 @@ def test_weights_that_are_shared() -> None:
     network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     network[2].weight = network[0].weight
     found = find_layer(network, "2.weight")
-    assert isinstance(found, Layer)
+    assert isinstance(found, ObservedLayer)
     assert found.modules == ("2", "0")
 
 
 def test_one_module_in_two_places_is_one() -> None:
     linear = nn.Linear(3, 3)
     found = find_layer(nn.Sequential(linear, linear), "0.weight")
-    assert isinstance(found, Layer)
+    assert isinstance(found, ObservedLayer)
     assert found.modules == ("0",)
 
 

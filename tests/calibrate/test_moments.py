@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.calibrate.moments import Accumulator, Moments, one_hot_moments
+from mpoc.compression.calibrate.moments import Accumulator, Moments, one_hot_moments
 
 
 def mixed(rows: int, features: int, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpoc.calibrate.norms import renewed_norms
-from mpoc.calibrate.outputs import OutputDistance
-from mpoc.train.call import Call
+from mpoc.compression.calibrate.batch_norm import recalibrated_norms
+from mpoc.compression.calibrate.candidates import OutputDistance
+from mpoc.models.call import Call
 from tests.calibrate.networks import damaged, images, resnet20
 
 
@@ -40,7 +40,7 @@ def test_statistics_are_those_of_what_a_norm_is_given() -> None:
     network = resnet20()
     compressed = damaged(network)
     before = copy.deepcopy(compressed.state_dict())
-    found = renewed_norms(compressed, Call.of(network), [images(8)], distance_from(network).of_network)
+    found = recalibrated_norms(compressed, Call.of(network), [images(8)], distance_from(network).of_network)
     assert found is not None
     rows = given_to(compressed, "bn1", [images(8)])
     torch.testing.assert_close(found.statistics["bn1.running_mean"], rows.mean(1))
@@ -53,7 +53,7 @@ def test_statistics_are_those_of_what_a_norm_is_given() -> None:
 def test_they_mend_wrong_statistics_and_are_refused_where_outputs_lose() -> None:
     network, batches = resnet20(), [images(64, seed=k) for k in range(3)]
     call = Call.of(network)
-    right = renewed_norms(network, call, batches, distance_from(network).of_network)
+    right = recalibrated_norms(network, call, batches, distance_from(network).of_network)
     assert right is not None
     good = copy.deepcopy(network)
     good.load_state_dict({**network.state_dict(), **right.statistics})
@@ -62,24 +62,28 @@ def test_they_mend_wrong_statistics_and_are_refused_where_outputs_lose() -> None
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
             module.running_mean.add_(1.0)
-    mended = renewed_norms(wrong, call, batches, distance_from(good).of_network)
+    mended = recalibrated_norms(wrong, call, batches, distance_from(good).of_network)
     assert mended is not None and mended.is_better
     assert mended.after < 0.1 * mended.before
-    spoilt = renewed_norms(good, call, [images(2, seed=9)], distance_from(good).of_network)
+    spoilt = recalibrated_norms(good, call, [images(2, seed=9)], distance_from(good).of_network)
     assert spoilt is not None and not spoilt.is_better
     assert spoilt.before == 0.0
 
 
 def test_no_norms_no_statistics() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)).eval()
-    assert renewed_norms(network, Call.of(network), [images()], distance_from(network).of_network) is None
+    assert (
+        recalibrated_norms(network, Call.of(network), [images()], distance_from(network).of_network) is None
+    )
 
 
 def test_batches_count_by_their_size_and_one_value_a_channel_counts_nothing() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)).eval()
     batches = [{"x": torch.randn(n, 3, 4)} for n in (6, 1, 2)]
-    found = renewed_norms(network, Call.of(network), batches, distance_from_own(network, batches).of_network)
+    found = recalibrated_norms(
+        network, Call.of(network), batches, distance_from_own(network, batches).of_network
+    )
     assert found is not None
     rows = [network[:2](batch["x"]).detach() for batch in (batches[0], batches[2])]
     torch.testing.assert_close(found.statistics["2.running_mean"], torch.cat(rows).mean(0))
@@ -87,7 +91,8 @@ def test_batches_count_by_their_size_and_one_value_a_channel_counts_nothing() ->
     torch.testing.assert_close(found.statistics["2.running_var"], variance)
     alone = batches[1:2]
     assert (
-        renewed_norms(network, Call.of(network), alone, distance_from_own(network, alone).of_network) is None
+        recalibrated_norms(network, Call.of(network), alone, distance_from_own(network, alone).of_network)
+        is None
     )
 
 
@@ -102,6 +107,8 @@ def test_norms_that_are_not_reached_keep_their_statistics() -> None:
             return y if not self.training else y + self.helper(y)
 
     network, batches = Helped().eval(), [{"x": torch.randn(8, 4)}]
-    found = renewed_norms(network, Call.of(network), batches, distance_from_own(network, batches).of_network)
+    found = recalibrated_norms(
+        network, Call.of(network), batches, distance_from_own(network, batches).of_network
+    )
     assert found is not None
     assert set(found.statistics) == {"norm.running_mean", "norm.running_var"}

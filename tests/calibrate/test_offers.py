@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from mpoc.calibrate.fit import Storage
-from mpoc.calibrate.offers import Offers, largest_within
-from mpoc.structure import low_rank_structure, make_structure
+from mpoc.compression.calibrate.calibrated_fit import Storage
+from mpoc.compression.calibrate.candidates import Candidates, largest_within
+from mpoc.tensor_networks.structure import low_rank_structure, make_structure
 from tests.calibrate.layers import SIDES, known, weight
 
 
@@ -12,7 +12,7 @@ from tests.calibrate.layers import SIDES, known, weight
 @pytest.mark.parametrize("weighed", [True, False])
 def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> None:
     evidence = known(centred, weighed)
-    offers = Offers(weight(3), make_structure("linear", SIDES), evidence, ("svd",))
+    offers = Candidates(weight(3), make_structure("linear", SIDES), evidence, ("svd",))
     structure = low_rank_structure("linear", SIDES)
     for rank in (1, 4, 9, 16):
         expected = evidence.felt.squared(weight(3), offers.matrix(Storage(structure, rank)).double())
@@ -21,7 +21,7 @@ def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> 
 
 def test_offers_of_every_form_shrink_the_layer_but_for_the_dense_one() -> None:
     structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
-    offers = Offers(weight(3), structure, known(), ("svd", "mpo", "svd+mpo"))
+    offers = Candidates(weight(3), structure, known(), ("svd", "mpo", "svd+mpo"))
     stored = [offer.storage for offer in offers.every if offer.storage is not None]
     assert {(one.structure.form, one.low_rank > 0) for one in stored} == {
         ("svd", False),
@@ -55,7 +55,7 @@ def test_the_largest_within_a_size_is_within_it(is_sum: bool) -> None:
 def test_a_structure_besides_is_offered_too() -> None:
     structure = make_structure("linear", SIDES)
     mera = make_structure("linear", SIDES, network="mera")
-    offers = Offers(weight(3), structure, known(), ("svd", "mpo"), [mera])
+    offers = Candidates(weight(3), structure, known(), ("svd", "mpo"), [mera])
     offered = [one for one in offers.every if one.storage is not None and one.storage.structure == mera]
     assert offered
     storage = largest_within(mera, int(0.4 * 16 * 24), False)

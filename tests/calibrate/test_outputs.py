@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpoc.calibrate.means import TakenUp
-from mpoc.calibrate.outputs import Replaced
+from mpoc.compression.calibrate.candidates import Replacement
+from mpoc.compression.calibrate.statistics import MeanCorrection
 from tests.calibrate.networks import images
 from tests.calibrate.test_norms import distance_from_own
 
@@ -37,14 +37,14 @@ def test_replaced_layers_are_tried_and_taken_out_again() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)).eval()
     distance = distance_from_own(network, [images(3)])
     study: Any = distance._study
-    study.places, study.means = {"w": "1.weight", "b": "1.bias"}, {"w": TakenUp("b", 1)}
+    study.places, study.means = {"w": "1.weight", "b": "1.bias"}, {"w": MeanCorrection("b", 1)}
     before = copy.deepcopy(network.state_dict())
     other = copy.deepcopy(network)
     weight, shift = torch.randn(5, 3 * 32 * 32) / 50, torch.arange(5.0).double()
     with torch.no_grad():
         other.get_parameter("1.weight").copy_(weight)
         other.get_parameter("1.bias").add_(shift)
-    assert distance.of({"w": Replaced(weight, shift)}) == distance.of_network(other) > 0
+    assert distance.of({"w": Replacement(weight, shift)}) == distance.of_network(other) > 0
     with pytest.raises(RuntimeError):  # of another shape
-        distance.of({"w": Replaced(torch.ones(7, 7), None)})
+        distance.of({"w": Replacement(torch.ones(7, 7), None)})
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

@@ -8,17 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.calibrate.chain import goes_on
-from mpoc.calibrate.dense import dense_pass
-from mpoc.calibrate.gather import Positions
-from mpoc.calibrate.inputs import ConvInputs, EmbeddingInputs
-from mpoc.calibrate.moments import Moments
-from mpoc.calibrate.pair import PairPass
-from mpoc.calibrate.trace import Trace, trace
+from mpoc.compression.calibrate.dense_pass import dense_pass
+from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs
+from mpoc.compression.calibrate.moments import Moments, Positions
+from mpoc.compression.calibrate.paired_pass import PairedPass
+from mpoc.compression.calibrate.trace import Trace, next_input, trace
 from mpoc.errors import MpocError
+from mpoc.models.call import Batch, Call
 from mpoc.nn import adopt
-from mpoc.structure import make_structure
-from mpoc.train.call import Batch, Call
+from mpoc.tensor_networks.structure import make_structure
 from tests.architectures import tiny
 from tests.calibrate.networks import damaged, encoder, images, resnet20, texts, weights
 
@@ -64,7 +62,7 @@ def in_order(
 ) -> dict[str, Moments]:
     """Moments of all groups; each group's weights become those of ``other`` once it was measured."""
     compressed = damaged(network, 0.0)
-    passes = PairPass(network, compressed, Call.of(network), batches, found, **options)
+    passes = PairedPass(network, compressed, Call.of(network), batches, found, **options)
     moments: dict[str, Moments] = {}
     for group in found.groups:
         moments |= passes.moments(group)
@@ -100,7 +98,7 @@ def test_against_whole_passes(make: Any) -> None:
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))
     other = damaged(network)
-    passes = PairPass(network, other, Call.of(network), batches, found)
+    passes = PairedPass(network, other, Call.of(network), batches, found)
     ours, theirs = _all_rows(other, batches, found), _all_rows(network, batches, found)
     for group in found.groups:
         for name, moments in passes.moments(group).items():
@@ -146,8 +144,8 @@ def test_the_dense_second_moment_of_another_pass() -> None:
     dense = dense_pass(network, Call.of(network), batches, found, 0, positions=positions).moments
     name = "layer2.1.conv1.weight"
     other = damaged(network)
-    long = PairPass(network, other, Call.of(network), batches, found, positions).moments([name])
-    short = PairPass(network, other, Call.of(network), batches, found, positions).moments([name], dense)
+    long = PairedPass(network, other, Call.of(network), batches, found, positions).moments([name])
+    short = PairedPass(network, other, Call.of(network), batches, found, positions).moments([name], dense)
     assert_same(short, long)
     assert short[name].dense_second is dense[name].second
     assert torch.equal(long[name].dense_mean, dense[name].mean)
@@ -159,12 +157,12 @@ def test_a_network_with_cores() -> None:
     found = trace(network, Call.of(network), batches[0], weights(network))
     other = damaged(network)
     name = "encoder.layer.0.output.dense.weight"
-    wanted = PairPass(network, other, Call.of(network), batches, found).moments([name])
+    wanted = PairedPass(network, other, Call.of(network), batches, found).moments([name])
     inner = other.get_submodule("encoder.layer.0.intermediate.dense")
     structure = make_structure("linear", (24, 16), factors=((24, 1), (1, 16)))
     weight = inner.get_parameter("weight").detach().clone()
     adopt(inner, "weight", [torch.eye(24)[None, :, None], weight[:, None, :, None]], structure)
-    again = PairPass(network, other, Call.of(network), batches, found).moments([name])
+    again = PairedPass(network, other, Call.of(network), batches, found).moments([name])
     assert torch.allclose(again[name].second, wanted[name].second, rtol=1e-4, atol=1e-6)
 
 
@@ -178,7 +176,7 @@ def test_only_what_is_needed_runs() -> None:
             runs[k] += 1
 
         network.get_submodule(f"encoder.layer.{k}").register_forward_pre_hook(count)
-    passes = PairPass(network, damaged(encoder()), Call.of(network), batches, found)
+    passes = PairedPass(network, damaged(encoder()), Call.of(network), batches, found)
     passes.moments(["encoder.layer.1.intermediate.dense.weight"])
     assert runs == [2, 4, 0]  # up to the block for its input, then the block
     passes.moments(["encoder.layer.1.output.dense.weight"])
@@ -194,10 +192,10 @@ def test_nothing_stays_behind() -> None:
     found = trace(network, Call.of(network), batches[0], weights(network))
     other = damaged(network)
     before = [tensor.clone() for tensor in other.state_dict().values()]
-    PairPass(network, other, Call.of(network), batches, found).moments(["layer1.0.conv1.weight"])
+    PairedPass(network, other, Call.of(network), batches, found).moments(["layer1.0.conv1.weight"])
     broken = [{"x": torch.randn(1, 4, 8, 8)}]
     with pytest.raises(RuntimeError, match="channels"):
-        PairPass(network, other, Call.of(network), broken, found).moments(["layer1.0.conv1.weight"])
+        PairedPass(network, other, Call.of(network), broken, found).moments(["layer1.0.conv1.weight"])
     assert all(map(torch.equal, before, other.state_dict().values()))
     for module in (*network.modules(), *other.modules()):
         assert not module._forward_pre_hooks and not module._forward_hooks
@@ -211,7 +209,7 @@ def test_layers_that_get_other_numbers_of_rows() -> None:
     other = damaged(network, 0.0)
     other.get_parameter("0.bias").data.add_(5.0)
     with pytest.raises(MpocError, match=r"^2\.weight: the dense network gives it \(\d+, 4\), the compressed"):
-        PairPass(network, other, Call.of(network), [batch], found).moments(["2.weight"])
+        PairedPass(network, other, Call.of(network), [batch], found).moments(["2.weight"])
 
 
 class _Positive(nn.Module):
@@ -224,7 +222,7 @@ def test_groups_of_channels_are_apart() -> None:
     found = trace(network, Call.of(network), batches[0], weights(network))
     (name,) = (n for n, layer in found.layers.items() if isinstance(layer.inputs, ConvInputs)
                and layer.inputs.groups == 2)  # fmt: skip
-    moments = PairPass(network, damaged(network), Call.of(network), batches, found).moments([name])[name]
+    moments = PairedPass(network, damaged(network), Call.of(network), batches, found).moments([name])[name]
     assert moments.second.shape == moments.cross.shape == (2, 36, 36)
     assert moments.rows == 5 * 36
 
@@ -249,14 +247,14 @@ def test_blocks_are_seen_as_in_whole_passes(make: Any) -> None:
     position = 1
     path = found.chains[0][position].module
     for options in ({}, {"kept_bytes": 0}, {"replay": False}):
-        passes = PairPass(network, other, Call.of(network), batches, found, **options)
+        passes = PairedPass(network, other, Call.of(network), batches, found, **options)
         examples = passes.examples((0, position))
         assert len(examples) == len(batches)
         for example, batch in zip(examples, batches, strict=True):
             assert torch.equal(example.given, _at(other, path, batch)[0])
             assert torch.equal(example.target, _at(network, path, batch)[1])
             assert (example.mask is None) == ("attention_mask" not in batch)
-            output = goes_on(other.get_submodule(path)(example.given, *example.args, **example.named))
+            output = next_input(other.get_submodule(path)(example.given, *example.args, **example.named))
             assert output is not None and torch.equal(output, _at(other, path, batch)[1])
 
 
@@ -265,7 +263,7 @@ def _at(network: nn.Module, path: str, batch: Batch) -> tuple[Tensor, Tensor]:
     """Input and output of a module in a whole pass."""
     seen: list[Any] = []
     handle = network.get_submodule(path).register_forward_hook(
-        lambda _, args, output: seen.append((args[0].clone(), goes_on(output)))
+        lambda _, args, output: seen.append((args[0].clone(), next_input(output)))
     )
     Call.of(network)(network, batch)
     handle.remove()

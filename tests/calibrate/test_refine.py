@@ -9,12 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.calibrate.refine import _SHARE, Example, Refined, distance, learning_rate, refine
+from mpoc.compression.calibrate.block_refinement import (
+    _SHARE,
+    Refined,
+    distance,
+    refine_block,
+    refinement_rate,
+)
+from mpoc.compression.calibrate.trace import Example
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpoc.calibrate.refine._STEPS", 200)
+    monkeypatch.setattr("mpoc.compression.calibrate.block_refinement._STEPS", 200)
 
 
 class Block(nn.Module):
@@ -54,7 +61,7 @@ def stored(module: nn.Module, dtype: torch.dtype = torch.float32) -> dict[str, t
 
 def refined(**options: Any) -> tuple[Block, Refined]:
     start = block()
-    return start, refine(copy.deepcopy(start), stored(start), examples(), examples(2, 1), **options)
+    return start, refine_block(copy.deepcopy(start), stored(start), examples(), examples(2, 1), **options)
 
 
 def with_tensors(start: Block, found: Refined) -> Block:
@@ -92,7 +99,7 @@ def test_what_matters_to_the_output_comes_first() -> None:
     direction[3] = 2.0
     metric = torch.outer(direction, direction).double()
     start = block()
-    found = refine(copy.deepcopy(start), stored(start), examples(), examples(2, 1), metric)
+    found = refine_block(copy.deepcopy(start), stored(start), examples(), examples(2, 1), metric)
     weights = torch.full((12,), _SHARE)
     weights[3] += (1 - _SHARE) * 12
     for module, loss in ((block(), found.before), (with_tensors(start, found), found.after)):
@@ -122,14 +129,14 @@ def test_it_is_the_same_again_and_another_order_is_another_result() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_is_stored_is_what_was_measured(dtype: torch.dtype) -> None:
     start = block().to(dtype).float()
-    found = refine(copy.deepcopy(start), stored(start, dtype), examples(), examples(2, 1))
+    found = refine_block(copy.deepcopy(start), stored(start, dtype), examples(), examples(2, 1))
     assert {tensor.dtype for tensor in found.tensors.values()} == {dtype}
     assert found.after == pytest.approx(by_hand(with_tensors(start, found), examples(2, 1)), rel=1e-4)
 
 
 def test_a_block_that_is_right_stays_as_it_is() -> None:
     torch.manual_seed(7)
-    found = refine(Block(12).eval(), stored(Block(12)), examples(), examples(2, 1))
+    found = refine_block(Block(12).eval(), stored(Block(12)), examples(), examples(2, 1))
     assert found.before == found.after < 1e-10
     assert not found.tensors
 
@@ -139,14 +146,14 @@ def test_nothing_is_taken_that_is_worse_on_held_out_examples() -> None:
     against = [
         Example(e.given, (), {}, start(e.given)[0].detach(), e.mask) for e in examples(2, 1)
     ]  # what the block gives already
-    found = refine(copy.deepcopy(start), stored(start), examples(), against)
+    found = refine_block(copy.deepcopy(start), stored(start), examples(), against)
     assert not found.tensors and found.after == found.before
 
 
 def test_parameters_that_are_not_named_stay() -> None:
     start = block()
     trained = copy.deepcopy(start)
-    found = refine(trained, {"up.bias": torch.float32}, examples(), examples(2, 1))
+    found = refine_block(trained, {"up.bias": torch.float32}, examples(), examples(2, 1))
     assert list(found.tensors) == ["up.bias"]
     assert torch.equal(trained.down.weight, start.down.weight)
     assert torch.equal(trained.up.weight, start.up.weight)
@@ -169,7 +176,7 @@ def test_a_block_without_gradients_is_left_alone() -> None:
             return super().forward(x, scale)
 
     start = Stopped().eval()
-    assert not refine(start, stored(start), examples(), examples(2, 1)).tensors
+    assert not refine_block(start, stored(start), examples(), examples(2, 1)).tensors
 
 
 def test_nothing_to_give_is_no_division_by_zero() -> None:
@@ -178,7 +185,7 @@ def test_nothing_to_give_is_no_division_by_zero() -> None:
 
 
 def test_the_rate_rises_and_falls_to_nothing() -> None:
-    rates = [learning_rate(step, 400) for step in range(401)]
+    rates = [refinement_rate(step, 400) for step in range(401)]
     peak = rates.index(max(rates))
     assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)
     assert 0 < peak < 40 and rates[0] > 0 and rates[-1] == pytest.approx(0.0)

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-import mpoc.calibrate.refine
-from mpoc.calibrate.fit import fit_calibrated
-from mpoc.calibrate.gain import share_by_gain
+import mpoc.compression.calibrate.block_refinement
+from mpoc.compression.calibrate.allocation import allocate_by_gain
+from mpoc.compression.calibrate.calibrated_fit import fit_calibrated
 from mpoc.errors import UsageError
 from tests.calibrate.blocks import Case
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mpoc.calibrate.refine, "_STEPS", 40)
+    monkeypatch.setattr(mpoc.compression.calibrate.block_refinement, "_STEPS", 40)
 
 
 def stop_after(layers: int) -> Callable[..., None]:
@@ -40,8 +40,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return call
 
-    monkeypatch.setattr("mpoc.calibrate.in_order.fit_calibrated", watched("fit", fit_calibrated))
-    monkeypatch.setattr("mpoc.calibrate.sharing.share_by_gain", watched("share", share_by_gain))
+    monkeypatch.setattr(
+        "mpoc.compression.calibrate.sequential.fit_calibrated", watched("fit", fit_calibrated)
+    )
+    monkeypatch.setattr(
+        "mpoc.compression.calibrate.allocation.share_by_gain", watched("share", allocate_by_gain)
+    )
     return done
 
 

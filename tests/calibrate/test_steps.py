@@ -2,10 +2,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mpoc.calibrate.steps import Steps
-from mpoc.plan import LayerPlan
-from mpoc.selection import LinearMap
-from mpoc.structure import low_rank_structure
+from mpoc.compression.calibrate.sequential import Schedule
+from mpoc.compression.plan import LayerPlan
+from mpoc.compression.selection import LinearMap
+from mpoc.tensor_networks.structure import low_rank_structure
 
 SHAPES = {"a": (48, 48), "b": (48, 48), "c": (96, 48), "d": (48, 96), "e": (48, 48)}
 
@@ -22,7 +22,7 @@ def place(group: Sequence[str]) -> tuple[int, int] | None:
     return (0, 1) if group[0] in "cd" else None
 
 
-STEPS = Steps([["b", "a"], ["c"], ["d"]], place)  # of e no inputs are known
+STEPS = Schedule([["b", "a"], ["c"], ["d"]], place)  # of e no inputs are known
 
 
 def test_blocks_are_whole_and_groups_alone() -> None:

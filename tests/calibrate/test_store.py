@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpoc.calibrate.dense import DensePass, dense_pass
-from mpoc.calibrate.store import fingerprint, kept_or_measured
-from mpoc.calibrate.trace import Trace, trace
+from mpoc.compression.calibrate.cache import cached_or_measured, calibration_fingerprint
+from mpoc.compression.calibrate.dense_pass import DensePass, dense_pass
+from mpoc.compression.calibrate.trace import Trace, trace
 from mpoc.errors import MpocError
-from mpoc.header import read_header
-from mpoc.train.call import Batch, Call
+from mpoc.io.safetensors_header import read_header
+from mpoc.models.call import Batch, Call
 from tests.calibrate.networks import encoder, resnet20, texts, weights
 from tests.checkpoints import contents
 
@@ -46,7 +46,7 @@ class Case:
         return self.found
 
     def ask(self, parts: dict[str, str] = PARTS, own: bool = False) -> tuple[DensePass, str]:
-        return kept_or_measured(self.path, parts, self.network, self.trace, self.measure, own=own)
+        return cached_or_measured(self.path, parts, self.network, self.trace, self.measure, own=own)
 
 
 @pytest.fixture
@@ -172,7 +172,9 @@ def test_a_foreign_file_is_not_replaced(case: Case) -> None:
 def test_what_was_forged_is_refused(
     case: Case, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Tensor | None], why: str
 ) -> None:
-    monkeypatch.setattr("mpoc.calibrate.store.digest", lambda _: "0")  # of a forger who makes it right
+    monkeypatch.setattr(
+        "mpoc.compression.calibrate.cache.digest", lambda _: "0"
+    )  # of a forger who makes it right
     case.ask()
     resaved(case.path, **changed)
     with pytest.raises(MpocError, match=f"^{case.path}: damaged: .*{why}"):
@@ -183,7 +185,7 @@ def test_fingerprints() -> None:
     batches = [texts(), texts(seed=1)]
 
     def parts(network: nn.Module, batches: list[Batch], **options: int) -> dict[str, str]:
-        return fingerprint(network, Call.of(network), batches, None, **options)
+        return calibration_fingerprint(network, Call.of(network), batches, None, **options)
 
     def differ(other: dict[str, str]) -> set[str]:
         assert other.keys() == first.keys()

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.calibrate.chain import ChainWatcher
-from mpoc.calibrate.trace import Trace, trace
+from mpoc.compression.calibrate.trace import ChainTracer, Trace, trace
 from mpoc.errors import MpocError
-from mpoc.train.call import Batch, Call
+from mpoc.models.call import Batch, Call
 from tests.architectures import tiny
 from tests.calibrate.networks import Stopped, encoder, images, resnet20, texts, weights
 
@@ -202,4 +201,4 @@ def test_hooks_go_even_where_the_network_fails() -> None:
     with pytest.raises(RuntimeError):
         traced(network, {"x": torch.randn(2, 4)})
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in network.modules())
-    assert ChainWatcher().chains() == ([], {})
+    assert ChainTracer().chains() == ([], {})

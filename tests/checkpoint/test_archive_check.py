@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from mpoc.checkpoint import open_checkpoint
-from mpoc.checkpoint.archive_check import check_pickle
 from mpoc.errors import MpocError
+from mpoc.io.open_checkpoint import open_checkpoint
+from mpoc.io.torch_file import check_pickle
 from tests.checkpoint.test_torch_file import refusal, save
 from tests.checkpoints import mlp_state
 from tests.process import environment, run_python

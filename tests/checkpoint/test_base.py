@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpoc.checkpoint import open_checkpoint
-from mpoc.checkpoint.base import strip_wrappers
-from mpoc.header import TensorInfo
+from mpoc.io.checkpoint import strip_wrappers
+from mpoc.io.open_checkpoint import open_checkpoint
+from mpoc.io.safetensors_header import TensorInfo
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpoc.checkpoint import open_checkpoint
 from mpoc.errors import MpocError
+from mpoc.io.open_checkpoint import open_checkpoint
 from tests.architectures import tiny
 from tests.checkpoints import CONFIG, mlp_state, save_directory
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpoc.checkpoint.safetensors_file import open_safetensors
 from mpoc.errors import MpocError
+from mpoc.io.checkpoint import open_safetensors
 from tests.checkpoints import contents, mlp_state
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.checkpoint import open_checkpoint
 from mpoc.errors import MpocError
+from mpoc.io.open_checkpoint import open_checkpoint
 from tests.checkpoints import mlp_state
 
 NESTS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights")

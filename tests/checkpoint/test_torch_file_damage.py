@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mpoc.checkpoint import open_checkpoint
 from mpoc.errors import MpocError
+from mpoc.io.open_checkpoint import open_checkpoint
 from tests.checkpoint.test_torch_file import assert_holds, both_formats, refusal, save
 from tests.checkpoints import mlp_state
 

@@ -19,8 +19,8 @@ from mpoc.cli.compress import compress
 from mpoc.cli.expand import expand
 from mpoc.cli.finetune import finetune
 from mpoc.cli.report import report
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 
 NET = """
 from torch import nn

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mpoc
-from mpoc.zoo import example, make
+from mpoc.models.zoo import example, make
 from tests.process import Here, run_python
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpoc.manifest_file import read_manifest
+from mpoc.io.manifest_reader import read_manifest
 from tests.checkpoints import contents, mlp_state, num_bytes, save_directory
 from tests.process import Here, Mpoc
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import mpoc
-from mpoc import zoo
+from mpoc.models import zoo
 from tests.process import Here
 
 

@@ -8,12 +8,12 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mpoc.cli.demo import run_demo
+from mpoc.compression.expand import expand_checkpoint
 from mpoc.demo.data import accuracy, load_digits
 from mpoc.demo.network import DigitsNet, load_network
-from mpoc.demo.story import tell_story
 from mpoc.errors import UsageError
-from mpoc.expand import expand_checkpoint
-from mpoc.manifest_file import read_manifest
+from mpoc.io.manifest_reader import read_manifest
 from tests.checkpoints import contents
 from tests.process import Here, Mpoc
 
@@ -77,15 +77,15 @@ def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "mine").write_text("mine")
     with pytest.raises(UsageError, match="exists already"):
-        tell_story(tmp_path / "demo", 8, force=False)
+        run_demo(tmp_path / "demo", 8, force=False)
     assert contents(tmp_path) == {"demo/mine": b"mine"}
     for _ in range(2):
-        tell_story(tmp_path / "demo", 8, force=True)
+        run_demo(tmp_path / "demo", 8, force=True)
         assert contents(tmp_path / "demo").keys() == COMPRESSED | {"mine"}
 
 
 def test_a_larger_bond_loses_less(tmp_path: Path) -> None:
-    stories = [tell_story(tmp_path / str(bond), bond, force=False) for bond in (4, 16, 40)]
+    stories = [run_demo(tmp_path / str(bond), bond, force=False) for bond in (4, 16, 40)]
     after = [story.accuracy_after for story in stories]
     assert after == sorted(after)
     assert len(set(after)) == 3
@@ -93,5 +93,5 @@ def test_a_larger_bond_loses_less(tmp_path: Path) -> None:
 
 def test_a_bond_of_zero_makes_nothing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--bond 0"):
-        tell_story(tmp_path / "demo", 0, force=False)
+        run_demo(tmp_path / "demo", 0, force=False)
     assert list(tmp_path.iterdir()) == []

@@ -9,8 +9,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from mpoc.cli.app import app
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from tests.checkpoints import mlp_state
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from tests.checkpoints import contents, mlp_state, relative_error, save_directory
 from tests.process import Here, Mpoc
 

@@ -8,9 +8,9 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 from mpoc.cli.app import app
-from mpoc.loading import open_network
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.models.loading import open_network
 from tests.checkpoints import contents
 from tests.process import Mpoc
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
 from mpoc.cli.app import app
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.demo.data import load_digits
-from mpoc.expand import expand_checkpoint
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.io.manifest_reader import read_manifest
 from mpoc.train import evaluate
-from mpoc.train.log import read_log
+from mpoc.train.monitor import read_log
 from tests.process import Mpoc, environment
 
 NET = """import os, time
@@ -149,7 +149,7 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
 
 
 def _step(path: Path) -> int:
-    from mpoc.header import read_header
+    from mpoc.io.safetensors_header import read_header
 
     return int(json.loads(read_header(path).metadata["mpoc.training"])["progress"]["step"])
 

@@ -15,14 +15,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from mpoc.cli.app import app
-from mpoc.header import read_header
+from mpoc.io.safetensors_header import read_header
+from mpoc.runtime.signals import Interrupted
 from mpoc.train import evaluate
-from mpoc.train.finetune import Request, finetune
-from mpoc.train.log import read_log
-from mpoc.train.material import DataOptions
+from mpoc.train.finetune import FinetuneRequest, finetune
+from mpoc.train.monitor import TrainingEvent, read_log
 from mpoc.train.settings import Settings
-from mpoc.train.stop import Interrupted
-from mpoc.train.watch import Told
+from mpoc.train.training_data import DataOptions
 from tests.checkpoints import contents, mlp_state, save_directory
 from tests.process import Mpoc, run_python
 from tests.train.small import blobs
@@ -57,7 +56,7 @@ def test_several_runs_resumed_give_the_same_bytes(
 ) -> None:
     monkeypatch.chdir(folder)
     settings = Settings(epochs=2.0, batch=16, lr=0.01, patience=5)
-    request = Request(
+    request = FinetuneRequest(
         Path("net.pt"), DataOptions(Path("blobs.npz"), held_out=0.2), settings, arch="net.py:net", runs=3,
         save_steps=4, device="cpu", output=Path("straight.safetensors"),
     )  # fmt: skip
@@ -71,7 +70,7 @@ def test_several_runs_resumed_give_the_same_bytes(
         if runs == 2 and moment == "between":
             raise Stop
 
-    def told(now: Told) -> None:
+    def told(now: TrainingEvent) -> None:
         if runs == 2 and now.step == 5 and now.scores is not None:
             if moment == "in the second":
                 raise Stop

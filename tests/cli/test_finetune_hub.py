@@ -14,8 +14,8 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from mpoc.cli.app import app
-from mpoc.history import HISTORY_FILE
-from mpoc.manifest_file import read_manifest
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.training_history import HISTORY_FILE
 from tests.hub_models import compress_saved, transformers
 from tests.process import Mpoc, run_python
 

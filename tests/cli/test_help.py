@@ -10,10 +10,10 @@ import typer
 from typer.testing import CliRunner
 
 import mpoc
-from mpoc import zoo
 from mpoc.cli.app import app
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.models import zoo
 from mpoc.train.settings import Settings
 from tests.checkpoints import mlp_state, network_state, save_directory
 from tests.process import Mpoc
@@ -48,7 +48,7 @@ class TestEveryCommand:
 
     def test_examples_work(self, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("mpoc.demo.story._SETTINGS", Settings(epochs=1.0, lr=0.01))
+        monkeypatch.setattr("mpoc.cli.demo._SETTINGS", Settings(epochs=1.0, lr=0.01))
         make_what_the_examples_name(compressed=command != "compress")
         for example in examples(command):
             words = shlex.split(example.partition(" > ")[0])

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mpoc.cli.app import app
-from mpoc.manifest_file import read_manifest
+from mpoc.io.manifest_reader import read_manifest
 from tests.checkpoints import contents
 from tests.cli.test_faults import assert_fails
 from tests.process import Here, Mpoc
@@ -123,7 +123,7 @@ def test_nothing_keeps_it(folder: Path) -> None:
 def test_what_cannot_be_is_said_before_any_work(
     folder: Path, words: list[object], status: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mpoc.train.measure.open_model", None)  # nothing is opened
+    monkeypatch.setattr("mpoc.train.evaluate_file.open_model", None)  # nothing is opened
     before = contents(folder)
     done = here(*words)
     assert done.exit_code == status, done.output

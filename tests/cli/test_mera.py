@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 import mpoc
 import mpoc.hf  # registers
 from mpoc.cli.app import app
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.io.manifest_reader import read_manifest
 from tests.checkpoints import contents, network_state, save_directory
 from tests.hub_models import answer, auto, compress, tiny
 from tests.process import Mpoc
@@ -25,7 +25,7 @@ from tests.process import Mpoc
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the fit finds is tested with it."""
-    monkeypatch.setattr("mpoc.fit.mera._MOST_STEPS", 20)
+    monkeypatch.setattr("mpoc.tensor_networks.fit.mera._MOST_STEPS", 20)
 
 
 def small() -> nn.Sequential:

@@ -89,7 +89,7 @@ def test_with_a_search(folder: Path) -> None:
 def test_what_is_refused_before_any_work(
     folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[object], status: int, said: str
 ) -> None:
-    monkeypatch.setattr("mpoc.pipeline.open_source", None)  # nothing is opened
+    monkeypatch.setattr("mpoc.compression.pipeline.open_source", None)  # nothing is opened
     before = contents(folder)
     done = here("--ratio", 0.5, "-o", "o.safetensors", *words)
     assert done.exit_code == status, done.output

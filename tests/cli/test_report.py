@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from tests.checkpoints import contents, network_state, num_bytes, save_directory
 from tests.process import Here, Mpoc
 
@@ -34,7 +34,7 @@ def test_table_json_and_csv_tell_the_same(run: Mpoc, output: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(as_json.stdout)
     rows = list(csv.DictReader(io.StringIO(as_csv.stdout)))
-    assert report["schema"].startswith("mpoc.report/")
+    assert report["schema"].startswith("mpoc.reporting.summary/")
     assert [row["layer"] for row in rows] == [layer["layer"] for layer in report["layers"]]
     lines = table.stdout.splitlines()
     for row, layer in zip(rows, report["layers"], strict=True):

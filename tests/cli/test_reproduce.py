@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mpoc.cli.app import app
-from mpoc.train.stop import Interrupted
+from mpoc.runtime.signals import Interrupted
 from tests.process import Mpoc
 from tests.reproduce.images import write_digits
 

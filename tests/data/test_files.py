@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mpoc.data.files import FORMATS, files_of, is_data, recognise, split_of
+from mpoc.data.recognise import FORMATS, files_of, is_data, recognise, split_of
 from mpoc.errors import MpocError, UsageError
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpoc.data import fingerprint as module
-from mpoc.data.files import recognise
-from mpoc.data.fingerprint import fingerprint
+from mpoc.data import open as module
+from mpoc.data.open import data_fingerprint
+from mpoc.data.recognise import recognise
 from tests.data.samples import pixels, write_folder, write_idx
 
 
 def of(path: Path) -> str:
-    return fingerprint(path, recognise(path, None))
+    return data_fingerprint(path, recognise(path, None))
 
 
 def idx(folder: Path) -> None:

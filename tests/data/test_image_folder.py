@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mpoc.data import open_data, rows
+from mpoc.data import columns as rows
+from mpoc.data import open_data
 from mpoc.errors import MpocError
 from tests.data.samples import pixels, png, write_folder
 

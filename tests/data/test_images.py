@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from mpoc.data import ImageOptions, prepare
+from mpoc.data import ImageOptions, prepare_images
 from mpoc.errors import UsageError
 from tests.data.samples import pixels
 
@@ -25,26 +25,26 @@ def test_normalised_as_the_formula_says() -> None:
     x = images(4, 3, 5, 6)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = (x.numpy() / 255 - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
-    found = prepare(x, ImageOptions(mean, std))
+    found = prepare_images(x, ImageOptions(mean, std))
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-6)
-    one = prepare(x, ImageOptions((0.5,), (0.25,)))
+    one = prepare_images(x, ImageOptions((0.5,), (0.25,)))
     torch.testing.assert_close(one, (x / 255 - 0.5) / 0.25)
 
 
 def test_mean_and_deviation_become_tensors_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x, options = images(4, 3, 5, 6), ImageOptions((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    first = prepare(x, options)
-    other = prepare(x, ImageOptions((0.1, 0.2, 0.4), (0.4, 0.5, 0.6)))
+    first = prepare_images(x, options)
+    other = prepare_images(x, ImageOptions((0.1, 0.2, 0.4), (0.4, 0.5, 0.6)))
     assert not torch.equal(other, first)
     monkeypatch.delattr(torch, "tensor")
-    assert torch.equal(prepare(x, options), first)
+    assert torch.equal(prepare_images(x, options), first)
 
 
 def test_crops_and_flips_are_of_the_padded_image() -> None:
     x = images(64, 2, 4, 5)
     before = x.clone()
-    found = (prepare(x, ImageOptions(pad=2, flip=True), generator()) * 255).round().to(torch.uint8)
+    found = (prepare_images(x, ImageOptions(pad=2, flip=True), generator()) * 255).round().to(torch.uint8)
     padded = F.pad(x, (2, 2, 2, 2))
     seen = set()
     for image, source in zip(found, padded, strict=True):
@@ -66,15 +66,15 @@ def test_crops_and_flips_are_of_the_padded_image() -> None:
 def test_the_generator_decides_and_none_means_evaluation() -> None:
     x = images(32, 1, 6, 6)
     options = ImageOptions(pad=2, flip=True)
-    assert torch.equal(prepare(x, options, generator(1)), prepare(x, options, generator(1)))
-    assert not torch.equal(prepare(x, options, generator(1)), prepare(x, options, generator(2)))
-    torch.testing.assert_close(prepare(x, options), x / 255)
+    assert torch.equal(prepare_images(x, options, generator(1)), prepare_images(x, options, generator(1)))
+    assert not torch.equal(prepare_images(x, options, generator(1)), prepare_images(x, options, generator(2)))
+    torch.testing.assert_close(prepare_images(x, options), x / 255)
 
 
 def test_resized_as_pillow_does() -> None:
     x = images(2, 3, 16, 12)
     options = ImageOptions(size=(8, 6))
-    found = prepare(x, options) * 255
+    found = prepare_images(x, options) * 255
     for image, source in zip(found, x, strict=True):
         pillow = Image.fromarray(source.permute(1, 2, 0).numpy()).resize((6, 8), Image.Resampling.BILINEAR)
         expected = torch.from_numpy(np.array(pillow)).permute(2, 0, 1).float()
@@ -108,4 +108,4 @@ def test_options_out_of_range(wrong: dict[str, object]) -> None:
 
 def test_means_for_other_channels() -> None:
     with pytest.raises(UsageError, match="3 means for images of 1 channels"):
-        prepare(images(2, 1, 4, 4), ImageOptions((0.1, 0.2, 0.3), (1.0, 1.0, 1.0)))
+        prepare_images(images(2, 1, 4, 4), ImageOptions((0.1, 0.2, 0.3), (1.0, 1.0, 1.0)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mpoc.data import Data, TextOptions, hold_out, open_data
 from mpoc.data.arrays import Arrays
 from mpoc.data.base import Subset
-from mpoc.data.stream import TokenStream
+from mpoc.data.text import TokenStream
 from mpoc.errors import MpocError
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from mpoc.data import CharacterTokenizer, TextOptions, hold_out, open_data
-from mpoc.data import stream as stream_module
-from mpoc.data.stream import TokenStream
+from mpoc.data import text as stream_module
+from mpoc.data.text import TokenStream
 from mpoc.errors import MpocError, UsageError
 
 

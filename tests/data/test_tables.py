@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from mpoc.data import CharacterTokenizer, TextOptions, open_data, shuffled
-from mpoc.data.encoded import EncodedImages
-from mpoc.data.rows import ParquetRows
+from mpoc.data.columns import ParquetRows
+from mpoc.data.images import EncodedImages
 from mpoc.errors import MpocError
 from tests.data.samples import pixels, png, write_jsonl, write_parquet
 

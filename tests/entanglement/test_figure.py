@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoc.entanglement.figure import EntropyProfile, draw_entropies
-from mpoc.entanglement.study import Entanglement, entanglement_of
+from mpoc.compression.entanglement import Entanglement, entanglement_of
+from mpoc.reporting.plots import EntropyProfile, draw_entropies
 from tests.checkpoints import mlp_state
 
 matplotlib = pytest.importorskip("matplotlib")

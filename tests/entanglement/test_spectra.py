@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpoc.entanglement.spectra import Cut, cuts_of_cores, cuts_of_weight, schmidt_spectra
-from mpoc.fit.ttsvd import tt_svd
-from mpoc.forms.layout import deinterleave, interleave
-from mpoc.forms.terms import weight_of
-from mpoc.geometry import make_geometry
-from mpoc.structure import Structure, low_rank_structure, make_structure
+from mpoc.tensor_networks.fit.spectra import Cut, cuts_of_cores, cuts_of_weight, schmidt_spectra
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.layout import deinterleave, interleave
+from mpoc.tensor_networks.forms.stored import weight_of
+from mpoc.tensor_networks.geometry import make_geometry
+from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
 from tests.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
 
 SOME = settings(max_examples=40, deadline=None, derandomize=True)
@@ -128,7 +128,7 @@ def test_a_large_map_has_the_spectra_of_the_dense_one(monkeypatch: pytest.Monkey
     structure = make_structure("convmap", (4, 4, 3, 3), geometry=geometry)
     kernel = torch.randn(4, 4, 3, 3)
     dense = schmidt_spectra(kernel, structure)
-    monkeypatch.setattr("mpoc.structure.DENSE_LIMIT", 0)
+    monkeypatch.setattr("mpoc.tensor_networks.structure.DENSE_LIMIT", 0)
     for values, exact in zip(dense, schmidt_spectra(kernel, structure), strict=True):
         torch.testing.assert_close(values[: len(exact)], exact, rtol=1e-5, atol=1e-5)
         assert entropy_of(values) == pytest.approx(entropy_of(exact), abs=1e-6)

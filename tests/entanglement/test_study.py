@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from mpoc.entanglement.study import as_dict, entanglement_of
+from mpoc.compression.entanglement import as_dict, entanglement_of
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.recipe_syntax import parse_shape
 from mpoc.errors import MpocError, UsageError
-from mpoc.option_text import parse_shape
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
 from tests.checkpoints import network_state, save_directory
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.demo.network import DigitsNet
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
 from tests.checkpoints import contents, network_state, save_directory
 from tests.faults.child import Fault, attempt, command
 

@@ -34,7 +34,10 @@ def _of_a_careless_one(case: Case, made: Material) -> dict[str, int]:
     """What is found where ``expand`` writes in place, tidies nothing up, and lets errors through."""
     normal = undisturbed(case, made)
     seen: Counter[str] = Counter()
-    with patch("mpoc.expand.staged", _in_place), patch("mpoc.cli.expand.reported_errors", nullcontext):
+    with (
+        patch("mpoc.compression.expand.staged", _in_place),
+        patch("mpoc.cli.expand.reported_errors", nullcontext),
+    ):
         for what, clock in (("ENOSPC", "changes"), ("SIGINT", "files"), ("SIGKILL", "files")):
             fault = child.Fault(what, clock, normal.moments[clock] // 2)
             seen.update(one.kind for one in strike(case, fault, made, normal)[1])

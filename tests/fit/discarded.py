@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor
 
-from mpoc.fit.truncate import Truncation, truncate
-from mpoc.fit.ttsvd import Fit
-from mpoc.structure import Structure
+from mpoc.tensor_networks.fit.truncation import Truncation, truncate
+from mpoc.tensor_networks.fit.tt_svd import Fit
+from mpoc.tensor_networks.structure import Structure
 
 
 def fit_and_discarded(
@@ -25,5 +25,5 @@ def fit_and_discarded(
         return cut
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mpoc.fit.ttsvd.truncate", recording)
+        patch.setattr("mpoc.tensor_networks.fit.tt_svd.truncate", recording)
         return factorise(weight, structure, bond), math.fsum(lost)

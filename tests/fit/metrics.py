@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mpoc.fit.metric import Metric
+from mpoc.tensor_networks.fit.metric import Metric
 
 
 def random_moment(size: int, rank: int | None = None, seed: int = 0) -> Tensor:

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from mpoc.errors import UsageError
-from mpoc.fit.conv_map import exact_map, fit_conv_map, project
-from mpoc.forms.conv_map import map_of_kernel
-from mpoc.forms.form import Form
-from mpoc.forms.mpo import MPO
-from mpoc.geometry import make_geometry
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.fit.conv_map import exact_map, fit_conv_map, project
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.layout import map_of_kernel
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.geometry import make_geometry
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.checkpoints import relative_error
 from tests.convolutions import convolutions, geometry_and_kernel, is_fully_known, through_matrix
 
@@ -26,7 +26,7 @@ def as_mpo(form: Form) -> MPO:
 
 @pytest.fixture
 def nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpoc.structure.DENSE_LIMIT", 0)
+    monkeypatch.setattr("mpoc.tensor_networks.structure.DENSE_LIMIT", 0)
 
 
 def map_structure(shape: tuple[int, ...], size: tuple[int, ...], **changes: Any) -> Structure:
@@ -37,7 +37,7 @@ def map_structure(shape: tuple[int, ...], size: tuple[int, ...], **changes: Any)
 
 def both_routes(kernel: Tensor, structure: Structure, bond: int, **options: Any) -> tuple[Any, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mpoc.structure.DENSE_LIMIT", 0)
+        patch.setattr("mpoc.tensor_networks.structure.DENSE_LIMIT", 0)
         rounded = fit_conv_map(kernel, structure, bond, **options)
         assert rounded.routes == ["rounded"] * (len(structure.site_sizes) - 1)
     dense = fit_conv_map(kernel, structure, bond, **options)
@@ -125,7 +125,7 @@ def test_projection_without_the_dense_map_is_the_same(drawn: tuple[nn.Conv2d, tu
     noisy = MPO([core + 0.1 * torch.randn_like(core) for core in form.cores], structure)
     dense, dense_error = project(noisy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mpoc.structure.DENSE_LIMIT", 0)
+        patch.setattr("mpoc.tensor_networks.structure.DENSE_LIMIT", 0)
         by_cores, error = project(noisy)
         exact_back, exact_error = project(as_mpo(form))
     torch.testing.assert_close(by_cores, dense)

@@ -6,20 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.fit.descent import Descent
-from mpoc.fit.metric import Metric
-from mpoc.fit.weighted_svd import weighted_svd
-from mpoc.forms.mpo import MPO
-from mpoc.forms.terms import form_of
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.fit.lbfgs import LBFGS
+from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.fit.metrics import diagonal_metric, random_metric
 from tests.weights import by_eq_5, random_cores
 
 STRUCTURE = make_structure("linear", (12, 12), factors=((2, 3, 2), (3, 1, 4)))
 
 
-def start(structure: Structure, bond: int, metric: Metric) -> Descent:
-    return Descent(metric, [form_of(random_cores(structure, bond, seed=4), structure)])
+def start(structure: Structure, bond: int, metric: Metric) -> LBFGS:
+    return LBFGS(metric, [form_of(random_cores(structure, bond, seed=4), structure)])
 
 
 def test_value_and_gradient_are_those_of_the_formula() -> None:
@@ -61,7 +60,7 @@ def test_a_low_rank_matrix_reaches_the_closed_form() -> None:
 def test_it_says_when_there_is_nothing_lower() -> None:
     cores = random_cores(STRUCTURE, 3, seed=4)
     target = MPO(cores, STRUCTURE).to_matrix()[0]
-    descent = Descent(Metric(target, torch.eye(12, dtype=torch.float64)), [MPO(cores, STRUCTURE)])
+    descent = LBFGS(Metric(target, torch.eye(12, dtype=torch.float64)), [MPO(cores, STRUCTURE)])
     assert not descent.run(5)
     torch.testing.assert_close(descent.terms[0].to_matrix()[0], target)
 
@@ -73,7 +72,7 @@ def test_the_path_is_the_same_in_every_gauge() -> None:
     changed = [cores[0] @ gauge, torch.einsum("ab,bjic->ajic", torch.linalg.inv(gauge), cores[1]), cores[2]]
     paths: list[Tensor] = []
     for at in (cores, changed):
-        descent = Descent(metric, [MPO(at, STRUCTURE)])
+        descent = LBFGS(metric, [MPO(at, STRUCTURE)])
         descent.run(3)
         paths.append(descent.terms[0].to_matrix()[0])
     torch.testing.assert_close(paths[0], paths[1], rtol=1e-2, atol=1e-2)
@@ -81,7 +80,7 @@ def test_the_path_is_the_same_in_every_gauge() -> None:
 
 def test_zero_cores_are_no_trouble() -> None:
     cores = [torch.zeros_like(core) for core in random_cores(STRUCTURE, 2)]
-    descent = Descent(random_metric(12, 12), [MPO(cores, STRUCTURE)])
+    descent = LBFGS(random_metric(12, 12), [MPO(cores, STRUCTURE)])
     assert not descent.run(1)
     assert all(not core.any() for core in descent.terms[0].cores)
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mpoc.fit.environments import inverse_grams
-from mpoc.forms.form import Form
-from mpoc.forms.terms import form_of
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.fit.lbfgs import inverse_grams
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.weights import random_cores
 
 FOUR = make_structure("linear", (24, 24), factors=((2, 3, 2, 2), (3, 1, 4, 2)))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.fit.descent import Descent
-from mpoc.fit.factorise import factorise
-from mpoc.fit.mera import fit_mera, tree_cores
-from mpoc.forms.layout import interleave
-from mpoc.forms.mera import Mera
-from mpoc.forms.terms import weight_of
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.fit.decompose import decompose
+from mpoc.tensor_networks.fit.lbfgs import LBFGS
+from mpoc.tensor_networks.fit.mera import fit_mera, tree_cores
+from mpoc.tensor_networks.forms.layout import interleave
+from mpoc.tensor_networks.forms.mera import Mera
+from mpoc.tensor_networks.forms.stored import weight_of
+from mpoc.tensor_networks.structure import Structure, make_structure
 
 KINDS = [
     ("linear", (24, 36), False, 4),
@@ -65,15 +65,15 @@ def test_what_is_fitted_is_no_worse_than_its_start_and_f_never_rises(
     kind: str, shape: tuple[int, ...], transposed: bool, sites: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, of = drawn(shape), structure(kind, shape, transposed, sites)
-    step, seen = Descent._step, dict[int, list[float]]()
+    step, seen = LBFGS._step, dict[int, list[float]]()
 
-    def watched(descent: Descent) -> bool:
+    def watched(descent: LBFGS) -> bool:
         values = seen.setdefault(id(descent), [descent.point.value])
         found = step(descent)
         values.append(descent.point.value)
         return found
 
-    monkeypatch.setattr(Descent, "_step", watched)
+    monkeypatch.setattr(LBFGS, "_step", watched)
     fit = fit_mera(weight, of, 3)
     assert len(seen) == 2
     for values in seen.values():
@@ -107,7 +107,7 @@ def test_a_product_needs_no_bond() -> None:
 
 def test_the_seed_decides_and_the_cores_have_equal_norms() -> None:
     weight, of = drawn((24, 36)).float(), structure("linear", (24, 36), False, 4)
-    once, again = (factorise(weight, of, 3, seed=7).form.cores for _ in range(2))
+    once, again = (decompose(weight, of, 3, seed=7).form.cores for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     norms = [float(core.norm()) for core in once]
     assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)

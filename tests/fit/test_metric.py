@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.fit.metric import Metric, make_metric, semidefinite
+from mpoc.tensor_networks.fit.metric import Metric, make_metric, semidefinite
 from tests.fit.metrics import diagonal_metric, moments, random_metric
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.fit.order import exchange, learn_order
-from mpoc.fit.ttsvd import tt_svd
-from mpoc.forms.mpo import MPO
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.fit.decompose import exchange, learn_order
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.weights import random_cores, random_weight
 
 STRUCTURE = make_structure("linear", (16, 24), factors=((4, 2, 2), (2, 3, 4)))

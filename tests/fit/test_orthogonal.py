@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from mpoc.fit.orthogonal import haar, orthogonal_cores
-from mpoc.forms.mera import Mera
-from mpoc.structure import make_structure
+from mpoc.tensor_networks.fit.mera import haar, orthogonal_cores
+from mpoc.tensor_networks.forms.mera import Mera
+from mpoc.tensor_networks.structure import make_structure
 
 
 def generator(seed: int) -> torch.Generator:

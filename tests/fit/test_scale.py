@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from mpoc.fit.scale import exponent_of, largest, scaled, spread
-from mpoc.fit.ttsvd import tt_svd
-from mpoc.forms.mpo import MPO
-from mpoc.structure import Structure, low_rank_structure, make_structure
+from mpoc.tensor_networks.fit.truncation import exponent_of, largest, scaled, spread
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
 
 STRUCTURES = [make_structure("linear", (64, 48)), low_rank_structure("linear", (64, 48))]
 

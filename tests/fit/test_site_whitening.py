@@ -7,12 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.fit.metric import Metric
-from mpoc.fit.site_whitening import Coordinates, diagonal_factors, kronecker_factors, site_coordinates
-from mpoc.forms.form import Form
-from mpoc.forms.mpo import MPO
-from mpoc.forms.terms import form_of
-from mpoc.structure import low_rank_structure, make_structure
+from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.fit.whitening import (
+    WhitenedCoordinates,
+    diagonal_factors,
+    kronecker_factors,
+    whitened_coordinates,
+)
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.structure import low_rank_structure, make_structure
 from tests.fit.metrics import diagonal_metric, random_metric, random_moment
 from tests.weights import random_cores
 
@@ -35,7 +40,7 @@ def test_a_product_becomes_the_identity() -> None:
     inputs = kron(random_moment(3, seed=1), random_moment(4, seed=2))
     outputs = kron(random_moment(2, seed=3), random_moment(5, seed=4))
     metric = Metric(torch.ones(10, 12, dtype=torch.float64), inputs, outputs)
-    white = site_coordinates(metric, (2, 5), (3, 4)).whiten(metric)
+    white = whitened_coordinates(metric, (2, 5), (3, 4)).whiten(metric)
     assert white.outputs is not None
     for moment, size in ((white.inputs, 12), (white.outputs, 10)):
         identity = torch.eye(size, dtype=torch.float64) * moment.trace() / size
@@ -45,7 +50,7 @@ def test_a_product_becomes_the_identity() -> None:
 def test_any_moment_becomes_white_on_average_at_every_site() -> None:
     """With the other sites averaged over, what is left at a site is the identity."""
     metric = random_metric(6, 24)
-    white = site_coordinates(metric, (1, 2, 3), (2, 3, 4)).whiten(metric).inputs.reshape(2, 3, 4, 2, 3, 4)
+    white = whitened_coordinates(metric, (1, 2, 3), (2, 3, 4)).whiten(metric).inputs.reshape(2, 3, 4, 2, 3, 4)
     for k, pattern in enumerate(("abcdbc->ad", "abcadc->bd", "abcabd->cd")):
         mean = torch.einsum(pattern, white)
         mean = mean / mean.trace() * len(mean)
@@ -59,14 +64,14 @@ def test_f_is_the_same_number(weighted: bool, ranks: tuple[int | None, int | Non
     factors = (2, 3, 2), (1, 4, 3)
     structure = make_structure("linear", (12, 12), factors=factors)
     metric = random_metric(12, 12, weighted, ranks)
-    coordinates = site_coordinates(metric, *factors)
+    coordinates = whitened_coordinates(metric, *factors)
     two = low_rank_structure("linear", (12, 12))
     others = (replace(structure, network=network) for network in ("tree", "mera"))
     for form in (form_of(random_cores(one, 3), one) for one in (structure, two, *others)):
         same_number(form, metric, coordinates)
 
 
-def same_number(form: Form, metric: Metric, coordinates: Coordinates) -> None:
+def same_number(form: Form, metric: Metric, coordinates: WhitenedCoordinates) -> None:
     white = coordinates.whiten_term(form)
     value = coordinates.whiten(metric).value(white.to_matrix()[0])
     assert value == pytest.approx(metric.value(form.to_matrix()[0]), rel=1e-9)
@@ -99,8 +104,8 @@ def test_a_diagonal_need_not_be_formed() -> None:
     )
     for found, expected in pairs:
         torch.testing.assert_close(found.diag(), expected)
-    coordinates = site_coordinates(metric, *factors)
-    white, whole = coordinates.whiten(metric), site_coordinates(formed, *factors).whiten(formed)
+    coordinates = whitened_coordinates(metric, *factors)
+    white, whole = coordinates.whiten(metric), whitened_coordinates(formed, *factors).whiten(formed)
     assert white.outputs is not None
     torch.testing.assert_close(white.target, whole.target)
     torch.testing.assert_close(white.outputs.diag(), whole.outputs)

@@ -10,13 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpoc.fit.tree import tree_svd
-from mpoc.fit.ttsvd import Fit, tt_svd
-from mpoc.forms.layout import deinterleave, interleave
-from mpoc.forms.terms import weight_of
-from mpoc.forms.tree import Tree
-from mpoc.structure import Structure, make_structure
-from mpoc.wiring import branches
+from mpoc.tensor_networks.fit.tt_svd import Fit, tree_svd, tt_svd
+from mpoc.tensor_networks.forms.layout import deinterleave, interleave
+from mpoc.tensor_networks.forms.stored import weight_of
+from mpoc.tensor_networks.forms.tree import Tree
+from mpoc.tensor_networks.structure import Structure, make_structure
+from mpoc.tensor_networks.topology import branches
 from tests.fit.discarded import fit_and_discarded
 from tests.weights import EVERY_KIND, random_weight, shape_id, structures
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpoc.fit.truncate import Truncation, squared_norm, truncate
+from mpoc.tensor_networks.fit.truncation import Truncation, squared_norm, truncate
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = [torch.float32, torch.float64]

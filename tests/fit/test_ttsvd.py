@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpoc.fit.ttsvd import tt_svd
-from mpoc.forms.form import Form
-from mpoc.forms.layout import deinterleave, interleave
-from mpoc.forms.mpo import MPO
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.layout import deinterleave, interleave
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.fit.discarded import fit_and_discarded
 from tests.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
 

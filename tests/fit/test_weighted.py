@@ -9,15 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpoc.fit.factorise import factorise
-from mpoc.fit.metric import Metric, make_metric
-from mpoc.fit.ttsvd import tt_svd
-from mpoc.fit.weighted import Problem, matrix_of
-from mpoc.fit.weighted_svd import weighted_svd
-from mpoc.forms.form import Form
-from mpoc.forms.mpo import MPO
-from mpoc.forms.terms import form_of
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.fit.decompose import decompose
+from mpoc.tensor_networks.fit.metric import Metric, make_metric, weighted_svd
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.fit.metrics import moments, random_metric
 from tests.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
 
@@ -75,7 +74,7 @@ def test_f_never_rises_and_is_that_of_the_result(
     least = 1e-20 * metric.value(torch.zeros_like(metric.target))
     assert metric.value(matrix_of(fit.terms)) == pytest.approx(fit.history[-1], rel=1e-9, abs=least)
     assert all(have <= cap for have, cap in zip(fit.form.bonds, structure.bonds(bond), strict=True))
-    plain = matrix_of([factorise(_as_weight(metric.target, structure), structure, bond).form])
+    plain = matrix_of([decompose(_as_weight(metric.target, structure), structure, bond).form])
     assert fit.history[0] <= metric.value(plain) * (1 + 1e-5) + least
 
 
@@ -122,7 +121,7 @@ def test_it_is_better_than_a_fit_of_the_weight(structure: Structure, network: st
     structure = replace(structure, network=network)
     for seed in range(3):
         metric = metric_for(structure, seed=seed)
-        plain = matrix_of([factorise(metric.target, structure, 3).form])
+        plain = matrix_of([decompose(metric.target, structure, 3).form])
         fit = Problem(metric, structure).fit(3)
         assert fit.history[-1] < 0.5 * metric.value(plain)
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from mpoc.fit.metric import Metric
-from mpoc.fit.weighted_svd import weighted_svd
+from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
 from tests.fit.metrics import diagonal_metric, random_metric
 
 METRICS = {

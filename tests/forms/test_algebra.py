@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.forms.algebra import add, kronecker, subtract
-from mpoc.forms.mpo import MPO
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.forms.mpo import MPO, add, kronecker, subtract
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.weights import random_cores, structures
 
 SOME = settings(max_examples=40, deadline=None, derandomize=True)

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from mpoc.forms.conv_map import from_full_taps, full_taps, map_of_kernel, nearest_kernel
-from mpoc.geometry import make_geometry
+from mpoc.tensor_networks.forms.layout import from_full_taps, full_taps, map_of_kernel, nearest_kernel
+from mpoc.tensor_networks.geometry import make_geometry
 from tests.convolutions import convolutions, geometry_and_kernel, is_fully_known, through_matrix
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)

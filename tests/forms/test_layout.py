@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.forms.layout import (
+from mpoc.tensor_networks.forms.layout import (
     deinterleave,
     from_matrix,
     interleave,
@@ -15,7 +15,7 @@ from mpoc.forms.layout import (
     unpadded,
     working_dtype,
 )
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.weights import EVERY_KIND, random_weight, shape_id, structures
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpoc.forms.mpo import MPO, entropy
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.forms.mpo import MPO, entropy
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.weights import EVERY_KIND, by_eq_5, random_cores, shape_id, structures
 
 SOME = settings(max_examples=40, deadline=None, derandomize=True)

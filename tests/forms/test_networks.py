@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.forms.contraction import contract_all
-from mpoc.forms.layout import deinterleave
-from mpoc.forms.mera import Mera
-from mpoc.forms.terms import form_of, weight_of
-from mpoc.forms.tree import Tree
 from mpoc.nn import adopt
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.forms.contraction import contract_all
+from mpoc.tensor_networks.forms.layout import deinterleave
+from mpoc.tensor_networks.forms.mera import Mera
+from mpoc.tensor_networks.forms.stored import form_of, weight_of
+from mpoc.tensor_networks.forms.tree import Tree
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.weights import random_cores
 
 SHAPES = [

@@ -8,9 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.forms.algebra import add, subtract
-from mpoc.forms.mpo import MPO, rank_within
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.forms.mpo import MPO, add, rank_within, subtract
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.weights import random_cores, structures
 
 SOME = settings(max_examples=40, deadline=None, derandomize=True)

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.forms.terms import forms_of, split, weight_of
-from mpoc.geometry import make_geometry
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.forms.stored import forms_of, split, weight_of
+from mpoc.tensor_networks.geometry import make_geometry
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.sums import random_sum, sum_weight
 from tests.weights import EVERY_KIND, by_eq_5, random_cores, shape_id, structures
 

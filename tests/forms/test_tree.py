@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.forms.layout import interleave
-from mpoc.forms.tree import Tree, tree_chain
-from mpoc.structure import Structure, make_structure
-from mpoc.wiring import branches
+from mpoc.tensor_networks.forms.layout import interleave
+from mpoc.tensor_networks.forms.tree import Tree, tree_chain
+from mpoc.tensor_networks.structure import Structure, make_structure
+from mpoc.tensor_networks.topology import branches
 from tests.weights import random_cores
 
 SOME = settings(max_examples=25, deadline=None, derandomize=True)

@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mpoc
-from mpoc.checkpoint import Checkpoint, open_checkpoint
 from mpoc.cli.tables import print_report
-from mpoc.expand import expand_checkpoint
-from mpoc.manifest import Manifest
-from mpoc.manifest_file import read_manifest
-from mpoc.opened import Opened, open_source
-from mpoc.recipe import make_recipe
-from mpoc.report import report_dict, to_csv, to_json
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.source import CompressionSource, open_source
+from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.manifest import Manifest
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.open_checkpoint import open_checkpoint
+from mpoc.reporting.summary import report_dict, to_csv, to_json
 from tests.fuzz import mutate
 from tests.fuzz.engine import Target
 
@@ -158,7 +159,7 @@ def _recipe(data: bytes) -> None:
 
 
 @cache
-def _opened() -> Opened:
+def _opened() -> CompressionSource:
     path = _folder() / "dense.pt"
     torch.save(network().state_dict(), path)
     return open_source(path, make_recipe(None, {"bond": 2}), None, False, torch.device("cpu"))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpoc.errors import MpocError
-from mpoc.manifest_file import read_manifest
+from mpoc.io.manifest_reader import read_manifest
 from tests.fuzz.engine import Target, fault_of, fuzz
 from tests.fuzz.targets import CORPUS, TARGETS
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.forms.terms import forms_of, weight_of
 from mpoc.nn import adopt
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.forms.stored import forms_of, weight_of
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.weights import random_cores
 
 

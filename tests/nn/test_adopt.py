@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mpoc
-from mpoc.forms.mpo import MPO
 from mpoc.nn import MPOLinear, adopt
-from mpoc.structure import make_structure
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.structure import make_structure
 from tests.nn.layers import NETWORKS, Halved, gradients, pair, structure_of, with_cores
 from tests.weights import random_cores
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpoc.nn import contract as module
-from mpoc.nn.contract import contract, merge
-from mpoc.nn.cost import CPU, GPU, Plan, Rates, cheapest, split, ways
-from mpoc.structure import Structure, make_structure
+from mpoc.nn.contract import contract, merge_cores
+from mpoc.nn.cost import CPU, GPU, Plan, Rates, cheapest, split_batch, ways
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.weights import by_eq_5, random_cores
 
 FACTORS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4)
@@ -59,7 +59,7 @@ def test_every_plan_gives_the_same(
     torch.testing.assert_close(contract(x, cores), x @ by_eq_5(cores, structure).T)
     if trained:
         found = torch.autograd.grad(contract(x, cores).square().sum(), cores)
-        expected = torch.autograd.grad((x @ merge(cores)[0, :, :, 0].T).square().sum(), cores)
+        expected = torch.autograd.grad((x @ merge_cores(cores)[0, :, :, 0].T).square().sum(), cores)
         torch.testing.assert_close(found, expected)
 
 
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
 def test_merged_cores_are_a_core() -> None:
     structure = of_factors([(2, 3), (3, 2), (2, 2)])
     cores = random_cores(structure, 4)
-    merged = [merge(cores[:2]), cores[2]]
+    merged = [merge_cores(cores[:2]), cores[2]]
     assert merged[0].shape == (1, 6, 6, 4)
     two_sites = of_factors([(6, 6), (2, 2)])
     torch.testing.assert_close(by_eq_5(merged, two_sites), by_eq_5(cores, structure))
@@ -131,8 +131,8 @@ def test_the_gradient_of_a_core_is_not_made_for_every_piece(monkeypatch: pytest.
 
 
 def test_neighbours_are_merged_from_the_side_where_bonds_are_small() -> None:
-    assert split(((1, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 64))) == 2
-    assert split(((64, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 1))) == 1
+    assert split_batch(((1, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 64))) == 2
+    assert split_batch(((64, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 1))) == 1
 
 
 def test_on_the_meta_device_and_under_autocast() -> None:

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mpoc.fit.conv_map import fit_conv_map
-from mpoc.forms.mpo import MPO
 from mpoc.nn import MPOConvMap1d, MPOConvMap2d, MPOConvMap3d, adopt
 from mpoc.nn.conv_map import geometry_of
-from mpoc.structure import Structure, make_structure
+from mpoc.tensor_networks.fit.conv_map import fit_conv_map
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.convolutions import convolutions, through_matrix
 
 SOME = settings(max_examples=20, deadline=None, derandomize=True)

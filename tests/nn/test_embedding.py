@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from mpoc.forms.mpo import MPO
 from mpoc.nn import MPOEmbedding, adopt
 from mpoc.nn import embedding as module
+from mpoc.tensor_networks.forms.mpo import MPO
 from tests.nn.layers import gradients, pair, pulled_back, structure_of, with_cores
 
 SIDE = st.integers(1, 60)

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.nn.adopt import adopt
-from mpoc.nn.experts import unstack
-from mpoc.structure import make_structure
+from mpoc.nn.adopt import adopt, unstack
+from mpoc.tensor_networks.structure import make_structure
 from tests.weights import random_cores
 
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import linear
 
-from mpoc.forms.mpo import MPO
 from mpoc.nn import MPOLinear, adopt
 from mpoc.nn.linear import MPOConv1D
-from mpoc.structure import make_structure
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.structure import make_structure
 from tests.nn.layers import gradients, pair, pulled_back, with_cores
 from tests.weights import random_cores
 

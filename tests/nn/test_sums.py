@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mpoc.nn import MPOEmbedding, MPOLinear, adopt
 from mpoc.nn import contract as module
+from mpoc.nn.adopt import unstack
 from mpoc.nn.contract import contract
 from mpoc.nn.conv_map import geometry_of
 from mpoc.nn.cost import CPU, GPU, Plan, cheapest, ways
-from mpoc.nn.experts import unstack
 from mpoc.nn.linear import MPOConv1D
-from mpoc.structure import make_structure
+from mpoc.tensor_networks.structure import make_structure
 from tests.nn.layers import gradients, pulled_back, with_cores
 from tests.nn.test_experts import Experts
 from tests.sums import random_sum, sum_weight

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mpoc.forms.mpo import MPO
 from mpoc.nn import MPOLinear
+from mpoc.tensor_networks.forms.mpo import MPO
 from tests.nn.layers import pair, with_cores
 
 

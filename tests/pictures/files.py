@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from mpoc.checkpoint.safetensors_file import open_safetensors
-from mpoc.manifest import LayerRecord, Manifest
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.writer import Entry, write_safetensors
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.io.checkpoint import open_safetensors
+from mpoc.io.manifest import LayerRecord, Manifest
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.safetensors_writer import Entry, write_safetensors
 from tests.checkpoints import network_state
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'&<b>.$x$"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mpoc.pictures.data import read_file, read_files
-from mpoc.pictures.page import page
+from mpoc.reporting.contents import read_file, read_files
+from mpoc.reporting.html import page
 from tests.pictures.browser import ask
 from tests.pictures.files import HOSTILE, compressed, every_kind
 

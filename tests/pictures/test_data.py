@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from mpoc.compression.expand import dense_weight
 from mpoc.errors import MpocError
-from mpoc.expand import dense_weight, open_compressed
-from mpoc.forms.layout import interleave
-from mpoc.manifest_file import read_manifest
-from mpoc.pictures.data import read_file, read_files
-from mpoc.spectrum import Spectrum
+from mpoc.io.manifest import Spectrum
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.open_checkpoint import open_compressed
+from mpoc.reporting.contents import read_file, read_files
+from mpoc.tensor_networks.forms.layout import interleave
 from tests.checkpoints import network_state
 from tests.pictures.files import compressed, rewritten
 from tests.sums import RANK, compress_to_sums

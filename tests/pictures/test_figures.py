@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from mpoc.manifest import LayerRecord, Manifest, Source
-from mpoc.pictures.data import BondSpectra, FileData, LayerData
-from mpoc.pictures.figures import (
+from mpoc.io.manifest import LayerRecord, Manifest, Source
+from mpoc.reporting.charts import (
     ErrorKind,
     best_error,
     common_layers,
@@ -24,6 +23,7 @@ from mpoc.pictures.figures import (
     spectrum_chart,
     training_charts,
 )
+from mpoc.reporting.contents import BondSpectra, FileData, LayerData
 from tests.pictures.files import TRAINING
 
 

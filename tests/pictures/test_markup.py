@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.pictures.markup import Markup, breakable, join, tag
+from mpoc.reporting.svg import Markup, breakable, join, tag
 
 SOME = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -9,10 +9,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mpoc.manifest import LayerRecord
-from mpoc.pictures.network import Bond, Leg, Network, Node, networks_of
-from mpoc.pictures.svg_network import RADIUS, network_svg, place_terms
-from mpoc.structure import Structure, low_rank_structure, make_structure
+from mpoc.io.manifest import LayerRecord
+from mpoc.reporting.network_diagram import (
+    RADIUS,
+    Diagram,
+    DiagramBond,
+    DiagramLeg,
+    DiagramNode,
+    diagrams_of,
+    network_svg,
+    place_terms,
+)
+from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
 from tests.weights import EVERY_KIND, shape_id
 
 MORE = [
@@ -33,7 +41,7 @@ def record_of(structure: Structure, bond: int = 3, low_rank: int = 0) -> LayerRe
     )  # fmt: skip
 
 
-def numbers(network: Network) -> int:
+def numbers(network: Diagram) -> int:
     """Of all its tensors: the product of each one's legs and bonds."""
     total = 0
     for k in range(len(network.nodes)):
@@ -46,7 +54,7 @@ def numbers(network: Network) -> int:
 @pytest.mark.parametrize("structure", [*EVERY_KIND, *MORE, *TREES, *MERAS], ids=shape_id)
 def test_it_has_the_numbers_and_the_sides_of_its_layer(structure: Structure) -> None:
     record = record_of(structure)
-    (network,) = networks_of(record)
+    (network,) = diagrams_of(record)
     assert numbers(network) == record.num_stored
     sides = [math.prod(leg.size for leg in network.legs if leg.label[0] == letter) for letter in "JI"]
     named = [leg.size for leg in network.legs if leg.label in ("taps", "experts")]
@@ -56,7 +64,7 @@ def test_it_has_the_numbers_and_the_sides_of_its_layer(structure: Structure) -> 
 @pytest.mark.parametrize("structure", [*EVERY_KIND, *MORE], ids=shape_id)
 def test_a_chain_has_the_numbers_and_the_sides_of_its_layer(structure: Structure) -> None:
     record = record_of(structure)
-    (network,) = networks_of(record)
+    (network,) = diagrams_of(record)
     assert numbers(network) == record.num_stored
     ups = math.prod(leg.size for leg in network.legs if leg.up)
     downs = math.prod(leg.size for leg in network.legs if not leg.up)
@@ -66,7 +74,7 @@ def test_a_chain_has_the_numbers_and_the_sides_of_its_layer(structure: Structure
 
 def test_a_sum_has_two_terms() -> None:
     record = record_of(make_structure("conv2d", (16, 12, 3, 3)), low_rank=5)
-    first, added = networks_of(record)
+    first, added = diagrams_of(record)
     assert numbers(first) + numbers(added) == record.num_stored
     assert [bond.size for bond in added.bonds] == [5]
 
@@ -75,7 +83,7 @@ def test_a_sum_has_two_terms() -> None:
     ("kind", "shape", "label"), [("conv2d", (16, 12, 3, 3), "taps"), ("experts", (3, 16, 8), "experts")]
 )
 def test_the_lead_site_says_what_it_is(kind: str, shape: tuple[int, ...], label: str) -> None:
-    (network,) = networks_of(record_of(make_structure(kind, shape)))
+    (network,) = diagrams_of(record_of(make_structure(kind, shape)))
     assert [leg.label for leg in network.legs if leg.node == 0] == [label]
 
 
@@ -85,7 +93,7 @@ def test_no_label_touches_another_or_leaves_the_drawing(structure: Structure) ->
     if structure.network == "chain" and structure.form == "mpo":
         sums.append(record_of(structure, low_rank=1))
     for record in sums:
-        root = ElementTree.fromstring(network_svg(networks_of(record), "a network"))
+        root = ElementTree.fromstring(network_svg(diagrams_of(record), "a network"))
         boxes = [box(text) for text in root.iter("text")]
         width, height = float(root.get("width", "")), float(root.get("height", ""))
         assert all(
@@ -105,14 +113,14 @@ def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
 
 def test_what_is_no_network_has_no_drawing() -> None:
     record = record_of(make_structure("linear", (12, 8)))
-    assert networks_of(replace(record, form="dense")) == ()
+    assert diagrams_of(replace(record, form="dense")) == ()
 
 
 def test_any_list_of_nodes_can_be_drawn() -> None:
     """As of a tree: nodes on several levels, legs at some."""
-    nodes = (Node("top", 0.5), Node("a", 0.0, 1.0), Node("b", 1.0, 1.0))
-    legs = (Leg(0, "J", 9, True), Leg(1, "I₁", 30522, False), Leg(2, "I₂", 4, False))
-    network = Network(nodes, legs, (Bond(0, 1, 8), Bond(0, 2, 1)))
+    nodes = (DiagramNode("top", 0.5), DiagramNode("a", 0.0, 1.0), DiagramNode("b", 1.0, 1.0))
+    legs = (DiagramLeg(0, "J", 9, True), DiagramLeg(1, "I₁", 30522, False), DiagramLeg(2, "I₂", 4, False))
+    network = Diagram(nodes, legs, (DiagramBond(0, 1, 8), DiagramBond(0, 2, 1)))
     root = ElementTree.fromstring(network_svg((network, network), "a tree"))
     assert len(list(root.iter("circle"))) == 6
     assert "".join(root.itertext()).count("30522") == 2

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpoc.manifest import Source
-from mpoc.manifest_file import read_manifest
-from mpoc.pictures.data import FileData, read_file, read_files
-from mpoc.pictures.page import page, write_page
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.io.manifest import Source
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.reporting.contents import FileData, read_file, read_files
+from mpoc.reporting.html import page, write_page
 from tests.checkpoints import network_state, save_directory
 from tests.pictures.files import HOSTILE, LONG, changed, compressed, every_kind, many_layers, rewritten
 from tests.pictures.test_markup import read
@@ -147,7 +147,7 @@ def test_nothing_known_but_factors_and_bonds(path: Path) -> None:
 
 
 def test_a_form_without_a_drawing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpoc.pictures.network.PLACES", {})
+    monkeypatch.setattr("mpoc.reporting.network_diagram.PLACES", {})
     text = shown(path)
     assert_whole(text)
     assert '<svg class="network"' not in text

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mpoc.errors import UsageError
-from mpoc.pictures.plot import refuse_existing_folder, write_plots
+from mpoc.reporting.plots import refuse_existing_folder, write_plots
 from tests.pictures.files import HOSTILE, compressed, one_layer
 
 
@@ -58,7 +58,7 @@ def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mpoc.pictures.plot._save", full)
+    monkeypatch.setattr("mpoc.reporting.plots._save", full)
     with pytest.raises(OSError, match="No space"):
         write_plots(path, tmp_path / "figures")
     assert [file.name for file in tmp_path.iterdir()] == ["a"]

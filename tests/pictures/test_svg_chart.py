@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from xml.etree import ElementTree
 
-from mpoc.pictures.chart import Axis, Chart, Mark, Series
-from mpoc.pictures.svg_chart import chart_svg
+from mpoc.reporting.charts import Axis, Chart, Mark, Series
+from mpoc.reporting.svg import chart_svg
 from tests.pictures.files import HOSTILE
 
 LINE = Series("stored", ((1.0, 0.5), (10.0, 0.25), (100.0, 0.125)), "marked line", "stored")

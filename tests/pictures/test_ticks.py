@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mpoc.pictures.chart import Axis
-from mpoc.pictures.ticks import counted, limits, place, ticks, written
+from mpoc.reporting.charts import Axis
+from mpoc.reporting.svg import limits, place, short_count, tick_label, ticks
 
 SOME = settings(max_examples=150, deadline=None, derandomize=True)
 AXES = st.sampled_from(
@@ -70,8 +70,8 @@ def test_a_flat_spectrum_looks_flat() -> None:
     ],
 )
 def test_how_a_tick_is_written(axis: Axis, value: float, text: str) -> None:
-    assert written(axis, value) == text
+    assert tick_label(axis, value) == text
 
 
 def test_counts() -> None:
-    assert [counted(value) for value in (0, 12, 1234, 5e5, 2e9)] == ["0", "12", "1.23k", "500k", "2G"]
+    assert [short_count(value) for value in (0, 12, 1234, 5e5, 2e9)] == ["0", "12", "1.23k", "500k", "2G"]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from mpoc.reproduce.catalogue import Choice
-from mpoc.reproduce.figure import draw_figures
-from mpoc.reproduce.study import Reproduction, Request, reproduce
+from mpoc.reproduce.catalogue import StudyChoice
+from mpoc.reproduce.figures import draw_figures
+from mpoc.reproduce.study import Reproduction, StudyRequest, run_study
 from tests.reproduce.images import write_digits
 
 
@@ -18,9 +18,9 @@ from tests.reproduce.images import write_digits
 def done(tmp_path_factory: pytest.TempPathFactory) -> Reproduction:
     folder = tmp_path_factory.mktemp("figures")
     digits = write_digits(folder / "digits")
-    choice = Choice(bonds=(2, 16), epochs=2)
-    asked = Request("fc2", digits, folder / "out", choice, runs=2, device="cpu")
-    return reproduce(asked, lambda _: None)
+    choice = StudyChoice(bonds=(2, 16), epochs=2)
+    asked = StudyRequest("fc2", digits, folder / "out", choice, runs=2, device="cpu")
+    return run_study(asked, lambda _: None)
 
 
 def drawn(done: Reproduction, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -15,23 +15,23 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torch import nn
 
-from mpoc import zoo
-from mpoc.fit.ttsvd import tt_svd
-from mpoc.forms.layout import interleave
-from mpoc.forms.mpo import MPO
+from mpoc.models import zoo
 from mpoc.reproduce import study as module
-from mpoc.reproduce.catalogue import STUDIES, Choice
-from mpoc.reproduce.cell import Cell, run_cell
-from mpoc.reproduce.experiment import Layer
-from mpoc.reproduce.figure import draw_figures
-from mpoc.reproduce.material import open_material
-from mpoc.reproduce.networks import compress, core_forms, cut_by_weight, num_cores_parameters
-from mpoc.reproduce.study import Reproduction, Request, reproduce
-from mpoc.structure import Structure
+from mpoc.reproduce.catalogue import STUDIES, StudyChoice
+from mpoc.reproduce.experiment import ReplacedLayer
+from mpoc.reproduce.figures import draw_figures
+from mpoc.reproduce.networks import core_forms, cut_by_weight, num_cores_parameters, replace_layers
+from mpoc.reproduce.paper_data import open_paper_data
+from mpoc.reproduce.run import Cell, run_cell
+from mpoc.reproduce.study import Reproduction, StudyRequest, run_study
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.layout import interleave
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.structure import Structure
 from tests.reproduce.images import write_digits
 
 SITES = (4, 4, 4, 4, 4)
-LAYER = Layer("fc1", SITES, SITES, order="morton")
+LAYER = ReplacedLayer("fc1", SITES, SITES, order="morton")
 SMALL = Structure("linear", (24, 12), False, (2, 3, 4), (3, 2, 2))
 
 
@@ -73,7 +73,7 @@ def test_the_network_s_parameters() -> None:
 def test_at_full_bond_any_order_of_the_pixels_is_the_dense_network(order: str) -> None:
     network, x = nn.Sequential(nn.Linear(64, 8)), torch.rand(3, 64)
     before, names = network(x), ["0.bias", *(f"0.cores.{k}" for k in range(3))]
-    compress(network, [Layer("0", (4, 4, 4), (2, 2, 2), order=order)], 100, "ttsvd", seed=0)
+    replace_layers(network, [ReplacedLayer("0", (4, 4, 4), (2, 2, 2), order=order)], 100, "ttsvd", seed=0)
     torch.testing.assert_close(network(x), before)
     assert sorted(network.state_dict()) == names
 
@@ -82,7 +82,7 @@ def test_orders_are_different_networks_below_the_full_bond() -> None:
     x, found = torch.rand(3, 1, 28, 28), []
     for order in ("raster", "morton"):
         torch.manual_seed(0)
-        network = compress(zoo.make("harada"), [replace(LAYER, order=order)], 3, "random", seed=0)
+        network = replace_layers(zoo.make("harada"), [replace(LAYER, order=order)], 3, "random", seed=0)
         assert core_forms(network, [LAYER])["fc1"].bonds == (1, 3, 3, 3, 3, 1)
         found.append(network(x))
     assert not torch.allclose(*found)
@@ -93,9 +93,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("data") / "digits", train=100)
 
 
-def asked(digits: Path, output: Path, *variants: str, starts: tuple[str, ...] = ("random",)) -> Request:
-    choice = Choice(variants, bonds=(4,), epochs=2)
-    return Request("harada", digits, output, choice, starts, device="cpu")
+def asked(digits: Path, output: Path, *variants: str, starts: tuple[str, ...] = ("random",)) -> StudyRequest:
+    choice = StudyChoice(variants, bonds=(4,), epochs=2)
+    return StudyRequest("harada", digits, output, choice, starts, device="cpu")
 
 
 def test_automatic_bonds_start_from_the_trained_cores(
@@ -108,7 +108,7 @@ def test_automatic_bonds_start_from_the_trained_cores(
         return run_cell(cell, *arguments)
 
     monkeypatch.setattr(module, "run_cell", counts)
-    done = reproduce(asked(digits, tmp_path, "morton", "morton-random-0.3"), lambda _: None)
+    done = run_study(asked(digits, tmp_path, "morton", "morton-random-0.3"), lambda _: None)
     assert len(trained) == len(set(trained)) == 3  # the fixed network's cores are used again
     dense, fixed, automatic = done.rows
     assert dense.results[0].bonds == {} and fixed.results[0].bonds == {"fc1": [4, 4, 4, 4]}
@@ -124,20 +124,20 @@ def test_automatic_bonds_start_from_the_trained_cores(
 def test_automatic_bonds_without_the_fixed_network_train_it_for_themselves(
     digits: Path, tmp_path: Path
 ) -> None:
-    together = reproduce(asked(digits, tmp_path / "a", "raster", "raster-random-0.1"), lambda _: None)
-    alone = reproduce(asked(digits, tmp_path / "b", "raster-random-0.1"), lambda _: None)
+    together = run_study(asked(digits, tmp_path / "a", "raster", "raster-random-0.1"), lambda _: None)
+    alone = run_study(asked(digits, tmp_path / "b", "raster-random-0.1"), lambda _: None)
     assert alone.rows[1].results[0].curve == together.rows[2].results[0].curve
 
 
 def test_each_automatic_variant_has_its_start(digits: Path, tmp_path: Path) -> None:
     variants = ("raster-dense-0.5", "raster-random-0.3")
-    done = reproduce(asked(digits, tmp_path, *variants, starts=("ttsvd",)), lambda _: None)
+    done = run_study(asked(digits, tmp_path, *variants, starts=("ttsvd",)), lambda _: None)
     assert [(row.start, row.experiment.discard) for row in done.rows] == [("dense", 0.5), ("ttsvd", 0.5)]
     assert [row["discard"] for row in done.as_dict()["rows"]] == [0.5, 0.5]
 
 
 def test_results_of_raster_order_are_found_under_what_they_always_depended_on(digits: Path) -> None:
-    material = open_material(digits, "harada", None, 0.0, 0)
+    material = open_paper_data(digits, "harada", None, 0.0, 0)
     raster, morton = (
         Cell(STUDIES["harada"].variants[order], "random", 4, 0).identity(material)["layers"]
         for order in ("raster", "morton")
@@ -148,13 +148,13 @@ def test_results_of_raster_order_are_found_under_what_they_always_depended_on(di
 
 def test_mean_parameters_over_runs_whose_bonds_differ(digits: Path, tmp_path: Path) -> None:
     request = replace(asked(digits, tmp_path, "raster-random-0.1"), runs=2)
-    row = reproduce(request, lambda _: None).rows[1]
+    row = run_study(request, lambda _: None).rows[1]
     assert row.parameters == round(np.mean([result.parameters for result in row.results]))
 
 
 def test_figure_over_parameters(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variants = ("raster", "raster-random-0.3", "raster-random-0.1")
-    done: Reproduction = reproduce(asked(digits, tmp_path, *variants), lambda _: None)
+    done: Reproduction = run_study(asked(digits, tmp_path, *variants), lambda _: None)
     figures: list[Any] = []
     save = Figure.savefig
 

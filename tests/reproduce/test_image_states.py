@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from mpoc.fit.ttsvd import tt_svd
-from mpoc.forms.mpo import entropy
 from mpoc.reproduce.image_states import (
     contract_stack,
     cosine_errors,
@@ -13,7 +11,9 @@ from mpoc.reproduce.image_states import (
     low_rank_errors,
     tt_svd_stack,
 )
-from mpoc.structure import Structure
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.mpo import entropy
+from mpoc.tensor_networks.structure import Structure
 
 SITES = (3, 4, 4, 4)
 

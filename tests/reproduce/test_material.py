@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpoc.data.stream import TokenStream
-from mpoc.reproduce.material import open_material
+from mpoc.data.text import TokenStream
+from mpoc.reproduce.paper_data import open_paper_data
 
 
 def text(folder: Path, words: str) -> Path:
@@ -19,7 +19,7 @@ def test_what_is_stored_counts_after_training_drew_new_windows(tmp_path: Path) -
     """Else a dense network would be trained again for each network that starts from it."""
     path = text(tmp_path, ALPHABET)
     network = "picogpt:vocab=65,context=256"
-    material, fresh = (open_material(path, network, None, 0.0, 0) for _ in range(2))
+    material, fresh = (open_paper_data(path, network, None, 0.0, 0) for _ in range(2))
     before = material.identity
     train = material.data.splits["train"]
     assert isinstance(train, TokenStream)
@@ -29,6 +29,6 @@ def test_what_is_stored_counts_after_training_drew_new_windows(tmp_path: Path) -
 
 def test_other_text_is_other_data(tmp_path: Path) -> None:
     network = "picogpt:vocab=65,context=256"
-    one = open_material(text(tmp_path, ALPHABET), network, None, 0.0, 0).identity
-    other = open_material(text(tmp_path, ALPHABET[::-1]), network, None, 0.0, 0).identity
+    one = open_paper_data(text(tmp_path, ALPHABET), network, None, 0.0, 0).identity
+    other = open_paper_data(text(tmp_path, ALPHABET[::-1]), network, None, 0.0, 0).identity
     assert one != other

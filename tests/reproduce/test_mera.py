@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from mpoc import zoo
 from mpoc.errors import UsageError
-from mpoc.reproduce.catalogue import Choice, choose
-from mpoc.reproduce.compression import baseline_counts, counts
-from mpoc.reproduce.mera import MERA
-from mpoc.reproduce.networks import channel_order, compress, layer_structure, num_cores_parameters
-from mpoc.reproduce.study import Request, reproduce
+from mpoc.models import zoo
+from mpoc.reproduce.catalogue import StudyChoice, choose_studies
+from mpoc.reproduce.hallam2017 import MERA, baseline_counts, counts
+from mpoc.reproduce.networks import channel_order, layer_structure, num_cores_parameters, replace_layers
+from mpoc.reproduce.study import StudyRequest, run_study
 
 # Variant and D → parameters of the fully connected layers, and what is printed where that differs.
 COUNTS = {
@@ -36,7 +35,7 @@ CONVOLUTIONS = 296_640
 
 def made(variant: str) -> nn.Module:
     """With its cores at the start."""
-    return compress(zoo.make("mera-cnn"), MERA.variants[variant].layers, 2, "random", seed=0)
+    return replace_layers(zoo.make("mera-cnn"), MERA.variants[variant].layers, 2, "random", seed=0)
 
 
 def on_meta(network: str) -> nn.Module:
@@ -108,9 +107,9 @@ def test_the_first_layer_starts_orthogonal_and_the_second_keeps_variance() -> No
 
 
 def test_every_variant_is_done_unless_asked_otherwise() -> None:
-    labels = [experiment.label for experiment in choose(MERA, Choice())]
+    labels = [experiment.label for experiment in choose_studies(MERA, StudyChoice())]
     assert labels == ["FC-1", "FC-2", "FC-2, as printed", "MERA", "TT", "MERA, channels first"]
-    words = choose(MERA, Choice(paper=True))[3].training.words()
+    words = choose_studies(MERA, StudyChoice(paper=True))[3].training.words()
     assert words.startswith(
         "1000 epochs, batch 50, adam, lr 0.001 constant, no L2, random shifts of 4 pixels"
     )
@@ -129,9 +128,9 @@ def write_images(path: Path) -> Path:
 
 def test_a_few_steps(tmp_path: Path) -> None:
     data = write_images(tmp_path / "images.npz")
-    choice = Choice(variants=("mera",), bonds=(2,))
-    asked = Request("mera", data, tmp_path / "out", choice, quick=True, held_out=0.2, device="cpu")
-    done = reproduce(asked, lambda _: None)
+    choice = StudyChoice(variants=("mera",), bonds=(2,))
+    asked = StudyRequest("mera", data, tmp_path / "out", choice, quick=True, held_out=0.2, device="cpu")
+    done = run_study(asked, lambda _: None)
     assert [(row.experiment.label, row.start, row.bond) for row in done.rows] == [
         ("MERA", "random", 2),
     ]
@@ -141,6 +140,6 @@ def test_a_few_steps(tmp_path: Path) -> None:
     assert found["as_counted_there"]["fully_connected"] == 3_120
     assert found["structures"][1] == "fc2 MERA(2,2,2,2,2,2,2,2,2,2,2,2→1,2,1,2,1,2,1,2,1,2,1,2)(2)"
     with pytest.raises(UsageError, match="--hold-out 0: a validation split ends these trainings"):
-        reproduce(replace(asked, held_out=0.0), lambda _: None)
+        run_study(replace(asked, held_out=0.0), lambda _: None)
     with pytest.raises(UsageError, match="--starts ttsvd: none of these variants"):
-        reproduce(replace(asked, starts=("ttsvd",)), lambda _: None)
+        run_study(replace(asked, starts=("ttsvd",)), lambda _: None)

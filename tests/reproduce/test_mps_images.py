@@ -11,8 +11,8 @@ import torch
 from matplotlib.figure import Figure
 
 from mpoc.errors import UsageError
-from mpoc.reproduce.images_figure import METHODS, draw_image_figures
-from mpoc.reproduce.mps_images import ImageStates, Request, approximate, measure_images
+from mpoc.reproduce.figures import METHODS, draw_image_figures
+from mpoc.reproduce.image_states import ImageStates, ImageStatesRequest, approximate, measure_images
 from tests.reproduce.images import write_digits
 
 
@@ -23,7 +23,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(digits: Path) -> ImageStates:
-    return measure_images(Request(digits, (16, 1, 4, 12)), lambda _: None)
+    return measure_images(ImageStatesRequest(digits, (16, 1, 4, 12)), lambda _: None)
 
 
 def test_numbers_are_those_of_the_cores(done: ImageStates) -> None:
@@ -62,7 +62,7 @@ def test_raster_order_cuts_rows_from_columns(tmp_path: Path) -> None:
     """Images that are the same in all columns."""
     x = np.repeat(np.random.default_rng(0).integers(0, 255, (10, 1, 32, 1), dtype=np.uint8), 32, 3)
     np.savez(tmp_path / "bars.npz", allow_pickle=False, x=x, y=np.arange(10))
-    done = measure_images(Request(tmp_path / "bars.npz", (8,)), lambda _: None)
+    done = measure_images(ImageStatesRequest(tmp_path / "bars.npz", (8,)), lambda _: None)
     assert done.entropies["raster"][3] == pytest.approx(0, abs=1e-6)
     assert done.entropies["morton"][3] > 0.01
     assert done.peers["svd"][0].decibels > 58
@@ -71,14 +71,14 @@ def test_raster_order_cuts_rows_from_columns(tmp_path: Path) -> None:
 def test_colour_is_a_site_in_front(tmp_path: Path) -> None:
     x = np.random.default_rng(0).integers(0, 255, (10, 3, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "colours.npz", allow_pickle=False, x=x, y=np.arange(10))
-    done = measure_images(Request(tmp_path / "colours.npz", (2,)), lambda _: None)
+    done = measure_images(ImageStatesRequest(tmp_path / "colours.npz", (2,)), lambda _: None)
     assert done.states["raster"][0].numbers == 3 * 2 + 2 * 4 * 2 + 2 * 4 * 2 + 2 * 4
     assert len(done.entropies["raster"]) == 3
 
 
 def test_the_same_images_again_and_others_of_another_seed(digits: Path) -> None:
     def run(seed: int) -> ImageStates:
-        return measure_images(Request(digits, (2,), seed), lambda _: None)
+        return measure_images(ImageStatesRequest(digits, (2,), seed), lambda _: None)
 
     assert torch.equal(run(0).images, run(0).images) and run(0).as_dict() == run(0).as_dict()
     assert not torch.equal(run(0).images, run(1).images)
@@ -116,6 +116,6 @@ def test_figures(done: ImageStates, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_what_is_no_images_or_no_bond_is_refused(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("words " * 500)
     with pytest.raises(UsageError, match="mps-images takes images, not txt"):
-        measure_images(Request(tmp_path / "text.txt"), lambda _: None)
+        measure_images(ImageStatesRequest(tmp_path / "text.txt"), lambda _: None)
     with pytest.raises(UsageError, match="each at least 1"):
-        measure_images(Request(digits, (0, 2)), lambda _: None)
+        measure_images(ImageStatesRequest(digits, (0, 2)), lambda _: None)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.orders import permutation
-from mpoc.reproduce.pixels import ORDERS, from_sites, to_sites
+from mpoc.reproduce.image_states import ORDERS, from_sites, to_sites
+from mpoc.tensor_networks.factors import permutation
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])

@@ -6,21 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from mpoc import zoo
 from mpoc.errors import UsageError
-from mpoc.forms.mpo import MPO
+from mpoc.models import zoo
 from mpoc.reproduce.catalogue import STUDIES
-from mpoc.reproduce.cell import dense_sizes
-from mpoc.reproduce.experiment import Experiment, Layer
+from mpoc.reproduce.experiment import Experiment, ReplacedLayer
 from mpoc.reproduce.networks import (
-    compress,
     layer_structure,
     nominal_bonds,
     num_cores_parameters,
     random_cores,
+    replace_layers,
 )
 from mpoc.reproduce.picogpt import PARAMETERS
-from mpoc.structure import Structure
+from mpoc.reproduce.run import dense_sizes
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.structure import Structure
 
 ALL = [(study, name) for study in STUDIES.values() for name in study.variants]
 
@@ -105,8 +105,11 @@ def test_random_cores_have_glorots_variance_and_follow_the_seed() -> None:
 def test_from_tt_svd_at_full_bond_the_network_is_the_dense_one() -> None:
     network, x = zoo.make("lenet5"), torch.rand(4, 1, 28, 28)
     before = network(x)
-    layers = [Layer("fc2", (2, 5, 6, 2), (2, 3, 7, 2)), Layer("fc3", (2, 3, 7, 2), (1, 5, 2, 1))]
-    compress(network, layers, 10_000, "ttsvd", seed=0)
+    layers = [
+        ReplacedLayer("fc2", (2, 5, 6, 2), (2, 3, 7, 2)),
+        ReplacedLayer("fc3", (2, 3, 7, 2), (1, 5, 2, 1)),
+    ]
+    replace_layers(network, layers, 10_000, "ttsvd", seed=0)
     torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-5)
 
 
@@ -115,11 +118,11 @@ def test_a_padded_map_at_full_bond_is_the_convolution() -> None:
     network = nn.Sequential(nn.Conv2d(5, 6, 3, padding=1))
     x = torch.randn(2, 5, 4, 4)
     before = network(x)
-    layer = Layer("0", (4, 4, 6), (4, 4, 6), size=(4, 4))  # 96 inputs for 80
-    compress(network, [layer], 10_000, "ttsvd", seed=0)
+    layer = ReplacedLayer("0", (4, 4, 6), (4, 4, 6), size=(4, 4))  # 96 inputs for 80
+    replace_layers(network, [layer], 10_000, "ttsvd", seed=0)
     torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_factors_are_refused_with_both_sides() -> None:
     with pytest.raises(UsageError, match="783 inputs and 256 outputs, but the layer has 784 and 256"):
-        layer_structure(zoo.make("fc2"), Layer("fc1", (27, 29), (16, 16)))
+        layer_structure(zoo.make("fc2"), ReplacedLayer("fc1", (27, 29), (16, 16)))

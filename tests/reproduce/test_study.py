@@ -12,10 +12,10 @@ import pytest
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.reproduce import study as module
-from mpoc.reproduce.catalogue import STUDIES, Choice, Shapes, choose, find_study
-from mpoc.reproduce.cell import DENSE, Cell, run_cell
-from mpoc.reproduce.study import Reproduction, Request, reproduce
-from mpoc.train.stop import Interrupted
+from mpoc.reproduce.catalogue import STUDIES, Shapes, StudyChoice, choose_studies, find_study
+from mpoc.reproduce.run import DENSE, Cell, run_cell
+from mpoc.reproduce.study import Reproduction, StudyRequest, run_study
+from mpoc.runtime.signals import Interrupted
 from tests.reproduce.images import write_digits
 
 
@@ -24,14 +24,14 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
-def request(digits: Path, output: Path, **more: object) -> Request:
-    asked = Request("fc2", digits, output, Choice(bonds=(2, 16), epochs=3), device="cpu")
+def request(digits: Path, output: Path, **more: object) -> StudyRequest:
+    asked = StudyRequest("fc2", digits, output, StudyChoice(bonds=(2, 16), epochs=3), device="cpu")
     return replace(asked, **more)  # type: ignore[arg-type]
 
 
-def run(asked: Request) -> tuple[Reproduction, list[str]]:
+def run(asked: StudyRequest) -> tuple[Reproduction, list[str]]:
     said: list[str] = []
-    return reproduce(asked, said.append), said
+    return run_study(asked, said.append), said
 
 
 def test_rows_their_numbers_and_the_papers(digits: Path, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_rows_their_numbers_and_the_papers(digits: Path, tmp_path: Path) -> None
 
 def test_starts_differ_only_where_they_should(digits: Path, tmp_path: Path) -> None:
     """From TT-SVD a network begins near where dense training ended; random cores know nothing."""
-    done, _ = run(request(digits, tmp_path / "out", choice=Choice(bonds=(64,), epochs=3)))
+    done, _ = run(request(digits, tmp_path / "out", choice=StudyChoice(bonds=(64,), epochs=3)))
     dense, fitted, drawn = done.rows
     # D = 64 is full for the first layer, so that TT-SVD truncates the second layer alone.
     assert fitted.results[0].start > 30 > drawn.results[0].start
@@ -89,7 +89,7 @@ def test_an_interrupted_study_goes_on(digits: Path, tmp_path: Path, monkeypatch:
 
 
 def test_other_settings_are_another_network(digits: Path, tmp_path: Path) -> None:
-    asked = request(digits, tmp_path / "out", choice=Choice(bonds=(2,), epochs=1), starts=("random",))
+    asked = request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1), starts=("random",))
     run(asked)
     for other in (
         replace(asked, seed=1),
@@ -106,7 +106,7 @@ def test_other_settings_are_another_network(digits: Path, tmp_path: Path) -> Non
 def test_two_factorings_share_the_dense_network(digits: Path, tmp_path: Path) -> None:
     shape: Shapes = {"fc1": ((16, 16), (28, 28))}
     shapes = (("fc1=28x28:16x16", shape),)
-    choice = Choice(bonds=(2,), epochs=1, shapes=shapes)
+    choice = StudyChoice(bonds=(2,), epochs=1, shapes=shapes)
     done, _ = run(request(digits, tmp_path / "out", choice=choice, starts=("random",)))
     assert [(row.start, row.replaced) for row in done.rows] == [
         (DENSE, 203_264), ("random", 1_024), ("random", 736 + 2 * 2 * 28 * 16),
@@ -115,7 +115,7 @@ def test_two_factorings_share_the_dense_network(digits: Path, tmp_path: Path) ->
 
 
 def test_a_validation_split_chooses_the_weights(digits: Path, tmp_path: Path) -> None:
-    asked = request(digits, tmp_path / "out", held_out=0.2, choice=Choice(bonds=(2,), epochs=3))
+    asked = request(digits, tmp_path / "out", held_out=0.2, choice=StudyChoice(bonds=(2,), epochs=3))
     done, said = run(asked)
     assert "validation 60" in said[0] and "best on the validation split" in done.material.reported()
     for row in done.rows:
@@ -125,7 +125,7 @@ def test_a_validation_split_chooses_the_weights(digits: Path, tmp_path: Path) ->
 
 
 def test_a_damaged_result_is_named(digits: Path, tmp_path: Path) -> None:
-    asked = request(digits, tmp_path / "out", choice=Choice(bonds=(2,), epochs=1), starts=())
+    asked = request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1), starts=())
     run(asked)
     file = next((tmp_path / "out").glob("*.json"))
     file.write_text("{")
@@ -135,7 +135,7 @@ def test_a_damaged_result_is_named(digits: Path, tmp_path: Path) -> None:
 
 
 def test_without_weights_the_dense_network_is_trained_again(digits: Path, tmp_path: Path) -> None:
-    asked = request(digits, tmp_path / "out", choice=Choice(bonds=(2,), epochs=1), starts=("ttsvd",))
+    asked = request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1), starts=("ttsvd",))
     before, _ = run(asked)
     for file in (tmp_path / "out").iterdir():
         if file.suffix == ".safetensors" or "ttsvd" in file.name:
@@ -145,7 +145,7 @@ def test_without_weights_the_dense_network_is_trained_again(digits: Path, tmp_pa
 
 
 def test_json_has_all_rows(digits: Path, tmp_path: Path) -> None:
-    done, _ = run(request(digits, tmp_path / "out", choice=Choice(bonds=(2,), epochs=1)))
+    done, _ = run(request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1)))
     report = json.loads(json.dumps(done.as_dict()))
     assert report["schema"] == "mpoc.reproduction/1"
     assert report["rows"][1]["structures"] == [
@@ -159,16 +159,16 @@ def test_data_of_another_shape_are_refused(tmp_path: Path) -> None:
     x = np.zeros((20, 1, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "small.npz", allow_pickle=False, x=x, y=np.arange(20) % 10)
     with pytest.raises(UsageError, match="fc2 takes images of 1×28×28, not npz"):
-        run(Request("fc2", tmp_path / "small.npz", tmp_path / "out"))
+        run(StudyRequest("fc2", tmp_path / "small.npz", tmp_path / "out"))
     with pytest.raises(UsageError, match="picogpt takes text"):
-        run(Request("picogpt", tmp_path / "small.npz", tmp_path / "out"))
+        run(StudyRequest("picogpt", tmp_path / "small.npz", tmp_path / "out"))
 
 
 def test_a_text_is_measured_on_its_end(tmp_path: Path) -> None:
     characters = "".join(map(chr, range(48, 113)))  # 65, as tiny Shakespeare has
     (tmp_path / "text.txt").write_text(characters * 200)
-    asked = Request(
-        "picogpt", tmp_path / "text.txt", tmp_path / "out", Choice(bonds=(4,)), ("random",), quick=True,
+    asked = StudyRequest(
+        "picogpt", tmp_path / "text.txt", tmp_path / "out", StudyChoice(bonds=(4,)), ("random",), quick=True,
         device="cpu",
     )  # fmt: skip
     done, said = run(asked)
@@ -186,9 +186,9 @@ def test_a_text_is_measured_on_its_end(tmp_path: Path) -> None:
         ({"starts": ("ttsdv",)}, "did you mean 'ttsvd'"),
         ({"runs": 0}, "--runs 0"),
         ({"held_out": 1.0}, "--hold-out 1"),
-        ({"choice": Choice(variants=("fc3",))}, "no variant 'fc3'"),
-        ({"choice": Choice(bonds=(0,))}, "--bonds 0"),
-        ({"choice": Choice(shapes=(("fc9=4:4", {"fc9": ((4,), (4,))}),))}, "fc9 is not replaced"),
+        ({"choice": StudyChoice(variants=("fc3",))}, "no variant 'fc3'"),
+        ({"choice": StudyChoice(bonds=(0,))}, "--bonds 0"),
+        ({"choice": StudyChoice(shapes=(("fc9=4:4", {"fc9": ((4,), (4,))}),))}, "fc9 is not replaced"),
     ],
 )
 def test_bad_requests(digits: Path, tmp_path: Path, more: dict[str, object], words: str) -> None:
@@ -202,16 +202,16 @@ def test_unknown_names_are_answered_with_the_nearest() -> None:
 
 
 def test_bonds_of_layers_that_have_their_own_are_replaced_together() -> None:
-    found = choose(STUDIES["lenet5"], Choice(bonds=(8, 2)))[0]
+    found = choose_studies(STUDIES["lenet5"], StudyChoice(bonds=(8, 2)))[0]
     assert found.bonds == (2, 8) and {layer.bond for layer in found.layers} == {None}
 
 
 def test_the_papers_training() -> None:
     with pytest.raises(UsageError, match="--paper: the source of raster order tells no training"):
-        choose(STUDIES["harada"], Choice(paper=True))
+        choose_studies(STUDIES["harada"], StudyChoice(paper=True))
     for found in (study for study in STUDIES.values() if study.name != "harada"):
-        ours = choose(found, Choice(paper=True))[0].training
+        ours = choose_studies(found, StudyChoice(paper=True))[0].training
         assert ours.note.startswith("the paper's own")
         ours.settings.check()
-    vgg = choose(STUDIES["vgg16"], Choice(paper=True))[0].training.words()
+    vgg = choose_studies(STUDIES["vgg16"], StudyChoice(paper=True))[0].training.words()
     assert vgg.startswith("325 epochs, batch 100, sgd momentum 0.9 (Nesterov), lr 0.1 ×0.3162 every 50 epoch")

@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from mpoc.cli.demo import ARCH
 from mpoc.demo.data import write_digits
 from mpoc.demo.network import NETWORK_FILE
-from mpoc.demo.story import ARCH
 
 ARCHITECTURE = ("--arch", ARCH)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.search import Bisection, Trial
+from mpoc.compression.search import Bisection, Trial
 
 SOME = settings(max_examples=100, deadline=None, derandomize=True)
 

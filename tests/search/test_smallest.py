@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from mpoc.calibrate.study import CalibrationRequest, Study
-from mpoc.demo.story import ARCH
+from mpoc.cli.demo import ARCH
+from mpoc.compression import search as smallest
+from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import LayerRule, make_recipe
+from mpoc.compression.search import SearchCallbacks, SearchResult, Trial, compress_within
 from mpoc.errors import MpocError, UsageError
-from mpoc.manifest_file import read_manifest
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import LayerRule, make_recipe
-from mpoc.report import output_bytes
-from mpoc.search import Smallest, Trial, Watch, compress_within, smallest
-from mpoc.train.material import DataOptions
-from mpoc.train.measure import MeasureRequest, measure
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.weight_files import output_bytes
+from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
+from mpoc.train.training_data import DataOptions
 from tests.architectures import tiny
 from tests.checkpoints import contents
 from tests.search.digits import but_for_the_goal, write_network
@@ -32,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def find(folder: Path, max_drop: float, watch: Watch | None = None, **options: Any) -> Smallest:
+def find(folder: Path, max_drop: float, watch: SearchCallbacks | None = None, **options: Any) -> SearchResult:
     calibration = options.pop("calibration", None)
     recipe = make_recipe(None, {"max_drop": max_drop, "device": "cpu", **options})
     data = DataOptions(folder / "digits.npz")
@@ -46,20 +47,20 @@ def find(folder: Path, max_drop: float, watch: Watch | None = None, **options: A
 def test_the_output_is_that_of_the_chosen_ratio(
     folder: Path, calibrated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    studies: list[Study] = []
-    made = Study.__init__
+    studies: list[CalibrationStatistics] = []
+    made = CalibrationStatistics.__init__
 
-    def make(self: Study, *words: Any) -> None:
+    def make(self: CalibrationStatistics, *words: Any) -> None:
         studies.append(self)
         made(self, *words)
 
-    monkeypatch.setattr(Study, "__init__", make)
+    monkeypatch.setattr(CalibrationStatistics, "__init__", make)
     calibration = CalibrationRequest(folder / "digits.npz", 40) if calibrated else None
     told: list[tuple[Trial, bool]] = []
     found = find(
         folder,
         5.0,
-        Watch(trial=lambda *one: told.append(one)),
+        SearchCallbacks(trial=lambda *one: told.append(one)),
         calibration=calibration,
         layers=("conv2", "fc2"),
         form="svd",
@@ -84,7 +85,7 @@ def test_the_output_is_that_of_the_chosen_ratio(
         calibration=calibration,
     )
     assert but_for_the_goal(found.done.output) == but_for_the_goal(alone.output)
-    again = measure(MeasureRequest(found.done.output, DataOptions(folder / "digits.npz"), arch=ARCH))
+    again = evaluate_file(EvaluationRequest(found.done.output, DataOptions(folder / "digits.npz"), arch=ARCH))
     assert again.scores == found.after.scores == chosen.scores
     assert found.after.model == found.done.output
 
@@ -92,9 +93,9 @@ def test_the_output_is_that_of_the_chosen_ratio(
 def test_the_dense_network_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Path] = []
 
-    def tell(request: MeasureRequest) -> Any:
+    def tell(request: EvaluationRequest) -> Any:
         measured.append(request.source)
-        return measure(request)
+        return evaluate_file(request)
 
     monkeypatch.setattr(smallest, "measure", tell)
     found = find(folder, 5.0)
@@ -130,7 +131,7 @@ def test_what_stops_a_trial_leaves_nothing(folder: Path, error: BaseException) -
             raise error
 
     with pytest.raises(type(error)) as caught:
-        find(folder, 50.0, Watch(trial=stop))
+        find(folder, 50.0, SearchCallbacks(trial=stop))
     assert contents(folder) == before
     assert sorted(path.name for path in folder.iterdir()) == ["digits.npz", "net.safetensors"]
     if isinstance(caught.value, OSError):

@@ -23,22 +23,22 @@ os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WR
 from torch.distributed import barrier, destroy_process_group
 from torch.distributed.tensor import DTensor
 
-from mpoc.processes import is_main
+from mpoc.runtime.distributed import is_main
+from mpoc.runtime.signals import Interrupted
 from mpoc.train import finetune as orchestrator
 from mpoc.train.engine import make_accelerator, will_shard
-from mpoc.train.finetune import Request, finetune
-from mpoc.train.material import DataOptions
+from mpoc.train.finetune import FinetuneRequest, finetune
+from mpoc.train.monitor import TrainingEvent
 from mpoc.train.settings import Settings
-from mpoc.train.stop import Interrupted
-from mpoc.train.watch import Told
+from mpoc.train.training_data import DataOptions
 
 
-def request(folder: Path) -> Request:
+def request(folder: Path) -> FinetuneRequest:
     """Also what the test trains in one process."""
     settings = Settings(epochs=2.0, batch=16, optimizer="sgd", lr=0.05, l2=1e-4, clip=1.0, keep_best=True)
     data = DataOptions(folder / "blobs.npz", held_out=0.2)
     source, output = folder / "net.mpo.safetensors", folder / "two.safetensors"
-    return Request(source, data, settings, output, f"{folder / 'net.py'}:net", device="cpu")
+    return FinetuneRequest(source, data, settings, output, f"{folder / 'net.py'}:net", device="cpu")
 
 
 def _forced(*options: Any) -> Any:
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
     vars(orchestrator)["make_accelerator"] = _forced
     sharded: list[bool] = []
 
-    def stop(now: Told) -> None:
+    def stop(now: TrainingEvent) -> None:
         sharded.append(any(isinstance(found, DTensor) for found in gc.get_objects()))
         if now.step == 5:
             signal.raise_signal(signal.SIGINT)

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from mpoc.data.arrays import Arrays
 from mpoc.train.engine import make_accelerator
-from mpoc.train.feed import Feed
+from mpoc.train.loader import BatchLoader
 from mpoc.train.loop import train
+from mpoc.train.monitor import Outcome, TrainingMonitor
 from mpoc.train.settings import Settings
 from mpoc.train.tasks import Classification
-from mpoc.train.watch import Outcome, Watch
 
 CLASSES = 3
 SGD: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "schedule": "constant", "momentum": 0.9}
@@ -25,9 +25,9 @@ def blobs(count: int = 96, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, x[:, :CLASSES].argmax(1)
 
 
-def feed(count: int = 96, seed: int = 0) -> Feed:
+def feed(count: int = 96, seed: int = 0) -> BatchLoader:
     x, y = blobs(count, seed)
-    return Feed(Arrays([x], y))
+    return BatchLoader(Arrays([x], y))
 
 
 def perceptron(dropout: float = 0.0) -> nn.Sequential:
@@ -37,7 +37,9 @@ def perceptron(dropout: float = 0.0) -> nn.Sequential:
         return nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Dropout(dropout), nn.Linear(24, CLASSES))
 
 
-def run(network: nn.Module, data: Feed | None = None, watch: Watch | None = None, **settings: Any) -> Outcome:
+def run(
+    network: nn.Module, data: BatchLoader | None = None, watch: TrainingMonitor | None = None, **settings: Any
+) -> Outcome:
     """Train by classification on the CPU; without more said, SGD with a constant rate."""
     values = {**SGD, "batch": 16, "epochs": 2, **settings}
     validation = feed(48, seed=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpoc.train.dropout import set_dropout
+from mpoc.train.engine import set_dropout
 from tests.calibrate.networks import encoder, texts
 
 transformers: Any = import_module("transformers")

@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpoc import zoo
 from mpoc.data import Subset
 from mpoc.errors import UsageError
-from mpoc.train.finetune import Request, finetune
-from mpoc.train.material import DataOptions, open_material
-from mpoc.train.measure import Measured, MeasureRequest, measure
-from mpoc.train.model import open_model
+from mpoc.models import zoo
+from mpoc.models.loading import open_model
+from mpoc.train.evaluate_file import EvaluationRequest, FileEvaluation, evaluate_file
+from mpoc.train.finetune import FinetuneRequest, finetune
 from mpoc.train.settings import Settings
+from mpoc.train.training_data import DataOptions, open_training_data
 from tests.data.samples import pixels
 
 GPT = "picogpt:vocab=3,context=8"
@@ -36,14 +36,14 @@ def tuned(data: Path, **options: Any) -> Path:
     settings = Settings(steps=1, seed=7)
     output = data.with_name("tuned.safetensors")
     return finetune(
-        Request(source, DataOptions(data, **options), settings, output, arch="fc2", device="cpu")
+        FinetuneRequest(source, DataOptions(data, **options), settings, output, arch="fc2", device="cpu")
     ).output
 
 
-def measured(source: Path, data: Path, **options: Any) -> tuple[Measured, list[str]]:
+def measured(source: Path, data: Path, **options: Any) -> tuple[FileEvaluation, list[str]]:
     said: list[str] = []
-    request = MeasureRequest(source, DataOptions(data, **options), arch="fc2", device="cpu")
-    return measure(request, said.append), said
+    request = EvaluationRequest(source, DataOptions(data, **options), arch="fc2", device="cpu")
+    return evaluate_file(request, said.append), said
 
 
 def test_all_of_it_where_the_network_was_not_trained_on_it(lone: Path) -> None:
@@ -64,7 +64,7 @@ def test_what_its_training_held_out(lone: Path, options: dict[str, Any], count: 
     share = options.get("held_out", 0.1)
     assert f"{share:.3g} of train is held out, as in the network's training on this set" in said
     splits = [
-        open_material(DataOptions(moved, **options), open_model(source, "fc2"), seed).data.splits
+        open_training_data(DataOptions(moved, **options), open_model(source, "fc2"), seed).data.splits
         for seed in (7, None)
     ]
     for name in ("train", "validation"):
@@ -91,6 +91,6 @@ def test_text_is_measured_in_order_and_whole(tmp_path: Path) -> None:
     save_file(zoo.make(GPT).state_dict(), tmp_path / "gpt.safetensors")
     (tmp_path / "a.txt").write_text("abcab" * 32)
     model = open_model(tmp_path / "gpt.safetensors", GPT)
-    train = open_material(DataOptions(tmp_path / "a.txt"), model, None).data.splits["train"]
+    train = open_training_data(DataOptions(tmp_path / "a.txt"), model, None).data.splits["train"]
     read = train.batch(range(len(train)))["input_ids"].flatten().tolist()
     assert read == [0, 1, 2, 0, 1] * 32

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from mpoc.manifest_file import read_manifest
-from mpoc.train.finetune import Request, finetune
-from mpoc.train.material import DataOptions
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.train.finetune import FinetuneRequest, finetune
 from mpoc.train.settings import Settings
+from mpoc.train.training_data import DataOptions
 from tests.hub_models import answer, auto, compress, tiny
 
 WORDS = [*"abcdefghijklmn"]
@@ -25,7 +25,7 @@ def test_distilled_towards_the_original(kind: str, tmp_path: Path, monkeypatch: 
     done = compress(dense, tmp_path, bond=2)
     lines = [{"text": " ".join(WORDS[k % 7 : k % 7 + 5])} for k in range(60)]
     (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    request = Request(
+    request = FinetuneRequest(
         done.path,
         DataOptions(tmp_path / "corpus.jsonl", block=16),
         Settings(epochs=8, lr=0.003, batch=12),

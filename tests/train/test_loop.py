@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from mpoc.data.arrays import Arrays
-from mpoc.data.documents import Documents
+from mpoc.data.tables import Documents
 from mpoc.errors import MpocError, UsageError
-from mpoc.train.feed import Feed, Reader
-from mpoc.train.order import Order
-from mpoc.train.schedule import learning_rate
+from mpoc.train.engine import learning_rate
+from mpoc.train.loader import BatchLoader, BatchReader, ExampleOrder
+from mpoc.train.monitor import TrainingEvent, TrainingMonitor
 from mpoc.train.settings import Settings
 from mpoc.train.tasks import Classification
-from mpoc.train.watch import Told, Watch
 from tests.train.small import blobs, feed, perceptron, run, weights
 
 
@@ -28,7 +27,7 @@ class TestAgainstAHandWrittenLoop:
         run(ours, lr=eta, momentum=mu, l2=lam, nesterov=nesterov)
         x, y = blobs()
         velocity = [torch.zeros_like(w) for w in network.parameters()]
-        order = Order(feed().examples, 16)
+        order = ExampleOrder(feed().examples, 16)
         for step in range(12):
             chosen = order.indices(step)[0]
             loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen])
@@ -47,7 +46,7 @@ class TestAgainstAHandWrittenLoop:
             ours, network = perceptron(), perceptron()
             run(ours, optimizer=name, lr=0.01, momentum=0.0, l2=lam, steps=1)
             x, y = blobs()
-            chosen = Order(feed().examples, 16).indices(0)[0]
+            chosen = ExampleOrder(feed().examples, 16).indices(0)[0]
             square = sum(w.square().sum() for w in network.parameters())
             loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen]) + lam / 2 * square
             kind = torch.optim.SGD if name == "sgd" else torch.optim.Adam
@@ -62,7 +61,7 @@ class TestAgainstAHandWrittenLoop:
         network, ours = perceptron(), perceptron()
         run(ours, lr=eta, momentum=0.0, l2=lam, clip=c, steps=1)
         x, y = blobs()
-        chosen = Order(feed().examples, 16).indices(0)[0]
+        chosen = ExampleOrder(feed().examples, 16).indices(0)[0]
         loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen])
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
@@ -103,8 +102,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
 class TestOrder:
     def test_an_epoch_is_every_example_once_for_any_processes_and_parts(self) -> None:
         examples = feed(90).examples
-        whole = Order(examples, 16, seed=1)
-        shares = [Order(examples, 16, 2, rank, 2, seed=1) for rank in range(2)]
+        whole = ExampleOrder(examples, 16, seed=1)
+        shares = [ExampleOrder(examples, 16, 2, rank, 2, seed=1) for rank in range(2)]
         for step in range(2 * whole.steps_per_epoch):
             together = torch.cat([part for order in shares for part in order.indices(step)])
             assert torch.equal(together, whole.indices(step)[0])
@@ -116,7 +115,7 @@ class TestOrder:
         lengths = torch.randint(1, 200, (330,), generator=generator)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         documents = Documents(torch.ones(int(lengths.sum()), dtype=torch.int32), starts, 0, None)
-        order = Order(documents, 16, seed=1)
+        order = ExampleOrder(documents, 16, seed=1)
         batches = [order.indices(step)[0] for step in range(2 * order.steps_per_epoch)]
         for epoch in (batches[: len(batches) // 2], batches[len(batches) // 2 :]):
             assert sorted(torch.cat(epoch).tolist()) == list(range(330))
@@ -126,13 +125,13 @@ class TestOrder:
         means = torch.stack([lengths[batch].double().mean() for batch in batches[:16]])
         assert not torch.equal(means, means.sort().values)
         assert not torch.equal(batches[0], batches[21])
-        again = Order(documents, 16, seed=1)
+        again = ExampleOrder(documents, 16, seed=1)
         assert torch.equal(again.indices(30)[0], batches[30])
 
     def test_a_last_batch_too_small_for_its_parts_is_left_out(self) -> None:
         examples = feed(34).examples
-        assert Order(examples, 16).steps_per_epoch == 3
-        assert Order(examples, 16, 2).steps_per_epoch == 2
+        assert ExampleOrder(examples, 16).steps_per_epoch == 3
+        assert ExampleOrder(examples, 16, 2).steps_per_epoch == 2
 
     def test_draws_are_those_of_the_step_however_it_is_reached(self) -> None:
         x, y = blobs()
@@ -142,8 +141,10 @@ class TestOrder:
         ) -> dict[str, torch.Tensor]:
             return {**batch, "x": batch["x"] + torch.rand(batch["x"].shape, generator=generator)}
 
-        data = Feed(Arrays([x], y), noisy)
-        readers = [Reader(data, Order(data.examples, 16), Classification(3), False) for _ in range(2)]
+        data = BatchLoader(Arrays([x], y), noisy)
+        readers = [
+            BatchReader(data, ExampleOrder(data.examples, 16), Classification(3), False) for _ in range(2)
+        ]
         straight = [readers[0].take(step)[0]["x"] for step in range(5)]
         assert torch.equal(readers[1].take(4)[0]["x"], straight[4])
         assert not torch.equal(straight[3], straight[4])
@@ -178,8 +179,8 @@ class TestEvaluationsOnTheWay:
         assert right == pytest.approx(done.chosen["accuracy"], abs=1e-3)
 
     def test_what_is_told(self) -> None:
-        told: list[Told] = []
-        done = run(perceptron(), watch=Watch(told=told.append), epochs=3)
+        told: list[TrainingEvent] = []
+        done = run(perceptron(), watch=TrainingMonitor(told=told.append), epochs=3)
         assert [t.step for t in told if t.scores is not None] == [0, 6, 12, 18]
         assert told[-1].steps == 18
         assert told[-1].seconds_left == 0

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mpoc.train.losses import DivergedError, Losses
+from mpoc.train.loop import DivergedError, Losses
 
 ALONE = SimpleNamespace(num_processes=1)
 TWO = SimpleNamespace(num_processes=2, reduce=lambda sums, how: {"sum": 2 * sums}[how])

@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpoc import zoo
 from mpoc.data import Subset
 from mpoc.errors import MpocError, UsageError
-from mpoc.train.finetune import Request, finetune
-from mpoc.train.material import DataOptions, open_material
-from mpoc.train.measure import MeasureRequest, measure
-from mpoc.train.model import Model, open_model
+from mpoc.models import zoo
+from mpoc.models.loading import Model, open_model
+from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
+from mpoc.train.finetune import FinetuneRequest, finetune
 from mpoc.train.settings import Settings
+from mpoc.train.training_data import DataOptions, open_training_data
 from tests.data.samples import pixels, write_folder
 
 
@@ -39,7 +39,7 @@ def test_what_is_held_out_in_training_is_held_out_in_eval_whatever_the_seed(
     options = DataOptions(written(tmp_path, pixels(200, 28, 28)))
     held = []
     for seed in (0, 7):
-        validation = open_material(options, fc2, seed).data.splits["validation"]
+        validation = open_training_data(options, fc2, seed).data.splits["validation"]
         assert isinstance(validation, Subset)
         held.append(validation.indices.tolist())
     assert held[0] == held[1]
@@ -52,15 +52,15 @@ def test_a_label_out_of_range_is_named(tmp_path: Path, fc2: Model) -> None:
     with pytest.raises(
         MpocError, match=r"digits.npz: label 37 .*train, example 123\) is out of range for a netw"
     ):
-        measure(MeasureRequest(fc2.path, DataOptions(path), arch="fc2"))
+        evaluate_file(EvaluationRequest(fc2.path, DataOptions(path), arch="fc2"))
 
 
 def test_images_of_another_size(tmp_path: Path, fc2: Model) -> None:
     path = written(tmp_path, pixels(20, 32, 32))
     with pytest.raises(MpocError, match="examples are 1×32×32, but the network takes 1×28×28") as caught:
-        open_material(DataOptions(path), fc2, 0)
+        open_training_data(DataOptions(path), fc2, 0)
     assert caught.value.hint == "resize: --size 28x28"
-    open_material(DataOptions(path, size=(28, 28)), fc2, 0)
+    open_training_data(DataOptions(path, size=(28, 28)), fc2, 0)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_images_of_another_size(tmp_path: Path, fc2: Model) -> None:
 def test_options_for_another_kind_of_data(tmp_path: Path, fc2: Model, given: dict[str, Any]) -> None:
     path = written(tmp_path, np.zeros((20, 784), np.float32))
     with pytest.raises(UsageError, match=r"--\w+ is for (images|text), and .*digits.npz holds arrays"):
-        open_material(DataOptions(path, **given), fc2, 0)
+        open_training_data(DataOptions(path, **given), fc2, 0)
 
 
 def animals(folder: Path, *names: str) -> Path:
@@ -78,7 +78,7 @@ def animals(folder: Path, *names: str) -> Path:
 
 
 def tuned_on(data: Path, source: Path) -> Path:
-    request = Request(
+    request = FinetuneRequest(
         source, DataOptions(data), Settings(steps=1, batch=4), source.with_name("tuned.safetensors"),
         arch="fc2", device="cpu", force=True,
     )  # fmt: skip
@@ -88,13 +88,13 @@ def tuned_on(data: Path, source: Path) -> Path:
 def test_classes_keep_the_numbers_of_training(tmp_path: Path, fc2: Model) -> None:
     tuned = tuned_on(animals(tmp_path / "a", "cat", "cow", "dog"), fc2.path)
     part = animals(tmp_path / "b", "dog", "cow")
-    material = open_material(DataOptions(part), open_model(tuned, "fc2"), None)
+    material = open_training_data(DataOptions(part), open_model(tuned, "fc2"), None)
     y = material.feed("train").read(torch.tensor([0, 10]))["y"]
     assert y.tolist() == [1, 2]
     assert "classes are numbered as in training" in material.data.notes
     # trained again on a part of them, it still knows all
     again = tuned_on(part, tuned.rename(tmp_path / "once.safetensors"))
-    assert open_material(DataOptions(part), open_model(again, "fc2"), 0).classes == {
+    assert open_training_data(DataOptions(part), open_model(again, "fc2"), 0).classes == {
         "cat": 0,
         "cow": 1,
         "dog": 2,
@@ -104,12 +104,12 @@ def test_classes_keep_the_numbers_of_training(tmp_path: Path, fc2: Model) -> Non
 def test_classes_that_training_did_not_have(tmp_path: Path, fc2: Model) -> None:
     tuned = tuned_on(animals(tmp_path / "a", "cat", "dog"), fc2.path)
     other = DataOptions(animals(tmp_path / "b", "cat", "zebra"))
-    asked = MeasureRequest(tuned, other, arch="fc2", device="cpu")
+    asked = EvaluationRequest(tuned, other, arch="fc2", device="cpu")
     with pytest.raises(MpocError, match="b: class 'zebra' is none of the 2 of") as caught:
-        measure(asked)
+        evaluate_file(asked)
     assert caught.value.hint == "name the classes as in training: cat, dog"
-    assert measure(replace(asked, reference=fc2.path)).examples > 0
-    material = open_material(other, open_model(tuned, "fc2"), 0)
+    assert evaluate_file(replace(asked, reference=fc2.path)).examples > 0
+    material = open_training_data(other, open_model(tuned, "fc2"), 0)
     assert material.classes == {"cat": 0, "zebra": 1}
     assert any("without 'zebra': all are numbered anew" in note for note in material.data.notes)
 
@@ -121,4 +121,4 @@ def test_a_damaged_record_of_images_is_refused(tmp_path: Path, fc2: Model, recor
     path = written(tmp_path, pixels(20, 28, 28))
     strange = replace(fc2, stored=replace(fc2.stored, history={"images": record}))
     with pytest.raises(MpocError, match=r"fc2\.safetensors: damaged record of what is done to images"):
-        open_material(DataOptions(path), strange, 0)
+        open_training_data(DataOptions(path), strange, 0)

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from mpoc import zoo
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import UsageError
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.train.finetune import Request, finetune
-from mpoc.train.material import DataOptions
-from mpoc.train.measure import Measured, MeasureRequest, measure
+from mpoc.models import zoo
+from mpoc.train.evaluate_file import EvaluationRequest, FileEvaluation, evaluate_file
+from mpoc.train.finetune import FinetuneRequest, finetune
 from mpoc.train.settings import Settings
+from mpoc.train.training_data import DataOptions
 from tests.data.samples import pixels
 
 
@@ -34,22 +34,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def asked(folder: Path, data: str = "digits.npz", **options: Any) -> MeasureRequest:
-    return MeasureRequest(folder / "fc2.mpo.safetensors", DataOptions(folder / data), **options)
+def asked(folder: Path, data: str = "digits.npz", **options: Any) -> EvaluationRequest:
+    return EvaluationRequest(folder / "fc2.mpo.safetensors", DataOptions(folder / data), **options)
 
 
 def test_a_reference_that_records_another_network(folder: Path) -> None:
-    found = measure(asked(folder, reference=folder / "lenet5.mpo.safetensors"))
+    found = evaluate_file(asked(folder, reference=folder / "lenet5.mpo.safetensors"))
     assert found.scores.keys() == {"cosine", "relative_error", "kl", "agreement"}
 
 
 def test_a_stand_in_is_the_reference_only_where_there_is_no_task(folder: Path) -> None:
     other = folder / "lenet5.mpo.safetensors"
-    found = measure(asked(folder, stand_in=other))
+    found = evaluate_file(asked(folder, stand_in=other))
     assert (found.metric, found.higher_is_better, found.reference) == ("agreement", True, other)
-    assert found.scores == measure(asked(folder, reference=other)).scores
+    assert found.scores == evaluate_file(asked(folder, reference=other)).scores
     np.savez(folder / "labelled.npz", x=pixels(40, 28, 28), y=np.arange(40) % 10)
-    found = measure(asked(folder, "labelled.npz", stand_in=other))
+    found = evaluate_file(asked(folder, "labelled.npz", stand_in=other))
     assert (found.metric, found.reference, found.data) == ("accuracy", None, "labelled.npz")
 
 
@@ -66,14 +66,14 @@ def test_a_drop_is_a_loss_of_the_metric(
     metric: str, higher: bool, before: float, after: float, drop: float
 ) -> None:
     first, second = (
-        Measured(Path("m"), "d", "test", {metric: value}, 1, 1.0, "cpu", metric, higher)
+        FileEvaluation(Path("m"), "d", "test", {metric: value}, 1, 1.0, "cpu", metric, higher)
         for value in (before, after)
     )
     assert second.drop_from(first) == drop
 
 
 def test_a_teacher_that_records_another_network(folder: Path) -> None:
-    request = Request(
+    request = FinetuneRequest(
         folder / "fc2.mpo.safetensors", DataOptions(folder / "digits.npz"), Settings(steps=1),
         folder / "out.safetensors", teacher=folder / "lenet5.mpo.safetensors", device="cpu",
     )  # fmt: skip
@@ -95,4 +95,4 @@ def test_what_is_refused(folder: Path, options: dict[str, Any], said: str) -> No
     if "reference" in options:
         options = options | {"reference": folder / options["reference"]}
     with pytest.raises(UsageError, match=said):
-        measure(asked(folder, **options))
+        evaluate_file(asked(folder, **options))

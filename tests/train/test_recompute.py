@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import mpoc
-from mpoc import zoo
 from mpoc.errors import UsageError
-from mpoc.train.recompute import recompute_activations
+from mpoc.models import zoo
+from mpoc.train.gradient_checkpointing import enable_gradient_checkpointing
 from tests.hub_models import tiny
 from tests.train.small import perceptron, run, weights
 
@@ -86,7 +86,7 @@ def test_the_same_gradients_and_statistics_and_less_kept(name: str) -> None:
     make, x = NETWORKS[name]
     network = make()
     other = copy.deepcopy(network)
-    undo = recompute_activations(other)
+    undo = enable_gradient_checkpointing(other)
     gradients, buffers, most = step(network, x)
     again, counted, kept = step(other, x)
     assert len(again) == len(gradients) > 0
@@ -110,4 +110,4 @@ def test_a_training_gives_the_same_bits_and_leaves_the_network_as_it_was() -> No
 
 def test_a_single_layer_has_nothing_to_recompute() -> None:
     with pytest.raises(UsageError, match="Linear is one layer"):
-        recompute_activations(nn.Linear(3, 3))
+        enable_gradient_checkpointing(nn.Linear(3, 3))

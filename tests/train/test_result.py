@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mpoc import zoo
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.train.finetune import Request, finetune
-from mpoc.train.material import DataOptions
-from mpoc.train.measure import MeasureRequest, measure
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.models import zoo
+from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
+from mpoc.train.finetune import FinetuneRequest, finetune
 from mpoc.train.settings import Settings
+from mpoc.train.training_data import DataOptions
 from tests.data.samples import pixels
 
 
@@ -35,7 +35,7 @@ def test_the_final_score_is_that_of_the_bytes_in_half_precision(
     for k, split in enumerate(("train", "validation", "test")):
         arrays |= {f"x_{split}": pixels(60, 28, 28, seed=k), f"y_{split}": np.arange(60) % 10}
     np.savez(tmp_path / "a.npz", allow_pickle=False, **arrays)
-    request = Request(
+    request = FinetuneRequest(
         source, DataOptions(tmp_path / "a.npz"), Settings(steps=4, lr=0.01, eval_every=1, keep_best=best),
         tmp_path / "tuned.safetensors", arch="fc2", device="cpu",
     )  # fmt: skip
@@ -44,6 +44,6 @@ def test_the_final_score_is_that_of_the_bytes_in_half_precision(
     chosen = {e["step"]: e for e in training["evaluations"]}[training["final"]["step"]]
     assert chosen["loss"] != training["final"]["loss"]
     for split, key in (("validation", "final"), ("test", "test")):
-        asked = MeasureRequest(request.target, request.data, split, arch="fc2", device="cpu", batch=64)
-        for name, value in measure(asked).scores.items():
+        asked = EvaluationRequest(request.target, request.data, split, arch="fc2", device="cpu", batch=64)
+        for name, value in evaluate_file(asked).scores.items():
             assert training[key][name] == pytest.approx(value, rel=2e-6)

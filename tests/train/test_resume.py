@@ -11,13 +11,13 @@ import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpoc import zoo
 from mpoc.data.base import Batch
-from mpoc.data.documents import Documents
+from mpoc.data.tables import Documents
 from mpoc.errors import MpocError, UsageError
-from mpoc.train.finetune import Request, finetune
-from mpoc.train.material import DataOptions
+from mpoc.models import zoo
+from mpoc.train.finetune import FinetuneRequest, finetune
 from mpoc.train.settings import Settings
+from mpoc.train.training_data import DataOptions
 from tests.data.samples import write_jsonl
 
 
@@ -28,7 +28,7 @@ def test_damaged_data_on_the_way_leave_the_checkpoint(
     data = DataOptions(
         write_jsonl(tmp_path / "a.jsonl", [{"text": f"to be {k}"} for k in range(40)]), block=4
     )
-    request = Request(
+    request = FinetuneRequest(
         tmp_path / "gpt.safetensors", data, Settings(steps=6, batch=4), tmp_path / "out.safetensors",
         arch="picogpt", device="cpu", save_steps=2,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def test_a_training_that_diverges_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("to be or not to be " * 20)
     settings = Settings(steps=60, batch=4, optimizer="sgd", lr=1e25)
     data = DataOptions(tmp_path / "a.txt", block=8)
-    request = Request(
+    request = FinetuneRequest(
         tmp_path / "gpt.safetensors", data, settings, tmp_path / "out.safetensors", arch="picogpt",
         device="cpu", save_steps=1,
     )  # fmt: skip

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import distributed, nn
 
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.train.finetune import finetune
 from tests.process import run_python
 from tests.train.sharded import request

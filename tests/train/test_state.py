@@ -6,30 +6,30 @@ import pytest
 import torch
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.train.state import Keeper, Progress
+from mpoc.train.training_checkpoint import CheckpointKeeper, TrainingProgress
 
 TENSORS = {"model/w": torch.arange(12.0).reshape(3, 4), "optimizer/w/step": torch.tensor(7.0)}
 BEST = {"w": torch.ones(3, 4)}
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Keeper:
-    keeper = Keeper(tmp_path / "checkpoint.safetensors", {"settings": {"epochs": 3, "name": "é"}})
+def keeper(tmp_path: Path) -> CheckpointKeeper:
+    keeper = CheckpointKeeper(tmp_path / "checkpoint.safetensors", {"settings": {"epochs": 3, "name": "é"}})
     keeper.extra["runs"] = [1.5]
-    keeper.save(Progress(step=7, loss_sum=0.1), TENSORS, BEST, {"scale": 2.0})
+    keeper.save(TrainingProgress(step=7, loss_sum=0.1), TENSORS, BEST, {"scale": 2.0})
     return keeper
 
 
-def test_what_was_saved_is_read(keeper: Keeper) -> None:
+def test_what_was_saved_is_read(keeper: CheckpointKeeper) -> None:
     saved = keeper.load()
-    assert saved.progress == Progress(step=7, loss_sum=0.1)
+    assert saved.progress == TrainingProgress(step=7, loss_sum=0.1)
     assert saved.extra == {"runs": [1.5], "scaler": {"scale": 2.0}}
     for found, given in ((saved.tensors, TENSORS), (saved.best, BEST)):
         assert found.keys() == given.keys()
         assert all(torch.equal(found[name], given[name]) for name in given)
 
 
-def test_no_change_of_what_it_says_goes_unnoticed(keeper: Keeper) -> None:
+def test_no_change_of_what_it_says_goes_unnoticed(keeper: CheckpointKeeper) -> None:
     r"""Of the numbers, or of the words in the header, where \u00e9 is \u00E9."""
     whole, unnoticed = keeper.path.read_bytes(), []
     for at in range(len(whole)):
@@ -42,6 +42,6 @@ def test_no_change_of_what_it_says_goes_unnoticed(keeper: Keeper) -> None:
     assert len(unnoticed) <= 1 and set(unnoticed) <= {b"e"}
 
 
-def test_another_training_is_refused(keeper: Keeper) -> None:
+def test_another_training_is_refused(keeper: CheckpointKeeper) -> None:
     with pytest.raises(UsageError, match="another settings: epochs 3 there, 4 here"):
-        Keeper(keeper.path, {"settings": {"epochs": 4, "name": "é"}}).load()
+        CheckpointKeeper(keeper.path, {"settings": {"epochs": 4, "name": "é"}}).load()

@@ -10,11 +10,11 @@ from sklearn.metrics import accuracy_score, log_loss, r2_score
 from torch import nn
 
 from mpoc.data.arrays import Arrays
-from mpoc.data.documents import Documents
+from mpoc.data.tables import Documents
 from mpoc.errors import MpocError
-from mpoc.train.distill import Distillation
+from mpoc.train.distillation import Distillation
 from mpoc.train.evaluate import evaluate
-from mpoc.train.feed import Feed
+from mpoc.train.loader import BatchLoader
 from mpoc.train.tasks import IGNORED, CausalLM, Classification, MaskedLM, Regression
 from tests.train.small import CLASSES, blobs, feed, perceptron, run
 
@@ -38,7 +38,7 @@ def test_regression_against_scikit_learn() -> None:
     network = nn.Linear(12, 2)
     with torch.no_grad():
         found = network(x)
-    scores = evaluate(network, Regression(), Feed(Arrays([x], y)), 10, CPU).scores
+    scores = evaluate(network, Regression(), BatchLoader(Arrays([x], y)), 10, CPU).scores
     assert scores["loss"] == pytest.approx(float(np.mean((found - y).numpy() ** 2)), rel=1e-5)
     assert scores["rmse"] == pytest.approx(math.sqrt(scores["loss"]))
     flat = r2_score(y.flatten(), found.flatten())
@@ -71,7 +71,7 @@ def test_causal_language_modelling_counts_each_token_once_and_no_padding(batch: 
         ids = data.batch([k])["input_ids"][0]
         log_p = network.table.weight.detach().double().log_softmax(1)
         losses += [-float(log_p[a, b]) for a, b in pairwise(ids)]
-    scores = evaluate(network, CausalLM(), Feed(data), batch, CPU).scores
+    scores = evaluate(network, CausalLM(), BatchLoader(data), batch, CPU).scores
     assert len(losses) == 4 + 2 + 8
     assert scores["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert scores["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
@@ -81,7 +81,7 @@ def test_texts_of_one_token_have_no_perplexity() -> None:
     tokens = torch.arange(5, dtype=torch.int32)
     data = Documents(tokens, torch.arange(6), 0, None)
     with pytest.raises(MpocError, match="causal-lm: nothing to predict in 5 examples"):
-        evaluate(Bigram(), CausalLM(), Feed(data), 2, CPU)
+        evaluate(Bigram(), CausalLM(), BatchLoader(data), 2, CPU)
 
 
 def test_masking_is_eighty_ten_ten_of_fifteen_per_cent() -> None:
@@ -111,8 +111,8 @@ def test_masks_of_an_evaluation_do_not_depend_on_the_batch(batch: int) -> None:
     starts = torch.tensor([0, *lengths.tolist()]).cumsum(0)
     tokens = torch.randint(2, 11, (int(starts[-1]),), dtype=torch.int32)
     network, task = Bigram(), MaskedLM(mask_id=1, vocabulary=11, special=(2,))
-    found = evaluate(network, task, Feed(Documents(tokens, starts, 0, None)), batch, CPU).scores
-    other = evaluate(network, task, Feed(Documents(tokens, starts, 0, None)), 7, CPU).scores
+    found = evaluate(network, task, BatchLoader(Documents(tokens, starts, 0, None)), batch, CPU).scores
+    other = evaluate(network, task, BatchLoader(Documents(tokens, starts, 0, None)), 7, CPU).scores
     assert found == pytest.approx(other, rel=1e-6)
 
 
@@ -151,7 +151,7 @@ class TestDistillation:
         run(teacher, epochs=6)
         student = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, CLASSES))
         x, _ = blobs()
-        unlabelled = Feed(Arrays([x], None))
+        unlabelled = BatchLoader(Arrays([x], None))
         before = [w.clone() for w in teacher.parameters()]
         done = train(
             student, Distillation(teacher), unlabelled, Settings(epochs=20, lr=0.02, batch=16), unlabelled,

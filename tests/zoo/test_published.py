@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import mpoc
-from mpoc.pipeline import compress_checkpoint
-from mpoc.recipe import make_recipe
-from mpoc.zoo import ENTRIES, make
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.models.zoo import ENTRIES, make
 
 # Correct among the first 300 test images, counted with the network of the checkpoint's own authors.
 CORRECT = 249

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpoc.zoo import ENTRIES, example, make, parse
+from mpoc.models.zoo import ENTRIES, example, make, parse
 
 # Of all parameters: what the papers print, and what the layers add up to here.
 COUNTS = {

@@ -1,0 +1,1 @@
+"""Compression of checkpoints and networks: recipe, selection, plan, budget, fit, writer."""

@@ -1,0 +1,240 @@
+"""One pass of the dense network: moments of what goes into each layer, and of gradients behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mpoc.compression.calibrate.calibration_data import Pooling, direction, output_of_interest
+from mpoc.compression.calibrate.layer_inputs import (
+    ObservedLayer,
+    device_of,
+    eval_mode,
+    first_argument,
+    hooked,
+)
+from mpoc.compression.calibrate.moments import (
+    ALL,
+    BatchShards,
+    LayerSums,
+    Moments,
+    Positions,
+    as_rows,
+    merge,
+    product,
+    refuse_without_rows,
+    total_rows,
+)
+from mpoc.compression.calibrate.trace import Trace, features, next_input
+from mpoc.errors import MpocError
+from mpoc.models.call import Batch, Call, to_device
+from mpoc.runtime.device import derived_seed
+from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+
+_Key = tuple[str, str]  # "moments", "gradients" or "blocks"; the weight or the module
+
+
+StageCallback = Callable[[str, int, int], None]  # what goes on, which one begins, of how many
+
+
+@dataclass(frozen=True)
+class DensePass:
+    """Of the dense network, by weight.
+
+    ``gradients`` are G, (N_y, N_y) float64 on the CPU: E[g gᵀ] over rows and directions, g the gradient of an
+    example's Σ at the layer's output.  An example's change by an error δ there is about rows / examples times
+    E[δᵀ G δ], so ``Moments.rows`` times tr[G (W − Ŵ) M (W − Ŵ)ᵀ] can be compared between layers.
+    """
+
+    moments: dict[str, Moments]
+    gradients: dict[str, Tensor]
+    blocks: dict[str, Tensor]  # by module Σ g gᵀ over rows and directions, at what blocks give; CPU
+
+
+def dense_pass(
+    network: nn.Module,
+    call: Call,
+    batches: Sequence[Batch],
+    trace: Trace,
+    probes: int = 1,
+    pooling: Pooling | None = None,
+    positions: Positions = ALL,
+    seed: int = 0,
+    blocks: bool = False,
+    tell: StageCallback | None = None,
+    mates: ProcessGroup = SINGLE_PROCESS,
+) -> DensePass:
+    """Run the network over the batches, forth and, ``probes`` times a batch, back.
+
+    Args:
+        network: in evaluation mode, on any device; left as it is.
+        call: how it is called.
+        batches: of calibration data.
+        trace: of this network.
+        probes: random directions in the output a batch; 0: no gradients.
+        pooling: as of :func:`output_of_interest`.
+        positions: of convolutions.
+        seed: of the directions.
+        blocks: whether gradients at the outputs of blocks are wanted too.
+        tell: called before each batch.
+        mates: the processes that share the batches.
+
+    Raises:
+        MpocError: the data give a layer no rows, or outputs are not finite.
+    """
+    device = device_of(network)
+
+    def measure(part: range) -> dict[_Key, Moments | _Sum]:
+        run = _Run(network, trace, positions)
+        with eval_mode(network), hooked() as handles, torch.set_grad_enabled(probes > 0):
+            handles += run.hooks(probes > 0, blocks)
+            for index in part:
+                if tell:
+                    tell("reading the dense network: batch", index + 1, len(batches))
+                batch = to_device(batches[index], device)
+                run.index, run.mask = index, batch.get("attention_mask")
+                values, are_logits = output_of_interest(call(network, batch), batch, pooling)
+                _refuse_infinite(values, network)
+                for probe in range(probes if values.requires_grad else 0):
+                    chance = torch.Generator(device).manual_seed(
+                        derived_seed(seed, "direction", index, probe)
+                    )
+                    values.backward(direction(values, are_logits, chance), retain_graph=probe + 1 < probes)
+        return run.sums()
+
+    return _result(BatchShards(len(batches), mates).total(measure, _merged), trace, probes)
+
+
+def _refuse_infinite(values: Tensor, network: nn.Module) -> None:
+    if not bool(values.isfinite().all()):
+        raise MpocError(
+            f"the outputs of the network, a {type(network).__name__}, are not finite on these data",
+            "look at data and checkpoint for NaN: mpoc eval",
+        )
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Σ g gᵀ over rows; on the CPU."""
+
+    total: Tensor
+    rows: int
+
+
+def _merged(one: Moments | _Sum, other: Moments | _Sum) -> Moments | _Sum:
+    if isinstance(one, Moments) and isinstance(other, Moments):
+        return merge(one, other)
+    assert isinstance(one, _Sum)
+    assert isinstance(other, _Sum)
+    if one.total.shape != other.total.shape:
+        return one  # the axis of a block's output is none of features
+    return _Sum(one.total + other.total, one.rows + other.rows)
+
+
+def _result(found: Mapping[_Key, Moments | _Sum], trace: Trace, probes: int) -> DensePass:
+    first = {name: one for (_, name), one in found.items() if isinstance(one, Moments)}
+    refuse_without_rows((trace.layers[name] for name in dict.fromkeys(trace.same_rows.values())), first)
+    moments = {name: first[same] for name, same in trace.same_rows.items()}
+    sums = {key: one for key, one in found.items() if isinstance(one, _Sum)}
+    halves = {key: (one.total + one.total.T) / 2 for key, one in sums.items()}
+    gradients = {
+        name: halves[key] / (sums[key].rows * probes)
+        for name in moments
+        if (key := ("gradients", name)) in sums
+    }
+    blocks = {name: half for (kind, name), half in halves.items() if kind == "blocks"}
+    return DensePass(moments, gradients, blocks)
+
+
+class _Run:
+    """What hooks gather over the batches of a part."""
+
+    index: int  # of the batch
+    mask: Tensor | None
+
+    def __init__(self, network: nn.Module, trace: Trace, positions: Positions) -> None:
+        self._network, self._trace, self._positions = network, trace, positions
+        self._sums = {name: LayerSums(trace.layers[name]) for name in dict.fromkeys(trace.same_rows.values())}
+        self._start = torch.zeros((), device=device_of(network), requires_grad=True)
+        self._gradients: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
+        self._blocks: dict[str, Tensor] = {}
+
+    def hooks(self, gradients: bool, blocks: bool) -> Iterator[RemovableHandle]:
+        """Of layers, and of blocks where gradients at what they give are wanted."""
+        for layer in self._trace.layers.values():
+            for path in layer.modules:
+                module = self._network.get_submodule(path)
+                yield module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
+                if gradients:
+                    yield module.register_forward_hook(self._after(layer))
+        for k, chain in enumerate(self._trace.chains if blocks and gradients else ()):
+            for position, block in enumerate(chain):
+                behind = self._behind(block.module, self._trace.axis((k, position)))
+                yield self._network.get_submodule(block.module).register_forward_hook(behind)
+
+    def sums(self) -> dict[_Key, Moments | _Sum]:
+        """Of what was seen."""
+        found: dict[_Key, Moments | _Sum] = {}
+        for name, layer_sums in self._sums.items():
+            moments = layer_sums.moments()
+            found |= {} if moments is None else {("moments", name): moments}
+        found |= {("gradients", name): _Sum(g.cpu(), self._rows[name]) for name, g in self._gradients.items()}
+        return found | {("blocks", path): _Sum(total.cpu(), 0) for path, total in self._blocks.items()}
+
+    def _before(self, layer: ObservedLayer) -> Any:
+        """A hook that adds what the layer is given."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if layer.name in self._sums:
+                with torch.no_grad():
+                    given = first_argument(args, named)
+                    self._sums[layer.name].add(given, self.mask, self._positions.of(self.index))
+
+        return hook
+
+    def _after(self, layer: ObservedLayer) -> Any:
+        """A hook that begins the graph where nothing has, and adds the gradients at the output."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not output.requires_grad:
+                output = output + self._start.to(output.dtype)
+            mask = self.mask
+
+            def add(gradient: Tensor) -> None:
+                rows = as_rows(layer, gradient, mask)
+                found = product(rows, rows)
+                if layer.name in self._gradients:
+                    self._gradients[layer.name] += found
+                else:
+                    self._gradients[layer.name] = found
+
+            if output.requires_grad:  # not so where the network itself has switched gradients off
+                output.register_hook(add)
+                self._rows[layer.name] = self._rows.get(layer.name, 0) + total_rows(layer, output, mask)
+            return output
+
+        return hook
+
+    def _behind(self, path: str, axis: int) -> Any:
+        """A hook that adds the gradients at the output of a block."""
+
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            first, mask = next_input(output), self.mask
+
+            def add(gradient: Tensor) -> None:
+                rows = features(gradient, mask, axis).float()
+                found = product(rows, rows)
+                total = self._blocks.get(path)
+                if total is None or total.shape == found.shape:  # else the axis is none of features
+                    self._blocks[path] = found if total is None else total + found
+
+            if first is not None and first.requires_grad:
+                first.register_hook(add)
+
+        return hook

@@ -1,0 +1,294 @@
+"""Networks are watched through hooks, which go again whatever happens, and are left as they were.
+
+How the rows that a weight is multiplied by are taken from what its module is given.
+
+Linear layers take the last axis; tokens that are padding are left out where the axes in front of it are those
+of the attention mask.  A convolution's row is its patch, taps outermost: entry tap · C_in + channel, taps
+row-major over the kernel, as :func:`mpoc.tensor_networks.forms.layout.to_matrix` orders a kernel.  An
+embedding's rows are one-hot, so they are counted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mpoc.errors import MpocError
+from mpoc.models.introspection import same_tensor
+
+_AT_ONCE = 1 << 24  # numbers of patches that are copied at a time
+
+
+@contextmanager
+def hooked() -> Iterator[list[RemovableHandle]]:
+    """A list for handles of hooks, which are removed at the end."""
+    handles: list[RemovableHandle] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """For the time of a pass no parameter asks for a gradient and transformers keeps no keys and values."""
+    modules = (module for module in network.modules() if not isinstance(module, nn.ParameterList))
+    assert not any(module.training for module in modules), "calibration is in evaluation mode"
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    config: Any = getattr(network, "config", None)
+    cached = getattr(config, "use_cache", None)
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        if cached:
+            config.use_cache = False
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        if cached:
+            config.use_cache = cached
+
+
+def first_argument(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    """The first argument of a call, by position or by name; None where there is none."""
+    return next((value for value in (*args, *named.values())), None)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where its first parameter is."""
+    return next(network.parameters()).device
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A part of the positions of a convolution, chosen alike wherever shapes and seed are the same."""
+
+    positions: int  # an example, on average
+    seed: int
+
+
+class Inputs(ABC):
+    """What a layer's rows are."""
+
+    features: int  # N_x, of one group
+
+    @property
+    @abstractmethod
+    def key(self) -> Hashable:
+        """Layers of equal keys take the same rows from the same input."""
+
+    @abstractmethod
+    def count(self, given: Tensor, mask: Tensor | None) -> int:
+        """How many rows there are in what the module was given."""
+
+    @abstractmethod
+    def blocks(self, given: Tensor, mask: Tensor | None, sample: Sample | None) -> Iterator[Tensor]:
+        """The rows (n, N_x), or (groups, n, N_x), in blocks of bounded memory."""
+
+    @abstractmethod
+    def outputs(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """(rows, N_y) of the layer's output or of a gradient there, the same rows."""
+
+
+@dataclass(frozen=True)
+class LinearInputs(Inputs):
+    """(…, N_x) → (…, N_y)."""
+
+    features: int
+
+    @property
+    def key(self) -> Hashable:
+        """All linear layers take the same rows."""
+        return "linear"
+
+    def count(self, given: Tensor, mask: Tensor | None) -> int:
+        """Tokens that are no padding, or all that stands in front of the last axis."""
+        return len(_real_rows(given, mask))
+
+    def blocks(self, given: Tensor, mask: Tensor | None, sample: Sample | None) -> Iterator[Tensor]:
+        """(n, N_x), all at once; a sample is of convolutions only."""
+        yield _real_rows(given, mask)
+
+    def outputs(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The same rows of the output."""
+        return _real_rows(values, mask)
+
+
+@dataclass(frozen=True)
+class EmbeddingInputs(Inputs):
+    """Whole numbers (…) → (…, width)."""
+
+    features: int  # number of rows of the table
+
+    @property
+    def key(self) -> Hashable:
+        """All tables of one size count the same."""
+        return "embedding", self.features
+
+    def count(self, given: Tensor, mask: Tensor | None) -> int:
+        """Indices that are no padding."""
+        return len(_real_rows(given[..., None], mask))
+
+    def blocks(self, given: Tensor, mask: Tensor | None, sample: Sample | None) -> Iterator[Tensor]:
+        """None: see :meth:`counts`."""
+        return iter(())
+
+    def counts(self, given: Tensor, mask: Tensor | None) -> Tensor:
+        """(features,) how often each index comes."""
+        return torch.bincount(_real_rows(given[..., None], mask).flatten(), minlength=self.features)
+
+    def outputs(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """One row an index."""
+        return _real_rows(values, mask)
+
+
+@dataclass(frozen=True)
+class ConvInputs(Inputs):
+    """(n, C_in, …) → (n, C_out, …)."""
+
+    features: int  # taps · C_in / groups
+    groups: int
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]  # as torch.nn.functional.pad takes it
+    padding_mode: str  # likewise
+
+    @classmethod
+    def of(cls, module: Any) -> ConvInputs:
+        """The geometry of a convolution."""
+        taps = int(torch.tensor(module.kernel_size).prod())
+        padding = tuple(module._reversed_padding_repeated_twice)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return cls(
+            taps * module.in_channels // module.groups, module.groups, tuple(module.kernel_size),
+            tuple(module.stride), tuple(module.dilation), padding, mode,
+        )  # fmt: skip
+
+    @property
+    def key(self) -> Hashable:
+        """The geometry."""
+        return self
+
+    def count(self, given: Tensor, mask: Tensor | None) -> int:
+        """Positions of the output, of all examples."""
+        return self._patches(given).shape[: 1 + len(self.kernel)].numel()
+
+    def blocks(self, given: Tensor, mask: Tensor | None, sample: Sample | None) -> Iterator[Tensor]:
+        """(n, taps · C_in), or (groups, n, taps · C_in / groups) where there are groups."""
+        patches = self._patches(given)
+        axes = len(self.kernel)
+        places = patches.shape[: 1 + axes]
+        if sample is not None and sample.positions < places[1:].numel():
+            generator = torch.Generator().manual_seed(sample.seed)
+            wanted = sample.positions * places[0]
+            chosen = torch.randperm(places.numel(), generator=generator)[:wanted].sort().values
+            for part in chosen.split(self._at_once()):
+                index = torch.unravel_index(part.to(given.device), tuple(places))
+                yield self._rows(patches[index], 1)
+            return
+        for part in patches.split(max(1, self._at_once() // places[1:].numel())):
+            yield self._rows(part, 1 + axes)
+
+    def outputs(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """(n · positions, C_out)."""
+        batched = values if values.dim() == 2 + len(self.kernel) else values[None]
+        return batched.movedim(1, -1).flatten(0, -2)
+
+    def _at_once(self) -> int:
+        return max(1, _AT_ONCE // (self.features * self.groups))
+
+    def _patches(self, given: Tensor) -> Tensor:
+        """A view (n, positions…, taps…, C_in) of the padded input, channel last."""
+        batched = given if given.dim() == 2 + len(self.kernel) else given[None]
+        if any(self.padding):
+            batched = F.pad(batched, self.padding, mode=self.padding_mode)
+        view = batched.movedim(1, -1).contiguous()
+        axes = len(self.kernel)
+        for axis in range(axes):
+            reach = (self.kernel[axis] - 1) * self.dilation[axis] + 1
+            view = view.unfold(1 + axis, reach, self.stride[axis])[..., :: self.dilation[axis]]
+        return view.movedim(1 + axes, -1)
+
+    def _rows(self, patches: Tensor, places: int) -> Tensor:
+        """(places…, taps…, C_in) → (n, taps · C_in), or with groups in front."""
+        count = patches.shape[:places].numel()
+        if self.groups == 1:
+            return patches.reshape(count, self.features)
+        apart = patches.reshape(count, -1, self.groups, patches.shape[-1] // self.groups)
+        return apart.permute(2, 0, 1, 3).reshape(self.groups, count, self.features)
+
+
+def _is_masked(values: Tensor, mask: Tensor | None) -> bool:
+    """Whether values (…, width) are of the mask's tokens: (n, T, …, width), or these in one axis."""
+    if mask is None or mask.dim() != 2:
+        return False
+    flat = values.dim() == 2 and mask.shape[1] > 1 and len(values) == mask.numel()
+    return flat or (values.dim() > 2 and values.shape[:2] == mask.shape)
+
+
+def _real_rows(values: Tensor, mask: Tensor | None) -> Tensor:
+    """(…, width) → (rows, width), without padding."""
+    width = values.shape[-1]
+    if mask is None or not _is_masked(values, mask):
+        return values.reshape(-1, width)
+    kept = mask.bool() if values.dim() > 2 else mask.bool().flatten()
+    return values[kept].reshape(-1, width)
+
+
+@dataclass(frozen=True)
+class ObservedLayer:
+    """A weight, the modules that multiply by it, and how their rows are taken."""
+
+    name: str
+    modules: tuple[str, ...]
+    inputs: Inputs
+
+
+def find_layer(network: nn.Module, name: str) -> ObservedLayer | str:
+    """How the inputs of the weight ``name`` are found, or why they are not.
+
+    Args:
+        network: dense.
+        name: of the weight as the network names it, e.g. ``"encoder.layer.0.output.dense.weight"``.
+
+    Raises:
+        MpocError: the network has no such weight.
+    """
+    known = same_tensor(network)
+    if name not in known:
+        raise MpocError(f"the network {type(network).__name__} has no weight {name!r}")
+    found: dict[int, tuple[str, Inputs]] = {}
+    for alias in sorted(known[name], key=lambda other: (other != name, other)):
+        path, _, own = alias.rpartition(".")
+        module = network.get_submodule(path)
+        inputs = _inputs(module) if own == "weight" else None
+        if inputs is None:
+            return f"its inputs cannot be seen from outside a {type(module).__name__}"
+        found.setdefault(id(module), (path, inputs))
+    places = list(found.values())
+    if len({type(inputs) for _, inputs in places}) > 1:
+        return f"tied: {' and '.join(path for path, _ in places)} use it in different ways"
+    return ObservedLayer(name, tuple(path for path, _ in places), places[0][1])
+
+
+def _inputs(module: nn.Module) -> Inputs | None:
+    if isinstance(module, nn.Linear):
+        return LinearInputs(module.in_features)
+    if type(module).__name__ == "Conv1D":  # of transformers: weight (N_x, N_y)
+        return LinearInputs(module.get_parameter("weight").shape[0])
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return ConvInputs.of(module)
+    if isinstance(module, nn.Embedding):
+        return EmbeddingInputs(module.num_embeddings)
+    return None

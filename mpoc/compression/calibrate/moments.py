@@ -1,0 +1,304 @@
+"""Batches in parts: each is summed by itself and the sums are merged in order, whoever makes them.
+
+So several processes share a pass over the data, and find what one alone finds to the last bit.
+
+First and second moments of the rows that go into a layer, of one network or of two side by side.
+
+Products of float32 rows are formed in float32, ``_BLOCK`` rows at a time, and summed in float64: twice as
+fast as float64 throughout, and each entry is right to about 3e-7 of the standard deviations it belongs to.
+Rows are shifted by the mean of the first ones, so that it holds where means are large beside deviations.
+
+The sums of one layer over a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Hashable, Iterable
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs, ObservedLayer, Sample
+from mpoc.errors import MpocError
+from mpoc.runtime.device import derived_seed
+from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+
+_MOST = 8  # parts: more processes than that cannot share a pass
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Sum = TypeVar("_Sum")
+
+_BLOCK = 8192  # rows of one product
+
+
+@dataclass(frozen=True)
+class BatchShards:
+    """The parts of so many batches, and the processes that share them."""
+
+    count: int
+    mates: ProcessGroup = SINGLE_PROCESS
+
+    @property
+    def every(self) -> list[range]:
+        """Batches of each part; their number does not depend on that of the processes."""
+        parts = max(1, min(_MOST, self.count))
+        return [range(*ends) for ends in pairwise(k * self.count // parts for k in range(parts + 1))]
+
+    @property
+    def mine(self) -> list[int]:
+        """The batches that this process runs."""
+        return [index for part in self.every[self.mates.rank :: self.mates.size] for index in part]
+
+    def total(
+        self, measure: Callable[[range], dict[_Key, _Sum]], merge: Callable[[_Sum, _Sum], _Sum]
+    ) -> dict[_Key, _Sum]:
+        """Sums over all batches, the same in all processes.
+
+        Args:
+            measure: of the batches of one part; tensors are on the CPU.
+            merge: a sum over earlier batches and one over those after them.
+        """
+        total: dict[_Key, _Sum] = {}
+        for first in range(0, len(self.every), self.mates.size):
+            parts = self.every[first : first + self.mates.size]
+            found: dict[_Key, _Sum] = {}
+            with self.mates.together():
+                if self.mates.rank < len(parts):
+                    found = measure(parts[self.mates.rank])
+            for owner in range(len(parts)):
+                for key in self.mates.told(list(found), by=owner):
+                    given = self.mates.told(found.pop(key) if owner == self.mates.rank else None, by=owner)
+                    total[key] = merge(total[key], given) if key in total else given
+        return total
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of the rows x̃ that go into one layer, and of the dense network's rows x; float64, on the CPU.
+
+    Of a grouped convolution every tensor has a leading axis of groups.  Of an embedding rows are one-hot,
+    their second moments diagonal: then ``second``, ``cross`` and ``dense_second`` hold the diagonal (N_x,)
+    alone, the share of each index.
+    """
+
+    rows: int  # tokens that are no padding, or positions of a convolution, that there were
+    mean: Tensor  # μ̃ (N_x,)
+    second: Tensor  # E[x̃ x̃ᵀ] (N_x, N_x), not centred
+    dense_mean: Tensor  # μ (N_x,); where only the dense network ran the same tensor as ``mean``
+    cross: Tensor  # E[x x̃ᵀ] (N_x, N_x), not centred
+    dense_second: Tensor  # E[x xᵀ] (N_x, N_x), not centred; (0,) where it was not wanted
+
+
+def merge(one: Moments, other: Moments) -> Moments:
+    """The moments of the rows of both together; what is one tensor in both stays one tensor."""
+    rows = one.rows + other.rows
+    merged: dict[tuple[int, int], Tensor] = {}
+
+    def both(a: Tensor, b: Tensor) -> Tensor:
+        if (id(a), id(b)) not in merged:
+            merged[id(a), id(b)] = torch.lerp(a, b, other.rows / rows)
+        return merged[id(a), id(b)]
+
+    names = [field.name for field in fields(one) if field.name != "rows"]
+    return Moments(rows, **{name: both(getattr(one, name), getattr(other, name)) for name in names})
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Σ over rows of left rightᵀ: (…, n, A), (…, n, B) → (…, A, B) float64."""
+    if left.dtype == torch.float64:
+        return left.mT @ right
+    total = left.new_zeros(*left.shape[:-2], left.shape[-1], right.shape[-1], dtype=torch.float64)
+    pairs = zip(left.float().split(_BLOCK, -2), right.float().split(_BLOCK, -2), strict=True)
+    for a, b in pairs:
+        total += a.mT @ b
+    return total
+
+
+class _Sums:
+    """Of shifted rows, one network's."""
+
+    def __init__(self, rows: Tensor) -> None:
+        first = rows[..., :_BLOCK, :].mean(-2, keepdim=True, dtype=torch.float64)
+        self.shift = first.to(rows.dtype)  # (…, 1, N_x)
+        self.total = torch.zeros_like(first)
+
+    def shifted(self, rows: Tensor) -> Tensor:
+        """The rows less the shift; they are counted."""
+        rows = rows - self.shift
+        self.total += rows.sum(-2, keepdim=True, dtype=torch.float64)
+        return rows
+
+    def mean(self, count: int) -> Tensor:
+        """(…, N_x)."""
+        return (self.shift + self.total / count).squeeze(-2)
+
+
+class Accumulator:
+    """Sums over rows as they come, of bounded memory: up to three tensors (N_x, N_x) in float64.
+
+    Args:
+        dense_second: whether E[x xᵀ] is wanted too, where rows of the dense network are given.
+    """
+
+    def __init__(self, dense_second: bool = True) -> None:
+        self.count = 0
+        self._wants_dense = dense_second
+        self._sums: list[_Sums] = []  # of the rows, then of the dense ones
+        self._products: list[Tensor] = []  # x̃x̃ᵀ, xx̃ᵀ, xxᵀ of shifted rows
+
+    def add(self, rows: Tensor, dense: Tensor | None = None) -> None:
+        """Add rows x̃, and the matching rows x of the dense network, always or never.
+
+        Args:
+            rows: (n, N_x), or (groups, n, N_x); float64 rows are worked with in float64, others in float32.
+            dense: of the same shape.
+        """
+        given = [rows] if dense is None else [rows, dense]
+        if rows.shape[-2] == 0:
+            return
+        given = [r if r.dtype == torch.float64 else r.float() for r in given]
+        if not self._sums:
+            self._sums = [_Sums(r) for r in given]
+        shifted = [sums.shifted(r) for sums, r in zip(self._sums, given, strict=True)]
+        pairs = [(shifted[0], shifted[0])]
+        if dense is not None:
+            pairs += [(shifted[1], shifted[0])]
+            pairs += [(shifted[1], shifted[1])] if self._wants_dense else []
+        found = [product(a, b) for a, b in pairs]
+        if not self._products:
+            self._products = found
+        else:
+            for total, part in zip(self._products, found, strict=True):
+                total += part
+        self.count += rows.shape[-2]
+
+    def moments(self, rows: int | None = None) -> Moments:
+        """What was gathered.
+
+        Args:
+            rows: there were, where those added are a part of them.
+
+        Raises:
+            ValueError: no rows were added.
+        """
+        if not self.count:
+            raise ValueError("no rows were added")
+        means = [sums.mean(self.count) for sums in self._sums]
+        second = self._second(0, 0, 0, means)
+        if len(means) == 1:
+            mean = means[0].cpu()
+            return Moments(rows or self.count, mean, second, mean, second, second)
+        cross = self._second(1, 1, 0, means)
+        dense_second = self._second(2, 1, 1, means) if self._wants_dense else torch.empty(0).double()
+        return Moments(rows or self.count, means[0].cpu(), second, means[1].cpu(), cross, dense_second)
+
+    def _second(self, which: int, left: int, right: int, means: list[Tensor]) -> Tensor:
+        """E[a bᵀ] from the product of the shifted a − s and b − t: Σ/n + s E[b]ᵀ + (E[a] − s) tᵀ."""
+        s, t = self._sums[left].shift.squeeze(-2).double(), self._sums[right].shift.squeeze(-2).double()
+        found = self._products[which] / self.count
+        found.addcmul_(s[..., :, None], means[right][..., None, :])
+        found.addcmul_((means[left] - s)[..., :, None], t[..., None, :])
+        if left == right:
+            found = (found + found.mT) / 2
+        return found.cpu()
+
+
+def one_hot_moments(counts: Tensor) -> Moments:
+    """Of an embedding's one-hot rows, from how often each index came.
+
+    Args:
+        counts: (N,) whole numbers, at least one of them above 0.
+    """
+    rows = int(counts.sum())
+    share = counts.double().cpu() / rows
+    return Moments(rows, share, share, share, share, share)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which positions of convolutions are taken."""
+
+    most: int | None = None  # an example, on average; None: all
+    seed: int = 0
+
+    def of(self, batch: int) -> Sample | None:
+        """The choice in batch number ``batch``: the same in every pass."""
+        return None if self.most is None else Sample(self.most, derived_seed(self.seed, "positions", batch))
+
+
+ALL = Positions()
+
+
+class LayerSums:
+    """What is summed of the inputs of one layer.
+
+    Args:
+        layer: whose.
+        dense_second: as of :class:`Accumulator`.
+    """
+
+    def __init__(self, layer: ObservedLayer, dense_second: bool = True) -> None:
+        self._layer = layer
+        self._accumulator = Accumulator(dense_second)
+        self._counts: Tensor | int = 0
+        self.rows = 0
+
+    def add(
+        self, given: Tensor, mask: Tensor | None, sample: Sample | None, dense: Tensor | None = None
+    ) -> None:
+        """Add what the layer was given in one call, and what it was given in the dense network.
+
+        Raises:
+            MpocError: the two are of different shapes.
+        """
+        inputs = self._layer.inputs
+        if dense is not None and dense.shape != given.shape:
+            raise MpocError(
+                f"{self._layer.name}: the dense network gives it {tuple(dense.shape)}, the compressed one "
+                f"{tuple(given.shape)}",
+                f"compress without it: --exclude '{self._layer.name.removesuffix('.weight')}'",
+            )
+        if isinstance(inputs, EmbeddingInputs):
+            self._counts = self._counts + inputs.counts(given, mask)
+            return
+        added = self._accumulator.count
+        if dense is None:
+            for block in inputs.blocks(given, mask, sample):
+                self._accumulator.add(block)
+        else:
+            blocks = inputs.blocks(given, mask, sample), inputs.blocks(dense, mask, sample)
+            for block, other in zip(*blocks, strict=True):
+                self._accumulator.add(block, other)
+        part = sample is not None and isinstance(inputs, ConvInputs)
+        self.rows += inputs.count(given, mask) if part else self._accumulator.count - added
+
+    def moments(self) -> Moments | None:
+        """Of all that was added; None: no rows were."""
+        if isinstance(self._counts, Tensor) and bool(self._counts.any()):
+            return one_hot_moments(self._counts)
+        return self._accumulator.moments(self.rows) if self.rows else None
+
+
+def refuse_without_rows(layers: Iterable[ObservedLayer], found: Container[str]) -> None:
+    """Whether all of these were found.
+
+    Raises:
+        MpocError: the data give a layer no rows.
+    """
+    without = next((layer.name for layer in layers if layer.name not in found), None)
+    if without is not None:
+        raise MpocError(f"{without}: the calibration data give it no rows")
+
+
+def total_rows(layer: ObservedLayer, output: Tensor, mask: Tensor | None) -> int:
+    """How many rows a layer's output has."""
+    return len(layer.inputs.outputs(output.detach(), mask))
+
+
+def as_rows(layer: ObservedLayer, gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """(rows, N_y) of a gradient at the layer's output, float32 or float64."""
+    rows = layer.inputs.outputs(gradient, mask)
+    return rows if rows.dtype == torch.float64 else rows.float()

@@ -1,0 +1,284 @@
+"""Moments of what the compressed network gives a layer, beside what the dense one gives it.
+
+Both networks run on the same batches until the last layer that is asked for has its input.  Where blocks are
+a chain (:mod:`mpoc.compression.calibrate.trace`) the inputs of the present block are kept for all batches,
+in both networks, and only that block runs again; the next block's inputs are computed from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_argument, hooked
+from mpoc.compression.calibrate.moments import (
+    ALL,
+    BatchShards,
+    LayerSums,
+    Moments,
+    Positions,
+    merge,
+    refuse_without_rows,
+)
+from mpoc.compression.calibrate.trace import Chain, Example, Trace, next_input
+from mpoc.models.call import Batch, Call, to_device
+from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+
+_KEPT_BYTES = 2 * 1024**3
+
+
+class _StopError(Exception):
+    """Everything asked for was seen."""
+
+
+@dataclass
+class _State:
+    """What a block is given."""
+
+    given: Tensor
+    args: tuple[Any, ...]  # after ``given``
+    named: dict[str, Any]
+
+
+class _Runner:
+    """One network on the batches, from their start or from a block on."""
+
+    def __init__(
+        self, network: nn.Module, call: Call, batches: Sequence[Batch], mine: Sequence[int], trace: Trace
+    ) -> None:
+        self.network, self._call, self._batches, self._trace = network, call, batches, trace
+        self._device = device_of(network)
+        self._mine = mine
+        self._at: tuple[int, int] | None = None
+        self._states: dict[int, _State] = {}
+
+    def move(self, place: tuple[int, int] | None) -> None:
+        """Keep the inputs of this block (chain, position) for this process's batches; None: of no block."""
+        if place == self._at:
+            return
+        old, states = self._at, self._states
+        self._at, self._states = None, {}
+        if place is None:
+            return
+        if old is not None and old[0] == place[0] and old[1] < place[1]:
+            chain = self._trace.chains[place[0]][old[1] : place[1]]
+            for number, state in states.items():
+                states[number] = _State(self._through(chain, state), state.args, state.named)
+        else:
+            states = {number: self._caught(self._batches[number], place) for number in self._mine}
+        self._at, self._states = place, states
+
+    def run(self, index: int) -> None:
+        """Run batch ``index`` from the kept block on, or as a whole, until a hook stops it."""
+        with suppress(_StopError):
+            if self._at is None:
+                self._call(self.network, to_device(self._batches[index], self._device))
+            else:
+                chain, position = self._at
+                self._through(self._trace.chains[chain][position:], self._states[index])
+
+    def state(self, index: int, place: tuple[int, int]) -> _State:
+        """What a block is given in batch ``index``: kept, or found again from the start."""
+        kept = self._at == place and index in self._states
+        return self._states[index] if kept else self._caught(self._batches[index], place)
+
+    def output(self, index: int, place: tuple[int, int]) -> Tensor:
+        """What it gives there."""
+        block = self._trace.chains[place[0]][place[1]]
+        return self._through((block,), self.state(index, place))
+
+    def _through(self, chain: Chain, state: _State) -> Tensor:
+        given = state.given
+        for block in chain:
+            output = next_input(self.network.get_submodule(block.module)(given, *state.args, **state.named))
+            assert output is not None, f"{block.module} gave a tensor when it was traced"
+            given = output
+        return given
+
+    def _caught(self, batch: Batch, place: tuple[int, int]) -> _State:
+        """What a block is given, from the start of the network."""
+        found: list[_State] = []
+
+        def catch(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            found.append(_State(args[0], args[1:], named))
+            raise _StopError
+
+        block = self.network.get_submodule(self._trace.chains[place[0]][place[1]].module)
+        with hooked() as handles:
+            handles.append(block.register_forward_pre_hook(catch, with_kwargs=True))
+            with suppress(_StopError):
+                self._call(self.network, to_device(batch, self._device))
+        return found[0]
+
+
+class PairedPass:
+    """Passes of a dense network and of one that is being compressed, group by group.
+
+    Groups are asked for in the trace's order.  Of the compressed network whatever runs before a group must be
+    final by then, since inputs of blocks are kept from it.
+
+    Args:
+        dense: in evaluation mode; left as it is, as is ``compressed``.
+        compressed: the same network but for weights that were replaced, on any device.
+        call: how both are called.
+        batches: of calibration data.
+        trace: of the dense network.
+        positions: of convolutions.
+        replay: keep inputs of blocks where they form a chain.
+        kept_bytes: and where they take at most this, both networks together.
+        mates: the processes that share the batches, and ask for the same groups.
+        keeps_all: keep inputs of blocks for the batches of other processes too, for :meth:`examples`.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        compressed: nn.Module,
+        call: Call,
+        batches: Sequence[Batch],
+        trace: Trace,
+        positions: Positions = ALL,
+        replay: bool = True,
+        kept_bytes: int = _KEPT_BYTES,
+        mates: ProcessGroup = SINGLE_PROCESS,
+        keeps_all: bool = False,
+    ) -> None:
+        self._trace, self._batches, self._positions = trace, batches, positions
+        self._replay, self._kept_bytes = replay, kept_bytes
+        self._parts = BatchShards(len(batches), mates)
+        mine = range(len(batches)) if keeps_all else self._parts.mine
+        self._runners = [_Runner(network, call, batches, mine, trace) for network in (dense, compressed)]
+        self._device = device_of(compressed)
+
+    def moments(self, group: Sequence[str], dense: Mapping[str, Moments] | None = None) -> dict[str, Moments]:
+        """Moments of the inputs of these weights.
+
+        Args:
+            group: of weights, one of ``trace.groups`` or a part of one.
+            dense: by weight, of the dense network on the same batches and positions: E[xxᵀ] is taken from
+                there in the place of being summed again.
+
+        Raises:
+            MpocError: the data give a layer no rows, or not the same rows in both networks.
+        """
+        first = {name: self._trace.same_rows[name] for name in group}
+        names = sorted(set(first.values()), key=list(self._trace.layers).index)
+        place = self._place(names)
+
+        def measure(part: range) -> dict[str, Moments]:
+            sums = {name: LayerSums(self._trace.layers[name], dense is None) for name in names}
+            with torch.no_grad(), eval_mode(self._runners[0].network), eval_mode(self._runners[1].network):
+                for runner in self._runners:
+                    runner.move(place)
+                for index in part:
+                    self._add(index, sums)
+            found = {name: layer_sums.moments() for name, layer_sums in sums.items()}
+            return {name: moments for name, moments in found.items() if moments is not None}
+
+        total = self._parts.total(measure, merge)
+        refuse_without_rows((self._trace.layers[name] for name in names), total)
+        if dense is not None:
+            total = {name: replace(m, dense_second=dense[name].dense_second) for name, m in total.items()}
+        return {name: total[first[name]] for name in group}
+
+    def examples(self, place: tuple[int, int]) -> Sequence[Example]:
+        """The batches as a block sees them: given by the compressed network, aimed at by the dense one.
+
+        All are kept if with the targets they take at most ``kept_bytes``; else each is found when it is
+        asked for, from the start of the networks.
+
+        Args:
+            place: chain and position of a block that nothing changes the input of; what runs before it is
+                final.
+        """
+        dense, compressed = self._runners
+        found = _Examples(dense, compressed, self._batches, place, self._trace.axis(place))
+        kept = self._replay and self._fits(place, 3)
+        with torch.no_grad(), eval_mode(dense.network), eval_mode(compressed.network):
+            for runner in self._runners:
+                runner.move(place if kept else None)
+        return list(found) if kept else found
+
+    def _fits(self, place: tuple[int, int], copies: int) -> bool:
+        share = sum(map(_numbers, self._batches)) / self._trace.numbers
+        return copies * self._trace.chains[place[0]][place[1]].nbytes * share <= self._kept_bytes
+
+    def _add(self, index: int, sums: dict[str, LayerSums]) -> None:
+        original, compressed = (self._inputs(runner, index, list(sums)) for runner in self._runners)
+        mask = self._batches[index].get("attention_mask")
+        mask = None if mask is None else mask.to(self._device)
+        sample = self._positions.of(index)
+        for name, layer_sums in sums.items():
+            for given, other in zip(compressed[name], original[name], strict=True):
+                layer_sums.add(given, mask, sample, other.to(self._device))
+
+    def _inputs(self, runner: _Runner, index: int, names: list[str]) -> dict[str, list[Tensor]]:
+        """What each layer is given in one network and batch, call by call."""
+        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        left = sum(self._trace.calls[name] for name in names)
+
+        def hook(name: str) -> Callable[..., None]:
+            def see(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+                nonlocal left
+                found[name].append(first_argument(args, named).clone())  # what comes later may change it
+                left -= 1
+                if left == 0:
+                    raise _StopError
+
+            return see
+
+        with hooked() as handles:
+            for name in names:
+                for path in self._trace.layers[name].modules:
+                    module = runner.network.get_submodule(path)
+                    handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
+            runner.run(index)
+        return found
+
+    def _place(self, names: list[str]) -> tuple[int, int] | None:
+        """The block to start from: the last one, not behind the layers, whose input can be kept."""
+        homes = [self._trace.homes.get(name) for name in names]
+        known = [home for home in homes if home is not None]
+        if not self._replay or len(known) < len(names) or len({chain for chain, _ in known}) > 1:
+            return None
+        chain, position = min(known)
+        for k in range(position, -1, -1):
+            if self._trace.chains[chain][k].is_kept_whole:
+                return (chain, k) if self._fits((chain, k), 2) else None
+        return None
+
+
+class _Examples(Sequence[Example]):
+    """Found when they are asked for."""
+
+    def __init__(
+        self,
+        dense: _Runner,
+        compressed: _Runner,
+        batches: Sequence[Batch],
+        place: tuple[int, int],
+        axis: int,
+    ) -> None:
+        self._dense, self._compressed, self._batches = dense, compressed, batches
+        self._place, self._axis = place, axis
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        mask = self._batches[index].get("attention_mask")
+        device = device_of(self._compressed.network)
+        with torch.no_grad(), eval_mode(self._dense.network), eval_mode(self._compressed.network):
+            target = self._dense.output(index, self._place)
+            state = self._compressed.state(index, self._place)
+        mask = None if mask is None else mask.to(device)
+        return Example(state.given, state.args, state.named, target, mask, self._axis)
+
+
+def _numbers(batch: Batch) -> int:
+    return (batch["input_ids"] if "input_ids" in batch else batch["x"]).numel()

@@ -1,0 +1,156 @@
+"""The orchestrator: checkpoint → selection → plan → fit → form → writer → report, top to bottom."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import mpoc
+from mpoc.compression.plain_fit import Fitted
+from mpoc.compression.plan import LayerPlan
+from mpoc.compression.recipe import Recipe
+from mpoc.compression.resume import calibration_folder, layers_folder, resume_directory
+from mpoc.compression.size_prediction import make_manifest, predict_size
+from mpoc.compression.source import CompressionSource, open_source
+from mpoc.compression.write import (
+    Compression,
+    ProgressCallback,
+    WorkContext,
+    fit_all,
+    fit_each,
+    shared_out,
+    write_compressed,
+)
+from mpoc.errors import UsageError
+from mpoc.io.atomic import refuse_existing, refuse_misnamed
+from mpoc.runtime.device import choose_device
+from mpoc.runtime.distributed import process_group
+
+if TYPE_CHECKING:
+    from mpoc.compression.calibrate.dense_pass import StageCallback
+    from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+
+
+def default_output(source: Path) -> Path:
+    """``model.pt`` → ``model.mpo.safetensors``, ``bert/`` → ``bert-mpo``; in the current directory."""
+    source = source.resolve() if source.name in ("", ".", "..") else source
+    return Path(f"{source.name}-mpo" if source.is_dir() else f"{source.stem}.mpo.safetensors")
+
+
+def refuse_output(source: Path, output: Path, force: bool) -> None:
+    """Check, before any work, that what is made of ``source`` may be written to ``output``.
+
+    Raises:
+        UsageError: it exists and ``force`` is not given, is the source, or is not named like its kind.
+        MpocError: its directory does not exist or cannot be written.
+    """
+    if source.exists():
+        refuse_existing(output, source, force)
+        refuse_misnamed(output, source)
+
+
+def compress_checkpoint(
+    source: Path,
+    output: Path,
+    recipe: Recipe,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: ProgressCallback | None = None,
+    arch: str | None = None,
+    calibration: CalibrationRequest | None = None,
+    tell: StageCallback | None = None,
+    resume: bool = False,
+) -> Compression:
+    """Compress a checkpoint on disk, with as many processes as torchrun started.
+
+    Args:
+        source: file or directory; only read.
+        output: file (single-file source) or directory.
+        recipe: what to do.
+        force: replace an existing output.
+        dry_run: write nothing. Bonds that a spectrum decides are still found by factorising.
+        progress: called after each layer.
+        arch: the network that the checkpoint belongs to, as :func:`mpoc.models.architecture.make_network`
+        takes it;
+            it tells kinds of layers and is recorded.
+        calibration: data to fit what the layers do on; None: their weights alone count.
+        tell: called as calibration goes on, before layers are fitted.
+        resume: keep finished layers in ``OUT.partial`` until the output is whole, and go on from those there;
+            with ``force`` also where that was of other work, which goes.
+
+    Raises:
+        UsageError: ``arch`` makes no network, or one with other tensors; calibration needs a network and
+            none is known; or a ``max_drop``, which :func:`mpoc.compression.search.compress_within` is for.
+        MpocError: bad input, or nothing that can be done; see its message and hint.
+        OSError: of reading or writing (a full disk).
+    """
+    if recipe.max_drop is not None:
+        raise UsageError(
+            "max_drop: files are measured to find its ratio", "mpoc.compression.search.compress_within"
+        )
+    with process_group() as mates:
+        with mates.together():
+            if not dry_run:
+                refuse_output(source, output, force)
+            device = choose_device(recipe.device)
+            opened = open_source(source, recipe, arch, calibration is not None, device)
+            plans = opened.plan(opened.recipe)
+        if dry_run:
+            study = None if calibration is None else opened.study(calibration, tell, mates)
+            return _dry_run(opened, plans, study, output, progress)
+        asked = _asked(source, opened.recipe, arch, calibration) if resume else None
+        with resume_directory(output, mates, asked, force) as target:
+            if calibration is not None and resume:
+                calibration = replace(calibration, folder=calibration_folder(target))
+            study = None if calibration is None else opened.study(calibration, tell, mates)
+            work = WorkContext(mates, layers_folder(target), resume, progress, tell)
+            done = write_compressed(opened, target, opened.recipe, plans, study, work)
+    return replace(done, output=output)
+
+
+def _asked(
+    source: Path, recipe: Recipe, arch: str | None, calibration: CalibrationRequest | None
+) -> dict[str, str]:
+    """All that finished layers depend on and a user can change, but for what is in files."""
+    options = {f"--{f.name.replace('_', '-')}": str(getattr(recipe, f.name)) for f in fields(recipe)}
+    del options["--max-shard-size"]
+    data = ""
+    if calibration is not None:
+        data = f"{calibration.data.resolve()}, {calibration.samples} examples"
+    found = {"MODEL": str(source.resolve()), "--arch": str(arch), "--calibrate": data, **options}
+    found["--refine"] = str(calibration is not None and calibration.refine)
+    return found | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "mpoc": mpoc.__version__}
+
+
+def _dry_run(
+    opened: CompressionSource,
+    plans: list[LayerPlan],
+    study: CalibrationStatistics | None,
+    output: Path,
+    progress: ProgressCallback | None,
+) -> Compression:
+    """What would be done; bonds that a spectrum decides are found by factorising."""
+    recipe = opened.recipe
+    calibrated, plans = shared_out(opened, recipe, plans, study)
+    records = {plan.map.name: plan.record() for plan in plans}
+    times: dict[str, float] = {}
+
+    def keep(fitted: Fitted, seconds: float) -> int:
+        records[fitted.record.name], times[fitted.record.name] = fitted.record, seconds
+        return len(times)
+
+    fitted = any(plan.is_open for plan in plans)
+    if fitted:
+        costs = {plan.map.name: plan.cost for plan in plans}
+        fit_all(fit_each(opened, plans, recipe), costs, len(plans), keep, progress)
+    found = list(records.values())
+    manifest = make_manifest(opened.checkpoint, opened.selection, recipe, found)
+    manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
+    nbytes = predict_size(opened.checkpoint, opened.selection, recipe, plans, found if fitted else None)
+    notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
+    if not manifest.replaced:
+        notes.append("no layer would be compressed: without --dry-run this ends with an error")
+    return Compression(manifest, output, nbytes, False, times, notes)

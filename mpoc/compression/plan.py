@@ -1,0 +1,349 @@
+"""The plan: for every selected layer its form, factors and bonds, before any arithmetic, as plain data.
+
+``--dry-run`` prints it, ``compress`` carries it out.
+
+Whether what is asked for single layers is of use: patterns that name them, shapes and orders that fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from mpoc.compression.budget import Share, uniform_bonds
+from mpoc.compression.recipe import LayerRule, Recipe
+from mpoc.compression.selection import LinearMap, Selection, check_pattern, matches
+from mpoc.errors import UsageError
+from mpoc.io.manifest import LayerRecord
+from mpoc.io.safetensors_header import ITEMSIZE
+from mpoc.tensor_networks.factors import LEARNED, MOST_INPUTS, order_fits
+from mpoc.tensor_networks.geometry import Geometry
+from mpoc.tensor_networks.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
+from mpoc.tensor_networks.topology import topology_of
+
+# What a fit costs beside its products with the bond's columns: reading, checking, moving axes.
+_PASSES = 50
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One selected layer: factorise to ``structure`` with bonds up to ``max_bond``, or leave it dense."""
+
+    map: LinearMap
+    structure: Structure
+    stored_dtype: str
+    max_bond: int | None  # None: dense
+    tolerance: float = 0.0  # relative error that may be spent to go below max_bond
+    discard: float = 0.0  # share of its squared Schmidt values that each bond may lose to go below max_bond
+    low_rank: int = 0  # rank of a part that is added to the MPO of ``structure`` (form "svd+mpo")
+    learns_order: bool = False  # of its inputs, from the weight
+    reason: str = ""  # why dense
+
+    @property
+    def cost(self) -> float:
+        """Time of the fit, in numbers read: the range finder's passes grow with the bond."""
+        return self.structure.num_original * (_PASSES + min(self.max_bond or 0, *self.structure.padded))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the weight's spectrum decides how far bonds go below ``max_bond``."""
+        return bool(self.tolerance or self.discard)
+
+    def record(self) -> LayerRecord:
+        """As the report shows it: the counts are exact unless the spectrum decides, and then the most."""
+        base = LayerRecord(
+            name=self.map.name,
+            kind=self.map.kind,
+            shape=self.map.shape,
+            dtype=self.map.dtype,
+            form="dense",
+            num_original=self.structure.num_original,
+            num_stored=self.structure.num_original,
+            stored_dtype=self.map.dtype,
+            reason=self.reason,
+        )
+        if self.max_bond is None:
+            return base
+        return replace(
+            base,
+            kind=self.structure.kind,
+            form="svd+mpo" if self.low_rank else self.structure.form,
+            num_stored=self.structure.num_parameters(self.max_bond, self.low_rank),
+            stored_dtype=self.stored_dtype,
+            transposed=self.structure.transposed,
+            output_factors=self.structure.output_factors,
+            input_factors=self.structure.input_factors,
+            bonds=self.structure.bonds(self.max_bond),
+            low_rank=self.low_rank,
+            padding=self.structure.padding,
+            geometry=self.structure.geometry,
+            order=LEARNED if self.learns_order else self.structure.order,
+        )
+
+
+def make_plan(
+    selection: Selection,
+    recipe: Recipe,
+    predict_size: Callable[[list[LayerPlan]], int] | None = None,
+    geometries: Mapping[str, Geometry] | None = None,
+) -> list[LayerPlan]:
+    """Decide form, factors and bonds of every chosen layer.
+
+    Args:
+        selection: the chosen linear maps.
+        recipe: checked.
+        predict_size: bytes of the whole output under a plan, an upper bound; needed for ``--size``.
+        geometries: of whole maps, by the weight's name, where a sample run told; else the recipe does.
+
+    Raises:
+        UsageError: factors that do not multiply out, a pattern that matches nothing, a ceiling that
+            cannot be reached, or nothing left to compress.
+    """
+    if not selection.chosen:
+        reasons = Counter(selection.left.values()).most_common(3)
+        raise UsageError(
+            "no layer is left to compress: " + "; ".join(f"{count} {why}" for why, count in reasons),
+            "--layers, --exclude, --embeddings and --min-params decide",
+        )
+    check_rules(selection, recipe)
+    plans = [_open_plan(map, recipe, geometries or {}) for map in selection.chosen]
+    check_shapes_used(plans, recipe)
+    if not recipe.allow_growth:
+        plans = [_shrinking(plan) for plan in plans]
+    if recipe.ratio is not None:
+        return _within_ratio(plans, recipe.ratio, recipe.allow_growth)
+    if recipe.size is not None:
+        assert predict_size is not None
+        return _within_size(plans, recipe.size, predict_size)
+    return plans
+
+
+def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry]) -> LayerPlan:
+    """A layer's plan with what is given for it alone; its bond is open (0) where a ceiling decides."""
+    rule = recipe.rule_for(map.name)
+    try:
+        structure = _structure(map, rule, recipe, geometries)
+    except UsageError as error:
+        raise UsageError(f"shape for layer {map.layer}: {error}", error.hint) from error
+    order = recipe.order_for(map.name, map.kind, structure.inputs)
+    if order and structure.form == "svd":
+        raise UsageError(
+            f"--order {order}: two factors, as of {map.layer}, are the same in any", "--form mpo"
+        )
+    learns = order == LEARNED
+    if learns and map.kind != "linear":
+        raise UsageError(
+            f"--order learned: {map.layer} is a {map.kind}, and an order is of linear layers' inputs",
+            "a pattern that names linear layers",
+        )
+    if learns and structure.inputs > MOST_INPUTS:
+        raise UsageError(
+            f"--order learned: layer {map.layer} has {structure.inputs:,} inputs, more than {MOST_INPUTS:,}",
+            f"--order '{map.layer}=raster'",
+        )
+    plan = LayerPlan(map, structure, recipe.dtype or map.dtype, None, learns_order=learns)
+    if rule.dense:
+        return replace(plan, reason="the recipe leaves it dense")
+    return _with_goal(plan, rule, recipe)
+
+
+def _structure(
+    map: LinearMap, rule: LayerRule, recipe: Recipe, geometries: Mapping[str, Geometry]
+) -> Structure:
+    geometry = None
+    if recipe.is_map(map.name, map.kind) and not rule.dense:
+        geometry = geometries.get(map.name) or recipe.geometry_for(map.name, map.shape)
+    kind = map.kind if geometry is None else "convmap"
+    _, outputs, inputs = lead_outputs_inputs(kind, map.shape, map.transposed, geometry)
+    factors, sites = recipe.factors_for(map.name, outputs, inputs), rule.sites or recipe.sites
+    form = rule.form or recipe.form
+    of_kernels = form in ("svd+mpo", "tree", "mera") or (form == "svd" and factors is None)
+    if geometry is not None and of_kernels:
+        raise UsageError(f"--form {form} is of kernels, not of whole maps", "--conv kernel")
+    if form == "auto":  # what a budget is shared out from; chains where they were asked for
+        chain = geometry is not None or sites is not None or rule.bond is not None
+        form = "mpo" if chain else "svd"
+    if form != "svd" or factors is not None:
+        network, order = topology_of(form or "mpo"), recipe.order_for(map.name, kind, inputs)
+        order = "" if order == LEARNED else order
+        return make_structure(kind, map.shape, map.transposed, sites, factors, geometry, network, order)
+    return low_rank_structure(kind, map.shape, map.transposed)
+
+
+def _with_goal(plan: LayerPlan, rule: LayerRule, recipe: Recipe) -> LayerPlan:
+    goal: LayerRule | Recipe = recipe
+    if rule.bond is not None or rule.max_error is not None or rule.discard is not None:
+        goal = rule
+    full, network = plan.structure.full_bond, plan.structure.network
+    if network == "mera" and (goal.max_error is not None or goal.discard is not None):
+        option = "--discard" if goal.max_error is None else "--max-error"
+        raise UsageError(
+            f"layer {plan.map.layer}: {option} cuts bonds by a spectrum, and a MERA has none: its "
+            "error is known after the fit only",
+            "--bond 4 or --ratio 0.1, or --form mpo",
+        )
+    if goal.max_error is not None:
+        return replace(plan, max_bond=full, tolerance=goal.max_error)
+    if goal.discard is not None:
+        return replace(plan, max_bond=min(goal.bond or full, full), discard=goal.discard)
+    return replace(plan, max_bond=goal.bond if goal.bond is not None else 0)
+
+
+def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> list[LayerPlan]:
+    total = sum(plan.structure.num_original for plan in plans)
+    fixed = sum(_most_stored(plan, allow_growth) for plan in plans if plan.max_bond != 0)
+    found = _share_out(plans, int(ratio * total) - fixed, lambda plan: (1, 1))
+    if found is None:
+        reached = least_ratio(plans, allow_growth)
+        within = min(math.ceil(reached * 1.01e4) / 1e4, 1.0)
+        raise UsageError(
+            f"--ratio {ratio} cannot be reached: with every bond at 1 these layers are at {reached:.4f}",
+            f"--ratio {within:.4f}, or leave hard layers out with --exclude",
+        )
+    return found
+
+
+def least_ratio(plans: list[LayerPlan], allow_growth: bool) -> float:
+    """ρ over all selected layers with every open bond at 1: no budget can be smaller."""
+    least = _share_out(plans, 1 << 62, lambda plan: (1, 1), bond_one=True) or plans
+    total = sum(plan.structure.num_original for plan in plans)
+    return sum(_most_stored(plan, allow_growth) for plan in least) / total
+
+
+def _most_stored(plan: LayerPlan, allow_growth: bool) -> int:
+    """Parameters that a layer with a goal of its own comes to at most."""
+    dense = plan.is_open and not allow_growth
+    return plan.structure.num_original if dense else plan.record().num_stored
+
+
+def _within_size(
+    plans: list[LayerPlan], size: int, predict_size: Callable[[list[LayerPlan]], int]
+) -> list[LayerPlan]:
+    """Bonds such that the predicted output stays within ``size`` bytes.
+
+    What is not a core (other tensors, header, manifest) is taken from a first plan at bond 1; digits in
+    the manifest may grow with the bonds, so the budget is lowered until the prediction fits.
+    """
+
+    def cost(plan: LayerPlan) -> tuple[int, int]:
+        return ITEMSIZE[plan.stored_dtype], ITEMSIZE[plan.map.dtype]
+
+    smallest = _share_out(plans, 1 << 62, cost, bond_one=True)
+    assert smallest is not None
+    overhead = predict_size(smallest) - _layer_bytes(smallest, plans)
+    budget = size - overhead
+    while (found := _share_out(plans, budget, cost)) is not None:
+        excess = predict_size(found) - size
+        if excess <= 0:
+            return found
+        budget -= excess
+    raise UsageError(
+        f"--size {size}: with every bond at 1 the output has {predict_size(smallest)} bytes",
+        f"--size {predict_size(smallest)}, or take more in: --embeddings, --dtype bfloat16",
+    )
+
+
+def _layer_bytes(plans: list[LayerPlan], asked: list[LayerPlan]) -> int:
+    """Bytes of the layers whose bond was open."""
+    return sum(
+        record.num_stored * ITEMSIZE[record.stored_dtype]
+        for record in (
+            plan.record() for plan, open_plan in zip(plans, asked, strict=True) if open_plan.max_bond == 0
+        )
+    )
+
+
+def _share_out(
+    plans: list[LayerPlan],
+    budget: int,
+    cost: Callable[[LayerPlan], tuple[int, int]],
+    bond_one: bool = False,
+) -> list[LayerPlan] | None:
+    """Bonds for all layers whose bond is open; ``bond_one`` gives each the smallest."""
+    shares = [Share(plan.structure, *cost(plan)) for plan in plans if plan.max_bond == 0]
+    bonds = [_bond_one(share.structure) for share in shares] if bond_one else uniform_bonds(shares, budget)
+    if bonds is None:
+        return None
+    remaining = iter(bonds)
+    return [plan if plan.max_bond != 0 else _closed(plan, next(remaining)) for plan in plans]
+
+
+def _bond_one(structure: Structure) -> int | None:
+    return 1 if structure.num_parameters(1) < structure.num_original else None
+
+
+def _closed(plan: LayerPlan, bond: int | None) -> LayerPlan:
+    reason = ""
+    if bond is None:
+        shrinks = _bond_one(plan.structure) is not None
+        reason = "fits as it is" if shrinks else "would not shrink even at bond 1"
+    return replace(plan, max_bond=bond, reason=reason)
+
+
+def _shrinking(plan: LayerPlan) -> LayerPlan:
+    """The plan, or dense where the cores would be no smaller than the weight.
+
+    A whole map's bonds end below the cap where its shifts need fewer, so the fit decides about it.
+    """
+    if not plan.max_bond or plan.is_open or plan.structure.geometry is not None:
+        return plan
+    return leave_dense_unless_smaller(plan, plan.record().num_stored)
+
+
+def leave_dense_unless_smaller(plan: LayerPlan, num_stored: int) -> LayerPlan:
+    """``plan``, or the same layer dense with the reason where ``num_stored`` would not be smaller."""
+    original = plan.structure.num_original
+    if num_stored < original:
+        return plan
+    goal = f"bond {plan.max_bond}"
+    if plan.is_open:
+        goal = f"error {plan.tolerance:g}" if plan.tolerance else f"discarded weight {plan.discard:g}"
+    reason = f"would not shrink at {goal}: {original:,} → {num_stored:,} (--allow-growth)"
+    return replace(plan, max_bond=None, reason=reason)
+
+
+def check_rules(selection: Selection, recipe: Recipe) -> None:
+    """Every pattern must name a weight that was chosen.
+
+    Raises:
+        UsageError: one does not.
+    """
+    chosen = [map.name for map in selection.chosen]
+    given = [("[layer] pattern", rule.pattern) for rule in recipe.rules]
+    given += [("--shape pattern", shape.pattern) for shape in recipe.shape if shape.pattern is not None]
+    given += [("--order pattern", order.pattern) for order in recipe.order if order.pattern is not None]
+    shapes = (("--input-shape pattern", shape.pattern) for shape in recipe.input_shape)
+    given += [(option, pattern) for option, pattern in shapes if pattern is not None]
+    for option, pattern in given:
+        check_pattern(option, pattern, [*chosen, *selection.left])
+        if not any(matches(pattern, name) for name in chosen):
+            name = next(name for name in selection.left if matches(pattern, name))
+            raise UsageError(f"{option} {pattern!r}: {name} is left alone ({selection.left[name]})")
+
+
+def check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:
+    """A ``--shape`` or ``--order`` without a pattern must fit some layer.
+
+    Raises:
+        UsageError: one does not.
+    """
+    for rule in recipe.order:
+        linear = (plan.structure.inputs for plan in plans if plan.map.kind == "linear")
+        if rule.pattern is None and not any(order_fits(rule.order, inputs) for inputs in linear):
+            raise UsageError(f"--order {rule.order}: no selected linear layer has so many inputs")
+    for shape in recipe.shape:
+        if shape.pattern is not None:
+            continue
+        fits = any(
+            (shape.output_factors, shape.input_factors)
+            == tuple(
+                side[plan.structure.lead_sites :]
+                for side in (plan.structure.output_factors, plan.structure.input_factors)
+            )
+            for plan in plans
+        )
+        if not fits:
+            text = ":".join("x".join(map(str, side)) for side in (shape.input_factors, shape.output_factors))
+            raise UsageError(f"--shape {text}: multiplies out to no selected layer's sides")

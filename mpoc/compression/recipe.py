@@ -1,0 +1,279 @@
+"""What the user asked for: command line and TOML recipe in one plain object.
+
+A recipe file holds the options' own names, and tables for single layers, later ones winning:
+
+    bond = 8
+    exclude = ["conv1"]
+
+    [layer."layer3.*"]
+    bond = 16
+    sites = 3
+
+    [layer.linear]
+    dense = true
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mpoc.compression.recipe_syntax import InputShape, ShapeRule, geometry_at, read_recipe
+from mpoc.compression.selection import check_regular_expressions, matches
+from mpoc.errors import UsageError, nearest
+from mpoc.tensor_networks.factors import OrderRule, order_fits
+from mpoc.tensor_networks.geometry import Geometry
+
+CONV_FORMS = ("kernel", "map")
+FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "auto")
+STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
+GOALS = ("bond", "discard", "ratio", "max_error", "size", "max_drop")
+_ERROR, _WEIGHT = "a relative error", "a share of the squared Schmidt values"
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """What a recipe says of the layers that a pattern matches; None: as for all."""
+
+    pattern: str
+    bond: int | None = None
+    max_error: float | None = None
+    discard: float | None = None
+    form: str | None = None
+    sites: int | None = None
+    shape: ShapeRule | None = None
+    order: OrderRule | None = None
+    conv: str | None = None
+    input_shape: InputShape | None = None
+    dense: bool | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All options of a compression.
+
+    Exactly one goal is set; a trial at a maximal drop has its ratio too, a discarded weight may have a cap.
+    """
+
+    bond: int | None = None  # cap on every D_k
+    ratio: float | None = None  # ceiling on ρ over the selected layers
+    max_error: float | None = None  # relative error of each layer
+    discard: float | None = None  # share of the squared Schmidt values that each bond may lose
+    size: int | None = None  # ceiling on the output, bytes
+    max_drop: float | None = None  # what the metric may lose, in its unit; the ratio is searched for
+    form: str | None = None  # None: "auto", each layer's best, of a calibrated budget, else "mpo"
+    sites: int | None = None
+    shape: tuple[ShapeRule, ...] = ()
+    order: tuple[OrderRule, ...] = ()  # of linear layers' inputs
+    conv: str = "kernel"  # what of a convolution is factorised: its kernel, or the whole map
+    input_shape: tuple[InputShape, ...] = ()  # of whole maps
+    layers: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    embeddings: bool = False
+    min_params: int = 0
+    allow_growth: bool = False
+    dtype: str | None = None  # of the stored cores; None: each weight's own
+    seed: int = 0
+    device: str = "auto"
+    max_shard_size: int = 5 * 10**9  # bytes; directories only
+    rules: tuple[LayerRule, ...] = ()
+
+    def with_form(self, calibrated: bool) -> Recipe:
+        """With the form that plans begin with, where none was asked for.
+
+        Raises:
+            UsageError: a form, or a goal, that needs or excludes calibration.
+        """
+        forms = (self.form, *(rule.form for rule in self.rules))
+        for form in (form for form in ("auto", "svd+mpo") if form in forms):
+            if not calibrated:
+                hint = "--calibrate DATA"
+                raise UsageError(f"--form {form} compares what layers do: it needs --calibrate", hint)
+            if not self._has_budget:
+                hint = "--ratio 0.5"
+                raise UsageError(f"--form {form} shares out a budget: it needs --ratio or --size", hint)
+        if calibrated and (self.order or any(rule.order for rule in self.rules)):
+            raise UsageError("--order does not go with --calibrate: inputs are fitted in their own order")
+        for goal in ("max_error", "discard"):
+            values = (getattr(goals, goal) for goals in (self, *self.rules))
+            if calibrated and any(value is not None for value in values):
+                option = f"--{goal.replace('_', '-')}"
+                raise UsageError(
+                    f"{option} is of weights, and does not go with --calibrate: "
+                    "--ratio, --size or --max-drop",
+                    "--ratio 0.5",
+                )
+        return replace(self, form=self.form or ("auto" if calibrated and self._has_budget else "mpo"))
+
+    @property
+    def _has_budget(self) -> bool:
+        return any(goal is not None for goal in (self.ratio, self.size, self.max_drop))
+
+    def rule_for(self, name: str) -> LayerRule:
+        """All rules that match ``name`` merged, later ones winning."""
+        merged = LayerRule(name)
+        for rule in self.rules:
+            if not matches(rule.pattern, name):
+                continue
+            given = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "pattern"}
+            given = {key: value for key, value in given.items() if value is not None}
+            for group in (("bond", "max_error", "discard", "dense"), ("form", "sites", "shape")):
+                if given.keys() & set(group):
+                    given = dict.fromkeys(group) | given
+            merged = replace(merged, **given)
+        return merged
+
+    def order_for(self, name: str, kind: str, inputs: int) -> str:
+        """The order asked for this layer's inputs; ``""``: their own."""
+        own = self.rule_for(name).order
+        if own is not None:
+            return own.order
+        for rule in reversed(self.order):
+            if rule.pattern is not None and matches(rule.pattern, name):
+                return rule.order
+            if rule.pattern is None and kind == "linear" and order_fits(rule.order, inputs):
+                return rule.order
+        return ""
+
+    def is_map(self, name: str, kind: str) -> bool:
+        """Whether this weight is a convolution to be taken as one map."""
+        return kind.startswith("conv") and (self.rule_for(name).conv or self.conv) == "map"
+
+    def has_input_shape(self, name: str) -> bool:
+        """Whether :meth:`geometry_for` knows the input size of this convolution."""
+        given = (shape.pattern for shape in self.input_shape)
+        return self.rule_for(name).input_shape is not None or any(
+            p is None or matches(p, name) for p in given
+        )
+
+    def geometry_for(self, name: str, shape: tuple[int, ...]) -> Geometry:
+        """Of a convolution that is taken as one map; see
+        :func:`mpoc.compression.recipe_syntax.geometry_at`.
+        """
+        own = self.rule_for(name).input_shape
+        return geometry_at(name, shape, self.input_shape if own is None else (own,))
+
+    def factors_for(
+        self, name: str, outputs: int, inputs: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Output and input factors asked for this layer; None: choose them."""
+        own = self.rule_for(name).shape
+        if own is not None:
+            return own.output_factors, own.input_factors
+        for rule in reversed(self.shape):
+            if rule.pattern is not None and matches(rule.pattern, name):
+                return rule.output_factors, rule.input_factors
+        for rule in reversed(self.shape):
+            if rule.pattern is None and _fits(rule, outputs, inputs):
+                return rule.output_factors, rule.input_factors
+        return None
+
+
+def _fits(rule: ShapeRule, outputs: int, inputs: int) -> bool:
+    return (math.prod(rule.output_factors), math.prod(rule.input_factors)) == (outputs, inputs)
+
+
+def make_recipe(file: Path | None, options: Mapping[str, Any]) -> Recipe:
+    """A recipe file and the command line's options (None: not given), which win, as one checked recipe.
+
+    Raises:
+        UsageError: unknown or badly typed keys, values out of range, no goal or several.
+    """
+    values, tables = ({}, {}) if file is None else read_recipe(file, Recipe, LayerRule)
+    rules = tuple(LayerRule(pattern, **table) for pattern, table in tables.items())
+    given = {key: value for key, value in options.items() if value is not None}
+    if any(goal in given for goal in GOALS):
+        values = {key: value for key, value in values.items() if key not in GOALS}
+    recipe = Recipe(**(values | given), rules=rules)
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    _check_goals(recipe)
+    _check_bond("--bond", recipe.bond)
+    _check_share("--max-error", recipe.max_error, _ERROR)
+    _check_share("--discard", recipe.discard, _WEIGHT)
+    _check_sites("--sites", recipe.sites)
+    if recipe.ratio is not None and not 0 < recipe.ratio <= 1:
+        raise UsageError(f"--ratio {recipe.ratio}: a compression ratio ρ lies above 0 and up to 1")
+    if recipe.size is not None and recipe.size <= 0:
+        raise UsageError(f"--size {recipe.size}: must be above 0")
+    if recipe.max_drop is not None and not 0 <= recipe.max_drop < math.inf:
+        raise UsageError(f"--max-drop {recipe.max_drop}: what the metric may lose, from 0")
+    if not 0 <= recipe.seed < 2**63:
+        raise UsageError(f"--seed {recipe.seed}: a whole number from 0 to 2^63 - 1")
+    if recipe.min_params < 0:
+        raise UsageError(f"--min-params {recipe.min_params}: must not be negative")
+    if recipe.max_shard_size <= 0:
+        raise UsageError(f"--max-shard-size {recipe.max_shard_size}: must be above 0")
+    if recipe.dtype is not None and recipe.dtype not in STORED_DTYPES:
+        known = ", ".join(STORED_DTYPES)
+        raise UsageError(
+            f"--dtype {recipe.dtype!r}: not one of {known}{nearest(recipe.dtype, STORED_DTYPES)}"
+        )
+    _check_conv(recipe)
+    every = (recipe.rules, recipe.shape, recipe.order, recipe.input_shape)
+    check_regular_expressions(rule.pattern or "" for rules in every for rule in rules)
+    _check_form("--form", recipe.form, recipe.sites)
+    for rule in recipe.rules:
+        _check_rule(f"layer {rule.pattern!r}:", rule)
+
+
+def _check_goals(recipe: Recipe) -> None:
+    goals = [goal for goal in GOALS if getattr(recipe, goal) is not None]
+    if len(goals) != 1 and goals != ["bond", "discard"]:
+        said = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
+        raise UsageError(
+            "exactly one of --bond, --discard, --ratio, --max-error, --size and --max-drop is needed (--bond "
+            f"may cap --discard); given: {said}",
+            "mpoc compress MODEL --ratio 0.5",
+        )
+
+
+def _check_rule(where: str, rule: LayerRule) -> None:
+    _check_bond(f"{where} bond", rule.bond)
+    _check_share(f"{where} max-error", rule.max_error, _ERROR)
+    _check_share(f"{where} discard", rule.discard, _WEIGHT)
+    if rule.max_error is not None and rule.discard is not None:
+        raise UsageError(f"{where} max-error and discard: one of them")
+    _check_sites(f"{where} sites", rule.sites)
+    _check_form(f"{where} form", rule.form, rule.sites, rule.bond)
+
+
+def _check_conv(recipe: Recipe) -> None:
+    forms = [recipe.conv, *(rule.conv for rule in recipe.rules if rule.conv)]
+    for form in forms:
+        if form not in CONV_FORMS:
+            raise UsageError(
+                f"--conv {form!r}: not one of {', '.join(CONV_FORMS)}{nearest(form, CONV_FORMS)}"
+            )
+    if "map" not in forms and (recipe.input_shape or any(rule.input_shape for rule in recipe.rules)):
+        raise UsageError("--input-shape is of use with --conv map only", "--conv map")
+
+
+def _check_bond(where: str, bond: int | None) -> None:
+    if bond is not None and bond < 1:
+        raise UsageError(f"{where} {bond}: a bond dimension is a whole number from 1")
+
+
+def _check_share(where: str, share: float | None, what: str) -> None:
+    if share is not None and not 0 < share < 1:
+        raise UsageError(f"{where} {share}: {what} lies between 0 and 1")
+
+
+def _check_sites(where: str, sites: int | None) -> None:
+    if sites is not None and sites < 2:
+        raise UsageError(f"{where} {sites}: a matrix product operator has at least 2 sites")
+
+
+def _check_form(where: str, form: str | None, sites: int | None, bond: int | None = None) -> None:
+    if form is not None and form not in FORMS:
+        raise UsageError(f"{where} {form!r}: not one of {', '.join(FORMS)}{nearest(form, FORMS)}")
+    if form == "svd" and sites is not None:
+        raise UsageError(f"{where} svd: has two factors, and no number of sites to choose", "--form mpo")
+    if form in ("auto", "svd+mpo") and bond is not None:
+        raise UsageError(f"{where} {form}: is for a share of a budget, not for a bond", "form mpo, or svd")

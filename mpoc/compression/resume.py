@@ -1,0 +1,345 @@
+"""Fitted layers on disk, a file each, until the output is assembled from them.
+
+Memory then holds one layer's cores at most, several processes can fit layers side by side, and what is
+finished outlives the process.  A file appears whole or not at all: it is written beside its place, flushed,
+and renamed.  What is there after a kill is used again where it was made by the same means of the same weight.
+
+Where an output comes to be: a folder beside it, hidden and gone at the end, or kept to go on from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+import mpoc
+from mpoc.compression.plain_fit import Fitted
+from mpoc.compression.plan import LayerPlan
+from mpoc.compression.recipe import Recipe
+from mpoc.errors import MpocError, UsageError
+from mpoc.io.atomic import Place, digest, naming, scratch_beside
+from mpoc.io.checkpoint import Checkpoint, open_safetensors
+from mpoc.io.manifest import LayerRecord, record_to_json
+from mpoc.io.manifest_reader import record_from_json
+from mpoc.io.safetensors_header import read_header
+from mpoc.io.safetensors_writer import Entry, write_safetensors
+from mpoc.io.validation import parse_strictly
+from mpoc.runtime.distributed import ProcessGroup
+from mpoc.runtime.signals import defer_signals
+
+_LAYERS, _CALIBRATION, _OUTPUT = "layers", "calibration", "output"
+# Says that a folder is one of these; whoever works in it holds it locked.
+_MARK = "mpoc-partial.json"
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """A finished layer: its record, and what stands in the place of the source's tensors that it changes."""
+
+    record: LayerRecord
+    entries: dict[str, list[Entry]]
+    seconds: float  # that its fit took
+    losses: dict[str, list[float]]  # as of :class:`mpoc.compression.plain_fit.Fitted`
+
+
+class LayerCache:
+    """The files of a folder.
+
+    Args:
+        folder: exists.
+        keys: of a layer's number says of what and by what means it is made; None: nothing is used again, and
+            nothing is flushed to disk.
+    """
+
+    def __init__(self, folder: Path, keys: Callable[[int], str] | None = None) -> None:
+        self._folder = folder
+        self._keys = keys
+
+    def keep(self, number: int, fitted: Fitted, seconds: float = 0.0) -> None:
+        """Write a layer that took so many seconds.
+
+        Raises:
+            OSError: of writing (a full disk).
+        """
+        tensors = dict(zip(fitted.record.core_names, fitted.cores, strict=True)) if fitted.cores else {}
+        facts = {"record": record_to_json(fitted.record), "changed": json.dumps(sorted(fitted.changed))}
+        facts |= {"seconds": repr(seconds), "losses": json.dumps(dict(fitted.losses))}
+        if self._keys is not None:
+            facts["key"] = self._keys(number)
+            facts["digest"] = _digest({**tensors, **fitted.changed}, facts)
+        self._write(self._path(number), {**tensors, **fitted.changed}, facts)
+
+    def count(self) -> int:
+        """How many layers are finished."""
+        return sum(1 for _ in self._folder.glob("[0-9]*.safetensors"))
+
+    def clear(self, total: int) -> None:
+        """Remove what is no layer of ``total``, and what was not written to its end."""
+        for path in self._folder.iterdir():
+            if path.suffix == ".writing" or not path.stem.isdigit() or int(path.stem) >= total:
+                path.unlink()
+
+    def takes_up(self, number: int) -> bool:
+        """Whether a layer is here, made by the same means of the same weight; any other is removed."""
+        found = self._is_usable(number)
+        if not found:
+            self._path(number).unlink(missing_ok=True)
+        return found
+
+    def _is_usable(self, number: int) -> bool:
+        """Nor may it be damaged."""
+        path = self._path(number)
+        if self._keys is None or not path.is_file():
+            return False
+        try:
+            facts = read_header(path).metadata
+            stored = open_safetensors(path, [path], None, strip=False)
+            tensors = {name: stored.read(name) for name in stored.infos}
+        except MpocError:
+            return False
+        found = facts.pop("digest", None)
+        return facts.get("key") == self._keys(number) and found == _digest(tensors, facts)
+
+    def layer(self, number: int) -> CachedLayer:
+        """A layer that was kept; its entries read from disk."""
+        path = self._path(number)
+        facts = read_header(path).metadata
+        stored = open_safetensors(path, [path], None, strip=False)
+        record = record_from_json(facts["record"])
+        entries = {name: [_entry(stored, name)] for name in json.loads(facts["changed"])}
+        cores = [_entry(stored, name) for name in stored.infos if name not in entries]
+        if cores:
+            entries[record.name] = sorted(cores, key=lambda entry: record.core_names.index(entry.info.name))
+        return CachedLayer(record, entries, float(facts["seconds"]), json.loads(facts["losses"]))
+
+    def fitted(self, number: int) -> Fitted:
+        """The same in memory, as it was fitted."""
+        layer = self.layer(number)
+        read = {name: [entry.read() for entry in entries] for name, entries in layer.entries.items()}
+        cores = read.pop(layer.record.name, [])
+        losses = {name: (before, after) for name, (before, after) in layer.losses.items()}
+        return Fitted(layer.record, cores, {name: tensor for name, (tensor,) in read.items()}, losses)
+
+    def keep_others(self, tensors: Mapping[str, Tensor]) -> None:
+        """Tensors that belong to no single layer."""
+        self._write(self._others, tensors, {})
+
+    def others(self) -> dict[str, list[Entry]]:
+        """Those, in the place of the source's of the same names."""
+        stored = open_safetensors(self._others, [self._others], None, strip=False)
+        return {name: [_entry(stored, name)] for name in stored.infos}
+
+    @property
+    def _others(self) -> Path:
+        return self._folder / "others.safetensors"
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str]) -> None:
+        beside = path.with_suffix(".writing")
+        entries = [Entry.of(name, tensor) for name, tensor in tensors.items()]
+        write_safetensors(beside, entries, facts, durable=self._keys is not None)
+        beside.replace(path)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.safetensors"
+
+
+def _entry(stored: Checkpoint, name: str) -> Entry:
+    return Entry(stored.infos[name], partial(stored.read, name))
+
+
+def layer_key(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: torch.device) -> str:
+    """Says what a layer's cores depend on: versions, plan, seed, device, threads, and the weight's bytes."""
+    versions = [mpoc.__version__, torch.__version__, device.type, torch.get_num_threads()]
+    options = [recipe.seed, recipe.allow_growth, repr(plan)]
+    return _sha256(versions, options, digest([(plan.map.name, checkpoint.read(plan.map.name))]))
+
+
+def in_order_key(
+    fingerprint: Mapping[str, str],
+    checkpoint: Checkpoint,
+    plans: Sequence[LayerPlan],
+    recipe: Recipe,
+    number: int | None = None,
+) -> str:
+    """Says what a layer's cores depend on that is fitted behind others.
+
+    Args:
+        fingerprint: of the network, the data, the software and the machine.
+        checkpoint: that is compressed.
+        plans: of all layers.
+        recipe: of the compression.
+        number: of the layer, whose weight need not be in the network; None: of what the layers share.
+    """
+    name = None if number is None else plans[number].map.name
+    weight = "" if name is None else digest([(name, checkpoint.read(name))])
+    source = checkpoint.fingerprint()
+    return _sha256(sorted(fingerprint.items()), source, repr(recipe), repr(plans), number, weight)
+
+
+def _sha256(*facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """Of the file of a layer."""
+    return digest(tensors.items(), json.dumps(sorted(facts.items())))
+
+
+def existing_resume_directory(output: Path) -> Path:
+    """``OUT.partial``, where ``--resume`` keeps its work."""
+    return output.resolve().parent / f"{output.name}.partial"
+
+
+@contextmanager
+def resume_directory(
+    output: Path, mates: ProcessGroup, asked: Mapping[str, str] | None = None, anew: bool = False
+) -> Iterator[Path]:
+    """A path to write to; on success it takes the place of ``output``, for all processes together.
+
+    Beside it are folders for finished layers and for what calibration finds before.  On a failure, Ctrl-C
+    included, nothing is left behind and an old ``output`` stays; with ``asked`` those folders stay in
+    ``OUT.partial``.
+
+    Args:
+        output: file or directory.
+        mates: the processes.
+        asked: what the work is, option by option, to go on only with the same; None: nothing is kept.
+        anew: remove what was kept of other work.
+
+    Raises:
+        UsageError: ``OUT.partial`` is no such folder, or of other work.
+        MpocError: another process is at work in it.
+    """
+    place = Place(output)
+    with ExitStack() as held, naming(output):
+        folder = mates.by_first(lambda: _prepared(output, held, asked, anew))
+        if asked is None:
+            held.callback(_remove, folder)  # whoever is last: others may write to it still
+        try:
+            yield folder / _OUTPUT / output.name
+            with mates.together():
+                if mates.is_first:
+                    place.take(folder / _OUTPUT / output.name, folder)
+        except BaseException as error:
+            place.tell(error)
+            if asked is not None and not place.is_taken:
+                _tell_kept(error, folder)
+            raise
+
+
+def _tell_kept(error: BaseException, folder: Path) -> None:
+    """Note that there is work to go on from; a folder without any goes."""
+    if any(_files(folder)):
+        error.add_note(f"finished work is kept in {folder.name}; --resume goes on from there")
+    else:
+        _remove(folder)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (one for name in (_LAYERS, _CALIBRATION) for one in (folder / name).glob("[!.]*"))
+
+
+def _prepared(output: Path, held: ExitStack, asked: Mapping[str, str] | None, anew: bool) -> Path:
+    """The folder, with those in it; ``held`` removes it unless it is to be kept."""
+    with defer_signals():
+        folder = scratch_beside(output) if asked is None else _kept(output, held, asked, anew)
+        if asked is None:
+            held.callback(_remove, folder)
+        for name in (_LAYERS, _CALIBRATION, _OUTPUT):
+            (folder / name).mkdir(exist_ok=True)
+    return folder
+
+
+def _remove(folder: Path) -> None:
+    with defer_signals():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def layers_folder(target: Path) -> Path:
+    """The folder of finished layers beside a path that :func:`workplace` gave."""
+    return target.parent.parent / _LAYERS
+
+
+def calibration_folder(target: Path) -> Path:
+    """Likewise, of the folder of what calibration finds before layers are fitted."""
+    return target.parent.parent / _CALIBRATION
+
+
+def _kept(output: Path, held: ExitStack, asked: Mapping[str, str], anew: bool) -> Path:
+    """The folder of an earlier run without what was not finished, or a new one; ``held`` keeps others out."""
+    folder = existing_resume_directory(output)
+    if os.path.lexists(folder) and not (folder / _MARK).is_file() and not _is_empty(folder):
+        raise UsageError(
+            f"{folder}: exists, and is not what --resume keeps its work in", "remove it, or choose another -o"
+        )
+    folder.mkdir(exist_ok=True)
+    mark = held.enter_context((folder / _MARK).open("a+", encoding="utf-8"))
+    _lock(mark, folder)
+    other = _other(mark, asked)
+    if other is not None and not anew:
+        hint = "the same command as before goes on from there; --force starts anew"
+        raise UsageError(f"{folder}: is kept of other work: {other}", hint)
+    stays = (_MARK, _LAYERS, _CALIBRATION) if other is None else (_MARK,)
+    for one in folder.iterdir():
+        if one.name not in stays:
+            _clear(one)
+    mark.truncate(0)
+    json.dump(dict(asked), mark)
+    mark.flush()
+    for one in (folder / _CALIBRATION).glob(".*"):  # what was not written to its end
+        _clear(one)
+    return folder
+
+
+def _other(mark: TextIO, asked: Mapping[str, str]) -> str | None:
+    """In what the kept work is another's; None where it is the same, or not known."""
+    mark.seek(0)
+    try:
+        before: Any = parse_strictly(mark.read())
+        found = {key: before[key] for key in asked}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None
+    changed = [f"{key} was {found[key]} and is {asked[key]}" for key in asked if found[key] != asked[key]]
+    return ", ".join(changed) or None
+
+
+def _clear(one: Path) -> None:
+    if one.is_dir() and not one.is_symlink():
+        shutil.rmtree(one)
+    else:
+        one.unlink()
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+
+
+def _lock(mark: TextIO, folder: Path) -> None:
+    """Keep a second command out as long as ``mark`` is open; where the system has no such locks, none is.
+
+    Raises:
+        MpocError: another has the lock, or had it and has just taken the folder away.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        still_there = os.fstat(mark.fileno()).st_nlink > 0
+    except ImportError:
+        return
+    except BlockingIOError:
+        still_there = False
+    if not still_there:
+        hint = "wait for it, or choose another -o"
+        raise MpocError(f"{folder}: another mpoc is at work in it", hint)

@@ -1,0 +1,227 @@
+"""Which budgets to try for the smallest output that keeps a metric, as plain data.
+
+A smaller ρ mostly loses more, so the interval between a ρ that lost too much and one that did not is halved.
+Metrics on finite data are not quite monotone.  Nothing is inferred from that order but where to try next: the
+answer is the smallest output of those that were written, measured and found good.
+
+Compress to one budget after another and keep the smallest output that loses little enough.
+
+What does not depend on the budget is done once: the source is opened, the dense network measured and, with
+calibration data, studied.  Trials are written beside the output, at most two at a time, and the chosen one is
+put in its place as it was measured.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpoc.compression.pipeline import refuse_output
+from mpoc.compression.plan import least_ratio
+from mpoc.compression.recipe import Recipe
+from mpoc.compression.source import open_source
+from mpoc.compression.write import Compression, ProgressCallback, WorkContext, write_compressed
+from mpoc.errors import MpocError, UsageError
+from mpoc.io.atomic import staged
+from mpoc.runtime.device import choose_device
+from mpoc.runtime.distributed import num_processes
+from mpoc.runtime.formatting import human_bytes
+from mpoc.train.evaluate_file import EvaluationRequest, FileEvaluation, evaluate_file
+from mpoc.train.training_data import DataOptions
+
+if TYPE_CHECKING:
+    from mpoc.compression.calibrate.dense_pass import StageCallback
+    from mpoc.compression.calibrate.statistics import CalibrationRequest
+
+
+_GRID = 1000  # ratios have three decimals
+_FINE = 0.02  # the share of ρ at which an interval is narrow enough
+_MOST_TRIALS = 8
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One output that was written and measured."""
+
+    ratio: float  # that was asked for
+    nbytes: int  # on disk
+    drop: float  # of the metric, in its unit; negative: a gain; NaN: it is no number
+    scores: Mapping[str, float]
+
+
+@dataclass
+class Bisection:
+    """Ask for a ratio, add what was found at it, until there is none to ask for.
+
+    Args:
+        max_drop: that the metric may lose.
+        least: ρ that no output can go below.
+    """
+
+    max_drop: float
+    least: float = 0.0
+    trials: list[Trial] = field(default_factory=list)  # in the order they were made
+
+    def keeps(self, trial: Trial) -> bool:
+        """Whether the metric loses no more than it may."""
+        return trial.drop <= self.max_drop
+
+    def next_ratio(self) -> float | None:
+        """The next ratio to try; None: the search is over."""
+        low, high = math.floor(self.least * _GRID), _GRID
+        for trial in self.trials:
+            tried = round(trial.ratio * _GRID)
+            low, high = (low, tried) if self.keeps(trial) else (tried, high)
+        middle = (low + high) // 2
+        fine = bool(self.trials) and high - low <= _FINE * high
+        over = middle == low or fine or len(self.trials) == _MOST_TRIALS
+        return None if over else middle / _GRID
+
+    @property
+    def chosen(self) -> Trial | None:
+        """The smallest that keeps the metric, of equal ones that which loses least; None: none does."""
+        kept = [trial for trial in self.trials if self.keeps(trial)]
+        return min(kept, key=lambda trial: (trial.nbytes, trial.drop), default=None)
+
+    @property
+    def nearest(self) -> Trial | None:
+        """That which loses least; None: no trial has a drop that is a number."""
+        known = [trial for trial in self.trials if not math.isnan(trial.drop)]
+        return min(known, key=lambda trial: (trial.drop, trial.nbytes), default=None)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What was found."""
+
+    done: Compression  # the chosen one
+    before: FileEvaluation
+    after: FileEvaluation
+    search: Bisection  # its trials
+
+
+@dataclass(frozen=True)
+class SearchCallbacks:
+    """Who is told what; nobody, unless asked."""
+
+    start: Callable[[FileEvaluation], None] = lambda before: None  # the dense network was measured
+    trial: Callable[[Trial, bool], None] = lambda trial, kept: None
+    layers: Callable[[], AbstractContextManager[ProgressCallback | None]] = nullcontext  # of one trial
+    stage: StageCallback | None = None  # as :func:`mpoc.compression.pipeline.compress_checkpoint` takes it
+
+
+def compress_within(
+    source: Path,
+    output: Path,
+    recipe: Recipe,
+    data: DataOptions,
+    force: bool = False,
+    arch: str | None = None,
+    calibration: CalibrationRequest | None = None,
+    watch: SearchCallbacks | None = None,
+) -> SearchResult:
+    """Compress a checkpoint to the smallest output found whose metric loses at most ``recipe.max_drop``.
+
+    The metric is that of the task: accuracy in per cent, or a loss.  Where data and network make no task, as
+    with embeddings or without labels, it is the likeness to the original: agreement in per cent where
+    outputs are logits, else the cosine.
+
+    Args:
+        source: file or directory; only read.
+        output: file (single-file source) or directory.
+        recipe: what to do, with a ``max_drop``.
+        data: to measure on.
+        force: replace an existing output.
+        arch: as :func:`mpoc.compression.pipeline.compress_checkpoint` takes it.
+        calibration: as there.
+        watch: is told what goes on.
+
+    Raises:
+        UsageError: options that do not fit, or no network is known.
+        MpocError: bad input, or no trial keeps the metric; nothing is written then.
+        OSError: of reading or writing (a full disk).
+    """
+    if recipe.max_drop is None:
+        raise UsageError("a recipe without max_drop: there is nothing to search for", "--max-drop 1")
+    if num_processes() > 1:
+        raise UsageError("--max-drop measures one file after another, in one process: no torchrun")
+    watch = watch or SearchCallbacks()
+    refuse_output(source, output, force)
+    opened = open_source(source, recipe, arch, calibration is not None, choose_device(recipe.device))
+    least = least_ratio(opened.plan(opened.recipe), recipe.allow_growth)
+    request = EvaluationRequest(source, data, arch=arch, stand_in=source, device=recipe.device)
+    before = evaluate_file(request)
+    watch.start(before)
+    study = None if calibration is None else opened.study(calibration, watch.stage)
+
+    def attempt(ratio: float, target: Path) -> tuple[Compression, FileEvaluation]:
+        at_ratio = replace(opened.recipe, ratio=ratio)
+        with watch.layers() as progress:
+            work = WorkContext.beside(target, progress)
+            done = write_compressed(opened, target, at_ratio, opened.plan(at_ratio), study, work)
+        return done, evaluate_file(replace(request, source=target))
+
+    search = Bisection(recipe.max_drop, least)
+    with staged(output) as target:
+        best = _smallest(search, before, attempt, target, watch)
+        if best is None:
+            raise _nothing_keeps_it(search, before, calibration is not None)
+    done, after = best
+    return SearchResult(replace(done, output=output), before, replace(after, model=output), search)
+
+
+def _smallest(
+    search: Bisection,
+    before: FileEvaluation,
+    attempt: Callable[[float, Path], tuple[Compression, FileEvaluation]],
+    target: Path,
+    watch: SearchCallbacks,
+) -> tuple[Compression, FileEvaluation] | None:
+    """Try until the search is over; the chosen output is at ``target`` then. None: there is none."""
+    best = None
+    folder = target.with_name(f"{target.name}.trial")
+    while (ratio := search.next_ratio()) is not None:
+        folder.mkdir()
+        done, after = attempt(ratio, folder / target.name)
+        trial = Trial(ratio, done.nbytes, after.drop_from(before), after.scores)
+        search.trials.append(trial)
+        watch.trial(trial, search.keeps(trial))
+        if search.chosen is trial:
+            best = done, after
+            _remove(target)
+            done.output.rename(target)
+        shutil.rmtree(folder)
+    return best
+
+
+def _remove(path: Path) -> None:
+    """What an earlier trial left, if any."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _nothing_keeps_it(search: Bisection, before: FileEvaluation, calibrated: bool) -> MpocError:
+    nearest = search.nearest
+    if not search.trials:
+        return MpocError(
+            f"these layers are at ρ {search.least:.4f} with every bond at 1: nothing smaller can be searched",
+            "take larger layers in, or leave hard ones out with --exclude",
+        )
+    found = "none gives a number"
+    if nearest is not None:
+        values = (scores[before.metric] for scores in (before.scores, nearest.scores))
+        change = " to ".join(f"{value:.4g}" for value in values)
+        found = f"the best, ρ {nearest.ratio:.3f} ({human_bytes(nearest.nbytes)}), takes it from {change}"
+    fit = "more --calibration-samples" if calibrated else "--calibrate DATA, which fits what the layers do"
+    return MpocError(
+        f"none of {len(search.trials)} trials keeps {before.metric} on {before.data} within "
+        f"{search.max_drop:g}: {found}; nothing was written",
+        f"{fit}; a larger --max-drop; or --ratio and then mpoc finetune",
+    )

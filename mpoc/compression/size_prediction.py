@@ -1,0 +1,154 @@
+"""The output without its data: its manifest, its tensors' names and shapes, its size in bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+
+import mpoc
+from mpoc.compression.plan import LayerPlan
+from mpoc.compression.recipe import GOALS, Recipe
+from mpoc.compression.selection import Selection
+from mpoc.io import hub_directory
+from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.manifest import LayerRecord, Manifest, Source, Spectrum, longest
+from mpoc.io.safetensors_header import ITEMSIZE, TensorInfo, encode_header, storage_order
+from mpoc.io.safetensors_writer import Entry, plan_shards
+from mpoc.io.training_history import before_compression
+from mpoc.tensor_networks.factors import LEARNED
+
+# The most digits that a figure of the manifest can take.
+LONGEST_FIGURE = 1.23456e-104
+
+
+def make_manifest(
+    checkpoint: Checkpoint, selection: Selection, recipe: Recipe, records: list[LayerRecord]
+) -> Manifest:
+    """The manifest of an output with these layer records."""
+    goals = {g: getattr(recipe, g) for g in (*GOALS, "dtype")}
+    options: dict[str, Any] = {key: value for key, value in goals.items() if value is not None}
+    infos = checkpoint.infos
+    left = {n: why for n, why in selection.left.items() if n in infos and len(infos[n].shape) > 1}
+    return Manifest(
+        source=Source(
+            checkpoint.path.resolve().name,
+            _size_of_source(checkpoint),
+            checkpoint.num_parameters,
+            checkpoint.fingerprint(),
+        ),
+        layers=tuple(records),
+        options=options | {"seed": recipe.seed},
+        kinds_from=selection.source,
+        left_alone=left,
+        vectors=len(infos) - len(records) - len(left),
+        tied=checkpoint.tied,
+        tool=f"mpoc {mpoc.__version__}",
+        architecture=checkpoint.architecture,
+        training=before_compression(checkpoint.history),
+    )
+
+
+def _size_of_source(checkpoint: Checkpoint) -> int:
+    """Bytes of what the output stands for: the weight files and, in a directory, all that goes along."""
+    if not checkpoint.is_directory:
+        return checkpoint.nbytes_on_disk
+    others = hub_directory.size_of_other_files(checkpoint.path, checkpoint.weight_files)
+    return checkpoint.nbytes_on_disk + others
+
+
+def predict_size(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    records: list[LayerRecord] | None = None,
+    calibration: dict[str, Any] | None = None,
+) -> int:
+    """Bytes of the whole output, an upper bound: figures still unknown are given their most digits.
+
+    With ``calibration``, the facts at their longest, layers are taken to have the figures of a fit to data.
+    """
+    undecided: list[LayerPlan] = []
+    if records is None:
+        undecided = [plan for plan in plans if plan.is_open and not recipe.allow_growth]
+        records = [_with_longest_figures(plan.record(), plan.is_open) for plan in plans]
+    if calibration is not None:
+        alone = calibration.get("reasons", {})  # layers fitted by their weights
+        records = [r if r.name in alone else _with_calibrated_figures(r) for r in records]
+    manifest = make_manifest(checkpoint, selection, recipe, records)
+    manifest = replace(manifest, calibration=calibration or {})
+    replaced = {record.name: record for record in manifest.replaced}
+    infos: list[TensorInfo] = []
+    for name, info in checkpoint.infos.items():
+        infos += _core_infos(replaced[name]) if name in replaced else [info]
+    data = sum(info.nbytes for info in infos)
+    data += sum(_more_than_planned(plan) for plan in undecided)
+    if not checkpoint.is_directory:
+        metadata = {"format": "pt", "mpoc": manifest.to_json()}
+        return data + len(encode_header(storage_order(infos), metadata))
+    entries = [Entry(info, lambda: torch.empty(0)) for info in infos]
+    shards = plan_shards(entries, recipe.max_shard_size)
+    return data + hub_directory.overhead(checkpoint.path, checkpoint.weight_files, shards, manifest)
+
+
+def _more_than_planned(plan: LayerPlan) -> int:
+    """Bytes, perhaps negative, that a layer of open bonds can take beyond its cores at the largest.
+
+    It ends with fewer numbers than the weight has, or dense.
+    """
+    record = plan.record()
+    widest = max(ITEMSIZE[record.dtype], ITEMSIZE[record.stored_dtype])
+    return record.num_original * widest - record.num_stored * ITEMSIZE[record.stored_dtype]
+
+
+def _with_longest_figures(record: LayerRecord, in_tolerance: bool) -> LayerRecord:
+    if record.form == "dense":
+        return record
+    if record.order == LEARNED:  # any permutation takes as many digits
+        record = replace(record, order=tuple(range(prod(record.input_factors))))
+    figures = (LONGEST_FIGURE,) * (0 if record.low_rank else len(record.inner_bonds))
+    return replace(
+        record,
+        relative_error=LONGEST_FIGURE,
+        entropies=figures,
+        entropies_of_weight=figures,
+        spectra_of_weight=_longest_spectra(record, in_tolerance),
+    )
+
+
+def _longest_spectra(record: LayerRecord, in_tolerance: bool) -> tuple[Spectrum | None, ...]:
+    """Of one bond of a chain, the first that its cap cuts or, in a tolerance, one before it.
+
+    Of a map too large to be formed, of every bond.
+    """
+    sizes = record.structure.site_sizes
+    if record.structure.network != "chain" or record.low_rank or len(sizes) < 2:
+        return ()
+    lefts = [math.prod(sizes[:k]) for k in range(1, len(sizes))]
+    smaller = [min(left, math.prod(sizes) // left) for left in lefts]
+    spectra = [longest(size, LONGEST_FIGURE) for size in smaller]
+    if record.structure.is_large_map:
+        return tuple(spectra)
+    cuts = [k for k, size in enumerate(smaller) if record.bonds[k + 1] < size]
+    if not cuts and not in_tolerance:
+        return ()
+    last = cuts[0] if cuts else len(smaller) - 1
+    return (*[None] * (len(smaller) - 1), max(spectra[: last + 1], key=len))
+
+
+def _with_calibrated_figures(record: LayerRecord) -> LayerRecord:
+    if record.form == "dense":
+        return record
+    longest = LONGEST_FIGURE
+    others = dict.fromkeys(("this", "plain svd", "whitened svd", "plain mpo"), longest)
+    found = replace(record, output_error=longest, held_out_error=longest, same_size=others)
+    return replace(found, entropies_of_weight=(), spectra_of_weight=())
+
+
+def _core_infos(record: LayerRecord) -> list[TensorInfo]:
+    cores = zip(record.core_names, record.core_shapes, strict=True)
+    return [TensorInfo(name, record.stored_dtype, shape) for name, shape in cores]

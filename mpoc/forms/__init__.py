@@ -1,1 +1,0 @@
-"""Forms: which tensor network stands for a weight. Only torch here."""

@@ -1,0 +1,1 @@
+"""Checkpoints, safetensors files and Hugging Face directories: checked when read, written whole."""

@@ -1,0 +1,208 @@
+"""Put outputs in place whole or not at all: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.runtime.signals import defer_signals
+
+# What mpoc adds to a directory besides weight files and what it copies.
+_OWN_FILES = ("mpoc.json", "mpoc-history.json", "config.json", "README.md")
+
+
+def refuse_existing(
+    output: Path,
+    source: Path,
+    force: bool,
+    refuse_foreign: Callable[[Path, Path], None] | None = None,
+) -> None:
+    """Check, before any work, that ``output`` may be written.
+
+    Args:
+        output: file or directory.
+        source: what it is made from.
+        force: replace an existing output.
+        refuse_foreign: is given both where ``output`` is to be replaced, and raises where it is not of the
+            sort that may be; None: what is not of the source's sort, or holds what no model does.
+
+    Raises:
+        UsageError: it exists and ``force`` is not given, or writing it would touch the source.
+        MpocError: its directory does not exist or cannot be written.
+    """
+    if output.name in ("", ".."):
+        raise UsageError(f"{output}: not a name for an output", "choose another -o")
+    target, origin = output.resolve(), source.resolve()
+    if target == origin or target in origin.parents or (source.is_dir() and origin in target.parents):
+        raise UsageError(f"{output}: would write over or into the input {source}", "choose another -o")
+    if os.path.lexists(output):
+        if not force:
+            raise UsageError(f"{output}: exists already", "--force replaces it; or choose another name")
+        (refuse_foreign or _refuse_foreign_directory)(output, source)
+    parent = target.parent
+    if not parent.is_dir():
+        raise MpocError(f"{output}: there is no directory {parent}", f"mkdir -p {parent}")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise MpocError(f"{output}: no permission to write in {parent}")
+
+
+def refuse_misnamed(output: Path, source: Path) -> None:
+    """A single file is safetensors and must say so, or nothing would recognise it.
+
+    Raises:
+        UsageError: another suffix.
+    """
+    if not source.is_dir() and output.suffix != ".safetensors":
+        raise UsageError(
+            f"{output}: the output is a safetensors file and must be named like one",
+            f"-o {output.with_suffix('.safetensors')}",
+        )
+
+
+def _refuse_foreign_directory(output: Path, source: Path) -> None:
+    """--force replaces a model, not somebody's home directory."""
+    if output.is_dir() != source.is_dir():
+        kinds = ("a directory", "a file") if output.is_dir() else ("a file", "a directory")
+        raise UsageError(f"{output}: is {kinds[0]}, and the output is {kinds[1]}", "choose another -o")
+    if output.exists() and not (output.is_dir() or output.is_file()):
+        raise UsageError(f"{output}: neither a file nor a directory", "choose another -o")
+    if output.is_dir():
+        _refuse_foreign_files(output, source)
+
+
+def _refuse_foreign_files(output: Path, source: Path) -> None:
+    for file in sorted(output.rglob("*")):
+        name = file.relative_to(output)
+        ours = name.name in _OWN_FILES or file.suffix == ".safetensors" or name.name.endswith(".index.json")
+        if file.is_file() and not ours and not (source / name).exists():
+            raise UsageError(
+                f"{output}: holds {name}, which no output of mpoc would, so --force does not remove it",
+                "choose another -o",
+            )
+
+
+@contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A path beside ``output`` to write to; on success it takes the place of ``output``.
+
+    On any failure, Ctrl-C included, nothing is left behind and an old ``output`` stays.
+    """
+    scratch, place = None, Place(output)
+    try:
+        with defer_signals():
+            scratch = scratch_beside(output)
+        with naming(output):
+            yield scratch / output.name
+            place.take(scratch / output.name, scratch)
+    except BaseException as error:
+        if scratch is not None:
+            with defer_signals():
+                shutil.rmtree(scratch, ignore_errors=True)
+        place.tell(error)
+        raise
+
+
+class Place:
+    """That of an output, to be taken by what was written beside it."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self.is_taken = False
+
+    def take(self, new: Path, scratch: Path) -> None:
+        """Let ``new`` be the output and remove ``scratch``, where it was; not to be interrupted in between.
+
+        Raises:
+            OSError: it cannot be put there; both are as they were.
+        """
+        with defer_signals():
+            put_in_place(new, self._output)
+            self.is_taken = True
+            for folder in sorted(scratch.iterdir()):  # what says whose scratch it is goes last
+                if folder.is_dir():
+                    shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def tell(self, error: BaseException) -> None:
+        """Note what became of the output where ``error`` is none of the work's but stops it."""
+        if not isinstance(error, Exception | GeneratorExit):
+            there = "as it was" if os.path.lexists(self._output) else "not written"
+            error.add_note(f"{self._output} is {'written' if self.is_taken else there}")
+
+
+def scratch_beside(output: Path) -> Path:
+    """A new, hidden directory for what is to become ``output``."""
+    folder = output.resolve().parent
+    return Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=folder))
+
+
+@contextmanager
+def naming(output: Path) -> Iterator[None]:
+    """Errors of writing name ``output``: a failing write names no file, a failing copy its source.
+
+    One that names another output already, written meanwhile, is left as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not error.filename or (full and not isinstance(error.filename, _Named)):
+            error.filename = _Named(output)
+        raise
+
+
+class _Named(str):
+    """The name of an output."""
+
+    __slots__ = ()
+
+
+def put_in_place(new: Path, output: Path) -> None:
+    """Rename what was written to ``output``, which names the old or the new at every moment.
+
+    An old directory is exchanged with the new one in one step where the system can, and else set aside first.
+    """
+    if not (new.is_dir() and output.is_dir() and not output.is_symlink()):
+        new.replace(output)
+        return
+    if _exchanged(new, output):
+        return
+    aside = new.with_name(f"{output.name}.replaced")
+    try:
+        output.rename(aside)
+        new.rename(output)
+    except BaseException:
+        if aside.exists() and not output.exists():
+            aside.rename(output)
+        raise
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two paths change places (Linux: renameat2 with RENAME_EXCHANGE); whether it could be done."""
+    library = ctypes.CDLL(None)
+    if not sys.platform.startswith("linux") or not hasattr(library, "renameat2"):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(library.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
+    """BLAKE2 over ``text`` and over names, shapes, dtypes and numbers of tensors, whatever their order."""
+    found = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, tensor in sorted(tensors, key=lambda one: one[0]):
+        found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        if tensor.numel():
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()

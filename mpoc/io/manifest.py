@@ -1,0 +1,248 @@
+"""Schmidt spectra as a file keeps them: a few points of each.  No torch here.
+
+The manifest: what a compressed file says of itself, as plain data.  No torch here.
+
+In a single file it is one JSON text under the key ``mpoc`` of the safetensors header's metadata; in a
+directory it is ``mpoc.json``.  It holds no times and no dates, so that the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from mpoc.io.validation import json_text
+from mpoc.tensor_networks.factors import InputOrder
+from mpoc.tensor_networks.geometry import Geometry
+from mpoc.tensor_networks.structure import Structure
+from mpoc.tensor_networks.topology import topology_of
+
+# (index from 1, Schmidt value) pairs, the squares of all values of the bond summing to 1.
+Spectrum = tuple[tuple[int, float], ...]
+
+MOST_POINTS = 32
+
+FORMAT = 1
+# Of a quantization_config in which a layer has an order: 0.1.0 passes over fields that it does not know.
+ORDERED_FORMAT = 2
+FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "dense")
+MANIFEST_FILE = "mpoc.json"
+
+
+def thinned(values: Sequence[float], kept: int) -> Spectrum:
+    """At most ``MOST_POINTS`` of a bond's Schmidt values, evenly spaced on a logarithmic index.
+
+    Args:
+        values: all of them, descending, of any norm.
+        kept: how many a truncation keeps, 1 ≤ kept ≤ their number.
+
+    Returns:
+        The first, the last that is kept and the last of all are always among them; six significant digits.
+        None of a weight of zeros.
+    """
+    norm = math.sqrt(math.fsum(value * value for value in values))
+    if norm == 0.0:
+        return ()
+    indices = _indices(len(values), kept)
+    return tuple((index, float(f"{values[index - 1] / norm:.6g}")) for index in indices)
+
+
+def longest(count: int, figure: float) -> Spectrum:
+    """As many points as :func:`thinned` can leave of ``count`` values, each at its longest."""
+    return ((count, figure),) * min(count, len(_indices(count, 1)) + 1)
+
+
+def _indices(count: int, kept: int) -> list[int]:
+    steps = MOST_POINTS - 2
+    spaced = {round(count ** (step / steps)) for step in range(steps + 1)}
+    return list(range(1, count + 1)) if count <= MOST_POINTS else sorted(spaced | {kept})
+
+
+def check_spectrum(spectrum: Spectrum, longest: int) -> None:
+    """Whether these can be points of a bond's spectrum of at most ``longest`` values.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    indices, values = [index for index, _ in spectrum], [value for _, value in spectrum]
+    rising = all(before < after for before, after in itertools.pairwise(indices))
+    falling = all(before >= after for before, after in itertools.pairwise(values))
+    within = 0 < len(spectrum) <= MOST_POINTS and indices[0] == 1 and indices[-1] <= longest
+    if not (within and rising and falling and values[0] <= 1.0 and values[-1] >= 0.0):
+        raise ValueError(f"a spectrum of {len(spectrum)} points, from {spectrum[:1]} to {spectrum[-1:]}")
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One selected layer: what it was and what is stored."""
+
+    name: str  # of the weight in the source, e.g. "layer1.0.conv1.weight"
+    kind: str
+    shape: tuple[int, ...]  # of the weight in the source
+    dtype: str  # of the weight in the source
+    form: str  # one of FORMS
+    num_original: int  # N_ori
+    num_stored: int  # N_mpo, or N_ori where dense
+    stored_dtype: str
+    reason: str = ""  # why dense
+    transposed: bool = False
+    output_factors: tuple[int, ...] = ()
+    input_factors: tuple[int, ...] = ()
+    bonds: tuple[int, ...] = ()
+    low_rank: int = 0  # rank of the part that is added to the MPO (form "svd+mpo")
+    padding: tuple[int, int] = (0, 0)
+    relative_error: float | None = None  # None in a plan, and for a dense layer
+    entropies: tuple[float, ...] = ()  # of the stored weight; of a sum, which is no chain, none
+    entropies_of_weight: tuple[float | None, ...] = ()  # of the source's, where computed exactly
+    # The same bonds: some of the Schmidt values, where they are known and some were cut off.
+    spectra_of_weight: tuple[Spectrum | None, ...] = ()
+    geometry: Geometry | None = None  # of a whole map (kind "convmap")
+    order: InputOrder = ""  # of the inputs: by its name, or the permutation; in a plan "learned" too
+    # ‖Wx − Ŵx̃‖ / ‖Wx‖ about the mean, x̃ the inputs that the compressed network gives; None: not calibrated.
+    output_error: float | None = None  # on the inputs of the fit
+    held_out_error: float | None = None  # on others
+    # The latter as the network's output feels it, of "this" and of other methods at the same size.
+    same_size: dict[str, float] | None = None
+
+    @property
+    def layer(self) -> str:
+        """The name without ``.weight``."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def rho(self) -> float:
+        """N_stored / N_ori."""
+        return self.num_stored / self.num_original
+
+    @property
+    def structure(self) -> Structure:
+        """How the cores make the weight; not for dense layers."""
+        factors = self.output_factors, self.input_factors
+        return Structure(
+            self.kind,
+            self.shape,
+            self.transposed,
+            *factors,
+            self.geometry,
+            topology_of(self.form),
+            self.order,
+        )
+
+    @property
+    def num_cores(self) -> int:
+        """Of the form, and two more of an added low-rank part; 0 where dense."""
+        return len(self.core_shapes) if self.form != "dense" else 0
+
+    @property
+    def core_names(self) -> list[str]:
+        """The tensor names of all cores, in order."""
+        return [self.core_name(k) for k in range(self.num_cores)]
+
+    @property
+    def core_shapes(self) -> list[tuple[int, ...]]:
+        """Their shapes; not for dense layers."""
+        return self.structure.core_shapes(self.bonds, self.low_rank)
+
+    @property
+    def inner_bonds(self) -> tuple[int, ...]:
+        """Of a chain without D_0 and D_n."""
+        return self.bonds[1:-1] if topology_of(self.form) == "chain" else self.bonds
+
+    def bonds_text(self, between: str = " ") -> str:
+        """The inner bonds for people, as ``4 8 4``, or ``48 + r 12`` with an added part of rank 12."""
+        added = f"r {self.low_rank}" if self.low_rank else ""
+        return " + ".join(filter(None, [between.join(map(str, self.inner_bonds)), added]))
+
+    def core_name(self, site: int) -> str:
+        """The tensor name of core ``site`` (from 0)."""
+        return f"{core_prefix(self.name)}.{site}"
+
+
+def core_prefix(name: str) -> str:
+    """``fc.weight`` → ``fc.cores``; any other parameter ``m.weight_ih`` → ``m.weight_ih_cores``."""
+    if name == "weight" or name.endswith(".weight"):
+        return name.removesuffix("weight") + "cores"
+    return name + "_cores"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that was compressed; None: not recorded."""
+
+    name: str | None
+    nbytes: int | None  # of its weight files and, in a directory, of the other files kept
+    num_parameters: int
+    fingerprint: str | None  # SHA-256 over its names, dtypes and shapes
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a report needs, and all that loading needs beside the tensors."""
+
+    source: Source
+    layers: tuple[LayerRecord, ...]  # every selected layer, in the source's order
+    options: dict[str, Any]
+    kinds_from: str  # "config.json (bert)" or "names and shapes"
+    left_alone: dict[str, str] = field(default_factory=dict)  # tensors of two or more axes → reason
+    vectors: int = 0  # other tensors left alone
+    tied: dict[str, str] = field(default_factory=dict)
+    tool: str = ""
+    # The dense network: {"zoo": "resnet:depth=56"}, {"factory": "net.py:net"}, or {} where none was named.
+    architecture: dict[str, str] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)  # what ``mpoc finetune`` did; {}: nothing
+    calibration: dict[str, Any] = field(default_factory=dict)  # on what the fit was made; {}: weights alone
+
+    @property
+    def is_complete(self) -> bool:
+        """False where transformers saved the directory again: errors and what was selected are not known."""
+        return self.source.fingerprint is not None
+
+    @property
+    def replaced(self) -> list[LayerRecord]:
+        """The layers stored in a compressed form."""
+        return [layer for layer in self.layers if layer.form != "dense"]
+
+    @property
+    def rho(self) -> float:
+        """Eq. (9): Σ N_mpo / Σ N_ori over the replaced layers; 1 where there are none."""
+        return _ratio(self.replaced)
+
+    @property
+    def rho_selected(self) -> float:
+        """The same sum over all selected layers, those left dense included (of no use if not complete)."""
+        return _ratio(self.layers)
+
+    @property
+    def num_parameters(self) -> int:
+        """Whole model, as stored."""
+        saved = sum(layer.num_original - layer.num_stored for layer in self.layers)
+        return self.source.num_parameters - saved
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The text that is stored."""
+        value = {"format": FORMAT, **asdict(self)}
+        value["layers"] = [_compact(layer) for layer in self.layers]
+        for name in ("architecture", "training", "calibration"):
+            if not value[name]:
+                del value[name]
+        return json_text(value, indent)
+
+
+def _ratio(layers: tuple[LayerRecord, ...] | list[LayerRecord]) -> float:
+    original = sum(layer.num_original for layer in layers)
+    return sum(layer.num_stored for layer in layers) / original if original else 1.0
+
+
+def _compact(layer: LayerRecord) -> dict[str, Any]:
+    """A record without the fields that have their default value."""
+    defaults = {f.name: f.default for f in fields(layer)}
+    return {key: value for key, value in asdict(layer).items() if value != defaults[key]}
+
+
+def record_to_json(layer: LayerRecord) -> str:
+    """A record alone as text."""
+    return json.dumps(_compact(layer), ensure_ascii=False)

@@ -1,0 +1,230 @@
+"""Hugging Face directories: config.json, and weights in one file or in shards with an index.
+
+Open anything, or say why not and what to do instead.
+
+The next tensor is brought into memory while the present one is worked on.
+
+Checkpoints are memory-mapped: a tensor's bytes come from disk, or over a network, when they are first looked
+at.  A thread of its own looks at them beforehand; what it brings in are pages of files, which the system
+drops where memory is short.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.io.checkpoint import Checkpoint, open_safetensors, strip_wrappers
+from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
+from mpoc.io.safetensors_header import read_header
+from mpoc.io.torch_file import open_torch_file
+from mpoc.io.training_history import read_history
+from mpoc.io.weight_files import read_json, weight_files_of
+from mpoc.tensor_networks.fit.truncation import largest
+
+TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
+_QUANTISED = re.compile(
+    r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_scale|weight_packed)$|\.quant_state\."
+)
+
+_PAGE = 4096
+_PIECE = 1 << 24  # bytes looked at in one step
+
+
+def open_directory(path: Path) -> Checkpoint:
+    """Open a directory as ``save_pretrained`` writes it.
+
+    Raises:
+        MpocError: an adapter, quantised, already compressed, no or several sets of weights, or an index
+            that names a missing file or one outside the directory.
+    """
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else None
+    _refuse_by_config(path, config)
+    files, wanted = weight_files_of(path)
+    if files[0].suffix == ".safetensors":
+        checkpoint = open_safetensors(path, files, wanted)
+    else:
+        checkpoint = _join([open_torch_file(file, strip=False) for file in files], path, wanted)
+    checkpoint.config = config
+    return checkpoint
+
+
+def _refuse_by_config(path: Path, config: dict[str, Any] | None) -> None:
+    if (path / "adapter_config.json").exists():
+        raise MpocError(
+            f"{path}: a LoRA (PEFT) adapter, not a whole model",
+            "merge it into its base first: peft's merge_and_unload(), then save_pretrained()",
+        )
+    if (path / "mpoc.json").exists():
+        raise already_compressed(path)
+    quantization = (config or {}).get("quantization_config")
+    if quantization:
+        known = isinstance(quantization, dict)
+        method = quantization.get("quant_method", "unknown method") if known else quantization
+        if method == "mpo":
+            raise already_compressed(path)
+        raise MpocError(
+            f"{path}: already quantised ({method}); MPOs need the weights themselves",
+            "compress the unquantised checkpoint",
+        )
+
+
+def already_compressed(path: Path) -> MpocError:
+    """The refusal for mpoc's own output."""
+    return MpocError(
+        f"{path}: already compressed by mpoc",
+        f"for other bonds compress the original, or expand first: mpoc expand {path}",
+    )
+
+
+def _join(parts: list[Checkpoint], path: Path, wanted: dict[str, Path] | None) -> Checkpoint:
+    """Several torch shards as one checkpoint, wrapper prefixes taken off over all names together."""
+    owner = {name: part for part in parts for name in part.infos}
+    tied = {alias: name for part in parts for alias, name in part.tied.items()}
+    for name, file in (wanted or {}).items():
+        if name not in owner and name not in tied:
+            raise MpocError(f"{path}: the index puts tensor {name!r} into {file.name}, which lacks it")
+    clean = strip_wrappers([*owner, *tied])
+    origin = {clean[name]: (name, part) for name, part in owner.items()}
+    return Checkpoint(
+        path,
+        {short: replace(part.infos[name], name=short) for short, (name, part) in origin.items()},
+        {clean[alias]: clean[name] for alias, name in tied.items()},
+        lambda short: origin[short][1].read(origin[short][0]),
+        {short: part.files[name] for short, (name, part) in origin.items()},
+        notes=sorted({note for part in parts for note in part.notes}),
+    )
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a torch file, a safetensors file or a Hugging Face directory.
+
+    Raises:
+        UsageError: nothing at ``path``.
+        MpocError: something there that cannot be compressed, with the reason and the way out.
+    """
+    if not path.exists():
+        raise _missing(path)
+    if path.is_dir():
+        checkpoint = open_directory(path)
+    elif path.suffix == ".safetensors":
+        if "mpoc" in read_header(path).metadata:
+            raise already_compressed(path)
+        checkpoint = open_safetensors(path, [path], None)
+    elif path.suffix in TORCH_SUFFIXES:
+        checkpoint = open_torch_file(path)
+    else:
+        known = " ".join((*TORCH_SUFFIXES, ".safetensors"))
+        raise MpocError(f"{path}: not a kind of checkpoint known here ({known}, or a directory)")
+    _refuse_by_names(checkpoint)
+    checkpoint.history = read_history(path)
+    return checkpoint
+
+
+def _missing(path: Path) -> UsageError:
+    file_name = path.suffix in (*TORCH_SUFFIXES, ".safetensors")
+    if re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(path)) and not file_name:
+        return UsageError(
+            f"{path}: no such file or directory; if this is a Hugging Face hub id, mpoc does not download",
+            f"hf download {path} --local-dir {path.name}, then give mpoc that directory",
+        )
+    return UsageError(f"{path}: no such file or directory")
+
+
+def _refuse_by_names(checkpoint: Checkpoint) -> None:
+    path = checkpoint.path
+    if not checkpoint.infos:
+        raise MpocError(f"{path}: holds no tensors")
+    for name in checkpoint.infos:
+        if not name.isprintable():
+            raise MpocError(f"{path}: a tensor is named {name!r}, with characters that cannot be printed")
+        if ".lora_A." in name or ".lora_B." in name or name.endswith((".lora_A", ".lora_B")):
+            raise MpocError(
+                f"{path}: a LoRA adapter (tensor {name!r}), not a whole model",
+                "merge it into its base first: peft's merge_and_unload(), then save the model",
+            )
+        if _QUANTISED.search(name):
+            raise MpocError(
+                f"{path}: already quantised (tensor {name!r}); MPOs need the weights themselves",
+                "compress the unquantised checkpoint",
+            )
+
+
+def one_ahead(checkpoint: Checkpoint, names: Iterable[str]) -> Generator[str, None, None]:
+    """These names; while one is worked on, the tensor of the next is brought into memory.
+
+    Args:
+        checkpoint: that holds them.
+        names: in the order in which they will be read.
+    """
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        for name, following in pairwise(chain(names, [None])):
+            if following is not None:
+                thread.submit(look_at, checkpoint, following)  # its reader is told of an error
+            assert name is not None
+            yield name
+
+
+def look_at(checkpoint: Checkpoint, name: str) -> None:
+    """At a byte of every page of a tensor; numpy lets other threads run."""
+    tensor = checkpoint.read(name)
+    if tensor.is_contiguous():
+        for piece in tensor.detach().view(-1).view(torch.uint8).split(_PIECE):
+            piece.numpy()[::_PAGE].sum()
+
+
+def open_compressed(path: Path) -> Checkpoint:
+    """The tensors of a compressed file or directory, cores under their own names."""
+    if not path.is_dir():
+        return open_safetensors(path, [path], None, strip=False)
+    files, wanted = weight_files_of(path)
+    return open_safetensors(path, files, wanted, strip=False)
+
+
+def check_cores(stored: Checkpoint, layer: LayerRecord) -> None:
+    """Compare names, shapes and dtypes of a replaced layer's cores with the manifest.
+
+    Raises:
+        MpocError: a core is missing or differs.
+    """
+    for name, expected in zip(layer.core_names, layer.core_shapes, strict=True):
+        found = stored.infos.get(name)
+        if found is None or found.shape != expected or found.dtype != layer.stored_dtype:
+            said = f"{found.shape} {found.dtype}" if found else "missing"
+            raise MpocError(
+                f"{stored.path}: core {name!r} is {said}; the manifest says {expected} {layer.stored_dtype}"
+            )
+
+
+def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A weight of the checkpoint, on the CPU.
+
+    Raises:
+        MpocError: it holds NaN or infinite values.
+    """
+    weight = checkpoint.read(name)
+    most = largest(weight)
+    if not math.isfinite(most):
+        kind = "NaN" if math.isnan(most) else "infinite values"
+        raise MpocError(
+            f"{checkpoint.files[name]}: tensor {name!r} holds {kind}",
+            f"mend the checkpoint, or leave the layer alone: --exclude '{name}'",
+        )
+    return weight
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether ``mpoc compress`` made it; only names and a header are read."""
+    if path.is_dir():
+        return (path / MANIFEST_FILE).is_file()
+    return path.is_file() and path.suffix == ".safetensors" and "mpoc" in read_header(path).metadata

@@ -1,0 +1,1 @@
+"""Networks: the zoo, networks that a user names, shape tracing, loading and export."""

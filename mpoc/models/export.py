@@ -1,0 +1,245 @@
+"""The compressed network as a program for other runtimes: ONNX, or torch.export's ``.pt2``.
+
+The program is traced once and keeps the cores as they are: the file is about as small as the compressed one,
+and the runtime contracts the cores in every call.  The first axis of every input is the batch and stays free;
+all other sizes are those of the example.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.io.atomic import refuse_existing, staged
+from mpoc.io.manifest import MANIFEST_FILE
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.models.architecture import example_input, is_transformers_directory
+from mpoc.models.loading import open_network
+
+_FOLDED = 256  # numbers: shapes and scalars are computed in advance, products of cores are not
+_LARGEST_ONNX = 2**31 - 2**20  # bytes: one protobuf message
+_SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of the network: ``--input-shape 1x3x32x32``, or ``1x128:int64``."""
+
+    shape: tuple[int, ...]  # the batch in front
+    dtype: torch.dtype | None = None  # None: the network's own
+
+    def __str__(self) -> str:
+        return "×".join(["batch", *map(str, self.shape[1:])])
+
+
+def parse_input_spec(text: str) -> InputSpec:
+    """The text of ``--input-shape``.
+
+    Raises:
+        UsageError: not of that form.
+    """
+    found = re.fullmatch(r"([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text.strip())
+    dtype = getattr(torch, found[2], None) if found and found[2] else None
+    if not found or (found[2] and not isinstance(dtype, torch.dtype)):
+        raise UsageError(f"--input-shape {text!r}: not a shape with its batch, as 1x3x32x32 or 1x128:int64")
+    return InputSpec(tuple(map(int, found[1].split("x"))), dtype)
+
+
+def export_network(
+    source: Path,
+    files: dict[str, Path],
+    inputs: list[InputSpec],
+    arch: str | None = None,
+    force: bool = False,
+) -> list[InputSpec]:
+    """Write the network stored at ``source`` as a program.
+
+    Args:
+        source: a compressed file or directory.
+        files: format (``"onnx"`` or ``"pt2"``) → where to.
+        inputs: what the network takes, in order; none: what a network of the zoo takes.
+        arch: the dense network, as ``--arch`` names it; None: what the file or directory says itself.
+        force: replace existing files.
+
+    Returns:
+        The inputs of the program, dtypes filled in; for a language model the attention mask is one.
+
+    Raises:
+        UsageError: nothing to write or no inputs given, a file exists, inputs that the network does not take.
+        MpocError: a package is missing, the file does not fit the network, or it cannot be traced.
+    """
+    if not files:
+        raise UsageError("nothing to write", "--onnx FILE, --pt2 FILE, or both")
+    manifest = read_manifest(source)
+    inputs = inputs or _of_the_zoo(example_input(source, manifest, arch))
+    _check_request(source, files, inputs, force)
+    network = open_network(source, arch)
+    if arch is None and is_transformers_directory(source, manifest):
+        network, inputs = _of_tensors(network, inputs)
+    own = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+    inputs = [InputSpec(spec.shape, spec.dtype or own) for spec in inputs]
+    program = trace_program(network, inputs)
+    for kind, path in files.items():
+        with staged(path) as target:
+            _WRITERS[kind](program, target)
+    return inputs
+
+
+def _of_the_zoo(example: Tensor | None) -> list[InputSpec]:
+    """Images in the network's own dtype, or token ids."""
+    if example is None:
+        return []
+    return [InputSpec(tuple(example.shape), None if example.is_floating_point() else example.dtype)]
+
+
+def _check_request(source: Path, files: dict[str, Path], inputs: list[InputSpec], force: bool) -> None:
+    """All that can be said before any code of the user's runs."""
+    if not inputs:
+        raise UsageError("the shape of the input is needed", "--input-shape 1x3x32x32; repeat it for more")
+    if len({spec.shape[0] for spec in inputs}) > 1:
+        raise UsageError("inputs of different batch sizes: their first axis is the batch")
+    for kind, path in files.items():
+        if path.suffix != _SUFFIXES[kind]:
+            raise UsageError(f"{path}: the name of a program for --{kind} ends in {_SUFFIXES[kind]}")
+        # A file, so that an existing file may be replaced where the source is a directory.
+        refuse_existing(path, source / MANIFEST_FILE if source.is_dir() else source, force)
+    missing = [name for name in ("onnx", "onnxscript") if "onnx" in files and find_spec(name) is None]
+    if missing:
+        raise MpocError(f"--onnx needs {' and '.join(missing)}", "pip install 'mpoc[onnx]'")
+
+
+def trace_program(network: nn.Module, inputs: list[InputSpec]) -> torch.export.ExportedProgram:
+    """The network as a program whose batch is free.
+
+    Raises:
+        UsageError: the network does not take such inputs.
+        MpocError: it cannot be traced.
+    """
+    example = tuple(_example(spec) for spec in inputs)
+    said = f"{type(network).__name__} with inputs {', '.join(map(str, inputs))}"
+    try:
+        with torch.no_grad():
+            network(*example)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise UsageError(f"{said} fails: {error}", "--input-shape: one for each input, in order") from error
+    batch = torch.export.Dim("batch")
+    shapes = tuple({0: batch} for _ in example)
+    try:
+        with _quiet_torch():
+            program = torch.export.export(network, example, dynamic_shapes=shapes, strict=False)
+    except (RuntimeError, ValueError, TypeError) as error:
+        reason = str(error).partition("\n\nThe error above")[0]
+        raise MpocError(f"{said} cannot be traced by torch.export: {reason}") from error
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # with the paths of whoever exports
+    return program
+
+
+def _example(spec: InputSpec) -> Tensor:
+    """Values do not matter; a batch of 1 would be taken for a constant."""
+    shape = (max(2, spec.shape[0]), *spec.shape[1:])
+    if spec.dtype is not None and spec.dtype.is_floating_point:
+        return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(spec.dtype)
+    return torch.ones(shape, dtype=spec.dtype)
+
+
+def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
+    with _quiet_torch():
+        torch.export.save(program, path)
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
+    size = sum(value.nbytes for value in program.state_dict.values())
+    if size > _LARGEST_ONNX:
+        raise MpocError(f"{path}: {size:,} bytes are more than one ONNX file holds", "--pt2")
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    from onnxscript import optimizer
+
+    rest = len(program.graph_signature.user_inputs) - 1
+    count = len(program.graph_signature.user_outputs)
+    names = ["output"] if count == 1 else [f"output_{k}" for k in range(count)]
+    with _quiet_torch():
+        try:
+            made = torch.onnx.export(
+                program,
+                output_names=names,
+                dynamic_shapes=({0: "batch"}, *[None] * rest),
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+            )
+        except RuntimeError as error:
+            raise MpocError(f"{path.name}: torch.onnx cannot write this network: {error}", "--pt2") from error
+        assert made is not None
+        optimizer.optimize(made.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
+        ClearMetadataAndDocStringPass()(made.model)
+        made.save(path, external_data=False)
+
+
+_WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2}
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Without what torch's exporters say of torch's own code."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r".*LeafSpec.* is deprecated", FutureWarning)
+            warnings.filterwarnings("ignore", "No complete tensor found in the group", UserWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class _OfTokens(nn.Module):
+    """A language model of transformers as a function of tensors: its first output, nothing cached."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits, or the last hidden states of a network without a head."""
+        first: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return first
+
+
+class _OfOneInput(nn.Module):
+    """Any other network of transformers: pixels, a spectrogram or the like in, its first output out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Logits, or the last hidden states of a network without a head."""
+        first: Tensor = self.network(input)[0]
+        return first
+
+
+def _of_tensors(network: Any, inputs: list[InputSpec]) -> tuple[nn.Module, list[InputSpec]]:
+    """A network of transformers as a function of tensors, and which these are."""
+    main: str = network.main_input_name
+    if len(inputs) > 1:
+        raise UsageError(f"one --input-shape, that of {main}, is enough: an attention mask has the same")
+    if main != "input_ids":
+        return _OfOneInput(network), inputs
+    if hasattr(network.config, "use_cache"):
+        network.config.use_cache = False
+    tokens = InputSpec(inputs[0].shape, inputs[0].dtype or torch.int64)
+    return _OfTokens(network), [tokens, tokens]

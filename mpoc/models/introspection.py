@@ -1,0 +1,151 @@
+"""What a network's modules say of its tensors: kinds, names that are one tensor, what differs from a file.
+
+Run one sample through a network to see at which input size each convolution works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.nn.conv_map import geometry_of
+from mpoc.tensor_networks.geometry import Geometry
+
+
+def kinds_of(model: nn.Module) -> dict[str, tuple[str, bool]]:
+    """Name of the weight → (kind, transposed), of every linear map, told from its module."""
+    return dict(_kinds(model))
+
+
+def _kinds(model: nn.Module) -> Iterator[tuple[str, tuple[str, bool]]]:
+    for place, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{place}." if place else ""
+        for name, parameter in module.named_parameters(recurse=False):
+            kind = _kind(module, name, parameter)
+            if kind is not None:
+                yield prefix + name, (kind, type(module).__name__ == "Conv1D")
+
+
+def _kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
+    if name == "weight" and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding"
+    if name == "weight" and isinstance(module, nn.modules.conv._ConvNd):
+        return f"conv{parameter.dim() - 2}d"
+    if parameter.dim() == 3 and "expert" in type(module).__name__.lower() and "bias" not in name:
+        return "experts"
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return None  # it scales number by number, whatever its shape
+    if parameter.dim() == 2 and ("weight" in name) and not name.startswith("bias"):
+        return "linear"
+    return None
+
+
+def same_tensor(model: nn.Module) -> dict[str, set[str]]:
+    """For each name, all names of the same parameter or buffer."""
+    places: dict[int, set[str]] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        places.setdefault(id(tensor), set()).add(name)
+    return {name: names for names in places.values() for name in names}
+
+
+def unsaved_buffers(model: nn.Module) -> set[str]:
+    """Buffers that the network makes itself; older checkpoints hold some, as BERT's ``position_ids``."""
+    return {name for name, _ in model.named_buffers()} - model.state_dict().keys()
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The network's state without what is no tensor."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def differing_names(model: nn.Module, offered: Collection[str]) -> tuple[list[str], list[str]]:
+    """The names only in the model, and those only among ``offered``; tied ones count as there."""
+    state, known = tensors_of(model), same_tensor(model)
+    # Batch norms saved before torch 0.4.1 do not count their batches; torch lets that pass too.
+    expected = [name for name in state if not name.endswith("num_batches_tracked")]
+    missing = [n for n in expected if n not in offered and known.get(n, set()).isdisjoint(offered)]
+    ignored = unsaved_buffers(model)
+    return missing, [name for name in offered if name not in state and name not in ignored]
+
+
+def forbid_save_pretrained(model: nn.Module) -> None:
+    """Make ``save_pretrained`` of a network that got cores in memory, and of its parts, an error.
+
+    transformers would not write what the cores are, and the directory would load with random weights.
+    """
+    for module in model.modules():
+        if hasattr(module, "save_pretrained"):
+            vars(module)["save_pretrained"] = _refuse_to_save
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise MpocError(
+        "save_pretrained cannot save a network that got its cores by mpoc.load or mpoc.compress",
+        "mpoc compress a saved directory, import mpoc.hf, and load that with from_pretrained",
+    )
+
+
+def trace_geometries(
+    model: nn.Module, names: list[str], input_shape: tuple[int, ...] | None
+) -> dict[str, Geometry]:
+    """The geometry of each convolution while the network sees one input of zeros, in evaluation mode.
+
+    Args:
+        model: is left as it was.
+        names: of the kernels, e.g. ``["conv5_1.weight"]``.
+        input_shape: of the input, batch axis included, e.g. (1, 3, 32, 32).
+
+    Raises:
+        UsageError: no input shape, the network does not take it, or a convolution is not reached, is
+            reached with inputs of several sizes, or cannot be taken as one map.
+    """
+    if input_shape is None:
+        raise UsageError('conv="map" needs the shape of one input, as input_shape=(1, 3, 32, 32)')
+    seen: dict[nn.Module, set[tuple[int, ...]]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        axes = module.get_parameter("weight").dim() - 2
+        seen.setdefault(module, set()).add(tuple([*inputs, *named.values()][0].shape[-axes:]))
+
+    modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules.values()]
+    try:
+        _run(model, input_shape)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: _geometry(name, module, seen.get(module, set())) for name, module in modules.items()}
+
+
+def _run(model: nn.Module, input_shape: tuple[int, ...]) -> None:
+    first: Tensor = next(model.parameters())
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(torch.zeros(input_shape, dtype=first.dtype, device=first.device))
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"input_shape {tuple(input_shape)}: {type(model).__name__} fails: {error}"
+        ) from error
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _geometry(name: str, module: nn.Module, sizes: set[tuple[int, ...]]) -> Geometry:
+    layer = name.removesuffix(".weight")
+    hint = f"leave it alone: exclude=[{layer!r}]"
+    if not sizes:
+        raise UsageError(f"layer {layer}: the network did not reach it, so its input size is unknown", hint)
+    if len(sizes) > 1:
+        raise UsageError(f"layer {layer}: sees inputs of several sizes, {sorted(sizes)}: no one map", hint)
+    try:
+        return geometry_of(module, *sizes)
+    except UsageError as error:
+        raise UsageError(f"layer {layer}: {error}", hint) from error

@@ -1,0 +1,311 @@
+"""Load a compressed file into a network: modules swapped, every name, shape and dtype checked.
+
+A checkpoint opened to be trained or measured: its network, and where each tensor of the file is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.manifest import LayerRecord, Manifest
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.open_checkpoint import check_cores, is_compressed, open_checkpoint, open_compressed
+from mpoc.models.architecture import (
+    by_transformers,
+    is_transformers_directory,
+    make_network,
+    make_recorded,
+    with_architecture,
+)
+from mpoc.models.introspection import (
+    differing_names,
+    forbid_save_pretrained,
+    same_tensor,
+    tensors_of,
+    unsaved_buffers,
+)
+from mpoc.nn.adopt import adopt_everywhere
+from mpoc.nn.conv_map import check_geometry
+
+
+def load(path: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Turn ``model`` into the compressed network stored at ``path``.
+
+        model = mpoc.load("resnet56.mpo.safetensors", resnet56())
+        model = mpoc.load("resnet56.mpo.safetensors")  # compressed with --arch resnet:depth=56
+        model = mpoc.load("bert-mpo")  # a Hugging Face directory
+
+    Args:
+        path: a file or directory that ``mpoc compress`` wrote.
+        model: the dense architecture, on any device, initialised in any way; changed in place. None: the
+            network of the zoo that the file names, or what transformers makes of the directory's config.json;
+            in evaluation mode.
+
+    Returns:
+        ``model``: the compressed layers compute through their cores, everything else is as stored. Devices,
+        training mode, ``requires_grad``, hooks and tied weights are kept. Cores take the dtype of the weight
+        they replace.
+
+    Raises:
+        UsageError: no ``model`` is given, and the file names none or code, which is not run unasked.
+        MpocError: not compressed by mpoc or damaged; or names, shapes or dtypes differ between file and
+            model, with both sides said. The model is unchanged then.
+    """
+    source = Path(path)
+    manifest = read_manifest(source)
+    if model is None and is_transformers_directory(source, manifest):
+        return by_transformers(source).eval()
+    stored = open_compressed(source)
+    for layer in manifest.replaced:
+        check_cores(stored, layer)
+    if model is None:
+        model = _recorded_network(source, stored, manifest)
+    _check(source, stored, manifest, model)
+    empty = [name for name, value in tensors_of(model).items() if value.is_meta]
+    if empty:
+        raise MpocError(f"{path}: tensor {empty[0]!r} of the model is on the meta device", "model.to_empty()")
+    _untie(stored, model)
+    _fill(stored, manifest, model)
+    forbid_save_pretrained(model)
+    return model
+
+
+def open_network(source: Path, arch: str | None) -> nn.Module:
+    """The network stored at ``source``, computing through its cores, in evaluation mode.
+
+    Args:
+        source: a compressed file or directory.
+        arch: the dense network, as ``--arch`` names it; None for what ``source`` says itself.
+
+    Raises:
+        UsageError: no architecture is known, or ``arch`` is not found or makes no network.
+        MpocError: the file does not fit the network.
+    """
+    return load(source, None if arch is None else make_network(arch)).eval()
+
+
+def _recorded_network(source: Path, stored: Checkpoint, manifest: Manifest) -> nn.Module:
+    """The zoo's network of the file's dtype; memory is taken only once names and shapes were found to fit."""
+    dtypes = {layer.dtype for layer in manifest.layers if "float" in layer.dtype}
+    dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
+    with torch.device("meta"):
+        _check(source, stored, manifest, make_recorded(source, manifest).to(dtype))
+    with torch.random.fork_rng(devices=[]):
+        return make_recorded(source, manifest).to(dtype).eval()
+
+
+def _core_names(layers: list[LayerRecord]) -> set[str]:
+    return {name for layer in layers for name in layer.core_names}
+
+
+def _check(path: Path, stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:
+    """Compare the file's dense names, shapes, dtypes and geometries with the model's.
+
+    Raises:
+        MpocError: they differ.
+    """
+    cores = _core_names(manifest.replaced)
+    offered = {n: (i.shape, i.dtype) for n, i in stored.infos.items() if n not in cores}
+    offered |= {layer.name: (layer.shape, layer.dtype) for layer in manifest.replaced}
+    offered |= {alias: offered[first] for alias, first in manifest.tied.items() if first in offered}
+    missing, surplus = differing_names(model, offered)
+    if missing or surplus:
+        raise MpocError(
+            f"{path}: does not fit this {type(model).__name__}: "
+            + "; ".join(
+                f"{len(names)} tensors only in the {side} ({', '.join(names[:3])})"
+                for side, names in (("model", missing), ("file", surplus))
+                if names
+            )
+        )
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = sorted({layer.name for layer in manifest.replaced} - parameters)
+    if buffers:
+        raise MpocError(
+            f"{path}: tensor {buffers[0]!r} is compressed in the file and a buffer in the model: "
+            "cores can only be parameters",
+            f"compress without it: --exclude '{buffers[0].removesuffix('.weight')}'",
+        )
+    for name, value in tensors_of(model).items():
+        found = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        if offered.get(name, found) != found:
+            shape, dtype = offered[name]
+            raise MpocError(
+                f"{path}: tensor {name!r} is {shape} {dtype} in the file, {found[0]} {found[1]} in the model"
+            )
+    for layer in manifest.replaced:
+        if layer.geometry is not None:
+            try:
+                check_geometry(model.get_submodule(layer.name.rpartition(".")[0]), layer.geometry)
+            except ValueError as error:
+                raise MpocError(f"{path}: layer {layer.layer}: {error}") from error
+
+
+def _untie(stored: Checkpoint, model: nn.Module) -> None:
+    """Parameters that are one in the model, and of different values in the file, get data of their own.
+
+    Raises:
+        MpocError: they belong to one module in two places.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    apart: list[tuple[nn.Module, str]] = []
+    for name, names in same_tensor(model).items():
+        first = min(names & stored.infos.keys(), default=name)
+        if name == first or name not in stored.infos or torch.equal(stored.read(name), stored.read(first)):
+            continue
+        place, _, own = name.rpartition(".")
+        if modules[place] is modules[first.rpartition(".")[0]]:
+            raise MpocError(
+                f"{stored.path}: {name!r} and {first!r} differ in the file and are one layer in the model"
+            )
+        apart.append((modules[place], own))
+    for module, own in apart:
+        one = getattr(module, own)
+        setattr(module, own, nn.Parameter(one.detach().clone(), requires_grad=one.requires_grad))
+
+
+def _fill(stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:
+    """Cores and all other tensors into a network that was checked."""
+    tied: dict[str, list[str]] = {}
+    for alias, first in manifest.tied.items():
+        tied.setdefault(first, []).append(alias)
+    _swap(stored, {layer.name: layer for layer in manifest.replaced}, tied, model)
+    state = model.state_dict()
+    others = _core_names(manifest.replaced) | unsaved_buffers(model)
+    with torch.no_grad():
+        for name in stored.infos:
+            for place in () if name in others else (name, *tied.get(name, ())):
+                state[place].copy_(stored.read(name))
+
+
+def _swap(
+    stored: Checkpoint, replaced: dict[str, LayerRecord], tied: dict[str, list[str]], model: nn.Module
+) -> None:
+    """Modules to their counterparts; where file and model differ in what is tied, the file decides."""
+    known, apart = same_tensor(model), stored.infos.keys() | replaced.keys()
+    for name, layer in replaced.items():
+        cores = [stored.read(core).clone() for core in layer.core_names]
+        aliases = (known[name] - apart) | set(tied.get(name, ())) - {name}
+        adopt_everywhere(model, [name, *sorted(aliases)], cores, layer.structure)
+
+
+@dataclass
+class Model:
+    """A network with what its file says of it."""
+
+    path: Path
+    network: nn.Module  # on the CPU, in evaluation mode, parameters in float32 or better
+    stored: Checkpoint  # the tensors of the file, cores under their own names
+    manifest: Manifest | None  # None: dense
+    architecture: str | None  # as --arch takes it, where known
+    places: dict[str, str]  # name in the file → name of that parameter or buffer in the network
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def history(self) -> dict[str, Any]:
+        """What it says of its training; {}: nothing."""
+        return self.stored.history if self.manifest is None else self.manifest.training
+
+
+def open_beside(path: Path, arch: str | None) -> Model:
+    """Open a teacher or reference; ``arch``, the other network's, where this one does not say its own.
+
+    Raises:
+        UsageError: as :func:`open_model`.
+        MpocError: as :func:`open_model`.
+    """
+    own = is_compressed(path) and "zoo" in read_manifest(path).architecture
+    return open_model(path, None if own or (path / "config.json").is_file() else arch)
+
+
+def open_model(path: Path, arch: str | None) -> Model:
+    """Open a compressed or dense checkpoint with its network.
+
+    Args:
+        path: a file or a Hugging Face directory.
+        arch: the dense network, as ``--arch`` names it; None for what the checkpoint says itself.
+
+    Raises:
+        UsageError: no architecture is known, or it is not found.
+        MpocError: the checkpoint is damaged, or does not fit the network.
+    """
+    manifest = read_manifest(path) if is_compressed(path) else None
+    if manifest is None:
+        stored = open_checkpoint(path)
+        network = _dense_network(stored, arch)
+    else:
+        stored, network = open_compressed(path), open_network(path, arch)
+        arch = arch or manifest.architecture.get("zoo")
+    notes = list(stored.notes)
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters()):
+        network.float()
+        notes.append("half-precision parameters are computed with, and trained, in float32")
+    places, unused = _places(path, network, [*stored.infos, *stored.tied])
+    if unused:
+        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+        notes.append(f"not in the network, kept as they are: {', '.join(unused[:3])}{more}")
+    return Model(path, network.eval(), stored, manifest, arch, places, notes)
+
+
+def _dense_network(stored: Checkpoint, arch: str | None) -> nn.Module:
+    if arch is None:
+        if stored.is_directory and (stored.path / "config.json").is_file():
+            return by_transformers(stored.path)
+        raise UsageError(
+            f"{stored.path}: holds tensors, not the network's code",
+            "--arch resnet:depth=56, or --arch file.py:factory, where factory() makes the network",
+        )
+    with_architecture(stored, arch)  # checks names and shapes
+    network = make_network(arch)
+    state = network.state_dict()
+    with torch.no_grad():
+        for name in (*stored.infos, *stored.tied):
+            if name in state:
+                state[name].copy_(stored.read(stored.tied.get(name, name)))
+    return network
+
+
+def _places(path: Path, network: nn.Module, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Where each tensor of the file is in the network, and which are nowhere.
+
+    Raises:
+        MpocError: a trained parameter is none of the file's tensors.
+    """
+    first: dict[int, str] = {}
+    known: dict[str, str] = {}
+    tensors: list[tuple[str, Tensor]] = [*network.named_parameters(remove_duplicate=False)]
+    tensors += network.named_buffers(remove_duplicate=False)
+    for name, tensor in tensors:
+        known[name] = first.setdefault(id(tensor), name)
+    by_name = _names_in(network, names)
+    places = {name: known[place] for name, place in by_name.items() if place in known}
+    unused = [name for name in by_name if name not in places]
+    lost = {name for name, p in network.named_parameters() if p.requires_grad} - set(places.values())
+    if lost:
+        raise MpocError(
+            f"{path}: which of its tensors is the network's {min(lost)!r} cannot be told "
+            f"({len(lost)} such parameters)",
+            "save the network again with its present library, and compress that",
+        )
+    return places, unused
+
+
+def _names_in(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The names of a file's tensors in the network: the same, but where transformers has names of its own."""
+    same = {name: name for name in names}
+    if not hasattr(network, "base_model_prefix"):
+        return same
+    import mpoc.hf  # noqa: F401  (refuses a transformers that is too old)
+    from mpoc.hf.names import places
+
+    found: Any = network
+    return same | places(found, same)

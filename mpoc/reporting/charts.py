@@ -1,0 +1,336 @@
+"""A chart as plain data, which the page draws as inline SVG and matplotlib into files.
+
+The charts of a file, a layer, a comparison: what is drawn, as plain data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mpoc.io.manifest import LayerRecord, Manifest
+from mpoc.reporting.contents import BondSpectra, FileData, LayerData
+
+# What a colour stands for; "file 1" and so on are those of a comparison.
+TONES = ("stored", "original", "bound", "error")
+STYLES = ("line", "dots", "columns", "marked line", "dotted line")
+
+# Below this share of the largest a Schmidt value is not drawn.
+_LEAST = 1e-3
+# Scores of a training in which more is better or worse; the first that is known is drawn.
+_METRICS = ("accuracy", "agreement", "cosine", "r2", "perplexity", "bits_per_character")
+_FILE_TONES = 6
+_LARGEST = 1e100  # that an axis takes
+_IN_ORDER = "layer, in the order of the file"
+ERRORS = {
+    "held_out_error": "held-out error",
+    "output_error": "output error",
+    "relative_error": "relative error",
+}
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One side of a chart."""
+
+    label: str
+    scale: str = "linear"  # or "log"
+    unit: str = ""  # "count": 1.2k, "bytes": 1.2 MB, "whole": ticks at whole numbers only
+    from_zero: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one colour."""
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    style: str  # one of STYLES
+    tone: str  # one of TONES, or "file 1", …
+    names: tuple[str, ...] = ()  # of the points, where they have any
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A vertical line."""
+
+    x: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What is drawn; ``caption`` tells what it shows."""
+
+    title: str
+    caption: str
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+    mark: Mark | None = None
+
+    def values(self, side: int) -> list[float]:
+        """All coordinates along x (0) or y (1), the mark's among them."""
+        found = [point[side] for one in self.series for point in one.points]
+        return found + ([self.mark.x] if self.mark and side == 0 else [])
+
+
+@dataclass(frozen=True)
+class ErrorKind:
+    """One of the errors that a record holds."""
+
+    key: str
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return ERRORS[self.key]
+
+    def of(self, layer: LayerRecord) -> float | None:
+        """Of a layer; 0 where it is dense."""
+        return 0.0 if layer.form == "dense" else getattr(layer, self.key)
+
+
+def shared_error(manifests: Sequence[Manifest]) -> ErrorKind | None:
+    """The most telling error that all replaced layers of all files have; None where there is none."""
+    layers = [layer for manifest in manifests for layer in manifest.replaced]
+    for key in ERRORS:
+        kind = ErrorKind(key)
+        if layers and all(kind.of(layer) is not None for layer in layers):
+            return kind
+    return None
+
+
+def best_error(manifest: Manifest) -> ErrorKind | None:
+    """The most telling error that most replaced layers have."""
+    for key in ERRORS:
+        kind = ErrorKind(key)
+        if sum(kind.of(layer) is not None for layer in manifest.replaced) * 2 > len(manifest.replaced):
+            return kind
+    return None
+
+
+def layer_charts(manifest: Manifest) -> list[Chart]:
+    """Parameters, ρ and error of every layer, in the order of the file."""
+    layers = list(enumerate(manifest.layers, start=1))
+    names = tuple(f"{k}  {layer.layer}: {layer.num_original:,} → {layer.num_stored:,}" for k, layer in layers)
+    x = Axis(_IN_ORDER, unit="whole")
+    before = tuple((float(k), float(layer.num_original)) for k, layer in layers)
+    after = tuple((float(k), float(layer.num_stored)) for k, layer in layers)
+    sizes = Chart(
+        "Parameters",
+        "How many numbers each layer had, and how many it has now.",
+        x,
+        Axis("", unit="count", from_zero=True),
+        (
+            Series("before", before, "columns", "bound", names),
+            Series("after", after, "columns", "stored", names),
+        ),
+    )
+    rhos = tuple((float(k), layer.rho) for k, layer in layers)
+    named = tuple(f"{k}  {layer.layer}: ρ {layer.rho:.4f}" for k, layer in layers)
+    ratio = Chart(
+        "Compression ratio ρ",
+        "Parameters after over before, layer by layer; 1 where a layer stays dense.",
+        x,
+        Axis("", from_zero=True),
+        (Series("ρ", rhos, "columns", "stored", named),),
+    )
+    errors = _error_chart(manifest, x)
+    return [sizes, ratio, *([errors] if errors else [])] if layers else []
+
+
+def _error_chart(manifest: Manifest, x: Axis) -> Chart | None:
+    kind = best_error(manifest) if manifest.replaced else None
+    if kind is None:
+        return None
+    found = [
+        (k, layer, error)
+        for k, layer in enumerate(manifest.layers, start=1)
+        if (error := kind.of(layer)) is not None
+    ]
+    points = tuple((float(k), error) for k, _, error in found)
+    names = tuple(f"{k}  {layer.layer}: {error:.4f}" for k, layer, error in found)
+    of = {
+        "relative_error": "of each weight's norm",
+        "output_error": "of the outputs about their mean, on the inputs of the fit,",
+        "held_out_error": "of the outputs about their mean, on inputs held out from the fit,",
+    }
+    return Chart(
+        kind.name.capitalize(),
+        f"The share {of[kind.key]} that is lost.",
+        x,
+        Axis("", from_zero=True),
+        (Series(kind.name, points, "columns", "error", names),),
+    )
+
+
+def spectrum_chart(bond: BondSpectra) -> Chart | None:
+    """Schmidt values of the stored weight and, where it is known, of the source's, with the cut."""
+    scale = bond.scale if bond.scale is not None else 1.0
+    stored = tuple((float(k), value * scale) for k, value in bond.stored)
+    original = tuple((float(k), value) for k, value in bond.original or ())
+    largest = max((value for _, value in stored + original), default=0.0)
+    series = tuple(
+        Series(name, drawn, style, tone)
+        for name, points, style, tone in (
+            ("original", original, "line", "original"),
+            ("stored", stored, "marked line", "stored"),
+        )
+        if (drawn := tuple(point for point in points if point[1] > largest * _LEAST))
+    )
+    if not series:
+        return None
+    of = "of the original weight and of what is stored" if original else "of what is stored"
+    return Chart(
+        bond.title.capitalize(),
+        f"Schmidt values {of}, down to a thousandth of the largest.",
+        Axis("index", "log"),
+        Axis("Schmidt value / norm", "log"),
+        series,
+        Mark(float(bond.kept), f"D = {bond.kept}"),
+    )
+
+
+def entropy_chart(layer: LayerData) -> Chart | None:
+    """The entanglement entropy along the chain, or over a tree; None where there are not two bonds."""
+    bonds = [bond for bond in layer.bonds if bond.title != "low-rank part"]
+    if len(bonds) < 2 or layer.record.low_rank:
+        return None
+    places = [float(k) for k in range(1, len(bonds) + 1)]
+    known = layer.record.entropies_of_weight
+    original = tuple((k, s) for k, s in zip(places, known, strict=False) if s is not None)
+    tree = layer.record.structure.network == "tree"
+    largest, stored = [math.log(bond.kept) for bond in bonds], [bond.entropy for bond in bonds]
+    series = [
+        Series("ln D", _points(places, largest), "dots" if tree else "dotted line", "bound"),
+        Series("original", original, "dots", "original"),
+        Series("stored", _points(places, stored), "dots" if tree else "marked line", "stored"),
+    ]
+    where = "branch of the tree, above the core of its number" if tree else "bond along the chain"
+    return Chart(
+        "Entropy",
+        f"Entanglement entropy S = −Σ s² ln s² at each {where}; it is at most ln D.",
+        Axis("branch" if tree else "bond", unit="whole"),
+        Axis("entropy (nats)", from_zero=True),
+        tuple(one for one in series if one.points),
+    )
+
+
+def entropy_text(layer: LayerData) -> str:
+    """Of a single bond, for which there is no profile; and why a MERA has none."""
+    if layer.record.form == "mera":
+        return "none: no bond of a MERA cuts it in two"
+    if len(layer.bonds) != 1:
+        return ""
+    known = layer.record.entropies_of_weight
+    was = f", of the original {known[0]:.4g}" if known and known[0] is not None else ""
+    return f"{layer.bonds[0].entropy:.4g} nats{was}"
+
+
+def _points(places: list[float], values: list[float]) -> tuple[tuple[float, float], ...]:
+    return tuple(zip(places, values, strict=True))
+
+
+def training_charts(training: dict[str, Any]) -> list[Chart]:
+    """Loss and metric at every evaluation of every training, the first training first."""
+    charts: list[Chart] = []
+    history: Any = training
+    while isinstance(history, dict) and history:
+        charts = _training(history) + charts
+        history = history.get("earlier")
+    return charts
+
+
+def _training(history: dict[str, Any]) -> list[Chart]:
+    evaluations = history.get("evaluations")
+    if not isinstance(evaluations, list):
+        return []
+    data = history.get("data")
+    name = data.get("name", "?") if isinstance(data, dict) else "?"
+    held_out = str(history.get("split") or "held-out")
+    x = Axis("epoch")
+    losses = (
+        Series("training", _over_epochs(evaluations, "train_loss"), "marked line", "original"),
+        Series(held_out, _over_epochs(evaluations, "loss"), "marked line", "stored"),
+    )
+    drawn = tuple(one for one in losses if one.points)
+    charts = [Chart("Loss while training", f"Fine-tuned on {name}.", x, Axis(""), drawn)] if drawn else []
+    metric = next((one for one in _METRICS if _over_epochs(evaluations, one)), None)
+    if metric is not None:
+        word = metric.replace("_", " ")
+        unit = " (%)" if metric in ("accuracy", "agreement") else ""
+        line = Series(held_out, _over_epochs(evaluations, metric), "marked line", "stored")
+        caption = f"Of the {held_out} split of {name}, at every evaluation."
+        charts.append(
+            Chart(f"{word.capitalize()} while training", caption, x, Axis(unit.strip(" ()")), (line,))
+        )
+    return charts
+
+
+def _over_epochs(evaluations: list[Any], name: str) -> tuple[tuple[float, float], ...]:
+    """The evaluations that have a finite figure of this name."""
+    pairs = [(_finite(e.get("epoch")), _finite(e.get(name))) for e in evaluations if isinstance(e, dict)]
+    return tuple((x, y) for x, y in pairs if x is not None and y is not None)
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and abs(value) < _LARGEST else None
+
+
+def common_layers(manifests: Sequence[Manifest]) -> frozenset[str]:
+    """The layers that every file has selected."""
+    return frozenset.intersection(*(frozenset(one.layer for one in held.layers) for held in manifests))
+
+
+def mean_error(manifest: Manifest, kind: ErrorKind, names: Collection[str]) -> float:
+    """The mean over the layers of these names, one or more; 0 for those left dense."""
+    found = [kind.of(layer) or 0.0 for layer in manifest.layers if layer.layer in names]
+    return sum(found) / len(found)
+
+
+def tone_of(place: int) -> str:
+    """The colour of a file of a comparison, from 1."""
+    return f"file {(place - 1) % _FILE_TONES + 1}"
+
+
+def comparison_charts(files: Sequence[FileData]) -> list[Chart]:
+    """Size against error of whole files, where they have layers in common, and of their layers."""
+    kind = shared_error([file.manifest for file in files])
+    if kind is None:
+        return []
+    layers = Chart(
+        "Size against error, layer by layer",
+        f"Each dot is a replaced layer: its ρ and its {kind.name}.",
+        Axis("ρ", from_zero=True),
+        Axis(kind.name, from_zero=True),
+        tuple(_layers_of(file, kind, tone_of(k)) for k, file in enumerate(files, start=1)),
+    )
+    names = common_layers([file.manifest for file in files])
+    return [_whole_files(files, kind, names), layers] if names else [layers]
+
+
+def _whole_files(files: Sequence[FileData], kind: ErrorKind, names: Collection[str]) -> Chart:
+    whole = tuple(
+        Series(file.name, ((float(file.nbytes), mean_error(file.manifest, kind, names)),), "dots", tone_of(k))
+        for k, file in enumerate(files, start=1)
+    )
+    before = {float(file.manifest.source.nbytes) for file in files if file.manifest.source.nbytes}
+    dense = Series("dense", tuple((nbytes, 0.0) for nbytes in sorted(before)), "dots", "bound")
+    return Chart(
+        "Size against error",
+        f"Bytes on disk and the mean {kind.name} of the layers selected in every file ({len(names)}), "
+        "those left dense counted as 0.",
+        Axis("size on disk", unit="bytes", from_zero=True),
+        Axis(f"mean {kind.name}", from_zero=True),
+        (*whole, *([dense] if before else [])),
+    )
+
+
+def _layers_of(file: FileData, kind: ErrorKind, tone: str) -> Series:
+    found = [(layer, error) for layer in file.manifest.replaced if (error := kind.of(layer)) is not None]
+    points = tuple((layer.rho, error) for layer, error in found)
+    names = tuple(f"{layer.layer} ({file.name}): ρ {layer.rho:.4f}, {error:.4f}" for layer, error in found)
+    return Series(file.name, points, "dots", tone, names)

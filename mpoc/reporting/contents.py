@@ -1,0 +1,132 @@
+"""What is shown of a compressed file: its manifest, and what its cores tell of their bonds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from mpoc.errors import MpocError
+from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.manifest import LayerRecord, Manifest, Spectrum, thinned
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.open_checkpoint import check_cores, open_compressed
+from mpoc.io.weight_files import output_bytes
+from mpoc.tensor_networks.forms.mpo import entropy
+from mpoc.tensor_networks.forms.stored import forms_of
+from mpoc.tensor_networks.topology import branches
+
+
+@dataclass(frozen=True)
+class BondSpectra:
+    """One bond of a layer."""
+
+    title: str  # "bond 2", "branch 3: sites 1–2", or "low-rank part"
+    kept: int  # D_k
+    stored: Spectrum  # of the cores; () where they are zero
+    original: Spectrum | None  # of the source's weight
+    entropy: float  # of the stored weight, or of this term of a sum
+    # ‖Ŵ‖/‖W‖, for both spectra to be of one scale; None where it is not known.
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class LayerData:
+    """A replaced layer."""
+
+    place: int  # among all layers of the file, from 1
+    record: LayerRecord
+    bonds: tuple[BondSpectra, ...]  # none of a MERA: it has loops
+
+    @property
+    def anchor(self) -> str:
+        """Of its part of the page."""
+        return f"layer-{self.place}"
+
+
+@dataclass(frozen=True)
+class FileData:
+    """A compressed file or directory."""
+
+    name: str
+    manifest: Manifest
+    nbytes: int
+    layers: tuple[LayerData, ...]  # the replaced ones
+
+
+def read_files(path: Path, others: Sequence[Path]) -> list[FileData]:
+    """``path`` whole, and the manifests of ``others``, under names that tell them apart.
+
+    Raises:
+        UsageError, MpocError: as :func:`read_file`.
+    """
+    found = [read_file(path), *(read_file(other, with_bonds=False) for other in others)]
+    paths = [one.resolve() for one in (path, *others)]
+    for parts in (1, 2):
+        names = [str(Path(*one.parts[-parts:])) for one in paths]
+        if len(set(names)) == len(names):
+            return [replace(file, name=name) for file, name in zip(found, names, strict=True)]
+    return [replace(file, name=str(one)) for file, one in zip(found, paths, strict=True)]
+
+
+def read_file(path: Path, with_bonds: bool = True) -> FileData:
+    """Read a compressed file or directory, a layer's cores at a time.
+
+    Args:
+        path: of the file.
+        with_bonds: compute the spectra of the cores.
+
+    Raises:
+        UsageError: there is no such file.
+        MpocError: not compressed by mpoc or damaged, or a core does not fit its manifest or is not finite.
+    """
+    manifest = read_manifest(path)
+    layers: list[LayerData] = []
+    if with_bonds:
+        stored = open_compressed(path)
+        for place, record in enumerate(manifest.layers, start=1):
+            if record.form != "dense":
+                layers.append(LayerData(place, record, _bonds(stored, record)))
+    return FileData(path.resolve().name, manifest, output_bytes(path), tuple(layers))
+
+
+def _bonds(stored: Checkpoint, record: LayerRecord) -> tuple[BondSpectra, ...]:
+    check_cores(stored, record)
+    return tuple(_of_terms(stored, record))
+
+
+def _of_terms(stored: Checkpoint, record: LayerRecord) -> Iterator[BondSpectra]:
+    """Of the first term bond by bond, then of an added low-rank part."""
+    cores = [stored.read(name) for name in record.core_names]
+    for name, core in zip(record.core_names, cores, strict=True):
+        if not bool(torch.isfinite(core).all()):
+            raise MpocError(f"{stored.path}: core {name!r} holds NaN or infinite values")
+    spectra = [values for form in forms_of(cores, record.structure) for values in form.spectra()]
+    titles, kept = (*_titles(record), "low-rank part"), (*record.inner_bonds, record.low_rank)
+    known = () if record.low_rank else record.spectra_of_weight
+    originals = known or (None,) * len(spectra)
+    for title, bond, values, original in zip(titles, kept, spectra, originals, strict=False):
+        points = thinned(values.tolist(), len(values))
+        scale = _scale(record) if original else None
+        yield BondSpectra(title, bond, points, original, entropy(values), scale)
+
+
+def _titles(record: LayerRecord) -> list[str]:
+    """Of bonds: of a tree with the sites below, each branch with the number of the core at its lower end."""
+    if record.structure.network != "tree":
+        return [f"bond {k}" for k in range(1, len(record.bonds) - 1)]
+    spans = branches(len(record.structure.site_sizes))
+    return [f"branch {k}: {_sites(span)}" for k, span in enumerate(spans, start=1)]
+
+
+def _sites(span: range) -> str:
+    return f"site {span.stop}" if len(span) == 1 else f"sites {span.start + 1}–{span.stop}"
+
+
+def _scale(record: LayerRecord) -> float | None:
+    """‖Ŵ‖/‖W‖ of a weight that was cut and not changed since: what was cut is orthogonal to what is left."""
+    error = record.relative_error
+    return math.sqrt(1 - error**2) if error is not None and error < 1 else None

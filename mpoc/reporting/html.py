@@ -1,0 +1,153 @@
+"""The report of a compressed file as one self-contained HTML page: nothing in it comes from outside."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from mpoc.io.atomic import staged
+from mpoc.io.manifest import Manifest
+from mpoc.reporting.charts import layer_charts, training_charts
+from mpoc.reporting.contents import FileData, read_files
+from mpoc.reporting.html_sections import comparison, figures, layer_section, layer_table, title_of
+from mpoc.reporting.summary import remarks
+from mpoc.reporting.svg import Markup, join, tag
+from mpoc.runtime.formatting import human_bytes
+
+# What a browser may do with the page, whatever is in it: nothing from outside.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def write_page(path: Path, output: Path, others: Sequence[Path] = ()) -> None:
+    """Write the page of ``path``, and of ``others`` beside it, whole or not at all.
+
+    Args:
+        path: a compressed file or directory.
+        output: the HTML file.
+        others: compressed files to compare with.
+
+    Raises:
+        UsageError, MpocError: as :func:`mpoc.reporting.contents.read_files`.
+    """
+    text = page(read_files(path, others))
+    with staged(output) as scratch:
+        scratch.write_text(text, "utf-8")
+
+
+def page(shown: Sequence[FileData]) -> str:
+    """The page of the first of ``shown``, compared with the others."""
+    first = shown[0]
+    style, script = (
+        files("mpoc.reporting.assets").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js")
+    )
+    title = " and ".join(file.name for file in shown)
+    head = join(
+        Markup('<meta charset="utf-8">'),
+        Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
+        tag("title", f"{title}: mpoc report"),
+        tag("style", Markup(style)),
+    )
+    body = join(
+        comparison(shown) if len(shown) > 1 else None,
+        _report(first),
+        tag("script", Markup(script)),
+    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+
+
+def _report(file: FileData) -> Markup:
+    manifest = file.manifest
+    lines = remarks(manifest)
+    return tag(
+        "main",
+        _header(file),
+        _totals(file),
+        tag("ul", *(tag("li", line) for line in lines), class_="remarks") if lines else None,
+        figures(layer_charts(manifest)),
+        _training(manifest),
+        tag("h2", "Layers"),
+        layer_table(manifest),
+        _each_layer(file),
+        _left_alone(manifest),
+        tag("footer", f"{manifest.tool or 'mpoc'}. Kinds of layers told from {manifest.kinds_from}."),
+    )
+
+
+def _header(file: FileData) -> Markup:
+    source = file.manifest.source.name
+    return tag(
+        "header",
+        tag("p", "mpoc report", class_="kind"),
+        tag("h1", file.name),
+        tag("p", f"made from {source}", class_="muted") if source else None,
+    )
+
+
+def _totals(file: FileData) -> Markup:
+    manifest = file.manifest
+    source, replaced = manifest.source, manifest.replaced
+    before = sum(layer.num_original for layer in replaced)
+    after = sum(layer.num_stored for layer in replaced)
+    selected = f" of {len(manifest.layers)} selected" if manifest.is_complete else ""
+    tiles = [("ρ of the replaced layers", f"{manifest.rho:.4f}", f"{before:,} → {after:,} parameters")]
+    if manifest.is_complete:
+        tiles.append(
+            ("ρ of all selected layers", f"{manifest.rho_selected:.4f}", "those left dense included")
+        )
+    was, now = source.num_parameters, manifest.num_parameters
+    tiles.append(("parameters, whole model", f"{now:,}", _from(f"{was:,}", now, was)))
+    bytes_before = source.nbytes
+    of = (
+        _from(human_bytes(bytes_before), file.nbytes, bytes_before)
+        if bytes_before
+        else "before: not recorded"
+    )
+    tiles.append(("on disk", human_bytes(file.nbytes), of))
+    tiles.append(("layers replaced", str(len(replaced)), (selected or " in this file").strip()))
+    return tag("dl", *(_tile(*tile) for tile in tiles), class_="tiles")
+
+
+def _from(text: str, now: int, was: int) -> str:
+    return f"from {text}, {now / was:.1%}" if was else f"from {text}"
+
+
+def _tile(name: str, value: str, note: str) -> Markup:
+    return tag("div", tag("dt", name), tag("dd", value), tag("dd", note, class_="muted"))
+
+
+def _training(manifest: Manifest) -> Markup | None:
+    charts = training_charts(manifest.training)
+    return join(tag("h2", "Training"), figures(charts)) if charts else None
+
+
+def _each_layer(file: FileData) -> Markup | None:
+    if not file.layers:
+        return None
+    buttons = tag(
+        "p",
+        tag("button", "Open all", type="button", data_open="1"),
+        tag("button", "Close all", type="button", data_open="0"),
+        class_="tools",
+    )
+    sections = [layer_section(layer) for layer in file.layers]
+    return join(title_of("Each replaced layer", "each"), buttons, *sections)
+
+
+def _left_alone(manifest: Manifest) -> Markup | None:
+    """The tensors that are stored as they were."""
+    counts = Counter(manifest.left_alone.values())
+    said = [f"{count} {reason}" for reason, count in counts.most_common()]
+    if manifest.vectors:
+        said.append(f"{manifest.vectors} vectors and scalars (bias, norm and the like)")
+    if not said:
+        return None
+    listed = [
+        *manifest.left_alone.items(),
+        *((name, f"tied to {first}") for name, first in manifest.tied.items()),
+    ]
+    items = [tag("li", tag("b", name), f" {reason}") for name, reason in listed]
+    more = tag("details", tag("summary", "Their names"), tag("ul", *items)) if items else None
+    return join(tag("h2", "Left alone"), tag("p", "; ".join(said)), more)

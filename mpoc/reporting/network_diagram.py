@@ -1,0 +1,285 @@
+"""A layer's tensor network as plain data: nodes on a grid, their legs, the bonds between them.
+
+What hangs together is told by :mod:`mpoc.tensor_networks.topology`; ``PLACES`` says for each kind of network
+where its cores stand.
+
+Tensor networks as inline SVG: a disc a tensor, a line an index, thicker where it is larger.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from mpoc.io.manifest import LayerRecord
+from mpoc.reporting.svg import Markup, join, tag
+from mpoc.tensor_networks.structure import Structure
+from mpoc.tensor_networks.topology import Core
+
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+# Of a tree's sites, below which outputs and inputs hang side by side.
+_WIDE = 1.3
+
+# Of the grid, in units of the viewBox; a label of five digits fits between two discs.
+STEP_X, STEP_Y = 84, 78
+RADIUS = 15
+_LEG = 20
+_EDGE = 52  # to the first disc's middle, with room for the label of its leg
+_TEXT = 14
+_SLANT = 25  # of a leg beside another; their labels do not touch
+_BETWEEN = 16  # terms of a sum
+
+
+@dataclass(frozen=True)
+class DiagramNode:
+    """A tensor; x to the right, y downwards, in steps of the grid."""
+
+    name: str
+    x: float
+    y: float = 0.0
+
+
+@dataclass(frozen=True)
+class DiagramLeg:
+    """An open index of a node."""
+
+    node: int
+    label: str  # "J₂"
+    size: int
+    up: bool
+    side: int = 0  # -1 slants to the left, 1 to the right
+
+
+@dataclass(frozen=True)
+class DiagramBond:
+    """An index, or several as one, that two nodes share."""
+
+    first: int
+    second: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Diagram:
+    """One term of the sum that stands for the weight."""
+
+    nodes: tuple[DiagramNode, ...]
+    legs: tuple[DiagramLeg, ...]
+    bonds: tuple[DiagramBond, ...]
+
+
+def diagrams_of(record: LayerRecord) -> tuple[Diagram, ...]:
+    """The terms whose sum is the weight; none where the layer is dense or its network has no places."""
+    if record.form == "dense" or record.structure.network not in PLACES:
+        return ()
+    structure = record.structure
+    first = _network(structure, record.bonds)
+    if not record.low_rank:
+        return (first,)
+    return first, _network(structure.as_low_rank(), (1, record.low_rank, 1))
+
+
+def _network(structure: Structure, bonds: tuple[int, ...]) -> Diagram:
+    cores = structure.wiring(bonds)
+    places = PLACES[structure.network](cores)
+    nodes = tuple(DiagramNode(str(k + 1), x, y) for k, (x, y) in enumerate(places))
+    joined = tuple(_bonds(cores))
+    legs = [leg for k, core in enumerate(cores) for leg in _legs(k, core, nodes, joined, structure.network)]
+    if structure.lead_sites:
+        lead = "experts" if structure.kind == "experts" else "taps"
+        legs = [replace(leg, label=lead) if leg.label[1:] == "₁" else leg for leg in legs]
+    return Diagram(nodes, tuple(legs), joined)
+
+
+def _is_open(leg: str) -> bool:
+    """``j3`` is an output, ``i3`` an input; any other is a bond."""
+    return leg[0] in "ij"
+
+
+def _legs(
+    k: int, core: Core, nodes: Sequence[DiagramNode], bonds: Sequence[DiagramBond], network: str
+) -> list[DiagramLeg]:
+    """Outputs up and inputs down, but at a tree's sites both down.  An index of size 1 is none."""
+    pairs = [pair for pair in zip(core.legs, core.shape, strict=True) if _is_open(pair[0])]
+    found: list[DiagramLeg] = []
+    for leg, size in [pair for pair in pairs if pair[1] > 1] or pairs:
+        label = leg[0].upper() + leg[1:].translate(_SUBSCRIPTS)
+        found.append(DiagramLeg(k, label, size, leg[0] == "j" and network != "tree"))
+    around = {one.first + one.second - k for one in bonds if k in (one.first, one.second)}
+    return [replace(leg, side=_side(leg, found, nodes, around)) for leg in found]
+
+
+def _side(leg: DiagramLeg, found: list[DiagramLeg], nodes: Sequence[DiagramNode], around: set[int]) -> int:
+    """Away from another leg in the same direction, or from the bonds in it."""
+    same = [one for one in found if one.up == leg.up]
+    if len(same) > 1:
+        return 1 if same.index(leg) else -1
+    here = nodes[leg.node]
+    others = [nodes[k].x for k in around if (nodes[k].y < here.y if leg.up else nodes[k].y > here.y)]
+    if not others:
+        return 0
+    return 1 if max(others) <= here.x else -1
+
+
+def _bonds(cores: Sequence[Core]) -> list[DiagramBond]:
+    """Indices that two cores share; several between the same two are one of their joint size."""
+    holders: dict[str, int] = {}
+    sizes: dict[tuple[int, int], int] = {}
+    for k, core in enumerate(cores):
+        for leg, size in zip(core.legs, core.shape, strict=True):
+            if leg in holders and not _is_open(leg):
+                pair = holders[leg], k
+                sizes[pair] = sizes.get(pair, 1) * size
+            holders[leg] = k
+    return [DiagramBond(*pair, size) for pair, size in sizes.items()]
+
+
+def _in_a_row(cores: Sequence[Core]) -> list[tuple[float, float]]:
+    return [(float(k), 0.0) for k in range(len(cores))]
+
+
+def _above_children(cores: Sequence[Core]) -> list[tuple[float, float]]:
+    """A tree's sites in the lowest row, every other core above the middle of its two branches."""
+    at: dict[str, tuple[float, float]] = {}
+    found: list[tuple[float, float]] = []
+    for core in cores:
+        below = [at[leg] for leg in core.legs[:2] if not _is_open(leg)]
+        if below:
+            place = sum(x for x, _ in below) / 2, min(y for _, y in below) - 1
+        else:
+            place = _WIDE * int(core.legs[0][1:]), 0.0
+        at[core.legs[-1]] = place
+        found.append(place)
+    return found
+
+
+def _level_by_level(cores: Sequence[Core]) -> list[tuple[float, float]]:
+    """A MERA's inputs below; every core between its two lower legs, above whatever they come from."""
+    at: dict[str, tuple[float, float]] = {}
+    found: list[tuple[float, float]] = []
+    for core in cores:
+        upper, lower = core.legs[: len(core.legs) // 2], core.legs[len(core.legs) // 2 :]
+        below = [at.get(leg, (float(leg[1:]) if _is_open(leg) else 0.0, 1.0)) for leg in lower]
+        place = sum(x for x, _ in below) / len(below), min(y for _, y in below) - 1
+        kept = [leg for leg in upper if not _is_open(leg)]
+        # A disentangler's legs go up where they came from, an isometry's from its middle.
+        xs = [x for x, _ in below] if len(kept) == len(below) else [place[0]] * len(kept)
+        at |= {leg: (x, place[1]) for leg, x in zip(kept, xs, strict=True)}
+        found.append(place)
+    return found
+
+
+PLACES: dict[str, Callable[[Sequence[Core]], list[tuple[float, float]]]] = {
+    "chain": _in_a_row,
+    "tree": _above_children,
+    "mera": _level_by_level,
+}
+
+
+def stroke(size: int) -> float:
+    """Width of an index's line."""
+    return 1.2 + 0.45 * math.log2(max(size, 1)) if size > 1 else 1.0
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A network on a canvas of ``width`` × ``height``."""
+
+    network: Diagram
+    left: float
+    top: float
+
+    @property
+    def width(self) -> float:
+        """With the labels of its legs."""
+        return 2 * _EDGE + STEP_X * self._span(0)
+
+    @property
+    def height(self) -> float:
+        """With its legs and their labels."""
+        return 2 * (RADIUS + _LEG + _TEXT + 4) + STEP_Y * self._span(1)
+
+    def _span(self, side: int) -> float:
+        values = [(node.x, node.y)[side] for node in self.network.nodes]
+        return max(values) - min(values)
+
+    def at(self, node: int | DiagramNode) -> tuple[float, float]:
+        """The middle of a disc."""
+        found = self.network.nodes[node] if isinstance(node, int) else node
+        first = min(n.x for n in self.network.nodes), min(n.y for n in self.network.nodes)
+        top = self.top + RADIUS + _LEG + _TEXT + 4
+        return self.left + _EDGE + STEP_X * (found.x - first[0]), top + STEP_Y * (found.y - first[1])
+
+    def end(self, leg: DiagramLeg) -> tuple[float, float]:
+        """Of a leg, upwards or downwards from its node."""
+        x, y = self.at(leg.node)
+        return x + _SLANT * leg.side, y + (-1 if leg.up else 1) * (RADIUS + _LEG)
+
+
+def place_terms(networks: tuple[Diagram, ...]) -> list[Placed]:
+    """The terms of a sum below each other."""
+    left = 24.0 if len(networks) > 1 else 0.0
+    placed: list[Placed] = []
+    top = 0.0
+    for network in networks:
+        placed.append(Placed(network, left, top))
+        top += placed[-1].height + _BETWEEN
+    return placed
+
+
+def network_svg(networks: tuple[Diagram, ...], label: str) -> Markup:
+    """The sum of ``networks``; ``label`` is said in its place where it is not seen."""
+    placed = place_terms(networks)
+    width = max(one.left + one.width for one in placed)
+    height = placed[-1].top + placed[-1].height
+    plus = [tag("text", "+", x=12, y=one.at(0)[1] + 6, class_="m plus") for one in placed[1:]]
+    return tag(
+        "svg",
+        *(_term(one) for one in placed),
+        *plus,
+        class_="network",
+        viewBox=f"0 0 {width:.0f} {height:.0f}",
+        width=width,
+        height=height,
+        style=f"--w:{width:.0f}px",
+        role="img",
+        aria_label=label,
+    )
+
+
+def _term(placed: Placed) -> Markup:
+    bonds = [_bond(placed, bond) for bond in placed.network.bonds]
+    legs = [_leg(placed, leg) for leg in placed.network.legs]
+    discs = [_disc(placed, node) for node in placed.network.nodes]
+    sizes = [_size(placed, bond) for bond in placed.network.bonds]
+    return join(*bonds, *legs, *discs, *sizes)
+
+
+def _bond(placed: Placed, bond: DiagramBond) -> Markup:
+    (x1, y1), (x2, y2) = placed.at(bond.first), placed.at(bond.second)
+    width = f"{stroke(bond.size):.1f}"
+    return tag(
+        "line", x1=x1, y1=y1, x2=x2, y2=y2, stroke_width=width, class_="bond" if bond.size > 1 else "bond one"
+    )
+
+
+def _size(placed: Placed, bond: DiagramBond) -> Markup:
+    """Above the middle of a bond's line."""
+    (x1, y1), (x2, y2) = placed.at(bond.first), placed.at(bond.second)
+    return tag(
+        "text", str(bond.size), x=(x1 + x2) / 2, y=(y1 + y2) / 2 - 3 - stroke(bond.size) / 2, class_="m d"
+    )
+
+
+def _leg(placed: Placed, leg: DiagramLeg) -> Markup:
+    (x, y), (x_end, end) = placed.at(leg.node), placed.end(leg)
+    text = end - 5 if leg.up else end + _TEXT
+    label = tag("text", tag("tspan", f"{leg.label} ", class_="k"), str(leg.size), x=x_end, y=text, class_="m")
+    line = tag("line", x1=x, y1=y, x2=x_end, y2=end, stroke_width=f"{stroke(leg.size):.1f}", class_="leg")
+    return join(line, label)
+
+
+def _disc(placed: Placed, node: DiagramNode) -> Markup:
+    x, y = placed.at(node)
+    return join(tag("circle", cx=x, cy=y, r=RADIUS), tag("text", node.name, x=x, y=y + 4, class_="m n"))

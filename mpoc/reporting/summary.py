@@ -1,0 +1,238 @@
+"""Records to rows, totals, JSON and CSV.  No torch here: a report needs the header alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import asdict
+from typing import Any
+
+from mpoc.io.manifest import MANIFEST_FILE, LayerRecord, Manifest
+from mpoc.runtime.formatting import human_bytes, times
+
+SCHEMA = "mpoc.reporting.summary/1"
+# Above this share of a weight's norm lost, a network without fine-tuning is usually badly hurt.
+LARGE_ERROR = 0.1
+# The same of a layer's outputs after calibration, where later layers make up for a part.
+LARGE_OUTPUT_ERROR = 0.3
+
+_COLUMNS = (
+    "layer",
+    "kind",
+    "form",
+    "shape",
+    "output_factors",
+    "input_factors",
+    "bonds",
+    "low_rank",
+    "num_original",
+    "num_stored",
+    "rho",
+    "relative_error",
+    "output_error",
+    "held_out_error",
+    "stored_dtype",
+    "reason",
+)
+
+
+def report_dict(manifest: Manifest, nbytes: int, seconds: dict[str, float] | None = None) -> dict[str, Any]:
+    """The report as plain data; the schema is documented in README under "The JSON report".
+
+    Args:
+        manifest: of the compressed file, or of a plan.
+        nbytes: of the output on disk.
+        seconds: time of each layer's fit, where it was just made.
+    """
+    layers = [_layer_dict(layer, seconds) for layer in manifest.layers]
+    return {
+        "schema": SCHEMA,
+        "source": asdict(manifest.source),
+        "options": manifest.options,
+        "tool": manifest.tool,
+        "kinds_from": manifest.kinds_from,
+        "architecture": manifest.architecture,
+        "training": manifest.training,
+        "calibration": manifest.calibration,
+        "totals": {
+            "rho": manifest.rho,
+            "rho_selected": manifest.rho_selected if manifest.is_complete else None,
+            "layers_replaced": len(manifest.replaced),
+            "layers_selected": len(manifest.layers) if manifest.is_complete else None,
+            "parameters_replaced_before": sum(layer.num_original for layer in manifest.replaced),
+            "parameters_replaced_after": sum(layer.num_stored for layer in manifest.replaced),
+            "parameters_before": manifest.source.num_parameters,
+            "parameters_after": manifest.num_parameters,
+            "bytes_before": manifest.source.nbytes,
+            "bytes_after": nbytes,
+        },
+        "layers": layers,
+        "left_alone": manifest.left_alone,
+        "vectors_left_alone": manifest.vectors,
+        "tied": manifest.tied,
+    }
+
+
+def _layer_dict(layer: LayerRecord, seconds: dict[str, float] | None) -> dict[str, Any]:
+    row = {**asdict(layer), "layer": layer.layer, "rho": layer.rho}
+    if seconds is not None:
+        row["seconds"] = round(seconds.get(layer.name, 0.0), 4)
+    return row
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """The report as JSON text."""
+    return json.dumps(report, indent=2, ensure_ascii=False)
+
+
+def to_csv(manifest: Manifest) -> str:
+    """One line a selected layer; factors and bonds joined by ×."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for layer in manifest.layers:
+        row = _layer_dict(layer, None)
+        writer.writerow([_cell(row[column]) for column in _COLUMNS])
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    return times(value) if isinstance(value, tuple | list) else value
+
+
+def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
+    """The totals in plain sentences."""
+    replaced = manifest.replaced
+    before = sum(layer.num_original for layer in replaced)
+    after = sum(layer.num_stored for layer in replaced)
+    source = manifest.source
+    rho = f"ρ = {manifest.rho:.4f} over {len(replaced)} replaced layers ({before:,} → {after:,})"
+    if manifest.is_complete:
+        rho += f"; {manifest.rho_selected:.4f} over the {len(manifest.layers)} selected"
+    was = "" if source.nbytes is None else f"{human_bytes(source.nbytes)} → "
+    lines = [
+        rho,
+        f"whole model {source.num_parameters:,} → {manifest.num_parameters:,} parameters; "
+        f"{'predicted at most' if predicted else 'on disk'} {was}{human_bytes(nbytes)}",
+    ]
+    return lines + remarks(manifest)
+
+
+def remarks(manifest: Manifest) -> list[str]:
+    """What there is to say besides the totals: what is not known, calibration, advice, training."""
+    lines: list[str] = []
+    if not manifest.is_complete:
+        lines.append(
+            f"no {MANIFEST_FILE}, which transformers does not save: errors, entropies, the original's size "
+            "and what else was selected are not known"
+        )
+    ordered = [
+        f"{layer.layer} ({layer.order if isinstance(layer.order, str) else 'learned'})"
+        for layer in manifest.replaced
+        if layer.order
+    ]
+    if ordered:
+        lines.append(f"inputs are factorised in another order: {', '.join(ordered)}")
+    lines += calibration_lines(manifest.calibration)
+    lines += same_size_lines(manifest)
+    lines += _advice(manifest)
+    if "zoo" in manifest.architecture:
+        lines.append(f"architecture {manifest.architecture['zoo']}, of the zoo")
+    elif "factory" in manifest.architecture:
+        lines.append(f"architecture {manifest.architecture['factory']}, code that is asked for again")
+    return lines + training_lines(manifest.training)
+
+
+def calibration_lines(calibration: dict[str, Any]) -> list[str]:
+    """What ``--calibrate`` did: the data, how the budget was shared out, and against what."""
+    if not calibration:
+        return []
+    data = calibration.get("data", {})
+    line = (
+        f"calibrated on {calibration.get('samples', 0):,} examples of {data.get('name', '?')} "
+        f"({calibration.get('held_out', 0):,} held out), layers in the order of the network"
+    )
+    shares = calibration.get("shares", {})
+    if any(shares.get("distances", {}).values()):
+        found = "; ".join(f"{way} {far:.4g}" for way, far in shares["distances"].items())
+        line += (
+            f"; budget shared out by {shares.get('chosen', '?')} (mean distance of the network's held-out "
+            f"outputs from the dense ones, before the fit in order: {found})"
+        )
+    norms = calibration.get("norms")
+    if norms is None:
+        return [line]
+    kept = "renewed" if norms.get("renewed") else "left as they were"
+    found = f"(distance {norms.get('before', 0):.4g}, with new ones {norms.get('after', 0):.4g})"
+    return [line, f"statistics of batch norms {kept}, as held-out outputs prefer {found}"]
+
+
+def same_size_lines(manifest: Manifest) -> list[str]:
+    """What other methods would have given in the same bytes."""
+    found = [layer.same_size for layer in manifest.replaced if layer.same_size]
+    if not found:
+        return []
+    others = [name for name in found[0] if name != "this" and all(name in one for one in found)]
+    means = {name: sum(one[name] for one in found) / len(found) for name in ("this", *others)}
+    said = ", ".join(f"{name} {means[name]:.4f}" for name in others)
+    return [
+        f"in the same bytes, mean over {len(found)} layers of the held-out output error as the network's "
+        f"output feels it: {means['this']:.4f}; {said or 'no other method is as small'}"
+    ]
+
+
+def training_lines(training: dict[str, Any]) -> list[str]:
+    """What ``mpoc finetune`` did, a line each time it was run, the first time first."""
+    if not training:
+        return []
+    if "steps" not in training:
+        return [f"before compression {line}" for line in training_lines(training.get("earlier", {}))]
+    data, metric = training.get("data", {}), training.get("metric", "loss")
+    parts = [f"{training.get('steps', 0):,} steps of {training.get('task', 'training')}"]
+    if training.get("split") and training.get("final"):
+        start, final = (training.get(key, {}).get(metric) for key in ("start", "final"))
+        change = f"{start:.4g} → {final:.4g}" if start is not None else f"{final:.4g}"
+        parts.append(f"{metric} {change} on its {training['split']} split")
+    if metric in training.get("test", {}):
+        parts.append(f"{training['test'][metric]:.4g} on test")
+    if "sigma" in training:
+        parts.append(f"{training['mean']:.4g} ± {training['sigma']:.2g} over {len(training['runs'])} runs")
+    line = f"fine-tuned on {data.get('name', '?')}: {', '.join(parts)}"
+    return [*training_lines(training.get("earlier", {})), line]
+
+
+def _advice(manifest: Manifest) -> list[str]:
+    """A plain word where the result cannot be used as it is."""
+    if manifest.calibration:
+        return _calibrated_advice(manifest)
+    errors = [layer.relative_error for layer in manifest.replaced if layer.relative_error is not None]
+    large = [error for error in errors if error > LARGE_ERROR]
+    if not large:
+        return []
+    return [
+        f"{len(large)} of {len(errors)} replaced layers lost more than {LARGE_ERROR:.0%} of their weight's "
+        f"norm (worst {max(large):.0%}): a network usually needs fine-tuning after that; measure its "
+        f"accuracy before use. {_what_loses_less(manifest)} loses less."
+    ]
+
+
+def _what_loses_less(manifest: Manifest) -> str:
+    if "discard" in manifest.options:
+        return "A smaller --discard"
+    if any(layer.form == "mera" for layer in manifest.replaced):
+        return "A larger --bond or --ratio, or another --form,"
+    return "A larger --bond or --ratio, or --max-error 0.1,"
+
+
+def _calibrated_advice(manifest: Manifest) -> list[str]:
+    """The weight's own error says little here: it may be above 1 where no inputs are."""
+    errors = [layer.held_out_error for layer in manifest.replaced if layer.held_out_error is not None]
+    large = [error for error in errors if error > LARGE_OUTPUT_ERROR]
+    if not large:
+        return []
+    return [
+        f"{len(large)} of {len(errors)} fitted layers miss their held-out outputs by more than "
+        f"{LARGE_OUTPUT_ERROR:.0%} (worst {max(large):.0%}): measure the network before use (mpoc eval). A "
+        "larger --ratio, more --calibration-samples, or mpoc finetune helps."
+    ]

@@ -1,0 +1,289 @@
+"""Finished networks on disk, so that an interrupted or widened study trains only what is missing.
+
+Each is a JSON file with everything that its result depends on; the weights of networks that others start from
+lie beside it.  A file is there whole or not at all, and counts only where what it depends on is the same.
+
+One network of a study: built, trained, measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpoc.errors import MpocError
+from mpoc.io.atomic import staged
+from mpoc.models import zoo
+from mpoc.reproduce.experiment import Experiment, ReplacedLayer
+from mpoc.reproduce.networks import FULL_BOND, choose_bonds, core_forms, replace_layers
+from mpoc.reproduce.paper_data import PaperData
+from mpoc.runtime.device import derived_seed
+from mpoc.runtime.formatting import rounded
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.train.engine import make_accelerator
+from mpoc.train.evaluate import evaluate
+from mpoc.train.loop import train
+from mpoc.train.monitor import Outcome, TrainingEvent, TrainingMonitor
+
+_FORMAT = 1  # goes up where results of before would differ
+
+DENSE = "dense"
+Key = tuple[str, str, int, int]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A trained network."""
+
+    parameters: int  # of the whole network
+    start: float  # accuracy before training, per cent
+    final: float
+    best: float
+    seconds: float  # factorisation, training and its evaluations
+    steps: int
+    device: str
+    curve: list[dict[str, float]]  # epoch, accuracy and, where one chooses, validation
+    milliseconds: float | None = None  # of a training step
+    # By replaced layer, at the inner bonds; {} of a dense network.
+    bonds: dict[str, list[int]] = field(default_factory=dict)
+    entropies: dict[str, list[float]] = field(default_factory=dict)
+
+
+class Store:
+    """The folder of a study.
+
+    Args:
+        folder: made where it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, name: str, identity: dict[str, Any]) -> Result | None:
+        """The stored result, if there is one of just this.
+
+        Raises:
+            MpocError: a damaged file.
+        """
+        file = self._file(name, identity, ".json")
+        if not file.exists():
+            return None
+        try:
+            return Result(**json.loads(file.read_text("utf-8"))["result"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise MpocError(
+                f"{file}: damaged: {error}", "remove it; that network is then trained again"
+            ) from error
+
+    def put(
+        self, name: str, identity: dict[str, Any], result: Result, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """Keep a result, after the weights that it stands for."""
+        if weights is not None:
+            with staged(self._file(name, identity, ".safetensors")) as target:
+                save_file({key: tensor.contiguous() for key, tensor in weights.items()}, target)
+        record = {"identity": identity, "result": asdict(result)}
+        with staged(self._file(name, identity, ".json")) as target:
+            target.write_text(json.dumps(record, indent=1, ensure_ascii=False), "utf-8")
+
+    def weights(self, name: str, identity: dict[str, Any]) -> dict[str, Tensor] | None:
+        """Of a network that others start from; None where they are not there."""
+        file = self._file(name, identity, ".safetensors")
+        return load_file(file) if file.exists() else None
+
+    def _file(self, name: str, identity: dict[str, Any], suffix: str) -> Path:
+        words = json.dumps([_FORMAT, identity], sort_keys=True)
+        digest = hashlib.blake2b(words.encode(), digest_size=6).hexdigest()
+        return self.folder / f"{name}-{digest}{suffix}"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Which network."""
+
+    experiment: Experiment
+    start: str  # "dense", "ttsvd" or "random"
+    bond: int  # D, of random cores and caps; 0 where every layer has its own, and of a dense network
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For people and for file names: ``fc2-ttsvd-D16-seed0``."""
+        network = self.experiment.network.replace(":", "-").replace(",", "-").replace("=", "")
+        bond = f"-D{self.bond}" if self.bond else ""
+        return f"{network}-{self.start}{bond}-seed{self.seed}"
+
+    @property
+    def key(self) -> Key:
+        """Label, start, D and seed: different for any two of a study."""
+        return self.experiment.label, self.start, self.bond, self.seed
+
+    def origin(self) -> Cell | None:
+        """The trained network of the same seed that this one starts from."""
+        if self.start == "ttsvd":
+            return replace(self, start=DENSE, bond=0)
+        if self.start == "random" and self.experiment.discard:
+            return replace(self, experiment=replace(self.experiment, discard=0.0))
+        return None
+
+    def identity(self, material: PaperData) -> dict[str, Any]:
+        """All that the result depends on; labels and the paper's numbers are not part of it."""
+        settings = asdict(replace(self.experiment.training.settings, seed=self.seed))
+        training = self.experiment.training
+        found: dict[str, Any] = {
+            "network": self.experiment.network,
+            "settings": {**settings, "betas": list(settings["betas"])},
+            "augmentation": {"pad": training.pad, "flip": training.flip},
+            "data": material.identity,
+            "start": self.start,
+        }
+        if self.start != DENSE:
+            found["layers"] = [_layer_identity(layer, self.bond) for layer in self.experiment.layers]
+            if self.experiment.discard:
+                found["discard"] = self.experiment.discard
+        return found
+
+
+def _layer_identity(layer: ReplacedLayer, bond: int) -> dict[str, Any]:
+    """As plain data; raster order and a chain go without saying, as in results before there were others."""
+    found = {"name": layer.name, "bond": layer.bond or bond}
+    found |= {key: list(getattr(layer, key)) for key in ("inputs", "outputs", "size")}
+    found |= {} if layer.order == "raster" else {"order": layer.order}
+    return found if layer.network == "chain" else {**found, "network": layer.network}
+
+
+def run_cell(
+    cell: Cell,
+    material: PaperData,
+    device: str,
+    origin: dict[str, Tensor] | None,
+    told: Callable[[TrainingEvent], None] | None = None,
+) -> tuple[Result, dict[str, Tensor]]:
+    """Build, train and measure a network.
+
+    Args:
+        cell: which.
+        material: its data.
+        device: ``auto``, ``cpu``, …
+        origin: the weights of the cell's origin, where it has one.
+        told: called while training runs.
+
+    Returns:
+        The result, and the weights that count, on the CPU.
+
+    Raises:
+        UsageError: factors that do not fit.
+        MpocError: the loss is not finite.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    begin = time.perf_counter()
+    network = _network(cell, origin)
+    accelerator = make_accelerator(device)
+    outcome, curve = _train(cell, network, material, accelerator, told)
+    chosen = next(point for point in curve if point["step"] == outcome.chosen["step"])
+    result = Result(
+        parameters=sum(p.numel() for p in network.parameters()),
+        start=curve[0]["accuracy"],
+        final=chosen["accuracy"],
+        best=max(point["accuracy"] for point in curve),
+        seconds=rounded(time.perf_counter() - begin),
+        steps=outcome.steps,
+        device=str(accelerator.device),
+        curve=curve,
+        milliseconds=_step_time(cell, outcome),
+        **_spectra(cell, network),
+    )
+    return result, {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+
+
+def _step_time(cell: Cell, outcome: Outcome) -> float | None:
+    return rounded(1000 * cell.experiment.training.settings.batch / outcome.rate) if outcome.rate else None
+
+
+def _spectra(cell: Cell, network: nn.Module) -> dict[str, dict[str, list[Any]]]:
+    """Bonds and entropies of the replaced layers."""
+    if cell.start == DENSE:
+        return {}
+    forms = core_forms(network, cell.experiment.layers)
+    return {
+        "bonds": {name: list(_inner(form)) for name, form in forms.items()},
+        "entropies": {name: list(map(rounded, form.entropies())) for name, form in forms.items()},
+    }
+
+
+def _inner(form: Form) -> tuple[int, ...]:
+    return form.bonds[1:-1] if isinstance(form, MPO) else form.bonds
+
+
+def _network(cell: Cell, origin: dict[str, Tensor] | None) -> nn.Module:
+    """As it is before training. All starts of a seed draw the same parameters outside the replaced layers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derived_seed(cell.seed, "network"))
+        network = zoo.make(cell.experiment.network)
+    if cell.start == DENSE:
+        return network
+    layers, discard = cell.experiment.layers, cell.experiment.discard
+    bond = cell.bond
+    if cell.start == "ttsvd":
+        assert origin is not None
+        network.load_state_dict(origin)
+        bond = FULL_BOND if discard else bond
+    replace_layers(network, layers, bond, cell.start, cell.seed)
+    if discard:
+        if cell.start == "random":
+            assert origin is not None
+            network.load_state_dict(origin)
+        choose_bonds(network, layers, discard)
+    return network
+
+
+def dense_sizes(experiment: Experiment) -> tuple[int, int]:
+    """Parameters of the whole dense network, and N_ori of the layers that are replaced."""
+    with torch.device("meta"):
+        network = zoo.make(experiment.network)
+    weights = (network.get_submodule(layer.name).get_parameter("weight") for layer in experiment.layers)
+    return sum(p.numel() for p in network.parameters()), sum(weight.numel() for weight in weights)
+
+
+def _train(
+    cell: Cell,
+    network: nn.Module,
+    material: PaperData,
+    accelerator: Any,
+    told: Callable[[TrainingEvent], None] | None,
+) -> tuple[Outcome, list[dict[str, float]]]:
+    """The outcome, and the accuracy at every evaluation on the split that is reported."""
+    training = cell.experiment.training
+    settings = replace(training.settings, seed=cell.seed, keep_best=material.chooses)
+    measured = material.split(material.measured)
+    curve: list[dict[str, float]] = []
+
+    def note(now: TrainingEvent) -> None:
+        if now.scores is not None:
+            point = {"step": now.step, "epoch": rounded(now.epoch)}
+            scores = now.scores
+            if material.chooses:
+                point["validation"] = rounded(scores["accuracy"])
+                device = accelerator.device
+                scores = evaluate(network, material.task, measured, settings.batch, device).scores
+            curve.append({**point, "accuracy": rounded(scores["accuracy"])})
+        if told is not None:
+            told(now)
+
+    validation = material.split("validation") if material.chooses else measured
+    feed = material.train(training)
+    outcome = train(
+        network, material.task, feed, settings, validation, TrainingMonitor(told=note), accelerator
+    )
+    return outcome, curve

@@ -1,0 +1,1 @@
+"""The process and its machine: process groups, signals, devices, installed packages, formatting."""

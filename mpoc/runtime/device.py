@@ -1,0 +1,155 @@
+"""What the machine has: processors, memory, devices, room on disk.
+
+Whether what is about to be made has room: a small file can describe a matrix of any size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.runtime.distributed import local_rank, num_processes
+from mpoc.runtime.formatting import human_bytes
+
+_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+_MEMORY = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """One that is no CPU."""
+
+    name: str  # as --device takes it
+    title: str  # as its maker calls it
+    memory: int | None  # bytes; None: not known
+    is_used: bool  # False: torch computes on it, mpoc cannot
+
+
+def usable_cpus() -> int:
+    """Processors that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def memory() -> tuple[int | None, int | None]:
+    """Bytes of memory in all, a container's limit counted, and bytes free; None: not known here."""
+    total: int | None = None
+    if hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _LIMIT.read_text().strip() if _LIMIT.is_file() else ""
+    if total is not None and limit.isdecimal():
+        total = min(total, int(limit))
+    free = None
+    for line in _MEMORY.read_text().splitlines() if _MEMORY.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    return total, free
+
+
+def free_disk() -> dict[str, int]:
+    """Bytes free in the temporary folder and in the current one, by their paths.
+
+    Raises:
+        OSError: there is no temporary folder that can be written to.
+    """
+    folders = dict.fromkeys((tempfile.gettempdir(), str(Path.cwd())))
+    return {folder: shutil.disk_usage(folder).free for folder in folders}
+
+
+def devices() -> tuple[list[DeviceInfo], list[str]]:
+    """GPUs that torch finds, and in words why there is none.
+
+    Raises:
+        ImportError, OSError: torch cannot be imported.
+    """
+    import torch
+
+    with warnings.catch_warnings(record=True) as said:  # as of a driver that is too old
+        warnings.simplefilter("always")
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = [
+        DeviceInfo(
+            f"cuda:{k}", torch.cuda.get_device_name(k), torch.cuda.get_device_properties(k).total_memory, True
+        )
+        for k in range(count)
+    ]
+    if torch.backends.mps.is_available():
+        found.append(DeviceInfo("mps", "Apple GPU", None, False))
+    built = torch.version.cuda or torch.version.hip
+    if found or not built:
+        return found, [] if found else ["this torch is built for the CPU alone"]
+    return [], [f"torch is built for {built}, but sees no GPU", *(str(one.message) for one in said)]
+
+
+def require_memory(path: Path, name: str, nbytes: int) -> None:
+    """Check before a tensor is made.
+
+    Args:
+        path: of the file that describes it, for the message.
+        name: of the tensor.
+        nbytes: that it takes in memory.
+
+    Raises:
+        MpocError: the machine has less memory in all.
+    """
+    memory = _memory()
+    if memory is not None and nbytes > memory:
+        raise MpocError(
+            f"{path}: tensor {name!r} takes {human_bytes(nbytes)} when it is dense, "
+            f"and this machine has {human_bytes(memory)} of memory",
+            "load it with mpoc.load, which computes with its cores",
+        )
+
+
+def require_disk_space(output: Path, nbytes: int) -> None:
+    """Check before a file is written.
+
+    Raises:
+        MpocError: its disk has less room.
+    """
+    free = shutil.disk_usage(output.resolve().parent).free
+    if nbytes > free:
+        raise MpocError(
+            f"{output}: would take {human_bytes(nbytes)}, and its disk has {human_bytes(free)} left",
+            "make room, or write elsewhere with -o",
+        )
+
+
+def _memory() -> int | None:
+    """Bytes of the whole machine; None where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one; of several processes each its own.
+
+    Raises:
+        UsageError: unknown or not present.
+    """
+    if name == "auto":
+        count = torch.cuda.device_count()
+        number = local_rank() % count if num_processes() > 1 and count else 0
+        return torch.device("cuda", number) if count > 1 else torch.device("cuda" if count else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: not available here", "--device auto") from error
+    return device
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed (0 … 2⁶³−1) that is a function of ``parts``, unlike that of any other parts."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

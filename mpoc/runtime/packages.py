@@ -1,0 +1,144 @@
+"""Version numbers compared, as far as mpoc's own bounds and files of later versions need it.  No torch here.
+
+Releases count by their numbers; what follows them (``+cpu``, ``rc1``) does not.
+
+Which packages mpoc asks for, by its own metadata, and which are there.  Imports none of them.
+
+matplotlib, which draws figures into files where the extra ``plot`` is installed.
+"""
+
+from __future__ import annotations
+
+import operator
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mpoc
+from mpoc.errors import MpocError, shortened
+
+_RELEASE = re.compile(r"(\d{1,9}(?:\.\d{1,9}){0,5})(?:(?:[+-]|\.?[a-z])[\w.+-]{0,40})?")
+_BOUND = re.compile(r"(>=|<=|==|!=|>|<)\s*([\w.+]+)")
+_COMPARE: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+_REQUIREMENT = re.compile(r"([\w.-]+)[^;<>=!~]*([^;]*)(?:;.*extra\s*==\s*['\"]([\w-]+)['\"])?")
+# Extras that a user chooses, in the order in which they are told.
+EXTRAS = ("hf", "train", "plot", "onnx")
+PYTHON = "Python"
+
+
+def release(version: str) -> tuple[int, ...] | None:
+    """``2.13.0+cpu`` → (2, 13), zeros at the end left out; None where it is no version."""
+    found = _RELEASE.fullmatch(version)
+    return tuple(map(int, re.sub(r"(\.0+)+$", "", found[1]).split("."))) if found else None
+
+
+def is_later(version: str, than: str) -> bool:
+    """Whether both are versions and the first comes after the second."""
+    first, second = release(version), release(than)
+    return first is not None and second is not None and first > second
+
+
+def is_within(version: str, bounds: str) -> bool:
+    """Whether ``2.13.0`` keeps ``>=2.6,<2.14``; what is no version keeps none."""
+    found = release(version)
+    pairs = ((_COMPARE[sign], release(bound)) for sign, bound in _BOUND.findall(bounds))
+    return found is not None and all(bound is not None and keeps(found, bound) for keeps, bound in pairs)
+
+
+def unreadable(path: Path, tool: Any, error: Exception) -> MpocError:
+    """What to say of a manifest: damaged, or written by a later mpoc with more in it than this one knows.
+
+    Args:
+        path: of the file.
+        tool: what the manifest says of its writer, ``"mpoc 0.2.0"``; unchecked.
+        error: of reading it.
+    """
+    writer = tool.removeprefix("mpoc ") if isinstance(tool, str) else ""
+    if is_later(writer, mpoc.__version__):
+        return MpocError(
+            f"{path}: written by mpoc {writer}, this is mpoc {mpoc.__version__}: {error}",
+            "pip install --upgrade mpoc",
+        )
+    return MpocError(f"{path}: damaged manifest ({shortened(error)})")
+
+
+@dataclass(frozen=True)
+class Package:
+    """One that mpoc needs, or that an extra brings."""
+
+    name: str
+    version: str | None  # None: not installed
+    needs: str  # as ">=2.6,<2.14"
+    extra: str | None = None  # None: needed always
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it is there, in a version that mpoc is made for."""
+        return self.version is not None and is_within(self.version, self.needs)
+
+    @property
+    def mend(self) -> str:
+        """What brings one that is right."""
+        if self.extra is not None:
+            return install(self.extra)
+        return (
+            f"install Python {self.needs}"
+            if self.name == PYTHON
+            else f"pip install '{self.name}{self.needs}'"
+        )
+
+
+def install(extra: str) -> str:
+    """``pip install 'mpoc[hf]'``."""
+    return f"pip install 'mpoc[{extra}]'"
+
+
+def packages() -> list[Package]:
+    """Python itself, what is needed always, and what extras bring, in the order of the metadata.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: mpoc runs from a folder, and is not installed.
+    """
+    about = metadata.metadata("mpoc").json
+    found = [Package(PYTHON, platform.python_version(), str(about.get("requires_python", "")))]
+    for line in metadata.requires("mpoc") or ():
+        match = _REQUIREMENT.fullmatch(line)
+        if match is not None and match[3] in (None, *EXTRAS):
+            found.append(Package(match[1], _version(match[1]), _in_order(match[2].strip()), match[3]))
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _in_order(bounds: str) -> str:
+    """``<2.14,>=2.6`` → ``>=2.6,<2.14``."""
+    return ",".join(sorted(filter(None, bounds.split(",")), reverse=True))
+
+
+def require_matplotlib() -> None:
+    """Check, before any work, that figures can be drawn.
+
+    Raises:
+        MpocError: matplotlib is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MpocError("--plot needs matplotlib", "pip install 'mpoc[plot]'") from error

@@ -1,0 +1,198 @@
+"""Gram matrices of what surrounds each core of a network: a descent divides by them.
+
+Minimise f over all cores of a form, or of a sum, together: L-BFGS (Nocedal & Wright 2006, algorithm 7.4).
+
+One application of Ŵ ↦ G (T − Ŵ) M gives the gradient for every core at once.  Alternating least squares
+needs several for each core, and many sweeps where neighbouring cores depend on each other.  Measured on a
+transformer's layers, at equal numbers of applications this reaches a lower f than one-site ALS, with exact
+solves or with a few conjugate gradients each, and than Gauss-Newton steps.
+
+The metric is to be near the identity (:mod:`mpoc.tensor_networks.fit.whitening`).  In a chain or a tree a
+core's curvature is then the product of the Gram matrices of everything beyond each of its bonds; to divide
+by all makes steps the same in every gauge.  A step that does not lower f is shortened, so f never rises.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.forms.contraction import Legs, along
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.stored import form_of
+
+# A bond's directions of less than this share of its mean weight are not scaled up further.
+_FLOOR = 1e-4
+
+_MEMORY = 10
+_SHORTENINGS = 6
+
+
+CorePosition = tuple[int, int]  # core, axis
+
+
+def inverse_grams(cores: Sequence[Tensor], legs: Sequence[Legs]) -> list[dict[int, Tensor]]:
+    """For every core, by axis, the inverse Gram matrix of everything beyond the bond there.
+
+    Nothing where bonds close a loop: there what surrounds a core is no product of such matrices.
+    """
+    places: dict[str, list[CorePosition]] = defaultdict(list)
+    for k, names in enumerate(legs):
+        for axis, name in enumerate(names):
+            places[name].append((k, axis))
+    bonds = [ends for ends in places.values() if len(ends) == 2]
+    if len(bonds) != len(cores) - 1:
+        return [{} for _ in cores]
+    beyond = {here: there for ends in bonds for here, there in (ends, ends[::-1])}
+    grams: dict[CorePosition, Tensor] = {}
+    found: list[dict[int, Tensor]] = [{} for _ in cores]
+    for (k, axis), there in beyond.items():
+        found[k][axis] = _inverse(_gram(cores, there, beyond, grams))
+    return found
+
+
+def _gram(
+    cores: Sequence[Tensor],
+    place: CorePosition,
+    beyond: dict[CorePosition, CorePosition],
+    known: dict[CorePosition, Tensor],
+) -> Tensor:
+    """Over one axis of a core: of the core and all that hangs on its other axes."""
+    if place not in known:
+        k, axis = place
+        weighed = cores[k]
+        for other in range(weighed.dim()):
+            if other != axis and (k, other) in beyond:
+                weighed = along(weighed, other, _gram(cores, beyond[k, other], beyond, known))
+        rows, columns = (core.movedim(axis, 0).flatten(1) for core in (cores[k], weighed))
+        known[place] = rows @ columns.T
+    return known[place]
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """Of Gram matrices that may be singular, or zero."""
+    regular = gram.double()
+    regular.diagonal().add_(_FLOOR * regular.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    return torch.cholesky_inverse(torch.linalg.cholesky(regular)).to(gram.dtype)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Cores as one vector, with f and its gradient there."""
+
+    vector: Tensor  # all cores, flattened one after another
+    value: float
+    gradient: Tensor  # likewise
+
+
+class LBFGS:
+    """The state of a minimisation; ``run`` goes on from where it stopped.
+
+    Args:
+        metric: in whitened coordinates; its dtype is that of the arithmetic.
+        start: the terms of a sum, each with factors that multiply out to the metric's sides.
+    """
+
+    def __init__(self, metric: Metric, start: Sequence[Form]) -> None:
+        self.metric = metric
+        self.structures = [term.structure for term in start]
+        self.shapes = [[core.shape for core in term.cores] for term in start]
+        self.legs = [term.legs for term in start]
+        # (step, change of gradient, their product), the latest last
+        self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
+        numbers = [core.reshape(-1) for term in start for core in term.cores]
+        self.point = self._at(torch.cat(numbers).to(metric.target.dtype))
+
+    @property
+    def terms(self) -> list[Form]:
+        """Where the minimisation stands."""
+        return self._formed(self._split(self.point.vector))
+
+    def run(self, steps: int) -> bool:
+        """Take up to ``steps`` steps; whether all of them lowered f."""
+        return all(self._step() for _ in range(steps))
+
+    def _step(self) -> bool:
+        """One step along the L-BFGS direction, or failing that along the preconditioned gradient."""
+        if self._search():
+            return True
+        if not self.pairs:
+            return False
+        self.pairs.clear()
+        return self._search()
+
+    def _search(self) -> bool:
+        """Move to a lower point along the present direction; whether there was one."""
+        here = self.point
+        direction = -self._inverse_hessian(here.gradient)
+        slope = float(here.gradient @ direction)
+        length = 1.0
+        for _ in range(_SHORTENINGS if slope < 0 else 0):
+            there = self._at(here.vector + length * direction)
+            if there.value < here.value:
+                step, change = there.vector - here.vector, there.gradient - here.gradient
+                curvature = float(step @ change)
+                if curvature > 1e-6 * float(step.norm() * change.norm()):
+                    self.pairs.append((step, change, curvature))
+                self.point = there
+                return True
+            bend = there.value - here.value - slope * length  # of the parabola through both points
+            length *= min(max(-slope * length / (2 * bend), 0.1), 0.5) if bend > 0 else 0.1
+        return False
+
+    def _at(self, vector: Tensor) -> Point:
+        with torch.enable_grad():
+            vector = vector.detach().requires_grad_()
+            matrix = total(self._formed(self._split(vector)))
+            error = self.metric.target - matrix.detach()
+            weighted = self.metric.weighed(error)
+            gradient = torch.autograd.grad(matrix, vector, -2 * weighted)[0]
+        value = float((error * weighted).sum(dtype=torch.float64))
+        return Point(vector.detach(), value, gradient)
+
+    def _split(self, vector: Tensor) -> list[list[Tensor]]:
+        """The cores of each term."""
+        shapes = [shape for term in self.shapes for shape in term]
+        parts = iter(vector.split([shape.numel() for shape in shapes]))
+        return [[next(parts).view(shape) for shape in term] for term in self.shapes]
+
+    def _formed(self, cores: list[list[Tensor]]) -> list[Form]:
+        return [form_of(*term) for term in zip(cores, self.structures, strict=True)]
+
+    def _inverse_hessian(self, gradient: Tensor) -> Tensor:
+        """The two-loop recursion around the preconditioner."""
+        weights: list[float] = []
+        for step, change, curvature in reversed(self.pairs):
+            weights.append(float(step @ gradient) / curvature)
+            gradient = torch.add(gradient, change, alpha=-weights[-1])
+        result = self._precondition(gradient)
+        if self.pairs:
+            _, change, curvature = self.pairs[-1]
+            result.mul_(curvature / float(change @ self._precondition(change)))
+        for (step, change, curvature), weight in zip(self.pairs, reversed(weights), strict=True):
+            result.add_(step, alpha=weight - float(change @ result) / curvature)
+        return result
+
+    def _precondition(self, vector: Tensor) -> Tensor:
+        """Half the vector, each core divided by the Gram matrices of all beyond its bonds."""
+        parts = []
+        now = self._split(self.point.vector)
+        for given, cores, legs in zip(self._split(vector), now, self.legs, strict=True):
+            for part, inverses in zip(given, inverse_grams(cores, legs), strict=True):
+                for axis, inverse in inverses.items():
+                    part = along(part, axis, inverse)
+                parts.append(part.reshape(-1) / 2)
+        return torch.cat(parts)
+
+
+def total(terms: Sequence[Form]) -> Tensor:
+    """The sum of the terms as one matrix (N_y, N_x), padding left out; none has a lead above 1."""
+    matrix = terms[0].to_matrix()[0]
+    for term in terms[1:]:
+        matrix = matrix + term.to_matrix()[0]
+    return matrix

@@ -1,0 +1,254 @@
+"""Random orthogonal cores of a MERA: what Hallam et al. 2017 start their layers from (Saxe et al. 2013).
+
+A weight to a MERA: variational (Evenbly & Vidal 2009), all cores at once.
+
+    start     disentanglers that leave alone what goes through them, isometries of a hierarchical SVD: exact
+              in what the weight's tree of inputs and outputs needs, and no disentangling; or random
+              orthogonal cores; the one from which the descent's first steps get further
+    descent   L-BFGS over all cores together (:mod:`mpoc.tensor_networks.fit.lbfgs`), in the weight's working
+    dtype
+
+Bonds of a MERA close loops, so that there is no canonical form, and no truncation that is known to be best.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mpoc.tensor_networks.fit.lbfgs import LBFGS
+from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.fit.truncation import exponent_of, scaled, squared_norm, truncate
+from mpoc.tensor_networks.fit.tt_svd import Fit, stored_fit
+from mpoc.tensor_networks.forms.contraction import leg_sizes, work
+from mpoc.tensor_networks.forms.layout import deinterleave_matrix, interleave, unpadded
+from mpoc.tensor_networks.forms.mera import Mera
+from mpoc.tensor_networks.structure import Structure, make_structure
+from mpoc.tensor_networks.topology import Core
+
+# Steps between two looks at whether the descent still gains.
+_STRETCH = 20
+# It ends where a stretch lowers the squared error by less than this share.
+_GAIN = 0.005
+_MOST_STEPS = 400
+# Multiplications and numbers moved that all steps may take; some seconds on one core.
+_WORK = 2e10
+_MOVING = 8
+
+
+def orthogonal_cores(structure: Structure, bond: int, generator: torch.Generator) -> list[Tensor]:
+    """Each core as a matrix (upper legs, lower legs) drawn by the Haar measure, float64.
+
+    A core with more upper legs' numbers than lower is an isometry, else the transpose of one; scaled so that
+    the variance of what goes through it stays what it is.
+
+    Args:
+        structure: its network is ``mera``.
+        bond: D.
+        generator: on the CPU.
+    """
+    cores = []
+    for shape in structure.core_shapes(structure.bonds(bond)):
+        half = len(shape) // 2
+        upper, lower = math.prod(shape[:half]), math.prod(shape[half:])
+        matrix = haar(max(upper, lower), min(upper, lower), generator) * math.sqrt(max(1.0, upper / lower))
+        cores.append((matrix if upper >= lower else matrix.T).reshape(shape))
+    return cores
+
+
+def haar(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """(rows, columns) with orthonormal columns, uniformly distributed; float64.
+
+    Source: Mezzadri, Notices of the AMS 54, 592 (2007): QR of a normal matrix, R's diagonal made positive.
+    """
+    orthonormal, upper = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64))
+    return orthonormal * upper.diagonal().sign()
+
+
+def fit_mera(
+    weight: Tensor,
+    structure: Structure,
+    max_bond: int,
+    tolerance: float = 0.0,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    discard: float = 0.0,
+) -> Fit:
+    """Fit a MERA whose bonds all have the dimension ``max_bond``.
+
+    Args:
+        weight: of shape ``structure.shape``; any floating dtype.
+        structure: its network is ``mera``.
+        max_bond: D.
+        tolerance, discard: 0; an error cannot be asked for, since it is known after the fit only.
+        dtype: of the stored cores; None for the weight's own.
+        seed: of the random start.
+
+    Returns:
+        Cores of equal norms in ``dtype``; the error is measured on exactly these cores.
+
+    Raises:
+        ValueError: a tolerance, or a share to discard.
+    """
+    if tolerance or discard:
+        raise ValueError("a MERA has no bonds that a tolerance could lower")
+    tensor = interleave(weight, structure)
+    exponent = exponent_of(tensor)
+    tensor = scaled(tensor, -exponent)
+    norm = math.sqrt(squared_norm(tensor))
+    found = Mera(tree_cores(tensor, structure, max_bond, torch.Generator().manual_seed(seed)), structure)
+    if norm > 0.0:
+        found = _descend(tensor, norm, found, seed)
+    return stored_fit(tensor, norm**2, found, dtype or weight.dtype, [], exponent)
+
+
+def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:
+    """The better of two starts, brought down; no worse than either."""
+    structure, (bond,) = start.structure, start.bonds
+    working = _as_linear(structure)
+    metric = _plain_metric(tensor / norm, structure, working)
+    cores = orthogonal_cores(structure, bond, torch.Generator().manual_seed(seed))
+    drawn = Mera([core.to(tensor) for core in cores], structure)
+    descents = [
+        LBFGS(metric, [Mera(_scaled(cores, scale), working).balanced()[0]])
+        for cores, scale in ((start.cores, 1 / norm), (drawn.cores, _half_norm(drawn)))
+    ]
+    steps = _affordable(start)
+    first = max(_STRETCH // 2, min(2 * _STRETCH, steps // 4))
+    for descent in descents:
+        descent.run(first)
+    best = min(descents, key=lambda descent: descent.point.value)
+    steps -= 2 * first
+    before = math.inf
+    while steps >= _STRETCH and best.point.value < (1 - _GAIN) * before:
+        before = best.point.value
+        best.run(_STRETCH)
+        steps -= _STRETCH
+    return Mera(_scaled(best.terms[0].cores, norm), structure)
+
+
+def _affordable(form: Mera) -> int:
+    """Steps for ``_WORK``: a function of the shapes, so that the fit is one of the weight alone."""
+    sizes = leg_sizes(form.legs, [core.shape for core in form.cores])
+    multiplications, made = work(tuple(form.legs), sizes)
+    return int(min(_MOST_STEPS, _WORK / max(1, multiplications + _MOVING * made)))
+
+
+def tree_cores(tensor: Tensor, structure: Structure, bond: int, generator: torch.Generator) -> list[Tensor]:
+    """The hierarchical SVD as a MERA, in the tensor's dtype.
+
+    Where a bond is wider than what it has to carry, one of its two cores is zero beyond that, and the other
+    random: the weight is the same, and the descent can make use of it.
+
+    Args:
+        tensor: interleaved (J_1 I_1, J_2 I_2, …).
+        structure: its network is ``mera``.
+        bond: D.
+        generator: of what is random.
+    """
+    factors = zip(structure.output_factors, structure.input_factors, strict=True)
+    legs = [f"{side}{k}" for k in range(1, len(structure.site_sizes) + 1) for side in "ji"]
+    rest = _Rest(tensor.reshape([size for pair in factors for size in pair]), legs, generator)
+    wired = structure.wiring((bond,))
+    return [*(rest.cut(core) for core in wired[:-1]), rest.last(wired[-1])]
+
+
+class _Rest:
+    """What is left of a tensor when the first cores were taken off it.
+
+    Args:
+        tensor: all axes.
+        legs: their names.
+        generator: of what is random.
+    """
+
+    def __init__(self, tensor: Tensor, legs: list[str], generator: torch.Generator) -> None:
+        self.tensor, self.legs, self.generator = tensor, legs, generator
+
+    def cut(self, core: Core) -> Tensor:
+        """A core that is no last one; its upper bonds take the place of its lower legs."""
+        if core.legs[0].startswith("j"):
+            return self._isometry(core)
+        left, right = (
+            self._narrowed(old, new, core.shape[0])
+            for old, new in zip(core.legs[2:], core.legs[:2], strict=True)
+        )
+        made = self._drawn(core)
+        made[: left.shape[1], : right.shape[1]] = 0
+        made[: left.shape[1], : right.shape[1], : left.shape[0], : right.shape[0]] = torch.einsum(
+            "ax,by->xyab", left, right
+        )
+        return made
+
+    def last(self, core: Core) -> Tensor:
+        """All that is left."""
+        made = self.tensor.new_zeros(core.shape)
+        found = self._in_front(core.legs)
+        made[tuple(map(slice, found.shape))] = found
+        return made
+
+    def _isometry(self, core: Core) -> Tensor:
+        """(J, D, a, b): the D directions of (j, a, b) in which most of the rest lies."""
+        output, upper, *lower = core.legs
+        front = self._in_front((output, *lower))
+        found = truncate(front.flatten(0, 2).flatten(1), core.shape[1], generator=self.generator)
+        rank = found.left.shape[1]
+        j, a, b = front.shape[:3]
+        made = self._drawn(core)
+        made[:, :rank] = 0
+        made[:, :, a:] = 0
+        made[:, :, :, b:] = 0
+        made[:, :rank, :a, :b] = found.left.reshape(j, a, b, rank).movedim(-1, 1)
+        self.tensor = found.right.reshape(rank, *front.shape[3:])
+        self.legs = [upper, *self.legs[3:]]
+        return made
+
+    def _narrowed(self, old: str, new: str, bond: int) -> Tensor:
+        """(size, at most D): the directions of a leg that stay, in which most of the rest lies."""
+        front = self._in_front((old,))
+        found = truncate(front.flatten(1), bond, generator=self.generator)
+        if front.shape[0] <= bond:
+            found = replace(found, left=torch.eye(front.shape[0]).to(front), right=front.flatten(1))
+        self.tensor = found.right.reshape(-1, *front.shape[1:])
+        self.legs[0] = new
+        return found.left
+
+    def _in_front(self, legs: Sequence[str]) -> Tensor:
+        """The rest with these axes first; it stays so."""
+        order = [*legs, *(leg for leg in self.legs if leg not in legs)]
+        self.tensor = self.tensor.permute([self.legs.index(leg) for leg in order])
+        self.legs = order
+        return self.tensor
+
+    def _drawn(self, core: Core) -> Tensor:
+        """Rows of norm 1 on average."""
+        drawn = torch.randn(core.shape, generator=self.generator, dtype=torch.float64)
+        return (drawn / math.sqrt(math.prod(core.shape[2:]))).to(self.tensor)
+
+
+def _as_linear(structure: Structure) -> Structure:
+    """The same sites as those of one linear map without padding."""
+    shape = math.prod(structure.output_factors), math.prod(structure.input_factors)
+    factors = structure.output_factors, structure.input_factors
+    return make_structure("linear", shape, factors=factors, network=structure.network)
+
+
+def _plain_metric(tensor: Tensor, structure: Structure, working: Structure) -> Metric:
+    """The plain norm; padding is free."""
+    inside = unpadded(structure, tensor.device)
+    inside = deinterleave_matrix(inside, working)[0]
+    outputs, inputs = (inside.any(side).to(tensor.dtype) for side in (1, 0))
+    return Metric(deinterleave_matrix(tensor, working)[0], inputs, outputs)
+
+
+def _scaled(cores: Sequence[Tensor], factor: float) -> list[Tensor]:
+    return [*cores[:-1], cores[-1] * factor]
+
+
+def _half_norm(form: Mera) -> float:
+    """The factor that gives a form half of the target's norm, which is 1: from far less it hardly moves."""
+    return 0.5 / math.sqrt(squared_norm(form.to_matrix()))

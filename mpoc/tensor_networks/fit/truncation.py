@@ -1,0 +1,240 @@
+"""Weights of any size brought to about 1 and back by powers of two: float32 cannot square 1e-40, nor 1e38.
+
+Best low-rank approximation of one matrix: the step that TT-SVD repeats at every bond.
+
+A TT-SVD spends all its time in truncated SVDs of wide unfoldings, and a full SVD is what makes tensor
+libraries slow.  Three routes give the same answer:
+
+- ``kept``: the bond may be as large as the smaller side, so nothing is discarded and nothing computed
+  beyond, at most, one QR;
+- ``krylov``: the bond is far below the smaller side: block Golub-Kahan bidiagonalisation from a random
+  start (Golub, Luk, Overton 1981; Musco, Musco 2015), grown until the error has stopped falling, given up
+  for the exact route where it would need too wide a basis or where the matrix has no further directions
+  to give (few non-zero rows);
+- ``exact``: everything else, and every truncation to a tolerance.  For float32 data the eigenvectors of
+  the Gram matrix of the smaller side, formed in float64 where the error is small: squaring the condition
+  number costs digits that float32 data do not have.  For float64 data an SVD.
+
+The trade-off: ``krylov`` is within 1.001 of the optimal error, for a few per cent of the cost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpoc.tensor_networks.forms.mpo import rank_within
+
+# Between 2⁻⁴⁰ and 2⁴⁰ squares, and sums of them, keep all their digits.
+_PLAIN = 40
+
+# The Krylov basis grows until the error it would still gain is below this share of the error; a basis of
+# less than four times the bond, from which that is hard to tell, must promise ten times less.
+_KRYLOV_GAIN = 8e-4
+# Past this share of the smaller side the exact route is as cheap.
+_KRYLOV_WIDEST = 0.5
+# On a flat spectrum the basis grows to about five times the bond; and small Gram matrices cost nothing.
+_KRYLOV_SMALLEST = 512
+# A new direction of which less than this share lies outside the basis is rounding noise.
+_LEAST_NEW = 0.1
+# Where less than this share of the largest squared singular value is lost, a Gram matrix of float32
+# products is too coarse; one of float64 products resolves singular values down to 1e-8 of the largest.
+_SINGLE_FLOOR = 0.02
+_GRAM_CHUNK = 4096
+
+
+def largest(tensor: Tensor) -> float:
+    """max |x|, in one pass; NaN or infinite where an entry is, 0 of no entry."""
+    ends = torch.aminmax(tensor) if tensor.numel() else ()
+    return max((abs(float(end)) for end in ends), default=0.0)
+
+
+def exponent_of(tensor: Tensor) -> int:
+    """e such that the largest entry is below 2ᵉ, and not below 2ᵉ⁻¹; 0 where no scaling is needed."""
+    most = largest(tensor)
+    exponent = math.frexp(most)[1] if math.isfinite(most) else 0
+    return exponent if abs(exponent) > _PLAIN else 0
+
+
+def scaled(tensor: Tensor, exponent: int) -> Tensor:
+    """2ᵉ · tensor, in two steps: 2ᵉ itself may have no float32."""
+    half = exponent // 2
+    return tensor * 2.0**half * 2.0 ** (exponent - half) if exponent else tensor
+
+
+def spread(cores: Sequence[Tensor], exponent: int) -> list[Tensor]:
+    """Cores of 2ᵉ times the weight, each taking an equal part of e."""
+    share, rest = divmod(exponent, len(cores))
+    return [scaled(core, share + (k < rest)) for k, core in enumerate(cores)]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """``matrix ≈ left @ right`` with orthonormal columns in ``left``."""
+
+    left: Tensor  # (m, D), leftᵀ left = 1
+    right: Tensor  # (D, n)
+    discarded: float  # ‖matrix − left @ right‖², in the matrix's units squared
+    route: str  # "kept", "krylov" or "exact"
+    singular_values: Tensor | None  # all min(m, n) of them, float64, descending; exact route only
+
+
+def truncate(
+    matrix: Tensor,
+    max_bond: int,
+    discard: float = 0.0,
+    generator: torch.Generator | None = None,
+    weight: float | None = None,
+) -> Truncation:
+    """Approximate ``matrix`` (m, n) by rank at most ``max_bond``.
+
+    Args:
+        matrix: float32 or float64, (m, n).
+        max_bond: largest rank, at least 1.
+        discard: the squared Frobenius error that may be spent to make the rank smaller still.
+        generator: CPU generator for the random start; None draws from torch's own.
+        weight: ‖matrix‖² where it is known already.
+    """
+    smaller = min(matrix.shape)
+    if max_bond >= smaller and discard == 0.0:
+        return _keep(matrix)
+    if discard == 0.0 and smaller > _KRYLOV_SMALLEST and 5 * max_bond <= _KRYLOV_WIDEST * smaller:
+        weight = squared_norm(matrix) if weight is None else weight
+        found = _krylov(matrix, max_bond, generator, weight)
+        if found is not None:
+            return found
+    return _exact(matrix, max_bond, discard)
+
+
+def squared_norm(tensor: Tensor) -> float:
+    """‖tensor‖² summed in float64 without a float64 copy of the whole."""
+    flat = tensor.reshape(-1)
+    return math.fsum(part.double().square().sum().item() for part in flat.split(1 << 16))
+
+
+def _keep(matrix: Tensor) -> Truncation:
+    rows, columns = matrix.shape
+    if rows <= columns:
+        identity = torch.eye(rows, dtype=matrix.dtype, device=matrix.device)
+        return Truncation(identity, matrix, 0.0, "kept", None)
+    left, right = torch.linalg.qr(matrix)
+    return Truncation(left, right, 0.0, "kept", None)
+
+
+def _exact(matrix: Tensor, max_bond: int, discard: float) -> Truncation:
+    if matrix.dtype == torch.float64:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        rank, lost = rank_within(values, max_bond, discard)
+        return Truncation(left[:, :rank], values[:rank, None] * right[:rank], lost, "exact", values)
+    tall = matrix.shape[0] > matrix.shape[1]
+    wide = matrix.T if tall else matrix
+    values, vectors = _left_singular(wide, torch.float32)
+    rank, lost = rank_within(values, max_bond, discard)
+    if lost < _SINGLE_FLOOR * float(values[0]) ** 2:
+        values, vectors = _left_singular(wide, torch.float64)
+        rank, lost = rank_within(values, max_bond, discard)
+    basis = vectors[:, :rank].to(matrix.dtype)
+    if not tall:
+        return Truncation(basis, basis.T @ matrix, lost, "exact", values)
+    left, triangle = torch.linalg.qr(matrix @ basis)
+    return Truncation(left, triangle @ basis.T, lost, "exact", values)
+
+
+def _left_singular(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Singular values (m,), float64, descending, and left vectors (m, m) from wide @ wideᵀ."""
+    squares, vectors = torch.linalg.eigh(gram(wide, dtype))
+    return squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
+
+
+def gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """wide @ wideᵀ, (m, m), float64.
+
+    The products are formed in ``dtype`` a block of columns at a time and added up in float64.
+    """
+    sums = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
+    for block in wide.split(_GRAM_CHUNK, dim=1):
+        block = block.to(dtype)
+        sums += block @ block.T
+    return sums
+
+
+def _krylov_block(max_bond: int) -> int:
+    """Half the bond: narrower blocks give a higher polynomial degree at equal work, but slower products."""
+    return min(max(max_bond // 2, 16), 128)
+
+
+def _krylov(
+    matrix: Tensor, max_bond: int, generator: torch.Generator | None, weight: float
+) -> Truncation | None:
+    """Block Golub-Kahan with full reorthogonalisation; None where the basis would get too wide."""
+    rows, columns = matrix.shape
+    block = _krylov_block(max_bond)
+    widest = int(_KRYLOV_WIDEST * min(rows, columns)) // block * block
+    left = matrix.new_empty(rows, widest)
+    right = matrix.new_empty(columns, widest + block)
+    projected = matrix.new_zeros(widest, widest + block)  # leftᵀ matrix right
+    start = torch.randn(columns, block, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    right[:, :block] = torch.linalg.qr(start)[0]
+    errors: list[float] = []
+    for width in range(block, widest + 1, block):
+        new, grown = slice(width - block, width), slice(width, width + block)
+        found = _extend(matrix @ right[:, new], left[:, : width - block])
+        if found is None:
+            return None
+        left[:, new] = found[0]
+        found = _extend(matrix.T @ left[:, new], right[:, :width])
+        if found is None:
+            return None
+        right[:, grown], inside, outside = found
+        projected[new, :width] = inside.T
+        projected[new, grown] = outside.T
+        if width < max_bond:
+            continue
+        small = projected[:width, : width + block].double()
+        squares = small @ small.T
+        captured = float(torch.linalg.eigvalsh(squares)[-max_bond:].sum())
+        errors.append(weight - captured)
+        gain = _gain_to_come(errors) * (1 if width >= 4 * max_bond else 10)
+        rounding = torch.finfo(matrix.dtype).eps
+        resolved = errors[-1] > 100 * rounding * weight  # else lost in the difference of two norms
+        if resolved and gain > 2 * _KRYLOV_GAIN * errors[-1]:
+            continue
+        vectors = torch.linalg.eigh(squares)[1][:, -max_bond:]
+        basis = left[:, :width] @ vectors.to(matrix.dtype)
+        kept = basis.T @ matrix
+        if resolved:
+            return Truncation(basis, kept, max(weight - squared_norm(kept), 0.0), "krylov", None)
+        lost = squared_norm(torch.addmm(matrix, basis, kept, alpha=-1))
+        gain = max(gain, 1e-15 * weight)  # what float64 sums resolve
+        if gain <= 2 * _KRYLOV_GAIN * lost or lost <= (16 * rounding) ** 2 * weight:
+            return Truncation(basis, kept, lost, "krylov", None)
+    return None
+
+
+def _extend(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """``block = basis @ inside + new @ outside`` with ``new`` orthonormal and orthogonal to ``basis``.
+
+    Columns of ``block`` may lie in ``basis`` up to rounding; what QR makes of the rest is then taken out of
+    ``basis`` once more.  None where even that leaves nothing: the matrix has no directions left.
+    """
+    inside = basis.T @ block
+    rest = block - basis @ inside
+    new = torch.linalg.qr(rest)[0]
+    new, triangle = torch.linalg.qr(new - basis @ (basis.T @ new))
+    if float(triangle.diagonal().abs().min()) < _LEAST_NEW:
+        return None
+    return new, inside, new.T @ rest
+
+
+def _gain_to_come(errors: list[float]) -> float:
+    """By how much the squared error would still fall, were the last gains to go on geometrically."""
+    if len(errors) < 2:
+        return math.inf
+    last = errors[-2] - errors[-1]
+    before = errors[-3] - errors[-2] if len(errors) > 2 else 0.0
+    shrinking = min(max(last / before, 0.0), 0.95) if before > 0 else 0.7
+    return last * shrinking / (1 - shrinking)

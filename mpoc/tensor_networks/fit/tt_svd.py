@@ -1,0 +1,279 @@
+"""TT-SVD: a weight to MPO cores by successive truncated SVDs (Oseledets 2011, algorithm 1).
+
+The interleaved tensor is cut site by site from the left; each cut is one call of ``truncate``.  All left
+factors are orthonormal, so the squared error equals the sum of what the cuts discarded.  The cores are
+then put into the balanced gauge.
+
+Hierarchical SVD: a weight to a tree by successive truncated SVDs (Grasedyck 2010).
+
+Branches are cut off from the sites upwards: all sites, then their pairs, level by level.  Each cut is one
+call of ``truncate`` on (branch) × (rest) of what the cuts before left; the two halves of the whole share one
+bond, so the last core takes the rest.  All other cores are orthonormal from below: the squared error equals
+the sum of what the cuts discarded, and is at most 2n − 3 times that of the best tree over n sites.  The cores
+are then put into the balanced gauge.
+
+The trade-off: each cut is of a smaller tensor than the weight (Vannieuwenhoven, Vandebril, Meerbergen 2012),
+and so the weight's own entropies are known only until something was discarded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpoc.tensor_networks.fit.truncation import (
+    Truncation,
+    exponent_of,
+    scaled,
+    spread,
+    squared_norm,
+    truncate,
+)
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.layout import interleave, unpadded
+from mpoc.tensor_networks.forms.mpo import MPO, entropy
+from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.forms.tree import Tree
+from mpoc.tensor_networks.structure import Structure
+from mpoc.tensor_networks.topology import branches, halves
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted form with what the fit knows about itself."""
+
+    form: Form
+    relative_error: float  # ‖W − Ŵ‖_F / ‖W‖_F of the stored cores, padding left out
+    entropies: list[float]  # of Ŵ, bonds 1..n-1 of a chain, the branches of a tree
+    entropies_of_weight: list[float | None]  # of W, where the full spectrum was computed
+    spectra_of_weight: list[Tensor | None]  # of W, all values (descending), where known and some are cut off
+    routes: list[str]  # how each bond was truncated
+
+
+def tt_svd(
+    weight: Tensor,
+    structure: Structure,
+    max_bond: int,
+    tolerance: float = 0.0,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    discard: float = 0.0,
+) -> Fit:
+    """Factorise ``weight`` with every bond at most ``max_bond``.
+
+    Args:
+        weight: of shape ``structure.shape``; any floating dtype.
+        structure: factors, padding, lead site.
+        max_bond: cap on every D_k.
+        tolerance: relative Frobenius error that may be spent to make bonds smaller than the cap.
+        dtype: of the stored cores; None for the weight's own.
+        seed: of the randomised range finder.
+        discard: share of the squared Schmidt values that each bond may lose to be smaller than the cap: ε of
+            D_k = min {D : Σ_{r>D} s_r² ≤ ε Σ s_r²}, the unfolding being of what the bonds before kept.
+
+    Returns:
+        The cores in ``dtype`` in the balanced gauge; the error is measured on exactly these cores.
+    """
+    return swept(_sweep, weight, structure, max_bond, tolerance, dtype, seed, discard)
+
+
+@dataclass(frozen=True)
+class BondSpectrum:
+    """What one truncation tells of the weight."""
+
+    entropy: float | None  # as the fields of :class:`Fit`
+    spectrum: Tensor | None
+    route: str
+
+
+class Truncations:
+    """Those of one weight, one after another, each within its share of what may still be lost.
+
+    Args:
+        max_bond: cap on every bond.
+        budget: squared error that may be spent in all.
+        discard: share of what is left of the weight that each bond may lose besides.
+        norm: squared, of the weight.
+        generator: of the randomised range finder.
+    """
+
+    def __init__(
+        self, max_bond: int, budget: float, discard: float, norm: float, generator: torch.Generator
+    ) -> None:
+        self.max_bond, self.budget, self.discard, self.norm = max_bond, budget, discard, norm
+        self.generator = generator
+        self.cuts: list[BondSpectrum] = []
+        self._lossless = True  # so far
+
+    def next(self, rest: Tensor, to_come: int) -> Truncation:
+        """Of an unfolding of what is left; ``to_come`` bonds, this one among them, share the budget.
+
+        The weight's own spectrum is known as long as nothing was cut off before.  Where nothing is now, it is
+        that of the cores, and is left out.
+        """
+        share = self.budget / to_come + self.discard * self.norm
+        found = truncate(rest, self.max_bond, share, self.generator, self.norm)
+        values, lossless = found.singular_values if self._lossless else None, found.discarded <= 0.0
+        known = None if values is None else entropy(values)
+        self.cuts.append(BondSpectrum(known, None if lossless else values, found.route))
+        self.budget = max(self.budget - found.discarded, 0.0)
+        self.norm -= found.discarded
+        self._lossless = self._lossless and lossless
+        return found
+
+
+Sweep = Callable[[Tensor, Structure, Truncations], tuple[Form, list[BondSpectrum]]]
+
+
+def swept(
+    sweep: Sweep,
+    weight: Tensor,
+    structure: Structure,
+    max_bond: int,
+    tolerance: float,
+    dtype: torch.dtype | None,
+    seed: int,
+    discard: float,
+) -> Fit:
+    """A weight factorised by successive truncations of its interleaved tensor; all else as :func:`tt_svd`."""
+    tensor = interleave(weight, structure)
+    exponent = exponent_of(tensor)
+    tensor = scaled(tensor, -exponent)
+    norm = squared_norm(tensor)
+    generator = torch.Generator().manual_seed(seed)
+    truncations = Truncations(max_bond, tolerance**2 * norm, discard, norm, generator)
+    found, cuts = sweep(tensor, structure, truncations)
+    return stored_fit(tensor, norm, found, dtype or weight.dtype, cuts, exponent)
+
+
+def stored_fit(
+    tensor: Tensor,
+    weight_norm: float,
+    found: Form,
+    dtype: torch.dtype,
+    cuts: Sequence[BondSpectrum],
+    exponent: int = 0,
+) -> Fit:
+    """Cores in the gauge and dtype in which they are stored, and what they make of a weight.
+
+    Args:
+        tensor: the interleaved weight.
+        weight_norm: its squared norm.
+        found: in any gauge.
+        dtype: of the stored cores.
+        cuts: one a bond.
+        exponent: e, where the weight itself is 2ᵉ · ``tensor``.
+    """
+    balanced, spectra = found.balanced()
+    stored = [core.to(dtype) for core in spread(balanced.cores, exponent)]
+    working = spread([core.to(tensor.dtype) for core in stored], -exponent)
+    return Fit(
+        form_of(stored, found.structure),
+        _relative_error(tensor, weight_norm, form_of(working, found.structure)),
+        [entropy(values) for values in spectra],
+        [cut.entropy for cut in cuts],
+        [cut.spectrum for cut in cuts],
+        [cut.route for cut in cuts],
+    )
+
+
+def _sweep(tensor: Tensor, structure: Structure, truncations: Truncations) -> tuple[MPO, list[BondSpectrum]]:
+    """Left-canonical cores, and what is told of every bond."""
+    *sides, last = zip(structure.output_factors, structure.input_factors, strict=True)
+    cores: list[Tensor] = []
+    rest, bond = tensor, 1
+    for k, (j, i) in enumerate(sides):
+        cut = truncations.next(rest.reshape(bond * j * i, -1), len(sides) - k)
+        cores.append(cut.left.reshape(bond, j, i, -1))
+        rest, bond = cut.right, cut.left.shape[1]
+    cores.append(rest.reshape(bond, *last, 1))
+    return MPO(cores, structure), truncations.cuts
+
+
+def _relative_error(tensor: Tensor, weight_norm: float, form: Form) -> float:
+    """‖W − Ŵ‖_F / ‖W‖_F against the interleaved weight, a block of rows at a time; 0 for 0/0."""
+    left, right = form.halves()
+    target = tensor.reshape(left.shape[0], right.shape[1])
+    inside = None
+    if any(form.structure.padding):
+        inside = unpadded(form.structure, tensor.device).reshape(target.shape)
+    rows = max(1, (1 << 22) // target.shape[1])
+    parts: list[float] = []
+    for start in range(0, target.shape[0], rows):
+        block = slice(start, start + rows)
+        difference = torch.addmm(target[block], left[block], right, alpha=-1)
+        if inside is not None:
+            difference.mul_(inside[block])
+        parts.append(squared_norm(difference))
+    return math.sqrt(math.fsum(parts) / weight_norm) if weight_norm else 0.0
+
+
+def tree_svd(
+    weight: Tensor,
+    structure: Structure,
+    max_bond: int,
+    tolerance: float = 0.0,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    discard: float = 0.0,
+) -> Fit:
+    """Factorise ``weight`` with the bond of every branch at most ``max_bond``.
+
+    Args:
+        weight: of shape ``structure.shape``; any floating dtype.
+        structure: its network is ``tree``.
+        max_bond, tolerance, dtype, seed, discard: as in :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`.
+
+    Returns:
+        As :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`; entropies and routes one a branch, in the order of
+        the cores.
+    """
+    return swept(_tree_sweep, weight, structure, max_bond, tolerance, dtype, seed, discard)
+
+
+def _tree_sweep(
+    tensor: Tensor, structure: Structure, truncations: Truncations
+) -> tuple[Tree, list[BondSpectrum]]:
+    """The tree, and what is told of every branch."""
+    sites = len(structure.site_sizes)
+    spans = branches(sites)
+    axes = [range(k, k + 1) for k in range(sites)]  # of ``rest``
+    cores: dict[range, Tensor] = {}
+    rest, smallest_first = tensor, sorted(spans, key=len)
+    for done, span in enumerate(smallest_first):
+        parts = _parts(span)
+        others = [axis for axis in axes if axis not in parts]
+        rest = rest.permute([axes.index(axis) for axis in (*parts, *others)])
+        inside, outside = rest.shape[: len(parts)], rest.shape[len(parts) :]
+        cut = truncations.next(rest.reshape(math.prod(inside), -1), len(spans) - done)
+        cores[span] = cut.left.reshape(*inside, -1)
+        rest, axes = cut.right.reshape(-1, *outside), [span, *others]
+    told = dict(zip(smallest_first, truncations.cuts, strict=True))
+    return _joined(cores, rest, axes, structure), [told[span] for span in spans]
+
+
+def _joined(cores: dict[range, Tensor], rest: Tensor, axes: list[range], structure: Structure) -> Tree:
+    """The tree of all branches but the right half, which what is left of the weight joins to the left one."""
+    sites = len(structure.site_sizes)
+    if sites == 1:
+        return Tree([rest.reshape(structure.output_factors + structure.input_factors)], structure)
+    left, right = halves(range(sites))
+    last = rest.permute([axes.index(axis) for axis in (*_parts(right), left)])
+    cores = cores | {right: last}
+    return Tree([_with_sides(cores[s], s, structure) for s in (*branches(sites), right)], structure)
+
+
+def _parts(span: range) -> tuple[range, ...]:
+    """What a branch's core joins: the site itself, or two halves."""
+    return (span,) if len(span) == 1 else halves(span)
+
+
+def _with_sides(core: Tensor, span: range, structure: Structure) -> Tensor:
+    """The core of a site from (J_k I_k, D) to (J_k, I_k, D)."""
+    if len(span) > 1:
+        return core
+    return core.unflatten(0, (structure.output_factors[span.start], structure.input_factors[span.start]))

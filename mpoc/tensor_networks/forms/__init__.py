@@ -1,0 +1,1 @@
+"""Forms: the tensor networks that stand for a weight."""

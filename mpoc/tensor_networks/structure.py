@@ -1,0 +1,299 @@
+"""What a form is made to: how a weight becomes a matrix, and how its two sides split into factors.
+
+A weight of any kind is first seen as ``(lead, outputs, inputs)``: ``lead`` is 1 for a linear map, the
+number of taps for a convolution kernel (Garipov et al. 2016), the number of experts for a fused expert
+weight.  Then outputs and inputs are factored, J = (J_1..J_n) and I = (I_1..I_n) (Eq. 4 of Gao et al.
+2020), and the factors interleaved, (J_1 I_1)(J_2 I_2)…, one pair a site.  A lead above 1 is a site of its
+own in front: J = 1, I = taps, or J = experts, I = 1.
+
+Two sites with the factors (N_y, 1) and (1, N_x) are a plain low-rank factorisation (form ``svd``).  It has no
+site for the lead: taps go with the inputs, experts with the outputs.  Such a low-rank part can be added to
+an MPO (form ``svd+mpo``); the structure is then the MPO's.
+
+The sites are joined to a chain (an MPO), or to a tree or a MERA over the same sites
+(:mod:`mpoc.tensor_networks.topology`).
+
+A convolution can also be seen as one linear map at a given input size (kind ``convmap``; Gao et al. 2020):
+outputs H'·W'·C_out, inputs H·W·C_in, channel last, and no lead.  ρ still counts the kernel's numbers.
+
+Where no good factorisation exists (a vocabulary of 30522, a prime) a side is padded with zeros; errors
+and ρ are always those of the cropped weight.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from mpoc.errors import UsageError
+from mpoc.tensor_networks.factors import (
+    InputOrder,
+    choose_map_factors,
+    mera_sites,
+    order_fits,
+    ordered_factors,
+    permutation,
+)
+from mpoc.tensor_networks.geometry import Geometry, factors_by_axis
+from mpoc.tensor_networks.topology import Core, branches, core_layout, count_core_parameters
+
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "convmap", "embedding", "experts")
+# Far more than any weight has, and few enough to be put in order at once.
+MOST_SITES = 128
+# A whole map of more numbers is never formed, and its factors must then align with height, width, channels.
+DENSE_LIMIT = 1 << 26
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Plain data: everything needed to take a weight apart into cores and put it together again."""
+
+    kind: str  # one of KINDS
+    shape: tuple[int, ...]  # of the weight, as in the checkpoint, e.g. (64, 32, 3, 3)
+    transposed: bool  # the checkpoint stores (inputs, outputs): GPT-2's Conv1D
+    output_factors: tuple[int, ...]  # J, one a site, the lead site included
+    input_factors: tuple[int, ...]  # I
+    geometry: Geometry | None = None  # of a whole map, and of nothing else
+    network: str = "chain"  # one of mpoc.tensor_networks.topology.TOPOLOGIES
+    order: InputOrder = ""  # of the inputs, where it is not their own (mpoc.tensor_networks.factors)
+
+    # How the sites see the weight, told from the above.
+    form: str = field(init=False, compare=False, repr=False)  # "svd", "mpo", "tree" or "mera"
+    lead: int = field(init=False, compare=False, repr=False)  # taps, experts; 1 where they have no own site
+    outputs: int = field(init=False, compare=False, repr=False)  # N_y, of one tap or expert
+    inputs: int = field(init=False, compare=False, repr=False)  # N_x, of one tap or expert
+
+    def __post_init__(self) -> None:
+        joined = low_rank_sides(self.kind, self.shape, self.transposed)
+        factors = (self.output_factors, self.input_factors)
+        is_chain = self.network == "chain"
+        low_rank = is_chain and self.geometry is None and _low_rank_factors(joined) == factors
+        lead, outputs, inputs = lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)
+        if low_rank:
+            lead, (outputs, inputs) = 1, joined
+        form = "svd" if low_rank else "mpo" if is_chain else self.network
+        found = {"form": form, "lead": lead, "outputs": outputs, "inputs": inputs}
+        vars(self).update(found)
+
+    @property
+    def permutation(self) -> tuple[int, ...] | None:
+        """For each position of the matrix that is factorised the input there; None: its own.
+
+        Raises:
+            ValueError: the order is not one of these inputs.
+        """
+        return permutation(self.order, self.inputs, self.input_factors)
+
+    @property
+    def lead_sites(self) -> int:
+        """1 where taps or experts have a site of their own, else 0."""
+        return int(self.lead > 1)
+
+    @property
+    def padded(self) -> tuple[int, int]:
+        """Outputs and inputs with padding: the products of their factors, the lead site left out."""
+        skip = self.lead_sites
+        return math.prod(self.output_factors[skip:]), math.prod(self.input_factors[skip:])
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Zero rows and columns added."""
+        outputs, inputs = self.padded
+        return outputs - self.outputs, inputs - self.inputs
+
+    @property
+    def site_sizes(self) -> tuple[int, ...]:
+        """J_k · I_k."""
+        return tuple(j * i for j, i in zip(self.output_factors, self.input_factors, strict=True))
+
+    @property
+    def num_original(self) -> int:
+        """N_ori: the weight's own parameters; of a whole map the kernel's."""
+        return math.prod(self.shape)
+
+    @property
+    def is_large_map(self) -> bool:
+        """Whether this is a whole map too large to be formed."""
+        return self.geometry is not None and math.prod(self.site_sizes) > DENSE_LIMIT
+
+    @property
+    def axis_factors(self) -> tuple[tuple[tuple[int, int], ...], ...] | None:
+        """Of a whole map: at each site (J, I) of each axis, channels last; None where they do not align."""
+        if self.geometry is None or any(self.padding):
+            return None
+        outputs = (*self.geometry.output_size, self.shape[0])
+        inputs = (*self.geometry.size, self.shape[1] * self.geometry.groups)
+        by_output = factors_by_axis(self.output_factors, outputs)
+        by_input = factors_by_axis(self.input_factors, inputs)
+        if by_output is None or by_input is None:
+            return None
+        return tuple(tuple(zip(j, i, strict=True)) for j, i in zip(by_output, by_input, strict=True))
+
+    def bonds(self, max_bond: int) -> tuple[int, ...]:
+        """Dimensions as :func:`mpoc.tensor_networks.topology.core_layout` takes them, at most ``max_bond``.
+
+        Those of a chain or a tree are capped at both sizes of the cut that they make.
+        """
+        sizes = self.site_sizes
+        total = math.prod(sizes)
+        if self.network == "mera":
+            return (max_bond,)
+        if self.network == "tree":
+            spans = (math.prod(sizes[span.start : span.stop]) for span in branches(len(sizes)))
+            return tuple(min(max_bond, inside, total // inside) for inside in spans)
+        left, bonds = 1, [1]
+        for size in sizes[:-1]:
+            left *= size
+            bonds.append(min(max_bond, left, total // left))
+        return (*bonds, 1)
+
+    def num_parameters(self, max_bond: int, low_rank: int = 0) -> int:
+        """N_mpo (Eq. 6) at these bonds, and r·(N_y + N_x) of an added part of rank r = ``low_rank``."""
+        added = low_rank * sum(self.as_low_rank().site_sizes) if low_rank else 0
+        return self.count(self.bonds(max_bond)) + added
+
+    def count(self, bonds: tuple[int, ...]) -> int:
+        """Numbers in the cores at just these bonds."""
+        return count_core_parameters(self.network, self.output_factors, self.input_factors, bonds)
+
+    def as_low_rank(self) -> Structure:
+        """The same weight's structure of the form ``svd``: that of an added low-rank part.
+
+        Raises:
+            ValueError: of a whole map, which has none.
+        """
+        if self.geometry is not None:
+            raise ValueError("a whole map has no low-rank part")
+        return low_rank_structure(self.kind, self.shape, self.transposed)
+
+    def wiring(self, bonds: tuple[int, ...]) -> tuple[Core, ...]:
+        """The cores and their legs, an added low-rank part left out."""
+        return core_layout(self.network, self.output_factors, self.input_factors, bonds)
+
+    def core_shapes(self, bonds: tuple[int, ...], low_rank: int = 0) -> list[tuple[int, ...]]:
+        """Of each core as stored, (D_left, J, I, D_right) in a chain; then an added low-rank part's two."""
+        added = self.as_low_rank().core_shapes((1, low_rank, 1)) if low_rank else []
+        return [*(core.shape for core in self.wiring(bonds)), *added]
+
+    @property
+    def full_bond(self) -> int:
+        """The smallest cap at which nothing need be discarded; of a MERA, one at which nothing need be."""
+        sizes = self.site_sizes
+        if self.network != "mera":
+            return max(self.bonds(math.prod(sizes)), default=1)
+        cuts = (math.prod(sizes[:k]) for k in range(len(sizes) + 1))
+        return max(min(left, math.prod(sizes) // left) for left in cuts)
+
+
+def lead_outputs_inputs(
+    kind: str, shape: tuple[int, ...], transposed: bool, geometry: Geometry | None = None
+) -> tuple[int, int, int]:
+    """How a weight of this kind and shape is read: (lead, outputs, inputs)."""
+    if geometry is not None:
+        outputs, inputs = geometry.positions
+        return 1, outputs * shape[0], inputs * shape[1] * geometry.groups
+    if kind.startswith("conv"):
+        return math.prod(shape[2:]), shape[0], shape[1]
+    lead = shape[0] if kind == "experts" else 1
+    first, second = shape[-2:]
+    return (lead, second, first) if transposed else (lead, first, second)
+
+
+def low_rank_sides(kind: str, shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
+    """(outputs, inputs) of the one matrix that a low-rank factorisation takes a weight for."""
+    lead, outputs, inputs = lead_outputs_inputs(kind, shape, transposed)
+    return (lead * outputs, inputs) if kind == "experts" else (outputs, lead * inputs)
+
+
+def _low_rank_factors(sides: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (sides[0], 1), (1, sides[1])
+
+
+def low_rank_structure(kind: str, shape: tuple[int, ...], transposed: bool = False) -> Structure:
+    """The structure of the form ``svd``: sites of (N_y, 1) and (1, N_x)."""
+    factors = _low_rank_factors(low_rank_sides(kind, shape, transposed))
+    return Structure(kind, tuple(shape), transposed, *factors)
+
+
+def make_structure(
+    kind: str,
+    shape: tuple[int, ...],
+    transposed: bool = False,
+    sites: int | None = None,
+    factors: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
+    geometry: Geometry | None = None,
+    network: str = "chain",
+    order: str = "",
+) -> Structure:
+    """Choose factors for a weight, or check the given ones.
+
+    Args:
+        kind: one of ``KINDS``.
+        shape: the weight's.
+        transposed: stored as (inputs, outputs).
+        sites: number of sites besides the taps or experts site; None for the papers' habit, of a MERA
+            for :func:`mpoc.tensor_networks.factors.mera_sites`.
+        factors: (output factors, input factors) that a user asked for, with or without the lead site.
+        geometry: makes a convolution a whole map; ``kind`` is then ``convmap``.
+        network: that joins the sites; of whole maps a chain.
+        order: of the inputs of a linear map.
+
+    Raises:
+        UsageError: the order is of other inputs, given factors do not multiply out to the weight's sides, or
+            do not align with the axes of a whole map that is too large to be formed.
+    """
+    lead, outputs, inputs = lead_outputs_inputs(kind, shape, transposed, geometry)
+    front = (lead, 1) if kind == "experts" else (1, lead)
+    if order and (kind != "linear" or not order_fits(order, inputs)):
+        raise UsageError(f"--order {order}: is not of a {kind} weight with {inputs} inputs")
+    if factors is not None:
+        output_factors, input_factors = _check_factors(front, outputs, inputs, factors)
+    elif geometry is not None:
+        channels = (shape[0], shape[1] * geometry.groups)
+        output_factors, input_factors = choose_map_factors(geometry, channels, sites)
+    else:
+        if network == "mera" and sites is None:
+            sites = mera_sites(outputs, inputs)
+        output_factors, input_factors = ordered_factors(order, outputs, inputs, sites)
+    if lead > 1:
+        output_factors = (front[0], *output_factors)
+        input_factors = (front[1], *input_factors)
+    sides = tuple(shape), transposed, output_factors, input_factors
+    structure = Structure(kind, *sides, geometry, network, order)
+    if structure.is_large_map and structure.axis_factors is None:
+        raise UsageError(
+            f"a map of {outputs} × {inputs} numbers is built from shifts, so each factor must divide an axis "
+            f"or span whole ones: outputs {_times(output_factors)}, inputs {_times(input_factors)} do not"
+        )
+    return structure
+
+
+def _check_factors(
+    front: tuple[int, int],
+    outputs: int,
+    inputs: int,
+    factors: tuple[tuple[int, ...], tuple[int, ...]],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The given factors without the lead site, whether they came with it or not."""
+    output_factors, input_factors = factors
+    if len(output_factors) > MOST_SITES:
+        raise UsageError(f"{len(output_factors)} factors: at most {MOST_SITES} sites")
+    if len(output_factors) != len(input_factors):
+        raise UsageError(
+            f"{len(input_factors)} input factors against {len(output_factors)} output factors: "
+            "a site has one of each (1 is allowed)"
+        )
+    if (output_factors[0], input_factors[0]) == front != (1, 1) and len(output_factors) > 1:
+        rest = output_factors[1:], input_factors[1:]
+        if (math.prod(rest[0]), math.prod(rest[1])) == (outputs, inputs):
+            return rest
+    if (math.prod(output_factors), math.prod(input_factors)) == (outputs, inputs):
+        return output_factors, input_factors
+    raise UsageError(
+        f"{_times(input_factors)} = {math.prod(input_factors)} inputs and {_times(output_factors)} = "
+        f"{math.prod(output_factors)} outputs, but the layer has {inputs} and {outputs}"
+    )
+
+
+def _times(factors: tuple[int, ...]) -> str:
+    return "×".join(map(str, factors))

@@ -1,0 +1,190 @@
+"""``mpoc eval`` from files to numbers: open, check, measure."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.io.training_history import recorded
+from mpoc.models.architecture import make_network
+from mpoc.models.call import Call, to_device
+from mpoc.models.loading import Model, open_beside, open_model
+from mpoc.runtime.device import choose_device
+from mpoc.runtime.formatting import rounded
+from mpoc.train.evaluate import Evaluation, evaluate, fidelity, latency, probe, repeated, try_call
+from mpoc.train.loader import BatchLoader
+from mpoc.train.task_choice import has_task, infer_task
+from mpoc.train.training_data import DataOptions, TrainingData, choose_split, open_training_data
+
+SCHEMA = "mpoc.eval/1"
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What is asked for."""
+
+    source: Path
+    data: DataOptions
+    split: str | None = None
+    arch: str | None = None
+    task: str | None = None
+    reference: Path | None = None
+    stand_in: Path | None = None  # the reference where data and network make no task
+    latency: bool = False
+    batch: int = 256
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class FileEvaluation:
+    """What was found."""
+
+    model: Path
+    data: str  # its name
+    split: str
+    scores: dict[str, float]
+    examples: int
+    rate: float  # examples a second, reading included
+    device: str
+    metric: str  # the score that counts
+    higher_is_better: bool
+    reference: Path | None = None
+    latencies: list[dict[str, Any]] = field(default_factory=list)  # batch, ms and, where compressed, dense_ms
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``; README documents it."""
+        found: dict[str, Any] = {
+            "schema": SCHEMA,
+            "model": str(self.model),
+            "data": self.data,
+            "split": self.split,
+            "examples": self.examples,
+            "device": self.device,
+            "metric": self.metric,
+            "scores": self.scores,
+            "examples_per_second": rounded(self.rate),
+        }
+        if self.reference is not None:
+            found["reference"] = str(self.reference)
+        if self.latencies:
+            found["latency"] = self.latencies
+        return found
+
+    def drop_from(self, before: FileEvaluation) -> float:
+        """By how much the metric is worse than before, in its unit, to six significant digits."""
+        change = before.scores[self.metric] - self.scores[self.metric]
+        return float(f"{change if self.higher_is_better else -change:.6g}")
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What was found, and against what."""
+
+    evaluation: Evaluation
+    metric: str
+    higher_is_better: bool
+    reference: Path | None = None
+
+
+def evaluate_file(
+    request: EvaluationRequest, say: Callable[[str], None] = lambda text: None
+) -> FileEvaluation:
+    """Measure a network on a split.
+
+    Args:
+        request: what, on what, against what.
+        say: gets messages.
+
+    Raises:
+        UsageError: no architecture, no such split, or network and data do not fit.
+        MpocError: bad data or checkpoint.
+    """
+    if request.batch < 1:
+        raise UsageError(f"--batch {request.batch}: must be at least 1")
+    model = open_model(request.source, request.arch)
+    material = open_training_data(request.data, model, seed=None)
+    split = choose_split(material.data, request.split)
+    device = choose_device(request.device)
+    for line in (material.data.announce(), *material.data.notes, *model.notes):
+        say(line)
+    say(f"device {device}")
+    feed, network = material.feed(split), model.network.to(device)
+    found = _scores(request, model, material, feed, device)
+    latencies = _latencies(model, network, feed, request, device) if request.latency else []
+    return FileEvaluation(
+        request.source, request.data.path.resolve().name, split, found.evaluation.rounded(),
+        found.evaluation.examples, found.evaluation.rate, str(device), found.metric, found.higher_is_better,
+        found.reference, latencies,
+    )  # fmt: skip
+
+
+def _scores(
+    request: EvaluationRequest, model: Model, material: TrainingData, feed: BatchLoader, device: torch.device
+) -> _Scored:
+    if request.reference is not None and request.task is not None:
+        raise UsageError("--task and --reference: one of them")
+    reference = request.reference or _stand_in(request, model, material, feed, device)
+    if reference is not None:
+        other = open_beside(reference, model.architecture).network.to(device)
+        found = fidelity(model.network, other, feed, request.batch, device)
+        return _Scored(found, "agreement" if "agreement" in found.scores else "cosine", True, reference)
+    if request.task == "distillation":
+        raise UsageError("--task distillation: of mpoc finetune", "--reference MODEL2 measures likeness")
+    task = infer_task(request.task, material, model.network)
+    if task.name == "classification" and material.renumbered:
+        known = recorded(model.history, "classes")
+        strange = next(name for name in material.data.classes if name not in known)
+        raise MpocError(
+            f"{request.data.path}: class {strange!r} is none of the {len(known)} of the network's training",
+            f"name the classes as in training: {', '.join(sorted(known, key=known.__getitem__)[:10])}",
+        )
+    probe(model.network, task, feed, device)
+    found = evaluate(model.network, task, feed, request.batch, device)
+    return _Scored(found, task.metric, task.higher_is_better)
+
+
+@torch.no_grad()
+def _stand_in(
+    request: EvaluationRequest, model: Model, material: TrainingData, feed: BatchLoader, device: torch.device
+) -> Path | None:
+    """The reference where there is no task."""
+    if request.stand_in is None:
+        return None
+    batch = to_device(feed.read(torch.arange(min(2, len(feed)))), device)
+    outputs = try_call(Call.of(model.network), model.network, batch)
+    return None if has_task(material, outputs) else request.stand_in
+
+
+def _latencies(
+    model: Model, network: nn.Module, feed: BatchLoader, request: EvaluationRequest, device: torch.device
+) -> list[dict[str, Any]]:
+    """Median milliseconds of a call for one example and for a batch, compressed beside dense."""
+    part = feed.read(torch.arange(min(request.batch, len(feed))))
+    dense = None if model.manifest is None else _dense(model, device)
+    found = []
+    for count in sorted({1, request.batch}):
+        batch = repeated(part, count)
+        line: dict[str, Any] = {"batch": count, "ms": rounded(1e3 * latency(network, batch, device))}
+        if dense is not None:
+            line["dense_ms"] = rounded(1e3 * latency(dense, batch, device))
+        found.append(line)
+    return found
+
+
+def _dense(model: Model, device: torch.device) -> nn.Module:
+    """The dense network with any weights: how long it takes does not depend on them."""
+    with torch.random.fork_rng(devices=[]):
+        if model.architecture is not None:
+            return make_network(model.architecture).to(device)
+        network: Any = model.network
+        config = copy.deepcopy(network.config)  # of transformers: nothing else records no architecture
+        del config.quantization_config
+        dense: nn.Module = type(network)(config)
+        return dense.to(device)

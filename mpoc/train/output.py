@@ -1,0 +1,187 @@
+"""What a trained network's file says of its training: plain data, which ``mpoc eval`` reads again.
+
+A trained network as a file like the one it came from: same names, same stored dtypes, honest figures.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoc.errors import MpocError
+from mpoc.io import hub_directory
+from mpoc.io.atomic import staged
+from mpoc.io.manifest import LayerRecord, Manifest
+from mpoc.io.safetensors_header import ITEMSIZE, TensorInfo
+from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
+from mpoc.io.training_history import metadata, write_history
+from mpoc.models.loading import Model
+from mpoc.runtime.formatting import rounded
+from mpoc.tensor_networks.forms.layout import working_dtype
+from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.train.monitor import Outcome
+from mpoc.train.settings import Settings
+from mpoc.train.tasks import Task
+from mpoc.train.training_data import TrainingData, monitored_split
+
+
+def data_record(material: TrainingData) -> dict[str, Any]:
+    """Which data: the same in a training that goes on."""
+    data = material.data
+    held_out = {"held_out": material.held_out} if material.held_out else {}
+    return {
+        "name": data.path.resolve().name,
+        "format": data.format,
+        "splits": {name: len(split) for name, split in data.splits.items()},
+        "fingerprint": material.fingerprint,
+    } | held_out
+
+
+def make_history(
+    settings: Settings,
+    runs: int,
+    material: TrainingData,
+    task: Task,
+    outcome: Outcome,
+    results: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What the manifest keeps: no times, so that the same training gives the same bytes.
+
+    Args:
+        settings: of the training.
+        runs: how often it was run.
+        material: the data.
+        task: what was learnt.
+        outcome: of the run that is written.
+        results: the scores of every run, with its ``seed``; the last is that of ``outcome``.
+    """
+    monitor = monitored_split(material.data)
+    history: dict[str, Any] = {
+        "data": data_record(material),
+        "task": task.name,
+        "metric": task.metric,
+        "split": monitor or "",
+        "steps": outcome.steps,
+        "settings": {**asdict(settings), "lr": settings.peak},
+        "evaluations": outcome.evaluations,
+    }
+    if monitor:
+        history |= {"start": outcome.evaluations[0], "final": outcome.chosen}
+    if "test" in material.data.splits and monitor != "test":
+        history["test"] = {name: value for name, value in results[-1].items() if name != "seed"}
+    if material.data.kind == "images":
+        history["images"] = material.images.as_dict()
+    if material.classes and task.name == "classification":
+        history["classes"] = material.classes
+    if material.data.tokenizer is not None:
+        history["tokenizer"] = material.data.tokenizer.state()
+    if runs > 1:
+        name = task.metric if task.metric in results[0] else "train_loss"
+        values = [result[name] for result in results]
+        mean, sigma = statistics.fmean(values), statistics.stdev(values)  # Eqs. (10) and (11)
+        history |= {"runs": results, "mean": rounded(mean), "sigma": rounded(sigma)}
+    return history
+
+
+def default_tuned_output(source: Path) -> Path:
+    """``m.mpo.safetensors`` or ``m.pt`` → ``m.tuned.safetensors``, ``bert-mpo/`` → ``bert-tuned``."""
+    source = source.resolve() if source.name in ("", ".", "..") else source
+    if source.is_dir():
+        return Path(source.name.removesuffix("-mpo") + "-tuned")
+    return Path(source.stem.removesuffix(".mpo") + ".tuned.safetensors")
+
+
+def write_tuned(
+    model: Model, weights: dict[str, Tensor], training: dict[str, Any], output: Path, max_shard_size: int
+) -> Manifest | None:
+    """Write ``weights`` in the place of those of ``model``'s file.
+
+    Args:
+        model: that was trained.
+        weights: by the network's names.
+        training: what the file keeps of it, before what it says of trainings before.
+        output: a file, or a directory where the model's is one; appears whole or not at all.
+        max_shard_size: in bytes; directories only.
+
+    Returns:
+        The manifest; None for a dense model.
+    """
+    entries = tuned_entries(model, weights)
+    history = {**training, **({"earlier": model.history} if model.history else {})}
+    manifest = None if model.manifest is None else tuned_manifest(model.manifest, entries, history)
+    with staged(output) as target:
+        if not model.stored.is_directory:
+            compressed = manifest and {"format": "pt", "mpoc": manifest.to_json()}
+            write_safetensors(target, entries, compressed or metadata(history))
+            return manifest
+        target.mkdir()
+        hub_directory.copy_other_files(model.path, target, model.stored.weight_files)
+        hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
+        if manifest is not None:
+            hub_directory.unmark(target)  # of the model card: what was said of the cores before
+            hub_directory.mark_compressed(target, manifest)
+        else:
+            write_history(target, history)
+    return manifest
+
+
+@torch.no_grad()
+def round_to_stored(model: Model) -> bool:
+    """Give the network the values that its file can hold; whether any of its tensors is stored narrower."""
+    tensors = {**dict(model.network.named_parameters()), **dict(model.network.named_buffers())}
+    narrowed = False
+    for name, place in model.places.items():
+        info, tensor = model.stored.infos.get(name), tensors.get(place)
+        if info is not None and tensor is not None and ITEMSIZE[info.dtype] < tensor.dtype.itemsize:
+            tensor.copy_(tensor.to(getattr(torch, info.dtype)))
+            narrowed = True
+    return narrowed
+
+
+def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:
+    """Every tensor of the file, in order; those of the network as trained, in their stored dtypes."""
+    stored = model.stored
+    infos = list(stored.infos.values())
+    if model.manifest is None:
+        infos += [replace(stored.infos[first], name=alias) for alias, first in stored.tied.items()]
+    trained = {place for place, _ in model.network.named_parameters(remove_duplicate=False)}
+    return [_entry(model, info, weights, trained) for info in infos]
+
+
+def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor], trained: set[str]) -> Entry:
+    place = model.places.get(info.name)
+    if place is None or place not in weights:
+        source = model.stored.tied.get(info.name, info.name)
+        return Entry(info, lambda: model.stored.read(source))
+
+    def read() -> Tensor:
+        found = weights[place].detach().to("cpu", getattr(torch, info.dtype))
+        if place in trained and not bool(torch.isfinite(found).all()):
+            said = f"{model.path}: tensor {info.name!r} is not finite any more after the training"
+            raise MpocError(said, "a smaller --lr")
+        return found
+
+    return Entry(info, read)
+
+
+def tuned_manifest(manifest: Manifest, entries: list[Entry], history: dict[str, Any]) -> Manifest:
+    """The manifest with this history; errors against the original weights are known no more."""
+    tensors = {entry.info.name: entry for entry in entries}
+    layers = tuple(
+        layer if layer.form == "dense" else _tuned_record(layer, tensors) for layer in manifest.layers
+    )
+    return replace(manifest, layers=layers, training=history)
+
+
+def _tuned_record(layer: LayerRecord, tensors: dict[str, Entry]) -> LayerRecord:
+    if layer.low_rank:
+        return replace(layer, relative_error=None)
+    dtype = working_dtype(getattr(torch, layer.dtype))
+    cores = [tensors[name].read().to(dtype) for name in layer.core_names]
+    entropies = tuple(map(rounded, form_of(cores, layer.structure).entropies()))
+    return replace(layer, relative_error=None, entropies=entropies)

@@ -1,0 +1,95 @@
+"""Which task: as asked, else what data and network are made for."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpoc.data import check_fits
+from mpoc.errors import UsageError, nearest
+from mpoc.models.call import has_logits
+from mpoc.train.distillation import Distillation
+from mpoc.train.tasks import CausalLM, Classification, MaskedLM, Regression, Task
+from mpoc.train.training_data import TrainingData
+
+TASKS = ("classification", "regression", "causal-lm", "masked-lm", "distillation")
+
+
+def infer_task(
+    wanted: str | None,
+    material: TrainingData,
+    network: nn.Module,
+    teacher: nn.Module | None = None,
+    temperature: float = 2.0,
+    hidden_weight: float = 1.0,
+) -> Task:
+    """The task.
+
+    Args:
+        wanted: one of TASKS; None to tell from data and network.
+        material: the data.
+        network: the network.
+        teacher: for distillation, which is then the task.
+        temperature: of distillation.
+        hidden_weight: of distillation.
+
+    Raises:
+        UsageError: an unknown task, or one that data or network are not made for.
+    """
+    if wanted is not None and wanted not in TASKS:
+        raise UsageError(f"--task {wanted}: unknown{nearest(wanted, TASKS)}", ", ".join(TASKS))
+    if wanted == "distillation" if teacher is None else wanted not in (None, "distillation"):
+        raise UsageError("--task distillation and --teacher go together", "--teacher DENSE alone is enough")
+    if teacher is not None:
+        return Distillation(teacher, temperature, hidden_weight)
+    name = wanted or _fitting(material, network)
+    if name == "masked-lm":
+        return _masked(material)
+    if name == "causal-lm":
+        if material.data.kind != "text":
+            raise UsageError(f"--task {name}: {material.data.path} is no text")
+        return CausalLM()
+    y = _labels(material)
+    if y is None:
+        raise UsageError(
+            f"{material.data.path}: has no labels",
+            "finetune --teacher DENSE or eval --reference DENSE: the original network in their place",
+        )
+    if name == "regression":
+        return Regression()
+    if y.is_floating_point():
+        raise UsageError(f"--task classification: the targets of {material.data.path} are no classes")
+    return Classification(len(material.data.classes), partial(check_fits, material.data))
+
+
+def has_task(material: TrainingData, outputs: Any) -> bool:
+    """Whether there is something to score: text or labels, and a network with a head.
+
+    Args:
+        material: the data.
+        outputs: what the network gives on a batch of them.
+    """
+    return (material.data.kind == "text" or _labels(material) is not None) and has_logits(outputs)
+
+
+def _fitting(material: TrainingData, network: nn.Module) -> str:
+    y = _labels(material)
+    if material.data.kind == "text" and y is None:
+        return "masked-lm" if type(network).__name__.endswith("MaskedLM") else "causal-lm"
+    return "regression" if y is not None and y.is_floating_point() else "classification"
+
+
+def _labels(material: TrainingData) -> torch.Tensor | None:
+    return next(iter(material.data.splits.values())).y
+
+
+def _masked(material: TrainingData) -> MaskedLM:
+    tokenizer = material.data.tokenizer
+    if tokenizer is None or tokenizer.mask_id is None:
+        raise UsageError(
+            "--task masked-lm needs a tokenizer with a mask token", "--tokenizer names a directory"
+        )
+    return MaskedLM(tokenizer.mask_id, tokenizer.vocab_size, tokenizer.special_ids)

@@ -1,0 +1,231 @@
+"""Checkpoints of a training: one safetensors file with all that an exact resume needs.
+
+Parameters, buffers and the optimiser's state are tensors; step, scores and the position of the log are JSON
+in the header.  No random state is stored: what is drawn in a step is a function of seed, step and process,
+and so are the order of the examples and the learning rate.  The file appears whole or not at all, and no code
+is run from it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mpoc.errors import MpocError, UsageError
+from mpoc.io.atomic import digest, staged
+from mpoc.io.safetensors_header import TensorInfo, read_header
+from mpoc.io.safetensors_writer import Entry, write_safetensors
+from mpoc.train.engine import is_sharded
+from mpoc.train.tasks import Scores
+
+FORMAT = "mpoc.training/2"  # 1 had no digest
+_WORDS, _DIGEST = "mpoc.training", "digest"
+Tensors = dict[str, Tensor]
+_MODEL, _OPTIMIZER, _BEST = "model/", "optimizer/", "best/"
+
+
+@dataclass
+class TrainingProgress:
+    """How far a training is; plain data."""
+
+    step: int = 0
+    loss_sum: float = 0.0  # of the steps since the last evaluation
+    loss_steps: int = 0
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    best: Scores | None = None
+    best_step: int = 0
+    waiting: int = 0  # evaluations since the best
+
+
+@dataclass
+class SavedTraining:
+    """A checkpoint that was read."""
+
+    progress: TrainingProgress
+    extra: dict[str, Any]
+    tensors: Tensors
+    best: Tensors
+
+
+class CheckpointKeeper:
+    """The checkpoint file of a training.
+
+    Args:
+        path: of the file.
+        identity: what must be the same in a training that goes on from it; plain JSON data.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self.path = path
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))
+        self.extra: dict[str, Any] = {}  # the orchestrator's own: finished runs, position of the log
+
+    def save(
+        self, progress: TrainingProgress, tensors: Tensors, best: Tensors, scaler: dict[str, Any]
+    ) -> None:
+        """Replace the file, in one step."""
+        named = {**tensors, **{_BEST + name: tensor for name, tensor in best.items()}}
+        entries = [_entry(name, tensor) for name, tensor in named.items()]
+        words = {
+            "format": FORMAT,
+            "identity": self.identity,
+            "progress": asdict(progress),
+            "extra": {**self.extra, "scaler": scaler},
+        }
+        text = json.dumps(words)
+        with staged(self.path) as target:
+            facts = {_WORDS: text, _DIGEST: digest(named.items(), text)}
+            write_safetensors(target, entries, facts)
+
+    def load(self) -> SavedTraining:
+        """Read the file.
+
+        Raises:
+            MpocError: no checkpoint, or damaged.
+            UsageError: of a training with other options.
+        """
+        words, written = _read_words(self.path)
+        try:
+            tensors = load_file(self.path)
+        except (SafetensorError, OSError) as error:
+            raise MpocError(f"{self.path}: cannot be read: {error}") from error
+        if digest(tensors.items(), json.dumps(words)) != written:
+            said = f"{self.path}: damaged: what is in it is not what was written"
+            raise MpocError(said, "--force starts anew")
+        for group, values in self.identity.items():
+            _refuse_other(self.path, group, words["identity"].get(group), values)
+        best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
+        rest = {n: t for n, t in tensors.items() if not n.startswith(_BEST)}
+        return SavedTraining(TrainingProgress(**words["progress"]), words["extra"], rest, best)
+
+    def remove(self) -> None:
+        """The training is done."""
+        self.path.unlink(missing_ok=True)
+
+
+def _read_words(path: Path) -> tuple[dict[str, Any], str | None]:
+    """And the digest that was written."""
+    facts = read_header(path).metadata
+    try:
+        words = json.loads(facts.get(_WORDS, ""))
+        if words["format"] != FORMAT:
+            raise ValueError(words["format"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise MpocError(f"{path}: not a checkpoint of mpoc finetune", "--force starts anew") from error
+    return dict(words), facts.get(_DIGEST)
+
+
+def _refuse_other(path: Path, group: str, found: Any, wanted: Any) -> None:
+    if found == wanted:
+        return
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = [key for key in wanted | found if wanted.get(key) != found.get(key)]
+        said = ", ".join(f"{key} {found.get(key)} there, {wanted.get(key)} here" for key in keys)
+    else:
+        said = f"{found} there, {wanted} here"
+    raise UsageError(
+        f"{path}: a checkpoint of a training with another {group}: {said}",
+        "give the options it began with, or start anew with --force",
+    )
+
+
+def _entry(name: str, tensor: Tensor) -> Entry:
+    info = TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    return Entry(info, lambda: tensor)
+
+
+def own_tensors(network: nn.Module) -> Tensors:
+    """Parameters and buffers by name, each once; unsaved buffers too."""
+    return {n: t.detach() for n, t in (*network.named_parameters(), *network.named_buffers())}
+
+
+def whole_weights(accelerator: Any, model: nn.Module) -> Tensors:
+    """All parameters and buffers, gathered from the processes where they are sharded; collective then."""
+    if not is_sharded(model):
+        return own_tensors(accelerator.unwrap_model(model))
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    gathered: Any = get_model_state_dict(model, options=options)
+    return dict(gathered)
+
+
+def set_weights(accelerator: Any, model: nn.Module, weights: Tensors) -> None:
+    """:func:`whole_weights` undone."""
+    if not is_sharded(model):
+        with torch.no_grad():
+            for name, tensor in own_tensors(accelerator.unwrap_model(model)).items():
+                tensor.copy_(weights[name])
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)  # gathered, it has them alone
+    set_model_state_dict(model, dict[str, Any](weights), options=options)
+
+
+def gather(accelerator: Any, model: nn.Module, optimizer: Any) -> Tensors:
+    """Weights and optimiser state under flat names; collective where they are sharded."""
+    weights = whole_weights(accelerator, model)
+    found = {_MODEL + name: tensor for name, tensor in weights.items()}
+    for name, values in _optimizer_state(accelerator, model, optimizer).items():
+        for key, value in values.items():
+            if value is not None:
+                # torch 2.13 leaves the momentum of SGD in pieces, though asked for the full state.
+                whole = value.full_tensor().cpu() if hasattr(value, "full_tensor") else torch.as_tensor(value)
+                found[f"{_OPTIMIZER}{name}/{key}"] = whole
+    return found
+
+
+def scatter(accelerator: Any, model: nn.Module, optimizer: Any, tensors: Tensors) -> None:
+    """:func:`gather` undone."""
+    weights = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+    set_weights(accelerator, model, weights)
+    state: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(_OPTIMIZER):
+            parameter, _, key = name.removeprefix(_OPTIMIZER).rpartition("/")
+            state.setdefault(parameter, {})[key] = tensor
+    if is_sharded(model):
+        _set_sharded_optimizer(model, optimizer, state)
+        return
+    names = _trained_names(accelerator, model)
+    inner = optimizer.optimizer
+    numbered = {k: state[name] for k, name in enumerate(names) if name in state}
+    inner.load_state_dict({"state": numbered, "param_groups": inner.state_dict()["param_groups"]})
+
+
+def _optimizer_state(accelerator: Any, model: nn.Module, optimizer: Any) -> dict[str, dict[str, Any]]:
+    if is_sharded(model):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True)  # on every process
+        sharded: Any = get_optimizer_state_dict(model, optimizer.optimizer, options=options)
+        return dict(sharded["state"])
+    state = optimizer.optimizer.state_dict()["state"]
+    return {name: state[k] for k, name in enumerate(_trained_names(accelerator, model)) if k in state}
+
+
+def _set_sharded_optimizer(model: nn.Module, optimizer: Any, state: dict[str, dict[str, Tensor]]) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    groups = get_optimizer_state_dict(model, optimizer.optimizer, options=options)["param_groups"]
+    whole: Any = {"state": state, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer.optimizer, whole, options=options)
+
+
+def _trained_names(accelerator: Any, model: nn.Module) -> list[str]:
+    """In the optimiser's order."""
+    named = accelerator.unwrap_model(model).named_parameters()
+    return [name for name, parameter in named if parameter.requires_grad]
