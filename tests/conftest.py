@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoints import network_state, save_directory
-from tests.process import Here, Mpoc
+from tests.support.checkpoints import network_state, save_directory
+from tests.support.process import Here, Mpoc
 
 
 @pytest.fixture(autouse=True, scope="session")

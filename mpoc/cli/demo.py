@@ -1,7 +1,4 @@
-"""What ``mpoc demo`` does, with no printing: compress, expand, fine-tune, and measure each time.
-
-``mpoc demo``: the whole story on handwritten digits, nothing to download.
-"""
+"""``mpoc demo``: compress, expand, fine-tune and measure a network for handwritten digits."""
 
 from __future__ import annotations
 
@@ -10,24 +7,16 @@ import shutil
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from safetensors.torch import load_file
 
 from mpoc.cli.console import Output, escape, reported_errors
-from mpoc.compression.expand import expand_checkpoint
-from mpoc.compression.pipeline import compress_checkpoint
-from mpoc.compression.recipe import make_recipe
-from mpoc.compression.write import Compression
-from mpoc.demo.data import accuracy, load_digits, write_digits
-from mpoc.demo.network import NETWORK_FILE, DigitsNet, load_network
 from mpoc.errors import UsageError
-from mpoc.train.engine import can_train
-from mpoc.train.finetune import FinetuneRequest, finetune
 from mpoc.train.settings import Settings
-from mpoc.train.training_data import DataOptions
+
+if TYPE_CHECKING:
+    from mpoc.compression.write import Compression
 
 ARCH = "mpoc.demo.network:DigitsNet"
 _SETTINGS = Settings(epochs=20.0, lr=0.01)
@@ -83,6 +72,14 @@ def run_demo(folder: Path, bond: int, force: bool) -> DemoResult:
     Raises:
         UsageError: ``folder`` exists and ``force`` is not given.
     """
+    from safetensors.torch import load_file
+
+    from mpoc.compression.expand import expand_checkpoint
+    from mpoc.compression.pipeline import compress_checkpoint
+    from mpoc.compression.recipe import make_recipe
+    from mpoc.demo.data import accuracy, load_digits, write_digits
+    from mpoc.demo.network import NETWORK_FILE, DigitsNet, load_network
+
     made = DemoFiles.within(folder)
     recipe = make_recipe(None, {"bond": bond})
     if folder.exists() and not folder.is_dir():
@@ -111,6 +108,12 @@ def fine_tune_demo(story: DemoResult) -> float | None:
     Raises:
         Interrupted: Ctrl-C or SIGTERM.
     """
+    import torch
+
+    from mpoc.train.engine import can_train
+    from mpoc.train.finetune import FinetuneRequest, finetune
+    from mpoc.train.training_data import DataOptions
+
     if not can_train():
         return None
     made = story.files
@@ -118,9 +121,7 @@ def fine_tune_demo(story: DemoResult) -> float | None:
         made.compressed, DataOptions(made.digits), _SETTINGS, made.tuned, ARCH, device="cpu", force=True
     )
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # the tensors are tiny: threads would wait for each other, long on a busy machine
+    torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
     try:
         return float(finetune(request).training["final"]["accuracy"])
     finally:

@@ -135,8 +135,7 @@ def _draw(path: Path, others: list[Path], html: Path | None, plot: Path | None, 
     from mpoc.io.atomic import refuse_existing
     from mpoc.io.manifest import MANIFEST_FILE
     from mpoc.reporting.html import write_page
-    from mpoc.reporting.plots import refuse_existing_folder, write_plots
-    from mpoc.runtime.packages import require_matplotlib
+    from mpoc.reporting.plots import refuse_existing_folder, require_matplotlib, write_plots
 
     words = Output()
     if plot is not None:

@@ -221,10 +221,10 @@ def _whole(option: str, word: str) -> int:
 def _run(request: StudyRequest, plot: Path | None, words: Output) -> Reproduction:
     """Train, draw, and keep the report beside the networks."""
     from mpoc.io.atomic import staged
+    from mpoc.reporting.plots import require_matplotlib
     from mpoc.reporting.summary import to_json
     from mpoc.reproduce.figures import draw_figures
     from mpoc.reproduce.study import run_study
-    from mpoc.runtime.packages import require_matplotlib
     from mpoc.runtime.signals import Interrupted
 
     if plot is not None:
@@ -261,10 +261,10 @@ def run_images(
 ) -> None:
     """Measure, draw, keep the report, and print it."""
     from mpoc.io.atomic import staged
+    from mpoc.reporting.plots import require_matplotlib
     from mpoc.reporting.summary import to_json
     from mpoc.reproduce.figures import draw_image_figures
     from mpoc.reproduce.image_states import measure_images
-    from mpoc.runtime.packages import require_matplotlib
 
     if plot is not None:
         require_matplotlib()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -17,10 +18,10 @@ from rich.table import Table
 from mpoc.cli.console import escape
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.reporting.summary import summary
-from mpoc.reproduce.hallam2017 import baseline_counts, counts
-from mpoc.reproduce.run import DENSE
-from mpoc.reproduce.study import Reproduction, Row
 from mpoc.runtime.formatting import times
+
+if TYPE_CHECKING:
+    from mpoc.reproduce.study import Reproduction, Row
 
 _WIDEST = "outputs J / inputs I"
 # Below this width of a terminal the factors, and the seconds, are left out.
@@ -33,7 +34,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 _STARTED = "TT-SVD starts from the trained dense network of the same seed; random cores start from nothing"
-_STARTS = {DENSE: "dense", "ttsvd": "MPO, TT-SVD", "random": "MPO, random"}
+_STARTS = {"dense": "dense", "ttsvd": "MPO, TT-SVD", "random": "MPO, random"}
 
 
 def print_report(
@@ -160,6 +161,8 @@ def compression_table(done: Reproduction) -> Table:
 
 
 def _cells(done: Reproduction, row: Row) -> list[str]:
+    from mpoc.reproduce.hallam2017 import baseline_counts, counts
+
     own, paper = counts(done.study, row.experiment.network, row.parameters), row.published
     printed = [f"{number:,}" if number else "" for number in (paper.parameters if paper else (0, 0))]
     parts, whole = own.of(baseline_counts(done.study))
@@ -183,7 +186,7 @@ def _cells(done: Reproduction, row: Row) -> list[str]:
 
 def _label(done: Reproduction, row: Row) -> str:
     """As the paper names it: ``FC-1``, ``MERA-2``."""
-    if row.start != DENSE:
+    if row.start != "dense":
         name, comma, rest = row.experiment.label.partition(",")
         return f"{name}-{row.bond}{comma}{rest}"
     dense = (one for one in done.study.variants.values() if not one.layers)
@@ -232,7 +235,7 @@ def _effective(done: Reproduction) -> list[str]:
     """Of networks whose bonds were chosen: how many Schmidt values count at each, of the first run."""
     found = []
     for row in done.rows:
-        if row.experiment.discard and row.start != DENSE:
+        if row.experiment.discard and row.start != "dense":
             for layer, entropies in row.results[0].entropies.items():
                 numbers = " ".join(f"{math.exp(entropy):.1f}" for entropy in entropies)
                 found.append(f"{row.experiment.label}, {layer}: effective components exp(S) {numbers}")
@@ -256,7 +259,7 @@ def _reproduction_rows(done: Reproduction) -> Table:
 
 
 def _reproduction_cells(row: Row) -> list[str]:
-    dense = row.start == DENSE
+    dense = row.start == "dense"
     own = ", ".join(dict.fromkeys(str(layer.bond) for layer in row.experiment.layers if layer.bond))
     bond = "" if dense else str(row.bond or own)
     if row.experiment.discard and not dense:

@@ -11,10 +11,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from mpoc.errors import UsageError, nearest, shortened
-from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.safetensors_header import TensorInfo
+
+if TYPE_CHECKING:
+    from mpoc.io.checkpoint import Checkpoint
 
 # Architectures whose attention and feed-forward weights are transformers' Conv1D: stored (inputs, outputs).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")

@@ -15,7 +15,7 @@ from mpoc.errors import MpocError, shortened
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.validation import parse_strictly, read_bounded
 
-KEY = "mpoc.io.training_history"
+KEY = "mpoc.history"
 HISTORY_FILE = "mpoc-history.json"
 _LONGEST = 1000  # trainings one after another
 # What reports, and data read as training did, take from a history.

@@ -30,7 +30,6 @@ from mpoc.reporting.charts import (
 from mpoc.reporting.contents import LayerData, read_files
 from mpoc.reporting.network_diagram import RADIUS, Placed, diagrams_of, place_terms, stroke
 from mpoc.reporting.svg import limits, tick_label, ticks
-from mpoc.runtime.packages import require_matplotlib
 from mpoc.tensor_networks.fit.spectra import Cut
 
 _TONES = {"stored": "#2a5db0", "original": "#b96f1c", "bound": "#b9c0cb", "error": "#b8473d"}
@@ -418,3 +417,15 @@ def draw_curves(log: Iterable[dict[str, Any]], picture: Path) -> None:
     left.set_ylabel("loss")
     left.legend(*(pair[:2] for pair in left.get_legend_handles_labels()))
     figure.savefig(picture)
+
+
+def require_matplotlib() -> None:
+    """Check, before any work, that figures can be drawn.
+
+    Raises:
+        MpocError: matplotlib is missing.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MpocError("--plot needs matplotlib", "pip install 'mpoc[plot]'") from error

@@ -11,7 +11,7 @@ from typing import Any
 from mpoc.io.manifest import MANIFEST_FILE, LayerRecord, Manifest
 from mpoc.runtime.formatting import human_bytes, times
 
-SCHEMA = "mpoc.reporting.summary/1"
+SCHEMA = "mpoc.report/1"
 # Above this share of a weight's norm lost, a network without fine-tuning is usually badly hurt.
 LARGE_ERROR = 0.1
 # The same of a layer's outputs after calibration, where later layers make up for a part.

@@ -1,7 +1,4 @@
-"""What the machine has: processors, memory, devices, room on disk.
-
-Whether what is about to be made has room: a small file can describe a matrix of any size.
-"""
+"""The machine: processors, memory, disk, devices; whether there is room for a tensor or an output."""
 
 from __future__ import annotations
 
@@ -12,12 +9,14 @@ import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.runtime.distributed import local_rank, num_processes
 from mpoc.runtime.formatting import human_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 _MEMORY = Path("/proc/meminfo")
@@ -100,11 +99,11 @@ def require_memory(path: Path, name: str, nbytes: int) -> None:
     Raises:
         MpocError: the machine has less memory in all.
     """
-    memory = _memory()
-    if memory is not None and nbytes > memory:
+    total = _memory()
+    if total is not None and nbytes > total:
         raise MpocError(
             f"{path}: tensor {name!r} takes {human_bytes(nbytes)} when it is dense, "
-            f"and this machine has {human_bytes(memory)} of memory",
+            f"and this machine has {human_bytes(total)} of memory",
             "load it with mpoc.load, which computes with its cores",
         )
 
@@ -137,6 +136,8 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UsageError: unknown or not present.
     """
+    import torch
+
     if name == "auto":
         count = torch.cuda.device_count()
         number = local_rank() % count if num_processes() > 1 and count else 0

@@ -130,15 +130,3 @@ def _version(name: str) -> str | None:
 def _in_order(bounds: str) -> str:
     """``<2.14,>=2.6`` → ``>=2.6,<2.14``."""
     return ",".join(sorted(filter(None, bounds.split(",")), reverse=True))
-
-
-def require_matplotlib() -> None:
-    """Check, before any work, that figures can be drawn.
-
-    Raises:
-        MpocError: matplotlib is missing.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MpocError("--plot needs matplotlib", "pip install 'mpoc[plot]'") from error

@@ -10,7 +10,7 @@ from torch import nn
 
 import mpoc
 from mpoc.models.zoo import example, make
-from tests.process import Here, run_python
+from tests.support.process import Here, run_python
 
 
 @pytest.mark.parametrize("spec", ["fc2", "resnet:depth=8"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_help import COMMANDS
-from tests.process import environment
+from tests.support.process import environment
 
 SHELLS = ("bash", "zsh", "fish")
 # typer finds the shell by the process above; this lets it be named.

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from mpoc.io.manifest_reader import read_manifest
-from tests.checkpoints import contents, mlp_state, num_bytes, save_directory
-from tests.process import Here, Mpoc
+from tests.support.checkpoints import contents, mlp_state, num_bytes, save_directory
+from tests.support.process import Here, Mpoc
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import mpoc
 from mpoc.models import zoo
-from tests.process import Here
+from tests.support.process import Here
 
 
 @pytest.fixture

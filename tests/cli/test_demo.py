@@ -14,8 +14,8 @@ from mpoc.demo.data import accuracy, load_digits
 from mpoc.demo.network import DigitsNet, load_network
 from mpoc.errors import UsageError
 from mpoc.io.manifest_reader import read_manifest
-from tests.checkpoints import contents
-from tests.process import Here, Mpoc
+from tests.support.checkpoints import contents
+from tests.support.process import Here, Mpoc
 
 COMPRESSED = {
     "digits-cnn.safetensors", "digits-cnn.mpo.safetensors", "digits-cnn.dense.safetensors", "digits.npz",

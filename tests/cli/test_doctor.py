@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import mpoc
 from mpoc.cli.app import app
-from tests.process import Mpoc
+from tests.support.process import Mpoc
 
 
 def test_it_tells_all_and_passes_here(run: Mpoc) -> None:
@@ -38,14 +38,14 @@ def test_json_has_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
     done = CliRunner().invoke(app, ["doctor", "--json"])
     value = json.loads(done.stdout)
-    assert (done.exit_code, done.stderr, value["schema"], value["well"]) == (0, "", "mpoc.cli.doctor/1", True)
+    assert (done.exit_code, done.stderr, value["schema"], value["well"]) == (0, "", "mpoc.doctor/1", True)
     assert value["trials"][0]["device"] == "cpu"
     assert {package["name"] for package in value["packages"]} > {"Python", "torch", "typer"}
 
 
 def test_a_failed_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
-    monkeypatch.setattr("mpoc.cli.doctor._TOLERANCE", 0)
+    monkeypatch.setattr("mpoc.cli.self_test._TOLERANCE", 0)
     done = CliRunner().invoke(app, ["doctor"])
     assert done.exit_code == 1
     assert "fault: self-test on cpu: MpocError: outputs differ by" in done.stdout

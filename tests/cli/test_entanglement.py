@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 from mpoc.cli.app import app
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
-from tests.checkpoints import mlp_state
+from tests.support.checkpoints import mlp_state
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
-from tests.checkpoints import contents, mlp_state, relative_error, save_directory
-from tests.process import Here, Mpoc
+from tests.support.checkpoints import contents, mlp_state, relative_error, save_directory
+from tests.support.process import Here, Mpoc
 
 
 @pytest.fixture

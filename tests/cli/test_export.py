@@ -11,8 +11,8 @@ from mpoc.cli.app import app
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.models.loading import open_network
-from tests.checkpoints import contents
-from tests.process import Mpoc
+from tests.support.checkpoints import contents
+from tests.support.process import Mpoc
 
 NET = """from torch import nn
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from mpoc.cli.app import app
-from tests.checkpoints import contents, mlp_state, network_state, save_directory
-from tests.process import Here, Mpoc
+from tests.support.checkpoints import contents, mlp_state, network_state, save_directory
+from tests.support.process import Here, Mpoc
 
 
 class Malice:

@@ -24,7 +24,7 @@ from mpoc.demo.data import load_digits
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.train import evaluate
 from mpoc.train.monitor import read_log
-from tests.process import Mpoc, environment
+from tests.support.process import Mpoc, environment
 
 NET = """import os, time
 from torch import nn

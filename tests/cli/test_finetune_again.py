@@ -22,8 +22,8 @@ from mpoc.train.finetune import FinetuneRequest, finetune
 from mpoc.train.monitor import TrainingEvent, read_log
 from mpoc.train.settings import Settings
 from mpoc.train.training_data import DataOptions
-from tests.checkpoints import contents, mlp_state, save_directory
-from tests.process import Mpoc, run_python
+from tests.support.checkpoints import contents, mlp_state, save_directory
+from tests.support.process import Mpoc, run_python
 from tests.train.small import blobs
 
 NET = """from torch import nn

@@ -16,8 +16,8 @@ from typer.testing import CliRunner, Result
 from mpoc.cli.app import app
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.training_history import HISTORY_FILE
-from tests.hub_models import compress_saved, transformers
-from tests.process import Mpoc, run_python
+from tests.support.hub_models import compress_saved, transformers
+from tests.support.process import Mpoc, run_python
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = [*"abcdefghijklmn"]

@@ -15,9 +15,9 @@ from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.models import zoo
 from mpoc.train.settings import Settings
-from tests.checkpoints import mlp_state, network_state, save_directory
-from tests.process import Mpoc
 from tests.reproduce.images import write_digits
+from tests.support.checkpoints import mlp_state, network_state, save_directory
+from tests.support.process import Mpoc
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {command.name: command for command in typer.main.get_group(app).commands.values()}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.calibrate.blocks import Case
-from tests.checkpoints import contents, save_directory
-from tests.process import Mpoc, environment
+from tests.compression.calibrate.blocks import Case
+from tests.support.checkpoints import contents, save_directory
+from tests.support.process import Mpoc, environment
 
 LAYERS = 10
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner, Result
 
 from mpoc.cli.app import app
 from mpoc.io.manifest_reader import read_manifest
-from tests.checkpoints import contents
 from tests.cli.test_faults import assert_fails
-from tests.process import Here, Mpoc
-from tests.search.digits import ARCHITECTURE, but_for_the_goal, write_network
+from tests.compression.digits import ARCHITECTURE, but_for_the_goal, write_network
+from tests.support.checkpoints import contents
+from tests.support.process import Here, Mpoc
 
 COMMAND = ("compress", "net.safetensors", *ARCHITECTURE, "--device", "cpu", "--layers", "fc*")
 

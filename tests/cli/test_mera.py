@@ -17,9 +17,9 @@ from mpoc.cli.app import app
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.io.manifest_reader import read_manifest
-from tests.checkpoints import contents, network_state, save_directory
-from tests.hub_models import answer, auto, compress, tiny
-from tests.process import Mpoc
+from tests.support.checkpoints import contents, network_state, save_directory
+from tests.support.hub_models import answer, auto, compress, tiny
+from tests.support.process import Mpoc
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mpoc.cli.app import app
-from tests.checkpoints import contents
-from tests.search.digits import ARCHITECTURE, write_network
+from tests.compression.digits import ARCHITECTURE, write_network
+from tests.support.checkpoints import contents
 
 COMMAND = (
     "compress",

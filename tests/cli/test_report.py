@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
-from tests.checkpoints import contents, network_state, num_bytes, save_directory
-from tests.process import Here, Mpoc
+from tests.support.checkpoints import contents, network_state, num_bytes, save_directory
+from tests.support.process import Here, Mpoc
 
 
 @pytest.fixture(params=["file", "directory"])

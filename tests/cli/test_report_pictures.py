@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner, Result
 
 from mpoc.cli.app import app
-from tests.pictures.files import compressed, one_layer
-from tests.process import Mpoc
+from tests.reporting.files import compressed, one_layer
+from tests.support.process import Mpoc
 
 
 @pytest.fixture(scope="module")

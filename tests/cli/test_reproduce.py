@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from mpoc.cli.app import app
 from mpoc.runtime.signals import Interrupted
-from tests.process import Mpoc
 from tests.reproduce.images import write_digits
+from tests.support.process import Mpoc
 
 
 def test_quick_fc2_from_data_to_table_and_figures(run: Mpoc, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from mpoc.cli.app import app
-from tests.checkpoints import save_directory
+from tests.support.checkpoints import save_directory
 
 RECIPE = """
 ratio = 0.6

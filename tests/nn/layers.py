@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpoc.nn import adopt
 from mpoc.tensor_networks.forms.stored import forms_of, weight_of
 from mpoc.tensor_networks.structure import Structure, make_structure
-from tests.weights import random_cores
+from tests.support.weights import random_cores
 
 
 def structure_of(module: nn.Module, name: str = "weight", sites: int | None = None) -> Structure:

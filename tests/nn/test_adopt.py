@@ -15,7 +15,7 @@ from mpoc.nn import MPOLinear, adopt
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import make_structure
 from tests.nn.layers import NETWORKS, Halved, gradients, pair, structure_of, with_cores
-from tests.weights import random_cores
+from tests.support.weights import random_cores
 
 
 class TestTheModuleStays:

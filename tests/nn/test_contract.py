@@ -13,7 +13,7 @@ from mpoc.nn import contract as module
 from mpoc.nn.contract import contract, merge_cores
 from mpoc.nn.cost import CPU, GPU, Plan, Rates, cheapest, split_batch, ways
 from mpoc.tensor_networks.structure import Structure, make_structure
-from tests.weights import by_eq_5, random_cores
+from tests.support.weights import by_eq_5, random_cores
 
 FACTORS = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=4)
 

@@ -16,7 +16,7 @@ from mpoc.nn.conv_map import geometry_of
 from mpoc.tensor_networks.fit.conv_map import fit_conv_map
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure, make_structure
-from tests.convolutions import convolutions, through_matrix
+from tests.support.convolutions import convolutions, through_matrix
 
 SOME = settings(max_examples=20, deadline=None, derandomize=True)
 

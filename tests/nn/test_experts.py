@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from mpoc.nn.adopt import adopt, unstack
 from mpoc.tensor_networks.structure import make_structure
-from tests.weights import random_cores
+from tests.support.weights import random_cores
 
 
 class Experts(nn.Module):

@@ -15,7 +15,7 @@ from mpoc.nn.linear import MPOConv1D
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import make_structure
 from tests.nn.layers import gradients, pair, pulled_back, with_cores
-from tests.weights import random_cores
+from tests.support.weights import random_cores
 
 SIDE = st.integers(1, 40)
 

@@ -20,8 +20,8 @@ from mpoc.nn.linear import MPOConv1D
 from mpoc.tensor_networks.structure import make_structure
 from tests.nn.layers import gradients, pulled_back, with_cores
 from tests.nn.test_experts import Experts
-from tests.sums import random_sum, sum_weight
-from tests.weights import by_eq_5, random_cores
+from tests.support.sums import random_sum, sum_weight
+from tests.support.weights import by_eq_5, random_cores
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "linear": lambda: (nn.Linear(24, 18), torch.randn(2, 5, 24)),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mpoc.train.engine import set_dropout
-from tests.calibrate.networks import encoder, texts
+from tests.compression.calibrate.networks import encoder, texts
 
 transformers: Any = import_module("transformers")
 

@@ -13,7 +13,7 @@ from mpoc.io.manifest_reader import read_manifest
 from mpoc.train.finetune import FinetuneRequest, finetune
 from mpoc.train.settings import Settings
 from mpoc.train.training_data import DataOptions
-from tests.hub_models import answer, auto, compress, tiny
+from tests.support.hub_models import answer, auto, compress, tiny
 
 WORDS = [*"abcdefghijklmn"]
 

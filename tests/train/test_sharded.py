@@ -14,7 +14,7 @@ from torch import distributed, nn
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.train.finetune import finetune
-from tests.process import run_python
+from tests.support.process import run_python
 from tests.train.sharded import request
 from tests.train.small import blobs
 

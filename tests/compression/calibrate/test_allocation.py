@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from mpoc.compression.calibrate.allocation import WAYS, Allocation, UnitCost, allocate_by_gain
+from mpoc.compression.calibrate.candidates import Candidates, CandidateTable, Replacement
+from mpoc.compression.plan import LayerPlan
+from mpoc.compression.selection import LinearMap
+from mpoc.tensor_networks.structure import low_rank_structure, make_structure
+from tests.compression.calibrate.layers import SIDES, known, weight
+
+
+def plan(name: str, bond: int) -> LayerPlan:
+    map = LinearMap(f"{name}.weight", "linear", SIDES, "float32", False)
+    return LayerPlan(map, low_rank_structure("linear", SIDES), "float32", bond)
+
+
+class Distance:
+    """Stands for the network: the squared errors of its layers summed, each with its own weight."""
+
+    def __init__(self, dense: Mapping[str, Tensor], importance: Mapping[str, float]) -> None:
+        self.dense, self.importance, self.asked = dense, importance, 0
+        self.penalty: list[float] = []
+
+    def of(self, layers: Mapping[str, Replacement]) -> float:
+        self.asked += 1
+        return sum(
+            self.importance[name] * float((self.dense[name] - layer.weight).square().sum())
+            for name, layer in layers.items()
+        )
+
+
+def chosen_from(plans: list[LayerPlan], offers: Mapping[str, Candidates]) -> CandidateTable:
+    return CandidateTable(
+        [plan for plan in plans if plan.map.name in offers], lambda plan: offers[plan.map.name]
+    )
+
+
+def shared(importance: dict[str, float], budget: int) -> Any:
+    plans = [plan("a", 4), plan("b", 4), plan("c", 4)]
+    dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
+    offers = {
+        name: Candidates(matrix, make_structure("linear", SIDES), known(), ("svd",))
+        for name, matrix in dense.items()
+    }
+    named = {f"{name}.weight": value for name, value in importance.items()}
+    costs = dict.fromkeys(offers, UnitCost())
+    return allocate_by_gain(plans, chosen_from(plans, offers), costs, budget, Distance(dense, named)), plans  # type: ignore[arg-type]
+
+
+def test_layers_that_matter_to_the_outputs_get_more() -> None:
+    found, _ = shared({"a": 100.0, "b": 1.0, "c": 1.0}, 3 * 4 * 40)
+    stored = [one.record().num_stored for one in found.plans]
+    assert sum(stored) <= 3 * 4 * 40
+    assert found.chosen == "equal gain"
+    assert stored[0] > max(stored[1:])
+    assert found.distances["equal gain"] < found.distances["uniform"]
+
+
+def test_uniform_shares_stay_where_the_outputs_prefer_them() -> None:
+    """Together the layers do not do what they did alone."""
+
+    class Contrary(Distance):
+        def of(self, layers: Mapping[str, Replacement]) -> float:
+            alone = super().of(layers)
+            return alone if len(layers) == 1 else float(self.asked)  # the first asked for is uniform
+
+    plans = [plan("a", 4), plan("b", 4)]
+    dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
+    offers = {
+        name: Candidates(matrix, make_structure("linear", SIDES), known(), ("svd",))
+        for name, matrix in dense.items()
+    }
+    distance = Contrary(dense, dict.fromkeys(dense, 1.0))
+    costs = dict.fromkeys(offers, UnitCost())
+    found = allocate_by_gain(plans, chosen_from(plans, offers), costs, 320, distance)  # type: ignore[arg-type]
+    assert found.chosen == "uniform"
+    assert found.plans == plans
+
+
+def test_a_budget_below_every_offer_leaves_the_plans() -> None:
+    found, plans = shared({"a": 1.0, "b": 1.0, "c": 1.0}, 10)
+    assert (found.chosen, found.plans) == ("uniform", plans)
+
+
+def test_layers_that_take_no_part_stay() -> None:
+    plans = [plan("a", 4), replace(plan("b", 4), max_bond=None, reason="the recipe leaves it dense")]
+    offers = {"a.weight": Candidates(weight(0), make_structure("linear", SIDES), known(), ("svd",))}
+    distance = Distance({"a.weight": weight(0)}, {"a.weight": 1.0})
+    costs = {"a.weight": UnitCost()}
+    found = allocate_by_gain(plans, chosen_from(plans, offers), costs, 200, distance)  # type: ignore[arg-type]
+    assert found.plans[1] == plans[1]
+
+
+def test_each_form_alone_competes_where_several_are_on_offer() -> None:
+    plans = [plan("a", 4), plan("b", 4)]
+    dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
+    structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
+    offers = {name: Candidates(matrix, structure, known(), ("svd", "mpo")) for name, matrix in dense.items()}
+    costs = dict.fromkeys(offers, UnitCost())
+    distance: Any = Distance(dense, dict.fromkeys(dense, 1.0))
+    found = allocate_by_gain(plans, chosen_from(plans, offers), costs, 2 * 4 * 40, distance)
+    assert tuple(found.distances) == WAYS[:4]
+    assert found.distances[found.chosen] == min(found.distances.values())
+    assert distance.asked == len(found.distances) + 2 * len(plans)  # what is told at once is not asked again
+    one_form = {name: Candidates(matrix, structure, known(), ("svd",)) for name, matrix in dense.items()}
+    assert (
+        tuple(allocate_by_gain(plans, chosen_from(plans, one_form), costs, 2 * 4 * 40, distance).distances)
+        == WAYS[:2]
+    )
+
+
+def test_where_forms_do_not_go_together_one_is_taken_alone() -> None:
+    class Jealous(Distance):
+        """Two forms in one network move its outputs far."""
+
+        def of(self, layers: Mapping[str, Replacement]) -> float:
+            alone = super().of(layers)
+            return alone if len(layers) == 1 else alone + self.penalty.pop(0)
+
+    plans = [plan("a", 4), plan("b", 4)]
+    dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
+    structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
+    offers = {name: Candidates(matrix, structure, known(), ("svd", "mpo")) for name, matrix in dense.items()}
+    distance: Any = Jealous(dense, dict.fromkeys(dense, 1.0))
+    distance.penalty = [1e6, 1e6, 0.0, 1e6]
+    found = allocate_by_gain(
+        plans, chosen_from(plans, offers), dict.fromkeys(offers, UnitCost()), 2 * 4 * 40, distance
+    )
+    assert found.chosen == WAYS[2]
+    assert {one.structure.form for one in found.plans if one.max_bond is not None} == {"mpo"}
+
+
+def test_what_the_fits_make_of_the_shares_may_surprise() -> None:
+    shares = Allocation([], "uniform", {"uniform": 0.01, "equal gain": 0.001})
+    assert shares.surprise(0.03) == shares.surprise(0.0) == []
+    (said,) = shares.surprise(0.4)
+    assert "are 0.4 from the dense ones, 40 times as far" in said and "--calibration-samples" in said
+    assert Allocation([], "uniform", {"uniform": 0.0}).surprise(1.0) == []

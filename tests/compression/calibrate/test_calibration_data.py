@@ -1,0 +1,102 @@
+"""Which examples are drawn, and how they are cut into batches."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mpoc.compression.calibrate.calibration_data import CalibrationData, Pooling, open_calibration
+from mpoc.data.open import data_fingerprint
+from mpoc.errors import MpocError, UsageError
+from mpoc.models import zoo
+from mpoc.models.call import Batch
+from mpoc.models.loading import Model, open_model
+from mpoc.train.training_data import DataOptions
+from tests.compression.calibrate.test_output_of_interest import folder
+from tests.data.samples import pixels
+from tests.support.architectures import tiny
+
+
+def lenet5(folder: Path) -> Model:
+    save_file(zoo.make("lenet5").state_dict(), folder / "lenet5.safetensors")
+    return open_model(folder / "lenet5.safetensors", "lenet5")
+
+
+def opened(folder: Path, samples: int, **options: Any) -> CalibrationData:
+    """Of 100 images whose first pixel is their number."""
+    x = pixels(100, 28, 28)
+    x.reshape(100, -1)[:, 0] = np.arange(100)
+    np.savez(folder / "digits.npz", x=x, y=np.arange(100) % 10)
+    data = DataOptions(folder / "digits.npz", held_out=0.0, mean=(0.0,), std=(1 / 255,))
+    return open_calibration(data, lenet5(folder), samples, **options)
+
+
+def numbers(batches: list[Batch]) -> list[int]:
+    return [round(float(x.flatten()[0])) for batch in batches for x in batch["x"]]
+
+
+def test_images(tmp_path: Path) -> None:
+    found = opened(tmp_path, 80)
+    kept, apart = numbers(found.batches), numbers(found.held_out)
+    assert (len(kept), len(apart)) == (70, 10)
+    assert len({*kept, *apart}) == 80
+    assert [len(batch["x"]) for batch in found.batches] == [64, 6]
+    assert found.notes[-1] == "calibration: 80 of 100 examples of train (seed 0), 10 held out"
+    assert found.pooling is None
+
+
+def test_the_draw(tmp_path: Path) -> None:
+    first, again, other = opened(tmp_path, 40), opened(tmp_path, 40), opened(tmp_path, 40, seed=1)
+    assert numbers(first.batches) == numbers(again.batches) != numbers(other.batches)
+    assert len(numbers(opened(tmp_path, 1000, held_out=0.3).held_out)) == 30
+    assert len(numbers(opened(tmp_path, 2).held_out)) == 1
+
+
+def test_what_a_training_held_out_is_not_drawn(tmp_path: Path) -> None:
+    """``mpoc eval`` measures that part."""
+    path = tmp_path / "lone.npz"
+    np.savez(path, x=pixels(100, 28, 28), y=np.arange(100) % 10)
+    model = lenet5(tmp_path)
+    found = open_calibration(DataOptions(path), model, 1000)
+    assert "100 of 100 examples of train" in found.notes[-1]
+    record = {"data": {"fingerprint": data_fingerprint(path, "npz"), "held_out": 0.2}}
+    model = replace(model, stored=replace(model.stored, history=record))
+    found = open_calibration(DataOptions(path), model, 1000)
+    assert "80 of 80 examples of train" in found.notes[-1]
+
+
+@pytest.mark.parametrize(("samples", "share"), [(1, 0.1), (10, 0.0), (10, 1.0)])
+def test_what_is_refused(tmp_path: Path, samples: int, share: float) -> None:
+    with pytest.raises(UsageError, match="held out"):
+        opened(tmp_path, samples, held_out=share)
+
+
+def test_one_example_is_too_few(tmp_path: Path) -> None:
+    np.savez(tmp_path / "one.npz", x=pixels(1, 28, 28), y=np.zeros(1, int))
+    with pytest.raises(MpocError, match="1 examples in train: calibration needs two"):
+        open_calibration(DataOptions(tmp_path / "one.npz", held_out=0.0), lenet5(tmp_path), 8)
+
+
+def test_texts_of_one_length_are_together(tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path / "bert")
+    folder(tmp_path / "bert", mean_tokens=True)
+    alphabet = "".join(map(chr, range(33, 33 + 99)))  # as many as the network knows
+    words = [(alphabet * 2)[8 * k % 99 :][: 2 + 3 * (k % 5)] for k in range(40)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    model = open_model(tmp_path / "bert", None)
+    options = DataOptions(tmp_path / "texts.jsonl", block=12, held_out=0.0)
+    found = open_calibration(options, model, 40, 0.25, tokens=24)
+    masks = [batch["attention_mask"] for batch in found.batches]
+    assert sum(map(len, masks)) == 30 and sum(len(batch["input_ids"]) for batch in found.held_out) == 10
+    assert all(mask.numel() <= 24 for mask in masks)
+    lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) > 2
+    assert found.pooling == Pooling("mean", normalize=False)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+
+from mpoc.compression.calibrate.calibrated_fit import Storage
+from mpoc.compression.calibrate.candidates import Candidates, largest_within
+from mpoc.tensor_networks.structure import low_rank_structure, make_structure
+from tests.compression.calibrate.layers import SIDES, known, weight
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("weighed", [True, False])
+def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> None:
+    evidence = known(centred, weighed)
+    offers = Candidates(weight(3), make_structure("linear", SIDES), evidence, ("svd",))
+    structure = low_rank_structure("linear", SIDES)
+    for rank in (1, 4, 9, 16):
+        expected = evidence.felt.squared(weight(3), offers.matrix(Storage(structure, rank)).double())
+        assert offers.error(Storage(structure, rank)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_offers_of_every_form_shrink_the_layer_but_for_the_dense_one() -> None:
+    structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
+    offers = Candidates(weight(3), structure, known(), ("svd", "mpo", "svd+mpo"))
+    stored = [offer.storage for offer in offers.every if offer.storage is not None]
+    assert {(one.structure.form, one.low_rank > 0) for one in stored} == {
+        ("svd", False),
+        ("mpo", False),
+        ("mpo", True),
+    }
+    assert [offer.error for offer in offers.every if offer.storage is None] == [0.0]
+    assert all(offer.parameters < 16 * 24 for offer in offers.every if offer.storage is not None)
+    for is_sum in (False, True):
+        measured = largest_within(structure, int(0.3 * 16 * 24), is_sum)
+        assert measured is not None
+        found = [offer.error for offer in offers.every if offer.storage == measured]
+        assert found == [pytest.approx(offers.error(measured), rel=1e-4)]
+        expected = known().felt.squared(weight(3), offers.matrix(measured).double())
+        assert offers.error(measured) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("is_sum", [False, True])
+def test_the_largest_within_a_size_is_within_it(is_sum: bool) -> None:
+    structure = make_structure("conv2d", (16, 12, 3, 3), factors=((2, 8), (6, 2)))
+    for size in (1, 30, 200, 700, 1700):
+        found = largest_within(structure, size, is_sum)
+        if found is None:
+            assert size < 700
+            continue
+        assert found.num_parameters <= size
+        assert Storage(structure, found.bond, found.low_rank + is_sum).num_parameters > size or not is_sum
+        assert is_sum or Storage(structure, found.bond + 1).num_parameters > size
+
+
+def test_a_structure_besides_is_offered_too() -> None:
+    structure = make_structure("linear", SIDES)
+    mera = make_structure("linear", SIDES, network="mera")
+    offers = Candidates(weight(3), structure, known(), ("svd", "mpo"), [mera])
+    offered = [one for one in offers.every if one.storage is not None and one.storage.structure == mera]
+    assert offered
+    storage = largest_within(mera, int(0.4 * 16 * 24), False)
+    assert storage is not None
+    (one,) = (offer for offer in offered if offer.storage == storage)
+    assert one.error == pytest.approx(offers.error(storage), rel=1e-4)
+    expected = known().felt.squared(weight(3), offers.matrix(storage).double())
+    assert offers.error(storage) == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,218 @@
+"""The dense pass against rows collected by hand and gradients taken one example at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpoc.compression.calibrate.calibration_data import Pooling, direction, output_of_interest
+from mpoc.compression.calibrate.dense_pass import DensePass, dense_pass
+from mpoc.compression.calibrate.moments import Accumulator, Positions
+from mpoc.compression.calibrate.trace import Trace, trace
+from mpoc.errors import MpocError
+from mpoc.models.call import Batch, Call
+from mpoc.runtime.device import derived_seed
+from tests.compression.calibrate.networks import Stopped, encoder, images, resnet20, second, texts, weights
+
+
+def passed(network: nn.Module, batches: list[Batch], **options: Any) -> tuple[Trace, DensePass]:
+    call = Call.of(network)
+    found = trace(network, call, batches[0], weights(network))
+    return found, dense_pass(network, call, batches, found, **options)
+
+
+def perceptron() -> nn.Sequential:
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 3)).eval()
+
+
+def test_rows_of_a_text() -> None:
+    network, batches = encoder(), [texts(), texts((3, 8), seed=1)]
+    _, found = passed(network, batches, probes=0)
+    rows: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Tensor]) -> None:
+        rows.append(args[0][batches[len(rows)]["attention_mask"].bool()])
+
+    network.encoder.layer[1].intermediate.dense.register_forward_pre_hook(see)
+    with torch.no_grad():
+        for batch in batches:
+            network(**batch)
+    moments = found.moments["encoder.layer.1.intermediate.dense.weight"]
+    assert moments.rows == 19 + 11
+    assert torch.allclose(moments.second, second(torch.cat(rows)), rtol=1e-5, atol=1e-7)
+    assert moments.cross is moments.second and found.gradients == {}
+    words = found.moments["embeddings.word_embeddings.weight"]
+    ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches])
+    assert torch.equal(words.second * 30, torch.bincount(ids, minlength=50).double())
+
+
+def test_what_is_in_the_padding_does_not_matter() -> None:
+    network = encoder()
+    batch, other = texts(), texts()
+    other["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)
+    _, found = passed(network, [batch], probes=2)
+    _, again = passed(network, [other], probes=2)
+    for name, moments in found.moments.items():
+        assert torch.allclose(again.moments[name].second, moments.second, rtol=1e-5, atol=1e-7), name
+        assert torch.allclose(again.gradients[name], found.gradients[name], rtol=1e-4, atol=1e-7), name
+
+
+def test_layers_with_one_input_share_their_moments() -> None:
+    _, found = passed(encoder(), [texts()], probes=0)
+    self_ = "encoder.layer.0.attention.self"
+    assert found.moments[f"{self_}.query.weight"] is found.moments[f"{self_}.value.weight"]
+
+
+def test_gradients_of_single_examples() -> None:
+    """Fisher's information from one backward pass an example, the same labels drawn."""
+    network, batches = perceptron(), [{"x": torch.randn(6, 5)}, {"x": torch.randn(4, 5)}]
+    _, found = passed(network, batches, probes=3, seed=5)
+    hidden, last = torch.zeros(7, 7, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    for index, batch in enumerate(batches):
+        p = network(batch["x"]).softmax(-1).detach()
+        for probe in range(3):
+            generator = torch.Generator().manual_seed(derived_seed(5, "direction", index, probe))
+            drawn = torch.multinomial(p, 1, generator=generator).flatten()
+            for x, label in zip(batch["x"], drawn, strict=True):
+                inner = network[0](x[None])
+                logits = network[2](inner.clone().relu())
+                log_p = logits.log_softmax(-1)[0, label]
+                g, g_last = torch.autograd.grad(log_p, [inner, logits])
+                hidden += g.double().T @ g.double()
+                last += g_last.double().T @ g_last.double()
+    assert torch.allclose(found.gradients["0.weight"], hidden / 30, rtol=1e-5, atol=1e-9)
+    assert torch.allclose(found.gradients["2.weight"], last / 30, rtol=1e-5, atol=1e-9)
+
+
+def test_drawn_labels_give_fisher_s_information() -> None:
+    """Of the logits it is diag(p) − ppᵀ, exactly, in the mean over draws."""
+    logits = torch.randn(1, 4)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([direction(logits, True, generator)[0] for _ in range(4000)])
+    p = logits.softmax(-1)[0].double()
+    assert torch.allclose(second(drawn), torch.diag(p) - torch.outer(p, p), atol=0.02)
+
+
+def test_pooled_embeddings() -> None:
+    """G of signs, averaged, is the mean over tokens of JᵀJ, J the embedding's Jacobian at a token."""
+    network, batch, pooling = encoder(1), texts((4, 2)), Pooling("mean", normalize=True)
+    name = "encoder.layer.0.output.dense.weight"
+    _, found = passed(network, [batch], probes=300, pooling=pooling)
+    caught: list[Tensor] = []
+    network.encoder.layer[0].output.dense.register_forward_hook(lambda *given: caught.append(given[2]))
+    values, are_logits = output_of_interest(network(**batch), batch, pooling)
+    assert not are_logits and values.shape == (2, 16)
+    wanted = torch.zeros(16, 16, dtype=torch.float64)
+    for entry in values.flatten():
+        (g,) = torch.autograd.grad(entry, caught[0], retain_graph=True)
+        rows = g[batch["attention_mask"].bool()].double()
+        wanted += rows.T @ rows / 6
+    result = found.gradients[name]
+    assert (result - wanted).norm() < 0.2 * wanted.norm()
+    assert float(result.trace()) == pytest.approx(float(wanted.trace()), rel=0.02)
+
+
+def test_convolutions() -> None:
+    network, batches = resnet20(), [images(2, size=16), images(2, seed=1, size=16)]
+    found, result = passed(network, batches)
+    name = "layer2.0.conv2.weight"
+    accumulator = Accumulator()
+    gradients: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Tensor]) -> None:
+        unfolded = nn.functional.unfold(args[0], 3, padding=1)  # (n, C · taps, positions)
+        accumulator.add(unfolded.unflatten(1, (-1, 9)).permute(0, 3, 2, 1).flatten(2).flatten(0, 1))
+
+    conv = network.get_submodule("layer2.0.conv2")
+    conv.register_forward_pre_hook(see)
+
+    def catch(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        output.register_hook(gradients.append)
+
+    conv.register_forward_hook(catch)
+    for index, batch in enumerate(batches):
+        logits = network(batch["x"])
+        generator = torch.Generator().manual_seed(derived_seed(0, "direction", index, 0))
+        logits.backward(direction(logits, True, generator))
+    wanted = accumulator.moments()
+    assert result.moments[name].rows == 4 * 8 * 8
+    assert torch.allclose(result.moments[name].second, wanted.second, rtol=1e-5, atol=2e-6)
+    rows = torch.cat(gradients).movedim(1, -1).flatten(0, -2)
+    assert torch.allclose(result.gradients[name], second(rows), rtol=1e-4, atol=1e-9)
+    assert list(result.moments) == list(result.gradients) == list(found.layers)
+
+
+def test_a_part_of_the_positions() -> None:
+    network, batches = resnet20(), [images(4)]
+    _, whole = passed(network, batches, probes=0)
+    _, found = passed(network, batches, probes=0, positions=Positions(400))
+    name = "layer1.0.conv1.weight"
+    assert found.moments[name].rows == whole.moments[name].rows == 4 * 1024
+    exact = whole.moments[name].second
+    assert 0 < (found.moments[name].second - exact).norm() / exact.norm() < 0.1
+
+
+def test_one_probe_more_or_another_seed_is_another_draw() -> None:
+    network, batches = perceptron(), [{"x": torch.randn(6, 5)}]
+    results = [passed(network, batches, **o)[1] for o in ({}, {}, {"seed": 1}, {"probes": 2})]
+    first, again, *others = (found.gradients["0.weight"] for found in results)
+    assert torch.equal(first, again)
+    assert not any(torch.allclose(first, other) for other in others)
+
+
+def test_where_no_gradient_goes() -> None:
+    network, batch = Stopped().eval(), {"x": torch.randn(5, 4)}
+    _, found = passed(network, [batch])
+    assert found.moments.keys() == {"body.weight", "late.weight"}
+    assert found.gradients.keys() == {"late.weight"}
+    assert found.moments["late.weight"].rows == 10
+    x = network.body(batch["x"]).detach()
+    rows = torch.cat([x, network.late(x).relu().detach()])
+    assert torch.allclose(found.moments["late.weight"].second, second(rows), rtol=1e-5)
+
+
+def test_the_network_is_left_as_it_was() -> None:
+    network = resnet20()
+    network.get_parameter("conv1.weight").requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    passed(network, [images(2)])
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in network.named_parameters()} - {"conv1.weight"}
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in network.modules())
+
+
+def test_data_without_rows() -> None:
+    batch = texts()
+    network = encoder(1)
+    found = trace(network, Call.of(network), batch, weights(network))
+    with pytest.raises(MpocError, match=r"embeddings\S+weight: the calibration data give it no rows"):
+        empty = {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
+        dense_pass(network, Call.of(network), [empty], found, probes=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu() -> None:
+    _, found = passed(encoder(), [texts()], probes=0)
+    _, other = passed(encoder().to("cuda"), [texts()], probes=2)
+    for name, moments in found.moments.items():
+        assert torch.allclose(other.moments[name].second, moments.second, rtol=1e-3, atol=1e-5)
+        assert other.gradients[name].device.type == "cpu"
+
+
+def test_gradients_behind_a_block_are_those_behind_its_last_layer() -> None:
+    """The last layer takes the mean over what the last block gives: G there is Wᵀ E[g gᵀ] W to a factor."""
+    network, batches = resnet20(), [images(3, size=12)]
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    done = dense_pass(network, Call.of(network), batches, found, 3, blocks=True)
+    path = found.chains[0][-1].module
+    weight = network.get_parameter("linear.weight").detach().double()
+    wanted = weight.T @ done.gradients["linear.weight"] @ weight
+    ours = done.blocks[path]
+    assert torch.allclose(ours / ours.norm(), wanted / wanted.norm(), atol=1e-5)
+    assert not dense_pass(network, Call.of(network), batches, found, 3).blocks

@@ -1,0 +1,106 @@
+"""What is known of an embedding, against sums over the tokens of texts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoc.compression.calibrate.calibrated_fit import Storage, fit_calibrated
+from mpoc.compression.calibrate.moments import one_hot_moments
+from mpoc.compression.calibrate.objective import EmbeddingObjective
+from mpoc.tensor_networks.fit.metric import weighted_svd
+from mpoc.tensor_networks.fit.weighted import matrix_of
+from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
+from tests.tensor_networks.fit.metrics import random_moment
+
+VOCABULARY, WIDTH = 30, 8
+LOW_RANK = low_rank_structure("embedding", (VOCABULARY, WIDTH))
+CHAIN = make_structure("embedding", (VOCABULARY, WIDTH), factors=((5, 6), (4, 2)))
+
+
+def tokens(count: int, seed: int) -> Tensor:
+    """Few of them often; the last five never."""
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.arange(1, VOCABULARY - 4).double().reciprocal()
+    return torch.multinomial(shares, count, replacement=True, generator=generator)
+
+
+def table(seed: int = 0) -> Tensor:
+    return torch.randn(VOCABULARY, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def known(seen: Tensor, unseen: Tensor) -> EmbeddingObjective:
+    mine, other = (one_hot_moments(torch.bincount(part, minlength=VOCABULARY)) for part in (seen, unseen))
+    return EmbeddingObjective(mine, other, random_moment(WIDTH, seed=3))
+
+
+def test_errors_are_those_of_the_tokens() -> None:
+    seen, unseen = tokens(200, 0), tokens(50, 1)
+    evidence, matrix, found = known(seen, unseen), table(), table(1)
+    error = matrix - found
+    for norm, part in ((evidence.seen, seen), (evidence.unseen, unseen)):
+        expected = error[part].norm() / matrix[part].norm()
+        assert norm.relative(matrix, found) == pytest.approx(float(expected), rel=1e-9)
+    expected = torch.einsum("ni,ij,nj->", error[unseen], evidence.outputs, error[unseen]) / 50
+    assert evidence.felt.squared(matrix, found) == pytest.approx(float(expected), rel=1e-9)
+    together = evidence.together().seen.squared(matrix, found)
+    assert together == pytest.approx(float(error[torch.cat([seen, unseen])].square().sum()) / 250, rel=1e-9)
+
+
+def test_the_metric_spreads_a_share_over_all_rows() -> None:
+    evidence, matrix, found = known(tokens(200, 0), tokens(50, 1)), table(), table(1)
+    uniform = known(torch.arange(VOCABULARY), tokens(50, 1))
+    values = [one.metric(matrix, gamma).value(found) for one, gamma in ((evidence, 0.0), (uniform, 0.0))]
+    mixed = evidence.metric(matrix, 0.3).value(found)
+    assert mixed == pytest.approx(0.7 * values[0] + 0.3 * values[1], rel=1e-9)
+
+
+def test_errors_of_all_ranks_are_those_of_each() -> None:
+    evidence, matrix = known(tokens(200, 0), tokens(50, 1)), table()
+    best = weighted_svd(evidence.metric(matrix, 0.1))
+    errors = evidence.felt.of_ranks(matrix, best.left, best.right)
+    for rank in range(1, WIDTH):
+        expected = evidence.felt.squared(matrix, best.left[:, :rank] @ best.right[:rank])
+        assert float(errors[rank - 1]) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+
+
+@pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
+def test_a_fit_is_nearer_on_other_texts(structure: Structure) -> None:
+    evidence, matrix = known(tokens(200, 0), tokens(50, 1)), table()
+    fit = fit_calibrated(matrix, [Storage(structure, 3)], evidence, torch.float64, 0)
+    assert fit.judged.shift is None
+    assert fit.gamma in (
+        EmbeddingObjective.gammas if structure is LOW_RANK else (EmbeddingObjective.mpo_gamma,)
+    )
+    assert fit.same_size["this"] < 0.9 * fit.same_size["plain svd" if structure is LOW_RANK else "plain mpo"]
+
+
+def test_no_row_of_a_low_rank_fit_is_worse_than_zero() -> None:
+    """Not even those that never occurred; of MPOs, whose rows share cores, this does not hold."""
+    metric = known(tokens(200, 0), tokens(50, 1)).metric(table(), 0.1)
+    best = weighted_svd(metric)
+    for rank in range(1, WIDTH):
+        error = table() - best.left[:, :rank] @ best.right[:rank]
+        lost, whole = (((rows @ metric.inputs) * rows).sum(1) for rows in (error, table()))
+        assert bool((lost <= whole * (1 + 1e-9)).all())
+
+
+@pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
+def test_exact_at_full_bond(structure: Structure) -> None:
+    fit = fit_calibrated(
+        table(),
+        [Storage(structure, structure.full_bond)],
+        known(tokens(200, 0), tokens(50, 1)),
+        torch.float64,
+        0,
+    )
+    torch.testing.assert_close(matrix_of(fit.terms), table(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_network_that_never_feels_it() -> None:
+    evidence = known(tokens(200, 0), tokens(50, 1))
+    deaf = EmbeddingObjective(evidence.moments, evidence.held_out, torch.zeros_like(evidence.outputs))
+    for structure in (LOW_RANK, CHAIN):
+        fit = fit_calibrated(table(), [Storage(structure, 3)], deaf, torch.float64, 0)
+        assert bool(matrix_of(fit.terms).isfinite().all())

@@ -1,0 +1,50 @@
+"""How far outputs move, against the formula."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mpoc.compression.calibrate.candidates import Replacement
+from mpoc.compression.calibrate.statistics import MeanCorrection
+from tests.compression.calibrate.networks import images
+from tests.compression.calibrate.test_batch_norm import distance_from_own
+
+
+def test_divergence_of_classes_and_no_number_is_infinitely_far() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)).eval()
+    batches = [images(3), images(2, seed=1)]
+    distance = distance_from_own(network, batches)
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other.get_parameter("1.bias")[0] += 0.5
+    assert distance.of_network(network) < 1e-6
+    x = torch.cat([batch["x"] for batch in batches])
+    ours, theirs = (nn.Module.__call__(one, x).double().log_softmax(-1).detach() for one in (other, network))
+    divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    assert math.isclose(distance.of_network(other), float(divergence), rel_tol=1e-4)
+    with torch.no_grad():
+        other.get_parameter("1.weight")[0, 0] = math.nan
+    assert distance.of_network(other) == math.inf
+
+
+def test_replaced_layers_are_tried_and_taken_out_again() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)).eval()
+    distance = distance_from_own(network, [images(3)])
+    study: Any = distance._study
+    study.places, study.means = {"w": "1.weight", "b": "1.bias"}, {"w": MeanCorrection("b", 1)}
+    before = copy.deepcopy(network.state_dict())
+    other = copy.deepcopy(network)
+    weight, shift = torch.randn(5, 3 * 32 * 32) / 50, torch.arange(5.0).double()
+    with torch.no_grad():
+        other.get_parameter("1.weight").copy_(weight)
+        other.get_parameter("1.bias").add_(shift)
+    assert distance.of({"w": Replacement(weight, shift)}) == distance.of_network(other) > 0
+    with pytest.raises(RuntimeError):  # of another shape
+        distance.of({"w": Replacement(torch.ones(7, 7), None)})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

@@ -1,0 +1,271 @@
+"""Two networks side by side: against full passes with hooks, and short ways against long ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpoc.compression.calibrate.dense_pass import dense_pass
+from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs
+from mpoc.compression.calibrate.moments import Moments, Positions
+from mpoc.compression.calibrate.paired_pass import PairedPass
+from mpoc.compression.calibrate.trace import Trace, next_input, trace
+from mpoc.errors import MpocError
+from mpoc.models.call import Batch, Call
+from mpoc.nn import adopt
+from mpoc.tensor_networks.structure import make_structure
+from tests.compression.calibrate.networks import damaged, encoder, images, resnet20, texts, weights
+from tests.support.architectures import tiny
+
+Networks = tuple[nn.Module, list[Batch]]
+
+
+def bert() -> Networks:
+    return encoder(), [texts(), texts((3, 8), seed=1)]
+
+
+def gpt2() -> Networks:
+    return tiny("gpt2"), [texts(), texts((3, 8), seed=1)]
+
+
+def resnet() -> Networks:
+    return resnet20(), [images(2, size=12), images(1, seed=1, size=12)]
+
+
+def densely() -> Networks:
+    """A chain in two pieces, an activation in place, a layer used twice and a grouped convolution."""
+    torch.manual_seed(5)
+    return _Mixed().eval(), [images(2, size=8), images(3, seed=1, size=8)]
+
+
+class _Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.front = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, groups=2, padding=1)
+        )
+        self.twice = nn.Conv2d(8, 8, 1)
+        self.back = nn.Sequential(nn.Flatten(), nn.Linear(288, 6), nn.ReLU(inplace=True), nn.Linear(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.front(x)
+        y = self.twice(x).relu()
+        x.zero_()
+        return self.back(self.twice(y))
+
+
+def in_order(
+    network: nn.Module, other: nn.Module, batches: list[Batch], found: Trace, **options: Any
+) -> dict[str, Moments]:
+    """Moments of all groups; each group's weights become those of ``other`` once it was measured."""
+    compressed = damaged(network, 0.0)
+    passes = PairedPass(network, compressed, Call.of(network), batches, found, **options)
+    moments: dict[str, Moments] = {}
+    for group in found.groups:
+        moments |= passes.moments(group)
+        for name in group:
+            compressed.get_parameter(name).data.copy_(other.get_parameter(name).data)
+    return moments
+
+
+def assert_same(found: dict[str, Moments], wanted: dict[str, Moments]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, moments in wanted.items():
+        for field, value in vars(moments).items():
+            other = getattr(found[name], field)
+            assert other == value if field == "rows" else torch.equal(other, value), (name, field)
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, resnet, densely])
+def test_kept_inputs_of_blocks_give_the_same_moments(make: Any) -> None:
+    network, batches = make()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    assert found.homes
+    other = damaged(network)
+    wanted = in_order(network, other, batches, found, replay=False)
+    assert_same(in_order(network, other, batches, found), wanted)
+    assert_same(in_order(network, other, batches, found, kept_bytes=20_000), wanted)
+    differing = [name for name, m in wanted.items() if not torch.equal(m.second, m.dense_second)]
+    assert len(differing) > len(wanted) // 2
+
+
+@pytest.mark.parametrize("make", [bert, resnet, densely])
+def test_against_whole_passes(make: Any) -> None:
+    """Inputs of all layers from one run of each network, no stop, rows by the layer's own rule."""
+    network, batches = make()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    other = damaged(network)
+    passes = PairedPass(network, other, Call.of(network), batches, found)
+    ours, theirs = _all_rows(other, batches, found), _all_rows(network, batches, found)
+    for group in found.groups:
+        for name, moments in passes.moments(group).items():
+            x, y = theirs[name], ours[name]
+            assert moments.rows == x.shape[-2]
+            if not isinstance(found.layers[name].inputs, EmbeddingInputs):
+                assert _near(moments.second, y.mT @ y / y.shape[-2])
+                assert _near(moments.cross, x.mT @ y / y.shape[-2])
+                assert _near(moments.dense_second, x.mT @ x / y.shape[-2])
+                assert _near(moments.mean, y.mean(-2)) and _near(moments.dense_mean, x.mean(-2))
+
+
+def _near(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).abs().max() <= 1e-6 * wanted.abs().max())
+
+
+def _all_rows(network: nn.Module, batches: list[Batch], found: Trace) -> dict[str, Tensor]:
+    rows: dict[str, list[Tensor]] = {name: [] for name in found.layers}
+    handles = []
+    for batch in batches:
+        for name, layer in found.layers.items():
+
+            def see(_: Any, args: Any, layer: Any = layer, batch: Batch = batch, name: str = name) -> None:
+                given, mask = args[0], batch.get("attention_mask")
+                if isinstance(layer.inputs, EmbeddingInputs):
+                    rows[name].append(layer.inputs.outputs(given[..., None].double(), mask))
+                else:
+                    rows[name] += [block.double() for block in layer.inputs.blocks(given, mask, None)]
+
+            for path in layer.modules:
+                handles.append(network.get_submodule(path).register_forward_pre_hook(see))
+        with torch.no_grad():
+            Call.of(network)(network, batch)
+        while handles:
+            handles.pop().remove()
+    return {name: torch.cat(parts, dim=-2) for name, parts in rows.items()}
+
+
+def test_the_dense_second_moment_of_another_pass() -> None:
+    network, batches = resnet()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    positions = Positions(20, seed=3)
+    dense = dense_pass(network, Call.of(network), batches, found, 0, positions=positions).moments
+    name = "layer2.1.conv1.weight"
+    other = damaged(network)
+    long = PairedPass(network, other, Call.of(network), batches, found, positions).moments([name])
+    short = PairedPass(network, other, Call.of(network), batches, found, positions).moments([name], dense)
+    assert_same(short, long)
+    assert short[name].dense_second is dense[name].second
+    assert torch.equal(long[name].dense_mean, dense[name].mean)
+
+
+def test_a_network_with_cores() -> None:
+    """What is compressed already may compute through cores."""
+    network, batches = bert()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    other = damaged(network)
+    name = "encoder.layer.0.output.dense.weight"
+    wanted = PairedPass(network, other, Call.of(network), batches, found).moments([name])
+    inner = other.get_submodule("encoder.layer.0.intermediate.dense")
+    structure = make_structure("linear", (24, 16), factors=((24, 1), (1, 16)))
+    weight = inner.get_parameter("weight").detach().clone()
+    adopt(inner, "weight", [torch.eye(24)[None, :, None], weight[:, None, :, None]], structure)
+    again = PairedPass(network, other, Call.of(network), batches, found).moments([name])
+    assert torch.allclose(again[name].second, wanted[name].second, rtol=1e-4, atol=1e-6)
+
+
+def test_only_what_is_needed_runs() -> None:
+    network, batches = bert()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    runs = [0, 0, 0]
+    for k in range(3):
+
+        def count(_: Any, args: Any, k: int = k) -> None:
+            runs[k] += 1
+
+        network.get_submodule(f"encoder.layer.{k}").register_forward_pre_hook(count)
+    passes = PairedPass(network, damaged(encoder()), Call.of(network), batches, found)
+    passes.moments(["encoder.layer.1.intermediate.dense.weight"])
+    assert runs == [2, 4, 0]  # up to the block for its input, then the block
+    passes.moments(["encoder.layer.1.output.dense.weight"])
+    assert runs == [2, 6, 0]
+    passes.moments(["encoder.layer.2.output.dense.weight"])
+    assert runs == [2, 8, 2]
+    passes.moments(["encoder.layer.0.output.dense.weight"])  # back
+    assert runs == [6, 8, 2]
+
+
+def test_nothing_stays_behind() -> None:
+    network, batches = resnet()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    other = damaged(network)
+    before = [tensor.clone() for tensor in other.state_dict().values()]
+    PairedPass(network, other, Call.of(network), batches, found).moments(["layer1.0.conv1.weight"])
+    broken = [{"x": torch.randn(1, 4, 8, 8)}]
+    with pytest.raises(RuntimeError, match="channels"):
+        PairedPass(network, other, Call.of(network), broken, found).moments(["layer1.0.conv1.weight"])
+    assert all(map(torch.equal, before, other.state_dict().values()))
+    for module in (*network.modules(), *other.modules()):
+        assert not module._forward_pre_hooks and not module._forward_hooks
+    assert all(parameter.requires_grad for parameter in (*network.parameters(), *other.parameters()))
+
+
+def test_layers_that_get_other_numbers_of_rows() -> None:
+    network = nn.Sequential(nn.Linear(3, 4), _Positive(), nn.Linear(4, 2)).eval()
+    batch = {"x": torch.randn(30, 3)}
+    found = trace(network, Call.of(network), batch, ["2.weight"])
+    other = damaged(network, 0.0)
+    other.get_parameter("0.bias").data.add_(5.0)
+    with pytest.raises(MpocError, match=r"^2\.weight: the dense network gives it \(\d+, 4\), the compressed"):
+        PairedPass(network, other, Call.of(network), [batch], found).moments(["2.weight"])
+
+
+class _Positive(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x[:, 0] > 0]
+
+
+def test_groups_of_channels_are_apart() -> None:
+    network, batches = densely()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    (name,) = (n for n, layer in found.layers.items() if isinstance(layer.inputs, ConvInputs)
+               and layer.inputs.groups == 2)  # fmt: skip
+    moments = PairedPass(network, damaged(network), Call.of(network), batches, found).moments([name])[name]
+    assert moments.second.shape == moments.cross.shape == (2, 36, 36)
+    assert moments.rows == 5 * 36
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_on_a_gpu() -> None:
+    network, batches = bert()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    other = damaged(network)
+    wanted = in_order(network, other, batches, found)
+    result = in_order(network.to("cuda"), other.to("cuda"), batches, found)
+    for name, moments in wanted.items():
+        assert torch.allclose(result[name].cross, moments.cross, rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("make", [bert, gpt2, resnet])
+def test_blocks_are_seen_as_in_whole_passes(make: Any) -> None:
+    """Kept or found again: inputs of the compressed network's block, outputs of the dense one's."""
+    network, batches = make()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    other = damaged(network)
+    position = 1
+    path = found.chains[0][position].module
+    for options in ({}, {"kept_bytes": 0}, {"replay": False}):
+        passes = PairedPass(network, other, Call.of(network), batches, found, **options)
+        examples = passes.examples((0, position))
+        assert len(examples) == len(batches)
+        for example, batch in zip(examples, batches, strict=True):
+            assert torch.equal(example.given, _at(other, path, batch)[0])
+            assert torch.equal(example.target, _at(network, path, batch)[1])
+            assert (example.mask is None) == ("attention_mask" not in batch)
+            output = next_input(other.get_submodule(path)(example.given, *example.args, **example.named))
+            assert output is not None and torch.equal(output, _at(other, path, batch)[1])
+
+
+@torch.no_grad()
+def _at(network: nn.Module, path: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Input and output of a module in a whole pass."""
+    seen: list[Any] = []
+    handle = network.get_submodule(path).register_forward_hook(
+        lambda _, args, output: seen.append((args[0].clone(), next_input(output)))
+    )
+    Call.of(network)(network, batch)
+    handle.remove()
+    found: tuple[Tensor, Tensor] = seen[0]
+    return found

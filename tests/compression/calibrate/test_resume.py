@@ -1,0 +1,121 @@
+"""A calibrated compression that was stopped goes on, and ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mpoc.compression.calibrate.block_refinement
+from mpoc.compression.calibrate.allocation import allocate_by_gain
+from mpoc.compression.calibrate.calibrated_fit import fit_calibrated
+from mpoc.errors import UsageError
+from tests.compression.calibrate.blocks import Case
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpoc.compression.calibrate.block_refinement, "_STEPS", 40)
+
+
+def stop_after(layers: int) -> Callable[..., None]:
+    def tell(record: Any, seconds: float, done: int, total: int, share: float) -> None:
+        if done == layers:
+            raise KeyboardInterrupt
+
+    return tell
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what is done, as it is done."""
+    done: list[str] = []
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **named: Any) -> Any:
+            done.append(name)
+            return function(*args, **named)
+
+        return call
+
+    monkeypatch.setattr(
+        "mpoc.compression.calibrate.sequential.fit_calibrated", watched("fit", fit_calibrated)
+    )
+    monkeypatch.setattr(
+        "mpoc.compression.calibrate.allocation.allocate_by_gain", watched("share", allocate_by_gain)
+    )
+    return done
+
+
+@pytest.mark.parametrize(
+    ("network", "refine", "goal", "kept"),
+    [
+        ("convolutions", False, {"ratio": 0.5}, [1, 4]),
+        ("convolutions", True, {"ratio": 0.5, "form": "svd"}, [1, 3, 4]),  # a block is fitted whole
+        ("blocks", True, {"size": 12_000}, [2, 5]),
+        ("blocks", False, {"bond": 2}, [4]),
+        ("grouped", False, {"bond": 3, "form": "mpo"}, [1, 2]),
+    ],
+)
+def test_it_ends_with_the_same_bytes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    network: str,
+    refine: bool,
+    goal: dict[str, Any],
+    kept: list[int],
+) -> None:
+    case = Case(tmp_path, network)
+    whole = case.compress(refine, "whole", **goal)
+    total = len(whole.manifest.layers)
+    for layers in kept:
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            case.compress(refine, resume=True, tell=stop_after(layers), **goal)
+        assert "--resume goes on" in stopped.value.__notes__[-1]
+    done = counted(monkeypatch)
+    found = case.compress(refine, resume=True, **goal)
+    assert done.count("fit") < total and "share" not in done
+    assert found.output.read_bytes() == whole.output.read_bytes()
+    assert not (tmp_path / "o.safetensors.partial").exists()
+
+
+def test_what_was_found_for_another_goal_is_not_used(tmp_path: Path) -> None:
+    case = Case(tmp_path, "blocks")
+    whole = case.compress(False, "whole", ratio=0.4)
+    with pytest.raises(KeyboardInterrupt):
+        case.compress(False, resume=True, tell=stop_after(4), ratio=0.6)
+    with pytest.raises(UsageError, match=r"kept of other work: --ratio was 0\.6 and is 0\.4"):
+        case.compress(False, resume=True, ratio=0.4)
+    found = case.compress(False, resume=True, ratio=0.4, force=True)
+    assert found.output.read_bytes() == whole.output.read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"key": 1', "[1]", '{"key": KEY, "layers": [{}]}'])
+def test_damaged_shares_are_found_again(tmp_path: Path, text: str) -> None:
+    case = Case(tmp_path, "blocks")
+    whole = case.compress(False, "whole", ratio=0.4)
+    with pytest.raises(KeyboardInterrupt):
+        case.compress(False, resume=True, tell=stop_after(1), ratio=0.4)
+    shares = tmp_path / "o.safetensors.partial" / "calibration" / "shares.json"
+    key = json.loads(shares.read_text())["key"]
+    shares.write_text(text.replace("KEY", json.dumps(key)))
+    found = case.compress(False, resume=True, ratio=0.4)
+    assert found.output.read_bytes() == whole.output.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["shares.json", "moments.safetensors"])
+def test_damaged_findings_are_found_again(tmp_path: Path, name: str) -> None:
+    """A larger number in the shares; numbers of the dense network that break off."""
+    case = Case(tmp_path, "blocks")
+    whole = case.compress(False, "whole", ratio=0.4)
+    with pytest.raises(KeyboardInterrupt):
+        case.compress(False, resume=True, tell=stop_after(1), ratio=0.4)
+    file = tmp_path / "o.safetensors.partial" / "calibration" / name
+    data = file.read_bytes()
+    changed = data.replace(b'"max_bond": ', b'"max_bond": 1', 1) if name == "shares.json" else data[:-100]
+    assert changed != data
+    file.write_bytes(changed)
+    found = case.compress(False, resume=True, ratio=0.4)
+    assert found.output.read_bytes() == whole.output.read_bytes()

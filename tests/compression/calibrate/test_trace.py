@@ -1,0 +1,204 @@
+"""What one forward pass shows of a network."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpoc.compression.calibrate.trace import ChainTracer, Trace, trace
+from mpoc.errors import MpocError
+from mpoc.models.call import Batch, Call
+from tests.compression.calibrate.networks import Stopped, encoder, images, resnet20, texts, weights
+from tests.support.architectures import tiny
+
+
+def traced(network: nn.Module, batch: Batch, names: list[str] | None = None) -> Trace:
+    return trace(network, Call.of(network), batch, names or weights(network))
+
+
+def test_query_key_and_value_share_their_input() -> None:
+    found = traced(encoder(), texts())
+    assert len(found.groups) == 3 + 3 * 4
+    self_ = "encoder.layer.1.attention.self"
+    group = (f"{self_}.query.weight", f"{self_}.key.weight", f"{self_}.value.weight")
+    assert found.groups[7] == group
+    assert [found.same_rows[name] for name in group] == [group[0]] * 3
+    assert [name for names in found.groups for name in names] == list(found.layers)
+    assert found.reasons == {} and found.norms == {}
+
+
+def test_order_is_that_of_use() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second, self.first = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x).relu())
+
+    found = traced(Backwards().eval(), {"x": torch.randn(2, 4)}, ["second.weight", "first.weight"])
+    assert found.groups == (("first.weight",), ("second.weight",))
+
+
+def test_one_input_changed_in_place_is_two() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x * 1.0
+            y = self.a(x)
+            x.relu_()
+            return y + self.b(x)
+
+    found = traced(Changing().eval(), {"x": torch.randn(2, 4)})
+    assert found.groups == (("a.weight",), ("b.weight",))
+
+
+def test_two_kernels_over_one_input_take_other_rows() -> None:
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.short = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(x) + self.short(x)
+
+    found = traced(Shortcut().eval(), images(2, size=6))
+    assert found.groups == (("wide.weight", "short.weight"),)
+    assert found.same_rows == {"wide.weight": "wide.weight", "short.weight": "short.weight"}
+
+
+def test_norms_behind_convolutions() -> None:
+    network = resnet20()
+    found = traced(network, images(2))
+    assert len(found.norms) == 19
+    assert found.norms["layer2.0.conv2.weight"] == "layer2.0.bn2"
+    network.train()
+    network.get_submodule("conv1").eval()
+    with pytest.raises(AssertionError, match="evaluation mode"):
+        traced(network, images(2))
+
+
+class _Normed(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.conv, self.norm, self.other = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.how == "alone":
+            return self.norm(y)
+        if self.how == "added":
+            return self.norm(y) + y
+        if self.how == "shape":
+            return self.norm(y) * y.shape[0]
+        if self.how == "twice":
+            return self.norm(y) + self.other(y)
+        if self.how == "shared":
+            return self.norm(y) + self.norm(y.relu())
+        return self.norm(y.relu())
+
+
+@pytest.mark.parametrize("how", ["alone", "added", "shape", "twice", "shared", "relu"])
+def test_a_norm_counts_only_where_it_alone_takes_the_output(how: str) -> None:
+    found = traced(_Normed(how).eval(), images(2, size=4))
+    assert found.norms == ({"conv.weight": "norm"} if how in ("alone", "shape") else {})
+
+
+def test_weights_used_more_than_once_or_never() -> None:
+    found = traced(Stopped().eval(), {"x": torch.randn(2, 4)})
+    assert found.calls == {"body.weight": 1, "late.weight": 2}
+    assert found.groups == (("body.weight",), ("late.weight",))
+    assert found.reasons == {"never.weight": "the network does not reach it"}
+
+
+def test_a_weight_the_network_has_not() -> None:
+    with pytest.raises(MpocError, match="has no weight"):
+        traced(encoder(1), texts(), ["pooler.dense.weight"])
+
+
+def test_blocks_of_transformers() -> None:
+    found = traced(encoder(), texts())
+    (chain,) = found.chains
+    assert [block.module for block in chain] == [f"encoder.layer.{k}" for k in range(3)]
+    assert all(block.is_kept_whole for block in chain)
+    assert found.homes["encoder.layer.2.output.dense.weight"] == (0, 2)
+    assert "embeddings.word_embeddings.weight" not in found.homes
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks"), [("gpt2", "transformer.h"), ("llama", "model.layers"), ("vit", "vit.layers")]
+)
+def test_blocks_of_others(kind: str, blocks: str) -> None:
+    network = tiny(kind)
+    cached = getattr(network.config, "use_cache", None)
+    batch = {"x": torch.randn(2, 3, 16, 16)} if kind == "vit" else texts()
+    (chain,) = traced(network, batch).chains
+    assert [block.module for block in chain] == [f"{blocks}.0", f"{blocks}.1"]
+    assert getattr(network.config, "use_cache", None) == cached
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_stages_are_taken_apart() -> None:
+    (chain,) = traced(resnet20(), images(2)).chains
+    assert [block.module for block in chain] == [f"layer{k}.{i}" for k in (1, 2, 3) for i in range(3)]
+    nested = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), nn.Tanh())
+    (chain,) = traced(nested.eval(), {"x": torch.randn(2, 4)}).chains
+    assert [block.module for block in chain] == ["0", "1.0", "1.1", "2"]
+    assert [block.is_kept_whole for block in chain] == [True, False, True, True]
+
+
+class _Blocks(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_Block() for _ in range(3))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        shared = x + 1
+        for k, block in enumerate(self.blocks):
+            if self.how == "between" and k == 2:
+                x = x * 2
+            if self.how == "in place" and k == 2:
+                x.mul_(2)
+            other = {"own": x + k, "state": object(), "number": k}.get(self.how, shared)
+            x = block(x, other if self.how != "again" else shared)
+        return self.blocks[0](x, shared) if self.how == "again" else x
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, other: object) -> Tensor:
+        return self.linear(x) * (1 if isinstance(other, Tensor) else 2)
+
+
+@pytest.mark.parametrize(
+    ("how", "lengths"),
+    [
+        ("plain", [3]),
+        ("between", [2, 1]),
+        ("in place", [2, 1]),
+        ("own", [1, 1, 1]),
+        ("state", [1, 1, 1]),
+        ("number", [1, 1, 1]),
+        ("again", [2]),
+    ],
+)
+def test_what_is_no_chain(how: str, lengths: list[int]) -> None:
+    found = traced(_Blocks(how).eval(), {"x": torch.randn(2, 4)})
+    assert [len(chain) for chain in found.chains] == lengths
+
+
+def test_hooks_go_even_where_the_network_fails() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 4)).eval()
+    with pytest.raises(RuntimeError):
+        traced(network, {"x": torch.randn(2, 4)})
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in network.modules())
+    assert ChainTracer().chains() == ([], {})

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import mpoc
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.errors import MpocError, UsageError
+from mpoc.io.manifest import Manifest
+from tests.models.test_loading import Tied, mlp, unchanged
+from tests.nn.layers import NETWORKS
+
+FULL: dict[str, Any] = {"bond": 10**6, "allow_growth": True, "embeddings": True}
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_at_full_bond_nothing_changes(kind: str) -> None:
+    network, x = NETWORKS[kind]()
+    dense = copy.deepcopy(network).eval()
+    report = mpoc.compress(network.eval(), **FULL)
+    assert isinstance(report, Manifest)
+    assert report.kinds_from == "the model's modules"
+    assert report.replaced == list(report.layers) != []
+    torch.testing.assert_close(network(x), dense(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"bond": 4}, {"ratio": 0.6}, {"max_error": 0.7}, {"discard": 0.2}])
+def test_gives_what_a_file_gives(tmp_path: Path, options: dict[str, Any]) -> None:
+    network = nn.Sequential(nn.Linear(48, 64), nn.Conv1d(16, 16, 3), nn.Linear(64, 32))
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    path = tmp_path / "m.mpo.safetensors"
+    done = compress_checkpoint(tmp_path / "m.pt", path, make_recipe(None, options))
+    loaded = mpoc.load(path, copy.deepcopy(network))
+    report = mpoc.compress(network, **options)
+    assert report.layers == done.manifest.layers
+    assert (report.rho, report.rho_selected) == (done.manifest.rho, done.manifest.rho_selected)
+    assert report.num_parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert network.state_dict().keys() == loaded.state_dict().keys()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[name]), name
+
+
+def test_kinds_are_told_from_modules() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(60, 16)  # by its name a linear map
+            self.embed = nn.Linear(16, 60)  # by its name an embedding
+            self.scale = nn.Parameter(torch.ones(16, 16))
+
+    network = Net()
+    report = mpoc.compress(network, bond=3)
+    assert {layer.name: layer.kind for layer in report.layers} == {"embed.weight": "linear"}
+    assert type(network.table) is nn.Embedding
+    assert set(report.left_alone) == {"table.weight", "scale"}
+    report = mpoc.compress(network, bond=3, embeddings=True)
+    assert {layer.name: layer.kind for layer in report.layers} == {"table.weight": "embedding"}
+
+
+def test_norms_of_matrices_are_no_linear_maps() -> None:
+    network = nn.Sequential(nn.LayerNorm((32, 32)), nn.RMSNorm((32, 32)), nn.Linear(32, 32))
+    report = mpoc.compress(network, bond=3)
+    assert [layer.name for layer in report.layers] == ["2.weight"]
+    assert report.left_alone.keys() == {"0.weight", "0.bias", "1.weight"}
+
+
+def test_tied_weights_share_their_cores() -> None:
+    network = Tied()
+    x = torch.tensor([0, 59])
+    before = network(x)
+    report = mpoc.compress(network, **FULL)
+    assert report.tied == {"head.weight": "embed.weight"}
+    assert [layer.name for layer in report.layers] == ["embed.weight", "middle.weight"]
+    assert all(one is other for one, other in zip(network.embed.cores, network.head.cores, strict=True))
+    torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_in_two_places() -> None:
+    layer = nn.Linear(16, 16)
+    network = nn.Sequential(layer, layer)
+    before = network(torch.ones(16))
+    mpoc.compress(network, **FULL)
+    torch.testing.assert_close(network(torch.ones(16)), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_dtype_stays(dtype: torch.dtype) -> None:
+    network = mlp(dtype)
+    dense = copy.deepcopy(network)
+    mpoc.compress(network, **FULL)
+    assert {value.dtype for value in network.state_dict().values()} == {dtype}
+    x = torch.randn(3, 24, dtype=dtype)
+    near = {torch.float16: 1e-2, torch.bfloat16: 1e-1, torch.float64: 1e-10}[dtype]
+    torch.testing.assert_close(network(x), dense(x), rtol=near, atol=near)
+
+
+def test_the_state_can_be_saved(tmp_path: Path) -> None:
+    network = mlp()
+    report = mpoc.compress(network, bond=3, allow_growth=True)
+    save_file(network.state_dict(), tmp_path / "cores.safetensors")
+    assert all(value.is_contiguous() for value in network.state_dict().values())
+    assert (tmp_path / "cores.safetensors").stat().st_size < 4 * report.num_parameters + 2000
+
+
+def test_a_bare_layer() -> None:
+    layer = nn.Linear(24, 18)
+    before = layer(torch.ones(24))
+    report = mpoc.compress(layer, **FULL)
+    assert report.layers[0].name == "weight"
+    torch.testing.assert_close(layer(torch.ones(24)), before, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_weights_stay_frozen() -> None:
+    network = mlp()
+    network[0].requires_grad_(False)
+    mpoc.compress(network, bond=4, allow_growth=True)
+    assert {parameter.requires_grad for parameter in network[0].parameters()} == {False}
+    assert {parameter.requires_grad for parameter in network[2].parameters()} == {True}
+
+
+class TestErrors:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_weight_that_is_not_finite_leaves_the_model_as_it_was(self, value: float) -> None:
+        network = mlp()
+        with torch.no_grad():
+            network.get_parameter("2.weight")[3, 4] = value
+        before = copy.deepcopy(network)
+        with pytest.raises(MpocError, match=r"tensor '2\.weight' holds (NaN|infinite values)"):
+            mpoc.compress(network, bond=4)
+        assert [type(module) for module in network] == [type(module) for module in before]
+        torch.testing.assert_close(network.state_dict(), before.state_dict(), equal_nan=True)
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({}, "exactly one of"),
+            ({"bond": 4, "ratio": 0.5}, "exactly one of"),
+            ({"bond": 0}, "a whole number from 1"),
+            ({"bond": 4, "layers": ["nothing*"]}, "matches no tensor"),
+            ({"bond": 4, "device": "cpu"}, "device: for files only"),
+            ({"size": 10**6}, "size: for files only"),
+            ({"max_drop": 1.0}, "max_drop: for files only"),
+            ({"bnd": 4}, "unknown option 'bnd'; did you mean 'bond'"),
+            ({"bond": 4, "rules": ()}, "unknown option 'rules'"),
+            ({"bond": 4, "layers": "none*"}, r"'none\*' matches no tensor"),
+            ({"bond": 4, "shape": ["0=2x2:3x3"]}, r"0.*outputs, but the layer has 24 and 18"),
+        ],
+    )
+    def test_options_that_do_not_fit(self, options: dict[str, Any], said: str) -> None:
+        network = mlp()
+        before = copy.deepcopy(network)
+        with pytest.raises(UsageError, match=said):
+            mpoc.compress(network, **options)
+        unchanged(network, before)
+
+    def test_nothing_that_would_shrink(self) -> None:
+        network = mlp()
+        before = copy.deepcopy(network)
+        with pytest.raises(MpocError, match=r"no layer would shrink, so nothing was changed \(0: would not"):
+            mpoc.compress(network, bond=1000)
+        unchanged(network, before)
+
+    def test_nothing_left_to_compress(self) -> None:
+        network = mlp()
+        mpoc.compress(network, **FULL)
+        before = copy.deepcopy(network)
+        with pytest.raises(MpocError, match="no layer is left to compress"):
+            mpoc.compress(network, bond=2)
+        unchanged(network, before)
+
+
+def test_options_are_those_of_the_command() -> None:
+    network = mlp()
+    report = mpoc.compress(network, bond=3, shape=["0=6x4:3x6"], exclude=["2"], allow_growth=True)
+    assert [layer.layer for layer in report.layers] == ["0"]
+    assert report.layers[0].input_factors == (6, 4)
+    assert report.layers[0].output_factors == (3, 6)
+    one = mpoc.compress(mlp(), bond=3, shape="0=6x4:3x6", exclude="2", allow_growth=True)  # as text
+    assert [(layer.name, layer.structure) for layer in one.layers] == [
+        (layer.name, layer.structure) for layer in report.layers
+    ]

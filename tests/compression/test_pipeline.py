@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpoc.compression.pipeline import compress_checkpoint, default_output
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.write import Compression
+from mpoc.errors import MpocError, UsageError
+from mpoc.io import safetensors_writer as writer
+from mpoc.io.manifest import LayerRecord
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.runtime.device import choose_device
+from tests.support.checkpoints import contents, network_state
+
+
+def compress(source: Path, output: str = "out", dry_run: bool = False, **options: Any) -> Compression:
+    ending = "" if source.is_dir() else ".safetensors"
+    recipe = make_recipe(None, options)
+    return compress_checkpoint(source, source.parent / f"{output}{ending}", recipe, dry_run=dry_run)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-float("inf"), "infinite")]
+)
+def test_weights_that_are_no_numbers_name_file_and_tensor(source: Path, value: float, kind: str) -> None:
+    state = network_state()
+    state["fc2.weight"][3, 4] = value
+    bad = source.parent / "bad.pt"
+    torch.save(state, bad)
+    before = contents(source.parent)
+    with pytest.raises(MpocError, match=rf"tensor 'fc2\.weight' holds {kind}") as caught:
+        compress(bad, "bad-out", bond=4)
+    assert str(bad) in str(caught.value)
+    assert contents(source.parent) == before
+    done = compress(bad, "bad-out", bond=4, exclude=("fc2.weight",))  # as the hint says
+    assert "fc2.weight" not in [layer.name for layer in done.manifest.layers]
+
+
+def test_cores_that_overflow_their_dtype_are_refused(tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.randn(64, 64) * 1e30}, tmp_path / "m.pt")
+    with pytest.raises(MpocError, match=r"m\.pt: tensor 'fc\.weight': its cores overflow float16"):
+        compress(tmp_path / "m.pt", bond=4, dtype="float16")
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.pt"]
+
+
+def test_a_core_s_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+    torch.save({"fc.weight": torch.randn(64, 64), "fc.cores.0": torch.randn(2)}, tmp_path / "m.pt")
+    with pytest.raises(MpocError, match=r"tensor 'fc\.cores\.0' has the name that a core of fc would get"):
+        compress(tmp_path / "m.pt", bond=4)
+    assert list(tmp_path.iterdir()) == [tmp_path / "m.pt"]
+
+
+@pytest.mark.parametrize("goal", [{"bond": 10**6}, {"size": 10**9}, {"ratio": 1.0}])
+def test_nothing_is_written_where_nothing_shrinks(source: Path, goal: dict[str, Any]) -> None:
+    before = contents(source.parent)
+    with pytest.raises(MpocError, match="no layer would be compressed") as caught:
+        compress(source, **goal)
+    assert f"--{next(iter(goal))}" in (caught.value.hint or "")
+    assert contents(source.parent) == before
+
+
+def test_an_existing_output_is_refused_before_any_work(source: Path) -> None:
+    done = compress(source, bond=2)
+    before = contents(source.parent)
+    told: list[str] = []
+    recipe = make_recipe(None, {"bond": 4})
+    with pytest.raises(UsageError, match="exists already"):
+        compress_checkpoint(source, done.output, recipe, progress=lambda record, *_: told.append(record.name))
+    assert told == []
+    assert contents(source.parent) == before
+    compress_checkpoint(source, done.output, recipe, force=True)
+    assert read_manifest(done.output).options["bond"] == 4
+
+
+def test_progress_is_told_after_every_layer(source: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+
+    def progress(record: LayerRecord, seconds: float, done: int, total: int, share: float) -> None:
+        assert seconds >= 0
+        assert 0 < share <= 1 and (share == 1) == (done == total)
+        told.append((record.name, done, total))
+
+    output = source.parent / ("out" if source.is_dir() else "out.safetensors")
+    done = compress_checkpoint(source, output, make_recipe(None, {"bond": 4}), progress=progress)
+    names = [layer.name for layer in done.manifest.layers]
+    assert told == [(name, k, len(names)) for k, name in enumerate(names, start=1)]
+    assert list(done.seconds) == names
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_an_interrupt_leaves_everything_as_it_was(source: Path, old: bool) -> None:
+    if old:
+        compress(source, bond=2)
+    before = contents(source.parent)
+
+    def interrupt(record: LayerRecord, seconds: float, done: int, total: int, share: float) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    output = source.parent / ("out" if source.is_dir() else "out.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        compress_checkpoint(source, output, make_recipe(None, {"bond": 4}), force=True, progress=interrupt)
+    assert contents(source.parent) == before
+    assert not [path for path in source.parent.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("write", range(0, 12, 2))
+def test_a_full_disk_leaves_everything_as_it_was(
+    source: Path, monkeypatch: pytest.MonkeyPatch, write: int
+) -> None:
+    before = contents(source.parent)
+    original, calls = writer._write_tensor, 0
+
+    def fill_up(*arguments: Any) -> None:
+        nonlocal calls
+        if calls == write:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        calls += 1
+        original(*arguments)
+
+    monkeypatch.setattr(writer, "_write_tensor", fill_up)
+    with pytest.raises(OSError, match="No space left") as caught:
+        compress(source, bond=4)
+    assert str(caught.value.filename).startswith(str(source.parent / "out"))
+    assert contents(source.parent) == before
+    assert not [path for path in source.parent.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("source", "output"),
+    [
+        ("resnet56.th", "resnet56.mpo.safetensors"),
+        ("folder/model.v2.safetensors", "model.v2.mpo.safetensors"),
+        ("bert", "bert-mpo"),
+        ("bert/", "bert-mpo"),
+        (".", "here-mpo"),
+        ("bert/..", "here-mpo"),
+    ],
+)
+def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, output: str) -> None:
+    (tmp_path / "here" / "bert").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert default_output(Path(source)) == Path(output)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "", "cpu:x"])
+def test_an_unavailable_device_is_a_usage_error(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--device {name}: not available here"):
+        choose_device(name)
+
+
+def test_auto_takes_what_is_there() -> None:
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert choose_device("cpu").type == "cpu"

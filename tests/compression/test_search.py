@@ -1,0 +1,203 @@
+"""Searches on the demo's network: what is written is what ``--ratio`` writes, and what was measured."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mpoc.cli.demo import ARCH
+from mpoc.compression import search as smallest
+from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import LayerRule, make_recipe
+from mpoc.compression.search import SearchCallbacks, SearchResult, Trial, compress_within
+from mpoc.errors import MpocError, UsageError
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.weight_files import output_bytes
+from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
+from mpoc.train.training_data import DataOptions
+from tests.compression.digits import but_for_the_goal, write_network
+from tests.support.architectures import tiny
+from tests.support.checkpoints import contents
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_network(tmp_path)
+    return tmp_path
+
+
+def find(folder: Path, max_drop: float, watch: SearchCallbacks | None = None, **options: Any) -> SearchResult:
+    calibration = options.pop("calibration", None)
+    recipe = make_recipe(None, {"max_drop": max_drop, "device": "cpu", **options})
+    data = DataOptions(folder / "digits.npz")
+    output = folder / "out.safetensors"
+    return compress_within(
+        folder / "net.safetensors", output, recipe, data, arch=ARCH, calibration=calibration, watch=watch
+    )
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_output_is_that_of_the_chosen_ratio(
+    folder: Path, calibrated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studies: list[CalibrationStatistics] = []
+    made = CalibrationStatistics.__init__
+
+    def make(self: CalibrationStatistics, *words: Any) -> None:
+        studies.append(self)
+        made(self, *words)
+
+    monkeypatch.setattr(CalibrationStatistics, "__init__", make)
+    calibration = CalibrationRequest(folder / "digits.npz", 40) if calibrated else None
+    told: list[tuple[Trial, bool]] = []
+    found = find(
+        folder,
+        5.0,
+        SearchCallbacks(trial=lambda *one: told.append(one)),
+        calibration=calibration,
+        layers=("conv2", "fc2"),
+        form="svd",
+    )
+    assert len(studies) == int(calibrated)  # one pass over the dense network for all trials
+    search, chosen = found.search, found.search.chosen
+    assert chosen is not None and chosen.drop <= 5.0 and chosen is not search.trials[0]
+    assert len(found.done.manifest.replaced) == 2  # the second on what the first one gives
+    assert [trial for trial, _ in told] == search.trials
+    assert [kept for _, kept in told] == [trial.drop <= 5.0 for trial in search.trials]
+    assert {True, False} == {kept for _, kept in told}
+    assert chosen.nbytes == found.done.nbytes == output_bytes(found.done.output)
+    options = read_manifest(found.done.output).options
+    assert (options["max_drop"], options["ratio"]) == (5.0, chosen.ratio)
+    alone = compress_checkpoint(
+        folder / "net.safetensors",
+        folder / "alone.safetensors",
+        make_recipe(
+            None, {"ratio": chosen.ratio, "device": "cpu", "layers": ("conv2", "fc2"), "form": "svd"}
+        ),
+        arch=ARCH,
+        calibration=calibration,
+    )
+    assert but_for_the_goal(found.done.output) == but_for_the_goal(alone.output)
+    again = evaluate_file(EvaluationRequest(found.done.output, DataOptions(folder / "digits.npz"), arch=ARCH))
+    assert again.scores == found.after.scores == chosen.scores
+    assert found.after.model == found.done.output
+
+
+def test_the_dense_network_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Path] = []
+
+    def tell(request: EvaluationRequest) -> Any:
+        measured.append(request.source)
+        return evaluate_file(request)
+
+    monkeypatch.setattr(smallest, "measure", tell)
+    found = find(folder, 5.0)
+    assert measured[0] == folder / "net.safetensors"
+    assert len(measured) == 1 + len(found.search.trials)
+    assert len(set(measured)) == 2
+
+
+def test_the_same_bytes_again(folder: Path) -> None:
+    first = find(folder, 5.0).done.output.read_bytes()
+    (folder / "out.safetensors").unlink()
+    assert find(folder, 5.0).done.output.read_bytes() == first
+
+
+def test_where_nothing_keeps_it_nothing_is_written(folder: Path) -> None:
+    before = contents(folder)
+    with pytest.raises(
+        MpocError,
+        match=r"none of \d trials keeps accuracy on digits.npz within 1: the best, ρ 0.* from 98.89 to 97",
+    ) as error:
+        find(folder, 1.0, layers=("conv1",), sites=8)
+    assert "--calibrate DATA" in str(error.value.hint)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_what_stops_a_trial_leaves_nothing(folder: Path, error: BaseException) -> None:
+    before = contents(folder)
+
+    def stop(trial: Trial, kept: bool) -> None:
+        if kept:
+            assert len(list(folder.glob(".out.safetensors.*.partial/*"))) == 1
+            raise error
+
+    with pytest.raises(type(error)) as caught:
+        find(folder, 50.0, SearchCallbacks(trial=stop))
+    assert contents(folder) == before
+    assert sorted(path.name for path in folder.iterdir()) == ["digits.npz", "net.safetensors"]
+    if isinstance(caught.value, OSError):
+        assert caught.value.filename == str(folder / "out.safetensors")
+
+
+def test_a_directory_without_a_head_is_compared_with_the_original(tmp_path: Path) -> None:
+    import transformers
+
+    transformers.ViTModel(tiny("vit").config).save_pretrained(tmp_path / "vit")
+    images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", x=images)
+    recipe = make_recipe(None, {"max_drop": 0.5, "device": "cpu"})
+    found = compress_within(tmp_path / "vit", tmp_path / "out", recipe, DataOptions(tmp_path / "images.npz"))
+    chosen = found.search.chosen
+    assert chosen is not None
+    assert (found.before.metric, found.before.reference) == ("cosine", tmp_path / "vit")
+    assert found.before.scores["cosine"] == pytest.approx(1)
+    assert 0.5 - 1e-6 <= found.after.scores["cosine"] < 1
+    assert chosen.nbytes == output_bytes(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz", "out", "vit"]
+    recipe = make_recipe(None, {"ratio": chosen.ratio, "device": "cpu"})
+    compress_checkpoint(tmp_path / "vit", tmp_path / "alone", recipe)
+    weights = ("out", "alone")
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in weights}) == 1
+
+
+def test_layers_that_cannot_be_smaller(folder: Path) -> None:
+    recipe = make_recipe(None, {"max_drop": 1.0, "layers": ("fc1",)})
+    recipe = replace(recipe, rules=(LayerRule("fc1", dense=True),))
+    data = DataOptions(folder / "digits.npz")
+    with pytest.raises(MpocError, match="with every bond at 1: nothing smaller can be searched"):
+        compress_within(folder / "net.safetensors", folder / "o.safetensors", recipe, data, arch=ARCH)
+
+
+def test_a_search_is_asked_for_by_its_own_name(folder: Path) -> None:
+    recipe = make_recipe(None, {"max_drop": 1.0})
+    with pytest.raises(UsageError, match="files are measured to find its ratio"):
+        compress_checkpoint(folder / "net.safetensors", folder / "o.safetensors", recipe, arch=ARCH)
+    with pytest.raises(UsageError, match="without max_drop"):
+        compress_within(
+            folder / "net.safetensors", folder / "o.safetensors", make_recipe(None, {"bond": 2}),
+            DataOptions(folder / "digits.npz"), arch=ARCH,
+        )  # fmt: skip
+
+
+def test_a_rise_of_a_loss_is_the_drop(tmp_path: Path) -> None:
+    from torch import nn
+
+    torch.manual_seed(0)
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    return nn.Sequential(nn.Linear(12, 64), nn.Tanh(), nn.Linear(64, 3))\n"
+    )
+    network = nn.Sequential(nn.Linear(12, 64), nn.Tanh(), nn.Linear(64, 3))
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    x = torch.randn(80, 12)
+    with torch.no_grad():
+        np.savez(tmp_path / "d.npz", x_test=x.numpy(), y_test=network(x).numpy())
+    recipe = make_recipe(None, {"max_drop": 0.2, "device": "cpu", "form": "svd"})
+    found = compress_within(
+        tmp_path / "m.pt", tmp_path / "o.safetensors", recipe, DataOptions(tmp_path / "d.npz"),
+        arch=f"{tmp_path}/net.py:net",
+    )  # fmt: skip
+    assert (found.before.metric, found.before.higher_is_better) == ("loss", False)
+    for trial in found.search.trials:
+        assert trial.drop == pytest.approx(trial.scores["loss"] - found.before.scores["loss"], rel=1e-4)
+    assert found.after.scores["loss"] <= 0.2 + found.before.scores["loss"]

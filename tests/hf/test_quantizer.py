@@ -1,0 +1,252 @@
+"""Compressed directories through transformers' own ``from_pretrained``."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import mpoc.hf  # noqa: F401  # registers
+from mpoc.errors import MpocError
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.models.loading import load
+from mpoc.nn import MPOEmbedding, MPOLinear
+from mpoc.tensor_networks.forms.form import Form
+from tests.support.hub_models import (
+    AUTO,
+    IDS,
+    Compressed,
+    Make,
+    answer,
+    auto,
+    compress,
+    compress_once,
+    compress_saved,
+    tiny,
+)
+
+transformers: Any = import_module("transformers")  # its own types are not complete
+CANNOT_TAKE = ("vit", "mixtral")  # their names or shapes on disk are not those of the network
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    return compress_once(tmp_path_factory)
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("kind", AUTO)
+class TestEveryArchitecture:
+    def test_answers_as_the_expanded_directory(self, make: Make, kind: str, embeddings: bool) -> None:
+        small = make(kind, embeddings=embeddings)
+        logits = answer(auto(kind, small.path))
+        assert logits.std() > 1e-2
+        torch.testing.assert_close(logits, answer(auto(kind, small.expanded)), rtol=0, atol=1e-5)
+        assert (logits - answer(tiny(kind))).abs().max() > 1e-3  # it is the compressed network
+
+    def test_is_bit_equal_with_mpoc_load(self, make: Make, kind: str, embeddings: bool) -> None:
+        small = make(kind, embeddings=embeddings)
+        if kind in CANNOT_TAKE:
+            pytest.skip("mpoc.load does not rename or stack tensors")
+        assert torch.equal(answer(auto(kind, small.path)), answer(load(small.path, tiny(kind))))
+
+    def test_holds_the_cores_and_nothing_dense_beside_them(
+        self, make: Make, kind: str, embeddings: bool
+    ) -> None:
+        small = make(kind, embeddings=embeddings)
+        model, info = auto(kind, small.path, output_loading_info=True)
+        assert not any(info.values()), info
+        assert model.num_parameters() == read_manifest(small.path).num_parameters
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+    def test_builds_no_dense_weight_while_loading(
+        self, make: Make, kind: str, embeddings: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        small = make(kind, embeddings=embeddings)
+        monkeypatch.delattr(Form, "to_weight")
+        auto(kind, small.path)
+
+    def test_loads_without_its_head(self, make: Make, kind: str, embeddings: bool) -> None:
+        small = make(kind, embeddings=embeddings)
+        model = transformers.AutoModel.from_pretrained(small.path)
+        dense = transformers.AutoModel.from_pretrained(small.expanded)
+        torch.testing.assert_close(answer(model), answer(dense), rtol=0, atol=1e-5)
+
+
+class TestHeads:
+    @pytest.fixture
+    def classifier(self, tmp_path: Path) -> Compressed:
+        config = tiny("bert").config
+        config.num_labels = 16
+        return compress(transformers.BertForSequenceClassification(config), tmp_path / "classifier")
+
+    def test_a_headed_directory_loads_with_and_without_its_head(self, classifier: Compressed) -> None:
+        names = json.loads((classifier.path / "config.json").read_text())["quantization_config"]["layers"]
+        assert "classifier.weight" in names and "bert.pooler.dense.weight" in names
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier.path)
+        dense = transformers.BertForSequenceClassification(model.config)
+        assert torch.equal(answer(model), answer(load(classifier.path, dense)))
+        base, info = transformers.AutoModel.from_pretrained(classifier.path, output_loading_info=True)
+        assert torch.equal(answer(base), answer(model.bert))
+        assert not info["missing_keys"]
+        assert {name.partition(".")[0] for name in info["unexpected_keys"]} == {"classifier"}
+
+    def test_a_headless_directory_gets_a_new_head(self, tmp_path: Path) -> None:
+        small = compress(tiny("bert").bert, tmp_path)
+        base = transformers.AutoModel.from_pretrained(small.path)
+        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+            small.path, output_loading_info=True
+        )
+        assert torch.equal(answer(base), answer(model.bert))
+        new = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+        assert info["missing_keys"] == new
+        assert isinstance(model.classifier, nn.Linear) and model.classifier.weight.std() > 0
+
+    def test_a_head_of_another_size_starts_anew_where_that_is_allowed(
+        self, classifier: Compressed, tmp_path: Path
+    ) -> None:
+        auto_class = transformers.AutoModelForSequenceClassification
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            auto_class.from_pretrained(classifier.path, num_labels=3)
+        model = auto_class.from_pretrained(classifier.path, num_labels=3, ignore_mismatched_sizes=True)
+        assert type(model.classifier) is nn.Linear and model.classifier.weight.shape == (3, 32)
+        model.save_pretrained(tmp_path / "saved")
+        assert torch.equal(answer(auto_class.from_pretrained(tmp_path / "saved")), answer(model))
+
+
+class TestTiedHeads:
+    @pytest.mark.parametrize("kind", ["gpt2", "t5", "bert"])
+    def test_the_head_shares_the_embedding_s_cores(self, make: Make, kind: str) -> None:
+        model = auto(kind, make(kind, embeddings=True).path)
+        for _ in range(2):
+            embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+            assert type(embedding) is MPOEmbedding and type(head) is MPOLinear
+            assert [id(core) for core in embedding.cores] == [id(core) for core in head.cores]
+            model.tie_weights()
+
+    def test_a_head_with_cores_of_its_own_is_not_tied(self, make: Make) -> None:
+        model = auto("llama", make("llama", embeddings=True).path)
+        assert model.lm_head.cores[0] is not model.model.embed_tokens.cores[0]
+
+    @pytest.mark.parametrize("embeddings", [False, True])
+    def test_a_head_stored_apart_stays_apart(self, tmp_path: Path, embeddings: bool) -> None:
+        tiny("gpt2").save_pretrained(tmp_path / "original")
+        file = tmp_path / "original" / "model.safetensors"
+        state = load_file(file)
+        state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+        save_file(state, file, {"format": "pt"})
+        small = compress_saved(tmp_path, embeddings=embeddings)
+        model = auto("gpt2", small.path)
+        assert type(model.lm_head) is MPOLinear
+        assert torch.equal(model.transformer.wte.weight, state["transformer.wte.weight"]) is not embeddings
+        assert len(model.state_dict()) == len(load_file(small.path / "model.safetensors"))
+        torch.testing.assert_close(answer(model), answer(auto("gpt2", small.expanded)), rtol=0, atol=1e-5)
+
+
+class TestExperts:
+    def test_dense_experts_beside_compressed_ones(self, make: Make, tmp_path: Path) -> None:
+        exclude = ("*.0.*.experts.2.w1", "*.experts.3.*")
+        small = make("mixtral", exclude=exclude)
+        model = auto("mixtral", small.path)
+        experts = model.model.layers[0].mlp.experts
+        assert experts.gate_up_proj.shape == (4, 96, 32)
+        assert type(experts.get_submodule("2.w1")) is nn.Linear
+        assert type(experts.get_submodule("2.w3")) is MPOLinear
+        torch.testing.assert_close(answer(model), answer(auto("mixtral", small.expanded)), rtol=0, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        before, after = (load_file(path / "model.safetensors") for path in (small.path, tmp_path))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    def test_stacked_on_disk(self, tmp_path: Path) -> None:
+        tiny("mixtral").save_pretrained(tmp_path / "original", save_original_format=False)
+        small = compress_saved(tmp_path)
+        assert "experts" in {layer.kind for layer in read_manifest(small.path).replaced}
+        model = auto("mixtral", small.path)
+        torch.testing.assert_close(answer(model), answer(auto("mixtral", small.expanded)), rtol=0, atol=1e-5)
+        assert torch.equal(answer(model), answer(load(small.path, tiny("mixtral"))))
+
+    @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+    def test_every_way_to_compute_them(self, make: Make, implementation: str) -> None:
+        path = make("mixtral").path
+        model = auto("mixtral", path, experts_implementation=implementation)
+        torch.testing.assert_close(answer(model), answer(auto("mixtral", path)), rtol=0, atol=1e-5)
+
+    def test_what_cores_cannot_follow_is_refused(self, tmp_path: Path) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        config = transformers.NomicBertConfig(vocab_size=99, **sizes)
+        small = compress(transformers.NomicBertModel(config), tmp_path)
+        with pytest.raises(MpocError, match=r"k_proj, .* of '.*Wqkv.weight'") as caught:
+            transformers.AutoModel.from_pretrained(small.path)
+        assert caught.value.hint == f"mpoc expand {small.path}"
+        assert not hasattr(transformers.AutoModel.from_pretrained(small.expanded), "hf_quantizer")
+
+
+class TestWaysToLoad:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("kind", AUTO)
+    def test_in_half_precision(self, make: Make, kind: str, dtype: torch.dtype) -> None:
+        small = make(kind, embeddings=True)
+        model, dense = auto(kind, small.path, dtype=dtype), auto(kind, small.expanded, dtype=dtype)
+        assert model.dtype == dtype
+        assert {p.dtype for p in model.parameters()} == {p.dtype for p in dense.parameters()}
+        torch.testing.assert_close(answer(model).float(), answer(dense).float(), rtol=0.05, atol=0.05)
+
+    def test_cores_stored_in_half_precision(self, make: Make) -> None:
+        small = make("llama", dtype="bfloat16")
+        model = auto("llama", small.path, dtype=torch.float32)
+        assert model.model.layers[0].mlp.up_proj.cores[0].dtype == torch.float32
+        assert torch.equal(answer(model), answer(load(small.path, tiny("llama"))))
+
+    @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+    def test_with_a_device_map(self, make: Make, device_map: Any) -> None:
+        for kind, embeddings in (("gpt2", True), ("mixtral", False)):
+            small = make(kind, embeddings=embeddings)
+            model = auto(kind, small.path, device_map=device_map).cpu()
+            assert torch.equal(answer(model), answer(auto(kind, small.path)))
+
+    def test_offloading_is_refused(self, make: Make, tmp_path: Path) -> None:
+        device_map = {"transformer": "cpu", "transformer.h.1": "disk", "lm_head": "cpu"}
+        with pytest.raises(MpocError, match="cannot be offloaded"):
+            auto("gpt2", make("gpt2").path, device_map=device_map, offload_folder=tmp_path)
+
+    @pytest.mark.parametrize("kind", ["bert", "mixtral"])
+    def test_in_shards(self, make: Make, kind: str) -> None:
+        shards = make(kind, max_shard_size=20_000)
+        assert len(list(shards.path.glob("*.safetensors"))) > 2
+        assert torch.equal(answer(auto(kind, shards.path)), answer(auto(kind, make(kind).path)))
+
+    def test_an_older_checkpoint_s_position_ids(self, make: Make, tmp_path: Path) -> None:
+        tiny("bert").save_pretrained(tmp_path / "original")
+        file = tmp_path / "original" / "model.safetensors"
+        positions = {"bert.embeddings.position_ids": torch.arange(32)[None]}
+        save_file(load_file(file) | positions, file, {"format": "pt"})
+        small = compress_saved(tmp_path)
+        model, info = auto("bert", small.path, output_loading_info=True)
+        assert not any(info.values()), info
+        assert torch.equal(answer(model), answer(auto("bert", make("bert").path)))
+        assert torch.equal(answer(model), answer(load(small.path, tiny("bert"))))
+
+    @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
+    def test_to_generate(self, make: Make, kind: str) -> None:
+        small = make(kind, embeddings=True)
+        mask = torch.ones_like(IDS)
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
+        model, dense = auto(kind, small.path), auto(kind, small.expanded)
+        tokens = model.generate(IDS, **options)
+        assert tokens.shape[1] > 1
+        assert torch.equal(tokens, dense.generate(IDS, **options))
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_cores_are_not_resized_behind_the_user_s_back(make: Make, kind: str) -> None:
+    model = auto(kind, make(kind, embeddings=True).path)
+    with pytest.raises(AttributeError, match="make it dense first"):
+        model.resize_token_embeddings(110)
+    assert model.get_input_embeddings().num_embeddings == len(model.get_input_embeddings().weight)

@@ -1,0 +1,264 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpoc.errors import MpocError
+from mpoc.io.open_checkpoint import open_checkpoint
+from tests.support.architectures import tiny
+from tests.support.checkpoints import CONFIG, mlp_state, save_directory
+
+both_suffixes = pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+INDEX = "model.safetensors.index.json"
+
+
+def assert_holds(path: Path, state: dict[str, Tensor]) -> None:
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.infos.keys() == state.keys()
+    for name, tensor in state.items():
+        torch.testing.assert_close(checkpoint.read(name), tensor, rtol=0, atol=0)
+
+
+def refusal(path: Path) -> MpocError:
+    with pytest.raises(MpocError) as caught:
+        open_checkpoint(path)
+    assert str(path) in str(caught.value)
+    return caught.value
+
+
+@both_suffixes
+@pytest.mark.parametrize("shards", [1, 3])
+def test_whole_and_sharded(tmp_path: Path, shards: int, suffix: str) -> None:
+    state = mlp_state()
+    path = save_directory(tmp_path / "m", state, shards, suffix=suffix)
+    assert_holds(path, state)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config == CONFIG
+    assert len(checkpoint.weight_files) == shards
+    assert checkpoint.nbytes_on_disk == sum(file.stat().st_size for file in path.glob(f"*model*{suffix}"))
+
+
+@both_suffixes
+def test_wrapper_prefixes_are_stripped_in_shards(tmp_path: Path, suffix: str) -> None:
+    state = mlp_state()
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    assert_holds(save_directory(tmp_path / "m", wrapped, 2, suffix=suffix), state)
+
+
+def test_tied_tensors_of_torch_shards(tmp_path: Path) -> None:
+    state = mlp_state()
+    state["head.weight"] = state["fc2.weight"]
+    path = save_directory(tmp_path / "m", state, suffix=".bin")
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.tied == {"head.weight": "fc2.weight"}
+    assert "head.weight" not in checkpoint.infos
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_shards_as_transformers_writes_them(tmp_path: Path, architecture: str) -> None:
+    model = tiny(architecture)
+    model.save_pretrained(tmp_path / "m", max_shard_size="30kB")
+    index = json.loads((tmp_path / "m" / INDEX).read_text())
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in index["weight_map"]}
+    checkpoint = open_checkpoint(tmp_path / "m")
+    assert len(checkpoint.weight_files) == len(set(index["weight_map"].values())) > 2
+    assert checkpoint.config is not None
+    assert checkpoint.config["model_type"] == architecture
+    assert_holds(tmp_path / "m", state)
+
+
+def test_the_usual_file_wins_over_copies_and_torch_files(tmp_path: Path) -> None:
+    state = mlp_state()
+    path = save_directory(tmp_path / "m", state)
+    save_file({"fc1.weight": torch.zeros(2, 2)}, path / "consolidated.safetensors")
+    torch.save({"fc1.weight": torch.zeros(2, 2)}, path / "pytorch_model.bin")
+    (path / "optimizer.bin").write_bytes(b"something else")
+    assert_holds(path, state)
+
+
+def test_weights_under_another_name(tmp_path: Path) -> None:
+    state = mlp_state()
+    path = save_directory(tmp_path / "m", state)
+    (path / "model.safetensors").rename(path / "diffusion_model.safetensors")
+    assert_holds(path, state)
+
+
+def test_a_snapshot_of_links_as_the_hub_s_cache_holds_it(tmp_path: Path) -> None:
+    state = mlp_state()
+    blobs = save_directory(tmp_path / "blobs", state, shards=2)
+    snapshot = tmp_path / "snapshots" / "a1b2"
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(list(blobs.iterdir())):
+        blob = file.rename(blobs / f"{number:064x}")
+        (snapshot / file.name).symlink_to(blob)
+    assert_holds(snapshot, state)
+
+
+def test_a_directory_without_a_config(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "m", mlp_state())
+    (path / "config.json").unlink()
+    assert open_checkpoint(path).config is None
+
+
+def test_several_weight_files_and_no_index(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2)
+    (path / INDEX).unlink()
+    error = refusal(path)
+    assert "2 weight files and no index" in str(error)
+    assert "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors" in str(error)
+    assert "name one of the files" in (error.hint or "")
+
+
+def test_a_directory_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert "no weights in this directory" in str(refusal(tmp_path))
+
+
+@both_suffixes
+def test_a_missing_shard_is_named(tmp_path: Path, suffix: str) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2, suffix=suffix)
+    shard = next(path.glob(f"*00002-of-00002{suffix}"))
+    shard.unlink()
+    error = refusal(path)
+    assert f"shard {shard.name} is missing (tensor 'fc2.weight'" in str(error)
+    assert "download" in (error.hint or "")
+
+
+@both_suffixes
+def test_a_truncated_shard_is_named(tmp_path: Path, suffix: str) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2, suffix=suffix)
+    shard = next(path.glob(f"*00002-of-00002{suffix}"))
+    shard.write_bytes(shard.read_bytes()[:-200])
+    assert shard.name in str(refusal(path))
+
+
+@both_suffixes
+def test_an_index_that_names_a_tensor_its_shard_lacks(tmp_path: Path, suffix: str) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2, suffix=suffix)
+    index_file = next(path.glob("*.index.json"))
+    index = json.loads(index_file.read_text())
+    index["weight_map"]["fc3.weight"] = index["weight_map"]["fc1.weight"]
+    index_file.write_text(json.dumps(index))
+    assert "puts tensor 'fc3.weight' into" in str(refusal(path))
+
+
+@pytest.mark.parametrize(
+    "outside",
+    [
+        *("../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", 3, None, ["x"], {"x": 1}),
+        *("..\\x.safetensors", "a\0b", "x\n.safetensors", "\x1b[2J", "x" * 250, "\ud800"),
+    ],
+)
+def test_an_index_that_leads_out_of_the_directory(tmp_path: Path, outside: Any) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2)
+    save_file({"fc1.weight": torch.randn(2, 2)}, tmp_path / "x.safetensors")
+    (path / "sub").mkdir()
+    save_file({"fc1.weight": torch.randn(2, 2)}, path / "sub" / "x.safetensors")
+    index = json.loads((path / INDEX).read_text())
+    index["weight_map"]["fc1.weight"] = outside
+    (path / INDEX).write_text(json.dumps(index))
+    said = str(refusal(path))
+    if outside == "\ud800":
+        assert "not valid JSON" in said
+    else:
+        assert f"tensor 'fc1.weight' is put into {outside!r}, outside the directory" in said
+
+
+@pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", INDEX])
+def test_a_link_that_leads_out_of_the_directory(tmp_path: Path, file: str) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2)
+    (path / file).rename(tmp_path / "elsewhere")
+    (path / file).symlink_to(Path("..") / "elsewhere")
+    error = refusal(path)
+    assert f"{file}: a link to " in str(error) and "elsewhere, outside the directory" in str(error)
+    assert "put the file itself in its place" in (error.hint or "")
+
+
+def test_links_inside_the_directory_are_followed(tmp_path: Path) -> None:
+    state = mlp_state()
+    path = save_directory(tmp_path / "m", state)
+    (path / "model.safetensors").rename(path / "weights")
+    (path / "model.safetensors").symlink_to("weights")
+    (tmp_path / "link").symlink_to(path)
+    assert_holds(path, state)
+    assert_holds(tmp_path / "link", state)
+
+
+def test_an_index_that_names_one_shard_without_end(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2)
+    index = json.loads((path / INDEX).read_text())
+    shard = index["weight_map"]["fc1.weight"]
+    index["weight_map"] |= {f"x{k}": shard for k in range(50_000)}
+    (path / INDEX).write_text(json.dumps(index))
+    assert f"the index puts tensor 'x0' into {shard}, which lacks it" in str(refusal(path))
+
+
+def test_an_index_that_says_two_things(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2)
+    text = (path / INDEX).read_text()
+    (path / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"fc1.weight": "x", ', 1))
+    assert "'fc1.weight' stands there twice" in str(refusal(path))
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.json", "{", "config.json: not valid JSON"),
+        ("config.json", "[1]", "config.json: a JSON object was expected"),
+        ("config.json", b"\xff\xfe", "config.json: not valid JSON"),
+        ("config.json", "[" * 100_000, "config.json: not valid JSON"),
+        (INDEX, "not json", "index.json: not valid JSON"),
+        (INDEX, "{}", "an index without a weight_map"),
+        (INDEX, '{"weight_map": {}}', "an index without a weight_map"),
+        (INDEX, '{"weight_map": ["a"]}', "an index without a weight_map"),
+    ],
+)
+def test_damaged_json_is_named(tmp_path: Path, file: str, text: str | bytes, said: str) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2)
+    (path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert said in str(refusal(path))
+
+
+def test_an_adapter_is_refused(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "m", mlp_state())
+    (path / "adapter_config.json").write_text("{}")
+    error = refusal(path)
+    assert "a LoRA (PEFT) adapter" in str(error)
+    assert "merge_and_unload" in (error.hint or "")
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "awq"])
+def test_a_quantised_model_is_refused(tmp_path: Path, method: str) -> None:
+    config = {**CONFIG, "quantization_config": {"quant_method": method, "bits": 4}}
+    error = refusal(save_directory(tmp_path / "m", mlp_state(), config=config))
+    assert f"already quantised ({method})" in str(error)
+
+
+def test_a_compressed_directory_is_known_without_its_manifest(tmp_path: Path) -> None:
+    config = {**CONFIG, "quantization_config": {"quant_method": "mpo"}}
+    error = refusal(save_directory(tmp_path / "m", mlp_state(), config=config))
+    assert "already compressed by mpoc" in str(error)
+
+
+def test_a_lone_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), 3)
+    save_file({"lone.weight": torch.ones(2, 2)}, path / "model.safetensors")
+    assert open_checkpoint(path).infos.keys() == {"lone.weight"}
+
+
+def test_wrapper_prefixes_come_off_over_all_shards_together(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    shards = {"a.bin": {"module.a.weight": torch.randn(4, 4)}, "b.bin": {"head.weight": torch.randn(4, 4)}}
+    for file, state in shards.items():
+        torch.save(state, tmp_path / file)
+    index = {"weight_map": {name: file for file, state in shards.items() for name in state}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.infos.keys() == {"module.a.weight", "head.weight"}
+    assert torch.equal(checkpoint.read("head.weight"), shards["b.bin"]["head.weight"])

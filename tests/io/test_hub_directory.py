@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.errors import MpocError
+from mpoc.io import hub_directory
+from mpoc.io.hub_directory import GUARD, GUARD_KEY, copy_other_files, mark_compressed, other_files, unmark
+from mpoc.io.manifest import Manifest
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.safetensors_writer import plan_shards
+from tests.io.test_safetensors_writer import entry
+from tests.support.checkpoints import CARD, CONFIG, contents, mlp_state, num_bytes, save_directory
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return save_directory(tmp_path / "model", mlp_state(), shards=2)
+
+
+@pytest.fixture
+def manifest(source: Path, tmp_path: Path) -> Manifest:
+    return compress_checkpoint(source, tmp_path / "made", make_recipe(None, {"bond": 3})).manifest
+
+
+def put(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def weights(source: Path) -> list[Path]:
+    return sorted(source.glob("model*.safetensors"))
+
+
+def test_all_but_copies_of_the_weights_is_kept(source: Path) -> None:
+    kept = ["vocab.txt", "merges.txt", "training_args.bin", "code/modeling.py", "1_Dense/model.safetensors"]
+    copies = ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model.gguf"]
+    copies += ["onnx/model.onnx", "pytorch_model.bin.index.json", "model.fp16.safetensors"]
+    hidden = [".git/config", ".cache/huggingface/x", "__pycache__/modeling.pyc", "code/__pycache__/a.pyc"]
+    put(source, *kept, *copies, *hidden)
+    expected = {*kept, "config.json", "tokenizer.json", "README.md"}
+    assert {str(name) for name in other_files(source, weights(source))} == expected
+
+
+def test_weights_of_a_further_module_are_dropped_only_where_they_are_the_weights(source: Path) -> None:
+    put(source, "2_Dense/pytorch_model.bin")
+    inner = source / "2_Dense" / "pytorch_model.bin"
+    assert inner.relative_to(source) in other_files(source, weights(source))
+    assert inner.relative_to(source) not in other_files(source, [*weights(source), inner])
+
+
+def test_files_are_copied_byte_for_byte_and_links_as_files(source: Path, tmp_path: Path) -> None:
+    """Links as in a hub cache: snapshots/REVISION/NAME → blobs/HASH."""
+    put(source, "code/modeling.py")
+    (tmp_path / "cache" / "snapshots").mkdir(parents=True)
+    source = source.rename(tmp_path / "cache" / "snapshots" / "a1b2")
+    blob = tmp_path / "cache" / "blobs" / "hash"
+    blob.parent.mkdir()
+    blob.write_bytes(bytes(range(256)))
+    (source / "vocab.txt").symlink_to(Path("../../blobs/hash"))
+    target = tmp_path / "target"
+    target.mkdir()
+    copy_other_files(source, target, weights(source))
+    copied = contents(target)
+    assert copied == {name: data for name, data in contents(source).items() if not name.startswith("model")}
+    assert copied["vocab.txt"] == blob.read_bytes()
+    assert not any(file.is_symlink() for file in target.rglob("*"))
+
+
+def test_a_link_out_of_the_directory_is_not_copied(source: Path, tmp_path: Path) -> None:
+    """Or a directory from a stranger would carry off what its user can read."""
+    (tmp_path / "secret").write_text("key")
+    (source / "vocab.txt").symlink_to(tmp_path / "secret")
+    (source / "loop").symlink_to("loop")
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(MpocError, match=r"vocab\.txt: a link to .*secret, outside the directory"):
+        copy_other_files(source, target, weights(source))
+    assert list(target.iterdir()) == []
+
+
+@pytest.mark.parametrize("limit", [10**6, 9000])
+def test_shards_and_index(tmp_path: Path, limit: int) -> None:
+    state = mlp_state()
+    shards = plan_shards([entry(name, tensor) for name, tensor in state.items()], limit)
+    hub_directory.write_shards(tmp_path, shards)
+    files = {file.name for file in tmp_path.glob("*.safetensors")}
+    if limit == 10**6:
+        assert {file.name for file in tmp_path.iterdir()} == {"model.safetensors"}
+        return
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
+    assert index["weight_map"].keys() == state.keys()
+    assert set(index["weight_map"].values()) == files
+    assert len(files) > 1
+
+
+def test_a_marked_directory_says_what_a_loader_needs(source: Path, manifest: Manifest) -> None:
+    mark_compressed(source, manifest)
+    config = json.loads((source / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    assert config.pop(GUARD_KEY) == GUARD
+    assert config == CONFIG
+    assert quantization["quant_method"] == "mpo"
+    layer = quantization["layers"]["fc1.weight"]
+    record = manifest.replaced[0]
+    assert record.name == "fc1.weight"
+    assert layer["shape"] == [64, 48] == list(record.shape)
+    assert layer["bonds"] == list(record.bonds)
+    assert layer["output_factors"] == list(record.output_factors)
+    assert layer["input_factors"] == list(record.input_factors)
+    assert (layer["form"], layer["kind"], layer["dtype"]) == ("mpo", "linear", "float32")
+    assert read_manifest(source) == manifest
+
+
+def test_the_model_card_keeps_its_text_and_gains_a_table(source: Path, manifest: Manifest) -> None:
+    mark_compressed(source, manifest)
+    card = (source / "README.md").read_text()
+    assert card.startswith(CARD)
+    for record in manifest.replaced:
+        row = next(line for line in card.splitlines() if line.startswith(f"| {record.layer} |"))
+        assert f"{record.num_original:,} → {record.num_stored:,}" in row
+        assert f"{record.rho:.4f}" in row
+    assert f"ρ = {manifest.rho:.4f}" in card
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        None,
+        b"# A model\n",
+        b"# A model",
+        b"# A model\n\n\n",
+        b"\n# A model\r\n\r\nwritten on Windows\r\n",
+        "# Ein Modell für alles, 模型\n".encode(),
+        b"caf\xe9, in Latin-1\n",
+        b"---\nlicense: mit\n---\n",
+    ],
+)
+@pytest.mark.parametrize(
+    "config", [CONFIG, {"é": "模型", "eps": 1e-12, "big": 10**20, "n": None, "z": [1.0]}]
+)
+def test_unmarking_gives_the_directory_back(
+    source: Path, manifest: Manifest, card: bytes | None, config: dict[str, Any]
+) -> None:
+    (source / "README.md").unlink()
+    if card is not None:
+        (source / "README.md").write_bytes(card)
+    (source / "config.json").write_text(json.dumps(config))
+    before = contents(source)
+    mark_compressed(source, manifest)
+    assert contents(source) != before
+    unmark(source)
+    after = contents(source)
+    assert json.loads(after.pop("config.json")) == config
+    before.pop("config.json")
+    assert after == before
+
+
+def test_marking_is_the_same_whether_the_text_is_in_the_source_or_copied(
+    source: Path, manifest: Manifest, tmp_path: Path
+) -> None:
+    shards = plan_shards([entry(name, tensor) for name, tensor in mlp_state().items()], 9000)
+    predicted = hub_directory.overhead(source, weights(source), shards, manifest)
+    target = tmp_path / "target"
+    target.mkdir()
+    copy_other_files(source, target, weights(source))
+    hub_directory.write_shards(target, shards)
+    mark_compressed(target, manifest)
+    assert num_bytes(target) == predicted + sum(tensor.nbytes for tensor in mlp_state().values())
+
+
+def test_a_source_without_config_and_card(tmp_path: Path) -> None:
+    source = save_directory(tmp_path / "bare", {"fc.weight": torch.randn(64, 64)})
+    for name in ("config.json", "README.md", "tokenizer.json"):
+        (source / name).unlink()
+    compress_checkpoint(source, tmp_path / "out", make_recipe(None, {"bond": 3}))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config.keys() == {"quantization_config", GUARD_KEY}
+    assert (tmp_path / "out" / "README.md").read_text().startswith("<!-- mpoc: begin -->")
+
+
+def test_what_is_not_copied_is_named(source: Path) -> None:
+    assert hub_directory.left_behind(source, weights(source)) == []
+    put(source, "vision.safetensors", "checkpoint-5/model.safetensors", "onnx/model.onnx", "vocab.txt")
+    (note,) = hub_directory.left_behind(source, weights(source))
+    assert note.endswith("checkpoint-5/model.safetensors, onnx/model.onnx, vision.safetensors")
+    assert Path("vocab.txt") in other_files(source, weights(source))
+
+
+def test_a_directory_without_config_comes_back_without_one(source: Path, manifest: Manifest) -> None:
+    (source / "config.json").unlink()
+    mark_compressed(source, manifest)
+    unmark(source)
+    assert not (source / "config.json").exists()

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpoc.errors import MpocError
+from mpoc.io.checkpoint import open_safetensors
+from tests.support.checkpoints import contents, mlp_state
+
+
+def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
+    state = {
+        **mlp_state(),
+        "half": torch.randn(3, 4).half(),
+        "brain": torch.randn(3, 4).bfloat16(),
+        "double": torch.randn(3, dtype=torch.float64),
+        "steps": torch.tensor(7),
+        "empty": torch.empty(0, 3),
+    }
+    file = tmp_path / "m.safetensors"
+    save_file(state, file, {"format": "pt"})
+    before = contents(tmp_path)
+    checkpoint = open_safetensors(file, [file], None)
+    assert checkpoint.infos.keys() == state.keys()
+    for name, tensor in state.items():
+        info = checkpoint.infos[name]
+        assert (info.name, info.shape, f"torch.{info.dtype}") == (
+            name,
+            tuple(tensor.shape),
+            str(tensor.dtype),
+        )
+        torch.testing.assert_close(checkpoint.read(name), tensor, rtol=0, atol=0)
+    assert (checkpoint.tied, checkpoint.notes, checkpoint.weight_files) == ({}, [], [file])
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_wrapper_prefixes_are_stripped(tmp_path: Path, prefix: str) -> None:
+    state = mlp_state()
+    file = tmp_path / "m.safetensors"
+    save_file({prefix + name: tensor for name, tensor in state.items()}, file)
+    checkpoint = open_safetensors(file, [file], None)
+    assert checkpoint.infos.keys() == state.keys()
+    torch.testing.assert_close(checkpoint.read("fc1.weight"), state["fc1.weight"], rtol=0, atol=0)
+
+
+def test_tensors_are_taken_from_the_file_that_the_index_names(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, first)
+    save_file({"a": torch.ones(2)}, second)
+    checkpoint = open_safetensors(tmp_path, [first, second], {"b": first, "a": second})
+    assert checkpoint.read("a").tolist() == [1, 1]
+    assert checkpoint.read("b").tolist() == [0, 0]
+    assert checkpoint.files == {"a": second, "b": first}
+    assert list(checkpoint.infos) == ["b", "a"]
+
+
+def test_an_index_that_names_a_tensor_its_shard_lacks(tmp_path: Path) -> None:
+    file = tmp_path / "1.safetensors"
+    save_file({"a": torch.zeros(2)}, file)
+    with pytest.raises(MpocError, match=r"puts tensor 'b' into 1\.safetensors, which lacks it"):
+        open_safetensors(tmp_path, [file], {"a": file, "b": file})
+
+
+def test_a_truncated_file_is_refused_at_every_length(tmp_path: Path) -> None:
+    save_file(mlp_state(), tmp_path / "m.safetensors")
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    for length in [*range(0, 500, 7), *range(500, len(whole), 997), len(whole) - 1]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(MpocError) as caught:
+            open_safetensors(cut, [cut], None)
+        assert str(cut) in str(caught.value)
+    cut.write_bytes(whole[:-1])
+    with pytest.raises(MpocError, match=r"truncated: 1 bytes missing at its end \(tensor 'fc2\.weight'\)"):
+        open_safetensors(cut, [cut], None)
+
+
+def test_a_file_cut_off_after_it_was_opened(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    save_file(mlp_state(), file)
+    checkpoint = open_safetensors(file, [file], None)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(MpocError, match=r"m\.safetensors: tensor 'fc2\.weight' cannot be read"):
+        checkpoint.read("fc2.weight")
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"version https://git-lfs", b"\xff" * 64, b"\x00" * 64])
+def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(MpocError, match=r"m\.safetensors: not a safetensors file"):
+        open_safetensors(file, [file], None)
+
+
+def test_an_unknown_dtype_names_its_tensor(tmp_path: Path) -> None:
+    header = json.dumps({"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"\x00\x00")
+    with pytest.raises(MpocError, match="tensor 'w' has dtype F4"):
+        open_safetensors(file, [file], None)
+
+
+def test_a_tensor_outlives_the_mapping_of_its_file(tmp_path: Path) -> None:
+    state = mlp_state()
+    file = tmp_path / "m.safetensors"
+    save_file(state, file)
+    checkpoint = open_safetensors(file, [file], None)
+    tensors = [checkpoint.read(name) for name in state]
+    file.unlink()
+    for tensor, expected in zip(tensors, state.values(), strict=True):
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=0)
+    with pytest.raises(FileNotFoundError):
+        load_file(file)

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import argparse
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpoc.errors import MpocError
+from mpoc.io.open_checkpoint import open_checkpoint
+from tests.support.checkpoints import mlp_state
+
+NESTS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "params", "weights")
+both_formats = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+
+
+def save(payload: Any, path: Path, legacy: bool = False) -> Path:
+    torch.save(payload, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def refusal(path: Path) -> MpocError:
+    """The error that opening raises; it must name the file."""
+    with pytest.raises(MpocError) as caught:
+        open_checkpoint(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 1
+    return caught.value
+
+
+def assert_holds(path: Path, state: dict[str, Tensor]) -> None:
+    checkpoint = open_checkpoint(path)
+    assert list(checkpoint.infos) == list(state)
+    for name, tensor in state.items():
+        info = checkpoint.infos[name]
+        assert (info.shape, f"torch.{info.dtype}") == (tuple(tensor.shape), str(tensor.dtype))
+        torch.testing.assert_close(checkpoint.read(name), tensor, rtol=0, atol=0)
+
+
+@both_formats
+def test_reads_every_dtype_and_shape(tmp_path: Path, legacy: bool) -> None:
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    state = {f"{dtype}".removeprefix("torch."): torch.randn(5, 3).to(dtype) for dtype in floats}
+    state |= {
+        "steps": torch.tensor(7),
+        "mask": torch.tensor([True, False]),
+        "bytes": torch.arange(4, dtype=torch.uint8),
+        "empty": torch.empty(0, 3),
+        "kernel": torch.randn(2, 3, 3, 3),
+    }
+    assert_holds(save(state, tmp_path / "m.pt", legacy), state)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".bin", ".ckpt"])
+def test_every_suffix_of_torch(tmp_path: Path, suffix: str) -> None:
+    state = mlp_state()
+    assert_holds(save(state, tmp_path / f"m{suffix}"), state)
+
+
+@both_formats
+@pytest.mark.parametrize("nest", NESTS)
+def test_a_nested_state_dict_is_found(tmp_path: Path, nest: str, legacy: bool) -> None:
+    state = mlp_state()
+    momentum = {"state": {0: {"momentum_buffer": torch.randn(2)}}, "param_groups": [{"lr": 0.1}]}
+    path = save({"epoch": 3, "optimizer": momentum, nest: state}, tmp_path / "m.pt", legacy)
+    assert_holds(path, state)
+    assert open_checkpoint(path).notes == [f"state dict taken from {nest!r}"]
+
+
+def test_the_usual_name_wins_over_an_average(tmp_path: Path) -> None:
+    state = mlp_state()
+    average = {name: tensor * 2 for name, tensor in state.items()}
+    path = save({"state_dict_ema": average, "state_dict": state}, tmp_path / "m.pt")
+    assert_holds(path, state)
+
+
+def test_an_unusual_nest_is_found_where_it_is_the_only_one(tmp_path: Path) -> None:
+    state = mlp_state()
+    assert_holds(save({"student": state, "optim_state": mlp_state()}, tmp_path / "m.pt"), state)
+
+
+def test_a_module_s_state_dict_as_torch_gives_it(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    assert_holds(save(network.state_dict(), tmp_path / "m.pt"), network.state_dict())
+    parameters = dict(network.named_parameters())  # nn.Parameter, not plain tensors
+    checkpoint = open_checkpoint(save(parameters, tmp_path / "p.pt"))
+    assert not checkpoint.read("0.weight").requires_grad
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrapper_prefixes_are_stripped(tmp_path: Path, prefix: str) -> None:
+    state = mlp_state()
+    wrapped = {prefix + name: tensor for name, tensor in state.items()}
+    assert_holds(save({"state_dict": wrapped}, tmp_path / "m.pt"), state)
+
+
+@both_formats
+def test_non_contiguous_tensors(tmp_path: Path, legacy: bool) -> None:
+    base = torch.randn(6, 8)
+    state = {"transposed": base.t(), "strided": base[::2, 1::3], "expanded": torch.randn(4, 1).expand(4, 5)}
+    assert_holds(save(state, tmp_path / "m.pt", legacy), state)
+
+
+@both_formats
+def test_tied_tensors_are_read_once(tmp_path: Path, legacy: bool) -> None:
+    shared, other = torch.randn(6, 4), torch.randn(6, 4)
+    state = {"embed.weight": shared, "other.weight": other, "head.weight": shared}
+    checkpoint = open_checkpoint(save(state, tmp_path / "m.pt", legacy))
+    assert list(checkpoint.infos) == ["embed.weight", "other.weight"]
+    assert checkpoint.tied == {"head.weight": "embed.weight"}
+
+
+@both_formats
+def test_different_views_of_one_memory_are_not_tied(tmp_path: Path, legacy: bool) -> None:
+    base = torch.randn(4, 4)
+    state = {"base": base, "transposed": base.t(), "row": base[1], "half": base[:2]}
+    state |= {"empty": torch.empty(0, 4), "another": torch.empty(0, 4)}  # both at no address
+    path = save(state, tmp_path / "m.pt", legacy)
+    assert open_checkpoint(path).tied == {}
+    assert_holds(path, state)
+
+
+@both_formats
+def test_plain_data_beside_the_tensors(tmp_path: Path, legacy: bool) -> None:
+    state = mlp_state()
+    payload = {
+        "state_dict": state,
+        "best_accuracy": np.float64(91.7),
+        "loss": np.float32(0.1),
+        "history": np.arange(3),
+        "args": argparse.Namespace(lr=0.1, arch="resnet20", evaluate=False),
+        "epoch": 200,
+        "when": None,
+    }
+    assert_holds(save(payload, tmp_path / "m.pt", legacy), state)
+
+
+def test_what_is_no_tensor_in_a_state_dict_is_named(tmp_path: Path) -> None:
+    state = mlp_state()
+    path = save({**state, "epoch": 3, "args": argparse.Namespace()}, tmp_path / "m.pt")
+    assert_holds(path, state)
+    assert open_checkpoint(path).notes == ["left behind, not tensors: epoch, args"]
+
+
+@pytest.mark.parametrize(
+    ("payload", "said"),
+    [
+        (lambda: [torch.randn(2, 2)], "holds a list, not a state dict"),
+        (lambda: torch.randn(2, 2), "holds a Tensor, not a state dict"),
+        (dict, "no state dict in it (found: nothing)"),
+        (lambda: {"epoch": 3, "lr": 0.1}, "no state dict in it (found: epoch, lr)"),
+        (lambda: {"generator": mlp_state(), "critic": mlp_state()}, "several state dicts: generator, critic"),
+        (lambda: {"w": torch.eye(3).to_sparse()}, "tensor 'w' is sparse_coo"),
+        (lambda: {"w": torch.empty(3, 3, device="meta")}, "tensor 'w' has a shape but no data"),
+        (lambda: {"w": torch.zeros(3, dtype=torch.complex128)}, "tensor 'w' has dtype complex128"),
+    ],
+)
+def test_refuses_what_is_no_state_dict(tmp_path: Path, payload: Any, said: str) -> None:
+    assert said in str(refusal(save(payload(), tmp_path / "m.pt")))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_refuses_an_optimizer_s_state(tmp_path: Path, nested: bool) -> None:
+    layer = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    path = save({"optimizer": state} if nested else state, tmp_path / "m.pt")
+    assert "no state dict in it" in str(refusal(path))
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+def test_refuses_quantised_tensors(tmp_path: Path) -> None:
+    quantised = torch.quantize_per_tensor(torch.randn(3, 3), 0.1, 0, torch.qint8)
+    assert "tensor 'w' is quantised" in str(refusal(save({"w": quantised}, tmp_path / "m.pt")))
+
+
+def test_the_way_out_of_several_state_dicts_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    critic, generator = mlp_state(), mlp_state()
+    monkeypatch.chdir(tmp_path)
+    save({"critic": critic, "generator": generator}, Path("gan.pt"))
+    hint = refusal(Path("gan.pt")).hint
+    assert hint is not None
+    command = re.search(r"torch\.save\(.*", hint)
+    assert command is not None
+    exec(f"import torch; {command[0]}")
+    assert_holds(Path("model.pt"), critic)
+
+
+def test_reading_leaves_the_file_alone(tmp_path: Path) -> None:
+    path = save(mlp_state(), tmp_path / "m.pt")
+    before = path.read_bytes()
+    checkpoint = open_checkpoint(path)
+    for name in checkpoint.infos:
+        checkpoint.read(name)
+    assert path.read_bytes() == before
+
+
+def test_a_plain_pickle_of_tensors_is_no_torch_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    path.write_bytes(pickle.dumps({"a": [1, 2, 3]}, protocol=2))
+    refusal(path)
+
+
+def test_a_scalar_as_numpy_1_named_it_is_plain_data(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.ones(2)}, "best": np.float64(93.0)}, tmp_path / "new.pt")
+    with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
+        for entry in new.infolist():
+            old.writestr(entry.filename, new.read(entry).replace(b"numpy._core", b"numpy.core"))
+    assert torch.equal(open_checkpoint(tmp_path / "old.pt").read("a"), torch.ones(2))

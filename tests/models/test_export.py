@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from contextlib import chdir
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.errors import MpocError, UsageError
+from mpoc.models.architecture import make_network
+from mpoc.models.export import InputSpec, export_network, parse_input_spec
+from mpoc.models.loading import open_network
+from tests.support.architectures import tiny
+from tests.support.checkpoints import contents
+from tests.support.process import run_python
+from tests.support.programs import run_onnx
+
+# What --arch names in these tests: a file with a factory for each network.
+FACTORIES = """
+from torch import nn
+
+def mlp():
+    return nn.Sequential(nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 64, bias=False))
+
+def convolutions():
+    return nn.Sequential(
+        nn.Conv2d(16, 32, 3, stride=(2, 1), padding=1, groups=2), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect"), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(32, 40),
+    )
+
+def tokens():
+    return nn.Sequential(nn.Embedding(1009, 32, padding_idx=0), nn.Linear(32, 48))
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+        self.embed = nn.Embedding(60, 64)
+
+    def forward(self, x, indices):
+        return self.fc(x), self.embed(indices).sum(1)
+
+def two():
+    return Two()
+
+class Fixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.fc(x.reshape(2, 64))
+
+def fixed():
+    return Fixed()
+
+number = 3
+
+def none():
+    return None
+"""
+INPUTS: dict[str, Callable[[int], tuple[Tensor, ...]]] = {
+    "mlp": lambda batch: (torch.randn(batch, 96),),
+    "convolutions": lambda batch: (torch.randn(batch, 16, 8, 7),),
+    "tokens": lambda batch: (torch.randint(0, 1009, (batch, 5)),),
+    "two": lambda batch: (torch.randn(batch, 64), torch.randint(0, 60, (batch, 3))),
+}
+SPECS = {
+    "mlp": ["1x96"],
+    "convolutions": ["1x16x8x7"],
+    "tokens": ["1x5:int64"],
+    "two": ["4x64", "4x3:int64"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with ``nets.py``."""
+    (tmp_path / "nets.py").write_text(FACTORIES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "nets", raising=False)
+
+
+def compressed(name: str, dtype: torch.dtype = torch.float32) -> Path:
+    """One of the networks, compressed."""
+    torch.save(make_network(f"nets.py:{name}").to(dtype).state_dict(), f"{name}.pt")
+    path = Path(f"{name}.mpo.safetensors")
+    recipe = make_recipe(None, {"bond": 4, "embeddings": True})
+    compress_checkpoint(Path(f"{name}.pt"), path, recipe)
+    return path
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One of the networks, compressed, and as a program of each kind."""
+
+    source: Path
+    files: dict[str, Path]
+    inputs: list[InputSpec]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    """``exported("mlp")``: made once for all tests."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "nets.py").write_text(FACTORIES)
+
+    @cache
+    def make(name: str) -> Exported:
+        files = {kind: folder / f"{name}.{kind}" for kind in ("onnx", "pt2")}
+        specs = [parse_input_spec(text) for text in SPECS[name]]
+        with chdir(folder):
+            source = folder / compressed(name)
+            return Exported(source, files, export_network(source, files, specs, f"nets.py:{name}"))
+
+    return make
+
+
+def outputs_of(network: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    with torch.no_grad():
+        y = network(*inputs)
+    return list(y) if isinstance(y, tuple) else [y]
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_program_computes_as_the_network(exported: Callable[[str], Exported], name: str) -> None:
+    made = exported(name)
+    assert [spec.dtype for spec in made.inputs] == [x.dtype for x in INPUTS[name](1)]
+    network = open_network(made.source, f"nets.py:{name}")
+    program = torch.export.load(made.files["pt2"]).module()
+    for batch in (1, 2, 7):
+        inputs = INPUTS[name](batch)
+        expected = outputs_of(network, inputs)
+        for found in (run_onnx(made.files["onnx"], inputs), outputs_of(program, inputs)):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_onnx_file_keeps_the_cores(exported: Callable[[str], Exported]) -> None:
+    made = exported("mlp")
+    source, file = made.source, made.files["onnx"]
+    model = onnx.load(file)
+    onnx.checker.check_model(model)
+    sizes = [int(torch.tensor(value.dims).prod()) for value in model.graph.initializer]
+    largest_core = max(value.numel() for value in load_file(source).values())
+    assert max(sizes) == largest_core
+    dense = source.with_name("mlp.pt")
+    assert file.stat().st_size < 2 * source.stat().st_size < dense.stat().st_size
+    (given,), (answer,) = model.graph.input, model.graph.output
+    assert (given.name, answer.name) == ("input", "output")
+    assert [axis.dim_param or axis.dim_value for axis in given.type.tensor_type.shape.dim] == ["batch", 96]
+    assert [axis.dim_param or axis.dim_value for axis in answer.type.tensor_type.shape.dim] == ["batch", 64]
+
+
+def test_the_pt2_file_runs_without_mpoc(exported: Callable[[str], Exported]) -> None:
+    made = exported("tokens")
+    program = made.files["pt2"].read_bytes()
+    assert str(Path(__file__).resolve().parents[2]).encode() not in program
+    Path("p.pt2").write_bytes(program)
+    (x,) = INPUTS["tokens"](3)
+    save_file({"x": x}, "x.safetensors")
+    script = """if True:
+        import sys
+        sys.modules["mpoc"] = None
+        import torch
+        from safetensors.torch import load_file, save_file
+        y = torch.export.load("p.pt2").module()(load_file("x.safetensors")["x"])
+        save_file({"y": y.detach()}, "y.safetensors")
+    """
+    run_python("-c", script)
+    expected = outputs_of(open_network(made.source, "nets.py:tokens"), (x,))
+    torch.testing.assert_close([load_file("y.safetensors")["y"]], expected, rtol=0, atol=1e-5)
+
+
+def test_a_network_in_half_precision() -> None:
+    source = compressed("mlp", torch.float16)
+    files = {"onnx": Path("p.onnx")}
+    Path("halves.py").write_text("import nets\n\ndef mlp():\n    return nets.mlp().half()\n")
+    (spec,) = export_network(source, files, [parse_input_spec("1x96")], "halves.py:mlp")
+    assert spec.dtype == torch.float16
+    x = torch.randn(3, 96).half()
+    expected = outputs_of(open_network(source, "halves.py:mlp"), (x,))
+    torch.testing.assert_close(run_onnx(files["onnx"], (x,)), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "vit"])
+def test_a_hugging_face_directory(architecture: str) -> None:
+    tiny(architecture, layers=1).save_pretrained("model")
+    recipe = make_recipe(None, {"bond": 4, "embeddings": True, "allow_growth": True})
+    compress_checkpoint(Path("model"), Path("model-mpo"), recipe)
+    before = contents(Path("model-mpo"))
+    shape = "1x9" if architecture == "bert" else "1x3x16x16"
+    files = {"onnx": Path("p.onnx"), "pt2": Path("p.pt2")}
+    specs = export_network(Path("model-mpo"), files, [parse_input_spec(shape)])
+    assert contents(Path("model-mpo")) == before
+    network: Any = open_network(Path("model-mpo"), None)
+    if architecture == "bert":
+        assert type(network).__name__ == "BertForMaskedLM"  # with its head
+        assert specs == [InputSpec((1, 9), torch.int64)] * 2
+        mask = torch.ones(3, 9, dtype=torch.int64)
+        mask[1, 5:] = 0
+        inputs: tuple[Tensor, ...] = (torch.randint(0, 99, (3, 9)), mask)
+        with torch.no_grad():
+            expected = network(input_ids=inputs[0], attention_mask=mask).logits
+    else:
+        assert specs == [InputSpec((1, 3, 16, 16), torch.float32)]
+        inputs = (torch.randn(3, 3, 16, 16),)
+        with torch.no_grad():
+            expected = network(*inputs).logits
+    program = torch.export.load("p.pt2").module()
+    for found in (run_onnx(files["onnx"], inputs), outputs_of(program, inputs)):
+        torch.testing.assert_close(found, [expected], rtol=0, atol=1e-5)
+
+
+class TestArchitecture:
+    def test_of_an_installed_module(self) -> None:
+        assert isinstance(make_network("mpoc.demo.network:DigitsNet"), nn.Module)
+
+    def test_of_a_module_in_the_current_folder(self) -> None:
+        before = list(sys.path)
+        assert len(list(make_network("nets:mlp").children())) == 3
+        assert sys.path == before
+
+    def test_of_a_file_that_imports_its_neighbours(self, tmp_path: Path) -> None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "sizes_of_mine.py").write_text("WIDTH = 5\n")
+        (tmp_path / "folder" / "net.py").write_text(
+            "from sizes_of_mine import WIDTH\nfrom torch import nn\nnet = lambda: nn.Linear(WIDTH, 1)\n"
+        )
+        network: Any = make_network("folder/net.py:net")
+        assert network.in_features == 5
+
+    def test_a_class_is_a_factory(self) -> None:
+        assert type(make_network("nets.py:Two")).__name__ == "Two"
+
+    @pytest.mark.parametrize(
+        ("arch", "said"),
+        [
+            ("nets.py", "not of the form package.module:factory or file.py:factory"),
+            ("nets.py:", "not of the form"),
+            ("absent.py:mlp", "no such file"),
+            ("absent_package.nets:mlp", "No module named 'absent_package'"),
+            ("nets.py:mpl", "nets.py has no 'mpl' to call; did you mean 'mlp'?"),
+            ("nets.py:number", "nets.py has no 'number' to call"),
+            ("nets.py:none", "none() gives a NoneType, not an nn.Module"),
+        ],
+    )
+    def test_errors(self, arch: str, said: str) -> None:
+        with pytest.raises(UsageError, match=re.escape(said)):
+            make_network(arch)
+
+    def test_an_error_inside_the_user_s_code_is_shown_as_it_is(self) -> None:
+        Path("broken.py").write_text("import a_package_that_is_not_there\n")
+        with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+            make_network("broken.py:net")
+        with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
+            make_network("broken:net")
+
+    def test_nothing_unnamed_is_imported(self) -> None:
+        Path("config.json").write_text("{}")
+        with pytest.raises(UsageError, match="holds tensors, not the network's code"):
+            open_network(compressed("mlp"), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "dtype"),
+    [
+        ("1x3x32x32", (1, 3, 32, 32), None),
+        ("8", (8,), None),
+        (" 1x128:int64 ", (1, 128), torch.int64),
+        ("2x4:bfloat16", (2, 4), torch.bfloat16),
+    ],
+)
+def test_input_shapes(text: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    assert parse_input_spec(text) == InputSpec(shape, dtype)
+
+
+@pytest.mark.parametrize("text", ["", "x3", "1x", "0x3", "1,3", "1x3:", "1x3:nn", "-1x3", "1x03"])
+def test_what_is_no_input_shape(text: str) -> None:
+    with pytest.raises(UsageError, match="not a shape with its batch"):
+        parse_input_spec(text)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"files": {}}, "nothing to write"),
+            ({"inputs": []}, "the shape of the input is needed"),
+            ({"inputs": ["1x64", "2x3"]}, "inputs of different batch sizes"),
+            ({"files": {"onnx": Path("p.pt2")}}, r"p\.pt2: the name of a program for --onnx ends in \.onnx"),
+            ({"files": {"pt2": Path("old.pt2")}}, r"old\.pt2: exists already"),
+            ({"inputs": ["1x95"]}, "Sequential with inputs batch×95 fails: "),
+            ({"inputs": ["1x96", "1x96"]}, "Sequential with inputs batch×96, batch×96 fails: "),
+            ({"inputs": ["1x96:int64"]}, "Sequential with inputs batch×96 fails: "),
+            ({"arch": "nets.py:two"}, "does not fit this Two"),
+            ({"arch": None}, "holds tensors, not the network's code"),
+        ],
+    )
+    def test_nothing_is_written(self, change: dict[str, Any], said: str) -> None:
+        source = compressed("mlp")
+        Path("old.pt2").write_text("mine")
+        before = set(contents(Path()))
+        request: dict[str, Any] = {
+            "files": {"onnx": Path("p.onnx"), "pt2": Path("p.pt2")},
+            "inputs": ["1x96"],
+            "arch": "nets.py:mlp",
+        } | change
+        specs = [parse_input_spec(text) for text in request["inputs"]]
+        with pytest.raises(MpocError, match=said):
+            export_network(source, request["files"], specs, request["arch"])
+        assert {name for name in contents(Path()) if "__pycache__" not in name} == before
+        assert Path("old.pt2").read_text() == "mine"
+
+    def test_a_network_of_one_batch_size(self) -> None:
+        source = compressed("fixed")
+        with pytest.raises(MpocError, match=r"Fixed with inputs batch×64 cannot be traced"):
+            export_network(source, {"pt2": Path("p.pt2")}, [parse_input_spec("1x64")], "nets.py:fixed")
+        assert not Path("p.pt2").exists()
+
+    def test_a_missing_package_is_named_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = compressed("mlp")
+        monkeypatch.setattr("mpoc.models.export.find_spec", lambda name: None)
+        with pytest.raises(MpocError, match="--onnx needs onnx and onnxscript") as caught:
+            export_network(source, {"onnx": Path("p.onnx")}, [parse_input_spec("1x96")], "nets.py:absent")
+        assert caught.value.hint == "pip install 'mpoc[onnx]'"
+
+    def test_a_file_that_mpoc_did_not_make_runs_no_code(self) -> None:
+        Path("evil.py").write_text("raise SystemExit('ran')\n")
+        save_file({"a": torch.ones(1)}, "m.safetensors")
+        with pytest.raises(MpocError, match="not compressed by mpoc"):
+            export_network(
+                Path("m.safetensors"), {"pt2": Path("p.pt2")}, [parse_input_spec("1x96")], "evil.py:net"
+            )
+
+    def test_force_replaces_a_whole_file(self) -> None:
+        source = compressed("mlp")
+        Path("p.pt2").write_text("old")
+        specs = [parse_input_spec("1x96")]
+        export_network(source, {"pt2": Path("p.pt2")}, specs, "nets.py:mlp", force=True)
+        assert torch.export.load("p.pt2").module()(torch.ones(3, 96)).shape == (3, 64)
+
+    def test_the_source_is_never_replaced(self) -> None:
+        source = compressed("mlp")
+        before = source.read_bytes()
+        source.rename("m.pt2")
+        with pytest.raises(MpocError):
+            export_network(
+                Path("m.pt2"), {"pt2": Path("m.pt2")}, [parse_input_spec("1x96")], "nets.py:mlp", force=True
+            )
+        assert Path("m.pt2").read_bytes() == before

@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import mpoc
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
+from mpoc.errors import MpocError
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.models.zoo.cifar import resnet
+from mpoc.nn import MPOEmbedding, MPOLinear
+from tests.nn.layers import NETWORKS, gradients, named, pulled_back
+from tests.support.checkpoints import save_directory
+
+LOSSY: dict[str, Any] = {"bond": 3, "embeddings": True, "allow_growth": True}
+
+
+def compressed(network: nn.Module, folder: Path, **options: Any) -> Path:
+    """The network's state, compressed to a file."""
+    torch.save(network.state_dict(), folder / "m.pt")
+    output = folder / "m.mpo.safetensors"
+    compress_checkpoint(folder / "m.pt", output, make_recipe(None, LOSSY | options), force=True)
+    return output
+
+
+def expanded(path: Path, network: nn.Module) -> nn.Module:
+    """``network`` with the dense weights that ``mpoc expand`` makes."""
+    dense = path.with_name("dense.safetensors")
+    expand_checkpoint(path, dense, force=True)
+    network.load_state_dict(load_file(dense), strict=True)
+    return network
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """24 → 18 → 12."""
+    return nn.Sequential(nn.Linear(24, 18), nn.ReLU(), nn.Linear(18, 12)).to(dtype)
+
+
+def with_a_buffer() -> nn.Sequential:
+    """Its second weight is no parameter."""
+    network = mlp()
+    weight = network.get_parameter("2.weight").detach()
+    del network[2].weight
+    network[2].register_buffer("weight", weight)
+    return network
+
+
+class Tied(nn.Module):
+    """An embedding and a head of one weight, or of two."""
+
+    embed: Any
+    head: Any
+
+    def __init__(self, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(60, 16)
+        self.middle = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 60, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, indices: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.middle(self.embed(indices))))
+        return y
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+class TestEveryKind:
+    def test_computes_as_the_expanded_network(self, kind: str, tmp_path: Path) -> None:
+        network, x = NETWORKS[kind]()
+        fresh = copy.deepcopy(network)
+        path = compressed(network, tmp_path)
+        dense = expanded(path, copy.deepcopy(network))
+        manifest = read_manifest(path)
+        assert manifest.replaced
+        assert max(layer.relative_error or 0 for layer in manifest.replaced) > 1e-3
+        for parameter in fresh.parameters():
+            nn.init.normal_(parameter)
+        loaded = mpoc.load(path, fresh)
+        assert loaded is fresh
+        expected, found = gradients(dense, x), gradients(loaded, x)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-5)
+        for layer in manifest.replaced:
+            names = [layer.core_name(k) for k in range(len(layer.output_factors))]
+            cores = [loaded.get_parameter(name) for name in names]
+            wanted = pulled_back(cores, layer.structure, expected[1].pop(layer.name))
+            got = [found[1].pop(name) for name in names]
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)  # biases, norms
+
+    def test_the_state_has_the_file_s_names(self, kind: str, tmp_path: Path) -> None:
+        network, _ = NETWORKS[kind]()
+        path = compressed(network, tmp_path)
+        loaded = mpoc.load(path, copy.deepcopy(network))
+        with safe_open(path, "pt") as file:
+            assert set(loaded.state_dict()) == set(file.keys())
+            for name, value in loaded.state_dict().items():
+                assert torch.equal(value, file.get_tensor(name)), name
+
+    def test_the_state_saved_and_loaded_answers_the_same(self, kind: str, tmp_path: Path) -> None:
+        network, x = NETWORKS[kind]()
+        path = compressed(network, tmp_path)
+        first = mpoc.load(path, copy.deepcopy(network)).eval()
+        with torch.no_grad():
+            for parameter in first.parameters():
+                parameter.mul_(1.01)
+        torch.save(first.state_dict(), tmp_path / "tuned.pt")
+        second = mpoc.load(path, copy.deepcopy(network)).eval()
+        second.load_state_dict(torch.load(tmp_path / "tuned.pt", weights_only=True), strict=True)
+        with torch.no_grad():
+            assert torch.equal(second(x), first(x))
+            assert torch.equal(copy.deepcopy(first)(x), first(x))
+
+
+class TestTiedWeights:
+    def test_share_their_cores(self, tmp_path: Path) -> None:
+        path = compressed(Tied(), tmp_path)
+        loaded = mpoc.load(path, Tied())
+        assert isinstance(loaded, Tied)
+        assert type(loaded.embed) is MPOEmbedding
+        assert type(loaded.head) is MPOLinear
+        pairs = zip(loaded.embed.cores, loaded.head.cores, strict=True)
+        assert all(one is other for one, other in pairs)
+        dense, x = expanded(path, Tied()), torch.tensor([0, 59])
+        torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("embeddings", [True, False])
+    def test_a_model_that_does_not_tie_them(self, tmp_path: Path, embeddings: bool) -> None:
+        path = compressed(Tied(), tmp_path, embeddings=embeddings)
+        loaded = mpoc.load(path, Tied(tied=False))
+        dense, x = expanded(path, Tied(tied=False)), torch.tensor([0, 59])
+        torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
+
+    def test_a_file_that_does_not_tie_them(self, tmp_path: Path) -> None:
+        network = Tied(tied=False)
+        path = compressed(network, tmp_path, embeddings=False)
+        assert [layer.name for layer in read_manifest(path).replaced] == ["middle.weight", "head.weight"]
+        loaded = mpoc.load(path, Tied())  # the file decides
+        dense, x = expanded(path, Tied(tied=False)), torch.tensor([0, 59])
+        torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
+        path = compressed(network, tmp_path)
+        loaded = mpoc.load(path, Tied())
+        dense = expanded(path, Tied(tied=False))
+        torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
+
+    def test_dense_tensors_that_the_file_does_not_tie(self, tmp_path: Path) -> None:
+        path = compressed(Tied(tied=False), tmp_path, embeddings=False, exclude=("head",))
+        loaded: Any = mpoc.load(path, Tied())
+        dense, x = expanded(path, Tied(tied=False)), torch.tensor([0, 59])
+        torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
+        assert loaded.head.weight is not loaded.embed.weight
+        tied: Any = mpoc.load(compressed(Tied(), tmp_path, embeddings=False, exclude=("head",)), Tied())
+        assert tied.head.weight is tied.embed.weight
+
+    def test_one_layer_in_two_places_cannot_be_two(self, tmp_path: Path) -> None:
+        network = nn.Sequential(nn.Linear(24, 24), nn.Linear(16, 16), nn.Linear(16, 16))
+        path = compressed(network, tmp_path, exclude=("1", "2"))
+        layer = nn.Linear(16, 16)
+        model = nn.Sequential(nn.Linear(24, 24), layer, layer)
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(MpocError, match=r"'2\.\w+' and '1\.\w+' differ in the file"):
+            mpoc.load(path, model)
+        torch.testing.assert_close(model.state_dict(), before)
+
+    def test_a_module_in_two_places(self, tmp_path: Path) -> None:
+        def network() -> nn.Module:
+            layer = nn.Linear(16, 16)
+            return nn.Sequential(layer, nn.ReLU(), layer)
+
+        path = compressed(network(), tmp_path)
+        loaded, dense = mpoc.load(path, network()), expanded(path, network())
+        x = torch.randn(3, 16)
+        torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
+        assert loaded.get_submodule("0") is loaded.get_submodule("2")
+
+
+class TestWhatStays:
+    def test_hooks_mode_and_frozen_parameters(self, tmp_path: Path) -> None:
+        path = compressed(mlp(), tmp_path)
+        model = mlp().eval()
+        seen: list[int] = []
+        model[0].register_forward_hook(lambda *_: seen.append(1))
+        model[0].requires_grad_(False)
+        layers = list(model)
+        mpoc.load(path, model)
+        model(torch.randn(2, 24))
+        assert seen == [1]
+        assert not model.training
+        assert list(model) == layers
+        assert {p.requires_grad for p in model[0].parameters()} == {False}
+        assert {p.requires_grad for p in model[2].parameters()} == {True}
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_the_dtype(self, tmp_path: Path, dtype: torch.dtype) -> None:
+        path = compressed(mlp(dtype), tmp_path)
+        loaded, dense = mpoc.load(path, mlp(dtype)), expanded(path, mlp(dtype))
+        assert {value.dtype for value in loaded.state_dict().values()} == {dtype}
+        assert {layer.stored_dtype for layer in read_manifest(path).replaced} == {str(dtype).split(".")[1]}
+        x = torch.randn(5, 24, dtype=dtype)
+        near = {torch.float16: 5e-3, torch.bfloat16: 5e-2, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(loaded(x), dense(x), rtol=near, atol=near)
+
+    def test_cores_stored_in_another_dtype_take_the_weight_s(self, tmp_path: Path) -> None:
+        path = compressed(mlp(), tmp_path, dtype="bfloat16")
+        loaded, dense = mpoc.load(path, mlp()), expanded(path, mlp())
+        assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
+        x = torch.randn(5, 24)
+        torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
+
+    def test_buffers_and_dense_layers_are_loaded(self, tmp_path: Path) -> None:
+        network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+        network(torch.randn(4, 3, 3, 3))  # moves the statistics
+        path = compressed(network, tmp_path, exclude=("0",))
+        loaded = mpoc.load(path, copy.deepcopy(network).apply(forget))
+        state = loaded.state_dict()
+        assert int(state["1.num_batches_tracked"]) == 1
+        assert torch.equal(state["1.running_mean"], network.state_dict()["1.running_mean"])
+        assert torch.equal(state["0.weight"], network.state_dict()["0.weight"])
+        assert type(loaded[0]) is nn.Conv2d  # type: ignore[index]
+
+    def test_the_file_is_not_held(self, tmp_path: Path) -> None:
+        path = compressed(mlp(), tmp_path)
+        loaded = mpoc.load(path, mlp())
+        before = loaded(torch.ones(24))
+        path.write_bytes(b"\xff" * path.stat().st_size)
+        assert torch.equal(loaded(torch.ones(24)), before)
+
+
+def forget(module: nn.Module) -> None:
+    """Make everything in a module wrong."""
+    for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        nn.init.constant_(value, 7)
+
+
+class TestErrors:
+    """Each says both sides, and leaves the model as it was."""
+
+    @pytest.mark.parametrize(
+        ("model", "said"),
+        [
+            (
+                lambda: nn.Sequential(*mlp(), nn.Linear(12, 2)),
+                r"does not fit this Sequential: 2 tensors only in the model \(3\.weight, 3\.bias\)$",
+            ),
+            (
+                lambda: mlp()[:1],
+                r"does not fit this Sequential: 2 tensors only in the file \(2\.(weight|bias), 2\.",
+            ),
+            (
+                lambda: nn.Sequential(nn.Linear(24, 18), nn.Linear(18, 12)),
+                r"2 tensors only in the model \(1\.weight, 1\.bias\); 2 tensors only in the file \(2\.",
+            ),
+            (
+                lambda: nn.Sequential(nn.Linear(24, 18, bias=False), nn.ReLU(), nn.Linear(18, 12)),
+                r"1 tensors only in the file \(0\.bias\)",
+            ),
+            (
+                lambda: nn.Sequential(nn.Linear(24, 18), nn.ReLU(), nn.Linear(18, 10)),
+                r"tensor '2\.(weight|bias)' is \(12.* in the file, \(10.* in the model",
+            ),
+            (
+                lambda: nn.Sequential(nn.Linear(20, 18), nn.ReLU(), nn.Linear(18, 12)),
+                r"tensor '0\.weight' is \(18, 24\) float32 in the file, \(18, 20\) float32 in the model",
+            ),
+            (lambda: mlp(torch.float16), r"is \(.*\) float32 in the file, \(.*\) float16 in the model"),
+            (
+                with_a_buffer,
+                r"tensor '2\.weight' is compressed .* and a buffer in the model: cores",
+            ),
+            (lambda: mlp().to("meta"), r"tensor '0\.weight' of the model is on the meta device"),
+        ],
+        ids=[
+            "missing",
+            "surplus",
+            "other names",
+            "bias",
+            "shape",
+            "shape of cores",
+            "dtype",
+            "buffer",
+            "meta",
+        ],
+    )
+    def test_a_model_that_does_not_fit(self, tmp_path: Path, model: Any, said: str) -> None:
+        path = compressed(mlp(), tmp_path)
+        network = model()
+        before = copy.deepcopy(network)
+        with pytest.raises(MpocError, match=said) as caught:
+            mpoc.load(path, network)
+        assert str(caught.value).startswith(f"{path}: ")
+        unchanged(network, before)
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            ({"0.cores.1": None}, r"core '0\.cores\.1' is missing"),
+            ({"0.cores.1": torch.zeros(1, 2, 3, 4)}, r"core '0\.cores\.1' is \(1, 2, 3, 4\) float32"),
+            ({"2.cores.0": "double"}, r"core '2\.cores\.0' is .* float64; the manifest says .* float32"),
+            ({"2.bias": None}, r"1 tensors only in the model \(2\.bias\)"),
+        ],
+    )
+    def test_a_damaged_file(self, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+        path = compressed(mlp(), tmp_path)
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        state = load_file(path)
+        for name, value in change.items():
+            state[name] = state[name].double() if isinstance(value, str) else value
+        save_file({name: value for name, value in state.items() if value is not None}, path, metadata)
+        network = mlp()
+        before = copy.deepcopy(network)
+        with pytest.raises(MpocError, match=said):
+            mpoc.load(path, network)
+        unchanged(network, before)
+
+    def test_a_file_that_mpoc_did_not_make(self, tmp_path: Path) -> None:
+        save_file(mlp().state_dict(), tmp_path / "m.safetensors")
+        with pytest.raises(MpocError, match="not compressed by mpoc"):
+            mpoc.load(tmp_path / "m.safetensors", mlp())
+        with pytest.raises(MpocError, match="no such file"):
+            mpoc.load(tmp_path / "absent.safetensors", mlp())
+
+    def test_a_model_that_has_cores_already(self, tmp_path: Path) -> None:
+        path = compressed(mlp(), tmp_path)
+        loaded = mpoc.load(path, mlp())
+        before = copy.deepcopy(loaded)
+        with pytest.raises(MpocError, match=r"only in the model \(0\.cores\.0"):
+            mpoc.load(path, loaded)
+        unchanged(loaded, before)
+
+
+def unchanged(network: nn.Module, before: nn.Module) -> None:
+    assert [type(module) for module in network.modules()] == [type(module) for module in before.modules()]
+    assert network.state_dict().keys() == before.state_dict().keys()
+    for name, value in network.state_dict().items():
+        assert value.is_meta or torch.equal(value, before.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_directory(tmp_path: Path, shards: int) -> None:
+    network = nn.Sequential(mlp(), named(nn.Conv2d(4, 6, 3)))
+    save_directory(tmp_path / "net", network.state_dict(), shards)
+    recipe = make_recipe(None, {"bond": 3, "allow_growth": True, "max_shard_size": 1000})
+    compress_checkpoint(tmp_path / "net", tmp_path / "net-mpo", recipe)
+    assert len(list((tmp_path / "net-mpo").glob("*.safetensors"))) > 1
+    expand_checkpoint(tmp_path / "net-mpo", tmp_path / "dense")
+    loaded = mpoc.load(str(tmp_path / "net-mpo"), copy.deepcopy(network))
+    dense = copy.deepcopy(network)
+    dense.load_state_dict(load_file(tmp_path / "dense" / "model.safetensors"))
+    x = torch.randn(3, 24)
+    torch.testing.assert_close(loaded[0](x), dense[0](x), rtol=0, atol=1e-5)  # type: ignore[index]
+
+
+def test_a_layer_of_256_by_256(tmp_path: Path) -> None:
+    path = compressed(nn.Sequential(nn.Linear(256, 256)), tmp_path, bond=16, allow_growth=False)
+    loaded = mpoc.load(path, nn.Sequential(nn.Linear(256, 256)))
+    dense = expanded(path, nn.Sequential(nn.Linear(256, 256)))
+    x = torch.randn(8, 256)
+    torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
+    assert sum(parameter.numel() for parameter in loaded.parameters()) < 256 * 256 / 4
+
+
+def test_a_whole_residual_network(tmp_path: Path) -> None:
+    network = resnet(20)
+    path = compressed(network, tmp_path, bond=16, allow_growth=False)
+    loaded, dense = mpoc.load(path, resnet(20)).eval(), expanded(path, resnet(20)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), dense(x), rtol=1e-4, atol=1e-5)
+    kinds = {re.sub(r"^MPO", "", type(module).__name__) for module in loaded.modules()}
+    assert {"Conv2d", "BatchNorm2d"} < kinds

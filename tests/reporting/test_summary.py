@@ -1,0 +1,210 @@
+"""The report: totals by hand, JSON, CSV, sentences."""
+
+import csv
+import io
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpoc.io.manifest import LayerRecord, Manifest, Source
+from mpoc.io.weight_files import output_bytes
+from mpoc.reporting.summary import report_dict, summary, to_csv, to_json
+from mpoc.runtime.formatting import human_bytes, times
+
+SOME = settings(max_examples=80, deadline=None, derandomize=True)
+
+
+def mpo(name: str, before: int, after: int, error: float | None = 0.05) -> LayerRecord:
+    return LayerRecord(
+        name,
+        "linear",
+        (before // 10, 10),
+        "float32",
+        "mpo",
+        before,
+        after,
+        "bfloat16",
+        output_factors=(before // 20, 2),
+        input_factors=(5, 2),
+        bonds=(1, 4, 1),
+        relative_error=error,
+        entropies=(0.5,),
+        entropies_of_weight=(0.75,),
+    )
+
+
+def dense(name: str, count: int) -> LayerRecord:
+    return LayerRecord(
+        name, "linear", (count // 10, 10), "float32", "dense", count, count, "float32", 'too small, "tiny"'
+    )
+
+
+def manifest(*layers: LayerRecord) -> Manifest:
+    return Manifest(
+        source=Source("modèle.pt", 4_200_000, 1_050_000, "ab" * 32),
+        layers=layers,
+        options={"bond": 4, "seed": 0},
+        kinds_from="names and shapes",
+        left_alone={"wte.weight": "embedding"},
+        vectors=3,
+        tied={"head.weight": "wte.weight"},
+        tool="mpoc 0.1.0",
+    )
+
+
+WHOLE = manifest(mpo("a.weight", 1000, 300), mpo("b.weight", 4000, 450, 0.3), dense("c.weight", 20))
+
+
+def test_totals_are_the_hand_sums() -> None:
+    assert report_dict(WHOLE, 987)["totals"] == {
+        "rho": 750 / 5000,  # Eq. (9): replaced layers alone
+        "rho_selected": 770 / 5020,
+        "layers_replaced": 2,
+        "layers_selected": 3,
+        "parameters_replaced_before": 5000,
+        "parameters_replaced_after": 750,
+        "parameters_before": 1_050_000,
+        "parameters_after": 1_050_000 - 700 - 3550,
+        "bytes_before": 4_200_000,
+        "bytes_after": 987,
+    }
+
+
+@SOME
+@given(st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6), st.booleans()), max_size=6))
+def test_totals_are_the_sums_of_the_layers(counts: list[tuple[int, int, bool]]) -> None:
+    layers = [
+        dense(f"l{k}", before) if left else mpo(f"l{k}", before, after)
+        for k, (before, after, left) in enumerate(counts)
+    ]
+    report = json.loads(to_json(report_dict(manifest(*layers), 1)))
+    totals, rows = report["totals"], report["layers"]
+    replaced = [row for row in rows if row["form"] != "dense"]
+    for side, key in (("before", "num_original"), ("after", "num_stored")):
+        assert totals[f"parameters_replaced_{side}"] == sum(row[key] for row in replaced)
+    if replaced:
+        weighted = sum(row["rho"] * row["num_original"] for row in replaced)
+        assert totals["rho"] == pytest.approx(weighted / sum(row["num_original"] for row in replaced))
+    saved = sum(row["num_original"] - row["num_stored"] for row in rows)
+    assert totals["parameters_before"] - totals["parameters_after"] == saved
+    assert (totals["layers_selected"], totals["layers_replaced"]) == (len(rows), len(replaced))
+
+
+def test_json_holds_every_field_of_every_layer() -> None:
+    text = to_json(report_dict(WHOLE, 987))
+    assert '\n  "source": {\n    "name": "modèle.pt",' in text
+    report = json.loads(text)
+    assert report["schema"] == "mpoc.report/1"
+    assert report["source"] == asdict(WHOLE.source)
+    assert (report["options"], report["tool"], report["kinds_from"]) == (
+        {"bond": 4, "seed": 0},
+        "mpoc 0.1.0",
+        "names and shapes",
+    )
+    assert (report["left_alone"], report["vectors_left_alone"], report["tied"]) == (
+        {"wte.weight": "embedding"},
+        3,
+        {"head.weight": "wte.weight"},
+    )
+    for row, layer in zip(report["layers"], WHOLE.layers, strict=True):
+        values = json.loads(json.dumps(asdict(layer)))
+        assert row == values | {"layer": layer.layer, "rho": layer.rho}
+
+
+def test_seconds_only_where_a_fit_was_made() -> None:
+    report = report_dict(WHOLE, 987, {"a.weight": 1.23456})
+    assert [row["seconds"] for row in report["layers"]] == [1.2346, 0.0, 0.0]
+    assert "seconds" not in report_dict(WHOLE, 987)["layers"][0]
+
+
+def test_csv_has_one_line_a_layer() -> None:
+    rows = list(csv.DictReader(io.StringIO(to_csv(WHOLE))))
+    assert [row["layer"] for row in rows] == ["a", "b", "c"]
+    assert rows[0] == {
+        "layer": "a",
+        "kind": "linear",
+        "form": "mpo",
+        "shape": "100×10",
+        "output_factors": "50×2",
+        "input_factors": "5×2",
+        "bonds": "1×4×1",
+        "low_rank": "0",
+        "num_original": "1000",
+        "num_stored": "300",
+        "rho": "0.3",
+        "relative_error": "0.05",
+        "output_error": "",
+        "held_out_error": "",
+        "stored_dtype": "bfloat16",
+        "reason": "",
+    }
+    assert (rows[2]["bonds"], rows[2]["relative_error"], rows[2]["reason"]) == ("", "", 'too small, "tiny"')
+
+
+def test_summary_gives_both_ratios_and_the_whole_model() -> None:
+    ratios, whole, *_ = summary(WHOLE, 4_183_000, predicted=False)
+    assert "ρ = 0.1500 over 2 replaced layers (5,000 → 750)" in ratios
+    assert "0.1534 over the 3 selected" in ratios
+    assert "1,050,000 → 1,045,750 parameters" in whole
+    assert "on disk 4.2 MB → 4.18 MB" in whole
+    assert "predicted at most 4.2 MB" in summary(WHOLE, 4_183_000, predicted=True)[1]
+
+
+def test_large_errors_are_spoken_of() -> None:
+    (advice,) = summary(WHOLE, 1, predicted=False)[2:]
+    assert advice.startswith("1 of 2 replaced layers lost more than 10% of their weight's norm (worst 30%)")
+    fine = replace(WHOLE, layers=(mpo("a.weight", 1000, 300, 0.1), mpo("b.weight", 1000, 300, None)))
+    assert len(summary(fine, 1, predicted=False)) == 2
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (3_471_733, "3.47 MB"),
+        (999_499, "999 kB"),
+        (999_500, "1 MB"),
+        (999_999_999, "1 GB"),
+        (14_500_000_000, "14.5 GB"),
+        (10**15, "1000 TB"),
+        (123_456 * 10**12, "123456 TB"),
+    ],
+)
+def test_bytes_for_humans(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@SOME
+@given(st.integers(0, 10**18))
+def test_bytes_for_humans_are_within_half_a_percent(count: int) -> None:
+    number, unit = human_bytes(count).split()
+    assert "e" not in number
+    size = float(number) * 1000 ** ["B", "kB", "MB", "GB", "TB"].index(unit)
+    assert size == pytest.approx(count, rel=0.005)
+
+
+def test_factors_are_joined_by_times() -> None:
+    assert times((4, 8, 8)) == times([4, 8, 8]) == "4×8×8"
+    assert times(()) == ""
+
+
+def test_bytes_of_a_file_and_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b").write_bytes(b"123")
+    assert output_bytes(tmp_path / "a") == 5
+    assert output_bytes(tmp_path) == 8
+
+
+def test_same_manifest_same_report() -> None:
+    def everything() -> tuple[Any, ...]:
+        return to_json(report_dict(WHOLE, 5)), to_csv(WHOLE), summary(WHOLE, 5, predicted=False)
+
+    assert everything() == everything()

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from mpoc.runtime.distributed import exit_process
+from tests.support.process import environment
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_process_that_talked_ends_at_once_with_all_it_said(status: int) -> None:
+    code = (
+        "import atexit, sys; from mpoc.runtime.distributed import end, note_talk; note_talk();"
+        f"atexit.register(print, 'late'); print('said'); sys.stderr.write('too'); end({status})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "said\n", "too")
+
+
+def test_any_other_ends_as_usual() -> None:
+    with pytest.raises(SystemExit) as ended:
+        exit_process(3)
+    assert ended.value.code == 3

@@ -1,0 +1,72 @@
+"""Compressed checkpoints whose layers are sums of an MPO and a low-rank part, both random."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoc.compression import pipeline
+from mpoc.compression import source as opened
+from mpoc.compression import write as compression
+from mpoc.compression.plain_fit import Fitted
+from mpoc.compression.plan import LayerPlan, make_plan
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.write import Compression
+from mpoc.tensor_networks.forms.stored import forms_of
+from mpoc.tensor_networks.structure import Structure
+from tests.support.weights import by_eq_5
+
+RANK = 2
+
+
+def sum_weight(cores: list[Tensor], structure: Structure) -> Tensor:
+    """The weight by its definition: Eq. (5) entry by entry, plus L R with its axes spelt out."""
+    *chain, left, right = cores
+    product = torch.einsum("ajib,bpqc->jq", left.double(), right.double())
+    shape = structure.shape
+    if structure.kind.startswith("conv"):  # inputs of the one matrix: taps first, then channels
+        product = product.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    elif structure.transposed:
+        product = product.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+    return by_eq_5(chain, structure) + product.reshape(shape)
+
+
+def random_sum(structure: Structure, bond: int = 3, rank: int = RANK, seed: int = 0) -> list[Tensor]:
+    """Gaussian float64 cores of both parts."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = structure.core_shapes(structure.bonds(bond), rank)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+def compress_to_sums(source: Path, output: Path, dry_run: bool = False, **options: Any) -> Compression:
+    """``mpoc compress`` with random sums in the place of its fits."""
+    recipe = make_recipe(None, {"bond": 3, "allow_growth": True} | options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opened, "make_plan", lambda *given: [_added(plan) for plan in make_plan(*given)])
+        patch.setattr(compression, "fit_layer", lambda _, plan, *rest: _fitted(plan))
+        return pipeline.compress_checkpoint(source, output, recipe, True, dry_run)
+
+
+def _added(plan: LayerPlan) -> LayerPlan:
+    return plan if plan.max_bond is None else replace(plan, low_rank=RANK)
+
+
+def _fitted(plan: LayerPlan) -> Fitted:
+    record = plan.record()
+    assert plan.max_bond is not None
+    dtype, cores = getattr(torch, record.stored_dtype), []
+    for form in forms_of(random_sum(plan.structure, plan.max_bond, seed=_seed(plan)), plan.structure):
+        size = float(form.to_weight().std(correction=0)) * math.sqrt(plan.structure.inputs)
+        cores += [(core / size ** (1 / len(form.cores))).to(dtype) for core in form.cores]
+    return Fitted(replace(record, relative_error=0.5), cores)
+
+
+def _seed(plan: LayerPlan) -> int:
+    return zlib.crc32(plan.map.name.encode())

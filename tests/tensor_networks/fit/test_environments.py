@@ -1,0 +1,56 @@
+"""Gram matrices of all beyond each bond, against those of the dense weight's derivative by a core."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mpoc.tensor_networks.fit.lbfgs import inverse_grams
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.structure import Structure, make_structure
+from tests.support.weights import random_cores
+
+FOUR = make_structure("linear", (24, 24), factors=((2, 3, 2, 2), (3, 1, 4, 2)))
+SIX = make_structure("linear", (64, 1), factors=((2,) * 6, (1,) * 6))
+
+
+def curvature(form: Form, k: int) -> torch.Tensor:
+    """JᵀJ of the weight as a function of core k alone."""
+
+    def weight(core: torch.Tensor) -> torch.Tensor:
+        return form_of([*form.cores[:k], core, *form.cores[k + 1 :]], form.structure).to_matrix().flatten()
+
+    derivative = torch.autograd.functional.jacobian(weight, form.cores[k]).flatten(1)
+    return derivative.T @ derivative
+
+
+@pytest.mark.parametrize("network", ["chain", "tree"])
+@pytest.mark.parametrize("structure", [FOUR, SIX], ids=["four", "six"])
+def test_they_are_the_curvature_of_each_core(structure: Structure, network: str) -> None:
+    """Of a network without loops: a product over the bonds, and the identity on the sites' own legs."""
+    form = form_of(random_cores(one := replace(structure, network=network), 2), one)
+    for k, (core, inverses) in enumerate(zip(form.cores, inverse_grams(form.cores, form.legs), strict=True)):
+        product = torch.ones(1, 1, dtype=torch.float64)
+        for axis, size in enumerate(core.shape):
+            own = torch.linalg.inv(inverses[axis]) if axis in inverses else torch.eye(size).double()
+            product = torch.kron(product, own.contiguous())
+        expected = curvature(form, k)
+        torch.testing.assert_close(product, expected, rtol=1e-2, atol=1e-3 * float(expected.max()))
+
+
+def test_a_network_with_loops_has_none() -> None:
+    mera = replace(SIX, network="mera")
+    form = form_of(random_cores(mera, 2), mera)
+    assert not any(inverse_grams(form.cores, form.legs))
+
+
+def test_singular_and_zero_grams_have_inverses() -> None:
+    tree = replace(FOUR, network="tree")
+    cores = random_cores(tree, 3)
+    for scale in (torch.zeros(3), torch.tensor([1.0, 0.0, 1.0])):
+        cores[2] = cores[2] * scale
+        legs = form_of(cores, tree).legs
+        assert all(
+            inverse.isfinite().all() for found in inverse_grams(cores, legs) for inverse in found.values()
+        )

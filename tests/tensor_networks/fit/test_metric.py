@@ -1,0 +1,133 @@
+"""The metric against sums over samples, and where moments are singular."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpoc.tensor_networks.fit.metric import Metric, make_metric, semidefinite
+from tests.tensor_networks.fit.metrics import diagonal_metric, moments, random_metric
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def correlated(count: int, size: int, seed: int = 0) -> Tensor:
+    return draw(count, size, seed=seed) @ draw(size, size, seed=seed + 1) + 3 * draw(size, seed=seed + 2)
+
+
+def squared_error(weight: Tensor, fitted: Tensor, dense: Tensor, seen: Tensor, probes: Tensor) -> Tensor:
+    """Mean over rows and probes of (probeᵀ (W x − Ŵ x̃))², by loops over both."""
+    total = torch.zeros((), dtype=torch.float64)
+    for x, y in zip(dense, seen, strict=True):
+        error = weight @ x - fitted @ y
+        total += sum(((probe @ error) ** 2 for probe in probes), total.new_zeros(()))
+    return total / len(dense) / len(probes)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_value_is_the_mean_squared_output_error(weighted: bool) -> None:
+    samples, weight, fitted = correlated(20, 5), draw(4, 5, seed=8), draw(4, 5, seed=9)
+    probes = draw(6, 4, seed=7) if weighted else 2 * torch.eye(4, dtype=torch.float64)
+    outputs = probes.T @ probes / 6 if weighted else None
+    metric = make_metric(weight, **moments(samples), centred=False, gamma=0, ridge=0, outputs=outputs)
+    expected = squared_error(weight, fitted, samples, samples, probes)
+    assert metric.value(fitted) == pytest.approx(float(expected), rel=1e-12)
+    assert metric.value(weight) == 0.0
+
+
+def test_centred_is_the_error_with_the_best_bias() -> None:
+    samples, weight, fitted = correlated(20, 5), draw(4, 5, seed=8), draw(4, 5, seed=9)
+    metric = make_metric(weight, **moments(samples), centred=True, gamma=0, ridge=0, outputs=None)
+    errors = samples @ (weight - fitted).T
+    assert metric.value(fitted) == pytest.approx(
+        float((errors - errors.mean(0)).square().sum()) / 20, rel=1e-10
+    )
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_target_is_the_least_squares_weight_on_the_inputs_seen(centred: bool) -> None:
+    dense = correlated(30, 5)
+    seen = dense + 0.3 * draw(30, 5, seed=5)
+    weight = draw(4, 5, seed=6)
+    metric = make_metric(weight, **moments(seen, dense), centred=centred, gamma=0, ridge=0, outputs=None)
+    rows = torch.cat([seen, torch.ones(30, 1, dtype=torch.float64)], 1) if centred else seen
+    best = torch.linalg.lstsq(rows, dense @ weight.T).solution[:5].T
+    torch.testing.assert_close(metric.target, best, rtol=1e-9, atol=1e-9)
+
+
+def test_regularisation_is_spelt_out() -> None:
+    dense = correlated(30, 4)
+    seen = dense + 0.3 * draw(30, 4, seed=5)
+    weight = draw(3, 4, seed=6)
+    metric = make_metric(weight, **moments(seen, dense), centred=False, gamma=0.3, ridge=0.02, outputs=None)
+    moment, cross = seen.T @ seen / 30, dense.T @ seen / 30
+    regular = 0.7 * moment + 0.3 * moment.diag().diag() + 0.02 * moment.trace() / 4 * torch.eye(4).double()
+    torch.testing.assert_close(metric.inputs, regular, rtol=1e-12, atol=1e-12)
+    target = weight @ (cross + regular - moment) @ torch.linalg.inv(regular)
+    torch.testing.assert_close(metric.target, target, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("count", [1, 3, 30])
+def test_same_inputs_leave_the_weight_as_target(count: int, centred: bool, ridge: float) -> None:
+    samples, weight = correlated(count, 5), draw(4, 5, seed=6)
+    metric = make_metric(weight, **moments(samples), centred=centred, gamma=0.1, ridge=ridge, outputs=None)
+    assert torch.equal(metric.target, weight)
+
+
+def test_few_samples_change_the_target_only_where_there_are_inputs() -> None:
+    dense = correlated(2, 6)
+    seen = dense + draw(2, 6, seed=5)
+    weight = draw(4, 6, seed=6)
+    metric = make_metric(weight, **moments(seen, dense), centred=False, gamma=0, ridge=0, outputs=None)
+    torch.testing.assert_close(seen @ metric.target.T, dense @ weight.T, rtol=1e-8, atol=1e-8)
+    unseen = torch.linalg.svd(seen)[2][2:]
+    torch.testing.assert_close(unseen @ metric.target.T, unseen @ weight.T, rtol=1e-8, atol=1e-8)
+
+
+def test_one_sample_and_a_bias_cost_nothing() -> None:
+    metric = make_metric(
+        draw(4, 5), **moments(correlated(1, 5)), centred=True, gamma=0.1, ridge=1e-3, outputs=None
+    )
+    assert not metric.inputs.any()
+    assert metric.value(draw(4, 5, seed=1)) == 0.0
+
+
+def test_constant_and_dead_features_cost_nothing() -> None:
+    samples = correlated(50, 5)
+    samples[:, 1], samples[:, 3] = 1234.567, 0.0
+    weight = draw(4, 5, seed=6)
+    metric = make_metric(weight, **moments(samples), centred=True, gamma=0.1, ridge=0, outputs=None)
+    changed = weight.clone()
+    changed[:, [1, 3]] += 100
+    assert metric.value(changed) == 0.0
+    assert metric.value(2 * weight) > 0
+
+
+@pytest.mark.parametrize("rank", [0, 2, 5])
+def test_roots_multiply_to_the_moments(rank: int) -> None:
+    metric = random_metric(6, 5, ranks=(rank, rank))
+    output_root = metric.output_root
+    assert output_root is not None and metric.outputs is not None
+    torch.testing.assert_close(metric.input_root @ metric.input_root.T, metric.inputs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(output_root @ output_root.T, metric.outputs, rtol=0, atol=1e-12)
+    assert Metric(metric.target, metric.inputs).output_root is None
+
+
+def test_semidefinite_clips_what_rounding_made_negative() -> None:
+    basis = torch.linalg.qr(draw(4, 4))[0]
+    clipped = semidefinite((basis * torch.tensor([2.0, 1.0, 0.5, -1e-7])) @ basis.T)
+    torch.testing.assert_close(
+        clipped, (basis * torch.tensor([2.0, 1.0, 0.5, 0.0])) @ basis.T, rtol=0, atol=1e-14
+    )
+    assert float(torch.linalg.eigvalsh(clipped)[0]) > -1e-15
+
+
+def test_a_diagonal_need_not_be_formed() -> None:
+    metric, formed = diagonal_metric(7, 5)
+    matrix = draw(7, 5, seed=4)
+    assert metric.value(matrix) == pytest.approx(formed.value(matrix), rel=1e-12)
+    assert metric.output_root is not None and formed.output_root is not None
+    torch.testing.assert_close(metric.output_root.diag(), formed.output_root)

@@ -1,0 +1,248 @@
+"""Weighted fits against brute-force least squares, closed forms, and hard moments."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mpoc.tensor_networks.fit.decompose import decompose
+from mpoc.tensor_networks.fit.metric import Metric, make_metric, weighted_svd
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
+from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.structure import Structure, make_structure
+from tests.support.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
+from tests.tensor_networks.fit.metrics import moments, random_metric
+
+ONE_MATRIX = [structure for structure in EVERY_KIND if structure.kind != "experts"]
+TWO = make_structure("linear", (12, 12), factors=((4, 3), (3, 4)))
+THREE = make_structure("linear", (12, 12), factors=((2, 3, 2), (3, 2, 2)))
+
+
+def metric_for(structure: Structure, weighted: bool = True, rank: int | None = None, seed: int = 0) -> Metric:
+    return random_metric(
+        structure.outputs, structure.lead * structure.inputs, weighted, (rank, None), seed=seed
+    )
+
+
+def brute_force_value(metric: Metric, form: Form, k: int) -> float:
+    """The least f that core k can give with the others as they are: dense least squares over its entries."""
+    outputs = metric.output_root
+    assert outputs is not None
+    columns: list[Tensor] = []
+    for place in range(form.cores[k].numel()):
+        cores = list(form.cores)
+        cores[k] = torch.zeros(cores[k].shape, dtype=torch.float64)
+        cores[k].view(-1)[place] = 1.0
+        seen = outputs.T @ matrix_of([form_of(cores, form.structure)]) @ metric.input_root
+        columns.append(seen.flatten())
+    matrix = torch.stack(columns, 1)
+    target = (outputs.T @ metric.target @ metric.input_root).flatten()
+    solution = torch.linalg.lstsq(matrix, target, driver="gelsd").solution
+    return float((matrix @ solution - target).square().sum())
+
+
+@pytest.mark.parametrize("network", ["chain", "tree"])
+@pytest.mark.parametrize(
+    "structure", [TWO, THREE, make_structure("conv2d", (6, 4, 2, 2), sites=2)], ids=shape_id
+)
+def test_no_core_alone_can_do_better(structure: Structure, network: str) -> None:
+    structure = replace(structure, network=network)
+    metric = metric_for(structure)
+    fit = Problem(metric, structure).fit(3, max_stretches=60, tolerance=1e-6)
+    for k in range(len(fit.form.cores)):
+        assert brute_force_value(metric, fit.form, k) > (1 - 1e-3) * fit.history[-1]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(structures(), st.sampled_from(["chain", "tree"]), st.integers(1, 6), st.booleans(), st.integers(0, 3))
+def test_f_never_rises_and_is_that_of_the_result(
+    structure: Structure, network: str, bond: int, weighted: bool, seed: int
+) -> None:
+    if structure.kind == "experts":
+        return
+    structure = replace(structure, network=network)
+    metric = metric_for(structure, weighted, seed=seed)
+    fit = Problem(metric, structure).fit(bond, max_stretches=2, seed=seed)
+    assert all(later < before for before, later in zip(fit.history, fit.history[1:], strict=False))
+    least = 1e-20 * metric.value(torch.zeros_like(metric.target))
+    assert metric.value(matrix_of(fit.terms)) == pytest.approx(fit.history[-1], rel=1e-9, abs=least)
+    assert all(have <= cap for have, cap in zip(fit.form.bonds, structure.bonds(bond), strict=True))
+    plain = matrix_of([decompose(_as_weight(metric.target, structure), structure, bond).form])
+    assert fit.history[0] <= metric.value(plain) * (1 + 1e-5) + least
+
+
+def _as_weight(matrix: Tensor, structure: Structure) -> Tensor:
+    """(N_y, taps · C_in) as the checkpoint stores it."""
+    blocks = matrix.reshape(structure.outputs, structure.lead, structure.inputs)
+    if structure.kind.startswith("conv"):
+        return blocks.transpose(1, 2).reshape(structure.shape)
+    return (matrix.T if structure.transposed else matrix).reshape(structure.shape)
+
+
+@pytest.mark.parametrize("structure", ONE_MATRIX, ids=shape_id)
+def test_the_matrix_has_the_taps_outermost(structure: Structure) -> None:
+    form = tt_svd(random_weight(structure), structure, structure.full_bond).form
+    weight = _as_weight(matrix_of([form]), structure)
+    torch.testing.assert_close(weight, random_weight(structure), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("network", ["chain", "tree"])
+@pytest.mark.parametrize("rank", [None, 1, 3])
+@pytest.mark.parametrize("structure", ONE_MATRIX, ids=shape_id)
+def test_full_bond_is_exact(structure: Structure, rank: int | None, network: str) -> None:
+    structure = replace(structure, network=network)
+    width = structure.lead * structure.inputs
+    metric = metric_for(structure, rank=None if rank is None else min(rank, width))
+    fit = Problem(metric, structure).fit(structure.full_bond)
+    torch.testing.assert_close(matrix_of(fit.terms), metric.target, rtol=1e-10, atol=1e-10)
+    assert fit.form.structure == structure
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_a_low_rank_matrix_starts_at_the_closed_form(rank: int) -> None:
+    metric = random_metric(9, 7)
+    structure = make_structure("linear", (9, 7), factors=((9, 1), (1, 7)))
+    fit = Problem(metric, structure).fit(rank, max_stretches=40, tolerance=1e-6)
+    optimum = float(weighted_svd(metric).values[rank:].square().sum())
+    assert optimum * (1 - 1e-9) <= fit.history[-1] <= optimum * (1 + 1e-3)
+    assert fit.history[0] <= optimum * 1.05
+
+
+@pytest.mark.parametrize("network", ["chain", "tree"])
+@pytest.mark.parametrize("structure", [TWO, THREE], ids=["two", "three"])
+def test_it_is_better_than_a_fit_of_the_weight(structure: Structure, network: str) -> None:
+    structure = replace(structure, network=network)
+    for seed in range(3):
+        metric = metric_for(structure, seed=seed)
+        plain = matrix_of([decompose(metric.target, structure, 3).form])
+        fit = Problem(metric, structure).fit(3)
+        assert fit.history[-1] < 0.5 * metric.value(plain)
+
+
+@pytest.mark.parametrize("structure", [TWO, THREE], ids=["two", "three"])
+def test_no_outputs_are_those_of_the_identity(structure: Structure) -> None:
+    metric = metric_for(structure, weighted=False)
+    other = Metric(metric.target, metric.inputs, torch.eye(12, dtype=torch.float64))
+    first, second = (Problem(m, structure).fit(3, max_stretches=30, tolerance=1e-5) for m in (metric, other))
+    assert first.history[-1] == pytest.approx(second.history[-1], rel=0.01)
+
+
+@pytest.mark.parametrize("network", ["chain", "tree"])
+def test_what_a_form_can_be_is_found(network: str) -> None:
+    structure = replace(THREE, network=network)
+    target = form_of(random_cores(structure, 2), structure).to_matrix()[0]
+    metric = Metric(target, metric_for(THREE).inputs, metric_for(THREE).outputs)
+    fit = Problem(metric, structure).fit(2)
+    assert fit.history[-1] < 1e-10 * metric.value(torch.zeros_like(target))
+
+
+def test_padding_costs_nothing_and_takes_no_part() -> None:
+    structure = make_structure("embedding", (53, 29), sites=2)
+    assert structure.padding != (0, 0)
+    metric = metric_for(structure)
+    fit = Problem(metric, structure).fit(6, max_stretches=40, tolerance=1e-5)
+    assert fit.form.to_weight().shape == (53, 29)
+    assert metric.value(matrix_of(fit.terms)) == pytest.approx(fit.history[-1], rel=1e-9)
+    assert fit.history[-1] < metric.value(matrix_of([tt_svd(metric.target, structure, 6).form]))
+
+
+def test_samples_fewer_than_features_and_dead_and_constant_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    for count in (1, 2, 5, 40):
+        samples = torch.randn(count, 12, generator=generator, dtype=torch.float64)
+        samples[:, 2], samples[:, 5] = 0.0, 7.0
+        metric = make_metric(weight, **moments(samples), centred=True, gamma=0, ridge=0, outputs=None)
+        for structure in (TWO, THREE):
+            fit = Problem(metric, structure).fit(3)
+            matrix = matrix_of(fit.terms)
+            assert matrix.isfinite().all()
+            errors = (samples - samples.mean(0)) @ (matrix - weight).T
+            assert fit.history[-1] == pytest.approx(float(errors.square().sum()) / count, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("which", ["target", "inputs", "outputs"])
+def test_a_zero_anywhere_costs_nothing(which: str) -> None:
+    parts = {"target": random_weight(TWO), "inputs": torch.eye(12), "outputs": torch.eye(12)}
+    parts[which] = torch.zeros(12, 12)
+    fit = Problem(Metric(**{name: part.double() for name, part in parts.items()}), TWO).fit(2)
+    assert fit.history == (0.0,)
+    assert matrix_of(fit.terms).isfinite().all()
+
+
+def test_a_dead_output_costs_nothing() -> None:
+    metric = metric_for(TWO)
+    assert metric.outputs is not None
+    metric.outputs[3] = metric.outputs[:, 3] = 0.0
+    fit = Problem(metric, TWO).fit(3)
+    changed = matrix_of(fit.terms)
+    changed[3] += 100
+    assert metric.value(changed) == pytest.approx(fit.history[-1], rel=1e-9)
+
+
+@pytest.mark.parametrize("network", ["chain", "tree", "mera"])
+def test_a_start_is_kept_or_bettered(network: str) -> None:
+    metric, structure = metric_for(THREE), replace(THREE, network=network)
+    start = form_of(random_cores(structure, 3), structure)
+    fit = Problem(metric, structure).fit(3, start=[start])
+    assert fit.history[0] == pytest.approx(metric.value(matrix_of([start])), rel=1e-12)
+    assert fit.history[-1] < 0.1 * fit.history[0]
+    kept = Problem(metric, structure).fit(3, start=[start], max_stretches=0)
+    torch.testing.assert_close(matrix_of(kept.terms), matrix_of([start]), rtol=1e-10, atol=1e-10)
+
+
+def test_starts_and_structures_that_do_not_fit_are_refused() -> None:
+    metric = metric_for(THREE)
+    with pytest.raises(ValueError, match="a start with bonds"):
+        Problem(metric, THREE).fit(2, start=[MPO(random_cores(THREE, 3), THREE)])
+    with pytest.raises(ValueError, match="a start with bonds"):
+        Problem(metric, THREE).fit(3, start=[MPO(random_cores(TWO, 3), TWO)])
+    with pytest.raises(ValueError, match="experts"):
+        Problem(metric, make_structure("experts", (3, 4, 12))).fit(2)
+
+
+@pytest.mark.parametrize("structure", [s for s in ONE_MATRIX if s.form == "mpo"], ids=shape_id)
+def test_f_of_a_sum_never_rises_and_is_that_of_the_result(structure: Structure) -> None:
+    metric, problem = metric_for(structure), Problem(metric_for(structure), structure)
+    fit = problem.fit(2, rank=2, max_stretches=4)
+    assert [term.structure for term in fit.terms] == [structure, structure.as_low_rank()]
+    assert fit.terms[1].bonds[1] <= 2 and max(fit.form.bonds) <= 2
+    assert all(later < before for before, later in zip(fit.history, fit.history[1:], strict=False))
+    least = 1e-20 * metric.value(torch.zeros_like(metric.target))
+    assert metric.value(matrix_of(fit.terms)) == pytest.approx(fit.history[-1], rel=1e-9, abs=least)
+    optimum = weighted_svd(metric).values[2:].square().sum()
+    assert fit.history[-1] <= float(optimum) * (1 + 1e-9) + least
+    again = problem.fit(2, rank=2, start=fit.terms, max_stretches=0)
+    torch.testing.assert_close(matrix_of(again.terms), matrix_of(fit.terms), rtol=1e-9, atol=1e-9)
+
+
+def test_a_sum_can_be_what_is_one() -> None:
+    low = torch.randn(12, 2).double() @ torch.randn(2, 12).double()
+    target = MPO(random_cores(TWO, 2), TWO).to_matrix()[0] + low
+    metric = Metric(target, metric_for(TWO).inputs, metric_for(TWO).outputs)
+    fit = Problem(metric, TWO).fit(2, rank=2, max_stretches=60, tolerance=1e-6)
+    assert fit.history[-1] < 1e-4 * metric.value(torch.zeros_like(target))
+
+
+def test_cores_are_balanced_and_of_the_dtype_asked_for() -> None:
+    fit = Problem(metric_for(THREE), THREE).fit(3, dtype=torch.float32)
+    assert {core.dtype for core in fit.form.cores} == {torch.float32}
+    norms = [float(core.double().norm()) for core in fit.form.cores]
+    assert max(norms) < 4 * min(norms)
+    left = fit.form.cores[0].double().flatten(0, 2)
+    right = torch.einsum("ajib,bklc->ajiklc", *(core.double() for core in fit.form.cores[1:])).flatten(1)
+    torch.testing.assert_close(left.T @ left, right @ right.T, rtol=1e-5, atol=1e-5 * math.prod(norms))
+
+
+def test_same_bits_every_time() -> None:
+    metric = metric_for(THREE)
+    first, second = (Problem(metric, THREE).fit(3) for _ in range(2))
+    assert first.history == second.history
+    assert all(map(torch.equal, first.form.cores, second.form.cores))

@@ -1,0 +1,119 @@
+"""The closed form against the theorem of Eckart and Young, and against gradient descent."""
+
+import pytest
+import torch
+
+from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from tests.tensor_networks.fit.metrics import diagonal_metric, random_metric
+
+METRICS = {
+    "no G": random_metric(9, 7, weighted_outputs=False),
+    "wide": random_metric(6, 11),
+    "tall": random_metric(11, 6),
+    "M singular": random_metric(9, 7, ranks=(4, None)),
+    "M singular, no G": random_metric(9, 7, weighted_outputs=False, ranks=(4, None)),
+    "G singular": random_metric(9, 7, ranks=(None, 5)),
+    "one sample": random_metric(9, 7, ranks=(1, 9)),
+}
+
+
+def symmetric_root(moment: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(moment)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS.keys())
+def test_every_rank_reaches_the_optimum_of_the_whitened_problem(metric: Metric) -> None:
+    """Eckart-Young: no weight of rank r has less than the tail of the whitened target's singular values."""
+    whitened = metric.target @ symmetric_root(metric.inputs)
+    if metric.outputs is not None:
+        whitened = symmetric_root(metric.outputs) @ whitened
+    values = torch.linalg.svdvals(whitened)
+    found = weighted_svd(metric)
+    largest = float(values[0]) ** 2
+    for rank in range(len(found.values) + 1):
+        optimum = float(values[rank:].square().sum())
+        value = metric.value(found.left[:, :rank] @ found.right[:rank])
+        assert value == pytest.approx(optimum, rel=1e-9, abs=1e-13 * largest)
+        assert float(found.values[rank:].square().sum()) == pytest.approx(
+            optimum, rel=1e-9, abs=1e-13 * largest
+        )
+
+
+@pytest.mark.parametrize("name", ["no G", "wide", "tall"])
+def test_full_rank_is_the_target(name: str) -> None:
+    metric = METRICS[name]
+    found = weighted_svd(metric)
+    torch.testing.assert_close(found.left @ found.right, metric.target, rtol=1e-10, atol=1e-10)
+
+
+def test_gradient_descent_finds_nothing_better() -> None:
+    metric = random_metric(6, 5, seed=3)
+    outputs = metric.outputs
+    assert outputs is not None
+    found = weighted_svd(metric)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 2), (2, 5)))
+    left, right = left.requires_grad_(), right.requires_grad_()
+    optimiser = torch.optim.LBFGS([left, right], max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimiser.zero_grad()
+        error = metric.target - left @ right
+        value = torch.trace(outputs @ error @ metric.inputs @ error.T)
+        value.backward()
+        return value
+
+    optimiser.step(loss)
+    reached = metric.value((left @ right).detach())
+    optimum = metric.value(found.left[:, :2] @ found.right[:2])
+    assert optimum <= reached <= optimum * 1.01
+
+
+def test_no_outputs_are_those_of_the_identity() -> None:
+    metric = METRICS["no G"]
+    other = weighted_svd(Metric(metric.target, metric.inputs, torch.eye(9, dtype=torch.float64)))
+    found = weighted_svd(metric)
+    torch.testing.assert_close(found.values, other.values, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        found.left[:, :3] @ found.right[:3], other.left[:, :3] @ other.right[:3], rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", ["no G", "wide", "G singular"])
+def test_factors_are_balanced(name: str) -> None:
+    found = weighted_svd(METRICS[name])
+    left, right = found.factors(3)
+    torch.testing.assert_close(left @ right, found.left[:, :3] @ found.right[:3], rtol=1e-10, atol=1e-10)
+    gram = left.T @ left
+    torch.testing.assert_close(gram, right @ right.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(gram, gram.diagonal().diag(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.left.norm(dim=0), found.right.norm(dim=1), rtol=1e-10, atol=1e-10)
+
+
+def test_what_costs_nothing_follows_the_target() -> None:
+    """With the rank for all that is seen, the weight is right on unseen inputs as far as it can be."""
+    metric = random_metric(4, 7, weighted_outputs=False, ranks=(5, None))
+    found = weighted_svd(metric)
+    torch.testing.assert_close(found.left @ found.right, metric.target, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("which", ["target", "inputs", "outputs"])
+def test_a_zero_anywhere_gives_finite_factors(which: str) -> None:
+    parts = {"target": torch.ones(3, 4), "inputs": torch.eye(4), "outputs": torch.eye(3)}
+    parts[which] = torch.zeros_like(parts[which])
+    metric = Metric(**{name: part.double() for name, part in parts.items()})
+    found = weighted_svd(metric)
+    assert found.values.tolist() == [0.0]
+    product = found.left @ found.right
+    assert product.isfinite().all() and metric.value(product) == 0.0
+    assert all(factor.isfinite().all() for factor in found.factors(1))
+
+
+def test_a_diagonal_need_not_be_formed() -> None:
+    found, expected = map(weighted_svd, diagonal_metric(11, 6))
+    torch.testing.assert_close(found.values, expected.values)
+    for rank in (1, 3, 6):
+        torch.testing.assert_close(
+            found.left[:, :rank] @ found.right[:rank], expected.left[:, :rank] @ expected.right[:rank]
+        )
