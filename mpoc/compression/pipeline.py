@@ -91,22 +91,22 @@ def compress_checkpoint(
         raise UsageError(
             "max_drop: files are measured to find its ratio", "mpoc.compression.search.compress_within"
         )
-    with process_group() as mates:
-        with mates.together():
+    with process_group() as group:
+        with group.all_or_raise():
             if not dry_run:
                 refuse_output(source, output, force)
             device = choose_device(recipe.device)
             opened = open_source(source, recipe, arch, calibration is not None, device)
             plans = opened.plan(opened.recipe)
         if dry_run:
-            study = None if calibration is None else opened.study(calibration, tell, mates)
+            study = None if calibration is None else opened.study(calibration, tell, group)
             return _dry_run(opened, plans, study, output, progress)
         asked = _asked(source, opened.recipe, arch, calibration) if resume else None
-        with resume_directory(output, mates, asked, force) as target:
+        with resume_directory(output, group, asked, force) as target:
             if calibration is not None and resume:
                 calibration = replace(calibration, folder=calibration_folder(target))
-            study = None if calibration is None else opened.study(calibration, tell, mates)
-            work = WorkContext(mates, layers_folder(target), resume, progress, tell)
+            study = None if calibration is None else opened.study(calibration, tell, group)
+            work = WorkContext(group, layers_folder(target), resume, progress, tell)
             done = write_compressed(opened, target, opened.recipe, plans, study, work)
     return replace(done, output=output)
 

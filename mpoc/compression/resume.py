@@ -203,7 +203,7 @@ def existing_resume_directory(output: Path) -> Path:
 
 @contextmanager
 def resume_directory(
-    output: Path, mates: ProcessGroup, asked: Mapping[str, str] | None = None, anew: bool = False
+    output: Path, group: ProcessGroup, asked: Mapping[str, str] | None = None, anew: bool = False
 ) -> Iterator[Path]:
     """A path to write to; on success it takes the place of ``output``, for all processes together.
 
@@ -213,7 +213,7 @@ def resume_directory(
 
     Args:
         output: file or directory.
-        mates: the processes.
+        group: the processes.
         asked: what the work is, option by option, to go on only with the same; None: nothing is kept.
         anew: remove what was kept of other work.
 
@@ -223,13 +223,13 @@ def resume_directory(
     """
     place = Place(output)
     with ExitStack() as held, naming(output):
-        folder = mates.by_first(lambda: _prepared(output, held, asked, anew))
+        folder = group.on_main(lambda: _prepared(output, held, asked, anew))
         if asked is None:
             held.callback(_remove, folder)  # whoever is last: others may write to it still
         try:
             yield folder / _OUTPUT / output.name
-            with mates.together():
-                if mates.is_first:
+            with group.all_or_raise():
+                if group.is_main:
                     place.take(folder / _OUTPUT / output.name, folder)
         except BaseException as error:
             place.tell(error)

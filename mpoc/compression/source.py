@@ -67,7 +67,7 @@ class CompressionSource:
         self,
         request: CalibrationRequest,
         tell: StageCallback | None = None,
-        mates: ProcessGroup = SINGLE_PROCESS,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> CalibrationStatistics:
         """The dense network on calibration data, whatever the goal; ``tell`` is told as work goes on."""
         from mpoc.compression.calibrate.statistics import CalibrationStatistics
@@ -75,7 +75,7 @@ class CompressionSource:
         names = [map.name for map in self.selection.chosen]
         maps = dict.fromkeys(_whole_maps(self.selection, self.recipe), "a whole map")
         seed, path = self.recipe.seed, self.checkpoint.path
-        return CalibrationStatistics(path, self.arch, request, names, seed, self.device, maps, tell, mates)
+        return CalibrationStatistics(path, self.arch, request, names, seed, self.device, maps, tell, group)
 
 
 def open_source(

@@ -52,7 +52,7 @@ class Compression:
 class WorkContext:
     """Where and by whom layers are fitted, and who is told."""
 
-    mates: ProcessGroup
+    group: ProcessGroup
     folder: Path  # of finished layers, for the caller to remove
     resumes: bool = False  # and whether those that are there are used again
     progress: ProgressCallback | None = None
@@ -91,7 +91,7 @@ def write_compressed(
     calibrated, plans = shared_out(opened, recipe, plans, study)
     finished = LayerCache(work.folder, _keys(opened, recipe, plans, study) if work.resumes else None)
     _fit(opened, recipe, plans, calibrated, finished, work)
-    with work.mates.together():
+    with work.group.all_or_raise():
         layers = [finished.layer(number) for number in range(len(plans))]
         entries = {name: one for layer in layers for name, one in layer.entries.items()} | finished.others()
         records = [layer.record for layer in layers]
@@ -99,8 +99,8 @@ def write_compressed(
         manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
         _refuse_nothing_gained(manifest)
     entries_of_all = _entries(opened.checkpoint, entries)
-    _write(target, opened.checkpoint, entries_of_all, manifest, recipe.max_shard_size, work.mates)
-    with work.mates.together():
+    _write(target, opened.checkpoint, entries_of_all, manifest, recipe.max_shard_size, work.group)
+    with work.group.all_or_raise():
         nbytes = output_bytes(target)
     notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
     times = {layer.record.name: layer.seconds for layer in layers}
@@ -116,16 +116,16 @@ def _fit(
     work: WorkContext,
 ) -> None:
     """Until all layers, and what goes with none of them, are finished."""
-    with work.mates.together():
-        if work.mates.is_first:
+    with work.group.all_or_raise():
+        if work.group.is_main:
             finished.clear(len(plans))
     if calibrated:
         _fit_in_order(calibrated, plans, finished, work)
     else:
         _fit_shared(opened, recipe, plans, finished, work)
     others = calibrated.finish() if calibrated else {}
-    with work.mates.together():
-        if work.mates.is_first:
+    with work.group.all_or_raise():
+        if work.group.is_main:
             finished.keep_others(others)
 
 
@@ -133,11 +133,11 @@ def _fit_shared(
     opened: CompressionSource, recipe: Recipe, plans: list[LayerPlan], finished: LayerCache, work: WorkContext
 ) -> None:
     """Each process fits its share by weights alone, but for what is finished."""
-    with work.mates.together():
-        mine = work.mates.share([plan.cost for plan in plans])
+    with work.group.all_or_raise():
+        mine = work.group.own_indices([plan.cost for plan in plans])
         todo = {plans[k].map.name: k for k in mine if not finished.takes_up(k)}
         asked = [plan for plan in plans if plan.map.name in todo]
-    with work.mates.together():
+    with work.group.all_or_raise():
         _tell_finished(finished.count(), len(plans), work)
 
     def keep(fitted: Fitted, seconds: float) -> int:
@@ -145,7 +145,7 @@ def _fit_shared(
         return finished.count()
 
     costs = {plan.map.name: plan.cost for plan in asked}
-    with work.mates.together():
+    with work.group.all_or_raise():
         fit_all(fit_each(opened, asked, recipe), costs, len(plans), keep, work.progress)
 
 
@@ -159,14 +159,14 @@ def _fit_in_order(
 ) -> None:
     """All processes fit each layer together, but for what is finished."""
     numbers = {plan.map.name: k for k, plan in enumerate(plans)}
-    usable = work.mates.by_first(lambda: {name for name, k in numbers.items() if finished.takes_up(k)})
+    usable = work.group.on_main(lambda: {name for name, k in numbers.items() if finished.takes_up(k)})
     done = {name for unit in calibrated.steps.units(plans) if usable.issuperset(unit) for name in unit}
     costs = {name: cost for name, cost in calibrated.steps.costs(plans).items() if name not in done}
     _tell_finished(len(done), len(plans), work)
 
     def keep(fitted: Fitted, seconds: float) -> int:
-        with work.mates.together():
-            if work.mates.is_first:
+        with work.group.all_or_raise():
+            if work.group.is_main:
                 finished.keep(numbers[fitted.record.name], fitted, seconds)
         return next(count)
 
@@ -192,7 +192,7 @@ def shared_out(
         return None, plans
     from mpoc.compression.calibrate.sequential import SequentialFit
 
-    with study.mates.together():
+    with study.processes.all_or_raise():
         calibrated = SequentialFit(study, opened.checkpoint, recipe, opened.device)
     predict = partial(predict_size, opened.checkpoint, opened.selection, recipe)
     return calibrated, calibrated.share(plans, predict)
@@ -252,23 +252,25 @@ def _write(
     entries: list[Entry],
     manifest: Manifest,
     max_shard_size: int,
-    mates: ProcessGroup,
+    group: ProcessGroup,
 ) -> None:
     """One file, by the first process; or shards, shared out among all."""
     if not checkpoint.is_directory:
-        with mates.together():
-            if mates.is_first:
+        with group.all_or_raise():
+            if group.is_main:
                 write_safetensors(target, entries, {"format": "pt", "mpoc": manifest.to_json()})
         return
     shards = plan_shards(entries, max_shard_size)
-    with mates.together():
-        if mates.is_first:
+    with group.all_or_raise():
+        if group.is_main:
             target.mkdir()
             hub_directory.copy_other_files(checkpoint.path, target, checkpoint.weight_files)
-    with mates.together():
-        for number in mates.share([sum(entry.info.nbytes for entry in shard.entries) for shard in shards]):
+    with group.all_or_raise():
+        for number in group.own_indices(
+            [sum(entry.info.nbytes for entry in shard.entries) for shard in shards]
+        ):
             hub_directory.write_shard(target, shards[number])
-    with mates.together():
-        if mates.is_first:
+    with group.all_or_raise():
+        if group.is_main:
             hub_directory.write_index(target, shards)
             hub_directory.mark_compressed(target, manifest)

@@ -75,36 +75,36 @@ class ProcessGroup:
     size: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether it prints, and puts the output in place."""
         return self.rank == 0
 
-    def told(self, value: _Value | None, by: int = 0) -> _Value:
+    def broadcast(self, value: _Value | None, src: int = 0) -> _Value:
         """What one process has, in all; tensors in it are on the CPU."""
         if self.size > 1:
             import torch.distributed as dist
 
-            box = [value if self.rank == by else None]
+            box = [value if self.rank == src else None]
             with self._talking():
-                dist.broadcast_object_list(box, src=by)
+                dist.broadcast_object_list(box, src=src)
             value = box[0]
         return cast(_Value, value)
 
-    def _given(self, value: _Value | None, by: int) -> _Value | None:
+    def _send_to_main(self, value: _Value | None, src: int) -> _Value | None:
         """What one process has, in the first; nothing in others."""
-        if by != 0 and self.rank in (0, by):
+        if src != 0 and self.rank in (0, src):
             import torch.distributed as dist
 
             box = [value]
             with self._talking():
-                if self.is_first:
-                    dist.recv_object_list(box, src=by)
+                if self.is_main:
+                    dist.recv_object_list(box, src=src)
                 else:
                     dist.send_object_list(box, dst=0)
             value = box[0]
-        return value if self.is_first else None
+        return value if self.is_main else None
 
-    def _heard(self, value: Any) -> list[Any]:
+    def _all_gather(self, value: Any) -> list[Any]:
         """What each process has, in all; picklable."""
         import torch.distributed as dist
 
@@ -113,15 +113,15 @@ class ProcessGroup:
             dist.all_gather_object(found, value)
         return found
 
-    def by_first(self, work: Callable[[], _Value]) -> _Value:
+    def on_main(self, work: Callable[[], _Value]) -> _Value:
         """What the first process finds, in all."""
         found = None
-        with self.together():
-            if self.is_first:
+        with self.all_or_raise():
+            if self.is_main:
                 found = work()
-        return self.told(found)
+        return self.broadcast(found)
 
-    def each(
+    def map(
         self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None = None
     ) -> list[_Value]:
         """What ``work`` makes of each, in all processes; they share the work.
@@ -132,32 +132,32 @@ class ProcessGroup:
             costs: of the items; None: they are alike.
         """
         own, owners = self._done(items, work, costs)
-        return [self.told(own.pop(k, None), by=owner) for k, owner in enumerate(owners)]
+        return [self.broadcast(own.pop(k, None), src=owner) for k, owner in enumerate(owners)]
 
-    def both(self, one: Callable[[], _Value], other: Callable[[], _Other]) -> tuple[_Value, _Other]:
+    def parallel(self, one: Callable[[], _Value], other: Callable[[], _Other]) -> tuple[_Value, _Other]:
         """Two pieces of work, by two processes where there are; the longer is the first."""
         works: list[Callable[[], Any]] = [one, other]
-        first, second = self.each(works, lambda work: work(), (2.0, 1.0))
+        first, second = self.map(works, lambda work: work(), (2.0, 1.0))
         return first, second
 
-    def each_for_first(
+    def map_to_main(
         self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None = None
     ) -> Iterator[_Value | None]:
-        """As :meth:`each`, one after another, for the first process; nothing for the others."""
+        """As :meth:`map`, one after another, for the first process; nothing for the others."""
         own, owners = self._done(items, work, costs)
         for k, owner in enumerate(owners):
-            yield self._given(own.pop(k, None), by=owner)
+            yield self._send_to_main(own.pop(k, None), src=owner)
 
     def _done(
         self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None
     ) -> tuple[dict[int, _Value], list[int]]:
         """This process's share by number, and whose each is."""
-        owners = self.owners([1.0] * len(items) if costs is None else costs)
-        with self.together():
+        owners = self.assigned_ranks([1.0] * len(items) if costs is None else costs)
+        with self.all_or_raise():
             own = {k: work(items[k]) for k, owner in enumerate(owners) if owner == self.rank}
         return own, owners
 
-    def agree(self, error: Exception | None) -> None:
+    def raise_any(self, error: Exception | None) -> None:
         """Wait for all; where one failed, all end: the first process with its message, the others silently.
 
         Raises:
@@ -165,11 +165,11 @@ class ProcessGroup:
             MpocError, OSError: an error of another.
             SystemExit: in the others.
         """
-        found = [error] if self.size == 1 else self._heard(None if error is None else _as_ours(error))
+        found = [error] if self.size == 1 else self._all_gather(None if error is None else _as_ours(error))
         first = next((one for one in found if one is not None), None)
         if first is None:
             return
-        if not self.is_first:
+        if not self.is_main:
             raise SystemExit(getattr(first, "exit_code", 1))
         raise first if error is None else error
 
@@ -179,29 +179,29 @@ class ProcessGroup:
         try:
             yield
         except RuntimeError as error:
-            if not self.is_first:
+            if not self.is_main:
                 raise SystemExit(1) from error
             raise MpocError("another of the processes has ended before the work was done") from error
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def all_or_raise(self) -> Iterator[None]:
         """What each process does by itself; they go on when all are done.
 
         Raises:
-            Exception: as :meth:`agree`.
+            Exception: as :meth:`raise_any`.
         """
         failed: Exception | None = None
         try:
             yield
         except Exception as error:
             failed = error
-        self.agree(failed)
+        self.raise_any(failed)
 
-    def share(self, costs: Sequence[float]) -> list[int]:
+    def own_indices(self, costs: Sequence[float]) -> list[int]:
         """Which pieces of work are this process's."""
-        return [number for number, owner in enumerate(self.owners(costs)) if owner == self.rank]
+        return [number for number, owner in enumerate(self.assigned_ranks(costs)) if owner == self.rank]
 
-    def owners(self, costs: Sequence[float]) -> list[int]:
+    def assigned_ranks(self, costs: Sequence[float]) -> list[int]:
         """Whose each piece of work is: the largest first, always to whoever has least."""
         loads, owners = [0.0] * self.size, [0] * len(costs)
         for number in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):

@@ -13,7 +13,7 @@ from tests.support.process_groups import in_threads
 
 @given(st.lists(st.floats(0, 100), max_size=30), st.integers(1, 5))
 def test_work_is_shared_out_whole_and_evenly(costs: list[float], size: int) -> None:
-    shares = [ProcessGroup(rank, size).share(costs) for rank in range(size)]
+    shares = [ProcessGroup(rank, size).own_indices(costs) for rank in range(size)]
     assert sorted(number for share in shares for number in share) == list(range(len(costs)))
     loads = [sum(costs[number] for number in share) for share in shares]
     assert max(loads) - min(loads) <= max(costs, default=0) + 1e-9  # of the largest-first rule
@@ -29,49 +29,49 @@ def test_each_piece_is_done_once_and_known_to_all(size: int) -> None:
         return number**2
 
     costs = [1.0, 5.0, 2.0, 2.0, 1.0]
-    found = in_threads(size, lambda mates: mates.each(range(5), square, costs))
+    found = in_threads(size, lambda group: group.map(range(5), square, costs))
     assert found == [[0, 1, 4, 9, 16]] * size
     assert sorted(done) == list(range(5))
-    assert in_threads(size, lambda mates: mates.each([], square)) == [[]] * size
-    assert in_threads(size, lambda mates: mates.by_first(lambda: mates.rank)) == [0] * size
+    assert in_threads(size, lambda group: group.map([], square)) == [[]] * size
+    assert in_threads(size, lambda group: group.on_main(lambda: group.rank)) == [0] * size
 
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_the_first_may_be_the_only_one_to_know(size: int) -> None:
-    found = in_threads(size, lambda mates: list(mates.each_for_first("abcd", str.upper)))
+    found = in_threads(size, lambda group: list(group.map_to_main("abcd", str.upper)))
     assert found == [list("ABCD"), *[[None] * 4] * (size - 1)]
 
 
 def test_an_error_of_one_ends_all() -> None:
-    def ended(mates: ProcessGroup, error: Exception) -> list[str]:
+    def ended(group: ProcessGroup, error: Exception) -> list[str]:
         def work(number: int) -> None:
             if number == 1:
                 raise error
 
         try:
-            mates.each([0, 1, 2], work)
+            group.map([0, 1, 2], work)
         except BaseException as found:
             return [type(found).__name__, str(found)]
         return []
 
     silent = ["SystemExit", "2"]
-    found = in_threads(3, lambda mates: ended(mates, UsageError("no")))
+    found = in_threads(3, lambda group: ended(group, UsageError("no")))
     assert found == [["UsageError", "no"], silent, silent]
     full = OSError(errno.ENOSPC, "No space left", "m.safetensors")
-    found = in_threads(2, lambda mates: ended(mates, full))
+    found = in_threads(2, lambda group: ended(group, full))
     assert found == [["OSError", str(full)], ["SystemExit", "1"]]
-    found = in_threads(2, lambda mates: ended(mates, ZeroDivisionError("x")))
+    found = in_threads(2, lambda group: ended(group, ZeroDivisionError("x")))
     assert found[0][0] == "MpocError" and "ZeroDivisionError('x')" in found[0][1]
 
 
 def test_one_process_needs_nobody() -> None:
     with process_group() as alone:
         assert alone == ProcessGroup()
-        assert alone.is_first
-        assert alone.told("a") == "a"
-        with alone.together():
+        assert alone.is_main
+        assert alone.broadcast("a") == "a"
+        with alone.all_or_raise():
             pass
         error = MpocError("no")
-        with pytest.raises(MpocError) as caught, alone.together():
+        with pytest.raises(MpocError) as caught, alone.all_or_raise():
             raise error
         assert caught.value is error

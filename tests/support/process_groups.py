@@ -30,7 +30,7 @@ class Threads(ProcessGroup):
 
     table: _Table | None = None
 
-    def _heard(self, value: Any) -> list[Any]:
+    def _all_gather(self, value: Any) -> list[Any]:
         assert self.table is not None
         self.table.said[self.rank] = pickle.dumps(value)
         self.table.barrier.wait(60)
@@ -38,16 +38,16 @@ class Threads(ProcessGroup):
         self.table.barrier.wait(60)
         return found
 
-    def told(self, value: Any, by: int = 0) -> Any:
-        return self._heard(value)[by]
+    def broadcast(self, value: Any, src: int = 0) -> Any:
+        return self._all_gather(value)[src]
 
-    def _given(self, value: Any, by: int) -> Any:
-        found = self._heard(value)[by]
-        return found if self.is_first else None
+    def _send_to_main(self, value: Any, src: int) -> Any:
+        found = self._all_gather(value)[src]
+        return found if self.is_main else None
 
 
 def in_threads(size: int, work: Callable[[ProcessGroup], _Value]) -> list[_Value]:
-    """What each of ``size`` mates finds."""
+    """What each of ``size`` processes returns."""
     table = _Table(threading.Barrier(size), [None] * size)
     with ThreadPoolExecutor(size) as pool:
         running = [pool.submit(work, Threads(rank, size, table)) for rank in range(size)]

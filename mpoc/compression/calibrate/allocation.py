@@ -178,7 +178,7 @@ def cached_or_allocated(
     key: str,
     plans: list[LayerPlan],
     share: Callable[[], Allocation],
-    mates: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> Allocation:
     """The shares at ``path`` where they are of this key; else they are found, and kept there.
 
@@ -187,16 +187,16 @@ def cached_or_allocated(
         key: says what the shares depend on.
         plans: as they are before.
         share: finds them.
-        mates: the processes that do this together.
+        group: the processes that do this together.
 
     Raises:
         OSError: of writing.
     """
-    found = mates.by_first(lambda: _read(path, key, plans))
+    found = group.on_main(lambda: _read(path, key, plans))
     if found is None:
         found = share()
-        with mates.together():
-            if mates.is_first:
+        with group.all_or_raise():
+            if group.is_main:
                 _write(path, key, found)
     return found
 
@@ -273,17 +273,19 @@ class BudgetAllocator:
         else:
             key = in_order_key(self._study.fingerprint, self._checkpoint, plans, self._recipe)
             found = partial(self._found, plans, predict_size)
-            self.shares = cached_or_allocated(folder / "shares.json", key, plans, found, self._study.mates)
+            self.shares = cached_or_allocated(
+                folder / "shares.json", key, plans, found, self._study.processes
+            )
         return self.shares.plans
 
     def _found(self, plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]) -> Allocation:
         known = {name for group in self._study.groups for name in group}
         takes_part = [p for p in plans if p.map.name in known and self._has_no_goal_of_its_own(p)]
-        mates = self._study.mates
-        with mates.together():
+        processes = self._study.processes
+        with processes.all_or_raise():
             distance = self.distance
-        offers = partial(self._offers, count=len(mates.share(costs_of(takes_part))))
-        choices = CandidateTable(takes_part, offers, mates)
+        offers = partial(self._offers, count=len(processes.own_indices(costs_of(takes_part))))
+        choices = CandidateTable(takes_part, offers, processes)
         if self._recipe.size is not None:
             return self._within_size(plans, choices, self._recipe.size, predict_size)
         assert self._recipe.ratio is not None
@@ -325,7 +327,7 @@ class BudgetAllocator:
         if key not in kept:
             if self._study.tell:
                 self._study.tell(
-                    "what each form would cost: layer", len(kept) + 1, -(-count // self._study.mates.size)
+                    "what each form would cost: layer", len(kept) + 1, -(-count // self._study.processes.size)
                 )
             weight = read_finite(self._checkpoint, name).to(self._device)
             kept[key] = Candidates(

@@ -78,7 +78,7 @@ def cached_or_measured(
     network: nn.Module,
     trace: Trace,
     measure: Callable[[], DensePass],
-    mates: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
     own: bool = False,
 ) -> tuple[DensePass, str]:
     """The dense pass at ``path`` where there is one of these parts; else it is measured and kept there.
@@ -89,7 +89,7 @@ def cached_or_measured(
         network: whose weights they are.
         trace: of this network.
         measure: runs the pass.
-        mates: the processes that do this together.
+        group: the processes that do this together.
         own: nobody named the file: a damaged one is replaced.
 
     Returns:
@@ -112,13 +112,13 @@ def cached_or_measured(
                 raise
             return None
 
-    others = mates.by_first(lambda: look() if path.exists() else None)
+    others = group.on_main(lambda: look() if path.exists() else None)
     if others == []:
-        with mates.together():
+        with group.all_or_raise():
             return read[0] if read else _load(path, network, trace), f"read from {path}"
     found = measure()
-    with mates.together():
-        if mates.is_first:
+    with group.all_or_raise():
+        if group.is_main:
             _save(path, parts, found, trace)
     said = f"kept in {path}"
     return found, f"{said}, which was of other {', other '.join(others)}: measured again" if others else said

@@ -111,7 +111,7 @@ def fit_calibrated(
     dtype: torch.dtype,
     seed: int,
     apart: bool = False,
-    mates: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> CalibratedFit:
     """Cores that make small errors of the layer's outputs.
 
@@ -123,7 +123,7 @@ def fit_calibrated(
         dtype: of the stored cores.
         seed: of the sweeps' start.
         apart: keep held-out inputs out of the fit, for what comes after it.
-        mates: the processes that share the trials, with the same arguments.
+        group: the processes that share the trials, with the same arguments.
     """
     first = storages[0].structure
     matrix = one_matrix(weight, first.kind, first.transposed)
@@ -138,11 +138,11 @@ def fit_calibrated(
         terms = _rounded(_fit(evidence.metric(matrix, gamma), storage, STRETCHES, seed), dtype)
         return evidence.felt.squared(matrix, matrix_of(terms)), on_device(terms, "cpu")
 
-    tried = mates.each(trials, attempt, [_costs(storage) for storage, _ in trials])
+    tried = group.map(trials, attempt, [_costs(storage) for storage, _ in trials])
     best = min(range(len(trials)), key=lambda k: tried[k][0])
     terms = on_device(tried[best][1], weight.device)
     size = sum(core.numel() for term in terms for core in term.cores)
-    (last, judged), others = mates.both(
+    (last, judged), others = group.parallel(
         lambda: _finished(weight, terms, None if apart else trials[best], evidence, dtype, seed),
         lambda: baselines(weight, first, size, evidence, seed),
     )

@@ -270,16 +270,16 @@ class CandidateTable:
     Args:
         plans: of these layers.
         offers: of one of them.
-        mates: the processes.
+        group: the processes.
     """
 
     def __init__(
         self,
         plans: Sequence[LayerPlan],
         offers: Callable[[LayerPlan], Candidates],
-        mates: ProcessGroup = SINGLE_PROCESS,
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self.mates = mates
+        self.group = group
         self._names = [plan.map.name for plan in plans]
         self._costs = costs_of(plans)
         self._own: dict[str, Candidates] = {}
@@ -289,7 +289,7 @@ class CandidateTable:
             self._own[plan.map.name] = offers(plan)
             return self._own[plan.map.name].every
 
-        self.every = dict(zip(self._names, mates.each(plans, measure, self._costs), strict=True))
+        self.every = dict(zip(self._names, group.map(plans, measure, self._costs), strict=True))
 
     def scales(self, told_at: Mapping[str, LayerPlan], distance: OutputDistance) -> dict[str, float]:
         """By weight: from errors to those that the outputs feel, told at a plan of each layer.
@@ -300,7 +300,7 @@ class CandidateTable:
         def scale(name: str) -> float:
             return self._scale(self._own[name], told_at[name], distance)
 
-        return dict(zip(self._names, self.mates.each(self._names, scale, self._costs), strict=True))
+        return dict(zip(self._names, self.group.map(self._names, scale, self._costs), strict=True))
 
     def distance(self, plans: Iterable[LayerPlan], distance: OutputDistance) -> float:
         """Of the network's outputs, where the layers that take part are as these plans have them."""
@@ -309,9 +309,9 @@ class CandidateTable:
         def replace(name: str) -> Replacement | None:
             return self._own[name].replaced(planned[name]) if name in planned else None
 
-        found = list(self.mates.each_for_first(self._names, replace, self._costs))
+        found = list(self.group.map_to_main(self._names, replace, self._costs))
         layers = {name: one for name, one in zip(self._names, found, strict=True) if one is not None}
-        return self.mates.by_first(lambda: distance.of(layers))
+        return self.group.on_main(lambda: distance.of(layers))
 
     def _scale(self, offers: Candidates, plan: LayerPlan, distance: OutputDistance) -> float:
         smaller = [offer for offer in offers.every if offer.storage is not None]

@@ -67,7 +67,7 @@ def dense_pass(
     seed: int = 0,
     blocks: bool = False,
     tell: StageCallback | None = None,
-    mates: ProcessGroup = SINGLE_PROCESS,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> DensePass:
     """Run the network over the batches, forth and, ``probes`` times a batch, back.
 
@@ -82,7 +82,7 @@ def dense_pass(
         seed: of the directions.
         blocks: whether gradients at the outputs of blocks are wanted too.
         tell: called before each batch.
-        mates: the processes that share the batches.
+        group: the processes that share the batches.
 
     Raises:
         MpocError: the data give a layer no rows, or outputs are not finite.
@@ -107,7 +107,7 @@ def dense_pass(
                     values.backward(direction(values, are_logits, chance), retain_graph=probe + 1 < probes)
         return run.sums()
 
-    return _result(BatchShards(len(batches), mates).total(measure, _merged), trace, probes)
+    return _result(BatchShards(len(batches), group).total(measure, _merged), trace, probes)
 
 
 def _refuse_infinite(values: Tensor, network: nn.Module) -> None:

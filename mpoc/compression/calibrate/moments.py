@@ -39,7 +39,7 @@ class BatchShards:
     """The parts of so many batches, and the processes that share them."""
 
     count: int
-    mates: ProcessGroup = SINGLE_PROCESS
+    group: ProcessGroup = SINGLE_PROCESS
 
     @property
     def every(self) -> list[range]:
@@ -50,7 +50,7 @@ class BatchShards:
     @property
     def mine(self) -> list[int]:
         """The batches that this process runs."""
-        return [index for part in self.every[self.mates.rank :: self.mates.size] for index in part]
+        return [index for part in self.every[self.group.rank :: self.group.size] for index in part]
 
     def total(
         self, measure: Callable[[range], dict[_Key, _Sum]], merge: Callable[[_Sum, _Sum], _Sum]
@@ -62,15 +62,17 @@ class BatchShards:
             merge: a sum over earlier batches and one over those after them.
         """
         total: dict[_Key, _Sum] = {}
-        for first in range(0, len(self.every), self.mates.size):
-            parts = self.every[first : first + self.mates.size]
+        for first in range(0, len(self.every), self.group.size):
+            parts = self.every[first : first + self.group.size]
             found: dict[_Key, _Sum] = {}
-            with self.mates.together():
-                if self.mates.rank < len(parts):
-                    found = measure(parts[self.mates.rank])
+            with self.group.all_or_raise():
+                if self.group.rank < len(parts):
+                    found = measure(parts[self.group.rank])
             for owner in range(len(parts)):
-                for key in self.mates.told(list(found), by=owner):
-                    given = self.mates.told(found.pop(key) if owner == self.mates.rank else None, by=owner)
+                for key in self.group.broadcast(list(found), src=owner):
+                    given = self.group.broadcast(
+                        found.pop(key) if owner == self.group.rank else None, src=owner
+                    )
                     total[key] = merge(total[key], given) if key in total else given
         return total
 

@@ -131,7 +131,7 @@ class PairedPass:
         positions: of convolutions.
         replay: keep inputs of blocks where they form a chain.
         kept_bytes: and where they take at most this, both networks together.
-        mates: the processes that share the batches, and ask for the same groups.
+        processes: the processes that share the batches, and ask for the same groups.
         keeps_all: keep inputs of blocks for the batches of other processes too, for :meth:`examples`.
     """
 
@@ -145,12 +145,12 @@ class PairedPass:
         positions: Positions = ALL,
         replay: bool = True,
         kept_bytes: int = _KEPT_BYTES,
-        mates: ProcessGroup = SINGLE_PROCESS,
+        processes: ProcessGroup = SINGLE_PROCESS,
         keeps_all: bool = False,
     ) -> None:
         self._trace, self._batches, self._positions = trace, batches, positions
         self._replay, self._kept_bytes = replay, kept_bytes
-        self._parts = BatchShards(len(batches), mates)
+        self._parts = BatchShards(len(batches), processes)
         mine = range(len(batches)) if keeps_all else self._parts.mine
         self._runners = [_Runner(network, call, batches, mine, trace) for network in (dense, compressed)]
         self._device = device_of(compressed)

@@ -92,7 +92,7 @@ class CalibrationStatistics:
         device: to compute on.
         unseen: weights that are not looked at, and why.
         tell: called as the work goes on.
-        mates: the processes that share the work, with the same arguments.
+        processes: the processes that share the work, with the same arguments.
 
     Raises:
         UsageError: no architecture is known, or the network does not take such data.
@@ -109,12 +109,12 @@ class CalibrationStatistics:
         device: torch.device,
         unseen: Mapping[str, str] | None = None,
         tell: StageCallback | None = None,
-        mates: ProcessGroup = SINGLE_PROCESS,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self._request, self._seed = request, seed
-        self.refines, self.tell, self.device, self.mates = request.refine, tell, device, mates
+        self.refines, self.tell, self.device, self.processes = request.refine, tell, device, processes
         self._positions = Positions(_POSITIONS, seed)
-        with mates.together():
+        with processes.all_or_raise():
             self._open(source, arch, list(names), unseen or {})
         self.notes = list(self.data.notes)
         self._dense = self._kept_pass()
@@ -242,8 +242,8 @@ class CalibrationStatistics:
                     batches,
                     self._trace,
                     self._positions,
-                    mates=self.mates,
-                    keeps_all=self.refines and self.mates.is_first,  # who refines
+                    processes=self.processes,
+                    keeps_all=self.refines and self.processes.is_main,  # who refines
                 )
                 for batches in parts
             ]
@@ -257,7 +257,7 @@ class CalibrationStatistics:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What all that is told here depends on; with several processes, as the first sees it."""
-        return self.mates.by_first(lambda: self._fingerprint([*self.data.batches, *self.data.held_out]))
+        return self.processes.on_main(lambda: self._fingerprint([*self.data.batches, *self.data.held_out]))
 
     def _fingerprint(self, batches: Sequence[Batch]) -> dict[str, str]:
         return calibration_fingerprint(
@@ -283,9 +283,9 @@ class CalibrationStatistics:
 
         if path is None:
             return measure()
-        parts = self.mates.by_first(lambda: self._fingerprint(batches))
+        parts = self.processes.on_main(lambda: self._fingerprint(batches))
         own = self._request.moments is None
-        found, said = cached_or_measured(path, parts, self.network, self._trace, measure, self.mates, own)
+        found, said = cached_or_measured(path, parts, self.network, self._trace, measure, self.processes, own)
         if not own:
             self.notes.append(f"moments: {_count(batches):,} examples {said}")
         return found
@@ -302,7 +302,7 @@ class CalibrationStatistics:
             self._seed,
             self.refines,
             tell,
-            self.mates,
+            self.processes,
         )
 
     def _is_known(self, weight: str) -> bool:

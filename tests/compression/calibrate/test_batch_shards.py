@@ -15,14 +15,14 @@ def rows(index: int) -> Tensor:
     return torch.randn(7, 3, generator=torch.Generator().manual_seed(index))
 
 
-def total(count: int, mates: ProcessGroup) -> dict[str, Tensor]:
+def total(count: int, group: ProcessGroup) -> dict[str, Tensor]:
     """Of float32 squares, so that the order of sums shows; one key is of some parts only."""
 
     def measure(part: range) -> dict[str, Tensor]:
         found = {"squares": torch.stack([rows(k).T @ rows(k) for k in part]).sum(0)}
         return found | ({"third": torch.ones(1)} if 3 in part else {})
 
-    return BatchShards(count, mates).total(measure, torch.add)
+    return BatchShards(count, group).total(measure, torch.add)
 
 
 @given(st.integers(1, 40))
@@ -42,12 +42,12 @@ def test_any_number_of_processes_finds_the_same(count: int, size: int) -> None:
     every = torch.cat([rows(k) for k in range(count)]).double()
     assert torch.allclose(wanted["squares"].double(), every.T @ every, rtol=1e-5, atol=1e-5)
     assert ("third" in wanted) == (count > 3)
-    for found in in_threads(size, lambda mates: total(count, mates)):
+    for found in in_threads(size, lambda group: total(count, group)):
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
 def test_each_process_has_its_own_batches() -> None:
-    mine = in_threads(3, lambda mates: BatchShards(20, mates).mine)
+    mine = in_threads(3, lambda group: BatchShards(20, group).mine)
     assert sorted(index for one in mine for index in one) == list(range(20))
     assert all(5 <= len(one) <= 8 for one in mine)
