@@ -12,7 +12,8 @@ from tests.support.process import environment
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_process_that_talked_ends_at_once_with_all_it_said(status: int) -> None:
     code = (
-        "import atexit, sys; from mpoc.runtime.distributed import exit_process, note_gloo_used; note_gloo_used();"
+        "import atexit, sys; from mpoc.runtime.distributed import exit_process, note_gloo_used;"
+        "note_gloo_used();"
         f"atexit.register(print, 'late'); print('said'); sys.stderr.write('too'); exit_process({status})"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True)
