@@ -1,4 +1,4 @@
-"""Data sets in the formats people have them in: recognised, checked, read a batch at a time."""
+"""Data sets in common formats: recognised, checked, read a batch at a time."""
 
 from mpoc.data.base import Batch, Data, Examples, Subset, shuffled
 from mpoc.data.images import ImageOptions, prepare_images

@@ -1,4 +1,4 @@
-"""Sets that are arrays already: held in memory, or mapped from their files where they are large."""
+"""Data sets of arrays: in memory, or mapped from their files where they are large."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpoc.data.base import Batch, Data, DataSource, Examples
 from mpoc.data.labels import Column, Where, number_labels
 from mpoc.errors import MpocError
 
-_ROWS_AT_ONCE = 1 << 24  # entries looked at together when a mapped array is searched for NaN
+_ENTRIES_AT_ONCE = 1 << 24  # read together when a mapped array is searched for NaN
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class Part:
     x: Tensor  # (n, …), in memory or mapped
     y: Column | None  # (n,) or (n, …)
     x_name: str = "x"  # the array in the file, for messages
-    y_file: str = ""  # where labels lie in a file of their own
+    y_file: str = ""  # the file of the labels, where it is another
+    mask: Tensor | None = None  # (n, T), the attention mask of token ids
+    is_tokens: bool = False  # x is token ids (n, T)
 
 
 class Arrays(Examples):
@@ -39,7 +41,7 @@ class Arrays(Examples):
         return int(self.starts[-1])
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
-        """``x`` as stored, and ``y``: one index where there is one tensor."""
+        """``x`` as stored, (n, …), and ``y``."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         if len(self.parts) == 1:
             x = self.parts[0][chosen]
@@ -55,7 +57,7 @@ class Arrays(Examples):
 def assemble(
     source: DataSource, form: str, parts: dict[str, list[Part]], names: tuple[str, ...] = ()
 ) -> Data:
-    """A checked data set from the arrays of each split.
+    """A checked data set of the arrays of each split.
 
     uint8 arrays (n, H, W), (n, C, H, W) and (n, H, W, C) are images, and come out as (n, C, H, W).
 
@@ -63,21 +65,20 @@ def assemble(
         MpocError: counts of x and y that differ, shapes that differ, no examples, NaN, a bad label.
     """
     kind = "images" if _are_images(parts) else "arrays"
-    splits = {split: [_channels_first(part) if kind == "images" else part for part in held]
-              for split, held in parts.items()}  # fmt: skip
-    everything = [part for held in splits.values() for part in held]
-    for part in everything:
-        _check(part, everything[0])
-    columns = {split: _column(held) for split, held in splits.items() if held[0].y is not None}
-    labels, classes, notes = number_labels(columns, names)
-    total = sum(part.x.nbytes for part in everything)
+    if kind == "images":
+        parts = {split: list(map(_channels_first, held)) for split, held in parts.items()}
+    all_parts = [part for held in parts.values() for part in held]
+    for part in all_parts:
+        _check(part, all_parts[0])
+    labels, classes, notes = number_labels(label_columns(parts), names)
+    total = sum(part.x.nbytes for part in all_parts)
     examples: dict[str, Examples] = {}
-    for split, held in splits.items():
+    for split, held in parts.items():
         tensors = [part.x for part in held]
         if total <= source.limit:
             tensors = [torch.cat(tensors).contiguous()]  # cat copies one tensor too: no mapping is left
         examples[split] = Arrays(tensors, labels.get(split))
-    shape = tuple(everything[0].x.shape[1:])
+    shape = tuple(all_parts[0].x.shape[1:])
     return Data(source.path, form, kind, examples, classes, shape, (*source.notes, *notes))
 
 
@@ -97,13 +98,8 @@ def _channels_first(part: Part) -> Part:
 
 
 def _check(part: Part, first: Part) -> None:
-    if len(part.x) == 0:
-        raise MpocError(f"{part.name}: {part.x_name} has no examples")
-    if part.y is not None and len(part.x) != len(part.y):
-        raise MpocError(
-            f"{part.name}: {len(part.x):,} examples in {part.x_name} but {len(part.y):,} labels",
-            "the two must be written together, one label an example",
-        )
+    """Check a part by itself and against the first one of the data set."""
+    check_counts(part)
     if part.x.shape[1:] != first.x.shape[1:] or part.x.dtype != first.x.dtype:
         raise MpocError(
             f"{part.name}: examples of shape {tuple(part.x.shape[1:])} ({part.x.dtype}), "
@@ -115,27 +111,51 @@ def _check(part: Part, first: Part) -> None:
         _check_finite(part)
 
 
+def check_counts(part: Part) -> None:
+    """Check that a part has examples, and as many labels.
+
+    Raises:
+        MpocError: it has not.
+    """
+    if len(part.x) == 0:
+        raise MpocError(f"{part.name}: {part.x_name} has no examples")
+    if part.y is not None and len(part.x) != len(part.y):
+        raise MpocError(
+            f"{part.name}: {len(part.x):,} examples in {part.x_name} but {len(part.y):,} labels",
+            "store one label per example",
+        )
+
+
 def _check_finite(part: Part) -> None:
-    """Look at every entry, some rows at a time, so that a mapped array need not fit in memory."""
-    step = max(1, _ROWS_AT_ONCE // max(1, part.x[0].numel()))
+    """Check every entry, some rows at a time, so that a mapped array need not fit in memory."""
+    step = max(1, _ENTRIES_AT_ONCE // max(1, part.x[0].numel()))
     for start in range(0, len(part.x), step):
         rows = part.x[start : start + step].reshape(len(part.x[start : start + step]), -1)
         bad = torch.nonzero(~torch.isfinite(rows).all(dim=1)).flatten()
         if len(bad):
             row = int(bad[0])
-            what = "NaN" if bool(rows[row].isnan().any()) else "infinity"
-            raise MpocError(f"{part.name}: {what} in {part.x_name}, row {start + row}")
+            value = "NaN" if bool(rows[row].isnan().any()) else "infinity"
+            raise MpocError(f"{part.name}: {value} in {part.x_name}, row {start + row}")
+
+
+def label_columns(parts: dict[str, list[Part]]) -> dict[str, tuple[Column, Where]]:
+    """The labels of each split that has them, and the file and row of each."""
+    return {split: _column(held) for split, held in parts.items() if held[0].y is not None}
 
 
 def _column(held: list[Part]) -> tuple[Column, Where]:
-    """The labels of all files of a split, and which file and row each came from."""
     columns = [part.y for part in held if part.y is not None]
     if len({(column.dtype.kind, column.shape[1:]) for column in columns}) > 1:
         raise MpocError(f"{held[0].name}: labels of another type or shape than in {held[-1].name}")
-    starts = np.cumsum([0, *(len(column) for column in columns)])
+    return np.concatenate(columns), row_finder(held)
+
+
+def row_finder(held: list[Part]) -> Where:
+    """Names the file and the row in it of a row of a split."""
+    starts = np.cumsum([0, *(len(part.x) for part in held)])
 
     def where(row: int) -> str:
         k = int(np.searchsorted(starts, row, side="right")) - 1
         return f"{held[k].y_file or held[k].name}, row {row - int(starts[k])}"
 
-    return np.concatenate(columns), where
+    return where

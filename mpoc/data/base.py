@@ -1,4 +1,4 @@
-"""What the rest of mpoc knows of a data set, whatever files it came from."""
+"""The interface of a data set: splits of examples, read a batch at a time, whatever files they came from."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from torch.utils.data import Dataset
 if TYPE_CHECKING:
     from mpoc.data.text import TextOptions, Tokenizer
 
-
 Batch = dict[str, Tensor]
 
+# A set whose decoded examples take at most this many bytes is decoded once and kept in memory; a larger one
+# is read from disk, batch by batch.
 IN_MEMORY_BYTES = 2 * 1024**3
-
+# Row groups that a shuffled pass draws from at a time; they are cached while it does.
 CHUNKS_AT_ONCE = 4
-
-
-"""A set whose decoded examples take at most this many bytes is decoded once and held; a larger one is
-read from disk, batch by batch."""
-"""Row groups that a shuffled pass draws from at a time, and that are kept while it does."""
 
 
 class Examples(Dataset[Batch], ABC):
@@ -51,11 +47,11 @@ class Examples(Dataset[Batch], ABC):
         return self.batch(indices)
 
     def lengths(self) -> Tensor | None:
-        """(n,) int64: how many tokens each has; None where all are alike or it is not known."""
+        """(n,) int64: tokens of each example; None where all are of one length or it is unknown."""
         return None
 
     def chunks(self) -> Tensor | None:
-        """(n,) the chunk of the file each example lies in; None where any order costs the same."""
+        """(n,) the chunk of the file that holds each example; None where any order costs the same."""
         return None
 
 
@@ -71,25 +67,25 @@ class Subset(Examples):
         return len(self.indices)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
-        """These examples of the subset."""
+        """These examples, counted within the subset."""
         return self.examples.batch(self.indices[torch.as_tensor(indices, dtype=torch.int64)])
 
     def chunks(self) -> Tensor | None:
-        """The chunks of the examples that were taken."""
+        """(n,) the chunk of each example of the subset, or None."""
         chunks = self.examples.chunks()
         return None if chunks is None else chunks[self.indices]
 
     def lengths(self) -> Tensor | None:
-        """Those of the examples that were taken."""
+        """(n,) tokens of each example of the subset, or None."""
         lengths = self.examples.lengths()
         return None if lengths is None else lengths[self.indices]
 
 
 def shuffled(examples: Examples, generator: torch.Generator) -> Tensor:
-    """(n,) int64: a random order of the examples, made for how they are stored.
+    """(n,) int64: a random order of the examples, adapted to how they are stored.
 
     Where they lie in chunks that must be read whole (the row groups of a large parquet file), the chunks
-    come in random order, ``CHUNKS_AT_ONCE`` at a time, and are mixed among themselves.
+    come in random order, ``CHUNKS_AT_ONCE`` at a time, and their examples are mixed.
     """
     order = torch.randperm(len(examples), generator=generator)
     chunks = examples.chunks()
@@ -102,7 +98,7 @@ def shuffled(examples: Examples, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set, checked; its examples are read through :meth:`Examples.batch`."""
+    """A checked data set; its examples are read through :meth:`Examples.batch`."""
 
     path: Path  # as the user named it
     format: str  # one of mpoc.data.FORMATS
@@ -111,29 +107,29 @@ class Data:
     classes: tuple[str, ...]  # names of the labels 0, 1, …; () for regression and where there are no labels
     shape: tuple[int, ...]  # of one sample, e.g. (3, 32, 32); () for text
     notes: tuple[str, ...] = ()  # what the user should know about the reading, a line each
-    tokenizer: Tokenizer | None = None  # of a text set
+    tokenizer: Tokenizer | None = None  # of a text set; None where its files hold token ids
 
     def announce(self) -> str:
         """One line: format, splits with their counts, shape, classes."""
         counts = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
-        said = [f"{self.path}: {self.format}", counts]
+        parts = [f"{self.path}: {self.format}", counts]
         if self.kind == "text":
-            said.append(f"vocabulary {self.tokenizer.vocab_size:,}" if self.tokenizer else "text")
+            parts.append(f"vocabulary {self.tokenizer.vocab_size:,}" if self.tokenizer else "token ids")
         else:
-            said.append(f"{self.kind} {'×'.join(map(str, self.shape)) or 'scalar'}")
+            parts.append(f"{self.kind} {'×'.join(map(str, self.shape)) or 'scalar'}")
         if self.classes:
             shown = ", ".join(self.classes[:3]) + (", …" if len(self.classes) > 3 else "")
-            said.append(f"{len(self.classes)} classes ({shown})")
-        return "; ".join(said)
+            parts.append(f"{len(self.classes)} classes ({shown})")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """What a reader is given: the files of each split and how to read them."""
+    """The files of each split, and how a reader should read them."""
 
     path: Path  # as the user named it
     files: dict[str, list[Path]]  # split → files, both in reading order
     notes: tuple[str, ...]
-    size: tuple[int, int] | None  # (height, width) that encoded images are brought to; None: as they are
+    size: tuple[int, int] | None  # (height, width) to resize encoded images to; None: as they are
     text: TextOptions | None
     limit: int  # bytes to hold in memory, see IN_MEMORY_BYTES

@@ -1,6 +1,6 @@
-"""Values that are encoded in their files: images as PNG or JPEG bytes, documents as strings.
+"""Columns of encoded values: images as PNG or JPEG bytes, documents as strings.
 
-A reader gives them in order (:meth:`Rows.scan`, for checking and decoding once) and by index
+A column is read in order (:meth:`Rows.scan`, to check and decode every value once) and by index
 (:meth:`Rows.take`, for sets that are larger than memory).
 """
 
@@ -21,7 +21,7 @@ from mpoc.data.base import CHUNKS_AT_ONCE
 from mpoc.errors import MpocError
 
 Value = TypeVar("Value", bytes, str)
-ROWS_AT_ONCE = 512  # rows of a scan that are in memory together
+ROWS_AT_ONCE = 512  # rows that a scan holds in memory
 
 
 class Rows(ABC, Generic[Value]):
@@ -33,7 +33,7 @@ class Rows(ABC, Generic[Value]):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """The file, and the row in it, for messages."""
+        """The file and the row in it, for messages."""
 
     @abstractmethod
     def scan(self) -> Iterator[list[Value]]:
@@ -41,15 +41,15 @@ class Rows(ABC, Generic[Value]):
 
     @abstractmethod
     def take(self, indices: Sequence[int]) -> list[Value]:
-        """These values."""
+        """The values at these indices, in this order."""
 
     def chunks(self) -> Tensor | None:
-        """(n,) the chunk that each row is read with; None where rows are read one by one."""
+        """(n,) the chunk that holds each row; None where rows are read one by one."""
         return None
 
 
 class FileRows(Rows[bytes]):
-    """One file a row."""
+    """One file per row."""
 
     def __init__(self, files: list[Path]) -> None:
         self.files = files
@@ -58,16 +58,16 @@ class FileRows(Rows[bytes]):
         return len(self.files)
 
     def name(self, index: int) -> str:
-        """The file."""
+        """The path of the file."""
         return str(self.files[index])
 
     def scan(self) -> Iterator[list[bytes]]:
-        """The files' bytes, in order."""
+        """The bytes of all files, in order."""
         for start in range(0, len(self), ROWS_AT_ONCE):
             yield self.take(range(start, min(start + ROWS_AT_ONCE, len(self))))
 
     def take(self, indices: Sequence[int]) -> list[bytes]:
-        """The bytes of these files."""
+        """The bytes of the files at these indices."""
         return [self._read(self.files[index]) for index in indices]
 
     @staticmethod
@@ -79,7 +79,7 @@ class FileRows(Rows[bytes]):
 
 
 class ParquetRows(Rows[Value]):
-    """A column of parquet files, read a row group at a time; the last few groups are kept."""
+    """A column of parquet files, read one row group at a time; the last few groups are cached."""
 
     def __init__(self, files: list[Path], column: str) -> None:
         import pyarrow.parquet as parquet
@@ -106,7 +106,7 @@ class ParquetRows(Rows[Value]):
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def name(self, index: int) -> str:
-        """File, row in it and column."""
+        """File, row and column."""
         group = self._group_of(index)
         file, _, first = self._groups[group]
         return f"{file}, row {first + index - int(self._starts[group])}, column {self.column!r}"
@@ -117,7 +117,7 @@ class ParquetRows(Rows[Value]):
         return torch.repeat_interleave(torch.arange(len(sizes)), sizes)
 
     def scan(self) -> Iterator[list[Value]]:
-        """The column's values, in order."""
+        """All values of the column, in order."""
         import pyarrow
         import pyarrow.parquet as parquet
 
@@ -133,22 +133,22 @@ class ParquetRows(Rows[Value]):
                 raise MpocError(f"{file}: damaged parquet near row {start} ({error})") from error
 
     def take(self, indices: Sequence[int]) -> list[Value]:
-        """These values; each row group they lie in is read once."""
+        """The values at these indices; each row group is read once."""
         import pyarrow
 
         wanted: dict[int, list[int]] = {}
         for position, index in enumerate(indices):
             wanted.setdefault(self._group_of(index), []).append(position)
-        found: dict[int, Value] = {}
+        values_at: dict[int, Value] = {}
         for group in sorted(wanted):
             rows = [indices[position] for position in wanted[group]]
             inside = pyarrow.array([row - int(self._starts[group]) for row in rows])
             values = self._values(self._read_group(group).take(inside), rows)
-            found.update(zip(wanted[group], values, strict=True))
-        return [found[position] for position in range(len(indices))]
+            values_at.update(zip(wanted[group], values, strict=True))
+        return [values_at[position] for position in range(len(indices))]
 
     def _read_group(self, group: int) -> Any:
-        """One row group's column, from the cache or the file (opened anew: workers share no handle)."""
+        """The column of one row group, from the cache or the file (reopened: workers share no handle)."""
         import pyarrow
         import pyarrow.parquet as parquet
 
@@ -176,7 +176,7 @@ class ParquetRows(Rows[Value]):
 
 
 class JsonRows(Rows[str]):
-    """A text field of JSON lines, by the places at which the lines begin."""
+    """A text field of JSON lines, read by the offsets of the lines."""
 
     def __init__(self, files: list[Path], offsets: list[list[int]], column: str) -> None:
         self.files = files
@@ -188,22 +188,22 @@ class JsonRows(Rows[str]):
         return int(self._starts[-1])
 
     def name(self, index: int) -> str:
-        """File, line that holds data, and field."""
+        """File, row (blank lines not counted) and field."""
         file = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.files[file]}, row {index - int(self._starts[file])}, field {self.column!r}"
 
     def scan(self) -> Iterator[list[str]]:
-        """The field's values, in order."""
+        """All values of the field, in order."""
         for start in range(0, len(self), ROWS_AT_ONCE):
             yield self.take(range(start, min(start + ROWS_AT_ONCE, len(self))))
 
     def take(self, indices: Sequence[int]) -> list[str]:
-        """These values, in the order asked for; lines are parsed again."""
+        """The values at these indices, parsed again from their lines."""
         owners = np.searchsorted(self._starts, np.asarray(indices), side="right") - 1
-        found: dict[int, str] = {}
+        values: dict[int, str] = {}
         for owner in np.unique(owners).tolist():
             with self.files[owner].open("rb") as file:
                 for position in np.flatnonzero(owners == owner).tolist():
                     file.seek(int(self._offsets[indices[position]]))
-                    found[position] = json.loads(file.readline())[self.column]
-        return [found[position] for position in range(len(indices))]
+                    values[position] = json.loads(file.readline())[self.column]
+        return [values[position] for position in range(len(indices))]

@@ -1,8 +1,8 @@
-"""From stored pixels to a network's input: resize, pad-crop-flip, normalise; a whole batch at a time.
+"""Images: decode PNG, JPEG and the like, read image folders, and turn stored pixels into a network's input.
 
-Encoded images (PNG, JPEG, …): decoded once where they fit in memory, else batch by batch.
-
-A folder a class, an image a file: ``train/<class>/*``, ``test/<class>/*``, or ``<class>/*`` alone.
+Encoded images are decoded once where they fit in memory, else batch by batch.  Preprocessing (resize,
+pad-crop-flip, normalise) works on a whole batch.  An image folder has one folder per class and one file per
+image: ``train/<class>/*``, ``test/<class>/*``, or ``<class>/*`` alone.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from mpoc.errors import MpocError, UsageError
 
 _GREY = ("1", "L", "LA")
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than eight bits a channel
-# What pillow's decoders raise on bytes that are not what they should be.
+# What pillow's decoders raise on damaged bytes.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What is done to images; plain data, so that it can be recorded.  Lists are taken for tuples."""
+    """How images are preprocessed; plain data, so that it can be recorded.  Lists become tuples."""
 
-    mean: tuple[float, ...] = (0.0,)  # per channel, or one for all; of pixels in [0, 1]
+    mean: tuple[float, ...] = (0.0,)  # per channel, or one for all; pixels in [0, 1]
     std: tuple[float, ...] = (1.0,)
-    pad: int = 0  # training: pad by so many black pixels, crop at a random place
-    flip: bool = False  # training: left and right exchanged, every second image on average
+    pad: int = 0  # training: pad by this many black pixels, then crop at a random place
+    flip: bool = False  # training: mirror left and right, every second image on average
     size: tuple[int, int] | None = None  # (height, width) to resize to; None: as they are
 
     def __post_init__(self) -> None:
@@ -58,33 +58,35 @@ class ImageOptions:
             raise UsageError(f"means {self.mean}, standard deviations {self.std}: must be finite")
         if not self.mean or not self.std or min(self.std) <= 0:
             raise UsageError(
-                f"standard deviations {self.std}: each must be above 0, one a channel or one for all"
+                f"standard deviations {self.std}: each must be above 0, one per channel or one for all"
             )
         if self.pad < 0 or (self.size is not None and (len(self.size) != 2 or min(self.size) < 1)):
-            raise UsageError(f"pad {self.pad}, size {self.size}: pad from 0, size as (height, width) from 1")
+            raise UsageError(
+                f"pad {self.pad}, size {self.size}: pad must be at least 0, each side at least 1"
+            )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data; ``ImageOptions(**options.as_dict())`` is the same again."""
+        """Plain data; ``ImageOptions(**options.as_dict())`` equals ``options``."""
         return asdict(self)
 
     def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The (C, H, W) that :func:`prepare` makes of (C, H, W)."""
+        """The (C, H, W) that :func:`prepare_images` gives for (C, H, W)."""
         return (shape[0], *self.size) if self.size else tuple(shape)
 
 
 def prepare_images(x: Tensor, options: ImageOptions, generator: torch.Generator | None = None) -> Tensor:
-    """A batch of images as the network takes it.
+    """Preprocess a batch of images for the network.
 
     Args:
         x: (n, C, H, W) uint8.
-        options: what to do.
-        generator: gives the random crops and flips of training; None for evaluation, which has none.
+        options: how.
+        generator: draws the random crops and flips of training; None for evaluation, without any.
 
     Returns:
-        (n, C, H', W') float32, (pixel/255 − mean)/std, where x is.
+        (n, C, H', W') float32, (pixel/255 − mean)/std, on the device of x.
 
     Raises:
-        UsageError: as many means as the images have channels are needed, or one.
+        UsageError: the number of means or standard deviations is neither one nor the number of channels.
     """
     channels = x.shape[1]
     for name, values in (("means", options.mean), ("standard deviations", options.std)):
@@ -103,12 +105,12 @@ def prepare_images(x: Tensor, options: ImageOptions, generator: torch.Generator 
 
 @lru_cache(maxsize=16)
 def _planes(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(C, 1, 1) float32; kept, as every batch needs the same."""
+    """(C, 1, 1) float32; cached, as every batch needs the same."""
     return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 def _crop(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:
-    """Each image padded with zeros by ``pad`` on all sides, then cut to its size at a random place."""
+    """Pad each image with zeros on all sides, then crop it to its size at a random place."""
     n, _, height, width = x.shape
     places = torch.randint(0, 2 * pad + 1, (2, n), generator=generator, device=generator.device).to(x.device)
     windows = (
@@ -118,19 +120,19 @@ def _crop(x: Tensor, pad: int, generator: torch.Generator) -> Tensor:
 
 
 class _ColourFoundError(Exception):
-    """A set taken for grey has a colour image in it."""
+    """A colour image in a set whose first image is grey."""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Turns encoded bytes into uint8 pixels of one shape."""
+    """Decodes images to uint8 pixels of one shape."""
 
     shape: tuple[int, int, int]  # (C, H, W), C 1 or 3
-    resize: bool  # to H×W; else an image of another size is an error
+    resize: bool  # to H×W; where False an image of another size is an error
     first: str  # the image that gave the shape, for messages
 
     def decode(self, content: bytes, name: str) -> NDArray[np.uint8]:
-        """(C, H, W) uint8.
+        """Decode one image to (C, H, W) uint8.
 
         Raises:
             MpocError: not an image, damaged, or of another size.
@@ -147,25 +149,31 @@ class Decoder:
                 image = image.resize((width, height), _pillow().Resampling.BILINEAR)
             pixels = np.asarray(image)
         except _BROKEN as error:
-            raise MpocError(f"{name}: a damaged image ({error})") from error
+            raise MpocError(f"{name}: damaged image ({error})") from error
         return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
     def check(self, image: Any, name: str) -> None:
-        """Raise MpocError for an image that is not of this shape; only its header is looked at."""
+        """Check the shape in the header of a pillow image.
+
+        Raises:
+            MpocError: another size, or more than 8 bits per channel.
+        """
         channels, height, width = self.shape
         if image.mode in _DEEP:
-            raise MpocError(f"{name}: more than 8 bits a channel (mode {image.mode})", "save it with 8 bits")
+            raise MpocError(
+                f"{name}: more than 8 bits per channel (mode {image.mode})", "save it with 8 bits"
+            )
         if not self.resize and image.size != (width, height):
             raise MpocError(
                 f"{name}: {image.height}×{image.width} pixels, but {self.first} has {height}×{width}",
-                f"resize all while reading: --size {height}x{width}",
+                f"resize all images: --size {height}x{width}",
             )
         if channels == 1 and image.mode not in _GREY:
             raise _ColourFoundError
 
 
 class EncodedImages(Examples):
-    """Images that are decoded when a batch asks for them."""
+    """Images decoded when a batch asks for them."""
 
     def __init__(self, rows: Rows[bytes], decoder: Decoder, y: Tensor | None) -> None:
         self.rows = rows
@@ -185,7 +193,7 @@ class EncodedImages(Examples):
         return {"x": torch.from_numpy(x)} | ({} if self.y is None else {"y": self.y[chosen]})
 
     def chunks(self) -> Tensor | None:
-        """Those of the file."""
+        """(n,) the chunk of the file that holds each image, or None."""
         return self.rows.chunks()
 
 
@@ -198,8 +206,8 @@ def assemble_images(
 ) -> Data:
     """A checked data set of encoded images; ``columns`` are the labels of each split.
 
-    Every image is decoded, or where the set is too large for memory its header is read: its size and
-    colour are certain then, and damage further on is met, and named, when the image is decoded.
+    Every image is decoded; where the set is too large for memory, every header is read, which gives size and
+    colour.  Damage beyond the header is then reported when the image is decoded.
 
     Raises:
         MpocError: pillow is missing, no examples, a damaged image, images of different sizes, a bad label.
@@ -219,7 +227,7 @@ def assemble_images(
 
 
 def _decoder_for(rows: Rows[bytes], size: tuple[int, int] | None) -> Decoder:
-    """The first image gives the shape."""
+    """The decoder for the shape of the first image."""
     image = _open(rows.take([0])[0], rows.name(0))
     channels = 1 if image.mode in _GREY else 3
     return Decoder((channels, *(size or (image.height, image.width))), size is not None, rows.name(0))
@@ -251,7 +259,7 @@ def _decode_all(rows: Rows[bytes], decoder: Decoder) -> Tensor:
 
 
 def _for_all(rows: Rows[bytes], work: Callable[[int, bytes, str], None]) -> None:
-    """``work`` on every (index, value, name), on as many threads as torch has: pillow frees the GIL."""
+    """Call ``work`` on every (index, value, name), on as many threads as torch has: pillow frees the GIL."""
     start = 0
     threads = torch.get_num_threads()
 
@@ -264,7 +272,7 @@ def _for_all(rows: Rows[bytes], work: Callable[[int, bytes, str], None]) -> None
             numbered = list(enumerate(values, start))
             step = -(-len(numbered) // threads)
             parts = [numbered[k : k + step] for k in range(0, len(numbered), step)]
-            list(pool.map(piece, parts))  # the list waits, and raises what the first failing part raised
+            list(pool.map(piece, parts))  # waits, and raises the error of the first part that failed
             start += len(values)
 
 
@@ -278,7 +286,7 @@ def _pillow() -> Any:
 
 
 def _open(content: bytes, name: str) -> Any:
-    """A pillow image of which only the header has been read."""
+    """A pillow image; only its header has been read."""
     pillow = _pillow()
     try:
         return pillow.open(BytesIO(content))
@@ -288,7 +296,7 @@ def _open(content: bytes, name: str) -> Any:
 
 
 def open_image_folder(source: DataSource) -> Data:
-    """Classes are the training folders' names, sorted.
+    """Open a folder of images; the classes are the names of the training folders, sorted.
 
     Raises:
         MpocError: no class folders, an empty one, a class that training lacks, or a bad image.
@@ -302,7 +310,7 @@ def open_image_folder(source: DataSource) -> Data:
         unknown = sorted(classes.keys() - set(names))
         if unknown:
             raise MpocError(
-                f"{classes[unknown[0]][0].parent}: class {unknown[0]!r} is not among those of {first}"
+                f"{classes[unknown[0]][0].parent}: class {unknown[0]!r} is not a class of {first}"
             )
         held = FileRows([file for name in sorted(classes) for file in classes[name]])
         numbers = [names.index(name) for name in sorted(classes)]
@@ -312,23 +320,23 @@ def open_image_folder(source: DataSource) -> Data:
 
 
 def class_folders(folder: Path) -> dict[str, list[Path]]:
-    """Class → its image files, sorted, those in deeper folders included.
+    """Class → its image files, sorted, with those of nested folders.
 
     Raises:
-        MpocError: no folder, no class folders, or an empty one.
+        MpocError: not a folder, no class folders, or an empty one.
     """
     classes = {}
     if not folder.is_dir():
         raise MpocError(f"{folder}: not a folder", "name the folder that holds train/ or the class folders")
-    for place in sorted(folder.iterdir()):
-        if not place.is_dir() or place.name.startswith("."):
+    for inner in sorted(folder.iterdir()):
+        if not inner.is_dir() or inner.name.startswith("."):
             continue
         files = [
-            file for file in place.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+            file for file in inner.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
         ]
         if not files:
-            raise MpocError(f"{place}: no image in this class folder", "put images into it, or remove it")
-        classes[place.name] = sorted(files)
+            raise MpocError(f"{inner}: no image in this class folder", "add images, or remove the folder")
+        classes[inner.name] = sorted(files)
     if not classes:
-        raise MpocError(f"{folder}: no class folders in it", "one folder a class: train/<class>/*.png")
+        raise MpocError(f"{folder}: no class folders", "one folder per class: train/<class>/*.png")
     return classes

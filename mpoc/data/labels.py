@@ -1,4 +1,4 @@
-"""Labels and targets: numbered, named, and checked before anything is trained on them."""
+"""Labels and targets: numbered, named and checked before any training."""
 
 from __future__ import annotations
 
@@ -11,30 +11,28 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 
+# Integer labels above this are taken for a mistake (identifiers, hashes), not for classes.
 MOST_CLASSES = 1_000_000
 
 Column = NDArray[np.generic]  # (n,) or (n, …): integers, floats or strings
 Where = Callable[[int], str]  # the file and row of an example, for messages
 
 
-"""Integer labels above this are taken for a mistake (identifiers, hashes), not for classes."""
-
-
 def number_labels(
     columns: dict[str, tuple[Column, Where]], names: tuple[str, ...] = ()
 ) -> tuple[dict[str, Tensor], tuple[str, ...], list[str]]:
-    """Labels or targets of every split, the names of the classes, and what should be said of them.
+    """Number and check the labels or targets of every split.
 
     Args:
-        columns: split → what its files hold: integers (n,) or (n, 1) or strings (n,), which are labels, or
-            floats (n, …), which are regression targets.
+        columns: split → its values: integers (n,) or (n, 1) or strings (n,) are labels, floats (n, …) are
+            regression targets.
         names: of the classes, where the files tell.
 
     Returns:
-        split → (n,) int64 labels or (n, …) float32 targets; class names, () for targets; notes.
+        split → (n,) int64 labels or (n, …) float32 targets; class names, () for targets; notes for the user.
 
     Raises:
-        MpocError: a label that is negative, has no name or is absent, or a target that is not finite.
+        MpocError: a label that is negative, missing or without a name, or a target that is not finite.
     """
     kinds = {_kind(column, where) for column, where in columns.values()}
     if len(kinds) > 1:
@@ -68,7 +66,7 @@ def _targets(column: Column, where: Where) -> Tensor:
 
 
 def _integers(column: Column, where: Where, known: int) -> Tensor:
-    """(n,) int64: every label in [0, known), or just not negative where ``known`` is 0."""
+    """(n,) int64: every label in [0, known), or at least 0 where ``known`` is 0."""
     if column.ndim == 2 and column.shape[1] == 1:
         column = column[:, 0]
     if column.ndim != 1:
@@ -81,7 +79,7 @@ def _integers(column: Column, where: Where, known: int) -> Tensor:
     bad = np.flatnonzero((numbers < 0) | (numbers >= top))
     if len(bad):
         row, label = int(bad[0]), int(numbers[bad[0]])
-        hint = "labels count from 0; a split without labels must be left out" if label < 0 else None
+        hint = "labels count from 0; omit the labels of a split that has none" if label < 0 else None
         reason = "is negative" if label < 0 else f"is out of range: there are {top:,} classes, from 0"
         if label >= 0 and not known:
             reason, hint = f"is above {top:,}", "store regression targets as floats"
@@ -103,12 +101,14 @@ def _number_strings(
         labels[split] = torch.tensor([numbers.get(str(name), -1) for name in column], dtype=torch.int64)
         unknown = torch.nonzero(labels[split] < 0).flatten().tolist()
         if unknown:
-            raise MpocError(f"{where(unknown[0])}: label {str(column[unknown[0]])!r} is no class of the set")
+            raise MpocError(
+                f"{where(unknown[0])}: label {str(column[unknown[0]])!r} is not a class of the set"
+            )
     return labels, names, _gaps(labels, names)
 
 
 def _gaps(labels: dict[str, Tensor], names: tuple[str, ...]) -> list[str]:
-    """A line for each split in which classes lack examples; in evaluation splits that skews accuracy."""
+    """A note for each split that lacks examples of a class, which skews the accuracy of an evaluation."""
     notes = []
     for split, y in labels.items():
         counts = torch.bincount(y, minlength=len(names))

@@ -1,10 +1,7 @@
-"""A validation split for a set that brings none.
+"""Open a data set of any known format, hold out a validation split, and check that it fits a network.
 
-Whether a data set fits a network, asked before the first step.
-
-Which data set this is, by its files: their names, sizes and a bounded part of their bytes.
-
-Open a data set of any known format, checked, or say why not.
+A fingerprint of the files identifies the set: ``finetune`` records it, so that ``eval`` can measure the
+examples that the training held out.
 """
 
 from __future__ import annotations
@@ -17,20 +14,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpoc.data.array_files import labels_of, open_cifar, open_idx, open_npz, open_safetensors_data
+from mpoc.data.array_files import (
+    labels_of,
+    open_cifar,
+    open_idx,
+    open_npy,
+    open_npz,
+    open_safetensors_data,
+)
 from mpoc.data.base import IN_MEMORY_BYTES, Data, DataSource, Examples, Subset
+from mpoc.data.documents import StoredDocuments
 from mpoc.data.images import ImageOptions, class_folders, open_image_folder
 from mpoc.data.recognise import files_of, recognise
 from mpoc.data.tables import open_jsonl, open_parquet
 from mpoc.data.text import TextOptions, TokenStream, open_text
 from mpoc.errors import MpocError
 
+# Bytes that a fingerprint reads in all: a set of at most so many is read whole; of each file of a larger set
+# an equal share is read, half at its beginning and half at its end.
 READ_AT_MOST = 1 << 26
 
 _READERS: dict[str, Callable[[DataSource], Data]] = {
     "idx": open_idx,
     "cifar-binary": open_cifar,
     "image-folder": open_image_folder,
+    "npy": open_npy,
     "npz": open_npz,
     "safetensors": open_safetensors_data,
     "parquet": open_parquet,
@@ -40,10 +48,10 @@ _READERS: dict[str, Callable[[DataSource], Data]] = {
 
 
 def hold_out(data: Data, share: float, seed: int) -> Data:
-    """The same set with a share of ``train`` as ``validation``; ``notes`` says so.
+    """Split a share of ``train`` off as ``validation``; ``notes`` records it.
 
-    Where examples have labels every class gives its share, to within one example.  Of a token stream the
-    end is taken, since random windows of what is left must not overlap it.
+    Where examples have labels, each class gives its share, to within one example.  A token stream gives its
+    end, so that random blocks of the rest do not overlap it.
 
     Args:
         data: a set with a training split and no validation split.
@@ -54,15 +62,14 @@ def hold_out(data: Data, share: float, seed: int) -> Data:
         MpocError: no training split, a validation split already, or nothing left on one side.
     """
     if "train" not in data.splits or "validation" in data.splits:
-        had = ", ".join(data.splits)
-        raise MpocError(f"{data.path}: nothing to hold out: it has the splits {had}")
+        raise MpocError(f"{data.path}: nothing to hold out: it has the splits {', '.join(data.splits)}")
     train = data.splits["train"]
     kept: Examples
     held: Examples
-    said = f"no validation split: {share:.3g} of train held out"
+    note = f"no validation split: {share:.3g} of train held out"
     if isinstance(train, TokenStream):
         kept, held = train.cut(share) if 0 < share < 1 else (train, train.cut(0)[1])
-        said += ", its end"
+        note += ", its end"
     else:
         labelled = train.y is not None and train.y.dtype == torch.int64
         classes = train.y if train.y is not None and labelled else torch.zeros(len(train), dtype=torch.int64)
@@ -71,18 +78,18 @@ def hold_out(data: Data, share: float, seed: int) -> Data:
             Subset(train, torch.nonzero(~chosen).flatten()),
             Subset(train, torch.nonzero(chosen).flatten()),
         )
-        said += f" (seed {seed}{', by class' if labelled else ''})"
+        note += f" (seed {seed}{', by class' if labelled else ''})"
     if len(kept) == 0 or len(held) == 0:
-        hint = "choose a shorter block, or bring more text" if isinstance(train, TokenStream) else None
+        hint = "choose a shorter --block, or provide more text" if isinstance(train, TokenStream) else None
         raise MpocError(
             f"{data.path}: {share:.3g} of {len(train):,} training examples leaves a split empty", hint
         )
     splits = {"train": kept, "validation": held, **{k: v for k, v in data.splits.items() if k != "train"}}
-    return replace(data, splits=splits, notes=(*data.notes, said))
+    return replace(data, splits=splits, notes=(*data.notes, note))
 
 
 def _choose(classes: Tensor, share: float, seed: int) -> Tensor:
-    """(n,) bool: round(n · share) examples, of class c its share to within one; one at least is left."""
+    """(n,) bool: round(n · share) examples, the share of each class to within one; each class keeps one."""
     if not 0 < share < 1:
         return torch.zeros(len(classes), dtype=torch.bool)
     counts = torch.bincount(classes)
@@ -108,59 +115,69 @@ def check_fits(
     images: ImageOptions | None = None,
     vocabulary: int | None = None,
 ) -> None:
-    """Stop where data and network disagree.
+    """Check that the network can take the data.
 
     Args:
         data: the set.
         classes: the network's outputs; None for a task without classes.
-        shape: of one input as the network takes it, e.g. (3, 32, 32); None where any will do.
-        images: what is done to images on the way (their size may change).
-        vocabulary: the network's tokens; None where it takes no text.
+        shape: of one input as the network takes it, e.g. (3, 32, 32); None: unknown or any.
+        images: how images are preprocessed, which may resize them.
+        vocabulary: number of tokens of the network; None: unknown, or it takes no text.
 
     Raises:
-        MpocError: labels the network has no output for, no labels, inputs of another shape, tokens it lacks.
+        MpocError: missing labels or labels without an output, inputs of another shape, tokens out of range.
     """
     if classes is not None:
         _check_classes(data, classes)
     if shape is not None and data.kind != "text":
-        found = images.output_shape(data.shape) if images and data.kind == "images" else data.shape
-        if found != tuple(shape):
-            taken, given = ("×".join(map(str, sizes)) for sizes in (shape, found))
-            resizable = data.kind == "images" and len(shape) == 3 and found[0] == shape[0]
+        actual = images.output_shape(data.shape) if images and data.kind == "images" else data.shape
+        if actual != tuple(shape):
+            taken, given = ("×".join(map(str, sizes)) for sizes in (shape, actual))
+            resizable = data.kind == "images" and len(shape) == 3 and actual[0] == shape[0]
             hint = f"resize: --size {shape[1]}x{shape[2]}" if resizable else None
             raise MpocError(f"{data.path}: examples are {given}, but the network takes {taken}", hint)
-    if vocabulary is not None and data.tokenizer is not None and data.tokenizer.vocab_size > vocabulary:
-        raise MpocError(
-            f"{data.path}: its tokenizer has {data.tokenizer.vocab_size:,} tokens, "
-            f"but the network {vocabulary:,}",
-            "use the tokenizer the network was made with",
-        )
+    if vocabulary is not None:
+        _check_vocabulary(data, vocabulary)
+
+
+def _check_vocabulary(data: Data, vocabulary: int) -> None:
+    stored = {id(examples): examples for examples in map(_all_examples, data.splits.values())}
+    for examples in stored.values():
+        if isinstance(examples, StoredDocuments):
+            examples.check_vocabulary(vocabulary)
+        elif data.tokenizer is not None and data.tokenizer.vocab_size > vocabulary:
+            raise MpocError(
+                f"{data.path}: its tokenizer has {data.tokenizer.vocab_size:,} tokens, "
+                f"but the network {vocabulary:,}",
+                "use the tokenizer the network was made with",
+            )
+
+
+def _all_examples(examples: Examples) -> Examples:
+    """The split that a subset was taken from."""
+    return _all_examples(examples.examples) if isinstance(examples, Subset) else examples
 
 
 def _check_classes(data: Data, classes: int) -> None:
     for split, examples in data.splits.items():
         y = examples.y
         if y is None or y.dtype != torch.int64:
-            what = "no labels" if y is None else "regression targets, not labels"
-            raise MpocError(f"{data.path}: {split} has {what}, but the network has {classes} classes")
+            kind = "no labels" if y is None else "regression targets, not labels"
+            raise MpocError(f"{data.path}: {split} has {kind}, but the network has {classes} classes")
         bad = torch.nonzero(y >= classes).flatten()
         if len(bad):
             label, row = int(y[bad[0]]), int(bad[0])
-            if isinstance(examples, Subset):  # what was held out is of the training files too
+            if isinstance(examples, Subset):  # held-out examples are of the training files too
                 split, row = "train", int(examples.indices[row])
             raise MpocError(
                 f"{data.path}: label {label} (class {data.classes[label]!r}; {split}, example {row}) "
                 f"is out of range for a network of {classes} classes (0 to {classes - 1})",
-                f"the set has {len(data.classes)} classes: give the network as many",
+                f"give the network the {len(data.classes)} classes of the data",
             )
 
 
-"""Bytes that are read in all: a set of at most so many is read whole, of each file of a larger one an equal
-share, half at its beginning and half at its end."""
-
-
 def data_fingerprint(path: Path, form: str) -> str:
-    """BLAKE2 over the files of a data set, 16 hexadecimal digits; the name of ``path`` itself is left out.
+    """BLAKE2 digest of the files of a data set, 16 hexadecimal digits; the name of ``path`` does not count.
 
     Args:
         path: file or directory.
@@ -173,12 +190,12 @@ def data_fingerprint(path: Path, form: str) -> str:
     files = sorted(_files(path, form))
     sizes = [file.stat().st_size for file in files]
     whole = sum(sizes) <= READ_AT_MOST
-    found = hashlib.blake2b(digest_size=8)
+    hasher = hashlib.blake2b(digest_size=8)
     for file, size in zip(files, sizes, strict=True):
         name = "" if path.is_file() else file.relative_to(path).as_posix()
-        found.update(repr((name, size)).encode())
-        found.update(_ends(file, size, size if whole else READ_AT_MOST // (2 * len(files))))
-    return found.hexdigest()
+        hasher.update(repr((name, size)).encode())
+        hasher.update(_ends(file, size, size if whole else READ_AT_MOST // (2 * len(files))))
+    return hasher.hexdigest()
 
 
 def _files(path: Path, form: str) -> set[Path]:
@@ -189,7 +206,7 @@ def _files(path: Path, form: str) -> set[Path]:
 
 
 def _ends(file: Path, size: int, count: int) -> bytes:
-    """The first and the last ``count`` bytes; all, once, where they would meet."""
+    """The first and the last ``count`` bytes; the whole file where these meet."""
     with file.open("rb") as content:
         if size <= 2 * count:
             return content.read()
@@ -206,22 +223,21 @@ def open_data(
     size: tuple[int, int] | None = None,
     limit: int = IN_MEMORY_BYTES,
 ) -> Data:
-    """Open a file or a directory of data.
+    """Open and check a file or a directory of data.
 
     Args:
         path: a file, or a directory with ``train…``, ``validation…`` and ``test…`` in it.
-        format: one of ``FORMATS``; None to recognise it.
-        text: how text becomes examples; None for blocks of 256 characters.
-        size: (height, width) that encoded images are resized to as they are decoded; sets whose images
-            differ in size need it.
+        format: one of ``FORMATS``; None: recognised.
+        text: how text becomes examples; None: blocks of 256 characters.
+        size: (height, width) to resize encoded images to; needed where images differ in size.
         limit: bytes of decoded examples to hold in memory; a larger set is read from disk.
 
     Returns:
-        The set, every label, count and shape of it checked.
+        The set, with every label, count and shape checked.
 
     Raises:
-        UsageError: nothing at ``path``, an unknown format, or several formats in the directory.
-        MpocError: the data are bad, with the file and row.
+        UsageError: no such path, an unknown format, or several formats in the directory.
+        MpocError: bad data, with the file and row.
     """
     form = recognise(path, format)
     files, notes = files_of(path, form)

@@ -1,4 +1,4 @@
-"""Which format a path is in, and which files belong to which split.  Only names and first bytes are read."""
+"""Recognise the format of a path and the split of each file, from names and first bytes alone."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ WORDS = {
 SPLITS = ("train", "validation", "test")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _BY_SUFFIX = {
+    ".npy": "npy",
     ".npz": "npz",
     ".safetensors": "safetensors",
     ".parquet": "parquet",
@@ -38,17 +39,17 @@ _NO_DATA = re.compile(r"(readme|license|licence|attribution|citation|requirement
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name speaks of: ``train-00000-of-00002.parquet`` → ``train``; None where of none."""
+    """The split that a name contains: ``train-00000-of-00002.parquet`` → ``train``; None if it has none."""
     words = re.split(r"[^a-z0-9]+", name.lower())
     return next((WORDS[word] for word in words if word in WORDS), None)
 
 
 def recognise(path: Path, wanted: str | None) -> str:
-    """The format of a file or directory: ``wanted`` where it is given, else by names.
+    """The format of a file or directory: ``wanted`` where it is given, else told from the names.
 
     Raises:
         UsageError: nothing at ``path``, an unknown ``wanted``, or several formats in one directory.
-        MpocError: nothing that is known here.
+        MpocError: no known format.
     """
     if not path.exists():
         raise UsageError(f"{path}: no such file or directory")
@@ -56,17 +57,17 @@ def recognise(path: Path, wanted: str | None) -> str:
         if wanted not in FORMATS:
             raise UsageError(f"unknown format {wanted!r}{nearest(wanted, FORMATS)}", ", ".join(FORMATS))
         return wanted
-    found = sorted(_formats_in(path) if path.is_dir() else _format_of(path))
-    if found == ["image-folder", "txt"]:  # lists of file names and the like
+    formats = sorted(_formats_in(path) if path.is_dir() else _format_of(path))
+    if formats == ["image-folder", "txt"]:  # the text files are lists of file names and the like
         return "image-folder"
-    if len(found) > 1:
+    if len(formats) > 1:
         raise UsageError(
-            f"{path}: holds several formats: {', '.join(found)}",
-            f"say which with --format, e.g. --format {found[0]}, or name a file",
+            f"{path}: holds several formats: {', '.join(formats)}",
+            f"choose one with --format, e.g. --format {formats[0]}, or name a file",
         )
-    if not found:
-        raise MpocError(f"{path}: not a data set known here", f"known are: {', '.join(FORMATS)}")
-    return found[0]
+    if not formats:
+        raise MpocError(f"{path}: not a data set of a known format", f"known formats: {', '.join(FORMATS)}")
+    return formats[0]
 
 
 def _format_of(file: Path) -> set[str]:
@@ -81,12 +82,12 @@ def _format_of(file: Path) -> set[str]:
 
 
 def _formats_in(path: Path) -> set[str]:
-    found = set()
+    formats = set()
     for file in _files_in(path):
         if _IDX.search(file.name):
-            found.add("idx")
+            formats.add("idx")
         elif _CIFAR.search(file.name):
-            found.add("cifar-binary")
+            formats.add("cifar-binary")
         elif _PICKLED_CIFAR.search(file.name):
             refuse_pickle(file)
         elif (
@@ -94,31 +95,33 @@ def _formats_in(path: Path) -> set[str]:
             and file.name != "batches.meta.txt"
             and not _NO_DATA.match(file.name)
         ):
-            found.add(_BY_SUFFIX[file.suffix.lower()])
+            formats.add(_BY_SUFFIX[file.suffix.lower()])
     folders = [folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
     if any(_holds_images(folder) for folder in folders):
-        found.add("image-folder")
-    return found
+        formats.add("image-folder")
+    return formats
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether images lie in a split's or a class's folder; rglob alone would not enter linked classes."""
-    places = (folder, *(place for place in folder.iterdir() if place.is_symlink() and place.is_dir()))
-    return any(file.suffix.lower() in IMAGE_SUFFIXES for place in places for file in place.rglob("*"))
+    """Whether a split's or a class's folder holds images; rglob alone would not enter linked folders."""
+    linked = (inner for inner in folder.iterdir() if inner.is_symlink() and inner.is_dir())
+    return any(
+        file.suffix.lower() in IMAGE_SUFFIXES for place in (folder, *linked) for file in place.rglob("*")
+    )
 
 
 def _files_in(path: Path) -> list[Path]:
-    """Files of a directory and of the folders in it (``data/``, ``train/``), sorted, hidden ones left out."""
-    found = [file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file()]
-    shown = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    """Files of a directory and of the folders in it (``data/``, ``train/``), sorted, without hidden ones."""
+    files = [file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file()]
+    shown = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     return sorted(shown)
 
 
 def files_of(path: Path, form: str) -> tuple[dict[str, list[Path]], list[str]]:
-    """The files of each split, and what should be said about those left out.
+    """The files of each split, and notes about files left out.
 
-    A lone file is the split that its name speaks of, and training data where it speaks of none.  In a
-    directory, files that speak of no split are training data unless others speak of one.
+    A single file is the split that its name contains, else training data.  In a directory, files whose names
+    contain no split are training data, unless other names contain one.
 
     Raises:
         MpocError: no file of this format, or two folders of one split.
@@ -130,11 +133,11 @@ def files_of(path: Path, form: str) -> tuple[dict[str, list[Path]], list[str]]:
     by_split: dict[str | None, list[Path]] = {}
     for file in _files_in(path):
         if _belongs(file, form):
-            inside = file.relative_to(path)
-            split = _split_of(file, form) or (split_of(inside.parts[0]) if len(inside.parts) > 1 else None)
+            parts = file.relative_to(path).parts
+            split = _split_of(file, form) or (split_of(parts[0]) if len(parts) > 1 else None)
             by_split.setdefault(split, []).append(file)
     if not by_split:
-        raise MpocError(f"{path}: no file of format {form} in it")
+        raise MpocError(f"{path}: no file of format {form}")
     unnamed = by_split.pop(None, [])
     notes = []
     if unnamed and by_split:
@@ -147,9 +150,9 @@ def files_of(path: Path, form: str) -> tuple[dict[str, list[Path]], list[str]]:
 
 
 def _split_of(file: Path, form: str) -> str | None:
-    found = _CIFAR.search(file.name) if form == "cifar-binary" else None
-    if found:
-        return "train" if found["split"] == "data" else "test"
+    match = _CIFAR.search(file.name) if form == "cifar-binary" else None
+    if match:
+        return "train" if match["split"] == "data" else "test"
     return split_of(file.name)
 
 
@@ -162,7 +165,7 @@ def _belongs(file: Path, form: str) -> bool:
 
 
 def is_data(file: Path, path: Path, wanted: str | None) -> bool:
-    """Whether ``file`` is one of those that the data set at ``path`` is read from, by its name and place."""
+    """Whether the data set at ``path`` is read from ``file``, by its name and folder."""
     if path.resolve() not in file.resolve().parents:
         return False
     form = recognise(path, wanted)
@@ -175,7 +178,7 @@ def _split_folders(path: Path) -> dict[str, list[Path]]:
     """The folders named after splits; the directory itself where there are none.
 
     Raises:
-        MpocError: two of one split.
+        MpocError: two folders of one split.
     """
     folders = sorted(folder for folder in path.iterdir() if folder.is_dir())
     named: dict[str, list[Path]] = {}
@@ -191,10 +194,10 @@ def _split_folders(path: Path) -> dict[str, list[Path]]:
 
 
 def refuse_pickle(path: Path) -> None:
-    """Stop at a Python pickle, CIFAR's python version above all: loading one runs code.
+    """Refuse a Python pickle, such as CIFAR's python version: loading one runs code.
 
     Raises:
-        MpocError: ``path`` is one.
+        MpocError: ``path`` is a pickle.
     """
     with path.open("rb") as file:
         start = file.read(2)

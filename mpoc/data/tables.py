@@ -1,150 +1,100 @@
-"""A document an example: token numbers, cut at the block length and padded to the longest of a batch.
+"""Tables in the layout of Hugging Face data sets: ``.parquet`` and ``.jsonl``.
 
-Tables in Hugging Face layout: ``.parquet`` and ``.jsonl`` with an image or a text column, and labels.
-
-https://huggingface.co/docs/datasets/image_dataset gives the layout of images in parquet: a struct of the
-encoded ``bytes`` and a ``path``; names of the classes stand in the schema's metadata.
+Examples are a column of images, of text, or of token ids (``input_ids``, with ``attention_mask`` where there
+is one); a label column may stand beside it.  Images in parquet are a struct of the encoded ``bytes`` and a
+``path``, and the names of the classes are in the schema's metadata:
+https://huggingface.co/docs/datasets/image_dataset.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mpoc.data.base import Batch, Data, DataSource, Examples
+from mpoc.data.base import Data, DataSource
 from mpoc.data.columns import JsonRows, ParquetRows, Rows
+from mpoc.data.documents import StoredTokens, assemble_documents, assemble_tokens
 from mpoc.data.images import assemble_images
-from mpoc.data.labels import Column, Where, number_labels
-from mpoc.data.text import CharacterTokenizer, TextOptions, Tokenizer
+from mpoc.data.labels import Column, Where
 from mpoc.errors import MpocError
-
-TOKENIZED_AT_ONCE = 50_000_000
 
 _IMAGES = ("image", "img")
 _TEXTS = ("text", "sentence", "content", "document")
 _LABELS = ("label", "labels", "fine_label", "target", "y")
+_IDS, _MASK = "input_ids", "attention_mask"
 
 
-"""Documents with at most this many characters in all are tokenized once, before training (about half a
-minute with a fast tokenizer); those of a larger set whenever a batch asks for them."""
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a table that are read."""
+
+    examples: str
+    kind: str  # "image", "text" or "tokens"
+    label: str | None
+    mask: str | None = None  # of token ids
+    notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in (self.examples, self.mask, self.label) if name]
 
 
-class Documents(Examples):
-    """Documents tokenized already, one behind the other."""
-
-    def __init__(self, tokens: Tensor, starts: Tensor, pad_id: int, y: Tensor | None) -> None:
-        self.tokens = tokens  # (sum of lengths,) int32
-        self.starts = starts  # (n + 1,) int64: where each begins, and the end
-        self.pad_id = pad_id
-        self.y = y
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
-        """``input_ids`` and ``attention_mask`` (n, T) int64, T the longest of them, and ``y``."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
-        lengths = self.starts[chosen + 1] - self.starts[chosen]
-        places = torch.arange(int(lengths.max()))
-        mask = places < lengths[:, None]  # (n, T)
-        where = (self.starts[chosen][:, None] + places).clamp(max=len(self.tokens) - 1)
-        ids = self.tokens[where].to(torch.int64).masked_fill(~mask, self.pad_id)
-        batch = {"input_ids": ids, "attention_mask": mask.to(torch.int64)}
-        return batch if self.y is None else batch | {"y": self.y[chosen]}
-
-    def lengths(self) -> Tensor:
-        """Tokens of each."""
-        return self.starts.diff()
-
-
-class LazyDocuments(Examples):
-    """Documents that are read and tokenized when a batch asks for them."""
-
-    def __init__(
-        self, rows: Rows[str], kept: Tensor, tokenizer: Tokenizer, block: int, y: Tensor | None
-    ) -> None:
-        self.rows = rows
-        self.kept = kept  # (n,) int64: the rows that are not empty
-        self.tokenizer = tokenizer
-        self.block = block
-        self.y = y
-
-    def __len__(self) -> int:
-        return len(self.kept)
-
-    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
-        """As of :class:`Documents`."""
-        chosen = torch.as_tensor(indices, dtype=torch.int64)
-        encoded = self.tokenizer.encode_documents(self.rows.take(self.kept[chosen].tolist()), self.block)
-        y = None if self.y is None else self.y[chosen]
-        return _held(encoded, self.tokenizer.pad_id, y).batch(range(len(encoded)))
-
-    def chunks(self) -> Tensor | None:
-        """Those of the file."""
-        chunks = self.rows.chunks()
-        return None if chunks is None else chunks[self.kept]
-
-
-def _held(encoded: list[list[int]], pad_id: int, y: Tensor | None) -> Documents:
-    starts = torch.tensor([0, *map(len, encoded)], dtype=torch.int64).cumsum(0)
-    tokens = np.fromiter((token for tokens in encoded for token in tokens), np.int32, int(starts[-1]))
-    return Documents(torch.from_numpy(tokens), starts, pad_id, y)
-
-
-def assemble_documents(
-    source: DataSource,
-    form: str,
-    rows: dict[str, Rows[str]],
-    columns: dict[str, tuple[Column, Where]],
-    names: tuple[str, ...],
-) -> Data:
-    """A checked data set of documents; ``columns`` are the labels of each split.
-
-    Documents of white space alone are left out, and that is said.
+def _choose(file: Path, kinds: dict[str, str], source: DataSource) -> _Columns:
+    """Choose columns by kind and name; ``kinds`` says what each column of the table can serve as.
 
     Raises:
-        MpocError: no documents, a character that training has not, or a bad label.
+        MpocError: no column for the examples, or several and none with a usual name.
     """
-    options = source.text or TextOptions()
-    labels, classes, notes = number_labels(columns, names)
-    train = rows.get("train") or next(iter(rows.values()))
-    tokenizer = options.tokenizer or CharacterTokenizer.of(text for texts in train.scan() for text in texts)
-    splits: dict[str, Examples] = {}
-    for split, held in rows.items():
-        lengths = torch.tensor([len(text.strip()) for texts in held.scan() for text in texts])
-        kept = torch.nonzero(lengths > 0).flatten()
-        if len(kept) == 0:
-            raise MpocError(f"{source.files[split][0]}: no documents with text in them")
-        if len(kept) < len(held):
-            notes.append(f"{split}: {len(held) - len(kept):,} empty documents left out")
-        y = labels[split][kept] if split in labels else None
-        if int(lengths.sum()) <= min(TOKENIZED_AT_ONCE, source.limit):
-            splits[split] = _held(list(_encoded(held, tokenizer, options.block)), tokenizer.pad_id, y)
-        else:
-            splits[split] = LazyDocuments(held, kept, tokenizer, options.block, y)
-    return Data(source.path, form, "text", splits, classes, (), (*source.notes, *notes), tokenizer)
+    label = next((name for name in _LABELS if kinds.get(name) in ("number", "text")), None)
+    wanted = source.text.column if source.text else None
+    if wanted:
+        if kinds.get(wanted) != "text":
+            raise MpocError(f"{file}: no text column {wanted!r} (found: {', '.join(kinds)})")
+        return _Columns(wanted, "text", label if label != wanted else None)
+    if _IDS in kinds:
+        if kinds[_IDS] != "tokens" or kinds.get(_MASK, "tokens") != "tokens":
+            name = _MASK if kinds[_IDS] == "tokens" else _IDS
+            raise MpocError(f"{file}: column {name!r}: a list of integers per row was expected")
+        text = next((name for name in _TEXTS if kinds.get(name) == "text"), None)
+        notes = (f"column {_IDS!r} is read, not {text!r} (--column {text} reads it)",) if text else ()
+        return _Columns(_IDS, "tokens", label, _MASK if _MASK in kinds else None, notes)
+    for kind, usual in (("image", _IMAGES), ("text", _TEXTS)):
+        candidates = [name for name, other in kinds.items() if other == kind and name != label]
+        named = [name for name in usual if name in candidates]
+        if len(candidates) == 1 or named:
+            return _Columns((named or candidates)[0], kind, label)
+        if candidates:
+            hint = "choose one with --column" if kind == "text" else f"call one of them {usual[0]!r}"
+            raise MpocError(f"{file}: several {kind} columns: {', '.join(candidates)}", hint)
+    listed = ", ".join(kinds) or "nothing"
+    raise MpocError(
+        f"{file}: no column of images (a struct with bytes), of text, or of token ids (input_ids) "
+        f"(found: {listed})"
+    )
 
 
-def _encoded(rows: Rows[str], tokenizer: Tokenizer, block: int) -> Iterator[list[int]]:
-    """The tokens of every document with text in it."""
-    start = 0
-    for texts in rows.scan():
-        full = [(start + k, text) for k, text in enumerate(texts) if text.strip()]
-        try:
-            yield from tokenizer.encode_documents([text for _, text in full], block) if full else []
-        except MpocError as error:
-            raise MpocError(f"{rows.name(full[0][0])} or soon after: {error}", error.hint) from error
-        start += len(texts)
+def _noted(source: DataSource, chosen: _Columns) -> DataSource:
+    return replace(source, notes=(*source.notes, *chosen.notes))
+
+
+def _locator(files: list[Path], counts: list[int], column: str) -> Where:
+    """Names the file, the row in it and the column of a row of a split."""
+    starts = np.cumsum([0, *counts])
+
+    def where(row: int) -> str:
+        k = int(np.searchsorted(starts, row, side="right")) - 1
+        return f"{files[k]}, row {row - int(starts[k])}, {column!r}"
+
+    return where
 
 
 def open_parquet(source: DataSource) -> Data:
-    """Images (struct with bytes, or bytes) or text, with a label column where there is one.
+    """Open parquet files with images (struct with bytes, or bytes), text or token ids, and labels if any.
 
     Raises:
         MpocError: pyarrow is missing, a damaged file, no such column or several, an empty cell, a bad label.
@@ -155,19 +105,26 @@ def open_parquet(source: DataSource) -> Data:
         raise MpocError("reading parquet needs pyarrow", "pip install 'mpoc[train]'") from error
     schemas = {file: _schema(file) for files in source.files.values() for file in files}
     first, schema = next(iter(schemas.items()))
-    column, kind, label = _choose(first, {field.name: _kind(field.type) for field in schema}, source)
+    chosen = _choose(first, {field.name: _kind(field.type) for field in schema}, source)
     for file, other in schemas.items():
-        for name in (column, label):
-            if name and (name not in other.names or other.field(name).type != schema.field(name).type):
-                raise MpocError(f"{file}: column {name!r} is not there, or of another type than in {first}")
+        for name in chosen.names:
+            if name not in other.names or other.field(name).type != schema.field(name).type:
+                raise MpocError(f"{file}: column {name!r} is missing, or of another type than in {first}")
     columns = {}
-    if label:
-        columns = {split: _parquet_labels(files, label) for split, files in source.files.items()}
-    names = _class_names(schema, label)
-    if kind == "image":
-        images: dict[str, Rows[bytes]] = {k: ParquetRows(files, column) for k, files in source.files.items()}
+    if chosen.label:
+        columns = {split: _parquet_labels(files, chosen.label) for split, files in source.files.items()}
+    names = _class_names(schema, chosen.label)
+    if chosen.kind == "tokens":
+        tokens = {split: _parquet_tokens(files, chosen) for split, files in source.files.items()}
+        return assemble_tokens(_noted(source, chosen), "parquet", tokens, columns, names)
+    if chosen.kind == "image":
+        images: dict[str, Rows[bytes]] = {
+            split: ParquetRows(files, chosen.examples) for split, files in source.files.items()
+        }
         return assemble_images(source, "parquet", images, columns, names)
-    texts: dict[str, Rows[str]] = {k: ParquetRows(files, column) for k, files in source.files.items()}
+    texts: dict[str, Rows[str]] = {
+        split: ParquetRows(files, chosen.examples) for split, files in source.files.items()
+    }
     return assemble_documents(source, "parquet", texts, columns, names)
 
 
@@ -186,43 +143,22 @@ def _kind(arrow_type: Any) -> str:
     from pyarrow import types
 
     if types.is_struct(arrow_type):
-        inside = {arrow_type.field(k).name for k in range(arrow_type.num_fields)}
-        return "image" if "bytes" in inside else "other"
+        fields = {arrow_type.field(k).name for k in range(arrow_type.num_fields)}
+        return "image" if "bytes" in fields else "other"
     if types.is_binary(arrow_type) or types.is_large_binary(arrow_type):
         return "image"
     if types.is_string(arrow_type) or types.is_large_string(arrow_type):
         return "text"
     if types.is_integer(arrow_type) or types.is_boolean(arrow_type) or types.is_floating(arrow_type):
         return "number"
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    if any(is_kind(arrow_type) for is_kind in lists) and types.is_integer(arrow_type.value_type):
+        return "tokens"
     return "other"
 
 
-def _choose(file: Path, kinds: dict[str, str], source: DataSource) -> tuple[str, str, str | None]:
-    """The column of the examples, its kind, and the column of the labels.
-
-    Raises:
-        MpocError: no column for the examples, or several and none with a usual name.
-    """
-    label = next((name for name in _LABELS if kinds.get(name) in ("number", "text")), None)
-    wanted = source.text.column if source.text else None
-    if wanted:
-        if kinds.get(wanted) != "text":
-            raise MpocError(f"{file}: no text column {wanted!r} (found: {', '.join(kinds)})")
-        return wanted, "text", label if label != wanted else None
-    for kind, usual in (("image", _IMAGES), ("text", _TEXTS)):
-        found = [name for name, other in kinds.items() if other == kind and name != label]
-        named = [name for name in usual if name in found]
-        if len(found) == 1 or named:
-            return (named or found)[0], kind, label
-        if found:
-            hint = "say which with --column" if kind == "text" else f"call one of them {usual[0]!r}"
-            raise MpocError(f"{file}: several {kind} columns: {', '.join(found)}", hint)
-    listed = ", ".join(kinds) or "nothing"
-    raise MpocError(f"{file}: no column of images (a struct with bytes) or of text (found: {listed})")
-
-
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
-    """The names that Hugging Face's metadata gives the labels; () where there are none."""
+    """The class names in Hugging Face's metadata; () where there are none."""
     text = (schema.metadata or {}).get(b"huggingface")
     try:
         info = json.loads(text)["info"]["features"][label] if text and label else {}
@@ -232,26 +168,61 @@ def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
     return tuple(map(str, names))
 
 
-def _parquet_labels(files: list[Path], label: str) -> tuple[Column, Where]:
+def _read_column(files: list[Path], column: str) -> list[Any]:
+    """A column of each file, as an arrow array."""
     import pyarrow
     import pyarrow.parquet as parquet
 
-    try:
-        values = [parquet.read_table(file, columns=[label]).column(0).to_pylist() for file in files]
-    except (pyarrow.ArrowException, OSError) as error:
-        raise MpocError(f"{files[0].parent}: labels cannot be read ({error})") from error
-    return _label_column(files, values, label)
+    arrays = []
+    for file in files:
+        try:
+            arrays.append(parquet.read_table(file, columns=[column]).column(0).combine_chunks())
+        except (pyarrow.ArrowException, OSError) as error:
+            raise MpocError(f"{file}: column {column!r} cannot be read ({error})") from error
+    return arrays
+
+
+def _parquet_labels(files: list[Path], label: str) -> tuple[Column, Where]:
+    return _label_column(files, [array.to_pylist() for array in _read_column(files, label)], label)
+
+
+def _parquet_tokens(files: list[Path], chosen: _Columns) -> StoredTokens:
+    ids, lengths = _flattened(files, chosen.examples)
+    where = _locator(files, [len(counts) for counts in lengths], chosen.examples)
+    tokens = np.concatenate(lengths)
+    if chosen.mask is None:
+        return StoredTokens(ids, tokens, None, where)
+    mask, mask_lengths = _flattened(files, chosen.mask)
+    _check_mask_lengths(tokens, np.concatenate(mask_lengths), where)
+    return StoredTokens(ids, tokens, mask, where)
+
+
+def _flattened(files: list[Path], column: str) -> tuple[Any, list[Any]]:
+    """The integers of a column of lists (sum of lengths,), and for each file the lengths of its rows."""
+    import pyarrow.compute as compute
+
+    values, lengths = [], []
+    for file, array in zip(files, _read_column(files, column), strict=True):
+        flat = array.flatten()
+        if array.null_count or flat.null_count:
+            nulls = [row is None or None in row for row in array.to_pylist()]
+            raise MpocError(f"{file}, row {nulls.index(True)}, {column!r}: empty (null)")
+        values.append(flat.to_numpy(zero_copy_only=False).astype(np.int64))
+        lengths.append(compute.list_value_length(array).to_numpy(zero_copy_only=False).astype(np.int64))
+    return np.concatenate(values), lengths
+
+
+def _check_mask_lengths(tokens: Any, mask: Any, where: Where) -> None:
+    different = np.flatnonzero(tokens != mask)
+    if len(different):
+        row = int(different[0])
+        raise MpocError(f"{where(row)}: {tokens[row]} token ids, but {mask[row]} numbers in attention_mask")
 
 
 def _label_column(files: list[Path], values: list[list[Any]], label: str) -> tuple[Column, Where]:
-    """The labels of all files of a split as one array, every one there and of one type."""
-    starts = np.cumsum([0, *(len(held) for held in values)])
-
-    def where(row: int) -> str:
-        k = int(np.searchsorted(starts, row, side="right")) - 1
-        return f"{files[k]}, row {row - int(starts[k])}, {label!r}"
-
-    flat = [value for held in values for value in held]
+    """The labels of all files of a split as one array, none missing and all of one type."""
+    where = _locator(files, [len(labels) for labels in values], label)
+    flat = [value for labels in values for value in labels]
     known = {str: "text", bool: "number", int: "number", float: "number"}
     for row, value in enumerate(flat):
         if known.get(type(value)) != known.get(type(flat[0])) or type(value) not in known:
@@ -262,64 +233,104 @@ def _label_column(files: list[Path], values: list[list[Any]], label: str) -> tup
 
 
 def open_jsonl(source: DataSource) -> Data:
-    """A JSON object a line: a text field, and a label field where there is one.
+    """Open files of JSON objects, one a line, with a field of text or of token ids, and labels if any.
 
     Raises:
-        MpocError: a line that is no JSON object, no text field or several, a missing value, a bad label.
+        MpocError: a line that is no JSON object, no such field or several, a missing value, a bad label.
     """
     first = next(iter(source.files.values()))[0]
     head = next(_lines(first), None)
     if head is None:
         raise MpocError(f"{first}: no examples")
-    column, _, label = _choose(first, {name: _json_kind(value) for name, value in head[2].items()}, source)
-    absent = [name for name in _LABELS if _json_kind(head[2].get(name)) == "other"]
+    kinds = {name: _json_kind(value) for name, value in head[2].items()}
+    chosen = _choose(first, kinds, source)
+    absent = [name for name in _LABELS if kinds.get(name) not in ("text", "number")]
     texts: dict[str, Rows[str]] = {}
+    tokens: dict[str, StoredTokens] = {}
     columns: dict[str, tuple[Column, Where]] = {}
     for split, files in source.files.items():
-        offsets: list[list[int]] = []
-        values: list[list[Any]] = []
-        for file in files:
-            offsets.append([])
-            values.append([])
-            for number, place, row in _lines(file):
-                _refuse_other_fields(f"{file}, line {number}", row, column, label, absent)
-                offsets[-1].append(place)
-                values[-1].append(row.get(label) if label else None)
-        texts[split] = JsonRows(files, offsets, column)
-        if label:
-            columns[split] = _label_column(files, values, label)
+        read = [_read_lines(file, chosen, absent) for file in files]
+        if chosen.label:
+            columns[split] = _label_column(files, [lines.labels for lines in read], chosen.label)
+        if chosen.kind == "tokens":
+            tokens[split] = _json_tokens(files, read, chosen)
+        else:
+            texts[split] = JsonRows(files, [lines.offsets for lines in read], chosen.examples)
+    if chosen.kind == "tokens":
+        return assemble_tokens(_noted(source, chosen), "jsonl", tokens, columns, ())
     return assemble_documents(source, "jsonl", texts, columns, ())
 
 
-def _refuse_other_fields(
-    where: str, row: dict[str, Any], column: str, label: str | None, absent: list[str]
-) -> None:
-    """Text and label must lie where they lie in the first line; ``absent`` are label fields that it lacks.
+@dataclass(frozen=True)
+class _Lines:
+    """What is kept of a file of JSON lines."""
+
+    offsets: list[int]
+    labels: list[Any]
+    ids: list[list[int]]  # [] for text
+    masks: list[list[int]]
+
+
+def _read_lines(file: Path, chosen: _Columns, absent: list[str]) -> _Lines:
+    """Read a file; ``absent`` are the label fields that the first line lacks."""
+    lines = _Lines([], [], [], [])
+    for number, offset, row in _lines(file):
+        _check_fields(f"{file}, line {number}", row, chosen, absent)
+        lines.offsets.append(offset)
+        lines.labels.append(row.get(chosen.label) if chosen.label else None)
+        if chosen.kind == "tokens":
+            lines.ids.append(row[_IDS])
+            lines.masks.append(row[_MASK] if chosen.mask else [])
+    return lines
+
+
+def _check_fields(where: str, row: dict[str, Any], chosen: _Columns, absent: list[str]) -> None:
+    """Check that a line has its example and label in the fields of the first line.
 
     Raises:
-        MpocError: they do not.
+        MpocError: it has not.
     """
-    if not isinstance(row.get(column), str):
-        raise MpocError(f"{where}: no text in field {column!r}, where the first line has it")
-    if label is not None and row.get(label) is None:
-        raise MpocError(f"{where}: no label in field {label!r}, where the first line has it")
-    other = next((name for name in absent if _json_kind(row.get(name)) != "other"), None)
-    if other is not None and label is None:
+    for name in filter(None, (chosen.examples, chosen.mask)):
+        if _json_kind(row.get(name)) != chosen.kind:
+            what = "text" if chosen.kind == "text" else "list of integers"
+            raise MpocError(f"{where}: no {what} in field {name!r}, where the first line has it")
+    if chosen.label is not None and row.get(chosen.label) is None:
+        raise MpocError(f"{where}: no label in field {chosen.label!r}, where the first line has it")
+    other = next((name for name in absent if _json_kind(row.get(name)) in ("text", "number")), None)
+    if other is not None and chosen.label is None:
         raise MpocError(
             f"{where}: a label in field {other!r}, and the first line has none",
             "give every line a label, or none",
         )
 
 
+def _json_tokens(files: list[Path], read: Sequence[_Lines], chosen: _Columns) -> StoredTokens:
+    rows = [ids for lines in read for ids in lines.ids]
+    where = _locator(files, [len(lines.ids) for lines in read], chosen.examples)
+    lengths = np.array([len(ids) for ids in rows], np.int64)
+    masks = [mask for lines in read for mask in lines.masks]
+    if chosen.mask:
+        _check_mask_lengths(lengths, np.array([len(mask) for mask in masks], np.int64), where)
+    return StoredTokens(_integers(rows), lengths, _integers(masks) if chosen.mask else None, where)
+
+
+def _integers(rows: list[list[int]]) -> Any:
+    """The numbers of all rows, (sum of lengths,) int64; those that int64 cannot hold are clamped."""
+    least, most = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+    return np.array([min(max(value, least), most) for row in rows for value in row], np.int64)
+
+
 def _json_kind(value: Any) -> str:
     if isinstance(value, str):
         return "text"
+    if isinstance(value, list) and all(type(number) is int for number in value):
+        return "tokens"
     return "number" if isinstance(value, int | float) else "other"
 
 
 def _lines(file: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(number of the line from 1, its offset, its object) for every line that is not blank."""
-    place = 0
+    offset = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
@@ -329,5 +340,5 @@ def _lines(file: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
                     raise MpocError(f"{file}, line {number}: not valid JSON ({error})") from error
                 if not isinstance(row, dict):
                     raise MpocError(f"{file}, line {number}: a JSON object was expected")
-                yield number, place, row
-            place += len(line)
+                yield number, offset, row
+            offset += len(line)

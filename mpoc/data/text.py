@@ -1,6 +1,7 @@
-"""Tokenizers: characters, and those of Hugging Face directories; and how text is cut into examples.
+"""Tokenizers, and text files as one stream of tokens.
 
-A ``.txt`` for language models: one stream of tokens, cut into blocks.
+A tokenizer maps text to token ids: one id per character, or as a Hugging Face directory defines.  A ``.txt``
+is one stream of tokens, cut into blocks of equal length.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _PIECE = 1 << 20  # characters that are tokenized together; pieces end with a li
 
 
 class Tokenizer(Protocol):
-    """Text to token numbers below ``vocab_size``."""
+    """Maps text to token ids below ``vocab_size``."""
 
     @property
     def vocab_size(self) -> int:
@@ -31,28 +32,28 @@ class Tokenizer(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """Fills a batch behind shorter documents, where the attention mask is 0."""
+        """The id that fills a batch after shorter documents, where the attention mask is 0."""
 
     @property
     def mask_id(self) -> int | None:
-        """Stands for a hidden token in masked language modelling; None where the tokenizer has none."""
+        """The id of the mask token of masked language modelling; None where the tokenizer has none."""
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """Tokens that stand for no text, which masked language modelling leaves alone."""
+        """Ids that stand for no text, such as [CLS]; masked language modelling never masks them."""
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a piece of running text, no special ones added."""
+        """Token ids of running text, without special tokens."""
 
     def encode_documents(self, texts: Sequence[str], block: int) -> list[list[int]]:
-        """The tokens of whole documents, special ones added, each cut to at most ``block``."""
+        """Token ids of whole documents, special tokens added, each cut to at most ``block`` tokens."""
 
     def state(self) -> dict[str, Any]:
-        """What :func:`tokenizer_from_state` makes it from again; plain JSON."""
+        """Plain JSON data from which :func:`tokenizer_from_state` rebuilds the tokenizer."""
 
 
 class CharacterTokenizer:
-    """One token a character, numbered in the order of their code points."""
+    """One token per character, numbered in the order of the code points."""
 
     def __init__(self, characters: str) -> None:
         self.characters = "".join(sorted(set(characters)))
@@ -61,10 +62,10 @@ class CharacterTokenizer:
     @classmethod
     def of(cls, texts: Iterable[str]) -> CharacterTokenizer:
         """The tokenizer of the characters that occur in these texts."""
-        found: set[str] = set()
+        characters: set[str] = set()
         for text in texts:
-            found |= set(text)
-        return cls("".join(found))
+            characters |= set(text)
+        return cls("".join(characters))
 
     @property
     def vocab_size(self) -> int:
@@ -73,21 +74,21 @@ class CharacterTokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The first character: there is none of its own, and the attention mask hides it."""
+        """The id 0: there is no padding token, and the attention mask hides what fills a batch."""
         return 0
 
     @property
     def mask_id(self) -> None:
-        """None: characters know no mask."""
+        """None: there is no mask token."""
         return None
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """None of the characters."""
+        """Empty: every character is text."""
         return ()
 
     def encode(self, text: str) -> list[int]:
-        """The characters' numbers.
+        """Token ids of the characters.
 
         Raises:
             MpocError: a character that is not among those the tokenizer was made from.
@@ -96,20 +97,20 @@ class CharacterTokenizer:
             return [self._numbers[character] for character in text]
         except KeyError as error:
             raise MpocError(
-                f"character {error.args[0]!r} is not among the {self.vocab_size} this tokenizer knows",
+                f"character {error.args[0]!r} is not among the {self.vocab_size} of the tokenizer",
                 "evaluate on text of the same characters, or use a tokenizer that covers all text",
             ) from error
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text again."""
+        """The text of these token ids."""
         return "".join(self.characters[token] for token in tokens)
 
     def encode_documents(self, texts: Sequence[str], block: int) -> list[list[int]]:
-        """Each document's first ``block`` characters."""
+        """Token ids of the first ``block`` characters of each document."""
         return [self.encode(text[:block]) for text in texts]
 
     def state(self) -> dict[str, Any]:
-        """The characters."""
+        """The characters, as plain data."""
         return {"characters": self.characters}
 
 
@@ -117,10 +118,10 @@ class HubTokenizer:
     """The tokenizer of a Hugging Face directory."""
 
     def __init__(self, directory: Path) -> None:
-        """Read it.
+        """Read the tokenizer.
 
         Raises:
-            MpocError: transformers is missing, or there is no tokenizer in the directory.
+            MpocError: transformers is missing, or the directory holds no tokenizer.
         """
         try:
             from transformers import AutoTokenizer
@@ -130,7 +131,7 @@ class HubTokenizer:
             not (directory / "tokenizer_config.json").is_file()
             and not (directory / "tokenizer.json").is_file()
         ):
-            raise MpocError(f"{directory}: no tokenizer in it (tokenizer.json, tokenizer_config.json)")
+            raise MpocError(f"{directory}: no tokenizer (neither tokenizer.json nor tokenizer_config.json)")
         self.directory = directory
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -139,12 +140,12 @@ class HubTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, added tokens included."""
         return len(self._tokenizer)
 
     @property
     def pad_id(self) -> int:
-        """The tokenizer's own, its end-of-text token where it has none (GPT-2), else 0."""
+        """The padding token, else the end-of-text token (GPT-2 has no other), else 0."""
         for token in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id):
             if token is not None:
                 return int(token)
@@ -152,34 +153,34 @@ class HubTokenizer:
 
     @property
     def mask_id(self) -> int | None:
-        """The tokenizer's own."""
+        """The mask token, where the tokenizer has one."""
         token = self._tokenizer.mask_token_id
         return None if token is None else int(token)
 
     @property
     def special_ids(self) -> tuple[int, ...]:
-        """The tokenizer's own, e.g. [CLS] and [SEP]."""
+        """The special tokens, such as [CLS] and [SEP]."""
         return tuple(self._tokenizer.all_special_ids)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of running text."""
+        """Token ids of running text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def encode_documents(self, texts: Sequence[str], block: int) -> list[list[int]]:
-        """The tokens of whole documents."""
-        found = self._tokenizer(list(texts), truncation=True, max_length=block, return_attention_mask=False)
-        return [list(tokens) for tokens in found["input_ids"]]
+        """Token ids of whole documents, special tokens included."""
+        encoded = self._tokenizer(list(texts), truncation=True, max_length=block, return_attention_mask=False)
+        return [list(tokens) for tokens in encoded["input_ids"]]
 
     def state(self) -> dict[str, Any]:
-        """The directory's name."""
+        """The path of the directory."""
         return {"directory": str(self.directory)}
 
 
 def tokenizer_from_state(state: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that gave this state.
+    """The tokenizer with this :meth:`Tokenizer.state`.
 
     Raises:
-        MpocError: a state of neither kind, or the directory is gone.
+        MpocError: a state of neither kind, or its directory no longer exists.
     """
     if isinstance(state.get("characters"), str):
         return CharacterTokenizer(state["characters"])
@@ -193,25 +194,25 @@ class TextOptions:
     """How text becomes examples."""
 
     tokenizer: Tokenizer | None = None  # None: the characters of the training text
-    block: int = 256  # tokens of an example; for documents the most that are kept
-    column: str | None = None  # of a table with several text columns
-    seed: int | None = 0  # of the random windows that training draws from a .txt; None: blocks in order
+    block: int = 256  # tokens per example; documents are cut to at most this many
+    column: str | None = None  # the text column of a table; None: the only one, or one with a usual name
+    seed: int | None = 0  # of the random blocks that training draws from a .txt; None: blocks in order
 
     def __post_init__(self) -> None:
         if self.block < 1:
-            raise UsageError(f"a block of {self.block} tokens: at least 1 is needed")
+            raise UsageError(f"the block length must be a positive integer, got {self.block}")
 
 
 class TokenStream(Examples):
-    """Blocks of a token stream: at random places, drawn anew each epoch, or one behind the other."""
+    """Blocks of a token stream: at random positions, redrawn each epoch, or one after another."""
 
     def __init__(self, tokens: Tensor, block: int, seed: int | None) -> None:
-        """A stream.
+        """Cut ``tokens`` into blocks.
 
         Args:
             tokens: (length,) int32, in memory or mapped.
-            block: tokens of an example; what is left behind the last whole block is not read in order.
-            seed: of the random places; None for blocks in order.
+            block: tokens per example; in order, the remainder after the last whole block is not read.
+            seed: of the random positions; None for blocks in order.
         """
         self.tokens = tokens
         self.block = block
@@ -219,7 +220,7 @@ class TokenStream(Examples):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the places of this epoch: as many as there are whole blocks, so that an epoch is one pass."""
+        """Draw the positions of this epoch: one per whole block, so that an epoch is one pass."""
         count = len(self.tokens) // self.block
         self._starts = torch.arange(count) * self.block
         if self.seed is not None and count:
@@ -238,16 +239,16 @@ class TokenStream(Examples):
 
     def cut(self, share: float) -> tuple[TokenStream, TokenStream]:
         """The stream without its last ``share``, and that share with its blocks in order."""
-        at = int(len(self.tokens) * (1 - share))
-        head, tail = self.tokens[:at], self.tokens[at:]
+        end = int(len(self.tokens) * (1 - share))
+        head, tail = self.tokens[:end], self.tokens[end:]
         return TokenStream(head, self.block, self.seed), TokenStream(tail, self.block, None)
 
 
 def open_text(source: DataSource) -> Data:
-    """Text in UTF-8.
+    """Open UTF-8 text as token streams, one per split.
 
     Raises:
-        MpocError: not UTF-8, shorter than a block, or a character that training has not.
+        MpocError: not UTF-8, shorter than a block, or a character that the training split lacks.
     """
     options = source.text or TextOptions()
     train = source.files.get("train") or next(iter(source.files.values()))
@@ -259,13 +260,13 @@ def open_text(source: DataSource) -> Data:
         if len(splits[split]) == 0:
             raise MpocError(
                 f"{source.path}: {split} has fewer tokens than one block of {options.block}",
-                "choose a shorter block, or bring more text",
+                "choose a shorter --block, or provide more text",
             )
     return Data(source.path, "txt", "text", splits, (), (), source.notes, tokenizer)
 
 
 def _pieces(file: Path) -> Iterator[str]:
-    """The text, line ends as they are, in pieces of about ``_PIECE`` characters that end with a line."""
+    """The text with its line ends, in pieces of about ``_PIECE`` characters that end with a line."""
     with file.open(encoding="utf-8", newline="") as text:
         try:
             while piece := text.read(_PIECE):
@@ -275,11 +276,11 @@ def _pieces(file: Path) -> Iterator[str]:
 
 
 def _tokens(files: list[Path], tokenizer: Tokenizer, limit: int) -> Tensor:
-    """(length,) int32: in memory where the text is small, else in a temporary file, mapped."""
+    """(length,) int32: in memory where the text is small, else mapped from a temporary file."""
     if 4 * sum(file.stat().st_size for file in files) <= limit:
-        held = [np.empty(0, np.int32), *_encoded(files, tokenizer)]
-        return torch.from_numpy(np.concatenate(held))
-    with tempfile.TemporaryFile() as spilled:  # no name is left: it goes when the mapping goes
+        pieces = [np.empty(0, np.int32), *_encoded(files, tokenizer)]
+        return torch.from_numpy(np.concatenate(pieces))
+    with tempfile.TemporaryFile() as spilled:  # has no name, and is deleted with the mapping
         for tokens in _encoded(files, tokenizer):
             spilled.write(tokens.tobytes())
         spilled.flush()

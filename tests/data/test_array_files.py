@@ -124,7 +124,7 @@ def test_what_is_not_finite_is_named(tmp_path: Path, suffix: str, value: float) 
         ({"x": floats(2, 2), "y": np.array([0, 1 << 40])}, "row 1: label 1099511627776 is above 1,000,000"),
         ({"x": floats(2, 2), "y": np.zeros((2, 3), int)}, r"integer labels of shape \(2, 3\)"),
         ({"x": floats(0, 2)}, "x has no examples"),
-        ({"a": floats(2, 2), "b": floats(2)}, r"no array named x \(found: a, b\)"),
+        ({"a": floats(2, 2), "b": floats(2)}, r"no array named x or input_ids \(found: a, b\)"),
         ({"x": floats(2, 2), "inputs": floats(2)}, "both 'inputs' and 'x' could be x"),
     ],
 )

@@ -27,7 +27,7 @@ def test_a_label_too_many(tmp_path: Path) -> None:
     said = r"m\.npz: label 10 \(class '10'; train, example 2\) is out of range for a network of 10 classes"
     with pytest.raises(MpocError, match=said) as caught:
         check_fits(data, 10, None)
-    assert "the set has 11 classes" in (caught.value.hint or "")
+    assert "give the network the 11 classes" in (caught.value.hint or "")
 
 
 def test_images_of_another_size(tmp_path: Path) -> None:

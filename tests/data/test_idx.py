@@ -79,14 +79,14 @@ def test_counts_that_differ(tmp_path: Path) -> None:
 def test_bytes_too_many(tmp_path: Path) -> None:
     file = write_idx(tmp_path, "train", pixels(6, 4, 5), Y)
     file.write_bytes(file.read_bytes() + b"12")
-    with pytest.raises(MpocError, match="2 bytes too many"):
+    with pytest.raises(MpocError, match="2 bytes more than its header says"):
         open_data(file)
 
 
 def test_labels_missing(tmp_path: Path) -> None:
     file = write_idx(tmp_path, "train", pixels(6, 4, 5), Y)
     (tmp_path / "train-labels-idx1-ubyte").unlink()
-    with pytest.raises(MpocError, match="its labels are missing: train-labels-idx1-ubyte"):
+    with pytest.raises(MpocError, match="no labels beside it: train-labels-idx1-ubyte"):
         open_data(file)
 
 

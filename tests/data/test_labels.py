@@ -36,7 +36,7 @@ def test_words_are_numbered_by_the_training_split() -> None:
     assert classes == ("ant", "cat", "dog")
     assert labels["test"].tolist() == [2, 0]
     assert labels["train"].tolist() == [1, 0, 2, 1]
-    with pytest.raises(MpocError, match="test, row 1: label 'eel' is no class of the set"):
+    with pytest.raises(MpocError, match="test, row 1: label 'eel' is not a class of the set"):
         number_labels(columns(test=np.array(["dog", "eel"]), train=np.array(["dog", "cat"])))
 
 

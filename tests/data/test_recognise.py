@@ -107,7 +107,7 @@ def test_what_is_not_known(tmp_path: Path) -> None:
         recognise(tmp_path, "parket")
     fill(tmp_path, ["a.csv"])
     for path in (tmp_path, tmp_path / "a.csv"):
-        with pytest.raises(MpocError, match="not a data set known here"):
+        with pytest.raises(MpocError, match="not a data set of a known format"):
             recognise(path, None)
-    with pytest.raises(MpocError, match="no file of format npz in it"):
+    with pytest.raises(MpocError, match="no file of format npz"):
         files_of(tmp_path, "npz")

@@ -86,7 +86,7 @@ def test_text_that_is_too_short(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 40)
     with pytest.raises(MpocError, match=r"a\.txt: 0\.1 of 6 .* leaves a split empty") as caught:
         hold_out(open_data(tmp_path / "a.txt", text=TextOptions(block=20)), 0.1, 0)
-    assert caught.value.hint == "choose a shorter block, or bring more text"
+    assert caught.value.hint == "choose a shorter --block, or provide more text"
 
 
 @pytest.mark.parametrize("text", ["", "a", "abc" * 6])
@@ -97,7 +97,7 @@ def test_text_shorter_than_a_block(tmp_path: Path, text: str) -> None:
 
 
 def test_a_block_of_nothing() -> None:
-    with pytest.raises(UsageError, match="is needed"):
+    with pytest.raises(UsageError, match="block length must be a positive integer, got"):
         TextOptions(block=0)
 
 

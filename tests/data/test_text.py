@@ -59,7 +59,7 @@ def test_documents_with_a_directory_s_tokenizer(bert: Path, tmp_path: Path) -> N
 
 
 def test_states_and_directories_without_a_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(MpocError, match=r"no tokenizer in it"):
+    with pytest.raises(MpocError, match=r"no tokenizer \(neither"):
         HubTokenizer(tmp_path)
     with pytest.raises(MpocError, match=r"not the state of a tokenizer \(keys: other\)"):
         tokenizer_from_state({"other": 1})

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mpoc.data.arrays import Arrays
-from mpoc.data.tables import Documents
+from mpoc.data.documents import Documents
 from mpoc.errors import MpocError, UsageError
 from mpoc.train.engine import learning_rate
 from mpoc.train.loader import BatchLoader, BatchReader, ExampleOrder

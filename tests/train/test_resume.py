@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpoc.data.base import Batch
-from mpoc.data.tables import Documents
+from mpoc.data.documents import Documents
 from mpoc.errors import MpocError, UsageError
 from mpoc.models import zoo
 from mpoc.train.finetune import FinetuneRequest, finetune

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, log_loss, r2_score
 from torch import nn
 
 from mpoc.data.arrays import Arrays
-from mpoc.data.tables import Documents
+from mpoc.data.documents import Documents
 from mpoc.errors import MpocError
 from mpoc.train.distillation import Distillation
 from mpoc.train.evaluate import evaluate
