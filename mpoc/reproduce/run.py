@@ -282,8 +282,8 @@ def _train(
             told(now)
 
     validation = material.split("validation") if material.chooses else measured
-    feed = material.train(training)
+    loader = material.train(training)
     outcome = train(
-        network, material.task, feed, settings, validation, TrainingMonitor(told=note), accelerator
+        network, material.task, loader, settings, validation, TrainingMonitor(on_event=note), accelerator
     )
     return outcome, curve

@@ -188,14 +188,14 @@ class Prepared(NamedTuple):
 
 
 def prepare_training(
-    network: nn.Module, task: Task, feed: BatchLoader, settings: Settings, accelerator: Any
+    network: nn.Module, task: Task, loader: BatchLoader, settings: Settings, accelerator: Any
 ) -> Prepared:
     """Check ``network`` against the data, and wrap it; it and the task's teacher go to the device.
 
     Args:
         network: in training mode afterwards.
         task: that is learnt.
-        feed: the training split.
+        loader: the training split.
         settings: how.
         accelerator: of :func:`mpoc.train.engine.make_accelerator`.
 
@@ -207,7 +207,7 @@ def prepare_training(
     if task.teacher is not None:
         task.teacher.to(accelerator.device)
     where = next((p.device for p in network.parameters()), accelerator.device)
-    unused = probe(network, task, feed, where)
+    unused = probe(network, task, loader, where)
     if settings.dropout is not None:
         set_dropout(network, settings.dropout)
     undo: Undo = lambda: None  # noqa: E731

@@ -25,7 +25,7 @@ _LATENCY_SECONDS = 1.0  # spent on each measurement of a latency
 _WARM_UP = 3  # calls
 
 
-def probe(network: nn.Module, task: Task, feed: BatchLoader, device: torch.device) -> set[str]:
+def probe(network: nn.Module, task: Task, loader: BatchLoader, device: torch.device) -> set[str]:
     """Run two examples through ``network`` and back, in evaluation mode; nothing is changed.
 
     Returns:
@@ -35,8 +35,8 @@ def probe(network: nn.Module, task: Task, feed: BatchLoader, device: torch.devic
         UsageError: the network does not take such a batch, or the task does not take its outputs.
     """
     generator = torch.Generator().manual_seed(derived_seed("probe"))
-    indices = torch.arange(min(2, len(feed)))
-    batch = to_device(task.prepare(feed.read(indices, generator), generator), device)
+    indices = torch.arange(min(2, len(loader)))
+    batch = to_device(task.prepare(loader.read(indices, generator), generator), device)
     was_training = network.training
     network.eval()
     outputs = try_call(Call.of(network, task.hidden), network, batch)
@@ -92,7 +92,7 @@ class Evaluation:
 def evaluate(
     network: nn.Module,
     task: Task,
-    feed: BatchLoader,
+    loader: BatchLoader,
     batch: int,
     device: torch.device,
     call: Call | None = None,
@@ -104,7 +104,7 @@ def evaluate(
     Args:
         network: on ``device``; wrapped for several processes or not. Its training mode is kept.
         task: says what is measured.
-        feed: the split.
+        loader: the split.
         batch: examples at a time in each process.
         device: where the network is.
         call: how the network is called; None: found out, for a network that is not wrapped.
@@ -122,15 +122,15 @@ def evaluate(
     call = Call.of(network, task.hidden) if call is None else call
     totals: dict[str, Tensor] = {}
     count, start = 0, time.perf_counter()
-    lengths = feed.examples.lengths()  # texts of about one length together: little padding
-    everything = torch.arange(len(feed)) if lengths is None else lengths.argsort(stable=True)
+    lengths = loader.examples.lengths()  # texts of about one length together: little padding
+    everything = torch.arange(len(loader)) if lengths is None else lengths.argsort(stable=True)
     for chunk in everything.split(batch * processes):
         # Every process makes as many calls, as sharded networks ask: one without a share repeats an example.
         share = cut(chunk, rank, processes)
         weight = int(len(share) > 0)
         share = share if weight else chunk[:1]
         seeds = [derived_seed(seed, "evaluation", index) for index in share.tolist()]
-        part = task.prepare_each(feed.read(share), seeds)
+        part = task.prepare_each(loader.read(share), seeds)
         count += weight * task.count(part)
         for name, value in _sums(network, call, task, to_device(part, device), accelerator).items():
             totals[name] = totals.get(name, 0) + weight * value.double()
@@ -139,9 +139,9 @@ def evaluate(
     network.train(was_training)
     if count == 0:
         raise MpocError(
-            f"{task.name}: nothing to predict in {len(feed):,} examples", "longer text, or --block"
+            f"{task.name}: nothing to predict in {len(loader):,} examples", "longer text, or --block"
         )
-    return Evaluation(task.scores(sums, count), len(feed), len(feed) / seconds)
+    return Evaluation(task.scores(sums, count), len(loader), len(loader) / seconds)
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def _over_processes(totals: dict[str, Tensor], count: int, accelerator: Any) -> 
 
 @torch.no_grad()
 def fidelity(
-    network: nn.Module, reference: nn.Module, feed: BatchLoader, batch: int, device: torch.device
+    network: nn.Module, reference: nn.Module, loader: BatchLoader, batch: int, device: torch.device
 ) -> Evaluation:
     """How near the outputs of ``network`` are to those of ``reference``, both on ``device``.
 
@@ -179,8 +179,8 @@ def fidelity(
     reference.eval()
     totals: dict[str, float] = {}
     count, start = 0, time.perf_counter()
-    for chunk in torch.arange(len(feed)).split(batch):
-        part = to_device(feed.read(chunk), device)
+    for chunk in torch.arange(len(loader)).split(batch):
+        part = to_device(loader.read(chunk), device)
         outputs = try_call(call, network, part)
         taught = try_call(other, reference, part)
         shapes = [tuple(first_output(o).shape) for o in (outputs, taught)]
@@ -198,7 +198,9 @@ def fidelity(
             totals[name] = totals.get(name, 0.0) + float(value)
         count += len(ours)
     seconds = time.perf_counter() - start
-    return Evaluation({name: value / count for name, value in totals.items()}, len(feed), len(feed) / seconds)
+    return Evaluation(
+        {name: value / count for name, value in totals.items()}, len(loader), len(loader) / seconds
+    )
 
 
 def latency(network: nn.Module, part: Batch, device: torch.device) -> float:

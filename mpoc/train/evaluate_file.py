@@ -109,15 +109,15 @@ def evaluate_file(
     if request.batch < 1:
         raise UsageError(f"--batch {request.batch}: must be at least 1")
     model = open_model(request.source, request.arch)
-    material = open_training_data(request.data, model, seed=None)
-    split = choose_split(material.data, request.split)
+    training_data = open_training_data(request.data, model, seed=None)
+    split = choose_split(training_data.data, request.split)
     device = choose_device(request.device)
-    for line in (material.data.announce(), *material.data.notes, *model.notes):
+    for line in (training_data.data.announce(), *training_data.data.notes, *model.notes):
         say(line)
     say(f"device {device}")
-    feed, network = material.feed(split), model.network.to(device)
-    found = _scores(request, model, material, feed, device)
-    latencies = _latencies(model, network, feed, request, device) if request.latency else []
+    loader, network = training_data.loader(split), model.network.to(device)
+    found = _scores(request, model, training_data, loader, device)
+    latencies = _latencies(model, network, loader, request, device) if request.latency else []
     return FileEvaluation(
         request.source, request.data.path.resolve().name, split, found.evaluation.rounded(),
         found.evaluation.examples, found.evaluation.rate, str(device), found.metric, found.higher_is_better,
@@ -126,47 +126,55 @@ def evaluate_file(
 
 
 def _scores(
-    request: EvaluationRequest, model: Model, material: TrainingData, feed: BatchLoader, device: torch.device
+    request: EvaluationRequest,
+    model: Model,
+    training_data: TrainingData,
+    loader: BatchLoader,
+    device: torch.device,
 ) -> _Scored:
     if request.reference is not None and request.task is not None:
         raise UsageError("--task and --reference: one of them")
-    reference = request.reference or _stand_in(request, model, material, feed, device)
+    reference = request.reference or _stand_in(request, model, training_data, loader, device)
     if reference is not None:
         other = open_beside(reference, model.architecture).network.to(device)
-        found = fidelity(model.network, other, feed, request.batch, device)
+        found = fidelity(model.network, other, loader, request.batch, device)
         return _Scored(found, "agreement" if "agreement" in found.scores else "cosine", True, reference)
     if request.task == "distillation":
         raise UsageError("--task distillation: of mpoc finetune", "--reference MODEL2 measures likeness")
-    task = infer_task(request.task, material, model.network)
-    if task.name == "classification" and material.renumbered:
+    task = infer_task(request.task, training_data, model.network)
+    if task.name == "classification" and training_data.renumbered:
         known = recorded(model.history, "classes")
-        strange = next(name for name in material.data.classes if name not in known)
+        strange = next(name for name in training_data.data.classes if name not in known)
         raise MpocError(
             f"{request.data.path}: class {strange!r} is none of the {len(known)} of the network's training",
             f"name the classes as in training: {', '.join(sorted(known, key=known.__getitem__)[:10])}",
         )
-    probe(model.network, task, feed, device)
-    found = evaluate(model.network, task, feed, request.batch, device)
+    probe(model.network, task, loader, device)
+    found = evaluate(model.network, task, loader, request.batch, device)
     return _Scored(found, task.metric, task.higher_is_better)
 
 
 @torch.no_grad()
 def _stand_in(
-    request: EvaluationRequest, model: Model, material: TrainingData, feed: BatchLoader, device: torch.device
+    request: EvaluationRequest,
+    model: Model,
+    training_data: TrainingData,
+    loader: BatchLoader,
+    device: torch.device,
 ) -> Path | None:
     """The reference where there is no task."""
     if request.stand_in is None:
         return None
-    batch = to_device(feed.read(torch.arange(min(2, len(feed)))), device)
+    batch = to_device(loader.read(torch.arange(min(2, len(loader)))), device)
     outputs = try_call(Call.of(model.network), model.network, batch)
-    return None if has_task(material, outputs) else request.stand_in
+    return None if has_task(training_data, outputs) else request.stand_in
 
 
 def _latencies(
-    model: Model, network: nn.Module, feed: BatchLoader, request: EvaluationRequest, device: torch.device
+    model: Model, network: nn.Module, loader: BatchLoader, request: EvaluationRequest, device: torch.device
 ) -> list[dict[str, Any]]:
     """Median milliseconds of a call for one example and for a batch, compressed beside dense."""
-    part = feed.read(torch.arange(min(request.batch, len(feed))))
+    part = loader.read(torch.arange(min(request.batch, len(loader))))
     dense = None if model.manifest is None else _dense(model, device)
     found = []
     for count in sorted({1, request.batch}):

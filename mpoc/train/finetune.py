@@ -27,7 +27,7 @@ from mpoc.train.output import data_record, default_tuned_output, make_history, r
 from mpoc.train.settings import Settings
 from mpoc.train.task_choice import infer_task
 from mpoc.train.tasks import Task
-from mpoc.train.training_checkpoint import CheckpointKeeper, SavedTraining
+from mpoc.train.training_checkpoint import CheckpointFile, SavedTraining
 from mpoc.train.training_data import DataOptions, TrainingData, monitored_split, open_training_data
 
 
@@ -109,14 +109,14 @@ class Finetuned:
 def finetune(
     request: FinetuneRequest,
     say: Callable[[str], None] = lambda text: None,
-    told: Callable[[TrainingEvent], None] | None = None,
+    on_event: Callable[[TrainingEvent], None] | None = None,
 ) -> Finetuned:
     """Train the network of a file on a data set and write it as a file like it.
 
     Args:
         request: what, on what, how, where to.
         say: gets messages.
-        told: called while training runs.
+        on_event: called while training runs.
 
     Raises:
         UsageError: something exists already, or does not fit, or the checkpoint is of another training.
@@ -128,28 +128,40 @@ def finetune(
     if is_main():
         _check(request)
     model = open_model(request.source, request.arch)
-    material = open_training_data(request.data, model, request.settings.seed, request.settings.keeps_best)
-    if "train" not in material.data.splits:
-        raise UsageError(f"{material.data.path}: no training split, only {', '.join(material.data.splits)}")
-    if request.settings.keeps_best and "validation" not in material.data.splits:
+    training_data = open_training_data(
+        request.data, model, request.settings.seed, request.settings.keeps_best
+    )
+    if "train" not in training_data.data.splits:
+        raise UsageError(
+            f"{training_data.data.path}: no training split, only {', '.join(training_data.data.splits)}"
+        )
+    if request.settings.keeps_best and "validation" not in training_data.data.splits:
         raise UsageError("the best weights are chosen on a validation split, and there is none", "--hold-out")
-    _announce(model, material, say)
-    task = _task(request, model, material)
-    keeper = CheckpointKeeper(request.checkpoint, _identity(request, model, material, task))
-    saved = keeper.load() if request.resume and keeper.path.exists() else None
+    _announce(model, training_data, say)
+    task = _task(request, model, training_data)
+    checkpoint = CheckpointFile(request.checkpoint, _identity(request, model, training_data, task))
+    saved = checkpoint.load() if request.resume and checkpoint.path.exists() else None
     if request.resume:
         at = f"going on from step {saved.progress.step:,}" if saved else "no checkpoint, from the start"
-        say(f"{keeper.path}: {at}")
+        say(f"{checkpoint.path}: {at}")
     if saved is not None:
-        keeper.extra = saved.extra
-    log = TrainingLog(request.log_file if is_main() else None, keeper.extra.get("log", 0))
+        checkpoint.extra = saved.extra
+    log = TrainingLog(request.log_file if is_main() else None, checkpoint.extra.get("log", 0))
     try:
         done = _train_all(
-            request, model, material, task, keeper, saved, TrainingMonitor(log, keeper), say, told
+            request,
+            model,
+            training_data,
+            task,
+            checkpoint,
+            saved,
+            TrainingMonitor(log, checkpoint),
+            say,
+            on_event,
         )
     except BaseException as error:
         log.close()
-        _tidy(request, keeper, error)
+        _tidy(request, checkpoint, error)
         raise
     log.close()
     if is_main() and request.plot is not None:
@@ -180,16 +192,16 @@ def _check(request: FinetuneRequest) -> None:
     refuse_collisions(filter(None, written), filter(None, read), request.data)
 
 
-def _announce(model: Model, material: TrainingData, say: Callable[[str], None]) -> None:
-    say(material.data.announce())
-    notes = [*material.data.notes, *model.notes]
+def _announce(model: Model, training_data: TrainingData, say: Callable[[str], None]) -> None:
+    say(training_data.data.announce())
+    notes = [*training_data.data.notes, *model.notes]
     if model.stored.is_directory:
         notes += left_behind(model.path, model.stored.weight_files)
     for note in notes:
         say(f"note: {note}")
 
 
-def _task(request: FinetuneRequest, model: Model, material: TrainingData) -> Task:
+def _task(request: FinetuneRequest, model: Model, training_data: TrainingData) -> Task:
     teacher = None
     if request.teacher is not None:
         if request.teacher_arch is None:
@@ -197,18 +209,20 @@ def _task(request: FinetuneRequest, model: Model, material: TrainingData) -> Tas
         else:
             teacher = open_model(request.teacher, request.teacher_arch).network
     return infer_task(
-        request.task, material, model.network, teacher, request.temperature, request.hidden_weight
+        request.task, training_data, model.network, teacher, request.temperature, request.hidden_weight
     )
 
 
-def _identity(request: FinetuneRequest, model: Model, material: TrainingData, task: Task) -> dict[str, Any]:
+def _identity(
+    request: FinetuneRequest, model: Model, training_data: TrainingData, task: Task
+) -> dict[str, Any]:
     """What a checkpoint must share with the training that goes on from it."""
-    images = material.images.as_dict() if material.data.kind == "images" else {}
-    tokenizer = material.data.tokenizer and material.data.tokenizer.state()
-    text = {"tokenizer": tokenizer, "block": material.block} if material.data.kind == "text" else {}
+    images = training_data.images.as_dict() if training_data.data.kind == "images" else {}
+    tokenizer = training_data.data.tokenizer and training_data.data.tokenizer.state()
+    text = {"tokenizer": tokenizer, "block": training_data.block} if training_data.data.kind == "text" else {}
     return {
         "model": {"name": model.path.resolve().name, "fingerprint": model.stored.fingerprint()},
-        "data": data_record(material) | images | text,
+        "data": data_record(training_data) | images | text,
         "task": {"name": task.name, "teacher": request.teacher and request.teacher.resolve().name},
         "distillation": {"temperature": request.temperature, "hidden_weight": request.hidden_weight},
         "options": {**asdict(request.settings), "runs": request.runs},
@@ -218,46 +232,50 @@ def _identity(request: FinetuneRequest, model: Model, material: TrainingData, ta
 def _train_all(
     request: FinetuneRequest,
     model: Model,
-    material: TrainingData,
+    training_data: TrainingData,
     task: Task,
-    keeper: CheckpointKeeper,
+    checkpoint: CheckpointFile,
     saved: SavedTraining | None,
-    watch: TrainingMonitor,
+    monitor: TrainingMonitor,
     say: Callable[[str], None],
-    told: Callable[[TrainingEvent], None] | None,
+    on_event: Callable[[TrainingEvent], None] | None,
 ) -> Finetuned:
     """All runs; the last has the seed that was asked for, and is the one that is written."""
-    watch.save_seconds, watch.save_steps, watch.told = request.save_seconds, request.save_steps, told
-    results: list[dict[str, Any]] = keeper.extra.setdefault("runs", [])
+    monitor.save_seconds, monitor.save_steps, monitor.on_event = (
+        request.save_seconds,
+        request.save_steps,
+        on_event,
+    )
+    results: list[dict[str, Any]] = checkpoint.extra.setdefault("runs", [])
     first, done = len(results), None
     for k in range(first, request.runs):
         seed = request.settings.seed + request.runs - 1 - k
         if request.runs > 1:
             say(f"run {k + 1} of {request.runs}, seed {seed}")
             if saved is None:  # else the log has that line
-                watch.log.write(run=k + 1, seed=seed)
+                monitor.log.write(run=k + 1, seed=seed)
         if k > first:
             model = open_model(request.source, request.arch)
-        done = _one_run(request, model, material, task, seed, watch, saved, say)
+        done = _one_run(request, model, training_data, task, seed, monitor, saved, say)
         saved = None
         results.append({"seed": seed, **done[1]})
     assert done is not None
     outcome = done[0]
-    training = make_history(request.settings, request.runs, material, task, outcome, results)
+    training = make_history(request.settings, request.runs, training_data, task, outcome, results)
     manifest = None
     if is_main():
         manifest = write_tuned(model, outcome.weights, training, request.target, request.max_shard_size)
-        keeper.remove()
+        checkpoint.remove()
     return Finetuned(request.target, manifest, training, outcome.rate)
 
 
 def _one_run(
     request: FinetuneRequest,
     model: Model,
-    material: TrainingData,
+    training_data: TrainingData,
     task: Task,
     seed: int,
-    watch: TrainingMonitor,
+    monitor: TrainingMonitor,
     saved: SavedTraining | None,
     say: Callable[[str], None],
 ) -> tuple[Outcome, dict[str, Any]]:
@@ -265,32 +283,32 @@ def _one_run(
     settings = replace(request.settings, seed=seed)
     accelerator = make_accelerator(request.device, settings.precision)
     say(f"{describe(accelerator)}, {settings.precision}")
-    monitor = monitored_split(material.data)
-    validation = material.feed(monitor) if monitor else None
+    monitored = monitored_split(training_data.data)
+    validation = training_data.loader(monitored) if monitored else None
     outcome = train(
-        model.network, task, material.feed("train"), settings, validation, watch, accelerator, saved
+        model.network, task, training_data.loader("train"), settings, validation, monitor, accelerator, saved
     )
 
     def scored(split: str) -> dict[str, float]:
-        device, feed = accelerator.device, material.feed(split)
-        found = evaluate(model.network, task, feed, settings.batch, device, accelerator=accelerator)
+        device, loader = accelerator.device, training_data.loader(split)
+        found = evaluate(model.network, task, loader, settings.batch, device, accelerator=accelerator)
         return found.rounded()
 
-    if round_to_stored(model) and monitor:
+    if round_to_stored(model) and monitored:
         say("half precision: the final scores are those of the weights as they are stored")
-        outcome = replace(outcome, chosen={**outcome.chosen, **scored(monitor)})
+        outcome = replace(outcome, chosen={**outcome.chosen, **scored(monitored)})
     scores = {name: value for name, value in outcome.chosen.items() if name not in ("step", "epoch")}
-    if "test" in material.data.splits and monitor != "test":
+    if "test" in training_data.data.splits and monitored != "test":
         scores = scored("test")
-        watch.log.write(split="test", step=outcome.steps, **scores)
+        monitor.log.write(split="test", step=outcome.steps, **scores)
     return outcome, scores
 
 
-def _tidy(request: FinetuneRequest, keeper: CheckpointKeeper, error: BaseException) -> None:
+def _tidy(request: FinetuneRequest, checkpoint: CheckpointFile, error: BaseException) -> None:
     """After a failure: what a resume needs stays, nothing else."""
     if not is_main() or isinstance(error, Interrupted):
         return
     if isinstance(error, DivergedError) and not request.resume:
-        keeper.remove()  # the same would happen again
-    if not keeper.path.exists():
+        checkpoint.remove()  # the same would happen again
+    if not checkpoint.path.exists():
         request.log_file.unlink(missing_ok=True)

@@ -134,8 +134,8 @@ class BatchReader:
     What is drawn for a batch (augmentation, masks) is a function of seed, step and process.
     """
 
-    def __init__(self, feed: BatchLoader, order: ExampleOrder, task: Task, ahead: bool) -> None:
-        self._feed, self._order, self._task = feed, order, task
+    def __init__(self, loader: BatchLoader, order: ExampleOrder, task: Task, ahead: bool) -> None:
+        self._loader, self._order, self._task = loader, order, task
         self._generator = torch.Generator()
         self._pool = ThreadPoolExecutor(1) if ahead else None
         self._coming: tuple[int, Future[list[Batch]]] | None = None
@@ -155,7 +155,7 @@ class BatchReader:
         generator = self._generator.manual_seed(derived_seed(order.seed, "draw", step, order.rank))
         parts = []
         for indices in order.indices(step):
-            batch = self._task.prepare(self._feed.read(indices, generator), generator)
+            batch = self._task.prepare(self._loader.read(indices, generator), generator)
             if self._pool is not None:
                 batch = {name: values.pin_memory() for name, values in batch.items()}
             parts.append(batch)

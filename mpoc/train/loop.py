@@ -96,10 +96,10 @@ class Losses:
 def train(
     network: nn.Module,
     task: Task,
-    feed: BatchLoader,
+    loader: BatchLoader,
     settings: Settings,
     validation: BatchLoader | None = None,
-    watch: TrainingMonitor | None = None,
+    monitor: TrainingMonitor | None = None,
     accelerator: Any = None,
     resume: SavedTraining | None = None,
 ) -> Outcome:
@@ -108,10 +108,10 @@ def train(
     Args:
         network: dense or compressed, in float32; moved to the accelerator's device.
         task: loss and measures.
-        feed: the training split.
+        loader: the training split.
         settings: how.
         validation: scored before step 1 and at intervals; None: the training loss alone is known.
-        watch: who looks on.
+        monitor: who looks on.
         accelerator: of :func:`make_accelerator`; None: the default device, this process alone.
         resume: a checkpoint of the same training.
 
@@ -122,7 +122,7 @@ def train(
     """
     settings.check()
     accelerator = accelerator or make_accelerator("auto", settings.precision)
-    trainer = _Trainer(network, task, feed, settings, validation, watch or TrainingMonitor(), accelerator)
+    trainer = _Trainer(network, task, loader, settings, validation, monitor or TrainingMonitor(), accelerator)
     try:
         with warnings.catch_warnings():
             # Of the gradients of cores with sizes of 1, whose strides there mean nothing.
@@ -139,19 +139,19 @@ class _Trainer:
         self,
         network: nn.Module,
         task: Task,
-        feed: BatchLoader,
+        loader: BatchLoader,
         settings: Settings,
         validation: BatchLoader | None,
-        watch: TrainingMonitor,
+        monitor: TrainingMonitor,
         accelerator: Any,
     ) -> None:
         if settings.keeps_best and validation is None:
             raise UsageError("the best weights are chosen on a validation split, and there is none")
         self.task, self.settings, self.validation = task, settings, validation
-        self.watch, self.accelerator = watch, accelerator
+        self.monitor, self.accelerator = monitor, accelerator
         self.device, self.world = accelerator.device, accelerator.num_processes
         self.order = ExampleOrder(
-            feed.examples, settings.batch, settings.accumulate, accelerator.process_index, self.world,
+            loader.examples, settings.batch, settings.accumulate, accelerator.process_index, self.world,
             settings.seed,
         )  # fmt: skip
         if self.order.batch < settings.accumulate * self.world:
@@ -161,10 +161,10 @@ class _Trainer:
             )
         self.steps = self.order.steps(settings.epochs) if settings.steps is None else settings.steps
         self.eval_every = settings.eval_every or self.order.steps_per_epoch
-        self.reader = BatchReader(feed, self.order, task, ahead=self.device.type != "cpu")
+        self.reader = BatchReader(loader, self.order, task, ahead=self.device.type != "cpu")
         self.call = Call.of(network, task.hidden)
         self.model, self.optimizer, self.stepper, self.undo = prepare_training(
-            network, task, feed, settings, accelerator
+            network, task, loader, settings, accelerator
         )
         self.mixed = accelerator.autocast if settings.precision != "fp32" else nullcontext
         self.progress, self.best = TrainingProgress(), dict[str, Tensor]()
@@ -213,7 +213,7 @@ class _Trainer:
         if save or stop:
             self._save()
         if stop:
-            raise Interrupted(stop, step, self.watch.keeper is not None)
+            raise Interrupted(stop, step, self.monitor.checkpoint is not None)
         begin = time.perf_counter()
         seed_generators(derived_seed(self.settings.seed, "step", step, self.order.rank), self.device)
         set_learning_rate(self.optimizer, self._lr(step))
@@ -235,10 +235,12 @@ class _Trainer:
 
     def _agree(self, count: int, signum: int) -> tuple[int, bool, bool, int]:
         """The count over all processes, and what all do before this step, by the main one's clock."""
-        now, watch, step = time.monotonic(), self.watch, self.progress.step
+        now, monitor, step = time.monotonic(), self.monitor, self.progress.step
         look = now - self.looked > _TELL_EVERY or len(self.losses) >= _MOST_UNSEEN
-        save = now - self.saved > watch.save_seconds and step > self.begun
-        save = save or (watch.save_steps is not None and step > self.begun and step % watch.save_steps == 0)
+        save = now - self.saved > monitor.save_seconds and step > self.begun
+        save = save or (
+            monitor.save_steps is not None and step > self.begun and step % monitor.save_steps == 0
+        )
         if self.world == 1:
             return count, look, save, signum
         main = self.accelerator.is_main_process
@@ -265,13 +267,13 @@ class _Trainer:
             self.progress.loss_sum += loss
         self.progress.loss_steps += len(means)
         self.now = sum(means) / len(means)
-        told = self._told()
+        event = self._event()
         if self.accelerator.is_main_process:
-            self.watch.log.write(
-                step=told.step, epoch=rounded(told.epoch), loss=rounded(told.loss), lr=rounded(told.lr),
-                examples_per_second=rounded(told.rate),
+            self.monitor.log.write(
+                step=event.step, epoch=rounded(event.epoch), loss=rounded(event.loss), lr=rounded(event.lr),
+                examples_per_second=rounded(event.rate),
             )  # fmt: skip
-        self._tell(told)
+        self._notify(event)
 
     def _evaluate(self) -> None:
         """Score the validation split, keep the best."""
@@ -291,8 +293,8 @@ class _Trainer:
             self._compare(found.scores)
         progress.evaluations.append(record)
         if self.accelerator.is_main_process:
-            self.watch.log.write(split="validation" if found else "train", **record)
-        self._tell(self._told(found.scores if found else {}))
+            self.monitor.log.write(split="validation" if found else "train", **record)
+        self._notify(self._event(found.scores if found else {}))
         self.looked = time.monotonic()
 
     def _compare(self, scores: Scores) -> None:
@@ -315,28 +317,28 @@ class _Trainer:
         done = self.progress.step - self.begun
         return done * self.order.batch / self.busy if self.busy else 0.0
 
-    def _told(self, scores: Scores | None = None) -> TrainingEvent:
+    def _event(self, scores: Scores | None = None) -> TrainingEvent:
         step = self.progress.step
         done = max(1, step - self.begun)
         left = (self.steps - step) * self.busy / done
         lr = self._lr(max(0, step - 1))
         return TrainingEvent(step, self.steps, self._epoch(), self.now, lr, self._rate(), left, scores)
 
-    def _tell(self, told: TrainingEvent) -> None:
-        if self.watch.told is not None and self.accelerator.is_main_process:
-            self.watch.told(told)
+    def _notify(self, event: TrainingEvent) -> None:
+        if self.monitor.on_event is not None and self.accelerator.is_main_process:
+            self.monitor.on_event(event)
 
     def _save(self) -> None:
         """A checkpoint of this moment, by the main process."""
-        keeper = self.watch.keeper
-        if keeper is None:
+        checkpoint = self.monitor.checkpoint
+        if checkpoint is None:
             return
         self._look()
         tensors = gather(self.accelerator, self.model, self.optimizer)
         scaler = self.accelerator.scaler
         if self.accelerator.is_main_process:
-            keeper.extra["log"] = self.watch.log.position
-            keeper.save(self.progress, tensors, self.best, scaler.state_dict() if scaler else {})
+            checkpoint.extra["log"] = self.monitor.log.position
+            checkpoint.save(self.progress, tensors, self.best, scaler.state_dict() if scaler else {})
         self.saved = time.monotonic()
 
     def _restore(self, saved: SavedTraining) -> None:

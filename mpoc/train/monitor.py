@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from mpoc.train.tasks import Scores
-from mpoc.train.training_checkpoint import CheckpointKeeper
+from mpoc.train.training_checkpoint import CheckpointFile
 
 
 class TrainingLog:
@@ -97,7 +97,7 @@ class TrainingMonitor:
     """Who looks on: a log, a checkpoint file, a callback."""
 
     log: TrainingLog = field(default_factory=lambda: TrainingLog(None))
-    keeper: CheckpointKeeper | None = None
+    checkpoint: CheckpointFile | None = None
     save_seconds: float = math.inf  # between checkpoints
     save_steps: int | None = None
-    told: Callable[[TrainingEvent], None] | None = None
+    on_event: Callable[[TrainingEvent], None] | None = None

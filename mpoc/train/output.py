@@ -30,22 +30,22 @@ from mpoc.train.tasks import Task
 from mpoc.train.training_data import TrainingData, monitored_split
 
 
-def data_record(material: TrainingData) -> dict[str, Any]:
+def data_record(training_data: TrainingData) -> dict[str, Any]:
     """Which data: the same in a training that goes on."""
-    data = material.data
-    held_out = {"held_out": material.held_out} if material.held_out else {}
+    data = training_data.data
+    held_out = {"held_out": training_data.held_out} if training_data.held_out else {}
     return {
         "name": data.path.resolve().name,
         "format": data.format,
         "splits": {name: len(split) for name, split in data.splits.items()},
-        "fingerprint": material.fingerprint,
+        "fingerprint": training_data.fingerprint,
     } | held_out
 
 
 def make_history(
     settings: Settings,
     runs: int,
-    material: TrainingData,
+    training_data: TrainingData,
     task: Task,
     outcome: Outcome,
     results: list[dict[str, Any]],
@@ -55,31 +55,31 @@ def make_history(
     Args:
         settings: of the training.
         runs: how often it was run.
-        material: the data.
+        training_data: the data.
         task: what was learnt.
         outcome: of the run that is written.
         results: the scores of every run, with its ``seed``; the last is that of ``outcome``.
     """
-    monitor = monitored_split(material.data)
+    monitored = monitored_split(training_data.data)
     history: dict[str, Any] = {
-        "data": data_record(material),
+        "data": data_record(training_data),
         "task": task.name,
         "metric": task.metric,
-        "split": monitor or "",
+        "split": monitored or "",
         "steps": outcome.steps,
         "settings": {**asdict(settings), "lr": settings.peak},
         "evaluations": outcome.evaluations,
     }
-    if monitor:
+    if monitored:
         history |= {"start": outcome.evaluations[0], "final": outcome.chosen}
-    if "test" in material.data.splits and monitor != "test":
+    if "test" in training_data.data.splits and monitored != "test":
         history["test"] = {name: value for name, value in results[-1].items() if name != "seed"}
-    if material.data.kind == "images":
-        history["images"] = material.images.as_dict()
-    if material.classes and task.name == "classification":
-        history["classes"] = material.classes
-    if material.data.tokenizer is not None:
-        history["tokenizer"] = material.data.tokenizer.state()
+    if training_data.data.kind == "images":
+        history["images"] = training_data.images.as_dict()
+    if training_data.classes and task.name == "classification":
+        history["classes"] = training_data.classes
+    if training_data.data.tokenizer is not None:
+        history["tokenizer"] = training_data.data.tokenizer.state()
     if runs > 1:
         name = task.metric if task.metric in results[0] else "train_loss"
         values = [result[name] for result in results]

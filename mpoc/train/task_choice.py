@@ -20,7 +20,7 @@ TASKS = ("classification", "regression", "causal-lm", "masked-lm", "distillation
 
 def infer_task(
     wanted: str | None,
-    material: TrainingData,
+    training_data: TrainingData,
     network: nn.Module,
     teacher: nn.Module | None = None,
     temperature: float = 2.0,
@@ -30,7 +30,7 @@ def infer_task(
 
     Args:
         wanted: one of TASKS; None to tell from data and network.
-        material: the data.
+        training_data: the data.
         network: the network.
         teacher: for distillation, which is then the task.
         temperature: of distillation.
@@ -45,49 +45,49 @@ def infer_task(
         raise UsageError("--task distillation and --teacher go together", "--teacher DENSE alone is enough")
     if teacher is not None:
         return Distillation(teacher, temperature, hidden_weight)
-    name = wanted or _fitting(material, network)
+    name = wanted or _fitting(training_data, network)
     if name == "masked-lm":
-        return _masked(material)
+        return _masked(training_data)
     if name == "causal-lm":
-        if material.data.kind != "text":
-            raise UsageError(f"--task {name}: {material.data.path} is no text")
+        if training_data.data.kind != "text":
+            raise UsageError(f"--task {name}: {training_data.data.path} is no text")
         return CausalLM()
-    y = _labels(material)
+    y = _labels(training_data)
     if y is None:
         raise UsageError(
-            f"{material.data.path}: has no labels",
+            f"{training_data.data.path}: has no labels",
             "finetune --teacher DENSE or eval --reference DENSE: the original network in their place",
         )
     if name == "regression":
         return Regression()
     if y.is_floating_point():
-        raise UsageError(f"--task classification: the targets of {material.data.path} are no classes")
-    return Classification(len(material.data.classes), partial(check_fits, material.data))
+        raise UsageError(f"--task classification: the targets of {training_data.data.path} are no classes")
+    return Classification(len(training_data.data.classes), partial(check_fits, training_data.data))
 
 
-def has_task(material: TrainingData, outputs: Any) -> bool:
+def has_task(training_data: TrainingData, outputs: Any) -> bool:
     """Whether there is something to score: text or labels, and a network with a head.
 
     Args:
-        material: the data.
+        training_data: the data.
         outputs: what the network gives on a batch of them.
     """
-    return (material.data.kind == "text" or _labels(material) is not None) and has_logits(outputs)
+    return (training_data.data.kind == "text" or _labels(training_data) is not None) and has_logits(outputs)
 
 
-def _fitting(material: TrainingData, network: nn.Module) -> str:
-    y = _labels(material)
-    if material.data.kind == "text" and y is None:
+def _fitting(training_data: TrainingData, network: nn.Module) -> str:
+    y = _labels(training_data)
+    if training_data.data.kind == "text" and y is None:
         return "masked-lm" if type(network).__name__.endswith("MaskedLM") else "causal-lm"
     return "regression" if y is not None and y.is_floating_point() else "classification"
 
 
-def _labels(material: TrainingData) -> torch.Tensor | None:
-    return next(iter(material.data.splits.values())).y
+def _labels(training_data: TrainingData) -> torch.Tensor | None:
+    return next(iter(training_data.data.splits.values())).y
 
 
-def _masked(material: TrainingData) -> MaskedLM:
-    tokenizer = material.data.tokenizer
+def _masked(training_data: TrainingData) -> MaskedLM:
+    tokenizer = training_data.data.tokenizer
     if tokenizer is None or tokenizer.mask_id is None:
         raise UsageError(
             "--task masked-lm needs a tokenizer with a mask token", "--tokenizer names a directory"

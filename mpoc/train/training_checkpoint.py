@@ -54,7 +54,7 @@ class SavedTraining:
     best: Tensors
 
 
-class CheckpointKeeper:
+class CheckpointFile:
     """The checkpoint file of a training.
 
     Args:

@@ -138,7 +138,7 @@ class TrainingData:
     classes: dict[str, int] = field(default_factory=dict)  # the network's number by name; {}: no names
     renumbered: bool = False  # the network was trained on classes of other names
 
-    def feed(self, split: str) -> BatchLoader:
+    def loader(self, split: str) -> BatchLoader:
         """A split as batches; training ones are augmented where the reader draws."""
         return BatchLoader(self.data.splits[split], self._transform)
 
@@ -277,11 +277,11 @@ def _shape(data: Data, model: Model) -> tuple[int, ...] | None:
     return zoo.ENTRIES[zoo.parse(spec)[0]].shape if spec is not None and data.kind == "images" else None
 
 
-def _with_classes(material: TrainingData, model: Model) -> TrainingData:
+def _with_classes(training_data: TrainingData, model: Model) -> TrainingData:
     """Classes numbered as in training, else as in config.json, where the data name the same ones."""
-    data = material.data
+    data = training_data.data
     if not data.classes or data.classes == tuple(map(str, range(len(data.classes)))):
-        return material
+        return training_data
     learnt: dict[str, int] = recorded(model.history, "classes") or {}
     known = learnt or getattr(getattr(model.network, "config", None), "label2id", None) or {}
     unknown = [name for name in data.classes if name not in known]
@@ -290,13 +290,13 @@ def _with_classes(material: TrainingData, model: Model) -> TrainingData:
         if learnt:
             said = f"the network was trained on other classes, without {unknown[0]!r}: all are numbered anew"
             data = replace(data, notes=(*data.notes, said))
-        return replace(material, data=data, classes=own, renumbered=bool(learnt))
+        return replace(training_data, data=data, classes=own, renumbered=bool(learnt))
     numbers = [int(known[name]) for name in data.classes]
     if numbers == list(range(len(numbers))):
-        return replace(material, classes=dict(known))
+        return replace(training_data, classes=dict(known))
     where = "training" if learnt else "the model's config.json"
     data = replace(data, notes=(*data.notes, f"classes are numbered as in {where}"))
-    return replace(material, data=data, numbers=torch.tensor(numbers), classes=dict(known))
+    return replace(training_data, data=data, numbers=torch.tensor(numbers), classes=dict(known))
 
 
 def _vocabulary(model: Model) -> int | None:

@@ -40,14 +40,14 @@ def plain(network: nn.Module, x: Tensor, y: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def ours(network: nn.Module, feed: BatchLoader) -> float:
+def ours(network: nn.Module, loader: BatchLoader) -> float:
     """Seconds of an epoch."""
     settings = Settings(
         epochs=1, batch=BATCH, optimizer="sgd", lr=LR, momentum=0.0, l2=L2, schedule="constant"
     )
     accelerator = make_accelerator("cpu")
-    outcome = train(network, Classification(10), feed, settings, accelerator=accelerator)
-    return len(feed) / outcome.rate
+    outcome = train(network, Classification(10), loader, settings, accelerator=accelerator)
+    return len(loader) / outcome.rate
 
 
 def main() -> None:
@@ -57,13 +57,13 @@ def main() -> None:
     data = open_data(parser.parse_args().data / "mnist")
     examples = data.splits["train"]
     whole = examples.batch(torch.arange(len(examples)))
-    feed = BatchLoader(
+    loader = BatchLoader(
         examples, lambda batch, generator: {**batch, "x": prepare_images(batch["x"], IMAGES, generator)}
     )
     times: dict[str, list[float]] = {"plain": [], "mpoc": []}
     for _ in range(ROUNDS):
         times["plain"].append(plain(zoo.make("fc2"), whole["x"], whole["y"]))
-        times["mpoc"].append(ours(zoo.make("fc2"), feed))
+        times["mpoc"].append(ours(zoo.make("fc2"), loader))
     steps = len(examples) / BATCH
     best = {name: min(values) / steps for name, values in times.items()}
     for name, seconds in best.items():

@@ -67,7 +67,7 @@ def main(folder: Path) -> None:
     finetune(whole)
     broken = replace(whole, output=folder / "again.safetensors")
     with suppress(Interrupted):
-        finetune(broken, told=stop)
+        finetune(broken, on_event=stop)
     barrier()  # the first process writes
     assert broken.checkpoint.exists()
     assert all(sharded)

@@ -25,7 +25,7 @@ def blobs(count: int = 96, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, x[:, :CLASSES].argmax(1)
 
 
-def feed(count: int = 96, seed: int = 0) -> BatchLoader:
+def loader(count: int = 96, seed: int = 0) -> BatchLoader:
     x, y = blobs(count, seed)
     return BatchLoader(Arrays([x], y))
 
@@ -38,13 +38,16 @@ def perceptron(dropout: float = 0.0) -> nn.Sequential:
 
 
 def run(
-    network: nn.Module, data: BatchLoader | None = None, watch: TrainingMonitor | None = None, **settings: Any
+    network: nn.Module,
+    data: BatchLoader | None = None,
+    monitor: TrainingMonitor | None = None,
+    **settings: Any,
 ) -> Outcome:
     """Train by classification on the CPU; without more said, SGD with a constant rate."""
     values = {**SGD, "batch": 16, "epochs": 2, **settings}
-    validation = feed(48, seed=1)
+    validation = loader(48, seed=1)
     return train(
-        network, Classification(CLASSES), data or feed(), Settings(**values), validation, watch,
+        network, Classification(CLASSES), data or loader(), Settings(**values), validation, monitor,
         make_accelerator("cpu"),
     )  # fmt: skip
 

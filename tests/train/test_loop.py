@@ -15,7 +15,7 @@ from mpoc.train.loader import BatchLoader, BatchReader, ExampleOrder
 from mpoc.train.monitor import TrainingEvent, TrainingMonitor
 from mpoc.train.settings import Settings
 from mpoc.train.tasks import Classification
-from tests.train.small import blobs, feed, perceptron, run, weights
+from tests.train.small import blobs, loader, perceptron, run, weights
 
 
 class TestAgainstAHandWrittenLoop:
@@ -27,7 +27,7 @@ class TestAgainstAHandWrittenLoop:
         run(ours, lr=eta, momentum=mu, l2=lam, nesterov=nesterov)
         x, y = blobs()
         velocity = [torch.zeros_like(w) for w in network.parameters()]
-        order = ExampleOrder(feed().examples, 16)
+        order = ExampleOrder(loader().examples, 16)
         for step in range(12):
             chosen = order.indices(step)[0]
             loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen])
@@ -46,7 +46,7 @@ class TestAgainstAHandWrittenLoop:
             ours, network = perceptron(), perceptron()
             run(ours, optimizer=name, lr=0.01, momentum=0.0, l2=lam, steps=1)
             x, y = blobs()
-            chosen = ExampleOrder(feed().examples, 16).indices(0)[0]
+            chosen = ExampleOrder(loader().examples, 16).indices(0)[0]
             square = sum(w.square().sum() for w in network.parameters())
             loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen]) + lam / 2 * square
             kind = torch.optim.SGD if name == "sgd" else torch.optim.Adam
@@ -61,7 +61,7 @@ class TestAgainstAHandWrittenLoop:
         network, ours = perceptron(), perceptron()
         run(ours, lr=eta, momentum=0.0, l2=lam, clip=c, steps=1)
         x, y = blobs()
-        chosen = ExampleOrder(feed().examples, 16).indices(0)[0]
+        chosen = ExampleOrder(loader().examples, 16).indices(0)[0]
         loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen])
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
@@ -84,8 +84,8 @@ class TestAgainstAHandWrittenLoop:
 def test_accumulation_is_one_large_batch(parts: int) -> None:
     """Also for the last batch of an epoch, which is smaller."""
     whole, cut = perceptron(), perceptron()
-    run(whole, feed(90))
-    run(cut, feed(90), accumulate=parts)
+    run(whole, loader(90))
+    run(cut, loader(90), accumulate=parts)
     torch.testing.assert_close(weights(cut), weights(whole), rtol=0, atol=1e-6)
 
 
@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
 
 class TestOrder:
     def test_an_epoch_is_every_example_once_for_any_processes_and_parts(self) -> None:
-        examples = feed(90).examples
+        examples = loader(90).examples
         whole = ExampleOrder(examples, 16, seed=1)
         shares = [ExampleOrder(examples, 16, 2, rank, 2, seed=1) for rank in range(2)]
         for step in range(2 * whole.steps_per_epoch):
@@ -129,7 +129,7 @@ class TestOrder:
         assert torch.equal(again.indices(30)[0], batches[30])
 
     def test_a_last_batch_too_small_for_its_parts_is_left_out(self) -> None:
-        examples = feed(34).examples
+        examples = loader(34).examples
         assert ExampleOrder(examples, 16).steps_per_epoch == 3
         assert ExampleOrder(examples, 16, 2).steps_per_epoch == 2
 
@@ -180,7 +180,7 @@ class TestEvaluationsOnTheWay:
 
     def test_what_is_told(self) -> None:
         told: list[TrainingEvent] = []
-        done = run(perceptron(), watch=TrainingMonitor(told=told.append), epochs=3)
+        done = run(perceptron(), monitor=TrainingMonitor(on_event=told.append), epochs=3)
         assert [t.step for t in told if t.scores is not None] == [0, 6, 12, 18]
         assert told[-1].steps == 18
         assert told[-1].seconds_left == 0

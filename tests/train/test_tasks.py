@@ -16,7 +16,7 @@ from mpoc.train.distillation import Distillation
 from mpoc.train.evaluate import evaluate
 from mpoc.train.loader import BatchLoader
 from mpoc.train.tasks import IGNORED, CausalLM, Classification, MaskedLM, Regression
-from tests.train.small import CLASSES, blobs, feed, perceptron, run
+from tests.train.small import CLASSES, blobs, loader, perceptron, run
 
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def test_classification_against_scikit_learn(batch: int) -> None:
     x, y = blobs()
     with torch.no_grad():
         p = network(x).double().softmax(1).numpy()
-    scores = evaluate(network, Classification(CLASSES), feed(), batch, CPU).scores
+    scores = evaluate(network, Classification(CLASSES), loader(), batch, CPU).scores
     assert scores["accuracy"] == pytest.approx(100 * accuracy_score(y, p.argmax(1)))
     assert scores["loss"] == pytest.approx(log_loss(y, p), rel=1e-5)
 
@@ -138,7 +138,7 @@ class TestDistillation:
             p, q = ((net.eval()(x).double() / t).softmax(1) for net in (teacher, student))
             expected = t**2 * float((p * (p / q).log()).sum(1).mean())
             agree = 100 * float((p.argmax(1) == q.argmax(1)).double().mean())
-        scores = evaluate(student, Distillation(teacher, t), feed(), 10, CPU).scores
+        scores = evaluate(student, Distillation(teacher, t), loader(), 10, CPU).scores
         assert scores["loss"] == pytest.approx(expected, rel=1e-4)
         assert scores["agreement"] == pytest.approx(agree)
 

@@ -6,22 +6,22 @@ import pytest
 import torch
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.train.training_checkpoint import CheckpointKeeper, TrainingProgress
+from mpoc.train.training_checkpoint import CheckpointFile, TrainingProgress
 
 TENSORS = {"model/w": torch.arange(12.0).reshape(3, 4), "optimizer/w/step": torch.tensor(7.0)}
 BEST = {"w": torch.ones(3, 4)}
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> CheckpointKeeper:
-    keeper = CheckpointKeeper(tmp_path / "checkpoint.safetensors", {"settings": {"epochs": 3, "name": "é"}})
-    keeper.extra["runs"] = [1.5]
-    keeper.save(TrainingProgress(step=7, loss_sum=0.1), TENSORS, BEST, {"scale": 2.0})
-    return keeper
+def checkpoint(tmp_path: Path) -> CheckpointFile:
+    checkpoint = CheckpointFile(tmp_path / "checkpoint.safetensors", {"settings": {"epochs": 3, "name": "é"}})
+    checkpoint.extra["runs"] = [1.5]
+    checkpoint.save(TrainingProgress(step=7, loss_sum=0.1), TENSORS, BEST, {"scale": 2.0})
+    return checkpoint
 
 
-def test_what_was_saved_is_read(keeper: CheckpointKeeper) -> None:
-    saved = keeper.load()
+def test_what_was_saved_is_read(checkpoint: CheckpointFile) -> None:
+    saved = checkpoint.load()
     assert saved.progress == TrainingProgress(step=7, loss_sum=0.1)
     assert saved.extra == {"runs": [1.5], "scaler": {"scale": 2.0}}
     for found, given in ((saved.tensors, TENSORS), (saved.best, BEST)):
@@ -29,19 +29,19 @@ def test_what_was_saved_is_read(keeper: CheckpointKeeper) -> None:
         assert all(torch.equal(found[name], given[name]) for name in given)
 
 
-def test_no_change_of_what_it_says_goes_unnoticed(keeper: CheckpointKeeper) -> None:
+def test_no_change_of_what_it_says_goes_unnoticed(checkpoint: CheckpointFile) -> None:
     r"""Of the numbers, or of the words in the header, where \u00e9 is \u00E9."""
-    whole, unnoticed = keeper.path.read_bytes(), []
+    whole, unnoticed = checkpoint.path.read_bytes(), []
     for at in range(len(whole)):
-        keeper.path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1 :])
+        checkpoint.path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1 :])
         try:
-            assert keeper.load().extra == {"runs": [1.5], "scaler": {"scale": 2.0}}
+            assert checkpoint.load().extra == {"runs": [1.5], "scaler": {"scale": 2.0}}
             unnoticed.append(whole[at : at + 1])
         except MpocError as error:
             assert "checkpoint.safetensors" in str(error)
     assert len(unnoticed) <= 1 and set(unnoticed) <= {b"e"}
 
 
-def test_another_training_is_refused(keeper: CheckpointKeeper) -> None:
+def test_another_training_is_refused(checkpoint: CheckpointFile) -> None:
     with pytest.raises(UsageError, match="another settings: epochs 3 there, 4 here"):
-        CheckpointKeeper(keeper.path, {"settings": {"epochs": 4, "name": "é"}}).load()
+        CheckpointFile(checkpoint.path, {"settings": {"epochs": 4, "name": "é"}}).load()

@@ -88,10 +88,10 @@ def tuned_on(data: Path, source: Path) -> Path:
 def test_classes_keep_the_numbers_of_training(tmp_path: Path, fc2: Model) -> None:
     tuned = tuned_on(animals(tmp_path / "a", "cat", "cow", "dog"), fc2.path)
     part = animals(tmp_path / "b", "dog", "cow")
-    material = open_training_data(DataOptions(part), open_model(tuned, "fc2"), None)
-    y = material.feed("train").read(torch.tensor([0, 10]))["y"]
+    training_data = open_training_data(DataOptions(part), open_model(tuned, "fc2"), None)
+    y = training_data.loader("train").read(torch.tensor([0, 10]))["y"]
     assert y.tolist() == [1, 2]
-    assert "classes are numbered as in training" in material.data.notes
+    assert "classes are numbered as in training" in training_data.data.notes
     # trained again on a part of them, it still knows all
     again = tuned_on(part, tuned.rename(tmp_path / "once.safetensors"))
     assert open_training_data(DataOptions(part), open_model(again, "fc2"), 0).classes == {
@@ -109,9 +109,9 @@ def test_classes_that_training_did_not_have(tmp_path: Path, fc2: Model) -> None:
         evaluate_file(asked)
     assert caught.value.hint == "name the classes as in training: cat, dog"
     assert evaluate_file(replace(asked, reference=fc2.path)).examples > 0
-    material = open_training_data(other, open_model(tuned, "fc2"), 0)
-    assert material.classes == {"cat": 0, "zebra": 1}
-    assert any("without 'zebra': all are numbered anew" in note for note in material.data.notes)
+    training_data = open_training_data(other, open_model(tuned, "fc2"), 0)
+    assert training_data.classes == {"cat": 0, "zebra": 1}
+    assert any("without 'zebra': all are numbered anew" in note for note in training_data.data.notes)
 
 
 @pytest.mark.parametrize(

@@ -146,41 +146,40 @@ def open_calibration(
     """
     if samples < 2 or not 0 < held_out < 1:
         raise UsageError(f"--calibration-samples {samples}: at least 2, one to fit on and one held out")
-    material = open_training_data(options, model, None)
-    split = "train" if "train" in material.data.splits else next(iter(material.data.splits))
-    feed = material.feed(split)
-    if len(feed) < 2:
-        raise MpocError(f"{options.path}: {len(feed)} examples in {split}: calibration needs two at least")
+    training_data = open_training_data(options, model, None)
+    split = "train" if "train" in training_data.data.splits else next(iter(training_data.data.splits))
+    loader = training_data.loader(split)
+    if len(loader) < 2:
+        raise MpocError(f"{options.path}: {len(loader)} examples in {split}: calibration needs two at least")
     generator = torch.Generator().manual_seed(derived_seed(seed, "calibration"))
-    chosen = shuffled(feed.examples, generator)[:samples]
+    chosen = shuffled(loader.examples, generator)[:samples]
     apart = min(len(chosen) - 1, max(1, round(len(chosen) * held_out)))
-    said = (
-        f"calibration: {len(chosen):,} of {len(feed):,} examples of {split} (seed {seed}), {apart:,} held out"
-    )
-    images = material.images
+    count = f"{len(chosen):,} of {len(loader):,} examples of {split}"
+    said = f"calibration: {count} (seed {seed}), {apart:,} held out"
+    images = training_data.images
     pixels = f"images: (pixel / 255 − {list(images.mean)}) / {list(images.std)}"
-    notes = [material.data.announce(), *material.data.notes]
-    notes += [pixels] if material.data.kind == "images" else []
+    notes = [training_data.data.announce(), *training_data.data.notes]
+    notes += [pixels] if training_data.data.kind == "images" else []
     return CalibrationData(
-        _batches(feed, chosen[apart:], tokens), _batches(feed, chosen[:apart], tokens),
+        _batches(loader, chosen[apart:], tokens), _batches(loader, chosen[:apart], tokens),
         Call.of(model.network),
         read_pooling(model.path) if model.path.is_dir() else None,
         (*notes, said),
     )  # fmt: skip
 
 
-def _batches(feed: BatchLoader, chosen: Tensor, tokens: int) -> list[Batch]:
+def _batches(loader: BatchLoader, chosen: Tensor, tokens: int) -> list[Batch]:
     """Texts of about one length together, so that there is little padding."""
     chosen = chosen.sort().values
-    lengths = torch.cat([_lengths(feed.read(part)) for part in chosen.split(_IMAGES)])
+    lengths = torch.cat([_lengths(loader.read(part)) for part in chosen.split(_IMAGES)])
     if not bool(lengths.any()):
-        return [feed.read(part) for part in chosen.split(_IMAGES)]
+        return [loader.read(part) for part in chosen.split(_IMAGES)]
     order = lengths.argsort(descending=True, stable=True)
     batches: list[Batch] = []
     start = 0
     while start < len(order):
         count = max(1, tokens // max(1, int(lengths[order[start]])))
-        batches.append(feed.read(chosen[order[start : start + count]]))
+        batches.append(loader.read(chosen[order[start : start + count]]))
         start += count
     return batches
 
