@@ -1,26 +1,38 @@
-"""Compress a network in memory: the same selection, plan and fit as for a file, then modules swapped."""
+"""Compress a network in memory: the same selection, plan and fit as for a file, then modules are swapped."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mpoc.compression.plain_fit import fit_layer
+from mpoc.compression.plain_fit import Fitted, fit_layer
 from mpoc.compression.plan import make_plan
-from mpoc.compression.recipe import Recipe, make_recipe
-from mpoc.compression.recipe_syntax import parse_shape
-from mpoc.compression.selection import select
-from mpoc.compression.size_prediction import make_manifest
-from mpoc.errors import MpocError, UsageError, nearest
+from mpoc.compression.recipe import GOALS, Recipe, check_recipe, make_recipe
+from mpoc.compression.recipe_syntax import parse_shape, parse_size
+from mpoc.compression.selection import Selection, select
+from mpoc.compression.size_prediction import make_manifest, predict_size
+from mpoc.errors import MpocError, UsageError
 from mpoc.io.checkpoint import Checkpoint
-from mpoc.io.manifest import Manifest
 from mpoc.io.safetensors_header import TensorInfo
-from mpoc.models.introspection import forbid_save_pretrained, kinds_of, same_tensor, trace_geometries
-from mpoc.nn.adopt import adopt_everywhere
+from mpoc.models.introspection import (
+    forbid_save_pretrained,
+    kinds_of,
+    same_tensor,
+    tensors_of,
+    trace_geometries,
+)
+from mpoc.models.saving import describe, remember, saved_bytes
+from mpoc.nn.adopt import adopt_everywhere, compressed_weights
+from mpoc.reporting.summary import Report
 from mpoc.tensor_networks.factors import parse_order
+
+# Options of a recipe that are for files: in memory a network keeps its device and dtype.
+_FOR_FILES = ("max_drop", "dtype", "device", "max_shard_size")
 
 
 @dataclass
@@ -36,40 +48,151 @@ class _Model(Checkpoint):
         return sum(info.nbytes for info in self.infos.values())
 
 
-def compress(model: nn.Module, **options: Any) -> Manifest:
-    """Replace the linear maps of ``model`` by matrix product operators, in place.
+def compress(
+    model: nn.Module,
+    *,
+    bond: int | None = None,
+    max_error: float | None = None,
+    discard: float | None = None,
+    ratio: float | None = None,
+    size: int | str | None = None,
+    recipe: Recipe | str | PathLike[str] | None = None,
+    form: str | None = None,
+    layers: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    embeddings: bool | None = None,
+    min_params: int | None = None,
+    allow_growth: bool | None = None,
+    sites: int | None = None,
+    shape: str | Iterable[str] | None = None,
+    order: str | Iterable[str] | None = None,
+    conv: str | None = None,
+    input_shape: Sequence[int] | None = None,
+    seed: int | None = None,
+) -> Report:
+    """Replace linear maps of a network by tensor networks, in place.
 
-        report = mpoc.compress(model, bond=4)
-        print(report.rho)
+        >>> network = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10))
+        >>> report = mpoc.compress(network, bond=4)
+        >>> [layer.bonds for layer in report.layers]
+        [(1, 4, 4, 4, 1), (1, 4, 4, 1)]
+        >>> report.num_parameters == sum(p.numel() for p in network.parameters())
+        True
+        >>> network(torch.rand(5, 784)).shape
+        torch.Size([5, 10])
+
+    Every weight is factorised by TT-SVD (Oseledets 2011; Eq. 5 of Gao et al. 2020), or in the form that is
+    asked for. Kinds of layers are told from the modules. Exactly one goal is needed, here or in the recipe:
+    ``bond``, ``max_error``, ``discard`` (which ``bond`` may cap), ``ratio`` or ``size``.
 
     Args:
-        model: on any device; kinds of layers are told from its modules.
-        options: those of ``mpoc compress``, with underscores: exactly one of ``bond``, ``ratio``,
-            ``max_error`` and ``discard`` (which ``bond`` may cap); ``layers``, ``exclude``, ``shape``,
-            ``order`` (lists of strings), ``embeddings``, ``min_params``, ``allow_growth``, ``sites``,
-            ``seed``; and for ``conv="map"`` the ``input_shape`` of one sample with its batch axis, as
-            (1, 3, 32, 32).
+        model: on any device, with floating-point weights. Its modules stay the same objects; their class and
+            their parameters change.
+        bond: largest bond dimension D of every layer.
+        max_error: largest relative error ‖W − Ŵ‖ / ‖W‖ of every layer, between 0 and 1.
+        discard: largest share of the squared Schmidt values that each bond may lose, between 0 and 1.
+        ratio: largest ρ, parameters stored over parameters before, of all selected layers together.
+        size: largest file that :func:`mpoc.save` may write of the network: bytes, or text as ``"20MB"``.
+        recipe: a :class:`mpoc.Recipe`, or a TOML file with one. Options given beside it win.
+        form: ``"mpo"`` (the default), ``"svd"``, ``"tree"`` or ``"mera"``.
+        layers: glob patterns, or ``re:`` and a regular expression; only layers that match are compressed.
+        exclude: patterns of the same kind; layers that match are left alone.
+        embeddings: compress embeddings too.
+        min_params: leave weights with fewer entries alone.
+        allow_growth: factorise a layer even where its cores are larger than its weight.
+        sites: number of sites of each layer, a kernel's taps not counted.
+        shape: factors, as ``"fc1=4x7x7x4:4x4x4x4"`` (inputs:outputs).
+        order: order in which inputs of linear layers are factorised, as ``"fc1=morton:28x28"``.
+        conv: what of a convolution is factorised: its ``"kernel"`` (the default) or the whole ``"map"``.
+        input_shape: of one input with its batch axis, as (1, 3, 32, 32); needed for ``conv="map"``.
+        seed: of the randomised range finder.
 
     Returns:
-        The report: ``rho``, ``rho_selected``, ``layers`` with factors, bonds and errors.
+        The report: ρ, and of every selected layer its form, factors, bonds and error.
 
     Raises:
-        MpocError: a weight that holds NaN, options that do not fit, nothing that would shrink. The model is
-            unchanged then.
+        UsageError: options that are out of range, do not fit together or match no layer.
+        MpocError: a weight that is not finite, or no layer that would shrink.
+            After either error the model is unchanged.
     """
-    for key in options.keys() & {"size", "max_drop", "dtype", "device", "max_shard_size"}:
-        raise UsageError(f"{key}: for files only; in memory a network keeps its device and dtype")
-    sample = options.pop("input_shape", None)
-    recipe = make_recipe(None, _recipe_options(options)).with_form(calibrated=False)
+    given = {
+        "bond": bond,
+        "max_error": max_error,
+        "discard": discard,
+        "ratio": ratio,
+        "size": None if size is None else parse_size(size),
+        "form": form,
+        "layers": _texts(layers),
+        "exclude": _texts(exclude),
+        "embeddings": embeddings,
+        "min_params": min_params,
+        "allow_growth": allow_growth,
+        "sites": sites,
+        "shape": _texts(shape, parse_shape),
+        "order": _texts(order, parse_order),
+        "conv": conv,
+        "seed": seed,
+    }
+    chosen = _merged(recipe, given).with_form(calibrated=False)
+    sample = None if input_shape is None else tuple(input_shape)
+    checkpoint, selection, fitted = _fit(model, chosen, sample)
+    _swap(model, fitted)
+    manifest = make_manifest(checkpoint, selection, chosen, [fit.record for fit in fitted])
+    remember(model, manifest)
+    return Report(manifest, saved_bytes(*describe(model)))
+
+
+def _texts(value: str | Iterable[str] | None, parse: Callable[[str], Any] = str) -> tuple[Any, ...] | None:
+    """One text or several, parsed."""
+    if value is None:
+        return None
+    return tuple(map(parse, (value,) if isinstance(value, str) else value))
+
+
+def _merged(recipe: Recipe | str | PathLike[str] | None, given: Mapping[str, Any]) -> Recipe:
+    """The recipe with the options that are given, which win, checked.
+
+    Raises:
+        UsageError: values out of range, no goal or several, or options that are for files only.
+    """
+    if isinstance(recipe, Recipe):
+        options = {key: value for key, value in given.items() if value is not None}
+        if any(goal in options for goal in GOALS):
+            options = dict.fromkeys(GOALS) | options
+        merged = replace(recipe, **options)
+        check_recipe(merged)
+    else:
+        merged = make_recipe(None if recipe is None else Path(recipe), given)
+    defaults = {field.name: field.default for field in fields(Recipe)}
+    for key in _FOR_FILES:
+        if getattr(merged, key) != defaults[key]:
+            raise UsageError(f"{key}: for files only; in memory a network keeps its device and dtype")
+    return merged
+
+
+def _fit(
+    model: nn.Module, recipe: Recipe, sample: tuple[int, ...] | None
+) -> tuple[Checkpoint, Selection, list[Fitted]]:
+    """Fit all selected layers; nothing is changed yet.
+
+    Raises:
+        MpocError: a weight that cannot be fitted, or no layer that would shrink.
+    """
+    if recipe.size is not None and any(compressed_weights(model)):
+        raise UsageError("size: the network has compressed layers already", "ratio or bond")
     checkpoint = _as_checkpoint(model)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
     if sample is not None and recipe.conv != "map":
         raise UsageError('input_shape is of use with conv="map" only')
     maps = [map.name for map in selection.chosen if recipe.is_map(map.name, map.kind)]
-    geometries = trace_geometries(model, maps, sample) if maps else {}
+    plans = make_plan(
+        selection,
+        recipe,
+        lambda plans: predict_size(checkpoint, selection, recipe, plans),
+        trace_geometries(model, maps, sample) if maps else {},
+    )
     fitted = [
-        fit_layer(checkpoint, plan, recipe, model.get_parameter(plan.map.name).device)
-        for plan in make_plan(selection, recipe, geometries=geometries)
+        fit_layer(checkpoint, plan, recipe, model.get_parameter(plan.map.name).device) for plan in plans
     ]
     if not any(fit.cores for fit in fitted):
         first = fitted[0].record
@@ -77,41 +200,33 @@ def compress(model: nn.Module, **options: Any) -> Manifest:
             f"no layer would shrink, so nothing was changed ({first.layer}: {first.reason})",
             "a smaller bond, a larger max_error or discard, or allow_growth=True",
         )
+    return checkpoint, selection, fitted
+
+
+def _swap(model: nn.Module, fitted: list[Fitted]) -> None:
+    """Put cores in the place of the weights that were fitted."""
     places = same_tensor(model)
-    for fit in fitted:  # nothing is changed before every layer could be fitted
+    for fit in fitted:
         name = fit.record.name
         if fit.cores:
             names = [name, *sorted(places[name] - {name})]
             adopt_everywhere(model, names, fit.cores, fit.record.structure)
     forbid_save_pretrained(model)
-    return make_manifest(checkpoint, selection, recipe, [fit.record for fit in fitted])
-
-
-def _recipe_options(options: dict[str, Any]) -> dict[str, Any]:
-    """As the command line would give them; one pattern or shape need not be a list.
-
-    Raises:
-        UsageError: an option that there is not.
-    """
-    known = [field.name for field in fields(Recipe) if field.name != "rules"]
-    for key in options:
-        if key not in known:
-            raise UsageError(f"unknown option {key!r}{nearest(key, known)}")
-    several = {key: options[key] for key in ("layers", "exclude", "shape", "order") if key in options}
-    lists = {key: (one,) if isinstance(one, str) else tuple(one) for key, one in several.items()}
-    for key, parse in (("shape", parse_shape), ("order", parse_order)):
-        if key in lists:
-            lists[key] = tuple(map(parse, lists[key]))
-    return options | lists
 
 
 def _as_checkpoint(model: nn.Module) -> _Model:
+    """The network's state dict, each distinct tensor once."""
     path = Path(f"<{type(model).__name__}>")
-    state: dict[str, Tensor] = dict(model.named_parameters()) | dict(model.named_buffers())
-    first = {id(tensor): name for name, tensor in reversed(state.items())}
-    every = model.named_parameters(remove_duplicate=False)
-    tied = {name: first[id(p)] for name, p in every if first[id(p)] != name}
-    infos = {n: TensorInfo(n, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in state.items()}
+    state: dict[str, Tensor] = tensors_of(model, keep_vars=True)
+    firsts: dict[int, str] = {}
+    for name, tensor in state.items():
+        firsts.setdefault(id(tensor), name)
+    tied = {name: firsts[id(tensor)] for name, tensor in state.items() if firsts[id(tensor)] != name}
+    infos = {
+        name: TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in state.items()
+        if name not in tied
+    }
     return _Model(
         path,
         infos,

@@ -188,11 +188,16 @@ def make_recipe(file: Path | None, options: Mapping[str, Any]) -> Recipe:
     if any(goal in given for goal in GOALS):
         values = {key: value for key, value in values.items() if key not in GOALS}
     recipe = Recipe(**(values | given), rules=rules)
-    _check(recipe)
+    check_recipe(recipe)
     return recipe
 
 
-def _check(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse a recipe that cannot be carried out.
+
+    Raises:
+        UsageError: values out of range, no goal or several.
+    """
     _check_goals(recipe)
     _check_bond("--bond", recipe.bond)
     _check_share("--max-error", recipe.max_error, _ERROR)

@@ -24,6 +24,7 @@ from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.io.open_checkpoint import one_ahead
 from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
 from mpoc.io.weight_files import output_bytes
+from mpoc.reporting.summary import Report
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class Compression:
     written: bool
     seconds: dict[str, float] = field(default_factory=dict)  # layer name → time of its fit
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def report(self) -> Report:
+        """The report of the output."""
+        return Report(self.manifest, self.nbytes, self.seconds)
 
 
 @dataclass(frozen=True)

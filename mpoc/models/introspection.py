@@ -58,9 +58,10 @@ def unsaved_buffers(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_buffers()} - model.state_dict().keys()
 
 
-def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The network's state without what is no tensor."""
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+def tensors_of(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
+    """The tensors of the network's state dict; with ``keep_vars`` the parameters themselves."""
+    state = model.state_dict(keep_vars=keep_vars)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def differing_names(model: nn.Module, offered: Collection[str]) -> tuple[list[str], list[str]]:

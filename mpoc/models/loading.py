@@ -33,6 +33,7 @@ from mpoc.models.introspection import (
     tensors_of,
     unsaved_buffers,
 )
+from mpoc.models.saving import remember
 from mpoc.nn.adopt import adopt_everywhere
 from mpoc.nn.conv_map import check_geometry
 
@@ -75,6 +76,7 @@ def load(path: str | PathLike[str], model: nn.Module | None = None) -> nn.Module
         raise MpocError(f"{path}: tensor {empty[0]!r} of the model is on the meta device", "model.to_empty()")
     _untie(stored, model)
     _fill(stored, manifest, model)
+    remember(model, manifest)
     forbid_save_pretrained(model)
     return model
 

@@ -17,7 +17,7 @@ cores keep the names they have in the file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -155,6 +155,17 @@ def adopt_everywhere(
         if (module, weight) not in done:  # a module in two places has two names
             adopt(module, weight, parameters, structure)
         done.add((module, weight))
+
+
+def compressed_weights(model: nn.Module) -> Iterator[tuple[str, Structure, list[Tensor]]]:
+    """Name, structure and cores of every weight made from cores; a shared weight by each of its names."""
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if isinstance(module, CoreWeight):
+            yield f"{prefix}weight", module.structure, list(module.cores)
+        for name in getattr(module, "_rebuilt", (None, ()))[1]:
+            cores = getattr(module, f"{name}_cores" if name != "weight" else "cores")
+            yield prefix + name, module.__dict__[f"_{name}_structure"], list(cores)
 
 
 def _counterpart(module: nn.Module) -> type[nn.Module] | None:

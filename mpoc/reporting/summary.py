@@ -1,14 +1,22 @@
-"""Records to rows, totals, JSON and CSV.  No torch here: a report needs the header alone."""
+"""The report of a compression: rows, totals, JSON and CSV.
+
+It is made from the manifest alone, so that a report of a file reads its header and imports no torch.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from mpoc.io.manifest import MANIFEST_FILE, LayerRecord, Manifest
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.weight_files import output_bytes
 from mpoc.runtime.formatting import human_bytes, times
 
 SCHEMA = "mpoc.report/1"
@@ -16,6 +24,8 @@ SCHEMA = "mpoc.report/1"
 LARGE_ERROR = 0.1
 # The same of a layer's outputs after calibration, where later layers make up for a part.
 LARGE_OUTPUT_ERROR = 0.3
+
+_SHOWN_ROWS = 24  # of a report's repr
 
 _COLUMNS = (
     "layer",
@@ -37,7 +47,97 @@ _COLUMNS = (
 )
 
 
-def report_dict(manifest: Manifest, nbytes: int, seconds: dict[str, float] | None = None) -> dict[str, Any]:
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What a compression did: one record for each selected layer, and the totals.
+
+    ``repr(report)`` is a short table of layers, bonds, ρ and errors; :meth:`to_dict` is the JSON report of
+    ``mpoc report --json``.
+    """
+
+    manifest: Manifest  # what the file records: source, options, layers, ties
+    nbytes: int  # of the output on disk, or as it would be written
+    seconds: Mapping[str, float] | None = None  # name of the weight → time of its fit, where it was just made
+
+    @property
+    def layers(self) -> tuple[LayerRecord, ...]:
+        """The selected layers in the source's order, those left dense included."""
+        return self.manifest.layers
+
+    @property
+    def replaced(self) -> list[LayerRecord]:
+        """The layers stored in a compressed form."""
+        return self.manifest.replaced
+
+    @property
+    def rho(self) -> float:
+        """Σ N_mpo / Σ N_ori over the replaced layers (Eq. 9 of Gao et al. 2020); 1 where there are none."""
+        return self.manifest.rho
+
+    @property
+    def rho_selected(self) -> float:
+        """The same ratio over all selected layers, those left dense included."""
+        return self.manifest.rho_selected
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the whole network as stored."""
+        return self.manifest.num_parameters
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data; its schema is ``mpoc.reporting.schemas.schema("report")``."""
+        return report_dict(self.manifest, self.nbytes, self.seconds)
+
+    def __repr__(self) -> str:
+        source = self.manifest.source
+        title = (
+            f"Report: ρ = {self.rho:.4f} over {len(self.replaced)} of {len(self.layers)} selected layers, "
+            f"{source.num_parameters:,} → {self.num_parameters:,} parameters, {human_bytes(self.nbytes)}"
+        )
+        rows = [("layer", "form", "bonds", "ρ", _error_title(self.manifest))]
+        rows += map(_short_row, self.layers[:_SHOWN_ROWS])
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        more = len(self.layers) - _SHOWN_ROWS
+        return "\n".join([title, *lines, *([f"… and {more} more layers"] if more > 0 else [])])
+
+
+def _error_title(manifest: Manifest) -> str:
+    return "output error" if manifest.calibration else "error"
+
+
+def _short_row(layer: LayerRecord) -> tuple[str, str, str, str, str]:
+    """Cells of the table in a report's repr; the reason stands in the place of a dense layer's error."""
+    errors = (layer.held_out_error, layer.output_error, layer.relative_error)
+    known = next((f"{error:.4f}" for error in errors if error is not None), "")
+    error = layer.reason if layer.form == "dense" else known
+    return layer.layer, layer.form, layer.bonds_text(), f"{layer.rho:.4f}", error
+
+
+def read_report(path: str | PathLike[str]) -> Report:
+    """Read the report of a compressed file or directory from its header, without torch.
+
+        >>> report = mpoc.read_report("digits.mpo.safetensors")
+        >>> round(report.rho, 4)
+        0.1234
+
+    Args:
+        path: a file or directory that mpoc wrote.
+
+    Raises:
+        UsageError: nothing is at ``path``.
+        MpocError: it was not compressed by mpoc, has a later format, or is damaged.
+    """
+    source = Path(path)
+    return Report(read_manifest(source), output_bytes(source))
+
+
+def report_dict(
+    manifest: Manifest, nbytes: int, seconds: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """The report as plain data; the schema is documented in README under "The JSON report".
 
     Args:
@@ -74,7 +174,7 @@ def report_dict(manifest: Manifest, nbytes: int, seconds: dict[str, float] | Non
     }
 
 
-def _layer_dict(layer: LayerRecord, seconds: dict[str, float] | None) -> dict[str, Any]:
+def _layer_dict(layer: LayerRecord, seconds: Mapping[str, float] | None) -> dict[str, Any]:
     row = {**asdict(layer), "layer": layer.layer, "rho": layer.rho}
     if seconds is not None:
         row["seconds"] = round(seconds.get(layer.name, 0.0), 4)

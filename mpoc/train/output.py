@@ -16,14 +16,13 @@ from torch import Tensor
 from mpoc.errors import MpocError
 from mpoc.io import hub_directory
 from mpoc.io.atomic import staged
-from mpoc.io.manifest import LayerRecord, Manifest
+from mpoc.io.manifest import Manifest
 from mpoc.io.safetensors_header import ITEMSIZE, TensorInfo
 from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
 from mpoc.io.training_history import metadata, write_history
 from mpoc.models.loading import Model
+from mpoc.models.saving import changed_record
 from mpoc.runtime.formatting import rounded
-from mpoc.tensor_networks.forms.layout import working_dtype
-from mpoc.tensor_networks.forms.stored import form_of
 from mpoc.train.monitor import Outcome
 from mpoc.train.settings import Settings
 from mpoc.train.tasks import Task
@@ -173,15 +172,9 @@ def tuned_manifest(manifest: Manifest, entries: list[Entry], history: dict[str, 
     """The manifest with this history; errors against the original weights are known no more."""
     tensors = {entry.info.name: entry for entry in entries}
     layers = tuple(
-        layer if layer.form == "dense" else _tuned_record(layer, tensors) for layer in manifest.layers
+        layer
+        if layer.form == "dense"
+        else changed_record(layer, [tensors[name].read() for name in layer.core_names])
+        for layer in manifest.layers
     )
     return replace(manifest, layers=layers, training=history)
-
-
-def _tuned_record(layer: LayerRecord, tensors: dict[str, Entry]) -> LayerRecord:
-    if layer.low_rank:
-        return replace(layer, relative_error=None)
-    dtype = working_dtype(getattr(torch, layer.dtype))
-    cores = [tensors[name].read().to(dtype) for name in layer.core_names]
-    entropies = tuple(map(rounded, form_of(cores, layer.structure).entropies()))
-    return replace(layer, relative_error=None, entropies=entropies)

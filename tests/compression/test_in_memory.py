@@ -13,7 +13,6 @@ import mpoc
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
-from mpoc.io.manifest import Manifest
 from tests.models.test_loading import Tied, mlp, unchanged
 from tests.nn.layers import NETWORKS
 
@@ -25,8 +24,8 @@ def test_at_full_bond_nothing_changes(kind: str) -> None:
     network, x = NETWORKS[kind]()
     dense = copy.deepcopy(network).eval()
     report = mpoc.compress(network.eval(), **FULL)
-    assert isinstance(report, Manifest)
-    assert report.kinds_from == "the model's modules"
+    assert isinstance(report, mpoc.Report)
+    assert report.manifest.kinds_from == "the model's modules"
     assert report.replaced == list(report.layers) != []
     torch.testing.assert_close(network(x), dense(x), rtol=1e-4, atol=1e-4)
 
@@ -59,7 +58,7 @@ def test_kinds_are_told_from_modules() -> None:
     report = mpoc.compress(network, bond=3)
     assert {layer.name: layer.kind for layer in report.layers} == {"embed.weight": "linear"}
     assert type(network.table) is nn.Embedding
-    assert set(report.left_alone) == {"table.weight", "scale"}
+    assert set(report.manifest.left_alone) == {"table.weight", "scale"}
     report = mpoc.compress(network, bond=3, embeddings=True)
     assert {layer.name: layer.kind for layer in report.layers} == {"table.weight": "embedding"}
 
@@ -68,7 +67,7 @@ def test_norms_of_matrices_are_no_linear_maps() -> None:
     network = nn.Sequential(nn.LayerNorm((32, 32)), nn.RMSNorm((32, 32)), nn.Linear(32, 32))
     report = mpoc.compress(network, bond=3)
     assert [layer.name for layer in report.layers] == ["2.weight"]
-    assert report.left_alone.keys() == {"0.weight", "0.bias", "1.weight"}
+    assert report.manifest.left_alone.keys() == {"0.weight", "0.bias", "1.weight"}
 
 
 def test_tied_weights_share_their_cores() -> None:
@@ -76,7 +75,7 @@ def test_tied_weights_share_their_cores() -> None:
     x = torch.tensor([0, 59])
     before = network(x)
     report = mpoc.compress(network, **FULL)
-    assert report.tied == {"head.weight": "embed.weight"}
+    assert report.manifest.tied == {"head.weight": "embed.weight"}
     assert [layer.name for layer in report.layers] == ["embed.weight", "middle.weight"]
     assert all(one is other for one, other in zip(network.embed.cores, network.head.cores, strict=True))
     torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-4)
@@ -144,11 +143,13 @@ class TestErrors:
             ({"bond": 4, "ratio": 0.5}, "exactly one of"),
             ({"bond": 0}, "a whole number from 1"),
             ({"bond": 4, "layers": ["nothing*"]}, "matches no tensor"),
-            ({"bond": 4, "device": "cpu"}, "device: for files only"),
-            ({"size": 10**6}, "size: for files only"),
-            ({"max_drop": 1.0}, "max_drop: for files only"),
-            ({"bnd": 4}, "unknown option 'bnd'; did you mean 'bond'"),
-            ({"bond": 4, "rules": ()}, "unknown option 'rules'"),
+            ({"recipe": mpoc.Recipe(bond=4, device="cpu")}, "device: for files only"),
+            ({"recipe": mpoc.Recipe(bond=4, dtype="float16")}, "dtype: for files only"),
+            ({"recipe": mpoc.Recipe(max_drop=1.0)}, "max_drop: for files only"),
+            ({"recipe": mpoc.Recipe()}, "exactly one of"),
+            ({"recipe": "no-such.toml"}, "no-such.toml"),
+            ({"size": 100}, "size"),
+            ({"size": "much"}, "'much' is not a size"),
             ({"bond": 4, "layers": "none*"}, r"'none\*' matches no tensor"),
             ({"bond": 4, "shape": ["0=2x2:3x3"]}, r"0.*outputs, but the layer has 24 and 18"),
         ],
@@ -174,6 +175,26 @@ class TestErrors:
         with pytest.raises(MpocError, match="no layer is left to compress"):
             mpoc.compress(network, bond=2)
         unchanged(network, before)
+
+
+@pytest.mark.parametrize("network", [mlp, lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16))])
+def test_a_size_is_kept_and_nearly_used(tmp_path: Path, network: Any) -> None:
+    dense = network()
+    full = sum(value.nbytes for value in dense.state_dict().values())
+    report = mpoc.compress(dense, size=full + 1200)
+    saved = mpoc.save(dense, tmp_path / "m.safetensors")
+    assert report.nbytes == saved.nbytes == (tmp_path / "m.safetensors").stat().st_size <= full + 1200
+
+
+def test_a_recipe_holds_the_options_and_those_beside_it_win(tmp_path: Path) -> None:
+    recipe = mpoc.Recipe(bond=3, allow_growth=True, rules=(mpoc.LayerRule("2", bond=2),))
+    report = mpoc.compress(mlp(), recipe=recipe)
+    assert [max(layer.bonds) for layer in report.layers] == [3, 2]
+    (tmp_path / "r.toml").write_text('bond = 3\nallow-growth = true\n[layer."2"]\nbond = 2\n')
+    assert mpoc.compress(mlp(), recipe=tmp_path / "r.toml").manifest.options == report.manifest.options
+    report = mpoc.compress(mlp(), recipe=recipe, max_error=0.9)
+    assert [max(layer.bonds) for layer in report.layers][1] == 2
+    assert report.manifest.options == {"max_error": 0.9, "seed": 0}
 
 
 def test_options_are_those_of_the_command() -> None:
