@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,6 @@ def test_sites_for_all_are_not_of_a_layer_in_low_rank_form(tmp_path: Path) -> No
         ({"form": "svd", "conv": "map", "input_shape": (1, 8, 6, 6)}, "of kernels, not of whole maps"),
     ],
 )
-def test_what_does_not_go_together(options: dict[str, object], said: str) -> None:
+def test_what_does_not_go_together(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         mpoc.compress(nn.Sequential(nn.Conv2d(8, 8, 3)), bond=2, **options)
