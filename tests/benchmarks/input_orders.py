@@ -32,9 +32,7 @@ def rows(name: str, network: nn.Module, images: Tensor, labels: Tensor) -> list[
         errors, scores = [], []
         for bond in bonds:
             model = copy.deepcopy(network)
-            report = mpoc.compress(
-                model, bond=bond, layers="fc1", shape=f"fc1={shape}", order=f"fc1={order}"
-            )
+            report = mpoc.compress(model, bond=bond, layers="fc1", shape=f"fc1={shape}", order=f"fc1={order}")
             errors.append(report.layers[0].relative_error or 0.0)
             scores.append(accuracy(model.eval(), images, labels))
             print(name, order, bond, f"{errors[-1]:.4f} {scores[-1]:.2f} %", flush=True)
