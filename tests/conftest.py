@@ -14,10 +14,17 @@ from tests.support.checkpoints import network_state, save_directory
 from tests.support.process import Here, Mpoc
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start a process with ``run`` are slow: the process imports torch anew."""
+    for item in items:
+        if "run" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    """Tensors are tiny here: threads would only wait for each other, long ones on a busy machine."""
-    torch.set_num_threads(1)
+def _few_threads() -> None:
+    """Tensors are tiny here: more than one thread would only wait; MPOC_TEST_THREADS asks for others."""
+    torch.set_num_threads(int(os.environ.get("MPOC_TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +43,15 @@ def data() -> Path:
 
 
 @pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mpoc]:
-    """``run("report", file)``: a process of its own, in ``run.folder``, which is empty."""
-    mpoc = Mpoc(tmp_path_factory.mktemp("run"))
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The empty folder where ``run`` and ``here`` run commands."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture
+def run(workdir: Path) -> Iterator[Mpoc]:
+    """``run("report", file)``: a process of its own, in ``run.folder``."""
+    mpoc = Mpoc(workdir)
     yield mpoc
     for process in mpoc.started:
         with suppress(ProcessLookupError):
@@ -47,12 +60,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mpoc]:
 
 
 @pytest.fixture
-def here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Here:
-    """``here("report", file)``: in this process, whose folder is ``here.folder``, which is empty."""
-    folder = tmp_path_factory.mktemp("here")
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)  # its handlers stay
-    return Here(folder)
+def here(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
+    """``here("report", file)``: in this process, whose folder is ``here.folder``."""
+    monkeypatch.chdir(workdir)
+    return Here(workdir)
 
 
 @pytest.fixture(params=["file", "directory", "shards"])

@@ -137,9 +137,7 @@ def end_of(words: list[str], folder: Path) -> tuple[int, str]:
         contextlib.chdir(folder),
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
-        pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
         try:
             app(words)
         except SystemExit as stop:
@@ -161,6 +159,7 @@ def check(words: list[str], folder: Path) -> None:
 GOALS = [["--bond", "2"], ["--ratio", "0.9"], ["--max-error", "0.5"], ["--size", "20kB"], []]
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(words=command_lines("compress"), goal=st.sampled_from(GOALS), dry=st.booleans())
 def test_compress(folder: Path, words: list[str], goal: list[str], dry: bool) -> None:
@@ -168,12 +167,14 @@ def test_compress(folder: Path, words: list[str], goal: list[str], dry: bool) ->
     check([*words, *goal, *more], folder)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(words=st.sampled_from(["report", "expand"]).flatmap(command_lines))
 def test_report_and_expand(folder: Path, words: list[str]) -> None:
     check([*words, *(["--force"] if words[0] == "expand" else [])], folder)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(words=command_lines("finetune"))
 def test_finetune(folder: Path, words: list[str]) -> None:

@@ -4,11 +4,9 @@ import json
 import re
 
 import pytest
-from typer.testing import CliRunner
 
 import mpoc
-from mpoc.cli.app import app
-from tests.support.process import Mpoc
+from tests.support.process import Here, Mpoc
 
 
 def test_it_tells_all_and_passes_here(run: Mpoc) -> None:
@@ -34,19 +32,17 @@ def test_a_fault_is_one_line_with_what_mends_it(run: Mpoc) -> None:
     assert done.stdout.splitlines()[-1] == "mpoc does not work as it should here"
 
 
-def test_json_has_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
-    done = CliRunner().invoke(app, ["doctor", "--json"])
+def test_json_has_the_same(here: Here) -> None:
+    done = here("doctor", "--json")
     value = json.loads(done.stdout)
-    assert (done.exit_code, done.stderr, value["schema"], value["well"]) == (0, "", "mpoc.doctor/1", True)
+    assert (done.returncode, done.stderr, value["schema"], value["well"]) == (0, "", "mpoc.doctor/1", True)
     assert value["trials"][0]["device"] == "cpu"
     assert {package["name"] for package in value["packages"]} > {"Python", "torch", "typer"}
 
 
-def test_a_failed_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
+def test_a_failed_self_test(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpoc.cli.self_test._TOLERANCE", 0)
-    done = CliRunner().invoke(app, ["doctor"])
-    assert done.exit_code == 1
+    done = here("doctor")
+    assert done.returncode == 1
     assert "fault: self-test on cpu: MpocError: outputs differ by" in done.stdout
     assert "cpu: failed" in done.stdout

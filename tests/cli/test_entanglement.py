@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from mpoc.cli.app import app
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from tests.support.checkpoints import mlp_state
+from tests.support.process import Here
 
 
 @pytest.fixture
@@ -21,36 +20,25 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "m.pt"
 
 
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Commands that run in this process leave its handler of SIGTERM alone."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(app, ["entanglement", *map(str, words)])
-
-
-def test_a_table(model: Path) -> None:
-    done = run(model, "--weight", 0.5, "--quiet")
-    assert (done.exit_code, done.stderr) == (0, "")
+def test_a_table(here: Here, model: Path) -> None:
+    done = here("entanglement", model, "--weight", 0.5, "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
     assert "D for 50 %" in done.stdout and "S stored" not in done.stdout
     assert {"fc1", "fc2"} <= {line.split()[0] for line in done.stdout.splitlines() if line.split()}
 
 
-def test_both_sides_and_a_picture(model: Path) -> None:
+def test_both_sides_and_a_picture(here: Here, model: Path) -> None:
     pytest.importorskip("matplotlib")
     small = model.with_name("small.safetensors")
-    done = run(model, "--against", small, "--plot", "entropy.svg")
-    assert done.exit_code == 0, done.stderr
+    done = here("entanglement", model, "--against", small, "--plot", "entropy.svg")
+    assert done.returncode == 0, done.stderr
     assert "S stored" in done.stdout and "[1/2] fc1" in done.stderr
     assert "wrote entropy.svg" in done.stderr
-    assert "<svg" in (model.parent / "entropy.svg").read_text()
+    assert "<svg" in (here.folder / "entropy.svg").read_text()
 
 
-def test_json_holds_the_spectra(model: Path) -> None:
-    done = run(model, "--layers", "fc1", "--json", "--quiet")
+def test_json_holds_the_spectra(here: Here, model: Path) -> None:
+    done = here("entanglement", model, "--layers", "fc1", "--json", "--quiet")
     found = json.loads(done.stdout)
     assert found["schema"] == "mpoc.entanglement/1"
     (layer,) = found["layers"]
@@ -70,7 +58,7 @@ def test_json_holds_the_spectra(model: Path) -> None:
         (["--shape", "fc1=2x2:2x2"], "the layer has 48 and 64"),
     ],
 )
-def test_a_wrong_option(model: Path, options: list[str], said: str) -> None:
-    done = run(model, *options)
-    assert done.exit_code == 2
+def test_a_wrong_option(here: Here, model: Path, options: list[str], said: str) -> None:
+    done = here("entanglement", model, *options)
+    assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr

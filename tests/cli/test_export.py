@@ -5,14 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner, Result
 
-from mpoc.cli.app import app
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.models.loading import open_network
 from tests.support.checkpoints import contents
-from tests.support.process import Mpoc
+from tests.support.process import Here, Mpoc
 
 NET = """from torch import nn
 
@@ -28,10 +26,6 @@ def compressed(tmp_path: Path) -> Path:
     output = tmp_path / "m.mpo.safetensors"
     compress_checkpoint(tmp_path / "m.pt", output, make_recipe(None, {"bond": 4}))
     return output
-
-
-def invoke(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["export", *map(str, arguments)])
 
 
 def test_both_files_in_a_process_of_its_own(run: Mpoc, compressed: Path) -> None:
@@ -68,30 +62,20 @@ def test_both_files_in_a_process_of_its_own(run: Mpoc, compressed: Path) -> None
         (["--arch", "net.py:net", "--input-shape", "1x48", "--pt2", "old.pt2"], 2, "exists already"),
     ],
 )
-def test_what_is_refused(
-    compressed: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int, said: str
-) -> None:
-    monkeypatch.chdir(compressed.parent)
+def test_what_is_refused(here: Here, compressed: Path, arguments: list[str], status: int, said: str) -> None:
     Path("net.py").write_text(NET)
     Path("old.pt2").write_text("mine")
     before = contents(Path())
-    result = invoke(compressed, *arguments)
-    assert result.exit_code == status, result.output
+    result = here("export", compressed, *arguments)
+    assert result.returncode == status, result.stderr
     assert said in result.stderr
     assert {k: v for k, v in contents(Path()).items() if "__pycache__" not in k} == before
 
 
-def test_quietly_and_over_an_old_file(compressed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(compressed.parent)
+def test_quietly_and_over_an_old_file(here: Here, compressed: Path) -> None:
     Path("net.py").write_text(NET)
     Path("m.pt2").write_text("old")
     options = ("--arch", "net.py:net", "--input-shape", "1x48", "--pt2", "m.pt2", "--force", "--quiet")
-    result = invoke(compressed, *options)
-    assert (result.exit_code, result.output) == (0, "")
+    result = here("export", compressed, *options)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert torch.export.load("m.pt2").module()(torch.ones(3, 48)).shape == (3, 32)
-
-
-@pytest.fixture(autouse=True)
-def _own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that run in this process leave its handler of SIGTERM alone."""
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from mpoc.cli.app import app
 from tests.support.checkpoints import contents, mlp_state, network_state, save_directory
 from tests.support.process import Here, Mpoc
 
@@ -131,31 +130,20 @@ def model(tmp_path: Path) -> Path:
     ],
 )
 def test_a_wrong_option(
-    model: Path,
-    options: list[str],
-    said: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    here: Here, model: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In this process: what a wrong option says is decided long after the process began."""
     monkeypatch.chdir(model.parent)
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
     Path("recipe.toml").write_text("bnod = 4\n")
     before = contents(model.parent)
-    with pytest.raises(SystemExit) as caught:
-        app(["compress", "m.pt", *options])
-    assert isinstance(caught.value.code, int)
-    captured = capsys.readouterr()
-    assert_fails(subprocess.CompletedProcess([], caught.value.code, captured.out, captured.err), 2, said)
+    assert_fails(here("compress", "m.pt", *options), 2, said)
     assert contents(model.parent) == before
 
 
 @pytest.mark.parametrize("option", ["--ratio", "--max-error"])
-def test_a_share_in_per_cent(model: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        app(["compress", str(model), option, "50%"])
-    assert caught.value.code == 2
-    assert f"Invalid value for '{option}': '50%' is not a number; 50 % is 0.5" in capsys.readouterr().err
+def test_a_share_in_per_cent(here: Here, model: Path, option: str) -> None:
+    done = here("compress", model, option, "50%")
+    assert done.returncode == 2
+    assert option in done.stderr and "'50%' is not a number; 50 % is 0.5" in done.stderr
 
 
 def test_a_hub_id_that_is_no_path(here: Here) -> None:

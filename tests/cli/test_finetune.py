@@ -14,9 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typer.testing import CliRunner, Result
 
-from mpoc.cli.app import app
 from mpoc.compression.expand import expand_checkpoint
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
@@ -24,7 +22,7 @@ from mpoc.demo.data import load_digits
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.train import evaluate
 from mpoc.train.monitor import read_log
-from tests.support.process import Mpoc, environment
+from tests.support.process import Here, Mpoc, environment
 
 NET = """import os, time
 from torch import nn
@@ -44,16 +42,16 @@ TRAIN = ("--arch", "net.py:Net", "--data", "digits.npz", "--lr", "0.01", "--batc
 
 
 @pytest.fixture
-def folder(run: Mpoc) -> Path:
+def folder(workdir: Path) -> Path:
     """net.py, net.pt, net.mpo.safetensors, and digits.npz with a training and a test split."""
-    (run.folder / "net.py").write_text(NET)
+    (workdir / "net.py").write_text(NET)
     x, y, x_test, y_test = load_digits()
     arrays = {"x_train": _bytes(x), "y_train": y, "x_test": _bytes(x_test), "y_test": y_test}
-    np.savez(run.folder / "digits.npz", allow_pickle=False, **{n: v.numpy() for n, v in arrays.items()})
-    torch.save(network().state_dict(), run.folder / "net.pt")
+    np.savez(workdir / "digits.npz", allow_pickle=False, **{n: v.numpy() for n, v in arrays.items()})
+    torch.save(network().state_dict(), workdir / "net.pt")
     recipe = make_recipe(None, {"bond": 6, "sites": 2, "allow_growth": True})
-    compress_checkpoint(run.folder / "net.pt", run.folder / "net.mpo.safetensors", recipe)
-    return run.folder
+    compress_checkpoint(workdir / "net.pt", workdir / "net.mpo.safetensors", recipe)
+    return workdir
 
 
 def _bytes(images: Tensor) -> Tensor:
@@ -67,11 +65,6 @@ def network() -> nn.Module:
     )
 
 
-def here(*words: object) -> Result:
-    """A command in this process, which need not start again: where a process is not what is tested."""
-    return CliRunner().invoke(app, [*map(str, words)])
-
-
 def files(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir() if file.name != "__pycache__"}
 
@@ -79,11 +72,11 @@ def files(folder: Path) -> set[str]:
 BEFORE = {"net.py", "net.pt", "net.mpo.safetensors", "digits.npz"}
 
 
-def test_there_and_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+@pytest.mark.slow
+def test_there_and_back(here: Here, folder: Path) -> None:
     scaled = ("--mean", 0.3, "--std", 0.5)
     done = here("finetune", "net.mpo.safetensors", *TRAIN, *scaled, "--epochs", 6, "--plot", "curves.svg")
-    assert done.exit_code == 0, done.output
+    assert done.returncode == 0, done.stderr
     assert "digits.npz: npz; train 1,258, test 539; images 1×8×8; 10 classes" in done.stderr
     assert done.stderr.splitlines()[-2:] == [
         "wrote net.tuned.safetensors", "next: mpoc report net.tuned.safetensors",
@@ -114,12 +107,11 @@ def test_there_and_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_killed_and_resumed_ends_with_the_same_bytes(
-    run: Mpoc, folder: Path, monkeypatch: pytest.MonkeyPatch
+    run: Mpoc, here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["finetune", "net.mpo.safetensors", *TRAIN, "--epochs", "3", "--pad", "1", "--patience", "5"]
     options += ["--checkpoint-every", "7"]
-    monkeypatch.chdir(folder)
-    assert here(*options, "-o", "straight.safetensors").exit_code == 0
+    assert here(*options, "-o", "straight.safetensors").returncode == 0
     monkeypatch.setenv("SLOWLY", "0.02")
     process = run.start(*options, "-o", "broken.safetensors")
     kept = folder / "broken.checkpoint.safetensors"
@@ -133,11 +125,11 @@ def test_killed_and_resumed_ends_with_the_same_bytes(
     assert not (folder / "broken.safetensors").exists()
     monkeypatch.setenv("SLOWLY", "0")
     refused = here(*options, "-o", "broken.safetensors")
-    assert (refused.exit_code, "--resume goes on from it" in refused.stderr) == (2, True)
+    assert (refused.returncode, "--resume goes on from it" in refused.stderr) == (2, True)
     other = here(*options, "-o", "broken.safetensors", "--resume", "--seed", 1)
-    assert (other.exit_code, "seed 0 there, 1 here" in other.stderr) == (2, True)
+    assert (other.returncode, "seed 0 there, 1 here" in other.stderr) == (2, True)
     done = here(*options, "-o", "broken.safetensors", "--resume")
-    assert done.exit_code == 0, done.output
+    assert done.returncode == 0, done.stderr
     assert "going on from step" in done.stderr
     assert (folder / "broken.safetensors").read_bytes() == (folder / "straight.safetensors").read_bytes()
     scored = [
@@ -154,7 +146,9 @@ def _step(path: Path) -> int:
     return int(json.loads(read_header(path).metadata["mpoc.training"])["progress"]["step"])
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(run: Mpoc, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    run: Mpoc, here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SLOWLY", "0.05")
     options = ("finetune", "net.mpo.safetensors", *TRAIN, "--epochs", 2)
     process = run.start(*options)
@@ -169,12 +163,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(run: Mpoc, folder: Path, monkeypatch
     again = said.splitlines()[-1]
     assert again == f"next: mpoc {' '.join(map(str, options))} --resume"
     monkeypatch.setenv("SLOWLY", "0")
-    monkeypatch.chdir(folder)
-    assert here(*options, "--resume").exit_code == 0
+    assert here(*options, "--resume").returncode == 0
     assert files(folder) == BEFORE | {"net.tuned.safetensors", "net.tuned.jsonl"}
 
 
-def test_two_processes_are_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_two_processes_are_one(here: Here, folder: Path) -> None:
     """At the same global batch; without dropout and batch norm, which differ by process."""
     (folder / "plain.py").write_text(
         "from torch import nn\n\ndef net():\n"
@@ -185,8 +179,7 @@ def test_two_processes_are_one(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     torch.save(state, folder / "plain.pt")
     words = ["finetune", "plain.pt", "--arch", "plain.py:net", "--data", "digits.npz", "--optimizer", "sgd"]
     words += ["--lr", "0.1", "--l2", "0.0001", "--epochs", "1", "--batch", "50", "--device", "cpu"]
-    monkeypatch.chdir(folder)
-    assert here(*words, "-o", "one.safetensors").exit_code == 0
+    assert here(*words, "-o", "one.safetensors").returncode == 0
     two = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mpoc",
          *words, "-o", "two.safetensors"],
@@ -221,11 +214,10 @@ def test_two_processes_are_one(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     ],
 )
 def test_what_is_refused_leaves_nothing(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], status: int, said: str
+    here: Here, folder: Path, words: tuple[str, ...], status: int, said: str
 ) -> None:
-    monkeypatch.chdir(folder)
     result = here("finetune", "net.mpo.safetensors", *words)
-    assert result.exit_code == status, result.output
+    assert result.returncode == status, result.stderr
     assert said in result.stderr
     assert files(folder) == BEFORE
 
@@ -240,10 +232,7 @@ def test_what_is_refused_leaves_nothing(
         ("--data", "data.safetensors", "-o", "data.safetensors"),
     ],
 )
-def test_force_replaces_no_input(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
-) -> None:
-    monkeypatch.chdir(folder)
+def test_force_replaces_no_input(here: Here, folder: Path, words: tuple[str, ...]) -> None:
     (folder / "data").mkdir()
     (folder / "digits.npz").rename(folder / "data" / "digits.npz")
     x, y, _, _ = load_digits()
@@ -252,18 +241,13 @@ def test_force_replaces_no_input(
     before = {file: file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
     train = ("--arch", "net.py:Net", "--data", "data", "--steps", "1", "--force")
     result = here("finetune", "net.mpo.safetensors", *train, *words)
-    assert result.exit_code == 2, result.output
+    assert result.returncode == 2, result.stderr
     assert "would write over or into" in result.stderr or "written twice" in result.stderr
     assert {file: file.read_bytes() for file in before} == before
 
 
-@pytest.fixture(autouse=True)
-def _own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that run in this process leave its handler of SIGTERM alone."""
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
-
-
-def test_a_full_disk_leaves_what_a_resume_needs(run: Mpoc, folder: Path) -> None:
+@pytest.mark.slow
+def test_a_full_disk_leaves_what_a_resume_needs(folder: Path) -> None:
     """The output cannot be written; nothing half-written stays."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000));"
@@ -279,8 +263,7 @@ def test_a_full_disk_leaves_what_a_resume_needs(run: Mpoc, folder: Path) -> None
     assert files(folder) == BEFORE
 
 
-def test_fidelity_to_the_original(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+def test_fidelity_to_the_original(here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "_LATENCY_SECONDS", 0.01)
     words = ("eval", "net.mpo.safetensors", "--data", "digits.npz", "--arch", "net.py:Net", "--json")
     found = json.loads(here(*words, "--reference", "net.pt", "--latency", "--batch", 64).stdout)
@@ -304,14 +287,13 @@ def test_fidelity_to_the_original(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(line["ms"] > 0 and line["dense_ms"] > 0 for line in found["latency"])
 
 
-def test_compress_measures_before_and_after(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+def test_compress_measures_before_and_after(here: Here, folder: Path) -> None:
     words = ("compress", "net.pt", "--bond", 4, "--sites", 2, "--arch", "net.py:Net", "-o", "c.safetensors")
     done = here(*words, "--eval", "digits.npz", "--json")
-    assert done.exit_code == 0, done.output
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["evaluation"]
     for key, file in (("before", "net.pt"), ("after", "c.safetensors")):
         alone = here("eval", file, "--data", "digits.npz", "--arch", "net.py:Net", "--json")
         assert json.loads(alone.stdout)["scores"] == found[key]["scores"]
     refused = here(*words, "--eval", "digits.npz", "--dry-run")
-    assert (refused.exit_code, "--dry-run writes nothing" in refused.stderr) == (2, True)
+    assert (refused.returncode, "--dry-run writes nothing" in refused.stderr) == (2, True)

@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
-from mpoc.cli.app import app
 from mpoc.io.safetensors_header import read_header
 from mpoc.runtime.signals import Interrupted
 from mpoc.train import evaluate
@@ -23,7 +21,7 @@ from mpoc.train.monitor import TrainingEvent, read_log
 from mpoc.train.settings import Settings
 from mpoc.train.training_data import DataOptions
 from tests.support.checkpoints import contents, mlp_state, save_directory
-from tests.support.process import Mpoc, run_python
+from tests.support.process import Here, Mpoc, run_python
 from tests.train.small import blobs
 
 NET = """from torch import nn
@@ -35,15 +33,15 @@ TRAIN = ("finetune", "net.pt", "--arch", "net.py:net", "--data", "blobs.npz", "-
 
 
 @pytest.fixture
-def folder(run: Mpoc) -> Path:
+def folder(workdir: Path) -> Path:
     """net.py, net.pt and blobs.npz, 96 examples for training and 48 for testing."""
-    (run.folder / "net.py").write_text(NET)
+    (workdir / "net.py").write_text(NET)
     state = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 3)).state_dict()
-    torch.save(state, run.folder / "net.pt")
+    torch.save(state, workdir / "net.pt")
     (x, y), (x_test, y_test) = blobs(), blobs(48, seed=1)
     arrays = {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test}
-    np.savez(run.folder / "blobs.npz", allow_pickle=False, **{name: a.numpy() for name, a in arrays.items()})
-    return run.folder
+    np.savez(workdir / "blobs.npz", allow_pickle=False, **{name: a.numpy() for name, a in arrays.items()})
+    return workdir
 
 
 class Stop(BaseException):
@@ -101,6 +99,7 @@ MISSING = {
 }
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_one_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them in one process that has none of them."""
     monkeypatch.chdir(folder)
@@ -132,19 +131,19 @@ def test_a_missing_package_is_one_message(folder: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("most", "file"), [(3000, "checkpoint.safetensors"), (250, "jsonl")])
 def test_a_disk_that_fills_up_while_training(
-    run: Mpoc, folder: Path, monkeypatch: pytest.MonkeyPatch, most: int, file: str
+    run: Mpoc, here: Here, folder: Path, most: int, file: str
 ) -> None:
     """From the second checkpoint on no file may grow beyond ``most`` bytes; the first one stays whole."""
     code = f"""if True:
         import resource, shutil, signal
-        from mpoc.train.state import Keeper
+        from mpoc.train.training_checkpoint import CheckpointKeeper
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        save = Keeper.save
+        save = CheckpointKeeper.save
         def once(self, *values):
             save(self, *values)
             shutil.copyfile(self.path, "first")
             resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))
-        Keeper.save = once
+        CheckpointKeeper.save = once
     """
     words = (*TRAIN, "--epochs", 4, "--checkpoint-every", 4)
     done = run.after(code, *words)
@@ -156,23 +155,21 @@ def test_a_disk_that_fills_up_while_training(
     words_of = json.loads(read_header(kept).metadata["mpoc.training"])
     assert words_of["progress"]["step"] == 4
     assert not list(folder.glob(".*partial"))
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
     for more in (["--resume"], ["-o", "straight.safetensors"]):
-        assert CliRunner().invoke(app, [*map(str, words), *more]).exit_code == 0
+        assert here(*words, *more).returncode == 0
     assert (folder / "net.tuned.safetensors").read_bytes() == (folder / "straight.safetensors").read_bytes()
 
 
-def test_the_readme_names_every_field_of_the_json(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
+def test_the_readme_names_every_field_of_the_json(
+    here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
     monkeypatch.setattr(evaluate, "_LATENCY_SECONDS", 0.01)
     section = readme.partition("The JSON of finetune and eval")[2].partition("</details>")[0]
     words = {word.removesuffix("[]") for word in re.findall(r"`([^`]*)`", section)}
     measure = ("eval", "net.pt", *TRAIN[2:6], "--latency", "--json")
     for command in ((*TRAIN, "--runs", 2, "--json"), measure, (*measure, "--reference", "net.pt")):
-        result = CliRunner().invoke(app, [*map(str, command)])
-        assert result.exit_code == 0, result.output
+        result = here(*command)
+        assert result.returncode == 0, result.stderr
         found = json.loads(result.stdout)
         assert found.keys() | found.get("scores", {}).keys() <= words | {"schema"}

@@ -11,13 +11,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from typer.testing import CliRunner, Result
 
-from mpoc.cli.app import app
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.training_history import HISTORY_FILE
 from tests.support.hub_models import compress_saved, transformers
-from tests.support.process import Mpoc, run_python
+from tests.support.process import Here, Mpoc, run_python
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = [*"abcdefghijklmn"]
@@ -93,26 +91,17 @@ def make(kind: str, folder: Path) -> Path:
     return save_data(kind, folder / "data")
 
 
-def mpoc(*words: object) -> Result:
-    result = CliRunner().invoke(app, [*map(str, words)])
-    assert result.exit_code == 0, result.output
-    return result
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["original", "compressed"])
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_fine_tuned_and_measured(
-    kind: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
-    data = make(kind, tmp_path)
+def test_fine_tuned_and_measured(here: Here, kind: str, form: str) -> None:
+    data = make(kind, here.folder)
     how = ("--epochs", 8, "--batch", 12, "--lr", RATE[kind], "--device", "cpu")
-    done = json.loads(mpoc("finetune", form, "--data", data, *how, "--json").stdout)
+    done = json.loads(here("finetune", form, "--data", data, *how, "--json").stdout)
     assert done["written"] == f"{form}-tuned"
     start, final = (done[key][METRIC[kind]] for key in ("start", "final"))
     assert final > 90 if METRIC[kind] == "accuracy" else final < 0.97 * start
-    measured = json.loads(mpoc("eval", f"{form}-tuned", "--data", data, "--json").stdout)
+    measured = json.loads(here("eval", f"{form}-tuned", "--data", data, "--json").stdout)
     assert measured["scores"] == {name: done["final"][name] for name in measured["scores"]}
     loaded = getattr(transformers, NETWORKS[kind][0]).from_pretrained(f"{form}-tuned").eval()
     if METRIC[kind] == "accuracy":

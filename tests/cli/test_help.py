@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
 
 import mpoc
 from mpoc.cli.app import app
@@ -17,7 +16,7 @@ from mpoc.models import zoo
 from mpoc.train.settings import Settings
 from tests.reproduce.images import write_digits
 from tests.support.checkpoints import mlp_state, network_state, save_directory
-from tests.support.process import Mpoc
+from tests.support.process import Here
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {command.name: command for command in typer.main.get_group(app).commands.values()}
@@ -33,8 +32,8 @@ def examples(command: str) -> list[str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 class TestEveryCommand:
-    def test_has_help_with_an_example_and_all_its_options(self, run: Mpoc, command: str) -> None:
-        done = run(command, "--help")
+    def test_has_help_with_an_example_and_all_its_options(self, here: Here, command: str) -> None:
+        done = here(command, "--help")
         assert (done.returncode, done.stderr) == (0, "")
         assert f"mpoc {command} " in done.stdout
         flat = re.sub(r"[\s│]+", " ", done.stdout)
@@ -46,22 +45,22 @@ class TestEveryCommand:
             if parameter.param_type_name == "option":
                 assert getattr(parameter, "help", ""), f"{parameter.name} has no help"
 
-    def test_examples_work(self, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
+    @pytest.mark.slow
+    def test_examples_work(self, here: Here, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mpoc.cli.demo._SETTINGS", Settings(epochs=1.0, lr=0.01))
         make_what_the_examples_name(compressed=command != "compress")
         for example in examples(command):
             words = shlex.split(example.partition(" > ")[0])
-            result = CliRunner().invoke(app, words[1:])
-            assert result.exit_code == 0, f"{example}: {result.output}"
+            result = here(*words[1:])
+            assert result.returncode == 0, f"{example}: {result.stderr}"
 
     def test_stands_in_the_readme(self, command: str) -> None:
         readme = (ROOT / "README.md").read_text("utf-8")
         assert f"mpoc {command}" in readme
 
 
-def test_every_command_is_listed_with_what_it_does(run: Mpoc) -> None:
-    listed = run("--help").stdout
+def test_every_command_is_listed_with_what_it_does(here: Here) -> None:
+    listed = here("--help").stdout
     for command in COMMANDS:
         assert re.search(rf"{command} +\w+", listed)
 
@@ -124,18 +123,12 @@ def test_the_readme_s_table_of_finetune_names_its_options() -> None:
     assert known - named - common - {"-o", "--quiet", "--max-shard-size", "--help", "model"} == set()
 
 
-def test_no_arguments_show_the_help(run: Mpoc) -> None:
-    done = run()
+def test_no_arguments_show_the_help(here: Here) -> None:
+    done = here()
     assert done.returncode in (0, 2)  # typer's choice, by version
     assert "Usage:" in done.stdout + done.stderr
 
 
-def test_the_version_is_the_package_s(run: Mpoc) -> None:
-    done = run("--version")
+def test_the_version_is_the_package_s(here: Here) -> None:
+    done = here("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mpoc {mpoc.__version__}\n", "")
-
-
-@pytest.fixture(autouse=True)
-def _own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that run in this process leave its handler of SIGTERM alone."""
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)

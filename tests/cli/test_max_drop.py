@@ -8,9 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from mpoc.cli.app import app
 from mpoc.io.manifest_reader import read_manifest
 from tests.cli.test_faults import assert_fails
 from tests.compression.digits import ARCHITECTURE, but_for_the_goal, write_network
@@ -21,19 +19,14 @@ COMMAND = ("compress", "net.safetensors", *ARCHITECTURE, "--device", "cpu", "--l
 
 
 @pytest.fixture
-def folder(run: Mpoc, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_network(run.folder)
-    monkeypatch.chdir(run.folder)
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
-    return run.folder
+def folder(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    write_network(workdir)
+    monkeypatch.chdir(workdir)
+    return workdir
 
 
-def here(*words: object) -> Result:
-    return CliRunner().invoke(app, [*COMMAND, *map(str, words)])
-
-
-def test_table_words_picture_and_report(folder: Path) -> None:
-    done = Here(folder)(
+def test_table_words_picture_and_report(here: Here, folder: Path) -> None:
+    done = here(
         *COMMAND, "--max-drop", 2, "--eval", "digits.npz", "--plot", "curve.svg", "-o", "o.safetensors"
     )
     assert done.returncode == 0, done.stderr
@@ -57,9 +50,9 @@ def test_table_words_picture_and_report(folder: Path) -> None:
     }  # fmt: skip
 
 
-def test_json_and_the_file_that_ratio_writes(folder: Path) -> None:
-    done = here("--max-drop", 2, "--eval", "digits.npz", "-o", "o.safetensors", "--json", "--quiet")
-    assert (done.exit_code, done.stderr) == (0, "")
+def test_json_and_the_file_that_ratio_writes(here: Here, folder: Path) -> None:
+    done = here(*COMMAND, "--max-drop", 2, "--eval", "digits.npz", "-o", "o.safetensors", "--json", "--quiet")
+    assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     [chosen] = [trial for trial in report["search"] if trial["chosen"]]
     assert chosen["kept"] and chosen["drop"] <= 2
@@ -68,22 +61,22 @@ def test_json_and_the_file_that_ratio_writes(folder: Path) -> None:
     assert chosen["scores"] == report["evaluation"]["after"]["scores"]
     assert report["evaluation"]["after"]["model"] == "o.safetensors"
     assert report["evaluation"]["before"]["metric"] == "accuracy"
-    assert here("--ratio", chosen["ratio"], "-o", "r.safetensors").exit_code == 0
+    assert here(*COMMAND, "--ratio", chosen["ratio"], "-o", "r.safetensors").returncode == 0
     assert but_for_the_goal(folder / "o.safetensors") == but_for_the_goal(folder / "r.safetensors")
 
 
-def test_the_goal_of_a_recipe(folder: Path) -> None:
+def test_the_goal_of_a_recipe(here: Here, folder: Path) -> None:
     Path("recipe.toml").write_text("max-drop = 2\n[layer.fc2]\ndense = true\n")
-    done = here("--recipe", "recipe.toml", "--eval", "digits.npz", "-o", "o.safetensors", "--json")
-    assert done.exit_code == 0, done.stderr
+    done = here(*COMMAND, "--recipe", "recipe.toml", "--eval", "digits.npz", "-o", "o.safetensors", "--json")
+    assert done.returncode == 0, done.stderr
     assert [layer.layer for layer in read_manifest(folder / "o.safetensors").replaced] == ["fc1"]
     assert json.loads(done.stdout)["options"]["max_drop"] == 2.0
 
 
-def test_nothing_keeps_it(folder: Path) -> None:
+def test_nothing_keeps_it(here: Here, folder: Path) -> None:
     before = contents(folder)
     words = ("compress", "net.safetensors", *ARCHITECTURE, "--layers", "conv1", "--sites", 8)
-    done = Here(folder)(*words, "--max-drop", 1, "--eval", "digits.npz", "--plot", "curve.svg")
+    done = here(*words, "--max-drop", 1, "--eval", "digits.npz", "--plot", "curve.svg")
     assert_fails(
         done, 1, "none of 6 trials keeps accuracy on digits.npz within 1: the best, ρ ", "98.89 to 97"
     )
@@ -121,12 +114,12 @@ def test_nothing_keeps_it(folder: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_said_before_any_work(
-    folder: Path, words: list[object], status: int, said: str, monkeypatch: pytest.MonkeyPatch
+    here: Here, folder: Path, words: list[object], status: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpoc.train.evaluate_file.open_model", None)  # nothing is opened
     before = contents(folder)
-    done = here(*words)
-    assert done.exit_code == status, done.output
+    done = here(*COMMAND, *words)
+    assert done.returncode == status, done.stderr
     assert said in done.stderr.replace("\n", " ")
     assert contents(folder) == before
 

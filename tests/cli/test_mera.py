@@ -9,17 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from typer.testing import CliRunner
 
 import mpoc
 import mpoc.hf  # registers
-from mpoc.cli.app import app
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.io.manifest_reader import read_manifest
 from tests.support.checkpoints import contents, network_state, save_directory
 from tests.support.hub_models import answer, auto, compress, tiny
-from tests.support.process import Mpoc
+from tests.support.process import Here
 
 
 @pytest.fixture(autouse=True)
@@ -32,21 +30,21 @@ def small() -> nn.Sequential:
     return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40))
 
 
-def test_compress_report_expand_and_load(run: Mpoc) -> None:
-    torch.save(small().state_dict(), run.folder / "m.pt")
-    done = run("compress", "m.pt", "--form", "mera", "--bond", 4, "-o", "a.safetensors")
+def test_compress_report_expand_and_load(here: Here) -> None:
+    torch.save(small().state_dict(), here.folder / "m.pt")
+    done = here("compress", "m.pt", "--form", "mera", "--bond", 4, "-o", "a.safetensors")
     assert done.returncode == 0, done.stderr
-    manifest = read_manifest(run.folder / "a.safetensors")
+    manifest = read_manifest(here.folder / "a.safetensors")
     for layer in manifest.replaced:
         assert (layer.form, layer.bonds, len(layer.output_factors)) == ("mera", (4,), 3)
         assert layer.num_stored < layer.num_original / 2
         assert f"{layer.num_original:,} → {layer.num_stored:,}" in done.stdout
-    report = CliRunner().invoke(app, ["report", str(run.folder / "a.safetensors"), "--json"])
+    report = here("report", "a.safetensors", "--json")
     assert [layer["form"] for layer in json.loads(report.stdout)["layers"]] == ["mera", "mera"]
-    dense = run.folder / "dense.safetensors"
-    expanded = CliRunner().invoke(app, ["expand", str(run.folder / "a.safetensors"), "-o", str(dense)])
-    assert expanded.exit_code == 0, expanded.stderr
-    cores, weights = mpoc.load(run.folder / "a.safetensors", model=small()), small()
+    dense = here.folder / "dense.safetensors"
+    expanded = here("expand", "a.safetensors", "-o", dense)
+    assert expanded.returncode == 0, expanded.stderr
+    cores, weights = mpoc.load(here.folder / "a.safetensors", model=small()), small()
     weights.load_state_dict(load_file(dense))
     x = torch.randn(5, 48)
     with torch.no_grad():
@@ -104,11 +102,8 @@ def test_in_memory_it_trains() -> None:
     ],
 )
 def test_what_a_mera_cannot_do_is_said_before_any_work(
-    tmp_path: Path, words: tuple[str, ...], message: str
+    here: Here, words: tuple[str, ...], message: str
 ) -> None:
-    torch.save(network_state(), tmp_path / "m.pt")
-    done = CliRunner().invoke(
-        app,
-        ["compress", str(tmp_path / "m.pt"), "--form", "mera", *words, "-o", str(tmp_path / "o.safetensors")],
-    )
-    assert done.exit_code == 2 and message in done.stderr, done.stderr
+    torch.save(network_state(), here.folder / "m.pt")
+    done = here("compress", "m.pt", "--form", "mera", *words, "-o", "o.safetensors")
+    assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -5,70 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
-from mpoc.cli.app import app
 from tests.compression.digits import ARCHITECTURE, write_network
 from tests.support.checkpoints import contents
+from tests.support.process import Here
 
-COMMAND = (
-    "compress",
-    "net.safetensors",
-    *ARCHITECTURE,
-    "--device",
-    "cpu",
-    "--layers",
-    "conv2",
-    "--layers",
-    "fc2",
-    "--form",
-    "svd",
-)
+LAYERS = ("--layers", "conv2", "--layers", "fc2", "--form", "svd")
+COMMAND = ("compress", "net.safetensors", *ARCHITECTURE, "--device", "cpu", *LAYERS)
 CALIBRATE = ("--calibrate", "digits.npz", "--calibration-samples", 40)
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_network(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
-    return tmp_path
+def folder(here: Here) -> Path:
+    write_network(here.folder)
+    return here.folder
 
 
-def here(*words: object) -> Result:
-    return CliRunner().invoke(app, [*COMMAND, *map(str, words)])
-
-
-def test_it_is_kept_by_a_dry_run_and_read_then(folder: Path) -> None:
-    done = here(*CALIBRATE, "--ratio", 0.5, "--moments", "m", "--dry-run")
-    assert done.exit_code == 0, done.stderr
+def test_it_is_kept_by_a_dry_run_and_read_then(here: Here, folder: Path) -> None:
+    done = here(*COMMAND, *CALIBRATE, "--ratio", 0.5, "--moments", "m", "--dry-run")
+    assert done.returncode == 0, done.stderr
     assert "note: moments: 35 examples kept in m\n" in done.stderr
     assert "reading the dense network: batch 1 of 1\n" in done.stderr
     assert "what each form would cost: layer 1 of " in done.stderr
     assert contents(folder).keys() == {"net.safetensors", "digits.npz", "m"}
-    done = here(*CALIBRATE, "--ratio", 0.5, "--moments", "m", "-o", "with.safetensors")
+    done = here(*COMMAND, *CALIBRATE, "--ratio", 0.5, "--moments", "m", "-o", "with.safetensors")
     assert "note: moments: 35 examples read from m\n" in done.stderr
     assert "reading the dense network" not in done.stderr
-    done = here(*CALIBRATE, "--ratio", 0.5, "-o", "without.safetensors", "--quiet")
-    assert done.exit_code == 0 and done.stderr == ""
+    done = here(*COMMAND, *CALIBRATE, "--ratio", 0.5, "-o", "without.safetensors", "--quiet")
+    assert done.returncode == 0 and done.stderr == ""
     assert Path("with.safetensors").read_bytes() == Path("without.safetensors").read_bytes()
 
 
-def test_with_a_search(folder: Path) -> None:
-    words = (
-        *CALIBRATE,
-        "--max-drop",
-        60,
-        "--form",
-        "svd",
-        "--eval",
-        "digits.npz",
-        "--moments",
-        "m",
-        "--force",
-    )
+def test_with_a_search(here: Here, folder: Path) -> None:
+    words = (*COMMAND, *CALIBRATE, "--max-drop", 60, "--eval", "digits.npz", "--moments", "m", "--force")
     first, again = here(*words, "-o", "a.safetensors"), here(*words, "-o", "b.safetensors")
-    assert first.exit_code == again.exit_code == 0, first.stderr
+    assert first.returncode == again.returncode == 0, first.stderr
     assert "kept in m\n" in first.stderr and "read from m\n" in again.stderr
     assert first.stderr.count("reading the dense network") == 1
     assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
@@ -87,19 +58,19 @@ def test_with_a_search(folder: Path) -> None:
     ],
 )
 def test_what_is_refused_before_any_work(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[object], status: int, said: str
+    here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[object], status: int, said: str
 ) -> None:
     monkeypatch.setattr("mpoc.compression.pipeline.open_source", None)  # nothing is opened
     before = contents(folder)
-    done = here("--ratio", 0.5, "-o", "o.safetensors", *words)
-    assert done.exit_code == status, done.output
+    done = here(*COMMAND, "--ratio", 0.5, "-o", "o.safetensors", *words)
+    assert done.returncode == status, done.stderr
     assert said in done.stderr.replace("\n", " ")
     assert contents(folder) == before
 
 
-def test_a_file_that_is_something_else(folder: Path) -> None:
+def test_a_file_that_is_something_else(here: Here, folder: Path) -> None:
     Path("m").write_text("of somebody")
     before = contents(folder)
-    done = here(*CALIBRATE, "--ratio", 0.5, "--moments", "m", "-o", "o.safetensors")
-    assert done.exit_code == 1 and "error: m: not a safetensors file" in done.stderr
+    done = here(*COMMAND, *CALIBRATE, "--ratio", 0.5, "--moments", "m", "-o", "o.safetensors")
+    assert done.returncode == 1 and "error: m: not a safetensors file" in done.stderr
     assert contents(folder) == before

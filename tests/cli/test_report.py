@@ -34,7 +34,7 @@ def test_table_json_and_csv_tell_the_same(run: Mpoc, output: Path) -> None:
         assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(as_json.stdout)
     rows = list(csv.DictReader(io.StringIO(as_csv.stdout)))
-    assert report["schema"].startswith("mpoc.reporting.summary/")
+    assert report["schema"].startswith("mpoc.report/")
     assert [row["layer"] for row in rows] == [layer["layer"] for layer in report["layers"]]
     lines = table.stdout.splitlines()
     for row, layer in zip(rows, report["layers"], strict=True):

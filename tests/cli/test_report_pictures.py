@@ -7,29 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
 
-from mpoc.cli.app import app
 from tests.reporting.files import compressed, one_layer
-from tests.support.process import Mpoc
+from tests.support.process import Here, Mpoc
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return one_layer(tmp_path_factory.mktemp("file"))
-
-
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder that commands of this process write to; they leave its handler of SIGTERM alone."""
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
-
-
-def report(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["report", *map(str, arguments)])
 
 
 def test_a_process_writes_the_page_and_nothing_else(run: Mpoc, path: Path) -> None:
@@ -40,11 +25,11 @@ def test_a_process_writes_the_page_and_nothing_else(run: Mpoc, path: Path) -> No
     assert text.startswith("<!doctype html>") and text.endswith("</html>\n")
 
 
-def test_the_table_stays_as_it_is(path: Path, here: Path) -> None:
+def test_the_table_stays_as_it_is(path: Path, here: Here) -> None:
     for option in ([], ["--json"], ["--csv"], ["--verbose"]):
-        table = report(path, *option)
-        drawn = report(path, *option, "--html", f"r{''.join(option)}.html")
-        assert (drawn.exit_code, drawn.stdout) == (0, table.stdout)
+        table = here("report", path, *option)
+        drawn = here("report", path, *option, "--html", f"r{''.join(option)}.html")
+        assert (drawn.returncode, drawn.stdout) == (0, table.stdout)
         assert table.stderr == "" and len(table.stdout) > 100
 
 
@@ -56,33 +41,34 @@ def test_the_page_on_stdout_is_the_page(run: Mpoc, path: Path) -> None:
     assert [file.name for file in run.folder.iterdir()] == ["r.html"]
 
 
-def test_nothing_existing_is_replaced_without_force(path: Path, here: Path) -> None:
-    (here / "r.html").write_text("mine")
-    refused = report(path, "--html", "r.html")
-    assert refused.exit_code == 2 and "error: r.html: exists already" in refused.stderr
-    assert (here / "r.html").read_text() == "mine"
-    assert report(path, "--html", "r.html", "--force").exit_code == 0
-    assert (here / "r.html").read_text("utf-8") != "mine"
+def test_nothing_existing_is_replaced_without_force(path: Path, here: Here) -> None:
+    (here.folder / "r.html").write_text("mine")
+    refused = here("report", path, "--html", "r.html")
+    assert refused.returncode == 2 and "error: r.html: exists already" in refused.stderr
+    assert (here.folder / "r.html").read_text() == "mine"
+    assert here("report", path, "--html", "r.html", "--force").returncode == 0
+    assert (here.folder / "r.html").read_text("utf-8") != "mine"
 
 
-def test_several_files(path: Path, here: Path, tmp_path: Path) -> None:
+def test_several_files(path: Path, here: Here, tmp_path: Path) -> None:
     state = {"a.weight": torch.randn(32, 32)}
     others = [compressed(tmp_path / name, state, bond=2) for name in ("a", "b")]
-    assert report(path, "--compare", *others, "--html", "r.html").exit_code == 0
-    assert report(path, "--compare", others[0], "--compare", others[1], "--html", "s.html").exit_code == 0
-    text = (here / "r.html").read_text("utf-8")
+    assert here("report", path, "--compare", *others, "--html", "r.html").returncode == 0
+    apart = ("--compare", others[0], "--compare", others[1])
+    assert here("report", path, *apart, "--html", "s.html").returncode == 0
+    text = (here.folder / "r.html").read_text("utf-8")
     assert "3 files compared" in text
-    assert text == (here / "s.html").read_text("utf-8")
+    assert text == (here.folder / "s.html").read_text("utf-8")
 
 
-def test_figures(path: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = report(path, "--plot", "figures")
-    assert done.exit_code == 0, done.output
+def test_figures(path: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = here("report", path, "--plot", "figures")
+    assert done.returncode == 0, done.stderr
     assert "wrote 6 figures into figures" in done.stderr
-    assert (here / "figures" / "layers.svg").is_file()
+    assert (here.folder / "figures" / "layers.svg").is_file()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    missing = report(path, "--plot", "others")
-    assert (missing.exit_code, missing.stdout) == (1, "")
+    missing = here("report", path, "--plot", "others")
+    assert (missing.returncode, missing.stdout) == (1, "")
     assert "error: --plot needs matplotlib\nhint: pip install 'mpoc[plot]'" in missing.stderr
 
 
@@ -100,10 +86,12 @@ def test_figures(path: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (["{cut}", "--html", "r.html"], 1, "truncated"),
     ],
 )
-def test_errors_in_one_line(path: Path, here: Path, arguments: list[str], status: int, said: str) -> None:
-    cut = here.parent / "cut.safetensors"
+def test_errors_in_one_line(
+    path: Path, here: Here, tmp_path: Path, arguments: list[str], status: int, said: str
+) -> None:
+    cut = tmp_path / "cut.safetensors"
     cut.write_bytes(path.read_bytes()[:-40])
-    done = report(*(one.format(path=path, cut=cut) for one in arguments))
-    assert (done.exit_code, done.stdout) == (status, "")
+    done = here("report", *(one.format(path=path, cut=cut) for one in arguments))
+    assert (done.returncode, done.stdout) == (status, "")
     assert said in done.stderr and done.stderr.count("error:") == 1
-    assert list(here.iterdir()) == []
+    assert list(here.folder.iterdir()) == []

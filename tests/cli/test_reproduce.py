@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from mpoc.cli.app import app
 from mpoc.runtime.signals import Interrupted
 from tests.reproduce.images import write_digits
-from tests.support.process import Mpoc
+from tests.support.process import Here, Mpoc
 
 
-def test_quick_fc2_from_data_to_table_and_figures(run: Mpoc, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quick_fc2_from_data_to_table_and_figures(run: Mpoc, here: Here) -> None:
     write_digits(run.folder / "digits")
     done = run("reproduce", "fc2", "--data", "digits", "--quick", "--bonds", "2,16", "--plot", "figures")
     assert done.returncode == 0, done.stderr
@@ -29,32 +26,26 @@ def test_quick_fc2_from_data_to_table_and_figures(run: Mpoc, monkeypatch: pytest
     assert "on MNIST" in done.stdout and "'final' is that of the last weights" in done.stdout
     assert "[5/5] FC2, random D=16, seed 0: " in done.stderr
     assert {file.name for file in (run.folder / "figures").iterdir()} == {"fc2.svg", "fc2-curves.svg"}
-    monkeypatch.chdir(run.folder)
-    again = CliRunner().invoke(
-        app, ["reproduce", "fc2", "--data", "digits", "--quick", "--bonds", "2,16", "--json"]
-    )
-    assert again.exit_code == 0 and again.stderr.count(", stored") == 5
+    again = here("reproduce", "fc2", "--data", "digits", "--quick", "--bonds", "2,16", "--json")
+    assert again.returncode == 0 and again.stderr.count(", stored") == 5
     report = json.loads(again.stdout)
     assert report == json.loads((run.folder / "reproduce-fc2" / "report.json").read_text("utf-8"))
     assert report["quick"] and len(report["rows"]) == 5
 
 
-def test_images_as_states_from_data_to_table_and_figures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_digits(tmp_path / "digits", 20, 30)
+def test_images_as_states_from_data_to_table_and_figures(here: Here) -> None:
+    write_digits(here.folder / "digits", 20, 30)
     words = ["reproduce", "mps-images", "--data", "digits", "--bonds", "1,8", "--quick"]
-    done = CliRunner().invoke(app, [*words, "--plot", "figures"])
-    assert done.exit_code == 0, done.stderr
+    done = here(*words, "--plot", "figures")
+    assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith(("1 ", "8 "))]
     assert [row[:3] for row in rows] == [["1", "20", "0.026"], ["8", "544", "0.694"]]
     assert rows[0][5] == "–" and "Morton order, bonds 1 to 4: " in done.stdout
     assert "30 images of 1×28×28 (test), as sites of 4, coarse to fine" in done.stdout
-    assert len(list((tmp_path / "figures").iterdir())) == 3
-    again = CliRunner().invoke(app, [*words, "--json", "--quiet"])
-    assert again.exit_code == 0 and again.stderr == ""
-    assert again.stdout == (tmp_path / "reproduce-mps-images" / "report.json").read_text("utf-8")
+    assert len(list((here.folder / "figures").iterdir())) == 3
+    again = here(*words, "--json", "--quiet")
+    assert again.returncode == 0 and again.stderr == ""
+    assert again.stdout == (here.folder / "reproduce-mps-images" / "report.json").read_text("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -70,33 +61,23 @@ def test_images_as_states_from_data_to_table_and_figures(
         (("fc2", "--shape", "fc1=28x27:16x16"), "756 inputs and 256 outputs, but the layer has 784 and 256"),
     ],
 )
-def test_bad_command_lines(
-    words: tuple[str, ...], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_digits(tmp_path / "digits", 30, 10)
-    done = CliRunner().invoke(app, ["reproduce", *words, "--data", "digits"])
-    assert done.exit_code == 2 and message in done.stderr, done.stderr
+def test_bad_command_lines(here: Here, words: tuple[str, ...], message: str) -> None:
+    write_digits(here.folder / "digits", 30, 10)
+    done = here("reproduce", *words, "--data", "digits")
+    assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("stop", [Interrupted(15, 1, False), KeyboardInterrupt()])
 def test_a_stopped_command_says_how_to_go_on(
-    stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    here: Here, stop: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stops(*_: object) -> None:
         raise stop
 
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mpoc.reproduce.study.run_cell", stops)
     monkeypatch.setattr("sys.argv", ["mpoc", "reproduce", "fc2", "--data", "my digits"])
-    write_digits(tmp_path / "my digits", 30, 10)
-    done = CliRunner().invoke(app, ["reproduce", "fc2", "--data", "my digits"])
-    assert done.exit_code == 128 + getattr(stop, "signum", 2)
+    write_digits(here.folder / "my digits", 30, 10)
+    done = here("reproduce", "fc2", "--data", "my digits")
+    assert done.returncode == 128 + getattr(stop, "signum", 2)
     assert "stopped; finished networks are in reproduce-fc2" in done.stderr
     assert done.stderr.splitlines()[-1] == "next: mpoc reproduce fc2 --data 'my digits'"
-
-
-@pytest.fixture(autouse=True)
-def _own_signals(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that run in this process leave its handler of SIGTERM alone."""
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)

@@ -62,6 +62,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return Chain(folder, expected, load_file(folder / "logits.safetensors"), json.loads(said))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", AUTO)
 class TestWholeChain:
     """Each architecture from save_pretrained to from_pretrained, in a process without mpoc."""

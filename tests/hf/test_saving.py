@@ -142,6 +142,7 @@ def test_a_copy_of_the_network_saves_as_well(make: Make, tmp_path: Path) -> None
     assert torch.equal(answer(auto("mixtral", tmp_path)), answer(model))
 
 
+@pytest.mark.slow
 def test_without_the_import_nothing_loads(make: Make, tmp_path: Path) -> None:
     auto("bert", make("bert").path).save_pretrained(tmp_path)
     script = f"""if True:
@@ -180,6 +181,7 @@ class TestTraining:
                 assert parameter.grad is not None, name
                 assert parameter.grad.abs().sum() > 0 or any(part in name for part in unused), name
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("kind", "embeddings"), [("bert", False), ("gpt2", True), ("mixtral", False)])
     def test_trainer(self, make: Make, tmp_path: Path, kind: str, embeddings: bool) -> None:
         model = auto(kind, make(kind, embeddings=embeddings).path)

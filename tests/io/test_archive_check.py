@@ -169,6 +169,7 @@ def test_a_dict_in_itself_and_dicts_in_dicts(tmp_path: Path) -> None:
     refusal(with_pickle(tmp_path / "deep.pt", b"\x80\x02" + deep + b"."))
 
 
+@pytest.mark.slow
 def test_a_declared_storage_is_not_filled(tmp_path: Path) -> None:
     """A storage of 16 GB in a file of a kilobyte, in the format of before torch 1.6: memory stays small."""
     path = save({"a.weight": torch.zeros(300)}, tmp_path / "m.pt", legacy=True)
@@ -177,7 +178,8 @@ def test_a_declared_storage_is_not_filled(tmp_path: Path) -> None:
     assert text.count(small) >= 1
     path.write_bytes(text.replace(small, huge))
     code = (
-        "import sys, resource\nfrom pathlib import Path\nfrom mpoc.checkpoint import open_checkpoint\n"
+        "import resource, sys\n"
+        "from pathlib import Path\nfrom mpoc.io.open_checkpoint import open_checkpoint\n"
         "from mpoc.errors import MpocError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n    open_checkpoint(Path(sys.argv[1]))\nexcept MpocError as error:\n    print(error)\n"
@@ -188,6 +190,7 @@ def test_a_declared_storage_is_not_filled(tmp_path: Path) -> None:
     assert int(said.splitlines()[-1]) < 200
 
 
+@pytest.mark.slow
 def test_where_address_space_is_short_a_bomb_is_refused_too(tmp_path: Path) -> None:
     with_pickle(
         tmp_path / "m.pt", BOMBS["bytearray"]().replace((10**13).to_bytes(6, "little"), b"\0\0\0\0\3\0")

@@ -163,6 +163,7 @@ def test_the_onnx_file_keeps_the_cores(exported: Callable[[str], Exported]) -> N
     assert [axis.dim_param or axis.dim_value for axis in answer.type.tensor_type.shape.dim] == ["batch", 64]
 
 
+@pytest.mark.slow
 def test_the_pt2_file_runs_without_mpoc(exported: Callable[[str], Exported]) -> None:
     made = exported("tokens")
     program = made.files["pt2"].read_bytes()

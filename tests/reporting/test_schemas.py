@@ -14,9 +14,7 @@ import pytest
 import torch
 from jsonschema import Draft202012Validator, ValidationError
 from torch import nn
-from typer.testing import CliRunner
 
-from mpoc.cli.app import app
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.recipe_syntax import parse_input_shape
@@ -30,6 +28,7 @@ from mpoc.reporting.summary import SCHEMA, report_dict, to_json
 from mpoc.tensor_networks.geometry import PADDING_MODES, Geometry
 from mpoc.tensor_networks.structure import KINDS
 from tests.support.checkpoints import mlp_state, save_directory
+from tests.support.process import Here
 from tests.support.sums import compress_to_sums
 
 SCHEMAS = {name: schema(name) for name in NAMES}
@@ -99,21 +98,17 @@ def network():
 """
 
 
-def test_they_hold_for_calibration_with_scores_and_trials(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
+def test_they_hold_for_calibration_with_scores_and_trials(here: Here) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4))
     torch.save(network.state_dict(), "m.pt")
     Path("net.py").write_text(NETWORK)
     x, y = np.random.default_rng(0).random((40, 1, 4, 6), np.float32), np.arange(40) % 4
     np.savez("train.npz", x=x, y=y)
     common = "compress m.pt --arch net.py:network --calibrate train.npz --eval train.npz --form svd --json"
-    once = CliRunner().invoke(app, [*common.split(), "--ratio", "0.5", "-o", "a.safetensors"])
-    search = CliRunner().invoke(app, [*common.split(), "--max-drop", "90", "-o", "b.safetensors"])
+    once = here(*common.split(), "--ratio", 0.5, "-o", "a.safetensors")
+    search = here(*common.split(), "--max-drop", 90, "-o", "b.safetensors")
     for done, more in ((once, {"evaluation", "written"}), (search, {"evaluation", "written", "search"})):
-        assert done.exit_code == 0, done.stderr
+        assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         CHECKS["report"].validate(report)
         assert report.keys() - SCHEMAS["report"]["required"] == more

@@ -25,6 +25,7 @@ def net():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch has no gloo, which CPUs need")
 def test_sharded_over_two_processes_is_one_process(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from mpoc.nn import adopt
 from mpoc.tensor_networks.structure import make_structure
 from tests.compression.calibrate.networks import damaged, encoder, images, resnet20, texts, weights
 from tests.support.architectures import tiny
+from tests.support.rounding import assert_near
 
 Networks = tuple[nn.Module, list[Batch]]
 
@@ -105,14 +107,12 @@ def test_against_whole_passes(make: Any) -> None:
             x, y = theirs[name], ours[name]
             assert moments.rows == x.shape[-2]
             if not isinstance(found.layers[name].inputs, EmbeddingInputs):
-                assert _near(moments.second, y.mT @ y / y.shape[-2])
-                assert _near(moments.cross, x.mT @ y / y.shape[-2])
-                assert _near(moments.dense_second, x.mT @ x / y.shape[-2])
-                assert _near(moments.mean, y.mean(-2)) and _near(moments.dense_mean, x.mean(-2))
-
-
-def _near(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= 1e-6 * wanted.abs().max())
+                near = partial(assert_near, terms=y.shape[-1], depth=len(found.layers))
+                near(moments.second, y.mT @ y / y.shape[-2])
+                near(moments.cross, x.mT @ y / y.shape[-2])
+                near(moments.dense_second, x.mT @ x / y.shape[-2])
+                near(moments.mean, y.mean(-2))
+                near(moments.dense_mean, x.mean(-2))
 
 
 def _all_rows(network: nn.Module, batches: list[Batch], found: Trace) -> dict[str, Tensor]:

@@ -207,6 +207,13 @@ def _pickle_bytes(data: bytes, choose: random.Random) -> bytes:
     return bytes(found)
 
 
+def _entry(name: str, packed: int) -> zipfile.ZipInfo:
+    """An entry without the time of day, so that a mutation repeats."""
+    entry = zipfile.ZipInfo(name)
+    entry.compress_type = packed
+    return entry
+
+
 def torch_bytes(data: bytes, choose: random.Random) -> bytes:
     """A ``torch.save`` file with another pickle in it, other entries, or other bytes."""
     if choose.random() < 0.2:
@@ -227,7 +234,7 @@ def torch_bytes(data: bytes, choose: random.Random) -> bytes:
             if choose.random() < 0.03:
                 name = choose.choice((name + "x", "../" + name, name.replace("data", "constants"), "x"))
             if name not in archive.NameToInfo and choose.random() > 0.03:
-                archive.writestr(name, changed)
+                archive.writestr(_entry(name, packed), changed)
     return out.getvalue()
 
 

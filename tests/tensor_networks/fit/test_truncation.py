@@ -15,6 +15,8 @@ from mpoc.tensor_networks.fit.truncation import Truncation, squared_norm, trunca
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = [torch.float32, torch.float64]
+# The Krylov route begins beyond 512.
+SHAPES = [(520, 600), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((720, 900), (1000, 700)))]
 
 # Singular values from k = 1 on.  "steps" and the ranks put the basis where nothing is left to find.
 SPECTRA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -66,7 +68,7 @@ def assert_orthonormal(left: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(720, 900), (1000, 700)])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bond", [8, 32])
 @pytest.mark.parametrize("spectrum", ["gaussian", *(name for name in SPECTRA if name != "steep")])
 def test_krylov_is_within_a_thousandth_of_the_optimum(
@@ -90,10 +92,10 @@ def test_krylov_is_within_a_thousandth_of_the_optimum(
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bond", [8, 16, 32])
 def test_few_nonzero_rows_are_as_exact(bond: int, transposed: bool, dtype: torch.dtype) -> None:
-    matrix = torch.zeros(900, 720, dtype=dtype)
-    matrix[::45] = small(20, 720, 20, dtype)
+    matrix, rows = torch.zeros(540, 520, dtype=dtype), small(20, 520, 20, dtype)
+    matrix[::27] = rows
     matrix = matrix.T if transposed else matrix
-    values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    values = np.linalg.svd(rows.double().numpy(), compute_uv=False)
     cut = truncate(matrix, bond, generator=torch.Generator().manual_seed(0))
     assert_orthonormal(cut.left)
     assert relative_error(matrix, cut) <= 1.001 * optimal_error(values, bond) + rounding(dtype)
@@ -102,7 +104,7 @@ def test_few_nonzero_rows_are_as_exact(bond: int, transposed: bool, dtype: torch
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bond", [12, 16, 32])
 def test_an_error_near_rounding_is_as_exact(bond: int, dtype: torch.dtype) -> None:
-    exact, values = large("steep", (720, 900))
+    exact, values = large("steep", (520, 600))
     matrix = exact.to(dtype)
     cut = truncate(matrix, bond, generator=torch.Generator().manual_seed(0))
     error = relative_error(matrix, cut)
@@ -110,10 +112,10 @@ def test_an_error_near_rounding_is_as_exact(bond: int, dtype: torch.dtype) -> No
     assert cut.discarded == pytest.approx(error**2 * squared_norm(matrix), rel=0.02, abs=1e-24)
 
 
-@pytest.mark.parametrize("bond", [8, 16, 24, 64])
+@pytest.mark.parametrize("bond", [8, 16, 24, 48])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_zero_matrix_stays_zero(dtype: torch.dtype, bond: int) -> None:
-    cut = truncate(torch.zeros(800, 700, dtype=dtype), bond, generator=torch.Generator().manual_seed(0))
+    cut = truncate(torch.zeros(530, 520, dtype=dtype), bond, generator=torch.Generator().manual_seed(0))
     assert cut.discarded == 0.0
     assert bool((cut.left @ cut.right == 0).all())
     assert_orthonormal(cut.left)
@@ -208,7 +210,7 @@ def test_the_matrix_is_left_as_it_was() -> None:
 
 
 def test_same_seed_same_bits() -> None:
-    matrix = large("gaussian", (720, 900))[0].float()
+    matrix = torch.randn(520, 600, generator=torch.Generator().manual_seed(0))
     first, second = (truncate(matrix, 8, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     other = truncate(matrix, 8, generator=torch.Generator().manual_seed(4))
     assert torch.equal(first.left, second.left) and torch.equal(first.right, second.right)

@@ -207,7 +207,7 @@ def test_a_zero_weight_is_zero_cores(shape: tuple[int, int]) -> None:
 
 
 def test_large_sides_take_the_krylov_route_and_keep_the_optimum() -> None:
-    structure = make_structure("linear", (1024, 784), sites=2)
+    structure = make_structure("linear", (576, 576), sites=2)
     weight = random_weight(structure, torch.float32)
     fit = tt_svd(weight, structure, 16)
     assert fit.routes == ["krylov"]
@@ -216,7 +216,7 @@ def test_large_sides_take_the_krylov_route_and_keep_the_optimum() -> None:
 
 
 def test_same_seed_same_bits_whatever_torchs_own_generator_does() -> None:
-    structure = make_structure("linear", (784, 784), sites=2)
+    structure = make_structure("linear", (576, 576), sites=2)
     weight = random_weight(structure, torch.float32)
     first = tt_svd(weight, structure, 8, seed=5)
     state = torch.get_rng_state()
