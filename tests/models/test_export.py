@@ -23,6 +23,7 @@ from mpoc.models.export import InputSpec, export_network, parse_input_spec
 from mpoc.models.loading import open_network
 from tests.support.architectures import tiny
 from tests.support.checkpoints import contents
+from tests.support.marks import slow_except
 from tests.support.process import run_python
 from tests.support.programs import run_onnx
 
@@ -134,7 +135,7 @@ def outputs_of(network: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return list(y) if isinstance(y, tuple) else [y]
 
 
-@pytest.mark.parametrize("name", INPUTS)
+@pytest.mark.parametrize("name", slow_except(INPUTS, "mlp"))
 def test_a_program_computes_as_the_network(exported: Callable[[str], Exported], name: str) -> None:
     made = exported(name)
     assert [spec.dtype for spec in made.inputs] == [x.dtype for x in INPUTS[name](1)]

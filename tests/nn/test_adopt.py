@@ -15,6 +15,7 @@ from mpoc.nn import MPOLinear, adopt
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import make_structure
 from tests.nn.layers import NETWORKS, Halved, gradients, pair, structure_of, with_cores
+from tests.support.marks import slow_except
 from tests.support.weights import random_cores
 
 
@@ -236,7 +237,7 @@ COMPILED: dict[str, Callable[[], tuple[Any, Tensor, Tensor]]] = {
 CLASSES = {"linear": "MPOLinear", "conv2d": "MPOConv2d", "embedding": "MPOEmbedding"}
 
 
-@pytest.mark.parametrize("kind", COMPILED)
+@pytest.mark.parametrize("kind", slow_except(COMPILED, "linear"))
 class TestCompiled:
     def test_in_one_graph(self, kind: str) -> None:
         plain, x, more = COMPILED[kind]()
