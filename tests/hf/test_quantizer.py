@@ -30,6 +30,7 @@ from tests.support.hub_models import (
     compress_saved,
     tiny,
 )
+from tests.support.marks import slow_except
 
 transformers: Any = import_module("transformers")  # its own types are not complete
 CANNOT_TAKE = ("vit", "mixtral")  # their names or shapes on disk are not those of the network
@@ -41,7 +42,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.parametrize("kind", AUTO)
+@pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
 class TestEveryArchitecture:
     def test_answers_as_the_expanded_directory(self, make: Make, kind: str, embeddings: bool) -> None:
         small = make(kind, embeddings=embeddings)
@@ -190,7 +191,7 @@ class TestExperts:
 
 class TestWaysToLoad:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize("kind", AUTO)
+    @pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
     def test_in_half_precision(self, make: Make, kind: str, dtype: torch.dtype) -> None:
         small = make(kind, embeddings=True)
         model, dense = auto(kind, small.path, dtype=dtype), auto(kind, small.expanded, dtype=dtype)

@@ -19,6 +19,7 @@ from mpoc.io.manifest_reader import read_manifest
 from mpoc.nn.weight import CoreWeight
 from mpoc.tensor_networks.factors import parse_order
 from tests.support.hub_models import AUTO, IDS, Make, answer, auto, compress_once, tiny
+from tests.support.marks import slow_except
 from tests.support.process import run_python
 
 transformers: Any = import_module("transformers")  # its own types are not complete
@@ -60,7 +61,7 @@ def assert_layers_are_stored(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.parametrize("kind", AUTO)
+@pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
 def test_saved_again_is_the_same_directory(make: Make, tmp_path: Path, kind: str, embeddings: bool) -> None:
     small = make(kind, embeddings=embeddings)
     model = auto(kind, small.path)
@@ -163,7 +164,7 @@ def test_dense_models_are_saved_without_a_guard(tmp_path: Path) -> None:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("kind", AUTO)
+    @pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
     def test_gradients_reach_every_core(self, make: Make, kind: str) -> None:
         model = auto(kind, make(kind, embeddings=True).path).train()
         if kind == "vit":

@@ -22,6 +22,7 @@ from mpoc.models.loading import load
 from mpoc.reporting.summary import report_dict, summary
 from tests.hf.test_quantizer import CANNOT_TAKE
 from tests.support.hub_models import AUTO, Compressed, Make, answer, auto, compress_once, tiny
+from tests.support.marks import slow_except
 from tests.support.process import Here
 
 transformers: Any = import_module("transformers")  # its own types are not complete
@@ -44,7 +45,7 @@ def of_structure(layers: list[LayerRecord]) -> dict[str, tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.parametrize("kind", AUTO)
+@pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
 class TestEveryArchitecture:
     def test_the_layers_are_those_of_the_manifest(
         self, make: Make, tmp_path: Path, kind: str, embeddings: bool

@@ -135,6 +135,7 @@ def test_autocast_narrows_as_it_does_a_dense_layer(network: str, batch: int) -> 
     assert float((found.float() - expected).norm() / expected.norm()) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["tree", "mera"])
 def test_a_compiled_layer_is_one_graph_for_all_batches(network: str) -> None:
     layer = nn.Linear(30, 37)
