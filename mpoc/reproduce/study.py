@@ -186,7 +186,7 @@ def _check(request: StudyRequest) -> None:
     if request.runs < 1:
         raise UsageError(f"--runs {request.runs}: must be at least 1")
     if not 0 <= request.held_out < 1:
-        raise UsageError(f"--hold-out {request.held_out:g}: a share, at least 0 and below 1")
+        raise UsageError(f"--hold-out {request.held_out:g}: must be at least 0 and below 1")
     if num_processes() > 1:
         raise UsageError("reproduce runs in one process", "several commands, each with its --seed and -o")
 

@@ -1,6 +1,8 @@
-"""What of a training split is held out to measure on: the same in ``eval`` as in the training before.
+"""The data set of a command, opened, checked and preprocessed for one network.
 
-The data set of a command, and its batches as one network takes them.
+Options that the command leaves open follow the network: its training history, its place in the zoo, or its
+Hugging Face directory.  A training split without a split to measure on gives a share of its examples as
+validation; ``eval`` repeats the split that the training recorded.
 """
 
 from __future__ import annotations
@@ -33,84 +35,85 @@ from mpoc.models.call import Batch
 from mpoc.models.loading import Model
 from mpoc.train.loader import BatchLoader, plain
 
-SHARE = 0.1  # of a training split, where there is nothing else to measure on
-# The same in ``eval`` as in ``finetune --seed 7``, or training data would be measured.
+SHARE = 0.1  # of the training split, held out where there is no other split to measure on
+# One seed for ``eval`` and any ``finetune --seed``; otherwise training examples would be measured.
 _SEED = 0
-
 _BLOCK = 256  # tokens
-
-
-_OF_KIND = {"images": ("mean", "std", "pad", "flip", "size"), "text": ("tokenizer", "block", "column")}
+_PREPROCESSING = ("mean", "std", "pad", "flip", "size")
+_OF_KIND = {"images": _PREPROCESSING, "text": ("tokenizer", "block", "column")}
 
 
 def hold_out_to_train(data: Data, asked: float | None, wants_validation: bool) -> tuple[Data, float]:
-    """The set with a validation split where training needs one.
+    """Hold out a validation split where training needs one.
 
     Args:
         data: as its files split it.
-        asked: share of ``train`` to hold out; None: ``SHARE`` where there is nothing to measure on.
-        wants_validation: a test split is nothing to measure on.
+        asked: share of ``train`` to hold out; None: ``SHARE`` where there is no split to measure on.
+        wants_validation: a test split does not count as a split to measure on.
 
     Returns:
-        The set, and the share that was held out.
+        The data set, and the share that was held out.
 
     Raises:
         UsageError: the share is out of range.
     """
     measured = "test" in data.splits and not wants_validation
-    return _held(data, (0.0 if measured else SHARE) if asked is None else asked)
+    return _hold_out(data, (0.0 if measured else SHARE) if asked is None else asked)
 
 
 def hold_out_to_measure(
     data: Data, asked: float | None, history: dict[str, Any], fingerprint: str
 ) -> tuple[Data, float]:
-    """The set with what a training on it held out, all of it where there was none; ``notes`` says which.
+    """Hold out what the network's training on this data set held out; ``notes`` says what is measured.
 
     Args:
         data: as its files split it.
-        asked: share of ``train`` to hold out; None: as the network's training did.
-        history: of the network.
-        fingerprint: of the data's files.
+        asked: share of ``train`` to hold out; None: as recorded, nothing where no training is recorded.
+        history: training history of the network.
+        fingerprint: of the files of the data set.
+
+    Returns:
+        The data set, and the share that was held out.
 
     Raises:
         UsageError: the share is out of range.
     """
     if asked is not None:
-        return _held(data, asked)
-    learnt = _trained_on(history, fingerprint)
-    found, share = _held(data, (learnt or {}).get("held_out", 0.0))
+        return _hold_out(data, asked)
+    training = _trained_on(history, fingerprint)
+    split, share = _hold_out(data, (training or {}).get("held_out", 0.0))
     if share:
-        said = f"{share:.3g} of train is held out, as in the network's training on this set"
+        note = f"{share:.3g} of train is held out, as in the network's training on this set"
     elif list(data.splits) != ["train"]:
         return data, share
-    elif learnt is None:
-        said = "all of it is measured: no training of the network on this set is recorded"
+    elif training is None:
+        note = "all of it is measured: no training of the network on this set is recorded"
     else:
-        said = "all of it is measured, and all of it is what the network was trained on"
-    return replace(found, notes=(*data.notes, said)), share
+        note = "all of it is measured, and all of it is what the network was trained on"
+    return replace(split, notes=(*data.notes, note)), share
 
 
-def _held(data: Data, share: float) -> tuple[Data, float]:
+def _hold_out(data: Data, share: float) -> tuple[Data, float]:
     if not 0 <= share < 1:
-        raise UsageError(f"--hold-out {share:g}: a share, at least 0 and below 1")
+        raise UsageError(f"--hold-out {share:g}: must be at least 0 and below 1")
     if share == 0 or "train" not in data.splits or "validation" in data.splits:
         return data, 0.0
     return hold_out(data, share, _SEED), share
 
 
 def _trained_on(history: dict[str, Any], fingerprint: str) -> dict[str, Any] | None:
-    """The record of the data of the last training on this set."""
+    """The data record of the last training on this data set."""
     while history:
-        found: dict[str, Any] = history.get("data", {})
-        if found.get("fingerprint") == fingerprint:
-            return found
+        record: dict[str, Any] = history.get("data", {})
+        if record.get("fingerprint") == fingerprint:
+            return record
         history = history.get("earlier", {})
     return None
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which data, and what is done to them; None: as the network's record says, or the default."""
+    """Which data set, and how it is preprocessed; None: as the network's history records, or the default."""
 
     path: Path
     format: str | None = None
@@ -127,19 +130,19 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A data set with what is done to its examples."""
+    """A data set and how its examples are preprocessed."""
 
     data: Data
     images: ImageOptions
-    block: int  # tokens of an example of text
-    fingerprint: str  # of the data's files
-    held_out: float  # share of their training split that is the validation split here; 0: none
-    numbers: torch.Tensor | None = None  # (classes,): the network's number of each class; None: the same
-    classes: dict[str, int] = field(default_factory=dict)  # the network's number by name; {}: no names
+    block: int  # tokens per example of text
+    fingerprint: str  # of the files
+    held_out: float  # share of the training split that became the validation split; 0: none
+    numbers: torch.Tensor | None = None  # (classes,) the network's index of each class; None: the same
+    classes: dict[str, int] = field(default_factory=dict)  # the network's index by name; {}: no names
     renumbered: bool = False  # the network was trained on classes of other names
 
     def loader(self, split: str) -> BatchLoader:
-        """A split as batches; training ones are augmented where the reader draws."""
+        """The batches of a split; augmented where they are read with a generator."""
         return BatchLoader(self.data.splits[split], self._transform)
 
     def _transform(self, batch: Batch, generator: torch.Generator | None) -> Batch:
@@ -153,17 +156,17 @@ class TrainingData:
 def open_training_data(
     options: DataOptions, model: Model, seed: int | None, wants_validation: bool = False
 ) -> TrainingData:
-    """Open the data set for a network.
+    """Open and check the data set for a network.
 
     Args:
-        options: which, and how.
-        model: whose record fills in what the options leave open.
-        seed: of the windows of a text; None: nothing is trained, and text is read in order.
+        options: which data set, and how it is preprocessed.
+        model: its history and directory supply what the options leave open.
+        seed: of the random blocks of a text; None: no training, and text is read in order.
         wants_validation: a validation split is needed even where there is a test split.
 
     Raises:
-        UsageError: options that do not fit.
-        MpocError: bad data.
+        UsageError: options that do not fit the data.
+        MpocError: bad data, or data that do not fit the network.
     """
     images = image_options(options, model)
     block = _block(model) if options.block is None else options.block
@@ -177,38 +180,35 @@ def open_training_data(
         data, held_out = hold_out_to_train(data, options.held_out, wants_validation)
     _refuse_unused(options, data)
     check_fits(data, shape=_shape(data, model), images=images, vocabulary=_vocabulary(model))
-    if data.kind == "text" and tokenizer is None:
+    if data.tokenizer is not None and tokenizer is None:
         data = _own_characters(data, model, trains=seed is not None)
     return _with_classes(TrainingData(data, images, block, digest, held_out), model)
 
 
 def _refuse_unused(options: DataOptions, data: Data) -> None:
-    """Options for another kind of data than this.
+    """Check that no option is for another kind of data.
 
     Raises:
-        UsageError: one is given.
+        UsageError: an option is.
     """
     for kind, names in _OF_KIND.items():
         given = [name for name in names if getattr(options, name) is not None]
         if given and kind != data.kind:
             raise UsageError(
-                f"--{given[0]} is for {kind}, and {data.path} holds {data.kind}",
+                f"--{given[0]} applies to {kind}, but {data.path} holds {data.kind}",
                 "images are arrays of uint8" if kind == "images" else None,
             )
 
 
 def image_options(options: DataOptions, model: Model) -> ImageOptions:
-    """What is done to images: as asked, as in training, as zoo or directory says, else scaled to [0, 1]."""
+    """Preprocessing of images: as asked, as in training, as of zoo or directory, else scaled to [0, 1]."""
     try:
         known = matches_type(ImageOptions(**_recorded_images(model)))
     except TypeError as error:
-        said = shortened(error)
-        raise MpocError(f"{model.path}: damaged record of what is done to images ({said})") from error
-    asked = {
-        name: value
-        for name in ("mean", "std", "pad", "flip", "size")
-        if (value := getattr(options, name)) is not None
-    }
+        raise MpocError(
+            f"{model.path}: damaged record of the preprocessing of images ({shortened(error)})"
+        ) from error
+    asked = {name: value for name in _PREPROCESSING if (value := getattr(options, name)) is not None}
     return replace(known, **asked)
 
 
@@ -222,28 +222,28 @@ def _recorded_images(model: Model) -> dict[str, Any]:
     file = model.path / "preprocessor_config.json"
     if not (model.path.is_dir() and file.is_file()):
         return {}
-    words = read_json(file)
-    size = words.get("size")
-    found = {"mean": words.get("image_mean"), "std": words.get("image_std")}
+    config = read_json(file)
+    size = config.get("size")
+    images = {"mean": config.get("image_mean"), "std": config.get("image_std")}
     if isinstance(size, dict) and "height" in size and "width" in size:
-        found["size"] = (size["height"], size["width"])
-    return {name: value for name, value in found.items() if value is not None}
+        images["size"] = (size["height"], size["width"])
+    return {name: value for name, value in images.items() if value is not None}
 
 
 def zoo_spec(model: Model) -> str | None:
-    """The network's name in the zoo, where it is of it."""
+    """The name of the network in the zoo; None for any other network."""
     arch = model.architecture
     return arch if arch is not None and arch.partition(":")[0] in zoo.ENTRIES else None
 
 
 def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:
-    """As asked, else as recorded in training, else the directory's own, else the characters of the text."""
+    """As asked, as recorded in training, as of the directory; None: the characters of the text."""
     if options.tokenizer is not None:
         return HubTokenizer(options.tokenizer)
     state = recorded(model.history, "tokenizer") or {}
     files = ("tokenizer.json", "tokenizer_config.json")
-    own = model.path.is_dir() and any((model.path / name).is_file() for name in files)
-    if own and "characters" not in state:
+    in_directory = model.path.is_dir() and any((model.path / name).is_file() for name in files)
+    if in_directory and "characters" not in state:
         state = {"directory": str(model.path)}
     if state:
         try:
@@ -255,59 +255,61 @@ def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:
 
 
 def _own_characters(data: Data, model: Model, trains: bool) -> Data:
-    """Say that the characters are numbered as in this text, or that they cannot be.
+    """Note that characters are numbered by their order in this text.
 
     Raises:
-        MpocError: the network is measured, and has learnt others.
+        MpocError: the network is measured, and was trained on other characters.
     """
     count, known = data.tokenizer.vocab_size if data.tokenizer else 0, _vocabulary(model)
     if not trains and known not in (None, count):
         raise MpocError(
-            f"{data.path}: has {count} different characters and the network {known}; it does not record "
-            "which has which number",
+            f"{data.path}: has {count} different characters, but the network {known}, without a record of "
+            "their numbers",
             "measure it on the text it was trained on, or train it with mpoc finetune, which records them",
         )
-    said = "characters are numbered in their order in this text: the network records no numbers of its own"
-    return replace(data, notes=(*data.notes, said))
+    note = "characters are numbered in their order in this text: the network records no numbers of its own"
+    return replace(data, notes=(*data.notes, note))
 
 
 def _shape(data: Data, model: Model) -> tuple[int, ...] | None:
-    """Of one image, where the network is of the zoo."""
+    """Shape of one image as a network of the zoo takes it; None: unknown."""
     spec = zoo_spec(model)
     return zoo.ENTRIES[zoo.parse(spec)[0]].shape if spec is not None and data.kind == "images" else None
 
 
 def _with_classes(training_data: TrainingData, model: Model) -> TrainingData:
-    """Classes numbered as in training, else as in config.json, where the data name the same ones."""
+    """Number the classes as in training, else as in config.json, where the data name the same classes."""
     data = training_data.data
     if not data.classes or data.classes == tuple(map(str, range(len(data.classes)))):
         return training_data
-    learnt: dict[str, int] = recorded(model.history, "classes") or {}
-    known = learnt or getattr(getattr(model.network, "config", None), "label2id", None) or {}
+    trained: dict[str, int] = recorded(model.history, "classes") or {}
+    known = trained or getattr(getattr(model.network, "config", None), "label2id", None) or {}
     unknown = [name for name in data.classes if name not in known]
     if unknown:
         own = {name: number for number, name in enumerate(data.classes)}
-        if learnt:
-            said = f"the network was trained on other classes, without {unknown[0]!r}: all are numbered anew"
-            data = replace(data, notes=(*data.notes, said))
-        return replace(training_data, data=data, classes=own, renumbered=bool(learnt))
+        if trained:
+            note = f"the network was trained on other classes, without {unknown[0]!r}: all are numbered anew"
+            data = replace(data, notes=(*data.notes, note))
+        return replace(training_data, data=data, classes=own, renumbered=bool(trained))
     numbers = [int(known[name]) for name in data.classes]
     if numbers == list(range(len(numbers))):
         return replace(training_data, classes=dict(known))
-    where = "training" if learnt else "the model's config.json"
+    where = "training" if trained else "the model's config.json"
     data = replace(data, notes=(*data.notes, f"classes are numbered as in {where}"))
     return replace(training_data, data=data, numbers=torch.tensor(numbers), classes=dict(known))
 
 
 def _vocabulary(model: Model) -> int | None:
+    """Number of tokens of the network; None: unknown, or it takes no text."""
     spec = zoo_spec(model)
     if spec is not None:
         return zoo.parse(spec)[1].get("vocab")
-    found = getattr(getattr(model.network, "config", None), "vocab_size", None)
-    return found if isinstance(found, int) else None
+    size = getattr(getattr(model.network, "config", None), "vocab_size", None)
+    return size if isinstance(size, int) else None
 
 
 def _block(model: Model) -> int:
+    """Tokens per example: the context of the network, at most ``_BLOCK`` where it is not of the zoo."""
     spec = zoo_spec(model)
     if spec is not None:
         return zoo.parse(spec)[1].get("context", _BLOCK)
@@ -316,10 +318,10 @@ def _block(model: Model) -> int:
 
 
 def choose_split(data: Data, wanted: str | None) -> str:
-    """The split to measure on: ``wanted``, else test, validation or train, the first there is.
+    """The split to measure on: ``wanted``, else the first there is of test, validation and train.
 
     Raises:
-        UsageError: the set has no such split.
+        UsageError: the data set has no such split.
     """
     if wanted is not None and wanted not in data.splits:
         raise UsageError(f"{data.path}: no split {wanted!r}, only {', '.join(data.splits)}")
@@ -327,5 +329,5 @@ def choose_split(data: Data, wanted: str | None) -> str:
 
 
 def monitored_split(data: Data) -> str | None:
-    """The split that is measured while training; test only where nothing is chosen by it."""
+    """The split to measure during training: validation, else test, else none."""
     return next((name for name in ("validation", "test") if name in data.splits), None)

@@ -83,7 +83,7 @@ def test_a_network_trained_on_all_of_it(lone: Path) -> None:
 def test_a_share_that_is_asked_for(lone: Path) -> None:
     source = lone.with_name("fc2.safetensors")
     assert measured(source, lone, held_out=0.5)[0].examples == 100
-    with pytest.raises(UsageError, match=r"--hold-out -0\.5: a share, at least 0 and below 1"):
+    with pytest.raises(UsageError, match=r"--hold-out -0\.5: must be at least 0 and below 1"):
         measured(source, lone, held_out=-0.5)
 
 

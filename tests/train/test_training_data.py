@@ -68,7 +68,7 @@ def test_images_of_another_size(tmp_path: Path, fc2: Model) -> None:
 )
 def test_options_for_another_kind_of_data(tmp_path: Path, fc2: Model, given: dict[str, Any]) -> None:
     path = written(tmp_path, np.zeros((20, 784), np.float32))
-    with pytest.raises(UsageError, match=r"--\w+ is for (images|text), and .*digits.npz holds arrays"):
+    with pytest.raises(UsageError, match=r"--\w+ applies to (images|text), but .*digits.npz holds arrays"):
         open_training_data(DataOptions(path, **given), fc2, 0)
 
 
@@ -120,5 +120,5 @@ def test_classes_that_training_did_not_have(tmp_path: Path, fc2: Model) -> None:
 def test_a_damaged_record_of_images_is_refused(tmp_path: Path, fc2: Model, record: dict[str, Any]) -> None:
     path = written(tmp_path, pixels(20, 28, 28))
     strange = replace(fc2, stored=replace(fc2.stored, history={"images": record}))
-    with pytest.raises(MpocError, match=r"fc2\.safetensors: damaged record of what is done to images"):
+    with pytest.raises(MpocError, match=r"fc2\.safetensors: damaged record of the preprocessing of images"):
         open_training_data(DataOptions(path), strange, 0)
