@@ -53,6 +53,7 @@ def token_data(form: str) -> Path:
     return Path(f"ids.{form}")
 
 
+@pytest.mark.slow
 def test_token_ids() -> None:
     tiny("bert").save_pretrained("bert")
     data = token_data("parquet")
