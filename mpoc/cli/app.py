@@ -15,6 +15,7 @@ from mpoc.cli.eval import evaluate
 from mpoc.cli.expand import expand
 from mpoc.cli.export import export
 from mpoc.cli.finetune import finetune
+from mpoc.cli.guide import guide
 from mpoc.cli.report import report
 from mpoc.cli.reproduce import reproduce
 from mpoc.runtime.distributed import exit_process
@@ -55,6 +56,7 @@ app.command()(reproduce)
 app.command()(export)
 app.command()(demo)
 app.command()(doctor)
+app.command()(guide)
 
 
 def main() -> None:

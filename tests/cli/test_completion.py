@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_help import COMMANDS
+from tests.support.examples import COMMANDS
 from tests.support.process import environment
 
 SHELLS = ("bash", "zsh", "fish")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from mpoc.cli.guide import read_page
 from mpoc.io.safetensors_header import read_header
 from mpoc.runtime.signals import Interrupted
 from mpoc.train import evaluate
@@ -160,12 +161,13 @@ def test_a_disk_that_fills_up_while_training(
     assert (folder / "net.tuned.safetensors").read_bytes() == (folder / "straight.safetensors").read_bytes()
 
 
-def test_the_readme_names_every_field_of_the_json(
+def test_the_guide_names_every_field_of_the_json(
     here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text("utf-8")
     monkeypatch.setattr(evaluate, "_LATENCY_SECONDS", 0.01)
-    section = readme.partition("The JSON of finetune and eval")[2].partition("</details>")[0]
+    section = (
+        read_page("file-format-and-json").partition("The JSON of finetune and eval")[2].partition("\n## ")[0]
+    )
     words = {word.removesuffix("[]") for word in re.findall(r"`([^`]*)`", section)}
     measure = ("eval", "net.pt", *TRAIN[2:6], "--latency", "--json")
     for command in ((*TRAIN, "--runs", 2, "--json"), measure, (*measure, "--reference", "net.pt")):

@@ -1,33 +1,21 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 
 import mpoc
-from mpoc.cli.app import app
+from mpoc.cli.guide import read_page
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.models import zoo
 from mpoc.train.settings import Settings
 from tests.reproduce.images import write_digits
 from tests.support.checkpoints import mlp_state, network_state, save_directory
+from tests.support.examples import COMMANDS, PAGES, help_examples, mpoc_arguments
 from tests.support.process import Here
-
-ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = {command.name: command for command in typer.main.get_group(app).commands.values()}
-
-
-def examples(command: str) -> list[str]:
-    """The command lines under "Example" in a command's help, as they are written in its source."""
-    text = COMMANDS[command].help or ""
-    _, found, rest = text.partition("Example")
-    assert found, f"mpoc {command} --help has no example"
-    return re.findall(r"mpoc .*", rest)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -37,7 +25,7 @@ class TestEveryCommand:
         assert (done.returncode, done.stderr) == (0, "")
         assert f"mpoc {command} " in done.stdout
         flat = re.sub(r"[\s│]+", " ", done.stdout)
-        for example in examples(command):
+        for example in help_examples(command):
             assert example in flat
         for parameter in COMMANDS[command].params:
             for option in parameter.opts:
@@ -49,14 +37,12 @@ class TestEveryCommand:
     def test_examples_work(self, here: Here, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("mpoc.cli.demo._SETTINGS", Settings(epochs=1.0, lr=0.01))
         make_what_the_examples_name(compressed=command != "compress")
-        for example in examples(command):
-            words = shlex.split(example.partition(" > ")[0])
-            result = here(*words[1:])
+        for example in help_examples(command):
+            result = here(*mpoc_arguments(example))
             assert result.returncode == 0, f"{example}: {result.stderr}"
 
-    def test_stands_in_the_readme(self, command: str) -> None:
-        readme = (ROOT / "README.md").read_text("utf-8")
-        assert f"mpoc {command}" in readme
+    def test_is_in_the_guide(self, command: str) -> None:
+        assert any(f"mpoc {command}" in page.read_text("utf-8") for page in PAGES)
 
 
 def test_every_command_is_listed_with_what_it_does(here: Here) -> None:
@@ -102,10 +88,10 @@ def make_what_the_examples_name(compressed: bool) -> None:
             compress_checkpoint(Path("mlp.pt"), output, make_recipe(None, {"bond": 4}))
 
 
-def test_the_readme_s_table_of_finetune_names_its_options() -> None:
-    """Every option in the table is one of the command, and every one of the command stands in the README."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    table = readme.partition("| option of `finetune` |")[2].partition("\n\n")[0]
+def test_the_guide_s_table_of_finetune_names_its_options() -> None:
+    """Every option in the table is one of the command, and every one of the command is in the table."""
+    page = read_page("fine-tuning")
+    table = page.partition("| option |")[2].partition("\n\n")[0]
     known = {option for parameter in COMMANDS["finetune"].params for option in parameter.opts}
     assert (named := set(re.findall(r"--[a-z][a-z0-9-]*", table))) <= known
     assert len(named) > 25
@@ -113,8 +99,6 @@ def test_the_readme_s_table_of_finetune_names_its_options() -> None:
         "--data",
         "--format",
         "--arch",
-        "--task",
-        "--teacher-arch",
         "--seed",
         "--device",
         "--output",

@@ -5,7 +5,7 @@ whole map, a padded and tied embedding, and cores in bfloat16.  ``format-1.json`
 
     python -m tests.kept.make FOLDER        (in the repository's folder)
 
-The numbers in the JSON are computed here, in float64 and by the formulas of README, without mpoc.  A later
+The numbers in the JSON are computed here, in float64 and by the formulas of the guide, without mpoc.  A later
 format gets files of its own; these stay as they are.
 """
 
@@ -92,7 +92,7 @@ def images(count: int) -> Tensor:
 
 
 def weights(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The dense weights of the cores, float64, each entry by README's product."""
+    """The dense weights of the cores, float64, each entry by the product in the guide."""
     cores = {name: core.double() for name, core in stored.items() if ".cores." in name}
     chain = {
         name: [core for key, core in cores.items() if key.startswith(f"{name}.cores.")]

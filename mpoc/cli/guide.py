@@ -1,0 +1,112 @@
+"""``mpoc guide``: the manual in the terminal, one Markdown page a topic.
+
+The pages are in ``mpoc/guide`` and are shipped with the package. A terminal shows them rendered; a pipe gets
+the Markdown itself, so that ``mpoc guide calibration > calibration.md`` is the page.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import resources
+from typing import Annotated
+
+import typer
+
+from mpoc.cli.console import Output, reported_errors
+from mpoc.errors import UsageError, nearest
+
+TOPICS = (
+    "getting-started",
+    "choosing-a-goal",
+    "calibration",
+    "forms",
+    "convolutions",
+    "fine-tuning",
+    "evaluation",
+    "reports",
+    "large-checkpoints",
+    "loading-and-exporting",
+    "entanglement",
+    "the-papers",
+    "file-format-and-json",
+    "faults-and-untrusted-files",
+    "contributing",
+    "changes",
+)
+_WIDEST = 100  # columns of a rendered page
+_PAGE_LINK = re.compile(r"\[([^\]]+)\]\(([a-z-]+)\.md(?:#[^)]*)?\)")
+_REPOSITORY_LINK = re.compile(r"!?\[([^\]]+)\]\(\.\./\.\./([^)]+)\)")
+
+
+def guide(
+    topic: Annotated[
+        str | None, typer.Argument(metavar="TOPIC", help="The page to show. Default: list the pages.")
+    ] = None,
+) -> None:
+    """Show the manual, one page a topic.
+
+    Examples:
+
+    mpoc guide
+
+    mpoc guide calibration
+    """
+    with reported_errors():
+        if topic is None:
+            _list_topics()
+        elif topic in TOPICS:
+            _show(read_page(topic))
+        else:
+            close = nearest(topic, TOPICS) or _containing(topic)
+            raise UsageError(f"the guide has no topic {topic!r}{close}", "mpoc guide lists the topics")
+
+
+def read_page(topic: str) -> str:
+    """The Markdown of a page of the guide."""
+    return resources.files("mpoc").joinpath("guide", f"{topic}.md").read_text("utf-8")
+
+
+def summary(page: str) -> str:
+    """The sentence below a page's title."""
+    return page.split("\n\n", 2)[1].replace("\n", " ")
+
+
+def _list_topics() -> None:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for topic in TOPICS:
+        table.add_row(topic, summary(read_page(topic)))
+    output = Output()
+    output.result.print(table)
+    output.next_command("mpoc guide getting-started")
+
+
+def _show(page: str) -> None:
+    """The page, rendered on a terminal."""
+    console = Output().result
+    if not console.is_terminal:
+        sys.stdout.write(page)
+        return
+    from rich.markdown import Markdown
+
+    console.print(Markdown(_for_terminal(page)), width=min(console.width, _WIDEST))
+
+
+def _for_terminal(page: str) -> str:
+    """The page with links that a terminal cannot follow written out."""
+    page = _PAGE_LINK.sub(lambda link: _reference(link[1], f"mpoc guide {link[2]}"), page)
+    return _REPOSITORY_LINK.sub(r"\1 (\2 in the repository)", page)
+
+
+def _reference(text: str, command: str) -> str:
+    return f"{text} (`{command}`)"
+
+
+def _containing(topic: str) -> str:
+    """A suggestion for a word of a topic's name, as ``papers``; else an empty string."""
+    named = next((name for name in TOPICS if topic.lower() in name), None)
+    return f"; did you mean {named!r}?" if named and topic else ""
