@@ -1,0 +1,13 @@
+"""Parameters of which the quick suite runs a few."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def slow_except(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Parameters for ``parametrize``; all but ``quick`` carry the mark ``slow``."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
