@@ -35,8 +35,7 @@ TOPICS = (
     "changes",
 )
 _WIDEST = 100  # columns of a rendered page
-_PAGE_LINK = re.compile(r"\[([^\]]+)\]\(([a-z-]+)\.md(?:#[^)]*)?\)")
-_REPOSITORY_LINK = re.compile(r"!?\[([^\]]+)\]\(\.\./\.\./([^)]+)\)")
+_LINK = re.compile(r"!?\[([^\]]+)\]\(([^)\s]+)\)")
 
 
 def guide(
@@ -98,12 +97,14 @@ def _show(page: str) -> None:
 
 def _for_terminal(page: str) -> str:
     """The page with links that a terminal cannot follow written out."""
-    page = _PAGE_LINK.sub(lambda link: _reference(link[1], f"mpoc guide {link[2]}"), page)
-    return _REPOSITORY_LINK.sub(r"\1 (\2 in the repository)", page)
+    return _LINK.sub(_written_out, page)
 
 
-def _reference(text: str, command: str) -> str:
-    return f"{text} (`{command}`)"
+def _written_out(link: re.Match[str]) -> str:
+    text, target = link[1], link[2].partition("#")[0]
+    if target.startswith("../../"):
+        return f"{text}, {target.removeprefix('../../')} in the repository"
+    return f"{text} (`mpoc guide {target.removesuffix('.md')}`)"
 
 
 def _containing(topic: str) -> str:

@@ -84,6 +84,8 @@ def test_a_page_has_a_title_and_a_summary(topic: str) -> None:
     page = read_page(topic)
     assert page.startswith("# ")
     assert 20 < len(summary(page)) <= 120
+    lines = "".join(re.findall(r"```\w+\n(.*?)```", page, re.DOTALL)).splitlines()
+    assert [line for line in lines if len(line) > 96] == []  # they would wrap in a terminal
 
 
 def test_the_readme_is_short() -> None:
