@@ -173,7 +173,7 @@ def _profile(layer: LayerRecord, stored: Checkpoint, dense: Checkpoint | None, k
 
 
 def as_dict(found: Entanglement) -> dict[str, Any]:
-    """As plain data; the schema is documented in README under "Entanglement"."""
+    """As plain data; the schema is in the guide, file-format-and-json."""
     return {
         "schema": SCHEMA,
         "model": str(found.model),

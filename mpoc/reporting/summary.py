@@ -138,7 +138,7 @@ def read_report(path: str | PathLike[str]) -> Report:
 def report_dict(
     manifest: Manifest, nbytes: int, seconds: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """The report as plain data; the schema is documented in README under "The JSON report".
+    """The report as plain data; the schema is in the guide, file-format-and-json.
 
     Args:
         manifest: of the compressed file, or of a plan.

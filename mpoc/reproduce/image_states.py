@@ -218,7 +218,7 @@ class ImageStates:
         return self.images[0].numel()
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``; README documents it."""
+        """For ``--json``; the guide documents it (file-format-and-json)."""
         return {
             "schema": SCHEMA,
             "experiment": NAME,

@@ -93,7 +93,7 @@ class Reproduction:
     quick: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``; README documents it."""
+        """For ``--json``; the guide documents it (file-format-and-json)."""
         return {
             "schema": SCHEMA,
             "experiment": self.study.name,

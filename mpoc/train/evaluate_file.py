@@ -59,7 +59,7 @@ class FileEvaluation:
     latencies: list[dict[str, Any]] = field(default_factory=list)  # batch, ms and, where compressed, dense_ms
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``; README documents it."""
+        """For ``--json``; the guide documents it (file-format-and-json)."""
         found: dict[str, Any] = {
             "schema": SCHEMA,
             "model": str(self.model),

@@ -1,4 +1,4 @@
-"""README's picture: the demo network's accuracy over file size, one point a bond dimension.
+"""The picture in the guide's first page: the demo network's accuracy over file size, one point a bond dimension.
 
     python tests/benchmarks/demo_curve.py .readme/demo.svg
 

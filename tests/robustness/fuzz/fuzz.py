@@ -1,4 +1,4 @@
-"""Fuzz mpoc's readers: ``python tests/robustness/fuzz/fuzz/py --minutes 10 --target manifest``.
+"""Fuzz mpoc's readers: ``python tests/robustness/fuzz/fuzz.py --minutes 10 --target manifest``.
 
 Says how many inputs were run, how many pairs of lines they reached, and every fault with the input that it
 came from (kept in ``--out``).  Should the process itself die, the input that killed it is ``OUT/current``.
