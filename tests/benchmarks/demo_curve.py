@@ -1,4 +1,4 @@
-"""The picture in the guide's first page: the demo network's accuracy over file size, one point a bond dimension.
+"""The guide's picture of the demo: accuracy of its network over file size, one point a bond dimension.
 
     python tests/benchmarks/demo_curve.py .readme/demo.svg
 
