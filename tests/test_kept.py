@@ -20,7 +20,7 @@ FILE, DIRECTORY = FOLDER / "format-1.safetensors", FOLDER / "format-1"
 EXPECTED: dict[str, Any] = json.loads((FOLDER / "format-1.json").read_text("utf-8"))
 
 
-def test_a_file_of_format_1_is_read() -> None:
+def test_reads_format_1_file() -> None:
     manifest = read_manifest(FILE)
     assert manifest.tool == "mpoc 0.1.0"
     assert [layer.form for layer in manifest.layers] == ["mpo", "svd+mpo", "mpo", "svd", "dense"]
@@ -42,13 +42,13 @@ def test_a_file_of_format_1_is_read() -> None:
     assert parse_manifest(manifest.to_json(), FILE) == manifest
 
 
-def test_it_computes_what_it_did() -> None:
+def test_format_1_file_computes_as_before() -> None:
     with torch.no_grad():
         found = load(FILE, Net())(images(3)).flatten()
     torch.testing.assert_close(found, torch.tensor(EXPECTED["outputs"]), rtol=1e-5, atol=1e-6)
 
 
-def test_it_expands_to_what_it_did(tmp_path: Path) -> None:
+def test_format_1_file_expands_as_before(tmp_path: Path) -> None:
     expand_checkpoint(FILE, tmp_path / "dense.safetensors")
     dense = load_file(tmp_path / "dense.safetensors")
     assert {name: tensor.shape for name, tensor in dense.items()} == {
@@ -65,7 +65,7 @@ def test_it_expands_to_what_it_did(tmp_path: Path) -> None:
     torch.testing.assert_close(found, torch.tensor(EXPECTED["outputs"]), rtol=1e-5, atol=1e-6)
 
 
-def test_a_directory_of_format_1_is_read(tmp_path: Path) -> None:
+def test_reads_format_1_directory(tmp_path: Path) -> None:
     manifest = read_manifest(DIRECTORY)
     conv, embed = manifest.layers
     assert (conv.kind, conv.bonds, conv.stored_dtype) == ("convmap", (1, 3, 4, 1), "bfloat16")
@@ -85,7 +85,7 @@ def test_a_directory_of_format_1_is_read(tmp_path: Path) -> None:
         )
 
 
-def test_the_directory_computes_what_it_did() -> None:
+def test_format_1_directory_computes_as_before() -> None:
     x = images(1)[0, 0, :4].reshape(1, 2, 4, 4)
     with torch.no_grad():
         mapped, scores = load(DIRECTORY, Parts())(x, torch.tensor(IDS))

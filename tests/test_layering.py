@@ -125,7 +125,7 @@ def reached(module: str) -> set[str]:
     return seen
 
 
-def test_imports_are_seen_inside_functions() -> None:
+def test_finds_imports_inside_functions() -> None:
     assert "mpoc.compression.pipeline" in imports("mpoc.cli.compress")
     assert "torch" in reached("mpoc.compression.pipeline")
     assert "torch" not in reached("mpoc.errors")
@@ -142,7 +142,7 @@ def test_imports_point_to_lower_levels(module: str) -> None:
     assert [other for other in others if LEVELS[other] >= LEVELS[own]] == []
 
 
-def test_there_is_no_cycle() -> None:
+def test_imports_have_no_cycle() -> None:
     graph = {module: (imports(module) & FILES.keys()) - {module, "mpoc"} for module in FILES}
     try:
         list(TopologicalSorter(graph).static_order())
@@ -161,7 +161,7 @@ def test_libraries_have_their_places(library: str) -> None:
     assert [user for user in users if not user.startswith(USERS[library] or ("-",))] == []
 
 
-def test_the_zoo_needs_torch_only() -> None:
+def test_zoo_needs_torch_only() -> None:
     for module in FILES:
         if module.startswith("mpoc.models.zoo"):
             others = {name for name in imports(module) if not name.startswith("mpoc.models.zoo")}

@@ -162,7 +162,9 @@ GOALS = [["--bond", "2"], ["--ratio", "0.9"], ["--max-error", "0.5"], ["--size",
 @pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(words=command_lines("compress"), goal=st.sampled_from(GOALS), dry=st.booleans())
-def test_compress(folder: Path, words: list[str], goal: list[str], dry: bool) -> None:
+def test_random_compress_options_exit_cleanly(
+    folder: Path, words: list[str], goal: list[str], dry: bool
+) -> None:
     more = ["--dry-run"] if dry else ["--force"]
     check([*words, *goal, *more], folder)
 
@@ -170,14 +172,14 @@ def test_compress(folder: Path, words: list[str], goal: list[str], dry: bool) ->
 @pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(words=st.sampled_from(["report", "expand"]).flatmap(command_lines))
-def test_report_and_expand(folder: Path, words: list[str]) -> None:
+def test_random_report_and_expand_options_exit_cleanly(folder: Path, words: list[str]) -> None:
     check([*words, *(["--force"] if words[0] == "expand" else [])], folder)
 
 
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(words=command_lines("finetune"))
-def test_finetune(folder: Path, words: list[str]) -> None:
+def test_random_finetune_options_exit_cleanly(folder: Path, words: list[str]) -> None:
     more = ["--force", "--arch", "net.py:mlp"]
     more += [] if "--data" in words else ["--data", "data.npz"]
     more += [] if "--steps" in words or "--epochs" in words else ["--steps", "1"]
@@ -199,7 +201,7 @@ def test_finetune(folder: Path, words: list[str]) -> None:
         (["--checkpoint-every", "9" * 5000], 2, "--checkpoint-every 999"),
     ],
 )
-def test_what_was_found_by_chance(folder: Path, options: list[str], status: int, said: str) -> None:
+def test_reports_overflowing_option_values(folder: Path, options: list[str], status: int, said: str) -> None:
     words = ["finetune", "c.safetensors", "--force", "--arch", "net.py:mlp", "--data", "data.npz"]
     done = end_of([*words, "--steps", "3", "--device", "cpu", *options], folder)
     assert done[0] == status and said in done[1], done

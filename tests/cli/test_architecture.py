@@ -14,7 +14,7 @@ from tests.support.process import Here
 
 
 @pytest.mark.parametrize("spec", ["fc2", "resnet:depth=8"])
-def test_compress_report_and_load(here: Here, spec: str) -> None:
+def test_arch_is_recorded_and_used_by_report_and_load(here: Here, spec: str) -> None:
     network = make(spec).eval()
     torch.save(network.state_dict(), here.folder / "m.pt")
     done = here("compress", "m.pt", "--bond", "4", "--arch", spec)
@@ -30,7 +30,7 @@ def test_compress_report_and_load(here: Here, spec: str) -> None:
         torch.testing.assert_close(mpoc.load(path)(x), mpoc.load(path, network)(x))
 
 
-def test_export_needs_no_options(here: Here) -> None:
+def test_export_uses_the_recorded_arch(here: Here) -> None:
     torch.save(make("fc2").state_dict(), "m.pt")
     assert here("compress", "m.pt", "--bond", "4", "--arch", "fc2").returncode == 0
     done = here("export", "m.mpo.safetensors", "--onnx", "m.onnx")
@@ -45,7 +45,7 @@ def test_export_needs_no_options(here: Here) -> None:
         ("fc3", "did you mean 'fc2'?"),
     ],
 )
-def test_what_does_not_fit(here: Here, arch: str, said: str) -> None:
+def test_rejects_arch_that_does_not_match_the_checkpoint(here: Here, arch: str, said: str) -> None:
     torch.save(nn.Linear(16, 16).state_dict(), here.folder / "m.pt")
     done = here("compress", "m.pt", "--bond", "2", "--arch", arch)
     assert (done.returncode, done.stdout) == (2, "")

@@ -40,7 +40,7 @@ def said(home: Path, *words: str, **more: str) -> str:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_the_script_is_shown(home: Path, shell: str) -> None:
+def test_show_completion_prints_the_script(home: Path, shell: str) -> None:
     script = said(home, "mpoc", "--show-completion", shell, **NAMED)
     assert f"_MPOC_COMPLETE=complete_{shell}" in script
     first = {"bash": "complete -o default -F _mpoc_completion mpoc", "zsh": "#compdef mpoc"}
@@ -48,7 +48,7 @@ def test_the_script_is_shown(home: Path, shell: str) -> None:
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_it_is_installed(home: Path, shell: str) -> None:
+def test_install_completion_writes_the_script(home: Path, shell: str) -> None:
     assert f"{shell} completion installed in" in said(home, "mpoc", "--install-completion", shell, **NAMED)
     written = [file for file in home.rglob("*") if file.is_file() and file.parent.name != "bin"]
     assert any("_MPOC_COMPLETE" in file.read_text() for file in written)
@@ -62,7 +62,7 @@ def test_it_is_installed(home: Path, shell: str) -> None:
         ("mpoc report --c", {"--csv"}),
     ],
 )
-def test_words_are_completed(home: Path, shell: str, line: str, expected: set[str]) -> None:
+def test_completes_commands_and_options(home: Path, shell: str, line: str, expected: set[str]) -> None:
     values = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" ")), "_TYPER_COMPLETE_ARGS": line}
     values |= {"_TYPER_COMPLETE_FISH_ACTION": "get-args", "_MPOC_COMPLETE": f"complete_{shell}"}
     found = said(home, "mpoc", **values)
@@ -73,7 +73,7 @@ def test_words_are_completed(home: Path, shell: str, line: str, expected: set[st
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
-def test_bash_completes_by_its_script(home: Path) -> None:
+def test_bash_script_completes_commands(home: Path) -> None:
     script = said(home, "bash", "-c", "mpoc --show-completion; true")
     (home / "script.sh").write_text(script)
     ask = "source script.sh; COMP_WORDS=(mpoc doc); COMP_CWORD=1; _mpoc_completion mpoc; echo ${COMPREPLY[@]}"

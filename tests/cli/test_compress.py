@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "mlp.pt"
 
 
-def test_a_file_lands_in_the_current_directory_with_a_report(run: Mpoc, model: Path) -> None:
+def test_writes_to_the_current_directory_and_prints_a_report(run: Mpoc, model: Path) -> None:
     done = run("compress", model, "--bond", 4)
     assert done.returncode == 0, done.stderr
     output = run.folder / "mlp.mpo.safetensors"
@@ -45,7 +45,7 @@ def test_a_file_lands_in_the_current_directory_with_a_report(run: Mpoc, model: P
     assert f"ρ = {manifest.rho:.4f}" in following.stdout
 
 
-def test_a_directory_lands_beside_with_everything_it_had(here: Here, tmp_path: Path) -> None:
+def test_directory_output_keeps_every_other_file(here: Here, tmp_path: Path) -> None:
     source = save_directory(tmp_path / "bert", mlp_state(), shards=2)
     done = here("compress", f"{source}/", "--ratio", 0.5, "--max-shard-size", "4kB", "--quiet")
     assert done.returncode == 0, done.stderr
@@ -55,7 +55,7 @@ def test_a_directory_lands_beside_with_everything_it_had(here: Here, tmp_path: P
     assert all((here.folder / "bert-mpo" / name).stat().st_size < 6000 for name in names)
 
 
-def test_json_is_all_of_stdout_and_quiet_silences_the_rest(here: Here, model: Path) -> None:
+def test_json_fills_stdout_and_quiet_silences_stderr(here: Here, model: Path) -> None:
     done = here("compress", model, "--max-error", 0.9, "-o", "out.safetensors", "--json", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
@@ -65,7 +65,7 @@ def test_json_is_all_of_stdout_and_quiet_silences_the_rest(here: Here, model: Pa
     assert all(layer["relative_error"] <= 0.9 and layer["seconds"] >= 0 for layer in report["layers"])
 
 
-def test_a_dry_run_prints_the_plan_and_writes_nothing(here: Here, model: Path) -> None:
+def test_dry_run_prints_the_plan_and_writes_nothing(here: Here, model: Path) -> None:
     done = here("compress", model, "--size", "9kB", "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
@@ -79,7 +79,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(here: Here, model: Path) -
     assert contents(here.folder) == {}
 
 
-def test_options_and_recipe_act_together(here: Here, model: Path, tmp_path: Path) -> None:
+def test_options_and_recipe_combine(here: Here, model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('bond = 2\nexclude = ["nothing*"]\n\n[layer.fc2]\nbond = 3\nsites = 2\n')
     arguments = ["compress", model, "--recipe", recipe, "--exclude", "*.bias", "--dtype", "bfloat16"]
@@ -95,7 +95,7 @@ def test_options_and_recipe_act_together(here: Here, model: Path, tmp_path: Path
     assert stored["fc1.bias"].dtype == torch.float32
 
 
-def test_force_replaces_and_nothing_else_does(here: Here, model: Path) -> None:
+def test_replaces_existing_output_only_with_force(here: Here, model: Path) -> None:
     output = here.folder / "mlp.mpo.safetensors"
     output.write_text("mine")
     refused = here("compress", model, "--bond", 4)
@@ -108,7 +108,7 @@ def test_force_replaces_and_nothing_else_does(here: Here, model: Path) -> None:
     assert list(here.folder.iterdir()) == [output]
 
 
-def test_the_same_bytes_from_two_processes(run: Mpoc, model: Path) -> None:
+def test_output_is_deterministic_across_processes(run: Mpoc, model: Path) -> None:
     for name in ("a", "b"):
         done = run("compress", model, "--bond", 4, "-o", f"{name}.safetensors", "--seed", 5, "--quiet")
         assert done.returncode == 0, done.stderr
@@ -125,14 +125,14 @@ def test_the_same_bytes_from_two_processes(run: Mpoc, model: Path) -> None:
         (["compres", "m.pt"], "No such command"),
     ],
 )
-def test_a_bad_command_line_exits_with_2(here: Here, arguments: list[str], said: str) -> None:
+def test_bad_command_line_exits_with_2(here: Here, arguments: list[str], said: str) -> None:
     done = here(*arguments)
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stdout == ""
 
 
-def test_a_terminal_gets_a_live_bar(run: Mpoc, model: Path) -> None:
+def test_terminal_shows_a_progress_bar(run: Mpoc, model: Path) -> None:
     master, slave = pty.openpty()
     process = run.start("compress", model, "--bond", 4, stderr=slave)
     os.close(slave)
@@ -149,14 +149,14 @@ def test_a_terminal_gets_a_live_bar(run: Mpoc, model: Path) -> None:
     assert out.startswith("layer")
 
 
-def test_refinement_needs_data(here: Here, model: Path) -> None:
+def test_refine_requires_calibrate(here: Here, model: Path) -> None:
     done = here("compress", model, "--bond", 4, "--refine")
     assert done.returncode == 2
     assert "--refine is of use with --calibrate only" in done.stderr
     assert list(here.folder.iterdir()) == []
 
 
-def test_refinement_is_said_and_recorded(here: Here, tmp_path: Path) -> None:
+def test_refine_is_reported_and_recorded(here: Here, tmp_path: Path) -> None:
     code = (
         "from torch import nn\n"
         "class Block(nn.Module):\n"

@@ -29,7 +29,7 @@ def stopped_in_native_code(signum: int) -> None:
 
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_that_native_code_turns_into_an_error_stays_one(
+def test_signal_swallowed_by_native_code_is_still_reported(
     signum: int, status: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop, reported_errors():
@@ -40,7 +40,7 @@ def test_a_signal_that_native_code_turns_into_an_error_stays_one(
 
 
 @pytest.mark.usefixtures("handlers")
-def test_signals_do_afterwards_what_they_did_before() -> None:
+def test_restores_signal_handlers() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with reported_errors():
         assert signal.getsignal(signal.SIGINT) is not before[0]
@@ -48,20 +48,20 @@ def test_signals_do_afterwards_what_they_did_before() -> None:
 
 
 @pytest.mark.usefixtures("handlers")
-def test_errors_without_a_signal_stay_errors() -> None:
+def test_other_errors_pass_through() -> None:
     with pytest.raises(ValueError, match="a fault"), reported_errors():
         raise ValueError("a fault")
 
 
 @pytest.mark.usefixtures("handlers")
-def test_a_signal_that_was_ignored_from_the_start_stays_so() -> None:
+def test_keeps_ignoring_an_ignored_signal() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with reported_errors():
         signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.usefixtures("handlers")
-def test_a_note_is_told_and_the_hint_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_notes_and_the_hint_once(capsys: pytest.CaptureFixture[str]) -> None:
     error = MpocError("m.pt: no weights", "--layers fc1")
     error.add_note("finished layers are kept")
     with pytest.raises(SystemExit), reported_errors():
@@ -73,7 +73,7 @@ def test_a_note_is_told_and_the_hint_once(capsys: pytest.CaptureFixture[str]) ->
 HOSTILE = "a\x1b[2J\x9b1m\x07\u202e[red]b\r\udcff"
 
 
-def test_text_of_files_is_no_command_to_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_escapes_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     Output().say(HOSTILE)
     with pytest.raises(SystemExit), reported_errors():
         raise MpocError(HOSTILE, HOSTILE)
@@ -82,6 +82,6 @@ def test_text_of_files_is_no_command_to_a_terminal(capsys: pytest.CaptureFixture
     assert not set("\x1b\x9b\x07\u202e\r\udcff") & set(said)
 
 
-def test_other_text_stays_as_it_is() -> None:
+def test_escape_keeps_printable_text() -> None:
     for text in ("layer.0 × ρ → 模型", "two\n\tlines", ""):
         assert escape(text) == text

@@ -23,7 +23,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "vgg.pt"
 
 
-def test_a_whole_map_is_one_option_away(here: Here, model: Path) -> None:
+def test_conv_map_compresses_a_whole_map(here: Here, model: Path) -> None:
     arguments = ["--bond", 4, "--shape", "conv5_1=2x8x8:2x8x8", "--layers", "conv5_1", "--json", "--quiet"]
     done = here("compress", model, "--conv", "map", "--input-shape", "conv5_1=2x2", *arguments)
     assert done.returncode == 0, done.stderr
@@ -35,7 +35,7 @@ def test_a_whole_map_is_one_option_away(here: Here, model: Path) -> None:
     assert [stored[f"conv5_1.cores.{k}"].shape[1:3] for k in range(3)] == [(2, 2), (8, 8), (8, 8)]
 
 
-def test_a_network_of_the_zoo_says_its_sizes_itself(here: Here, tmp_path: Path) -> None:
+def test_zoo_network_supplies_input_sizes(here: Here, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = zoo.make("lenet5").eval()
     torch.save(network.state_dict(), tmp_path / "lenet.pt")
@@ -52,7 +52,7 @@ def test_a_network_of_the_zoo_says_its_sizes_itself(here: Here, tmp_path: Path) 
     torch.testing.assert_close(loaded(x), y, rtol=0, atol=1e-4)
 
 
-def test_expand_needs_project_for_what_is_no_convolution(here: Here, model: Path) -> None:
+def test_expand_requires_project_for_truncated_maps(here: Here, model: Path) -> None:
     shape = ["--conv", "map", "--input-shape", "conv5_1=4x4:stride=1,padding=1", "--layers", "conv5_1"]
     done = here("compress", model, *shape, "--bond", 2, "--shape", "2x8x32:2x8x32", "-o", "m.safetensors")
     assert done.returncode == 0, done.stderr
@@ -66,7 +66,7 @@ def test_expand_needs_project_for_what_is_no_convolution(here: Here, model: Path
     assert load_file(here.folder / "d.safetensors")["conv5_1.weight"].shape == (32, 32, 3, 3)
 
 
-def test_a_map_without_its_size_exits_with_2(here: Here, model: Path) -> None:
+def test_conv_map_requires_an_input_size(here: Here, model: Path) -> None:
     done = here("compress", model, "--bond", 4, "--conv", "map")
     assert (done.returncode, list(here.folder.iterdir())) == (2, [])
     assert "error: shape for layer conv5_1: as one map (--conv map) a convolution needs" in done.stderr

@@ -36,7 +36,7 @@ def by_hand(state: dict[str, Tensor]) -> float:
     return accuracy(network, images, labels)
 
 
-def test_the_story_is_told_and_its_files_are_real(here: Here) -> None:
+def test_demo_reports_accuracies_of_the_files_it_writes(here: Here) -> None:
     done = here("demo")
     assert done.returncode == 0, done.stderr
     folder = here.folder / "mpoc-demo"
@@ -64,7 +64,7 @@ def test_the_story_is_told_and_its_files_are_real(here: Here) -> None:
     assert f"accuracy {healed:.2f} %" in results[1].stdout
 
 
-def test_without_accelerate_it_says_what_is_left_out(run: Mpoc) -> None:
+def test_without_accelerate_demo_skips_fine_tuning(run: Mpoc) -> None:
     done = run.without("accelerate", "demo")
     assert done.returncode == 0, done.stderr
     assert "left out: fine-tuning, which needs accelerate: pip install 'mpoc[train]'" in done.stdout
@@ -73,7 +73,7 @@ def test_without_accelerate_it_says_what_is_left_out(run: Mpoc) -> None:
     assert contents(run.folder / "mpoc-demo").keys() == COMPRESSED
 
 
-def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
+def test_existing_folder_requires_force(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "mine").write_text("mine")
     with pytest.raises(UsageError, match="exists already"):
@@ -84,14 +84,14 @@ def test_an_existing_folder_needs_force(tmp_path: Path) -> None:
         assert contents(tmp_path / "demo").keys() == COMPRESSED | {"mine"}
 
 
-def test_a_larger_bond_loses_less(tmp_path: Path) -> None:
+def test_accuracy_rises_with_the_bond(tmp_path: Path) -> None:
     stories = [run_demo(tmp_path / str(bond), bond, force=False) for bond in (4, 16, 40)]
     after = [story.accuracy_after for story in stories]
     assert after == sorted(after)
     assert len(set(after)) == 3
 
 
-def test_a_bond_of_zero_makes_nothing(tmp_path: Path) -> None:
+def test_rejects_bond_zero(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--bond 0"):
         run_demo(tmp_path / "demo", 0, force=False)
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import mpoc
 from tests.support.process import Here, Mpoc
 
 
-def test_it_tells_all_and_passes_here(run: Mpoc) -> None:
+def test_reports_versions_and_passes(run: Mpoc) -> None:
     done = run("doctor")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     lines = done.stdout.splitlines()
@@ -22,7 +22,7 @@ def test_it_tells_all_and_passes_here(run: Mpoc) -> None:
     assert list(run.folder.iterdir()) == []
 
 
-def test_a_fault_is_one_line_with_what_mends_it(run: Mpoc) -> None:
+def test_fault_is_one_line_with_its_fix(run: Mpoc) -> None:
     done = run.without("torch", "doctor")
     assert (done.returncode, done.stderr) == (1, "")
     (fault,) = (line for line in done.stdout.splitlines() if line.startswith("fault"))
@@ -32,7 +32,7 @@ def test_a_fault_is_one_line_with_what_mends_it(run: Mpoc) -> None:
     assert done.stdout.splitlines()[-1] == "mpoc does not work as it should here"
 
 
-def test_json_has_the_same(here: Here) -> None:
+def test_json_holds_the_same_facts(here: Here) -> None:
     done = here("doctor", "--json")
     value = json.loads(done.stdout)
     assert (done.returncode, done.stderr, value["schema"], value["well"]) == (0, "", "mpoc.doctor/1", True)
@@ -40,7 +40,7 @@ def test_json_has_the_same(here: Here) -> None:
     assert {package["name"] for package in value["packages"]} > {"Python", "torch", "typer"}
 
 
-def test_a_failed_self_test(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_a_failed_self_test(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpoc.cli.self_test._TOLERANCE", 0)
     done = here("doctor")
     assert done.returncode == 1

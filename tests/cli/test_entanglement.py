@@ -20,14 +20,14 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "m.pt"
 
 
-def test_a_table(here: Here, model: Path) -> None:
+def test_prints_a_table(here: Here, model: Path) -> None:
     done = here("entanglement", model, "--weight", 0.5, "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     assert "D for 50 %" in done.stdout and "S stored" not in done.stdout
     assert {"fc1", "fc2"} <= {line.split()[0] for line in done.stdout.splitlines() if line.split()}
 
 
-def test_both_sides_and_a_picture(here: Here, model: Path) -> None:
+def test_against_adds_stored_entropies_and_plot_writes_a_figure(here: Here, model: Path) -> None:
     pytest.importorskip("matplotlib")
     small = model.with_name("small.safetensors")
     done = here("entanglement", model, "--against", small, "--plot", "entropy.svg")
@@ -37,7 +37,7 @@ def test_both_sides_and_a_picture(here: Here, model: Path) -> None:
     assert "<svg" in (here.folder / "entropy.svg").read_text()
 
 
-def test_json_holds_the_spectra(here: Here, model: Path) -> None:
+def test_json_holds_normalised_spectra(here: Here, model: Path) -> None:
     done = here("entanglement", model, "--layers", "fc1", "--json", "--quiet")
     found = json.loads(done.stdout)
     assert found["schema"] == "mpoc.entanglement/1"
@@ -58,7 +58,7 @@ def test_json_holds_the_spectra(here: Here, model: Path) -> None:
         (["--shape", "fc1=2x2:2x2"], "the layer has 48 and 64"),
     ],
 )
-def test_a_wrong_option(here: Here, model: Path, options: list[str], said: str) -> None:
+def test_rejects_bad_options(here: Here, model: Path, options: list[str], said: str) -> None:
     done = here("entanglement", model, *options)
     assert done.returncode == 2
     assert said in done.stderr and "Traceback" not in done.stderr

@@ -27,7 +27,7 @@ def faults(found: Examination) -> list[tuple[str, bool]]:
     return [(fault.what, fault.stops) for fault in found.faults]
 
 
-def test_all_is_well() -> None:
+def test_healthy_machine_has_no_faults() -> None:
     found = examine()
     assert (found.faults, found.is_well) == ([], True)
     assert [(trial.device, trial.difference) for trial in found.trials] == [("cpu", 1e-7)]
@@ -50,7 +50,7 @@ def test_all_is_well() -> None:
         ),
     ],
 )
-def test_packages_outside_their_bounds(
+def test_reports_packages_outside_their_bounds(
     monkeypatch: pytest.MonkeyPatch, package: Package, what: str, stops: bool
 ) -> None:
     monkeypatch.setattr(doctor, "packages", lambda: [package])
@@ -59,19 +59,19 @@ def test_packages_outside_their_bounds(
     assert found.is_well == (not stops)
 
 
-def test_an_extra_that_is_not_installed_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra_is_not_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "packages", lambda: [Package("matplotlib", None, ">=3.8", "plot")])
     assert examine().faults == []
 
 
-def test_a_folder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_an_uninstalled_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "packages", raising(metadata.PackageNotFoundError("mpoc")))
     assert faults(examine()) == [
         ("mpoc runs from a folder and is not installed: what it needs is not known", False)
     ]
 
 
-def test_little_room_and_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_low_disk_space_and_missing_temporary_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "free_disk", lambda: {"/tmp": 12_000_000})
     assert faults(examine()) == [("12 MB free in /tmp", False)]
     monkeypatch.setattr(doctor, "free_disk", raising(FileNotFoundError("no usable temporary directory")))
@@ -79,7 +79,7 @@ def test_little_room_and_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) ->
     assert "TMPDIR=" in fault.mend
 
 
-def test_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_a_broken_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "devices", raising(OSError("libcudart.so: cannot open")))
     found = examine()
     assert faults(found) == [("torch cannot be imported: libcudart.so: cannot open", True)]
@@ -88,14 +88,14 @@ def test_a_torch_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "GPUs" not in dict(lines(found))
 
 
-def test_a_torch_that_is_missing_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_a_missing_torch_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "packages", lambda: [Package("torch", None, ">=2.6,<2.14")])
     monkeypatch.setattr(doctor, "devices", raising(ModuleNotFoundError("No module named 'torch'")))
     found = examine()
     assert found.faults == [Fault("torch is not installed", "pip install 'torch>=2.6,<2.14'")]
 
 
-def test_extras_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prints_one_line_per_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     train = [Package("accelerate", "1.2", ">=1.0", "train"), Package("pillow", None, ">=10", "train")]
     plot = [Package("matplotlib", None, ">=3.8", "plot")]
     monkeypatch.setattr(doctor, "packages", lambda: [*train, *plot])
@@ -104,7 +104,7 @@ def test_extras_are_a_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told["mpoc[plot]"] == "without matplotlib: pip install 'mpoc[plot]'"
 
 
-def test_each_device_that_is_used_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tests_every_usable_device(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [DeviceInfo("cuda:0", "a card", 10**9, True), DeviceInfo("mps", "Apple GPU", None, False)]
     monkeypatch.setattr(doctor, "devices", lambda: (cards, []))
     tried: list[str] = []
@@ -128,7 +128,9 @@ def test_each_device_that_is_used_is_tried(monkeypatch: pytest.MonkeyPatch) -> N
     ("error", "mend"),
     [(MpocError("outputs differ by 0.5"), "reinstall"), (OSError(28, "No space left on device"), "TMPDIR=")],
 )
-def test_what_mends_a_failed_self_test(monkeypatch: pytest.MonkeyPatch, error: Exception, mend: str) -> None:
+def test_suggests_a_fix_for_a_failed_self_test(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, mend: str
+) -> None:
     monkeypatch.setattr("mpoc.cli.self_test.self_test", raising(error))
     found = examine()
     assert not found.is_well

@@ -20,7 +20,7 @@ def compressed(tmp_path: Path) -> Path:
     return output
 
 
-def test_a_file_lands_in_the_current_directory(run: Mpoc, compressed: Path) -> None:
+def test_writes_to_the_current_directory(run: Mpoc, compressed: Path) -> None:
     done = run("expand", compressed)
     assert (done.returncode, done.stdout) == (0, "")
     assert "wrote mlp.dense.safetensors: 2 layers dense again, " in done.stderr
@@ -32,7 +32,7 @@ def test_a_file_lands_in_the_current_directory(run: Mpoc, compressed: Path) -> N
     assert torch.equal(dense["fc1.bias"], state["fc1.bias"])
 
 
-def test_a_directory_in_shards(here: Here, tmp_path: Path) -> None:
+def test_writes_a_directory_in_shards(here: Here, tmp_path: Path) -> None:
     source = save_directory(tmp_path / "bert", mlp_state())
     compress_checkpoint(source, tmp_path / "bert-mpo", make_recipe(None, {"bond": 6}))
     done = here("expand", tmp_path / "bert-mpo", "--max-shard-size", "10kB", "--quiet")
@@ -43,7 +43,7 @@ def test_a_directory_in_shards(here: Here, tmp_path: Path) -> None:
     assert "mpoc.json" not in names
 
 
-def test_an_existing_output_needs_force(here: Here, compressed: Path) -> None:
+def test_existing_output_requires_force(here: Here, compressed: Path) -> None:
     (here.folder / "d.safetensors").write_text("mine")
     done = here("expand", compressed, "-o", "d.safetensors")
     assert (done.returncode, contents(here.folder)) == (2, {"d.safetensors": b"mine"})
@@ -52,7 +52,7 @@ def test_an_existing_output_needs_force(here: Here, compressed: Path) -> None:
     assert "fc1.weight" in load_file(here.folder / "d.safetensors")
 
 
-def test_what_mpoc_did_not_compress(here: Here, compressed: Path) -> None:
+def test_rejects_uncompressed_files(here: Here, compressed: Path) -> None:
     done = here("expand", compressed.with_name("mlp.pt"))
     assert (done.returncode, contents(here.folder)) == (1, {})
     assert done.stderr.startswith("error: ")

@@ -28,7 +28,7 @@ def compressed(tmp_path: Path) -> Path:
     return output
 
 
-def test_both_files_in_a_process_of_its_own(run: Mpoc, compressed: Path) -> None:
+def test_writes_onnx_and_pt2(run: Mpoc, compressed: Path) -> None:
     (run.folder / "net.py").write_text(NET)
     shape = ("--input-shape", "1x48")
     done = run("export", compressed, "--arch", "net:net", *shape, "--onnx", "m.onnx", "--pt2", "m.pt2")
@@ -62,7 +62,9 @@ def test_both_files_in_a_process_of_its_own(run: Mpoc, compressed: Path) -> None
         (["--arch", "net.py:net", "--input-shape", "1x48", "--pt2", "old.pt2"], 2, "exists already"),
     ],
 )
-def test_what_is_refused(here: Here, compressed: Path, arguments: list[str], status: int, said: str) -> None:
+def test_rejects_bad_arguments(
+    here: Here, compressed: Path, arguments: list[str], status: int, said: str
+) -> None:
     Path("net.py").write_text(NET)
     Path("old.pt2").write_text("mine")
     before = contents(Path())
@@ -72,7 +74,7 @@ def test_what_is_refused(here: Here, compressed: Path, arguments: list[str], sta
     assert {k: v for k, v in contents(Path()).items() if "__pycache__" not in k} == before
 
 
-def test_quietly_and_over_an_old_file(here: Here, compressed: Path) -> None:
+def test_quiet_and_force(here: Here, compressed: Path) -> None:
     Path("net.py").write_text(NET)
     Path("m.pt2").write_text("old")
     options = ("--arch", "net.py:net", "--input-shape", "1x48", "--pt2", "m.pt2", "--force", "--quiet")

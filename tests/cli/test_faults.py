@@ -91,7 +91,7 @@ def assert_fails(done: subprocess.CompletedProcess[str], status: int, *said: str
 
 
 @pytest.mark.parametrize("fault", BROKEN_INPUTS)
-def test_a_broken_input(here: Here, tmp_path: Path, fault: str) -> None:
+def test_rejects_broken_inputs(here: Here, tmp_path: Path, fault: str) -> None:
     make, said = BROKEN_INPUTS[fault]
     folder = tmp_path / "inputs"
     folder.mkdir()
@@ -129,7 +129,7 @@ def model(tmp_path: Path) -> Path:
         (["--bond", "4", "-o", "m.pt", "--force"], "m.pt: would write over or into the input"),
     ],
 )
-def test_a_wrong_option(
+def test_rejects_bad_options(
     here: Here, model: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(model.parent)
@@ -140,13 +140,13 @@ def test_a_wrong_option(
 
 
 @pytest.mark.parametrize("option", ["--ratio", "--max-error"])
-def test_a_share_in_per_cent(here: Here, model: Path, option: str) -> None:
+def test_rejects_percentages(here: Here, model: Path, option: str) -> None:
     done = here("compress", model, option, "50%")
     assert done.returncode == 2
     assert option in done.stderr and "'50%' is not a number; 50 % is 0.5" in done.stderr
 
 
-def test_a_hub_id_that_is_no_path(here: Here) -> None:
+def test_explains_how_to_download_a_hub_id(here: Here) -> None:
     for hub_id in ("bert-base-uncased", "org/name"):
         done = here("compress", hub_id, "--ratio", 0.5)
         assert_fails(done, 2, f"{hub_id}: no such file or directory")
@@ -179,7 +179,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_a_full_disk(
+def test_full_disk_leaves_nothing_behind(
     here: Here, tmp_path: Path, disk: Callable[[str], Path], kind: str, request: pytest.FixtureRequest
 ) -> None:
     state = {**network_state(), "ballast": torch.zeros(60_000)}
@@ -198,9 +198,7 @@ def test_a_full_disk(
     assert contents(tmp_path) == before
 
 
-def test_a_disk_full_of_other_files_names_the_output(
-    here: Here, tmp_path: Path, disk: Callable[[str], Path]
-) -> None:
+def test_full_disk_names_the_output(here: Here, tmp_path: Path, disk: Callable[[str], Path]) -> None:
     source = save_directory(tmp_path / "m", mlp_state())
     (source / "tokenizer.json").write_bytes(bytes(100_000))
     output = disk("size=64k") / "out"
@@ -209,7 +207,7 @@ def test_a_disk_full_of_other_files_names_the_output(
     assert list(output.parent.iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_written(here: Here, model: Path, disk: Callable[[str], Path]) -> None:
+def test_reports_an_unwritable_directory(here: Here, model: Path, disk: Callable[[str], Path]) -> None:
     if os.geteuid():
         folder = model.parent / "locked"
         folder.mkdir(mode=0o500)
@@ -233,7 +231,7 @@ def large(tmp_path: Path) -> Path:
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "stopped by SIGTERM")],
 )
 @pytest.mark.parametrize("old", [False, True])
-def test_stopped_midway(
+def test_signal_while_compressing_leaves_the_old_output(
     run: Mpoc, large: Path, signum: signal.Signals, status: int, said: str, old: bool
 ) -> None:
     before = contents(large)
@@ -259,7 +257,7 @@ def test_stopped_midway(
     assert contents(large) == before
 
 
-def test_stopped_before_the_work_began(run: Mpoc, large: Path) -> None:
+def test_signal_before_compressing_leaves_nothing(run: Mpoc, large: Path) -> None:
     process = run.start("compress", large, "--max-error", 0.9, "--device", "cpu")
     assert process.stderr is not None
     assert process.stderr.readline() == "device cpu\n"
@@ -271,7 +269,7 @@ def test_stopped_before_the_work_began(run: Mpoc, large: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["missing core", "missing shard"])
-def test_a_broken_compressed_directory(here: Here, tmp_path: Path, fault: str) -> None:
+def test_rejects_broken_compressed_directories(here: Here, tmp_path: Path, fault: str) -> None:
     source = save_directory(tmp_path / "m", mlp_state())
     assert here("compress", source, "--bond", 4, "--max-shard-size", "1kB", "--quiet").returncode == 0
     output = here.folder / "m-mpo"

@@ -73,7 +73,7 @@ BEFORE = {"net.py", "net.pt", "net.mpo.safetensors", "digits.npz"}
 
 
 @pytest.mark.slow
-def test_there_and_back(here: Here, folder: Path) -> None:
+def test_finetune_expand_report_and_eval_agree(here: Here, folder: Path) -> None:
     scaled = ("--mean", 0.3, "--std", 0.5)
     done = here("finetune", "net.mpo.safetensors", *TRAIN, *scaled, "--epochs", 6, "--plot", "curves.svg")
     assert done.returncode == 0, done.stderr
@@ -106,7 +106,7 @@ def test_there_and_back(here: Here, folder: Path) -> None:
     assert json.loads(measured.stdout)["scores"]["accuracy"] == training["final"]["accuracy"]
 
 
-def test_killed_and_resumed_ends_with_the_same_bytes(
+def test_resume_after_a_kill_gives_the_same_bytes(
     run: Mpoc, here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["finetune", "net.mpo.safetensors", *TRAIN, "--epochs", "3", "--pad", "1", "--patience", "5"]
@@ -146,7 +146,7 @@ def _step(path: Path) -> int:
     return int(json.loads(read_header(path).metadata["mpoc.training"])["progress"]["step"])
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(
+def test_ctrl_c_saves_a_checkpoint_and_prints_how_to_resume(
     run: Mpoc, here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLOWLY", "0.05")
@@ -168,7 +168,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
 
 @pytest.mark.slow
-def test_two_processes_are_one(here: Here, folder: Path) -> None:
+def test_two_processes_train_like_one(here: Here, folder: Path) -> None:
     """At the same global batch; without dropout and batch norm, which differ by process."""
     (folder / "plain.py").write_text(
         "from torch import nn\n\ndef net():\n"
@@ -213,7 +213,7 @@ def test_two_processes_are_one(here: Here, folder: Path) -> None:
         ((*TRAIN, "--steps", "2", "--epochs", "1"), 2, "--steps and --epochs: one of them"),
     ],
 )
-def test_what_is_refused_leaves_nothing(
+def test_rejects_bad_options_and_writes_nothing(
     here: Here, folder: Path, words: tuple[str, ...], status: int, said: str
 ) -> None:
     result = here("finetune", "net.mpo.safetensors", *words)
@@ -232,7 +232,7 @@ def test_what_is_refused_leaves_nothing(
         ("--data", "data.safetensors", "-o", "data.safetensors"),
     ],
 )
-def test_force_replaces_no_input(here: Here, folder: Path, words: tuple[str, ...]) -> None:
+def test_force_never_replaces_an_input(here: Here, folder: Path, words: tuple[str, ...]) -> None:
     (folder / "data").mkdir()
     (folder / "digits.npz").rename(folder / "data" / "digits.npz")
     x, y, _, _ = load_digits()
@@ -247,7 +247,7 @@ def test_force_replaces_no_input(here: Here, folder: Path, words: tuple[str, ...
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_what_a_resume_needs(folder: Path) -> None:
+def test_full_disk_leaves_no_partial_output(folder: Path) -> None:
     """The output cannot be written; nothing half-written stays."""
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000));"
@@ -263,7 +263,9 @@ def test_a_full_disk_leaves_what_a_resume_needs(folder: Path) -> None:
     assert files(folder) == BEFORE
 
 
-def test_fidelity_to_the_original(here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eval_measures_fidelity_to_a_reference(
+    here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(evaluate, "_LATENCY_SECONDS", 0.01)
     words = ("eval", "net.mpo.safetensors", "--data", "digits.npz", "--arch", "net.py:Net", "--json")
     found = json.loads(here(*words, "--reference", "net.pt", "--latency", "--batch", 64).stdout)
@@ -287,7 +289,7 @@ def test_fidelity_to_the_original(here: Here, folder: Path, monkeypatch: pytest.
     assert all(line["ms"] > 0 and line["dense_ms"] > 0 for line in found["latency"])
 
 
-def test_compress_measures_before_and_after(here: Here, folder: Path) -> None:
+def test_compress_eval_scores_before_and_after(here: Here, folder: Path) -> None:
     words = ("compress", "net.pt", "--bond", 4, "--sites", 2, "--arch", "net.py:Net", "-o", "c.safetensors")
     done = here(*words, "--eval", "digits.npz", "--json")
     assert done.returncode == 0, done.stderr

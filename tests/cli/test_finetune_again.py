@@ -50,7 +50,7 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["between", "in the second", "ctrl-c"])
-def test_several_runs_resumed_give_the_same_bytes(
+def test_resuming_several_runs_gives_the_same_bytes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     monkeypatch.chdir(folder)
@@ -101,7 +101,7 @@ MISSING = {
 
 
 @pytest.mark.slow
-def test_a_missing_package_is_one_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_one_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them in one process that has none of them."""
     monkeypatch.chdir(folder)
     (folder / "table.parquet").write_bytes(b"PAR1")
@@ -131,7 +131,7 @@ def test_a_missing_package_is_one_message(folder: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("most", "file"), [(3000, "checkpoint.safetensors"), (250, "jsonl")])
-def test_a_disk_that_fills_up_while_training(
+def test_full_disk_while_training_keeps_the_last_checkpoint(
     run: Mpoc, here: Here, folder: Path, most: int, file: str
 ) -> None:
     """From the second checkpoint on no file may grow beyond ``most`` bytes; the first one stays whole."""

@@ -94,7 +94,7 @@ def make(kind: str, folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["original", "compressed"])
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_fine_tuned_and_measured(here: Here, kind: str, form: str) -> None:
+def test_finetune_and_eval_agree_with_transformers(here: Here, kind: str, form: str) -> None:
     data = make(kind, here.folder)
     how = ("--epochs", 8, "--batch", 12, "--lr", RATE[kind], "--device", "cpu")
     done = json.loads(here("finetune", form, "--data", data, *how, "--json").stdout)
@@ -135,7 +135,7 @@ def right(logits: Tensor, loaded: Any, truth: list[str]) -> float:
     return 100 * sum(map(str.__eq__, named, truth)) / len(truth)
 
 
-def test_as_processes_towards_the_original(run: Mpoc) -> None:
+def test_distils_towards_the_original(run: Mpoc) -> None:
     """Distilled with recomputed activations; a process that imports mpoc.hf loads it."""
     data = make("gpt2", run.folder)
     how = ("--teacher", "original", "--epochs", 6, "--batch", 12, "--lr", 0.003, "--gradient-checkpointing")

@@ -45,7 +45,7 @@ class TestEveryCommand:
         assert any(f"mpoc {command}" in page.read_text("utf-8") for page in PAGES)
 
 
-def test_every_command_is_listed_with_what_it_does(here: Here) -> None:
+def test_help_lists_every_command(here: Here) -> None:
     listed = here("--help").stdout
     for command in COMMANDS:
         assert re.search(rf"{command} +\w+", listed)
@@ -107,12 +107,12 @@ def test_the_guide_s_table_of_finetune_names_its_options() -> None:
     assert known - named - common - {"-o", "--quiet", "--max-shard-size", "--help", "model"} == set()
 
 
-def test_no_arguments_show_the_help(here: Here) -> None:
+def test_no_arguments_print_the_help(here: Here) -> None:
     done = here()
     assert done.returncode in (0, 2)  # typer's choice, by version
     assert "Usage:" in done.stdout + done.stderr
 
 
-def test_the_version_is_the_package_s(here: Here) -> None:
+def test_version_is_the_package_version(here: Here) -> None:
     done = here("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"mpoc {mpoc.__version__}\n", "")

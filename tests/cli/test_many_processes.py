@@ -38,7 +38,7 @@ def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[st
     )
 
 
-def test_two_processes_give_the_bytes_of_one(run: Mpoc, model: Path) -> None:
+def test_two_processes_write_the_bytes_of_one(run: Mpoc, model: Path) -> None:
     options = ["--bond", 8, "--max-shard-size", "30kB", "--device", "cpu"]
     alone = run("compress", model, *options, "-o", "one")
     assert alone.returncode == 0, alone.stderr
@@ -58,7 +58,7 @@ def test_two_processes_give_the_bytes_of_one(run: Mpoc, model: Path) -> None:
         ("blocks", ["--bond", 2, "--resume"]),
     ],
 )
-def test_two_processes_calibrate_as_one_does(
+def test_two_processes_calibrate_like_one(
     run: Mpoc, tmp_path: Path, network: str, options: list[object]
 ) -> None:
     case = Case(tmp_path, network)
@@ -74,7 +74,7 @@ def test_two_processes_calibrate_as_one_does(
     assert done.stderr.count("wrote two.safetensors") == 1
 
 
-def test_an_error_while_two_processes_calibrate(run: Mpoc, tmp_path: Path) -> None:
+def test_error_while_two_processes_calibrate_is_reported_once(run: Mpoc, tmp_path: Path) -> None:
     case = Case(tmp_path, "blocks")
     state = case.network.state_dict()
     state["1.down.weight"][3, 4] = float("inf")
@@ -87,7 +87,7 @@ def test_an_error_while_two_processes_calibrate(run: Mpoc, tmp_path: Path) -> No
     assert list(run.folder.iterdir()) == []
 
 
-def test_an_error_in_one_of_two_processes_ends_both(run: Mpoc, model: Path) -> None:
+def test_error_in_one_process_ends_both(run: Mpoc, model: Path) -> None:
     state = {f"layers.{k}.weight": torch.randn(64, 64) for k in range(4)}
     state["layers.3.weight"][0, 0] = float("nan")
     bad = save_directory(model.parent / "bad", state, config={"model_type": "test"})
@@ -99,7 +99,7 @@ def test_an_error_in_one_of_two_processes_ends_both(run: Mpoc, model: Path) -> N
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT])
-def test_work_goes_on_after_a_kill(run: Mpoc, model: Path, signum: signal.Signals) -> None:
+def test_resume_after_a_kill_gives_the_same_bytes(run: Mpoc, model: Path, signum: signal.Signals) -> None:
     options = ["--max-error", 0.9, "--device", "cpu"]
     assert run("compress", model, *options, "-o", "whole").returncode == 0
     process = run.start("compress", model, *options, "-o", "out", "--resume")
@@ -121,7 +121,7 @@ def test_work_goes_on_after_a_kill(run: Mpoc, model: Path, signum: signal.Signal
     assert sorted(path.name for path in run.folder.iterdir()) == ["out", "whole"]
 
 
-def test_layers_of_another_goal_or_weight_are_made_anew(run: Mpoc, model: Path) -> None:
+def test_resume_ignores_layers_of_another_goal(run: Mpoc, model: Path) -> None:
     process = run.start("compress", model, "--bond", 8, "-o", "out", "--resume", "--device", "cpu")
     assert process.stderr is not None
     for _ in range(6):

@@ -25,7 +25,7 @@ def folder(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workdir
 
 
-def test_table_words_picture_and_report(here: Here, folder: Path) -> None:
+def test_prints_trials_and_writes_plot_and_file(here: Here, folder: Path) -> None:
     done = here(
         *COMMAND, "--max-drop", 2, "--eval", "digits.npz", "--plot", "curve.svg", "-o", "o.safetensors"
     )
@@ -50,7 +50,7 @@ def test_table_words_picture_and_report(here: Here, folder: Path) -> None:
     }  # fmt: skip
 
 
-def test_json_and_the_file_that_ratio_writes(here: Here, folder: Path) -> None:
+def test_writes_the_file_of_the_chosen_ratio(here: Here, folder: Path) -> None:
     done = here(*COMMAND, "--max-drop", 2, "--eval", "digits.npz", "-o", "o.safetensors", "--json", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
@@ -65,7 +65,7 @@ def test_json_and_the_file_that_ratio_writes(here: Here, folder: Path) -> None:
     assert but_for_the_goal(folder / "o.safetensors") == but_for_the_goal(folder / "r.safetensors")
 
 
-def test_the_goal_of_a_recipe(here: Here, folder: Path) -> None:
+def test_recipe_may_set_max_drop(here: Here, folder: Path) -> None:
     Path("recipe.toml").write_text("max-drop = 2\n[layer.fc2]\ndense = true\n")
     done = here(*COMMAND, "--recipe", "recipe.toml", "--eval", "digits.npz", "-o", "o.safetensors", "--json")
     assert done.returncode == 0, done.stderr
@@ -73,7 +73,7 @@ def test_the_goal_of_a_recipe(here: Here, folder: Path) -> None:
     assert json.loads(done.stdout)["options"]["max_drop"] == 2.0
 
 
-def test_nothing_keeps_it(here: Here, folder: Path) -> None:
+def test_no_trial_within_the_drop_is_an_error(here: Here, folder: Path) -> None:
     before = contents(folder)
     words = ("compress", "net.safetensors", *ARCHITECTURE, "--layers", "conv1", "--sites", 8)
     done = here(*words, "--max-drop", 1, "--eval", "digits.npz", "--plot", "curve.svg")
@@ -113,7 +113,7 @@ def test_nothing_keeps_it(here: Here, folder: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_said_before_any_work(
+def test_rejects_bad_options_before_any_work(
     here: Here, folder: Path, words: list[object], status: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mpoc.train.evaluate_file.open_model", None)  # nothing is opened
@@ -124,14 +124,14 @@ def test_what_cannot_be_is_said_before_any_work(
     assert contents(folder) == before
 
 
-def test_without_matplotlib(run: Mpoc, folder: Path) -> None:
+def test_plot_requires_matplotlib(run: Mpoc, folder: Path) -> None:
     words = ("--max-drop", 1, "--eval", "digits.npz", "--plot", "c.svg")
     done = run.without("matplotlib", *COMMAND, *words)
     assert_fails(done, 1, "--plot needs matplotlib")
     assert "measuring" not in done.stderr
 
 
-def test_ctrl_c_within_the_search_leaves_an_old_output(run: Mpoc, folder: Path) -> None:
+def test_ctrl_c_keeps_the_old_output(run: Mpoc, folder: Path) -> None:
     shutil.copy("net.safetensors", "o.safetensors")
     before = contents(folder)
     process = run.start(

@@ -52,7 +52,7 @@ def test_compress_report_expand_and_load(here: Here) -> None:
 
 
 @pytest.mark.parametrize("options", [{"bond": 3}, {"ratio": 0.3}, {"size": 20_000}, {"bond": 2, "sites": 5}])
-def test_every_goal_on_layers_of_every_kind(tmp_path: Path, options: dict[str, float]) -> None:
+def test_meets_every_goal_on_every_kind_of_layer(tmp_path: Path, options: dict[str, float]) -> None:
     source = save_directory(tmp_path / "m", network_state())
     recipe = make_recipe(None, {"form": "mera", "embeddings": True, **options})
     for name in ("a", "b"):
@@ -66,7 +66,7 @@ def test_every_goal_on_layers_of_every_kind(tmp_path: Path, options: dict[str, f
         assert manifest.rho_selected <= options["ratio"]
 
 
-def test_transformers_read_it_and_what_they_save_again(tmp_path: Path) -> None:
+def test_transformers_load_and_save_again(tmp_path: Path) -> None:
     made = compress(tiny("bert"), tmp_path, form="mera", bond=3, embeddings=True)
     model = auto("bert", made.path)
     model.save_pretrained(tmp_path / "again")
@@ -79,7 +79,7 @@ def test_transformers_read_it_and_what_they_save_again(tmp_path: Path) -> None:
     assert [layer.structure for layer in manifests[0]] == [layer.structure for layer in manifests[1]]
 
 
-def test_in_memory_it_trains() -> None:
+def test_trains_in_memory() -> None:
     model = small()
     report = mpoc.compress(model, bond=4, form="mera")
     assert 0 < report.rho < 0.5
@@ -101,9 +101,7 @@ def test_in_memory_it_trains() -> None:
         ),
     ],
 )
-def test_what_a_mera_cannot_do_is_said_before_any_work(
-    here: Here, words: tuple[str, ...], message: str
-) -> None:
+def test_rejects_unsupported_goals(here: Here, words: tuple[str, ...], message: str) -> None:
     torch.save(network_state(), here.folder / "m.pt")
     done = here("compress", "m.pt", "--form", "mera", *words, "-o", "o.safetensors")
     assert done.returncode == 2 and message in done.stderr, done.stderr

@@ -21,7 +21,7 @@ def folder(here: Here) -> Path:
     return here.folder
 
 
-def test_it_is_kept_by_a_dry_run_and_read_then(here: Here, folder: Path) -> None:
+def test_dry_run_keeps_moments_for_later_runs(here: Here, folder: Path) -> None:
     done = here(*COMMAND, *CALIBRATE, "--ratio", 0.5, "--moments", "m", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "note: moments: 35 examples kept in m\n" in done.stderr
@@ -36,7 +36,7 @@ def test_it_is_kept_by_a_dry_run_and_read_then(here: Here, folder: Path) -> None
     assert Path("with.safetensors").read_bytes() == Path("without.safetensors").read_bytes()
 
 
-def test_with_a_search(here: Here, folder: Path) -> None:
+def test_search_reuses_moments(here: Here, folder: Path) -> None:
     words = (*COMMAND, *CALIBRATE, "--max-drop", 60, "--eval", "digits.npz", "--moments", "m", "--force")
     first, again = here(*words, "-o", "a.safetensors"), here(*words, "-o", "b.safetensors")
     assert first.returncode == again.returncode == 0, first.stderr
@@ -57,7 +57,7 @@ def test_with_a_search(here: Here, folder: Path) -> None:
         ([*CALIBRATE, "--moments", "no/m"], 1, "--moments no/m: there is no directory"),
     ],
 )
-def test_what_is_refused_before_any_work(
+def test_rejects_bad_options_before_any_work(
     here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[object], status: int, said: str
 ) -> None:
     monkeypatch.setattr("mpoc.compression.pipeline.open_source", None)  # nothing is opened
@@ -68,7 +68,7 @@ def test_what_is_refused_before_any_work(
     assert contents(folder) == before
 
 
-def test_a_file_that_is_something_else(here: Here, folder: Path) -> None:
+def test_never_replaces_a_foreign_file(here: Here, folder: Path) -> None:
     Path("m").write_text("of somebody")
     before = contents(folder)
     done = here(*COMMAND, *CALIBRATE, "--ratio", 0.5, "--moments", "m", "-o", "o.safetensors")

@@ -27,7 +27,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return output
 
 
-def test_table_json_and_csv_tell_the_same(run: Mpoc, output: Path) -> None:
+def test_table_json_and_csv_agree(run: Mpoc, output: Path) -> None:
     before = contents(output)
     table, as_json, as_csv = (run("report", output, *option) for option in ([], ["--json"], ["--csv"]))
     for done in (table, as_json, as_csv):
@@ -53,14 +53,14 @@ def test_table_json_and_csv_tell_the_same(run: Mpoc, output: Path) -> None:
     assert contents(output) == before
 
 
-def test_verbose_names_what_was_left_alone(here: Here, output: Path) -> None:
+def test_verbose_lists_skipped_tensors(here: Here, output: Path) -> None:
     quiet, verbose = here("report", output), here("report", output, "--verbose")
     assert "embeddings.weight" not in quiet.stdout
     assert "  embeddings.weight: embedding (--embeddings takes it in)" in verbose.stdout
     assert "left alone: 1 embedding" in quiet.stdout
 
 
-def test_a_reader_that_stops_early_is_no_error(run: Mpoc, output: Path) -> None:
+def test_closed_pipe_is_not_an_error(run: Mpoc, output: Path) -> None:
     for option in ([], ["--json"]):
         process = run.start("report", output, *option)
         assert process.stdout is not None
@@ -86,7 +86,7 @@ def test_a_reader_that_stops_early_is_no_error(run: Mpoc, output: Path) -> None:
         ("folder/config.json", b"{}"),
     ],
 )
-def test_garbage_is_refused_in_one_line(here: Here, name: str, content: bytes) -> None:
+def test_rejects_garbage_in_one_line(here: Here, name: str, content: bytes) -> None:
     file = here.folder / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(content)
@@ -98,7 +98,7 @@ def test_garbage_is_refused_in_one_line(here: Here, name: str, content: bytes) -
     assert "Traceback" not in done.stderr
 
 
-def test_somebody_else_s_safetensors_file(here: Here, tmp_path: Path) -> None:
+def test_rejects_uncompressed_safetensors(here: Here, tmp_path: Path) -> None:
     save_file(network_state(), tmp_path / "m.safetensors", {"format": "pt"})
     done = here("report", tmp_path / "m.safetensors")
     assert (done.returncode, done.stdout) == (1, "")
@@ -106,7 +106,7 @@ def test_somebody_else_s_safetensors_file(here: Here, tmp_path: Path) -> None:
     assert "hint: mpoc compress MODEL makes one that is" in done.stderr
 
 
-def test_json_and_csv_at_once(here: Here, output: Path) -> None:
+def test_rejects_json_with_csv(here: Here, output: Path) -> None:
     done = here("report", output, "--json", "--csv")
     assert (done.returncode, done.stdout) == (2, "")
     assert "error: --json and --csv: one of them" in done.stderr

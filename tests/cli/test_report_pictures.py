@@ -17,7 +17,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return one_layer(tmp_path_factory.mktemp("file"))
 
 
-def test_a_process_writes_the_page_and_nothing_else(run: Mpoc, path: Path) -> None:
+def test_html_writes_only_the_page(run: Mpoc, path: Path) -> None:
     done = run("report", path, "--html", "r.html")
     assert (done.returncode, done.stderr) == (0, "wrote r.html\n")
     assert [file.name for file in run.folder.iterdir()] == ["r.html"]
@@ -25,7 +25,7 @@ def test_a_process_writes_the_page_and_nothing_else(run: Mpoc, path: Path) -> No
     assert text.startswith("<!doctype html>") and text.endswith("</html>\n")
 
 
-def test_the_table_stays_as_it_is(path: Path, here: Here) -> None:
+def test_html_does_not_change_the_table(path: Path, here: Here) -> None:
     for option in ([], ["--json"], ["--csv"], ["--verbose"]):
         table = here("report", path, *option)
         drawn = here("report", path, *option, "--html", f"r{''.join(option)}.html")
@@ -33,7 +33,7 @@ def test_the_table_stays_as_it_is(path: Path, here: Here) -> None:
         assert table.stderr == "" and len(table.stdout) > 100
 
 
-def test_the_page_on_stdout_is_the_page(run: Mpoc, path: Path) -> None:
+def test_html_to_stdout_is_the_same_page(run: Mpoc, path: Path) -> None:
     assert run("report", path, "--html", "r.html", "--compare", path).returncode == 0
     done = run("report", path, "--html", "-", "--compare", path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -41,7 +41,7 @@ def test_the_page_on_stdout_is_the_page(run: Mpoc, path: Path) -> None:
     assert [file.name for file in run.folder.iterdir()] == ["r.html"]
 
 
-def test_nothing_existing_is_replaced_without_force(path: Path, here: Here) -> None:
+def test_existing_page_requires_force(path: Path, here: Here) -> None:
     (here.folder / "r.html").write_text("mine")
     refused = here("report", path, "--html", "r.html")
     assert refused.returncode == 2 and "error: r.html: exists already" in refused.stderr
@@ -50,7 +50,7 @@ def test_nothing_existing_is_replaced_without_force(path: Path, here: Here) -> N
     assert (here.folder / "r.html").read_text("utf-8") != "mine"
 
 
-def test_several_files(path: Path, here: Here, tmp_path: Path) -> None:
+def test_compares_several_files(path: Path, here: Here, tmp_path: Path) -> None:
     state = {"a.weight": torch.randn(32, 32)}
     others = [compressed(tmp_path / name, state, bond=2) for name in ("a", "b")]
     assert here("report", path, "--compare", *others, "--html", "r.html").returncode == 0
@@ -61,7 +61,7 @@ def test_several_files(path: Path, here: Here, tmp_path: Path) -> None:
     assert text == (here.folder / "s.html").read_text("utf-8")
 
 
-def test_figures(path: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plot_writes_figures(path: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     done = here("report", path, "--plot", "figures")
     assert done.returncode == 0, done.stderr
     assert "wrote 6 figures into figures" in done.stderr
@@ -86,7 +86,7 @@ def test_figures(path: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> Non
         (["{cut}", "--html", "r.html"], 1, "truncated"),
     ],
 )
-def test_errors_in_one_line(
+def test_reports_errors_in_one_line(
     path: Path, here: Here, tmp_path: Path, arguments: list[str], status: int, said: str
 ) -> None:
     cut = tmp_path / "cut.safetensors"

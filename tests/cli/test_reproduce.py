@@ -11,7 +11,7 @@ from tests.reproduce.images import write_digits
 from tests.support.process import Here, Mpoc
 
 
-def test_quick_fc2_from_data_to_table_and_figures(run: Mpoc, here: Here) -> None:
+def test_quick_fc2_writes_table_and_figures(run: Mpoc, here: Here) -> None:
     write_digits(run.folder / "digits")
     done = run("reproduce", "fc2", "--data", "digits", "--quick", "--bonds", "2,16", "--plot", "figures")
     assert done.returncode == 0, done.stderr
@@ -33,7 +33,7 @@ def test_quick_fc2_from_data_to_table_and_figures(run: Mpoc, here: Here) -> None
     assert report["quick"] and len(report["rows"]) == 5
 
 
-def test_images_as_states_from_data_to_table_and_figures(here: Here) -> None:
+def test_mps_images_writes_table_and_figures(here: Here) -> None:
     write_digits(here.folder / "digits", 20, 30)
     words = ["reproduce", "mps-images", "--data", "digits", "--bonds", "1,8", "--quick"]
     done = here(*words, "--plot", "figures")
@@ -61,14 +61,14 @@ def test_images_as_states_from_data_to_table_and_figures(here: Here) -> None:
         (("fc2", "--shape", "fc1=28x27:16x16"), "756 inputs and 256 outputs, but the layer has 784 and 256"),
     ],
 )
-def test_bad_command_lines(here: Here, words: tuple[str, ...], message: str) -> None:
+def test_rejects_bad_options(here: Here, words: tuple[str, ...], message: str) -> None:
     write_digits(here.folder / "digits", 30, 10)
     done = here("reproduce", *words, "--data", "digits")
     assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("stop", [Interrupted(15, 1, False), KeyboardInterrupt()])
-def test_a_stopped_command_says_how_to_go_on(
+def test_interrupt_prints_how_to_resume(
     here: Here, stop: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stops(*_: object) -> None:

@@ -13,7 +13,7 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.io.manifest_reader import read_manifest
 
 
-def test_it_passes_here_and_leaves_its_files(tmp_path: Path) -> None:
+def test_passes_and_writes_its_files(tmp_path: Path) -> None:
     assert self_test("cpu", tmp_path) < 1e-5
     manifest = read_manifest(tmp_path / "net.mpo.safetensors")
     assert [layer.form for layer in manifest.layers] == ["mpo"] * 3
@@ -21,7 +21,7 @@ def test_it_passes_here_and_leaves_its_files(tmp_path: Path) -> None:
     assert (tmp_path / "net.dense.safetensors").exists()
 
 
-def test_weights_of_another_bond_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detects_a_wrong_bond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = module._network
 
     def noisy() -> nn.Sequential:
@@ -36,15 +36,13 @@ def test_weights_of_another_bond_would_be_seen(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), 0.0, 100.0])
-def test_a_network_that_computes_otherwise_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float
-) -> None:
+def test_detects_wrong_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     last = nn.Threshold(float("inf"), wrong)
     monkeypatch.setattr(module, "load", lambda *given: nn.Sequential(load(*given), last))
     with pytest.raises(MpocError, match="outputs differ by"):
         self_test("cpu", tmp_path)
 
 
-def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+def test_rejects_unavailable_device(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not available"):
         self_test("cuda:99", tmp_path)

@@ -28,7 +28,7 @@ def searched(
 
 @SOME
 @given(st.floats(0.005, 0.98), st.floats(0, 0.5))
-def test_a_threshold_is_found(threshold: float, least: float) -> None:
+def test_finds_a_threshold(threshold: float, least: float) -> None:
     search = searched(lambda ratio: 0.5 if ratio >= threshold else 7.0, least=least)
     assert search.chosen is not None and search.keeps(search.chosen)
     best = max(threshold, least)
@@ -42,7 +42,7 @@ _FOUND = st.tuples(st.one_of(st.floats(-1, 3), st.just(math.nan)), st.integers(1
 
 @SOME
 @given(st.lists(_FOUND, min_size=8, max_size=8))
-def test_of_any_curve_the_smallest_that_was_measured_and_kept(found: list[tuple[float, int]]) -> None:
+def test_returns_the_smallest_accepted_trial_of_any_curve(found: list[tuple[float, int]]) -> None:
     """``found``: drop and bytes of each trial, in no order at all."""
     drops, sizes = ([one[k] for one in found] for k in (0, 1))
     search = searched(lambda _: drops.pop(), nbytes=lambda _: int(sizes.pop()))
@@ -55,33 +55,33 @@ def test_of_any_curve_the_smallest_that_was_measured_and_kept(found: list[tuple[
         assert (search.chosen.nbytes, search.chosen.drop) == min((t.nbytes, t.drop) for t in kept)
 
 
-def test_all_lose_too_much() -> None:
+def test_every_trial_may_lose_too_much() -> None:
     search = searched(lambda ratio: 30 - 20 * ratio)
     assert search.chosen is None
     assert [trial.ratio for trial in search.trials] == [0.5, 0.75, 0.875, 0.937, 0.968, 0.984]
     assert search.nearest is search.trials[-1]
 
 
-def test_all_are_kept() -> None:
+def test_accepts_every_trial() -> None:
     search = searched(lambda ratio: -0.5, max_drop=0.0)
     assert [trial.ratio for trial in search.trials] == [0.5, 0.25, 0.125, 0.062, 0.031, 0.015, 0.007, 0.003]
     assert search.chosen is search.trials[-1]
 
 
-def test_of_equal_sizes_that_which_loses_less() -> None:
+def test_prefers_the_smaller_loss_at_equal_size() -> None:
     search = searched(lambda ratio: 0.8 if ratio == 0.25 else 0.2 + ratio, nbytes=lambda ratio: 1000)
     assert search.chosen is not None
     assert search.chosen.drop == min(trial.drop for trial in search.trials)
 
 
-def test_exactly_as_much_as_it_may_is_kept_and_no_number_is_not() -> None:
+def test_accepts_the_exact_limit_and_rejects_nan() -> None:
     search = searched(lambda ratio: 1.0 if ratio >= 0.75 else math.nan)
     assert search.chosen is not None and search.chosen.ratio == 0.75
     nothing = searched(lambda ratio: math.nan)
     assert (nothing.chosen, nothing.nearest) == (None, None)
 
 
-def test_nothing_to_try_where_nothing_can_be_smaller() -> None:
+def test_tries_nothing_where_nothing_shrinks() -> None:
     assert Bisection(1.0, least=1.0).next_ratio() is None
     assert Bisection(1.0, least=0.9995).next_ratio() is None
     assert Bisection(1.0, least=0.998).next_ratio() == 0.999

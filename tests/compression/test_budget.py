@@ -38,7 +38,7 @@ def useful_bonds(structure: Structure) -> list[int | None]:
 
 @SOME
 @given(SHARES, st.floats(0, 1.2))
-def test_never_over_the_budget_and_no_bond_can_rise(shares: list[Share], ratio: float) -> None:
+def test_fills_the_budget_without_exceeding_it(shares: list[Share], ratio: float) -> None:
     budget = int(ratio * sum(share.structure.num_original * share.dense_cost for share in shares))
     bonds = uniform_bonds(shares, budget)
     if total(shares, [None] * len(shares)) <= budget:
@@ -59,7 +59,7 @@ def test_never_over_the_budget_and_no_bond_can_rise(shares: list[Share], ratio: 
 
 @SOME
 @given(SHARES)
-def test_bond_one_is_reached_exactly_at_its_cost(shares: list[Share]) -> None:
+def test_smallest_budget_gives_bond_one(shares: list[Share]) -> None:
     smallest = [useful_bonds(share.structure)[0] for share in shares]
     least = total(shares, smallest)
     dense = total(shares, [None] * len(shares))
@@ -69,14 +69,14 @@ def test_bond_one_is_reached_exactly_at_its_cost(shares: list[Share]) -> None:
 
 @SOME
 @given(SHARES)
-def test_what_fits_as_it_is_stays_dense(shares: list[Share]) -> None:
+def test_layers_stay_dense_where_all_fit(shares: list[Share]) -> None:
     dense = total(shares, [None] * len(shares))
     assert uniform_bonds(shares, dense) == [None] * len(shares)
     if any(share.stored_cost <= share.dense_cost and useful_bonds(share.structure)[0] for share in shares):
         assert uniform_bonds(shares, dense - 1) != [None] * len(shares)
 
 
-def test_every_bond_that_shrinks_a_small_layer_is_known() -> None:
+def test_lists_every_shrinking_bond() -> None:
     for rows, columns in itertools.product(range(1, 20), repeat=2):
         structure = make_structure("linear", (rows, columns))
         largest = useful_bonds(structure)[-1]
@@ -85,7 +85,7 @@ def test_every_bond_that_shrinks_a_small_layer_is_known() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5, 0.8])
-def test_the_worst_off_layer_is_as_well_off_as_any_choice_of_bonds_can_make_it(ratio: float) -> None:
+def test_maximises_the_minimum_share(ratio: float) -> None:
     structures = [make_structure("linear", shape, sites=2) for shape in ((16, 16), (24, 12), (8, 32))]
     shares = [Share(structure, 1, 1) for structure in structures]
     budget = int(ratio * sum(s.num_original for s in structures))
@@ -101,7 +101,7 @@ def test_the_worst_off_layer_is_as_well_off_as_any_choice_of_bonds_can_make_it(r
 
 
 @pytest.mark.parametrize("ratio", [0.02, 0.1, 0.5])
-def test_equal_layers_differ_by_one_bond_at_most(ratio: float) -> None:
+def test_equal_layers_get_nearly_equal_bonds(ratio: float) -> None:
     shares = [Share(make_structure("linear", (768, 768)), 1, 1) for _ in range(7)]
     bonds = uniform_bonds(shares, int(ratio * 7 * 768 * 768))
     assert bonds is not None
@@ -110,7 +110,7 @@ def test_equal_layers_differ_by_one_bond_at_most(ratio: float) -> None:
     assert found == sorted(found, reverse=True)
 
 
-def test_a_layer_that_cannot_shrink_costs_its_dense_bytes() -> None:
+def test_layer_that_cannot_shrink_costs_its_dense_bytes() -> None:
     hopeless = Share(make_structure("linear", (7, 5)), 2, 4)
     other = Share(make_structure("linear", (64, 64)), 2, 4)
     dense = 7 * 5 * 4
@@ -119,7 +119,7 @@ def test_a_layer_that_cannot_shrink_costs_its_dense_bytes() -> None:
     assert uniform_bonds([hopeless, other], dense + least - 1) is None
 
 
-def test_cheaper_numbers_buy_larger_bonds() -> None:
+def test_smaller_dtype_gives_larger_bonds() -> None:
     structure = make_structure("linear", (256, 256))
     (half,) = uniform_bonds([Share(structure, 2, 4)], 60_000) or [None]
     (full,) = uniform_bonds([Share(structure, 4, 4)], 60_000) or [None]
@@ -127,6 +127,6 @@ def test_cheaper_numbers_buy_larger_bonds() -> None:
     assert structure.num_parameters(half + 1) * 2 > 60_000 >= structure.num_parameters(half) * 2
 
 
-def test_same_question_same_answer() -> None:
+def test_is_deterministic() -> None:
     shares = [Share(make_structure("linear", (side, 96)), 1, 1) for side in (32, 48, 64, 96, 128)]
     assert uniform_bonds(shares, 9_000) == uniform_bonds(list(shares), 9_000)

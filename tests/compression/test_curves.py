@@ -27,7 +27,7 @@ def best(curves: list[list[tuple[int, float]]], budget: int) -> float:
 
 @SOME
 @given(CURVES, st.integers(0, 120))
-def test_never_more_than_the_budget(curves: list[list[tuple[int, float]]], budget: int) -> None:
+def test_never_exceeds_the_budget(curves: list[list[tuple[int, float]]], budget: int) -> None:
     taken = share_out(curves, budget)
     least = sum(min(size for size, _ in curve) for curve in curves)
     assert (taken is None) == (least > budget)
@@ -37,7 +37,7 @@ def test_never_more_than_the_budget(curves: list[list[tuple[int, float]]], budge
 
 @SOME
 @given(CURVES, st.integers(0, 120))
-def test_close_to_the_best_there_is(curves: list[list[tuple[int, float]]], budget: int) -> None:
+def test_is_close_to_the_optimum(curves: list[list[tuple[int, float]]], budget: int) -> None:
     """Within the largest step of one curve: what a convex share-out can lose to whole numbers."""
     taken = share_out(curves, budget)
     if taken is not None:
@@ -47,7 +47,7 @@ def test_close_to_the_best_there_is(curves: list[list[tuple[int, float]]], budge
 
 @SOME
 @given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=6), min_size=1, max_size=4), st.data())
-def test_optimal_where_steps_are_equal_and_gains_fall(gains: list[list[int]], data: st.DataObject) -> None:
+def test_is_optimal_on_convex_curves(gains: list[list[int]], data: st.DataObject) -> None:
     curves = []
     for falling in gains:
         ordered = sorted(falling, reverse=True)
@@ -58,18 +58,18 @@ def test_optimal_where_steps_are_equal_and_gains_fall(gains: list[list[int]], da
     assert cost(curves, taken)[1] == best(curves, budget)
 
 
-def test_a_choice_above_the_hull_fills_what_is_left() -> None:
+def test_fills_the_remainder_above_the_hull() -> None:
     curves = [[(0, 10.0), (4, 9.0), (10, 0.0)]]
     assert share_out(curves, 10) == [2]
     assert share_out(curves, 9) == [1]
 
 
-def test_a_dear_layer_does_not_stop_the_others() -> None:
+def test_expensive_layer_does_not_block_others() -> None:
     curves = [[(0, 100.0), (50, 0.0)], [(0, 10.0), (5, 0.0)]]
     assert share_out(curves, 20) == [0, 1]
 
 
 @pytest.mark.parametrize("budget", [0, 3, 8])
-def test_the_same_every_time(budget: int) -> None:
+def test_is_deterministic(budget: int) -> None:
     curves = [[(0, 5.0), (3, 1.0)], [(0, 5.0), (3, 1.0)], [(0, 5.0), (2, 2.0)]]
     assert share_out(curves, budget) == share_out(curves, budget)

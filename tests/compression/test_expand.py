@@ -67,12 +67,12 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 class TestWholeChain:
     """Each architecture from save_pretrained to from_pretrained, in a process without mpoc."""
 
-    def test_the_expanded_directory_answers_as_the_original(self, chain: Chain, name: str) -> None:
+    def test_expanded_directory_computes_like_the_original(self, chain: Chain, name: str) -> None:
         logits = chain.logits[f"{name}-dense"]
         assert logits.std() > 1e-3  # a model that answers at all
         torch.testing.assert_close(logits, chain.expected[name], rtol=0, atol=1e-4)
 
-    def test_every_linear_map_took_part(self, chain: Chain, name: str) -> None:
+    def test_compresses_every_linear_map(self, chain: Chain, name: str) -> None:
         manifest = read_manifest(chain.folder / name / f"{name}-compressed")
         assert manifest.replaced == list(manifest.layers)
         kinds = {layer.kind for layer in manifest.replaced}
@@ -81,11 +81,11 @@ class TestWholeChain:
         assert len(transposed) == (8 if name == "gpt2" else 0)
         assert manifest.kinds_from == f"config.json ({name})"
 
-    def test_transformers_alone_stops_at_the_compressed_directory(self, chain: Chain, name: str) -> None:
+    def test_transformers_alone_refuses_the_compressed_directory(self, chain: Chain, name: str) -> None:
         assert f"{name}-compressed" not in chain.logits
         assert "import-mpoc.hf-before-loading" in chain.errors[f"{name}-compressed"]
 
-    def test_every_other_file_is_the_original_s(self, chain: Chain, name: str) -> None:
+    def test_keeps_every_other_file(self, chain: Chain, name: str) -> None:
         before = contents(chain.folder / name / "original")
         after = contents(chain.folder / name / f"{name}-dense")
         assert after.keys() == before.keys()
@@ -96,7 +96,7 @@ class TestWholeChain:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_full_bond_gives_the_weights_back_in_their_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_full_bond_restores_weights_and_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
     state = mlp_state(dtype)
     state["conv.weight"] = torch.randn(8, 6, 3, 3, dtype=dtype)
     state["steps"] = torch.tensor(7)
@@ -111,7 +111,7 @@ def test_full_bond_gives_the_weights_back_in_their_dtype(tmp_path: Path, dtype: 
             assert relative_error(tensor, dense[name]) < 20 * torch.finfo(dtype).eps
 
 
-def test_the_error_that_was_reported_is_the_error_that_was_made(tmp_path: Path) -> None:
+def test_reported_error_matches_the_expanded_weight(tmp_path: Path) -> None:
     state = mlp_state()
     torch.save(state, tmp_path / "m.pt")
     dense = load_file(round_trip(tmp_path / "m.pt", bond=6))
@@ -124,7 +124,7 @@ def test_the_error_that_was_reported_is_the_error_that_was_made(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_tied_and_strided_tensors_come_back_whole(tmp_path: Path, legacy: bool) -> None:
+def test_restores_tied_and_strided_tensors(tmp_path: Path, legacy: bool) -> None:
     shared = torch.randn(96, 64).t()  # not contiguous
     state = {"wte.weight": shared, "fc.weight": torch.randn(64, 128)[:, ::2], "head.weight": shared}
     torch.save(state, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
@@ -137,7 +137,7 @@ def test_tied_and_strided_tensors_come_back_whole(tmp_path: Path, legacy: bool) 
     assert not any(name.startswith("head") for name in stored)
 
 
-def test_torch_shards_come_back_as_one_safetensors_directory(tmp_path: Path) -> None:
+def test_torch_shards_expand_to_safetensors(tmp_path: Path) -> None:
     state = mlp_state()
     state["head.weight"] = state["fc2.weight"]
     source = save_directory(tmp_path / "m", state, shards=1, suffix=".bin")
@@ -147,7 +147,7 @@ def test_torch_shards_come_back_as_one_safetensors_directory(tmp_path: Path) -> 
     assert load_file(dense / "model.safetensors").keys() == state.keys()
 
 
-def test_expanded_shards_have_an_index_that_is_right(tmp_path: Path) -> None:
+def test_expanded_shards_have_a_correct_index(tmp_path: Path) -> None:
     state = mlp_state()
     source = save_directory(tmp_path / "m", state, shards=3)
     compress_checkpoint(source, tmp_path / "out", make_recipe(None, {**FULL, "max_shard_size": 5000}))
@@ -206,7 +206,7 @@ def change(path: Path, tensors: dict[str, Tensor | None], **manifest: Any) -> No
         ({}, {"layers": [{"name": "x"}]}, "damaged manifest"),
     ],
 )
-def test_a_damaged_file_is_refused_and_nothing_written(
+def test_rejects_damaged_files_and_writes_nothing(
     compressed: Path, tensors: dict[str, Tensor | None], manifest: dict[str, Any], said: str
 ) -> None:
     change(compressed, tensors, **manifest)
@@ -217,13 +217,13 @@ def test_a_damaged_file_is_refused_and_nothing_written(
     assert contents(compressed.parent) == before
 
 
-def test_a_truncated_file_is_refused(compressed: Path) -> None:
+def test_rejects_truncated_files(compressed: Path) -> None:
     compressed.write_bytes(compressed.read_bytes()[:-10])
     with pytest.raises(MpocError, match=r"c\.safetensors: truncated: 10 bytes missing"):
         expand_checkpoint(compressed, compressed.parent / "dense.safetensors")
 
 
-def test_an_existing_output_needs_force(compressed: Path) -> None:
+def test_existing_output_requires_force(compressed: Path) -> None:
     dense = compressed.parent / "dense.safetensors"
     dense.write_text("mine")
     with pytest.raises(UsageError, match="exists already"):
@@ -236,7 +236,7 @@ def test_an_existing_output_needs_force(compressed: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"garbage" * 9])
-def test_what_mpoc_did_not_make(tmp_path: Path, content: bytes | None) -> None:
+def test_rejects_uncompressed_files(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "m.safetensors"
     save_file(mlp_state(), path) if content is None else path.write_bytes(content)
     with pytest.raises(MpocError, match=r"m\.safetensors: not "):
@@ -244,7 +244,7 @@ def test_what_mpoc_did_not_make(tmp_path: Path, content: bytes | None) -> None:
 
 
 @pytest.mark.parametrize(("options", "error"), [({"bond": 8}, 0.97), (FULL, 1e-5)])
-def test_a_published_resnet_loads_again(
+def test_restores_a_published_resnet(
     data: Path, tmp_path: Path, options: dict[str, Any], error: float
 ) -> None:
     original = data / "checkpoints" / "resnet20-12fca82f.th"
@@ -264,7 +264,7 @@ def test_a_published_resnet_loads_again(
             assert torch.equal(again, tensor), name
 
 
-def test_a_tied_weight_without_the_wrapper_s_prefix_comes_back(tmp_path: Path) -> None:
+def test_restores_tied_weights_without_the_wrapper_prefix(tmp_path: Path) -> None:
     weight = torch.randn(32, 32)
     state = {"module.fc.weight": weight, "module.fc.bias": torch.zeros(32), "head.weight": weight}
     torch.save(state, tmp_path / "m.pt")
@@ -273,7 +273,7 @@ def test_a_tied_weight_without_the_wrapper_s_prefix_comes_back(tmp_path: Path) -
     assert torch.equal(dense["head.weight"], dense["module.fc.weight"])
 
 
-def test_a_tensor_lost_from_a_compressed_file_is_not_passed_over(tmp_path: Path) -> None:
+def test_rejects_files_with_a_missing_tensor(tmp_path: Path) -> None:
     save_file(mlp_state(), tmp_path / "m.safetensors")
     compressed = tmp_path / "c.safetensors"
     compress_checkpoint(tmp_path / "m.safetensors", compressed, make_recipe(None, {"bond": 3}))
@@ -287,14 +287,14 @@ def test_a_tensor_lost_from_a_compressed_file_is_not_passed_over(tmp_path: Path)
     assert not (tmp_path / "dense.safetensors").exists()
 
 
-def test_an_output_named_unlike_safetensors_is_refused(tmp_path: Path) -> None:
+def test_rejects_outputs_with_another_suffix(tmp_path: Path) -> None:
     torch.save(mlp_state(), tmp_path / "m.pt")
     with pytest.raises(UsageError, match="must be named like one") as caught:
         compress_checkpoint(tmp_path / "m.pt", tmp_path / "out.pt", make_recipe(None, {"bond": 3}))
     assert caught.value.hint == f"-o {tmp_path / 'out.safetensors'}"
 
 
-def test_a_directory_with_a_damaged_config_is_refused(tmp_path: Path) -> None:
+def test_rejects_directories_with_a_damaged_config(tmp_path: Path) -> None:
     source, output = save_directory(tmp_path / "m", mlp_state()), tmp_path / "m-mpo"
     compress_checkpoint(source, output, make_recipe(None, {"bond": 2}))
     (output / "config.json").write_text('{"quantization_config": ')

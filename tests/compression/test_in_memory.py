@@ -20,7 +20,7 @@ FULL: dict[str, Any] = {"bond": 10**6, "allow_growth": True, "embeddings": True}
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_at_full_bond_nothing_changes(kind: str) -> None:
+def test_full_bond_preserves_the_outputs(kind: str) -> None:
     network, x = NETWORKS[kind]()
     dense = copy.deepcopy(network).eval()
     report = mpoc.compress(network.eval(), **FULL)
@@ -31,7 +31,7 @@ def test_at_full_bond_nothing_changes(kind: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{"bond": 4}, {"ratio": 0.6}, {"max_error": 0.7}, {"discard": 0.2}])
-def test_gives_what_a_file_gives(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_matches_the_command(tmp_path: Path, options: dict[str, Any]) -> None:
     network = nn.Sequential(nn.Linear(48, 64), nn.Conv1d(16, 16, 3), nn.Linear(64, 32))
     torch.save(network.state_dict(), tmp_path / "m.pt")
     path = tmp_path / "m.mpo.safetensors"
@@ -46,7 +46,7 @@ def test_gives_what_a_file_gives(tmp_path: Path, options: dict[str, Any]) -> Non
         assert torch.equal(value, loaded.state_dict()[name]), name
 
 
-def test_kinds_are_told_from_modules() -> None:
+def test_infers_kinds_from_modules() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -63,14 +63,14 @@ def test_kinds_are_told_from_modules() -> None:
     assert {layer.name: layer.kind for layer in report.layers} == {"table.weight": "embedding"}
 
 
-def test_norms_of_matrices_are_no_linear_maps() -> None:
+def test_skips_matrix_shaped_norms() -> None:
     network = nn.Sequential(nn.LayerNorm((32, 32)), nn.RMSNorm((32, 32)), nn.Linear(32, 32))
     report = mpoc.compress(network, bond=3)
     assert [layer.name for layer in report.layers] == ["2.weight"]
     assert report.manifest.left_alone.keys() == {"0.weight", "0.bias", "1.weight"}
 
 
-def test_tied_weights_share_their_cores() -> None:
+def test_tied_weights_share_cores() -> None:
     network = Tied()
     x = torch.tensor([0, 59])
     before = network(x)
@@ -81,7 +81,7 @@ def test_tied_weights_share_their_cores() -> None:
     torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-4)
 
 
-def test_a_module_in_two_places() -> None:
+def test_handles_a_module_in_two_places() -> None:
     layer = nn.Linear(16, 16)
     network = nn.Sequential(layer, layer)
     before = network(torch.ones(16))
@@ -90,7 +90,7 @@ def test_a_module_in_two_places() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_dtype_stays(dtype: torch.dtype) -> None:
+def test_keeps_the_dtype(dtype: torch.dtype) -> None:
     network = mlp(dtype)
     dense = copy.deepcopy(network)
     mpoc.compress(network, **FULL)
@@ -100,7 +100,7 @@ def test_the_dtype_stays(dtype: torch.dtype) -> None:
     torch.testing.assert_close(network(x), dense(x), rtol=near, atol=near)
 
 
-def test_the_state_can_be_saved(tmp_path: Path) -> None:
+def test_state_dict_can_be_saved(tmp_path: Path) -> None:
     network = mlp()
     report = mpoc.compress(network, bond=3, allow_growth=True)
     save_file(network.state_dict(), tmp_path / "cores.safetensors")
@@ -108,7 +108,7 @@ def test_the_state_can_be_saved(tmp_path: Path) -> None:
     assert (tmp_path / "cores.safetensors").stat().st_size < 4 * report.num_parameters + 2000
 
 
-def test_a_bare_layer() -> None:
+def test_compresses_a_bare_layer() -> None:
     layer = nn.Linear(24, 18)
     before = layer(torch.ones(24))
     report = mpoc.compress(layer, **FULL)
@@ -116,7 +116,7 @@ def test_a_bare_layer() -> None:
     torch.testing.assert_close(layer(torch.ones(24)), before, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_weights_stay_frozen() -> None:
+def test_keeps_frozen_weights_frozen() -> None:
     network = mlp()
     network[0].requires_grad_(False)
     mpoc.compress(network, bond=4, allow_growth=True)
@@ -126,7 +126,7 @@ def test_frozen_weights_stay_frozen() -> None:
 
 class TestErrors:
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_a_weight_that_is_not_finite_leaves_the_model_as_it_was(self, value: float) -> None:
+    def test_non_finite_weight_leaves_the_model_unchanged(self, value: float) -> None:
         network = mlp()
         with torch.no_grad():
             network.get_parameter("2.weight")[3, 4] = value
@@ -154,21 +154,21 @@ class TestErrors:
             ({"bond": 4, "shape": ["0=2x2:3x3"]}, r"0.*outputs, but the layer has 24 and 18"),
         ],
     )
-    def test_options_that_do_not_fit(self, options: dict[str, Any], said: str) -> None:
+    def test_rejects_bad_options(self, options: dict[str, Any], said: str) -> None:
         network = mlp()
         before = copy.deepcopy(network)
         with pytest.raises(UsageError, match=said):
             mpoc.compress(network, **options)
         unchanged(network, before)
 
-    def test_nothing_that_would_shrink(self) -> None:
+    def test_rejects_models_that_would_not_shrink(self) -> None:
         network = mlp()
         before = copy.deepcopy(network)
         with pytest.raises(MpocError, match=r"no layer would shrink, so nothing was changed \(0: would not"):
             mpoc.compress(network, bond=1000)
         unchanged(network, before)
 
-    def test_nothing_left_to_compress(self) -> None:
+    def test_rejects_models_without_linear_maps(self) -> None:
         network = mlp()
         mpoc.compress(network, **FULL)
         before = copy.deepcopy(network)
@@ -197,7 +197,7 @@ def test_a_recipe_holds_the_options_and_those_beside_it_win(tmp_path: Path) -> N
     assert report.manifest.options == {"max_error": 0.9, "seed": 0}
 
 
-def test_options_are_those_of_the_command() -> None:
+def test_options_match_the_command() -> None:
     network = mlp()
     report = mpoc.compress(network, bond=3, shape=["0=6x4:3x6"], exclude=["2"], allow_growth=True)
     assert [layer.layer for layer in report.layers] == ["0"]

@@ -20,7 +20,7 @@ from mpoc.errors import UsageError
         ("2x2:padding=0", InputShape(None, (2, 2), padding=(0,))),
     ],
 )
-def test_texts(text: str, expected: InputShape) -> None:
+def test_parses_input_shapes(text: str, expected: InputShape) -> None:
     assert parse_input_shape(text) == expected
 
 
@@ -36,12 +36,12 @@ def test_texts(text: str, expected: InputShape) -> None:
         ("c=2x2:groups=2x2", "groups is one number"),
     ],
 )
-def test_what_is_none_is_refused(text: str, said: str) -> None:
+def test_rejects_malformed_input_shapes(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         parse_input_shape(text)
 
 
-def test_the_last_that_names_a_layer_counts() -> None:
+def test_last_matching_shape_wins() -> None:
     given = [parse_input_shape(text) for text in ("8x8", "conv*=4x4", "conv2=2x2", "other=3x3")]
     assert geometry_at("conv1.weight", (4, 4, 3, 3), given).size == (4, 4)
     assert geometry_at("conv2.weight", (4, 4, 3, 3), given).size == (2, 2)

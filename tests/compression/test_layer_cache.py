@@ -31,7 +31,7 @@ def fitted(dtype: torch.dtype = torch.float32) -> Fitted:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_layer_comes_back_as_it_was(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_layer_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
     layer = fitted(dtype)
     store = LayerCache(tmp_path)
     store.keep(7, layer, 1.5)
@@ -51,7 +51,7 @@ def test_a_layer_comes_back_as_it_was(tmp_path: Path, dtype: torch.dtype) -> Non
     assert torch.equal(again.changed["fc.bias"], layer.changed["fc.bias"])
 
 
-def test_a_dense_layer_has_a_record_only(tmp_path: Path) -> None:
+def test_dense_layer_stores_only_a_record(tmp_path: Path) -> None:
     record = fitted().record
     store = LayerCache(tmp_path)
     store.keep(0, Fitted(record))
@@ -59,14 +59,14 @@ def test_a_dense_layer_has_a_record_only(tmp_path: Path) -> None:
     assert store.layer(0).entries == {}
 
 
-def test_tensors_of_no_single_layer_are_kept_too(tmp_path: Path) -> None:
+def test_stores_tensors_outside_layers(tmp_path: Path) -> None:
     store = LayerCache(tmp_path)
     store.keep_others({"bn.running_mean": torch.arange(3.0)})
     assert store.count() == 0
     assert torch.equal(store.others()["bn.running_mean"][0].read(), torch.arange(3.0))
 
 
-def test_a_layer_is_used_again_where_nothing_changed(tmp_path: Path) -> None:
+def test_reuses_a_layer_with_the_same_key(tmp_path: Path) -> None:
     layer = fitted()
     LayerCache(tmp_path, lambda number: f"key {number}").keep(3, layer)
     assert LayerCache(tmp_path, lambda number: f"key {number}").takes_up(3)
@@ -77,7 +77,7 @@ def test_a_layer_is_used_again_where_nothing_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("position", [3, 200, -1, -60])
-def test_a_damaged_layer_is_not_used_again(tmp_path: Path, position: int) -> None:
+def test_ignores_a_damaged_layer(tmp_path: Path, position: int) -> None:
     store = LayerCache(tmp_path, str)
     store.keep(0, fitted())
     (path,) = tmp_path.iterdir()
@@ -89,7 +89,7 @@ def test_a_damaged_layer_is_not_used_again(tmp_path: Path, position: int) -> Non
     assert not store.takes_up(0)
 
 
-def test_what_belongs_to_no_layer_is_cleared_away(tmp_path: Path) -> None:
+def test_clears_stale_files(tmp_path: Path) -> None:
     store = LayerCache(tmp_path, str)
     for number in (0, 1, 5):
         store.keep(number, fitted())
@@ -98,9 +98,7 @@ def test_what_belongs_to_no_layer_is_cleared_away(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.safetensors", "000001.safetensors"]
 
 
-def test_a_failing_write_leaves_the_layer_that_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_write_keeps_the_old_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, layer = LayerCache(tmp_path, str), fitted()
     store.keep(0, layer)
 
@@ -115,7 +113,7 @@ def test_a_failing_write_leaves_the_layer_that_was_there(
     assert store.count() == 1
 
 
-def test_the_key_of_a_layer_behind_others_knows_its_weight() -> None:
+def test_key_depends_on_the_weight() -> None:
     """Which the network that data run through may lack."""
     keys = set()
     for seed in (0, 1):

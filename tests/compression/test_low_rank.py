@@ -43,7 +43,7 @@ def as_one_matrix(kind: str, weight: Tensor, transposed: bool) -> Tensor:
 
 
 @pytest.mark.parametrize(("kind", "shape", "transposed"), KINDS)
-def test_the_matrix_of_a_weight_and_back(kind: str, shape: tuple[int, ...], transposed: bool) -> None:
+def test_matrix_round_trip(kind: str, shape: tuple[int, ...], transposed: bool) -> None:
     structure = low_rank_structure(kind, shape, transposed)
     weight = torch.randn(shape, dtype=torch.float64)
     matrix = to_matrix(weight, structure)
@@ -53,14 +53,14 @@ def test_the_matrix_of_a_weight_and_back(kind: str, shape: tuple[int, ...], tran
     assert structure.num_parameters(2) == 2 * (matrix.shape[1] + matrix.shape[2])
 
 
-def test_other_factors_are_no_low_rank_form() -> None:
+def test_other_factors_are_not_svd() -> None:
     assert make_structure("linear", (12, 20), factors=((12, 1), (1, 20))).form == "svd"
     assert make_structure("linear", (12, 20), factors=((1, 12), (20, 1))).form == "mpo"
     assert make_structure("conv2d", (12, 20, 3, 3)).form == "mpo"
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
-def test_a_network_gets_the_best_low_rank_weights(kind: str) -> None:
+def test_weights_are_truncated_svds(kind: str) -> None:
     """Against Eckart and Young: torch's SVD of every weight, truncated."""
     network, x = NETWORKS[kind]()
     dense = copy.deepcopy(network).eval()
@@ -76,7 +76,7 @@ def test_a_network_gets_the_best_low_rank_weights(kind: str) -> None:
     torch.testing.assert_close(network(x), dense(x), rtol=1e-3, atol=1e-4)
 
 
-def test_a_file_says_its_form_and_loads(tmp_path: Path) -> None:
+def test_file_records_its_form_and_loads(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(48, 64), nn.Conv2d(16, 16, 3), nn.Linear(64, 32))
     torch.save(network.state_dict(), tmp_path / "m.pt")
     path = tmp_path / "m.mpo.safetensors"
@@ -90,7 +90,7 @@ def test_a_file_says_its_form_and_loads(tmp_path: Path) -> None:
     assert torch.equal(loaded[1](image), network[1](image))
 
 
-def test_a_recipe_mixes_forms(tmp_path: Path) -> None:
+def test_recipe_mixes_forms(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32))
     file = tmp_path / "recipe.toml"
     file.write_text('bond = 4\nform = "svd"\n[layer."1"]\nform = "mpo"\nsites = 3\n')
@@ -102,7 +102,7 @@ def test_a_recipe_mixes_forms(tmp_path: Path) -> None:
     ]
 
 
-def test_sites_for_all_are_not_of_a_layer_in_low_rank_form(tmp_path: Path) -> None:
+def test_svd_layers_ignore_sites(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32))
     file = tmp_path / "recipe.toml"
     file.write_text('bond = 4\nsites = 3\n[layer."1"]\nform = "svd"\n')
@@ -120,6 +120,6 @@ def test_sites_for_all_are_not_of_a_layer_in_low_rank_form(tmp_path: Path) -> No
         ({"form": "svd", "conv": "map", "input_shape": (1, 8, 6, 6)}, "of kernels, not of whole maps"),
     ],
 )
-def test_what_does_not_go_together(options: dict[str, Any], said: str) -> None:
+def test_rejects_bad_combinations(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         mpoc.compress(nn.Sequential(nn.Conv2d(8, 8, 3)), bond=2, **options)

@@ -62,7 +62,7 @@ WEIGHTS = {
 
 @FORMS
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_extreme_weights_come_back(tmp_path: Path, name: str, form: str) -> None:
+def test_preserves_extreme_weights(tmp_path: Path, name: str, form: str) -> None:
     weight = WEIGHTS[name]
     dense = there_and_back(tmp_path, {"fc.weight": weight}, form=form)["fc.weight"]
     assert (dense.shape, dense.dtype) == (weight.shape, weight.dtype)
@@ -74,14 +74,14 @@ def test_extreme_weights_come_back(tmp_path: Path, name: str, form: str) -> None
 
 @FORMS
 @pytest.mark.parametrize("size", [1e-30, 1e-41, 1e35])
-def test_the_error_of_a_truncated_weight_of_any_size(tmp_path: Path, form: str, size: float) -> None:
+def test_reports_errors_of_weights_of_any_scale(tmp_path: Path, form: str, size: float) -> None:
     state = {"fc.weight": (torch.randn(32, 24) * size)}
     dense = there_and_back(tmp_path, state, form=form, bond=4)
     assert 0.3 < relative_error(state["fc.weight"], dense["fc.weight"]) < 0.95
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-41, 1e30, 0.0])
-def test_a_mera_of_any_size(tmp_path: Path, size: float) -> None:
+def test_fits_meras_of_any_scale(tmp_path: Path, size: float) -> None:
     weight, errors = torch.randn(64, 64), []
     for k, state in enumerate(({"fc.weight": weight}, {"fc.weight": weight * size})):
         (tmp_path / str(k)).mkdir()
@@ -92,7 +92,7 @@ def test_a_mera_of_any_size(tmp_path: Path, size: float) -> None:
 
 @FORMS
 @pytest.mark.parametrize(("value", "said"), [(float("nan"), "NaN"), (float("-inf"), "infinite values")])
-def test_a_row_that_is_not_finite_is_refused(tmp_path: Path, form: str, value: float, said: str) -> None:
+def test_rejects_non_finite_rows(tmp_path: Path, form: str, value: float, said: str) -> None:
     state = {"a.weight": torch.randn(32, 24), "b.weight": torch.randn(32, 24)}
     state["b.weight"][3] = value
     with pytest.raises(MpocError, match=rf"m\.pt: tensor 'b\.weight' holds {said}"):
@@ -101,9 +101,7 @@ def test_a_row_that_is_not_finite_is_refused(tmp_path: Path, form: str, value: f
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_an_approximation_that_overflows_on_the_way_back_is_refused(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
+def test_rejects_overflowing_approximations(tmp_path: Path, dtype: torch.dtype) -> None:
     """Of rank 1 the nearest matrix has an entry above the largest of the weight."""
     top = torch.finfo(dtype).max
     weight = torch.tensor([[1.0, 1.0], [1.0, 0.0]]).repeat_interleave(4, 0).repeat_interleave(4, 1)
@@ -113,13 +111,13 @@ def test_an_approximation_that_overflows_on_the_way_back_is_refused(
     assert set(contents(tmp_path)) == {"m.pt"}
 
 
-def test_cores_that_overflow_their_dtype_are_refused(tmp_path: Path) -> None:
+def test_rejects_overflowing_cores(tmp_path: Path) -> None:
     state = {"fc.weight": torch.full((32, 24), 1e30)}
     with pytest.raises(MpocError, match=r"tensor 'fc\.weight': its cores overflow float16"):
         there_and_back(tmp_path, state, form="svd", dtype="float16")
 
 
-def test_all_other_tensors_come_back_bit_by_bit(tmp_path: Path) -> None:
+def test_preserves_other_tensors_bit_by_bit(tmp_path: Path) -> None:
     """NaN included: what is not compressed is not looked at."""
     others = {
         "nan": torch.tensor([float("nan"), float("inf"), -0.0]),
@@ -139,7 +137,7 @@ def test_all_other_tensors_come_back_bit_by_bit(tmp_path: Path) -> None:
         assert dense[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
 
 
-def test_a_relative_error_above_a_tolerance_is_found_at_any_size(tmp_path: Path) -> None:
+def test_detects_errors_above_tolerance_at_any_scale(tmp_path: Path) -> None:
     for k, size in enumerate((1.0, 1e-35, 1e35)):
         folder = tmp_path / str(k)
         folder.mkdir()
@@ -161,7 +159,7 @@ def mlp():
 @pytest.mark.parametrize(
     "fault", ["zero", "tiny", "denormal", "large", "rank one", "dead inputs", "huge", "NaN"]
 )
-def test_calibrated_on_extreme_weights(tmp_path: Path, fault: str, form: str | None) -> None:
+def test_calibrates_on_extreme_weights(tmp_path: Path, fault: str, form: str | None) -> None:
     """The layer in the middle; what it does is fitted, or its name is said."""
     (tmp_path / "net.py").write_text(NET)
     arch = f"{tmp_path / 'net.py'}:mlp"

@@ -45,7 +45,7 @@ def structure(order: Any, transposed: bool = False, network: str = "chain") -> S
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("order", ORDERS, ids=["morton", "permutation"])
 class TestLayout:
-    def test_columns_are_the_inputs_in_their_order(self, order: Any, transposed: bool) -> None:
+    def test_columns_follow_the_order(self, order: Any, transposed: bool) -> None:
         place = structure(order, transposed)
         weight = torch.randn(place.shape)
         columns = (weight.T if transposed else weight).T
@@ -53,7 +53,7 @@ class TestLayout:
         for position, column in enumerate(to_matrix(weight, place)[0].T):
             assert torch.equal(column, columns[place.permutation[position]])
 
-    def test_there_and_back(self, order: Any, transposed: bool) -> None:
+    def test_interleave_round_trip(self, order: Any, transposed: bool) -> None:
         place = structure(order, transposed)
         weight = torch.randn(place.shape)
         assert torch.equal(deinterleave(interleave(weight, place), place), weight)
@@ -68,7 +68,7 @@ class TestLayout:
 
 @pytest.mark.parametrize("network", ["chain", "tree", "mera"])
 @pytest.mark.parametrize("order", ORDERS, ids=["morton", "permutation"])
-def test_a_layer_does_what_its_weight_does(order: Any, network: str) -> None:
+def test_layer_computes_with_its_weight(order: Any, network: str) -> None:
     place = structure(order, network=network)
     cores = [torch.randn(shape, dtype=torch.float64) for shape in place.core_shapes(place.bonds(3))]
     layer = nn.Linear(48, 64, dtype=torch.float64)
@@ -96,7 +96,7 @@ def compress(folder: Path, dry_run: bool = False, **options: Any) -> tuple[Path,
 
 @pytest.mark.parametrize("goal", [{"bond": 6}, {"ratio": 0.5}, {"discard": 0.3}, {"max_error": 0.7}], ids=str)
 @pytest.mark.parametrize("order", NAMES)
-def test_loaded_and_expanded_are_the_same_network(tmp_path: Path, order: str, goal: dict[str, Any]) -> None:
+def test_load_and_expand_agree(tmp_path: Path, order: str, goal: dict[str, Any]) -> None:
     path, manifest, nbytes = compress(tmp_path, order=[f"0={order}"], **goal)
     assert nbytes == num_bytes(path)
     assert nbytes <= compress(tmp_path, True, order=[f"0={order}"], **goal)[2]
@@ -114,7 +114,7 @@ def test_loaded_and_expanded_are_the_same_network(tmp_path: Path, order: str, go
         assert layer.order == ("" if order == "raster" else order)
 
 
-def test_a_learnt_order_is_kept_and_better(tmp_path: Path) -> None:
+def test_learned_order_is_recorded_and_better(tmp_path: Path) -> None:
     own = compress(tmp_path, bond=4, order=["raster"])[1].layers[0]
     layer = compress(tmp_path, bond=4, order=["learned"])[1].layers[0]
     assert sorted(layer.order) == list(range(48))
@@ -122,25 +122,25 @@ def test_a_learnt_order_is_kept_and_better(tmp_path: Path) -> None:
     assert layer.num_stored == own.num_stored
 
 
-def test_a_dry_run_says_that_it_is_to_be_learnt(tmp_path: Path) -> None:
+def test_dry_run_reports_a_learned_order(tmp_path: Path) -> None:
     planned = compress(tmp_path, True, bond=4, order=["learned"])
     assert [layer.order for layer in planned[1].layers] == ["learned", "learned"]
     assert compress(tmp_path, bond=4, order=["learned"])[2] <= planned[2]
 
 
-def test_the_last_that_fits_decides(tmp_path: Path) -> None:
+def test_last_matching_order_wins(tmp_path: Path) -> None:
     orders = ["morton:3x4x4", "morton:8x8", "2=raster"]
     _, manifest, _ = compress(tmp_path, bond=4, order=orders)
     assert [layer.order for layer in manifest.layers] == ["morton:3x4x4", ""]
 
 
-def test_a_recipe_s_table(tmp_path: Path) -> None:
+def test_recipe_tables_set_orders(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('bond = 4\norder = "morton:3x4x4"\n[layer."0"]\norder = "raster"\n')
     assert make_recipe(tmp_path / "r.toml", {}).order_for("0.weight", "linear", 48) == ""
     assert make_recipe(tmp_path / "r.toml", {}).order_for("1.weight", "linear", 48) == "morton:3x4x4"
 
 
-def test_in_memory_as_from_a_file(tmp_path: Path) -> None:
+def test_in_memory_matches_the_file(tmp_path: Path) -> None:
     path, manifest, _ = compress(tmp_path, bond=4, order=["0=morton:3x4x4"])
     model, x = network(), torch.randn(3, 48)
     assert mpoc.compress(model, bond=4, order="0=morton:3x4x4").layers == manifest.layers
@@ -148,7 +148,7 @@ def test_in_memory_as_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", NAMES[1:])
-def test_what_transformers_reads_is_the_same_structure(tmp_path: Path, order: str) -> None:
+def test_config_round_trips_the_structure(tmp_path: Path, order: str) -> None:
     _, manifest, _ = compress(tmp_path, bond=4, order=[f"0={order}"])
     entries = json.loads(json.dumps(quantization_config(manifest)))["layers"]
     for layer in manifest.replaced:
@@ -161,7 +161,7 @@ def test_what_transformers_reads_is_the_same_structure(tmp_path: Path, order: st
 
 
 @pytest.mark.parametrize("order", ["spiral", "learned", "morton:2x2", [0] * 48, list(range(47)), 3])
-def test_a_damaged_order(tmp_path: Path, order: Any) -> None:
+def test_rejects_damaged_orders(tmp_path: Path, order: Any) -> None:
     _, manifest, _ = compress(tmp_path, bond=4, order=["0=morton:3x4x4"])
     value = json.loads(manifest.to_json())
     value["layers"][0]["order"] = order
@@ -178,13 +178,13 @@ def test_a_damaged_order(tmp_path: Path, order: Any) -> None:
         ({"order": ["0=morton:3x4x4"], "form": "svd"}, "two factors, as of 0, are the same in any"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
+def test_rejects_bad_orders(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         compress(tmp_path, bond=4, **options)
     assert list(tmp_path.iterdir()) == [tmp_path / "m.pt"]
 
 
-def test_calibration_is_refused(tmp_path: Path) -> None:
+def test_rejects_calibration(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "m.pt")
     recipe = make_recipe(None, {"bond": 4, "order": (parse_order("learned"),)})
     with pytest.raises(UsageError, match="--order does not go with --calibrate"):
@@ -193,7 +193,7 @@ def test_calibration_is_refused(tmp_path: Path) -> None:
         )
 
 
-def test_entanglement_in_an_order(tmp_path: Path) -> None:
+def test_entanglement_follows_the_order(tmp_path: Path) -> None:
     path, manifest, _ = compress(tmp_path, bond=4, order=["0=learned"])
     (profile, _) = entanglement_of(tmp_path / "m.pt", {}, against=path).profiles
     assert profile.structure.order == manifest.layers[0].order
@@ -204,7 +204,7 @@ def test_entanglement_in_an_order(tmp_path: Path) -> None:
         entanglement_of(tmp_path / "m.pt", {"order": (parse_order("learned"),)})
 
 
-def test_gradients_go_through(tmp_path: Path) -> None:
+def test_gradients_match_the_dense_network(tmp_path: Path) -> None:
     path, _, _ = compress(tmp_path, bond=4, order=["morton:3x4x4", "2=raster"])
     model, x = mpoc.load(path, network()), torch.randn(3, 48, requires_grad=True)
     model(x).square().sum().backward()

@@ -27,7 +27,7 @@ def compress(source: Path, output: str = "out", dry_run: bool = False, **options
 @pytest.mark.parametrize(
     ("value", "kind"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-float("inf"), "infinite")]
 )
-def test_weights_that_are_no_numbers_name_file_and_tensor(source: Path, value: float, kind: str) -> None:
+def test_non_finite_weight_names_file_and_tensor(source: Path, value: float, kind: str) -> None:
     state = network_state()
     state["fc2.weight"][3, 4] = value
     bad = source.parent / "bad.pt"
@@ -41,14 +41,14 @@ def test_weights_that_are_no_numbers_name_file_and_tensor(source: Path, value: f
     assert "fc2.weight" not in [layer.name for layer in done.manifest.layers]
 
 
-def test_cores_that_overflow_their_dtype_are_refused(tmp_path: Path) -> None:
+def test_rejects_overflowing_cores(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.randn(64, 64) * 1e30}, tmp_path / "m.pt")
     with pytest.raises(MpocError, match=r"m\.pt: tensor 'fc\.weight': its cores overflow float16"):
         compress(tmp_path / "m.pt", bond=4, dtype="float16")
     assert list(tmp_path.iterdir()) == [tmp_path / "m.pt"]
 
 
-def test_a_core_s_name_that_is_taken_is_refused(tmp_path: Path) -> None:
+def test_rejects_taken_core_names(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.randn(64, 64), "fc.cores.0": torch.randn(2)}, tmp_path / "m.pt")
     with pytest.raises(MpocError, match=r"tensor 'fc\.cores\.0' has the name that a core of fc would get"):
         compress(tmp_path / "m.pt", bond=4)
@@ -56,7 +56,7 @@ def test_a_core_s_name_that_is_taken_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("goal", [{"bond": 10**6}, {"size": 10**9}, {"ratio": 1.0}])
-def test_nothing_is_written_where_nothing_shrinks(source: Path, goal: dict[str, Any]) -> None:
+def test_writes_nothing_where_nothing_shrinks(source: Path, goal: dict[str, Any]) -> None:
     before = contents(source.parent)
     with pytest.raises(MpocError, match="no layer would be compressed") as caught:
         compress(source, **goal)
@@ -64,7 +64,7 @@ def test_nothing_is_written_where_nothing_shrinks(source: Path, goal: dict[str, 
     assert contents(source.parent) == before
 
 
-def test_an_existing_output_is_refused_before_any_work(source: Path) -> None:
+def test_rejects_existing_output_before_any_work(source: Path) -> None:
     done = compress(source, bond=2)
     before = contents(source.parent)
     told: list[str] = []
@@ -77,7 +77,7 @@ def test_an_existing_output_is_refused_before_any_work(source: Path) -> None:
     assert read_manifest(done.output).options["bond"] == 4
 
 
-def test_progress_is_told_after_every_layer(source: Path) -> None:
+def test_reports_progress_per_layer(source: Path) -> None:
     told: list[tuple[str, int, int]] = []
 
     def progress(record: LayerRecord, seconds: float, done: int, total: int, share: float) -> None:
@@ -93,7 +93,7 @@ def test_progress_is_told_after_every_layer(source: Path) -> None:
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_an_interrupt_leaves_everything_as_it_was(source: Path, old: bool) -> None:
+def test_interrupt_changes_nothing(source: Path, old: bool) -> None:
     if old:
         compress(source, bond=2)
     before = contents(source.parent)
@@ -110,9 +110,7 @@ def test_an_interrupt_leaves_everything_as_it_was(source: Path, old: bool) -> No
 
 
 @pytest.mark.parametrize("write", range(0, 12, 2))
-def test_a_full_disk_leaves_everything_as_it_was(
-    source: Path, monkeypatch: pytest.MonkeyPatch, write: int
-) -> None:
+def test_full_disk_changes_nothing(source: Path, monkeypatch: pytest.MonkeyPatch, write: int) -> None:
     before = contents(source.parent)
     original, calls = writer._write_tensor, 0
 
@@ -149,11 +147,11 @@ def test_default_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source:
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "nonsense", "", "cpu:x"])
-def test_an_unavailable_device_is_a_usage_error(name: str) -> None:
+def test_rejects_unavailable_device(name: str) -> None:
     with pytest.raises(UsageError, match=f"--device {name}: not available here"):
         choose_device(name)
 
 
-def test_auto_takes_what_is_there() -> None:
+def test_auto_picks_an_available_device() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert choose_device("cpu").type == "cpu"

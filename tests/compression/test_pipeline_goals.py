@@ -47,7 +47,7 @@ GOALS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", GOALS, ids=str)
 class TestEveryGoal:
-    def test_a_dry_run_writes_nothing_and_bounds_the_size(self, source: Path, options: Any) -> None:
+    def test_dry_run_writes_nothing_and_bounds_the_size(self, source: Path, options: Any) -> None:
         before = contents(source.parent)
         plan = compress(source, dry_run=True, **options)
         assert contents(source.parent) == before
@@ -60,7 +60,7 @@ class TestEveryGoal:
             layer.bonds for layer in done.manifest.layers
         ]
 
-    def test_the_manifest_tells_what_is_stored(self, source: Path, options: Any) -> None:
+    def test_manifest_matches_the_stored_tensors(self, source: Path, options: Any) -> None:
         state = network_state()
         done = compress(source, **options)
         stored = stored_tensors(done.output)
@@ -84,20 +84,20 @@ class TestEveryGoal:
         assert done.manifest.num_parameters == after
         assert read_manifest(done.output) == done.manifest
 
-    def test_the_same_input_gives_the_same_bytes(self, source: Path, options: Any) -> None:
+    def test_output_is_deterministic(self, source: Path, options: Any) -> None:
         first = compress(source, "first", **options).output
         torch.manual_seed(1)
         torch.randn(3)
         second = compress(source, "second", **options).output
         assert contents(first) == contents(second)
 
-    def test_the_input_stays_as_it_was(self, source: Path, options: Any) -> None:
+    def test_input_is_unchanged(self, source: Path, options: Any) -> None:
         before = contents(source)
         compress(source, **options)
         assert contents(source) == before
 
 
-def test_the_seed_alone_decides_the_randomised_svd(tmp_path: Path) -> None:
+def test_seed_determines_the_randomised_svd(tmp_path: Path) -> None:
     """On a matrix large enough that the fit starts from random vectors."""
     torch.save({"fc.weight": torch.randn(1024, 1536)}, tmp_path / "m.pt")
     made = []
@@ -111,7 +111,7 @@ def test_the_seed_alone_decides_the_randomised_svd(tmp_path: Path) -> None:
 
 @settings(max_examples=15, deadline=None, derandomize=True, database=None)
 @given(ratio=st.floats(0.15, 0.95), sites=st.sampled_from([None, 2, 3]), directory=st.booleans())
-def test_the_ratio_is_never_exceeded(
+def test_ratio_is_never_exceeded(
     tmp_path_factory: pytest.TempPathFactory, ratio: float, sites: int | None, directory: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("ratio")
@@ -139,7 +139,7 @@ def test_the_ratio_is_never_exceeded(
     dtype=st.sampled_from([None, "float16", "float32"]),
     shards=st.sampled_from([0, 1, 2]),
 )
-def test_the_size_is_never_exceeded(
+def test_size_is_never_exceeded(
     tmp_path_factory: pytest.TempPathFactory, size: int, dtype: str | None, shards: int
 ) -> None:
     folder = tmp_path_factory.mktemp("size")
@@ -168,7 +168,7 @@ def test_the_size_is_never_exceeded(
 )
 @pytest.mark.parametrize("dtype", [None, "float16"])
 @pytest.mark.parametrize(("ceiling", "values"), [("size", [42_000, 50_000]), ("ratio", [0.5, 0.8])])
-def test_a_ceiling_counts_layers_with_a_goal_of_their_own(
+def test_ceiling_counts_layers_with_their_own_goal(
     tmp_path: Path, goal: str, dtype: str | None, ceiling: str, values: list[float]
 ) -> None:
     """Such a layer may stay dense, in its own, wider dtype."""
@@ -181,7 +181,7 @@ def test_a_ceiling_counts_layers_with_a_goal_of_their_own(
         assert reached <= value
 
 
-def test_a_size_or_ratio_out_of_reach_is_refused_with_the_reachable(source: Path) -> None:
+def test_unreachable_size_or_ratio_names_the_reachable_one(source: Path) -> None:
     with pytest.raises(UsageError, match=r"--ratio 0\.001 cannot be reached") as caught:
         compress(source, ratio=0.001)
     assert caught.value.hint is not None
@@ -193,9 +193,7 @@ def test_a_size_or_ratio_out_of_reach_is_refused_with_the_reachable(source: Path
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("max_error", [0.3, 0.02])
-def test_the_error_bound_holds_for_what_is_stored(
-    tmp_path: Path, max_error: float, dtype: str | None
-) -> None:
+def test_error_bound_holds_for_stored_cores(tmp_path: Path, max_error: float, dtype: str | None) -> None:
     state = {name: tensor.cumsum(0).cumsum(1) for name, tensor in mlp_state().items() if tensor.dim() > 1}
     torch.save(state, tmp_path / "m.pt")
     done = compress(tmp_path / "m.pt", max_error=max_error, dtype=dtype)
@@ -209,7 +207,7 @@ def test_the_error_bound_holds_for_what_is_stored(
         assert layer.relative_error == pytest.approx(error, rel=1e-3)
 
 
-def test_an_error_bound_below_the_rounding_is_refused(tmp_path: Path) -> None:
+def test_rejects_error_bound_below_rounding(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.randn(64, 1) @ torch.randn(1, 64)}, tmp_path / "m.pt")
     with pytest.raises(
         MpocError, match=r"layer fc: relative error 1e-05 cannot be kept in bfloat16"
@@ -219,7 +217,7 @@ def test_an_error_bound_below_the_rounding_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "m.pt"]
 
 
-def test_a_tolerance_is_used_up(tmp_path: Path) -> None:
+def test_tolerance_is_used_up(tmp_path: Path) -> None:
     """A little more error would let no bond go: what is allowed is spent."""
     torch.save({"conv.weight": torch.randn(64, 64, 3, 3)}, tmp_path / "m.pt")
     (layer,) = compress(tmp_path / "m.pt", max_error=0.6).manifest.layers

@@ -59,7 +59,7 @@ MAPS = st.lists(
 ).map(lambda ws: [LinearMap(f"l{k}.weight", w[0], w[1], "float32", False) for k, w in enumerate(ws)])
 
 
-def test_a_bond_caps_every_layer() -> None:
+def test_bond_caps_every_layer() -> None:
     for layer in plan(NETWORK, bond=4).values():
         structure = make_structure(layer.map.kind, layer.map.shape)
         record = layer.record()
@@ -80,7 +80,7 @@ def test_records_keep_the_source_and_the_stored_dtype() -> None:
     assert (asked.dtype, asked.stored_dtype) == ("float16", "bfloat16")
 
 
-def test_a_layer_that_would_grow_stays_dense_and_says_so() -> None:
+def test_layer_that_would_grow_stays_dense_with_a_reason() -> None:
     layer = plan(NETWORK, bond=64)["fc2"]
     grown = layer.structure.num_parameters(64)
     assert layer.max_bond is None and grown >= 2560
@@ -96,12 +96,12 @@ def test_dense_unless_strictly_smaller() -> None:
     assert leave_dense_unless_smaller(layer, 256 * 784).max_bond is None
 
 
-def test_a_tolerance_starts_from_the_full_bond() -> None:
+def test_tolerance_starts_from_the_full_bond() -> None:
     layer = plan(NETWORK, max_error=0.1)["fc1"]
     assert (layer.tolerance, layer.max_bond) == (0.1, layer.structure.full_bond)
 
 
-def test_a_discarded_weight_starts_from_the_full_bond_or_its_cap() -> None:
+def test_discard_starts_from_the_full_bond_or_its_cap() -> None:
     layer = plan(NETWORK, discard=0.1)["fc1"]
     assert (layer.discard, layer.max_bond) == (0.1, layer.structure.full_bond)
     capped = plan(NETWORK, (LayerRule("fc1", bond=5, discard=0.2),), discard=0.1, bond=3)
@@ -111,7 +111,7 @@ def test_a_discarded_weight_starts_from_the_full_bond_or_its_cap() -> None:
     assert plan(NETWORK, (LayerRule("fc1", discard=0.2),), bond=3)["fc1"].max_bond == layer.max_bond
 
 
-def test_a_mera_has_no_spectrum_to_cut() -> None:
+def test_mera_rejects_tolerances() -> None:
     assert plan(NETWORK, (LayerRule("fc1", form="tree"),), discard=0.1)["fc1"].discard == 0.1
     for option in ("discard", "max_error"):
         goal = {option: 0.1}
@@ -119,7 +119,7 @@ def test_a_mera_has_no_spectrum_to_cut() -> None:
             plan(NETWORK, (LayerRule("fc1", form="mera"),), **goal)
 
 
-def test_rules_of_single_layers_win() -> None:
+def test_layer_rules_win() -> None:
     rules = (
         LayerRule("fc*", bond=7, sites=2),
         LayerRule("fc2", max_error=0.2),
@@ -132,7 +132,7 @@ def test_rules_of_single_layers_win() -> None:
     assert layers["fc2"].tolerance == 0.2 and len(layers["fc2"].structure.output_factors) == 2
 
 
-def test_shapes_go_to_the_layers_they_fit_or_name() -> None:
+def test_shapes_apply_to_fitting_or_named_layers() -> None:
     everywhere = parse_shape("4x7x7x4:4x4x4x4")
     named = parse_shape("fc2=4x4x4x4:1x1x10x1")
     layers = plan(NETWORK, bond=4, shape=(everywhere, named))
@@ -150,19 +150,19 @@ def test_shapes_go_to_the_layers_they_fit_or_name() -> None:
         ({"rules": (LayerRule("fd1"),)}, r"\[layer\] pattern 'fd1' matches no tensor; .* 'fc1'"),
     ],
 )
-def test_what_fits_no_layer_is_refused(options: dict[str, Any], said: str) -> None:
+def test_rejects_shapes_that_fit_no_layer(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         make_plan(selection(*NETWORK), Recipe(bond=4, **options))
 
 
-def test_nothing_selected_is_refused() -> None:
+def test_rejects_an_empty_selection() -> None:
     with pytest.raises(UsageError, match="no layer is left to compress"):
         make_plan(selection(), Recipe(bond=4))
 
 
 @SOME
 @given(MAPS, st.floats(0.001, 1))
-def test_ratio_is_a_ceiling_that_is_used(maps: list[LinearMap], ratio: float) -> None:
+def test_ratio_is_a_ceiling_and_is_used(maps: list[LinearMap], ratio: float) -> None:
     try:
         plans = make_plan(selection(*maps), Recipe(ratio=ratio))
     except UsageError:
@@ -181,7 +181,7 @@ def test_ratio_is_a_ceiling_that_is_used(maps: list[LinearMap], ratio: float) ->
         assert more == now or more >= layer.structure.num_original or not fits
 
 
-def test_a_ratio_out_of_reach_names_one_within() -> None:
+def test_unreachable_ratio_names_a_reachable_one() -> None:
     with pytest.raises(UsageError, match=r"--ratio 0\.0001 cannot be reached") as caught:
         make_plan(selection(*NETWORK), Recipe(ratio=0.0001))
     assert caught.value.hint is not None
@@ -190,14 +190,14 @@ def test_a_ratio_out_of_reach_names_one_within() -> None:
 
 
 @pytest.mark.parametrize("growth", [False, True])
-def test_the_ceiling_counts_layers_with_a_goal_of_their_own(growth: bool) -> None:
+def test_ceiling_counts_layers_with_their_own_goal(growth: bool) -> None:
     rules = (LayerRule("conv2", bond=4), LayerRule("fc2", dense=True))
     layers = plan(NETWORK, rules, ratio=0.5, allow_growth=growth)
     assert layers["conv2"].max_bond == 4 and layers["fc2"].max_bond is None
     assert 0.49 < ratio_of(list(layers.values())) <= 0.5
 
 
-def test_the_ceiling_counts_a_layer_that_would_grow_as_dense() -> None:
+def test_ceiling_counts_growing_layers_as_dense() -> None:
     maps = [LinearMap(f"{name}.weight", "linear", (64, 64), "float32", False) for name in "ab"]
     for rule in (LayerRule("a", bond=10**6), LayerRule("a", max_error=0.1), LayerRule("a", discard=0.1)):
         layers = plan(maps, (rule,), ratio=0.8)
@@ -207,7 +207,7 @@ def test_the_ceiling_counts_a_layer_that_would_grow_as_dense() -> None:
 
 @SOME
 @given(MAPS, st.floats(0.1, 1.1), st.sampled_from([None, "bfloat16"]))
-def test_size_is_a_ceiling_that_is_used(maps: list[LinearMap], share: float, dtype: str | None) -> None:
+def test_size_is_a_ceiling_and_is_used(maps: list[LinearMap], share: float, dtype: str | None) -> None:
     def make(goal: Recipe, predict: Callable[[list[LayerPlan]], int] | None = None) -> list[LayerPlan]:
         return make_plan(selection(*maps), goal, predict)
 
@@ -231,7 +231,7 @@ def test_size_is_a_ceiling_that_is_used(maps: list[LinearMap], share: float, dty
     assert all(step == 0 or step > unspent - 50 * len(plans) for step in steps)
 
 
-def test_open_bonds_are_found_in_a_recipe_file(tmp_path: Path) -> None:
+def test_recipe_file_may_leave_bonds_open(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
     file.write_text('ratio = 0.2\n[layer."fc1"]\nbond = 5\nshape = "28x28:16x16"\n')
     recipe = make_recipe(file, {})
@@ -240,6 +240,6 @@ def test_open_bonds_are_found_in_a_recipe_file(tmp_path: Path) -> None:
     assert recipe.rules[0].shape == ShapeRule(None, (16, 16), (28, 28))
 
 
-def test_same_recipe_same_plan() -> None:
+def test_plan_is_deterministic() -> None:
     first, second = (make_plan(selection(*NETWORK), Recipe(ratio=0.3)) for _ in range(2))
     assert first == second

@@ -63,7 +63,7 @@ def read(tmp_path: Path, text: str, **options: Any) -> Recipe:
 
 
 @pytest.mark.parametrize(("key", "text", "value"), EVERY_KEY)
-def test_every_option_can_stand_in_a_file(tmp_path: Path, key: str, text: str, value: Any) -> None:
+def test_file_accepts_every_option(tmp_path: Path, key: str, text: str, value: Any) -> None:
     field = key.replace("-", "_")
     goal: dict[str, Any] = {} if field in GOALS else {"bond": 8}
     if field == "input_shape":
@@ -72,7 +72,7 @@ def test_every_option_can_stand_in_a_file(tmp_path: Path, key: str, text: str, v
     assert found == value and type(found) is type(value)
 
 
-def test_that_list_has_every_option() -> None:
+def test_option_list_is_complete() -> None:
     assert {key.replace("-", "_") for key, _, _ in EVERY_KEY} | {"rules"} == {f.name for f in fields(Recipe)}
 
 
@@ -81,7 +81,7 @@ def test_one_goal_is_enough(goal: str) -> None:
     assert getattr(make_recipe(None, {goal: GOALS[goal]}), goal) == GOALS[goal]
 
 
-def test_what_is_not_said_is_as_usual() -> None:
+def test_unset_options_have_defaults() -> None:
     recipe = make_recipe(None, {"bond": 1})
     assert recipe == Recipe(bond=1, ratio=None, max_error=None, size=None, sites=None)
     assert (recipe.shape, recipe.layers, recipe.exclude, recipe.rules) == ((), (), (), ())
@@ -97,31 +97,31 @@ def test_what_is_not_said_is_as_usual() -> None:
         *({"bond": 1, "dtype": dtype} for dtype in ("float64", "float32", "bfloat16", "float16")),
     ],
 )
-def test_values_at_the_edge_are_good(options: dict[str, Any]) -> None:
+def test_accepts_boundary_values(options: dict[str, Any]) -> None:
     recipe = make_recipe(None, options)
     assert {key: getattr(recipe, key) for key in options} == options
 
 
 @pytest.mark.parametrize("goals", [(), *SEVERAL, ("bond", "discard", "ratio"), tuple(GOALS)], ids=str)
-def test_no_goal_and_several_are_refused(goals: tuple[str, ...]) -> None:
+def test_rejects_no_goal_and_several(goals: tuple[str, ...]) -> None:
     said = "exactly one of --bond, --discard, --ratio, --max-error, --size and --max-drop"
     with pytest.raises(UsageError, match=said) as caught:
         make_recipe(None, {goal: GOALS[goal] for goal in goals} | {"seed": 1})
     assert all("--" + goal.replace("_", "-") in str(caught.value).partition("given:")[2] for goal in goals)
 
 
-def test_a_bond_may_cap_a_discarded_weight() -> None:
+def test_bond_may_cap_discard() -> None:
     recipe = make_recipe(None, {"bond": 8, "discard": 0.01})
     assert (recipe.bond, recipe.discard) == (8, 0.01)
 
 
-def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+def test_command_line_overrides_the_file(tmp_path: Path) -> None:
     text = 'bond = 8\nseed = 3\nlayers = ["a"]\n'
     recipe = read(tmp_path, text, seed=4, layers=None)
     assert (recipe.bond, recipe.seed, recipe.layers) == (8, 4, ("a",))
 
 
-def test_a_goal_on_the_command_line_takes_the_place_of_the_files(tmp_path: Path) -> None:
+def test_goal_on_the_command_line_replaces_that_of_the_file(tmp_path: Path) -> None:
     recipe = read(tmp_path, "bond = 8", ratio=0.5)
     assert (recipe.bond, recipe.ratio) == (None, 0.5)
 
@@ -157,13 +157,13 @@ def test_a_goal_on_the_command_line_takes_the_place_of_the_files(tmp_path: Path)
         ("bond = 1\nbond = 2", "not valid TOML"),
     ],
 )
-def test_mistakes_in_a_file_are_named(tmp_path: Path, text: str, said: str) -> None:
+def test_names_mistakes_in_a_file(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         read(tmp_path, text)
     assert "recipe.toml" in str(caught.value)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_rejects_malformed_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such recipe file"):
         make_recipe(tmp_path / "absent.toml", {"bond": 8})
     (tmp_path / "latin.toml").write_bytes(b'device = "\xff"')
@@ -193,7 +193,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ({"bond": 8, "dtype": "bfloat61"}, "--dtype 'bfloat61': .*; did you mean 'bfloat16'?"),
     ],
 )
-def test_values_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
+def test_rejects_values_out_of_range(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         make_recipe(None, options)
 
@@ -201,12 +201,12 @@ def test_values_out_of_range_are_refused(options: dict[str, Any], said: str) -> 
 @pytest.mark.parametrize(
     "text", ["bond = 0", "max-error = 1.0", "discard = 1.0", "sites = 1", "max-error = 0.1\ndiscard = 0.1"]
 )
-def test_a_layers_values_are_checked_too(tmp_path: Path, text: str) -> None:
+def test_checks_values_of_layer_rules(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match=r"layer 'fc\*': " + text.split()[0]):
         read(tmp_path, f'bond = 4\n[layer."fc*"]\n{text}\n')
 
 
-def test_rules_merge_and_later_ones_win(tmp_path: Path) -> None:
+def test_later_rules_win(tmp_path: Path) -> None:
     text = """
         ratio = 0.5
         [layer."enc.*"]
@@ -233,7 +233,7 @@ def test_rules_merge_and_later_ones_win(tmp_path: Path) -> None:
     assert recipe.rule_for("other.weight") == LayerRule("other.weight")
 
 
-def test_the_nearest_shape_wins() -> None:
+def test_most_specific_shape_wins() -> None:
     free, other, named = map(parse_shape, ("4x4:4x4", "2x8:2x8", "fc=16x1:1x16"))
     table = LayerRule("fc2", shape=parse_shape("1x16:16x1"))
     recipe = Recipe(bond=2, shape=(named, free, other, parse_shape("9:9")), rules=(table,))
@@ -259,25 +259,25 @@ def test_the_nearest_shape_wins() -> None:
         ("1" * 400, int("1" * 400)),
     ],
 )
-def test_sizes(text: str | int, nbytes: int) -> None:
+def test_parses_sizes(text: str | int, nbytes: int) -> None:
     assert parse_size(text) == nbytes
 
 
 @SOME
 @given(st.decimals(0, 10**6, places=4), st.sampled_from(["B", "kB", "MB", "GB", "KiB", "MiB"]))
-def test_sizes_are_not_rounded_by_floats(number: Any, unit: str) -> None:
+def test_parses_large_sizes_exactly(number: Any, unit: str) -> None:
     power = 1024 if "i" in unit else 1000
     exact = Fraction(str(number)) * power ** "BKMG".index(unit[0].upper())
     assert parse_size(f"{number}{unit}") == int(exact)
 
 
 @pytest.mark.parametrize("text", ["", "MB", "-5MB", "5 megabytes", "20M", "1.5.2kB", "nan", "1e3", "5ib", -3])
-def test_what_is_no_size(text: str | int) -> None:
+def test_rejects_malformed_size(text: str | int) -> None:
     with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)
 
 
-def test_shapes_are_inputs_then_outputs() -> None:
+def test_shapes_list_inputs_then_outputs() -> None:
     assert parse_shape("4x7x7x4:4x4x4x4") == ShapeRule(None, (4, 4, 4, 4), (4, 7, 7, 4))
     assert parse_shape("re:a=b$=2x3:5x7") == ShapeRule("re:a=b$", (5, 7), (2, 3))
     assert parse_shape("10:4") == ShapeRule(None, (4,), (10,))
@@ -286,6 +286,6 @@ def test_shapes_are_inputs_then_outputs() -> None:
 @pytest.mark.parametrize(
     "text", ["", "4x4", "4x4:", ":4x4", "=4:4", "4x4:4x4:4x4", "4x-4:4x4", "4.0:4", "0x4:4x4", "fc1"]
 )
-def test_what_is_no_shape(text: str) -> None:
+def test_rejects_malformed_shape(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a shape|a factor of 0"):
         parse_shape(text)

@@ -17,7 +17,7 @@ from mpoc.runtime.distributed import ProcessGroup
 ASKED = {"MODEL": "m.pt", "--bond": "4"}
 
 
-def test_what_is_written_takes_the_place_of_the_output(tmp_path: Path) -> None:
+def test_moves_the_result_to_the_output(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.write_text("old")
     for resume in (False, True):
@@ -30,9 +30,7 @@ def test_what_is_written_takes_the_place_of_the_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [MpocError("no"), KeyboardInterrupt(), SystemExit(143)])
-def test_after_a_failure_finished_layers_stay_where_they_are_wanted(
-    tmp_path: Path, failure: BaseException
-) -> None:
+def test_failure_keeps_finished_layers_with_resume(tmp_path: Path, failure: BaseException) -> None:
     output = tmp_path / "out"
     for resume in (False, True):
         with (
@@ -51,7 +49,7 @@ def test_after_a_failure_finished_layers_stay_where_they_are_wanted(
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_what_cannot_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mkdir = Path.mkdir
 
     def full(self: Path, mode: int = 0o777, parents: bool = False, exist_ok: bool = False) -> None:
@@ -66,7 +64,7 @@ def test_what_cannot_be_begun_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_kill_while_kept_work_is_removed_does_not_stop_the_next(tmp_path: Path) -> None:
+def test_recovers_from_a_kill_during_cleanup(tmp_path: Path) -> None:
     """What marks the folder goes last."""
     output, partial = tmp_path / "out", existing_resume_directory(tmp_path / "out")
     gone: list[str] = []
@@ -81,7 +79,7 @@ def test_a_kill_while_kept_work_is_removed_does_not_stop_the_next(tmp_path: Path
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+def test_never_touches_a_foreign_directory(tmp_path: Path) -> None:
     output = tmp_path / "out"
     existing_resume_directory(output).mkdir()
     (existing_resume_directory(output) / "notes.txt").write_text("mine")
@@ -95,7 +93,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["layers", "output", "mpoc-partial.json"])
 @pytest.mark.parametrize("resume", [False, True])
-def test_an_output_may_be_called_as_what_lies_beside_it(tmp_path: Path, name: str, resume: bool) -> None:
+def test_output_may_have_the_name_of_the_work_directory(tmp_path: Path, name: str, resume: bool) -> None:
     with resume_directory(tmp_path / name, ProcessGroup(), ASKED if resume else None) as target:
         target.mkdir()
         (target / "file").write_text("whole")
@@ -103,14 +101,14 @@ def test_an_output_may_be_called_as_what_lies_beside_it(tmp_path: Path, name: st
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_an_empty_folder_of_a_run_that_was_killed_at_once_is_taken(tmp_path: Path) -> None:
+def test_reuses_an_empty_work_directory(tmp_path: Path) -> None:
     existing_resume_directory(tmp_path / "out").mkdir()
     with resume_directory(tmp_path / "out", ProcessGroup(), ASKED) as target:
         target.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
+def test_rejects_a_directory_in_use(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with resume_directory(output, ProcessGroup(), ASKED) as target:
         target.write_text("whole")
@@ -122,7 +120,7 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
     assert output.read_text() == "whole"
 
 
-def test_before_anything_is_finished_there_is_nothing_to_keep(tmp_path: Path) -> None:
+def test_keeps_nothing_before_the_first_layer(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(UsageError) as caught, resume_directory(output, ProcessGroup(), ASKED):
         raise UsageError("no such data")
@@ -130,7 +128,7 @@ def test_before_anything_is_finished_there_is_nothing_to_keep(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_calibration_did_not_write_to_its_end_goes(tmp_path: Path) -> None:
+def test_removes_partial_calibration_files(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), resume_directory(output, ProcessGroup(), ASKED) as target:
         (calibration_folder(target) / "shares.json").write_text("{}")
@@ -143,7 +141,7 @@ def test_what_calibration_did_not_write_to_its_end_goes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_what_is_kept_of_other_work_is_not_lost(tmp_path: Path, damaged: bool) -> None:
+def test_keeps_results_of_other_work(tmp_path: Path, damaged: bool) -> None:
     output, other = tmp_path / "out", {**ASKED, "--bond": "5"}
     with pytest.raises(KeyboardInterrupt), resume_directory(output, ProcessGroup(), ASKED) as target:
         (layers_folder(target) / "0").write_text("a layer")

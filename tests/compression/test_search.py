@@ -44,7 +44,7 @@ def find(folder: Path, max_drop: float, watch: SearchCallbacks | None = None, **
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_the_output_is_that_of_the_chosen_ratio(
+def test_output_matches_the_chosen_ratio(
     folder: Path, calibrated: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studies: list[CalibrationStatistics] = []
@@ -90,7 +90,7 @@ def test_the_output_is_that_of_the_chosen_ratio(
     assert found.after.model == found.done.output
 
 
-def test_the_dense_network_is_measured_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measures_the_dense_network_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Path] = []
 
     def tell(request: EvaluationRequest) -> Any:
@@ -104,13 +104,13 @@ def test_the_dense_network_is_measured_once(folder: Path, monkeypatch: pytest.Mo
     assert len(set(measured)) == 2
 
 
-def test_the_same_bytes_again(folder: Path) -> None:
+def test_output_is_deterministic(folder: Path) -> None:
     first = find(folder, 5.0).done.output.read_bytes()
     (folder / "out.safetensors").unlink()
     assert find(folder, 5.0).done.output.read_bytes() == first
 
 
-def test_where_nothing_keeps_it_nothing_is_written(folder: Path) -> None:
+def test_writes_nothing_where_every_trial_fails(folder: Path) -> None:
     before = contents(folder)
     with pytest.raises(
         MpocError,
@@ -122,7 +122,7 @@ def test_where_nothing_keeps_it_nothing_is_written(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-def test_what_stops_a_trial_leaves_nothing(folder: Path, error: BaseException) -> None:
+def test_interrupted_trial_leaves_nothing(folder: Path, error: BaseException) -> None:
     before = contents(folder)
 
     def stop(trial: Trial, kept: bool) -> None:
@@ -138,7 +138,7 @@ def test_what_stops_a_trial_leaves_nothing(folder: Path, error: BaseException) -
         assert caught.value.filename == str(folder / "out.safetensors")
 
 
-def test_a_directory_without_a_head_is_compared_with_the_original(tmp_path: Path) -> None:
+def test_headless_directory_is_compared_with_the_original(tmp_path: Path) -> None:
     import transformers
 
     transformers.ViTModel(tiny("vit").config).save_pretrained(tmp_path / "vit")
@@ -159,7 +159,7 @@ def test_a_directory_without_a_head_is_compared_with_the_original(tmp_path: Path
     assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in weights}) == 1
 
 
-def test_layers_that_cannot_be_smaller(folder: Path) -> None:
+def test_rejects_layers_that_cannot_shrink(folder: Path) -> None:
     recipe = make_recipe(None, {"max_drop": 1.0, "layers": ("fc1",)})
     recipe = replace(recipe, rules=(LayerRule("fc1", dense=True),))
     data = DataOptions(folder / "digits.npz")
@@ -167,7 +167,7 @@ def test_layers_that_cannot_be_smaller(folder: Path) -> None:
         compress_within(folder / "net.safetensors", folder / "o.safetensors", recipe, data, arch=ARCH)
 
 
-def test_a_search_is_asked_for_by_its_own_name(folder: Path) -> None:
+def test_compress_checkpoint_rejects_max_drop(folder: Path) -> None:
     recipe = make_recipe(None, {"max_drop": 1.0})
     with pytest.raises(UsageError, match="files are measured to find its ratio"):
         compress_checkpoint(folder / "net.safetensors", folder / "o.safetensors", recipe, arch=ARCH)
@@ -178,7 +178,7 @@ def test_a_search_is_asked_for_by_its_own_name(folder: Path) -> None:
         )  # fmt: skip
 
 
-def test_a_rise_of_a_loss_is_the_drop(tmp_path: Path) -> None:
+def test_drop_of_a_loss_is_its_rise(tmp_path: Path) -> None:
     from torch import nn
 
     torch.manual_seed(0)

@@ -70,7 +70,7 @@ def only(name: str, shape: tuple[int, ...], config: dict[str, Any] | None = None
         ("mlp.experts.down_proj.weight", (8, 32, 64), "experts"),
     ],
 )
-def test_kinds_by_name_and_shape(name: str, shape: tuple[int, ...], kind: str) -> None:
+def test_infers_kinds_from_names_and_shapes(name: str, shape: tuple[int, ...], kind: str) -> None:
     found = only(name, shape)
     assert found == LinearMap(name, kind, shape, "float32", False)
     assert found.layer == name.removesuffix(".weight")
@@ -92,7 +92,9 @@ def test_kinds_by_name_and_shape(name: str, shape: tuple[int, ...], kind: str) -
         ("fc.weight", (0, 64), "float32", "empty"),
     ],
 )
-def test_reasons_to_leave_a_tensor_alone(name: str, shape: tuple[int, ...], dtype: str, reason: str) -> None:
+def test_gives_reasons_for_skipped_tensors(
+    name: str, shape: tuple[int, ...], dtype: str, reason: str
+) -> None:
     selection = select(checkpoint({name: shape}, {name: dtype}))
     assert (selection.chosen, selection.left) == ([], {name: reason})
 
@@ -106,7 +108,7 @@ def test_reasons_to_leave_a_tensor_alone(name: str, shape: tuple[int, ...], dtyp
         ({"embeddings": True, "min_params": 10**6}, "fewer than 1000000 parameters (--min-params)"),
     ],
 )
-def test_reasons_that_the_options_give(options: dict[str, Any], reason: str) -> None:
+def test_gives_reasons_for_excluded_tensors(options: dict[str, Any], reason: str) -> None:
     assert select(checkpoint(NAMES), **options).left["wte.weight"] == reason
 
 
@@ -124,13 +126,13 @@ def test_reasons_that_the_options_give(options: dict[str, Any], reason: str) -> 
         ({"min_params": 640}, ["layer1.0.conv1", "layer1.0.conv2", "fc"]),
     ],
 )
-def test_options_choose(options: dict[str, Any], chosen: list[str]) -> None:
+def test_options_select_tensors(options: dict[str, Any], chosen: list[str]) -> None:
     assert names(select(checkpoint(NAMES), **options)) == chosen
 
 
 @SOME
 @given(st.sets(st.sampled_from(sorted(NAMES))), st.sets(st.sampled_from(sorted(NAMES))), st.booleans())
-def test_every_tensor_is_chosen_or_has_a_reason(
+def test_every_tensor_is_selected_or_has_a_reason(
     layers: set[str], exclude: set[str], embeddings: bool
 ) -> None:
     selection = select(checkpoint(NAMES), sorted(layers), sorted(exclude), embeddings)
@@ -141,7 +143,7 @@ def test_every_tensor_is_chosen_or_has_a_reason(
 
 
 @pytest.mark.parametrize("model", ["gpt2", "openai-gpt", "imagegpt", "decision_transformer"])
-def test_gpt2_and_its_kin_store_conv1d_weights_transposed(model: str) -> None:
+def test_gpt2_like_models_store_transposed_weights(model: str) -> None:
     gpt2 = {"model_type": model}
     for name in ("h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight", "h.3.mlp.c_fc.weight"):
         assert only(name, (64, 192), gpt2).transposed
@@ -157,12 +159,12 @@ def test_some_models_store_experts_transposed(model: str) -> None:
     assert not only("fc.weight", (64, 32), {"model_type": model}).transposed
 
 
-def test_where_kinds_come_from_is_said() -> None:
+def test_records_where_kinds_come_from() -> None:
     assert select(checkpoint(NAMES)).source == "names and shapes"
     assert select(checkpoint(NAMES, config={"model_type": "bert"})).source == "config.json (bert)"
 
 
-def test_kinds_that_a_models_modules_tell_win_over_names() -> None:
+def test_module_kinds_override_names() -> None:
     told = checkpoint(NAMES, config={"model_type": "gpt2"})
     told.kinds = {"fc.weight": ("embedding", False), "conv1.weight": ("conv2d", True)}
     selection = select(told, embeddings=True)
@@ -174,14 +176,14 @@ def test_kinds_that_a_models_modules_tell_win_over_names() -> None:
     assert selection.left["wte.weight"] == "not known as a linear map"
 
 
-def test_tied_names_follow_their_first() -> None:
+def test_tied_names_follow_the_first() -> None:
     tied = {"lm_head.weight": "wte.weight"}
     selection = select(checkpoint(NAMES, tied=tied), embeddings=True)
     assert selection.left["lm_head.weight"] == "tied to wte.weight"
     assert names(selection).count("wte") == 1 and "lm_head" not in names(selection)
 
 
-def test_a_tied_head_is_noted_where_its_embedding_is_compressed() -> None:
+def test_notes_a_tied_head_of_a_compressed_embedding() -> None:
     tied = checkpoint(NAMES, config={"tie_word_embeddings": True})
     assert select(tied).notes == []
     (note,) = select(tied, embeddings=True).notes
@@ -198,7 +200,7 @@ def test_a_tied_head_is_noted_where_its_embedding_is_compressed() -> None:
         ("FC", "matches no tensor"),
     ],
 )
-def test_patterns_that_match_nothing_are_refused(option: str, pattern: str, said: str) -> None:
+def test_rejects_patterns_without_a_match(option: str, pattern: str, said: str) -> None:
     patterns: dict[str, Any] = {option: ["fc", pattern]}
     with pytest.raises(UsageError, match=f"--{option} .*{said}"):
         select(checkpoint(NAMES), **patterns)
@@ -220,11 +222,11 @@ def test_patterns_that_match_nothing_are_refused(option: str, pattern: str, said
         ("re:weight_ih", "lstm.weight_ih_l0", True),
     ],
 )
-def test_globs_match_whole_names_and_expressions_any_part(pattern: str, name: str, expected: bool) -> None:
+def test_globs_match_whole_names_and_regexes_any_part(pattern: str, name: str, expected: bool) -> None:
     assert matches(pattern, name) is expected
 
 
-def test_same_checkpoint_same_selection_in_its_own_order() -> None:
+def test_selection_is_deterministic_and_ordered() -> None:
     first, second = (select(checkpoint(NAMES), embeddings=True) for _ in range(2))
     assert first == second
     assert [map.name for map in first.chosen] == [name for name in NAMES if name in set(_chosen(first))]

@@ -70,7 +70,7 @@ def compressed(folder: Path, model: nn.Module, **options: Any) -> Path:
     return folder / "m.safetensors"
 
 
-def test_vgg_16_counts_as_in_the_paper() -> None:
+def test_vgg16_counts_match_the_paper() -> None:
     maps = [LinearMap(f"{name}.weight", kind, shape, "float32", False) for name, kind, shape, _ in VGG]
     shapes = tuple(parse_shape(f"{name}={shape}") for name, _, _, shape in VGG)
     recipe = Recipe(bond=4, shape=shapes, conv="map", input_shape=(parse_input_shape("conv5_*=2x2"),))
@@ -130,13 +130,13 @@ def test_chosen_factors_of_common_maps(
     assert (structure.output_factors, structure.input_factors) == (outputs, inputs)
 
 
-def test_the_full_bond_is_the_map_s_however_small_the_kernel() -> None:
+def test_full_bond_is_that_of_the_map() -> None:
     geometry = make_geometry((1, 1, 3), (64,))
     structure = make_structure("convmap", (1, 1, 3), factors=((8, 8), (8, 8)), geometry=geometry)
     assert structure.full_bond == 64 > 2 * structure.num_original
 
 
-def test_which_convolutions_are_maps() -> None:
+def test_conv_option_selects_maps() -> None:
     maps = [LinearMap(f"c{k}.weight", "conv2d", (16, 16, 3, 3), "float32", False) for k in range(3)]
     rules = make_recipe(None, {"bond": 2, "conv": "map", "input_shape": (parse_input_shape("4x4"),)})
     kinds = [plan.structure.kind for plan in make_plan(selection(*maps), rules)]
@@ -145,7 +145,7 @@ def test_which_convolutions_are_maps() -> None:
     assert kinds == ["conv2d"] * 3
 
 
-def test_a_recipe_file_takes_single_layers_as_maps(tmp_path: Path) -> None:
+def test_recipe_file_selects_single_maps(tmp_path: Path) -> None:
     text = 'bond = 2\ninput-shape = ["4x4:stride=2"]\n[layer.c1]\nconv = "map"\n'
     text += '[layer.c2]\nconv = "map"\ninput-shape = "2x2"\n'
     (tmp_path / "r.toml").write_text(text)
@@ -173,7 +173,7 @@ def test_a_recipe_file_takes_single_layers_as_maps(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(options: dict[str, Any], said: str) -> None:
+def test_rejects_bad_shapes(options: dict[str, Any], said: str) -> None:
     parsers = {"input_shape": parse_input_shape, "shape": parse_shape}
     for key, parse in parsers.items():
         if key in options:
@@ -183,7 +183,7 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], said: str) -> Non
         make_plan(selection(conv), make_recipe(None, {"bond": 2} | options))
 
 
-def test_at_full_bond_a_file_loads_as_the_same_network(tmp_path: Path) -> None:
+def test_full_bond_preserves_the_network(tmp_path: Path) -> None:
     model = network()
     path = compressed(tmp_path, model)
     manifest = read_manifest(path)
@@ -200,7 +200,7 @@ def test_at_full_bond_a_file_loads_as_the_same_network(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], stored[name]) for name in stored)
 
 
-def test_in_memory_is_what_the_file_is(tmp_path: Path) -> None:
+def test_in_memory_matches_the_file(tmp_path: Path) -> None:
     model = network()
     path = compressed(tmp_path, model, bond=4, allow_growth=False)
     report = mpoc.compress(model, bond=4, conv="map", input_shape=(1, 3, 8, 8))
@@ -215,7 +215,7 @@ def test_in_memory_is_what_the_file_is(tmp_path: Path) -> None:
         model[2](torch.zeros(1, 8, 8, 8))
 
 
-def test_in_memory_options_are_checked() -> None:
+def test_checks_options_in_memory() -> None:
     model = network()
     names = list(model.state_dict())
     with pytest.raises(UsageError, match='of use with conv="map" only'):
@@ -225,7 +225,7 @@ def test_in_memory_options_are_checked() -> None:
     assert list(model.state_dict()) == names
 
 
-def test_a_map_that_would_not_shrink_stays_a_dense_convolution(tmp_path: Path) -> None:
+def test_map_that_would_not_shrink_stays_dense(tmp_path: Path) -> None:
     path = compressed(tmp_path, network(), bond=16, allow_growth=False)
     first = read_manifest(path).layers[0]
     assert (first.form, first.kind, first.geometry) == ("dense", "conv2d", None)
@@ -234,7 +234,7 @@ def test_a_map_that_would_not_shrink_stays_a_dense_convolution(tmp_path: Path) -
     assert type(loaded[0]) is nn.Conv2d
 
 
-def test_bonds_below_the_cap_may_make_a_map_shrink_after_all(tmp_path: Path) -> None:
+def test_map_may_shrink_below_its_cap(tmp_path: Path) -> None:
     """Shifts need few bonds: the plan's count at the cap is an upper bound."""
     conv = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1))
     shape = (parse_input_shape("0=8x8"),)
@@ -245,7 +245,7 @@ def test_bonds_below_the_cap_may_make_a_map_shrink_after_all(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_at_full_bond_expand_gives_the_kernels_back(tmp_path: Path, dtype: str) -> None:
+def test_expand_restores_kernels_at_full_bond(tmp_path: Path, dtype: str) -> None:
     model = network()
     path = compressed(tmp_path, model, dtype=dtype)
     expand_checkpoint(path, tmp_path / "dense.safetensors")
@@ -268,7 +268,7 @@ def noisy(path: Path) -> Path:
     return path
 
 
-def test_expand_refuses_what_is_no_convolution(tmp_path: Path) -> None:
+def test_expand_rejects_truncated_maps(tmp_path: Path) -> None:
     path = noisy(compressed(tmp_path, network()))
     with pytest.raises(MpocError, match="layer first: its map is no convolution any more") as caught:
         expand_checkpoint(path, tmp_path / "dense.safetensors")
@@ -276,7 +276,7 @@ def test_expand_refuses_what_is_no_convolution(tmp_path: Path) -> None:
     assert not (tmp_path / "dense.safetensors").exists()
 
 
-def test_expand_projects_where_it_may_and_says_how_far(tmp_path: Path) -> None:
+def test_expand_projects_and_reports_the_error(tmp_path: Path) -> None:
     model = network()
     path = noisy(compressed(tmp_path, model))
     said: dict[str, float] = {}
@@ -304,7 +304,7 @@ def test_loading_compares_the_geometry(tmp_path: Path) -> None:
     assert type(other[0]) is nn.Conv2d
 
 
-def test_the_manifest_keeps_the_geometry_and_finds_it_damaged(tmp_path: Path) -> None:
+def test_manifest_checks_the_geometry(tmp_path: Path) -> None:
     path = compressed(tmp_path, network())
     manifest = read_manifest(path)
     geometry = manifest.layers[0].geometry
@@ -324,7 +324,7 @@ def test_the_manifest_keeps_the_geometry_and_finds_it_damaged(tmp_path: Path) ->
             read_manifest(tmp_path / "d.safetensors")
 
 
-def test_a_directory_s_config_keeps_the_geometry(tmp_path: Path) -> None:
+def test_config_round_trips_the_geometry(tmp_path: Path) -> None:
     source = save_directory(tmp_path / "net", network().state_dict())
     recipe = make_recipe(None, {"bond": 4, "allow_growth": True, **MAPS})
     compress_checkpoint(source, tmp_path / "net-mpo", recipe)

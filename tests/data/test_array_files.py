@@ -31,7 +31,7 @@ def save(file: Path, **arrays: NDArray[Any]) -> Path:
 
 @LIMITS
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_floats_come_out_as_stored(tmp_path: Path, suffix: str, limit: int) -> None:
+def test_keeps_stored_floats(tmp_path: Path, suffix: str, limit: int) -> None:
     x, y = floats(9, 2, 3), np.arange(9) % 3
     data = open_data(save(tmp_path / f"m{suffix}", x=x, y=y), limit=limit)
     assert (data.kind, data.shape, data.classes) == ("arrays", (2, 3), ("0", "1", "2"))
@@ -41,7 +41,7 @@ def test_floats_come_out_as_stored(tmp_path: Path, suffix: str, limit: int) -> N
     assert batch["y"].tolist() == [2, 0, 2]
 
 
-def test_a_large_npz_stays_on_disk(tmp_path: Path) -> None:
+def test_maps_large_npz_files(tmp_path: Path) -> None:
     x = floats(50, 40)
     file = save(tmp_path / "m.npz", x=x)
     mapped = open_data(file, limit=0).splits["train"]
@@ -57,7 +57,7 @@ def test_a_large_npz_stays_on_disk(tmp_path: Path) -> None:
 
 
 @LIMITS
-def test_compressed_fortran_and_big_endian_arrays(tmp_path: Path, limit: int) -> None:
+def test_reads_compressed_fortran_and_big_endian_arrays(tmp_path: Path, limit: int) -> None:
     x = floats(5, 4)
     np.savez_compressed(tmp_path / "train.npz", x=np.asfortranarray(x), y=np.arange(5))
     np.savez(tmp_path / "test.npz", x=np.asfortranarray(x), y=np.arange(5).astype(">i8"))
@@ -69,7 +69,7 @@ def test_compressed_fortran_and_big_endian_arrays(tmp_path: Path, limit: int) ->
 
 
 @LIMITS
-def test_images_are_brought_to_channels_first(tmp_path: Path, limit: int) -> None:
+def test_moves_channels_first(tmp_path: Path, limit: int) -> None:
     x = pixels(4, 6, 5, 3)
     data = open_data(save(tmp_path / "m.npz", x=x, y=np.arange(4)), limit=limit)
     assert (data.kind, data.shape) == ("images", (3, 6, 5))
@@ -84,7 +84,7 @@ def test_images_are_brought_to_channels_first(tmp_path: Path, limit: int) -> Non
         ("train_images", "train_labels", "test_images", "test_labels"),
     ],
 )
-def test_splits_by_the_names_of_the_arrays(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_infers_splits_from_array_names(tmp_path: Path, names: tuple[str, ...]) -> None:
     arrays: list[NDArray[Any]] = [pixels(6, 3, 3), np.arange(6), pixels(2, 3, 3, seed=1), np.array([5, 0])]
     data = open_data(save(tmp_path / "mnist.npz", **dict(zip(names, arrays, strict=True))))
     assert list(data.splits) == ["train", "test"]
@@ -93,7 +93,7 @@ def test_splits_by_the_names_of_the_arrays(tmp_path: Path, names: tuple[str, ...
     assert data.notes == ("test: no example of 4 of 6 classes (1, 2, 3, 4)",)
 
 
-def test_targets_are_floats_and_have_no_classes(tmp_path: Path) -> None:
+def test_float_targets_have_no_classes(tmp_path: Path) -> None:
     targets = floats(5, 2).astype(np.float64)
     data = open_data(save(tmp_path / "m.npz", x=floats(5, 3), y=targets))
     assert data.classes == ()
@@ -104,7 +104,7 @@ def test_targets_are_floats_and_have_no_classes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
-def test_what_is_not_finite_is_named(tmp_path: Path, suffix: str, value: float) -> None:
+def test_names_non_finite_arrays(tmp_path: Path, suffix: str, value: float) -> None:
     x = floats(5, 3)
     x[3, 1] = value
     kind = "NaN" if np.isnan(value) else "infinity"
@@ -128,13 +128,13 @@ def test_what_is_not_finite_is_named(tmp_path: Path, suffix: str, value: float) 
         ({"x": floats(2, 2), "inputs": floats(2)}, "both 'inputs' and 'x' could be x"),
     ],
 )
-def test_bad_arrays_are_one_clear_message(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
+def test_rejects_bad_arrays(tmp_path: Path, arrays: dict[str, Any], said: str) -> None:
     with pytest.raises(MpocError, match=said) as caught:
         open_data(save(tmp_path / "m.npz", **arrays))
     assert str(tmp_path / "m.npz") in str(caught.value)
 
 
-def test_pickled_objects_are_refused(tmp_path: Path) -> None:
+def test_rejects_pickled_objects(tmp_path: Path) -> None:
     np.savez(tmp_path / "m.npz", x=np.array([{}, None], dtype=object))
     with pytest.raises(MpocError, match=r"m\.npz: array 'x' holds pickled objects"):
         open_data(tmp_path / "m.npz")
@@ -142,7 +142,7 @@ def test_pickled_objects_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("length", [0, 10, 100, -1])
-def test_a_truncated_file_is_named(tmp_path: Path, suffix: str, length: int) -> None:
+def test_names_a_truncated_file(tmp_path: Path, suffix: str, length: int) -> None:
     file = save(tmp_path / f"m{suffix}", x=floats(20, 3))
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(MpocError, match=rf"m\{suffix}: not an? {suffix[:1]}?"):

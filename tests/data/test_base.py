@@ -16,7 +16,7 @@ def unchanged(batch: Any) -> Batch:
     return batch
 
 
-def test_a_loader_reads_whole_batches(tmp_path: Path) -> None:
+def test_loader_reads_whole_batches(tmp_path: Path) -> None:
     x = pixels(10, 4, 4)
     np.savez(tmp_path / "m.npz", x=x, y=np.arange(10))
     train = open_data(tmp_path / "m.npz").splits["train"]
@@ -27,7 +27,7 @@ def test_a_loader_reads_whole_batches(tmp_path: Path) -> None:
     assert train[3]["x"].shape == (1, 4, 4)
 
 
-def test_what_is_read_from_disk_can_be_sent_to_a_worker(tmp_path: Path) -> None:
+def test_data_on_disk_can_be_pickled(tmp_path: Path) -> None:
     images = [{"bytes": image} for image in map(png, pixels(6, 3, 3))]
     file = write_parquet(tmp_path / "t.parquet", {"image": images, "label": [0, 1, 2, 0, 1, 2]}, 2)
     train = open_data(file, limit=0).splits["train"]
@@ -35,7 +35,7 @@ def test_what_is_read_from_disk_can_be_sent_to_a_worker(tmp_path: Path) -> None:
     assert torch.equal(sent.batch([5, 0])["x"], train.batch([5, 0])["x"])
 
 
-def test_shuffled_is_a_permutation_that_the_seed_decides(tmp_path: Path) -> None:
+def test_shuffle_is_a_seeded_permutation(tmp_path: Path) -> None:
     np.savez(tmp_path / "m.npz", x=pixels(50, 2, 2))
     train = open_data(tmp_path / "m.npz").splits["train"]
     order = shuffled(train, torch.Generator().manual_seed(5))
@@ -44,6 +44,6 @@ def test_shuffled_is_a_permutation_that_the_seed_decides(tmp_path: Path) -> None
     assert not torch.equal(order, shuffled(train, torch.Generator().manual_seed(6)))
 
 
-def test_the_line_that_announces_a_set(tmp_path: Path) -> None:
+def test_describes_a_data_set_in_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "m.npz", x=np.zeros((5, 3, 2), np.float32), y=np.zeros(5))
     assert open_data(tmp_path / "m.npz").announce() == f"{tmp_path}/m.npz: npz; train 5; arrays 3×2"

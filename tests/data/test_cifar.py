@@ -14,7 +14,7 @@ CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])
-def test_several_batches_read_as_one_split(tmp_path: Path, limit: int) -> None:
+def test_joins_batches_to_one_split(tmp_path: Path, limit: int) -> None:
     x = pixels(7, 3, 32, 32)
     y = [3, 1, 4, 1, 5, 9, 2]
     write_cifar(tmp_path / "data_batch_1.bin", x[:3], y[:3])
@@ -29,7 +29,7 @@ def test_several_batches_read_as_one_split(tmp_path: Path, limit: int) -> None:
     assert batch["y"].tolist() == [5, 3, 1, 4]
 
 
-def test_a_label_out_of_range_is_named_with_its_row(tmp_path: Path) -> None:
+def test_names_row_of_label_out_of_range(tmp_path: Path) -> None:
     write_cifar(tmp_path / "data_batch_1.bin", pixels(2, 3, 32, 32), [0, 1])
     write_cifar(tmp_path / "data_batch_2.bin", pixels(2, 3, 32, 32), [0, 10])
     with pytest.raises(
@@ -38,7 +38,7 @@ def test_a_label_out_of_range_is_named_with_its_row(tmp_path: Path) -> None:
         open_data(tmp_path)
 
 
-def test_rows_that_are_not_whole(tmp_path: Path) -> None:
+def test_rejects_partial_rows(tmp_path: Path) -> None:
     file = write_cifar(tmp_path / "data_batch_1.bin", pixels(2, 3, 32, 32), [0, 1])
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(
@@ -49,7 +49,7 @@ def test_rows_that_are_not_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["data_batch_1", "data_batch_1.bin"])
 @pytest.mark.parametrize("whole", [False, True])
-def test_a_pickled_batch_is_refused_unread(tmp_path: Path, name: str, whole: bool) -> None:
+def test_rejects_pickled_batches(tmp_path: Path, name: str, whole: bool) -> None:
     (tmp_path / name).write_bytes(pickle.dumps({b"labels": [1], b"data": b""}, protocol=2))
     with pytest.raises(MpocError, match=rf"{name}: a (pickled CIFAR batch|Python pickle)") as caught:
         open_data(tmp_path if whole else tmp_path / name)

@@ -31,7 +31,7 @@ def arrays(folder: Path) -> None:
 
 @pytest.mark.parametrize("write", [idx, images, arrays])
 @pytest.mark.parametrize("limit", [module.READ_AT_MOST, 600])
-def test_any_file_of_the_set_counts_and_no_other(
+def test_depends_on_the_files_of_the_set_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], limit: int
 ) -> None:
     monkeypatch.setattr(module, "READ_AT_MOST", limit)
@@ -56,13 +56,13 @@ def test_any_file_of_the_set_counts_and_no_other(
     assert of(moved) == before
 
 
-def test_a_lone_file_by_its_bytes_alone(tmp_path: Path) -> None:
+def test_single_file_depends_on_its_bytes_only(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=pixels(6, 4, 4))
     before = of(tmp_path / "a.npz")
     assert of((tmp_path / "a.npz").rename(tmp_path / "b.npz")) == before
 
 
-def test_a_large_set_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_large_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "READ_AT_MOST", 100)
     file, content = tmp_path / "a.txt", bytearray(b"a" * 1000)
     found = set()

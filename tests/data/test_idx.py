@@ -17,7 +17,7 @@ Y = [0, 1, 2, 1, 0, 2]
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("limit", [1 << 30, 0])
-def test_pixels_and_labels_are_those_written(tmp_path: Path, packed: bool, limit: int) -> None:
+def test_reads_pixels_and_labels(tmp_path: Path, packed: bool, limit: int) -> None:
     x, x_test = pixels(6, 4, 5), pixels(3, 4, 5, seed=1)
     write_idx(tmp_path, "train", x, Y, packed)
     write_idx(tmp_path, "t10k", x_test, [2, 0, 1], packed)
@@ -30,20 +30,20 @@ def test_pixels_and_labels_are_those_written(tmp_path: Path, packed: bool, limit
     np.testing.assert_array_equal(data.splits["test"].batch([1])["x"].numpy(), x_test[[1], None])
 
 
-def test_plain_beside_packed_is_one_set(tmp_path: Path) -> None:
+def test_reads_plain_and_packed_files(tmp_path: Path) -> None:
     for packed in (False, True):
         write_idx(tmp_path, "train", pixels(5, 4, 4), range(5), packed)
     assert len(open_data(tmp_path).splits["train"]) == 5
 
 
-def test_different_sets_are_not_mixed(tmp_path: Path) -> None:
+def test_rejects_mixed_sets(tmp_path: Path) -> None:
     for name in ("emnist-letters-train", "emnist-digits-train"):
         write_idx(tmp_path, name, pixels(5, 4, 4), range(5))
     with pytest.raises(MpocError, match=r"2 sets of train images: emnist-digits.*, emnist-let"):
         open_data(tmp_path)
 
 
-def test_mnist_as_unpacked_by_hand(data: Path) -> None:
+def test_reads_mnist(data: Path) -> None:
     mnist = open_data(data / "mnist")
     raw = gzip.decompress((data / "mnist" / "t10k-images-idx3-ubyte.gz").read_bytes())
     assert struct.unpack(">4I", raw[:16]) == (0x803, 10_000, 28, 28)
@@ -61,14 +61,14 @@ def test_mnist_as_unpacked_by_hand(data: Path) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [0, 3, 12, 40, -1])
-def test_a_truncated_file_is_named(tmp_path: Path, packed: bool, length: int) -> None:
+def test_names_a_truncated_file(tmp_path: Path, packed: bool, length: int) -> None:
     file = write_idx(tmp_path, "train", pixels(6, 4, 5), Y, packed)
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(MpocError, match=rf"{file.name}: .*(truncated|empty|not an IDX)"):
         open_data(tmp_path)
 
 
-def test_counts_that_differ(tmp_path: Path) -> None:
+def test_rejects_differing_counts(tmp_path: Path) -> None:
     write_idx(tmp_path, "train", pixels(6, 4, 5), Y[:5])
     with pytest.raises(
         MpocError, match=r"train-images-idx3-ubyte: 6 images, but train-labels.* has 5 labels"
@@ -76,21 +76,21 @@ def test_counts_that_differ(tmp_path: Path) -> None:
         open_data(tmp_path)
 
 
-def test_bytes_too_many(tmp_path: Path) -> None:
+def test_rejects_extra_bytes(tmp_path: Path) -> None:
     file = write_idx(tmp_path, "train", pixels(6, 4, 5), Y)
     file.write_bytes(file.read_bytes() + b"12")
     with pytest.raises(MpocError, match="2 bytes more than its header says"):
         open_data(file)
 
 
-def test_labels_missing(tmp_path: Path) -> None:
+def test_rejects_missing_labels(tmp_path: Path) -> None:
     file = write_idx(tmp_path, "train", pixels(6, 4, 5), Y)
     (tmp_path / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(MpocError, match="no labels beside it: train-labels-idx1-ubyte"):
         open_data(file)
 
 
-def test_another_size_in_the_test_split(tmp_path: Path) -> None:
+def test_rejects_differing_image_sizes(tmp_path: Path) -> None:
     write_idx(tmp_path, "train", pixels(6, 4, 5), Y)
     write_idx(tmp_path, "t10k", pixels(6, 5, 5), Y)
     with pytest.raises(MpocError, match=r"t10k-images.*\(1, 5, 5\).*train-images.*\(1, 4, 5\)"):

@@ -20,7 +20,7 @@ def classes(*names: str, shape: tuple[int, ...] = (6, 5, 3), each: int = 3) -> d
 
 
 @LIMITS
-def test_images_and_classes_by_folder(tmp_path: Path, limit: int) -> None:
+def test_infers_classes_from_folders(tmp_path: Path, limit: int) -> None:
     held = classes("cat", "ant", "dog")
     write_folder(tmp_path / "train", held)
     write_folder(tmp_path / "val", {"dog": held["dog"][:1]})
@@ -39,14 +39,14 @@ def test_images_and_classes_by_folder(tmp_path: Path, limit: int) -> None:
     assert data.splits["validation"].batch([0])["y"].tolist() == [2]
 
 
-def test_class_folders_without_splits_are_training_data(tmp_path: Path) -> None:
+def test_folders_without_splits_are_training_data(tmp_path: Path) -> None:
     data = open_data(write_folder(tmp_path / "set", classes("a", "b", shape=(4, 4))))
     assert list(data.splits) == ["train"]
     assert data.shape == (1, 4, 4)
 
 
 @LIMITS
-def test_colour_after_grey_makes_all_of_them_colour(tmp_path: Path, limit: int) -> None:
+def test_mixed_colour_and_grey_become_colour(tmp_path: Path, limit: int) -> None:
     grey, colour = pixels(4, 4), pixels(4, 4, 3)
     data = open_data(write_folder(tmp_path / "set", {"a": [grey], "b": [colour]}), limit=limit)
     assert data.shape == (3, 4, 4)
@@ -57,7 +57,7 @@ def test_colour_after_grey_makes_all_of_them_colour(tmp_path: Path, limit: int) 
 
 
 @LIMITS
-def test_another_size_is_an_error_unless_a_size_is_asked_for(tmp_path: Path, limit: int) -> None:
+def test_rejects_differing_sizes_without_a_size_option(tmp_path: Path, limit: int) -> None:
     flat = np.full((8, 4, 3), 77, np.uint8)
     write_folder(tmp_path / "set", {"a": [pixels(4, 4, 3)], "b": [flat]})
     with pytest.raises(MpocError, match=r"b/000\.png: 8×4 pixels, but .*a/000\.png has 4×4") as caught:
@@ -68,14 +68,14 @@ def test_another_size_is_an_error_unless_a_size_is_asked_for(tmp_path: Path, lim
     assert data.splits["train"].batch([1])["x"].unique().tolist() == [77]
 
 
-def test_an_empty_class_is_named(tmp_path: Path) -> None:
+def test_names_an_empty_class(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", classes("a", "b"))
     (tmp_path / "train" / "c").mkdir()
     with pytest.raises(MpocError, match=r"train/c: no image in this class folder"):
         open_data(tmp_path)
 
 
-def test_a_class_that_training_lacks(tmp_path: Path) -> None:
+def test_rejects_classes_absent_from_training(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", classes("a", "b"))
     write_folder(tmp_path / "test", classes("a", "z"))
     with pytest.raises(MpocError, match=r"test/z: class 'z' is not a class of train"):
@@ -84,7 +84,7 @@ def test_a_class_that_training_lacks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", None])
 @LIMITS
-def test_an_unreadable_image_is_named(tmp_path: Path, limit: int, content: bytes | None) -> None:
+def test_names_an_unreadable_image(tmp_path: Path, limit: int, content: bytes | None) -> None:
     write_folder(tmp_path / "train", classes("a", "b", each=1, shape=(40, 40, 3)))
     whole = png(pixels(40, 40, 3))
     (tmp_path / "train" / "b" / "bad.png").write_bytes(whole[:2000] if content is None else content)
@@ -92,14 +92,14 @@ def test_an_unreadable_image_is_named(tmp_path: Path, limit: int, content: bytes
         open_data(tmp_path, limit=limit).splits["train"].batch([2])
 
 
-def test_deep_images_are_refused(tmp_path: Path) -> None:
+def test_rejects_16_bit_images(tmp_path: Path) -> None:
     write_folder(tmp_path / "train", classes("a", each=1, shape=(4, 4)))
     Image.fromarray(pixels(4, 4).astype(np.uint16) * 256).save(tmp_path / "train" / "a" / "deep.png")
     with pytest.raises(MpocError, match=r"deep\.png: more than 8 bits per channel"):
         open_data(tmp_path)
 
 
-def test_threads_and_scans_in_pieces_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = classes("a", "b", each=20)
     write_folder(tmp_path / "train", held)
     monkeypatch.setattr(rows, "ROWS_AT_ONCE", 7)
@@ -114,7 +114,7 @@ def test_threads_and_scans_in_pieces_change_nothing(tmp_path: Path, monkeypatch:
         np.testing.assert_array_equal(examples.batch(range(40))["x"].numpy(), expected)
 
 
-def test_linked_class_folders(tmp_path: Path) -> None:
+def test_follows_linked_folders(tmp_path: Path) -> None:
     write_folder(tmp_path / "kept", {"a": [pixels(4, 4)], "b": [pixels(4, 4)]})
     (tmp_path / "set" / "train").mkdir(parents=True)
     for name in "ab":
@@ -123,7 +123,7 @@ def test_linked_class_folders(tmp_path: Path) -> None:
     assert (data.format, len(data.splits["train"]), data.classes) == ("image-folder", 2, ("a", "b"))
 
 
-def test_two_folders_of_one_split(tmp_path: Path) -> None:
+def test_rejects_two_folders_of_one_split(tmp_path: Path) -> None:
     for split in ("train", "val", "valid"):
         write_folder(tmp_path / split, {"a": [pixels(4, 4)]})
     with pytest.raises(MpocError, match="val and valid are both validation"):

@@ -21,7 +21,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_normalised_as_the_formula_says() -> None:
+def test_normalises_by_the_formula() -> None:
     x = images(4, 3, 5, 6)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     expected = (x.numpy() / 255 - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
@@ -32,7 +32,7 @@ def test_normalised_as_the_formula_says() -> None:
     torch.testing.assert_close(one, (x / 255 - 0.5) / 0.25)
 
 
-def test_mean_and_deviation_become_tensors_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_mean_and_deviation(monkeypatch: pytest.MonkeyPatch) -> None:
     x, options = images(4, 3, 5, 6), ImageOptions((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     first = prepare_images(x, options)
     other = prepare_images(x, ImageOptions((0.1, 0.2, 0.4), (0.4, 0.5, 0.6)))
@@ -41,7 +41,7 @@ def test_mean_and_deviation_become_tensors_once(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(prepare_images(x, options), first)
 
 
-def test_crops_and_flips_are_of_the_padded_image() -> None:
+def test_crops_and_flips_the_padded_image() -> None:
     x = images(64, 2, 4, 5)
     before = x.clone()
     found = (prepare_images(x, ImageOptions(pad=2, flip=True), generator()) * 255).round().to(torch.uint8)
@@ -63,7 +63,7 @@ def test_crops_and_flips_are_of_the_padded_image() -> None:
     assert torch.equal(x, before)
 
 
-def test_the_generator_decides_and_none_means_evaluation() -> None:
+def test_augmentation_is_seeded_and_off_in_evaluation() -> None:
     x = images(32, 1, 6, 6)
     options = ImageOptions(pad=2, flip=True)
     assert torch.equal(prepare_images(x, options, generator(1)), prepare_images(x, options, generator(1)))
@@ -71,7 +71,7 @@ def test_the_generator_decides_and_none_means_evaluation() -> None:
     torch.testing.assert_close(prepare_images(x, options), x / 255)
 
 
-def test_resized_as_pillow_does() -> None:
+def test_resizes_like_pillow() -> None:
     x = images(2, 3, 16, 12)
     options = ImageOptions(size=(8, 6))
     found = prepare_images(x, options) * 255
@@ -83,7 +83,7 @@ def test_resized_as_pillow_does() -> None:
     assert ImageOptions().output_shape((3, 16, 12)) == (3, 16, 12)
 
 
-def test_options_survive_json() -> None:
+def test_options_round_trip_json() -> None:
     options = ImageOptions((0.1, 0.2, 0.3), (1.0, 1.0, 2.0), 4, True, (32, 32))
     assert ImageOptions(**json.loads(json.dumps(options.as_dict()))) == options
 
@@ -101,11 +101,11 @@ def test_options_survive_json() -> None:
         {"size": (4,)},
     ],
 )
-def test_options_out_of_range(wrong: dict[str, object]) -> None:
+def test_rejects_options_out_of_range(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         ImageOptions(**wrong)  # type: ignore[arg-type]
 
 
-def test_means_for_other_channels() -> None:
+def test_rejects_means_for_other_channels() -> None:
     with pytest.raises(UsageError, match="3 means for images of 1 channels"):
         prepare_images(images(2, 1, 4, 4), ImageOptions((0.1, 0.2, 0.3), (1.0, 1.0, 1.0)))

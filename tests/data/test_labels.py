@@ -16,7 +16,7 @@ def columns(**splits: Column) -> dict[str, tuple[Column, Where]]:
     return {split: (column, at(split)) for split, column in splits.items()}
 
 
-def test_integers_of_every_width_and_booleans() -> None:
+def test_reads_integers_and_booleans() -> None:
     for dtype in (np.uint8, np.int16, np.int64, np.bool_):
         labels, classes, notes = number_labels(columns(train=np.array([1, 0, 1], dtype)))
         assert labels["train"].dtype == torch.int64
@@ -24,13 +24,13 @@ def test_integers_of_every_width_and_booleans() -> None:
     assert number_labels(columns(train=np.array([[1], [0]])))[0]["train"].tolist() == [1, 0]
 
 
-def test_gaps_are_said_for_each_split() -> None:
+def test_reports_gaps_per_split() -> None:
     _, classes, notes = number_labels(columns(train=np.array([0, 5, 2]), test=np.array([0, 1, 2, 3, 4, 5])))
     assert len(classes) == 6
     assert notes == ["train: no example of 3 of 6 classes (1, 3, 4)"]
 
 
-def test_words_are_numbered_by_the_training_split() -> None:
+def test_numbers_words_by_the_training_split() -> None:
     found = columns(test=np.array(["dog", "ant"]), train=np.array(["cat", "ant", "dog", "cat"]))
     labels, classes, _ = number_labels(found)
     assert classes == ("ant", "cat", "dog")
@@ -40,20 +40,20 @@ def test_words_are_numbered_by_the_training_split() -> None:
         number_labels(columns(test=np.array(["dog", "eel"]), train=np.array(["dog", "cat"])))
 
 
-def test_how_many_rows_are_bad_is_said() -> None:
+def test_counts_bad_rows() -> None:
     with pytest.raises(MpocError, match=r"train, row 1: label -1 is negative \(2 such rows\)"):
         number_labels(columns(train=np.array([0, -1, 2, -1])))
 
 
-def test_splits_of_different_kinds() -> None:
+def test_rejects_splits_of_different_kinds() -> None:
     with pytest.raises(MpocError, match="labels of different kinds in the splits: integers, targets"):
         number_labels(columns(train=np.array([0, 1]), test=np.array([0.5, 1.0])))
 
 
-def test_other_types() -> None:
+def test_rejects_other_types() -> None:
     with pytest.raises(MpocError, match="train, row 0: labels of type complex128"):
         number_labels(columns(train=np.array([1j])))
 
 
-def test_nothing_to_number() -> None:
+def test_handles_empty_labels() -> None:
     assert number_labels({}) == ({}, (), [])

@@ -21,7 +21,7 @@ from mpoc.errors import MpocError, UsageError
         ("contest.npz", None),
     ],
 )
-def test_the_split_a_name_speaks_of(name: str, split: str | None) -> None:
+def test_infers_the_split_from_a_name(name: str, split: str | None) -> None:
     assert split_of(name) == split
 
 
@@ -40,7 +40,7 @@ def test_the_split_a_name_speaks_of(name: str, split: str | None) -> None:
         (["a.txt", "b.txt"], "txt"),
     ],
 )
-def test_directories_are_recognised(tmp_path: Path, names: list[str], form: str) -> None:
+def test_recognises_directories(tmp_path: Path, names: list[str], form: str) -> None:
     fill(tmp_path, names)
     assert recognise(tmp_path, None) == form
     assert form in FORMATS
@@ -52,7 +52,7 @@ def fill(folder: Path, names: list[str]) -> None:
         (folder / name).write_bytes(b"x")
 
 
-def test_the_files_of_each_split_in_order(tmp_path: Path) -> None:
+def test_lists_files_per_split_in_order(tmp_path: Path) -> None:
     fill(tmp_path, ["train-1.npz", "train-0.npz", "test.npz", "dev.npz", "extra.npz", ".hidden-train.npz"])
     files, notes = files_of(tmp_path, "npz")
     assert {split: [file.name for file in held] for split, held in files.items()} == {
@@ -64,14 +64,14 @@ def test_the_files_of_each_split_in_order(tmp_path: Path) -> None:
     assert notes == ["left out, no word of a split in the name: extra.npz"]
 
 
-def test_folders_named_after_splits(tmp_path: Path) -> None:
+def test_recognises_split_folders(tmp_path: Path) -> None:
     fill(tmp_path, ["train/0.npz", "train/1.npz", "testing/0.npz"])
     files, notes = files_of(tmp_path, "npz")
     assert {split: len(held) for split, held in files.items()} == {"train": 2, "test": 1}
     assert notes == []
 
 
-def test_files_without_a_word_of_a_split_are_training_data(tmp_path: Path) -> None:
+def test_other_files_are_training_data(tmp_path: Path) -> None:
     fill(tmp_path, ["b.txt", "a.txt"])
     files, notes = files_of(tmp_path, "txt")
     assert [file.name for file in files["train"]] == ["a.txt", "b.txt"]
@@ -79,7 +79,7 @@ def test_files_without_a_word_of_a_split_are_training_data(tmp_path: Path) -> No
     assert files_of(tmp_path / "a.txt", "txt") == ({"train": [tmp_path / "a.txt"]}, [])
 
 
-def test_the_files_a_set_is_read_from(tmp_path: Path) -> None:
+def test_lists_the_files_of_a_set(tmp_path: Path) -> None:
     fill(tmp_path, ["train-images-idx3-ubyte", "train-labels-idx1-ubyte.gz", "readme.txt"])
     (tmp_path / "images" / "cat").mkdir(parents=True)
     fill(tmp_path, ["images/cat/0.png", "images/cat/0.json", "train.npz"])
@@ -92,7 +92,7 @@ def test_the_files_a_set_is_read_from(tmp_path: Path) -> None:
     assert not is_data(tmp_path / "train.npz", tmp_path / "images", None)
 
 
-def test_several_formats_are_named(tmp_path: Path) -> None:
+def test_rejects_mixed_formats(tmp_path: Path) -> None:
     fill(tmp_path, ["a.jsonl", "b.txt"])
     with pytest.raises(UsageError, match="holds several formats: jsonl, txt") as caught:
         recognise(tmp_path, None)
@@ -100,7 +100,7 @@ def test_several_formats_are_named(tmp_path: Path) -> None:
     assert recognise(tmp_path, "txt") == "txt"
 
 
-def test_what_is_not_known(tmp_path: Path) -> None:
+def test_rejects_unknown_formats(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file or directory"):
         recognise(tmp_path / "none", None)
     with pytest.raises(UsageError, match="unknown format 'parket'; did you mean 'parquet'"):

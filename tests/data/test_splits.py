@@ -28,7 +28,7 @@ def rows(data: Data, split: str) -> list[int]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=20, max_size=80), st.floats(0.1, 0.6), st.integers(0, 9))
-def test_every_class_gives_its_share(labels: list[int], share: float, seed: int) -> None:
+def test_held_out_split_is_stratified(labels: list[int], share: float, seed: int) -> None:
     data = hold_out(made(labels), share, seed)
     kept, held = rows(data, "train"), rows(data, "validation")
     assert sorted(kept + held) == list(range(len(labels)))
@@ -41,7 +41,7 @@ def test_every_class_gives_its_share(labels: list[int], share: float, seed: int)
         assert len(held) == round(len(labels) * share)
 
 
-def test_labels_go_with_their_examples() -> None:
+def test_labels_follow_their_examples() -> None:
     labels = np.random.default_rng(0).integers(0, 3, 50).tolist()
     data = hold_out(made(labels), 0.3, 0)
     for split in ("train", "validation"):
@@ -51,7 +51,7 @@ def test_labels_go_with_their_examples() -> None:
         assert data.splits[split].batch([3, 1])["y"].tolist() == [y[3], y[1]]
 
 
-def test_the_seed_decides() -> None:
+def test_split_is_seeded() -> None:
     data = made([0, 1] * 50)
     assert rows(hold_out(data, 0.2, 1), "validation") == rows(hold_out(data, 0.2, 1), "validation")
     assert rows(hold_out(data, 0.2, 1), "validation") != rows(hold_out(data, 0.2, 2), "validation")
@@ -59,7 +59,7 @@ def test_the_seed_decides() -> None:
     assert hold_out(data, 0.2, 1).notes == (said,)
 
 
-def test_the_end_of_a_stream_is_held_out(tmp_path: Path) -> None:
+def test_holds_out_the_end_of_a_stream(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcde" * 40)
     data = hold_out(open_data(tmp_path / "a.txt", text=TextOptions(block=8)), 0.25, 0)
     train, validation = data.splits["train"], data.splits["validation"]
@@ -70,17 +70,17 @@ def test_the_end_of_a_stream_is_held_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 1e-6])
-def test_a_share_that_leaves_nothing(share: float) -> None:
+def test_rejects_empty_splits(share: float) -> None:
     with pytest.raises(MpocError, match="leaves a split empty"):
         hold_out(made([0, 1] * 50), share, 0)
 
 
-def test_a_set_that_has_a_validation_split() -> None:
+def test_rejects_data_with_a_validation_split() -> None:
     with pytest.raises(MpocError, match="nothing to hold out: it has the splits train, validation"):
         hold_out(hold_out(made([0, 1] * 50), 0.2, 0), 0.2, 0)
 
 
-def test_a_subset_of_a_subset() -> None:
+def test_subset_of_a_subset() -> None:
     data = made(list(range(10)))
     inner = Subset(Subset(data.splits["train"], torch.tensor([9, 4, 7, 1])), torch.tensor([2, 0]))
     assert inner.batch([0, 1])["y"].tolist() == [7, 9]

@@ -11,7 +11,7 @@ from mpoc.data.text import TokenStream
 from mpoc.errors import MpocError, UsageError
 
 
-def test_tiny_shakespeare(data: Path) -> None:
+def test_reads_tiny_shakespeare(data: Path) -> None:
     file = data / "text" / "tinyshakespeare.txt"
     text = file.read_text("utf-8")
     found = hold_out(open_data(file), 0.1, 0)
@@ -30,7 +30,7 @@ def test_tiny_shakespeare(data: Path) -> None:
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])
 @pytest.mark.parametrize("piece", [7, 1 << 20])
-def test_blocks_and_windows_are_text(
+def test_blocks_and_windows_match_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, piece: int
 ) -> None:
     monkeypatch.setattr(stream_module, "_PIECE", piece)
@@ -51,7 +51,7 @@ def test_blocks_and_windows_are_text(
     assert all(window in text for window in windows)
 
 
-def test_windows_are_drawn_anew_each_epoch_and_the_same_again() -> None:
+def test_windows_are_seeded_per_epoch() -> None:
     stream = TokenStream(torch.arange(1000, dtype=torch.int32), 10, seed=3)
     first = stream.batch(range(100))["input_ids"]
     stream.set_epoch(1)
@@ -65,7 +65,7 @@ def test_windows_are_drawn_anew_each_epoch_and_the_same_again() -> None:
     assert int(first.max()) <= 999
 
 
-def test_every_place_can_be_drawn() -> None:
+def test_every_position_can_be_drawn() -> None:
     stream = TokenStream(torch.arange(12, dtype=torch.int32), 10, seed=0)
     seen = set()
     for epoch in range(50):
@@ -74,7 +74,7 @@ def test_every_place_can_be_drawn() -> None:
     assert seen == {0, 1, 2}
 
 
-def test_without_a_seed_blocks_come_in_order(tmp_path: Path) -> None:
+def test_blocks_are_in_order_without_a_seed(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abcde" * 24)
     data = open_data(tmp_path / "a.txt", text=TextOptions(block=8, seed=None))
     assert list(data.splits) == ["train"]
@@ -82,7 +82,7 @@ def test_without_a_seed_blocks_come_in_order(tmp_path: Path) -> None:
     assert found == [0, 1, 2, 3, 4] * 24
 
 
-def test_text_that_is_too_short(tmp_path: Path) -> None:
+def test_rejects_text_that_is_too_short(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc" * 40)
     with pytest.raises(MpocError, match=r"a\.txt: 0\.1 of 6 .* leaves a split empty") as caught:
         hold_out(open_data(tmp_path / "a.txt", text=TextOptions(block=20)), 0.1, 0)
@@ -90,24 +90,24 @@ def test_text_that_is_too_short(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "abc" * 6])
-def test_text_shorter_than_a_block(tmp_path: Path, text: str) -> None:
+def test_rejects_text_shorter_than_a_block(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(MpocError, match=r"a\.txt: train has fewer tokens than one block of 20"):
         open_data(tmp_path / "a.txt", text=TextOptions(block=20))
 
 
-def test_a_block_of_nothing() -> None:
+def test_rejects_empty_blocks() -> None:
     with pytest.raises(UsageError, match="block length must be a positive integer, got"):
         TextOptions(block=0)
 
 
-def test_bytes_that_are_not_text(tmp_path: Path) -> None:
+def test_rejects_invalid_utf8(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good\n\xff\xfe bad")
     with pytest.raises(MpocError, match=r"a\.txt: not text in UTF-8"):
         open_data(tmp_path / "a.txt")
 
 
-def test_a_character_that_training_has_not(tmp_path: Path) -> None:
+def test_rejects_characters_absent_from_training(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("abc" * 400)
     (tmp_path / "test.txt").write_text("abz" * 400)
     with pytest.raises(MpocError, match=r"test\.txt: character 'z' is not among the 3"):

@@ -24,7 +24,7 @@ def image_columns(images: np.ndarray, y: list[Any]) -> dict[str, list[Any]]:
 
 
 @LIMITS
-def test_images_in_several_files_and_row_groups(tmp_path: Path, limit: int) -> None:
+def test_reads_images_across_files_and_row_groups(tmp_path: Path, limit: int) -> None:
     x = pixels(11, 4, 5, 3)
     y = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
     (tmp_path / "data").mkdir()
@@ -43,7 +43,7 @@ def test_images_in_several_files_and_row_groups(tmp_path: Path, limit: int) -> N
     assert isinstance(data.splits["train"], EncodedImages) == (limit == 0)
 
 
-def test_cifar10_as_pyarrow_and_pillow_read_it(data: Path) -> None:
+def test_cifar10_matches_pyarrow_and_pillow(data: Path) -> None:
     file = data / "cifar10" / "test.parquet"
     cifar = open_data(file)
     assert list(cifar.splits) == ["test"]
@@ -56,7 +56,7 @@ def test_cifar10_as_pyarrow_and_pillow_read_it(data: Path) -> None:
         assert batch["y"][k] == row["label"]
 
 
-def test_a_shuffled_pass_reads_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shuffled_pass_reads_each_row_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_parquet(tmp_path / "t.parquet", image_columns(pixels(60, 2, 2), [0] * 60), 5)
     examples = open_data(file, limit=0).splits["train"]
     assert isinstance(examples, EncodedImages)
@@ -81,7 +81,7 @@ def test_a_shuffled_pass_reads_each_row_group_once(tmp_path: Path, monkeypatch: 
 
 @LIMITS
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_documents_are_cut_padded_and_labelled(tmp_path: Path, form: str, limit: int) -> None:
+def test_cuts_pads_and_labels_documents(tmp_path: Path, form: str, limit: int) -> None:
     texts = ["bcd", "", "a", "abcdef", " \n"]
     labels = ["no", "no", "yes", "no", "yes"]
     if form == "parquet":
@@ -100,7 +100,7 @@ def test_documents_are_cut_padded_and_labelled(tmp_path: Path, form: str, limit:
     assert data.splits["train"].batch([1])["input_ids"].shape == (1, 1)
 
 
-def test_the_real_docstrings(data: Path) -> None:
+def test_reads_the_docstrings(data: Path) -> None:
     found = open_data(data / "text" / "docstrings-test.jsonl", text=TextOptions(block=10_000))
     assert list(found.splits) == ["test"]
     tokenizer = found.tokenizer
@@ -122,13 +122,13 @@ def test_the_real_docstrings(data: Path) -> None:
         ({"a": [1], "label": [2]}, r"no column of images .* \(found: a, label\)"),
     ],
 )
-def test_bad_tables_are_one_clear_message(tmp_path: Path, columns: dict[str, list[Any]], said: str) -> None:
+def test_rejects_bad_tables(tmp_path: Path, columns: dict[str, list[Any]], said: str) -> None:
     file = write_parquet(tmp_path / "t.parquet", columns, 1, ["no", "yes"])
     with pytest.raises(MpocError, match=rf"{file}.*{said}"):
         open_data(file)
 
 
-def test_a_bad_row_of_the_second_file_is_named_there(tmp_path: Path) -> None:
+def test_names_the_file_and_row_of_a_bad_value(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-0.parquet", image_columns(pixels(3, 3, 3), [0, 1, 0]))
     columns = image_columns(pixels(3, 3, 3), [0, 1, -7])
     columns["image"][1]["bytes"] = columns["image"][1]["bytes"][:30]
@@ -142,7 +142,7 @@ def test_a_bad_row_of_the_second_file_is_named_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 20, -1])
-def test_a_truncated_parquet_file_is_named(tmp_path: Path, length: int) -> None:
+def test_names_a_truncated_parquet_file(tmp_path: Path, length: int) -> None:
     file = write_parquet(tmp_path / "t.parquet", image_columns(pixels(2, 3, 3), [0, 1]))
     file.write_bytes(file.read_bytes()[:length])
     with pytest.raises(MpocError, match=r"t\.parquet: not a parquet file, or a truncated one"):
@@ -161,14 +161,14 @@ def test_a_truncated_parquet_file_is_named(tmp_path: Path, length: int) -> None:
         ('\n{"text": "a", "target": 0}', r"line 3: no label in field 'label'"),
     ],
 )
-def test_bad_lines_are_named(tmp_path: Path, line: str, said: str) -> None:
+def test_names_bad_lines(tmp_path: Path, line: str, said: str) -> None:
     (tmp_path / "t.jsonl").write_text('{"text": "first", "label": 1}\n' + line + "\n", "utf-8")
     with pytest.raises(MpocError, match=rf"t\.jsonl, {said}"):
         open_data(tmp_path / "t.jsonl")
 
 
 @pytest.mark.parametrize("first", [{"text": "a"}, {"text": "a", "label": None}, {"text": "a", "label": [1]}])
-def test_labels_that_begin_late_are_not_passed_over(tmp_path: Path, first: dict[str, Any]) -> None:
+def test_checks_all_rows_for_labels(tmp_path: Path, first: dict[str, Any]) -> None:
     file = write_jsonl(tmp_path / "t.jsonl", [first, first, {"text": "b", "label": 1}])
     with pytest.raises(
         MpocError, match=r"t\.jsonl, line 3: a label in field 'label', and the first line has none"
@@ -177,7 +177,7 @@ def test_labels_that_begin_late_are_not_passed_over(tmp_path: Path, first: dict[
     assert open_data(write_jsonl(tmp_path / "u.jsonl", [first, first])).splits["train"].y is None
 
 
-def test_the_column_that_is_asked_for(tmp_path: Path) -> None:
+def test_reads_the_requested_column(tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "t.jsonl", [{"a": "x", "b": "yy"}])
     data = open_data(file, text=TextOptions(column="b"))
     assert data.splits["train"].batch([0])["input_ids"].shape == (1, 2)
@@ -185,7 +185,7 @@ def test_the_column_that_is_asked_for(tmp_path: Path) -> None:
         open_data(file, text=TextOptions(column="c"))
 
 
-def test_rows_without_text_at_all(tmp_path: Path) -> None:
+def test_rejects_rows_without_text(tmp_path: Path) -> None:
     with pytest.raises(MpocError, match=r"t\.jsonl: no documents with text"):
         open_data(write_jsonl(tmp_path / "t.jsonl", [{"text": ""}]))
     (tmp_path / "t.jsonl").write_text("\n")

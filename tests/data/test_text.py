@@ -24,7 +24,7 @@ def bert(tmp_path: Path) -> Path:
     return folder
 
 
-def test_characters_are_numbered_in_order_and_survive_json() -> None:
+def test_character_tokenizer_round_trips_json() -> None:
     tokenizer = CharacterTokenizer.of(["héllo", "wörld\n"])
     text = "hello".replace("e", "é")
     assert tokenizer.characters == "".join(sorted(set("héllowörld\n")))
@@ -35,12 +35,12 @@ def test_characters_are_numbered_in_order_and_survive_json() -> None:
     assert tokenizer.encode_documents(["low", "h"], 2) == [tokenizer.encode("lo"), tokenizer.encode("h")]
 
 
-def test_an_unknown_character_is_named() -> None:
+def test_names_an_unknown_character() -> None:
     with pytest.raises(MpocError, match="character 'z' is not among the 3"):
         CharacterTokenizer("abc").encode("abz")
 
 
-def test_a_directory_s_tokenizer(bert: Path) -> None:
+def test_loads_the_tokenizer_of_a_directory(bert: Path) -> None:
     tokenizer = HubTokenizer(bert)
     assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.mask_id) == (9, 0, 4)
     assert set(tokenizer.special_ids) == {0, 1, 2, 3, 4}
@@ -49,7 +49,7 @@ def test_a_directory_s_tokenizer(bert: Path) -> None:
     assert tokenizer_from_state(json.loads(json.dumps(tokenizer.state()))).encode("cat") == [6]
 
 
-def test_documents_with_a_directory_s_tokenizer(bert: Path, tmp_path: Path) -> None:
+def test_tokenises_documents(bert: Path, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "t.jsonl", [{"text": "the cats sat"}, {"text": "cat"}])
     data = open_data(file, text=TextOptions(HubTokenizer(bert), block=8))
     batch = data.splits["train"].batch([1, 0])
@@ -58,7 +58,7 @@ def test_documents_with_a_directory_s_tokenizer(bert: Path, tmp_path: Path) -> N
     assert data.announce().endswith("jsonl; train 2; vocabulary 9")
 
 
-def test_states_and_directories_without_a_tokenizer(tmp_path: Path) -> None:
+def test_rejects_directories_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(MpocError, match=r"no tokenizer \(neither"):
         HubTokenizer(tmp_path)
     with pytest.raises(MpocError, match=r"not the state of a tokenizer \(keys: other\)"):

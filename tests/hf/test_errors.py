@@ -64,7 +64,7 @@ def bert_as_gpt2(path: Path) -> Any:
         ("damaged .* 'bert.*weight'", lambda q: first(q).update(form="ring")),
     ],
 )
-def test_a_damaged_configuration(
+def test_rejects_damaged_configuration(
     make: Make, tmp_path: Path, message: str, change: Callable[[dict[str, Any]], object]
 ) -> None:
     path = edit(make("bert").path, tmp_path / "c", lambda config: change(config["quantization_config"]))
@@ -72,7 +72,7 @@ def test_a_damaged_configuration(
         auto("bert", path)
 
 
-def test_a_core_that_is_missing(make: Make, tmp_path: Path) -> None:
+def test_rejects_missing_cores(make: Make, tmp_path: Path) -> None:
     shutil.copytree(make("bert").path, tmp_path / "c")
     state = load_file(tmp_path / "c" / "model.safetensors")
     name = next(name for name in state if name.endswith("cores.1"))
@@ -82,19 +82,19 @@ def test_a_core_that_is_missing(make: Make, tmp_path: Path) -> None:
         auto("bert", tmp_path / "c")
 
 
-def test_a_network_without_any_of_the_layers(make: Make) -> None:
+def test_rejects_networks_without_the_layers(make: Make) -> None:
     small = make("bert")
     with pytest.raises(MpocError, match=r"none of its .* is in a GPT2Model"):
         transformers.GPT2Model.from_pretrained(small.path, config=bert_as_gpt2(small.path))
 
 
-def test_a_dense_directory_is_not_compressed_in_loading(make: Make) -> None:
+def test_rejects_dense_directories(make: Make) -> None:
     with pytest.raises(ValueError, match="pre-quantized"):
         auto("bert", make("bert").expanded, quantization_config=mpoc.hf.quantizer.MpoConfig())
 
 
 @pytest.mark.parametrize("version", [None, "4.57.1", "5.12.0"])
-def test_transformers_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+def test_rejects_missing_or_old_transformers(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     found = ModuleType("transformers")
     vars(found)["__version__"] = version
     monkeypatch.setitem(sys.modules, "transformers", found if version else None)
@@ -103,7 +103,7 @@ def test_transformers_missing_or_too_old(monkeypatch: pytest.MonkeyPatch, versio
 
 
 @pytest.mark.parametrize("part", ["", "bert"])
-def test_cores_unknown_to_transformers_are_not_saved(make: Make, tmp_path: Path, part: str) -> None:
+def test_rejects_saving_unknown_cores(make: Make, tmp_path: Path, part: str) -> None:
     loaded, compressed = mpoc.load(make("bert").path, tiny("bert")), tiny("bert")
     mpoc.compress(compressed, bond=4)
     for model in (loaded, compressed, copy.deepcopy(compressed)):

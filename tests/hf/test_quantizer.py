@@ -44,14 +44,14 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
 class TestEveryArchitecture:
-    def test_answers_as_the_expanded_directory(self, make: Make, kind: str, embeddings: bool) -> None:
+    def test_computes_like_the_expanded_directory(self, make: Make, kind: str, embeddings: bool) -> None:
         small = make(kind, embeddings=embeddings)
         logits = answer(auto(kind, small.path))
         assert logits.std() > 1e-2
         torch.testing.assert_close(logits, answer(auto(kind, small.expanded)), rtol=0, atol=1e-5)
         assert (logits - answer(tiny(kind))).abs().max() > 1e-3  # it is the compressed network
 
-    def test_is_bit_equal_with_mpoc_load(self, make: Make, kind: str, embeddings: bool) -> None:
+    def test_matches_mpoc_load_bit_by_bit(self, make: Make, kind: str, embeddings: bool) -> None:
         small = make(kind, embeddings=embeddings)
         if kind in CANNOT_TAKE:
             pytest.skip("mpoc.load does not rename or stack tensors")
@@ -87,7 +87,7 @@ class TestHeads:
         config.num_labels = 16
         return compress(transformers.BertForSequenceClassification(config), tmp_path / "classifier")
 
-    def test_a_headed_directory_loads_with_and_without_its_head(self, classifier: Compressed) -> None:
+    def test_loads_with_and_without_its_head(self, classifier: Compressed) -> None:
         names = json.loads((classifier.path / "config.json").read_text())["quantization_config"]["layers"]
         assert "classifier.weight" in names and "bert.pooler.dense.weight" in names
         model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier.path)
@@ -98,7 +98,7 @@ class TestHeads:
         assert not info["missing_keys"]
         assert {name.partition(".")[0] for name in info["unexpected_keys"]} == {"classifier"}
 
-    def test_a_headless_directory_gets_a_new_head(self, tmp_path: Path) -> None:
+    def test_headless_directory_gets_a_new_head(self, tmp_path: Path) -> None:
         small = compress(tiny("bert").bert, tmp_path)
         base = transformers.AutoModel.from_pretrained(small.path)
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -109,7 +109,7 @@ class TestHeads:
         assert info["missing_keys"] == new
         assert isinstance(model.classifier, nn.Linear) and model.classifier.weight.std() > 0
 
-    def test_a_head_of_another_size_starts_anew_where_that_is_allowed(
+    def test_reinitialises_a_head_of_another_size_where_allowed(
         self, classifier: Compressed, tmp_path: Path
     ) -> None:
         auto_class = transformers.AutoModelForSequenceClassification
@@ -123,7 +123,7 @@ class TestHeads:
 
 class TestTiedHeads:
     @pytest.mark.parametrize("kind", ["gpt2", "t5", "bert"])
-    def test_the_head_shares_the_embedding_s_cores(self, make: Make, kind: str) -> None:
+    def test_head_shares_the_cores_of_the_embedding(self, make: Make, kind: str) -> None:
         model = auto(kind, make(kind, embeddings=True).path)
         for _ in range(2):
             embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -131,12 +131,12 @@ class TestTiedHeads:
             assert [id(core) for core in embedding.cores] == [id(core) for core in head.cores]
             model.tie_weights()
 
-    def test_a_head_with_cores_of_its_own_is_not_tied(self, make: Make) -> None:
+    def test_head_with_its_own_cores_is_not_tied(self, make: Make) -> None:
         model = auto("llama", make("llama", embeddings=True).path)
         assert model.lm_head.cores[0] is not model.model.embed_tokens.cores[0]
 
     @pytest.mark.parametrize("embeddings", [False, True])
-    def test_a_head_stored_apart_stays_apart(self, tmp_path: Path, embeddings: bool) -> None:
+    def test_head_stored_separately_stays_separate(self, tmp_path: Path, embeddings: bool) -> None:
         tiny("gpt2").save_pretrained(tmp_path / "original")
         file = tmp_path / "original" / "model.safetensors"
         state = load_file(file)
@@ -151,7 +151,7 @@ class TestTiedHeads:
 
 
 class TestExperts:
-    def test_dense_experts_beside_compressed_ones(self, make: Make, tmp_path: Path) -> None:
+    def test_mixes_dense_and_compressed_experts(self, make: Make, tmp_path: Path) -> None:
         exclude = ("*.0.*.experts.2.w1", "*.experts.3.*")
         small = make("mixtral", exclude=exclude)
         model = auto("mixtral", small.path)
@@ -165,7 +165,7 @@ class TestExperts:
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
-    def test_stacked_on_disk(self, tmp_path: Path) -> None:
+    def test_loads_experts_stacked_on_disk(self, tmp_path: Path) -> None:
         tiny("mixtral").save_pretrained(tmp_path / "original", save_original_format=False)
         small = compress_saved(tmp_path)
         assert "experts" in {layer.kind for layer in read_manifest(small.path).replaced}
@@ -174,12 +174,12 @@ class TestExperts:
         assert torch.equal(answer(model), answer(load(small.path, tiny("mixtral"))))
 
     @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-    def test_every_way_to_compute_them(self, make: Make, implementation: str) -> None:
+    def test_every_expert_implementation_agrees(self, make: Make, implementation: str) -> None:
         path = make("mixtral").path
         model = auto("mixtral", path, experts_implementation=implementation)
         torch.testing.assert_close(answer(model), answer(auto("mixtral", path)), rtol=0, atol=1e-5)
 
-    def test_what_cores_cannot_follow_is_refused(self, tmp_path: Path) -> None:
+    def test_rejects_unsupported_expert_implementations(self, tmp_path: Path) -> None:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
         config = transformers.NomicBertConfig(vocab_size=99, **sizes)
         small = compress(transformers.NomicBertModel(config), tmp_path)
@@ -192,38 +192,38 @@ class TestExperts:
 class TestWaysToLoad:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
-    def test_in_half_precision(self, make: Make, kind: str, dtype: torch.dtype) -> None:
+    def test_loads_in_half_precision(self, make: Make, kind: str, dtype: torch.dtype) -> None:
         small = make(kind, embeddings=True)
         model, dense = auto(kind, small.path, dtype=dtype), auto(kind, small.expanded, dtype=dtype)
         assert model.dtype == dtype
         assert {p.dtype for p in model.parameters()} == {p.dtype for p in dense.parameters()}
         torch.testing.assert_close(answer(model).float(), answer(dense).float(), rtol=0.05, atol=0.05)
 
-    def test_cores_stored_in_half_precision(self, make: Make) -> None:
+    def test_loads_cores_stored_in_half_precision(self, make: Make) -> None:
         small = make("llama", dtype="bfloat16")
         model = auto("llama", small.path, dtype=torch.float32)
         assert model.model.layers[0].mlp.up_proj.cores[0].dtype == torch.float32
         assert torch.equal(answer(model), answer(load(small.path, tiny("llama"))))
 
     @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
-    def test_with_a_device_map(self, make: Make, device_map: Any) -> None:
+    def test_accepts_a_device_map(self, make: Make, device_map: Any) -> None:
         for kind, embeddings in (("gpt2", True), ("mixtral", False)):
             small = make(kind, embeddings=embeddings)
             model = auto(kind, small.path, device_map=device_map).cpu()
             assert torch.equal(answer(model), answer(auto(kind, small.path)))
 
-    def test_offloading_is_refused(self, make: Make, tmp_path: Path) -> None:
+    def test_rejects_offloading(self, make: Make, tmp_path: Path) -> None:
         device_map = {"transformer": "cpu", "transformer.h.1": "disk", "lm_head": "cpu"}
         with pytest.raises(MpocError, match="cannot be offloaded"):
             auto("gpt2", make("gpt2").path, device_map=device_map, offload_folder=tmp_path)
 
     @pytest.mark.parametrize("kind", ["bert", "mixtral"])
-    def test_in_shards(self, make: Make, kind: str) -> None:
+    def test_loads_shards(self, make: Make, kind: str) -> None:
         shards = make(kind, max_shard_size=20_000)
         assert len(list(shards.path.glob("*.safetensors"))) > 2
         assert torch.equal(answer(auto(kind, shards.path)), answer(auto(kind, make(kind).path)))
 
-    def test_an_older_checkpoint_s_position_ids(self, make: Make, tmp_path: Path) -> None:
+    def test_ignores_position_ids_of_older_checkpoints(self, make: Make, tmp_path: Path) -> None:
         tiny("bert").save_pretrained(tmp_path / "original")
         file = tmp_path / "original" / "model.safetensors"
         positions = {"bert.embeddings.position_ids": torch.arange(32)[None]}
@@ -235,7 +235,7 @@ class TestWaysToLoad:
         assert torch.equal(answer(model), answer(load(small.path, tiny("bert"))))
 
     @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
-    def test_to_generate(self, make: Make, kind: str) -> None:
+    def test_generates(self, make: Make, kind: str) -> None:
         small = make(kind, embeddings=True)
         mask = torch.ones_like(IDS)
         options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": mask}
@@ -246,7 +246,7 @@ class TestWaysToLoad:
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_cores_are_not_resized_behind_the_user_s_back(make: Make, kind: str) -> None:
+def test_rejects_resizing_cores(make: Make, kind: str) -> None:
     model = auto(kind, make(kind, embeddings=True).path)
     with pytest.raises(AttributeError, match="make it dense first"):
         model.resize_token_embeddings(110)

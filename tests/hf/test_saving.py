@@ -62,7 +62,9 @@ def assert_layers_are_stored(folder: Path) -> None:
 
 @pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
-def test_saved_again_is_the_same_directory(make: Make, tmp_path: Path, kind: str, embeddings: bool) -> None:
+def test_saving_again_gives_the_same_directory(
+    make: Make, tmp_path: Path, kind: str, embeddings: bool
+) -> None:
     small = make(kind, embeddings=embeddings)
     model = auto(kind, small.path)
     model.save_pretrained(tmp_path)
@@ -75,7 +77,7 @@ def test_saved_again_is_the_same_directory(make: Make, tmp_path: Path, kind: str
     assert torch.equal(answer(auto(kind, tmp_path)), answer(model))
 
 
-def test_a_layer_s_order_takes_a_format_that_earlier_readers_refuse(make: Make, tmp_path: Path) -> None:
+def test_input_orders_raise_the_format(make: Make, tmp_path: Path) -> None:
     plain, ordered = make("gpt2"), make("bert", order=(parse_order("morton:4x8"),))
     assert config_of(plain.path)["quantization_config"]["format"] == 1
     model = auto("bert", ordered.path)
@@ -89,7 +91,7 @@ def test_a_layer_s_order_takes_a_format_that_earlier_readers_refuse(make: Make, 
     assert torch.equal(answer(auto("bert", tmp_path)), answer(model))
 
 
-def test_saved_in_shards(make: Make, tmp_path: Path) -> None:
+def test_saves_in_shards(make: Make, tmp_path: Path) -> None:
     model = auto("gpt2", make("gpt2", embeddings=True).path)
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -97,7 +99,7 @@ def test_saved_in_shards(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "t5", "vit", "mixtral"])
-def test_saved_without_its_head(make: Make, tmp_path: Path, kind: str) -> None:
+def test_saves_without_its_head(make: Make, tmp_path: Path, kind: str) -> None:
     base = transformers.AutoModel.from_pretrained(make(kind).path)
     base.save_pretrained(tmp_path)
     assert_layers_are_stored(tmp_path)
@@ -108,7 +110,7 @@ def test_saved_without_its_head(make: Make, tmp_path: Path, kind: str) -> None:
         assert {name.partition(".")[0] for name in info["missing_keys"]} <= {"cls", "classifier"}
 
 
-def test_saved_with_a_new_head(make: Make, tmp_path: Path) -> None:
+def test_saves_with_a_new_head(make: Make, tmp_path: Path) -> None:
     base = transformers.AutoModel.from_pretrained(make("gpt2").path)
     base.save_pretrained(tmp_path / "base")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -120,14 +122,14 @@ def test_saved_with_a_new_head(make: Make, tmp_path: Path) -> None:
     assert torch.equal(answer(again), answer(model))
 
 
-def test_the_base_model_saved_alone(make: Make, tmp_path: Path) -> None:
+def test_saves_the_base_model(make: Make, tmp_path: Path) -> None:
     model = auto("bert", make("bert").path)
     model.bert.save_pretrained(tmp_path)
     assert config_of(tmp_path)[GUARD_KEY] == GUARD
     assert torch.equal(answer(transformers.AutoModel.from_pretrained(tmp_path)), answer(model.bert))
 
 
-def test_in_another_dtype(make: Make, tmp_path: Path) -> None:
+def test_saves_in_another_dtype(make: Make, tmp_path: Path) -> None:
     model = auto("bert", make("bert").path)
     model.half().float().bfloat16().save_pretrained(tmp_path)
     again = auto("bert", tmp_path)
@@ -137,14 +139,14 @@ def test_in_another_dtype(make: Make, tmp_path: Path) -> None:
     assert torch.equal(answer(again), answer(model))
 
 
-def test_a_copy_of_the_network_saves_as_well(make: Make, tmp_path: Path) -> None:
+def test_saves_a_deep_copy(make: Make, tmp_path: Path) -> None:
     model = copy.deepcopy(auto("mixtral", make("mixtral").path))
     model.save_pretrained(tmp_path)
     assert torch.equal(answer(auto("mixtral", tmp_path)), answer(model))
 
 
 @pytest.mark.slow
-def test_without_the_import_nothing_loads(make: Make, tmp_path: Path) -> None:
+def test_loading_requires_importing_mpoc_hf(make: Make, tmp_path: Path) -> None:
     auto("bert", make("bert").path).save_pretrained(tmp_path)
     script = f"""if True:
         import transformers
@@ -158,7 +160,7 @@ def test_without_the_import_nothing_loads(make: Make, tmp_path: Path) -> None:
     assert said.count("import-mpoc.hf-before-loading") == 2
 
 
-def test_dense_models_are_saved_without_a_guard(tmp_path: Path) -> None:
+def test_dense_models_have_no_guard(tmp_path: Path) -> None:
     tiny("bert").save_pretrained(tmp_path)
     assert not {GUARD_KEY, "quantization_config"} & config_of(tmp_path).keys()
 
@@ -184,7 +186,7 @@ class TestTraining:
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("kind", "embeddings"), [("bert", False), ("gpt2", True), ("mixtral", False)])
-    def test_trainer(self, make: Make, tmp_path: Path, kind: str, embeddings: bool) -> None:
+    def test_trains_with_trainer(self, make: Make, tmp_path: Path, kind: str, embeddings: bool) -> None:
         model = auto(kind, make(kind, embeddings=embeddings).path)
         assert model.hf_quantizer.is_trainable and model.hf_quantizer.is_qat_trainable
         before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -44,13 +44,13 @@ def nested(levels: int, tuples: bytes = b"\x86") -> bytes:
     return b"\x80\x02}" + b"K\x01" + doubled + b"K\x01s."
 
 
-def test_the_pickle_of_nested_tuples_is_what_it_is_said_to_be() -> None:
+def test_nested_tuple_pickle_is_valid() -> None:
     assert pickle.loads(nested(2)) == {((1, 1), (1, 1)): 1}
     assert len(nested(60)) < 400
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_tuple_that_takes_years_to_be_hashed(tmp_path: Path, legacy: bool) -> None:
+def test_rejects_tuples_that_hash_slowly(tmp_path: Path, legacy: bool) -> None:
     path = tmp_path / "m.pt"
     if legacy:
         path.write_bytes(nested(60))
@@ -59,13 +59,13 @@ def test_a_tuple_that_takes_years_to_be_hashed(tmp_path: Path, legacy: bool) -> 
     assert "a tuple that expands without end" in str(refusal(path))
 
 
-def test_a_tuple_so_deep_that_hashing_it_ends_the_process(tmp_path: Path) -> None:
+def test_rejects_deeply_nested_tuples(tmp_path: Path) -> None:
     with_pickle(tmp_path / "m.pt", b"\x80\x02}K\x01" + b"\x85" * 200_000 + b"K\x01s.")
     assert "a tuple that expands without end" in str(refusal(tmp_path / "m.pt"))
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_plain_data_of_any_protocol_pass(protocol: int) -> None:
+def test_accepts_plain_data_of_every_protocol(protocol: int) -> None:
     value = {"a": [1, 2.5, "x", b"y", None, True, (), (1,), (1, 2, 3), (1, 2, 3, 4)], "b": {(1, 2): {3, 4}}}
     text = pickle.dumps([value, value], protocol)
     file = io.BytesIO(text + b"rest")
@@ -76,7 +76,7 @@ def test_plain_data_of_any_protocol_pass(protocol: int) -> None:
             check_pickle(io.BytesIO(text[:length]))
 
 
-def test_every_operation_of_pickles_is_followed() -> None:
+def test_follows_every_pickle_opcode() -> None:
     """An operation that takes from an empty stack is refused; none ends in another error."""
     for opcode in pickletools.opcodes:
         if opcode.arg is None:
@@ -87,7 +87,7 @@ def test_every_operation_of_pickles_is_followed() -> None:
             assert not opcode.stack_before, opcode.name
 
 
-def test_a_packed_archive(tmp_path: Path) -> None:
+def test_rejects_compressed_archives(tmp_path: Path) -> None:
     """A thousand times its size in memory."""
     save({"a.weight": torch.zeros(3000, 1000)}, tmp_path / "m.pt", legacy=False)
     repacked(tmp_path / "m.pt", lambda name, content: content, zipfile.ZIP_DEFLATED)
@@ -95,7 +95,7 @@ def test_a_packed_archive(tmp_path: Path) -> None:
     assert "packed" in str(refusal(tmp_path / "m.pt"))
 
 
-def test_entries_that_are_the_same_bytes(tmp_path: Path) -> None:
+def test_rejects_overlapping_entries(tmp_path: Path) -> None:
     path = save(mlp_state(), tmp_path / "m.pt", legacy=False)
     text = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
@@ -110,7 +110,7 @@ def test_entries_that_are_the_same_bytes(tmp_path: Path) -> None:
     refusal(path)
 
 
-def test_names_that_stand_there_twice(tmp_path: Path) -> None:
+def test_rejects_duplicate_names(tmp_path: Path) -> None:
     path = save(mlp_state(), tmp_path / "m.pt", legacy=False)
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr(archive.namelist()[0], b"another pickle")
@@ -119,19 +119,21 @@ def test_names_that_stand_there_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("shape", [(10**9, 10**9), (3, 10**6), (1000, 1000)])
-def test_a_tensor_that_repeats_a_few_bytes(tmp_path: Path, shape: tuple[int, ...], legacy: bool) -> None:
+def test_rejects_tensors_expanded_from_few_bytes(
+    tmp_path: Path, shape: tuple[int, ...], legacy: bool
+) -> None:
     state = {"a.weight": torch.zeros(4, 4), "b.weight": torch.zeros(1).expand(shape)}
     error = refusal(save(state, tmp_path / "m.pt", legacy))
     assert "tensor 'b.weight'" in str(error) and "repeats the same few bytes" in str(error)
 
 
-def test_many_views_of_the_same_bytes(tmp_path: Path) -> None:
+def test_rejects_many_views_of_the_same_bytes(tmp_path: Path) -> None:
     whole = torch.zeros(5000)
     state = {f"{k}.weight": whole[k : k + 4900].reshape(49, 100) for k in range(100)}
     assert "repeats the same few bytes" in str(refusal(save(state, tmp_path / "m.pt", legacy=False)))
 
 
-def test_views_that_are_usual_are_read(tmp_path: Path) -> None:
+def test_accepts_usual_views(tmp_path: Path) -> None:
     flat = torch.randn(5000)
     state = {
         "rnn.weight": flat[:2500].view(50, 50),
@@ -154,11 +156,11 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_what_asks_for_more_memory_than_there_is(tmp_path: Path, bomb: str) -> None:
+def test_rejects_pickles_that_allocate_too_much(tmp_path: Path, bomb: str) -> None:
     refusal(with_pickle(tmp_path / "m.pt", BOMBS[bomb]()))
 
 
-def test_a_dict_in_itself_and_dicts_in_dicts(tmp_path: Path) -> None:
+def test_rejects_recursive_and_deep_dicts(tmp_path: Path) -> None:
     inner: dict[str, Any] = {"x": torch.zeros(2)}
     for _ in range(60):
         inner = {"x": torch.zeros(2), "a": inner, "b": inner}
@@ -170,7 +172,7 @@ def test_a_dict_in_itself_and_dicts_in_dicts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_declared_storage_is_not_filled(tmp_path: Path) -> None:
+def test_never_allocates_a_declared_storage(tmp_path: Path) -> None:
     """A storage of 16 GB in a file of a kilobyte, in the format of before torch 1.6: memory stays small."""
     path = save({"a.weight": torch.zeros(300)}, tmp_path / "m.pt", legacy=True)
     small, huge = b"M" + (300).to_bytes(2, "little"), b"\x8a\x05" + (4 << 30).to_bytes(5, "little")
@@ -191,7 +193,7 @@ def test_a_declared_storage_is_not_filled(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_where_address_space_is_short_a_bomb_is_refused_too(tmp_path: Path) -> None:
+def test_rejects_bombs_with_little_address_space(tmp_path: Path) -> None:
     with_pickle(
         tmp_path / "m.pt", BOMBS["bytearray"]().replace((10**13).to_bytes(6, "little"), b"\0\0\0\0\3\0")
     )
@@ -208,7 +210,7 @@ def test_where_address_space_is_short_a_bomb_is_refused_too(tmp_path: Path) -> N
     assert done.stderr.count("error:") == 1 and "m.pt: not a torch file" in done.stderr
 
 
-def test_a_name_without_end(tmp_path: Path) -> None:
+def test_shortens_long_names_in_errors(tmp_path: Path) -> None:
     error = refusal(save({"module." * 1000: torch.zeros(2)}, tmp_path / "m.pt", legacy=False))
     assert "a name of 7000 characters" in str(error)
     assert isinstance(error, MpocError)

@@ -27,11 +27,11 @@ from mpoc.io.safetensors_header import TensorInfo
         ([], []),
     ],
 )
-def test_wrapper_prefixes_go(names: list[str], clean: list[str]) -> None:
+def test_strips_wrapper_prefixes(names: list[str], clean: list[str]) -> None:
     assert strip_wrappers(names) == dict(zip(names, clean, strict=True))
 
 
-def test_parameters_are_floating_entries_without_statistics(tmp_path: Path) -> None:
+def test_parameters_exclude_statistics_and_integers(tmp_path: Path) -> None:
     state = {
         "conv.weight": torch.randn(3, 5),
         "bn.running_mean": torch.randn(7),
@@ -43,7 +43,7 @@ def test_parameters_are_floating_entries_without_statistics(tmp_path: Path) -> N
     assert open_checkpoint(tmp_path / "m.safetensors").num_parameters == 15 + 11
 
 
-def test_a_tied_tensor_counts_once(tmp_path: Path) -> None:
+def test_counts_tied_tensors_once(tmp_path: Path) -> None:
     shared = torch.randn(6, 4)
     torch.save({"embed.weight": shared, "head.weight": shared}, tmp_path / "m.pt")
     checkpoint = open_checkpoint(tmp_path / "m.pt")
@@ -52,7 +52,7 @@ def test_a_tied_tensor_counts_once(tmp_path: Path) -> None:
     assert checkpoint.nbytes_on_disk == (tmp_path / "m.pt").stat().st_size
 
 
-def test_the_fingerprint_tells_names_shapes_and_dtypes_apart(tmp_path: Path) -> None:
+def test_fingerprint_depends_on_names_shapes_and_dtypes(tmp_path: Path) -> None:
     save_file({"a": torch.randn(2, 3), "b": torch.randn(4)}, tmp_path / "m.safetensors")
     checkpoint = open_checkpoint(tmp_path / "m.safetensors")
     a, b = checkpoint.infos.values()

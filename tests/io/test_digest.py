@@ -5,7 +5,7 @@ import torch
 from mpoc.io.atomic import digest
 
 
-def test_it_is_of_names_shapes_dtypes_and_numbers() -> None:
+def test_digest_depends_on_names_shapes_dtypes_and_values() -> None:
     tensors = {"a": torch.arange(6.0), "b": torch.zeros(0), "c": torch.tensor(1)}
     same = digest(tensors.items())
     assert digest(reversed(tensors.items())) == same

@@ -34,7 +34,7 @@ def refusal(path: Path) -> MpocError:
 
 @both_suffixes
 @pytest.mark.parametrize("shards", [1, 3])
-def test_whole_and_sharded(tmp_path: Path, shards: int, suffix: str) -> None:
+def test_reads_single_files_and_shards(tmp_path: Path, shards: int, suffix: str) -> None:
     state = mlp_state()
     path = save_directory(tmp_path / "m", state, shards, suffix=suffix)
     assert_holds(path, state)
@@ -45,13 +45,13 @@ def test_whole_and_sharded(tmp_path: Path, shards: int, suffix: str) -> None:
 
 
 @both_suffixes
-def test_wrapper_prefixes_are_stripped_in_shards(tmp_path: Path, suffix: str) -> None:
+def test_strips_wrapper_prefixes_in_shards(tmp_path: Path, suffix: str) -> None:
     state = mlp_state()
     wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
     assert_holds(save_directory(tmp_path / "m", wrapped, 2, suffix=suffix), state)
 
 
-def test_tied_tensors_of_torch_shards(tmp_path: Path) -> None:
+def test_reads_tied_tensors_of_torch_shards(tmp_path: Path) -> None:
     state = mlp_state()
     state["head.weight"] = state["fc2.weight"]
     path = save_directory(tmp_path / "m", state, suffix=".bin")
@@ -61,7 +61,7 @@ def test_tied_tensors_of_torch_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
-def test_shards_as_transformers_writes_them(tmp_path: Path, architecture: str) -> None:
+def test_reads_shards_of_transformers(tmp_path: Path, architecture: str) -> None:
     model = tiny(architecture)
     model.save_pretrained(tmp_path / "m", max_shard_size="30kB")
     index = json.loads((tmp_path / "m" / INDEX).read_text())
@@ -73,7 +73,7 @@ def test_shards_as_transformers_writes_them(tmp_path: Path, architecture: str) -
     assert_holds(tmp_path / "m", state)
 
 
-def test_the_usual_file_wins_over_copies_and_torch_files(tmp_path: Path) -> None:
+def test_prefers_model_safetensors(tmp_path: Path) -> None:
     state = mlp_state()
     path = save_directory(tmp_path / "m", state)
     save_file({"fc1.weight": torch.zeros(2, 2)}, path / "consolidated.safetensors")
@@ -82,14 +82,14 @@ def test_the_usual_file_wins_over_copies_and_torch_files(tmp_path: Path) -> None
     assert_holds(path, state)
 
 
-def test_weights_under_another_name(tmp_path: Path) -> None:
+def test_reads_weights_under_another_name(tmp_path: Path) -> None:
     state = mlp_state()
     path = save_directory(tmp_path / "m", state)
     (path / "model.safetensors").rename(path / "diffusion_model.safetensors")
     assert_holds(path, state)
 
 
-def test_a_snapshot_of_links_as_the_hub_s_cache_holds_it(tmp_path: Path) -> None:
+def test_reads_a_hub_cache_snapshot(tmp_path: Path) -> None:
     state = mlp_state()
     blobs = save_directory(tmp_path / "blobs", state, shards=2)
     snapshot = tmp_path / "snapshots" / "a1b2"
@@ -100,13 +100,13 @@ def test_a_snapshot_of_links_as_the_hub_s_cache_holds_it(tmp_path: Path) -> None
     assert_holds(snapshot, state)
 
 
-def test_a_directory_without_a_config(tmp_path: Path) -> None:
+def test_reads_a_directory_without_config(tmp_path: Path) -> None:
     path = save_directory(tmp_path / "m", mlp_state())
     (path / "config.json").unlink()
     assert open_checkpoint(path).config is None
 
 
-def test_several_weight_files_and_no_index(tmp_path: Path) -> None:
+def test_rejects_several_weight_files_without_index(tmp_path: Path) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2)
     (path / INDEX).unlink()
     error = refusal(path)
@@ -115,13 +115,13 @@ def test_several_weight_files_and_no_index(tmp_path: Path) -> None:
     assert "name one of the files" in (error.hint or "")
 
 
-def test_a_directory_without_weights(tmp_path: Path) -> None:
+def test_rejects_directories_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert "no weights in this directory" in str(refusal(tmp_path))
 
 
 @both_suffixes
-def test_a_missing_shard_is_named(tmp_path: Path, suffix: str) -> None:
+def test_names_a_missing_shard(tmp_path: Path, suffix: str) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2, suffix=suffix)
     shard = next(path.glob(f"*00002-of-00002{suffix}"))
     shard.unlink()
@@ -131,7 +131,7 @@ def test_a_missing_shard_is_named(tmp_path: Path, suffix: str) -> None:
 
 
 @both_suffixes
-def test_a_truncated_shard_is_named(tmp_path: Path, suffix: str) -> None:
+def test_names_a_truncated_shard(tmp_path: Path, suffix: str) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2, suffix=suffix)
     shard = next(path.glob(f"*00002-of-00002{suffix}"))
     shard.write_bytes(shard.read_bytes()[:-200])
@@ -139,7 +139,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path, suffix: str) -> None:
 
 
 @both_suffixes
-def test_an_index_that_names_a_tensor_its_shard_lacks(tmp_path: Path, suffix: str) -> None:
+def test_rejects_index_naming_a_missing_tensor(tmp_path: Path, suffix: str) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2, suffix=suffix)
     index_file = next(path.glob("*.index.json"))
     index = json.loads(index_file.read_text())
@@ -155,7 +155,7 @@ def test_an_index_that_names_a_tensor_its_shard_lacks(tmp_path: Path, suffix: st
         *("..\\x.safetensors", "a\0b", "x\n.safetensors", "\x1b[2J", "x" * 250, "\ud800"),
     ],
 )
-def test_an_index_that_leads_out_of_the_directory(tmp_path: Path, outside: Any) -> None:
+def test_rejects_index_leading_outside(tmp_path: Path, outside: Any) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2)
     save_file({"fc1.weight": torch.randn(2, 2)}, tmp_path / "x.safetensors")
     (path / "sub").mkdir()
@@ -171,7 +171,7 @@ def test_an_index_that_leads_out_of_the_directory(tmp_path: Path, outside: Any) 
 
 
 @pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", INDEX])
-def test_a_link_that_leads_out_of_the_directory(tmp_path: Path, file: str) -> None:
+def test_rejects_links_leading_outside(tmp_path: Path, file: str) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2)
     (path / file).rename(tmp_path / "elsewhere")
     (path / file).symlink_to(Path("..") / "elsewhere")
@@ -180,7 +180,7 @@ def test_a_link_that_leads_out_of_the_directory(tmp_path: Path, file: str) -> No
     assert "put the file itself in its place" in (error.hint or "")
 
 
-def test_links_inside_the_directory_are_followed(tmp_path: Path) -> None:
+def test_follows_links_inside_the_directory(tmp_path: Path) -> None:
     state = mlp_state()
     path = save_directory(tmp_path / "m", state)
     (path / "model.safetensors").rename(path / "weights")
@@ -190,7 +190,7 @@ def test_links_inside_the_directory_are_followed(tmp_path: Path) -> None:
     assert_holds(tmp_path / "link", state)
 
 
-def test_an_index_that_names_one_shard_without_end(tmp_path: Path) -> None:
+def test_names_the_first_of_many_missing_tensors(tmp_path: Path) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2)
     index = json.loads((path / INDEX).read_text())
     shard = index["weight_map"]["fc1.weight"]
@@ -199,7 +199,7 @@ def test_an_index_that_names_one_shard_without_end(tmp_path: Path) -> None:
     assert f"the index puts tensor 'x0' into {shard}, which lacks it" in str(refusal(path))
 
 
-def test_an_index_that_says_two_things(tmp_path: Path) -> None:
+def test_rejects_contradictory_indexes(tmp_path: Path) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2)
     text = (path / INDEX).read_text()
     (path / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"fc1.weight": "x", ', 1))
@@ -219,13 +219,13 @@ def test_an_index_that_says_two_things(tmp_path: Path) -> None:
         (INDEX, '{"weight_map": ["a"]}', "an index without a weight_map"),
     ],
 )
-def test_damaged_json_is_named(tmp_path: Path, file: str, text: str | bytes, said: str) -> None:
+def test_names_damaged_json(tmp_path: Path, file: str, text: str | bytes, said: str) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2)
     (path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert said in str(refusal(path))
 
 
-def test_an_adapter_is_refused(tmp_path: Path) -> None:
+def test_rejects_adapters(tmp_path: Path) -> None:
     path = save_directory(tmp_path / "m", mlp_state())
     (path / "adapter_config.json").write_text("{}")
     error = refusal(path)
@@ -234,25 +234,25 @@ def test_an_adapter_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "awq"])
-def test_a_quantised_model_is_refused(tmp_path: Path, method: str) -> None:
+def test_rejects_quantised_models(tmp_path: Path, method: str) -> None:
     config = {**CONFIG, "quantization_config": {"quant_method": method, "bits": 4}}
     error = refusal(save_directory(tmp_path / "m", mlp_state(), config=config))
     assert f"already quantised ({method})" in str(error)
 
 
-def test_a_compressed_directory_is_known_without_its_manifest(tmp_path: Path) -> None:
+def test_recognises_compressed_directories_without_manifest(tmp_path: Path) -> None:
     config = {**CONFIG, "quantization_config": {"quant_method": "mpo"}}
     error = refusal(save_directory(tmp_path / "m", mlp_state(), config=config))
     assert "already compressed by mpoc" in str(error)
 
 
-def test_a_lone_file_goes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+def test_prefers_a_single_file_to_an_index(tmp_path: Path) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), 3)
     save_file({"lone.weight": torch.ones(2, 2)}, path / "model.safetensors")
     assert open_checkpoint(path).infos.keys() == {"lone.weight"}
 
 
-def test_wrapper_prefixes_come_off_over_all_shards_together(tmp_path: Path) -> None:
+def test_strips_wrapper_prefixes_across_shards(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     shards = {"a.bin": {"module.a.weight": torch.randn(4, 4)}, "b.bin": {"head.weight": torch.randn(4, 4)}}
     for file, state in shards.items():

@@ -39,7 +39,7 @@ def weights(source: Path) -> list[Path]:
     return sorted(source.glob("model*.safetensors"))
 
 
-def test_all_but_copies_of_the_weights_is_kept(source: Path) -> None:
+def test_copies_everything_but_the_weights(source: Path) -> None:
     kept = ["vocab.txt", "merges.txt", "training_args.bin", "code/modeling.py", "1_Dense/model.safetensors"]
     copies = ["pytorch_model.bin", "tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model.gguf"]
     copies += ["onnx/model.onnx", "pytorch_model.bin.index.json", "model.fp16.safetensors"]
@@ -49,14 +49,14 @@ def test_all_but_copies_of_the_weights_is_kept(source: Path) -> None:
     assert {str(name) for name in other_files(source, weights(source))} == expected
 
 
-def test_weights_of_a_further_module_are_dropped_only_where_they_are_the_weights(source: Path) -> None:
+def test_keeps_weights_of_other_modules(source: Path) -> None:
     put(source, "2_Dense/pytorch_model.bin")
     inner = source / "2_Dense" / "pytorch_model.bin"
     assert inner.relative_to(source) in other_files(source, weights(source))
     assert inner.relative_to(source) not in other_files(source, [*weights(source), inner])
 
 
-def test_files_are_copied_byte_for_byte_and_links_as_files(source: Path, tmp_path: Path) -> None:
+def test_copies_files_exactly_and_links_as_files(source: Path, tmp_path: Path) -> None:
     """Links as in a hub cache: snapshots/REVISION/NAME → blobs/HASH."""
     put(source, "code/modeling.py")
     (tmp_path / "cache" / "snapshots").mkdir(parents=True)
@@ -74,7 +74,7 @@ def test_files_are_copied_byte_for_byte_and_links_as_files(source: Path, tmp_pat
     assert not any(file.is_symlink() for file in target.rglob("*"))
 
 
-def test_a_link_out_of_the_directory_is_not_copied(source: Path, tmp_path: Path) -> None:
+def test_skips_links_leading_outside(source: Path, tmp_path: Path) -> None:
     """Or a directory from a stranger would carry off what its user can read."""
     (tmp_path / "secret").write_text("key")
     (source / "vocab.txt").symlink_to(tmp_path / "secret")
@@ -87,7 +87,7 @@ def test_a_link_out_of_the_directory_is_not_copied(source: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("limit", [10**6, 9000])
-def test_shards_and_index(tmp_path: Path, limit: int) -> None:
+def test_writes_shards_and_index(tmp_path: Path, limit: int) -> None:
     state = mlp_state()
     shards = plan_shards([entry(name, tensor) for name, tensor in state.items()], limit)
     hub_directory.write_shards(tmp_path, shards)
@@ -102,7 +102,7 @@ def test_shards_and_index(tmp_path: Path, limit: int) -> None:
     assert len(files) > 1
 
 
-def test_a_marked_directory_says_what_a_loader_needs(source: Path, manifest: Manifest) -> None:
+def test_config_describes_the_cores(source: Path, manifest: Manifest) -> None:
     mark_compressed(source, manifest)
     config = json.loads((source / "config.json").read_text())
     quantization = config.pop("quantization_config")
@@ -120,7 +120,7 @@ def test_a_marked_directory_says_what_a_loader_needs(source: Path, manifest: Man
     assert read_manifest(source) == manifest
 
 
-def test_the_model_card_keeps_its_text_and_gains_a_table(source: Path, manifest: Manifest) -> None:
+def test_model_card_keeps_its_text_and_gains_a_table(source: Path, manifest: Manifest) -> None:
     mark_compressed(source, manifest)
     card = (source / "README.md").read_text()
     assert card.startswith(CARD)
@@ -147,7 +147,7 @@ def test_the_model_card_keeps_its_text_and_gains_a_table(source: Path, manifest:
 @pytest.mark.parametrize(
     "config", [CONFIG, {"é": "模型", "eps": 1e-12, "big": 10**20, "n": None, "z": [1.0]}]
 )
-def test_unmarking_gives_the_directory_back(
+def test_unmarking_restores_the_directory(
     source: Path, manifest: Manifest, card: bytes | None, config: dict[str, Any]
 ) -> None:
     (source / "README.md").unlink()
@@ -164,7 +164,7 @@ def test_unmarking_gives_the_directory_back(
     assert after == before
 
 
-def test_marking_is_the_same_whether_the_text_is_in_the_source_or_copied(
+def test_marking_does_not_depend_on_the_source_of_the_text(
     source: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
     shards = plan_shards([entry(name, tensor) for name, tensor in mlp_state().items()], 9000)
@@ -177,7 +177,7 @@ def test_marking_is_the_same_whether_the_text_is_in_the_source_or_copied(
     assert num_bytes(target) == predicted + sum(tensor.nbytes for tensor in mlp_state().values())
 
 
-def test_a_source_without_config_and_card(tmp_path: Path) -> None:
+def test_handles_missing_config_and_card(tmp_path: Path) -> None:
     source = save_directory(tmp_path / "bare", {"fc.weight": torch.randn(64, 64)})
     for name in ("config.json", "README.md", "tokenizer.json"):
         (source / name).unlink()
@@ -187,7 +187,7 @@ def test_a_source_without_config_and_card(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "README.md").read_text().startswith("<!-- mpoc: begin -->")
 
 
-def test_what_is_not_copied_is_named(source: Path) -> None:
+def test_names_skipped_files(source: Path) -> None:
     assert hub_directory.left_behind(source, weights(source)) == []
     put(source, "vision.safetensors", "checkpoint-5/model.safetensors", "onnx/model.onnx", "vocab.txt")
     (note,) = hub_directory.left_behind(source, weights(source))
@@ -195,7 +195,7 @@ def test_what_is_not_copied_is_named(source: Path) -> None:
     assert Path("vocab.txt") in other_files(source, weights(source))
 
 
-def test_a_directory_without_config_comes_back_without_one(source: Path, manifest: Manifest) -> None:
+def test_expand_adds_no_config(source: Path, manifest: Manifest) -> None:
     (source / "config.json").unlink()
     mark_compressed(source, manifest)
     unmark(source)

@@ -75,7 +75,7 @@ LAYERS = (
 WHOLE = manifest(*LAYERS)
 
 
-def test_there_and_back() -> None:
+def test_manifest_round_trip() -> None:
     assert parse_manifest(WHOLE.to_json(), HERE) == WHOLE
     assert parse_manifest(WHOLE.to_json(indent=2).encode(), HERE) == WHOLE
     assert parse_manifest(manifest().to_json(), HERE) == manifest()
@@ -92,7 +92,7 @@ _FLOATS = st.floats(0, 1e6)
     st.lists(_FLOATS | st.none(), max_size=4).map(tuple),
     st.text(max_size=5),
 )
-def test_any_record_there_and_back(
+def test_any_record_round_trips(
     name: str, error: float | None, entropies: tuple[float, ...], of_weight: tuple[Any, ...], reason: str
 ) -> None:
     layer = record(
@@ -102,7 +102,7 @@ def test_any_record_there_and_back(
     assert parse_manifest(whole.to_json(), HERE) == whole
 
 
-def test_defaults_are_not_written_and_mean_the_same_when_read() -> None:
+def test_omits_default_values() -> None:
     text = manifest(LAYERS[-1]).to_json()
     (layer,) = json.loads(text)["layers"]
     assert set(layer) == {
@@ -114,7 +114,7 @@ def test_defaults_are_not_written_and_mean_the_same_when_read() -> None:
     assert read.output_factors == read.input_factors == read.bonds == read.entropies == ()
 
 
-def test_the_text_says_its_format_and_wastes_no_space() -> None:
+def test_text_is_compact_and_versioned() -> None:
     text = WHOLE.to_json()
     assert text.startswith('{"format":1,"source":{"name":"modèle.pt","nbytes":')
     indented = WHOLE.to_json(indent=2)
@@ -125,12 +125,12 @@ def test_the_text_says_its_format_and_wastes_no_space() -> None:
     assert parse_manifest(odd.to_json(indent=2), HERE) == odd
 
 
-def test_same_manifest_same_text() -> None:
+def test_text_is_deterministic() -> None:
     again = parse_manifest(WHOLE.to_json(), HERE)
     assert again.to_json() == WHOLE.to_json() == deepcopy(WHOLE).to_json()
 
 
-def test_sums_by_hand() -> None:
+def test_totals_match_hand_computed_sums() -> None:
     layers = (
         LayerRecord("a.weight", "linear", (10, 10), "float32", "mpo", 100, 30, "float32"),
         LayerRecord("b.weight", "linear", (30, 10), "float32", "mpo", 300, 50, "float32"),
@@ -146,7 +146,7 @@ def test_sums_by_hand() -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS[:-1], ids=lambda layer: layer.kind)
-def test_a_records_structure_is_the_one_it_was_made_from(layer: LayerRecord) -> None:
+def test_record_restores_its_structure(layer: LayerRecord) -> None:
     structure = make_structure(layer.kind, layer.shape, layer.transposed)
     assert layer.structure == structure
     assert layer.structure.padding == layer.padding
@@ -162,19 +162,19 @@ def test_a_records_structure_is_the_one_it_was_made_from(layer: LayerRecord) -> 
         ("attn.in_proj_weight", "attn.in_proj_weight_cores"),
     ],
 )
-def test_names_of_cores(name: str, prefix: str) -> None:
+def test_names_cores(name: str, prefix: str) -> None:
     assert core_prefix(name) == prefix
     assert record(name, "linear", (8, 8), 2).core_name(2) == f"{prefix}.2"
 
 
-def test_files_and_directories_are_read(tmp_path: Path) -> None:
+def test_reads_files_and_directories(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     save_file({"a": torch.zeros(2)}, file, {"format": "pt", "mpoc": WHOLE.to_json()})
     (tmp_path / "mpoc.json").write_text(WHOLE.to_json(indent=2), "utf-8")
     assert read_manifest(file) == read_manifest(tmp_path) == WHOLE
 
 
-def test_what_mpoc_did_not_make_is_refused(tmp_path: Path) -> None:
+def test_rejects_uncompressed_files(tmp_path: Path) -> None:
     plain, other = tmp_path / "plain.safetensors", tmp_path / "model.pt"
     save_file({"a": torch.zeros(2)}, plain)
     other.write_bytes(b"PK")
@@ -186,7 +186,7 @@ def test_what_mpoc_did_not_make_is_refused(tmp_path: Path) -> None:
         read_manifest(tmp_path / "absent")
 
 
-def test_a_later_format_says_how_to_read_it() -> None:
+def test_later_format_says_how_to_upgrade() -> None:
     value = json.loads(WHOLE.to_json()) | {"format": FORMAT + 1}
     with pytest.raises(MpocError, match=f"format {FORMAT + 1}, this mpoc reads format {FORMAT}") as caught:
         parse_manifest(json.dumps(value), HERE)
@@ -204,7 +204,7 @@ def test_a_later_format_says_how_to_read_it() -> None:
         (("layers", 1, "bonds"), {"0": 1}, "bonds = {'0': 1}"),
     ],
 )
-def test_what_a_later_mpoc_wrote_says_which(at: tuple[Any, ...], new: Any, said: str) -> None:
+def test_names_the_later_version_that_wrote_a_file(at: tuple[Any, ...], new: Any, said: str) -> None:
     value = _with(json.loads(WHOLE.to_json()), at, new)
     text = json.dumps(value | {"tool": "mpoc 99.1.0"})
     with pytest.raises(MpocError) as caught:
@@ -216,13 +216,13 @@ def test_what_a_later_mpoc_wrote_says_which(at: tuple[Any, ...], new: Any, said:
             parse_manifest(json.dumps(value | {"tool": tool}), HERE)
 
 
-def test_what_a_later_mpoc_wrote_is_read_where_all_of_it_is_known() -> None:
+def test_reads_files_of_later_versions_in_a_known_format() -> None:
     later = manifest(*LAYERS, tool="mpoc 99.1.0")
     assert parse_manifest(later.to_json(), HERE) == later
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3", "{}", '{"format": 1}', "[" * 100_000])
-def test_what_is_no_manifest(text: str) -> None:
+def test_rejects_malformed_manifests(text: str) -> None:
     with pytest.raises(MpocError, match=r"damaged manifest|format"):
         parse_manifest(text, HERE)
     with pytest.raises(MpocError, match="damaged manifest"):
@@ -247,7 +247,7 @@ def _with(value: Any, at: tuple[Any, ...], new: Any) -> Any:
     return value
 
 
-def test_no_single_change_gets_past_the_check_and_then_breaks() -> None:
+def test_detects_every_single_change() -> None:
     whole = json.loads(WHOLE.to_json())
     replacements: list[Any] = [None, -1, 0, 1.5, True, "x", [], {}, [None], ["x"], {"a": 1}, [[]], [3, 4]]
     for at in _places(whole):
@@ -285,7 +285,7 @@ def test_no_single_change_gets_past_the_check_and_then_breaks() -> None:
         ("name", None),
     ],
 )
-def test_damaged_records_are_refused(key: str, new: Any) -> None:
+def test_rejects_damaged_records(key: str, new: Any) -> None:
     value = json.loads(WHOLE.to_json())
     value["layers"][0][key] = new
     with pytest.raises(MpocError, match=r"m\.safetensors: damaged manifest"):
@@ -293,7 +293,7 @@ def test_damaged_records_are_refused(key: str, new: Any) -> None:
 
 
 @pytest.mark.parametrize("low_rank", [-1, 0, 17, 10**30, 2.5, True, "5", None, [5]])
-def test_a_low_rank_part_that_cannot_be_is_refused(low_rank: Any) -> None:
+def test_rejects_impossible_low_rank_parts(low_rank: Any) -> None:
     value = json.loads(WHOLE.to_json())
     value["layers"][4]["low_rank"] = low_rank
     with pytest.raises(MpocError, match=r"m\.safetensors: damaged manifest"):
@@ -303,14 +303,14 @@ def test_a_low_rank_part_that_cannot_be_is_refused(low_rank: Any) -> None:
 @pytest.mark.parametrize(
     ("layer", "key", "new"), [(0, "low_rank", 3), (5, "low_rank", 1), (4, "form", "mpo")]
 )
-def test_only_a_sum_has_a_low_rank_part(layer: int, key: str, new: Any) -> None:
+def test_rejects_low_rank_parts_of_other_forms(layer: int, key: str, new: Any) -> None:
     value = json.loads(WHOLE.to_json())
     value["layers"][layer][key] = new
     with pytest.raises(MpocError, match="damaged manifest"):
         parse_manifest(json.dumps(value), HERE)
 
 
-def test_the_cores_of_a_sum() -> None:
+def test_names_the_cores_of_a_sum() -> None:
     layer = LAYERS[4]
     assert layer.core_names == [f"sum.cores.{k}" for k in range(layer.num_cores)]
     assert layer.core_shapes[-2:] == [(1, 16, 1, 5), (5, 1, 108, 1)]
@@ -318,14 +318,14 @@ def test_the_cores_of_a_sum() -> None:
     assert layer.bonds_text() == " ".join(map(str, layer.bonds[1:-1])) + " + r 5"
 
 
-def test_an_empty_weight_is_refused() -> None:
+def test_rejects_empty_weights() -> None:
     value = json.loads(WHOLE.to_json())
     value["layers"][-1] |= {"shape": [0, 2], "num_original": 0, "num_stored": 0}
     with pytest.raises(MpocError, match="damaged manifest"):
         parse_manifest(json.dumps(value), HERE)
 
 
-def test_a_manifest_of_before_architectures() -> None:
+def test_reads_manifests_without_architecture() -> None:
     value = json.loads(WHOLE.to_json())
     del value["architecture"]
     found = parse_manifest(json.dumps(value), HERE)
@@ -333,7 +333,7 @@ def test_a_manifest_of_before_architectures() -> None:
     assert "architecture" not in json.loads(found.to_json())  # nor is it written where there is none
 
 
-def test_a_manifest_of_before_spectra() -> None:
+def test_reads_manifests_without_spectra() -> None:
     value = json.loads(WHOLE.to_json())
     for layer in value["layers"]:
         layer.pop("spectra_of_weight", None)
@@ -343,21 +343,21 @@ def test_a_manifest_of_before_spectra() -> None:
 @pytest.mark.parametrize(
     "architecture", [{"code": "x"}, {"zoo": 3}, {"zoo": "fc2", "factory": "net.py:net"}, ["zoo"], None]
 )
-def test_a_damaged_architecture_is_refused(architecture: Any) -> None:
+def test_rejects_damaged_architectures(architecture: Any) -> None:
     value = json.loads(WHOLE.to_json()) | {"architecture": architecture}
     with pytest.raises(MpocError, match="damaged manifest"):
         parse_manifest(json.dumps(value), HERE)
 
 
 @pytest.mark.parametrize("key", ["source", "layers", "options", "kinds_from"])
-def test_missing_parts_are_refused(key: str) -> None:
+def test_rejects_missing_parts(key: str) -> None:
     value = json.loads(WHOLE.to_json())
     del value[key]
     with pytest.raises(MpocError, match="damaged manifest"):
         parse_manifest(json.dumps(value), HERE)
 
 
-def test_a_small_file_cannot_ask_for_a_huge_matrix() -> None:
+def test_rejects_huge_matrices_in_small_files() -> None:
     layer: dict[str, Any] = {
         "name": "a.weight",
         "kind": "linear",
@@ -425,12 +425,12 @@ TOO_MUCH = {
 
 
 @pytest.mark.parametrize("text", TOO_MUCH.values(), ids=TOO_MUCH)
-def test_what_would_take_more_than_it_says_is_refused(text: str) -> None:
+def test_rejects_inconsistent_sizes(text: str) -> None:
     with pytest.raises(MpocError, match=r"^m\.safetensors: damaged manifest \(.{1,320}\)$"):
         parse_manifest(text, HERE)
 
 
-def test_the_unchanged_second_layer_is_good() -> None:
+def test_accepts_the_unchanged_layer() -> None:
     (layer,) = parse_manifest(fc(([6, 8], [8, 8]), [1, 3, 1]), HERE).layers[1:2]
     assert (layer.num_stored, layer.core_shapes) == (336, [(1, 6, 8, 3), (3, 8, 8, 1)])
 
@@ -448,7 +448,7 @@ JSON = {
 
 
 @pytest.mark.parametrize("text", JSON.values(), ids=JSON)
-def test_json_that_is_none(text: str) -> None:
+def test_rejects_malformed_json(text: str) -> None:
     with pytest.raises(MpocError, match="damaged manifest"):
         parse_manifest(text, HERE)
 
@@ -472,13 +472,13 @@ def test_json_that_is_none(text: str) -> None:
         ("calibration", {"norms": {"before": None}}),
     ],
 )
-def test_parts_that_do_not_hold_together_are_refused(key: str, new: Any) -> None:
+def test_rejects_inconsistent_parts(key: str, new: Any) -> None:
     value = json.loads(WHOLE.to_json()) | {key: new}
     with pytest.raises(MpocError, match="damaged manifest"):
         parse_manifest(json.dumps(value), HERE)
 
 
-def test_a_training_told_a_thousand_times() -> None:
+def test_reads_deeply_nested_histories() -> None:
     history: dict[str, Any] = {"steps": 1}
     for _ in range(400):
         history = {"steps": 1, "earlier": history}
@@ -486,7 +486,7 @@ def test_a_training_told_a_thousand_times() -> None:
     assert parse_manifest(text, HERE).training == history
 
 
-def test_a_manifest_that_is_a_link_out_of_the_directory(tmp_path: Path) -> None:
+def test_rejects_manifest_links_leading_outside(tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text(WHOLE.to_json())
     directory = tmp_path / "m"
     directory.mkdir()

@@ -13,7 +13,7 @@ from mpoc.io.open_checkpoint import open_checkpoint
 from tests.support.checkpoints import mlp_state, save_directory
 
 
-def test_every_kind_of_checkpoint_holds_the_same(tmp_path: Path) -> None:
+def test_every_format_reads_the_same(tmp_path: Path) -> None:
     state = mlp_state()
     torch.save(state, tmp_path / "m.pt")
     save_file(state, tmp_path / "m.safetensors")
@@ -33,7 +33,7 @@ def test_every_kind_of_checkpoint_holds_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hub_id", ["bert-base-uncased", "org/name", "meta-llama/Llama-3.2-1B", "gpt2"])
-def test_a_hub_id_is_not_downloaded(hub_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_never_downloads_a_hub_id(hub_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as caught:
         open_checkpoint(Path(hub_id))
@@ -44,14 +44,14 @@ def test_a_hub_id_is_not_downloaded(hub_id: str, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("name", ["m.pt", "models/m.th", "m.safetensors", "/nowhere/at/all", "a/b/c"])
-def test_a_missing_file_is_not_called_a_hub_id(name: str) -> None:
+def test_missing_file_is_not_taken_for_a_hub_id(name: str) -> None:
     with pytest.raises(UsageError, match=r"no such file or directory$") as caught:
         open_checkpoint(Path(name))
     assert caught.value.hint is None
 
 
 @pytest.mark.parametrize("name", ["m.onnx", "m.gguf", "m", "m.h5"])
-def test_an_unknown_suffix_names_the_known_ones(name: str, tmp_path: Path) -> None:
+def test_unknown_suffix_lists_the_known_ones(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(MpocError, match=r"not a kind of checkpoint known here \(\.pt .*\.safetensors"):
         open_checkpoint(tmp_path / name)
@@ -70,7 +70,7 @@ def test_an_unknown_suffix_names_the_known_ones(name: str, tmp_path: Path) -> No
         ("q_proj.SCB", "already quantised"),
     ],
 )
-def test_names_that_tell_no_plain_weights(tmp_path: Path, name: str, said: str, suffix: str) -> None:
+def test_rejects_names_of_quantised_weights(tmp_path: Path, name: str, said: str, suffix: str) -> None:
     state = {**mlp_state(), name: torch.randn(3, 3)}
     path = tmp_path / f"m{suffix}"
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
@@ -81,19 +81,19 @@ def test_names_that_tell_no_plain_weights(tmp_path: Path, name: str, said: str, 
 
 
 @pytest.mark.parametrize("name", ["q_proj.weight", "lora.weight", "scale.weight", "dequant.weight"])
-def test_names_that_only_look_so(tmp_path: Path, name: str) -> None:
+def test_accepts_names_that_only_resemble_quantised_ones(tmp_path: Path, name: str) -> None:
     save_file({name: torch.randn(3, 3)}, tmp_path / "m.safetensors")
     assert list(open_checkpoint(tmp_path / "m.safetensors").infos) == [name]
 
 
-def test_a_file_without_tensors(tmp_path: Path) -> None:
+def test_rejects_files_without_tensors(tmp_path: Path) -> None:
     save_file({}, tmp_path / "m.safetensors", {"format": "pt"})
     with pytest.raises(MpocError, match="holds no tensors"):
         open_checkpoint(tmp_path / "m.safetensors")
 
 
 @pytest.mark.parametrize("directory", [False, True])
-def test_mpoc_s_own_output_says_how_to_go_on(tmp_path: Path, directory: bool) -> None:
+def test_compressed_input_suggests_expand(tmp_path: Path, directory: bool) -> None:
     source, output = tmp_path / "m.pt", tmp_path / "out.safetensors"
     if directory:
         source, output = save_directory(tmp_path / "m", mlp_state()), tmp_path / "out"

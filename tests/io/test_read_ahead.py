@@ -30,7 +30,7 @@ class Source:
         return self.tensors[name]
 
 
-def test_the_next_is_read_meanwhile() -> None:
+def test_reads_the_next_tensor_ahead() -> None:
     source = Source({name: torch.ones(3000, 5) for name in "abc"})
     names = one_ahead(source.checkpoint, "abc")
     for name, following in (("a", "b"), ("b", "c")):
@@ -42,13 +42,13 @@ def test_the_next_is_read_meanwhile() -> None:
     assert list(source.readers) == ["b", "c"]  # one ahead, and nothing behind the last
 
 
-def test_an_error_is_left_to_who_needs_the_tensor() -> None:
+def test_raises_errors_to_the_consumer() -> None:
     source = Source({"a": torch.ones(2), "bad": torch.ones(2), "c": torch.ones(2)})
     assert list(one_ahead(source.checkpoint, ["a", "bad", "c"])) == ["a", "bad", "c"]
     assert list(one_ahead(source.checkpoint, [])) == []
 
 
-def test_whoever_stops_early_leaves_no_thread() -> None:
+def test_stopping_early_ends_the_thread() -> None:
     source = Source({name: torch.ones(10) for name in "abc"})
     for _ in one_ahead(source.checkpoint, "abc"):
         break
@@ -59,7 +59,7 @@ def test_whoever_stops_early_leaves_no_thread() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64])
-def test_tensors_of_every_kind(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_reads_every_kind_of_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"one": torch.ones(70, 90), "none": torch.empty(0, 4), "point": torch.ones(())}
     state = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     checkpoint = open_checkpoint(save_directory(tmp_path / "m", state, config={"model_type": "test"}))

@@ -13,7 +13,7 @@ from mpoc.io.checkpoint import open_safetensors
 from tests.support.checkpoints import contents, mlp_state
 
 
-def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
+def test_reads_files_of_the_library(tmp_path: Path) -> None:
     state = {
         **mlp_state(),
         "half": torch.randn(3, 4).half(),
@@ -40,7 +40,7 @@ def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
-def test_wrapper_prefixes_are_stripped(tmp_path: Path, prefix: str) -> None:
+def test_strips_wrapper_prefixes(tmp_path: Path, prefix: str) -> None:
     state = mlp_state()
     file = tmp_path / "m.safetensors"
     save_file({prefix + name: tensor for name, tensor in state.items()}, file)
@@ -49,7 +49,7 @@ def test_wrapper_prefixes_are_stripped(tmp_path: Path, prefix: str) -> None:
     torch.testing.assert_close(checkpoint.read("fc1.weight"), state["fc1.weight"], rtol=0, atol=0)
 
 
-def test_tensors_are_taken_from_the_file_that_the_index_names(tmp_path: Path) -> None:
+def test_reads_tensors_from_the_indexed_file(tmp_path: Path) -> None:
     first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
     save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, first)
     save_file({"a": torch.ones(2)}, second)
@@ -60,14 +60,14 @@ def test_tensors_are_taken_from_the_file_that_the_index_names(tmp_path: Path) ->
     assert list(checkpoint.infos) == ["b", "a"]
 
 
-def test_an_index_that_names_a_tensor_its_shard_lacks(tmp_path: Path) -> None:
+def test_rejects_index_naming_a_missing_tensor(tmp_path: Path) -> None:
     file = tmp_path / "1.safetensors"
     save_file({"a": torch.zeros(2)}, file)
     with pytest.raises(MpocError, match=r"puts tensor 'b' into 1\.safetensors, which lacks it"):
         open_safetensors(tmp_path, [file], {"a": file, "b": file})
 
 
-def test_a_truncated_file_is_refused_at_every_length(tmp_path: Path) -> None:
+def test_rejects_truncation_at_every_length(tmp_path: Path) -> None:
     save_file(mlp_state(), tmp_path / "m.safetensors")
     whole = (tmp_path / "m.safetensors").read_bytes()
     cut = tmp_path / "cut.safetensors"
@@ -81,7 +81,7 @@ def test_a_truncated_file_is_refused_at_every_length(tmp_path: Path) -> None:
         open_safetensors(cut, [cut], None)
 
 
-def test_a_file_cut_off_after_it_was_opened(tmp_path: Path) -> None:
+def test_reports_truncation_after_opening(tmp_path: Path) -> None:
     file = tmp_path / "m.safetensors"
     save_file(mlp_state(), file)
     checkpoint = open_safetensors(file, [file], None)
@@ -91,14 +91,14 @@ def test_a_file_cut_off_after_it_was_opened(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"version https://git-lfs", b"\xff" * 64, b"\x00" * 64])
-def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
+def test_rejects_other_files(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "m.safetensors"
     file.write_bytes(content)
     with pytest.raises(MpocError, match=r"m\.safetensors: not a safetensors file"):
         open_safetensors(file, [file], None)
 
 
-def test_an_unknown_dtype_names_its_tensor(tmp_path: Path) -> None:
+def test_names_the_tensor_of_an_unknown_dtype(tmp_path: Path) -> None:
     header = json.dumps({"w": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
     file = tmp_path / "m.safetensors"
     file.write_bytes(struct.pack("<Q", len(header)) + header + b"\x00\x00")
@@ -106,7 +106,7 @@ def test_an_unknown_dtype_names_its_tensor(tmp_path: Path) -> None:
         open_safetensors(file, [file], None)
 
 
-def test_a_tensor_outlives_the_mapping_of_its_file(tmp_path: Path) -> None:
+def test_tensor_outlives_its_mapping(tmp_path: Path) -> None:
     state = mlp_state()
     file = tmp_path / "m.safetensors"
     save_file(state, file)

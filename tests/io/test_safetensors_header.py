@@ -70,7 +70,7 @@ def tensors_at(offsets: tuple[list[int], list[int]], size: int) -> bytes:
 
 @SOME
 @given(TENSORS, METADATA)
-def test_bytes_are_those_of_the_safetensors_library(
+def test_matches_the_library_byte_for_byte(
     file: Path, tensors: list[TensorInfo], metadata: dict[str, str]
 ) -> None:
     save_file({info.name: data(info) for info in tensors}, file, metadata or None)
@@ -79,9 +79,7 @@ def test_bytes_are_those_of_the_safetensors_library(
 
 @SOME
 @given(TENSORS, METADATA)
-def test_the_library_reads_what_is_written(
-    file: Path, tensors: list[TensorInfo], metadata: dict[str, str]
-) -> None:
+def test_library_reads_our_files(file: Path, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
     file.write_bytes(as_written_here(tensors, metadata))
     with safe_open(file, framework="pt") as handle:
         assert (handle.metadata() or {}) == metadata
@@ -94,21 +92,19 @@ def test_the_library_reads_what_is_written(
 
 @SOME
 @given(TENSORS, st.dictionaries(_NAMES, st.text(st.characters(exclude_categories=["Cs"])), max_size=4))
-def test_what_the_library_writes_is_read(
-    file: Path, tensors: list[TensorInfo], metadata: dict[str, str]
-) -> None:
+def test_reads_files_of_the_library(file: Path, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
     save_file({info.name: data(info) for info in tensors}, file, metadata or None)
     header = read_header(file)
     assert header.tensors == {info.name: info for info in tensors}
     assert header.metadata == metadata
 
 
-def test_every_dtype_is_known_with_its_size() -> None:
+def test_knows_every_dtype_and_its_size() -> None:
     for name, size in DTYPES.values():
         assert getattr(torch, name).itemsize == size
 
 
-def test_numbers_of_a_tensor() -> None:
+def test_counts_elements() -> None:
     info = TensorInfo("a", "bfloat16", (3, 4, 5))
     assert (info.numel, info.nbytes) == (60, 120)
     assert TensorInfo("scalar", "float64", ()).nbytes == 8
@@ -116,7 +112,7 @@ def test_numbers_of_a_tensor() -> None:
 
 @SOME
 @given(TENSORS)
-def test_every_tensor_is_aligned_in_the_file(tensors: list[TensorInfo]) -> None:
+def test_aligns_every_tensor(tensors: list[TensorInfo]) -> None:
     ordered = storage_order(tensors)
     start = len(encode_header(ordered, {}))
     assert start % 8 == 0
@@ -125,7 +121,7 @@ def test_every_tensor_is_aligned_in_the_file(tensors: list[TensorInfo]) -> None:
         start += info.nbytes
 
 
-def test_a_file_cut_anywhere_is_refused(file: Path) -> None:
+def test_rejects_truncation_anywhere(file: Path) -> None:
     tensors = [TensorInfo("layer.weight", "float32", (3, 5)), TensorInfo("b", "int8", (2,))]
     whole = as_written_here(tensors, {"mpoc": "{}"})
     for length in range(len(whole)):
@@ -190,19 +186,19 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_headers_are_refused(file: Path, content: bytes) -> None:
+def test_rejects_hostile_headers(file: Path, content: bytes) -> None:
     file.write_bytes(content)
     with pytest.raises(MpocError, match=r"m\.safetensors: "):
         read_header(file)
 
 
-def test_two_tensors_side_by_side_are_good(file: Path) -> None:
+def test_accepts_adjacent_tensors(file: Path) -> None:
     for offsets in (([0, 8], [8, 16]), ([8, 16], [0, 8])):
         file.write_bytes(tensors_at(offsets, 16))
         assert set(read_header(file).tensors) == {"a", "b"}
 
 
-def test_a_length_that_lies_is_not_allocated(file: Path) -> None:
+def test_never_allocates_a_declared_length(file: Path) -> None:
     file.write_bytes(with_length(b"{}", 99_000_000))
     tracemalloc.start()
     with pytest.raises(MpocError, match="truncated in its header: 10 bytes, header of 99000000"):
@@ -212,12 +208,12 @@ def test_a_length_that_lies_is_not_allocated(file: Path) -> None:
     assert peak < 1_000_000
 
 
-def test_the_unchanged_entry_is_good(file: Path) -> None:
+def test_accepts_the_unchanged_entry(file: Path) -> None:
     file.write_bytes(entry())
     assert read_header(file).tensors == {"a": TensorInfo("a", "float32", (2,))}
 
 
-def test_an_unknown_dtype_is_named_with_its_tensor(file: Path) -> None:
+def test_names_the_tensor_of_an_unknown_dtype(file: Path) -> None:
     file.write_bytes(entry(dtype="F8_E8M0"))
     with pytest.raises(MpocError, match="tensor 'a' has dtype F8_E8M0"):
         read_header(file)
@@ -239,7 +235,7 @@ _ENTRY = st.fixed_dictionaries(
 
 @SOME
 @given(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), _ENTRY | _JSON, max_size=3) | _JSON)
-def test_any_json_is_read_or_refused(file: Path, value: Any) -> None:
+def test_any_json_is_read_or_rejected(file: Path, value: Any) -> None:
     file.write_bytes(with_length(json.dumps(value).encode(), rest=bytes(40)))
     try:
         header = read_header(file)
@@ -253,7 +249,7 @@ def test_any_json_is_read_or_refused(file: Path, value: Any) -> None:
 
 @SOME
 @given(st.binary(max_size=64))
-def test_garbage_is_refused(file: Path, content: bytes) -> None:
+def test_rejects_garbage(file: Path, content: bytes) -> None:
     file.write_bytes(with_length(content))
     try:
         tensors = read_header(file).tensors

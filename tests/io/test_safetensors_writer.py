@@ -47,7 +47,7 @@ def entry(name: str, tensor: Tensor) -> Entry:
     ),
     st.dictionaries(st.sampled_from(["format", "mpoc", "né"]), st.text(max_size=9), max_size=1),
 )
-def test_bytes_are_those_of_the_safetensors_library(
+def test_matches_the_library_byte_for_byte(
     tmp_path_factory: pytest.TempPathFactory,
     specs: dict[str, tuple[torch.dtype, list[int]]],
     metadata: dict[str, str],
@@ -59,7 +59,7 @@ def test_bytes_are_those_of_the_safetensors_library(
     assert path.read_bytes() == save(state, metadata or None)
 
 
-def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
+def test_writes_views_by_their_elements(tmp_path: Path) -> None:
     base = torch.randn(6, 8)
     state = {"t": base.t(), "step": base[::2, 1::3], "wide": base[:1].expand(5, 8), "scalar": base[0, 0]}
     state["column"] = base[:, 3]
@@ -69,7 +69,7 @@ def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
 
 
-def test_tensors_are_read_one_at_a_time_in_the_order_of_the_file(tmp_path: Path) -> None:
+def test_reads_tensors_one_at_a_time_in_file_order(tmp_path: Path) -> None:
     order: list[str] = []
 
     def read(name: str) -> Tensor:
@@ -81,14 +81,14 @@ def test_tensors_are_read_one_at_a_time_in_the_order_of_the_file(tmp_path: Path)
     assert order == ["a", "b", "c"]
 
 
-def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+def test_rejects_duplicate_names(tmp_path: Path) -> None:
     twice = [entry("a", torch.zeros(2)), entry("b", torch.zeros(2)), entry("a", torch.ones(3))]
     with pytest.raises(MpocError, match=r"m\.safetensors: two tensors would be named 'a'"):
         write_safetensors(tmp_path / "m.safetensors", twice, {})
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(2, dtype=torch.float64)])
-def test_a_tensor_that_is_not_what_the_header_says_is_not_written(tmp_path: Path, wrong: Tensor) -> None:
+def test_rejects_tensors_that_contradict_the_header(tmp_path: Path, wrong: Tensor) -> None:
     lie = Entry(TensorInfo("a", "float32", (2,)), lambda: wrong)
     with pytest.raises(AssertionError, match="a: "):
         write_safetensors(tmp_path / "m", [lie], {})
@@ -96,7 +96,7 @@ def test_a_tensor_that_is_not_what_the_header_says_is_not_written(tmp_path: Path
 
 @fast
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.integers(1, 100))
-def test_shards_hold_all_tensors_in_order_within_the_limit(sizes: list[int], limit: int) -> None:
+def test_shards_keep_order_and_limit(sizes: list[int], limit: int) -> None:
     entries = [
         Entry(TensorInfo(f"t{k}", "uint8", (size,)), lambda: torch.empty(0)) for k, size in enumerate(sizes)
     ]
@@ -114,9 +114,7 @@ def test_shards_hold_all_tensors_in_order_within_the_limit(sizes: list[int], lim
 
 @pytest.mark.parametrize("name", ["out", "cores", "replaced", "new", "out.partial"])
 @pytest.mark.parametrize("directory", [False, True])
-def test_staging_puts_the_output_in_place_and_leaves_nothing_else(
-    tmp_path: Path, directory: bool, name: str
-) -> None:
+def test_staging_leaves_only_the_output(tmp_path: Path, directory: bool, name: str) -> None:
     output = tmp_path / name
     for content in ("old", "new"):  # the second replaces the first
         with staged(output) as target:
@@ -133,9 +131,7 @@ def test_staging_puts_the_output_in_place_and_leaves_nothing_else(
 
 @pytest.mark.parametrize("failure", [MpocError("no"), KeyboardInterrupt(), SystemExit(143), MemoryError()])
 @pytest.mark.parametrize("directory", [False, True])
-def test_a_failure_leaves_the_old_output_and_nothing_else(
-    tmp_path: Path, directory: bool, failure: BaseException
-) -> None:
+def test_failure_keeps_the_old_output(tmp_path: Path, directory: bool, failure: BaseException) -> None:
     output = tmp_path / "out"
     old = output / "file" if directory else output
     old.parent.mkdir(exist_ok=True)
@@ -153,7 +149,7 @@ def test_a_failure_leaves_the_old_output_and_nothing_else(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_an_output_takes_its_place_waits(
+def test_signal_waits_for_the_final_rename(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
 ) -> None:
     """And then says what became of it; with what it is made of gone."""
@@ -180,9 +176,7 @@ def test_a_signal_while_an_output_takes_its_place_waits(
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
 
 
-def test_a_directory_that_cannot_take_its_place_gives_it_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_rename_restores_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "file").write_text("old")
@@ -203,14 +197,14 @@ def test_a_directory_that_cannot_take_its_place_gives_it_back(
 
 
 @pytest.mark.parametrize("named", [None, "/source/tokenizer.json"])
-def test_a_full_disk_names_the_output(tmp_path: Path, named: str | None) -> None:
+def test_full_disk_names_the_output(tmp_path: Path, named: str | None) -> None:
     with pytest.raises(OSError, match="full") as caught, staged(tmp_path / "out.safetensors"):
         raise OSError(errno.ENOSPC, "full", named)
     assert caught.value.filename == str(tmp_path / "out.safetensors")
     assert contents(tmp_path) == {}
 
 
-def test_another_error_keeps_its_own_file(tmp_path: Path) -> None:
+def test_other_errors_keep_their_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="denied") as caught, staged(tmp_path / "out.safetensors"):
         raise OSError(errno.EACCES, "denied", "/source/model.pt")
     assert caught.value.filename == "/source/model.pt"
@@ -254,7 +248,9 @@ class TestRefuseExisting:
             ("pipe", "m.pt", "neither a file nor a directory"),
         ],
     )
-    def test_even_with_force(self, place: Path, output: str, source: str, said: str) -> None:
+    def test_never_writes_over_an_input_even_with_force(
+        self, place: Path, output: str, source: str, said: str
+    ) -> None:
         with pytest.raises(UsageError, match=said) as caught:
             refuse_existing(Path(output), Path(source), force=True)
         assert output in str(caught.value)
@@ -270,29 +266,29 @@ class TestRefuseExisting:
             ("bert/model.safetensors", "m.pt"),
         ],
     )
-    def test_only_without_force(self, place: Path, output: str, source: str) -> None:
+    def test_rejects_existing_output_without_force(self, place: Path, output: str, source: str) -> None:
         with pytest.raises(UsageError, match="exists already") as caught:
             refuse_existing(Path(output), Path(source), force=False)
         assert "--force" in (caught.value.hint or "")
         refuse_existing(Path(output), Path(source), force=True)
 
     @pytest.mark.parametrize(("output", "source"), [("new", "bert"), ("empty/new.safetensors", "m.pt")])
-    def test_not_what_is_new(self, place: Path, output: str, source: str) -> None:
+    def test_accepts_new_output(self, place: Path, output: str, source: str) -> None:
         refuse_existing(Path(output), Path(source), force=False)
 
-    def test_a_missing_parent(self, place: Path) -> None:
+    def test_reports_a_missing_parent(self, place: Path) -> None:
         with pytest.raises(MpocError, match="there is no directory") as caught:
             refuse_existing(Path("no/where/out"), Path("m.pt"), force=False)
         assert caught.value.hint == f"mkdir -p {place / 'no' / 'where'}"
 
-    def test_a_parent_that_cannot_be_written(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_reports_an_unwritable_parent(self, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "access", lambda path, mode: False)
         with pytest.raises(MpocError, match="no permission to write in") as caught:
             refuse_existing(Path("new"), Path("m.pt"), force=False)
         assert str(place) in str(caught.value)
 
 
-def test_an_error_names_the_output_that_it_is_of(tmp_path: Path) -> None:
+def test_error_names_its_output(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught, naming(tmp_path / "out"), naming(tmp_path / "moments"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "moments")

@@ -47,9 +47,7 @@ def of_structure(layers: list[LayerRecord]) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
 class TestEveryArchitecture:
-    def test_the_layers_are_those_of_the_manifest(
-        self, make: Make, tmp_path: Path, kind: str, embeddings: bool
-    ) -> None:
+    def test_layers_match_the_manifest(self, make: Make, tmp_path: Path, kind: str, embeddings: bool) -> None:
         small = make(kind, embeddings=embeddings)
         before, after = read_manifest(small.path), read_manifest(saved_again(small, kind, tmp_path))
         assert of_structure(after.replaced) == of_structure(before.replaced) != {}
@@ -57,7 +55,7 @@ class TestEveryArchitecture:
         assert (after.rho, after.source.num_parameters) == (before.rho, before.source.num_parameters)
         assert after.vectors == before.vectors
 
-    def test_it_expands_to_the_same_network(
+    def test_expands_to_the_same_network(
         self, make: Make, tmp_path: Path, kind: str, embeddings: bool
     ) -> None:
         small = make(kind, embeddings=embeddings)
@@ -69,7 +67,7 @@ class TestEveryArchitecture:
         assert all(torch.equal(found[name], expected[name]) for name in found)
         assert torch.equal(answer(auto(kind, tmp_path / "dense")), answer(auto(kind, small.expanded)))
 
-    def test_it_loads_into_a_network(self, make: Make, tmp_path: Path, kind: str, embeddings: bool) -> None:
+    def test_loads_into_a_network(self, make: Make, tmp_path: Path, kind: str, embeddings: bool) -> None:
         if kind in CANNOT_TAKE:
             pytest.skip("mpoc.load does not rename or stack tensors")
         small = make(kind, embeddings=embeddings)
@@ -77,7 +75,7 @@ class TestEveryArchitecture:
         assert torch.equal(answer(loaded), answer(auto(kind, small.path)))
 
 
-def test_what_is_not_known_is_not_made_up(make: Make, tmp_path: Path) -> None:
+def test_unknown_facts_are_null(make: Make, tmp_path: Path) -> None:
     manifest = read_manifest(saved_again(make("bert"), "bert", tmp_path))
     assert not manifest.is_complete and read_manifest(make("bert").path).is_complete
     report = report_dict(manifest, 1000)
@@ -94,7 +92,7 @@ def test_what_is_not_known_is_not_made_up(make: Make, tmp_path: Path) -> None:
     assert lines[2].startswith("no mpoc.json, which transformers does not save: errors, entropies")
 
 
-def test_an_older_manifest_is_void(make: Make, tmp_path: Path) -> None:
+def test_ignores_an_outdated_manifest(make: Make, tmp_path: Path) -> None:
     shutil.copytree(make("bert").path, tmp_path / "tuned")
     model = auto("bert", tmp_path / "tuned")
     with torch.no_grad():
@@ -107,7 +105,7 @@ def test_an_older_manifest_is_void(make: Make, tmp_path: Path) -> None:
     assert torch.allclose(answer(auto("bert", tmp_path / "dense")), answer(model), atol=1e-5)
 
 
-def test_a_part_saved_alone_goes_through_transformers(make: Make, tmp_path: Path) -> None:
+def test_part_saved_alone_requires_transformers(make: Make, tmp_path: Path) -> None:
     auto("bert", make("bert").path).bfloat16().bert.save_pretrained(tmp_path / "part")
     with pytest.raises(MpocError, match=r"is not among the weights that config.json describes"):
         read_manifest(tmp_path / "part")
@@ -116,7 +114,7 @@ def test_a_part_saved_alone_goes_through_transformers(make: Make, tmp_path: Path
     assert replaced and {layer.stored_dtype for layer in replaced} == {"bfloat16"}
 
 
-def test_the_command_line(make: Make, tmp_path: Path, here: Here) -> None:
+def test_report_and_expand_work(make: Make, tmp_path: Path, here: Here) -> None:
     path = saved_again(make("bert"), "bert", tmp_path)
     done = here("report", path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -126,7 +124,7 @@ def test_the_command_line(make: Make, tmp_path: Path, here: Here) -> None:
     assert here("expand", path, "-o", tmp_path / "dense").returncode == 0
 
 
-def test_after_training_in_another_dtype_and_in_shards(make: Make, tmp_path: Path) -> None:
+def test_reads_trained_shards_in_another_dtype(make: Make, tmp_path: Path) -> None:
     model = auto("gpt2", make("gpt2", embeddings=True).path).bfloat16()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -138,7 +136,7 @@ def test_after_training_in_another_dtype_and_in_shards(make: Make, tmp_path: Pat
     assert torch.equal(answer(loaded), answer(model))
 
 
-def test_shards_of_other_tensors_are_not_counted(make: Make, tmp_path: Path) -> None:
+def test_ignores_shards_outside_the_index(make: Make, tmp_path: Path) -> None:
     path = saved_again(make("bert"), "bert", tmp_path)
     count = read_manifest(path).num_parameters
     state = load_file(path / "model.safetensors")
@@ -161,7 +159,7 @@ def test_shards_of_other_tensors_are_not_counted(make: Make, tmp_path: Path) -> 
         ("not compressed by mpoc", lambda q: q.update(quant_method="gptq")),
     ],
 )
-def test_a_damaged_configuration(
+def test_rejects_damaged_configuration(
     make: Make, tmp_path: Path, message: str, change: Callable[[dict[str, Any]], object]
 ) -> None:
     path = saved_again(make("bert"), "bert", tmp_path)

@@ -14,7 +14,7 @@ from mpoc.io.manifest import MOST_POINTS, Spectrum, check_spectrum, longest, thi
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 
 
-def test_a_short_spectrum_is_kept_whole() -> None:
+def test_keeps_short_spectra_whole() -> None:
     assert thinned([4.0, 3.0, 0.0], 2) == ((1, 0.8), (2, 0.6), (3, 0.0))
 
 
@@ -24,7 +24,7 @@ def test_zeros_have_no_spectrum() -> None:
 
 @SOME
 @given(st.integers(1, 5000), st.floats(0, 1), st.floats(0.1, 3))
-def test_the_first_the_cut_and_the_last_stay(count: int, share: float, power: float) -> None:
+def test_keeps_first_cut_and_last_values(count: int, share: float, power: float) -> None:
     kept = max(1, round(share * count))
     values = [7 * k**-power for k in range(1, count + 1)]
     points = thinned(values, kept)
@@ -40,7 +40,7 @@ def test_the_first_the_cut_and_the_last_stay(count: int, share: float, power: fl
     assert len(str(points)) <= len(str(most))
 
 
-def test_the_points_lie_evenly_on_a_logarithmic_index() -> None:
+def test_samples_indices_logarithmically() -> None:
     indices = [index for index, _ in thinned([1.0] * 4096, 1)]
     ratios = [after / before for before, after in itertools.pairwise(indices) if before > 30]
     assert max(ratios) / min(ratios) < 1.1
@@ -61,6 +61,6 @@ def test_the_points_lie_evenly_on_a_logarithmic_index() -> None:
         tuple((k, 0.1) for k in range(1, 40)),
     ],
 )
-def test_what_cannot_be_a_spectrum(spectrum: Spectrum) -> None:
+def test_rejects_malformed_spectra(spectrum: Spectrum) -> None:
     with pytest.raises(ValueError, match="a spectrum of"):
         check_spectrum(spectrum, 8)

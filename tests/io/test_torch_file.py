@@ -58,14 +58,14 @@ def test_reads_every_dtype_and_shape(tmp_path: Path, legacy: bool) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".th", ".bin", ".ckpt"])
-def test_every_suffix_of_torch(tmp_path: Path, suffix: str) -> None:
+def test_reads_every_suffix(tmp_path: Path, suffix: str) -> None:
     state = mlp_state()
     assert_holds(save(state, tmp_path / f"m{suffix}"), state)
 
 
 @both_formats
 @pytest.mark.parametrize("nest", NESTS)
-def test_a_nested_state_dict_is_found(tmp_path: Path, nest: str, legacy: bool) -> None:
+def test_finds_a_nested_state_dict(tmp_path: Path, nest: str, legacy: bool) -> None:
     state = mlp_state()
     momentum = {"state": {0: {"momentum_buffer": torch.randn(2)}}, "param_groups": [{"lr": 0.1}]}
     path = save({"epoch": 3, "optimizer": momentum, nest: state}, tmp_path / "m.pt", legacy)
@@ -73,19 +73,19 @@ def test_a_nested_state_dict_is_found(tmp_path: Path, nest: str, legacy: bool) -
     assert open_checkpoint(path).notes == [f"state dict taken from {nest!r}"]
 
 
-def test_the_usual_name_wins_over_an_average(tmp_path: Path) -> None:
+def test_prefers_the_usual_name_to_averages(tmp_path: Path) -> None:
     state = mlp_state()
     average = {name: tensor * 2 for name, tensor in state.items()}
     path = save({"state_dict_ema": average, "state_dict": state}, tmp_path / "m.pt")
     assert_holds(path, state)
 
 
-def test_an_unusual_nest_is_found_where_it_is_the_only_one(tmp_path: Path) -> None:
+def test_finds_a_single_unusual_nest(tmp_path: Path) -> None:
     state = mlp_state()
     assert_holds(save({"student": state, "optim_state": mlp_state()}, tmp_path / "m.pt"), state)
 
 
-def test_a_module_s_state_dict_as_torch_gives_it(tmp_path: Path) -> None:
+def test_reads_a_plain_state_dict(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     assert_holds(save(network.state_dict(), tmp_path / "m.pt"), network.state_dict())
     parameters = dict(network.named_parameters())  # nn.Parameter, not plain tensors
@@ -94,21 +94,21 @@ def test_a_module_s_state_dict_as_torch_gives_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_wrapper_prefixes_are_stripped(tmp_path: Path, prefix: str) -> None:
+def test_strips_wrapper_prefixes(tmp_path: Path, prefix: str) -> None:
     state = mlp_state()
     wrapped = {prefix + name: tensor for name, tensor in state.items()}
     assert_holds(save({"state_dict": wrapped}, tmp_path / "m.pt"), state)
 
 
 @both_formats
-def test_non_contiguous_tensors(tmp_path: Path, legacy: bool) -> None:
+def test_reads_non_contiguous_tensors(tmp_path: Path, legacy: bool) -> None:
     base = torch.randn(6, 8)
     state = {"transposed": base.t(), "strided": base[::2, 1::3], "expanded": torch.randn(4, 1).expand(4, 5)}
     assert_holds(save(state, tmp_path / "m.pt", legacy), state)
 
 
 @both_formats
-def test_tied_tensors_are_read_once(tmp_path: Path, legacy: bool) -> None:
+def test_reads_tied_tensors_once(tmp_path: Path, legacy: bool) -> None:
     shared, other = torch.randn(6, 4), torch.randn(6, 4)
     state = {"embed.weight": shared, "other.weight": other, "head.weight": shared}
     checkpoint = open_checkpoint(save(state, tmp_path / "m.pt", legacy))
@@ -117,7 +117,7 @@ def test_tied_tensors_are_read_once(tmp_path: Path, legacy: bool) -> None:
 
 
 @both_formats
-def test_different_views_of_one_memory_are_not_tied(tmp_path: Path, legacy: bool) -> None:
+def test_different_views_are_not_tied(tmp_path: Path, legacy: bool) -> None:
     base = torch.randn(4, 4)
     state = {"base": base, "transposed": base.t(), "row": base[1], "half": base[:2]}
     state |= {"empty": torch.empty(0, 4), "another": torch.empty(0, 4)}  # both at no address
@@ -127,7 +127,7 @@ def test_different_views_of_one_memory_are_not_tied(tmp_path: Path, legacy: bool
 
 
 @both_formats
-def test_plain_data_beside_the_tensors(tmp_path: Path, legacy: bool) -> None:
+def test_accepts_plain_data_beside_tensors(tmp_path: Path, legacy: bool) -> None:
     state = mlp_state()
     payload = {
         "state_dict": state,
@@ -141,7 +141,7 @@ def test_plain_data_beside_the_tensors(tmp_path: Path, legacy: bool) -> None:
     assert_holds(save(payload, tmp_path / "m.pt", legacy), state)
 
 
-def test_what_is_no_tensor_in_a_state_dict_is_named(tmp_path: Path) -> None:
+def test_names_entries_that_are_not_tensors(tmp_path: Path) -> None:
     state = mlp_state()
     path = save({**state, "epoch": 3, "args": argparse.Namespace()}, tmp_path / "m.pt")
     assert_holds(path, state)
@@ -161,12 +161,12 @@ def test_what_is_no_tensor_in_a_state_dict_is_named(tmp_path: Path) -> None:
         (lambda: {"w": torch.zeros(3, dtype=torch.complex128)}, "tensor 'w' has dtype complex128"),
     ],
 )
-def test_refuses_what_is_no_state_dict(tmp_path: Path, payload: Any, said: str) -> None:
+def test_rejects_files_without_state_dict(tmp_path: Path, payload: Any, said: str) -> None:
     assert said in str(refusal(save(payload(), tmp_path / "m.pt")))
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_refuses_an_optimizer_s_state(tmp_path: Path, nested: bool) -> None:
+def test_rejects_optimizer_states(tmp_path: Path, nested: bool) -> None:
     layer = nn.Linear(3, 3)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     layer(torch.randn(2, 3)).sum().backward()
@@ -178,12 +178,12 @@ def test_refuses_an_optimizer_s_state(tmp_path: Path, nested: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
-def test_refuses_quantised_tensors(tmp_path: Path) -> None:
+def test_rejects_quantised_tensors(tmp_path: Path) -> None:
     quantised = torch.quantize_per_tensor(torch.randn(3, 3), 0.1, 0, torch.qint8)
     assert "tensor 'w' is quantised" in str(refusal(save({"w": quantised}, tmp_path / "m.pt")))
 
 
-def test_the_way_out_of_several_state_dicts_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hint_for_several_state_dicts_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     critic, generator = mlp_state(), mlp_state()
     monkeypatch.chdir(tmp_path)
     save({"critic": critic, "generator": generator}, Path("gan.pt"))
@@ -195,7 +195,7 @@ def test_the_way_out_of_several_state_dicts_works(tmp_path: Path, monkeypatch: p
     assert_holds(Path("model.pt"), critic)
 
 
-def test_reading_leaves_the_file_alone(tmp_path: Path) -> None:
+def test_reading_does_not_change_the_file(tmp_path: Path) -> None:
     path = save(mlp_state(), tmp_path / "m.pt")
     before = path.read_bytes()
     checkpoint = open_checkpoint(path)
@@ -204,13 +204,13 @@ def test_reading_leaves_the_file_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_plain_pickle_of_tensors_is_no_torch_file(tmp_path: Path) -> None:
+def test_rejects_plain_pickles(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     path.write_bytes(pickle.dumps({"a": [1, 2, 3]}, protocol=2))
     refusal(path)
 
 
-def test_a_scalar_as_numpy_1_named_it_is_plain_data(tmp_path: Path) -> None:
+def test_accepts_numpy_1_scalars(tmp_path: Path) -> None:
     torch.save({"state_dict": {"a": torch.ones(2)}, "best": np.float64(93.0)}, tmp_path / "new.pt")
     with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(tmp_path / "old.pt", "w") as old:
         for entry in new.infolist():

@@ -36,7 +36,7 @@ class Malice:
 
 @both_formats
 @pytest.mark.parametrize("place", ["alone", "beside", "among"])
-def test_no_code_is_run(tmp_path: Path, place: str, legacy: bool) -> None:
+def test_never_runs_code(tmp_path: Path, place: str, legacy: bool) -> None:
     malice = Malice(tmp_path / "touched")
     payload = {
         "alone": malice,
@@ -52,7 +52,7 @@ def test_no_code_is_run(tmp_path: Path, place: str, legacy: bool) -> None:
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_no_code_is_run_from_a_plain_pickle(tmp_path: Path, protocol: int) -> None:
+def test_never_runs_code_of_a_plain_pickle(tmp_path: Path, protocol: int) -> None:
     malice = Malice(tmp_path / "touched")
     (tmp_path / "m.pt").write_bytes(pickle.dumps({"x": malice}, protocol=protocol))
     refusal(tmp_path / "m.pt")
@@ -61,7 +61,7 @@ def test_no_code_is_run_from_a_plain_pickle(tmp_path: Path, protocol: int) -> No
 
 @both_formats
 @pytest.mark.parametrize("place", ["alone", "model", "beside"])
-def test_a_pickled_class_is_refused_with_a_way_out(
+def test_rejects_pickled_classes_with_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, legacy: bool
 ) -> None:
     network = nn.Sequential(OrderedDict(fc1=nn.Linear(48, 64), fc2=nn.Linear(64, 32)))
@@ -85,7 +85,7 @@ def follow(hint: str | None) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_late_pickle_protocol_is_refused_with_a_way_out(
+def test_rejects_late_protocols_with_a_hint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool
 ) -> None:
     state = mlp_state()
@@ -98,7 +98,7 @@ def test_a_late_pickle_protocol_is_refused_with_a_way_out(
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_torchscript_is_refused_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_torchscript_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = nn.Linear(4, 3)
     monkeypatch.chdir(tmp_path)
     torch.jit.save(torch.jit.trace(network, torch.randn(1, 4)), "m.pt")
@@ -109,7 +109,7 @@ def test_torchscript_is_refused_with_a_way_out(tmp_path: Path, monkeypatch: pyte
 
 
 @both_formats
-def test_a_truncated_file_is_called_damaged_at_every_length(tmp_path: Path, legacy: bool) -> None:
+def test_rejects_truncation_at_every_length(tmp_path: Path, legacy: bool) -> None:
     whole = save(mlp_state(), tmp_path / "m.pt", legacy).read_bytes()
     cut = tmp_path / "cut.pt"
     lengths = {*range(0, 600, 7), *range(600, len(whole), 499), len(whole) - 20, len(whole) - 1}
@@ -132,7 +132,7 @@ def test_a_truncated_file_is_called_damaged_at_every_length(tmp_path: Path, lega
         b"PK\x03\x04 and then nothing of a zip",
     ],
 )
-def test_what_is_no_torch_file_at_all(tmp_path: Path, content: bytes) -> None:
+def test_rejects_other_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.pt").write_bytes(content)
     error = refusal(tmp_path / "m.pt")
     assert "not a torch file" in str(error)
@@ -149,7 +149,7 @@ def whole_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, 
 
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(st.booleans(), st.integers(0, 10**6), st.integers(0, 255))
-def test_a_damaged_byte_is_read_or_refused(
+def test_damaged_byte_is_read_or_rejected(
     whole_files: tuple[Path, bytes, bytes], legacy: bool, at: int, value: int
 ) -> None:
     path, zipped, old = whole_files

@@ -45,7 +45,7 @@ def ids(source: Path, data: Path, arch: str | None = GPT) -> torch.Tensor:
     return next(iter(material.data.splits.values())).batch([0])["input_ids"][0]
 
 
-def test_characters_keep_the_numbers_of_training(tmp_path: Path) -> None:
+def test_keeps_the_character_table(tmp_path: Path) -> None:
     tuned = gpt(tmp_path)
     assert "characters" in read_history(tuned)["tokenizer"]
     with pytest.raises(MpocError, match="not compressed by mpoc"):
@@ -61,7 +61,7 @@ def test_characters_keep_the_numbers_of_training(tmp_path: Path) -> None:
         )
 
 
-def test_the_history_comes_along_through_compression_and_back(tmp_path: Path) -> None:
+def test_history_survives_compress_and_expand(tmp_path: Path) -> None:
     tuned = gpt(tmp_path)
     small, dense = tmp_path / "small.mpo.safetensors", tmp_path / "dense.safetensors"
     compress_checkpoint(tuned, small, make_recipe(None, {"bond": 2}), arch=GPT)
@@ -78,7 +78,7 @@ def test_the_history_comes_along_through_compression_and_back(tmp_path: Path) ->
     assert recorded({"steps": 3, **training}, "task") == "causal-lm"
 
 
-def test_a_dense_directory_keeps_it_beside_its_weights(tmp_path: Path) -> None:
+def test_dense_directory_stores_its_history(tmp_path: Path) -> None:
     folder = tmp_path / "bert"
     tiny("bert").save_pretrained(folder)
     lines = [{"text": word * 3} for word in LETTERS]

@@ -69,7 +69,7 @@ def compressed(arch: str | None, **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("spec", ["fc2", "resnet:depth=20", "densenet:depth=7", "picogpt:vocab=30,context=8"])
-def test_a_network_of_the_zoo_is_loaded_by_its_file_alone(spec: str) -> None:
+def test_zoo_network_loads_from_its_file_alone(spec: str) -> None:
     network = saved(spec)
     path = compressed(spec)
     assert read_manifest(path).architecture == {"zoo": spec}
@@ -84,13 +84,13 @@ def test_a_network_of_the_zoo_is_loaded_by_its_file_alone(spec: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_the_file_s_dtype_decides(dtype: torch.dtype) -> None:
+def test_uses_the_dtype_of_the_file(dtype: torch.dtype) -> None:
     saved("fc2", dtype)
     loaded = mpoc.load(compressed("fc2"))
     assert {value.dtype for value in loaded.state_dict().values()} == {dtype}
 
 
-def test_kinds_are_told_from_the_network_s_modules() -> None:
+def test_infers_kinds_from_modules() -> None:
     saved("zoo_net.py:Net")
     by_name, by_module = (read_manifest(compressed(arch)) for arch in (None, "zoo_net.py:Net"))
     assert [(layer.name, layer.kind) for layer in by_name.layers] == [("table.weight", "linear")]
@@ -99,7 +99,7 @@ def test_kinds_are_told_from_the_network_s_modules() -> None:
     assert (by_name.architecture, by_module.architecture) == ({}, {"factory": "zoo_net.py:Net"})
 
 
-def test_wrapper_prefixes_and_old_checkpoints_fit() -> None:
+def test_accepts_wrapper_prefixes_and_old_checkpoints() -> None:
     network = make("resnet:depth=8")
     state = {f"module.{name}": value for name, value in network.state_dict().items()}
     kept = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
@@ -120,7 +120,7 @@ class TestWhatDoesNotFit:
             ("zoo_mlp.py:mlp", "tensor '0.weight' is only in the network"),
         ],
     )  # fmt: skip
-    def test_another_network_is_refused_before_any_work(self, arch: str, said: str) -> None:
+    def test_rejects_another_network_before_any_work(self, arch: str, said: str) -> None:
         saved("resnet:depth=8")
         with pytest.raises(UsageError, match=re.escape(f"m.pt: does not fit --arch {arch}: {said}")):
             compressed(arch)
@@ -137,21 +137,21 @@ class TestWhatDoesNotFit:
             ("zoo_net.py", "not of the form package.module:factory or file.py:factory"),
         ],
     )
-    def test_what_names_no_network(self, arch: str, said: str) -> None:
+    def test_rejects_specs_without_a_network(self, arch: str, said: str) -> None:
         saved("resnet:depth=8")
         with pytest.raises(UsageError, match=re.escape(said)):
             compressed(arch)
         with pytest.raises(UsageError, match=re.escape(said)):
             make_network(arch)
 
-    def test_a_name_of_the_zoo_taken_for_a_module_is_explained(self) -> None:
+    def test_explains_zoo_names_mistaken_for_modules(self) -> None:
         with pytest.raises(UsageError) as caught:
             make_network("resnet:8")
         assert caught.value.hint == "of the zoo: resnet, with options as in resnet:depth=56"
 
 
 class TestLoadingWithoutAModel:
-    def test_a_factory_is_not_run(self) -> None:
+    def test_inspection_does_not_run_the_factory(self) -> None:
         saved("zoo_mlp.py:mlp")
         path = compressed("zoo_mlp.py:mlp")
         Path("zoo_mlp.py").write_text("raise SystemExit('ran')\n")
@@ -160,13 +160,13 @@ class TestLoadingWithoutAModel:
         line = 'from zoo_mlp import mlp; mpoc.load("m.mpo.safetensors", mlp())'
         assert caught.value.hint == f"{line}; or --arch zoo_mlp.py:mlp"
 
-    def test_a_file_that_names_none(self) -> None:
+    def test_rejects_files_without_architecture(self) -> None:
         saved("fc2")
         with pytest.raises(UsageError, match="holds tensors, not the network's code") as caught:
             mpoc.load(compressed(None))
         assert 'mpoc.load("m.mpo.safetensors", model)' in (caught.value.hint or "")
 
-    def test_a_hugging_face_directory(self) -> None:
+    def test_reads_a_hugging_face_directory(self) -> None:
         tiny("bert").save_pretrained("model")
         recipe = make_recipe(None, {"bond": 4, "embeddings": True, "allow_growth": True})
         compress_checkpoint(Path("model"), Path("model-mpo"), recipe)
@@ -183,7 +183,7 @@ class TestLoadingWithoutAModel:
             ("resnet:depth=20,width=99999", "does not fit this ResNet: "),  # and takes no memory
         ],
     )
-    def test_a_file_that_names_another(self, spec: str, said: str) -> None:
+    def test_rejects_a_conflicting_architecture(self, spec: str, said: str) -> None:
         saved("fc2")
         path = compressed("fc2")
         with safe_open(path, "pt") as file:
@@ -194,7 +194,7 @@ class TestLoadingWithoutAModel:
             mpoc.load(path)
 
 
-def test_a_report_names_the_architecture() -> None:
+def test_report_names_the_architecture() -> None:
     saved("fc2")
 
     def said(manifest: Manifest) -> list[str]:
@@ -211,7 +211,7 @@ def test_a_report_names_the_architecture() -> None:
 
 class TestExport:
     @pytest.mark.parametrize("spec", ["fc2", "picogpt:vocab=30,context=8"])
-    def test_a_network_of_the_zoo_needs_no_options(self, spec: str) -> None:
+    def test_zoo_network_needs_no_options(self, spec: str) -> None:
         saved(spec)
         (taken,) = export_network(compressed(spec), {"pt2": Path("p.pt2")}, [])
         x = torch.cat([example(spec)] * 3)
@@ -221,7 +221,7 @@ class TestExport:
             expected = mpoc.load("m.mpo.safetensors")(x)
         torch.testing.assert_close(program(x), expected, rtol=0, atol=1e-5)
 
-    def test_a_file_that_names_none_takes_a_spec(self) -> None:
+    def test_file_without_architecture_accepts_a_spec(self) -> None:
         saved("fc2")
         (taken,) = export_network(compressed(None), {"pt2": Path("p.pt2")}, [], "fc2")
         assert taken.shape == (1, 1, 28, 28)

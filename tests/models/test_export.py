@@ -136,7 +136,7 @@ def outputs_of(network: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", slow_except(INPUTS, "mlp"))
-def test_a_program_computes_as_the_network(exported: Callable[[str], Exported], name: str) -> None:
+def test_program_computes_like_the_network(exported: Callable[[str], Exported], name: str) -> None:
     made = exported(name)
     assert [spec.dtype for spec in made.inputs] == [x.dtype for x in INPUTS[name](1)]
     network = open_network(made.source, f"nets.py:{name}")
@@ -148,7 +148,7 @@ def test_a_program_computes_as_the_network(exported: Callable[[str], Exported], 
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_the_onnx_file_keeps_the_cores(exported: Callable[[str], Exported]) -> None:
+def test_onnx_file_keeps_the_cores(exported: Callable[[str], Exported]) -> None:
     made = exported("mlp")
     source, file = made.source, made.files["onnx"]
     model = onnx.load(file)
@@ -165,7 +165,7 @@ def test_the_onnx_file_keeps_the_cores(exported: Callable[[str], Exported]) -> N
 
 
 @pytest.mark.slow
-def test_the_pt2_file_runs_without_mpoc(exported: Callable[[str], Exported]) -> None:
+def test_pt2_file_runs_without_mpoc(exported: Callable[[str], Exported]) -> None:
     made = exported("tokens")
     program = made.files["pt2"].read_bytes()
     assert str(Path(__file__).resolve().parents[2]).encode() not in program
@@ -185,7 +185,7 @@ def test_the_pt2_file_runs_without_mpoc(exported: Callable[[str], Exported]) -> 
     torch.testing.assert_close([load_file("y.safetensors")["y"]], expected, rtol=0, atol=1e-5)
 
 
-def test_a_network_in_half_precision() -> None:
+def test_exports_half_precision() -> None:
     source = compressed("mlp", torch.float16)
     files = {"onnx": Path("p.onnx")}
     Path("halves.py").write_text("import nets\n\ndef mlp():\n    return nets.mlp().half()\n")
@@ -197,7 +197,7 @@ def test_a_network_in_half_precision() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["bert", "vit"])
-def test_a_hugging_face_directory(architecture: str) -> None:
+def test_exports_a_hugging_face_directory(architecture: str) -> None:
     tiny(architecture, layers=1).save_pretrained("model")
     recipe = make_recipe(None, {"bond": 4, "embeddings": True, "allow_growth": True})
     compress_checkpoint(Path("model"), Path("model-mpo"), recipe)
@@ -226,15 +226,15 @@ def test_a_hugging_face_directory(architecture: str) -> None:
 
 
 class TestArchitecture:
-    def test_of_an_installed_module(self) -> None:
+    def test_accepts_an_installed_module(self) -> None:
         assert isinstance(make_network("mpoc.demo.network:DigitsNet"), nn.Module)
 
-    def test_of_a_module_in_the_current_folder(self) -> None:
+    def test_accepts_a_module_in_the_current_directory(self) -> None:
         before = list(sys.path)
         assert len(list(make_network("nets:mlp").children())) == 3
         assert sys.path == before
 
-    def test_of_a_file_that_imports_its_neighbours(self, tmp_path: Path) -> None:
+    def test_accepts_a_file_with_local_imports(self, tmp_path: Path) -> None:
         (tmp_path / "folder").mkdir()
         (tmp_path / "folder" / "sizes_of_mine.py").write_text("WIDTH = 5\n")
         (tmp_path / "folder" / "net.py").write_text(
@@ -243,7 +243,7 @@ class TestArchitecture:
         network: Any = make_network("folder/net.py:net")
         assert network.in_features == 5
 
-    def test_a_class_is_a_factory(self) -> None:
+    def test_accepts_a_class(self) -> None:
         assert type(make_network("nets.py:Two")).__name__ == "Two"
 
     @pytest.mark.parametrize(
@@ -258,18 +258,18 @@ class TestArchitecture:
             ("nets.py:none", "none() gives a NoneType, not an nn.Module"),
         ],
     )
-    def test_errors(self, arch: str, said: str) -> None:
+    def test_rejects_bad_specs(self, arch: str, said: str) -> None:
         with pytest.raises(UsageError, match=re.escape(said)):
             make_network(arch)
 
-    def test_an_error_inside_the_user_s_code_is_shown_as_it_is(self) -> None:
+    def test_passes_errors_of_user_code_through(self) -> None:
         Path("broken.py").write_text("import a_package_that_is_not_there\n")
         with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
             make_network("broken.py:net")
         with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
             make_network("broken:net")
 
-    def test_nothing_unnamed_is_imported(self) -> None:
+    def test_imports_only_the_named_module(self) -> None:
         Path("config.json").write_text("{}")
         with pytest.raises(UsageError, match="holds tensors, not the network's code"):
             open_network(compressed("mlp"), None)
@@ -284,12 +284,12 @@ class TestArchitecture:
         ("2x4:bfloat16", (2, 4), torch.bfloat16),
     ],
 )
-def test_input_shapes(text: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+def test_parses_input_shapes(text: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
     assert parse_input_spec(text) == InputSpec(shape, dtype)
 
 
 @pytest.mark.parametrize("text", ["", "x3", "1x", "0x3", "1,3", "1x3:", "1x3:nn", "-1x3", "1x03"])
-def test_what_is_no_input_shape(text: str) -> None:
+def test_rejects_malformed_input_shapes(text: str) -> None:
     with pytest.raises(UsageError, match="not a shape with its batch"):
         parse_input_spec(text)
 
@@ -310,7 +310,7 @@ class TestErrors:
             ({"arch": None}, "holds tensors, not the network's code"),
         ],
     )
-    def test_nothing_is_written(self, change: dict[str, Any], said: str) -> None:
+    def test_failure_writes_nothing(self, change: dict[str, Any], said: str) -> None:
         source = compressed("mlp")
         Path("old.pt2").write_text("mine")
         before = set(contents(Path()))
@@ -325,20 +325,20 @@ class TestErrors:
         assert {name for name in contents(Path()) if "__pycache__" not in name} == before
         assert Path("old.pt2").read_text() == "mine"
 
-    def test_a_network_of_one_batch_size(self) -> None:
+    def test_fixes_the_batch_size_where_required(self) -> None:
         source = compressed("fixed")
         with pytest.raises(MpocError, match=r"Fixed with inputs batch×64 cannot be traced"):
             export_network(source, {"pt2": Path("p.pt2")}, [parse_input_spec("1x64")], "nets.py:fixed")
         assert not Path("p.pt2").exists()
 
-    def test_a_missing_package_is_named_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_names_a_missing_package_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
         source = compressed("mlp")
         monkeypatch.setattr("mpoc.models.export.find_spec", lambda name: None)
         with pytest.raises(MpocError, match="--onnx needs onnx and onnxscript") as caught:
             export_network(source, {"onnx": Path("p.onnx")}, [parse_input_spec("1x96")], "nets.py:absent")
         assert caught.value.hint == "pip install 'mpoc[onnx]'"
 
-    def test_a_file_that_mpoc_did_not_make_runs_no_code(self) -> None:
+    def test_never_runs_code_for_uncompressed_files(self) -> None:
         Path("evil.py").write_text("raise SystemExit('ran')\n")
         save_file({"a": torch.ones(1)}, "m.safetensors")
         with pytest.raises(MpocError, match="not compressed by mpoc"):
@@ -346,14 +346,14 @@ class TestErrors:
                 Path("m.safetensors"), {"pt2": Path("p.pt2")}, [parse_input_spec("1x96")], "evil.py:net"
             )
 
-    def test_force_replaces_a_whole_file(self) -> None:
+    def test_force_replaces_the_output(self) -> None:
         source = compressed("mlp")
         Path("p.pt2").write_text("old")
         specs = [parse_input_spec("1x96")]
         export_network(source, {"pt2": Path("p.pt2")}, specs, "nets.py:mlp", force=True)
         assert torch.export.load("p.pt2").module()(torch.ones(3, 96)).shape == (3, 64)
 
-    def test_the_source_is_never_replaced(self) -> None:
+    def test_never_replaces_the_source(self) -> None:
         source = compressed("mlp")
         before = source.read_bytes()
         source.rename("m.pt2")

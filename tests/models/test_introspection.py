@@ -22,7 +22,7 @@ class Net(nn.Module):
         self.register_buffer("cache", torch.zeros(3), persistent=False)
 
 
-def test_kinds_stand_under_every_name_of_a_layer() -> None:
+def test_kinds_are_listed_under_every_name() -> None:
     assert kinds_of(Net()) == {
         "embed.weight": ("embedding", False),
         "conv.weight": ("conv1d", False),
@@ -32,21 +32,21 @@ def test_kinds_stand_under_every_name_of_a_layer() -> None:
     }
 
 
-def test_names_of_one_tensor() -> None:
+def test_lists_names_of_a_tied_tensor() -> None:
     names = same_tensor(Net())
     assert names["head.weight"] == names["embed.weight"] == {"embed.weight", "head.weight"}
     assert names["one.bias"] == {"one.bias", "other.bias"}
     assert names["conv.bias"] == {"conv.bias"}
 
 
-def test_nothing_differs_where_only_ties_counters_and_caches_do() -> None:
+def test_ignores_ties_counters_and_caches() -> None:
     network = Net()
     assert unsaved_buffers(network) == {"cache"}
     offered = set(tensors_of(network)) - {"head.weight", "other.bias", "norm.num_batches_tracked"} | {"cache"}
     assert differing_names(network, offered) == ([], [])
 
 
-def test_names_that_differ_in_order() -> None:
+def test_reports_differing_names_in_order() -> None:
     network = Net()
     offered = [name for name in tensors_of(network) if not name.startswith("conv")] + ["z.weight", "a.weight"]
     assert differing_names(network, offered) == (["conv.weight", "conv.bias"], ["z.weight", "a.weight"])

@@ -76,7 +76,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("kind", NETWORKS)
 class TestEveryKind:
-    def test_computes_as_the_expanded_network(self, kind: str, tmp_path: Path) -> None:
+    def test_computes_like_the_expanded_network(self, kind: str, tmp_path: Path) -> None:
         network, x = NETWORKS[kind]()
         fresh = copy.deepcopy(network)
         path = compressed(network, tmp_path)
@@ -99,7 +99,7 @@ class TestEveryKind:
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-5)  # biases, norms
 
-    def test_the_state_has_the_file_s_names(self, kind: str, tmp_path: Path) -> None:
+    def test_state_has_the_names_of_the_file(self, kind: str, tmp_path: Path) -> None:
         network, _ = NETWORKS[kind]()
         path = compressed(network, tmp_path)
         loaded = mpoc.load(path, copy.deepcopy(network))
@@ -108,7 +108,7 @@ class TestEveryKind:
             for name, value in loaded.state_dict().items():
                 assert torch.equal(value, file.get_tensor(name)), name
 
-    def test_the_state_saved_and_loaded_answers_the_same(self, kind: str, tmp_path: Path) -> None:
+    def test_state_dict_round_trip(self, kind: str, tmp_path: Path) -> None:
         network, x = NETWORKS[kind]()
         path = compressed(network, tmp_path)
         first = mpoc.load(path, copy.deepcopy(network)).eval()
@@ -124,7 +124,7 @@ class TestEveryKind:
 
 
 class TestTiedWeights:
-    def test_share_their_cores(self, tmp_path: Path) -> None:
+    def test_tied_layers_share_cores(self, tmp_path: Path) -> None:
         path = compressed(Tied(), tmp_path)
         loaded = mpoc.load(path, Tied())
         assert isinstance(loaded, Tied)
@@ -136,13 +136,13 @@ class TestTiedWeights:
         torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("embeddings", [True, False])
-    def test_a_model_that_does_not_tie_them(self, tmp_path: Path, embeddings: bool) -> None:
+    def test_handles_untied_models(self, tmp_path: Path, embeddings: bool) -> None:
         path = compressed(Tied(), tmp_path, embeddings=embeddings)
         loaded = mpoc.load(path, Tied(tied=False))
         dense, x = expanded(path, Tied(tied=False)), torch.tensor([0, 59])
         torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
 
-    def test_a_file_that_does_not_tie_them(self, tmp_path: Path) -> None:
+    def test_handles_untied_files(self, tmp_path: Path) -> None:
         network = Tied(tied=False)
         path = compressed(network, tmp_path, embeddings=False)
         assert [layer.name for layer in read_manifest(path).replaced] == ["middle.weight", "head.weight"]
@@ -154,7 +154,7 @@ class TestTiedWeights:
         dense = expanded(path, Tied(tied=False))
         torch.testing.assert_close(loaded(x), dense(x), rtol=0, atol=1e-5)
 
-    def test_dense_tensors_that_the_file_does_not_tie(self, tmp_path: Path) -> None:
+    def test_handles_untied_dense_tensors(self, tmp_path: Path) -> None:
         path = compressed(Tied(tied=False), tmp_path, embeddings=False, exclude=("head",))
         loaded: Any = mpoc.load(path, Tied())
         dense, x = expanded(path, Tied(tied=False)), torch.tensor([0, 59])
@@ -163,7 +163,7 @@ class TestTiedWeights:
         tied: Any = mpoc.load(compressed(Tied(), tmp_path, embeddings=False, exclude=("head",)), Tied())
         assert tied.head.weight is tied.embed.weight
 
-    def test_one_layer_in_two_places_cannot_be_two(self, tmp_path: Path) -> None:
+    def test_rejects_two_layers_for_one_module(self, tmp_path: Path) -> None:
         network = nn.Sequential(nn.Linear(24, 24), nn.Linear(16, 16), nn.Linear(16, 16))
         path = compressed(network, tmp_path, exclude=("1", "2"))
         layer = nn.Linear(16, 16)
@@ -173,7 +173,7 @@ class TestTiedWeights:
             mpoc.load(path, model)
         torch.testing.assert_close(model.state_dict(), before)
 
-    def test_a_module_in_two_places(self, tmp_path: Path) -> None:
+    def test_handles_a_module_in_two_places(self, tmp_path: Path) -> None:
         def network() -> nn.Module:
             layer = nn.Linear(16, 16)
             return nn.Sequential(layer, nn.ReLU(), layer)
@@ -186,7 +186,7 @@ class TestTiedWeights:
 
 
 class TestWhatStays:
-    def test_hooks_mode_and_frozen_parameters(self, tmp_path: Path) -> None:
+    def test_keeps_hooks_mode_and_frozen_parameters(self, tmp_path: Path) -> None:
         path = compressed(mlp(), tmp_path)
         model = mlp().eval()
         seen: list[int] = []
@@ -202,7 +202,7 @@ class TestWhatStays:
         assert {p.requires_grad for p in model[2].parameters()} == {True}
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-    def test_the_dtype(self, tmp_path: Path, dtype: torch.dtype) -> None:
+    def test_keeps_the_dtype(self, tmp_path: Path, dtype: torch.dtype) -> None:
         path = compressed(mlp(dtype), tmp_path)
         loaded, dense = mpoc.load(path, mlp(dtype)), expanded(path, mlp(dtype))
         assert {value.dtype for value in loaded.state_dict().values()} == {dtype}
@@ -211,7 +211,7 @@ class TestWhatStays:
         near = {torch.float16: 5e-3, torch.bfloat16: 5e-2, torch.float64: 1e-12}[dtype]
         torch.testing.assert_close(loaded(x), dense(x), rtol=near, atol=near)
 
-    def test_cores_stored_in_another_dtype_take_the_weight_s(self, tmp_path: Path) -> None:
+    def test_converts_cores_to_the_dtype_of_the_weight(self, tmp_path: Path) -> None:
         path = compressed(mlp(), tmp_path, dtype="bfloat16")
         loaded, dense = mpoc.load(path, mlp()), expanded(path, mlp())
         assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
@@ -229,7 +229,7 @@ class TestWhatStays:
         assert torch.equal(state["0.weight"], network.state_dict()["0.weight"])
         assert type(loaded[0]) is nn.Conv2d  # type: ignore[index]
 
-    def test_the_file_is_not_held(self, tmp_path: Path) -> None:
+    def test_does_not_keep_the_file_open(self, tmp_path: Path) -> None:
         path = compressed(mlp(), tmp_path)
         loaded = mpoc.load(path, mlp())
         before = loaded(torch.ones(24))
@@ -292,7 +292,7 @@ class TestErrors:
             "meta",
         ],
     )
-    def test_a_model_that_does_not_fit(self, tmp_path: Path, model: Any, said: str) -> None:
+    def test_rejects_another_model(self, tmp_path: Path, model: Any, said: str) -> None:
         path = compressed(mlp(), tmp_path)
         network = model()
         before = copy.deepcopy(network)
@@ -310,7 +310,7 @@ class TestErrors:
             ({"2.bias": None}, r"1 tensors only in the model \(2\.bias\)"),
         ],
     )
-    def test_a_damaged_file(self, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    def test_rejects_damaged_files(self, tmp_path: Path, change: dict[str, Any], said: str) -> None:
         path = compressed(mlp(), tmp_path)
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -324,14 +324,14 @@ class TestErrors:
             mpoc.load(path, network)
         unchanged(network, before)
 
-    def test_a_file_that_mpoc_did_not_make(self, tmp_path: Path) -> None:
+    def test_rejects_uncompressed_files(self, tmp_path: Path) -> None:
         save_file(mlp().state_dict(), tmp_path / "m.safetensors")
         with pytest.raises(MpocError, match="not compressed by mpoc"):
             mpoc.load(tmp_path / "m.safetensors", mlp())
         with pytest.raises(MpocError, match="no such file"):
             mpoc.load(tmp_path / "absent.safetensors", mlp())
 
-    def test_a_model_that_has_cores_already(self, tmp_path: Path) -> None:
+    def test_rejects_models_with_cores(self, tmp_path: Path) -> None:
         path = compressed(mlp(), tmp_path)
         loaded = mpoc.load(path, mlp())
         before = copy.deepcopy(loaded)
@@ -348,7 +348,7 @@ def unchanged(network: nn.Module, before: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_directory(tmp_path: Path, shards: int) -> None:
+def test_loads_a_directory(tmp_path: Path, shards: int) -> None:
     network = nn.Sequential(mlp(), named(nn.Conv2d(4, 6, 3)))
     save_directory(tmp_path / "net", network.state_dict(), shards)
     recipe = make_recipe(None, {"bond": 3, "allow_growth": True, "max_shard_size": 1000})
@@ -362,7 +362,7 @@ def test_a_directory(tmp_path: Path, shards: int) -> None:
     torch.testing.assert_close(loaded[0](x), dense[0](x), rtol=0, atol=1e-5)  # type: ignore[index]
 
 
-def test_a_layer_of_256_by_256(tmp_path: Path) -> None:
+def test_loads_a_256_by_256_layer(tmp_path: Path) -> None:
     path = compressed(nn.Sequential(nn.Linear(256, 256)), tmp_path, bond=16, allow_growth=False)
     loaded = mpoc.load(path, nn.Sequential(nn.Linear(256, 256)))
     dense = expanded(path, nn.Sequential(nn.Linear(256, 256)))
@@ -371,7 +371,7 @@ def test_a_layer_of_256_by_256(tmp_path: Path) -> None:
     assert sum(parameter.numel() for parameter in loaded.parameters()) < 256 * 256 / 4
 
 
-def test_a_whole_residual_network(tmp_path: Path) -> None:
+def test_loads_a_residual_network(tmp_path: Path) -> None:
     network = resnet(20)
     path = compressed(network, tmp_path, bond=16, allow_growth=False)
     loaded, dense = mpoc.load(path, resnet(20)).eval(), expanded(path, resnet(20)).eval()

@@ -43,14 +43,14 @@ def first_images(data: Path, count: int) -> tuple[Tensor, Tensor]:
     return (x - mean) / std, torch.tensor(table["label"].to_pylist())
 
 
-def test_resnet56_sees_what_it_saw(data: Path) -> None:
+def test_resnet56_reaches_its_published_accuracy(data: Path) -> None:
     network, (images, labels) = published(data, 56), first_images(data, 300)
     with torch.inference_mode():
         predicted = torch.cat([network(part).argmax(1) for part in images.split(100)])
     assert int((predicted == labels).sum()) == CORRECT
 
 
-def test_resnet20_comes_back_without_a_model(data: Path, tmp_path: Path) -> None:
+def test_resnet20_loads_without_a_model(data: Path, tmp_path: Path) -> None:
     (file,) = (data / "checkpoints").glob("resnet20-*.th")
     output, recipe = tmp_path / "m.safetensors", make_recipe(None, {"bond": 10**6, "allow_growth": True})
     compress_checkpoint(file, output, recipe, arch="resnet:depth=20")

@@ -34,7 +34,7 @@ def network() -> nn.Sequential:
     )
 
 
-def test_sizes_are_those_that_the_convolutions_see() -> None:
+def test_traces_input_sizes_of_convolutions() -> None:
     model = network()
     found = trace_geometries(model, ["0.weight", "3.weight"], (2, 3, 12, 16))
     assert found["0.weight"] == geometry_of(model[0], (12, 16))
@@ -42,7 +42,7 @@ def test_sizes_are_those_that_the_convolutions_see() -> None:
     assert (found["3.weight"].output_size, found["3.weight"].groups) == ((6, 6), 2)
 
 
-def test_the_network_is_left_as_it_was() -> None:
+def test_leaves_the_network_unchanged() -> None:
     model = network()
     model[2].eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -52,7 +52,7 @@ def test_the_network_is_left_as_it_was() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_convolution_may_be_met_again_at_the_same_size() -> None:
+def test_accepts_repeated_use_at_one_size() -> None:
     found = trace_geometries(Twice(pooled=False), ["conv.weight"], (1, 4, 6, 6))
     assert found["conv.weight"].size == (6, 6)
 
@@ -67,7 +67,7 @@ def test_a_convolution_may_be_met_again_at_the_same_size() -> None:
         (nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), "0.weight", (1, 4, 6, 6), "ConvTranspose2d cannot"),
     ],
 )
-def test_what_cannot_be_learned_is_said(
+def test_reports_untraceable_shapes(
     model: nn.Module, name: str, shape: tuple[int, ...] | None, said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
@@ -75,7 +75,7 @@ def test_what_cannot_be_learned_is_said(
     assert model.training
 
 
-def test_an_input_given_by_name_is_seen() -> None:
+def test_traces_keyword_inputs() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -56,21 +56,21 @@ def count(network: nn.Module) -> int:
 
 
 @pytest.mark.parametrize(("spec", "expected"), COUNTS.items())
-def test_parameters_are_the_papers(spec: str, expected: int) -> None:
+def test_parameter_counts_match_the_papers(spec: str, expected: int) -> None:
     assert count(on_meta(spec)) == expected
 
 
 @pytest.mark.parametrize(("spec", "millions"), MILLIONS.items())
-def test_parameters_in_millions(spec: str, millions: float) -> None:
+def test_parameter_counts_in_millions_match(spec: str, millions: float) -> None:
     assert float(f"{count(on_meta(spec)) / 1e6:.2g}") == millions
 
 
 @pytest.mark.parametrize(("spec", "inputs"), HEADS.items())
-def test_heads_are_those_of_the_paper_s_structures(spec: str, inputs: int) -> None:
+def test_heads_match_the_paper(spec: str, inputs: int) -> None:
     assert tuple(on_meta(spec).linear.weight.shape) == (10, inputs)
 
 
-def test_weights_that_the_paper_replaces() -> None:
+def test_lists_weights_replaced_in_the_paper() -> None:
     lenet, vgg = on_meta("lenet5"), on_meta("vgg16")
     shapes = [tuple(layer.weight.shape) for layer in (lenet.fc1, lenet.fc2, lenet.fc3)]
     assert shapes == [(120, 400), (84, 120), (10, 84)]
@@ -101,7 +101,7 @@ def test_forward_and_backward(spec: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg19"])
-def test_layers_of_vgg_come_in_order(name: str) -> None:
+def test_vgg_layers_are_in_order(name: str) -> None:
     """Every convolution is followed by its batch norm, and pooling halves the image five times."""
     network = on_meta(name).eval()
     seen: list[tuple[str, int]] = []
@@ -117,7 +117,7 @@ def test_layers_of_vgg_come_in_order(name: str) -> None:
     assert sizes == {"1": 32, "2": 16, "3": 8, "4": 4, "5": 2}
 
 
-def test_a_stage_of_resnet_starts_with_a_shortcut_of_zeros() -> None:
+def test_resnet_stages_start_with_zero_padded_shortcuts() -> None:
     network: Any = make("resnet:depth=8,width=4")
     block, x = network.layer2[0], torch.randn(2, 64, 8, 8)
     y = block.shortcut(x)
@@ -141,7 +141,7 @@ def test_picogpt_is_causal_and_counts_positions() -> None:
     assert "positions" not in network.state_dict()
 
 
-def test_positions_are_sines_and_cosines() -> None:
+def test_positions_are_sinusoidal() -> None:
     positions: Any = make("picogpt").positions
     assert positions.shape == (256, 128)
     for place, column in ((0, 0), (7, 0), (200, 1), (31, 64), (255, 127)):
@@ -150,7 +150,7 @@ def test_positions_are_sines_and_cosines() -> None:
         torch.testing.assert_close(positions[place, column], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_seed_decides() -> None:
+def test_initialisation_is_seeded() -> None:
     def weight(seed: int) -> Any:
         torch.manual_seed(seed)
         return make("fc2").state_dict()["fc1.weight"]
@@ -160,7 +160,7 @@ def test_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_every_entry_says_its_paper_and_input(name: str) -> None:
+def test_every_entry_names_paper_and_input(name: str) -> None:
     entry = ENTRIES[name]
     assert re.search(r"(19|20)\d\d|arXiv", entry.paper)
     assert parse(name) == (name, entry.options)
@@ -170,7 +170,7 @@ def test_every_entry_says_its_paper_and_input(name: str) -> None:
     assert example(name).shape == (1, *entry.shape)
 
 
-def test_specs_are_read() -> None:
+def test_parses_specs() -> None:
     assert parse("resnet:depth=56") == ("resnet", {"depth": 56, "width": 1})
     assert parse("resnet:width=4,depth=20") == ("resnet", {"depth": 20, "width": 4})
     assert example("picogpt:context=64").shape == (1, 64)
@@ -199,6 +199,6 @@ def test_specs_are_read() -> None:
         ("picogpt:vocab=1000000", "vocab=1000000: not a whole number from 1 to 999999"),
     ],
 )  # fmt: skip
-def test_specs_that_are_wrong(spec: str, said: str) -> None:
+def test_rejects_malformed_specs(spec: str, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)):
         make(spec)

@@ -20,7 +20,7 @@ from tests.support.weights import random_cores
 
 
 class TestTheModuleStays:
-    def test_the_same_object_with_its_attributes(self) -> None:
+    def test_keeps_the_object_and_its_attributes(self) -> None:
         layer: Any = nn.Linear(24, 18)
         layer.extra = "mine"
         bias = layer.bias
@@ -30,7 +30,7 @@ class TestTheModuleStays:
         assert layer.bias is bias
         assert (holder[0].in_features, layer.out_features, layer.extra) == (24, 18, "mine")
 
-    def test_hooks_stay(self) -> None:
+    def test_keeps_hooks(self) -> None:
         layer = nn.Linear(24, 18)
         seen: list[str] = []
         layer.register_forward_pre_hook(lambda *_: seen.append("before"))
@@ -40,18 +40,18 @@ class TestTheModuleStays:
         assert seen == ["before", "after", "backward"]
 
     @pytest.mark.parametrize("training", [True, False])
-    def test_the_training_mode_stays(self, training: bool) -> None:
+    def test_keeps_the_training_mode(self, training: bool) -> None:
         assert with_cores(nn.Linear(24, 18).train(training)).training is training
 
     @pytest.mark.parametrize("trained", [True, False])
-    def test_a_frozen_weight_gives_frozen_cores(self, trained: bool) -> None:
+    def test_frozen_weight_gives_frozen_cores(self, trained: bool) -> None:
         layer: Any = nn.Linear(24, 18)
         layer.weight.requires_grad_(trained)
         with_cores(layer)
         assert {core.requires_grad for core in layer.cores} == {trained}
         assert layer.bias.requires_grad
 
-    def test_the_dense_weight_goes(self) -> None:
+    def test_removes_the_dense_weight(self) -> None:
         layer = with_cores(nn.Linear(24, 18))
         cores = [f"cores.{k}" for k in range(len(layer.cores))]
         assert [name for name, _ in layer.named_parameters()] == ["bias", *cores]
@@ -59,7 +59,7 @@ class TestTheModuleStays:
 
 
 class TestErrors:
-    def test_another_shape(self) -> None:
+    def test_rejects_another_shape(self) -> None:
         structure = make_structure("linear", (18, 24))
         layer = nn.Linear(18, 24)
         with pytest.raises(ValueError, match=r"'weight' has shape \(24, 18\), its cores make \(18, 24\)"):
@@ -67,7 +67,7 @@ class TestErrors:
         assert type(layer) is nn.Linear
         assert layer.weight.shape == (24, 18)
 
-    def test_cores_that_do_not_fit(self) -> None:
+    def test_rejects_cores_that_do_not_fit(self) -> None:
         structure = make_structure("linear", (18, 24))
         cores = random_cores(structure, 3)
         for wrong in (cores[:-1], cores[::-1], [cores[0][..., :1], *cores[1:]]):
@@ -77,7 +77,7 @@ class TestErrors:
             assert type(layer) is nn.Linear
 
 
-def test_tied_layers_share_their_cores() -> None:
+def test_tied_layers_share_cores() -> None:
     embedding: Any = nn.Embedding(60, 16)
     head: Any = nn.Linear(16, 60, bias=False)
     structure = structure_of(embedding)
@@ -95,7 +95,7 @@ def test_tied_layers_share_their_cores() -> None:
 class TestRebuiltWeights:
     """Modules whose forward is their own: the weight is built whenever it is read."""
 
-    def test_a_subclass_keeps_its_forward(self) -> None:
+    def test_subclass_keeps_its_forward(self) -> None:
         dense, layer = pair(Halved(24, 18))
         assert isinstance(layer, Halved)
         assert not isinstance(layer, MPOLinear)
@@ -103,7 +103,7 @@ class TestRebuiltWeights:
         x = torch.randn(5, 24)
         torch.testing.assert_close(layer(x), dense(x))
 
-    def test_several_weights_of_one_module(self) -> None:
+    def test_handles_several_weights_of_one_module(self) -> None:
         lstm = nn.LSTM(8, 12)
         for name in ("weight_ih_l0", "weight_hh_l0"):
             with_cores(lstm, name=name)
@@ -115,7 +115,7 @@ class TestRebuiltWeights:
         assert isinstance(lstm, nn.LSTM)
 
     @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-    def test_a_recurrent_layer_follows_its_cores(self, kind: str) -> None:
+    def test_recurrent_layer_follows_its_cores(self, kind: str) -> None:
         layer = getattr(nn, kind)(8, 12, 2)
         dense = copy.deepcopy(layer)
         for name, parameter in list(layer.named_parameters()):
@@ -141,7 +141,7 @@ class TestRebuiltWeights:
             (lambda: nn.Conv2d(4, 6, 3), torch.linspace(-1, 1, 64).reshape(1, 4, 4, 4)),
         ],
     )
-    def test_autocast_gives_what_a_dense_layer_gives(self, plain: Any, x: Tensor) -> None:
+    def test_autocast_matches_a_dense_layer(self, plain: Any, x: Tensor) -> None:
         layer = plain()
         dense = copy.deepcopy(layer)
         mpoc.compress(layer, bond=10**6, allow_growth=True, embeddings=True)
@@ -152,7 +152,7 @@ class TestRebuiltWeights:
         torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
     @pytest.mark.parametrize("kind", ["lstm", "attention", "embedding bag"])
-    def test_saved_as_a_whole_module(self, kind: str, tmp_path: Path) -> None:
+    def test_pickles_the_whole_module(self, kind: str, tmp_path: Path) -> None:
         network, x = NETWORKS[kind]()
         mpoc.compress(network.eval(), bond=3, embeddings=True, allow_growth=True)
         torch.save(network, tmp_path / "network.pt")
@@ -161,7 +161,7 @@ class TestRebuiltWeights:
         assert [type(module) for module in again.modules()] == [type(m) for m in network.modules()]
 
     @pytest.mark.parametrize("grad", [True, False])
-    def test_a_transformer_layer_in_evaluation(self, grad: bool) -> None:
+    def test_transformer_layer_matches_in_eval_mode(self, grad: bool) -> None:
         layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True).eval()
         dense = copy.deepcopy(layer)
         mpoc.compress(layer, bond=4)
@@ -198,7 +198,7 @@ def test_every_kind_trains(kind: str) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant: bool) -> None:
+def test_supports_gradient_checkpointing(reentrant: bool) -> None:
     layer = with_cores(nn.Linear(24, 18))
     x = torch.randn(5, 24)
     plain, again = gradients(layer, x), gradients(Checkpointed(layer, reentrant), x)
@@ -239,7 +239,7 @@ CLASSES = {"linear": "MPOLinear", "conv2d": "MPOConv2d", "embedding": "MPOEmbedd
 
 @pytest.mark.parametrize("kind", slow_except(COMPILED, "linear"))
 class TestCompiled:
-    def test_in_one_graph(self, kind: str) -> None:
+    def test_compiles_to_one_graph(self, kind: str) -> None:
         plain, x, more = COMPILED[kind]()
         layer = with_cores(plain.double())
         assert type(layer).__name__ == CLASSES[kind.partition(",")[0]]
@@ -254,7 +254,7 @@ class TestCompiled:
             torch.testing.assert_close(found[2], expected[2])
 
     @pytest.mark.parametrize("strict", [True, False])
-    def test_exported_with_a_dynamic_batch(self, kind: str, strict: bool) -> None:
+    def test_exports_with_a_dynamic_batch(self, kind: str, strict: bool) -> None:
         plain, x, more = COMPILED[kind]()
         layer = with_cores(plain).eval()
         batch = torch.export.Dim("batch", min=1, max=4096)

@@ -31,9 +31,7 @@ def groupings(count: int) -> list[tuple[int, ...]]:
 
 @given(FACTORS, st.integers(1, 5), st.integers(0, 6))
 @settings(max_examples=60, derandomize=True, deadline=None)
-def test_is_the_product_with_the_matrix_of_eq_5(
-    factors: list[tuple[int, int]], bond: int, batch: int
-) -> None:
+def test_matches_the_matrix_of_eq_5(factors: list[tuple[int, int]], bond: int, batch: int) -> None:
     structure = of_factors(factors)
     cores = random_cores(structure, bond)
     x = torch.randn(batch, structure.inputs, dtype=torch.float64)
@@ -49,9 +47,7 @@ def plans(count: int) -> list[Plan]:
 @pytest.mark.parametrize("plan", plans(4), ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 5])
 @pytest.mark.parametrize("trained", [False, True])
-def test_every_plan_gives_the_same(
-    plan: Plan, batch: int, trained: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_plan_agrees(plan: Plan, batch: int, trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     structure = of_factors([(2, 3), (3, 1), (1, 4), (3, 2)])
     cores = [core.requires_grad_(trained) for core in random_cores(structure, 3)]
     x = torch.randn(batch, structure.inputs, dtype=torch.float64)
@@ -63,21 +59,21 @@ def test_every_plan_gives_the_same(
         torch.testing.assert_close(found, expected)
 
 
-def test_any_strides_of_the_input() -> None:
+def test_accepts_any_input_strides() -> None:
     structure = make_structure("linear", (12, 8))
     cores = random_cores(structure, 3)
     x = torch.randn(8, 5, dtype=torch.float64).T
     torch.testing.assert_close(contract(x, cores), x @ by_eq_5(cores, structure).T)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     structure = of_factors([(2, 2), (2, 3), (3, 1)])
     cores = [core.requires_grad_() for core in random_cores(structure, 2)]
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *cores: contract(x, cores), (x, *cores))
 
 
-def test_merged_cores_are_a_core() -> None:
+def test_merging_gives_one_core() -> None:
     structure = of_factors([(2, 3), (3, 2), (2, 2)])
     cores = random_cores(structure, 4)
     merged = [merge_cores(cores[:2]), cores[2]]
@@ -108,7 +104,7 @@ class Largest(TorchDispatchMode):
         (Plan((0, 1, 2), True, 8, 0.0), 64 * 64),
     ],
 )
-def test_no_more_is_made_at_once_than_planned(
+def test_memory_stays_within_the_plan(
     plan: Plan, most: int, trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cores = [core.float().requires_grad_(trained) for core in random_cores(of_factors([(8, 8)] * 2), 16)]
@@ -121,7 +117,7 @@ def test_no_more_is_made_at_once_than_planned(
     assert largest.numbers == max(most, 32 * 64)
 
 
-def test_the_gradient_of_a_core_is_not_made_for_every_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_core_gradients_are_accumulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     cores = [core.float().requires_grad_() for core in random_cores(of_factors([(16, 16)] * 3), 4)]
     monkeypatch.setattr(module, "_plan", lambda *_: Plan((0, 1, 2, 3), False, 64, 0.0))
     y = contract(torch.randn(8, 4096), cores)
@@ -130,12 +126,12 @@ def test_the_gradient_of_a_core_is_not_made_for_every_piece(monkeypatch: pytest.
     assert largest.numbers == 8 * 256 * 4 * 16  # the intermediate; pieces: 8 · 16 · (4 · 16)²
 
 
-def test_neighbours_are_merged_from_the_side_where_bonds_are_small() -> None:
+def test_merges_from_the_side_of_small_bonds() -> None:
     assert split_batch(((1, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 64))) == 2
     assert split_batch(((64, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 1))) == 1
 
 
-def test_on_the_meta_device_and_under_autocast() -> None:
+def test_works_on_meta_and_under_autocast() -> None:
     cores = [core.float() for core in random_cores(of_factors([(4, 4)] * 3), 3)]
     assert contract(torch.empty(5, 64, device="meta"), [core.to("meta") for core in cores]).shape == (5, 64)
     x = torch.randn(5, 64)
@@ -150,7 +146,7 @@ class TestPlan:
 
     @pytest.mark.parametrize("on_gpu", [False, True])
     @pytest.mark.parametrize("batch", [1, 64, 1 << 16])
-    def test_is_the_cheapest_of_all_ways(self, on_gpu: bool, batch: int) -> None:
+    def test_picks_the_cheapest_plan(self, on_gpu: bool, batch: int) -> None:
         best = cheapest(self.SITES, batch, on_gpu)
         every = list(ways(self.SITES, batch, GPU if on_gpu else CPU))
         assert {plan.cuts for plan in every} == set(groupings(4))
@@ -158,16 +154,16 @@ class TestPlan:
         assert 0 < best.seconds == min(plan.seconds for plan in every)
         assert cheapest(self.SITES, batch, on_gpu) is best  # made once
 
-    def test_costs_grow_with_the_batch(self) -> None:
+    def test_cost_grows_with_the_batch(self) -> None:
         seconds = [cheapest(self.SITES, 4**k, False).seconds for k in range(9)]
         assert seconds == sorted(seconds)
 
-    def test_a_large_batch_at_full_bond_rebuilds_the_weight(self) -> None:
+    def test_large_batch_at_full_bond_rebuilds_the_weight(self) -> None:
         full = ((1, 8, 8, 64), (64, 8, 8, 64), (64, 8, 8, 1))
         assert cheapest(full, 1 << 20, False).rebuild
 
     @pytest.mark.parametrize("rates", [CPU, GPU])
-    def test_what_is_made_at_once_has_a_limit(self, rates: Rates) -> None:
+    def test_intermediates_have_a_limit(self, rates: Rates) -> None:
         sites = ((1, 64, 64, 32), (32, 64, 64, 1))
         for plan in ways(sites, 1 << 20, rates):
             if plan.rebuild:
@@ -175,6 +171,6 @@ class TestPlan:
             elif len(plan.cuts) == 3:
                 assert plan.rows * 64 * 32 * 64 <= rates.cache
 
-    def test_few_plans_serve_all_batches(self) -> None:
+    def test_few_plans_cover_all_batches(self) -> None:
         batches = {module.planned_batch(torch.empty(size, 1)) for size in range(1000)}
         assert batches == {2**k for k in range(11)}

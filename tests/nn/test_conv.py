@@ -46,14 +46,14 @@ def geometries(draw: st.DrawFn) -> dict[str, Any]:
 
 @given(geometries(), st.integers(2, 3), st.integers(1, 5), st.integers(0, 2))
 @settings(max_examples=60, derandomize=True, deadline=None)
-def test_computes_as_the_dense_layer(geometry: dict[str, Any], sites: int, bond: int, batch: int) -> None:
+def test_matches_the_dense_layer(geometry: dict[str, Any], sites: int, bond: int, batch: int) -> None:
     dense, layer = pair(nn.Conv2d(**geometry).double(), max_bond=bond, sites=sites)
     same(dense, layer, torch.randn(batch, geometry["in_channels"], 9, 8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", EVERY_CLASS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_every_class_has_a_counterpart(name: str, bias: bool) -> None:
+def test_every_convolution_class_is_supported(name: str, bias: bool) -> None:
     axes = int(name[-2])
     plain = getattr(nn, name)(6, 4, 3, stride=2, padding=1, bias=bias).double()
     dense, layer = pair(plain)
@@ -63,14 +63,14 @@ def test_every_class_has_a_counterpart(name: str, bias: bool) -> None:
     assert layer(torch.randn(6, *[5] * axes, dtype=torch.float64)).dim() == axes + 1  # without a batch
 
 
-def test_a_transposed_convolution_takes_an_output_size() -> None:
+def test_transposed_convolution_accepts_output_size() -> None:
     dense, layer = pair(nn.ConvTranspose2d(4, 6, 3, stride=2))
     x = torch.randn(1, 4, 5, 5)
     assert layer(x, output_size=[12, 11]).shape == (1, 6, 12, 11)
     torch.testing.assert_close(layer(x, output_size=[12, 11]), dense(x, output_size=[12, 11]))
 
 
-def test_strides_groups_and_padding_mode_stay() -> None:
+def test_keeps_strides_groups_and_padding_mode() -> None:
     plain = nn.Conv2d(8, 12, 3, stride=(2, 1), padding=1, groups=2, padding_mode="reflect")
     dense, layer = pair(plain)
     assert (layer.stride, layer.groups, layer.padding_mode) == ((2, 1), 2, "reflect")
@@ -79,20 +79,20 @@ def test_strides_groups_and_padding_mode_stay() -> None:
     torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-4)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     layer = with_cores(nn.Conv2d(2, 4, 2, stride=(1, 2), padding=1).double(), max_bond=2)
     x = torch.randn(1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
 
 
-def test_channels_last_stays() -> None:
+def test_keeps_channels_last() -> None:
     dense, layer = pair(nn.Conv2d(4, 8, 3))
     x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
     assert layer(x).is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)
 
 
-def test_autocast_gives_what_a_dense_layer_gives() -> None:
+def test_autocast_matches_a_dense_layer() -> None:
     dense, layer = pair(nn.Conv2d(4, 8, 3), max_bond=2)
     x = torch.randn(2, 4, 6, 6)
     with torch.autocast("cpu", torch.bfloat16):

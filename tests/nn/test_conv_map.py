@@ -33,7 +33,7 @@ def as_map(conv: Any, size: tuple[int, ...], bond: int = 10**6, **options: Any) 
     return conv
 
 
-def test_the_size_is_that_of_torch_s_padding_words() -> None:
+def test_sizes_match_torch_for_named_padding() -> None:
     same = geometry_of(nn.Conv2d(2, 2, (2, 4), padding="same"), (5, 6))
     assert (same.padding, same.output_size) == ((0, 1), (5, 6))
     assert geometry_of(nn.Conv1d(2, 2, 3, padding="valid"), (5,)).output_size == (3,)
@@ -41,9 +41,7 @@ def test_the_size_is_that_of_torch_s_padding_words() -> None:
 
 @SOME
 @given(convolutions(), st.booleans())
-def test_at_full_bond_the_layer_is_the_convolution(
-    drawn: tuple[nn.Conv2d, tuple[int, ...]], cached: bool
-) -> None:
+def test_full_bond_is_the_convolution(drawn: tuple[nn.Conv2d, tuple[int, ...]], cached: bool) -> None:
     conv, size = drawn
     dense = copy.deepcopy(conv)
     layer = as_map(conv, size).eval()
@@ -56,7 +54,7 @@ def test_at_full_bond_the_layer_is_the_convolution(
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("padding", ["same", "valid"])
 @pytest.mark.parametrize("mode", ["zeros", "circular"])
-def test_padding_words_with_even_kernels(padding: str, mode: str) -> None:
+def test_named_padding_with_even_kernels(padding: str, mode: str) -> None:
     settings: dict[str, Any] = {"padding": padding, "padding_mode": mode, "dtype": torch.float64}
     conv = nn.Conv2d(3, 4, (2, 4), **settings)
     dense = copy.deepcopy(conv)
@@ -64,7 +62,7 @@ def test_padding_words_with_even_kernels(padding: str, mode: str) -> None:
     torch.testing.assert_close(as_map(conv, (5, 6))(x), dense(x))
 
 
-def test_cores_of_any_map_act_as_their_matrix_with_a_bias_per_channel() -> None:
+def test_cores_act_as_their_matrix_with_bias_per_channel() -> None:
     layer = as_map(nn.Conv2d(6, 8, 3, padding=1, stride=2), (4, 6), bond=3, sites=4)
     with torch.no_grad():
         for core in layer.cores:
@@ -75,7 +73,7 @@ def test_cores_of_any_map_act_as_their_matrix_with_a_bias_per_channel() -> None:
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_padded_factors_act_as_their_cropped_matrix() -> None:
+def test_padded_factors_act_as_the_cropped_matrix() -> None:
     conv = nn.Conv1d(1, 1, 3, padding=1, dtype=torch.float64)
     structure = Structure("convmap", (1, 1, 3), False, (2, 4), (3, 3), geometry_of(conv, (7,)))
     assert structure.padding == (1, 2)
@@ -87,7 +85,7 @@ def test_padded_factors_act_as_their_cropped_matrix() -> None:
     torch.testing.assert_close(conv(x), expected)
 
 
-def test_gradients_reach_every_core_the_bias_and_the_input() -> None:
+def test_gradients_reach_cores_bias_and_input() -> None:
     conv = nn.Conv2d(2, 3, 3, padding=1, dtype=torch.float64)
     layer = as_map(conv, (2, 3), bond=2)
 
@@ -102,7 +100,7 @@ def test_gradients_reach_every_core_the_bias_and_the_input() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 5, 4), (2, 5, 4, 4), (6, 16), (1, 1, 6, 4, 4)])
-def test_another_size_is_refused(shape: tuple[int, ...]) -> None:
+def test_rejects_another_size(shape: tuple[int, ...]) -> None:
     layer = as_map(nn.Conv2d(6, 8, 3, padding=1), (4, 4), bond=2)
     with pytest.raises(ValueError, match=r"compressed as one map of \(batch, 6, 4, 4\)"):
         layer(torch.zeros(shape))
@@ -116,7 +114,7 @@ def test_another_size_is_refused(shape: tuple[int, ...]) -> None:
         (nn.Conv3d, MPOConvMap3d, (4, 2, 2)),
     ],
 )
-def test_the_module_stays_with_its_attributes(
+def test_keeps_the_module_and_its_attributes(
     dense: Any, counterpart: type[nn.Module], size: tuple[int, ...]
 ) -> None:
     conv = dense(4, 6, 3, padding=1, stride=2, bias=False).eval()
@@ -131,7 +129,7 @@ def test_the_module_stays_with_its_attributes(
     assert "bonds=(1, " in repr(layer)
 
 
-def test_the_weight_answers_for_its_shape_and_is_no_kernel() -> None:
+def test_weight_has_a_shape_but_no_kernel() -> None:
     layer = as_map(nn.Conv2d(6, 8, 3, padding=1), (4, 4), bond=2)
     assert (layer.weight.shape, layer.weight.dtype) == ((8, 6, 3, 3), torch.float32)
     with pytest.raises(RuntimeError, match=r"has no kernel.*expand --project"):
@@ -146,7 +144,7 @@ def test_the_weight_answers_for_its_shape_and_is_no_kernel() -> None:
         (nn.ConvTranspose2d(8, 6, 3, padding=1), "ConvTranspose2d cannot be taken as one map"),
     ],
 )
-def test_another_convolution_does_not_take_the_cores(other: nn.Module, said: str) -> None:
+def test_rejects_cores_of_another_convolution(other: nn.Module, said: str) -> None:
     conv = nn.Conv2d(6, 8, 3, padding=1)
     structure = map_structure(conv, (4, 4))
     cores = fit_conv_map(conv.weight.detach(), structure, 2).form.cores
@@ -155,7 +153,7 @@ def test_another_convolution_does_not_take_the_cores(other: nn.Module, said: str
     assert isinstance(other.weight, nn.Parameter)
 
 
-def test_state_goes_there_and_back() -> None:
+def test_state_dict_round_trip() -> None:
     layer = as_map(nn.Conv2d(6, 8, 3, padding=1), (4, 4), bond=3)
     other = as_map(nn.Conv2d(6, 8, 3, padding=1), (4, 4), bond=3)
     other.load_state_dict(layer.state_dict())
@@ -172,7 +170,7 @@ def test_compiles_into_one_graph_with_any_batch() -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_autocast_gives_what_a_convolution_gives(bias: bool) -> None:
+def test_autocast_matches_a_convolution(bias: bool) -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1, bias=bias)
     dense, layer, x = copy.deepcopy(conv), as_map(conv, (4, 4)).eval(), torch.randn(2, 4, 4, 4)
     for cached in (False, True):

@@ -20,7 +20,7 @@ SIDE = st.integers(1, 60)
 
 @given(SIDE, SIDE, st.integers(2, 4), st.integers(1, 6), st.data())
 @settings(max_examples=60, derandomize=True, deadline=None)
-def test_computes_as_the_dense_layer(
+def test_matches_the_dense_layer(
     entries: int, width: int, sites: int, bond: int, data: st.DataObject
 ) -> None:
     padding_idx = data.draw(st.none() | st.integers(-entries, entries - 1))
@@ -35,7 +35,7 @@ def test_computes_as_the_dense_layer(
 
 
 @pytest.mark.parametrize("cuts", [(0, *c, 4) for n in range(4) for c in combinations((1, 2, 3), n)])
-def test_every_grouping_gives_the_same(cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_grouping_agrees(cuts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     dense, layer = pair(nn.Embedding(101, 24).double())
     assert len(layer.cores) == 4
     indices = torch.arange(101).reshape(1, 101)
@@ -43,7 +43,7 @@ def test_every_grouping_gives_the_same(cuts: tuple[int, ...], monkeypatch: pytes
     torch.testing.assert_close(layer(indices), dense(indices))
 
 
-def test_a_prime_vocabulary_is_factored_and_its_padding_index_kept() -> None:
+def test_prime_vocabulary_is_padded_and_keeps_its_padding_index() -> None:
     dense, layer = pair(nn.Embedding(1009, 24, padding_idx=7))
     assert type(layer) is MPOEmbedding
     assert (layer.num_embeddings, layer.embedding_dim, layer.padding_idx) == (1009, 24, 7)
@@ -56,13 +56,13 @@ def test_a_prime_vocabulary_is_factored_and_its_padding_index_kept() -> None:
 
 
 @pytest.mark.parametrize("shape", [(30522, 384), (50257, 768), (32000, 4096), (1009, 32)])
-def test_no_vocabulary_has_a_wide_site(shape: tuple[int, int]) -> None:
+def test_sites_are_narrow_for_every_vocabulary(shape: tuple[int, int]) -> None:
     structure = structure_of(nn.Embedding(*shape, device="meta"))
     assert max(structure.output_factors + structure.input_factors) <= 64
 
 
 @pytest.mark.parametrize("indices", [[1009], [-1], [5, 10**6]])
-def test_an_index_outside_is_refused(indices: list[int]) -> None:
+def test_rejects_indices_out_of_range(indices: list[int]) -> None:
     layer = with_cores(nn.Embedding(1009, 24))
     assert layer.structure.padded[0] > 1009  # a row of the padding is no row of the table
     with pytest.raises(IndexError, match="for 1009 embeddings"):
@@ -73,19 +73,19 @@ def test_an_index_outside_is_refused(indices: list[int]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_indices_of_either_width(dtype: torch.dtype) -> None:
+def test_accepts_int32_and_int64_indices(dtype: torch.dtype) -> None:
     dense, layer = pair(nn.Embedding(101, 24))
     indices = torch.tensor([0, 100, 50], dtype=dtype)
     torch.testing.assert_close(layer(indices), dense(indices), rtol=0, atol=1e-5)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_match_finite_differences() -> None:
     layer = with_cores(nn.Embedding(11, 6, padding_idx=2).double(), max_bond=2)
     indices = torch.tensor([0, 10, 5, 5])  # not the padding index: finite differences know no exception
     assert torch.autograd.gradcheck(lambda *_: layer(indices), tuple(layer.parameters()))
 
 
-def test_autocast_keeps_the_dtype_as_a_dense_layer_does() -> None:
+def test_autocast_keeps_the_dtype() -> None:
     dense, layer = pair(nn.Embedding(101, 24))
     indices = torch.tensor([0, 100])
     with torch.autocast("cpu", torch.bfloat16):
@@ -93,13 +93,13 @@ def test_autocast_keeps_the_dtype_as_a_dense_layer_does() -> None:
         torch.testing.assert_close(layer(indices), dense(indices), rtol=0, atol=1e-5)
 
 
-def test_shapes_on_the_meta_device() -> None:
+def test_works_on_the_meta_device() -> None:
     layer = with_cores(nn.Embedding(101, 24)).to("meta")
     assert layer(torch.zeros(2, 3, dtype=torch.long, device="meta")).shape == (2, 3, 24)
 
 
 @pytest.mark.parametrize("kind", ["max_norm", "scale_grad_by_freq"])
-def test_rarer_options_work_on_the_rebuilt_table(kind: str) -> None:
+def test_rare_options_use_the_rebuilt_table(kind: str) -> None:
     options: dict[str, Any] = {"max_norm": 1.0} if kind == "max_norm" else {"scale_grad_by_freq": True}
     dense, layer = pair(nn.Embedding(101, 24, **options))
     assert isinstance(layer, nn.Embedding)
@@ -129,18 +129,18 @@ class TestMemory:
     TABLE = 30522 * 384 * 4
 
     @pytest.mark.parametrize("bond", [4, 16, 32])
-    def test_a_lookup_of_128_tokens_takes_less_than_5_mb(self, bond: int) -> None:
+    def test_lookup_of_128_tokens_takes_less_than_5_mb(self, bond: int) -> None:
         layer, indices = with_large_cores(bond), torch.randint(0, 30522, (1, 128))
         assert largest_allocation(layer, indices) <= peak_allocation(layer, indices) < 5e6
 
     @pytest.mark.parametrize("bond", [16, 64])
-    def test_a_lookup_makes_no_table(self, bond: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_lookup_does_not_build_the_table(self, bond: int, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = with_large_cores(bond)
         indices = torch.randint(0, 30522, (1, 128))
         monkeypatch.setattr(MPO, "to_weight", None)
         assert largest_allocation(layer, indices) < self.TABLE / 2
 
-    def test_the_measure_sees_a_table(self) -> None:
+    def test_memory_measurement_detects_a_table(self) -> None:
         layer = with_large_cores(16)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             layer.dense_weight()
@@ -166,19 +166,19 @@ def with_large_cores(bond: int) -> Any:
     return layer
 
 
-def test_under_vmap() -> None:
+def test_works_under_vmap() -> None:
     dense, layer = pair(nn.Embedding(50, 12))
     ids = torch.arange(12).reshape(3, 4)
     torch.testing.assert_close(torch.vmap(layer)(ids), dense(ids), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
-def test_indices_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
+def test_rejects_indices_of_another_dtype(dtype: torch.dtype) -> None:
     with pytest.raises(RuntimeError, match="int32 or int64"):
         with_cores(nn.Embedding(50, 12))(torch.ones(3).to(dtype))
 
 
-def test_many_rows_are_gathered_from_merged_cores() -> None:
+def test_gathers_many_rows_from_merged_cores() -> None:
     sites = ((1, 9, 2, 32), (32, 9, 3, 32), (32, 9, 4, 32), (32, 7, 4, 32), (32, 6, 4, 1))
     assert module._best_cuts(sites, 8, False) == (0, 1, 2, 3, 4, 5)
     assert len(module._best_cuts(sites, 16384, False)) < 5

@@ -29,7 +29,7 @@ def unstacked() -> Experts:
     return module
 
 
-def test_the_same_module_with_a_matrix_for_every_expert() -> None:
+def test_unstacks_to_one_matrix_per_expert() -> None:
     module = Experts()
     x, stacked = torch.randn(5, 6), module.gate_up_proj.detach().clone()
     expected = module(x)
@@ -62,7 +62,7 @@ def test_single_matrices_can_have_cores() -> None:
 
 
 @pytest.mark.parametrize(("name", "sources"), [("gate_up_proj", ("a", "b", "c")), ("flat", ("a",))])
-def test_what_is_no_stack_is_refused(name: str, sources: tuple[str, ...]) -> None:
+def test_rejects_other_modules(name: str, sources: tuple[str, ...]) -> None:
     module = Experts()
     module.flat = nn.Parameter(torch.randn(8, 6))
     with pytest.raises(ValueError, match=f"weight '{name}' has shape"):

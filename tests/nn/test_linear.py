@@ -24,7 +24,7 @@ SIDE = st.integers(1, 40)
     SIDE, SIDE, st.integers(2, 4), st.integers(1, 6), st.lists(st.integers(0, 3), max_size=3), st.booleans()
 )
 @settings(max_examples=60, derandomize=True, deadline=None)
-def test_computes_as_the_dense_layer(
+def test_matches_the_dense_layer(
     outputs: int, inputs: int, sites: int, bond: int, batch: list[int], bias: bool
 ) -> None:
     dense, layer = pair(nn.Linear(inputs, outputs, bias).double(), max_bond=bond, sites=sites)
@@ -39,41 +39,41 @@ def test_computes_as_the_dense_layer(
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (7, 11)])
-def test_gradients_are_those_of_finite_differences(shape: tuple[int, int]) -> None:
+def test_gradients_match_finite_differences(shape: tuple[int, int]) -> None:
     layer = with_cores(nn.Linear(*shape).double(), max_bond=2)
     x = torch.randn(2, shape[0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
 
 
 @pytest.mark.parametrize("batch", [(), (0,), (2, 0), (1,), (300,)])
-def test_batches_of_any_shape(batch: tuple[int, ...]) -> None:
+def test_accepts_batches_of_any_shape(batch: tuple[int, ...]) -> None:
     dense, layer = pair(nn.Linear(24, 18))
     x = torch.randn(*batch, 24)
     assert layer(x).shape == (*batch, 18)
     torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)
 
 
-def test_an_input_of_any_strides() -> None:
+def test_accepts_any_input_strides() -> None:
     dense, layer = pair(nn.Linear(24, 18))
     for x in (torch.randn(24, 5).T, torch.randn(5, 48)[:, ::2], torch.randn(1, 24).expand(5, 24)):
         torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)
 
 
-def test_padding_takes_no_part() -> None:
+def test_padding_has_no_effect() -> None:
     dense, layer = pair(nn.Linear(53, 29), sites=2)
     assert min(layer.structure.padding) > 0
     x = torch.randn(4, 53)
     torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)
 
 
-def test_an_input_of_the_wrong_width_is_refused() -> None:
+def test_rejects_inputs_of_the_wrong_width() -> None:
     layer = with_cores(nn.Linear(24, 18))
     for width in (12, 23, 25, 48):
         with pytest.raises(RuntimeError):
             layer(torch.randn(4, width))
 
 
-def test_without_a_bias_there_is_none() -> None:
+def test_has_no_bias_without_one() -> None:
     dense, layer = pair(nn.Linear(24, 18, bias=False))
     assert layer.bias is None
     assert "bias" not in dict(layer.named_parameters())
@@ -81,7 +81,7 @@ def test_without_a_bias_there_is_none() -> None:
     torch.testing.assert_close(layer(torch.ones(24)), dense(torch.ones(24)), rtol=0, atol=1e-5)
 
 
-def test_no_dense_weight_is_kept_beside_the_cores() -> None:
+def test_keeps_no_dense_weight() -> None:
     layer = with_cores(nn.Linear(64, 64), max_bond=2)
     layer(torch.randn(3, 64))
     held = [*layer.parameters(), *layer.buffers(), *(v for v in vars(layer).values() if torch.is_tensor(v))]
@@ -89,7 +89,7 @@ def test_no_dense_weight_is_kept_beside_the_cores() -> None:
 
 
 class TestDtypes:
-    def test_bfloat16(self) -> None:
+    def test_computes_in_bfloat16(self) -> None:
         dense, layer = pair(nn.Linear(24, 18).bfloat16(), max_bond=2)
         x = torch.randn(5, 24).bfloat16()
         assert layer(x).dtype == torch.bfloat16
@@ -97,7 +97,7 @@ class TestDtypes:
         _, found, _ = gradients(layer, x)
         assert {gradient.dtype for gradient in found.values()} == {torch.bfloat16}
 
-    def test_double(self) -> None:
+    def test_computes_in_float64(self) -> None:
         dense, layer = pair(nn.Linear(24, 18).double())
         x = torch.randn(5, 24).double()
         torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-12)
@@ -105,7 +105,7 @@ class TestDtypes:
         torch.testing.assert_close(layer.double()(x), dense.double()(x), rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize("bias", [True, False])
-    def test_autocast_gives_what_a_dense_layer_gives(self, bias: bool) -> None:
+    def test_autocast_matches_a_dense_layer(self, bias: bool) -> None:
         dense, layer = pair(nn.Linear(24, 18, bias), max_bond=2)
         x = torch.randn(5, 24)
         with torch.autocast("cpu", torch.bfloat16):
@@ -115,7 +115,7 @@ class TestDtypes:
         assert {parameter.grad.dtype for parameter in layer.parameters()} == {torch.float32}
 
 
-def test_transposed_weights_of_transformers() -> None:
+def test_supports_transposed_weights() -> None:
     pytest.importorskip("transformers")
     from transformers import pytorch_utils
 
@@ -137,7 +137,7 @@ def test_transposed_weights_of_transformers() -> None:
     torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-4)
 
 
-def test_is_a_linear_layer() -> None:
+def test_is_an_nn_linear() -> None:
     layer = with_cores(nn.Linear(24, 18))
     assert type(layer) is MPOLinear
     assert isinstance(layer, nn.Linear)
@@ -147,13 +147,13 @@ def test_is_a_linear_layer() -> None:
 
 
 @pytest.mark.parametrize("batch", [0, 4])
-def test_inputs_of_another_width_are_refused(batch: int) -> None:
+def test_rejects_inputs_of_another_width(batch: int) -> None:
     layer = with_cores(nn.Linear(64, 48))
     with pytest.raises(RuntimeError, match="32 features, the layer takes 64"):
         layer(torch.empty(batch, 32))
 
 
-def test_traced_for_any_batch() -> None:
+def test_traces_for_any_batch() -> None:
     layer = with_cores(nn.Linear(64, 48)).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit.trace is deprecated, and says what it cannot follow

@@ -35,7 +35,7 @@ LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_computes_as_the_dense_layer(kind: str) -> None:
+def test_matches_the_dense_layer(kind: str) -> None:
     dense, x = LAYERS[kind]()
     layer = with_cores(copy.deepcopy(dense), low_rank=2)
     cores = list(layer.cores)
@@ -51,7 +51,7 @@ def test_computes_as_the_dense_layer(kind: str) -> None:
     assert all(float(gradient.abs().max()) > 0 for gradient in got)
 
 
-def test_a_transposed_linear_layer() -> None:
+def test_matches_a_transposed_linear_layer() -> None:
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils")
     layer, x = pytorch_utils.Conv1D(18, 24), torch.randn(3, 24)
     structure = make_structure("linear", (24, 18), transposed=True)
@@ -61,7 +61,7 @@ def test_a_transposed_linear_layer() -> None:
     torch.testing.assert_close(layer(x), x @ sum_weight(cores, structure).float(), rtol=1e-5, atol=1e-4)
 
 
-def test_weights_that_are_rebuilt() -> None:
+def test_rebuilds_weights_of_recurrent_layers() -> None:
     layer: Any = nn.LSTM(8, 12)
     for name in ("weight_ih_l0", "weight_hh_l0"):
         with_cores(layer, name=name, low_rank=2)
@@ -79,7 +79,7 @@ def test_weights_that_are_rebuilt() -> None:
     assert all(parameter.grad is not None for parameter in layer.parameters())
 
 
-def test_experts_held_one_by_one() -> None:
+def test_matches_unstacked_experts() -> None:
     experts = Experts()
     unstack(experts, "gate_up_proj", ("w1", "w3"))
     structure = make_structure("linear", (4, 6), sites=2)
@@ -91,7 +91,7 @@ def test_experts_held_one_by_one() -> None:
     assert all(core.grad is not None for core in experts.get_submodule("1.w3").cores.parameters())  # type: ignore[union-attr]
 
 
-def test_a_stack_of_experts() -> None:
+def test_matches_stacked_experts() -> None:
     experts = Experts()
     structure = make_structure("experts", (3, 8, 6))
     cores = [core.float() for core in random_sum(structure)]
@@ -108,7 +108,7 @@ def plans(count: int) -> list[Plan]:
 
 @pytest.mark.parametrize("plan", plans(4), ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 5])
-def test_every_plan_gives_the_same(plan: Plan, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_plan_agrees(plan: Plan, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     structure = make_structure("linear", (18, 36), factors=((2, 3, 1, 3), (3, 1, 4, 3)))
     every = [core.requires_grad_() for core in random_sum(structure)]
     x = torch.randn(batch, 36, dtype=torch.float64)
@@ -125,13 +125,13 @@ class TestThePlan:
     SITES = ((1, 12, 12, 48), (48, 64, 64, 1))
 
     @pytest.mark.parametrize("rates", [CPU, GPU])
-    def test_a_low_rank_part_costs_more_in_every_way(self, rates: Any) -> None:
+    def test_low_rank_part_raises_the_cost(self, rates: Any) -> None:
         alone = {(way.cuts, way.rebuild): way.seconds for way in ways(self.SITES, 64, rates)}
         added = {(way.cuts, way.rebuild): way.seconds for way in ways(self.SITES, 64, rates, 32)}
         assert added.keys() - alone.keys() == {((0, 2), True)}  # the whole weight, to be added to
         assert all(added[way] > seconds for way, seconds in alone.items())
 
-    def test_it_is_made_for_the_total(self) -> None:
+    def test_rank_can_change_the_plan(self) -> None:
         """A rank that makes two products dearer than adding it to the weight turns the choice."""
         batches = [1 << power for power in range(14)]
         alone = [cheapest(self.SITES, batch, False).rebuild for batch in batches]
@@ -139,7 +139,7 @@ class TestThePlan:
         assert alone != added
         assert all(more or not less for less, more in zip(alone, added, strict=True))
 
-    def test_a_layer_plans_with_its_rank(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_layer_plans_with_its_rank(self, monkeypatch: pytest.MonkeyPatch) -> None:
         asked: list[int] = []
 
         def seen(sites: Any, batch: int, on_gpu: bool, rank: int) -> Plan:
@@ -152,7 +152,7 @@ class TestThePlan:
         assert asked == [0, 3]
 
 
-def test_an_embedding_gathers_both_whole_or_in_slices() -> None:
+def test_embedding_gathers_both_parts() -> None:
     structure = make_structure("embedding", (101, 24), sites=3)
     cores = [core.float() for core in random_sum(structure)]
     table = sum_weight(cores, structure).float()
@@ -164,7 +164,7 @@ def test_an_embedding_gathers_both_whole_or_in_slices() -> None:
         torch.testing.assert_close(layer(indices), table[indices], rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_layer_says_and_caches() -> None:
+def test_repr_and_cache() -> None:
     layer = with_cores(nn.Linear(24, 18), low_rank=2).eval()
     assert isinstance(layer, MPOLinear)
     assert layer.extra_repr().endswith("bonds=(1, 3, 3, 1), low_rank=2")
@@ -177,7 +177,7 @@ def test_what_a_layer_says_and_caches() -> None:
     torch.testing.assert_close(torch.clone(layer.weight), weight)
 
 
-def test_under_autocast() -> None:
+def test_works_under_autocast() -> None:
     layer = with_cores(nn.Linear(24, 18), low_rank=2)
     x = torch.randn(3, 24)
     expected = layer(x)
@@ -187,7 +187,7 @@ def test_under_autocast() -> None:
     torch.testing.assert_close(narrow.float(), expected, rtol=0.05, atol=0.3)
 
 
-def test_a_whole_map_is_refused() -> None:
+def test_rejects_whole_maps() -> None:
     layer = nn.Conv2d(4, 4, 3, padding=1)
     structure = make_structure("convmap", (4, 4, 3, 3), geometry=geometry_of(layer, (4, 4)))
     added = [torch.ones(1, 64, 1, 2), torch.ones(2, 1, 64, 1)]
@@ -196,7 +196,7 @@ def test_a_whole_map_is_refused() -> None:
     assert type(layer) is nn.Conv2d
 
 
-def test_the_reference_is_the_sum() -> None:
+def test_reference_is_the_sum() -> None:
     structure = make_structure("linear", (4, 6), sites=2)
     *chain, left, right = cores = random_sum(structure)
     expected = by_eq_5(chain, structure) + left[0, :, 0] @ right[:, 0, :, 0]

@@ -36,7 +36,7 @@ LAYERS = [
 
 
 class TestView:
-    def test_what_a_weight_is_needs_no_weight(self, built: list[int]) -> None:
+    def test_shape_and_dtype_do_not_build_the_weight(self, built: list[int]) -> None:
         layer = with_cores(nn.Linear(24, 18).double())
         built.clear()
         weight = layer.weight
@@ -74,7 +74,7 @@ class TestView:
             lambda w, x: torch.zeros(18, 24).index_put((torch.tensor(3),), w[2]),
         ],
     )
-    def test_is_the_dense_weight_to_torch(self, use: Any) -> None:
+    def test_acts_as_the_dense_weight(self, use: Any) -> None:
         dense, layer = pair(nn.Linear(24, 18))
         x = torch.randn(5, 24)
         torch.testing.assert_close(use(layer.weight, x), use(dense.weight, x))
@@ -84,7 +84,7 @@ class TestView:
         linear(torch.randn(5, 24), layer.weight).sum().backward()
         assert all(core.grad.abs().sum() > 0 for core in layer.cores)
 
-    def test_another_weight_is_refused(self) -> None:
+    def test_rejects_another_weight(self) -> None:
         layer = with_cores(nn.Linear(24, 18))
         for weight in (nn.Parameter(torch.zeros(18, 24)), torch.zeros(18, 24)):
             with pytest.raises((AttributeError, KeyError)):
@@ -113,7 +113,7 @@ class TestView:
             lambda w: setattr(w, "grad", None),
         ],
     )
-    def test_nothing_is_written_to_what_would_be_lost(self, write: Any, materialized: bool) -> None:
+    def test_rejects_writes_to_a_temporary_weight(self, write: Any, materialized: bool) -> None:
         layer = with_cores(nn.Linear(24, 18)).eval()
         if materialized:
             layer.materialize()
@@ -122,7 +122,7 @@ class TestView:
             write(layer.weight)
         assert torch.equal(layer(torch.ones(24)), before)
 
-    def test_what_no_tensor_has_is_not_looked_for_in_the_dense_weight(self, built: list[int]) -> None:
+    def test_unknown_attributes_do_not_build_the_weight(self, built: list[int]) -> None:
         layer = with_cores(nn.Linear(24, 18))
         built.clear()
         assert getattr(layer.weight, "quant_state", None) is None
@@ -135,7 +135,7 @@ class TestView:
 
 @pytest.mark.parametrize("make", LAYERS)
 class TestMaterialize:
-    def test_gives_the_same_and_builds_once(self, make: Any, built: list[int]) -> None:
+    def test_builds_the_weight_once(self, make: Any, built: list[int]) -> None:
         plain, x = make()
         dense, layer = pair(plain)
         layer.eval()
@@ -149,7 +149,7 @@ class TestMaterialize:
         assert layer._dense is None
         torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)
 
-    def test_is_used_in_evaluation(self, make: Any) -> None:
+    def test_is_used_in_eval_mode(self, make: Any) -> None:
         plain, x = make()
         layer = with_cores(plain).eval()
         before = layer(x)
@@ -170,13 +170,13 @@ class TestMaterialize:
         assert not layer(x).any()
         assert not layer.eval()(x).any()
 
-    def test_in_training_mode_is_refused(self, make: Any) -> None:
+    def test_rejects_training_mode(self, make: Any) -> None:
         layer = with_cores(make()[0]).train()
         with pytest.raises(RuntimeError, match="eval"):
             layer.materialize()
         assert layer._dense is None
 
-    def test_made_without_gradients_lets_them_through(self, make: Any) -> None:
+    def test_cached_weight_passes_gradients(self, make: Any) -> None:
         plain, x = make()
         layer = with_cores(plain).eval()
         with torch.inference_mode():
@@ -184,7 +184,7 @@ class TestMaterialize:
         x = x.requires_grad_() if x.is_floating_point() else x
         (layer(x) * 2).square().sum()
 
-    def test_what_is_read_is_not_the_cache(self, make: Any) -> None:
+    def test_reading_returns_a_copy(self, make: Any) -> None:
         plain, x = make()
         layer = with_cores(plain).eval()
         layer.materialize()
@@ -220,7 +220,7 @@ class TestMaterialize:
 
 
 @pytest.mark.parametrize("materialized", [False, True])
-def test_a_deep_copy_is_independent(materialized: bool) -> None:
+def test_deep_copy_is_independent(materialized: bool) -> None:
     layer = with_cores(nn.Linear(24, 18)).eval()
     if materialized:
         layer.materialize()
@@ -237,7 +237,7 @@ def test_a_deep_copy_is_independent(materialized: bool) -> None:
     torch.testing.assert_close(twin(x), twin.bias.expand(5, -1))
 
 
-def test_saved_and_loaded_as_a_whole_module(tmp_path: Any) -> None:
+def test_pickles_the_whole_module(tmp_path: Any) -> None:
     layer = with_cores(nn.Linear(24, 18))
     torch.save(layer, tmp_path / "layer.pt")
     again = torch.load(tmp_path / "layer.pt", weights_only=False)

@@ -70,14 +70,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return every_kind(tmp_path_factory.mktemp("file"))
 
 
-def test_nothing_sticks_out_and_no_label_is_clipped(path: Path, tmp_path: Path) -> None:
+def test_nothing_overflows_or_is_clipped(path: Path, tmp_path: Path) -> None:
     others = [compressed(tmp_path / name) for name in ("a", "b")]
     for answer in ask(tmp_path, page(read_files(path, others)), LOOK):
         assert answer["drawn"] > 100
         assert (answer["wide"], answer["faults"], answer["images"]) == (0, [], 0)
 
 
-def test_the_look_sees_what_is_wrong(path: Path, tmp_path: Path) -> None:
+def test_layout_check_detects_faults(path: Path, tmp_path: Path) -> None:
     broken = page([read_file(path)]).replace("<main>", '<main><p style="width:2000px">wide</p>')
     broken = broken.replace("</svg>", '<text x="-9" y="20">out</text><text x="-5" y="20">out</text></svg>', 1)
     for answer in ask(tmp_path, broken, LOOK):
@@ -85,7 +85,7 @@ def test_the_look_sees_what_is_wrong(path: Path, tmp_path: Path) -> None:
         assert {"outside: out", "over each other: out | out"} <= set(answer["faults"])
 
 
-def test_a_click_sorts_a_link_opens_and_paper_shows_all(path: Path, tmp_path: Path) -> None:
+def test_sorts_opens_and_prints(path: Path, tmp_path: Path) -> None:
     for answer in ask(tmp_path, page([read_file(path)]), BEHAVE):
         assert answer["up"] == sorted(answer["order"]) != answer["order"]
         assert answer["down"] == sorted(answer["order"], reverse=True)

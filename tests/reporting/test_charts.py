@@ -47,7 +47,7 @@ def bond(stored: tuple[tuple[int, float], ...], **changes: Any) -> BondSpectra:
     return replace(BondSpectra("bond 1", len(stored), stored, None, 0.7, None), **changes)
 
 
-def test_layers_in_the_order_of_the_file() -> None:
+def test_layers_keep_the_order_of_the_file() -> None:
     sizes, ratio, errors = layer_charts(WHOLE)
     assert [series.points for series in sizes.series] == [
         ((1, 100), (2, 100), (3, 100)),
@@ -57,13 +57,13 @@ def test_layers_in_the_order_of_the_file() -> None:
     assert errors.series[0].points == ((1, 0.5), (2, 0.1), (3, 0.0))
 
 
-def test_files_without_errors_or_layers_have_no_such_chart() -> None:
+def test_omits_charts_without_data() -> None:
     assert len(layer_charts(manifest(layer("a.weight", 40)))) == 2
     assert len(layer_charts(manifest(layer("a.weight", 100)))) == 2
     assert layer_charts(manifest()) == []
 
 
-def test_the_most_telling_error_that_all_have() -> None:
+def test_picks_an_error_that_all_layers_have() -> None:
     assert best_error(CALIBRATED) == ErrorKind("held_out_error")
     assert shared_error([WHOLE]) == shared_error([WHOLE, CALIBRATED]) == ErrorKind("relative_error")
     assert shared_error([CALIBRATED]) == ErrorKind("held_out_error")
@@ -71,13 +71,13 @@ def test_the_most_telling_error_that_all_have() -> None:
     assert shared_error([manifest()]) is None
 
 
-def test_the_mean_counts_dense_layers() -> None:
+def test_mean_counts_dense_layers() -> None:
     names = common_layers([WHOLE])
     assert mean_error(WHOLE, ErrorKind("relative_error"), names) == pytest.approx(0.2)
     assert mean_error(CALIBRATED, ErrorKind("held_out_error"), names) == pytest.approx(0.15)
 
 
-def test_means_are_of_the_layers_that_all_files_have() -> None:
+def test_means_use_layers_common_to_all_files() -> None:
     less = manifest(layer("a.weight", 40, 0.3), layer("c.weight", 30, 0.7), layer("d.weight", 30, 0.9))
     whole, _ = comparison_charts([FileData("a", WHOLE, 200, ()), FileData("b", less, 300, ())])
     assert [one.points[0][1] for one in whole.series[:2]] == pytest.approx([0.25, 0.5])
@@ -86,7 +86,7 @@ def test_means_are_of_the_layers_that_all_files_have() -> None:
     assert len(comparison_charts([FileData("a", WHOLE, 200, ()), FileData("b", other, 300, ())])) == 1
 
 
-def test_spectra_are_of_one_scale_and_end_above_the_noise() -> None:
+def test_spectra_share_a_scale_and_omit_noise() -> None:
     original = ((1, 0.8), (2, 0.6), (3, 1e-9))
     chart = spectrum_chart(bond(((1, 1.0),), original=original, scale=0.8))
     assert chart is not None and chart.mark is not None
@@ -99,7 +99,7 @@ def test_spectra_are_of_one_scale_and_end_above_the_noise() -> None:
     assert spectrum_chart(bond(())) is None
 
 
-def test_entropies_beside_their_bound() -> None:
+def test_draws_entropies_with_their_bound() -> None:
     record = layer("a.weight", 40, entropies_of_weight=(None, 1.5))
     bonds = (bond(((1, 0.8), (2, 0.6))), bond(((1, 1.0),), entropy=0.0))
     chart = entropy_chart(LayerData(1, record, bonds))
@@ -111,13 +111,13 @@ def test_entropies_beside_their_bound() -> None:
     assert entropy_text(LayerData(1, record, bonds)) == ""
 
 
-def test_the_entropy_of_a_single_bond_is_text() -> None:
+def test_single_bond_entropy_is_text() -> None:
     single = LayerData(1, layer("a.weight", 40, entropies_of_weight=(1.5,)), (bond(((1, 0.8), (2, 0.6))),))
     assert entropy_chart(single) is None
     assert entropy_text(single) == "0.7 nats, of the original 1.5"
 
 
-def test_branches_of_a_tree_are_no_line() -> None:
+def test_tree_branches_are_not_joined() -> None:
     record = layer("a.weight", 40, form="tree")
     bonds = (bond(((1, 0.8), (2, 0.6))),) * 3
     chart = entropy_chart(LayerData(1, record, bonds))
@@ -125,7 +125,7 @@ def test_branches_of_a_tree_are_no_line() -> None:
     assert {one.style for one in chart.series} == {"dots"}
 
 
-def test_training_from_the_first_to_the_last() -> None:
+def test_draws_all_trainings_in_order() -> None:
     loss, accuracy = training_charts(TRAINING)
     assert [one.points for one in loss.series] == [
         ((0.5, 1.5), (1.0, 0.7)),
@@ -150,7 +150,7 @@ def test_damaged_trainings_have_no_curves(damaged: dict[str, Any]) -> None:
     assert training_charts(damaged) == []
 
 
-def test_comparisons() -> None:
+def test_draws_comparisons() -> None:
     files = [FileData(name, WHOLE, nbytes, ()) for name, nbytes in (("a", 200), ("b", 300))]
     whole, layers = comparison_charts(files)
     assert [(one.name, one.points) for one in whole.series] == [
@@ -163,7 +163,7 @@ def test_comparisons() -> None:
     assert comparison_charts([*files, unknown]) == []
 
 
-def test_curves_stand_for_no_file(tmp_path: Path) -> None:
+def test_curves_need_no_file(tmp_path: Path) -> None:
     many = [FileData(str(k), WHOLE, 100, ()) for k in range(9)]
     tones = [one.tone for one in comparison_charts(many)[0].series]
     assert tones[:7] == [*(f"file {k}" for k in range(1, 7)), "file 1"]

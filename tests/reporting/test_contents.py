@@ -40,7 +40,7 @@ def assert_points_of(spectrum: Spectrum, values: np.ndarray) -> None:
         assert value == pytest.approx(values[index - 1], abs=2e-5)
 
 
-def test_spectra_and_entropies_are_those_of_the_bipartitions(path: Path) -> None:
+def test_spectra_and_entropies_match_the_bipartitions(path: Path) -> None:
     stored = open_compressed(path)
     layers = read_file(path).layers
     assert len(layers) == len(read_manifest(path).replaced) > 2
@@ -58,7 +58,7 @@ def test_spectra_and_entropies_are_those_of_the_bipartitions(path: Path) -> None
             assert bond.entropy == pytest.approx(layer.record.entropies[k], abs=1e-2)
 
 
-def test_the_original_s_spectrum_is_that_of_the_source(path: Path) -> None:
+def test_original_spectrum_matches_the_source(path: Path) -> None:
     state = network_state()
     found = 0
     for layer in read_file(path).layers:
@@ -73,7 +73,7 @@ def test_the_original_s_spectrum_is_that_of_the_source(path: Path) -> None:
     assert found >= 3
 
 
-def test_a_sum_has_the_bonds_of_both_terms(tmp_path: Path) -> None:
+def test_sum_lists_bonds_of_both_terms(tmp_path: Path) -> None:
     torch.save(network_state(), tmp_path / "m.pt")
     compress_to_sums(tmp_path / "m.pt", tmp_path / "s.safetensors")
     for layer in read_file(tmp_path / "s.safetensors").layers:
@@ -82,7 +82,7 @@ def test_a_sum_has_the_bonds_of_both_terms(tmp_path: Path) -> None:
         assert [bond.kept for bond in chain] == list(layer.record.bonds[1:-1])
 
 
-def test_a_tree_has_those_of_its_branches(tmp_path: Path) -> None:
+def test_tree_lists_its_branches(tmp_path: Path) -> None:
     path = compressed(tmp_path, {"a.weight": torch.randn(48, 60)}, bond=5, form="tree", sites=3)
     (layer,) = read_file(path).layers
     structure = layer.record.structure
@@ -104,12 +104,12 @@ def test_a_tree_has_those_of_its_branches(tmp_path: Path) -> None:
         assert bond.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=1e-6)
 
 
-def test_a_mera_has_none(tmp_path: Path) -> None:
+def test_mera_has_no_spectra(tmp_path: Path) -> None:
     path = compressed(tmp_path, {"a.weight": torch.randn(16, 16)}, bond=2, form="mera", sites=4)
     assert read_file(path).layers[0].bonds == ()
 
 
-def test_names_tell_files_apart(tmp_path: Path) -> None:
+def test_names_distinguish_files(tmp_path: Path) -> None:
     paths = [compressed(tmp_path / name) for name in ("a", "b")]
     assert [file.name for file in read_files(paths[0], paths[1:])] == [
         "a/m.mpo.safetensors",
@@ -121,7 +121,7 @@ def test_names_tell_files_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_cores_that_are_not_finite_are_named(path: Path, tmp_path: Path, value: float) -> None:
+def test_names_non_finite_cores(path: Path, tmp_path: Path, value: float) -> None:
     broken = tmp_path / "m.mpo.safetensors"
     data = bytearray(path.read_bytes())
     name = read_manifest(path).replaced[0].core_names[0]
@@ -133,7 +133,7 @@ def test_cores_that_are_not_finite_are_named(path: Path, tmp_path: Path, value: 
         read_file(broken)
 
 
-def test_cores_that_differ_from_the_manifest_are_named(path: Path, tmp_path: Path) -> None:
+def test_names_cores_that_contradict_the_manifest(path: Path, tmp_path: Path) -> None:
     other = compressed(tmp_path / "other", bond=3)
     broken = rewritten(path, read_manifest(other))
     with pytest.raises(MpocError, match="the manifest says"):

@@ -27,17 +27,17 @@ def texts(tmp_path: Path, sites: int) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "s.svg").read_text("utf-8"))
 
 
-def test_several_cuts_are_a_line_a_layer(tmp_path: Path) -> None:
+def test_draws_one_line_per_layer(tmp_path: Path) -> None:
     assert texts(tmp_path, 3)[:3] == ["1", "2", "cut behind site k"]
 
 
-def test_single_cuts_stand_beside_their_layers(tmp_path: Path) -> None:
+def test_draws_single_cuts_as_points(tmp_path: Path) -> None:
     found = texts(tmp_path, 2)
     assert {"fc1", "fc2", "dense", "largest possible"} <= set(found)
     assert "cut behind site k" not in found
 
 
-def test_layers_of_one_site_have_nothing_to_show(tmp_path: Path) -> None:
+def test_omits_layers_of_one_site(tmp_path: Path) -> None:
     torch.save({"a.weight": torch.randn(7, 5)}, tmp_path / "m.pt")
     found = entanglement_of(tmp_path / "m.pt", {"min_params": 1})
     assert found.profiles[0].weight == ()

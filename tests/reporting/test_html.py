@@ -41,7 +41,7 @@ def assert_whole(text: str) -> None:
     assert set(re.findall(r' href="#([^"]+)"', text)) <= set(ids)
 
 
-def test_nothing_comes_from_outside(path: Path) -> None:
+def test_page_is_self_contained(path: Path) -> None:
     text = shown(path)
     style_and_script = re.findall(r"<(?:style|script)>.*?</(?:style|script)>", text, re.DOTALL)
     assert len(style_and_script) == 2
@@ -51,7 +51,7 @@ def test_nothing_comes_from_outside(path: Path) -> None:
     assert not used & {("link", "href"), ("script", "src"), ("img", "src"), ("svg", "href")}
 
 
-def test_names_are_text_and_nothing_else(path: Path) -> None:
+def test_escapes_names(path: Path) -> None:
     text = shown(path)
     reader = read(text)
     assert HOSTILE in reader.text and LONG in reader.text
@@ -61,7 +61,7 @@ def test_names_are_text_and_nothing_else(path: Path) -> None:
     assert not [key for _, attributes in reader.found for key in attributes if key.startswith("on")]
 
 
-def test_a_hostile_reason_kind_and_tool(path: Path) -> None:
+def test_escapes_reason_kind_and_tool(path: Path) -> None:
     manifest = read_manifest(path)
     layers = tuple(replace(one, reason=HOSTILE) if one.form == "dense" else one for one in manifest.layers)
     architecture = {"zoo": HOSTILE}
@@ -74,7 +74,7 @@ def test_a_hostile_reason_kind_and_tool(path: Path) -> None:
     assert "img" not in found and found.count("script") == 1
 
 
-def test_every_layer_is_there(path: Path) -> None:
+def test_lists_every_layer(path: Path) -> None:
     text = shown(path)
     assert_whole(text)
     manifest = read_manifest(path)
@@ -87,20 +87,20 @@ def test_every_layer_is_there(path: Path) -> None:
     assert "fine-tuned on digits&lt;i&gt;" in text
 
 
-def test_the_same_file_gives_the_same_bytes(path: Path, tmp_path: Path) -> None:
+def test_output_is_deterministic(path: Path, tmp_path: Path) -> None:
     for name in ("a.html", "b.html"):
         write_page(path, tmp_path / name, [path])
     assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.html", "b.html"]
 
 
-def test_a_directory(tmp_path: Path) -> None:
+def test_renders_a_directory(tmp_path: Path) -> None:
     source = save_directory(tmp_path / "m", network_state(), shards=3)
     compress_checkpoint(source, tmp_path / "out", make_recipe(None, {"bond": 4}))
     assert_whole(shown(tmp_path / "out"))
 
 
-def test_a_sum_shows_both_terms(tmp_path: Path) -> None:
+def test_sum_shows_both_terms(tmp_path: Path) -> None:
     torch.save(network_state(), tmp_path / "m.pt")
     compress_to_sums(tmp_path / "m.pt", tmp_path / "s.safetensors")
     text = shown(tmp_path / "s.safetensors")
@@ -109,13 +109,13 @@ def test_a_sum_shows_both_terms(tmp_path: Path) -> None:
     assert "Low-rank part" in text
 
 
-def test_a_mera_says_why_it_has_no_entropies(tmp_path: Path) -> None:
+def test_mera_explains_missing_entropies(tmp_path: Path) -> None:
     text = shown(compressed(tmp_path, {"a.weight": torch.randn(16, 16)}, bond=2, form="mera", sites=4))
     assert_whole(text)
     assert "no bond of a MERA cuts it in two" in text and "Schmidt" not in text
 
 
-def test_all_layers_dense(path: Path) -> None:
+def test_renders_a_file_of_dense_layers(path: Path) -> None:
     manifest = read_manifest(path)
     manifest = replace(manifest, layers=tuple(one for one in manifest.layers if one.form == "dense"))
     text = page([FileData("m", manifest, 1, ())])
@@ -125,14 +125,14 @@ def test_all_layers_dense(path: Path) -> None:
     assert_whole(page([FileData("m", replace(manifest, layers=()), 1, ())]))
 
 
-def test_one_site_and_weights_of_zeros(tmp_path: Path) -> None:
+def test_renders_single_sites_and_zero_weights(tmp_path: Path) -> None:
     state = {"a.weight": torch.randn(7, 5), "b.weight": torch.zeros(32, 32)}
     path = compressed(tmp_path, state, bond=2, allow_growth=True)
     assert [len(layer.bonds) for layer in read_manifest(path).layers] == [2, 5]
     assert_whole(shown(path))
 
 
-def test_nothing_known_but_factors_and_bonds(path: Path) -> None:
+def test_renders_records_without_errors(path: Path) -> None:
     """As of a directory that transformers saved again."""
     manifest = read_manifest(path)
     unknown = changed(
@@ -146,14 +146,14 @@ def test_nothing_known_but_factors_and_bonds(path: Path) -> None:
     assert "Not all of these files hold errors" in text
 
 
-def test_a_form_without_a_drawing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_renders_forms_without_a_diagram(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpoc.reporting.network_diagram.PLACES", {})
     text = shown(path)
     assert_whole(text)
     assert '<svg class="network"' not in text
 
 
-def test_comparison_by_name(path: Path, tmp_path: Path) -> None:
+def test_compares_layers_by_name(path: Path, tmp_path: Path) -> None:
     other = compressed(tmp_path, bond=2)
     text = page(read_files(path, [other]))
     assert_whole(text)
@@ -164,14 +164,14 @@ def test_comparison_by_name(path: Path, tmp_path: Path) -> None:
     assert f"mean relative error, layers in common: {common}<" in text
 
 
-def test_errors_of_weights_are_not_all_of_a_calibrated_file(path: Path) -> None:
+def test_warns_about_weight_errors_of_calibrated_files(path: Path) -> None:
     fitted = rewritten(path, replace(read_manifest(path), calibration={"samples": 64}))
     assert f"{fitted.name} was fitted to what layers do on data" in page(read_files(path, [fitted]))
     assert "was fitted to what layers do" not in page(read_files(path, [path]))
     assert "was fitted to what layers do" not in page(read_files(fitted, [fitted]))
 
 
-def test_200_layers_are_not_large(tmp_path: Path) -> None:
+def test_page_of_200_layers_is_small(tmp_path: Path) -> None:
     text = shown(many_layers(tmp_path, 20))
     assert_whole(text)
     assert len(text) < 20 * 15_000

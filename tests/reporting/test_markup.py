@@ -35,7 +35,7 @@ def read(markup: str) -> Reader:
     return reader
 
 
-def test_an_element() -> None:
+def test_renders_an_element() -> None:
     assert tag("a", "x < y", href="#x", class_="n") == '<a href="#x" class="n">x &lt; y</a>'
     assert tag("p", tag("b", "x"), None, "&") == "<p><b>x</b>&amp;</p>"
     assert tag("line", x1=1.25, y1=3.0, stroke_width="2") == '<line x1="1.2" y1="3" stroke-width="2"/>'
@@ -44,7 +44,7 @@ def test_an_element() -> None:
 
 @SOME
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0")))
-def test_any_text_comes_back_as_it_was(text: str) -> None:
+def test_escaping_round_trips_any_text(text: str) -> None:
     reader = read(tag("p", tag("b", text, title=text), text))
     assert reader.found == [("p", {}), ("b", {"title": text})]
     assert reader.text == text + text
@@ -52,12 +52,12 @@ def test_any_text_comes_back_as_it_was(text: str) -> None:
 
 @SOME
 @given(st.text("ab._/<&\"'", max_size=20))
-def test_a_name_may_break_behind_its_dots(text: str) -> None:
+def test_names_may_break_after_dots(text: str) -> None:
     markup = breakable(text)
     assert isinstance(markup, Markup)
     assert unescape(markup.replace("<wbr>", "")) == text
     assert markup.count("<wbr>") == sum(map(text.count, "._/"))
 
 
-def test_markup_is_not_escaped_again() -> None:
+def test_markup_is_escaped_once() -> None:
     assert join(Markup("<i>"), "<i>", None, "") == "<i>&lt;i&gt;"

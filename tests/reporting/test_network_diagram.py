@@ -52,7 +52,7 @@ def numbers(network: Diagram) -> int:
 
 
 @pytest.mark.parametrize("structure", [*EVERY_KIND, *MORE, *TREES, *MERAS], ids=shape_id)
-def test_it_has_the_numbers_and_the_sides_of_its_layer(structure: Structure) -> None:
+def test_diagram_has_the_bonds_and_sides_of_its_layer(structure: Structure) -> None:
     record = record_of(structure)
     (network,) = diagrams_of(record)
     assert numbers(network) == record.num_stored
@@ -62,7 +62,7 @@ def test_it_has_the_numbers_and_the_sides_of_its_layer(structure: Structure) -> 
 
 
 @pytest.mark.parametrize("structure", [*EVERY_KIND, *MORE], ids=shape_id)
-def test_a_chain_has_the_numbers_and_the_sides_of_its_layer(structure: Structure) -> None:
+def test_chain_has_the_bonds_and_sides_of_its_layer(structure: Structure) -> None:
     record = record_of(structure)
     (network,) = diagrams_of(record)
     assert numbers(network) == record.num_stored
@@ -72,7 +72,7 @@ def test_a_chain_has_the_numbers_and_the_sides_of_its_layer(structure: Structure
     assert [bond.size for bond in network.bonds] == list(record.bonds[1:-1])
 
 
-def test_a_sum_has_two_terms() -> None:
+def test_sum_has_two_terms() -> None:
     record = record_of(make_structure("conv2d", (16, 12, 3, 3)), low_rank=5)
     first, added = diagrams_of(record)
     assert numbers(first) + numbers(added) == record.num_stored
@@ -82,13 +82,13 @@ def test_a_sum_has_two_terms() -> None:
 @pytest.mark.parametrize(
     ("kind", "shape", "label"), [("conv2d", (16, 12, 3, 3), "taps"), ("experts", (3, 16, 8), "experts")]
 )
-def test_the_lead_site_says_what_it_is(kind: str, shape: tuple[int, ...], label: str) -> None:
+def test_labels_the_lead_site(kind: str, shape: tuple[int, ...], label: str) -> None:
     (network,) = diagrams_of(record_of(make_structure(kind, shape)))
     assert [leg.label for leg in network.legs if leg.node == 0] == [label]
 
 
 @pytest.mark.parametrize("structure", [*EVERY_KIND, *MORE, *TREES, *MERAS], ids=shape_id)
-def test_no_label_touches_another_or_leaves_the_drawing(structure: Structure) -> None:
+def test_labels_do_not_overlap(structure: Structure) -> None:
     sums = [record_of(structure)]
     if structure.network == "chain" and structure.form == "mpo":
         sums.append(record_of(structure, low_rank=1))
@@ -111,12 +111,12 @@ def box(text: ElementTree.Element) -> tuple[float, float, float, float]:
     return x - half, y - 9, x + half, y + 2
 
 
-def test_what_is_no_network_has_no_drawing() -> None:
+def test_other_forms_have_no_diagram() -> None:
     record = record_of(make_structure("linear", (12, 8)))
     assert diagrams_of(replace(record, form="dense")) == ()
 
 
-def test_any_list_of_nodes_can_be_drawn() -> None:
+def test_draws_any_list_of_nodes() -> None:
     """As of a tree: nodes on several levels, legs at some."""
     nodes = (DiagramNode("top", 0.5), DiagramNode("a", 0.0, 1.0), DiagramNode("b", 1.0, 1.0))
     legs = (DiagramLeg(0, "J", 9, True), DiagramLeg(1, "I₁", 30522, False), DiagramLeg(2, "I₂", 4, False))

@@ -14,7 +14,7 @@ from mpoc.reporting.plots import refuse_existing_folder, write_plots
 from tests.reporting.files import HOSTILE, compressed, one_layer
 
 
-def test_every_figure_twice(tmp_path: Path) -> None:
+def test_writes_every_figure_in_two_formats(tmp_path: Path) -> None:
     path = one_layer(tmp_path / "a")
     told: list[str] = []
     names = write_plots(path, tmp_path / "one", [path], told.append)
@@ -29,7 +29,7 @@ def test_every_figure_twice(tmp_path: Path) -> None:
         assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_output_is_deterministic(tmp_path: Path) -> None:
     path = compressed(tmp_path / "a", {"a.weight": torch.randn(16, 16)}, bond=2, sites=2)
     for name in ("one", "two"):
         write_plots(path, tmp_path / name)
@@ -37,7 +37,7 @@ def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
 
 
-def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+def test_never_replaces_a_foreign_directory(tmp_path: Path) -> None:
     source, folder = tmp_path / "m.safetensors", tmp_path / "figures"
     refuse_existing_folder(folder, source, False)
     folder.mkdir()
@@ -52,7 +52,7 @@ def test_a_folder_of_something_else_is_not_replaced(tmp_path: Path) -> None:
         refuse_existing_folder(folder / "thesis.tex", source, True)
 
 
-def test_what_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = compressed(tmp_path / "a", {"a.weight": torch.randn(16, 16)}, bond=2)
 
     def full(*_: object) -> None:

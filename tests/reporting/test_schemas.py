@@ -45,11 +45,11 @@ def holds(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_schema_is_one_itself(name: str) -> None:
+def test_schemas_are_valid_json_schemas(name: str) -> None:
     Draft202012Validator.check_schema(SCHEMAS[name])
 
 
-def test_another_name_is_told() -> None:
+def test_unknown_schema_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match="did you mean 'report'") as caught:
         schema("reports")
     assert caught.value.hint == "one of report, manifest"
@@ -60,7 +60,7 @@ def test_another_name_is_told() -> None:
     [{"bond": 4}, {"max_error": 0.5}, {"ratio": 0.5, "form": "svd"}, {"size": 40_000, "embeddings": True}],
     ids=str,
 )
-def test_they_hold_for_what_compress_writes(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_compress_output_conforms(source: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     output = tmp_path / ("out" if source.is_dir() else "out.safetensors")
     done = compress_checkpoint(source, output, make_recipe(None, options))
     holds(output)
@@ -68,13 +68,13 @@ def test_they_hold_for_what_compress_writes(source: Path, tmp_path: Path, option
     CHECKS["report"].validate(json.loads(to_json(timed)))
 
 
-def test_they_hold_for_sums(source: Path, tmp_path: Path) -> None:
+def test_sums_conform(source: Path, tmp_path: Path) -> None:
     output = tmp_path / ("out" if source.is_dir() else "out.safetensors")
     compress_to_sums(source, output)
     holds(output)
 
 
-def test_they_hold_for_whole_maps(tmp_path: Path) -> None:
+def test_whole_maps_conform(tmp_path: Path) -> None:
     torch.save({"conv.weight": torch.randn(8, 8, 3, 3)}, tmp_path / "m.pt")
     options = {"bond": 2, "conv": "map", "input_shape": [parse_input_shape("4x4")]}
     compress_checkpoint(tmp_path / "m.pt", tmp_path / "out.safetensors", make_recipe(None, options))
@@ -82,7 +82,7 @@ def test_they_hold_for_whole_maps(tmp_path: Path) -> None:
     holds(tmp_path / "out.safetensors")
 
 
-def test_they_hold_where_transformers_keeps_no_manifest(tmp_path: Path) -> None:
+def test_directories_without_manifest_conform(tmp_path: Path) -> None:
     output = tmp_path / "out"
     compress_checkpoint(save_directory(tmp_path / "m", mlp_state()), output, make_recipe(None, {"bond": 4}))
     (output / "mpoc.json").unlink()
@@ -98,7 +98,7 @@ def network():
 """
 
 
-def test_they_hold_for_calibration_with_scores_and_trials(here: Here) -> None:
+def test_calibrated_output_with_scores_and_trials_conforms(here: Here) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4))
     torch.save(network.state_dict(), "m.pt")
     Path("net.py").write_text(NETWORK)
@@ -117,7 +117,7 @@ def test_they_hold_for_calibration_with_scores_and_trials(here: Here) -> None:
     holds(Path("a.safetensors"))
 
 
-def test_they_hold_for_what_an_earlier_version_wrote() -> None:
+def test_output_of_earlier_versions_conforms() -> None:
     kept = Path(__file__).parents[1] / "kept"
     of_file = read_header(kept / "format-1.safetensors").metadata["mpoc"]
     for text in (of_file, (kept / "format-1" / "mpoc.json").read_text("utf-8")):
@@ -139,7 +139,7 @@ def test_they_hold_for_what_an_earlier_version_wrote() -> None:
         (("tied",), {"a": 1}),
     ],
 )
-def test_they_refuse_what_is_wrong(tmp_path: Path, at: tuple[Any, ...], wrong: Any) -> None:
+def test_schemas_reject_wrong_values(tmp_path: Path, at: tuple[Any, ...], wrong: Any) -> None:
     torch.save(mlp_state(), tmp_path / "m.pt")
     done = compress_checkpoint(tmp_path / "m.pt", tmp_path / "o.safetensors", make_recipe(None, {"bond": 4}))
     values = {"manifest": json.loads(done.manifest.to_json()), "report": report_dict(done.manifest, 1)}
@@ -154,7 +154,7 @@ def test_they_refuse_what_is_wrong(tmp_path: Path, at: tuple[Any, ...], wrong: A
             CHECKS[name].validate(damaged)
 
 
-def test_they_name_all_fields_and_no_others() -> None:
+def test_schemas_list_exactly_the_fields() -> None:
     manifest, report = SCHEMAS["manifest"]["properties"], SCHEMAS["report"]["properties"]
     compare(LayerRecord, LAYER["properties"])
     compare(Source, manifest["source"]["properties"])
@@ -165,7 +165,7 @@ def test_they_name_all_fields_and_no_others() -> None:
     assert report["totals"]["properties"].keys() == plain["totals"].keys()
 
 
-def test_types_are_compared_to_the_bottom() -> None:
+def test_schema_types_match_nested_fields() -> None:
     pairs = {"type": "array", "prefixItems": [{"type": "integer"}, {"type": "number"}]}
     spectra = {"type": "array", "items": {"type": ["array", "null"], "items": pairs}}
     assert allowed(spectra) == json_types(tuple[tuple[tuple[int, float], ...] | None, ...])
@@ -173,7 +173,7 @@ def test_types_are_compared_to_the_bottom() -> None:
     assert allowed(spectra) != json_types(tuple[tuple[tuple[int, int], ...] | None, ...])
 
 
-def test_they_name_all_words() -> None:
+def test_schemas_list_all_values() -> None:
     assert LAYER["properties"]["kind"]["enum"] == list(KINDS)
     assert set(LAYER["properties"]["form"]["enum"]) == set(FORMS)
     modes = LAYER["$defs"]["geometry"]["properties"]["padding_mode"]["enum"]

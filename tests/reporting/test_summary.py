@@ -60,7 +60,7 @@ def manifest(*layers: LayerRecord) -> Manifest:
 WHOLE = manifest(mpo("a.weight", 1000, 300), mpo("b.weight", 4000, 450, 0.3), dense("c.weight", 20))
 
 
-def test_totals_are_the_hand_sums() -> None:
+def test_totals_match_hand_computed_sums() -> None:
     assert report_dict(WHOLE, 987)["totals"] == {
         "rho": 750 / 5000,  # Eq. (9): replaced layers alone
         "rho_selected": 770 / 5020,
@@ -77,7 +77,7 @@ def test_totals_are_the_hand_sums() -> None:
 
 @SOME
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6), st.booleans()), max_size=6))
-def test_totals_are_the_sums_of_the_layers(counts: list[tuple[int, int, bool]]) -> None:
+def test_totals_are_sums_over_layers(counts: list[tuple[int, int, bool]]) -> None:
     layers = [
         dense(f"l{k}", before) if left else mpo(f"l{k}", before, after)
         for k, (before, after, left) in enumerate(counts)
@@ -116,13 +116,13 @@ def test_json_holds_every_field_of_every_layer() -> None:
         assert row == values | {"layer": layer.layer, "rho": layer.rho}
 
 
-def test_seconds_only_where_a_fit_was_made() -> None:
+def test_seconds_appear_only_after_a_fit() -> None:
     report = report_dict(WHOLE, 987, {"a.weight": 1.23456})
     assert [row["seconds"] for row in report["layers"]] == [1.2346, 0.0, 0.0]
     assert "seconds" not in report_dict(WHOLE, 987)["layers"][0]
 
 
-def test_csv_has_one_line_a_layer() -> None:
+def test_csv_has_one_line_per_layer() -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(WHOLE))))
     assert [row["layer"] for row in rows] == ["a", "b", "c"]
     assert rows[0] == {
@@ -146,7 +146,7 @@ def test_csv_has_one_line_a_layer() -> None:
     assert (rows[2]["bonds"], rows[2]["relative_error"], rows[2]["reason"]) == ("", "", 'too small, "tiny"')
 
 
-def test_summary_gives_both_ratios_and_the_whole_model() -> None:
+def test_summary_gives_both_ratios_and_totals() -> None:
     ratios, whole, *_ = summary(WHOLE, 4_183_000, predicted=False)
     assert "ρ = 0.1500 over 2 replaced layers (5,000 → 750)" in ratios
     assert "0.1534 over the 3 selected" in ratios
@@ -155,7 +155,7 @@ def test_summary_gives_both_ratios_and_the_whole_model() -> None:
     assert "predicted at most 4.2 MB" in summary(WHOLE, 4_183_000, predicted=True)[1]
 
 
-def test_large_errors_are_spoken_of() -> None:
+def test_warns_about_large_errors() -> None:
     (advice,) = summary(WHOLE, 1, predicted=False)[2:]
     assert advice.startswith("1 of 2 replaced layers lost more than 10% of their weight's norm (worst 30%)")
     fine = replace(WHOLE, layers=(mpo("a.weight", 1000, 300, 0.1), mpo("b.weight", 1000, 300, None)))
@@ -177,25 +177,25 @@ def test_large_errors_are_spoken_of() -> None:
         (123_456 * 10**12, "123456 TB"),
     ],
 )
-def test_bytes_for_humans(count: int, text: str) -> None:
+def test_formats_bytes(count: int, text: str) -> None:
     assert human_bytes(count) == text
 
 
 @SOME
 @given(st.integers(0, 10**18))
-def test_bytes_for_humans_are_within_half_a_percent(count: int) -> None:
+def test_formatted_bytes_are_within_half_a_percent(count: int) -> None:
     number, unit = human_bytes(count).split()
     assert "e" not in number
     size = float(number) * 1000 ** ["B", "kB", "MB", "GB", "TB"].index(unit)
     assert size == pytest.approx(count, rel=0.005)
 
 
-def test_factors_are_joined_by_times() -> None:
+def test_joins_factors_by_times() -> None:
     assert times((4, 8, 8)) == times([4, 8, 8]) == "4×8×8"
     assert times(()) == ""
 
 
-def test_bytes_of_a_file_and_of_a_directory(tmp_path: Path) -> None:
+def test_sums_bytes_of_files_and_directories(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b").write_bytes(b"123")
@@ -203,7 +203,7 @@ def test_bytes_of_a_file_and_of_a_directory(tmp_path: Path) -> None:
     assert output_bytes(tmp_path) == 8
 
 
-def test_same_manifest_same_report() -> None:
+def test_report_is_deterministic() -> None:
     def everything() -> tuple[Any, ...]:
         return to_json(report_dict(WHOLE, 5)), to_csv(WHOLE), summary(WHOLE, 5, predicted=False)
 

@@ -19,14 +19,14 @@ def drawn(chart: Chart) -> ElementTree.Element:
     return ElementTree.fromstring(chart_svg(chart))
 
 
-def test_points_stand_where_their_logarithms_do() -> None:
+def test_points_use_logarithmic_positions() -> None:
     places = [(float(c.get("cx", "")), float(c.get("cy", ""))) for c in drawn(chart(LINE)).iter("circle")]
     (x1, y1), (x2, y2), (x3, y3) = places
     assert abs((x2 - x1) - (x3 - x2)) < 0.3 and x1 < x2
     assert abs((y2 - y1) - (y3 - y2)) < 0.3 and y1 < y2
 
 
-def test_columns_begin_at_zero_and_keep_their_ratio() -> None:
+def test_columns_start_at_zero() -> None:
     columns = Series("n", ((1.0, 2.0), (2.0, 4.0), (3.0, 0.0)), "columns", "stored", ("a", "b", "c"))
     one = Chart("T", "C", Axis("layer", unit="whole"), Axis("", from_zero=True), (columns,))
     rects = list(drawn(one).iter("rect"))
@@ -35,7 +35,7 @@ def test_columns_begin_at_zero_and_keep_their_ratio() -> None:
     assert [rect.findtext("title") for rect in rects] == ["a", "b", "c"]
 
 
-def test_the_mark_stands_at_its_place() -> None:
+def test_draws_the_mark_at_its_value() -> None:
     root = drawn(chart(LINE, mark=Mark(10.0, "D = 10")))
     middle = [float(c.get("cx", "")) for c in root.iter("circle")][1]
     (line,) = [path for path in root.iter("path") if path.get("class") == "cut"]
@@ -43,12 +43,12 @@ def test_the_mark_stands_at_its_place() -> None:
     assert "D = 10" in [text.text for text in root.iter("text")]
 
 
-def test_it_says_what_it_shows() -> None:
+def test_has_a_title_and_description() -> None:
     root = drawn(chart(LINE))
     assert (root.get("role"), root.get("aria-label")) == ("img", "Title. Caption")
 
 
-def test_names_cannot_break_out() -> None:
+def test_escapes_names() -> None:
     series = Series(HOSTILE, ((1.0, 1.0),), "dots", "stored", (HOSTILE,))
     one = Chart(HOSTILE, HOSTILE, Axis(HOSTILE), Axis(HOSTILE), (series,), Mark(1.0, HOSTILE))
     root = drawn(one)
@@ -56,6 +56,6 @@ def test_names_cannot_break_out() -> None:
     assert not list(root.iter("img")) and not list(root.iter("script"))
 
 
-def test_a_single_point_and_none_at_all() -> None:
+def test_draws_one_point_and_none() -> None:
     assert len(list(drawn(chart(Series("a", ((1.0, 1.0),), "line", "stored"))).iter("path"))) > 1
     assert not list(drawn(chart(scale="linear")).iter("circle"))

@@ -19,7 +19,7 @@ AXES = st.sampled_from(
 
 @SOME
 @given(AXES, st.lists(st.floats(1e-12, 1e12), min_size=1, max_size=6))
-def test_values_lie_between_the_ends_and_so_do_few_rising_ticks(axis: Axis, values: list[float]) -> None:
+def test_ticks_are_few_rising_and_in_range(axis: Axis, values: list[float]) -> None:
     assume(len(set(values)) == 1 or (max(values) - min(values)) > 1e-6 * max(values))
     ends = limits(axis, values)
     assert all(-1e-9 <= place(axis, ends, value) <= 1 + 1e-9 for value in values)
@@ -42,16 +42,16 @@ def test_values_lie_between_the_ends_and_so_do_few_rising_ticks(axis: Axis, valu
         (Axis("x", "log"), (0.9, 12.0), [1, 2, 5, 10]),
     ],
 )
-def test_round_numbers(axis: Axis, ends: tuple[float, float], expected: list[float]) -> None:
+def test_picks_round_numbers(axis: Axis, ends: tuple[float, float], expected: list[float]) -> None:
     assert ticks(axis, ends) == pytest.approx(expected)
 
 
-def test_zero_stays_an_end() -> None:
+def test_keeps_zero_as_an_end() -> None:
     assert limits(Axis("x", from_zero=True), [3.0, 5.0])[0] == 0.0
     assert limits(Axis("x", from_zero=True), [0.0, 0.0]) == (0.0, 1.0)
 
 
-def test_a_flat_spectrum_looks_flat() -> None:
+def test_flat_values_look_flat() -> None:
     low, high = limits(Axis("x", "log"), [0.25, 0.26])
     assert high / low > 3
 
@@ -69,9 +69,9 @@ def test_a_flat_spectrum_looks_flat() -> None:
         (Axis("x"), -0.5, "-0.5"),
     ],
 )
-def test_how_a_tick_is_written(axis: Axis, value: float, text: str) -> None:
+def test_formats_ticks(axis: Axis, value: float, text: str) -> None:
     assert tick_label(axis, value) == text
 
 
-def test_counts() -> None:
+def test_picks_whole_numbers_for_counts() -> None:
     assert [short_count(value) for value in (0, 12, 1234, 5e5, 2e9)] == ["0", "12", "1.23k", "500k", "2G"]

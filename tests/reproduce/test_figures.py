@@ -39,7 +39,7 @@ def drawn(done: Reproduction, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return [figure.axes[0] for figure in figures]
 
 
-def test_accuracy_over_bonds_beside_the_dense_line(
+def test_draws_accuracy_over_bonds(
     done: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     axes = drawn(done, tmp_path / "plots", monkeypatch)[0]
@@ -55,9 +55,7 @@ def test_accuracy_over_bonds_beside_the_dense_line(
     assert list(fitted.get_ydata()) == [done.rows[1].mean("final")[0], done.rows[3].mean("final")[0]]
 
 
-def test_convergence_of_every_network(
-    done: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_draws_convergence(done: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = drawn(done, tmp_path / "plots", monkeypatch)[1]
     assert len(axes.lines) == 5
     for line, row in zip(axes.lines, done.rows, strict=True):

@@ -44,7 +44,7 @@ def on_meta(network: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(("variant", "bond"), COUNTS)
-def test_parameters_are_the_papers(variant: str, bond: int) -> None:
+def test_parameter_counts_match_the_paper(variant: str, bond: int) -> None:
     experiment = MERA.variants[variant]
     network = on_meta(experiment.network)
     structures = [layer_structure(network, layer) for layer in experiment.layers]
@@ -58,12 +58,12 @@ def test_parameters_are_the_papers(variant: str, bond: int) -> None:
     assert published.parameters == (printed, printed + CONVOLUTIONS) or variant.startswith("tt")
 
 
-def test_compression_is_counted_from_the_first_network() -> None:
+def test_compression_is_relative_to_the_first_network() -> None:
     found = counts(MERA, "mera-cnn", CONVOLUTIONS + 4_342 - 2_560 + 640).of(baseline_counts(MERA))
     assert (round(found[0]), round(found[1], 2)) == (3925, 57.61)  # the paper's 3924 is cut, not rounded
 
 
-def test_the_convolutions_are_the_papers() -> None:
+def test_convolutions_match_the_paper() -> None:
     network = on_meta("mera-cnn")
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     assert sum(module.weight.numel() for module in convolutions) == CONVOLUTIONS
@@ -71,7 +71,7 @@ def test_the_convolutions_are_the_papers() -> None:
     assert names == {f"conv{k}" for k in range(1, 7)} | {"fc1", "fc2", "head"}
 
 
-def test_features_are_pixels_with_their_channels() -> None:
+def test_features_are_pixels_with_channels() -> None:
     network = zoo.make("mera-cnn").eval()
     seen: list[torch.Tensor] = []
     network.get_submodule("fc1").register_forward_pre_hook(lambda _, given: seen.append(given[0]))
@@ -82,7 +82,7 @@ def test_features_are_pixels_with_their_channels() -> None:
     assert torch.equal(features[:, 256 * (4 * 2 + 1) + 7], maps[:, 7, 2, 1])
 
 
-def test_channels_come_first_and_neighbouring_pixels_together() -> None:
+def test_orders_channels_first_and_neighbours_together() -> None:
     order = channel_order(4, 4, 256)
     features = torch.arange(4 * 4 * 256).reshape(4, 4, 256)
     expected = [features[y, x, 9] for y, x in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2))]
@@ -90,7 +90,7 @@ def test_channels_come_first_and_neighbouring_pixels_together() -> None:
     assert sorted(order) == list(range(4096))
 
 
-def test_in_another_order_the_first_layer_sees_the_same_features() -> None:
+def test_order_does_not_change_the_features() -> None:
     other, plain = (made(name).get_submodule("fc1") for name in ("mera-channels", "mera"))
     x = torch.randn(3, 4096)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_in_another_order_the_first_layer_sees_the_same_features() -> None:
         assert not torch.allclose(other(x), plain(x))
 
 
-def test_the_first_layer_starts_orthogonal_and_the_second_keeps_variance() -> None:
+def test_initialisation_is_orthogonal_and_keeps_variance() -> None:
     first, second = (made("mera").get_submodule(name) for name in ("fc1", "fc2"))
     x = torch.randn(50, 4096, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_the_first_layer_starts_orthogonal_and_the_second_keeps_variance() -> No
         assert float(second(first(x)).var()) == pytest.approx(1.0, rel=0.1)
 
 
-def test_every_variant_is_done_unless_asked_otherwise() -> None:
+def test_runs_every_variant_by_default() -> None:
     labels = [experiment.label for experiment in choose_studies(MERA, StudyChoice())]
     assert labels == ["FC-1", "FC-2", "FC-2, as printed", "MERA", "TT", "MERA, channels first"]
     words = choose_studies(MERA, StudyChoice(paper=True))[3].training.words()
@@ -126,7 +126,7 @@ def write_images(path: Path) -> Path:
     return path
 
 
-def test_a_few_steps(tmp_path: Path) -> None:
+def test_trains_a_few_steps(tmp_path: Path) -> None:
     data = write_images(tmp_path / "images.npz")
     choice = StudyChoice(variants=("mera",), bonds=(2,))
     asked = StudyRequest("mera", data, tmp_path / "out", choice, quick=True, held_out=0.2, device="cpu")

@@ -37,7 +37,7 @@ SMALL = Structure("linear", (24, 12), False, (2, 3, 4), (3, 2, 2))
 
 @given(st.integers(0, 1000), st.sampled_from([0.5, 0.1, 0.01, 1e-4]))
 @settings(max_examples=20, deadline=None)
-def test_each_bond_is_the_smallest_that_discards_no_more_than_its_share(seed: int, discard: float) -> None:
+def test_bonds_are_the_smallest_within_the_discard(seed: int, discard: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     scales = torch.logspace(0, -3, 12, dtype=torch.float64)
     weight = torch.randn(24, 12, dtype=torch.float64, generator=generator) * scales
@@ -53,7 +53,7 @@ def test_each_bond_is_the_smallest_that_discards_no_more_than_its_share(seed: in
     assert error <= 2 * discard * (1 + 1e-9)
 
 
-def test_without_a_truncation_before_bonds_are_exactly_those_of_the_spectra() -> None:
+def test_bonds_match_the_spectra_without_earlier_truncation() -> None:
     weight = torch.randn(24, 12, dtype=torch.float64) * torch.logspace(0, -3, 12, dtype=torch.float64)
     whole = tt_svd(weight, SMALL, 100).form
     assert isinstance(whole, MPO)
@@ -63,14 +63,14 @@ def test_without_a_truncation_before_bonds_are_exactly_those_of_the_spectra() ->
         assert float(shares[bond:].sum()) <= 0.05 < float(shares[bond - 1 :].sum())
 
 
-def test_the_network_s_parameters() -> None:
+def test_parameter_counts_match_the_network() -> None:
     structure = Structure("linear", (1024, 1024), False, SITES, SITES)
     for bond in (2, 4, 8, 16):
         assert num_cores_parameters(structure, bond) == 2 * 16 * bond + 3 * 16 * bond**2
 
 
 @pytest.mark.parametrize("order", ["raster", "morton"])
-def test_at_full_bond_any_order_of_the_pixels_is_the_dense_network(order: str) -> None:
+def test_every_pixel_order_is_exact_at_full_bond(order: str) -> None:
     network, x = nn.Sequential(nn.Linear(64, 8)), torch.rand(3, 64)
     before, names = network(x), ["0.bias", *(f"0.cores.{k}" for k in range(3))]
     replace_layers(network, [ReplacedLayer("0", (4, 4, 4), (2, 2, 2), order=order)], 100, "ttsvd", seed=0)
@@ -78,7 +78,7 @@ def test_at_full_bond_any_order_of_the_pixels_is_the_dense_network(order: str) -
     assert sorted(network.state_dict()) == names
 
 
-def test_orders_are_different_networks_below_the_full_bond() -> None:
+def test_pixel_orders_differ_below_full_bond() -> None:
     x, found = torch.rand(3, 1, 28, 28), []
     for order in ("raster", "morton"):
         torch.manual_seed(0)
@@ -121,9 +121,7 @@ def test_automatic_bonds_start_from_the_trained_cores(
     assert all(0 <= s <= np.log(d) + 1e-5 for s, d in zip(entropies, bonds[1:-1], strict=True))
 
 
-def test_automatic_bonds_without_the_fixed_network_train_it_for_themselves(
-    digits: Path, tmp_path: Path
-) -> None:
+def test_automatic_bonds_train_the_missing_fixed_network(digits: Path, tmp_path: Path) -> None:
     together = run_study(asked(digits, tmp_path / "a", "raster", "raster-random-0.1"), lambda _: None)
     alone = run_study(asked(digits, tmp_path / "b", "raster-random-0.1"), lambda _: None)
     assert alone.rows[1].results[0].curve == together.rows[2].results[0].curve
@@ -136,7 +134,7 @@ def test_each_automatic_variant_has_its_start(digits: Path, tmp_path: Path) -> N
     assert [row["discard"] for row in done.as_dict()["rows"]] == [0.5, 0.5]
 
 
-def test_results_of_raster_order_are_found_under_what_they_always_depended_on(digits: Path) -> None:
+def test_raster_results_keep_their_keys(digits: Path) -> None:
     material = open_paper_data(digits, "harada", None, 0.0, 0)
     raster, morton = (
         Cell(STUDIES["harada"].variants[order], "random", 4, 0).identity(material)["layers"]
@@ -146,13 +144,15 @@ def test_results_of_raster_order_are_found_under_what_they_always_depended_on(di
     assert raster == [layer] and morton == [{**layer, "order": "morton"}]
 
 
-def test_mean_parameters_over_runs_whose_bonds_differ(digits: Path, tmp_path: Path) -> None:
+def test_averages_parameters_over_runs(digits: Path, tmp_path: Path) -> None:
     request = replace(asked(digits, tmp_path, "raster-random-0.1"), runs=2)
     row = run_study(request, lambda _: None).rows[1]
     assert row.parameters == round(np.mean([result.parameters for result in row.results]))
 
 
-def test_figure_over_parameters(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_accuracy_over_parameters(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     variants = ("raster", "raster-random-0.3", "raster-random-0.1")
     done: Reproduction = run_study(asked(digits, tmp_path, *variants), lambda _: None)
     figures: list[Any] = []

@@ -26,21 +26,21 @@ def done(digits: Path) -> ImageStates:
     return measure_images(ImageStatesRequest(digits, (16, 1, 4, 12)), lambda _: None)
 
 
-def test_numbers_are_those_of_the_cores(done: ImageStates) -> None:
+def test_counts_match_the_cores(done: ImageStates) -> None:
     for found in done.states.values():
         assert [at.kept for at in found] == [1, 4, 12, 16]
         assert [at.numbers for at in found] == [20, 224, 992, 2 * 16 + 2 * 256 + 1024]
     assert done.pixels == 784 and done.split == "test" and len(done.images) == 40
 
 
-def test_more_numbers_are_never_worse_and_the_full_bond_is_exact(done: ImageStates) -> None:
+def test_error_falls_with_the_bond_to_zero(done: ImageStates) -> None:
     for found in (*done.states.values(), *done.peers.values()):
         decibels = [at.decibels for at in found]
         assert decibels == sorted(decibels)
         assert decibels[-1] == pytest.approx(10 * math.log10(12 * 255**2))
 
 
-def test_decibels_are_the_mean_of_the_images_own(done: ImageStates) -> None:
+def test_decibels_average_over_images(done: ImageStates) -> None:
     near, numbers = approximate(done.images, "morton", 4)
     errors = np.square((near - done.images).numpy()).reshape(40, -1).mean(1)
     at = done.states["morton"][1]
@@ -50,7 +50,7 @@ def test_decibels_are_the_mean_of_the_images_own(done: ImageStates) -> None:
     assert at.of_mean_error == pytest.approx(-10 * np.log10(errors.mean()))
 
 
-def test_peers_fit_into_the_same_numbers(done: ImageStates) -> None:
+def test_baselines_use_no_more_numbers(done: ImageStates) -> None:
     for found in done.peers.values():
         for at, state in zip(found, done.states["morton"], strict=True):
             assert at.numbers <= state.numbers
@@ -58,7 +58,7 @@ def test_peers_fit_into_the_same_numbers(done: ImageStates) -> None:
     assert [at.kept for at in done.peers["dct-own"]] == [10, 112, 496, 784]
 
 
-def test_raster_order_cuts_rows_from_columns(tmp_path: Path) -> None:
+def test_raster_order_separates_rows_and_columns(tmp_path: Path) -> None:
     """Images that are the same in all columns."""
     x = np.repeat(np.random.default_rng(0).integers(0, 255, (10, 1, 32, 1), dtype=np.uint8), 32, 3)
     np.savez(tmp_path / "bars.npz", allow_pickle=False, x=x, y=np.arange(10))
@@ -68,7 +68,7 @@ def test_raster_order_cuts_rows_from_columns(tmp_path: Path) -> None:
     assert done.peers["svd"][0].decibels > 58
 
 
-def test_colour_is_a_site_in_front(tmp_path: Path) -> None:
+def test_colour_is_the_first_site(tmp_path: Path) -> None:
     x = np.random.default_rng(0).integers(0, 255, (10, 3, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "colours.npz", allow_pickle=False, x=x, y=np.arange(10))
     done = measure_images(ImageStatesRequest(tmp_path / "colours.npz", (2,)), lambda _: None)
@@ -76,7 +76,7 @@ def test_colour_is_a_site_in_front(tmp_path: Path) -> None:
     assert len(done.entropies["raster"]) == 3
 
 
-def test_the_same_images_again_and_others_of_another_seed(digits: Path) -> None:
+def test_choice_of_images_is_seeded(digits: Path) -> None:
     def run(seed: int) -> ImageStates:
         return measure_images(ImageStatesRequest(digits, (2,), seed), lambda _: None)
 
@@ -84,13 +84,13 @@ def test_the_same_images_again_and_others_of_another_seed(digits: Path) -> None:
     assert not torch.equal(run(0).images, run(1).images)
 
 
-def test_json(done: ImageStates) -> None:
+def test_report_round_trips_json(done: ImageStates) -> None:
     report: dict[str, Any] = json.loads(json.dumps(done.as_dict()))
     assert report["schema"] == "mpoc.image-states/1" and report["numbers_of_an_image"] == 784
     assert report["states"]["morton"][0]["numbers"] == 20 and len(report["entropies"]["raster"]) == 4
 
 
-def test_figures(done: ImageStates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_figures(done: ImageStates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
 
     def keep(figure: Figure, target: Path) -> None:
@@ -113,7 +113,7 @@ def test_figures(done: ImageStates, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_what_is_no_images_or_no_bond_is_refused(digits: Path, tmp_path: Path) -> None:
+def test_rejects_bad_data_and_bonds(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("words " * 500)
     with pytest.raises(UsageError, match="mps-images takes images, not txt"):
         measure_images(ImageStatesRequest(tmp_path / "text.txt"), lambda _: None)

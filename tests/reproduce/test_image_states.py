@@ -23,7 +23,7 @@ def stack(count: int = 4) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bond", [1, 2, 5, 7])
-def test_each_state_is_the_one_of_a_tt_svd_by_itself(bond: int) -> None:
+def test_batched_states_match_single_tt_svds(bond: int) -> None:
     x = stack()
     cores = tt_svd_stack(x, bond)
     errors = (contract_stack(cores) - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
@@ -34,14 +34,14 @@ def test_each_state_is_the_one_of_a_tt_svd_by_itself(bond: int) -> None:
         assert float(errors[k]) == pytest.approx(fit.relative_error, rel=1e-9)
 
 
-def test_at_full_bond_nothing_is_lost() -> None:
+def test_full_bond_is_exact() -> None:
     x = stack()
     cores = tt_svd_stack(x, 100)
     assert [tuple(core.shape[1:]) for core in cores] == [(1, 3, 3), (3, 4, 12), (12, 4, 4), (4, 4, 1)]
     torch.testing.assert_close(contract_stack(cores), x)
 
 
-def test_entropies_are_those_of_a_direct_svd_of_every_bipartition() -> None:
+def test_entropies_match_direct_svds() -> None:
     x = stack()
     x[3] = 0
     found = entropies(x)
@@ -51,14 +51,14 @@ def test_entropies_are_those_of_a_direct_svd_of_every_bipartition() -> None:
             assert float(values[k]) == pytest.approx(entropy(direct), abs=1e-9)
 
 
-def test_a_product_of_sites_has_no_entanglement() -> None:
+def test_product_states_have_no_entanglement() -> None:
     vectors = [torch.rand(2, size, dtype=torch.float64) for size in SITES]
     x = torch.einsum("na,nb,nc,nd->nabcd", *vectors)
     assert float(entropies(x).abs().max()) < 1e-9
     torch.testing.assert_close(contract_stack(tt_svd_stack(x, 1)), x)
 
 
-def test_low_rank_errors() -> None:
+def test_low_rank_errors_match_svd() -> None:
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
     found = low_rank_errors(x)
     assert found.shape == (2, 6)
@@ -69,7 +69,7 @@ def test_low_rank_errors() -> None:
         assert float(found[1, rank]) == pytest.approx(error, abs=1e-9)
 
 
-def test_cosine_errors() -> None:
+def test_cosine_errors_match_dct() -> None:
     fft = pytest.importorskip("scipy.fft")
     x = torch.randn(5, 3, 4, 6, dtype=torch.float64)
     own, common = cosine_errors(x)

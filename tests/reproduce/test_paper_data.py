@@ -15,7 +15,7 @@ def text(folder: Path, words: str) -> Path:
 ALPHABET = "".join(map(chr, range(33, 33 + 65)))
 
 
-def test_what_is_stored_counts_after_training_drew_new_windows(tmp_path: Path) -> None:
+def test_key_does_not_depend_on_drawn_windows(tmp_path: Path) -> None:
     """Else a dense network would be trained again for each network that starts from it."""
     path = text(tmp_path, ALPHABET)
     network = "picogpt:vocab=65,context=256"
@@ -27,7 +27,7 @@ def test_what_is_stored_counts_after_training_drew_new_windows(tmp_path: Path) -
     assert material.identity == before == fresh.identity
 
 
-def test_other_text_is_other_data(tmp_path: Path) -> None:
+def test_key_depends_on_the_text(tmp_path: Path) -> None:
     network = "picogpt:vocab=65,context=256"
     one = open_paper_data(text(tmp_path, ALPHABET), network, None, 0.0, 0).identity
     other = open_paper_data(text(tmp_path, ALPHABET[::-1]), network, None, 0.0, 0).identity

@@ -10,7 +10,7 @@ from mpoc.tensor_networks.factors import permutation
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_morton_order_is_that_of_layers(depth: int) -> None:
+def test_morton_order_matches_that_of_layers(depth: int) -> None:
     side = 1 << depth
     numbers = torch.arange(side**2).reshape(1, 1, side, side)
     expected = permutation(f"morton:{side}x{side}", side**2, (4,) * depth)
@@ -18,7 +18,7 @@ def test_morton_order_is_that_of_layers(depth: int) -> None:
     assert to_sites(numbers, "raster").flatten().tolist() == [*range(side**2)]
 
 
-def test_sites_are_digits_of_the_pixel_s_number_or_quadrants() -> None:
+def test_sites_are_digits_or_quadrants() -> None:
     x = torch.arange(64.0).reshape(1, 1, 8, 8)
     morton, raster = (to_sites(x, order)[0] for order in ORDERS)
     for row in range(8):
@@ -29,7 +29,7 @@ def test_sites_are_digits_of_the_pixel_s_number_or_quadrants() -> None:
             assert morton[tuple(quadrants)] == raster[tuple(digits)] == x[0, 0, row, column]
 
 
-def test_an_image_is_padded_on_all_sides() -> None:
+def test_pads_on_all_sides() -> None:
     sites = to_sites(torch.ones(1, 1, 28, 28), "raster")
     assert sites.shape == (1, *(4,) * 5)
     padded = sites.reshape(32, 32)
@@ -44,7 +44,7 @@ def test_an_image_is_padded_on_all_sides() -> None:
     st.integers(1, 9),
 )
 @settings(max_examples=15, deadline=None)
-def test_there_and_back(order: str, count: int, channels: int, height: int, width: int) -> None:
+def test_pixels_round_trip(order: str, count: int, channels: int, height: int, width: int) -> None:
     x = torch.randn(count, channels, height, width)
     sites = to_sites(x, order)
     assert sites.square().sum().item() == pytest.approx(x.square().sum().item(), rel=1e-5)

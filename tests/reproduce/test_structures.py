@@ -43,24 +43,24 @@ def experiment(study: str, variant: str | None = None) -> Experiment:
     return variants[variant or next(iter(variants))]
 
 
-def test_fc2() -> None:
+def test_fc2_matches_the_paper() -> None:
     fc2 = experiment("fc2")
     assert counts(fc2, 2) == (1_024, 203_264)  # "only 1024 parameters, about 200 times less"
     replaced, original = counts(fc2, 16)
     assert replaced / original < 0.08
 
 
-def test_lenet5() -> None:
+def test_lenet5_matches_the_paper() -> None:
     assert counts(experiment("lenet5")) == (2_860, 58_920)  # ρ ≈ 0.05
 
 
 @pytest.mark.parametrize("name", ["vgg16", "vgg19"])
-def test_vgg(name: str) -> None:
+def test_vgg_matches_the_paper(name: str) -> None:
     assert counts(experiment(name), 4) == (10_944, 23_633_920)  # ρ ≈ 0.0005
 
 
 @pytest.mark.parametrize(("study", "variant"), ALL, ids=lambda value: getattr(value, "name", value))
-def test_every_structure_fits_its_network_and_reaches_the_papers_ratio(study: object, variant: str) -> None:
+def test_structures_reach_the_ratios_of_the_paper(study: object, variant: str) -> None:
     found = study.variants[variant]  # type: ignore[attr-defined]
     for bond in found.bonds or (0,):
         replaced, original = counts(found, bond)
@@ -70,7 +70,7 @@ def test_every_structure_fits_its_network_and_reaches_the_papers_ratio(study: ob
 
 
 @pytest.mark.parametrize("bond", [4, 8, 16, 32])
-def test_picogpt_has_the_parameters_of_the_papers_code(bond: int) -> None:
+def test_picogpt_matches_the_paper_code(bond: int) -> None:
     network = meta(experiment("picogpt"))
     whole, original = dense_sizes(experiment("picogpt"))
     assert whole == sum(p.numel() for p in network.parameters()) == PARAMETERS[0]
@@ -92,7 +92,7 @@ def test_random_cores_keep_the_nominal_bond() -> None:
     assert form.num_parameters == num_cores_parameters(structure, 100)
 
 
-def test_random_cores_have_glorots_variance_and_follow_the_seed() -> None:
+def test_random_cores_have_glorot_variance_and_a_seed() -> None:
     structure = linear((16, 16, 16), (16, 16, 16))
     cores = random_cores(structure, 8, seed=3)
     assert float(cores[1].std()) == pytest.approx((2 / (8 * 16 + 16 * 8)) ** 0.5, rel=0.03)
@@ -102,7 +102,7 @@ def test_random_cores_have_glorots_variance_and_follow_the_seed() -> None:
     assert not torch.equal(cores[0], random_cores(structure, 8, seed=4)[0])
 
 
-def test_from_tt_svd_at_full_bond_the_network_is_the_dense_one() -> None:
+def test_tt_svd_at_full_bond_is_the_dense_network() -> None:
     network, x = zoo.make("lenet5"), torch.rand(4, 1, 28, 28)
     before = network(x)
     layers = [
@@ -113,7 +113,7 @@ def test_from_tt_svd_at_full_bond_the_network_is_the_dense_one() -> None:
     torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-5)
 
 
-def test_a_padded_map_at_full_bond_is_the_convolution() -> None:
+def test_padded_map_at_full_bond_is_the_convolution() -> None:
     """DenseNet's factors make more inputs than there are; zeros follow them."""
     network = nn.Sequential(nn.Conv2d(5, 6, 3, padding=1))
     x = torch.randn(2, 5, 4, 4)
@@ -123,6 +123,6 @@ def test_a_padded_map_at_full_bond_is_the_convolution() -> None:
     torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-5)
 
 
-def test_wrong_factors_are_refused_with_both_sides() -> None:
+def test_rejects_wrong_factors() -> None:
     with pytest.raises(UsageError, match="783 inputs and 256 outputs, but the layer has 784 and 256"):
         layer_structure(zoo.make("fc2"), ReplacedLayer("fc1", (27, 29), (16, 16)))

@@ -34,7 +34,7 @@ def run(asked: StudyRequest) -> tuple[Reproduction, list[str]]:
     return run_study(asked, said.append), said
 
 
-def test_rows_their_numbers_and_the_papers(digits: Path, tmp_path: Path) -> None:
+def test_rows_list_our_numbers_and_the_papers(digits: Path, tmp_path: Path) -> None:
     done, _ = run(request(digits, tmp_path / "out", runs=2))
     assert [(row.start, row.bond) for row in done.rows] == [
         (DENSE, 0), ("ttsvd", 2), ("random", 2), ("ttsvd", 16), ("random", 16),
@@ -54,7 +54,7 @@ def test_rows_their_numbers_and_the_papers(digits: Path, tmp_path: Path) -> None
             assert result.best == max(point["accuracy"] for point in result.curve)
 
 
-def test_starts_differ_only_where_they_should(digits: Path, tmp_path: Path) -> None:
+def test_starts_differ_only_in_initialisation(digits: Path, tmp_path: Path) -> None:
     """From TT-SVD a network begins near where dense training ended; random cores know nothing."""
     done, _ = run(request(digits, tmp_path / "out", choice=StudyChoice(bonds=(64,), epochs=3)))
     dense, fitted, drawn = done.rows
@@ -64,7 +64,7 @@ def test_starts_differ_only_where_they_should(digits: Path, tmp_path: Path) -> N
     assert dense.results[0].start < 50
 
 
-def test_an_interrupted_study_goes_on(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumes_an_interrupted_study(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = request(digits, tmp_path / "out")
     trained: list[str] = []
 
@@ -88,7 +88,7 @@ def test_an_interrupted_study_goes_on(digits: Path, tmp_path: Path, monkeypatch:
         assert ours.results[0].curve == theirs.results[0].curve
 
 
-def test_other_settings_are_another_network(digits: Path, tmp_path: Path) -> None:
+def test_settings_are_part_of_the_key(digits: Path, tmp_path: Path) -> None:
     asked = request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1), starts=("random",))
     run(asked)
     for other in (
@@ -103,7 +103,7 @@ def test_other_settings_are_another_network(digits: Path, tmp_path: Path) -> Non
     assert sum(line.endswith("stored") for line in again) == 2
 
 
-def test_two_factorings_share_the_dense_network(digits: Path, tmp_path: Path) -> None:
+def test_factorings_share_the_dense_network(digits: Path, tmp_path: Path) -> None:
     shape: Shapes = {"fc1": ((16, 16), (28, 28))}
     shapes = (("fc1=28x28:16x16", shape),)
     choice = StudyChoice(bonds=(2,), epochs=1, shapes=shapes)
@@ -114,7 +114,7 @@ def test_two_factorings_share_the_dense_network(digits: Path, tmp_path: Path) ->
     assert done.rows[2].published is None
 
 
-def test_a_validation_split_chooses_the_weights(digits: Path, tmp_path: Path) -> None:
+def test_validation_split_selects_the_weights(digits: Path, tmp_path: Path) -> None:
     asked = request(digits, tmp_path / "out", held_out=0.2, choice=StudyChoice(bonds=(2,), epochs=3))
     done, said = run(asked)
     assert "validation 60" in said[0] and "best on the validation split" in done.material.reported()
@@ -124,7 +124,7 @@ def test_a_validation_split_chooses_the_weights(digits: Path, tmp_path: Path) ->
         assert row.results[0].final == curve[chosen]["accuracy"]
 
 
-def test_a_damaged_result_is_named(digits: Path, tmp_path: Path) -> None:
+def test_names_a_damaged_result(digits: Path, tmp_path: Path) -> None:
     asked = request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1), starts=())
     run(asked)
     file = next((tmp_path / "out").glob("*.json"))
@@ -134,7 +134,7 @@ def test_a_damaged_result_is_named(digits: Path, tmp_path: Path) -> None:
     assert "remove it" in (error.value.hint or "")
 
 
-def test_without_weights_the_dense_network_is_trained_again(digits: Path, tmp_path: Path) -> None:
+def test_retrains_the_dense_network_without_weights(digits: Path, tmp_path: Path) -> None:
     asked = request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1), starts=("ttsvd",))
     before, _ = run(asked)
     for file in (tmp_path / "out").iterdir():
@@ -144,7 +144,7 @@ def test_without_weights_the_dense_network_is_trained_again(digits: Path, tmp_pa
     assert before.rows[1].results[0].curve == after.rows[1].results[0].curve
 
 
-def test_json_has_all_rows(digits: Path, tmp_path: Path) -> None:
+def test_json_lists_all_rows(digits: Path, tmp_path: Path) -> None:
     done, _ = run(request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1)))
     report = json.loads(json.dumps(done.as_dict()))
     assert report["schema"] == "mpoc.reproduction/1"
@@ -155,7 +155,7 @@ def test_json_has_all_rows(digits: Path, tmp_path: Path) -> None:
     assert report["rows"][0]["final"]["sigma"] is None
 
 
-def test_data_of_another_shape_are_refused(tmp_path: Path) -> None:
+def test_rejects_data_of_another_shape(tmp_path: Path) -> None:
     x = np.zeros((20, 1, 8, 8), dtype=np.uint8)
     np.savez(tmp_path / "small.npz", allow_pickle=False, x=x, y=np.arange(20) % 10)
     with pytest.raises(UsageError, match="fc2 takes images of 1×28×28, not npz"):
@@ -164,7 +164,7 @@ def test_data_of_another_shape_are_refused(tmp_path: Path) -> None:
         run(StudyRequest("picogpt", tmp_path / "small.npz", tmp_path / "out"))
 
 
-def test_a_text_is_measured_on_its_end(tmp_path: Path) -> None:
+def test_evaluates_text_on_its_end(tmp_path: Path) -> None:
     characters = "".join(map(chr, range(48, 113)))  # 65, as tiny Shakespeare has
     (tmp_path / "text.txt").write_text(characters * 200)
     asked = StudyRequest(
@@ -191,22 +191,22 @@ def test_a_text_is_measured_on_its_end(tmp_path: Path) -> None:
         ({"choice": StudyChoice(shapes=(("fc9=4:4", {"fc9": ((4,), (4,))}),))}, "fc9 is not replaced"),
     ],
 )
-def test_bad_requests(digits: Path, tmp_path: Path, more: dict[str, object], words: str) -> None:
+def test_rejects_bad_requests(digits: Path, tmp_path: Path, more: dict[str, object], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         run(request(digits, tmp_path / "out", **more))
 
 
-def test_unknown_names_are_answered_with_the_nearest() -> None:
+def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'lenet5'"):
         find_study("lenet")
 
 
-def test_bonds_of_layers_that_have_their_own_are_replaced_together() -> None:
+def test_replaces_bonds_of_layers_together() -> None:
     found = choose_studies(STUDIES["lenet5"], StudyChoice(bonds=(8, 2)))[0]
     assert found.bonds == (2, 8) and {layer.bond for layer in found.layers} == {None}
 
 
-def test_the_papers_training() -> None:
+def test_uses_the_training_of_the_paper() -> None:
     with pytest.raises(UsageError, match="--paper: the source of raster order tells no training"):
         choose_studies(STUDIES["harada"], StudyChoice(paper=True))
     for found in (study for study in STUDIES.values() if study.name != "harada"):

@@ -26,7 +26,7 @@ def _as_in_pyproject(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "requires", lambda name: lines)
 
 
-def test_all_that_pyproject_asks_for_is_told() -> None:
+def test_lists_all_requirements() -> None:
     found = {package.name: package for package in packages()}
     assert found["Python"].needs == ">=3.11"
     assert (found["torch"].needs, found["torch"].extra) == (">=2.6,<2.14", None)
@@ -37,7 +37,7 @@ def test_all_that_pyproject_asks_for_is_told() -> None:
     assert "pytest" not in found
 
 
-def test_versions_are_those_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_installed_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {p.name: p.version for p in packages()}["torch"] == metadata.version("torch")
 
     def none(name: str) -> str:
@@ -50,7 +50,7 @@ def test_versions_are_those_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("version", "right"), [("2.5.9", False), ("2.6.0", True), ("2.13.1+cu130", True), ("2.14.0", False)]
 )
-def test_what_is_right_and_what_mends_it(version: str, right: bool) -> None:
+def test_checks_bounds_and_suggests_fixes(version: str, right: bool) -> None:
     package = Package("torch", version, ">=2.6,<2.14")
     assert package.is_right == right
     assert package.mend == "pip install 'torch>=2.6,<2.14'"

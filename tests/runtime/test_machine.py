@@ -12,14 +12,14 @@ from mpoc.runtime import device as machine
 from mpoc.runtime.device import DeviceInfo, devices, free_disk, memory, usable_cpus
 
 
-def test_processors_and_memory_can_be() -> None:
+def test_counts_processors_and_memory() -> None:
     assert 1 <= usable_cpus() <= (os.cpu_count() or 1)
     total, free = memory()
     assert total is None or total > 10**8
     assert total is None or free is None or free > 0
 
 
-def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_respects_container_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "max").write_text("max\n")
     monkeypatch.setattr(machine, "_LIMIT", tmp_path / "max")
     whole = memory()[0]
@@ -27,14 +27,14 @@ def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert memory()[0] == (None if whole is None else 123_456_789)
 
 
-def test_room_here_and_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reports_free_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert free_disk().keys() == {str(tmp_path), tempfile.gettempdir()}
     monkeypatch.chdir(tempfile.gettempdir())
     assert len(free_disk()) == 1
 
 
-def test_no_gpu_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explains_a_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def old_driver() -> bool:
         warnings.warn("the driver is too old", stacklevel=1)
         return False
@@ -48,7 +48,7 @@ def test_no_gpu_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices() == ([], ["torch is built for 13.0, but sees no GPU", "the driver is too old"])
 
 
-def test_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     class Properties:
         total_memory = 10**9
 

@@ -10,7 +10,7 @@ from tests.support.process import environment
 
 
 @pytest.mark.parametrize("status", [0, 3])
-def test_a_process_that_talked_ends_at_once_with_all_it_said(status: int) -> None:
+def test_exit_flushes_output_and_skips_finalisation(status: int) -> None:
     code = (
         "import atexit, sys; from mpoc.runtime.distributed import exit_process, note_gloo_used;"
         "note_gloo_used();"
@@ -20,7 +20,7 @@ def test_a_process_that_talked_ends_at_once_with_all_it_said(status: int) -> Non
     assert (done.returncode, done.stdout, done.stderr) == (status, "said\n", "too")
 
 
-def test_any_other_ends_as_usual() -> None:
+def test_exits_normally_without_gloo() -> None:
     with pytest.raises(SystemExit) as ended:
         exit_process(3)
     assert ended.value.code == 3

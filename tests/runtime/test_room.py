@@ -41,12 +41,12 @@ def chain(folder: Path, sites: int) -> Path:
     return folder / "c.safetensors"
 
 
-def test_a_small_one_expands(tmp_path: Path) -> None:
+def test_expands_a_small_file(tmp_path: Path) -> None:
     expand_checkpoint(chain(tmp_path, 5), tmp_path / "d.safetensors")
     assert (tmp_path / "d.safetensors").stat().st_size > 4 * 32 * 32
 
 
-def test_terabytes_from_a_kilobyte(run: Mpoc, tmp_path: Path) -> None:
+def test_rejects_terabytes_from_a_kilobyte(run: Mpoc, tmp_path: Path) -> None:
     source = chain(tmp_path, 20)
     assert source.stat().st_size < 5000
     assert read_manifest(source).rho < 1e-9  # a report can be made of it
@@ -56,12 +56,12 @@ def test_terabytes_from_a_kilobyte(run: Mpoc, tmp_path: Path) -> None:
     assert contents(run.folder) == {}
 
 
-def test_a_number_that_counts_no_bytes(tmp_path: Path) -> None:
+def test_rejects_overflowing_sizes(tmp_path: Path) -> None:
     with pytest.raises(MpocError, match="damaged manifest"):
         read_manifest(chain(tmp_path, 32))
 
 
-def test_what_fits_is_let_through(tmp_path: Path) -> None:
+def test_accepts_output_that_fits(tmp_path: Path) -> None:
     require_memory(tmp_path, "a", 1000)
     require_disk_space(tmp_path / "out", 1000)
     with pytest.raises(MpocError, match=r"tensor 'a' takes 1e\+03 PB|tensor 'a' takes .* TB"):

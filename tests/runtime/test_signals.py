@@ -13,7 +13,7 @@ def stop(number: int, frame: object) -> None:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_waits_and_stops_once(signum: signal.Signals) -> None:
+def test_signal_is_deferred_and_raised_once(signum: signal.Signals) -> None:
     before, done = signal.signal(signum, stop), []
     try:
         with pytest.raises(KeyboardInterrupt), defer_signals():
@@ -29,7 +29,7 @@ def test_a_signal_waits_and_stops_once(signum: signal.Signals) -> None:
         signal.signal(signum, before)
 
 
-def test_a_signal_that_is_ignored_stays_so() -> None:
+def test_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with defer_signals():
@@ -38,7 +38,7 @@ def test_a_signal_that_is_ignored_stays_so() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_other_threads_change_no_handlers() -> None:
+def test_other_threads_keep_handlers() -> None:
     seen: list[object] = []
 
     def work() -> None:

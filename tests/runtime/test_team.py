@@ -12,7 +12,7 @@ from tests.support.process_groups import in_threads
 
 
 @given(st.lists(st.floats(0, 100), max_size=30), st.integers(1, 5))
-def test_work_is_shared_out_whole_and_evenly(costs: list[float], size: int) -> None:
+def test_splits_work_evenly(costs: list[float], size: int) -> None:
     shares = [ProcessGroup(rank, size).own_indices(costs) for rank in range(size)]
     assert sorted(number for share in shares for number in share) == list(range(len(costs)))
     loads = [sum(costs[number] for number in share) for share in shares]
@@ -21,7 +21,7 @@ def test_work_is_shared_out_whole_and_evenly(costs: list[float], size: int) -> N
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_each_piece_is_done_once_and_known_to_all(size: int) -> None:
+def test_map_runs_each_item_once_and_shares_results(size: int) -> None:
     done: list[int] = []
 
     def square(number: int) -> int:
@@ -37,12 +37,12 @@ def test_each_piece_is_done_once_and_known_to_all(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_the_first_may_be_the_only_one_to_know(size: int) -> None:
+def test_broadcasts_from_the_main_process(size: int) -> None:
     found = in_threads(size, lambda group: list(group.map_to_main("abcd", str.upper)))
     assert found == [list("ABCD"), *[[None] * 4] * (size - 1)]
 
 
-def test_an_error_of_one_ends_all() -> None:
+def test_error_in_one_process_raises_in_all() -> None:
     def ended(group: ProcessGroup, error: Exception) -> list[str]:
         def work(number: int) -> None:
             if number == 1:
@@ -64,7 +64,7 @@ def test_an_error_of_one_ends_all() -> None:
     assert found[0][0] == "MpocError" and "ZeroDivisionError('x')" in found[0][1]
 
 
-def test_one_process_needs_nobody() -> None:
+def test_single_process_needs_no_group() -> None:
     with process_group() as alone:
         assert alone == ProcessGroup()
         assert alone.is_main

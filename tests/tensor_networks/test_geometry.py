@@ -18,7 +18,7 @@ PLAIN = Geometry((4, 4), (4, 4), (3, 3), (1, 1), (1, 1), (1, 1))
 
 @SOME
 @given(convolutions())
-def test_the_output_size_is_torch_s(drawn: tuple[Any, tuple[int, ...]]) -> None:
+def test_output_size_matches_torch(drawn: tuple[Any, tuple[int, ...]]) -> None:
     conv, size = drawn
     x = torch.zeros(1, conv.in_channels, *size, dtype=torch.float64)
     geometry = make_geometry(
@@ -27,7 +27,7 @@ def test_the_output_size_is_torch_s(drawn: tuple[Any, tuple[int, ...]]) -> None:
     assert geometry.output_size == conv(x).shape[2:]
 
 
-def test_shifts_by_hand() -> None:
+def test_shifts_match_hand_computed_values() -> None:
     def shifts(mode: str) -> list[list[tuple[int, int]]]:
         return make_geometry((1, 1, 3), (3,), (2,), (1,), (1,), padding_mode=mode).shifts(0)
 
@@ -37,7 +37,7 @@ def test_shifts_by_hand() -> None:
     assert shifts("replicate") == [[(0, 0), (1, 1)], [(0, 0), (1, 2)], [(0, 1), (1, 2)]]
 
 
-def test_the_default_padding_keeps_the_size() -> None:
+def test_default_padding_keeps_the_size() -> None:
     assert make_geometry((2, 2, 3, 5), (8, 9)).padding == (1, 2)
     wide = make_geometry((2, 2, 3), (9,), dilation=(2,))
     assert (wide.padding, wide.output_size) == ((2,), (9,))
@@ -56,7 +56,7 @@ def test_the_default_padding_keeps_the_size() -> None:
         ({"size": (2, 2), "padding": (3,), "padding_mode": "circular"}, "too wide to be circular"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments: dict[str, object], said: str) -> None:
+def test_rejects_geometries_that_do_not_fit(arguments: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         make_geometry((8, 4, 3, 3), **arguments)  # type: ignore[arg-type]
 
@@ -73,13 +73,13 @@ def test_what_does_not_fit_is_refused(arguments: dict[str, object], said: str) -
         {"padding_mode": "mirror"},
     ],
 )
-def test_check_finds_damage(changes: dict[str, object]) -> None:
+def test_check_detects_damage(changes: dict[str, object]) -> None:
     PLAIN.check((8, 4, 3, 3))
     with pytest.raises(ValueError, match="no geometry of a kernel"):
         Geometry(**{**vars(PLAIN), **changes}).check((8, 4, 3, 3))
 
 
-def test_factors_by_axis_by_hand() -> None:
+def test_axis_factors_match_hand_computed_values() -> None:
     assert factors_by_axis((2, 8, 2), (2, 2, 8)) == ((2, 1, 1), (1, 2, 4), (1, 1, 2))
     assert factors_by_axis((32,), (2, 2, 8)) == ((2, 2, 8),)
     assert factors_by_axis((1, 4, 1), (1, 4)) == ((1, 1), (1, 4), (1, 1))

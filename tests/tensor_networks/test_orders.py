@@ -45,14 +45,14 @@ def by_blocks(height: int, width: int, parts: list[tuple[int, int]]) -> list[int
         (3, 5, (15,), [(3, 5)]),
     ],
 )
-def test_each_site_has_a_part_of_the_height_and_of_the_width(
+def test_sites_split_height_and_width(
     height: int, width: int, factors: tuple[int, ...], parts: list[tuple[int, int]]
 ) -> None:
     found = permutation(f"morton:{height}x{width}", height * width, factors)
     assert found == tuple(by_blocks(height, width, parts))
 
 
-def test_the_channels_of_a_pixel_stay_together() -> None:
+def test_channels_of_a_pixel_stay_together() -> None:
     found = permutation("morton:3x4x4", 48, (4, 12))
     plane = by_blocks(4, 4, [(2, 2), (2, 2)])
     assert found == tuple(channel * 16 + place for place in plane for channel in range(3))
@@ -60,9 +60,7 @@ def test_the_channels_of_a_pixel_stay_together() -> None:
 
 @SOME
 @given(st.integers(1, 3), st.integers(1, 24), st.integers(1, 24), st.integers(1, 40))
-def test_a_permutation_for_any_image_and_the_factors_chosen_for_it(
-    channels: int, height: int, width: int, outputs: int
-) -> None:
+def test_order_is_a_permutation_for_any_image(channels: int, height: int, width: int, outputs: int) -> None:
     order, inputs = f"morton:{channels}x{height}x{width}", channels * height * width
     outer, inner = ordered_factors(order, outputs, inputs, None)
     assert len(outer) == len(inner) and math.prod(inner) == inputs
@@ -78,13 +76,13 @@ def test_a_permutation_for_any_image_and_the_factors_chosen_for_it(
         ("learned", 256, 784, ((4, 4, 4, 4), (4, 4, 7, 7))),
     ],
 )
-def test_factors_chosen_for_an_order(
+def test_chooses_factors_for_an_order(
     order: str, outputs: int, inputs: int, expected: tuple[tuple[int, ...], ...]
 ) -> None:
     assert ordered_factors(order, outputs, inputs, None) == expected
 
 
-def test_no_more_sites_than_asked_for() -> None:
+def test_respects_the_requested_number_of_sites() -> None:
     assert ordered_factors("morton:28x28", 256, 784, 2) == ((16, 16), (16, 49))
 
 
@@ -97,37 +95,37 @@ def test_no_more_sites_than_asked_for() -> None:
         ("re:a=b=morton:3x32x32", OrderRule("re:a=b", "morton:3x32x32")),
     ],
 )
-def test_as_text(text: str, rule: OrderRule) -> None:
+def test_order_round_trips_text(text: str, rule: OrderRule) -> None:
     assert parse_order(text) == rule
 
 
 @pytest.mark.parametrize(
     "text", ["", "zorder", "morton", "morton:28", "morton:0x28", "=raster", "morton:1x2x3x4", "fc1="]
 )
-def test_text_that_is_no_order(text: str) -> None:
+def test_rejects_malformed_orders(text: str) -> None:
     with pytest.raises(UsageError, match="is not an order"):
         parse_order(text)
 
 
-def test_which_inputs_an_order_fits() -> None:
+def test_order_fits_matching_inputs() -> None:
     assert order_fits("morton:3x4x4", 48) and not order_fits("morton:4x4", 48)
     assert order_fits("learned", 7) and order_fits("", 7)
 
 
 @pytest.mark.parametrize("kind", ["conv2d", "embedding"])
-def test_of_linear_maps_only(kind: str) -> None:
+def test_orders_apply_to_linear_maps_only(kind: str) -> None:
     shape = (16, 16, 3, 3) if kind == "conv2d" else (16, 16)
     with pytest.raises(UsageError, match=f"is not of a {kind} weight"):
         make_structure(kind, shape, order="morton:4x4")
 
 
-def test_of_an_image_of_another_size() -> None:
+def test_rejects_images_of_another_size() -> None:
     with pytest.raises(UsageError, match="morton:4x5: is not of a linear weight with 16 inputs"):
         make_structure("linear", (16, 16), order="morton:4x5")
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 1, 1, 2), (0, 1, 2, 4), "morton:1x3", "learned", "spiral"])
-def test_what_is_no_order_of_the_inputs(order: str | tuple[int, ...]) -> None:
+def test_rejects_orders_that_are_not_permutations(order: str | tuple[int, ...]) -> None:
     structure = Structure("linear", (4, 4), False, (2, 2), (2, 2), order=order)
     with pytest.raises(ValueError, match=r"order|morton"):
         _ = structure.permutation

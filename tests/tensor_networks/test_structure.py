@@ -46,19 +46,19 @@ PAPER = [
 
 
 @pytest.mark.parametrize(("inputs", "outputs", "bond", "count"), PAPER)
-def test_parameters_of_the_papers_networks(
+def test_parameter_counts_match_the_papers(
     inputs: tuple[int, ...], outputs: tuple[int, ...], bond: int, count: int
 ) -> None:
     structure = linear(inputs, outputs)
     assert structure.num_parameters(bond) == eq_6(inputs, outputs, bond) == count
 
 
-def test_vgg_total_of_the_paper() -> None:
+def test_vgg_total_matches_the_paper() -> None:
     counts = [linear(i, o).num_parameters(d) for i, o, d, _ in PAPER[2:]]
     assert counts[0] + sum(counts) == 10_944  # two whole-map convolutions, three linear layers
 
 
-def test_taps_site_costs_its_own_row() -> None:
+def test_taps_site_adds_its_own_parameters() -> None:
     structure = make_structure("conv2d", (64, 32, 3, 3), factors=((8, 8), (4, 8)))
     assert structure.output_factors == (1, 8, 8)
     assert structure.input_factors == (9, 4, 8)
@@ -79,7 +79,7 @@ def test_taps_site_costs_its_own_row() -> None:
         ("experts", (4, 6, 10), True, (4, 10, 6)),
     ],
 )
-def test_every_kind_is_read_as_lead_outputs_inputs(
+def test_every_kind_has_lead_outputs_and_inputs(
     kind: str, shape: tuple[int, ...], transposed: bool, expected: tuple[int, int, int]
 ) -> None:
     structure = make_structure(kind, shape, transposed)
@@ -101,7 +101,7 @@ def test_lead_site_carries_taps_as_inputs_and_experts_as_outputs() -> None:
 
 @SOME
 @given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=2, max_size=5))
-def test_full_bonds_are_the_ranks_of_a_random_tensors_unfoldings(factors: list[tuple[int, int]]) -> None:
+def test_full_bonds_are_the_ranks_of_unfoldings(factors: list[tuple[int, int]]) -> None:
     outputs, inputs = (tuple(side) for side in zip(*factors, strict=True))
     structure = linear(inputs, outputs)
     tensor = np.random.default_rng(0).standard_normal(structure.site_sizes)
@@ -126,7 +126,7 @@ def test_bonds_obey_the_cap_and_parameters_count_the_cores(
 
 @SOME
 @given(WEIGHTS)
-def test_full_bond_is_the_smallest_cap_that_caps_nothing(weight: tuple[str, tuple[int, ...]]) -> None:
+def test_full_bond_is_the_smallest_neutral_cap(weight: tuple[str, tuple[int, ...]]) -> None:
     structure = make_structure(*weight)
     full = structure.full_bond
     assert structure.bonds(full) == structure.bonds(10**9)
@@ -135,7 +135,7 @@ def test_full_bond_is_the_smallest_cap_that_caps_nothing(weight: tuple[str, tupl
 
 @SOME
 @given(WEIGHTS)
-def test_padding_is_at_most_a_tenth_of_a_side_and_sites_are_even(weight: tuple[str, tuple[int, ...]]) -> None:
+def test_padding_is_at_most_a_tenth_of_a_side(weight: tuple[str, tuple[int, ...]]) -> None:
     structure = make_structure(*weight)
     skip = structure.lead_sites
     sides = (structure.outputs, structure.output_factors), (structure.inputs, structure.input_factors)
@@ -151,14 +151,14 @@ def test_padding_is_at_most_a_tenth_of_a_side_and_sites_are_even(weight: tuple[s
 
 @pytest.mark.parametrize("size", [1009, 30522, 50257])
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
-def test_awkward_sizes_get_factors_near_their_root(size: int, count: int) -> None:
+def test_awkward_sizes_get_balanced_factors(size: int, count: int) -> None:
     factors = balanced_factors(size, count)
     assert len(factors) == count
     assert size <= math.prod(factors) <= 1.05 * size
     assert max(factors) <= 1.3 * size ** (1 / count)
 
 
-def test_ten_outputs_are_two_times_five() -> None:
+def test_factors_ten_as_two_times_five() -> None:
     structure = make_structure("linear", (10, 64))
     assert structure.output_factors == (5, 2)
     assert structure.padding == (0, 0)
@@ -172,7 +172,7 @@ def test_smooth_sizes_are_not_padded(size: int, count: int) -> None:
 
 @SOME
 @given(st.integers(2, 120), st.integers(2, 4))
-def test_an_exact_factorisation_has_the_smallest_sum(size: int, count: int) -> None:
+def test_exact_factorisation_has_the_smallest_sum(size: int, count: int) -> None:
     def brute(rest: int, left: int, least: int) -> list[tuple[int, ...]]:
         if left == 1:
             return [(rest,)] if rest >= least else []
@@ -192,22 +192,22 @@ def test_an_exact_factorisation_has_the_smallest_sum(size: int, count: int) -> N
     ("outputs", "inputs", "sites"),
     [(256, 784, 4), (1023, 1023, 4), (1024, 64, 5), (4096, 4096, 5), (8, 4096, 3), (2, 9000, 1), (1, 5, 1)],
 )
-def test_default_sites_are_the_papers(outputs: int, inputs: int, sites: int) -> None:
+def test_default_sites_match_the_papers(outputs: int, inputs: int, sites: int) -> None:
     assert default_sites(outputs, inputs) == sites
 
 
 @pytest.mark.parametrize("sites", [2, 3, 4, 5])
-def test_sites_asked_for_are_given_besides_the_lead_site(sites: int) -> None:
+def test_requested_sites_exclude_the_lead_site(sites: int) -> None:
     assert len(make_structure("linear", (256, 784), sites=sites).output_factors) == sites
     assert len(make_structure("conv2d", (64, 64, 3, 3), sites=sites).output_factors) == sites + 1
 
 
-def test_fewer_sites_where_a_side_is_too_small() -> None:
+def test_small_sides_get_fewer_sites() -> None:
     assert make_structure("linear", (6, 4096), sites=5).output_factors == (3, 2)
     assert make_structure("linear", (7, 4096)).output_factors == (7,)
 
 
-def test_given_factors_may_come_with_the_lead_site_or_without() -> None:
+def test_given_factors_may_include_the_lead_site() -> None:
     without = make_structure("experts", (4, 6, 10), factors=((3, 2), (2, 5)))
     assert without == make_structure("experts", (4, 6, 10), factors=((4, 3, 2), (1, 2, 5)))
     assert without.output_factors == (4, 3, 2)
@@ -220,7 +220,7 @@ def test_given_factors_may_come_with_the_lead_site_or_without() -> None:
         (((2, 3), (10,)), "1 input factors against 2 output factors"),
     ],
 )
-def test_factors_that_do_not_multiply_out_are_refused(
+def test_rejects_factors_with_a_wrong_product(
     factors: tuple[tuple[int, ...], tuple[int, ...]], said: str
 ) -> None:
     with pytest.raises(UsageError, match=said):
@@ -229,7 +229,7 @@ def test_factors_that_do_not_multiply_out_are_refused(
 
 @SOME
 @given(WEIGHTS)
-def test_same_weight_same_structure(weight: tuple[str, tuple[int, ...]]) -> None:
+def test_is_deterministic(weight: tuple[str, tuple[int, ...]]) -> None:
     first = make_structure(*weight)
     balanced_factors.cache_clear()
     assert make_structure(*weight) == first

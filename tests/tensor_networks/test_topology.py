@@ -14,7 +14,7 @@ SIDES = st.integers(1, 13).flatmap(
 
 
 @pytest.mark.parametrize("bond", [2, 3])
-def test_the_mera_of_hallam_has_the_papers_parameters(bond: int) -> None:
+def test_mera_parameters_match_hallam(bond: int) -> None:
     """Both layers, 4096 → 4096 → 64, hold 6 D⁴ + 28 D³ + 60 D²."""
     first = mera((2,) * 12, (2,) * 12, bond)
     second = mera((1, 2) * 6, (2,) * 12, bond)  # the outputs of the first isometries are fixed
@@ -24,7 +24,7 @@ def test_the_mera_of_hallam_has_the_papers_parameters(bond: int) -> None:
     assert count == {2: 560, 3: 1782}[bond]
 
 
-def test_a_mera_keeps_intermediates_small() -> None:
+def test_mera_intermediates_are_small() -> None:
     size = largest = 2**12
     for core in mera((2,) * 12, (2,) * 12, 3):
         size = size * math.prod(core.shape[:2]) // math.prod(core.shape[2:])
@@ -33,7 +33,7 @@ def test_a_mera_keeps_intermediates_small() -> None:
 
 
 @given(SIDES, st.sampled_from(TOPOLOGIES))
-def test_every_leg_has_its_place(sides: tuple[list[int], list[int]], network: str) -> None:
+def test_every_leg_is_connected(sides: tuple[list[int], list[int]], network: str) -> None:
     outputs, inputs = map(tuple, sides)
     bonds = (3,) * num_bonds(network, len(outputs))
     if network == "chain":
@@ -53,7 +53,7 @@ def test_every_leg_has_its_place(sides: tuple[list[int], list[int]], network: st
 
 
 @given(SIDES)
-def test_a_core_of_a_mera_finds_what_it_takes(sides: tuple[list[int], list[int]]) -> None:
+def test_mera_cores_find_their_inputs(sides: tuple[list[int], list[int]]) -> None:
     outputs, inputs = sides
     there = {f"i{k + 1}" for k in range(len(inputs))}
     for core in mera(outputs, inputs, 2):
@@ -66,7 +66,7 @@ def test_a_core_of_a_mera_finds_what_it_takes(sides: tuple[list[int], list[int]]
 
 
 @given(st.integers(2, 40))
-def test_branches_of_a_tree_come_children_first(sites: int) -> None:
+def test_tree_branches_list_children_first(sites: int) -> None:
     found = branches(sites)
     assert len(found) == num_bonds("tree", sites) == 2 * sites - 3
     for k, span in enumerate(found):

@@ -23,14 +23,14 @@ def varies(network: nn.Module, **given: torch.Tensor) -> bool:
     return not torch.equal(value, getattr(second, "last_hidden_state", second))
 
 
-def test_none_is_left_in_a_transformer() -> None:
+def test_removes_all_dropout_from_a_transformer() -> None:
     network = encoder(2)
     assert varies(network, **texts())
     set_dropout(network, 0.0)
     assert not varies(network, **texts())
 
 
-def test_numbers_in_modules_count_too() -> None:
+def test_removes_dropout_given_as_numbers() -> None:
     config = transformers.LlamaConfig(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
         attention_dropout=0.4,
@@ -42,7 +42,7 @@ def test_numbers_in_modules_count_too() -> None:
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.5])
-def test_every_module_gets_it(probability: float) -> None:
+def test_sets_dropout_in_every_module(probability: float) -> None:
     network = nn.Sequential(nn.Dropout(0.3), nn.Dropout2d(0.2), nn.TransformerEncoderLayer(8, 2, dropout=0.1))
     set_dropout(network, probability)
     found = [m.p for m in network.modules() if hasattr(m, "p")]

@@ -38,12 +38,12 @@ def asked(folder: Path, data: str = "digits.npz", **options: Any) -> EvaluationR
     return EvaluationRequest(folder / "fc2.mpo.safetensors", DataOptions(folder / data), **options)
 
 
-def test_a_reference_that_records_another_network(folder: Path) -> None:
+def test_reference_uses_its_recorded_network(folder: Path) -> None:
     found = evaluate_file(asked(folder, reference=folder / "lenet5.mpo.safetensors"))
     assert found.scores.keys() == {"cosine", "relative_error", "kl", "agreement"}
 
 
-def test_a_stand_in_is_the_reference_only_where_there_is_no_task(folder: Path) -> None:
+def test_original_is_the_reference_only_without_a_task(folder: Path) -> None:
     other = folder / "lenet5.mpo.safetensors"
     found = evaluate_file(asked(folder, stand_in=other))
     assert (found.metric, found.higher_is_better, found.reference) == ("agreement", True, other)
@@ -62,7 +62,7 @@ def test_a_stand_in_is_the_reference_only_where_there_is_no_task(folder: Path) -
         ("accuracy", True, 50.0, 60.0, -10.0),
     ],
 )
-def test_a_drop_is_a_loss_of_the_metric(
+def test_drop_is_a_loss_of_the_metric(
     metric: str, higher: bool, before: float, after: float, drop: float
 ) -> None:
     first, second = (
@@ -72,7 +72,7 @@ def test_a_drop_is_a_loss_of_the_metric(
     assert second.drop_from(first) == drop
 
 
-def test_a_teacher_that_records_another_network(folder: Path) -> None:
+def test_teacher_uses_its_recorded_network(folder: Path) -> None:
     request = FinetuneRequest(
         folder / "fc2.mpo.safetensors", DataOptions(folder / "digits.npz"), Settings(steps=1),
         folder / "out.safetensors", teacher=folder / "lenet5.mpo.safetensors", device="cpu",
@@ -91,7 +91,7 @@ def test_a_teacher_that_records_another_network(folder: Path) -> None:
         ({"task": "distillation"}, "--task distillation: of mpoc finetune"),
     ],
 )
-def test_what_is_refused(folder: Path, options: dict[str, Any], said: str) -> None:
+def test_rejects_bad_requests(folder: Path, options: dict[str, Any], said: str) -> None:
     if "reference" in options:
         options = options | {"reference": folder / options["reference"]}
     with pytest.raises(UsageError, match=said):

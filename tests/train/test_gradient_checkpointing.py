@@ -82,7 +82,7 @@ def step(network: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor], int
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_same_gradients_and_statistics_and_less_kept(name: str) -> None:
+def test_keeps_gradients_and_saves_memory(name: str) -> None:
     make, x = NETWORKS[name]
     network = make()
     other = copy.deepcopy(network)
@@ -98,7 +98,7 @@ def test_the_same_gradients_and_statistics_and_less_kept(name: str) -> None:
     assert step(other, x)[2] == most
 
 
-def test_a_training_gives_the_same_bits_and_leaves_the_network_as_it_was() -> None:
+def test_training_is_bit_identical_and_restores_the_network() -> None:
     found = []
     for recompute in (False, True):
         network = perceptron(dropout=0.3)
@@ -108,6 +108,6 @@ def test_a_training_gives_the_same_bits_and_leaves_the_network_as_it_was() -> No
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_single_layer_has_nothing_to_recompute() -> None:
+def test_rejects_single_layers() -> None:
     with pytest.raises(UsageError, match="Linear is one layer"):
         enable_gradient_checkpointing(nn.Linear(3, 3))

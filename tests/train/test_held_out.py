@@ -46,7 +46,7 @@ def measured(source: Path, data: Path, **options: Any) -> tuple[FileEvaluation, 
     return evaluate_file(request, said.append), said
 
 
-def test_all_of_it_where_the_network_was_not_trained_on_it(lone: Path) -> None:
+def test_evaluates_all_of_an_unused_data_set(lone: Path) -> None:
     found, said = measured(lone.with_name("fc2.safetensors"), lone)
     assert (found.split, found.examples) == ("train", 200)
     assert "all of it is measured: no training of the network on this set is recorded" in said
@@ -56,7 +56,7 @@ def test_all_of_it_where_the_network_was_not_trained_on_it(lone: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "count"), [({}, 20), ({"held_out": 0.25}, 50)])
-def test_what_its_training_held_out(lone: Path, options: dict[str, Any], count: int) -> None:
+def test_evaluates_what_training_held_out(lone: Path, options: dict[str, Any], count: int) -> None:
     source = tuned(lone, **options)
     moved = lone.rename(lone.with_name("moved.npz"))
     found, said = measured(source, moved)
@@ -74,20 +74,20 @@ def test_what_its_training_held_out(lone: Path, options: dict[str, Any], count: 
         assert torch.equal(learnt.indices, seen.indices)
 
 
-def test_a_network_trained_on_all_of_it(lone: Path) -> None:
+def test_notes_an_evaluation_on_training_data(lone: Path) -> None:
     found, said = measured(tuned(lone, held_out=0.0), lone)
     assert found.examples == 200
     assert "all of it is measured, and all of it is what the network was trained on" in said
 
 
-def test_a_share_that_is_asked_for(lone: Path) -> None:
+def test_evaluates_a_requested_share(lone: Path) -> None:
     source = lone.with_name("fc2.safetensors")
     assert measured(source, lone, held_out=0.5)[0].examples == 100
     with pytest.raises(UsageError, match=r"--hold-out -0\.5: must be at least 0 and below 1"):
         measured(source, lone, held_out=-0.5)
 
 
-def test_text_is_measured_in_order_and_whole(tmp_path: Path) -> None:
+def test_evaluates_text_whole_and_in_order(tmp_path: Path) -> None:
     save_file(zoo.make(GPT).state_dict(), tmp_path / "gpt.safetensors")
     (tmp_path / "a.txt").write_text("abcab" * 32)
     model = open_model(tmp_path / "gpt.safetensors", GPT)

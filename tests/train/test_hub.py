@@ -19,7 +19,7 @@ WORDS = [*"abcdefghijklmn"]
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_distilled_towards_the_original(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distils_towards_the_original(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     dense = tiny(kind)
     done = compress(dense, tmp_path, bond=2)

@@ -20,7 +20,7 @@ from tests.train.small import blobs, loader, perceptron, run, weights
 
 class TestAgainstAHandWrittenLoop:
     @pytest.mark.parametrize("nesterov", [False, True])
-    def test_sgd_with_the_coupled_l2_of_eq_7(self, nesterov: bool) -> None:
+    def test_sgd_uses_the_coupled_l2_of_eq_7(self, nesterov: bool) -> None:
         """v ← μ v + g + λ w, w ← w − η (v, or g + λ w + μ v with Nesterov), on all parameters."""
         eta, mu, lam = 0.1, 0.9, 0.01
         network, ours = perceptron(), perceptron()
@@ -39,7 +39,7 @@ class TestAgainstAHandWrittenLoop:
                     w.sub_(eta * (full + mu * v if nesterov else v))
         torch.testing.assert_close(weights(ours), weights(network), rtol=0, atol=1e-6)
 
-    def test_the_l2_is_the_gradient_of_half_the_square(self) -> None:
+    def test_l2_is_the_gradient_of_half_the_square(self) -> None:
         """Eq. (7): one step with λ is one step on loss + (λ/2) Σ w², whatever the optimiser."""
         lam = 0.05
         for name in ("sgd", "adamw"):
@@ -55,7 +55,7 @@ class TestAgainstAHandWrittenLoop:
             optimizer.step()
             torch.testing.assert_close(weights(ours), weights(network), rtol=1e-5, atol=1e-7)
 
-    def test_clip_bounds_the_gradient_of_the_data_and_not_the_l2(self) -> None:
+    def test_clips_the_data_gradient_but_not_the_l2(self) -> None:
         """w ← w − η (g · c/‖g‖ + λ w), where ‖g‖ over all parameters is above c."""
         eta, lam, c = 0.1, 0.5, 0.01
         network, ours = perceptron(), perceptron()
@@ -81,7 +81,7 @@ class TestAgainstAHandWrittenLoop:
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_is_one_large_batch(parts: int) -> None:
+def test_accumulation_matches_one_large_batch(parts: int) -> None:
     """Also for the last batch of an epoch, which is smaller."""
     whole, cut = perceptron(), perceptron()
     run(whole, loader(90))
@@ -89,7 +89,7 @@ def test_accumulation_is_one_large_batch(parts: int) -> None:
     torch.testing.assert_close(weights(cut), weights(whole), rtol=0, atol=1e-6)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
+def test_is_seeded() -> None:
     found = []
     for seed in (3, 3, 4):
         network = perceptron(dropout=0.3)
@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not() -> None:
 
 
 class TestOrder:
-    def test_an_epoch_is_every_example_once_for_any_processes_and_parts(self) -> None:
+    def test_epoch_visits_every_example_once(self) -> None:
         examples = loader(90).examples
         whole = ExampleOrder(examples, 16, seed=1)
         shares = [ExampleOrder(examples, 16, 2, rank, 2, seed=1) for rank in range(2)]
@@ -110,7 +110,7 @@ class TestOrder:
         first = torch.cat([whole.indices(step)[0] for step in range(whole.steps_per_epoch)])
         assert sorted(first.tolist()) == list(range(90))
 
-    def test_texts_of_about_one_length_go_together_and_each_comes_once(self) -> None:
+    def test_batches_texts_of_similar_length(self) -> None:
         generator = torch.Generator().manual_seed(0)
         lengths = torch.randint(1, 200, (330,), generator=generator)
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
@@ -128,12 +128,12 @@ class TestOrder:
         again = ExampleOrder(documents, 16, seed=1)
         assert torch.equal(again.indices(30)[0], batches[30])
 
-    def test_a_last_batch_too_small_for_its_parts_is_left_out(self) -> None:
+    def test_drops_a_last_batch_smaller_than_its_parts(self) -> None:
         examples = loader(34).examples
         assert ExampleOrder(examples, 16).steps_per_epoch == 3
         assert ExampleOrder(examples, 16, 2).steps_per_epoch == 2
 
-    def test_draws_are_those_of_the_step_however_it_is_reached(self) -> None:
+    def test_augmentation_depends_on_the_step_only(self) -> None:
         x, y = blobs()
 
         def noisy(
@@ -151,7 +151,7 @@ class TestOrder:
 
 
 class TestSchedules:
-    def test_cosine_with_warm_up(self) -> None:
+    def test_cosine_schedule_with_warm_up(self) -> None:
         settings = Settings(lr=2.0, warmup=0.1)
         rates = [learning_rate(settings, step, 100, 10) for step in range(100)]
         assert rates[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)])
@@ -159,14 +159,14 @@ class TestSchedules:
         assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
         assert 0 < rates[-1] < 1e-3
 
-    def test_exponential_falls_at_epochs(self) -> None:
+    def test_exponential_schedule_decays_at_epochs(self) -> None:
         settings = Settings(lr=0.8, schedule="exponential", gamma=0.5, decay_every=2)
         rates = [learning_rate(settings, step, 60, 10) for step in range(60)]
         assert rates == [0.8] * 20 + [0.4] * 20 + [0.2] * 20
 
 
 class TestEvaluationsOnTheWay:
-    def test_early_stop_ends_with_the_best_weights(self) -> None:
+    def test_early_stopping_restores_the_best_weights(self) -> None:
         """A rate so large that it gets worse after a while."""
         network = perceptron()
         done = run(network, epochs=40, lr=1.5, momentum=0.95, patience=3)
@@ -178,7 +178,7 @@ class TestEvaluationsOnTheWay:
         right = float((network.eval()(x).argmax(1) == y).float().mean()) * 100
         assert right == pytest.approx(done.chosen["accuracy"], abs=1e-3)
 
-    def test_what_is_told(self) -> None:
+    def test_reports_training_events(self) -> None:
         told: list[TrainingEvent] = []
         done = run(perceptron(), monitor=TrainingMonitor(on_event=told.append), epochs=3)
         assert [t.step for t in told if t.scores is not None] == [0, 6, 12, 18]
@@ -189,18 +189,18 @@ class TestEvaluationsOnTheWay:
 
 
 class TestWhatStopsIt:
-    def test_a_loss_that_is_not_finite_names_step_and_rate(self) -> None:
+    def test_non_finite_loss_names_step_and_rate(self) -> None:
         with pytest.raises(
             MpocError, match=r"the loss is (nan|infinite) at step \d+ \(learning rate 1e\+0?30"
         ):
             run(perceptron(), lr=1e30, epochs=5)
 
-    def test_a_network_for_other_inputs(self) -> None:
+    def test_rejects_networks_for_other_inputs(self) -> None:
         network = nn.Linear(5, 3)
         with pytest.raises(UsageError, match=r"does not take x of shape \(2, 12\) float32: .*12"):
             run(network)
 
-    def test_a_network_for_fewer_classes(self) -> None:
+    def test_rejects_networks_for_fewer_classes(self) -> None:
         with pytest.raises(UsageError, match="the data have 3 classes, the network scores 2"):
             run(nn.Linear(12, 2))
 
@@ -216,6 +216,6 @@ class TestWhatStopsIt:
             ({"batch": 2, "accumulate": 4}, "fewer examples than"),
         ],
     )
-    def test_settings_out_of_range(self, settings: dict[str, Any], said: str) -> None:
+    def test_rejects_settings_out_of_range(self, settings: dict[str, Any], said: str) -> None:
         with pytest.raises(UsageError, match=said):
             run(perceptron(), **settings)

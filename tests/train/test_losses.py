@@ -13,7 +13,7 @@ TWO = SimpleNamespace(num_processes=2, reduce=lambda sums, how: {"sum": 2 * sums
 
 
 @pytest.mark.parametrize(("accelerator", "expected"), [(ALONE, [3.0, 0.5]), (TWO, [6.0, 1.0])])
-def test_means_of_each_step_once(accelerator: SimpleNamespace, expected: list[float]) -> None:
+def test_averages_each_step_once(accelerator: SimpleNamespace, expected: list[float]) -> None:
     losses = Losses()
     losses.add(torch.tensor(6.0), 2)
     losses.add(torch.tensor(2.0), 4)
@@ -23,7 +23,7 @@ def test_means_of_each_step_once(accelerator: SimpleNamespace, expected: list[fl
 
 
 @pytest.mark.parametrize(("loss", "said"), [(math.nan, "nan"), (-math.inf, "infinite")])
-def test_the_step_that_diverged_is_named(loss: float, said: str) -> None:
+def test_names_the_diverging_step(loss: float, said: str) -> None:
     losses = Losses()
     for value in (1.0, loss, 1.0):
         losses.add(torch.tensor(value), 1)

@@ -22,7 +22,7 @@ from tests.data.samples import pixels
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("best", [False, True])
-def test_the_final_score_is_that_of_the_bytes_in_half_precision(
+def test_final_score_matches_the_stored_half_precision_weights(
     tmp_path: Path, compressed: bool, best: bool
 ) -> None:
     source, small = tmp_path / "fc2.safetensors", tmp_path / "small.safetensors"

@@ -21,9 +21,7 @@ from mpoc.train.training_data import DataOptions
 from tests.data.samples import write_jsonl
 
 
-def test_damaged_data_on_the_way_leave_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_damaged_data_keep_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(zoo.make("picogpt").state_dict(), tmp_path / "gpt.safetensors")
     data = DataOptions(
         write_jsonl(tmp_path / "a.jsonl", [{"text": f"to be {k}"} for k in range(40)]), block=4
@@ -55,7 +53,7 @@ def test_damaged_data_on_the_way_leave_the_checkpoint(
     assert not request.checkpoint.exists()
 
 
-def test_a_training_that_diverges_leaves_nothing(tmp_path: Path) -> None:
+def test_diverging_training_leaves_nothing(tmp_path: Path) -> None:
     save_file(zoo.make("picogpt").state_dict(), tmp_path / "gpt.safetensors")
     (tmp_path / "a.txt").write_text("to be or not to be " * 20)
     settings = Settings(steps=60, batch=4, optimizer="sgd", lr=1e25)

@@ -27,7 +27,7 @@ def net():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not distributed.is_gloo_available(), reason="this torch has no gloo, which CPUs need")
-def test_sharded_over_two_processes_is_one_process(tmp_path: Path) -> None:
+def test_sharded_training_matches_one_process(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET)
     torch.save(
         nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 3)).state_dict(), tmp_path / "net.pt"

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("batch", [1, 7, 96, 1000])
-def test_classification_against_scikit_learn(batch: int) -> None:
+def test_classification_matches_scikit_learn(batch: int) -> None:
     network = perceptron().eval()
     x, y = blobs()
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_classification_against_scikit_learn(batch: int) -> None:
     assert scores["loss"] == pytest.approx(log_loss(y, p), rel=1e-5)
 
 
-def test_regression_against_scikit_learn() -> None:
+def test_regression_matches_scikit_learn() -> None:
     x, _ = blobs()
     y = x[:, :2] + 0.1
     network = nn.Linear(12, 2)
@@ -64,7 +64,7 @@ class Bigram(nn.Module):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_causal_language_modelling_counts_each_token_once_and_no_padding(batch: int) -> None:
+def test_causal_lm_counts_each_token_once(batch: int) -> None:
     network, data = Bigram(), documents()
     losses = []
     for k in range(3):
@@ -77,14 +77,14 @@ def test_causal_language_modelling_counts_each_token_once_and_no_padding(batch: 
     assert scores["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-5)
 
 
-def test_texts_of_one_token_have_no_perplexity() -> None:
+def test_rejects_texts_of_one_token() -> None:
     tokens = torch.arange(5, dtype=torch.int32)
     data = Documents(tokens, torch.arange(6), 0, None)
     with pytest.raises(MpocError, match="causal-lm: nothing to predict in 5 examples"):
         evaluate(Bigram(), CausalLM(), BatchLoader(data), 2, CPU)
 
 
-def test_masking_is_eighty_ten_ten_of_fifteen_per_cent() -> None:
+def test_masks_fifteen_per_cent_as_80_10_10() -> None:
     task = MaskedLM(mask_id=1, vocabulary=1000, special=(2, 3))
     ids = torch.randint(4, 1000, (400, 100))
     ids[:, 0], ids[:, -1] = 2, 3
@@ -106,7 +106,7 @@ def test_masking_is_eighty_ten_ten_of_fifteen_per_cent() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 40])
-def test_masks_of_an_evaluation_do_not_depend_on_the_batch(batch: int) -> None:
+def test_evaluation_masks_do_not_depend_on_the_batch(batch: int) -> None:
     lengths = torch.randint(3, 30, (40,), generator=torch.Generator().manual_seed(3))
     starts = torch.tensor([0, *lengths.tolist()]).cumsum(0)
     tokens = torch.randint(2, 11, (int(starts[-1]),), dtype=torch.int32)
@@ -116,7 +116,7 @@ def test_masks_of_an_evaluation_do_not_depend_on_the_batch(batch: int) -> None:
     assert found == pytest.approx(other, rel=1e-6)
 
 
-def test_each_example_is_masked_by_its_own_seed_and_behind_its_end_is_nothing() -> None:
+def test_masks_are_seeded_per_example() -> None:
     task = MaskedLM(mask_id=1, vocabulary=1000)
     ids = torch.randint(4, 1000, (300, 60))
     mask = (torch.arange(60) < torch.arange(300)[:, None] % 41 + 20).long()
@@ -131,7 +131,7 @@ def test_each_example_is_masked_by_its_own_seed_and_behind_its_end_is_nothing() 
 
 
 class TestDistillation:
-    def test_the_loss_is_kl_at_a_temperature(self) -> None:
+    def test_distillation_loss_is_kl_at_a_temperature(self) -> None:
         student, teacher, t = perceptron(), nn.Linear(12, CLASSES), 3.0
         x, _ = blobs()
         with torch.no_grad():
@@ -142,7 +142,7 @@ class TestDistillation:
         assert scores["loss"] == pytest.approx(expected, rel=1e-4)
         assert scores["agreement"] == pytest.approx(agree)
 
-    def test_a_student_learns_to_agree_without_labels(self) -> None:
+    def test_student_learns_without_labels(self) -> None:
         from mpoc.train.engine import make_accelerator
         from mpoc.train.loop import train
         from mpoc.train.settings import Settings

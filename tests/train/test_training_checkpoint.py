@@ -20,7 +20,7 @@ def checkpoint(tmp_path: Path) -> CheckpointFile:
     return checkpoint
 
 
-def test_what_was_saved_is_read(checkpoint: CheckpointFile) -> None:
+def test_checkpoint_round_trip(checkpoint: CheckpointFile) -> None:
     saved = checkpoint.load()
     assert saved.progress == TrainingProgress(step=7, loss_sum=0.1)
     assert saved.extra == {"runs": [1.5], "scaler": {"scale": 2.0}}
@@ -29,7 +29,7 @@ def test_what_was_saved_is_read(checkpoint: CheckpointFile) -> None:
         assert all(torch.equal(found[name], given[name]) for name in given)
 
 
-def test_no_change_of_what_it_says_goes_unnoticed(checkpoint: CheckpointFile) -> None:
+def test_detects_every_change(checkpoint: CheckpointFile) -> None:
     r"""Of the numbers, or of the words in the header, where \u00e9 is \u00E9."""
     whole, unnoticed = checkpoint.path.read_bytes(), []
     for at in range(len(whole)):
@@ -42,6 +42,6 @@ def test_no_change_of_what_it_says_goes_unnoticed(checkpoint: CheckpointFile) ->
     assert len(unnoticed) <= 1 and set(unnoticed) <= {b"e"}
 
 
-def test_another_training_is_refused(checkpoint: CheckpointFile) -> None:
+def test_rejects_checkpoints_of_another_training(checkpoint: CheckpointFile) -> None:
     with pytest.raises(UsageError, match="another settings: epochs 3 there, 4 here"):
         CheckpointFile(checkpoint.path, {"settings": {"epochs": 4, "name": "é"}}).load()

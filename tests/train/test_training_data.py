@@ -33,9 +33,7 @@ def written(folder: Path, x: Any, y: Any = None) -> Path:
     return folder / "digits.npz"
 
 
-def test_what_is_held_out_in_training_is_held_out_in_eval_whatever_the_seed(
-    tmp_path: Path, fc2: Model
-) -> None:
+def test_eval_uses_the_split_held_out_in_training(tmp_path: Path, fc2: Model) -> None:
     options = DataOptions(written(tmp_path, pixels(200, 28, 28)))
     held = []
     for seed in (0, 7):
@@ -45,7 +43,7 @@ def test_what_is_held_out_in_training_is_held_out_in_eval_whatever_the_seed(
     assert held[0] == held[1]
 
 
-def test_a_label_out_of_range_is_named(tmp_path: Path, fc2: Model) -> None:
+def test_names_labels_out_of_range(tmp_path: Path, fc2: Model) -> None:
     y = np.arange(200) % 10
     y[123] = 37
     path = written(tmp_path, pixels(200, 28, 28), y)
@@ -55,7 +53,7 @@ def test_a_label_out_of_range_is_named(tmp_path: Path, fc2: Model) -> None:
         evaluate_file(EvaluationRequest(fc2.path, DataOptions(path), arch="fc2"))
 
 
-def test_images_of_another_size(tmp_path: Path, fc2: Model) -> None:
+def test_rejects_images_of_another_size(tmp_path: Path, fc2: Model) -> None:
     path = written(tmp_path, pixels(20, 32, 32))
     with pytest.raises(MpocError, match="examples are 1×32×32, but the network takes 1×28×28") as caught:
         open_training_data(DataOptions(path), fc2, 0)
@@ -66,7 +64,7 @@ def test_images_of_another_size(tmp_path: Path, fc2: Model) -> None:
 @pytest.mark.parametrize(
     "given", [{"mean": (0.5,)}, {"flip": False}, {"size": (28, 28)}, {"block": 8}, {"column": "text"}]
 )
-def test_options_for_another_kind_of_data(tmp_path: Path, fc2: Model, given: dict[str, Any]) -> None:
+def test_rejects_options_for_another_kind_of_data(tmp_path: Path, fc2: Model, given: dict[str, Any]) -> None:
     path = written(tmp_path, np.zeros((20, 784), np.float32))
     with pytest.raises(UsageError, match=r"--\w+ applies to (images|text), but .*digits.npz holds arrays"):
         open_training_data(DataOptions(path, **given), fc2, 0)
@@ -85,7 +83,7 @@ def tuned_on(data: Path, source: Path) -> Path:
     return finetune(request).output
 
 
-def test_classes_keep_the_numbers_of_training(tmp_path: Path, fc2: Model) -> None:
+def test_keeps_the_class_numbers_of_training(tmp_path: Path, fc2: Model) -> None:
     tuned = tuned_on(animals(tmp_path / "a", "cat", "cow", "dog"), fc2.path)
     part = animals(tmp_path / "b", "dog", "cow")
     training_data = open_training_data(DataOptions(part), open_model(tuned, "fc2"), None)
@@ -101,7 +99,7 @@ def test_classes_keep_the_numbers_of_training(tmp_path: Path, fc2: Model) -> Non
     }
 
 
-def test_classes_that_training_did_not_have(tmp_path: Path, fc2: Model) -> None:
+def test_rejects_classes_absent_from_training(tmp_path: Path, fc2: Model) -> None:
     tuned = tuned_on(animals(tmp_path / "a", "cat", "dog"), fc2.path)
     other = DataOptions(animals(tmp_path / "b", "cat", "zebra"))
     asked = EvaluationRequest(tuned, other, arch="fc2", device="cpu")
@@ -117,7 +115,7 @@ def test_classes_that_training_did_not_have(tmp_path: Path, fc2: Model) -> None:
 @pytest.mark.parametrize(
     "record", [{"mean": 3}, {"mean": ["x"]}, {"pad": "4"}, {"size": [2.5, 3]}, {"colour": 1}, {"mean": None}]
 )
-def test_a_damaged_record_of_images_is_refused(tmp_path: Path, fc2: Model, record: dict[str, Any]) -> None:
+def test_rejects_damaged_image_records(tmp_path: Path, fc2: Model, record: dict[str, Any]) -> None:
     path = written(tmp_path, pixels(20, 28, 28))
     strange = replace(fc2, stored=replace(fc2.stored, history={"images": record}))
     with pytest.raises(MpocError, match=r"fc2\.safetensors: damaged record of the preprocessing of images"):

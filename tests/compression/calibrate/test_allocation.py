@@ -52,7 +52,7 @@ def shared(importance: dict[str, float], budget: int) -> Any:
     return allocate_by_gain(plans, chosen_from(plans, offers), costs, budget, Distance(dense, named)), plans  # type: ignore[arg-type]
 
 
-def test_layers_that_matter_to_the_outputs_get_more() -> None:
+def test_important_layers_get_larger_shares() -> None:
     found, _ = shared({"a": 100.0, "b": 1.0, "c": 1.0}, 3 * 4 * 40)
     stored = [one.record().num_stored for one in found.plans]
     assert sum(stored) <= 3 * 4 * 40
@@ -61,7 +61,7 @@ def test_layers_that_matter_to_the_outputs_get_more() -> None:
     assert found.distances["equal gain"] < found.distances["uniform"]
 
 
-def test_uniform_shares_stay_where_the_outputs_prefer_them() -> None:
+def test_keeps_uniform_shares_where_they_are_better() -> None:
     """Together the layers do not do what they did alone."""
 
     class Contrary(Distance):
@@ -82,12 +82,12 @@ def test_uniform_shares_stay_where_the_outputs_prefer_them() -> None:
     assert found.plans == plans
 
 
-def test_a_budget_below_every_offer_leaves_the_plans() -> None:
+def test_budget_below_every_candidate_keeps_the_plans() -> None:
     found, plans = shared({"a": 1.0, "b": 1.0, "c": 1.0}, 10)
     assert (found.chosen, found.plans) == ("uniform", plans)
 
 
-def test_layers_that_take_no_part_stay() -> None:
+def test_other_layers_keep_their_plans() -> None:
     plans = [plan("a", 4), replace(plan("b", 4), max_bond=None, reason="the recipe leaves it dense")]
     offers = {"a.weight": Candidates(weight(0), make_structure("linear", SIDES), known(), ("svd",))}
     distance = Distance({"a.weight": weight(0)}, {"a.weight": 1.0})
@@ -96,7 +96,7 @@ def test_layers_that_take_no_part_stay() -> None:
     assert found.plans[1] == plans[1]
 
 
-def test_each_form_alone_competes_where_several_are_on_offer() -> None:
+def test_each_single_form_competes() -> None:
     plans = [plan("a", 4), plan("b", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
@@ -114,7 +114,7 @@ def test_each_form_alone_competes_where_several_are_on_offer() -> None:
     )
 
 
-def test_where_forms_do_not_go_together_one_is_taken_alone() -> None:
+def test_one_form_may_win_alone() -> None:
     class Jealous(Distance):
         """Two forms in one network move its outputs far."""
 
@@ -135,7 +135,7 @@ def test_where_forms_do_not_go_together_one_is_taken_alone() -> None:
     assert {one.structure.form for one in found.plans if one.max_bond is not None} == {"mpo"}
 
 
-def test_what_the_fits_make_of_the_shares_may_surprise() -> None:
+def test_reports_a_surprisingly_large_distance() -> None:
     shares = Allocation([], "uniform", {"uniform": 0.01, "equal gain": 0.001})
     assert shares.surprise(0.03) == shares.surprise(0.0) == []
     (said,) = shares.surprise(0.4)

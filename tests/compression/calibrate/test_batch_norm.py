@@ -36,7 +36,7 @@ def given_to(network: nn.Module, name: str, batches: list[Any]) -> torch.Tensor:
     return torch.cat(seen).transpose(0, 1).flatten(1)
 
 
-def test_statistics_are_those_of_what_a_norm_is_given() -> None:
+def test_statistics_match_the_inputs_of_the_norm() -> None:
     network = resnet20()
     compressed = damaged(network)
     before = copy.deepcopy(compressed.state_dict())
@@ -50,7 +50,7 @@ def test_statistics_are_those_of_what_a_norm_is_given() -> None:
     assert len(found.statistics) == 2 * sum(isinstance(m, nn.BatchNorm2d) for m in network.modules())
 
 
-def test_they_mend_wrong_statistics_and_are_refused_where_outputs_lose() -> None:
+def test_accepted_only_where_outputs_improve() -> None:
     network, batches = resnet20(), [images(64, seed=k) for k in range(3)]
     call = Call.of(network)
     right = recalibrated_norms(network, call, batches, distance_from(network).of_network)
@@ -70,14 +70,14 @@ def test_they_mend_wrong_statistics_and_are_refused_where_outputs_lose() -> None
     assert spoilt.before == 0.0
 
 
-def test_no_norms_no_statistics() -> None:
+def test_network_without_norms_has_no_statistics() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 4)).eval()
     assert (
         recalibrated_norms(network, Call.of(network), [images()], distance_from(network).of_network) is None
     )
 
 
-def test_batches_count_by_their_size_and_one_value_a_channel_counts_nothing() -> None:
+def test_batches_are_weighted_by_size() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.BatchNorm1d(5)).eval()
     batches = [{"x": torch.randn(n, 3, 4)} for n in (6, 1, 2)]
@@ -96,7 +96,7 @@ def test_batches_count_by_their_size_and_one_value_a_channel_counts_nothing() ->
     )
 
 
-def test_norms_that_are_not_reached_keep_their_statistics() -> None:
+def test_unreached_norms_keep_their_statistics() -> None:
     class Helped(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -26,7 +26,7 @@ def total(count: int, group: ProcessGroup) -> dict[str, Tensor]:
 
 
 @given(st.integers(1, 40))
-def test_parts_hold_every_batch_once_and_are_alike(count: int) -> None:
+def test_shards_hold_every_batch_once(count: int) -> None:
     every = BatchShards(count).every
     assert [index for part in every for index in part] == list(range(count))
     assert len(every) == min(8, count)
@@ -37,7 +37,7 @@ def test_parts_hold_every_batch_once_and_are_alike(count: int) -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 13])
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
-def test_any_number_of_processes_finds_the_same(count: int, size: int) -> None:
+def test_result_does_not_depend_on_the_number_of_processes(count: int, size: int) -> None:
     wanted = total(count, ProcessGroup())
     every = torch.cat([rows(k) for k in range(count)]).double()
     assert torch.allclose(wanted["squares"].double(), every.T @ every, rtol=1e-5, atol=1e-5)
@@ -47,7 +47,7 @@ def test_any_number_of_processes_finds_the_same(count: int, size: int) -> None:
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
 
 
-def test_each_process_has_its_own_batches() -> None:
+def test_processes_take_distinct_batches() -> None:
     mine = in_threads(3, lambda group: BatchShards(20, group).mine)
     assert sorted(index for one in mine for index in one) == list(range(20))
     assert all(5 <= len(one) <= 8 for one in mine)

@@ -85,7 +85,7 @@ def by_hand(module: Block, given: list[Example]) -> float:
     return error / total
 
 
-def test_the_losses_are_those_of_the_tensors() -> None:
+def test_losses_match_the_returned_tensors() -> None:
     start, found = refined()
     assert found.before == pytest.approx(by_hand(start, examples(2, 1)), rel=1e-4)
     after = with_tensors(start, found)
@@ -93,7 +93,7 @@ def test_the_losses_are_those_of_the_tensors() -> None:
     assert found.after < 0.8 * found.before
 
 
-def test_what_matters_to_the_output_comes_first() -> None:
+def test_weights_errors_by_their_effect_on_the_output() -> None:
     """(f − y)ᵀ G (f − y) / yᵀ G y by hand, G with some identity; further down than without."""
     direction = torch.zeros(12)
     direction[3] = 2.0
@@ -120,28 +120,28 @@ def _weighted(module: Block, weights: Tensor) -> float:
     return error / total
 
 
-def test_it_is_the_same_again_and_another_order_is_another_result() -> None:
+def test_is_deterministic_and_depends_on_the_seed() -> None:
     (_, first), (_, again), (_, other) = refined(seed=1), refined(seed=1), refined(seed=2)
     assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
     assert any(not torch.equal(first.tensors[name], other.tensors[name]) for name in first.tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_is_stored_is_what_was_measured(dtype: torch.dtype) -> None:
+def test_measures_the_stored_dtype(dtype: torch.dtype) -> None:
     start = block().to(dtype).float()
     found = refine_block(copy.deepcopy(start), stored(start, dtype), examples(), examples(2, 1))
     assert {tensor.dtype for tensor in found.tensors.values()} == {dtype}
     assert found.after == pytest.approx(by_hand(with_tensors(start, found), examples(2, 1)), rel=1e-4)
 
 
-def test_a_block_that_is_right_stays_as_it_is() -> None:
+def test_exact_block_stays_unchanged() -> None:
     torch.manual_seed(7)
     found = refine_block(Block(12).eval(), stored(Block(12)), examples(), examples(2, 1))
     assert found.before == found.after < 1e-10
     assert not found.tensors
 
 
-def test_nothing_is_taken_that_is_worse_on_held_out_examples() -> None:
+def test_rejects_steps_that_are_worse_on_held_out_examples() -> None:
     start = block()
     against = [
         Example(e.given, (), {}, start(e.given)[0].detach(), e.mask) for e in examples(2, 1)
@@ -150,7 +150,7 @@ def test_nothing_is_taken_that_is_worse_on_held_out_examples() -> None:
     assert not found.tensors and found.after == found.before
 
 
-def test_parameters_that_are_not_named_stay() -> None:
+def test_other_parameters_stay_unchanged() -> None:
     start = block()
     trained = copy.deepcopy(start)
     found = refine_block(trained, {"up.bias": torch.float32}, examples(), examples(2, 1))
@@ -159,7 +159,7 @@ def test_parameters_that_are_not_named_stay() -> None:
     assert torch.equal(trained.up.weight, start.up.weight)
 
 
-def test_other_arguments_go_with_the_batch_and_are_float32() -> None:
+def test_passes_other_arguments_in_float32() -> None:
     start = block()
     scale = torch.full((12,), 0.5, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_other_arguments_go_with_the_batch_and_are_float32() -> None:
         assert distance(start, [Example(x, args, named, target, None)]) == 0.0
 
 
-def test_a_block_without_gradients_is_left_alone() -> None:
+def test_skips_blocks_without_gradients() -> None:
     class Stopped(Block):
         @torch.no_grad()
         def forward(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, None]:
@@ -179,12 +179,12 @@ def test_a_block_without_gradients_is_left_alone() -> None:
     assert not refine_block(start, stored(start), examples(), examples(2, 1)).tensors
 
 
-def test_nothing_to_give_is_no_division_by_zero() -> None:
+def test_zero_outputs_do_not_divide_by_zero() -> None:
     x = torch.zeros(2, 12)
     assert distance(nn.Linear(12, 12, bias=False), [Example(x, (), {}, x, None)]) == 0.0
 
 
-def test_the_rate_rises_and_falls_to_nothing() -> None:
+def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     rates = [refinement_rate(step, 400) for step in range(401)]
     peak = rates.index(max(rates))
     assert rates[:peak] == sorted(rates[:peak]) and rates[peak:] == sorted(rates[peak:], reverse=True)

@@ -32,7 +32,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         ("convolutions", "auto", 1.0),  # kernels as MERAs leave little to gain
     ],
 )
-def test_outputs_are_nearer_than_without(tmp_path: Path, name: str, form: str, share: float) -> None:
+def test_refinement_reduces_output_errors(tmp_path: Path, name: str, form: str, share: float) -> None:
     case = Case(tmp_path, name)
     refined = case.compress(ratio=0.5, form=form)
     plain = case.compress(ratio=0.5, form=form, refine=False, out="p")
@@ -42,7 +42,7 @@ def test_outputs_are_nearer_than_without(tmp_path: Path, name: str, form: str, s
     assert case.error(refined) < share * case.error(plain)
 
 
-def test_the_file_tells_of_each_block(tmp_path: Path) -> None:
+def test_manifest_records_every_block(tmp_path: Path) -> None:
     done = Case(tmp_path, "blocks").compress(bond=4, form="svd")
     assert read_manifest(done.output) == done.manifest
     losses = done.manifest.calibration["refined"]
@@ -57,7 +57,7 @@ def test_the_file_tells_of_each_block(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_the_recorded_errors_are_those_of_what_is_stored(tmp_path: Path, dtype: str | None) -> None:
+def test_recorded_errors_match_the_stored_cores(tmp_path: Path, dtype: str | None) -> None:
     case = Case(tmp_path, "blocks")
     done = case.compress(bond=4, form="svd", dtype=dtype)
     loaded = case.loaded(done)
@@ -72,7 +72,7 @@ def test_the_recorded_errors_are_those_of_what_is_stored(tmp_path: Path, dtype: 
             assert load_file(done.output)[layer.core_name(0)].dtype == torch.bfloat16
 
 
-def test_the_recorded_loss_is_that_of_what_is_stored(tmp_path: Path) -> None:
+def test_recorded_loss_matches_the_stored_cores(tmp_path: Path) -> None:
     """Of both blocks together, biases and norms included, with the identity as G."""
     case = Case(tmp_path, "blocks")
     with pytest.MonkeyPatch.context() as patch:
@@ -105,7 +105,7 @@ def _output_error(
     return float((products[0] - products[1]).norm() / products[0].norm())
 
 
-def test_layers_that_stay_dense_stay(tmp_path: Path) -> None:
+def test_dense_layers_stay_unchanged(tmp_path: Path) -> None:
     case = Case(tmp_path, "blocks")
     stored = load_file(case.compress(bond=4, form="svd", layers=("*.down",)).output)
     before = case.network.state_dict()
@@ -115,7 +115,7 @@ def test_layers_that_stay_dense_stay(tmp_path: Path) -> None:
     assert all(stored[name].dtype == before[name].dtype for name in changed)
 
 
-def test_running_statistics_are_those_of_the_fit(tmp_path: Path) -> None:
+def test_running_statistics_come_from_the_fit(tmp_path: Path) -> None:
     """Batch norms stay in evaluation mode: their means take up the layers' shifts, their variances stay."""
     case = Case(tmp_path, "convolutions")
     stored = load_file(case.compress(bond=4, form="svd").output)
@@ -125,13 +125,13 @@ def test_running_statistics_are_those_of_the_fit(tmp_path: Path) -> None:
     assert not torch.equal(stored["1.norm_one.weight"], before["1.norm_one.weight"])
 
 
-def test_a_weight_of_two_blocks_is_not_refined(tmp_path: Path) -> None:
+def test_shared_weight_is_not_refined(tmp_path: Path) -> None:
     done = Case(tmp_path, "shared").compress(bond=4, form="svd", layers=("*.up",))
     assert done.manifest.calibration["refined"] == {}
     assert any("alone: 1 layers" in note for note in done.notes)
 
 
-def test_without_blocks_the_fit_is_the_same(tmp_path: Path) -> None:
+def test_network_without_blocks_is_fitted_as_before(tmp_path: Path) -> None:
     """Each layer is a block of its own here."""
     case = Case(tmp_path, "plain")
     done, plain = case.compress(bond=4), case.compress(bond=4, refine=False, out="p")
@@ -140,7 +140,7 @@ def test_without_blocks_the_fit_is_the_same(tmp_path: Path) -> None:
     assert any("alone: 2 layers" in note for note in done.notes)
 
 
-def test_the_same_bytes_again(tmp_path: Path) -> None:
+def test_output_is_deterministic(tmp_path: Path) -> None:
     case = Case(tmp_path, "blocks")
     first, again = (case.compress(ratio=0.5, out=out).output.read_bytes() for out in ("a", "b"))
     assert first == again

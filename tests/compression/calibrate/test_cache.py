@@ -56,7 +56,7 @@ def case(tmp_path: Path) -> Case:
 
 
 @pytest.mark.parametrize("name", ["encoder", "resnet", "grouped"])
-def test_there_and_back(tmp_path: Path, case: Case, name: str) -> None:
+def test_statistics_round_trip(tmp_path: Path, case: Case, name: str) -> None:
     if name == "encoder":
         case = Case(encoder(2), texts(), tmp_path / "m")
     elif name == "resnet":
@@ -79,7 +79,7 @@ def test_there_and_back(tmp_path: Path, case: Case, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_what_is_shared_or_symmetric_is_there_once(tmp_path: Path) -> None:
+def test_stores_shared_and_symmetric_parts_once(tmp_path: Path) -> None:
     case = Case(encoder(1), texts(), tmp_path / "m")
     again = (case.ask(), case.ask())[1][0]
     query, key = (f"encoder.layer.0.attention.self.{part}.weight" for part in ("query", "key"))
@@ -89,7 +89,7 @@ def test_what_is_shared_or_symmetric_is_there_once(tmp_path: Path) -> None:
     assert "second embeddings.word_embeddings.weight" not in shapes
 
 
-def test_the_same_bytes_each_time(case: Case) -> None:
+def test_output_is_deterministic(case: Case) -> None:
     case.ask()
     first = case.path.read_bytes()
     case.path.unlink()
@@ -97,7 +97,7 @@ def test_the_same_bytes_each_time(case: Case) -> None:
     assert case.path.read_bytes() == first
 
 
-def test_other_parts_are_named_and_replaced(case: Case) -> None:
+def test_names_and_replaces_changed_parts(case: Case) -> None:
     case.ask()
     said = case.ask({"weights": "c", "data": "d"})[1]
     assert said == f"kept in {case.path}, which was of other weights, other data: measured again"
@@ -106,7 +106,7 @@ def test_other_parts_are_named_and_replaced(case: Case) -> None:
     assert case.measured == 3
 
 
-def test_another_network_is_named_where_nothing_else_is_other(case: Case) -> None:
+def test_names_a_changed_network(case: Case) -> None:
     for parts, said in (
         ({"network": "a", "data": "a"}, "kept in"),
         ({"network": "b", "data": "b"}, "of other data:"),
@@ -121,7 +121,7 @@ def resaved(path: Path, **changed: Tensor | None) -> None:
     save_file(tensors, path, read_header(path).metadata)
 
 
-def test_what_is_damaged_is_refused_and_left_unless_nobody_named_it(case: Case) -> None:
+def test_rejects_damaged_files_and_keeps_them(case: Case) -> None:
     case.ask()
     whole = case.path.read_bytes()
     flipped = bytearray(whole)
@@ -146,7 +146,7 @@ def test_what_is_damaged_is_refused_and_left_unless_nobody_named_it(case: Case) 
         assert case.measured == measured and case.path.read_bytes() == whole
 
 
-def test_a_foreign_file_is_not_replaced(case: Case) -> None:
+def test_never_replaces_a_foreign_file(case: Case) -> None:
     save_file({"x": torch.ones(1)}, case.path)
     before = case.path.read_bytes()
     with pytest.raises(MpocError, match=f"^{case.path}: holds no moments"):
@@ -169,7 +169,7 @@ def test_a_foreign_file_is_not_replaced(case: Case) -> None:
         ({"block x": torch.zeros(3, dtype=torch.float64)}, "'block x' is not of this network"),
     ],
 )
-def test_what_was_forged_is_refused(
+def test_rejects_forged_files(
     case: Case, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Tensor | None], why: str
 ) -> None:
     monkeypatch.setattr(

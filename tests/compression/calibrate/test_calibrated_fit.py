@@ -60,7 +60,7 @@ CHAIN = make_structure("linear", (N_Y, N_X), factors=((3, 4), (5, 4)))
 
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
 @pytest.mark.parametrize("centred", [True, False])
-def test_errors_are_those_of_the_rows(structure: Structure, centred: bool) -> None:
+def test_errors_match_those_of_the_input_rows(structure: Structure, centred: bool) -> None:
     given, held = rows(), rows(seed=5)
     fit = fit_of(structure, 3, evidence(*given, held, centred))
     everything = [torch.cat([a, b]) for a, b in zip(given, held, strict=True)]
@@ -75,7 +75,7 @@ def test_errors_are_those_of_the_rows(structure: Structure, centred: bool) -> No
 
 
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
-def test_exact_at_full_bond_where_inputs_are_those_of_the_dense_network(structure: Structure) -> None:
+def test_exact_at_full_bond_on_dense_inputs(structure: Structure) -> None:
     x = rows()[1]
     fit = fit_of(structure, structure.full_bond, evidence(x, x, (x, x)))
     torch.testing.assert_close(matrix_of(fit.terms), a_weight())
@@ -84,7 +84,7 @@ def test_exact_at_full_bond_where_inputs_are_those_of_the_dense_network(structur
 
 
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
-def test_outputs_are_nearer_than_by_tt_svd_of_the_weight(structure: Structure) -> None:
+def test_beats_plain_tt_svd(structure: Structure) -> None:
     x, other = rows()[1], rows(seed=5)[1]
     known = evidence(x, x, (other, other))
     plain = tt_svd(a_weight(), structure, 3).form
@@ -93,13 +93,13 @@ def test_outputs_are_nearer_than_by_tt_svd_of_the_weight(structure: Structure) -
         assert norm.relative(a_weight(), fitted) < norm.relative(a_weight(), matrix_of([plain]))
 
 
-def test_more_bond_never_does_worse() -> None:
+def test_error_never_rises_with_the_bond() -> None:
     known = evidence(*rows(), rows(seed=5))
     errors = [fit_of(LOW_RANK, bond, known).judged.output_error for bond in range(1, N_Y)]
     assert all(after <= before + 1e-9 for before, after in pairwise(errors))
 
 
-def test_what_the_compressed_network_changed_is_made_up_for() -> None:
+def test_compensates_for_changed_inputs() -> None:
     """Inputs twice as large: the best weight is half as large, though W is what was asked for."""
     x = rows()[1]
     fit = fit_of(LOW_RANK, N_Y, evidence(2 * x, x, (2 * x, x)))
@@ -109,7 +109,7 @@ def test_what_the_compressed_network_changed_is_made_up_for() -> None:
 
 @pytest.mark.parametrize("kind", ["one row", "constant", "dead unit", "zero weight"])
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
-def test_inputs_that_say_little(kind: str, structure: Structure) -> None:
+def test_handles_few_and_constant_inputs(kind: str, structure: Structure) -> None:
     x = rows()[1]
     weight = a_weight()
     if kind == "one row":
@@ -128,7 +128,7 @@ def test_inputs_that_say_little(kind: str, structure: Structure) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rank", [1, 3, 6])
-def test_open_forms_never_lose_to_whitened_svd(rank: int, seed: int) -> None:
+def test_auto_never_loses_to_whitened_svd(rank: int, seed: int) -> None:
     """Neither on the objective of the fit, nor, of all that were tried, on held-out inputs."""
     known = evidence(*rows(seed=seed), rows(seed=seed + 10))
     probes = torch.randn(40, N_Y, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_open_forms_never_lose_to_whitened_svd(rank: int, seed: int) -> None:
     assert metric.value(matrix_of(both[0].terms)) <= metric.value(left @ right) * (1 + 1e-9)
 
 
-def test_a_sum_does_better_than_its_terms_alone() -> None:
+def test_sum_beats_its_terms() -> None:
     x, other = rows()[1], rows(seed=5)[1]
     known = evidence(x, x, (other, other))
     generator = torch.Generator().manual_seed(3)
@@ -162,14 +162,14 @@ def test_a_sum_does_better_than_its_terms_alone() -> None:
     assert fits[0].judged.held_out_error < 0.5 * min(fit.judged.held_out_error for fit in fits[1:])
 
 
-def test_the_one_matrix_of_a_kernel_multiplies_patches() -> None:
+def test_kernel_matrix_multiplies_patches() -> None:
     kernel, x = torch.randn(6, 4, 3, 3, dtype=torch.float64), torch.randn(2, 4, 5, 5, dtype=torch.float64)
     patches = unfold(x, 3).unflatten(1, (4, 9)).transpose(1, 2).flatten(1, 2)  # taps outermost
     expected = conv2d(x, kernel).flatten(2)
     torch.testing.assert_close(one_matrix(kernel, "conv2d", False) @ patches, expected)
 
 
-def test_the_matrix_of_a_form_is_that_of_its_weight() -> None:
+def test_form_matrix_matches_its_weight() -> None:
     structure = make_structure("conv2d", (6, 4, 3, 3))
     kernel = torch.randn(6, 4, 3, 3, dtype=torch.float64)
     form = tt_svd(kernel, structure, structure.full_bond).form

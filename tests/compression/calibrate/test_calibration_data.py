@@ -42,7 +42,7 @@ def numbers(batches: list[Batch]) -> list[int]:
     return [round(float(x.flatten()[0])) for batch in batches for x in batch["x"]]
 
 
-def test_images(tmp_path: Path) -> None:
+def test_splits_images(tmp_path: Path) -> None:
     found = opened(tmp_path, 80)
     kept, apart = numbers(found.batches), numbers(found.held_out)
     assert (len(kept), len(apart)) == (70, 10)
@@ -52,14 +52,14 @@ def test_images(tmp_path: Path) -> None:
     assert found.pooling is None
 
 
-def test_the_draw(tmp_path: Path) -> None:
+def test_draw_is_seeded(tmp_path: Path) -> None:
     first, again, other = opened(tmp_path, 40), opened(tmp_path, 40), opened(tmp_path, 40, seed=1)
     assert numbers(first.batches) == numbers(again.batches) != numbers(other.batches)
     assert len(numbers(opened(tmp_path, 1000, held_out=0.3).held_out)) == 30
     assert len(numbers(opened(tmp_path, 2).held_out)) == 1
 
 
-def test_what_a_training_held_out_is_not_drawn(tmp_path: Path) -> None:
+def test_examples_held_out_in_training_are_not_drawn(tmp_path: Path) -> None:
     """``mpoc eval`` measures that part."""
     path = tmp_path / "lone.npz"
     np.savez(path, x=pixels(100, 28, 28), y=np.arange(100) % 10)
@@ -73,18 +73,18 @@ def test_what_a_training_held_out_is_not_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("samples", "share"), [(1, 0.1), (10, 0.0), (10, 1.0)])
-def test_what_is_refused(tmp_path: Path, samples: int, share: float) -> None:
+def test_rejects_bad_data(tmp_path: Path, samples: int, share: float) -> None:
     with pytest.raises(UsageError, match="held out"):
         opened(tmp_path, samples, held_out=share)
 
 
-def test_one_example_is_too_few(tmp_path: Path) -> None:
+def test_rejects_a_single_example(tmp_path: Path) -> None:
     np.savez(tmp_path / "one.npz", x=pixels(1, 28, 28), y=np.zeros(1, int))
     with pytest.raises(MpocError, match="1 examples in train: calibration needs two"):
         open_calibration(DataOptions(tmp_path / "one.npz", held_out=0.0), lenet5(tmp_path), 8)
 
 
-def test_texts_of_one_length_are_together(tmp_path: Path) -> None:
+def test_batches_texts_of_equal_length(tmp_path: Path) -> None:
     tiny("bert").save_pretrained(tmp_path / "bert")
     folder(tmp_path / "bert", mean_tokens=True)
     alphabet = "".join(map(chr, range(33, 33 + 99)))  # as many as the network knows

@@ -10,7 +10,7 @@ from tests.compression.calibrate.layers import SIDES, known, weight
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("weighed", [True, False])
-def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> None:
+def test_errors_of_all_ranks_match_single_fits(centred: bool, weighed: bool) -> None:
     evidence = known(centred, weighed)
     offers = Candidates(weight(3), make_structure("linear", SIDES), evidence, ("svd",))
     structure = low_rank_structure("linear", SIDES)
@@ -19,7 +19,7 @@ def test_errors_of_all_ranks_are_those_of_each(centred: bool, weighed: bool) -> 
         assert offers.error(Storage(structure, rank)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_offers_of_every_form_shrink_the_layer_but_for_the_dense_one() -> None:
+def test_every_compressed_candidate_shrinks_the_layer() -> None:
     structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
     offers = Candidates(weight(3), structure, known(), ("svd", "mpo", "svd+mpo"))
     stored = [offer.storage for offer in offers.every if offer.storage is not None]
@@ -40,7 +40,7 @@ def test_offers_of_every_form_shrink_the_layer_but_for_the_dense_one() -> None:
 
 
 @pytest.mark.parametrize("is_sum", [False, True])
-def test_the_largest_within_a_size_is_within_it(is_sum: bool) -> None:
+def test_largest_within_a_size_fits(is_sum: bool) -> None:
     structure = make_structure("conv2d", (16, 12, 3, 3), factors=((2, 8), (6, 2)))
     for size in (1, 30, 200, 700, 1700):
         found = largest_within(structure, size, is_sum)
@@ -52,7 +52,7 @@ def test_the_largest_within_a_size_is_within_it(is_sum: bool) -> None:
         assert is_sum or Storage(structure, found.bond + 1).num_parameters > size
 
 
-def test_a_structure_besides_is_offered_too() -> None:
+def test_extra_structure_is_a_candidate() -> None:
     structure = make_structure("linear", SIDES)
     mera = make_structure("linear", SIDES, network="mera")
     offers = Candidates(weight(3), structure, known(), ("svd", "mpo"), [mera])

@@ -29,7 +29,7 @@ def perceptron() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 3)).eval()
 
 
-def test_rows_of_a_text() -> None:
+def test_collects_rows_of_texts() -> None:
     network, batches = encoder(), [texts(), texts((3, 8), seed=1)]
     _, found = passed(network, batches, probes=0)
     rows: list[Tensor] = []
@@ -50,7 +50,7 @@ def test_rows_of_a_text() -> None:
     assert torch.equal(words.second * 30, torch.bincount(ids, minlength=50).double())
 
 
-def test_what_is_in_the_padding_does_not_matter() -> None:
+def test_ignores_padding() -> None:
     network = encoder()
     batch, other = texts(), texts()
     other["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)
@@ -67,7 +67,7 @@ def test_layers_with_one_input_share_their_moments() -> None:
     assert found.moments[f"{self_}.query.weight"] is found.moments[f"{self_}.value.weight"]
 
 
-def test_gradients_of_single_examples() -> None:
+def test_matches_gradients_of_single_examples() -> None:
     """Fisher's information from one backward pass an example, the same labels drawn."""
     network, batches = perceptron(), [{"x": torch.randn(6, 5)}, {"x": torch.randn(4, 5)}]
     _, found = passed(network, batches, probes=3, seed=5)
@@ -88,7 +88,7 @@ def test_gradients_of_single_examples() -> None:
     assert torch.allclose(found.gradients["2.weight"], last / 30, rtol=1e-5, atol=1e-9)
 
 
-def test_drawn_labels_give_fisher_s_information() -> None:
+def test_sampled_labels_give_the_fisher_information() -> None:
     """Of the logits it is diag(p) − ppᵀ, exactly, in the mean over draws."""
     logits = torch.randn(1, 4)
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +97,7 @@ def test_drawn_labels_give_fisher_s_information() -> None:
     assert torch.allclose(second(drawn), torch.diag(p) - torch.outer(p, p), atol=0.02)
 
 
-def test_pooled_embeddings() -> None:
+def test_handles_pooled_embeddings() -> None:
     """G of signs, averaged, is the mean over tokens of JᵀJ, J the embedding's Jacobian at a token."""
     network, batch, pooling = encoder(1), texts((4, 2)), Pooling("mean", normalize=True)
     name = "encoder.layer.0.output.dense.weight"
@@ -116,7 +116,7 @@ def test_pooled_embeddings() -> None:
     assert float(result.trace()) == pytest.approx(float(wanted.trace()), rel=0.02)
 
 
-def test_convolutions() -> None:
+def test_handles_convolutions() -> None:
     network, batches = resnet20(), [images(2, size=16), images(2, seed=1, size=16)]
     found, result = passed(network, batches)
     name = "layer2.0.conv2.weight"
@@ -146,7 +146,7 @@ def test_convolutions() -> None:
     assert list(result.moments) == list(result.gradients) == list(found.layers)
 
 
-def test_a_part_of_the_positions() -> None:
+def test_samples_positions() -> None:
     network, batches = resnet20(), [images(4)]
     _, whole = passed(network, batches, probes=0)
     _, found = passed(network, batches, probes=0, positions=Positions(400))
@@ -156,7 +156,7 @@ def test_a_part_of_the_positions() -> None:
     assert 0 < (found.moments[name].second - exact).norm() / exact.norm() < 0.1
 
 
-def test_one_probe_more_or_another_seed_is_another_draw() -> None:
+def test_draw_depends_on_probes_and_seed() -> None:
     network, batches = perceptron(), [{"x": torch.randn(6, 5)}]
     results = [passed(network, batches, **o)[1] for o in ({}, {}, {"seed": 1}, {"probes": 2})]
     first, again, *others = (found.gradients["0.weight"] for found in results)
@@ -164,7 +164,7 @@ def test_one_probe_more_or_another_seed_is_another_draw() -> None:
     assert not any(torch.allclose(first, other) for other in others)
 
 
-def test_where_no_gradient_goes() -> None:
+def test_handles_layers_without_gradients() -> None:
     network, batch = Stopped().eval(), {"x": torch.randn(5, 4)}
     _, found = passed(network, [batch])
     assert found.moments.keys() == {"body.weight", "late.weight"}
@@ -175,7 +175,7 @@ def test_where_no_gradient_goes() -> None:
     assert torch.allclose(found.moments["late.weight"].second, second(rows), rtol=1e-5)
 
 
-def test_the_network_is_left_as_it_was() -> None:
+def test_leaves_the_network_unchanged() -> None:
     network = resnet20()
     network.get_parameter("conv1.weight").requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
@@ -187,7 +187,7 @@ def test_the_network_is_left_as_it_was() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in network.modules())
 
 
-def test_data_without_rows() -> None:
+def test_rejects_data_without_rows() -> None:
     batch = texts()
     network = encoder(1)
     found = trace(network, Call.of(network), batch, weights(network))
@@ -197,7 +197,7 @@ def test_data_without_rows() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu() -> None:
+def test_matches_on_a_gpu() -> None:
     _, found = passed(encoder(), [texts()], probes=0)
     _, other = passed(encoder().to("cuda"), [texts()], probes=2)
     for name, moments in found.moments.items():
@@ -205,7 +205,7 @@ def test_on_a_gpu() -> None:
         assert other.gradients[name].device.type == "cpu"
 
 
-def test_gradients_behind_a_block_are_those_behind_its_last_layer() -> None:
+def test_gradients_after_a_block_match_its_last_layer() -> None:
     """The last layer takes the mean over what the last block gives: G there is Wᵀ E[g gᵀ] W to a factor."""
     network, batches = resnet20(), [images(3, size=12)]
     found = trace(network, Call.of(network), batches[0], weights(network))

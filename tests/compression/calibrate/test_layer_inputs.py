@@ -62,7 +62,7 @@ CONVOLUTIONS = [
 
 
 @pytest.mark.parametrize(("cls", "options"), CONVOLUTIONS)
-def test_patches(cls: Any, options: dict[str, Any]) -> None:
+def test_extracts_patches(cls: Any, options: dict[str, Any]) -> None:
     module = cls(4, 8, **options)
     x = torch.randn(2, 4, *(5, 4, 6)[3 - len(module.kernel_size) :])
     byhand = patches_by_hand(module, x)  # (n, taps, C_in)
@@ -75,7 +75,7 @@ def test_patches(cls: Any, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("cls", "options"), CONVOLUTIONS)
-def test_the_kernel_as_a_matrix_times_the_rows_is_the_convolution(cls: Any, options: dict[str, Any]) -> None:
+def test_kernel_matrix_times_patches_is_the_convolution(cls: Any, options: dict[str, Any]) -> None:
     module = cls(4, 8, **options)
     x = torch.randn(2, 4, *(5, 4, 6)[3 - len(module.kernel_size) :])
     axes = len(module.kernel_size)
@@ -92,7 +92,7 @@ def test_the_kernel_as_a_matrix_times_the_rows_is_the_convolution(cls: Any, opti
 
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
-def test_padding_by_name(padding: str) -> None:
+def test_handles_named_padding(padding: str) -> None:
     module = nn.Conv2d(2, 3, (5, 3), padding=padding, bias=False)
     x = torch.randn(2, 2, 7, 6)
     matrix = module.weight.flatten(2).permute(0, 2, 1).flatten(1)
@@ -100,14 +100,14 @@ def test_padding_by_name(padding: str) -> None:
     assert torch.allclose(rows_of(module, x) @ matrix.T, wanted, atol=1e-5)
 
 
-def test_an_image_without_a_batch_axis() -> None:
+def test_handles_an_unbatched_image() -> None:
     module, x = nn.Conv2d(2, 3, 3), torch.randn(2, 5, 6)
     assert torch.equal(rows_of(module, x), rows_of(module, x[None]))
     inputs = layer_of(module).inputs
     assert torch.equal(inputs.outputs(module(x), None), inputs.outputs(module(x[None]), None))
 
 
-def test_blocks_are_the_whole_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_concatenate_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = nn.Conv2d(3, 3, 3, groups=3), torch.randn(7, 3, 6, 6)
     whole = rows_of(module, x)
     monkeypatch.setattr("mpoc.compression.calibrate.layer_inputs._AT_ONCE", 1000)
@@ -116,7 +116,7 @@ def test_blocks_are_the_whole_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.cat(blocks, dim=-2), whole)
 
 
-def test_a_sample_of_positions() -> None:
+def test_samples_positions() -> None:
     module = nn.Conv2d(3, 3, 3, padding=1)
     x, y = torch.randn(6, 3, 8, 8), torch.randn(6, 3, 8, 8)
     whole = rows_of(module, x)
@@ -130,7 +130,7 @@ def test_a_sample_of_positions() -> None:
     assert torch.equal(rows_of(module, x, sample=Sample(64, seed=1)), whole)
 
 
-def test_padding_tokens_do_not_count() -> None:
+def test_ignores_padding_tokens() -> None:
     x = torch.arange(24.0).reshape(2, 4, 3)
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
     wanted = torch.cat([x[0, :2], x[1, 1:]])
@@ -141,7 +141,7 @@ def test_padding_tokens_do_not_count() -> None:
     torch.testing.assert_close(layer_of(module).inputs.outputs(module(x), mask), module(wanted))
 
 
-def test_rows_that_are_no_tokens_all_count() -> None:
+def test_counts_rows_that_are_not_tokens() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]])
     pooled = torch.randn(2, 3)
     assert torch.equal(rows_of(nn.Linear(3, 5), pooled, mask), pooled)
@@ -150,7 +150,7 @@ def test_rows_that_are_no_tokens_all_count() -> None:
     assert torch.equal(rows_of(nn.Linear(3, 5), pooled[0]), pooled[:1])
 
 
-def test_an_embedding_counts() -> None:
+def test_embedding_counts_its_indices() -> None:
     inputs = layer_of(nn.Embedding(6, 2)).inputs
     assert isinstance(inputs, EmbeddingInputs)
     ids, mask = torch.tensor([[1, 1, 5], [2, 0, 0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -159,7 +159,7 @@ def test_an_embedding_counts() -> None:
     assert inputs.count(ids, mask) == 4
 
 
-def test_conv1d_of_transformers() -> None:
+def test_finds_conv1d_of_transformers() -> None:
     network = tiny("gpt2")
     found = find_layer(network, "transformer.h.0.mlp.c_fc.weight")
     assert isinstance(found, ObservedLayer)
@@ -167,7 +167,7 @@ def test_conv1d_of_transformers() -> None:
     assert found.modules == ("transformer.h.0.mlp.c_fc",)
 
 
-def test_weights_that_are_shared() -> None:
+def test_finds_shared_weights() -> None:
     network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     network[2].weight = network[0].weight
     found = find_layer(network, "2.weight")
@@ -175,14 +175,14 @@ def test_weights_that_are_shared() -> None:
     assert found.modules == ("2", "0")
 
 
-def test_one_module_in_two_places_is_one() -> None:
+def test_module_in_two_places_is_found_once() -> None:
     linear = nn.Linear(3, 3)
     found = find_layer(nn.Sequential(linear, linear), "0.weight")
     assert isinstance(found, ObservedLayer)
     assert found.modules == ("0",)
 
 
-def test_reasons() -> None:
+def test_gives_reasons_for_unsupported_layers() -> None:
     gpt2 = tiny("gpt2")
     tied = find_layer(gpt2, "transformer.wte.weight")
     assert tied == "tied: transformer.wte and lm_head use it in different ways"

@@ -30,7 +30,7 @@ def far(found: Tensor, wanted: Tensor, left: Tensor, right: Tensor) -> float:
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0])
-def test_one_network(mean: float) -> None:
+def test_moments_of_one_network(mean: float) -> None:
     x = mixed(20_000, 24, mean)
     found = gathered(x)
     exact = x.double().numpy()
@@ -43,7 +43,7 @@ def test_one_network(mean: float) -> None:
     assert found.dense_mean is found.mean and found.cross is found.second is found.dense_second
 
 
-def test_two_networks() -> None:
+def test_moments_of_two_networks() -> None:
     x, y = mixed(5_000, 16, 20.0), mixed(5_000, 16, 3.0)
     y += 0.5 * x
     found = gathered(y, x)
@@ -56,7 +56,7 @@ def test_two_networks() -> None:
     assert far(dense, torch.cov(a.T, correction=0), x, x) < 1e-6
 
 
-def test_the_dense_second_moment_may_be_unwanted() -> None:
+def test_dense_second_moment_is_optional() -> None:
     x, y = mixed(300, 8), mixed(300, 8)
     accumulator = Accumulator(dense_second=False)
     accumulator.add(y, x)
@@ -65,7 +65,7 @@ def test_the_dense_second_moment_may_be_unwanted() -> None:
     assert torch.equal(found.cross, whole.cross) and torch.equal(found.second, whole.second)
 
 
-def test_float64_rows_stay_so() -> None:
+def test_keeps_float64_rows() -> None:
     x = mixed(500, 12, dtype=torch.float64)
     assert torch.allclose(gathered(x).second, x.T @ x / len(x), rtol=1e-13, atol=0)
 
@@ -79,7 +79,7 @@ def test_constant_and_dead_inputs_have_no_variance() -> None:
     assert found.second[2].abs().max() == 0
 
 
-def test_groups_are_apart() -> None:
+def test_keeps_groups_apart() -> None:
     x, y = mixed(200, 5)[None].repeat(3, 1, 1), mixed(200, 5)
     x[1] = y
     found = gathered(x)
@@ -90,14 +90,14 @@ def test_groups_are_apart() -> None:
     assert not torch.allclose(found.second[0], found.second[1], rtol=1e-2)
 
 
-def test_no_rows() -> None:
+def test_rejects_empty_input() -> None:
     accumulator = Accumulator()
     accumulator.add(torch.empty(0, 4))
     with pytest.raises(ValueError, match="no rows"):
         accumulator.moments()
 
 
-def test_one_hot_rows() -> None:
+def test_moments_of_one_hot_rows() -> None:
     ids = torch.tensor([2, 2, 0, 3])
     rows = torch.nn.functional.one_hot(ids, 5).double()
     found, full = one_hot_moments(torch.bincount(ids, minlength=5)), gathered(rows)

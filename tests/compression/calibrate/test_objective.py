@@ -35,7 +35,7 @@ def known(seen: Tensor, unseen: Tensor) -> EmbeddingObjective:
     return EmbeddingObjective(mine, other, random_moment(WIDTH, seed=3))
 
 
-def test_errors_are_those_of_the_tokens() -> None:
+def test_errors_match_those_of_the_tokens() -> None:
     seen, unseen = tokens(200, 0), tokens(50, 1)
     evidence, matrix, found = known(seen, unseen), table(), table(1)
     error = matrix - found
@@ -48,7 +48,7 @@ def test_errors_are_those_of_the_tokens() -> None:
     assert together == pytest.approx(float(error[torch.cat([seen, unseen])].square().sum()) / 250, rel=1e-9)
 
 
-def test_the_metric_spreads_a_share_over_all_rows() -> None:
+def test_metric_smooths_over_all_rows() -> None:
     evidence, matrix, found = known(tokens(200, 0), tokens(50, 1)), table(), table(1)
     uniform = known(torch.arange(VOCABULARY), tokens(50, 1))
     values = [one.metric(matrix, gamma).value(found) for one, gamma in ((evidence, 0.0), (uniform, 0.0))]
@@ -56,7 +56,7 @@ def test_the_metric_spreads_a_share_over_all_rows() -> None:
     assert mixed == pytest.approx(0.7 * values[0] + 0.3 * values[1], rel=1e-9)
 
 
-def test_errors_of_all_ranks_are_those_of_each() -> None:
+def test_errors_of_all_ranks_match_single_fits() -> None:
     evidence, matrix = known(tokens(200, 0), tokens(50, 1)), table()
     best = weighted_svd(evidence.metric(matrix, 0.1))
     errors = evidence.felt.of_ranks(matrix, best.left, best.right)
@@ -66,7 +66,7 @@ def test_errors_of_all_ranks_are_those_of_each() -> None:
 
 
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
-def test_a_fit_is_nearer_on_other_texts(structure: Structure) -> None:
+def test_fit_generalises_to_other_texts(structure: Structure) -> None:
     evidence, matrix = known(tokens(200, 0), tokens(50, 1)), table()
     fit = fit_calibrated(matrix, [Storage(structure, 3)], evidence, torch.float64, 0)
     assert fit.judged.shift is None
@@ -76,7 +76,7 @@ def test_a_fit_is_nearer_on_other_texts(structure: Structure) -> None:
     assert fit.same_size["this"] < 0.9 * fit.same_size["plain svd" if structure is LOW_RANK else "plain mpo"]
 
 
-def test_no_row_of_a_low_rank_fit_is_worse_than_zero() -> None:
+def test_low_rank_rows_never_lose_to_zero() -> None:
     """Not even those that never occurred; of MPOs, whose rows share cores, this does not hold."""
     metric = known(tokens(200, 0), tokens(50, 1)).metric(table(), 0.1)
     best = weighted_svd(metric)
@@ -98,7 +98,7 @@ def test_exact_at_full_bond(structure: Structure) -> None:
     torch.testing.assert_close(matrix_of(fit.terms), table(), rtol=1e-6, atol=1e-6)
 
 
-def test_a_network_that_never_feels_it() -> None:
+def test_handles_a_layer_without_effect() -> None:
     evidence = known(tokens(200, 0), tokens(50, 1))
     deaf = EmbeddingObjective(evidence.moments, evidence.held_out, torch.zeros_like(evidence.outputs))
     for structure in (LOW_RANK, CHAIN):

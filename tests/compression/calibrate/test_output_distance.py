@@ -16,7 +16,7 @@ from tests.compression.calibrate.networks import images
 from tests.compression.calibrate.test_batch_norm import distance_from_own
 
 
-def test_divergence_of_classes_and_no_number_is_infinitely_far() -> None:
+def test_measures_divergence_and_treats_nan_as_infinite() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)).eval()
     batches = [images(3), images(2, seed=1)]
     distance = distance_from_own(network, batches)
@@ -33,7 +33,7 @@ def test_divergence_of_classes_and_no_number_is_infinitely_far() -> None:
     assert distance.of_network(other) == math.inf
 
 
-def test_replaced_layers_are_tried_and_taken_out_again() -> None:
+def test_restores_layers_after_measuring() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)).eval()
     distance = distance_from_own(network, [images(3)])
     study: Any = distance._study

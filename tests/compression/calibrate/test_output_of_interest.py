@@ -27,24 +27,24 @@ def folder(path: Path, kinds: tuple[str, ...] = ("Transformer", "Pooling"), **mo
     return path
 
 
-def test_what_a_directory_says(tmp_path: Path) -> None:
+def test_reads_pooling_from_a_directory(tmp_path: Path) -> None:
     assert read_pooling(tmp_path) is None
     folder(tmp_path, ("Transformer", "Pooling", "Normalize"), cls_token=False, mean_tokens=True)
     assert read_pooling(tmp_path) == Pooling("mean", normalize=True)
 
 
-def test_the_first_token(tmp_path: Path) -> None:
+def test_first_token_pooling(tmp_path: Path) -> None:
     assert read_pooling(folder(tmp_path, cls_token=True)) == Pooling("cls", normalize=False)
 
 
-def test_what_is_not_known(tmp_path: Path) -> None:
+def test_unknown_pooling_is_none(tmp_path: Path) -> None:
     assert read_pooling(folder(tmp_path, max_tokens=True)) is None
     (tmp_path / "other").mkdir()
     kinds = ("Transformer", "Pooling", "Dense")
     assert read_pooling(folder(tmp_path / "other", kinds, mean_tokens=True)) is None
 
 
-def test_what_cannot_be_read(tmp_path: Path) -> None:
+def test_rejects_unreadable_configuration(tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text("[")
     with pytest.raises(MpocError, match=r"modules\.json: cannot be read"):
         read_pooling(tmp_path)

@@ -82,7 +82,7 @@ def assert_same(found: dict[str, Moments], wanted: dict[str, Moments]) -> None:
 
 
 @pytest.mark.parametrize("make", [bert, gpt2, resnet, densely])
-def test_kept_inputs_of_blocks_give_the_same_moments(make: Any) -> None:
+def test_cached_block_inputs_give_the_same_moments(make: Any) -> None:
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))
     assert found.homes
@@ -95,7 +95,7 @@ def test_kept_inputs_of_blocks_give_the_same_moments(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", [bert, resnet, densely])
-def test_against_whole_passes(make: Any) -> None:
+def test_matches_whole_passes(make: Any) -> None:
     """Inputs of all layers from one run of each network, no stop, rows by the layer's own rule."""
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))
@@ -137,7 +137,7 @@ def _all_rows(network: nn.Module, batches: list[Batch], found: Trace) -> dict[st
     return {name: torch.cat(parts, dim=-2) for name, parts in rows.items()}
 
 
-def test_the_dense_second_moment_of_another_pass() -> None:
+def test_reuses_dense_second_moments() -> None:
     network, batches = resnet()
     found = trace(network, Call.of(network), batches[0], weights(network))
     positions = Positions(20, seed=3)
@@ -151,7 +151,7 @@ def test_the_dense_second_moment_of_another_pass() -> None:
     assert torch.equal(long[name].dense_mean, dense[name].mean)
 
 
-def test_a_network_with_cores() -> None:
+def test_accepts_a_network_with_cores() -> None:
     """What is compressed already may compute through cores."""
     network, batches = bert()
     found = trace(network, Call.of(network), batches[0], weights(network))
@@ -166,7 +166,7 @@ def test_a_network_with_cores() -> None:
     assert torch.allclose(again[name].second, wanted[name].second, rtol=1e-4, atol=1e-6)
 
 
-def test_only_what_is_needed_runs() -> None:
+def test_runs_only_the_needed_blocks() -> None:
     network, batches = bert()
     found = trace(network, Call.of(network), batches[0], weights(network))
     runs = [0, 0, 0]
@@ -187,7 +187,7 @@ def test_only_what_is_needed_runs() -> None:
     assert runs == [6, 8, 2]
 
 
-def test_nothing_stays_behind() -> None:
+def test_leaves_no_hooks_behind() -> None:
     network, batches = resnet()
     found = trace(network, Call.of(network), batches[0], weights(network))
     other = damaged(network)
@@ -202,7 +202,7 @@ def test_nothing_stays_behind() -> None:
     assert all(parameter.requires_grad for parameter in (*network.parameters(), *other.parameters()))
 
 
-def test_layers_that_get_other_numbers_of_rows() -> None:
+def test_rejects_layers_with_differing_row_counts() -> None:
     network = nn.Sequential(nn.Linear(3, 4), _Positive(), nn.Linear(4, 2)).eval()
     batch = {"x": torch.randn(30, 3)}
     found = trace(network, Call.of(network), batch, ["2.weight"])
@@ -217,7 +217,7 @@ class _Positive(nn.Module):
         return x[x[:, 0] > 0]
 
 
-def test_groups_of_channels_are_apart() -> None:
+def test_keeps_channel_groups_apart() -> None:
     network, batches = densely()
     found = trace(network, Call.of(network), batches[0], weights(network))
     (name,) = (n for n, layer in found.layers.items() if isinstance(layer.inputs, ConvInputs)
@@ -228,7 +228,7 @@ def test_groups_of_channels_are_apart() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_on_a_gpu() -> None:
+def test_matches_on_a_gpu() -> None:
     network, batches = bert()
     found = trace(network, Call.of(network), batches[0], weights(network))
     other = damaged(network)
@@ -239,7 +239,7 @@ def test_on_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("make", [bert, gpt2, resnet])
-def test_blocks_are_seen_as_in_whole_passes(make: Any) -> None:
+def test_block_inputs_match_whole_passes(make: Any) -> None:
     """Kept or found again: inputs of the compressed network's block, outputs of the dense one's."""
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))

@@ -59,7 +59,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ("grouped", False, {"bond": 3, "form": "mpo"}, [1, 2]),
     ],
 )
-def test_it_ends_with_the_same_bytes(
+def test_resume_gives_the_same_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     network: str,
@@ -81,7 +81,7 @@ def test_it_ends_with_the_same_bytes(
     assert not (tmp_path / "o.safetensors.partial").exists()
 
 
-def test_what_was_found_for_another_goal_is_not_used(tmp_path: Path) -> None:
+def test_resume_ignores_results_of_another_goal(tmp_path: Path) -> None:
     case = Case(tmp_path, "blocks")
     whole = case.compress(False, "whole", ratio=0.4)
     with pytest.raises(KeyboardInterrupt):
@@ -93,7 +93,7 @@ def test_what_was_found_for_another_goal_is_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"key": 1', "[1]", '{"key": KEY, "layers": [{}]}'])
-def test_damaged_shares_are_found_again(tmp_path: Path, text: str) -> None:
+def test_recomputes_damaged_shares(tmp_path: Path, text: str) -> None:
     case = Case(tmp_path, "blocks")
     whole = case.compress(False, "whole", ratio=0.4)
     with pytest.raises(KeyboardInterrupt):
@@ -106,7 +106,7 @@ def test_damaged_shares_are_found_again(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["shares.json", "moments.safetensors"])
-def test_damaged_findings_are_found_again(tmp_path: Path, name: str) -> None:
+def test_recomputes_damaged_results(tmp_path: Path, name: str) -> None:
     """A larger number in the shares; numbers of the dense network that break off."""
     case = Case(tmp_path, "blocks")
     whole = case.compress(False, "whole", ratio=0.4)

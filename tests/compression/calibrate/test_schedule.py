@@ -25,14 +25,14 @@ def place(group: Sequence[str]) -> tuple[int, int] | None:
 STEPS = Schedule([["b", "a"], ["c"], ["d"]], place)  # of e no inputs are known
 
 
-def test_blocks_are_whole_and_groups_alone() -> None:
+def test_schedules_blocks_whole_and_groups_singly() -> None:
     assert list(STEPS.of("abcde")) == [(None, [["b", "a"]]), ((0, 1), [["c"], ["d"]])]
     assert list(STEPS.of("ad")) == [(None, [["a"]]), ((0, 1), [["d"]])]
     assert STEPS.units(plans()) == [["e"], ["b", "a"], ["c", "d"]]
     assert STEPS.units(plans("dbe")) == [["e"], ["b"], ["d"]]
 
 
-def test_the_first_of_a_unit_has_the_cost_of_all() -> None:
+def test_first_layer_of_a_unit_carries_its_cost() -> None:
     costs = STEPS.costs(plans())
     assert costs["a"] == costs["d"] == 0.0
     assert costs["b"] == 2 * STEPS.costs(plans(dense="a"))["b"]

@@ -144,7 +144,7 @@ class Case:
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])
 @pytest.mark.parametrize("form", slow_except(["svd", "mpo", "tree", "auto"], "svd"))
-def test_outputs_are_nearer_than_without_data(tmp_path: Path, name: str, form: str) -> None:
+def test_calibration_reduces_output_errors(tmp_path: Path, name: str, form: str) -> None:
     case = Case(tmp_path, name)
     options: dict[str, Any] = {"ratio": 0.4}
     if name == "conv":
@@ -157,7 +157,7 @@ def test_outputs_are_nearer_than_without_data(tmp_path: Path, name: str, form: s
         assert {layer.form for layer in done.manifest.replaced} == {form}
 
 
-def test_the_report_tells_what_was_done(tmp_path: Path) -> None:
+def test_manifest_records_the_calibration(tmp_path: Path) -> None:
     done = Case(tmp_path, "mlp").compress(ratio=0.4)
     manifest = read_manifest(done.output)
     assert manifest == done.manifest
@@ -171,7 +171,7 @@ def test_the_report_tells_what_was_done(tmp_path: Path) -> None:
     assert [layer.name for layer in manifest.layers] == ["0.weight", "2.weight", "4.weight", "5.weight"]
 
 
-def test_biases_take_up_the_mean_and_nothing_else_changes(tmp_path: Path) -> None:
+def test_biases_absorb_the_mean_error(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     done = case.compress(bond=3, form="svd")
     stored = load_file(done.output)
@@ -185,7 +185,7 @@ def test_biases_take_up_the_mean_and_nothing_else_changes(tmp_path: Path) -> Non
         assert float((loaded(x) - case.network(x)).mean(0).abs().max()) < 0.02
 
 
-def test_running_means_take_it_up_behind_a_convolution_without_bias(tmp_path: Path) -> None:
+def test_running_means_absorb_the_mean_error_without_a_bias(tmp_path: Path) -> None:
     case = Case(tmp_path, "conv")
     stored = load_file(case.compress(bond=4, form="svd").output)
     before = case.network.state_dict()
@@ -197,7 +197,7 @@ def test_running_means_take_it_up_behind_a_convolution_without_bias(tmp_path: Pa
     }
 
 
-def test_what_cannot_be_seen_is_fitted_by_its_weights_and_said(tmp_path: Path) -> None:
+def test_unobservable_layers_are_fitted_by_their_weights(tmp_path: Path) -> None:
     case = Case(tmp_path, "conv")
     done = case.compress(bond=2, form="svd", allow_growth=True)
     layer = next(layer for layer in done.manifest.layers if layer.name == "6.weight")
@@ -205,7 +205,7 @@ def test_what_cannot_be_seen_is_fitted_by_its_weights_and_said(tmp_path: Path) -
     assert any("by their weights alone" in note and "6" in note for note in done.notes)
 
 
-def test_attention_inside_a_module_is_fitted_by_its_weights(tmp_path: Path) -> None:
+def test_fused_attention_is_fitted_by_its_weights(tmp_path: Path) -> None:
     done = Case(tmp_path, "attention").compress(bond=3)
     assert next(layer for layer in done.manifest.layers if "in_proj" in layer.name).output_error is None
     assert (
@@ -213,7 +213,7 @@ def test_attention_inside_a_module_is_fitted_by_its_weights(tmp_path: Path) -> N
     )
 
 
-def test_the_same_bytes_again(tmp_path: Path) -> None:
+def test_output_is_deterministic(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     first, again = (case.compress(ratio=0.5, out=out).output.read_bytes() for out in ("a", "b"))
     assert first == again
@@ -224,7 +224,7 @@ def test_exact_at_full_bond(tmp_path: Path) -> None:
     assert case.error(case.compress(bond=10**6, form="svd", allow_growth=True)) < 1e-4
 
 
-def test_a_dry_run_plans_by_the_same_shares(tmp_path: Path) -> None:
+def test_dry_run_plans_the_same_shares(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     recipe = make_recipe(None, {"ratio": 0.5, "device": "cpu", "form": "svd"})
     request = CalibrationRequest(tmp_path / "data.npz", 200)
@@ -243,27 +243,27 @@ def test_a_dry_run_plans_by_the_same_shares(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("goal", ["max_error", "discard"])
-def test_a_goal_that_is_not_of_calibration(tmp_path: Path, goal: str) -> None:
+def test_rejects_unsupported_goals(tmp_path: Path, goal: str) -> None:
     with pytest.raises(UsageError, match=f"--{goal.replace('_', '-')} is of weights"):
         Case(tmp_path, "mlp").compress(**{goal: 0.1})  # type: ignore[arg-type]
 
 
-def test_auto_needs_data(tmp_path: Path) -> None:
+def test_auto_requires_calibration(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs --calibrate"):
         Case(tmp_path, "mlp").plain(bond=4, form="auto")
 
 
-def test_auto_shares_out_a_budget(tmp_path: Path) -> None:
+def test_auto_requires_a_budget(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="needs --ratio"):
         Case(tmp_path, "mlp").compress(bond=4, form="auto")
 
 
-def test_in_memory_there_is_no_auto() -> None:
+def test_auto_is_rejected_in_memory() -> None:
     with pytest.raises(UsageError, match="needs --calibrate"):
         mpoc.compress(nn.Linear(8, 8), ratio=0.5, form="auto")
 
 
-def test_a_file_without_a_network_is_refused_before_any_work(tmp_path: Path) -> None:
+def test_rejects_files_without_a_network(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     request = CalibrationRequest(tmp_path / "data.npz")
     with pytest.raises(UsageError, match="not the network's code"):
@@ -273,7 +273,7 @@ def test_a_file_without_a_network_is_refused_before_any_work(tmp_path: Path) -> 
     assert case.folder.joinpath("o.safetensors").exists() is False
 
 
-def test_a_single_example_is_too_few(tmp_path: Path) -> None:
+def test_rejects_a_single_example(tmp_path: Path) -> None:
     with pytest.raises(MpocError, match="at least 2"):
         Case(tmp_path, "mlp").compress(samples=1, bond=3)
 
@@ -285,7 +285,7 @@ def _fresh(case: Case) -> nn.Module:
     return network
 
 
-def test_a_recipe_s_error_for_one_layer_is_refused(tmp_path: Path) -> None:
+def test_rejects_max_error_for_one_layer(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('ratio = 0.5\n[layer."0"]\nmax-error = 0.1\n')
     case = Case(tmp_path, "mlp")
     request = CalibrationRequest(tmp_path / "data.npz")
@@ -295,7 +295,7 @@ def test_a_recipe_s_error_for_one_layer_is_refused(tmp_path: Path) -> None:
         compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=case.arch, calibration=request)
 
 
-def test_a_network_whose_outputs_are_not_finite_is_refused(tmp_path: Path) -> None:
+def test_rejects_networks_with_non_finite_outputs(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     state = {**case.network.state_dict(), "0.bias": torch.full((48,), float("nan"))}
     torch.save(state, tmp_path / "m.pt")
@@ -303,7 +303,7 @@ def test_a_network_whose_outputs_are_not_finite_is_refused(tmp_path: Path) -> No
         case.compress(ratio=0.5)
 
 
-def test_a_whole_map_is_fitted_by_its_weights(tmp_path: Path) -> None:
+def test_whole_maps_are_fitted_by_their_weights(tmp_path: Path) -> None:
     case = Case(tmp_path, "conv")
     recipe = make_recipe(
         None, {"ratio": 0.6, "conv": "map", "input_shape": (parse_input_shape("3=16x16:stride=2,padding=0"),),
@@ -316,7 +316,7 @@ def test_a_whole_map_is_fitted_by_its_weights(tmp_path: Path) -> None:
     assert kinds["8.weight"] == "linear"
 
 
-def test_a_dry_run_tells_of_the_calibration(tmp_path: Path) -> None:
+def test_dry_run_reports_the_calibration(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     recipe = make_recipe(None, {"ratio": 0.5, "device": "cpu", "form": "svd"})
     request = CalibrationRequest(tmp_path / "data.npz", 60)
@@ -327,7 +327,7 @@ def test_a_dry_run_tells_of_the_calibration(tmp_path: Path) -> None:
     assert planned.manifest.calibration["shares"]["chosen"] in WAYS
 
 
-def test_asked_sites_and_factors_are_kept(tmp_path: Path) -> None:
+def test_keeps_requested_sites_and_factors(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     done = case.compress(ratio=0.5, shape=(parse_shape("2=6x8:8x6"),))
     found = {layer.name: layer.input_factors for layer in done.manifest.replaced}
@@ -337,7 +337,7 @@ def test_asked_sites_and_factors_are_kept(tmp_path: Path) -> None:
     assert {layer.form for layer in done.manifest.replaced} == {"mpo"}
 
 
-def test_a_bias_of_two_layers_is_left_alone(tmp_path: Path) -> None:
+def test_shared_bias_stays_unchanged(tmp_path: Path) -> None:
     """What one layer's mean needs is not what the other's does."""
     (tmp_path / "net.py").write_text(
         "from torch import nn\n"
@@ -358,7 +358,7 @@ def test_a_bias_of_two_layers_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(load_file(output)["0.bias"], network.state_dict()["0.bias"])
 
 
-def test_a_ceiling_in_bytes_is_kept_and_its_budget_shared_out(tmp_path: Path) -> None:
+def test_size_is_kept_and_allocated(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     done = case.compress(size=20_000)
     assert 0.9 * 20_000 < done.nbytes <= 20_000
@@ -368,7 +368,7 @@ def test_a_ceiling_in_bytes_is_kept_and_its_budget_shared_out(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("name", "refine"), [("mlp", False), ("conv", False), ("blocks", True)])
-def test_kept_moments_give_the_same_bytes(
+def test_cached_moments_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, refine: bool
 ) -> None:
     monkeypatch.setattr("mpoc.compression.calibrate.block_refinement._STEPS", 40)
@@ -385,7 +385,7 @@ def test_kept_moments_give_the_same_bytes(
     assert done.manifest.calibration["samples"] == 56
 
 
-def test_kept_moments_hold_for_another_goal_and_not_for_other_data(tmp_path: Path) -> None:
+def test_cached_moments_depend_on_data_not_goal(tmp_path: Path) -> None:
     case, kept = Case(tmp_path, "mlp"), tmp_path / "moments"
     case.compress(moments=kept, ratio=0.5, form="svd")
     before = kept.read_bytes()
@@ -400,7 +400,7 @@ def test_kept_moments_hold_for_another_goal_and_not_for_other_data(tmp_path: Pat
 
 
 @pytest.mark.parametrize("form", ["svd", "mpo", "tree", "auto"])
-def test_embeddings_are_nearer_than_without_data(tmp_path: Path, form: str) -> None:
+def test_calibration_improves_embeddings(tmp_path: Path, form: str) -> None:
     case = Case(tmp_path, "words")
     options: dict[str, Any] = {"ratio": 0.6, "embeddings": True, "layers": ("table",), "form": form}
     done = case.compress(**options)
@@ -411,14 +411,14 @@ def test_embeddings_are_nearer_than_without_data(tmp_path: Path, form: str) -> N
     assert case.error(done) < 0.8 * case.error(plain)
 
 
-def test_a_table_that_is_also_the_head_is_fitted_by_its_weights(tmp_path: Path) -> None:
+def test_tied_table_is_fitted_by_its_weights(tmp_path: Path) -> None:
     done = Case(tmp_path, "tied").compress(ratio=0.6, embeddings=True, form="svd")
     (layer,) = done.manifest.layers
     assert layer.form == "svd" and layer.output_error is None
     assert any("by their weights alone" in note and "tied" in note for note in done.notes)
 
 
-def test_a_layer_s_own_bond_makes_a_chain_beside_open_forms(tmp_path: Path) -> None:
+def test_layer_rule_with_a_bond_gives_an_mpo(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     (tmp_path / "recipe.toml").write_text('ratio = 0.5\n[layer."2"]\nbond = 3\n')
     recipe = make_recipe(tmp_path / "recipe.toml", {"device": "cpu"})
@@ -431,13 +431,13 @@ def test_a_layer_s_own_bond_makes_a_chain_beside_open_forms(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("form", ["auto", "svd+mpo"])
-def test_an_open_form_takes_no_bond(tmp_path: Path, form: str) -> None:
+def test_auto_rejects_a_bond(tmp_path: Path, form: str) -> None:
     (tmp_path / "recipe.toml").write_text(f'ratio = 0.5\n[layer."2"]\nform = "{form}"\nbond = 3\n')
     with pytest.raises(UsageError, match="for a share of a budget, not for a bond"):
         make_recipe(tmp_path / "recipe.toml", {})
 
 
-def test_data_of_another_kind_are_told(tmp_path: Path) -> None:
+def test_rejects_data_of_another_kind(tmp_path: Path) -> None:
     case = Case(tmp_path, "conv")
     np.savez(tmp_path / "data.npz", x_train=np.zeros((9, 5), np.float32), y_train=np.zeros(9, np.int64))
     with pytest.raises(UsageError, match=r"the network does not take x of shape \(1, 5\)"):

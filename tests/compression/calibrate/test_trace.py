@@ -17,7 +17,7 @@ def traced(network: nn.Module, batch: Batch, names: list[str] | None = None) -> 
     return trace(network, Call.of(network), batch, names or weights(network))
 
 
-def test_query_key_and_value_share_their_input() -> None:
+def test_groups_query_key_and_value() -> None:
     found = traced(encoder(), texts())
     assert len(found.groups) == 3 + 3 * 4
     self_ = "encoder.layer.1.attention.self"
@@ -28,7 +28,7 @@ def test_query_key_and_value_share_their_input() -> None:
     assert found.reasons == {} and found.norms == {}
 
 
-def test_order_is_that_of_use() -> None:
+def test_orders_layers_by_use() -> None:
     class Backwards(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -41,7 +41,7 @@ def test_order_is_that_of_use() -> None:
     assert found.groups == (("first.weight",), ("second.weight",))
 
 
-def test_one_input_changed_in_place_is_two() -> None:
+def test_input_changed_in_place_splits_a_group() -> None:
     class Changing(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -57,7 +57,7 @@ def test_one_input_changed_in_place_is_two() -> None:
     assert found.groups == (("a.weight",), ("b.weight",))
 
 
-def test_two_kernels_over_one_input_take_other_rows() -> None:
+def test_kernels_of_different_geometry_are_not_grouped() -> None:
     class Shortcut(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -71,7 +71,7 @@ def test_two_kernels_over_one_input_take_other_rows() -> None:
     assert found.same_rows == {"wide.weight": "wide.weight", "short.weight": "short.weight"}
 
 
-def test_norms_behind_convolutions() -> None:
+def test_finds_norms_after_convolutions() -> None:
     network = resnet20()
     found = traced(network, images(2))
     assert len(found.norms) == 19
@@ -104,24 +104,24 @@ class _Normed(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["alone", "added", "shape", "twice", "shared", "relu"])
-def test_a_norm_counts_only_where_it_alone_takes_the_output(how: str) -> None:
+def test_norm_counts_only_as_sole_consumer(how: str) -> None:
     found = traced(_Normed(how).eval(), images(2, size=4))
     assert found.norms == ({"conv.weight": "norm"} if how in ("alone", "shape") else {})
 
 
-def test_weights_used_more_than_once_or_never() -> None:
+def test_flags_weights_used_repeatedly_or_never() -> None:
     found = traced(Stopped().eval(), {"x": torch.randn(2, 4)})
     assert found.calls == {"body.weight": 1, "late.weight": 2}
     assert found.groups == (("body.weight",), ("late.weight",))
     assert found.reasons == {"never.weight": "the network does not reach it"}
 
 
-def test_a_weight_the_network_has_not() -> None:
+def test_rejects_unknown_weights() -> None:
     with pytest.raises(MpocError, match="has no weight"):
         traced(encoder(1), texts(), ["pooler.dense.weight"])
 
 
-def test_blocks_of_transformers() -> None:
+def test_finds_blocks_of_transformers() -> None:
     found = traced(encoder(), texts())
     (chain,) = found.chains
     assert [block.module for block in chain] == [f"encoder.layer.{k}" for k in range(3)]
@@ -133,7 +133,7 @@ def test_blocks_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("kind", "blocks"), [("gpt2", "transformer.h"), ("llama", "model.layers"), ("vit", "vit.layers")]
 )
-def test_blocks_of_others(kind: str, blocks: str) -> None:
+def test_finds_blocks_of_other_networks(kind: str, blocks: str) -> None:
     network = tiny(kind)
     cached = getattr(network.config, "use_cache", None)
     batch = {"x": torch.randn(2, 3, 16, 16)} if kind == "vit" else texts()
@@ -143,7 +143,7 @@ def test_blocks_of_others(kind: str, blocks: str) -> None:
     assert all(parameter.requires_grad for parameter in network.parameters())
 
 
-def test_stages_are_taken_apart() -> None:
+def test_splits_stages() -> None:
     (chain,) = traced(resnet20(), images(2)).chains
     assert [block.module for block in chain] == [f"layer{k}.{i}" for k in (1, 2, 3) for i in range(3)]
     nested = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 4)), nn.Tanh())
@@ -191,12 +191,12 @@ class _Block(nn.Module):
         ("again", [2]),
     ],
 )
-def test_what_is_no_chain(how: str, lengths: list[int]) -> None:
+def test_splits_chains_at_irregular_blocks(how: str, lengths: list[int]) -> None:
     found = traced(_Blocks(how).eval(), {"x": torch.randn(2, 4)})
     assert [len(chain) for chain in found.chains] == lengths
 
 
-def test_hooks_go_even_where_the_network_fails() -> None:
+def test_removes_hooks_when_the_network_fails() -> None:
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(5, 4)).eval()
     with pytest.raises(RuntimeError):
         traced(network, {"x": torch.randn(2, 4)})

@@ -21,12 +21,12 @@ from tests.robustness.faults.judge import Before, judge_words
         (2, "error: no\n", 1),
     ],
 )
-def test_words(status: int, err: str, wrong: int) -> None:
+def test_judges_messages(status: int, err: str, wrong: int) -> None:
     found = list(judge_words(Ended(status, "", err), (0, 1)))
     assert [one.kind for one in found] == ["words"] * wrong
 
 
-def test_a_hang() -> None:
+def test_judges_a_hang() -> None:
     assert [one.kind for one in judge_words(Ended(-9, "", "", hung=True), (1,))] == ["hang"]
 
 
@@ -49,7 +49,7 @@ def test_a_hang() -> None:
         ({}, 130, "note: out is written", ["words"]),
     ],
 )
-def test_files(
+def test_judges_files(
     tmp_path: Path, changes: dict[str, str | None], status: int, err: str, kinds: list[str]
 ) -> None:
     (tmp_path / "out").mkdir()

@@ -22,23 +22,23 @@ def sample() -> dict[str, Any]:
     return dict(json.loads(run_python("-m", "tests.robustness.faults.sample")))
 
 
-def test_nothing_is_lost_hangs_or_ends_without_a_message(sample: dict[str, Any]) -> None:
+def test_sampled_faults_lose_nothing(sample: dict[str, Any]) -> None:
     assert sample["found"] == []
 
 
-def test_every_kind_of_fault_was_injected(sample: dict[str, Any]) -> None:
+def test_every_kind_of_fault_is_injected(sample: dict[str, Any]) -> None:
     injected = dict(sample["injected"])
     assert FAULTS.keys() <= injected.keys()
     assert len(injected) >= len(FAULTS) + 6  # where nothing can be mounted; 8 elsewhere
     assert set(injected.values()) == {2}
 
 
-def test_a_careless_command_is_found_out(sample: dict[str, Any]) -> None:
+def test_detects_a_careless_command(sample: dict[str, Any]) -> None:
     assert sample["careless"].keys() == KINDS.keys() - {"hang"}
     assert sample["hung"] is True
 
 
-def test_where_one_of_two_processes_is_killed_the_other_says_so() -> None:
+def test_killed_process_is_reported_by_the_other() -> None:
     ended, found = strike_a_rank(signal.SIGKILL, rank=1, late=False)
     assert found == [] and ended.status == 1
     assert "Sending process" in ended.err or "error: " in ended.err  # torchrun ended it, or it said so

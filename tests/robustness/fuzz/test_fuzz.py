@@ -15,20 +15,20 @@ from tests.robustness.fuzz.targets import CORPUS, TARGETS
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_no_faults(name: str) -> None:
+def test_finds_no_faults(name: str) -> None:
     target = TARGETS[name]
     found = fuzz(target, seed=7, executions=60 + len(target.seeds()))
     assert {place: repr(error) for place, (_, error) in found.faults.items()} == {}
     assert len(found.kept) >= len(target.seeds())
 
 
-def test_a_run_repeats() -> None:
+def test_run_is_deterministic() -> None:
     one, two = (fuzz(TARGETS["index"], seed=3, executions=40) for _ in range(2))
     assert one.kept == two.kept and one.seen == two.seen
     assert fuzz(TARGETS["index"], seed=4, executions=40).kept != one.kept
 
 
-def test_faults_are_found_and_new_lines_lead_there() -> None:
+def test_coverage_guides_to_faults() -> None:
     """A reader that breaks where two unlikely bytes stand; only what is kept on the way leads to it."""
 
     def read(data: bytes) -> None:
@@ -47,7 +47,7 @@ def test_faults_are_found_and_new_lines_lead_there() -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_mutations_repeat_and_never_fail(name: str) -> None:
+def test_mutations_are_deterministic(name: str) -> None:
     target = TARGETS[name]
     for seed in target.seeds():
         made = [[target.mutate(seed, random.Random(k)) for k in range(30)] for _ in range(2)]
@@ -55,7 +55,7 @@ def test_mutations_repeat_and_never_fail(name: str) -> None:
         assert len(set(made[0])) > 10
 
 
-def test_the_corpus_is_small_and_real() -> None:
+def test_corpus_is_small_and_valid() -> None:
     assert sum(file.stat().st_size for file in CORPUS.rglob("*") if file.is_file()) < 60_000
     manifest = json.loads((CORPUS / "manifest" / "full").read_text())
     assert {layer["form"] for layer in manifest["layers"]} == {"mpo", "svd"}

@@ -47,7 +47,7 @@ def both_routes(kernel: Tensor, structure: Structure, bond: int, **options: Any)
 
 @SOME
 @given(convolutions())
-def test_at_full_bond_both_routes_do_what_torch_does(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
+def test_both_routes_match_torch_at_full_bond(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
     conv, size = drawn
     geometry, kernel = geometry_and_kernel(conv, size)
     structure = make_structure("convmap", tuple(kernel.shape), geometry=geometry)
@@ -61,7 +61,7 @@ def test_at_full_bond_both_routes_do_what_torch_does(drawn: tuple[nn.Conv2d, tup
 
 
 @pytest.mark.parametrize("bond", [1, 3, 6])
-def test_truncated_both_routes_are_equally_near(bond: int) -> None:
+def test_both_routes_have_equal_errors(bond: int) -> None:
     structure = map_structure((8, 6, 3, 3), (8, 4), stride=(2, 1), factors=((4, 4, 2, 4), (2, 4, 8, 3)))
     kernel = torch.randn(8, 6, 3, 3)
     exact = map_of_kernel(kernel.double(), structure.geometry)  # type: ignore[arg-type]
@@ -72,13 +72,13 @@ def test_truncated_both_routes_are_equally_near(bond: int) -> None:
     assert rounded.relative_error == pytest.approx(dense.relative_error, rel=0.02)
 
 
-def test_a_tolerance_holds_on_both_routes() -> None:
+def test_both_routes_respect_tolerances() -> None:
     structure = map_structure((8, 8, 3, 3), (4, 4))
     for fit in both_routes(torch.randn(8, 8, 3, 3), structure, structure.full_bond, tolerance=0.4):
         assert 0.2 < fit.relative_error <= 0.4
 
 
-def test_a_discarded_weight_holds_on_both_routes() -> None:
+def test_both_routes_respect_discards() -> None:
     structure = map_structure((8, 8, 3, 3), (4, 4))
     cuts = len(structure.site_sizes) - 1
     for fit in both_routes(torch.randn(8, 8, 3, 3), structure, structure.full_bond, discard=0.1):
@@ -86,7 +86,7 @@ def test_a_discarded_weight_holds_on_both_routes() -> None:
         assert max(fit.form.bonds) < structure.full_bond
 
 
-def test_entropies_of_the_weight_agree() -> None:
+def test_both_routes_give_equal_entropies() -> None:
     structure = map_structure((4, 4, 3, 3), (4, 4))
     kernel = torch.randn(4, 4, 3, 3, dtype=torch.float64)
     matrix = map_of_kernel(kernel, structure.geometry)  # type: ignore[arg-type]
@@ -101,13 +101,13 @@ def test_entropies_of_the_weight_agree() -> None:
     assert spectrum[: len(p)].square() / spectrum.square().sum() == pytest.approx(p, abs=1e-12)
 
 
-def test_the_exact_operator_has_the_bonds_of_its_taps() -> None:
+def test_exact_operator_has_the_bonds_of_its_taps() -> None:
     structure = map_structure((8, 8, 3, 3), (16, 16), factors=((4, 4, 4, 4, 8), (4, 4, 4, 4, 8)))
     exact = exact_map(torch.randn(8, 8, 3, 3), structure)
     assert exact.bonds == (1, 3, 3, 9, 9, 1)
 
 
-def test_a_map_far_too_large_to_be_formed(nothing_is_small: None) -> None:
+def test_handles_maps_too_large_to_form(nothing_is_small: None) -> None:
     kernel = torch.randn(16, 8, 3, 3)
     structure = map_structure((16, 8, 3, 3), (128, 128))  # 262,144 × 131,072
     fit = fit_conv_map(kernel, structure, structure.full_bond)
@@ -118,7 +118,7 @@ def test_a_map_far_too_large_to_be_formed(nothing_is_small: None) -> None:
 
 @SOME
 @given(convolutions())
-def test_projection_without_the_dense_map_is_the_same(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
+def test_projection_needs_no_dense_map(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
     geometry, kernel = geometry_and_kernel(*drawn)
     structure = make_structure("convmap", tuple(kernel.shape), geometry=geometry)
     form = fit_conv_map(kernel, structure, structure.full_bond).form
@@ -135,7 +135,7 @@ def test_projection_without_the_dense_map_is_the_same(drawn: tuple[nn.Conv2d, tu
         torch.testing.assert_close(exact_back, kernel)
 
 
-def test_truncated_between_axes_it_is_still_a_convolution_and_within_one_it_is_none() -> None:
+def test_truncation_between_axes_keeps_a_convolution() -> None:
     kernel = torch.randn(8, 8, 3, 3)
     between = map_structure((8, 8, 3, 3), (4, 4), factors=((4, 8, 4), (4, 8, 4)))
     within = map_structure((8, 8, 3, 3), (4, 4), factors=((2, 8, 8), (2, 8, 8)))
@@ -147,12 +147,12 @@ def test_truncated_between_axes_it_is_still_a_convolution_and_within_one_it_is_n
     assert errors[0] < 1e-5 < 0.05 < errors[1]
 
 
-def test_a_large_map_needs_factors_that_align(nothing_is_small: None) -> None:
+def test_large_maps_require_aligned_factors(nothing_is_small: None) -> None:
     with pytest.raises(UsageError, match=r"built from shifts.*outputs 3×8×4, inputs 4×8×3 do not"):
         map_structure((6, 6, 3, 3), (4, 4), factors=((3, 8, 4), (4, 8, 3)))
 
 
-def test_a_zero_kernel_is_zero(nothing_is_small: None) -> None:
+def test_zero_kernel_gives_zero(nothing_is_small: None) -> None:
     structure = map_structure((4, 4, 3, 3), (4, 4))
     fit = fit_conv_map(torch.zeros(4, 4, 3, 3), structure, 4)
     assert fit.relative_error == 0.0 and set(fit.form.bonds) == {1}

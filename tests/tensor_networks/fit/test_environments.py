@@ -27,7 +27,7 @@ def curvature(form: Form, k: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("network", ["chain", "tree"])
 @pytest.mark.parametrize("structure", [FOUR, SIX], ids=["four", "six"])
-def test_they_are_the_curvature_of_each_core(structure: Structure, network: str) -> None:
+def test_environments_are_the_curvature_of_each_core(structure: Structure, network: str) -> None:
     """Of a network without loops: a product over the bonds, and the identity on the sites' own legs."""
     form = form_of(random_cores(one := replace(structure, network=network), 2), one)
     for k, (core, inverses) in enumerate(zip(form.cores, inverse_grams(form.cores, form.legs), strict=True)):
@@ -39,13 +39,13 @@ def test_they_are_the_curvature_of_each_core(structure: Structure, network: str)
         torch.testing.assert_close(product, expected, rtol=1e-2, atol=1e-3 * float(expected.max()))
 
 
-def test_a_network_with_loops_has_none() -> None:
+def test_networks_with_loops_have_no_environments() -> None:
     mera = replace(SIX, network="mera")
     form = form_of(random_cores(mera, 2), mera)
     assert not any(inverse_grams(form.cores, form.legs))
 
 
-def test_singular_and_zero_grams_have_inverses() -> None:
+def test_inverts_singular_and_zero_grams() -> None:
     tree = replace(FOUR, network="tree")
     cores = random_cores(tree, 3)
     for scale in (torch.zeros(3), torch.tensor([1.0, 0.0, 1.0])):

@@ -21,7 +21,7 @@ def start(structure: Structure, bond: int, metric: Metric) -> LBFGS:
     return LBFGS(metric, [form_of(random_cores(structure, bond, seed=4), structure)])
 
 
-def test_value_and_gradient_are_those_of_the_formula() -> None:
+def test_value_and_gradient_match_the_formula() -> None:
     metric = random_metric(12, 12)
     descent = start(STRUCTURE, 3, metric)
     expected = metric.value(by_eq_5(descent.terms[0].cores, STRUCTURE))
@@ -36,7 +36,7 @@ def test_value_and_gradient_are_those_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("network", ["chain", "tree", "mera"])
-def test_every_step_lowers_f(network: str) -> None:
+def test_every_step_lowers_the_objective(network: str) -> None:
     metric = random_metric(12, 12, seed=2)
     descent = start(replace(STRUCTURE, network=network), 3, metric)
     values = [descent.point.value]
@@ -47,7 +47,7 @@ def test_every_step_lowers_f(network: str) -> None:
     assert values[-1] < 0.2 * values[0]
 
 
-def test_a_low_rank_matrix_reaches_the_closed_form() -> None:
+def test_reaches_the_closed_form_for_low_rank() -> None:
     structure = make_structure("linear", (8, 6), factors=((8, 1), (1, 6)))
     metric = random_metric(8, 6, weighted_outputs=False)
     metric = Metric(metric.target, metric.inputs + 0.1 * torch.eye(6, dtype=torch.float64))
@@ -57,7 +57,7 @@ def test_a_low_rank_matrix_reaches_the_closed_form() -> None:
     assert optimum * (1 - 1e-9) < descent.point.value < optimum * (1 + 1e-6)
 
 
-def test_it_says_when_there_is_nothing_lower() -> None:
+def test_reports_convergence() -> None:
     cores = random_cores(STRUCTURE, 3, seed=4)
     target = MPO(cores, STRUCTURE).to_matrix()[0]
     descent = LBFGS(Metric(target, torch.eye(12, dtype=torch.float64)), [MPO(cores, STRUCTURE)])
@@ -65,7 +65,7 @@ def test_it_says_when_there_is_nothing_lower() -> None:
     torch.testing.assert_close(descent.terms[0].to_matrix()[0], target)
 
 
-def test_the_path_is_the_same_in_every_gauge() -> None:
+def test_path_does_not_depend_on_the_gauge() -> None:
     metric = random_metric(12, 12)
     cores = random_cores(STRUCTURE, 3, seed=4)
     gauge = torch.linalg.qr(random_cores(STRUCTURE, 3)[1].flatten(0, 2)[:3, :3])[0] * 3.0
@@ -78,14 +78,14 @@ def test_the_path_is_the_same_in_every_gauge() -> None:
     torch.testing.assert_close(paths[0], paths[1], rtol=1e-2, atol=1e-2)
 
 
-def test_zero_cores_are_no_trouble() -> None:
+def test_handles_zero_cores() -> None:
     cores = [torch.zeros_like(core) for core in random_cores(STRUCTURE, 2)]
     descent = LBFGS(random_metric(12, 12), [MPO(cores, STRUCTURE)])
     assert not descent.run(1)
     assert all(not core.any() for core in descent.terms[0].cores)
 
 
-def test_a_diagonal_need_not_be_formed() -> None:
+def test_diagonal_metric_is_not_formed() -> None:
     found, expected = (start(STRUCTURE, 3, metric).point for metric in diagonal_metric(12, 12))
     assert found.value == pytest.approx(expected.value, rel=1e-12)
     torch.testing.assert_close(found.gradient, expected.gradient)

@@ -42,14 +42,12 @@ def error(found: Tensor, weight: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("kind", "shape", "transposed", "sites"), KINDS)
-def test_the_start_is_exact_at_full_bond_and_bonds_beyond_it(
-    kind: str, shape: tuple[int, ...], transposed: bool, sites: int
-) -> None:
+def test_start_is_exact_at_full_bond(kind: str, shape: tuple[int, ...], transposed: bool, sites: int) -> None:
     weight, of = drawn(shape), structure(kind, shape, transposed, sites)
     torch.testing.assert_close(start(weight, of, 150), weight)
 
 
-def test_the_start_of_three_sites_is_an_svd() -> None:
+def test_start_of_three_sites_is_an_svd() -> None:
     """Inputs fit through the bond, so one cut is left: site 1 and its partner's input against the rest."""
     of = make_structure("linear", (24, 24), factors=((2, 3, 4), (4, 3, 2)), network="mera")
     weight = drawn((24, 24))
@@ -61,7 +59,7 @@ def test_the_start_of_three_sites_is_an_svd() -> None:
 
 
 @pytest.mark.parametrize(("kind", "shape", "transposed", "sites"), KINDS)
-def test_what_is_fitted_is_no_worse_than_its_start_and_f_never_rises(
+def test_objective_never_rises(
     kind: str, shape: tuple[int, ...], transposed: bool, sites: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, of = drawn(shape), structure(kind, shape, transposed, sites)
@@ -84,7 +82,7 @@ def test_what_is_fitted_is_no_worse_than_its_start_and_f_never_rises(
     assert fit.form.bonds == (3,) and fit.entropies == []
 
 
-def test_what_a_mera_of_that_bond_made_is_found_again() -> None:
+def test_recovers_a_mera() -> None:
     """Mostly: the descent may end elsewhere, at worse than the start it is not."""
     of = make_structure("linear", (64, 48), factors=((4, 4, 2, 2), (2, 2, 3, 4)), network="mera")
     errors = []
@@ -98,14 +96,14 @@ def test_what_a_mera_of_that_bond_made_is_found_again() -> None:
     assert sum(one < 1e-6 for one in errors) >= 3
 
 
-def test_a_product_needs_no_bond() -> None:
+def test_product_needs_bond_one() -> None:
     of = make_structure("linear", (16, 16), sites=4, network="mera")
     first, second, third, fourth = (drawn((2, 2), seed) for seed in range(4))
     weight = torch.kron(torch.kron(first, second), torch.kron(third, fourth))
     assert fit_mera(weight, of, 2).relative_error < 1e-6
 
 
-def test_the_seed_decides_and_the_cores_have_equal_norms() -> None:
+def test_is_seeded_and_cores_have_equal_norms() -> None:
     weight, of = drawn((24, 36)).float(), structure("linear", (24, 36), False, 4)
     once, again = (decompose(weight, of, 3, seed=7).form.cores for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
@@ -113,7 +111,7 @@ def test_the_seed_decides_and_the_cores_have_equal_norms() -> None:
     assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
 
 
-def test_stored_in_half_precision_the_error_is_that_of_the_stored_cores() -> None:
+def test_error_includes_rounding_to_half_precision() -> None:
     weight, of = drawn((16, 16)).half(), structure("linear", (16, 16), False, 3)
     fit = fit_mera(weight, of, 3)
     assert all(core.dtype == torch.float16 for core in fit.form.cores)
@@ -121,24 +119,24 @@ def test_stored_in_half_precision_the_error_is_that_of_the_stored_cores() -> Non
     assert fit.relative_error == pytest.approx(error(weight_of(cores, of), weight.double()), rel=1e-3)
 
 
-def test_nothing_at_all() -> None:
+def test_fits_zeros() -> None:
     of = structure("linear", (24, 36), False, 4)
     fit = fit_mera(torch.zeros(24, 36), of, 2)
     assert fit.relative_error == 0 and not weight_of(fit.form.cores, of).any()
 
 
-def test_two_sites_hold_the_weight() -> None:
+def test_two_sites_are_exact() -> None:
     weight, of = drawn((6, 4)), structure("linear", (6, 4), False, 2)
     assert fit_mera(weight, of, 1).relative_error < 1e-12
 
 
-def test_a_tolerance_is_refused() -> None:
+def test_rejects_tolerances() -> None:
     with pytest.raises(ValueError, match="tolerance"):
         fit_mera(drawn((24, 36)), structure("linear", (24, 36), False, 4), 3, 0.1)
 
 
 @pytest.mark.parametrize("bond", [1, 2, 3, 4, 6])
-def test_the_bond_is_told_from_all_shapes(bond: int) -> None:
+def test_infers_the_bond_from_core_shapes(bond: int) -> None:
     """The order of the cores depends on it."""
     of = make_structure("linear", (96, 64), sites=5, network="mera")
     cores = [drawn(shape) for shape in of.core_shapes((bond,))]

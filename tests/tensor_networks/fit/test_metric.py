@@ -26,7 +26,7 @@ def squared_error(weight: Tensor, fitted: Tensor, dense: Tensor, seen: Tensor, p
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_value_is_the_mean_squared_output_error(weighted: bool) -> None:
+def test_objective_is_the_mean_squared_output_error(weighted: bool) -> None:
     samples, weight, fitted = correlated(20, 5), draw(4, 5, seed=8), draw(4, 5, seed=9)
     probes = draw(6, 4, seed=7) if weighted else 2 * torch.eye(4, dtype=torch.float64)
     outputs = probes.T @ probes / 6 if weighted else None
@@ -36,7 +36,7 @@ def test_value_is_the_mean_squared_output_error(weighted: bool) -> None:
     assert metric.value(weight) == 0.0
 
 
-def test_centred_is_the_error_with_the_best_bias() -> None:
+def test_centred_objective_uses_the_best_bias() -> None:
     samples, weight, fitted = correlated(20, 5), draw(4, 5, seed=8), draw(4, 5, seed=9)
     metric = make_metric(weight, **moments(samples), centred=True, gamma=0, ridge=0, outputs=None)
     errors = samples @ (weight - fitted).T
@@ -46,7 +46,7 @@ def test_centred_is_the_error_with_the_best_bias() -> None:
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_the_target_is_the_least_squares_weight_on_the_inputs_seen(centred: bool) -> None:
+def test_target_is_the_least_squares_weight(centred: bool) -> None:
     dense = correlated(30, 5)
     seen = dense + 0.3 * draw(30, 5, seed=5)
     weight = draw(4, 5, seed=6)
@@ -56,7 +56,7 @@ def test_the_target_is_the_least_squares_weight_on_the_inputs_seen(centred: bool
     torch.testing.assert_close(metric.target, best, rtol=1e-9, atol=1e-9)
 
 
-def test_regularisation_is_spelt_out() -> None:
+def test_regularisation_matches_the_formula() -> None:
     dense = correlated(30, 4)
     seen = dense + 0.3 * draw(30, 4, seed=5)
     weight = draw(3, 4, seed=6)
@@ -71,13 +71,13 @@ def test_regularisation_is_spelt_out() -> None:
 @pytest.mark.parametrize("ridge", [0.0, 1e-3])
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("count", [1, 3, 30])
-def test_same_inputs_leave_the_weight_as_target(count: int, centred: bool, ridge: float) -> None:
+def test_equal_inputs_keep_the_weight_as_target(count: int, centred: bool, ridge: float) -> None:
     samples, weight = correlated(count, 5), draw(4, 5, seed=6)
     metric = make_metric(weight, **moments(samples), centred=centred, gamma=0.1, ridge=ridge, outputs=None)
     assert torch.equal(metric.target, weight)
 
 
-def test_few_samples_change_the_target_only_where_there_are_inputs() -> None:
+def test_few_samples_change_the_target_within_their_span() -> None:
     dense = correlated(2, 6)
     seen = dense + draw(2, 6, seed=5)
     weight = draw(4, 6, seed=6)
@@ -87,7 +87,7 @@ def test_few_samples_change_the_target_only_where_there_are_inputs() -> None:
     torch.testing.assert_close(unseen @ metric.target.T, unseen @ weight.T, rtol=1e-8, atol=1e-8)
 
 
-def test_one_sample_and_a_bias_cost_nothing() -> None:
+def test_one_sample_is_fitted_by_the_bias() -> None:
     metric = make_metric(
         draw(4, 5), **moments(correlated(1, 5)), centred=True, gamma=0.1, ridge=1e-3, outputs=None
     )
@@ -95,7 +95,7 @@ def test_one_sample_and_a_bias_cost_nothing() -> None:
     assert metric.value(draw(4, 5, seed=1)) == 0.0
 
 
-def test_constant_and_dead_features_cost_nothing() -> None:
+def test_constant_and_dead_features_are_free() -> None:
     samples = correlated(50, 5)
     samples[:, 1], samples[:, 3] = 1234.567, 0.0
     weight = draw(4, 5, seed=6)
@@ -107,7 +107,7 @@ def test_constant_and_dead_features_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 2, 5])
-def test_roots_multiply_to_the_moments(rank: int) -> None:
+def test_roots_square_to_the_moments(rank: int) -> None:
     metric = random_metric(6, 5, ranks=(rank, rank))
     output_root = metric.output_root
     assert output_root is not None and metric.outputs is not None
@@ -116,7 +116,7 @@ def test_roots_multiply_to_the_moments(rank: int) -> None:
     assert Metric(metric.target, metric.inputs).output_root is None
 
 
-def test_semidefinite_clips_what_rounding_made_negative() -> None:
+def test_semidefinite_clips_negative_rounding() -> None:
     basis = torch.linalg.qr(draw(4, 4))[0]
     clipped = semidefinite((basis * torch.tensor([2.0, 1.0, 0.5, -1e-7])) @ basis.T)
     torch.testing.assert_close(
@@ -125,7 +125,7 @@ def test_semidefinite_clips_what_rounding_made_negative() -> None:
     assert float(torch.linalg.eigvalsh(clipped)[0]) > -1e-15
 
 
-def test_a_diagonal_need_not_be_formed() -> None:
+def test_diagonal_metric_is_not_formed() -> None:
     metric, formed = diagonal_metric(7, 5)
     matrix = draw(7, 5, seed=4)
     assert metric.value(matrix) == pytest.approx(formed.value(matrix), rel=1e-12)

@@ -22,7 +22,7 @@ def error(weight: Tensor, structure: Structure, bond: int, order: tuple[int, ...
     return tt_svd(weight, replace(structure, order=order), bond).relative_error
 
 
-def test_exchanges_never_lose_and_end_where_no_pair_gains() -> None:
+def test_exchanges_stop_at_a_local_optimum() -> None:
     torch.manual_seed(0)
     likeness = torch.randn(7, 7, dtype=torch.float64)
     found = exchange(likeness, torch.arange(7))
@@ -41,7 +41,7 @@ def test_exchanges_never_lose_and_end_where_no_pair_gains() -> None:
     assert reached >= 0.9 * best
 
 
-def test_columns_that_are_exchanged_come_back() -> None:
+def test_restores_exchanged_columns() -> None:
     torch.manual_seed(0)
     columns = torch.randn(16, 24, dtype=torch.float64)
     mixed = torch.randperm(24)
@@ -50,7 +50,7 @@ def test_columns_that_are_exchanged_come_back() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_a_mixed_weight_of_small_bond_loses_less_in_the_order_found(transposed: bool) -> None:
+def test_learned_order_reduces_the_error(transposed: bool) -> None:
     weight = MPO(random_cores(STRUCTURE, 2), STRUCTURE).to_weight()
     mixed = weight[:, torch.randperm(24, generator=torch.Generator().manual_seed(1))]
     structure = STRUCTURE
@@ -62,25 +62,25 @@ def test_a_mixed_weight_of_small_bond_loses_less_in_the_order_found(transposed: 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("bond", [1, 4])
-def test_never_worse_than_the_weight_s_own(seed: int, bond: int) -> None:
+def test_never_worse_than_the_original_order(seed: int, bond: int) -> None:
     weight = random_weight(STRUCTURE, torch.float32, seed)
     order = learn_order(weight, STRUCTURE, bond)
     assert sorted(order) == list(range(24))
     assert error(weight, STRUCTURE, bond, order) <= error(weight, STRUCTURE, bond, ()) + 1e-6
 
 
-def test_a_good_order_is_kept() -> None:
+def test_keeps_a_good_order() -> None:
     weight = MPO(random_cores(STRUCTURE, 2), STRUCTURE).to_weight()
     assert learn_order(weight, STRUCTURE, 2) == tuple(range(24))
 
 
-def test_padded_inputs_keep_their_place() -> None:
+def test_padded_inputs_keep_their_position() -> None:
     structure = Structure("linear", (16, 23), False, (4, 2, 2), (2, 3, 4))
     assert structure.padding == (0, 1)
     weight = random_weight(structure)
     assert sorted(learn_order(weight, structure, 3)) == list(range(23))
 
 
-def test_it_is_the_same_again() -> None:
+def test_is_deterministic() -> None:
     weight = random_weight(STRUCTURE)
     assert learn_order(weight, STRUCTURE, 3) == learn_order(weight, STRUCTURE, 3)

@@ -15,7 +15,7 @@ STRUCTURES = [make_structure("linear", (64, 48)), low_rank_structure("linear", (
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=lambda structure: structure.form)
 @pytest.mark.parametrize("exponent", [-125, -100, -50, 50, 100, 122])
-def test_a_power_of_two_changes_nothing_but_the_size(structure: Structure, exponent: int) -> None:
+def test_power_of_two_changes_only_the_scale(structure: Structure, exponent: int) -> None:
     weight = torch.randn(64, 48)
     plain, other = tt_svd(weight, structure, 8), tt_svd(weight * 2.0**exponent, structure, 8)
     assert other.relative_error == pytest.approx(plain.relative_error, rel=1e-6)
@@ -25,7 +25,7 @@ def test_a_power_of_two_changes_nothing_but_the_size(structure: Structure, expon
 
 
 @pytest.mark.parametrize("size", [1e-41, 1e-38, 1e-20, 1e20, 5e37])
-def test_the_error_is_that_of_what_comes_back(size: float) -> None:
+def test_error_matches_the_restored_weight(size: float) -> None:
     weight = torch.randn(64, 48) * size
     fit = tt_svd(weight, STRUCTURES[0], 8)
     lost = (fit.form.to_weight().double() - weight.double()).norm() / weight.double().norm()
@@ -34,7 +34,7 @@ def test_the_error_is_that_of_what_comes_back(size: float) -> None:
 
 
 @pytest.mark.parametrize("size", [1e-310, 1e-200, 1e200, 1e307])
-def test_float64_likewise(size: float) -> None:
+def test_scales_float64(size: float) -> None:
     weight = torch.randn(64, 48, dtype=torch.float64)
     fit, plain = tt_svd(weight * size, STRUCTURES[0], 8), tt_svd(weight, STRUCTURES[0], 8)
     assert fit.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
@@ -42,7 +42,7 @@ def test_float64_likewise(size: float) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 40), (40, 1), (1, 1), (7, 1)])
 @pytest.mark.parametrize("value", [0.0, 1e-40, 3e38])
-def test_thin_and_constant_weights_come_back(shape: tuple[int, int], value: float) -> None:
+def test_restores_thin_and_constant_weights(shape: tuple[int, int], value: float) -> None:
     weight = torch.full(shape, value)
     for structure in (make_structure("linear", shape), low_rank_structure("linear", shape)):
         fit = tt_svd(weight, structure, 4)
@@ -50,14 +50,14 @@ def test_thin_and_constant_weights_come_back(shape: tuple[int, int], value: floa
         assert fit.relative_error < 1e-5 and all(math.isfinite(found) for found in fit.entropies)
 
 
-def test_rank_deficient_weights_come_back() -> None:
+def test_restores_rank_deficient_weights() -> None:
     weight = torch.outer(torch.randn(64), torch.randn(48)) * 1e-30
     fit = tt_svd(weight, STRUCTURES[1], 8)
     assert fit.relative_error < 1e-5
     assert fit.form.bonds == (1, 1, 1)
 
 
-def test_ordinary_weights_are_left_as_they_are() -> None:
+def test_ordinary_weights_are_not_scaled() -> None:
     for size in (0.0, 1e-11, 1.0, 1e11):
         weight = torch.full((3, 2), size)
         assert exponent_of(weight) == 0
@@ -67,7 +67,7 @@ def test_ordinary_weights_are_left_as_they_are() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, -7.0])
-def test_one_odd_entry_is_seen_anywhere(dtype: torch.dtype, odd: float) -> None:
+def test_detects_an_outlier_anywhere(dtype: torch.dtype, odd: float) -> None:
     for place in (0, 77, 5999):
         weight = torch.linspace(-1, 1, 6000).to(dtype)
         weight[place] = odd
@@ -75,7 +75,7 @@ def test_one_odd_entry_is_seen_anywhere(dtype: torch.dtype, odd: float) -> None:
     assert largest(torch.empty(0, 3, dtype=dtype)) == 0.0
 
 
-def test_the_exponent_is_shared_out_exactly() -> None:
+def test_distributes_the_exponent_exactly() -> None:
     structure = STRUCTURES[0]
     form = tt_svd(torch.randn(64, 48), structure, 8).form
     grown = MPO(spread(form.cores, 7), structure)

@@ -50,19 +50,19 @@ def check(cuts: list[Cut], weight: Tensor, structure: Structure, kept: float) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("structure", EVERY_KIND, ids=shape_id)
-def test_a_random_weight(structure: Structure, dtype: torch.dtype) -> None:
+def test_matches_direct_svd_of_a_random_weight(structure: Structure, dtype: torch.dtype) -> None:
     weight = random_weight(structure, dtype)
     check(cuts_of_weight(weight, structure, 0.9), weight, structure, 0.9)
 
 
 @SOME
 @given(structures(), st.floats(0.3, 0.999))
-def test_any_structure(structure: Structure, kept: float) -> None:
+def test_matches_direct_svd_of_any_structure(structure: Structure, kept: float) -> None:
     weight = random_weight(structure, seed=1)
     check(cuts_of_weight(weight, structure, kept), weight, structure, kept)
 
 
-def test_a_weight_of_low_rank() -> None:
+def test_low_rank_weight_has_few_values() -> None:
     weight = torch.randn(64, 3, dtype=torch.float64) @ torch.randn(3, 64, dtype=torch.float64)
     check(cuts_of_weight(weight, SQUARE, 0.99), weight, SQUARE, 0.99)
     (cut,) = cuts_of_weight(weight, low_rank_structure("linear", (64, 64)), 1 - 1e-12)
@@ -70,7 +70,7 @@ def test_a_weight_of_low_rank() -> None:
     assert cut.entropy <= math.log(3)
 
 
-def test_a_product_has_no_entanglement() -> None:
+def test_product_has_no_entanglement() -> None:
     a, b, c = (torch.randn(16, dtype=torch.float64) for _ in range(3))
     weight = deinterleave(torch.einsum("a,b,c->abc", a, b, c), SQUARE)
     for cut in cuts_of_weight(weight, SQUARE, 0.999999):
@@ -78,7 +78,7 @@ def test_a_product_has_no_entanglement() -> None:
         assert cut.effective_bond == 1
 
 
-def test_a_maximally_entangled_weight() -> None:
+def test_maximally_entangled_weight_has_maximal_entropy() -> None:
     """The identity between the first site and the rest: a flat spectrum."""
     tensor = torch.eye(16).reshape(16, 16, 1) * torch.randn(16)
     first, _ = cuts_of_weight(deinterleave(tensor, SQUARE), SQUARE, 0.99)
@@ -86,7 +86,7 @@ def test_a_maximally_entangled_weight() -> None:
     assert first.effective_bond == 16
 
 
-def test_a_zero_weight() -> None:
+def test_zero_weight_has_zero_entropy() -> None:
     for cut in cuts_of_weight(torch.zeros(64, 64), SQUARE, 0.99):
         assert (cut.entropy, cut.effective_bond, set(cut.spectrum)) == (0.0, 1, {0.0})
 
@@ -96,26 +96,26 @@ UNPADDED = [structure for structure in EVERY_KIND if not any(structure.padding)]
 
 
 @pytest.mark.parametrize("structure", UNPADDED, ids=shape_id)
-def test_cores_have_the_spectra_of_what_they_stand_for(structure: Structure) -> None:
+def test_cores_have_the_spectra_of_their_weight(structure: Structure) -> None:
     cores = random_cores(structure, 3)
     check(cuts_of_cores(cores, structure, 0.9), weight_of(cores, structure), structure, 0.9)
 
 
-def test_a_sum_has_the_spectra_of_its_weight() -> None:
+def test_sum_has_the_spectra_of_its_weight() -> None:
     cores = [*random_cores(SQUARE, 2), torch.randn(1, 64, 1, 3), torch.randn(3, 1, 64, 1)]
     cores = [core.double() for core in cores]
     check(cuts_of_cores(cores, SQUARE, 0.9), weight_of(cores, SQUARE), SQUARE, 0.9)
 
 
 @pytest.mark.parametrize("network", ["tree", "mera"])
-def test_other_networks_have_the_spectra_of_their_weight(network: str) -> None:
+def test_trees_and_meras_have_the_spectra_of_their_weight(network: str) -> None:
     structure = make_structure("linear", (64, 64), factors=((4,) * 3, (4,) * 3), network=network)
     torch.manual_seed(0)
     cores = [torch.randn(shape, dtype=torch.float64) for shape in structure.core_shapes(structure.bonds(3))]
     check(cuts_of_cores(cores, structure, 0.9), weight_of(cores, structure), SQUARE, 0.9)
 
 
-def test_truncation_takes_entropy_away() -> None:
+def test_truncation_lowers_the_entropy() -> None:
     weight = random_weight(SQUARE)
     before = cuts_of_weight(weight, SQUARE, 0.99)
     after = cuts_of_cores(tt_svd(weight, SQUARE, 5).form.cores, SQUARE, 0.99)
@@ -123,7 +123,7 @@ def test_truncation_takes_entropy_away() -> None:
         assert cut.entropy <= math.log(5) < full.entropy
 
 
-def test_a_large_map_has_the_spectra_of_the_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_map_has_the_spectra_of_the_dense_map(monkeypatch: pytest.MonkeyPatch) -> None:
     geometry = make_geometry((4, 4, 3, 3), (8, 8))
     structure = make_structure("convmap", (4, 4, 3, 3), geometry=geometry)
     kernel = torch.randn(4, 4, 3, 3)

@@ -62,7 +62,7 @@ def bonds_by_numpy(tensor: np.ndarray, discard: float) -> list[int]:
 
 @SOME
 @given(TREES, st.sampled_from([0.03, 0.1, 0.3]))
-def test_each_branch_loses_at_most_its_share(structure: Structure, discard: float) -> None:
+def test_branches_discard_at_most_their_share(structure: Structure, discard: float) -> None:
     weight = random_weight(structure)
     fit = tree_svd(weight, structure, structure.full_bond, discard=discard)
     tensor = interleave(weight, structure).numpy()
@@ -77,7 +77,7 @@ def relative_error(weight: Tensor, fit: Fit) -> float:
 
 @SOME
 @given(TREES, BONDS)
-def test_error_squared_is_the_sum_of_the_discarded_squares(structure: Structure, bond: int) -> None:
+def test_squared_error_is_the_sum_of_discarded_squares(structure: Structure, bond: int) -> None:
     weight = random_weight(structure)
     tensor = interleave(weight, structure).numpy()
     fit, lost = fit_and_discarded(tree_svd, weight, structure, bond)
@@ -91,7 +91,7 @@ def test_error_squared_is_the_sum_of_the_discarded_squares(structure: Structure,
 
 @SOME
 @given(TREES, BONDS)
-def test_it_is_nearly_the_best_tree(structure: Structure, bond: int) -> None:
+def test_is_close_to_the_best_tree(structure: Structure, bond: int) -> None:
     """No tree errs less than any branch alone must; all of them together are at most 2n − 3 times that."""
     weight = random_weight(structure)
     tensor = interleave(weight, structure).numpy()
@@ -116,7 +116,7 @@ def test_full_bond_is_exact(structure: Structure, dtype: torch.dtype, limit: flo
     assert torch.equal(weight, random_weight(structure, dtype))
 
 
-def test_two_sites_are_a_matrix_cut_in_two_as_in_a_chain() -> None:
+def test_two_sites_match_a_chain() -> None:
     structure = make_structure("linear", (24, 36), sites=2)
     weight = random_weight(structure)
     chain, tree = tt_svd(weight, structure, 5), tree_svd(weight, replace(structure, network="tree"), 5)
@@ -131,7 +131,7 @@ def test_two_sites_are_a_matrix_cut_in_two_as_in_a_chain() -> None:
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     st.sampled_from([None, torch.float32, torch.float16]),
 )
-def test_reported_error_is_that_of_the_stored_cores(
+def test_reported_error_matches_the_stored_cores(
     structure: Structure, bond: int, dtype: torch.dtype, stored: torch.dtype | None
 ) -> None:
     weight = random_weight(structure, dtype)
@@ -144,13 +144,13 @@ def test_reported_error_is_that_of_the_stored_cores(
 
 @SOME
 @given(TREES, st.sampled_from([0.03, 0.2, 0.6]), st.sampled_from([torch.float32, torch.float64]))
-def test_a_tolerance_is_kept(structure: Structure, tolerance: float, dtype: torch.dtype) -> None:
+def test_respects_the_tolerance(structure: Structure, tolerance: float, dtype: torch.dtype) -> None:
     weight = random_weight(structure, dtype)
     fit = tree_svd(weight, structure, structure.full_bond, tolerance)
     assert relative_error(weight, fit) <= tolerance * (1 + 1e-5)
 
 
-def test_a_tolerance_finds_the_bonds_under_the_noise() -> None:
+def test_tolerance_recovers_bonds_under_noise() -> None:
     structure = make_structure("linear", (64, 64), sites=3, network="tree")
     signal = deinterleave(torch.ones(structure.site_sizes, dtype=torch.float64), structure)
     weight = signal + 0.01 * random_weight(structure)
@@ -160,9 +160,7 @@ def test_a_tolerance_finds_the_bonds_under_the_noise() -> None:
 
 @SOME
 @given(TREES, BONDS, st.sampled_from([torch.float32, torch.float64]))
-def test_entropies_of_the_weight_are_those_of_its_branches(
-    structure: Structure, bond: int, dtype: torch.dtype
-) -> None:
+def test_entropies_match_direct_svds(structure: Structure, bond: int, dtype: torch.dtype) -> None:
     weight = random_weight(structure, dtype)
     tensor = interleave(weight.double(), structure).numpy()
     fit = tree_svd(weight, structure, bond)
@@ -177,14 +175,14 @@ def test_entropies_of_the_weight_are_those_of_its_branches(
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (1, 7), (101, 8)])
-def test_a_zero_weight_is_zero_cores(shape: tuple[int, int]) -> None:
+def test_zero_weight_gives_zero_cores(shape: tuple[int, int]) -> None:
     structure = make_structure("embedding", shape, network="tree")
     fit = tree_svd(torch.zeros(shape), structure, 24)
     assert set(fit.form.bonds) <= {1} and fit.relative_error == 0.0
     assert torch.equal(fit.form.to_weight(), torch.zeros(shape))
 
 
-def test_same_seed_same_bits() -> None:
+def test_is_deterministic() -> None:
     structure = make_structure("linear", (1024, 784), sites=2, network="tree")
     weight = random_weight(structure, torch.float32)
     first, second, other = (tree_svd(weight, structure, 16, seed=seed) for seed in (5, 5, 6))

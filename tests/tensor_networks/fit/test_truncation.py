@@ -91,7 +91,7 @@ def test_krylov_is_within_a_thousandth_of_the_optimum(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("bond", [8, 16, 32])
-def test_few_nonzero_rows_are_as_exact(bond: int, transposed: bool, dtype: torch.dtype) -> None:
+def test_few_nonzero_rows_are_truncated_optimally(bond: int, transposed: bool, dtype: torch.dtype) -> None:
     matrix, rows = torch.zeros(540, 520, dtype=dtype), small(20, 520, 20, dtype)
     matrix[::27] = rows
     matrix = matrix.T if transposed else matrix
@@ -103,7 +103,7 @@ def test_few_nonzero_rows_are_as_exact(bond: int, transposed: bool, dtype: torch
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bond", [12, 16, 32])
-def test_an_error_near_rounding_is_as_exact(bond: int, dtype: torch.dtype) -> None:
+def test_errors_near_rounding_are_optimal(bond: int, dtype: torch.dtype) -> None:
     exact, values = large("steep", (520, 600))
     matrix = exact.to(dtype)
     cut = truncate(matrix, bond, generator=torch.Generator().manual_seed(0))
@@ -114,7 +114,7 @@ def test_an_error_near_rounding_is_as_exact(bond: int, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("bond", [8, 16, 24, 48])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_zero_matrix_stays_zero(dtype: torch.dtype, bond: int) -> None:
+def test_zero_matrix_stays_zero(dtype: torch.dtype, bond: int) -> None:
     cut = truncate(torch.zeros(530, 520, dtype=dtype), bond, generator=torch.Generator().manual_seed(0))
     assert cut.discarded == 0.0
     assert bool((cut.left @ cut.right == 0).all())
@@ -123,7 +123,7 @@ def test_a_zero_matrix_stays_zero(dtype: torch.dtype, bond: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(60, 90), (90, 60)])
-def test_exact_route_against_numpy(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_exact_route_matches_numpy(shape: tuple[int, int], dtype: torch.dtype) -> None:
     matrix = small(*shape, 60, dtype)
     values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
     cut = truncate(matrix, 20)
@@ -174,7 +174,7 @@ def test_any_small_matrix_is_truncated_optimally(
     st.integers(1, 30),
     st.sampled_from(DTYPES),
 )
-def test_a_tolerance_gives_the_smallest_rank_within_it(
+def test_tolerance_gives_the_smallest_rank(
     rows: int, columns: int, share: float, bond: int, dtype: torch.dtype
 ) -> None:
     matrix = small(rows, columns, 30, dtype)
@@ -188,7 +188,7 @@ def test_a_tolerance_gives_the_smallest_rank_within_it(
 
 
 @pytest.mark.parametrize("bond", [100, 120])
-def test_wherever_krylov_gives_up_the_result_is_as_good(bond: int) -> None:
+def test_fallback_from_krylov_is_optimal(bond: int) -> None:
     matrix = torch.randn(400, 330, generator=torch.Generator().manual_seed(0))
     values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
     cut = truncate(matrix, bond, generator=torch.Generator().manual_seed(0))
@@ -201,7 +201,7 @@ def test_squared_norm_is_summed_in_float64() -> None:
     assert squared_norm(torch.zeros(0)) == 0.0
 
 
-def test_the_matrix_is_left_as_it_was() -> None:
+def test_matrix_is_unchanged() -> None:
     for shape, bond in [((40, 30), 5), ((30, 40), 50), ((400, 300), 8)]:
         matrix = small(*shape, 30, torch.float32)
         before = matrix.clone()
@@ -209,7 +209,7 @@ def test_the_matrix_is_left_as_it_was() -> None:
         assert torch.equal(matrix, before)
 
 
-def test_same_seed_same_bits() -> None:
+def test_is_deterministic() -> None:
     matrix = torch.randn(520, 600, generator=torch.Generator().manual_seed(0))
     first, second = (truncate(matrix, 8, generator=torch.Generator().manual_seed(3)) for _ in range(2))
     other = truncate(matrix, 8, generator=torch.Generator().manual_seed(4))

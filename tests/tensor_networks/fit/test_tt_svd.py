@@ -57,7 +57,7 @@ def test_full_bond_is_exact(structure: Structure, dtype: torch.dtype, limit: flo
 
 @SOME
 @given(structures(), BONDS)
-def test_error_squared_is_the_sum_of_the_discarded_squares(structure: Structure, bond: int) -> None:
+def test_squared_error_is_the_sum_of_discarded_squares(structure: Structure, bond: int) -> None:
     weight = random_weight(structure)
     tensor = interleave(weight, structure)
     fit, lost = fit_and_discarded(tt_svd, weight, structure, bond)
@@ -78,7 +78,7 @@ def test_error_squared_is_the_sum_of_the_discarded_squares(structure: Structure,
     st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from([None, torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_reported_error_is_that_of_the_stored_cores(
+def test_reported_error_matches_the_stored_cores(
     structure: Structure, bond: int, dtype: torch.dtype, stored: torch.dtype | None
 ) -> None:
     weight = random_weight(structure, dtype)
@@ -90,7 +90,7 @@ def test_reported_error_is_that_of_the_stored_cores(
     assert fit.relative_error == pytest.approx(expected, rel=1e-4, abs=arithmetic)
 
 
-def test_rounding_to_the_stored_dtype_is_in_the_error() -> None:
+def test_error_includes_rounding_to_the_stored_dtype() -> None:
     structure = make_structure("linear", (64, 48))
     weight = random_weight(structure, torch.float32)
     exact, rounded = (tt_svd(weight, structure, 10**6, dtype=d) for d in (None, torch.bfloat16))
@@ -99,7 +99,7 @@ def test_rounding_to_the_stored_dtype_is_in_the_error() -> None:
 
 @SOME
 @given(structures(), BONDS)
-def test_stored_cores_are_in_the_balanced_gauge(structure: Structure, bond: int) -> None:
+def test_stored_cores_are_balanced(structure: Structure, bond: int) -> None:
     fit = tt_svd(random_weight(structure), structure, bond)
     cores = [core.numpy() for core in fit.form.cores]
     left, lefts = np.ones((1, 1)), []
@@ -119,9 +119,7 @@ def test_stored_cores_are_in_the_balanced_gauge(structure: Structure, bond: int)
 
 @SOME
 @given(structures(), BONDS, st.sampled_from([torch.float32, torch.float64]))
-def test_entropies_of_the_weight_are_those_of_its_unfoldings(
-    structure: Structure, bond: int, dtype: torch.dtype
-) -> None:
+def test_entropies_match_the_unfoldings(structure: Structure, bond: int, dtype: torch.dtype) -> None:
     weight = random_weight(structure, dtype)
     fit = tt_svd(weight, structure, bond)
     direct = unfolding_values(interleave(weight.double(), structure).numpy())
@@ -135,9 +133,7 @@ def test_entropies_of_the_weight_are_those_of_its_unfoldings(
 
 @SOME
 @given(structures(), BONDS, st.sampled_from([torch.float32, torch.float64]))
-def test_the_spectrum_of_the_first_cut_is_that_of_its_unfolding(
-    structure: Structure, bond: int, dtype: torch.dtype
-) -> None:
+def test_first_spectrum_matches_its_unfolding(structure: Structure, bond: int, dtype: torch.dtype) -> None:
     weight = random_weight(structure, dtype)
     fit = tt_svd(weight, structure, bond)
     direct = unfolding_values(interleave(weight.double(), structure).numpy())
@@ -149,12 +145,12 @@ def test_the_spectrum_of_the_first_cut_is_that_of_its_unfolding(
         np.testing.assert_allclose(values, direct[k], atol=1e-3 * direct[k][0])
 
 
-def test_nothing_cut_leaves_no_spectrum_to_record() -> None:
+def test_records_no_spectrum_without_a_cut() -> None:
     structure = make_structure("linear", (16, 16), sites=3)
     assert tt_svd(random_weight(structure), structure, structure.full_bond).spectra_of_weight == [None] * 2
 
 
-def test_the_first_truncated_bond_knows_the_weights_entropy() -> None:
+def test_first_truncated_bond_has_the_entropy_of_the_weight() -> None:
     structure = make_structure("linear", (64, 64), factors=((2, 4, 4, 2), (4, 2, 2, 4)))
     fit = tt_svd(random_weight(structure), structure, 16)
     assert fit.routes == ["kept", "exact", "kept"]
@@ -163,14 +159,14 @@ def test_the_first_truncated_bond_knows_the_weights_entropy() -> None:
 
 @SOME
 @given(structures(), st.sampled_from([0.03, 0.2, 0.6]), st.sampled_from([torch.float32, torch.float64]))
-def test_a_tolerance_is_kept(structure: Structure, tolerance: float, dtype: torch.dtype) -> None:
+def test_respects_the_tolerance(structure: Structure, tolerance: float, dtype: torch.dtype) -> None:
     weight = random_weight(structure, dtype)
     fit = tt_svd(weight, structure, structure.full_bond, tolerance)
     assert relative_error(weight, fit.form) <= tolerance * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_tolerance_finds_the_bond_under_the_noise(dtype: torch.dtype) -> None:
+def test_tolerance_recovers_the_bond_under_noise(dtype: torch.dtype) -> None:
     structure = make_structure("linear", (64, 64), sites=3)
     signal = MPO([torch.ones(a, 4, 4, b, dtype=dtype) for a, b in ((1, 1), (1, 1), (1, 1))], structure)
     noise = 0.01 * random_weight(structure, dtype)
@@ -179,7 +175,7 @@ def test_a_tolerance_finds_the_bond_under_the_noise(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_kronecker_product_needs_bond_one_only(dtype: torch.dtype) -> None:
+def test_kronecker_product_needs_bond_one(dtype: torch.dtype) -> None:
     structure = make_structure("linear", (24, 30), factors=((2, 3, 4), (3, 5, 2)))
     generator = torch.Generator().manual_seed(0)
     first, *others = (torch.randn(s, generator=generator, dtype=dtype) for s in ((2, 3), (3, 5), (4, 2)))
@@ -189,7 +185,7 @@ def test_a_kronecker_product_needs_bond_one_only(dtype: torch.dtype) -> None:
     assert fit.entropies == pytest.approx([0.0, 0.0], abs=1e-9)
 
 
-def test_bonds_that_carry_rounding_noise_are_cut() -> None:
+def test_cuts_bonds_of_rounding_noise() -> None:
     structure = make_structure("linear", (512, 512), sites=3)
     weight = MPO(random_cores(structure, 3), structure).to_weight().float()
     fit = tt_svd(weight, structure, 64)
@@ -198,7 +194,7 @@ def test_bonds_that_carry_rounding_noise_are_cut() -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (1, 7), (7, 1), (101, 8), (1024, 1024)])
-def test_a_zero_weight_is_zero_cores(shape: tuple[int, int]) -> None:
+def test_zero_weight_gives_zero_cores(shape: tuple[int, int]) -> None:
     structure = make_structure("embedding", shape)
     fit = tt_svd(torch.zeros(shape), structure, 24)
     assert set(fit.form.bonds) == {1}
@@ -206,7 +202,7 @@ def test_a_zero_weight_is_zero_cores(shape: tuple[int, int]) -> None:
     assert torch.equal(fit.form.to_weight(), torch.zeros(shape))
 
 
-def test_large_sides_take_the_krylov_route_and_keep_the_optimum() -> None:
+def test_large_sides_use_krylov_and_stay_optimal() -> None:
     structure = make_structure("linear", (576, 576), sites=2)
     weight = random_weight(structure, torch.float32)
     fit = tt_svd(weight, structure, 16)
@@ -215,7 +211,7 @@ def test_large_sides_take_the_krylov_route_and_keep_the_optimum() -> None:
     assert fit.relative_error <= 1.001 * math.sqrt(lost) / float(weight.double().norm())
 
 
-def test_same_seed_same_bits_whatever_torchs_own_generator_does() -> None:
+def test_is_deterministic_and_leaves_the_global_generator_alone() -> None:
     structure = make_structure("linear", (576, 576), sites=2)
     weight = random_weight(structure, torch.float32)
     first = tt_svd(weight, structure, 8, seed=5)
@@ -230,7 +226,7 @@ def test_same_seed_same_bits_whatever_torchs_own_generator_does() -> None:
     assert not all(map(torch.equal, first.form.cores, other.form.cores))
 
 
-def test_the_weight_is_left_as_it_was() -> None:
+def test_weight_is_unchanged() -> None:
     for structure in EVERY_KIND:
         weight = random_weight(structure)
         tt_svd(weight, structure, 3)
@@ -252,7 +248,7 @@ def bonds_by_numpy(tensor: np.ndarray, discard: float, cap: int) -> list[int]:
 
 @SOME
 @given(structures(), st.floats(0.003, 0.9), st.sampled_from([3, 10**6]))
-def test_discarded_weight_decides_each_bond(structure: Structure, discard: float, cap: int) -> None:
+def test_discard_determines_each_bond(structure: Structure, discard: float, cap: int) -> None:
     weight = random_weight(structure)
     fit = tt_svd(weight, structure, min(cap, structure.full_bond), discard=discard)
     assert fit.form.bonds == tuple(bonds_by_numpy(interleave(weight, structure).numpy(), discard, cap))
@@ -261,7 +257,7 @@ def test_discarded_weight_decides_each_bond(structure: Structure, discard: float
         assert fit.relative_error**2 <= 1 - (1 - discard) ** cuts + 1e-12
 
 
-def test_bonds_end_where_the_spectrum_falls() -> None:
+def test_bonds_end_at_a_drop_of_the_spectrum() -> None:
     """A weight of low rank at one bond, full at the others, and a small tail that may be discarded."""
     structure = make_structure("linear", (64, 64), factors=((4, 4, 4), (4, 4, 4)))
     torch.manual_seed(0)
@@ -273,7 +269,7 @@ def test_bonds_end_where_the_spectrum_falls() -> None:
     assert tt_svd(whole, structure, 16, discard=1e-8).form.bonds == (1, 16, 16, 1)
 
 
-def test_a_zero_weight_needs_no_bond() -> None:
+def test_zero_weight_needs_bond_one() -> None:
     structure = make_structure("linear", (16, 16), sites=3)
     fit = tt_svd(torch.zeros(16, 16), structure, structure.full_bond, discard=0.1)
     assert fit.form.bonds == (1,) * (len(structure.site_sizes) + 1)

@@ -52,7 +52,7 @@ def brute_force_value(metric: Metric, form: Form, k: int) -> float:
 @pytest.mark.parametrize(
     "structure", [TWO, THREE, make_structure("conv2d", (6, 4, 2, 2), sites=2)], ids=shape_id
 )
-def test_no_core_alone_can_do_better(structure: Structure, network: str) -> None:
+def test_no_single_core_can_improve(structure: Structure, network: str) -> None:
     structure = replace(structure, network=network)
     metric = metric_for(structure)
     fit = Problem(metric, structure).fit(3, max_stretches=60, tolerance=1e-6)
@@ -62,7 +62,7 @@ def test_no_core_alone_can_do_better(structure: Structure, network: str) -> None
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(structures(), st.sampled_from(["chain", "tree"]), st.integers(1, 6), st.booleans(), st.integers(0, 3))
-def test_f_never_rises_and_is_that_of_the_result(
+def test_objective_never_rises_and_matches_the_result(
     structure: Structure, network: str, bond: int, weighted: bool, seed: int
 ) -> None:
     if structure.kind == "experts":
@@ -87,7 +87,7 @@ def _as_weight(matrix: Tensor, structure: Structure) -> Tensor:
 
 
 @pytest.mark.parametrize("structure", ONE_MATRIX, ids=shape_id)
-def test_the_matrix_has_the_taps_outermost(structure: Structure) -> None:
+def test_matrix_has_taps_outermost(structure: Structure) -> None:
     form = tt_svd(random_weight(structure), structure, structure.full_bond).form
     weight = _as_weight(matrix_of([form]), structure)
     torch.testing.assert_close(weight, random_weight(structure), rtol=1e-10, atol=1e-10)
@@ -106,7 +106,7 @@ def test_full_bond_is_exact(structure: Structure, rank: int | None, network: str
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
-def test_a_low_rank_matrix_starts_at_the_closed_form(rank: int) -> None:
+def test_low_rank_starts_at_the_closed_form(rank: int) -> None:
     metric = random_metric(9, 7)
     structure = make_structure("linear", (9, 7), factors=((9, 1), (1, 7)))
     fit = Problem(metric, structure).fit(rank, max_stretches=40, tolerance=1e-6)
@@ -117,7 +117,7 @@ def test_a_low_rank_matrix_starts_at_the_closed_form(rank: int) -> None:
 
 @pytest.mark.parametrize("network", ["chain", "tree"])
 @pytest.mark.parametrize("structure", [TWO, THREE], ids=["two", "three"])
-def test_it_is_better_than_a_fit_of_the_weight(structure: Structure, network: str) -> None:
+def test_beats_an_unweighted_fit(structure: Structure, network: str) -> None:
     structure = replace(structure, network=network)
     for seed in range(3):
         metric = metric_for(structure, seed=seed)
@@ -127,7 +127,7 @@ def test_it_is_better_than_a_fit_of_the_weight(structure: Structure, network: st
 
 
 @pytest.mark.parametrize("structure", [TWO, THREE], ids=["two", "three"])
-def test_no_outputs_are_those_of_the_identity(structure: Structure) -> None:
+def test_missing_output_metric_is_the_identity(structure: Structure) -> None:
     metric = metric_for(structure, weighted=False)
     other = Metric(metric.target, metric.inputs, torch.eye(12, dtype=torch.float64))
     first, second = (Problem(m, structure).fit(3, max_stretches=30, tolerance=1e-5) for m in (metric, other))
@@ -135,7 +135,7 @@ def test_no_outputs_are_those_of_the_identity(structure: Structure) -> None:
 
 
 @pytest.mark.parametrize("network", ["chain", "tree"])
-def test_what_a_form_can_be_is_found(network: str) -> None:
+def test_recovers_an_exact_form(network: str) -> None:
     structure = replace(THREE, network=network)
     target = form_of(random_cores(structure, 2), structure).to_matrix()[0]
     metric = Metric(target, metric_for(THREE).inputs, metric_for(THREE).outputs)
@@ -143,7 +143,7 @@ def test_what_a_form_can_be_is_found(network: str) -> None:
     assert fit.history[-1] < 1e-10 * metric.value(torch.zeros_like(target))
 
 
-def test_padding_costs_nothing_and_takes_no_part() -> None:
+def test_padding_is_free() -> None:
     structure = make_structure("embedding", (53, 29), sites=2)
     assert structure.padding != (0, 0)
     metric = metric_for(structure)
@@ -153,7 +153,7 @@ def test_padding_costs_nothing_and_takes_no_part() -> None:
     assert fit.history[-1] < metric.value(matrix_of([tt_svd(metric.target, structure, 6).form]))
 
 
-def test_samples_fewer_than_features_and_dead_and_constant_ones() -> None:
+def test_handles_few_samples_and_dead_features() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 12, generator=generator, dtype=torch.float64)
     for count in (1, 2, 5, 40):
@@ -169,7 +169,7 @@ def test_samples_fewer_than_features_and_dead_and_constant_ones() -> None:
 
 
 @pytest.mark.parametrize("which", ["target", "inputs", "outputs"])
-def test_a_zero_anywhere_costs_nothing(which: str) -> None:
+def test_zeros_cost_nothing(which: str) -> None:
     parts = {"target": random_weight(TWO), "inputs": torch.eye(12), "outputs": torch.eye(12)}
     parts[which] = torch.zeros(12, 12)
     fit = Problem(Metric(**{name: part.double() for name, part in parts.items()}), TWO).fit(2)
@@ -177,7 +177,7 @@ def test_a_zero_anywhere_costs_nothing(which: str) -> None:
     assert matrix_of(fit.terms).isfinite().all()
 
 
-def test_a_dead_output_costs_nothing() -> None:
+def test_dead_outputs_are_free() -> None:
     metric = metric_for(TWO)
     assert metric.outputs is not None
     metric.outputs[3] = metric.outputs[:, 3] = 0.0
@@ -188,7 +188,7 @@ def test_a_dead_output_costs_nothing() -> None:
 
 
 @pytest.mark.parametrize("network", ["chain", "tree", "mera"])
-def test_a_start_is_kept_or_bettered(network: str) -> None:
+def test_start_is_kept_or_improved(network: str) -> None:
     metric, structure = metric_for(THREE), replace(THREE, network=network)
     start = form_of(random_cores(structure, 3), structure)
     fit = Problem(metric, structure).fit(3, start=[start])
@@ -198,7 +198,7 @@ def test_a_start_is_kept_or_bettered(network: str) -> None:
     torch.testing.assert_close(matrix_of(kept.terms), matrix_of([start]), rtol=1e-10, atol=1e-10)
 
 
-def test_starts_and_structures_that_do_not_fit_are_refused() -> None:
+def test_rejects_starts_and_structures_that_do_not_fit() -> None:
     metric = metric_for(THREE)
     with pytest.raises(ValueError, match="a start with bonds"):
         Problem(metric, THREE).fit(2, start=[MPO(random_cores(THREE, 3), THREE)])
@@ -209,7 +209,7 @@ def test_starts_and_structures_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize("structure", [s for s in ONE_MATRIX if s.form == "mpo"], ids=shape_id)
-def test_f_of_a_sum_never_rises_and_is_that_of_the_result(structure: Structure) -> None:
+def test_objective_of_a_sum_never_rises_and_matches_the_result(structure: Structure) -> None:
     metric, problem = metric_for(structure), Problem(metric_for(structure), structure)
     fit = problem.fit(2, rank=2, max_stretches=4)
     assert [term.structure for term in fit.terms] == [structure, structure.as_low_rank()]
@@ -223,7 +223,7 @@ def test_f_of_a_sum_never_rises_and_is_that_of_the_result(structure: Structure) 
     torch.testing.assert_close(matrix_of(again.terms), matrix_of(fit.terms), rtol=1e-9, atol=1e-9)
 
 
-def test_a_sum_can_be_what_is_one() -> None:
+def test_recovers_an_exact_sum() -> None:
     low = torch.randn(12, 2).double() @ torch.randn(2, 12).double()
     target = MPO(random_cores(TWO, 2), TWO).to_matrix()[0] + low
     metric = Metric(target, metric_for(TWO).inputs, metric_for(TWO).outputs)
@@ -231,7 +231,7 @@ def test_a_sum_can_be_what_is_one() -> None:
     assert fit.history[-1] < 1e-4 * metric.value(torch.zeros_like(target))
 
 
-def test_cores_are_balanced_and_of_the_dtype_asked_for() -> None:
+def test_cores_are_balanced_and_in_the_requested_dtype() -> None:
     fit = Problem(metric_for(THREE), THREE).fit(3, dtype=torch.float32)
     assert {core.dtype for core in fit.form.cores} == {torch.float32}
     norms = [float(core.double().norm()) for core in fit.form.cores]
@@ -241,7 +241,7 @@ def test_cores_are_balanced_and_of_the_dtype_asked_for() -> None:
     torch.testing.assert_close(left.T @ left, right @ right.T, rtol=1e-5, atol=1e-5 * math.prod(norms))
 
 
-def test_same_bits_every_time() -> None:
+def test_is_deterministic() -> None:
     metric = metric_for(THREE)
     first, second = (Problem(metric, THREE).fit(3) for _ in range(2))
     assert first.history == second.history

@@ -23,7 +23,7 @@ def symmetric_root(moment: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS.keys())
-def test_every_rank_reaches_the_optimum_of_the_whitened_problem(metric: Metric) -> None:
+def test_every_rank_is_optimal_in_the_whitened_problem(metric: Metric) -> None:
     """Eckart-Young: no weight of rank r has less than the tail of the whitened target's singular values."""
     whitened = metric.target @ symmetric_root(metric.inputs)
     if metric.outputs is not None:
@@ -47,7 +47,7 @@ def test_full_rank_is_the_target(name: str) -> None:
     torch.testing.assert_close(found.left @ found.right, metric.target, rtol=1e-10, atol=1e-10)
 
 
-def test_gradient_descent_finds_nothing_better() -> None:
+def test_gradient_descent_cannot_improve() -> None:
     metric = random_metric(6, 5, seed=3)
     outputs = metric.outputs
     assert outputs is not None
@@ -70,7 +70,7 @@ def test_gradient_descent_finds_nothing_better() -> None:
     assert optimum <= reached <= optimum * 1.01
 
 
-def test_no_outputs_are_those_of_the_identity() -> None:
+def test_missing_output_metric_is_the_identity() -> None:
     metric = METRICS["no G"]
     other = weighted_svd(Metric(metric.target, metric.inputs, torch.eye(9, dtype=torch.float64)))
     found = weighted_svd(metric)
@@ -91,7 +91,7 @@ def test_factors_are_balanced(name: str) -> None:
     torch.testing.assert_close(found.left.norm(dim=0), found.right.norm(dim=1), rtol=1e-10, atol=1e-10)
 
 
-def test_what_costs_nothing_follows_the_target() -> None:
+def test_free_directions_follow_the_target() -> None:
     """With the rank for all that is seen, the weight is right on unseen inputs as far as it can be."""
     metric = random_metric(4, 7, weighted_outputs=False, ranks=(5, None))
     found = weighted_svd(metric)
@@ -99,7 +99,7 @@ def test_what_costs_nothing_follows_the_target() -> None:
 
 
 @pytest.mark.parametrize("which", ["target", "inputs", "outputs"])
-def test_a_zero_anywhere_gives_finite_factors(which: str) -> None:
+def test_zeros_give_finite_factors(which: str) -> None:
     parts = {"target": torch.ones(3, 4), "inputs": torch.eye(4), "outputs": torch.eye(3)}
     parts[which] = torch.zeros_like(parts[which])
     metric = Metric(**{name: part.double() for name, part in parts.items()})
@@ -110,7 +110,7 @@ def test_a_zero_anywhere_gives_finite_factors(which: str) -> None:
     assert all(factor.isfinite().all() for factor in found.factors(1))
 
 
-def test_a_diagonal_need_not_be_formed() -> None:
+def test_diagonal_metric_is_not_formed() -> None:
     found, expected = map(weighted_svd, diagonal_metric(11, 6))
     torch.testing.assert_close(found.values, expected.values)
     for rank in (1, 3, 6):

@@ -29,14 +29,14 @@ def kron(*factors: Tensor) -> Tensor:
     return product
 
 
-def test_the_factors_of_a_product_are_found() -> None:
+def test_recovers_the_factors_of_a_product() -> None:
     parts = [random_moment(size, seed=size) for size in (3, 1, 4, 2)]
     for found, part in zip(kronecker_factors(kron(*parts), (3, 1, 4, 2)), parts, strict=True):
         expected = part / part.trace() * len(part)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_product_becomes_the_identity() -> None:
+def test_whitens_a_product_to_the_identity() -> None:
     inputs = kron(random_moment(3, seed=1), random_moment(4, seed=2))
     outputs = kron(random_moment(2, seed=3), random_moment(5, seed=4))
     metric = Metric(torch.ones(10, 12, dtype=torch.float64), inputs, outputs)
@@ -47,7 +47,7 @@ def test_a_product_becomes_the_identity() -> None:
         torch.testing.assert_close(moment, identity, rtol=0, atol=0.02 * float(moment.trace()) / size)
 
 
-def test_any_moment_becomes_white_on_average_at_every_site() -> None:
+def test_whitens_every_site_on_average() -> None:
     """With the other sites averaged over, what is left at a site is the identity."""
     metric = random_metric(6, 24)
     white = whitened_coordinates(metric, (1, 2, 3), (2, 3, 4)).whiten(metric).inputs.reshape(2, 3, 4, 2, 3, 4)
@@ -60,7 +60,7 @@ def test_any_moment_becomes_white_on_average_at_every_site() -> None:
 
 @pytest.mark.parametrize("ranks", [(None, None), (3, 2), (1, 1)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_f_is_the_same_number(weighted: bool, ranks: tuple[int | None, int | None]) -> None:
+def test_preserves_the_objective(weighted: bool, ranks: tuple[int | None, int | None]) -> None:
     factors = (2, 3, 2), (1, 4, 3)
     structure = make_structure("linear", (12, 12), factors=factors)
     metric = random_metric(12, 12, weighted, ranks)
@@ -79,12 +79,12 @@ def same_number(form: Form, metric: Metric, coordinates: WhitenedCoordinates) ->
     torch.testing.assert_close(back.to_matrix(), form.to_matrix(), rtol=1e-9, atol=1e-9)
 
 
-def test_nothing_to_see_leaves_the_coordinates_alone() -> None:
+def test_zero_moments_keep_the_coordinates() -> None:
     for factor in kronecker_factors(torch.zeros(6, 6, dtype=torch.float64), (2, 3)):
         assert torch.equal(factor, torch.eye(len(factor), dtype=torch.float64))
 
 
-def test_features_that_never_occur_keep_the_coordinates_finite() -> None:
+def test_absent_features_keep_coordinates_finite() -> None:
     moment = random_moment(6)
     moment[:3] = moment[:, :3] = 0.0
     for factor in kronecker_factors(moment, (2, 3)):
@@ -93,7 +93,7 @@ def test_features_that_never_occur_keep_the_coordinates_finite() -> None:
         assert float(values[0]) > 0.9e-6
 
 
-def test_a_diagonal_need_not_be_formed() -> None:
+def test_diagonal_moments_are_not_formed() -> None:
     factors = (2, 3, 2), (1, 4, 3)
     metric, formed = diagonal_metric(12, 12)
     assert metric.outputs is not None
@@ -116,6 +116,6 @@ def test_a_diagonal_need_not_be_formed() -> None:
         same_number(MPO(random_cores(structure, 3), structure), metric, coordinates)
 
 
-def test_a_diagonal_of_zeros_leaves_the_coordinates_alone() -> None:
+def test_zero_diagonal_keeps_the_coordinates() -> None:
     for factor in diagonal_factors(torch.zeros(6, dtype=torch.float64), (2, 3)):
         assert torch.equal(factor, torch.ones_like(factor))

@@ -18,7 +18,7 @@ def random_mpo(structure: Structure, bond: int, seed: int) -> MPO:
 
 @SOME
 @given(structures(), st.integers(1, 4), st.integers(1, 4))
-def test_sums_and_differences_are_those_of_the_weights(structure: Structure, one: int, two: int) -> None:
+def test_sums_and_differences_match_the_weights(structure: Structure, one: int, two: int) -> None:
     first, second = random_mpo(structure, one, 0), random_mpo(structure, two, 1)
     total, difference = add(first, second), subtract(first, second)
     torch.testing.assert_close(total.to_weight(), first.to_weight() + second.to_weight())
@@ -27,13 +27,13 @@ def test_sums_and_differences_are_those_of_the_weights(structure: Structure, one
     assert all(d == a + b for d, a, b in inner)
 
 
-def test_a_sum_of_different_structures_is_refused() -> None:
+def test_rejects_sums_of_different_structures() -> None:
     first, second = (random_mpo(make_structure("linear", (n, 8), sites=2), 2, 0) for n in (8, 12))
     with pytest.raises(ValueError, match="different structures"):
         add(first, second)
 
 
-def test_a_kronecker_product_is_torch_s() -> None:
+def test_kronecker_product_matches_torch() -> None:
     a = random_mpo(make_structure("linear", (6, 2), factors=((2, 3), (1, 2))), 2, 0)
     b = random_mpo(make_structure("linear", (4, 6), factors=((4, 1), (2, 3))), 3, 1)
     cores = kronecker([a.cores, b.cores])

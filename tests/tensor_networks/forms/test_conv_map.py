@@ -13,7 +13,7 @@ SOME = settings(max_examples=60, deadline=None, derandomize=True)
 
 @SOME
 @given(convolutions())
-def test_the_map_does_what_the_convolution_does(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
+def test_map_matches_the_convolution(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
     conv, size = drawn
     geometry, kernel = geometry_and_kernel(conv, size)
     x = torch.randn(2, conv.in_channels, *size, dtype=torch.float64)
@@ -24,7 +24,7 @@ def test_the_map_does_what_the_convolution_does(drawn: tuple[nn.Conv2d, tuple[in
 
 @SOME
 @given(convolutions())
-def test_the_nearest_kernel_of_a_convolution_is_its_own(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
+def test_nearest_kernel_of_a_convolution_is_its_kernel(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
     geometry, kernel = geometry_and_kernel(*drawn)
     matrix = map_of_kernel(kernel, geometry)
     back = nearest_kernel(matrix, geometry)
@@ -35,7 +35,7 @@ def test_the_nearest_kernel_of_a_convolution_is_its_own(drawn: tuple[nn.Conv2d, 
 
 @SOME
 @given(convolutions())
-def test_the_nearest_kernel_leaves_a_rest_orthogonal_to_all_maps(
+def test_nearest_kernel_leaves_an_orthogonal_rest(
     drawn: tuple[nn.Conv2d, tuple[int, ...]],
 ) -> None:
     geometry, kernel = geometry_and_kernel(*drawn)
@@ -45,13 +45,13 @@ def test_the_nearest_kernel_leaves_a_rest_orthogonal_to_all_maps(
     assert abs(float((rest * other).sum())) <= 1e-10 * float(rest.norm() * other.norm()) + 1e-12
 
 
-def test_the_average_is_over_the_positions_where_a_tap_acts() -> None:
+def test_averages_over_the_positions_of_a_tap() -> None:
     geometry = make_geometry((1, 1, 3), (3,))
     matrix = torch.tensor([[1.0, 5.0, 9.0], [4.0, 2.0, 7.0], [9.0, 6.0, 3.0]])
     assert nearest_kernel(matrix, geometry).flatten().tolist() == [5.0, 2.0, 6.0]
 
 
-def test_a_tap_that_acts_nowhere_is_zero() -> None:
+def test_unused_taps_are_zero() -> None:
     geometry = make_geometry((2, 2, 3, 3), (1, 1))
     kernel = torch.randn(2, 2, 3, 3)
     back = nearest_kernel(map_of_kernel(kernel, geometry), geometry)
@@ -59,7 +59,7 @@ def test_a_tap_that_acts_nowhere_is_zero() -> None:
     assert int((back != 0).sum()) == 4
 
 
-def test_groups_are_blocks() -> None:
+def test_groups_are_diagonal_blocks() -> None:
     geometry = make_geometry((4, 1, 1), (1,), groups=2)
     kernel = torch.arange(1.0, 5.0).reshape(4, 1, 1)
     assert full_taps(kernel, geometry)[0].tolist() == [[1, 0], [2, 0], [0, 3], [0, 4]]

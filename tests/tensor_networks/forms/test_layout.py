@@ -22,7 +22,7 @@ SOME = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def test_interleaving_by_index_loops() -> None:
+def test_interleave_matches_index_loops() -> None:
     structure = make_structure("linear", (6, 20), factors=((2, 3), (4, 5)))
     weight = random_weight(structure)
     tensor = interleave(weight, structure)
@@ -31,7 +31,7 @@ def test_interleaving_by_index_loops() -> None:
         assert tensor[4 * j1 + i1, 5 * j2 + i2] == weight[3 * j1 + j2, 5 * i1 + i2]
 
 
-def test_taps_of_a_kernel_come_first() -> None:
+def test_taps_come_first() -> None:
     structure = make_structure("conv2d", (4, 6, 3, 2), factors=((2, 2), (3, 2)))
     weight = random_weight(structure)
     tensor = interleave(weight, structure)
@@ -52,14 +52,14 @@ def test_experts_come_first_in_both_orientations(transposed: bool) -> None:
         assert torch.equal(tensor[k], interleave(matrix, one))
 
 
-def test_transposed_is_the_linear_map_of_the_transposed_weight() -> None:
+def test_transposed_structure_transposes_the_weight() -> None:
     conv1d = make_structure("linear", (8, 12), transposed=True)
     linear = make_structure("linear", (12, 8))
     weight = random_weight(conv1d)
     assert torch.equal(interleave(weight, conv1d), interleave(weight.T, linear))
 
 
-def test_padding_is_zero_and_behind_the_weight() -> None:
+def test_padding_is_zero_and_trailing() -> None:
     structure = make_structure("embedding", (53, 29), sites=2)
     rows, columns = structure.padded
     assert (rows, columns) != (53, 29)
@@ -97,7 +97,7 @@ def test_interleave_undoes_deinterleave_up_to_padding(structure: Structure) -> N
 
 @SOME
 @given(structures())
-def test_unpadded_marks_exactly_the_weights_entries(structure: Structure) -> None:
+def test_unpadded_marks_the_entries_of_the_weight(structure: Structure) -> None:
     ones = torch.ones(structure.shape, dtype=torch.float64)
     inside = unpadded(structure, torch.device("cpu"))
     assert inside.dtype == torch.bool
@@ -114,7 +114,7 @@ def test_from_matrix_undoes_to_matrix(structure: Structure) -> None:
     assert torch.equal(back, weight) and back.is_contiguous()
 
 
-def test_any_strides_give_the_same_tensor() -> None:
+def test_accepts_any_strides() -> None:
     structure = make_structure("conv2d", (8, 4, 3, 3))
     weight = random_weight(structure)
     channels_last = weight.contiguous(memory_format=torch.channels_last)

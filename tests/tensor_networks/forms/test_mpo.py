@@ -39,13 +39,13 @@ def schmidt_values(mpo: MPO, bond: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("structure", EVERY_KIND, ids=shape_id)
-def test_to_weight_is_equation_5(structure: Structure) -> None:
+def test_to_weight_matches_eq_5(structure: Structure) -> None:
     mpo = random_mpo(structure, 3)
     expected = by_eq_5(mpo.cores, structure)
     torch.testing.assert_close(mpo.to_weight(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_to_weight_keeps_the_cores_dtype() -> None:
+def test_to_weight_keeps_the_dtype() -> None:
     structure = make_structure("linear", (12, 8))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         mpo = MPO([core.to(dtype) for core in random_cores(structure, 2)], structure)
@@ -63,7 +63,7 @@ def test_halves_multiply_to_the_interleaved_tensor(structure: Structure, bond: i
 
 @SOME
 @given(structures(), BONDS)
-def test_halves_are_cut_where_they_are_smallest(structure: Structure, bond: int) -> None:
+def test_halves_are_cut_at_the_smallest_size(structure: Structure, bond: int) -> None:
     mpo = random_mpo(structure, bond)
     left, right = mpo.halves()
     cuts = [parts(mpo.cores, k) for k in range(1, len(mpo.cores))] or [parts(mpo.cores, 0)]
@@ -74,7 +74,7 @@ def test_halves_are_cut_where_they_are_smallest(structure: Structure, bond: int)
     ("inputs", "shapes"),
     [((2, 2, 2, 16), ((64, 3), (3, 256))), ((16, 2, 2, 2), ((256, 3), (3, 64)))],
 )
-def test_halves_may_be_cut_at_either_end(
+def test_halves_may_be_cut_at_the_ends(
     inputs: tuple[int, ...], shapes: tuple[tuple[int, int], tuple[int, int]]
 ) -> None:
     structure = make_structure("linear", (128, 128), factors=(inputs, inputs))
@@ -84,7 +84,7 @@ def test_halves_may_be_cut_at_either_end(
 
 @SOME
 @given(structures(), BONDS)
-def test_bonds_and_parameters_are_the_cores_own(structure: Structure, bond: int) -> None:
+def test_bonds_and_parameters_match_the_cores(structure: Structure, bond: int) -> None:
     mpo = random_mpo(structure, bond)
     assert mpo.bonds == structure.bonds(bond)
     assert mpo.num_parameters == sum(core.numel() for core in mpo.cores) == structure.num_parameters(bond)
@@ -92,7 +92,7 @@ def test_bonds_and_parameters_are_the_cores_own(structure: Structure, bond: int)
 
 @SOME
 @given(structures(), BONDS, st.integers(0, 9))
-def test_balanced_is_the_same_weight_with_equal_grams(structure: Structure, bond: int, seed: int) -> None:
+def test_balanced_keeps_the_weight_with_equal_grams(structure: Structure, bond: int, seed: int) -> None:
     mpo = random_mpo(structure, bond, seed)
     balanced, spectra = mpo.balanced()
     torch.testing.assert_close(balanced.to_weight(), mpo.to_weight(), rtol=1e-9, atol=1e-9)
@@ -110,7 +110,7 @@ def test_balanced_is_the_same_weight_with_equal_grams(structure: Structure, bond
 
 @SOME
 @given(structures(), BONDS)
-def test_spectra_and_entropies_are_those_of_each_bipartition(structure: Structure, bond: int) -> None:
+def test_spectra_and_entropies_match_each_bipartition(structure: Structure, bond: int) -> None:
     mpo = random_mpo(structure, bond)
     spectra, entropies = mpo.spectra(), mpo.entropies()
     assert len(spectra) == len(entropies) == len(mpo.cores) - 1
@@ -123,14 +123,14 @@ def test_spectra_and_entropies_are_those_of_each_bipartition(structure: Structur
         assert found == pytest.approx(-(p * np.log(p)).sum(), abs=1e-9)
 
 
-def test_balanced_does_not_touch_its_cores() -> None:
+def test_balanced_does_not_change_its_input() -> None:
     mpo = random_mpo(make_structure("linear", (12, 8)), 3)
     before = [core.clone() for core in mpo.cores]
     mpo.balanced()
     assert all(torch.equal(a, b) for a, b in zip(before, mpo.cores, strict=True))
 
 
-def test_balanced_cuts_bonds_that_carry_nothing() -> None:
+def test_balanced_cuts_empty_bonds() -> None:
     structure = make_structure("linear", (16, 16), sites=2)
     core = torch.randn(1, 4, 4, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     twice = [torch.cat([core, core], 3), torch.cat([core, core], 0)]
@@ -140,7 +140,7 @@ def test_balanced_cuts_bonds_that_carry_nothing() -> None:
     torch.testing.assert_close(balanced.to_weight(), mpo.to_weight())
 
 
-def test_balanced_zero_weight_is_zero_cores() -> None:
+def test_balanced_zero_weight_gives_zero_cores() -> None:
     structure = make_structure("linear", (16, 16), sites=3)
     zero, _ = MPO([torch.zeros_like(core) for core in random_cores(structure, 3)], structure).balanced()
     assert zero.bonds == (1, 1, 1, 1)
@@ -148,7 +148,7 @@ def test_balanced_zero_weight_is_zero_cores() -> None:
     assert zero.entropies() == [0.0, 0.0]
 
 
-def test_entropy_of_equal_values_is_the_logarithm_of_their_number() -> None:
+def test_entropy_of_equal_values_is_the_log_of_their_number() -> None:
     assert entropy(torch.full((7,), 3.0)) == pytest.approx(math.log(7))
     assert entropy(torch.tensor([2.0, 0.0])) == 0.0
     assert entropy(torch.zeros(3)) == 0.0
@@ -169,13 +169,13 @@ def test_entropy_takes_squares_for_probabilities() -> None:
         ([(1, 2, 3, 1)], "sites"),
     ],
 )
-def test_cores_that_do_not_fit_are_refused(shapes: list[tuple[int, ...]], said: str) -> None:
+def test_rejects_cores_that_do_not_fit(shapes: list[tuple[int, ...]], said: str) -> None:
     structure = make_structure("linear", (4, 9), factors=((2, 2), (3, 3)))
     with pytest.raises(ValueError, match=said):
         MPO([torch.zeros(shape) for shape in shapes], structure)
 
 
-def test_balanced_twice_gives_the_same_bits() -> None:
+def test_balanced_is_idempotent() -> None:
     mpo = random_mpo(make_structure("conv2d", (8, 6, 3, 3)), 4)
     (first, _), (second, _) = mpo.balanced(), mpo.balanced()
     assert all(torch.equal(a, b) for a, b in zip(first.cores, second.cores, strict=True))

@@ -48,7 +48,7 @@ def brute_force(cores: Sequence[Tensor], structure: Structure, bond: int) -> Ten
 
 @pytest.mark.parametrize("network", ["tree", "mera"])
 @pytest.mark.parametrize(("kind", "shape", "transposed", "sites"), SHAPES)
-def test_the_weight_is_the_sum_over_all_legs(
+def test_weight_is_the_sum_over_all_legs(
     kind: str, shape: tuple[int, ...], transposed: bool, sites: int, network: str
 ) -> None:
     of = structure(kind, shape, transposed, sites, network)
@@ -69,7 +69,7 @@ def test_gradients_reach_every_core(network: str) -> None:
 
 
 @pytest.mark.parametrize("network", ["tree", "mera"])
-def test_cores_of_other_shapes_are_refused(network: str) -> None:
+def test_rejects_cores_of_other_shapes(network: str) -> None:
     of = structure("linear", (24, 36), False, 4, network)
     cores = random_cores(of, 2)
     for wrong in (cores[:-1], [*cores[:-1], cores[-1][:1]], [core.flatten() for core in cores]):
@@ -77,7 +77,7 @@ def test_cores_of_other_shapes_are_refused(network: str) -> None:
             form_of(wrong, of)
 
 
-def test_a_contraction_of_many_is_that_of_einsum() -> None:
+def test_contraction_matches_einsum() -> None:
     generator = torch.Generator().manual_seed(0)
     legs = [("a", "b"), ("b", "c", "d"), ("e",), ("d", "f", "c"), ("e", "g")]
     sizes = {name: 2 + k for k, name in enumerate("abcdefg")}
@@ -88,7 +88,7 @@ def test_a_contraction_of_many_is_that_of_einsum() -> None:
 
 @pytest.mark.parametrize("network", ["tree", "mera"])
 @pytest.mark.parametrize("batch", [0, 1, 5, 3000])
-def test_a_linear_layer_computes_what_its_weight_does(network: str, batch: int) -> None:
+def test_linear_layer_matches_its_weight(network: str, batch: int) -> None:
     layer = nn.Linear(30, 37).double()
     of = structure("linear", (37, 30), False, 4, network)
     adopt(layer, "weight", random_cores(of, 3), of)
@@ -105,9 +105,7 @@ def test_a_linear_layer_computes_what_its_weight_does(network: str, batch: int) 
         (nn.Embedding(37, 12), "embedding", torch.tensor([[0, 5], [36, 7]])),
     ],
 )
-def test_other_layers_compute_what_a_dense_one_does(
-    network: str, module: nn.Module, kind: str, given: Tensor
-) -> None:
+def test_other_layers_match_dense_layers(network: str, module: nn.Module, kind: str, given: Tensor) -> None:
     dense, layer = copy.deepcopy(module), copy.deepcopy(module)
     of = structure(kind, tuple(dense.get_parameter("weight").shape), False, 3, network)
     cores = [core.float() for core in random_cores(of, 2)]
@@ -119,7 +117,7 @@ def test_other_layers_compute_what_a_dense_one_does(
 
 @pytest.mark.parametrize("network", ["chain", "tree", "mera"])
 @pytest.mark.parametrize("batch", [2, 3000])  # through the cores, and through a weight that is built
-def test_autocast_narrows_as_it_does_a_dense_layer(network: str, batch: int) -> None:
+def test_autocast_matches_a_dense_layer(network: str, batch: int) -> None:
     layer = nn.Linear(30, 37)
     of = structure("linear", (37, 30), False, 4, network)
     adopt(layer, "weight", [core.float() for core in random_cores(of, 3)], of)
@@ -137,7 +135,7 @@ def test_autocast_narrows_as_it_does_a_dense_layer(network: str, batch: int) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["tree", "mera"])
-def test_a_compiled_layer_is_one_graph_for_all_batches(network: str) -> None:
+def test_compiles_to_one_graph_for_all_batches(network: str) -> None:
     layer = nn.Linear(30, 37)
     of = structure("linear", (37, 30), False, 4, network)
     adopt(layer, "weight", [core.float() for core in random_cores(of, 2)], of)

@@ -39,16 +39,14 @@ def tails(mpo: MPO, bond: int) -> list[float]:
 
 @SOME
 @given(structures(), BONDS)
-def test_the_norm_is_the_tensor_s(structure: Structure, bond: int) -> None:
+def test_norm_matches_the_tensor(structure: Structure, bond: int) -> None:
     mpo = random_mpo(structure, bond)
     assert mpo.norm() == pytest.approx(float(np.linalg.norm(dense(mpo))), rel=1e-10)
 
 
 @SOME
 @given(structures(), BONDS, BONDS)
-def test_a_cap_holds_with_an_error_between_the_worst_cut_and_the_sum_of_all(
-    structure: Structure, bond: int, cap: int
-) -> None:
+def test_cap_gives_an_error_between_worst_cut_and_sum(structure: Structure, bond: int, cap: int) -> None:
     mpo = random_mpo(structure, bond)
     rounded, spectra = mpo.rounded(cap)
     assert max(rounded.bonds) <= cap
@@ -62,7 +60,7 @@ def test_a_cap_holds_with_an_error_between_the_worst_cut_and_the_sum_of_all(
 
 @SOME
 @given(structures(), BONDS, st.floats(0.01, 0.9))
-def test_a_tolerance_is_kept(structure: Structure, bond: int, tolerance: float) -> None:
+def test_respects_the_tolerance(structure: Structure, bond: int, tolerance: float) -> None:
     mpo = random_mpo(structure, bond)
     rounded, _ = mpo.rounded(structure.full_bond, tolerance)
     assert np.linalg.norm(dense(mpo) - dense(rounded)) <= tolerance * mpo.norm() * (1 + 1e-9)
@@ -70,7 +68,7 @@ def test_a_tolerance_is_kept(structure: Structure, bond: int, tolerance: float) 
 
 @SOME
 @given(structures(), BONDS, st.floats(0.003, 0.9))
-def test_a_discarded_weight_decides_each_bond(structure: Structure, bond: int, discard: float) -> None:
+def test_discard_determines_each_bond(structure: Structure, bond: int, discard: float) -> None:
     """At the first cut, from the right, as the SVD of that unfolding says; at the others within the bound."""
     mpo = random_mpo(structure, bond)
     rounded, _ = mpo.rounded(structure.full_bond, discard=discard)
@@ -83,7 +81,7 @@ def test_a_discarded_weight_decides_each_bond(structure: Structure, bond: int, d
     assert error <= 1 - (1 - discard) ** (len(sizes) - 1) + 1e-12
 
 
-def test_a_tolerance_makes_bonds_smaller_and_is_spent() -> None:
+def test_tolerance_reduces_bonds_and_is_used_up() -> None:
     structure = make_structure("linear", (64, 64), sites=3)
     signal, noise = random_mpo(structure, 2), random_mpo(structure, 8, seed=1)
     noise.cores[0] *= 1e-3 * signal.norm() / noise.norm()
@@ -91,7 +89,7 @@ def test_a_tolerance_makes_bonds_smaller_and_is_spent() -> None:
     assert max(add(signal, noise).rounded(99, 1e-5)[0].bonds) > 8
 
 
-def test_rounding_a_doubled_weight_finds_its_bonds_again() -> None:
+def test_rounding_recovers_bonds_of_a_doubled_weight() -> None:
     mpo = random_mpo(make_structure("conv2d", (8, 6, 3, 3)), 3)
     doubled = add(mpo, mpo)
     assert max(doubled.bonds) == 6
@@ -100,13 +98,13 @@ def test_rounding_a_doubled_weight_finds_its_bonds_again() -> None:
     torch.testing.assert_close(rounded.to_weight(), 2 * mpo.to_weight())
 
 
-def test_the_gauge_is_balanced() -> None:
+def test_gauge_is_balanced() -> None:
     rounded, spectra = random_mpo(make_structure("linear", (27, 64), sites=3), 6).rounded(4)
     left = rounded.cores[0].flatten(0, 2)
     torch.testing.assert_close(left.T @ left, torch.diag(spectra[0]))
 
 
-def test_a_difference_resolves_what_squares_would_lose() -> None:
+def test_differences_resolve_small_norms() -> None:
     mpo = random_mpo(make_structure("linear", (64, 64), sites=3), 4)
     near = MPO([mpo.cores[0] * (1 + 1e-10), *mpo.cores[1:]], mpo.structure)
     assert subtract(near, mpo).norm() / mpo.norm() == pytest.approx(1e-10, rel=1e-3)
@@ -116,5 +114,5 @@ def test_a_difference_resolves_what_squares_would_lose() -> None:
     ("cap", "discard", "expected"),
     [(9, 0.0, (3, 0.0)), (2, 0.0, (2, 1.0)), (9, 1.0, (2, 1.0)), (9, 4.9, (2, 1.0)), (9, 99.0, (1, 5.0))],
 )
-def test_the_rank_within_a_discarded_weight(cap: int, discard: float, expected: tuple[int, float]) -> None:
+def test_finds_the_rank_within_a_discard(cap: int, discard: float, expected: tuple[int, float]) -> None:
     assert rank_within(torch.tensor([3.0, 2.0, 1.0, 0.0]), cap, discard) == expected

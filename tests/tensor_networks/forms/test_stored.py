@@ -15,7 +15,7 @@ from tests.support.weights import EVERY_KIND, by_eq_5, random_cores, shape_id, s
 
 
 @pytest.mark.parametrize("structure", EVERY_KIND, ids=shape_id)
-def test_the_weight_is_that_of_the_definition(structure: Structure) -> None:
+def test_weight_matches_the_definition(structure: Structure) -> None:
     cores = random_sum(structure)
     found = weight_of(cores, structure)
     assert (found.shape, found.is_contiguous()) == (structure.shape, True)
@@ -25,7 +25,7 @@ def test_the_weight_is_that_of_the_definition(structure: Structure) -> None:
 
 @given(structures(), st.integers(1, 4), st.integers(1, 3))
 @settings(max_examples=40, derandomize=True, deadline=None)
-def test_parts_counts_and_the_weight_belong_together(structure: Structure, bond: int, rank: int) -> None:
+def test_parts_and_counts_match_the_weight(structure: Structure, bond: int, rank: int) -> None:
     cores = random_sum(structure, bond, rank)
     first, added = forms_of(cores, structure)
     assert first.cores + added.cores == cores
@@ -41,7 +41,7 @@ def test_gradients_reach_every_core() -> None:
     assert torch.autograd.gradcheck(lambda *cores: weight_of(cores, structure), cores)
 
 
-def test_cores_that_fit_neither_are_refused() -> None:
+def test_rejects_cores_that_fit_no_form() -> None:
     structure = make_structure("linear", (24, 18))
     cores = random_sum(structure)
     left, right = cores[-2:]
@@ -58,7 +58,7 @@ def test_cores_that_fit_neither_are_refused() -> None:
             forms_of(wrong, structure)
 
 
-def test_a_whole_map_has_no_low_rank_part() -> None:
+def test_whole_maps_have_no_low_rank_part() -> None:
     geometry = make_geometry((4, 4, 3, 3), (4, 4), (1, 1), (1, 1))
     structure = make_structure("convmap", (4, 4, 3, 3), geometry=geometry)
     cores = random_cores(structure, 2)

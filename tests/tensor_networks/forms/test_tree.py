@@ -40,7 +40,7 @@ def unfoldings(tree: Tree) -> list[np.ndarray]:
 
 @SOME
 @given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 9))
-def test_spectra_and_entropies_are_those_of_direct_svds(sites: int, bond: int, seed: int) -> None:
+def test_spectra_and_entropies_match_direct_svds(sites: int, bond: int, seed: int) -> None:
     tree = random_tree(structure(sites), bond, seed)
     spectra, entropies = tree.spectra(), tree.entropies()
     for found, entropy, direct in zip(spectra, entropies, unfoldings(tree), strict=True):
@@ -52,7 +52,7 @@ def test_spectra_and_entropies_are_those_of_direct_svds(sites: int, bond: int, s
 
 @SOME
 @given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 9))
-def test_the_balanced_gauge_is_the_same_weight_with_equal_sides(sites: int, bond: int, seed: int) -> None:
+def test_balanced_keeps_the_weight_with_equal_sides(sites: int, bond: int, seed: int) -> None:
     tree = random_tree(structure(sites), bond, seed)
     balanced, spectra = tree.balanced()
     torch.testing.assert_close(balanced.to_matrix(), tree.to_matrix(), rtol=1e-9, atol=1e-9)
@@ -64,7 +64,7 @@ def test_the_balanced_gauge_is_the_same_weight_with_equal_sides(sites: int, bond
         np.testing.assert_allclose(rest @ rest.T, schmidt, atol=1e-8 * schmidt[0, 0])
 
 
-def test_branches_that_carry_nothing_are_cut() -> None:
+def test_cuts_empty_branches() -> None:
     one = structure(4, factor=3)
     tree = random_tree(one, 2)
     shapes = one.core_shapes(one.bonds(5))
@@ -78,14 +78,14 @@ def test_branches_that_carry_nothing_are_cut() -> None:
     torch.testing.assert_close(balanced.to_matrix(), tree.to_matrix())
 
 
-def test_zero_cores_stay_zero_and_finite() -> None:
+def test_zero_cores_stay_zero() -> None:
     one = structure(5)
     balanced, spectra = Tree([torch.zeros(s) for s in one.core_shapes(one.bonds(3))], one).balanced()
     assert not balanced.to_matrix().any() and set(balanced.bonds) == {1}
     assert not torch.cat(spectra).any() and balanced.entropies() == [0.0] * 7
 
 
-def test_a_tree_as_a_chain_of_two_is_the_same_weight() -> None:
+def test_tree_of_two_sites_matches_a_chain() -> None:
     for sites in (1, 2, 3, 5):
         tree = random_tree(structure(sites), 3)
         matrix = tree_chain(tree.cores)[0]
