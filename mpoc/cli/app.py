@@ -1,4 +1,4 @@
-"""The ``mpoc`` command: one module a command, torch imported only inside them."""
+"""The ``mpoc`` command: one module per command, torch imported only when a command runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from mpoc.cli.expand import expand
 from mpoc.cli.export import export
 from mpoc.cli.finetune import finetune
 from mpoc.cli.guide import guide
+from mpoc.cli.options import Command
 from mpoc.cli.report import report
 from mpoc.cli.reproduce import reproduce
 from mpoc.runtime.distributed import exit_process
@@ -46,21 +47,15 @@ def options(
     """Compress a trained network: each linear map becomes a matrix product operator."""
 
 
-app.command()(compress)
-app.command()(report)
-app.command()(entanglement)
-app.command()(expand)
-app.command()(finetune)
-app.command("eval")(evaluate)
-app.command()(reproduce)
-app.command()(export)
-app.command()(demo)
-app.command()(doctor)
-app.command()(guide)
+for command in (compress, report, entanglement, expand, finetune):
+    app.command(cls=Command)(command)
+app.command("eval", cls=Command)(evaluate)
+for command in (reproduce, export, demo, doctor, guide):
+    app.command(cls=Command)(command)
 
 
 def main() -> None:
-    """The console script."""
+    """Run the command line."""
     try:
         app()
     except KeyboardInterrupt:  # before a command has begun

@@ -1,4 +1,4 @@
-"""One sink for output: results on stdout, words on stderr; and errors to messages and exit statuses."""
+"""One sink for output: results on stdout, messages on stderr; and errors as messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _BAD_COMMAND, _INTERRUPTED, _TERMINATED = 2, 130, 143  # exit statuses
 
 
 class _Terminated(SystemExit):
-    """SIGTERM came."""
+    """SIGTERM was received."""
 
 
 class Output:
-    """Where a command's words go; ``quiet`` keeps results and errors only.
+    """The consoles of a command: ``result`` on stdout, ``messages`` on stderr.
 
-    Of several processes the first one speaks; in the others ``silent`` is true.
+    ``quiet`` suppresses messages, but not errors. Of several processes only the main one prints; in the
+    others ``silent`` is true.
     """
 
     def __init__(self, quiet: bool = False, verbose: bool = False) -> None:
@@ -35,25 +36,25 @@ class Output:
         self.quiet = quiet or self.silent
         self.verbose = verbose
         self.result = _console(stderr=False)
-        self.words = _console(stderr=True)
+        self.messages = _console(stderr=True)
 
     def say(self, text: str) -> None:
-        """A message on stderr."""
+        """Print a message on stderr."""
         if not self.quiet:
-            self.words.print(escape(text), highlight=False, soft_wrap=True)
+            self.messages.print(escape(text), highlight=False, soft_wrap=True)
 
     def next_command(self, command: str) -> None:
-        """The useful next step."""
+        """Print the next useful command on stderr."""
         self.say(f"next: {command}")
 
 
 def escape(text: str) -> str:
-    """Text as rich prints it: no markup, and nothing that a terminal would take for a command.
+    """Text for rich to print as it is: without markup, and without control characters of a terminal.
 
-    Names come from files of strangers.
+    Names come from untrusted files.
     """
     if not all(map(_is_plain, text)):
-        text = "".join(one if _is_plain(one) else repr(one)[1:-1] for one in text)
+        text = "".join(letter if _is_plain(letter) else repr(letter)[1:-1] for letter in text)
     return markup.escape(text)
 
 
@@ -88,19 +89,19 @@ def reported_errors() -> Iterator[None]:
         text = str(error).lower()
         if not isinstance(error, MemoryError) and "out of memory" not in text and "can't alloc" not in text:
             raise
-        hint = "a machine with more memory, or --device cpu where a GPU was used"
+        hint = "use a machine with more memory, or --device cpu where a GPU was used"
         _fail(error, f"out of memory: {error}", hint, 1)
 
 
 def _notes(error: BaseException) -> list[str]:
-    """What was added on the way up: what is kept of the work.  The hint has its own line."""
+    """Notes that were added to an error, but for the hint, which has its own line."""
     hint = f"hint: {getattr(error, 'hint', None)}"
     return [note for note in getattr(error, "__notes__", []) if note != hint]
 
 
 def _fail(error: BaseException, message: str, hint: str | None, status: int) -> None:
     if status in (_BAD_COMMAND, _INTERRUPTED, _TERMINATED) and not is_main():
-        raise SystemExit(status)  # all processes were given the same command, or the same signal
+        raise SystemExit(status)  # every process has the same command line or signal: one message is enough
     console = _console(stderr=True)
     console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     for note in _notes(error):
@@ -117,8 +118,8 @@ def _os_message(error: OSError) -> str:
 
 def _os_hint(error: OSError) -> str | None:
     hints = {
-        errno.ENOSPC: "make room, or write elsewhere with -o",
-        errno.EDQUOT: "make room, or write elsewhere with -o",
+        errno.ENOSPC: "free disk space, or write elsewhere with -o",
+        errno.EDQUOT: "free disk space, or write elsewhere with -o",
         errno.EACCES: "write elsewhere with -o, or change the permissions",
         errno.EROFS: "write elsewhere with -o",
     }
@@ -127,10 +128,10 @@ def _os_hint(error: OSError) -> str | None:
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written stays.
+    """Make SIGTERM unwind as Ctrl-C does, so that nothing half-written stays.
 
-    Either stays what it is where native code that it falls into turns it into an error of its own, as torch's
-    does.
+    Native code, such as torch's, may turn the exception into an error of its own; the signal is raised again
+    then.
     """
     received: list[BaseException] = []
 

@@ -7,13 +7,13 @@ import shutil
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from mpoc.cli.console import Output, escape, reported_errors
+from mpoc.cli.console import Output, escape
+from mpoc.cli.options import takes
 from mpoc.errors import UsageError
-from mpoc.train.settings import Settings
+from mpoc.runtime.options import option
+from mpoc.train.settings import DataOptions, FinetuneRequest, Settings
 
 if TYPE_CHECKING:
     from mpoc.compression.write import Compression
@@ -24,7 +24,7 @@ _SETTINGS = Settings(epochs=20.0, lr=0.01)
 
 @dataclass(frozen=True)
 class DemoFiles:
-    """What the demo writes, in the order it does."""
+    """The files that the demo writes, in that order."""
 
     original: Path
     compressed: Path
@@ -35,29 +35,29 @@ class DemoFiles:
 
     @classmethod
     def within(cls, folder: Path) -> DemoFiles:
-        """Their names in ``folder``."""
+        """The files of a demo in ``folder``."""
         names = ("safetensors", "mpo.safetensors", "dense.safetensors", "tuned.safetensors", "tuned.jsonl")
         original, compressed, dense, tuned, log = (folder / f"digits-cnn.{name}" for name in names)
         return cls(original, compressed, dense, folder / "digits.npz", tuned, log)
 
     def written(self) -> list[Path]:
-        """Those that are there."""
+        """The files that exist."""
         return [file for file in vars(self).values() if file.exists()]
 
     def commands(self) -> list[str]:
         """The command lines that fine-tune and measure as the demo does."""
-        words = f"--arch {ARCH} --data {shlex.quote(str(self.digits))}"
+        data = f"--arch {ARCH} --data {shlex.quote(str(self.digits))}"
         compressed, tuned = (shlex.quote(str(file)) for file in (self.compressed, self.tuned))
         how = f"--epochs {_SETTINGS.epochs:g} --lr {_SETTINGS.lr:g} --device cpu"
         return [
-            f"mpoc finetune {compressed} {words} {how} -o {tuned} --force",
-            f"mpoc eval {tuned} {words}",
+            f"mpoc finetune {compressed} {data} {how} -o {tuned} --force",
+            f"mpoc eval {tuned} {data}",
         ]
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Accuracies in per cent on the test images, and the files made."""
+    """Accuracies in per cent on the test images, and the files written."""
 
     accuracy_before: float
     accuracy_after: float
@@ -67,7 +67,7 @@ class DemoResult:
 
 
 def run_demo(folder: Path, bond: int, force: bool) -> DemoResult:
-    """Compress the carried digits network into ``folder`` and measure it before and after.
+    """Compress the digits network of the package into ``folder`` and measure it before and after.
 
     Raises:
         UsageError: ``folder`` exists and ``force`` is not given.
@@ -80,26 +80,26 @@ def run_demo(folder: Path, bond: int, force: bool) -> DemoResult:
     from mpoc.demo.data import accuracy, load_digits, write_digits
     from mpoc.demo.network import NETWORK_FILE, DigitsNet, load_network
 
-    made = DemoFiles.within(folder)
+    paths = DemoFiles.within(folder)
     recipe = make_recipe(None, {"bond": bond})
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: is a file", "-o DIR writes elsewhere")
     if folder.exists() and not force:
-        raise UsageError(f"{folder}: exists already", "--force goes on in it, -o DIR writes elsewhere")
+        raise UsageError(f"{folder}: exists already", "--force replaces its files, -o DIR writes elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
     with as_file(files("mpoc.demo") / NETWORK_FILE) as carried:
-        shutil.copyfile(carried, made.original)
-    compression = compress_checkpoint(made.original, made.compressed, recipe, force)
-    expand_checkpoint(made.compressed, made.dense, force)
-    write_digits(made.digits)
+        shutil.copyfile(carried, paths.original)
+    compression = compress_checkpoint(paths.original, paths.compressed, recipe, force)
+    expand_checkpoint(paths.compressed, paths.dense, force)
+    write_digits(paths.digits)
     _, _, images, labels = load_digits()
     network = DigitsNet()
-    network.load_state_dict(load_file(made.dense))
+    network.load_state_dict(load_file(paths.dense))
     before, after = (accuracy(net, images, labels) for net in (load_network(), network))
-    return DemoResult(before, after, len(labels), compression, made)
+    return DemoResult(before, after, len(labels), compression, paths)
 
 
-def fine_tune_demo(story: DemoResult) -> float | None:
+def fine_tune_demo(result: DemoResult) -> float | None:
     """Fine-tune the compressed file on the digits, as the first of its commands does.
 
     Returns:
@@ -111,67 +111,71 @@ def fine_tune_demo(story: DemoResult) -> float | None:
     import torch
 
     from mpoc.train.engine import can_train
-    from mpoc.train.finetune import FinetuneRequest, finetune
-    from mpoc.train.training_data import DataOptions
+    from mpoc.train.finetune import finetune
 
     if not can_train():
         return None
-    made = story.files
+    paths = result.files
     request = FinetuneRequest(
-        made.compressed, DataOptions(made.digits), _SETTINGS, made.tuned, ARCH, device="cpu", force=True
+        paths.compressed, DataOptions(paths.digits), _SETTINGS, paths.tuned, ARCH, device="cpu", force=True
     )
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny: threads would only wait for each other
+    torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other
     try:
         return float(finetune(request).training["final"]["accuracy"])
     finally:
         torch.set_num_threads(threads)
 
 
-def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the files go.")] = Path(
-        "mpoc-demo"
-    ),
-    bond: Annotated[int, typer.Option(help="Cap on every bond dimension D.")] = 8,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing DIR.")] = False,
-) -> None:
+@dataclass(frozen=True)
+class DemoOptions:
+    """The command line of ``mpoc demo``."""
+
+    output: Path = option("Write the files here.", Path("mpoc-demo"), "--output -o", metavar="DIR")
+    bond: int = option("Cap every bond dimension D.", 8)
+    force: bool = option("Replace an existing DIR.", False)
+
+
+@takes(DemoOptions)
+def demo(options: DemoOptions) -> None:
     """Compress a small network for handwritten digits and fine-tune it: ρ table, accuracy at each stage.
 
-    Fine-tuning takes seconds on a CPU, and needs pip install 'mpoc[train]'.
+    Fine-tuning takes seconds on a CPU; it needs accelerate, which the extra 'train' installs.
 
     Example: mpoc demo --bond 16
     """
-    with reported_errors():
-        from mpoc.cli.tables import print_report
+    from mpoc.cli.tables import print_report
 
-        words = Output()
-        story = run_demo(output, bond, force)
-        done = story.compression
-        words.result.print(f"accuracy before: {story.accuracy_before:.2f} % ({story.images} test images)")
-        print_report(words.result, done.manifest, done.nbytes, done.seconds)
-        words.result.print(f"accuracy after compression: {story.accuracy_after:.2f} %")
-        again = _heal(story, words)
-        words.result.print("files:")
-        for file in story.files.written():
-            words.result.print(f"  {file}", soft_wrap=True)
-        if again:
-            words.result.print("fine-tune and measure it yourself:")
-            for command in again:
-                words.result.print(f"  {command}", soft_wrap=True)
-        words.next_command(f"mpoc report {story.files.tuned if again else story.files.compressed}")
+    console = Output()
+    result = run_demo(options.output, options.bond, options.force)
+    done = result.compression
+    console.result.print(f"accuracy before: {result.accuracy_before:.2f} % ({result.images} test images)")
+    print_report(console.result, done.manifest, done.nbytes, done.seconds)
+    console.result.print(f"accuracy after compression: {result.accuracy_after:.2f} %")
+    commands = _fine_tune(result, console)
+    console.result.print("files:")
+    for file in result.files.written():
+        console.result.print(f"  {file}", soft_wrap=True)
+    if commands:
+        console.result.print("fine-tune and measure it yourself:")
+        for command in commands:
+            console.result.print(f"  {command}", soft_wrap=True)
+    console.next_command(f"mpoc report {result.files.tuned if commands else result.files.compressed}")
 
 
-def _heal(story: DemoResult, words: Output) -> list[str]:
-    """Fine-tune and say how it went; the command lines that do the same, none where it could not."""
+def _fine_tune(result: DemoResult, console: Output) -> list[str]:
+    """Fine-tune and print the accuracy; the command lines that do the same, none without accelerate."""
     from mpoc.runtime.signals import Interrupted
 
     try:
-        healed = fine_tune_demo(story)
+        accuracy = fine_tune_demo(result)
     except Interrupted as stop:
-        words.say("stopped while fine-tuning; mpoc demo --force starts anew")
+        console.say("stopped while fine-tuning; mpoc demo --force starts over")
         raise SystemExit(128 + stop.signum) from None
-    if healed is None:
-        words.result.print(escape("left out: fine-tuning, which needs accelerate: pip install 'mpoc[train]'"))
+    if accuracy is None:
+        console.result.print(
+            escape("fine-tuning was skipped: it needs accelerate, pip install '.[train]'"), soft_wrap=True
+        )
         return []
-    words.result.print(f"accuracy after fine-tuning: {healed:.2f} %")
-    return story.files.commands()
+    console.result.print(f"accuracy after fine-tuning: {accuracy:.2f} %")
+    return result.files.commands()

@@ -1,4 +1,4 @@
-"""``mpoc doctor``: whether mpoc works on this machine, and what mends it where it does not."""
+"""``mpoc doctor``: check whether mpoc works on this machine, and name the remedy where it does not."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 import mpoc
-from mpoc.cli.console import Output, escape, reported_errors
+from mpoc.cli.console import Output, escape
+from mpoc.cli.options import takes
 from mpoc.runtime.device import DeviceInfo, devices, free_disk, memory, usable_cpus
 from mpoc.runtime.formatting import human_bytes
+from mpoc.runtime.options import option
 from mpoc.runtime.packages import EXTRAS, PYTHON, Package, install, packages
 
 SCHEMA = "mpoc.doctor/1"
-_LITTLE_ROOM = 10**9  # bytes
-_OTHER_FOLDER = "name a folder with room, that can be written to: TMPDIR=FOLDER mpoc doctor"
+_LITTLE_SPACE = 10**9  # bytes
+_OTHER_FOLDER = "name a writable folder with free space: TMPDIR=FOLDER mpoc doctor"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that is wrong."""
+    """Something that is wrong, and its remedy."""
 
     what: str
     mend: str
-    stops: bool = True  # False: the rest works
+    stops: bool = True  # False: the rest of mpoc works
 
 
 @dataclass(frozen=True)
 class SelfTestResult:
-    """A self-test on one device."""
+    """The result of the self-test on one device."""
 
     device: str
     seconds: float
-    difference: float | None  # of the network's outputs, relative; None: it failed
+    difference: float | None  # relative, of the network's outputs; None: the test failed
 
 
 @dataclass
 class Examination:
-    """All that was found."""
+    """Packages, devices, memory and disk space of this machine, self-tests, and faults."""
 
     packages: list[Package] = field(default_factory=list)
     devices: list[DeviceInfo] = field(default_factory=list)
@@ -64,71 +64,71 @@ class Examination:
         return not any(fault.stops for fault in self.faults)
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """The examination as ``--json`` prints it."""
         about = {"schema": SCHEMA, "well": self.is_well, "mpoc": mpoc.__version__, **where()}
         return about | asdict(self)
 
 
 def where() -> dict[str, str]:
-    """The places of mpoc and Python, and the system."""
+    """Where mpoc and Python are installed, and the operating system."""
     folder = Path(mpoc.__file__).parent
     return {"folder": str(folder), "python": sys.executable, "platform": platform.platform()}
 
 
 def examine() -> Examination:
-    """Look at everything, then try it; what is wrong becomes faults."""
-    found = Examination(cpus=usable_cpus())
-    found.memory, found.memory_free = memory()
-    _look_at_packages(found)
-    _look_at_disk(found)
-    _look_at_torch(found)
-    if found.threads is not None:
-        for device in ("cpu", *(device.name for device in found.devices if device.is_used)):
-            _try(found, device)
-    return found
+    """Check packages, disk and torch, then run the self-test on each device."""
+    examination = Examination(cpus=usable_cpus())
+    examination.memory, examination.memory_free = memory()
+    _look_at_packages(examination)
+    _look_at_disk(examination)
+    _look_at_torch(examination)
+    if examination.threads is not None:
+        for device in ("cpu", *(device.name for device in examination.devices if device.is_used)):
+            _test(examination, device)
+    return examination
 
 
-def _look_at_packages(found: Examination) -> None:
+def _look_at_packages(examination: Examination) -> None:
     try:
-        found.packages = packages()
+        examination.packages = packages()
     except metadata.PackageNotFoundError:
-        what = "mpoc runs from a folder and is not installed: what it needs is not known"
-        found.faults.append(Fault(what, "pip install FOLDER", stops=False))
-    for package in found.packages:
+        what = "mpoc runs from a folder and is not installed, so its requirements are not known"
+        examination.faults.append(Fault(what, "pip install FOLDER", stops=False))
+    for package in examination.packages:
         if package.is_right or (package.extra and package.version is None):
             continue
         has = f"{package.version} is outside {package.needs}" if package.version else "is not installed"
         extra = f", which the extra {package.extra} asks for" if package.extra else ""
-        found.faults.append(Fault(f"{package.name} {has}{extra}", package.mend, package.extra is None))
+        examination.faults.append(Fault(f"{package.name} {has}{extra}", package.mend, package.extra is None))
 
 
-def _look_at_disk(found: Examination) -> None:
+def _look_at_disk(examination: Examination) -> None:
     try:
-        found.disk_free = free_disk()
+        examination.disk_free = free_disk()
     except OSError as error:
-        found.faults.append(Fault(f"no temporary folder: {error}", _OTHER_FOLDER, stops=False))
-    for folder, free in found.disk_free.items():
-        if free < _LITTLE_ROOM:
+        examination.faults.append(Fault(f"no temporary folder: {error}", _OTHER_FOLDER, stops=False))
+    for folder, free in examination.disk_free.items():
+        if free < _LITTLE_SPACE:
             what = f"{human_bytes(free)} free in {folder}"
-            found.faults.append(Fault(what, "make room, or write elsewhere with -o", stops=False))
+            examination.faults.append(Fault(what, "free disk space, or write elsewhere with -o", stops=False))
 
 
-def _look_at_torch(found: Examination) -> None:
+def _look_at_torch(examination: Examination) -> None:
     try:
         import torch
 
-        found.devices, found.why_no_device = devices()
-        found.threads = torch.get_num_threads()
+        examination.devices, examination.why_no_device = devices()
+        examination.threads = torch.get_num_threads()
     except (ImportError, OSError) as error:
-        known = {package.name: package for package in found.packages}
-        if "torch" not in known or known["torch"].version is not None:  # else it is told already
+        known = {package.name: package for package in examination.packages}
+        if "torch" not in known or known["torch"].version is not None:  # else it is a fault already
             mend = known["torch"].mend if "torch" in known else "pip install torch"
             mend = mend.replace("install", "install --force-reinstall")
-            found.faults.append(Fault(f"torch cannot be imported: {_first_line(error)}", mend))
+            examination.faults.append(Fault(f"torch cannot be imported: {_first_line(error)}", mend))
 
 
-def _try(found: Examination, device: str) -> None:
-    """The self-test, in a temporary folder; whatever goes wrong in it is a fault."""
+def _test(examination: Examination, device: str) -> None:
+    """Run the self-test in a temporary folder; any exception is a fault."""
     start = time.perf_counter()
     difference: float | None = None
     try:
@@ -136,10 +136,10 @@ def _try(found: Examination, device: str) -> None:
             from mpoc.cli.self_test import self_test
 
             difference = self_test(device, Path(folder))
-    except Exception as error:  # whatever it is, it is what was asked for
+    except Exception as error:  # whatever it is, the user asked to see it
         what = f"self-test on {device}: {error.__class__.__name__}: {_first_line(error)}"
-        found.faults.append(Fault(what, _mend(error, device)))
-    found.trials.append(SelfTestResult(device, round(time.perf_counter() - start, 3), difference))
+        examination.faults.append(Fault(what, _mend(error, device)))
+    examination.trials.append(SelfTestResult(device, round(time.perf_counter() - start, 3), difference))
 
 
 def _mend(error: Exception, device: str) -> str:
@@ -147,72 +147,81 @@ def _mend(error: Exception, device: str) -> str:
         return _OTHER_FOLDER
     if device != "cpu":
         return "--device cpu works around it; a torch built for this device: https://pytorch.org/get-started"
-    return "reinstall torch and mpoc; where it stays, tell the makers what mpoc doctor --json prints"
+    return "reinstall torch and mpoc; if it persists, report what mpoc doctor --json prints"
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
 
 
-def lines(found: Examination) -> Iterator[tuple[str, str]]:
-    """A line each: what, and what it is."""
+def lines(examination: Examination) -> Iterator[tuple[str, str]]:
+    """The lines of the report: title and text."""
     places = where()
     yield "mpoc", f"{mpoc.__version__} in {places['folder']}"
-    for package in found.packages:
+    for package in examination.packages:
         if package.extra is None:
             place = f" in {places['python']}" if package.name == PYTHON else ""
             yield package.name, f"{package.version or 'not installed'} (needs {package.needs}){place}"
     for extra in EXTRAS:
-        there = [package for package in found.packages if package.extra == extra]
+        there = [package for package in examination.packages if package.extra == extra]
         lacks = [package.name for package in there if package.version is None]
         has = ", ".join(f"{package.name} {package.version}" for package in there if package.version)
         if there:
             more = f"without {', '.join(lacks)}: {install(extra)}" if lacks else ""
             yield f"mpoc[{extra}]", "; ".join(filter(None, [has, more]))
     yield "platform", places["platform"]
-    yield from _machine_lines(found)
-    for trial in found.trials:
+    yield from _machine_lines(examination)
+    for trial in examination.trials:
         how = "failed" if trial.difference is None else f"passed, outputs differ by {trial.difference:.1g}"
         yield "self-test", f"{trial.device}: {how} ({trial.seconds:.1f} s)"
 
 
-def _machine_lines(found: Examination) -> Iterator[tuple[str, str]]:
-    uses = "" if found.threads is None else f", of which torch uses {found.threads}"
-    yield "CPUs", f"{found.cpus}{uses}"
-    if found.memory is not None:
-        free = "" if found.memory_free is None else f", {human_bytes(found.memory_free)} free"
-        yield "memory", human_bytes(found.memory) + free
-    for device in found.devices:
+def _machine_lines(examination: Examination) -> Iterator[tuple[str, str]]:
+    uses = "" if examination.threads is None else f", of which torch uses {examination.threads}"
+    yield "CPUs", f"{examination.cpus}{uses}"
+    if examination.memory is not None:
+        free = "" if examination.memory_free is None else f", {human_bytes(examination.memory_free)} free"
+        yield "memory", human_bytes(examination.memory) + free
+    for device in examination.devices:
         size = "" if device.memory is None else f", {human_bytes(device.memory)}"
         yield device.name, device.title + size + ("" if device.is_used else " (not used: no float64)")
-    if not found.devices and found.threads is not None:
-        yield "GPUs", "; ".join(["none", *found.why_no_device])
-    for folder, room in found.disk_free.items():
-        yield "disk", f"{human_bytes(room)} free in {folder}"
+    if not examination.devices and examination.threads is not None:
+        yield "GPUs", "; ".join(["none", *examination.why_no_device])
+    for folder, space in examination.disk_free.items():
+        yield "disk", f"{human_bytes(space)} free in {folder}"
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON on stdout.")] = False,
-) -> None:
-    """Tell versions, extras and devices, and try mpoc on each device: a self-test of seconds.
+@dataclass(frozen=True)
+class DoctorOptions:
+    """The command line of ``mpoc doctor``."""
 
-    The exit status is 1 where something stops mpoc from working; each fault is a line with what mends it.
+    as_json: bool = option("Print everything as JSON on stdout.", False, "--json")
+
+
+@takes(DoctorOptions)
+def doctor(options: DoctorOptions) -> None:
+    """Show versions, extras and devices, and test mpoc on each device; takes seconds.
+
+    The exit status is 1 where something stops mpoc from working. Each fault comes with its remedy.
 
     Example: mpoc doctor
     """
-    with reported_errors():
-        from mpoc.reporting.summary import to_json
+    from mpoc.reporting.summary import to_json
 
-        found = examine()
-        words = Output()
-        if as_json:
-            sys.stdout.write(to_json(found.as_dict()) + "\n")
-        else:
-            for title, text in lines(found):
-                words.result.print(f"{escape(f'{title:<12}')}{escape(text)}", soft_wrap=True)
-            for fault in found.faults:
-                title = "[bold red]fault[/]" if fault.stops else "[bold yellow]note[/]"
-                words.result.print(f"{title}: {escape(fault.what)}: {escape(fault.mend)}", soft_wrap=True)
-            words.result.print("all is well" if found.is_well else "mpoc does not work as it should here")
-    if not found.is_well:
+    examination = examine()
+    console = Output()
+    if options.as_json:
+        sys.stdout.write(to_json(examination.as_dict()) + "\n")
+    else:
+        _print(examination, console)
+    if not examination.is_well:
         raise SystemExit(1)
+
+
+def _print(examination: Examination, console: Output) -> None:
+    for title, text in lines(examination):
+        console.result.print(f"{escape(f'{title:<12}')}{escape(text)}", soft_wrap=True)
+    for fault in examination.faults:
+        title = "[bold red]fault[/]" if fault.stops else "[bold yellow]note[/]"
+        console.result.print(f"{title}: {escape(fault.what)}: {escape(fault.mend)}", soft_wrap=True)
+    console.result.print("all is well" if examination.is_well else "mpoc does not work as it should here")

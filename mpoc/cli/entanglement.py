@@ -1,77 +1,57 @@
-"""``mpoc entanglement``: what each cut of each layer carries, before and after truncation."""
+"""``mpoc entanglement``: the entropy at each cut of each layer's chain, before and after truncation."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from mpoc.cli.compress_options import (
-    HOW,
-    OUT,
-    WHICH,
-    Arch,
-    Conv,
-    Embeddings,
-    Exclude,
-    InputShapes,
-    Layers,
-    MinParams,
-    Orders,
-    Shape,
-    Sites,
-)
-from mpoc.cli.console import Output, reported_errors
+from mpoc.cli.console import Output
+from mpoc.cli.options import takes
+from mpoc.compression.recipe import Recipe
+from mpoc.runtime.options import COMMON, argument, nested, option
+from mpoc.train.settings import ARCH_HELP
 
 if TYPE_CHECKING:
     from mpoc.compression.entanglement import Entanglement, Profile
 
+# Fields of a recipe that choose layers and their factors.
+_CHOOSING = (
+    "layers",
+    "exclude",
+    "embeddings",
+    "min_params",
+    "sites",
+    "shape",
+    "order",
+    "conv",
+    "input_shape",
+)
 
-def entanglement(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A checkpoint, or a compressed file or directory.")
-    ],
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="COMPRESSED",
-            help="What MODEL was compressed to: its factors, and both side by side.",
-            rich_help_panel=WHICH,
-        ),
-    ] = None,
-    layers: Layers = None,
-    exclude: Exclude = None,
-    embeddings: Embeddings = None,
-    min_params: MinParams = None,
-    arch: Arch = None,
-    sites: Sites = None,
-    shape: Shape = None,
-    order: Orders = None,
-    conv: Conv = None,
-    input_shape: InputShapes = None,
-    weight: Annotated[
-        float,
-        typer.Option(
-            help="Share of Σs² that the effective bond keeps.",
-            rich_help_panel=HOW,
-        ),
-    ] = 0.99,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Draw the entropy profiles: .png, .svg or .pdf.", rich_help_panel=OUT
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="As JSON on stdout, spectra too.", rich_help_panel=OUT)
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=OUT)
-    ] = False,
-) -> None:
+
+@dataclass(frozen=True)
+class EntanglementOptions:
+    """The command line of ``mpoc entanglement``."""
+
+    model: Path = argument("MODEL", "A checkpoint, or a compressed file or directory.")
+    choice: dict[str, Any] = nested(Recipe, make=dict, only=_CHOOSING)  # those given, by the names of fields
+    against: Path | None = option(
+        "Compare with this compressed version of MODEL, at its factors.",
+        None, metavar="COMPRESSED", panel=COMMON,
+    )  # fmt: skip
+    arch: str | None = option(ARCH_HELP, None, metavar="NETWORK", panel=COMMON)
+    weight: float = option("Keep this share of Σs² with the effective bond.", 0.99, panel=COMMON)
+    plot: Path | None = option(
+        "Draw the entropy profiles as .png, .svg or .pdf.", None, metavar="FILE", panel=COMMON
+    )
+    as_json: bool = option("Print entropies and spectra as JSON on stdout.", False, "--json", panel=COMMON)
+    quiet: bool = option("Print no progress.", False, panel=COMMON)
+
+
+@takes(EntanglementOptions)
+def entanglement(options: EntanglementOptions) -> None:
     """Show the entanglement entropy and the effective bond at every cut of each layer's chain.
 
     Examples:
@@ -80,52 +60,49 @@ def entanglement(
 
     mpoc entanglement mlp.pt --against mlp.mpo.safetensors --json > spectra.json
     """
-    values = dict(locals())
-    with reported_errors():
-        from mpoc.cli.compress import recipe_options
-        from mpoc.compression.entanglement import as_dict, entanglement_of
-        from mpoc.reporting.plots import refuse_unknown_picture
+    from mpoc.compression.entanglement import as_dict, entanglement_of
+    from mpoc.reporting.plots import EntropyProfile, draw_entropies, refuse_unknown_picture
 
-        words = Output(quiet)
-        if plot is not None:
-            refuse_unknown_picture(plot)
+    console = Output(options.quiet)
+    if options.plot is not None:
+        refuse_unknown_picture(options.plot)
 
-        def tell(layer: str, number: int, total: int) -> None:
-            words.say(f"[{number}/{total}] {layer}")
+    def progress(layer: str, number: int, total: int) -> None:
+        console.say(f"[{number}/{total}] {layer}")
 
-        found = entanglement_of(model, recipe_options(values), against, weight, arch, tell)
-        if as_json:
-            sys.stdout.write(json.dumps(as_dict(found), ensure_ascii=False) + "\n")
-        else:
-            _print(found, words)
-        if plot is not None:
-            from mpoc.reporting.plots import EntropyProfile, draw_entropies
-
-            profiles = [EntropyProfile(one.layer, one.weight, one.stored) for one in found.profiles]
-            draw_entropies(profiles, plot)
-            words.say(f"wrote {plot}")
+    result = entanglement_of(
+        options.model, options.choice, options.against, options.weight, options.arch, progress
+    )
+    if options.as_json:
+        sys.stdout.write(json.dumps(as_dict(result), ensure_ascii=False) + "\n")
+    else:
+        _print(result, console)
+    if options.plot is not None:
+        profiles = [EntropyProfile(each.layer, each.weight, each.stored) for each in result.profiles]
+        draw_entropies(profiles, options.plot)
+        console.say(f"wrote {options.plot}")
 
 
-def _print(found: Entanglement, words: Output) -> None:
+def _print(result: Entanglement, console: Output) -> None:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
 
-    stored = any(profile.stored is not None for profile in found.profiles)
-    both = found.against is not None
+    stored = any(profile.stored is not None for profile in result.profiles)
+    both = result.against is not None
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    share = f"{100 * found.kept:g} %"
+    share = f"{100 * result.kept:g} %"
     titles = ["layer", "outputs J / inputs I", "full bonds", "S", "S / largest", f"D for {share}"]
     titles += ["D stored"] if stored else []
     titles += ["S stored"] if both else []
     for title in titles:
         table.add_column(title, overflow="fold")
-    for profile in found.profiles:
+    for profile in result.profiles:
         table.add_row(*(escape(cell) for cell in _row(profile, both)))
-    words.result.print(table)
-    words.result.print("S in nats at each cut of the chain; its largest value is ln of the full bond")
-    if found.left:
-        words.result.print(f"stored dense: {found.left} more")
+    console.result.print(table)
+    console.result.print("S in nats at each cut of the chain; its largest value is ln of the full bond")
+    if result.left:
+        console.result.print(f"stored dense: {result.left} more")
 
 
 def _row(profile: Profile, both: bool) -> list[str]:

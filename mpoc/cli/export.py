@@ -1,45 +1,38 @@
-"""``mpoc export``: the compressed network as a program for other runtimes."""
+"""``mpoc export``: write the compressed network as a program for other runtimes."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from mpoc.cli.console import Output
+from mpoc.cli.options import takes
+from mpoc.runtime.formatting import human_bytes
+from mpoc.runtime.options import argument, option
+from mpoc.train.settings import ARCH_HELP
 
-from mpoc.cli.console import Output, reported_errors
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The command line of ``mpoc export``."""
+
+    path: Path = argument("OUT", "A compressed file or directory.")
+    onnx: Path | None = option("Write ONNX, for onnxruntime and others.", None, metavar="FILE")
+    pt2: Path | None = option("Write a program for torch.export.load.", None, metavar="FILE")
+    arch: str | None = option(ARCH_HELP, None, metavar="NETWORK")
+    input_shape: tuple[str, ...] = option(
+        "Give an input's shape with its batch, as 1x3x32x32 or 1x128:int64. Repeatable.",
+        (), metavar="SHAPE[:DTYPE]", repeated=True,
+    )  # fmt: skip
+    force: bool = option("Replace existing files.", False)
+    quiet: bool = option("Print errors only.", False)
 
 
-def export(
-    path: Annotated[Path, typer.Argument(metavar="OUT", help="A compressed file or directory.")],
-    onnx: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write ONNX, for onnxruntime and others.")
-    ] = None,
-    pt2: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a program for torch.export.load.")
-    ] = None,
-    arch: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NETWORK",
-            help="The dense network: package.module:factory or file.py:factory, or one of the zoo. Not "
-            "needed for a Hugging Face directory, nor for a file that names a network of the zoo itself.",
-        ),
-    ] = None,
-    input_shape: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SHAPE[:DTYPE]",
-            help="Of an input with its batch, as 1x3x32x32 or 1x128:int64. Repeatable, in order. "
-            "Default: what a network of the zoo takes.",
-        ),
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Errors only.")] = False,
-) -> None:
+@takes(ExportOptions)
+def export(options: ExportOptions) -> None:
     """Write the compressed network as a program that runs without mpoc; the batch size stays free.
 
-    --arch runs the code that it names.
+    --arch file.py:function runs that code; the zoo and Hugging Face directories need none.
 
     Examples:
 
@@ -47,15 +40,13 @@ def export(
 
     mpoc export resnet56.mpo.safetensors --arch resnet.py:resnet56 --input-shape 1x3x32x32 --pt2 net.pt2
     """
-    with reported_errors():
-        from mpoc.io.weight_files import output_bytes
-        from mpoc.models.export import export_network, parse_input_spec
-        from mpoc.runtime.formatting import human_bytes
+    from mpoc.io.weight_files import output_bytes
+    from mpoc.models.export import export_network, parse_input_spec
 
-        files = {kind: file for kind, file in (("onnx", onnx), ("pt2", pt2)) if file is not None}
-        shapes = [parse_input_spec(text) for text in input_shape or []]
-        inputs = export_network(path, files, shapes, arch, force)
-        words = Output(quiet)
-        taken = ", ".join(f"{spec} {str(spec.dtype).removeprefix('torch.')}" for spec in inputs)
-        for file in files.values():
-            words.say(f"wrote {file}: {human_bytes(output_bytes(file))}, inputs {taken}")
+    files = {kind: file for kind, file in (("onnx", options.onnx), ("pt2", options.pt2)) if file is not None}
+    shapes = [parse_input_spec(text) for text in options.input_shape]
+    inputs = export_network(options.path, files, shapes, options.arch, options.force)
+    console = Output(options.quiet)
+    taken = ", ".join(f"{spec} {str(spec.dtype).removeprefix('torch.')}" for spec in inputs)
+    for file in files.values():
+        console.say(f"wrote {file}: {human_bytes(output_bytes(file))}, inputs {taken}")

@@ -1,4 +1,4 @@
-"""Progress: a live bar on a terminal; elsewhere one plain line a layer, or an evaluation; lines of stages."""
+"""Progress on stderr: a live bar on a terminal, elsewhere one plain line per layer, evaluation or stage."""
 
 from __future__ import annotations
 
@@ -20,37 +20,35 @@ if TYPE_CHECKING:
 _BETWEEN_LINES = 10.0  # seconds, within a stage
 _WORTH_SAYING = 5.0  # seconds that must have passed before time left is told
 
-# record, its seconds, layers done, layers in all, part of the work done
-LayerTold = Callable[[LayerRecord, float, int, int, float], None]
+# record, its seconds, layers done, layers in all, share of the work done
+LayerCallback = Callable[[LayerRecord, float, int, int, float], None]
 
 
-def stage_lines(words: Output) -> Callable[[str, int, int], None] | None:
-    """The callback for what comes before layers: a line as a stage begins, then one every ten seconds."""
+def stage_lines(console: Output) -> Callable[[str, int, int], None] | None:
+    """The callback of calibration: a line as a stage begins, then one every ten seconds; None when quiet."""
     last = 0.0
 
     def tell(stage: str, number: int, total: int) -> None:
         nonlocal last
         if number == 1 or monotonic() - last >= _BETWEEN_LINES:
-            words.say(f"{stage} {number:,} of {total:,}")
+            console.say(f"{stage} {number:,} of {total:,}")
             last = monotonic()
 
-    return None if words.quiet else tell
+    return None if console.quiet else tell
 
 
 @contextmanager
-def layer_progress(
-    words: Output,
-) -> Iterator[LayerTold | None]:
+def layer_progress(console: Output) -> Iterator[LayerCallback | None]:
     """The callback for the pipeline; None when quiet."""
-    if words.quiet:
+    if console.quiet:
         yield None
-    elif words.words.is_terminal:
-        yield from _bar(words)
+    elif console.messages.is_terminal:
+        yield from _bar(console)
     else:
-        yield _line_by_line(words)
+        yield _line_by_line(console)
 
 
-def _line_by_line(words: Output) -> LayerTold:
+def _line_by_line(console: Output) -> LayerCallback:
     left = _time_left()
 
     def tell(record: LayerRecord, seconds: float, done: int, total: int, share: float) -> None:
@@ -58,15 +56,15 @@ def _line_by_line(words: Output) -> LayerTold:
         if record.output_error is not None:
             error = f" output error {record.output_error:.4f}"
         line = f"[{done}/{total}] {record.layer} {record.form} ρ {record.rho:.4f}{error} {seconds:.2f} s"
-        words.say(line + (f" ({rest} left)" if (rest := left(share, seconds)) else ""))
+        console.say(line + (f" ({rest} left)" if (rest := left(share, seconds)) else ""))
 
     return tell
 
 
 def _time_left() -> Callable[[float, float], str]:
-    """From the part of the work done, and the last layer's seconds, to the time that the rest takes.
+    """A function from the share of the work done and the last layer's seconds to the time left, as text.
 
-    Empty at first, and at the end.  The clock starts with the first layer, whatever came before.
+    The text is empty in the first seconds and at the end. The clock starts with the first layer.
     """
     start: float | None = None
 
@@ -79,7 +77,7 @@ def _time_left() -> Callable[[float, float], str]:
     return left
 
 
-def _bar(words: Output) -> Iterator[LayerTold]:
+def _bar(console: Output) -> Iterator[LayerCallback]:
     before = after = 0
     columns = (
         TextColumn("{task.description}"),
@@ -88,14 +86,14 @@ def _bar(words: Output) -> Iterator[LayerTold]:
         TextColumn("{task.fields[left]}"),
     )
     left = _time_left()
-    with Progress(*columns, console=words.words, transient=True) as bar:
+    with Progress(*columns, console=console.messages, transient=True) as bar:
         task = bar.add_task("reading", total=None, rho=1.0, left="")
 
         def tell(record: LayerRecord, seconds: float, done: int, total: int, share: float) -> None:
             nonlocal before, after
             before += record.num_original
             after += record.num_stored
-            rest = f"{found} left" if (found := left(share, seconds)) else ""
+            rest = f"{clock} left" if (clock := left(share, seconds)) else ""
             bar.update(
                 task, description=record.layer, completed=done, total=total, rho=after / before, left=rest
             )
@@ -104,24 +102,24 @@ def _bar(words: Output) -> Iterator[LayerTold]:
 
 
 @contextmanager
-def training_progress(words: Output) -> Iterator[Callable[[TrainingEvent], None] | None]:
+def training_progress(console: Output) -> Iterator[Callable[[TrainingEvent], None] | None]:
     """The callback for a training; None when quiet."""
-    if words.quiet:
+    if console.quiet:
         yield None
-    elif words.words.is_terminal:
-        yield from _training_bar(words)
+    elif console.messages.is_terminal:
+        yield from _training_bar(console)
     else:
-        yield lambda told: _tell_evaluation(words, told)
+        yield lambda event: _say_evaluation(console, event)
 
 
-def _tell_evaluation(words: Output, told: TrainingEvent) -> None:
-    """One line an evaluation."""
-    if told.scores is None:
+def _say_evaluation(console: Output, event: TrainingEvent) -> None:
+    """Print an evaluation as one line."""
+    if event.scores is None:
         return
-    loss = "" if told.loss != told.loss else f" training loss {told.loss:.4f}"
-    measured = f" {scores_line(told.scores)}" if told.scores else ""
-    rate = f" ({told.rate:,.0f} examples/s, {_clock(told.seconds_left)} left)" if told.rate else ""
-    words.say(f"[{told.step}/{told.steps}] epoch {told.epoch:.4g}{loss}{measured}{rate}")
+    loss = "" if event.loss != event.loss else f" training loss {event.loss:.4f}"
+    measured = f" {scores_line(event.scores)}" if event.scores else ""
+    rate = f" ({event.rate:,.0f} examples/s, {_clock(event.seconds_left)} left)" if event.rate else ""
+    console.say(f"[{event.step}/{event.steps}] epoch {event.epoch:.4g}{loss}{measured}{rate}")
 
 
 def _clock(seconds: float) -> str:
@@ -131,22 +129,22 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _training_bar(words: Output) -> Iterator[Callable[[TrainingEvent], None]]:
+def _training_bar(console: Output) -> Iterator[Callable[[TrainingEvent], None]]:
     columns = (
         TextColumn("epoch {task.fields[epoch]:.2f}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.4f}  {task.fields[scores]}"),
         TextColumn("{task.fields[rate]:,.0f}/s  {task.fields[left]} left"),
     )
-    with Progress(*columns, console=words.words, transient=True) as bar:
+    with Progress(*columns, console=console.messages, transient=True) as bar:
         task = bar.add_task("", total=None, epoch=0.0, loss=float("nan"), scores="", rate=0.0, left="?")
 
-        def tell(told: TrainingEvent) -> None:
-            _tell_evaluation(words, told)
-            fields: dict[str, Any] = {"epoch": told.epoch, "loss": told.loss, "rate": told.rate}
-            if told.scores:
-                fields["scores"] = scores_line(told.scores)
-            left = _clock(told.seconds_left) if told.rate else "?"
-            bar.update(task, completed=told.step, total=told.steps, left=left, **fields)
+        def tell(event: TrainingEvent) -> None:
+            _say_evaluation(console, event)
+            fields: dict[str, Any] = {"epoch": event.epoch, "loss": event.loss, "rate": event.rate}
+            if event.scores:
+                fields["scores"] = scores_line(event.scores)
+            left = _clock(event.seconds_left) if event.rate else "?"
+            bar.update(task, completed=event.step, total=event.steps, left=left, **fields)
 
         yield tell

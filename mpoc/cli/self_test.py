@@ -1,7 +1,7 @@
-"""Compress, load and expand a small network on a device, and compare it with the original.
+"""Compress, load and expand a small network on a device, and compare its outputs with the original's.
 
-Its weights are random chains of the very bond that is asked for, so compression may lose only rounding,
-while every stage runs: truncated SVD, writing, reading, contraction.
+The weights are random chains with the bond dimension that is asked for, so that compression loses nothing but
+rounding, while every stage runs: truncated SVD, writing, reading, contraction.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _SHAPES = (
     ShapeRule("2", output_factors=(8, 4), input_factors=(16, 8)),
     ShapeRule("4", output_factors=(6, 4), input_factors=(8, 4)),
 )
-# Convolutions on a GPU keep 10 bits of each number (TF32); what is wrong differs by about 1.
+# Convolutions on a GPU keep 10 bits of each number (TF32); a wrong result differs by about 1.
 _TOLERANCE = 1e-2
 
 
 def self_test(device: str, folder: Path) -> float:
-    """Do it.
+    """Run the test on one device.
 
     Args:
         device: as ``--device`` takes it.
-        folder: for the files; empty.
+        folder: an empty one, for the files.
 
     Returns:
-        ‖y − ŷ‖ / ‖y‖ of the network's outputs y, the larger of cores and expanded weights.
+        ‖y − ŷ‖ / ‖y‖ of the network's outputs y (5, 24): the larger of cores and expanded weights.
 
     Raises:
         MpocError: outputs differ, or as :func:`mpoc.compression.pipeline.compress_checkpoint`.
@@ -47,16 +47,16 @@ def self_test(device: str, folder: Path) -> float:
     torch.save(network.state_dict(), folder / "net.pt")
     inputs = torch.randn(5, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted = network(inputs)
-        found = _outputs(device, folder, inputs)
-    difference = max(float((one - wanted).norm() / wanted.norm()) for one in found)
+        expected = network(inputs)
+        outputs = _outputs(device, folder, inputs)
+    difference = max(float((output - expected).norm() / expected.norm()) for output in outputs)
     if not difference <= _TOLERANCE:  # NaN too
         raise MpocError(f"outputs differ by {difference:.2g} of their norm from the dense network's")
     return difference
 
 
 def _outputs(device: str, folder: Path, inputs: Tensor) -> list[Tensor]:
-    """Through the cores, and through the weights that they are expanded to."""
+    """Outputs through the cores, and through the weights that they are expanded to."""
     small, dense = folder / "net.mpo.safetensors", folder / "net.dense.safetensors"
     recipe = make_recipe(None, {"bond": _BOND, "shape": _SHAPES, "device": device})
     done = compress_checkpoint(folder / "net.pt", small, recipe)
@@ -70,7 +70,7 @@ def _outputs(device: str, folder: Path, inputs: Tensor) -> list[Tensor]:
 
 
 def _network() -> nn.Sequential:
-    """4×4 images of four channels to 24 numbers; the same at every call."""
+    """A network from 4×4 images of four channels to 24 numbers; the same at every call."""
     generator = torch.Generator().manual_seed(0)
     conv, first, second = nn.Conv2d(4, 8, 3, padding=1), nn.Linear(128, 32), nn.Linear(32, 24)
     network = nn.Sequential(conv, nn.Flatten(), first, nn.Tanh(), second).eval()

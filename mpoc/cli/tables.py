@@ -1,8 +1,7 @@
-"""Reports and plans as tables on a terminal or in a pipe.
+"""Results as tables on a terminal or in a pipe: of ``report`` and ``compress``, and of ``reproduce``.
 
-The table of a study that compares fully connected layers: parameters, compression, accuracy, time.
-
-The table of ``mpoc reproduce``: parameters, ρ, accuracies, seconds, and the paper's number beside them.
+A row of a report is a layer, a row of a search a trial, a row of a reproduction a network with the paper's
+numbers beside ours.
 """
 
 from __future__ import annotations
@@ -18,10 +17,12 @@ from rich.table import Table
 from mpoc.cli.console import escape
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.reporting.summary import summary
-from mpoc.runtime.formatting import times
+from mpoc.runtime.formatting import human_bytes, times
 
 if TYPE_CHECKING:
+    from mpoc.compression.search import Bisection, Trial
     from mpoc.reproduce.study import Reproduction, Row
+    from mpoc.train.evaluate_file import FileEvaluation
 
 _WIDEST = "outputs J / inputs I"
 # Below this width of a terminal the factors, and the seconds, are left out.
@@ -147,6 +148,48 @@ def scores_line(scores: dict[str, float]) -> str:
         f"{name.replace('_', ' ')} {f'{value:.2f} %' if name in _PER_CENT else f'{value:.4g}'}"
         for name, value in shown.items()
     )
+
+
+def trials_table(search: Bisection, before: FileEvaluation, nbytes: int | None) -> Table:
+    """The trials of a search by size, the dense network (``nbytes`` on disk) last."""
+    metric = before.metric
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in ("on disk", "--ratio", metric, "drop"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("")
+    for trial in sorted(search.trials, key=lambda trial: trial.nbytes):
+        is_chosen = trial is search.chosen
+        verdict = "chosen" if is_chosen else "" if search.keeps(trial) else "loses too much"
+        table.add_row(
+            human_bytes(trial.nbytes),
+            f"{trial.ratio:.3f}",
+            _score(metric, trial.scores[metric]),
+            f"{trial.drop:.4g}",
+            verdict,
+            style="bold" if is_chosen else None,
+        )
+    size = "" if nbytes is None else human_bytes(nbytes)
+    table.add_row(size, "", _score(metric, before.scores[metric]), "", "dense", style="dim")
+    return table
+
+
+def _score(metric: str, value: float) -> str:
+    return scores_line({metric: value}).removeprefix(metric.replace("_", " ")).strip()
+
+
+def goal_line(before: FileEvaluation, max_drop: float | None) -> str:
+    """The metric of a search, its data, its value of the dense network and how far it may fall or rise."""
+    likeness = "" if before.reference is None else " with the original (no labels or no head: likeness)"
+    value = scores_line({before.metric: before.scores[before.metric]})
+    change = "fall" if before.higher_is_better else "rise"
+    data = f"{before.data} ({before.split}, {before.examples:,} examples)"
+    return f"{value}{likeness} on {data}; it may {change} by {max_drop:g}"
+
+
+def trial_line(trial: Trial, kept: bool) -> str:
+    """A trial of a search as one line of progress."""
+    result = f"{human_bytes(trial.nbytes)}, {scores_line(dict(trial.scores))}"
+    return f"ρ {trial.ratio:.3f}: {result}; drop {trial.drop:.4g}, {'kept' if kept else 'too much'}"
 
 
 def compression_table(done: Reproduction) -> Table:

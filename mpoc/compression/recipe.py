@@ -1,6 +1,6 @@
-"""What the user asked for: command line and TOML recipe in one plain object.
+"""What the user asks of a compression: the command line and a TOML recipe in one plain object.
 
-A recipe file holds the options' own names, and tables for single layers, later ones winning:
+A recipe file holds the options' own names, and tables for single layers, of which later ones win:
 
     bond = 8
     exclude = ["conv1"]
@@ -21,22 +21,33 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mpoc.compression.recipe_syntax import InputShape, ShapeRule, geometry_at, read_recipe
+from mpoc.compression.recipe_syntax import (
+    InputShape,
+    ShapeRule,
+    geometry_at,
+    parse_input_shape,
+    parse_shape,
+    parse_share,
+    read_recipe,
+)
 from mpoc.compression.selection import check_regular_expressions, matches
 from mpoc.errors import UsageError, nearest
-from mpoc.tensor_networks.factors import OrderRule, order_fits
+from mpoc.runtime.formatting import parse_size
+from mpoc.runtime.options import ADVANCED, option
+from mpoc.tensor_networks.factors import OrderRule, order_fits, parse_order
 from mpoc.tensor_networks.geometry import Geometry
 
 CONV_FORMS = ("kernel", "map")
 FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "auto")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 GOALS = ("bond", "discard", "ratio", "max_error", "size", "max_drop")
-_ERROR, _WEIGHT = "a relative error", "a share of the squared Schmidt values"
+GOAL = "Goal (exactly one; --bond may cap --discard)"
+_LAYERS = f"{ADVANCED}: which layers"
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What a recipe says of the layers that a pattern matches; None: as for all."""
+    """Options for the layers that a pattern matches; None: as for all layers."""
 
     pattern: str
     bond: int | None = None
@@ -55,34 +66,114 @@ class LayerRule:
 class Recipe:
     """All options of a compression.
 
-    Exactly one goal is set; a trial at a maximal drop has its ratio too, a discarded weight may have a cap.
+    Exactly one goal is set, but ``bond`` may cap ``discard``, and a trial of ``max_drop`` has its ``ratio``
+    too. ``form`` None means ``auto`` for a calibrated budget, else ``mpo``; ``dtype`` None means each
+    weight's own.
     """
 
-    bond: int | None = None  # cap on every D_k
-    ratio: float | None = None  # ceiling on ρ over the selected layers
-    max_error: float | None = None  # relative error of each layer
-    discard: float | None = None  # share of the squared Schmidt values that each bond may lose
-    size: int | None = None  # ceiling on the output, bytes
-    max_drop: float | None = None  # what the metric may lose, in its unit; the ratio is searched for
-    form: str | None = None  # None: "auto", each layer's best, of a calibrated budget, else "mpo"
-    sites: int | None = None
-    shape: tuple[ShapeRule, ...] = ()
-    order: tuple[OrderRule, ...] = ()  # of linear layers' inputs
-    conv: str = "kernel"  # what of a convolution is factorised: its kernel, or the whole map
-    input_shape: tuple[InputShape, ...] = ()  # of whole maps
-    layers: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    embeddings: bool = False
-    min_params: int = 0
-    allow_growth: bool = False
-    dtype: str | None = None  # of the stored cores; None: each weight's own
-    seed: int = 0
-    device: str = "auto"
-    max_shard_size: int = 5 * 10**9  # bytes; directories only
+    bond: int | None = option("Cap every bond dimension D.", None, panel=GOAL)
+    ratio: float | None = option(
+        "Keep at most this share ρ of the selected layers' parameters.",
+        None,
+        panel=GOAL,
+        metavar="FLOAT",
+        parse=parse_share,
+    )
+    max_error: float | None = option(
+        "Keep each layer's relative error below this.", None, panel=GOAL, metavar="FLOAT", parse=parse_share
+    )
+    discard: float | None = option(
+        "Cut at most this share of Σs² at each bond; --bond may cap it.", None, panel=GOAL
+    )
+    size: int | None = option(
+        "Write at most this many bytes, as 20MB.", None, panel=GOAL, metavar="SIZE", parse=parse_size
+    )
+    max_drop: float | None = option(
+        "Find the smallest output that loses at most this of the metric (--eval).", None, panel=GOAL
+    )
+    layers: tuple[str, ...] = option(
+        "Compress only layers that match: glob, or re:REGEX. Repeatable.",
+        (),
+        metavar="PATTERN",
+        panel=_LAYERS,
+        repeated=True,
+    )
+    exclude: tuple[str, ...] = option(
+        "Leave layers that match alone. Repeatable.", (), metavar="PATTERN", panel=_LAYERS, repeated=True
+    )
+    embeddings: bool = option(
+        "Compress embeddings too.", False, "--embeddings/--no-embeddings", panel=_LAYERS
+    )
+    min_params: int = option("Leave weights with fewer parameters alone.", 0, panel=_LAYERS)
+    allow_growth: bool = option(
+        "Factorise layers even where the cores are larger than the weight.",
+        False,
+        "--allow-growth/--no-allow-growth",
+        panel=_LAYERS,
+    )
+    form: str | None = option(
+        "Choose mpo, svd, tree, mera, svd+mpo or auto.",
+        None,
+        metavar="FORM",
+        panel=ADVANCED,
+        shown="mpo; calibrated auto",
+    )
+    sites: int | None = option(
+        "Set the MPO sites per layer, kernel taps not counted.",
+        None,
+        panel=ADVANCED,
+        shown="4; 5 from 1,024 wide",
+    )
+    shape: tuple[ShapeRule, ...] = option(
+        "Set factors, as fc1=4x7x7x4:4x4x4x4. Repeatable.",
+        (),
+        metavar="[PATTERN=]IN:OUT",
+        panel=ADVANCED,
+        parse=parse_shape,
+        repeated=True,
+    )
+    order: tuple[OrderRule, ...] = option(
+        "Order a linear layer's inputs: raster, morton:[Cx]HxW or learned. Repeatable.",
+        (),
+        metavar="[PATTERN=]ORDER",
+        panel=ADVANCED,
+        parse=parse_order,
+        repeated=True,
+    )
+    conv: str = option(
+        "Factorise a convolution's kernel, or its whole map (see --input-shape).",
+        "kernel",
+        metavar="kernel|map",
+        panel=ADVANCED,
+    )
+    input_shape: tuple[InputShape, ...] = option(
+        "Give a whole map's input size and settings, as conv1=32x32:stride=2. Repeatable.",
+        (),
+        metavar="[PATTERN=]HxW[:…]",
+        panel=ADVANCED,
+        parse=parse_input_shape,
+        repeated=True,
+    )
+    dtype: str | None = option(
+        "Store cores in float32, bfloat16 or another dtype.",
+        None,
+        panel=ADVANCED,
+        shown="each weight's own",
+    )
+    device: str = option("Compute on auto, cpu, cuda, cuda:1, …", "auto", panel=ADVANCED)
+    seed: int = option("Seed the randomised range finder.", 0, panel=ADVANCED)
+    max_shard_size: int = option(
+        "Limit each weight file of a directory.",
+        5 * 10**9,
+        metavar="SIZE",
+        panel=ADVANCED,
+        parse=parse_size,
+        shown="5GB",
+    )
     rules: tuple[LayerRule, ...] = ()
 
     def with_form(self, calibrated: bool) -> Recipe:
-        """With the form that plans begin with, where none was asked for.
+        """This recipe with a form where none was asked for.
 
         Raises:
             UsageError: a form, or a goal, that needs or excludes calibration.
@@ -91,19 +182,19 @@ class Recipe:
         for form in (form for form in ("auto", "svd+mpo") if form in forms):
             if not calibrated:
                 hint = "--calibrate DATA"
-                raise UsageError(f"--form {form} compares what layers do: it needs --calibrate", hint)
+                raise UsageError(f"--form {form} requires --calibrate: it compares what layers do", hint)
             if not self._has_budget:
                 hint = "--ratio 0.5"
-                raise UsageError(f"--form {form} shares out a budget: it needs --ratio or --size", hint)
+                raise UsageError(f"--form {form} requires a budget: --ratio or --size", hint)
         if calibrated and (self.order or any(rule.order for rule in self.rules)):
-            raise UsageError("--order does not go with --calibrate: inputs are fitted in their own order")
+            raise UsageError("--order excludes --calibrate, which fits inputs in their own order")
         for goal in ("max_error", "discard"):
             values = (getattr(goals, goal) for goals in (self, *self.rules))
             if calibrated and any(value is not None for value in values):
-                option = f"--{goal.replace('_', '-')}"
+                name = f"--{goal.replace('_', '-')}"
                 raise UsageError(
-                    f"{option} is of weights, and does not go with --calibrate: "
-                    "--ratio, --size or --max-drop",
+                    f"{name} limits the error of weights, and excludes --calibrate: "
+                    "use --ratio, --size or --max-drop",
                     "--ratio 0.5",
                 )
         return replace(self, form=self.form or ("auto" if calibrated and self._has_budget else "mpo"))
@@ -113,7 +204,7 @@ class Recipe:
         return any(goal is not None for goal in (self.ratio, self.size, self.max_drop))
 
     def rule_for(self, name: str) -> LayerRule:
-        """All rules that match ``name`` merged, later ones winning."""
+        """The rules that match ``name``, merged; later ones win."""
         merged = LayerRule(name)
         for rule in self.rules:
             if not matches(rule.pattern, name):
@@ -127,7 +218,7 @@ class Recipe:
         return merged
 
     def order_for(self, name: str, kind: str, inputs: int) -> str:
-        """The order asked for this layer's inputs; ``""``: their own."""
+        """The order asked for this layer's inputs; ``""``: as they are."""
         own = self.rule_for(name).order
         if own is not None:
             return own.order
@@ -139,7 +230,7 @@ class Recipe:
         return ""
 
     def is_map(self, name: str, kind: str) -> bool:
-        """Whether this weight is a convolution to be taken as one map."""
+        """Whether this weight is a convolution to be compressed as one map."""
         return kind.startswith("conv") and (self.rule_for(name).conv or self.conv) == "map"
 
     def has_input_shape(self, name: str) -> bool:
@@ -150,8 +241,10 @@ class Recipe:
         )
 
     def geometry_for(self, name: str, shape: tuple[int, ...]) -> Geometry:
-        """Of a convolution that is taken as one map; see
-        :func:`mpoc.compression.recipe_syntax.geometry_at`.
+        """The geometry of a convolution that is compressed as one map, whose kernel has this shape.
+
+        Raises:
+            UsageError: no input shape matches, or it does not fit the kernel.
         """
         own = self.rule_for(name).input_shape
         return geometry_at(name, shape, self.input_shape if own is None else (own,))
@@ -200,17 +293,17 @@ def check_recipe(recipe: Recipe) -> None:
     """
     _check_goals(recipe)
     _check_bond("--bond", recipe.bond)
-    _check_share("--max-error", recipe.max_error, _ERROR)
-    _check_share("--discard", recipe.discard, _WEIGHT)
+    _check_share("--max-error", recipe.max_error)
+    _check_share("--discard", recipe.discard)
     _check_sites("--sites", recipe.sites)
     if recipe.ratio is not None and not 0 < recipe.ratio <= 1:
-        raise UsageError(f"--ratio {recipe.ratio}: a compression ratio ρ lies above 0 and up to 1")
+        raise UsageError(f"--ratio {recipe.ratio}: must be above 0 and at most 1")
     if recipe.size is not None and recipe.size <= 0:
         raise UsageError(f"--size {recipe.size}: must be above 0")
     if recipe.max_drop is not None and not 0 <= recipe.max_drop < math.inf:
-        raise UsageError(f"--max-drop {recipe.max_drop}: what the metric may lose, from 0")
+        raise UsageError(f"--max-drop {recipe.max_drop}: must be finite and at least 0")
     if not 0 <= recipe.seed < 2**63:
-        raise UsageError(f"--seed {recipe.seed}: a whole number from 0 to 2^63 - 1")
+        raise UsageError(f"--seed {recipe.seed}: must lie between 0 and 2^63 - 1")
     if recipe.min_params < 0:
         raise UsageError(f"--min-params {recipe.min_params}: must not be negative")
     if recipe.max_shard_size <= 0:
@@ -231,20 +324,20 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_goals(recipe: Recipe) -> None:
     goals = [goal for goal in GOALS if getattr(recipe, goal) is not None]
     if len(goals) != 1 and goals != ["bond", "discard"]:
-        said = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
+        given = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
         raise UsageError(
             "exactly one of --bond, --discard, --ratio, --max-error, --size and --max-drop is needed (--bond "
-            f"may cap --discard); given: {said}",
+            f"may cap --discard); given: {given}",
             "mpoc compress MODEL --ratio 0.5",
         )
 
 
 def _check_rule(where: str, rule: LayerRule) -> None:
     _check_bond(f"{where} bond", rule.bond)
-    _check_share(f"{where} max-error", rule.max_error, _ERROR)
-    _check_share(f"{where} discard", rule.discard, _WEIGHT)
+    _check_share(f"{where} max-error", rule.max_error)
+    _check_share(f"{where} discard", rule.discard)
     if rule.max_error is not None and rule.discard is not None:
-        raise UsageError(f"{where} max-error and discard: one of them")
+        raise UsageError(f"{where} max-error and discard exclude each other")
     _check_sites(f"{where} sites", rule.sites)
     _check_form(f"{where} form", rule.form, rule.sites, rule.bond)
 
@@ -257,28 +350,28 @@ def _check_conv(recipe: Recipe) -> None:
                 f"--conv {form!r}: not one of {', '.join(CONV_FORMS)}{nearest(form, CONV_FORMS)}"
             )
     if "map" not in forms and (recipe.input_shape or any(rule.input_shape for rule in recipe.rules)):
-        raise UsageError("--input-shape is of use with --conv map only", "--conv map")
+        raise UsageError("--input-shape requires --conv map", "--conv map")
 
 
 def _check_bond(where: str, bond: int | None) -> None:
     if bond is not None and bond < 1:
-        raise UsageError(f"{where} {bond}: a bond dimension is a whole number from 1")
+        raise UsageError(f"{where} {bond}: the bond dimension must be positive")
 
 
-def _check_share(where: str, share: float | None, what: str) -> None:
+def _check_share(where: str, share: float | None) -> None:
     if share is not None and not 0 < share < 1:
-        raise UsageError(f"{where} {share}: {what} lies between 0 and 1")
+        raise UsageError(f"{where} {share}: must lie between 0 and 1")
 
 
 def _check_sites(where: str, sites: int | None) -> None:
     if sites is not None and sites < 2:
-        raise UsageError(f"{where} {sites}: a matrix product operator has at least 2 sites")
+        raise UsageError(f"{where} {sites}: a matrix product operator needs at least 2 sites")
 
 
 def _check_form(where: str, form: str | None, sites: int | None, bond: int | None = None) -> None:
     if form is not None and form not in FORMS:
         raise UsageError(f"{where} {form!r}: not one of {', '.join(FORMS)}{nearest(form, FORMS)}")
     if form == "svd" and sites is not None:
-        raise UsageError(f"{where} svd: has two factors, and no number of sites to choose", "--form mpo")
+        raise UsageError(f"{where} svd: has two factors, so that it takes no number of sites", "--form mpo")
     if form in ("auto", "svd+mpo") and bond is not None:
-        raise UsageError(f"{where} {form}: is for a share of a budget, not for a bond", "form mpo, or svd")
+        raise UsageError(f"{where} {form}: takes a share of a budget, not a bond", "form mpo, or svd")

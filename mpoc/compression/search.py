@@ -31,8 +31,8 @@ from mpoc.io.atomic import staged
 from mpoc.runtime.device import choose_device
 from mpoc.runtime.distributed import num_processes
 from mpoc.runtime.formatting import human_bytes
-from mpoc.train.evaluate_file import EvaluationRequest, FileEvaluation, evaluate_file
-from mpoc.train.training_data import DataOptions
+from mpoc.train.evaluate_file import FileEvaluation, evaluate_file
+from mpoc.train.settings import DataOptions, EvaluationRequest
 
 if TYPE_CHECKING:
     from mpoc.compression.calibrate.dense_pass import StageCallback

@@ -20,26 +20,11 @@ from mpoc.runtime.device import choose_device
 from mpoc.runtime.formatting import rounded
 from mpoc.train.evaluate import Evaluation, evaluate, fidelity, latency, probe, repeated, try_call
 from mpoc.train.loader import BatchLoader
+from mpoc.train.settings import EvaluationRequest
 from mpoc.train.task_choice import has_task, infer_task
-from mpoc.train.training_data import DataOptions, TrainingData, choose_split, open_training_data
+from mpoc.train.training_data import TrainingData, choose_split, open_training_data
 
 SCHEMA = "mpoc.eval/1"
-
-
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """What is asked for."""
-
-    source: Path
-    data: DataOptions
-    split: str | None = None
-    arch: str | None = None
-    task: str | None = None
-    reference: Path | None = None
-    stand_in: Path | None = None  # the reference where data and network make no task
-    latency: bool = False
-    batch: int = 256
-    device: str = "auto"
 
 
 @dataclass(frozen=True)

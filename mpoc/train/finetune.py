@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from mpoc.train.engine import describe, make_accelerator
 from mpoc.train.evaluate import evaluate
 from mpoc.train.loop import DivergedError, train
 from mpoc.train.monitor import Outcome, TrainingEvent, TrainingLog, TrainingMonitor, read_log
-from mpoc.train.output import data_record, default_tuned_output, make_history, round_to_stored, write_tuned
-from mpoc.train.settings import Settings
+from mpoc.train.output import data_record, make_history, round_to_stored, write_tuned
+from mpoc.train.settings import DataOptions, FinetuneRequest
 from mpoc.train.task_choice import infer_task
 from mpoc.train.tasks import Task
 from mpoc.train.training_checkpoint import CheckpointFile, SavedTraining
-from mpoc.train.training_data import DataOptions, TrainingData, monitored_split, open_training_data
+from mpoc.train.training_data import TrainingData, monitored_split, open_training_data
 
 
 def refuse_collisions(written: Iterable[Path], read: Iterable[Path], data: DataOptions) -> None:
@@ -51,49 +51,6 @@ def refuse_collisions(written: Iterable[Path], read: Iterable[Path], data: DataO
         if target in taken:
             raise UsageError(f"{file}: written twice", "choose another name")
         taken.add(target)
-
-
-@dataclass(frozen=True)
-class FinetuneRequest:
-    """What is asked for."""
-
-    source: Path
-    data: DataOptions
-    settings: Settings = field(default_factory=Settings)
-    output: Path | None = None  # None: default_tuned_output
-    arch: str | None = None
-    task: str | None = None
-    teacher: Path | None = None
-    teacher_arch: str | None = None
-    temperature: float = 2.0
-    hidden_weight: float = 1.0
-    runs: int = 1
-    device: str = "auto"
-    force: bool = False
-    resume: bool = False
-    save_seconds: float = 60.0
-    save_steps: int | None = None
-    log: Path | None = None  # None: beside the output
-    plot: Path | None = None
-    max_shard_size: int = 5 * 10**9
-
-    @property
-    def target(self) -> Path:
-        """The output."""
-        return self.output or default_tuned_output(self.source)
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where an interrupted training is kept."""
-        return self._beside(".checkpoint.safetensors")
-
-    @property
-    def log_file(self) -> Path:
-        """The training log."""
-        return self.log or self._beside(".jsonl")
-
-    def _beside(self, ending: str) -> Path:
-        return self.target.with_name(self.target.name.removesuffix(".safetensors") + ending)
 
 
 @dataclass(frozen=True)
@@ -241,11 +198,8 @@ def _train_all(
     on_event: Callable[[TrainingEvent], None] | None,
 ) -> Finetuned:
     """All runs; the last has the seed that was asked for, and is the one that is written."""
-    monitor.save_seconds, monitor.save_steps, monitor.on_event = (
-        request.save_seconds,
-        request.save_steps,
-        on_event,
-    )
+    every = request.checkpoint_every
+    monitor.save_seconds, monitor.save_steps, monitor.on_event = every.seconds, every.steps, on_event
     results: list[dict[str, Any]] = checkpoint.extra.setdefault("runs", [])
     first, done = len(results), None
     for k in range(first, request.runs):

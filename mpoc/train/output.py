@@ -87,14 +87,6 @@ def make_history(
     return history
 
 
-def default_tuned_output(source: Path) -> Path:
-    """``m.mpo.safetensors`` or ``m.pt`` → ``m.tuned.safetensors``, ``bert-mpo/`` → ``bert-tuned``."""
-    source = source.resolve() if source.name in ("", ".", "..") else source
-    if source.is_dir():
-        return Path(source.name.removesuffix("-mpo") + "-tuned")
-    return Path(source.stem.removesuffix(".mpo") + ".tuned.safetensors")
-
-
 def write_tuned(
     model: Model, weights: dict[str, Tensor], training: dict[str, Any], output: Path, max_shard_size: int
 ) -> Manifest | None:

@@ -8,7 +8,6 @@ validation; ``eval`` repeats the split that the training recorded.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from mpoc.models import zoo
 from mpoc.models.call import Batch
 from mpoc.models.loading import Model
 from mpoc.train.loader import BatchLoader, plain
+from mpoc.train.settings import DataOptions
 
 SHARE = 0.1  # of the training split, held out where there is no other split to measure on
 # One seed for ``eval`` and any ``finetune --seed``; otherwise training examples would be measured.
@@ -109,23 +109,6 @@ def _trained_on(history: dict[str, Any], fingerprint: str) -> dict[str, Any] | N
             return record
         history = history.get("earlier", {})
     return None
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """Which data set, and how it is preprocessed; None: as the network's history records, or the default."""
-
-    path: Path
-    format: str | None = None
-    mean: tuple[float, ...] | None = None  # images
-    std: tuple[float, ...] | None = None
-    pad: int | None = None
-    flip: bool | None = None
-    size: tuple[int, int] | None = None  # (height, width)
-    tokenizer: Path | None = None  # text: a Hugging Face directory
-    block: int | None = None
-    column: str | None = None
-    held_out: float | None = None
 
 
 @dataclass(frozen=True)

@@ -197,8 +197,8 @@ def test_random_finetune_options_exit_cleanly(folder: Path, words: list[str]) ->
         ),
         (["--l2", "1e308"], 2, "--l2 1e+308: must be finite and at least 0"),
         (["--batch", "9" * 400], 2, "--batch 999"),
-        (["--size", "9" * 5000], 2, "--size 999"),
-        (["--checkpoint-every", "9" * 5000], 2, "--checkpoint-every 999"),
+        (["--image-size", "9" * 5000], 2, "--image-size: '999"),
+        (["--checkpoint-every", "9" * 5000], 2, "--checkpoint-every: '999"),
     ],
 )
 def test_reports_overflowing_option_values(folder: Path, options: list[str], status: int, said: str) -> None:

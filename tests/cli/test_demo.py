@@ -67,7 +67,7 @@ def test_demo_reports_accuracies_of_the_files_it_writes(here: Here) -> None:
 def test_without_accelerate_demo_skips_fine_tuning(run: Mpoc) -> None:
     done = run.without("accelerate", "demo")
     assert done.returncode == 0, done.stderr
-    assert "left out: fine-tuning, which needs accelerate: pip install 'mpoc[train]'" in done.stdout
+    assert "fine-tuning was skipped: it needs accelerate, pip install '.[train]'" in done.stdout
     assert "accuracy after compression: " in done.stdout
     assert "mpoc finetune" not in done.stdout
     assert contents(run.folder / "mpoc-demo").keys() == COMPRESSED

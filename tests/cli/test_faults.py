@@ -112,8 +112,8 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--bond", "0"], "--bond 0: a bond dimension is a whole number from 1"),
-        (["--bond", "-3"], "--bond -3: a bond dimension is a whole number from 1"),
+        (["--bond", "0"], "--bond 0: the bond dimension must be positive"),
+        (["--bond", "-3"], "--bond -3: the bond dimension must be positive"),
         (
             [],
             "one of --bond, --discard, --ratio, --max-error, --size and --max-drop is needed (--bond may cap "
@@ -142,8 +142,8 @@ def test_rejects_bad_options(
 @pytest.mark.parametrize("option", ["--ratio", "--max-error"])
 def test_rejects_percentages(here: Here, model: Path, option: str) -> None:
     done = here("compress", model, option, "50%")
-    assert done.returncode == 2
-    assert option in done.stderr and "'50%' is not a number; 50 % is 0.5" in done.stderr
+    assert_fails(done, 2, f"{option}: '50%' is not a number")
+    assert "hint: write a share as 0.5, not 50%" in done.stderr
 
 
 def test_explains_how_to_download_a_hub_id(here: Here) -> None:
@@ -192,7 +192,7 @@ def test_full_disk_leaves_nothing_behind(
     output = disk("size=160k") / "out.safetensors"
     done = here("compress", source, "--bond", 4, "-o", output)
     assert_fails(done, 1, f"{output}: No space left on device")
-    assert "hint: make room" in done.stderr
+    assert "hint: free disk space" in done.stderr
     assert contents(output.parent) == {}
     assert list(output.parent.iterdir()) == []
     assert contents(tmp_path) == before

@@ -209,8 +209,8 @@ def test_two_processes_train_like_one(here: Here, folder: Path) -> None:
         ((*TRAIN, "-o", "net.mpo.safetensors"), 2, "would write over or into the input"),
         ((*TRAIN, "--plot", "curves.jpeg2"), 2, "the name of a picture ends in"),
         ((*TRAIN, "--block", "0"), 2, "a block of 0 tokens"),
-        ((*TRAIN, "--checkpoint-every", "soon"), 2, "not as 500 (steps) or 60s"),
-        ((*TRAIN, "--steps", "2", "--epochs", "1"), 2, "--steps and --epochs: one of them"),
+        ((*TRAIN, "--checkpoint-every", "soon"), 2, "neither steps nor seconds"),
+        ((*TRAIN, "--steps", "2", "--epochs", "1"), 2, "--epochs and --steps exclude each other"),
     ],
 )
 def test_rejects_bad_options_and_writes_nothing(

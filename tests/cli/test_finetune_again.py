@@ -17,10 +17,9 @@ from mpoc.cli.guide import read_page
 from mpoc.io.safetensors_header import read_header
 from mpoc.runtime.signals import Interrupted
 from mpoc.train import evaluate
-from mpoc.train.finetune import FinetuneRequest, finetune
+from mpoc.train.finetune import finetune
 from mpoc.train.monitor import TrainingEvent, read_log
-from mpoc.train.settings import Settings
-from mpoc.train.training_data import DataOptions
+from mpoc.train.settings import CheckpointInterval, DataOptions, FinetuneRequest, Settings
 from tests.support.checkpoints import contents, mlp_state, save_directory
 from tests.support.process import Here, Mpoc, run_python
 from tests.train.small import blobs
@@ -57,7 +56,7 @@ def test_resuming_several_runs_gives_the_same_bytes(
     settings = Settings(epochs=2.0, batch=16, lr=0.01, patience=5)
     request = FinetuneRequest(
         Path("net.pt"), DataOptions(Path("blobs.npz"), held_out=0.2), settings, arch="net.py:net", runs=3,
-        save_steps=4, device="cpu", output=Path("straight.safetensors"),
+        checkpoint_every=CheckpointInterval(steps=4), device="cpu", output=Path("straight.safetensors"),
     )  # fmt: skip
     straight = finetune(request)
     broken = replace(request, output=Path("broken.safetensors"))

@@ -87,7 +87,7 @@ def test_no_trial_within_the_drop_is_an_error(here: Here, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["--max-drop", 1], 2, "--max-drop is of a metric, so it needs data to measure it on"),
+        (["--max-drop", 1], 2, "--max-drop requires data to measure on"),
         (["--max-drop", 1, "--dry-run"], 2, "--max-drop measures what was written, and --dry-run"),
         (["--max-drop", 1, "--ratio", 0.5, "--eval", "digits.npz"], 2, "given: --ratio and --max-drop"),
         (["--max-drop", -1, "--eval", "digits.npz"], 2, "--max-drop -1.0: what the metric may lose, from 0"),
@@ -109,7 +109,7 @@ def test_no_trial_within_the_drop_is_an_error(here: Here, folder: Path) -> None:
         (
             ["--ratio", 0.5, "--eval", "digits.npz", "--plot", "c.svg"],
             2,
-            "--plot draws what --max-drop finds",
+            "--plot draws the trials of --max-drop",
         ),
     ],
 )

@@ -48,11 +48,11 @@ def test_search_reuses_moments(here: Here, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [
-        (["--moments", "m"], 2, "--moments is of use with --calibrate only"),
-        ([*CALIBRATE, "--moments", "net.safetensors"], 2, "is in the place of net.safetensors, or in it"),
-        ([*CALIBRATE, "--moments", "o.safetensors"], 2, "is in the place of o.safetensors, or in it"),
-        ([*CALIBRATE, "--moments", "./digits.npz"], 2, "is in the place of digits.npz, or in it"),
-        (["--calibrate", ".", "--moments", "m"], 2, "--moments m: is in the place of ., or in it"),
+        (["--moments", "m"], 2, "--moments requires --calibrate"),
+        ([*CALIBRATE, "--moments", "net.safetensors"], 2, "is the same as net.safetensors, or inside it"),
+        ([*CALIBRATE, "--moments", "o.safetensors"], 2, "is the same as o.safetensors, or inside it"),
+        ([*CALIBRATE, "--moments", "./digits.npz"], 2, "is the same as digits.npz, or inside it"),
+        (["--calibrate", ".", "--moments", "m"], 2, "--moments m: is the same as ., or inside it"),
         ([*CALIBRATE, "--moments", ".."], 2, "--moments ..: is not a file"),
         ([*CALIBRATE, "--moments", "no/m"], 1, "--moments no/m: there is no directory"),
     ],

@@ -109,4 +109,4 @@ def test_rejects_uncompressed_safetensors(here: Here, tmp_path: Path) -> None:
 def test_rejects_json_with_csv(here: Here, output: Path) -> None:
     done = here("report", output, "--json", "--csv")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "error: --json and --csv: one of them" in done.stderr
+    assert "error: --json and --csv exclude each other" in done.stderr

@@ -75,11 +75,11 @@ def test_plot_writes_figures(path: Path, here: Here, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (["{path}", "{path}"], 2, "a report is of one file"),
-        (["{path}", "--compare", "{path}"], 2, "is about a page or pictures"),
-        (["{path}", "--force"], 2, "is about a page or pictures"),
-        (["{path}", "--html", "-", "--csv"], 2, "--csv and --html -: one of them"),
-        (["{path}", "--plot", "-"], 2, "--plot -: stdout takes one page"),
+        (["{path}", "{path}"], 2, "a report shows one file"),
+        (["{path}", "--compare", "{path}"], 2, "requires a page or figures"),
+        (["{path}", "--force"], 2, "requires a page or figures"),
+        (["{path}", "--html", "-", "--csv"], 2, "--csv and --html - exclude each other"),
+        (["{path}", "--plot", "-"], 2, "--plot -: figures need a directory"),
         (["{path}", "--html", "no/r.html"], 1, "there is no directory"),
         (["{path}", "--html", "{path}", "--force"], 2, "would write over or into the input"),
         (["{path}", "--html", "r.html", "--compare", "none"], 2, "none: no such file or directory"),

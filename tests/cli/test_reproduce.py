@@ -52,10 +52,10 @@ def test_mps_images_writes_table_and_figures(here: Here) -> None:
     ("words", "message"),
     [
         (("fc3",), "no experiment 'fc3'; did you mean 'fc2'?"),
-        (("fc2", "--bonds", "2,x"), "--bonds x: not whole numbers"),
+        (("fc2", "--bonds", "2,x"), "--bonds: 'x' is not a whole number"),
         (("fc2", "--depth", "20"), "--depth is of resnet"),
         (("mps-imagse",), "did you mean 'mps-images'?"),
-        (("mps-images", "--starts", "random"), "--starts is of studies that train networks"),
+        (("mps-images", "--starts", "random"), "--starts is an option of studies that train networks"),
         (("mps-images", "--bonds", "0"), "--bonds: one at least, each at least 1"),
         (("fc2", "--shape", "28x28:16x16"), "names no layer"),
         (("fc2", "--shape", "fc1=28x27:16x16"), "756 inputs and 256 outputs, but the layer has 784 and 256"),

@@ -141,7 +141,7 @@ class TestErrors:
         [
             ({}, "exactly one of"),
             ({"bond": 4, "ratio": 0.5}, "exactly one of"),
-            ({"bond": 0}, "a whole number from 1"),
+            ({"bond": 0}, "must be positive"),
             ({"bond": 4, "layers": ["nothing*"]}, "matches no tensor"),
             ({"recipe": mpoc.Recipe(bond=4, device="cpu")}, "device: for files only"),
             ({"recipe": mpoc.Recipe(bond=4, dtype="float16")}, "dtype: for files only"),

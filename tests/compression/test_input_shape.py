@@ -32,8 +32,8 @@ def test_parses_input_shapes(text: str, expected: InputShape) -> None:
         ("=2x2", "not an input shape"),
         ("c=2x2:", "not an input shape"),
         ("c=2x2:strid=1", "unknown setting 'strid'; did you mean 'stride'"),
-        ("c=2x2:stride=a", "'a' is no number"),
-        ("c=2x2:groups=2x2", "groups is one number"),
+        ("c=2x2:stride=a", "'a' is neither a number"),
+        ("c=2x2:groups=2x2", "groups must be one number"),
     ],
 )
 def test_rejects_malformed_input_shapes(text: str, said: str) -> None:

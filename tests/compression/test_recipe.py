@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoc.compression.recipe import LayerRule, Recipe, make_recipe
-from mpoc.compression.recipe_syntax import InputShape, ShapeRule, parse_shape, parse_size
+from mpoc.compression.recipe_syntax import InputShape, ShapeRule, parse_shape
 from mpoc.errors import UsageError
+from mpoc.runtime.formatting import parse_size
 from mpoc.tensor_networks.factors import OrderRule
 
 SOME = settings(max_examples=100, deadline=None, derandomize=True)
@@ -174,14 +175,14 @@ def test_rejects_malformed_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"bond": 0}, "--bond 0: a bond dimension is a whole number from 1"),
+        ({"bond": 0}, "--bond 0: the bond dimension must be positive"),
         ({"ratio": 0.0}, "--ratio 0.0: .* above 0 and up to 1"),
         ({"ratio": 1.01}, "--ratio 1.01"),
         ({"ratio": float("nan")}, "--ratio nan"),
-        ({"max_error": 0.0}, "--max-error 0.0: a relative error lies between 0 and 1"),
+        ({"max_error": 0.0}, "--max-error 0.0: must lie between 0 and 1"),
         ({"max_error": 1.0}, "--max-error 1.0"),
         ({"max_error": float("nan")}, "--max-error nan"),
-        ({"discard": 0.0}, "--discard 0.0: a share of the squared Schmidt values lies between 0 and 1"),
+        ({"discard": 0.0}, "--discard 0.0: must lie between 0 and 1"),
         ({"discard": 1.0}, "--discard 1.0"),
         ({"size": 0}, "--size 0: must be above 0"),
         ({"max_drop": -0.1}, "--max-drop -0.1: .* from 0"),
@@ -287,5 +288,5 @@ def test_shapes_list_inputs_then_outputs() -> None:
     "text", ["", "4x4", "4x4:", ":4x4", "=4:4", "4x4:4x4:4x4", "4x-4:4x4", "4.0:4", "0x4:4x4", "fc1"]
 )
 def test_rejects_malformed_shape(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is not a shape|a factor of 0"):
+    with pytest.raises(UsageError, match=r"is not a shape|must be positive"):
         parse_shape(text)

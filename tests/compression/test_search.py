@@ -20,8 +20,8 @@ from mpoc.compression.search import SearchCallbacks, SearchResult, Trial, compre
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.weight_files import output_bytes
-from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
-from mpoc.train.training_data import DataOptions
+from mpoc.train.evaluate_file import evaluate_file
+from mpoc.train.settings import DataOptions, EvaluationRequest
 from tests.compression.digits import but_for_the_goal, write_network
 from tests.support.architectures import tiny
 from tests.support.checkpoints import contents

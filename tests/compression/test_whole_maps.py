@@ -162,7 +162,7 @@ def test_recipe_file_selects_single_maps(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"conv": "mup"}, "--conv 'mup': not one of kernel, map; did you mean 'map'"),
-        ({"input_shape": ("c=2x2",)}, "--input-shape is of use with --conv map only"),
+        ({"input_shape": ("c=2x2",)}, "--input-shape requires --conv map"),
         ({"conv": "map"}, "layer c: as one map .* needs its input size"),
         ({"conv": "map", "input_shape": ("d=2x2",)}, "--input-shape pattern 'd' matches no tensor"),
         ({"conv": "map", "input_shape": ("c=2x2x2",)}, "layer c: input size 2x2x2 for a kernel of size 3x3"),

@@ -18,10 +18,10 @@ from mpoc.io.training_history import HISTORY_FILE, before_compression, read_hist
 from mpoc.models import zoo
 from mpoc.models.loading import open_model
 from mpoc.reporting.summary import training_lines
-from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
-from mpoc.train.finetune import FinetuneRequest, finetune
-from mpoc.train.settings import Settings
-from mpoc.train.training_data import DataOptions, open_training_data
+from mpoc.train.evaluate_file import evaluate_file
+from mpoc.train.finetune import finetune
+from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest, Settings
+from mpoc.train.training_data import open_training_data
 from tests.support.hub_models import tiny
 
 GPT = "picogpt:vocab=12,context=16"

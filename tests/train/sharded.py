@@ -27,10 +27,9 @@ from mpoc.runtime.distributed import is_main
 from mpoc.runtime.signals import Interrupted
 from mpoc.train import finetune as orchestrator
 from mpoc.train.engine import make_accelerator, will_shard
-from mpoc.train.finetune import FinetuneRequest, finetune
+from mpoc.train.finetune import finetune
 from mpoc.train.monitor import TrainingEvent
-from mpoc.train.settings import Settings
-from mpoc.train.training_data import DataOptions
+from mpoc.train.settings import DataOptions, FinetuneRequest, Settings
 
 
 def request(folder: Path) -> FinetuneRequest:

@@ -13,10 +13,9 @@ from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.errors import UsageError
 from mpoc.models import zoo
-from mpoc.train.evaluate_file import EvaluationRequest, FileEvaluation, evaluate_file
-from mpoc.train.finetune import FinetuneRequest, finetune
-from mpoc.train.settings import Settings
-from mpoc.train.training_data import DataOptions
+from mpoc.train.evaluate_file import FileEvaluation, evaluate_file
+from mpoc.train.finetune import finetune
+from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest, Settings
 from tests.data.samples import pixels
 
 

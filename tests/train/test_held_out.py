@@ -14,10 +14,10 @@ from mpoc.data import Subset
 from mpoc.errors import UsageError
 from mpoc.models import zoo
 from mpoc.models.loading import open_model
-from mpoc.train.evaluate_file import EvaluationRequest, FileEvaluation, evaluate_file
-from mpoc.train.finetune import FinetuneRequest, finetune
-from mpoc.train.settings import Settings
-from mpoc.train.training_data import DataOptions, open_training_data
+from mpoc.train.evaluate_file import FileEvaluation, evaluate_file
+from mpoc.train.finetune import finetune
+from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest, Settings
+from mpoc.train.training_data import open_training_data
 from tests.data.samples import pixels
 
 GPT = "picogpt:vocab=3,context=8"

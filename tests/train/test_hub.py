@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from mpoc.io.manifest_reader import read_manifest
-from mpoc.train.finetune import FinetuneRequest, finetune
-from mpoc.train.settings import Settings
-from mpoc.train.training_data import DataOptions
+from mpoc.train.finetune import finetune
+from mpoc.train.settings import DataOptions, FinetuneRequest, Settings
 from tests.support.hub_models import answer, auto, compress, tiny
 
 WORDS = [*"abcdefghijklmn"]

@@ -13,10 +13,9 @@ from safetensors.torch import load_file, save_file
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.models import zoo
-from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
-from mpoc.train.finetune import FinetuneRequest, finetune
-from mpoc.train.settings import Settings
-from mpoc.train.training_data import DataOptions
+from mpoc.train.evaluate_file import evaluate_file
+from mpoc.train.finetune import finetune
+from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest, Settings
 from tests.data.samples import pixels
 
 

@@ -15,9 +15,8 @@ from mpoc.data.base import Batch
 from mpoc.data.documents import Documents
 from mpoc.errors import MpocError, UsageError
 from mpoc.models import zoo
-from mpoc.train.finetune import FinetuneRequest, finetune
-from mpoc.train.settings import Settings
-from mpoc.train.training_data import DataOptions
+from mpoc.train.finetune import finetune
+from mpoc.train.settings import CheckpointInterval, DataOptions, FinetuneRequest, Settings
 from tests.data.samples import write_jsonl
 
 
@@ -28,7 +27,7 @@ def test_damaged_data_keep_the_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
     )
     request = FinetuneRequest(
         tmp_path / "gpt.safetensors", data, Settings(steps=6, batch=4), tmp_path / "out.safetensors",
-        arch="picogpt", device="cpu", save_steps=2,
+        arch="picogpt", device="cpu", checkpoint_every=CheckpointInterval(steps=2),
     )  # fmt: skip
     calls, whole = count(1), Documents.batch
 
@@ -60,7 +59,7 @@ def test_diverging_training_leaves_nothing(tmp_path: Path) -> None:
     data = DataOptions(tmp_path / "a.txt", block=8)
     request = FinetuneRequest(
         tmp_path / "gpt.safetensors", data, settings, tmp_path / "out.safetensors", arch="picogpt",
-        device="cpu", save_steps=1,
+        device="cpu", checkpoint_every=CheckpointInterval(steps=1),
     )  # fmt: skip
     with pytest.raises(MpocError, match="the loss is"):
         finetune(request)

@@ -15,10 +15,10 @@ from mpoc.data import Subset
 from mpoc.errors import MpocError, UsageError
 from mpoc.models import zoo
 from mpoc.models.loading import Model, open_model
-from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
-from mpoc.train.finetune import FinetuneRequest, finetune
-from mpoc.train.settings import Settings
-from mpoc.train.training_data import DataOptions, open_training_data
+from mpoc.train.evaluate_file import evaluate_file
+from mpoc.train.finetune import finetune
+from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest, Settings
+from mpoc.train.training_data import open_training_data
 from tests.data.samples import pixels, write_folder
 
 

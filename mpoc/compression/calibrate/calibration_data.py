@@ -25,7 +25,8 @@ from mpoc.models.call import Batch, Call, first_output, has_logits, rows
 from mpoc.models.loading import Model
 from mpoc.runtime.device import derived_seed
 from mpoc.train.loader import BatchLoader
-from mpoc.train.training_data import DataOptions, open_training_data
+from mpoc.train.settings import DataOptions
+from mpoc.train.training_data import open_training_data
 
 TOKENS = 2048  # of a batch of text, padding included
 _IMAGES = 64  # of a batch of anything else

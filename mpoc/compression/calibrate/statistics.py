@@ -27,7 +27,7 @@ from mpoc.models.introspection import same_tensor
 from mpoc.models.loading import open_model
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.train.evaluate import try_call
-from mpoc.train.training_data import DataOptions
+from mpoc.train.settings import DataOptions
 
 _WIDEST = 12_288  # outputs or inputs: the second moments are squares of that, in float64
 _PROBES = 2  # random directions in the output, a batch

@@ -16,7 +16,7 @@ from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.write import Compression
 from mpoc.models.loading import open_model
-from mpoc.train.training_data import DataOptions
+from mpoc.train.settings import DataOptions
 
 NET = """
 import torch

@@ -18,7 +18,7 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.models import zoo
 from mpoc.models.call import Batch
 from mpoc.models.loading import Model, open_model
-from mpoc.train.training_data import DataOptions
+from mpoc.train.settings import DataOptions
 from tests.compression.calibrate.test_output_of_interest import folder
 from tests.data.samples import pixels
 from tests.support.architectures import tiny

@@ -244,7 +244,7 @@ def test_dry_run_plans_the_same_shares(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("goal", ["max_error", "discard"])
 def test_rejects_unsupported_goals(tmp_path: Path, goal: str) -> None:
-    with pytest.raises(UsageError, match=f"--{goal.replace('_', '-')} is of weights"):
+    with pytest.raises(UsageError, match=f"--{goal.replace('_', '-')} limits the error of weights"):
         Case(tmp_path, "mlp").compress(**{goal: 0.1})  # type: ignore[arg-type]
 
 
@@ -291,7 +291,7 @@ def test_rejects_max_error_for_one_layer(tmp_path: Path) -> None:
     request = CalibrationRequest(tmp_path / "data.npz")
     recipe = make_recipe(tmp_path / "recipe.toml", {})
     output = tmp_path / "o.safetensors"
-    with pytest.raises(UsageError, match="--max-error is of weights"):
+    with pytest.raises(UsageError, match="--max-error limits the error of weights"):
         compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=case.arch, calibration=request)
 
 

@@ -36,7 +36,7 @@ def _of_a_careless_one(case: Case, made: Material) -> dict[str, int]:
     seen: Counter[str] = Counter()
     with (
         patch("mpoc.compression.expand.staged", _in_place),
-        patch("mpoc.cli.expand.reported_errors", nullcontext),
+        patch("mpoc.cli.options.reported_errors", nullcontext),
     ):
         for what, clock in (("ENOSPC", "changes"), ("SIGINT", "files"), ("SIGKILL", "files")):
             fault = child.Fault(what, clock, normal.moments[clock] // 2)
