@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _BETWEEN_LINES = 10.0  # seconds, within a stage
-_WORTH_SAYING = 5.0  # seconds that must have passed before time left is told
+_WORTH_SAYING = 5.0  # seconds of work before the time left is shown
 
 # record, its seconds, layers done, layers in all, share of the work done
 LayerCallback = Callable[[LayerRecord, float, int, int, float], None]

@@ -53,7 +53,7 @@ def test_mps_images_writes_table_and_figures(here: Here) -> None:
     [
         (("fc3",), "no experiment 'fc3'; did you mean 'fc2'?"),
         (("fc2", "--bonds", "2,x"), "--bonds: 'x' is not a whole number"),
-        (("fc2", "--depth", "20"), "--depth is of resnet"),
+        (("fc2", "--depth", "20"), "--depth chooses variants of resnet"),
         (("mps-imagse",), "did you mean 'mps-images'?"),
         (("mps-images", "--starts", "random"), "--starts is an option of studies that train networks"),
         (("mps-images", "--bonds", "0"), "--bonds: one at least, each at least 1"),

@@ -176,7 +176,7 @@ def test_rejects_malformed_files(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"bond": 0}, "--bond 0: the bond dimension must be positive"),
-        ({"ratio": 0.0}, "--ratio 0.0: .* above 0 and up to 1"),
+        ({"ratio": 0.0}, "--ratio 0.0: .* above 0 and at most 1"),
         ({"ratio": 1.01}, "--ratio 1.01"),
         ({"ratio": float("nan")}, "--ratio nan"),
         ({"max_error": 0.0}, "--max-error 0.0: must lie between 0 and 1"),
@@ -185,7 +185,7 @@ def test_rejects_malformed_files(tmp_path: Path) -> None:
         ({"discard": 0.0}, "--discard 0.0: must lie between 0 and 1"),
         ({"discard": 1.0}, "--discard 1.0"),
         ({"size": 0}, "--size 0: must be above 0"),
-        ({"max_drop": -0.1}, "--max-drop -0.1: .* from 0"),
+        ({"max_drop": -0.1}, "--max-drop -0.1: .* at least 0"),
         ({"max_drop": float("nan")}, "--max-drop nan"),
         ({"max_drop": float("inf")}, "--max-drop inf"),
         ({"bond": 8, "sites": 1}, "--sites 1: .* at least 2 sites"),
