@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpoc.compression.plain_fit import Fitted, fit_layer
 from mpoc.compression.plan import make_plan
 from mpoc.compression.recipe import GOALS, Recipe, check_recipe, make_recipe
-from mpoc.compression.recipe_syntax import parse_shape, parse_size
+from mpoc.compression.recipe_syntax import parse_shape
 from mpoc.compression.selection import Selection, select
 from mpoc.compression.size_prediction import make_manifest, predict_size
 from mpoc.errors import MpocError, UsageError
@@ -29,6 +29,7 @@ from mpoc.models.introspection import (
 from mpoc.models.saving import describe, remember, saved_bytes
 from mpoc.nn.adopt import adopt_everywhere, compressed_weights
 from mpoc.reporting.summary import Report
+from mpoc.runtime.formatting import parse_size
 from mpoc.tensor_networks.factors import parse_order
 
 # Options of a recipe that are for files: in memory a network keeps its device and dtype.
