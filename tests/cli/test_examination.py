@@ -67,7 +67,7 @@ def test_missing_extra_is_not_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reports_an_uninstalled_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "packages", raising(metadata.PackageNotFoundError("mpoc")))
     assert faults(examine()) == [
-        ("mpoc runs from a folder and is not installed: what it needs is not known", False)
+        ("mpoc runs from a folder and is not installed, so its requirements are not known", False)
     ]
 
 

@@ -200,7 +200,7 @@ def test_two_processes_train_like_one(here: Here, folder: Path) -> None:
     ("words", "status", "said"),
     [
         (("--data", "digits.npz"), 2, "holds tensors, not the network's code"),
-        ((*TRAIN, "--size", "9x9"), 2, "the network does not take x of shape (2, 1, 9, 9) float32"),
+        ((*TRAIN, "--image-size", "9x9"), 2, "the network does not take x of shape (2, 1, 9, 9) float32"),
         ((*TRAIN, "--data", "absent.npz"), 2, "absent.npz: no such file"),
         ((*TRAIN, "--mean", "0.5,0.5,0.5", "--std", "1"), 2, "3 means for images of 1 channels"),
         ((*TRAIN, "--lr", "1e30"), 1, "the loss is"),
@@ -208,7 +208,7 @@ def test_two_processes_train_like_one(here: Here, folder: Path) -> None:
         ((*TRAIN, "--hold-out", "0", "--patience", "2"), 2, "there is none"),
         ((*TRAIN, "-o", "net.mpo.safetensors"), 2, "would write over or into the input"),
         ((*TRAIN, "--plot", "curves.jpeg2"), 2, "the name of a picture ends in"),
-        ((*TRAIN, "--block", "0"), 2, "a block of 0 tokens"),
+        ((*TRAIN, "--block", "0"), 2, "the block length must be a positive integer"),
         ((*TRAIN, "--checkpoint-every", "soon"), 2, "neither steps nor seconds"),
         ((*TRAIN, "--steps", "2", "--epochs", "1"), 2, "--epochs and --steps exclude each other"),
     ],

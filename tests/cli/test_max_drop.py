@@ -90,7 +90,7 @@ def test_no_trial_within_the_drop_is_an_error(here: Here, folder: Path) -> None:
         (["--max-drop", 1], 2, "--max-drop requires data to measure on"),
         (["--max-drop", 1, "--dry-run"], 2, "--max-drop measures what was written, and --dry-run"),
         (["--max-drop", 1, "--ratio", 0.5, "--eval", "digits.npz"], 2, "given: --ratio and --max-drop"),
-        (["--max-drop", -1, "--eval", "digits.npz"], 2, "--max-drop -1.0: what the metric may lose, from 0"),
+        (["--max-drop", -1, "--eval", "digits.npz"], 2, "--max-drop -1.0: must be finite and at least 0"),
         (["--max-drop", 1, "--eval", "nope"], 2, "nope: no such file or directory"),
         (["--ratio", 0.5, "--eval", "nope"], 2, "nope: no such file or directory"),
         (["--max-drop", 1, "--eval", "digits.npz", "--calibrate", "nope"], 2, "nope: no such file"),
