@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated
 
-import typer
-
-from mpoc.cli.console import Output, reported_errors
+from mpoc.cli.console import Output
+from mpoc.cli.options import takes
 from mpoc.errors import UsageError, nearest
+from mpoc.runtime.options import argument
 
 TOPICS = (
     "getting-started",
@@ -38,11 +38,15 @@ _WIDEST = 100  # columns of a rendered page
 _LINK = re.compile(r"!?\[([^\]]+)\]\(([^)\s]+)\)")
 
 
-def guide(
-    topic: Annotated[
-        str | None, typer.Argument(metavar="TOPIC", help="The page to show. Default: list the pages.")
-    ] = None,
-) -> None:
+@dataclass(frozen=True)
+class GuideOptions:
+    """The command line of ``mpoc guide``."""
+
+    topic: str | None = argument("TOPIC", "The page to show.", None, shown="list the pages")
+
+
+@takes(GuideOptions)
+def guide(options: GuideOptions) -> None:
     """Show the manual, one page a topic.
 
     Examples:
@@ -51,14 +55,14 @@ def guide(
 
     mpoc guide calibration
     """
-    with reported_errors():
-        if topic is None:
-            _list_topics()
-        elif topic in TOPICS:
-            _show(read_page(topic))
-        else:
-            close = nearest(topic, TOPICS) or _containing(topic)
-            raise UsageError(f"the guide has no topic {topic!r}{close}", "mpoc guide lists the topics")
+    topic = options.topic
+    if topic is None:
+        _list_topics()
+    elif topic in TOPICS:
+        _show(read_page(topic))
+    else:
+        close = nearest(topic, TOPICS) or _containing(topic)
+        raise UsageError(f"the guide has no topic {topic!r}{close}", "mpoc guide lists the topics")
 
 
 def read_page(topic: str) -> str:

@@ -54,9 +54,9 @@ def option(help: str, default: Any = MISSING, flags: str = "", **how: Any) -> An
     return field(default=default, metadata={"option": Option(help, tuple(flags.split()), **how)})
 
 
-def argument(metavar: str, help: str, repeated: bool = False) -> Any:
-    """A field that is a positional argument."""
-    return option(help, metavar=metavar, repeated=repeated, is_argument=True)
+def argument(metavar: str, help: str, default: Any = MISSING, **how: Any) -> Any:
+    """A field that is a positional argument; required without a default."""
+    return option(help, default, metavar=metavar, is_argument=True, **how)
 
 
 def nested(
