@@ -20,7 +20,7 @@ def _well(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "packages", lambda: [Package("torch", "2.13.0", ">=2.6,<2.14")])
     monkeypatch.setattr(doctor, "devices", lambda: ([], ["none here"]))
     monkeypatch.setattr(doctor, "free_disk", lambda: {"/tmp": 10**11})
-    monkeypatch.setattr("mpoc.cli.self_test.self_test", lambda device, folder: 1e-7)
+    monkeypatch.setattr("mpoc.cli.doctor.self_test", lambda device, folder: 1e-7)
 
 
 def faults(found: Examination) -> list[tuple[str, bool]]:
@@ -116,7 +116,7 @@ def test_tests_every_usable_device(monkeypatch: pytest.MonkeyPatch) -> None:
             raise RuntimeError("no kernel image is available\nCompile with …")
         return 1e-7
 
-    monkeypatch.setattr("mpoc.cli.self_test.self_test", one_fails)
+    monkeypatch.setattr("mpoc.cli.doctor.self_test", one_fails)
     found = examine()
     assert tried == ["cpu", "cuda:0"]
     assert [trial.difference for trial in found.trials] == [1e-7, None]
@@ -131,7 +131,7 @@ def test_tests_every_usable_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_suggests_a_fix_for_a_failed_self_test(
     monkeypatch: pytest.MonkeyPatch, error: Exception, mend: str
 ) -> None:
-    monkeypatch.setattr("mpoc.cli.self_test.self_test", raising(error))
+    monkeypatch.setattr("mpoc.cli.doctor.self_test", raising(error))
     found = examine()
     assert not found.is_well
     assert mend in found.faults[0].mend

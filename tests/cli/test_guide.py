@@ -115,7 +115,7 @@ def test_a_terminal_gets_the_page_rendered(
     topic: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    guide(topic)
+    guide(topic=topic)
     text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert read_page(topic).splitlines()[0].removeprefix("# ") in text
     assert "](" not in text

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mpoc import load
-from mpoc.cli import self_test as module
-from mpoc.cli.self_test import self_test
+from mpoc.cli import doctor as module
+from mpoc.cli.doctor import self_test
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.manifest_reader import read_manifest
 
@@ -38,7 +38,7 @@ def test_detects_a_wrong_bond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("wrong", [float("nan"), 0.0, 100.0])
 def test_detects_wrong_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
     last = nn.Threshold(float("inf"), wrong)
-    monkeypatch.setattr(module, "load", lambda *given: nn.Sequential(load(*given), last))
+    monkeypatch.setattr("mpoc.models.loading.load", lambda *given: nn.Sequential(load(*given), last))
     with pytest.raises(MpocError, match="outputs differ by"):
         self_test("cpu", tmp_path)
 
