@@ -100,8 +100,8 @@ def _show(page: str) -> None:
 
 
 def _for_terminal(page: str) -> str:
-    """The page with links that a terminal cannot follow written out."""
-    return _LINK.sub(_written_out, page)
+    """The page without comments, with links that a terminal cannot follow written out."""
+    return _LINK.sub(_written_out, re.sub(r"<!--.*?-->\n(?=```)", "", page))
 
 
 def _written_out(link: re.Match[str]) -> str:
