@@ -62,7 +62,7 @@ def make_network(arch: str) -> nn.Module:
 
 def _is_spec(arch: str) -> bool:
     """``resnet`` or ``resnet:depth=20``, where ``resnet:net`` is a function ``net`` of a module."""
-    return re.fullmatch(r"\w+(:\w*=.*)?", arch) is not None
+    return re.fullmatch(r"[\w-]+(:\w*=.*)?", arch) is not None
 
 
 def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
@@ -80,7 +80,7 @@ def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
             f"{checkpoint.path}: does not fit --arch {arch}: {said}",
             "another --arch, or none: kinds of layers are then told from names and shapes",
         )
-    record = {"zoo" if _is_spec(arch) else "factory": arch}
+    record = {"zoo": zoo.long_form(arch)} if _is_spec(arch) else {"factory": arch}
     return replace(checkpoint, kinds=kinds_of(network), architecture=record)
 
 

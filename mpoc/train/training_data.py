@@ -216,7 +216,7 @@ def _recorded_images(model: Model) -> dict[str, Any]:
 def zoo_spec(model: Model) -> str | None:
     """The name of the network in the zoo; None for any other network."""
     arch = model.architecture
-    return arch if arch is not None and arch.partition(":")[0] in zoo.ENTRIES else None
+    return arch if arch is not None and zoo.long_form(arch).partition(":")[0] in zoo.ENTRIES else None
 
 
 def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:

@@ -83,6 +83,17 @@ def test_zoo_network_loads_from_its_file_alone(spec: str) -> None:
         assert not torch.equal(loaded(x + 1), network(x + 1))
 
 
+def test_files_record_the_long_form_of_a_short_name() -> None:
+    saved("resnet:depth=20")
+    path = compressed("resnet20")
+    assert read_manifest(path).architecture == {"zoo": "resnet:depth=20"}
+    assert type(mpoc.load(path)) is type(make("resnet20"))
+
+
+def test_names_with_a_hyphen_are_of_the_zoo() -> None:
+    assert type(make_network("mera-cnn:hidden=16")) is type(make("mera-cnn:hidden=16"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_uses_the_dtype_of_the_file(dtype: torch.dtype) -> None:
     saved("fc2", dtype)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpoc.models.zoo import ENTRIES, example, make, parse
+from mpoc.models.zoo import ENTRIES, example, long_form, make, parse
 
 # Of all parameters: what the papers print, and what the layers add up to here.
 COUNTS = {
@@ -174,6 +174,14 @@ def test_parses_specs() -> None:
     assert parse("resnet:depth=56") == ("resnet", {"depth": 56, "width": 1})
     assert parse("resnet:width=4,depth=20") == ("resnet", {"depth": 20, "width": 4})
     assert example("picogpt:context=64").shape == (1, 64)
+
+
+def test_short_names_stand_for_specs() -> None:
+    assert parse("resnet56") == parse("resnet:depth=56")
+    assert parse("resnet20:width=4") == parse("resnet:depth=20,width=4")
+    assert [long_form(spec) for spec in ("resnet110", "vgg16")] == ["resnet:depth=110", "vgg16"]
+    with pytest.raises(ValueError, match="did you mean 'resnet56'"):
+        parse("resnet57")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ _CENTRED = _CIFAR | {"std": (1.0, 1.0, 1.0)}
 _PUBLISHED = _CIFAR | {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-__all__ = ["ENTRIES", "Entry", "example", "make", "parse"]
+__all__ = ["ENTRIES", "SHORT_NAMES", "ZooEntry", "example", "long_form", "make", "parse"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ ENTRIES = {
     "vgg16": ZooEntry(vgg16, _VGG, (3, 32, 32), {}, _CIFAR),
     "vgg19": ZooEntry(vgg19, _VGG, (3, 32, 32), {}, _CIFAR),
 }
+# The names that people type; files record the long form.
+SHORT_NAMES = {f"resnet{depth}": f"resnet:depth={depth}" for depth in (20, 32, 44, 56, 110)}
 
 
 def make(spec: str) -> nn.Module:
@@ -86,9 +88,10 @@ def parse(spec: str) -> tuple[str, dict[str, int]]:
     Raises:
         ValueError: an unknown name or option, an option given twice, or no whole number.
     """
-    name, colon, rest = spec.partition(":")
+    name, colon, rest = long_form(spec).partition(":")
     if name not in ENTRIES:
-        raise ValueError(f"no network {name!r} in the zoo ({', '.join(ENTRIES)}){nearest(name, [*ENTRIES])}")
+        close = nearest(name, [*ENTRIES, *SHORT_NAMES])
+        raise ValueError(f"no network {name!r} in the zoo ({', '.join(ENTRIES)}){close}")
     defaults, given = ENTRIES[name].options, dict[str, int]()
     for pair in rest.split(",") if colon else ():
         key, _, value = pair.partition("=")
@@ -101,6 +104,14 @@ def parse(spec: str) -> tuple[str, dict[str, int]]:
             raise ValueError(f"{name}: {key}={value}: not a whole number from 1 to 999999")
         given[key] = int(value)
     return name, defaults | given
+
+
+def long_form(spec: str) -> str:
+    """The spec without a short name: ``"resnet56"`` → ``"resnet:depth=56"``; others as they are."""
+    name, _, options = spec.partition(":")
+    if name not in SHORT_NAMES:
+        return spec
+    return ",".join(filter(None, (SHORT_NAMES[name], options)))
 
 
 def example(spec: str) -> Tensor:
