@@ -18,6 +18,7 @@ from mpoc.cli.console import escape
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.reporting.summary import summary
 from mpoc.runtime.formatting import human_bytes, times
+from mpoc.tensor_networks.topology import CHAIN
 
 if TYPE_CHECKING:
     from mpoc.compression.search import Bisection, Trial
@@ -113,7 +114,7 @@ def _row(layer: LayerRecord) -> list[str]:
         escape(layer.layer),
         shape,
         factors,
-        (f"{layer.form} " if layer.form in ("tree", "mera") else "") + layer.bonds_text(),
+        ("" if layer.structure.topology is CHAIN else f"{layer.form} ") + layer.bonds_text(),
         f"{layer.num_original:,} → {layer.num_stored:,}",
         f"{layer.rho:.4f}",
         error,

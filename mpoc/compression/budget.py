@@ -1,10 +1,10 @@
-"""Share a budget among layers uniformly, the same ρ for every layer (by gain:
+"""LayerShare a budget among layers uniformly, the same ρ for every layer (by gain:
 :mod:`mpoc.compression.budget`).
 
 The largest common ρ at which the sum stays within the budget is found by bisection; what granularity
 leaves over goes, a step of the bond at a time, to the layers that are furthest below.
 
-Share a budget among layers by equal marginal gain: error taken off by one number more.
+LayerShare a budget among layers by equal marginal gain: error taken off by one number more.
 
 Each layer offers choices, a number of parameters and an error for each; errors must be comparable between
 layers.  Only choices on the lower convex hull can be worth their numbers.  Taking the steps of all hulls in
@@ -22,7 +22,7 @@ from mpoc.tensor_networks.structure import Structure
 
 
 @dataclass(frozen=True)
-class Share:
+class LayerShare:
     """A layer that takes part in the sharing."""
 
     structure: Structure
@@ -30,7 +30,7 @@ class Share:
     dense_cost: int  # of one number of the layer left dense
 
 
-def uniform_bonds(shares: list[Share], budget: int) -> list[int | None] | None:
+def uniform_bonds(shares: list[LayerShare], budget: int) -> list[int | None] | None:
     """A bond cap for each layer, None for a layer better left dense; None where even bond 1 costs more.
 
     All stay dense where the budget covers that.
@@ -54,7 +54,7 @@ def uniform_bonds(shares: list[Share], budget: int) -> list[int | None] | None:
     return _spend_rest(shares, _at(shares, low), budget)
 
 
-def _at(shares: list[Share], ratio: float) -> list[int | None]:
+def _at(shares: list[LayerShare], ratio: float) -> list[int | None]:
     return [largest_bond(share.structure, ratio) for share in shares]
 
 
@@ -74,17 +74,17 @@ def largest_bond(structure: Structure, ratio: float) -> int | None:
     return low
 
 
-def _layer_cost(share: Share, bond: int | None) -> int:
+def _layer_cost(share: LayerShare, bond: int | None) -> int:
     if bond is None:
         return share.structure.num_original * share.dense_cost
     return share.structure.num_parameters(bond) * share.stored_cost
 
 
-def _cost(shares: list[Share], bonds: list[int | None]) -> int:
+def _cost(shares: list[LayerShare], bonds: list[int | None]) -> int:
     return sum(_layer_cost(share, bond) for share, bond in zip(shares, bonds, strict=True))
 
 
-def _spend_rest(shares: list[Share], bonds: list[int | None], budget: int) -> list[int | None]:
+def _spend_rest(shares: list[LayerShare], bonds: list[int | None], budget: int) -> list[int | None]:
     """Raise bonds by one, lowest ρ first, while the sum stays within the budget."""
     rest = budget - _cost(shares, bonds)
     open_layers = {k for k, bond in enumerate(bonds) if bond is not None}
@@ -102,7 +102,7 @@ def _spend_rest(shares: list[Share], bonds: list[int | None], budget: int) -> li
     return bonds
 
 
-def _ratio(share: Share, bond: int | None) -> float:
+def _ratio(share: LayerShare, bond: int | None) -> float:
     return share.structure.num_parameters(bond or 1) / share.structure.num_original
 
 

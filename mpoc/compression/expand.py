@@ -22,9 +22,9 @@ from mpoc.io.training_history import metadata, write_history
 from mpoc.runtime.device import require_disk_space, require_memory
 from mpoc.tensor_networks.fit.conv_map import project
 from mpoc.tensor_networks.fit.truncation import largest
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.layout import working_dtype
 from mpoc.tensor_networks.forms.mpo import MPO
-from mpoc.tensor_networks.forms.stored import weight_of
 
 # A map is a convolution where it is nearer to one than this many roundings of its cores.
 _ROUNDING = 64
@@ -86,7 +86,7 @@ def dense_weight(stored: Checkpoint, layer: LayerRecord) -> Tensor:
     """The weight of a replaced layer in its original shape and dtype; of a whole map the nearest kernel."""
     cores = _cores(stored, layer)
     if layer.geometry is None:
-        weight = weight_of(cores, layer.structure)
+        weight = form_of(cores, layer.structure).to_weight()
     else:
         weight = project(MPO(cores, layer.structure))[0]
     found = weight.to(getattr(torch, layer.dtype))

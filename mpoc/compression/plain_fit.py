@@ -14,11 +14,11 @@ from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.compression.recipe import Recipe
 from mpoc.errors import MpocError
 from mpoc.io.checkpoint import Checkpoint
-from mpoc.io.manifest import LayerRecord, Spectrum, thinned
+from mpoc.io.manifest import LayerRecord, Spectrum, bond_fields, thinned
 from mpoc.io.open_checkpoint import read_finite
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.fit.decompose import decompose, learn_order
-from mpoc.tensor_networks.fit.truncation import largest
+from mpoc.tensor_networks.fit.truncation import Target, largest
 from mpoc.tensor_networks.fit.tt_svd import Fit
 from mpoc.tensor_networks.forms.form import Form
 
@@ -53,15 +53,15 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
     Raises:
         MpocError: a weight that is not finite, cores that overflow, a tolerance that cannot be kept.
     """
-    if plan.max_bond is None:
+    if plan.is_dense:
         return Fitted(plan.record())
     name = plan.map.name
     weight = read_finite(checkpoint, name).to(device)
     plan, fit = _fit_ordered(weight, plan, zlib.crc32(name.encode()) ^ recipe.seed)
-    check_finite_cores([fit.form], weight, checkpoint, plan)
+    check_finite_cores(fit.form, weight, checkpoint, plan)
     if not recipe.allow_growth:
         plan = leave_dense_unless_smaller(plan, fit.form.num_parameters)
-    if plan.max_bond is None:
+    if plan.is_dense:
         return Fitted(plan.record())
     if not math.isfinite(fit.relative_error):
         raise MpocError(
@@ -70,7 +70,7 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
     record = replace(
         plan.record(),
         num_stored=fit.form.num_parameters,
-        bonds=fit.form.bonds,
+        **bond_fields(plan.structure, fit.form.bonds),
         relative_error=rounded(fit.relative_error),
         entropies=tuple(map(rounded, fit.entropies)),
         entropies_of_weight=_known(fit.entropies_of_weight),
@@ -101,16 +101,16 @@ def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
     Where the spectra end early, bonds cannot use up their share of the error, and rounding to the stored
     dtype adds some.  So what may be spent is found by bisection on the error that comes out.
     """
-    assert plan.max_bond is not None
-    dtype = getattr(torch, plan.stored_dtype)
-    if not plan.tolerance:
-        return decompose(weight, plan.structure, plan.max_bond, 0.0, dtype, seed, plan.discard)
+    target = Target(getattr(torch, plan.stored_dtype), seed)
+    tolerance = plan.truncation.tolerance
+    if not tolerance:
+        return decompose(weight, plan.structure, plan.truncation, target)
     best: Fit | None = None
-    low, high = 0.0, plan.tolerance * math.sqrt(len(plan.structure.site_sizes))
-    spend = plan.tolerance
+    low, high = 0.0, tolerance * math.sqrt(len(plan.structure.site_sizes))
+    spend = tolerance
     for _ in range(_TRIALS):
-        fit = decompose(weight, plan.structure, plan.max_bond, spend, dtype, seed)
-        if fit.relative_error <= plan.tolerance:
+        fit = decompose(weight, plan.structure, replace(plan.truncation, tolerance=spend), target)
+        if fit.relative_error <= tolerance:
             low = spend
             if best is None or fit.form.num_parameters < best.form.num_parameters:
                 best = fit
@@ -120,31 +120,25 @@ def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> Fit:
     if best is not None:
         return best
     raise MpocError(
-        f"layer {plan.map.layer}: relative error {plan.tolerance:g} cannot be kept in "
+        f"layer {plan.map.layer}: relative error {tolerance:g} cannot be kept in "
         f"{plan.stored_dtype}: rounding the cores takes it to {fit.relative_error:.2g}",
         "--dtype float32, or a larger --max-error",
     )
 
 
-def check_finite_cores(
-    terms: Sequence[Form], weight: Tensor, checkpoint: Checkpoint, plan: LayerPlan
-) -> None:
+def check_finite_cores(form: Form, weight: Tensor, checkpoint: Checkpoint, plan: LayerPlan) -> None:
     """Whether cores survived the rounding to their stored dtype, and what they make that to the weight's.
 
     Raises:
         MpocError: a number overflows.
     """
     named = f"{checkpoint.files[plan.map.name]}: tensor {plan.map.name!r}"
-    if not all(bool(torch.isfinite(core).all()) for form in terms for core in form.cores):
+    if not all(bool(torch.isfinite(core).all()) for core in form.cores):
         raise MpocError(f"{named}: its cores overflow {plan.stored_dtype}", "--dtype bfloat16 or float32")
     most = torch.finfo(weight.dtype).max
     if largest(weight) * math.sqrt(weight.numel()) < most / _FAR:  # above ‖W‖: an approximation is not near
         return
-    made = sum(
-        type(form)([core.double() for core in form.cores], form.structure).to_weight() for form in terms
-    )
-    assert isinstance(made, Tensor)
-    if not bool((made.abs() <= most).all()):
+    if not bool((form.double().to_weight().abs() <= most).all()):
         raise MpocError(
             f"{named}: its approximation overflows {plan.map.dtype}",
             f"leave the layer alone: --exclude '{plan.map.layer}'",
@@ -159,9 +153,10 @@ def _known(values: list[float | None]) -> tuple[float | None, ...]:
 
 
 def _spectra(fit: Fit) -> tuple[Spectrum | None, ...]:
-    """Some points of each that is known, and nothing at all where none is, or of other forms than chains."""
-    if fit.form.structure.network != "chain":
+    """Some points of each that is known; nothing at all where none is, or where bonds are not in line."""
+    structure = fit.form.structure
+    if not structure.topology.in_line or structure.parts:
         return ()
-    pairs = zip(fit.spectra_of_weight, fit.form.bonds[1:-1], strict=True)
-    found = [None if values is None else thinned(values.tolist(), kept) or None for values, kept in pairs]
-    return tuple(found) if any(found) else ()
+    pairs = zip(fit.spectra_of_weight, structure.topology.inner_bonds(fit.form.bonds), strict=True)
+    spectra = [None if values is None else thinned(values.tolist(), kept) or None for values, kept in pairs]
+    return tuple(spectra) if any(spectra) else ()

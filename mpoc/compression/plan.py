@@ -1,8 +1,7 @@
 """The plan: for every selected layer its form, factors and bonds, before any arithmetic, as plain data.
 
-``--dry-run`` prints it, ``compress`` carries it out.
-
-Whether what is asked for single layers is of use: patterns that name them, shapes and orders that fit.
+``--dry-run`` prints the plan, ``compress`` carries it out.  What is asked for single layers is checked here:
+patterns must name a selected layer, shapes and orders must fit one.
 """
 
 from __future__ import annotations
@@ -12,44 +11,77 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from mpoc.compression.budget import Share, uniform_bonds
+from mpoc.compression.budget import LayerShare, uniform_bonds
 from mpoc.compression.recipe import LayerRule, Recipe
 from mpoc.compression.selection import LinearMap, Selection, check_pattern, matches
 from mpoc.errors import UsageError
-from mpoc.io.manifest import LayerRecord
+from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.safetensors_header import ITEMSIZE
 from mpoc.tensor_networks.factors import LEARNED, MOST_INPUTS, order_fits
+from mpoc.tensor_networks.fit.truncation import Truncation
+from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry
 from mpoc.tensor_networks.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
-from mpoc.tensor_networks.topology import topology_of
 
 # What a fit costs beside its products with the bond's columns: reading, checking, moving axes.
 _PASSES = 50
 
 
 @dataclass(frozen=True)
+class Dense:
+    """The layer stays as it is."""
+
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Share:
+    """The layer gets its share of a budget, which is not settled yet."""
+
+
+Goal = Dense | Share | Truncation
+
+
+@dataclass(frozen=True)
 class LayerPlan:
-    """One selected layer: factorise to ``structure`` with bonds up to ``max_bond``, or leave it dense."""
+    """One selected layer: factorise to ``structure`` as far as ``goal`` says, or leave it dense."""
 
     map: LinearMap
     structure: Structure
     stored_dtype: str
-    max_bond: int | None  # None: dense
-    tolerance: float = 0.0  # relative error that may be spent to go below max_bond
-    discard: float = 0.0  # share of its squared Schmidt values that each bond may lose to go below max_bond
-    low_rank: int = 0  # rank of a part that is added to the MPO of ``structure`` (form "svd+mpo")
+    goal: Goal
     learns_order: bool = False  # of its inputs, from the weight
-    reason: str = ""  # why dense
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the layer stays as it is."""
+        return isinstance(self.goal, Dense)
+
+    @property
+    def awaits_share(self) -> bool:
+        """Whether its bonds depend on a budget that is not shared out yet."""
+        return isinstance(self.goal, Share)
+
+    @property
+    def truncation(self) -> Truncation:
+        """How far the bonds of a layer with cores go."""
+        assert isinstance(self.goal, Truncation)
+        return self.goal
 
     @property
     def cost(self) -> float:
         """Time of the fit, in numbers read: the range finder's passes grow with the bond."""
-        return self.structure.num_original * (_PASSES + min(self.max_bond or 0, *self.structure.padded))
+        bond = self.goal.max_bond if isinstance(self.goal, Truncation) else 0
+        return self.structure.num_original * (_PASSES + min(bond, *self.structure.padded))
 
     @property
     def is_open(self) -> bool:
-        """Whether the weight's spectrum decides how far bonds go below ``max_bond``."""
-        return bool(self.tolerance or self.discard)
+        """Whether the weight's spectrum decides how far bonds go below the cap."""
+        return isinstance(self.goal, Truncation) and self.goal.is_open
+
+    def left_dense(self, reason: str) -> LayerPlan:
+        """The same layer, dense."""
+        return replace(self, goal=Dense(reason))
 
     def record(self) -> LayerRecord:
         """As the report shows it: the counts are exact unless the spectrum decides, and then the most."""
@@ -62,21 +94,21 @@ class LayerPlan:
             num_original=self.structure.num_original,
             num_stored=self.structure.num_original,
             stored_dtype=self.map.dtype,
-            reason=self.reason,
+            reason=self.goal.reason if isinstance(self.goal, Dense) else "",
         )
-        if self.max_bond is None:
+        if isinstance(self.goal, Dense):
             return base
+        bond, rank = (0, 0) if isinstance(self.goal, Share) else (self.goal.max_bond, self.goal.rank)
         return replace(
             base,
             kind=self.structure.kind,
-            form="svd+mpo" if self.low_rank else self.structure.form,
-            num_stored=self.structure.num_parameters(self.max_bond, self.low_rank),
+            form=self.structure.form,
+            num_stored=self.structure.num_parameters(bond, rank),
             stored_dtype=self.stored_dtype,
             transposed=self.structure.transposed,
             output_factors=self.structure.output_factors,
             input_factors=self.structure.input_factors,
-            bonds=self.structure.bonds(self.max_bond),
-            low_rank=self.low_rank,
+            **bond_fields(self.structure, self.structure.bonds(bond, rank)),
             padding=self.structure.padding,
             geometry=self.structure.geometry,
             order=LEARNED if self.learns_order else self.structure.order,
@@ -121,14 +153,14 @@ def make_plan(
 
 
 def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry]) -> LayerPlan:
-    """A layer's plan with what is given for it alone; its bond is open (0) where a ceiling decides."""
+    """A layer's plan with what is given for it alone; it awaits its share where a ceiling decides."""
     rule = recipe.rule_for(map.name)
     try:
         structure = _structure(map, rule, recipe, geometries)
     except UsageError as error:
         raise UsageError(f"shape for layer {map.layer}: {error}", error.hint) from error
     order = recipe.order_for(map.name, map.kind, structure.inputs)
-    if order and structure.form == "svd":
+    if order and structure.one_matrix:
         raise UsageError(
             f"--order {order}: two factors, as of {map.layer}, are the same in any", "--form mpo"
         )
@@ -143,10 +175,8 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
             f"--order learned: layer {map.layer} has {structure.inputs:,} inputs, more than {MOST_INPUTS:,}",
             f"--order '{map.layer}=raster'",
         )
-    plan = LayerPlan(map, structure, recipe.dtype or map.dtype, None, learns_order=learns)
-    if rule.dense:
-        return replace(plan, reason="the recipe leaves it dense")
-    return _with_goal(plan, rule, recipe)
+    goal = Dense("the recipe leaves it dense") if rule.dense else _goal(map, structure, rule, recipe)
+    return LayerPlan(map, structure, recipe.dtype or map.dtype, goal, learns)
 
 
 def _structure(
@@ -158,42 +188,51 @@ def _structure(
     kind = map.kind if geometry is None else "convmap"
     _, outputs, inputs = lead_outputs_inputs(kind, map.shape, map.transposed, geometry)
     factors, sites = recipe.factors_for(map.name, outputs, inputs), rule.sites or recipe.sites
-    form = rule.form or recipe.form
-    of_kernels = form in ("svd+mpo", "tree", "mera") or (form == "svd" and factors is None)
-    if geometry is not None and of_kernels:
-        raise UsageError(f"--form {form} is of kernels, not of whole maps", "--conv kernel")
-    if form == "auto":  # what a budget is shared out from; chains where they were asked for
-        chain = geometry is not None or sites is not None or rule.bond is not None
-        form = "mpo" if chain else "svd"
-    if form != "svd" or factors is not None:
-        network, order = topology_of(form or "mpo"), recipe.order_for(map.name, kind, inputs)
-        order = "" if order == LEARNED else order
-        return make_structure(kind, map.shape, map.transposed, sites, factors, geometry, network, order)
-    return low_rank_structure(kind, map.shape, map.transposed)
-
-
-def _with_goal(plan: LayerPlan, rule: LayerRule, recipe: Recipe) -> LayerPlan:
-    goal: LayerRule | Recipe = recipe
-    if rule.bond is not None or rule.max_error is not None or rule.discard is not None:
-        goal = rule
-    full, network = plan.structure.full_bond, plan.structure.network
-    if network == "mera" and (goal.max_error is not None or goal.discard is not None):
-        option = "--discard" if goal.max_error is None else "--max-error"
+    form = _form(rule.form or recipe.form, geometry is not None or sites is not None or rule.bond is not None)
+    if FORMS[form].one_matrix:
+        if factors is None and geometry is None:
+            return low_rank_structure(kind, map.shape, map.transposed)
+        form = form if factors is None else "mpo"  # with factors of its own it is one
+    if geometry is not None and not FORMS[form].takes_whole_maps:
         raise UsageError(
-            f"layer {plan.map.layer}: {option} cuts bonds by a spectrum, and a MERA has none: its "
-            "error is known after the fit only",
+            f"--form {rule.form or recipe.form} is of kernels, not of whole maps", "--conv kernel"
+        )
+    # A sum is made of the MPO that a budget is first shared out from.
+    form = FORMS[form].parts[0] if FORMS[form].parts else form
+    order = recipe.order_for(map.name, kind, inputs)
+    order = "" if order == LEARNED else order
+    return make_structure(kind, map.shape, map.transposed, sites, factors, geometry, form, order)
+
+
+def _form(asked: str | None, is_chain: bool) -> str:
+    """The form that a plan begins with: of ``auto`` what a budget is shared out from."""
+    if asked == "auto":
+        return "mpo" if is_chain else "svd"
+    return asked or "mpo"
+
+
+def _goal(map: LinearMap, structure: Structure, rule: LayerRule, recipe: Recipe) -> Goal:
+    given: LayerRule | Recipe = recipe
+    if rule.bond is not None or rule.max_error is not None or rule.discard is not None:
+        given = rule
+    if (given.max_error is not None or given.discard is not None) and not structure.info.can_truncate:
+        option = "--discard" if given.max_error is None else "--max-error"
+        raise UsageError(
+            f"layer {map.layer}: {option} cuts bonds by a spectrum, and a {structure.info.title} has "
+            "none: its error is known after the fit only",
             "--bond 4 or --ratio 0.1, or --form mpo",
         )
-    if goal.max_error is not None:
-        return replace(plan, max_bond=full, tolerance=goal.max_error)
-    if goal.discard is not None:
-        return replace(plan, max_bond=min(goal.bond or full, full), discard=goal.discard)
-    return replace(plan, max_bond=goal.bond if goal.bond is not None else 0)
+    full = structure.full_bond
+    if given.max_error is not None:
+        return Truncation(full, tolerance=given.max_error)
+    if given.discard is not None:
+        return Truncation(min(given.bond or full, full), discard=given.discard)
+    return Share() if given.bond is None else Truncation(given.bond)
 
 
 def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> list[LayerPlan]:
     total = sum(plan.structure.num_original for plan in plans)
-    fixed = sum(_most_stored(plan, allow_growth) for plan in plans if plan.max_bond != 0)
+    fixed = sum(_most_stored(plan, allow_growth) for plan in plans if not plan.awaits_share)
     found = _share_out(plans, int(ratio * total) - fixed, lambda plan: (1, 1))
     if found is None:
         reached = least_ratio(plans, allow_growth)
@@ -250,7 +289,7 @@ def _layer_bytes(plans: list[LayerPlan], asked: list[LayerPlan]) -> int:
     return sum(
         record.num_stored * ITEMSIZE[record.stored_dtype]
         for record in (
-            plan.record() for plan, open_plan in zip(plans, asked, strict=True) if open_plan.max_bond == 0
+            plan.record() for plan, open_plan in zip(plans, asked, strict=True) if open_plan.awaits_share
         )
     )
 
@@ -262,12 +301,12 @@ def _share_out(
     bond_one: bool = False,
 ) -> list[LayerPlan] | None:
     """Bonds for all layers whose bond is open; ``bond_one`` gives each the smallest."""
-    shares = [Share(plan.structure, *cost(plan)) for plan in plans if plan.max_bond == 0]
+    shares = [LayerShare(plan.structure, *cost(plan)) for plan in plans if plan.awaits_share]
     bonds = [_bond_one(share.structure) for share in shares] if bond_one else uniform_bonds(shares, budget)
     if bonds is None:
         return None
     remaining = iter(bonds)
-    return [plan if plan.max_bond != 0 else _closed(plan, next(remaining)) for plan in plans]
+    return [_closed(plan, next(remaining)) if plan.awaits_share else plan for plan in plans]
 
 
 def _bond_one(structure: Structure) -> int | None:
@@ -275,11 +314,10 @@ def _bond_one(structure: Structure) -> int | None:
 
 
 def _closed(plan: LayerPlan, bond: int | None) -> LayerPlan:
-    reason = ""
-    if bond is None:
-        shrinks = _bond_one(plan.structure) is not None
-        reason = "fits as it is" if shrinks else "would not shrink even at bond 1"
-    return replace(plan, max_bond=bond, reason=reason)
+    if bond is not None:
+        return replace(plan, goal=Truncation(bond))
+    shrinks = _bond_one(plan.structure) is not None
+    return plan.left_dense("fits as it is" if shrinks else "would not shrink even at bond 1")
 
 
 def _shrinking(plan: LayerPlan) -> LayerPlan:
@@ -287,7 +325,7 @@ def _shrinking(plan: LayerPlan) -> LayerPlan:
 
     A whole map's bonds end below the cap where its shifts need fewer, so the fit decides about it.
     """
-    if not plan.max_bond or plan.is_open or plan.structure.geometry is not None:
+    if plan.is_dense or plan.awaits_share or plan.is_open or plan.structure.geometry is not None:
         return plan
     return leave_dense_unless_smaller(plan, plan.record().num_stored)
 
@@ -297,11 +335,11 @@ def leave_dense_unless_smaller(plan: LayerPlan, num_stored: int) -> LayerPlan:
     original = plan.structure.num_original
     if num_stored < original:
         return plan
-    goal = f"bond {plan.max_bond}"
-    if plan.is_open:
-        goal = f"error {plan.tolerance:g}" if plan.tolerance else f"discarded weight {plan.discard:g}"
-    reason = f"would not shrink at {goal}: {original:,} → {num_stored:,} (--allow-growth)"
-    return replace(plan, max_bond=None, reason=reason)
+    cut = plan.truncation
+    goal = f"bond {cut.max_bond}"
+    if cut.is_open:
+        goal = f"error {cut.tolerance:g}" if cut.tolerance else f"discarded weight {cut.discard:g}"
+    return plan.left_dense(f"would not shrink at {goal}: {original:,} → {num_stored:,} (--allow-growth)")
 
 
 def check_rules(selection: Selection, recipe: Recipe) -> None:

@@ -110,7 +110,7 @@ def _with_longest_figures(record: LayerRecord, in_tolerance: bool) -> LayerRecor
         return record
     if record.order == LEARNED:  # any permutation takes as many digits
         record = replace(record, order=tuple(range(prod(record.input_factors))))
-    figures = (LONGEST_FIGURE,) * (0 if record.low_rank else len(record.inner_bonds))
+    figures = (LONGEST_FIGURE,) * (0 if record.structure.parts else len(record.inner_bonds))
     return replace(
         record,
         relative_error=LONGEST_FIGURE,
@@ -125,13 +125,13 @@ def _longest_spectra(record: LayerRecord, in_tolerance: bool) -> tuple[Spectrum 
 
     Of a map too large to be formed, of every bond.
     """
-    sizes = record.structure.site_sizes
-    if record.structure.network != "chain" or record.low_rank or len(sizes) < 2:
+    structure, sizes = record.structure, record.structure.site_sizes
+    if not structure.topology.in_line or structure.parts or len(sizes) < 2:
         return ()
     lefts = [math.prod(sizes[:k]) for k in range(1, len(sizes))]
     smaller = [min(left, math.prod(sizes) // left) for left in lefts]
     spectra = [longest(size, LONGEST_FIGURE) for size in smaller]
-    if record.structure.is_large_map:
+    if structure.is_large_map:
         return tuple(spectra)
     cuts = [k for k, size in enumerate(smaller) if record.bonds[k + 1] < size]
     if not cuts and not in_tolerance:

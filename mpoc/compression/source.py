@@ -115,7 +115,7 @@ def _refuse_name_collisions(checkpoint: Checkpoint, plans: list[LayerPlan]) -> N
     for plan in plans:
         prefix = core_prefix(plan.map.name) + "."
         taken = next((name for name in checkpoint.infos if name.startswith(prefix)), None)
-        if plan.max_bond is not None and taken:
+        if taken and not plan.is_dense:
             raise MpocError(
                 f"{checkpoint.path}: tensor {taken!r} has the name that a core of {plan.map.layer} would get",
                 f"--exclude '{plan.map.layer}'",

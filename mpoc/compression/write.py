@@ -206,10 +206,10 @@ def shared_out(
 
 def fit_each(opened: CompressionSource, plans: list[LayerPlan], recipe: Recipe) -> Iterator[Fitted]:
     """Layers by their weights alone, each when its turn comes."""
-    read = [plan.map.name for plan in plans if plan.max_bond is not None]
+    read = [plan.map.name for plan in plans if not plan.is_dense]
     with closing(one_ahead(opened.checkpoint, read)) as ahead:
         for plan in plans:
-            if plan.max_bond is not None:
+            if not plan.is_dense:
                 next(ahead)
             yield fit_layer(opened.checkpoint, plan, recipe, opened.device)
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from mpoc.io.validation import json_text
 from mpoc.tensor_networks.factors import InputOrder
+from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry
 from mpoc.tensor_networks.structure import Structure
-from mpoc.tensor_networks.topology import topology_of
 
 # (index from 1, Schmidt value) pairs, the squares of all values of the bond summing to 1.
 Spectrum = tuple[tuple[int, float], ...]
@@ -29,7 +29,7 @@ MOST_POINTS = 32
 FORMAT = 1
 # Of a quantization_config in which a layer has an order: 0.1.0 passes over fields that it does not know.
 ORDERED_FORMAT = 2
-FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "dense")
+DENSE = "dense"  # the form of a layer that was left as it is
 MANIFEST_FILE = "mpoc.json"
 
 
@@ -84,7 +84,7 @@ class LayerRecord:
     kind: str
     shape: tuple[int, ...]  # of the weight in the source
     dtype: str  # of the weight in the source
-    form: str  # one of FORMS
+    form: str  # a name in mpoc.tensor_networks.forms.FORMS, or DENSE
     num_original: int  # N_ori
     num_stored: int  # N_mpo, or N_ori where dense
     stored_dtype: str
@@ -93,7 +93,7 @@ class LayerRecord:
     output_factors: tuple[int, ...] = ()
     input_factors: tuple[int, ...] = ()
     bonds: tuple[int, ...] = ()
-    low_rank: int = 0  # rank of the part that is added to the MPO (form "svd+mpo")
+    low_rank: int = 0  # rank of the low-rank part of a sum
     padding: tuple[int, int] = (0, 0)
     relative_error: float | None = None  # None in a plan, and for a dense layer
     entropies: tuple[float, ...] = ()  # of the stored weight; of a sum, which is no chain, none
@@ -123,19 +123,13 @@ class LayerRecord:
         """How the cores make the weight; not for dense layers."""
         factors = self.output_factors, self.input_factors
         return Structure(
-            self.kind,
-            self.shape,
-            self.transposed,
-            *factors,
-            self.geometry,
-            topology_of(self.form),
-            self.order,
+            self.kind, self.shape, self.transposed, *factors, self.geometry, self.form, self.order
         )
 
     @property
     def num_cores(self) -> int:
-        """Of the form, and two more of an added low-rank part; 0 where dense."""
-        return len(self.core_shapes) if self.form != "dense" else 0
+        """Of all parts of the form; 0 where dense."""
+        return len(self.core_shapes) if self.form != DENSE else 0
 
     @property
     def core_names(self) -> list[str]:
@@ -145,12 +139,17 @@ class LayerRecord:
     @property
     def core_shapes(self) -> list[tuple[int, ...]]:
         """Their shapes; not for dense layers."""
-        return self.structure.core_shapes(self.bonds, self.low_rank)
+        return self.structure.core_shapes(self.all_bonds)
+
+    @property
+    def all_bonds(self) -> tuple[int, ...]:
+        """The bonds of all parts of the form, as its structure orders them."""
+        return (*self.bonds, 1, self.low_rank, 1) if self.low_rank else self.bonds
 
     @property
     def inner_bonds(self) -> tuple[int, ...]:
-        """Of a chain without D_0 and D_n."""
-        return self.bonds[1:-1] if topology_of(self.form) == "chain" else self.bonds
+        """The bonds between two cores; of a sum those of its first part."""
+        return FORMS[self.form].topology.inner_bonds(self.bonds) if self.form != DENSE else ()
 
     def bonds_text(self, between: str = " ") -> str:
         """The inner bonds for people, as ``4 8 4``, or ``48 + r 12`` with an added part of rank 12."""
@@ -160,6 +159,12 @@ class LayerRecord:
     def core_name(self, site: int) -> str:
         """The tensor name of core ``site`` (from 0)."""
         return f"{core_prefix(self.name)}.{site}"
+
+
+def bond_fields(structure: Structure, bonds: tuple[int, ...]) -> dict[str, Any]:
+    """The fields of a record that hold the bonds of a form: ``bonds``, and ``low_rank`` of a sum."""
+    first, *added = structure.split_bonds(bonds)
+    return {"bonds": first, "low_rank": added[0][1] if added else 0}
 
 
 def core_prefix(name: str) -> str:
@@ -204,7 +209,7 @@ class Manifest:
     @property
     def replaced(self) -> list[LayerRecord]:
         """The layers stored in a compressed form."""
-        return [layer for layer in self.layers if layer.form != "dense"]
+        return [layer for layer in self.layers if layer.form != DENSE]
 
     @property
     def rho(self) -> float:

@@ -18,8 +18,8 @@ from typing import Any
 from mpoc.errors import MpocError, UsageError, shortened
 from mpoc.io import manifest_reader as record_check
 from mpoc.io.manifest import (
+    DENSE,
     FORMAT,
-    FORMS,
     MANIFEST_FILE,
     ORDERED_FORMAT,
     LayerRecord,
@@ -34,9 +34,9 @@ from mpoc.io.validation import build_dataclass, parse_strictly, read_bounded
 from mpoc.io.weight_files import check_inside, read_json, stored_tensors
 from mpoc.runtime.packages import unreadable
 from mpoc.tensor_networks.factors import MOST_ORDERED
+from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry
-from mpoc.tensor_networks.structure import KINDS, MOST_SITES, Structure
-from mpoc.tensor_networks.topology import num_bonds
+from mpoc.tensor_networks.structure import KINDS, MOST_SITES, Structure, low_rank_factors
 
 _AXES = {"linear": (2,), "embedding": (2,), "experts": (3,), "convmap": (3, 4, 5)}
 _AXES |= {f"conv{axes}d": (axes + 2,) for axes in (1, 2, 3)}
@@ -88,7 +88,7 @@ def check_record(layer: LayerRecord) -> None:
     """
     check_made(layer)
     stored, padding = layer.num_original, (0, 0)
-    if layer.form != "dense":
+    if layer.form != DENSE:
         stored, padding = sum(map(math.prod, layer.core_shapes)), layer.structure.padding
     if (layer.num_stored, layer.padding) != (stored, padding):
         raise ValueError(f"layer {layer.name!r}: {layer.num_stored} stored, padded by {layer.padding}")
@@ -105,9 +105,10 @@ def check_made(layer: LayerRecord) -> None:
         raise ValueError(f"layer {layer.name!r}: dtypes {layer.dtype!r} and {layer.stored_dtype!r}")
     if layer.same_size is not None and "this" not in layer.same_size:
         raise ValueError(f"layer {layer.name!r}: same_size = {layer.same_size!r}")
-    if (layer.form == "svd+mpo") != (layer.low_rank != 0):
+    is_sum = layer.form != DENSE and bool(FORMS[layer.form].parts)
+    if is_sum != (layer.low_rank != 0):
         raise ValueError(f"layer {layer.name!r}: form {layer.form!r}, low_rank = {layer.low_rank}")
-    if layer.form != "dense":
+    if layer.form != DENSE:
         _check_factors(layer)
 
 
@@ -139,20 +140,23 @@ def _check_factors(layer: LayerRecord) -> None:
     else:
         whole = structure.num_original == layer.num_original
     whole = whole and (layer.kind == "convmap") == (layer.geometry is not None)
+    if structure.one_matrix:
+        factors = structure.output_factors, structure.input_factors
+        whole = whole and factors == low_rank_factors((structure.outputs, structure.inputs))
     front = structure.site_sizes[0] if joined and structure.lead_sites else 1
     if not (joined and whole and front == structure.lead and _modest(structure)):
         raise ValueError(f"layer {layer.name!r}: its factors and bonds do not make its weight")
     check_low_rank(structure, layer.low_rank)
-    check_order(structure, layer.low_rank)
+    check_order(structure)
 
 
-def check_order(structure: Structure, low_rank: int) -> None:
+def check_order(structure: Structure) -> None:
     """Whether a weight of ``structure`` can have its order of inputs.
 
     Raises:
         ValueError: it is no permutation of them, or not of a linear map that is one network of sites.
     """
-    one_network = structure.kind == "linear" and structure.form != "svd" and not low_rank
+    one_network = structure.kind == "linear" and not structure.one_matrix and not structure.parts
     if structure.permutation is not None and not one_network:
         raise ValueError(
             f"an order of the inputs of a weight of kind {structure.kind}, form {structure.form}"
@@ -160,12 +164,13 @@ def check_order(structure: Structure, low_rank: int) -> None:
 
 
 def are_joined(structure: Structure, bonds: tuple[int, ...]) -> bool:
-    """Whether outputs, inputs and bonds are of one number of sites; those of a whole map are a chain."""
-    sites, is_chain = len(structure.output_factors), structure.network == "chain"
-    if sites != len(structure.input_factors) or sites < 1 or (structure.geometry and not is_chain):
+    """Whether outputs, inputs and bonds are of one number of sites, in a form that the kind can have."""
+    sites = len(structure.output_factors)
+    if sites != len(structure.input_factors) or sites < 1:
         return False
-    ends = (bonds[0], bonds[-1]) if is_chain and bonds else (1, 1)
-    return len(bonds) == num_bonds(structure.network, sites) and ends == (1, 1)
+    if structure.geometry is not None and not structure.info.takes_whole_maps:
+        return False
+    return structure.topology.fits(bonds, sites)
 
 
 def _check_spectra(layer: LayerRecord) -> None:
@@ -350,7 +355,7 @@ def _layer(value: dict[str, Any]) -> LayerRecord:
     if value.get("geometry") is not None:
         value["geometry"] = record_check.parse_geometry(value["geometry"], tuple(value["shape"]))
     layer = build_dataclass(LayerRecord, record_check.with_tuples(value))
-    for what, found, known in (("kind", layer.kind, KINDS), ("form", layer.form, FORMS)):
+    for what, found, known in (("kind", layer.kind, KINDS), ("form", layer.form, (*FORMS, DENSE))):
         if found not in known:
             raise ValueError(f"layer {layer.name!r}: {what} {found!r} is not known")
     return layer

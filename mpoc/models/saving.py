@@ -21,7 +21,7 @@ import mpoc
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.atomic import digest, refuse_existing, staged
 from mpoc.io.checkpoint import tensor_fingerprint
-from mpoc.io.manifest import LayerRecord, Manifest, Source, core_prefix
+from mpoc.io.manifest import LayerRecord, Manifest, Source, bond_fields, core_prefix
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.safetensors_header import CODES, TensorInfo, count_parameters, encode_header, storage_order
 from mpoc.io.safetensors_writer import Entry, write_safetensors
@@ -30,8 +30,8 @@ from mpoc.models.introspection import tensors_of
 from mpoc.nn.adopt import compressed_weights
 from mpoc.reporting.summary import Report
 from mpoc.runtime.formatting import rounded
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.layout import working_dtype
-from mpoc.tensor_networks.forms.stored import form_of, split
 from mpoc.tensor_networks.structure import Structure
 
 _ATTRIBUTE = "_mpoc_origin"
@@ -232,22 +232,20 @@ def _record(layer: _CoreLayer, known: LayerRecord | None, origins: dict[str, _Or
 
 
 def _new_record(layer: _CoreLayer, dtype: str) -> LayerRecord:
-    structure = layer.structure
-    own, added = split(layer.cores, structure)
+    structure, form = layer.structure, form_of(layer.cores, layer.structure)
     return LayerRecord(
         name=layer.name,
         kind=structure.kind,
         shape=structure.shape,
         dtype=dtype,
-        form="svd+mpo" if added else structure.form,
+        form=structure.form,
         num_original=structure.num_original,
-        num_stored=sum(core.numel() for core in layer.cores),
+        num_stored=form.num_parameters,
         stored_dtype=dtype,
         transposed=structure.transposed,
         output_factors=structure.output_factors,
         input_factors=structure.input_factors,
-        bonds=form_of(own, structure).bonds,
-        low_rank=added[1].shape[0] if added else 0,
+        **bond_fields(structure, form.bonds),
         padding=structure.padding,
         geometry=structure.geometry,
         order=structure.order,
@@ -256,8 +254,6 @@ def _new_record(layer: _CoreLayer, dtype: str) -> LayerRecord:
 
 def changed_record(layer: LayerRecord, cores: list[Tensor]) -> LayerRecord:
     """The record once cores were trained: their distance from the original weight is not known any more."""
-    if layer.low_rank:
-        return replace(layer, relative_error=None)
     dtype = working_dtype(getattr(torch, layer.dtype))
     own = [core.detach().to("cpu", dtype) for core in cores]
     entropies = tuple(map(rounded, form_of(own, layer.structure).entropies()))

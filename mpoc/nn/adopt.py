@@ -36,8 +36,8 @@ from mpoc.nn.conv_map import CONV_MAPS, check_geometry
 from mpoc.nn.embedding import MPOEmbedding
 from mpoc.nn.linear import MPOConv1D, MPOLinear
 from mpoc.nn.weight import CoreWeight, build_weight
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.layout import input_order
-from mpoc.tensor_networks.forms.stored import forms_of
 from mpoc.tensor_networks.structure import Structure
 
 _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -103,8 +103,8 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
     Args:
         module: that holds the weight; changed in place.
         name: of the weight within the module, as ``"weight"`` or ``"weight_ih_l0"``.
-        cores: as :func:`mpoc.tensor_networks.forms.stored.forms_of` takes them; those that are
-            parameters already (tied layers) are shared.
+        cores: in the order of ``structure.cores``; those that are parameters already (tied layers) are
+            shared.
         structure: whose shape is the weight's.
 
     Raises:
@@ -114,7 +114,7 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
     dense = getattr(module, name)
     if tuple(dense.shape) != structure.shape:
         raise ValueError(f"weight {name!r} has shape {tuple(dense.shape)}, its cores make {structure.shape}")
-    forms_of(cores, structure)  # checks
+    form_of(cores, structure)  # raises where the cores do not fit
     if structure.geometry is not None:
         check_geometry(module, structure.geometry)
     trained = dense.requires_grad
@@ -124,8 +124,6 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
     )
     delattr(module, name)
     counterpart = _counterpart(module) if name == "weight" else None
-    if isinstance(module, nn.Embedding) and structure.network == "mera":  # whose rows do not come one by one
-        counterpart = None
     if structure.geometry is not None:
         counterpart = CONV_MAPS[type(module)]
     if counterpart is None:

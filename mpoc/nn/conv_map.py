@@ -11,12 +11,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from mpoc.errors import UsageError
-from mpoc.nn.contract import contract
-from mpoc.nn.weight import CoreWeight, without_autocast
-from mpoc.tensor_networks.forms.mpo import MPO
+from mpoc.nn.weight import CoreWeight
+from mpoc.tensor_networks.forms.contraction import without_autocast
 from mpoc.tensor_networks.geometry import Geometry, make_geometry
 
 
@@ -50,16 +49,15 @@ class MPOConvMap(CoreWeight):
         return y + self.bias.to(y.dtype).reshape(-1, *(1,) * axes)  # under autocast the product is narrower
 
     def _through_map(self, x: Tensor) -> Tensor:
-        """Ŵx for x of shape (batch, N_x); padded inputs are zeros, padded outputs are dropped."""
+        """Ŵx for x of shape (batch, N_x)."""
         if self._dense is not None and not self.training:
             return linear(x, self._dense)
-        columns = self.structure.padding[1]
-        return contract(pad(x, (0, columns)) if columns else x, list(self.cores))[:, : self.structure.outputs]
+        return self.form.apply(x)
 
     def materialize(self, on: bool = True) -> None:
         """Keep the dense map for evaluation, as :meth:`CoreWeight.materialize`: it may be very large."""
         with torch.no_grad(), without_autocast(self.cores[0].device):
-            self._dense = MPO(list(self.cores), self.structure).to_matrix()[0] if on else None
+            self._dense = self.form.to_matrix()[0] if on else None
 
     def dense_weight(self) -> Tensor:
         """There is none.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpoc.tensor_networks.forms.stored import form_of, split, weight_of
+from mpoc.tensor_networks.forms.contraction import without_autocast
+from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure
 
 _SIZES = ("ndim", "dim", "size", "stride", "numel", "element_size", "nbytes", "is_floating_point")
@@ -40,17 +40,7 @@ _WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")
 def build_weight(cores: Sequence[Tensor], structure: Structure) -> Tensor:
     """The dense weight in the cores' dtype, under autocast too: then it is what a dense layer would hold."""
     with without_autocast(cores[0].device):
-        return weight_of(cores, structure)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A context in which ``device`` computes in the dtypes that tensors have."""
-    return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
-
-
-def is_autocast(device: torch.device) -> bool:
-    """Whether products on ``device`` are narrowed by autocast."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+        return form_of(cores, structure, check=False).to_weight()
 
 
 class CoreWeight(nn.Module):
@@ -67,6 +57,11 @@ class CoreWeight(nn.Module):
     _dense: Tensor | None
 
     weight: Any = property(lambda layer: WeightView(layer))
+
+    @property
+    def form(self) -> Form:
+        """The cores as the tensor network that they are; they were checked when they were adopted."""
+        return form_of(list(self.cores), self.structure, check=False)
 
     def dense_weight(self) -> Tensor:
         """The weight in its own shape, built from the cores, or as cached by :meth:`materialize`."""
@@ -104,12 +99,7 @@ class CoreWeight(nn.Module):
 
     def extra_repr(self) -> str:
         """The dense module's, with factors and bonds."""
-        own_cores, added = split(list(self.cores), self.structure)
-        bonds = form_of(own_cores, self.structure).bonds
-        outputs, inputs = self.structure.output_factors, self.structure.input_factors
-        own = f"outputs={outputs}, inputs={inputs}, bonds={bonds}"
-        more = f"low_rank={added[1].shape[0]}" if added else ""
-        return ", ".join(filter(None, [super().extra_repr(), own, more]))
+        return ", ".join(filter(None, [super().extra_repr(), self.form.summary()]))
 
 
 class WeightView:

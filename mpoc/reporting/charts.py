@@ -197,23 +197,23 @@ def spectrum_chart(bond: BondSpectra) -> Chart | None:
 def entropy_chart(layer: LayerData) -> Chart | None:
     """The entanglement entropy along the chain, or over a tree; None where there are not two bonds."""
     bonds = [bond for bond in layer.bonds if bond.title != "low-rank part"]
-    if len(bonds) < 2 or layer.record.low_rank:
+    structure = layer.record.structure
+    if len(bonds) < 2 or structure.parts:
         return None
     places = [float(k) for k in range(1, len(bonds) + 1)]
     known = layer.record.entropies_of_weight
     original = tuple((k, s) for k, s in zip(places, known, strict=False) if s is not None)
-    tree = layer.record.structure.network == "tree"
+    topology = structure.topology
     largest, stored = [math.log(bond.kept) for bond in bonds], [bond.entropy for bond in bonds]
     series = [
-        Series("ln D", _points(places, largest), "dots" if tree else "dotted line", "bound"),
+        Series("ln D", _points(places, largest), "dotted line" if topology.in_line else "dots", "bound"),
         Series("original", original, "dots", "original"),
-        Series("stored", _points(places, stored), "dots" if tree else "marked line", "stored"),
+        Series("stored", _points(places, stored), "marked line" if topology.in_line else "dots", "stored"),
     ]
-    where = "branch of the tree, above the core of its number" if tree else "bond along the chain"
     return Chart(
         "Entropy",
-        f"Entanglement entropy S = −Σ s² ln s² at each {where}; it is at most ln D.",
-        Axis("branch" if tree else "bond", unit="whole"),
+        f"Entanglement entropy S = −Σ s² ln s² at each {topology.bond_place}; it is at most ln D.",
+        Axis(topology.bond_name, unit="whole"),
         Axis("entropy (nats)", from_zero=True),
         tuple(one for one in series if one.points),
     )
@@ -221,8 +221,9 @@ def entropy_chart(layer: LayerData) -> Chart | None:
 
 def entropy_text(layer: LayerData) -> str:
     """Of a single bond, for which there is no profile; and why a MERA has none."""
-    if layer.record.form == "mera":
-        return "none: no bond of a MERA cuts it in two"
+    info = layer.record.structure.info
+    if info.topology.has_loops:
+        return f"none: no bond of a {info.title} cuts it in two"
     if len(layer.bonds) != 1:
         return ""
     known = layer.record.entropies_of_weight

@@ -15,9 +15,8 @@ from mpoc.io.manifest import LayerRecord, Manifest, Spectrum, thinned
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.open_checkpoint import check_cores, open_compressed
 from mpoc.io.weight_files import output_bytes
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.mpo import entropy
-from mpoc.tensor_networks.forms.stored import forms_of
-from mpoc.tensor_networks.topology import branches
 
 
 @dataclass(frozen=True)
@@ -104,26 +103,16 @@ def _of_terms(stored: Checkpoint, record: LayerRecord) -> Iterator[BondSpectra]:
     for name, core in zip(record.core_names, cores, strict=True):
         if not bool(torch.isfinite(core).all()):
             raise MpocError(f"{stored.path}: core {name!r} holds NaN or infinite values")
-    spectra = [values for form in forms_of(cores, record.structure) for values in form.spectra()]
-    titles, kept = (*_titles(record), "low-rank part"), (*record.inner_bonds, record.low_rank)
-    known = () if record.low_rank else record.spectra_of_weight
+    structure = record.structure
+    spectra = [values for term in form_of(cores, structure).terms for values in term.spectra()]
+    titles = structure.topology.bond_titles(len(structure.site_sizes))
+    titles, kept = [*titles, "low-rank part"], (*record.inner_bonds, record.low_rank)
+    known = () if structure.parts else record.spectra_of_weight
     originals = known or (None,) * len(spectra)
     for title, bond, values, original in zip(titles, kept, spectra, originals, strict=False):
         points = thinned(values.tolist(), len(values))
         scale = _scale(record) if original else None
         yield BondSpectra(title, bond, points, original, entropy(values), scale)
-
-
-def _titles(record: LayerRecord) -> list[str]:
-    """Of bonds: of a tree with the sites below, each branch with the number of the core at its lower end."""
-    if record.structure.network != "tree":
-        return [f"bond {k}" for k in range(1, len(record.bonds) - 1)]
-    spans = branches(len(record.structure.site_sizes))
-    return [f"branch {k}: {_sites(span)}" for k, span in enumerate(spans, start=1)]
-
-
-def _sites(span: range) -> str:
-    return f"site {span.stop}" if len(span) == 1 else f"sites {span.start + 1}–{span.stop}"
 
 
 def _scale(record: LayerRecord) -> float | None:

@@ -320,7 +320,7 @@ def _advice(manifest: Manifest) -> list[str]:
 def _what_loses_less(manifest: Manifest) -> str:
     if "discard" in manifest.options:
         return "A smaller --discard"
-    if any(layer.form == "mera" for layer in manifest.replaced):
+    if not all(layer.structure.info.can_truncate for layer in manifest.replaced):
         return "A larger --bond or --ratio, or another --form,"
     return "A larger --bond or --ratio, or --max-error 0.1,"
 

@@ -11,7 +11,7 @@ from mpoc.reproduce.image_states import ORDERS
 from mpoc.train.settings import Settings
 
 _ORDERS = {**ORDERS, "channels": "channels-first order"}
-_NAMES = {"chain": "M", "tree": "tree", "mera": "MERA"}
+_NAMES = {"mpo": "M", "tree": "tree", "mera": "MERA"}
 GAO = "Gao et al., Phys. Rev. Research 2, 023300 (2020)"
 
 
@@ -26,13 +26,13 @@ class ReplacedLayer:
     size: tuple[int, ...] = ()  # of a convolution that becomes one whole map: (height, width) of its input
     # In which the cores take the inputs: of pixels.ORDERS, of a square image; or "channels" first.
     order: str = "raster"
-    network: str = "chain"  # of mpoc.tensor_networks.topology.TOPOLOGIES
+    form: str = "mpo"  # of mpoc.tensor_networks.forms.FORMS
 
     def notation(self, bond: int | None = None) -> str:
         """``fc1 M(4,7,7,4→4,4,4,4)(D)``."""
         sides = "→".join(",".join(map(str, side)) for side in (self.inputs, self.outputs))
         order = "" if self.order == "raster" else f", inputs in {_ORDERS[self.order]}"
-        return f"{self.name} {_NAMES[self.network]}({sides})({self.bond or bond or 'D'}){order}"
+        return f"{self.name} {_NAMES[self.form]}({sides})({self.bond or bond or 'D'}){order}"
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,14 @@ _FC2_PRINTED = replace(
 
 
 def _factored(
-    label: str, network: str, published: dict[int, Published], order: str = "raster", note: str = _SITES
+    label: str, form: str, published: dict[int, Published], order: str = "raster", note: str = _SITES
 ) -> Experiment:
     return replace(
         _FC1,
         label=label,
         layers=(
-            ReplacedLayer("fc1", _BITS, _BITS, order=order, network=network),
-            ReplacedLayer("fc2", _BITS, _FIXED, network=network),
+            ReplacedLayer("fc1", _BITS, _BITS, order=order, form=form),
+            ReplacedLayer("fc2", _BITS, _FIXED, form=form),
         ),
         bonds=tuple(published),
         published=published,
@@ -108,7 +108,7 @@ _VARIANTS = {
     "fc-2": _FC2,
     "fc-2-printed": _FC2_PRINTED,
     "mera": _factored("MERA", "mera", _MERA_ROWS),
-    "tt": _factored("TT", "chain", _TT_ROWS),
+    "tt": _factored("TT", "mpo", _TT_ROWS),
     "mera-channels": _factored(
         "MERA, channels first",
         "mera",

@@ -20,13 +20,13 @@ from mpoc.nn.conv_map import geometry_of
 from mpoc.reproduce.experiment import Experiment, ReplacedLayer
 from mpoc.runtime.device import derived_seed
 from mpoc.tensor_networks.factors import InputOrder, permutation
-from mpoc.tensor_networks.fit.conv_map import fit_conv_map
+from mpoc.tensor_networks.fit.conv_map import fit_mpo
 from mpoc.tensor_networks.fit.mera import orthogonal_cores
-from mpoc.tensor_networks.fit.tt_svd import tt_svd
-from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.fit.truncation import Target, Truncation
+from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.forms.mpo import MPO, rank_within
-from mpoc.tensor_networks.forms.stored import form_of
 from mpoc.tensor_networks.structure import Structure
+from mpoc.tensor_networks.topology import CHAIN, MERA
 
 STARTS = ("ttsvd", "random")
 FULL_BOND = 1 << 30  # no cap
@@ -49,7 +49,7 @@ def layer_structure(network: nn.Module, layer: ReplacedLayer) -> Structure:
     geometry = geometry_of(module, layer.size) if layer.size else None
     kind = "convmap" if geometry else "linear"
     sides, order = (layer.outputs, layer.inputs), _order(layer, weight.shape[1])
-    structure = Structure(kind, tuple(weight.shape), False, *sides, geometry, layer.network, order)
+    structure = Structure(kind, tuple(weight.shape), False, *sides, geometry, layer.form, order)
     rows, columns = structure.padding
     if len(layer.inputs) != len(layer.outputs) or rows or columns < 0 or (columns and geometry is None):
         raise UsageError(
@@ -95,7 +95,7 @@ def check_structures(experiment: Experiment) -> None:
 
 def num_cores_parameters(structure: Structure, bond: int) -> int:
     """N_mpo of Eq. (6) at the nominal bond."""
-    if structure.network == "chain":
+    if structure.topology is CHAIN:
         return structure.count(nominal_bonds(len(structure.site_sizes), bond))
     return structure.num_parameters(bond)
 
@@ -175,7 +175,7 @@ def random_cores(structure: Structure, bond: int, seed: int) -> list[Tensor]:
     left; what Gao et al. 2020 start from.  Those of a MERA are orthogonal, as Hallam et al. 2017 have them.
     """
     generator = torch.Generator().manual_seed(seed)
-    if structure.network == "mera":
+    if structure.topology is MERA:
         return [core.float() for core in orthogonal_cores(structure, bond, generator)]
     bonds = nominal_bonds(len(structure.site_sizes), bond)
     cores: list[Tensor] = []
@@ -188,6 +188,4 @@ def random_cores(structure: Structure, bond: int, seed: int) -> list[Tensor]:
 
 def fitted_cores(weight: Tensor, structure: Structure, bond: int, seed: int) -> list[Tensor]:
     """TT-SVD of a dense weight, of a convolution's whole map where the structure says so."""
-    if structure.geometry is None:
-        return tt_svd(weight, structure, bond, seed=seed).form.cores
-    return fit_conv_map(weight, structure, bond, seed=seed).form.cores
+    return fit_mpo(weight, structure, Truncation(bond), Target(seed=seed)).form.cores

@@ -156,11 +156,11 @@ class Cell:
 
 
 def _layer_identity(layer: ReplacedLayer, bond: int) -> dict[str, Any]:
-    """As plain data; raster order and a chain go without saying, as in results before there were others."""
+    """As plain data; raster order and an MPO go without saying, as in results before there were others."""
     found = {"name": layer.name, "bond": layer.bond or bond}
     found |= {key: list(getattr(layer, key)) for key in ("inputs", "outputs", "size")}
     found |= {} if layer.order == "raster" else {"order": layer.order}
-    return found if layer.network == "chain" else {**found, "network": layer.network}
+    return found if layer.form == "mpo" else {**found, "network": layer.form}
 
 
 def run_cell(

@@ -1,29 +1,27 @@
-"""What a form is made to: how a weight becomes a matrix, and how its two sides split into factors.
+"""Which weight a form stands for: how it becomes a matrix, and how the two sides of that split into factors.
 
-A weight of any kind is first seen as ``(lead, outputs, inputs)``: ``lead`` is 1 for a linear map, the
-number of taps for a convolution kernel (Garipov et al. 2016), the number of experts for a fused expert
-weight.  Then outputs and inputs are factored, J = (J_1..J_n) and I = (I_1..I_n) (Eq. 4 of Gao et al.
-2020), and the factors interleaved, (J_1 I_1)(J_2 I_2)…, one pair a site.  A lead above 1 is a site of its
-own in front: J = 1, I = taps, or J = experts, I = 1.
+A weight of any kind is first seen as ``(lead, outputs, inputs)``: ``lead`` is 1 for a linear map, the number
+of taps for a convolution kernel (Garipov et al. 2016), the number of experts for a fused expert weight.  Then
+outputs and inputs are factored, J = (J_1..J_n) and I = (I_1..I_n) (Eq. 4 of Gao et al. 2020), and the factors
+interleaved, (J_1 I_1)(J_2 I_2)…, one pair a site.  A lead above 1 is a site of its own in front: J = 1 and I
+= taps, or J = experts and I = 1.
 
 Two sites with the factors (N_y, 1) and (1, N_x) are a plain low-rank factorisation (form ``svd``).  It has no
-site for the lead: taps go with the inputs, experts with the outputs.  Such a low-rank part can be added to
-an MPO (form ``svd+mpo``); the structure is then the MPO's.
+site for the lead: taps belong to the inputs, experts to the outputs.  The form ``svd+mpo`` adds such a
+low-rank part to an MPO; its factors are those of the MPO.
 
-The sites are joined to a chain (an MPO), or to a tree or a MERA over the same sites
-(:mod:`mpoc.tensor_networks.topology`).
+A convolution can also be seen as one linear map at a given input size (kind ``convmap``; Gao et al. 2020),
+with H'·W'·C_out outputs, H·W·C_in inputs, channel last, and no lead.  ρ still counts the numbers of the
+kernel.
 
-A convolution can also be seen as one linear map at a given input size (kind ``convmap``; Gao et al. 2020):
-outputs H'·W'·C_out, inputs H·W·C_in, channel last, and no lead.  ρ still counts the kernel's numbers.
-
-Where no good factorisation exists (a vocabulary of 30522, a prime) a side is padded with zeros; errors
-and ρ are always those of the cropped weight.
+Where no good factorisation exists (a vocabulary of 30522, a prime) a side is padded with zeros.  Errors and ρ
+are always those of the cropped weight.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mpoc.errors import UsageError
 from mpoc.tensor_networks.factors import (
@@ -34,8 +32,9 @@ from mpoc.tensor_networks.factors import (
     ordered_factors,
     permutation,
 )
+from mpoc.tensor_networks.forms import FORMS, FormInfo
 from mpoc.tensor_networks.geometry import Geometry, factors_by_axis
-from mpoc.tensor_networks.topology import Core, branches, core_layout, count_core_parameters
+from mpoc.tensor_networks.topology import Core, Topology
 
 KINDS = ("linear", "conv1d", "conv2d", "conv3d", "convmap", "embedding", "experts")
 # Far more than any weight has, and few enough to be put in order at once.
@@ -46,34 +45,53 @@ DENSE_LIMIT = 1 << 26
 
 @dataclass(frozen=True)
 class Structure:
-    """Plain data: everything needed to take a weight apart into cores and put it together again."""
+    """Everything needed to take a weight apart into cores and to put it together again, as plain data."""
 
     kind: str  # one of KINDS
     shape: tuple[int, ...]  # of the weight, as in the checkpoint, e.g. (64, 32, 3, 3)
-    transposed: bool  # the checkpoint stores (inputs, outputs): GPT-2's Conv1D
+    transposed: bool  # the checkpoint stores (inputs, outputs), as GPT-2's Conv1D does
     output_factors: tuple[int, ...]  # J, one a site, the lead site included
     input_factors: tuple[int, ...]  # I
     geometry: Geometry | None = None  # of a whole map, and of nothing else
-    network: str = "chain"  # one of mpoc.tensor_networks.topology.TOPOLOGIES
+    form: str = "mpo"  # a name in mpoc.tensor_networks.forms.FORMS
     order: InputOrder = ""  # of the inputs, where it is not their own (mpoc.tensor_networks.factors)
 
-    # How the sites see the weight, told from the above.
-    form: str = field(init=False, compare=False, repr=False)  # "svd", "mpo", "tree" or "mera"
+    # Derived from the above.
     lead: int = field(init=False, compare=False, repr=False)  # taps, experts; 1 where they have no own site
     outputs: int = field(init=False, compare=False, repr=False)  # N_y, of one tap or expert
     inputs: int = field(init=False, compare=False, repr=False)  # N_x, of one tap or expert
+    parts: tuple[Structure, ...] = field(default=(), init=False, compare=False, repr=False)  # of a sum
 
     def __post_init__(self) -> None:
-        joined = low_rank_sides(self.kind, self.shape, self.transposed)
-        factors = (self.output_factors, self.input_factors)
-        is_chain = self.network == "chain"
-        low_rank = is_chain and self.geometry is None and _low_rank_factors(joined) == factors
-        lead, outputs, inputs = lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)
-        if low_rank:
-            lead, (outputs, inputs) = 1, joined
-        form = "svd" if low_rank else "mpo" if is_chain else self.network
-        found = {"form": form, "lead": lead, "outputs": outputs, "inputs": inputs}
-        vars(self).update(found)
+        if self.one_matrix:
+            lead, (outputs, inputs) = 1, low_rank_sides(self.kind, self.shape, self.transposed)
+        else:
+            lead, outputs, inputs = lead_outputs_inputs(self.kind, self.shape, self.transposed, self.geometry)
+        parts = tuple(map(self.as_form, self.info.parts))
+        vars(self).update(lead=lead, outputs=outputs, inputs=inputs, parts=parts)
+
+    @property
+    def info(self) -> FormInfo:
+        """What is known of the form.
+
+        Raises:
+            KeyError: there is no such form.
+        """
+        return FORMS[self.form]
+
+    @property
+    def topology(self) -> Topology:
+        """How the cores are joined; of a sum those of its first part."""
+        return self.info.topology
+
+    @property
+    def one_matrix(self) -> bool:
+        """Whether taps belong to the inputs, and experts to the outputs, instead of having their own site."""
+        return self.info.one_matrix
+
+    def as_form(self, form: str) -> Structure:
+        """The same weight as another form, with the same factors unless that is ``svd``."""
+        return self.as_low_rank() if FORMS[form].one_matrix else replace(self, form=form)
 
     @property
     def permutation(self) -> tuple[int, ...] | None:
@@ -129,60 +147,55 @@ class Structure:
             return None
         return tuple(tuple(zip(j, i, strict=True)) for j, i in zip(by_output, by_input, strict=True))
 
-    def bonds(self, max_bond: int) -> tuple[int, ...]:
-        """Dimensions as :func:`mpoc.tensor_networks.topology.core_layout` takes them, at most ``max_bond``.
+    def bonds(self, max_bond: int, rank: int = 0) -> tuple[int, ...]:
+        """The bond dimensions as :class:`mpoc.tensor_networks.topology.Topology` orders them.
 
-        Those of a chain or a tree are capped at both sizes of the cut that they make.
+        Args:
+            max_bond: cap on each of them.
+            rank: of the low-rank part of a sum, whose bonds (1, r, 1) come last.
         """
-        sizes = self.site_sizes
-        total = math.prod(sizes)
-        if self.network == "mera":
-            return (max_bond,)
-        if self.network == "tree":
-            spans = (math.prod(sizes[span.start : span.stop]) for span in branches(len(sizes)))
-            return tuple(min(max_bond, inside, total // inside) for inside in spans)
-        left, bonds = 1, [1]
-        for size in sizes[:-1]:
-            left *= size
-            bonds.append(min(max_bond, left, total // left))
-        return (*bonds, 1)
+        if not self.parts:
+            return self.topology.bonds(self.site_sizes, max_bond)
+        first, _ = self.parts
+        return (*first.bonds(max_bond), 1, rank, 1)
 
-    def num_parameters(self, max_bond: int, low_rank: int = 0) -> int:
-        """N_mpo (Eq. 6) at these bonds, and r·(N_y + N_x) of an added part of rank r = ``low_rank``."""
-        added = low_rank * sum(self.as_low_rank().site_sizes) if low_rank else 0
-        return self.count(self.bonds(max_bond)) + added
+    def split_bonds(self, bonds: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The bonds of each part of a sum; of any other form all of them, alone."""
+        return (bonds[:-3], bonds[-3:]) if self.parts else (bonds,)
+
+    def num_parameters(self, max_bond: int, rank: int = 0) -> int:
+        """N_mpo (Eq. 6) at these bonds, with the r·(N_y + N_x) numbers of the low-rank part of a sum."""
+        return self.count(self.bonds(max_bond, rank))
 
     def count(self, bonds: tuple[int, ...]) -> int:
-        """Numbers in the cores at just these bonds."""
-        return count_core_parameters(self.network, self.output_factors, self.input_factors, bonds)
+        """Numbers in the cores at exactly these bonds."""
+        return sum(map(math.prod, self.core_shapes(bonds)))
 
     def as_low_rank(self) -> Structure:
-        """The same weight's structure of the form ``svd``: that of an added low-rank part.
+        """The same weight as the form ``svd``.
 
         Raises:
-            ValueError: of a whole map, which has none.
+            ValueError: this is a whole map, which has no such form.
         """
         if self.geometry is not None:
             raise ValueError("a whole map has no low-rank part")
         return low_rank_structure(self.kind, self.shape, self.transposed)
 
-    def wiring(self, bonds: tuple[int, ...]) -> tuple[Core, ...]:
-        """The cores and their legs, an added low-rank part left out."""
-        return core_layout(self.network, self.output_factors, self.input_factors, bonds)
+    def cores(self, bonds: tuple[int, ...]) -> tuple[Core, ...]:
+        """The cores and their legs, those of the parts of a sum one after another."""
+        if not self.parts:
+            return self.topology.cores(self.output_factors, self.input_factors, bonds)
+        pairs = zip(self.parts, self.split_bonds(bonds), strict=True)
+        return tuple(core for part, own in pairs for core in part.cores(own))
 
-    def core_shapes(self, bonds: tuple[int, ...], low_rank: int = 0) -> list[tuple[int, ...]]:
-        """Of each core as stored, (D_left, J, I, D_right) in a chain; then an added low-rank part's two."""
-        added = self.as_low_rank().core_shapes((1, low_rank, 1)) if low_rank else []
-        return [*(core.shape for core in self.wiring(bonds)), *added]
+    def core_shapes(self, bonds: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shape of each core as stored, (D_left, J, I, D_right) in a chain."""
+        return [core.shape for core in self.cores(bonds)]
 
     @property
     def full_bond(self) -> int:
-        """The smallest cap at which nothing need be discarded; of a MERA, one at which nothing need be."""
-        sizes = self.site_sizes
-        if self.network != "mera":
-            return max(self.bonds(math.prod(sizes)), default=1)
-        cuts = (math.prod(sizes[:k]) for k in range(len(sizes) + 1))
-        return max(min(left, math.prod(sizes) // left) for left in cuts)
+        """The smallest cap at which nothing need be discarded; of a MERA a cap at which nothing need be."""
+        return self.topology.full_bond(self.site_sizes)
 
 
 def lead_outputs_inputs(
@@ -205,14 +218,15 @@ def low_rank_sides(kind: str, shape: tuple[int, ...], transposed: bool) -> tuple
     return (lead * outputs, inputs) if kind == "experts" else (outputs, lead * inputs)
 
 
-def _low_rank_factors(sides: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def low_rank_factors(sides: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """((N_y, 1), (1, N_x)): output and input factors of the form ``svd``."""
     return (sides[0], 1), (1, sides[1])
 
 
 def low_rank_structure(kind: str, shape: tuple[int, ...], transposed: bool = False) -> Structure:
     """The structure of the form ``svd``: sites of (N_y, 1) and (1, N_x)."""
-    factors = _low_rank_factors(low_rank_sides(kind, shape, transposed))
-    return Structure(kind, tuple(shape), transposed, *factors)
+    factors = low_rank_factors(low_rank_sides(kind, shape, transposed))
+    return Structure(kind, tuple(shape), transposed, *factors, form="svd")
 
 
 def make_structure(
@@ -222,7 +236,7 @@ def make_structure(
     sites: int | None = None,
     factors: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     geometry: Geometry | None = None,
-    network: str = "chain",
+    form: str = "mpo",
     order: str = "",
 ) -> Structure:
     """Choose factors for a weight, or check the given ones.
@@ -235,7 +249,8 @@ def make_structure(
             for :func:`mpoc.tensor_networks.factors.mera_sites`.
         factors: (output factors, input factors) that a user asked for, with or without the lead site.
         geometry: makes a convolution a whole map; ``kind`` is then ``convmap``.
-        network: that joins the sites; of whole maps a chain.
+        form: other than ``svd``, whose structure is :func:`low_rank_structure`; of whole maps ``mpo``.  An
+            MPO whose factors are those of a low-rank factorisation is an ``svd``.
         order: of the inputs of a linear map.
 
     Raises:
@@ -252,14 +267,21 @@ def make_structure(
         channels = (shape[0], shape[1] * geometry.groups)
         output_factors, input_factors = choose_map_factors(geometry, channels, sites)
     else:
-        if network == "mera" and sites is None:
+        if FORMS[form].topology.has_loops and sites is None:
             sites = mera_sites(outputs, inputs)
         output_factors, input_factors = ordered_factors(order, outputs, inputs, sites)
     if lead > 1:
         output_factors = (front[0], *output_factors)
         input_factors = (front[1], *input_factors)
     sides = tuple(shape), transposed, output_factors, input_factors
-    structure = Structure(kind, *sides, geometry, network, order)
+    if (
+        form == "mpo"
+        and geometry is None
+        and (output_factors, input_factors)
+        == low_rank_factors(low_rank_sides(kind, tuple(shape), transposed))
+    ):
+        form = "svd"
+    structure = Structure(kind, *sides, geometry, form, order)
     if structure.is_large_map and structure.axis_factors is None:
         raise UsageError(
             f"a map of {outputs} × {inputs} numbers is built from shifts, so each factor must divide an axis "

@@ -1,71 +1,216 @@
-"""How the cores of a form hang together: every tensor with named legs.  Plain data, no torch.
+"""How the cores of a form are joined: every tensor with named legs.  Plain data, no torch.
 
-Site k has an output leg j_k and an input leg i_k.  Every other leg is a bond between two cores.  Cores stand
-in an order in which they can be applied to an input: each finds what it takes when it is its turn.
+Site k has an output leg j_k and an input leg i_k.  Every other leg is a bond between two cores.
 
-    chain   an MPO: core k takes i_k and the bond to its right, and gives j_k and the bond to its left
-    tree    a binary tree over the sites (Hackbusch & Kühn 2009): each site's core, then cores of three bonds
-    mera    a binary MERA (Hallam et al. 2017, Fig. 1): inputs enter below, outputs leave on the way up
+    chain   an MPO: core k has the legs (b_{k-1}, j_k, i_k, b_k)
+    tree    a binary tree over the sites (Hackbusch & Kühn 2009): a core for each site, then cores of three
+    bonds MERA    a binary MERA (Hallam et al. 2017, Fig. 1): inputs enter at the bottom, outputs leave on the
+    way up
+
+Cores are listed in an order in which they can be applied to an input: whatever a core takes as input has
+been produced by the cores before it.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
-TOPOLOGIES = ("chain", "tree", "mera")
+Factors = tuple[int, ...]
+Place = tuple[float, float]  # in a drawing: x to the right, y downwards, in steps of a grid
 
-
-def topology_of(form: str) -> str:
-    """What joins the sites of a form: ``chain`` of all forms but ``tree`` and ``mera``."""
-    return form if form in TOPOLOGIES else "chain"
+# Distance between the sites of a tree, whose output and input legs hang side by side.
+_TREE_STEP = 1.3
 
 
 @dataclass(frozen=True)
 class Core:
-    """A tensor of a network: its legs, in the order of its axes, and their dimensions."""
+    """A tensor of a network: the names and the dimensions of its axes."""
 
-    legs: tuple[str, ...]  # "j3" an output, "i3" an input, any other a bond
+    legs: tuple[str, ...]  # "j3" is an output, "i3" an input, any other a bond
     shape: tuple[int, ...]
 
 
-@cache
-def core_layout(
-    network: str, output_factors: tuple[int, ...], input_factors: tuple[int, ...], bonds: tuple[int, ...]
-) -> tuple[Core, ...]:
-    """The cores of a network.
-
-    Args:
-        network: one of ``NETWORKS``.
-        output_factors: J, one a site.
-        input_factors: I.
-        bonds: (D_0..D_n) of a chain; D of every branch of a tree, as :func:`branches` orders them; the index
-            dimension D of a MERA alone.
-    """
-    if network == "chain":
-        return _chain(output_factors, input_factors, bonds)
-    if network == "tree":
-        return _tree(output_factors, input_factors, bonds)
-    return mera(output_factors, input_factors, bonds[0])
+def is_open(leg: str) -> bool:
+    """Whether a leg is an output or an input, and not a bond."""
+    return leg[0] in "ij"
 
 
-def num_bonds(network: str, sites: int) -> int:
-    """How many numbers ``bonds`` has."""
-    if network == "chain":
+class Topology(ABC):
+    """A way to join the cores of any number of sites."""
+
+    has_loops: ClassVar[bool] = False  # no bond cuts the network in two, so there are no Schmidt values
+    in_line: ClassVar[bool] = False  # the bonds follow each other from the first site to the last
+    outputs_up: ClassVar[bool] = True  # in a drawing, where output legs point up and input legs down
+    bond_name: ClassVar[str] = "bond"
+    bond_place: ClassVar[str] = "bond"  # a bond and where it is, as a chart says it
+
+    @abstractmethod
+    def cores(self, outputs: Factors, inputs: Factors, bonds: tuple[int, ...]) -> tuple[Core, ...]:
+        """The cores of a network.
+
+        Args:
+            outputs: J, one a site.
+            inputs: I, one a site.
+            bonds: as :meth:`bonds` returns them.
+        """
+
+    @abstractmethod
+    def bonds(self, sizes: tuple[int, ...], max_bond: int) -> tuple[int, ...]:
+        """The bond dimensions for sites of these sizes J_k · I_k, at most ``max_bond`` each."""
+
+    @abstractmethod
+    def num_bonds(self, sites: int) -> int:
+        """The length of the tuple that :meth:`bonds` returns."""
+
+    @abstractmethod
+    def places(self, cores: Sequence[Core]) -> list[Place]:
+        """Where each core stands in a drawing."""
+
+    def full_bond(self, sizes: tuple[int, ...]) -> int:
+        """The smallest cap at which no weight need lose anything."""
+        return max(self.bonds(sizes, math.prod(sizes)), default=1)
+
+    def inner_bonds(self, bonds: tuple[int, ...]) -> tuple[int, ...]:
+        """The bonds that join two cores."""
+        return bonds
+
+    def fits(self, bonds: tuple[int, ...], sites: int) -> bool:
+        """Whether these can be the bonds of so many sites."""
+        return len(bonds) == self.num_bonds(sites)
+
+    def bond_titles(self, sites: int) -> list[str]:
+        """A title for each bond that has Schmidt values."""
+        return []
+
+
+class ChainTopology(Topology):
+    """The chain of an MPO.  Its bonds are (D_0..D_n), with D_0 = D_n = 1."""
+
+    in_line = True
+    bond_place = "bond along the chain"
+
+    def cores(self, outputs: Factors, inputs: Factors, bonds: tuple[int, ...]) -> tuple[Core, ...]:
+        """(D_{k-1}, J_k, I_k, D_k) for every site k."""
+        return _chain(outputs, inputs, bonds)
+
+    def bonds(self, sizes: tuple[int, ...], max_bond: int) -> tuple[int, ...]:
+        """Each is capped at both sizes of the cut that it makes."""
+        total = math.prod(sizes)
+        left, bonds = 1, [1]
+        for size in sizes[:-1]:
+            left *= size
+            bonds.append(min(max_bond, left, total // left))
+        return (*bonds, 1)
+
+    def num_bonds(self, sites: int) -> int:
+        """With the two outer bonds."""
         return sites + 1
-    return len(branches(sites)) if network == "tree" else 1
+
+    def inner_bonds(self, bonds: tuple[int, ...]) -> tuple[int, ...]:
+        """Without D_0 and D_n."""
+        return bonds[1:-1]
+
+    def fits(self, bonds: tuple[int, ...], sites: int) -> bool:
+        """The outer bonds are 1."""
+        return super().fits(bonds, sites) and (bonds[0], bonds[-1]) == (1, 1)
+
+    def bond_titles(self, sites: int) -> list[str]:
+        """``bond 1``, ``bond 2``, …"""
+        return [f"bond {k}" for k in range(1, sites)]
+
+    def places(self, cores: Sequence[Core]) -> list[Place]:
+        """In a row."""
+        return [(float(k), 0.0) for k in range(len(cores))]
 
 
-def count_core_parameters(
-    network: str, output_factors: tuple[int, ...], input_factors: tuple[int, ...], bonds: tuple[int, ...]
-) -> int:
-    """Numbers in all cores: Σ D_{k-1} J_k I_k D_k of a chain."""
-    return sum(math.prod(core.shape) for core in core_layout(network, output_factors, input_factors, bonds))
+class TreeTopology(Topology):
+    """A binary tree over the sites.  It has one bond for every branch, as :func:`branches` orders them."""
+
+    outputs_up = False
+    bond_name = "branch"
+    bond_place = "branch of the tree, above the core of its number"
+
+    def cores(self, outputs: Factors, inputs: Factors, bonds: tuple[int, ...]) -> tuple[Core, ...]:
+        """(J, I, D) for every site, and (D_left, D_right, D_above) for every pair of branches."""
+        return _tree(outputs, inputs, bonds)
+
+    def bonds(self, sizes: tuple[int, ...], max_bond: int) -> tuple[int, ...]:
+        """Each is capped at both sizes of the cut that it makes."""
+        total = math.prod(sizes)
+        spans = (math.prod(sizes[span.start : span.stop]) for span in branches(len(sizes)))
+        return tuple(min(max_bond, inside, total // inside) for inside in spans)
+
+    def num_bonds(self, sites: int) -> int:
+        """The number of branches."""
+        return len(branches(sites))
+
+    def bond_titles(self, sites: int) -> list[str]:
+        """``branch 3: sites 1–2``: a branch has the number of the core at its lower end."""
+        return [f"branch {k}: {_sites(span)}" for k, span in enumerate(branches(sites), start=1)]
+
+    def places(self, cores: Sequence[Core]) -> list[Place]:
+        """Sites in the lowest row, every other core above the middle of its two branches."""
+        bond_places: dict[str, Place] = {}
+        places: list[Place] = []
+        for core in cores:
+            below = [bond_places[leg] for leg in core.legs[:2] if not is_open(leg)]
+            if below:
+                place = sum(x for x, _ in below) / 2, min(y for _, y in below) - 1
+            else:
+                place = _TREE_STEP * int(core.legs[0][1:]), 0.0
+            bond_places[core.legs[-1]] = place
+            places.append(place)
+        return places
 
 
-def _chain(outputs: Sequence[int], inputs: Sequence[int], bonds: Sequence[int]) -> tuple[Core, ...]:
+class MeraTopology(Topology):
+    """A binary MERA.  Its only entry in ``bonds`` is D, the dimension of every bond."""
+
+    has_loops = True
+
+    def cores(self, outputs: Factors, inputs: Factors, bonds: tuple[int, ...]) -> tuple[Core, ...]:
+        """(two upper legs, two lower legs) each: see :func:`mera`."""
+        return mera(outputs, inputs, bonds[0])
+
+    def bonds(self, sizes: tuple[int, ...], max_bond: int) -> tuple[int, ...]:
+        """(D,)."""
+        return (max_bond,)
+
+    def num_bonds(self, sites: int) -> int:
+        """Always 1."""
+        return 1
+
+    def full_bond(self, sizes: tuple[int, ...]) -> int:
+        """A cap at which nothing need be lost; not the smallest one."""
+        cuts = (math.prod(sizes[:k]) for k in range(len(sizes) + 1))
+        return max(min(left, math.prod(sizes) // left) for left in cuts)
+
+    def places(self, cores: Sequence[Core]) -> list[Place]:
+        """Inputs at the bottom; every core between its two lower legs, above whatever they come from."""
+        bond_places: dict[str, Place] = {}
+        places: list[Place] = []
+        for core in cores:
+            upper, lower = core.legs[: len(core.legs) // 2], core.legs[len(core.legs) // 2 :]
+            below = [bond_places.get(leg, (float(leg[1:]) if is_open(leg) else 0.0, 1.0)) for leg in lower]
+            place = sum(x for x, _ in below) / len(below), min(y for _, y in below) - 1
+            kept = [leg for leg in upper if not is_open(leg)]
+            # A disentangler's legs leave above where they entered, an isometry's from its middle.
+            xs = [x for x, _ in below] if len(kept) == len(below) else [place[0]] * len(kept)
+            bond_places |= {leg: (x, place[1]) for leg, x in zip(kept, xs, strict=True)}
+            places.append(place)
+        return places
+
+
+CHAIN, TREE, MERA = ChainTopology(), TreeTopology(), MeraTopology()
+
+
+@cache
+def _chain(outputs: Factors, inputs: Factors, bonds: tuple[int, ...]) -> tuple[Core, ...]:
     return tuple(
         Core((f"b{k}", f"j{k + 1}", f"i{k + 1}", f"b{k + 1}"), (bonds[k], j, i, bonds[k + 1]))
         for k, (j, i) in enumerate(zip(outputs, inputs, strict=True))
@@ -74,10 +219,10 @@ def _chain(outputs: Sequence[int], inputs: Sequence[int], bonds: Sequence[int]) 
 
 @cache
 def branches(sites: int) -> tuple[range, ...]:
-    """The sites (from 0) below each branch of a tree: parents after their children, left before right.
+    """The sites (from 0) below each branch of a tree: children before their parents, left before right.
 
-    The two halves of the whole share one branch; it is named after the left half.  Sites are halved again and
-    again, the left half being the larger.
+    A run of sites is halved again and again, the left half being the larger one.  The two halves of the whole
+    share one branch, which is listed as the left half.
     """
 
     def below(span: range) -> Iterator[range]:
@@ -90,7 +235,7 @@ def branches(sites: int) -> tuple[range, ...]:
 
 
 def halves(span: range) -> tuple[range, range]:
-    """A run of sites cut in two, the left one larger by one where they are odd in number."""
+    """A run of sites cut in two, the left half larger by one if their number is odd."""
     middle = span.start + (len(span) + 1) // 2
     return range(span.start, middle), range(middle, span.stop)
 
@@ -99,23 +244,23 @@ def _right(sites: int) -> range:
     return halves(range(sites))[1]
 
 
-def _tree(outputs: Sequence[int], inputs: Sequence[int], bonds: Sequence[int]) -> tuple[Core, ...]:
-    """One core of (J, I, D) a site, and one of (D_left, D_right, D_above) a pair of branches."""
+@cache
+def _tree(outputs: Factors, inputs: Factors, bonds: tuple[int, ...]) -> tuple[Core, ...]:
     sites = len(outputs)
     if sites == 1:
         return (Core(("j1", "i1"), (outputs[0], inputs[0])),)
-    found = branches(sites)
-    sizes = dict(zip(found, bonds, strict=True))
-    names = {span: _name(span) for span in found}
+    spans = branches(sites)
+    sizes = dict(zip(spans, bonds, strict=True))
+    names = {span: _name(span) for span in spans}
     left, right = halves(range(sites))
     sizes[right], names[right] = sizes[left], names[left]
-    return tuple(_tree_core(span, outputs, inputs, sizes, names) for span in (*found, right))
+    return tuple(_tree_core(span, outputs, inputs, sizes, names) for span in (*spans, right))
 
 
 def _tree_core(
     span: range,
-    outputs: Sequence[int],
-    inputs: Sequence[int],
+    outputs: Factors,
+    inputs: Factors,
     sizes: dict[range, int],
     names: dict[range, str],
 ) -> Core:
@@ -123,16 +268,20 @@ def _tree_core(
         k = span.start
         return Core((f"j{k + 1}", f"i{k + 1}", names[span]), (outputs[k], inputs[k], sizes[span]))
     around = (*halves(span), span)
-    return Core(tuple(names[one] for one in around), tuple(sizes[one] for one in around))
+    return Core(tuple(names[part] for part in around), tuple(sizes[part] for part in around))
 
 
 def _name(span: range) -> str:
-    """``b3`` of a site's branch, ``b3-6`` of one above several."""
+    """``b3`` for the branch of a site, ``b3-6`` for one above several sites."""
     return f"b{span.start + 1}" + (f"-{span.stop}" if len(span) > 1 else "")
 
 
+def _sites(span: range) -> str:
+    return f"site {span.stop}" if len(span) == 1 else f"sites {span.start + 1}–{span.stop}"
+
+
 @dataclass(frozen=True)
-class _Open:
+class _OpenLeg:
     """A leg of a MERA under construction."""
 
     leg: str
@@ -140,56 +289,59 @@ class _Open:
     output: int  # the site whose output has yet to leave
 
 
-def mera(outputs: Sequence[int], inputs: Sequence[int], bond: int) -> tuple[Core, ...]:
-    """A binary MERA with open boundaries, whose bonds all have the dimension ``bond``.
+@cache
+def mera(outputs: Factors, inputs: Factors, bond: int) -> tuple[Core, ...]:
+    """A binary MERA with open boundaries, all of whose bonds have the dimension ``bond``.
 
-    On each level disentanglers act between neighbouring pairs, (a, b) → (D, D); then each pair goes through
-    an isometry, (a, b) → (J, D), that lets one output leave; a site without a partner goes up as it is.  The
-    last two legs end in (a, b) → (J, J).  An output that is fixed, where a layer narrows, has J = 1.
+    On each level disentanglers act between neighbouring pairs, (a, b) → (D, D).  Each pair then goes through
+    an isometry, (a, b) → (J, D), at which one output leaves.  A site without a partner moves up
+    unchanged.  The last two legs end in a core (a, b) → (J, J).  Where a layer narrows, outputs that are
+    fixed have J = 1.
 
-    At 12 sites of J = I = 2 these are 19 cores of 3 D⁴ + 16 D³ + 32 D² numbers.  They stand in an order in
-    which intermediates grow least: each isometry as soon as its disentanglers were applied.
+    For 12 sites of J = I = 2 these are 19 cores of 3 D⁴ + 16 D³ + 32 D² numbers.  They are ordered so that
+    intermediates grow least: each isometry follows its disentanglers as soon as possible.
     """
-    level = [_Open(f"i{k + 1}", size, k) for k, size in enumerate(inputs)]
-    found: list[Core] = []
-    if len(level) == 1:
+    if len(inputs) == 1:
         return (Core(("j1", "i1"), (outputs[0], inputs[0])),)
+    level = [_OpenLeg(f"i{k + 1}", size, k) for k, size in enumerate(inputs)]
+    cores: list[Core] = []
     height = 0
     while len(level) > 2:
         height += 1
         for k in range(1, len(level) - 1, 2):
-            found.append(_disentangler(level, k, bond, height))
+            cores.append(_disentangler(level, k, bond, height))
         pairs = []
         for k in range(0, len(level) - 1, 2):
-            pairs.append(_isometry(level[k], level[k + 1], outputs, bond, height, found))
+            core, above = _isometry(level[k], level[k + 1], outputs, bond, height)
+            cores.append(core)
+            pairs.append(above)
         level = [*pairs, *level[2 * len(pairs) :]]
     a, b = level
     legs = (f"j{a.output + 1}", f"j{b.output + 1}", a.leg, b.leg)
-    found.append(Core(legs, (outputs[a.output], outputs[b.output], a.size, b.size)))
-    return tuple(_in_order(found, inputs))
+    cores.append(Core(legs, (outputs[a.output], outputs[b.output], a.size, b.size)))
+    return tuple(_in_order(cores, inputs))
 
 
-def _disentangler(level: list[_Open], k: int, bond: int, height: int) -> Core:
-    """(D, D, a, b) on legs k and k + 1 of ``level``, which become its upper ones."""
+def _disentangler(level: list[_OpenLeg], k: int, bond: int, height: int) -> Core:
+    """(D, D, a, b) on legs k and k + 1 of ``level``, which are replaced by its upper legs."""
     a, b = level[k : k + 2]
     names = f"d{height}.{k + 1}", f"d{height}.{k + 2}"
-    level[k : k + 2] = (_Open(name, bond, one.output) for name, one in zip(names, (a, b), strict=True))
+    level[k : k + 2] = (_OpenLeg(name, bond, old.output) for name, old in zip(names, (a, b), strict=True))
     return Core((*names, a.leg, b.leg), (bond, bond, a.size, b.size))
 
 
-def _isometry(a: _Open, b: _Open, outputs: Sequence[int], bond: int, height: int, found: list[Core]) -> _Open:
-    """(J, D, a, b) is added to ``found``; the leg that goes up."""
-    above = _Open(f"u{height}.{b.output + 1}", bond, b.output)
+def _isometry(a: _OpenLeg, b: _OpenLeg, outputs: Factors, bond: int, height: int) -> tuple[Core, _OpenLeg]:
+    """(J, D, a, b), and the leg that goes up from it."""
+    above = _OpenLeg(f"u{height}.{b.output + 1}", bond, b.output)
     legs = (f"j{a.output + 1}", above.leg, a.leg, b.leg)
-    found.append(Core(legs, (outputs[a.output], bond, a.size, b.size)))
-    return above
+    return Core(legs, (outputs[a.output], bond, a.size, b.size)), above
 
 
-def _in_order(cores: Sequence[Core], inputs: Sequence[int]) -> Iterator[Core]:
-    """Of the cores whose lower two legs are there, always the one after which least is held."""
+def _in_order(cores: Sequence[Core], inputs: Factors) -> Iterator[Core]:
+    """Among the cores whose lower two legs exist already, always the one after which least is held."""
     waiting, ready = list(cores), {f"i{k + 1}" for k in range(len(inputs))}
     while waiting:
-        core = min((one for one in waiting if ready.issuperset(one.legs[2:])), key=_growth)
+        core = min((core for core in waiting if ready.issuperset(core.legs[2:])), key=_growth)
         waiting.remove(core)
         ready = ready - set(core.legs[2:]) | set(core.legs[:2])
         yield core

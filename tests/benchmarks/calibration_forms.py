@@ -30,6 +30,7 @@ from mpoc.compression.calibrate.objective import (
 from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
 from mpoc.tensor_networks.factors import wide_factors
 from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
@@ -71,19 +72,20 @@ class Layer:
 
     def chain(self, structure: Structure, parameters: int) -> str:
         """A chain; "" where none is so small."""
-        storage = largest_within(structure, parameters, is_sum=False)
+        storage = largest_within(structure, parameters)
         if storage is None:
             return ""
-        return self.error(fitted(self.metric, structure, storage.bond, 0))
+        return self.error(fitted(self.metric, structure, storage.bond))
 
     def sums(self, structure: Structure, parameters: int) -> list[str]:
         """The chain of a sum, then two factors for what it leaves; and both together."""
-        storage = largest_within(structure, parameters, is_sum=True)
+        both = structure.as_form("svd+mpo")
+        storage = largest_within(both, parameters)
         assert storage is not None
-        first = fitted(self.metric, structure, storage.bond, 0)
+        first = fitted(self.metric, structure, storage.bond)
         rest = replace(self.metric, target=self.metric.target - first)
-        together = fitted(self.metric, structure, storage.bond, storage.low_rank)
-        return [self.error(first + low_rank(rest, storage.low_rank)), self.error(together)]
+        together = fitted(self.metric, both, storage.bond, storage.rank)
+        return [self.error(first + low_rank(rest, storage.rank)), self.error(together)]
 
     def structure(self, factors: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Structure:
         """Of these output and input factors; None: the default's."""
@@ -95,9 +97,9 @@ def low_rank(metric: Metric, rank: int) -> Tensor:
     return found.left[:, :rank] @ found.right[:rank]
 
 
-def fitted(metric: Metric, structure: Structure, bond: int, rank: int) -> Tensor:
-    fit = Problem(metric, structure).fit(bond, rank=rank, max_stretches=STRETCHES[structure.kind])
-    return matrix_of(fit.terms)
+def fitted(metric: Metric, structure: Structure, bond: int, rank: int = 0) -> Tensor:
+    fit = Problem(metric, structure).fit(Truncation(bond, rank=rank), max_stretches=STRETCHES[structure.kind])
+    return matrix_of(fit.form)
 
 
 def single_layers(layers: dict[str, Layer]) -> Iterable[list[str]]:

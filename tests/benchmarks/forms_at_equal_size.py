@@ -41,7 +41,7 @@ MINILM = {
 }
 RESNET = {f"layer{stage}.4.conv1.weight": "conv2d" for stage in (1, 2, 3)}
 
-NETWORKS = ("chain", "tree")
+NETWORKS = ("mpo", "tree")
 
 Make = Callable[[str, tuple[int, ...]], Structure]
 
@@ -54,28 +54,28 @@ def _wide(kind: str, shape: tuple[int, ...]) -> Structure:
 COLUMNS: dict[str, Make] = {
     "svd": low_rank_structure,
     "mpo, two wide sites": _wide,
-    "svd+mpo": _wide,
+    "svd+mpo": lambda kind, shape: _wide(kind, shape).as_form("svd+mpo"),
     "mpo": make_structure,
-    "tree": lambda kind, shape: make_structure(kind, shape, network="tree"),
-    "mera": lambda kind, shape: make_structure(kind, shape, network="mera"),
+    "tree": lambda kind, shape: make_structure(kind, shape, form="tree"),
+    "mera": lambda kind, shape: make_structure(kind, shape, form="mera"),
 }
 
 
-def cell(weight: Tensor, structure: Structure, ratio: float, is_sum: bool, evidence: Objective) -> str:
-    """Both errors at the largest bond within ρ; a sum has the second alone."""
-    storage = largest_within(structure, int(ratio * structure.num_original), is_sum)
+def cell(weight: Tensor, structure: Structure, ratio: float, evidence: Objective) -> str:
+    """Both errors at the largest bond within ρ."""
+    storage = largest_within(structure, int(ratio * structure.num_original))
     if storage is None:
         return ""
     matrix = one_matrix(weight, structure.kind, structure.transposed)
-    if structure.form == "svd":
+    if structure.one_matrix:
         factors = weighted_svd(evidence.metric(matrix, evidence.usual_gamma)).factors(storage.bond)
         found = factors[0] @ factors[1]
     else:
         problem = Problem(evidence.metric(matrix, evidence.mpo_gamma), structure)
         stretches = STRETCHES[structure.kind]
-        found = matrix_of(problem.fit(storage.bond, rank=storage.low_rank, max_stretches=stretches).terms)
-    alone = "–" if is_sum else f"{decompose(weight, structure, storage.bond).relative_error:.3f}"
-    return f"{alone} / {evidence.felt.relative(matrix, found):.3f}"
+        found = matrix_of(problem.fit(storage.truncation, max_stretches=stretches).form)
+    alone = decompose(weight, structure, storage.truncation).relative_error
+    return f"{alone:.3f} / {evidence.felt.relative(matrix, found):.3f}"
 
 
 def rows(study: CalibrationStatistics, kinds: dict[str, str]) -> Iterator[list[str]]:
@@ -86,8 +86,7 @@ def rows(study: CalibrationStatistics, kinds: dict[str, str]) -> Iterator[list[s
         size = "×".join(map(str, weight.shape))
         for ratio in RATIOS[kind]:
             cells = [
-                cell(weight, make(kind, tuple(weight.shape)), ratio, name == "svd+mpo", evidence)
-                for name, make in COLUMNS.items()
+                cell(weight, make(kind, tuple(weight.shape)), ratio, evidence) for make in COLUMNS.values()
             ]
             yield [f"{layer.removesuffix('.weight')}, {size}", f"{ratio:g}", *cells]
             print("…", *cells, flush=True)
@@ -102,7 +101,7 @@ def speed() -> Iterator[list[str]]:
             layer = nn.Linear(size, size, bias=False).eval()
             if network is not None:
                 factors = ((4,) * round(math.log(size, 4)),) * 2
-                structure = make_structure("linear", (size, size), factors=factors, network=network)
+                structure = make_structure("linear", (size, size), factors=factors, form=network)
                 shapes = structure.core_shapes(structure.bonds(4))
                 adopt(layer, "weight", [torch.randn(shape) for shape in shapes], structure)
             times[network].append(_seconds(layer, torch.randn(8, size)))

@@ -62,11 +62,12 @@ STRUCTURES = {
 
 
 def run_ours(matrix: Tensor, structure: Structure, bond: int) -> Cores:
+    from mpoc.tensor_networks.fit.truncation import Truncation
     from mpoc.tensor_networks.fit.tt_svd import tt_svd
     from mpoc.tensor_networks.structure import make_structure
 
     factors = (structure.output_factors, structure.input_factors)
-    fit = tt_svd(matrix, make_structure("linear", structure.shape, factors=factors), bond)
+    fit = tt_svd(matrix, make_structure("linear", structure.shape, factors=factors), Truncation(bond))
     return list(fit.form.cores)
 
 

@@ -25,9 +25,10 @@ from mpoc.io.manifest import Manifest
 from mpoc.io.manifest_reader import parse_manifest
 from mpoc.nn.adopt import adopt
 from mpoc.tensor_networks.factors import parse_order
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.layout import deinterleave, interleave, to_matrix
-from mpoc.tensor_networks.forms.stored import weight_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.support.checkpoints import num_bytes
 
@@ -36,9 +37,9 @@ ORDERS: list[Any] = ["morton:3x4x4", MIXED]
 NAMES = ["raster", "morton:3x4x4", "learned"]
 
 
-def structure(order: Any, transposed: bool = False, network: str = "chain") -> Structure:
+def structure(order: Any, transposed: bool = False, form_name: str = "mpo") -> Structure:
     shape = (48, 64) if transposed else (64, 48)
-    plain = make_structure("linear", shape, transposed, sites=3, network=network)
+    plain = make_structure("linear", shape, transposed, sites=3, form=form_name)
     return replace(plain, order=order, input_factors=(4, 4, 3))
 
 
@@ -61,20 +62,20 @@ class TestLayout:
     def test_full_bond_is_exact(self, order: Any, transposed: bool) -> None:
         place = structure(order, transposed)
         weight = torch.randn(place.shape, dtype=torch.float64)
-        fit = tt_svd(weight, place, place.full_bond)
+        fit = tt_svd(weight, place, Truncation(place.full_bond))
         torch.testing.assert_close(fit.form.to_weight(), weight)
         assert fit.relative_error < 1e-12
 
 
-@pytest.mark.parametrize("network", ["chain", "tree", "mera"])
+@pytest.mark.parametrize("form_name", ["mpo", "tree", "mera"])
 @pytest.mark.parametrize("order", ORDERS, ids=["morton", "permutation"])
-def test_layer_computes_with_its_weight(order: Any, network: str) -> None:
-    place = structure(order, network=network)
+def test_layer_computes_with_its_weight(order: Any, form_name: str) -> None:
+    place = structure(order, form_name=form_name)
     cores = [torch.randn(shape, dtype=torch.float64) for shape in place.core_shapes(place.bonds(3))]
     layer = nn.Linear(48, 64, dtype=torch.float64)
     adopt(layer, "weight", cores, place)
     x = torch.randn(2, 5, 48, dtype=torch.float64)
-    expected = x @ weight_of(cores, place).T + layer.bias
+    expected = x @ form_of(cores, place).to_weight().T + layer.bias
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(copy.deepcopy(layer).eval()(x), expected)
     exported = torch.export.export(layer.eval(), (x,))

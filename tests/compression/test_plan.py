@@ -83,8 +83,8 @@ def test_records_keep_the_source_and_the_stored_dtype() -> None:
 def test_layer_that_would_grow_stays_dense_with_a_reason() -> None:
     layer = plan(NETWORK, bond=64)["fc2"]
     grown = layer.structure.num_parameters(64)
-    assert layer.max_bond is None and grown >= 2560
-    assert layer.reason == f"would not shrink at bond 64: 2,560 → {grown:,} (--allow-growth)"
+    assert layer.is_dense and grown >= 2560
+    assert layer.record().reason == f"would not shrink at bond 64: 2,560 → {grown:,} (--allow-growth)"
     record = layer.record()
     assert (record.form, record.num_stored, record.bonds) == ("dense", 2560, ())
     assert plan(NETWORK, bond=64, allow_growth=True)["fc2"].record().num_stored == grown
@@ -93,26 +93,29 @@ def test_layer_that_would_grow_stays_dense_with_a_reason() -> None:
 def test_dense_unless_strictly_smaller() -> None:
     layer = plan(NETWORK, bond=4)["fc1"]
     assert leave_dense_unless_smaller(layer, 256 * 784 - 1) is layer
-    assert leave_dense_unless_smaller(layer, 256 * 784).max_bond is None
+    assert leave_dense_unless_smaller(layer, 256 * 784).is_dense
 
 
 def test_tolerance_starts_from_the_full_bond() -> None:
     layer = plan(NETWORK, max_error=0.1)["fc1"]
-    assert (layer.tolerance, layer.max_bond) == (0.1, layer.structure.full_bond)
+    assert (layer.truncation.tolerance, layer.truncation.max_bond) == (0.1, layer.structure.full_bond)
 
 
 def test_discard_starts_from_the_full_bond_or_its_cap() -> None:
     layer = plan(NETWORK, discard=0.1)["fc1"]
-    assert (layer.discard, layer.max_bond) == (0.1, layer.structure.full_bond)
+    assert (layer.truncation.discard, layer.truncation.max_bond) == (0.1, layer.structure.full_bond)
     capped = plan(NETWORK, (LayerRule("fc1", bond=5, discard=0.2),), discard=0.1, bond=3)
-    assert (capped["fc1"].discard, capped["fc1"].max_bond) == (0.2, 5)
-    assert (capped["conv2"].discard, capped["conv2"].max_bond) == (0.1, 3)
-    assert plan(NETWORK, (LayerRule("fc1", bond=5),), discard=0.1)["fc1"].discard == 0.0
-    assert plan(NETWORK, (LayerRule("fc1", discard=0.2),), bond=3)["fc1"].max_bond == layer.max_bond
+    assert (capped["fc1"].truncation.discard, capped["fc1"].truncation.max_bond) == (0.2, 5)
+    assert (capped["conv2"].truncation.discard, capped["conv2"].truncation.max_bond) == (0.1, 3)
+    assert plan(NETWORK, (LayerRule("fc1", bond=5),), discard=0.1)["fc1"].truncation.discard == 0.0
+    assert (
+        plan(NETWORK, (LayerRule("fc1", discard=0.2),), bond=3)["fc1"].truncation.max_bond
+        == layer.truncation.max_bond
+    )
 
 
 def test_mera_rejects_tolerances() -> None:
-    assert plan(NETWORK, (LayerRule("fc1", form="tree"),), discard=0.1)["fc1"].discard == 0.1
+    assert plan(NETWORK, (LayerRule("fc1", form="tree"),), discard=0.1)["fc1"].truncation.discard == 0.1
     for option in ("discard", "max_error"):
         goal = {option: 0.1}
         with pytest.raises(UsageError, match=f"fc1: --{option.replace('_', '-')} cuts bonds by a spectrum"):
@@ -126,10 +129,10 @@ def test_layer_rules_win() -> None:
         LayerRule("conv1", dense=True),
     )
     layers = plan(NETWORK, rules, bond=3, sites=3)
-    assert layers["conv1"].max_bond is None and layers["conv1"].reason == "the recipe leaves it dense"
-    assert layers["conv2"].max_bond == 3 and len(layers["conv2"].structure.output_factors) == 4
-    assert layers["fc1"].max_bond == 7 and len(layers["fc1"].structure.output_factors) == 2
-    assert layers["fc2"].tolerance == 0.2 and len(layers["fc2"].structure.output_factors) == 2
+    assert layers["conv1"].is_dense and layers["conv1"].record().reason == "the recipe leaves it dense"
+    assert layers["conv2"].truncation.max_bond == 3 and len(layers["conv2"].structure.output_factors) == 4
+    assert layers["fc1"].truncation.max_bond == 7 and len(layers["fc1"].structure.output_factors) == 2
+    assert layers["fc2"].truncation.tolerance == 0.2 and len(layers["fc2"].structure.output_factors) == 2
 
 
 def test_shapes_apply_to_fitting_or_named_layers() -> None:
@@ -171,12 +174,14 @@ def test_ratio_is_a_ceiling_and_is_used(maps: list[LinearMap], ratio: float) -> 
     assert ratio_of(plans) <= ratio
     total = sum(layer.structure.num_original for layer in plans)
     for layer in plans:
-        if layer.max_bond is None:
+        if layer.is_dense:
             shrinks = layer.structure.num_parameters(1) < layer.structure.num_original
-            assert layer.reason == ("fits as it is" if shrinks else "would not shrink even at bond 1")
+            assert layer.record().reason == (
+                "fits as it is" if shrinks else "would not shrink even at bond 1"
+            )
             assert not shrinks or ratio == 1.0
             continue
-        now, more = (layer.structure.num_parameters(layer.max_bond + k) for k in (0, 1))
+        now, more = (layer.structure.num_parameters(layer.truncation.max_bond + k) for k in (0, 1))
         fits = ratio_of(plans) + (more - now) / total <= ratio * (1 - 1e-12)
         assert more == now or more >= layer.structure.num_original or not fits
 
@@ -193,7 +198,7 @@ def test_unreachable_ratio_names_a_reachable_one() -> None:
 def test_ceiling_counts_layers_with_their_own_goal(growth: bool) -> None:
     rules = (LayerRule("conv2", bond=4), LayerRule("fc2", dense=True))
     layers = plan(NETWORK, rules, ratio=0.5, allow_growth=growth)
-    assert layers["conv2"].max_bond == 4 and layers["fc2"].max_bond is None
+    assert layers["conv2"].truncation.max_bond == 4 and layers["fc2"].is_dense
     assert 0.49 < ratio_of(list(layers.values())) <= 0.5
 
 
@@ -221,11 +226,11 @@ def test_size_is_a_ceiling_and_is_used(maps: list[LinearMap], share: float, dtyp
         return
     assert size_with_text(plans) <= size
     steps = [
-        (layer.structure.num_parameters(layer.max_bond + 1) - layer.record().num_stored)
+        (layer.structure.num_parameters(layer.truncation.max_bond + 1) - layer.record().num_stored)
         * ITEMSIZE[layer.stored_dtype]
         for layer in plans
-        if layer.max_bond is not None
-        and layer.structure.num_parameters(layer.max_bond + 1) < layer.structure.num_original
+        if not layer.is_dense
+        and layer.structure.num_parameters(layer.truncation.max_bond + 1) < layer.structure.num_original
     ]
     unspent = size - size_with_text(plans)
     assert all(step == 0 or step > unspent - 50 * len(plans) for step in steps)
@@ -236,7 +241,7 @@ def test_recipe_file_may_leave_bonds_open(tmp_path: Path) -> None:
     file.write_text('ratio = 0.2\n[layer."fc1"]\nbond = 5\nshape = "28x28:16x16"\n')
     recipe = make_recipe(file, {})
     layers = {layer.map.layer: layer for layer in make_plan(selection(*NETWORK), recipe)}
-    assert layers["fc1"].structure.input_factors == (28, 28) and layers["fc1"].max_bond == 5
+    assert layers["fc1"].structure.input_factors == (28, 28) and layers["fc1"].truncation.max_bond == 5
     assert recipe.rules[0].shape == ShapeRule(None, (16, 16), (28, 28))
 
 

@@ -220,7 +220,8 @@ def planned(tmp_path: Path, **options: Any) -> LayerPlan:
 def test_a_plan_counts_both_parts(tmp_path: Path) -> None:
     chain = planned(tmp_path)
     assert (chain.record().form, chain.structure.form) == ("mpo", "mpo")
-    record = replace(chain, low_rank=5).record()
+    structure, goal = chain.structure.as_form("svd+mpo"), replace(chain.truncation, rank=5)
+    record = replace(chain, structure=structure, goal=goal).record()
     assert (record.form, record.low_rank) == ("svd+mpo", 5)
     assert record.num_stored == chain.record().num_stored + 5 * (8 + 72)
     assert record.num_stored == sum(math.prod(shape) for shape in record.core_shapes)

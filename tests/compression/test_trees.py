@@ -22,7 +22,8 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.io.hub_directory import cores_of
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.tensor_networks.fit.decompose import decompose
-from mpoc.tensor_networks.topology import num_bonds
+from mpoc.tensor_networks.fit.truncation import Truncation
+from mpoc.tensor_networks.forms import FORMS as REGISTRY
 from tests.nn.layers import NETWORKS
 from tests.support.checkpoints import mlp_state, relative_error
 from tests.support.hub_models import Make, answer, auto, compress_once
@@ -91,7 +92,7 @@ def test_a_recipe_gives_single_layers_a_form(form: str, tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "r.toml", {})
     first, second = compress_checkpoint(tmp_path / "m.pt", tmp_path / "o.safetensors", recipe).manifest.layers
     assert (first.form, first.output_factors, first.input_factors) == (form, (4, 3, 4), (2, 3, 4))
-    assert second.form == "mpo" and len(first.bonds) == num_bonds(form, 3)
+    assert second.form == "mpo" and len(first.bonds) == REGISTRY[form].topology.num_bonds(3)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -177,5 +178,5 @@ def test_cores_are_stored_in_the_dtype_asked_for(form: str, tmp_path: Path) -> N
     for layer in done.manifest.replaced:
         assert {stored[name].dtype for name in layer.core_names} == {torch.bfloat16}
         weight = torch.load(tmp_path / "m.pt")[layer.name]
-        exact = decompose(weight, layer.structure, 3).relative_error
+        exact = decompose(weight, layer.structure, Truncation(3)).relative_error
         assert layer.relative_error == pytest.approx(exact, rel=0.05)

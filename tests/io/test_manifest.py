@@ -43,9 +43,10 @@ def record(name: str, kind: str, shape: tuple[int, ...], bond: int | None, **cha
         "spectra_of_weight": (((1, 0.8), (4, 0.3), (9, 0.0)), None, None, None)[: len(bonds) - 2],
     }
     low_rank = changes.get("low_rank", 0)
-    form, stored = "svd+mpo" if low_rank else "mpo", structure.num_parameters(bond, low_rank)
+    whole = structure.as_form("svd+mpo") if low_rank else structure
+    stored = whole.num_parameters(bond, low_rank)
     return LayerRecord(
-        name, kind, shape, "float32", form, count, stored, "bfloat16", "", **(values | changes)
+        name, kind, shape, "float32", whole.form, count, stored, "bfloat16", "", **(values | changes)
     )
 
 
@@ -148,7 +149,7 @@ def test_totals_match_hand_computed_sums() -> None:
 @pytest.mark.parametrize("layer", LAYERS[:-1], ids=lambda layer: layer.kind)
 def test_record_restores_its_structure(layer: LayerRecord) -> None:
     structure = make_structure(layer.kind, layer.shape, layer.transposed)
-    assert layer.structure == structure
+    assert layer.structure == structure.as_form(layer.form)
     assert layer.structure.padding == layer.padding
 
 

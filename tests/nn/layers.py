@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.nn import adopt
-from mpoc.tensor_networks.forms.stored import forms_of, weight_of
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.support.weights import random_cores
 
@@ -36,9 +36,10 @@ def with_cores(
     every = random_cores(structure, max_bond, seed)
     if low_rank:
         every += random_cores(structure.as_low_rank(), low_rank, seed + 1)
+        structure = structure.as_form("svd+mpo")
     dtype = getattr(module, name).dtype
     cores = []
-    for form in forms_of(every, structure):
+    for form in form_of(every, structure).terms:
         scale = float(form.to_weight().std(correction=0)) or 1.0
         cores += [(core / scale ** (1 / len(form.cores))).to(dtype) for core in form.cores]
     adopt(module, name, cores, structure)
@@ -67,7 +68,7 @@ def gradients(layer: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], T
 def pulled_back(cores: Sequence[Tensor], structure: Structure, gradient: Tensor) -> list[Tensor]:
     """Gradients of cores from that of the weight they make."""
     leaves = [core.detach().clone().requires_grad_() for core in cores]
-    return list(torch.autograd.grad(weight_of(leaves, structure), leaves, gradient))
+    return list(torch.autograd.grad(form_of(leaves, structure).to_weight(), leaves, gradient))
 
 
 class First(nn.Module):

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpoc.nn import contract as module
-from mpoc.nn.contract import contract, merge_cores
-from mpoc.nn.cost import CPU, GPU, Plan, Rates, cheapest, split_batch, ways
+from mpoc.tensor_networks.forms import chain as module
+from mpoc.tensor_networks.forms.chain import contract, merge_cores
+from mpoc.tensor_networks.forms.contraction import planned_batch
+from mpoc.tensor_networks.forms.cost import CPU, GPU, Plan, Rates, cheapest, split_batch, ways
 from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.support.weights import by_eq_5, random_cores
 
@@ -172,5 +173,5 @@ class TestPlan:
                 assert plan.rows * 64 * 32 * 64 <= rates.cache
 
     def test_few_plans_cover_all_batches(self) -> None:
-        batches = {module.planned_batch(torch.empty(size, 1)) for size in range(1000)}
+        batches = {planned_batch(torch.empty(size, 1)) for size in range(1000)}
         assert batches == {2**k for k in range(11)}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mpoc.nn import MPOConvMap1d, MPOConvMap2d, MPOConvMap3d, adopt
 from mpoc.nn.conv_map import geometry_of
-from mpoc.tensor_networks.fit.conv_map import fit_conv_map
+from mpoc.tensor_networks.fit.conv_map import fit_mpo
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.support.convolutions import convolutions, through_matrix
@@ -29,7 +30,7 @@ def map_structure(conv: nn.Module, size: tuple[int, ...], **options: Any) -> Str
 def as_map(conv: Any, size: tuple[int, ...], bond: int = 10**6, **options: Any) -> Any:
     """``conv`` itself with the cores of its map."""
     structure = map_structure(conv, size, **options)
-    adopt(conv, "weight", fit_conv_map(conv.weight.detach(), structure, bond).form.cores, structure)
+    adopt(conv, "weight", fit_mpo(conv.weight.detach(), structure, Truncation(bond)).form.cores, structure)
     return conv
 
 
@@ -77,7 +78,7 @@ def test_padded_factors_act_as_the_cropped_matrix() -> None:
     conv = nn.Conv1d(1, 1, 3, padding=1, dtype=torch.float64)
     structure = Structure("convmap", (1, 1, 3), False, (2, 4), (3, 3), geometry_of(conv, (7,)))
     assert structure.padding == (1, 2)
-    fit = fit_conv_map(conv.weight.detach(), structure, 99)
+    fit = fit_mpo(conv.weight.detach(), structure, Truncation(99))
     assert fit.relative_error < 1e-12
     x = torch.randn(2, 1, 7, dtype=torch.float64)
     expected = conv(x).detach()
@@ -147,7 +148,7 @@ def test_weight_has_a_shape_but_no_kernel() -> None:
 def test_rejects_cores_of_another_convolution(other: nn.Module, said: str) -> None:
     conv = nn.Conv2d(6, 8, 3, padding=1)
     structure = map_structure(conv, (4, 4))
-    cores = fit_conv_map(conv.weight.detach(), structure, 2).form.cores
+    cores = fit_mpo(conv.weight.detach(), structure, Truncation(2)).form.cores
     with pytest.raises(ValueError, match=said):
         adopt(other, "weight", cores, structure)
     assert isinstance(other.weight, nn.Parameter)

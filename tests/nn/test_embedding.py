@@ -11,7 +11,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from mpoc.nn import MPOEmbedding, adopt
-from mpoc.nn import embedding as module
+from mpoc.tensor_networks.forms import chain as module
+from mpoc.tensor_networks.forms.cost import cheapest_gather
 from mpoc.tensor_networks.forms.mpo import MPO
 from tests.nn.layers import gradients, pair, pulled_back, structure_of, with_cores
 
@@ -39,7 +40,7 @@ def test_every_grouping_agrees(cuts: tuple[int, ...], monkeypatch: pytest.Monkey
     dense, layer = pair(nn.Embedding(101, 24).double())
     assert len(layer.cores) == 4
     indices = torch.arange(101).reshape(1, 101)
-    monkeypatch.setattr(module, "_best_cuts", lambda *_: cuts)
+    monkeypatch.setattr(module, "_gather_plan", lambda *_: cuts)
     torch.testing.assert_close(layer(indices), dense(indices))
 
 
@@ -180,5 +181,5 @@ def test_rejects_indices_of_another_dtype(dtype: torch.dtype) -> None:
 
 def test_gathers_many_rows_from_merged_cores() -> None:
     sites = ((1, 9, 2, 32), (32, 9, 3, 32), (32, 9, 4, 32), (32, 7, 4, 32), (32, 6, 4, 1))
-    assert module._best_cuts(sites, 8, False) == (0, 1, 2, 3, 4, 5)
-    assert len(module._best_cuts(sites, 16384, False)) < 5
+    assert cheapest_gather(sites, 8, False) == (0, 1, 2, 3, 4, 5)
+    assert len(cheapest_gather(sites, 16384, False)) < 5

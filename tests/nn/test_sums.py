@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.nn import MPOEmbedding, MPOLinear, adopt
-from mpoc.nn import contract as module
 from mpoc.nn.adopt import unstack
-from mpoc.nn.contract import contract
 from mpoc.nn.conv_map import geometry_of
-from mpoc.nn.cost import CPU, GPU, Plan, cheapest, ways
 from mpoc.nn.linear import MPOConv1D
+from mpoc.tensor_networks.forms import chain as module
+from mpoc.tensor_networks.forms.chain import contract
+from mpoc.tensor_networks.forms.cost import CPU, GPU, Plan, cheapest, ways
 from mpoc.tensor_networks.structure import make_structure
 from tests.nn.layers import gradients, pulled_back, with_cores
 from tests.nn.test_experts import Experts
-from tests.support.sums import random_sum, sum_weight
+from tests.support.sums import random_sum, sum_of, sum_weight
 from tests.support.weights import by_eq_5, random_cores
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -56,7 +56,7 @@ def test_matches_a_transposed_linear_layer() -> None:
     layer, x = pytorch_utils.Conv1D(18, 24), torch.randn(3, 24)
     structure = make_structure("linear", (24, 18), transposed=True)
     cores = [core.float() for core in random_sum(structure)]
-    adopt(layer, "weight", cores, structure)
+    adopt(layer, "weight", cores, sum_of(structure))
     assert isinstance(layer, MPOConv1D)
     torch.testing.assert_close(layer(x), x @ sum_weight(cores, structure).float(), rtol=1e-5, atol=1e-4)
 
@@ -84,7 +84,7 @@ def test_matches_unstacked_experts() -> None:
     unstack(experts, "gate_up_proj", ("w1", "w3"))
     structure = make_structure("linear", (4, 6), sites=2)
     cores = [core.float() for core in random_sum(structure)]
-    adopt(experts.get_submodule("1.w3"), "weight", cores, structure)
+    adopt(experts.get_submodule("1.w3"), "weight", cores, sum_of(structure))
     expected = sum_weight(cores, structure).float()
     torch.testing.assert_close(experts.gate_up_proj[1, 4:], expected)
     experts(torch.randn(5, 6)).sum().backward()
@@ -95,7 +95,7 @@ def test_matches_stacked_experts() -> None:
     experts = Experts()
     structure = make_structure("experts", (3, 8, 6))
     cores = [core.float() for core in random_sum(structure)]
-    adopt(experts, "gate_up_proj", cores, structure)
+    adopt(experts, "gate_up_proj", cores, sum_of(structure))
     torch.testing.assert_close(experts.gate_up_proj, sum_weight(cores, structure).float())
 
 
@@ -118,7 +118,7 @@ def test_every_plan_agrees(plan: Plan, batch: int, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(y, expected)
     found = torch.autograd.grad(y.square().sum(), every)
     weight_gradient = 2 * expected.T @ x
-    torch.testing.assert_close(list(found), pulled_back(every, structure, weight_gradient))
+    torch.testing.assert_close(list(found), pulled_back(every, sum_of(structure), weight_gradient))
 
 
 class TestThePlan:
@@ -157,7 +157,7 @@ def test_embedding_gathers_both_parts() -> None:
     cores = [core.float() for core in random_sum(structure)]
     table = sum_weight(cores, structure).float()
     layer = nn.Embedding(101, 24)
-    adopt(layer, "weight", cores, structure)
+    adopt(layer, "weight", cores, sum_of(structure))
     assert isinstance(layer, MPOEmbedding)
     for count in (1, 20_000):
         indices = torch.randint(0, 101, (count,))
@@ -192,7 +192,7 @@ def test_rejects_whole_maps() -> None:
     structure = make_structure("convmap", (4, 4, 3, 3), geometry=geometry_of(layer, (4, 4)))
     added = [torch.ones(1, 64, 1, 2), torch.ones(2, 1, 64, 1)]
     with pytest.raises(ValueError, match="a whole map has no low-rank part"):
-        adopt(layer, "weight", [*random_cores(structure, 2), *added], structure)
+        adopt(layer, "weight", [*random_cores(structure, 2), *added], sum_of(structure))
     assert type(layer) is nn.Conv2d
 
 

@@ -146,13 +146,6 @@ def test_renders_records_without_errors(path: Path) -> None:
     assert "Not all of these files hold errors" in text
 
 
-def test_renders_forms_without_a_diagram(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpoc.reporting.network_diagram.PLACES", {})
-    text = shown(path)
-    assert_whole(text)
-    assert '<svg class="network"' not in text
-
-
 def test_compares_layers_by_name(path: Path, tmp_path: Path) -> None:
     other = compressed(tmp_path, bond=2)
     text = page(read_files(path, [other]))

@@ -28,16 +28,17 @@ MORE = [
     make_structure("linear", (7, 5), sites=1),
     make_structure("linear", (4096, 4096), sites=12),
 ]
-TREES = [make_structure("linear", (2**n, 2**n), sites=n, network="tree") for n in (2, 3, 5, 8)]
-MERAS = [make_structure("linear", (2**n, 2**n), sites=n, network="mera") for n in (2, 3, 6, 12)]
+TREES = [make_structure("linear", (2**n, 2**n), sites=n, form="tree") for n in (2, 3, 5, 8)]
+MERAS = [make_structure("linear", (2**n, 2**n), sites=n, form="mera") for n in (2, 3, 6, 12)]
 
 
 def record_of(structure: Structure, bond: int = 3, low_rank: int = 0) -> LayerRecord:
-    form = "svd+mpo" if low_rank else structure.form
+    bonds = structure.bonds(bond)
+    structure = structure.as_form("svd+mpo") if low_rank else structure
     return LayerRecord(
-        "a.weight", structure.kind, structure.shape, "float32", form, structure.num_original,
+        "a.weight", structure.kind, structure.shape, "float32", structure.form, structure.num_original,
         structure.num_parameters(bond, low_rank), "float32", "", structure.transposed,
-        structure.output_factors, structure.input_factors, structure.bonds(bond), low_rank, structure.padding,
+        structure.output_factors, structure.input_factors, bonds, low_rank, structure.padding,
     )  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def test_labels_the_lead_site(kind: str, shape: tuple[int, ...], label: str) -> 
 @pytest.mark.parametrize("structure", [*EVERY_KIND, *MORE, *TREES, *MERAS], ids=shape_id)
 def test_labels_do_not_overlap(structure: Structure) -> None:
     sums = [record_of(structure)]
-    if structure.network == "chain" and structure.form == "mpo":
+    if structure.form == "mpo":
         sums.append(record_of(structure, low_rank=1))
     for record in sums:
         root = ElementTree.fromstring(network_svg(diagrams_of(record), "a network"))

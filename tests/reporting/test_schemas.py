@@ -19,12 +19,13 @@ from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.recipe_syntax import parse_input_shape
 from mpoc.errors import UsageError
-from mpoc.io.manifest import FORMAT, FORMS, LayerRecord, Manifest, Source
+from mpoc.io.manifest import DENSE, FORMAT, LayerRecord, Manifest, Source
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.weight_files import output_bytes
 from mpoc.reporting.schemas import NAMES, schema
 from mpoc.reporting.summary import SCHEMA, report_dict, to_json
+from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import PADDING_MODES, Geometry
 from mpoc.tensor_networks.structure import KINDS
 from tests.support.checkpoints import mlp_state, save_directory
@@ -175,7 +176,7 @@ def test_schema_types_match_nested_fields() -> None:
 
 def test_schemas_list_all_values() -> None:
     assert LAYER["properties"]["kind"]["enum"] == list(KINDS)
-    assert set(LAYER["properties"]["form"]["enum"]) == set(FORMS)
+    assert set(LAYER["properties"]["form"]["enum"]) == {*FORMS, DENSE}
     modes = LAYER["$defs"]["geometry"]["properties"]["padding_mode"]["enum"]
     assert modes == list(PADDING_MODES)
     assert SCHEMAS["manifest"]["properties"]["format"] == {"const": FORMAT}

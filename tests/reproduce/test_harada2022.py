@@ -24,6 +24,7 @@ from mpoc.reproduce.networks import core_forms, cut_by_weight, num_cores_paramet
 from mpoc.reproduce.paper_data import open_paper_data
 from mpoc.reproduce.run import Cell, run_cell
 from mpoc.reproduce.study import Reproduction, StudyRequest, run_study
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.forms.layout import interleave
 from mpoc.tensor_networks.forms.mpo import MPO
@@ -41,7 +42,7 @@ def test_bonds_are_the_smallest_within_the_discard(seed: int, discard: float) ->
     generator = torch.Generator().manual_seed(seed)
     scales = torch.logspace(0, -3, 12, dtype=torch.float64)
     weight = torch.randn(24, 12, dtype=torch.float64, generator=generator) * scales
-    whole = tt_svd(weight, SMALL, 100).form
+    whole = tt_svd(weight, SMALL, Truncation(100)).form
     assert isinstance(whole, MPO)
     cut = cut_by_weight(whole, discard)
     tensor = interleave(weight, SMALL).reshape(6, 6, 8).numpy()
@@ -55,7 +56,7 @@ def test_bonds_are_the_smallest_within_the_discard(seed: int, discard: float) ->
 
 def test_bonds_match_the_spectra_without_earlier_truncation() -> None:
     weight = torch.randn(24, 12, dtype=torch.float64) * torch.logspace(0, -3, 12, dtype=torch.float64)
-    whole = tt_svd(weight, SMALL, 100).form
+    whole = tt_svd(weight, SMALL, Truncation(100)).form
     assert isinstance(whole, MPO)
     kept = cut_by_weight(whole, 0.05).bonds[1:-1]
     for bond, values in zip(kept, whole.spectra(), strict=True):

@@ -11,6 +11,7 @@ from mpoc.reproduce.image_states import (
     low_rank_errors,
     tt_svd_stack,
 )
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.forms.mpo import entropy
 from mpoc.tensor_networks.structure import Structure
@@ -29,7 +30,7 @@ def test_batched_states_match_single_tt_svds(bond: int) -> None:
     errors = (contract_stack(cores) - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
     structure = Structure("linear", (1, 192), False, (1,) * 4, SITES)
     for k, tensor in enumerate(x):
-        fit = tt_svd(tensor.reshape(1, -1), structure, bond)
+        fit = tt_svd(tensor.reshape(1, -1), structure, Truncation(bond))
         assert [core.shape[1] for core in cores] == list(fit.form.bonds[:-1])
         assert float(errors[k]) == pytest.approx(fit.relative_error, rel=1e-9)
 

@@ -19,7 +19,7 @@ from mpoc.compression.plain_fit import Fitted
 from mpoc.compression.plan import LayerPlan, make_plan
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.write import Compression
-from mpoc.tensor_networks.forms.stored import forms_of
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.structure import Structure
 from tests.support.weights import by_eq_5
 
@@ -38,10 +38,16 @@ def sum_weight(cores: list[Tensor], structure: Structure) -> Tensor:
     return by_eq_5(chain, structure) + product.reshape(shape)
 
 
+def sum_of(structure: Structure) -> Structure:
+    """The structure of a sum whose MPO has this one."""
+    return structure.as_form("svd+mpo")
+
+
 def random_sum(structure: Structure, bond: int = 3, rank: int = RANK, seed: int = 0) -> list[Tensor]:
     """Gaussian float64 cores of both parts."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = structure.core_shapes(structure.bonds(bond), rank)
+    structure = sum_of(structure)
+    shapes = structure.core_shapes(structure.bonds(bond, rank))
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
@@ -55,14 +61,16 @@ def compress_to_sums(source: Path, output: Path, dry_run: bool = False, **option
 
 
 def _added(plan: LayerPlan) -> LayerPlan:
-    return plan if plan.max_bond is None else replace(plan, low_rank=RANK)
+    if plan.is_dense:
+        return plan
+    return replace(plan, structure=sum_of(plan.structure), goal=replace(plan.truncation, rank=RANK))
 
 
 def _fitted(plan: LayerPlan) -> Fitted:
     record = plan.record()
-    assert plan.max_bond is not None
     dtype, cores = getattr(torch, record.stored_dtype), []
-    for form in forms_of(random_sum(plan.structure, plan.max_bond, seed=_seed(plan)), plan.structure):
+    every = random_sum(plan.structure, plan.truncation.max_bond, seed=_seed(plan))
+    for form in form_of(every, plan.structure).terms:
         size = float(form.to_weight().std(correction=0)) * math.sqrt(plan.structure.inputs)
         cores += [(core / size ** (1 / len(form.cores))).to(dtype) for core in form.cores]
     return Fitted(replace(record, relative_error=0.5), cores)

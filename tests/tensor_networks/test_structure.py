@@ -240,5 +240,5 @@ def test_is_deterministic(weight: tuple[str, tuple[int, ...]]) -> None:
 )
 def test_a_mera_has_sites_of_about_four(outputs: int, inputs: int, sites: int) -> None:
     assert mera_sites(outputs, inputs) == sites
-    made = make_structure("linear", (outputs, inputs), network="mera")
+    made = make_structure("linear", (outputs, inputs), form="mera")
     assert len(made.output_factors) == sites or outputs == 10  # whose factors do not reach

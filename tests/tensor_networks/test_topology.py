@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpoc.tensor_networks.topology import TOPOLOGIES, branches, core_layout, halves, mera, num_bonds
+from mpoc.tensor_networks.topology import CHAIN, MERA, TREE, Topology, branches, halves, mera
 
 SIDES = st.integers(1, 13).flatmap(
     lambda sites: st.tuples(*[st.lists(st.integers(1, 4), min_size=sites, max_size=sites)] * 2)
@@ -32,21 +32,24 @@ def test_mera_intermediates_are_small() -> None:
     assert largest < 70_000 < 4 * 3**10  # the latter level by level
 
 
-@given(SIDES, st.sampled_from(TOPOLOGIES))
-def test_every_leg_is_connected(sides: tuple[list[int], list[int]], network: str) -> None:
+@given(SIDES, st.sampled_from([CHAIN, TREE, MERA]))
+def test_every_leg_is_connected(sides: tuple[list[int], list[int]], topology: Topology) -> None:
     outputs, inputs = map(tuple, sides)
-    bonds = (3,) * num_bonds(network, len(outputs))
-    if network == "chain":
+    bonds = (3,) * topology.num_bonds(len(outputs))
+    if topology is CHAIN:
         bonds = (1, *bonds[1:-1], 1)
+    assert topology.fits(bonds, len(outputs)) and not topology.fits((*bonds, 1), len(outputs))
     ends: dict[str, list[int]] = {}
-    for core in core_layout(network, outputs, inputs, bonds):
+    cores = topology.cores(outputs, inputs, bonds)
+    assert len(topology.places(cores)) == len(set(topology.places(cores))) == len(cores)
+    for core in cores:
         assert len(set(core.legs)) == len(core.legs) == len(core.shape)
         for leg, size in zip(core.legs, core.shape, strict=True):
             ends.setdefault(leg, []).append(size)
     open_legs = {leg: sizes[0] for leg, sizes in ends.items() if len(sizes) == 1}
     expected = {f"j{k + 1}": size for k, size in enumerate(outputs)}
     expected |= {f"i{k + 1}": size for k, size in enumerate(inputs)}
-    if network == "chain":
+    if topology is CHAIN:
         expected |= {"b0": 1, f"b{len(outputs)}": 1}
     assert open_legs == expected
     assert all(len(set(sizes)) == 1 and len(sizes) <= 2 for sizes in ends.values())
@@ -56,7 +59,7 @@ def test_every_leg_is_connected(sides: tuple[list[int], list[int]], network: str
 def test_mera_cores_find_their_inputs(sides: tuple[list[int], list[int]]) -> None:
     outputs, inputs = sides
     there = {f"i{k + 1}" for k in range(len(inputs))}
-    for core in mera(outputs, inputs, 2):
+    for core in mera(tuple(outputs), tuple(inputs), 2):
         upper, lower = (
             (core.legs[:2], core.legs[2:]) if len(core.legs) == 4 else (core.legs[:1], core.legs[1:])
         )
@@ -68,6 +71,6 @@ def test_mera_cores_find_their_inputs(sides: tuple[list[int], list[int]]) -> Non
 @given(st.integers(2, 40))
 def test_tree_branches_list_children_first(sites: int) -> None:
     found = branches(sites)
-    assert len(found) == num_bonds("tree", sites) == 2 * sites - 3
+    assert len(found) == TREE.num_bonds(sites) == 2 * sites - 3
     for k, span in enumerate(found):
         assert len(span) == 1 or set(halves(span)) <= set(found[:k])

@@ -44,7 +44,10 @@ from mpoc.io.safetensors_header import ITEMSIZE
 from mpoc.io.validation import parse_strictly
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.factors import wide_factors
+from mpoc.tensor_networks.fit.truncation import Truncation
+from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.structure import Structure, lead_outputs_inputs, make_structure
+from mpoc.tensor_networks.topology import CHAIN
 
 _MUCH = 3  # times as far as told
 
@@ -89,7 +92,7 @@ class UnitCost:
 
     def of(self, plan: LayerPlan) -> int:
         """Of the layer as planned."""
-        each = self.dense if plan.max_bond is None else self.stored
+        each = self.dense if plan.is_dense else self.stored
         return each * plan.record().num_stored
 
 
@@ -153,7 +156,7 @@ def _form(offer: Candidate) -> str | None:
     """None: dense."""
     if offer.storage is None:
         return None
-    return "svd+mpo" if offer.storage.low_rank else offer.storage.structure.form
+    return offer.storage.structure.form
 
 
 def _curve(every: Sequence[Candidate], scale: float, cost: UnitCost) -> list[tuple[int, float]]:
@@ -166,7 +169,7 @@ def _curve(every: Sequence[Candidate], scale: float, cost: UnitCost) -> list[tup
 
 def _of_size(plan: LayerPlan, every: Sequence[Candidate]) -> LayerPlan:
     """What errs least of these offers, of those no larger than planned; the plan itself where none is."""
-    if plan.max_bond is None:
+    if plan.is_dense:
         return plan
     size = plan.record().num_stored
     within = [offer for offer in every if offer.storage is not None and offer.parameters <= size]
@@ -209,11 +212,13 @@ def _write(path: Path, key: str, shares: Allocation) -> None:
 
 
 def _to_json(shares: Allocation) -> dict[str, Any]:
-    layers = [
-        {"max_bond": plan.max_bond, "reason": plan.reason, "record": record_to_json(plan.record())}
-        for plan in shares.plans
-    ]
+    layers = [{"bond": _cap(plan), "record": record_to_json(plan.record())} for plan in shares.plans]
     return {"chosen": shares.chosen, "distances": shares.distances, "layers": layers}
+
+
+def _cap(plan: LayerPlan) -> int | None:
+    """None where the layer stays dense."""
+    return None if plan.is_dense else plan.truncation.max_bond
 
 
 def _read(path: Path, key: str, plans: list[LayerPlan]) -> Allocation | None:
@@ -228,11 +233,11 @@ def _read(path: Path, key: str, plans: list[LayerPlan]) -> Allocation | None:
         return None
 
 
-def _as_kept(plan: LayerPlan, max_bond: int | None, reason: str, record: str) -> LayerPlan:
-    if max_bond is None:
-        return replace(plan, max_bond=None, low_rank=0, reason=reason)
+def _as_kept(plan: LayerPlan, bond: int | None, record: str) -> LayerPlan:
     kept = record_from_json(record)
-    return replace(plan, structure=kept.structure, max_bond=max_bond, low_rank=kept.low_rank, reason=reason)
+    if bond is None:
+        return plan.left_dense(kept.reason)
+    return replace(plan, structure=kept.structure, goal=Truncation(bond, rank=kept.low_rank))
 
 
 class BudgetAllocator:
@@ -342,10 +347,11 @@ class BudgetAllocator:
     def storages(self, plan: LayerPlan) -> list[Storage]:
         """The plan's, and where the form is open two factors of the same size."""
         planned = storage_of(plan)
-        if "svd" not in self._forms(plan) or planned.structure.form == "svd":
+        if planned.structure.one_matrix:
             return [planned]
-        one = plan.structure
-        two = one.as_low_rank()
+        two = plan.structure.as_low_rank()
+        if two.form not in self._forms(plan):
+            return [planned]
         rank = planned.num_parameters // two.num_parameters(1)
         return [planned, Storage(two, rank)] if rank else [planned]
 
@@ -353,7 +359,9 @@ class BudgetAllocator:
         form = self._recipe.rule_for(plan.map.name).form or self._recipe.form
         if form == "auto" and not self._has_own_factors(plan) and self._has_no_goal_of_its_own(plan):
             return ("svd", "mpo") if plan.map.kind == "embedding" else ("svd", "mpo", "svd+mpo")
-        return ("svd+mpo",) if form == "svd+mpo" else (plan.structure.form,)
+        return (
+            (form,) if form is not None and form != "auto" and FORMS[form].parts else (plan.structure.form,)
+        )
 
     def _has_own_factors(self, plan: LayerPlan) -> bool:
         """Whether factors, or a number of sites, were asked for."""
@@ -371,11 +379,11 @@ class BudgetAllocator:
         one = plan.structure
         if len(forms) == 1 or not one.kind.startswith("conv"):
             return []
-        return [make_structure(one.kind, one.shape, one.transposed, network="mera")]
+        return [make_structure(one.kind, one.shape, one.transposed, form="mera")]
 
     def _mpo_structure(self, plan: LayerPlan) -> Structure:
         one = plan.structure
-        if self._has_own_factors(plan) or one.network != "chain":
+        if self._has_own_factors(plan) or one.topology is not CHAIN:
             return one
         if one.kind != "linear":  # of tables and kernels, measured, the more sites the better
             return make_structure(one.kind, one.shape, one.transposed)

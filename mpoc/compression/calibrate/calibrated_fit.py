@@ -19,11 +19,10 @@ from mpoc.compression.budget import largest_bond
 from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.fit.truncation import Target, Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
-from mpoc.tensor_networks.forms.form import Form
-from mpoc.tensor_networks.forms.mpo import MPO
-from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
 STRETCHES, LAST = 6, 1  # of a descent; then on all inputs
@@ -56,7 +55,7 @@ def baselines(
     chain = make_structure(kind, shape, transposed)
     bond = largest_bond(chain, parameters / chain.num_original)
     if bond is not None and chain.num_parameters(bond) <= parameters:
-        found["plain mpo"] = matrix_of([tt_svd(weight, chain, bond, seed=seed).form])
+        found["plain mpo"] = matrix_of(tt_svd(weight, chain, Truncation(bond), Target(seed=seed)).form)
     return {name: evidence.felt.relative(matrix, other) for name, other in found.items()}
 
 
@@ -66,12 +65,17 @@ class Storage:
 
     structure: Structure
     bond: int  # cap on every bond
-    low_rank: int = 0  # of the matrix that is added to an MPO; 0: none
+    rank: int = 0  # of the low-rank part of a sum
+
+    @property
+    def truncation(self) -> Truncation:
+        """As a fit takes it."""
+        return Truncation(self.bond, rank=self.rank)
 
     @property
     def num_parameters(self) -> int:
         """Of the cores, at these bonds."""
-        return self.structure.num_parameters(self.bond, self.low_rank)
+        return self.structure.num_parameters(self.bond, self.rank)
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,10 @@ class Judgement:
 class CalibratedFit:
     """A layer's cores in the stored dtype, on the CPU, with what they do."""
 
-    terms: tuple[Form, ...]  # the form, and what is added to it
+    form: Form
     gamma: float
     judged: Judgement
     same_size: dict[str, float]  # felt errors, of "this" and of other methods
-
-    @property
-    def cores(self) -> list[Tensor]:
-        """Of all terms."""
-        return [core for term in self.terms for core in term.cores]
 
 
 def fit_calibrated(
@@ -130,55 +129,53 @@ def fit_calibrated(
     trials = [
         (storage, gamma)
         for storage in storages
-        for gamma in (evidence.gammas if storage.structure.form == "svd" else (evidence.mpo_gamma,))
+        for gamma in (evidence.gammas if storage.structure.one_matrix else (evidence.mpo_gamma,))
     ]
 
-    def attempt(trial: tuple[Storage, float]) -> tuple[float, tuple[Form, ...]]:
+    def attempt(trial: tuple[Storage, float]) -> tuple[float, Form]:
         storage, gamma = trial
-        terms = _rounded(_fit(evidence.metric(matrix, gamma), storage, STRETCHES, seed), dtype)
-        return evidence.felt.squared(matrix, matrix_of(terms)), on_device(terms, "cpu")
+        form = _rounded(_fit(evidence.metric(matrix, gamma), storage, STRETCHES, seed), dtype)
+        return evidence.felt.squared(matrix, matrix_of(form)), on_device(form, "cpu")
 
     tried = group.map(trials, attempt, [_costs(storage) for storage, _ in trials])
     best = min(range(len(trials)), key=lambda k: tried[k][0])
-    terms = on_device(tried[best][1], weight.device)
-    size = sum(core.numel() for term in terms for core in term.cores)
+    form = on_device(tried[best][1], weight.device)
     (last, judged), others = group.parallel(
-        lambda: _finished(weight, terms, None if apart else trials[best], evidence, dtype, seed),
-        lambda: baselines(weight, first, size, evidence, seed),
+        lambda: _finished(weight, form, None if apart else trials[best], evidence, dtype, seed),
+        lambda: baselines(weight, first, form.num_parameters, evidence, seed),
     )
     return CalibratedFit(last, trials[best][1], judged, {"this": judged.felt_error} | others)
 
 
 def _finished(
     weight: Tensor,
-    terms: tuple[Form, ...],
+    form: Form,
     trial: tuple[Storage, float] | None,
     evidence: Objective,
     dtype: torch.dtype,
     seed: int,
-) -> tuple[tuple[Form, ...], Judgement]:
+) -> tuple[Form, Judgement]:
     """The chosen trial, fitted on all inputs unless it is None; on the CPU."""
-    judged = judge(weight, terms, evidence)
+    judged = judge(weight, form, evidence)
     if trial is not None:
         storage, gamma = trial
         everything = evidence.together()
         matrix = one_matrix(weight, storage.structure.kind, storage.structure.transposed)
-        terms = _rounded(_fit(everything.metric(matrix, gamma), storage, LAST, seed, terms), dtype)
-        found = judge(weight, terms, everything)
+        form = _rounded(_fit(everything.metric(matrix, gamma), storage, LAST, seed, form), dtype)
+        found = judge(weight, form, everything)
         judged = replace(found, held_out_error=judged.held_out_error, felt_error=judged.felt_error)
-    return on_device(terms, "cpu"), judged.on_cpu()
+    return on_device(form, "cpu"), judged.on_cpu()
 
 
 def _costs(storage: Storage) -> float:
     """Of a fit, beside a closed form."""
-    return 1.0 if storage.structure.form == "svd" else 4.0
+    return 1.0 if storage.structure.one_matrix else 4.0
 
 
-def judge(weight: Tensor, terms: Sequence[Form], evidence: Objective) -> Judgement:
+def judge(weight: Tensor, form: Form, evidence: Objective) -> Judgement:
     """What cores do, however they were found."""
-    first = terms[0].structure
-    matrix = one_matrix(weight, first.kind, first.transposed)
-    found = matrix_of(terms)
+    matrix = one_matrix(weight, form.structure.kind, form.structure.transposed)
+    found = matrix_of(form)
     norm = float(torch.linalg.vector_norm(matrix))
     return Judgement(
         evidence.shift(matrix, found),
@@ -189,24 +186,21 @@ def judge(weight: Tensor, terms: Sequence[Form], evidence: Objective) -> Judgeme
     )
 
 
-def _fit(
-    metric: Metric, storage: Storage, stretches: int, seed: int, start: tuple[Form, ...] | None = None
-) -> tuple[Form, ...]:
-    """A closed form needs no start and no stretches."""
+def _fit(metric: Metric, storage: Storage, stretches: int, seed: int, start: Form | None = None) -> Form:
+    """The closed form of a single matrix needs no start and no stretches."""
     structure = storage.structure
-    if structure.form == "svd":
+    if structure.one_matrix:
         left, right = weighted_svd(metric).factors(storage.bond)
-        return (MPO([left[None, :, None, :], right[:, None, :, None]], structure),)
-    problem, rank = Problem(metric, structure), storage.low_rank
-    return problem.fit(storage.bond, rank=rank, start=start, max_stretches=stretches, seed=seed).terms
+        return form_of([left[None, :, None, :], right[:, None, :, None]], structure)
+    target = Target(torch.float64, seed)
+    problem = Problem(metric, structure)
+    return problem.fit(storage.truncation, start=start, max_stretches=stretches, target=target).form
 
 
-def _rounded(terms: tuple[Form, ...], dtype: torch.dtype) -> tuple[Form, ...]:
-    return tuple(
-        form_of([core.to(dtype).contiguous() for core in term.cores], term.structure) for term in terms
-    )
+def _rounded(form: Form, dtype: torch.dtype) -> Form:
+    return form.with_cores([core.to(dtype).contiguous() for core in form.cores])
 
 
-def on_device(terms: tuple[Form, ...], device: torch.device | str) -> tuple[Form, ...]:
-    """With their cores there."""
-    return tuple(form_of([core.to(device) for core in term.cores], term.structure) for term in terms)
+def on_device(form: Form, device: torch.device | str) -> Form:
+    """With its cores there."""
+    return form.with_cores([core.to(device) for core in form.cores])

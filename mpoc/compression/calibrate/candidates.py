@@ -34,6 +34,7 @@ from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.fit.metric import weighted_svd
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.forms.layout import from_matrix
+from mpoc.tensor_networks.forms.sum import Sum
 from mpoc.tensor_networks.structure import Structure
 from mpoc.train.distillation import kl_of_rows
 
@@ -127,9 +128,8 @@ class Candidate:
         """The plan of the layer, with this for its storage."""
         storage = self.storage
         if storage is None:
-            return replace(plan, max_bond=None, low_rank=0, reason="worth its parameters as it is")
-        found = replace(plan, structure=storage.structure, max_bond=storage.bond, low_rank=storage.low_rank)
-        return replace(found, reason="")
+            return plan.left_dense("worth its parameters as it is")
+        return replace(plan, structure=storage.structure, goal=storage.truncation)
 
 
 class Candidates:
@@ -139,7 +139,7 @@ class Candidates:
         matrix: W as one matrix (N_y, N_x), float64.
         structure: of the layer's MPO, or of its tree.
         evidence: of the dense network's inputs.
-        forms: of ``svd``, that of ``structure`` and ``svd+mpo``, which may be chosen.
+        forms: names of those among ``svd``, that of ``structure`` and ``svd+mpo`` that may be chosen.
         others: further structures that may be chosen.
     """
 
@@ -159,31 +159,31 @@ class Candidates:
         self._problem: Problem | None = None
         self._found: dict[Storage, Tensor] = {}  # float32 matrices fitted so far
         self.every = [Candidate(None, structure.num_original, 0.0)]
-        if "svd" in forms or structure.form == "svd":
+        if self._low_rank.form in forms or structure.one_matrix:
             self.every += self._of_svd()
-        if structure.form != "svd":
-            for form in (structure.form, "svd+mpo"):
-                self.every += self._of_network(structure, form == "svd+mpo") if form in forms else []
+        if not structure.one_matrix:
+            for form in (structure.form, Sum.name):
+                self.every += self._of_network(structure.as_form(form)) if form in forms else []
         for other in others:
-            self.every += self._of_network(other, False)
+            self.every += self._of_network(other)
         self._let_go()
 
     def error(self, storage: Storage) -> float:
         """f on held-out inputs."""
-        if storage.structure.form == "svd":
+        if storage.structure.one_matrix:
             return self._errors[min(storage.bond, len(self._errors)) - 1]
         return self._evidence.felt.squared(self._matrix.double(), self.matrix(storage).double())
 
     def matrix(self, storage: Storage) -> Tensor:
         """Ŵ (N_y, N_x) of this choice in float32, fitted to the dense network's inputs."""
-        if storage.structure.form == "svd":
+        if storage.structure.one_matrix:
             return self._left[:, : storage.bond] @ self._right[: storage.bond]
         if storage not in self._found:
             if self._problem is None or self._problem.structure != storage.structure:
                 metric = self._evidence.metric(self._matrix.double(), self._evidence.mpo_gamma)
                 self._problem = Problem(metric, storage.structure)
-            fit = self._problem.fit(storage.bond, rank=storage.low_rank, max_stretches=_STRETCHES)
-            self._found[storage] = matrix_of(fit.terms).float()
+            fit = self._problem.fit(storage.truncation, max_stretches=_STRETCHES)
+            self._found[storage] = matrix_of(fit.form).float()
         return self._found[storage]
 
     def replaced(self, plan: LayerPlan) -> Replacement:
@@ -204,24 +204,22 @@ class Candidates:
             if storage.num_parameters < self._low_rank.num_original:
                 yield Candidate(storage, storage.num_parameters, error)
 
-    def _of_network(self, structure: Structure, is_sum: bool) -> Iterator[Candidate]:
+    def _of_network(self, structure: Structure) -> Iterator[Candidate]:
         """At sizes in a geometric row, with errors told from those that are measured."""
         original = structure.num_original
         measured = [int(share * original) for share in self._evidence.measured]
-        known = dict(self._shares_of_svd(structure, measured, is_sum))
+        known = dict(self._shares_of_svd(structure, measured))
         sizes = [int(original ** (k / _SIZES)) for k in range(1, _SIZES)]
-        offered = (largest_within(structure, found, is_sum) for found in (*sizes, *measured, original - 1))
+        offered = (largest_within(structure, found) for found in (*sizes, *measured, original - 1))
         for storage in dict.fromkeys(offered):
             if storage is not None and known:
                 size = storage.num_parameters
                 yield Candidate(storage, size, _share_at(known, size) * self._svd_error(size))
 
-    def _shares_of_svd(
-        self, structure: Structure, sizes: Sequence[int], is_sum: bool
-    ) -> Iterator[tuple[int, float]]:
+    def _shares_of_svd(self, structure: Structure, sizes: Sequence[int]) -> Iterator[tuple[int, float]]:
         """At each size that is met: parameters, and the error over that of ``svd`` of as many."""
         for size in sizes:
-            storage = largest_within(structure, size, is_sum)
+            storage = largest_within(structure, size)
             known = 0.0 if storage is None else self._svd_error(storage.num_parameters)
             if storage is not None and known > 0.0:
                 yield storage.num_parameters, self.error(storage) / known
@@ -244,24 +242,22 @@ def _share_at(known: Mapping[int, float], size: int) -> float:
     return max(line, min(known.values()))
 
 
-def largest_within(structure: Structure, parameters: int, is_sum: bool) -> Storage | None:
-    """The largest network, or sum of a matrix of low rank and one, of at most so many parameters."""
-    share = _MPO_SHARE if is_sum else 1
-    bond = largest_bond(structure, share * parameters / structure.num_original)
-    if bond is None or structure.num_parameters(bond) > share * parameters:
+def largest_within(structure: Structure, parameters: int) -> Storage | None:
+    """The largest network of at most so many parameters; of a sum, a share of them goes to its MPO."""
+    share = _MPO_SHARE if structure.parts else 1
+    network = structure.parts[0] if structure.parts else structure
+    bond = largest_bond(network, share * parameters / structure.num_original)
+    if bond is None or network.num_parameters(bond) > share * parameters:
         return None
-    storage = Storage(structure, bond)
-    if not is_sum:
-        return storage
-    one_rank = Storage(structure, bond, 1).num_parameters - storage.num_parameters
-    rank = (parameters - storage.num_parameters) // one_rank
-    return replace(storage, low_rank=rank) if rank else None
+    if not structure.parts:
+        return Storage(structure, bond)
+    rank = (parameters - network.num_parameters(bond)) // structure.parts[1].num_parameters(1)
+    return Storage(structure, bond, rank) if rank else None
 
 
 def storage_of(plan: LayerPlan) -> Storage:
     """How a plan that is not dense stores its layer."""
-    assert plan.max_bond is not None
-    return Storage(plan.structure, plan.max_bond, plan.low_rank)
+    return Storage(plan.structure, plan.truncation.max_bond, plan.truncation.rank)
 
 
 class CandidateTable:
@@ -304,7 +300,7 @@ class CandidateTable:
 
     def distance(self, plans: Iterable[LayerPlan], distance: OutputDistance) -> float:
         """Of the network's outputs, where the layers that take part are as these plans have them."""
-        planned = {plan.map.name: plan for plan in plans if plan.max_bond is not None}
+        planned = {plan.map.name: plan for plan in plans if not plan.is_dense}
 
         def replace(name: str) -> Replacement | None:
             return self._own[name].replaced(planned[name]) if name in planned else None
@@ -318,7 +314,7 @@ class CandidateTable:
         most = max(smaller, key=lambda offer: offer.error, default=None)
         if most is None:
             return 1.0
-        if plan.max_bond is None or offers.error(storage_of(plan)) < _TELLING * most.error:
+        if plan.is_dense or offers.error(storage_of(plan)) < _TELLING * most.error:
             plan = most.taken_by(plan)
         error = offers.error(storage_of(plan))
         if error == 0:

@@ -31,11 +31,10 @@ from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.size_prediction import LONGEST_FIGURE
 from mpoc.io.checkpoint import Checkpoint
-from mpoc.io.manifest import LayerRecord
+from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.open_checkpoint import read_finite
 from mpoc.runtime.formatting import rounded
-from mpoc.tensor_networks.forms.form import Form
-from mpoc.tensor_networks.forms.stored import forms_of, weight_of
+from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import lead_outputs_inputs
 
 # Time of a fit by the weight alone, in the unit of a calibrated one's.
@@ -83,7 +82,7 @@ class Schedule:
 
 def _cost(plan: LayerPlan) -> float:
     """Of a calibrated fit: applications of the metric, and eigendecompositions of moments of the inputs."""
-    if plan.max_bond is None:
+    if plan.is_dense:
         return 0.0
     one = plan.structure
     _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
@@ -259,22 +258,22 @@ class SequentialFit:
     def _judged(self, fitted: Fitted, evidence: Objective) -> Fitted:
         record = fitted.record
         weight = read_finite(self._checkpoint, record.name).to(self._device)
-        terms = forms_of([core.to(self._device) for core in fitted.cores], record.structure)
-        judged = judge(weight, terms, evidence)
+        form = form_of([core.to(self._device) for core in fitted.cores], record.structure)
+        judged = judge(weight, form, evidence)
         same_size = {**(record.same_size or {}), "this": judged.felt_error}
-        return replace(fitted, record=_with_figures(record, terms, judged, same_size))
+        return replace(fitted, record=_with_figures(record, form, judged, same_size))
 
     def _fit_group(
         self, group: Sequence[str], todo: dict[str, LayerPlan], place: BlockPosition | None
     ) -> list[Fitted]:
-        if all(todo[name].max_bond is None for name in group):
+        if all(todo[name].is_dense for name in group):
             return [Fitted(todo[name].record()) for name in group]
         evidence = self._study.evidence(self._compressed, group)
         return [self._fit_one(todo[name], evidence[name], place is not None) for name in group]
 
     def _fit_one(self, plan: LayerPlan, evidence: Objective, apart: bool) -> Fitted:
         """Whatever may fail is in step with the other processes."""
-        if plan.max_bond is None:
+        if plan.is_dense:
             return Fitted(plan.record())
         name = plan.map.name
         with self._processes.all_or_raise():
@@ -284,22 +283,25 @@ class SequentialFit:
         storages = self._sharing.storages(plan)
         fit = fit_calibrated(weight, storages, evidence, dtype, seed, apart, self._processes)
         with self._processes.all_or_raise():
-            check_finite_cores(fit.terms, weight, self._checkpoint, plan)
+            check_finite_cores(fit.form, weight, self._checkpoint, plan)
             fitted = self._stored(plan, fit)
             self._put(fitted)
         return fitted
 
     def _stored(self, plan: LayerPlan, fit: CalibratedFit) -> Fitted:
         """The layer with its record; dense where it would not shrink."""
+        form = fit.form
         if not self._recipe.allow_growth:
-            plan = leave_dense_unless_smaller(plan, sum(core.numel() for core in fit.cores))
-        if plan.max_bond is None:
+            plan = leave_dense_unless_smaller(plan, form.num_parameters)
+        if plan.is_dense:
             return Fitted(plan.record())
-        form, *others = fit.terms
-        plan = replace(plan, structure=form.structure, low_rank=others[0].bonds[1] if others else 0)
-        record = replace(plan.record(), num_stored=sum(core.numel() for core in fit.cores), bonds=form.bonds)
-        record = _with_figures(record, fit.terms, fit.judged, fit.same_size)
-        return Fitted(record, fit.cores, self._shifted(plan.map.name, fit.judged.shift))
+        record = replace(
+            replace(plan, structure=form.structure).record(),
+            num_stored=form.num_parameters,
+            **bond_fields(form.structure, form.bonds),
+        )
+        record = _with_figures(record, form, fit.judged, fit.same_size)
+        return Fitted(record, form.cores, self._shifted(plan.map.name, fit.judged.shift))
 
     def _shifted(self, name: str, shift: Tensor | None) -> dict[str, Tensor]:
         """The bias plus the shift, or the running mean behind the layer less the shift, in its own dtype."""
@@ -316,7 +318,7 @@ class SequentialFit:
         new = dict(fitted.changed)
         if fitted.cores:
             cores = [core.float() for core in fitted.cores]
-            new[fitted.record.name] = weight_of(cores, fitted.record.structure)
+            new[fitted.record.name] = form_of(cores, fitted.record.structure).to_weight()
         for name, tensor in new.items():
             if name in self._study.places:
                 state[self._study.places[name]].copy_(tensor)
@@ -336,7 +338,7 @@ def _is_same(one: Fitted, other: Fitted) -> bool:
 
 
 def _with_figures(
-    record: LayerRecord, terms: Sequence[Form], judged: Judgement, same_size: dict[str, float]
+    record: LayerRecord, form: Form, judged: Judgement, same_size: dict[str, float]
 ) -> LayerRecord:
     return replace(
         record,
@@ -344,5 +346,5 @@ def _with_figures(
         output_error=rounded(judged.output_error),
         held_out_error=rounded(judged.held_out_error),
         same_size={name: rounded(error) for name, error in same_size.items()},
-        entropies=() if len(terms) > 1 else tuple(map(rounded, terms[0].entropies())),
+        entropies=tuple(map(rounded, form.entropies())),
     )

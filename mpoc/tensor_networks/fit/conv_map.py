@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 
+from mpoc.tensor_networks.fit.truncation import DEFAULT_TARGET, Target, Truncation
 from mpoc.tensor_networks.fit.tt_svd import Fit, tt_svd
 from mpoc.tensor_networks.forms.layout import (
     from_full_taps,
@@ -38,31 +39,22 @@ _EXACT = 1e-13
 AxisFactors = tuple[tuple[tuple[int, int], ...], ...]
 
 
-def fit_conv_map(
-    kernel: Tensor,
+def fit_mpo(
+    weight: Tensor,
     structure: Structure,
-    max_bond: int,
-    tolerance: float = 0.0,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    discard: float = 0.0,
+    truncation: Truncation,
+    target: Target = DEFAULT_TARGET,
 ) -> Fit:
-    """Factorise the map of ``kernel`` with every bond at most ``max_bond``.
+    """Factorise a weight, or the whole map of a kernel, as an MPO.
 
-    Args:
-        kernel: (C_out, C_in / groups, k, …), any floating dtype.
-        structure: of kind ``convmap``.
-        max_bond, tolerance, dtype, seed, discard: as in :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`.
-
-    Returns:
-        As :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`; the relative error is that of the map against the
-        exact map.
+    Arguments and result are those of :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`; the relative error of a
+    whole map is that against the exact map.
     """
     if not structure.is_large_map:
-        return tt_svd(kernel, structure, max_bond, tolerance, dtype, seed, discard)
-    exact = exact_map(kernel, structure)
-    rounded, _ = exact.rounded(max_bond, tolerance, discard)
-    stored = MPO([core.to(dtype or kernel.dtype) for core in rounded.cores], structure)
+        return tt_svd(weight, structure, truncation, target)
+    exact = exact_map(weight, structure)
+    rounded, _ = exact.rounded(truncation.max_bond, truncation.tolerance, truncation.discard)
+    stored = MPO([core.to(target.dtype or weight.dtype) for core in rounded.cores], structure)
     norm = exact.norm()
     error = subtract(exact, stored).norm() / norm if norm else 0.0
     spectra = exact.spectra()
@@ -112,7 +104,7 @@ def _train(matrix: Tensor, factors: list[tuple[int, int]]) -> list[Tensor]:
     """A float64 matrix as cores with these (J, I), exactly."""
     sides = tuple(j for j, _ in factors), tuple(i for _, i in factors)
     structure = make_structure("linear", tuple(matrix.shape), factors=sides)
-    return tt_svd(matrix, structure, structure.full_bond, _EXACT).form.cores
+    return tt_svd(matrix, structure, Truncation(structure.full_bond, _EXACT)).form.cores
 
 
 def project(form: MPO) -> tuple[Tensor, float]:

@@ -19,17 +19,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.conv_map import fit_conv_map
-from mpoc.tensor_networks.fit.mera import fit_mera
-from mpoc.tensor_networks.fit.tt_svd import Fit, tree_svd, tt_svd
+from mpoc.tensor_networks.fit.truncation import DEFAULT_TARGET, Target, Truncation
+from mpoc.tensor_networks.fit.tt_svd import Fit, tt_svd
 from mpoc.tensor_networks.forms.layout import to_matrix, working_dtype
 from mpoc.tensor_networks.structure import Structure
-
-_FITS = {
-    "chain": tt_svd,
-    "tree": tree_svd,
-    "mera": fit_mera,
-}
 
 _TURNS = 10
 _ROUNDS = 10
@@ -42,15 +35,12 @@ _LEAST_EXCHANGE = 1e-6
 def decompose(
     weight: Tensor,
     structure: Structure,
-    max_bond: int,
-    tolerance: float = 0.0,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    discard: float = 0.0,
+    truncation: Truncation,
+    target: Target = DEFAULT_TARGET,
 ) -> Fit:
-    """As :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`, of the form that ``structure`` is."""
-    fit = _FITS[structure.network] if structure.geometry is None else fit_conv_map
-    return fit(weight, structure, max_bond, tolerance, dtype, seed, discard)
+    """Fit the form that ``structure`` names; as :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`."""
+    fit: Fit = structure.info.fit_function(weight, structure, truncation, target)
+    return fit
 
 
 def learn_order(weight: Tensor, structure: Structure, max_bond: int) -> tuple[int, ...]:
@@ -58,10 +48,10 @@ def learn_order(weight: Tensor, structure: Structure, max_bond: int) -> tuple[in
 
     Args:
         weight: of shape ``structure.shape``, a linear map.
-        structure: of any network; the order is learnt for a chain of its sites.
+        structure: of any form; the order is learnt for a chain of its sites.
         max_bond: the cap at which it is to be good.
     """
-    chain = replace(structure, network="chain", order="")
+    chain = replace(structure, form="mpo", order="")
     columns = to_matrix(weight, chain)[0].to(working_dtype(weight.dtype))
     order = torch.arange(structure.inputs, device=weight.device)
     best, least = order, _fit(columns, chain, max_bond, order)[1]
@@ -88,7 +78,7 @@ def _fit(columns: Tensor, structure: Structure, bond: int, order: Tensor) -> tup
     plain = Structure(
         "linear", tuple(columns.shape), False, structure.output_factors, structure.input_factors
     )
-    fit = tt_svd(columns[:, order], plain, bond)
+    fit = tt_svd(columns[:, order], plain, Truncation(bond))
     return fit.form.to_matrix()[0], fit.relative_error
 
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from mpoc.tensor_networks.fit.metric import Metric
 from mpoc.tensor_networks.forms.contraction import Legs, along
 from mpoc.tensor_networks.forms.form import Form
-from mpoc.tensor_networks.forms.stored import form_of
 
 # A bond's directions of less than this share of its mean weight are not scaled up further.
 _FLOOR = 1e-4
@@ -95,23 +94,22 @@ class LBFGS:
 
     Args:
         metric: in whitened coordinates; its dtype is that of the arithmetic.
-        start: the terms of a sum, each with factors that multiply out to the metric's sides.
+        start: a form whose factors multiply out to the metric's sides.
     """
 
-    def __init__(self, metric: Metric, start: Sequence[Form]) -> None:
+    def __init__(self, metric: Metric, start: Form) -> None:
         self.metric = metric
-        self.structures = [term.structure for term in start]
-        self.shapes = [[core.shape for core in term.cores] for term in start]
-        self.legs = [term.legs for term in start]
+        self._start = start
+        self._shapes = [core.shape for core in start.cores]
         # (step, change of gradient, their product), the latest last
         self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=_MEMORY)
-        numbers = [core.reshape(-1) for term in start for core in term.cores]
+        numbers = [core.reshape(-1) for core in start.cores]
         self.point = self._at(torch.cat(numbers).to(metric.target.dtype))
 
     @property
-    def terms(self) -> list[Form]:
-        """Where the minimisation stands."""
-        return self._formed(self._split(self.point.vector))
+    def form(self) -> Form:
+        """The form with the cores of the present point."""
+        return self._start.with_cores(self._split(self.point.vector))
 
     def run(self, steps: int) -> bool:
         """Take up to ``steps`` steps; whether all of them lowered f."""
@@ -148,21 +146,17 @@ class LBFGS:
     def _at(self, vector: Tensor) -> Point:
         with torch.enable_grad():
             vector = vector.detach().requires_grad_()
-            matrix = total(self._formed(self._split(vector)))
+            matrix = self._start.with_cores(self._split(vector)).to_matrix()[0]
             error = self.metric.target - matrix.detach()
             weighted = self.metric.weighed(error)
             gradient = torch.autograd.grad(matrix, vector, -2 * weighted)[0]
         value = float((error * weighted).sum(dtype=torch.float64))
         return Point(vector.detach(), value, gradient)
 
-    def _split(self, vector: Tensor) -> list[list[Tensor]]:
-        """The cores of each term."""
-        shapes = [shape for term in self.shapes for shape in term]
-        parts = iter(vector.split([shape.numel() for shape in shapes]))
-        return [[next(parts).view(shape) for shape in term] for term in self.shapes]
-
-    def _formed(self, cores: list[list[Tensor]]) -> list[Form]:
-        return [form_of(*term) for term in zip(cores, self.structures, strict=True)]
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        """The cores."""
+        parts = vector.split([shape.numel() for shape in self._shapes])
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _inverse_hessian(self, gradient: Tensor) -> Tensor:
         """The two-loop recursion around the preconditioner."""
@@ -180,19 +174,12 @@ class LBFGS:
 
     def _precondition(self, vector: Tensor) -> Tensor:
         """Half the vector, each core divided by the Gram matrices of all beyond its bonds."""
+        given = iter(self._split(vector))
         parts = []
-        now = self._split(self.point.vector)
-        for given, cores, legs in zip(self._split(vector), now, self.legs, strict=True):
-            for part, inverses in zip(given, inverse_grams(cores, legs), strict=True):
+        for term in self.form.terms:
+            for inverses in inverse_grams(term.cores, term.legs):
+                part = next(given)
                 for axis, inverse in inverses.items():
                     part = along(part, axis, inverse)
                 parts.append(part.reshape(-1) / 2)
         return torch.cat(parts)
-
-
-def total(terms: Sequence[Form]) -> Tensor:
-    """The sum of the terms as one matrix (N_y, N_x), padding left out; none has a lead above 1."""
-    matrix = terms[0].to_matrix()[0]
-    for term in terms[1:]:
-        matrix = matrix + term.to_matrix()[0]
-    return matrix

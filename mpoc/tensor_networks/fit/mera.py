@@ -22,7 +22,15 @@ from torch import Tensor
 
 from mpoc.tensor_networks.fit.lbfgs import LBFGS
 from mpoc.tensor_networks.fit.metric import Metric
-from mpoc.tensor_networks.fit.truncation import exponent_of, scaled, squared_norm, truncate
+from mpoc.tensor_networks.fit.truncation import (
+    DEFAULT_TARGET,
+    Target,
+    Truncation,
+    exponent_of,
+    scaled,
+    squared_norm,
+    truncate,
+)
 from mpoc.tensor_networks.fit.tt_svd import Fit, stored_fit
 from mpoc.tensor_networks.forms.contraction import leg_sizes, work
 from mpoc.tensor_networks.forms.layout import deinterleave_matrix, interleave, unpadded
@@ -47,7 +55,7 @@ def orthogonal_cores(structure: Structure, bond: int, generator: torch.Generator
     the variance of what goes through it stays what it is.
 
     Args:
-        structure: its network is ``mera``.
+        structure: of the form ``mera``.
         bond: D.
         generator: on the CPU.
     """
@@ -72,38 +80,34 @@ def haar(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 def fit_mera(
     weight: Tensor,
     structure: Structure,
-    max_bond: int,
-    tolerance: float = 0.0,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    discard: float = 0.0,
+    truncation: Truncation,
+    target: Target = DEFAULT_TARGET,
 ) -> Fit:
-    """Fit a MERA whose bonds all have the dimension ``max_bond``.
+    """Fit a MERA whose bonds all have the dimension ``truncation.max_bond``.
 
     Args:
         weight: of shape ``structure.shape``; any floating dtype.
-        structure: its network is ``mera``.
-        max_bond: D.
-        tolerance, discard: 0; an error cannot be asked for, since it is known after the fit only.
-        dtype: of the stored cores; None for the weight's own.
-        seed: of the random start.
+        structure: of the form ``mera``.
+        truncation: without tolerance or discard: the error is known only after the fit.
+        target: dtype of the cores, and seed of the random start.
 
     Returns:
-        Cores of equal norms in ``dtype``; the error is measured on exactly these cores.
+        Cores of equal norms; the error is measured on exactly these cores.
 
     Raises:
         ValueError: a tolerance, or a share to discard.
     """
-    if tolerance or discard:
+    if truncation.is_open:
         raise ValueError("a MERA has no bonds that a tolerance could lower")
     tensor = interleave(weight, structure)
     exponent = exponent_of(tensor)
     tensor = scaled(tensor, -exponent)
     norm = math.sqrt(squared_norm(tensor))
-    found = Mera(tree_cores(tensor, structure, max_bond, torch.Generator().manual_seed(seed)), structure)
+    generator = torch.Generator().manual_seed(target.seed)
+    form = Mera(tree_cores(tensor, structure, truncation.max_bond, generator), structure)
     if norm > 0.0:
-        found = _descend(tensor, norm, found, seed)
-    return stored_fit(tensor, norm**2, found, dtype or weight.dtype, [], exponent)
+        form = _descend(tensor, norm, form, target.seed)
+    return stored_fit(tensor, norm**2, form, target.dtype or weight.dtype, exponent=exponent)
 
 
 def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:
@@ -114,7 +118,7 @@ def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:
     cores = orthogonal_cores(structure, bond, torch.Generator().manual_seed(seed))
     drawn = Mera([core.to(tensor) for core in cores], structure)
     descents = [
-        LBFGS(metric, [Mera(_scaled(cores, scale), working).balanced()[0]])
+        LBFGS(metric, Mera(_scaled(cores, scale), working).balanced()[0])
         for cores, scale in ((start.cores, 1 / norm), (drawn.cores, _half_norm(drawn)))
     ]
     steps = _affordable(start)
@@ -128,7 +132,7 @@ def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:
         before = best.point.value
         best.run(_STRETCH)
         steps -= _STRETCH
-    return Mera(_scaled(best.terms[0].cores, norm), structure)
+    return Mera(_scaled(best.form.cores, norm), structure)
 
 
 def _affordable(form: Mera) -> int:
@@ -146,15 +150,15 @@ def tree_cores(tensor: Tensor, structure: Structure, bond: int, generator: torch
 
     Args:
         tensor: interleaved (J_1 I_1, J_2 I_2, …).
-        structure: its network is ``mera``.
+        structure: of the form ``mera``.
         bond: D.
         generator: of what is random.
     """
     factors = zip(structure.output_factors, structure.input_factors, strict=True)
     legs = [f"{side}{k}" for k in range(1, len(structure.site_sizes) + 1) for side in "ji"]
     rest = _Rest(tensor.reshape([size for pair in factors for size in pair]), legs, generator)
-    wired = structure.wiring((bond,))
-    return [*(rest.cut(core) for core in wired[:-1]), rest.last(wired[-1])]
+    *first, last = structure.cores((bond,))
+    return [*map(rest.cut, first), rest.last(last)]
 
 
 class _Rest:
@@ -234,7 +238,7 @@ def _as_linear(structure: Structure) -> Structure:
     """The same sites as those of one linear map without padding."""
     shape = math.prod(structure.output_factors), math.prod(structure.input_factors)
     factors = structure.output_factors, structure.input_factors
-    return make_structure("linear", shape, factors=factors, network=structure.network)
+    return make_structure("linear", shape, factors=factors, form=structure.form)
 
 
 def _plain_metric(tensor: Tensor, structure: Structure, working: Structure) -> Metric:

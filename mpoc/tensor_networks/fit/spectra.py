@@ -20,9 +20,9 @@ from torch import Tensor
 
 from mpoc.tensor_networks.fit.conv_map import exact_map
 from mpoc.tensor_networks.fit.truncation import gram
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.layout import interleave
 from mpoc.tensor_networks.forms.mpo import MPO, entropy, rank_within
-from mpoc.tensor_networks.forms.stored import forms_of, weight_of
 from mpoc.tensor_networks.structure import Structure
 
 
@@ -57,17 +57,17 @@ def cuts_of_cores(cores: Sequence[Tensor], structure: Structure, kept: float) ->
     """Every cut of what is stored: of a chain from its canonical form, of all else from its weight.
 
     Args:
-        cores: as :func:`mpoc.tensor_networks.forms.stored.forms_of` takes them.
-        structure: of the first form; the cuts are those of a chain of its sites.
+        cores: in the order of ``structure.cores``.
+        structure: of any form; the cuts are those of a chain of its sites.
         kept: as in :func:`cuts_of_weight`.
 
     Raises:
         ValueError: cores and structure do not fit.
     """
-    first, *added = forms_of(cores, structure)
-    if isinstance(first, MPO) and not added:
-        return _cuts(first.spectra(), structure, kept)
-    return cuts_of_weight(weight_of([core.double() for core in cores], structure), structure, kept)
+    form = form_of(cores, structure)
+    if isinstance(form, MPO):
+        return _cuts(form.spectra(), structure, kept)
+    return cuts_of_weight(form.double().to_weight(), structure, kept)
 
 
 def schmidt_spectra(weight: Tensor, structure: Structure) -> list[Tensor]:

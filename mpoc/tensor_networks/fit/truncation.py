@@ -1,21 +1,22 @@
-"""Weights of any size brought to about 1 and back by powers of two: float32 cannot square 1e-40, nor 1e38.
-
-Best low-rank approximation of one matrix: the step that TT-SVD repeats at every bond.
+"""How far bonds go, and the step that every TT-SVD repeats: the best low-rank approximation of one matrix.
 
 A TT-SVD spends all its time in truncated SVDs of wide unfoldings, and a full SVD is what makes tensor
 libraries slow.  Three routes give the same answer:
 
-- ``kept``: the bond may be as large as the smaller side, so nothing is discarded and nothing computed
-  beyond, at most, one QR;
-- ``krylov``: the bond is far below the smaller side: block Golub-Kahan bidiagonalisation from a random
-  start (Golub, Luk, Overton 1981; Musco, Musco 2015), grown until the error has stopped falling, given up
-  for the exact route where it would need too wide a basis or where the matrix has no further directions
-  to give (few non-zero rows);
-- ``exact``: everything else, and every truncation to a tolerance.  For float32 data the eigenvectors of
-  the Gram matrix of the smaller side, formed in float64 where the error is small: squaring the condition
-  number costs digits that float32 data do not have.  For float64 data an SVD.
+- ``kept``: the bond may be as large as the smaller side, so nothing is discarded, and at most one QR is
+  computed;
+- ``krylov``: the bond is far below the smaller side.  Block Golub-Kahan bidiagonalisation from a random start
+  (Golub, Luk, Overton 1981; Musco, Musco 2015) grows a basis until the error has stopped falling.  It gives
+  up, in favour of ``exact``, where the basis would get too wide or the matrix has no further directions (few
+  non-zero rows);
+- ``exact``: everything else, and every truncation to a tolerance.  For float32 data the eigenvectors of the
+  Gram matrix of the smaller side, formed in float64 where the error is small: squaring the condition number
+  costs digits that float32 data do not have.  For float64 data an SVD.
 
 The trade-off: ``krylov`` is within 1.001 of the optimal error, for a few per cent of the cost.
+
+Weights of any size are first scaled to about 1 by a power of two, since float32 can square neither 1e-40 nor
+1e38.
 """
 
 from __future__ import annotations
@@ -28,6 +29,39 @@ import torch
 from torch import Tensor
 
 from mpoc.tensor_networks.forms.mpo import rank_within
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """How far bonds go.
+
+    The bond dimension is D_k = min {D : Σ_{r>D} s_r² ≤ ε Σ s_r²}, at most ``max_bond``, where ε is
+    ``discard`` and s are the singular values of the unfolding of what the bonds before have kept.
+    """
+
+    max_bond: int  # cap on every bond
+    # What may be spent to go below the cap: a relative Frobenius error of the weight, and ε, the share of its
+    # squared Schmidt values that each bond may lose.
+    tolerance: float = 0.0
+    discard: float = 0.0
+    rank: int = 0  # of the low-rank part of a sum
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the spectrum of the weight decides how far bonds go below the cap."""
+        return bool(self.tolerance or self.discard)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What cores are to be, besides small."""
+
+    dtype: torch.dtype | None = None  # of the stored cores; None: that of the weight
+    seed: int = 0  # of the randomised range finder, and of random starts
+
+
+DEFAULT_TARGET = Target()
+
 
 # Between 2⁻⁴⁰ and 2⁴⁰ squares, and sums of them, keep all their digits.
 _PLAIN = 40
@@ -73,7 +107,7 @@ def spread(cores: Sequence[Tensor], exponent: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class Truncation:
+class TruncatedSVD:
     """``matrix ≈ left @ right`` with orthonormal columns in ``left``."""
 
     left: Tensor  # (m, D), leftᵀ left = 1
@@ -89,7 +123,7 @@ def truncate(
     discard: float = 0.0,
     generator: torch.Generator | None = None,
     weight: float | None = None,
-) -> Truncation:
+) -> TruncatedSVD:
     """Approximate ``matrix`` (m, n) by rank at most ``max_bond``.
 
     Args:
@@ -116,20 +150,20 @@ def squared_norm(tensor: Tensor) -> float:
     return math.fsum(part.double().square().sum().item() for part in flat.split(1 << 16))
 
 
-def _keep(matrix: Tensor) -> Truncation:
+def _keep(matrix: Tensor) -> TruncatedSVD:
     rows, columns = matrix.shape
     if rows <= columns:
         identity = torch.eye(rows, dtype=matrix.dtype, device=matrix.device)
-        return Truncation(identity, matrix, 0.0, "kept", None)
+        return TruncatedSVD(identity, matrix, 0.0, "kept", None)
     left, right = torch.linalg.qr(matrix)
-    return Truncation(left, right, 0.0, "kept", None)
+    return TruncatedSVD(left, right, 0.0, "kept", None)
 
 
-def _exact(matrix: Tensor, max_bond: int, discard: float) -> Truncation:
+def _exact(matrix: Tensor, max_bond: int, discard: float) -> TruncatedSVD:
     if matrix.dtype == torch.float64:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         rank, lost = rank_within(values, max_bond, discard)
-        return Truncation(left[:, :rank], values[:rank, None] * right[:rank], lost, "exact", values)
+        return TruncatedSVD(left[:, :rank], values[:rank, None] * right[:rank], lost, "exact", values)
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
     values, vectors = _left_singular(wide, torch.float32)
@@ -139,9 +173,9 @@ def _exact(matrix: Tensor, max_bond: int, discard: float) -> Truncation:
         rank, lost = rank_within(values, max_bond, discard)
     basis = vectors[:, :rank].to(matrix.dtype)
     if not tall:
-        return Truncation(basis, basis.T @ matrix, lost, "exact", values)
+        return TruncatedSVD(basis, basis.T @ matrix, lost, "exact", values)
     left, triangle = torch.linalg.qr(matrix @ basis)
-    return Truncation(left, triangle @ basis.T, lost, "exact", values)
+    return TruncatedSVD(left, triangle @ basis.T, lost, "exact", values)
 
 
 def _left_singular(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -169,7 +203,7 @@ def _krylov_block(max_bond: int) -> int:
 
 def _krylov(
     matrix: Tensor, max_bond: int, generator: torch.Generator | None, weight: float
-) -> Truncation | None:
+) -> TruncatedSVD | None:
     """Block Golub-Kahan with full reorthogonalisation; None where the basis would get too wide."""
     rows, columns = matrix.shape
     block = _krylov_block(max_bond)
@@ -207,11 +241,11 @@ def _krylov(
         basis = left[:, :width] @ vectors.to(matrix.dtype)
         kept = basis.T @ matrix
         if resolved:
-            return Truncation(basis, kept, max(weight - squared_norm(kept), 0.0), "krylov", None)
+            return TruncatedSVD(basis, kept, max(weight - squared_norm(kept), 0.0), "krylov", None)
         lost = squared_norm(torch.addmm(matrix, basis, kept, alpha=-1))
         gain = max(gain, 1e-15 * weight)  # what float64 sums resolve
         if gain <= 2 * _KRYLOV_GAIN * lost or lost <= (16 * rounding) ** 2 * weight:
-            return Truncation(basis, kept, lost, "krylov", None)
+            return TruncatedSVD(basis, kept, lost, "krylov", None)
     return None
 
 

@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 
 from mpoc.tensor_networks.fit.truncation import (
+    DEFAULT_TARGET,
+    Target,
+    TruncatedSVD,
     Truncation,
     exponent_of,
     scaled,
@@ -34,9 +37,9 @@ from mpoc.tensor_networks.fit.truncation import (
     truncate,
 )
 from mpoc.tensor_networks.forms.form import Form
-from mpoc.tensor_networks.forms.layout import interleave, unpadded
+from mpoc.tensor_networks.forms.layout import interleave, unpadded, working_dtype
 from mpoc.tensor_networks.forms.mpo import MPO, entropy
-from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.forms.sum import Sum
 from mpoc.tensor_networks.forms.tree import Tree
 from mpoc.tensor_networks.structure import Structure
 from mpoc.tensor_networks.topology import branches, halves
@@ -57,28 +60,21 @@ class Fit:
 def tt_svd(
     weight: Tensor,
     structure: Structure,
-    max_bond: int,
-    tolerance: float = 0.0,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    discard: float = 0.0,
+    truncation: Truncation,
+    target: Target = DEFAULT_TARGET,
 ) -> Fit:
-    """Factorise ``weight`` with every bond at most ``max_bond``.
+    """Factorise a weight as an MPO.
 
     Args:
         weight: of shape ``structure.shape``; any floating dtype.
         structure: factors, padding, lead site.
-        max_bond: cap on every D_k.
-        tolerance: relative Frobenius error that may be spent to make bonds smaller than the cap.
-        dtype: of the stored cores; None for the weight's own.
-        seed: of the randomised range finder.
-        discard: share of the squared Schmidt values that each bond may lose to be smaller than the cap: ε of
-            D_k = min {D : Σ_{r>D} s_r² ≤ ε Σ s_r²}, the unfolding being of what the bonds before kept.
+        truncation: of its bonds.
+        target: dtype of the cores, and seed.
 
     Returns:
-        The cores in ``dtype`` in the balanced gauge; the error is measured on exactly these cores.
+        Cores in the balanced gauge; the error is measured on exactly these cores.
     """
-    return swept(_sweep, weight, structure, max_bond, tolerance, dtype, seed, discard)
+    return swept(_sweep, weight, structure, truncation, target)
 
 
 @dataclass(frozen=True)
@@ -91,25 +87,22 @@ class BondSpectrum:
 
 
 class Truncations:
-    """Those of one weight, one after another, each within its share of what may still be lost.
+    """The successive truncations of one weight, each within its share of what may still be lost.
 
     Args:
-        max_bond: cap on every bond.
-        budget: squared error that may be spent in all.
-        discard: share of what is left of the weight that each bond may lose besides.
-        norm: squared, of the weight.
-        generator: of the randomised range finder.
+        truncation: of every bond.
+        norm: the squared norm of the weight.
+        seed: of the randomised range finder.
     """
 
-    def __init__(
-        self, max_bond: int, budget: float, discard: float, norm: float, generator: torch.Generator
-    ) -> None:
-        self.max_bond, self.budget, self.discard, self.norm = max_bond, budget, discard, norm
-        self.generator = generator
+    def __init__(self, truncation: Truncation, norm: float, seed: int) -> None:
+        self.max_bond, self.discard, self.norm = truncation.max_bond, truncation.discard, norm
+        self.budget = truncation.tolerance**2 * norm  # squared error that may still be spent
+        self.generator = torch.Generator().manual_seed(seed)
         self.cuts: list[BondSpectrum] = []
         self._lossless = True  # so far
 
-    def next(self, rest: Tensor, to_come: int) -> Truncation:
+    def next(self, rest: Tensor, to_come: int) -> TruncatedSVD:
         """Of an unfolding of what is left; ``to_come`` bonds, this one among them, share the budget.
 
         The weight's own spectrum is known as long as nothing was cut off before.  Where nothing is now, it is
@@ -133,29 +126,24 @@ def swept(
     sweep: Sweep,
     weight: Tensor,
     structure: Structure,
-    max_bond: int,
-    tolerance: float,
-    dtype: torch.dtype | None,
-    seed: int,
-    discard: float,
+    truncation: Truncation,
+    target: Target,
 ) -> Fit:
-    """A weight factorised by successive truncations of its interleaved tensor; all else as :func:`tt_svd`."""
+    """Factorise a weight by successive truncations of its interleaved tensor; see :func:`tt_svd`."""
     tensor = interleave(weight, structure)
     exponent = exponent_of(tensor)
     tensor = scaled(tensor, -exponent)
     norm = squared_norm(tensor)
-    generator = torch.Generator().manual_seed(seed)
-    truncations = Truncations(max_bond, tolerance**2 * norm, discard, norm, generator)
-    found, cuts = sweep(tensor, structure, truncations)
-    return stored_fit(tensor, norm, found, dtype or weight.dtype, cuts, exponent)
+    form, cuts = sweep(tensor, structure, Truncations(truncation, norm, target.seed))
+    return stored_fit(tensor, norm, form, target.dtype or weight.dtype, cuts, exponent)
 
 
 def stored_fit(
     tensor: Tensor,
     weight_norm: float,
-    found: Form,
+    form: Form,
     dtype: torch.dtype,
-    cuts: Sequence[BondSpectrum],
+    cuts: Sequence[BondSpectrum] = (),
     exponent: int = 0,
 ) -> Fit:
     """Cores in the gauge and dtype in which they are stored, and what they make of a weight.
@@ -163,22 +151,27 @@ def stored_fit(
     Args:
         tensor: the interleaved weight.
         weight_norm: its squared norm.
-        found: in any gauge.
+        form: in any gauge.
         dtype: of the stored cores.
         cuts: one a bond.
         exponent: e, where the weight itself is 2ᵉ · ``tensor``.
     """
-    balanced, spectra = found.balanced()
-    stored = [core.to(dtype) for core in spread(balanced.cores, exponent)]
-    working = spread([core.to(tensor.dtype) for core in stored], -exponent)
+    balanced, spectra = form.balanced()
+    stored = form.with_cores([core.to(dtype) for core in _spread(balanced, exponent)])
+    working = form.with_cores([core.to(tensor.dtype) for core in stored.cores])
     return Fit(
-        form_of(stored, found.structure),
-        _relative_error(tensor, weight_norm, form_of(working, found.structure)),
+        stored,
+        _relative_error(tensor, weight_norm, form.with_cores(_spread(working, -exponent))),
         [entropy(values) for values in spectra],
         [cut.entropy for cut in cuts],
         [cut.spectrum for cut in cuts],
         [cut.route for cut in cuts],
     )
+
+
+def _spread(form: Form, exponent: int) -> list[Tensor]:
+    """The cores of 2ᵉ times the weight."""
+    return [core for term in form.terms for core in spread(term.cores, exponent)]
 
 
 def _sweep(tensor: Tensor, structure: Structure, truncations: Truncations) -> tuple[MPO, list[BondSpectrum]]:
@@ -215,24 +208,15 @@ def _relative_error(tensor: Tensor, weight_norm: float, form: Form) -> float:
 def tree_svd(
     weight: Tensor,
     structure: Structure,
-    max_bond: int,
-    tolerance: float = 0.0,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-    discard: float = 0.0,
+    truncation: Truncation,
+    target: Target = DEFAULT_TARGET,
 ) -> Fit:
-    """Factorise ``weight`` with the bond of every branch at most ``max_bond``.
-
-    Args:
-        weight: of shape ``structure.shape``; any floating dtype.
-        structure: its network is ``tree``.
-        max_bond, tolerance, dtype, seed, discard: as in :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`.
+    """Factorise a weight as a tree; arguments as for :func:`tt_svd`.
 
     Returns:
-        As :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`; entropies and routes one a branch, in the order of
-        the cores.
+        As :func:`tt_svd`, with one entropy and one route a branch, in the order of the cores.
     """
-    return swept(_tree_sweep, weight, structure, max_bond, tolerance, dtype, seed, discard)
+    return swept(_tree_sweep, weight, structure, truncation, target)
 
 
 def _tree_sweep(
@@ -265,6 +249,26 @@ def _joined(cores: dict[range, Tensor], rest: Tensor, axes: list[range], structu
     last = rest.permute([axes.index(axis) for axis in (*_parts(right), left)])
     cores = cores | {right: last}
     return Tree([_with_sides(cores[s], s, structure) for s in (*branches(sites), right)], structure)
+
+
+def fit_sum(
+    weight: Tensor,
+    structure: Structure,
+    truncation: Truncation,
+    target: Target = DEFAULT_TARGET,
+) -> Fit:
+    """A weight as the nearest matrix of rank ``truncation.rank`` and an MPO of what that leaves.
+
+    Arguments as for :func:`tt_svd`.
+    """
+    own, added = structure.parts
+    exponent = exponent_of(weight)
+    scaled_weight = scaled(weight.to(working_dtype(weight.dtype)), -exponent)
+    low_rank = tt_svd(scaled_weight, added, Truncation(truncation.rank), Target(seed=target.seed)).form
+    mpo = tt_svd(scaled_weight - low_rank.to_weight(), own, truncation, Target(seed=target.seed)).form
+    tensor = interleave(scaled_weight, structure)
+    dtype = target.dtype or weight.dtype
+    return stored_fit(tensor, squared_norm(tensor), Sum.of(mpo, low_rank), dtype, exponent=exponent)
 
 
 def _parts(span: range) -> tuple[range, ...]:

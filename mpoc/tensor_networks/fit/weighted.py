@@ -14,7 +14,6 @@ free, and a kernel's taps are a site like the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,39 +21,35 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mpoc.tensor_networks.fit.decompose import decompose
-from mpoc.tensor_networks.fit.lbfgs import LBFGS, total
+from mpoc.tensor_networks.fit.lbfgs import LBFGS
 from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.fit.truncation import Target, Truncation
 from mpoc.tensor_networks.fit.whitening import whitened_coordinates
-from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.forms.mpo import MPO
-from mpoc.tensor_networks.forms.stored import form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
 # Steps of the descent between two looks at f in float64.
 STRETCH = 10
 # Relative to f of a zero weight: what float64 leaves of zero.
 _EXACT = 1e-24
+_FLOAT64 = Target(torch.float64)
 
 
 @dataclass(frozen=True)
 class WeightedFit:
-    """What was fitted and how f fell."""
+    """A fitted form, and how f fell on the way to it."""
 
-    terms: tuple[Form, ...]  # the form, and the low-rank part of a sum
-    history: tuple[float, ...]  # f of the start, then after every stretch; never rising
-
-    @property
-    def form(self) -> Form:
-        """The first."""
-        return self.terms[0]
+    form: Form
+    history: tuple[float, ...]  # f of the start, then after every stretch; it never rises
 
 
 class Problem:
-    """f over all forms with these factors, and over sums of an MPO and two factors of given rank.
+    """f over all forms of one structure.
 
     Args:
         metric: of the layer as one matrix: a kernel's taps are the slower part of the inputs.
-        structure: factors, padding, taps site.
+        structure: form, factors, padding, taps site.
 
     Raises:
         ValueError: experts.
@@ -70,56 +65,49 @@ class Problem:
 
     def fit(
         self,
-        max_bond: int,
+        truncation: Truncation,
         *,
-        rank: int = 0,
-        start: Sequence[Form] | None = None,
+        start: Form | None = None,
         max_stretches: int = 8,
         tolerance: float = 0.01,
-        dtype: torch.dtype = torch.float64,
-        seed: int = 0,
+        target: Target = _FLOAT64,
     ) -> WeightedFit:
         """Cores that make f small, from a start that is never made worse.
 
         Args:
-            max_bond: cap on every bond.
-            rank: of the low-rank part; 0: there is none.
-            start: terms to begin with; None for the better of two fits to plain norms, of what the closed
-                form of the low-rank part leaves.
+            truncation: the cap on every bond and, for a sum, the rank of its low-rank part.
+            start: to begin with; None for the better of two fits to plain norms, of what the closed form of
+                the low-rank part leaves.
             max_stretches: of ``STRETCH`` steps each; 0 gives the start.
             tolerance: the relative fall of f over a stretch below which the fit ends.
-            dtype: of the cores returned.
-            seed: of the start.
+            target: dtype of the cores, and seed of the start.
 
         Raises:
             ValueError: a start with another structure or larger bonds.
 
         Returns:
-            Cores in the balanced gauge; bonds that carry nothing are cut.  The history is of float64 cores.
+            Cores in the balanced gauge; bonds that carry nothing are cut.  The history is that of float64
+            cores.
         """
         if start is None:
-            best = self._best_start(max_bond, rank, seed)
+            best = self._best_start(truncation, target.seed)
         else:
-            best = _given_start(start, self.structure, self._working, max_bond, rank)
+            best = self._given_start(start, truncation)
         best, history = self._descend(best, max_stretches, tolerance)
-        one = self.structure
-        cores = [best[0].balanced()[0].cores, *(_cropped(t.balanced()[0].cores, one) for t in best[1:])]
-        own = [one, one.as_low_rank()][: len(cores)]
-        terms = (form_of([c.to(dtype) for c in term], whose) for term, whose in zip(cores, own, strict=True))
-        return WeightedFit(tuple(terms), tuple(history))
+        cores = self._cropped(best.balanced()[0])
+        form = form_of([core.to(target.dtype) for core in cores], self.structure)
+        return WeightedFit(form, tuple(history))
 
-    def _descend(
-        self, best: list[Form], max_stretches: int, tolerance: float
-    ) -> tuple[list[Form], list[float]]:
+    def _descend(self, best: Form, max_stretches: int, tolerance: float) -> tuple[Form, list[float]]:
         whole, coordinates = self._whole, self._coordinates
         history = [_value(whole, best)]
         if max_stretches < 1 or history[0] <= _EXACT * whole.value(torch.zeros_like(whole.target)):
             return best, history
-        descent = LBFGS(_single(self._white), [coordinates.whiten_term(term) for term in best])
+        descent = LBFGS(_single(self._white), coordinates.whiten_form(best))
         going = True
         while going and len(history) <= max_stretches:
             going = descent.run(STRETCH)
-            candidate = [coordinates.restore_term(term) for term in descent.terms]
+            candidate = coordinates.restore_form(descent.form)
             value = _value(whole, candidate)
             going = going and value < (1 - tolerance) * history[-1]
             if value < history[-1]:
@@ -127,65 +115,73 @@ class Problem:
                 history.append(value)
         return best, history
 
-    def _best_start(self, max_bond: int, rank: int, seed: int) -> list[Form]:
+    def _best_start(self, truncation: Truncation, seed: int) -> Form:
         """The better of the plain fit and that in white coordinates, of what the low-rank part leaves."""
-        whole, white, working = self._whole, self._white, self._working
-        parts: list[Form] = []
-        if rank:
-            left, right = weighted_svd(whole).factors(rank)
-            parts = [MPO([left[None, :, None], right[:, None, :, None]], working.as_low_rank())]
-            rest = [(whole, parts), (white, [self._coordinates.whiten_term(parts[0])])]
-            whole, white = (replace(metric, target=metric.target - total(part)) for metric, part in rest)
+        whole, white = self._whole, self._white
+        if not self._working.parts:
+            return self._network_start(whole, white, self._working, truncation.max_bond, seed)
+        chain, pair = self._working.parts
+        left, right = weighted_svd(whole).factors(truncation.rank)
+        added = MPO([left[None, :, None], right[:, None, :, None]], pair)
+        rest = _less(whole, added), _less(white, self._coordinates.whiten_form(added))
+        first = self._network_start(*rest, chain, truncation.max_bond, seed)
+        return form_of([*first.cores, *added.cores], self._working)
+
+    def _network_start(
+        self, whole: Metric, white: Metric, working: Structure, max_bond: int, seed: int
+    ) -> Form:
         if max_bond >= working.full_bond:
-            return [_plain(whole.target, working, max_bond, seed), *parts]
+            return _plain(whole.target, working, max_bond, seed)
         plain = _plain(whole.target.float(), working, max_bond, seed)
         other = _plain(white.target.float(), working, max_bond, seed)
-        candidates = (plain, self._coordinates.restore_term(other))
-        return [min(candidates, key=lambda form: _value(whole, [form])), *parts]
+        return min((plain, self._coordinates.restore_form(other)), key=lambda form: _value(whole, form))
+
+    def _given_start(self, start: Form, truncation: Truncation) -> Form:
+        """The start in float64, as a form of the padded linear map.
+
+        Raises:
+            ValueError: it has another structure, or larger bonds.
+        """
+        caps = truncation.max_bond, truncation.rank
+        too_wide = any(max(term.bonds, default=1) > cap for term, cap in zip(start.terms, caps, strict=False))
+        if start.structure != self.structure or too_wide:
+            raise ValueError(
+                f"a start with bonds {start.bonds} and {start.structure} for {caps}, {self.structure}"
+            )
+        cores = [core.double() for core in start.cores]
+        if self.structure.parts:
+            rows, columns = self.structure.padding
+            left, right = cores[-2:]
+            right = pad(right.reshape(len(right), self.structure.lead, self.structure.inputs), (0, columns))
+            cores[-2:] = pad(left, (0, 0, 0, 0, 0, rows)), right.reshape(len(right), 1, -1, 1)
+        return form_of(cores, self._working)
+
+    def _cropped(self, form: Form) -> list[Tensor]:
+        """Cores for the weight itself: those of a low-rank part without padded rows and columns."""
+        if not self.structure.parts:
+            return form.cores
+        *cores, left, right = form.cores
+        right = right.reshape(len(right), self.structure.lead, -1)[..., : self.structure.inputs]
+        return [*cores, left[:, : self.structure.outputs], right.reshape(len(right), 1, -1, 1)]
 
 
-def matrix_of(terms: Sequence[Form]) -> Tensor:
-    """A sum as the one matrix that a metric is about: (N_y, N_x), or (C_out, taps · C_in); float64."""
-    exact = (form_of([core.double() for core in term.cores], term.structure).to_matrix() for term in terms)
-    return torch.stack([matrix.transpose(0, 1).flatten(1) for matrix in exact]).sum(0)
+def matrix_of(form: Form) -> Tensor:
+    """The one matrix that a metric is about: (N_y, N_x), or (C_out, taps · C_in); float64."""
+    return form.double().to_matrix().transpose(0, 1).flatten(1)
 
 
-def _given_start(
-    start: Sequence[Form], structure: Structure, working: Structure, max_bond: int, rank: int
-) -> list[Form]:
-    form = start[0]
-    ranks = [term.bonds[1] for term in start[1:]]
-    fits = len(ranks) == bool(rank) and all(found <= rank for found in ranks)
-    if form.structure != structure or max(form.bonds, default=1) > max_bond or not fits:
-        raise ValueError(
-            f"a start with bonds {form.bonds}, ranks {ranks} and {form.structure} for {max_bond}, {rank}, "
-            f"{structure}"
-        )
-    terms = [form_of([core.double() for core in form.cores], working)]
-    if rank:
-        rows, columns = structure.padding
-        left, right = (core.double() for core in start[1].cores)
-        right = pad(right.reshape(len(right), structure.lead, structure.inputs), (0, columns))
-        cores = [pad(left, (0, 0, 0, 0, 0, rows)), right.reshape(len(right), 1, -1, 1)]
-        terms.append(MPO(cores, working.as_low_rank()))
-    return terms
+def _less(metric: Metric, form: Form) -> Metric:
+    """The same for what ``form`` leaves of the target."""
+    return replace(metric, target=metric.target - form.to_matrix()[0])
 
 
-def _cropped(cores: list[Tensor], structure: Structure) -> list[Tensor]:
-    """Two factors without the padded rows and columns."""
-    left, right = cores
-    right = right.reshape(len(right), structure.lead, -1)[..., : structure.inputs]
-    return [left[:, : structure.outputs], right.reshape(len(right), 1, -1, 1)]
-
-
-def _value(whole: Metric, terms: Sequence[Form]) -> float:
-    return whole.value(total(terms))
+def _value(whole: Metric, form: Form) -> float:
+    return whole.value(form.to_matrix()[0])
 
 
 def _plain(target: Tensor, working: Structure, max_bond: int, seed: int) -> Form:
-    """Nearest to ``target`` in the plain norm, in float64."""
-    found = decompose(target, working, max_bond, seed=seed).form
-    return form_of([core.double() for core in found.cores], working)
+    """The form nearest to ``target`` in the plain norm, in float64."""
+    return decompose(target, working, Truncation(max_bond), Target(seed=seed)).form.double()
 
 
 def _single(metric: Metric) -> Metric:
@@ -200,7 +196,7 @@ def _working_structure(structure: Structure) -> Structure:
     rows, columns = structure.padded
     factors = structure.output_factors, structure.input_factors
     shape = rows, structure.lead * columns
-    return make_structure("linear", shape, factors=factors, network=structure.network)
+    return make_structure("linear", shape, factors=factors, form=structure.form)
 
 
 def _padded_metric(metric: Metric, structure: Structure) -> Metric:

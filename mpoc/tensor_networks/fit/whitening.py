@@ -21,8 +21,6 @@ from torch import Tensor
 
 from mpoc.tensor_networks.fit.metric import Metric
 from mpoc.tensor_networks.forms.form import Form
-from mpoc.tensor_networks.forms.mpo import MPO
-from mpoc.tensor_networks.forms.stored import form_of
 
 _ROUNDS = 4
 # Added to each X_k, of mean eigenvalue 1: sites with features that never occur stay invertible.
@@ -45,13 +43,13 @@ class WhitenedCoordinates:
         outputs = None if metric.outputs is None else _both_sides(metric.outputs, self.outputs_inverse)
         return Metric(target, _both_sides(metric.inputs, self.inputs_inverse), outputs)
 
-    def whiten_term(self, term: Form) -> Form:
-        """Ŵ → H Ŵ F, in float64: a form with these sites, or two factors."""
-        return _transform(term, self.outputs, self.inputs)
+    def whiten_form(self, form: Form) -> Form:
+        """Ŵ → H Ŵ F, in float64."""
+        return _transform(form, self.outputs, self.inputs)
 
-    def restore_term(self, term: Form) -> Form:
+    def restore_form(self, form: Form) -> Form:
         """H Ŵ F → Ŵ, in float64."""
-        return _transform(term, self.outputs_inverse, self.inputs_inverse)
+        return _transform(form, self.outputs_inverse, self.inputs_inverse)
 
 
 def whitened_coordinates(
@@ -137,15 +135,20 @@ def _both_sides(moment: Tensor, factors: list[Tensor]) -> Tensor:
     return (product + product.T) / 2
 
 
-def _transform(term: Form, outputs: list[Tensor], inputs: list[Tensor]) -> Form:
+def _transform(form: Form, outputs: list[Tensor], inputs: list[Tensor]) -> Form:
+    return form.with_cores([core for term in form.terms for core in _transformed(term, outputs, inputs)])
+
+
+def _transformed(term: Form, outputs: list[Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    """The cores of one network, each open leg multiplied by its site's matrix."""
     cores = [core.double() for core in term.cores]
-    if term.structure.form == "svd":
+    if term.structure.one_matrix:  # its two legs are those of all sites
         left, right = cores[0][0, :, 0], cores[1][:, 0, :, 0]
         left, right = _columns(left.T, outputs).T, _columns(right, inputs)
-        return MPO([left[None, :, None], right[:, None, :, None]], term.structure)
+        return [left[None, :, None], right[:, None, :, None]]
     factors = {f"{side}{k}": x for side, xs in (("j", outputs), ("i", inputs)) for k, x in enumerate(xs, 1)}
     for k, legs in enumerate(term.legs):
         for axis, leg in enumerate(legs):
             if leg in factors:
                 cores[k] = _times(cores[k], factors[leg], axis)
-    return form_of(cores, term.structure)
+    return cores

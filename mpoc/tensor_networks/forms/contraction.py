@@ -1,12 +1,14 @@
-"""Plans that are made while a graph is traced, without being traced themselves.
+"""Contract a network of tensors with named legs, two at a time, in an order that keeps products small.
 
-Contract a network of tensors with named legs, two at a time.
+The order is planned once for each set of shapes.  While torch traces a graph, planners run as plain Python
+and are not traced themselves.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from itertools import combinations
 from typing import Any
@@ -29,6 +31,31 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
 
     run._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return run
+
+
+def is_traced() -> bool:
+    """Whether torch is making a graph, which must serve other batch sizes too."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast narrows products on ``device``."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which ``device`` computes in the dtypes that tensors have."""
+    return torch.autocast(device.type, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def planned_batch(x: Tensor) -> int:
+    """The batch size that a plan is made for: rounded up to a power of two, so that few plans are made.
+
+    While a graph is traced the batch size may be a symbol, on which the plan must not depend.
+    """
+    if is_traced():
+        return 64
+    return 1 << (x.shape[0] - 1).bit_length() if x.shape[0] > 1 else 1
 
 
 def contract_all(

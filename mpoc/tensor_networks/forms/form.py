@@ -1,11 +1,13 @@
-"""What every form is: cores, and the structure that says which weight they make."""
+"""What every form can do with its cores."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Self
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mpoc.tensor_networks.forms.layout import deinterleave_matrix, from_matrix
 from mpoc.tensor_networks.structure import Structure
@@ -15,47 +17,70 @@ class Form(ABC):
     """A weight as a tensor network.
 
     Args:
-        cores: with the legs that ``structure.wiring`` names.
+        cores: of the shapes that ``structure.core_shapes`` gives at some bonds.
         structure: output and input factors, padding, the weight's own shape.
+        check: compare the cores with the structure; False where that has been done before.
+
+    Raises:
+        ValueError: the cores do not have the structure's factors, or bonds do not meet.
     """
 
-    def __init__(self, cores: Sequence[Tensor], structure: Structure) -> None:
+    def __init__(self, cores: Sequence[Tensor], structure: Structure, check: bool = True) -> None:
         self.cores = list(cores)
         self.structure = structure
+        if check:
+            self.check()
 
     @property
     @abstractmethod
     def bonds(self) -> tuple[int, ...]:
-        """As ``structure.wiring`` takes them."""
+        """As ``structure.bonds`` orders them."""
 
     @abstractmethod
     def halves(self) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product is the interleaved tensor, its first sites the rows.
+        """Two matrices whose product is the interleaved tensor (J_1 I_1, J_2 I_2, …), its first sites the
+        rows.
 
-        A block of its rows needs a block of the first.
+        Some rows of the product need only the same rows of the first matrix.
         """
 
-    def balanced(self) -> tuple[Form, list[Tensor]]:
-        """The same weight in float64, in the gauge that is stored, and the Schmidt values of its bonds.
+    def check(self) -> None:
+        """Compare the shapes of the cores with those that their bonds give.
 
-        None of either in a network with loops: it has no such gauge.
+        Raises:
+            ValueError: they differ.
         """
-        return type(self)([core.double() for core in self.cores], self.structure), []
+        shapes, expected = [tuple(core.shape) for core in self.cores], self.structure.core_shapes(self.bonds)
+        if shapes != expected:
+            raise ValueError(f"cores of shapes {shapes} where a {self.structure.form} has {expected}")
 
-    def to_matrix(self) -> Tensor:
-        """(lead, outputs, inputs) without padding, in the cores' dtype."""
-        left, right = self.halves()
-        return deinterleave_matrix(left @ right, self.structure)
+    def with_cores(self, cores: Sequence[Tensor]) -> Self:
+        """The same form and structure with other cores."""
+        return type(self)(cores, self.structure)
+
+    def double(self) -> Self:
+        """With cores in float64."""
+        return self.with_cores([core.double() for core in self.cores])
+
+    @property
+    def terms(self) -> tuple[Form, ...]:
+        """The networks that are added up; the form itself unless it is a sum."""
+        return (self,)
 
     @property
     def legs(self) -> list[tuple[str, ...]]:
         """The names of each core's axes: see :mod:`mpoc.tensor_networks.topology`."""
-        return [core.legs for core in self.structure.wiring(self.bonds)]
+        return [core.legs for core in self.structure.cores(self.bonds)]
 
     @property
     def num_parameters(self) -> int:
         """N_mpo."""
         return sum(core.numel() for core in self.cores)
+
+    def to_matrix(self) -> Tensor:
+        """(lead, outputs, inputs) without padding, in the cores' dtype."""
+        left, right = self.halves()
+        return deinterleave_matrix(left @ right, self.structure)
 
     def to_weight(self) -> Tensor:
         """The dense weight in the checkpoint's own shape, in the cores' dtype.
@@ -64,20 +89,47 @@ class Form(ABC):
         """
         return from_matrix(self.to_matrix(), self.structure)
 
+    def apply(self, x: Tensor) -> Tensor:
+        """Ŵx for every vector of a batch, (n, N_x) → (n, N_y); only where the lead is 1."""
+        structure = self.structure
+        rows, columns = structure.padding
+        y = self.apply_padded(pad(x, (0, columns)) if columns else x)
+        return y[:, : structure.outputs] if rows else y
+
+    def apply_padded(self, x: Tensor) -> Tensor:
+        """(n, ΠI) → (n, ΠJ).  A form overrides this where there is a cheaper way than the dense matrix."""
+        rows, columns = self.structure.padding
+        return x @ pad(self.to_matrix()[0], (0, columns, 0, rows)).T
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Rows of the matrix, (n,) → (n, N_x).  A form overrides this where the matrix need not be built."""
+        return self.to_matrix()[0][indices]
+
+    def balanced(self) -> tuple[Self, list[Tensor]]:
+        """The same weight in float64, in the gauge that is stored, and the Schmidt values of its bonds.
+
+        A network with loops has neither: its cores are returned as they are.
+        """
+        return self.double(), []
+
     def spectra(self) -> list[Tensor]:
-        """Schmidt values at the bonds, where each cuts the weight in two; else none."""
+        """Schmidt values at each bond that cuts the weight in two, float64, descending."""
         return []
 
     def entropies(self) -> list[float]:
-        """Entanglement entropies at the bonds, where each cuts the weight in two; else none."""
+        """Entanglement entropy S = −Σ p ln p, p = s²/Σs², at each bond that cuts the weight in two."""
         return []
 
-    def _check(self, bonds: tuple[int, ...]) -> None:
-        """Compare the cores' shapes with those that ``bonds`` give.
+    def summary(self) -> str:
+        """Factors and bonds in one line, as ``repr`` of a layer shows them."""
+        outputs, inputs = self.structure.output_factors, self.structure.input_factors
+        return f"outputs={outputs}, inputs={inputs}, bonds={self.bonds}"
 
-        Raises:
-            ValueError: they differ.
-        """
-        shapes, expected = [tuple(core.shape) for core in self.cores], self.structure.core_shapes(bonds)
-        if shapes != expected:
-            raise ValueError(f"cores of shapes {shapes} where a {self.structure.form} has {expected}")
+
+def form_of(cores: Sequence[Tensor], structure: Structure, check: bool = True) -> Form:
+    """The cores as the form that the structure names.
+
+    Raises:
+        ValueError: they do not fit it.
+    """
+    return structure.info.form_class(cores, structure, check)

@@ -40,7 +40,7 @@ def to_matrix(weight: Tensor, structure: Structure) -> Tensor:
         return map_of_kernel(weight, structure.geometry)[None]
     if structure.kind.startswith("conv"):
         taps = weight.flatten(2).permute(2, 0, 1)  # (taps, C_out, C_in)
-        return taps.transpose(0, 1).flatten(1)[None] if structure.form == "svd" else taps
+        return taps.transpose(0, 1).flatten(1)[None] if structure.one_matrix else taps
     blocks = weight.reshape(-1, *weight.shape[-2:])
     blocks = blocks.transpose(1, 2) if structure.transposed else blocks
     matrix = blocks.reshape(structure.lead, structure.outputs, structure.inputs)
@@ -55,7 +55,7 @@ def from_matrix(matrix: Tensor, structure: Structure) -> Tensor:
     shape = structure.shape
     if structure.kind.startswith("conv"):
         taps = matrix
-        if structure.form == "svd":
+        if structure.one_matrix:
             taps = matrix[0].unflatten(1, (-1, shape[1])).transpose(0, 1)  # (taps, C_out, C_in)
         return taps.permute(1, 2, 0).reshape(shape).contiguous()
     order = input_order(structure, matrix.device)

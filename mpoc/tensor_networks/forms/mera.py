@@ -10,13 +10,28 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
+from typing import Self
 
+import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.forms.contraction import contract_all
+from mpoc.tensor_networks.forms.contraction import (
+    contract_all,
+    is_autocast,
+    is_traced,
+    leg_sizes,
+    planned_batch,
+    traced_once,
+    work,
+)
 from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.structure import Structure
 from mpoc.tensor_networks.topology import mera
+
+# Numbers held at a time; a larger batch goes through in parts.
+_AT_ONCE = 1 << 24
+# Multiplications that take as long as moving one number to memory and back.
+_MOVING = 40
 
 
 class Mera(Form):
@@ -24,15 +39,11 @@ class Mera(Form):
 
     Args:
         cores: (upper two legs, lower two legs) each, in the order in which they are applied.
-        structure: its network is ``mera``.
+        structure: of the form ``mera``.
 
     Raises:
         ValueError: the cores do not have the structure's factors, or bonds differ.
     """
-
-    def __init__(self, cores: Sequence[Tensor], structure: Structure) -> None:
-        super().__init__(cores, structure)
-        self._check(self.bonds)
 
     @property
     def bonds(self) -> tuple[int, ...]:
@@ -40,20 +51,24 @@ class Mera(Form):
         sides = self.structure.output_factors, self.structure.input_factors
         return (bond_of(*sides, tuple(tuple(core.shape) for core in self.cores)),)
 
-    def balanced(self) -> tuple[Mera, list[Tensor]]:
+    def balanced(self) -> tuple[Self, list[Tensor]]:
         """The same weight in float64 with cores of equal norms; no Schmidt values: see :class:`Form`."""
         cores = [core.double() for core in self.cores]
         norms = [float(core.norm()) for core in cores]
         if all(norms):
             mean = math.exp(math.fsum(map(math.log, norms)) / len(norms))
             cores = [core * (mean / norm) for core, norm in zip(cores, norms, strict=True)]
-        return Mera(cores, self.structure), []
+        return self.with_cores(cores), []
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """The interleaved tensor as one column, and (1, 1)."""
         sites = range(1, len(self.structure.site_sizes) + 1)
         tensor = self.contracted([leg for k in sites for leg in (f"j{k}", f"i{k}")])
         return tensor.reshape(-1, 1), tensor.new_ones(1, 1)
+
+    def apply_padded(self, x: Tensor) -> Tensor:
+        """(n, ΠI) → (n, ΠJ)."""
+        return contract_mera(x, self.cores, self.structure)
 
     def contracted(self, legs: Sequence[str]) -> Tensor:
         """All cores contracted to one tensor with these legs, j_1, i_1 and so on, in this order."""
@@ -66,3 +81,57 @@ def bond_of(outputs: tuple[int, ...], inputs: tuple[int, ...], shapes: tuple[tup
     sizes = sorted({1, *(size for shape in shapes for size in shape)})
     fits = (size for size in sizes if tuple(core.shape for core in mera(outputs, inputs, size)) == shapes)
     return next(fits, 1)
+
+
+def contract_mera(x: Tensor, cores: Sequence[Tensor], structure: Structure) -> Tensor:
+    """Ŵx for every vector of a batch.
+
+    Args:
+        x: (batch, I_1·…·I_n).
+        cores: in the order of ``structure.cores``.
+        structure: of the form ``mera``.
+
+    Returns:
+        (batch, J_1·…·J_n).
+    """
+    sides = structure.output_factors, structure.input_factors
+    rebuild, largest, legs = _plan(*sides, tuple([tuple(core.shape) for core in cores]), planned_batch(x))
+    sites = range(1, len(sides[0]) + 1)
+    outputs, inputs = tuple([f"j{k}" for k in sites]), tuple([f"i{k}" for k in sites])
+    if is_autocast(x.device):  # all products in its dtype, as those of a chain are
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, cores = x.to(dtype), [core.to(dtype) for core in cores]
+    if rebuild:
+        weight = contract_all(cores, legs, (*outputs, *inputs)).reshape(-1, x.shape[1])
+        return x @ weight.T
+    at_once = max(1, _AT_ONCE // largest)
+    parts = [x] if is_traced() or x.shape[0] <= at_once else x.split(at_once)
+    named, result = (("n", *inputs), *legs), ("n", *outputs)
+    steps = [(0 if k == 1 else len(cores) + k - 1, k) for k in range(1, len(named))]
+    found = []
+    for part in parts:
+        state = part.reshape(-1, *sides[1])
+        found.append(contract_all([state, *cores], named, result, steps).flatten(1))
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+@cache
+def _estimated(
+    outputs: tuple[int, ...], inputs: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], batch: int
+) -> tuple[bool, int, tuple[tuple[str, ...], ...]]:
+    """Whether to build the weight, the numbers held of one vector on the way through, and the cores' legs."""
+    cores = mera(outputs, inputs, bond_of(outputs, inputs, shapes))
+    size = largest = math.prod(inputs)
+    through = 0
+    for core in cores:
+        multiplications = size * math.prod(core.shape[:2])
+        size = multiplications // math.prod(core.shape[2:])
+        through += multiplications + _MOVING * size
+        largest = max(largest, size)
+    legs = tuple(core.legs for core in cores)
+    multiplications, made = work(legs, leg_sizes(legs, shapes))
+    dense = math.prod(outputs) * math.prod(inputs)
+    return multiplications + _MOVING * made + batch * dense < batch * through, largest, legs
+
+
+_plan = traced_once(_estimated)

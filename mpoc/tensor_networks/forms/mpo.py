@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from mpoc.tensor_networks.forms.chain import contract, gather_rows
 from mpoc.tensor_networks.forms.form import Form
-from mpoc.tensor_networks.structure import Structure
 
 
 class MPO(Form):
@@ -37,8 +38,9 @@ class MPO(Form):
         ValueError: the cores do not have the structure's factors, or neighbouring bonds differ.
     """
 
-    def __init__(self, cores: Sequence[Tensor], structure: Structure) -> None:
-        super().__init__(cores, structure)
+    def check(self) -> None:
+        """Compare the cores with the factors, and each bond from both of its sides."""
+        structure = self.structure
         factors = list(zip(structure.output_factors, structure.input_factors, strict=True))
         if [tuple(core.shape[1:3]) for core in self.cores] != factors:
             shapes = [tuple(core.shape) for core in self.cores]
@@ -72,6 +74,14 @@ class MPO(Form):
             right = torch.einsum("ajib,bq->ajiq", core, right).reshape(core.shape[0], -1)
         return left, right
 
+    def apply_padded(self, x: Tensor) -> Tensor:
+        """(n, ΠI) → (n, ΠJ), the cheapest way for so many vectors."""
+        return contract(x, self.cores)
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """(n,) → (n, N_x), by products of core slices."""
+        return gather_rows(indices, self.cores)[:, : self.structure.inputs]
+
     def norm(self) -> float:
         """‖Ŵ‖_F, padding included."""
         return float(torch.linalg.vector_norm(_left_canonical(self.cores)[-1]))
@@ -84,7 +94,7 @@ class MPO(Form):
         """Entanglement entropy S_k = −Σ p ln p, p = s²/Σs², at bonds 1..n-1."""
         return [entropy(values) for values in self.spectra()]
 
-    def balanced(self) -> tuple[MPO, list[Tensor]]:
+    def balanced(self) -> tuple[Self, list[Tensor]]:
         """The same weight in the balanced gauge, in float64, and the Schmidt values of its bonds.
 
         Bonds that carry nothing are cut.
@@ -97,7 +107,7 @@ class MPO(Form):
             root = values.sqrt()
             cores[k] = cores[k] / root.clamp(min=torch.finfo(root.dtype).tiny)  # 0/0 of a zero weight is 0
             cores[k + 1] = cores[k + 1] * root[:, None, None, None]
-        return MPO(cores, self.structure), spectra
+        return self.with_cores(cores), spectra
 
     def rounded(
         self, max_bond: int, tolerance: float = 0.0, discard: float = 0.0

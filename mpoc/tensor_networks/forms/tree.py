@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from mpoc.tensor_networks.forms.chain import contract, gather_rows
 from mpoc.tensor_networks.forms.contraction import along, traced_once
 from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.mpo import entropy
-from mpoc.tensor_networks.structure import Structure
 from mpoc.tensor_networks.topology import branches, halves
 
 
@@ -29,17 +30,17 @@ class Tree(Form):
 
     Args:
         cores: (J_k, I_k, D) of a site, (D_left, D_right, D) of a pair of branches, children first.
-        structure: its network is ``tree``.
+        structure: of the form ``tree``.
 
     Raises:
         ValueError: the cores do not have the structure's factors, or bonds do not meet.
     """
 
-    def __init__(self, cores: Sequence[Tensor], structure: Structure) -> None:
-        super().__init__(cores, structure)
+    def check(self) -> None:
+        """As :meth:`Form.check`, once it is sure that bonds can be read off."""
         if len(self.cores) > 1 and any(core.dim() != 3 for core in self.cores):
             raise ValueError("the cores of a tree have three legs")
-        self._check(self.bonds)
+        super().check()
 
     @property
     def bonds(self) -> tuple[int, ...]:
@@ -61,6 +62,14 @@ class Tree(Form):
         left, right = (self.branch(half) for half in halves(span))
         return torch.einsum("pa,abd,qb->pqd", left, core, right).flatten(0, 1)
 
+    def apply_padded(self, x: Tensor) -> Tensor:
+        """(n, ΠI) → (n, ΠJ), through the MPO of the two halves."""
+        return contract(x, tree_chain(self.cores))
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """(n,) → (n, N_x), from the MPO of the two halves."""
+        return gather_rows(indices, tree_chain(self.cores))[:, : self.structure.inputs]
+
     def spectra(self) -> list[Tensor]:
         """Schmidt values of every branch against the rest, float64, descending, from the canonical form."""
         return _canonical(self.cores)[1]
@@ -69,7 +78,7 @@ class Tree(Form):
         """Entanglement entropy S = −Σ p ln p, p = s²/Σs², of every branch."""
         return [entropy(values) for values in self.spectra()]
 
-    def balanced(self) -> tuple[Tree, list[Tensor]]:
+    def balanced(self) -> tuple[Self, list[Tensor]]:
         """The same weight in the balanced gauge, in float64, and the Schmidt values of its branches.
 
         Bonds that carry nothing are cut: Schmidt values below the resolution of the cores' dtype.
@@ -80,7 +89,7 @@ class Tree(Form):
             cores[k] = cores[k] * root
             inverse = torch.where(root > 0, 1 / root, 0.0)  # 0/0 of a zero weight is 0
             cores[above] = (cores[above].movedim(axis, -1) * inverse).movedim(-1, axis)
-        return Tree(cores, self.structure), spectra
+        return self.with_cores(cores), spectra
 
     def _core(self, span: range) -> Tensor:
         spans = branches(len(self.structure.site_sizes))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,13 +9,14 @@ from mpoc.compression.calibrate.allocation import WAYS, Allocation, UnitCost, al
 from mpoc.compression.calibrate.candidates import Candidates, CandidateTable, Replacement
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.selection import LinearMap
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.structure import low_rank_structure, make_structure
 from tests.compression.calibrate.layers import SIDES, known, weight
 
 
 def plan(name: str, bond: int) -> LayerPlan:
     map = LinearMap(f"{name}.weight", "linear", SIDES, "float32", False)
-    return LayerPlan(map, low_rank_structure("linear", SIDES), "float32", bond)
+    return LayerPlan(map, low_rank_structure("linear", SIDES), "float32", Truncation(bond))
 
 
 class Distance:
@@ -88,7 +88,7 @@ def test_budget_below_every_candidate_keeps_the_plans() -> None:
 
 
 def test_other_layers_keep_their_plans() -> None:
-    plans = [plan("a", 4), replace(plan("b", 4), max_bond=None, reason="the recipe leaves it dense")]
+    plans = [plan("a", 4), plan("b", 4).left_dense("the recipe leaves it dense")]
     offers = {"a.weight": Candidates(weight(0), make_structure("linear", SIDES), known(), ("svd",))}
     distance = Distance({"a.weight": weight(0)}, {"a.weight": 1.0})
     costs = {"a.weight": UnitCost()}
@@ -132,7 +132,7 @@ def test_one_form_may_win_alone() -> None:
         plans, chosen_from(plans, offers), dict.fromkeys(offers, UnitCost()), 2 * 4 * 40, distance
     )
     assert found.chosen == WAYS[2]
-    assert {one.structure.form for one in found.plans if one.max_bond is not None} == {"mpo"}
+    assert {one.structure.form for one in found.plans if not one.is_dense} == {"mpo"}
 
 
 def test_reports_a_surprisingly_large_distance() -> None:

@@ -14,6 +14,7 @@ from mpoc.compression.calibrate.calibrated_fit import CalibratedFit, Storage, fi
 from mpoc.compression.calibrate.moments import Accumulator
 from mpoc.compression.calibrate.objective import LayerObjective, one_matrix
 from mpoc.tensor_networks.fit.metric import weighted_svd
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.fit.weighted import matrix_of
 from mpoc.tensor_networks.forms.mpo import MPO
@@ -48,10 +49,10 @@ def a_weight(seed: int = 1) -> Tensor:
 
 
 def fit_of(
-    structure: Structure, bond: int, known: LayerObjective, weight: Tensor | None = None, low_rank: int = 0
+    structure: Structure, bond: int, known: LayerObjective, weight: Tensor | None = None, rank: int = 0
 ) -> CalibratedFit:
     weight = a_weight() if weight is None else weight
-    return fit_calibrated(weight, [Storage(structure, bond, low_rank)], known, torch.float64, 0)
+    return fit_calibrated(weight, [Storage(structure, bond, rank)], known, torch.float64, 0)
 
 
 LOW_RANK = low_rank_structure("linear", (N_Y, N_X))
@@ -64,7 +65,7 @@ def test_errors_match_those_of_the_input_rows(structure: Structure, centred: boo
     given, held = rows(), rows(seed=5)
     fit = fit_of(structure, 3, evidence(*given, held, centred))
     everything = [torch.cat([a, b]) for a, b in zip(given, held, strict=True)]
-    error = everything[1] @ a_weight().T - everything[0] @ matrix_of(fit.terms).T
+    error = everything[1] @ a_weight().T - everything[0] @ matrix_of(fit.form).T
     whole = everything[1] @ a_weight().T
     if centred:
         assert fit.judged.shift is not None
@@ -78,7 +79,7 @@ def test_errors_match_those_of_the_input_rows(structure: Structure, centred: boo
 def test_exact_at_full_bond_on_dense_inputs(structure: Structure) -> None:
     x = rows()[1]
     fit = fit_of(structure, structure.full_bond, evidence(x, x, (x, x)))
-    torch.testing.assert_close(matrix_of(fit.terms), a_weight())
+    torch.testing.assert_close(matrix_of(fit.form), a_weight())
     assert fit.judged.output_error < 1e-6
     assert fit.judged.relative_error < 1e-6
 
@@ -87,10 +88,10 @@ def test_exact_at_full_bond_on_dense_inputs(structure: Structure) -> None:
 def test_beats_plain_tt_svd(structure: Structure) -> None:
     x, other = rows()[1], rows(seed=5)[1]
     known = evidence(x, x, (other, other))
-    plain = tt_svd(a_weight(), structure, 3).form
-    fitted = matrix_of(fit_of(structure, 3, known).terms)
+    plain = tt_svd(a_weight(), structure, Truncation(3)).form
+    fitted = matrix_of(fit_of(structure, 3, known).form)
     for norm in (known.seen, known.unseen):
-        assert norm.relative(a_weight(), fitted) < norm.relative(a_weight(), matrix_of([plain]))
+        assert norm.relative(a_weight(), fitted) < norm.relative(a_weight(), matrix_of(plain))
 
 
 def test_error_never_rises_with_the_bond() -> None:
@@ -121,7 +122,7 @@ def test_handles_few_and_constant_inputs(kind: str, structure: Structure) -> Non
     else:
         weight = torch.zeros_like(weight)
     fit = fit_of(structure, 3, evidence(x, x, (x, x)), weight)
-    assert bool(torch.isfinite(matrix_of(fit.terms)).all())
+    assert bool(torch.isfinite(matrix_of(fit.form)).all())
     assert 0 <= fit.judged.output_error <= 1 + 1e-9
     assert fit.gamma in (*LayerObjective.gammas, LayerObjective.mpo_gamma)
 
@@ -140,7 +141,7 @@ def test_auto_never_loses_to_whitened_svd(rank: int, seed: int) -> None:
     assert both[1].same_size["this"] <= both[0].same_size["this"]
     metric = known.together().metric(weight, both[0].gamma)
     left, right = weighted_svd(known.together().whitened(weight)).factors(rank)
-    assert metric.value(matrix_of(both[0].terms)) <= metric.value(left @ right) * (1 + 1e-9)
+    assert metric.value(matrix_of(both[0].form)) <= metric.value(left @ right) * (1 + 1e-9)
 
 
 def test_sum_beats_its_terms() -> None:
@@ -153,12 +154,12 @@ def test_sum_beats_its_terms() -> None:
     )
     low = torch.randn(N_Y, 2, generator=generator, dtype=torch.float64)
     low = low @ torch.randn(2, N_X, generator=generator, dtype=torch.float64)
-    weight = matrix_of([chain]) + low
+    weight = matrix_of(chain) + low
     fits = [
         fit_calibrated(weight, [storage], known, torch.float64, 0)
-        for storage in (Storage(CHAIN, 2, 2), Storage(CHAIN, 4), Storage(LOW_RANK, 4))
+        for storage in (Storage(CHAIN.as_form("svd+mpo"), 2, 2), Storage(CHAIN, 4), Storage(LOW_RANK, 4))
     ]
-    assert [len(fit.terms) for fit in fits] == [2, 1, 1]
+    assert [len(fit.form.terms) for fit in fits] == [2, 1, 1]
     assert fits[0].judged.held_out_error < 0.5 * min(fit.judged.held_out_error for fit in fits[1:])
 
 
@@ -172,6 +173,6 @@ def test_kernel_matrix_multiplies_patches() -> None:
 def test_form_matrix_matches_its_weight() -> None:
     structure = make_structure("conv2d", (6, 4, 3, 3))
     kernel = torch.randn(6, 4, 3, 3, dtype=torch.float64)
-    form = tt_svd(kernel, structure, structure.full_bond).form
-    torch.testing.assert_close(matrix_of([form]), one_matrix(kernel, "conv2d", False))
+    form = tt_svd(kernel, structure, Truncation(structure.full_bond)).form
+    torch.testing.assert_close(matrix_of(form), one_matrix(kernel, "conv2d", False))
     assert isinstance(form, MPO)

@@ -23,15 +23,15 @@ def test_every_compressed_candidate_shrinks_the_layer() -> None:
     structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
     offers = Candidates(weight(3), structure, known(), ("svd", "mpo", "svd+mpo"))
     stored = [offer.storage for offer in offers.every if offer.storage is not None]
-    assert {(one.structure.form, one.low_rank > 0) for one in stored} == {
+    assert {(one.structure.form, one.rank > 0) for one in stored} == {
         ("svd", False),
         ("mpo", False),
-        ("mpo", True),
+        ("svd+mpo", True),
     }
     assert [offer.error for offer in offers.every if offer.storage is None] == [0.0]
     assert all(offer.parameters < 16 * 24 for offer in offers.every if offer.storage is not None)
-    for is_sum in (False, True):
-        measured = largest_within(structure, int(0.3 * 16 * 24), is_sum)
+    for form in ("mpo", "svd+mpo"):
+        measured = largest_within(structure.as_form(form), int(0.3 * 16 * 24))
         assert measured is not None
         found = [offer.error for offer in offers.every if offer.storage == measured]
         assert found == [pytest.approx(offers.error(measured), rel=1e-4)]
@@ -39,26 +39,26 @@ def test_every_compressed_candidate_shrinks_the_layer() -> None:
         assert offers.error(measured) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("is_sum", [False, True])
-def test_largest_within_a_size_fits(is_sum: bool) -> None:
-    structure = make_structure("conv2d", (16, 12, 3, 3), factors=((2, 8), (6, 2)))
+@pytest.mark.parametrize("form", ["mpo", "svd+mpo"])
+def test_largest_within_a_size_fits(form: str) -> None:
+    structure = make_structure("conv2d", (16, 12, 3, 3), factors=((2, 8), (6, 2))).as_form(form)
     for size in (1, 30, 200, 700, 1700):
-        found = largest_within(structure, size, is_sum)
+        found = largest_within(structure, size)
         if found is None:
             assert size < 700
             continue
         assert found.num_parameters <= size
-        assert Storage(structure, found.bond, found.low_rank + is_sum).num_parameters > size or not is_sum
-        assert is_sum or Storage(structure, found.bond + 1).num_parameters > size
+        larger = (found.bond, found.rank + 1) if structure.parts else (found.bond + 1, 0)
+        assert Storage(structure, *larger).num_parameters > size
 
 
 def test_extra_structure_is_a_candidate() -> None:
     structure = make_structure("linear", SIDES)
-    mera = make_structure("linear", SIDES, network="mera")
+    mera = make_structure("linear", SIDES, form="mera")
     offers = Candidates(weight(3), structure, known(), ("svd", "mpo"), [mera])
     offered = [one for one in offers.every if one.storage is not None and one.storage.structure == mera]
     assert offered
-    storage = largest_within(mera, int(0.4 * 16 * 24), False)
+    storage = largest_within(mera, int(0.4 * 16 * 24))
     assert storage is not None
     (one,) = (offer for offer in offered if offer.storage == storage)
     assert one.error == pytest.approx(offers.error(storage), rel=1e-4)

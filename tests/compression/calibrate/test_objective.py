@@ -95,7 +95,7 @@ def test_exact_at_full_bond(structure: Structure) -> None:
         torch.float64,
         0,
     )
-    torch.testing.assert_close(matrix_of(fit.terms), table(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(matrix_of(fit.form), table(), rtol=1e-6, atol=1e-6)
 
 
 def test_handles_a_layer_without_effect() -> None:
@@ -103,4 +103,4 @@ def test_handles_a_layer_without_effect() -> None:
     deaf = EmbeddingObjective(evidence.moments, evidence.held_out, torch.zeros_like(evidence.outputs))
     for structure in (LOW_RANK, CHAIN):
         fit = fit_calibrated(table(), [Storage(structure, 3)], deaf, torch.float64, 0)
-        assert bool(matrix_of(fit.terms).isfinite().all())
+        assert bool(matrix_of(fit.form).isfinite().all())

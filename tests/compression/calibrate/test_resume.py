@@ -114,7 +114,7 @@ def test_recomputes_damaged_results(tmp_path: Path, name: str) -> None:
         case.compress(False, resume=True, tell=stop_after(1), ratio=0.4)
     file = tmp_path / "o.safetensors.partial" / "calibration" / name
     data = file.read_bytes()
-    changed = data.replace(b'"max_bond": ', b'"max_bond": 1', 1) if name == "shares.json" else data[:-100]
+    changed = data.replace(b'"bond": ', b'"bond": 1', 1) if name == "shares.json" else data[:-100]
     assert changed != data
     file.write_bytes(changed)
     found = case.compress(False, resume=True, ratio=0.4)

@@ -3,8 +3,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpoc.compression.calibrate.sequential import Schedule
-from mpoc.compression.plan import LayerPlan
+from mpoc.compression.plan import Dense, LayerPlan
 from mpoc.compression.selection import LinearMap
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.structure import low_rank_structure
 
 SHAPES = {"a": (48, 48), "b": (48, 48), "c": (96, 48), "d": (48, 96), "e": (48, 48)}
@@ -13,7 +14,12 @@ SHAPES = {"a": (48, 48), "b": (48, 48), "c": (96, 48), "d": (48, 96), "e": (48, 
 def plans(names: str = "abcde", dense: str = "") -> list[LayerPlan]:
     maps = [LinearMap(name, "linear", SHAPES[name], "float32", False) for name in names]
     return [
-        LayerPlan(map, low_rank_structure("linear", map.shape), "float32", None if map.name in dense else 4)
+        LayerPlan(
+            map,
+            low_rank_structure("linear", map.shape),
+            "float32",
+            Dense() if map.name in dense else Truncation(4),
+        )
         for map in maps
     ]
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from torch import Tensor, nn
 
 from mpoc.errors import UsageError
-from mpoc.tensor_networks.fit.conv_map import exact_map, fit_conv_map, project
+from mpoc.tensor_networks.fit.conv_map import exact_map, fit_mpo, project
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.layout import map_of_kernel
 from mpoc.tensor_networks.forms.mpo import MPO
@@ -36,11 +37,12 @@ def map_structure(shape: tuple[int, ...], size: tuple[int, ...], **changes: Any)
 
 
 def both_routes(kernel: Tensor, structure: Structure, bond: int, **options: Any) -> tuple[Any, Any]:
+    truncation = Truncation(bond, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mpoc.tensor_networks.structure.DENSE_LIMIT", 0)
-        rounded = fit_conv_map(kernel, structure, bond, **options)
+        rounded = fit_mpo(kernel, structure, truncation)
         assert rounded.routes == ["rounded"] * (len(structure.site_sizes) - 1)
-    dense = fit_conv_map(kernel, structure, bond, **options)
+    dense = fit_mpo(kernel, structure, truncation)
     assert "rounded" not in dense.routes
     return dense, rounded
 
@@ -110,7 +112,7 @@ def test_exact_operator_has_the_bonds_of_its_taps() -> None:
 def test_handles_maps_too_large_to_form(nothing_is_small: None) -> None:
     kernel = torch.randn(16, 8, 3, 3)
     structure = map_structure((16, 8, 3, 3), (128, 128))  # 262,144 × 131,072
-    fit = fit_conv_map(kernel, structure, structure.full_bond)
+    fit = fit_mpo(kernel, structure, Truncation(structure.full_bond))
     assert fit.relative_error < 1e-6
     back, error = project(as_mpo(fit.form))
     assert relative_error(kernel, back) < 1e-5 and error < 1e-5
@@ -121,7 +123,7 @@ def test_handles_maps_too_large_to_form(nothing_is_small: None) -> None:
 def test_projection_needs_no_dense_map(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
     geometry, kernel = geometry_and_kernel(*drawn)
     structure = make_structure("convmap", tuple(kernel.shape), geometry=geometry)
-    form = fit_conv_map(kernel, structure, structure.full_bond).form
+    form = fit_mpo(kernel, structure, Truncation(structure.full_bond)).form
     noisy = MPO([core + 0.1 * torch.randn_like(core) for core in form.cores], structure)
     dense, dense_error = project(noisy)
     with pytest.MonkeyPatch.context() as patch:
@@ -141,7 +143,7 @@ def test_truncation_between_axes_keeps_a_convolution() -> None:
     within = map_structure((8, 8, 3, 3), (4, 4), factors=((2, 8, 8), (2, 8, 8)))
     errors = []
     for structure in (between, within):
-        fit = fit_conv_map(kernel, structure, 2)
+        fit = fit_mpo(kernel, structure, Truncation(2))
         assert fit.relative_error > 0.3
         errors.append(project(as_mpo(fit.form))[1])
     assert errors[0] < 1e-5 < 0.05 < errors[1]
@@ -154,7 +156,7 @@ def test_large_maps_require_aligned_factors(nothing_is_small: None) -> None:
 
 def test_zero_kernel_gives_zero(nothing_is_small: None) -> None:
     structure = map_structure((4, 4, 3, 3), (4, 4))
-    fit = fit_conv_map(torch.zeros(4, 4, 3, 3), structure, 4)
+    fit = fit_mpo(torch.zeros(4, 4, 3, 3), structure, Truncation(4))
     assert fit.relative_error == 0.0 and set(fit.form.bonds) == {1}
     kernel, error = project(as_mpo(fit.form))
     assert error == 0.0 and not bool(kernel.any())

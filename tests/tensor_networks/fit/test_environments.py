@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from mpoc.tensor_networks.fit.lbfgs import inverse_grams
-from mpoc.tensor_networks.forms.form import Form
-from mpoc.tensor_networks.forms.stored import form_of
+from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.support.weights import random_cores
 
@@ -25,11 +24,11 @@ def curvature(form: Form, k: int) -> torch.Tensor:
     return derivative.T @ derivative
 
 
-@pytest.mark.parametrize("network", ["chain", "tree"])
+@pytest.mark.parametrize("form_name", ["mpo", "tree"])
 @pytest.mark.parametrize("structure", [FOUR, SIX], ids=["four", "six"])
-def test_environments_are_the_curvature_of_each_core(structure: Structure, network: str) -> None:
+def test_environments_are_the_curvature_of_each_core(structure: Structure, form_name: str) -> None:
     """Of a network without loops: a product over the bonds, and the identity on the sites' own legs."""
-    form = form_of(random_cores(one := replace(structure, network=network), 2), one)
+    form = form_of(random_cores(one := replace(structure, form=form_name), 2), one)
     for k, (core, inverses) in enumerate(zip(form.cores, inverse_grams(form.cores, form.legs), strict=True)):
         product = torch.ones(1, 1, dtype=torch.float64)
         for axis, size in enumerate(core.shape):
@@ -40,13 +39,13 @@ def test_environments_are_the_curvature_of_each_core(structure: Structure, netwo
 
 
 def test_networks_with_loops_have_no_environments() -> None:
-    mera = replace(SIX, network="mera")
+    mera = replace(SIX, form="mera")
     form = form_of(random_cores(mera, 2), mera)
     assert not any(inverse_grams(form.cores, form.legs))
 
 
 def test_inverts_singular_and_zero_grams() -> None:
-    tree = replace(FOUR, network="tree")
+    tree = replace(FOUR, form="tree")
     cores = random_cores(tree, 3)
     for scale in (torch.zeros(3), torch.tensor([1.0, 0.0, 1.0])):
         cores[2] = cores[2] * scale

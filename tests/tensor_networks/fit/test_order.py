@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpoc.tensor_networks.fit.decompose import exchange, learn_order
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure, make_structure
@@ -19,7 +20,7 @@ STRUCTURE = make_structure("linear", (16, 24), factors=((4, 2, 2), (2, 3, 4)))
 
 
 def error(weight: Tensor, structure: Structure, bond: int, order: tuple[int, ...]) -> float:
-    return tt_svd(weight, replace(structure, order=order), bond).relative_error
+    return tt_svd(weight, replace(structure, order=order), Truncation(bond)).relative_error
 
 
 def test_exchanges_stop_at_a_local_optimum() -> None:

@@ -16,7 +16,7 @@ def generator(seed: int) -> torch.Generator:
 
 @pytest.mark.parametrize("bond", [1, 2, 3, 5])
 def test_cores_are_orthogonal(bond: int) -> None:
-    structure = make_structure("linear", (36, 64), sites=5, network="mera")
+    structure = make_structure("linear", (36, 64), sites=5, form="mera")
     for core in orthogonal_cores(structure, bond, generator(0)):
         matrix = core.reshape(math.prod(core.shape[:2]), -1)
         upper, lower = matrix.shape
@@ -25,13 +25,13 @@ def test_cores_are_orthogonal(bond: int) -> None:
 
 
 def test_network_of_equal_bonds_is_orthogonal() -> None:
-    structure = make_structure("linear", (256, 256), factors=((2,) * 8, (2,) * 8), network="mera")
+    structure = make_structure("linear", (256, 256), factors=((2,) * 8, (2,) * 8), form="mera")
     weight = Mera(orthogonal_cores(structure, 2, generator(1)), structure).to_weight()
     torch.testing.assert_close(weight @ weight.T, torch.eye(256, dtype=torch.float64))
 
 
 def test_keeps_the_variance() -> None:
-    structure = make_structure("linear", (512, 512), factors=((2,) * 9, (2,) * 9), network="mera")
+    structure = make_structure("linear", (512, 512), factors=((2,) * 9, (2,) * 9), form="mera")
     weight = Mera(orthogonal_cores(structure, 3, generator(2)), structure).to_weight()
     x = torch.randn(512, 500, generator=generator(3), dtype=torch.float64)
     assert float((weight @ x).var()) == pytest.approx(1.0, rel=0.2)
@@ -45,7 +45,7 @@ def test_haar_measure_is_isotropic() -> None:
 
 
 def test_is_seeded() -> None:
-    structure = make_structure("linear", (16, 16), sites=4, network="mera")
+    structure = make_structure("linear", (16, 16), sites=4, form="mera")
     once, again, other = (orthogonal_cores(structure, 2, generator(seed)) for seed in (4, 4, 5))
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
     assert not torch.equal(once[0], other[0])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mpoc.tensor_networks.fit.truncation import exponent_of, largest, scaled, spread
+from mpoc.tensor_networks.fit.truncation import Truncation, exponent_of, largest, scaled, spread
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
@@ -17,7 +17,8 @@ STRUCTURES = [make_structure("linear", (64, 48)), low_rank_structure("linear", (
 @pytest.mark.parametrize("exponent", [-125, -100, -50, 50, 100, 122])
 def test_power_of_two_changes_only_the_scale(structure: Structure, exponent: int) -> None:
     weight = torch.randn(64, 48)
-    plain, other = tt_svd(weight, structure, 8), tt_svd(weight * 2.0**exponent, structure, 8)
+    scales = (1.0, 2.0**exponent)
+    plain, other = (tt_svd(weight * scale, structure, Truncation(8)) for scale in scales)
     assert other.relative_error == pytest.approx(plain.relative_error, rel=1e-6)
     assert other.entropies == pytest.approx(plain.entropies, rel=1e-4)
     back = other.form.to_weight().double() * 2.0**-exponent
@@ -27,7 +28,7 @@ def test_power_of_two_changes_only_the_scale(structure: Structure, exponent: int
 @pytest.mark.parametrize("size", [1e-41, 1e-38, 1e-20, 1e20, 5e37])
 def test_error_matches_the_restored_weight(size: float) -> None:
     weight = torch.randn(64, 48) * size
-    fit = tt_svd(weight, STRUCTURES[0], 8)
+    fit = tt_svd(weight, STRUCTURES[0], Truncation(8))
     lost = (fit.form.to_weight().double() - weight.double()).norm() / weight.double().norm()
     assert fit.relative_error == pytest.approx(float(lost), rel=1e-4)
     assert 0.7 < fit.relative_error < 0.8  # as a random matrix of any size
@@ -36,7 +37,7 @@ def test_error_matches_the_restored_weight(size: float) -> None:
 @pytest.mark.parametrize("size", [1e-310, 1e-200, 1e200, 1e307])
 def test_scales_float64(size: float) -> None:
     weight = torch.randn(64, 48, dtype=torch.float64)
-    fit, plain = tt_svd(weight * size, STRUCTURES[0], 8), tt_svd(weight, STRUCTURES[0], 8)
+    fit, plain = (tt_svd(weight * scale, STRUCTURES[0], Truncation(8)) for scale in (size, 1.0))
     assert fit.relative_error == pytest.approx(plain.relative_error, rel=1e-5)
 
 
@@ -45,14 +46,14 @@ def test_scales_float64(size: float) -> None:
 def test_restores_thin_and_constant_weights(shape: tuple[int, int], value: float) -> None:
     weight = torch.full(shape, value)
     for structure in (make_structure("linear", shape), low_rank_structure("linear", shape)):
-        fit = tt_svd(weight, structure, 4)
+        fit = tt_svd(weight, structure, Truncation(4))
         assert torch.allclose(fit.form.to_weight(), weight, rtol=1e-5, atol=2e-45)
         assert fit.relative_error < 1e-5 and all(math.isfinite(found) for found in fit.entropies)
 
 
 def test_restores_rank_deficient_weights() -> None:
     weight = torch.outer(torch.randn(64), torch.randn(48)) * 1e-30
-    fit = tt_svd(weight, STRUCTURES[1], 8)
+    fit = tt_svd(weight, STRUCTURES[1], Truncation(8))
     assert fit.relative_error < 1e-5
     assert fit.form.bonds == (1, 1, 1)
 
@@ -77,6 +78,6 @@ def test_detects_an_outlier_anywhere(dtype: torch.dtype, odd: float) -> None:
 
 def test_distributes_the_exponent_exactly() -> None:
     structure = STRUCTURES[0]
-    form = tt_svd(torch.randn(64, 48), structure, 8).form
+    form = tt_svd(torch.randn(64, 48), structure, Truncation(8)).form
     grown = MPO(spread(form.cores, 7), structure)
     assert torch.equal(grown.to_weight(), 128 * form.to_weight())

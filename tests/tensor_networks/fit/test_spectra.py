@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpoc.tensor_networks.fit.spectra import Cut, cuts_of_cores, cuts_of_weight, schmidt_spectra
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.layout import deinterleave, interleave
-from mpoc.tensor_networks.forms.stored import weight_of
 from mpoc.tensor_networks.geometry import make_geometry
 from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
 from tests.support.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
@@ -98,27 +99,28 @@ UNPADDED = [structure for structure in EVERY_KIND if not any(structure.padding)]
 @pytest.mark.parametrize("structure", UNPADDED, ids=shape_id)
 def test_cores_have_the_spectra_of_their_weight(structure: Structure) -> None:
     cores = random_cores(structure, 3)
-    check(cuts_of_cores(cores, structure, 0.9), weight_of(cores, structure), structure, 0.9)
+    check(cuts_of_cores(cores, structure, 0.9), form_of(cores, structure).to_weight(), structure, 0.9)
 
 
 def test_sum_has_the_spectra_of_its_weight() -> None:
     cores = [*random_cores(SQUARE, 2), torch.randn(1, 64, 1, 3), torch.randn(3, 1, 64, 1)]
     cores = [core.double() for core in cores]
-    check(cuts_of_cores(cores, SQUARE, 0.9), weight_of(cores, SQUARE), SQUARE, 0.9)
+    both = SQUARE.as_form("svd+mpo")
+    check(cuts_of_cores(cores, both, 0.9), form_of(cores, both).to_weight(), SQUARE, 0.9)
 
 
-@pytest.mark.parametrize("network", ["tree", "mera"])
-def test_trees_and_meras_have_the_spectra_of_their_weight(network: str) -> None:
-    structure = make_structure("linear", (64, 64), factors=((4,) * 3, (4,) * 3), network=network)
+@pytest.mark.parametrize("form_name", ["tree", "mera"])
+def test_trees_and_meras_have_the_spectra_of_their_weight(form_name: str) -> None:
+    structure = make_structure("linear", (64, 64), factors=((4,) * 3, (4,) * 3), form=form_name)
     torch.manual_seed(0)
     cores = [torch.randn(shape, dtype=torch.float64) for shape in structure.core_shapes(structure.bonds(3))]
-    check(cuts_of_cores(cores, structure, 0.9), weight_of(cores, structure), SQUARE, 0.9)
+    check(cuts_of_cores(cores, structure, 0.9), form_of(cores, structure).to_weight(), SQUARE, 0.9)
 
 
 def test_truncation_lowers_the_entropy() -> None:
     weight = random_weight(SQUARE)
     before = cuts_of_weight(weight, SQUARE, 0.99)
-    after = cuts_of_cores(tt_svd(weight, SQUARE, 5).form.cores, SQUARE, 0.99)
+    after = cuts_of_cores(tt_svd(weight, SQUARE, Truncation(5)).form.cores, SQUARE, 0.99)
     for full, cut in zip(before, after, strict=True):
         assert cut.entropy <= math.log(5) < full.entropy
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.truncation import Truncation, squared_norm, truncate
+from mpoc.tensor_networks.fit.truncation import TruncatedSVD, squared_norm, truncate
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = [torch.float32, torch.float64]
@@ -53,7 +53,7 @@ def rounding(dtype: torch.dtype) -> float:
     return 2e-6 if dtype == torch.float32 else 1e-13
 
 
-def relative_error(matrix: Tensor, cut: Truncation) -> float:
+def relative_error(matrix: Tensor, cut: TruncatedSVD) -> float:
     difference = matrix.double() - cut.left.double() @ cut.right.double()
     return float(difference.norm() / matrix.double().norm())
 

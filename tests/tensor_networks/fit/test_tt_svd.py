@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mpoc.tensor_networks.fit.truncation import Target, Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.layout import deinterleave, interleave
@@ -49,7 +50,7 @@ def unfolding_values(tensor: np.ndarray) -> list[np.ndarray]:
 @pytest.mark.parametrize("structure", EVERY_KIND, ids=shape_id)
 def test_full_bond_is_exact(structure: Structure, dtype: torch.dtype, limit: float) -> None:
     weight = random_weight(structure, dtype)
-    fit = tt_svd(weight, structure, structure.full_bond)
+    fit = tt_svd(weight, structure, Truncation(structure.full_bond))
     assert relative_error(weight, fit.form) < limit
     assert fit.relative_error < limit
     assert fit.form.to_weight().shape == weight.shape
@@ -82,7 +83,7 @@ def test_reported_error_matches_the_stored_cores(
     structure: Structure, bond: int, dtype: torch.dtype, stored: torch.dtype | None
 ) -> None:
     weight = random_weight(structure, dtype)
-    fit = tt_svd(weight, structure, bond, dtype=stored)
+    fit = tt_svd(weight, structure, Truncation(bond), Target(stored))
     assert {core.dtype for core in fit.form.cores} == {stored or dtype}
     assert max(fit.form.bonds) <= bond
     arithmetic = 1e-12 if dtype == torch.float64 else 3e-6
@@ -93,14 +94,14 @@ def test_reported_error_matches_the_stored_cores(
 def test_error_includes_rounding_to_the_stored_dtype() -> None:
     structure = make_structure("linear", (64, 48))
     weight = random_weight(structure, torch.float32)
-    exact, rounded = (tt_svd(weight, structure, 10**6, dtype=d) for d in (None, torch.bfloat16))
+    exact, rounded = (tt_svd(weight, structure, Truncation(10**6), Target(d)) for d in (None, torch.bfloat16))
     assert exact.relative_error < 1e-5 < 1e-3 < rounded.relative_error < 1e-2
 
 
 @SOME
 @given(structures(), BONDS)
 def test_stored_cores_are_balanced(structure: Structure, bond: int) -> None:
-    fit = tt_svd(random_weight(structure), structure, bond)
+    fit = tt_svd(random_weight(structure), structure, Truncation(bond))
     cores = [core.numpy() for core in fit.form.cores]
     left, lefts = np.ones((1, 1)), []
     for core in cores[:-1]:
@@ -121,7 +122,7 @@ def test_stored_cores_are_balanced(structure: Structure, bond: int) -> None:
 @given(structures(), BONDS, st.sampled_from([torch.float32, torch.float64]))
 def test_entropies_match_the_unfoldings(structure: Structure, bond: int, dtype: torch.dtype) -> None:
     weight = random_weight(structure, dtype)
-    fit = tt_svd(weight, structure, bond)
+    fit = tt_svd(weight, structure, Truncation(bond))
     direct = unfolding_values(interleave(weight.double(), structure).numpy())
     assert len(fit.entropies_of_weight) == len(fit.routes) == len(fit.entropies) == len(direct)
     for known, route, values in zip(fit.entropies_of_weight, fit.routes, direct, strict=True):
@@ -135,7 +136,7 @@ def test_entropies_match_the_unfoldings(structure: Structure, bond: int, dtype: 
 @given(structures(), BONDS, st.sampled_from([torch.float32, torch.float64]))
 def test_first_spectrum_matches_its_unfolding(structure: Structure, bond: int, dtype: torch.dtype) -> None:
     weight = random_weight(structure, dtype)
-    fit = tt_svd(weight, structure, bond)
+    fit = tt_svd(weight, structure, Truncation(bond))
     direct = unfolding_values(interleave(weight.double(), structure).numpy())
     known = [(k, values) for k, values in enumerate(fit.spectra_of_weight) if values is not None]
     assert len(known) <= 1
@@ -147,12 +148,13 @@ def test_first_spectrum_matches_its_unfolding(structure: Structure, bond: int, d
 
 def test_records_no_spectrum_without_a_cut() -> None:
     structure = make_structure("linear", (16, 16), sites=3)
-    assert tt_svd(random_weight(structure), structure, structure.full_bond).spectra_of_weight == [None] * 2
+    fit = tt_svd(random_weight(structure), structure, Truncation(structure.full_bond))
+    assert fit.spectra_of_weight == [None] * 2
 
 
 def test_first_truncated_bond_has_the_entropy_of_the_weight() -> None:
     structure = make_structure("linear", (64, 64), factors=((2, 4, 4, 2), (4, 2, 2, 4)))
-    fit = tt_svd(random_weight(structure), structure, 16)
+    fit = tt_svd(random_weight(structure), structure, Truncation(16))
     assert fit.routes == ["kept", "exact", "kept"]
     assert [known is None for known in fit.entropies_of_weight] == [True, False, True]
 
@@ -161,7 +163,7 @@ def test_first_truncated_bond_has_the_entropy_of_the_weight() -> None:
 @given(structures(), st.sampled_from([0.03, 0.2, 0.6]), st.sampled_from([torch.float32, torch.float64]))
 def test_respects_the_tolerance(structure: Structure, tolerance: float, dtype: torch.dtype) -> None:
     weight = random_weight(structure, dtype)
-    fit = tt_svd(weight, structure, structure.full_bond, tolerance)
+    fit = tt_svd(weight, structure, Truncation(structure.full_bond, tolerance=tolerance))
     assert relative_error(weight, fit.form) <= tolerance * (1 + 1e-5)
 
 
@@ -170,8 +172,9 @@ def test_tolerance_recovers_the_bond_under_noise(dtype: torch.dtype) -> None:
     structure = make_structure("linear", (64, 64), sites=3)
     signal = MPO([torch.ones(a, 4, 4, b, dtype=dtype) for a, b in ((1, 1), (1, 1), (1, 1))], structure)
     noise = 0.01 * random_weight(structure, dtype)
-    assert tt_svd(signal.to_weight() + noise, structure, 256, 0.05).form.bonds == (1, 1, 1, 1)
-    assert tt_svd(signal.to_weight() + noise, structure, 256, 1e-4).form.bonds == (1, 16, 16, 1)
+    weight = signal.to_weight() + noise
+    for tolerance, bonds in ((0.05, (1, 1, 1, 1)), (1e-4, (1, 16, 16, 1))):
+        assert tt_svd(weight, structure, Truncation(256, tolerance)).form.bonds == bonds
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -180,7 +183,7 @@ def test_kronecker_product_needs_bond_one(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     first, *others = (torch.randn(s, generator=generator, dtype=dtype) for s in ((2, 3), (3, 5), (4, 2)))
     weight = torch.kron(torch.kron(first, others[0]), others[1])
-    fit = tt_svd(weight, structure, 1)
+    fit = tt_svd(weight, structure, Truncation(1))
     assert fit.relative_error < 1e-6
     assert fit.entropies == pytest.approx([0.0, 0.0], abs=1e-9)
 
@@ -188,7 +191,7 @@ def test_kronecker_product_needs_bond_one(dtype: torch.dtype) -> None:
 def test_cuts_bonds_of_rounding_noise() -> None:
     structure = make_structure("linear", (512, 512), sites=3)
     weight = MPO(random_cores(structure, 3), structure).to_weight().float()
-    fit = tt_svd(weight, structure, 64)
+    fit = tt_svd(weight, structure, Truncation(64))
     assert 3 <= min(fit.form.bonds[1:-1]) <= max(fit.form.bonds) < 10
     assert fit.relative_error < 1e-6
 
@@ -196,7 +199,7 @@ def test_cuts_bonds_of_rounding_noise() -> None:
 @pytest.mark.parametrize("shape", [(16, 16), (1, 7), (7, 1), (101, 8), (1024, 1024)])
 def test_zero_weight_gives_zero_cores(shape: tuple[int, int]) -> None:
     structure = make_structure("embedding", shape)
-    fit = tt_svd(torch.zeros(shape), structure, 24)
+    fit = tt_svd(torch.zeros(shape), structure, Truncation(24))
     assert set(fit.form.bonds) == {1}
     assert fit.relative_error == 0.0
     assert torch.equal(fit.form.to_weight(), torch.zeros(shape))
@@ -205,7 +208,7 @@ def test_zero_weight_gives_zero_cores(shape: tuple[int, int]) -> None:
 def test_large_sides_use_krylov_and_stay_optimal() -> None:
     structure = make_structure("linear", (576, 576), sites=2)
     weight = random_weight(structure, torch.float32)
-    fit = tt_svd(weight, structure, 16)
+    fit = tt_svd(weight, structure, Truncation(16))
     assert fit.routes == ["krylov"]
     lost = discarded_by_numpy(interleave(weight, structure).double().numpy(), 16)[0]
     assert fit.relative_error <= 1.001 * math.sqrt(lost) / float(weight.double().norm())
@@ -214,14 +217,14 @@ def test_large_sides_use_krylov_and_stay_optimal() -> None:
 def test_is_deterministic_and_leaves_the_global_generator_alone() -> None:
     structure = make_structure("linear", (576, 576), sites=2)
     weight = random_weight(structure, torch.float32)
-    first = tt_svd(weight, structure, 8, seed=5)
+    first = tt_svd(weight, structure, Truncation(8), Target(seed=5))
     state = torch.get_rng_state()
     torch.rand(1)
     moved = torch.get_rng_state()
-    second = tt_svd(weight, structure, 8, seed=5)
+    second = tt_svd(weight, structure, Truncation(8), Target(seed=5))
     assert torch.equal(torch.get_rng_state(), moved)
     torch.set_rng_state(state)
-    other = tt_svd(weight, structure, 8, seed=6)
+    other = tt_svd(weight, structure, Truncation(8), Target(seed=6))
     assert all(map(torch.equal, first.form.cores, second.form.cores))
     assert not all(map(torch.equal, first.form.cores, other.form.cores))
 
@@ -229,7 +232,7 @@ def test_is_deterministic_and_leaves_the_global_generator_alone() -> None:
 def test_weight_is_unchanged() -> None:
     for structure in EVERY_KIND:
         weight = random_weight(structure)
-        tt_svd(weight, structure, 3)
+        tt_svd(weight, structure, Truncation(3))
         assert torch.equal(weight, random_weight(structure))
 
 
@@ -250,7 +253,7 @@ def bonds_by_numpy(tensor: np.ndarray, discard: float, cap: int) -> list[int]:
 @given(structures(), st.floats(0.003, 0.9), st.sampled_from([3, 10**6]))
 def test_discard_determines_each_bond(structure: Structure, discard: float, cap: int) -> None:
     weight = random_weight(structure)
-    fit = tt_svd(weight, structure, min(cap, structure.full_bond), discard=discard)
+    fit = tt_svd(weight, structure, Truncation(min(cap, structure.full_bond), discard=discard))
     assert fit.form.bonds == tuple(bonds_by_numpy(interleave(weight, structure).numpy(), discard, cap))
     if cap > structure.full_bond:
         cuts = len(structure.site_sizes) - 1
@@ -265,12 +268,12 @@ def test_bonds_end_at_a_drop_of_the_spectrum() -> None:
     noise = torch.randn(16, 256)
     tensor = left @ right / (left @ right).norm() + 1e-3 * noise / noise.norm()
     whole = deinterleave(tensor.reshape(16, 16, 16), structure)
-    assert tt_svd(whole, structure, 16, discard=1e-5).form.bonds == (1, 2, 16, 1)
-    assert tt_svd(whole, structure, 16, discard=1e-8).form.bonds == (1, 16, 16, 1)
+    assert tt_svd(whole, structure, Truncation(16, discard=1e-5)).form.bonds == (1, 2, 16, 1)
+    assert tt_svd(whole, structure, Truncation(16, discard=1e-8)).form.bonds == (1, 16, 16, 1)
 
 
 def test_zero_weight_needs_bond_one() -> None:
     structure = make_structure("linear", (16, 16), sites=3)
-    fit = tt_svd(torch.zeros(16, 16), structure, structure.full_bond, discard=0.1)
+    fit = tt_svd(torch.zeros(16, 16), structure, Truncation(structure.full_bond, discard=0.1))
     assert fit.form.bonds == (1,) * (len(structure.site_sizes) + 1)
     assert fit.relative_error == 0.0

@@ -14,9 +14,8 @@ from mpoc.tensor_networks.fit.whitening import (
     kronecker_factors,
     whitened_coordinates,
 )
-from mpoc.tensor_networks.forms.form import Form
+from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.forms.mpo import MPO
-from mpoc.tensor_networks.forms.stored import form_of
 from mpoc.tensor_networks.structure import low_rank_structure, make_structure
 from tests.support.weights import random_cores
 from tests.tensor_networks.fit.metrics import diagonal_metric, random_metric, random_moment
@@ -66,16 +65,16 @@ def test_preserves_the_objective(weighted: bool, ranks: tuple[int | None, int | 
     metric = random_metric(12, 12, weighted, ranks)
     coordinates = whitened_coordinates(metric, *factors)
     two = low_rank_structure("linear", (12, 12))
-    others = (replace(structure, network=network) for network in ("tree", "mera"))
+    others = (replace(structure, form=form_name) for form_name in ("tree", "mera"))
     for form in (form_of(random_cores(one, 3), one) for one in (structure, two, *others)):
         same_number(form, metric, coordinates)
 
 
 def same_number(form: Form, metric: Metric, coordinates: WhitenedCoordinates) -> None:
-    white = coordinates.whiten_term(form)
+    white = coordinates.whiten_form(form)
     value = coordinates.whiten(metric).value(white.to_matrix()[0])
     assert value == pytest.approx(metric.value(form.to_matrix()[0]), rel=1e-9)
-    back = coordinates.restore_term(white)
+    back = coordinates.restore_form(white)
     torch.testing.assert_close(back.to_matrix(), form.to_matrix(), rtol=1e-9, atol=1e-9)
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mpoc.nn import adopt
 from mpoc.tensor_networks.forms.contraction import contract_all
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.layout import deinterleave
 from mpoc.tensor_networks.forms.mera import Mera
-from mpoc.tensor_networks.forms.stored import form_of, weight_of
 from mpoc.tensor_networks.forms.tree import Tree
 from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.support.weights import random_cores
@@ -30,13 +30,13 @@ SHAPES = [
 ]
 
 
-def structure(kind: str, shape: tuple[int, ...], transposed: bool, sites: int, network: str) -> Structure:
-    return make_structure(kind, shape, transposed, sites, network=network)
+def structure(kind: str, shape: tuple[int, ...], transposed: bool, sites: int, form_name: str) -> Structure:
+    return make_structure(kind, shape, transposed, sites, form=form_name)
 
 
 def brute_force(cores: Sequence[Tensor], structure: Structure, bond: int) -> Tensor:
     """One einsum over every leg at once."""
-    wired = structure.wiring(structure.bonds(bond))
+    wired = structure.cores(structure.bonds(bond))
     numbers = {leg: k for k, leg in enumerate(dict.fromkeys(leg for core in wired for leg in core.legs))}
     operands: list[Tensor | list[int]] = []
     for core, of in zip(cores, wired, strict=True):
@@ -46,31 +46,31 @@ def brute_force(cores: Sequence[Tensor], structure: Structure, bond: int) -> Ten
     return deinterleave(torch.einsum(*operands, interleaved), structure)
 
 
-@pytest.mark.parametrize("network", ["tree", "mera"])
+@pytest.mark.parametrize("form_name", ["tree", "mera"])
 @pytest.mark.parametrize(("kind", "shape", "transposed", "sites"), SHAPES)
 def test_weight_is_the_sum_over_all_legs(
-    kind: str, shape: tuple[int, ...], transposed: bool, sites: int, network: str
+    kind: str, shape: tuple[int, ...], transposed: bool, sites: int, form_name: str
 ) -> None:
-    of = structure(kind, shape, transposed, sites, network)
+    of = structure(kind, shape, transposed, sites, form_name)
     for bond in (1, 3):
         cores = random_cores(of, bond)
         form = form_of(cores, of)
-        assert isinstance(form, Tree if network == "tree" else Mera)
+        assert isinstance(form, Tree if form_name == "tree" else Mera)
         assert form.num_parameters == of.num_parameters(bond) == sum(map(torch.numel, cores))
         assert len(of.site_sizes) < 3 or form.bonds == of.bonds(bond)
-        torch.testing.assert_close(weight_of(cores, of), brute_force(cores, of, bond))
+        torch.testing.assert_close(form_of(cores, of).to_weight(), brute_force(cores, of, bond))
 
 
-@pytest.mark.parametrize("network", ["tree", "mera"])
-def test_gradients_reach_every_core(network: str) -> None:
-    of = structure("linear", (24, 36), False, 4, network)
+@pytest.mark.parametrize("form_name", ["tree", "mera"])
+def test_gradients_reach_every_core(form_name: str) -> None:
+    of = structure("linear", (24, 36), False, 4, form_name)
     cores = [core.requires_grad_() for core in random_cores(of, 2)]
-    assert torch.autograd.gradcheck(lambda *given: weight_of(given, of), cores, fast_mode=True)
+    assert torch.autograd.gradcheck(lambda *given: form_of(given, of).to_weight(), cores, fast_mode=True)
 
 
-@pytest.mark.parametrize("network", ["tree", "mera"])
-def test_rejects_cores_of_other_shapes(network: str) -> None:
-    of = structure("linear", (24, 36), False, 4, network)
+@pytest.mark.parametrize("form_name", ["tree", "mera"])
+def test_rejects_cores_of_other_shapes(form_name: str) -> None:
+    of = structure("linear", (24, 36), False, 4, form_name)
     cores = random_cores(of, 2)
     for wrong in (cores[:-1], [*cores[:-1], cores[-1][:1]], [core.flatten() for core in cores]):
         with pytest.raises(ValueError):
@@ -86,18 +86,18 @@ def test_contraction_matches_einsum() -> None:
     torch.testing.assert_close(found, torch.einsum("ab,bcd,e,dfc,eg->fga", *tensors))
 
 
-@pytest.mark.parametrize("network", ["tree", "mera"])
+@pytest.mark.parametrize("form_name", ["tree", "mera"])
 @pytest.mark.parametrize("batch", [0, 1, 5, 3000])
-def test_linear_layer_matches_its_weight(network: str, batch: int) -> None:
+def test_linear_layer_matches_its_weight(form_name: str, batch: int) -> None:
     layer = nn.Linear(30, 37).double()
-    of = structure("linear", (37, 30), False, 4, network)
+    of = structure("linear", (37, 30), False, 4, form_name)
     adopt(layer, "weight", random_cores(of, 3), of)
     x = torch.randn(batch, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(layer(x), x @ torch.clone(layer.weight).T + layer.bias)
 
 
-@pytest.mark.parametrize("network", ["tree", "mera"])
+@pytest.mark.parametrize("form_name", ["tree", "mera"])
 @pytest.mark.parametrize(
     ("module", "kind", "given"),
     [
@@ -105,21 +105,21 @@ def test_linear_layer_matches_its_weight(network: str, batch: int) -> None:
         (nn.Embedding(37, 12), "embedding", torch.tensor([[0, 5], [36, 7]])),
     ],
 )
-def test_other_layers_match_dense_layers(network: str, module: nn.Module, kind: str, given: Tensor) -> None:
+def test_other_layers_match_dense_layers(form_name: str, module: nn.Module, kind: str, given: Tensor) -> None:
     dense, layer = copy.deepcopy(module), copy.deepcopy(module)
-    of = structure(kind, tuple(dense.get_parameter("weight").shape), False, 3, network)
+    of = structure(kind, tuple(dense.get_parameter("weight").shape), False, 3, form_name)
     cores = [core.float() for core in random_cores(of, 2)]
     with torch.no_grad():
-        dense.get_parameter("weight").copy_(weight_of(cores, of))
+        dense.get_parameter("weight").copy_(form_of(cores, of).to_weight())
     adopt(layer, "weight", cores, of)
     torch.testing.assert_close(layer(given), dense(given), rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("network", ["chain", "tree", "mera"])
+@pytest.mark.parametrize("form_name", ["mpo", "tree", "mera"])
 @pytest.mark.parametrize("batch", [2, 3000])  # through the cores, and through a weight that is built
-def test_autocast_matches_a_dense_layer(network: str, batch: int) -> None:
+def test_autocast_matches_a_dense_layer(form_name: str, batch: int) -> None:
     layer = nn.Linear(30, 37)
-    of = structure("linear", (37, 30), False, 4, network)
+    of = structure("linear", (37, 30), False, 4, form_name)
     adopt(layer, "weight", [core.float() for core in random_cores(of, 3)], of)
     x = torch.randn(batch, 30, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -134,10 +134,10 @@ def test_autocast_matches_a_dense_layer(network: str, batch: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("network", ["tree", "mera"])
-def test_compiles_to_one_graph_for_all_batches(network: str) -> None:
+@pytest.mark.parametrize("form_name", ["tree", "mera"])
+def test_compiles_to_one_graph_for_all_batches(form_name: str) -> None:
     layer = nn.Linear(30, 37)
-    of = structure("linear", (37, 30), False, 4, network)
+    of = structure("linear", (37, 30), False, 4, form_name)
     adopt(layer, "weight", [core.float() for core in random_cores(of, 2)], of)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     for batch in (4, 9):

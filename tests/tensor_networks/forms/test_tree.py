@@ -20,7 +20,7 @@ SOME = settings(max_examples=25, deadline=None, derandomize=True)
 def structure(sites: int, factor: int = 2) -> Structure:
     factors = (factor,) * sites, tuple(2 + k % 2 for k in range(sites))
     sides = math.prod(factors[0]), math.prod(factors[1])
-    return make_structure("linear", sides, factors=factors, network="tree")
+    return make_structure("linear", sides, factors=factors, form="tree")
 
 
 def random_tree(structure: Structure, bond: int, seed: int = 0) -> Tree:

@@ -19,17 +19,18 @@ dense weight wins, as it would for any tensor-train library.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from mpoc.nn.cost import Site, cheapest, split_batch
-from mpoc.nn.weight import is_autocast
-from mpoc.tensor_networks.forms.contraction import traced_once
+from mpoc.tensor_networks.forms.contraction import is_autocast, is_traced, planned_batch, traced_once
+from mpoc.tensor_networks.forms.cost import Site, cheapest, cheapest_gather, split_batch
 
-_plan, _split = traced_once(cheapest), traced_once(split_batch)
+_plan, _split, _gather_plan = map(traced_once, (cheapest, split_batch, cheapest_gather))
+_AT_ONCE = 1 << 18  # numbers of core slices gathered at a time
 
 
 def contract(x: Tensor, cores: Sequence[Tensor], added: Sequence[Tensor] = ()) -> Tensor:
@@ -140,21 +141,37 @@ def merge_cores(cores: Sequence[Tensor]) -> Tensor:
     return product.view(a, j, i, p, q, c).transpose(2, 3).reshape(a, j * p, i * q, c)
 
 
-def planned_batch(x: Tensor) -> int:
-    """The batch the plan is made for: rounded up to a power of two, so that few plans are made.
-
-    While a graph is traced the batch may be a symbol; the plan must then not depend on it.
-    """
-    if is_traced():
-        return 64
-    return 1 << (x.shape[0] - 1).bit_length() if x.shape[0] > 1 else 1
-
-
-def is_traced() -> bool:
-    """Whether a graph is made, that must serve other batches too."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-
-
 def sites_of(cores: Sequence[Tensor]) -> tuple[Site, ...]:
     """The shapes of the cores, as plans know them."""
     return tuple([tuple(core.shape) for core in cores])  # type: ignore[misc]
+
+
+def gather_rows(indices: Tensor, cores: Sequence[Tensor]) -> Tensor:
+    """Rows of Ŵ, (n,) → (n, ΠI): for v = (j_1 … j_n) in mixed radix the product of core slices.
+
+        row[i_1 … i_n] = w⁽¹⁾[j_1, i_1] w⁽²⁾[j_2, i_2] … w⁽ⁿ⁾[j_n, i_n]
+
+    Neighbouring cores may be multiplied together first: then fewer and larger slices are gathered.  For very
+    many indices all are, which makes the table for the time of the call.
+    """
+    cuts = _gather_plan(sites_of(cores), planned_batch(indices), indices.is_cuda)
+    groups = [merge_cores(cores[first:last]) for first, last in pairwise(cuts)]
+    at_once = max(1, _AT_ONCE // max([core.numel() // core.shape[1] for core in groups]))
+    if is_traced() or indices.shape[0] <= at_once:
+        return _gather(indices, groups)
+    return torch.cat([_gather(part, groups) for part in indices.split(at_once)])
+
+
+def _gather(indices: Tensor, cores: Sequence[Tensor]) -> Tensor:
+    """The equation above."""
+    rows = cores[0].new_ones(1, 1, 1)  # (n, I so far, D)
+    after = math.prod([core.shape[1] for core in cores])
+    for core in cores:
+        after //= core.shape[1]
+        if core.shape[1] == 1:  # the same for every row
+            rows = (rows @ core[:, 0].flatten(1)).unflatten(2, core.shape[2:]).flatten(1, 2)
+            continue
+        digit = indices // after % core.shape[1]
+        sliced = core.transpose(0, 1)[digit]  # (n, D_left, I, D_right)
+        rows = (rows @ sliced.flatten(2)).unflatten(2, sliced.shape[2:]).flatten(1, 2)
+    return rows.flatten(1)

@@ -168,3 +168,22 @@ def bandwidth(numbers: int, rates: Rates) -> float:
 def _efficiency(m: int, k: int, n: int) -> float:
     """Share of the peak rate that a product with such sides reaches: narrow ones do not fill the units."""
     return min(1.0, (m / 200) ** 0.1) * min(1.0, (k / 32) ** 0.25) * min(1.0, (n / 16) ** 1.5)
+
+
+@cache
+def cheapest_gather(sites: tuple[Site, ...], count: int, on_gpu: bool) -> tuple[int, ...]:
+    """The grouping of ``sites``, as ``Plan.cuts``, that takes least time for ``count`` rows of Ŵ."""
+    inner, rates = range(1, len(sites)), GPU if on_gpu else CPU
+    every = [(0, *c, len(sites)) for size in range(len(sites)) for c in combinations(inner, size)]
+    return min(every, key=lambda cuts: _gather_seconds(sites, cuts, count, rates))
+
+
+def _gather_seconds(sites: tuple[Site, ...], cuts: tuple[int, ...], count: int, rates: Rates) -> float:
+    """Estimated time: merging, then for each group gathering slices (written and read) and multiplying."""
+    groups, total = merged(sites, cuts, rates)
+    total, before = 3 * total, 1  # merged cores are fresh memory; before: I so far
+    for a, _, i, b in groups:
+        flops, numbers = 2 * count * before * a * i * b, count * (3 * a * i * b + before * (a + i * b))
+        total += 1.5 * rates.start + flops / (rates.flops / 4) + 4 * numbers / bandwidth(numbers, rates)
+        before *= i
+    return total
