@@ -58,7 +58,7 @@ class ReproduceOptions:
     data: Path = option("Read this file or folder of examples.", metavar="PATH", panel=COMMON)
     format: str | None = option("Name the format where it is not recognised.", None, panel=ADVANCED)
     held_out: float | None = option(
-        "Choose the best weights on this share of the training split.",
+        "Choose weights on this share of training data.",
         None, "--hold-out", panel=_TRAINING, shown="0; 0.1 for mera",
     )  # fmt: skip
     variants: tuple[str, ...] = option(
@@ -73,7 +73,7 @@ class ReproduceOptions:
         (), metavar="D[,D…]", panel=_NETWORKS, parse=_bonds, shown="the paper's",
     )  # fmt: skip
     starts: tuple[str, ...] = option(
-        "Start from the trained dense network (ttsvd), or at random as the paper.",
+        "Start from the trained dense network (ttsvd) or at random.",
         ("ttsvd", "random"), metavar="S[,S]", panel=_NETWORKS, parse=_items, shown="ttsvd,random",
     )  # fmt: skip
     shape: tuple[str, ...] = option(

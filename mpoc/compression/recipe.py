@@ -119,10 +119,10 @@ class Recipe:
         shown="mpo; calibrated auto",
     )
     sites: int | None = option(
-        "Set the MPO sites per layer, kernel taps not counted.",
+        "Set the MPO sites per layer, without kernel taps.",
         None,
         panel=ADVANCED,
-        shown="4; 5 from 1,024 wide",
+        shown="4 or 5",
     )
     shape: tuple[ShapeRule, ...] = option(
         "Set factors, as fc1=4x7x7x4:4x4x4x4. Repeatable.",

@@ -33,7 +33,7 @@ def make_network(arch: str) -> nn.Module:
     """The dense network that ``arch`` names: from the zoo, or what it names imported and called.
 
     Args:
-        arch: ``resnet:depth=56``, ``package.module:factory`` or ``file.py:factory``.
+        arch: ``resnet56``, ``resnet:depth=56``, ``package.module:factory`` or ``file.py:factory``.
 
     Raises:
         UsageError: not of that form, not found, or its result is no ``nn.Module``.
@@ -47,7 +47,8 @@ def make_network(arch: str) -> nn.Module:
     if not place or not name:
         raise UsageError(
             f"--arch {arch!r}: not of the form package.module:factory or file.py:factory",
-            f"or a network of the zoo: {', '.join(zoo.ENTRIES)}",
+            "factory() returns the dense nn.Module; or a network of the zoo: "
+            f"{', '.join([*zoo.SHORT_NAMES, *zoo.ENTRIES])}",
         )
     module = _import(arch, place)
     factory = getattr(module, name, None)

@@ -264,7 +264,7 @@ def _dense_network(stored: Checkpoint, arch: str | None) -> nn.Module:
             return by_transformers(stored.path)
         raise UsageError(
             f"{stored.path}: holds tensors, not the network's code",
-            "--arch resnet:depth=56, or --arch file.py:factory, where factory() makes the network",
+            "--arch resnet56, or --arch file.py:factory, where factory() returns the dense nn.Module",
         )
     with_architecture(stored, arch)  # checks names and shapes
     network = make_network(arch)

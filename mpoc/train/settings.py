@@ -82,7 +82,7 @@ class DataOptions:
     path: Path = option("Read this file or folder of examples.", flags="--data", metavar="PATH", panel=COMMON)
     format: str | None = option("Name the format where it is not recognised.", None, panel=_DATA)
     mean: tuple[float, ...] | None = option(
-        "Subtract this from each channel's pixels, which lie in 0…1.",
+        "Subtract this from each channel's pixels (0 to 1).",
         None, metavar="M[,M,M]", panel=_DATA, parse=parse_numbers, shown="as recorded, else 0",
     )  # fmt: skip
     std: tuple[float, ...] | None = option(
@@ -90,7 +90,7 @@ class DataOptions:
         None, metavar="S[,S,S]", panel=_DATA, parse=parse_numbers, shown="as recorded, else 1",
     )  # fmt: skip
     pad: int | None = option(
-        "Augment: pad by this many pixels, then crop at random.",
+        "Augment: pad by N pixels, crop at random.",
         None,
         panel=_DATA,
         shown="as recorded, else 0",
@@ -112,8 +112,8 @@ class DataOptions:
     )
     column: str | None = option("Choose the text column of a table.", None, panel=_DATA)
     held_out: float | None = option(
-        "Hold out this share of the training split for validation.",
-        None, "--hold-out", panel=_DATA, shown="as in training, else 0.1 if needed",
+        "Hold out this share of training data to validate.",
+        None, "--hold-out", panel=_DATA, shown="0.1 if needed",
     )  # fmt: skip
 
 

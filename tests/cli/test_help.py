@@ -8,6 +8,7 @@ import torch
 
 import mpoc
 from mpoc.cli.guide import read_page
+from mpoc.cli.options import RENAMED
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.models import zoo
@@ -43,6 +44,34 @@ class TestEveryCommand:
 
     def test_is_in_the_guide(self, command: str) -> None:
         assert any(f"mpoc {command}" in page.read_text("utf-8") for page in PAGES)
+
+
+def test_help_of_options_is_short() -> None:
+    for name, command in COMMANDS.items():
+        for parameter in command.params:
+            words = (getattr(parameter, "help", "") or "").split()
+            assert 0 < len(words) < 15, f"mpoc {name}: {parameter.name}: {' '.join(words)}"
+
+
+def test_help_of_compress_fits_three_screens(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = here("compress", "--help").stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) <= 3 * 40
+    panels = [line.strip("╭─╮ ") for line in lines if line.startswith("╭")]
+    goal = "Goal (exactly one; --bond may cap --discard)"
+    assert panels == ["Arguments", goal, "Common options", "Advanced: which layers", "Advanced"]
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"), [(c, old, new) for c, table in RENAMED.items() for old, new in table.items()]
+)
+def test_renamed_options_answer_with_their_new_name(here: Here, command: str, old: str, new: str) -> None:
+    known = {option for parameter in COMMANDS[command].params for option in parameter.opts}
+    assert new in known and old not in known
+    for words in ([old, "32x32"], [f"{old}=32x32"]):
+        done = here(command, "m.pt", "--data", "d", *words)
+        assert (done.returncode, done.stderr) == (2, f"error: {old} is now {new}\n")
 
 
 def test_help_lists_every_command(here: Here) -> None:
