@@ -35,10 +35,10 @@ from mpoc.errors import UsageError, nearest
 from mpoc.runtime.formatting import parse_size
 from mpoc.runtime.options import ADVANCED, option
 from mpoc.tensor_networks.factors import OrderRule, order_fits, parse_order
+from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry
 
 CONV_FORMS = ("kernel", "map")
-FORMS = ("mpo", "svd", "tree", "mera", "svd+mpo", "auto")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 GOALS = ("bond", "discard", "ratio", "max_error", "size", "max_drop")
 GOAL = "Goal (exactly one; --bond may cap --discard)"
@@ -369,9 +369,12 @@ def _check_sites(where: str, sites: int | None) -> None:
 
 
 def _check_form(where: str, form: str | None, sites: int | None, bond: int | None = None) -> None:
-    if form is not None and form not in FORMS:
-        raise UsageError(f"{where} {form!r}: not one of {', '.join(FORMS)}{nearest(form, FORMS)}")
-    if form == "svd" and sites is not None:
-        raise UsageError(f"{where} svd: has two factors, so that it takes no number of sites", "--form mpo")
-    if form in ("auto", "svd+mpo") and bond is not None:
+    known = [*FORMS, "auto"]
+    if form is None:
+        return
+    if form not in known:
+        raise UsageError(f"{where} {form!r}: not one of {', '.join(known)}{nearest(form, known)}")
+    if form != "auto" and FORMS[form].one_matrix and sites is not None:
+        raise UsageError(f"{where} {form}: has two factors, so it takes no number of sites", "--form mpo")
+    if (form == "auto" or FORMS[form].parts) and bond is not None:
         raise UsageError(f"{where} {form}: takes a share of a budget, not a bond", "form mpo, or svd")
