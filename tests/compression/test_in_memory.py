@@ -13,8 +13,10 @@ import mpoc
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
+from mpoc.tensor_networks.forms.layout import from_matrix
 from tests.models.test_loading import Tied, mlp, unchanged
 from tests.nn.layers import NETWORKS
+from tests.support.weights import as_one_matrix
 
 FULL: dict[str, Any] = {"bond": 10**6, "allow_growth": True, "embeddings": True}
 
@@ -207,3 +209,34 @@ def test_options_match_the_command() -> None:
     assert [(layer.name, layer.structure) for layer in one.layers] == [
         (layer.name, layer.structure) for layer in report.layers
     ]
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_weights_are_truncated_svds(kind: str) -> None:
+    """Against Eckart and Young: torch's SVD of every weight, truncated."""
+    network, x = NETWORKS[kind]()
+    dense = copy.deepcopy(network).eval()
+    report = mpoc.compress(network.eval(), bond=3, form="svd", embeddings=True, allow_growth=True)
+    state = dict(dense.named_parameters())
+    for layer in report.layers:
+        assert layer.form == "svd"
+        matrix = as_one_matrix(layer.kind, state[layer.name].detach(), layer.transposed)
+        left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+        best = (left[:, :3] * values[:3] @ right[:3])[None]
+        with torch.no_grad():
+            state[layer.name].copy_(from_matrix(best, layer.structure))
+    torch.testing.assert_close(network(x), dense(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"form": "tucker"}, "not one of mpo, svd"),
+        ({"form": "svd", "sites": 3}, "two factors"),
+        ({"form": "svd+mpo"}, "--form svd\\+mpo compares what layers do: it needs --calibrate"),
+        ({"form": "svd", "conv": "map", "input_shape": (1, 8, 6, 6)}, "of kernels, not of whole maps"),
+    ],
+)
+def test_rejects_bad_combinations(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        mpoc.compress(nn.Sequential(nn.Conv2d(8, 8, 3)), bond=2, **options)

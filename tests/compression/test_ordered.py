@@ -2,84 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import mpoc
 from mpoc.compression.calibrate.statistics import CalibrationRequest
 from mpoc.compression.entanglement import entanglement_of
-from mpoc.compression.expand import expand_checkpoint
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.hub_directory import cores_of, quantization_config
 from mpoc.io.manifest import Manifest
 from mpoc.io.manifest_reader import parse_manifest
-from mpoc.nn.adopt import adopt
 from mpoc.tensor_networks.factors import parse_order
-from mpoc.tensor_networks.fit.truncation import Truncation
-from mpoc.tensor_networks.fit.tt_svd import tt_svd
-from mpoc.tensor_networks.forms.form import form_of
-from mpoc.tensor_networks.forms.layout import deinterleave, interleave, to_matrix
-from mpoc.tensor_networks.structure import Structure, make_structure
-from tests.support.checkpoints import num_bytes
 
-MIXED = tuple(torch.randperm(48, generator=torch.Generator().manual_seed(3)).tolist())
-ORDERS: list[Any] = ["morton:3x4x4", MIXED]
 NAMES = ["raster", "morton:3x4x4", "learned"]
-
-
-def structure(order: Any, transposed: bool = False, form_name: str = "mpo") -> Structure:
-    shape = (48, 64) if transposed else (64, 48)
-    plain = make_structure("linear", shape, transposed, sites=3, form=form_name)
-    return replace(plain, order=order, input_factors=(4, 4, 3))
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("order", ORDERS, ids=["morton", "permutation"])
-class TestLayout:
-    def test_columns_follow_the_order(self, order: Any, transposed: bool) -> None:
-        place = structure(order, transposed)
-        weight = torch.randn(place.shape)
-        columns = (weight.T if transposed else weight).T
-        assert place.permutation is not None
-        for position, column in enumerate(to_matrix(weight, place)[0].T):
-            assert torch.equal(column, columns[place.permutation[position]])
-
-    def test_interleave_round_trip(self, order: Any, transposed: bool) -> None:
-        place = structure(order, transposed)
-        weight = torch.randn(place.shape)
-        assert torch.equal(deinterleave(interleave(weight, place), place), weight)
-
-    def test_full_bond_is_exact(self, order: Any, transposed: bool) -> None:
-        place = structure(order, transposed)
-        weight = torch.randn(place.shape, dtype=torch.float64)
-        fit = tt_svd(weight, place, Truncation(place.full_bond))
-        torch.testing.assert_close(fit.form.to_weight(), weight)
-        assert fit.relative_error < 1e-12
-
-
-@pytest.mark.parametrize("form_name", ["mpo", "tree", "mera"])
-@pytest.mark.parametrize("order", ORDERS, ids=["morton", "permutation"])
-def test_layer_computes_with_its_weight(order: Any, form_name: str) -> None:
-    place = structure(order, form_name=form_name)
-    cores = [torch.randn(shape, dtype=torch.float64) for shape in place.core_shapes(place.bonds(3))]
-    layer = nn.Linear(48, 64, dtype=torch.float64)
-    adopt(layer, "weight", cores, place)
-    x = torch.randn(2, 5, 48, dtype=torch.float64)
-    expected = x @ form_of(cores, place).to_weight().T + layer.bias
-    torch.testing.assert_close(layer(x), expected)
-    torch.testing.assert_close(copy.deepcopy(layer).eval()(x), expected)
-    exported = torch.export.export(layer.eval(), (x,))
-    torch.testing.assert_close(exported.module()(x), expected)
 
 
 def network() -> nn.Sequential:
@@ -93,26 +35,6 @@ def compress(folder: Path, dry_run: bool = False, **options: Any) -> tuple[Path,
     recipe = make_recipe(None, {"order": orders, **options})
     done = compress_checkpoint(folder / "m.pt", folder / "m.safetensors", recipe, True, dry_run)
     return folder / "m.safetensors", done.manifest, done.nbytes
-
-
-@pytest.mark.parametrize("goal", [{"bond": 6}, {"ratio": 0.5}, {"discard": 0.3}, {"max_error": 0.7}], ids=str)
-@pytest.mark.parametrize("order", NAMES)
-def test_load_and_expand_agree(tmp_path: Path, order: str, goal: dict[str, Any]) -> None:
-    path, manifest, nbytes = compress(tmp_path, order=[f"0={order}"], **goal)
-    assert nbytes == num_bytes(path)
-    assert nbytes <= compress(tmp_path, True, order=[f"0={order}"], **goal)[2]
-    path, manifest, _ = compress(tmp_path, order=[f"0={order}"], **goal)
-    expand_checkpoint(path, tmp_path / "dense.safetensors")
-    dense = network()
-    dense.load_state_dict(load_file(tmp_path / "dense.safetensors"))
-    x = torch.randn(7, 48)
-    torch.testing.assert_close(mpoc.load(path, network())(x), dense(x), rtol=1e-4, atol=1e-5)
-    layer = manifest.layers[0]
-    weight = network().get_parameter("0.weight").detach()
-    error = (dense.get_parameter("0.weight").detach() - weight).norm() / weight.norm()
-    assert layer.relative_error == pytest.approx(error.item(), rel=1e-3)
-    if order != "learned":
-        assert layer.order == ("" if order == "raster" else order)
 
 
 def test_learned_order_is_recorded_and_better(tmp_path: Path) -> None:
@@ -139,13 +61,6 @@ def test_recipe_tables_set_orders(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('bond = 4\norder = "morton:3x4x4"\n[layer."0"]\norder = "raster"\n')
     assert make_recipe(tmp_path / "r.toml", {}).order_for("0.weight", "linear", 48) == ""
     assert make_recipe(tmp_path / "r.toml", {}).order_for("1.weight", "linear", 48) == "morton:3x4x4"
-
-
-def test_in_memory_matches_the_file(tmp_path: Path) -> None:
-    path, manifest, _ = compress(tmp_path, bond=4, order=["0=morton:3x4x4"])
-    model, x = network(), torch.randn(3, 48)
-    assert mpoc.compress(model, bond=4, order="0=morton:3x4x4").layers == manifest.layers
-    assert torch.equal(model(x), mpoc.load(path, network())(x))
 
 
 @pytest.mark.parametrize("order", NAMES[1:])

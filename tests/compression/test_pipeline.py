@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from mpoc.compression.pipeline import compress_checkpoint, default_output
 from mpoc.compression.recipe import make_recipe
@@ -155,3 +156,24 @@ def test_rejects_unavailable_device(name: str) -> None:
 def test_auto_picks_an_available_device() -> None:
     assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert choose_device("cpu").type == "cpu"
+
+
+def test_recipe_mixes_forms(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32))
+    file = tmp_path / "recipe.toml"
+    file.write_text('bond = 4\nform = "svd"\n[layer."1"]\nform = "mpo"\nsites = 3\n')
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    done = compress_checkpoint(tmp_path / "m.pt", tmp_path / "o.safetensors", make_recipe(file, {}))
+    assert [(layer.form, len(layer.output_factors)) for layer in done.manifest.layers] == [
+        ("svd", 2),
+        ("mpo", 3),
+    ]
+
+
+def test_svd_layers_ignore_sites(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 32))
+    file = tmp_path / "recipe.toml"
+    file.write_text('bond = 4\nsites = 3\n[layer."1"]\nform = "svd"\n')
+    torch.save(network.state_dict(), tmp_path / "m.pt")
+    done = compress_checkpoint(tmp_path / "m.pt", tmp_path / "o.safetensors", make_recipe(file, {}))
+    assert [layer.form for layer in done.manifest.layers] == ["mpo", "svd"]

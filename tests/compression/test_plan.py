@@ -1,18 +1,22 @@
 """The plan: goals, rules of single layers, ceilings that hold."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller, make_plan
 from mpoc.compression.recipe import LayerRule, Recipe, make_recipe
-from mpoc.compression.recipe_syntax import ShapeRule, parse_shape
-from mpoc.compression.selection import LinearMap, Selection
+from mpoc.compression.recipe_syntax import ShapeRule, parse_input_shape, parse_shape
+from mpoc.compression.selection import LinearMap, Selection, select
 from mpoc.errors import UsageError
+from mpoc.io.open_checkpoint import open_checkpoint
 from mpoc.io.safetensors_header import ITEMSIZE
 from mpoc.tensor_networks.structure import make_structure
 
@@ -248,3 +252,26 @@ def test_recipe_file_may_leave_bonds_open(tmp_path: Path) -> None:
 def test_plan_is_deterministic() -> None:
     first, second = (make_plan(selection(*NETWORK), Recipe(ratio=0.3)) for _ in range(2))
     assert first == second
+
+
+def planned_sum(tmp_path: Path, **options: Any) -> LayerPlan:
+    torch.save({"c.weight": torch.randn(8, 8, 3, 3)}, tmp_path / "m.pt")
+    recipe = make_recipe(None, {"ratio": 0.9, "form": "svd+mpo"} | options)
+    (plan,) = make_plan(select(open_checkpoint(tmp_path / "m.pt")), recipe)
+    return plan
+
+
+def test_plan_of_a_sum_counts_both_parts(tmp_path: Path) -> None:
+    chain = planned_sum(tmp_path)
+    assert (chain.record().form, chain.structure.form) == ("mpo", "mpo")
+    structure, goal = chain.structure.as_form("svd+mpo"), replace(chain.truncation, rank=5)
+    record = replace(chain, structure=structure, goal=goal).record()
+    assert (record.form, record.low_rank) == ("svd+mpo", 5)
+    assert record.num_stored == chain.record().num_stored + 5 * (8 + 72)
+    assert record.num_stored == sum(math.prod(shape) for shape in record.core_shapes)
+
+
+def test_sum_rejects_whole_maps(tmp_path: Path) -> None:
+    sizes = (parse_input_shape("6x6"),)
+    with pytest.raises(UsageError, match=r"--form svd\+mpo is of kernels, not of whole maps"):
+        planned_sum(tmp_path, conv="map", input_shape=sizes)

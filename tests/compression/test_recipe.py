@@ -290,3 +290,15 @@ def test_shapes_list_inputs_then_outputs() -> None:
 def test_rejects_malformed_shape(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a shape|must be positive"):
         parse_shape(text)
+
+
+def test_sum_requires_calibration_and_a_budget(tmp_path: Path) -> None:
+    recipe = make_recipe(None, {"ratio": 0.5, "form": "svd+mpo"})
+    assert recipe.with_form(calibrated=True).form == "svd+mpo"
+    with pytest.raises(UsageError, match=r"--form svd\+mpo compares what layers do: it needs --calibrate"):
+        recipe.with_form(calibrated=False)
+    with pytest.raises(UsageError, match=r"--form svd\+mpo shares out a budget: it needs --ratio"):
+        make_recipe(None, {"bond": 4, "form": "svd+mpo"}).with_form(calibrated=True)
+    (tmp_path / "r.toml").write_text('ratio = 0.5\n[layer."fc*"]\nform = "svd+mpo"\n')
+    with pytest.raises(UsageError, match="needs --calibrate"):
+        make_recipe(tmp_path / "r.toml", {}).with_form(calibrated=False)

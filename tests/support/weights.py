@@ -104,3 +104,15 @@ def _row_major(digits: tuple[int, ...], base: tuple[int, ...]) -> int:
 
 def _unravel(index: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return next(itertools.islice(itertools.product(*map(range, shape)), index, None))
+
+
+def as_one_matrix(kind: str, weight: Tensor, transposed: bool) -> Tensor:
+    """Element by element as the form's words say: taps with the inputs, experts with the outputs."""
+    if kind.startswith("conv"):
+        rows = []
+        for output in weight:
+            taps = output.flatten(1)  # (C_in, taps)
+            rows.append(torch.stack([taps[c, t] for t in range(taps.shape[1]) for c in range(len(taps))]))
+        return torch.stack(rows)
+    blocks = weight.reshape(-1, *weight.shape[-2:])
+    return torch.cat([block.T if transposed else block for block in blocks])

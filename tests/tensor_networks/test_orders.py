@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from mpoc.errors import UsageError
+from mpoc.nn import adopt
 from mpoc.tensor_networks.factors import OrderRule, order_fits, ordered_factors, parse_order, permutation
+from mpoc.tensor_networks.fit.truncation import Truncation
+from mpoc.tensor_networks.fit.tt_svd import tt_svd
+from mpoc.tensor_networks.forms.layout import deinterleave, interleave, to_matrix
+from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
@@ -129,3 +139,52 @@ def test_rejects_orders_that_are_not_permutations(order: str | tuple[int, ...]) 
     structure = Structure("linear", (4, 4), False, (2, 2), (2, 2), order=order)
     with pytest.raises(ValueError, match=r"order|morton"):
         _ = structure.permutation
+
+
+MIXED = tuple(torch.randperm(48, generator=torch.Generator().manual_seed(3)).tolist())
+ORDERS: list[Any] = ["morton:3x4x4", MIXED]
+
+
+def ordered(order: Any, transposed: bool = False, form_name: str = "mpo") -> Structure:
+    shape = (48, 64) if transposed else (64, 48)
+    plain = make_structure("linear", shape, transposed, sites=3, form=form_name)
+    return replace(plain, order=order, input_factors=(4, 4, 3))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("order", ORDERS, ids=["morton", "permutation"])
+class TestLayout:
+    def test_columns_follow_the_order(self, order: Any, transposed: bool) -> None:
+        place = ordered(order, transposed)
+        weight = torch.randn(place.shape)
+        columns = (weight.T if transposed else weight).T
+        assert place.permutation is not None
+        for position, column in enumerate(to_matrix(weight, place)[0].T):
+            assert torch.equal(column, columns[place.permutation[position]])
+
+    def test_interleave_round_trip(self, order: Any, transposed: bool) -> None:
+        place = ordered(order, transposed)
+        weight = torch.randn(place.shape)
+        assert torch.equal(deinterleave(interleave(weight, place), place), weight)
+
+    def test_full_bond_is_exact(self, order: Any, transposed: bool) -> None:
+        place = ordered(order, transposed)
+        weight = torch.randn(place.shape, dtype=torch.float64)
+        fit = tt_svd(weight, place, Truncation(place.full_bond))
+        torch.testing.assert_close(fit.form.to_weight(), weight)
+        assert fit.relative_error < 1e-12
+
+
+@pytest.mark.parametrize("form_name", ["mpo", "tree", "mera"])
+@pytest.mark.parametrize("order", ORDERS, ids=["morton", "permutation"])
+def test_layer_computes_with_its_weight(order: Any, form_name: str) -> None:
+    place = ordered(order, form_name=form_name)
+    cores = [torch.randn(shape, dtype=torch.float64) for shape in place.core_shapes(place.bonds(3))]
+    layer = nn.Linear(48, 64, dtype=torch.float64)
+    adopt(layer, "weight", cores, place)
+    x = torch.randn(2, 5, 48, dtype=torch.float64)
+    expected = x @ form_of(cores, place).to_weight().T + layer.bias
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(copy.deepcopy(layer).eval()(x), expected)
+    exported = torch.export.export(layer.eval(), (x,))
+    torch.testing.assert_close(exported.module()(x), expected)

@@ -15,8 +15,8 @@ from mpoc.tensor_networks.forms.layout import (
     unpadded,
     working_dtype,
 )
-from mpoc.tensor_networks.structure import Structure, make_structure
-from tests.support.weights import EVERY_KIND, random_weight, shape_id, structures
+from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
+from tests.support.weights import EVERY_KIND, as_one_matrix, random_weight, shape_id, structures
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -132,3 +132,31 @@ def test_accepts_any_strides() -> None:
 )
 def test_arithmetic_is_float32_or_better(dtype: torch.dtype, expected: torch.dtype) -> None:
     assert working_dtype(dtype) == expected
+
+
+ONE_MATRIX = [
+    ("linear", (12, 20), False),
+    ("linear", (20, 12), True),
+    ("embedding", (30, 8), False),
+    ("conv1d", (6, 8, 3), False),
+    ("conv2d", (6, 8, 3, 2), False),
+    ("experts", (4, 10, 6), False),
+    ("experts", (4, 10, 6), True),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "transposed"), ONE_MATRIX)
+def test_matrix_round_trip(kind: str, shape: tuple[int, ...], transposed: bool) -> None:
+    structure = low_rank_structure(kind, shape, transposed)
+    weight = torch.randn(shape, dtype=torch.float64)
+    matrix = to_matrix(weight, structure)
+    assert structure.form == "svd"
+    assert torch.equal(matrix[0], as_one_matrix(kind, weight, transposed))
+    assert torch.equal(from_matrix(matrix, structure), weight)
+    assert structure.num_parameters(2) == 2 * (matrix.shape[1] + matrix.shape[2])
+
+
+def test_other_factors_are_not_svd() -> None:
+    assert make_structure("linear", (12, 20), factors=((12, 1), (1, 20))).form == "svd"
+    assert make_structure("linear", (12, 20), factors=((1, 12), (20, 1))).form == "mpo"
+    assert make_structure("conv2d", (12, 20, 3, 3)).form == "mpo"

@@ -1,0 +1,374 @@
+"""Every form, on every kind of layer, through everything that writes and reads compressed files.
+
+A form is a row of ``ROWS``, and a cell is a form on a kind of layer. The command line compresses the
+layer; the file is loaded, expanded, saved again, and made in memory. References are Eq. (5) and the sum of
+both parts entry by entry, the recorded errors, and the dense network.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import mpoc
+import mpoc.hf  # registers
+from mpoc.compression.expand import expand_checkpoint
+from mpoc.errors import MpocError
+from mpoc.io.hub_directory import cores_of
+from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
+from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.safetensors_header import read_header
+from mpoc.tensor_networks.structure import Structure
+from tests.nn.layers import NETWORKS, floats, named
+from tests.support.checkpoints import relative_error
+from tests.support.hub_models import answer, auto, compress_saved, tiny
+from tests.support.marks import slow_except
+from tests.support.process import Here
+from tests.support.programs import assert_exports_alike
+from tests.support.sums import compress_to_sums, sum_weight
+from tests.support.weights import by_eq_5
+
+KINDS = (
+    "linear, padded",
+    "conv2d with its strides",
+    "embedding bag",
+    "transposed conv1d",
+    "lstm",
+    "attention",
+)
+MAKERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    **NETWORKS,
+    "linear of 48 inputs": lambda: (named(nn.Linear(48, 64)), floats(5, 48)),
+    "convolution of 8×8": lambda: (named(nn.Conv2d(3, 8, 3, stride=2, padding=1)), floats(5, 3, 8, 8)),
+}
+Reference = Callable[[Sequence[Tensor], Structure], Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A form: how it is asked for on a command line and in memory, and what is known of it."""
+
+    form: str  # as reports name it
+    words: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    kinds: tuple[str, ...] = KINDS
+    bond: int = 3
+    reference: Reference | None = None  # the weight of cores, by its definition
+    random: bool = False  # cores drawn instead of fitted: the fit needs calibration
+    goals: tuple[str, ...] = ("--bond", "--ratio", "--size", "--discard", "--max-error")
+
+
+def of_form(form: str, **more: Any) -> Row:
+    """Asked for by its name."""
+    return Row(form, ("--form", form), {"form": form}, **more)
+
+
+MAP = {"conv": "map", "input_shape": (1, 3, 8, 8)}
+ORDERED: dict[str, Any] = {"kinds": ("linear of 48 inputs",)}
+ROWS = {
+    "mpo": of_form("mpo", reference=by_eq_5),
+    "svd": of_form("svd", reference=by_eq_5),
+    "tree": of_form("tree"),
+    "mera": of_form("mera", goals=("--bond", "--ratio", "--size")),
+    "svd+mpo": Row("svd+mpo", reference=sum_weight, random=True, goals=()),
+    "mpo, Morton order": Row("mpo", ("--order", "morton:3x4x4"), {"order": "morton:3x4x4"}, **ORDERED),
+    "mpo, learned order": Row("mpo", ("--order", "learned"), {"order": "learned"}, **ORDERED),
+    "mpo, whole map": Row(
+        "mpo", ("--conv", "map", "--input-shape", "8x8:stride=2,padding=1"), MAP,
+        kinds=("convolution of 8×8",), bond=10**6, goals=(),
+    ),
+}  # fmt: skip
+CELLS = [(name, kind) for name, row in ROWS.items() for kind in row.kinds]
+QUICK = [(name, kind) for name, kind in CELLS if kind not in KINDS[3:]]
+GOALS = {"--bond": 6, "--ratio": 0.5, "--size": 14_000, "--discard": 0.3, "--max-error": 0.7}
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How well a MERA is fitted is tested with its fit."""
+    monkeypatch.setattr("mpoc.tensor_networks.fit.mera._MOST_STEPS", 20)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A network compressed to a file, both in ``folder``."""
+
+    row: Row
+    network: nn.Module
+    x: Tensor
+    path: Path
+
+    @property
+    def replaced(self) -> list[LayerRecord]:
+        return read_manifest(self.path).replaced
+
+    def loaded(self) -> nn.Module:
+        return mpoc.load(self.path, copy.deepcopy(self.network)).eval()
+
+
+def make(here: Here, name: str, kind: str) -> Cell:
+    """What ``mpoc compress`` makes of a layer of a kind."""
+    torch.manual_seed(0)
+    network, x = MAKERS[kind]()
+    return compressed(here, ROWS[name], network.eval(), x)
+
+
+def compressed(here: Here, row: Row, network: nn.Module, x: Tensor, *more: object) -> Cell:
+    """To ``row.bond`` if ``more`` says nothing else."""
+    torch.save(network.state_dict(), here.folder / "m.pt")
+    path = here.folder / "m.mpo.safetensors"
+    if row.random:
+        compress_to_sums(here.folder / "m.pt", path, embeddings=True)
+    else:
+        words = more or ("--bond", row.bond, "--embeddings", "--allow-growth")
+        done = here("compress", "m.pt", *row.words, *words, "-o", path, "--force", "--quiet")
+        assert done.returncode == 0, done.stderr
+    return Cell(row, network, x, path)
+
+
+@pytest.mark.parametrize(("name", "kind"), slow_except(CELLS, *QUICK))
+class TestEveryCell:
+    def test_load_and_expand_agree(self, here: Here, name: str, kind: str) -> None:
+        cell = make(here, name, kind)
+        stored, loaded = load_file(cell.path), cell.loaded()
+        state = loaded.state_dict()
+        assert state.keys() == stored.keys()
+        assert all(torch.equal(state[key], value) for key, value in stored.items())
+        done = here("expand", cell.path, "-o", "dense.safetensors")
+        assert done.returncode == 0, done.stderr
+        dense = load_file(here.folder / "dense.safetensors")
+        assert {layer.form for layer in cell.replaced} == {cell.row.form}
+        for layer in cell.replaced:
+            cores = [stored[core] for core in layer.core_names]
+            assert layer.num_stored == sum(core.numel() for core in cores)
+            assert [core.shape for core in cores] == layer.core_shapes
+            if cell.row.reference is not None:
+                expected = cell.row.reference(cores, layer.structure).float()
+                torch.testing.assert_close(dense[layer.name], expected, rtol=1e-5, atol=1e-5)
+            if not cell.row.random:
+                error = relative_error(cell.network.state_dict()[layer.name], dense[layer.name])
+                assert layer.relative_error == pytest.approx(error, rel=1e-3, abs=1e-5)
+        cell.network.load_state_dict(dense, strict=True)
+        torch.testing.assert_close(loaded(cell.x), cell.network(cell.x), rtol=1e-4, atol=1e-4)
+
+    def test_saving_again_gives_the_same_file(self, here: Here, name: str, kind: str) -> None:
+        cell = make(here, name, kind)
+        mpoc.save(cell.loaded(), "again.safetensors")
+        assert same_tensors(cell.path, Path("again.safetensors"))
+        assert read_manifest(Path("again.safetensors")).replaced == cell.replaced
+
+    def test_in_memory_matches_the_command(self, here: Here, name: str, kind: str) -> None:
+        row = ROWS[name]
+        if row.random:
+            pytest.skip("needs calibration")
+        cell = make(here, name, kind)
+        report = mpoc.compress(cell.network, bond=row.bond, embeddings=True, allow_growth=True, **row.options)
+        assert [told(layer) for layer in report.layers] == [told(layer) for layer in cell.replaced]
+        torch.testing.assert_close(cell.network(cell.x), cell.loaded()(cell.x), rtol=0, atol=0)
+        mpoc.save(cell.network, "memory.safetensors")
+        assert same_tensors(cell.path, Path("memory.safetensors"))
+
+
+def told(layer: LayerRecord) -> tuple[object, ...]:
+    """What a record says of a layer's cores."""
+    return layer.name, layer.form, layer.core_shapes, layer.order, layer.relative_error, layer.entropies
+
+
+def same_tensors(one: Path, other: Path) -> bool:
+    """The same names and values, in any order."""
+    first, second = load_file(one), load_file(other)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def small() -> nn.Sequential:
+    """48 → 64 → 32."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 32))
+
+
+@pytest.mark.parametrize(("name", "goal"), [(name, goal) for name, row in ROWS.items() for goal in row.goals])
+def test_meets_every_goal(here: Here, name: str, goal: str) -> None:
+    row, amount = ROWS[name], GOALS[goal]
+    torch.save(small().state_dict(), "m.pt")
+    plan = here("compress", "m.pt", *row.words, goal, amount, "--dry-run", "--json", "--quiet")
+    assert plan.returncode == 0, plan.stderr
+    cell = compressed(here, row, small(), floats(5, 48), goal, amount)
+    manifest, nbytes = read_manifest(cell.path), cell.path.stat().st_size
+    assert json.loads(plan.stdout)["totals"]["bytes_after"] >= nbytes
+    assert {layer.form for layer in manifest.replaced} == {row.form}
+    assert manifest.rho_selected <= (amount if goal == "--ratio" else 1)
+    assert nbytes <= (amount if goal == "--size" else 10**6)
+    for layer in manifest.replaced:
+        assert layer.relative_error is not None
+        assert layer.relative_error <= (amount if goal == "--max-error" else 1)
+        assert goal != "--bond" or max(layer.bonds) <= amount
+    expand_checkpoint(cell.path, here.folder / "dense.safetensors")
+    cell.network.load_state_dict(load_file(here.folder / "dense.safetensors"))
+    torch.testing.assert_close(cell.loaded()(cell.x), cell.network(cell.x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mpo", "svd", "tree", "mera"])
+def test_output_is_deterministic_in_the_requested_dtype(here: Here, name: str) -> None:
+    words = ("--bond", 4, "--dtype", "bfloat16")
+    first = compressed(here, ROWS[name], small(), floats(5, 48), *words).path.read_bytes()
+    cell = compressed(here, ROWS[name], small(), floats(5, 48), *words)
+    assert cell.path.read_bytes() == first
+    stored = load_file(cell.path)
+    assert {stored[core].dtype for layer in cell.replaced for core in layer.core_names} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["svd", "tree", "mera"])
+def test_recipe_sets_the_form_of_a_layer(here: Here, name: str) -> None:
+    Path("r.toml").write_text(f'bond = 3\n[layer."0"]\nform = "{name}"\n')
+    torch.save(small().state_dict(), "m.pt")
+    assert here("compress", "m.pt", "--recipe", "r.toml", "-o", "o.safetensors").returncode == 0
+    assert [layer.form for layer in read_manifest(Path("o.safetensors")).layers] == [name, "mpo"]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_report_tells_form_and_bonds(here: Here, name: str) -> None:
+    cell = make(here, name, ROWS[name].kinds[0])
+    row = json.loads(here("report", cell.path, "--json").stdout)["layers"][0]
+    line = next(csv.DictReader(io.StringIO(here("report", cell.path, "--csv").stdout)))
+    layer, form = cell.replaced[0], cell.row.form
+    assert (row["form"], tuple(row["bonds"]), row["low_rank"]) == (form, layer.bonds, layer.low_rank)
+    assert (line["form"], line["bonds"]) == (form, "×".join(map(str, layer.bonds)))
+    table = here("report", cell.path).stdout
+    assert re.search(rf" {layer.num_original:,} → +{layer.num_stored:,} ", table)
+    assert not layer.low_rank or f"+ r {layer.low_rank} " in table
+
+
+@pytest.mark.parametrize("change", ["missing", "another rank", "transposed", "another dtype"])
+@pytest.mark.parametrize("name", ["mpo", "tree", "mera", "svd+mpo"])
+def test_rejects_cores_that_contradict_the_manifest(here: Here, name: str, change: str) -> None:
+    cell = make(here, name, "linear, padded")
+    tensors, metadata = load_file(cell.path), read_header(cell.path).metadata
+    core = cell.replaced[0].core_names[-1]
+    last = tensors.pop(core)
+    wrong = {"another rank": last[:1], "another dtype": last.half()}
+    wrong["transposed"] = last.transpose(0, -1).contiguous()
+    if change in wrong and wrong[change].shape == last.shape and change != "another dtype":
+        pytest.skip("this core has the same shape both ways")
+    save_file(tensors | ({core: wrong[change]} if change in wrong else {}), cell.path, metadata)
+    for read in (cell.loaded, lambda: expand_checkpoint(cell.path, Path("dense.safetensors"))):
+        with pytest.raises(MpocError, match=rf"m\.mpo\.safetensors: .*'{core}'"):
+            read()
+    assert not Path("dense.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_trained_cores_keep_the_form(here: Here, name: str) -> None:
+    cell = make(here, name, ROWS[name].kinds[0])
+    model = cell.loaded().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model(cell.x).square().mean().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    cores = [core for layer in cell.replaced for core in layer.core_names]
+    assert not any(torch.equal(before[core], model.state_dict()[core]) for core in cores)
+    mpoc.save(model, "tuned.safetensors")
+    for old, new in zip(cell.replaced, read_manifest(Path("tuned.safetensors")).replaced, strict=True):
+        assert (new.form, new.core_shapes, new.low_rank) == (old.form, old.core_shapes, old.low_rank)
+        assert new.relative_error is None
+    assert torch.equal(mpoc.load("tuned.safetensors", cell.network)(cell.x), model(cell.x))
+
+
+def exported() -> nn.Module:
+    """24 → 48 → 12."""
+    layers = OrderedDict(layer=nn.Linear(24, 48), act=nn.ReLU(), head=nn.Linear(48, 12))
+    return nn.Sequential(layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["svd", "tree", "mera", "svd+mpo"])
+def test_exported_program_computes_the_same(here: Here, name: str) -> None:
+    cell = compressed(here, ROWS[name], exported(), floats(5, 24))
+    assert_exports_alike(cell.path, exported, here.folder)
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A tiny model of transformers, compressed to a form, and expanded again."""
+
+    path: Path
+    expanded: Path
+
+
+Make = Callable[[str, str], Directory]
+HUB = [(name, kind) for name in ("svd", "tree", "mera", "svd+mpo") for kind in ("bert", "gpt2", "mixtral")]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """``directory("tree", "gpt2")``, each made only once."""
+
+    @cache
+    def made(name: str, kind: str) -> Directory:
+        folder = tmp_path_factory.mktemp(kind)
+        tiny(kind).save_pretrained(folder / "original")
+        if ROWS[name].random:
+            compress_to_sums(folder / "original", folder / "compressed", embeddings=True)
+        else:
+            compress_saved(folder, bond=3, embeddings=True, **ROWS[name].options)
+        expand_checkpoint(folder / "compressed", folder / "dense")
+        return Directory(folder / "compressed", folder / "dense")
+
+    return made
+
+
+@pytest.mark.parametrize(("name", "kind"), slow_except(HUB, ("tree", "gpt2"), ("svd+mpo", "gpt2")))
+class TestTransformers:
+    """gpt2 stores weights transposed and ties its head; mixtral holds experts."""
+
+    def test_from_pretrained_computes_the_same(self, directory: Make, name: str, kind: str) -> None:
+        small = directory(name, kind)
+        model = auto(kind, small.path)
+        torch.testing.assert_close(answer(model), answer(auto(kind, small.expanded)), rtol=1e-4, atol=1e-4)
+        model.train()
+        model(input_ids=torch.arange(2, 18).reshape(2, 8))[0].square().sum().backward()
+        cores = {key: value for key, value in model.named_parameters() if "cores." in key}
+        assert cores and [key for key, core in cores.items() if core.grad is None] == []
+
+    def test_save_pretrained_keeps_the_form(
+        self, directory: Make, tmp_path: Path, name: str, kind: str
+    ) -> None:
+        small = directory(name, kind)
+        model = auto(kind, small.path)
+        model.save_pretrained(tmp_path)
+        assert not (tmp_path / MANIFEST_FILE).exists()
+        before, after = (
+            {layer.name: (layer.form, layer.core_shapes) for layer in read_manifest(path).replaced}
+            for path in (small.path, tmp_path)
+        )
+        assert before == after != {}
+        assert torch.equal(answer(auto(kind, tmp_path)), answer(model))
+
+    def test_config_and_card_describe_the_form(self, directory: Make, name: str, kind: str) -> None:
+        folder = directory(name, kind).path
+        layers = json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+        record = read_manifest(folder).replaced[0]
+        entry = layers[record.name]
+        assert entry["form"] == ROWS[name].form
+        assert cores_of(record.name, entry) == (record.structure, record.core_shapes)
+        assert ", ".join(map(str, record.bonds)) in (folder / "README.md").read_text()
+        wrong: list[dict[str, Any]] = [
+            {"form": "tree" if name == "mera" else "mera"},
+            {"bonds": [*record.bonds, 2]},
+        ]
+        wrong += [{"low_rank": rank} for rank in (10**9, -1, "2")]
+        for change in wrong:
+            with pytest.raises(MpocError, match=r"config\.json: damaged quantization_config"):
+                cores_of(record.name, entry | change)
