@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.examples import COMMANDS
+from tests.support.marks import slow_except
 from tests.support.process import environment
 
 SHELLS = ("bash", "zsh", "fish")
@@ -39,6 +40,7 @@ def said(home: Path, *words: str, **more: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", SHELLS)
 def test_show_completion_prints_the_script(home: Path, shell: str) -> None:
     script = said(home, "mpoc", "--show-completion", shell, **NAMED)
@@ -47,6 +49,7 @@ def test_show_completion_prints_the_script(home: Path, shell: str) -> None:
     assert first.get(shell, "complete --command mpoc") in script
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", SHELLS)
 def test_install_completion_writes_the_script(home: Path, shell: str) -> None:
     assert f"{shell} completion installed in" in said(home, "mpoc", "--install-completion", shell, **NAMED)
@@ -54,7 +57,7 @@ def test_install_completion_writes_the_script(home: Path, shell: str) -> None:
     assert any("_MPOC_COMPLETE" in file.read_text() for file in written)
 
 
-@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("shell", slow_except(SHELLS, "bash"))
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -72,6 +75,7 @@ def test_completes_commands_and_options(home: Path, shell: str, line: str, expec
     assert "--verbose" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 def test_bash_script_completes_commands(home: Path) -> None:
     script = said(home, "bash", "-c", "mpoc --show-completion; true")

@@ -61,6 +61,7 @@ def test_compares_several_files(path: Path, here: Here, tmp_path: Path) -> None:
     assert text == (here.folder / "s.html").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_plot_writes_figures(path: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     done = here("report", path, "--plot", "figures")
     assert done.returncode == 0, done.stderr

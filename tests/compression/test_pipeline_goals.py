@@ -109,7 +109,7 @@ def test_seed_determines_the_randomised_svd(tmp_path: Path) -> None:
     assert not torch.equal(made[0], made[2])
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(ratio=st.floats(0.15, 0.95), sites=st.sampled_from([None, 2, 3]), directory=st.booleans())
 def test_ratio_is_never_exceeded(
     tmp_path_factory: pytest.TempPathFactory, ratio: float, sites: int | None, directory: bool
@@ -133,7 +133,7 @@ def test_ratio_is_never_exceeded(
     assert after / before > ratio - 0.15  # and the budget is spent, as far as bonds allow
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(
     size=st.integers(30_000, 46_000),
     dtype=st.sampled_from([None, "float16", "float32"]),

@@ -220,6 +220,7 @@ def test_report_names_the_architecture() -> None:
     assert said(by_code) == ["architecture zoo_mlp.py:mlp, code that is asked for again"]
 
 
+@pytest.mark.slow
 class TestExport:
     @pytest.mark.parametrize("spec", ["fc2", "picogpt:vocab=30,context=8"])
     def test_zoo_network_needs_no_options(self, spec: str) -> None:

@@ -162,6 +162,7 @@ def test_state_dict_round_trip() -> None:
     assert torch.equal(layer(x), other(x)) and torch.equal(copy.deepcopy(layer)(x), other(x))
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph_with_any_batch() -> None:
     layer = as_map(nn.Conv2d(6, 8, 3, padding=1), (4, 4), bond=3)
     batch = torch.export.Dim("batch", min=2, max=64)

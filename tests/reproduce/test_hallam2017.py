@@ -126,6 +126,7 @@ def write_images(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_trains_a_few_steps(tmp_path: Path) -> None:
     data = write_images(tmp_path / "images.npz")
     choice = StudyChoice(variants=("mera",), bonds=(2,))

@@ -34,6 +34,7 @@ def run(asked: StudyRequest) -> tuple[Reproduction, list[str]]:
     return run_study(asked, said.append), said
 
 
+@pytest.mark.slow
 def test_rows_list_our_numbers_and_the_papers(digits: Path, tmp_path: Path) -> None:
     done, _ = run(request(digits, tmp_path / "out", runs=2))
     assert [(row.start, row.bond) for row in done.rows] == [
@@ -64,6 +65,7 @@ def test_starts_differ_only_in_initialisation(digits: Path, tmp_path: Path) -> N
     assert dense.results[0].start < 50
 
 
+@pytest.mark.slow
 def test_resumes_an_interrupted_study(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = request(digits, tmp_path / "out")
     trained: list[str] = []
@@ -88,6 +90,7 @@ def test_resumes_an_interrupted_study(digits: Path, tmp_path: Path, monkeypatch:
         assert ours.results[0].curve == theirs.results[0].curve
 
 
+@pytest.mark.slow
 def test_settings_are_part_of_the_key(digits: Path, tmp_path: Path) -> None:
     asked = request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1), starts=("random",))
     run(asked)
@@ -134,6 +137,7 @@ def test_names_a_damaged_result(digits: Path, tmp_path: Path) -> None:
     assert "remove it" in (error.value.hint or "")
 
 
+@pytest.mark.slow
 def test_retrains_the_dense_network_without_weights(digits: Path, tmp_path: Path) -> None:
     asked = request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1), starts=("ttsvd",))
     before, _ = run(asked)
@@ -164,6 +168,7 @@ def test_rejects_data_of_another_shape(tmp_path: Path) -> None:
         run(StudyRequest("picogpt", tmp_path / "small.npz", tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_evaluates_text_on_its_end(tmp_path: Path) -> None:
     characters = "".join(map(chr, range(48, 113)))  # 65, as tiny Shakespeare has
     (tmp_path / "text.txt").write_text(characters * 200)

@@ -97,6 +97,7 @@ def test_sampled_labels_give_the_fisher_information() -> None:
     assert torch.allclose(second(drawn), torch.diag(p) - torch.outer(p, p), atol=0.02)
 
 
+@pytest.mark.slow
 def test_handles_pooled_embeddings() -> None:
     """G of signs, averaged, is the mean over tokens of JᵀJ, J the embedding's Jacobian at a token."""
     network, batch, pooling = encoder(1), texts((4, 2)), Pooling("mean", normalize=True)

@@ -83,6 +83,7 @@ def test_objective_never_rises(
     assert fit.form.bonds == (3,) and fit.entropies == []
 
 
+@pytest.mark.slow
 def test_recovers_a_mera() -> None:
     """Mostly: the descent may end elsewhere, at worse than the start it is not."""
     of = make_structure("linear", (64, 48), factors=((4, 4, 2, 2), (2, 2, 3, 4)), form="mera")

@@ -17,6 +17,7 @@ from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure, make_structure
+from tests.support.marks import slow_except
 from tests.support.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
 from tests.tensor_networks.fit.metrics import moments, random_metric
 
@@ -48,7 +49,7 @@ def brute_force_value(metric: Metric, form: Form, k: int) -> float:
     return float((matrix @ solution - target).square().sum())
 
 
-@pytest.mark.parametrize("form_name", ["mpo", "tree"])
+@pytest.mark.parametrize("form_name", slow_except(["mpo", "tree"], "mpo"))
 @pytest.mark.parametrize(
     "structure", [TWO, THREE, make_structure("conv2d", (6, 4, 2, 2), sites=2)], ids=shape_id
 )
@@ -116,7 +117,7 @@ def test_low_rank_starts_at_the_closed_form(rank: int) -> None:
     assert fit.history[0] <= optimum * 1.05
 
 
-@pytest.mark.parametrize("form_name", ["mpo", "tree"])
+@pytest.mark.parametrize("form_name", slow_except(["mpo", "tree"], "mpo"))
 @pytest.mark.parametrize("structure", [TWO, THREE], ids=["two", "three"])
 def test_beats_an_unweighted_fit(structure: Structure, form_name: str) -> None:
     structure = replace(structure, form=form_name)
@@ -127,6 +128,7 @@ def test_beats_an_unweighted_fit(structure: Structure, form_name: str) -> None:
         assert fit.history[-1] < 0.5 * metric.value(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", [TWO, THREE], ids=["two", "three"])
 def test_missing_output_metric_is_the_identity(structure: Structure) -> None:
     metric = metric_for(structure, weighted=False)
@@ -145,6 +147,7 @@ def test_recovers_an_exact_form(form_name: str) -> None:
     assert fit.history[-1] < 1e-10 * metric.value(torch.zeros_like(target))
 
 
+@pytest.mark.slow
 def test_padding_is_free() -> None:
     structure = make_structure("embedding", (53, 29), sites=2)
     assert structure.padding != (0, 0)
@@ -225,6 +228,7 @@ def test_objective_of_a_sum_never_rises_and_matches_the_result(structure: Struct
     torch.testing.assert_close(matrix_of(again.form), matrix_of(fit.form), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_recovers_an_exact_sum() -> None:
     low = torch.randn(12, 2).double() @ torch.randn(2, 12).double()
     target = MPO(random_cores(TWO, 2), TWO).to_matrix()[0] + low
