@@ -5,7 +5,6 @@ import os
 import pty
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from mpoc.io.manifest_reader import read_manifest
+from tests.compression.calibrate.toy_networks import arch, make
 from tests.support.checkpoints import contents, mlp_state, num_bytes, save_directory
 from tests.support.process import Here, Mpoc
 
@@ -160,25 +160,11 @@ def test_refine_requires_calibrate(here: Here, model: Path) -> None:
 
 
 def test_refine_is_reported_and_recorded(here: Here, tmp_path: Path) -> None:
-    code = (
-        "from torch import nn\n"
-        "class Block(nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)\n"
-        "    def forward(self, x):\n"
-        "        return x + self.down(self.up(x).relu())\n"
-        "def net():\n"
-        "    return nn.Sequential(Block(), Block())\n"
-    )
-    (tmp_path / "net.py").write_text(code)
-    space: dict[str, Any] = {}
-    exec(code, space)
-    torch.save(space["net"]().state_dict(), tmp_path / "m.pt")
-    np.savez(tmp_path / "data.npz", x_train=np.random.default_rng(0).random((40, 8), np.float32),
+    torch.save(make("blocks").state_dict(), tmp_path / "m.pt")
+    np.savez(tmp_path / "data.npz", x_train=np.random.default_rng(0).random((40, 16), np.float32),
              y_train=np.zeros(40, np.int64))  # fmt: skip
     done = here(
-        "compress", tmp_path / "m.pt", "--arch", f"{tmp_path}/net.py:net", "--ratio", 0.5, "--calibrate",
+        "compress", tmp_path / "m.pt", "--arch", arch("blocks"), "--ratio", 0.5, "--calibrate",
         tmp_path / "data.npz", "--refine",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

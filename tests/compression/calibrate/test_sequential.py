@@ -20,70 +20,8 @@ from mpoc.compression.recipe_syntax import parse_input_shape, parse_shape
 from mpoc.compression.write import Compression
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.manifest_reader import read_manifest
+from tests.compression.calibrate.toy_networks import arch, make
 from tests.support.marks import slow_except
-
-NET = """
-import torch
-from torch import nn
-
-def mlp():
-    torch.manual_seed(4)
-    return nn.Sequential(
-        nn.Linear(24, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(),
-        nn.Linear(48, 32, bias=False), nn.Linear(32, 6),
-    )
-
-def conv():
-    torch.manual_seed(4)
-    net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16, momentum=1.0), nn.ReLU(),
-        nn.Conv2d(16, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16, momentum=1.0), nn.ReLU(),
-        nn.Conv2d(16, 16, 3, groups=4), nn.Flatten(), nn.Linear(16 * 25, 6),
-    )
-    net(torch.rand(64, 3, 16, 16).cumsum(2) / 17)
-    return net
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(24, 2, batch_first=True), nn.Linear(24, 6)
-    def forward(self, x):
-        x = x[:, None]
-        return self.head(self.attention(x, x, x)[0][:, 0])
-
-def attention():
-    torch.manual_seed(4)
-    return Attention()
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(24, 48), nn.Linear(48, 24)
-    def forward(self, x):
-        return x + self.down(self.up(x).relu())
-
-def blocks():
-    torch.manual_seed(4)
-    return nn.Sequential(Block(), Block(), nn.Linear(24, 6))
-
-
-class Words(nn.Module):
-    def __init__(self, tied):
-        super().__init__()
-        self.table, self.head = nn.Embedding(60, 16), nn.Linear(16, 60 if tied else 6)
-        if tied:
-            self.head.weight = self.table.weight
-    def forward(self, x):
-        return self.head(self.table(x.long()).mean(1))
-
-def words():
-    torch.manual_seed(4)
-    return Words(False)
-
-def tied():
-    torch.manual_seed(4)
-    return Words(True)
-"""
 
 
 class Case:
@@ -91,10 +29,7 @@ class Case:
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder, self.name = folder, name
-        (folder / "net.py").write_text(NET)
-        space: dict[str, Any] = {}
-        exec(NET, space)
-        self.network: nn.Module = space[name]().eval()
+        self.network = make(name).eval()
         torch.save(self.network.state_dict(), folder / "m.pt")
         generator = torch.Generator().manual_seed(0)
         if name == "conv":
@@ -109,7 +44,7 @@ class Case:
 
     @property
     def arch(self) -> str:
-        return f"{self.folder}/net.py:{self.name}"
+        return arch(self.name)
 
     def compress(
         self,
@@ -135,9 +70,7 @@ class Case:
     @torch.no_grad()
     def error(self, done: Compression) -> float:
         """Relative, of outputs on inputs that the calibration has not seen."""
-        space: dict[str, Any] = {}
-        exec(NET, space)
-        loaded = mpoc.load(done.output, space[self.name]()).eval()
+        loaded = mpoc.load(done.output, make(self.name)).eval()
         ours, dense = (net(self.unseen()).log_softmax(1) for net in (loaded, self.network))
         return float((ours - dense).norm() / (dense - dense.mean(0)).norm())
 
@@ -179,7 +112,7 @@ def test_biases_absorb_the_mean_error(tmp_path: Path) -> None:
     for name in ("0.bias", "2.bias", "5.bias"):
         assert stored[name].dtype == before[name].dtype
         assert not torch.equal(stored[name], before[name])
-    loaded = mpoc.load(done.output, _fresh(case)).eval()
+    loaded = mpoc.load(done.output, make(case.name)).eval()
     with torch.no_grad():
         x = case.x[::2]
         assert float((loaded(x) - case.network(x)).mean(0).abs().max()) < 0.02
@@ -278,13 +211,6 @@ def test_rejects_a_single_example(tmp_path: Path) -> None:
         Case(tmp_path, "mlp").compress(samples=1, bond=3)
 
 
-def _fresh(case: Case) -> nn.Module:
-    space: dict[str, Any] = {}
-    exec(NET, space)
-    network: nn.Module = space[case.name]()
-    return network
-
-
 def test_rejects_max_error_for_one_layer(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text('ratio = 0.5\n[layer."0"]\nmax-error = 0.1\n')
     case = Case(tmp_path, "mlp")
@@ -352,9 +278,9 @@ def test_shared_bias_stays_unchanged(tmp_path: Path) -> None:
     x = torch.randn(60, 24)
     np.savez(tmp_path / "data.npz", x_train=x.numpy(), y_train=x[:, :24].numpy())
     request = CalibrationRequest(tmp_path / "data.npz", 60)
-    arch, output = f"{tmp_path}/net.py:shared", tmp_path / "o.safetensors"
+    spec, output = f"{tmp_path}/net.py:shared", tmp_path / "o.safetensors"
     recipe = make_recipe(None, {"bond": 4, "form": "svd", "device": "cpu"})
-    compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=arch, calibration=request)
+    compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=spec, calibration=request)
     assert torch.equal(load_file(output)["0.bias"], network.state_dict()["0.bias"])
 
 
@@ -367,7 +293,7 @@ def test_size_is_kept_and_allocated(tmp_path: Path) -> None:
     assert half.nbytes <= 12_000
 
 
-@pytest.mark.parametrize(("name", "refine"), [("mlp", False), ("conv", False), ("blocks", True)])
+@pytest.mark.parametrize(("name", "refine"), [("mlp", False), ("conv", False), ("residual", True)])
 def test_cached_moments_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, refine: bool
 ) -> None:
