@@ -39,7 +39,7 @@ from tests.support.hub_models import answer, auto, compress_saved, tiny
 from tests.support.marks import slow_except
 from tests.support.process import Here
 from tests.support.programs import assert_exports_alike
-from tests.support.sums import compress_to_sums, sum_weight
+from tests.support.sums import compress_to_sums, low_rank_weight, sum_weight
 from tests.support.weights import by_eq_5
 
 KINDS = (
@@ -81,7 +81,7 @@ MAP = {"conv": "map", "input_shape": (1, 3, 8, 8)}
 ORDERED: dict[str, Any] = {"kinds": ("linear of 48 inputs",)}
 ROWS = {
     "mpo": of_form("mpo", reference=by_eq_5),
-    "svd": of_form("svd", reference=by_eq_5),
+    "svd": of_form("svd", reference=low_rank_weight),
     "tree": of_form("tree"),
     "mera": of_form("mera", goals=("--bond", "--ratio", "--size")),
     "svd+mpo": Row("svd+mpo", reference=sum_weight, random=True, goals=()),

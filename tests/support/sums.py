@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,21 @@ from tests.support.weights import by_eq_5
 RANK = 2
 
 
-def sum_weight(cores: list[Tensor], structure: Structure) -> Tensor:
-    """The weight by its definition: Eq. (5) entry by entry, plus L R with its axes spelt out."""
-    *chain, left, right = cores
+def low_rank_weight(cores: Sequence[Tensor], structure: Structure) -> Tensor:
+    """The weight of two factors, as stored: L R with its axes spelt out."""
+    left, right = cores
     product = torch.einsum("ajib,bpqc->jq", left.double(), right.double())
     shape = structure.shape
     if structure.kind.startswith("conv"):  # inputs of the one matrix: taps first, then channels
         product = product.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
     elif structure.transposed:
         product = product.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
-    return by_eq_5(chain, structure) + product.reshape(shape)
+    return product.reshape(shape)
+
+
+def sum_weight(cores: Sequence[Tensor], structure: Structure) -> Tensor:
+    """The weight by its definition: Eq. (5) entry by entry, plus L R."""
+    return by_eq_5(cores[:-2], structure) + low_rank_weight(cores[-2:], structure)
 
 
 def sum_of(structure: Structure) -> Structure:
