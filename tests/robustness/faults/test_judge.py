@@ -7,6 +7,8 @@ import pytest
 from tests.robustness.faults.child import Ended
 from tests.robustness.faults.judge import Before, judge_words
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("status", "err", "wrong"),

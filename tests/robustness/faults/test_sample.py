@@ -14,6 +14,8 @@ from tests.robustness.faults.kills import FAULTS
 from tests.robustness.faults.ranks import strike_a_rank
 from tests.support.process import run_python
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
 
 

@@ -13,6 +13,8 @@ from mpoc.io.manifest_reader import read_manifest
 from tests.robustness.fuzz.engine import Target, fault_of, fuzz
 from tests.robustness.fuzz.targets import CORPUS, TARGETS
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_finds_no_faults(name: str) -> None:
