@@ -159,6 +159,7 @@ def test_refine_requires_calibrate(here: Here, model: Path) -> None:
     assert list(here.folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_refine_is_reported_and_recorded(here: Here, tmp_path: Path) -> None:
     torch.save(make("blocks").state_dict(), tmp_path / "m.pt")
     np.savez(tmp_path / "data.npz", x_train=np.random.default_rng(0).random((40, 16), np.float32),

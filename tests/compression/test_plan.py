@@ -273,5 +273,5 @@ def test_plan_of_a_sum_counts_both_parts(tmp_path: Path) -> None:
 
 def test_sum_rejects_whole_maps(tmp_path: Path) -> None:
     sizes = (parse_input_shape("6x6"),)
-    with pytest.raises(UsageError, match=r"--form svd\+mpo is of kernels, not of whole maps"):
+    with pytest.raises(UsageError, match=r"--form svd\+mpo"):
         planned_sum(tmp_path, conv="map", input_shape=sizes)

@@ -295,10 +295,10 @@ def test_rejects_malformed_shape(text: str) -> None:
 def test_sum_requires_calibration_and_a_budget(tmp_path: Path) -> None:
     recipe = make_recipe(None, {"ratio": 0.5, "form": "svd+mpo"})
     assert recipe.with_form(calibrated=True).form == "svd+mpo"
-    with pytest.raises(UsageError, match=r"--form svd\+mpo compares what layers do: it needs --calibrate"):
+    with pytest.raises(UsageError, match=r"--form svd\+mpo.*--calibrate"):
         recipe.with_form(calibrated=False)
-    with pytest.raises(UsageError, match=r"--form svd\+mpo shares out a budget: it needs --ratio"):
+    with pytest.raises(UsageError, match=r"--form svd\+mpo.*--ratio"):
         make_recipe(None, {"bond": 4, "form": "svd+mpo"}).with_form(calibrated=True)
     (tmp_path / "r.toml").write_text('ratio = 0.5\n[layer."fc*"]\nform = "svd+mpo"\n')
-    with pytest.raises(UsageError, match="needs --calibrate"):
+    with pytest.raises(UsageError, match="--calibrate"):
         make_recipe(tmp_path / "r.toml", {}).with_form(calibrated=False)

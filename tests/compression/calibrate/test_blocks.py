@@ -23,6 +23,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mpoc.compression.calibrate.block_refinement, "_STEPS", 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form", "share"),
     [
@@ -115,6 +116,7 @@ def test_dense_layers_stay_unchanged(tmp_path: Path) -> None:
     assert all(stored[name].dtype == before[name].dtype for name in changed)
 
 
+@pytest.mark.slow
 def test_running_statistics_come_from_the_fit(tmp_path: Path) -> None:
     """Batch norms stay in evaluation mode: their means take up the layers' shifts, their variances stay."""
     case = Case(tmp_path, "convolutions")
@@ -140,6 +142,7 @@ def test_network_without_blocks_is_fitted_as_before(tmp_path: Path) -> None:
     assert any("alone: 2 layers" in note for note in done.notes)
 
 
+@pytest.mark.slow
 def test_output_is_deterministic(tmp_path: Path) -> None:
     case = Case(tmp_path, "blocks")
     first, again = (case.compress(ratio=0.5, out=out).output.read_bytes() for out in ("a", "b"))

@@ -52,9 +52,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("network", "refine", "goal", "kept"),
     [
-        ("convolutions", False, {"ratio": 0.5}, [1, 4]),
-        ("convolutions", True, {"ratio": 0.5, "form": "svd"}, [1, 3, 4]),  # a block is fitted whole
-        ("blocks", True, {"size": 12_000}, [2, 5]),
+        pytest.param("convolutions", False, {"ratio": 0.5}, [1, 4], marks=pytest.mark.slow),
+        # a block is fitted whole
+        pytest.param("convolutions", True, {"ratio": 0.5, "form": "svd"}, [1, 3, 4], marks=pytest.mark.slow),
+        pytest.param("blocks", True, {"size": 12_000}, [2, 5], marks=pytest.mark.slow),
         ("blocks", False, {"bond": 2}, [4]),
         ("grouped", False, {"bond": 3, "form": "mpo"}, [1, 2]),
     ],
