@@ -103,7 +103,7 @@ def test_rejects_bad_orders(tmp_path: Path, options: dict[str, Any], said: str) 
 def test_rejects_calibration(tmp_path: Path) -> None:
     torch.save(network().state_dict(), tmp_path / "m.pt")
     recipe = make_recipe(None, {"bond": 4, "order": (parse_order("learned"),)})
-    with pytest.raises(UsageError, match="--order .*--calibrate"):
+    with pytest.raises(UsageError, match=r"--order .*--calibrate"):
         compress_checkpoint(
             tmp_path / "m.pt", tmp_path / "o.safetensors", recipe, calibration=CalibrationRequest(tmp_path)
         )

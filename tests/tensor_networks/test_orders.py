@@ -19,8 +19,8 @@ from mpoc.nn import adopt
 from mpoc.tensor_networks.factors import OrderRule, order_fits, ordered_factors, parse_order, permutation
 from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
-from mpoc.tensor_networks.forms.layout import deinterleave, interleave, to_matrix
 from mpoc.tensor_networks.forms.form import form_of
+from mpoc.tensor_networks.forms.layout import deinterleave, interleave, to_matrix
 from mpoc.tensor_networks.structure import Structure, make_structure
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
