@@ -36,35 +36,48 @@ from mpoc.models.introspection import (
 from mpoc.models.saving import remember
 from mpoc.nn.adopt import adopt_everywhere
 from mpoc.nn.conv_map import check_geometry
+from mpoc.nn.weight import Weights, check_weights, use_weights
 
 
-def load(path: str | PathLike[str], model: nn.Module | None = None) -> nn.Module:
+def load(
+    path: str | PathLike[str], model: nn.Module | None = None, *, weights: Weights = "auto"
+) -> nn.Module:
     """Turn ``model`` into the compressed network stored at ``path``.
 
-        model = mpoc.load("resnet56.mpo.safetensors", resnet56())
-        model = mpoc.load("resnet56.mpo.safetensors")  # compressed with --arch resnet:depth=56
-        model = mpoc.load("bert-mpo")  # a Hugging Face directory
+        >>> network = mpoc.load("digits.mpo.safetensors", DigitsNet())
+        >>> network = mpoc.load("digits.mpo.safetensors")  # the file names its network
+        >>> with torch.no_grad():
+        ...     network(torch.rand(5, 1, 28, 28)).shape
+        torch.Size([5, 10])
 
     Args:
-        path: a file or directory that ``mpoc compress`` wrote.
+        path: a file or directory that mpoc wrote.
         model: the dense architecture, on any device, initialised in any way; changed in place. None: the
             network of the zoo that the file names, or what transformers makes of the directory's config.json;
-            in evaluation mode.
+            in eval mode.
+        weights: what compressed layers compute from in eval mode; training always uses the cores.
+            ``"cores"``: the cores. ``"dense"``: a dense weight that is built once, as fast and as large as
+            before compression. ``"auto"``: the dense weight in the layers where that is faster, by a cost
+            model for a batch of 64 vectors (images or tokens). :func:`mpoc.nn.use_weights` changes it later.
 
     Returns:
-        ``model``: the compressed layers compute through their cores, everything else is as stored. Devices,
-        training mode, ``requires_grad``, hooks and tied weights are kept. Cores take the dtype of the weight
-        they replace.
+        ``model``: compressed layers have cores as parameters, everything else is as stored. Devices, training
+        mode, ``requires_grad``, hooks and tied weights are kept. Cores take the dtype of the weight they
+        replace.
 
     Raises:
-        UsageError: no ``model`` is given, and the file names none or code, which is not run unasked.
-        MpocError: not compressed by mpoc or damaged; or names, shapes or dtypes differ between file and
-            model, with both sides said. The model is unchanged then.
+        UsageError: ``weights`` has another value; or no ``model`` is given, and the file names none, or
+            code, which is not run unasked.
+        MpocError: the file was not compressed by mpoc or is damaged; or names, shapes or dtypes differ
+            between file and model, with both sides named. The model is unchanged then.
     """
+    check_weights(weights)
     source = Path(path)
     manifest = read_manifest(source)
     if model is None and is_transformers_directory(source, manifest):
-        return by_transformers(source).eval()
+        model = by_transformers(source).eval()
+        use_weights(model, weights)
+        return model
     stored = open_compressed(source)
     for layer in manifest.replaced:
         check_cores(stored, layer)
@@ -77,6 +90,7 @@ def load(path: str | PathLike[str], model: nn.Module | None = None) -> nn.Module
     _untie(stored, model)
     _fill(stored, manifest, model)
     remember(model, manifest)
+    use_weights(model, weights)
     forbid_save_pretrained(model)
     return model
 
@@ -92,7 +106,7 @@ def open_network(source: Path, arch: str | None) -> nn.Module:
         UsageError: no architecture is known, or ``arch`` is not found or makes no network.
         MpocError: the file does not fit the network.
     """
-    return load(source, None if arch is None else make_network(arch)).eval()
+    return load(source, None if arch is None else make_network(arch), weights="cores").eval()
 
 
 def _recorded_network(source: Path, stored: Checkpoint, manifest: Manifest) -> nn.Module:

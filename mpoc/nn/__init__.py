@@ -1,4 +1,4 @@
-"""Layers that compute through cores, and the swap that puts them into a network."""
+"""Layers that compute through cores, the swap that puts them into a network, and what they compute from."""
 
 from mpoc.nn.adopt import adopt
 from mpoc.nn.conv import (
@@ -12,6 +12,7 @@ from mpoc.nn.conv import (
 from mpoc.nn.conv_map import MPOConvMap1d, MPOConvMap2d, MPOConvMap3d
 from mpoc.nn.embedding import MPOEmbedding
 from mpoc.nn.linear import MPOLinear
+from mpoc.nn.weight import use_weights
 
 __all__ = [
     "MPOConv1d",
@@ -26,4 +27,5 @@ __all__ = [
     "MPOEmbedding",
     "MPOLinear",
     "adopt",
+    "use_weights",
 ]

@@ -18,7 +18,7 @@ cores keep the names they have in the file.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,15 @@ from mpoc.nn.conv import (
 from mpoc.nn.conv_map import CONV_MAPS, check_geometry
 from mpoc.nn.embedding import MPOEmbedding
 from mpoc.nn.linear import MPOConv1D, MPOLinear
-from mpoc.nn.weight import CoreWeight, build_weight
+from mpoc.nn.weight import (
+    CoreWeight,
+    build_weight,
+    cores_of,
+    held_weight,
+    hold,
+    release,
+    without_held,
+)
 from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.layout import input_order
 from mpoc.tensor_networks.structure import Structure
@@ -133,7 +141,7 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
     else:
         module.__class__ = counterpart
         module.cores = parameters
-        module.__dict__.update(structure=structure, order=input_order(structure, "cpu"), _dense=None)
+        module.__dict__.update(structure=structure, order=input_order(structure, "cpu"))
 
 
 def adopt_everywhere(
@@ -162,8 +170,7 @@ def compressed_weights(model: nn.Module) -> Iterator[tuple[str, Structure, list[
         if isinstance(module, CoreWeight):
             yield f"{prefix}weight", module.structure, list(module.cores)
         for name in getattr(module, "_rebuilt", (None, ()))[1]:
-            cores = getattr(module, f"{name}_cores" if name != "weight" else "cores")
-            yield prefix + name, module.__dict__[f"_{name}_structure"], list(cores)
+            yield prefix + name, module.__dict__[f"_{name}_structure"], cores_of(module, name)
 
 
 def _counterpart(module: nn.Module) -> type[nn.Module] | None:
@@ -179,22 +186,35 @@ def _counterpart(module: nn.Module) -> type[nn.Module] | None:
 @cache
 def _rebuilding(cls: type[nn.Module], name: str) -> type[nn.Module]:
     """A subclass of ``cls`` whose attribute ``name`` is built from cores whenever it is read."""
-    cores_name = f"{name}_cores" if name != "weight" else "cores"
+    plain, names = getattr(cls, "_rebuilt", (cls, ()))
+    names = (*names, name)
 
-    def build(module: nn.Module) -> Tensor:
-        return build_weight(list(getattr(module, cores_name)), module.__dict__[f"_{name}_structure"])
+    def build(module: nn.Module, name: str = name) -> Tensor:
+        return build_weight(cores_of(module, name), module.__dict__[f"_{name}_structure"])
+
+    def read(module: nn.Module) -> Tensor:
+        held = held_weight(module, name, partial(build, module))
+        return build(module) if held is None else held
+
+    def train(module: nn.Module, mode: bool = True) -> nn.Module:
+        cls.train(module, mode)
+        release(module)
+        hold(module)
+        return module
 
     @torch.no_grad()
     def state(module: nn.Module) -> Any:
-        return cls.__getstate__(module)  # of recurrent layers: the weights, which must not bring a graph
+        # Of recurrent layers: the weights, which must not bring a graph.
+        return without_held(cls.__getstate__(module))
 
     def pickled(module: nn.Module, _: Any) -> Any:
         return _blank, (plain, names), state(module)
 
-    plain, names = getattr(cls, "_rebuilt", (cls, ()))
-    names = (*names, name)
     members = {
-        name: property(build),
+        name: property(read),
+        "builders": lambda module: {name: partial(build, module, name) for name in names},
+        "dense_is_faster": lambda _: True,  # the weight is built in each call otherwise
+        "train": train,
         "__getstate__": state,
         "__reduce_ex__": pickled,  # pickle does not find a class made here
         "_rebuilt": (plain, names),

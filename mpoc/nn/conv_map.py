@@ -8,13 +8,14 @@ inside height or width was truncated, there is no kernel to it.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mpoc.errors import UsageError
-from mpoc.nn.weight import CoreWeight
+from mpoc.nn.weight import TYPICAL_BATCH, CoreWeight
+from mpoc.runtime.device import require_memory
 from mpoc.tensor_networks.forms.contraction import without_autocast
 from mpoc.tensor_networks.geometry import Geometry, make_geometry
 
@@ -27,7 +28,7 @@ class MPOConvMap(CoreWeight):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Through the cores, or through the dense map where it is cached.
+        """Through the cores, or from a dense map that is held.
 
         Raises:
             ValueError: the input has another size.
@@ -50,14 +51,24 @@ class MPOConvMap(CoreWeight):
 
     def _through_map(self, x: Tensor) -> Tensor:
         """Ŵx for x of shape (batch, N_x)."""
-        if self._dense is not None and not self.training:
-            return linear(x, self._dense)
-        return self.form.apply(x)
+        held = self.held_weight()
+        return self.form.apply(x) if held is None else linear(x, held)
 
-    def materialize(self, on: bool = True) -> None:
-        """Keep the dense map for evaluation, as :meth:`CoreWeight.materialize`: it may be very large."""
-        with torch.no_grad(), without_autocast(self.cores[0].device):
-            self._dense = self.form.to_matrix()[0] if on else None
+    def dense_is_faster(self) -> bool:
+        """Whether one product with the dense map takes less time for a typical batch; not if it is large."""
+        return not self.structure.is_large_map and self.form.dense_is_faster(TYPICAL_BATCH)
+
+    def _build(self) -> Tensor:
+        """The dense map, (N_y, N_x).
+
+        Raises:
+            MpocError: the machine has less memory.
+        """
+        structure = self.structure
+        nbytes = structure.outputs * structure.inputs * self.cores[0].element_size()
+        require_memory(Path(type(self).__name__), "weight", nbytes)
+        with without_autocast(self.cores[0].device):
+            return self.form.to_matrix()[0]
 
     def dense_weight(self) -> Tensor:
         """There is none.

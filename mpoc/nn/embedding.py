@@ -25,8 +25,9 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
                 neither in a compiled graph nor under vmap: there such an index gives a wrong row.
             RuntimeError: indices are not int32 or int64.
         """
-        if self._dense is not None and not self.training:
-            return nn.functional.embedding(input, self._dense, self.padding_idx)
+        held = self.held_weight()
+        if held is not None:
+            return nn.functional.embedding(input, held, self.padding_idx)
         self._check(input)
         with without_autocast(input.device):  # nn.Embedding keeps its dtype
             rows = self._rows(input.reshape(-1))

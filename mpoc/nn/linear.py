@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mpoc.nn.weight import CoreWeight
+from mpoc.nn.weight import TYPICAL_BATCH, CoreWeight
 
 
 class MPOLinear(CoreWeight, nn.Linear):
@@ -15,10 +15,15 @@ class MPOLinear(CoreWeight, nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Through the cores, or through the dense weight where it is cached."""
-        if self._dense is not None and not self.training:
-            return linear(input, self._dense, self.bias)
+        """(…, in_features) → (…, out_features), through the cores or from a dense weight that is held."""
+        held = self.held_weight()
+        if held is not None:
+            return linear(input, held, self.bias)
         return through_cores(self, input)
+
+    def dense_is_faster(self) -> bool:
+        """Whether one product with the dense weight takes less time, for a typical batch."""
+        return self.form.dense_is_faster(TYPICAL_BATCH)
 
 
 class MPOConv1D(CoreWeight):
@@ -26,9 +31,14 @@ class MPOConv1D(CoreWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, nx) → (…, nf)."""
-        if self._dense is not None and not self.training:
-            return linear(x, self._dense.T, self.bias)
+        held = self.held_weight()
+        if held is not None:
+            return linear(x, held.T, self.bias)
         return through_cores(self, x)
+
+    def dense_is_faster(self) -> bool:
+        """Whether one product with the dense weight takes less time, for a typical batch."""
+        return self.form.dense_is_faster(TYPICAL_BATCH)
 
 
 def through_cores(layer: CoreWeight, x: Tensor) -> Tensor:

@@ -1,16 +1,28 @@
-"""What all layers with cores share: the cores as parameters, and a weight that is built only when used."""
+"""Layers whose weight is made from cores: cores are the parameters, the dense weight is built when used.
+
+In eval mode a layer may hold its dense weight, built once, and compute from it: :func:`use_weights` chooses.
+A held weight is a plain attribute, not part of the state dict, of copies or of pickles. It is used only where
+no gradients of the cores are asked for, and built again once the cores have changed: each call compares the
+parameters and torch's version counters of their data with those it was built from.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from mpoc.errors import UsageError, nearest
 from mpoc.tensor_networks.forms.contraction import without_autocast
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure
+
+Weights = Literal["auto", "dense", "cores"]
+# Vectors in a call for which "auto" compares the costs: images or tokens of a small batch.
+TYPICAL_BATCH = 64
+_HELD = ("_held", "_made_of")  # ends of the names of attributes
 
 _SIZES = ("ndim", "dim", "size", "stride", "numel", "element_size", "nbytes", "is_floating_point")
 _WRITE_INSTEAD = "change the layer's cores, or make it dense first (mpoc expand)"
@@ -43,6 +55,133 @@ def build_weight(cores: Sequence[Tensor], structure: Structure) -> Tensor:
         return form_of(cores, structure, check=False).to_weight()
 
 
+def use_weights(model: nn.Module, weights: Weights = "auto") -> None:
+    """Choose what the compressed layers of ``model`` compute from in eval mode; training uses the cores.
+
+        >>> network = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10))
+        >>> report = mpoc.compress(network.eval(), bond=4)
+        >>> mpoc.nn.use_weights(network, "dense")
+        >>> with torch.no_grad():
+        ...     network(torch.rand(5, 784)).shape
+        torch.Size([5, 10])
+
+    A dense weight is built once, now or with the next ``eval()``, and again after its cores were changed: by
+    an optimiser, ``load_state_dict``, ``to``, or any operation in place. After writing through ``core.data``,
+    and in networks compiled by ``torch.compile``, call ``eval()`` for that. Where gradients are enabled and
+    cores require them, and in programs of ``torch.export`` and ``torch.jit``, layers use their cores.
+
+    Args:
+        model: changed in place.
+        weights: ``"cores"``: compute through the cores. ``"dense"``: from the dense weight, which takes as
+            much memory as before compression. ``"auto"``: from the dense weight where that is faster, by a
+            cost model for a batch of 64 vectors. That is so for kernels of convolutions, embeddings, LSTMs,
+            GRUs and attention, whose weights are built in every call otherwise.
+
+    Raises:
+        UsageError: another value.
+    """
+    check_weights(weights)
+    for module in model.modules():
+        if isinstance(module, CoreWeight) or hasattr(module, "_rebuilt"):
+            module.__dict__["_weights"] = weights
+            renew(module)
+
+
+def check_weights(weights: str) -> None:
+    """Refuse what :func:`use_weights` does not know.
+
+    Raises:
+        UsageError: another value than "auto", "dense" and "cores".
+    """
+    known = get_args(Weights)
+    if weights not in known:
+        raise UsageError(f"weights={weights!r}: not one of {', '.join(known)}{nearest(weights, known)}")
+
+
+def renew(module: Any) -> None:
+    """Decide whether a module holds its dense weights, where it is now, and build them in eval mode."""
+    release(module)
+    weights = getattr(module, "_weights", "cores")
+    module.__dict__["_holds"] = weights == "dense" or (weights == "auto" and module.dense_is_faster())
+    hold(module)
+
+
+def hold(module: Any) -> None:
+    """Build the dense weights that a module in eval mode computes from."""
+    if module.training or not getattr(module, "_holds", False):
+        return
+    for name, build in module.builders().items():
+        cores = cores_of(module, name)
+        if not any(core.is_meta for core in cores):
+            _hold(module, name, cores, build)
+
+
+def release(module: nn.Module) -> None:
+    """Give up the dense weights that a module holds."""
+    for name in list(vars(module)):
+        if name.endswith(_HELD):
+            del vars(module)[name]
+
+
+def cores_of(module: nn.Module, name: str) -> list[Tensor]:
+    """The cores of the weight ``name`` of a module."""
+    return list(getattr(module, "cores" if name == "weight" else f"{name}_cores"))
+
+
+def held_weight(module: nn.Module, name: str, build: Callable[[], Tensor]) -> Tensor | None:
+    """The dense weight that this call computes from; None: it goes through the cores."""
+    if module.training or not getattr(module, "_holds", False):
+        return None
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[no-untyped-call]
+        return None
+    cores = cores_of(module, name)
+    if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
+        return None
+    held: Tensor | None = getattr(module, f"_{name}_held", None)
+    if torch.compiler.is_compiling():  # a graph cannot ask for the versions of tensors
+        return held
+    if not all(type(core) is nn.Parameter for core in cores):  # in a transform of torch.func
+        return None
+    if held is None or vars(module)[f"_{name}_made_of"] != _state_of(cores, held):
+        return _hold(module, name, cores, build)
+    return held
+
+
+def _hold(module: nn.Module, name: str, cores: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
+    """Build a dense weight, without gradients, and keep it."""
+    with torch.inference_mode(False), torch.no_grad():
+        weight = build()
+    if type(weight) is Tensor:  # none of a fake mode, which shows shapes only
+        vars(module)[f"_{name}_held"] = weight
+        vars(module)[f"_{name}_made_of"] = _state_of(cores, weight)
+    return weight
+
+
+class _Identity:
+    """A tensor that equals itself alone, and that is kept alive so that no other gets its address."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.tensor is other.tensor
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _state_of(cores: Sequence[Tensor], weight: Tensor) -> list[Any]:
+    """What changes whenever cores, or the weight that was made from them, change."""
+    return [
+        (_Identity(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+        for tensor in (*cores, weight)
+    ]
+
+
+def without_held(state: Any) -> Any:
+    """The state that is copied or pickled: without dense weights."""
+    return {key: value for key, value in state.items() if not key.endswith(_HELD)}
+
+
 class CoreWeight(nn.Module):
     """A module whose ``weight`` is made from cores. Made by :func:`mpoc.nn.adopt.adopt` from a dense module.
 
@@ -54,7 +193,6 @@ class CoreWeight(nn.Module):
     structure: Structure
     order: Tensor | None = None  # of the inputs, on the CPU wherever the cores are
     bias: Any
-    _dense: Tensor | None
 
     weight: Any = property(lambda layer: WeightView(layer))
 
@@ -64,38 +202,43 @@ class CoreWeight(nn.Module):
         return form_of(list(self.cores), self.structure, check=False)
 
     def dense_weight(self) -> Tensor:
-        """The weight in its own shape, built from the cores, or as cached by :meth:`materialize`."""
-        if self._dense is not None and not self.training:
-            return self._dense
+        """The weight in its own shape: the one that is held, or built from the cores."""
+        held = self.held_weight()
+        return self._build() if held is None else held
+
+    def held_weight(self) -> Tensor | None:
+        """The dense weight that this call computes from; None: it goes through the cores."""
+        return held_weight(self, "weight", self._build)
+
+    def dense_is_faster(self) -> bool:
+        """Whether a call takes less time from a dense weight that is held than through the cores."""
+        return True
+
+    def builders(self) -> dict[str, Callable[[], Tensor]]:
+        """What builds each dense weight that may be held, by the weight's name."""
+        return {"weight": self._build}
+
+    def _build(self) -> Tensor:
         return build_weight(list(self.cores), self.structure)
 
-    def materialize(self, on: bool = True) -> None:
-        """Keep the dense weight for evaluation: as fast as dense, and as large. Off gives it up.
-
-        The cache is a snapshot without gradients.  Training mode, a change of device or dtype and
-        ``load_state_dict`` end it; call again then, and after cores were changed in any other way.
-
-        Raises:
-            RuntimeError: in training mode, which changes the cores.
-        """
-        if on and self.training:
-            raise RuntimeError("materialize() is for evaluation: call eval() first")
-        with torch.inference_mode(False), torch.no_grad():
-            self._dense = build_weight(list(self.cores), self.structure) if on else None
-
     def train(self, mode: bool = True) -> Any:
-        """Training changes the cores and so ends the cache."""
-        self._dense = None if mode else self._dense
-        return super().train(mode)
+        """Training changes the cores: a dense weight is given up then, and built again by ``eval()``."""
+        super().train(mode)
+        release(self)
+        hold(self)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._dense = None
+        release(self)
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """A change of device or dtype ends the cache."""
-        self._dense = None
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        renew(self)
+        return self
+
+    def __getstate__(self) -> Any:
+        return without_held(self.__dict__)
 
     def extra_repr(self) -> str:
         """The dense module's, with factors and bonds."""

@@ -8,8 +8,7 @@ same cores in both its implementations (``factorized`` contracts, ``reconstructe
 must give the same outputs. Every round calls each method once or more, one after the other, and the median
 over the rounds is printed, so that other work on the machine hits all of them alike.
 
-- default: forward under ``torch.inference_mode``; ``mpoc, materialized`` is MPOLinear with its dense weight
-  cached by ``materialize()``;
+- default: forward under ``torch.inference_mode``; ``mpoc, dense`` is MPOLinear that holds its dense weight;
 - ``--step``: forward and backward of a training step, gradients of input and parameters; and the peak of
   what torch allocates during it, by torch's profiler (tensors of the layer and its input not counted);
 - ``--embedding``: a lookup of 128 rows in a 30522x384 MPOEmbedding beside rebuilding the table.
@@ -29,7 +28,7 @@ from benchmarking import markdown_table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from mpoc.nn.adopt import adopt
+from mpoc.nn import adopt, use_weights
 from mpoc.tensor_networks.structure import Structure, make_structure
 
 SIDE = 4096
@@ -74,13 +73,13 @@ def tensorly_torch(cores: list[Tensor], structure: Structure, implementation: st
     return layer
 
 
-def layers(sites: int, bond: int, materialized: bool) -> dict[str, nn.Module]:
+def layers(sites: int, bond: int, dense: bool) -> dict[str, nn.Module]:
     """The methods for one structure, with the same weight and bias."""
     structure = make_structure("linear", (SIDE, SIDE), factors=(FACTORS[sites], FACTORS[sites]))
     cores = random_cores(structure, bond)
     found = {"nn.Linear": nn.Linear(SIDE, SIDE), "mpoc": ours(cores, structure)}
-    if materialized:
-        found["mpoc, materialized"] = ours(cores, structure)
+    if dense:
+        found["mpoc, dense"] = ours(cores, structure)
     for implementation in ("factorized", "reconstructed"):
         found[f"tensorly-torch {implementation}"] = tensorly_torch(cores, structure, implementation)
     for layer in found.values():
@@ -170,8 +169,8 @@ def forward_of(layer: nn.Module, x: Tensor) -> Callable[[], None]:
 def prepare(found: dict[str, nn.Module], device: torch.device, dtype: torch.dtype, step: bool) -> None:
     for name, layer in found.items():
         layer.to(device, dtype).train(step)
-        if "materialized" in name:
-            layer.materialize()  # type: ignore[operator]
+        if name == "mpoc, dense":
+            use_weights(layer.eval(), "dense")
 
 
 def check_equal(found: dict[str, nn.Module], x: Tensor, dtype: torch.dtype) -> None:
@@ -214,8 +213,8 @@ def rows(arguments: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
                     row += [f"{peaks[name] / 1e6:.2f}" for name in peaks if name != "nn.Linear"]
                     header += [f"MB {name}" for name in peaks if name != "nn.Linear"]
                 else:
-                    row.append(f"{taken['mpoc, materialized'] / taken['nn.Linear']:.2f}")
-                    header.append("materialized / dense")
+                    row.append(f"{taken['mpoc, dense'] / taken['nn.Linear']:.2f}")
+                    header.append("mpoc, dense / dense")
                 table.append(row)
                 print(" | ".join(row), flush=True) if arguments.progress else None
     return header, table

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ import mpoc
 from mpoc.compression.expand import expand_checkpoint
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, UsageError
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.models.zoo.cifar import resnet
-from mpoc.nn import MPOEmbedding, MPOLinear
+from mpoc.nn import MPOEmbedding, MPOLinear, use_weights
+from mpoc.nn.weight import Weights
 from tests.nn.layers import NETWORKS, gradients, named, pulled_back
 from tests.support.checkpoints import save_directory
 
@@ -121,6 +123,88 @@ class TestEveryKind:
         with torch.no_grad():
             assert torch.equal(second(x), first(x))
             assert torch.equal(copy.deepcopy(first)(x), first(x))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+class TestWeights:
+    """What a loaded network computes from, in eval mode."""
+
+    def test_all_give_the_same(self, kind: str, tmp_path: Path) -> None:
+        network, x = NETWORKS[kind]()
+        path = compressed(network, tmp_path)
+        through_cores = mpoc.load(path, copy.deepcopy(network).eval(), weights="cores")
+        with torch.no_grad():
+            expected = through_cores(x)
+            for weights in get_args(Weights):
+                loaded = mpoc.load(path, copy.deepcopy(network), weights=weights).eval()
+                torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-5)
+                assert bool(held(loaded)) == (weights != "cores")
+                assert loaded.state_dict().keys() == through_cores.state_dict().keys()
+                twins = copy.deepcopy(loaded), pickle.loads(pickle.dumps(loaded))
+                for twin in twins:
+                    torch.testing.assert_close(twin(x), expected, rtol=1e-5, atol=1e-5)
+
+    def test_dense_weights_are_built_once_and_follow_the_cores(self, kind: str, tmp_path: Path) -> None:
+        network, x = NETWORKS[kind]()
+        loaded = mpoc.load(compressed(network, tmp_path), network.eval(), weights="dense")
+        assert held(loaded)
+        twin = copy.deepcopy(loaded)
+        use_weights(twin, "cores")
+        optimiser = torch.optim.SGD(loaded.parameters(), lr=0.01)
+        with torch.no_grad():
+            loaded(x)
+            before = held(loaded)
+            loaded(x)
+            assert all(value is before[name] for name, value in held(loaded).items())
+        assert not held(loaded.train())
+        loaded(x).square().sum().backward()
+        optimiser.step()
+        for state in (loaded.state_dict(), {n: v * 1.1 for n, v in loaded.state_dict().items()}):
+            loaded.eval().load_state_dict(state)
+            twin.load_state_dict(state)
+            with torch.no_grad():
+                torch.testing.assert_close(loaded(x), twin(x), rtol=1e-5, atol=1e-5)
+        wide = loaded.double()
+        x = x.double() if x.is_floating_point() else x
+        with torch.no_grad():
+            torch.testing.assert_close(wide(x), twin.double()(x), rtol=1e-5, atol=1e-5)
+
+
+def held(network: nn.Module) -> dict[str, Tensor]:
+    """The dense weights that the network's modules hold."""
+    return {
+        f"{path}.{name}": value
+        for path, module in network.named_modules()
+        for name, value in vars(module).items()
+        if name.endswith("_held")
+    }
+
+
+@pytest.mark.parametrize("weights", get_args(Weights))
+def test_compiles_with_any_weights(weights: Weights, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 8)
+        )
+
+    path = compressed(make(), tmp_path)
+    loaded = mpoc.load(path, make(), weights=weights).eval()
+    program = torch.compile(loaded, backend="eager", fullgraph=True)
+    x = torch.randn(3, 4, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(program(x), loaded(x))
+        for core in loaded.get_submodule("2.cores").parameters():
+            core.mul_(1.1)
+        loaded.eval()
+        torch.testing.assert_close(program(x), loaded(x))
+    exported = torch.export.export(loaded, (x,))
+    torch.testing.assert_close(exported.module()(x), loaded(x))
+    assert not exported.constants  # cores alone
+
+
+def test_an_unknown_kind_of_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="weights='sparse': not one of auto, dense, cores"):
+        mpoc.load(tmp_path / "none.safetensors", mlp(), weights="sparse")  # type: ignore[arg-type]
 
 
 class TestTiedWeights:

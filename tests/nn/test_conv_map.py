@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mpoc.nn import MPOConvMap1d, MPOConvMap2d, MPOConvMap3d, adopt
+from mpoc.nn import MPOConvMap1d, MPOConvMap2d, MPOConvMap3d, adopt, use_weights
 from mpoc.nn.conv_map import geometry_of
 from mpoc.tensor_networks.fit.conv_map import fit_mpo
 from mpoc.tensor_networks.fit.truncation import Truncation
@@ -42,11 +42,14 @@ def test_sizes_match_torch_for_named_padding() -> None:
 
 @SOME
 @given(convolutions(), st.booleans())
-def test_full_bond_is_the_convolution(drawn: tuple[nn.Conv2d, tuple[int, ...]], cached: bool) -> None:
+def test_full_bond_is_the_convolution(
+    drawn: tuple[nn.Conv2d, tuple[int, ...]], held: bool
+) -> None:
     conv, size = drawn
     dense = copy.deepcopy(conv)
     layer = as_map(conv, size).eval()
-    layer.materialize(cached)
+    layer.requires_grad_(False)
+    use_weights(layer, "dense" if held else "cores")
     x = torch.randn(3, dense.in_channels, *size, dtype=torch.float64)
     torch.testing.assert_close(layer(x), dense(x), rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(layer(x[0]), dense(x[0]), rtol=1e-7, atol=1e-7)
@@ -175,9 +178,10 @@ def test_compiles_into_one_graph_with_any_batch() -> None:
 def test_autocast_matches_a_convolution(bias: bool) -> None:
     conv = nn.Conv2d(4, 6, 3, padding=1, bias=bias)
     dense, layer, x = copy.deepcopy(conv), as_map(conv, (4, 4)).eval(), torch.randn(2, 4, 4, 4)
-    for cached in (False, True):
+    layer.requires_grad_(False)
+    for weights in ("cores", "dense"):
         with torch.autocast("cpu", torch.bfloat16):
-            layer.materialize(cached)
+            use_weights(layer, weights)
             assert layer(x).dtype == dense(x).dtype == torch.bfloat16
             torch.testing.assert_close(layer(x), dense(x), rtol=0.05, atol=0.05)
-    torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)  # what is cached is not rounded
+    torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)  # what is held is not rounded

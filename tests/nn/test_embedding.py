@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from mpoc.nn import MPOEmbedding, adopt
+from mpoc.nn import MPOEmbedding, adopt, use_weights
 from mpoc.tensor_networks.forms import chain as module
 from mpoc.tensor_networks.forms.cost import cheapest_gather
 from mpoc.tensor_networks.forms.mpo import MPO
@@ -68,7 +68,7 @@ def test_rejects_indices_out_of_range(indices: list[int]) -> None:
     assert layer.structure.padded[0] > 1009  # a row of the padding is no row of the table
     with pytest.raises(IndexError, match="for 1009 embeddings"):
         layer(torch.tensor(indices))
-    layer.eval().materialize()
+    use_weights(layer.eval().requires_grad_(False), "dense")
     with pytest.raises(IndexError):
         layer(torch.tensor(indices))
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mpoc.nn import MPOLinear
+from mpoc.errors import UsageError
+from mpoc.nn import MPOLinear, use_weights
 from mpoc.tensor_networks.forms.mpo import MPO
 from tests.nn.layers import pair, with_cores
 
@@ -94,7 +97,7 @@ class TestView:
         with pytest.raises(AttributeError):
             layer.weight.requires_grad = False
 
-    @pytest.mark.parametrize("materialized", [False, True])
+    @pytest.mark.parametrize("weights", ["cores", "dense"])
     @pytest.mark.parametrize(
         "write",
         [
@@ -113,10 +116,9 @@ class TestView:
             lambda w: setattr(w, "grad", None),
         ],
     )
-    def test_rejects_writes_to_a_temporary_weight(self, write: Any, materialized: bool) -> None:
+    def test_rejects_writes_to_a_temporary_weight(self, write: Any, weights: Any) -> None:
         layer = with_cores(nn.Linear(24, 18)).eval()
-        if materialized:
-            layer.materialize()
+        use_weights(layer, weights)
         before = layer(torch.ones(24))
         with torch.no_grad(), pytest.raises((TypeError, AttributeError), match="weight made from cores"):
             write(layer.weight)
@@ -134,107 +136,164 @@ class TestView:
 
 
 @pytest.mark.parametrize("make", LAYERS)
-class TestMaterialize:
+class TestHeldWeight:
+    @pytest.fixture(autouse=True)
+    def without_gradients(self) -> Iterator[None]:
+        with torch.no_grad():
+            yield
+
     def test_builds_the_weight_once(self, make: Any, built: list[int]) -> None:
         plain, x = make()
         dense, layer = pair(plain)
         layer.eval()
-        layer.materialize()
+        use_weights(layer, "dense")
         built.clear()
         for _ in range(2):
             torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)
         torch.testing.assert_close(torch.clone(layer.weight), dense.get_parameter("weight").detach())
         assert built == []
-        layer.materialize(on=False)
-        assert layer._dense is None
+        use_weights(layer, "cores")
         torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)
 
-    def test_is_used_in_eval_mode(self, make: Any) -> None:
+    def test_follows_changed_cores(self, make: Any, built: list[int]) -> None:
         plain, x = make()
         layer = with_cores(plain).eval()
-        before = layer(x)
-        layer.materialize()
-        with torch.no_grad():
-            layer.cores[0].zero_()
-        torch.testing.assert_close(layer(x), before, rtol=0, atol=1e-5)  # a snapshot
+        use_weights(layer, "dense")
+        layer(x)
+        optimiser = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1)
+        for change in (
+            lambda: layer.cores[0].mul_(1.5),
+            lambda: stepped(layer, optimiser, x),
+            lambda: layer.load_state_dict({n: v * 1.1 for n, v in layer.state_dict().items()}),
+            lambda: layer.load_state_dict(
+                {n: v * 1.1 for n, v in layer.state_dict().items()}, strict=True, assign=True
+            ),
+        ):
+            change()
+            built.clear()
+            found = [layer(x), layer(x)]
+            assert len(built) == 1
+            twin = copy.deepcopy(layer)
+            use_weights(twin, "cores")
+            for y in found:
+                torch.testing.assert_close(y, twin(x), rtol=0, atol=1e-5)
 
-    def test_ends_with_training(self, make: Any) -> None:
+    def test_training_uses_the_cores(self, make: Any) -> None:
         plain, x = make()
         layer = with_cores(plain).eval()
-        layer.materialize()
+        use_weights(layer, "dense")
         layer.train()
-        with torch.no_grad():
-            layer.cores[0].zero_()
-            if "bias" in layer._parameters:
-                layer.bias.zero_()
+        for core in layer.cores:
+            core.data.zero_()
+        if "bias" in layer._parameters:
+            layer.bias.zero_()
         assert not layer(x).any()
         assert not layer.eval()(x).any()
 
-    def test_rejects_training_mode(self, make: Any) -> None:
-        layer = with_cores(make()[0]).train()
-        with pytest.raises(RuntimeError, match="eval"):
-            layer.materialize()
-        assert layer._dense is None
-
-    def test_cached_weight_passes_gradients(self, make: Any) -> None:
+    def test_gradients_reach_the_cores_in_eval_mode(self, make: Any) -> None:
         plain, x = make()
         layer = with_cores(plain).eval()
         with torch.inference_mode():
-            layer.materialize()
-        x = x.requires_grad_() if x.is_floating_point() else x
-        (layer(x) * 2).square().sum()
+            use_weights(layer, "dense")
+        with torch.enable_grad():
+            x = x.requires_grad_() if x.is_floating_point() else x
+            layer(x).square().sum().backward()
+        assert all(core.grad.abs().sum() > 0 for core in layer.cores)
+        layer.requires_grad_(False)
+        with torch.enable_grad():
+            assert layer(x).requires_grad == x.is_floating_point()
 
     def test_reading_returns_a_copy(self, make: Any) -> None:
         plain, x = make()
         layer = with_cores(plain).eval()
-        layer.materialize()
+        use_weights(layer, "dense")
         before = layer(x)
-        with torch.no_grad():
-            layer.weight[0].zero_()
-            layer.weight.view(-1)[3:7].fill_(5)
+        layer.weight[0].zero_()
+        layer.weight.view(-1)[3:7].fill_(5)
         assert torch.equal(layer(x), before)
 
-    def test_ends_with_load_state_dict(self, make: Any) -> None:
+    def test_eval_builds_what_was_chosen_in_training_mode(self, make: Any, built: list[int]) -> None:
         plain, x = make()
-        other = with_cores(make()[0], seed=1).eval()
-        network: Any = nn.Sequential(with_cores(plain)).eval()
-        network[0].materialize()
-        network.load_state_dict({f"0.{name}": value for name, value in other.state_dict().items()})
-        torch.testing.assert_close(network(x), other(x))
+        layer = with_cores(plain).train()
+        built.clear()
+        use_weights(layer, "dense")
+        assert built == []
+        layer.eval()
+        assert len(built) == 1
+        layer(x)
+        assert len(built) == 1
 
     @pytest.mark.parametrize("change", [lambda m: m.double(), lambda m: m.to(torch.float64)])
-    def test_ends_with_another_dtype_or_device(self, make: Any, change: Any) -> None:
+    def test_follows_another_dtype(self, make: Any, change: Any) -> None:
         plain, x = make()
         layer = with_cores(plain).eval()
-        layer.materialize()
+        use_weights(layer, "dense")
         change(layer)
         x = x.double() if x.is_floating_point() else x
         assert layer(x).dtype == torch.float64
 
-    def test_leaves_nothing_in_the_state(self, make: Any) -> None:
-        layer = with_cores(make()[0]).eval()
+    def test_state_copies_and_pickles_leave_it_out(self, make: Any) -> None:
+        plain, x = make()
+        layer = with_cores(plain).eval()
         names = list(layer.state_dict())
-        layer.materialize()
+        plain_size = len(pickle.dumps(layer))
+        use_weights(layer, "dense")
         assert list(layer.state_dict()) == names == [name for name, _ in layer.named_parameters()]
         assert {f"cores.{k}" for k in range(len(layer.cores))} <= set(names)
+        assert len(pickle.dumps(layer)) < plain_size + 100
+        again = pickle.loads(pickle.dumps(layer))
+        torch.testing.assert_close(again(x), layer(x))
+        assert "_weight_held" not in vars(copy.deepcopy(layer))
+
+    def test_functional_call_uses_its_parameters(self, make: Any) -> None:
+        """``torch.func`` puts tensors in the place of the parameters."""
+        plain, x = make()
+        layer = with_cores(plain).eval()
+        use_weights(layer, "dense")
+        before = layer(x)
+        zeros = {name: torch.zeros_like(value) for name, value in layer.named_parameters()}
+        assert not torch.func.functional_call(layer, zeros, (x,)).any()
+        torch.testing.assert_close(layer(x), before)
 
 
-@pytest.mark.parametrize("materialized", [False, True])
-def test_deep_copy_is_independent(materialized: bool) -> None:
+def stepped(layer: Any, optimiser: torch.optim.Optimizer, x: Tensor) -> None:
+    """One step of training in eval mode."""
+    optimiser.zero_grad()
+    with torch.enable_grad():
+        layer(x).square().sum().backward()
+    optimiser.step()
+
+
+def test_auto_follows_the_cost_model() -> None:
+    small, large = with_cores(nn.Linear(48, 64), 16, sites=3), with_cores(nn.Linear(4096, 4096), 2, sites=2)
+    assert small.dense_is_faster()
+    assert not large.dense_is_faster()
+    network = nn.Sequential(small, large).eval()
+    use_weights(network)
+    assert ["_weight_held" in vars(layer) for layer in (small, large)] == [True, False]
+
+
+def test_rejects_other_values() -> None:
+    layer = with_cores(nn.Linear(24, 18))
+    with pytest.raises(
+        UsageError, match="weights='dens': not one of auto, dense, cores; did you mean 'dense'"
+    ):
+        use_weights(layer, "dens")  # type: ignore[arg-type]
+
+
+def test_deep_copy_is_independent() -> None:
     layer = with_cores(nn.Linear(24, 18)).eval()
-    if materialized:
-        layer.materialize()
+    use_weights(layer, "dense")
     x = torch.randn(5, 24)
     twin = copy.deepcopy(layer)
     assert type(twin) is MPOLinear
-    torch.testing.assert_close(twin(x), layer(x))
-    before = layer(x)
     with torch.no_grad():
+        torch.testing.assert_close(twin(x), layer(x))
+        before = layer(x)
         for core in twin.cores:
             core.zero_()
-    twin.materialize(on=False)
-    torch.testing.assert_close(layer(x), before)
-    torch.testing.assert_close(twin(x), twin.bias.expand(5, -1))
+        torch.testing.assert_close(layer(x), before)
+        torch.testing.assert_close(twin(x), twin.bias.expand(5, -1))
 
 
 def test_pickles_the_whole_module(tmp_path: Any) -> None:

@@ -187,3 +187,20 @@ def _gather_seconds(sites: tuple[Site, ...], cuts: tuple[int, ...], count: int, 
         total += 1.5 * rates.start + flops / (rates.flops / 4) + 4 * numbers / bandwidth(numbers, rates)
         before *= i
     return total
+
+
+def dense_wins(
+    sites: tuple[Site, ...], outputs: int, inputs: int, batch: int, on_gpu: bool, rank: int = 0
+) -> bool:
+    """Whether one product with a dense weight that is held takes less time than the cheapest way of a chain.
+
+    Args:
+        sites: of the chain.
+        outputs: of the dense weight, without padding.
+        inputs: likewise.
+        batch: number of vectors.
+        on_gpu: or on a CPU.
+        rank: of a low-rank part that is added; 0: none.
+    """
+    dense = _product(1, batch, inputs, outputs, GPU if on_gpu else CPU)
+    return dense < cheapest(sites, batch, on_gpu, rank).seconds

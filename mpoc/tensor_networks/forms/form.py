@@ -101,6 +101,10 @@ class Form(ABC):
         rows, columns = self.structure.padding
         return x @ pad(self.to_matrix()[0], (0, columns, 0, rows)).T
 
+    def dense_is_faster(self, batch: int) -> bool:
+        """Whether a product with the dense matrix, once it is built, takes less time than :meth:`apply`."""
+        return True
+
     def rows(self, indices: Tensor) -> Tensor:
         """Rows of the matrix, (n,) → (n, N_x).  A form overrides this where the matrix need not be built."""
         return self.to_matrix()[0][indices]

@@ -70,6 +70,11 @@ class Mera(Form):
         """(n, ΠI) → (n, ΠJ)."""
         return contract_mera(x, self.cores, self.structure)
 
+    def dense_is_faster(self, batch: int) -> bool:
+        """By the estimate for ever larger batches, for which the time to build the weight does not count."""
+        sides = self.structure.output_factors, self.structure.input_factors
+        return bool(_plan(*sides, tuple([tuple(core.shape) for core in self.cores]), 1 << 62)[0])
+
     def contracted(self, legs: Sequence[str]) -> Tensor:
         """All cores contracted to one tensor with these legs, j_1, i_1 and so on, in this order."""
         return contract_all(self.cores, self.legs, tuple(legs))

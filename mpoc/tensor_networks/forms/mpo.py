@@ -23,7 +23,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.forms.chain import contract, gather_rows
+from mpoc.tensor_networks.forms.chain import contract, gather_rows, sites_of
+from mpoc.tensor_networks.forms.cost import dense_wins
 from mpoc.tensor_networks.forms.form import Form
 
 
@@ -77,6 +78,11 @@ class MPO(Form):
     def apply_padded(self, x: Tensor) -> Tensor:
         """(n, ΠI) → (n, ΠJ), the cheapest way for so many vectors."""
         return contract(x, self.cores)
+
+    def dense_is_faster(self, batch: int) -> bool:
+        """By the cost model, for ``batch`` vectors."""
+        sides = self.structure.outputs, self.structure.inputs
+        return dense_wins(sites_of(self.cores), *sides, batch, self.cores[0].is_cuda)
 
     def rows(self, indices: Tensor) -> Tensor:
         """(n,) → (n, N_x), by products of core slices."""

@@ -16,7 +16,8 @@ from typing import Self
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mpoc.tensor_networks.forms.chain import contract
+from mpoc.tensor_networks.forms.chain import contract, sites_of
+from mpoc.tensor_networks.forms.cost import dense_wins
 from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.layout import interleave
 from mpoc.tensor_networks.forms.mpo import MPO
@@ -79,6 +80,11 @@ class Sum(Form):
         if rows or columns:
             left, right = pad(left, (0, 0, 0, 0, 0, rows)), pad(right, (0, 0, 0, columns))
         return contract(x, self.mpo.cores, (left, right))
+
+    def dense_is_faster(self, batch: int) -> bool:
+        """By the cost model for both parts."""
+        sides, rank = (self.structure.outputs, self.structure.inputs), self.low_rank.bonds[1]
+        return dense_wins(sites_of(self.mpo.cores), *sides, batch, self.cores[0].is_cuda, rank)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Rows of both parts, (n,) → (n, N_x)."""

@@ -18,8 +18,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.forms.chain import contract, gather_rows
+from mpoc.tensor_networks.forms.chain import contract, gather_rows, sites_of
 from mpoc.tensor_networks.forms.contraction import along, traced_once
+from mpoc.tensor_networks.forms.cost import dense_wins
 from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.mpo import entropy
 from mpoc.tensor_networks.topology import branches, halves
@@ -65,6 +66,12 @@ class Tree(Form):
     def apply_padded(self, x: Tensor) -> Tensor:
         """(n, ΠI) → (n, ΠJ), through the MPO of the two halves."""
         return contract(x, tree_chain(self.cores))
+
+    def dense_is_faster(self, batch: int) -> bool:
+        """By the cost model for the MPO of the two halves, which takes part of the time."""
+        chain = tree_chain([core.detach().to("meta") for core in self.cores])
+        sides = self.structure.outputs, self.structure.inputs
+        return dense_wins(sites_of(chain), *sides, batch, self.cores[0].is_cuda)
 
     def rows(self, indices: Tensor) -> Tensor:
         """(n,) → (n, N_x), from the MPO of the two halves."""
