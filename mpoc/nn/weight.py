@@ -132,7 +132,7 @@ def held_weight(module: nn.Module, name: str, build: Callable[[], Tensor]) -> Te
     """The dense weight that this call computes from; None: it goes through the cores."""
     if module.training or not getattr(module, "_holds", False):
         return None
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[no-untyped-call]
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined, no-untyped-call]
         return None
     cores = cores_of(module, name)
     if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
