@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -39,27 +40,39 @@ def default_dense_output(source: Path) -> Path:
 
 
 def expand_checkpoint(
-    source: Path,
-    output: Path,
+    source: str | PathLike[str],
+    output: str | PathLike[str],
     force: bool = False,
     max_shard_size: int = 5 * 10**9,
     projected: Callable[[LayerRecord, float], None] | None = None,
 ) -> Manifest:
     """Write the dense checkpoint of a compressed one, a layer at a time.
 
+        >>> manifest = mpoc.expand_checkpoint("digits-cnn.mpo.safetensors", "digits-cnn.dense.safetensors")
+        >>> network = DigitsNet()
+        >>> network.load_state_dict(safetensors.torch.load_file("digits-cnn.dense.safetensors"))
+        <All keys matched successfully>
+
+    Every tensor gets its original name, shape and dtype, so that anything can load them.
+
     Args:
-        source: file or directory.
-        output: of the same sort.
+        source: a compressed file or directory.
+        output: a file or directory, as the source is.
         force: replace an existing output.
-        max_shard_size: in bytes; directories only.
-        projected: permits whole maps that are no convolutions any more to become the nearest ones, and is
-            called with each and the relative error of its map.
+        max_shard_size: largest weight file in bytes; directories only.
+        projected: permits convolutions that were compressed as whole maps, and are none any more, to become
+            the nearest ones; called with each layer and the relative error of its map.
+
+    Returns:
+        The manifest of the compressed checkpoint.
 
     Raises:
-        MpocError: not compressed by mpoc, damaged, its tensors do not fit its manifest, or it holds a whole
-            map that is no convolution and ``projected`` is None.
+        MpocError: the source was not compressed by mpoc or is damaged, its tensors do not fit its manifest,
+            or it holds a whole map that is no convolution and ``projected`` is None.
         UsageError: the output exists and ``force`` is not given.
+        OSError: of reading or writing (a full disk).
     """
+    source, output = Path(source), Path(output)
     manifest = read_manifest(source)
     refuse_existing(output, source, force)
     refuse_misnamed(output, source)

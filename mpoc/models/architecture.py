@@ -1,8 +1,8 @@
 """The network of a checkpoint: from the zoo, from code that the user names, or by transformers.
 
-A file holds tensors, no code. ``--arch resnet:depth=20`` names a network of the zoo, ``--arch
-net.py:resnet20`` a function that makes the dense network; nothing is imported that was not named. Both are
-recorded in the file, but a function is code and is run only where it is named again. A Hugging Face directory
+A file holds tensors, not code. ``--arch resnet:depth=20`` names a network of the zoo, ``--arch
+net.py:resnet20`` a function that returns the dense network. Both are recorded in the file. But a function
+is code, so it is run only where the user names it again; nothing else is imported. A Hugging Face directory
 names its own architecture.
 """
 
@@ -30,13 +30,13 @@ from mpoc.tensor_networks.geometry import Geometry
 
 
 def make_network(arch: str) -> nn.Module:
-    """The dense network that ``arch`` names: from the zoo, or what it names imported and called.
+    """The dense network that ``arch`` names: one of the zoo, or what a named function returns.
 
     Args:
         arch: ``resnet56``, ``resnet:depth=56``, ``package.module:factory`` or ``file.py:factory``.
 
     Raises:
-        UsageError: not of that form, not found, or its result is no ``nn.Module``.
+        UsageError: ``arch`` has another form, is not found, or does not return an ``nn.Module``.
     """
     if _is_spec(arch):
         try:
@@ -62,23 +62,23 @@ def make_network(arch: str) -> nn.Module:
 
 
 def _is_spec(arch: str) -> bool:
-    """``resnet`` or ``resnet:depth=20``, where ``resnet:net`` is a function ``net`` of a module."""
+    """Whether this names a network of the zoo, as ``resnet:depth=20``, not a function, as ``net:make``."""
     return re.fullmatch(r"[\w-]+(:\w*=.*)?", arch) is not None
 
 
 def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
-    """The checkpoint with its network named: kinds of layers are told from that network's modules.
+    """The checkpoint with its network recorded; the network's modules tell the kinds of layers.
 
     Raises:
-        UsageError: as :func:`make_network`, or the tensors' names or shapes are not those of the network.
+        UsageError: as :func:`make_network`, or names or shapes of tensors differ from the network's.
     """
     network = make_network(arch)
     shapes = {name: info.shape for name, info in checkpoint.infos.items()}
     shapes |= {alias: shapes[first] for alias, first in checkpoint.tied.items()}
-    said = _first_difference(network, shapes)
-    if said:
+    difference = _first_difference(network, shapes)
+    if difference:
         raise UsageError(
-            f"{checkpoint.path}: does not fit --arch {arch}: {said}",
+            f"{checkpoint.path}: does not fit --arch {arch}: {difference}",
             "another --arch, or none: kinds of layers are then told from names and shapes",
         )
     record = {"zoo": zoo.long_form(arch)} if _is_spec(arch) else {"factory": arch}
@@ -86,7 +86,7 @@ def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
 
 
 def traced_geometries(arch: str, kernels: list[str]) -> dict[str, Geometry]:
-    """The geometry of each kernel's convolution, from a sample run of a network of the zoo; else none.
+    """The geometry of each kernel's convolution, from a sample run; {} where the network is not of the zoo.
 
     Raises:
         UsageError: a convolution is not reached, or cannot be taken as one map.
@@ -97,25 +97,25 @@ def traced_geometries(arch: str, kernels: list[str]) -> dict[str, Geometry]:
 
 
 def _first_difference(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str:
-    """What differs first between a network and a checkpoint's tensors, in words; empty where nothing does."""
+    """The first difference between a network's tensors and a checkpoint's, in words; "" if there is none."""
     missing, surplus = differing_names(network, shapes)
     sides = (("network", missing), ("checkpoint", surplus))
     lacking = [f"tensor {names[0]!r} is only in the {side}" for side, names in sides if names]
     if lacking:
         return ", ".join(lacking)
     for name, value in tensors_of(network).items():
-        found = tuple(value.shape)
-        if shapes.get(name, found) != found:
-            return f"tensor {name!r} is {shapes[name]} in the checkpoint, {found} in the network"
+        shape = tuple(value.shape)
+        if shapes.get(name, shape) != shape:
+            return f"tensor {name!r} is {shapes[name]} in the checkpoint, {shape} in the network"
     return ""
 
 
 def make_recorded(source: Path, manifest: Manifest) -> nn.Module:
-    """The dense network that a compressed file names by itself, from the zoo.
+    """The dense network of the zoo that a compressed file names.
 
     Raises:
-        UsageError: it names none, or a function, which is code and is not run unasked.
-        MpocError: a network that this zoo does not have.
+        UsageError: the file names none, or a function, which is code and is not run unasked.
+        MpocError: this version's zoo does not have the network.
     """
     factory = manifest.architecture.get("factory")
     if factory is not None:
@@ -139,10 +139,10 @@ def make_recorded(source: Path, manifest: Manifest) -> nn.Module:
 
 
 def example_input(source: Path, manifest: Manifest, arch: str | None) -> Tensor | None:
-    """An input of one sample where the network, named or recorded, is one of the zoo.
+    """An input of one sample for a network of the zoo, named or recorded; None for any other network.
 
     Raises:
-        UsageError: the zoo does not have it.
+        UsageError: the zoo does not have the network.
     """
     spec = manifest.architecture.get("zoo") if arch is None else arch
     if spec is None or not _is_spec(spec):
@@ -150,8 +150,8 @@ def example_input(source: Path, manifest: Manifest, arch: str | None) -> Tensor 
     try:
         return zoo.example(spec)
     except ValueError as error:
-        said = f"{source}: its network is not of this zoo" if arch is None else f"--arch {arch!r}"
-        raise UsageError(f"{said}: {error}") from error
+        what = f"{source}: its network is not of this zoo" if arch is None else f"--arch {arch!r}"
+        raise UsageError(f"{what}: {error}") from error
 
 
 def _import(arch: str, place: str) -> ModuleType:
@@ -179,7 +179,7 @@ def _import(arch: str, place: str) -> ModuleType:
 
 @contextmanager
 def _searched(folder: Path) -> Iterator[None]:
-    """Modules in ``folder`` can be imported, as where Python runs a file of that folder."""
+    """Let modules in ``folder`` be imported, as when Python runs a file there."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -188,15 +188,15 @@ def _searched(folder: Path) -> Iterator[None]:
 
 
 def is_transformers_directory(source: Path, manifest: Manifest) -> bool:
-    """Whether config.json says which network this is."""
+    """Whether config.json names the network."""
     return not manifest.architecture and (source / "config.json").is_file()
 
 
 def by_transformers(source: Path) -> nn.Module:
-    """The compressed network, loaded: the class that config.json names where known, else ``AutoModel``.
+    """The network of a directory, loaded by the class that config.json names, or else by ``AutoModel``.
 
     Raises:
-        MpocError: transformers is missing or too old, or cannot make the network of these files alone.
+        MpocError: transformers is missing or too old, or cannot make the network from these files alone.
     """
     try:
         import mpoc.hf  # noqa: F401  (teaches transformers to read cores)
@@ -204,20 +204,20 @@ def by_transformers(source: Path) -> nn.Module:
         raise MpocError(str(error), "pip install 'mpoc[hf]', or --arch file.py:factory") from error
     import transformers
 
-    # Never asked whether code that a directory brings along may be run: it may not.
+    # Code that a directory brings along is never run.
     own = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **own)
     except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
         raise MpocError(f"{source}: transformers knows no network of this: {shortened(error)}") from error
     known = [getattr(transformers, name, None) for name in config.architectures or []]
-    cls = next((found for found in known if found is not None), transformers.AutoModel)
+    cls = next((each for each in known if each is not None), transformers.AutoModel)
     bar: Any = transformers.utils.logging
-    shown = bar.is_progress_bar_enabled()
+    was_shown = bar.is_progress_bar_enabled()
     bar.disable_progress_bar()
     try:
         network: nn.Module = cls.from_pretrained(source, **own)
     finally:
-        if shown:
+        if was_shown:
             bar.enable_progress_bar()
     return network

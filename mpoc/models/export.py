@@ -1,8 +1,8 @@
-"""The compressed network as a program for other runtimes: ONNX, or torch.export's ``.pt2``.
+"""Export the compressed network as a program for other runtimes: ONNX, or ``.pt2`` of torch.export.
 
-The program is traced once and keeps the cores as they are: the file is about as small as the compressed one,
-and the runtime contracts the cores in every call.  The first axis of every input is the batch and stays free;
-all other sizes are those of the example.
+The program is traced once and keeps the cores: the file is about as small as the compressed one, and the
+runtime contracts the cores in every call. The first axis of every input is the batch and stays free; all
+other sizes are those of the example.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ class InputSpec:
 
 
 def parse_input_spec(text: str) -> InputSpec:
-    """The text of ``--input-shape``.
+    """Parse the text of ``--input-shape``.
 
     Raises:
-        UsageError: not of that form.
+        UsageError: it has another form.
     """
-    found = re.fullmatch(r"([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text.strip())
-    dtype = getattr(torch, found[2], None) if found and found[2] else None
-    if not found or (found[2] and not isinstance(dtype, torch.dtype)):
+    match = re.fullmatch(r"([1-9]\d*(?:x[1-9]\d*)*)(?::(\w+))?", text.strip())
+    dtype = getattr(torch, match[2], None) if match and match[2] else None
+    if not match or (match[2] and not isinstance(dtype, torch.dtype)):
         raise UsageError(f"--input-shape {text!r}: not a shape with its batch, as 1x3x32x32 or 1x128:int64")
-    return InputSpec(tuple(map(int, found[1].split("x"))), dtype)
+    return InputSpec(tuple(map(int, match[1].split("x"))), dtype)
 
 
 def export_network(
@@ -67,16 +67,16 @@ def export_network(
 
     Args:
         source: a compressed file or directory.
-        files: format (``"onnx"`` or ``"pt2"``) → where to.
-        inputs: what the network takes, in order; none: what a network of the zoo takes.
-        arch: the dense network, as ``--arch`` names it; None: what the file or directory says itself.
+        files: format (``"onnx"`` or ``"pt2"``) → file to write.
+        inputs: what the network takes, in order; empty: what a network of the zoo takes.
+        arch: the dense network, as ``--arch`` names it; None: the one that the file or directory names.
         force: replace existing files.
 
     Returns:
-        The inputs of the program, dtypes filled in; for a language model the attention mask is one.
+        The inputs of the program with their dtypes; a language model also takes an attention mask.
 
     Raises:
-        UsageError: nothing to write or no inputs given, a file exists, inputs that the network does not take.
+        UsageError: no file or no inputs are given, a file exists, or the network does not take the inputs.
         MpocError: a package is missing, the file does not fit the network, or it cannot be traced.
     """
     if not files:
@@ -97,14 +97,14 @@ def export_network(
 
 
 def _of_the_zoo(example: Tensor | None) -> list[InputSpec]:
-    """Images in the network's own dtype, or token ids."""
+    """The input of a network of the zoo: images in the network's own dtype, or token ids."""
     if example is None:
         return []
     return [InputSpec(tuple(example.shape), None if example.is_floating_point() else example.dtype)]
 
 
 def _check_request(source: Path, files: dict[str, Path], inputs: list[InputSpec], force: bool) -> None:
-    """All that can be said before any code of the user's runs."""
+    """Check everything that can be checked before code of the user runs."""
     if not inputs:
         raise UsageError("the shape of the input is needed", "--input-shape 1x3x32x32; repeat it for more")
     if len({spec.shape[0] for spec in inputs}) > 1:
@@ -120,19 +120,19 @@ def _check_request(source: Path, files: dict[str, Path], inputs: list[InputSpec]
 
 
 def trace_program(network: nn.Module, inputs: list[InputSpec]) -> torch.export.ExportedProgram:
-    """The network as a program whose batch is free.
+    """The network as a program whose batch size is free.
 
     Raises:
         UsageError: the network does not take such inputs.
         MpocError: it cannot be traced.
     """
     example = tuple(_example(spec) for spec in inputs)
-    said = f"{type(network).__name__} with inputs {', '.join(map(str, inputs))}"
+    what = f"{type(network).__name__} with inputs {', '.join(map(str, inputs))}"
     try:
         with torch.no_grad():
             network(*example)
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise UsageError(f"{said} fails: {error}", "--input-shape: one for each input, in order") from error
+        raise UsageError(f"{what} fails: {error}", "--input-shape: one for each input, in order") from error
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} for _ in example)
     try:
@@ -140,7 +140,7 @@ def trace_program(network: nn.Module, inputs: list[InputSpec]) -> torch.export.E
             program = torch.export.export(network, example, dynamic_shapes=shapes, strict=False)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).partition("\n\nThe error above")[0]
-        raise MpocError(f"{said} cannot be traced by torch.export: {reason}") from error
+        raise MpocError(f"{what} cannot be traced by torch.export: {reason}") from error
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # with the paths of whoever exports
@@ -148,7 +148,7 @@ def trace_program(network: nn.Module, inputs: list[InputSpec]) -> torch.export.E
 
 
 def _example(spec: InputSpec) -> Tensor:
-    """Values do not matter; a batch of 1 would be taken for a constant."""
+    """An input to trace with; a batch of 1 would be taken for a constant."""
     shape = (max(2, spec.shape[0]), *spec.shape[1:])
     if spec.dtype is not None and spec.dtype.is_floating_point:
         return torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(spec.dtype)
@@ -193,7 +193,7 @@ _WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2}
 
 @contextmanager
 def _quiet_torch() -> Iterator[None]:
-    """Without what torch's exporters say of torch's own code."""
+    """Suppress what torch's exporters log and warn about torch's own code."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -220,7 +220,7 @@ class _OfTokens(nn.Module):
 
 
 class _OfOneInput(nn.Module):
-    """Any other network of transformers: pixels, a spectrogram or the like in, its first output out."""
+    """Any other network of transformers as a function of one tensor, e.g. pixels: its first output."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -233,7 +233,7 @@ class _OfOneInput(nn.Module):
 
 
 def _of_tensors(network: Any, inputs: list[InputSpec]) -> tuple[nn.Module, list[InputSpec]]:
-    """A network of transformers as a function of tensors, and which these are."""
+    """A network of transformers as a function of tensors, and its inputs."""
     main: str = network.main_input_name
     if len(inputs) > 1:
         raise UsageError(f"one --input-shape, that of {main}, is enough: an attention mask has the same")

@@ -1,6 +1,8 @@
-"""Load a compressed file into a network: modules swapped, every name, shape and dtype checked.
+"""Load a compressed file into a network, and open checkpoints for training and evaluation.
 
-A checkpoint opened to be trained or measured: its network, and where each tensor of the file is in it.
+:func:`load` replaces modules by those with cores, after every name, shape and dtype of file and network was
+compared. :func:`open_model` also opens dense checkpoints; it keeps which tensor of the network each tensor of
+the file is, so that a trained network can be written back.
 """
 
 from __future__ import annotations
@@ -44,11 +46,11 @@ def load(
 ) -> nn.Module:
     """Turn ``model`` into the compressed network stored at ``path``.
 
-        >>> network = mpoc.load("digits.mpo.safetensors", DigitsNet())
-        >>> network = mpoc.load("digits.mpo.safetensors")  # the file names its network
+        >>> network = mpoc.load("digits-cnn.mpo.safetensors", DigitsNet()).eval()
         >>> with torch.no_grad():
-        ...     network(torch.rand(5, 1, 28, 28)).shape
+        ...     network(torch.rand(5, 1, 8, 8)).shape
         torch.Size([5, 10])
+        >>> network = mpoc.load("lenet5.mpo.safetensors")  # compressed with --arch lenet5: the file names it
 
     Args:
         path: a file or directory that mpoc wrote.
@@ -100,7 +102,7 @@ def open_network(source: Path, arch: str | None) -> nn.Module:
 
     Args:
         source: a compressed file or directory.
-        arch: the dense network, as ``--arch`` names it; None for what ``source`` says itself.
+        arch: the dense network, as ``--arch`` names it; None: the one that ``source`` names.
 
     Raises:
         UsageError: no architecture is known, or ``arch`` is not found or makes no network.
@@ -110,7 +112,7 @@ def open_network(source: Path, arch: str | None) -> nn.Module:
 
 
 def _recorded_network(source: Path, stored: Checkpoint, manifest: Manifest) -> nn.Module:
-    """The zoo's network of the file's dtype; memory is taken only once names and shapes were found to fit."""
+    """The zoo's network in the file's dtype; names and shapes are compared before memory is allocated."""
     dtypes = {layer.dtype for layer in manifest.layers if "float" in layer.dtype}
     dtype = getattr(torch, dtypes.pop()) if len(dtypes) == 1 else torch.float32
     with torch.device("meta"):
@@ -124,7 +126,7 @@ def _core_names(layers: list[LayerRecord]) -> set[str]:
 
 
 def _check(path: Path, stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:
-    """Compare the file's dense names, shapes, dtypes and geometries with the model's.
+    """Compare names, shapes, dtypes and geometries of the file's dense weights with the model's.
 
     Raises:
         MpocError: they differ.
@@ -167,7 +169,7 @@ def _check(path: Path, stored: Checkpoint, manifest: Manifest, model: nn.Module)
 
 
 def _untie(stored: Checkpoint, model: nn.Module) -> None:
-    """Parameters that are one in the model, and of different values in the file, get data of their own.
+    """Untie parameters that are tied in the model but have different values in the file.
 
     Raises:
         MpocError: they belong to one module in two places.
@@ -185,12 +187,12 @@ def _untie(stored: Checkpoint, model: nn.Module) -> None:
             )
         apart.append((modules[place], own))
     for module, own in apart:
-        one = getattr(module, own)
-        setattr(module, own, nn.Parameter(one.detach().clone(), requires_grad=one.requires_grad))
+        shared = getattr(module, own)
+        setattr(module, own, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
 
 
 def _fill(stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:
-    """Cores and all other tensors into a network that was checked."""
+    """Put cores and all other tensors into a network that was checked."""
     tied: dict[str, list[str]] = {}
     for alias, first in manifest.tied.items():
         tied.setdefault(first, []).append(alias)
@@ -206,7 +208,7 @@ def _fill(stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:
 def _swap(
     stored: Checkpoint, replaced: dict[str, LayerRecord], tied: dict[str, list[str]], model: nn.Module
 ) -> None:
-    """Modules to their counterparts; where file and model differ in what is tied, the file decides."""
+    """Swap modules for their counterparts; where file and model differ in what is tied, the file decides."""
     known, apart = same_tensor(model), stored.infos.keys() | replaced.keys()
     for name, layer in replaced.items():
         cores = [stored.read(core).clone() for core in layer.core_names]
@@ -216,24 +218,24 @@ def _swap(
 
 @dataclass
 class Model:
-    """A network with what its file says of it."""
+    """A network with its checkpoint and what the checkpoint records."""
 
     path: Path
     network: nn.Module  # on the CPU, in evaluation mode, parameters in float32 or better
     stored: Checkpoint  # the tensors of the file, cores under their own names
     manifest: Manifest | None  # None: dense
     architecture: str | None  # as --arch takes it, where known
-    places: dict[str, str]  # name in the file → name of that parameter or buffer in the network
+    places: dict[str, str]  # name in the file → name of the parameter or buffer in the network
     notes: list[str] = field(default_factory=list)
 
     @property
     def history(self) -> dict[str, Any]:
-        """What it says of its training; {}: nothing."""
+        """The recorded history of its training; {} where there is none."""
         return self.stored.history if self.manifest is None else self.manifest.training
 
 
 def open_beside(path: Path, arch: str | None) -> Model:
-    """Open a teacher or reference; ``arch``, the other network's, where this one does not say its own.
+    """Open a teacher or reference; ``arch`` is the other network's, used where this one names none.
 
     Raises:
         UsageError: as :func:`open_model`.
@@ -248,7 +250,7 @@ def open_model(path: Path, arch: str | None) -> Model:
 
     Args:
         path: a file or a Hugging Face directory.
-        arch: the dense network, as ``--arch`` names it; None for what the checkpoint says itself.
+        arch: the dense network, as ``--arch`` names it; None: the one that the checkpoint names.
 
     Raises:
         UsageError: no architecture is known, or it is not found.
@@ -291,10 +293,10 @@ def _dense_network(stored: Checkpoint, arch: str | None) -> nn.Module:
 
 
 def _places(path: Path, network: nn.Module, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Where each tensor of the file is in the network, and which are nowhere.
+    """The name in the network of each tensor of the file, and the file's tensors that are not in it.
 
     Raises:
-        MpocError: a trained parameter is none of the file's tensors.
+        MpocError: a parameter that is trained is not in the file.
     """
     first: dict[int, str] = {}
     known: dict[str, str] = {}
@@ -316,12 +318,12 @@ def _places(path: Path, network: nn.Module, names: Iterable[str]) -> tuple[dict[
 
 
 def _names_in(network: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The names of a file's tensors in the network: the same, but where transformers has names of its own."""
+    """The names of a file's tensors in the network; transformers renames some."""
     same = {name: name for name in names}
     if not hasattr(network, "base_model_prefix"):
         return same
     import mpoc.hf  # noqa: F401  (refuses a transformers that is too old)
     from mpoc.hf.names import places
 
-    found: Any = network
-    return same | places(found, same)
+    pretrained: Any = network
+    return same | places(pretrained, same)

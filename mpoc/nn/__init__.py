@@ -1,4 +1,4 @@
-"""Layers that compute through cores, the swap that puts them into a network, and what they compute from."""
+"""Layers that compute through cores, and the functions that put them into a network."""
 
 from mpoc.nn.adopt import adopt
 from mpoc.nn.conv import (

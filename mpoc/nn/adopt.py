@@ -1,18 +1,16 @@
-"""A mixture of experts' stacked weight, held as the single matrices that checkpoints store.
-
-A network reads ``gate_up_proj`` (experts, outputs, inputs) as one tensor; its checkpoint stores
-``3.w1.weight`` and ``3.w3.weight`` for every expert, and cores are made of those.  Here each matrix has a
-linear layer of its own, dense or with cores, and the stacked weight is put together whenever it is read.  The
-trade-off: each reading costs a copy of the stacked weight (one in a forward pass, but for transformers'
-``eager`` experts, which read it again for every expert).
-
-Turn a dense module into its counterpart with cores, in place.
+"""Turn a dense module into its counterpart with cores, in place.
 
 The module stays the same object: hooks, training mode, references from elsewhere and every attribute
-(``in_features``, ``stride``, ``padding_idx``) stay; its class becomes the one with cores and its dense weight
-goes.  Weights of any other module (an LSTM, ``MultiheadAttention``, fused experts, a subclass with a
-``forward`` of its own) are rebuilt from cores whenever they are read, as torch's parametrizations do; but the
-cores keep the names they have in the file.
+(``in_features``, ``stride``, ``padding_idx``) stay. Its class becomes the one with cores, and its dense
+weight is removed. A weight of any other module (an LSTM, ``MultiheadAttention``, a subclass with its own
+``forward``) becomes a property that builds it from cores whenever it is read, as torch's parametrizations do.
+Cores keep the names they have in the file.
+
+Mixtures of experts read one stacked weight (experts, outputs, inputs), e.g. ``gate_up_proj``, while their
+checkpoints store a matrix for each expert, ``3.w1.weight`` and ``3.w3.weight``, and cores are made of those.
+:func:`unstack` gives each matrix a linear layer of its own, and the stacked weight is put together whenever
+it is read. The trade-off: each reading copies the stacked weight (once in a forward pass, but once for every
+expert with the ``eager`` experts of transformers).
 """
 
 from __future__ import annotations
@@ -64,12 +62,12 @@ def unstack(module: nn.Module, name: str, sources: tuple[str, ...]) -> None:
     """Replace the stacked weight ``name`` by one ``nn.Linear`` for each expert and source.
 
     Args:
-        module: that holds the weight; changed in place. Gains ``0.w1``, ``0.w3``, ``1.w1``, …
+        module: holds the weight; changed in place. It gains the modules ``0.w1``, ``0.w3``, ``1.w1``, ….
         name: of a weight (experts, outputs, inputs), e.g. (8, 28672, 4096).
-        sources: the matrices of an expert, e.g. ``("w1", "w3")``: one below the other they are its weight.
+        sources: the matrices of an expert, e.g. ``("w1", "w3")``, which its weight holds one below the other.
 
     Raises:
-        ValueError: the weight has not three axes, or its outputs do not divide among the sources.
+        ValueError: the weight does not have three axes, or its outputs do not divide among the sources.
     """
     dense = module.get_parameter(name)
     if dense.dim() != 3 or dense.shape[1] % len(sources):
@@ -109,7 +107,7 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
     """Replace the dense weight ``name`` of ``module`` by cores.
 
     Args:
-        module: that holds the weight; changed in place.
+        module: holds the weight; changed in place.
         name: of the weight within the module, as ``"weight"`` or ``"weight_ih_l0"``.
         cores: in the order of ``structure.cores``; those that are parameters already (tied layers) are
             shared.
@@ -147,20 +145,20 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
 def adopt_everywhere(
     model: nn.Module, names: Sequence[str], cores: Sequence[Tensor], structure: Structure
 ) -> None:
-    """Put cores in the place of weights that are one, by all their names; they then share them.
+    """Replace a weight that is known by several names; all places then share its cores.
 
-    The cores take the first's device, dtype and ``requires_grad``.
+    The cores take the device, dtype and ``requires_grad`` of the weight.
     """
     dense = model.get_parameter(names[0])
     own = [core.to(dense.device, dense.dtype).contiguous() for core in cores]
     parameters = [nn.Parameter(core, requires_grad=dense.requires_grad) for core in own]
-    done = set()
+    adopted = set()
     for name in names:
         path, _, weight = name.rpartition(".")
         module = model.get_submodule(path)
-        if (module, weight) not in done:  # a module in two places has two names
+        if (module, weight) not in adopted:  # a module in two places has two names
             adopt(module, weight, parameters, structure)
-        done.add((module, weight))
+        adopted.add((module, weight))
 
 
 def compressed_weights(model: nn.Module) -> Iterator[tuple[str, Structure, list[Tensor]]]:
@@ -174,7 +172,7 @@ def compressed_weights(model: nn.Module) -> Iterator[tuple[str, Structure, list[
 
 
 def _counterpart(module: nn.Module) -> type[nn.Module] | None:
-    """The class with cores, for exactly the classes whose ``forward`` is known."""
+    """The class with cores; None for classes whose ``forward`` is not known."""
     cls = type(module)
     if cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D":
         return MPOConv1D

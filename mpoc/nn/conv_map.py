@@ -1,8 +1,8 @@
 """Convolutions as one linear map at a fixed input size, through the cores of that map (Gao et al. 2020).
 
-The input is flattened channel last, y = Ŵx as in a linear layer, and the bias stays one number a channel.
-Such a map can do more than a convolution, as it knows its positions: once its cores are trained, or a bond
-inside height or width was truncated, there is no kernel to it.
+The input is flattened with channels last, y = Ŵx as in a linear layer, and the bias stays one number per
+channel. Such a map can differ from position to position, which a convolution cannot: once its cores are
+trained, or a bond inside height or width was truncated, no kernel gives the same map.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from mpoc.tensor_networks.geometry import Geometry, make_geometry
 class MPOConvMap(CoreWeight):
     """y = Ŵx + b, Ŵ of shape (H'·W'·C_out, H·W·C_in) given by its cores.
 
-    Shapes: (batch, C_in, H, W) → (batch, C_out, H', W'), at the one size H×W of its geometry; also without
-    a batch, and with one or three axes.
+    Shapes: (batch, C_in, H, W) → (batch, C_out, H', W') at the one size H×W of its geometry. The batch axis
+    may be absent, and there may be one or three spatial axes.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class MPOConvMap(CoreWeight):
             return self.form.to_matrix()[0]
 
     def dense_weight(self) -> Tensor:
-        """There is none.
+        """Refuse: a whole map has no kernel.
 
         Raises:
             RuntimeError: always.
@@ -105,7 +105,7 @@ def geometry_of(module: nn.Module, size: tuple[int, ...]) -> Geometry:
     """The geometry of a convolution for inputs of ``size``, e.g. (32, 32).
 
     Raises:
-        UsageError: it is none of torch's plain convolutions, or the size does not fit.
+        UsageError: ``module`` is not one of torch's plain convolutions, or the size does not fit it.
     """
     if type(module) not in CONV_MAPS:
         raise UsageError(f"a {type(module).__name__} cannot be taken as one map: only plain convolutions can")
@@ -124,10 +124,10 @@ def geometry_of(module: nn.Module, size: tuple[int, ...]) -> Geometry:
 
 
 def check_geometry(module: nn.Module, geometry: Geometry) -> None:
-    """Whether the map was made of a convolution like ``module``.
+    """Check that the map was made from a convolution like ``module``.
 
     Raises:
-        ValueError: stride, padding, dilation, groups or padding mode differ, with both sides said.
+        ValueError: stride, padding, dilation, groups or padding mode differ, with both sides named.
     """
     try:
         own = geometry_of(module, geometry.size)

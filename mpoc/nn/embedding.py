@@ -12,18 +12,18 @@ from mpoc.tensor_networks.forms.contraction import is_traced, without_autocast
 class MPOEmbedding(CoreWeight, nn.Embedding):
     """Row v of Ŵ for every index v.
 
-    Shapes: (…) of whole numbers → (…, embedding_dim).  The ``padding_idx`` row gets no gradient, as in
-    ``nn.Embedding``; but it is made from cores that other rows share, so it is as exact as they are, and
-    moves when they are trained.
+    Shapes: (…) of int32 or int64 → (…, embedding_dim). The ``padding_idx`` row gets no gradient, as in
+    ``nn.Embedding``. But it is made from cores that other rows share, so it has an error as they do, and it
+    changes when they are trained.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of the table.
+        """Rows of the table, (…) → (…, embedding_dim).
 
         Raises:
-            IndexError: an index is negative or not below ``num_embeddings``. Looked for on the CPU only, and
-                neither in a compiled graph nor under vmap: there such an index gives a wrong row.
-            RuntimeError: indices are not int32 or int64.
+            IndexError: an index is negative or not below ``num_embeddings``. This is checked on the CPU only,
+                and neither in a compiled graph nor under vmap: there such an index gives a wrong row.
+            RuntimeError: the indices are not int32 or int64.
         """
         held = self.held_weight()
         if held is not None:

@@ -117,7 +117,7 @@ def hold(module: Any) -> None:
 
 
 def release(module: nn.Module) -> None:
-    """Give up the dense weights that a module holds."""
+    """Drop the dense weights that a module holds."""
     for name in list(vars(module)):
         if name.endswith(_HELD):
             del vars(module)[name]
@@ -246,10 +246,10 @@ class CoreWeight(nn.Module):
 
 
 class WeightView:
-    """A weight's dtype, device and shape; the weight itself where torch computes with it.
+    """A weight that is built when torch computes with it, but not when its dtype or shape is read.
 
-    It can be read, and nothing else: what is written to a weight made from cores would be lost, so writing
-    raises AttributeError or TypeError.  (Writing to a part of it, as ``weight[0].zero_()``, is lost.)
+    It can only be read. What is written to a weight made from cores would be lost, so writing raises
+    AttributeError or TypeError; writing to a part of it, as ``weight[0].zero_()``, is lost without an error.
     """
 
     _layer: CoreWeight
@@ -259,7 +259,7 @@ class WeightView:
         vars(self).update(_layer=layer, _detached=detached)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse.
+        """Refuse to set an attribute.
 
         Raises:
             AttributeError: always.
@@ -268,7 +268,7 @@ class WeightView:
 
     @property
     def data(self) -> WeightView:
-        """The same without gradients; as little to be written to."""
+        """The same weight without gradients; it cannot be written to either."""
         return WeightView(self._layer, detached=True)
 
     @property  # type: ignore[misc]
@@ -278,26 +278,26 @@ class WeightView:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the cores."""
+        """The dtype of the cores."""
         return self._layer.cores[0].dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the cores."""
+        """The device of the cores."""
         return self._layer.cores[0].device
 
     @property
     def shape(self) -> torch.Size:
-        """Of the dense weight."""
+        """The shape of the dense weight."""
         return torch.Size(self._layer.structure.shape)
 
     @property
     def requires_grad(self) -> bool:
-        """Of the cores."""
+        """Whether any core requires gradients."""
         return not self._detached and any(core.requires_grad for core in self._layer.cores)
 
     def __getattr__(self, name: str) -> Any:
-        """Anything else a tensor can do is asked of the dense weight, sizes of one without data."""
+        """Ask the dense weight for whatever else a tensor can do, and a tensor without data for sizes."""
         if name in _SIZES:
             return getattr(torch.empty(self.shape, dtype=self.dtype, device="meta"), name)
         if name == "_is_hf_initialized":  # transformers' mark on what needs no random start
@@ -314,7 +314,7 @@ class WeightView:
         return format(repr(self), how)
 
     def _own(self) -> Tensor:
-        """Built anew: the caller may keep a view of it, and must not get at the layer's cache."""
+        """A weight built for the caller, who may keep a view of it; never the one that the layer holds."""
         dense = build_weight(list(self._layer.cores), self._layer.structure)
         return dense.detach() if self._detached else dense
 
@@ -333,10 +333,10 @@ class WeightView:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Give torch the dense weight.
+        """Call the function with the dense weight.
 
         Raises:
-            TypeError: the function writes to it.
+            TypeError: the function writes to the weight.
         """
         written = next(iter((*args, *(kwargs or {}).values())), None)  # what functions in place change
         if isinstance(written, WeightView):

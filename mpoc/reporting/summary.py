@@ -88,6 +88,10 @@ class Report:
         """The report as plain data; its schema is ``mpoc.reporting.schemas.schema("report")``."""
         return report_dict(self.manifest, self.nbytes, self.seconds)
 
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return to_json(self.to_dict())
+
     def __repr__(self) -> str:
         source = self.manifest.source
         title = (
@@ -120,9 +124,13 @@ def _short_row(layer: LayerRecord) -> tuple[str, str, str, str, str]:
 def read_report(path: str | PathLike[str]) -> Report:
     """Read the report of a compressed file or directory from its header, without torch.
 
-        >>> report = mpoc.read_report("digits.mpo.safetensors")
-        >>> round(report.rho, 4)
-        0.1234
+        >>> report = mpoc.read_report("digits-cnn.mpo.safetensors")
+        >>> report
+        Report: ρ = ... over 4 of 4 selected layers, ...
+        layer  form  bonds  ρ       error
+        conv1  mpo   ...
+        >>> report.rho < 0.2
+        True
 
     Args:
         path: a file or directory that mpoc wrote.

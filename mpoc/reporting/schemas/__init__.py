@@ -17,7 +17,8 @@ NAMES = ("report", "manifest")
 def schema(name: str) -> dict[str, Any]:
     """The schema of ``mpoc report --json`` ("report") or of a compressed file's manifest ("manifest").
 
-        jsonschema.validate(json.loads(text), mpoc.reporting.schemas.schema("report"))
+        >>> report = mpoc.read_report("digits-cnn.mpo.safetensors")
+        >>> jsonschema.validate(json.loads(report.to_json()), schema("report"))
 
     Returns:
         The schema, complete in itself.
