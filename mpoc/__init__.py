@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from mpoc.reporting.summary import Report, read_report
     from mpoc.train.evaluate_file import FileEvaluation
     from mpoc.train.finetune import Finetuned
-    from mpoc.train.settings import DataOptions, Settings
+    from mpoc.train.settings import Settings
+    from mpoc.train.training_data import DataOptions
 
 __version__ = "0.2.0"
 __all__ = [
@@ -52,7 +53,7 @@ __all__ = [
     "save",
 ]
 _HOMES = {
-    "DataOptions": "mpoc.train.settings",
+    "DataOptions": "mpoc.train.training_data",
     "LayerRule": "mpoc.compression.recipe",
     "MpocError": "mpoc.errors",
     "Recipe": "mpoc.compression.recipe",
@@ -100,7 +101,7 @@ def evaluate(
         >>> sorted(result.scores)
         ['accuracy', 'loss']
         >>> result.split, result.examples
-        ('test', 359)
+        ('test', 539)
 
     Args:
         path: a compressed file or directory, or a dense checkpoint.
@@ -124,8 +125,7 @@ def evaluate(
         UsageError: no network is known, there is no such split, or network and data do not fit.
         MpocError: the data or the checkpoint are damaged.
     """
-    from mpoc.train.evaluate_file import evaluate_file
-    from mpoc.train.settings import EvaluationRequest
+    from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
 
     request = EvaluationRequest(
         Path(path),
@@ -199,8 +199,9 @@ def finetune(
     """
     from dataclasses import replace
 
+    from mpoc.train.finetune import FinetuneRequest
     from mpoc.train.finetune import finetune as train
-    from mpoc.train.settings import FinetuneRequest, Settings
+    from mpoc.train.settings import Settings
 
     given = {"epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -258,7 +259,7 @@ def export(
 
 
 def _data_options(data: str | PathLike[str] | DataOptions) -> DataOptions:
-    from mpoc.train.settings import DataOptions
+    from mpoc.train.training_data import DataOptions
 
     return data if isinstance(data, DataOptions) else DataOptions(Path(data))
 

@@ -76,7 +76,7 @@ def compress(
         >>> network = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 10))
         >>> report = mpoc.compress(network, bond=4)
         >>> [layer.bonds for layer in report.layers]
-        [(1, 4, 4, 4, 1), (1, 4, 4, 1)]
+        [(1, 4, 4, 4, 1), (1, 4, 1)]
         >>> report.num_parameters == sum(p.numel() for p in network.parameters())
         True
         >>> network(torch.rand(5, 784)).shape

@@ -11,7 +11,7 @@ import torch
 import mpoc
 from mpoc.compression.plain_fit import Fitted
 from mpoc.compression.plan import LayerPlan
-from mpoc.compression.recipe import Recipe
+from mpoc.compression.recipe import Recipe, check_recipe
 from mpoc.compression.resume import calibration_folder, layers_folder, resume_directory
 from mpoc.compression.size_prediction import make_manifest, predict_size
 from mpoc.compression.source import CompressionSource, open_source
@@ -66,6 +66,11 @@ def compress_checkpoint(
 ) -> Compression:
     """Compress a checkpoint on disk, with as many processes as torchrun started.
 
+        >>> recipe = mpoc.Recipe(bond=8, exclude=("conv1",))
+        >>> compression = mpoc.compress_checkpoint("digits-cnn.pt", "digits.mpo.safetensors", recipe)
+        >>> [layer.layer for layer in compression.report.replaced]
+        ['conv2', 'fc1', 'fc2']
+
     Args:
         source: file or directory; only read.
         output: file (single-file source) or directory.
@@ -87,6 +92,8 @@ def compress_checkpoint(
         MpocError: bad input, or nothing that can be done; see its message and hint.
         OSError: of reading or writing (a full disk).
     """
+    source, output = Path(source), Path(output)
+    check_recipe(recipe)
     if recipe.max_drop is not None:
         raise UsageError(
             "max_drop: files are measured to find its ratio", "mpoc.compression.search.compress_within"
