@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from mpoc.reporting.summary import Report, read_report
     from mpoc.train.evaluate_file import FileEvaluation
     from mpoc.train.finetune import Finetuned
-    from mpoc.train.settings import Settings
-    from mpoc.train.training_data import DataOptions
+    from mpoc.train.settings import DataOptions, Settings
 
 __version__ = "0.2.0"
 __all__ = [
@@ -53,7 +52,7 @@ __all__ = [
     "save",
 ]
 _HOMES = {
-    "DataOptions": "mpoc.train.training_data",
+    "DataOptions": "mpoc.train.settings",
     "LayerRule": "mpoc.compression.recipe",
     "MpocError": "mpoc.errors",
     "Recipe": "mpoc.compression.recipe",
@@ -125,7 +124,8 @@ def evaluate(
         UsageError: no network is known, there is no such split, or network and data do not fit.
         MpocError: the data or the checkpoint are damaged.
     """
-    from mpoc.train.evaluate_file import EvaluationRequest, evaluate_file
+    from mpoc.train.evaluate_file import evaluate_file
+    from mpoc.train.settings import EvaluationRequest
 
     request = EvaluationRequest(
         Path(path),
@@ -199,9 +199,8 @@ def finetune(
     """
     from dataclasses import replace
 
-    from mpoc.train.finetune import FinetuneRequest
     from mpoc.train.finetune import finetune as train
-    from mpoc.train.settings import Settings
+    from mpoc.train.settings import FinetuneRequest, Settings
 
     given = {"epochs": epochs, "steps": steps, "batch": batch, "lr": lr, "seed": seed}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
@@ -259,7 +258,7 @@ def export(
 
 
 def _data_options(data: str | PathLike[str] | DataOptions) -> DataOptions:
-    from mpoc.train.training_data import DataOptions
+    from mpoc.train.settings import DataOptions
 
     return data if isinstance(data, DataOptions) else DataOptions(Path(data))
 

@@ -42,9 +42,7 @@ def test_sizes_match_torch_for_named_padding() -> None:
 
 @SOME
 @given(convolutions(), st.booleans())
-def test_full_bond_is_the_convolution(
-    drawn: tuple[nn.Conv2d, tuple[int, ...]], held: bool
-) -> None:
+def test_full_bond_is_the_convolution(drawn: tuple[nn.Conv2d, tuple[int, ...]], held: bool) -> None:
     conv, size = drawn
     dense = copy.deepcopy(conv)
     layer = as_map(conv, size).eval()
