@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpoc.data.arrays import Column, Where, number_labels
 from mpoc.data.base import Batch, Data, DataSource, Examples
 from mpoc.data.columns import Rows
-from mpoc.data.labels import Column, Where, number_labels
 from mpoc.data.text import CharacterTokenizer, TextOptions, Tokenizer
 from mpoc.errors import MpocError
 

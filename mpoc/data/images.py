@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpoc.data.arrays import Arrays
+from mpoc.data.arrays import Arrays, Column, Where, number_labels
 from mpoc.data.base import Batch, Data, DataSource, Examples
 from mpoc.data.columns import FileRows, Rows
-from mpoc.data.labels import Column, Where, number_labels
 from mpoc.data.recognise import IMAGE_SUFFIXES, SPLITS
 from mpoc.errors import MpocError, UsageError
 

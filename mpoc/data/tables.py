@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from mpoc.data.arrays import Column, Where
 from mpoc.data.base import Data, DataSource
 from mpoc.data.columns import JsonRows, ParquetRows, Rows
 from mpoc.data.documents import StoredTokens, assemble_documents, assemble_tokens
 from mpoc.data.images import assemble_images
-from mpoc.data.labels import Column, Where
 from mpoc.errors import MpocError
 
 _IMAGES = ("image", "img")

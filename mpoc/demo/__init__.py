@@ -1,4 +1,4 @@
-"""Material for ``mpoc demo``: handwritten digits and a small network trained on them.
+"""Data of ``mpoc demo``: handwritten digits and a small network trained on them.
 
-``python -m mpoc.demo.make`` makes both files again; ATTRIBUTION.md says where the digits are from.
+``python -m mpoc.demo.make`` regenerates both files; ATTRIBUTION.md names the source of the digits.
 """

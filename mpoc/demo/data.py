@@ -1,4 +1,4 @@
-"""The demo's digits, read from the package, as a data file, and the accuracy of a network on them."""
+"""The digits of the demo, as tensors and as a data file, and the accuracy of a network on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def write_digits(path: Path) -> None:
-    """Write them as ``mpoc finetune --data`` takes them: an .npz with a training and a test split.
+    """Write an .npz with a training and a test split, for ``mpoc finetune --data``.
 
     Sixteenths are exact in float16.
     """

@@ -1,7 +1,7 @@
-"""Makes the demo's two data files: ``python -m mpoc.demo.make`` (needs scikit-learn).
+"""Regenerate the data files of the demo: ``python -m mpoc.demo.make`` (needs scikit-learn).
 
-It is kept in the package so that anyone can see, and repeat, how the carried network was trained.
-Every step is seeded; another PyTorch version or processor may still change the last digits.
+It is part of the package so that anyone can see and repeat how the network was trained.  Every step is
+seeded; another PyTorch version or processor may still change the last digits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A chart as plain data, which the page draws as inline SVG and matplotlib into files.
+"""Charts as plain data: of a compressed file, of one layer, of a training, of a comparison.
 
-The charts of a file, a layer, a comparison: what is drawn, as plain data.
+The HTML page draws them as inline SVG, matplotlib into files.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.reporting.contents import BondSpectra, FileData, LayerData
 
-# What a colour stands for; "file 1" and so on are those of a comparison.
+# Meanings of colours; a comparison has "file 1", "file 2", … too.
 TONES = ("stored", "original", "bound", "error")
 STYLES = ("line", "dots", "columns", "marked line", "dotted line")
 
-# Below this share of the largest a Schmidt value is not drawn.
+# Schmidt values below this share of the largest are not drawn.
 _LEAST = 1e-3
-# Scores of a training in which more is better or worse; the first that is known is drawn.
+# The first of these scores that a training has is drawn.
 _METRICS = ("accuracy", "agreement", "cosine", "r2", "perplexity", "bits_per_character")
 _FILE_TONES = 6
-_LARGEST = 1e100  # that an axis takes
+_LARGEST = 1e100  # value on an axis
 _IN_ORDER = "layer, in the order of the file"
 ERRORS = {
     "held_out_error": "held-out error",
@@ -39,11 +39,12 @@ class Axis:
     scale: str = "linear"  # or "log"
     unit: str = ""  # "count": 1.2k, "bytes": 1.2 MB, "whole": ticks at whole numbers only
     from_zero: bool = False
+    names: tuple[str, ...] = ()  # of the ticks 1, 2, …, in place of numbers
 
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour."""
+    """Points of one colour and style."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -54,7 +55,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical line."""
+    """A labelled vertical line."""
 
     x: float
     label: str
@@ -62,7 +63,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Chart:
-    """What is drawn; ``caption`` tells what it shows."""
+    """A chart; ``caption`` says what it shows."""
 
     title: str
     caption: str
@@ -73,8 +74,8 @@ class Chart:
 
     def values(self, side: int) -> list[float]:
         """All coordinates along x (0) or y (1), the mark's among them."""
-        found = [point[side] for one in self.series for point in one.points]
-        return found + ([self.mark.x] if self.mark and side == 0 else [])
+        values = [point[side] for series in self.series for point in series.points]
+        return values + ([self.mark.x] if self.mark and side == 0 else [])
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,16 @@ class ErrorKind:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Its name in charts and tables."""
         return ERRORS[self.key]
 
     def of(self, layer: LayerRecord) -> float | None:
-        """Of a layer; 0 where it is dense."""
+        """The error of a layer; 0 where it is dense."""
         return 0.0 if layer.form == "dense" else getattr(layer, self.key)
 
 
 def shared_error(manifests: Sequence[Manifest]) -> ErrorKind | None:
-    """The most telling error that all replaced layers of all files have; None where there is none."""
+    """The most informative error that all replaced layers of all files have; None where there is none."""
     layers = [layer for manifest in manifests for layer in manifest.replaced]
     for key in ERRORS:
         kind = ErrorKind(key)
@@ -104,7 +105,7 @@ def shared_error(manifests: Sequence[Manifest]) -> ErrorKind | None:
 
 
 def best_error(manifest: Manifest) -> ErrorKind | None:
-    """The most telling error that most replaced layers have."""
+    """The most informative error that most replaced layers have."""
     for key in ERRORS:
         kind = ErrorKind(key)
         if sum(kind.of(layer) is not None for layer in manifest.replaced) * 2 > len(manifest.replaced):
@@ -168,7 +169,7 @@ def _error_chart(manifest: Manifest, x: Axis) -> Chart | None:
 
 
 def spectrum_chart(bond: BondSpectra) -> Chart | None:
-    """Schmidt values of the stored weight and, where it is known, of the source's, with the cut."""
+    """Schmidt values of the stored weight and, where recorded, of the original, with the bond dimension."""
     scale = bond.scale if bond.scale is not None else 1.0
     stored = tuple((float(k), value * scale) for k, value in bond.stored)
     original = tuple((float(k), value) for k, value in bond.original or ())
@@ -195,7 +196,7 @@ def spectrum_chart(bond: BondSpectra) -> Chart | None:
 
 
 def entropy_chart(layer: LayerData) -> Chart | None:
-    """The entanglement entropy along the chain, or over a tree; None where there are not two bonds."""
+    """The entanglement entropy along a chain or over a tree; None with fewer than two bonds."""
     bonds = [bond for bond in layer.bonds if bond.title != "low-rank part"]
     structure = layer.record.structure
     if len(bonds) < 2 or structure.parts:
@@ -220,7 +221,7 @@ def entropy_chart(layer: LayerData) -> Chart | None:
 
 
 def entropy_text(layer: LayerData) -> str:
-    """Of a single bond, for which there is no profile; and why a MERA has none."""
+    """The entropy of a single bond, which has no profile, or why a network with loops has none."""
     info = layer.record.structure.info
     if info.topology.has_loops:
         return f"none: no bond of a {info.title} cuts it in two"
@@ -236,7 +237,7 @@ def _points(places: list[float], values: list[float]) -> tuple[tuple[float, floa
 
 
 def training_charts(training: dict[str, Any]) -> list[Chart]:
-    """Loss and metric at every evaluation of every training, the first training first."""
+    """Loss and metric at every evaluation, for every training, the first one first."""
     charts: list[Chart] = []
     history: Any = training
     while isinstance(history, dict) and history:
@@ -272,7 +273,7 @@ def _training(history: dict[str, Any]) -> list[Chart]:
 
 
 def _over_epochs(evaluations: list[Any], name: str) -> tuple[tuple[float, float], ...]:
-    """The evaluations that have a finite figure of this name."""
+    """(epoch, value) of the evaluations with a finite value of this name."""
     pairs = [(_finite(e.get("epoch")), _finite(e.get(name))) for e in evaluations if isinstance(e, dict)]
     return tuple((x, y) for x, y in pairs if x is not None and y is not None)
 
@@ -282,23 +283,23 @@ def _finite(value: Any) -> float | None:
 
 
 def common_layers(manifests: Sequence[Manifest]) -> frozenset[str]:
-    """The layers that every file has selected."""
+    """The layers that every file selected."""
     return frozenset.intersection(*(frozenset(one.layer for one in held.layers) for held in manifests))
 
 
 def mean_error(manifest: Manifest, kind: ErrorKind, names: Collection[str]) -> float:
-    """The mean over the layers of these names, one or more; 0 for those left dense."""
+    """The mean error over layers of these names, at least one; layers left dense count as 0."""
     found = [kind.of(layer) or 0.0 for layer in manifest.layers if layer.layer in names]
     return sum(found) / len(found)
 
 
 def tone_of(place: int) -> str:
-    """The colour of a file of a comparison, from 1."""
+    """The tone of file ``place``, from 1, in a comparison."""
     return f"file {(place - 1) % _FILE_TONES + 1}"
 
 
 def comparison_charts(files: Sequence[FileData]) -> list[Chart]:
-    """Size against error of whole files, where they have layers in common, and of their layers."""
+    """Size against error, of whole files where they have common layers, and of their layers."""
     kind = shared_error([file.manifest for file in files])
     if kind is None:
         return []

@@ -1,4 +1,4 @@
-"""What is shown of a compressed file: its manifest, and what its cores tell of their bonds."""
+"""The contents of a compressed file as a report shows them: its manifest, and the spectra of its cores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class BondSpectra:
     stored: Spectrum  # of the cores; () where they are zero
     original: Spectrum | None  # of the source's weight
     entropy: float  # of the stored weight, or of this term of a sum
-    # ‖Ŵ‖/‖W‖, for both spectra to be of one scale; None where it is not known.
+    # ‖Ŵ‖/‖W‖, which brings both spectra to one scale; None: unknown.
     scale: float | None
 
 
@@ -42,7 +42,7 @@ class LayerData:
 
     @property
     def anchor(self) -> str:
-        """Of its part of the page."""
+        """The id of its section on the HTML page."""
         return f"layer-{self.place}"
 
 
@@ -57,29 +57,29 @@ class FileData:
 
 
 def read_files(path: Path, others: Sequence[Path]) -> list[FileData]:
-    """``path`` whole, and the manifests of ``others``, under names that tell them apart.
+    """Read ``path`` with its cores and the manifests of ``others``; their names are made distinct.
 
     Raises:
         UsageError, MpocError: as :func:`read_file`.
     """
-    found = [read_file(path), *(read_file(other, with_bonds=False) for other in others)]
-    paths = [one.resolve() for one in (path, *others)]
+    contents = [read_file(path), *(read_file(other, with_bonds=False) for other in others)]
+    paths = [file.resolve() for file in (path, *others)]
     for parts in (1, 2):
-        names = [str(Path(*one.parts[-parts:])) for one in paths]
+        names = [str(Path(*file.parts[-parts:])) for file in paths]
         if len(set(names)) == len(names):
-            return [replace(file, name=name) for file, name in zip(found, names, strict=True)]
-    return [replace(file, name=str(one)) for file, one in zip(found, paths, strict=True)]
+            return [replace(file, name=name) for file, name in zip(contents, names, strict=True)]
+    return [replace(file, name=str(full)) for file, full in zip(contents, paths, strict=True)]
 
 
 def read_file(path: Path, with_bonds: bool = True) -> FileData:
-    """Read a compressed file or directory, a layer's cores at a time.
+    """Read a compressed file or directory, the cores of one layer at a time.
 
     Args:
         path: of the file.
         with_bonds: compute the spectra of the cores.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: no such file.
         MpocError: not compressed by mpoc or damaged, or a core does not fit its manifest or is not finite.
     """
     manifest = read_manifest(path)
@@ -98,7 +98,7 @@ def _bonds(stored: Checkpoint, record: LayerRecord) -> tuple[BondSpectra, ...]:
 
 
 def _of_terms(stored: Checkpoint, record: LayerRecord) -> Iterator[BondSpectra]:
-    """Of the first term bond by bond, then of an added low-rank part."""
+    """The bonds of the first term, then that of an added low-rank part."""
     cores = [stored.read(name) for name in record.core_names]
     for name, core in zip(record.core_names, cores, strict=True):
         if not bool(torch.isfinite(core).all()):
@@ -116,6 +116,6 @@ def _of_terms(stored: Checkpoint, record: LayerRecord) -> Iterator[BondSpectra]:
 
 
 def _scale(record: LayerRecord) -> float | None:
-    """‖Ŵ‖/‖W‖ of a weight that was cut and not changed since: what was cut is orthogonal to what is left."""
+    """‖Ŵ‖/‖W‖ of a truncated weight: what was discarded is orthogonal to what is kept."""
     error = record.relative_error
     return math.sqrt(1 - error**2) if error is not None and error < 1 else None

@@ -1,4 +1,4 @@
-"""The report of a compressed file as one self-contained HTML page: nothing in it comes from outside."""
+"""The report of a compressed file as one self-contained HTML page, which loads nothing from outside."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mpoc.reporting.summary import remarks
 from mpoc.reporting.svg import Markup, join, tag
 from mpoc.runtime.formatting import human_bytes
 
-# What a browser may do with the page, whatever is in it: nothing from outside.
+# The browser may load nothing from outside, whatever the page contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def write_page(path: Path, output: Path, others: Sequence[Path] = ()) -> None:
-    """Write the page of ``path``, and of ``others`` beside it, whole or not at all.
+    """Write the page of ``path``, compared with ``others``; the file appears complete or not at all.
 
     Args:
         path: a compressed file or directory.
@@ -37,7 +37,7 @@ def write_page(path: Path, output: Path, others: Sequence[Path] = ()) -> None:
 
 
 def page(shown: Sequence[FileData]) -> str:
-    """The page of the first of ``shown``, compared with the others."""
+    """The HTML of the first of ``shown``, compared with the others."""
     first = shown[0]
     style, script = (
         files("mpoc.reporting.assets").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js")
@@ -137,7 +137,7 @@ def _each_layer(file: FileData) -> Markup | None:
 
 
 def _left_alone(manifest: Manifest) -> Markup | None:
-    """The tensors that are stored as they were."""
+    """The tensors that are stored unchanged."""
     counts = Counter(manifest.left_alone.values())
     said = [f"{count} {reason}" for reason, count in counts.most_common()]
     if manifest.vectors:

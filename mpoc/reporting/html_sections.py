@@ -1,11 +1,4 @@
-"""Pieces of the page that several of its parts are made of.
-
-The pictures of one replaced layer: its network, the spectra of its bonds, its entropies.
-
-The table of all layers of a file, sorted by any column.
-
-Several compressed files on one page: totals, layers by name, size against error.
-"""
+"""Sections of the HTML page: charts, the table of layers, each replaced layer, the comparison of files."""
 
 from __future__ import annotations
 
@@ -32,12 +25,12 @@ from mpoc.runtime.formatting import human_bytes, times
 
 
 def title_of(text: str, anchor: str) -> Markup:
-    """A heading to jump to."""
+    """A heading with an anchor."""
     return tag("h2", text, id=anchor)
 
 
 def figures(charts: Sequence[Chart], small: bool = False) -> Markup | None:
-    """Charts side by side, as many as the page is wide."""
+    """Charts side by side, wrapped to the width of the page."""
     if not charts:
         return None
     size = (280, 200) if small else (344, 208)
@@ -47,7 +40,7 @@ def figures(charts: Sequence[Chart], small: bool = False) -> Markup | None:
 
 
 def figure(chart: Chart, width: int, height: int) -> Markup:
-    """A chart with its title and legend above and its caption below."""
+    """A chart with title and legend above and the caption below."""
     keys = [
         tag(
             "span", tag("i", class_=f"t-{one.tone.replace(' ', '-')} {one.style.replace(' ', '-')}"), one.name
@@ -74,11 +67,11 @@ def cell(
     """A cell of a table.
 
     Args:
-        value: what it shows.
-        key: by what its column is sorted, and it is a figure; None for the text.
-        bar: length of a bar below it, from 0 to 1; None for none.
+        value: its text.
+        key: a number to sort by; None: sorted by the text.
+        bar: length of a bar below the text, from 0 to 1; None: no bar.
         tone: of the bar.
-        class_: "wide" for what narrow pages leave out.
+        class_: "wide" where narrow pages hide the cell.
     """
     drawn = None
     if bar is not None:
@@ -89,24 +82,24 @@ def cell(
 
 
 def header_cell(name: str, class_: str | None = None) -> Markup:
-    """Of a column that is sorted by a click, or by Enter on its button."""
+    """The heading of a column, with a button that sorts by it."""
     return tag("th", tag("button", name, type="button"), scope="col", class_=class_)
 
 
 def scrolled(table: Markup, label: str) -> Markup:
-    """A table that moves sideways by itself where the page is narrow, by touch and by keyboard."""
+    """A table that scrolls sideways on a narrow page, by touch and by keyboard."""
     return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=label)
 
 
 def error_text(error: float | None) -> str:
-    """``0.1234``; ``1.2e-05`` where that would hide it; nothing where it is not known."""
+    """``0.1234``, or ``1.2e-05`` where it is small; "" where it is unknown."""
     if error is None:
         return ""
     return f"{error:.1e}" if 0 < error < 1e-4 else f"{error:.4f}" if error else "0"
 
 
 def layer_section(layer: LayerData) -> Markup:
-    """Closed until it is asked for."""
+    """The collapsible section of one replaced layer: its diagram, facts, spectra and entropies."""
     record = layer.record
     charts = [*map(spectrum_chart, layer.bonds), entropy_chart(layer)]
     return tag(
@@ -125,7 +118,7 @@ def layer_section(layer: LayerData) -> Markup:
 
 
 def _lost(record: LayerRecord) -> str:
-    """The most telling error that is known."""
+    """The most informative error that is recorded."""
     for key, name in ERRORS.items():
         error = getattr(record, key)
         if error is not None:
@@ -151,7 +144,7 @@ def _facts(layer: LayerData) -> Markup:
 
 
 def _same_size(record: LayerRecord) -> str:
-    """The error of other methods at the same size, as the network's output feels it."""
+    """The output-weighted error of other methods at the same size."""
     found = record.same_size or {}
     return ", ".join(f"{name} {error_text(error)}" for name, error in found.items())
 
@@ -171,7 +164,7 @@ def _drawing(record: LayerRecord) -> Markup | None:
 
 
 def layer_table(manifest: Manifest) -> Markup:
-    """A row a layer; those replaced link to their part of the page."""
+    """One row per layer; replaced layers link to their sections."""
     layers = manifest.layers
     if not layers:
         return tag("p", "No layer was selected.")
@@ -218,7 +211,7 @@ def _row(k: int, layer: LayerRecord, kinds: list[ErrorKind], largest: dict[str, 
 
 
 def _error(kind: ErrorKind, layer: LayerRecord, largest: float, last: bool) -> Markup:
-    """Narrow pages show the last kind alone, which tells most."""
+    """The cell of an error; narrow pages show only the last kind, the most informative."""
     error, class_ = kind.of(layer), None if last else "wide"
     if error is None:
         return cell("", -1.0, class_=class_)
@@ -226,7 +219,7 @@ def _error(kind: ErrorKind, layer: LayerRecord, largest: float, last: bool) -> M
 
 
 def comparison(files: Sequence[FileData]) -> Markup:
-    """The part of the page above the report of the first file."""
+    """The comparison of several files, above the report of the first one."""
     kind = shared_error([file.manifest for file in files])
     said = (
         _what_errors_do_not_say(files)
@@ -247,7 +240,7 @@ def comparison(files: Sequence[FileData]) -> Markup:
 
 
 def _what_errors_do_not_say(files: Sequence[FileData]) -> str:
-    """Where only some were fitted to data: those give up error of the weight for error of the outputs."""
+    """A caveat where only some files are calibrated: these trade errors of weights for errors of outputs."""
     calibrated = [bool(file.manifest.calibration) for file in files]
     if all(calibrated) or not any(calibrated):
         return ""
@@ -298,7 +291,7 @@ def _bytes_before(file: FileData) -> str:
 
 
 def _after_training(file: FileData) -> str:
-    """The metric that its last training kept an eye on."""
+    """The main metric after the last training."""
     training = file.manifest.training
     metric, final = training.get("metric"), training.get("final")
     score = final.get(metric) if isinstance(final, dict) else None
@@ -306,7 +299,7 @@ def _after_training(file: FileData) -> str:
 
 
 def _layers(files: Sequence[FileData], kind: ErrorKind | None) -> Markup:
-    """Every layer of any of the files; an empty cell where a file has not selected it."""
+    """All layers of all files by name; a cell is empty where a file did not select the layer."""
     held = [{layer.layer: layer for layer in file.manifest.layers} for file in files]
     names = list(dict.fromkeys(name for layers in held for name in layers))
     errors = [kind.of(layer) or 0.0 for layers in held for layer in layers.values()] if kind else []

@@ -1,8 +1,6 @@
-"""A layer's tensor network as plain data: nodes on a grid, their legs, the bonds between them.
+"""Diagrams of tensor networks: a disc per tensor, a line per index, thicker for larger indices.
 
-:mod:`mpoc.tensor_networks.topology` says which cores are joined and where each of them stands.
-
-Tensor networks as inline SVG: a disc a tensor, a line an index, thicker where it is larger.
+:mod:`mpoc.tensor_networks.topology` tells which cores are joined and where each of them stands.
 """
 
 from __future__ import annotations
@@ -17,19 +15,19 @@ from mpoc.tensor_networks.structure import Structure
 from mpoc.tensor_networks.topology import Core, Topology, is_open
 
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
-# Of the grid, in units of the viewBox; a label of five digits fits between two discs.
+# Steps of the grid, in units of the viewBox; a label of five digits fits between two discs.
 STEP_X, STEP_Y = 84, 78
 RADIUS = 15
 _LEG = 20
-_EDGE = 52  # to the first disc's middle, with room for the label of its leg
+_EDGE = 52  # from the edge to the middle of the first disc, with room for the label of its leg
 _TEXT = 14
-_SLANT = 25  # of a leg beside another; their labels do not touch
-_BETWEEN = 16  # terms of a sum
+_SLANT = 25  # of a leg beside another one, so that their labels do not touch
+_BETWEEN = 16  # space between the terms of a sum
 
 
 @dataclass(frozen=True)
 class DiagramNode:
-    """A tensor; x to the right, y downwards, in steps of the grid."""
+    """A tensor at a point of the grid: x to the right, y downwards."""
 
     name: str
     x: float
@@ -58,7 +56,7 @@ class DiagramBond:
 
 @dataclass(frozen=True)
 class Diagram:
-    """One term of the sum that stands for the weight."""
+    """The network of one term of the sum that is the weight."""
 
     nodes: tuple[DiagramNode, ...]
     legs: tuple[DiagramLeg, ...]
@@ -66,7 +64,7 @@ class Diagram:
 
 
 def diagrams_of(record: LayerRecord) -> tuple[Diagram, ...]:
-    """The networks whose sum is the weight; none where the layer is dense."""
+    """Diagrams of the terms whose sum is the weight; () where the layer is dense."""
     if record.form == DENSE:
         return ()
     structure = record.structure
@@ -91,7 +89,7 @@ def _network(structure: Structure, bonds: tuple[int, ...]) -> Diagram:
 def _legs(
     k: int, core: Core, nodes: Sequence[DiagramNode], bonds: Sequence[DiagramBond], topology: Topology
 ) -> list[DiagramLeg]:
-    """Outputs up and inputs down, but at a tree's sites both down.  An index of size 1 is none."""
+    """Legs of a core: outputs up, inputs down, at a tree's sites both down.  Size 1 is omitted."""
     pairs = [pair for pair in zip(core.legs, core.shape, strict=True) if is_open(pair[0])]
     found: list[DiagramLeg] = []
     for leg, size in [pair for pair in pairs if pair[1] > 1] or pairs:
@@ -102,7 +100,7 @@ def _legs(
 
 
 def _side(leg: DiagramLeg, found: list[DiagramLeg], nodes: Sequence[DiagramNode], around: set[int]) -> int:
-    """Away from another leg in the same direction, or from the bonds in it."""
+    """The slant of a leg, away from another leg or a bond in the same direction."""
     same = [one for one in found if one.up == leg.up]
     if len(same) > 1:
         return 1 if same.index(leg) else -1
@@ -114,7 +112,7 @@ def _side(leg: DiagramLeg, found: list[DiagramLeg], nodes: Sequence[DiagramNode]
 
 
 def _bonds(cores: Sequence[Core]) -> list[DiagramBond]:
-    """Indices that two cores share; several between the same two are one of their joint size."""
+    """Indices that two cores share; several between the same two cores become one of their product."""
     holders: dict[str, int] = {}
     sizes: dict[tuple[int, int], int] = {}
     for k, core in enumerate(cores):
@@ -127,13 +125,13 @@ def _bonds(cores: Sequence[Core]) -> list[DiagramBond]:
 
 
 def stroke(size: int) -> float:
-    """Width of an index's line."""
+    """Line width of an index."""
     return 1.2 + 0.45 * math.log2(max(size, 1)) if size > 1 else 1.0
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A network on a canvas of ``width`` × ``height``."""
+    """A diagram placed on the canvas."""
 
     network: Diagram
     left: float
@@ -141,12 +139,12 @@ class Placed:
 
     @property
     def width(self) -> float:
-        """With the labels of its legs."""
+        """Width, with the labels of the legs."""
         return 2 * _EDGE + STEP_X * self._span(0)
 
     @property
     def height(self) -> float:
-        """With its legs and their labels."""
+        """Height, with the legs and their labels."""
         return 2 * (RADIUS + _LEG + _TEXT + 4) + STEP_Y * self._span(1)
 
     def _span(self, side: int) -> float:
@@ -154,20 +152,20 @@ class Placed:
         return max(values) - min(values)
 
     def at(self, node: int | DiagramNode) -> tuple[float, float]:
-        """The middle of a disc."""
+        """The centre of a disc."""
         found = self.network.nodes[node] if isinstance(node, int) else node
         first = min(n.x for n in self.network.nodes), min(n.y for n in self.network.nodes)
         top = self.top + RADIUS + _LEG + _TEXT + 4
         return self.left + _EDGE + STEP_X * (found.x - first[0]), top + STEP_Y * (found.y - first[1])
 
     def end(self, leg: DiagramLeg) -> tuple[float, float]:
-        """Of a leg, upwards or downwards from its node."""
+        """The end of a leg, above or below its node."""
         x, y = self.at(leg.node)
         return x + _SLANT * leg.side, y + (-1 if leg.up else 1) * (RADIUS + _LEG)
 
 
 def place_terms(networks: tuple[Diagram, ...]) -> list[Placed]:
-    """The terms of a sum below each other."""
+    """Place the terms of a sum below each other."""
     left = 24.0 if len(networks) > 1 else 0.0
     placed: list[Placed] = []
     top = 0.0
@@ -178,7 +176,7 @@ def place_terms(networks: tuple[Diagram, ...]) -> list[Placed]:
 
 
 def network_svg(networks: tuple[Diagram, ...], label: str) -> Markup:
-    """The sum of ``networks``; ``label`` is said in its place where it is not seen."""
+    """The sum of ``networks`` as SVG; ``label`` is its text for screen readers."""
     placed = place_terms(networks)
     width = max(one.left + one.width for one in placed)
     height = placed[-1].top + placed[-1].height
@@ -214,7 +212,7 @@ def _bond(placed: Placed, bond: DiagramBond) -> Markup:
 
 
 def _size(placed: Placed, bond: DiagramBond) -> Markup:
-    """Above the middle of a bond's line."""
+    """The size of a bond, above the middle of its line."""
     (x1, y1), (x2, y2) = placed.at(bond.first), placed.at(bond.second)
     return tag(
         "text", str(bond.size), x=(x1 + x2) / 2, y=(y1 + y2) / 2 - 3 - stroke(bond.size) / 2, class_="m d"

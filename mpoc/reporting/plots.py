@@ -1,10 +1,8 @@
-"""The page's figures as SVG and PNG, drawn by matplotlib: one of the file, one a replaced layer.
+"""Charts as PNG, SVG and PDF files, drawn by matplotlib.
 
-Entropies as a picture: S_k over the cuts, a line a layer; S over layers where none has two cuts.
-
-The trials of a search as a picture: the metric over the size on disk.
-
-The training log as a picture: loss and metric over epochs.
+A report gives one picture of the whole file and one of each replaced layer; ``--plot`` of ``finetune``,
+``compress --max-drop`` and ``entanglement`` gives one picture.  All of them are :class:`Chart` objects of
+plain numbers, drawn by one renderer.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from typing import Any
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.atomic import refuse_existing, staged
 from mpoc.reporting.charts import (
+    Axis,
     Chart,
     Series,
     comparison_charts,
@@ -35,25 +34,25 @@ from mpoc.tensor_networks.fit.spectra import Cut
 _TONES = {"stored": "#2a5db0", "original": "#b96f1c", "bound": "#b9c0cb", "error": "#b8473d"}
 _FILES = ("#2a5db0", "#c0681b", "#2f8a63", "#8d4bb0", "#b8473d", "#6b7280")
 _INK, _MUTED = "#1d2127", "#5d6673"
-_STYLES = {"line": "-", "marked line": ".-", "dotted line": ":", "dots": "o"}
+_STYLES = {
+    "line": "-", "marked line": ".-", "dotted line": ":", "dots": "o", "dashed line": "x--", "crosses": "x",
+}  # fmt: skip
 _ACROSS = 4  # charts in a row at most
 _SUFFIXES = (".svg", ".png")
+_PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 _LONGEST_NAME = 80  # of a layer, within the name of its file
 _LONGEST_LABEL = 32  # of a file, within a legend; its end tells files apart
-
-# More layers than this have a scale of colours, and no names.
-_NAMED = 8
-_LAYERS = "layer, from the first to the last"
+_NAMED = 8  # more layers than this have a scale of colours in place of names
 _ENTROPY = "entanglement entropy S (nats)"
-_METRICS = ("accuracy", "agreement", "cosine", "r2")  # the first that is known is drawn
+_METRICS = ("accuracy", "agreement", "cosine", "r2")  # the first that the log has is drawn
 
 
 def refuse_existing_folder(folder: Path, source: Path, force: bool) -> None:
-    """Check, before any work, that figures may be written into a new ``folder``.
+    """Check that figures may be written into a new ``folder``; called before any work.
 
     Raises:
-        UsageError: it exists and ``force`` is not given, or it holds more than figures.
-        MpocError: there is no place for it.
+        UsageError: it exists and ``force`` is not given, or it holds other files than figures.
+        MpocError: its parent directory does not exist.
     """
     refuse_existing(folder, source, force, _refuse_other_files)
 
@@ -63,9 +62,9 @@ def _refuse_other_files(folder: Path, source: Path) -> None:
         [file for file in folder.iterdir() if file.suffix not in _SUFFIXES] if folder.is_dir() else [folder]
     )
     if others:
-        what = f"holds {others[0].name}" if folder.is_dir() else "is a file"
+        reason = f"holds {others[0].name}" if folder.is_dir() else "is a file"
         raise UsageError(
-            f"{folder}: {what}, which is no figure, so --force does not remove it", "choose another DIR"
+            f"{folder}: {reason}, which is not a figure, so --force does not remove it", "choose another DIR"
         )
 
 
@@ -73,16 +72,16 @@ def write_plots(
     path: Path,
     folder: Path,
     others: Sequence[Path] = (),
-    told: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
-    """Draw all figures of ``path`` into a new ``folder``, whole or not at all.
+    """Draw all figures of ``path`` into ``folder``, which appears complete or not at all.
 
     Args:
         path: a compressed file or directory.
-        folder: where ``layers.svg``, ``layer-1-NAME.svg``, ``training.svg``, ``comparison.svg`` and the same
-            as PNG go; one that exists is replaced.
+        folder: gets ``layers.svg``, ``layer-1-NAME.svg``, ``training.svg``, ``comparison.svg`` and the same
+            as PNG; an existing folder is replaced.
         others: compressed files to compare with.
-        told: is told of each layer.
+        report: called with a message for each layer.
 
     Returns:
         The names of the files.
@@ -98,29 +97,29 @@ def write_plots(
         _draw_charts(scratch / "training", training_charts(file.manifest.training), file.name)
         _draw_charts(scratch / "comparison", comparison_charts(compared) if others else [], "")
         for layer in file.layers:
-            told(f"drawing {layer.record.layer}")
+            report(f"drawing {layer.record.layer}")
             _draw_layer(scratch / _file_name(layer), layer)
-        return sorted(one.name for one in scratch.iterdir())
+        return sorted(picture.name for picture in scratch.iterdir())
 
 
 def _file_name(layer: LayerData) -> str:
-    """A name that any file system takes."""
+    """A file name without special characters."""
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", layer.record.layer)[:_LONGEST_NAME]
     return f"{layer.anchor}-{plain}"
 
 
 def _save(figure: Any, target: Path) -> None:
-    """As SVG and PNG, the same bytes for the same figure."""
+    """Write SVG and PNG; the same figure gives the same bytes."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "mpoc", "svg.fonttype": "path"}):
         figure.savefig(target.with_name(f"{target.name}.svg"), metadata={"Date": None})
-    figure.set_layout_engine("none")  # found already
+    figure.set_layout_engine("none")  # the first savefig computed it
     figure.savefig(target.with_name(f"{target.name}.png"), dpi=150)
 
 
 def _draw_charts(target: Path, charts: Sequence[Chart], title: str) -> None:
-    """Charts side by side; nothing where there are none."""
+    """Write charts side by side; no file where there are none."""
     from matplotlib.figure import Figure
 
     if not charts:
@@ -133,19 +132,18 @@ def _draw_charts(target: Path, charts: Sequence[Chart], title: str) -> None:
 
 
 def _draw_layer(target: Path, layer: LayerData) -> None:
-    """The network above its spectra and entropies."""
+    """Write the diagram of a layer above its spectra and entropies."""
     from matplotlib.figure import Figure
 
-    found = [*map(spectrum_chart, layer.bonds), entropy_chart(layer)]
-    charts = [chart for chart in found if chart]
+    charts = [chart for chart in (*map(spectrum_chart, layer.bonds), entropy_chart(layer)) if chart]
     placed = place_terms(diagrams_of(layer.record))
     rows = -(-len(charts) // _ACROSS)
     across = -(-len(charts) // rows) if rows else 1
     top = (placed[-1].top + placed[-1].height) / 90 if placed else 0.1
     figure = Figure(figsize=(max(3.6 * across, 5.0), top + 0.4 + 2.9 * rows), layout="constrained")
     record = layer.record
-    known = entropy_text(layer)
-    title = f"{record.layer}: {record.form}, ρ {record.rho:.4f}" + (f", entropy {known}" if known else "")
+    entropy = entropy_text(layer)
+    title = f"{record.layer}: {record.form}, ρ {record.rho:.4f}" + (f", entropy {entropy}" if entropy else "")
     figure.suptitle(_plain(title), fontsize="medium", x=0.01, ha="left")
     grid = figure.add_gridspec(1 + rows, across, height_ratios=[top, *([2.9] * rows)])
     if placed:
@@ -156,27 +154,17 @@ def _draw_layer(target: Path, layer: LayerData) -> None:
 
 
 def _plain(text: str) -> str:
-    """Without mathematics: a dollar sign in a name is one."""
+    """Escape dollar signs, which begin mathematics in matplotlib."""
     return text.replace("$", r"\$")
 
 
 def _draw_chart(axes: Any, chart: Chart) -> None:
     axes.set_title(_plain(chart.title), fontsize="medium", loc="left", pad=18 if chart.mark else None)
-    for one in chart.series:
-        if one.points:
-            _draw_series(axes, one)
-    for axis, side, name in ((chart.x, 0, "x"), (chart.y, 1, "y")):
-        along = getattr(axes, f"{name}axis")
-        along.set_label_text(axis.label)
-        if axis.scale == "log":
-            getattr(axes, f"set_{name}scale")("log")
-        if chart.values(side):
-            ends = limits(axis, chart.values(side))
-            values = ticks(axis, ends)
-            along.set_ticks(values, [tick_label(axis, value) for value in values])
-            along.set_ticks([], minor=True)
-            if not any(one.style == "columns" for one in chart.series) or side == 1:
-                getattr(axes, f"set_{name}lim")(*ends)
+    for series in chart.series:
+        if series.points:
+            _draw_series(axes, series)
+    _scale_axis(axes, chart, 0)
+    _scale_axis(axes, chart, 1)
     if chart.mark:
         axes.axvline(chart.mark.x, color=_INK, lw=1, ls="--")
         axes.annotate(
@@ -186,24 +174,59 @@ def _draw_chart(axes: Any, chart: Chart) -> None:
     axes.grid(axis="y", color="0.9", lw=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(chart.series) > 1:
+    if len(chart.series) > 1 and any(series.name and series.points for series in chart.series):
         axes.legend(fontsize="small", frameon=False).set_in_layout(False)
 
 
+def _scale_axis(axes: Any, chart: Chart, side: int) -> None:
+    """Set label, scale, ticks and limits along x (0) or y (1)."""
+    axis, name = (chart.y, "y") if side else (chart.x, "x")
+    along = getattr(axes, f"{name}axis")
+    along.set_label_text(_plain(axis.label))
+    if axis.scale == "log":
+        getattr(axes, f"set_{name}scale")("log")
+    if axis.names:
+        labels = [_plain(_shortened(label)) for label in axis.names]
+        along.set_ticks(range(1, len(labels) + 1), labels, fontsize="small", rotation=20, ha="right")
+        getattr(axes, f"set_{name}lim")(0.5, len(labels) + 0.5)
+    elif chart.values(side):
+        ends = limits(axis, chart.values(side))
+        values = ticks(axis, ends)
+        along.set_ticks(values, [tick_label(axis, value) for value in values])
+        along.set_ticks([], minor=True)
+        if not any(series.style == "columns" for series in chart.series) or side == 1:
+            getattr(axes, f"set_{name}lim")(*ends)
+
+
 def _draw_series(axes: Any, series: Series) -> None:
-    tone = series.tone
-    colour = _TONES.get(tone) or _FILES[int(tone.split()[-1]) - 1]
     xs, ys = zip(*series.points, strict=True)
-    short = series.name if len(series.name) <= _LONGEST_LABEL else f"…{series.name[-_LONGEST_LABEL:]}"
-    name = _plain(short)
+    colour, label = _colour(series.tone), _plain(_shortened(series.name)) or None
     if series.style == "columns":
-        axes.bar(xs, ys, color=colour, label=name)
+        axes.bar(xs, ys, color=colour, label=label)
+    elif series.style == "ring":
+        axes.plot(xs, ys, "o", color=colour, ms=11, mfc="none", label=label)
     else:
-        axes.plot(xs, ys, _STYLES[series.style], color=colour, ms=3 if len(xs) > 12 else 5, label=name)
+        axes.plot(xs, ys, _STYLES[series.style], color=colour, ms=3 if len(xs) > 12 else 5, label=label)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LONGEST_LABEL else f"…{name[-_LONGEST_LABEL:]}"
+
+
+def _colour(tone: str) -> Any:
+    """The colour of a tone, of "file k", or of "scale t" with t from 0 to 1."""
+    if tone in _TONES:
+        return _TONES[tone]
+    kind, _, number = tone.partition(" ")
+    if kind == "file":
+        return _FILES[int(number) - 1]
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](float(number))
 
 
 def _draw_network(axes: Any, placed: Sequence[Placed]) -> None:
-    """As the page draws it, in the same units."""
+    """Draw the diagram of a layer as the HTML page does, in the same units."""
     from matplotlib.patches import Circle
 
     axes.set_aspect("equal")
@@ -211,13 +234,13 @@ def _draw_network(axes: Any, placed: Sequence[Placed]) -> None:
     axes.set_xlim(0, max(one.left + one.width for one in placed))
     axes.set_ylim(placed[-1].top + placed[-1].height, 0)
     text = {"ha": "center", "va": "center", "fontsize": 9}
-    over = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # a line that is not level
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind labels of sloping lines
     for k, one in enumerate(placed):
         for bond in one.network.bonds:
             (x1, y1), (x2, y2) = one.at(bond.first), one.at(bond.second)
             axes.plot([x1, x2], [y1, y2], color=_TONES["stored"], lw=stroke(bond.size), zorder=1)
             x, y = (x1 + x2) / 2, (y1 + y2) / 2 - 9
-            axes.text(x, y, str(bond.size), color=_TONES["stored"], bbox=None if y1 == y2 else over, **text)
+            axes.text(x, y, str(bond.size), color=_TONES["stored"], bbox=None if y1 == y2 else box, **text)
         for leg in one.network.legs:
             (x, y), (x_end, end) = one.at(leg.node), one.end(leg)
             axes.plot([x, x_end], [y, end], color=_MUTED, lw=stroke(leg.size), zorder=1)
@@ -232,106 +255,64 @@ def _draw_network(axes: Any, placed: Sequence[Placed]) -> None:
 
 @dataclass(frozen=True)
 class EntropyProfile:
-    """The cuts of one layer: of its dense weight, of what is stored of it, or of both."""
+    """The cuts of one layer: of its dense weight, of its stored cores, or of both."""
 
     layer: str
     weight: tuple[Cut, ...] | None
     stored: tuple[Cut, ...] | None
 
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """The cuts of the weight, else of the cores."""
+        return self.weight or self.stored or ()
+
 
 def draw_entropies(profiles: Sequence[EntropyProfile], picture: Path) -> None:
-    """Dense weights in full lines, what is stored dashed, the largest possible entropy dotted.
-
-    Where no layer has two cuts there are no lines: all layers then stand below each other.
+    """Draw S over the cuts, one line per layer; where no layer has two cuts, over the layers.
 
     Args:
-        profiles: a layer each, in the order of the network.
+        profiles: one per layer, in the order of the network.
         picture: .png, .svg or .pdf.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    single = all(len(profile.weight or profile.stored or ()) <= 1 for profile in profiles)
-    (_draw_layers if single else _draw_profiles)(figure.subplots(), profiles)
-    with staged(picture) as scratch:
-        figure.savefig(scratch)
+    single = all(len(profile.cuts) <= 1 for profile in profiles)
+    _draw_picture(picture, [_layers_chart(profiles) if single else _profiles_chart(profiles)])
 
 
-def _draw_layers(axes: Any, profiles: Sequence[EntropyProfile]) -> None:
-    """The only cut of each, below each other."""
-    from matplotlib.ticker import MaxNLocator
-
-    weights = [(k, cut) for k, profile in enumerate(profiles, start=1) for cut in profile.weight or ()]
-    stored = [(k, cut) for k, profile in enumerate(profiles, start=1) for cut in profile.stored or ()]
-    largest = [(k, cut.largest_entropy) for k, cut in weights or stored]
-    for said, style, colour, points in (
-        ("dense", ".", "C0", [(k, cut.entropy) for k, cut in weights]),
-        ("stored", "x", "C1", [(k, cut.entropy) for k, cut in stored]),
-        ("largest possible", "|", "0.6", largest),
-    ):
-        if points:
-            axes.plot([s for _, s in points], [k for k, _ in points], style, color=colour, label=said)
-    axes.set_xlim(left=0)
-    axes.set_xlabel(_ENTROPY)
-    axes.set_ylim(len(profiles) + 0.5, 0.5)
-    if len(profiles) <= _NAMED:
-        axes.set_yticks(
-            range(1, len(profiles) + 1), [profile.layer for profile in profiles], fontsize="small"
-        )
-    else:
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_ylabel(_LAYERS)
-    if largest:
-        axes.figure.legend(loc="outside upper right", ncols=3, fontsize="small")
-
-
-def _draw_profiles(axes: Any, profiles: Sequence[EntropyProfile]) -> None:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.ticker import MaxNLocator
-
-    named = len(profiles) <= _NAMED
-    scale = Normalize(1, max(len(profiles), 2))
-    for number, profile in enumerate(profiles, start=1):
-        colour = f"C{number - 1}" if named else colormaps["viridis"](scale(number))
-        _draw_profile(axes, profile, colour, named)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("cut behind site k")
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel(_ENTROPY)
-    _tell_styles(axes, profiles, named)
-    if named:
-        axes.legend(fontsize="small")
-    else:
-        axes.figure.colorbar(ScalarMappable(scale, "viridis"), ax=axes, label=_LAYERS)
-
-
-def _tell_styles(axes: Any, profiles: Sequence[EntropyProfile], named: bool) -> None:
-    """A legend of what kinds of lines there are, whatever their colour."""
-    styles = (
-        ("dense", ".-", any(profile.weight for profile in profiles)),
-        ("stored", "x--", any(profile.stored for profile in profiles)),
-        ("largest possible", "_:", named),
+def _layers_chart(profiles: Sequence[EntropyProfile]) -> Chart:
+    """The only cut of each layer."""
+    numbered = list(enumerate(profiles, start=1))
+    weight = tuple((float(k), cut.entropy) for k, profile in numbered for cut in profile.weight or ())
+    stored = tuple((float(k), cut.entropy) for k, profile in numbered for cut in profile.stored or ())
+    largest = tuple((float(k), cut.largest_entropy) for k, profile in numbered for cut in profile.cuts)
+    series = (
+        Series("dense", weight, "dots", "stored"),
+        Series("stored", stored, "crosses", "original"),
+        Series("largest possible", largest, "dotted line", "bound"),
     )
-    drawn = {said: axes.plot([], [], style, color="0.4")[0] for said, style, there in styles if there}
-    axes.figure.legend(drawn.values(), drawn, loc="outside upper right", ncols=3, fontsize="small")
+    names = tuple(profile.layer for profile in profiles) if len(profiles) <= _NAMED else ()
+    x = Axis("" if names else "layer", unit="whole", names=names)
+    return Chart("Entanglement", "", x, Axis(_ENTROPY, from_zero=True), series)
 
 
-def _draw_profile(axes: Any, profile: EntropyProfile, colour: Any, named: bool) -> None:
-    parts = ((profile.weight, ".-"), (profile.stored, "x--"))
-    drawn = [(cuts, style) for cuts, style in parts if cuts]
-    for cuts, style in drawn:
-        label = profile.layer if cuts is drawn[0][0] else None
-        axes.plot(*_points(cuts), style, color=colour, label=label, lw=None if named else 1)
-    if named and drawn:
-        cuts = drawn[0][0]
-        largest = [cut.largest_entropy for cut in cuts]
-        axes.plot([cut.site for cut in cuts], largest, "_:", color=colour, lw=1)
-
-
-def _points(cuts: tuple[Cut, ...]) -> tuple[list[int], list[float]]:
-    return [cut.site for cut in cuts], [cut.entropy for cut in cuts]
+def _profiles_chart(profiles: Sequence[EntropyProfile]) -> Chart:
+    """All cuts of each layer; beyond ``_NAMED`` layers without names and bounds."""
+    named = len(profiles) <= _NAMED
+    series: list[Series] = []
+    for k, profile in enumerate(profiles):
+        tone = f"file {k % len(_FILES) + 1}" if named else f"scale {k / (len(profiles) - 1):.4f}"
+        kinds = [(profile.weight, "marked line"), (profile.stored, "dashed line")]
+        drawn = [(cuts, style) for cuts, style in kinds if cuts]
+        for j, (cuts, style) in enumerate(drawn):
+            points = tuple((float(cut.site), cut.entropy) for cut in cuts)
+            series.append(Series(profile.layer if named and j == 0 else "", points, style, tone))
+        if named and drawn:
+            bound = tuple((float(cut.site), cut.largest_entropy) for cut in drawn[0][0])
+            series.append(Series("", bound, "dotted line", tone))
+    styles = "dense: solid, stored: dashed" + (
+        ", largest possible: dotted" if named else "; first layer dark, last light"
+    )
+    x, y = Axis("cut behind site k", unit="whole"), Axis(_ENTROPY, from_zero=True)
+    return Chart(f"Entanglement ({styles})", "", x, y, tuple(series))
 
 
 @dataclass(frozen=True)
@@ -341,86 +322,92 @@ class SizeTrials:
     points: Sequence[tuple[int, float]]  # (bytes, metric), by size
     chosen: tuple[int, float]
     chosen_label: str
-    dense: tuple[int | None, float]  # of the original; None: its size is not known
+    dense: tuple[int | None, float]  # of the original; None: its size is unknown
     limit: float  # of the metric
     limit_label: str
-    metric: str  # with its unit and the data it is of
+    metric: str  # with its unit and the data set
 
 
 def draw_size_trials(trials: SizeTrials, picture: Path) -> None:
-    """All trials, the chosen one ringed, beside the dense network and what may be lost."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(*zip(*trials.points, strict=True), "C0.-", label="compressed")
-    axes.plot(*trials.chosen, "o", ms=11, mfc="none", color="C3", label=trials.chosen_label)
+    """Draw the metric of all trials over their size, with the chosen one, the dense network and the limit."""
+    points = tuple((float(nbytes), metric) for nbytes, metric in trials.points)
     nbytes, metric = trials.dense
-    if nbytes is not None:
-        axes.plot([nbytes], [metric], "D", color="0.25", label="dense")
-    axes.axhline(trials.limit, color="0.6", lw=1, ls="--", label=trials.limit_label)
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
-    axes.set_xlabel("size on disk")
-    axes.set_ylabel(trials.metric)
-    axes.legend(fontsize="small")
-    with staged(picture) as scratch:
-        figure.savefig(scratch)
-
-
-_PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def refuse_unknown_picture(path: Path) -> None:
-    """Check, before any work, that a picture can be drawn there.
-
-    Raises:
-        UsageError: another suffix.
-        MpocError: matplotlib is missing, or the directory.
-    """
-    if path.suffix not in _PICTURE_SUFFIXES:
-        raise UsageError(f"--plot {path}: the name of a picture ends in {', '.join(_PICTURE_SUFFIXES)}")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise MpocError(f"--plot {path}: there is no directory {folder}", f"mkdir -p {folder}")
-    require_matplotlib()
+    dense = () if nbytes is None else ((float(nbytes), metric),)
+    largest = max(x for x, _ in points + dense)
+    series = (
+        Series("compressed", points, "marked line", "stored"),
+        Series(trials.chosen_label, ((float(trials.chosen[0]), trials.chosen[1]),), "ring", "error"),
+        Series("dense", dense, "dots", "original"),
+        Series(trials.limit_label, ((0.0, trials.limit), (largest, trials.limit)), "dotted line", "error"),
+    )
+    x = Axis("size on disk", unit="bytes", from_zero=True)
+    _draw_picture(picture, [Chart("", "", x, Axis(trials.metric), series)])
 
 
 def draw_curves(log: Iterable[dict[str, Any]], picture: Path) -> None:
-    """Left the losses, right the metric of the measured split, one line a run.
+    """Draw the losses, and the metric of the measured split, one line per run.
 
     Args:
         log: the lines of a training log.
         picture: .png, .svg or .pdf.
     """
-    from matplotlib.figure import Figure
-
     runs: list[list[dict[str, Any]]] = [[]]
     for line in log:
         if "run" in line and "step" not in line:
             runs += [[]] if runs[-1] else []
         elif "step" in line:
             runs[-1].append(line)
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    losses: list[Series] = []
+    metrics: list[Series] = []
+    metric = "loss"
     for k, lines in enumerate(runs):
+        tone = f"file {k % len(_FILES) + 1}"
+        run = f" (run {k + 1})" if len(runs) > 1 else ""
         steps = [line for line in lines if "lr" in line]
         scored = [line for line in lines if "split" in line and "loss" in line and "epoch" in line]
-        left.plot([s["epoch"] for s in steps], [s["loss"] for s in steps], f"C{k}", lw=0.7, label="training")
-        left.plot([s["epoch"] for s in scored], [s["loss"] for s in scored], f"C{k}--", label="validation")
-        name = next((n for n in _METRICS if scored and n in scored[0]), "loss")
-        right.plot([s["epoch"] for s in scored], [s.get(name) for s in scored], f"C{k}.-")
-        right.set_ylabel(name)
-    left.set_xlabel("epoch")
-    right.set_xlabel("epoch")
-    left.set_ylabel("loss")
-    left.legend(*(pair[:2] for pair in left.get_legend_handles_labels()))
-    figure.savefig(picture)
+        split = scored[0]["split"] if scored else ""
+        metric = next((name for name in _METRICS if scored and name in scored[0]), "loss")
+        losses.append(Series(f"training{run}", _over_epochs(steps, "loss"), "line", tone))
+        losses.append(Series(f"{split}{run}", _over_epochs(scored, "loss"), "dashed line", tone))
+        metrics.append(Series(f"{split}{run}", _over_epochs(scored, metric), "marked line", tone))
+    charts = [Chart("", "", Axis("epoch"), Axis("loss"), tuple(one for one in losses if one.points))]
+    if any(one.points for one in metrics):
+        charts.append(Chart("", "", Axis("epoch"), Axis(metric), tuple(metrics)))
+    _draw_picture(picture, charts)
+
+
+def _over_epochs(lines: Iterable[dict[str, Any]], name: str) -> tuple[tuple[float, float], ...]:
+    return tuple((line["epoch"], line[name]) for line in lines if line.get(name) is not None)
+
+
+def _draw_picture(picture: Path, charts: Sequence[Chart]) -> None:
+    """Write one file with charts side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 + 3.4 * len(charts), 4), layout="constrained")
+    for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
+        _draw_chart(axes, chart)
+    with staged(picture) as scratch:
+        figure.savefig(scratch)
+
+
+def refuse_unknown_picture(path: Path) -> None:
+    """Check that ``path`` can be drawn; called before any work.
+
+    Raises:
+        UsageError: an unknown suffix.
+        MpocError: matplotlib or the directory is missing.
+    """
+    if path.suffix not in _PICTURE_SUFFIXES:
+        raise UsageError(f"--plot {path}: the name of a picture must end in {', '.join(_PICTURE_SUFFIXES)}")
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise MpocError(f"--plot {path}: no directory {folder}", f"mkdir -p {folder}")
+    require_matplotlib()
 
 
 def require_matplotlib() -> None:
-    """Check, before any work, that figures can be drawn.
+    """Check that matplotlib is installed; called before any work.
 
     Raises:
         MpocError: matplotlib is missing.

@@ -1,7 +1,4 @@
-"""The report of a compression: rows, totals, JSON and CSV.
-
-It is made from the manifest alone, so that a report of a file reads its header and imports no torch.
-"""
+"""The report of a compressed file as text, JSON and CSV. It needs the header alone, and no torch."""
 
 from __future__ import annotations
 
@@ -20,9 +17,9 @@ from mpoc.io.weight_files import output_bytes
 from mpoc.runtime.formatting import human_bytes, times
 
 SCHEMA = "mpoc.report/1"
-# Above this share of a weight's norm lost, a network without fine-tuning is usually badly hurt.
+# Above this relative error of its weights, a network usually needs fine-tuning.
 LARGE_ERROR = 0.1
-# The same of a layer's outputs after calibration, where later layers make up for a part.
+# The same for outputs after calibration, where later layers compensate a part.
 LARGE_OUTPUT_ERROR = 0.3
 
 _SHOWN_ROWS = 24  # of a report's repr
@@ -152,7 +149,7 @@ def report_dict(
     Args:
         manifest: of the compressed file, or of a plan.
         nbytes: of the output on disk.
-        seconds: time of each layer's fit, where it was just made.
+        seconds: time of the fit of each layer, right after a compression.
     """
     layers = [_layer_dict(layer, seconds) for layer in manifest.layers]
     return {
@@ -196,7 +193,7 @@ def to_json(report: dict[str, Any]) -> str:
 
 
 def to_csv(manifest: Manifest) -> str:
-    """One line a selected layer; factors and bonds joined by ×."""
+    """One line per selected layer; factors and bonds joined by ×."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_COLUMNS)
@@ -229,7 +226,7 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
 
 
 def remarks(manifest: Manifest) -> list[str]:
-    """What there is to say besides the totals: what is not known, calibration, advice, training."""
+    """Remarks beside the totals: missing records, calibration, advice, training."""
     lines: list[str] = []
     if not manifest.is_complete:
         lines.append(
@@ -254,7 +251,7 @@ def remarks(manifest: Manifest) -> list[str]:
 
 
 def calibration_lines(calibration: dict[str, Any]) -> list[str]:
-    """What ``--calibrate`` did: the data, how the budget was shared out, and against what."""
+    """What ``--calibrate`` did: its data, the budget allocation, the batch norms."""
     if not calibration:
         return []
     data = calibration.get("data", {})
@@ -278,7 +275,7 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
 
 
 def same_size_lines(manifest: Manifest) -> list[str]:
-    """What other methods would have given in the same bytes."""
+    """The errors of other methods at the same size."""
     found = [layer.same_size for layer in manifest.replaced if layer.same_size]
     if not found:
         return []
@@ -292,7 +289,7 @@ def same_size_lines(manifest: Manifest) -> list[str]:
 
 
 def training_lines(training: dict[str, Any]) -> list[str]:
-    """What ``mpoc finetune`` did, a line each time it was run, the first time first."""
+    """One line per run of ``mpoc finetune``, the first run first."""
     if not training:
         return []
     if "steps" not in training:
@@ -312,7 +309,7 @@ def training_lines(training: dict[str, Any]) -> list[str]:
 
 
 def _advice(manifest: Manifest) -> list[str]:
-    """A plain word where the result cannot be used as it is."""
+    """A warning where errors are large."""
     if manifest.calibration:
         return _calibrated_advice(manifest)
     errors = [layer.relative_error for layer in manifest.replaced if layer.relative_error is not None]
@@ -335,7 +332,7 @@ def _what_loses_less(manifest: Manifest) -> str:
 
 
 def _calibrated_advice(manifest: Manifest) -> list[str]:
-    """The weight's own error says little here: it may be above 1 where no inputs are."""
+    """A warning about outputs; after calibration the error of a weight may be large where no inputs are."""
     errors = [layer.held_out_error for layer in manifest.replaced if layer.held_out_error is not None]
     large = [error for error in errors if error > LARGE_OUTPUT_ERROR]
     if not large:

@@ -1,8 +1,7 @@
-"""HTML and SVG as text: whatever is not markup already is escaped, for names come from strangers.
+"""Charts as inline SVG, their axes and ticks, and HTML as text.
 
-Where an axis begins and ends, and which of its values are written, and how.
-
-A chart as inline SVG.  Colours and fonts are the page's: classes here, values in ``page.css``.
+Text that is not markup is always escaped, since names come from untrusted files.  Colours and fonts are
+classes here and values in ``page.css``.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from mpoc.runtime.formatting import human_bytes
 _SPLIT = re.compile(r"([._/])")
 _EMPTY = ("circle", "line", "path", "rect")
 
-# Of a logarithmic axis, in powers of ten: what is nearly flat is to look flat.
+# Least span of a logarithmic axis in powers of ten, so that nearly flat values look flat.
 _LEAST_SPAN = 0.6
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
-# Of a text of 11 px, in any of the page's fonts.
+# Widths of a character of 11 px, in any font of the page.
 _CHARACTER, _BOLD = 6.4, 7.6
 _BOTTOM, _RIGHT = 38, 14
 
 
 class Markup(str):
-    """Text that is markup and is not escaped again."""
+    """Text that is markup already and is not escaped."""
 
     __slots__ = ()
 
@@ -38,9 +37,9 @@ def tag(name: str, *children: str | None, **attributes: str | float | bool | Non
 
     Args:
         name: of the element.
-        children: :class:`Markup` as it is, other text escaped, None left out.
-        attributes: a final underscore falls off, others become hyphens; None and False are left out, True
-            has no value, figures are written short.
+        children: :class:`Markup` as it is, other text escaped, None omitted.
+        attributes: a final underscore is dropped, others become hyphens; None and False are omitted, True
+            has no value, numbers are shortened.
     """
     written = "".join(_attribute(key, value) for key, value in attributes.items())
     inner = join(*children)
@@ -50,14 +49,14 @@ def tag(name: str, *children: str | None, **attributes: str | float | bool | Non
 
 
 def join(*children: str | None) -> Markup:
-    """Markup after markup, other text escaped, None left out."""
+    """Concatenate markup; other text is escaped, None omitted."""
     return Markup(
         "".join(child if isinstance(child, Markup) else escape(child) for child in children if child)
     )
 
 
 def breakable(name: str) -> Markup:
-    """A dotted name that may go on in a new line behind a dot or an underscore."""
+    """A dotted name that may wrap after a dot, an underscore or a slash."""
     return join(
         *(part if k % 2 == 0 else Markup(escape(part) + "<wbr>") for k, part in enumerate(_SPLIT.split(name)))
     )
@@ -73,7 +72,7 @@ def _attribute(key: str, value: str | float | bool | None) -> str:
 
 
 def short_length(value: float) -> str:
-    """A length in a drawing: one digit behind the point, none where it is whole."""
+    """A length in a drawing, with at most one decimal."""
     return f"{value:.1f}".removesuffix(".0")
 
 
@@ -81,9 +80,9 @@ def limits(axis: Axis, values: list[float], room: float = 0.04) -> tuple[float, 
     """The ends of ``axis``; on a logarithmic one all ``values`` are above 0.
 
     Args:
-        axis: what is to hold the values.
-        values: all of them.
-        room: share of the axis that stays free at each end, but for zero.
+        axis: scale and unit of the values.
+        values: all values along the axis.
+        room: share of the axis that stays free at each end, except at zero.
     """
     low, high = min(values, default=0.0), max(values, default=1.0)
     if axis.scale == "log":
@@ -97,7 +96,7 @@ def limits(axis: Axis, values: list[float], room: float = 0.04) -> tuple[float, 
 
 
 def place(axis: Axis, ends: tuple[float, float], value: float) -> float:
-    """Where ``value`` stands between the ends, from 0 to 1."""
+    """Position of ``value`` between the ends, from 0 to 1."""
     low, high = ends
     if axis.scale == "log":
         return math.log(value / low) / math.log(high / low)
@@ -105,7 +104,7 @@ def place(axis: Axis, ends: tuple[float, float], value: float) -> float:
 
 
 def ticks(axis: Axis, ends: tuple[float, float], most: int = 5) -> list[float]:
-    """The values that are written, at most ``most``."""
+    """The values of the ticks, at most ``most``."""
     return _log_ticks(*ends, most) if axis.scale == "log" else _linear_ticks(axis, *ends, most)
 
 
@@ -135,7 +134,7 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def tick_label(axis: Axis, value: float) -> str:
-    """A tick's value for people."""
+    """The text of a tick."""
     if axis.unit == "bytes":
         return human_bytes(round(value))
     if axis.unit == "count":
@@ -167,20 +166,20 @@ class _Frame:
     y_ends: tuple[float, float]
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point stands."""
+        """Position of a point in the viewBox."""
         return self.x(x), self.y(y)
 
     def x(self, value: float) -> float:
-        """From the left."""
+        """Distance from the left."""
         return self.left + place(self.chart.x, self.x_ends, value) * (self.right - self.left)
 
     def y(self, value: float) -> float:
-        """From the top."""
+        """Distance from the top."""
         return self.bottom - place(self.chart.y, self.y_ends, value) * (self.bottom - self.top)
 
 
 def chart_svg(chart: Chart, width: int = 360, height: int = 216) -> Markup:
-    """The chart without title, caption and legend, which are the page's."""
+    """The chart as inline SVG, without title, caption and legend, which are HTML."""
     y_ends = limits(chart.y, chart.values(1))
     y_ticks = ticks(chart.y, y_ends)
     widest = max((len(tick_label(chart.y, value)) for value in y_ticks), default=0)
@@ -211,7 +210,7 @@ def _top(chart: Chart) -> float:
 
 
 def _x_ends(chart: Chart) -> tuple[float, float]:
-    """Columns take half a place at each end."""
+    """The ends of the x axis; columns need half a step at each end."""
     values = chart.values(0)
     if any(one.style == "columns" for one in chart.series):
         return min(values, default=1) - 0.6, max(values, default=1) + 0.6
@@ -253,7 +252,7 @@ def _x_axis(frame: _Frame) -> Markup:
 
 
 def _mark(frame: _Frame) -> Markup | None:
-    """The line, and its label above the frame where no point is."""
+    """The vertical mark, with its label above the frame."""
     mark = frame.chart.mark
     if mark is None:
         return None

@@ -1,4 +1,4 @@
-"""All studies by name, and one of them narrowed to what is asked for."""
+"""All studies by name, and the experiments of one study that were requested."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # layer → (output
 
 @dataclass(frozen=True)
 class StudyChoice:
-    """What is asked for; None: as the study has it."""
+    """The requested variants and changes of a study; None and (): as the study defines."""
 
     variants: tuple[str, ...] = ()
     bonds: tuple[int, ...] = ()
-    shapes: tuple[tuple[str, Shapes], ...] = ()  # each with the words it was asked in
+    shapes: tuple[tuple[str, Shapes], ...] = ()  # each with its text on the command line
     paper: bool = False  # the paper's own training
     epochs: float | None = None
     steps: int | None = None
@@ -37,7 +37,7 @@ def find_study(name: str) -> Study:
     """The study of that name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: an unknown name.
     """
     if name not in STUDIES:
         known = [*STUDIES, *UNTRAINED]
@@ -46,7 +46,7 @@ def find_study(name: str) -> Study:
 
 
 def choose_studies(study: Study, choice: StudyChoice) -> list[Experiment]:
-    """The experiments that are asked for, each with its training and bonds.
+    """The requested experiments, each with its training and bonds.
 
     Raises:
         UsageError: an unknown variant or layer, a bond below 1, or no training of the paper's.
@@ -59,17 +59,17 @@ def choose_studies(study: Study, choice: StudyChoice) -> list[Experiment]:
             f"{study.name} has no variant {unknown[0]!r}{nearest(unknown[0], known)}", ", ".join(known)
         )
     if min(choice.bonds, default=1) < 1:
-        raise UsageError(f"--bonds {min(choice.bonds)}: at least 1")
-    found: list[Experiment] = []
+        raise UsageError(f"--bonds {min(choice.bonds)}: must be at least 1")
+    experiments: list[Experiment] = []
     for name in dict.fromkeys(names):
         experiment = _with_bonds(study.variants[name], choice.bonds)
         experiment = replace(experiment, training=_training(experiment, choice))
-        found += [experiment, *(_reshaped(experiment, *shape) for shape in choice.shapes)]
-    return found
+        experiments += [experiment, *(_reshaped(experiment, *shape) for shape in choice.shapes)]
+    return experiments
 
 
 def _with_bonds(experiment: Experiment, bonds: Sequence[int]) -> Experiment:
-    """At these D; where every layer has a bond of its own, all take D instead."""
+    """The experiment at these D, which replace bonds of single layers."""
     if not bonds:
         return experiment
     layers = experiment.layers
@@ -81,7 +81,7 @@ def _with_bonds(experiment: Experiment, bonds: Sequence[int]) -> Experiment:
 def _training(experiment: Experiment, choice: StudyChoice) -> Training:
     training = experiment.paper_training if choice.paper else experiment.training
     if training is None:
-        raise UsageError(f"--paper: the source of {experiment.label} tells no training", "leave it away")
+        raise UsageError(f"--paper: the source of {experiment.label} gives no training", "omit --paper")
     settings = training.settings
     if choice.epochs is not None:
         settings = replace(settings, epochs=choice.epochs, steps=None)
@@ -93,7 +93,7 @@ def _training(experiment: Experiment, choice: StudyChoice) -> Training:
 
 
 def _reshaped(experiment: Experiment, words: str, shapes: Shapes) -> Experiment:
-    """The same experiment with other factors in some layers."""
+    """The experiment with other factors in some layers."""
     names = [layer.name for layer in experiment.layers]
     for name in shapes:
         if name not in names:

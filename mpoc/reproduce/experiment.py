@@ -1,4 +1,4 @@
-"""An experiment of a paper as plain data: a network, which of its layers become MPOs, training, the numbers.
+"""An experiment of a paper as plain data: network, replaced layers, training, published results.
 
 The papers write a structure as M(I_1,…,I_n → J_1,…,J_n)(D), Eq. (8) of Gao et al. 2020.
 """
@@ -17,7 +17,7 @@ GAO = "Gao et al., Phys. Rev. Research 2, 023300 (2020)"
 
 @dataclass(frozen=True)
 class ReplacedLayer:
-    """A layer that is replaced, and by what."""
+    """A layer that is replaced, and the structure of its cores."""
 
     name: str  # of the module in the zoo's network
     inputs: tuple[int, ...]  # I
@@ -37,7 +37,7 @@ class ReplacedLayer:
 
 @dataclass(frozen=True)
 class Published:
-    """A number of the paper."""
+    """A result that the paper reports."""
 
     where: str  # "Table I"
     accuracy: float | None = None  # per cent; None: the paper draws or says it, and prints no number
@@ -55,7 +55,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Training:
-    """One way of training, the same for the dense network and for every start of the MPO-Net."""
+    """A training, the same for the dense network and for every start of the MPO-Net."""
 
     settings: Settings
     pad: int = 0  # pixels: shifts drawn at random
@@ -63,7 +63,7 @@ class Training:
     note: str = ""  # where it departs from the paper's own, or from what a reader would expect
 
     def words(self) -> str:
-        """One line for the table."""
+        """The training in one line, for tables."""
         s = self.settings
         long = f"{s.epochs:g} epochs" if s.steps is None else f"{s.steps:,} steps"
         momentum = f" momentum {s.momentum:g}" if s.optimizer == "sgd" and s.momentum else ""
@@ -108,7 +108,7 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Study:
-    """What one name of ``mpoc reproduce`` stands for."""
+    """The experiments of one name of ``mpoc reproduce``."""
 
     name: str
     title: str

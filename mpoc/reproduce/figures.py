@@ -1,6 +1,6 @@
-"""The papers' figures of a finished study: accuracy over D, or over the depth, and the convergence curves.
+"""Figures of a finished study: accuracy over D or depth, and accuracy over epochs.
 
-The figures of images as states: quality over stored numbers, entropy along the chain, and some images.
+For images as states: quality over stored numbers, entropy along the chain, and examples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHOWN = 8  # images
 
 
 def draw_figures(done: Reproduction, folder: Path) -> list[Path]:
-    """``NAME.svg``, accuracy over D or depth, and ``NAME-curves.svg``, accuracy over epochs."""
+    """Draw ``NAME.svg``, accuracy over D or depth, and ``NAME-curves.svg``, accuracy over epochs."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def draw_figures(done: Reproduction, folder: Path) -> list[Path]:
 
 
 def _draw_accuracy(axes: Any, done: Reproduction) -> None:
-    """The dense line with its band, or points where each x has its own dense network."""
+    """The dense network as a line with its band, or as points where each x has its own."""
     over_parameters = done.study.axis == "parameters"
     over_bonds = over_parameters or (done.study.axis == "D" and any(row.bond for row in done.rows))
     if over_bonds:
@@ -87,7 +87,7 @@ def _draw_band(axes: Any, row: Row) -> None:
 
 
 def _place(done: Reproduction, row: Row, labels: list[str], over_bonds: bool) -> float:
-    """Where a row stands on the horizontal axis."""
+    """Position of a row on the horizontal axis."""
     if done.study.axis == "parameters":
         return float(row.replaced)
     if over_bonds:
@@ -96,7 +96,7 @@ def _place(done: Reproduction, row: Row, labels: list[str], over_bonds: bool) ->
 
 
 def _series(done: Reproduction) -> dict[tuple[str, str], list[Row]]:
-    """Rows that are joined by a line: of one start and, over D or parameters, of one variant or series."""
+    """Rows joined by a line: of one start and, over D or parameters, of one variant or series."""
     axis = done.study.axis
     over_variants = not any(row.bond for row in done.rows) or axis not in ("D", "parameters")
     found: dict[tuple[str, str], list[Row]] = {}
@@ -131,7 +131,7 @@ def _draw_curves(axes: Any, done: Reproduction) -> None:
 
 
 def draw_image_figures(done: ImageStates, folder: Path) -> list[Path]:
-    """``mps-images.svg``, ``mps-images-entropy.svg`` and ``mps-images-examples.svg``."""
+    """Draw ``mps-images.svg``, ``mps-images-entropy.svg`` and ``mps-images-examples.svg``."""
     folder.mkdir(parents=True, exist_ok=True)
     panels: list[tuple[str, Callable[[Any, ImageStates], None]]] = [
         ("", _draw_quality), ("-entropy", _draw_entropies), ("-examples", _draw_examples),
@@ -175,7 +175,7 @@ def _draw_entropies(figure: Any, done: ImageStates) -> None:
 
 
 def _draw_examples(figure: Any, done: ImageStates) -> None:
-    """The first images, and what every second bond that compresses keeps of them, in either order."""
+    """The first images, and their states at every second bond that compresses, in both orders."""
     x = done.images[:_SHOWN]
     states = [at for at in done.states["morton"] if at.numbers < done.pixels][1::2]
     rows = [("image", x)]

@@ -3,12 +3,10 @@
 Both hidden layers, 4096 → 4096 → 64, are networks over twelve sites of dimension 2; six outputs of the second
 are fixed, those of the first isometries.  Cores start at random and the whole network trains.
 
-What the table prints holds 2,560 numbers besides the hidden layers, more than the 64 × 10 of the last layer:
-FC-1 is 4096·4096 + 4096·64 + 2,560, TT-5 and TT-7 are their cores + 2,560, MERA-3 its cores + 2,560.  MERA-2
-would so be 3,120, not the printed 3,112, and TT-3 3,232, not 3,168.  The networks have the 640; the columns
-beside the paper's count 2,560, as it does.
-
-Parameters of fully connected layers beside those of a study's baseline: Table 1 of Hallam et al. 2017.
+The paper's counts hold 2,560 numbers besides the hidden layers, more than the 64 × 10 of the last layer: FC-1
+is 4096·4096 + 4096·64 + 2,560, TT-5, TT-7 and MERA-3 are their cores + 2,560.  MERA-2 would then be 3,120,
+not the printed 3,112, and TT-3 3,232, not 3,168.  The networks here have the 640; the columns beside the
+paper's count 2,560, as it does.
 """
 
 from __future__ import annotations

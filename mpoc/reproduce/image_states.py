@@ -1,19 +1,14 @@
-"""Pixels as the index of a chain of sites: an image of side 2ᵐ is a tensor of m indices of 4.
+"""Images as matrix product states: how well a given number of stored numbers represents an image.
 
-In Morton order an index names a quadrant, from the whole image to single pixels: the coarse-grained addresses
-of Latorre, "Image compression and entanglement", arXiv:quant-ph/0510031.  In raster order, row by row, an
-index is a digit of the pixel's number.  Colour is a site of its own in front, where it needs the smallest
-bonds.
+An image of side 2ᵐ is a tensor of m indices of 4.  In Morton order an index names a quadrant, from the whole
+image down to single pixels (Latorre, "Image compression and entanglement", arXiv:quant-ph/0510031).  In
+raster order, row by row, an index is a digit of the number of the pixel.  Colour is a site of its own in
+front, where it needs the smallest bonds.
 
-A stack of tensors as matrix product states, all at once, and what else the same numbers could hold.
-
-A state of sites d_1, …, d_m has cores (D_{k-1}, d_k, D_k), D_0 = D_m = 1; a stack has one more axis in front.
-Every tensor of a stack gets the same bonds: the smaller of D and what the unfolding can have.
-
-Images themselves as matrix product states: how few numbers hold them how well.
-
-The outlook of Gao et al. 2020 after Latorre, arXiv:quant-ph/0510031.  Nothing is trained: some images of a
-set become states of two orders of their pixels at several bonds, beside what is usual for as many numbers.
+A state of sites d_1, …, d_m has cores (D_{k-1}, d_k, D_k), D_0 = D_m = 1; a stack of states has one more axis
+in front.  Every tensor of a stack gets the same bonds: the smaller of D and the rank of the unfolding.
+Nothing is trained: images of a data set become states at several bonds, beside SVD and discrete cosine
+transform of the same size, as in the outlook of Gao et al. 2020.
 """
 
 from __future__ import annotations
@@ -41,8 +36,8 @@ SCHEMA = "mpoc.image-states/1"
 BONDS = (1, 2, 3, 4, 6, 8, 12, 16)
 _IMAGES, _QUICK_IMAGES = 1000, 100
 _AT_ONCE = 250  # images of a stack
-# Of 8-bit pixels: an error below that of rounding to them counts as that, 58.9 dB, else exact images would
-# make every mean infinite.
+# Mean squared error of rounding to 8-bit pixels, 58.9 dB: smaller errors count as this, since exact images
+# would make every mean infinite.
 _ROUNDING = 1 / (12 * 255**2)
 
 
@@ -80,7 +75,7 @@ def from_sites(sites: Tensor, order: str, shape: tuple[int, int, int]) -> Tensor
 
 
 def _depth(height: int, width: int) -> int:
-    """The smallest m with 2ᵐ × 2ᵐ pixels for the image, at least 1."""
+    """The smallest m, at least 1, such that 2ᵐ × 2ᵐ pixels hold the image."""
     return max(1, (max(height, width) - 1).bit_length())
 
 
@@ -165,7 +160,7 @@ def cosine_errors(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tails(squares: Tensor) -> Tensor:
-    """(n, K) → (n, K + 1): what is left of the sum of each row from column k on."""
+    """(n, K) → (n, K + 1): the sum of each row from column k on."""
     tails = squares.flip(1).cumsum(1).flip(1)
     return torch.cat([tails, tails.new_zeros(len(tails), 1)], 1)
 
@@ -180,7 +175,7 @@ def _cosines(size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageStatesRequest:
-    """What is asked for."""
+    """Which images become states, at which bonds."""
 
     data: Path
     bonds: tuple[int, ...] = BONDS
@@ -202,7 +197,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class ImageStates:
-    """What was found."""
+    """The quality of images as states and by other methods, and their entropies."""
 
     data: Data
     split: str
@@ -214,7 +209,7 @@ class ImageStates:
 
     @property
     def pixels(self) -> int:
-        """Numbers of an image as it is."""
+        """Numbers of one image, C·H·W."""
         return self.images[0].numel()
 
     def as_dict(self) -> dict[str, Any]:
@@ -240,11 +235,11 @@ def _as_dict(at: Quality) -> dict[str, float]:
 
 
 def measure_images(request: ImageStatesRequest, say: Callable[[str], None]) -> ImageStates:
-    """Make the states, and measure them and their peers.
+    """Approximate images by states, and compare with other methods at the same size.
 
     Args:
-        request: what.
-        say: gets messages.
+        request: which images and bonds.
+        say: called with messages.
 
     Raises:
         UsageError: no images, or a bond below 1.
@@ -265,7 +260,7 @@ def measure_images(request: ImageStatesRequest, say: Callable[[str], None]) -> I
 
 
 def approximate(x: Tensor, order: str, bond: int) -> tuple[Tensor, int]:
-    """Images through states at one bond.
+    """Approximate images by states at one bond.
 
     Args:
         x: (n, C, H, W).
@@ -281,7 +276,7 @@ def approximate(x: Tensor, order: str, bond: int) -> tuple[Tensor, int]:
 
 
 def _images(data: Data, request: ImageStatesRequest) -> tuple[str, Tensor]:
-    """A seeded choice of the test images, or of the only split's."""
+    """A seeded choice of images of the test split, or of the first."""
     split = "test" if "test" in data.splits else next(iter(data.splits))
     examples = data.splits[split]
     generator = torch.Generator().manual_seed(derived_seed(request.seed, NAME))
@@ -303,7 +298,7 @@ def _entropies(x: Tensor, order: str) -> Tensor:
 
 
 def _peers(x: Tensor, sizes: list[int]) -> dict[str, tuple[Quality, ...]]:
-    """What each method makes of the images in at most so many numbers.
+    """The quality of each other method at these sizes.
 
     A rank costs a column and a row; a coefficient at a place of its own costs its value and its place, at a
     place common to all images its value.
@@ -319,7 +314,7 @@ def _peers(x: Tensor, sizes: list[int]) -> dict[str, tuple[Quality, ...]]:
 
 
 def _decibels(numbers: int, kept: int, errors: Tensor) -> Quality:
-    """Of mean squared errors (n,), one an image."""
+    """The quality for mean squared errors (n,), one per image."""
     errors = errors.clamp(min=_ROUNDING)
     each = -10 * errors.log10()
     sigma = float(each.std()) if len(each) > 1 else 0.0

@@ -1,7 +1,7 @@
-"""A network of cores from a dense one: from TT-SVD of its weights, or from random cores.
+"""A network with cores in place of dense weights: from TT-SVD of the weights, or from random cores.
 
-Random cores keep the nominal D at every bond, even above the sizes of the unfoldings: so do the papers'
-parameter counts.  TT-SVD has no use for more than an unfolding's rank, so that its counts can be lower.
+Random cores keep the nominal D at every bond, even above the size of the unfolding, as the parameter counts
+of the papers do.  TT-SVD keeps at most the rank of an unfolding, so that its counts can be lower.
 """
 
 from __future__ import annotations

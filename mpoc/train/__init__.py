@@ -1,4 +1,5 @@
-"""Training and measuring networks, compressed or dense: tasks, the loop, exact resume, evaluation.
+"""Train and evaluate networks, compressed or dense: tasks, the loop, exact resume.
 
-``loop.train`` trains a network in memory; ``finetune`` goes from file to file; ``evaluate`` measures.
+``loop.train`` trains a network in memory, ``finetune`` works from file to file, ``evaluate`` scores a
+network.
 """

@@ -1,4 +1,4 @@
-"""Distillation: the network learns to answer as another one does. No labels are needed.
+"""Distillation: train a network to reproduce the outputs of another one. No labels are needed.
 
     L = T² · KL(softmax(t/T) ‖ softmax(s/T)) + λ · mean over layers of ‖h_s − h_t‖² / ‖h_t‖²
 
@@ -20,12 +20,12 @@ from mpoc.train.tasks import Scores, Sums, Task
 
 
 class Distillation(Task):
-    """The loss above.
+    """The distillation loss of the module's equation.
 
     Args:
-        teacher: in evaluation mode, on the device of the training; not changed.
+        teacher: on the device of the training; set to eval mode, its parameters are not trained.
         temperature: T.
-        hidden_weight: λ; 0 leaves the hidden states out.
+        hidden_weight: λ; 0 ignores hidden states.
     """
 
     name, metric, higher_is_better = "distillation", "loss", False
@@ -40,30 +40,30 @@ class Distillation(Task):
         self._per_token = False
 
     def count(self, batch: Batch) -> int:
-        """Tokens that are no padding, or examples."""
+        """Tokens without padding, or examples."""
         return num_rows(batch, self._per_token)
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
         """Both terms, summed over tokens or examples."""
-        return self._loss(outputs, self._taught(batch), batch)
+        return self._loss(outputs, self._teach(batch), batch)
 
     def sums(self, outputs: Any, batch: Batch) -> Sums:
-        """The loss, cosines of the outputs, how many agree, and right ones where there are labels."""
-        taught = self._taught(batch)
+        """Sums of loss and cosine, and counts of agreement and, with labels, of right answers."""
+        taught = self._teach(batch)
         ours, theirs = (rows(first_output(o).float(), batch) for o in (outputs, taught))
-        found = {
+        sums = {
             "loss": self._loss(outputs, taught, batch),
             "cosine": F.cosine_similarity(ours, theirs, dim=-1).sum(),
         }
         if has_logits(outputs):
-            found["agree"] = (ours.argmax(-1) == theirs.argmax(-1)).sum()
+            sums["agree"] = (ours.argmax(-1) == theirs.argmax(-1)).sum()
             labels = batch.get("y")
             if labels is not None and labels.dtype == torch.int64 and not self._per_token:
-                found["right"] = (first_output(outputs).argmax(-1) == labels).sum()
-        return found
+                sums["right"] = (first_output(outputs).argmax(-1) == labels).sum()
+        return sums
 
     def scores(self, sums: Scores, count: int) -> Scores:
-        """Mean loss and cosine; agreement with the teacher and, where known, accuracy, in per cent."""
+        """Mean loss and cosine; agreement with the teacher and, with labels, accuracy, in per cent."""
         scores = {"loss": sums["loss"] / count, "cosine": sums["cosine"] / count}
         if "agree" in sums:
             scores["agreement"] = 100 * sums["agree"] / count
@@ -72,8 +72,8 @@ class Distillation(Task):
         return scores
 
     def check(self, outputs: Any, batch: Batch) -> None:
-        """Teacher and student must answer in the same shape."""
-        taught = self._taught(batch)
+        """Check that teacher and student give outputs of the same shape."""
+        taught = self._teach(batch)
         ours, theirs = tuple(first_output(outputs).shape), tuple(first_output(taught).shape)
         if ours != theirs:
             raise UsageError(f"the teacher gives outputs of shape {theirs}, the network of shape {ours}")
@@ -82,7 +82,7 @@ class Distillation(Task):
             raise UsageError("neither logits nor hidden states to learn from", "--hidden-weight 1")
 
     @torch.no_grad()
-    def _taught(self, batch: Batch) -> Any:
+    def _teach(self, batch: Batch) -> Any:
         return self._call(self.teacher, batch)
 
     def _loss(self, outputs: Any, taught: Any, batch: Batch) -> Tensor:
@@ -93,8 +93,8 @@ class Distillation(Task):
         for ours, theirs in pairs:
             h_s, h_t = (rows(h.float(), batch, self._per_token) for h in (ours, theirs))
             norms = h_t.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-            far = ((h_s - h_t).square().sum(-1) / norms).sum()
-            total = total + self.hidden_weight / len(pairs) * far
+            distance = ((h_s - h_t).square().sum(-1) / norms).sum()
+            total = total + self.hidden_weight / len(pairs) * distance
         return total
 
     def _divergence(self, ours: Tensor, theirs: Tensor, batch: Batch) -> Tensor:
@@ -104,7 +104,7 @@ class Distillation(Task):
         return t * t * F.kl_div(log_q, log_p, log_target=True, reduction="sum")
 
     def _pairs(self, outputs: Any, taught: Any) -> list[tuple[Tensor, Tensor]]:
-        """Hidden states of both, layer by layer; none where their number or widths differ."""
+        """Hidden states of both, layer by layer; [] where their numbers or shapes differ."""
         ours, theirs = hidden_states(outputs), hidden_states(taught)
         if not self.hidden_weight or [h.shape for h in ours] != [h.shape for h in theirs]:
             return []

@@ -1,10 +1,6 @@
-"""Dropout of a network, wherever it keeps its probability.
+"""Prepare a training on accelerate: device, precision, optimiser, learning rate, and the network itself.
 
-accelerate, set up: one process or many, on whatever device, in whichever precision.
-
-The optimiser, and the learning rate of each step as a pure function of the step.
-
-A network made ready to be trained: checked against the data, then handed to accelerate.
+The learning rate is a pure function of the step, so that a resumed training needs no state of a schedule.
 """
 
 from __future__ import annotations
@@ -31,10 +27,10 @@ _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def set_dropout(network: nn.Module, probability: float) -> None:
-    """Give all dropout one probability: of dropout modules, and of modules that hold a number of that name.
+    """Set the probability of all dropout modules, and of attributes such as ``attention_dropout``.
 
     Args:
-        network: changed; its config is not.
+        network: changed in place; its config is not.
         probability: from 0 to 1.
     """
     for module in network.modules():
@@ -46,7 +42,7 @@ def set_dropout(network: nn.Module, probability: float) -> None:
 
 
 def can_train() -> bool:
-    """Whether accelerate is installed; the extra ``train`` has it."""
+    """Whether accelerate is installed, which the extra ``train`` brings."""
     try:
         import accelerate  # noqa: F401
     except ImportError:
@@ -55,15 +51,15 @@ def can_train() -> bool:
 
 
 def make_accelerator(device: str = "auto", precision: str = "fp32") -> Any:
-    """An ``accelerate.Accelerator``.
+    """Set up an ``accelerate.Accelerator``.
 
     Args:
-        device: ``auto``, ``cpu``, ``cuda``, …; with several processes each takes one of its sort.
-        precision: fp32, bf16 or fp16 arithmetic.
+        device: ``auto``, ``cpu``, ``cuda``, …; with several processes each takes one device of this kind.
+        precision: of the arithmetic: fp32, bf16 or fp16.
 
     Raises:
         MpocError: accelerate is not installed.
-        UsageError: the device is not there, or cannot compute in that precision.
+        UsageError: the device is missing, or cannot compute in that precision.
     """
     try:
         from accelerate import Accelerator
@@ -74,7 +70,7 @@ def make_accelerator(device: str = "auto", precision: str = "fp32") -> Any:
     if precision == "fp16" and chosen.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU", "--precision bf16")
     if num_processes() == 1:
-        # accelerate holds one state a process; another training here may ask for another device.
+        # accelerate holds one state per process; another training may ask for another device.
         AcceleratorState._reset_state(reset_partial_state=True)
     elif chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -86,10 +82,10 @@ def make_accelerator(device: str = "auto", precision: str = "fp32") -> Any:
 
 
 def leave(together: bool) -> None:
-    """End what connects this process to others; left to Python's end, its threads may abort the process.
+    """Destroy the process group; at the end of Python, its threads may abort the process.
 
     Args:
-        together: wait until all have come here; not where one may have failed.
+        together: wait for all processes; False where one may have failed.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if together:
@@ -98,36 +94,36 @@ def leave(together: bool) -> None:
 
 
 def will_shard(accelerator: Any) -> bool:
-    """Whether accelerate will share the parameters out over the processes (FSDP); asked before it prepares.
+    """Whether accelerate will shard the parameters over the processes (FSDP); called before it prepares.
 
-    accelerate does so on accelerators only; elsewhere ``--use_fsdp`` gives DDP.
+    accelerate shards on accelerators only; elsewhere ``--use_fsdp`` gives DDP.
     """
     return str(accelerator.distributed_type).endswith("FSDP")
 
 
 def describe(accelerator: Any) -> str:
-    """Device and processes in words; also where FSDP was asked for and accelerate does not give it."""
+    """Device and processes, for messages; tells where FSDP was requested and accelerate does not use it."""
     if accelerator.num_processes == 1:
         return f"device {accelerator.device}"
-    how = "parameters shared out (FSDP)" if will_shard(accelerator) else "each with all parameters"
+    how = "parameters sharded (FSDP)" if will_shard(accelerator) else "each with all parameters"
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not will_shard(accelerator):
-        how += ", as accelerate has FSDP on accelerators only"
+        how += ", since accelerate uses FSDP on accelerators only"
     return f"device {accelerator.device}, {accelerator.num_processes} processes, {how}"
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a prepared network's parameters lie in pieces on several processes.
+    """Whether the parameters of a prepared network are sharded over several processes.
 
-    Asked of the network: what accelerate's state says of it changes while it prepares an optimiser.
+    The network is asked, since the state of accelerate changes while it prepares an optimiser.
     """
     pieces = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
     return pieces or type(model).__name__ == "FullyShardedDataParallel"
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed what networks draw from (dropout) on the CPU and on ``device``.
+    """Seed the generators of dropout and the like, on the CPU and on ``device``.
 
-    As ``torch.manual_seed``, which takes a millisecond where CUDA is not in use: it notes a traceback.
+    ``torch.manual_seed`` would take a millisecond where CUDA is not in use, since it notes a traceback.
     """
     torch.default_generator.manual_seed(seed)
     if device.type != "cpu":
@@ -135,9 +131,9 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    """SGD, AdamW, or Adam where the L2 of Eq. (7) is asked for: torch's Adam has it coupled.
+    """SGD, AdamW, or with an L2 term Adam, in which torch couples it.
 
-    Every parameter is in one group: Eq. (7) sums over all of them, biases and norms too.
+    All parameters form one group: Eq. (7) of Gao et al. 2020 sums over biases and norms too.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if settings.optimizer == "sgd":
@@ -156,47 +152,47 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> to
 
 
 def learning_rate(settings: Settings, step: int, steps: int, steps_per_epoch: int) -> float:
-    """Of step ``step`` (from 0) of ``steps``.
+    """The learning rate of step ``step`` (from 0) of ``steps``: a pure function of the step.
 
-    Warm-up is linear and reaches the peak in its last step.  Cosine falls from there and is 0 only behind the
-    last step (Loshchilov and Hutter 2017); exponential multiplies by gamma every ``decay_every`` epochs.
+    Warm-up is linear and reaches the peak in its last step.  Cosine falls from there and would be 0 one step
+    after the last (Loshchilov and Hutter 2017); exponential multiplies by gamma every ``decay_every`` epochs.
     """
     warmup = settings.warmup * steps if settings.warmup < 1 else settings.warmup
     if step + 1 < warmup:
         return settings.peak * (step + 1) / warmup
     if settings.schedule == "cosine":
-        done = (step - warmup) / max(1.0, steps - warmup)
-        return settings.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+        share = (step - warmup) / max(1.0, steps - warmup)
+        return settings.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, share))))
     if settings.schedule == "exponential":
         return settings.peak * settings.gamma ** (step // steps_per_epoch // settings.decay_every)
     return settings.peak
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:
-    """For the step that comes."""
+    """Set the learning rate of the next step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 class Prepared(NamedTuple):
-    """What a step works with."""
+    """Network and optimiser as accelerate prepared them."""
 
     model: Any  # the network, wrapped where there are several processes
     optimizer: Any  # of accelerate
-    stepper: Any  # what takes the step
-    undo: Undo  # of gradient checkpointing
+    stepper: Any  # takes the step: ``optimizer``, or the torch optimiser within
+    undo: Undo  # disables gradient checkpointing
 
 
 def prepare_training(
     network: nn.Module, task: Task, loader: BatchLoader, settings: Settings, accelerator: Any
 ) -> Prepared:
-    """Check ``network`` against the data, and wrap it; it and the task's teacher go to the device.
+    """Check ``network`` against the data, move it and the task's teacher to the device, and wrap it.
 
     Args:
         network: in training mode afterwards.
-        task: that is learnt.
+        task: that is trained.
         loader: the training split.
-        settings: how.
+        settings: of the training.
         accelerator: of :func:`mpoc.train.engine.make_accelerator`.
 
     Raises:

@@ -1,7 +1,4 @@
-"""Before step 1: does the network take the data, and does the task take what it gives?
-
-Measure a network on a split: by its task, against a reference, and by the clock.
-"""
+"""Score a network on a split: by its task, by its distance from a reference, and by its latency."""
 
 from __future__ import annotations
 
@@ -21,18 +18,18 @@ from mpoc.train.distillation import kl_of_rows
 from mpoc.train.loader import BatchLoader, cut
 from mpoc.train.tasks import Scores, Task
 
-_LATENCY_SECONDS = 1.0  # spent on each measurement of a latency
+_LATENCY_SECONDS = 1.0  # of each measurement of a latency
 _WARM_UP = 3  # calls
 
 
 def probe(network: nn.Module, task: Task, loader: BatchLoader, device: torch.device) -> set[str]:
-    """Run two examples through ``network`` and back, in evaluation mode; nothing is changed.
+    """Run two examples forward and backward in eval mode, before step 1; the network is not changed.
 
     Returns:
         Names of the trained parameters that the loss does not depend on.
 
     Raises:
-        UsageError: the network does not take such a batch, or the task does not take its outputs.
+        UsageError: the network does not take the batch, or the task does not take its outputs.
     """
     generator = torch.Generator().manual_seed(derived_seed("probe"))
     indices = torch.arange(min(2, len(loader)))
@@ -51,10 +48,10 @@ def probe(network: nn.Module, task: Task, loader: BatchLoader, device: torch.dev
 
 
 def try_call(call: Call, network: nn.Module, batch: Batch) -> Any:
-    """What the network gives, or a message where it does not take the batch.
+    """Call ``network`` with ``batch``.
 
     Raises:
-        UsageError: it does not.
+        UsageError: the network does not take the batch; names shapes and dtypes.
     """
     try:
         return call(network, batch)
@@ -65,10 +62,10 @@ def try_call(call: Call, network: nn.Module, batch: Batch) -> Any:
 
 
 def _shapes(batch: Batch) -> str:
-    given = {n: v for n, v in batch.items() if n not in ("y", "labels")}
+    inputs = {name: values for name, values in batch.items() if name not in ("y", "labels")}
     return ", ".join(
         f"{name} of shape {tuple(values.shape)} {str(values.dtype).removeprefix('torch.')}"
-        for name, values in given.items()
+        for name, values in inputs.items()
     )
 
 
@@ -82,10 +79,10 @@ class Evaluation:
 
     scores: Scores
     examples: int
-    rate: float  # examples a second, all processes together, reading included
+    rate: float  # examples per second, over all processes, reading included
 
     def rounded(self) -> Scores:
-        """Six significant digits: what files keep."""
+        """The scores to six significant digits, as files store them."""
         return {name: float(f"{value:.6g}") for name, value in self.scores.items()}
 
 
@@ -97,22 +94,23 @@ def evaluate(
     device: torch.device,
     call: Call | None = None,
     accelerator: Any = None,
-    seed: int = 0,
 ) -> Evaluation:
-    """Scores of ``network`` on every example of a split, each counted once.
+    """Score ``network`` on every example of a split, each counted once.
+
+    What a task draws (masks) depends on the example alone: it is the same in every evaluation and for any
+    batch.
 
     Args:
         network: on ``device``; wrapped for several processes or not. Its training mode is kept.
-        task: says what is measured.
+        task: gives the scores.
         loader: the split.
         batch: examples at a time in each process.
-        device: where the network is.
-        call: how the network is called; None: found out, for a network that is not wrapped.
-        accelerator: of accelerate, where there are several processes or mixed precision.
-        seed: of what the task draws (masks): the same in every evaluation, whatever the batch.
+        device: of the network.
+        call: how the network is called; None: inferred, for a network that is not wrapped.
+        accelerator: of accelerate, for several processes or mixed precision.
 
     Raises:
-        MpocError: the split has nothing to score, as texts of one token.
+        MpocError: the split has nothing to score, e.g. texts of one token.
     """
     was_training = network.training
     network.eval()
@@ -122,14 +120,14 @@ def evaluate(
     call = Call.of(network, task.hidden) if call is None else call
     totals: dict[str, Tensor] = {}
     count, start = 0, time.perf_counter()
-    lengths = loader.examples.lengths()  # texts of about one length together: little padding
-    everything = torch.arange(len(loader)) if lengths is None else lengths.argsort(stable=True)
-    for chunk in everything.split(batch * processes):
-        # Every process makes as many calls, as sharded networks ask: one without a share repeats an example.
+    lengths = loader.examples.lengths()  # texts of similar length together: little padding
+    order = torch.arange(len(loader)) if lengths is None else lengths.argsort(stable=True)
+    for chunk in order.split(batch * processes):
+        # Sharded networks need as many calls in every process: one without a share repeats an example.
         share = cut(chunk, rank, processes)
         weight = int(len(share) > 0)
         share = share if weight else chunk[:1]
-        seeds = [derived_seed(seed, "evaluation", index) for index in share.tolist()]
+        seeds = [derived_seed(0, "evaluation", index) for index in share.tolist()]
         part = task.prepare_each(loader.read(share), seeds)
         count += weight * task.count(part)
         for name, value in _sums(network, call, task, to_device(part, device), accelerator).items():
@@ -139,7 +137,8 @@ def evaluate(
     network.train(was_training)
     if count == 0:
         raise MpocError(
-            f"{task.name}: nothing to predict in {len(loader):,} examples", "longer text, or --block"
+            f"{task.name}: nothing to predict in {len(loader):,} examples",
+            "use longer text, or another --block",
         )
     return Evaluation(task.scores(sums, count), len(loader), len(loader) / seconds)
 
@@ -166,15 +165,15 @@ def _over_processes(totals: dict[str, Tensor], count: int, accelerator: Any) -> 
 def fidelity(
     network: nn.Module, reference: nn.Module, loader: BatchLoader, batch: int, device: torch.device
 ) -> Evaluation:
-    """How near the outputs of ``network`` are to those of ``reference``, both on ``device``.
+    """Compare the outputs of ``network`` with those of ``reference``, both on ``device``.
 
-    Means over tokens or examples: ``cosine`` of the outputs, ``relative_error`` ‖y − y_ref‖/‖y_ref‖, and
-    where they are logits ``kl`` = KL(reference ‖ network) in nats and ``agreement`` of the largest in %.
+    Means over tokens or examples: ``cosine`` of the outputs, ``relative_error`` ‖y − y_ref‖/‖y_ref‖, and for
+    logits ``kl`` = KL(reference ‖ network) in nats and ``agreement`` of the largest logit in %.
 
     Raises:
         UsageError: outputs of different shapes, or a network that does not take the data.
     """
-    call, other = Call.of(network), Call.of(reference)
+    call, call_reference = Call.of(network), Call.of(reference)
     network.eval()
     reference.eval()
     totals: dict[str, float] = {}
@@ -182,19 +181,21 @@ def fidelity(
     for chunk in torch.arange(len(loader)).split(batch):
         part = to_device(loader.read(chunk), device)
         outputs = try_call(call, network, part)
-        taught = try_call(other, reference, part)
-        shapes = [tuple(first_output(o).shape) for o in (outputs, taught)]
+        expected = try_call(call_reference, reference, part)
+        shapes = [tuple(first_output(o).shape) for o in (outputs, expected)]
         if shapes[0] != shapes[1]:
-            raise UsageError(f"the outputs are of shape {shapes[0]}, those of the reference {shapes[1]}")
-        ours, theirs = (rows(first_output(o).float(), part) for o in (outputs, taught))
-        found = {
+            raise UsageError(
+                f"the network gives outputs of shape {shapes[0]}, the reference of shape {shapes[1]}"
+            )
+        ours, theirs = (rows(first_output(o).float(), part) for o in (outputs, expected))
+        sums = {
             "cosine": F.cosine_similarity(ours, theirs, dim=-1).sum(),
             "relative_error": ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).sum(),
         }
         if has_logits(outputs) and ours.shape[-1] > 1:
-            found["kl"] = kl_of_rows(ours, theirs).sum()
-            found["agreement"] = 100 * (ours.argmax(-1) == theirs.argmax(-1)).sum()
-        for name, value in found.items():
+            sums["kl"] = kl_of_rows(ours, theirs).sum()
+            sums["agreement"] = 100 * (ours.argmax(-1) == theirs.argmax(-1)).sum()
+        for name, value in sums.items():
             totals[name] = totals.get(name, 0.0) + float(value)
         count += len(ours)
     seconds = time.perf_counter() - start
@@ -204,7 +205,7 @@ def fidelity(
 
 
 def latency(network: nn.Module, part: Batch, device: torch.device) -> float:
-    """Median seconds of one call with this batch, in evaluation mode, after a warm-up."""
+    """Median seconds of one call with this batch, in eval mode, after a warm-up."""
     call, part = Call.of(network), to_device(part, device)
     network.eval()
     times: list[float] = []
@@ -220,7 +221,7 @@ def latency(network: nn.Module, part: Batch, device: torch.device) -> float:
 
 
 def repeated(part: Batch, count: int) -> Batch:
-    """``count`` examples, those of ``part`` again and again."""
-    have = len(next(iter(part.values())))
-    chosen = torch.arange(count) % have
+    """``count`` examples: those of ``part``, repeated."""
+    length = len(next(iter(part.values())))
+    chosen = torch.arange(count) % length
     return {name: values[chosen] for name, values in part.items()}

@@ -1,4 +1,4 @@
-"""``mpoc eval`` from files to numbers: open, check, measure."""
+"""``mpoc eval``: open a network and a data set from files, check them, and score the network."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ SCHEMA = "mpoc.eval/1"
 
 @dataclass(frozen=True)
 class FileEvaluation:
-    """What was found."""
+    """The scores of a network on a split, with all that tells what was measured."""
 
     model: Path
     data: str  # its name
     split: str
     scores: dict[str, float]
     examples: int
-    rate: float  # examples a second, reading included
+    rate: float  # examples per second, reading included
     device: str
-    metric: str  # the score that counts
+    metric: str  # the main score
     higher_is_better: bool
     reference: Path | None = None
     latencies: list[dict[str, Any]] = field(default_factory=list)  # batch, ms and, where compressed, dense_ms
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``; the guide documents it (file-format-and-json)."""
-        found: dict[str, Any] = {
+        answer: dict[str, Any] = {
             "schema": SCHEMA,
             "model": str(self.model),
             "data": self.data,
@@ -57,20 +57,20 @@ class FileEvaluation:
             "examples_per_second": rounded(self.rate),
         }
         if self.reference is not None:
-            found["reference"] = str(self.reference)
+            answer["reference"] = str(self.reference)
         if self.latencies:
-            found["latency"] = self.latencies
-        return found
+            answer["latency"] = self.latencies
+        return answer
 
     def drop_from(self, before: FileEvaluation) -> float:
-        """By how much the metric is worse than before, in its unit, to six significant digits."""
+        """How much worse the metric is than before, in its unit, to six significant digits."""
         change = before.scores[self.metric] - self.scores[self.metric]
         return float(f"{change if self.higher_is_better else -change:.6g}")
 
 
 @dataclass(frozen=True)
 class _Scored:
-    """What was found, and against what."""
+    """An evaluation, its main score, and the reference it was made against."""
 
     evaluation: Evaluation
     metric: str
@@ -81,14 +81,14 @@ class _Scored:
 def evaluate_file(
     request: EvaluationRequest, say: Callable[[str], None] = lambda text: None
 ) -> FileEvaluation:
-    """Measure a network on a split.
+    """Open a network and a data set, and score the network on a split.
 
     Args:
-        request: what, on what, against what.
-        say: gets messages.
+        request: what is evaluated, and on which data.
+        say: called with messages.
 
     Raises:
-        UsageError: no architecture, no such split, or network and data do not fit.
+        UsageError: an unknown architecture, no such split, or network and data do not fit.
         MpocError: bad data or checkpoint.
     """
     if request.batch < 1:
@@ -101,12 +101,12 @@ def evaluate_file(
         say(line)
     say(f"device {device}")
     loader, network = training_data.loader(split), model.network.to(device)
-    found = _scores(request, model, training_data, loader, device)
+    scored = _scores(request, model, training_data, loader, device)
     latencies = _latencies(model, network, loader, request, device) if request.latency else []
     return FileEvaluation(
-        request.source, request.data.path.resolve().name, split, found.evaluation.rounded(),
-        found.evaluation.examples, found.evaluation.rate, str(device), found.metric, found.higher_is_better,
-        found.reference, latencies,
+        request.source, request.data.path.resolve().name, split, scored.evaluation.rounded(),
+        scored.evaluation.examples, scored.evaluation.rate, str(device), scored.metric,
+        scored.higher_is_better, scored.reference, latencies,
     )  # fmt: skip
 
 
@@ -118,25 +118,27 @@ def _scores(
     device: torch.device,
 ) -> _Scored:
     if request.reference is not None and request.task is not None:
-        raise UsageError("--task and --reference: one of them")
+        raise UsageError("--task and --reference cannot be used together")
     reference = request.reference or _stand_in(request, model, training_data, loader, device)
     if reference is not None:
         other = open_beside(reference, model.architecture).network.to(device)
-        found = fidelity(model.network, other, loader, request.batch, device)
-        return _Scored(found, "agreement" if "agreement" in found.scores else "cosine", True, reference)
+        likeness = fidelity(model.network, other, loader, request.batch, device)
+        metric = "agreement" if "agreement" in likeness.scores else "cosine"
+        return _Scored(likeness, metric, True, reference)
     if request.task == "distillation":
-        raise UsageError("--task distillation: of mpoc finetune", "--reference MODEL2 measures likeness")
+        hint = "--reference MODEL2 compares outputs"
+        raise UsageError("--task distillation applies to mpoc finetune", hint)
     task = infer_task(request.task, training_data, model.network)
     if task.name == "classification" and training_data.renumbered:
         known = recorded(model.history, "classes")
-        strange = next(name for name in training_data.data.classes if name not in known)
+        unknown = next(name for name in training_data.data.classes if name not in known)
         raise MpocError(
-            f"{request.data.path}: class {strange!r} is none of the {len(known)} of the network's training",
+            f"{request.data.path}: class {unknown!r} is none of the {len(known)} of the network's training",
             f"name the classes as in training: {', '.join(sorted(known, key=known.__getitem__)[:10])}",
         )
     probe(model.network, task, loader, device)
-    found = evaluate(model.network, task, loader, request.batch, device)
-    return _Scored(found, task.metric, task.higher_is_better)
+    evaluation = evaluate(model.network, task, loader, request.batch, device)
+    return _Scored(evaluation, task.metric, task.higher_is_better)
 
 
 @torch.no_grad()
@@ -147,7 +149,7 @@ def _stand_in(
     loader: BatchLoader,
     device: torch.device,
 ) -> Path | None:
-    """The reference where there is no task."""
+    """The reference to use where data and network give no task; None where they give one."""
     if request.stand_in is None:
         return None
     batch = to_device(loader.read(torch.arange(min(2, len(loader)))), device)
@@ -158,26 +160,26 @@ def _stand_in(
 def _latencies(
     model: Model, network: nn.Module, loader: BatchLoader, request: EvaluationRequest, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Median milliseconds of a call for one example and for a batch, compressed beside dense."""
+    """Median milliseconds of a call for one example and for a batch, of the network and of the dense one."""
     part = loader.read(torch.arange(min(request.batch, len(loader))))
     dense = None if model.manifest is None else _dense(model, device)
-    found = []
+    lines = []
     for count in sorted({1, request.batch}):
         batch = repeated(part, count)
         line: dict[str, Any] = {"batch": count, "ms": rounded(1e3 * latency(network, batch, device))}
         if dense is not None:
             line["dense_ms"] = rounded(1e3 * latency(dense, batch, device))
-        found.append(line)
-    return found
+        lines.append(line)
+    return lines
 
 
 def _dense(model: Model, device: torch.device) -> nn.Module:
-    """The dense network with any weights: how long it takes does not depend on them."""
+    """The dense network with random weights, which do not change its latency."""
     with torch.random.fork_rng(devices=[]):
         if model.architecture is not None:
             return make_network(model.architecture).to(device)
         network: Any = model.network
-        config = copy.deepcopy(network.config)  # of transformers: nothing else records no architecture
+        config = copy.deepcopy(network.config)  # only networks of transformers record no architecture
         del config.quantization_config
         dense: nn.Module = type(network)(config)
         return dense.to(device)

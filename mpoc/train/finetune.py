@@ -1,6 +1,6 @@
-"""No file that a training reads, and no other that it writes, is replaced, ``--force`` or not.
+"""``mpoc finetune`` from file to file: open, check, train, evaluate, write.
 
-``mpoc finetune`` from file to file: open, check, train, measure, write; top to bottom.
+No input is written over, with or without ``--force``, and no output is written twice.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from mpoc.data.recognise import is_data
 from mpoc.errors import UsageError
-from mpoc.io.atomic import refuse_existing, refuse_misnamed, staged
+from mpoc.io.atomic import refuse_existing, refuse_misnamed
 from mpoc.io.hub_directory import left_behind
 from mpoc.io.manifest import Manifest
 from mpoc.models.loading import Model, open_beside, open_model
@@ -24,23 +24,23 @@ from mpoc.train.evaluate import evaluate
 from mpoc.train.loop import DivergedError, train
 from mpoc.train.monitor import Outcome, TrainingEvent, TrainingLog, TrainingMonitor, read_log
 from mpoc.train.output import data_record, make_history, round_to_stored, write_tuned
-from mpoc.train.settings import DataOptions, FinetuneRequest
+from mpoc.train.settings import DataOptions, FinetuneRequest, Settings
 from mpoc.train.task_choice import infer_task
 from mpoc.train.tasks import Task
-from mpoc.train.training_checkpoint import CheckpointFile, SavedTraining
+from mpoc.train.training_checkpoint import CheckpointFile
 from mpoc.train.training_data import TrainingData, monitored_split, open_training_data
 
 
 def refuse_collisions(written: Iterable[Path], read: Iterable[Path], data: DataOptions) -> None:
-    """Check the names of all files before any work.
+    """Check that no output is an input, and that outputs differ; called before any work.
 
     Args:
         written: files and directories.
         read: files and directories.
-        data: the set, which is read too; other files may be written into its folder.
+        data: the data set, which is read too; other files may be written into its folder.
 
     Raises:
-        UsageError: one would be written over.
+        UsageError: a file would be written over.
     """
     inputs = {path.resolve() for path in (*read, data.path)}
     taken: set[Path] = set()
@@ -55,12 +55,12 @@ def refuse_collisions(written: Iterable[Path], read: Iterable[Path], data: DataO
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a fine-tuning did."""
+    """The result of a fine-tuning."""
 
     output: Path
     manifest: Manifest | None  # None: dense
-    training: dict[str, Any]  # the history, as the manifest keeps it
-    rate: float  # examples a second
+    training: dict[str, Any]  # the training history, as the manifest stores it
+    rate: float  # examples per second
 
 
 def finetune(
@@ -68,67 +68,63 @@ def finetune(
     say: Callable[[str], None] = lambda text: None,
     on_event: Callable[[TrainingEvent], None] | None = None,
 ) -> Finetuned:
-    """Train the network of a file on a data set and write it as a file like it.
+    """Train the network of a file on a data set and write it as a file of the same kind.
 
     Args:
-        request: what, on what, how, where to.
-        say: gets messages.
+        request: what is trained, on what, how, and where it is written.
+        say: called with messages.
         on_event: called while training runs.
 
     Raises:
-        UsageError: something exists already, or does not fit, or the checkpoint is of another training.
-        MpocError: bad data or checkpoint, no finite loss, a package is missing.
+        UsageError: an output exists, options do not fit, or the checkpoint is of another training.
+        MpocError: bad data or checkpoint, a loss that is not finite, a missing package.
         Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
-        OSError: of reading or writing.
+        OSError: reading or writing failed.
     """
     request.settings.check()
     if is_main():
         _check(request)
     model = open_model(request.source, request.arch)
-    training_data = open_training_data(
-        request.data, model, request.settings.seed, request.settings.keeps_best
-    )
-    if "train" not in training_data.data.splits:
-        raise UsageError(
-            f"{training_data.data.path}: no training split, only {', '.join(training_data.data.splits)}"
-        )
-    if request.settings.keeps_best and "validation" not in training_data.data.splits:
-        raise UsageError("the best weights are chosen on a validation split, and there is none", "--hold-out")
+    training_data = _open_data(request, model)
     _announce(model, training_data, say)
     task = _task(request, model, training_data)
     checkpoint = CheckpointFile(request.checkpoint, _identity(request, model, training_data, task))
     saved = checkpoint.load() if request.resume and checkpoint.path.exists() else None
     if request.resume:
-        at = f"going on from step {saved.progress.step:,}" if saved else "no checkpoint, from the start"
-        say(f"{checkpoint.path}: {at}")
+        state = f"resuming from step {saved.progress.step:,}" if saved else "no checkpoint, starting over"
+        say(f"{checkpoint.path}: {state}")
     if saved is not None:
         checkpoint.extra = saved.extra
     log = TrainingLog(request.log_file if is_main() else None, checkpoint.extra.get("log", 0))
+    every = request.checkpoint_every
+    monitor = TrainingMonitor(log, checkpoint, every.seconds, every.steps, on_event, resume=saved)
+    monitor.split = monitored_split(training_data.data) or ""
     try:
-        done = _train_all(
-            request,
-            model,
-            training_data,
-            task,
-            checkpoint,
-            saved,
-            TrainingMonitor(log, checkpoint),
-            say,
-            on_event,
-        )
+        finetuned = _Finetuning(request, training_data, task, checkpoint, monitor, say).run(model)
     except BaseException as error:
         log.close()
-        _tidy(request, checkpoint, error)
+        _clean_up(request, checkpoint, error)
         raise
     log.close()
     if is_main() and request.plot is not None:
-        with staged(request.plot) as picture:
-            draw_curves(read_log(request.log_file), picture)
-    return done
+        draw_curves(read_log(request.log_file), request.plot)
+    return finetuned
+
+
+def _open_data(request: FinetuneRequest, model: Model) -> TrainingData:
+    """The data set, with the splits that the training needs."""
+    keeps_best = request.settings.keeps_best
+    training_data = open_training_data(request.data, model, request.settings.seed, keeps_best)
+    splits = training_data.data.splits
+    if "train" not in splits:
+        raise UsageError(f"{training_data.data.path}: no training split, only {', '.join(splits)}")
+    if keeps_best and "validation" not in splits:
+        raise UsageError("the best weights are chosen on a validation split, and there is none", "--hold-out")
+    return training_data
 
 
 def _check(request: FinetuneRequest) -> None:
-    """All that can be said before anything is opened; the main process does it, which is to write."""
+    """Check everything that needs no open file; called by the main process, which writes."""
     if request.runs < 1:
         raise UsageError(f"--runs {request.runs}: must be at least 1")
     refuse_existing(request.target, request.source, request.force)
@@ -136,14 +132,14 @@ def _check(request: FinetuneRequest) -> None:
     if request.checkpoint.exists() and not (request.resume or request.force):
         raise UsageError(
             f"{request.checkpoint}: the checkpoint of an interrupted training",
-            "--resume goes on from it, --force starts anew",
+            "--resume continues it, --force starts over",
         )
     if request.plot is not None:
         refuse_unknown_picture(request.plot)
     for file in (request.log_file, request.plot):
         if file is not None and not (request.resume and file == request.log_file):
-            folder = request.source.is_dir()  # what is written here is a file all the same
-            refuse_existing(file, request.source / "file" if folder else request.source, request.force)
+            source = request.source / "file" if request.source.is_dir() else request.source
+            refuse_existing(file, source, request.force)  # log and plot are files in any case
     written = (request.target, request.checkpoint, request.log_file, request.plot)
     read = (request.source, request.teacher, request.data.tokenizer)
     refuse_collisions(filter(None, written), filter(None, read), request.data)
@@ -173,7 +169,7 @@ def _task(request: FinetuneRequest, model: Model, training_data: TrainingData) -
 def _identity(
     request: FinetuneRequest, model: Model, training_data: TrainingData, task: Task
 ) -> dict[str, Any]:
-    """What a checkpoint must share with the training that goes on from it."""
+    """What a training must share with the checkpoint that it resumes."""
     images = training_data.images.as_dict() if training_data.data.kind == "images" else {}
     tokenizer = training_data.data.tokenizer and training_data.data.tokenizer.state()
     text = {"tokenizer": tokenizer, "block": training_data.block} if training_data.data.kind == "text" else {}
@@ -186,83 +182,72 @@ def _identity(
     }
 
 
-def _train_all(
-    request: FinetuneRequest,
-    model: Model,
-    training_data: TrainingData,
-    task: Task,
-    checkpoint: CheckpointFile,
-    saved: SavedTraining | None,
-    monitor: TrainingMonitor,
-    say: Callable[[str], None],
-    on_event: Callable[[TrainingEvent], None] | None,
-) -> Finetuned:
-    """All runs; the last has the seed that was asked for, and is the one that is written."""
-    every = request.checkpoint_every
-    monitor.save_seconds, monitor.save_steps, monitor.on_event = every.seconds, every.steps, on_event
-    results: list[dict[str, Any]] = checkpoint.extra.setdefault("runs", [])
-    first, done = len(results), None
-    for k in range(first, request.runs):
-        seed = request.settings.seed + request.runs - 1 - k
-        if request.runs > 1:
-            say(f"run {k + 1} of {request.runs}, seed {seed}")
-            if saved is None:  # else the log has that line
-                monitor.log.write(run=k + 1, seed=seed)
-        if k > first:
-            model = open_model(request.source, request.arch)
-        done = _one_run(request, model, training_data, task, seed, monitor, saved, say)
-        saved = None
-        results.append({"seed": seed, **done[1]})
-    assert done is not None
-    outcome = done[0]
-    training = make_history(request.settings, request.runs, training_data, task, outcome, results)
-    manifest = None
-    if is_main():
-        manifest = write_tuned(model, outcome.weights, training, request.target, request.max_shard_size)
-        checkpoint.remove()
-    return Finetuned(request.target, manifest, training, outcome.rate)
+@dataclass(frozen=True)
+class _Finetuning:
+    """All runs of a training; the last has the requested seed, and its network is written."""
+
+    request: FinetuneRequest
+    training_data: TrainingData
+    task: Task
+    checkpoint: CheckpointFile
+    monitor: TrainingMonitor
+    say: Callable[[str], None]
+
+    def run(self, model: Model) -> Finetuned:
+        """Train as often as requested, and write the last network."""
+        request, monitor = self.request, self.monitor
+        results: list[dict[str, Any]] = self.checkpoint.extra.setdefault("runs", [])
+        first, outcome = len(results), None
+        for k in range(first, request.runs):
+            seed = request.settings.seed + request.runs - 1 - k
+            if request.runs > 1:
+                self.say(f"run {k + 1} of {request.runs}, seed {seed}")
+                if monitor.resume is None:  # a resumed log has this line
+                    monitor.log.write(run=k + 1, seed=seed)
+            if k > first:
+                model = open_model(request.source, request.arch)
+            outcome, scores = self._one_run(model, replace(request.settings, seed=seed))
+            monitor.resume = None
+            results.append({"seed": seed, **scores})
+        assert outcome is not None
+        training = make_history(request.settings, self.training_data, self.task, outcome, results)
+        manifest = None
+        if is_main():
+            manifest = write_tuned(model, outcome.weights, training, request.target, request.max_shard_size)
+            self.checkpoint.remove()
+        return Finetuned(request.target, manifest, training, outcome.rate)
+
+    def _one_run(self, model: Model, settings: Settings) -> tuple[Outcome, dict[str, Any]]:
+        """Train once; the outcome, and the final scores, on test where there is such a split."""
+        accelerator = make_accelerator(self.request.device, settings.precision)
+        self.say(f"{describe(accelerator)}, {settings.precision}")
+        monitored = monitored_split(self.training_data.data)
+        validation = self.training_data.loader(monitored) if monitored else None
+        loader = self.training_data.loader("train")
+        outcome = train(model.network, self.task, loader, settings, validation, self.monitor, accelerator)
+
+        def scored(split: str) -> dict[str, float]:
+            device, batches = accelerator.device, self.training_data.loader(split)
+            evaluation = evaluate(
+                model.network, self.task, batches, settings.batch, device, accelerator=accelerator
+            )
+            return evaluation.rounded()
+
+        if round_to_stored(model) and monitored:
+            self.say("half precision: the final scores are those of the weights as they are stored")
+            outcome = replace(outcome, chosen={**outcome.chosen, **scored(monitored)})
+        scores = {name: value for name, value in outcome.chosen.items() if name not in ("step", "epoch")}
+        if "test" in self.training_data.data.splits and monitored != "test":
+            scores = scored("test")
+            self.monitor.log.write(split="test", step=outcome.steps, **scores)
+        return outcome, scores
 
 
-def _one_run(
-    request: FinetuneRequest,
-    model: Model,
-    training_data: TrainingData,
-    task: Task,
-    seed: int,
-    monitor: TrainingMonitor,
-    saved: SavedTraining | None,
-    say: Callable[[str], None],
-) -> tuple[Outcome, dict[str, Any]]:
-    """Train once; the outcome and the scores that count: on test where there is one."""
-    settings = replace(request.settings, seed=seed)
-    accelerator = make_accelerator(request.device, settings.precision)
-    say(f"{describe(accelerator)}, {settings.precision}")
-    monitored = monitored_split(training_data.data)
-    validation = training_data.loader(monitored) if monitored else None
-    outcome = train(
-        model.network, task, training_data.loader("train"), settings, validation, monitor, accelerator, saved
-    )
-
-    def scored(split: str) -> dict[str, float]:
-        device, loader = accelerator.device, training_data.loader(split)
-        found = evaluate(model.network, task, loader, settings.batch, device, accelerator=accelerator)
-        return found.rounded()
-
-    if round_to_stored(model) and monitored:
-        say("half precision: the final scores are those of the weights as they are stored")
-        outcome = replace(outcome, chosen={**outcome.chosen, **scored(monitored)})
-    scores = {name: value for name, value in outcome.chosen.items() if name not in ("step", "epoch")}
-    if "test" in training_data.data.splits and monitored != "test":
-        scores = scored("test")
-        monitor.log.write(split="test", step=outcome.steps, **scores)
-    return outcome, scores
-
-
-def _tidy(request: FinetuneRequest, checkpoint: CheckpointFile, error: BaseException) -> None:
-    """After a failure: what a resume needs stays, nothing else."""
+def _clean_up(request: FinetuneRequest, checkpoint: CheckpointFile, error: BaseException) -> None:
+    """After a failure, remove what no resume needs."""
     if not is_main() or isinstance(error, Interrupted):
         return
     if isinstance(error, DivergedError) and not request.resume:
-        checkpoint.remove()  # the same would happen again
+        checkpoint.remove()  # a resume would diverge again
     if not checkpoint.path.exists():
         request.log_file.unlink(missing_ok=True)

@@ -1,9 +1,10 @@
-"""Gradient checkpointing: activations are computed again in the backward pass, not kept (Chen et al. 2016).
+"""Gradient checkpointing: activations are recomputed in the backward pass, not stored (Chen et al. 2016).
 
-Kept are the inputs of blocks: the modules of a ModuleList; of a Sequential of n about √n runs of modules;
-where a network has neither, its children. The price is a second forward pass.  Dropout draws the same again.
-What a module counts in its buffers (batch norm's running statistics) it counts once: recomputing works on
-copies.  Networks of transformers do it their own way, which knows of their caches.
+Stored are the inputs of blocks: of the modules of a ModuleList, of about √n runs of modules of a Sequential
+of n, or of the children of a network that has neither.  The price is a second forward pass.  Dropout draws
+the same again.  Buffers that a module updates (running statistics of batch norm) are updated once:
+recomputing works on copies.  Networks of transformers use their own implementation, which knows of their
+caches.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ Undo = Callable[[], None]
 
 
 def enable_gradient_checkpointing(network: nn.Module) -> Undo:
-    """Let ``network`` recompute activations wherever it is trained.
+    """Let ``network`` recompute activations in the backward pass.
 
     Returns:
-        What makes it as it was.
+        A function that disables it again.
 
     Raises:
-        UsageError: it has no parts whose activations could be recomputed.
+        UsageError: the network is a single layer.
     """
     if getattr(network, "supports_gradient_checkpointing", False) and not _has_running_statistics(network):
         own: Any = network
@@ -56,11 +57,11 @@ def enable_gradient_checkpointing(network: nn.Module) -> Undo:
 
 
 def _outermost_lists(module: nn.Module) -> list[nn.Module]:
-    """Every ModuleList, and Sequential that runs as such, of two trained modules or more, none in another."""
+    """Every outermost ModuleList or plain Sequential of at least two trained modules."""
     plain = type(module).forward is nn.Sequential.forward
     if (isinstance(module, nn.ModuleList) or plain) and len(_trained(module)) > 1:
         return [module]
-    return [found for child in module.children() for found in _outermost_lists(child)]
+    return [inner for child in module.children() for inner in _outermost_lists(child)]
 
 
 def _trained(module: nn.Module) -> list[nn.Module]:
@@ -72,7 +73,7 @@ def _has_running_statistics(network: nn.Module) -> bool:
 
 
 def _recomputed(forward: Callable[..., Any], modules: list[nn.Module]) -> Callable[..., Any]:
-    """``forward``, which calls ``modules``, with its activations recomputed."""
+    """Wrap ``forward``, which calls ``modules``, so that its activations are recomputed."""
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _copied_buffers(modules)
@@ -86,10 +87,10 @@ def _recomputed(forward: Callable[..., Any], modules: list[nn.Module]) -> Callab
 
 
 def _in_runs(chain: nn.Sequential) -> Callable[[Tensor], Tensor]:
-    """The forward of a Sequential, one run of modules after another."""
+    """The forward of a Sequential, recomputed in runs of modules."""
 
     def forward(x: Tensor) -> Tensor:
-        modules = list(chain)  # now: FSDP puts its own in their place
+        modules = list(chain)  # read at every call, since FSDP replaces them
         longest = math.ceil(len(modules) / math.ceil(math.sqrt(len(modules))))
         for start in range(0, len(modules), longest):
             part = modules[start : start + longest]
@@ -101,7 +102,7 @@ def _in_runs(chain: nn.Sequential) -> Callable[[Tensor], Tensor]:
 
 @contextmanager
 def _copied_buffers(modules: list[nn.Module]) -> Iterator[None]:
-    """Whatever is written to the buffers in this context is forgotten after it."""
+    """Discard what this context writes to the buffers."""
     owners = [owner for module in modules for owner in module.modules() if owner._buffers]
     kept = [dict(owner._buffers) for owner in owners]
     for owner in owners:

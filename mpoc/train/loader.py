@@ -1,10 +1,8 @@
-"""Which examples each step takes: a pure function of seed and step, so that a resume needs no sampler state.
+"""Read the batches of a split: in which order, preprocessed how, and ahead of time where that helps.
 
-The examples of a step are the same for any number of processes and of parts: they are cut into contiguous
-shares, one a process, and each share into parts.  Texts of about one length go together, so that little is
-padding.
-
-Batches of a split as the network takes them: read, transformed, and ahead of time where that helps.
+Which examples a step takes is a pure function of seed and step, so that a resume needs no sampler state.
+They are the same for any number of processes and of parts: the batch is cut into contiguous shares, one per
+process, and each share into parts.  Texts of similar length go together, so that there is little padding.
 """
 
 from __future__ import annotations
@@ -25,6 +23,7 @@ from mpoc.train.tasks import Task
 
 _WINDOW = 16  # batches among which lengths are sorted
 
+# Preprocesses a batch, and augments it where a generator is given.
 Transform = Callable[[Batch, torch.Generator | None], Batch]
 
 
@@ -33,10 +32,10 @@ class ExampleOrder:
 
     Args:
         examples: of the split.
-        batch: examples a step, over all processes.
-        parts: in which a process computes its share, for gradient accumulation.
+        batch: examples per step, over all processes.
+        parts: number of parts that a process computes its share in (gradient accumulation).
         rank: of this process.
-        processes: in all.
+        processes: their number.
         seed: of the shuffle.
     """
 
@@ -46,14 +45,15 @@ class ExampleOrder:
         self.examples = examples
         self.batch = min(batch, len(examples))
         self.parts, self.rank, self.processes, self.seed = parts, rank, processes, seed
-        # The last, smaller batch of an epoch is taken where every part gets as much as batch norm needs.
+        # The last, smaller batch of an epoch is used where every part gets as many examples as batch norm
+        # needs.
         whole, rest = divmod(len(examples), self.batch)
         least = min(2, self.batch // (parts * processes))
         self.steps_per_epoch = whole + int(rest // (parts * processes) >= max(1, least))
         self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
 
     def steps(self, epochs: float) -> int:
-        """How many steps ``epochs`` passes are; a begun step is taken."""
+        """Number of steps in ``epochs`` passes, rounded up."""
         return math.ceil(epochs * self.steps_per_epoch)
 
     def indices(self, step: int) -> list[Tensor]:
@@ -71,42 +71,39 @@ class ExampleOrder:
         return [cut(share, part, self.parts) for part in range(self.parts)]
 
     def _begin_epoch(self, epoch: int) -> None:
-        """Examples that are drawn anew each epoch (windows of a text) are so now."""
+        """Redraw examples that differ by epoch: the random blocks of a text."""
         if isinstance(self.examples, TokenStream):
             self.examples.set_epoch(epoch)
 
 
 def by_length(order: Tensor, lengths: Tensor, batch: int, generator: torch.Generator) -> Tensor:
-    """Within each window of ``order``, examples of about one length in a batch, batches in random order.
+    """Sort each window of ``order`` into batches of similar length, in random order.
 
     Args:
-        order: (n,) examples.
-        lengths: by example.
-        batch: examples of a batch; what is left over at the end stays there.
+        order: (n,) indices of examples.
+        lengths: of all examples.
+        batch: examples per batch; the remainder of a window stays at its end.
         generator: draws the order of the batches.
     """
-    found = []
+    pieces = []
     for window in order.split(_WINDOW * batch):
         count = len(window) // batch
         whole, rest = window[: count * batch], window[count * batch :]
         alike = whole[lengths[whole].argsort(stable=True)].view(count, batch)
-        found += [alike[torch.randperm(count, generator=generator)].flatten(), rest]
-    return torch.cat(found)
+        pieces += [alike[torch.randperm(count, generator=generator)].flatten(), rest]
+    return torch.cat(pieces)
 
 
 def cut(indices: Tensor, k: int, pieces: int) -> Tensor:
-    """Piece ``k`` of ``pieces`` contiguous ones, as equal as can be."""
+    """Piece ``k`` of ``pieces`` contiguous pieces of nearly equal size."""
     if pieces == 1:
         return indices
     count = len(indices)
     return indices[k * count // pieces : (k + 1) * count // pieces]
 
 
-"""Normalises a batch, and augments it where a generator is given."""
-
-
 def plain(batch: Batch, generator: torch.Generator | None = None) -> Batch:
-    """No transform but float32 for ``x`` that are pixels or of another floating dtype."""
+    """Convert ``x`` to float32 where it is pixels or of another floating dtype."""
     x = batch.get("x")
     if x is None or x.dtype not in (torch.uint8, torch.float64, torch.float16, torch.bfloat16):
         return batch
@@ -115,7 +112,7 @@ def plain(batch: Batch, generator: torch.Generator | None = None) -> Batch:
 
 @dataclass(frozen=True)
 class BatchLoader:
-    """A split, and what becomes of its batches."""
+    """A split whose batches are preprocessed."""
 
     examples: Examples
     transform: Transform = plain
@@ -129,9 +126,9 @@ class BatchLoader:
 
 
 class BatchReader:
-    """The batches of one process, step by step; on an accelerator each is read during the step before.
+    """Reads the batches of one process step by step; on an accelerator each during the step before.
 
-    What is drawn for a batch (augmentation, masks) is a function of seed, step and process.
+    Random draws for a batch (augmentation, masks) are a function of seed, step and process.
     """
 
     def __init__(self, loader: BatchLoader, order: ExampleOrder, task: Task, ahead: bool) -> None:

@@ -1,9 +1,8 @@
-"""The losses of steps that nobody has looked at yet: looking makes a GPU wait.
+"""The training loop, on accelerate: one process or many, any device, exact to resume.
 
-The training loop, on accelerate: one process or many, any device, exact to resume.
-
-A step takes the same examples for any number of processes and parts, and its gradient is that of the mean
-loss over all of them: sums are divided by the count over everything, not averaged share by share.
+A step takes the same examples for any number of processes and of parts of a batch, and its gradient is that
+of the mean loss over all of them: sums are divided by the count over everything, not averaged share by share.
+Losses stay on the device for a while, since reading one makes a GPU wait.
 """
 
 from __future__ import annotations
@@ -44,16 +43,16 @@ from mpoc.train.training_checkpoint import (
     whole_weights,
 )
 
-_TELL_EVERY = 0.5  # seconds; looking at the loss makes a GPU wait
-_MOST_UNSEEN = 500  # steps between two looks at the loss
+_REPORT_EVERY = 0.5  # seconds between two readings of the loss
+_MOST_UNREAD = 500  # steps between two readings of the loss
 
 
 class DivergedError(MpocError):
-    """The loss is not finite."""
+    """The loss became infinite or NaN."""
 
 
 class Losses:
-    """Of one step after another."""
+    """The losses of the steps since the last reading."""
 
     def __init__(self) -> None:
         self._sums: list[Tensor] = []  # of this process
@@ -63,20 +62,20 @@ class Losses:
         return len(self._sums)
 
     def add(self, summed: Tensor, count: int) -> None:
-        """Those of one step: this process's sum (scalar), and how many all processes have together."""
+        """Add a step: the sum over this process's examples (scalar), and the count over all processes."""
         self._sums.append(summed)
         self._counts.append(count)
 
     def take(self, accelerator: Any, step: int, lr: Callable[[int], float]) -> list[float]:
-        """The mean loss of each step, and forget them.
+        """Return the mean loss of each step, and start over.
 
         Args:
             accelerator: of :func:`mpoc.train.engine.make_accelerator`.
-            step: how many steps are done.
+            step: number of finished steps.
             lr: the learning rate of a step, counted from 0.
 
         Raises:
-            DivergedError: one is not finite: with its step, learning rate and a hint.
+            DivergedError: a loss is not finite; names its step and learning rate.
         """
         sums = torch.stack(self._sums)
         if accelerator.num_processes > 1:
@@ -84,9 +83,9 @@ class Losses:
         means = [summed / count for summed, count in zip(sums.tolist(), self._counts, strict=True)]
         for k, loss in enumerate(means, start=step - len(means)):
             if not math.isfinite(loss):
-                what = "nan" if math.isnan(loss) else "infinite"
+                value = "nan" if math.isnan(loss) else "infinite"
                 raise DivergedError(
-                    f"the loss is {what} at step {k + 1} (learning rate {lr(k):.3g})",
+                    f"the loss is {value} at step {k + 1} (learning rate {lr(k):.3g})",
                     "a smaller --lr, --warmup 0.1, or --clip 1",
                 )
         self._sums, self._counts = [], []
@@ -101,35 +100,33 @@ def train(
     validation: BatchLoader | None = None,
     monitor: TrainingMonitor | None = None,
     accelerator: Any = None,
-    resume: SavedTraining | None = None,
 ) -> Outcome:
     """Train ``network`` in place.
 
     Args:
         network: dense or compressed, in float32; moved to the accelerator's device.
-        task: loss and measures.
+        task: gives the loss and the scores.
         loader: the training split.
         settings: how.
-        validation: scored before step 1 and at intervals; None: the training loss alone is known.
-        monitor: who looks on.
+        validation: scored before step 1 and at intervals; None: only the training loss is recorded.
+        monitor: log, checkpoints and callback, and the checkpoint to resume from.
         accelerator: of :func:`make_accelerator`; None: the default device, this process alone.
-        resume: a checkpoint of the same training.
 
     Raises:
         UsageError: settings out of range, or data and network do not fit.
-        DivergedError: the loss is not finite: with its step, learning rate and a hint.
-        Interrupted: Ctrl-C or SIGTERM, after everything is saved.
+        DivergedError: the loss is not finite.
+        Interrupted: Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
     settings.check()
     accelerator = accelerator or make_accelerator("auto", settings.precision)
     trainer = _Trainer(network, task, loader, settings, validation, monitor or TrainingMonitor(), accelerator)
     try:
         with warnings.catch_warnings():
-            # Of the gradients of cores with sizes of 1, whose strides there mean nothing.
+            # Gradients of cores with sizes of 1, whose strides have no meaning.
             warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
-            # Of FSDP, where outputs are views; nothing here writes to outputs.
+            # FSDP warns where outputs are views; nothing here writes to outputs.
             warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-            return trainer.run(resume)
+            return trainer.run()
     finally:
         trainer.close()
 
@@ -168,24 +165,24 @@ class _Trainer:
         )
         self.mixed = accelerator.autocast if settings.precision != "fp32" else nullcontext
         self.progress, self.best = TrainingProgress(), dict[str, Tensor]()
-        self.losses = Losses()  # since the last look
-        self.busy, self.begun = 0.0, 0  # seconds of training, and the step they are counted from
-        self.looked = self.saved = time.monotonic()
-        self.now = math.nan  # last mean loss
+        self.losses = Losses()
+        self.busy, self.begun = 0.0, 0  # seconds of training since step ``begun``
+        self.read_at = self.saved_at = time.monotonic()
+        self.loss = math.nan  # mean of the last reading
 
-    def run(self, resume: SavedTraining | None) -> Outcome:
-        if resume is not None:
-            self._restore(resume)
+    def run(self) -> Outcome:
+        if self.monitor.resume is not None:
+            self._restore(self.monitor.resume)
         self.begun = self.progress.step
         with StopSignals() as signals:
             if not self.progress.evaluations:
                 self._evaluate()
-            while self.progress.step < self.steps and not self._is_enough():
+            while self.progress.step < self.steps and not self._out_of_patience():
                 self._step(signals)
                 if self.progress.step % self.eval_every == 0 or self.progress.step == self.steps:
-                    self._look()
+                    self._read_losses()
                     self._evaluate()
-        self._look()
+        self._read_losses()
         chosen = self.progress.evaluations[-1]
         if self.settings.keeps_best and self.progress.best is not None:
             set_weights(self.accelerator, self.model, self.best)
@@ -194,22 +191,22 @@ class _Trainer:
         return Outcome(weights, self.progress.evaluations, chosen, self.progress.step, self._rate())
 
     def close(self) -> None:
-        """Stop reading ahead, and leave the network as it was handed over."""
+        """Stop reading ahead, and undo what was done to the network's modules."""
         self.reader.close()
         self.undo()
 
-    def _is_enough(self) -> bool:
+    def _out_of_patience(self) -> bool:
         patience = self.settings.patience
         return patience is not None and self.progress.waiting >= patience
 
     def _step(self, signals: StopSignals) -> None:
-        """One step, and before it what is due: a look at the loss, a checkpoint, an end."""
+        """One step; before it a reading of the loss, a checkpoint or an interruption, where due."""
         step, begin = self.progress.step, time.perf_counter()
         parts = self.reader.take(step)
         self.busy += time.perf_counter() - begin
-        count, look, save, stop = self._agree(sum(map(self.task.count, parts)), signals.received)
-        if look:
-            self._look()
+        count, read, save, stop = self._agree(sum(map(self.task.count, parts)), signals.received)
+        if read:
+            self._read_losses()
         if save or stop:
             self._save()
         if stop:
@@ -234,39 +231,40 @@ class _Trainer:
         self.busy += time.perf_counter() - begin
 
     def _agree(self, count: int, signum: int) -> tuple[int, bool, bool, int]:
-        """The count over all processes, and what all do before this step, by the main one's clock."""
+        """The count over all processes, and what all do before this step, decided by the main process."""
         now, monitor, step = time.monotonic(), self.monitor, self.progress.step
-        look = now - self.looked > _TELL_EVERY or len(self.losses) >= _MOST_UNSEEN
-        save = now - self.saved > monitor.save_seconds and step > self.begun
+        read = now - self.read_at > _REPORT_EVERY or len(self.losses) >= _MOST_UNREAD
+        save = now - self.saved_at > monitor.save_seconds and step > self.begun
         save = save or (
             monitor.save_steps is not None and step > self.begun and step % monitor.save_steps == 0
         )
         if self.world == 1:
-            return count, look, save, signum
+            return count, read, save, signum
         main = self.accelerator.is_main_process
-        said = torch.tensor([count, main and look, main and save, signum], device=self.device)
-        said = self.accelerator.gather(said[None])
-        return int(said[:, 0].sum()), bool(said[:, 1].any()), bool(said[:, 2].any()), int(said[:, 3].max())
+        own = torch.tensor([count, main and read, main and save, signum], device=self.device)
+        of_all = self.accelerator.gather(own[None])  # (processes, 4)
+        counts, reads, saves, signums = of_all.unbind(1)
+        return int(counts.sum()), bool(reads.any()), bool(saves.any()), int(signums.max())
 
     def _lr(self, step: int) -> float:
         return learning_rate(self.settings, step, self.steps, self.order.steps_per_epoch)
 
-    def _look(self) -> None:
-        """Look at the losses since the last time, log and tell.
+    def _read_losses(self) -> None:
+        """Read the losses since the last time, log them and report.
 
         Raises:
-            DivergedError: one is not finite.
+            DivergedError: a loss is not finite.
         """
-        self.looked = time.monotonic()
+        self.read_at = time.monotonic()
         if not self.losses:
             return
         begin = time.perf_counter()
         means = self.losses.take(self.accelerator, self.progress.step, self._lr)
-        self.busy += time.perf_counter() - begin  # a GPU was waited for
+        self.busy += time.perf_counter() - begin  # includes the wait for a GPU
         for loss in means:
             self.progress.loss_sum += loss
         self.progress.loss_steps += len(means)
-        self.now = sum(means) / len(means)
+        self.loss = sum(means) / len(means)
         event = self._event()
         if self.accelerator.is_main_process:
             self.monitor.log.write(
@@ -276,11 +274,11 @@ class _Trainer:
         self._notify(event)
 
     def _evaluate(self) -> None:
-        """Score the validation split, keep the best."""
+        """Score the validation split, and keep the best weights."""
         progress = self.progress
-        found: Evaluation | None = None
+        evaluation: Evaluation | None = None
         if self.validation is not None:
-            found = evaluate(
+            evaluation = evaluate(
                 self.model, self.task, self.validation, self._eval_batch(), self.device, self.call,
                 self.accelerator,
             )  # fmt: skip
@@ -288,14 +286,14 @@ class _Trainer:
         if progress.loss_steps:
             record["train_loss"] = rounded(progress.loss_sum / progress.loss_steps)
             progress.loss_sum, progress.loss_steps = 0.0, 0
-        if found is not None:
-            record |= found.rounded()
-            self._compare(found.scores)
+        if evaluation is not None:
+            record |= evaluation.rounded()
+            self._compare(evaluation.scores)
         progress.evaluations.append(record)
         if self.accelerator.is_main_process:
-            self.monitor.log.write(split="validation" if found else "train", **record)
-        self._notify(self._event(found.scores if found else {}))
-        self.looked = time.monotonic()
+            self.monitor.log.write(split=self.monitor.split if evaluation else "train", **record)
+        self._notify(self._event(evaluation.scores if evaluation else {}))
+        self.read_at = time.monotonic()
 
     def _compare(self, scores: Scores) -> None:
         progress = self.progress
@@ -314,32 +312,31 @@ class _Trainer:
         return self.progress.step / self.order.steps_per_epoch
 
     def _rate(self) -> float:
-        done = self.progress.step - self.begun
-        return done * self.order.batch / self.busy if self.busy else 0.0
+        steps = self.progress.step - self.begun
+        return steps * self.order.batch / self.busy if self.busy else 0.0
 
     def _event(self, scores: Scores | None = None) -> TrainingEvent:
         step = self.progress.step
-        done = max(1, step - self.begun)
-        left = (self.steps - step) * self.busy / done
+        left = (self.steps - step) * self.busy / max(1, step - self.begun)
         lr = self._lr(max(0, step - 1))
-        return TrainingEvent(step, self.steps, self._epoch(), self.now, lr, self._rate(), left, scores)
+        return TrainingEvent(step, self.steps, self._epoch(), self.loss, lr, self._rate(), left, scores)
 
     def _notify(self, event: TrainingEvent) -> None:
         if self.monitor.on_event is not None and self.accelerator.is_main_process:
             self.monitor.on_event(event)
 
     def _save(self) -> None:
-        """A checkpoint of this moment, by the main process."""
+        """Save a checkpoint; the main process writes it."""
         checkpoint = self.monitor.checkpoint
         if checkpoint is None:
             return
-        self._look()
+        self._read_losses()
         tensors = gather(self.accelerator, self.model, self.optimizer)
         scaler = self.accelerator.scaler
         if self.accelerator.is_main_process:
             checkpoint.extra["log"] = self.monitor.log.position
             checkpoint.save(self.progress, tensors, self.best, scaler.state_dict() if scaler else {})
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
     def _restore(self, saved: SavedTraining) -> None:
         scatter(self.accelerator, self.model, self.optimizer, saved.tensors)

@@ -1,6 +1,7 @@
-"""The training log: one JSON object a line. A resumed training goes on where its checkpoint was.
+"""What is recorded and reported of a training: the log, events while it runs, and its outcome.
 
-What is told of a training while it runs and when it is done, and to whom.
+The log has one JSON object per line.  A resumed training continues it at the position that its checkpoint
+noted.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from typing import Any
 from torch import Tensor
 
 from mpoc.train.tasks import Scores
-from mpoc.train.training_checkpoint import CheckpointFile
+from mpoc.train.training_checkpoint import CheckpointFile, SavedTraining
 
 
 class TrainingLog:
-    """Appends lines to a file.
+    """Appends JSON lines to a file.
 
     Args:
         path: of the file; None writes nothing.
-        position: bytes to keep of what is there, as a checkpoint noted them; 0 starts anew.
+        position: bytes of the existing file to keep, as a checkpoint noted them; 0 starts a new log.
     """
 
     def __init__(self, path: Path | None, position: int = 0) -> None:
@@ -36,17 +37,17 @@ class TrainingLog:
             self._file.seek(0, os.SEEK_END)
 
     def write(self, **values: Any) -> None:
-        """One line, with the file at once.
+        """Write one line, unbuffered.
 
         Raises:
-            OSError: of writing, with the file's name.
+            OSError: writing failed; the error names the file.
         """
         if self._file is None:
             return
         line = (json.dumps(values, ensure_ascii=False) + "\n").encode()
         try:
             while line:
-                line = line[self._file.write(line) :]  # less than all where a disk is nearly full
+                line = line[self._file.write(line) :]  # a nearly full disk takes a part
         except OSError as error:
             error.filename = str(self._path)
             raise
@@ -57,47 +58,49 @@ class TrainingLog:
         return self._file.tell() if self._file is not None else 0
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         if self._file is not None:
             self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All lines of a log."""
+    """The objects of all lines of a log."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 @dataclass(frozen=True)
 class TrainingEvent:
-    """What is known while training runs."""
+    """The state of a training at one moment."""
 
     step: int
     steps: int
     epoch: float
-    loss: float  # mean of the steps since the last time
+    loss: float  # mean over the steps since the last event
     lr: float
-    rate: float  # examples a second
+    rate: float  # examples per second
     seconds_left: float
-    scores: Scores | None = None  # right after an evaluation
+    scores: Scores | None = None  # of an evaluation that has just been made
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A training that is done; the network has ``weights``, unless it is sharded over processes."""
+    """A finished training; the network has ``weights``, unless it is sharded over processes."""
 
     weights: dict[str, Tensor]
     evaluations: list[dict[str, Any]]  # step, epoch, train_loss and scores; the first before any step
     chosen: dict[str, Any]  # the evaluation of ``weights``
     steps: int
-    rate: float  # examples a second, evaluations not counted
+    rate: float  # examples per second, evaluations not counted
 
 
 @dataclass
 class TrainingMonitor:
-    """Who looks on: a log, a checkpoint file, a callback."""
+    """Log, checkpoints and callback of a training, and the checkpoint that it resumes."""
 
     log: TrainingLog = field(default_factory=lambda: TrainingLog(None))
     checkpoint: CheckpointFile | None = None
     save_seconds: float = math.inf  # between checkpoints
     save_steps: int | None = None
     on_event: Callable[[TrainingEvent], None] | None = None
+    split: str = "validation"  # name of the split that is scored, for the log
+    resume: SavedTraining | None = None  # continue from this checkpoint

@@ -1,6 +1,7 @@
-"""What a trained network's file says of its training: plain data, which ``mpoc eval`` reads again.
+"""Write a trained network as a file of the same kind: same names, same stored dtypes.
 
-A trained network as a file like the one it came from: same names, same stored dtypes, honest figures.
+The file records its training as plain data, from which ``mpoc eval`` restores preprocessing, tokenizer and
+classes.  Errors against the original weights no longer hold and are dropped.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mpoc.train.training_data import TrainingData, monitored_split
 
 
 def data_record(training_data: TrainingData) -> dict[str, Any]:
-    """Which data: the same in a training that goes on."""
+    """Identifies the data set, in the history and when a training resumes."""
     data = training_data.data
     held_out = {"held_out": training_data.held_out} if training_data.held_out else {}
     return {
@@ -43,23 +44,21 @@ def data_record(training_data: TrainingData) -> dict[str, Any]:
 
 def make_history(
     settings: Settings,
-    runs: int,
     training_data: TrainingData,
     task: Task,
     outcome: Outcome,
     results: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What the manifest keeps: no times, so that the same training gives the same bytes.
+    """The training history that the file stores; without times, so that equal trainings give equal bytes.
 
     Args:
         settings: of the training.
-        runs: how often it was run.
-        training_data: the data.
-        task: what was learnt.
+        training_data: the data set.
+        task: what was trained.
         outcome: of the run that is written.
-        results: the scores of every run, with its ``seed``; the last is that of ``outcome``.
+        results: scores of every run, with its ``seed``; the last is that of ``outcome``.
     """
-    monitored = monitored_split(training_data.data)
+    data, monitored = training_data.data, monitored_split(training_data.data)
     history: dict[str, Any] = {
         "data": data_record(training_data),
         "task": task.name,
@@ -71,32 +70,35 @@ def make_history(
     }
     if monitored:
         history |= {"start": outcome.evaluations[0], "final": outcome.chosen}
-    if "test" in training_data.data.splits and monitored != "test":
+    if "test" in data.splits and monitored != "test":
         history["test"] = {name: value for name, value in results[-1].items() if name != "seed"}
-    if training_data.data.kind == "images":
+    if data.kind == "images":
         history["images"] = training_data.images.as_dict()
     if training_data.classes and task.name == "classification":
         history["classes"] = training_data.classes
-    if training_data.data.tokenizer is not None:
-        history["tokenizer"] = training_data.data.tokenizer.state()
-    if runs > 1:
-        name = task.metric if task.metric in results[0] else "train_loss"
-        values = [result[name] for result in results]
-        mean, sigma = statistics.fmean(values), statistics.stdev(values)  # Eqs. (10) and (11)
-        history |= {"runs": results, "mean": rounded(mean), "sigma": rounded(sigma)}
-    return history
+    if data.tokenizer is not None:
+        history["tokenizer"] = data.tokenizer.state()
+    return history | (_statistics(task, results) if len(results) > 1 else {})
+
+
+def _statistics(task: Task, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """All results, with mean and standard deviation of the metric, Eqs. (10) and (11) of Gao et al. 2020."""
+    name = task.metric if task.metric in results[0] else "train_loss"
+    values = [result[name] for result in results]
+    mean, sigma = statistics.fmean(values), statistics.stdev(values)
+    return {"runs": results, "mean": rounded(mean), "sigma": rounded(sigma)}
 
 
 def write_tuned(
     model: Model, weights: dict[str, Tensor], training: dict[str, Any], output: Path, max_shard_size: int
 ) -> Manifest | None:
-    """Write ``weights`` in the place of those of ``model``'s file.
+    """Write the file of ``model`` with other weights.
 
     Args:
         model: that was trained.
-        weights: by the network's names.
-        training: what the file keeps of it, before what it says of trainings before.
-        output: a file, or a directory where the model's is one; appears whole or not at all.
+        weights: trained tensors by their names in the network.
+        training: the training history; that of ``model`` is appended as ``earlier``.
+        output: a directory where the source is one, else a file; appears complete or not at all.
         max_shard_size: in bytes; directories only.
 
     Returns:
@@ -114,7 +116,7 @@ def write_tuned(
         hub_directory.copy_other_files(model.path, target, model.stored.weight_files)
         hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
         if manifest is not None:
-            hub_directory.unmark(target)  # of the model card: what was said of the cores before
+            hub_directory.unmark(target)  # the model card describes the cores before the training
             hub_directory.mark_compressed(target, manifest)
         else:
             write_history(target, history)
@@ -123,11 +125,11 @@ def write_tuned(
 
 @torch.no_grad()
 def round_to_stored(model: Model) -> bool:
-    """Give the network the values that its file can hold; whether any of its tensors is stored narrower."""
+    """Round the network to the dtypes of its file; whether any tensor is stored narrower than it is."""
     tensors = {**dict(model.network.named_parameters()), **dict(model.network.named_buffers())}
     narrowed = False
-    for name, place in model.places.items():
-        info, tensor = model.stored.infos.get(name), tensors.get(place)
+    for name, parameter in model.places.items():
+        info, tensor = model.stored.infos.get(name), tensors.get(parameter)
         if info is not None and tensor is not None and ITEMSIZE[info.dtype] < tensor.dtype.itemsize:
             tensor.copy_(tensor.to(getattr(torch, info.dtype)))
             narrowed = True
@@ -140,28 +142,29 @@ def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:
     infos = list(stored.infos.values())
     if model.manifest is None:
         infos += [replace(stored.infos[first], name=alias) for alias, first in stored.tied.items()]
-    trained = {place for place, _ in model.network.named_parameters(remove_duplicate=False)}
+    trained = {name for name, _ in model.network.named_parameters(remove_duplicate=False)}
     return [_entry(model, info, weights, trained) for info in infos]
 
 
 def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor], trained: set[str]) -> Entry:
-    place = model.places.get(info.name)
-    if place is None or place not in weights:
+    name = model.places.get(info.name)
+    if name is None or name not in weights:
         source = model.stored.tied.get(info.name, info.name)
         return Entry(info, lambda: model.stored.read(source))
 
     def read() -> Tensor:
-        found = weights[place].detach().to("cpu", getattr(torch, info.dtype))
-        if place in trained and not bool(torch.isfinite(found).all()):
-            said = f"{model.path}: tensor {info.name!r} is not finite any more after the training"
-            raise MpocError(said, "a smaller --lr")
-        return found
+        tensor = weights[name].detach().to("cpu", getattr(torch, info.dtype))
+        if name in trained and not bool(torch.isfinite(tensor).all()):
+            raise MpocError(
+                f"{model.path}: tensor {info.name!r} is not finite after the training", "a smaller --lr"
+            )
+        return tensor
 
     return Entry(info, read)
 
 
 def tuned_manifest(manifest: Manifest, entries: list[Entry], history: dict[str, Any]) -> Manifest:
-    """The manifest with this history; errors against the original weights are known no more."""
+    """The manifest with this history, without errors against the original weights."""
     tensors = {entry.info.name: entry for entry in entries}
     layers = tuple(
         layer

@@ -1,4 +1,4 @@
-"""Which task: as asked, else what data and network are made for."""
+"""Infer the task from the data and the network, or check the one that was asked for."""
 
 from __future__ import annotations
 

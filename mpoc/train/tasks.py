@@ -1,6 +1,6 @@
-"""What is learnt: a loss, what it is a mean over, and the measures that are reported.
+"""Tasks: a loss, the number of terms in it, and the scores that are reported.
 
-A task gives *sums* over a batch, so that a mean over parts, processes or a whole split is exact whatever the
+A task gives *sums* over a batch, so that a mean over parts, processes or a whole split is exact, whatever the
 sizes of the batches.
 """
 
@@ -20,29 +20,29 @@ from mpoc.models.call import Batch, first_output
 
 Sums = dict[str, Tensor]  # scalars
 Scores = dict[str, float]
-IGNORED = -100  # the label of a token that is not predicted
+IGNORED = -100  # label of a token without prediction
 
 
 class Task(ABC):
-    """One way to train; ``metric`` is the score that chooses the best weights."""
+    """A loss and its scores; ``metric`` is the score that chooses the best weights."""
 
     name: str
     metric: str
     higher_is_better: bool
-    hidden = False  # whether the network is asked for its hidden states
-    teacher: nn.Module | None = None  # must be where the network is
+    hidden = False  # whether the network must return its hidden states
+    teacher: nn.Module | None = None  # on the device of the network
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """What is drawn anew for each batch, on the CPU; most tasks draw nothing."""
+        """Draw what differs by batch, on the CPU; most tasks draw nothing."""
         return batch
 
     def prepare_each(self, batch: Batch, seeds: list[int]) -> Batch:
-        """The same, drawn for each example from its own seed: it depends on no other of the batch."""
+        """Draw for each example from its own seed, whatever the other examples of the batch."""
         return batch
 
     @abstractmethod
     def count(self, batch: Batch) -> int:
-        """How many terms the loss of this batch is a sum of."""
+        """Number of terms in the sum of the losses."""
 
     @abstractmethod
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
@@ -50,22 +50,22 @@ class Task(ABC):
 
     @abstractmethod
     def sums(self, outputs: Any, batch: Batch) -> Sums:
-        """What :meth:`scores` needs of a batch, as sums; ``loss`` is one."""
+        """The sums over a batch that :meth:`scores` needs; ``loss`` is one."""
 
     @abstractmethod
     def scores(self, sums: Scores, count: int) -> Scores:
-        """Measures of a whole split, from the sums over it and the sum of the counts."""
+        """Scores of a whole split, from its sums and its count."""
 
     @abstractmethod
     def check(self, outputs: Any, batch: Batch) -> None:
-        """Compare what a network gives with what the data ask for.
+        """Check that the outputs of a network fit the data.
 
         Raises:
-            UsageError: they do not fit.
+            UsageError: they do not.
         """
 
     def better(self, scores: Scores, best: Scores | None) -> bool:
-        """Whether ``scores`` beat the best so far."""
+        """Whether ``scores`` are better than the best so far."""
         if best is None:
             return not math.isnan(scores[self.metric])
         gain = scores[self.metric] - best[self.metric]
@@ -76,8 +76,8 @@ class Classification(Task):
     """Cross entropy over classes, the first term of Eq. (7), Gao et al. 2020.
 
     Args:
-        classes: how many the data have.
-        check_labels: given how many the network scores, raises where labels are out of range.
+        classes: number of classes of the data.
+        check_labels: called with the number of classes of the network; raises where labels are out of range.
     """
 
     name, metric, higher_is_better = "classification", "accuracy", True
@@ -86,7 +86,7 @@ class Classification(Task):
         self.classes, self._check_labels = classes, check_labels
 
     def count(self, batch: Batch) -> int:
-        """Examples."""
+        """Number of examples."""
         return len(batch["y"])
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
@@ -94,7 +94,7 @@ class Classification(Task):
         return F.cross_entropy(first_output(outputs), batch["y"], reduction="sum")
 
     def sums(self, outputs: Any, batch: Batch) -> Sums:
-        """The loss, and how many largest logits are at their label."""
+        """The loss, and the number of right answers."""
         right = first_output(outputs).argmax(-1) == batch["y"]
         return {"loss": self.loss(outputs, batch), "right": right.sum()}
 
@@ -103,13 +103,13 @@ class Classification(Task):
         return {"loss": sums["loss"] / count, "accuracy": 100 * sums["right"] / count}
 
     def check(self, outputs: Any, batch: Batch) -> None:
-        """Logits must be (n, classes) with at least the data's classes."""
+        """Check that logits are (n, classes), with at least the classes of the data."""
         shape = tuple(first_output(outputs).shape)
         if len(shape) != 2:
-            raise UsageError(f"the network gives outputs of shape {shape}, which are no scores of classes")
+            raise UsageError(f"the network gives outputs of shape {shape}, not (n, classes)")
         self._check_labels(shape[1])
         if shape[1] < self.classes:
-            raise UsageError(f"the data have {self.classes} classes, the network scores {shape[1]}")
+            raise UsageError(f"the data have {self.classes} classes, but the network {shape[1]}")
 
 
 class Regression(Task):
@@ -118,7 +118,7 @@ class Regression(Task):
     name, metric, higher_is_better = "regression", "loss", False
 
     def count(self, batch: Batch) -> int:
-        """Entries."""
+        """Number of entries of the targets."""
         return batch["y"].numel()
 
     def loss(self, outputs: Any, batch: Batch) -> Tensor:
@@ -132,21 +132,23 @@ class Regression(Task):
         return {"loss": self.loss(outputs, batch), "y": y.sum(), "y2": y.square().sum()}
 
     def scores(self, sums: Scores, count: int) -> Scores:
-        """Mean squared error, its root, and R² (share of the variance explained, all entries together)."""
+        """Mean squared error, its root, and R² (share of the variance of all entries that is explained)."""
         loss = sums["loss"] / count
         variance = sums["y2"] / count - (sums["y"] / count) ** 2
         r2 = 1 - loss / variance if variance > 0 else math.nan
         return {"loss": loss, "rmse": math.sqrt(loss), "r2": r2}
 
     def check(self, outputs: Any, batch: Batch) -> None:
-        """As many numbers an example as the targets have."""
-        found, wanted = first_output(outputs)[0].numel(), batch["y"][0].numel()
-        if found != wanted:
-            raise UsageError(f"the data have {wanted} targets an example, the network gives {found} numbers")
+        """Check that the network gives as many numbers per example as there are targets."""
+        outputs_each, targets_each = first_output(outputs)[0].numel(), batch["y"][0].numel()
+        if outputs_each != targets_each:
+            raise UsageError(
+                f"the data have {targets_each} targets per example, the network gives {outputs_each}"
+            )
 
 
 class _Tokens(Task):
-    """Cross entropy over tokens; subclasses say which output predicts which token."""
+    """Cross entropy over tokens; subclasses define which output predicts which token."""
 
     metric, higher_is_better = "loss", False
 
@@ -160,31 +162,31 @@ class _Tokens(Task):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     def sums(self, outputs: Any, batch: Batch) -> Sums:
-        """The loss, and how many tokens are the most likely one."""
+        """The loss, and the number of tokens with the largest logit."""
         logits, labels = self._predicted(outputs, batch)
         right = (logits.argmax(-1) == labels).sum()
         return {"loss": self.loss(outputs, batch), "right": right}
 
     def scores(self, sums: Scores, count: int) -> Scores:
-        """Mean loss a token (nats), perplexity, and token accuracy (per cent)."""
+        """Mean loss per token (nats), perplexity, and token accuracy (per cent)."""
         loss = sums["loss"] / count
         perplexity = math.exp(loss) if loss < 700 else math.inf
         return {"loss": loss, "perplexity": perplexity, "accuracy": 100 * sums["right"] / count}
 
     def check(self, outputs: Any, batch: Batch) -> None:
-        """Logits must be (n, T, vocabulary)."""
+        """Check that logits are (n, T, vocabulary)."""
         shape, ids = tuple(first_output(outputs).shape), batch["input_ids"]
         if len(shape) != 3 or shape[:2] != tuple(ids.shape):
-            raise UsageError(f"the network gives outputs of shape {shape}, which are no scores of tokens")
+            raise UsageError(f"the network gives outputs of shape {shape}, not (n, tokens, vocabulary)")
 
 
 class CausalLM(_Tokens):
-    """Each token is predicted from those before it."""
+    """Predict each token from those before it."""
 
     name = "causal-lm"
 
     def count(self, batch: Batch) -> int:
-        """Tokens that have one before them and are no padding."""
+        """Number of tokens after the first, without padding."""
         mask = batch.get("attention_mask")
         following = batch["input_ids"][:, 1:]
         return following.numel() if mask is None else int(mask[:, 1:].sum())
@@ -197,15 +199,15 @@ class CausalLM(_Tokens):
 
 
 class MaskedLM(_Tokens):
-    """Of 15 % of the tokens 80 % are masked, 10 % replaced by any, 10 % kept; all of them are predicted.
+    """Predict 15 % of the tokens; of these 80 % are masked, 10 % replaced by random ones, 10 % kept.
 
     Source: Devlin et al. 2019 (BERT), section 3.1.
 
     Args:
-        mask_id: of the mask token.
+        mask_id: id of the mask token.
         vocabulary: number of tokens.
-        special: ids that are never chosen ([CLS], [SEP], …).
-        share: of the tokens that are chosen.
+        special: ids that are never predicted ([CLS], [SEP], …).
+        share: of the tokens that are predicted.
     """
 
     name = "masked-lm"
@@ -215,7 +217,7 @@ class MaskedLM(_Tokens):
         self._special = torch.tensor(special, dtype=torch.int64)
 
     def prepare(self, batch: Batch, generator: torch.Generator) -> Batch:
-        """Choose and mask; ``labels`` holds the chosen tokens as they were. At least one is chosen."""
+        """Choose and mask tokens, at least one; ``labels`` holds the original ids of those chosen."""
         ids = batch["input_ids"]
         mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
         allowed = mask & ~torch.isin(ids, self._special)
@@ -231,18 +233,18 @@ class MaskedLM(_Tokens):
         return {**batch, "input_ids": shown, "labels": labels}
 
     def prepare_each(self, batch: Batch, seeds: list[int]) -> Batch:
-        """Each example is masked as if it were alone, without its padding."""
+        """Mask each example as if it were alone, without its padding."""
         ids = batch["input_ids"]
         shown, labels = ids.clone(), torch.full_like(ids, IGNORED)
         mask = batch.get("attention_mask", torch.ones_like(ids))
         for row, (seed, length) in enumerate(zip(seeds, mask.sum(1).tolist(), strict=True)):
-            one = {"input_ids": ids[row : row + 1, :length]}
-            drawn = self.prepare(one, torch.Generator().manual_seed(seed))
+            alone = {"input_ids": ids[row : row + 1, :length]}
+            drawn = self.prepare(alone, torch.Generator().manual_seed(seed))
             shown[row, :length], labels[row, :length] = drawn["input_ids"][0], drawn["labels"][0]
         return {**batch, "input_ids": shown, "labels": labels}
 
     def count(self, batch: Batch) -> int:
-        """Chosen tokens."""
+        """Number of chosen tokens."""
         return int((batch["labels"] != IGNORED).sum())
 
     def _predicted(self, outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
-"""Checkpoints of a training: one safetensors file with all that an exact resume needs.
+"""Checkpoints of a training: one safetensors file with everything that an exact resume needs.
 
 Parameters, buffers and the optimiser's state are tensors; step, scores and the position of the log are JSON
-in the header.  No random state is stored: what is drawn in a step is a function of seed, step and process,
-and so are the order of the examples and the learning rate.  The file appears whole or not at all, and no code
-is run from it.
+in the header.  No random state is stored: random draws, the order of the examples and the learning rate are
+functions of seed, step and process.  The file is replaced atomically, and reading it runs no code.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from mpoc.train.engine import is_sharded
 from mpoc.train.tasks import Scores
 
 FORMAT = "mpoc.training/2"  # 1 had no digest
-_WORDS, _DIGEST = "mpoc.training", "digest"
+_STATE, _DIGEST = "mpoc.training", "digest"
 Tensors = dict[str, Tensor]
 _MODEL, _OPTIMIZER, _BEST = "model/", "optimizer/", "best/"
 
 
 @dataclass
 class TrainingProgress:
-    """How far a training is; plain data."""
+    """Step, losses and scores of a training; plain data."""
 
     step: int = 0
     loss_sum: float = 0.0  # of the steps since the last evaluation
@@ -41,12 +40,12 @@ class TrainingProgress:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     best: Scores | None = None
     best_step: int = 0
-    waiting: int = 0  # evaluations since the best
+    waiting: int = 0  # evaluations since the best one
 
 
 @dataclass
 class SavedTraining:
-    """A checkpoint that was read."""
+    """The contents of a checkpoint."""
 
     progress: TrainingProgress
     extra: dict[str, Any]
@@ -59,80 +58,78 @@ class CheckpointFile:
 
     Args:
         path: of the file.
-        identity: what must be the same in a training that goes on from it; plain JSON data.
+        identity: model, data, task and options, which a resumed training must share; plain JSON data.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
         self.path = path
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
-        self.extra: dict[str, Any] = {}  # the orchestrator's own: finished runs, position of the log
+        self.extra: dict[str, Any] = {}  # of the caller: finished runs, position of the log
 
     def save(
         self, progress: TrainingProgress, tensors: Tensors, best: Tensors, scaler: dict[str, Any]
     ) -> None:
-        """Replace the file, in one step."""
+        """Replace the file atomically."""
         named = {**tensors, **{_BEST + name: tensor for name, tensor in best.items()}}
         entries = [_entry(name, tensor) for name, tensor in named.items()]
-        words = {
+        state = {
             "format": FORMAT,
             "identity": self.identity,
             "progress": asdict(progress),
             "extra": {**self.extra, "scaler": scaler},
         }
-        text = json.dumps(words)
+        text = json.dumps(state)
         with staged(self.path) as target:
-            facts = {_WORDS: text, _DIGEST: digest(named.items(), text)}
-            write_safetensors(target, entries, facts)
+            write_safetensors(target, entries, {_STATE: text, _DIGEST: digest(named.items(), text)})
 
     def load(self) -> SavedTraining:
         """Read the file.
 
         Raises:
-            MpocError: no checkpoint, or damaged.
-            UsageError: of a training with other options.
+            MpocError: not a checkpoint, or a damaged one.
+            UsageError: it is of a training with other options.
         """
-        words, written = _read_words(self.path)
+        state, stored_digest = _read_state(self.path)
         try:
             tensors = load_file(self.path)
         except (SafetensorError, OSError) as error:
             raise MpocError(f"{self.path}: cannot be read: {error}") from error
-        if digest(tensors.items(), json.dumps(words)) != written:
-            said = f"{self.path}: damaged: what is in it is not what was written"
-            raise MpocError(said, "--force starts anew")
+        if digest(tensors.items(), json.dumps(state)) != stored_digest:
+            raise MpocError(f"{self.path}: damaged: the digest does not match", "--force starts over")
         for group, values in self.identity.items():
-            _refuse_other(self.path, group, words["identity"].get(group), values)
+            _check_identity(self.path, group, state["identity"].get(group), values)
         best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
         rest = {n: t for n, t in tensors.items() if not n.startswith(_BEST)}
-        return SavedTraining(TrainingProgress(**words["progress"]), words["extra"], rest, best)
+        return SavedTraining(TrainingProgress(**state["progress"]), state["extra"], rest, best)
 
     def remove(self) -> None:
-        """The training is done."""
+        """Delete the file."""
         self.path.unlink(missing_ok=True)
 
 
-def _read_words(path: Path) -> tuple[dict[str, Any], str | None]:
-    """And the digest that was written."""
-    facts = read_header(path).metadata
+def _read_state(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The JSON state and the digest in the header."""
+    metadata = read_header(path).metadata
     try:
-        words = json.loads(facts.get(_WORDS, ""))
-        if words["format"] != FORMAT:
-            raise ValueError(words["format"])
+        state = json.loads(metadata.get(_STATE, ""))
+        if state["format"] != FORMAT:
+            raise ValueError(state["format"])
     except (ValueError, TypeError, KeyError) as error:
-        raise MpocError(f"{path}: not a checkpoint of mpoc finetune", "--force starts anew") from error
-    return dict(words), facts.get(_DIGEST)
+        raise MpocError(f"{path}: not a checkpoint of mpoc finetune", "--force starts over") from error
+    return dict(state), metadata.get(_DIGEST)
 
 
-def _refuse_other(path: Path, group: str, found: Any, wanted: Any) -> None:
-    if found == wanted:
+def _check_identity(path: Path, group: str, stored: Any, current: Any) -> None:
+    if stored == current:
         return
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = [key for key in wanted | found if wanted.get(key) != found.get(key)]
-        said = ", ".join(f"{key} {found.get(key)} there, {wanted.get(key)} here" for key in keys)
+    if isinstance(stored, dict) and isinstance(current, dict):
+        keys = [key for key in current | stored if current.get(key) != stored.get(key)]
+        differences = ", ".join(f"{key} {stored.get(key)} there, {current.get(key)} here" for key in keys)
     else:
-        said = f"{found} there, {wanted} here"
+        differences = f"{stored} there, {current} here"
     raise UsageError(
-        f"{path}: a checkpoint of a training with another {group}: {said}",
-        "give the options it began with, or start anew with --force",
+        f"{path}: a checkpoint of a training with another {group}: {differences}",
+        "give the options it began with, or start over with --force",
     )
 
 
@@ -142,12 +139,12 @@ def _entry(name: str, tensor: Tensor) -> Entry:
 
 
 def own_tensors(network: nn.Module) -> Tensors:
-    """Parameters and buffers by name, each once; unsaved buffers too."""
+    """Parameters and buffers by name, each once; non-persistent buffers too."""
     return {n: t.detach() for n, t in (*network.named_parameters(), *network.named_buffers())}
 
 
 def whole_weights(accelerator: Any, model: nn.Module) -> Tensors:
-    """All parameters and buffers, gathered from the processes where they are sharded; collective then."""
+    """All parameters and buffers; where they are sharded, a collective call gathers them."""
     if not is_sharded(model):
         return own_tensors(accelerator.unwrap_model(model))
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -158,7 +155,7 @@ def whole_weights(accelerator: Any, model: nn.Module) -> Tensors:
 
 
 def set_weights(accelerator: Any, model: nn.Module, weights: Tensors) -> None:
-    """:func:`whole_weights` undone."""
+    """Set all parameters and buffers; the inverse of :func:`whole_weights`."""
     if not is_sharded(model):
         with torch.no_grad():
             for name, tensor in own_tensors(accelerator.unwrap_model(model)).items():
@@ -166,25 +163,26 @@ def set_weights(accelerator: Any, model: nn.Module, weights: Tensors) -> None:
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)  # gathered, it has them alone
+    # Rank 0 alone has the gathered weights.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, dict[str, Any](weights), options=options)
 
 
 def gather(accelerator: Any, model: nn.Module, optimizer: Any) -> Tensors:
-    """Weights and optimiser state under flat names; collective where they are sharded."""
+    """Weights and optimiser state under flat names; a collective call where they are sharded."""
     weights = whole_weights(accelerator, model)
-    found = {_MODEL + name: tensor for name, tensor in weights.items()}
+    tensors = {_MODEL + name: tensor for name, tensor in weights.items()}
     for name, values in _optimizer_state(accelerator, model, optimizer).items():
         for key, value in values.items():
             if value is not None:
-                # torch 2.13 leaves the momentum of SGD in pieces, though asked for the full state.
+                # torch 2.13 leaves the momentum of SGD sharded in the full state.
                 whole = value.full_tensor().cpu() if hasattr(value, "full_tensor") else torch.as_tensor(value)
-                found[f"{_OPTIMIZER}{name}/{key}"] = whole
-    return found
+                tensors[f"{_OPTIMIZER}{name}/{key}"] = whole
+    return tensors
 
 
 def scatter(accelerator: Any, model: nn.Module, optimizer: Any, tensors: Tensors) -> None:
-    """:func:`gather` undone."""
+    """Set weights and optimiser state; the inverse of :func:`gather`."""
     weights = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
     set_weights(accelerator, model, weights)
     state: dict[str, dict[str, Tensor]] = {}
@@ -226,6 +224,6 @@ def _set_sharded_optimizer(model: nn.Module, optimizer: Any, state: dict[str, di
 
 
 def _trained_names(accelerator: Any, model: nn.Module) -> list[str]:
-    """In the optimiser's order."""
+    """Names of the trained parameters, in the order of the optimiser."""
     named = accelerator.unwrap_model(model).named_parameters()
     return [name for name, parameter in named if parameter.requires_grad]

@@ -54,7 +54,7 @@ def test_json_holds_normalised_spectra(here: Here, model: Path) -> None:
     [
         (["--weight", "1"], "lies between 0 and 1"),
         (["--against", "missing.safetensors"], "no such file"),
-        (["--plot", "x.gif"], "the name of a picture ends in"),
+        (["--plot", "x.gif"], "the name of a picture must end in"),
         (["--shape", "fc1=2x2:2x2"], "the layer has 48 and 64"),
     ],
 )

@@ -125,12 +125,12 @@ def test_resume_after_a_kill_gives_the_same_bytes(
     assert not (folder / "broken.safetensors").exists()
     monkeypatch.setenv("SLOWLY", "0")
     refused = here(*options, "-o", "broken.safetensors")
-    assert (refused.returncode, "--resume goes on from it" in refused.stderr) == (2, True)
+    assert (refused.returncode, "--resume continues it" in refused.stderr) == (2, True)
     other = here(*options, "-o", "broken.safetensors", "--resume", "--seed", 1)
     assert (other.returncode, "seed 0 there, 1 here" in other.stderr) == (2, True)
     done = here(*options, "-o", "broken.safetensors", "--resume")
     assert done.returncode == 0, done.stderr
-    assert "going on from step" in done.stderr
+    assert "resuming from step" in done.stderr
     assert (folder / "broken.safetensors").read_bytes() == (folder / "straight.safetensors").read_bytes()
     scored = [
         [line for line in read_log(folder / f"{name}.jsonl") if "split" in line]
@@ -207,7 +207,7 @@ def test_two_processes_train_like_one(here: Here, folder: Path) -> None:
         ((*TRAIN, "--task", "causal-lm"), 2, "is no text"),
         ((*TRAIN, "--hold-out", "0", "--patience", "2"), 2, "there is none"),
         ((*TRAIN, "-o", "net.mpo.safetensors"), 2, "would write over or into the input"),
-        ((*TRAIN, "--plot", "curves.jpeg2"), 2, "the name of a picture ends in"),
+        ((*TRAIN, "--plot", "curves.jpeg2"), 2, "the name of a picture must end in"),
         ((*TRAIN, "--block", "0"), 2, "the block length must be a positive integer"),
         ((*TRAIN, "--checkpoint-every", "soon"), 2, "neither steps nor seconds"),
         ((*TRAIN, "--steps", "2", "--epochs", "1"), 2, "--epochs and --steps exclude each other"),

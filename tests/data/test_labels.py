@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpoc.data.labels import Column, Where, number_labels
+from mpoc.data.arrays import Column, Where, number_labels
 from mpoc.errors import MpocError
 
 

@@ -46,7 +46,7 @@ def test_never_replaces_a_foreign_directory(tmp_path: Path) -> None:
         refuse_existing_folder(folder, source, False)
     refuse_existing_folder(folder, source, True)
     (folder / "thesis.tex").touch()
-    with pytest.raises(UsageError, match=r"holds thesis\.tex, which is no figure"):
+    with pytest.raises(UsageError, match=r"holds thesis\.tex, which is not a figure"):
         refuse_existing_folder(folder, source, True)
     with pytest.raises(UsageError, match="is a file"):
         refuse_existing_folder(folder / "thesis.tex", source, True)

@@ -87,7 +87,7 @@ def test_teacher_uses_its_recorded_network(folder: Path) -> None:
             r"does not take x of shape \(40, 3, 3\) float",
         ),
         ({}, "digits.npz: has no labels(?m:$)"),
-        ({"task": "distillation"}, "--task distillation: of mpoc finetune"),
+        ({"task": "distillation"}, "--task distillation applies to mpoc finetune"),
     ],
 )
 def test_rejects_bad_requests(folder: Path, options: dict[str, Any], said: str) -> None:

@@ -201,7 +201,7 @@ class TestWhatStopsIt:
             run(network)
 
     def test_rejects_networks_for_fewer_classes(self) -> None:
-        with pytest.raises(UsageError, match="the data have 3 classes, the network scores 2"):
+        with pytest.raises(UsageError, match="the data have 3 classes, but the network 2"):
             run(nn.Linear(12, 2))
 
     @pytest.mark.parametrize(
