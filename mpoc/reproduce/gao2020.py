@@ -1,15 +1,13 @@
 """Experiments of Gao et al., Phys. Rev. Research 2, 023300 (2020), on MNIST and CIFAR-10.
 
-- FC2 and LeNet-5 on MNIST: section III A, Fig. 2 and the first row of Table I.  The recipes were chosen on a
-tenth
-  of the training split.  FC2 starts from much noise (a truncated normal of 0.1): with the paper's L2 twenty
-  epochs leave most of it in the weights, and TT-SVD spends its bonds on it; five times that L2 removes it.
-  Shifts of the images help the dense FC2 and hurt small D, so it has none.
+- FC2 and LeNet-5 on MNIST: section III A, Fig. 2 and the first row of Table I.  The recipes were chosen on
+  a tenth of the training split.  FC2 starts from much noise (a truncated normal of 0.1): with the paper's L2
+  twenty epochs leave most of it in the weights, and TT-SVD spends its bonds on it; five times that L2 removes
+  it.  Shifts of the images help the dense FC2 and hurt small D, so it has none.
 - VGG-16 and VGG-19: section III B 1, Table I.  Two 3 × 3 convolutions of the last stage, as whole maps of
   2 × 2 × 512, and the three fully connected layers: 23,633,920 parameters become 10,944.
-- ResNets of width k = 4: section III B 2, Fig. 3, and its ResUnit pair.  The figure compares dense network
-and
-  MPO-Net over the depth; the paper prints none of its numbers.
+- ResNets of width k = 4: section III B 2, Fig. 3, and its ResUnit pair.  The figure compares dense
+  network and MPO-Net over the depth; the paper prints none of its numbers.
 - DenseNets: section III B 3, Table II, and one convolution.
 """
 

@@ -212,7 +212,7 @@ def test_replaces_bonds_of_layers_together() -> None:
 
 
 def test_uses_the_training_of_the_paper() -> None:
-    with pytest.raises(UsageError, match="--paper: the source of raster order tells no training"):
+    with pytest.raises(UsageError, match="--paper: the source of raster order gives no training"):
         choose_studies(STUDIES["harada"], StudyChoice(paper=True))
     for found in (study for study in STUDIES.values() if study.name != "harada"):
         ours = choose_studies(found, StudyChoice(paper=True))[0].training
