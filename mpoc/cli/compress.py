@@ -17,11 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from mpoc.cli.console import Output
 from mpoc.cli.options import takes
-from mpoc.cli.progress import layer_progress, stage_lines
-from mpoc.cli.tables import goal_line, print_report, scores_line, trial_line, trials_table
 from mpoc.compression.recipe import Recipe, make_recipe
 from mpoc.errors import MpocError, UsageError
-from mpoc.reporting.summary import report_dict, to_json
 from mpoc.runtime.options import ADVANCED, COMMON, argument, nested, option
 from mpoc.train.settings import ARCH_HELP, DataOptions, EvaluationRequest
 
@@ -218,6 +215,7 @@ class CompressResult:
 
 
 def _compress(request: CompressRequest, console: Output) -> CompressResult:
+    from mpoc.cli.progress import layer_progress, stage_lines
     from mpoc.compression.pipeline import compress_checkpoint
 
     before = _measure(request.model, request, console)
@@ -240,6 +238,8 @@ def _compress(request: CompressRequest, console: Output) -> CompressResult:
 
 def _search(request: CompressRequest, console: Output) -> CompressResult:
     """Find the smallest output; each trial prints a line, and on a terminal a bar while it runs."""
+    from mpoc.cli.progress import layer_progress, stage_lines
+    from mpoc.cli.tables import goal_line, trial_line
     from mpoc.compression.search import SearchCallbacks, compress_within
 
     options = request.options
@@ -256,7 +256,7 @@ def _search(request: CompressRequest, console: Output) -> CompressResult:
         stage_lines(console),
     )
     console.say(f"measuring {request.model}")
-    found = compress_within(
+    result = compress_within(
         request.model,
         request.output,
         request.recipe,
@@ -269,9 +269,9 @@ def _search(request: CompressRequest, console: Output) -> CompressResult:
     if options.plot is not None:
         from mpoc.reporting.plots import draw_size_trials
 
-        draw_size_trials(_size_trials(found), options.plot)
+        draw_size_trials(_size_trials(result), options.plot)
         console.say(f"wrote {options.plot}")
-    return CompressResult(found.done, found.before, found.after, found.search)
+    return CompressResult(result.done, result.before, result.after, result.search)
 
 
 def _size_trials(result: SearchResult) -> SizeTrials:
@@ -323,6 +323,8 @@ def _measure(path: Path, request: CompressRequest, console: Output) -> FileEvalu
 
 def print_json(result: CompressResult) -> None:
     """The report as JSON on stdout, with scores and trials where there are some."""
+    from mpoc.reporting.summary import report_dict, to_json
+
     compression = result.compression
     report = report_dict(compression.manifest, compression.nbytes, compression.seconds)
     report["written"] = str(compression.output) if compression.written else None
@@ -351,6 +353,8 @@ def _number(value: float) -> float | None:
 
 def print_table(result: CompressResult, console: Output) -> None:
     """The trials, the table, the totals, and the scores."""
+    from mpoc.cli.tables import goal_line, print_report, scores_line, trials_table
+
     compression = result.compression
     if result.search is not None and result.before is not None:
         nbytes = compression.manifest.source.nbytes

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import shutil
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +71,8 @@ def run_demo(folder: Path, bond: int, force: bool) -> DemoResult:
     Raises:
         UsageError: ``folder`` exists and ``force`` is not given.
     """
+    from importlib.resources import as_file, files
+
     from safetensors.torch import load_file
 
     from mpoc.compression.expand import expand_checkpoint

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +103,8 @@ def examine() -> Examination:
 
 
 def _look_at_packages(examination: Examination) -> None:
+    from importlib import metadata
+
     try:
         examination.packages = packages()
     except metadata.PackageNotFoundError:
@@ -145,6 +145,8 @@ def _look_at_torch(examination: Examination) -> None:
 
 def _test(examination: Examination, device: str) -> None:
     """Run the self-test in a temporary folder; any exception is a fault."""
+    import tempfile
+
     start = time.perf_counter()
     difference: float | None = None
     try:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
-from importlib import resources
 
 from mpoc.cli.console import Output
 from mpoc.cli.options import takes
@@ -67,6 +66,8 @@ def guide(options: GuideOptions) -> None:
 
 def read_page(topic: str) -> str:
     """The Markdown of a page of the guide."""
+    from importlib import resources
+
     return resources.files("mpoc").joinpath("guide", f"{topic}.md").read_text("utf-8")
 
 

@@ -13,10 +13,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from mpoc.cli.console import Output, escape
 from mpoc.cli.options import takes
 from mpoc.errors import UsageError, shortened
@@ -25,6 +21,9 @@ from mpoc.train.settings import DEVICE_HELP
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from rich.console import Console
+    from rich.table import Table
 
     from mpoc.reproduce.image_states import ImageStates, ImageStatesRequest, Quality
     from mpoc.reproduce.study import Reproduction, StudyRequest
@@ -267,6 +266,9 @@ def print_images(console: Console, result: ImageStates) -> None:
 
 
 def _table(result: ImageStates) -> Table:
+    from rich import box
+    from rich.table import Table
+
     from mpoc.reproduce.figures import METHODS
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)

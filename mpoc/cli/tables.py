@@ -122,9 +122,9 @@ def _row(layer: LayerRecord) -> list[str]:
 
 
 def _output_error(layer: LayerRecord) -> str:
-    """On the inputs of the fit / on held-out ones."""
-    found = [error for error in (layer.output_error, layer.held_out_error) if error is not None]
-    return " / ".join(f"{error:.4f}" for error in found)
+    """The output error on the inputs of the fit / on held-out ones."""
+    errors = [error for error in (layer.output_error, layer.held_out_error) if error is not None]
+    return " / ".join(f"{error:.4f}" for error in errors)
 
 
 def _print_left_alone(console: Console, manifest: Manifest, verbose: bool) -> None:
@@ -262,8 +262,8 @@ def print_reproduction(console: Console, done: Reproduction) -> None:
 
 
 def _structures(done: Reproduction) -> list[tuple[str, str]]:
-    """Of each experiment; many layers of one structure are named once."""
-    found: list[tuple[str, str]] = []
+    """Each experiment's label and its layers' structures; layers of one structure share a line."""
+    structures: list[tuple[str, str]] = []
     for row in done.rows:
         names: dict[str, list[str]] = {}
         for layer in row.experiment.layers:
@@ -271,19 +271,19 @@ def _structures(done: Reproduction) -> list[tuple[str, str]]:
             names.setdefault(structure, []).append(name)
         shown = "; ".join(f"{_joined(layers)} {structure}" for structure, layers in names.items())
         if shown:
-            found.append((row.experiment.label, shown))
-    return found
+            structures.append((row.experiment.label, shown))
+    return structures
 
 
 def _effective(done: Reproduction) -> list[str]:
-    """Of networks whose bonds were chosen: how many Schmidt values count at each, of the first run."""
-    found = []
+    """exp(S) at each bond, where bonds were chosen automatically; of the first run."""
+    lines = []
     for row in done.rows:
         if row.experiment.discard and row.start != "dense":
             for layer, entropies in row.results[0].entropies.items():
                 numbers = " ".join(f"{math.exp(entropy):.1f}" for entropy in entropies)
-                found.append(f"{row.experiment.label}, {layer}: effective components exp(S) {numbers}")
-    return found
+                lines.append(f"{row.experiment.label}, {layer}: effective components exp(S) {numbers}")
+    return lines
 
 
 def _joined(names: list[str]) -> str:

@@ -7,7 +7,6 @@ names as keys; the fields of the recipe's dataclass say how a value is read.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -149,6 +148,8 @@ def read_recipe(file: Path, recipe: type, rule: type) -> tuple[dict[str, Any], d
     Raises:
         UsageError: no such file, not TOML, unknown or badly typed keys.
     """
+    import tomllib
+
     if not file.is_file():
         raise UsageError(f"{file}: no such recipe file")
     try:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +57,8 @@ def free_disk() -> dict[str, int]:
     Raises:
         OSError: there is no temporary folder that can be written to.
     """
+    import tempfile
+
     folders = dict.fromkeys((tempfile.gettempdir(), str(Path.cwd())))
     return {folder: shutil.disk_usage(folder).free for folder in folders}
 
@@ -152,5 +152,7 @@ def choose_device(name: str) -> torch.device:
 
 def derived_seed(*parts: object) -> int:
     """A seed (0 … 2⁶³−1) that is a function of ``parts``, unlike that of any other parts."""
+    import hashlib
+
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from mpoc.errors import UsageError
 
@@ -38,6 +37,8 @@ def parse_size(value: str | int) -> int:
     Raises:
         UsageError: not a size.
     """
+    from fractions import Fraction
+
     text = str(value)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)?\s*", text[:_LONGEST], re.IGNORECASE)
     unit = (match[2] or "b").lower() if match else ""

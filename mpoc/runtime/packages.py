@@ -14,7 +14,6 @@ import platform
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +110,8 @@ def packages() -> list[Package]:
     Raises:
         importlib.metadata.PackageNotFoundError: mpoc runs from a folder, and is not installed.
     """
+    from importlib import metadata
+
     about = metadata.metadata("mpoc").json
     found = [Package(PYTHON, platform.python_version(), str(about.get("requires_python", "")))]
     for line in metadata.requires("mpoc") or ():
@@ -121,6 +122,8 @@ def packages() -> list[Package]:
 
 
 def _version(name: str) -> str | None:
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
