@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from rich import markup
 from rich.console import Console
 
 from mpoc.errors import MpocError
 from mpoc.runtime.distributed import is_main
+from mpoc.runtime.signals import Terminated, unwind_on_signals
 
 _WIDTH_OFF_TERMINAL = 200
 _BAD_COMMAND, _INTERRUPTED, _TERMINATED = 2, 130, 143  # exit statuses
-
-
-class _Terminated(SystemExit):
-    """SIGTERM was received."""
 
 
 class Output:
@@ -72,11 +67,11 @@ def _console(stderr: bool) -> Console:
 def reported_errors() -> Iterator[None]:
     """Turn errors into one message on stderr and the exit status: 1, 2, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
-        with _stopped_by_signals():
+        with unwind_on_signals():
             yield
     except MpocError as error:
         _fail(error, str(error), error.hint, error.exit_code)
-    except (KeyboardInterrupt, _Terminated) as stop:
+    except (KeyboardInterrupt, Terminated) as stop:
         if isinstance(stop, KeyboardInterrupt):
             _fail(stop, "interrupted", None, _INTERRUPTED)
         _fail(stop, "stopped by SIGTERM", None, _TERMINATED)
@@ -124,32 +119,3 @@ def _os_hint(error: OSError) -> str | None:
         errno.EROFS: "write elsewhere with -o",
     }
     return hints.get(error.errno or 0)
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Make SIGTERM unwind as Ctrl-C does, so that nothing half-written stays.
-
-    Native code, such as torch's, may turn the exception into an error of its own; the signal is raised again
-    then.
-    """
-    received: list[BaseException] = []
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        received.append(KeyboardInterrupt() if signum == signal.SIGINT else _Terminated())
-        raise received[-1]
-
-    before = {signal.SIGTERM: signal.getsignal(signal.SIGTERM)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as under nohup
-        before[signal.SIGINT] = signal.default_int_handler
-    try:
-        for number in before:
-            signal.signal(number, stop)
-        yield
-    except Exception:
-        if received:
-            raise received[-1] from None
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

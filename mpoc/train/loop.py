@@ -21,7 +21,7 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.models.call import Call, to_device
 from mpoc.runtime.device import derived_seed
 from mpoc.runtime.formatting import rounded
-from mpoc.runtime.signals import Interrupted, StopSignals
+from mpoc.runtime.signals import Interrupted, StopRequest, catch_stop_signals
 from mpoc.train.engine import (
     learning_rate,
     make_accelerator,
@@ -174,11 +174,11 @@ class _Trainer:
         if self.monitor.resume is not None:
             self._restore(self.monitor.resume)
         self.begun = self.progress.step
-        with StopSignals() as signals:
+        with catch_stop_signals() as request:
             if not self.progress.evaluations:
                 self._evaluate()
             while self.progress.step < self.steps and not self._out_of_patience():
-                self._step(signals)
+                self._step(request)
                 if self.progress.step % self.eval_every == 0 or self.progress.step == self.steps:
                     self._read_losses()
                     self._evaluate()
@@ -199,12 +199,12 @@ class _Trainer:
         patience = self.settings.patience
         return patience is not None and self.progress.waiting >= patience
 
-    def _step(self, signals: StopSignals) -> None:
+    def _step(self, request: StopRequest) -> None:
         """One step; before it a reading of the loss, a checkpoint or an interruption, where due."""
         step, begin = self.progress.step, time.perf_counter()
         parts = self.reader.take(step)
         self.busy += time.perf_counter() - begin
-        count, read, save, stop = self._agree(sum(map(self.task.count, parts)), signals.received)
+        count, read, save, stop = self._agree(sum(map(self.task.count, parts)), request.signum)
         if read:
             self._read_losses()
         if save or stop:

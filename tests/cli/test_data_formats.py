@@ -22,7 +22,6 @@ IDS = np.random.default_rng(0).integers(3, 90, (24, 10))
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
 
 
 def mpoc(*words: object) -> Result:

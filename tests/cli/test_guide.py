@@ -30,7 +30,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("mpoc.cli.demo._SETTINGS", Settings(epochs=1.0, lr=0.01))
-        patch.setattr("mpoc.cli.console.signal.signal", lambda *_: None)
         assert Here(folder)("demo").returncode == 0
     return folder
 

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 
-from mpoc.runtime.signals import defer_signals
+from mpoc.runtime.signals import catch_stop_signals, defer_signals, unwind_on_signals
 
 
 def stop(number: int, frame: object) -> None:
@@ -38,14 +41,32 @@ def test_ignored_signal_stays_ignored() -> None:
         signal.signal(signal.SIGINT, before)
 
 
-def test_other_threads_keep_handlers() -> None:
+@pytest.mark.parametrize("context", [defer_signals, catch_stop_signals, unwind_on_signals])
+def test_other_threads_keep_handlers(context: Callable[[], AbstractContextManager[Any]]) -> None:
     seen: list[object] = []
 
     def work() -> None:
-        with defer_signals():
-            seen.append(signal.getsignal(signal.SIGINT))
+        with context():
+            seen.append(signal.getsignal(signal.SIGTERM))
 
     worker = threading.Thread(target=work)
     worker.start()
     worker.join()
-    assert seen == [signal.getsignal(signal.SIGINT)]
+    assert seen == [signal.getsignal(signal.SIGTERM)]
+
+
+def test_training_notes_the_first_signal_and_a_second_ctrl_c_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    before = signal.getsignal(signal.SIGINT)
+    with catch_stop_signals() as request:
+        assert request.signum == 0
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # one press may arrive twice
+        signal.raise_signal(signal.SIGTERM)
+        assert request.signum == signal.SIGINT
+        now[0] += 1.1
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
