@@ -16,7 +16,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,12 +27,12 @@ from mpoc.compression.plain_fit import Fitted
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe
 from mpoc.errors import MpocError, UsageError
-from mpoc.io.atomic import Place, digest, naming, scratch_beside
-from mpoc.io.checkpoint import Checkpoint, open_safetensors
+from mpoc.io.atomic import Place, naming, scratch_beside
+from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.keyed_store import digest, find_item, open_item, put_item
 from mpoc.io.manifest import LayerRecord, record_to_json
 from mpoc.io.manifest_reader import record_from_json
-from mpoc.io.safetensors_header import read_header
-from mpoc.io.safetensors_writer import Entry, write_safetensors
+from mpoc.io.safetensors_writer import Entry
 from mpoc.io.validation import parse_strictly
 from mpoc.runtime.distributed import ProcessGroup
 from mpoc.runtime.signals import defer_signals
@@ -54,12 +53,12 @@ class CachedLayer:
 
 
 class LayerCache:
-    """The files of a folder.
+    """Fitted layers in a folder, an item of the keyed store each, and the tensors that belong to no layer.
 
     Args:
         folder: exists.
-        keys: of a layer's number says of what and by what means it is made; None: nothing is used again, and
-            nothing is flushed to disk.
+        keys: maps a layer's number to a key that says of which weight and by what means it is made; None:
+            nothing is used again, and nothing is flushed to disk.
     """
 
     def __init__(self, folder: Path, keys: Callable[[int], str] | None = None) -> None:
@@ -67,61 +66,48 @@ class LayerCache:
         self._keys = keys
 
     def keep(self, number: int, fitted: Fitted, seconds: float = 0.0) -> None:
-        """Write a layer that took so many seconds.
+        """Write a layer whose fit took so many seconds.
 
         Raises:
             OSError: of writing (a full disk).
         """
         tensors = dict(zip(fitted.record.core_names, fitted.cores, strict=True)) if fitted.cores else {}
-        facts = {"record": record_to_json(fitted.record), "changed": json.dumps(sorted(fitted.changed))}
-        facts |= {"seconds": repr(seconds), "losses": json.dumps(dict(fitted.losses))}
-        if self._keys is not None:
-            facts["key"] = self._keys(number)
-            facts["digest"] = _digest({**tensors, **fitted.changed}, facts)
-        self._write(self._path(number), {**tensors, **fitted.changed}, facts)
+        record = {
+            "record": record_to_json(fitted.record),
+            "changed": sorted(fitted.changed),
+            "seconds": seconds,
+            "losses": dict(fitted.losses),
+        }
+        self._write(self._path(number), record, {**tensors, **fitted.changed}, self._fingerprint(number))
 
     def count(self) -> int:
         """How many layers are finished."""
         return sum(1 for _ in self._folder.glob("[0-9]*.safetensors"))
 
     def clear(self, total: int) -> None:
-        """Remove what is no layer of ``total``, and what was not written to its end."""
+        """Remove all but the first ``total`` layers: others, and what a killed process left half-written."""
         for path in self._folder.iterdir():
-            if path.suffix == ".writing" or not path.stem.isdigit() or int(path.stem) >= total:
-                path.unlink()
+            if not path.stem.isdigit() or int(path.stem) >= total:
+                _clear(path)
 
     def takes_up(self, number: int) -> bool:
-        """Whether a layer is here, made by the same means of the same weight; any other is removed."""
-        found = self._is_usable(number)
-        if not found:
-            self._path(number).unlink(missing_ok=True)
-        return found
-
-    def _is_usable(self, number: int) -> bool:
-        """Nor may it be damaged."""
+        """Whether a layer is here, whole and made by the same means of the same weight; else remove it."""
         path = self._path(number)
-        if self._keys is None or not path.is_file():
-            return False
-        try:
-            facts = read_header(path).metadata
-            stored = open_safetensors(path, [path], None, strip=False)
-            tensors = {name: stored.read(name) for name in stored.infos}
-        except MpocError:
-            return False
-        found = facts.pop("digest", None)
-        return facts.get("key") == self._keys(number) and found == _digest(tensors, facts)
+        usable = self._keys is not None and find_item(path, self._fingerprint(number)) is not None
+        if not usable:
+            path.unlink(missing_ok=True)
+        return usable
 
     def layer(self, number: int) -> CachedLayer:
         """A layer that was kept; its entries read from disk."""
-        path = self._path(number)
-        facts = read_header(path).metadata
-        stored = open_safetensors(path, [path], None, strip=False)
-        record = record_from_json(facts["record"])
-        entries = {name: [_entry(stored, name)] for name in json.loads(facts["changed"])}
-        cores = [_entry(stored, name) for name in stored.infos if name not in entries]
+        item = open_item(self._path(number))
+        kept = item.record
+        record = record_from_json(kept["record"])
+        entries = {name: [item.entry(name)] for name in kept["changed"]}
+        cores = [item.entry(name) for name in item.tensors.infos if name not in entries]
         if cores:
             entries[record.name] = sorted(cores, key=lambda entry: record.core_names.index(entry.info.name))
-        return CachedLayer(record, entries, float(facts["seconds"]), json.loads(facts["losses"]))
+        return CachedLayer(record, entries, kept["seconds"], kept["losses"])
 
     def fitted(self, number: int) -> Fitted:
         """The same in memory, as it was fitted."""
@@ -132,30 +118,29 @@ class LayerCache:
         return Fitted(layer.record, cores, {name: tensor for name, (tensor,) in read.items()}, losses)
 
     def keep_others(self, tensors: Mapping[str, Tensor]) -> None:
-        """Tensors that belong to no single layer."""
-        self._write(self._others, tensors, {})
+        """Write tensors that belong to no single layer."""
+        self._write(self._others, None, tensors, {})
 
     def others(self) -> dict[str, list[Entry]]:
-        """Those, in the place of the source's of the same names."""
-        stored = open_safetensors(self._others, [self._others], None, strip=False)
-        return {name: [_entry(stored, name)] for name in stored.infos}
+        """These tensors, by the name of the source's tensor that each replaces."""
+        item = open_item(self._others)
+        return {name: [item.entry(name)] for name in item.tensors.infos}
 
     @property
     def _others(self) -> Path:
         return self._folder / "others.safetensors"
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], facts: dict[str, str]) -> None:
-        beside = path.with_suffix(".writing")
+    def _write(
+        self, path: Path, record: Any, tensors: Mapping[str, Tensor], fingerprint: Mapping[str, str]
+    ) -> None:
         entries = [Entry.of(name, tensor) for name, tensor in tensors.items()]
-        write_safetensors(beside, entries, facts, durable=self._keys is not None)
-        beside.replace(path)
+        put_item(path, record, fingerprint, entries, durable=self._keys is not None, announced=False)
+
+    def _fingerprint(self, number: int) -> dict[str, str]:
+        return {} if self._keys is None else {"key": self._keys(number)}
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06d}.safetensors"
-
-
-def _entry(stored: Checkpoint, name: str) -> Entry:
-    return Entry(stored.infos[name], partial(stored.read, name))
 
 
 def layer_key(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: torch.device) -> str:
@@ -189,11 +174,6 @@ def in_order_key(
 
 def _sha256(*facts: object) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _digest(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
-    """Of the file of a layer."""
-    return digest(tensors.items(), json.dumps(sorted(facts.items())))
 
 
 def existing_resume_directory(output: Path) -> Path:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.runtime.signals import defer_signals
@@ -94,23 +90,29 @@ def _refuse_foreign_files(output: Path, source: Path) -> None:
 
 
 @contextmanager
-def staged(output: Path) -> Iterator[Path]:
+def staged(output: Path, announced: bool = True) -> Iterator[Path]:
     """A path beside ``output`` to write to; on success it takes the place of ``output``.
 
     On any failure, Ctrl-C included, nothing is left behind and an old ``output`` stays.
+
+    Args:
+        output: file or directory.
+        announced: errors and signals name ``output`` and say what became of it; False for a file of mpoc's
+            own that the user did not name.
     """
     scratch, place = None, Place(output)
     try:
         with defer_signals():
             scratch = scratch_beside(output)
-        with naming(output):
+        with naming(output) if announced else nullcontext():
             yield scratch / output.name
             place.take(scratch / output.name, scratch)
     except BaseException as error:
         if scratch is not None:
             with defer_signals():
                 shutil.rmtree(scratch, ignore_errors=True)
-        place.tell(error)
+        if announced:
+            place.tell(error)
         raise
 
 
@@ -196,13 +198,3 @@ def _exchanged(one: Path, other: Path) -> bool:
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return bool(library.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
-    """BLAKE2 over ``text`` and over names, shapes, dtypes and numbers of tensors, whatever their order."""
-    found = hashlib.blake2b(text.encode(), digest_size=16)
-    for name, tensor in sorted(tensors, key=lambda one: one[0]):
-        found.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
-        if tensor.numel():
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()

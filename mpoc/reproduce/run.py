@@ -1,9 +1,8 @@
-"""Finished networks on disk, so that an interrupted or widened study trains only what is missing.
+"""Build, train and measure one network of a study, and keep the result.
 
-Each is a JSON file with everything that its result depends on; the weights of networks that others start from
-lie beside it.  A file is there whole or not at all, and counts only where what it depends on is the same.
-
-One network of a study: built, trained, measured.
+A finished network is an item of the keyed store (io/keyed_store) with everything that its result depends on,
+so that an interrupted or extended study trains only what is missing.  Networks that others start from are
+kept with their weights.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpoc.errors import MpocError
-from mpoc.io.atomic import staged
+from mpoc.io.keyed_store import Item, damaged, open_item, put_item
+from mpoc.io.safetensors_writer import Entry
 from mpoc.models import zoo
 from mpoc.reproduce.experiment import Experiment, ReplacedLayer
 from mpoc.reproduce.networks import FULL_BOND, choose_bonds, core_forms, replace_layers
@@ -35,7 +33,7 @@ from mpoc.train.evaluate import evaluate
 from mpoc.train.loop import train
 from mpoc.train.monitor import Outcome, TrainingEvent, TrainingMonitor
 
-_FORMAT = 1  # goes up where results of before would differ
+_FORMAT = 2  # incremented when results, or their files, of an earlier version no longer apply
 
 DENSE = "dense"
 Key = tuple[str, str, int, int]
@@ -60,10 +58,10 @@ class Result:
 
 
 class Store:
-    """The folder of a study.
+    """The folder of a study: one item of the keyed store for each trained network.
 
     Args:
-        folder: made where it is not there.
+        folder: created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,41 +69,39 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, name: str, identity: dict[str, Any]) -> Result | None:
-        """The stored result, if there is one of just this.
+        """The stored result of a network with this identity; None if there is none.
 
         Raises:
             MpocError: a damaged file.
         """
-        file = self._file(name, identity, ".json")
-        if not file.exists():
+        item = self._item(name, identity)
+        if item is None:
             return None
-        try:
-            return Result(**json.loads(file.read_text("utf-8"))["result"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise MpocError(
-                f"{file}: damaged: {error}", "remove it; that network is then trained again"
-            ) from error
+        if not item.is_whole():
+            raise damaged(item.path, "its contents are not those that were written")
+        return Result(**item.record["result"])
 
     def put(
         self, name: str, identity: dict[str, Any], result: Result, weights: dict[str, Tensor] | None = None
     ) -> None:
-        """Keep a result, after the weights that it stands for."""
-        if weights is not None:
-            with staged(self._file(name, identity, ".safetensors")) as target:
-                save_file({key: tensor.contiguous() for key, tensor in weights.items()}, target)
+        """Keep a result, with the network's weights where others start from them."""
         record = {"identity": identity, "result": asdict(result)}
-        with staged(self._file(name, identity, ".json")) as target:
-            target.write_text(json.dumps(record, indent=1, ensure_ascii=False), "utf-8")
+        entries = [Entry.of(key, tensor) for key, tensor in (weights or {}).items()]
+        put_item(self._path(name, identity), record, entries=entries)
 
     def weights(self, name: str, identity: dict[str, Any]) -> dict[str, Tensor] | None:
-        """Of a network that others start from; None where they are not there."""
-        file = self._file(name, identity, ".safetensors")
-        return load_file(file) if file.exists() else None
+        """The weights of a network that others start from; None if they were not kept."""
+        item = self._item(name, identity)
+        return item.read_all() or None if item is not None else None
 
-    def _file(self, name: str, identity: dict[str, Any], suffix: str) -> Path:
-        words = json.dumps([_FORMAT, identity], sort_keys=True)
-        digest = hashlib.blake2b(words.encode(), digest_size=6).hexdigest()
-        return self.folder / f"{name}-{digest}{suffix}"
+    def _item(self, name: str, identity: dict[str, Any]) -> Item | None:
+        path = self._path(name, identity)
+        return open_item(path) if path.exists() else None
+
+    def _path(self, name: str, identity: dict[str, Any]) -> Path:
+        key = json.dumps([_FORMAT, identity], sort_keys=True)
+        digest = hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
+        return self.folder / f"{name}-{digest}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.io.atomic import digest, staged
-from mpoc.io.safetensors_header import TensorInfo, read_header
-from mpoc.io.safetensors_writer import Entry, write_safetensors
+from mpoc.io.keyed_store import open_item, put_item
+from mpoc.io.safetensors_writer import Entry
 from mpoc.train.engine import is_sharded
 from mpoc.train.tasks import Scores
 
-FORMAT = "mpoc.training/2"  # 1 had no digest
-_STATE, _DIGEST = "mpoc.training", "digest"
+FORMAT = "mpoc.training/3"  # 2 was no item of io/keyed_store
 Tensors = dict[str, Tensor]
 _MODEL, _OPTIMIZER, _BEST = "model/", "optimizer/", "best/"
 
@@ -71,16 +67,13 @@ class CheckpointFile:
     ) -> None:
         """Replace the file atomically."""
         named = {**tensors, **{_BEST + name: tensor for name, tensor in best.items()}}
-        entries = [_entry(name, tensor) for name, tensor in named.items()]
         state = {
             "format": FORMAT,
             "identity": self.identity,
             "progress": asdict(progress),
             "extra": {**self.extra, "scaler": scaler},
         }
-        text = json.dumps(state)
-        with staged(self.path) as target:
-            write_safetensors(target, entries, {_STATE: text, _DIGEST: digest(named.items(), text)})
+        put_item(self.path, state, entries=[Entry.of(name, tensor) for name, tensor in named.items()])
 
     def load(self) -> SavedTraining:
         """Read the file.
@@ -89,13 +82,13 @@ class CheckpointFile:
             MpocError: not a checkpoint, or a damaged one.
             UsageError: it is of a training with other options.
         """
-        state, stored_digest = _read_state(self.path)
         try:
-            tensors = load_file(self.path)
-        except (SafetensorError, OSError) as error:
-            raise MpocError(f"{self.path}: cannot be read: {error}") from error
-        if digest(tensors.items(), json.dumps(state)) != stored_digest:
-            raise MpocError(f"{self.path}: damaged: the digest does not match", "--force starts over")
+            item = open_item(self.path)
+            if not isinstance(item.record, dict) or item.record.get("format") != FORMAT:
+                raise MpocError(f"{self.path}: not a checkpoint of mpoc finetune")
+            state, tensors = item.record, item.read_all()
+        except MpocError as error:
+            raise MpocError(str(error), "--force starts over") from error
         for group, values in self.identity.items():
             _check_identity(self.path, group, state["identity"].get(group), values)
         best = {n.removeprefix(_BEST): t for n, t in tensors.items() if n.startswith(_BEST)}
@@ -105,18 +98,6 @@ class CheckpointFile:
     def remove(self) -> None:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
-
-
-def _read_state(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The JSON state and the digest in the header."""
-    metadata = read_header(path).metadata
-    try:
-        state = json.loads(metadata.get(_STATE, ""))
-        if state["format"] != FORMAT:
-            raise ValueError(state["format"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise MpocError(f"{path}: not a checkpoint of mpoc finetune", "--force starts over") from error
-    return dict(state), metadata.get(_DIGEST)
 
 
 def _check_identity(path: Path, group: str, stored: Any, current: Any) -> None:
@@ -131,11 +112,6 @@ def _check_identity(path: Path, group: str, stored: Any, current: Any) -> None:
         f"{path}: a checkpoint of a training with another {group}: {differences}",
         "give the options it began with, or start over with --force",
     )
-
-
-def _entry(name: str, tensor: Tensor) -> Entry:
-    info = TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-    return Entry(info, lambda: tensor)
 
 
 def own_tensors(network: nn.Module) -> Tensors:

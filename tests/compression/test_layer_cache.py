@@ -93,7 +93,7 @@ def test_clears_stale_files(tmp_path: Path) -> None:
     store = LayerCache(tmp_path, str)
     for number in (0, 1, 5):
         store.keep(number, fitted())
-    (tmp_path / "000002.writing").write_text("half")
+    (tmp_path / ".000001.safetensors.x.partial").mkdir()  # of a killed process
     store.clear(2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000.safetensors", "000001.safetensors"]
 
@@ -106,7 +106,7 @@ def test_failed_write_keeps_the_old_layer(tmp_path: Path, monkeypatch: pytest.Mo
         write_safetensors(path, [], {})
         raise OSError(28, "full")
 
-    monkeypatch.setattr("mpoc.compression.resume.write_safetensors", half)
+    monkeypatch.setattr("mpoc.io.keyed_store.write_safetensors", half)
     with pytest.raises(OSError, match="full"):
         store.keep(0, Fitted(layer.record))
     assert store.takes_up(0)

@@ -131,11 +131,11 @@ def test_keeps_nothing_before_the_first_layer(tmp_path: Path) -> None:
 def test_removes_partial_calibration_files(tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), resume_directory(output, ProcessGroup(), ASKED) as target:
-        (calibration_folder(target) / "shares.json").write_text("{}")
+        (calibration_folder(target) / "allocation.safetensors").write_text("{}")
         (calibration_folder(target) / ".moments.safetensors.x.partial").mkdir()
         raise KeyboardInterrupt
     with resume_directory(output, ProcessGroup(), ASKED) as target:
-        assert [path.name for path in calibration_folder(target).iterdir()] == ["shares.json"]
+        assert [path.name for path in calibration_folder(target).iterdir()] == ["allocation.safetensors"]
         target.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -1,8 +1,65 @@
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
-from mpoc.io.atomic import digest
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpoc.errors import MpocError
+from mpoc.io.keyed_store import digest, find_item, open_item, put_item
+from mpoc.io.safetensors_writer import Entry
+
+TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1, dtype=torch.int64)}
+RECORD = {"bond": 3, "error": 0.1, "é": [None, float("inf")]}
+FINGERPRINT = {"weights": "1f", "data": "2e"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    put_item(tmp_path / "item", RECORD, FINGERPRINT, [Entry.of(*named) for named in TENSORS.items()])
+    return tmp_path / "item"
+
+
+def test_round_trip_keeps_items(path: Path) -> None:
+    item = open_item(path)
+    assert (item.record, item.fingerprint, item.is_whole()) == (RECORD, FINGERPRINT, True)
+    for found in (item.read_all(), load_file(path), {name: item.entry(name).read() for name in TENSORS}):
+        assert found.keys() == TENSORS.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    assert [file.name for file in path.parent.iterdir()] == ["item"]
+
+
+def test_finds_items_by_fingerprint(path: Path) -> None:
+    assert find_item(path, FINGERPRINT) is not None
+    assert find_item(path, {**FINGERPRINT, "data": "3d"}) is None
+    assert find_item(path, {"weights": "1f"}) is None
+    assert find_item(path.with_name("none"), FINGERPRINT) is None
+
+
+def test_detects_any_changed_byte(path: Path) -> None:
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 7]) + whole[at + 1 :])
+        assert find_item(path, FINGERPRINT) is None, at
+        with pytest.raises(MpocError, match="item"):
+            open_item(path).read_all()
+
+
+def test_rejects_other_safetensors_files(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "m.safetensors")
+    with pytest.raises(MpocError, match="holds no intermediate results"):
+        open_item(tmp_path / "m.safetensors")
+
+
+def test_failing_write_keeps_the_old_item(path: Path) -> None:
+    def fail() -> torch.Tensor:
+        raise OSError(28, "full")
+
+    with pytest.raises(OSError, match="full"):
+        put_item(path, None, entries=[Entry(Entry.of("a", TENSORS["a"]).info, fail)])
+    assert find_item(path, FINGERPRINT) is not None
+    assert [file.name for file in path.parent.iterdir()] == ["item"]
 
 
 def test_digest_depends_on_names_shapes_dtypes_and_values() -> None:

@@ -10,7 +10,6 @@ Which layers of a calibrated compression share its budget, in which forms, and w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -35,13 +34,12 @@ from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.resume import in_order_key
 from mpoc.errors import UsageError
-from mpoc.io.atomic import digest
 from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.keyed_store import find_item, put_item
 from mpoc.io.manifest import record_to_json
 from mpoc.io.manifest_reader import record_from_json
 from mpoc.io.open_checkpoint import read_finite
 from mpoc.io.safetensors_header import ITEMSIZE
-from mpoc.io.validation import parse_strictly
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.factors import wide_factors
 from mpoc.tensor_networks.fit.truncation import Truncation
@@ -180,40 +178,34 @@ def cached_or_allocated(
     path: Path,
     key: str,
     plans: list[LayerPlan],
-    share: Callable[[], Allocation],
+    allocate: Callable[[], Allocation],
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> Allocation:
-    """The shares at ``path`` where they are of this key; else they are found, and kept there.
+    """The allocation at ``path`` if it has this key and is whole; else allocate and keep the result there.
 
     Args:
-        path: replaced where it is of another key, or damaged.
-        key: says what the shares depend on.
-        plans: as they are before.
-        share: finds them.
-        group: the processes that do this together.
+        path: of an item of the keyed store.
+        key: says what the allocation depends on.
+        plans: before the allocation.
+        allocate: computes it.
+        group: the processes that call this together.
 
     Raises:
         OSError: of writing.
     """
-    found = group.on_main(lambda: _read(path, key, plans))
-    if found is None:
-        found = share()
-        with group.all_or_raise():
-            if group.is_main:
-                _write(path, key, found)
-    return found
+    kept = group.on_main(lambda: _read(path, key, plans))
+    if kept is not None:
+        return kept
+    allocation = allocate()
+    with group.all_or_raise():
+        if group.is_main:
+            put_item(path, _to_json(allocation), {"key": key}, announced=False)
+    return allocation
 
 
-def _write(path: Path, key: str, shares: Allocation) -> None:
-    beside = path.with_suffix(".writing")
-    value = {"key": key, **_to_json(shares)}
-    beside.write_text(json.dumps({**value, "digest": digest([], json.dumps(value))}), "utf-8")
-    beside.replace(path)
-
-
-def _to_json(shares: Allocation) -> dict[str, Any]:
-    layers = [{"bond": _cap(plan), "record": record_to_json(plan.record())} for plan in shares.plans]
-    return {"chosen": shares.chosen, "distances": shares.distances, "layers": layers}
+def _to_json(allocation: Allocation) -> dict[str, Any]:
+    layers = [{"bond": _cap(plan), "record": record_to_json(plan.record())} for plan in allocation.plans]
+    return {"chosen": allocation.chosen, "distances": allocation.distances, "layers": layers}
 
 
 def _cap(plan: LayerPlan) -> int | None:
@@ -222,15 +214,11 @@ def _cap(plan: LayerPlan) -> int | None:
 
 
 def _read(path: Path, key: str, plans: list[LayerPlan]) -> Allocation | None:
-    try:
-        value: Any = parse_strictly(path.read_text("utf-8"))
-        written = value.pop("digest")
-        if value["key"] != key or digest([], json.dumps(value)) != written:
-            return None
-        layers = [_as_kept(plan, **kept) for plan, kept in zip(plans, value["layers"], strict=True)]
-        return Allocation(layers, value["chosen"], value["distances"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    item = find_item(path, {"key": key})
+    if item is None:
         return None
+    layers = [_as_kept(plan, **kept) for plan, kept in zip(plans, item.record["layers"], strict=True)]
+    return Allocation(layers, item.record["chosen"], item.record["distances"])
 
 
 def _as_kept(plan: LayerPlan, bond: int | None, record: str) -> LayerPlan:
@@ -279,7 +267,7 @@ class BudgetAllocator:
             key = in_order_key(self._study.fingerprint, self._checkpoint, plans, self._recipe)
             found = partial(self._found, plans, predict_size)
             self.shares = cached_or_allocated(
-                folder / "shares.json", key, plans, found, self._study.processes
+                folder / "allocation.safetensors", key, plans, found, self._study.processes
             )
         return self.shares.plans
 

@@ -1,8 +1,8 @@
-"""A dense pass in a file, so that compressing the same network on the same data again need not repeat it.
+"""Keep the moments of a dense pass, so that compressing the same network on the same data skips the pass.
 
-A safetensors file.  Its metadata are digests: of what is in it, and of all that the pass depends on, part by
-part.  Rows that layers share are there once, and of symmetric matrices the upper triangle, row by row; all
-numbers as they were measured, so that what is compressed from them is the same to the last bit.
+They are an item of the keyed store (io/keyed_store) whose fingerprint covers all that the pass depends on.
+Moments that layers share are stored once, and symmetric matrices as their upper triangle, row by row.  Values
+are stored in float64 as they were measured, so that a compression from the file gives the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import mpoc
@@ -29,19 +28,19 @@ from mpoc.compression.calibrate.layer_inputs import (
 from mpoc.compression.calibrate.moments import Moments
 from mpoc.compression.calibrate.trace import EXAMPLES, Trace
 from mpoc.errors import MpocError
-from mpoc.io.atomic import digest, staged
-from mpoc.io.safetensors_header import TensorInfo, read_header
-from mpoc.io.safetensors_writer import Entry, write_safetensors
+from mpoc.io.keyed_store import Item, damaged, digest, open_item, put_item
+from mpoc.io.safetensors_header import TensorInfo
+from mpoc.io.safetensors_writer import Entry
 from mpoc.models.call import Batch, Call, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
-_CONTENT = "mpoc.moments/1"  # the metadata's key for the digest of all tensors
+_KIND = "moments/2"
 
 
 def calibration_fingerprint(
     network: nn.Module, call: Call, batches: Sequence[Batch], pooling: Pooling | None, **options: Any
 ) -> dict[str, str]:
-    """All that a dense pass depends on: a digest of each part, by the word for it.
+    """A digest of each part that a dense pass depends on, by the part's name for people.
 
     Args:
         network: in evaluation mode.  All of its parameters and buffers count and, so that its code does too,
@@ -67,8 +66,8 @@ def calibration_fingerprint(
         "weights": digest(weights.items()),
         "network": digest([(repr(network), values)]),
         "data": digest(data.items()),
-        "options": digest([(repr((pooling, sorted(options.items()))), torch.empty(0))]),
-        "software or machine": digest([(repr(machine), torch.empty(0))]),
+        "options": digest([], repr((pooling, sorted(options.items())))),
+        "software or machine": digest([], repr(machine)),
     }
 
 
@@ -81,61 +80,62 @@ def cached_or_measured(
     group: ProcessGroup = SINGLE_PROCESS,
     own: bool = False,
 ) -> tuple[DensePass, str]:
-    """The dense pass at ``path`` where there is one of these parts; else it is measured and kept there.
+    """The dense pass at ``path`` if it has this fingerprint; else measure it and keep it there.
 
     Args:
-        path: of a safetensors file; replaced where it is of other parts.
-        parts: of :func:`fingerprint`.
+        path: of a safetensors file; replaced where its fingerprint differs.
+        parts: of :func:`calibration_fingerprint`.
         network: whose weights they are.
         trace: of this network.
         measure: runs the pass.
-        group: the processes that do this together.
-        own: nobody named the file: a damaged one is replaced.
+        group: the processes that call this together.
+        own: the user did not name the file, so a damaged one is replaced.
 
     Returns:
-        The pass, and whether it was read.
+        The pass, and a note for the user: read from the file or kept in it.
 
     Raises:
-        MpocError: what is at ``path`` is damaged, or holds no moments, and is not our own.
+        MpocError: the file at ``path`` is damaged or holds no moments, and the user named it.
         OSError: of reading or writing.
     """
     read: list[DensePass] = []
 
     def look() -> list[str] | None:
         try:
-            others = _others(path, parts)
-            if not others:
-                read.append(_load(path, network, trace))
-            return others
+            item = open_item(path)
+            changed = _changed_parts(item, parts)
+            if not changed:
+                read.append(_load(item, network, trace))
+            return changed
         except MpocError:
             if not own:
                 raise
             return None
 
-    others = group.on_main(lambda: look() if path.exists() else None)
-    if others == []:
+    changed = group.on_main(lambda: look() if path.exists() else None)
+    if changed == []:
         with group.all_or_raise():
-            return read[0] if read else _load(path, network, trace), f"read from {path}"
-    found = measure()
+            return read[0] if read else _load(open_item(path), network, trace), f"read from {path}"
+    dense = measure()
     with group.all_or_raise():
         if group.is_main:
-            _save(path, parts, found, trace)
-    said = f"kept in {path}"
-    return found, f"{said}, which was of other {', other '.join(others)}: measured again" if others else said
+            _save(path, parts, dense, trace)
+    replaced = f", which was of other {', other '.join(changed)}: measured again" if changed else ""
+    return dense, f"kept in {path}{replaced}"
 
 
-def _others(path: Path, parts: Mapping[str, str]) -> list[str]:
-    """The words for what the file differs in."""
-    metadata = read_header(path).metadata
-    if _CONTENT not in metadata:
-        raise MpocError(f"{path}: holds no moments that --moments of this mpoc kept", "name another FILE")
-    found = [part for part, digest in parts.items() if metadata.get(part) != digest]
-    return [part for part in found if part != "network"] or found  # what it gives follows from the others
+def _changed_parts(item: Item, parts: Mapping[str, str]) -> list[str]:
+    """The parts in which the file's fingerprint differs; of the network's only where no other does."""
+    if item.record != _KIND:
+        said = f"{item.path}: holds no moments that --moments of this mpoc kept"
+        raise MpocError(said, "name another FILE")
+    changed = [part for part, digest in parts.items() if item.fingerprint.get(part) != digest]
+    return [part for part in changed if part != "network"] or changed  # its outputs follow from the others
 
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Of what is known of one layer, as measured."""
+    """The shapes of one layer's moments, and its number of outputs."""
 
     mean: tuple[int, ...]
     second: tuple[int, ...]
@@ -150,23 +150,19 @@ class _Shapes:
         return cls(mean, second, weight.numel() // inputs.features)
 
 
-def _save(path: Path, parts: Mapping[str, str], found: DensePass, trace: Trace) -> None:
-    """Whole or not at all."""
-    tensors = _tensors(found, trace)
-    content = digest((name, _packed(tensor)) for name, tensor in tensors.items())
+def _save(path: Path, parts: Mapping[str, str], dense: DensePass, trace: Trace) -> None:
     entries = [
         Entry(
             TensorInfo(name, str(tensor.dtype).removeprefix("torch."), _packed_shape(tuple(tensor.shape))),
             lambda tensor=tensor: _packed(tensor),  # type: ignore[misc]
         )
-        for name, tensor in tensors.items()
+        for name, tensor in _tensors(dense, trace).items()
     ]
-    with staged(path) as target:
-        write_safetensors(target, entries, {_CONTENT: content, **parts})
+    put_item(path, _KIND, parts, entries)
 
 
 def _tensors(found: DensePass, trace: Trace) -> dict[str, Tensor]:
-    """By their names in the file."""
+    """The moments by their names in the file."""
     tensors = {f"gradient {name}": tensor for name, tensor in found.gradients.items()}
     tensors |= {f"block {path}": tensor for path, tensor in found.blocks.items()}
     for name in dict.fromkeys(trace.same_rows.values()):
@@ -178,9 +174,9 @@ def _tensors(found: DensePass, trace: Trace) -> dict[str, Tensor]:
     return tensors
 
 
-def _load(path: Path, network: nn.Module, trace: Trace) -> DensePass:
-    """What :func:`_save` wrote of this network."""
-    file = _File(path)
+def _load(item: Item, network: nn.Module, trace: Trace) -> DensePass:
+    """The pass of this network that :func:`_save` wrote."""
+    file = _Tensors(item)
     shapes = {name: _Shapes.of(network, layer) for name, layer in trace.layers.items()}
     firsts: dict[str, Moments] = {}
     for name in dict.fromkeys(trace.same_rows.values()):
@@ -197,39 +193,28 @@ def _load(path: Path, network: nn.Module, trace: Trace) -> DensePass:
     paths = [block.module for chain in trace.chains for block in chain]
     blocks = {path: file.take_square(f"block {path}") for path in paths if f"block {path}" in file.packed}
     if file.packed:
-        raise file.damaged(f"{next(iter(file.packed))!r} is not of this network")
+        raise damaged(item.path, f"{next(iter(file.packed))!r} is not of this network")
     return DensePass({name: firsts[first] for name, first in trace.same_rows.items()}, gradients, blocks)
 
 
-class _File:
-    """The tensors of a file, to be taken one by one; none is a view of it."""
+class _Tensors:
+    """The tensors of a file, taken one by one; none is a view of it."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            with safe_open(path, "pt") as file:
-                self.packed = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-                is_whole = digest(self.packed.items()) == file.metadata()[_CONTENT]
-        except SafetensorError as error:
-            raise self.damaged(str(error)) from error
-        if not is_whole:
-            raise self.damaged("its numbers are not those that were written")
-
-    def damaged(self, why: str) -> MpocError:
-        """The error."""
-        return MpocError(f"{self._path}: damaged: {why}", f"remove {self._path}; it is measured again")
+    def __init__(self, item: Item) -> None:
+        self._path = item.path
+        self.packed = item.read_all()
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
         """A tensor as it was measured."""
         tensor = self.packed.pop(name, None)
         if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != _packed_shape(shape):
-            raise self.damaged(f"{name!r} is not there, or of another shape or dtype")
+            raise damaged(self._path, f"{name!r} is not there, or of another shape or dtype")
         if not bool(tensor.isfinite().all()):
-            raise self.damaged(f"{name!r} holds values that are not finite")
+            raise damaged(self._path, f"{name!r} holds values that are not finite")
         return _unpacked(tensor, shape)
 
     def take_square(self, name: str) -> Tensor:
-        """A matrix whose size the file alone tells."""
+        """A symmetric matrix whose width follows from the number of its values."""
         width = int((2 * self.packed[name].numel()) ** 0.5)
         return self.take(name, (width, width))
 

@@ -13,7 +13,9 @@ from mpoc.compression.calibrate.cache import cached_or_measured, calibration_fin
 from mpoc.compression.calibrate.dense_pass import DensePass, dense_pass
 from mpoc.compression.calibrate.trace import Trace, trace
 from mpoc.errors import MpocError
+from mpoc.io.keyed_store import open_item, put_item
 from mpoc.io.safetensors_header import read_header
+from mpoc.io.safetensors_writer import Entry
 from mpoc.models.call import Batch, Call
 from tests.compression.calibrate.networks import encoder, resnet20, texts, weights
 from tests.support.checkpoints import contents
@@ -115,10 +117,11 @@ def test_names_a_changed_network(case: Case) -> None:
         assert said in case.ask(parts)[1]
 
 
-def resaved(path: Path, **changed: Tensor | None) -> None:
-    """The file with other tensors, and the digests it had."""
+def forge(path: Path, **changed: Tensor | None) -> None:
+    """Put other tensors in the file, with a digest that is right."""
+    item = open_item(path)
     tensors = {name: t for name, t in (load_file(path) | changed).items() if t is not None}
-    save_file(tensors, path, read_header(path).metadata)
+    put_item(path, item.record, item.fingerprint, [Entry.of(name, t) for name, t in tensors.items()])
 
 
 def test_rejects_damaged_files_and_keeps_them(case: Case) -> None:
@@ -149,6 +152,14 @@ def test_rejects_damaged_files_and_keeps_them(case: Case) -> None:
 def test_never_replaces_a_foreign_file(case: Case) -> None:
     save_file({"x": torch.ones(1)}, case.path)
     before = case.path.read_bytes()
+    with pytest.raises(MpocError, match=f"^{case.path}: holds no intermediate results"):
+        case.ask()
+    assert case.path.read_bytes() == before and case.measured == 0
+
+
+def test_never_replaces_another_item(case: Case) -> None:
+    put_item(case.path, "a layer", PARTS)
+    before = case.path.read_bytes()
     with pytest.raises(MpocError, match=f"^{case.path}: holds no moments"):
         case.ask()
     assert case.path.read_bytes() == before and case.measured == 0
@@ -169,14 +180,9 @@ def test_never_replaces_a_foreign_file(case: Case) -> None:
         ({"block x": torch.zeros(3, dtype=torch.float64)}, "'block x' is not of this network"),
     ],
 )
-def test_rejects_forged_files(
-    case: Case, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Tensor | None], why: str
-) -> None:
-    monkeypatch.setattr(
-        "mpoc.compression.calibrate.cache.digest", lambda _: "0"
-    )  # of a forger who makes it right
+def test_rejects_forged_files(case: Case, changed: dict[str, Tensor | None], why: str) -> None:
     case.ask()
-    resaved(case.path, **changed)
+    forge(case.path, **changed)
     with pytest.raises(MpocError, match=f"^{case.path}: damaged: .*{why}"):
         case.ask()
 

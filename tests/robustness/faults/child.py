@@ -47,7 +47,7 @@ _PACKAGE = Path(mpoc.__file__).parent
 _TRACED_MODULES = (
     *("cli/compress", "cli/console", "cli/expand", "cli/finetune", "cli/progress", "cli/report"),
     *("compression/expand", "compression/pipeline", "compression/resume", "compression/write"),
-    *("io/atomic", "io/hub_directory", "io/safetensors_writer"),
+    *("io/atomic", "io/hub_directory", "io/keyed_store", "io/safetensors_writer"),
     *("reporting/html", "runtime/distributed", "runtime/signals"),
     *("train/output", "train/training_checkpoint"),
 )

@@ -1,0 +1,148 @@
+"""Intermediate results on disk, used again only where they are whole and were made of the same.
+
+An item is one safetensors file: named tensors, and in the header's metadata a record of plain JSON data, the
+fingerprint of all that the item depends on, part by part, and a digest over everything.  It appears whole or
+not at all.  Fitted layers, moments of calibration data, budget allocations, the networks of a study and the
+checkpoints of a training are such items.  The digest finds damage, not forgery: whoever uses an item from
+elsewhere checks names, shapes and values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpoc.errors import MpocError
+from mpoc.io.atomic import staged
+from mpoc.io.checkpoint import Checkpoint, open_safetensors
+from mpoc.io.safetensors_header import read_header
+from mpoc.io.safetensors_writer import Entry, write_safetensors
+
+_FORMAT = "mpoc.item/1"
+_RECORD, _FINGERPRINT, _DIGEST = "record", "fingerprint", "digest"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A stored result whose header has been read."""
+
+    path: Path
+    record: Any  # plain JSON data
+    fingerprint: dict[str, str]  # what it depends on: part → digest
+    tensors: Checkpoint  # read one at a time
+    _facts: dict[str, str]
+
+    def entry(self, name: str) -> Entry:
+        """A tensor that is read when it is written elsewhere."""
+        return Entry(self.tensors.infos[name], partial(self.tensors.read, name))
+
+    def read_all(self) -> dict[str, Tensor]:
+        """All tensors, in memory of their own.
+
+        Raises:
+            MpocError: the item is damaged.
+        """
+        tensors = {name: self.tensors.read(name).clone() for name in self.tensors.infos}
+        self._check(Entry.of(name, tensor) for name, tensor in tensors.items())
+        return tensors
+
+    def is_whole(self) -> bool:
+        """Whether record, fingerprint and tensors are those that were written."""
+        try:
+            self._check(map(self.entry, self.tensors.infos))
+        except MpocError:
+            return False
+        return True
+
+    def _check(self, entries: Iterable[Entry]) -> None:
+        if self._facts.get(_DIGEST) != _digest(entries, self._facts):
+            raise damaged(self.path, "its contents are not those that were written")
+
+
+def damaged(path: Path, reason: str) -> MpocError:
+    """The error of an item that cannot be used."""
+    return MpocError(f"{path}: damaged: {reason}", f"remove {path}; it is computed again")
+
+
+def put_item(
+    path: Path,
+    record: Any,
+    fingerprint: Mapping[str, str] | None = None,
+    entries: Sequence[Entry] = (),
+    *,
+    durable: bool = True,
+    announced: bool = True,
+) -> None:
+    """Write an item, in the place of an older one.
+
+    Args:
+        path: of the file.
+        record: plain JSON data.
+        fingerprint: of all that the item depends on, part → digest.
+        entries: tensors; each is read twice.
+        durable: flush the file to disk.
+        announced: errors and signals name ``path``, as :func:`mpoc.io.atomic.staged` does.
+
+    Raises:
+        OSError: of writing (a full disk).
+    """
+    depends_on = json.dumps(dict(fingerprint or {}))
+    facts = {"format": _FORMAT, _RECORD: json.dumps(record), _FINGERPRINT: depends_on}
+    facts[_DIGEST] = _digest(entries, facts)
+    with staged(path, announced) as target:
+        write_safetensors(target, list(entries), facts, durable)
+
+
+def open_item(path: Path) -> Item:
+    """Read an item's header.
+
+    Raises:
+        MpocError: the file is not an item, or its header is damaged.
+        OSError: there is no such file.
+    """
+    facts = read_header(path).metadata
+    if facts.get("format") != _FORMAT:
+        hint = "remove it, or name another file"
+        raise MpocError(f"{path}: holds no intermediate results of this mpoc", hint)
+    try:
+        record, fingerprint = json.loads(facts[_RECORD]), dict(json.loads(facts[_FINGERPRINT]))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise damaged(path, "its header does not hold what was written") from error
+    return Item(path, record, fingerprint, open_safetensors(path, [path], None, strip=False), facts)
+
+
+def find_item(path: Path, fingerprint: Mapping[str, str]) -> Item | None:
+    """The item at ``path`` where it is whole and has this fingerprint; else None."""
+    try:
+        item = open_item(path)
+    except (MpocError, OSError):
+        return None
+    return item if item.fingerprint == dict(fingerprint) and item.is_whole() else None
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]], text: str = "") -> str:
+    """BLAKE2 over ``text`` and over names, shapes, dtypes and values of tensors, in any order."""
+    return _of_entries([Entry.of(name, tensor) for name, tensor in tensors], text)
+
+
+def _digest(entries: Iterable[Entry], facts: Mapping[str, str]) -> str:
+    return _of_entries(list(entries), json.dumps([facts["format"], facts[_RECORD], facts[_FINGERPRINT]]))
+
+
+def _of_entries(entries: Sequence[Entry], text: str) -> str:
+    """The digest, with one tensor in memory at a time."""
+    total = hashlib.blake2b(text.encode(), digest_size=16)
+    for entry in sorted(entries, key=lambda entry: entry.info.name):
+        tensor = entry.read()
+        total.update(repr((entry.info.name, tuple(tensor.shape), str(tensor.dtype))).encode())
+        if tensor.numel():
+            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
