@@ -163,7 +163,7 @@ def _request(options: ReproduceOptions) -> StudyRequest:
 
 def _run(request: StudyRequest, plot: Path | None, console: Output) -> Reproduction:
     """Train, write the report beside the networks, and draw."""
-    from mpoc.io.atomic import staged
+    from mpoc.io.atomic import write_text
     from mpoc.reporting.plots import require_matplotlib
     from mpoc.reporting.summary import to_json
     from mpoc.reproduce.figures import draw_figures
@@ -180,8 +180,7 @@ def _run(request: StudyRequest, plot: Path | None, console: Output) -> Reproduct
         console.next_command(f"mpoc {shlex.join(sys.argv[1:])}")
         raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
     report = request.output / "report.json"
-    with staged(report) as target:
-        target.write_text(to_json(result.as_dict()) + "\n", "utf-8")
+    write_text(report, to_json(result.as_dict()) + "\n")
     written = [report, *(draw_figures(result, plot) if plot is not None else ())]
     console.say(f"wrote {', '.join(map(str, written))}")
     return result
@@ -201,7 +200,7 @@ def _live_progress(console: Output) -> Iterator[Callable[[TrainingEvent], None] 
 
 def _run_images(options: ReproduceOptions, console: Output) -> None:
     """Measure, write the report, draw, and print."""
-    from mpoc.io.atomic import staged
+    from mpoc.io.atomic import write_text
     from mpoc.reporting.plots import require_matplotlib
     from mpoc.reporting.summary import to_json
     from mpoc.reproduce.figures import draw_image_figures
@@ -214,8 +213,7 @@ def _run_images(options: ReproduceOptions, console: Output) -> None:
     output = options.output or Path(f"reproduce-{_IMAGES}")
     output.mkdir(parents=True, exist_ok=True)
     text, report = to_json(result.as_dict()) + "\n", output / "report.json"
-    with staged(report) as target:
-        target.write_text(text, "utf-8")
+    write_text(report, text)
     written = [report, *(draw_image_figures(result, plot) if plot is not None else ())]
     console.say(f"wrote {', '.join(map(str, written))}")
     if options.as_json:

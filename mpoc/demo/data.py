@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpoc.io.atomic import staged
+
 DIGITS_FILE = "digits.npz"
 WHITE = 16
 
@@ -33,7 +35,9 @@ def write_digits(path: Path) -> None:
     """
     x, y, x_test, y_test = load_digits()
     splits = {"x_train": x.half(), "y_train": y, "x_test": x_test.half(), "y_test": y_test}
-    np.savez_compressed(path, allow_pickle=False, **{name: part.numpy() for name, part in splits.items()})
+    with staged(path) as target:
+        arrays = {name: part.numpy() for name, part in splits.items()}
+        np.savez_compressed(target, allow_pickle=False, **arrays)
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -116,6 +116,12 @@ def staged(output: Path, announced: bool = True) -> Iterator[Path]:
         raise
 
 
+def write_text(output: Path, text: str) -> None:
+    """Write a text file in UTF-8, through :func:`staged`."""
+    with staged(output) as target:
+        target.write_text(text, "utf-8")
+
+
 class Place:
     """That of an output, to be taken by what was written beside it."""
 

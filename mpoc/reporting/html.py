@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from mpoc.io.atomic import staged
+from mpoc.io.atomic import write_text
 from mpoc.io.manifest import Manifest
 from mpoc.reporting.charts import layer_charts, training_charts
 from mpoc.reporting.contents import FileData, read_files
@@ -31,9 +31,7 @@ def write_page(path: Path, output: Path, others: Sequence[Path] = ()) -> None:
     Raises:
         UsageError, MpocError: as :func:`mpoc.reporting.contents.read_files`.
     """
-    text = page(read_files(path, others))
-    with staged(output) as scratch:
-        scratch.write_text(text, "utf-8")
+    write_text(output, page(read_files(path, others)))
 
 
 def page(shown: Sequence[FileData]) -> str:
