@@ -13,16 +13,16 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
-from mpoc.io.validation import json_text
-from mpoc.tensor_networks.factors import InputOrder
+from mpoc.io.validation import NonNegative, Positive, Whole, json_text
 from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry
-from mpoc.tensor_networks.structure import Structure
+from mpoc.tensor_networks.structure import KINDS, Structure
 
 # (index from 1, Schmidt value) pairs, the squares of all values of the bond summing to 1.
-Spectrum = tuple[tuple[int, float], ...]
+Spectrum = tuple[tuple[Positive, NonNegative], ...]
+Sizes = tuple[Positive, ...]
 
 MOST_POINTS = 32
 
@@ -31,6 +31,11 @@ FORMAT = 1
 ORDERED_FORMAT = 2
 DENSE = "dense"  # the form of a layer that was left as it is
 MANIFEST_FILE = "mpoc.json"
+
+
+def form_names() -> tuple[str, ...]:
+    """The names of all forms that a layer can have."""
+    return (*FORMS, DENSE)
 
 
 def thinned(values: Sequence[float], kept: int) -> Spectrum:
@@ -80,33 +85,51 @@ def check_spectrum(spectrum: Spectrum, longest: int) -> None:
 class LayerRecord:
     """One selected layer: what it was and what is stored."""
 
-    name: str  # of the weight in the source, e.g. "layer1.0.conv1.weight"
-    kind: str
-    shape: tuple[int, ...]  # of the weight in the source
-    dtype: str  # of the weight in the source
-    form: str  # a name in mpoc.tensor_networks.forms.FORMS, or DENSE
-    num_original: int  # N_ori
-    num_stored: int  # N_mpo, or N_ori where dense
+    name: Annotated[str, "of the weight in the source, e.g. layer1.0.conv1.weight"]
+    kind: Annotated[str, ("enum", KINDS)]
+    shape: Annotated[Sizes, "of the weight in the source"]
+    dtype: Annotated[str, "of the weight in the source, as torch names it"]
+    form: Annotated[str, ("enum", form_names)]
+    num_original: Annotated[Positive, "N_ori: numbers in the weight"]
+    num_stored: Annotated[Positive, "N_mpo: numbers stored in its place; N_ori where dense"]
     stored_dtype: str
-    reason: str = ""  # why dense
-    transposed: bool = False
-    output_factors: tuple[int, ...] = ()
-    input_factors: tuple[int, ...] = ()
-    bonds: tuple[int, ...] = ()
-    low_rank: int = 0  # rank of the low-rank part of a sum
-    padding: tuple[int, int] = (0, 0)
-    relative_error: float | None = None  # None in a plan, and for a dense layer
-    entropies: tuple[float, ...] = ()  # of the stored weight; of a sum, which is no chain, none
-    entropies_of_weight: tuple[float | None, ...] = ()  # of the source's, where computed exactly
-    # The same bonds: some of the Schmidt values, where they are known and some were cut off.
-    spectra_of_weight: tuple[Spectrum | None, ...] = ()
-    geometry: Geometry | None = None  # of a whole map (kind "convmap")
-    order: InputOrder = ""  # of the inputs: by its name, or the permutation; in a plan "learned" too
-    # ‖Wx − Ŵx̃‖ / ‖Wx‖ about the mean, x̃ the inputs that the compressed network gives; None: not calibrated.
-    output_error: float | None = None  # on the inputs of the fit
-    held_out_error: float | None = None  # on others
-    # The latter as the network's output feels it, of "this" and of other methods at the same size.
-    same_size: dict[str, float] | None = None
+    reason: Annotated[str, "why dense"] = ""
+    transposed: Annotated[bool, "the source stores (inputs, outputs)"] = False
+    output_factors: Annotated[Sizes, "J_1..J_n, one for each site"] = ()
+    input_factors: Annotated[Sizes, "I_1..I_n, one for each site"] = ()
+    bonds: Annotated[Sizes, "D_0..D_n of a chain; one for each branch of a tree; one of a MERA"] = ()
+    low_rank: Annotated[Whole, "rank of the low-rank part of a sum, else 0"] = 0
+    padding: Annotated[tuple[Whole, Whole], "zero rows and columns added"] = (0, 0)
+    relative_error: Annotated[
+        NonNegative | None,
+        "of the weight as stored: Frobenius norm of the difference over that of the weight; "
+        "null in a plan and where dense",
+    ] = None
+    entropies: Annotated[
+        tuple[float, ...], "entanglement entropy of the stored weight at each inner bond; of a sum none"
+    ] = ()
+    entropies_of_weight: Annotated[
+        tuple[float | None, ...], "the same before truncation, where computed exactly"
+    ] = ()
+    spectra_of_weight: Annotated[
+        tuple[Spectrum | None, ...],
+        "at each inner bond some of the weight's Schmidt values, as (index from 1, value; all squares sum to "
+        "1), where they are known and some were cut off",
+    ] = ()
+    geometry: Annotated[Geometry | None, "of a convolution taken as one map (kind convmap), else null"] = None
+    order: Annotated[
+        str | tuple[Whole, ...], "of the inputs: empty, morton:HxW, or the permutation; in a plan learned too"
+    ] = ""
+    # ‖Wx − Ŵx̃‖ / ‖Wx‖ about the mean, x̃ the inputs that the compressed network gives.
+    output_error: Annotated[
+        NonNegative | None, "calibrated: relative error of the outputs, on the inputs of the fit"
+    ] = None
+    held_out_error: Annotated[NonNegative | None, "calibrated: the same on held-out inputs"] = None
+    same_size: Annotated[
+        dict[str, float] | None,
+        "calibrated: held-out error as the network's output feels it, of this and of other methods at the "
+        "same size",
+    ] = None
 
     @property
     def layer(self) -> str:
@@ -179,27 +202,34 @@ class Source:
     """The checkpoint that was compressed; None: not recorded."""
 
     name: str | None
-    nbytes: int | None  # of its weight files and, in a directory, of the other files kept
-    num_parameters: int
-    fingerprint: str | None  # SHA-256 over its names, dtypes and shapes
+    nbytes: Annotated[Whole | None, "of its weight files and, in a directory, of the other files kept"]
+    num_parameters: Whole
+    fingerprint: Annotated[str | None, "SHA-256 over names, dtypes and shapes"]
 
 
 @dataclass(frozen=True)
 class Manifest:
     """All that a report needs, and all that loading needs beside the tensors."""
 
-    source: Source
-    layers: tuple[LayerRecord, ...]  # every selected layer, in the source's order
-    options: dict[str, Any]
-    kinds_from: str  # "config.json (bert)" or "names and shapes"
-    left_alone: dict[str, str] = field(default_factory=dict)  # tensors of two or more axes → reason
-    vectors: int = 0  # other tensors left alone
-    tied: dict[str, str] = field(default_factory=dict)
-    tool: str = ""
-    # The dense network: {"zoo": "resnet:depth=56"}, {"factory": "net.py:net"}, or {} where none was named.
-    architecture: dict[str, str] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)  # what ``mpoc finetune`` did; {}: nothing
-    calibration: dict[str, Any] = field(default_factory=dict)  # on what the fit was made; {}: weights alone
+    source: Annotated[Source, "the checkpoint that was compressed; null: not recorded"]
+    layers: Annotated[tuple[LayerRecord, ...], "every selected layer, in the source's order"]
+    options: Annotated[dict[str, Any], "what was asked"]
+    kinds_from: Annotated[str, "how kinds of layers were told: config.json (bert), or names and shapes"]
+    left_alone: Annotated[dict[str, str], "tensor of two or more axes: reason"] = field(default_factory=dict)
+    vectors: Annotated[Whole, "other tensors left alone"] = 0
+    tied: Annotated[dict[str, str], "name: the name that holds its data"] = field(default_factory=dict)
+    tool: Annotated[str, "mpoc and its version"] = ""
+    architecture: Annotated[
+        dict[str, str],
+        ("oneKeyOf", ("zoo", "factory")),
+        "the dense network, where one was named: resnet:depth=56 of the zoo, or a factory net.py:net",
+    ] = field(default_factory=dict)
+    training: Annotated[dict[str, Any], "what mpoc finetune did; none or empty: nothing"] = field(
+        default_factory=dict
+    )
+    calibration: Annotated[dict[str, Any], "on what the fit was made; none or empty: on weights alone"] = (
+        field(default_factory=dict)
+    )
 
     @property
     def is_complete(self) -> bool:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from mpoc.errors import MpocError, UsageError, shortened
-from mpoc.io import manifest_reader as record_check
 from mpoc.io.manifest import (
     DENSE,
     FORMAT,
@@ -27,6 +26,7 @@ from mpoc.io.manifest import (
     Source,
     check_spectrum,
     core_prefix,
+    form_names,
 )
 from mpoc.io.safetensors_header import TensorInfo, count_parameters, read_header
 from mpoc.io.training_history import check_calibration, check_history
@@ -63,8 +63,8 @@ def check_manifest(manifest: Manifest) -> None:
     if knots:
         raise ValueError(f"{min(knots)!r} is tied to another tensor, and one itself")
     source, selected = manifest.source, sum(layer.num_original for layer in manifest.layers)
-    if min(source.nbytes or 0, manifest.vectors) < 0 or source.num_parameters < selected:
-        raise ValueError(f"{source}, {manifest.vectors} vectors, {selected} parameters in layers")
+    if source.num_parameters < selected:
+        raise ValueError(f"{source}, {selected} parameters in layers")
     check_history(manifest.training)
     check_calibration(manifest.calibration)
 
@@ -236,7 +236,7 @@ def record_from_json(text: str) -> LayerRecord:
         ValueError, TypeError, LookupError: damaged.
     """
     layer = _layer(parse_strictly(text))
-    record_check.check_record(layer)
+    check_record(layer)
     return layer
 
 
@@ -278,7 +278,7 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
     try:
         entries = quantization["layers"].items()
         layers = tuple(layer_of_entry(name, entry, tensors) for name, entry in entries)
-        record_check.check_names(layers)
+        check_names(layers)
     except _DAMAGED as error:
         said = f"{path}: config.json: damaged quantization_config ({shortened(error)})"
         raise MpocError(said, MAYBE_LATER) from error
@@ -309,10 +309,10 @@ def layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorIn
     """
     first = tensors.get(f"{core_prefix(name)}.0")
     dtype = first.dtype if first else entry["dtype"]
-    counts = {"num_original": 0, "num_stored": 0}
+    counts = {"num_original": 1, "num_stored": 1}  # until they follow from shape and factors
     layer = _layer({**entry, **counts, "name": name, "dtype": dtype, "stored_dtype": dtype})
     layer = replace(layer, num_original=math.prod(layer.shape[:6]))  # of whole numbers, once that is sure
-    record_check.check_made(layer)
+    check_made(layer)
     stored = sum(map(math.prod, layer.core_shapes))
     return replace(layer, num_stored=stored, padding=layer.structure.padding)
 
@@ -343,9 +343,7 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
         layers = tuple(map(_layer, value.pop("layers")))
         source = build_dataclass(Source, value.pop("source"))
         manifest = build_dataclass(Manifest, {**value, "source": source, "layers": layers})
-        if list(manifest.architecture) not in ([], ["zoo"], ["factory"]):
-            raise ValueError(f"architecture = {manifest.architecture!r}")
-        record_check.check_manifest(manifest)
+        check_manifest(manifest)
         return manifest
     except _DAMAGED as error:
         raise unreadable(path, value.get("tool") if isinstance(value, dict) else None, error) from error
@@ -353,9 +351,8 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
 
 def _layer(value: dict[str, Any]) -> LayerRecord:
     if value.get("geometry") is not None:
-        value["geometry"] = record_check.parse_geometry(value["geometry"], tuple(value["shape"]))
-    layer = build_dataclass(LayerRecord, record_check.with_tuples(value))
-    for what, found, known in (("kind", layer.kind, KINDS), ("form", layer.form, (*FORMS, DENSE))):
-        if found not in known:
-            raise ValueError(f"layer {layer.name!r}: {what} {found!r} is not known")
-    return layer
+        value["geometry"] = parse_geometry(value["geometry"], tuple(value["shape"]))
+    for what, known in (("kind", KINDS), ("form", form_names())):
+        if what in value and value[what] not in known:
+            raise ValueError(f"layer {value.get('name')!r}: {what} {value[what]!r} is not known")
+    return build_dataclass(LayerRecord, with_tuples(value))

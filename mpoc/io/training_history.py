@@ -1,34 +1,72 @@
-"""What a checkpoint says of its training.  No torch here.
+"""The training history of a checkpoint, which ``mpoc finetune`` records.  No torch here.
 
-A compressed one keeps it in its manifest.  A dense file has it as JSON under the key
-``mpoc.io.training_history`` of the safetensors header's metadata, a dense directory in
-``mpoc-history.json``, so that ``mpoc eval`` numbers characters and scales images as training did.
+A compressed checkpoint keeps it in its manifest, a dense file as JSON under the key ``mpoc.history`` of the
+safetensors header's metadata, a dense directory in ``mpoc-history.json``.  From it ``mpoc eval`` numbers
+characters and scales images as training did.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from mpoc.errors import MpocError, shortened
 from mpoc.io.safetensors_header import read_header
-from mpoc.io.validation import parse_strictly, read_bounded
+from mpoc.io.validation import check_fields, parse_strictly, read_bounded
 
 KEY = "mpoc.history"
 HISTORY_FILE = "mpoc-history.json"
 _LONGEST = 1000  # trainings one after another
-# What reports, and data read as training did, take from a history.
-_NUMBER = int | float
-_NUMBERS = object()  # a dictionary of numbers
-_HISTORY = {"steps": int, "task": str, "metric": str, "split": str, "start": _NUMBERS, "final": _NUMBERS}
-_HISTORY |= {"test": _NUMBERS, "mean": _NUMBER, "sigma": _NUMBER, "runs": list, "data": dict, "earlier": dict}
-_HISTORY |= {"images": dict, "tokenizer": dict, "classes": _NUMBERS}
-_CALIBRATION = {"samples": int, "held_out": int, "data": dict, "shares": dict, "norms": dict | None}
+Scores = dict[str, float | None]
+
+
+class TrainingHistory(TypedDict, total=False):
+    """The entries of a history that reports and later commands use; others are kept as they are."""
+
+    steps: int
+    task: str
+    metric: str
+    split: str
+    start: Scores
+    final: Scores
+    test: Scores
+    mean: float
+    sigma: float
+    runs: list[Any]
+    data: dict[str, Any]
+    earlier: dict[str, Any]  # the history of the training before
+    images: dict[str, Any]
+    tokenizer: dict[str, Any]
+    classes: Scores
+
+
+class AllocationFacts(TypedDict, total=False):
+    """How a budget was allocated: the way that was chosen, and the distance of each way that was tried."""
+
+    chosen: str
+    distances: Scores
+
+
+class BatchNormFacts(TypedDict, total=False):
+    """Batch-norm recalibration: the distance of held-out outputs before and after it."""
+
+    before: float
+    after: float
+
+
+class CalibrationFacts(TypedDict, total=False):
+    """The entries of a manifest's ``calibration`` that reports use."""
+
+    samples: int
+    held_out: int
+    data: dict[str, Any]
+    shares: AllocationFacts
+    norms: BatchNormFacts | None
 
 
 def read_history(path: Path) -> dict[str, Any]:
-    """The history of a dense checkpoint; {} where it has none.
+    """The history of a dense checkpoint; {} if it has none.
 
     Raises:
         MpocError: it is damaged.
@@ -50,13 +88,13 @@ def read_history(path: Path) -> dict[str, Any]:
 
 
 def check_history(history: Any) -> None:
-    """Whether what is told of a training has the types that it is told with.
+    """Check the types of a history, and of those of earlier trainings within it.
 
     Raises:
-        TypeError, ValueError: it has not.
+        TypeError, ValueError: a field of another type, or fields that contradict each other.
     """
     for _ in range(_LONGEST):
-        _check_types(history, _HISTORY)
+        check_fields(history, TrainingHistory)
         if history.get("split") and history.get("final"):
             metric = history.get("metric", "loss")
             if metric not in history["final"]:
@@ -69,32 +107,21 @@ def check_history(history: Any) -> None:
 
 
 def check_calibration(calibration: Any) -> None:
-    """The same of a calibration."""
-    _check_types(calibration, _CALIBRATION)
-    _check_types(calibration.get("shares", {}), {"chosen": str, "distances": _NUMBERS})
-    _check_types(calibration.get("norms") or {}, {"before": _NUMBER, "after": _NUMBER})
+    """Check the types of a manifest's ``calibration``.
 
-
-def _check_types(record: Any, types: dict[str, Any]) -> None:
-    if not isinstance(record, dict):
-        raise TypeError(shortened(TypeError(record)))
-    for name, expected in types.items():
-        value = record.get(name)
-        if name in record and not isinstance(value, dict if expected is _NUMBERS else expected):
-            raise TypeError(f"{name} = {value!r}")
-        if expected is _NUMBERS and not all(
-            isinstance(one, _NUMBER | None) for one in (value or {}).values()
-        ):
-            raise TypeError(f"{name} = {value!r}")
+    Raises:
+        TypeError: a field of another type.
+    """
+    check_fields(calibration, CalibrationFacts)
 
 
 def metadata(history: dict[str, Any]) -> dict[str, str]:
-    """Of the header of a dense file with this history."""
+    """The header's metadata of a dense file with this history."""
     return {"format": "pt"} | ({KEY: json.dumps(history, ensure_ascii=False)} if history else {})
 
 
 def write_history(directory: Path, history: dict[str, Any]) -> None:
-    """Into a dense directory; none of before stays."""
+    """Write a dense directory's history in the place of an older one."""
     file = directory / HISTORY_FILE
     file.unlink(missing_ok=True)
     if history:
@@ -102,12 +129,12 @@ def write_history(directory: Path, history: dict[str, Any]) -> None:
 
 
 def before_compression(history: dict[str, Any]) -> dict[str, Any]:
-    """The history of a compressed checkpoint that was made of one with this history."""
+    """The history of a compressed checkpoint whose source has this history."""
     return {"earlier": history} if "steps" in history else history
 
 
 def recorded(history: dict[str, Any], name: str) -> Any:
-    """What the last training that says so has for ``name``; None where none does."""
+    """The value of ``name`` in the last training that records one; None if none does."""
     while history:
         if history.get(name):
             return history[name]

@@ -1,6 +1,8 @@
-"""JSON as files hold it, and from strangers: bounded, nothing but JSON, of one meaning.  No torch here.
+"""Read JSON from untrusted files and check it against annotated types.  No torch here.
 
-Whether plain data read from a file holds what its annotations say.
+JSON is read strictly: at most ``LONGEST`` bytes, no duplicate keys, finite numbers only.  What it must hold
+is stated once, by the annotations of a dataclass or a TypedDict (``Annotated[int, ("minimum", 1), "number of
+sites"]``).  Readers check values against them, and the published JSON Schemas are generated from them.
 """
 
 from __future__ import annotations
@@ -10,29 +12,43 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cache
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
 
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, shortened
 
-# Bytes: what the safetensors library accepts as a header.
+# Bytes: the longest header that the safetensors library accepts.
 LONGEST = 100_000_000
 # Lists of numbers, and lists of these, over several lines: no string holds a line's end.
 _NUMBERS = (re.compile(r"\[\n[-+.,eE\d\s]*\]"), re.compile(r"\[\n(?:\s*\[[-+.,eE\d ]*\],?)+\s*\]"))
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 _Record = TypeVar("_Record")
-# Every number counts bytes or parameters, or is a ratio.
-_LARGEST = 1 << 63
+_LARGEST = 1 << 63  # whole numbers count bytes or parameters
+
+Whole = Annotated[int, ("minimum", 0)]
+Positive = Annotated[int, ("minimum", 1)]
+NonNegative = Annotated[float, ("minimum", 0)]
 
 
 def parse_strictly(text: str | bytes) -> Any:
     """The value of a JSON text.
 
     Raises:
-        ValueError: no JSON, longer than ``LONGEST``, a key twice, a number that is not finite, or text that
-            is no Unicode.
+        ValueError: not JSON, longer than ``LONGEST``, a duplicate key, a number that is not finite, or text
+            that is not Unicode.
         RecursionError: nested too deeply.
     """
     if len(text) > LONGEST:
@@ -45,7 +61,7 @@ def parse_strictly(text: str | bytes) -> Any:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON text without a needless space; or indented, each list of numbers in one line."""
+    """JSON text without spaces, or indented with each list of numbers on one line."""
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
     for numbers in _NUMBERS if indent else ():
@@ -57,7 +73,7 @@ def read_bounded(path: Path) -> bytes:
     """The bytes of a text file.
 
     Raises:
-        MpocError: there are more than ``LONGEST``.
+        MpocError: the file is longer than ``LONGEST``.
     """
     size = path.stat().st_size
     if size > LONGEST:
@@ -85,46 +101,170 @@ def _finite(text: str) -> float:
 
 
 def build_dataclass(record: Callable[..., _Record], values: Mapping[str, Any]) -> _Record:
-    """A dataclass of ``values``, which hold what its annotations say.
+    """Build a dataclass from plain data and check every field against its annotation.
 
     Raises:
-        ValueError: there is a value that the class does not know.
-        TypeError: one is missing, or of another type.
+        ValueError: a field that the class does not have.
+        TypeError: a field that is missing, of another type, or outside the bounds of its annotation.
     """
     unknown = set(values) - set(_hints(record))
     if unknown:
         raise ValueError(f"field {min(unknown)!r} is not known")
-    found: _Record = matches_type(record(**values))
-    return found
+    built = record(**values)
+    check_fields(vars(built), record)
+    return built
 
 
-def matches_type(record: Any) -> Any:
-    """``record``, whose fields hold what their annotations say.
+def check_fields(values: Any, record: Any) -> None:
+    """Check the values that a dataclass or a TypedDict names; others are allowed.
 
     Raises:
-        TypeError: one does not.
+        TypeError: a value of another type, or outside the bounds of its annotation.
     """
-    for name, expected in _hints(record.__class__).items():
-        if not _is_a(getattr(record, name), expected):
-            raise TypeError(f"{name} = {getattr(record, name)!r}")
-    return record
+    if not isinstance(values, dict):
+        raise TypeError(shortened(TypeError(values)))
+    for name, expected in _hints(record).items():
+        if name in values and not _checker(expected)(values[name]):
+            raise TypeError(f"{name} = {values[name]!r}")
 
 
 @cache
 def _hints(record: Any) -> dict[str, Any]:
-    return get_type_hints(record)
+    """Annotations with their bounds; ``NotRequired`` stays around them."""
+    return get_type_hints(record, include_extras=True)
 
 
-def _is_a(value: Any, expected: Any) -> bool:
-    """``isinstance`` for the annotations used here: plain classes, unions, tuples and dictionaries."""
+@cache
+def _checker(expected: Any) -> Callable[[Any], bool]:
+    """A test whether a value is of an annotated type, within the bounds that it states."""
     kind, inner = get_origin(expected), get_args(expected)
-    if kind is tuple:
-        each = inner[:1] * len(value) if isinstance(value, tuple) and inner[-1] is ... else inner
-        return isinstance(value, tuple) and len(value) == len(each) and all(map(_is_a, value, each))
+    if is_typeddict(expected):
+        return _record_checker(expected)
+    if kind is Annotated:
+        limits = [note for note in inner[1:] if isinstance(note, tuple)]
+        tests: list[Callable[[Any], bool]] = [_checker(inner[0])]
+        tests += [partial(_LIMITS[keyword], bound) for keyword, bound in limits]
+        return lambda value: all(test(value) for test in tests)
+    if kind is tuple and inner[-1] is not ...:
+        parts = [_checker(part) for part in inner]
+        return lambda value: (
+            isinstance(value, tuple)
+            and len(value) == len(parts)
+            and all(test(item) for test, item in zip(parts, value, strict=True))
+        )
+    if kind in (tuple, list):
+        item = _checker(inner[0])
+        return lambda value: isinstance(value, kind) and all(map(item, value))
     if kind is dict:
-        return isinstance(value, dict) and all(_is_a(item, inner[1]) for item in value.values())
-    if inner:
-        return any(_is_a(value, one) for one in inner)
+        item = _checker(inner[1])
+        return lambda value: isinstance(value, dict) and all(map(item, value.values()))
+    if inner:  # a union, or NotRequired
+        options = [_checker(option) for option in inner]
+        return lambda value: any(option(value) for option in options)
     if expected in (int, float):
-        return type(value) in (int, expected) and -_LARGEST < value < _LARGEST  # no NaN
-    return expected is Any or isinstance(value, expected)
+        return lambda value: type(value) in (int, expected) and _is_moderate(value)
+    return lambda value: expected is Any or isinstance(value, expected)
+
+
+def _record_checker(record: Any) -> Callable[[Any], bool]:
+    """The same for a TypedDict; fields that it does not name are allowed."""
+    tests = {name: _checker(hint) for name, hint in _hints(record).items()}
+    required = tests.keys() - _optional(record)
+    return lambda value: (
+        isinstance(value, dict)
+        and value.keys() >= required
+        and all(tests[name](value[name]) for name in tests.keys() & value.keys())
+    )
+
+
+def _is_moderate(value: float) -> bool:
+    return -_LARGEST < value < _LARGEST if type(value) is int else math.isfinite(value)
+
+
+# By keyword of JSON Schema: whether a value satisfies the bound.
+_LIMITS: dict[str, Callable[[Any, Any], bool]] = {
+    "minimum": lambda bound, value: bool(value >= bound),
+    "exclusiveMinimum": lambda bound, value: bool(value > bound),
+    "maximum": lambda bound, value: bool(value <= bound),
+    "enum": lambda bound, value: value in (bound() if callable(bound) else bound),
+    "oneKeyOf": lambda bound, value: len(value) <= 1 and value.keys() <= set(bound),
+}
+
+
+def json_schema(expected: Any) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of an annotated type, as :func:`build_dataclass` checks it.
+
+    A dataclass or a TypedDict is an object whose fields without a default are required.  In ``Annotated`` a
+    text is the description, and a pair is a keyword of JSON Schema with its value.  The values of ``enum``
+    may be a function; ``("oneKeyOf", names)`` means a dictionary of texts with at most one of
+    these keys.
+    """
+    kind, inner = get_origin(expected), get_args(expected)
+    if kind is Annotated:
+        found = json_schema(inner[0])
+        for note in inner[1:]:
+            found |= {"description": note} if isinstance(note, str) else _keyword(*note)
+        return found
+    if kind is NotRequired:
+        return json_schema(inner[0])
+    if kind is Literal:
+        return {"const": inner[0]} if len(inner) == 1 else {"enum": list(inner)}
+    if kind in (tuple, list):
+        return {"type": "array"} | _items(inner if kind is tuple else (*inner, ...))
+    if kind is dict:
+        return {"type": "object"} | (
+            {} if inner[1] is Any else {"additionalProperties": json_schema(inner[1])}
+        )
+    if inner:
+        return _union([json_schema(option) for option in inner])
+    if expected in _JSON_TYPES:
+        return {"type": _JSON_TYPES[expected]}
+    return _object(expected)
+
+
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
+
+
+def _keyword(keyword: str, value: Any) -> dict[str, Any]:
+    if keyword == "oneKeyOf":
+        properties = {name: {"type": "string"} for name in value}
+        return {"properties": properties, "additionalProperties": False, "maxProperties": 1}
+    if keyword == "enum":
+        return {"enum": list(value() if callable(value) else value)}
+    return {keyword: value}
+
+
+def _items(parts: tuple[Any, ...]) -> dict[str, Any]:
+    """Of an array of any length, or of one value for each part."""
+    if parts[-1] is ...:
+        return {"items": json_schema(parts[0])}
+    schemas = [json_schema(part) for part in parts]
+    alike = all(schema == schemas[0] for schema in schemas)
+    each = {"items": schemas[0]} if alike else {"prefixItems": schemas}
+    return {**each, "minItems": len(parts), "maxItems": len(parts)}
+
+
+def _union(options: list[dict[str, Any]]) -> dict[str, Any]:
+    """One schema with several types; of objects with fields of their own, alternatives."""
+    if any("properties" in option for option in options):
+        return {"anyOf": options}
+    merged = {keyword: value for option in options for keyword, value in option.items()}
+    return {**merged, "type": [option["type"] for option in options]}
+
+
+def _object(record: Any) -> dict[str, Any]:
+    if record is Any:
+        return {}
+    hints, optional = _hints(record), _optional(record)
+    properties = {name: json_schema(hint) for name, hint in hints.items()}
+    required = [name for name in hints if name not in optional]
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def _optional(record: Any) -> set[str]:
+    """The fields of a dataclass or a TypedDict that may be missing."""
+    if not is_dataclass(record):
+        hints = _hints(record)
+        return {n for n, hint in hints.items() if not record.__total__ or get_origin(hint) is NotRequired}
+    defaults = {field.name: (field.default, field.default_factory) for field in fields(record)}
+    return {name for name, both in defaults.items() if both != (MISSING, MISSING)}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from mpoc.errors import UsageError
 
@@ -17,20 +18,22 @@ from mpoc.errors import UsageError
 _WIDEST = 1 << 20
 _MOST_STEPS = 1 << 24
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
+_Size = Annotated[int, ("minimum", 1)]
 
 
 @dataclass(frozen=True)
 class Geometry:
     """One number an axis in each tuple: (length), (height, width) or (depth, height, width)."""
 
-    size: tuple[int, ...]  # of the input, e.g. (2, 2)
-    output_size: tuple[int, ...]
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]  # before the first position; how much follows the last is in output_size
-    dilation: tuple[int, ...]
-    groups: int = 1
-    padding_mode: str = "zeros"
+    size: Annotated[tuple[_Size, ...], "of the input, e.g. (2, 2)"]
+    output_size: tuple[_Size, ...]
+    kernel_size: tuple[_Size, ...]
+    stride: tuple[_Size, ...]
+    # How much follows the last position is in output_size.
+    padding: Annotated[tuple[Annotated[int, ("minimum", 0)], ...], "before the first position"]
+    dilation: tuple[_Size, ...]
+    groups: _Size
+    padding_mode: Annotated[str, ("enum", PADDING_MODES)]
 
     @property
     def positions(self) -> tuple[int, int]:

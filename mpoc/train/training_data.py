@@ -27,7 +27,7 @@ from mpoc.data.recognise import recognise
 from mpoc.data.text import Tokenizer, tokenizer_from_state
 from mpoc.errors import MpocError, UsageError, shortened
 from mpoc.io.training_history import recorded
-from mpoc.io.validation import matches_type
+from mpoc.io.validation import build_dataclass
 from mpoc.io.weight_files import read_json
 from mpoc.models import zoo
 from mpoc.models.call import Batch
@@ -186,8 +186,8 @@ def _refuse_unused(options: DataOptions, data: Data) -> None:
 def image_options(options: DataOptions, model: Model) -> ImageOptions:
     """Preprocessing of images: as asked, as in training, as of zoo or directory, else scaled to [0, 1]."""
     try:
-        known = matches_type(ImageOptions(**_recorded_images(model)))
-    except TypeError as error:
+        known = build_dataclass(ImageOptions, _recorded_images(model))
+    except (TypeError, ValueError) as error:
         raise MpocError(
             f"{model.path}: damaged record of the preprocessing of images ({shortened(error)})"
         ) from error

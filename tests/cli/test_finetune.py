@@ -143,7 +143,7 @@ def test_resume_after_a_kill_gives_the_same_bytes(
 def _step(path: Path) -> int:
     from mpoc.io.safetensors_header import read_header
 
-    return int(json.loads(read_header(path).metadata["mpoc.training"])["progress"]["step"])
+    return int(json.loads(read_header(path).metadata["record"])["progress"]["step"])
 
 
 def test_ctrl_c_saves_a_checkpoint_and_prints_how_to_resume(

@@ -136,23 +136,23 @@ def test_full_disk_while_training_keeps_the_last_checkpoint(
     """From the second checkpoint on no file may grow beyond ``most`` bytes; the first one stays whole."""
     code = f"""if True:
         import resource, shutil, signal
-        from mpoc.train.training_checkpoint import CheckpointKeeper
+        from mpoc.train.training_checkpoint import CheckpointFile
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        save = CheckpointKeeper.save
+        save = CheckpointFile.save
         def once(self, *values):
             save(self, *values)
             shutil.copyfile(self.path, "first")
             resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))
-        CheckpointKeeper.save = once
+        CheckpointFile.save = once
     """
     words = (*TRAIN, "--epochs", 4, "--checkpoint-every", 4)
     done = run.after(code, *words)
     assert done.returncode == 1, done.stderr
     errors = [line for line in done.stderr.splitlines() if "error" in line or "Traceback" in line]
-    assert errors == [f"error: net.tuned.{file}: File too large"]
+    assert errors == [f"error: net.tuned.{file}: File too large"], done.stderr
     kept = folder / "net.tuned.checkpoint.safetensors"
     assert kept.read_bytes() == (folder / "first").read_bytes()
-    words_of = json.loads(read_header(kept).metadata["mpoc.training"])
+    words_of = json.loads(read_header(kept).metadata["record"])
     assert words_of["progress"]["step"] == 4
     assert not list(folder.glob(".*partial"))
     for more in (["--resume"], ["-o", "straight.safetensors"]):

@@ -13,7 +13,7 @@ from mpoc.tensor_networks.geometry import Geometry, factors_by_axis, make_geomet
 from tests.support.convolutions import convolutions
 
 SOME = settings(max_examples=40, deadline=None, derandomize=True)
-PLAIN = Geometry((4, 4), (4, 4), (3, 3), (1, 1), (1, 1), (1, 1))
+PLAIN = Geometry((4, 4), (4, 4), (3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
 
 
 @SOME

@@ -1,0 +1,131 @@
+"""JSON Schemas (2020-12) of what mpoc writes for other programs: the report and the manifest.  No torch here.
+
+They are generated from the annotations of the manifest's dataclasses and of the types below.  Fields that
+they do not name are allowed: later versions add some.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from mpoc.errors import UsageError, nearest
+from mpoc.io.manifest import FORMAT, LayerRecord, Manifest
+from mpoc.io.validation import NonNegative, Whole, json_schema
+
+NAMES = ("report", "manifest")
+# Fields of the manifest that a report repeats.
+_REPEATED = (
+    *("source", "options", "tool", "kinds_from", "architecture", "training", "calibration"),
+    *("left_alone", "tied"),
+)
+# Fields of a layer that reports of earlier versions lack.
+_ADDED_LATER = ("order", "spectra_of_weight")
+_Ratio = Annotated[float, ("exclusiveMinimum", 0)]
+_Scores = dict[str, float | None]
+
+
+class _Totals(TypedDict):
+    rho: Annotated[NonNegative, "parameters after over before, over the replaced layers"]
+    rho_selected: Annotated[NonNegative | None, "the same over all selected layers"]
+    layers_replaced: Whole
+    layers_selected: Whole | None
+    parameters_replaced_before: Whole
+    parameters_replaced_after: Whole
+    parameters_before: Whole
+    parameters_after: Whole
+    bytes_before: Whole | None
+    bytes_after: Whole
+
+
+class _LayerExtras(TypedDict):
+    layer: Annotated[str, "the name without .weight"]
+    rho: _Ratio
+    seconds: NotRequired[Annotated[NonNegative, "of the fit; after compress only"]]
+
+
+class _Evaluation(TypedDict):
+    schema: Literal["mpoc.eval/1"]
+    model: str
+    reference: NotRequired[str]
+    data: str
+    split: str
+    examples: Whole
+    device: str
+    metric: Annotated[str, "the score that counts"]
+    scores: _Scores
+    examples_per_second: float
+
+
+class _BeforeAndAfter(TypedDict):
+    before: _Evaluation
+    after: _Evaluation
+
+
+class _Trial(TypedDict):
+    ratio: Annotated[_Ratio, ("maximum", 1)]
+    nbytes: Whole
+    scores: _Scores
+    drop: Annotated[float | None, "of the metric, in its unit"]
+    kept: bool
+    chosen: bool
+
+
+class _ReportExtras(TypedDict):
+    schema: Literal["mpoc.report/1"]
+    totals: _Totals
+    vectors_left_alone: Whole
+    written: NotRequired[Annotated[str | None, "after compress: the output; null for a dry run"]]
+    evaluation: NotRequired[Annotated[_BeforeAndAfter, "after compress --eval: what mpoc eval --json prints"]]
+    search: NotRequired[Annotated[list[_Trial], "after compress --max-drop: what was tried, in that order"]]
+
+
+def schema(name: str) -> dict[str, Any]:
+    """The schema of ``mpoc report --json`` ("report") or of a compressed file's manifest ("manifest").
+
+        >>> report = mpoc.read_report("digits-cnn.mpo.safetensors")
+        >>> jsonschema.validate(json.loads(report.to_json()), schema("report"))
+
+    Returns:
+        The schema, complete in itself.
+
+    Raises:
+        UsageError: another name.
+    """
+    if name not in NAMES:
+        raise UsageError(f"no schema of {name!r}{nearest(name, NAMES)}", f"one of {', '.join(NAMES)}")
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    return dialect | (_manifest() if name == "manifest" else _report())
+
+
+def _manifest() -> dict[str, Any]:
+    found = json_schema(Manifest)
+    return {
+        "title": "What a file compressed by mpoc says of itself",
+        "description": "The text under the key mpoc of a safetensors file's metadata, or mpoc.json in a "
+        "directory. A layer leaves out fields that have their default.",
+        **found,
+        "properties": {"format": {"const": FORMAT}, **found["properties"]},
+        "required": ["format", *found["required"]],
+    }
+
+
+def _report() -> dict[str, Any]:
+    found, manifest = json_schema(_ReportExtras), _manifest()["properties"]
+    properties = found["properties"] | {name: manifest[name] for name in _REPEATED}
+    return {
+        "title": "What mpoc report --json and mpoc compress --json print",
+        **found,
+        "properties": {**properties, "layers": {"type": "array", "items": _layer()}},
+        "required": [*found["required"], *_REPEATED, "layers"],
+    }
+
+
+def _layer() -> dict[str, Any]:
+    """A row of the report: a record with all of its fields, and what follows from them."""
+    record, extras = json_schema(LayerRecord), json_schema(_LayerExtras)
+    complete = [name for name in record["properties"] if name not in _ADDED_LATER]
+    return {
+        **record,
+        "properties": record["properties"] | extras["properties"],
+        "required": [*complete, *extras["required"]],
+    }
