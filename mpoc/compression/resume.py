@@ -1,10 +1,9 @@
-"""Fitted layers on disk, a file each, until the output is assembled from them.
+"""The working directory of a compression: fitted layers on disk, and what ``--resume`` continues from.
 
-Memory then holds one layer's cores at most, several processes can fit layers side by side, and what is
-finished outlives the process.  A file appears whole or not at all: it is written beside its place, flushed,
-and renamed.  What is there after a kill is used again where it was made by the same means of the same weight.
-
-Where an output comes to be: a folder beside it, hidden and gone at the end, or kept to go on from.
+Layers are kept one file each until the output is assembled from them.  Memory then holds one layer's cores at
+most, several processes can fit layers side by side, and finished work outlives the process.  The directory
+lies beside the output: hidden and removed at the end, or ``OUT.partial``, which a later run with ``--resume``
+continues from if its options are the same.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ from mpoc.runtime.distributed import ProcessGroup
 from mpoc.runtime.signals import defer_signals
 
 _LAYERS, _CALIBRATION, _OUTPUT = "layers", "calibration", "output"
-# Says that a folder is one of these; whoever works in it holds it locked.
+# Marks a resume directory; the process at work in it holds a lock on this file.
 _MARK = "mpoc-partial.json"
 
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """A finished layer: its record, and what stands in the place of the source's tensors that it changes."""
+    """A finished layer: its record, and the tensors that replace those of the source."""
 
     record: LayerRecord
     entries: dict[str, list[Entry]]
-    seconds: float  # that its fit took
+    seconds: float  # time of its fit
     losses: dict[str, list[float]]  # as of :class:`mpoc.compression.plain_fit.Fitted`
 
 
@@ -144,7 +143,7 @@ class LayerCache:
 
 
 def layer_key(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: torch.device) -> str:
-    """Says what a layer's cores depend on: versions, plan, seed, device, threads, and the weight's bytes."""
+    """A digest of what a layer's cores depend on: versions, plan, seed, device, threads, weight."""
     versions = [mpoc.__version__, torch.__version__, device.type, torch.get_num_threads()]
     options = [recipe.seed, recipe.allow_growth, repr(plan)]
     return _sha256(versions, options, digest([(plan.map.name, checkpoint.read(plan.map.name))]))
@@ -157,14 +156,14 @@ def in_order_key(
     recipe: Recipe,
     number: int | None = None,
 ) -> str:
-    """Says what a layer's cores depend on that is fitted behind others.
+    """A digest of what the cores of a layer depend on that is fitted after others (a sequential fit).
 
     Args:
         fingerprint: of the network, the data, the software and the machine.
         checkpoint: that is compressed.
         plans: of all layers.
         recipe: of the compression.
-        number: of the layer, whose weight need not be in the network; None: of what the layers share.
+        number: of the layer, whose weight need not be in the network; None: the part that layers share.
     """
     name = None if number is None else plans[number].map.name
     weight = "" if name is None else digest([(name, checkpoint.read(name))])
@@ -185,20 +184,20 @@ def existing_resume_directory(output: Path) -> Path:
 def resume_directory(
     output: Path, group: ProcessGroup, asked: Mapping[str, str] | None = None, anew: bool = False
 ) -> Iterator[Path]:
-    """A path to write to; on success it takes the place of ``output``, for all processes together.
+    """A path for all processes to write to; on success it takes the place of ``output``.
 
-    Beside it are folders for finished layers and for what calibration finds before.  On a failure, Ctrl-C
-    included, nothing is left behind and an old ``output`` stays; with ``asked`` those folders stay in
+    Beside it are directories for finished layers and for results of calibration.  On a failure, Ctrl-C
+    included, nothing is left behind and an older ``output`` stays; with ``asked`` these directories stay in
     ``OUT.partial``.
 
     Args:
         output: file or directory.
         group: the processes.
-        asked: what the work is, option by option, to go on only with the same; None: nothing is kept.
+        asked: the options of the work, which must be the same to resume; None: nothing is kept.
         anew: remove what was kept of other work.
 
     Raises:
-        UsageError: ``OUT.partial`` is no such folder, or of other work.
+        UsageError: ``OUT.partial`` is not a resume directory, or of other work.
         MpocError: another process is at work in it.
     """
     place = Place(output)
@@ -219,7 +218,7 @@ def resume_directory(
 
 
 def _tell_kept(error: BaseException, folder: Path) -> None:
-    """Note that there is work to go on from; a folder without any goes."""
+    """Note that finished work is kept; a directory without any is removed."""
     if any(_files(folder)):
         error.add_note(f"finished work is kept in {folder.name}; --resume goes on from there")
     else:
@@ -231,7 +230,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _prepared(output: Path, held: ExitStack, asked: Mapping[str, str] | None, anew: bool) -> Path:
-    """The folder, with those in it; ``held`` removes it unless it is to be kept."""
+    """The directory with its subdirectories; ``held`` removes it unless it is to be kept."""
     with defer_signals():
         folder = scratch_beside(output) if asked is None else _kept(output, held, asked, anew)
         if asked is None:
@@ -247,17 +246,17 @@ def _remove(folder: Path) -> None:
 
 
 def layers_folder(target: Path) -> Path:
-    """The folder of finished layers beside a path that :func:`workplace` gave."""
+    """The directory of finished layers that belongs to a path from :func:`resume_directory`."""
     return target.parent.parent / _LAYERS
 
 
 def calibration_folder(target: Path) -> Path:
-    """Likewise, of the folder of what calibration finds before layers are fitted."""
+    """The directory for the results of calibration that belongs to such a path."""
     return target.parent.parent / _CALIBRATION
 
 
 def _kept(output: Path, held: ExitStack, asked: Mapping[str, str], anew: bool) -> Path:
-    """The folder of an earlier run without what was not finished, or a new one; ``held`` keeps others out."""
+    """The directory of an earlier run without unfinished files, or a new one; ``held`` keeps it locked."""
     folder = existing_resume_directory(output)
     if os.path.lexists(folder) and not (folder / _MARK).is_file() and not _is_empty(folder):
         raise UsageError(
@@ -283,7 +282,7 @@ def _kept(output: Path, held: ExitStack, asked: Mapping[str, str], anew: bool) -
 
 
 def _other(mark: TextIO, asked: Mapping[str, str]) -> str | None:
-    """In what the kept work is another's; None where it is the same, or not known."""
+    """The options in which the kept work differs; None if there are none, or they are not known."""
     mark.seek(0)
     try:
         before: Any = parse_strictly(mark.read())
@@ -306,7 +305,7 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _lock(mark: TextIO, folder: Path) -> None:
-    """Keep a second command out as long as ``mark`` is open; where the system has no such locks, none is.
+    """Lock the directory as long as ``mark`` is open; without effect on systems without such locks.
 
     Raises:
         MpocError: another has the lock, or had it and has just taken the folder away.

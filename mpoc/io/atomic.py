@@ -1,4 +1,8 @@
-"""Put outputs in place whole or not at all: written beside their place, then renamed into it."""
+"""Put output files and directories in place whole or not at all.  No torch here.
+
+An output is written to a hidden directory beside its place and renamed into it; a signal in between takes
+effect afterwards.  On a failure nothing is left behind, and an older output stays.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from pathlib import Path
 from mpoc.errors import MpocError, UsageError
 from mpoc.runtime.signals import defer_signals
 
-# What mpoc adds to a directory besides weight files and what it copies.
+# The files that mpoc adds to a directory, besides weight files and copies.
 _OWN_FILES = ("mpoc.json", "mpoc-history.json", "config.json", "README.md")
 
 
@@ -31,8 +35,8 @@ def refuse_existing(
         output: file or directory.
         source: what it is made from.
         force: replace an existing output.
-        refuse_foreign: is given both where ``output`` is to be replaced, and raises where it is not of the
-            sort that may be; None: what is not of the source's sort, or holds what no model does.
+        refuse_foreign: is called with both paths before ``output`` is replaced, and raises if it must not be;
+            None: refuse an output of another kind than the source, or with files that are no model's.
 
     Raises:
         UsageError: it exists and ``force`` is not given, or writing it would touch the source.
@@ -55,7 +59,7 @@ def refuse_existing(
 
 
 def refuse_misnamed(output: Path, source: Path) -> None:
-    """A single file is safetensors and must say so, or nothing would recognise it.
+    """Check that the output of a single file has the suffix .safetensors, by which it is recognised.
 
     Raises:
         UsageError: another suffix.
@@ -68,7 +72,7 @@ def refuse_misnamed(output: Path, source: Path) -> None:
 
 
 def _refuse_foreign_directory(output: Path, source: Path) -> None:
-    """--force replaces a model, not somebody's home directory."""
+    """Refuse to replace anything but a model: --force must not remove a home directory."""
     if output.is_dir() != source.is_dir():
         kinds = ("a directory", "a file") if output.is_dir() else ("a file", "a directory")
         raise UsageError(f"{output}: is {kinds[0]}, and the output is {kinds[1]}", "choose another -o")
@@ -123,17 +127,17 @@ def write_text(output: Path, text: str) -> None:
 
 
 class Place:
-    """That of an output, to be taken by what was written beside it."""
+    """The place of an output, which is taken by what was written beside it."""
 
     def __init__(self, output: Path) -> None:
         self._output = output
         self.is_taken = False
 
     def take(self, new: Path, scratch: Path) -> None:
-        """Let ``new`` be the output and remove ``scratch``, where it was; not to be interrupted in between.
+        """Rename ``new`` to the output and remove its directory ``scratch``, with signals deferred.
 
         Raises:
-            OSError: it cannot be put there; both are as they were.
+            OSError: it cannot be renamed; both are as they were.
         """
         with defer_signals():
             put_in_place(new, self._output)
@@ -144,7 +148,7 @@ class Place:
             shutil.rmtree(scratch, ignore_errors=True)
 
     def tell(self, error: BaseException) -> None:
-        """Note what became of the output where ``error`` is none of the work's but stops it."""
+        """Note what became of the output, on an exception that is not an error, such as a signal's."""
         if not isinstance(error, Exception | GeneratorExit):
             there = "as it was" if os.path.lexists(self._output) else "not written"
             error.add_note(f"{self._output} is {'written' if self.is_taken else there}")
@@ -158,9 +162,9 @@ def scratch_beside(output: Path) -> Path:
 
 @contextmanager
 def naming(output: Path) -> Iterator[None]:
-    """Errors of writing name ``output``: a failing write names no file, a failing copy its source.
+    """Make errors of writing name ``output``: a failing write names no file, a failing copy its source.
 
-    One that names another output already, written meanwhile, is left as it is.
+    An error that already names another output is left as it is.
     """
     try:
         yield
@@ -172,7 +176,7 @@ def naming(output: Path) -> Iterator[None]:
 
 
 class _Named(str):
-    """The name of an output."""
+    """The name of an output, in an error."""
 
     __slots__ = ()
 
@@ -198,7 +202,7 @@ def put_in_place(new: Path, output: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Let two paths change places (Linux: renameat2 with RENAME_EXCHANGE); whether it could be done."""
+    """Exchange two paths (Linux: renameat2 with RENAME_EXCHANGE); returns whether it succeeded."""
     library = ctypes.CDLL(None)
     if not sys.platform.startswith("linux") or not hasattr(library, "renameat2"):
         return False

@@ -1,6 +1,6 @@
-"""What the rest of mpoc knows of a checkpoint, whatever file it came from.
+"""A checkpoint as the rest of mpoc sees it, whatever file it came from, and the one over safetensors files.
 
-One or several safetensors files, read a tensor at a time.
+Names, shapes and dtypes are known when it is open; values are read one tensor at a time.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Checkpoint:
         return sum(file.stat().st_size for file in self.weight_files)
 
     def fingerprint(self) -> str:
-        """Says which checkpoint a compressed file came from."""
+        """SHA-256 that identifies the checkpoint a compressed file came from."""
         return tensor_fingerprint(self.infos.values())
 
 
@@ -77,9 +77,9 @@ def _name(info: TensorInfo) -> str:
 
 
 def strip_wrappers(names: list[str]) -> dict[str, str]:
-    """Each name without what DataParallel, DDP (``module.``) and torch.compile (``_orig_mod.``) add.
+    """Map names to names without the prefixes of DDP (``module.``) and torch.compile (``_orig_mod.``).
 
-    ``module.`` goes only where every name has it; nothing goes where two names would become one.
+    ``module.`` is removed only if every name has it, and nothing if two names would become equal.
     """
     clean = {name: name.replace("_orig_mod.", "") for name in names}
     while clean and all(name.startswith("module.") for name in clean.values()):
@@ -113,7 +113,7 @@ def open_safetensors(
     def read(name: str) -> Tensor:
         original, file = origin[name]
         try:
-            # Opened anew for every tensor: the mapping, and the pages it holds, go with the tensor.
+            # Opened for every tensor, so that the mapping and its pages are released with the tensor.
             with safe_open(file, framework="pt") as handle:
                 return handle.get_tensor(original)
         except SafetensorError as error:

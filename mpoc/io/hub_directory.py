@@ -1,8 +1,8 @@
-"""A Hugging Face directory besides its tensors: the other files, config.json, the index, the model card.
+"""Write a Hugging Face directory around its tensors: other files, config.json, the index, the model card.
 
-``config.json`` gains ``quantization_config`` with all that a loader needs to build the layers, and a
-guard: a loader that does not know mpoc looks for the weights under a name that says what to import, and
-stops, instead of going on with random ones.  ``expand`` takes both out again.
+``config.json`` gains ``quantization_config``, from which a loader builds the layers, and a guard: a loader
+that does not know mpoc looks for the weights under a file name that says what to import, and stops instead of
+continuing with random weights.  ``mpoc expand`` removes both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _SKIP_FOLDERS = (".git", ".cache", "__pycache__")
 
 
 def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
-    """Every file of the directory, relative, that is no copy of its weights.
+    """The relative paths of all files of the directory except its weights, in any format.
 
     Weights of further modules in folders of their own (a pooling or dense head) are kept.
 
@@ -67,7 +67,7 @@ def _is_skipped(folder: str) -> bool:
 
 
 def left_behind(source: Path, weight_files: list[Path]) -> list[str]:
-    """A note that names what of the directory is not copied, where there is something."""
+    """A note that names the files of the directory that are not copied; none if there are none."""
     weights = {file.resolve() for file in weight_files}
     kept = set(other_files(source, weight_files))
     every = (file.relative_to(source) for file in sorted(source.rglob("*")) if file.resolve() not in weights)
@@ -82,31 +82,31 @@ def left_behind(source: Path, weight_files: list[Path]) -> list[str]:
 
 
 def size_of_other_files(source: Path, weight_files: list[Path]) -> int:
-    """Their bytes."""
+    """Bytes of these files."""
     return sum((source / name).stat().st_size for name in other_files(source, weight_files))
 
 
 def copy_other_files(source: Path, target: Path, weight_files: list[Path]) -> None:
-    """Copy them, links as the files they point to."""
+    """Copy these files, links as the files that they point to."""
     for name in other_files(source, weight_files):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
 
 
 def write_shards(target: Path, shards: list[Shard]) -> None:
-    """All weight files, and the index where there are several."""
+    """Write all weight files, and the index if there are several."""
     for shard in shards:
         write_shard(target, shard)
     write_index(target, shards)
 
 
 def write_shard(target: Path, shard: Shard) -> None:
-    """One weight file."""
+    """Write one weight file."""
     write_safetensors(target / shard.name, shard.entries, {"format": "pt"})
 
 
 def write_index(target: Path, shards: list[Shard]) -> None:
-    """Which tensor is in which of several weight files; nothing of one alone."""
+    """Write the index of several weight files: tensor → file."""
     if len(shards) > 1:
         (target / _INDEX).write_text(_index_text(shards), "utf-8")
 
@@ -177,7 +177,7 @@ def _marked(directory: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _read(file: Path) -> str:
-    """Text as it is: no newline changed, no byte lost."""
+    """Text with every newline and byte preserved."""
     return file.read_bytes().decode("utf-8", errors="surrogateescape")
 
 
@@ -190,7 +190,7 @@ def _config_text(config: dict[str, Any]) -> str:
 
 
 def quantization_config(manifest: Manifest) -> dict[str, Any]:
-    """What a loader needs to build the layers before any tensor is read."""
+    """The part of config.json from which a loader builds the layers before it reads a tensor."""
     layers = {
         layer.name: {
             "form": layer.form,
@@ -211,7 +211,7 @@ def quantization_config(manifest: Manifest) -> dict[str, Any]:
 
 
 def config_format(layers: Mapping[str, Mapping[str, Any]]) -> int:
-    """The earliest that tells all of these entries of a :func:`quantization_config`."""
+    """The earliest format that expresses all these entries of a :func:`quantization_config`."""
     return ORDERED_FORMAT if any("order" in entry for entry in layers.values()) else FORMAT
 
 

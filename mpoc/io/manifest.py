@@ -1,9 +1,9 @@
-"""Schmidt spectra as a file keeps them: a few points of each.  No torch here.
+"""The manifest: what a compressed file says about itself, as plain data.  No torch here.
 
-The manifest: what a compressed file says of itself, as plain data.  No torch here.
-
-In a single file it is one JSON text under the key ``mpoc`` of the safetensors header's metadata; in a
-directory it is ``mpoc.json``.  It holds no times and no dates, so that the same input gives the same bytes.
+A single file holds it as JSON under the key ``mpoc`` of the safetensors header's metadata, a directory as
+``mpoc.json``.  It has no times or dates, so that the same input gives the same bytes.  Annotations state
+types, bounds and descriptions once: readers check against them, and the JSON Schema follows from them.
+Schmidt spectra are thinned to at most ``MOST_POINTS`` points for each bond.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def thinned(values: Sequence[float], kept: int) -> Spectrum:
 
 
 def longest(count: int, figure: float) -> Spectrum:
-    """As many points as :func:`thinned` can leave of ``count`` values, each at its longest."""
+    """The longest spectrum that :func:`thinned` can return for ``count`` values, to predict a size."""
     return ((count, figure),) * min(count, len(_indices(count, 1)) + 1)
 
 
@@ -68,10 +68,10 @@ def _indices(count: int, kept: int) -> list[int]:
 
 
 def check_spectrum(spectrum: Spectrum, longest: int) -> None:
-    """Whether these can be points of a bond's spectrum of at most ``longest`` values.
+    """Check that these can be points of a bond's spectrum of at most ``longest`` values.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: they cannot be.
     """
     indices, values = [index for index, _ in spectrum], [value for _, value in spectrum]
     rising = all(before < after for before, after in itertools.pairwise(indices))
@@ -238,7 +238,7 @@ class Manifest:
 
     @property
     def replaced(self) -> list[LayerRecord]:
-        """The layers stored in a compressed form."""
+        """The layers that are stored as cores."""
         return [layer for layer in self.layers if layer.form != DENSE]
 
     @property
@@ -279,5 +279,5 @@ def _compact(layer: LayerRecord) -> dict[str, Any]:
 
 
 def record_to_json(layer: LayerRecord) -> str:
-    """A record alone as text."""
+    """A single record as JSON text."""
     return json.dumps(_compact(layer), ensure_ascii=False)

@@ -1,9 +1,9 @@
-"""Whether what a file says of a layer can be: its counts, factors, bonds and geometry.  No torch here.
+"""Read the manifest of a compressed file or directory, and check it.  No torch here.
 
-The manifest read back from a compressed file or directory, checked.  No torch here.
-
-A directory that transformers saved again (``save_pretrained`` after ``import mpoc.hf``) has no ``mpoc.json``.
-Its config.json and the headers of its weights still tell factors and bonds, but not what was lost.
+Types and bounds follow from the annotations (io/validation); here the fields are compared with each other:
+shapes with counts, factors with bonds and geometry.  A directory that transformers saved again
+(``save_pretrained`` after ``import mpoc.hf``) has no ``mpoc.json``; its config.json and the headers of its
+weights still tell factors and bonds, but not errors and what was selected.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MAYBE_LATER = "pip install --upgrade mpoc, where a later one wrote it"
 
 
 def check_manifest(manifest: Manifest) -> None:
-    """Compare the parts of a manifest, of layers that :func:`check_record` has yet to see, with each other.
+    """Compare the parts of a manifest, and the fields of each layer, with each other.
 
     Raises:
         TypeError, ValueError: they contradict each other, or themselves.
@@ -70,7 +70,7 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def check_names(layers: Sequence[LayerRecord]) -> None:
-    """Every layer has its name, and the names of its cores, for itself.
+    """Check that no two layers share a name, or the names of their cores.
 
     Raises:
         ValueError: two share one.
@@ -95,7 +95,7 @@ def check_record(layer: LayerRecord) -> None:
 
 
 def check_made(layer: LayerRecord) -> None:
-    """As :func:`check_record`, but for what follows from the rest.
+    """As :func:`check_record`, without the fields that follow from others (stored count, padding).
 
     Raises:
         ValueError: the fields contradict each other.
@@ -113,7 +113,7 @@ def check_made(layer: LayerRecord) -> None:
 
 
 def _check_sizes(layer: LayerRecord) -> None:
-    """First of all: what follows takes time by the numbers in these lists.
+    """Check the lengths and numbers of all lists, by which later checks take time.
 
     Raises:
         ValueError: a list is too long, or of numbers below 1; or shape, kind and count do not agree.
@@ -127,7 +127,7 @@ def _check_sizes(layer: LayerRecord) -> None:
 
 
 def _check_factors(layer: LayerRecord) -> None:
-    """Factors and bonds must make a network, and the network a matrix no smaller than the weight's.
+    """Check that factors and bonds form a tensor network, and that it makes the weight.
 
     Raises:
         ValueError: they do not.
@@ -151,7 +151,7 @@ def _check_factors(layer: LayerRecord) -> None:
 
 
 def check_order(structure: Structure) -> None:
-    """Whether a weight of ``structure`` can have its order of inputs.
+    """Check that a weight of ``structure`` can have its order of inputs.
 
     Raises:
         ValueError: it is no permutation of them, or not of a linear map that is one network of sites.
@@ -174,7 +174,7 @@ def are_joined(structure: Structure, bonds: tuple[int, ...]) -> bool:
 
 
 def _check_spectra(layer: LayerRecord) -> None:
-    """One spectrum, or none, for each inner bond.
+    """Check that each inner bond has one spectrum, or none.
 
     Raises:
         ValueError: there are more or fewer, or one that cannot be.
@@ -214,10 +214,10 @@ def parse_geometry(value: dict[str, Any], shape: tuple[int, ...]) -> Geometry:
 
 
 def with_tuples(value: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists as tuples, those within lists too.
+    """JSON's lists as tuples, nested ones too.
 
     Raises:
-        ValueError: one is longer than any that is needed: what is done with it takes time.
+        ValueError: a list is longer than any that mpoc writes.
     """
     for key, item in value.items():
         if isinstance(item, list) and len(item) > (MOST_ORDERED if key == "order" else _LONGEST_LIST):
@@ -269,7 +269,7 @@ def _is_saved_again(directory: Path) -> bool:
 
 
 def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], path: Path) -> Manifest:
-    """What config.json and the headers tell; names and dtypes are those that transformers saved.
+    """The manifest that config.json and the headers tell, with the names and dtypes that transformers saved.
 
     Raises:
         MpocError: another format, or damaged.
@@ -318,7 +318,7 @@ def layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorIn
 
 
 def check_format(found: Any, path: Path, known: tuple[int, ...]) -> None:
-    """Whether a manifest, or a ``quantization_config``, has a format that is read here.
+    """Check that a manifest, or a ``quantization_config``, has a format that this mpoc reads.
 
     Raises:
         MpocError: it has another.

@@ -1,12 +1,8 @@
-"""Hugging Face directories: config.json, and weights in one file or in shards with an index.
+"""Open a checkpoint of any supported format, or say why it cannot be used and what to do.
 
-Open anything, or say why not and what to do instead.
-
-The next tensor is brought into memory while the present one is worked on.
-
-Checkpoints are memory-mapped: a tensor's bytes come from disk, or over a network, when they are first looked
-at.  A thread of its own looks at them beforehand; what it brings in are pages of files, which the system
-drops where memory is short.
+Torch files, safetensors files and Hugging Face directories (one weight file, or shards with an index) become
+a :class:`mpoc.io.checkpoint.Checkpoint`.  Tensors are memory-mapped, so their bytes are read from disk, or
+over a network, when they are first used; :func:`one_ahead` reads the next tensor in a thread meanwhile.
 """
 
 from __future__ import annotations
@@ -80,7 +76,7 @@ def _refuse_by_config(path: Path, config: dict[str, Any] | None) -> None:
 
 
 def already_compressed(path: Path) -> MpocError:
-    """The refusal for mpoc's own output."""
+    """The error for mpoc's own output."""
     return MpocError(
         f"{path}: already compressed by mpoc",
         f"for other bonds compress the original, or expand first: mpoc expand {path}",
@@ -161,7 +157,7 @@ def _refuse_by_names(checkpoint: Checkpoint) -> None:
 
 
 def one_ahead(checkpoint: Checkpoint, names: Iterable[str]) -> Generator[str, None, None]:
-    """These names; while one is worked on, the tensor of the next is brought into memory.
+    """Yield names; while the caller works on one, the tensor of the next is read into memory.
 
     Args:
         checkpoint: that holds them.
@@ -170,13 +166,13 @@ def one_ahead(checkpoint: Checkpoint, names: Iterable[str]) -> Generator[str, No
     with ThreadPoolExecutor(1, "read-ahead") as thread:
         for name, following in pairwise(chain(names, [None])):
             if following is not None:
-                thread.submit(look_at, checkpoint, following)  # its reader is told of an error
+                thread.submit(look_at, checkpoint, following)  # an error is raised again when it is read
             assert name is not None
             yield name
 
 
 def look_at(checkpoint: Checkpoint, name: str) -> None:
-    """At a byte of every page of a tensor; numpy lets other threads run."""
+    """Touch a byte of every page of a tensor; numpy releases the GIL."""
     tensor = checkpoint.read(name)
     if tensor.is_contiguous():
         for piece in tensor.detach().view(-1).view(torch.uint8).split(_PIECE):
@@ -224,7 +220,7 @@ def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether ``mpoc compress`` made it; only names and a header are read."""
+    """Whether ``mpoc compress`` wrote this file or directory; reads names and a header only."""
     if path.is_dir():
         return (path / MANIFEST_FILE).is_file()
     return path.is_file() and path.suffix == ".safetensors" and "mpoc" in read_header(path).metadata

@@ -1,9 +1,9 @@
-"""What ``torch.save`` never writes and a torch file from a stranger may hold: looked for before it is read.
+"""Read ``torch.save`` files (.pt .pth .th .bin .ckpt), of the zip and the older format, safely.
 
-An archive that is packed can become a thousand times as large in memory.  A pickle of a kilobyte can hold a
-tuple of tuples that takes years to be hashed, or one so deep that hashing it ends the process.
-
-``torch.save`` files (.pt .pth .th .bin .ckpt), old and new format, with no code run from them.
+``torch.load`` with ``weights_only=True`` runs no code of the file, but a small file can still exhaust the
+reader: a compressed archive grows a thousandfold in memory; a pickle of a kilobyte can hold a tuple of tuples
+that takes years to hash, or one nested so deeply that hashing it ends the process.  Archive and pickles are
+therefore checked for what ``torch.save`` never writes before they are loaded.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check_archive(path: Path) -> None:
 
 
 def check_pickle(file: IO[bytes]) -> None:
-    """Follow the next pickle of a file without making what it describes.
+    """Follow the next pickle of a file without building the objects that it describes.
 
     Raises:
         ValueError: it holds a tuple too large or too deep to be hashed, or is broken.
@@ -130,7 +130,7 @@ def _follow(
 
 
 def _take(opcode: pickletools.OpcodeInfo, stack: list[_Size | None]) -> list[_Size]:
-    """What the operation takes from the stack; marks are dropped."""
+    """The items that an operation takes from the stack, without marks."""
     before = opcode.stack_before
     count = len(before)
     if pickletools.markobject in before:
@@ -149,7 +149,7 @@ def _take(opcode: pickletools.OpcodeInfo, stack: list[_Size | None]) -> list[_Si
 
 
 def _plain_dtype(code: str, *_: Any) -> np.dtype[Any]:
-    """Of numbers alone: others can be made to nest without end."""
+    """Whether a tuple holds numbers only; others can nest without end."""
     if not isinstance(code, str) or len(code) > 4:
         raise TypeError(f"a dtype {str(code)[:40]!r}")
     return np.dtype(code)
@@ -203,7 +203,7 @@ def open_torch_file(path: Path, strip: bool = True) -> Checkpoint:
 
 
 def _refuse_repeated(path: Path, infos: dict[str, TensorInfo]) -> None:
-    """A view can repeat a few bytes as a tensor of any size."""
+    """Refuse a view that repeats a few bytes as a tensor of any size."""
     room = _MOST_REPEATED * path.stat().st_size
     for info in infos.values():
         room -= info.nbytes
@@ -216,7 +216,7 @@ def _refuse_repeated(path: Path, infos: dict[str, TensorInfo]) -> None:
 
 
 def load_plain(path: Path) -> Any:
-    """``torch.load`` with ``weights_only=True``; what it refuses, refused with the way out."""
+    """Call ``torch.load`` with ``weights_only=True``; errors say how to convert the file."""
     zipped = _starts_like_zip(path)
     try:
         if zipped:
@@ -245,7 +245,7 @@ def _starts_like_zip(path: Path) -> bool:
 
 
 def _check_pickles(path: Path) -> None:
-    """The pickles at the start of a file without zip directory must end properly; none is run."""
+    """Check that the pickles at the start of a file without a zip directory are complete; none is run."""
     with path.open("rb") as file:
         for _ in range(4):  # magic number, protocol, system, payload: the format before torch 1.6
             check_pickle(file)
@@ -280,7 +280,7 @@ def _refuse_torchscript(path: Path) -> None:
 
 
 def find_state_dict(path: Path, payload: Any) -> tuple[str, Mapping[str, Any]]:
-    """The state dict in what a training script saved, and the key it was under (empty: bare).
+    """The state dict within a training script's file, and its key there ("" if it is the file itself).
 
     Raises:
         MpocError: there is none, or several without a usual name.
@@ -309,7 +309,7 @@ def find_state_dict(path: Path, payload: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 def _is_state_dict(value: Any) -> bool:
-    """A mapping from strings whose values are, some at least, tensors, and none is a mapping of tensors."""
+    """Whether it maps strings to values of which some are tensors and none is a mapping of tensors."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
     return _has_tensors(value) and not any(_has_tensors(item) for item in value.values())
@@ -334,7 +334,7 @@ def _dtype(tensor: Tensor) -> str:
 
 
 def _place(tensor: Tensor, name: str) -> tuple[Any, ...]:
-    """Equal for two tensors that are the same numbers in the same memory."""
+    """A key that two tensors share if they are the same values in the same memory."""
     if tensor.numel() == 0:
         return (name,)
     storage = tensor.untyped_storage().data_ptr()

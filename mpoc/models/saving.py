@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 import mpoc
 from mpoc.errors import MpocError, UsageError
-from mpoc.io.atomic import digest, refuse_existing, staged
+from mpoc.io.atomic import refuse_existing, staged
 from mpoc.io.checkpoint import tensor_fingerprint
+from mpoc.io.keyed_store import digest
 from mpoc.io.manifest import LayerRecord, Manifest, Source, bond_fields, core_prefix
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.safetensors_header import CODES, TensorInfo, count_parameters, encode_header, storage_order

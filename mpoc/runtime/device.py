@@ -1,4 +1,8 @@
-"""The machine: processors, memory, disk, devices; whether there is room for a tensor or an output."""
+"""The machine that mpoc runs on: processors, memory, disk space and GPUs, and the seeds of its generators.
+
+Memory and disk are checked before a tensor is made or a file is written, so that an error names the size that
+is missing instead of a process being killed.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ _MEMORY = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One that is no CPU."""
+    """A GPU or other accelerator."""
 
     name: str  # as --device takes it
     title: str  # as its maker calls it
@@ -37,7 +41,7 @@ def usable_cpus() -> int:
 
 
 def memory() -> tuple[int | None, int | None]:
-    """Bytes of memory in all, a container's limit counted, and bytes free; None: not known here."""
+    """Bytes of memory in total (within a container's limit) and free; None: not known on this system."""
     total: int | None = None
     if hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -64,7 +68,7 @@ def free_disk() -> dict[str, int]:
 
 
 def devices() -> tuple[list[DeviceInfo], list[str]]:
-    """GPUs that torch finds, and in words why there is none.
+    """The GPUs that torch finds, and the reason if there is none.
 
     Raises:
         ImportError, OSError: torch cannot be imported.
@@ -89,7 +93,7 @@ def devices() -> tuple[list[DeviceInfo], list[str]]:
 
 
 def require_memory(path: Path, name: str, nbytes: int) -> None:
-    """Check before a tensor is made.
+    """Check that a tensor fits into memory before it is made.
 
     Args:
         path: of the file that describes it, for the message.
@@ -109,7 +113,7 @@ def require_memory(path: Path, name: str, nbytes: int) -> None:
 
 
 def require_disk_space(output: Path, nbytes: int) -> None:
-    """Check before a file is written.
+    """Check that a file fits on the disk before it is written.
 
     Raises:
         MpocError: its disk has less room.
@@ -123,7 +127,7 @@ def require_disk_space(output: Path, nbytes: int) -> None:
 
 
 def _memory() -> int | None:
-    """Bytes of the whole machine; None where it does not say."""
+    """Bytes of the whole machine; None if the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -131,7 +135,7 @@ def _memory() -> int | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one; of several processes each its own.
+    """The device of an option: ``auto`` takes a GPU if there is one, a different one for each process.
 
     Raises:
         UsageError: unknown or not present.

@@ -1,8 +1,8 @@
-"""Which of several processes this is, as torchrun and accelerate launch say it.  No torch here.
+"""The process group: which process this is, and how processes share work and fail together.
 
-Several processes that work as one: who they are, what one tells all, and an error of one that ends all.
-
-torchrun starts them, on one machine or on several that see the same files; they talk through gloo.
+torchrun starts the processes, on one machine or on several that see the same files, and names them in the
+environment; they communicate through gloo on the CPU.  An error in one process ends all: the main process
+reports it, the others exit silently.  torch is imported only where processes communicate.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from mpoc.errors import MpocError
 _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 _Other = TypeVar("_Other")
-# A process may wait for another's longest layer; torchrun ends all where one dies.
+# A process may wait while another fits its longest layer; torchrun ends all when one dies.
 _PATIENCE = timedelta(days=7)
 
 
 def num_processes() -> int:
-    """How many work together; 1 without such a launcher."""
+    """Number of processes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """The number of this one, from 0."""
+    """Rank of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
-    """The number of this one on its machine, from 0."""
+    """Rank of this process on its machine, from 0."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
@@ -45,15 +45,15 @@ _gloo_used = threading.Event()
 
 
 def note_gloo_used() -> None:
-    """This process talks to others through gloo."""
+    """Note that this process communicates through gloo, for :func:`exit_process`."""
     _gloo_used.set()
 
 
 def exit_process(status: int) -> NoReturn:
     """End this process.
 
-    One that has talked through gloo ends without finalising: now and then a thread of gloo's outlives its
-    group until then, and takes a process whose work is done down with SIGABRT (pytorch issue 190489).
+    A process that has used gloo exits without finalising the interpreter: now and then a gloo thread outlives
+    its group and ends a process whose work is done with SIGABRT (pytorch issue 190489).
     """
     if _gloo_used.is_set():
         sys.stdout.flush()
@@ -63,24 +63,24 @@ def exit_process(status: int) -> NoReturn:
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Whether this process is the one that prints and writes, as the environment says."""
     return rank() == 0
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among ``size``."""
+    """The processes of a run, as seen by the one with this rank; ``ProcessGroup()`` is a single process."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """Whether it prints, and puts the output in place."""
+        """Whether this process prints, and puts the output in place."""
         return self.rank == 0
 
     def broadcast(self, value: _Value | None, src: int = 0) -> _Value:
-        """What one process has, in all; tensors in it are on the CPU."""
+        """The value that process ``src`` has, in all processes; picklable, its tensors on the CPU."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -91,7 +91,7 @@ class ProcessGroup:
         return cast(_Value, value)
 
     def _send_to_main(self, value: _Value | None, src: int) -> _Value | None:
-        """What one process has, in the first; nothing in others."""
+        """The value that process ``src`` has, in the main process; None in others."""
         if src != 0 and self.rank in (0, src):
             import torch.distributed as dist
 
@@ -105,37 +105,37 @@ class ProcessGroup:
         return value if self.is_main else None
 
     def _all_gather(self, value: Any) -> list[Any]:
-        """What each process has, in all; picklable."""
+        """The values of all processes by rank, in all processes; picklable."""
         import torch.distributed as dist
 
-        found: list[Any] = [None] * self.size
+        values: list[Any] = [None] * self.size
         with self._talking():
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def on_main(self, work: Callable[[], _Value]) -> _Value:
-        """What the first process finds, in all."""
-        found = None
+        """Run ``work`` in the main process and broadcast its result."""
+        result = None
         with self.all_or_raise():
             if self.is_main:
-                found = work()
-        return self.broadcast(found)
+                result = work()
+        return self.broadcast(result)
 
     def map(
         self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None = None
     ) -> list[_Value]:
-        """What ``work`` makes of each, in all processes; they share the work.
+        """Share ``work`` on each item out among the processes; all get all results, in order.
 
         Args:
-            items: the same in all.
-            work: is done by one process alone.  What it gives has its tensors on the CPU.
-            costs: of the items; None: they are alike.
+            items: the same in all processes.
+            work: runs in one process for each item; its result is picklable, with tensors on the CPU.
+            costs: relative cost of each item; None: all equal.
         """
-        own, owners = self._done(items, work, costs)
+        own, owners = self._run_share(items, work, costs)
         return [self.broadcast(own.pop(k, None), src=owner) for k, owner in enumerate(owners)]
 
     def parallel(self, one: Callable[[], _Value], other: Callable[[], _Other]) -> tuple[_Value, _Other]:
-        """Two pieces of work, by two processes where there are; the longer is the first."""
+        """Run two functions, in two processes if there are several; the first is the longer one."""
         works: list[Callable[[], Any]] = [one, other]
         first, second = self.map(works, lambda work: work(), (2.0, 1.0))
         return first, second
@@ -143,30 +143,30 @@ class ProcessGroup:
     def map_to_main(
         self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None = None
     ) -> Iterator[_Value | None]:
-        """As :meth:`map`, one after another, for the first process; nothing for the others."""
-        own, owners = self._done(items, work, costs)
+        """As :meth:`map`, but the main process gets the results, one at a time; others get None."""
+        own, owners = self._run_share(items, work, costs)
         for k, owner in enumerate(owners):
             yield self._send_to_main(own.pop(k, None), src=owner)
 
-    def _done(
+    def _run_share(
         self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None
     ) -> tuple[dict[int, _Value], list[int]]:
-        """This process's share by number, and whose each is."""
+        """The results of this process by index, and the rank that has each result."""
         owners = self.assigned_ranks([1.0] * len(items) if costs is None else costs)
         with self.all_or_raise():
             own = {k: work(items[k]) for k, owner in enumerate(owners) if owner == self.rank}
         return own, owners
 
     def raise_any(self, error: Exception | None) -> None:
-        """Wait for all; where one failed, all end: the first process with its message, the others silently.
+        """Wait for all processes and raise if one of them has an error.
 
         Raises:
-            Exception: the error itself, with one process; its own, of the first.
-            MpocError, OSError: an error of another.
-            SystemExit: in the others.
+            Exception: in the main process, its own error.
+            MpocError, OSError: in the main process, the error of another.
+            SystemExit: in other processes.
         """
-        found = [error] if self.size == 1 else self._all_gather(None if error is None else _as_ours(error))
-        first = next((one for one in found if one is not None), None)
+        errors = [error] if self.size == 1 else self._all_gather(None if error is None else _portable(error))
+        first = next((failed for failed in errors if failed is not None), None)
         if first is None:
             return
         if not self.is_main:
@@ -175,17 +175,17 @@ class ProcessGroup:
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """gloo raises where another process is gone; torchrun says which one, and ends the others."""
+        """Turn gloo's error when another process is gone; torchrun says which one, and ends the rest."""
         try:
             yield
         except RuntimeError as error:
             if not self.is_main:
                 raise SystemExit(1) from error
-            raise MpocError("another of the processes has ended before the work was done") from error
+            raise MpocError("another process ended before the work was done") from error
 
     @contextmanager
     def all_or_raise(self) -> Iterator[None]:
-        """What each process does by itself; they go on when all are done.
+        """A block that each process runs by itself; all leave it together, or raise if one fails.
 
         Raises:
             Exception: as :meth:`raise_any`.
@@ -198,11 +198,11 @@ class ProcessGroup:
         self.raise_any(failed)
 
     def own_indices(self, costs: Sequence[float]) -> list[int]:
-        """Which pieces of work are this process's."""
+        """The indices of the items that are assigned to this process."""
         return [number for number, owner in enumerate(self.assigned_ranks(costs)) if owner == self.rank]
 
     def assigned_ranks(self, costs: Sequence[float]) -> list[int]:
-        """Whose each piece of work is: the largest first, always to whoever has least."""
+        """The rank for each item: the costliest first, each to the process with the least cost so far."""
         loads, owners = [0.0] * self.size, [0] * len(costs)
         for number in sorted(range(len(costs)), key=lambda k: (-costs[k], k)):
             least = min(range(self.size), key=loads.__getitem__)
@@ -214,8 +214,8 @@ class ProcessGroup:
 SINGLE_PROCESS = ProcessGroup()
 
 
-def _as_ours(error: Exception) -> Exception:
-    """One that other processes can be sent."""
+def _portable(error: Exception) -> Exception:
+    """An error that can be sent to other processes."""
     if isinstance(error, MpocError | OSError):
         return error
     return MpocError(f"{socket.gethostname()}: {error!r}")
@@ -223,7 +223,7 @@ def _as_ours(error: Exception) -> Exception:
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """The processes that the environment names; one alone without torchrun."""
+    """The processes that the environment names; a single one without torchrun."""
     if num_processes() == 1:
         yield SINGLE_PROCESS
         return

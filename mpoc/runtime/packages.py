@@ -1,10 +1,7 @@
-"""Version numbers compared, as far as mpoc's own bounds and files of later versions need it.  No torch here.
+"""Which packages mpoc needs, which are installed, and how versions compare.  No package is imported here.
 
-Releases count by their numbers; what follows them (``+cpu``, ``rc1``) does not.
-
-Which packages mpoc asks for, by its own metadata, and which are there.  Imports none of them.
-
-matplotlib, which draws figures into files where the extra ``plot`` is installed.
+The requirements are those of mpoc's own metadata.  Versions compare by their release numbers; suffixes
+(``+cpu``, ``rc1``) do not count.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ PYTHON = "Python"
 
 
 def release(version: str) -> tuple[int, ...] | None:
-    """``2.13.0+cpu`` → (2, 13), zeros at the end left out; None where it is no version."""
+    """``2.13.0+cpu`` → (2, 13), trailing zeros left out; None if it is not a version."""
     found = _RELEASE.fullmatch(version)
     return tuple(map(int, re.sub(r"(\.0+)+$", "", found[1]).split("."))) if found else None
 
@@ -50,7 +47,7 @@ def is_later(version: str, than: str) -> bool:
 
 
 def is_within(version: str, bounds: str) -> bool:
-    """Whether ``2.13.0`` keeps ``>=2.6,<2.14``; what is no version keeps none."""
+    """Whether ``2.13.0`` keeps ``>=2.6,<2.14``; False if it is not a version."""
     found = release(version)
     pairs = ((_COMPARE[sign], release(bound)) for sign, bound in _BOUND.findall(bounds))
     return found is not None and all(bound is not None and keeps(found, bound) for keeps, bound in pairs)
@@ -75,7 +72,7 @@ def unreadable(path: Path, tool: Any, error: Exception) -> MpocError:
 
 @dataclass(frozen=True)
 class Package:
-    """One that mpoc needs, or that an extra brings."""
+    """A package that mpoc needs, or that one of its extras installs."""
 
     name: str
     version: str | None  # None: not installed
@@ -84,12 +81,12 @@ class Package:
 
     @property
     def is_right(self) -> bool:
-        """Whether it is there, in a version that mpoc is made for."""
+        """Whether it is installed in a version within mpoc's bounds."""
         return self.version is not None and is_within(self.version, self.needs)
 
     @property
     def mend(self) -> str:
-        """What brings one that is right."""
+        """The command that installs a version within the bounds."""
         if self.extra is not None:
             return install(self.extra)
         return (
@@ -105,7 +102,7 @@ def install(extra: str) -> str:
 
 
 def packages() -> list[Package]:
-    """Python itself, what is needed always, and what extras bring, in the order of the metadata.
+    """Python itself, required packages and those of extras, in the order of the metadata.
 
     Raises:
         importlib.metadata.PackageNotFoundError: mpoc runs from a folder, and is not installed.
