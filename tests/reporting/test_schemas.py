@@ -195,7 +195,8 @@ def without_words(value: Any, names: bool = False) -> Any:
         return [without_words(item) for item in value]
     if not isinstance(value, dict):
         return value
-    left_out = set() if names else {"title", "description", *(["type"] if "enum" in value else [])}
+    left_out = set() if names else {"$schema", "title", "description"}
+    left_out |= {"type"} if "enum" in value and not names else set()
     found = {key: without_words(value[key], key == "properties") for key in value.keys() - left_out}
     for key in () if names else {"required", "enum", "type"} & found.keys():
         found[key] = sorted(found[key]) if isinstance(found[key], list) else found[key]
