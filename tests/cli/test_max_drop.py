@@ -104,7 +104,7 @@ def test_no_trial_within_the_drop_is_an_error(here: Here, folder: Path) -> None:
         (
             ["--max-drop", 1, "--eval", "digits.npz", "--plot", "no/c.svg"],
             1,
-            "--plot no/c.svg: there is no dir",
+            "--plot no/c.svg: no directory",
         ),
         (
             ["--ratio", 0.5, "--eval", "digits.npz", "--plot", "c.svg"],
