@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mpoc.errors import UsageError
 from mpoc.models import zoo
-from mpoc.models.zoo.mera_cnn import FEATURES
+from mpoc.models.zoo.cifar import FEATURES
 from mpoc.nn import adopt
 from mpoc.nn.conv_map import geometry_of
 from mpoc.reproduce.experiment import Experiment, ReplacedLayer

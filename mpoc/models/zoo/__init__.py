@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.errors import nearest
-from mpoc.models.zoo.cifar import densenet, resnet, vgg16, vgg19
-from mpoc.models.zoo.mera_cnn import MeraCNN
+from mpoc.models.zoo.cifar import MeraCNN, densenet, resnet, vgg16, vgg19
 from mpoc.models.zoo.mnist import FC2, Harada, LeNet5
 from mpoc.models.zoo.picogpt import PicoGPT
 

@@ -1,36 +1,43 @@
-"""What the networks with ReLU start from: He et al., "Delving deep into rectifiers", ICCV 2015, Eq. (10).
+"""Networks for CIFAR-10: ResNets, VGG, DenseNets, and the network of Hallam et al. 2017.
 
-The CIFAR-10 residual networks of He et al., and their wide variant in Gao et al. 2020 (section III B 2).
+ResNet: He et al., "Deep residual learning for image recognition", CVPR 2016, section 4.2: depth 6n + 2, three
+stages of n blocks of two convolutions with 16, 32 and 64 channels, and shortcuts without parameters (option
+A: every second pixel, missing channels filled with zeros). ``width`` k gives 16k, 32k and 64k channels, as in
+Gao et al. 2020, section III B 2. Names are those of the published checkpoints (``conv1``, ``layer1.0.bn2``,
+…, ``linear``) without their ``module.``.
 
-"Deep residual learning for image recognition", CVPR 2016, section 4.2: depth 6n + 2, three stages of n blocks
-of two convolutions with 16, 32 and 64 channels, and shortcuts without parameters (option A: every second
-pixel, missing channels filled with zeros). ``width`` k gives the stages 16k, 32k and 64k channels. The names
-are those of the published checkpoints (``conv1``, ``layer1.0.bn2``, …, ``linear``) without their ``module.``.
+VGG: Simonyan and Zisserman, arXiv:1409.1556, configurations C (16 layers, 1 × 1 kernels in the third
+convolutions) and E (19 layers), as in Gao et al. 2020, section III B 1. As in the paper's public code every
+convolution has a batch norm and no bias, and after five poolings one pixel of 512 channels goes to 512 → 4096
+→ 4096 → 10 with dropout of 0.2. Batch norm and ReLU follow their convolution here; there they precede it.
 
-VGG-16 and VGG-19 for CIFAR-10, as Gao et al. 2020 (section III B 1) take them.
+DenseNet: Huang et al., "Densely connected convolutional networks", CVPR 2017, without bottlenecks, as in Gao
+et al. 2020, table II: depth 3m + 4, three blocks of m convolutions (each of the concatenation of all before
+it), 1 × 1 convolutions and average pooling between the blocks. Every convolution sees batch norm and ReLU of
+its input and has no bias. The first convolution has 16 channels, or the n of table II.
 
-Simonyan and Zisserman, "Very deep convolutional networks for large-scale image recognition", arXiv:1409.1556:
-configuration C (16 layers, 1 × 1 kernels in the third convolutions) and E (19 layers). As in the paper's
-public code every convolution has a batch norm and no bias, and after five poolings one pixel of 512 channels
-goes to 512 → 4096 → 4096 → 10 with dropout of 0.2. Here batch norm and ReLU follow their convolution, as is
-usual; there they precede it.
+MeraCNN: Hallam et al., arXiv:1711.03357. Three pairs of 3 × 3 convolutions, 64 channels but 256 in the last,
+each pair followed by a 3 × 3 max pooling of stride 2: 4 × 4 × 256 features, then 4096 → hidden → 64 → 10.
+Leaky ReLU of 0.2; dropout of 0.2 and 0.5 on the last two convolutions and of 0.5 on the hidden layers; batch
+norm after it and after the pooling. There are no biases, and the norms have no parameters: the paper's totals
+count neither. Features are counted as in TensorFlow, which the paper used: pixel by pixel, channels last.
 
-The CIFAR-10 densely connected networks of Huang et al. without bottlenecks; Gao et al. 2020, table II.
-
-"Densely connected convolutional networks", CVPR 2017: depth 3m + 4, three blocks of m convolutions (each of
-the concatenation of all before it), 1 × 1 convolutions and average pooling between the blocks. Every
-convolution sees batch norm and ReLU of its input and has no bias. The first convolution has 16 channels, or
-the n of table II.
+Networks with ReLU start as in He et al., "Delving deep into rectifiers", ICCV 2015, Eq. (10).
 """
 
 from __future__ import annotations
+
+import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_CHANNELS = (64, 128, 256, 512, 512)
-
+_DEEPEST_RESNET = 1202  # of the paper
+_VGG_CHANNELS = (64, 128, 256, 512, 512)
+FEATURES = (4, 4, 256)  # height, width, channels of what reaches the hidden layers
+_MERA_CHANNELS = (3, 64, 64, 64, 64, 64, 256)
 _FIRST = {(100, 12): 24, (100, 24): 96}  # n by (depth, growth), where it is not 16
 
 
@@ -41,9 +48,6 @@ def he_normal(network: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-
-
-_DEEPEST_RESNET = 1202  # of the paper
 
 
 class ResidualBlock(nn.Module):
@@ -126,7 +130,7 @@ class VGG(nn.Module):
         super().__init__()
         self.depths = [len(sizes) for sizes in kernels]
         channels = 3
-        for stage, (sizes, wider) in enumerate(zip(kernels, _CHANNELS, strict=True), 1):
+        for stage, (sizes, wider) in enumerate(zip(kernels, _VGG_CHANNELS, strict=True), 1):
             for layer, size in enumerate(sizes, 1):
                 conv = nn.Conv2d(channels, wider, size, padding=size // 2, bias=False)
                 self.add_module(f"conv{stage}_{layer}", conv)
@@ -229,3 +233,49 @@ def densenet(depth: int, growth: int) -> DenseNet:
     if rest or not 7 <= depth <= _DEEPEST_DENSENET:
         raise ValueError(f"depth={depth}: 3m + 4 from 7 to {_DEEPEST_DENSENET}, as 40 or 100")
     return DenseNet(_FIRST.get((depth, growth), 16), layers, growth)
+
+
+class MeraCNN(nn.Module):
+    """Images (n, 3, 32, 32) → logits (n, 10).
+
+    Args:
+        hidden: nodes of the first hidden layer.
+        parallel: 1 where both hidden layers see the features, and the logits both of them: 4096·(hidden + 64)
+            parameters, as the paper prints of its FC-2.
+    """
+
+    def __init__(self, hidden: int, parallel: int) -> None:
+        super().__init__()
+        if parallel not in (0, 1):
+            raise ValueError(f"parallel={parallel}: 0 or 1")
+        self.parallel = parallel
+        for k, (before, after) in enumerate(pairwise(_MERA_CHANNELS), 1):
+            self.add_module(f"conv{k}", nn.Conv2d(before, after, 3, padding=1, bias=False))
+            self.add_module(f"bn{k}", nn.BatchNorm2d(after, affine=False))
+        features = math.prod(FEATURES)
+        self.fc1 = nn.Linear(features, hidden, bias=False)
+        self.fc2 = nn.Linear(features if parallel else hidden, 64, bias=False)
+        self.head = nn.Linear(hidden + 64 if parallel else 64, 10, bias=False)
+        self.bn_fc1 = nn.BatchNorm1d(hidden, affine=False)
+        self.bn_fc2 = nn.BatchNorm1d(64, affine=False)
+        self.drop5, self.drop6 = nn.Dropout(0.2), nn.Dropout(0.5)
+        self.drop_fc1, self.drop_fc2 = nn.Dropout(0.5), nn.Dropout(0.5)
+        for module in self.modules():  # normal, of variance 1 / inputs
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Three pairs of convolutions, two hidden layers, logits."""
+        for k in range(1, len(_MERA_CHANNELS)):
+            x = F.leaky_relu(self.get_submodule(f"conv{k}")(x), 0.2)
+            if k > 4:
+                x = self.get_submodule(f"drop{k}")(x)
+            if k % 2 == 0:
+                x = F.max_pool2d(x, 3, stride=2, padding=1)
+            x = self.get_submodule(f"bn{k}")(x)
+        x = x.permute(0, 2, 3, 1).flatten(1)
+        first = self.bn_fc1(self.drop_fc1(F.leaky_relu(self.fc1(x), 0.2)))
+        second = self.fc2(x if self.parallel else first)
+        second = self.bn_fc2(self.drop_fc2(F.leaky_relu(second, 0.2)))
+        logits: Tensor = self.head(torch.cat([first, second], 1) if self.parallel else second)
+        return logits
