@@ -97,7 +97,7 @@ def test_measures_the_dense_network_once(folder: Path, monkeypatch: pytest.Monke
         measured.append(request.source)
         return evaluate_file(request)
 
-    monkeypatch.setattr(smallest, "measure", tell)
+    monkeypatch.setattr(smallest, "evaluate_file", tell)
     found = find(folder, 5.0)
     assert measured[0] == folder / "net.safetensors"
     assert len(measured) == 1 + len(found.search.trials)
