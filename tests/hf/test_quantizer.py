@@ -55,7 +55,9 @@ class TestEveryArchitecture:
         small = make(kind, embeddings=embeddings)
         if kind in CANNOT_TAKE:
             pytest.skip("mpoc.load does not rename or stack tensors")
-        assert torch.equal(answer(auto(kind, small.path)), answer(load(small.path, tiny(kind))))
+        assert torch.equal(
+            answer(auto(kind, small.path)), answer(load(small.path, tiny(kind), weights="cores"))
+        )
 
     def test_holds_the_cores_and_nothing_dense_beside_them(
         self, make: Make, kind: str, embeddings: bool
@@ -92,7 +94,7 @@ class TestHeads:
         assert "classifier.weight" in names and "bert.pooler.dense.weight" in names
         model = transformers.AutoModelForSequenceClassification.from_pretrained(classifier.path)
         dense = transformers.BertForSequenceClassification(model.config)
-        assert torch.equal(answer(model), answer(load(classifier.path, dense)))
+        assert torch.equal(answer(model), answer(load(classifier.path, dense, weights="cores")))
         base, info = transformers.AutoModel.from_pretrained(classifier.path, output_loading_info=True)
         assert torch.equal(answer(base), answer(model.bert))
         assert not info["missing_keys"]
@@ -171,7 +173,7 @@ class TestExperts:
         assert "experts" in {layer.kind for layer in read_manifest(small.path).replaced}
         model = auto("mixtral", small.path)
         torch.testing.assert_close(answer(model), answer(auto("mixtral", small.expanded)), rtol=0, atol=1e-5)
-        assert torch.equal(answer(model), answer(load(small.path, tiny("mixtral"))))
+        assert torch.equal(answer(model), answer(load(small.path, tiny("mixtral"), weights="cores")))
 
     @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
     def test_every_expert_implementation_agrees(self, make: Make, implementation: str) -> None:
@@ -203,7 +205,7 @@ class TestWaysToLoad:
         small = make("llama", dtype="bfloat16")
         model = auto("llama", small.path, dtype=torch.float32)
         assert model.model.layers[0].mlp.up_proj.cores[0].dtype == torch.float32
-        assert torch.equal(answer(model), answer(load(small.path, tiny("llama"))))
+        assert torch.equal(answer(model), answer(load(small.path, tiny("llama"), weights="cores")))
 
     @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
     def test_accepts_a_device_map(self, make: Make, device_map: Any) -> None:
@@ -232,7 +234,7 @@ class TestWaysToLoad:
         model, info = auto("bert", small.path, output_loading_info=True)
         assert not any(info.values()), info
         assert torch.equal(answer(model), answer(auto("bert", make("bert").path)))
-        assert torch.equal(answer(model), answer(load(small.path, tiny("bert"))))
+        assert torch.equal(answer(model), answer(load(small.path, tiny("bert"), weights="cores")))
 
     @pytest.mark.parametrize("kind", ["gpt2", "llama", "t5"])
     def test_generates(self, make: Make, kind: str) -> None:

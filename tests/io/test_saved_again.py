@@ -71,7 +71,7 @@ class TestEveryArchitecture:
         if kind in CANNOT_TAKE:
             pytest.skip("mpoc.load does not rename or stack tensors")
         small = make(kind, embeddings=embeddings)
-        loaded = load(saved_again(small, kind, tmp_path), tiny(kind))
+        loaded = load(saved_again(small, kind, tmp_path), tiny(kind), weights="cores")
         assert torch.equal(answer(loaded), answer(auto(kind, small.path)))
 
 
@@ -132,7 +132,7 @@ def test_reads_trained_shards_in_another_dtype(make: Make, tmp_path: Path) -> No
     model.save_pretrained(tmp_path / "again", max_shard_size="10KB")
     manifest = read_manifest(tmp_path / "again")
     assert {layer.stored_dtype for layer in manifest.replaced} == {"bfloat16"}
-    loaded = load(tmp_path / "again", tiny("gpt2").bfloat16())
+    loaded = load(tmp_path / "again", tiny("gpt2").bfloat16(), weights="cores")
     assert torch.equal(answer(loaded), answer(model))
 
 
