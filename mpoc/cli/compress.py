@@ -23,7 +23,7 @@ from mpoc.runtime.options import ADVANCED, COMMON, argument, nested, option
 from mpoc.train.settings import ARCH_HELP, DataOptions, EvaluationRequest
 
 if TYPE_CHECKING:
-    from mpoc.compression.calibrate.statistics import CalibrationRequest
+    from mpoc.compression.calibrate.calibration_data import CalibrationRequest
     from mpoc.compression.search import Bisection, SearchResult, Trial
     from mpoc.compression.write import Compression
     from mpoc.reporting.plots import SizeTrials
@@ -155,7 +155,7 @@ def _calibration(options: CompressOptions) -> CalibrationRequest | None:
             if getattr(options, name):
                 raise UsageError(f"--{name.replace('_', '-')} requires --calibrate", "--calibrate DATA")
         return None
-    from mpoc.compression.calibrate.statistics import CalibrationRequest
+    from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 
     request = CalibrationRequest(options.calibrate, refine=options.refine, moments=options.moments)
     samples = options.calibration_samples
@@ -217,6 +217,7 @@ class CompressResult:
 def _compress(request: CompressRequest, console: Output) -> CompressResult:
     from mpoc.cli.progress import layer_progress, stage_lines
     from mpoc.compression.pipeline import compress_checkpoint
+    from mpoc.compression.run_context import Progress
 
     before = _measure(request.model, request, console)
     _announce(request, console)
@@ -225,13 +226,12 @@ def _compress(request: CompressRequest, console: Output) -> CompressResult:
             request.model,
             request.output,
             request.recipe,
-            request.options.force,
-            request.options.dry_run,
-            progress,
-            request.options.arch,
-            request.calibration,
-            stage_lines(console),
-            request.options.resume,
+            calibrate=request.calibration,
+            arch=request.options.arch,
+            force=request.options.force,
+            dry_run=request.options.dry_run,
+            resume=request.options.resume,
+            progress=Progress(progress, stage_lines(console)),
         )
     return CompressResult(compression, before, _measure(compression.output, request, console))
 
@@ -240,7 +240,7 @@ def _search(request: CompressRequest, console: Output) -> CompressResult:
     """Find the smallest output; each trial prints a line, and on a terminal a bar while it runs."""
     from mpoc.cli.progress import layer_progress, stage_lines
     from mpoc.cli.tables import goal_line, trial_line
-    from mpoc.compression.search import SearchCallbacks, compress_within
+    from mpoc.compression.search import SearchCallbacks, SearchRequest, compress_within
 
     options = request.options
     assert options.eval_data is not None
@@ -256,22 +256,22 @@ def _search(request: CompressRequest, console: Output) -> CompressResult:
         stage_lines(console),
     )
     console.say(f"measuring {request.model}")
-    result = compress_within(
+    search = SearchRequest(
         request.model,
         request.output,
         request.recipe,
         DataOptions(options.eval_data),
-        options.force,
-        options.arch,
         request.calibration,
-        callbacks,
+        options.arch,
+        options.force,
     )
+    result = compress_within(search, callbacks)
     if options.plot is not None:
         from mpoc.reporting.plots import draw_size_trials
 
         draw_size_trials(_size_trials(result), options.plot)
         console.say(f"wrote {options.plot}")
-    return CompressResult(result.done, result.before, result.after, result.search)
+    return CompressResult(result.compression, result.before, result.after, result.search)
 
 
 def _size_trials(result: SearchResult) -> SizeTrials:
@@ -286,7 +286,7 @@ def _size_trials(result: SearchResult) -> SizeTrials:
         sorted((trial.nbytes, trial.scores[metric]) for trial in search.trials),
         (chosen.nbytes, chosen.scores[metric]),
         f"chosen: --ratio {chosen.ratio:g}",
-        (result.done.manifest.source.nbytes, before.scores[metric]),
+        (result.compression.manifest.source.nbytes, before.scores[metric]),
         before.scores[metric] + sign * search.max_drop,
         f"dense {'−+'[sign > 0]} {search.max_drop:g}",
         f"{metric} on {before.data}, {before.split}{_UNITS.get(metric, '')}",

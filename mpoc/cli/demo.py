@@ -90,7 +90,7 @@ def run_demo(folder: Path, bond: int, force: bool) -> DemoResult:
     folder.mkdir(parents=True, exist_ok=True)
     with as_file(files("mpoc.demo") / NETWORK_FILE) as carried:
         shutil.copyfile(carried, paths.original)
-    compression = compress_checkpoint(paths.original, paths.compressed, recipe, force)
+    compression = compress_checkpoint(paths.original, paths.compressed, recipe, force=force)
     expand_checkpoint(paths.compressed, paths.dense, force)
     write_digits(paths.digits)
     _, _, images, labels = load_digits()

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.selection import check_pattern, matches
@@ -95,7 +93,7 @@ def _dense(
 ) -> dict[str, Callable[[], Profile]]:
     """A dense checkpoint's layers with the factors that ``mpoc compress`` would choose."""
     recipe = make_recipe(None, options | {"bond": 1, "allow_growth": True})
-    opened = open_source(model, recipe, arch, False, torch.device("cpu"))
+    opened = open_source(model, recipe, arch, False)
 
     plans = opened.plan(opened.recipe)
     learning = next((plan.map.layer for plan in plans if plan.learns_order), None)

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest, calibrate_on
+from mpoc.compression.calibrate.layer_inputs import device_of
 from mpoc.compression.plain_fit import Fitted, fit_layer
-from mpoc.compression.plan import make_plan
+from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import GOALS, Recipe, check_recipe, make_recipe
 from mpoc.compression.recipe_syntax import parse_shape
-from mpoc.compression.selection import Selection, select
-from mpoc.compression.size_prediction import make_manifest, predict_size
+from mpoc.compression.run_context import RunContext
+from mpoc.compression.selection import select
+from mpoc.compression.source import CompressionSource
+from mpoc.compression.write import Job, make_job
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.safetensors_header import TensorInfo
 from mpoc.models.introspection import (
+    evaluating,
     forbid_save_pretrained,
     kinds_of,
     same_tensor,
     tensors_of,
     trace_geometries,
 )
+from mpoc.models.loading import Model
 from mpoc.models.saving import describe, remember, saved_bytes
 from mpoc.nn.adopt import adopt_everywhere, compressed_weights
 from mpoc.reporting.summary import Report
@@ -70,6 +78,9 @@ def compress(
     conv: str | None = None,
     input_shape: Sequence[int] | None = None,
     seed: int | None = None,
+    calibrate: Iterable[Any] | str | PathLike[str] | None = None,
+    calibration_samples: int | None = None,
+    refine: bool = False,
 ) -> Report:
     """Replace linear maps of a network by tensor networks, in place.
 
@@ -106,7 +117,13 @@ def compress(
         order: order in which inputs of linear layers are factorised, as ``"fc1=morton:28x28"``.
         conv: what of a convolution is factorised: its ``"kernel"`` (the default) or the whole ``"map"``.
         input_shape: of one input with its batch axis, as (1, 3, 32, 32); needed for ``conv="map"``.
-        seed: of the randomised range finder.
+        seed: of the randomised range finder, and of the draw of calibration examples.
+        calibrate: data to fit what the layers do, beside their weights: batches, as a ``DataLoader`` or a list
+            of tensors, of tuples that begin with the input, or of dicts as transformers takes them; or the path
+            of a data set. The network runs in evaluation mode.
+        calibration_samples: number of examples to draw, 512 if omitted. Of an iterable without random access the
+            first ones are taken.
+        refine: train the layers of each block together after the fit; requires ``calibrate``.
 
     Returns:
         The report: ρ, and of every selected layer its form, factors, bonds and error.
@@ -134,11 +151,12 @@ def compress(
         "conv": conv,
         "seed": seed,
     }
-    chosen = _merged(recipe, given).with_form(calibrated=False)
+    request = _calibration_request(calibrate, calibration_samples, refine)
+    chosen = _merged(recipe, given).with_form(calibrated=request is not None)
     sample = None if input_shape is None else tuple(input_shape)
-    checkpoint, selection, fitted = _fit(model, chosen, sample)
-    _swap(model, fitted)
-    manifest = make_manifest(checkpoint, selection, chosen, [fit.record for fit in fitted])
+    job, fitted, changed = _fit(model, chosen, sample, request)
+    manifest = job.manifest([fit.record for fit in fitted])
+    _swap(model, fitted, changed)
     remember(model, manifest)
     return Report(manifest, saved_bytes(*describe(model)))
 
@@ -171,14 +189,54 @@ def _merged(recipe: Recipe | str | PathLike[str] | None, given: Mapping[str, Any
     return merged
 
 
+def _calibration_request(
+    data: Iterable[Any] | str | PathLike[str] | None, samples: int | None, refine: bool
+) -> CalibrationRequest | None:
+    if data is None:
+        if refine or samples is not None:
+            raise UsageError(f"{'refine' if refine else 'calibration_samples'} requires calibrate")
+        return None
+    data = Path(data) if isinstance(data, str | PathLike) else data
+    return CalibrationRequest(data, CalibrationRequest.samples if samples is None else samples, refine)
+
+
 def _fit(
-    model: nn.Module, recipe: Recipe, sample: tuple[int, ...] | None
-) -> tuple[Checkpoint, Selection, list[Fitted]]:
+    model: nn.Module, recipe: Recipe, sample: tuple[int, ...] | None, request: CalibrationRequest | None
+) -> tuple[Job, list[Fitted], dict[str, Tensor]]:
     """Fit all selected layers; nothing is changed yet.
+
+    Args:
+        model: with floating-point weights.
+        recipe: with the form that a fit with or without data takes.
+        sample: shape of one input, for whole maps.
+        request: the data to fit to; None: weights alone count.
+
+    Returns:
+        What was planned, the layers, and new values of tensors that belong to no single layer.
 
     Raises:
         MpocError: a weight that cannot be fitted, or no layer that would shrink.
     """
+    source = _source(model, recipe, sample)
+    changed: dict[str, Tensor] = {}
+    if request is None:
+        job = make_job(source, recipe, source.plan(recipe), RunContext(device_of(model)))
+        fitted = [_fit_layer(model, job, plan) for plan in job.plans]
+    else:
+        with evaluating(model):
+            job = _calibrated_job(model, source, request)
+            fitted, changed = list(job.fits()), job.finish()
+    if not any(fit.cores for fit in fitted):
+        first = fitted[0].record
+        raise MpocError(
+            f"no layer would shrink, so nothing was changed ({first.layer}: {first.reason})",
+            "a smaller bond, a larger max_error or discard, or allow_growth=True",
+        )
+    return job, fitted, changed
+
+
+def _source(model: nn.Module, recipe: Recipe, sample: tuple[int, ...] | None) -> CompressionSource:
+    """The tensors of a network as a source, with the layers that are selected."""
     if recipe.size is not None and any(compressed_weights(model)):
         raise UsageError("size: the network has compressed layers already", "ratio or bond")
     checkpoint = _as_checkpoint(model)
@@ -186,26 +244,42 @@ def _fit(
     if sample is not None and recipe.conv != "map":
         raise UsageError('input_shape is of use with conv="map" only')
     maps = [map.name for map in selection.chosen if recipe.is_map(map.name, map.kind)]
-    plans = make_plan(
-        selection,
-        recipe,
-        lambda plans: predict_size(checkpoint, selection, recipe, plans),
-        trace_geometries(model, maps, sample) if maps else {},
-    )
-    fitted = [
-        fit_layer(checkpoint, plan, recipe, model.get_parameter(plan.map.name).device) for plan in plans
-    ]
-    if not any(fit.cores for fit in fitted):
-        first = fitted[0].record
-        raise MpocError(
-            f"no layer would shrink, so nothing was changed ({first.layer}: {first.reason})",
-            "a smaller bond, a larger max_error or discard, or allow_growth=True",
-        )
-    return checkpoint, selection, fitted
+    geometries = trace_geometries(model, maps, sample) if maps else {}
+    return CompressionSource(checkpoint, None, recipe, selection, geometries)
 
 
-def _swap(model: nn.Module, fitted: list[Fitted]) -> None:
-    """Put cores in the place of the weights that were fitted."""
+def _fit_layer(model: nn.Module, job: Job, plan: LayerPlan) -> Fitted:
+    """Fitted to its weight alone, on the device where that is."""
+    device = model.get_parameter(plan.map.name).device
+    return fit_layer(job.source.checkpoint, plan, job.recipe, device)
+
+
+def _calibrated_job(model: nn.Module, source: CompressionSource, request: CalibrationRequest) -> Job:
+    """The fit to what the layers do on calibration data.
+
+    Args:
+        model: in evaluation mode; where it is of half precision, a copy in float32 is measured.
+        source: its tensors, and the layers that are selected.
+        request: the data.
+    """
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise UsageError("calibrate: the network is on several devices", "model.to(device)")
+    halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    network = copy.deepcopy(model).float() if halves else model
+    checkpoint, recipe, context = source.checkpoint, source.recipe, RunContext(device_of(model))
+    places = {name: name for name in [*checkpoint.infos, *checkpoint.tied]}
+    path = Path(getattr(model, "name_or_path", None) or checkpoint.path)  # transformers says where it is from
+    data = calibrate_on(Model(path, network, checkpoint, None, None, places), request, recipe.seed)
+    statistics = source.statistics_of(data, request, context)
+    return make_job(source, recipe, source.plan(recipe), context, statistics)
+
+
+@torch.no_grad()
+def _swap(model: nn.Module, fitted: list[Fitted], changed: dict[str, Tensor]) -> None:
+    """Put cores in the place of the weights that were fitted, and new values into what goes with them."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, tensor in [*(pair for fit in fitted for pair in fit.changed.items()), *changed.items()]:
+        state[name].copy_(tensor)
     places = same_tensor(model)
     for fit in fitted:
         name = fit.record.name

@@ -13,25 +13,17 @@ from mpoc.compression.plain_fit import Fitted
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe, check_recipe
 from mpoc.compression.resume import calibration_folder, layers_folder, resume_directory
-from mpoc.compression.size_prediction import make_manifest, predict_size
+from mpoc.compression.run_context import Progress, RunContext
+from mpoc.compression.size_prediction import predict_size
 from mpoc.compression.source import CompressionSource, open_source
-from mpoc.compression.write import (
-    Compression,
-    ProgressCallback,
-    WorkContext,
-    fit_all,
-    fit_each,
-    shared_out,
-    write_compressed,
-)
+from mpoc.compression.write import Compression, Job, fit_all, make_job, write_compressed
 from mpoc.errors import UsageError
 from mpoc.io.atomic import refuse_existing, refuse_misnamed
 from mpoc.runtime.device import choose_device
 from mpoc.runtime.distributed import process_group
 
 if TYPE_CHECKING:
-    from mpoc.compression.calibrate.dense_pass import StageCallback
-    from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+    from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 
 
 def default_output(source: Path) -> Path:
@@ -56,13 +48,13 @@ def compress_checkpoint(
     source: Path,
     output: Path,
     recipe: Recipe,
+    *,
+    calibrate: CalibrationRequest | Path | None = None,
+    arch: str | None = None,
     force: bool = False,
     dry_run: bool = False,
-    progress: ProgressCallback | None = None,
-    arch: str | None = None,
-    calibration: CalibrationRequest | None = None,
-    tell: StageCallback | None = None,
     resume: bool = False,
+    progress: Progress | None = None,
 ) -> Compression:
     """Compress a checkpoint on disk, with as many processes as torchrun started.
 
@@ -75,16 +67,14 @@ def compress_checkpoint(
         source: file or directory; only read.
         output: file (single-file source) or directory.
         recipe: what to do.
-        force: replace an existing output.
-        dry_run: write nothing. Bonds that a spectrum decides are still found by factorising.
-        progress: called after each layer.
+        calibrate: data to fit what the layers do on; None: their weights alone count.
         arch: the network that the checkpoint belongs to, as :func:`mpoc.models.architecture.make_network`
-        takes it;
-            it tells kinds of layers and is recorded.
-        calibration: data to fit what the layers do on; None: their weights alone count.
-        tell: called as calibration goes on, before layers are fitted.
+            takes it; it tells kinds of layers and is recorded.
+        force: replace an existing output.
+        dry_run: write nothing.  Bonds that a spectrum decides are still found by factorising.
         resume: keep finished layers in ``OUT.partial`` until the output is whole, and go on from those there;
             with ``force`` also where that was of other work, which goes.
+        progress: called after each layer, and as calibration goes on.
 
     Raises:
         UsageError: ``arch`` makes no network, or one with other tensors; calibration needs a network and
@@ -98,66 +88,75 @@ def compress_checkpoint(
         raise UsageError(
             "max_drop: files are measured to find its ratio", "mpoc.compression.search.compress_within"
         )
+    request = as_request(calibrate)
     with process_group() as group:
         with group.all_or_raise():
             if not dry_run:
                 refuse_output(source, output, force)
-            device = choose_device(recipe.device)
-            opened = open_source(source, recipe, arch, calibration is not None, device)
+            context = RunContext(choose_device(recipe.device), group, progress or Progress())
+            opened = open_source(source, recipe, arch, request is not None)
             plans = opened.plan(opened.recipe)
         if dry_run:
-            study = None if calibration is None else opened.study(calibration, tell, group)
-            return _dry_run(opened, plans, study, output, progress)
-        asked = _asked(source, opened.recipe, arch, calibration) if resume else None
-        with resume_directory(output, group, asked, force) as target:
-            if calibration is not None and resume:
-                calibration = replace(calibration, folder=calibration_folder(target))
-            study = None if calibration is None else opened.study(calibration, tell, group)
-            work = WorkContext(group, layers_folder(target), resume, progress, tell)
-            done = write_compressed(opened, target, opened.recipe, plans, study, work)
-    return replace(done, output=output)
+            return _dry_run(_job(opened, plans, context, request), output)
+        options = _options(opened, source, request) if resume else None
+        with resume_directory(output, group, options, force) as target:
+            if request is not None and resume:
+                request = replace(request, folder=calibration_folder(target))
+            job = _job(opened, plans, context, request)
+            compression = write_compressed(job, target, layers_folder(target), resume)
+    return replace(compression, output=output)
 
 
-def _asked(
-    source: Path, recipe: Recipe, arch: str | None, calibration: CalibrationRequest | None
+def as_request(calibrate: CalibrationRequest | Path | None) -> CalibrationRequest | None:
+    """The request for a data set at a path."""
+    if calibrate is None:
+        return None
+    from mpoc.compression.calibrate.calibration_data import CalibrationRequest
+
+    return calibrate if isinstance(calibrate, CalibrationRequest) else CalibrationRequest(Path(calibrate))
+
+
+def _job(
+    opened: CompressionSource, plans: list[LayerPlan], context: RunContext, request: CalibrationRequest | None
+) -> Job:
+    statistics = None if request is None else opened.statistics(request, context)
+    return make_job(opened, opened.recipe, plans, context, statistics)
+
+
+def _options(
+    opened: CompressionSource, source: Path, calibration: CalibrationRequest | None
 ) -> dict[str, str]:
     """All that finished layers depend on and a user can change, but for what is in files."""
+    recipe = opened.recipe
     options = {f"--{f.name.replace('_', '-')}": str(getattr(recipe, f.name)) for f in fields(recipe)}
     del options["--max-shard-size"]
     data = ""
-    if calibration is not None:
+    if calibration is not None and isinstance(calibration.data, Path):
         data = f"{calibration.data.resolve()}, {calibration.samples} examples"
-    found = {"MODEL": str(source.resolve()), "--arch": str(arch), "--calibrate": data, **options}
+    found = {"MODEL": str(source.resolve()), "--arch": str(opened.arch), "--calibrate": data, **options}
     found["--refine"] = str(calibration is not None and calibration.refine)
     return found | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "mpoc": mpoc.__version__}
 
 
-def _dry_run(
-    opened: CompressionSource,
-    plans: list[LayerPlan],
-    study: CalibrationStatistics | None,
-    output: Path,
-    progress: ProgressCallback | None,
-) -> Compression:
+def _dry_run(job: Job, output: Path) -> Compression:
     """What would be done; bonds that a spectrum decides are found by factorising."""
-    recipe = opened.recipe
-    calibrated, plans = shared_out(opened, recipe, plans, study)
-    records = {plan.map.name: plan.record() for plan in plans}
+    records = {plan.map.name: plan.record() for plan in job.plans}
     times: dict[str, float] = {}
 
     def keep(fitted: Fitted, seconds: float) -> int:
         records[fitted.record.name], times[fitted.record.name] = fitted.record, seconds
         return len(times)
 
-    fitted = any(plan.is_open for plan in plans)
+    fitted = any(plan.is_open for plan in job.plans)
     if fitted:
-        costs = {plan.map.name: plan.cost for plan in plans}
-        fit_all(fit_each(opened, plans, recipe), costs, len(plans), keep, progress)
-    found = list(records.values())
-    manifest = make_manifest(opened.checkpoint, opened.selection, recipe, found)
-    manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
-    nbytes = predict_size(opened.checkpoint, opened.selection, recipe, plans, found if fitted else None)
-    notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
+        costs = {plan.map.name: plan.cost for plan in job.plans}
+        plain = replace(job, calibrated=None)
+        fit_all(plain.fits(), costs, len(job.plans), keep, job.context)
+    layers = list(records.values())
+    manifest, opened, notes = job.manifest(layers), job.source, job.notes
+    nbytes = predict_size(
+        opened.checkpoint, opened.selection, job.recipe, job.plans, layers if fitted else None
+    )
     if not manifest.replaced:
         notes.append("no layer would be compressed: without --dry-run this ends with an error")
     return Compression(manifest, output, nbytes, False, times, notes)

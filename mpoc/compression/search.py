@@ -21,11 +21,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpoc.compression.pipeline import refuse_output
+from mpoc.compression.pipeline import as_request, refuse_output
 from mpoc.compression.plan import least_ratio
 from mpoc.compression.recipe import Recipe
-from mpoc.compression.source import open_source
-from mpoc.compression.write import Compression, ProgressCallback, WorkContext, write_compressed
+from mpoc.compression.run_context import LayerCallback, Progress, RunContext, StageCallback
+from mpoc.compression.source import CompressionSource, open_source
+from mpoc.compression.write import Compression, make_job, write_compressed
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.atomic import staged
 from mpoc.runtime.device import choose_device
@@ -35,8 +36,8 @@ from mpoc.train.evaluate_file import FileEvaluation, evaluate_file
 from mpoc.train.settings import DataOptions, EvaluationRequest
 
 if TYPE_CHECKING:
-    from mpoc.compression.calibrate.dense_pass import StageCallback
-    from mpoc.compression.calibrate.statistics import CalibrationRequest
+    from mpoc.compression.calibrate.calibration_data import CalibrationRequest
+    from mpoc.compression.calibrate.statistics import CalibrationStatistics
 
 
 _GRID = 1000  # ratios have three decimals
@@ -99,7 +100,7 @@ class Bisection:
 class SearchResult:
     """What was found."""
 
-    done: Compression  # the chosen one
+    compression: Compression  # the chosen one
     before: FileEvaluation
     after: FileEvaluation
     search: Bisection  # its trials
@@ -107,94 +108,101 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class SearchCallbacks:
-    """Who is told what; nobody, unless asked."""
+    """What is called as a search goes on."""
 
     start: Callable[[FileEvaluation], None] = lambda before: None  # the dense network was measured
     trial: Callable[[Trial, bool], None] = lambda trial, kept: None
-    layers: Callable[[], AbstractContextManager[ProgressCallback | None]] = nullcontext  # of one trial
-    stage: StageCallback | None = None  # as :func:`mpoc.compression.pipeline.compress_checkpoint` takes it
+    layers: Callable[[], AbstractContextManager[LayerCallback | None]] = nullcontext  # of one trial
+    stage: StageCallback | None = None  # of the calibration, which serves all trials
 
 
-def compress_within(
-    source: Path,
-    output: Path,
-    recipe: Recipe,
-    data: DataOptions,
-    force: bool = False,
-    arch: str | None = None,
-    calibration: CalibrationRequest | None = None,
-    watch: SearchCallbacks | None = None,
-) -> SearchResult:
-    """Compress a checkpoint to the smallest output found whose metric loses at most ``recipe.max_drop``.
+@dataclass(frozen=True)
+class SearchRequest:
+    """What is to be compressed as far as a metric allows."""
+
+    source: Path  # file or directory; only read
+    output: Path  # file (single-file source) or directory
+    recipe: Recipe  # with a ``max_drop``
+    data: DataOptions  # to measure the metric on
+    calibrate: CalibrationRequest | Path | None = None  # as ``compress_checkpoint`` takes it
+    arch: str | None = None  # likewise
+    force: bool = False  # replace an existing output
+
+
+def compress_within(request: SearchRequest, callbacks: SearchCallbacks | None = None) -> SearchResult:
+    """Compress a checkpoint to the smallest output found whose metric loses at most ``max_drop``.
 
     The metric is that of the task: accuracy in per cent, or a loss.  Where data and network make no task, as
     with embeddings or without labels, it is the likeness to the original: agreement in per cent where
     outputs are logits, else the cosine.
-
-    Args:
-        source: file or directory; only read.
-        output: file (single-file source) or directory.
-        recipe: what to do, with a ``max_drop``.
-        data: to measure on.
-        force: replace an existing output.
-        arch: as :func:`mpoc.compression.pipeline.compress_checkpoint` takes it.
-        calibration: as there.
-        watch: is told what goes on.
 
     Raises:
         UsageError: options that do not fit, or no network is known.
         MpocError: bad input, or no trial keeps the metric; nothing is written then.
         OSError: of reading or writing (a full disk).
     """
+    source, output, recipe, arch = request.source, request.output, request.recipe, request.arch
     if recipe.max_drop is None:
         raise UsageError("a recipe without max_drop: there is nothing to search for", "--max-drop 1")
     if num_processes() > 1:
         raise UsageError("--max-drop measures one file after another, in one process: no torchrun")
-    watch = watch or SearchCallbacks()
-    refuse_output(source, output, force)
-    opened = open_source(source, recipe, arch, calibration is not None, choose_device(recipe.device))
-    least = least_ratio(opened.plan(opened.recipe), recipe.allow_growth)
-    request = EvaluationRequest(source, data, arch=arch, stand_in=source, device=recipe.device)
-    before = evaluate_file(request)
-    watch.start(before)
-    study = None if calibration is None else opened.study(calibration, watch.stage)
-
-    def attempt(ratio: float, target: Path) -> tuple[Compression, FileEvaluation]:
-        at_ratio = replace(opened.recipe, ratio=ratio)
-        with watch.layers() as progress:
-            work = WorkContext.beside(target, progress)
-            done = write_compressed(opened, target, at_ratio, opened.plan(at_ratio), study, work)
-        return done, evaluate_file(replace(request, source=target))
-
-    search = Bisection(recipe.max_drop, least)
+    refuse_output(source, output, request.force)
+    callbacks, calibration = callbacks or SearchCallbacks(), as_request(request.calibrate)
+    context = RunContext(choose_device(recipe.device), progress=Progress(stage=callbacks.stage))
+    opened = open_source(source, recipe, arch, calibration is not None)
+    search = Bisection(recipe.max_drop, least_ratio(opened.plan(opened.recipe), recipe.allow_growth))
+    evaluation = EvaluationRequest(source, request.data, arch=arch, stand_in=source, device=recipe.device)
+    before = evaluate_file(evaluation)
+    callbacks.start(before)
+    statistics = None if calibration is None else opened.statistics(calibration, context)
+    trials = _Trials(opened, context, statistics, evaluation, callbacks)
     with staged(output) as target:
-        best = _smallest(search, before, attempt, target, watch)
+        best = _smallest(search, before, trials, target)
         if best is None:
             raise _nothing_keeps_it(search, before, calibration is not None)
-    done, after = best
-    return SearchResult(replace(done, output=output), before, replace(after, model=output), search)
+    compression, after = best
+    return SearchResult(replace(compression, output=output), before, replace(after, model=output), search)
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Compresses one source to any ratio, and measures the output."""
+
+    source: CompressionSource
+    context: RunContext
+    statistics: CalibrationStatistics | None
+    evaluation: EvaluationRequest  # of the dense network
+    callbacks: SearchCallbacks
+
+    def run(self, ratio: float, target: Path) -> tuple[Compression, FileEvaluation]:
+        """The output at ``target``."""
+        recipe = replace(self.source.recipe, ratio=ratio)
+        with self.callbacks.layers() as layer:
+            context = replace(self.context, progress=Progress(layer))
+            job = make_job(self.source, recipe, self.source.plan(recipe), context, self.statistics)
+            compression = write_compressed(job, target)
+        return compression, evaluate_file(replace(self.evaluation, source=target))
 
 
 def _smallest(
     search: Bisection,
     before: FileEvaluation,
-    attempt: Callable[[float, Path], tuple[Compression, FileEvaluation]],
+    trials: _Trials,
     target: Path,
-    watch: SearchCallbacks,
 ) -> tuple[Compression, FileEvaluation] | None:
     """Try until the search is over; the chosen output is at ``target`` then. None: there is none."""
     best = None
     folder = target.with_name(f"{target.name}.trial")
     while (ratio := search.next_ratio()) is not None:
         folder.mkdir()
-        done, after = attempt(ratio, folder / target.name)
-        trial = Trial(ratio, done.nbytes, after.drop_from(before), after.scores)
+        compression, after = trials.run(ratio, folder / target.name)
+        trial = Trial(ratio, compression.nbytes, after.drop_from(before), after.scores)
         search.trials.append(trial)
-        watch.trial(trial, search.keeps(trial))
+        trials.callbacks.trial(trial, search.keeps(trial))
         if search.chosen is trial:
-            best = done, after
+            best = compression, after
             _remove(target)
-            done.output.rename(target)
+            compression.output.rename(target)
         shutil.rmtree(folder)
     return best
 

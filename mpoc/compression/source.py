@@ -1,4 +1,4 @@
-"""A checkpoint opened to be compressed: its layers are chosen; it can be planned for one goal or for many."""
+"""A checkpoint opened to be compressed: its layers are selected, and can be planned for one goal or many."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from mpoc.compression.plan import LayerPlan, make_plan
 from mpoc.compression.recipe import Recipe
+from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import Selection, select
 from mpoc.compression.size_prediction import predict_size
 from mpoc.errors import MpocError
@@ -19,12 +18,11 @@ from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import core_prefix
 from mpoc.io.open_checkpoint import open_checkpoint
 from mpoc.models.architecture import traced_geometries, with_architecture
-from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.geometry import Geometry
 
 if TYPE_CHECKING:
-    from mpoc.compression.calibrate.dense_pass import StageCallback
-    from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+    from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
+    from mpoc.compression.calibrate.statistics import CalibrationStatistics
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,6 @@ class CompressionSource:
     checkpoint: Checkpoint
     arch: str | None
     recipe: Recipe
-    device: torch.device
     selection: Selection
     geometries: Mapping[str, Geometry]  # of whole maps, where a sample run told
 
@@ -63,24 +60,26 @@ class CompressionSource:
         _refuse_name_collisions(checkpoint, plans)
         return plans
 
-    def study(
-        self,
-        request: CalibrationRequest,
-        tell: StageCallback | None = None,
-        group: ProcessGroup = SINGLE_PROCESS,
+    def statistics(self, request: CalibrationRequest, context: RunContext) -> CalibrationStatistics:
+        """Measure the dense network on calibration data, whatever the goal."""
+        from mpoc.compression.calibrate.calibration_data import open_calibration
+
+        with context.group.all_or_raise():
+            data = open_calibration(self.checkpoint.path, self.arch, request, self.recipe.seed)
+        return self.statistics_of(data, request, context)
+
+    def statistics_of(
+        self, data: CalibrationData, request: CalibrationRequest, context: RunContext
     ) -> CalibrationStatistics:
-        """The dense network on calibration data, whatever the goal; ``tell`` is told as work goes on."""
+        """The same, of a network and data that are open."""
         from mpoc.compression.calibrate.statistics import CalibrationStatistics
 
         names = [map.name for map in self.selection.chosen]
         maps = dict.fromkeys(_whole_maps(self.selection, self.recipe), "a whole map")
-        seed, path = self.recipe.seed, self.checkpoint.path
-        return CalibrationStatistics(path, self.arch, request, names, seed, self.device, maps, tell, group)
+        return CalibrationStatistics(data, request, names, context, self.recipe.seed, maps)
 
 
-def open_source(
-    source: Path, recipe: Recipe, arch: str | None, calibrated: bool, device: torch.device
-) -> CompressionSource:
+def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool) -> CompressionSource:
     """Open a checkpoint and choose its layers.
 
     Args:
@@ -88,7 +87,6 @@ def open_source(
         recipe: as asked.
         arch: its network, as ``--arch`` names it.
         calibrated: whether it is to be fitted to data.
-        device: to compute on.
 
     Raises:
         UsageError: options that do not fit, or ``arch`` makes no network, or one with other tensors.
@@ -102,7 +100,7 @@ def open_source(
     maps = [m.name for m in selection.chosen if recipe.is_map(m.name, m.kind)]
     unsaid = [name for name in maps if not recipe.has_input_shape(name)]
     geometries = traced_geometries(arch, unsaid) if arch is not None else {}
-    return CompressionSource(checkpoint, arch, recipe, device, selection, geometries)
+    return CompressionSource(checkpoint, arch, recipe, selection, geometries)
 
 
 def _whole_maps(selection: Selection, recipe: Recipe) -> list[str]:

@@ -1,4 +1,4 @@
-"""One compression of a source that is open: its layers fitted and kept, then the output written from them."""
+"""Compress an open source to one goal: fit its layers, keep each on disk, write the output from them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from mpoc.compression.plain_fit import Fitted, fit_layer
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.resume import LayerCache, in_order_key, layer_key
+from mpoc.compression.run_context import RunContext
 from mpoc.compression.size_prediction import make_manifest, predict_size
 from mpoc.compression.source import CompressionSource
 from mpoc.errors import MpocError
@@ -25,16 +28,11 @@ from mpoc.io.open_checkpoint import one_ahead
 from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
 from mpoc.io.weight_files import output_bytes
 from mpoc.reporting.summary import Report
-from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from mpoc.runtime.distributed import ProcessGroup
 
 if TYPE_CHECKING:
-    from mpoc.compression.calibrate.dense_pass import StageCallback
     from mpoc.compression.calibrate.sequential import SequentialFit
     from mpoc.compression.calibrate.statistics import CalibrationStatistics
-
-
-# record, seconds, layers done, layers in all, part of the work done
-ProgressCallback = Callable[[LayerRecord, float, int, int, float], None]
 
 
 @dataclass
@@ -55,163 +53,172 @@ class Compression:
 
 
 @dataclass(frozen=True)
-class WorkContext:
-    """Where and by whom layers are fitted, and who is told."""
+class Job:
+    """A source with the plans for one goal, ready to be fitted."""
 
-    group: ProcessGroup
-    folder: Path  # of finished layers, for the caller to remove
-    resumes: bool = False  # and whether those that are there are used again
-    progress: ProgressCallback | None = None
-    tell: StageCallback | None = None  # of what goes on before layers are fitted
+    source: CompressionSource
+    recipe: Recipe
+    plans: list[LayerPlan]
+    context: RunContext
+    statistics: CalibrationStatistics | None = None
+    calibrated: SequentialFit | None = None  # None: layers are fitted to their weights alone
 
-    @staticmethod
-    def beside(target: Path, progress: ProgressCallback | None = None) -> WorkContext:
-        """Of one process, in a new folder beside ``target``."""
-        folder = target.with_name(f"{target.name}.layers")
-        folder.mkdir()
-        return WorkContext(SINGLE_PROCESS, folder, progress=progress)
+    def fits(self, kept: Mapping[str, Callable[[], Fitted]] | None = None) -> Iterator[Fitted]:
+        """Fit all layers, but for those kept of an earlier run."""
+        if self.calibrated is not None:
+            return self.calibrated.fit(self.plans, kept)
+        return self._plain_fits([plan for plan in self.plans if plan.map.name not in (kept or {})])
+
+    def _plain_fits(self, plans: list[LayerPlan]) -> Iterator[Fitted]:
+        checkpoint, read = self.source.checkpoint, [plan.map.name for plan in plans if not plan.is_dense]
+        with closing(one_ahead(checkpoint, read)) as ahead:
+            for plan in plans:
+                if not plan.is_dense:
+                    next(ahead)
+                yield fit_layer(checkpoint, plan, self.recipe, self.context.device)
+
+    def finish(self) -> dict[str, Tensor]:
+        """After the last layer: tensors that change and belong to no single layer, by their names."""
+        return self.calibrated.finish() if self.calibrated else {}
+
+    def manifest(self, records: list[LayerRecord]) -> Manifest:
+        """The manifest of the output with these layers."""
+        made = make_manifest(self.source.checkpoint, self.source.selection, self.recipe, records)
+        return replace(made, calibration=self.calibrated.facts() if self.calibrated else {})
+
+    @property
+    def notes(self) -> list[str]:
+        """What should be said of the source and of the fit."""
+        return [*self.source.notes, *(self.calibrated.notes if self.calibrated else ())]
+
+
+def make_job(
+    source: CompressionSource,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    context: RunContext,
+    statistics: CalibrationStatistics | None = None,
+) -> Job:
+    """Get ready for one goal; where there are statistics, they decide how the budget is allocated.
+
+    Args:
+        source: to be compressed.
+        recipe: that of the plans.
+        plans: of :meth:`mpoc.compression.source.CompressionSource.plan`.
+        context: the device, and the processes that share the work.
+        statistics: from calibration data; None: weights alone count.
+    """
+    if statistics is None:
+        return Job(source, recipe, plans, context)
+    from mpoc.compression.calibrate.sequential import SequentialFit
+
+    with context.group.all_or_raise():
+        calibrated = SequentialFit(statistics, source.checkpoint, recipe)
+    predict = partial(predict_size, source.checkpoint, source.selection, recipe)
+    plans = calibrated.share(plans, predict)
+    return Job(source, recipe, plans, context, statistics, calibrated)
 
 
 def write_compressed(
-    opened: CompressionSource,
-    target: Path,
-    recipe: Recipe,
-    plans: list[LayerPlan],
-    study: CalibrationStatistics | None,
-    work: WorkContext,
+    job: Job, target: Path, folder: Path | None = None, resumes: bool = False
 ) -> Compression:
     """Fit the layers and write file or directory.
 
     Args:
-        opened: the source.
+        job: what is compressed, and how.
         target: does not exist.
-        recipe: that of the plans.
-        plans: of :meth:`mpoc.compression.source.CompressionSource.plan`.
-        study: of calibration data; None: weights alone count.
-        work: by whom and where.
+        folder: of finished layers, for the caller to remove; None: a new one beside ``target``.
+        resumes: use the layers again that are there.
 
     Raises:
         MpocError: a weight that cannot be fitted, or nothing that would shrink.
         OSError: of reading or writing (a full disk).
     """
-    calibrated, plans = shared_out(opened, recipe, plans, study)
-    finished = LayerCache(work.folder, _keys(opened, recipe, plans, study) if work.resumes else None)
-    _fit(opened, recipe, plans, calibrated, finished, work)
-    with work.group.all_or_raise():
-        layers = [finished.layer(number) for number in range(len(plans))]
-        entries = {name: one for layer in layers for name, one in layer.entries.items()} | finished.others()
-        records = [layer.record for layer in layers]
-        manifest = make_manifest(opened.checkpoint, opened.selection, recipe, records)
-        manifest = replace(manifest, calibration=calibrated.facts() if calibrated else {})
+    if folder is None:
+        folder = target.with_name(f"{target.name}.layers")
+        folder.mkdir()
+    group = job.context.group
+    finished = LayerCache(folder, _keys(job) if resumes else None)
+    _fit(job, finished)
+    with group.all_or_raise():
+        layers = [finished.layer(number) for number in range(len(job.plans))]
+        fitted = {name: one for layer in layers for name, one in layer.entries.items()} | finished.others()
+        manifest = job.manifest([layer.record for layer in layers])
         _refuse_nothing_gained(manifest)
-    entries_of_all = _entries(opened.checkpoint, entries)
-    _write(target, opened.checkpoint, entries_of_all, manifest, recipe.max_shard_size, work.group)
-    with work.group.all_or_raise():
+    entries = _entries(job.source.checkpoint, fitted)
+    _write(target, job.source.checkpoint, entries, manifest, job.recipe.max_shard_size, group)
+    with group.all_or_raise():
         nbytes = output_bytes(target)
-    notes = [*opened.notes, *(calibrated.notes if calibrated else ())]
     times = {layer.record.name: layer.seconds for layer in layers}
-    return Compression(manifest, target, nbytes, True, times, notes)
+    return Compression(manifest, target, nbytes, True, times, job.notes)
 
 
-def _fit(
-    opened: CompressionSource,
-    recipe: Recipe,
-    plans: list[LayerPlan],
-    calibrated: SequentialFit | None,
-    finished: LayerCache,
-    work: WorkContext,
-) -> None:
-    """Until all layers, and what goes with none of them, are finished."""
-    with work.group.all_or_raise():
-        if work.group.is_main:
-            finished.clear(len(plans))
-    if calibrated:
-        _fit_in_order(calibrated, plans, finished, work)
+def _fit(job: Job, finished: LayerCache) -> None:
+    """Fit until all layers, and what goes with none of them, are finished."""
+    group = job.context.group
+    with group.all_or_raise():
+        if group.is_main:
+            finished.clear(len(job.plans))
+    if job.calibrated:
+        _fit_together(job, job.calibrated, finished)
     else:
-        _fit_shared(opened, recipe, plans, finished, work)
-    others = calibrated.finish() if calibrated else {}
-    with work.group.all_or_raise():
-        if work.group.is_main:
+        _fit_shared(job, finished)
+    others = job.finish()
+    with group.all_or_raise():
+        if group.is_main:
             finished.keep_others(others)
 
 
-def _fit_shared(
-    opened: CompressionSource, recipe: Recipe, plans: list[LayerPlan], finished: LayerCache, work: WorkContext
-) -> None:
-    """Each process fits its share by weights alone, but for what is finished."""
-    with work.group.all_or_raise():
-        mine = work.group.own_indices([plan.cost for plan in plans])
+def _fit_shared(job: Job, finished: LayerCache) -> None:
+    """Each process fits its share of the layers by their weights alone, but for what is finished."""
+    group, plans = job.context.group, job.plans
+    with group.all_or_raise():
+        mine = group.own_indices([plan.cost for plan in plans])
         todo = {plans[k].map.name: k for k in mine if not finished.takes_up(k)}
-        asked = [plan for plan in plans if plan.map.name in todo]
-    with work.group.all_or_raise():
-        _tell_finished(finished.count(), len(plans), work)
+        asked = replace(job, plans=[plan for plan in plans if plan.map.name in todo])
+    with group.all_or_raise():
+        _log_finished(finished.count(), job)
 
     def keep(fitted: Fitted, seconds: float) -> int:
         finished.keep(todo[fitted.record.name], fitted, seconds)
         return finished.count()
 
-    costs = {plan.map.name: plan.cost for plan in asked}
-    with work.group.all_or_raise():
-        fit_all(fit_each(opened, asked, recipe), costs, len(plans), keep, work.progress)
+    costs = {plan.map.name: plan.cost for plan in asked.plans}
+    with group.all_or_raise():
+        fit_all(asked.fits(), costs, len(plans), keep, job.context)
 
 
-def _tell_finished(count: int, total: int, work: WorkContext) -> None:
-    if count and work.tell:
-        work.tell("going on: layers finished before:", count, total)
+def _log_finished(count: int, job: Job) -> None:
+    if count:
+        job.context.log("going on: layers finished before:", count, len(job.plans))
 
 
-def _fit_in_order(
-    calibrated: SequentialFit, plans: list[LayerPlan], finished: LayerCache, work: WorkContext
-) -> None:
-    """All processes fit each layer together, but for what is finished."""
+def _fit_together(job: Job, calibrated: SequentialFit, finished: LayerCache) -> None:
+    """All processes fit each layer together, in order, but for what is finished."""
+    group, plans = job.context.group, job.plans
     numbers = {plan.map.name: k for k, plan in enumerate(plans)}
-    usable = work.group.on_main(lambda: {name for name, k in numbers.items() if finished.takes_up(k)})
+    usable = group.on_main(lambda: {name for name, k in numbers.items() if finished.takes_up(k)})
     done = {name for unit in calibrated.steps.units(plans) if usable.issuperset(unit) for name in unit}
     costs = {name: cost for name, cost in calibrated.steps.costs(plans).items() if name not in done}
-    _tell_finished(len(done), len(plans), work)
+    _log_finished(len(done), job)
 
     def keep(fitted: Fitted, seconds: float) -> int:
-        with work.group.all_or_raise():
-            if work.group.is_main:
+        with group.all_or_raise():
+            if group.is_main:
                 finished.keep(numbers[fitted.record.name], fitted, seconds)
         return next(count)
 
     count = itertools.count(len(done) + 1)
     kept = {name: partial(finished.fitted, number) for name, number in numbers.items() if name in done}
-    fit_all(calibrated.fit(plans, kept), costs, len(plans), keep, work.progress)
+    fit_all(job.fits(kept), costs, len(plans), keep, job.context)
 
 
-def _keys(
-    opened: CompressionSource, recipe: Recipe, plans: list[LayerPlan], study: CalibrationStatistics | None
-) -> Callable[[int], str]:
-    """What says what each layer depends on; where they are fitted in order, on all that is known of all."""
-    if study is not None:  # the processes find its fingerprint together
-        return partial(in_order_key, study.fingerprint, opened.checkpoint, plans, recipe)
-    return lambda number: layer_key(opened.checkpoint, plans[number], recipe, opened.device)
-
-
-def shared_out(
-    opened: CompressionSource, recipe: Recipe, plans: list[LayerPlan], study: CalibrationStatistics | None
-) -> tuple[SequentialFit | None, list[LayerPlan]]:
-    """The calibrated fit, and plans with the budget as it shares it out; the plans as they are without."""
-    if study is None:
-        return None, plans
-    from mpoc.compression.calibrate.sequential import SequentialFit
-
-    with study.processes.all_or_raise():
-        calibrated = SequentialFit(study, opened.checkpoint, recipe, opened.device)
-    predict = partial(predict_size, opened.checkpoint, opened.selection, recipe)
-    return calibrated, calibrated.share(plans, predict)
-
-
-def fit_each(opened: CompressionSource, plans: list[LayerPlan], recipe: Recipe) -> Iterator[Fitted]:
-    """Layers by their weights alone, each when its turn comes."""
-    read = [plan.map.name for plan in plans if not plan.is_dense]
-    with closing(one_ahead(opened.checkpoint, read)) as ahead:
-        for plan in plans:
-            if not plan.is_dense:
-                next(ahead)
-            yield fit_layer(opened.checkpoint, plan, recipe, opened.device)
+def _keys(job: Job) -> Callable[[int], str]:
+    """What each layer depends on; where layers are fitted in order, on all that is known of all of them."""
+    checkpoint, plans, recipe = job.source.checkpoint, job.plans, job.recipe
+    if job.statistics is not None:  # the processes find its fingerprint together
+        return partial(in_order_key, job.statistics.fingerprint, checkpoint, plans, recipe)
+    return lambda number: layer_key(checkpoint, plans[number], recipe, job.context.device)
 
 
 def fit_all(
@@ -219,16 +226,17 @@ def fit_all(
     costs: Mapping[str, float],
     total: int,
     keep: Callable[[Fitted, float], int],
-    progress: ProgressCallback | None,
+    context: RunContext,
 ) -> None:
-    """Layer by layer: ``keep`` takes one and its seconds, and says how many of ``total`` are finished."""
-    done, start = 0.0, time.perf_counter()
+    """Layer by layer: ``keep`` takes one and its seconds, and returns how many of ``total`` are finished."""
+    spent, start = 0.0, time.perf_counter()
     for fitted in fits:
         seconds = time.perf_counter() - start
         number = keep(fitted, seconds)
-        done += costs[fitted.record.name]
-        if progress:
-            progress(fitted.record, seconds, number, total, done / (sum(costs.values()) or 1.0))
+        spent += costs[fitted.record.name]
+        if context.progress.layer is not None:
+            share = spent / (sum(costs.values()) or 1.0)
+            context.progress.layer(fitted.record, seconds, number, total, share)
         start = time.perf_counter()
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mpoc.errors import UsageError
+
 Batch = dict[str, Tensor]
+
+_LABELS = frozenset({"y", "label", "labels", "target", "targets"})
 
 
 @dataclass(frozen=True)
@@ -18,8 +24,9 @@ class Call:
     A network of transformers is called by keyword; any other with ``x``, or with ``input_ids``, alone.
     """
 
-    main_input: str | None  # transformers' name of the input; None: any other network
+    main_input: str | None  # name of the input, as transformers has one; None: it is passed by position
     hidden: bool = False  # ask for the hidden states of all layers
+    keywords: tuple[str, ...] = ("attention_mask",)  # further tensors, passed by name where a batch has them
 
     @classmethod
     def of(cls, network: nn.Module, hidden: bool = False) -> Call:
@@ -29,15 +36,103 @@ class Call:
 
     def __call__(self, network: nn.Module, batch: Batch) -> Any:
         """The network's own output."""
-        given = batch["input_ids"] if "input_ids" in batch else batch["x"]
+        given = main_input(batch)
         if self.main_input is None:
             return network(given)
         keywords: dict[str, Any] = {self.main_input: given}
-        if "attention_mask" in batch:
-            keywords["attention_mask"] = batch["attention_mask"]
+        keywords |= {name: batch[name] for name in self.keywords if name in batch}
         if self.hidden:
             keywords["output_hidden_states"] = True
         return network(**keywords)
+
+
+class BatchConverter:
+    """Turns what a data loader yields into batches for a network, and says how it is called with them.
+
+    A tensor is the network's input, and so is the first entry of a tuple; the others are labels, unless
+    ``forward`` requires several arguments.  A dict is passed by keyword, without the labels and without what
+    ``forward`` does not name.  Integers (n, T) are tokens.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        parameters = inspect.signature(network.forward).parameters.values()
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self.names = [parameter.name for parameter in named]
+        self._required = [p.name for p in named if p.default is p.empty]
+        self._takes_any = not named and any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._main = Call.of(network).main_input
+        floating = (p.dtype for p in network.parameters() if p.is_floating_point())
+        self._dtype = next(floating, torch.float32)
+
+    def __call__(self, given: Any) -> tuple[Batch, Call]:
+        """The batch, on the CPU, and the call that takes it.
+
+        Raises:
+            UsageError: no batch, or none that ``forward`` takes.
+        """
+        if isinstance(given, Tensor):
+            return self._batch({"": given}, [""]), Call(self._main)
+        if isinstance(given, Mapping):
+            return self._by_name(given)
+        if isinstance(given, list | tuple) and given:
+            first, *labels = given
+            if isinstance(first, Mapping):
+                return self._by_name({**first, **dict(zip(["labels"], labels, strict=False))})
+            if len(self._required) > 1 and len(given) >= len(self._required):
+                return self._by_name(dict(zip(self._required, given, strict=False)))
+            if isinstance(first, Tensor):
+                entries = dict(zip(("", "labels"), given, strict=False))
+                return self._batch(entries, [""]), Call(self._main)
+        raise UsageError(
+            f"a batch is a {type(given).__name__}: it must be a tensor, a tuple that begins with one, or a "
+            "dict of tensors"
+        )
+
+    def _by_name(self, given: Mapping[str, Any]) -> tuple[Batch, Call]:
+        inputs = [name for name in given if name not in _LABELS or name in self._required]
+        taken = [name for name in inputs if name in self.names or self._takes_any]
+        first = [self._main, "input_ids", "x", *self.names]
+        if taken:
+            main, *others = sorted(taken, key=lambda n: first.index(n) if n in first else len(first))
+            keywords = [*others, "attention_mask"] if "attention_mask" in self.names else others
+            call = Call(main, keywords=tuple(dict.fromkeys(keywords)))
+            return self._batch(given, [main, *others]), call
+        alone = [name for name in inputs if name in ("input_ids", "x")] or inputs
+        others = [name for name in inputs if name == "attention_mask"]
+        if len(alone) != 1:
+            held, taken = ", ".join(map(str, given)) or "nothing", self.names
+            raise UsageError(f"a batch holds {held}, and forward takes {', '.join(taken) or 'no names'}")
+        return self._batch(given, [alone[0], *others]), Call(None)
+
+    def _batch(self, given: Mapping[str, Any], names: list[str]) -> Batch:
+        """The tensors of these names, the main input first, and targets of a regression as ``y``."""
+        main = given[names[0]]
+        count = len(main) if isinstance(main, Tensor) and main.dim() else 0
+        for name in names:
+            tensor = given[name]
+            if not isinstance(tensor, Tensor) or tensor.shape[:1] != (count,):
+                what = f"of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+                raise UsageError(f"a batch of {count} examples holds {name or 'an input'} {what}")
+        tokens = main.dim() == 2 and not main.is_floating_point()
+        batch = {"input_ids" if tokens else "x": main} | {name: given[name] for name in names[1:]}
+        targets = next((given[name] for name in given if name in _LABELS and name not in names), None)
+        if isinstance(targets, Tensor) and targets.is_floating_point() and targets.shape[:1] == (count,):
+            batch["y"] = targets
+        return {name: self._converted(tensor) for name, tensor in batch.items()}
+
+    def _converted(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu()
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+
+def num_examples(batch: Batch) -> int:
+    """How many examples a batch has."""
+    return len(next(iter(batch.values())))
+
+
+def main_input(batch: Batch) -> Tensor:
+    """Tokens (n, T), or whatever else the network is given first (n, …)."""
+    return batch["input_ids"] if "input_ids" in batch else batch["x"]
 
 
 def first_output(outputs: Any) -> Tensor:
@@ -47,8 +142,14 @@ def first_output(outputs: Any) -> Tensor:
     logits = getattr(outputs, "logits", None)
     if isinstance(logits, Tensor):
         return logits
-    first = outputs[0]
-    assert isinstance(first, Tensor)
+    first = (
+        outputs[0] if hasattr(outputs, "to_tuple") or (isinstance(outputs, Sequence) and outputs) else None
+    )
+    if not isinstance(first, Tensor):
+        raise UsageError(
+            f"the network gives a {type(outputs).__name__}: mpoc needs a tensor, a tuple that begins with "
+            "one, or an output of transformers"
+        )
     return first
 
 
@@ -87,7 +188,7 @@ def num_rows(batch: Batch, per_token: bool) -> int:
     if per_token and "input_ids" in batch:
         mask = batch.get("attention_mask")
         return batch["input_ids"].numel() if mask is None else int(mask.sum())
-    return len(next(iter(batch.values())))
+    return num_examples(batch)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

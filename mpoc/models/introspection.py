@@ -6,6 +6,7 @@ Run one sample through a network to see at which input size each convolution wor
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -125,15 +126,22 @@ def trace_geometries(
 
 def _run(model: nn.Module, input_shape: tuple[int, ...]) -> None:
     first: Tensor = next(model.parameters())
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             model(torch.zeros(input_shape, dtype=first.dtype, device=first.device))
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise UsageError(
             f"input_shape {tuple(input_shape)}: {type(model).__name__} fails: {error}"
         ) from error
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each module's mode of before."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
     finally:
         for module, mode in modes.items():
             module.training = mode

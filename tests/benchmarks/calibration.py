@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import mpoc
-from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest
+from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.recipe import Recipe
+from mpoc.compression.run_context import RunContext
 from mpoc.compression.source import open_source
-from mpoc.compression.write import WorkContext, write_compressed
+from mpoc.compression.write import make_job, write_compressed
 from mpoc.runtime.device import choose_device
 
 WHITENED = "whitened SVD"
@@ -46,6 +48,7 @@ class Compressor:
     ) -> None:  # fmt: skip
         self._checkpoint, self._arch, self._layers = checkpoint, arch, tuple(layers)
         self._request, self._moments = request, moments
+        self._context = RunContext(choose_device("cpu"))
         self._study: CalibrationStatistics | None = None
 
     def compressed(self, method: str, ratio: float, dense: nn.Module) -> tuple[nn.Module, float]:
@@ -54,18 +57,18 @@ class Compressor:
             return whitened(dense, self._moments, self._layers, ratio), ratio
         form, calibrates, refines = METHODS[method]
         recipe = Recipe(ratio=ratio, form=form, layers=self._layers)
-        opened = open_source(self._checkpoint, recipe, self._arch, calibrates, choose_device("cpu"))
+        opened = open_source(self._checkpoint, recipe, self._arch, calibrates)
         if calibrates and self._study is None:
             start = time.perf_counter()
-            self._study = opened.study(self._request)
+            self._study = opened.statistics(self._request, self._context)
             print(f"calibration pass: {time.perf_counter() - start:.0f} s", flush=True)
         if self._study is not None:
             self._study.refines = refines
         study = self._study if calibrates else None
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "compressed.safetensors"
-            plans, work = opened.plan(opened.recipe), WorkContext.beside(out)
-            done = write_compressed(opened, out, opened.recipe, plans, study, work)
+            job = make_job(opened, opened.recipe, opened.plan(opened.recipe), self._context, study)
+            done = write_compressed(job, out)
             return mpoc.load(out).eval(), done.manifest.rho_selected
 
 

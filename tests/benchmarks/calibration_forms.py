@@ -19,6 +19,7 @@ import torch
 from benchmarking import markdown_table, require_file
 from torch import Tensor
 
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest, open_calibration
 from mpoc.compression.calibrate.candidates import largest_within
 from mpoc.compression.calibrate.objective import (
     EmbeddingObjective,
@@ -27,7 +28,8 @@ from mpoc.compression.calibrate.objective import (
     Objective,
     one_matrix,
 )
-from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+from mpoc.compression.calibrate.statistics import CalibrationStatistics
+from mpoc.compression.run_context import RunContext
 from mpoc.tensor_networks.factors import wide_factors
 from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
 from mpoc.tensor_networks.fit.truncation import Truncation
@@ -158,7 +160,8 @@ def word_pieces(layers: dict[str, Layer]) -> Iterable[list[str]]:
 def studied(minilm: Path, file: Path, texts: int, names: list[str]) -> CalibrationStatistics:
     """The dense network on at most so many texts."""
     request = CalibrationRequest(require_file(file, "texts"), texts)
-    return CalibrationStatistics(minilm, None, request, names, 0, torch.device("cpu"))
+    data = open_calibration(minilm, None, request)
+    return CalibrationStatistics(data, request, names, RunContext(torch.device("cpu")))
 
 
 def main() -> None:

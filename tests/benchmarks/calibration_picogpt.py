@@ -23,7 +23,7 @@ from calibration import METHODS, Compressor, second_moments
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.models.zoo.picogpt import PicoGPT
 
 CONTEXT, SAMPLES, HELD_OUT = 256, 512, 0.1

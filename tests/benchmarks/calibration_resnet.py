@@ -21,7 +21,7 @@ from calibration import METHODS, Compressor, second_moments
 from resnet56_roundtrip import Images, read_checkpoint, read_cifar
 from torch import nn
 
-from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.models.zoo.cifar import resnet
 
 SAMPLES = 1024

@@ -20,9 +20,11 @@ import torch
 from benchmarking import markdown_table, require_file
 from torch import Tensor, nn
 
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest, open_calibration
 from mpoc.compression.calibrate.candidates import largest_within
 from mpoc.compression.calibrate.objective import Objective, one_matrix
-from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+from mpoc.compression.calibrate.statistics import CalibrationStatistics
+from mpoc.compression.run_context import RunContext
 from mpoc.nn import adopt
 from mpoc.tensor_networks.factors import wide_factors
 from mpoc.tensor_networks.fit.decompose import decompose
@@ -149,7 +151,9 @@ def main() -> None:
         (resnet, "resnet:depth=56", data / "cifar10", arguments.images, RESNET),
         (arguments.minilm, None, texts, arguments.texts, MINILM),
     ):
-        study = CalibrationStatistics(source, arch, CalibrationRequest(examples, count), list(kinds), 0, cpu)
+        request = CalibrationRequest(examples, count)
+        data = open_calibration(source, arch, request)
+        study = CalibrationStatistics(data, request, list(kinds), RunContext(cpu))
         print(markdown_table(["layer", "ρ", *COLUMNS], list(rows(study, kinds))), end="\n\n", flush=True)
 
 

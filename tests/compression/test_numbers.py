@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.compression.expand import expand_checkpoint
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
@@ -178,10 +178,10 @@ def test_calibrates_on_extreme_weights(tmp_path: Path, fault: str, form: str | N
     recipe = make_recipe(None, {"ratio": 0.6, "form": form, "exclude": ("re:^[04]$",)})
     if fault in ("huge", "NaN"):
         with pytest.raises(MpocError, match=r"not finite|infinite|NaN"):
-            compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=arch, calibration=request)
+            compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=arch, calibrate=request)
         assert not output.exists()
         return
-    compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=arch, calibration=request)
+    compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=arch, calibrate=request)
     (layer,) = read_manifest(output).replaced
     expand_checkpoint(output, tmp_path / "d.safetensors")
     dense = load_file(tmp_path / "d.safetensors")["2.weight"]

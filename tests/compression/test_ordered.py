@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mpoc
-from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.compression.entanglement import entanglement_of
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
@@ -33,7 +33,7 @@ def compress(folder: Path, dry_run: bool = False, **options: Any) -> tuple[Path,
     torch.save(network().state_dict(), folder / "m.pt")
     orders = tuple(map(parse_order, options.pop("order")))
     recipe = make_recipe(None, {"order": orders, **options})
-    done = compress_checkpoint(folder / "m.pt", folder / "m.safetensors", recipe, True, dry_run)
+    done = compress_checkpoint(folder / "m.pt", folder / "m.safetensors", recipe, force=True, dry_run=dry_run)
     return folder / "m.safetensors", done.manifest, done.nbytes
 
 
@@ -105,7 +105,7 @@ def test_rejects_calibration(tmp_path: Path) -> None:
     recipe = make_recipe(None, {"bond": 4, "order": (parse_order("learned"),)})
     with pytest.raises(UsageError, match=r"--order .*--calibrate"):
         compress_checkpoint(
-            tmp_path / "m.pt", tmp_path / "o.safetensors", recipe, calibration=CalibrationRequest(tmp_path)
+            tmp_path / "m.pt", tmp_path / "o.safetensors", recipe, calibrate=CalibrationRequest(tmp_path)
         )
 
 

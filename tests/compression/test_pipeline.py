@@ -10,6 +10,7 @@ from torch import nn
 
 from mpoc.compression.pipeline import compress_checkpoint, default_output
 from mpoc.compression.recipe import make_recipe
+from mpoc.compression.run_context import Progress
 from mpoc.compression.write import Compression
 from mpoc.errors import MpocError, UsageError
 from mpoc.io import safetensors_writer as writer
@@ -71,7 +72,8 @@ def test_rejects_existing_output_before_any_work(source: Path) -> None:
     told: list[str] = []
     recipe = make_recipe(None, {"bond": 4})
     with pytest.raises(UsageError, match="exists already"):
-        compress_checkpoint(source, done.output, recipe, progress=lambda record, *_: told.append(record.name))
+        progress = Progress(lambda record, *_: told.append(record.name))
+        compress_checkpoint(source, done.output, recipe, progress=progress)
     assert told == []
     assert contents(source.parent) == before
     compress_checkpoint(source, done.output, recipe, force=True)
@@ -87,7 +89,7 @@ def test_reports_progress_per_layer(source: Path) -> None:
         told.append((record.name, done, total))
 
     output = source.parent / ("out" if source.is_dir() else "out.safetensors")
-    done = compress_checkpoint(source, output, make_recipe(None, {"bond": 4}), progress=progress)
+    done = compress_checkpoint(source, output, make_recipe(None, {"bond": 4}), progress=Progress(progress))
     names = [layer.name for layer in done.manifest.layers]
     assert told == [(name, k, len(names)) for k, name in enumerate(names, start=1)]
     assert list(done.seconds) == names
@@ -103,9 +105,12 @@ def test_interrupt_changes_nothing(source: Path, old: bool) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
-    output = source.parent / ("out" if source.is_dir() else "out.safetensors")
+    output, recipe = (
+        source.parent / ("out" if source.is_dir() else "out.safetensors"),
+        make_recipe(None, {"bond": 4}),
+    )
     with pytest.raises(KeyboardInterrupt):
-        compress_checkpoint(source, output, make_recipe(None, {"bond": 4}), force=True, progress=interrupt)
+        compress_checkpoint(source, output, recipe, force=True, progress=Progress(interrupt))
     assert contents(source.parent) == before
     assert not [path for path in source.parent.iterdir() if path.name.startswith(".")]
 

@@ -13,10 +13,11 @@ import torch
 
 from mpoc.cli.demo import ARCH
 from mpoc.compression import search as smallest
-from mpoc.compression.calibrate.statistics import CalibrationRequest, CalibrationStatistics
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest
+from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import LayerRule, make_recipe
-from mpoc.compression.search import SearchCallbacks, SearchResult, Trial, compress_within
+from mpoc.compression.search import SearchCallbacks, SearchRequest, SearchResult, Trial, compress_within
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.weight_files import output_bytes
@@ -34,13 +35,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 def find(folder: Path, max_drop: float, watch: SearchCallbacks | None = None, **options: Any) -> SearchResult:
-    calibration = options.pop("calibration", None)
+    calibration = options.pop("calibrate", None)
     recipe = make_recipe(None, {"max_drop": max_drop, "device": "cpu", **options})
     data = DataOptions(folder / "digits.npz")
     output = folder / "out.safetensors"
-    return compress_within(
-        folder / "net.safetensors", output, recipe, data, arch=ARCH, calibration=calibration, watch=watch
-    )
+    request = SearchRequest(folder / "net.safetensors", output, recipe, data, calibration, ARCH)
+    return compress_within(request, watch)
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
@@ -61,19 +61,19 @@ def test_output_matches_the_chosen_ratio(
         folder,
         5.0,
         SearchCallbacks(trial=lambda *one: told.append(one)),
-        calibration=calibration,
+        calibrate=calibration,
         layers=("conv2", "fc2"),
         form="svd",
     )
     assert len(studies) == int(calibrated)  # one pass over the dense network for all trials
     search, chosen = found.search, found.search.chosen
     assert chosen is not None and chosen.drop <= 5.0 and chosen is not search.trials[0]
-    assert len(found.done.manifest.replaced) == 2  # the second on what the first one gives
+    assert len(found.compression.manifest.replaced) == 2  # the second on what the first one gives
     assert [trial for trial, _ in told] == search.trials
     assert [kept for _, kept in told] == [trial.drop <= 5.0 for trial in search.trials]
     assert {True, False} == {kept for _, kept in told}
-    assert chosen.nbytes == found.done.nbytes == output_bytes(found.done.output)
-    options = read_manifest(found.done.output).options
+    assert chosen.nbytes == found.compression.nbytes == output_bytes(found.compression.output)
+    options = read_manifest(found.compression.output).options
     assert (options["max_drop"], options["ratio"]) == (5.0, chosen.ratio)
     alone = compress_checkpoint(
         folder / "net.safetensors",
@@ -82,12 +82,14 @@ def test_output_matches_the_chosen_ratio(
             None, {"ratio": chosen.ratio, "device": "cpu", "layers": ("conv2", "fc2"), "form": "svd"}
         ),
         arch=ARCH,
-        calibration=calibration,
+        calibrate=calibration,
     )
-    assert but_for_the_goal(found.done.output) == but_for_the_goal(alone.output)
-    again = evaluate_file(EvaluationRequest(found.done.output, DataOptions(folder / "digits.npz"), arch=ARCH))
+    assert but_for_the_goal(found.compression.output) == but_for_the_goal(alone.output)
+    again = evaluate_file(
+        EvaluationRequest(found.compression.output, DataOptions(folder / "digits.npz"), arch=ARCH)
+    )
     assert again.scores == found.after.scores == chosen.scores
-    assert found.after.model == found.done.output
+    assert found.after.model == found.compression.output
 
 
 def test_measures_the_dense_network_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +107,9 @@ def test_measures_the_dense_network_once(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_output_is_deterministic(folder: Path) -> None:
-    first = find(folder, 5.0).done.output.read_bytes()
+    first = find(folder, 5.0).compression.output.read_bytes()
     (folder / "out.safetensors").unlink()
-    assert find(folder, 5.0).done.output.read_bytes() == first
+    assert find(folder, 5.0).compression.output.read_bytes() == first
 
 
 def test_writes_nothing_where_every_trial_fails(folder: Path) -> None:
@@ -145,7 +147,9 @@ def test_headless_directory_is_compared_with_the_original(tmp_path: Path) -> Non
     images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", x=images)
     recipe = make_recipe(None, {"max_drop": 0.5, "device": "cpu"})
-    found = compress_within(tmp_path / "vit", tmp_path / "out", recipe, DataOptions(tmp_path / "images.npz"))
+    found = compress_within(
+        SearchRequest(tmp_path / "vit", tmp_path / "out", recipe, DataOptions(tmp_path / "images.npz"))
+    )
     chosen = found.search.chosen
     assert chosen is not None
     assert (found.before.metric, found.before.reference) == ("cosine", tmp_path / "vit")
@@ -163,8 +167,9 @@ def test_rejects_layers_that_cannot_shrink(folder: Path) -> None:
     recipe = make_recipe(None, {"max_drop": 1.0, "layers": ("fc1",)})
     recipe = replace(recipe, rules=(LayerRule("fc1", dense=True),))
     data = DataOptions(folder / "digits.npz")
+    request = SearchRequest(folder / "net.safetensors", folder / "o.safetensors", recipe, data, arch=ARCH)
     with pytest.raises(MpocError, match="with every bond at 1: nothing smaller can be searched"):
-        compress_within(folder / "net.safetensors", folder / "o.safetensors", recipe, data, arch=ARCH)
+        compress_within(request)
 
 
 def test_compress_checkpoint_rejects_max_drop(folder: Path) -> None:
@@ -173,8 +178,10 @@ def test_compress_checkpoint_rejects_max_drop(folder: Path) -> None:
         compress_checkpoint(folder / "net.safetensors", folder / "o.safetensors", recipe, arch=ARCH)
     with pytest.raises(UsageError, match="without max_drop"):
         compress_within(
-            folder / "net.safetensors", folder / "o.safetensors", make_recipe(None, {"bond": 2}),
-            DataOptions(folder / "digits.npz"), arch=ARCH,
+            SearchRequest(
+                folder / "net.safetensors", folder / "o.safetensors", make_recipe(None, {"bond": 2}),
+                DataOptions(folder / "digits.npz"), arch=ARCH,
+            )
         )  # fmt: skip
 
 
@@ -193,10 +200,9 @@ def test_drop_of_a_loss_is_its_rise(tmp_path: Path) -> None:
     with torch.no_grad():
         np.savez(tmp_path / "d.npz", x_test=x.numpy(), y_test=network(x).numpy())
     recipe = make_recipe(None, {"max_drop": 0.2, "device": "cpu", "form": "svd"})
-    found = compress_within(
-        tmp_path / "m.pt", tmp_path / "o.safetensors", recipe, DataOptions(tmp_path / "d.npz"),
-        arch=f"{tmp_path}/net.py:net",
-    )  # fmt: skip
+    data, arch = DataOptions(tmp_path / "d.npz"), f"{tmp_path}/net.py:net"
+    request = SearchRequest(tmp_path / "m.pt", tmp_path / "o.safetensors", recipe, data, arch=arch)
+    found = compress_within(request)
     assert (found.before.metric, found.before.higher_is_better) == ("loss", False)
     for trial in found.search.trials:
         assert trial.drop == pytest.approx(trial.scores["loss"] - found.before.scores["loss"], rel=1e-4)

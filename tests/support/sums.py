@@ -63,7 +63,7 @@ def compress_to_sums(source: Path, output: Path, dry_run: bool = False, **option
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(opened, "make_plan", lambda *given: [_added(plan) for plan in make_plan(*given)])
         patch.setattr(compression, "fit_layer", lambda _, plan, *rest: _fitted(plan))
-        return pipeline.compress_checkpoint(source, output, recipe, True, dry_run)
+        return pipeline.compress_checkpoint(source, output, recipe, force=True, dry_run=dry_run)
 
 
 def _added(plan: LayerPlan) -> LayerPlan:

@@ -16,8 +16,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mpoc.compression.budget import share_out
 from mpoc.compression.calibrate.calibrated_fit import Storage
 from mpoc.compression.calibrate.candidates import (
@@ -235,13 +233,10 @@ class BudgetAllocator:
         study: of the network and the calibration data.
         checkpoint: that is compressed.
         recipe: its options.
-        device: to compute on.
     """
 
-    def __init__(
-        self, study: CalibrationStatistics, checkpoint: Checkpoint, recipe: Recipe, device: torch.device
-    ) -> None:
-        self._study, self._checkpoint, self._recipe, self._device = study, checkpoint, recipe, device
+    def __init__(self, study: CalibrationStatistics, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self._study, self._checkpoint, self._recipe = study, checkpoint, recipe
         self.shares: Allocation | None = None
 
     @cached_property
@@ -267,18 +262,18 @@ class BudgetAllocator:
             key = in_order_key(self._study.fingerprint, self._checkpoint, plans, self._recipe)
             found = partial(self._found, plans, predict_size)
             self.shares = cached_or_allocated(
-                folder / "allocation.safetensors", key, plans, found, self._study.processes
+                folder / "allocation.safetensors", key, plans, found, self._study.context.group
             )
         return self.shares.plans
 
     def _found(self, plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]) -> Allocation:
         known = {name for group in self._study.groups for name in group}
         takes_part = [p for p in plans if p.map.name in known and self._has_no_goal_of_its_own(p)]
-        processes = self._study.processes
-        with processes.all_or_raise():
+        group = self._study.context.group
+        with group.all_or_raise():
             distance = self.distance
-        offers = partial(self._offers, count=len(processes.own_indices(costs_of(takes_part))))
-        choices = CandidateTable(takes_part, offers, processes)
+        offers = partial(self._offers, count=len(group.own_indices(costs_of(takes_part))))
+        choices = CandidateTable(takes_part, offers, group)
         if self._recipe.size is not None:
             return self._within_size(plans, choices, self._recipe.size, predict_size)
         assert self._recipe.ratio is not None
@@ -318,11 +313,9 @@ class BudgetAllocator:
         kept: dict[Any, Candidates] = self._study.kept
         key = name, forms, plan.structure if self._has_own_factors(plan) else None
         if key not in kept:
-            if self._study.tell:
-                self._study.tell(
-                    "what each form would cost: layer", len(kept) + 1, -(-count // self._study.processes.size)
-                )
-            weight = read_finite(self._checkpoint, name).to(self._device)
+            context = self._study.context
+            context.log("what each form would cost: layer", len(kept) + 1, -(-count // context.group.size))
+            weight = read_finite(self._checkpoint, name).to(context.device)
             kept[key] = Candidates(
                 one_matrix(weight, plan.structure.kind, plan.structure.transposed),
                 self._mpo_structure(plan),

@@ -216,8 +216,7 @@ class BlockRefinement:
             self._left += [one.record.layer for one in compressed]
             return list(fitted)
         path = self._study.block(place)
-        if self._study.tell:
-            self._study.tell("refining block", len(self._losses) + 1, self._count)
+        self._study.context.log("refining block", len(self._losses) + 1, self._count)
         block, cores = self._with_cores(path, compressed)
         vectors = self._vectors(path, block, compressed)
         stored = {name: getattr(torch, one.record.stored_dtype) for name, one in cores.items()}
@@ -290,7 +289,7 @@ class BlockRefinement:
         cores: dict[str, Fitted] = {}
         for one in fitted:
             place = self._within(path, one)
-            own = [core.to(self._study.device, torch.float32, copy=True) for core in one.cores]
+            own = [core.to(self._study.context.device, torch.float32, copy=True) for core in one.cores]
             adopt(block.get_submodule(place.rpartition(".")[0]), "weight", own, one.record.structure)
             cores |= {f"{core_prefix(place)}.{k}": one for k in range(len(own))}
         return block, cores

@@ -1,35 +1,43 @@
-"""What of a network's outputs is to be kept, and random directions in it.
+"""What calibration needs: a dense network, how it is called, and batches, some of them held out.
 
-Classes and tokens: the distribution they are drawn from, so directions are gradients of log p of labels drawn
-from it (their second moment is Fisher's information).  Embeddings: the vector that users compare, pooled and
-normalised as the directory of a sentence-transformers model says, else the vector of every token; any other
-output: each of its numbers.  Directions are then random signs.
+The examples are drawn from a data set on disk, or from batches that a caller hands over: tensors, tuples that
+begin with the input, or dicts as transformers takes them.  Texts of about one length go into one batch.
 
-Calibration data: some examples of a data set as batches, and a share of them held out.
+The fit keeps the *output of interest* of the network.  Where outputs are logits of classes or tokens, that is
+their distribution, and random directions in it are gradients of log p of labels drawn from it (their second
+moment is Fisher's information).  Where outputs are embeddings, it is the vector that users compare, pooled
+and normalised as the directory of a sentence-transformers model says, else the vector of every token.  Of any
+other output it is each number.  Directions in both of these are random signs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from mpoc.data import shuffled
+from mpoc.data import Examples, shuffled
 from mpoc.errors import MpocError, UsageError
-from mpoc.models.call import Batch, Call, first_output, has_logits, rows
-from mpoc.models.loading import Model
+from mpoc.models.call import Batch, BatchConverter, Call, first_output, has_logits, num_examples, rows
+from mpoc.models.loading import Model, open_model
 from mpoc.runtime.device import derived_seed
 from mpoc.train.loader import BatchLoader
 from mpoc.train.settings import DataOptions
 from mpoc.train.training_data import open_training_data
 
-TOKENS = 2048  # of a batch of text, padding included
-_IMAGES = 64  # of a batch of anything else
+_TOKENS = 2048  # of a batch of text, padding included
+_TOKENS_TO_REFINE = 512  # the same: more steps are worth more than wide ones
+_EXAMPLES = 64  # of a batch of anything else
+_HELD_OUT = 0.125  # share of the examples, one at least
+_PER_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "y"}
 
 
 @dataclass(frozen=True)
@@ -111,70 +119,119 @@ def direction(values: Tensor, are_logits: bool, generator: torch.Generator) -> T
 
 
 @dataclass(frozen=True)
-class CalibrationData:
-    """What a network is calibrated on; the two parts have no example in common."""
+class CalibrationRequest:
+    """What to calibrate on."""
 
+    data: Any  # the path of a data set, or an iterable of batches
+    samples: int = 512
+    refine: bool = False  # the layers of each block together, once all are fitted
+    moments: Path | None = None  # file to keep the measurements of the dense network in
+    folder: Path | None = None  # to keep what is found before layers are fitted, and resume from
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """A dense network and the batches it is calibrated on; the two parts have no example in common."""
+
+    network: nn.Module  # in evaluation mode, parameters in float32 or better
+    places: Mapping[str, str]  # name of a tensor in the checkpoint → in the network
+    call: Call  # how the network takes a batch
     batches: list[Batch]  # on the CPU
     held_out: list[Batch]  # to choose between fits with
-    call: Call  # how the network takes them
-    pooling: Pooling | None  # how users read its outputs, where its directory says
-    notes: tuple[str, ...]  # what was read and chosen, a line each
+    pooling: Pooling | None = None  # how users read its outputs, where its directory says
+    name: str = ""  # of the data set, for the manifest
+    notes: tuple[str, ...] = ()  # what was read and chosen, a line each
 
 
 def open_calibration(
-    options: DataOptions,
-    model: Model,
-    samples: int,
-    held_out: float = 0.125,
-    seed: int = 0,
-    tokens: int = TOKENS,
+    source: Path, arch: str | None, request: CalibrationRequest, seed: int = 0
 ) -> CalibrationData:
-    """Draw examples of the training split, or of the first there is.
-
-    What a training of the network on this set held out, so that ``mpoc eval`` measures it, is not drawn.
+    """The network of a checkpoint, with calibration data.
 
     Args:
-        options: which data set.
-        model: whose network takes them.
-        samples: how many examples; all where there are fewer.
-        held_out: share of them, one at least.
-        seed: of the draw.
-        tokens: of a batch of text at most, padding included, where it is more than one text.
+        source: the checkpoint.
+        arch: its network, as ``--arch`` names it; None where the checkpoint says it.
+        request: on what to calibrate.
+        seed: of the examples drawn.
 
     Raises:
-        UsageError: options that do not fit.
+        UsageError: no architecture is known, or options that do not fit.
         MpocError: bad data, or fewer than two examples.
     """
-    if samples < 2 or not 0 < held_out < 1:
-        raise UsageError(f"--calibration-samples {samples}: at least 2, one to fit on and one held out")
-    training_data = open_training_data(options, model, None)
-    split = "train" if "train" in training_data.data.splits else next(iter(training_data.data.splits))
-    loader = training_data.loader(split)
+    return calibrate_on(open_model(source, arch), request, seed)
+
+
+def calibrate_on(model: Model, request: CalibrationRequest, seed: int = 0) -> CalibrationData:
+    """The network of an open model, with calibration data.
+
+    Raises:
+        UsageError: options that do not fit, or batches that the network cannot take.
+        MpocError: bad data, or fewer than two examples.
+    """
+    if request.samples < 2:
+        raise UsageError(
+            f"--calibration-samples {request.samples}: at least 2, one to fit on and one held out"
+        )
+    pooling = read_pooling(model.path) if model.path.is_dir() else None
+    if isinstance(request.data, Path):
+        loader, split, notes = _open_data_set(request.data, model)
+        call, where, name = Call.of(model.network), str(request.data), request.data.resolve().name
+    else:
+        examples, call = examples_of(request.data, model.network, request.samples)
+        loader, split, notes = BatchLoader(examples, _as_given), "batches", []
+        where, name = "calibrate", type(request.data).__name__
     if len(loader) < 2:
-        raise MpocError(f"{options.path}: {len(loader)} examples in {split}: calibration needs two at least")
+        raise MpocError(f"{where}: {len(loader)} examples in {split}: calibration needs two at least")
+    tokens = _TOKENS_TO_REFINE if request.refine else _TOKENS
+    batches, held_out = draw(loader, request.samples, seed, tokens)
+    counts = [sum(map(num_examples, part)) for part in (batches, held_out)]
+    drawn = f"{sum(counts):,} of {len(loader):,} examples of {split} (seed {seed})"
+    notes.append(f"calibration: {drawn}, {counts[1]:,} held out")
+    return CalibrationData(model.network, model.places, call, batches, held_out, pooling, name, tuple(notes))
+
+
+def _as_given(batch: Batch, generator: torch.Generator | None) -> Batch:
+    return batch
+
+
+def _open_data_set(path: Path, model: Model) -> tuple[BatchLoader, str, list[str]]:
+    """The training split or the first there is, its name, and notes.
+
+    Examples that a training of the network on this set held out, so that ``mpoc eval`` measures them, are
+    not among them.
+    """
+    opened = open_training_data(DataOptions(path), model, None)
+    split = "train" if "train" in opened.data.splits else next(iter(opened.data.splits))
+    notes = [opened.data.announce(), *opened.data.notes]
+    if opened.data.kind == "images":
+        images = opened.images
+        notes.append(f"images: (pixel / 255 − {list(images.mean)}) / {list(images.std)}")
+    return opened.loader(split), split, notes
+
+
+def draw(
+    loader: BatchLoader, samples: int, seed: int, tokens: int = _TOKENS
+) -> tuple[list[Batch], list[Batch]]:
+    """Batches of examples drawn at random, and of others, an eighth of them, that are held out.
+
+    Args:
+        loader: two examples at least.
+        samples: how many examples; all where there are fewer.
+        seed: of the draw.
+        tokens: of a batch of text at most, padding included, where it is more than one text.
+    """
     generator = torch.Generator().manual_seed(derived_seed(seed, "calibration"))
     chosen = shuffled(loader.examples, generator)[:samples]
-    apart = min(len(chosen) - 1, max(1, round(len(chosen) * held_out)))
-    count = f"{len(chosen):,} of {len(loader):,} examples of {split}"
-    said = f"calibration: {count} (seed {seed}), {apart:,} held out"
-    images = training_data.images
-    pixels = f"images: (pixel / 255 − {list(images.mean)}) / {list(images.std)}"
-    notes = [training_data.data.announce(), *training_data.data.notes]
-    notes += [pixels] if training_data.data.kind == "images" else []
-    return CalibrationData(
-        _batches(loader, chosen[apart:], tokens), _batches(loader, chosen[:apart], tokens),
-        Call.of(model.network),
-        read_pooling(model.path) if model.path.is_dir() else None,
-        (*notes, said),
-    )  # fmt: skip
+    apart = min(len(chosen) - 1, max(1, round(len(chosen) * _HELD_OUT)))
+    return _batches(loader, chosen[apart:], tokens), _batches(loader, chosen[:apart], tokens)
 
 
 def _batches(loader: BatchLoader, chosen: Tensor, tokens: int) -> list[Batch]:
     """Texts of about one length together, so that there is little padding."""
     chosen = chosen.sort().values
-    lengths = torch.cat([_lengths(loader.read(part)) for part in chosen.split(_IMAGES)])
+    lengths = torch.cat([_lengths(loader.read(part)) for part in chosen.split(_EXAMPLES)])
     if not bool(lengths.any()):
-        return [loader.read(part) for part in chosen.split(_IMAGES)]
+        return [loader.read(part) for part in chosen.split(_EXAMPLES)]
     order = lengths.argsort(descending=True, stable=True)
     batches: list[Batch] = []
     start = 0
@@ -190,3 +247,126 @@ def _lengths(batch: Batch) -> Tensor:
     if "input_ids" not in batch:
         return torch.zeros(len(next(iter(batch.values()))))
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(1)
+
+
+class DatasetExamples(Examples):
+    """The data set of a ``DataLoader``, each example read when it is asked for."""
+
+    def __init__(self, loader: DataLoader[Any], convert: BatchConverter) -> None:
+        self._loader, self._convert = loader, convert
+        self._dataset: Any = loader.dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
+        """These examples, as the loader collates them."""
+        chosen = torch.as_tensor(indices).tolist()
+        batch, _ = self._convert(self._loader.collate_fn([self._dataset[k] for k in chosen]))
+        return _trimmed(batch)
+
+
+class HeldExamples(Examples):
+    """Examples in memory, one tensor (n, …) for each name."""
+
+    def __init__(self, tensors: Batch) -> None:
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return num_examples(self._tensors)
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Batch:
+        """These examples."""
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return _trimmed({name: values[chosen] for name, values in self._tensors.items()})
+
+
+def examples_of(given: Any, network: nn.Module, samples: int) -> tuple[Examples, Call]:
+    """The examples of batches that a caller hands over, and how the network is called with them.
+
+    Args:
+        given: a ``DataLoader`` or any iterable of batches, or one batch.  Of a loader that reads a data set
+            in order or at random, and of a list, all examples count; of another iterable as many as
+            ``samples``, from the first one on.
+        network: that takes the batches.
+        samples: how many are needed.
+
+    Raises:
+        UsageError: no iterable of batches, or batches that the network cannot take.
+        MpocError: it yields none.
+    """
+    convert = BatchConverter(network)
+    if _reads_by_index(given):
+        examples = DatasetExamples(given, convert)
+        _, call = convert(given.collate_fn([given.dataset[0]])) if len(examples) else ({}, Call.of(network))
+        return examples, call
+    if not isinstance(given, Iterable):
+        raise UsageError(f"calibrate: a {type(given).__name__} is no path and no iterable of batches")
+    given = [given] if isinstance(given, Tensor | Mapping) else given
+    every = iter(given)
+    batches: list[Batch] = []
+    calls: list[Call] = []
+    wanted = float("inf") if isinstance(given, Sequence) else samples
+    while sum(map(num_examples, batches)) < wanted and (taken := list(islice(every, 1))):
+        batch, call = convert(taken[0])
+        batches, calls = [*batches, batch], [*calls, call]
+    if not batches:
+        raise MpocError(f"calibrate: {type(given).__name__} yields no batches")
+    tensors, call = _concatenated(batches, "attention_mask" in convert.names), calls[0]
+    if not isinstance(given, Sequence):
+        tensors = {name: values[:samples] for name, values in tensors.items()}
+    return HeldExamples(tensors), call
+
+
+def _reads_by_index(given: Any) -> bool:
+    """Whether it is a loader of examples that can be drawn from its data set."""
+    if not isinstance(given, DataLoader) or given.batch_sampler is None:
+        return False
+    sampler: Any = given.sampler
+    in_order = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement
+    )
+    return in_order and sampler.data_source is given.dataset
+
+
+def _concatenated(batches: list[Batch], takes_mask: bool) -> Batch:
+    """All examples as one batch; tokens are padded to the longest where a mask says so.
+
+    Raises:
+        UsageError: the batches hold different tensors.
+    """
+    lengths = {batch["input_ids"].shape[1] for batch in batches if "input_ids" in batch}
+    if len(lengths) > 1 and (takes_mask or all("attention_mask" in batch for batch in batches)):
+        batches = [_padded(batch, max(lengths)) for batch in batches]
+    for batch in batches:
+        for name in batches[0].keys() | batch.keys():
+            shapes = [tuple(one[name].shape[1:]) if name in one else None for one in (batches[0], batch)]
+            if shapes[0] != shapes[1]:
+                raise UsageError(
+                    f"calibrate: the batches differ: {name} of an example is {shapes[0]} and {shapes[1]}",
+                    "examples of one shape, or tokens with an attention_mask",
+                )
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _padded(batch: Batch, width: int) -> Batch:
+    """Tokens, and what goes with each of them, filled with zeros behind the last one."""
+    tokens = batch["input_ids"]
+    batch = {"attention_mask": torch.ones_like(tokens), **batch}
+    return {
+        name: F.pad(v, (*[0, 0] * (v.dim() - 2), 0, width - v.shape[1])) if _is_per_token(v, tokens) else v
+        for name, v in batch.items()
+    }
+
+
+def _is_per_token(values: Tensor, tokens: Tensor) -> bool:
+    return values.dim() > 1 and values.shape[:2] == tokens.shape
+
+
+def _trimmed(batch: Batch) -> Batch:
+    """Without the columns that are padding in every example, where nothing but tokens depends on them."""
+    mask = batch.get("attention_mask")
+    if mask is None or mask.dim() != 2 or not batch.keys() <= _PER_TOKEN or not bool(mask.any()):
+        return batch
+    end = int(mask.any(0).nonzero().max()) + 1
+    return {name: v[:, :end] if _is_per_token(v, mask) else v for name, v in batch.items()}

@@ -95,7 +95,7 @@ class OutputDistance:
             if layer.shift is not None:
                 taken_up = means[name]
                 place = places[taken_up.name]
-                found[place] = state[place] + taken_up.sign * layer.shift.to(self._study.device)
+                found[place] = state[place] + taken_up.sign * layer.shift.to(self._study.context.device)
         return found
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class OutputDistance:
 
     @torch.no_grad()
     def _outputs(self, network: nn.Module) -> Iterator[tuple[Tensor, bool]]:
-        data, device = self._study.data, self._study.device
+        data, device = self._study.data, self._study.context.device
         with eval_mode(network):
             for batch in data.held_out:
                 part = to_device(batch, device)
@@ -275,7 +275,7 @@ class CandidateTable:
         offers: Callable[[LayerPlan], Candidates],
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self.group = group
+        self._group = group
         self._names = [plan.map.name for plan in plans]
         self._costs = costs_of(plans)
         self._own: dict[str, Candidates] = {}
@@ -296,7 +296,7 @@ class CandidateTable:
         def scale(name: str) -> float:
             return self._scale(self._own[name], told_at[name], distance)
 
-        return dict(zip(self._names, self.group.map(self._names, scale, self._costs), strict=True))
+        return dict(zip(self._names, self._group.map(self._names, scale, self._costs), strict=True))
 
     def distance(self, plans: Iterable[LayerPlan], distance: OutputDistance) -> float:
         """Of the network's outputs, where the layers that take part are as these plans have them."""
@@ -305,9 +305,9 @@ class CandidateTable:
         def replace(name: str) -> Replacement | None:
             return self._own[name].replaced(planned[name]) if name in planned else None
 
-        found = list(self.group.map_to_main(self._names, replace, self._costs))
+        found = list(self._group.map_to_main(self._names, replace, self._costs))
         layers = {name: one for name, one in zip(self._names, found, strict=True) if one is not None}
-        return self.group.on_main(lambda: distance.of(layers))
+        return self._group.on_main(lambda: distance.of(layers))
 
     def _scale(self, offers: Candidates, plan: LayerPlan, distance: OutputDistance) -> float:
         smaller = [offer for offer in offers.every if offer.storage is not None]

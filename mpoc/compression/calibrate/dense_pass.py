@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +31,12 @@ from mpoc.compression.calibrate.moments import (
     total_rows,
 )
 from mpoc.compression.calibrate.trace import Trace, features, next_input
+from mpoc.compression.run_context import RunContext
 from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call, to_device
 from mpoc.runtime.device import derived_seed
-from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 _Key = tuple[str, str]  # "moments", "gradients" or "blocks"; the weight or the module
-
-
-StageCallback = Callable[[str, int, int], None]  # what goes on, which one begins, of how many
 
 
 @dataclass(frozen=True)
@@ -56,58 +53,66 @@ class DensePass:
     blocks: dict[str, Tensor]  # by module Σ g gᵀ over rows and directions, at what blocks give; CPU
 
 
+@dataclass(frozen=True)
+class Probes:
+    """Which gradients a dense pass measures."""
+
+    count: int = 1  # random directions in the output a batch; 0: no gradients
+    seed: int = 0  # of the directions
+    blocks: bool = False  # also at the outputs of blocks
+    pooling: Pooling | None = None  # as of :func:`output_of_interest`
+
+
 def dense_pass(
     network: nn.Module,
     call: Call,
     batches: Sequence[Batch],
     trace: Trace,
-    probes: int = 1,
-    pooling: Pooling | None = None,
+    probes: Probes = Probes(),
     positions: Positions = ALL,
-    seed: int = 0,
-    blocks: bool = False,
-    tell: StageCallback | None = None,
-    group: ProcessGroup = SINGLE_PROCESS,
+    context: RunContext | None = None,
 ) -> DensePass:
-    """Run the network over the batches, forth and, ``probes`` times a batch, back.
+    """Run the dense network on the batches: forward and, once a probe, backward.
 
     Args:
         network: in evaluation mode, on any device; left as it is.
         call: how it is called.
         batches: of calibration data.
         trace: of this network.
-        probes: random directions in the output a batch; 0: no gradients.
-        pooling: as of :func:`output_of_interest`.
+        probes: the directions whose gradients are measured.
         positions: of convolutions.
-        seed: of the directions.
-        blocks: whether gradients at the outputs of blocks are wanted too.
-        tell: called before each batch.
-        group: the processes that share the batches.
+        context: whose processes share the batches; None: one process, on the network's device.
 
     Raises:
         MpocError: the data give a layer no rows, or outputs are not finite.
     """
-    device = device_of(network)
+    context = context or RunContext(device_of(network))
 
     def measure(part: range) -> dict[_Key, Moments | _Sum]:
         run = _Run(network, trace, positions)
-        with eval_mode(network), hooked() as handles, torch.set_grad_enabled(probes > 0):
-            handles += run.hooks(probes > 0, blocks)
+        with eval_mode(network), hooked() as handles, torch.set_grad_enabled(probes.count > 0):
+            handles += run.hooks(probes.count > 0, probes.blocks)
             for index in part:
-                if tell:
-                    tell("reading the dense network: batch", index + 1, len(batches))
-                batch = to_device(batches[index], device)
+                context.log("reading the dense network: batch", index + 1, len(batches))
+                batch = to_device(batches[index], device_of(network))
                 run.index, run.mask = index, batch.get("attention_mask")
-                values, are_logits = output_of_interest(call(network, batch), batch, pooling)
+                values, are_logits = output_of_interest(call(network, batch), batch, probes.pooling)
                 _refuse_infinite(values, network)
-                for probe in range(probes if values.requires_grad else 0):
-                    chance = torch.Generator(device).manual_seed(
-                        derived_seed(seed, "direction", index, probe)
-                    )
-                    values.backward(direction(values, are_logits, chance), retain_graph=probe + 1 < probes)
+                if values.requires_grad:
+                    _backward(values, are_logits, probes, index)
         return run.sums()
 
-    return _result(BatchShards(len(batches), group).total(measure, _merged), trace, probes)
+    shards = BatchShards(len(batches), context.group)
+    return _result(shards.total(measure, _merged), trace, probes.count)
+
+
+def _backward(values: Tensor, are_logits: bool, probes: Probes, index: int) -> None:
+    """Gradients by each random direction in the outputs of batch ``index``."""
+    for probe in range(probes.count):
+        generator = torch.Generator(values.device)
+        generator.manual_seed(derived_seed(probes.seed, "direction", index, probe))
+        gradient = direction(values, are_logits, generator)
+        values.backward(gradient, retain_graph=probe + 1 < probes.count)
 
 
 def _refuse_infinite(values: Tensor, network: nn.Module) -> None:

@@ -26,7 +26,7 @@ from mpoc.compression.calibrate.moments import (
     refuse_without_rows,
 )
 from mpoc.compression.calibrate.trace import Chain, Example, Trace, next_input
-from mpoc.models.call import Batch, Call, to_device
+from mpoc.models.call import Batch, Call, main_input, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 _KEPT_BYTES = 2 * 1024**3
@@ -116,6 +116,15 @@ class _Runner:
         return found[0]
 
 
+@dataclass(frozen=True)
+class Replay:
+    """Which inputs of blocks are kept, so that a pass need not begin at the start of the network."""
+
+    enabled: bool = True  # where blocks form a chain
+    kept_bytes: int = _KEPT_BYTES  # of both networks together, at most; else nothing is kept
+    all_batches: bool = False  # also those of other processes, for :meth:`PairedPass.examples`
+
+
 class PairedPass:
     """Passes of a dense network and of one that is being compressed, group by group.
 
@@ -123,37 +132,31 @@ class PairedPass:
     final by then, since inputs of blocks are kept from it.
 
     Args:
-        dense: in evaluation mode; left as it is, as is ``compressed``.
-        compressed: the same network but for weights that were replaced, on any device.
+        networks: the dense one in evaluation mode, left as it is, and the compressed one: the same but for
+            weights that were replaced, on any device.
         call: how both are called.
         batches: of calibration data.
         trace: of the dense network.
         positions: of convolutions.
-        replay: keep inputs of blocks where they form a chain.
-        kept_bytes: and where they take at most this, both networks together.
-        processes: the processes that share the batches, and ask for the same groups.
-        keeps_all: keep inputs of blocks for the batches of other processes too, for :meth:`examples`.
+        replay: which inputs of blocks are kept.
+        group: the processes that share the batches, and ask for the same groups of layers.
     """
 
     def __init__(
         self,
-        dense: nn.Module,
-        compressed: nn.Module,
+        networks: tuple[nn.Module, nn.Module],
         call: Call,
         batches: Sequence[Batch],
         trace: Trace,
         positions: Positions = ALL,
-        replay: bool = True,
-        kept_bytes: int = _KEPT_BYTES,
-        processes: ProcessGroup = SINGLE_PROCESS,
-        keeps_all: bool = False,
+        replay: Replay = Replay(),
+        group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self._trace, self._batches, self._positions = trace, batches, positions
-        self._replay, self._kept_bytes = replay, kept_bytes
-        self._parts = BatchShards(len(batches), processes)
-        mine = range(len(batches)) if keeps_all else self._parts.mine
-        self._runners = [_Runner(network, call, batches, mine, trace) for network in (dense, compressed)]
-        self._device = device_of(compressed)
+        self._trace, self._batches, self._positions, self._replay = trace, batches, positions, replay
+        self._shards = BatchShards(len(batches), group)
+        mine = range(len(batches)) if replay.all_batches else self._shards.mine
+        self._runners = [_Runner(network, call, batches, mine, trace) for network in networks]
+        self._device = device_of(networks[1])
 
     def moments(self, group: Sequence[str], dense: Mapping[str, Moments] | None = None) -> dict[str, Moments]:
         """Moments of the inputs of these weights.
@@ -180,7 +183,7 @@ class PairedPass:
             found = {name: layer_sums.moments() for name, layer_sums in sums.items()}
             return {name: moments for name, moments in found.items() if moments is not None}
 
-        total = self._parts.total(measure, merge)
+        total = self._shards.total(measure, merge)
         refuse_without_rows((self._trace.layers[name] for name in names), total)
         if dense is not None:
             total = {name: replace(m, dense_second=dense[name].dense_second) for name, m in total.items()}
@@ -198,15 +201,15 @@ class PairedPass:
         """
         dense, compressed = self._runners
         found = _Examples(dense, compressed, self._batches, place, self._trace.axis(place))
-        kept = self._replay and self._fits(place, 3)
+        kept = self._replay.enabled and self._fits(place, 3)
         with torch.no_grad(), eval_mode(dense.network), eval_mode(compressed.network):
             for runner in self._runners:
                 runner.move(place if kept else None)
         return list(found) if kept else found
 
     def _fits(self, place: tuple[int, int], copies: int) -> bool:
-        share = sum(map(_numbers, self._batches)) / self._trace.numbers
-        return copies * self._trace.chains[place[0]][place[1]].nbytes * share <= self._kept_bytes
+        share = sum(main_input(batch).numel() for batch in self._batches) / self._trace.numbers
+        return copies * self._trace.chains[place[0]][place[1]].nbytes * share <= self._replay.kept_bytes
 
     def _add(self, index: int, sums: dict[str, LayerSums]) -> None:
         original, compressed = (self._inputs(runner, index, list(sums)) for runner in self._runners)
@@ -244,7 +247,7 @@ class PairedPass:
         """The block to start from: the last one, not behind the layers, whose input can be kept."""
         homes = [self._trace.homes.get(name) for name in names]
         known = [home for home in homes if home is not None]
-        if not self._replay or len(known) < len(names) or len({chain for chain, _ in known}) > 1:
+        if not self._replay.enabled or len(known) < len(names) or len({chain for chain, _ in known}) > 1:
             return None
         chain, position = min(known)
         for k in range(position, -1, -1):
@@ -278,7 +281,3 @@ class _Examples(Sequence[Example]):
             state = self._compressed.state(index, self._place)
         mask = None if mask is None else mask.to(device)
         return Example(state.given, state.args, state.named, target, mask, self._axis)
-
-
-def _numbers(batch: Batch) -> int:
-    return (batch["input_ids"] if "input_ids" in batch else batch["x"]).numel()

@@ -97,16 +97,13 @@ class SequentialFit:
         study: of the network and the calibration data.
         checkpoint: that is compressed.
         recipe: its options.
-        device: to compute on.
     """
 
-    def __init__(
-        self, study: CalibrationStatistics, checkpoint: Checkpoint, recipe: Recipe, device: torch.device
-    ) -> None:
-        self._study, self._checkpoint, self._recipe, self._device = study, checkpoint, recipe, device
-        self._processes = study.processes
+    def __init__(self, study: CalibrationStatistics, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self._study, self._checkpoint, self._recipe = study, checkpoint, recipe
+        self._device, self._group = study.context.device, study.context.group
         self._compressed = copy.deepcopy(study.network)
-        self._sharing = BudgetAllocator(study, checkpoint, recipe, device)
+        self._sharing = BudgetAllocator(study, checkpoint, recipe)
         self._norms: RecalibratedNorms | None = None
         self._reached: float | None = None  # distance of held-out outputs after the fits
         self._blocks = (
@@ -172,7 +169,7 @@ class SequentialFit:
         todo = {plan.map.name: plan for plan in plans}
         unseen = [plan for plan in plans if plan.map.name not in {*self.steps.seen, *kept}]
         self._take_up([one for name, one in kept.items() if name not in self.steps.seen])
-        fitted = self._processes.map(unseen, self._fit_unseen, [plan.cost for plan in unseen])
+        fitted = self._group.map(unseen, self._fit_unseen, [plan.cost for plan in unseen])
         for one in fitted:
             self._put(one)
         yield from self._in_block(None, fitted, [])
@@ -195,9 +192,7 @@ class SequentialFit:
         """After the last layer: statistics of batch norms, by their names, where they help."""
         data = self._study.data
         if self._sharing.shares is not None:
-            self._reached = self._processes.on_main(
-                lambda: self._sharing.distance.of_network(self._compressed)
-            )
+            self._reached = self._group.on_main(lambda: self._sharing.distance.of_network(self._compressed))
 
         def renewed() -> RecalibratedNorms | None:
             return recalibrated_norms(
@@ -207,7 +202,7 @@ class SequentialFit:
                 lambda network: self._sharing.distance.of_network(network),  # made where there are norms
             )
 
-        self._norms = self._processes.on_main(renewed)
+        self._norms = self._group.on_main(renewed)
         if self._norms is None or not self._norms.is_better:
             return {}
         named = {place: name for name, place in self._study.places.items()}
@@ -229,7 +224,7 @@ class SequentialFit:
         """The layers of a block, all fitted, refined where that helps; their errors are measured again."""
         if self._blocks is None:
             return fitted
-        refined = self._processes.on_main(lambda: self._refined(place, fitted))
+        refined = self._group.on_main(lambda: self._refined(place, fitted))
         if not _have_changed(refined, fitted):
             return refined
         for one in refined:
@@ -276,13 +271,13 @@ class SequentialFit:
         if plan.is_dense:
             return Fitted(plan.record())
         name = plan.map.name
-        with self._processes.all_or_raise():
+        with self._group.all_or_raise():
             weight = read_finite(self._checkpoint, name).to(self._device)
         dtype = getattr(torch, plan.stored_dtype)
         seed = zlib.crc32(name.encode()) ^ self._recipe.seed
         storages = self._sharing.storages(plan)
-        fit = fit_calibrated(weight, storages, evidence, dtype, seed, apart, self._processes)
-        with self._processes.all_or_raise():
+        fit = fit_calibrated(weight, storages, evidence, dtype, seed, apart, self._group)
+        with self._group.all_or_raise():
             check_finite_cores(fit.form, weight, self._checkpoint, plan)
             fitted = self._stored(plan, fit)
             self._put(fitted)

@@ -15,23 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.compression.calibrate.cache import cached_or_measured, calibration_fingerprint
-from mpoc.compression.calibrate.calibration_data import TOKENS, CalibrationData, open_calibration
-from mpoc.compression.calibrate.dense_pass import DensePass, StageCallback, dense_pass
+from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
+from mpoc.compression.calibrate.dense_pass import DensePass, Probes, dense_pass
 from mpoc.compression.calibrate.layer_inputs import eval_mode
 from mpoc.compression.calibrate.moments import Moments, Positions
 from mpoc.compression.calibrate.objective import EmbeddingObjective, LayerObjective, Objective
-from mpoc.compression.calibrate.paired_pass import PairedPass
+from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.trace import Example, Trace, trace
-from mpoc.models.call import Batch, to_device
+from mpoc.compression.run_context import Progress, RunContext
+from mpoc.models.call import Batch, first_output, num_examples, to_device
 from mpoc.models.introspection import same_tensor
-from mpoc.models.loading import open_model
-from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.train.evaluate import try_call
-from mpoc.train.settings import DataOptions
 
 _WIDEST = 12_288  # outputs or inputs: the second moments are squares of that, in float64
 _PROBES = 2  # random directions in the output, a batch
-_TOKENS_TO_REFINE = 512  # of a batch: more steps are worth more than wide ones
 _POSITIONS = 64  # of a convolution, an example: more are nearly the same rows again
 
 
@@ -69,86 +66,64 @@ def mean_corrections(
     return found
 
 
-@dataclass(frozen=True)
-class CalibrationRequest:
-    """On what to calibrate."""
-
-    data: Path
-    samples: int = 512
-    refine: bool = False  # the layers of each block together, once all are fitted
-    moments: Path | None = None  # file to keep what is measured of the dense network in
-    folder: Path | None = None  # to keep what is found before layers are fitted, and go on from it
-
-
 class CalibrationStatistics:
-    """Weights and tensors go by their names in the checkpoint.
+    """What is known of the layers of a dense network from its calibration data.
+
+    Weights and tensors go by their names in the checkpoint.
 
     Args:
-        source: the checkpoint.
-        arch: its network, as ``--arch`` names it; None where the checkpoint says it.
-        request: on what to calibrate.
+        data: the network and the batches.
+        request: what is to be done with them.
         names: of the weights that are to be fitted.
-        seed: of the examples drawn, and of output probes.
-        device: to compute on.
+        context: the device, and the processes that share the work, with the same arguments.
+        seed: of output probes and of positions of convolutions.
         unseen: weights that are not looked at, and why.
-        tell: called as the work goes on.
-        processes: the processes that share the work, with the same arguments.
 
     Raises:
-        UsageError: no architecture is known, or the network does not take such data.
-        MpocError: bad data, a network that gives numbers that are not finite, or a damaged file of moments.
+        UsageError: the network does not take such data.
+        MpocError: a network that gives numbers that are not finite, or a damaged file of moments.
     """
 
     def __init__(
         self,
-        source: Path,
-        arch: str | None,
+        data: CalibrationData,
         request: CalibrationRequest,
         names: Iterable[str],
-        seed: int,
-        device: torch.device,
+        context: RunContext,
+        seed: int = 0,
         unseen: Mapping[str, str] | None = None,
-        tell: StageCallback | None = None,
-        processes: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self._request, self._seed = request, seed
-        self.refines, self.tell, self.device, self.processes = request.refine, tell, device, processes
+        self.data, self._request, self.context, self._seed = data, request, context, seed
+        self.network, self.places = data.network.to(context.device), data.places
+        self.refines, self.notes = request.refine, list(data.notes)
         self._positions = Positions(_POSITIONS, seed)
-        with processes.all_or_raise():
-            self._open(source, arch, list(names), unseen or {})
-        self.notes = list(self.data.notes)
+        with context.group.all_or_raise():
+            self._find_layers(list(names), unseen or {})
         self._dense = self._kept_pass()
-        self._held_out = self._pass(self.data.held_out, 0)
+        self._held_out = self._pass(
+            data.held_out, Probes(0, pooling=data.pooling), replace(context, progress=Progress())
+        )
         self.means = mean_corrections(self.network, self._trace, self._named, self.places)
         self._compressed: nn.Module | None = None  # which the passes are of
         self.kept: dict[Any, Any] = {}  # what is told from it and holds for every budget
         self._passes: list[PairedPass] = []
 
-    def _open(self, source: Path, arch: str | None, names: list[str], unseen: Mapping[str, str]) -> None:
-        """Network, data, and which weight is used where."""
-        model = open_model(source, arch)
-        self.places = model.places  # name in the checkpoint → in the network
-        self.network = model.network.to(self.device)
-        self.data: CalibrationData = open_calibration(
-            DataOptions(self._request.data),
-            model,
-            self._request.samples,
-            seed=self._seed,
-            tokens=_TOKENS_TO_REFINE if self.refines else TOKENS,
-        )
+    def _find_layers(self, names: list[str], unseen: Mapping[str, str]) -> None:
+        """Run the network once, to see which weight is used where."""
         self._reasons = {name: why for name in names if (why := unseen.get(name) or self._why_not(name))}
         self._named = {self.places[name]: name for name in names if name not in self._reasons}
-        first = {name: values[:1] for name, values in self.data.batches[0].items()}
+        batch = self.data.batches[0]
+        first = to_device({name: values[:1] for name, values in batch.items()}, self.context.device)
         with eval_mode(self.network), torch.no_grad():
-            try_call(self.data.call, self.network, to_device(first, self.device))
-        self._trace: Trace = trace(self.network, self.data.call, self.data.batches[0], self._named)
+            first_output(try_call(self.data.call, self.network, first))
+        self._trace: Trace = trace(self.network, self.data.call, batch, self._named)
 
     def facts(self) -> dict[str, Any]:
         """What it was calibrated on, for the manifest."""
         return {
-            "data": {"name": self._request.data.resolve().name},
-            "samples": _count(self.data.batches),
-            "held_out": _count(self.data.held_out),
+            "data": {"name": self.data.name},
+            "samples": sum(map(num_examples, self.data.batches)),
+            "held_out": sum(map(num_examples, self.data.held_out)),
         }
 
     def _why_not(self, name: str) -> str:
@@ -216,7 +191,7 @@ class CalibrationStatistics:
     def metric(self, place: tuple[int, int]) -> Tensor | None:
         """G (width, width) of what a block gives, to a factor; None where it is not known."""
         found = self._dense.blocks.get(self.block(place))
-        return None if found is None else found.to(self.device)
+        return None if found is None else found.to(self.context.device)
 
     def examples(
         self, compressed: nn.Module, place: tuple[int, int]
@@ -233,17 +208,17 @@ class CalibrationStatistics:
     def _pair(self, compressed: nn.Module) -> list[PairedPass]:
         if compressed is not self._compressed:
             self._compressed, self._passes = compressed, []  # what was kept of the other one goes first
-            parts = (self.data.batches, self.data.held_out)
+            parts, networks = (self.data.batches, self.data.held_out), (self.network, compressed)
+            replay = Replay(all_batches=self.refines and self.context.group.is_main)  # who refines
             self._passes = [
                 PairedPass(
-                    self.network,
-                    compressed,
+                    networks,
                     self.data.call,
                     batches,
                     self._trace,
                     self._positions,
-                    processes=self.processes,
-                    keeps_all=self.refines and self.processes.is_main,  # who refines
+                    replay,
+                    self.context.group,
                 )
                 for batches in parts
             ]
@@ -257,7 +232,9 @@ class CalibrationStatistics:
     @cached_property
     def fingerprint(self) -> dict[str, str]:
         """What all that is told here depends on; with several processes, as the first sees it."""
-        return self.processes.on_main(lambda: self._fingerprint([*self.data.batches, *self.data.held_out]))
+        return self.context.group.on_main(
+            lambda: self._fingerprint([*self.data.batches, *self.data.held_out])
+        )
 
     def _fingerprint(self, batches: Sequence[Batch]) -> dict[str, str]:
         return calibration_fingerprint(
@@ -279,31 +256,23 @@ class CalibrationStatistics:
             path = self.folder / "moments.safetensors"
 
         def measure() -> DensePass:
-            return self._pass(batches, _PROBES, self.tell)
+            probes = Probes(_PROBES, self._seed, self.refines, self.data.pooling)
+            return self._pass(batches, probes, self.context)
 
         if path is None:
             return measure()
-        parts = self.processes.on_main(lambda: self._fingerprint(batches))
+        parts = self.context.group.on_main(lambda: self._fingerprint(batches))
         own = self._request.moments is None
-        found, said = cached_or_measured(path, parts, self.network, self._trace, measure, self.processes, own)
+        found, said = cached_or_measured(
+            path, parts, self.network, self._trace, measure, self.context.group, own
+        )
         if not own:
-            self.notes.append(f"moments: {_count(batches):,} examples {said}")
+            self.notes.append(f"moments: {sum(map(num_examples, batches)):,} examples {said}")
         return found
 
-    def _pass(self, batches: Sequence[Batch], probes: int, tell: StageCallback | None = None) -> DensePass:
-        return dense_pass(
-            self.network,
-            self.data.call,
-            batches,
-            self._trace,
-            probes,
-            self.data.pooling,
-            self._positions,
-            self._seed,
-            self.refines,
-            tell,
-            self.processes,
-        )
+    def _pass(self, batches: Sequence[Batch], probes: Probes, context: RunContext) -> DensePass:
+        call = self.data.call
+        return dense_pass(self.network, call, batches, self._trace, probes, self._positions, context)
 
     def _is_known(self, weight: str) -> bool:
         moments = self._dense.moments.get(weight)
@@ -316,17 +285,12 @@ class CalibrationStatistics:
 
     def _evidence(self, name: str, moments: Moments, held_out: Moments) -> Objective:
         outputs = self._dense.gradients.get(self.places[name])
-        outputs = None if outputs is None else outputs.to(self.device)
-        both = _on(self.device, moments), _on(self.device, held_out)
+        outputs = None if outputs is None else outputs.to(self.context.device)
+        both = _on(self.context.device, moments), _on(self.context.device, held_out)
         if self._is_table(self.places[name]):
             assert outputs is not None, "else it is fitted by its weight alone"
             return EmbeddingObjective(*both, outputs)
         return LayerObjective(*both, outputs, name in self.means)
-
-
-def _count(batches: Iterable[Batch]) -> int:
-    """Examples."""
-    return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
 def _on(device: torch.device, moments: Moments) -> Moments:

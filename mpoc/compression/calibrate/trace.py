@@ -30,7 +30,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     first_argument,
     hooked,
 )
-from mpoc.models.call import Batch, Call, to_device
+from mpoc.models.call import Batch, Call, main_input, to_device
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
@@ -306,7 +306,7 @@ class _Watcher:
         chains, blocks = self._chains.chains()
         return Trace(
             {name: self._layers[name] for name in self.given}, tuple(map(tuple, groups.values())), calls,
-            same, self._norms(calls), reasons, tuple(chains), self._homes(blocks), _numbers(batch),
+            same, self._norms(calls), reasons, tuple(chains), self._homes(blocks), main_input(batch).numel(),
         )  # fmt: skip
 
     def _norms(self, calls: dict[str, int]) -> dict[str, str]:
@@ -343,10 +343,6 @@ class _Uses(TorchDispatchMode):
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and not module.training and module.running_mean is not None
-
-
-def _numbers(batch: Batch) -> int:
-    return (batch["input_ids"] if "input_ids" in batch else batch["x"]).numel()
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import mpoc
-from mpoc.compression.calibrate.calibration_data import open_calibration
-from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest, open_calibration
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
+from mpoc.compression.run_context import Progress
 from mpoc.compression.write import Compression
-from mpoc.models.loading import open_model
-from mpoc.train.settings import DataOptions
 from tests.compression.calibrate.toy_networks import arch, make
 
 
@@ -59,10 +57,10 @@ class Case:
             self.folder / "m.pt",
             path,
             recipe,
-            force,
-            progress=tell,
+            force=force,
+            progress=Progress(tell),
             arch=self.arch,
-            calibration=request,
+            calibrate=request,
             resume=resume,
         )
 
@@ -78,7 +76,6 @@ class Case:
 
     def parts(self) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
         """Batches of the fit, and held out."""
-        data = open_calibration(
-            DataOptions(self.folder / "data.npz"), open_model(self.folder / "m.pt", self.arch), 400
-        )
+        request = CalibrationRequest(self.folder / "data.npz", 400)
+        data = open_calibration(self.folder / "m.pt", self.arch, request)
         return data.batches, data.held_out

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpoc.compression.calibrate.cache import cached_or_measured, calibration_fingerprint
-from mpoc.compression.calibrate.dense_pass import DensePass, dense_pass
+from mpoc.compression.calibrate.dense_pass import DensePass, Probes, dense_pass
 from mpoc.compression.calibrate.trace import Trace, trace
 from mpoc.errors import MpocError
 from mpoc.io.keyed_store import open_item, put_item
@@ -41,7 +41,7 @@ class Case:
         self.network, self.path, self.measured = network.eval(), path, 0
         call = Call.of(network)
         self.trace: Trace = trace(network, call, batch, weights(network))
-        self.found = dense_pass(network, call, [batch], self.trace, blocks=True)
+        self.found = dense_pass(network, call, [batch], self.trace, Probes(blocks=True))
 
     def measure(self) -> DensePass:
         self.measured += 1

@@ -12,13 +12,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mpoc.compression.calibrate.calibration_data import CalibrationData, Pooling, open_calibration
+from mpoc.compression.calibrate.calibration_data import (
+    CalibrationData,
+    CalibrationRequest,
+    Pooling,
+    calibrate_on,
+    draw,
+    open_calibration,
+)
 from mpoc.data.open import data_fingerprint
 from mpoc.errors import MpocError, UsageError
 from mpoc.models import zoo
 from mpoc.models.call import Batch
 from mpoc.models.loading import Model, open_model
 from mpoc.train.settings import DataOptions
+from mpoc.train.training_data import open_training_data
 from tests.compression.calibrate.test_output_of_interest import folder
 from tests.data.samples import pixels
 from tests.support.architectures import tiny
@@ -34,12 +42,13 @@ def opened(folder: Path, samples: int, **options: Any) -> CalibrationData:
     x = pixels(100, 28, 28)
     x.reshape(100, -1)[:, 0] = np.arange(100)
     np.savez(folder / "digits.npz", x=x, y=np.arange(100) % 10)
-    data = DataOptions(folder / "digits.npz", held_out=0.0, mean=(0.0,), std=(1 / 255,))
-    return open_calibration(data, lenet5(folder), samples, **options)
+    return calibrate_on(lenet5(folder), CalibrationRequest(folder / "digits.npz", samples), **options)
 
 
 def numbers(batches: list[Batch]) -> list[int]:
-    return [round(float(x.flatten()[0])) for batch in batches for x in batch["x"]]
+    mean, std = (zoo.ENTRIES["lenet5"].images[name][0] for name in ("mean", "std"))
+    pixels = (float(x.flatten()[0]) * std + mean for batch in batches for x in batch["x"])
+    return [round(255 * pixel) for pixel in pixels]
 
 
 def test_splits_images(tmp_path: Path) -> None:
@@ -55,7 +64,7 @@ def test_splits_images(tmp_path: Path) -> None:
 def test_draw_is_seeded(tmp_path: Path) -> None:
     first, again, other = opened(tmp_path, 40), opened(tmp_path, 40), opened(tmp_path, 40, seed=1)
     assert numbers(first.batches) == numbers(again.batches) != numbers(other.batches)
-    assert len(numbers(opened(tmp_path, 1000, held_out=0.3).held_out)) == 30
+    assert len(numbers(opened(tmp_path, 1000).held_out)) == 12
     assert len(numbers(opened(tmp_path, 2).held_out)) == 1
 
 
@@ -64,24 +73,23 @@ def test_examples_held_out_in_training_are_not_drawn(tmp_path: Path) -> None:
     path = tmp_path / "lone.npz"
     np.savez(path, x=pixels(100, 28, 28), y=np.arange(100) % 10)
     model = lenet5(tmp_path)
-    found = open_calibration(DataOptions(path), model, 1000)
+    found = calibrate_on(model, CalibrationRequest(path, 1000))
     assert "100 of 100 examples of train" in found.notes[-1]
     record = {"data": {"fingerprint": data_fingerprint(path, "npz"), "held_out": 0.2}}
     model = replace(model, stored=replace(model.stored, history=record))
-    found = open_calibration(DataOptions(path), model, 1000)
+    found = calibrate_on(model, CalibrationRequest(path, 1000))
     assert "80 of 80 examples of train" in found.notes[-1]
 
 
-@pytest.mark.parametrize(("samples", "share"), [(1, 0.1), (10, 0.0), (10, 1.0)])
-def test_rejects_bad_data(tmp_path: Path, samples: int, share: float) -> None:
+def test_rejects_one_sample(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="held out"):
-        opened(tmp_path, samples, held_out=share)
+        opened(tmp_path, 1)
 
 
 def test_rejects_a_single_example(tmp_path: Path) -> None:
     np.savez(tmp_path / "one.npz", x=pixels(1, 28, 28), y=np.zeros(1, int))
     with pytest.raises(MpocError, match="1 examples in train: calibration needs two"):
-        open_calibration(DataOptions(tmp_path / "one.npz", held_out=0.0), lenet5(tmp_path), 8)
+        calibrate_on(lenet5(tmp_path), CalibrationRequest(tmp_path / "one.npz", 8))
 
 
 def test_batches_texts_of_equal_length(tmp_path: Path) -> None:
@@ -91,12 +99,13 @@ def test_batches_texts_of_equal_length(tmp_path: Path) -> None:
     words = [(alphabet * 2)[8 * k % 99 :][: 2 + 3 * (k % 5)] for k in range(40)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     model = open_model(tmp_path / "bert", None)
-    options = DataOptions(tmp_path / "texts.jsonl", block=12, held_out=0.0)
-    found = open_calibration(options, model, 40, 0.25, tokens=24)
-    masks = [batch["attention_mask"] for batch in found.batches]
-    assert sum(map(len, masks)) == 30 and sum(len(batch["input_ids"]) for batch in found.held_out) == 10
+    feed = open_training_data(DataOptions(tmp_path / "texts.jsonl", block=12), model, None).feed("train")
+    batches, held_out = draw(feed, 40, seed=0, tokens=24)
+    masks = [batch["attention_mask"] for batch in batches]
+    assert sum(map(len, masks)) == 35 and sum(len(batch["input_ids"]) for batch in held_out) == 5
     assert all(mask.numel() <= 24 for mask in masks)
     lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
     assert lengths == sorted(lengths, reverse=True)
     assert len(set(lengths)) > 2
+    found = open_calibration(tmp_path / "bert", None, CalibrationRequest(tmp_path / "texts.jsonl"))
     assert found.pooling == Pooling("mean", normalize=False)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.compression.calibrate.calibration_data import Pooling, direction, output_of_interest
-from mpoc.compression.calibrate.dense_pass import DensePass, dense_pass
-from mpoc.compression.calibrate.moments import Accumulator, Positions
+from mpoc.compression.calibrate.dense_pass import DensePass, Probes, dense_pass
+from mpoc.compression.calibrate.moments import ALL, Accumulator, Positions
 from mpoc.compression.calibrate.trace import Trace, trace
 from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call
@@ -18,10 +18,13 @@ from mpoc.runtime.device import derived_seed
 from tests.compression.calibrate.networks import Stopped, encoder, images, resnet20, second, texts, weights
 
 
-def passed(network: nn.Module, batches: list[Batch], **options: Any) -> tuple[Trace, DensePass]:
+def passed(
+    network: nn.Module, batches: list[Batch], count: int = 1, positions: Positions = ALL, **options: Any
+) -> tuple[Trace, DensePass]:
+    """With ``count`` probes."""
     call = Call.of(network)
     found = trace(network, call, batches[0], weights(network))
-    return found, dense_pass(network, call, batches, found, **options)
+    return found, dense_pass(network, call, batches, found, Probes(count, **options), positions)
 
 
 def perceptron() -> nn.Sequential:
@@ -31,7 +34,7 @@ def perceptron() -> nn.Sequential:
 
 def test_collects_rows_of_texts() -> None:
     network, batches = encoder(), [texts(), texts((3, 8), seed=1)]
-    _, found = passed(network, batches, probes=0)
+    _, found = passed(network, batches, count=0)
     rows: list[Tensor] = []
 
     def see(_: nn.Module, args: tuple[Tensor]) -> None:
@@ -54,15 +57,15 @@ def test_ignores_padding() -> None:
     network = encoder()
     batch, other = texts(), texts()
     other["input_ids"] = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 7)
-    _, found = passed(network, [batch], probes=2)
-    _, again = passed(network, [other], probes=2)
+    _, found = passed(network, [batch], count=2)
+    _, again = passed(network, [other], count=2)
     for name, moments in found.moments.items():
         assert torch.allclose(again.moments[name].second, moments.second, rtol=1e-5, atol=1e-7), name
         assert torch.allclose(again.gradients[name], found.gradients[name], rtol=1e-4, atol=1e-7), name
 
 
 def test_layers_with_one_input_share_their_moments() -> None:
-    _, found = passed(encoder(), [texts()], probes=0)
+    _, found = passed(encoder(), [texts()], count=0)
     self_ = "encoder.layer.0.attention.self"
     assert found.moments[f"{self_}.query.weight"] is found.moments[f"{self_}.value.weight"]
 
@@ -70,7 +73,7 @@ def test_layers_with_one_input_share_their_moments() -> None:
 def test_matches_gradients_of_single_examples() -> None:
     """Fisher's information from one backward pass an example, the same labels drawn."""
     network, batches = perceptron(), [{"x": torch.randn(6, 5)}, {"x": torch.randn(4, 5)}]
-    _, found = passed(network, batches, probes=3, seed=5)
+    _, found = passed(network, batches, count=3, seed=5)
     hidden, last = torch.zeros(7, 7, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
     for index, batch in enumerate(batches):
         p = network(batch["x"]).softmax(-1).detach()
@@ -102,7 +105,7 @@ def test_handles_pooled_embeddings() -> None:
     """G of signs, averaged, is the mean over tokens of JᵀJ, J the embedding's Jacobian at a token."""
     network, batch, pooling = encoder(1), texts((4, 2)), Pooling("mean", normalize=True)
     name = "encoder.layer.0.output.dense.weight"
-    _, found = passed(network, [batch], probes=300, pooling=pooling)
+    _, found = passed(network, [batch], count=300, pooling=pooling)
     caught: list[Tensor] = []
     network.encoder.layer[0].output.dense.register_forward_hook(lambda *given: caught.append(given[2]))
     values, are_logits = output_of_interest(network(**batch), batch, pooling)
@@ -149,8 +152,8 @@ def test_handles_convolutions() -> None:
 
 def test_samples_positions() -> None:
     network, batches = resnet20(), [images(4)]
-    _, whole = passed(network, batches, probes=0)
-    _, found = passed(network, batches, probes=0, positions=Positions(400))
+    _, whole = passed(network, batches, count=0)
+    _, found = passed(network, batches, count=0, positions=Positions(400))
     name = "layer1.0.conv1.weight"
     assert found.moments[name].rows == whole.moments[name].rows == 4 * 1024
     exact = whole.moments[name].second
@@ -159,7 +162,9 @@ def test_samples_positions() -> None:
 
 def test_draw_depends_on_probes_and_seed() -> None:
     network, batches = perceptron(), [{"x": torch.randn(6, 5)}]
-    results = [passed(network, batches, **o)[1] for o in ({}, {}, {"seed": 1}, {"probes": 2})]
+    results = [
+        passed(network, batches, count, seed=seed)[1] for count, seed in ((1, 0), (1, 0), (1, 1), (2, 0))
+    ]
     first, again, *others = (found.gradients["0.weight"] for found in results)
     assert torch.equal(first, again)
     assert not any(torch.allclose(first, other) for other in others)
@@ -194,13 +199,13 @@ def test_rejects_data_without_rows() -> None:
     found = trace(network, Call.of(network), batch, weights(network))
     with pytest.raises(MpocError, match=r"embeddings\S+weight: the calibration data give it no rows"):
         empty = {**batch, "attention_mask": torch.zeros_like(batch["attention_mask"])}
-        dense_pass(network, Call.of(network), [empty], found, probes=0)
+        dense_pass(network, Call.of(network), [empty], found, Probes(0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_matches_on_a_gpu() -> None:
-    _, found = passed(encoder(), [texts()], probes=0)
-    _, other = passed(encoder().to("cuda"), [texts()], probes=2)
+    _, found = passed(encoder(), [texts()], count=0)
+    _, other = passed(encoder().to("cuda"), [texts()], count=2)
     for name, moments in found.moments.items():
         assert torch.allclose(other.moments[name].second, moments.second, rtol=1e-3, atol=1e-5)
         assert other.gradients[name].device.type == "cpu"
@@ -210,10 +215,10 @@ def test_gradients_after_a_block_match_its_last_layer() -> None:
     """The last layer takes the mean over what the last block gives: G there is Wᵀ E[g gᵀ] W to a factor."""
     network, batches = resnet20(), [images(3, size=12)]
     found = trace(network, Call.of(network), batches[0], weights(network))
-    done = dense_pass(network, Call.of(network), batches, found, 3, blocks=True)
+    done = dense_pass(network, Call.of(network), batches, found, Probes(3, blocks=True))
     path = found.chains[0][-1].module
     weight = network.get_parameter("linear.weight").detach().double()
     wanted = weight.T @ done.gradients["linear.weight"] @ weight
     ours = done.blocks[path]
     assert torch.allclose(ours / ours.norm(), wanted / wanted.norm(), atol=1e-5)
-    assert not dense_pass(network, Call.of(network), batches, found, 3).blocks
+    assert not dense_pass(network, Call.of(network), batches, found, Probes(3)).blocks

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.dense_pass import dense_pass
+from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
 from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs
 from mpoc.compression.calibrate.moments import Moments, Positions
-from mpoc.compression.calibrate.paired_pass import PairedPass
+from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.trace import Trace, next_input, trace
 from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call
@@ -64,7 +64,7 @@ def in_order(
 ) -> dict[str, Moments]:
     """Moments of all groups; each group's weights become those of ``other`` once it was measured."""
     compressed = damaged(network, 0.0)
-    passes = PairedPass(network, compressed, Call.of(network), batches, found, **options)
+    passes = PairedPass((network, compressed), Call.of(network), batches, found, **options)
     moments: dict[str, Moments] = {}
     for group in found.groups:
         moments |= passes.moments(group)
@@ -87,9 +87,9 @@ def test_cached_block_inputs_give_the_same_moments(make: Any) -> None:
     found = trace(network, Call.of(network), batches[0], weights(network))
     assert found.homes
     other = damaged(network)
-    wanted = in_order(network, other, batches, found, replay=False)
+    wanted = in_order(network, other, batches, found, replay=Replay(enabled=False))
     assert_same(in_order(network, other, batches, found), wanted)
-    assert_same(in_order(network, other, batches, found, kept_bytes=20_000), wanted)
+    assert_same(in_order(network, other, batches, found, replay=Replay(kept_bytes=20_000)), wanted)
     differing = [name for name, m in wanted.items() if not torch.equal(m.second, m.dense_second)]
     assert len(differing) > len(wanted) // 2
 
@@ -100,7 +100,7 @@ def test_matches_whole_passes(make: Any) -> None:
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))
     other = damaged(network)
-    passes = PairedPass(network, other, Call.of(network), batches, found)
+    passes = PairedPass((network, other), Call.of(network), batches, found)
     ours, theirs = _all_rows(other, batches, found), _all_rows(network, batches, found)
     for group in found.groups:
         for name, moments in passes.moments(group).items():
@@ -141,11 +141,11 @@ def test_reuses_dense_second_moments() -> None:
     network, batches = resnet()
     found = trace(network, Call.of(network), batches[0], weights(network))
     positions = Positions(20, seed=3)
-    dense = dense_pass(network, Call.of(network), batches, found, 0, positions=positions).moments
+    dense = dense_pass(network, Call.of(network), batches, found, Probes(0), positions).moments
     name = "layer2.1.conv1.weight"
     other = damaged(network)
-    long = PairedPass(network, other, Call.of(network), batches, found, positions).moments([name])
-    short = PairedPass(network, other, Call.of(network), batches, found, positions).moments([name], dense)
+    long = PairedPass((network, other), Call.of(network), batches, found, positions).moments([name])
+    short = PairedPass((network, other), Call.of(network), batches, found, positions).moments([name], dense)
     assert_same(short, long)
     assert short[name].dense_second is dense[name].second
     assert torch.equal(long[name].dense_mean, dense[name].mean)
@@ -157,12 +157,12 @@ def test_accepts_a_network_with_cores() -> None:
     found = trace(network, Call.of(network), batches[0], weights(network))
     other = damaged(network)
     name = "encoder.layer.0.output.dense.weight"
-    wanted = PairedPass(network, other, Call.of(network), batches, found).moments([name])
+    wanted = PairedPass((network, other), Call.of(network), batches, found).moments([name])
     inner = other.get_submodule("encoder.layer.0.intermediate.dense")
     structure = make_structure("linear", (24, 16), factors=((24, 1), (1, 16)))
     weight = inner.get_parameter("weight").detach().clone()
     adopt(inner, "weight", [torch.eye(24)[None, :, None], weight[:, None, :, None]], structure)
-    again = PairedPass(network, other, Call.of(network), batches, found).moments([name])
+    again = PairedPass((network, other), Call.of(network), batches, found).moments([name])
     assert torch.allclose(again[name].second, wanted[name].second, rtol=1e-4, atol=1e-6)
 
 
@@ -176,7 +176,7 @@ def test_runs_only_the_needed_blocks() -> None:
             runs[k] += 1
 
         network.get_submodule(f"encoder.layer.{k}").register_forward_pre_hook(count)
-    passes = PairedPass(network, damaged(encoder()), Call.of(network), batches, found)
+    passes = PairedPass((network, damaged(encoder())), Call.of(network), batches, found)
     passes.moments(["encoder.layer.1.intermediate.dense.weight"])
     assert runs == [2, 4, 0]  # up to the block for its input, then the block
     passes.moments(["encoder.layer.1.output.dense.weight"])
@@ -192,10 +192,10 @@ def test_leaves_no_hooks_behind() -> None:
     found = trace(network, Call.of(network), batches[0], weights(network))
     other = damaged(network)
     before = [tensor.clone() for tensor in other.state_dict().values()]
-    PairedPass(network, other, Call.of(network), batches, found).moments(["layer1.0.conv1.weight"])
+    PairedPass((network, other), Call.of(network), batches, found).moments(["layer1.0.conv1.weight"])
     broken = [{"x": torch.randn(1, 4, 8, 8)}]
     with pytest.raises(RuntimeError, match="channels"):
-        PairedPass(network, other, Call.of(network), broken, found).moments(["layer1.0.conv1.weight"])
+        PairedPass((network, other), Call.of(network), broken, found).moments(["layer1.0.conv1.weight"])
     assert all(map(torch.equal, before, other.state_dict().values()))
     for module in (*network.modules(), *other.modules()):
         assert not module._forward_pre_hooks and not module._forward_hooks
@@ -209,7 +209,7 @@ def test_rejects_layers_with_differing_row_counts() -> None:
     other = damaged(network, 0.0)
     other.get_parameter("0.bias").data.add_(5.0)
     with pytest.raises(MpocError, match=r"^2\.weight: the dense network gives it \(\d+, 4\), the compressed"):
-        PairedPass(network, other, Call.of(network), [batch], found).moments(["2.weight"])
+        PairedPass((network, other), Call.of(network), [batch], found).moments(["2.weight"])
 
 
 class _Positive(nn.Module):
@@ -222,7 +222,7 @@ def test_keeps_channel_groups_apart() -> None:
     found = trace(network, Call.of(network), batches[0], weights(network))
     (name,) = (n for n, layer in found.layers.items() if isinstance(layer.inputs, ConvInputs)
                and layer.inputs.groups == 2)  # fmt: skip
-    moments = PairedPass(network, damaged(network), Call.of(network), batches, found).moments([name])[name]
+    moments = PairedPass((network, damaged(network)), Call.of(network), batches, found).moments([name])[name]
     assert moments.second.shape == moments.cross.shape == (2, 36, 36)
     assert moments.rows == 5 * 36
 
@@ -246,8 +246,8 @@ def test_block_inputs_match_whole_passes(make: Any) -> None:
     other = damaged(network)
     position = 1
     path = found.chains[0][position].module
-    for options in ({}, {"kept_bytes": 0}, {"replay": False}):
-        passes = PairedPass(network, other, Call.of(network), batches, found, **options)
+    for replay in (Replay(), Replay(kept_bytes=0), Replay(enabled=False)):
+        passes = PairedPass((network, other), Call.of(network), batches, found, replay=replay)
         examples = passes.examples((0, position))
         assert len(examples) == len(batches)
         for example, batch in zip(examples, batches, strict=True):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mpoc
 from mpoc.compression.calibrate.allocation import WAYS
-from mpoc.compression.calibrate.statistics import CalibrationRequest
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.recipe_syntax import parse_input_shape, parse_shape
@@ -57,7 +57,7 @@ class Case:
         recipe = make_recipe(None, {"device": "cpu", **options})
         request = CalibrationRequest(self.folder / "data.npz", samples, refine, moments)
         path = self.folder / f"{out}.safetensors"
-        return compress_checkpoint(self.folder / "m.pt", path, recipe, arch=self.arch, calibration=request)
+        return compress_checkpoint(self.folder / "m.pt", path, recipe, arch=self.arch, calibrate=request)
 
     def plain(self, **options: Any) -> Compression:
         recipe = make_recipe(None, {"device": "cpu", **options})
@@ -167,7 +167,7 @@ def test_dry_run_plans_the_same_shares(tmp_path: Path) -> None:
         recipe,
         dry_run=True,
         arch=case.arch,
-        calibration=request,
+        calibrate=request,
     )
     done = case.compress(ratio=0.5, form="svd")
     assert [layer.bonds for layer in planned.manifest.layers] == [
@@ -201,7 +201,7 @@ def test_rejects_files_without_a_network(tmp_path: Path) -> None:
     request = CalibrationRequest(tmp_path / "data.npz")
     with pytest.raises(UsageError, match="not the network's code"):
         compress_checkpoint(
-            tmp_path / "m.pt", tmp_path / "o.safetensors", make_recipe(None, {"bond": 3}), calibration=request
+            tmp_path / "m.pt", tmp_path / "o.safetensors", make_recipe(None, {"bond": 3}), calibrate=request
         )
     assert case.folder.joinpath("o.safetensors").exists() is False
 
@@ -218,7 +218,7 @@ def test_rejects_max_error_for_one_layer(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "recipe.toml", {})
     output = tmp_path / "o.safetensors"
     with pytest.raises(UsageError, match="--max-error limits the error of weights"):
-        compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=case.arch, calibration=request)
+        compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=case.arch, calibrate=request)
 
 
 def test_rejects_networks_with_non_finite_outputs(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_whole_maps_are_fitted_by_their_weights(tmp_path: Path) -> None:
     )  # fmt: skip
     request = CalibrationRequest(tmp_path / "data.npz", 60)
     output = tmp_path / "o.safetensors"
-    done = compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=case.arch, calibration=request)
+    done = compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=case.arch, calibrate=request)
     kinds = {layer.name: layer.kind for layer in done.manifest.layers}
     assert kinds["8.weight"] == "linear"
 
@@ -248,7 +248,7 @@ def test_dry_run_reports_the_calibration(tmp_path: Path) -> None:
     request = CalibrationRequest(tmp_path / "data.npz", 60)
     output = tmp_path / "o.safetensors"
     planned = compress_checkpoint(
-        tmp_path / "m.pt", output, recipe, dry_run=True, arch=case.arch, calibration=request
+        tmp_path / "m.pt", output, recipe, dry_run=True, arch=case.arch, calibrate=request
     )
     assert planned.manifest.calibration["shares"]["chosen"] in WAYS
 
@@ -280,7 +280,7 @@ def test_shared_bias_stays_unchanged(tmp_path: Path) -> None:
     request = CalibrationRequest(tmp_path / "data.npz", 60)
     spec, output = f"{tmp_path}/net.py:shared", tmp_path / "o.safetensors"
     recipe = make_recipe(None, {"bond": 4, "form": "svd", "device": "cpu"})
-    compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=spec, calibration=request)
+    compress_checkpoint(tmp_path / "m.pt", output, recipe, arch=spec, calibrate=request)
     assert torch.equal(load_file(output)["0.bias"], network.state_dict()["0.bias"])
 
 
@@ -350,7 +350,7 @@ def test_layer_rule_with_a_bond_gives_an_mpo(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "recipe.toml", {"device": "cpu"})
     request = CalibrationRequest(tmp_path / "data.npz", 200)
     done = compress_checkpoint(
-        tmp_path / "m.pt", tmp_path / "o.safetensors", recipe, arch=case.arch, calibration=request
+        tmp_path / "m.pt", tmp_path / "o.safetensors", recipe, arch=case.arch, calibrate=request
     )
     second = next(layer for layer in done.manifest.layers if layer.layer == "2")
     assert second.form == "mpo" and max(second.bonds) == 3 and len(second.output_factors) > 2

@@ -153,7 +153,7 @@ def _recipe(data: bytes) -> None:
     recipe = make_recipe(file, {"device": "cpu"})
     opened = _opened()
     recipe = recipe.with_form(calibrated=False)
-    opened = open_source(opened.checkpoint.path, recipe, None, False, torch.device("cpu"))
+    opened = open_source(opened.checkpoint.path, recipe, None, False)
     for plan in opened.plan(recipe):
         plan.record()
 
@@ -162,7 +162,7 @@ def _recipe(data: bytes) -> None:
 def _opened() -> CompressionSource:
     path = _folder() / "dense.pt"
     torch.save(network().state_dict(), path)
-    return open_source(path, make_recipe(None, {"bond": 2}), None, False, torch.device("cpu"))
+    return open_source(path, make_recipe(None, {"bond": 2}), None, False)
 
 
 def _seeds(name: str) -> list[bytes]:
