@@ -118,11 +118,11 @@ def compress(
         conv: what of a convolution is factorised: its ``"kernel"`` (the default) or the whole ``"map"``.
         input_shape: of one input with its batch axis, as (1, 3, 32, 32); needed for ``conv="map"``.
         seed: of the randomised range finder, and of the draw of calibration examples.
-        calibrate: data to fit what the layers do, beside their weights: batches, as a ``DataLoader`` or a list
-            of tensors, of tuples that begin with the input, or of dicts as transformers takes them; or the path
-            of a data set. The network runs in evaluation mode.
-        calibration_samples: number of examples to draw, 512 if omitted. Of an iterable without random access the
-            first ones are taken.
+        calibrate: data to fit what the layers do, beside their weights: batches, as a ``DataLoader`` or a
+            list of tensors, of tuples that begin with the input, or of dicts as transformers takes them; or
+            the path of a data set. The network runs in evaluation mode.
+        calibration_samples: number of examples to draw, 512 if omitted. Of an iterable without random access
+            the first ones are taken.
         refine: train the layers of each block together after the fit; requires ``calibrate``.
 
     Returns:

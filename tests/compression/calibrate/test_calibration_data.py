@@ -99,7 +99,7 @@ def test_batches_texts_of_equal_length(tmp_path: Path) -> None:
     words = [(alphabet * 2)[8 * k % 99 :][: 2 + 3 * (k % 5)] for k in range(40)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     model = open_model(tmp_path / "bert", None)
-    feed = open_training_data(DataOptions(tmp_path / "texts.jsonl", block=12), model, None).feed("train")
+    feed = open_training_data(DataOptions(tmp_path / "texts.jsonl", block=12), model, None).loader("train")
     batches, held_out = draw(feed, 40, seed=0, tokens=24)
     masks = [batch["attention_mask"] for batch in batches]
     assert sum(map(len, masks)) == 35 and sum(len(batch["input_ids"]) for batch in held_out) == 5
