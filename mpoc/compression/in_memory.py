@@ -24,7 +24,7 @@ from mpoc.compression.source import CompressionSource
 from mpoc.compression.write import Job, make_job
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.checkpoint import Checkpoint
-from mpoc.io.safetensors_header import TensorInfo
+from mpoc.io.safetensors_header import TensorInfo, storage_order
 from mpoc.models.introspection import (
     evaluating,
     forbid_save_pretrained,
@@ -297,16 +297,18 @@ def _as_checkpoint(model: nn.Module) -> _Model:
     for name, tensor in state.items():
         firsts.setdefault(id(tensor), name)
     tied = {name: firsts[id(tensor)] for name, tensor in state.items() if firsts[id(tensor)] != name}
-    infos = {
-        name: TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+    infos = [
+        TensorInfo(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in state.items()
         if name not in tied
-    }
+    ]
+    if hasattr(model, "save_pretrained"):  # in the order of its files: the first of equal layers is the same
+        infos = storage_order(infos)
     return _Model(
         path,
-        infos,
+        {info.name: info for info in infos},
         tied,
         lambda name: state[name].detach(),
-        dict.fromkeys(infos, path),
+        {info.name: path for info in infos},
         kinds=kinds_of(model),
     )
