@@ -225,7 +225,8 @@ def _fit(
     else:
         with evaluating(model):
             job = _calibrated_job(model, source, request)
-            fitted, changed = list(job.fits()), job.finish()
+            layers = {fit.record.name: fit for fit in job.fits()}
+            fitted, changed = [layers[plan.map.name] for plan in job.plans], job.finish()
     if not any(fit.cores for fit in fitted):
         first = fitted[0].record
         raise MpocError(
