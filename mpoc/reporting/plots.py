@@ -412,11 +412,7 @@ def refuse_unknown_picture(path: Path) -> None:
 
 
 def require_matplotlib() -> None:
-    """Check that matplotlib is installed; called before any work.
-
-    Raises:
-        MpocError: matplotlib is missing.
-    """
+    """Raise MpocError where matplotlib is missing; called before any work."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
