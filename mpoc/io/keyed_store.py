@@ -120,10 +120,16 @@ def open_item(path: Path) -> Item:
 
 
 def find_item(path: Path, fingerprint: Mapping[str, str]) -> Item | None:
-    """The item at ``path`` where it is whole and has this fingerprint; else None."""
+    """The item at ``path`` where it is whole and has this fingerprint; else None.
+
+    Raises:
+        OSError: of reading.
+    """
+    if not path.is_file():
+        return None
     try:
         item = open_item(path)
-    except (MpocError, OSError):
+    except MpocError:
         return None
     return item if item.fingerprint == dict(fingerprint) and item.is_whole() else None
 

@@ -387,11 +387,6 @@ def _draw_picture(picture: Path, charts: Sequence[Chart]) -> None:
     figure = Figure(figsize=(3.6 + 3.4 * len(charts), 4), layout="constrained")
     for axes, chart in zip(figure.subplots(1, len(charts), squeeze=False)[0], charts, strict=True):
         _draw_chart(axes, chart)
-    save_figure(figure, picture)
-
-
-def save_figure(figure: Any, picture: Path) -> None:
-    """Write a matplotlib figure in the format that the suffix names: .png, .svg or .pdf."""
     with staged(picture) as target:
         figure.savefig(target)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mpoc.reporting.plots import save_figure
+from mpoc.io.atomic import staged
 from mpoc.reproduce.image_states import NAME, ORDERS, ImageStates, approximate
 from mpoc.reproduce.run import DENSE
 from mpoc.reproduce.study import Reproduction, Row
@@ -42,7 +42,7 @@ def draw_figures(done: Reproduction, folder: Path) -> list[Path]:
         axes.set_ylabel(f"accuracy on {done.material.measured} (%)")
         axes.legend(fontsize="small")
         target = folder / f"{done.study.name}{suffix}.svg"
-        save_figure(figure, target)
+        _save(figure, target)
         written.append(target)
     return written
 
@@ -145,7 +145,7 @@ def _draw(done: ImageStates, target: Path, draw: Callable[[Any, ImageStates], No
     draw(figure, done)
     few = " (quick: few images)" if done.quick else ""
     figure.suptitle(f"{done.data.path.name}, {len(done.images):,} images{few}", fontsize="medium")
-    save_figure(figure, target)
+    _save(figure, target)
     return target
 
 
@@ -186,3 +186,8 @@ def _draw_examples(figure: Any, done: ImageStates) -> None:
             axes.set_xticks([])
             axes.set_yticks([])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
+
+
+def _save(figure: Any, target: Path) -> None:
+    with staged(target) as scratch:
+        figure.savefig(scratch)
