@@ -182,17 +182,17 @@ def test_rejects_unsupported_goals(tmp_path: Path, goal: str) -> None:
 
 
 def test_auto_requires_calibration(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="needs --calibrate"):
+    with pytest.raises(UsageError, match="requires --calibrate"):
         Case(tmp_path, "mlp").plain(bond=4, form="auto")
 
 
 def test_auto_requires_a_budget(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="needs --ratio"):
+    with pytest.raises(UsageError, match="requires a budget: --ratio"):
         Case(tmp_path, "mlp").compress(bond=4, form="auto")
 
 
 def test_auto_is_rejected_in_memory() -> None:
-    with pytest.raises(UsageError, match="needs --calibrate"):
+    with pytest.raises(UsageError, match="requires --calibrate"):
         mpoc.compress(nn.Linear(8, 8), ratio=0.5, form="auto")
 
 
@@ -359,7 +359,7 @@ def test_layer_rule_with_a_bond_gives_an_mpo(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["auto", "svd+mpo"])
 def test_auto_rejects_a_bond(tmp_path: Path, form: str) -> None:
     (tmp_path / "recipe.toml").write_text(f'ratio = 0.5\n[layer."2"]\nform = "{form}"\nbond = 3\n')
-    with pytest.raises(UsageError, match="for a share of a budget, not for a bond"):
+    with pytest.raises(UsageError, match="takes a share of a budget, not a bond"):
         make_recipe(tmp_path / "recipe.toml", {})
 
 
