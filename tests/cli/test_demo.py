@@ -36,6 +36,7 @@ def by_hand(state: dict[str, Tensor]) -> float:
     return accuracy(network, images, labels)
 
 
+@pytest.mark.slow
 def test_demo_reports_accuracies_of_the_files_it_writes(here: Here) -> None:
     done = here("demo")
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
 from tests.compression.calibrate.test_output_of_interest import folder
 from tests.support.architectures import tiny
+from tests.support.marks import slow_except
 
 NET = """
 import torch
@@ -33,7 +34,7 @@ def net():
         nn.ReLU(), nn.Flatten(), nn.Linear(16 * 9, 6),
     )
 """
-OPTIONS: dict[str, Any] = {"ratio": 0.4, "form": "auto"}
+OPTIONS: dict[str, Any] = {"ratio": 0.4, "form": "svd"}
 
 
 def net() -> nn.Module:
@@ -87,7 +88,7 @@ LOADERS: dict[str, Callable[[Tensor, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("given", LOADERS)
+@pytest.mark.parametrize("given", slow_except(LOADERS, "dicts"))
 def test_gives_what_the_command_gives(images: tuple[Path, Tensor, Tensor], given: str) -> None:
     folder, x, y = images
     network = net().train()
@@ -97,6 +98,7 @@ def test_gives_what_the_command_gives(images: tuple[Path, Tensor, Tensor], given
     assert_same(network, report, loaded, mpoc.io.manifest_reader.read_manifest(folder / "o.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_path_is_opened_as_the_command_opens_it(images: tuple[Path, Tensor, Tensor]) -> None:
     folder, _, _ = images
     network = net()
@@ -106,6 +108,7 @@ def test_a_path_is_opened_as_the_command_opens_it(images: tuple[Path, Tensor, Te
     assert report.manifest.calibration["data"] == {"name": "data.npz"}
 
 
+@pytest.mark.slow
 def test_blocks_are_refined_in_memory(images: tuple[Path, Tensor, Tensor]) -> None:
     _, x, _ = images
     network = net()
@@ -113,6 +116,7 @@ def test_blocks_are_refined_in_memory(images: tuple[Path, Tensor, Tensor]) -> No
     assert "refined" in report.manifest.calibration
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pooled", [False, True])
 def test_an_encoder_on_texts(tmp_path: Path, pooled: bool) -> None:
     """Batches padded in any way to any length; pooled as the directory says that the network is from."""

@@ -185,6 +185,7 @@ def test_pt2_file_runs_without_mpoc(exported: Callable[[str], Exported]) -> None
     torch.testing.assert_close([load_file("y.safetensors")["y"]], expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exports_half_precision() -> None:
     source = compressed("mlp", torch.float16)
     files = {"onnx": Path("p.onnx")}
@@ -196,6 +197,7 @@ def test_exports_half_precision() -> None:
     torch.testing.assert_close(run_onnx(files["onnx"], (x,)), expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["bert", "vit"])
 def test_exports_a_hugging_face_directory(architecture: str) -> None:
     tiny(architecture, layers=1).save_pretrained("model")

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mpoc.errors import UsageError
@@ -137,6 +137,7 @@ def test_full_bond_is_the_smallest_neutral_cap(weight: tuple[str, tuple[int, ...
 @given(WEIGHTS)
 def test_padding_is_at_most_a_tenth_of_a_side(weight: tuple[str, tuple[int, ...]]) -> None:
     structure = make_structure(*weight)
+    assume(structure.form == "mpo")  # experts of one number each have the factors of a low-rank form
     skip = structure.lead_sites
     sides = (structure.outputs, structure.output_factors), (structure.inputs, structure.input_factors)
     for side, factors in sides:

@@ -87,6 +87,7 @@ def with_another_bond(data: bytes) -> bytes:
     return re.sub(rb'"bond\\": (\d)', lambda at: at[0][:-1] + str(9 - int(at[1])).encode(), data, count=1)
 
 
+@pytest.mark.slow
 def test_resume_ignores_results_of_another_goal(tmp_path: Path) -> None:
     case = Case(tmp_path, "blocks")
     whole = case.compress(False, "whole", ratio=0.4)

@@ -146,6 +146,7 @@ def test_fused_attention_is_fitted_by_its_weights(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_output_is_deterministic(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     first, again = (case.compress(ratio=0.5, out=out).output.read_bytes() for out in ("a", "b"))
@@ -253,6 +254,7 @@ def test_dry_run_reports_the_calibration(tmp_path: Path) -> None:
     assert planned.manifest.calibration["shares"]["chosen"] in WAYS
 
 
+@pytest.mark.slow
 def test_keeps_requested_sites_and_factors(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     done = case.compress(ratio=0.5, shape=(parse_shape("2=6x8:8x6"),))
@@ -284,6 +286,7 @@ def test_shared_bias_stays_unchanged(tmp_path: Path) -> None:
     assert torch.equal(load_file(output)["0.bias"], network.state_dict()["0.bias"])
 
 
+@pytest.mark.slow
 def test_size_is_kept_and_allocated(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     done = case.compress(size=20_000)
@@ -311,6 +314,7 @@ def test_cached_moments_give_the_same_bytes(
     assert done.manifest.calibration["samples"] == 56
 
 
+@pytest.mark.slow
 def test_cached_moments_depend_on_data_not_goal(tmp_path: Path) -> None:
     case, kept = Case(tmp_path, "mlp"), tmp_path / "moments"
     case.compress(moments=kept, ratio=0.5, form="svd")

@@ -118,6 +118,7 @@ def test_handles_maps_too_large_to_form(nothing_is_small: None) -> None:
     assert relative_error(kernel, back) < 1e-5 and error < 1e-5
 
 
+@pytest.mark.slow
 @SOME
 @given(convolutions())
 def test_projection_needs_no_dense_map(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
