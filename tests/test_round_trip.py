@@ -169,7 +169,11 @@ class TestEveryCell:
         cell = make(here, name, kind)
         mpoc.save(cell.loaded(), "again.safetensors")
         assert same_tensors(cell.path, Path("again.safetensors"))
-        assert read_manifest(Path("again.safetensors")).replaced == cell.replaced
+        again = read_manifest(Path("again.safetensors")).replaced
+        # torch lists the weights of an attention layer in another order once they are cores.
+        assert sorted(again, key=lambda layer: layer.name) == sorted(
+            cell.replaced, key=lambda layer: layer.name
+        )
 
     def test_in_memory_matches_the_command(self, here: Here, name: str, kind: str) -> None:
         row = ROWS[name]

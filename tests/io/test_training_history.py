@@ -53,9 +53,7 @@ def test_keeps_the_character_table(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("lkjihg" * 40)
     assert ids(tuned, tmp_path / "b.txt").unique().tolist() == [6, 7, 8, 9, 10, 11]
     save_file(load_file(tuned), tmp_path / "plain.safetensors")
-    with pytest.raises(
-        MpocError, match=r"b\.txt: has 6 different characters, but the network 12"
-    ):
+    with pytest.raises(MpocError, match=r"b\.txt: has 6 different characters, but the network 12"):
         evaluate_file(
             EvaluationRequest(tmp_path / "plain.safetensors", DataOptions(tmp_path / "b.txt"), arch=GPT)
         )
