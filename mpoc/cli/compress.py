@@ -72,7 +72,7 @@ class CompressOptions:
     resume: bool = option("Keep finished layers in OUT.partial, and resume from them.", False, panel=ADVANCED)
     as_json: bool = option("Print the report as JSON on stdout.", False, "--json", panel=ADVANCED)
     quiet: bool = option("Print no progress.", False, panel=ADVANCED)
-    verbose: bool = option("Name every weight left alone, with the reason.", False, panel=ADVANCED)
+    verbose: bool = option("Name every unchanged weight, with the reason.", False, panel=ADVANCED)
 
 
 @takes(CompressOptions)

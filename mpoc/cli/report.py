@@ -22,7 +22,7 @@ class ReportOptions:
     paths: tuple[Path, ...] = argument("OUT", "A compressed file or directory.", repeated=True)
     as_json: bool = option("Print the report as JSON.", False, "--json")
     as_csv: bool = option("Print one CSV line per layer.", False, "--csv")
-    verbose: bool = option("Name every weight left alone, with the reason.", False)
+    verbose: bool = option("Name every unchanged weight, with the reason.", False)
     html: Path | None = option(
         "Write the report as one self-contained page; - prints it.", None, metavar="FILE", panel=_FIGURES
     )

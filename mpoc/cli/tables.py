@@ -47,7 +47,7 @@ def print_report(
     predicted: bool = False,
     verbose: bool = False,
 ) -> None:
-    """The per-layer ρ table, the totals, and what was left alone.
+    """The per-layer ρ table, the totals, and what was left unchanged.
 
     Args:
         console: of stdout.
@@ -55,7 +55,7 @@ def print_report(
         nbytes: of the output.
         seconds: of each layer's fit, where it was just made.
         predicted: a plan, nothing is written.
-        verbose: name every tensor left alone.
+        verbose: name every tensor left unchanged.
     """
     narrow = console.width < _NARROW
     console.print(_table(manifest, seconds, narrow))
@@ -64,7 +64,7 @@ def print_report(
             console.print(escape(f"{layer.layer}: {layer.reason}"), soft_wrap=True)
     for line in summary(manifest, nbytes, predicted):
         console.print(escape(line), soft_wrap=True)
-    _print_left_alone(console, manifest, verbose)
+    _print_unchanged(console, manifest, verbose)
 
 
 def _table(manifest: Manifest, seconds: dict[str, float] | None, narrow: bool) -> Table:
@@ -127,14 +127,14 @@ def _output_error(layer: LayerRecord) -> str:
     return " / ".join(f"{error:.4f}" for error in errors)
 
 
-def _print_left_alone(console: Console, manifest: Manifest, verbose: bool) -> None:
+def _print_unchanged(console: Console, manifest: Manifest, verbose: bool) -> None:
     counts = Counter(manifest.left_alone.values())
     parts = [f"{count} {reason}" for reason, count in counts.most_common()]
     if manifest.vectors:
-        parts.append(f"{manifest.vectors} vectors and scalars (bias, norm and the like)")
+        parts.append(f"{manifest.vectors} vectors and scalars (biases, norms)")
     if parts:
-        console.print(escape(f"left alone: {'; '.join(parts)}"), soft_wrap=True)
-    console.print(escape(f"kinds of layers told from {manifest.kinds_from}"), soft_wrap=True)
+        console.print(escape(f"unchanged: {'; '.join(parts)}"), soft_wrap=True)
+    console.print(escape(f"layer kinds read from {manifest.kinds_from}"), soft_wrap=True)
     if verbose:
         for name, reason in manifest.left_alone.items():
             console.print(escape(f"  {name}: {reason}"), soft_wrap=True)
@@ -241,7 +241,7 @@ def print_reproduction(console: Console, done: Reproduction) -> None:
     """The table, the structures, and what the numbers are."""
     experiment = done.rows[0].experiment
     if done.quick:
-        console.print("--quick: a smoke run; its accuracies say nothing of the experiment", soft_wrap=True)
+        console.print("--quick: a smoke run; its accuracies are not results", soft_wrap=True)
     console.print(compression_table(done) if done.study.baseline else _reproduction_rows(done))
     for label, structure in dict.fromkeys(_structures(done)):
         console.print(escape(f"{label}: {structure}"), soft_wrap=True)

@@ -317,7 +317,7 @@ def _closed(plan: LayerPlan, bond: int | None) -> LayerPlan:
     if bond is not None:
         return replace(plan, goal=Truncation(bond))
     shrinks = _bond_one(plan.structure) is not None
-    return plan.left_dense("fits as it is" if shrinks else "would not shrink even at bond 1")
+    return plan.left_dense("fits the budget uncompressed" if shrinks else "would not shrink even at bond 1")
 
 
 def _shrinking(plan: LayerPlan) -> LayerPlan:
@@ -358,7 +358,7 @@ def check_rules(selection: Selection, recipe: Recipe) -> None:
         check_pattern(option, pattern, [*chosen, *selection.left])
         if not any(matches(pattern, name) for name in chosen):
             name = next(name for name in selection.left if matches(pattern, name))
-            raise UsageError(f"{option} {pattern!r}: {name} is left alone ({selection.left[name]})")
+            raise UsageError(f"{option} {pattern!r}: {name} is not compressed ({selection.left[name]})")
 
 
 def check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""Which tensors are linear maps, and why each other one is left alone.
+"""Which tensors are linear maps, and why each other one is left unchanged.
 
 A checkpoint holds names and shapes, no modules.  Where a Hugging Face ``config.json`` names the
 architecture, it decides what names leave open (GPT-2 stores its ``Conv1D`` weights transposed, a head may
@@ -48,11 +48,11 @@ class LinearMap:
 
 @dataclass
 class Selection:
-    """The chosen linear maps, and a reason for every tensor left alone."""
+    """The chosen linear maps, and the reason for every tensor left unchanged."""
 
     chosen: list[LinearMap]
     left: dict[str, str]
-    source: str  # how kinds were told: "config.json (bert)" or "names and shapes"
+    source: str  # what layer kinds were read from: "config.json (bert)" or "names and shapes"
     notes: list[str] = field(default_factory=list)
 
 
@@ -90,9 +90,9 @@ def select(
     Args:
         checkpoint: opened.
         layers: patterns; only matching weights are chosen. Empty: all.
-        exclude: patterns; matching weights are left alone.
+        exclude: patterns; matching weights are left unchanged.
         embeddings: choose embeddings too (an embedding that ``layers`` names is chosen anyway).
-        min_params: weights with fewer entries are left alone.
+        min_params: weights with fewer entries are left unchanged.
 
     Raises:
         UsageError: a pattern is not valid or matches nothing.
@@ -108,11 +108,11 @@ def select(
         if isinstance(found, LinearMap):
             named = any(matches(pattern, info.name) for pattern in layers)
             if layers and not named:
-                reason = "not among --layers"
+                reason = "not matched by --layers"
             elif any(matches(pattern, info.name) for pattern in exclude):
-                reason = "--exclude"
+                reason = "matched by --exclude"
             elif found.kind == "embedding" and not embeddings and not named:
-                reason = "embedding (--embeddings takes it in)"
+                reason = "embedding (--embeddings includes it)"
             elif info.numel < min_params:
                 reason = f"fewer than {min_params} parameters (--min-params)"
             else:
@@ -165,7 +165,7 @@ def _classify(info: TensorInfo, checkpoint: Checkpoint) -> LinearMap | str:
     if info.dtype.startswith("float8"):
         return f"already quantised ({info.dtype})"
     if kind is None:
-        return "a vector (bias, norm or the like)" if len(info.shape) < 2 else "not known as a linear map"
+        return "vector (bias, norm)" if len(info.shape) < 2 else "not recognised as a linear map"
     if info.numel == 0:
         return "empty"
     return LinearMap(info.name, kind, info.shape, info.dtype, transposed)

@@ -153,7 +153,7 @@ def assemble_documents(
         if len(kept) == 0:
             raise MpocError(f"{source.files[split][0]}: no documents with text in them")
         if len(kept) < len(texts_of_split):
-            notes.append(f"{split}: {len(texts_of_split) - len(kept):,} empty documents left out")
+            notes.append(f"{split}: {len(texts_of_split) - len(kept):,} empty documents skipped")
         y = labels[split][kept] if split in labels else None
         if int(lengths.sum()) <= min(TOKENIZED_AT_ONCE, source.limit):
             encoded = list(_encoded_documents(texts_of_split, tokenizer, options.block))

@@ -219,7 +219,7 @@ def assemble_images(
     try:
         splits = _read_splits(rows, decoder, labels, source.limit)
     except _ColourFoundError:
-        notes.append("grey and colour images are mixed: all are read as RGB")
+        notes.append("grey and colour images are mixed; all are read as RGB")
         decoder = Decoder((3, *decoder.shape[1:]), decoder.resize, decoder.first)
         splits = _read_splits(rows, decoder, labels, source.limit)
     return Data(source.path, form, "images", splits, classes, decoder.shape, (*source.notes, *notes))

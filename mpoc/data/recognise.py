@@ -141,9 +141,7 @@ def files_of(path: Path, form: str) -> tuple[dict[str, list[Path]], list[str]]:
     unnamed = by_split.pop(None, [])
     notes = []
     if unnamed and by_split:
-        notes.append(
-            f"left out, no word of a split in the name: {', '.join(file.name for file in unnamed[:5])}"
-        )
+        notes.append(f"ignored, no split in the name: {', '.join(file.name for file in unnamed[:5])}")
     elif unnamed:
         by_split["train"] = unnamed
     return {split: by_split[split] for split in SPLITS if split in by_split}, notes

@@ -296,7 +296,7 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
         layers=layers,
         options={},
         kinds_from="config.json's quantization_config",
-        left_alone=dict.fromkeys(matrices, "dense, for a reason that is not recorded"),
+        left_alone=dict.fromkeys(matrices, "dense, reason not recorded"),
         vectors=len(dense) - len(matrices),
     )
 

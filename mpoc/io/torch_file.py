@@ -181,7 +181,7 @@ def open_torch_file(path: Path, strip: bool = True) -> Checkpoint:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     others = [name for name in state if name not in tensors]
     if others:
-        notes.append(f"left behind, not tensors: {', '.join(others[:5])}")
+        notes.append(f"ignored, not tensors: {', '.join(others[:5])}")
     longest = max(tensors, key=len)
     if len(longest) > LONGEST_NAME:
         raise MpocError(f"{path}: tensor {longest[:40]!r}… has a name of {len(longest)} characters")

@@ -79,7 +79,7 @@ def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
     if difference:
         raise UsageError(
             f"{checkpoint.path}: does not fit --arch {arch}: {difference}",
-            "another --arch, or none: kinds of layers are then told from names and shapes",
+            "pass another --arch, or none: layer kinds are then read from names and shapes",
         )
     record = {"zoo": zoo.long_form(arch)} if _is_spec(arch) else {"factory": arch}
     return replace(checkpoint, kinds=kinds_of(network), architecture=record)

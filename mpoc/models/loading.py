@@ -270,7 +270,7 @@ def open_model(path: Path, arch: str | None) -> Model:
     places, unused = _places(path, network, [*stored.infos, *stored.tied])
     if unused:
         more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-        notes.append(f"not in the network, kept as they are: {', '.join(unused[:3])}{more}")
+        notes.append(f"not in the network, kept unchanged: {', '.join(unused[:3])}{more}")
     return Model(path, network.eval(), stored, manifest, arch, places, notes)
 
 

@@ -36,7 +36,7 @@ from mpoc.tensor_networks.forms.layout import working_dtype
 from mpoc.tensor_networks.structure import Structure
 
 _ATTRIBUTE = "_mpoc_origin"
-_NOT_RECORDED = "dense, for a reason that is not recorded"
+_NOT_RECORDED = "dense, reason not recorded"
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def layer_charts(manifest: Manifest) -> list[Chart]:
     after = tuple((float(k), float(layer.num_stored)) for k, layer in layers)
     sizes = Chart(
         "Parameters",
-        "How many numbers each layer had, and how many it has now.",
+        "Parameters of each layer before and after.",
         x,
         Axis("", unit="count", from_zero=True),
         (
@@ -155,13 +155,13 @@ def _error_chart(manifest: Manifest, x: Axis) -> Chart | None:
     points = tuple((float(k), error) for k, _, error in found)
     names = tuple(f"{k}  {layer.layer}: {error:.4f}" for k, layer, error in found)
     of = {
-        "relative_error": "of each weight's norm",
-        "output_error": "of the outputs about their mean, on the inputs of the fit,",
-        "held_out_error": "of the outputs about their mean, on inputs held out from the fit,",
+        "relative_error": "of each weight",
+        "output_error": "of the outputs about their mean, on the inputs of the fit",
+        "held_out_error": "of the outputs about their mean, on held-out inputs",
     }
     return Chart(
         kind.name.capitalize(),
-        f"The share {of[kind.key]} that is lost.",
+        f"Relative error {of[kind.key]}.",
         x,
         Axis("", from_zero=True),
         (Series(kind.name, points, "columns", "error", names),),
@@ -184,7 +184,7 @@ def spectrum_chart(bond: BondSpectra) -> Chart | None:
     )
     if not series:
         return None
-    of = "of the original weight and of what is stored" if original else "of what is stored"
+    of = "of the original and of the stored weight" if original else "of the stored weight"
     return Chart(
         bond.title.capitalize(),
         f"Schmidt values {of}, down to a thousandth of the largest.",
@@ -224,7 +224,7 @@ def entropy_text(layer: LayerData) -> str:
     """The entropy of a single bond, which has no profile, or why a network with loops has none."""
     info = layer.record.structure.info
     if info.topology.has_loops:
-        return f"none: no bond of a {info.title} cuts it in two"
+        return f"none: no single bond separates a {info.title} into two parts"
     if len(layer.bonds) != 1:
         return ""
     known = layer.record.entropies_of_weight
@@ -305,7 +305,7 @@ def comparison_charts(files: Sequence[FileData]) -> list[Chart]:
         return []
     layers = Chart(
         "Size against error, layer by layer",
-        f"Each dot is a replaced layer: its ρ and its {kind.name}.",
+        "Each dot is one replaced layer.",
         Axis("ρ", from_zero=True),
         Axis(kind.name, from_zero=True),
         tuple(_layers_of(file, kind, tone_of(k)) for k, file in enumerate(files, start=1)),
@@ -323,8 +323,8 @@ def _whole_files(files: Sequence[FileData], kind: ErrorKind, names: Collection[s
     dense = Series("dense", tuple((nbytes, 0.0) for nbytes in sorted(before)), "dots", "bound")
     return Chart(
         "Size against error",
-        f"Bytes on disk and the mean {kind.name} of the layers selected in every file ({len(names)}), "
-        "those left dense counted as 0.",
+        f"Bytes on disk and the mean {kind.name} over the {len(names)} layers selected in every file; layers "
+        "left dense count as 0.",
         Axis("size on disk", unit="bytes", from_zero=True),
         Axis(f"mean {kind.name}", from_zero=True),
         (*whole, *([dense] if before else [])),

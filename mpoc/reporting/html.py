@@ -69,8 +69,8 @@ def _report(file: FileData) -> Markup:
         tag("h2", "Layers"),
         layer_table(manifest),
         _each_layer(file),
-        _left_alone(manifest),
-        tag("footer", f"{manifest.tool or 'mpoc'}. Kinds of layers told from {manifest.kinds_from}."),
+        _unchanged(manifest),
+        tag("footer", f"{manifest.tool or 'mpoc'}. Layer kinds read from {manifest.kinds_from}."),
     )
 
 
@@ -93,7 +93,7 @@ def _totals(file: FileData) -> Markup:
     tiles = [("ρ of the replaced layers", f"{manifest.rho:.4f}", f"{before:,} → {after:,} parameters")]
     if manifest.is_complete:
         tiles.append(
-            ("ρ of all selected layers", f"{manifest.rho_selected:.4f}", "those left dense included")
+            ("ρ of all selected layers", f"{manifest.rho_selected:.4f}", "including layers left dense")
         )
     was, now = source.num_parameters, manifest.num_parameters
     tiles.append(("parameters, whole model", f"{now:,}", _from(f"{was:,}", now, was)))
@@ -101,7 +101,7 @@ def _totals(file: FileData) -> Markup:
     of = (
         _from(human_bytes(bytes_before), file.nbytes, bytes_before)
         if bytes_before
-        else "before: not recorded"
+        else "original size not recorded"
     )
     tiles.append(("on disk", human_bytes(file.nbytes), of))
     tiles.append(("layers replaced", str(len(replaced)), (selected or " in this file").strip()))
@@ -134,18 +134,18 @@ def _each_layer(file: FileData) -> Markup | None:
     return join(title_of("Each replaced layer", "each"), buttons, *sections)
 
 
-def _left_alone(manifest: Manifest) -> Markup | None:
+def _unchanged(manifest: Manifest) -> Markup | None:
     """The tensors that are stored unchanged."""
     counts = Counter(manifest.left_alone.values())
-    said = [f"{count} {reason}" for reason, count in counts.most_common()]
+    parts = [f"{count} {reason}" for reason, count in counts.most_common()]
     if manifest.vectors:
-        said.append(f"{manifest.vectors} vectors and scalars (bias, norm and the like)")
-    if not said:
+        parts.append(f"{manifest.vectors} vectors and scalars (biases, norms)")
+    if not parts:
         return None
     listed = [
         *manifest.left_alone.items(),
         *((name, f"tied to {first}") for name, first in manifest.tied.items()),
     ]
     items = [tag("li", tag("b", name), f" {reason}") for name, reason in listed]
-    more = tag("details", tag("summary", "Their names"), tag("ul", *items)) if items else None
-    return join(tag("h2", "Left alone"), tag("p", "; ".join(said)), more)
+    more = tag("details", tag("summary", "Names"), tag("ul", *items)) if items else None
+    return join(tag("h2", "Unchanged tensors"), tag("p", "; ".join(parts)), more)

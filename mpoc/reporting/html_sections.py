@@ -137,7 +137,7 @@ def _facts(layer: LayerData) -> Markup:
         ("relative error", error_text(record.relative_error)),
         ("output error", error_text(record.output_error)),
         ("held-out error", error_text(record.held_out_error)),
-        ("in the same bytes", _same_size(record)),
+        ("at the same size", _same_size(record)),
         ("entropy", entropy_text(layer)),
     ]
     return tag("dl", *(tag("div", tag("dt", k), tag("dd", v)) for k, v in facts if v), class_="facts")
@@ -178,8 +178,8 @@ def layer_table(manifest: Manifest) -> Markup:
             header_cell(kind.name.replace("relative", "rel."), "n" if kind is kinds[-1] else "n wide")
         )
     rows = [_row(k, layer, kinds, largest) for k, layer in enumerate(layers, start=1)]
-    caption = "All selected layers. A column's heading sorts by it; a layer's name leads to its pictures. "
-    caption += "Bars: ρ of 1" + (", and each error of the largest in its column." if kinds else ".")
+    caption = "All selected layers. Click a heading to sort and a name to see the layer. "
+    caption += "Bars show ρ relative to 1" + (" and errors relative to the largest." if kinds else ".")
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), class_="sortable layers")
     return join(tag("p", caption, class_="note"), scrolled(table, "table of layers"))
 
@@ -221,17 +221,15 @@ def _error(kind: ErrorKind, layer: LayerRecord, largest: float, last: bool) -> M
 def comparison(files: Sequence[FileData]) -> Markup:
     """The comparison of several files, above the report of the first one."""
     kind = shared_error([file.manifest for file in files])
-    said = (
-        _what_errors_do_not_say(files)
-        if kind
-        else "Not all of these files hold errors: they are not compared."
+    caveat = (
+        _caveat_of_calibration(files) if kind else "Errors are not compared: not every file records them."
     )
     return tag(
         "section",
         tag("p", "mpoc report", class_="kind"),
         tag("h1", f"{len(files)} files compared"),
         _totals(files, kind),
-        tag("p", said) if said else None,
+        tag("p", caveat) if caveat else None,
         figures(comparison_charts(files)),
         tag("h2", "Layers by name"),
         _layers(files, kind),
@@ -239,15 +237,16 @@ def comparison(files: Sequence[FileData]) -> Markup:
     )
 
 
-def _what_errors_do_not_say(files: Sequence[FileData]) -> str:
+def _caveat_of_calibration(files: Sequence[FileData]) -> str:
     """A caveat where only some files are calibrated: these trade errors of weights for errors of outputs."""
     calibrated = [bool(file.manifest.calibration) for file in files]
     if all(calibrated) or not any(calibrated):
         return ""
     names = ", ".join(file.name for file in files if file.manifest.calibration)
     return (
-        f"Errors below are those of weights, which is all that these files share. {names} was fitted to what "
-        "layers do on data, and may err more in its weights and less in its outputs: mpoc eval compares them."
+        "Errors below are errors of weights, the only ones that all files record. Calibrated: "
+        f"{names}. Calibration may give larger errors of weights and smaller errors of outputs. "
+        "Compare outputs with mpoc eval."
     )
 
 
@@ -282,12 +281,12 @@ def _head(k: int, file: FileData) -> Markup:
 
 
 def _rho_selected(file: FileData) -> str:
-    return f"{file.manifest.rho_selected:.4f}" if file.manifest.is_complete else "not known"
+    return f"{file.manifest.rho_selected:.4f}" if file.manifest.is_complete else "unknown"
 
 
 def _bytes_before(file: FileData) -> str:
     nbytes = file.manifest.source.nbytes
-    return "not known" if nbytes is None else human_bytes(nbytes)
+    return "unknown" if nbytes is None else human_bytes(nbytes)
 
 
 def _after_training(file: FileData) -> str:

@@ -230,8 +230,8 @@ def remarks(manifest: Manifest) -> list[str]:
     lines: list[str] = []
     if not manifest.is_complete:
         lines.append(
-            f"no {MANIFEST_FILE}, which transformers does not save: errors, entropies, the original's size "
-            "and what else was selected are not known"
+            f"{MANIFEST_FILE} is missing (transformers does not save it): errors, entropies, original size "
+            "and layers left dense are unknown"
         )
     ordered = [
         f"{layer.layer} ({layer.order if isinstance(layer.order, str) else 'learned'})"
@@ -239,14 +239,14 @@ def remarks(manifest: Manifest) -> list[str]:
         if layer.order
     ]
     if ordered:
-        lines.append(f"inputs are factorised in another order: {', '.join(ordered)}")
+        lines.append(f"inputs reordered before factorisation: {', '.join(ordered)}")
     lines += calibration_lines(manifest.calibration)
     lines += same_size_lines(manifest)
     lines += _advice(manifest)
     if "zoo" in manifest.architecture:
-        lines.append(f"architecture {manifest.architecture['zoo']}, of the zoo")
+        lines.append(f"architecture {manifest.architecture['zoo']} (zoo)")
     elif "factory" in manifest.architecture:
-        lines.append(f"architecture {manifest.architecture['factory']}, code that is asked for again")
+        lines.append(f"architecture {manifest.architecture['factory']} (your code: pass --arch again)")
     return lines + training_lines(manifest.training)
 
 
@@ -257,34 +257,38 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
     data = calibration.get("data", {})
     line = (
         f"calibrated on {calibration.get('samples', 0):,} examples of {data.get('name', '?')} "
-        f"({calibration.get('held_out', 0):,} held out), layers in the order of the network"
+        f"({calibration.get('held_out', 0):,} held out), layer by layer in the order of the network"
     )
     shares = calibration.get("shares", {})
     if any(shares.get("distances", {}).values()):
-        found = "; ".join(f"{way} {far:.4g}" for way, far in shares["distances"].items())
+        divergences = "; ".join(f"{way} {value:.4g}" for way, value in shares["distances"].items())
         line += (
-            f"; budget shared out by {shares.get('chosen', '?')} (mean distance of the network's held-out "
-            f"outputs from the dense ones, before the fit in order: {found})"
+            f"; budget allocated by {shares.get('chosen', '?')} (held-out divergence from the dense network "
+            f"before the sequential fit: {divergences})"
         )
     norms = calibration.get("norms")
     if norms is None:
         return [line]
-    kept = "renewed" if norms.get("renewed") else "left as they were"
-    found = f"(distance {norms.get('before', 0):.4g}, with new ones {norms.get('after', 0):.4g})"
-    return [line, f"statistics of batch norms {kept}, as held-out outputs prefer {found}"]
+    chosen = "recalibrated" if norms.get("renewed") else "kept"
+    kept, recalibrated = (f"{norms.get(key, 0):.4g}" for key in ("before", "after"))
+    return [
+        line,
+        f"batch-norm statistics {chosen}, for the smaller held-out divergence from the dense network "
+        f"(kept {kept}, recalibrated {recalibrated})",
+    ]
 
 
 def same_size_lines(manifest: Manifest) -> list[str]:
     """The errors of other methods at the same size."""
-    found = [layer.same_size for layer in manifest.replaced if layer.same_size]
-    if not found:
+    errors = [layer.same_size for layer in manifest.replaced if layer.same_size]
+    if not errors:
         return []
-    others = [name for name in found[0] if name != "this" and all(name in one for one in found)]
-    means = {name: sum(one[name] for one in found) / len(found) for name in ("this", *others)}
-    said = ", ".join(f"{name} {means[name]:.4f}" for name in others)
+    others = [name for name in errors[0] if name != "this" and all(name in of_layer for of_layer in errors)]
+    means = {name: sum(of_layer[name] for of_layer in errors) / len(errors) for name in ("this", *others)}
+    compared = ", ".join(f"{name} {means[name]:.4f}" for name in others)
     return [
-        f"in the same bytes, mean over {len(found)} layers of the held-out output error as the network's "
-        f"output feels it: {means['this']:.4f}; {said or 'no other method is as small'}"
+        f"output-weighted held-out error at the same size, mean over {len(errors)} layers: "
+        f"{means['this']:.4f}; {compared or 'no other method fits that size'}"
     ]
 
 
@@ -299,7 +303,7 @@ def training_lines(training: dict[str, Any]) -> list[str]:
     if training.get("split") and training.get("final"):
         start, final = (training.get(key, {}).get(metric) for key in ("start", "final"))
         change = f"{start:.4g} → {final:.4g}" if start is not None else f"{final:.4g}"
-        parts.append(f"{metric} {change} on its {training['split']} split")
+        parts.append(f"{metric} {change} on {training['split']}")
     if metric in training.get("test", {}):
         parts.append(f"{training['test'][metric]:.4g} on test")
     if "sigma" in training:
@@ -317,13 +321,13 @@ def _advice(manifest: Manifest) -> list[str]:
     if not large:
         return []
     return [
-        f"{len(large)} of {len(errors)} replaced layers lost more than {LARGE_ERROR:.0%} of their weight's "
-        f"norm (worst {max(large):.0%}): a network usually needs fine-tuning after that; measure its "
-        f"accuracy before use. {_what_loses_less(manifest)} loses less."
+        f"{len(large)} of {len(errors)} replaced layers have a relative error above {LARGE_ERROR:.0%} "
+        f"(worst {max(large):.0%}): the network usually needs fine-tuning; measure its accuracy before use. "
+        f"{_more_accurate_option(manifest)} gives smaller errors."
     ]
 
 
-def _what_loses_less(manifest: Manifest) -> str:
+def _more_accurate_option(manifest: Manifest) -> str:
     if "discard" in manifest.options:
         return "A smaller --discard"
     if not all(layer.structure.info.can_truncate for layer in manifest.replaced):
@@ -338,7 +342,7 @@ def _calibrated_advice(manifest: Manifest) -> list[str]:
     if not large:
         return []
     return [
-        f"{len(large)} of {len(errors)} fitted layers miss their held-out outputs by more than "
-        f"{LARGE_OUTPUT_ERROR:.0%} (worst {max(large):.0%}): measure the network before use (mpoc eval). A "
-        "larger --ratio, more --calibration-samples, or mpoc finetune helps."
+        f"{len(large)} of {len(errors)} fitted layers have a held-out error above "
+        f"{LARGE_OUTPUT_ERROR:.0%} (worst {max(large):.0%}): evaluate the network before use (mpoc eval). A "
+        "larger --ratio, more --calibration-samples or mpoc finetune reduces it."
     ]

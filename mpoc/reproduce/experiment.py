@@ -78,8 +78,8 @@ class Training:
         parts += [f"random shifts of {self.pad} pixels"] if self.pad else []
         parts += ["random flips"] if self.flip else []
         if s.patience is not None:
-            every = f"{s.eval_every} steps" if s.eval_every else "epoch"
-            parts.append(f"ended by {s.patience} evaluations, one every {every}, without gain")
+            every = f"one every {s.eval_every} steps" if s.eval_every else "one per epoch"
+            parts.append(f"stopped after {s.patience} evaluations ({every}) without improvement")
         return ", ".join(parts)
 
 

@@ -207,7 +207,7 @@ def _convolution() -> Experiment:
         Published(_WHERE, 93.56, 0.26),
         {0: Published(where, 93.52, 0.40, rho=0.497)},
         notes=(
-            "the paper's factors make 28,160 inputs of the convolution's 27,904: zeros follow them",
+            "the paper's factors give 28,160 inputs; the 27,904 of the convolution are padded with zeros",
             "its ρ of 0.497 is not that of its factors and D = 20, which is in the table",
         ),
     )

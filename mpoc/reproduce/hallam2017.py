@@ -34,8 +34,8 @@ _PAPER = replace(
     note="the paper's own, but that it ends by a validation split, not by the test data",
 )
 _COUNTED = (
-    "parameters: what the network has, 640 of them in its last layer; columns after it count 2,560 there, as "
-    "the paper's numbers do"
+    "parameters: those of the network, with 640 in its last layer; the columns beside the paper's count "
+    "2,560 there, as the paper does"
 )
 _SITES = "the hidden layers' 4096 features are pixels, channels last, each index of dimension 2"
 

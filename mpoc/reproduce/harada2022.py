@@ -27,11 +27,11 @@ _TRAINING = Training(
 )  # fmt: skip
 _FROM = {"ttsvd": "dense", "random": "random"}
 _NOTES = {
-    "ttsvd": "automatic from dense: bonds of the trained dense weight, then the same training again",
-    "random": "automatic from random: bonds of random cores trained at D = 16, or at --bonds; then the same "
-    "training again",
+    "ttsvd": "automatic from dense: bonds chosen from the trained dense weight, then trained again",
+    "random": "automatic from random: bonds chosen from random cores trained at D = 16 or at --bonds, then "
+    "trained again",
 }
-_RULE = "each bond is the smallest that discards at most the named share of the weight's squared norm"
+_RULE = "each bond is the smallest that discards at most this share of the squared norm of the weight"
 
 
 def _fixed(order: str) -> Experiment:

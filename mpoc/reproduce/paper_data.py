@@ -66,10 +66,10 @@ class PaperData:
     def reported(self) -> str:
         """One line: what the accuracies of the table are."""
         count = len(self.data.splits[self.measured])
-        final = "the weights that are best on the validation split" if self.chooses else "the last weights"
+        final = "the weights that are best on validation" if self.chooses else "the last weights"
         return (
-            f"accuracy on {self.measured} ({count:,}): 'final' is that of {final}; "
-            f"'best' is the best seen on {self.measured} itself, as the paper reports"
+            f"accuracy on {self.measured} ({count:,}): 'final' uses {final}; "
+            f"'best' is the best evaluation on {self.measured}, as the paper reports"
         )
 
 

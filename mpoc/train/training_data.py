@@ -87,9 +87,9 @@ def hold_out_to_measure(
     elif list(data.splits) != ["train"]:
         return data, share
     elif training is None:
-        note = "all of it is measured: no training of the network on this set is recorded"
+        note = "all examples are measured: no training on this data set is recorded"
     else:
-        note = "all of it is measured, and all of it is what the network was trained on"
+        note = "all examples are measured, and the network was trained on all of them"
     return replace(split, notes=(*data.notes, note)), share
 
 
@@ -250,7 +250,7 @@ def _own_characters(data: Data, model: Model, trains: bool) -> Data:
             "their numbers",
             "measure it on the text it was trained on, or train it with mpoc finetune, which records them",
         )
-    note = "characters are numbered in their order in this text: the network records no numbers of its own"
+    note = "characters are numbered by their order in this text: the network records no numbering"
     return replace(data, notes=(*data.notes, note))
 
 
@@ -271,7 +271,7 @@ def _with_classes(training_data: TrainingData, model: Model) -> TrainingData:
     if unknown:
         own = {name: number for number, name in enumerate(data.classes)}
         if trained:
-            note = f"the network was trained on other classes, without {unknown[0]!r}: all are numbered anew"
+            note = f"the network was trained on other classes, without {unknown[0]!r}: classes are renumbered"
             data = replace(data, notes=(*data.notes, note))
         return replace(training_data, data=data, classes=own, renumbered=bool(trained))
     numbers = [int(known[name]) for name in data.classes]

@@ -19,9 +19,9 @@ def test_arch_is_recorded_and_used_by_report_and_load(here: Here, spec: str) -> 
     torch.save(network.state_dict(), here.folder / "m.pt")
     done = here("compress", "m.pt", "--bond", "4", "--arch", spec)
     assert done.returncode == 0, done.stderr
-    assert f"architecture {spec}, of the zoo" in done.stdout
-    assert "kinds of layers told from the model's modules" in done.stdout
-    assert f"architecture {spec}, of the zoo" in here("report", "m.mpo.safetensors").stdout
+    assert f"architecture {spec} (zoo)" in done.stdout
+    assert "layer kinds read from the model's modules" in done.stdout
+    assert f"architecture {spec} (zoo)" in here("report", "m.mpo.safetensors").stdout
     report = json.loads(here("report", "m.mpo.safetensors", "--json").stdout)
     assert report["architecture"] == {"zoo": spec}
     path = here.folder / "m.mpo.safetensors"

@@ -56,8 +56,8 @@ def test_table_json_and_csv_agree(run: Mpoc, output: Path) -> None:
 def test_verbose_lists_skipped_tensors(here: Here, output: Path) -> None:
     quiet, verbose = here("report", output), here("report", output, "--verbose")
     assert "embeddings.weight" not in quiet.stdout
-    assert "  embeddings.weight: embedding (--embeddings takes it in)" in verbose.stdout
-    assert "left alone: 1 embedding" in quiet.stdout
+    assert "  embeddings.weight: embedding (--embeddings includes it)" in verbose.stdout
+    assert "unchanged: 1 embedding" in quiet.stdout
 
 
 def test_closed_pipe_is_not_an_error(run: Mpoc, output: Path) -> None:

@@ -23,7 +23,7 @@ def test_quick_fc2_writes_table_and_figures(run: Mpoc, here: Here) -> None:
     assert cells[3][2:6] == ["16", "15,584", "15,584", "0.07667"]
     assert cells[0][-1] == "98.35 ± 0.20 (Fig. 2)" and cells[3][-1] == "98.35 (Fig. 2)"
     assert "FC2: fc1 M(4,7,7,4→4,4,4,4)(D); fc2 M(4,4,4,4→1,1,10,1)(4)" in lines
-    assert "on MNIST" in done.stdout and "'final' is that of the last weights" in done.stdout
+    assert "on MNIST" in done.stdout and "'final' uses the last weights" in done.stdout
     assert "[5/5] FC2, random D=16, seed 0: " in done.stderr
     assert {file.name for file in (run.folder / "figures").iterdir()} == {"fc2.svg", "fc2-curves.svg"}
     again = here("reproduce", "fc2", "--data", "digits", "--quick", "--bonds", "2,16", "--json")

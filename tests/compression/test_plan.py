@@ -181,7 +181,7 @@ def test_ratio_is_a_ceiling_and_is_used(maps: list[LinearMap], ratio: float) -> 
         if layer.is_dense:
             shrinks = layer.structure.num_parameters(1) < layer.structure.num_original
             assert layer.record().reason == (
-                "fits as it is" if shrinks else "would not shrink even at bond 1"
+                "fits the budget uncompressed" if shrinks else "would not shrink even at bond 1"
             )
             assert not shrinks or ratio == 1.0
             continue

@@ -79,12 +79,12 @@ def test_infers_kinds_from_names_and_shapes(name: str, shape: tuple[int, ...], k
 @pytest.mark.parametrize(
     ("name", "shape", "dtype", "reason"),
     [
-        ("fc.bias", (10,), "float32", "a vector (bias, norm or the like)"),
-        ("scale.weight", (), "float32", "a vector (bias, norm or the like)"),
-        ("pos_embed", (1, 197, 768), "float32", "not known as a linear map"),
-        ("conv.filters", (8, 8, 3, 3), "float32", "not known as a linear map"),
-        ("mlp.experts.gate_up_proj_bias", (8, 2, 64), "float32", "not known as a linear map"),
-        ("table.weight", (2, 2, 2, 2, 2, 2), "float32", "not known as a linear map"),
+        ("fc.bias", (10,), "float32", "vector (bias, norm)"),
+        ("scale.weight", (), "float32", "vector (bias, norm)"),
+        ("pos_embed", (1, 197, 768), "float32", "not recognised as a linear map"),
+        ("conv.filters", (8, 8, 3, 3), "float32", "not recognised as a linear map"),
+        ("mlp.experts.gate_up_proj_bias", (8, 2, 64), "float32", "not recognised as a linear map"),
+        ("table.weight", (2, 2, 2, 2, 2, 2), "float32", "not recognised as a linear map"),
         ("fc.weight", (10, 64), "int8", "not a floating dtype (int8)"),
         ("fc.weight", (10, 64), "complex64", "not a floating dtype (complex64)"),
         ("steps", (), "int64", "not a floating dtype (int64)"),
@@ -102,9 +102,9 @@ def test_gives_reasons_for_skipped_tensors(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({}, "embedding (--embeddings takes it in)"),
-        ({"layers": ["fc"]}, "not among --layers"),
-        ({"layers": ["wte"], "exclude": ["w*"]}, "--exclude"),
+        ({}, "embedding (--embeddings includes it)"),
+        ({"layers": ["fc"]}, "not matched by --layers"),
+        ({"layers": ["wte"], "exclude": ["w*"]}, "matched by --exclude"),
         ({"embeddings": True, "min_params": 10**6}, "fewer than 1000000 parameters (--min-params)"),
     ],
 )
@@ -173,7 +173,7 @@ def test_module_kinds_override_names() -> None:
         ("conv1", "conv2d", True),
         ("fc", "embedding", False),
     ]
-    assert selection.left["wte.weight"] == "not known as a linear map"
+    assert selection.left["wte.weight"] == "not recognised as a linear map"
 
 
 def test_tied_names_follow_the_first() -> None:

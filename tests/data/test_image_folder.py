@@ -53,7 +53,7 @@ def test_mixed_colour_and_grey_become_colour(tmp_path: Path, limit: int) -> None
     x = data.splits["train"].batch([0, 1])["x"].numpy()
     np.testing.assert_array_equal(x[0], np.stack([grey] * 3))
     np.testing.assert_array_equal(x[1], colour.transpose(2, 0, 1))
-    assert data.notes == ("grey and colour images are mixed: all are read as RGB",)
+    assert data.notes == ("grey and colour images are mixed; all are read as RGB",)
 
 
 @LIMITS

@@ -61,7 +61,7 @@ def test_lists_files_per_split_in_order(tmp_path: Path) -> None:
         "test": ["test.npz"],
     }
     assert list(files) == ["train", "validation", "test"]
-    assert notes == ["left out, no word of a split in the name: extra.npz"]
+    assert notes == ["ignored, no split in the name: extra.npz"]
 
 
 def test_recognises_split_folders(tmp_path: Path) -> None:

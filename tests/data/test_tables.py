@@ -92,7 +92,7 @@ def test_cuts_pads_and_labels_documents(tmp_path: Path, form: str, limit: int) -
     tokenizer = CharacterTokenizer("abcdef")
     data = open_data(tmp_path, text=TextOptions(tokenizer, block=4), limit=limit)
     assert (data.format, data.kind, data.classes, data.shape) == (form, "text", ("no", "yes"), ())
-    assert data.notes == ("train: 2 empty documents left out",)
+    assert data.notes == ("train: 2 empty documents skipped",)
     batch = data.splits["train"].batch([2, 0, 1])
     assert batch["input_ids"].tolist() == [[0, 1, 2, 3], [1, 2, 3, 0], [0, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]

@@ -56,7 +56,7 @@ def manifest(*layers: LayerRecord, **changes: Any) -> Manifest:
         "layers": layers,
         "options": {"bond": 4, "seed": 0},
         "kinds_from": "names and shapes",
-        "left_alone": {"wte.weight": "embedding (--embeddings takes it in)"},
+        "left_alone": {"wte.weight": "embedding (--embeddings includes it)"},
         "vectors": 7,
         "tied": {"lm_head.weight": "wte.weight"},
         "tool": "mpoc 0.1.0",

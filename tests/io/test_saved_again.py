@@ -89,7 +89,7 @@ def test_unknown_facts_are_null(make: Make, tmp_path: Path) -> None:
     lines = summary(manifest, 1000, predicted=False)
     assert not any("selected)" in line or "None" in line for line in lines)
     assert lines[1].endswith("parameters; on disk 1 kB")
-    assert lines[2].startswith("no mpoc.json, which transformers does not save: errors, entropies")
+    assert lines[2].startswith("mpoc.json is missing (transformers does not save it): errors, entropies")
 
 
 def test_ignores_an_outdated_manifest(make: Make, tmp_path: Path) -> None:
@@ -118,7 +118,8 @@ def test_report_and_expand_work(make: Make, tmp_path: Path, here: Here) -> None:
     path = saved_again(make("bert"), "bert", tmp_path)
     done = here("report", path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "bert.encoder.layer.0.attention.self.query" in done.stdout and "no mpoc.json" in done.stdout
+    assert "bert.encoder.layer.0.attention.self.query" in done.stdout
+    assert "mpoc.json is missing" in done.stdout
     layers = json.loads(here("report", path, "--json").stdout)["layers"]
     assert layers and {layer["relative_error"] for layer in layers} == {None}
     assert here("expand", path, "-o", tmp_path / "dense").returncode == 0

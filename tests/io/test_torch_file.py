@@ -145,7 +145,7 @@ def test_names_entries_that_are_not_tensors(tmp_path: Path) -> None:
     state = mlp_state()
     path = save({**state, "epoch": 3, "args": argparse.Namespace()}, tmp_path / "m.pt")
     assert_holds(path, state)
-    assert open_checkpoint(path).notes == ["left behind, not tensors: epoch, args"]
+    assert open_checkpoint(path).notes == ["ignored, not tensors: epoch, args"]
 
 
 @pytest.mark.parametrize(

@@ -212,12 +212,12 @@ def test_report_names_the_architecture() -> None:
         return [line for line in summary(manifest, 1, False) if line.startswith("architecture")]
 
     with_it, without = (read_manifest(compressed(arch)) for arch in ("fc2", None))
-    assert said(with_it) == ["architecture fc2, of the zoo"]
+    assert said(with_it) == ["architecture fc2 (zoo)"]
     assert said(without) == []
     assert report_dict(with_it, 1)["architecture"] == {"zoo": "fc2"}
     saved("zoo_mlp.py:mlp")
     by_code = read_manifest(compressed("zoo_mlp.py:mlp"))
-    assert said(by_code) == ["architecture zoo_mlp.py:mlp, code that is asked for again"]
+    assert said(by_code) == ["architecture zoo_mlp.py:mlp (your code: pass --arch again)"]
 
 
 @pytest.mark.slow

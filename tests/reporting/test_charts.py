@@ -81,7 +81,7 @@ def test_means_use_layers_common_to_all_files() -> None:
     less = manifest(layer("a.weight", 40, 0.3), layer("c.weight", 30, 0.7), layer("d.weight", 30, 0.9))
     whole, _ = comparison_charts([FileData("a", WHOLE, 200, ()), FileData("b", less, 300, ())])
     assert [one.points[0][1] for one in whole.series[:2]] == pytest.approx([0.25, 0.5])
-    assert "(2)" in whole.caption
+    assert "the 2 layers" in whole.caption
     other = manifest(layer("d.weight", 30, 0.9))
     assert len(comparison_charts([FileData("a", WHOLE, 200, ()), FileData("b", other, 300, ())])) == 1
 

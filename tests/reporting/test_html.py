@@ -112,7 +112,7 @@ def test_sum_shows_both_terms(tmp_path: Path) -> None:
 def test_mera_explains_missing_entropies(tmp_path: Path) -> None:
     text = shown(compressed(tmp_path, {"a.weight": torch.randn(16, 16)}, bond=2, form="mera", sites=4))
     assert_whole(text)
-    assert "no bond of a MERA cuts it in two" in text and "Schmidt" not in text
+    assert "no single bond separates a MERA into two parts" in text and "Schmidt" not in text
 
 
 def test_renders_a_file_of_dense_layers(path: Path) -> None:
@@ -142,8 +142,8 @@ def test_renders_records_without_errors(path: Path) -> None:
     again = rewritten(path, unknown)
     text = page(read_files(again, [again]))
     assert_whole(text)
-    assert "errors, entropies, the original" in text
-    assert "Not all of these files hold errors" in text
+    assert "errors, entropies, original size" in text
+    assert "not every file records them" in text
 
 
 def test_compares_layers_by_name(path: Path, tmp_path: Path) -> None:
@@ -159,9 +159,9 @@ def test_compares_layers_by_name(path: Path, tmp_path: Path) -> None:
 
 def test_warns_about_weight_errors_of_calibrated_files(path: Path) -> None:
     fitted = rewritten(path, replace(read_manifest(path), calibration={"samples": 64}))
-    assert f"{fitted.name} was fitted to what layers do on data" in page(read_files(path, [fitted]))
-    assert "was fitted to what layers do" not in page(read_files(path, [path]))
-    assert "was fitted to what layers do" not in page(read_files(fitted, [fitted]))
+    assert f"Calibrated: {fitted.name}." in page(read_files(path, [fitted]))
+    assert "Errors below are errors of weights" not in page(read_files(path, [path]))
+    assert "Errors below are errors of weights" not in page(read_files(fitted, [fitted]))
 
 
 def test_page_of_200_layers_is_small(tmp_path: Path) -> None:

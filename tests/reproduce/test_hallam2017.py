@@ -113,7 +113,7 @@ def test_runs_every_variant_by_default() -> None:
     assert words.startswith(
         "1000 epochs, batch 50, adam, lr 0.001 constant, no L2, random shifts of 4 pixels"
     )
-    assert words.endswith("ended by 10 evaluations, one every 500 steps, without gain")
+    assert words.endswith("stopped after 10 evaluations (one every 500 steps) without improvement")
 
 
 def write_images(path: Path) -> Path:

@@ -49,7 +49,7 @@ def measured(source: Path, data: Path, **options: Any) -> tuple[FileEvaluation, 
 def test_evaluates_all_of_an_unused_data_set(lone: Path) -> None:
     found, said = measured(lone.with_name("fc2.safetensors"), lone)
     assert (found.split, found.examples) == ("train", 200)
-    assert "all of it is measured: no training of the network on this set is recorded" in said
+    assert "all examples are measured: no training on this data set is recorded" in said
     np.savez(lone.with_name("other.npz"), x=pixels(50, 28, 28, seed=1), y=np.arange(50) % 10)
     found, said = measured(tuned(lone), lone.with_name("other.npz"))
     assert found.examples == 50
@@ -77,7 +77,7 @@ def test_evaluates_what_training_held_out(lone: Path, options: dict[str, Any], c
 def test_notes_an_evaluation_on_training_data(lone: Path) -> None:
     found, said = measured(tuned(lone, held_out=0.0), lone)
     assert found.examples == 200
-    assert "all of it is measured, and all of it is what the network was trained on" in said
+    assert "all examples are measured, and the network was trained on all of them" in said
 
 
 def test_evaluates_a_requested_share(lone: Path) -> None:

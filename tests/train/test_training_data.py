@@ -109,7 +109,7 @@ def test_rejects_classes_absent_from_training(tmp_path: Path, fc2: Model) -> Non
     assert evaluate_file(replace(asked, reference=fc2.path)).examples > 0
     training_data = open_training_data(other, open_model(tuned, "fc2"), 0)
     assert training_data.classes == {"cat": 0, "zebra": 1}
-    assert any("without 'zebra': all are numbered anew" in note for note in training_data.data.notes)
+    assert any("without 'zebra': classes are renumbered" in note for note in training_data.data.notes)
 
 
 @pytest.mark.parametrize(

@@ -69,13 +69,13 @@ class Allocation:
 
     def surprise(self, reached: float) -> list[str]:
         """What should be said where outputs are much further off after the fits, as of too few examples."""
-        told = self.distances[self.chosen]
-        if told == 0 or reached <= _MUCH * told:
+        expected = self.distances[self.chosen]
+        if expected == 0 or reached <= _MUCH * expected:
             return []
-        far = f"held-out outputs are {reached:.3g} from the dense ones, {reached / told:.0f} times as far as"
         return [
-            f"{far} when the budget was shared out, so its shares may be bad: measure it (mpoc eval); "
-            "more --calibration-samples tell better, or try another --ratio"
+            f"held-out outputs diverge by {reached:.3g} from the dense network, "
+            f"{reached / expected:.0f} times as much as when the budget was allocated, so the allocation may "
+            "be poor: evaluate the network (mpoc eval), and try more --calibration-samples or another --ratio"
         ]
 
 

@@ -278,7 +278,7 @@ class BlockRefinement:
         if self._left:
             names = ", ".join(self._left[:4]) + (", …" if len(self._left) > 4 else "")
             notes.append(
-                f"not refined, as in no block or in several, or a block alone: {len(self._left)} layers "
+                f"not refined, in no block, in several or a block by themselves: {len(self._left)} layers "
                 f"({names})"
             )
         return notes

@@ -128,7 +128,7 @@ class Candidate:
         """The plan of the layer, with this for its storage."""
         storage = self.storage
         if storage is None:
-            return plan.left_dense("worth its parameters as it is")
+            return plan.left_dense("the budget keeps it dense")
         return replace(plan, structure=storage.structure, goal=storage.truncation)
 
 

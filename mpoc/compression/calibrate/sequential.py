@@ -151,7 +151,7 @@ class SequentialFit:
         reasons = self._study.reasons
         blind = [f"{name.removesuffix('.weight')} ({why})" for name, why in reasons.items()]
         more = f" and {len(blind) - 4} more" if len(blind) > 4 else ""
-        said = [f"fitted by their weights alone: {', '.join(blind[:4])}{more}"] if blind else []
+        said = [f"not calibrated, fitted to their weights: {', '.join(blind[:4])}{more}"] if blind else []
         shares = self._sharing.shares
         said += [] if shares is None or self._reached is None else shares.surprise(self._reached)
         return [*self._study.notes, *said, *(self._blocks.notes if self._blocks else ())]

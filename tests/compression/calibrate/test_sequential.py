@@ -135,7 +135,7 @@ def test_unobservable_layers_are_fitted_by_their_weights(tmp_path: Path) -> None
     done = case.compress(bond=2, form="svd", allow_growth=True)
     layer = next(layer for layer in done.manifest.layers if layer.name == "6.weight")
     assert layer.form == "svd" and layer.output_error is None
-    assert any("by their weights alone" in note and "6" in note for note in done.notes)
+    assert any("not calibrated" in note and "6" in note for note in done.notes)
 
 
 def test_fused_attention_is_fitted_by_its_weights(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_tied_table_is_fitted_by_its_weights(tmp_path: Path) -> None:
     done = Case(tmp_path, "tied").compress(ratio=0.6, embeddings=True, form="svd")
     (layer,) = done.manifest.layers
     assert layer.form == "svd" and layer.output_error is None
-    assert any("by their weights alone" in note and "tied" in note for note in done.notes)
+    assert any("not calibrated" in note and "tied" in note for note in done.notes)
 
 
 def test_layer_rule_with_a_bond_gives_an_mpo(tmp_path: Path) -> None:
