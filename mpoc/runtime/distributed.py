@@ -8,7 +8,6 @@ reports it, the others exit silently.  torch is imported only where processes co
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -218,6 +217,8 @@ def _portable(error: Exception) -> Exception:
     """An error that can be sent to other processes."""
     if isinstance(error, MpocError | OSError):
         return error
+    import socket
+
     return MpocError(f"{socket.gethostname()}: {error!r}")
 
 

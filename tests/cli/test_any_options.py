@@ -10,7 +10,6 @@ from typing import Any, get_type_hints
 import numpy as np
 import pytest
 import torch
-import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +20,7 @@ from mpoc.cli.finetune import finetune
 from mpoc.cli.report import report
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
+from tests.support.examples import COMMANDS
 
 NET = """
 from torch import nn
@@ -28,7 +28,6 @@ def mlp():
     return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
 """
 FUNCTIONS = {"compress": compress, "expand": expand, "finetune": finetune, "report": report}
-COMMANDS: Any = typer.main.get_command(app)
 PATHS = [
     "m.pt",
     "c.safetensors",
@@ -109,7 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @st.composite
 def command_lines(draw: st.DrawFn, name: str) -> list[str]:
     """Some options of a command, most with values of their type."""
-    params = COMMANDS.commands[name].params
+    params = COMMANDS[name].params
     options = [param for param in params if param.opts[0].startswith("--") and param.name != "help"]
     words = [name, draw(st.sampled_from(["c.safetensors", "m.pt", *PATHS]))]
     for param in draw(st.lists(st.sampled_from(options), max_size=4, unique_by=lambda param: param.name)):

@@ -7,12 +7,10 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import typer
-
-from mpoc.cli.app import app
+from mpoc.cli.app import SUMMARIES, load_command
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = {command.name: command for command in typer.main.get_group(app).commands.values()}
+COMMANDS = {name: load_command(name) for name in SUMMARIES}
 PAGES = (ROOT / "README.md", *sorted((ROOT / "mpoc" / "guide").glob("*.md")))
 NEEDS_DATA = "<!-- needs data -->\n"
 _BLOCK = re.compile(r"(<!-- needs data -->\n)?```(sh|python|toml)\n(.*?)```", re.DOTALL)
