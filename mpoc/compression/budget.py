@@ -1,15 +1,12 @@
-"""LayerShare a budget among layers uniformly, the same ρ for every layer (by gain:
-:mod:`mpoc.compression.budget`).
+"""Allocate a budget of parameters or bytes to layers, uniformly or by equal marginal gain.  No tensors here.
 
-The largest common ρ at which the sum stays within the budget is found by bisection; what granularity
-leaves over goes, a step of the bond at a time, to the layers that are furthest below.
+Uniformly: the largest common ρ at which the sum stays within the budget is found by bisection.  What
+granularity leaves over goes, one step of the bond at a time, to the layers with the smallest ρ.
 
-LayerShare a budget among layers by equal marginal gain: error taken off by one number more.
-
-Each layer offers choices, a number of parameters and an error for each; errors must be comparable between
-layers.  Only choices on the lower convex hull can be worth their numbers.  Taking the steps of all hulls in
-the order of their gain is optimal for every budget that it meets exactly (Everett 1963; Shoham and Gersho
-1988); what is left over then goes to the largest steps that still fit.
+By gain: each layer has candidates, a number of parameters and an error for each; errors must be comparable
+between layers.  Only candidates on the lower convex hull can be worth their parameters.  Taking the steps of
+all hulls in the order of their gain is optimal for every budget that it meets exactly (Everett 1963; Shoham
+and Gersho 1988); what is left over goes to the largest steps that still fit.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from mpoc.tensor_networks.structure import Structure
 
 @dataclass(frozen=True)
 class LayerShare:
-    """A layer that takes part in the sharing."""
+    """A layer that takes part in a budget."""
 
     structure: Structure
     stored_cost: int  # of one number in a core (1, or its bytes)
@@ -59,7 +56,7 @@ def _at(shares: list[LayerShare], ratio: float) -> list[int | None]:
 
 
 def largest_bond(structure: Structure, ratio: float) -> int | None:
-    """The largest cap that keeps the layer within ``ratio``; 1 where none does; None: never shrinks."""
+    """The largest bond that keeps the layer within ``ratio``; 1 if none does; None: it never shrinks."""
     original = structure.num_original
     if structure.num_parameters(1) >= original:
         return None
@@ -109,15 +106,15 @@ def _ratio(share: LayerShare, bond: int | None) -> float:
 CurvePoint = tuple[int, float]  # parameters, error
 
 
-def share_out(curves: Sequence[Sequence[CurvePoint]], budget: int) -> list[int] | None:
-    """One choice for each layer, so that the errors sum to little and the parameters to at most ``budget``.
+def allocate(curves: Sequence[Sequence[CurvePoint]], budget: int) -> list[int] | None:
+    """Choose one candidate per layer: the sum of errors is small, that of parameters within the budget.
 
     Args:
-        curves: of each layer its choices in any order, at least one.
-        budget: parameters of all together.
+        curves: the candidates of each layer in any order, at least one.
+        budget: parameters of all layers together.
 
     Returns:
-        The place of each layer's choice in its curve; None where even the smallest choices take more.
+        The index of each layer's candidate in its curve; None if even the smallest candidates take more.
     """
     hulls = [_hull(curve) for curve in curves]
     taken = [hull[0] for hull in hulls]
@@ -141,7 +138,7 @@ def share_out(curves: Sequence[Sequence[CurvePoint]], budget: int) -> list[int] 
 
 
 def _hull(curve: Sequence[CurvePoint]) -> list[int]:
-    """Places of the choices on the lower convex hull, from the fewest parameters on, errors falling."""
+    """Indices of the candidates on the lower convex hull, by parameters, errors falling."""
     hull: list[int] = []
     for k in sorted(range(len(curve)), key=lambda k: curve[k]):
         if hull and curve[k][1] >= curve[hull[-1]][1]:
@@ -155,12 +152,12 @@ def _hull(curve: Sequence[CurvePoint]) -> list[int]:
 
 
 def _gain(curve: Sequence[CurvePoint], before: int, after: int) -> float:
-    """Error taken off by each number more."""
+    """The error saved by each additional parameter."""
     return (curve[before][1] - curve[after][1]) / (curve[after][0] - curve[before][0])
 
 
 def _spend(curves: Sequence[Sequence[CurvePoint]], taken: list[int], rest: int) -> list[int]:
-    """What is left goes, as long as something fits, to the choice that takes most off a layer's error."""
+    """Spend what is left, as long as something fits, where it saves most of a layer's error."""
     while True:
         best: tuple[float, int, int] | None = None
         for layer, curve in enumerate(curves):

@@ -133,9 +133,9 @@ def _options(
     data = ""
     if calibration is not None and isinstance(calibration.data, Path):
         data = f"{calibration.data.resolve()}, {calibration.samples} examples"
-    found = {"MODEL": str(source.resolve()), "--arch": str(opened.arch), "--calibrate": data, **options}
-    found["--refine"] = str(calibration is not None and calibration.refine)
-    return found | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "mpoc": mpoc.__version__}
+    described = {"MODEL": str(source.resolve()), "--arch": str(opened.arch), "--calibrate": data, **options}
+    described["--refine"] = str(calibration is not None and calibration.refine)
+    return described | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "mpoc": mpoc.__version__}
 
 
 def _dry_run(job: Job, output: Path) -> Compression:

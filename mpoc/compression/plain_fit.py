@@ -87,8 +87,8 @@ def _fit_ordered(weight: Tensor, plan: LayerPlan, seed: int) -> tuple[LayerPlan,
     plan = replace(plan, learns_order=False)
     order = learn_order(weight, plan.structure, max(fit.form.bonds, default=1))
     ordered = replace(plan, structure=replace(plan.structure, order=order))
-    found = _fit_within(weight, ordered, seed)
-    return (ordered, found) if _goodness(found) < _goodness(fit) else (plan, fit)
+    reordered = _fit_within(weight, ordered, seed)
+    return (ordered, reordered) if _goodness(reordered) < _goodness(fit) else (plan, fit)
 
 
 def _goodness(fit: Fit) -> tuple[int, float]:

@@ -35,11 +35,11 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Share:
+class BudgetItem:
     """The layer gets its share of a budget, which is not settled yet."""
 
 
-Goal = Dense | Share | Truncation
+Goal = Dense | BudgetItem | Truncation
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LayerPlan:
     @property
     def awaits_share(self) -> bool:
         """Whether its bonds depend on a budget that is not shared out yet."""
-        return isinstance(self.goal, Share)
+        return isinstance(self.goal, BudgetItem)
 
     @property
     def truncation(self) -> Truncation:
@@ -98,7 +98,7 @@ class LayerPlan:
         )
         if isinstance(self.goal, Dense):
             return base
-        bond, rank = (0, 0) if isinstance(self.goal, Share) else (self.goal.max_bond, self.goal.rank)
+        bond, rank = (0, 0) if isinstance(self.goal, BudgetItem) else (self.goal.max_bond, self.goal.rank)
         return replace(
             base,
             kind=self.structure.kind,
@@ -227,26 +227,26 @@ def _goal(map: LinearMap, structure: Structure, rule: LayerRule, recipe: Recipe)
         return Truncation(full, tolerance=given.max_error)
     if given.discard is not None:
         return Truncation(min(given.bond or full, full), discard=given.discard)
-    return Share() if given.bond is None else Truncation(given.bond)
+    return BudgetItem() if given.bond is None else Truncation(given.bond)
 
 
 def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> list[LayerPlan]:
     total = sum(plan.structure.num_original for plan in plans)
     fixed = sum(_most_stored(plan, allow_growth) for plan in plans if not plan.awaits_share)
-    found = _share_out(plans, int(ratio * total) - fixed, lambda plan: (1, 1))
-    if found is None:
+    allocated = _allocate_uniformly(plans, int(ratio * total) - fixed, lambda plan: (1, 1))
+    if allocated is None:
         reached = least_ratio(plans, allow_growth)
         within = min(math.ceil(reached * 1.01e4) / 1e4, 1.0)
         raise UsageError(
             f"--ratio {ratio} cannot be reached: with every bond at 1 these layers are at {reached:.4f}",
             f"--ratio {within:.4f}, or leave hard layers out with --exclude",
         )
-    return found
+    return allocated
 
 
 def least_ratio(plans: list[LayerPlan], allow_growth: bool) -> float:
     """ρ over all selected layers with every open bond at 1: no budget can be smaller."""
-    least = _share_out(plans, 1 << 62, lambda plan: (1, 1), bond_one=True) or plans
+    least = _allocate_uniformly(plans, 1 << 62, lambda plan: (1, 1), bond_one=True) or plans
     total = sum(plan.structure.num_original for plan in plans)
     return sum(_most_stored(plan, allow_growth) for plan in least) / total
 
@@ -269,14 +269,14 @@ def _within_size(
     def cost(plan: LayerPlan) -> tuple[int, int]:
         return ITEMSIZE[plan.stored_dtype], ITEMSIZE[plan.map.dtype]
 
-    smallest = _share_out(plans, 1 << 62, cost, bond_one=True)
+    smallest = _allocate_uniformly(plans, 1 << 62, cost, bond_one=True)
     assert smallest is not None
     overhead = predict_size(smallest) - _layer_bytes(smallest, plans)
     budget = size - overhead
-    while (found := _share_out(plans, budget, cost)) is not None:
-        excess = predict_size(found) - size
+    while (allocated := _allocate_uniformly(plans, budget, cost)) is not None:
+        excess = predict_size(allocated) - size
         if excess <= 0:
-            return found
+            return allocated
         budget -= excess
     raise UsageError(
         f"--size {size}: with every bond at 1 the output has {predict_size(smallest)} bytes",
@@ -294,7 +294,7 @@ def _layer_bytes(plans: list[LayerPlan], asked: list[LayerPlan]) -> int:
     )
 
 
-def _share_out(
+def _allocate_uniformly(
     plans: list[LayerPlan],
     budget: int,
     cost: Callable[[LayerPlan], tuple[int, int]],

@@ -1,14 +1,12 @@
-"""Which budgets to try for the smallest output that keeps a metric, as plain data.
+"""Search for the smallest output that keeps a metric: compress to one budget after another.
 
 A smaller ρ mostly loses more, so the interval between a ρ that lost too much and one that did not is halved.
-Metrics on finite data are not quite monotone.  Nothing is inferred from that order but where to try next: the
-answer is the smallest output of those that were written, measured and found good.
+Metrics on finite data are not quite monotone; their order only says where to try next.  The answer is the
+smallest output of those that were written, measured and found good.
 
-Compress to one budget after another and keep the smallest output that loses little enough.
-
-What does not depend on the budget is done once: the source is opened, the dense network measured and, with
-calibration data, studied.  Trials are written beside the output, at most two at a time, and the chosen one is
-put in its place as it was measured.
+What does not depend on the budget is done once: the source is opened, the dense network is evaluated and,
+with calibration data, measured.  Trials are written beside the output, at most two at a time, and the chosen
+one is moved to its place as it was measured.
 """
 
 from __future__ import annotations
@@ -57,7 +55,7 @@ class Trial:
 
 @dataclass
 class Bisection:
-    """Ask for a ratio, add what was found at it, until there is none to ask for.
+    """Bisection over the ratio: ask for the next ratio and add the trial made at it, until there is none.
 
     Args:
         max_drop: that the metric may lose.
@@ -69,7 +67,7 @@ class Bisection:
     trials: list[Trial] = field(default_factory=list)  # in the order they were made
 
     def keeps(self, trial: Trial) -> bool:
-        """Whether the metric loses no more than it may."""
+        """Whether the metric drops by no more than ``max_drop``."""
         return trial.drop <= self.max_drop
 
     def next_ratio(self) -> float | None:
@@ -85,20 +83,20 @@ class Bisection:
 
     @property
     def chosen(self) -> Trial | None:
-        """The smallest that keeps the metric, of equal ones that which loses least; None: none does."""
+        """The smallest trial that keeps the metric, of equal sizes the one of least drop; None: none does."""
         kept = [trial for trial in self.trials if self.keeps(trial)]
         return min(kept, key=lambda trial: (trial.nbytes, trial.drop), default=None)
 
     @property
     def nearest(self) -> Trial | None:
-        """That which loses least; None: no trial has a drop that is a number."""
+        """The trial of least drop; None: no trial has a drop that is a number."""
         known = [trial for trial in self.trials if not math.isnan(trial.drop)]
         return min(known, key=lambda trial: (trial.drop, trial.nbytes), default=None)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What was found."""
+    """The chosen output, with the metric before and after."""
 
     compression: Compression  # the chosen one
     before: FileEvaluation
@@ -118,7 +116,7 @@ class SearchCallbacks:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """What is to be compressed as far as a metric allows."""
+    """A search: what to compress, and the data that the metric is measured on."""
 
     source: Path  # file or directory; only read
     output: Path  # file (single-file source) or directory
@@ -175,7 +173,7 @@ class _Trials:
     callbacks: SearchCallbacks
 
     def run(self, ratio: float, target: Path) -> tuple[Compression, FileEvaluation]:
-        """The output at ``target``."""
+        """Write one trial to ``target``, and evaluate it."""
         recipe = replace(self.source.recipe, ratio=ratio)
         with self.callbacks.layers() as layer:
             context = replace(self.context, progress=Progress(layer))
@@ -190,7 +188,7 @@ def _smallest(
     trials: _Trials,
     target: Path,
 ) -> tuple[Compression, FileEvaluation] | None:
-    """Try until the search is over; the chosen output is at ``target`` then. None: there is none."""
+    """Run trials until the search is over, and leave the chosen output at ``target``; None: there is none."""
     best = None
     folder = target.with_name(f"{target.name}.trial")
     while (ratio := search.next_ratio()) is not None:
@@ -208,7 +206,7 @@ def _smallest(
 
 
 def _remove(path: Path) -> None:
-    """What an earlier trial left, if any."""
+    """Remove the output of an earlier trial, if there is one."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -222,14 +220,14 @@ def _nothing_keeps_it(search: Bisection, before: FileEvaluation, calibrated: boo
             f"these layers are at ρ {search.least:.4f} with every bond at 1: nothing smaller can be searched",
             "take larger layers in, or leave hard ones out with --exclude",
         )
-    found = "none gives a number"
+    best = "none gives a number"
     if nearest is not None:
         values = (scores[before.metric] for scores in (before.scores, nearest.scores))
         change = " to ".join(f"{value:.4g}" for value in values)
-        found = f"the best, ρ {nearest.ratio:.3f} ({human_bytes(nearest.nbytes)}), takes it from {change}"
+        best = f"the best, ρ {nearest.ratio:.3f} ({human_bytes(nearest.nbytes)}), takes it from {change}"
     fit = "more --calibration-samples" if calibrated else "--calibrate DATA, which fits what the layers do"
     return MpocError(
         f"none of {len(search.trials)} trials keeps {before.metric} on {before.data} within "
-        f"{search.max_drop:g}: {found}; nothing was written",
+        f"{search.max_drop:g}: {best}; nothing was written",
         f"{fit}; a larger --max-drop; or --ratio and then mpoc finetune",
     )

@@ -1,4 +1,4 @@
-"""The output without its data: its manifest, its tensors' names and shapes, its size in bytes."""
+"""Predict an output without its data: its manifest, tensor names and shapes, and size in bytes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def make_manifest(
 
 
 def _size_of_source(checkpoint: Checkpoint) -> int:
-    """Bytes of what the output stands for: the weight files and, in a directory, all that goes along."""
+    """Bytes of the source: its weight files and, in a directory, the other files that are copied."""
     if not checkpoint.is_directory:
         return checkpoint.nbytes_on_disk
     others = hub_directory.size_of_other_files(checkpoint.path, checkpoint.weight_files)
@@ -96,9 +96,9 @@ def predict_size(
 
 
 def _more_than_planned(plan: LayerPlan) -> int:
-    """Bytes, perhaps negative, that a layer of open bonds can take beyond its cores at the largest.
+    """Bytes, perhaps negative, that a layer of open bonds can take beyond its largest cores.
 
-    It ends with fewer numbers than the weight has, or dense.
+    Such a layer ends with fewer parameters than the weight has, or dense.
     """
     record = plan.record()
     widest = max(ITEMSIZE[record.dtype], ITEMSIZE[record.stored_dtype])
@@ -121,9 +121,9 @@ def _with_longest_figures(record: LayerRecord, in_tolerance: bool) -> LayerRecor
 
 
 def _longest_spectra(record: LayerRecord, in_tolerance: bool) -> tuple[Spectrum | None, ...]:
-    """Of one bond of a chain, the first that its cap cuts or, in a tolerance, one before it.
+    """The longest spectra that a chain records: of one bond, the first that is cut or one before it.
 
-    Of a map too large to be formed, of every bond.
+    A whole map that is too large to be formed records every bond.
     """
     structure, sizes = record.structure, record.structure.site_sizes
     if not structure.topology.in_line or structure.parts or len(sizes) < 2:
@@ -145,8 +145,8 @@ def _with_calibrated_figures(record: LayerRecord) -> LayerRecord:
         return record
     longest = LONGEST_FIGURE
     others = dict.fromkeys(("this", "plain svd", "whitened svd", "plain mpo"), longest)
-    found = replace(record, output_error=longest, held_out_error=longest, same_size=others)
-    return replace(found, entropies_of_weight=(), spectra_of_weight=())
+    calibrated = replace(record, output_error=longest, held_out_error=longest, same_size=others)
+    return replace(calibrated, entropies_of_weight=(), spectra_of_weight=())
 
 
 def _core_infos(record: LayerRecord) -> list[TensorInfo]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompressionSource:
-    """A checkpoint with all that is decided before its goal."""
+    """An open checkpoint with all that is decided before the goal: selection, recipe and geometries."""
 
     checkpoint: Checkpoint
     arch: str | None
@@ -37,14 +37,14 @@ class CompressionSource:
 
     @property
     def notes(self) -> list[str]:
-        """What should be said of the checkpoint."""
+        """Notes on the checkpoint for the user."""
         notes = [*self.checkpoint.notes, *self.selection.notes]
         if self.checkpoint.is_directory:
             notes += hub_directory.left_behind(self.checkpoint.path, self.checkpoint.weight_files)
         return notes
 
     def plan(self, recipe: Recipe) -> list[LayerPlan]:
-        """Form and bonds of every layer; ``recipe`` is this one with any goal.
+        """Plan every layer; ``recipe`` is that of the source with any goal.
 
         Raises:
             UsageError: as :func:`mpoc.compression.plan.make_plan`.
@@ -71,7 +71,7 @@ class CompressionSource:
     def statistics_of(
         self, data: CalibrationData, request: CalibrationRequest, context: RunContext
     ) -> CalibrationStatistics:
-        """The same, of a network and data that are open."""
+        """The statistics of a network and data that are open."""
         from mpoc.compression.calibrate.statistics import CalibrationStatistics
 
         names = [map.name for map in self.selection.chosen]
@@ -80,7 +80,7 @@ class CompressionSource:
 
 
 def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool) -> CompressionSource:
-    """Open a checkpoint and choose its layers.
+    """Open a checkpoint and select its layers.
 
     Args:
         source: file or directory.
@@ -104,7 +104,7 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
 
 
 def _whole_maps(selection: Selection, recipe: Recipe) -> list[str]:
-    """Convolutions that are compressed as whole maps."""
+    """The convolutions that are compressed as whole maps."""
     maps = [map.name for map in selection.chosen if recipe.is_map(map.name, map.kind)]
     return [name for name in maps if not recipe.rule_for(name).dense]
 

@@ -78,7 +78,7 @@ class Job:
                 yield fit_layer(checkpoint, plan, self.recipe, self.context.device)
 
     def finish(self) -> dict[str, Tensor]:
-        """After the last layer: tensors that change and belong to no single layer, by their names."""
+        """After the last layer, the changed tensors that belong to no single layer, by name."""
         return self.calibrated.finish() if self.calibrated else {}
 
     def manifest(self, records: list[LayerRecord]) -> Manifest:
@@ -88,7 +88,7 @@ class Job:
 
     @property
     def notes(self) -> list[str]:
-        """What should be said of the source and of the fit."""
+        """Notes on the source and on the fit for the user."""
         return [*self.source.notes, *(self.calibrated.notes if self.calibrated else ())]
 
 
@@ -99,7 +99,7 @@ def make_job(
     context: RunContext,
     statistics: CalibrationStatistics | None = None,
 ) -> Job:
-    """Get ready for one goal; where there are statistics, they decide how the budget is allocated.
+    """Prepare the compression to one goal; with statistics, the budget is allocated by them.
 
     Args:
         source: to be compressed.
@@ -115,7 +115,7 @@ def make_job(
     with context.group.all_or_raise():
         calibrated = SequentialFit(statistics, source.checkpoint, recipe)
     predict = partial(predict_size, source.checkpoint, source.selection, recipe)
-    plans = calibrated.share(plans, predict)
+    plans = calibrated.allocate(plans, predict)
     return Job(source, recipe, plans, context, statistics, calibrated)
 
 
@@ -128,7 +128,7 @@ def write_compressed(
         job: what is compressed, and how.
         target: does not exist.
         folder: of finished layers, for the caller to remove; None: a new one beside ``target``.
-        resumes: use the layers again that are there.
+        resumes: reuse the layers that are there.
 
     Raises:
         MpocError: a weight that cannot be fitted, or nothing that would shrink.
@@ -154,7 +154,7 @@ def write_compressed(
 
 
 def _fit(job: Job, finished: LayerCache) -> None:
-    """Fit until all layers, and what goes with none of them, are finished."""
+    """Fit all layers, and keep what belongs to no single layer."""
     group = job.context.group
     with group.all_or_raise():
         if group.is_main:
@@ -198,8 +198,8 @@ def _fit_together(job: Job, calibrated: SequentialFit, finished: LayerCache) -> 
     group, plans = job.context.group, job.plans
     numbers = {plan.map.name: k for k, plan in enumerate(plans)}
     usable = group.on_main(lambda: {name for name, k in numbers.items() if finished.takes_up(k)})
-    done = {name for unit in calibrated.steps.units(plans) if usable.issuperset(unit) for name in unit}
-    costs = {name: cost for name, cost in calibrated.steps.costs(plans).items() if name not in done}
+    done = {name for unit in calibrated.schedule.units(plans) if usable.issuperset(unit) for name in unit}
+    costs = {name: cost for name, cost in calibrated.schedule.costs(plans).items() if name not in done}
     _log_finished(len(done), job)
 
     def keep(fitted: Fitted, seconds: float) -> int:
@@ -214,7 +214,7 @@ def _fit_together(job: Job, calibrated: SequentialFit, finished: LayerCache) -> 
 
 
 def _keys(job: Job) -> Callable[[int], str]:
-    """What each layer depends on; where layers are fitted in order, on all that is known of all of them."""
+    """The key of each layer; in a sequential fit it covers what is known of all layers."""
     checkpoint, plans, recipe = job.source.checkpoint, job.plans, job.recipe
     if job.statistics is not None:  # the processes find its fingerprint together
         return partial(in_order_key, job.statistics.fingerprint, checkpoint, plans, recipe)
@@ -252,7 +252,7 @@ def _refuse_nothing_gained(manifest: Manifest) -> None:
 
 
 def _entries(checkpoint: Checkpoint, fitted: dict[str, list[Entry]]) -> list[Entry]:
-    """All tensors of the output in the source's order, what was fitted in the place of its tensor."""
+    """All tensors of the output in the source's order; cores stand in the place of their weight."""
     entries: list[Entry] = []
     for name, info in checkpoint.infos.items():
         kept = Entry(info, lambda name=name: checkpoint.read(name))  # type: ignore[misc]
@@ -268,7 +268,7 @@ def _write(
     max_shard_size: int,
     group: ProcessGroup,
 ) -> None:
-    """One file, by the first process; or shards, shared out among all."""
+    """Write one file in the main process, or shards in all processes."""
     if not checkpoint.is_directory:
         with group.all_or_raise():
             if group.is_main:

@@ -62,7 +62,7 @@ class Layer:
         assert isinstance(unseen, LayerObjective | EmbeddingObjective) and unseen.outputs is not None
         self.metric = seen.together().metric(self.matrix, GAMMA)
         others = replace(seen.together(), held_out=unseen.together().moments, outputs=unseen.outputs)
-        self.norm = others.felt
+        self.norm = others.output_weighted_error
 
     def error(self, found: Tensor) -> str:
         """Of Ŵ in the place of W."""
@@ -179,8 +179,8 @@ def main() -> None:
         name: Layer(
             weights[seen.places[name]],
             "embedding" if name == TABLE else "linear",
-            seen.dense_evidence(name),
-            unseen.dense_evidence(name),
+            seen.dense_objective(name),
+            unseen.dense_objective(name),
         )
         for name in names
     }

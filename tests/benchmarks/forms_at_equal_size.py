@@ -63,32 +63,32 @@ COLUMNS: dict[str, Make] = {
 }
 
 
-def cell(weight: Tensor, structure: Structure, ratio: float, evidence: Objective) -> str:
+def cell(weight: Tensor, structure: Structure, ratio: float, objective: Objective) -> str:
     """Both errors at the largest bond within ρ."""
     storage = largest_within(structure, int(ratio * structure.num_original))
     if storage is None:
         return ""
     matrix = one_matrix(weight, structure.kind, structure.transposed)
     if structure.one_matrix:
-        factors = weighted_svd(evidence.metric(matrix, evidence.usual_gamma)).factors(storage.bond)
+        factors = weighted_svd(objective.metric(matrix, objective.usual_gamma)).factors(storage.bond)
         found = factors[0] @ factors[1]
     else:
-        problem = Problem(evidence.metric(matrix, evidence.mpo_gamma), structure)
+        problem = Problem(objective.metric(matrix, objective.mpo_gamma), structure)
         stretches = STRETCHES[structure.kind]
         found = matrix_of(problem.fit(storage.truncation, max_stretches=stretches).form)
     alone = decompose(weight, structure, storage.truncation).relative_error
-    return f"{alone:.3f} / {evidence.felt.relative(matrix, found):.3f}"
+    return f"{alone:.3f} / {objective.output_weighted_error.relative(matrix, found):.3f}"
 
 
 def rows(study: CalibrationStatistics, kinds: dict[str, str]) -> Iterator[list[str]]:
     """Of every layer at every ρ."""
     weights = dict(study.network.named_parameters())
     for layer, kind in kinds.items():
-        weight, evidence = weights[study.places[layer]].detach(), study.dense_evidence(layer)
+        weight, objective = weights[study.places[layer]].detach(), study.dense_objective(layer)
         size = "×".join(map(str, weight.shape))
         for ratio in RATIOS[kind]:
             cells = [
-                cell(weight, make(kind, tuple(weight.shape)), ratio, evidence) for make in COLUMNS.values()
+                cell(weight, make(kind, tuple(weight.shape)), ratio, objective) for make in COLUMNS.values()
             ]
             yield [f"{layer.removesuffix('.weight')}, {size}", f"{ratio:g}", *cells]
             print("…", *cells, flush=True)

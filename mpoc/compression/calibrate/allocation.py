@@ -1,11 +1,10 @@
-"""A budget shared out among layers and forms by equal marginal gain in f, or equally, as outputs prefer.
+"""Allocate a budget of parameters or bytes to the layers of a calibrated compression, and to forms.
 
-So that layers compare, the curve of each is scaled to how far the network's outputs move when that layer
-alone is compressed.
+The curve of each layer, error over size, is scaled by how far the network's outputs move when that layer
+alone is compressed.  The budget then goes where it has the largest marginal gain: in all forms, in one of
+them alone, or uniformly, whichever leaves held-out outputs nearest to the dense ones.
 
-How a budget was shared out, in a file, so that a compression that goes on need not find it again.
-
-Which layers of a calibrated compression share its budget, in which forms, and within which ceiling.
+An allocation is kept on disk, so that a compression that is resumed need not find it again.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from mpoc.compression.budget import share_out
+from mpoc.compression.budget import allocate
 from mpoc.compression.calibrate.calibrated_fit import Storage
 from mpoc.compression.calibrate.candidates import (
     Candidate,
@@ -45,9 +44,9 @@ from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.structure import Structure, lead_outputs_inputs, make_structure
 from mpoc.tensor_networks.topology import CHAIN
 
-_MUCH = 3  # times as far as told
+_SURPRISING = 3  # times the expected distance
 
-# How a budget is shared out.
+# Ways to allocate a budget.
 WAYS = (
     "uniform",
     "equal gain",
@@ -56,21 +55,28 @@ WAYS = (
     "equal gain, meras alone",
 )
 
-_ATTEMPTS = 3  # at shares whose file, names and all, is within a ceiling
+_ATTEMPTS = 3  # at an allocation whose whole file is within the size
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Plans with their bonds, and how far the outputs move under each way to share, not yet in order."""
+    """Plans with their bonds, and the distance of the outputs that each way to allocate is expected to give.
+
+    The distances are of layers compressed each by itself, not yet in sequence.
+    """
 
     plans: list[LayerPlan]
     chosen: str  # one of WAYS
     distances: dict[str, float]
 
-    def surprise(self, reached: float) -> list[str]:
-        """What should be said where outputs are much further off after the fits, as of too few examples."""
+    def warnings(self, reached: float) -> list[str]:
+        """A warning if the outputs are much further off than expected, as with too few examples.
+
+        Args:
+            reached: distance of the held-out outputs after the fits.
+        """
         expected = self.distances[self.chosen]
-        if expected == 0 or reached <= _MUCH * expected:
+        if expected == 0 or reached <= _SURPRISING * expected:
             return []
         return [
             f"held-out outputs diverge by {reached:.3g} from the dense network, "
@@ -81,95 +87,97 @@ class Allocation:
 
 @dataclass(frozen=True)
 class UnitCost:
-    """Of one number of a layer, in the unit of the budget: 1, or its bytes."""
+    """The cost of one parameter of a layer in the unit of the budget: 1, or its bytes."""
 
     stored: int = 1  # in a core
     dense: int = 1
 
     def of(self, plan: LayerPlan) -> int:
-        """Of the layer as planned."""
+        """The cost of the layer as planned."""
         each = self.dense if plan.is_dense else self.stored
         return each * plan.record().num_stored
 
 
 def allocate_by_gain(
     plans: Sequence[LayerPlan],
-    choices: CandidateTable,
+    table: CandidateTable,
     costs: Mapping[str, UnitCost],
     budget: int,
     distance: OutputDistance,
 ) -> Allocation:
-    """The structures and bonds that take most off the error, or those given where the outputs prefer them.
+    """Allocate by equal marginal gain in every way there is, and uniformly; keep the nearest outputs.
 
     Args:
-        plans: of all selected layers, bonds shared out uniformly.
-        choices: of the layers that take part.
-        costs: of each of them.
-        budget: of those together.
+        plans: of all selected layers, allocated uniformly.
+        table: candidates of the layers that take part.
+        costs: of a parameter of each of them.
+        budget: of those layers together.
         distance: on held-out inputs.
     """
-    part = {plan.map.name: plan for plan in plans if plan.map.name in choices.every}
+    part = {plan.map.name: plan for plan in plans if plan.map.name in table.every}
     ways: dict[str, list[LayerPlan]] = {}
     if sum(costs[name].of(plan) for name, plan in part.items()) <= budget:
-        ways["uniform"] = [_of_size(plan, choices.every.get(plan.map.name, ())) for plan in plans]
-    for way, open_to in _menus(choices.every).items():
-        told_at = part if way == WAYS[1] else {k: _of_size(plan, open_to[k]) for k, plan in part.items()}
-        scales = choices.scales(told_at, distance)
-        taken = share_out([_curve(open_to[name], scales[name], costs[name]) for name in part], budget)
+        ways["uniform"] = [_of_size(plan, table.every.get(plan.map.name, ())) for plan in plans]
+    for way, open_to in _menus(table.every).items():
+        measured_at = part if way == WAYS[1] else {k: _of_size(plan, open_to[k]) for k, plan in part.items()}
+        scales = table.scales(measured_at, distance)
+        taken = allocate([_curve(open_to[name], scales[name], costs[name]) for name in part], budget)
         if taken is not None:
             chosen = {name: open_to[name][k] for name, k in zip(part, taken, strict=True)}
-            ways[way] = [_as_chosen(plan, chosen) for plan in plans]
+            ways[way] = [_with_choice(plan, chosen) for plan in plans]
     ways = ways or {"uniform": list(plans)}
-    distances = {way: choices.distance(shared, distance) for way, shared in ways.items()}
+    distances = {way: table.distance(shared, distance) for way, shared in ways.items()}
     best = min(distances, key=lambda way: distances[way])
     return Allocation(ways[best], best, distances)
 
 
-def _as_chosen(plan: LayerPlan, chosen: Mapping[str, Candidate]) -> LayerPlan:
-    return chosen[plan.map.name].taken_by(plan) if plan.map.name in chosen else plan
+def _with_choice(plan: LayerPlan, chosen: Mapping[str, Candidate]) -> LayerPlan:
+    return chosen[plan.map.name].applied_to(plan) if plan.map.name in chosen else plan
 
 
 def _menus(every: Mapping[str, Sequence[Candidate]]) -> dict[str, dict[str, Sequence[Candidate]]]:
-    """Ways to share by gain: in every form on offer, and where those are several, in one of them alone.
+    """Ways to allocate by gain: among candidates of all forms and, if there are several, of one form alone.
 
-    Errors of one form compare well; how those of two add up in the network's outputs is less sure.
+    Errors of one form compare well; how errors of two forms add up in the network's outputs is less certain.
     """
-    forms = {form for offers in every.values() for form in map(_form, offers) if form is not None}
+    forms = {form for candidates in every.values() for form in map(_form, candidates) if form is not None}
     menus = {WAYS[1]: dict(every)}
     for form, way in zip(("mpo", "svd", "mera"), WAYS[2:], strict=True):
         if len(forms) > 1 and form in forms:
-            menus[way] = {name: _only(offers, form) for name, offers in every.items()}
+            menus[way] = {name: _only(candidates, form) for name, candidates in every.items()}
     return menus
 
 
 def _only(every: Sequence[Candidate], form: str) -> Sequence[Candidate]:
-    """Offers of this form, and the dense one; all where there are none."""
-    found = [offer for offer in every if _form(offer) in (form, None)]
-    return found if len(found) > 1 else every
+    """The candidates of this form and the dense one; all candidates if the layer has none of this form."""
+    chosen = [candidate for candidate in every if _form(candidate) in (form, None)]
+    return chosen if len(chosen) > 1 else every
 
 
-def _form(offer: Candidate) -> str | None:
-    """None: dense."""
-    if offer.storage is None:
+def _form(candidate: Candidate) -> str | None:
+    """The form of a candidate; None: dense."""
+    if candidate.storage is None:
         return None
-    return offer.storage.structure.form
+    return candidate.storage.structure.form
 
 
 def _curve(every: Sequence[Candidate], scale: float, cost: UnitCost) -> list[tuple[int, float]]:
-    """What each offer costs, and its error as the outputs feel it."""
+    """The cost of each candidate, and its error scaled to the movement of the outputs."""
     return [
-        (offer.parameters * (cost.stored if offer.storage else cost.dense), offer.error * scale)
-        for offer in every
+        (candidate.parameters * (cost.stored if candidate.storage else cost.dense), candidate.error * scale)
+        for candidate in every
     ]
 
 
 def _of_size(plan: LayerPlan, every: Sequence[Candidate]) -> LayerPlan:
-    """What errs least of these offers, of those no larger than planned; the plan itself where none is."""
+    """The plan with the best candidate that is no larger than planned; as it is if there is none."""
     if plan.is_dense:
         return plan
     size = plan.record().num_stored
-    within = [offer for offer in every if offer.storage is not None and offer.parameters <= size]
-    return min(within, key=lambda offer: offer.error).taken_by(plan) if within else plan
+    within = [
+        candidate for candidate in every if candidate.storage is not None and candidate.parameters <= size
+    ]
+    return min(within, key=lambda candidate: candidate.error).applied_to(plan) if within else plan
 
 
 def cached_or_allocated(
@@ -227,106 +235,108 @@ def _as_kept(plan: LayerPlan, bond: int | None, record: str) -> LayerPlan:
 
 
 class BudgetAllocator:
-    """The choices of a calibrated compression.
+    """Decides which layers share the budget of a calibrated compression, and in which forms.
 
     Args:
-        study: of the network and the calibration data.
-        checkpoint: that is compressed.
+        statistics: of the dense network on calibration data.
+        checkpoint: to read weights from.
         recipe: its options.
     """
 
-    def __init__(self, study: CalibrationStatistics, checkpoint: Checkpoint, recipe: Recipe) -> None:
-        self._study, self._checkpoint, self._recipe = study, checkpoint, recipe
-        self.shares: Allocation | None = None
+    def __init__(self, statistics: CalibrationStatistics, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self._statistics, self._checkpoint, self._recipe = statistics, checkpoint, recipe
+        self.allocation: Allocation | None = None
 
     @cached_property
     def distance(self) -> OutputDistance:
-        """Of the network's held-out outputs from the dense ones."""
-        return OutputDistance(self._study)
+        """The distance of held-out outputs from the dense ones."""
+        return OutputDistance(self._statistics)
 
-    def share(
+    def allocate(
         self, plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]
     ) -> list[LayerPlan]:
-        """Plans with a common budget shared out anew, by what each layer gains; others as they are.
+        """Plans with the common budget allocated by gain; without a common budget the plans as they are.
 
         Args:
-            plans: with equal shares.
-            predict_size: bytes of the whole output, an upper bound; for a ceiling on that.
+            plans: allocated uniformly.
+            predict_size: bytes of the whole output under a plan, an upper bound; for ``--size``.
         """
         if self._recipe.ratio is None and self._recipe.size is None:
             return plans
-        folder = self._study.folder
+        folder = self._statistics.folder
         if folder is None:
-            self.shares = self._found(plans, predict_size)
+            self.allocation = self._allocated(plans, predict_size)
         else:
-            key = in_order_key(self._study.fingerprint, self._checkpoint, plans, self._recipe)
-            found = partial(self._found, plans, predict_size)
-            self.shares = cached_or_allocated(
-                folder / "allocation.safetensors", key, plans, found, self._study.context.group
+            key = in_order_key(self._statistics.fingerprint, self._checkpoint, plans, self._recipe)
+            compute = partial(self._allocated, plans, predict_size)
+            self.allocation = cached_or_allocated(
+                folder / "allocation.safetensors", key, plans, compute, self._statistics.context.group
             )
-        return self.shares.plans
+        return self.allocation.plans
 
-    def _found(self, plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]) -> Allocation:
-        known = {name for group in self._study.groups for name in group}
+    def _allocated(
+        self, plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]
+    ) -> Allocation:
+        known = {name for group in self._statistics.groups for name in group}
         takes_part = [p for p in plans if p.map.name in known and self._has_no_goal_of_its_own(p)]
-        group = self._study.context.group
+        group = self._statistics.context.group
         with group.all_or_raise():
             distance = self.distance
-        offers = partial(self._offers, count=len(group.own_indices(costs_of(takes_part))))
-        choices = CandidateTable(takes_part, offers, group)
+        candidates = partial(self._candidates_of, count=len(group.own_indices(costs_of(takes_part))))
+        table = CandidateTable(takes_part, candidates, group)
         if self._recipe.size is not None:
-            return self._within_size(plans, choices, self._recipe.size, predict_size)
+            return self._within_size(plans, table, self._recipe.size, predict_size)
         assert self._recipe.ratio is not None
         total = sum(plan.structure.num_original for plan in plans)
-        others = sum(plan.record().num_stored for plan in plans if plan.map.name not in choices.every)
-        costs, budget = dict.fromkeys(choices.every, UnitCost()), int(self._recipe.ratio * total) - others
-        return allocate_by_gain(plans, choices, costs, budget, distance)
+        others = sum(plan.record().num_stored for plan in plans if plan.map.name not in table.every)
+        costs, budget = dict.fromkeys(table.every, UnitCost()), int(self._recipe.ratio * total) - others
+        return allocate_by_gain(plans, table, costs, budget, distance)
 
     def _within_size(
         self,
         plans: list[LayerPlan],
-        choices: CandidateTable,
+        table: CandidateTable,
         size: int,
         predict_size: Callable[[list[LayerPlan]], int],
     ) -> Allocation:
-        """Shares of bytes.
+        """Allocate bytes.
 
         Raises:
-            UsageError: nothing so small is found.
+            UsageError: no allocation is within the size.
         """
-        costs = {plan.map.name: _bytes(plan) for plan in plans if plan.map.name in choices.every}
+        costs = {plan.map.name: _bytes(plan) for plan in plans if plan.map.name in table.every}
         budget = sum(costs[plan.map.name].of(plan) for plan in plans if plan.map.name in costs)
         budget += size - predict_size(plans)
         for _ in range(_ATTEMPTS):
-            shares = allocate_by_gain(plans, choices, costs, budget, self.distance)
-            excess = predict_size(shares.plans) - size
+            allocation = allocate_by_gain(plans, table, costs, budget, self.distance)
+            excess = predict_size(allocation.plans) - size
             if excess <= 0:
-                return shares
+                return allocation
             budget -= excess
         raise UsageError(
             f"--size {size}: too small for what calibration records of each layer", "a larger --size"
         )
 
-    def _offers(self, plan: LayerPlan, count: int) -> Candidates:
-        """Those of one of so many layers of this process, the same for every budget."""
+    def _candidates_of(self, plan: LayerPlan, count: int) -> Candidates:
+        """The candidates of a layer, the same for every budget; this process has ``count`` such layers."""
         name, forms = plan.map.name, self._forms(plan)
-        kept: dict[Any, Candidates] = self._study.kept
+        kept: dict[Any, Candidates] = self._statistics.kept
         key = name, forms, plan.structure if self._has_own_factors(plan) else None
         if key not in kept:
-            context = self._study.context
+            context = self._statistics.context
             context.log("what each form would cost: layer", len(kept) + 1, -(-count // context.group.size))
             weight = read_finite(self._checkpoint, name).to(context.device)
             kept[key] = Candidates(
                 one_matrix(weight, plan.structure.kind, plan.structure.transposed),
                 self._mpo_structure(plan),
-                self._study.dense_evidence(name),
+                self._statistics.dense_objective(name),
                 forms,
                 self._other_structures(plan, forms),
             )
         return kept[key]
 
     def storages(self, plan: LayerPlan) -> list[Storage]:
-        """The plan's, and where the form is open two factors of the same size."""
+        """The storage of the plan and, where the form is open, two factors of the same size."""
         planned = storage_of(plan)
         if planned.structure.one_matrix:
             return [planned]
@@ -345,9 +355,9 @@ class BudgetAllocator:
         )
 
     def _has_own_factors(self, plan: LayerPlan) -> bool:
-        """Whether factors, or a number of sites, were asked for."""
-        rule, one = self._recipe.rule_for(plan.map.name), plan.structure
-        _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
+        """Whether the recipe gives factors or a number of sites."""
+        rule, structure = self._recipe.rule_for(plan.map.name), plan.structure
+        _, outputs, inputs = lead_outputs_inputs(structure.kind, structure.shape, structure.transposed)
         factors = self._recipe.factors_for(plan.map.name, outputs, inputs)
         return factors is not None or (rule.sites or self._recipe.sites) is not None
 
@@ -356,21 +366,21 @@ class BudgetAllocator:
         return rule.bond is None and rule.max_error is None and not rule.dense
 
     def _other_structures(self, plan: LayerPlan, forms: tuple[str, ...]) -> list[Structure]:
-        """A MERA of a kernel where the form is open; measured, it errs least by far, and is small there."""
-        one = plan.structure
-        if len(forms) == 1 or not one.kind.startswith("conv"):
+        """A MERA of a kernel where the form is open: measured, it has by far the smallest error there."""
+        structure = plan.structure
+        if len(forms) == 1 or not structure.kind.startswith("conv"):
             return []
-        return [make_structure(one.kind, one.shape, one.transposed, form="mera")]
+        return [make_structure(structure.kind, structure.shape, structure.transposed, form="mera")]
 
     def _mpo_structure(self, plan: LayerPlan) -> Structure:
-        one = plan.structure
-        if self._has_own_factors(plan) or one.topology is not CHAIN:
-            return one
-        if one.kind != "linear":  # of tables and kernels, measured, the more sites the better
-            return make_structure(one.kind, one.shape, one.transposed)
-        _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
+        structure = plan.structure
+        if self._has_own_factors(plan) or structure.topology is not CHAIN:
+            return structure
+        if structure.kind != "linear":  # measured: for embeddings and kernels, the more sites the better
+            return make_structure(structure.kind, structure.shape, structure.transposed)
+        _, outputs, inputs = lead_outputs_inputs(structure.kind, structure.shape, structure.transposed)
         factors = wide_factors(outputs, inputs)
-        return make_structure(one.kind, one.shape, one.transposed, None, factors)
+        return make_structure(structure.kind, structure.shape, structure.transposed, None, factors)
 
 
 def _bytes(plan: LayerPlan) -> UnitCost:

@@ -1,7 +1,8 @@
-"""Statistics of batch norms measured anew on what the compressed network gives them.
+"""Recalibrate batch norms: measure their statistics again on what the compressed network gives them.
 
-They repair networks that were fitted by their weights alone; after a fit in order, where running means have
-taken up errors already, they may do harm.  So they are kept only where outputs on held-out inputs gain.
+New statistics repair networks that were fitted by their weights alone.  After a sequential fit, where running
+means have corrected errors already, they may do harm.  So they are kept only where they bring held-out
+outputs nearer to the dense ones.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from mpoc.models.call import Batch, Call, to_device
 
 @dataclass(frozen=True)
 class RecalibratedNorms:
-    """What new statistics would do."""
+    """New statistics of batch norms, and the distance of the outputs before and after."""
 
     statistics: dict[str, Tensor]  # running mean or variance, by its place in the network; on the CPU
     before: float  # distance of held-out outputs from the dense network's
@@ -30,7 +31,7 @@ class RecalibratedNorms:
 
     @property
     def is_better(self) -> bool:
-        """Whether held-out outputs gain."""
+        """Whether held-out outputs are nearer to the dense ones."""
         return self.after < self.before
 
 

@@ -1,13 +1,11 @@
-"""A block's compressed layers trained together: to give what the dense block gave.
+"""Refine the compressed layers of a block together, so that it gives what the dense block gives.
 
     min  Σ (f(x̃) − y)ᵀ G (f(x̃) − y) / Σ yᵀ G y
 
 f is the block with cores, x̃ what it is given in the compressed network, y what the dense block gives on the
-dense network's inputs, G what matters to the network's own output; sums are over rows without padding.  So a
-block also takes off errors of those before it.  Adam (Kingma and Ba 2015) on batches in a drawn order; each
-tensor's step is in proportion to its own size, as the cores of a weight may have any scale.
-
-Which layers of a network are refined block by block, with what else in the block, and what came of it.
+dense network's inputs, G the second moment of gradients at the block's output; sums are over rows without
+padding.  A block thus also corrects errors of those before it.  Adam (Kingma and Ba 2015) takes batches in a
+drawn order; each tensor's step is in proportion to its own size, as the cores of a weight may have any scale.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ _EVALUATIONS = 10
 
 @dataclass(frozen=True)
 class Refined:
-    """The loss above on held-out examples, and the tensors that make it."""
+    """The loss on held-out examples before and after, and the refined tensors."""
 
     before: float
     after: float
@@ -57,15 +55,14 @@ def refine_block(
     metric: Tensor | None = None,
     seed: int = 0,
 ) -> Refined:
-    """Train some parameters of a block; of several states on the way the best one, as stored, is taken.
+    """Train some parameters of a block, and keep the best of several states, as stored.
 
     Args:
         block: float32, in evaluation mode; it is changed.
         stored: the parameters to train, by name in the block, and the dtype each is rounded to in the end.
         examples: to train on.
         held_out: to choose the state by.
-        metric: G (width, width) to a factor: E[g gᵀ], g the gradient of the network's output by a row; None:
-            the identity.
+        metric: G (width, width) to a factor; None: the identity.
         seed: of the order.
     """
     block.requires_grad_(False)
@@ -87,25 +84,25 @@ def refine_block(
         optimizer.step()
         if step % math.ceil(steps / _EVALUATIONS) == 0 or step == steps:
             rounded = {name: p.detach().to(stored[name], copy=True) for name, p in tensors.items()}
-            found = _distance_with(block, rounded, held_out, root)
-            if found < after:
-                after, best = found, rounded
+            reached = _distance_with(block, rounded, held_out, root)
+            if reached < after:
+                after, best = reached, rounded
     return Refined(before, after, best)
 
 
 def refinement_rate(step: int, steps: int) -> float:
-    """Of step ``step`` (from 0) for a tensor of size 1: a linear warm-up, then half a cosine to 0."""
+    """The learning rate of step ``step`` (from 0) at size 1: a linear warm-up, then half a cosine to 0."""
     warm_up = max(1.0, _WARM_UP * steps)
     return _RATE * min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()
 def distance(block: nn.Module, examples: Sequence[Example], root: Tensor | None = None) -> float:
-    """The loss above with G = ``root`` rootᵀ; 0 for 0/0."""
+    """The loss with G = ``root`` rootᵀ; 0 for 0/0."""
     error = total = 0.0
     for example in examples:
-        found, target = _squares(block, example, root)
-        error, total = error + float(found), total + float(target)
+        error_part, target = _squares(block, example, root)
+        error, total = error + float(error_part), total + float(target)
     return error / total if total else math.inf if error else 0.0
 
 
@@ -116,14 +113,14 @@ def _distance_with(
     before = {name: block.get_parameter(name).clone() for name in tensors}
     for name, tensor in tensors.items():
         block.get_parameter(name).copy_(tensor)
-    found = distance(block, examples, root)
+    reached = distance(block, examples, root)
     for name, tensor in before.items():
         block.get_parameter(name).copy_(tensor)
-    return found
+    return reached
 
 
 def _squares(block: nn.Module, example: Example, root: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both sums of a batch."""
+    """The numerator and the denominator of the loss on a batch."""
     output = next_input(block(_float(example.given), *_float(example.args), **_float(example.named)))
     assert output is not None, "a block of a chain gives a tensor"
     target = features(example.target.float(), example.mask, example.axis)
@@ -148,7 +145,7 @@ def _root(metric: Tensor) -> Tensor:
 
 
 def _float(value: Any) -> Any:
-    """Floating-point tensors as float32, wherever they are."""
+    """The value with all floating-point tensors in it as float32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, dict):
@@ -174,37 +171,46 @@ BlockPosition = tuple[int, int]  # chain, position
 
 
 class BlockRefinement:
-    """The blocks of a network that is compressed layer by layer.
+    """Refines the blocks of a network that is compressed layer by layer.
 
     Args:
-        study: of the dense network and the calibration data.
+        statistics: of the dense network on calibration data.
         compressed: the network that gets the compressed weights as they are found.
-        checkpoint: that is compressed.
+        checkpoint: to read tensors from.
         seed: of the order of the examples.
     """
 
     def __init__(
-        self, study: CalibrationStatistics, compressed: nn.Module, checkpoint: Checkpoint, seed: int
+        self, statistics: CalibrationStatistics, compressed: nn.Module, checkpoint: Checkpoint, seed: int
     ) -> None:
-        self._study, self._compressed, self._checkpoint, self._seed = study, compressed, checkpoint, seed
-        self._tied = same_tensor(study.network)
-        self._named = {place: name for name, place in study.places.items()}
+        self._statistics, self._compressed, self._checkpoint, self._seed = (
+            statistics,
+            compressed,
+            checkpoint,
+            seed,
+        )
+        self._tied = same_tensor(statistics.network)
+        self._named = {inner: name for name, inner in statistics.places.items()}
         self._losses: dict[str, tuple[float, float]] = {}  # of refined blocks
         self._left: list[str] = []  # compressed layers that were not refined
 
-    def home(self, name: str) -> BlockPosition | None:
-        """The block that a weight is refined with; None where there is none."""
-        weight = self._study.places.get(name, "")
-        place = self._study.home(weight)
-        if place is None or len(self._tied[weight]) > 1 or weight == f"{self._study.block(place)}.weight":
+    def position_of(self, name: str) -> BlockPosition | None:
+        """The block that a weight is refined with; None if there is none."""
+        weight = self._statistics.places.get(name, "")
+        position = self._statistics.position_of(weight)
+        if (
+            position is None
+            or len(self._tied[weight]) > 1
+            or weight == f"{self._statistics.block(position)}.weight"
+        ):
             return None
-        return place
+        return position
 
-    def refine(self, place: BlockPosition | None, fitted: Sequence[Fitted]) -> list[Fitted]:
-        """The layers of a block with better cores, the first of them with norms that changed.
+    def refine(self, position: BlockPosition | None, fitted: Sequence[Fitted]) -> list[Fitted]:
+        """Refine the layers of a block; the first of them carries the norms that changed.
 
         Args:
-            place: of the block; None of layers that have none.
+            position: of the block; None for layers that have none.
             fitted: all its selected layers; the compressed network has them already.
 
         Returns:
@@ -212,23 +218,23 @@ class BlockRefinement:
             that are dense, and of all where no state was better on held-out examples, as they were.
         """
         compressed = [one for one in fitted if one.cores]
-        if place is None or not compressed:
+        if position is None or not compressed:
             self._left += [one.record.layer for one in compressed]
             return list(fitted)
-        path = self._study.block(place)
-        self._study.context.log("refining block", len(self._losses) + 1, self._count)
+        path = self._statistics.block(position)
+        self._statistics.context.log("refining block", len(self._losses) + 1, self._count)
         block, cores = self._with_cores(path, compressed)
         vectors = self._vectors(path, block, compressed)
         stored = {name: getattr(torch, one.record.stored_dtype) for name, one in cores.items()}
         stored |= {name: self._checkpoint.read(own).dtype for name, own in vectors.items()}
-        seen, held_out = self._study.examples(self._compressed, place)
+        examples, held_out = self._statistics.examples(self._compressed, position)
         seed = derived_seed(self._seed, "refine", path)
-        found = refine_block(block, stored, seen, held_out, self._study.metric(place), seed)
-        self._losses[path] = found.before, found.after
-        if not found.tensors:
+        refined = refine_block(block, stored, examples, held_out, self._statistics.metric(position), seed)
+        self._losses[path] = refined.before, refined.after
+        if not refined.tensors:
             return self._with_losses(path, fitted)
-        changed = {own: found.tensors[name].cpu() for name, own in vectors.items()}
-        new = {one.record.name: self._taken(one, path, found.tensors, changed) for one in compressed}
+        changed = {own: refined.tensors[name].cpu() for name, own in vectors.items()}
+        new = {one.record.name: self._taken(one, path, refined.tensors, changed) for one in compressed}
         first = compressed[0].record.name
         new[first] = replace(new[first], changed={**new[first].changed, **changed})
         return self._with_losses(path, [new.get(one.record.name, one) for one in fitted])
@@ -238,21 +244,21 @@ class BlockRefinement:
         losses = {path: self._losses[path]}
         return [replace(one, losses=losses) if one.record.name == first else one for one in fitted]
 
-    def take_up(self, place: BlockPosition | None, fitted: Sequence[Fitted]) -> None:
-        """Layers of a block that an earlier run has refined; None of layers that have none."""
-        self._left += [one.record.layer for one in fitted if one.cores and place is None]
+    def restore(self, position: BlockPosition | None, fitted: Sequence[Fitted]) -> None:
+        """Record the layers of a block that an earlier run refined."""
+        self._left += [one.record.layer for one in fitted if one.cores and position is None]
         for one in fitted:
             self._losses |= one.losses
 
     @cached_property
     def _count(self) -> int:
-        """Blocks that have a layer to refine, at most."""
-        homes = {self.home(name) for group in self._study.groups for name in group}
-        return len(homes - {None})
+        """The number of blocks that may have a layer to refine."""
+        positions = {self.position_of(name) for group in self._statistics.groups for name in group}
+        return len(positions - {None})
 
-    def taken_back(self, place: BlockPosition | None, fitted: Sequence[Fitted]) -> list[Fitted]:
-        """The layers as they were: without the last refinement the network is nearer to the dense one."""
-        path = self._study.block(place) if place is not None else ""
+    def revert(self, position: BlockPosition | None, fitted: Sequence[Fitted]) -> list[Fitted]:
+        """The layers without the last refinement, after which the network was no nearer to the dense one."""
+        path = self._statistics.block(position) if position is not None else ""
         before, _ = self._losses[path]
         self._losses[path] = before, before
         return self._with_losses(path, fitted)
@@ -266,7 +272,7 @@ class BlockRefinement:
 
     @property
     def notes(self) -> list[str]:
-        """What came of it, in all, and which layers have no block."""
+        """A summary of all refined blocks, and the layers that have no block."""
         notes = []
         if self._losses:
             before, after = (sum(losses) / len(losses) for losses in zip(*self._losses.values(), strict=True))
@@ -284,36 +290,36 @@ class BlockRefinement:
         return notes
 
     def _with_cores(self, path: str, fitted: Sequence[Fitted]) -> tuple[nn.Module, dict[str, Fitted]]:
-        """A copy of a block, float32, computing through its cores; these by name, with their layers."""
+        """A float32 copy of a block that computes through cores, and the layer of each core by name."""
         block = copy.deepcopy(self._compressed.get_submodule(path)).float()
         cores: dict[str, Fitted] = {}
         for one in fitted:
-            place = self._within(path, one)
-            own = [core.to(self._study.context.device, torch.float32, copy=True) for core in one.cores]
-            adopt(block.get_submodule(place.rpartition(".")[0]), "weight", own, one.record.structure)
-            cores |= {f"{core_prefix(place)}.{k}": one for k in range(len(own))}
+            weight = self._within(path, one)
+            own = [core.to(self._statistics.context.device, torch.float32, copy=True) for core in one.cores]
+            adopt(block.get_submodule(weight.rpartition(".")[0]), "weight", own, one.record.structure)
+            cores |= {f"{core_prefix(weight)}.{k}": one for k in range(len(own))}
         return block, cores
 
     def _within(self, path: str, fitted: Fitted) -> str:
         """The name of a weight within its block."""
-        return self._study.places[fitted.record.name].removeprefix(f"{path}.")
+        return self._statistics.places[fitted.record.name].removeprefix(f"{path}.")
 
     def _vectors(self, path: str, block: nn.Module, fitted: Sequence[Fitted]) -> dict[str, str]:
-        """Biases of these layers and what norms hold: name in the block → in the checkpoint."""
+        """The biases of these layers and the parameters of norms: name in the block → in the checkpoint."""
         modules = {self._within(path, one).rpartition(".")[0] for one in fitted}
-        found = {}
-        for place, module in block.named_modules():
-            if place in modules or "norm" in type(module).__name__.lower():
-                for own, parameter in module.named_parameters(place, recurse=False):
+        vectors = {}
+        for own_path, module in block.named_modules():
+            if own_path in modules or "norm" in type(module).__name__.lower():
+                for own, parameter in module.named_parameters(own_path, recurse=False):
                     name = f"{path}.{own}"
                     if parameter.dim() == 1 and len(self._tied.get(name, ())) == 1 and name in self._named:
-                        found[own] = self._named[name]
-        return found
+                        vectors[own] = self._named[name]
+        return vectors
 
     def _taken(
         self, fitted: Fitted, path: str, tensors: Mapping[str, Tensor], changed: Mapping[str, Tensor]
     ) -> Fitted:
-        """A layer with new cores, and new values of the tensors that its fit had changed."""
+        """The layer with refined cores, and refined values of the tensors that its fit had changed."""
         prefix = core_prefix(self._within(path, fitted))
         cores = [tensors[f"{prefix}.{k}"].cpu().contiguous() for k in range(len(fitted.cores))]
         own = {name: changed.get(name, tensor) for name, tensor in fitted.changed.items()}

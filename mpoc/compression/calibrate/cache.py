@@ -161,12 +161,12 @@ def _save(path: Path, parts: Mapping[str, str], dense: DensePass, trace: Trace) 
     put_item(path, _KIND, parts, entries)
 
 
-def _tensors(found: DensePass, trace: Trace) -> dict[str, Tensor]:
+def _tensors(dense: DensePass, trace: Trace) -> dict[str, Tensor]:
     """The moments by their names in the file."""
-    tensors = {f"gradient {name}": tensor for name, tensor in found.gradients.items()}
-    tensors |= {f"block {path}": tensor for path, tensor in found.blocks.items()}
+    tensors = {f"gradient {name}": tensor for name, tensor in dense.gradients.items()}
+    tensors |= {f"block {path}": tensor for path, tensor in dense.blocks.items()}
     for name in dict.fromkeys(trace.same_rows.values()):
-        moments = found.moments[name]
+        moments = dense.moments[name]
         tensors[f"rows {name}"] = torch.tensor(moments.rows)
         tensors[f"mean {name}"] = moments.mean
         if moments.second is not moments.mean:

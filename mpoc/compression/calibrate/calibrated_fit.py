@@ -1,10 +1,8 @@
-"""What other methods would have made of a layer at the same size, on the same held-out inputs.
+"""Fit one layer to what it does: its cores, the correction of its bias, and the errors of its outputs.
 
-Errors are weighed by how much the network's output feels them, as the fit weighs them.
-
-One layer fitted to what it does: its cores, the shift that its bias takes up, and errors of its outputs.
-
-How far moments are trusted, γ, is chosen on held-out inputs; the fit is then made on all of them.
+γ, the share of the moments that gives way to their diagonal, is chosen on held-out inputs; the fit is then
+made on all of them.  Beside it stand baselines: the errors of other methods at the same size, on the same
+held-out inputs and in the same norm.
 """
 
 from __future__ import annotations
@@ -25,13 +23,13 @@ from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
-STRETCHES, LAST = 6, 1  # of a descent; then on all inputs
+STRETCHES, LAST = 6, 1  # of an L-BFGS fit: to choose γ, then on all inputs
 
 
 def baselines(
-    weight: Tensor, structure: Structure, parameters: int, evidence: Objective, seed: int = 0
+    weight: Tensor, structure: Structure, parameters: int, objective: Objective, seed: int = 0
 ) -> dict[str, float]:
-    """Errors of the same layer by other methods, all before it as it is: ``evidence.felt``, relative.
+    """Relative output-weighted errors of other methods on the same layer, at the same size.
 
     ``plain svd`` and ``plain mpo`` (TT-SVD at the default factors) are nearest to the weight,
     ``whitened svd`` to what the layer does in the dense network (SVD-LLM, Wang et al. 2024).
@@ -39,24 +37,27 @@ def baselines(
     Args:
         weight: of shape ``structure.shape``.
         structure: of a linear map, of a convolution without groups or of an embedding.
-        parameters: that are stored; a method that cannot be so small is left out.
-        evidence: as of the layer's own fit.
+        parameters: stored; a method that cannot be so small is left out.
+        objective: that of the layer's own fit.
         seed: of the range finder in TT-SVD.
     """
     kind, shape, transposed = structure.kind, structure.shape, structure.transposed
     matrix = one_matrix(weight, kind, transposed)
-    found: dict[str, Tensor] = {}
+    approximations: dict[str, Tensor] = {}
     rank = parameters // structure.as_low_rank().num_parameters(1)
     if rank:
         left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
-        found["plain svd"] = (left[:, :rank] * values[:rank] @ right[:rank]).double()
-        white = weighted_svd(evidence.whitened(matrix))
-        found["whitened svd"] = white.left[:, :rank] @ white.right[:rank]
+        approximations["plain svd"] = (left[:, :rank] * values[:rank] @ right[:rank]).double()
+        white = weighted_svd(objective.whitened(matrix))
+        approximations["whitened svd"] = white.left[:, :rank] @ white.right[:rank]
     chain = make_structure(kind, shape, transposed)
     bond = largest_bond(chain, parameters / chain.num_original)
     if bond is not None and chain.num_parameters(bond) <= parameters:
-        found["plain mpo"] = matrix_of(tt_svd(weight, chain, Truncation(bond), Target(seed=seed)).form)
-    return {name: evidence.felt.relative(matrix, other) for name, other in found.items()}
+        approximations["plain mpo"] = matrix_of(
+            tt_svd(weight, chain, Truncation(bond), Target(seed=seed)).form
+        )
+    error = objective.output_weighted_error
+    return {name: error.relative(matrix, other) for name, other in approximations.items()}
 
 
 @dataclass(frozen=True)
@@ -69,59 +70,60 @@ class Storage:
 
     @property
     def truncation(self) -> Truncation:
-        """As a fit takes it."""
+        """What a fit truncates to."""
         return Truncation(self.bond, rank=self.rank)
 
     @property
     def num_parameters(self) -> int:
-        """Of the cores, at these bonds."""
+        """Number of parameters of the cores at these bonds."""
         return self.structure.num_parameters(self.bond, self.rank)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the cores of a layer do, in the dtype they are stored in."""
+    """The errors of a layer's cores in the dtype that they are stored in, and the correction of the mean."""
 
-    shift: Tensor | None  # (N_y,) float64 to be added to the layer's outputs: W μ − Ŵ μ̃; None: nothing can be
+    shift: (
+        Tensor | None
+    )  # (N_y,) float64 W μ − Ŵ μ̃, to be added to the outputs; None: nothing can correct them
     relative_error: float  # ‖W − Ŵ‖_F / ‖W‖_F
     output_error: float  # of the outputs about their mean, on the inputs of the fit
     held_out_error: float  # on held-out inputs, of the same fit without them
-    felt_error: float  # likewise, as the network's output feels it
+    output_weighted_error: float  # likewise, outputs weighted by G
 
     def on_cpu(self) -> Judgement:
-        """With its tensor there."""
+        """The same with its tensor on the CPU."""
         return self if self.shift is None else replace(self, shift=self.shift.cpu())
 
 
 @dataclass(frozen=True)
 class CalibratedFit:
-    """A layer's cores in the stored dtype, on the CPU, with what they do."""
+    """A layer's cores in the stored dtype, on the CPU, with their errors."""
 
     form: Form
     gamma: float
     judged: Judgement
-    same_size: dict[str, float]  # felt errors, of "this" and of other methods
+    same_size: dict[str, float]  # output-weighted errors of "this" fit and of the baselines
 
 
 def fit_calibrated(
     weight: Tensor,
     storages: Sequence[Storage],
-    evidence: Objective,
+    objective: Objective,
     dtype: torch.dtype,
     seed: int,
     apart: bool = False,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> CalibratedFit:
-    """Cores that make small errors of the layer's outputs.
+    """Fit the cores of a layer so that the errors of its outputs are small.
 
     Args:
         weight: of shape ``structure.shape``.
-        storages: of a linear map, a convolution without groups or an embedding; what does best on held-out
-            inputs is kept.
-        evidence: of this layer.
+        storages: ways to store the layer; the one that does best on held-out inputs is taken.
+        objective: of this layer.
         dtype: of the stored cores.
-        seed: of the sweeps' start.
-        apart: keep held-out inputs out of the fit, for what comes after it.
+        seed: of the fit's start.
+        apart: keep held-out inputs out of the fit, for the refinement after it.
         group: the processes that share the trials, with the same arguments.
     """
     first = storages[0].structure
@@ -129,65 +131,68 @@ def fit_calibrated(
     trials = [
         (storage, gamma)
         for storage in storages
-        for gamma in (evidence.gammas if storage.structure.one_matrix else (evidence.mpo_gamma,))
+        for gamma in (objective.gammas if storage.structure.one_matrix else (objective.mpo_gamma,))
     ]
 
     def attempt(trial: tuple[Storage, float]) -> tuple[float, Form]:
         storage, gamma = trial
-        form = _rounded(_fit(evidence.metric(matrix, gamma), storage, STRETCHES, seed), dtype)
-        return evidence.felt.squared(matrix, matrix_of(form)), on_device(form, "cpu")
+        form = _rounded(_fit(objective.metric(matrix, gamma), storage, STRETCHES, seed), dtype)
+        return objective.output_weighted_error.squared(matrix, matrix_of(form)), on_device(form, "cpu")
 
     tried = group.map(trials, attempt, [_costs(storage) for storage, _ in trials])
     best = min(range(len(trials)), key=lambda k: tried[k][0])
     form = on_device(tried[best][1], weight.device)
     (last, judged), others = group.parallel(
-        lambda: _finished(weight, form, None if apart else trials[best], evidence, dtype, seed),
-        lambda: baselines(weight, first, form.num_parameters, evidence, seed),
+        lambda: _final_fit(weight, form, None if apart else trials[best], objective, dtype, seed),
+        lambda: baselines(weight, first, form.num_parameters, objective, seed),
     )
-    return CalibratedFit(last, trials[best][1], judged, {"this": judged.felt_error} | others)
+    return CalibratedFit(last, trials[best][1], judged, {"this": judged.output_weighted_error} | others)
 
 
-def _finished(
+def _final_fit(
     weight: Tensor,
     form: Form,
     trial: tuple[Storage, float] | None,
-    evidence: Objective,
+    objective: Objective,
     dtype: torch.dtype,
     seed: int,
 ) -> tuple[Form, Judgement]:
-    """The chosen trial, fitted on all inputs unless it is None; on the CPU."""
-    judged = judge(weight, form, evidence)
+    """The cores on the CPU: as they are, or fitted again on all inputs where a trial is given."""
+    judged = judge(weight, form, objective)
     if trial is not None:
         storage, gamma = trial
-        everything = evidence.together()
+        all_inputs = objective.together()
         matrix = one_matrix(weight, storage.structure.kind, storage.structure.transposed)
-        form = _rounded(_fit(everything.metric(matrix, gamma), storage, LAST, seed, form), dtype)
-        found = judge(weight, form, everything)
-        judged = replace(found, held_out_error=judged.held_out_error, felt_error=judged.felt_error)
+        form = _rounded(_fit(all_inputs.metric(matrix, gamma), storage, LAST, seed, form), dtype)
+        judged = replace(
+            judge(weight, form, all_inputs),
+            held_out_error=judged.held_out_error,
+            output_weighted_error=judged.output_weighted_error,
+        )
     return on_device(form, "cpu"), judged.on_cpu()
 
 
 def _costs(storage: Storage) -> float:
-    """Of a fit, beside a closed form."""
+    """Time of a fit, relative to a closed form."""
     return 1.0 if storage.structure.one_matrix else 4.0
 
 
-def judge(weight: Tensor, form: Form, evidence: Objective) -> Judgement:
-    """What cores do, however they were found."""
+def judge(weight: Tensor, form: Form, objective: Objective) -> Judgement:
+    """The errors of cores, however they were found."""
     matrix = one_matrix(weight, form.structure.kind, form.structure.transposed)
-    found = matrix_of(form)
+    made = matrix_of(form)
     norm = float(torch.linalg.vector_norm(matrix))
     return Judgement(
-        evidence.shift(matrix, found),
-        float(torch.linalg.vector_norm(matrix - found)) / norm if norm else 0.0,
-        evidence.seen.relative(matrix, found),
-        evidence.unseen.relative(matrix, found),
-        evidence.felt.relative(matrix, found),
+        objective.shift(matrix, made),
+        float(torch.linalg.vector_norm(matrix - made)) / norm if norm else 0.0,
+        objective.fit_error.relative(matrix, made),
+        objective.held_out_error.relative(matrix, made),
+        objective.output_weighted_error.relative(matrix, made),
     )
 
 
 def _fit(metric: Metric, storage: Storage, stretches: int, seed: int, start: Form | None = None) -> Form:
-    """The closed form of a single matrix needs no start and no stretches."""
+    """Fit in the metric; the closed form of a single matrix needs no start and no stretches."""
     structure = storage.structure
     if structure.one_matrix:
         left, right = weighted_svd(metric).factors(storage.bond)
@@ -202,5 +207,5 @@ def _rounded(form: Form, dtype: torch.dtype) -> Form:
 
 
 def on_device(form: Form, device: torch.device | str) -> Form:
-    """With its cores there."""
+    """The same form with its cores on ``device``."""
     return form.with_cores([core.to(device) for core in form.cores])

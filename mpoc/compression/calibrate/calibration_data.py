@@ -48,7 +48,7 @@ class Pooling:
     normalize: bool
 
     def __call__(self, states: Tensor, batch: Batch) -> Tensor:
-        """(n, T, width) → (n, width)."""
+        """One vector (n, width) from the vectors of tokens (n, T, width)."""
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         if self.mode == "cls":
             pooled = states[torch.arange(len(states)), mask.argmax(1)]
@@ -59,7 +59,7 @@ class Pooling:
 
 
 def read_pooling(path: Path) -> Pooling | None:
-    """What a sentence-transformers directory says; None where it says nothing, or what is not known here.
+    """The pooling of a sentence-transformers directory; None if it has none, or one that is not supported.
 
     Raises:
         MpocError: its ``modules.json`` or pooling configuration cannot be read.
@@ -89,7 +89,7 @@ def _read(file: Path) -> Any:
 
 
 def output_of_interest(outputs: Any, batch: Batch, pooling: Pooling | None = None) -> tuple[Tensor, bool]:
-    """(rows, width), and whether these are logits.
+    """The output of interest as rows (rows, width), and whether it is logits.
 
     Args:
         outputs: of the network on ``batch``.
@@ -109,7 +109,7 @@ def output_of_interest(outputs: Any, batch: Batch, pooling: Pooling | None = Non
 
 @torch.no_grad()
 def direction(values: Tensor, are_logits: bool, generator: torch.Generator) -> Tensor:
-    """(rows, width): the gradient of Σ log p(drawn label) by the logits, or random signs."""
+    """A direction (rows, width): the gradient of Σ log p(drawn label) by the logits, or random signs."""
     if not are_logits:
         signs = torch.randint(0, 2, values.shape, generator=generator, device=values.device)
         return signs.to(values.dtype) * 2 - 1
@@ -227,7 +227,7 @@ def draw(
 
 
 def _batches(loader: BatchLoader, chosen: Tensor, tokens: int) -> list[Batch]:
-    """Texts of about one length together, so that there is little padding."""
+    """Batches in which texts are of about one length, so that there is little padding."""
     chosen = chosen.sort().values
     lengths = torch.cat([_lengths(loader.read(part)) for part in chosen.split(_EXAMPLES)])
     if not bool(lengths.any()):
@@ -243,7 +243,7 @@ def _batches(loader: BatchLoader, chosen: Tensor, tokens: int) -> list[Batch]:
 
 
 def _lengths(batch: Batch) -> Tensor:
-    """Tokens of each example; 0 where it is no text."""
+    """The number of tokens of each example; 0 where it is not text."""
     if "input_ids" not in batch:
         return torch.zeros(len(next(iter(batch.values()))))
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum(1)
@@ -319,7 +319,7 @@ def examples_of(given: Any, network: nn.Module, samples: int) -> tuple[Examples,
 
 
 def _reads_by_index(given: Any) -> bool:
-    """Whether it is a loader of examples that can be drawn from its data set."""
+    """Whether ``given`` is a loader whose data set can be read by index in place of the loader."""
     if not isinstance(given, DataLoader) or given.batch_sampler is None:
         return False
     sampler: Any = given.sampler
@@ -350,7 +350,7 @@ def _concatenated(batches: list[Batch], takes_mask: bool) -> Batch:
 
 
 def _padded(batch: Batch, width: int) -> Batch:
-    """Tokens, and what goes with each of them, filled with zeros behind the last one."""
+    """The batch with its tokens, and what goes with each of them, padded with zeros to ``width``."""
     tokens = batch["input_ids"]
     batch = {"attention_mask": torch.ones_like(tokens), **batch}
     return {
@@ -364,7 +364,7 @@ def _is_per_token(values: Tensor, tokens: Tensor) -> bool:
 
 
 def _trimmed(batch: Batch) -> Batch:
-    """Without the columns that are padding in every example, where nothing but tokens depends on them."""
+    """The batch without the columns that are padding in every example, if all its tensors are per token."""
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2 or not batch.keys() <= _PER_TOKEN or not bool(mask.any()):
         return batch

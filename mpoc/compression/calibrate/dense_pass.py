@@ -1,4 +1,4 @@
-"""One pass of the dense network: moments of what goes into each layer, and of gradients behind it."""
+"""One pass over the dense network: moments of the inputs of each layer, and of gradients at its output."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _Key = tuple[str, str]  # "moments", "gradients" or "blocks"; the weight or the 
 
 @dataclass(frozen=True)
 class DensePass:
-    """Of the dense network, by weight.
+    """Moments and gradients of the dense network, by weight.
 
     ``gradients`` are G, (N_y, N_y) float64 on the CPU: E[g gᵀ] over rows and directions, g the gradient of an
     example's Σ at the layer's output.  An example's change by an error δ there is about rows / examples times
@@ -81,7 +81,7 @@ def dense_pass(
         trace: of this network.
         probes: the directions whose gradients are measured.
         positions: of convolutions.
-        context: whose processes share the batches; None: one process, on the network's device.
+        context: whose processes share the batches; None: one process.
 
     Raises:
         MpocError: the data give a layer no rows, or outputs are not finite.
@@ -102,12 +102,12 @@ def dense_pass(
                     _backward(values, are_logits, probes, index)
         return run.sums()
 
-    shards = BatchShards(len(batches), context.group)
-    return _result(shards.total(measure, _merged), trace, probes.count)
+    total = BatchShards(len(batches), context.group).total(measure, _merged)
+    return _result(total, trace, probes.count)
 
 
 def _backward(values: Tensor, are_logits: bool, probes: Probes, index: int) -> None:
-    """Gradients by each random direction in the outputs of batch ``index``."""
+    """Run backward from each random direction in the outputs of batch ``index``."""
     for probe in range(probes.count):
         generator = torch.Generator(values.device)
         generator.manual_seed(derived_seed(probes.seed, "direction", index, probe))
@@ -141,11 +141,11 @@ def _merged(one: Moments | _Sum, other: Moments | _Sum) -> Moments | _Sum:
     return _Sum(one.total + other.total, one.rows + other.rows)
 
 
-def _result(found: Mapping[_Key, Moments | _Sum], trace: Trace, probes: int) -> DensePass:
-    first = {name: one for (_, name), one in found.items() if isinstance(one, Moments)}
+def _result(totals: Mapping[_Key, Moments | _Sum], trace: Trace, probes: int) -> DensePass:
+    first = {name: one for (_, name), one in totals.items() if isinstance(one, Moments)}
     refuse_without_rows((trace.layers[name] for name in dict.fromkeys(trace.same_rows.values())), first)
     moments = {name: first[same] for name, same in trace.same_rows.items()}
-    sums = {key: one for key, one in found.items() if isinstance(one, _Sum)}
+    sums = {key: one for key, one in totals.items() if isinstance(one, _Sum)}
     halves = {key: (one.total + one.total.T) / 2 for key, one in sums.items()}
     gradients = {
         name: halves[key] / (sums[key].rows * probes)
@@ -157,7 +157,7 @@ def _result(found: Mapping[_Key, Moments | _Sum], trace: Trace, probes: int) -> 
 
 
 class _Run:
-    """What hooks gather over the batches of a part."""
+    """Hooks that accumulate over the batches of a shard."""
 
     index: int  # of the batch
     mask: Tensor | None
@@ -171,7 +171,7 @@ class _Run:
         self._blocks: dict[str, Tensor] = {}
 
     def hooks(self, gradients: bool, blocks: bool) -> Iterator[RemovableHandle]:
-        """Of layers, and of blocks where gradients at what they give are wanted."""
+        """Register hooks of layers and, if wanted, of blocks."""
         for layer in self._trace.layers.values():
             for path in layer.modules:
                 module = self._network.get_submodule(path)
@@ -184,16 +184,16 @@ class _Run:
                 yield self._network.get_submodule(block.module).register_forward_hook(behind)
 
     def sums(self) -> dict[_Key, Moments | _Sum]:
-        """Of what was seen."""
-        found: dict[_Key, Moments | _Sum] = {}
+        """The sums so far."""
+        sums: dict[_Key, Moments | _Sum] = {}
         for name, layer_sums in self._sums.items():
             moments = layer_sums.moments()
-            found |= {} if moments is None else {("moments", name): moments}
-        found |= {("gradients", name): _Sum(g.cpu(), self._rows[name]) for name, g in self._gradients.items()}
-        return found | {("blocks", path): _Sum(total.cpu(), 0) for path, total in self._blocks.items()}
+            sums |= {} if moments is None else {("moments", name): moments}
+        sums |= {("gradients", name): _Sum(g.cpu(), self._rows[name]) for name, g in self._gradients.items()}
+        return sums | {("blocks", path): _Sum(total.cpu(), 0) for path, total in self._blocks.items()}
 
     def _before(self, layer: ObservedLayer) -> Any:
-        """A hook that adds what the layer is given."""
+        """A hook that accumulates the layer's inputs."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             if layer.name in self._sums:
@@ -204,7 +204,7 @@ class _Run:
         return hook
 
     def _after(self, layer: ObservedLayer) -> Any:
-        """A hook that begins the graph where nothing has, and adds the gradients at the output."""
+        """A hook that starts the autograd graph if nothing has, and accumulates gradients at the output."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:
@@ -213,11 +213,11 @@ class _Run:
 
             def add(gradient: Tensor) -> None:
                 rows = as_rows(layer, gradient, mask)
-                found = product(rows, rows)
+                products = product(rows, rows)
                 if layer.name in self._gradients:
-                    self._gradients[layer.name] += found
+                    self._gradients[layer.name] += products
                 else:
-                    self._gradients[layer.name] = found
+                    self._gradients[layer.name] = products
 
             if output.requires_grad:  # not so where the network itself has switched gradients off
                 output.register_hook(add)
@@ -227,17 +227,17 @@ class _Run:
         return hook
 
     def _behind(self, path: str, axis: int) -> Any:
-        """A hook that adds the gradients at the output of a block."""
+        """A hook that accumulates the gradients at the output of a block."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             first, mask = next_input(output), self.mask
 
             def add(gradient: Tensor) -> None:
                 rows = features(gradient, mask, axis).float()
-                found = product(rows, rows)
+                products = product(rows, rows)
                 total = self._blocks.get(path)
-                if total is None or total.shape == found.shape:  # else the axis is none of features
-                    self._blocks[path] = found if total is None else total + found
+                if total is None or total.shape == products.shape:  # else the axis is none of features
+                    self._blocks[path] = products if total is None else total + products
 
             if first is not None and first.requires_grad:
                 first.register_hook(add)

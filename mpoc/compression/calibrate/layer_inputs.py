@@ -1,11 +1,11 @@
-"""Networks are watched through hooks, which go again whatever happens, and are left as they were.
+"""Observe the inputs of layers through hooks, as the rows that each weight is multiplied by.
 
-How the rows that a weight is multiplied by are taken from what its module is given.
-
-Linear layers take the last axis; tokens that are padding are left out where the axes in front of it are those
-of the attention mask.  A convolution's row is its patch, taps outermost: entry tap · C_in + channel, taps
-row-major over the kernel, as :func:`mpoc.tensor_networks.forms.layout.to_matrix` orders a kernel.  An
+Linear layers take rows along the last axis; padding tokens are left out where the axes in front of it are
+those of the attention mask.  A convolution's row is its patch, taps outermost: entry tap · C_in + channel,
+taps row-major over the kernel, as :func:`mpoc.tensor_networks.forms.layout.to_matrix` orders a kernel.  An
 embedding's rows are one-hot, so they are counted.
+
+Hooks are removed, and the network is left as it was, whatever happens during a pass.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def hooked() -> Iterator[list[RemovableHandle]]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """For the time of a pass no parameter asks for a gradient and transformers keeps no keys and values."""
+    """During a pass, no parameter requires a gradient and transformers caches no keys and values."""
     modules = (module for module in network.modules() if not isinstance(module, nn.ParameterList))
     assert not any(module.training for module in modules), "calibration is in evaluation mode"
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -65,20 +65,20 @@ def first_argument(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where its first parameter is."""
+    """The device of the network's first parameter."""
     return next(network.parameters()).device
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A part of the positions of a convolution, chosen alike wherever shapes and seed are the same."""
+    """A random part of a convolution's positions, a function of shapes and seed."""
 
     positions: int  # an example, on average
     seed: int
 
 
 class Inputs(ABC):
-    """What a layer's rows are."""
+    """How the rows that a weight multiplies are taken from a module's input."""
 
     features: int  # N_x, of one group
 
@@ -89,20 +89,20 @@ class Inputs(ABC):
 
     @abstractmethod
     def count(self, given: Tensor, mask: Tensor | None) -> int:
-        """How many rows there are in what the module was given."""
+        """The number of rows in an input."""
 
     @abstractmethod
     def blocks(self, given: Tensor, mask: Tensor | None, sample: Sample | None) -> Iterator[Tensor]:
-        """The rows (n, N_x), or (groups, n, N_x), in blocks of bounded memory."""
+        """Rows (n, N_x), or (groups, n, N_x), in blocks of bounded memory."""
 
     @abstractmethod
     def outputs(self, values: Tensor, mask: Tensor | None) -> Tensor:
-        """(rows, N_y) of the layer's output or of a gradient there, the same rows."""
+        """The layer's output, or a gradient there, as rows (rows, N_y)."""
 
 
 @dataclass(frozen=True)
 class LinearInputs(Inputs):
-    """(…, N_x) → (…, N_y)."""
+    """Inputs (…, N_x) of a linear layer."""
 
     features: int
 
@@ -112,49 +112,49 @@ class LinearInputs(Inputs):
         return "linear"
 
     def count(self, given: Tensor, mask: Tensor | None) -> int:
-        """Tokens that are no padding, or all that stands in front of the last axis."""
+        """The number of tokens without padding, or of all rows along the last axis."""
         return len(_real_rows(given, mask))
 
     def blocks(self, given: Tensor, mask: Tensor | None, sample: Sample | None) -> Iterator[Tensor]:
-        """(n, N_x), all at once; a sample is of convolutions only."""
+        """All rows (n, N_x) at once; ``sample`` is for convolutions only."""
         yield _real_rows(given, mask)
 
     def outputs(self, values: Tensor, mask: Tensor | None) -> Tensor:
-        """The same rows of the output."""
+        """Rows of the output, without padding."""
         return _real_rows(values, mask)
 
 
 @dataclass(frozen=True)
 class EmbeddingInputs(Inputs):
-    """Whole numbers (…) → (…, width)."""
+    """Indices (…) of an embedding."""
 
     features: int  # number of rows of the table
 
     @property
     def key(self) -> Hashable:
-        """All tables of one size count the same."""
+        """Embeddings of one size take the same rows."""
         return "embedding", self.features
 
     def count(self, given: Tensor, mask: Tensor | None) -> int:
-        """Indices that are no padding."""
+        """The number of indices without padding."""
         return len(_real_rows(given[..., None], mask))
 
     def blocks(self, given: Tensor, mask: Tensor | None, sample: Sample | None) -> Iterator[Tensor]:
-        """None: see :meth:`counts`."""
+        """No blocks: one-hot rows are counted (:meth:`counts`)."""
         return iter(())
 
     def counts(self, given: Tensor, mask: Tensor | None) -> Tensor:
-        """(features,) how often each index comes."""
+        """How often each index occurs (features,)."""
         return torch.bincount(_real_rows(given[..., None], mask).flatten(), minlength=self.features)
 
     def outputs(self, values: Tensor, mask: Tensor | None) -> Tensor:
-        """One row an index."""
+        """One row for each index without padding."""
         return _real_rows(values, mask)
 
 
 @dataclass(frozen=True)
 class ConvInputs(Inputs):
-    """(n, C_in, …) → (n, C_out, …)."""
+    """Inputs (n, C_in, …) of a convolution."""
 
     features: int  # taps · C_in / groups
     groups: int
@@ -177,15 +177,15 @@ class ConvInputs(Inputs):
 
     @property
     def key(self) -> Hashable:
-        """The geometry."""
+        """Convolutions of one geometry take the same rows."""
         return self
 
     def count(self, given: Tensor, mask: Tensor | None) -> int:
-        """Positions of the output, of all examples."""
+        """The number of output positions in all examples."""
         return self._patches(given).shape[: 1 + len(self.kernel)].numel()
 
     def blocks(self, given: Tensor, mask: Tensor | None, sample: Sample | None) -> Iterator[Tensor]:
-        """(n, taps · C_in), or (groups, n, taps · C_in / groups) where there are groups."""
+        """Patches (n, taps · C_in), or (groups, n, taps · C_in / groups) where there are groups."""
         patches = self._patches(given)
         axes = len(self.kernel)
         places = patches.shape[: 1 + axes]
@@ -201,7 +201,7 @@ class ConvInputs(Inputs):
             yield self._rows(part, 1 + axes)
 
     def outputs(self, values: Tensor, mask: Tensor | None) -> Tensor:
-        """(n · positions, C_out)."""
+        """Rows (n · positions, C_out)."""
         batched = values if values.dim() == 2 + len(self.kernel) else values[None]
         return batched.movedim(1, -1).flatten(0, -2)
 
@@ -230,7 +230,7 @@ class ConvInputs(Inputs):
 
 
 def _is_masked(values: Tensor, mask: Tensor | None) -> bool:
-    """Whether values (…, width) are of the mask's tokens: (n, T, …, width), or these in one axis."""
+    """Whether values belong to the mask's tokens: (n, T, …, width), or (n·T, width)."""
     if mask is None or mask.dim() != 2:
         return False
     flat = values.dim() == 2 and mask.shape[1] > 1 and len(values) == mask.numel()
@@ -248,7 +248,7 @@ def _real_rows(values: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class ObservedLayer:
-    """A weight, the modules that multiply by it, and how their rows are taken."""
+    """A weight, the modules that multiply by it, and how its rows are taken."""
 
     name: str
     modules: tuple[str, ...]
@@ -256,7 +256,7 @@ class ObservedLayer:
 
 
 def find_layer(network: nn.Module, name: str) -> ObservedLayer | str:
-    """How the inputs of the weight ``name`` are found, or why they are not.
+    """Find how the inputs of a weight are observed, or why they cannot be.
 
     Args:
         network: dense.
@@ -268,15 +268,15 @@ def find_layer(network: nn.Module, name: str) -> ObservedLayer | str:
     known = same_tensor(network)
     if name not in known:
         raise MpocError(f"the network {type(network).__name__} has no weight {name!r}")
-    found: dict[int, tuple[str, Inputs]] = {}
+    modules: dict[int, tuple[str, Inputs]] = {}
     for alias in sorted(known[name], key=lambda other: (other != name, other)):
         path, _, own = alias.rpartition(".")
         module = network.get_submodule(path)
         inputs = _inputs(module) if own == "weight" else None
         if inputs is None:
             return f"its inputs cannot be seen from outside a {type(module).__name__}"
-        found.setdefault(id(module), (path, inputs))
-    places = list(found.values())
+        modules.setdefault(id(module), (path, inputs))
+    places = list(modules.values())
     if len({type(inputs) for _, inputs in places}) > 1:
         return f"tied: {' and '.join(path for path, _ in places)} use it in different ways"
     return ObservedLayer(name, tuple(path for path, _ in places), places[0][1])

@@ -1,14 +1,11 @@
-"""Batches in parts: each is summed by itself and the sums are merged in order, whoever makes them.
-
-So several processes share a pass over the data, and find what one alone finds to the last bit.
-
-First and second moments of the rows that go into a layer, of one network or of two side by side.
+"""First and second moments of the rows that go into a layer, in one network or in two side by side.
 
 Products of float32 rows are formed in float32, ``_BLOCK`` rows at a time, and summed in float64: twice as
 fast as float64 throughout, and each entry is right to about 3e-7 of the standard deviations it belongs to.
-Rows are shifted by the mean of the first ones, so that it holds where means are large beside deviations.
+Rows are shifted by the mean of the first ones, so that this holds where means are large beside deviations.
 
-The sums of one layer over a pass.
+A pass is cut into shards of batches.  Each shard is summed by itself, and the sums are merged in order,
+whichever process makes them.  Several processes thus find what one alone finds, to the last bit.
 """
 
 from __future__ import annotations
@@ -36,14 +33,14 @@ _BLOCK = 8192  # rows of one product
 
 @dataclass(frozen=True)
 class BatchShards:
-    """The parts of so many batches, and the processes that share them."""
+    """The shards of ``count`` batches, and the processes that share them."""
 
     count: int
     group: ProcessGroup = SINGLE_PROCESS
 
     @property
     def every(self) -> list[range]:
-        """Batches of each part; their number does not depend on that of the processes."""
+        """The batches of each shard; the shards do not depend on the number of processes."""
         parts = max(1, min(_MOST, self.count))
         return [range(*ends) for ends in pairwise(k * self.count // parts for k in range(parts + 1))]
 
@@ -55,23 +52,23 @@ class BatchShards:
     def total(
         self, measure: Callable[[range], dict[_Key, _Sum]], merge: Callable[[_Sum, _Sum], _Sum]
     ) -> dict[_Key, _Sum]:
-        """Sums over all batches, the same in all processes.
+        """Accumulate sums over all batches, the same in all processes.
 
         Args:
-            measure: of the batches of one part; tensors are on the CPU.
-            merge: a sum over earlier batches and one over those after them.
+            measure: gives the sums over the batches of one shard, on the CPU.
+            merge: joins a sum over earlier batches and one over later ones.
         """
         total: dict[_Key, _Sum] = {}
         for first in range(0, len(self.every), self.group.size):
             parts = self.every[first : first + self.group.size]
-            found: dict[_Key, _Sum] = {}
+            own: dict[_Key, _Sum] = {}
             with self.group.all_or_raise():
                 if self.group.rank < len(parts):
-                    found = measure(parts[self.group.rank])
+                    own = measure(parts[self.group.rank])
             for owner in range(len(parts)):
-                for key in self.group.broadcast(list(found), src=owner):
+                for key in self.group.broadcast(list(own), src=owner):
                     given = self.group.broadcast(
-                        found.pop(key) if owner == self.group.rank else None, src=owner
+                        own.pop(key) if owner == self.group.rank else None, src=owner
                     )
                     total[key] = merge(total[key], given) if key in total else given
         return total
@@ -95,7 +92,7 @@ class Moments:
 
 
 def merge(one: Moments, other: Moments) -> Moments:
-    """The moments of the rows of both together; what is one tensor in both stays one tensor."""
+    """The moments of the rows of both together; tensors that are one and the same in both stay so."""
     rows = one.rows + other.rows
     merged: dict[tuple[int, int], Tensor] = {}
 
@@ -120,7 +117,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 class _Sums:
-    """Of shifted rows, one network's."""
+    """Sums of one network's rows, shifted."""
 
     def __init__(self, rows: Tensor) -> None:
         first = rows[..., :_BLOCK, :].mean(-2, keepdim=True, dtype=torch.float64)
@@ -128,13 +125,13 @@ class _Sums:
         self.total = torch.zeros_like(first)
 
     def shifted(self, rows: Tensor) -> Tensor:
-        """The rows less the shift; they are counted."""
+        """The rows less the shift, added to the total."""
         rows = rows - self.shift
         self.total += rows.sum(-2, keepdim=True, dtype=torch.float64)
         return rows
 
     def mean(self, count: int) -> Tensor:
-        """(…, N_x)."""
+        """The mean (…, N_x) of ``count`` rows."""
         return (self.shift + self.total / count).squeeze(-2)
 
 
@@ -169,19 +166,19 @@ class Accumulator:
         if dense is not None:
             pairs += [(shifted[1], shifted[0])]
             pairs += [(shifted[1], shifted[1])] if self._wants_dense else []
-        found = [product(a, b) for a, b in pairs]
+        products = [product(a, b) for a, b in pairs]
         if not self._products:
-            self._products = found
+            self._products = products
         else:
-            for total, part in zip(self._products, found, strict=True):
+            for total, part in zip(self._products, products, strict=True):
                 total += part
         self.count += rows.shape[-2]
 
     def moments(self, rows: int | None = None) -> Moments:
-        """What was gathered.
+        """The moments of all rows added.
 
         Args:
-            rows: there were, where those added are a part of them.
+            rows: number of rows of which those added are a sample.
 
         Raises:
             ValueError: no rows were added.
@@ -200,16 +197,16 @@ class Accumulator:
     def _second(self, which: int, left: int, right: int, means: list[Tensor]) -> Tensor:
         """E[a bᵀ] from the product of the shifted a − s and b − t: Σ/n + s E[b]ᵀ + (E[a] − s) tᵀ."""
         s, t = self._sums[left].shift.squeeze(-2).double(), self._sums[right].shift.squeeze(-2).double()
-        found = self._products[which] / self.count
-        found.addcmul_(s[..., :, None], means[right][..., None, :])
-        found.addcmul_((means[left] - s)[..., :, None], t[..., None, :])
+        second = self._products[which] / self.count
+        second.addcmul_(s[..., :, None], means[right][..., None, :])
+        second.addcmul_((means[left] - s)[..., :, None], t[..., None, :])
         if left == right:
-            found = (found + found.mT) / 2
-        return found.cpu()
+            second = (second + second.mT) / 2
+        return second.cpu()
 
 
 def one_hot_moments(counts: Tensor) -> Moments:
-    """Of an embedding's one-hot rows, from how often each index came.
+    """The moments of an embedding's one-hot rows, from how often each index occurred.
 
     Args:
         counts: (N,) whole numbers, at least one of them above 0.
@@ -221,13 +218,13 @@ def one_hot_moments(counts: Tensor) -> Moments:
 
 @dataclass(frozen=True)
 class Positions:
-    """Which positions of convolutions are taken."""
+    """Which positions of convolutions are used."""
 
     most: int | None = None  # an example, on average; None: all
     seed: int = 0
 
     def of(self, batch: int) -> Sample | None:
-        """The choice in batch number ``batch``: the same in every pass."""
+        """The sample in batch number ``batch``, the same in every pass."""
         return None if self.most is None else Sample(self.most, derived_seed(self.seed, "positions", batch))
 
 
@@ -235,11 +232,11 @@ ALL = Positions()
 
 
 class LayerSums:
-    """What is summed of the inputs of one layer.
+    """Accumulates the inputs of one layer over a pass.
 
     Args:
-        layer: whose.
-        dense_second: as of :class:`Accumulator`.
+        layer: whose inputs.
+        dense_second: as :class:`Accumulator` takes it.
     """
 
     def __init__(self, layer: ObservedLayer, dense_second: bool = True) -> None:
@@ -278,29 +275,29 @@ class LayerSums:
         self.rows += inputs.count(given, mask) if part else self._accumulator.count - added
 
     def moments(self) -> Moments | None:
-        """Of all that was added; None: no rows were."""
+        """The moments of all inputs added; None: they had no rows."""
         if isinstance(self._counts, Tensor) and bool(self._counts.any()):
             return one_hot_moments(self._counts)
         return self._accumulator.moments(self.rows) if self.rows else None
 
 
-def refuse_without_rows(layers: Iterable[ObservedLayer], found: Container[str]) -> None:
-    """Whether all of these were found.
+def refuse_without_rows(layers: Iterable[ObservedLayer], known: Container[str]) -> None:
+    """Require that the data gave rows to all of these layers.
 
     Raises:
         MpocError: the data give a layer no rows.
     """
-    without = next((layer.name for layer in layers if layer.name not in found), None)
+    without = next((layer.name for layer in layers if layer.name not in known), None)
     if without is not None:
         raise MpocError(f"{without}: the calibration data give it no rows")
 
 
 def total_rows(layer: ObservedLayer, output: Tensor, mask: Tensor | None) -> int:
-    """How many rows a layer's output has."""
+    """The number of rows in a layer's output."""
     return len(layer.inputs.outputs(output.detach(), mask))
 
 
 def as_rows(layer: ObservedLayer, gradient: Tensor, mask: Tensor | None) -> Tensor:
-    """(rows, N_y) of a gradient at the layer's output, float32 or float64."""
+    """A gradient at the layer's output as rows (rows, N_y), float32 or float64."""
     rows = layer.inputs.outputs(gradient, mask)
     return rows if rows.dtype == torch.float64 else rows.float()

@@ -1,4 +1,4 @@
-"""What is known of a layer's inputs and outputs, and the errors and metrics that follow from it."""
+"""The objective of a layer's fit: moments of its inputs and outputs, errors and metrics made of them."""
 
 from __future__ import annotations
 
@@ -22,34 +22,37 @@ _TABLE_GAMMA = 0.02  # of G under a table
 
 @dataclass(frozen=True)
 class ErrorNorm:
-    """E of (Wx − Ŵx̃)ᵀ G (Wx − Ŵx̃), about means where the fit takes them up."""
+    """The mean of (Wx − Ŵx̃)ᵀ G (Wx − Ŵx̃) over rows, less the mean error where the fit corrects it."""
 
-    mine: Tensor  # E[x̃ x̃ᵀ] (N_x, N_x)
+    compressed: Tensor  # E[x̃ x̃ᵀ] (N_x, N_x)
     cross: Tensor  # E[x x̃ᵀ]
     dense: Tensor  # E[x xᵀ]
     outputs: Tensor | None = None  # G as in :class:`mpoc.tensor_networks.fit.metric.Metric`
 
-    def squared(self, matrix: Tensor, found: Tensor) -> float:
-        """Of Ŵ = ``found`` in the place of W = ``matrix``, both (N_y, N_x); inf in the place of NaN."""
-        if self.mine is self.cross is self.dense:
-            rest = matrix - found
-            error = float((weighed(self.outputs, rest @ self.mine) * rest).sum())
+    def squared(self, matrix: Tensor, approximation: Tensor) -> float:
+        """The norm squared for W = ``matrix`` and its approximation Ŵ, both (N_y, N_x); NaN counts as inf."""
+        if self.compressed is self.cross is self.dense:
+            rest = matrix - approximation
+            error = float((weighed(self.outputs, rest @ self.compressed) * rest).sum())
         else:
-            left = matrix @ self.dense - found @ self.cross.T
-            right = matrix @ self.cross - found @ self.mine
-            products = weighed(self.outputs, left) * matrix - weighed(self.outputs, right) * found
+            left = matrix @ self.dense - approximation @ self.cross.T
+            right = matrix @ self.cross - approximation @ self.compressed
+            products = weighed(self.outputs, left) * matrix - weighed(self.outputs, right) * approximation
             error = float(products.sum())
         return math.inf if math.isnan(error) else max(0.0, error)
 
-    def relative(self, matrix: Tensor, found: Tensor) -> float:
-        """√ of it over that of a zero weight; 0 for 0/0."""
+    def relative(self, matrix: Tensor, approximation: Tensor) -> float:
+        """The norm relative to that of a zero weight; 0 for 0/0."""
         whole = self.squared(matrix, torch.zeros_like(matrix))
-        return math.sqrt(self.squared(matrix, found) / whole) if whole > 0 else 0.0
+        return math.sqrt(self.squared(matrix, approximation) / whole) if whole > 0 else 0.0
 
     def of_ranks(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Squared, of L_r R_r for every rank r; the quadratic part is Σ_{k,l<r} (Lᵀ G L)_kl (R M Rᵀ)_kl."""
+        """The norm squared of Ŵ = L_r R_r for every rank r.
+
+        Its quadratic part is Σ_{k,l<r} (Lᵀ G L)_kl (R M Rᵀ)_kl.
+        """
         weighed_left = weighed(self.outputs, left)
-        squares = (weighed_left.T @ left) * (right @ self.mine @ right.T)
+        squares = (weighed_left.T @ left) * (right @ self.compressed @ right.T)
         joint = ((weighed_left.T @ matrix @ self.cross) * right).sum(1)
         whole = self.squared(matrix, torch.zeros_like(matrix))
         errors = whole - 2 * joint.cumsum(0) + squares.cumsum(0).cumsum(1).diagonal()
@@ -58,83 +61,86 @@ class ErrorNorm:
 
 @dataclass(frozen=True)
 class Objective(ABC):
-    """What is known of a layer's inputs and outputs.
+    """What a fit of one layer minimises, and the errors by which it is judged.
 
-    ``gammas`` say how far moments may be trusted: a fit chooses one by its error on held-out inputs.
+    γ is the share of the moments that gives way to their diagonal: the less data, the larger it should be.
+    A fit chooses it among ``gammas`` by the error on held-out inputs.
     """
 
     moments: Moments  # of the inputs of the fit
-    held_out: Moments  # of others
+    held_out: Moments  # of held-out inputs
 
     gammas: ClassVar[tuple[float, ...]]
-    usual_gamma: ClassVar[float]  # where none is chosen
-    mpo_gamma: ClassVar[float]  # likewise, for MPOs: their fits take longer
-    measured: ClassVar[tuple[float, ...]]  # parts of the weight's parameters at which errors of MPOs are told
+    usual_gamma: ClassVar[float]  # where γ is not chosen
+    mpo_gamma: ClassVar[float]  # the γ of MPOs, whose fits take too long to choose it
+    measured: ClassVar[
+        tuple[float, ...]
+    ]  # shares of the weight's parameters at which MPOs are fitted to know their errors
 
     def together(self) -> Self:
-        """With nothing held out."""
+        """The same objective with the held-out inputs taken into the fit."""
         return replace(self, moments=merge(self.moments, self.held_out))
 
     @property
     @abstractmethod
-    def seen(self) -> ErrorNorm:
-        """Of the inputs of the fit; all outputs matter alike."""
+    def fit_error(self) -> ErrorNorm:
+        """The error on the inputs of the fit; all outputs weigh the same."""
 
     @property
     @abstractmethod
-    def unseen(self) -> ErrorNorm:
-        """Of the others."""
+    def held_out_error(self) -> ErrorNorm:
+        """The error on held-out inputs; all outputs weigh the same."""
 
     @property
     @abstractmethod
-    def felt(self) -> ErrorNorm:
-        """Of the others, outputs weighed by how much the network's output feels them."""
+    def output_weighted_error(self) -> ErrorNorm:
+        """The error on held-out inputs, outputs weighted by G, the moment of gradients there."""
 
     @abstractmethod
     def metric(self, matrix: Tensor, gamma: float) -> Metric:
-        """What a fit of W = ``matrix`` (N_y, N_x) minimises.
+        """The metric that a fit of W = ``matrix`` (N_y, N_x) minimises.
 
         Moments get a ridge, so that at full bond the weight is met in every direction.
         """
 
     @abstractmethod
     def whitened(self, matrix: Tensor) -> Metric:
-        """The same of the dense network's inputs as they are, all outputs alike (SVD-LLM)."""
+        """The metric of the dense network's inputs, γ = 0 and all outputs of one weight (SVD-LLM)."""
 
     @abstractmethod
-    def shift(self, matrix: Tensor, found: Tensor) -> Tensor | None:
-        """W μ − Ŵ μ̃ (N_y,), to be added to the layer's outputs; None: nothing can be."""
+    def shift(self, matrix: Tensor, approximation: Tensor) -> Tensor | None:
+        """W μ − Ŵ μ̃ (N_y,), to be added to the layer's outputs; None where nothing can correct the mean."""
 
 
 @dataclass(frozen=True)
 class LayerObjective(Objective):
-    """Of a linear map or a convolution; γ is the share of both moments that gives way to the diagonal."""
+    """The objective of a linear map or a convolution; γ is taken of both moments."""
 
     outputs: Tensor | None  # G (N_y, N_y) float64, of gradients at the layer's output
-    centred: bool  # whether a bias, or a norm behind the layer, takes up the mean
+    centred: bool  # whether a bias, or a norm behind the layer, corrects the mean
 
     gammas = (0.0, 0.02, 0.1, 0.3)
     usual_gamma = 0.02
-    mpo_gamma = 0.1  # their fit follows chance in M more
+    mpo_gamma = 0.1  # an MPO's fit overfits M more
     measured = (0.3,)
 
     @cached_property
-    def seen(self) -> ErrorNorm:
-        """Of the inputs of the fit; all outputs matter alike."""
+    def fit_error(self) -> ErrorNorm:
+        """The error on the inputs of the fit."""
         return self._less_means(self.moments)
 
     @cached_property
-    def unseen(self) -> ErrorNorm:
-        """Of the others, less the means of the fit: those are what a bias takes up."""
+    def held_out_error(self) -> ErrorNorm:
+        """The error on held-out inputs, less the means of the fit, which are what a bias corrects."""
         return self._less_means(self.held_out)
 
     @property
-    def felt(self) -> ErrorNorm:
-        """Of the others, outputs weighed by how much the network's output feels them."""
-        return replace(self.unseen, outputs=self.outputs)
+    def output_weighted_error(self) -> ErrorNorm:
+        """The error on held-out inputs, outputs weighted by G."""
+        return replace(self.held_out_error, outputs=self.outputs)
 
     def metric(self, matrix: Tensor, gamma: float) -> Metric:
-        """What a fit minimises."""
+        """The metric that a fit minimises."""
         m, outputs = self.moments, self.outputs
         return make_metric(
             matrix, m.second, m.mean, m.cross, m.dense_mean,
@@ -143,16 +149,16 @@ class LayerObjective(Objective):
         )  # fmt: skip
 
     def whitened(self, matrix: Tensor) -> Metric:
-        """The same of the dense network's inputs as they are, all outputs alike."""
+        """The metric of the dense network's inputs, all outputs of one weight."""
         m = self.moments
         return make_metric(
             matrix, m.dense_second, m.dense_mean, m.dense_second, m.dense_mean,
             centred=self.centred, gamma=0.0, ridge=_RIDGE, outputs=None,
         )  # fmt: skip
 
-    def shift(self, matrix: Tensor, found: Tensor) -> Tensor | None:
-        """What a bias takes up."""
-        return matrix @ self.moments.dense_mean - found @ self.moments.mean if self.centred else None
+    def shift(self, matrix: Tensor, approximation: Tensor) -> Tensor | None:
+        """The correction of the mean."""
+        return matrix @ self.moments.dense_mean - approximation @ self.moments.mean if self.centred else None
 
     def _less_means(self, m: Moments) -> ErrorNorm:
         if not self.centred:
@@ -167,11 +173,11 @@ class LayerObjective(Objective):
 
 @dataclass(frozen=True)
 class EmbeddingObjective(Objective):
-    """Of an embedding: how often each row comes, the same in the dense and the compressed network.
+    """The objective of an embedding: how often each row occurs, the same in both networks.
 
     As a matrix (vocabulary, width) its rows are the outputs: the metric of the outputs is the diagonal of
     their shares p, that of the inputs is G.  γ is the share of p that is spread evenly over all rows, so that
-    those that did not occur are not lost; held-out texts have such rows too.
+    rows that did not occur are kept too: held-out texts have such rows.
     """
 
     outputs: Tensor  # G (width, width) float64, of gradients at the layer's output
@@ -182,31 +188,31 @@ class EmbeddingObjective(Objective):
     measured = (0.05, 0.3)
 
     @property
-    def seen(self) -> ErrorNorm:
-        """Of the rows of the fit, their entries all alike."""
+    def fit_error(self) -> ErrorNorm:
+        """The error on the rows of the fit, all entries of one weight."""
         return self._of(self.moments, self._alike)
 
     @property
-    def unseen(self) -> ErrorNorm:
-        """Of the others."""
+    def held_out_error(self) -> ErrorNorm:
+        """The error on held-out rows, all entries of one weight."""
         return self._of(self.held_out, self._alike)
 
     @property
-    def felt(self) -> ErrorNorm:
-        """Of the others, entries weighed by how much the network's output feels them."""
+    def output_weighted_error(self) -> ErrorNorm:
+        """The error on held-out rows, entries weighted by G."""
         return self._of(self.held_out, self.outputs)
 
     def metric(self, matrix: Tensor, gamma: float) -> Metric:
-        """What a fit minimises."""
+        """The metric that a fit minimises."""
         share = self.moments.second
         spread = (1 - gamma) * share + gamma / len(share)
         return Metric(matrix, _shrunk(self.outputs, _TABLE_GAMMA), spread)
 
     def whitened(self, matrix: Tensor) -> Metric:
-        """Rows by how often they come, entries all alike."""
+        """The metric of rows by how often they occur, all entries of one weight."""
         return Metric(matrix, self._alike, self.moments.second + _RIDGE / len(matrix))
 
-    def shift(self, matrix: Tensor, found: Tensor) -> Tensor | None:
+    def shift(self, matrix: Tensor, approximation: Tensor) -> Tensor | None:
         """An embedding has no bias."""
         return None
 
@@ -219,7 +225,7 @@ class EmbeddingObjective(Objective):
 
 
 def _shrunk(moment: Tensor, gamma: float) -> Tensor:
-    """With the share γ of ``moment`` (N, N) replaced by its diagonal, and a ridge."""
+    """``moment`` (N, N) with the share γ of it replaced by its diagonal, and a ridge."""
     diagonal = moment.diagonal()
     return (1 - gamma) * moment + torch.diag(gamma * diagonal + _RIDGE * diagonal.mean())
 
@@ -230,6 +236,6 @@ def _about(second: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor) ->
 
 
 def one_matrix(weight: Tensor, kind: str, transposed: bool) -> Tensor:
-    """A weight as the one matrix (N_y, N_x) that moments are of: of a kernel (C_out, taps·C_in)."""
+    """A weight as the matrix (N_y, N_x) that multiplies rows; of a kernel (C_out, taps·C_in)."""
     structure = low_rank_structure(kind, tuple(weight.shape), transposed)
     return to_matrix(weight, structure)[0].double()

@@ -1,8 +1,8 @@
-"""Moments of what the compressed network gives a layer, beside what the dense one gives it.
+"""Passes over a dense network and its compressed copy: moments of what each layer is given in both.
 
-Both networks run on the same batches until the last layer that is asked for has its input.  Where blocks are
-a chain (:mod:`mpoc.compression.calibrate.trace`) the inputs of the present block are kept for all batches,
-in both networks, and only that block runs again; the next block's inputs are computed from them.
+Both networks run on the same batches until the last layer that is asked for has its input.  Where blocks form
+a chain (:mod:`mpoc.compression.calibrate.trace`), the inputs of the present block are kept for all batches in
+both networks.  Only that block then runs again, and the next block's inputs are computed from them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _KEPT_BYTES = 2 * 1024**3
 
 
 class _StopError(Exception):
-    """Everything asked for was seen."""
+    """Stops a forward pass once all inputs asked for are there."""
 
 
 @dataclass
 class _State:
-    """What a block is given."""
+    """The arguments of a block."""
 
     given: Tensor
     args: tuple[Any, ...]  # after ``given``
@@ -46,7 +46,7 @@ class _State:
 
 
 class _Runner:
-    """One network on the batches, from their start or from a block on."""
+    """Runs one network on the batches, from its start or from a block on."""
 
     def __init__(
         self, network: nn.Module, call: Call, batches: Sequence[Batch], mine: Sequence[int], trace: Trace
@@ -57,21 +57,21 @@ class _Runner:
         self._at: tuple[int, int] | None = None
         self._states: dict[int, _State] = {}
 
-    def move(self, place: tuple[int, int] | None) -> None:
-        """Keep the inputs of this block (chain, position) for this process's batches; None: of no block."""
-        if place == self._at:
+    def move(self, position: tuple[int, int] | None) -> None:
+        """Keep the inputs of the block at (chain, position) for this process's batches; None: of no block."""
+        if position == self._at:
             return
         old, states = self._at, self._states
         self._at, self._states = None, {}
-        if place is None:
+        if position is None:
             return
-        if old is not None and old[0] == place[0] and old[1] < place[1]:
-            chain = self._trace.chains[place[0]][old[1] : place[1]]
+        if old is not None and old[0] == position[0] and old[1] < position[1]:
+            chain = self._trace.chains[position[0]][old[1] : position[1]]
             for number, state in states.items():
                 states[number] = _State(self._through(chain, state), state.args, state.named)
         else:
-            states = {number: self._caught(self._batches[number], place) for number in self._mine}
-        self._at, self._states = place, states
+            states = {number: self._caught(self._batches[number], position) for number in self._mine}
+        self._at, self._states = position, states
 
     def run(self, index: int) -> None:
         """Run batch ``index`` from the kept block on, or as a whole, until a hook stops it."""
@@ -82,15 +82,15 @@ class _Runner:
                 chain, position = self._at
                 self._through(self._trace.chains[chain][position:], self._states[index])
 
-    def state(self, index: int, place: tuple[int, int]) -> _State:
-        """What a block is given in batch ``index``: kept, or found again from the start."""
-        kept = self._at == place and index in self._states
-        return self._states[index] if kept else self._caught(self._batches[index], place)
+    def state(self, index: int, position: tuple[int, int]) -> _State:
+        """The arguments of a block in batch ``index``: kept, or computed again from the start."""
+        kept = self._at == position and index in self._states
+        return self._states[index] if kept else self._caught(self._batches[index], position)
 
-    def output(self, index: int, place: tuple[int, int]) -> Tensor:
-        """What it gives there."""
-        block = self._trace.chains[place[0]][place[1]]
-        return self._through((block,), self.state(index, place))
+    def output(self, index: int, position: tuple[int, int]) -> Tensor:
+        """The output of that block."""
+        block = self._trace.chains[position[0]][position[1]]
+        return self._through((block,), self.state(index, position))
 
     def _through(self, chain: Chain, state: _State) -> Tensor:
         given = state.given
@@ -100,20 +100,20 @@ class _Runner:
             given = output
         return given
 
-    def _caught(self, batch: Batch, place: tuple[int, int]) -> _State:
-        """What a block is given, from the start of the network."""
-        found: list[_State] = []
+    def _caught(self, batch: Batch, position: tuple[int, int]) -> _State:
+        """The arguments of a block, computed from the start of the network."""
+        states: list[_State] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            found.append(_State(args[0], args[1:], named))
+            states.append(_State(args[0], args[1:], named))
             raise _StopError
 
-        block = self.network.get_submodule(self._trace.chains[place[0]][place[1]].module)
+        block = self.network.get_submodule(self._trace.chains[position[0]][position[1]].module)
         with hooked() as handles:
             handles.append(block.register_forward_pre_hook(catch, with_kwargs=True))
             with suppress(_StopError):
                 self._call(self.network, to_device(batch, self._device))
-        return found[0]
+        return states[0]
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class PairedPass:
         self._device = device_of(networks[1])
 
     def moments(self, group: Sequence[str], dense: Mapping[str, Moments] | None = None) -> dict[str, Moments]:
-        """Moments of the inputs of these weights.
+        """Moments of the inputs of a group of weights, in both networks.
 
         Args:
             group: of weights, one of ``trace.groups`` or a part of one.
@@ -171,17 +171,17 @@ class PairedPass:
         """
         first = {name: self._trace.same_rows[name] for name in group}
         names = sorted(set(first.values()), key=list(self._trace.layers).index)
-        place = self._place(names)
+        position = self._start_position(names)
 
         def measure(part: range) -> dict[str, Moments]:
             sums = {name: LayerSums(self._trace.layers[name], dense is None) for name in names}
             with torch.no_grad(), eval_mode(self._runners[0].network), eval_mode(self._runners[1].network):
                 for runner in self._runners:
-                    runner.move(place)
+                    runner.move(position)
                 for index in part:
                     self._add(index, sums)
-            found = {name: layer_sums.moments() for name, layer_sums in sums.items()}
-            return {name: moments for name, moments in found.items() if moments is not None}
+            moments = {name: layer_sums.moments() for name, layer_sums in sums.items()}
+            return {name: moments for name, moments in moments.items() if moments is not None}
 
         total = self._shards.total(measure, merge)
         refuse_without_rows((self._trace.layers[name] for name in names), total)
@@ -189,27 +189,26 @@ class PairedPass:
             total = {name: replace(m, dense_second=dense[name].dense_second) for name, m in total.items()}
         return {name: total[first[name]] for name in group}
 
-    def examples(self, place: tuple[int, int]) -> Sequence[Example]:
-        """The batches as a block sees them: given by the compressed network, aimed at by the dense one.
+    def examples(self, position: tuple[int, int]) -> Sequence[Example]:
+        """The batches at a block: its input in the compressed network, its output in the dense one.
 
         All are kept if with the targets they take at most ``kept_bytes``; else each is found when it is
         asked for, from the start of the networks.
 
         Args:
-            place: chain and position of a block that nothing changes the input of; what runs before it is
-                final.
+            position: chain and position of a block whose input nothing changes; what runs before it is final.
         """
         dense, compressed = self._runners
-        found = _Examples(dense, compressed, self._batches, place, self._trace.axis(place))
-        kept = self._replay.enabled and self._fits(place, 3)
+        examples = _Examples(dense, compressed, self._batches, position, self._trace.axis(position))
+        kept = self._replay.enabled and self._fits(position, 3)
         with torch.no_grad(), eval_mode(dense.network), eval_mode(compressed.network):
             for runner in self._runners:
-                runner.move(place if kept else None)
-        return list(found) if kept else found
+                runner.move(position if kept else None)
+        return list(examples) if kept else examples
 
-    def _fits(self, place: tuple[int, int], copies: int) -> bool:
+    def _fits(self, position: tuple[int, int], copies: int) -> bool:
         share = sum(main_input(batch).numel() for batch in self._batches) / self._trace.numbers
-        return copies * self._trace.chains[place[0]][place[1]].nbytes * share <= self._replay.kept_bytes
+        return copies * self._trace.chains[position[0]][position[1]].nbytes * share <= self._replay.kept_bytes
 
     def _add(self, index: int, sums: dict[str, LayerSums]) -> None:
         original, compressed = (self._inputs(runner, index, list(sums)) for runner in self._runners)
@@ -221,14 +220,14 @@ class PairedPass:
                 layer_sums.add(given, mask, sample, other.to(self._device))
 
     def _inputs(self, runner: _Runner, index: int, names: list[str]) -> dict[str, list[Tensor]]:
-        """What each layer is given in one network and batch, call by call."""
-        found: dict[str, list[Tensor]] = {name: [] for name in names}
+        """The inputs of each layer in one network and batch, call by call."""
+        inputs: dict[str, list[Tensor]] = {name: [] for name in names}
         left = sum(self._trace.calls[name] for name in names)
 
         def hook(name: str) -> Callable[..., None]:
             def see(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
                 nonlocal left
-                found[name].append(first_argument(args, named).clone())  # what comes later may change it
+                inputs[name].append(first_argument(args, named).clone())  # what comes later may change it
                 left -= 1
                 if left == 0:
                     raise _StopError
@@ -241,12 +240,12 @@ class PairedPass:
                     module = runner.network.get_submodule(path)
                     handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
             runner.run(index)
-        return found
+        return inputs
 
-    def _place(self, names: list[str]) -> tuple[int, int] | None:
-        """The block to start from: the last one, not behind the layers, whose input can be kept."""
-        homes = [self._trace.homes.get(name) for name in names]
-        known = [home for home in homes if home is not None]
+    def _start_position(self, names: list[str]) -> tuple[int, int] | None:
+        """The block to start from: the last one at or before the layers whose input can be kept."""
+        positions = [self._trace.positions.get(name) for name in names]
+        known = [position_of for position_of in positions if position_of is not None]
         if not self._replay.enabled or len(known) < len(names) or len({chain for chain, _ in known}) > 1:
             return None
         chain, position = min(known)
@@ -257,18 +256,18 @@ class PairedPass:
 
 
 class _Examples(Sequence[Example]):
-    """Found when they are asked for."""
+    """Examples that are computed when they are asked for."""
 
     def __init__(
         self,
         dense: _Runner,
         compressed: _Runner,
         batches: Sequence[Batch],
-        place: tuple[int, int],
+        position: tuple[int, int],
         axis: int,
     ) -> None:
         self._dense, self._compressed, self._batches = dense, compressed, batches
-        self._place, self._axis = place, axis
+        self._start_position, self._axis = position, axis
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -277,7 +276,7 @@ class _Examples(Sequence[Example]):
         mask = self._batches[index].get("attention_mask")
         device = device_of(self._compressed.network)
         with torch.no_grad(), eval_mode(self._dense.network), eval_mode(self._compressed.network):
-            target = self._dense.output(index, self._place)
-            state = self._compressed.state(index, self._place)
+            target = self._dense.output(index, self._start_position)
+            state = self._compressed.state(index, self._start_position)
         mask = None if mask is None else mask.to(device)
         return Example(state.given, state.args, state.named, target, mask, self._axis)

@@ -1,10 +1,12 @@
-"""In what order layers are fitted, which of them together, and how long that takes beside the others.
+"""Fit layers in the order of the network, each to the inputs that the compressed layers before it give.
 
-Fit layers in the order of the network, each on the inputs that those before it, compressed, really give.
+Two copies of the network run side by side: a dense one, and one that gets the compressed weights as they are
+found.  The bias of a layer, or the running mean of the batch norm right behind it, corrects the mean of its
+error.  If asked for, the layers of each block are then refined together.  A layer whose inputs cannot be
+observed is fitted to its weight alone, before all others.
 
-Two copies of the network run side by side, one dense, one that gets the compressed weights as they are
-found.  What a layer's error does to the mean of its outputs is taken up by its bias, or by the running mean
-of the batch norm right behind it.  If asked for, the layers of each block are then refined together.
+The schedule says in what order layers are fitted, which of them together, and what share of the time each
+takes.
 """
 
 from __future__ import annotations
@@ -48,40 +50,40 @@ class Schedule:
     """The steps of a calibrated fit; layers go by their names.
 
     Args:
-        groups: of layers whose inputs are known, those of one input together, in the order of the network.
-        place: the block that a group is refined with; None: it is fitted by itself.
+        groups: of layers whose inputs are observed, those of one input together, in the network's order.
+        block_of: the block that a group is refined with; None: it is fitted by itself.
     """
 
     def __init__(
-        self, groups: Sequence[Sequence[str]], place: Callable[[Sequence[str]], BlockPosition | None]
+        self, groups: Sequence[Sequence[str]], block_of: Callable[[Sequence[str]], BlockPosition | None]
     ) -> None:
-        self._groups, self._place = groups, place
-        self.seen = {name for group in groups for name in group}  # fitted to their inputs
+        self._groups, self._block_of = groups, block_of
+        self.observed = {name for group in groups for name in group}  # layers that are fitted to their inputs
 
     def of(self, names: Container[str]) -> Iterator[ScheduleStep]:
-        """Blocks, and groups of layers, with those of these names; a block is refined as a whole."""
+        """The steps for these layers: a block with its groups of layers, or a group by itself."""
         present = [[name for name in group if name in names] for group in self._groups]
-        for place, part in groupby(filter(None, present), self._place):
+        for position, part in groupby(filter(None, present), self._block_of):
             groups = list(part)
-            yield from [(place, groups)] if place is not None else [(None, [group]) for group in groups]
+            yield from [(position, groups)] if position is not None else [(None, [group]) for group in groups]
 
     def units(self, plans: Sequence[LayerPlan]) -> list[list[str]]:
-        """Layers that are fitted together, in order: first those, one by one, whose inputs are not known."""
+        """Layers that are fitted together, in order; first, singly, those whose inputs are not observed."""
         names = [plan.map.name for plan in plans]
-        alone = [[name] for name in names if name not in self.seen]
+        alone = [[name] for name in names if name not in self.observed]
         return alone + [[name for group in groups for name in group] for _, groups in self.of(names)]
 
     def costs(self, plans: Sequence[LayerPlan]) -> dict[str, float]:
-        """Of the fits, in proportion to their time; the first layer of a unit has that of all."""
-        known = {p.map.name: _cost(p) if p.map.name in self.seen else p.cost * _ALONE for p in plans}
-        found = dict.fromkeys(known, 0.0)
+        """Time of the fits, up to a factor; the first layer of a unit has that of the whole unit."""
+        known = {p.map.name: _cost(p) if p.map.name in self.observed else p.cost * _ALONE for p in plans}
+        costs = dict.fromkeys(known, 0.0)
         for unit in self.units(plans):
-            found[unit[0]] = sum(known[name] for name in unit)
-        return found
+            costs[unit[0]] = sum(known[name] for name in unit)
+        return costs
 
 
 def _cost(plan: LayerPlan) -> float:
-    """Of a calibrated fit: applications of the metric, and eigendecompositions of moments of the inputs."""
+    """Time of a calibrated fit: applications of the metric, and eigendecompositions of input moments."""
     if plan.is_dense:
         return 0.0
     one = plan.structure
@@ -94,180 +96,188 @@ class SequentialFit:
     """The calibrated fit of a checkpoint.
 
     Args:
-        study: of the network and the calibration data.
-        checkpoint: that is compressed.
+        statistics: of the dense network on calibration data.
+        checkpoint: to read weights from.
         recipe: its options.
     """
 
-    def __init__(self, study: CalibrationStatistics, checkpoint: Checkpoint, recipe: Recipe) -> None:
-        self._study, self._checkpoint, self._recipe = study, checkpoint, recipe
-        self._device, self._group = study.context.device, study.context.group
-        self._compressed = copy.deepcopy(study.network)
-        self._sharing = BudgetAllocator(study, checkpoint, recipe)
+    def __init__(self, statistics: CalibrationStatistics, checkpoint: Checkpoint, recipe: Recipe) -> None:
+        self._statistics, self._checkpoint, self._recipe = statistics, checkpoint, recipe
+        self._device, self._group = statistics.context.device, statistics.context.group
+        self._compressed = copy.deepcopy(statistics.network)
+        self._allocator = BudgetAllocator(statistics, checkpoint, recipe)
         self._norms: RecalibratedNorms | None = None
         self._reached: float | None = None  # distance of held-out outputs after the fits
         self._blocks = (
-            BlockRefinement(study, self._compressed, checkpoint, recipe.seed) if study.refines else None
+            BlockRefinement(statistics, self._compressed, checkpoint, recipe.seed)
+            if statistics.refines
+            else None
         )
-        self.steps = Schedule(study.groups, self._place)
+        self.schedule = Schedule(statistics.groups, self._block_of)
 
-    def share(self, plans: list[LayerPlan], predict_size: Callable[..., int]) -> list[LayerPlan]:
-        """As :meth:`mpoc.compression.calibrate.allocation.BudgetAllocator.share`.
+    def allocate(self, plans: list[LayerPlan], predict_size: Callable[..., int]) -> list[LayerPlan]:
+        """Allocate the budget: :meth:`mpoc.compression.calibrate.allocation.BudgetAllocator.allocate`.
 
         Args:
-            plans: with equal shares.
+            plans: allocated uniformly.
             predict_size: bytes of the whole output from plans and, as ``calibration``, the facts.
         """
-        return self._sharing.share(plans, partial(predict_size, calibration=self._longest_facts()))
+        return self._allocator.allocate(plans, partial(predict_size, calibration=self._longest_facts()))
 
     def facts(self) -> dict[str, Any]:
-        """For the manifest: the data, how the budget was shared out, and what was refined or renewed."""
-        found = {**self._study.facts(), "reasons": self._study.reasons}
-        shares = self._sharing.shares
-        if shares is not None:
-            distances = {way: rounded(far) for way, far in shares.distances.items()}
-            found["shares"] = {"chosen": shares.chosen, "distances": distances}
+        """For the manifest: the data, the allocation, and what was refined or recalibrated."""
+        facts = {**self._statistics.facts(), "reasons": self._statistics.reasons}
+        allocation = self._allocator.allocation
+        if allocation is not None:
+            distances = {
+                way: rounded(before_refinement) for way, before_refinement in allocation.distances.items()
+            }
+            facts["shares"] = {"chosen": allocation.chosen, "distances": distances}
         if self._blocks is not None:
-            found["refined"] = self._blocks.facts()
+            facts["refined"] = self._blocks.facts()
         if self._norms is not None:
             before, after = rounded(self._norms.before), rounded(self._norms.after)
-            found["norms"] = {"renewed": self._norms.is_better, "before": before, "after": after}
-        return found
+            facts["norms"] = {"renewed": self._norms.is_better, "before": before, "after": after}
+        return facts
 
     def _longest_facts(self) -> dict[str, Any]:
-        """At least as long as :meth:`facts` will be."""
+        """Facts at least as long as those of :meth:`facts` will be."""
         ways = dict.fromkeys(WAYS, LONGEST_FIGURE)
         ends = dict.fromkeys(("before", "after"), LONGEST_FIGURE)
-        found = self.facts() | {"shares": {"chosen": max(WAYS, key=len), "distances": ways}}
+        facts = self.facts() | {"shares": {"chosen": max(WAYS, key=len), "distances": ways}}
         if self._blocks is not None:
-            groups = (name for group in self._study.groups for name in group)
-            places = {place for name in groups if (place := self._blocks.home(name)) is not None}
-            found["refined"] = {self._study.block(place): ends for place in places}
-        return found | {"norms": {"renewed": False, **ends}}
+            groups = (name for group in self._statistics.groups for name in group)
+            positions = {
+                position for name in groups if (position := self._blocks.position_of(name)) is not None
+            }
+            facts["refined"] = {self._statistics.block(position): ends for position in positions}
+        return facts | {"norms": {"renewed": False, **ends}}
 
     @property
     def notes(self) -> list[str]:
-        """What was read, which layers are fitted by their weights alone, and how far refinement went."""
-        reasons = self._study.reasons
+        """Notes on the data, the layers fitted to their weights alone, the allocation and the refinement."""
+        reasons = self._statistics.reasons
         blind = [f"{name.removesuffix('.weight')} ({why})" for name, why in reasons.items()]
         more = f" and {len(blind) - 4} more" if len(blind) > 4 else ""
-        said = [f"not calibrated, fitted to their weights: {', '.join(blind[:4])}{more}"] if blind else []
-        shares = self._sharing.shares
-        said += [] if shares is None or self._reached is None else shares.surprise(self._reached)
-        return [*self._study.notes, *said, *(self._blocks.notes if self._blocks else ())]
+        notes = [f"not calibrated, fitted to their weights: {', '.join(blind[:4])}{more}"] if blind else []
+        allocation = self._allocator.allocation
+        notes += [] if allocation is None or self._reached is None else allocation.warnings(self._reached)
+        return [*self._statistics.notes, *notes, *(self._blocks.notes if self._blocks else ())]
 
     def fit(
         self, plans: Sequence[LayerPlan], kept: Mapping[str, Callable[[], Fitted]] | None = None
     ) -> Iterator[Fitted]:
-        """The layers, in any order; those whose inputs cannot be seen are fitted by their weights, first.
+        """Fit the layers in the order of the schedule.
 
         Args:
-            plans: of all layers.
-            kept: units of layers that an earlier run has fitted: they are put in their place, and not given.
+            plans: of all layers, in any order.
+            kept: units of layers that an earlier run fitted; they are put into the network, and not yielded.
         """
         kept = kept or {}
         todo = {plan.map.name: plan for plan in plans}
-        unseen = [plan for plan in plans if plan.map.name not in {*self.steps.seen, *kept}]
-        self._take_up([one for name, one in kept.items() if name not in self.steps.seen])
-        fitted = self._group.map(unseen, self._fit_unseen, [plan.cost for plan in unseen])
+        unobserved = [plan for plan in plans if plan.map.name not in {*self.schedule.observed, *kept}]
+        self._restore([one for name, one in kept.items() if name not in self.schedule.observed])
+        fitted = self._group.map(unobserved, self._fit_plain, [plan.cost for plan in unobserved])
         for one in fitted:
             self._put(one)
         yield from self._in_block(None, fitted, [])
-        for place, groups in self.steps.of(todo):
+        for position, groups in self.schedule.of(todo):
             names = [name for group in groups for name in group]
             if kept.keys() >= set(names):
-                self._take_up([kept[name] for name in names], place)
+                self._restore([kept[name] for name in names], position)
             else:
-                found = [one for group in groups for one in self._fit_group(group, todo, place)]
-                yield from self._in_block(place, found, groups)
+                fitted_block = [one for group in groups for one in self._fit_group(group, todo, position)]
+                yield from self._in_block(position, fitted_block, groups)
 
-    def _take_up(self, kept: Sequence[Callable[[], Fitted]], place: BlockPosition | None = None) -> None:
+    def _restore(self, kept: Sequence[Callable[[], Fitted]], position: BlockPosition | None = None) -> None:
         fitted = [one() for one in kept]
         for one in fitted:
             self._put(one)
         if self._blocks is not None:
-            self._blocks.take_up(place, fitted)
+            self._blocks.restore(position, fitted)
 
     def finish(self) -> dict[str, Tensor]:
-        """After the last layer: statistics of batch norms, by their names, where they help."""
-        data = self._study.data
-        if self._sharing.shares is not None:
-            self._reached = self._group.on_main(lambda: self._sharing.distance.of_network(self._compressed))
+        """After the last layer: recalibrated statistics of batch norms, by their names, if they help."""
+        data = self._statistics.data
+        if self._allocator.allocation is not None:
+            self._reached = self._group.on_main(lambda: self._allocator.distance.of_network(self._compressed))
 
         def renewed() -> RecalibratedNorms | None:
             return recalibrated_norms(
                 self._compressed,
                 data.call,
                 data.batches,
-                lambda network: self._sharing.distance.of_network(network),  # made where there are norms
+                lambda network: self._allocator.distance.of_network(
+                    network
+                ),  # computed only if there are norms
             )
 
         self._norms = self._group.on_main(renewed)
         if self._norms is None or not self._norms.is_better:
             return {}
-        named = {place: name for name, place in self._study.places.items()}
-        found = {named[place]: new for place, new in self._norms.statistics.items() if place in named}
-        return {name: new.to(self._checkpoint.read(name)) for name, new in found.items()}
+        named = {inner: name for name, inner in self._statistics.places.items()}
+        changed = {named[inner]: new for inner, new in self._norms.statistics.items() if inner in named}
+        return {name: new.to(self._checkpoint.read(name)) for name, new in changed.items()}
 
-    def _fit_unseen(self, plan: LayerPlan) -> Fitted:
+    def _fit_plain(self, plan: LayerPlan) -> Fitted:
         fitted = fit_layer(self._checkpoint, plan, self._recipe, self._device)
         return replace(fitted, cores=[core.cpu().contiguous() for core in fitted.cores])  # as read back
 
-    def _place(self, group: Sequence[str]) -> BlockPosition | None:
-        """The block to refine a group with."""
-        homes = {self._blocks.home(name) for name in group} if self._blocks else {None}
-        return homes.pop() if len(homes) == 1 else None
+    def _block_of(self, group: Sequence[str]) -> BlockPosition | None:
+        """The block that a group of layers is refined with; None: there is none, or several."""
+        positions = {self._blocks.position_of(name) for name in group} if self._blocks else {None}
+        return positions.pop() if len(positions) == 1 else None
 
     def _in_block(
-        self, place: BlockPosition | None, fitted: list[Fitted], groups: list[list[str]]
+        self, position: BlockPosition | None, fitted: list[Fitted], groups: list[list[str]]
     ) -> list[Fitted]:
-        """The layers of a block, all fitted, refined where that helps; their errors are measured again."""
+        """The fitted layers of a block, refined if that helps, with their errors measured again."""
         if self._blocks is None:
             return fitted
-        refined = self._group.on_main(lambda: self._refined(place, fitted))
+        refined = self._group.on_main(lambda: self._refined(position, fitted))
         if not _have_changed(refined, fitted):
             return refined
         for one in refined:
             self._put(one)
         new = {one.record.name: one for one in refined}
         for group in groups:
-            evidence = self._study.evidence(self._compressed, group)
-            new |= {name: self._judged(new[name], evidence[name]) for name in group if new[name].cores}
+            objectives = self._statistics.objectives(self._compressed, group)
+            new |= {name: self._judged(new[name], objectives[name]) for name in group if new[name].cores}
         return list(new.values())
 
-    def _refined(self, place: BlockPosition | None, fitted: list[Fitted]) -> list[Fitted]:
-        """As they were where the network is no nearer to the dense one, what follows still dense."""
+    def _refined(self, position: BlockPosition | None, fitted: list[Fitted]) -> list[Fitted]:
+        """The refined layers, or the layers as they were if the network's outputs are no nearer."""
         assert self._blocks is not None
-        refined = self._blocks.refine(place, fitted)
+        refined = self._blocks.refine(position, fitted)
         if not _have_changed(refined, fitted):
             return refined
-        distance, before = self._sharing.distance, copy.deepcopy(self._compressed.state_dict())
-        far = distance.of_network(self._compressed)
+        distance, before = self._allocator.distance, copy.deepcopy(self._compressed.state_dict())
+        before_refinement = distance.of_network(self._compressed)
         for one in refined:
             self._put(one)
-        if distance.of_network(self._compressed) < far:
+        if distance.of_network(self._compressed) < before_refinement:
             return refined
         self._compressed.load_state_dict(before)
-        return self._blocks.taken_back(place, fitted)
+        return self._blocks.revert(position, fitted)
 
-    def _judged(self, fitted: Fitted, evidence: Objective) -> Fitted:
+    def _judged(self, fitted: Fitted, objective: Objective) -> Fitted:
         record = fitted.record
         weight = read_finite(self._checkpoint, record.name).to(self._device)
         form = form_of([core.to(self._device) for core in fitted.cores], record.structure)
-        judged = judge(weight, form, evidence)
-        same_size = {**(record.same_size or {}), "this": judged.felt_error}
+        judged = judge(weight, form, objective)
+        same_size = {**(record.same_size or {}), "this": judged.output_weighted_error}
         return replace(fitted, record=_with_figures(record, form, judged, same_size))
 
     def _fit_group(
-        self, group: Sequence[str], todo: dict[str, LayerPlan], place: BlockPosition | None
+        self, group: Sequence[str], todo: dict[str, LayerPlan], position: BlockPosition | None
     ) -> list[Fitted]:
         if all(todo[name].is_dense for name in group):
             return [Fitted(todo[name].record()) for name in group]
-        evidence = self._study.evidence(self._compressed, group)
-        return [self._fit_one(todo[name], evidence[name], place is not None) for name in group]
+        objectives = self._statistics.objectives(self._compressed, group)
+        return [self._fit_one(todo[name], objectives[name], position is not None) for name in group]
 
-    def _fit_one(self, plan: LayerPlan, evidence: Objective, apart: bool) -> Fitted:
-        """Whatever may fail is in step with the other processes."""
+    def _fit_one(self, plan: LayerPlan, objective: Objective, apart: bool) -> Fitted:
+        """Fit one layer; errors are raised in all processes together."""
         if plan.is_dense:
             return Fitted(plan.record())
         name = plan.map.name
@@ -275,8 +285,8 @@ class SequentialFit:
             weight = read_finite(self._checkpoint, name).to(self._device)
         dtype = getattr(torch, plan.stored_dtype)
         seed = zlib.crc32(name.encode()) ^ self._recipe.seed
-        storages = self._sharing.storages(plan)
-        fit = fit_calibrated(weight, storages, evidence, dtype, seed, apart, self._group)
+        storages = self._allocator.storages(plan)
+        fit = fit_calibrated(weight, storages, objective, dtype, seed, apart, self._group)
         with self._group.all_or_raise():
             check_finite_cores(fit.form, weight, self._checkpoint, plan)
             fitted = self._stored(plan, fit)
@@ -284,7 +294,7 @@ class SequentialFit:
         return fitted
 
     def _stored(self, plan: LayerPlan, fit: CalibratedFit) -> Fitted:
-        """The layer with its record; dense where it would not shrink."""
+        """The layer with its record; dense if it would not shrink."""
         form = fit.form
         if not self._recipe.allow_growth:
             plan = leave_dense_unless_smaller(plan, form.num_parameters)
@@ -300,27 +310,27 @@ class SequentialFit:
 
     def _shifted(self, name: str, shift: Tensor | None) -> dict[str, Tensor]:
         """The bias plus the shift, or the running mean behind the layer less the shift, in its own dtype."""
-        taken_up = self._study.means.get(name)
-        if shift is None or taken_up is None:
+        correction = self._statistics.means.get(name)
+        if shift is None or correction is None:
             return {}
-        tensor, sign = self._checkpoint.read(taken_up.name), taken_up.sign
-        return {taken_up.name: (tensor.double() + sign * shift.to(tensor.device)).to(tensor.dtype)}
+        tensor, sign = self._checkpoint.read(correction.name), correction.sign
+        return {correction.name: (tensor.double() + sign * shift.to(tensor.device)).to(tensor.dtype)}
 
     @torch.no_grad()
     def _put(self, fitted: Fitted) -> None:
-        """Into the compressed network, what is stored."""
+        """Put what is stored of a layer into the compressed network."""
         state = {**dict(self._compressed.named_parameters()), **dict(self._compressed.named_buffers())}
         new = dict(fitted.changed)
         if fitted.cores:
             cores = [core.float() for core in fitted.cores]
             new[fitted.record.name] = form_of(cores, fitted.record.structure).to_weight()
         for name, tensor in new.items():
-            if name in self._study.places:
-                state[self._study.places[name]].copy_(tensor)
+            if name in self._statistics.places:
+                state[self._statistics.places[name]].copy_(tensor)
 
 
 def _have_changed(new: Sequence[Fitted], old: Sequence[Fitted]) -> bool:
-    """Whether a core has, or what goes with it; processes do not share tensors, so numbers are compared."""
+    """Whether any tensor of the layers differs; processes do not share tensors, so values are compared."""
     return not all(_is_same(one, other) for one, other in zip(new, old, strict=True))
 
 

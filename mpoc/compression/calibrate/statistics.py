@@ -1,6 +1,11 @@
-"""What takes up the mean of a layer's error: its bias, or the running mean of the batch norm behind it.
+"""Statistics of a dense network on calibration data: what fits of its layers are made from.
 
-A dense network on calibration data: what is known of its layers, before any is compressed and then.
+The dense network is measured once, whatever the goal and the number of trials.  For each layer there is then
+an objective: second moments of its inputs, and of gradients at its outputs.  As layers are compressed, the
+statistics run the compressed network beside the dense one, and give the inputs that a layer really gets.
+
+The mean of a layer's error costs nothing to correct: its bias takes it up, or the running mean of the batch
+norm right behind it, where no other layer uses that tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +39,7 @@ _POSITIONS = 64  # of a convolution, an example: more are nearly the same rows a
 
 @dataclass(frozen=True)
 class MeanCorrection:
-    """The tensor of the checkpoint that takes up the mean of a layer's error."""
+    """The tensor of the checkpoint that corrects the mean of a layer's error."""
 
     name: str
     sign: int  # 1: a bias; -1: the running mean of a batch norm
@@ -43,16 +48,19 @@ class MeanCorrection:
 def mean_corrections(
     network: nn.Module, trace: Trace, weights: Mapping[str, str], places: Mapping[str, str]
 ) -> dict[str, MeanCorrection]:
-    """By the weight's name in the checkpoint, where there is such a tensor that no other layer uses.
+    """The corrections of those weights that have a tensor for it which no other layer uses.
 
     Args:
-        network: that runs.
+        network: dense.
         trace: of this network.
-        weights: those of interest, from the place in the network to the name in the checkpoint.
-        places: of all tensors, from the name in the checkpoint to the place in the network.
+        weights: those to be fitted: name in the network → in the checkpoint.
+        places: of all tensors: name in the checkpoint → in the network.
+
+    Returns:
+        Corrections by the weight's name in the checkpoint.
     """
-    named = {place: name for name, place in places.items()}
-    found, tied = {}, same_tensor(network)
+    named = {inner: name for name, inner in places.items()}
+    corrections, tied = {}, same_tensor(network)
     for weight, name in weights.items():
         bias = weight.removesuffix("weight") + "bias"
         norm = trace.norms.get(weight)
@@ -60,14 +68,14 @@ def mean_corrections(
         if layer is None or len(layer.modules) > 1:
             continue
         if weight.endswith("weight") and bias in named and len(tied[bias]) == 1:
-            found[name] = MeanCorrection(named[bias], 1)
+            corrections[name] = MeanCorrection(named[bias], 1)
         elif norm is not None and f"{norm}.running_mean" in named:
-            found[name] = MeanCorrection(named[f"{norm}.running_mean"], -1)
-    return found
+            corrections[name] = MeanCorrection(named[f"{norm}.running_mean"], -1)
+    return corrections
 
 
 class CalibrationStatistics:
-    """What is known of the layers of a dense network from its calibration data.
+    """Statistics of the layers of a dense network on calibration data.
 
     Weights and tensors go by their names in the checkpoint.
 
@@ -77,7 +85,7 @@ class CalibrationStatistics:
         names: of the weights that are to be fitted.
         context: the device, and the processes that share the work, with the same arguments.
         seed: of output probes and of positions of convolutions.
-        unseen: weights that are not looked at, and why.
+        skipped: weights that are not measured, and why.
 
     Raises:
         UsageError: the network does not take such data.
@@ -91,26 +99,26 @@ class CalibrationStatistics:
         names: Iterable[str],
         context: RunContext,
         seed: int = 0,
-        unseen: Mapping[str, str] | None = None,
+        skipped: Mapping[str, str] | None = None,
     ) -> None:
         self.data, self._request, self.context, self._seed = data, request, context, seed
         self.network, self.places = data.network.to(context.device), data.places
         self.refines, self.notes = request.refine, list(data.notes)
         self._positions = Positions(_POSITIONS, seed)
         with context.group.all_or_raise():
-            self._find_layers(list(names), unseen or {})
+            self._find_layers(list(names), skipped or {})
         self._dense = self._kept_pass()
         self._held_out = self._pass(
             data.held_out, Probes(0, pooling=data.pooling), replace(context, progress=Progress())
         )
         self.means = mean_corrections(self.network, self._trace, self._named, self.places)
-        self._compressed: nn.Module | None = None  # which the passes are of
-        self.kept: dict[Any, Any] = {}  # what is told from it and holds for every budget
+        self._compressed: nn.Module | None = None  # the network of the paired passes
+        self.kept: dict[Any, Any] = {}  # what follows from the statistics and holds for every budget
         self._passes: list[PairedPass] = []
 
-    def _find_layers(self, names: list[str], unseen: Mapping[str, str]) -> None:
-        """Run the network once, to see which weight is used where."""
-        self._reasons = {name: why for name in names if (why := unseen.get(name) or self._why_not(name))}
+    def _find_layers(self, names: list[str], skipped: Mapping[str, str]) -> None:
+        """Run the network once, to trace which weight is used where."""
+        self._reasons = {name: why for name in names if (why := skipped.get(name) or self._why_not(name))}
         self._named = {self.places[name]: name for name in names if name not in self._reasons}
         batch = self.data.batches[0]
         first = to_device({name: values[:1] for name, values in batch.items()}, self.context.device)
@@ -127,7 +135,7 @@ class CalibrationStatistics:
         }
 
     def _why_not(self, name: str) -> str:
-        """Why a weight is not looked at; empty where it is."""
+        """Why a weight is not measured; empty if it is."""
         parameters = dict(self.network.named_parameters(remove_duplicate=False))
         if self.places.get(name) not in parameters:
             return "not in the network"
@@ -146,64 +154,64 @@ class CalibrationStatistics:
     @property
     def reasons(self) -> dict[str, str]:
         """Weight → why nothing is known of its inputs."""
-        found = self._reasons | {self._named[weight]: why for weight, why in self._trace.reasons.items()}
+        reasons = self._reasons | {self._named[weight]: why for weight, why in self._trace.reasons.items()}
         for weight, moments in self._dense.moments.items():
             if moments.second.dim() > 2:
-                found[self._named[weight]] = "groups"
+                reasons[self._named[weight]] = "groups"
             elif not self._is_known(weight):
-                found[self._named[weight]] = "no gradient of the output reaches it"
-        return found
+                reasons[self._named[weight]] = "no gradient of the output reaches it"
+        return reasons
 
-    def dense_evidence(self, name: str) -> Objective:
-        """Of the dense network's inputs alone."""
+    def dense_objective(self, name: str) -> Objective:
+        """The objective of a layer on the dense network's inputs alone."""
         weight = self.places[name]
-        return self._evidence(name, self._dense.moments[weight], self._held_out.moments[weight])
+        return self._objective(name, self._dense.moments[weight], self._held_out.moments[weight])
 
-    def evidence(self, compressed: nn.Module, group: Sequence[str]) -> dict[str, Objective]:
-        """Of the inputs that ``compressed`` gives, beside those that the dense network gives.
+    def objectives(self, compressed: nn.Module, group: Sequence[str]) -> dict[str, Objective]:
+        """The objectives of a group of layers, on the inputs that ``compressed`` gives them.
 
         Args:
-            compressed: final in all that runs before the group; another one than before begins anew.
+            compressed: final in all that runs before the group; another network than before starts over.
             group: one of :attr:`groups`, in their order.
         """
         if self._is_table(self.places[group[0]]):
-            return {name: self.dense_evidence(name) for name in group}
+            return {name: self.dense_objective(name) for name in group}
         passes = self._pair(compressed)
         weights = [self.places[name] for name in group]
-        seen = passes[0].moments(weights, self._dense.moments)
-        others = passes[1].moments(weights, self._held_out.moments)
+        fit = passes[0].moments(weights, self._dense.moments)
+        held_out = passes[1].moments(weights, self._held_out.moments)
         return {
-            name: self._evidence(name, seen[weight], others[weight])
+            name: self._objective(name, fit[weight], held_out[weight])
             for name, weight in zip(group, weights, strict=True)
         }
 
-    def home(self, weight: str) -> tuple[int, int] | None:
-        """Chain and position of the block that alone uses a weight, once, and keeps its input as it is."""
-        place = self._trace.homes.get(weight)
-        if place is None or self._trace.calls[weight] > 1:
+    def position_of(self, weight: str) -> tuple[int, int] | None:
+        """Chain and position of the block that alone uses a weight, once, and leaves its input unchanged."""
+        position = self._trace.positions.get(weight)
+        if position is None or self._trace.calls[weight] > 1:
             return None
-        return place if self._trace.chains[place[0]][place[1]].is_kept_whole else None
+        return position if self._trace.chains[position[0]][position[1]].is_kept_whole else None
 
-    def block(self, place: tuple[int, int]) -> str:
-        """The module that is there."""
-        return self._trace.chains[place[0]][place[1]].module
+    def block(self, position: tuple[int, int]) -> str:
+        """The module at a position of a chain."""
+        return self._trace.chains[position[0]][position[1]].module
 
-    def metric(self, place: tuple[int, int]) -> Tensor | None:
-        """G (width, width) of what a block gives, to a factor; None where it is not known."""
-        found = self._dense.blocks.get(self.block(place))
-        return None if found is None else found.to(self.context.device)
+    def metric(self, position: tuple[int, int]) -> Tensor | None:
+        """G (width, width) at the output of a block, to a factor; None where it is not known."""
+        gradients = self._dense.blocks.get(self.block(position))
+        return None if gradients is None else gradients.to(self.context.device)
 
     def examples(
-        self, compressed: nn.Module, place: tuple[int, int]
+        self, compressed: nn.Module, position: tuple[int, int]
     ) -> tuple[Sequence[Example], Sequence[Example]]:
         """What a block is given in ``compressed`` and what it gives in the dense network; also held out.
 
         Args:
-            compressed: as of :meth:`evidence`.
-            place: of the block.
+            compressed: as :meth:`objectives` takes it.
+            position: of the block.
         """
-        seen, held_out = (one.examples(place) for one in self._pair(compressed))
-        return seen, held_out
+        fit, held_out = (passes.examples(position) for passes in self._pair(compressed))
+        return fit, held_out
 
     def _pair(self, compressed: nn.Module) -> list[PairedPass]:
         if compressed is not self._compressed:
@@ -226,12 +234,12 @@ class CalibrationStatistics:
 
     @property
     def folder(self) -> Path | None:
-        """Where to keep what is found before layers are fitted."""
+        """Where to keep intermediate results, to resume from; None: nowhere."""
         return self._request.folder
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What all that is told here depends on; with several processes, as the first sees it."""
+        """Digests of all that these statistics depend on, as the main process computes them."""
         return self.context.group.on_main(
             lambda: self._fingerprint([*self.data.batches, *self.data.held_out])
         )
@@ -250,7 +258,7 @@ class CalibrationStatistics:
         )
 
     def _kept_pass(self) -> DensePass:
-        """Of the examples of the fit; from a file of moments where one is named, and fits."""
+        """The dense pass over the examples of the fit, from a file of moments if one fits."""
         batches, path = self.data.batches, self._request.moments
         if path is None and self.folder is not None:
             path = self.folder / "moments.safetensors"
@@ -263,12 +271,12 @@ class CalibrationStatistics:
             return measure()
         parts = self.context.group.on_main(lambda: self._fingerprint(batches))
         own = self._request.moments is None
-        found, said = cached_or_measured(
+        dense, note = cached_or_measured(
             path, parts, self.network, self._trace, measure, self.context.group, own
         )
         if not own:
-            self.notes.append(f"moments: {sum(map(num_examples, batches)):,} examples {said}")
-        return found
+            self.notes.append(f"moments: {sum(map(num_examples, batches)):,} examples {note}")
+        return dense
 
     def _pass(self, batches: Sequence[Batch], probes: Probes, context: RunContext) -> DensePass:
         call = self.data.call
@@ -283,7 +291,7 @@ class CalibrationStatistics:
     def _is_table(self, weight: str) -> bool:
         return self._dense.moments[weight].second.dim() == 1
 
-    def _evidence(self, name: str, moments: Moments, held_out: Moments) -> Objective:
+    def _objective(self, name: str, moments: Moments, held_out: Moments) -> Objective:
         outputs = self._dense.gradients.get(self.places[name])
         outputs = None if outputs is None else outputs.to(self.context.device)
         both = _on(self.context.device, moments), _on(self.context.device, held_out)

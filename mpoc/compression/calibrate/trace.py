@@ -1,11 +1,11 @@
-"""Chains of blocks: modules of which each is given exactly what the one before it gave.
+"""Trace one forward pass: the order of weights, layers that share an input, and chains of blocks.
 
-Where a network's blocks are one, a pass over a layer of block k need not run the blocks before it again:
-the block's input is kept.  That they are one is seen in a forward pass: the input of each block is the output
-of the one before it, the same tensor, not changed since; and all its other arguments are those of the first
-block of its chain, so that they do not depend on any block.
+A chain is a row of modules of which each is given exactly what the one before it gave: the same tensor, not
+changed since, and all other arguments those of the chain's first block.  A pass that needs the inputs of
+block k can then keep them, and need not run the blocks before k again.
 
-One forward pass, watched: which weight is used when, which share an input, which lead into a norm.
+The trace also finds the batch norms that alone take a layer's output: their running means can correct the
+mean of its error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EXAMPLES = 4  # that are watched: all activations of the pass are held
 
 @dataclass(frozen=True)
 class ChainBlock:
-    """A module of a chain."""
+    """One module of a chain."""
 
     module: str
     nbytes: int  # of its input in the pass that was watched
@@ -50,12 +50,12 @@ Chain = tuple[ChainBlock, ...]
 
 
 def identity(tensor: Tensor) -> Hashable:
-    """Equal for two tensors that are the same numbers in memory, while both are held."""
+    """A key that is equal for two tensors of the same memory and version, as long as both are held."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor._version
 
 
 def signature(value: Any) -> Hashable:
-    """Equal for arguments that are the same; what is neither tensor nor plain is like nothing else."""
+    """A key that is equal for the same arguments; what is neither tensor nor plain equals nothing."""
     if isinstance(value, Tensor):
         return identity(value)
     if isinstance(value, _PLAIN):
@@ -72,13 +72,13 @@ class _Unlike:
 
 
 def next_input(output: Any) -> Tensor | None:
-    """What a block hands to the next: its output, or the first of several."""
+    """What a block hands to the next: its output, or the first of several outputs."""
     first = output[0] if isinstance(output, tuple) and output else output
     return first if isinstance(first, Tensor) else None
 
 
 def features(values: Tensor, mask: Tensor | None, axis: int) -> Tensor:
-    """(rows, width) of what a block gives, without padding.
+    """The output of a block as rows (rows, width), without padding.
 
     Args:
         values: tokens (n, T, width), or any shape.
@@ -103,30 +103,29 @@ class _Call:
 
 @dataclass
 class ChainTracer:
-    """Watches the children of every ``ModuleList`` and ``Sequential`` in one forward pass."""
+    """Observes the children of every ``ModuleList`` and ``Sequential`` in one forward pass."""
 
     calls: list[_Call] = field(default_factory=list)
     open: list[int] = field(default_factory=list)  # calls that have not returned, outermost first
     _seen: list[Any] = field(default_factory=list)  # all arguments: no two tensors may share memory by chance
 
     def watch(self, network: nn.Module) -> list[RemovableHandle]:
-        """Hooks, to be removed after the pass."""
+        """Register hooks, to be removed after the pass."""
         handles = []
         for path, container in network.named_modules():
             if isinstance(container, nn.ModuleList | nn.Sequential):
                 for name, child in container.named_children():
-                    place = f"{path}.{name}" if path else name
-                    handles += self._hooks(place, child)
+                    handles += self._hooks(f"{path}.{name}" if path else name, child)
         return handles
 
-    def _hooks(self, place: str, module: nn.Module) -> list[RemovableHandle]:
+    def _hooks(self, path: str, module: nn.Module) -> list[RemovableHandle]:
         def begin(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = args[0] if args and isinstance(args[0], Tensor) else None
             taken: Hashable = _Unlike() if given is None else identity(given)
             within = self.open[-1] if self.open else None
             self._seen += [args, named]
             self.open.append(len(self.calls))
-            self.calls.append(_Call(place, within, given, taken, signature((args[1:], named))))
+            self.calls.append(_Call(path, within, given, taken, signature((args[1:], named))))
 
         def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             call = self.calls[self.open.pop()]
@@ -139,7 +138,7 @@ class ChainTracer:
         ]
 
     def chains(self) -> tuple[list[Chain], dict[int, tuple[int, int]]]:
-        """The chains, and for each call that is a block its (chain, position)."""
+        """The chains and, for each call of a block, its chain and position."""
         blocks = self._refined(None)
         often = [call.module for call in self.calls]
         chains: list[list[int]] = []
@@ -151,8 +150,8 @@ class ChainTracer:
             if last is None or last.gave != call.taken or last.others != call.others:
                 chains.append([])
             chains[-1].append(number)
-        homes = {n: (c, p) for c, chain in enumerate(chains) for p, n in enumerate(chain)}
-        return [tuple(self._block(number) for number in chain) for chain in chains], homes
+        positions = {n: (c, p) for c, chain in enumerate(chains) for p, n in enumerate(chain)}
+        return [tuple(self._block(number) for number in chain) for chain in chains], positions
 
     def _block(self, number: int) -> ChainBlock:
         call = self.calls[number]
@@ -162,14 +161,14 @@ class ChainTracer:
         return ChainBlock(call.module, call.given.numel() * call.given.element_size(), whole)
 
     def _refined(self, within: int | None) -> list[int]:
-        """Calls that are parts of ``within``, each replaced by its own parts where these are a chain."""
-        found: list[int] = []
+        """The calls inside the call ``within``, each replaced by its own parts where these are a chain."""
+        calls: list[int] = []
         for number, call in enumerate(self.calls):
             if call.within != within:
                 continue
             parts = [k for k, part in enumerate(self.calls) if part.within == number]
-            found += self._refined(number) if self._are_all_of(call, parts) else [number]
-        return found
+            calls += self._refined(number) if self._are_all_of(call, parts) else [number]
+        return calls
 
     def _are_all_of(self, call: _Call, parts: list[int]) -> bool:
         if not parts or isinstance(call.output, tuple):
@@ -181,7 +180,7 @@ class ChainTracer:
 
 @dataclass(frozen=True)
 class Trace:
-    """What one forward pass shows of the weights that were asked for."""
+    """What one forward pass tells about the weights that were asked for."""
 
     layers: dict[str, ObservedLayer]  # by weight, in the order of their first use
     groups: tuple[
@@ -192,19 +191,19 @@ class Trace:
     norms: dict[str, str]  # weight → module of the batch norm that alone takes the layer's output
     reasons: dict[str, str]  # weight → why nothing is known of it
     chains: tuple[Chain, ...]
-    homes: dict[
+    positions: dict[
         str, tuple[int, int]
     ]  # weight → chain, block of its first use; all its uses are in that chain
     numbers: int  # in the input of the pass
 
-    def axis(self, place: tuple[int, int]) -> int:
-        """Which axis of what a block gives is of features: the channels behind convolutions, or the last."""
-        here = (name for name, home in self.homes.items() if home == place)
+    def axis(self, position: tuple[int, int]) -> int:
+        """The feature axis of a block's output: the channels (1) for convolutions, else the last (-1)."""
+        here = (name for name, position_of in self.positions.items() if position_of == position)
         return 1 if any(isinstance(self.layers[name].inputs, ConvInputs) for name in here) else -1
 
 
 def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) -> Trace:
-    """Watch the weights ``names`` while the network runs on one batch.
+    """Trace the weights ``names`` while the network runs on one batch.
 
     Args:
         network: dense, in evaluation mode; left as it is.
@@ -215,22 +214,22 @@ def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) ->
     Raises:
         MpocError: the network has no such weight.
     """
-    found = {name: find_layer(network, name) for name in names}
-    layers = {name: layer for name, layer in found.items() if isinstance(layer, ObservedLayer)}
-    reasons = {name: reason for name, reason in found.items() if isinstance(reason, str)}
-    watcher = _Watcher(network, layers)
+    observed = {name: find_layer(network, name) for name in names}
+    layers = {name: layer for name, layer in observed.items() if isinstance(layer, ObservedLayer)}
+    reasons = {name: reason for name, reason in observed.items() if isinstance(reason, str)}
+    tracer = _Tracer(network, layers)
     with eval_mode(network), torch.no_grad(), hooked() as handles, ExitStack() as stack:
-        handles += watcher.watch()
-        if watcher.has_norms:
-            stack.enter_context(_Uses(watcher))
+        handles += tracer.watch()
+        if tracer.has_norms:
+            stack.enter_context(_Uses(tracer))
         batch = {name: values[:EXAMPLES] for name, values in batch.items()}
         call(network, to_device(batch, device_of(network)))
-    reasons |= {name: "the network does not reach it" for name in layers if name not in watcher.given}
-    return watcher.result(reasons, batch)
+    reasons |= {name: "the network does not reach it" for name in layers if name not in tracer.given}
+    return tracer.result(reasons, batch)
 
 
-class _Watcher:
-    """What the hooks of one pass see."""
+class _Tracer:
+    """Hooks of one traced pass, and what they record."""
 
     def __init__(self, network: nn.Module, layers: dict[str, ObservedLayer]) -> None:
         self._network, self._layers = network, layers
@@ -243,11 +242,11 @@ class _Watcher:
 
     @property
     def has_norms(self) -> bool:
-        """Whether there is a batch norm with statistics of its own."""
+        """Whether the network has a batch norm with running statistics."""
         return any(_is_norm(module) for module in self._network.modules())
 
     def watch(self) -> list[RemovableHandle]:
-        """Hooks; those of blocks first, so that a layer that is a block is within itself."""
+        """Register hooks; those of blocks first, so that a layer that is a block lies within itself."""
         handles = self._chains.watch(self._network)
         for layer in self._layers.values():
             for path in layer.modules:
@@ -284,7 +283,7 @@ class _Watcher:
         ]
 
     def use(self, value: Any) -> None:
-        """An operation takes ``value``."""
+        """Record that an operation takes ``value``."""
         if isinstance(value, tuple | list):
             for entry in value:
                 self.use(entry)
@@ -292,7 +291,7 @@ class _Watcher:
             self.other_uses.add(id(value))
 
     def result(self, reasons: dict[str, str], batch: Batch) -> Trace:
-        """What was seen, in order."""
+        """The trace, layers in the order of their first use."""
         calls = {name: len(given) for name, given in self.given.items()}
         groups: dict[Any, list[str]] = {}
         for name, given in self.given.items():
@@ -306,38 +305,39 @@ class _Watcher:
         chains, blocks = self._chains.chains()
         return Trace(
             {name: self._layers[name] for name in self.given}, tuple(map(tuple, groups.values())), calls,
-            same, self._norms(calls), reasons, tuple(chains), self._homes(blocks), main_input(batch).numel(),
+            same, self._norms(calls), reasons, tuple(chains), self._positions_of(blocks),
+            main_input(batch).numel(),
         )  # fmt: skip
 
     def _norms(self, calls: dict[str, int]) -> dict[str, str]:
-        found = {}
+        norms = {}
         for path, inputs in self._normed.items():
             name = self.outputs[inputs[0]][0] if inputs[0] in self.outputs else None
             takers = sum(taken.count(inputs[0]) for taken in self._normed.values())
             alone = len(inputs) == 1 and takers == 1 and inputs[0] not in self.other_uses
             if name is not None and alone and calls[name] == 1:
-                found[name] = path
-        return found
+                norms[name] = path
+        return norms
 
-    def _homes(self, blocks: dict[int, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        homes = {}
+    def _positions_of(self, blocks: dict[int, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        positions = {}
         for name, given in self.given.items():
             places = [next((blocks[n] for n in within if n in blocks), None) for _, _, within in given]
-            chains = {None if place is None else place[0] for place in places}
+            chains = {None if position is None else position[0] for position in places}
             if len(chains) == 1 and places[0] is not None:
-                homes[name] = places[0]
-        return homes
+                positions[name] = places[0]
+        return positions
 
 
 class _Uses(TorchDispatchMode):
-    """Tells the watcher of everything that an operation takes."""
+    """Reports every argument of every operation to the tracer."""
 
-    def __init__(self, watcher: _Watcher) -> None:
+    def __init__(self, tracer: _Tracer) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._watcher = watcher
+        self._tracer = tracer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._watcher.use([*args, *(kwargs or {}).values()])
+        self._tracer.use([*args, *(kwargs or {}).values()])
         return func(*args, **(kwargs or {}))
 
 
@@ -347,7 +347,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Example:
-    """A batch as one block sees it."""
+    """A batch at one block: what it is given, and what it is to give."""
 
     given: Tensor  # first argument
     args: tuple[Any, ...]  # the others

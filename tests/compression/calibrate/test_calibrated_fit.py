@@ -33,7 +33,7 @@ def rows(count: int = 400, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x + 0.1 * draw[1] * x.std() + 0.05, x
 
 
-def evidence(
+def objective(
     given: Tensor, dense: Tensor, held: tuple[Tensor, Tensor], centred: bool = True
 ) -> LayerObjective:
     found = []
@@ -63,7 +63,7 @@ CHAIN = make_structure("linear", (N_Y, N_X), factors=((3, 4), (5, 4)))
 @pytest.mark.parametrize("centred", [True, False])
 def test_errors_match_those_of_the_input_rows(structure: Structure, centred: bool) -> None:
     given, held = rows(), rows(seed=5)
-    fit = fit_of(structure, 3, evidence(*given, held, centred))
+    fit = fit_of(structure, 3, objective(*given, held, centred))
     everything = [torch.cat([a, b]) for a, b in zip(given, held, strict=True)]
     error = everything[1] @ a_weight().T - everything[0] @ matrix_of(fit.form).T
     whole = everything[1] @ a_weight().T
@@ -78,7 +78,7 @@ def test_errors_match_those_of_the_input_rows(structure: Structure, centred: boo
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
 def test_exact_at_full_bond_on_dense_inputs(structure: Structure) -> None:
     x = rows()[1]
-    fit = fit_of(structure, structure.full_bond, evidence(x, x, (x, x)))
+    fit = fit_of(structure, structure.full_bond, objective(x, x, (x, x)))
     torch.testing.assert_close(matrix_of(fit.form), a_weight())
     assert fit.judged.output_error < 1e-6
     assert fit.judged.relative_error < 1e-6
@@ -87,15 +87,15 @@ def test_exact_at_full_bond_on_dense_inputs(structure: Structure) -> None:
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
 def test_beats_plain_tt_svd(structure: Structure) -> None:
     x, other = rows()[1], rows(seed=5)[1]
-    known = evidence(x, x, (other, other))
+    known = objective(x, x, (other, other))
     plain = tt_svd(a_weight(), structure, Truncation(3)).form
     fitted = matrix_of(fit_of(structure, 3, known).form)
-    for norm in (known.seen, known.unseen):
+    for norm in (known.fit_error, known.held_out_error):
         assert norm.relative(a_weight(), fitted) < norm.relative(a_weight(), matrix_of(plain))
 
 
 def test_error_never_rises_with_the_bond() -> None:
-    known = evidence(*rows(), rows(seed=5))
+    known = objective(*rows(), rows(seed=5))
     errors = [fit_of(LOW_RANK, bond, known).judged.output_error for bond in range(1, N_Y)]
     assert all(after <= before + 1e-9 for before, after in pairwise(errors))
 
@@ -103,7 +103,7 @@ def test_error_never_rises_with_the_bond() -> None:
 def test_compensates_for_changed_inputs() -> None:
     """Inputs twice as large: the best weight is half as large, though W is what was asked for."""
     x = rows()[1]
-    fit = fit_of(LOW_RANK, N_Y, evidence(2 * x, x, (2 * x, x)))
+    fit = fit_of(LOW_RANK, N_Y, objective(2 * x, x, (2 * x, x)))
     assert fit.judged.output_error < 1e-3
     assert fit.judged.relative_error == pytest.approx(0.5, abs=0.02)
 
@@ -121,7 +121,7 @@ def test_handles_few_and_constant_inputs(kind: str, structure: Structure) -> Non
         x[:, 3] = 0
     else:
         weight = torch.zeros_like(weight)
-    fit = fit_of(structure, 3, evidence(x, x, (x, x)), weight)
+    fit = fit_of(structure, 3, objective(x, x, (x, x)), weight)
     assert bool(torch.isfinite(matrix_of(fit.form)).all())
     assert 0 <= fit.judged.output_error <= 1 + 1e-9
     assert fit.gamma in (*LayerObjective.gammas, LayerObjective.mpo_gamma)
@@ -131,7 +131,7 @@ def test_handles_few_and_constant_inputs(kind: str, structure: Structure) -> Non
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_auto_never_loses_to_whitened_svd(rank: int, seed: int) -> None:
     """Neither on the objective of the fit, nor, of all that were tried, on held-out inputs."""
-    known = evidence(*rows(seed=seed), rows(seed=seed + 10))
+    known = objective(*rows(seed=seed), rows(seed=seed + 10))
     probes = torch.randn(40, N_Y, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     known = replace(known, outputs=probes.T @ probes / 40)
     weight = a_weight(seed)
@@ -146,7 +146,7 @@ def test_auto_never_loses_to_whitened_svd(rank: int, seed: int) -> None:
 
 def test_sum_beats_its_terms() -> None:
     x, other = rows()[1], rows(seed=5)[1]
-    known = evidence(x, x, (other, other))
+    known = objective(x, x, (other, other))
     generator = torch.Generator().manual_seed(3)
     chain = MPO(
         [torch.randn(s, generator=generator, dtype=torch.float64) for s in CHAIN.core_shapes((1, 2, 1))],

@@ -11,11 +11,13 @@ from tests.compression.calibrate.layers import SIDES, known, weight
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("weighed", [True, False])
 def test_errors_of_all_ranks_match_single_fits(centred: bool, weighed: bool) -> None:
-    evidence = known(centred, weighed)
-    offers = Candidates(weight(3), make_structure("linear", SIDES), evidence, ("svd",))
+    objective = known(centred, weighed)
+    offers = Candidates(weight(3), make_structure("linear", SIDES), objective, ("svd",))
     structure = low_rank_structure("linear", SIDES)
     for rank in (1, 4, 9, 16):
-        expected = evidence.felt.squared(weight(3), offers.matrix(Storage(structure, rank)).double())
+        expected = objective.output_weighted_error.squared(
+            weight(3), offers.matrix(Storage(structure, rank)).double()
+        )
         assert offers.error(Storage(structure, rank)) == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
@@ -35,7 +37,7 @@ def test_every_compressed_candidate_shrinks_the_layer() -> None:
         assert measured is not None
         found = [offer.error for offer in offers.every if offer.storage == measured]
         assert found == [pytest.approx(offers.error(measured), rel=1e-4)]
-        expected = known().felt.squared(weight(3), offers.matrix(measured).double())
+        expected = known().output_weighted_error.squared(weight(3), offers.matrix(measured).double())
         assert offers.error(measured) == pytest.approx(expected, rel=1e-4)
 
 
@@ -62,5 +64,5 @@ def test_extra_structure_is_a_candidate() -> None:
     assert storage is not None
     (one,) = (offer for offer in offered if offer.storage == storage)
     assert one.error == pytest.approx(offers.error(storage), rel=1e-4)
-    expected = known().felt.squared(weight(3), offers.matrix(storage).double())
+    expected = known().output_weighted_error.squared(weight(3), offers.matrix(storage).double())
     assert offers.error(storage) == pytest.approx(expected, rel=1e-4)

@@ -37,38 +37,38 @@ def known(seen: Tensor, unseen: Tensor) -> EmbeddingObjective:
 
 def test_errors_match_those_of_the_tokens() -> None:
     seen, unseen = tokens(200, 0), tokens(50, 1)
-    evidence, matrix, found = known(seen, unseen), table(), table(1)
+    objective, matrix, found = known(seen, unseen), table(), table(1)
     error = matrix - found
-    for norm, part in ((evidence.seen, seen), (evidence.unseen, unseen)):
+    for norm, part in ((objective.fit_error, seen), (objective.held_out_error, unseen)):
         expected = error[part].norm() / matrix[part].norm()
         assert norm.relative(matrix, found) == pytest.approx(float(expected), rel=1e-9)
-    expected = torch.einsum("ni,ij,nj->", error[unseen], evidence.outputs, error[unseen]) / 50
-    assert evidence.felt.squared(matrix, found) == pytest.approx(float(expected), rel=1e-9)
-    together = evidence.together().seen.squared(matrix, found)
+    expected = torch.einsum("ni,ij,nj->", error[unseen], objective.outputs, error[unseen]) / 50
+    assert objective.output_weighted_error.squared(matrix, found) == pytest.approx(float(expected), rel=1e-9)
+    together = objective.together().fit_error.squared(matrix, found)
     assert together == pytest.approx(float(error[torch.cat([seen, unseen])].square().sum()) / 250, rel=1e-9)
 
 
 def test_metric_smooths_over_all_rows() -> None:
-    evidence, matrix, found = known(tokens(200, 0), tokens(50, 1)), table(), table(1)
+    objective, matrix, found = known(tokens(200, 0), tokens(50, 1)), table(), table(1)
     uniform = known(torch.arange(VOCABULARY), tokens(50, 1))
-    values = [one.metric(matrix, gamma).value(found) for one, gamma in ((evidence, 0.0), (uniform, 0.0))]
-    mixed = evidence.metric(matrix, 0.3).value(found)
+    values = [one.metric(matrix, gamma).value(found) for one, gamma in ((objective, 0.0), (uniform, 0.0))]
+    mixed = objective.metric(matrix, 0.3).value(found)
     assert mixed == pytest.approx(0.7 * values[0] + 0.3 * values[1], rel=1e-9)
 
 
 def test_errors_of_all_ranks_match_single_fits() -> None:
-    evidence, matrix = known(tokens(200, 0), tokens(50, 1)), table()
-    best = weighted_svd(evidence.metric(matrix, 0.1))
-    errors = evidence.felt.of_ranks(matrix, best.left, best.right)
+    objective, matrix = known(tokens(200, 0), tokens(50, 1)), table()
+    best = weighted_svd(objective.metric(matrix, 0.1))
+    errors = objective.output_weighted_error.of_ranks(matrix, best.left, best.right)
     for rank in range(1, WIDTH):
-        expected = evidence.felt.squared(matrix, best.left[:, :rank] @ best.right[:rank])
+        expected = objective.output_weighted_error.squared(matrix, best.left[:, :rank] @ best.right[:rank])
         assert float(errors[rank - 1]) == pytest.approx(expected, rel=1e-8, abs=1e-12)
 
 
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
 def test_fit_generalises_to_other_texts(structure: Structure) -> None:
-    evidence, matrix = known(tokens(200, 0), tokens(50, 1)), table()
-    fit = fit_calibrated(matrix, [Storage(structure, 3)], evidence, torch.float64, 0)
+    objective, matrix = known(tokens(200, 0), tokens(50, 1)), table()
+    fit = fit_calibrated(matrix, [Storage(structure, 3)], objective, torch.float64, 0)
     assert fit.judged.shift is None
     assert fit.gamma in (
         EmbeddingObjective.gammas if structure is LOW_RANK else (EmbeddingObjective.mpo_gamma,)
@@ -99,8 +99,8 @@ def test_exact_at_full_bond(structure: Structure) -> None:
 
 
 def test_handles_a_layer_without_effect() -> None:
-    evidence = known(tokens(200, 0), tokens(50, 1))
-    deaf = EmbeddingObjective(evidence.moments, evidence.held_out, torch.zeros_like(evidence.outputs))
+    objective = known(tokens(200, 0), tokens(50, 1))
+    deaf = EmbeddingObjective(objective.moments, objective.held_out, torch.zeros_like(objective.outputs))
     for structure in (LOW_RANK, CHAIN):
         fit = fit_calibrated(table(), [Storage(structure, 3)], deaf, torch.float64, 0)
         assert bool(matrix_of(fit.form).isfinite().all())

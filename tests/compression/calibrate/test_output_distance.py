@@ -36,7 +36,7 @@ def test_measures_divergence_and_treats_nan_as_infinite() -> None:
 def test_restores_layers_after_measuring() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)).eval()
     distance = distance_from_own(network, [images(3)])
-    study: Any = distance._study
+    study: Any = distance._statistics
     study.places, study.means = {"w": "1.weight", "b": "1.bias"}, {"w": MeanCorrection("b", 1)}
     before = copy.deepcopy(network.state_dict())
     other = copy.deepcopy(network)

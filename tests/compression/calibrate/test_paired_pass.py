@@ -85,7 +85,7 @@ def assert_same(found: dict[str, Moments], wanted: dict[str, Moments]) -> None:
 def test_cached_block_inputs_give_the_same_moments(make: Any) -> None:
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))
-    assert found.homes
+    assert found.positions
     other = damaged(network)
     wanted = in_order(network, other, batches, found, replay=Replay(enabled=False))
     assert_same(in_order(network, other, batches, found), wanted)

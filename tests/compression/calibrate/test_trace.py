@@ -126,8 +126,8 @@ def test_finds_blocks_of_transformers() -> None:
     (chain,) = found.chains
     assert [block.module for block in chain] == [f"encoder.layer.{k}" for k in range(3)]
     assert all(block.is_kept_whole for block in chain)
-    assert found.homes["encoder.layer.2.output.dense.weight"] == (0, 2)
-    assert "embeddings.word_embeddings.weight" not in found.homes
+    assert found.positions["encoder.layer.2.output.dense.weight"] == (0, 2)
+    assert "embeddings.word_embeddings.weight" not in found.positions
 
 
 @pytest.mark.parametrize(
