@@ -139,5 +139,7 @@ def test_reports_a_surprisingly_large_distance() -> None:
     shares = Allocation([], "uniform", {"uniform": 0.01, "equal gain": 0.001})
     assert shares.warnings(0.03) == shares.warnings(0.0) == []
     (said,) = shares.warnings(0.4)
-    assert "0.4 from the dense network, 40 times as much" in said and "--calibration-samples" in said
+    assert (
+        "diverge by 0.4 from the dense network, 40 times as much" in said and "--calibration-samples" in said
+    )
     assert Allocation([], "uniform", {"uniform": 0.0}).warnings(1.0) == []
