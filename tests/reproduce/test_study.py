@@ -121,7 +121,7 @@ def test_factorings_share_the_dense_network(digits: Path, tmp_path: Path) -> Non
 def test_validation_split_selects_the_weights(digits: Path, tmp_path: Path) -> None:
     asked = request(digits, tmp_path / "out", held_out=0.2, choice=StudyChoice(bonds=(2,), epochs=3))
     done, said = run(asked)
-    assert "validation 60" in said[0] and "best on the validation split" in done.material.reported()
+    assert "validation 60" in said[0] and "best on validation" in done.material.reported()
     for row in done.rows:
         curve = row.results[0].curve
         chosen = max(range(len(curve)), key=lambda k: (curve[k]["validation"], -k))

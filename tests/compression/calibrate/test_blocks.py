@@ -130,7 +130,7 @@ def test_running_statistics_come_from_the_fit(tmp_path: Path) -> None:
 def test_shared_weight_is_not_refined(tmp_path: Path) -> None:
     done = Case(tmp_path, "shared").compress(bond=4, form="svd", layers=("*.up",))
     assert done.manifest.calibration["refined"] == {}
-    assert any("alone: 1 layers" in note for note in done.notes)
+    assert any("not refined" in note and "1 layers" in note for note in done.notes)
 
 
 def test_network_without_blocks_is_fitted_as_before(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_network_without_blocks_is_fitted_as_before(tmp_path: Path) -> None:
     done, plain = case.compress(bond=4), case.compress(bond=4, refine=False, out="p")
     stored, others = load_file(done.output), load_file(plain.output)
     assert all(torch.equal(stored[name], others[name]) for name in others)
-    assert any("alone: 2 layers" in note for note in done.notes)
+    assert any("not refined" in note and "2 layers" in note for note in done.notes)
 
 
 @pytest.mark.slow
