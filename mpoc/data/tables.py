@@ -339,6 +339,6 @@ def _lines(file: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
                 except (ValueError, RecursionError) as error:
                     raise MpocError(f"{file}, line {number}: not valid JSON ({error})") from error
                 if not isinstance(row, dict):
-                    raise MpocError(f"{file}, line {number}: a JSON object was expected")
+                    raise MpocError(f"{file}, line {number}: not a JSON object")
                 yield number, offset, row
             offset += len(line)

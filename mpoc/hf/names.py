@@ -1,4 +1,4 @@
-"""Where transformers puts the tensors of a checkpoint: its own renamings and conversions tell."""
+"""Map names in a checkpoint to names in a transformers network, by the renamings of transformers itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 
 class Names:
-    """Of one network."""
+    """Maps tensor names between a checkpoint, a network, and a directory that the network is saved to.
+
+    Args:
+        model: the network, as transformers made it.
+        conversions: the renamings and converters that transformers applies while it loads ``model``.
+    """
 
     def __init__(self, model: PreTrainedModel, conversions: list[Any]) -> None:
         self.state: dict[str, Tensor] = model.state_dict()
@@ -20,25 +25,25 @@ class Names:
         self._converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
-        """The name in the network, with or without the base model's prefix, and a conversion's pattern."""
-        found = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
-        if found[0] not in self.state and name in self.state:
+        """The name in the network and the source pattern of the converter that applies, or None."""
+        target, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.state)
+        if target not in self.state and name in self.state:
             return name, None
-        return found
+        return target, pattern
 
     def in_model(self, name: str) -> str:
         """The name in the network."""
         return self._renamed(name)[0]
 
     def converter(self, name: str) -> WeightConverter | None:
-        """What would convert the weight while it is loaded."""
+        """The converter that applies to the tensor while it is loaded, or None."""
         target, pattern = self._renamed(name)
         if target not in self.state:
             return None
         return next((entry for entry in self._converters if pattern in entry.source_patterns), None)
 
     def saved(self, name: str) -> str:
-        """The name in a directory that the network is saved to: the prefix is there if the network has it."""
+        """The name in a directory that the network is saved to, with the prefix if the network has it."""
         renamed, _ = rename_source_key(name, self._renamings, self._converters)
         target, prefix = self.in_model(name), f"{self._prefix}."
         if target == prefix + renamed:
@@ -47,6 +52,6 @@ class Names:
 
 
 def places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """Stored tensor → its name in a loaded network; without those that loading converts, not only renames."""
-    found = Names(model, getattr(model, "_weight_conversions", None) or [])
-    return {name: found.in_model(name) for name in names if found.converter(name) is None}
+    """Stored name → name in a loaded network, for the tensors that loading renames but does not convert."""
+    mapping = Names(model, getattr(model, "_weight_conversions", None) or [])
+    return {name: mapping.in_model(name) for name in names if mapping.converter(name) is None}

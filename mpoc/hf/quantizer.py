@@ -5,11 +5,11 @@
 
 transformers meets ``"quant_method": "mpo"`` in config.json and asks the quantizer registered here.  While the
 network is still on the meta device, the quantizer swaps every compressed module for its counterpart with
-cores; from there the cores are parameters like any other: they load from shards, move, train, tie and save.
-Where a stored weight belongs in a network is transformers' own knowledge, and is taken from there.
+cores. From then on the cores are ordinary parameters: they load from shards, move, train, tie and save. The
+mapping from stored names to names in the network comes from transformers itself (``mpoc.hf.names``).
 
-A directory saved by ``save_pretrained`` gets the guard of a compressed one: without this import it does not
-load.
+``save_pretrained`` writes the guard of a compressed directory again, so that the saved directory does not
+load without this import.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from mpoc.io.manifest_reader import MAYBE_LATER, SAVED_AGAIN, check_format
 from mpoc.nn.adopt import adopt_everywhere, unstack
 from mpoc.tensor_networks.structure import Structure
 
-# The conversions of expert weights that are undone here: one matrix an expert, or several below each other.
+# Conversions that stack the experts' weights, and that are undone here: one matrix per expert, or several
+# concatenated along the outputs.
 _STACKING = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
@@ -68,16 +69,17 @@ class MpoConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The checked configuration.
+        """Check the configuration and make it.
 
         Raises:
-            MpocError: it has another format, or is damaged.
+            MpocError: the format is unknown, or the configuration is damaged.
         """
         check_format(config_dict.get("format"), Path("config.json"), (FORMAT, ORDERED_FORMAT))
         layers = config_dict.get("layers")
         if not isinstance(layers, dict) or config_dict.keys() - {"quant_method", "format", "layers"}:
-            said = "config.json: damaged quantization_config (no layers, or unknown keys)"
-            raise MpocError(said, MAYBE_LATER)
+            raise MpocError(
+                "config.json: damaged quantization_config (no layers, or unknown keys)", MAYBE_LATER
+            )
         for name, layer in layers.items():
             cores_of(name, layer)
         config = cls(layers=layers)
@@ -86,7 +88,7 @@ class MpoConfig(QuantizationConfigMixin):
 
 @register_quantizer("mpo")
 class MpoQuantizer(HfQuantizer):
-    """What transformers asks while it loads, trains and saves a network with cores."""
+    """Answers transformers while it loads, trains and saves a network with cores."""
 
     requires_calibration = True  # so that transformers takes compressed directories only, no dense ones
     quantization_config: MpoConfig
@@ -100,30 +102,30 @@ class MpoQuantizer(HfQuantizer):
         self._other_sizes: list[WeightRenaming] = []
 
     def is_serializable(self) -> bool:
-        """Cores save as they load."""
+        """True: ``save_pretrained`` writes the cores as it writes any parameter."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Cores are ordinary parameters."""
+        """True: cores are ordinary parameters."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """``Trainer`` may train them without adapters."""
+        """True: ``Trainer`` may train the cores without adapters."""
         return True
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Take the guard out: this is asked before the weights are looked up."""
+        """Remove the guard from ``config``; transformers calls this before it looks up the weights."""
         if getattr(config, GUARD_KEY, None) == GUARD:
             delattr(config, GUARD_KEY)
         return config
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a device map that leaves weights on disk, or on the CPU beside an accelerator.
+        """Refuse a device map that offloads weights.
 
         Raises:
-            MpocError: it does.
+            MpocError: the map places weights on disk, or on the CPU beside an accelerator.
         """
         device_map = kwargs.get("device_map")
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
@@ -134,12 +136,12 @@ class MpoQuantizer(HfQuantizer):
             )
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
-        """transformers' own, without those that are undone."""
+        """The conversions of transformers, without those that are undone here."""
         kept = [entry for entry in weight_conversions if entry.target_patterns[0] not in self._unstacked]
         return [*self._other_sizes, *kept]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Swap modules, while everything is on the meta device."""
+        """Give the compressed modules empty cores while the network is on the meta device."""
         layers = self.quantization_config.layers
         conversions = get_model_conversion_mapping(model)
         self._unstack_experts(model, conversions)
@@ -151,9 +153,9 @@ class MpoQuantizer(HfQuantizer):
             dense = names.state.get(target)
             structure, shapes = cores_of(name, layers[name])
             if dense is None:
-                continue  # another head's: transformers lists its tensors as unexpected
+                continue  # it belongs to another head; transformers lists its tensors as unexpected
             if tuple(dense.shape) != structure.shape:
-                # transformers says that sizes differ, or starts anew where it was told to ignore it.
+                # transformers reports the mismatch, or initialises the weight under ignore_mismatched_sizes.
                 core = re.escape(f"{core_prefix(name)}.0")
                 self._other_sizes.append(WeightRenaming(f"^{core}$", target))
                 continue
@@ -170,10 +172,10 @@ class MpoQuantizer(HfQuantizer):
         self.quantization_config = MpoConfig(layers={names.saved(name): layers[name] for name in kept})
 
     def _unstack_experts(self, model: PreTrainedModel, conversions: list[Any]) -> None:
-        """Where compressed weights would be stacked while loading, hold them one by one.
+        """Hold compressed expert weights one by one where transformers would stack them while loading.
 
         Raises:
-            MpocError: a compressed weight would be converted in any other way.
+            MpocError: transformers would convert a compressed weight in any other way.
         """
         names = Names(model, conversions)
         for name in self.quantization_config.layers:
@@ -182,10 +184,10 @@ class MpoQuantizer(HfQuantizer):
                 continue
             head, _, weight = converter.target_patterns[0].rpartition(".")
             single = re.compile(rf"{re.escape(head)}\.\*\.(\w+)\.weight")
-            found = [single.fullmatch(pattern) for pattern in converter.source_patterns]
-            sources = tuple(match[1] for match in found if match)
+            matches = [single.fullmatch(pattern) for pattern in converter.source_patterns]
+            sources = tuple(match[1] for match in matches if match)
             steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
-            if len(sources) < len(found) or steps not in _STACKING:
+            if len(sources) < len(matches) or steps not in _STACKING:
                 raise MpocError(
                     f"{model.config.name_or_path}: transformers makes {', '.join(converter.target_patterns)} "
                     f"of {name!r} while loading, which it cannot do with cores",
@@ -200,7 +202,7 @@ class MpoQuantizer(HfQuantizer):
     def _swap(
         self, model: PreTrainedModel, names: list[str], structure: Structure, shapes: list[tuple[int, ...]]
     ) -> None:
-        """Cores, still empty, in the place of a weight, by all its names."""
+        """Replace a weight, under all its ``names``, by empty cores of these ``shapes``."""
         cores = [torch.empty(shape, device="meta") for shape in shapes]
         try:
             adopt_everywhere(model, names, cores, structure)
@@ -211,15 +213,15 @@ class MpoQuantizer(HfQuantizer):
             self._spare(model, name.rpartition(".")[0])
 
     def _spare(self, model: PreTrainedModel, path: str) -> None:
-        """Keep a module from being initialised: dense weights would be built only to be filled at random."""
+        """Keep transformers from initialising a module: that would build the dense weight at random."""
         vars(model.get_submodule(path))["_is_hf_initialized"] = True
         self._spared.add(path)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Check that every core came from the files.
+        """Check that every core was read from the files.
 
         Raises:
-            MpocError: one did not.
+            MpocError: a core is missing.
         """
         for path in sorted(self._spared):
             for name, parameter in model.get_submodule(path).named_parameters(path):
@@ -231,7 +233,7 @@ class MpoQuantizer(HfQuantizer):
         vars(model).update(_weight_conversions=kept, is_quantized=False)  # quantized: no .half(), no .float()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
-        """Before saving: note the dtype that the cores have by now, and that an older manifest is void."""
+        """Before saving, record the cores' dtype and the metadata that voids an older manifest."""
         for name, target in self._targets.items():
             core = model.get_parameter(f"{core_prefix(target)}.0")
             self.quantization_config.layers[name]["dtype"] = str(core.dtype).removeprefix("torch.")
@@ -245,13 +247,13 @@ def _stored_names(files: Iterable[str]) -> Iterator[str]:
 
 
 def _tied_to(name: str, ties: dict[str, str]) -> set[str]:
-    """All other names of the weight ``name``; ``ties`` says of which weight each alias is one."""
+    """All other names of the weight ``name``; ``ties`` maps each alias to the weight it is tied to."""
     first = ties.get(name, name)
     return {first, *(alias for alias, source in ties.items() if source == first)} - {name}
 
 
 def _declared_ties(model: PreTrainedModel) -> dict[str, dict[str, str]]:
-    """For each network within the network, by its path: alias → first, both names within it."""
+    """Path of each submodel → the ties it declares, as alias → first name within the submodel."""
     models = (entry for entry in model.named_modules() if isinstance(entry[1], PreTrainedModel))
     return {path: module.get_expanded_tied_weights_keys(all_submodels=False) for path, module in models}
 
@@ -259,7 +261,7 @@ def _declared_ties(model: PreTrainedModel) -> dict[str, dict[str, str]]:
 def _tie_cores(
     model: PreTrainedModel, ties: dict[str, dict[str, str]], cores: dict[str, list[Tensor]]
 ) -> None:
-    """Where tied weights now have the same cores, tie these; where one has cores of its own, tie nothing."""
+    """Tie the cores of tied weights that share them; drop the tie where only one of the weights has cores."""
     for path, pairs in ties.items():
         kept: dict[str, str] = {}
         for alias, first in pairs.items():
@@ -279,7 +281,7 @@ _to_diff_dict = PreTrainedConfig.to_diff_dict
 
 
 def _with_guard(config: PreTrainedConfig) -> dict[str, Any]:
-    """What is saved as config.json: transformers drops the guard on saving, here it comes back."""
+    """The contents of config.json, with the guard that transformers drops on saving."""
     values = _to_diff_dict(config)
     if (values.get("quantization_config") or {}).get("quant_method") == "mpo":
         values[GUARD_KEY] = GUARD

@@ -1,9 +1,8 @@
-"""The network of a checkpoint: from the zoo, from code that the user names, or by transformers.
+"""Make the network of a checkpoint: from the zoo, from code that the user names, or with transformers.
 
-A file holds tensors, not code. ``--arch resnet:depth=20`` names a network of the zoo, ``--arch
-net.py:resnet20`` a function that returns the dense network. Both are recorded in the file. But a function
-is code, so it is run only where the user names it again; nothing else is imported. A Hugging Face directory
-names its own architecture.
+A file holds tensors, not code. ``--arch resnet20`` names a network of the zoo, ``--arch net.py:resnet20`` a
+function that returns the dense network. Both are recorded in the compressed file, but a recorded function is
+run only where the user names it again. A Hugging Face directory names its own architecture.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from mpoc.tensor_networks.geometry import Geometry
 
 
 def make_network(arch: str) -> nn.Module:
-    """The dense network that ``arch`` names: one of the zoo, or what a named function returns.
+    """Make the dense network that ``arch`` names: one of the zoo, or the result of a named function.
 
     Args:
         arch: ``resnet56``, ``resnet:depth=56``, ``package.module:factory`` or ``file.py:factory``.
@@ -47,7 +46,7 @@ def make_network(arch: str) -> nn.Module:
     if not place or not name:
         raise UsageError(
             f"--arch {arch!r}: not of the form package.module:factory or file.py:factory",
-            "factory() returns the dense nn.Module; or a network of the zoo: "
+            "factory() returns the dense nn.Module; or name a network of the zoo: "
             f"{', '.join([*zoo.SHORT_NAMES, *zoo.ENTRIES])}",
         )
     module = _import(arch, place)
@@ -57,20 +56,20 @@ def make_network(arch: str) -> nn.Module:
         raise UsageError(f"--arch {arch!r}: {place} has no {name!r} to call{nearest(name, known)}")
     network = factory()
     if not isinstance(network, nn.Module):
-        raise UsageError(f"--arch {arch!r}: {name}() gives a {type(network).__name__}, not an nn.Module")
+        raise UsageError(f"--arch {arch!r}: {name}() returns a {type(network).__name__}, not an nn.Module")
     return network
 
 
 def _is_spec(arch: str) -> bool:
-    """Whether this names a network of the zoo, as ``resnet:depth=20``, not a function, as ``net:make``."""
+    """Whether ``arch`` names a network of the zoo (``resnet:depth=20``), not a function (``net:make``)."""
     return re.fullmatch(r"[\w-]+(:\w*=.*)?", arch) is not None
 
 
 def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
-    """The checkpoint with its network recorded; the network's modules tell the kinds of layers.
+    """The checkpoint with its architecture recorded, and with the kinds of layers from the network's modules.
 
     Raises:
-        UsageError: as :func:`make_network`, or names or shapes of tensors differ from the network's.
+        UsageError: as :func:`make_network`, or the tensors' names or shapes differ from the network's.
     """
     network = make_network(arch)
     shapes = {name: info.shape for name, info in checkpoint.infos.items()}
@@ -86,10 +85,10 @@ def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
 
 
 def traced_geometries(arch: str, kernels: list[str]) -> dict[str, Geometry]:
-    """The geometry of each kernel's convolution, from a sample run; {} where the network is not of the zoo.
+    """Trace the geometry of each kernel's convolution with one sample; {} for a network outside the zoo.
 
     Raises:
-        UsageError: a convolution is not reached, or cannot be taken as one map.
+        UsageError: a convolution is not reached, or cannot be represented as one map.
     """
     if not kernels or not _is_spec(arch):
         return {}
@@ -97,7 +96,7 @@ def traced_geometries(arch: str, kernels: list[str]) -> dict[str, Geometry]:
 
 
 def _first_difference(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str:
-    """The first difference between a network's tensors and a checkpoint's, in words; "" if there is none."""
+    """Describe the first difference between a network's tensors and a checkpoint's; "" if there is none."""
     missing, surplus = differing_names(network, shapes)
     sides = (("network", missing), ("checkpoint", surplus))
     lacking = [f"tensor {names[0]!r} is only in the {side}" for side, names in sides if names]
@@ -111,11 +110,11 @@ def _first_difference(network: nn.Module, shapes: dict[str, tuple[int, ...]]) ->
 
 
 def make_recorded(source: Path, manifest: Manifest) -> nn.Module:
-    """The dense network of the zoo that a compressed file names.
+    """Make the dense network of the zoo that a compressed file names.
 
     Raises:
-        UsageError: the file names none, or a function, which is code and is not run unasked.
-        MpocError: this version's zoo does not have the network.
+        UsageError: the file names no network, or a function, which only the user may choose to run.
+        MpocError: the zoo of this version does not have the network.
     """
     factory = manifest.architecture.get("factory")
     if factory is not None:
@@ -128,18 +127,18 @@ def make_recorded(source: Path, manifest: Manifest) -> nn.Module:
     if not manifest.architecture:
         raise UsageError(
             f"{source}: holds tensors, not the network's code",
-            f'mpoc.load("{source}", model), or --arch file.py:factory; factory() makes the dense network',
+            f'mpoc.load("{source}", model), or --arch file.py:factory; factory() returns the dense network',
         )
     try:
         return zoo.make(manifest.architecture["zoo"])
     except ValueError as error:
         raise MpocError(
-            f"{source}: its network is not of this zoo: {error}", "pip install --upgrade mpoc"
+            f"{source}: its network is not in the zoo: {error}", "pip install --upgrade mpoc"
         ) from error
 
 
 def example_input(source: Path, manifest: Manifest, arch: str | None) -> Tensor | None:
-    """An input of one sample for a network of the zoo, named or recorded; None for any other network.
+    """One sample input of a network of the zoo, named by ``arch`` or recorded; None for any other network.
 
     Raises:
         UsageError: the zoo does not have the network.
@@ -150,7 +149,7 @@ def example_input(source: Path, manifest: Manifest, arch: str | None) -> Tensor 
     try:
         return zoo.example(spec)
     except ValueError as error:
-        what = f"{source}: its network is not of this zoo" if arch is None else f"--arch {arch!r}"
+        what = f"{source}: its network is not in the zoo" if arch is None else f"--arch {arch!r}"
         raise UsageError(f"{what}: {error}") from error
 
 
@@ -165,7 +164,7 @@ def _import(arch: str, place: str) -> ModuleType:
                     raise  # the user's module is there and lacks one of its own
                 hint = "or name a file: file.py:factory"
                 if place in zoo.ENTRIES:
-                    hint = f"of the zoo: {place}, with options as in resnet:depth=56"
+                    hint = f"for the network of the zoo, --arch {place}, with options as in resnet:depth=56"
                 raise UsageError(f"--arch {arch!r}: {error}", hint) from error
     if not file.is_file():
         raise UsageError(f"--arch {arch!r}: no such file")
@@ -179,7 +178,7 @@ def _import(arch: str, place: str) -> ModuleType:
 
 @contextmanager
 def _searched(folder: Path) -> Iterator[None]:
-    """Let modules in ``folder`` be imported, as when Python runs a file there."""
+    """Put ``folder`` first on Python's module search path, as when Python runs a file there."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -188,12 +187,12 @@ def _searched(folder: Path) -> Iterator[None]:
 
 
 def is_transformers_directory(source: Path, manifest: Manifest) -> bool:
-    """Whether config.json names the network."""
+    """Whether the directory's config.json names the network."""
     return not manifest.architecture and (source / "config.json").is_file()
 
 
 def by_transformers(source: Path) -> nn.Module:
-    """The network of a directory, loaded by the class that config.json names, or else by ``AutoModel``.
+    """Load the network of a directory by the class that its config.json names, or else by ``AutoModel``.
 
     Raises:
         MpocError: transformers is missing or too old, or cannot make the network from these files alone.
@@ -204,14 +203,14 @@ def by_transformers(source: Path) -> nn.Module:
         raise MpocError(str(error), "pip install 'mpoc[hf]', or --arch file.py:factory") from error
     import transformers
 
-    # Code that a directory brings along is never run.
+    # Code that lies in the directory is never run.
     own = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **own)
     except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
-        raise MpocError(f"{source}: transformers knows no network of this: {shortened(error)}") from error
-    known = [getattr(transformers, name, None) for name in config.architectures or []]
-    cls = next((each for each in known if each is not None), transformers.AutoModel)
+        raise MpocError(f"{source}: transformers cannot make this network: {shortened(error)}") from error
+    classes = [getattr(transformers, name, None) for name in config.architectures or []]
+    cls = next((entry for entry in classes if entry is not None), transformers.AutoModel)
     bar: Any = transformers.utils.logging
     was_shown = bar.is_progress_bar_enabled()
     bar.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""How a batch goes into a network, and what comes out: tensors, tuples, or transformers' outputs."""
+"""Pass a batch to a network and read its output: a tensor, a tuple, or an output of transformers."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ _LABELS = frozenset({"y", "label", "labels", "target", "targets"})
 class Call:
     """Calls a network with the tensors of a batch that it takes.
 
-    A network of transformers is called by keyword; any other with ``x``, or with ``input_ids``, alone.
+    A network of transformers is called by keyword, any other with ``x`` or ``input_ids`` alone.
     """
 
-    main_input: str | None  # name of the input, as transformers has one; None: it is passed by position
+    main_input: str | None  # name of the input in transformers; None: it is passed by position
     hidden: bool = False  # ask for the hidden states of all layers
     keywords: tuple[str, ...] = ("attention_mask",)  # further tensors, passed by name where a batch has them
 
     @classmethod
     def of(cls, network: nn.Module, hidden: bool = False) -> Call:
-        """How ``network`` is called; ask before it is wrapped."""
+        """The call of an unwrapped ``network``."""
         name = getattr(network, "main_input_name", None)
         return cls(name if isinstance(name, str) else None, hidden)
 
     def __call__(self, network: nn.Module, batch: Batch) -> Any:
         """The network's own output."""
-        given = main_input(batch)
+        inputs = main_input(batch)
         if self.main_input is None:
-            return network(given)
-        keywords: dict[str, Any] = {self.main_input: given}
+            return network(inputs)
+        keywords: dict[str, Any] = {self.main_input: inputs}
         keywords |= {name: batch[name] for name in self.keywords if name in batch}
         if self.hidden:
             keywords["output_hidden_states"] = True
@@ -47,11 +47,11 @@ class Call:
 
 
 class BatchConverter:
-    """Turns what a data loader yields into batches for a network, and says how it is called with them.
+    """Converts what a data loader yields to batches of a network, each with the call that takes it.
 
-    A tensor is the network's input, and so is the first entry of a tuple; the others are labels, unless
-    ``forward`` requires several arguments.  A dict is passed by keyword, without the labels and without what
-    ``forward`` does not name.  Integers (n, T) are tokens.
+    A tensor is the network's input, and so is the first entry of a tuple. The other entries are labels,
+    unless ``forward`` requires several arguments. A dict is passed by keyword, without the labels and
+    without the names that ``forward`` does not have. Integers (n, T) are tokens.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -65,10 +65,10 @@ class BatchConverter:
         self._dtype = next(floating, torch.float32)
 
     def __call__(self, given: Any) -> tuple[Batch, Call]:
-        """The batch, on the CPU, and the call that takes it.
+        """Convert one item of a data loader to a batch on the CPU and the call that takes it.
 
         Raises:
-            UsageError: no batch, or none that ``forward`` takes.
+            UsageError: the item is not a batch, or ``forward`` does not take it.
         """
         if isinstance(given, Tensor):
             return self._batch({"": given}, [""]), Call(self._main)
@@ -105,7 +105,7 @@ class BatchConverter:
         return self._batch(given, [alone[0], *others]), Call(None)
 
     def _batch(self, given: Mapping[str, Any], names: list[str]) -> Batch:
-        """The tensors of these names, the main input first, and targets of a regression as ``y``."""
+        """The tensors of these names, the main input first, with the targets of a regression as ``y``."""
         main = given[names[0]]
         count = len(main) if isinstance(main, Tensor) and main.dim() else 0
         for name in names:
@@ -126,17 +126,21 @@ class BatchConverter:
 
 
 def num_examples(batch: Batch) -> int:
-    """How many examples a batch has."""
+    """Number of examples in a batch."""
     return len(next(iter(batch.values())))
 
 
 def main_input(batch: Batch) -> Tensor:
-    """Tokens (n, T), or whatever else the network is given first (n, …)."""
+    """The network's first input: tokens (n, T), or else (n, …)."""
     return batch["input_ids"] if "input_ids" in batch else batch["x"]
 
 
 def first_output(outputs: Any) -> Tensor:
-    """Logits, or the last hidden states of a network without a head."""
+    """The logits, or the last hidden states of a network without a head.
+
+    Raises:
+        UsageError: the output is not a tensor and does not begin with one.
+    """
     if isinstance(outputs, Tensor):
         return outputs
     logits = getattr(outputs, "logits", None)
@@ -147,19 +151,19 @@ def first_output(outputs: Any) -> Tensor:
     )
     if not isinstance(first, Tensor):
         raise UsageError(
-            f"the network gives a {type(outputs).__name__}: mpoc needs a tensor, a tuple that begins with "
+            f"the network returns a {type(outputs).__name__}: mpoc needs a tensor, a tuple that begins with "
             "one, or an output of transformers"
         )
     return first
 
 
 def has_logits(outputs: Any) -> bool:
-    """Whether the first output scores classes or tokens; of transformers' networks without a head not."""
+    """Whether the first output scores classes or tokens: not so for a transformers network without a head."""
     return not hasattr(outputs, "last_hidden_state")
 
 
 def hidden_states(outputs: Any) -> tuple[Tensor, ...]:
-    """The hidden states that an output holds, (n, T, width) or (n, …) each; () where there are none."""
+    """The hidden states in an output, (n, T, width) or (n, …) each; () if it holds none."""
     states = getattr(outputs, "hidden_states", None)
     if states:
         return tuple(states)
@@ -168,12 +172,12 @@ def hidden_states(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def rows(values: Tensor, batch: Batch, per_token: bool = True) -> Tensor:
-    """(rows, width): one row a token that is no padding, or one row an example.
+    """Flatten values to (rows, width), with one row per token, padding excluded, or one row per example.
 
     Args:
-        values: (n, T, width) of a text batch; else (n, …).
-        batch: that they were computed from.
-        per_token: rows are tokens where they can be; else examples, with padding as zeros.
+        values: (n, T, width) of a text batch, or else (n, …).
+        batch: the batch that they were computed from.
+        per_token: make one row per token of a text batch; False: one row per example, with padding as zeros.
     """
     if "input_ids" not in batch or values.shape[:2] != batch["input_ids"].shape or values.ndim != 3:
         return values.flatten(1)
@@ -184,7 +188,7 @@ def rows(values: Tensor, batch: Batch, per_token: bool = True) -> Tensor:
 
 
 def num_rows(batch: Batch, per_token: bool) -> int:
-    """How many rows :func:`rows` gives."""
+    """Number of rows that :func:`rows` returns."""
     if per_token and "input_ids" in batch:
         mask = batch.get("attention_mask")
         return batch["input_ids"].numel() if mask is None else int(mask.sum())
@@ -192,7 +196,7 @@ def num_rows(batch: Batch, per_token: bool) -> int:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch there; from pinned memory without waiting."""
+    """Move the batch to ``device``, asynchronously from pinned memory."""
     if device.type == "cpu":
         return batch
     return {name: values.to(device, non_blocking=True) for name, values in batch.items()}

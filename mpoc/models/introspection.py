@@ -1,6 +1,6 @@
-"""What a network's modules say of its tensors: kinds, names that are one tensor, what differs from a file.
+"""Inspect a network: kinds of its weights, tied names, differences from a file, sizes of convolution inputs.
 
-Run one sample through a network to see at which input size each convolution works.
+The sizes come from a run on one sample.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mpoc.tensor_networks.geometry import Geometry
 
 
 def kinds_of(model: nn.Module) -> dict[str, tuple[str, bool]]:
-    """Name of the weight → (kind, transposed), of every linear map, told from its module."""
+    """Name of the weight → (kind, transposed) of every linear map, by the class of its module."""
     return dict(_kinds(model))
 
 
@@ -39,7 +39,7 @@ def _kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
     if parameter.dim() == 3 and "expert" in type(module).__name__.lower() and "bias" not in name:
         return "experts"
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return None  # it scales number by number, whatever its shape
+        return None  # it scales elementwise, whatever its shape
     if parameter.dim() == 2 and ("weight" in name) and not name.startswith("bias"):
         return "linear"
     return None
@@ -55,7 +55,7 @@ def same_tensor(model: nn.Module) -> dict[str, set[str]]:
 
 
 def unsaved_buffers(model: nn.Module) -> set[str]:
-    """Buffers that the network makes itself; older checkpoints hold some, as BERT's ``position_ids``."""
+    """Buffers that the network makes itself. Older checkpoints hold some, such as BERT's ``position_ids``."""
     return {name for name, _ in model.named_buffers()} - model.state_dict().keys()
 
 
@@ -66,9 +66,9 @@ def tensors_of(model: nn.Module, keep_vars: bool = False) -> dict[str, Tensor]:
 
 
 def differing_names(model: nn.Module, offered: Collection[str]) -> tuple[list[str], list[str]]:
-    """The names only in the model, and those only among ``offered``; tied ones count as there."""
+    """The names only in the model and the names only in ``offered``; any alias of a tied name counts."""
     state, known = tensors_of(model), same_tensor(model)
-    # Batch norms saved before torch 0.4.1 do not count their batches; torch lets that pass too.
+    # Batch norms saved before torch 0.4.1 do not count their batches; torch accepts that too.
     expected = [name for name in state if not name.endswith("num_batches_tracked")]
     missing = [n for n in expected if n not in offered and known.get(n, set()).isdisjoint(offered)]
     ignored = unsaved_buffers(model)
@@ -76,9 +76,9 @@ def differing_names(model: nn.Module, offered: Collection[str]) -> tuple[list[st
 
 
 def forbid_save_pretrained(model: nn.Module) -> None:
-    """Make ``save_pretrained`` of a network that got cores in memory, and of its parts, an error.
+    """Make ``save_pretrained`` raise on a network that was given cores in memory, and on its submodels.
 
-    transformers would not write what the cores are, and the directory would load with random weights.
+    transformers would write no description of the cores, and the directory would load with random weights.
     """
     for module in model.modules():
         if hasattr(module, "save_pretrained"):
@@ -87,24 +87,24 @@ def forbid_save_pretrained(model: nn.Module) -> None:
 
 def _refuse_to_save(*_: Any, **__: Any) -> None:
     raise MpocError(
-        "save_pretrained cannot save a network that got its cores by mpoc.load or mpoc.compress",
-        "mpoc compress a saved directory, import mpoc.hf, and load that with from_pretrained",
+        "save_pretrained cannot save a network that mpoc.load or mpoc.compress gave cores",
+        "run mpoc compress on a saved directory, import mpoc.hf, and load the output with from_pretrained",
     )
 
 
 def trace_geometries(
     model: nn.Module, names: list[str], input_shape: tuple[int, ...] | None
 ) -> dict[str, Geometry]:
-    """The geometry of each convolution while the network sees one input of zeros, in evaluation mode.
+    """Trace the geometry of each convolution with one input of zeros, in eval mode.
 
     Args:
-        model: is left as it was.
-        names: of the kernels, e.g. ``["conv5_1.weight"]``.
-        input_shape: of the input, batch axis included, e.g. (1, 3, 32, 32).
+        model: the network; it is not changed.
+        names: the kernels' names, e.g. ``["conv5_1.weight"]``.
+        input_shape: shape of the input, batch axis included, e.g. (1, 3, 32, 32).
 
     Raises:
-        UsageError: no input shape, the network does not take it, or a convolution is not reached, is
-            reached with inputs of several sizes, or cannot be taken as one map.
+        UsageError: there is no input shape, the network fails on it, or a convolution is not reached, is
+            reached with inputs of several sizes, or cannot be represented as one map.
     """
     if input_shape is None:
         raise UsageError('conv="map" needs the shape of one input, as input_shape=(1, 3, 32, 32)')
@@ -137,7 +137,7 @@ def _run(model: nn.Module, input_shape: tuple[int, ...]) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each module's mode of before."""
+    """Hold the network in eval mode, and then restore each module's mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -153,7 +153,9 @@ def _geometry(name: str, module: nn.Module, sizes: set[tuple[int, ...]]) -> Geom
     if not sizes:
         raise UsageError(f"layer {layer}: the network did not reach it, so its input size is unknown", hint)
     if len(sizes) > 1:
-        raise UsageError(f"layer {layer}: sees inputs of several sizes, {sorted(sizes)}: no one map", hint)
+        raise UsageError(
+            f"layer {layer}: gets inputs of several sizes, {sorted(sizes)}, so it is not one map", hint
+        )
     try:
         return geometry_of(module, *sizes)
     except UsageError as error:

@@ -239,7 +239,7 @@ def test_what_is_refused(given: Any, error: type[MpocError], said: str) -> None:
 
 
 def test_refuses_outputs_without_a_tensor_in_front() -> None:
-    with pytest.raises(UsageError, match="the network gives a dict"):
+    with pytest.raises(UsageError, match="the network returns a dict"):
         mpoc.compress(Outputs(), ratio=0.5, calibrate=torch.zeros(8, 16))
 
 

@@ -167,7 +167,7 @@ def test_rejects_index_leading_outside(tmp_path: Path, outside: Any) -> None:
     if outside == "\ud800":
         assert "not valid JSON" in said
     else:
-        assert f"tensor 'fc1.weight' is put into {outside!r}, outside the directory" in said
+        assert f"tensor 'fc1.weight' is in {outside!r}, outside the directory" in said
 
 
 @pytest.mark.parametrize("file", ["model-00001-of-00002.safetensors", INDEX])
@@ -177,7 +177,7 @@ def test_rejects_links_leading_outside(tmp_path: Path, file: str) -> None:
     (path / file).symlink_to(Path("..") / "elsewhere")
     error = refusal(path)
     assert f"{file}: a link to " in str(error) and "elsewhere, outside the directory" in str(error)
-    assert "put the file itself in its place" in (error.hint or "")
+    assert "replace the link by the file" in (error.hint or "")
 
 
 def test_follows_links_inside_the_directory(tmp_path: Path) -> None:
@@ -210,13 +210,13 @@ def test_rejects_contradictory_indexes(tmp_path: Path) -> None:
     ("file", "text", "said"),
     [
         ("config.json", "{", "config.json: not valid JSON"),
-        ("config.json", "[1]", "config.json: a JSON object was expected"),
+        ("config.json", "[1]", "config.json: not a JSON object"),
         ("config.json", b"\xff\xfe", "config.json: not valid JSON"),
         ("config.json", "[" * 100_000, "config.json: not valid JSON"),
         (INDEX, "not json", "index.json: not valid JSON"),
-        (INDEX, "{}", "an index without a weight_map"),
-        (INDEX, '{"weight_map": {}}', "an index without a weight_map"),
-        (INDEX, '{"weight_map": ["a"]}', "an index without a weight_map"),
+        (INDEX, "{}", "the index has no weight_map"),
+        (INDEX, '{"weight_map": {}}', "the index has no weight_map"),
+        (INDEX, '{"weight_map": ["a"]}', "the index has no weight_map"),
     ],
 )
 def test_names_damaged_json(tmp_path: Path, file: str, text: str | bytes, said: str) -> None:

@@ -158,7 +158,10 @@ class TestWhatDoesNotFit:
     def test_explains_zoo_names_mistaken_for_modules(self) -> None:
         with pytest.raises(UsageError) as caught:
             make_network("resnet:8")
-        assert caught.value.hint == "of the zoo: resnet, with options as in resnet:depth=56"
+        assert (
+            caught.value.hint
+            == "for the network of the zoo, --arch resnet, with options as in resnet:depth=56"
+        )
 
 
 class TestLoadingWithoutAModel:
@@ -188,8 +191,8 @@ class TestLoadingWithoutAModel:
     @pytest.mark.parametrize(
         ("spec", "said"),
         [
-            ("fc3", "its network is not of this zoo: no network 'fc3' in the zoo"),
-            ("resnet:depth=21", "its network is not of this zoo: resnet: depth=21"),
+            ("fc3", "its network is not in the zoo: no network 'fc3' in the zoo"),
+            ("resnet:depth=21", "its network is not in the zoo: resnet: depth=21"),
             ("lenet5", "does not fit this LeNet5: "),
             ("resnet:depth=20,width=99999", "does not fit this ResNet: "),  # and takes no memory
         ],

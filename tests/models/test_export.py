@@ -257,7 +257,7 @@ class TestArchitecture:
             ("absent_package.nets:mlp", "No module named 'absent_package'"),
             ("nets.py:mpl", "nets.py has no 'mpl' to call; did you mean 'mlp'?"),
             ("nets.py:number", "nets.py has no 'number' to call"),
-            ("nets.py:none", "none() gives a NoneType, not an nn.Module"),
+            ("nets.py:none", "none() returns a NoneType, not an nn.Module"),
         ],
     )
     def test_rejects_bad_specs(self, arch: str, said: str) -> None:
