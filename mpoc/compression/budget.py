@@ -1,7 +1,8 @@
 """Allocate a budget of parameters or bytes to layers, uniformly or by equal marginal gain.  No tensors here.
 
 Uniformly: the largest common ρ at which the sum stays within the budget is found by bisection.  What
-granularity leaves over goes, one step of the bond at a time, to the layers with the smallest ρ.
+granularity leaves over goes, one step of the bond at a time, to the layers with the smallest ρ.  The bytes of
+a whole output (``--size``) are the layers' and all else, so that budget is lowered until the output fits.
 
 By gain: each layer has candidates, a number of parameters and an error for each; errors must be comparable
 between layers.  Only candidates on the lower convex hull can be worth their parameters.  Taking the steps of
@@ -11,11 +12,14 @@ and Gersho 1988); what is left over goes to the largest steps that still fit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from mpoc.errors import UsageError
 from mpoc.tensor_networks.structure import Structure
+
+Bonds = list[int | None]  # the cap on each layer's bonds; None: the layer stays dense
 
 
 @dataclass(frozen=True)
@@ -23,18 +27,51 @@ class LayerShare:
     """A layer that takes part in a budget."""
 
     structure: Structure
-    stored_cost: int  # of one number in a core (1, or its bytes)
-    dense_cost: int  # of one number of the layer left dense
+    stored_cost: int  # cost of one number in a core: 1, or its bytes
+    dense_cost: int  # cost of one number of the layer left dense
 
 
-def uniform_bonds(shares: list[LayerShare], budget: int) -> list[int | None] | None:
-    """A bond cap for each layer, None for a layer better left dense; None where even bond 1 costs more.
+def smallest_bonds(shares: list[LayerShare]) -> Bonds:
+    """Bond 1 for each layer, or None where the layer would not shrink even so."""
+    return [
+        1 if share.structure.num_parameters(1) < share.structure.num_original else None for share in shares
+    ]
 
-    All stay dense where the budget covers that.
 
-    The sum of the layers' costs never exceeds ``budget``.
+def bonds_within_size(shares: list[LayerShare], size: int, predict: Callable[[Bonds], int]) -> Bonds:
+    """Choose bonds such that the predicted output has at most ``size`` bytes.
+
+    Everything but the layers (other tensors, header, manifest) is taken from the prediction at bond 1. The
+    manifest's digits may grow with the bonds, so the budget is lowered until the prediction fits.
+
+    Args:
+        shares: the layers, with costs in bytes.
+        size: bytes of the whole output.
+        predict: the bytes of the whole output with these bonds, an upper bound.
+
+    Raises:
+        UsageError: the output is larger even with every bond at 1.
     """
-    dense: list[int | None] = [None] * len(shares)
+    smallest = smallest_bonds(shares)
+    least = predict(smallest)
+    budget = size - (least - _cost(shares, smallest))
+    while (bonds := uniform_bonds(shares, budget)) is not None:
+        excess = predict(bonds) - size
+        if excess <= 0:
+            return bonds
+        budget -= excess
+    raise UsageError(
+        f"--size {size}: with every bond at 1 the output has {least} bytes",
+        f"--size {least}, or compress more: --embeddings, --dtype bfloat16",
+    )
+
+
+def uniform_bonds(shares: list[LayerShare], budget: int) -> Bonds | None:
+    """Choose bonds at the largest common ρ within ``budget``, or None if even bond 1 costs more.
+
+    All layers stay dense if the budget covers that. The sum of their costs never exceeds ``budget``.
+    """
+    dense: Bonds = [None] * len(shares)
     if _cost(shares, dense) <= budget:
         return dense
     low, high = 0.0, 1.0
@@ -51,7 +88,7 @@ def uniform_bonds(shares: list[LayerShare], budget: int) -> list[int | None] | N
     return _spend_rest(shares, _at(shares, low), budget)
 
 
-def _at(shares: list[LayerShare], ratio: float) -> list[int | None]:
+def _at(shares: list[LayerShare], ratio: float) -> Bonds:
     return [largest_bond(share.structure, ratio) for share in shares]
 
 
@@ -77,11 +114,11 @@ def _layer_cost(share: LayerShare, bond: int | None) -> int:
     return share.structure.num_parameters(bond) * share.stored_cost
 
 
-def _cost(shares: list[LayerShare], bonds: list[int | None]) -> int:
+def _cost(shares: list[LayerShare], bonds: Bonds) -> int:
     return sum(_layer_cost(share, bond) for share, bond in zip(shares, bonds, strict=True))
 
 
-def _spend_rest(shares: list[LayerShare], bonds: list[int | None], budget: int) -> list[int | None]:
+def _spend_rest(shares: list[LayerShare], bonds: Bonds, budget: int) -> Bonds:
     """Raise bonds by one, lowest ρ first, while the sum stays within the budget."""
     rest = budget - _cost(shares, bonds)
     open_layers = {k for k, bond in enumerate(bonds) if bond is not None}

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from mpoc.compression.budget import LayerShare, uniform_bonds
+from mpoc.compression.budget import Bonds, LayerShare, bonds_within_size, smallest_bonds, uniform_bonds
 from mpoc.compression.recipe import LayerRule, Recipe
 from mpoc.compression.selection import LinearMap, Selection, check_pattern, matches
 from mpoc.errors import UsageError
@@ -233,20 +233,20 @@ def _goal(map: LinearMap, structure: Structure, rule: LayerRule, recipe: Recipe)
 def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> list[LayerPlan]:
     total = sum(plan.structure.num_original for plan in plans)
     fixed = sum(_most_stored(plan, allow_growth) for plan in plans if not plan.awaits_share)
-    allocated = _allocate_uniformly(plans, int(ratio * total) - fixed, lambda plan: (1, 1))
-    if allocated is None:
+    bonds = uniform_bonds(_shares(plans), int(ratio * total) - fixed)
+    if bonds is None:
         reached = least_ratio(plans, allow_growth)
         within = min(math.ceil(reached * 1.01e4) / 1e4, 1.0)
         raise UsageError(
             f"--ratio {ratio} cannot be reached: with every bond at 1 these layers are at {reached:.4f}",
             f"--ratio {within:.4f}, or leave hard layers out with --exclude",
         )
-    return allocated
+    return _with_bonds(plans, bonds)
 
 
 def least_ratio(plans: list[LayerPlan], allow_growth: bool) -> float:
     """ρ over all selected layers with every open bond at 1: no budget can be smaller."""
-    least = _allocate_uniformly(plans, 1 << 62, lambda plan: (1, 1), bond_one=True) or plans
+    least = _with_bonds(plans, smallest_bonds(_shares(plans)))
     total = sum(plan.structure.num_original for plan in plans)
     return sum(_most_stored(plan, allow_growth) for plan in least) / total
 
@@ -260,63 +260,33 @@ def _most_stored(plan: LayerPlan, allow_growth: bool) -> int:
 def _within_size(
     plans: list[LayerPlan], size: int, predict_size: Callable[[list[LayerPlan]], int]
 ) -> list[LayerPlan]:
-    """Bonds such that the predicted output stays within ``size`` bytes.
-
-    What is not a core (other tensors, header, manifest) is taken from a first plan at bond 1; digits in
-    the manifest may grow with the bonds, so the budget is lowered until the prediction fits.
-    """
-
-    def cost(plan: LayerPlan) -> tuple[int, int]:
-        return ITEMSIZE[plan.stored_dtype], ITEMSIZE[plan.map.dtype]
-
-    smallest = _allocate_uniformly(plans, 1 << 62, cost, bond_one=True)
-    assert smallest is not None
-    overhead = predict_size(smallest) - _layer_bytes(smallest, plans)
-    budget = size - overhead
-    while (allocated := _allocate_uniformly(plans, budget, cost)) is not None:
-        excess = predict_size(allocated) - size
-        if excess <= 0:
-            return allocated
-        budget -= excess
-    raise UsageError(
-        f"--size {size}: with every bond at 1 the output has {predict_size(smallest)} bytes",
-        f"--size {predict_size(smallest)}, or take more in: --embeddings, --dtype bfloat16",
+    shares = _shares(plans, in_bytes=True)
+    return _with_bonds(
+        plans, bonds_within_size(shares, size, lambda bonds: predict_size(_with_bonds(plans, bonds)))
     )
 
 
-def _layer_bytes(plans: list[LayerPlan], asked: list[LayerPlan]) -> int:
-    """Bytes of the layers whose bond was open."""
-    return sum(
-        record.num_stored * ITEMSIZE[record.stored_dtype]
-        for record in (
-            plan.record() for plan, open_plan in zip(plans, asked, strict=True) if open_plan.awaits_share
-        )
-    )
+def _shares(plans: list[LayerPlan], in_bytes: bool = False) -> list[LayerShare]:
+    """The layers that await their share of a budget of parameters, or of bytes."""
+    open_plans = [plan for plan in plans if plan.awaits_share]
+    if not in_bytes:
+        return [LayerShare(plan.structure, 1, 1) for plan in open_plans]
+    return [
+        LayerShare(plan.structure, ITEMSIZE[plan.stored_dtype], ITEMSIZE[plan.map.dtype])
+        for plan in open_plans
+    ]
 
 
-def _allocate_uniformly(
-    plans: list[LayerPlan],
-    budget: int,
-    cost: Callable[[LayerPlan], tuple[int, int]],
-    bond_one: bool = False,
-) -> list[LayerPlan] | None:
-    """Bonds for all layers whose bond is open; ``bond_one`` gives each the smallest."""
-    shares = [LayerShare(plan.structure, *cost(plan)) for plan in plans if plan.awaits_share]
-    bonds = [_bond_one(share.structure) for share in shares] if bond_one else uniform_bonds(shares, budget)
-    if bonds is None:
-        return None
+def _with_bonds(plans: list[LayerPlan], bonds: Bonds) -> list[LayerPlan]:
+    """The plans, those that await their share with these bonds."""
     remaining = iter(bonds)
     return [_closed(plan, next(remaining)) if plan.awaits_share else plan for plan in plans]
-
-
-def _bond_one(structure: Structure) -> int | None:
-    return 1 if structure.num_parameters(1) < structure.num_original else None
 
 
 def _closed(plan: LayerPlan, bond: int | None) -> LayerPlan:
     if bond is not None:
         return replace(plan, goal=Truncation(bond))
-    shrinks = _bond_one(plan.structure) is not None
+    shrinks = plan.structure.num_parameters(1) < plan.structure.num_original
     return plan.left_dense("fits the budget uncompressed" if shrinks else "would not shrink even at bond 1")
 
 
