@@ -8,7 +8,7 @@ from torch import nn
 
 from mpoc.errors import UsageError
 from mpoc.models import zoo
-from mpoc.reproduce.catalogue import STUDIES
+from mpoc.reproduce.catalogue import PARAMETERS, STUDIES
 from mpoc.reproduce.experiment import Experiment, ReplacedLayer
 from mpoc.reproduce.networks import (
     layer_structure,
@@ -17,7 +17,6 @@ from mpoc.reproduce.networks import (
     random_cores,
     replace_layers,
 )
-from mpoc.reproduce.picogpt import PARAMETERS
 from mpoc.reproduce.run import dense_sizes
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpoc.compression.calibrate.block_chain import features, next_input
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
-from mpoc.compression.calibrate.trace import Example, features, next_input
+from mpoc.compression.calibrate.trace import Example
 from mpoc.compression.plain_fit import Fitted
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import core_prefix

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mpoc.compression.calibrate.block_chain import features, next_input
 from mpoc.compression.calibrate.calibration_data import Pooling, direction, output_of_interest
 from mpoc.compression.calibrate.layer_inputs import (
     ObservedLayer,
@@ -27,10 +28,9 @@ from mpoc.compression.calibrate.moments import (
     as_rows,
     merge,
     product,
-    refuse_without_rows,
     total_rows,
 )
-from mpoc.compression.calibrate.trace import Trace, features, next_input
+from mpoc.compression.calibrate.trace import Trace
 from mpoc.compression.run_context import RunContext
 from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call, to_device
@@ -41,7 +41,7 @@ _Key = tuple[str, str]  # "moments", "gradients" or "blocks"; the weight or the 
 
 @dataclass(frozen=True)
 class DensePass:
-    """Moments and gradients of the dense network, by weight.
+    """Moments and gradients of the dense network, by weight; none of a weight that the data give no rows.
 
     ``gradients`` are G, (N_y, N_y) float64 on the CPU: E[g gᵀ] over rows and directions, g the gradient of an
     example's Σ at the layer's output.  An example's change by an error δ there is about rows / examples times
@@ -84,9 +84,11 @@ def dense_pass(
         context: whose processes share the batches; None: one process.
 
     Raises:
-        MpocError: the data give a layer no rows, or outputs are not finite.
+        MpocError: all tokens are padding, or outputs are not finite.
     """
     context = context or RunContext(device_of(network))
+    if all("attention_mask" in batch and not bool(batch["attention_mask"].any()) for batch in batches):
+        raise MpocError("all tokens of the calibration data are padding")
 
     def measure(part: range) -> dict[_Key, Moments | _Sum]:
         run = _Run(network, trace, positions)
@@ -143,8 +145,7 @@ def _merged(one: Moments | _Sum, other: Moments | _Sum) -> Moments | _Sum:
 
 def _result(totals: Mapping[_Key, Moments | _Sum], trace: Trace, probes: int) -> DensePass:
     first = {name: one for (_, name), one in totals.items() if isinstance(one, Moments)}
-    refuse_without_rows((trace.layers[name] for name in dict.fromkeys(trace.same_rows.values())), first)
-    moments = {name: first[same] for name, same in trace.same_rows.items()}
+    moments = {name: first[same] for name, same in trace.same_rows.items() if same in first}
     sums = {key: one for key, one in totals.items() if isinstance(one, _Sum)}
     halves = {key: (one.total + one.total.T) / 2 for key, one in sums.items()}
     gradients = {

@@ -10,7 +10,7 @@ whichever process makes them.  Several processes thus find what one alone finds,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TypeVar
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs, ObservedLayer, Sample
-from mpoc.errors import MpocError
 from mpoc.runtime.device import derived_seed
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -103,6 +102,19 @@ def merge(one: Moments, other: Moments) -> Moments:
 
     names = [field.name for field in fields(one) if field.name != "rows"]
     return Moments(rows, **{name: both(getattr(one, name), getattr(other, name)) for name in names})
+
+
+def shrunk(own: Moments, prior: Moments) -> Moments:
+    """Moments of few rows, moved towards those of all siblings, which count as N_x more rows.
+
+    Args:
+        own: of the layer.
+        prior: of all layers that may be given such rows.
+    """
+    weight = own.mean.shape[-1] / (own.mean.shape[-1] + own.rows)
+    names = [field.name for field in fields(own) if field.name != "rows"]
+    mixed = {name: torch.lerp(getattr(own, name), getattr(prior, name), weight) for name in names}
+    return Moments(own.rows, **mixed)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -248,18 +260,8 @@ class LayerSums:
     def add(
         self, given: Tensor, mask: Tensor | None, sample: Sample | None, dense: Tensor | None = None
     ) -> None:
-        """Add what the layer was given in one call, and what it was given in the dense network.
-
-        Raises:
-            MpocError: the two are of different shapes.
-        """
+        """Add what the layer was given in one call, and what of the same shape the dense network gave it."""
         inputs = self._layer.inputs
-        if dense is not None and dense.shape != given.shape:
-            raise MpocError(
-                f"{self._layer.name}: the dense network gives it {tuple(dense.shape)}, the compressed one "
-                f"{tuple(given.shape)}",
-                f"compress without it: --exclude '{self._layer.name.removesuffix('.weight')}'",
-            )
         if isinstance(inputs, EmbeddingInputs):
             self._counts = self._counts + inputs.counts(given, mask)
             return
@@ -279,17 +281,6 @@ class LayerSums:
         if isinstance(self._counts, Tensor) and bool(self._counts.any()):
             return one_hot_moments(self._counts)
         return self._accumulator.moments(self.rows) if self.rows else None
-
-
-def refuse_without_rows(layers: Iterable[ObservedLayer], known: Container[str]) -> None:
-    """Require that the data gave rows to all of these layers.
-
-    Raises:
-        MpocError: the data give a layer no rows.
-    """
-    without = next((layer.name for layer in layers if layer.name not in known), None)
-    if without is not None:
-        raise MpocError(f"{without}: the calibration data give it no rows")
 
 
 def total_rows(layer: ObservedLayer, output: Tensor, mask: Tensor | None) -> int:

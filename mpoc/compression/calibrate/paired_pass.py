@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpoc.compression.calibrate.block_chain import Chain, next_input
 from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_argument, hooked
 from mpoc.compression.calibrate.moments import (
     ALL,
@@ -23,9 +24,8 @@ from mpoc.compression.calibrate.moments import (
     Moments,
     Positions,
     merge,
-    refuse_without_rows,
 )
-from mpoc.compression.calibrate.trace import Chain, Example, Trace, next_input
+from mpoc.compression.calibrate.trace import Example, Trace
 from mpoc.models.call import Batch, Call, main_input, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -73,14 +73,15 @@ class _Runner:
             states = {number: self._caught(self._batches[number], position) for number in self._mine}
         self._at, self._states = position, states
 
-    def run(self, index: int) -> None:
-        """Run batch ``index`` from the kept block on, or as a whole, until a hook stops it."""
+    def run(self, index: int, last: int | None = None) -> None:
+        """Run batch ``index`` until a hook stops it: as a whole, or from the kept block to block ``last``."""
         with suppress(_StopError):
             if self._at is None:
                 self._call(self.network, to_device(self._batches[index], self._device))
             else:
                 chain, position = self._at
-                self._through(self._trace.chains[chain][position:], self._states[index])
+                end = None if last is None else last + 1
+                self._through(self._trace.chains[chain][position:end], self._states[index])
 
     def state(self, index: int, position: tuple[int, int]) -> _State:
         """The arguments of a block in batch ``index``: kept, or computed again from the start."""
@@ -161,33 +162,61 @@ class PairedPass:
     def moments(self, group: Sequence[str], dense: Mapping[str, Moments] | None = None) -> dict[str, Moments]:
         """Moments of the inputs of a group of weights, in both networks.
 
+        Where the network chooses a layer's rows, or both give it different ones, those of the compressed
+        network stand for both: the layer then does for them what its weight did.
+
         Args:
             group: of weights, one of ``trace.groups`` or a part of one.
             dense: by weight, of the dense network on the same batches and positions: E[xxᵀ] is taken from
                 there in the place of being summed again.
 
-        Raises:
-            MpocError: the data give a layer no rows, or not the same rows in both networks.
+        Returns:
+            Moments by weight; none of a weight that the data give no rows in the compressed network.
         """
         first = {name: self._trace.same_rows[name] for name in group}
         names = sorted(set(first.values()), key=list(self._trace.layers).index)
-        position = self._start_position(names)
+        paired = [name for name in names if name not in self._trace.families]
+        sums = self._summed(paired, both=True, dense_second=dense is None)
+        total = {name: moments for name, moments in sums.items() if moments is not None}
+        if dense is not None:
+            total = {name: replace(m, dense_second=dense[name].dense_second) for name, m in total.items()}
+        alone = self._summed([name for name in names if name not in total], both=False)
+        total |= {name: moments for name, moments in alone.items() if moments is not None}
+        return {name: total[first[name]] for name in group if first[name] in total}
 
-        def measure(part: range) -> dict[str, Moments]:
-            sums = {name: LayerSums(self._trace.layers[name], dense is None) for name in names}
+    def _summed(
+        self, names: Sequence[str], both: bool, dense_second: bool = True
+    ) -> dict[str, Moments | None]:
+        """Moments over all batches, in both networks or in the compressed one.
+
+        Args:
+            names: of weights that are not given the same rows.
+            both: whether the dense network runs too.
+            dense_second: whether its second moments are wanted.
+
+        Returns:
+            By weight; None where the networks give it different numbers of rows.
+        """
+        if not names:
+            return {}
+        position = self._start_position(list(names))
+
+        def measure(part: range) -> dict[str, Moments | None]:
+            sums = {name: LayerSums(self._trace.layers[name], dense_second) for name in names}
+            unlike: set[str] = set()
             with torch.no_grad(), eval_mode(self._runners[0].network), eval_mode(self._runners[1].network):
                 for runner in self._runners:
                     runner.move(position)
                 for index in part:
-                    self._add(index, sums)
+                    unlike |= self._add(index, sums, both)
             moments = {name: layer_sums.moments() for name, layer_sums in sums.items()}
-            return {name: moments for name, moments in moments.items() if moments is not None}
+            known: dict[str, Moments | None] = {n: one for n, one in moments.items() if one is not None}
+            return known | dict.fromkeys(unlike)
 
-        total = self._shards.total(measure, merge)
-        refuse_without_rows((self._trace.layers[name] for name in names), total)
-        if dense is not None:
-            total = {name: replace(m, dense_second=dense[name].dense_second) for name, m in total.items()}
-        return {name: total[first[name]] for name in group}
+        def both_parts(one: Moments | None, other: Moments | None) -> Moments | None:
+            return None if one is None or other is None else merge(one, other)
+
+        return self._shards.total(measure, both_parts)
 
     def examples(self, position: tuple[int, int]) -> Sequence[Example]:
         """The batches at a block: its input in the compressed network, its output in the dense one.
@@ -210,26 +239,34 @@ class PairedPass:
         share = sum(main_input(batch).numel() for batch in self._batches) / self._trace.numbers
         return copies * self._trace.chains[position[0]][position[1]].nbytes * share <= self._replay.kept_bytes
 
-    def _add(self, index: int, sums: dict[str, LayerSums]) -> None:
-        original, compressed = (self._inputs(runner, index, list(sums)) for runner in self._runners)
+    def _add(self, index: int, sums: dict[str, LayerSums], both: bool) -> set[str]:
+        """Add the inputs in one batch; return the layers to which the networks give different numbers."""
+        compressed = self._inputs(self._runners[1], index, list(sums))
+        original = self._inputs(self._runners[0], index, list(sums)) if both else {}
         mask = self._batches[index].get("attention_mask")
         mask = None if mask is None else mask.to(self._device)
-        sample = self._positions.of(index)
+        sample, unlike = self._positions.of(index), set()
         for name, layer_sums in sums.items():
-            for given, other in zip(compressed[name], original[name], strict=True):
-                layer_sums.add(given, mask, sample, other.to(self._device))
+            dense: Sequence[Tensor | None] = original.get(name, [None] * len(compressed[name]))
+            if both and [_shape(one) for one in dense] != [_shape(one) for one in compressed[name]]:
+                unlike.add(name)
+                continue
+            for given, other in zip(compressed[name], dense, strict=True):
+                layer_sums.add(given, mask, sample, None if other is None else other.to(self._device))
+        return unlike
 
     def _inputs(self, runner: _Runner, index: int, names: list[str]) -> dict[str, list[Tensor]]:
         """The inputs of each layer in one network and batch, call by call."""
         inputs: dict[str, list[Tensor]] = {name: [] for name in names}
         left = sum(self._trace.calls[name] for name in names)
+        chosen = any(name in self._trace.families for name in names)  # then they may be called less often
 
         def hook(name: str) -> Callable[..., None]:
             def see(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
                 nonlocal left
                 inputs[name].append(first_argument(args, named).clone())  # what comes later may change it
                 left -= 1
-                if left == 0:
+                if left == 0 and not chosen:
                     raise _StopError
 
             return see
@@ -239,8 +276,14 @@ class PairedPass:
                 for path in self._trace.layers[name].modules:
                     module = runner.network.get_submodule(path)
                     handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
-            runner.run(index)
+            runner.run(index, self._last_block(names))
         return inputs
+
+    def _last_block(self, names: list[str]) -> int | None:
+        """The last block that uses layers which are used in one block each; None if that is not known."""
+        positions = [self._trace.positions.get(name) for name in names if self._trace.calls[name] == 1]
+        blocks = [position[1] for position in positions if position is not None]
+        return max(blocks) if len(blocks) == len(names) else None
 
     def _start_position(self, names: list[str]) -> tuple[int, int] | None:
         """The block to start from: the last one at or before the layers whose input can be kept."""
@@ -253,6 +296,10 @@ class PairedPass:
             if self._trace.chains[chain][k].is_kept_whole:
                 return (chain, k) if self._fits((chain, k), 2) else None
         return None
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape
 
 
 class _Examples(Sequence[Example]):

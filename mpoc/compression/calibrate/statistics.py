@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from mpoc.compression.calibrate.cache import cached_or_measured, calibration_fin
 from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
 from mpoc.compression.calibrate.dense_pass import DensePass, Probes, dense_pass
 from mpoc.compression.calibrate.layer_inputs import eval_mode
-from mpoc.compression.calibrate.moments import Moments, Positions
+from mpoc.compression.calibrate.moments import Moments, Positions, merge, shrunk
 from mpoc.compression.calibrate.objective import EmbeddingObjective, LayerObjective, Objective
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
-from mpoc.compression.calibrate.trace import Example, Trace, trace
+from mpoc.compression.calibrate.trace import Example, Trace, trace_batches
 from mpoc.compression.run_context import Progress, RunContext
 from mpoc.models.call import Batch, first_output, num_examples, to_device
 from mpoc.models.introspection import same_tensor
@@ -124,7 +124,7 @@ class CalibrationStatistics:
         first = to_device({name: values[:1] for name, values in batch.items()}, self.context.device)
         with eval_mode(self.network), torch.no_grad():
             first_output(try_call(self.data.call, self.network, first))
-        self._trace: Trace = trace(self.network, self.data.call, batch, self._named)
+        self._trace: Trace = trace_batches(self.network, self.data.call, self.data.batches, self._named)
 
     def facts(self) -> dict[str, Any]:
         """What it was calibrated on, for the manifest."""
@@ -155,8 +155,11 @@ class CalibrationStatistics:
     def reasons(self) -> dict[str, str]:
         """Weight → why nothing is known of its inputs."""
         reasons = self._reasons | {self._named[weight]: why for weight, why in self._trace.reasons.items()}
-        for weight, moments in self._dense.moments.items():
-            if moments.second.dim() > 2:
+        for weight in self._trace.layers:
+            moments = self._dense.moments.get(weight)
+            if moments is None:
+                reasons[self._named[weight]] = "the calibration data give it no rows"
+            elif moments.second.dim() > 2:
                 reasons[self._named[weight]] = "groups"
             elif not self._is_known(weight):
                 reasons[self._named[weight]] = "no gradient of the output reaches it"
@@ -165,7 +168,7 @@ class CalibrationStatistics:
     def dense_objective(self, name: str) -> Objective:
         """The objective of a layer on the dense network's inputs alone."""
         weight = self.places[name]
-        return self._objective(name, self._dense.moments[weight], self._held_out.moments[weight])
+        return self._objective(name, self._dense.moments[weight], self._held_out_moments(weight))
 
     def objectives(self, compressed: nn.Module, group: Sequence[str]) -> dict[str, Objective]:
         """The objectives of a group of layers, on the inputs that ``compressed`` gives them.
@@ -181,9 +184,17 @@ class CalibrationStatistics:
         fit = passes[0].moments(weights, self._dense.moments)
         held_out = passes[1].moments(weights, self._held_out.moments)
         return {
-            name: self._objective(name, fit[weight], held_out[weight])
+            name: self._objective(
+                name,
+                fit.get(weight, self._dense.moments[weight]),
+                held_out.get(weight, self._held_out_moments(weight)),
+            )
             for name, weight in zip(group, weights, strict=True)
         }
+
+    def _held_out_moments(self, weight: str) -> Moments:
+        """Moments of held-out inputs in the dense network; those of the fit where there are none."""
+        return self._held_out.moments.get(weight, self._dense.moments[weight])
 
     def position_of(self, weight: str) -> tuple[int, int] | None:
         """Chain and position of the block that alone uses a weight, once, and leaves its input unchanged."""
@@ -282,6 +293,15 @@ class CalibrationStatistics:
         call = self.data.call
         return dense_pass(self.network, call, batches, self._trace, probes, self._positions, context)
 
+    def _shrunk(self, weight: str, moments: Moments) -> Moments:
+        """The moments of an expert, moved towards those of all experts the more the fewer rows it has."""
+        family = self._trace.families.get(weight)
+        if family is None:
+            return moments
+        siblings = [name for name, other in self._trace.families.items() if other == family]
+        known = [self._dense.moments[name] for name in siblings if name in self._dense.moments]
+        return shrunk(moments, reduce(merge, known))
+
     def _is_known(self, weight: str) -> bool:
         moments = self._dense.moments.get(weight)
         if moments is None or moments.second.dim() > 2:
@@ -294,6 +314,7 @@ class CalibrationStatistics:
     def _objective(self, name: str, moments: Moments, held_out: Moments) -> Objective:
         outputs = self._dense.gradients.get(self.places[name])
         outputs = None if outputs is None else outputs.to(self.context.device)
+        moments = self._shrunk(self.places[name], moments)
         both = _on(self.context.device, moments), _on(self.context.device, held_out)
         if self._is_table(self.places[name]):
             assert outputs is not None, "else it is fitted by its weight alone"

@@ -1,18 +1,16 @@
 """Trace one forward pass: the order of weights, layers that share an input, and chains of blocks.
 
-A chain is a row of modules of which each is given exactly what the one before it gave: the same tensor, not
-changed since, and all other arguments those of the chain's first block.  A pass that needs the inputs of
-block k can then keep them, and need not run the blocks before k again.
-
 The trace also finds the batch norms that alone take a layer's output: their running means can correct the
-mean of its error.
+mean of its error.  And it finds layers whose rows are chosen by the network itself, as a mixture of experts
+routes tokens: a compressed network chooses others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from mpoc.compression.calibrate.block_chain import Chain, ChainTracer, identity
 from mpoc.compression.calibrate.layer_inputs import (
     ConvInputs,
     ObservedLayer,
@@ -32,150 +31,9 @@ from mpoc.compression.calibrate.layer_inputs import (
 )
 from mpoc.models.call import Batch, Call, main_input, to_device
 
-_PLAIN = (type(None), bool, int, float, str, torch.dtype)
-
 EXAMPLES = 4  # that are watched: all activations of the pass are held
 
-
-@dataclass(frozen=True)
-class ChainBlock:
-    """One module of a chain."""
-
-    module: str
-    nbytes: int  # of its input in the pass that was watched
-    is_kept_whole: bool  # nothing changes its input in place
-
-
-Chain = tuple[ChainBlock, ...]
-
-
-def identity(tensor: Tensor) -> Hashable:
-    """A key that is equal for two tensors of the same memory and version, as long as both are held."""
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor._version
-
-
-def signature(value: Any) -> Hashable:
-    """A key that is equal for the same arguments; what is neither tensor nor plain equals nothing."""
-    if isinstance(value, Tensor):
-        return identity(value)
-    if isinstance(value, _PLAIN):
-        return type(value).__name__, value
-    if isinstance(value, tuple | list):
-        return tuple(map(signature, value))
-    if isinstance(value, dict):
-        return tuple((key, signature(entry)) for key, entry in value.items())
-    return _Unlike()
-
-
-class _Unlike:
-    """Equal to nothing but itself."""
-
-
-def next_input(output: Any) -> Tensor | None:
-    """What a block hands to the next: its output, or the first of several outputs."""
-    first = output[0] if isinstance(output, tuple) and output else output
-    return first if isinstance(first, Tensor) else None
-
-
-def features(values: Tensor, mask: Tensor | None, axis: int) -> Tensor:
-    """The output of a block as rows (rows, width), without padding.
-
-    Args:
-        values: tokens (n, T, width), or any shape.
-        mask: (n, T), 0 where a token is padding.
-        axis: of the features.
-    """
-    if mask is not None and mask.dim() == 2 and values.shape[:2] == mask.shape and values.dim() > 2:
-        return values[mask.bool()].flatten(0, -2)
-    return values.movedim(axis, -1).flatten(0, -2)
-
-
-@dataclass
-class _Call:
-    module: str
-    within: int | None  # the call that this one is a part of
-    given: Tensor | None
-    taken: Hashable  # identity of what was given
-    others: Hashable
-    output: Any = None
-    gave: Hashable = None
-
-
-@dataclass
-class ChainTracer:
-    """Observes the children of every ``ModuleList`` and ``Sequential`` in one forward pass."""
-
-    calls: list[_Call] = field(default_factory=list)
-    open: list[int] = field(default_factory=list)  # calls that have not returned, outermost first
-    _seen: list[Any] = field(default_factory=list)  # all arguments: no two tensors may share memory by chance
-
-    def watch(self, network: nn.Module) -> list[RemovableHandle]:
-        """Register hooks, to be removed after the pass."""
-        handles = []
-        for path, container in network.named_modules():
-            if isinstance(container, nn.ModuleList | nn.Sequential):
-                for name, child in container.named_children():
-                    handles += self._hooks(f"{path}.{name}" if path else name, child)
-        return handles
-
-    def _hooks(self, path: str, module: nn.Module) -> list[RemovableHandle]:
-        def begin(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given = args[0] if args and isinstance(args[0], Tensor) else None
-            taken: Hashable = _Unlike() if given is None else identity(given)
-            within = self.open[-1] if self.open else None
-            self._seen += [args, named]
-            self.open.append(len(self.calls))
-            self.calls.append(_Call(path, within, given, taken, signature((args[1:], named))))
-
-        def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            call = self.calls[self.open.pop()]
-            first = next_input(output)
-            call.output, call.gave = output, _Unlike() if first is None else identity(first)
-
-        return [
-            module.register_forward_pre_hook(begin, with_kwargs=True),
-            module.register_forward_hook(end),
-        ]
-
-    def chains(self) -> tuple[list[Chain], dict[int, tuple[int, int]]]:
-        """The chains and, for each call of a block, its chain and position."""
-        blocks = self._refined(None)
-        often = [call.module for call in self.calls]
-        chains: list[list[int]] = []
-        for number in blocks:
-            call = self.calls[number]
-            if often.count(call.module) > 1:
-                continue
-            last = self.calls[chains[-1][-1]] if chains else None
-            if last is None or last.gave != call.taken or last.others != call.others:
-                chains.append([])
-            chains[-1].append(number)
-        positions = {n: (c, p) for c, chain in enumerate(chains) for p, n in enumerate(chain)}
-        return [tuple(self._block(number) for number in chain) for chain in chains], positions
-
-    def _block(self, number: int) -> ChainBlock:
-        call = self.calls[number]
-        if call.given is None:
-            return ChainBlock(call.module, 0, False)
-        whole = identity(call.given) == call.taken
-        return ChainBlock(call.module, call.given.numel() * call.given.element_size(), whole)
-
-    def _refined(self, within: int | None) -> list[int]:
-        """The calls inside the call ``within``, each replaced by its own parts where these are a chain."""
-        calls: list[int] = []
-        for number, call in enumerate(self.calls):
-            if call.within != within:
-                continue
-            parts = [k for k, part in enumerate(self.calls) if part.within == number]
-            calls += self._refined(number) if self._are_all_of(call, parts) else [number]
-        return calls
-
-    def _are_all_of(self, call: _Call, parts: list[int]) -> bool:
-        if not parts or isinstance(call.output, tuple):
-            return False
-        taken = [self.calls[k].taken for k in parts] + [call.gave]
-        gave = [call.taken] + [self.calls[k].gave for k in parts]
-        return taken == gave
+UNREACHED = "the network does not reach it"
 
 
 @dataclass(frozen=True)
@@ -195,6 +53,7 @@ class Trace:
         str, tuple[int, int]
     ]  # weight → chain, block of its first use; all its uses are in that chain
     numbers: int  # in the input of the pass
+    families: dict[str, str]  # weight whose rows the network chooses → what it shares with its siblings
 
     def axis(self, position: tuple[int, int]) -> int:
         """The feature axis of a block's output: the channels (1) for convolutions, else the last (-1)."""
@@ -202,14 +61,17 @@ class Trace:
         return 1 if any(isinstance(self.layers[name].inputs, ConvInputs) for name in here) else -1
 
 
-def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) -> Trace:
+def trace(
+    network: nn.Module, call: Call, batch: Batch, names: Iterable[str], examples: int = EXAMPLES
+) -> Trace:
     """Trace the weights ``names`` while the network runs on one batch.
 
     Args:
         network: dense, in evaluation mode; left as it is.
         call: how it is called.
-        batch: any; its first examples are enough.
+        batch: any.
         names: of weights, as the network names them.
+        examples: of the batch, the first ones, that the network runs on.
 
     Raises:
         MpocError: the network has no such weight.
@@ -222,10 +84,112 @@ def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) ->
         handles += tracer.watch()
         if tracer.has_norms:
             stack.enter_context(_Uses(tracer))
-        batch = {name: values[:EXAMPLES] for name, values in batch.items()}
+        batch = {name: values[:examples] for name, values in batch.items()}
         call(network, to_device(batch, device_of(network)))
-    reasons |= {name: "the network does not reach it" for name in layers if name not in tracer.given}
+    reasons |= {name: UNREACHED for name in layers if name not in tracer.given}
     return tracer.result(reasons, batch)
+
+
+def trace_batches(network: nn.Module, call: Call, batches: Sequence[Batch], names: Iterable[str]) -> Trace:
+    """Trace the first batch, and further ones as long as they reach weights that none before them did.
+
+    Args:
+        network: as :func:`trace` takes it.
+        call: how it is called.
+        batches: of calibration data.
+        names: of weights.
+    """
+    result = trace(network, call, batches[0], names)
+    missing = {name for name, why in result.reasons.items() if why == UNREACHED}
+    for batch in batches if missing else ():
+        if called := _called(network, call, batch, missing):
+            more = trace(network, call, batch, [*result.layers, *called], len(main_input(batch)))
+            result = _joined(result, more)
+            missing -= called
+    return result
+
+
+def _called(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) -> set[str]:
+    """Those of the weights that the network uses in a batch."""
+    called: set[str] = set()
+    with eval_mode(network), torch.no_grad(), hooked() as handles:
+        for name in names:
+            layer = find_layer(network, name)
+            for path in layer.modules if isinstance(layer, ObservedLayer) else ():
+                module = network.get_submodule(path)
+                handles.append(module.register_forward_pre_hook(lambda *_, name=name: called.add(name)))
+        call(network, to_device(batch, device_of(network)))
+    return called
+
+
+def _joined(one: Trace, other: Trace) -> Trace:
+    """The trace ``one`` with the weights that only ``other`` reached, in their place in the order."""
+    groups: list[tuple[str, ...]] = list(one.groups)
+    after = -1
+    for group in other.groups:
+        new = tuple(name for name in group if name not in one.layers)
+        known = [k for k, ours in enumerate(groups) if set(group) & set(ours)]
+        if known:
+            after = max(after, *known)
+            groups[known[0]] += new
+        else:
+            after += 1
+            groups.insert(after, new)
+    blocks = {block.module: (c, p) for c, chain in enumerate(one.chains) for p, block in enumerate(chain)}
+    there = {name: other.chains[c][p].module for name, (c, p) in other.positions.items()}
+    positions = {name: blocks[path] for name, path in there.items() if path in blocks}
+    layers, families = other.layers | one.layers, other.families | one.families
+    return replace(
+        one,
+        layers={name: layers[name] for group in groups for name in group},
+        groups=tuple(groups),
+        calls=other.calls | one.calls,
+        same_rows=other.same_rows | one.same_rows,
+        norms=other.norms | one.norms,
+        reasons={name: why for name, why in one.reasons.items() if name not in other.layers},
+        positions=_outside(positions | one.positions, one.chains, families),
+        families=families,
+    )
+
+
+def _outside(
+    positions: Mapping[str, tuple[int, int]], chains: Sequence[Chain], families: Mapping[str, str]
+) -> dict[str, tuple[int, int]]:
+    """The positions, but for blocks inside an expert, which a batch may not reach."""
+    prefixes = {name: family.partition("*")[0] for name, family in families.items()}
+    return {
+        name: (c, p)
+        for name, (c, p) in positions.items()
+        if name not in prefixes or not chains[c][p].module.startswith(prefixes[name])
+    }
+
+
+def _families(network: nn.Module, rows: dict[str, int]) -> dict[str, str]:
+    """The layers among siblings that are given different numbers of rows, or of which one is not called.
+
+    Args:
+        network: that holds them.
+        rows: how many each layer was given, 0 where it was not called.
+    """
+    families: dict[tuple[str, torch.Size], list[str]] = {}
+    for name in rows:
+        families.setdefault((_family(network, name), network.get_parameter(name).shape), []).append(name)
+    return {
+        name: family
+        for (family, _), names in families.items()
+        if len({rows[name] for name in names}) > 1
+        for name in names
+    }
+
+
+def _family(network: nn.Module, name: str) -> str:
+    """The name with ``*`` for the number of the innermost module whose siblings stand beside it."""
+    parts = name.split(".")
+    for k in reversed(range(1, len(parts))):
+        container = network.get_submodule(".".join(parts[:k]))
+        if re.fullmatch(r"\d+", parts[k]) and not isinstance(container, nn.Sequential):
+            return ".".join([*parts[:k], "*", *parts[k + 1 :]])
+    return name
 
 
 class _Tracer:
@@ -303,11 +267,17 @@ class _Tracer:
             for name in group:
                 same[name] = first.setdefault(self._layers[name].inputs.key, name)
         chains, blocks = self._chains.chains()
+        families = _families(self._network, self._row_counts())
         return Trace(
             {name: self._layers[name] for name in self.given}, tuple(map(tuple, groups.values())), calls,
-            same, self._norms(calls), reasons, tuple(chains), self._positions_of(blocks),
-            main_input(batch).numel(),
+            same, self._norms(calls), reasons, tuple(chains),
+            _outside(self._positions_of(blocks), chains, families), main_input(batch).numel(), families,
         )  # fmt: skip
+
+    def _row_counts(self) -> dict[str, int]:
+        """The length of what each layer was given first; 0 for layers that were not called."""
+        counts = dict.fromkeys(self._layers, 0)
+        return counts | {name: len(given[0][0]) for name, given in self.given.items()}
 
     def _norms(self, calls: dict[str, int]) -> dict[str, str]:
         norms = {}

@@ -83,3 +83,31 @@ class Stopped(nn.Module):
         with torch.no_grad():
             x = self.body(x)
         return self.late(self.late(x).relu())
+
+
+class Routed(nn.Module):
+    """Four experts; the first number of a row says which one takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.head = nn.Linear(6, 6, bias=False), nn.Linear(6, 5)
+        self.gate.weight.data.copy_(torch.eye(6))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, y = self.gate(x), torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            chosen = x[:, 0].round() == k
+            if chosen.any():
+                y[chosen] = expert(x[chosen])
+        return self.head(x + y)
+
+
+def rows_for(*experts: int, seed: int = 0) -> Tensor:
+    """One row for each of these experts of :class:`Routed`."""
+    rows = torch.randn(len(experts), 6, generator=torch.Generator().manual_seed(seed))
+    rows[:, 0] = torch.tensor(experts)
+    return rows

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.compression.calibrate.moments import Accumulator, Moments, one_hot_moments
+from mpoc.compression.calibrate.moments import Accumulator, Moments, one_hot_moments, shrunk
 
 
 def mixed(rows: int, features: int, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -104,3 +104,14 @@ def test_moments_of_one_hot_rows() -> None:
     assert found.rows == 4
     assert torch.allclose(torch.diag(found.second), full.second, atol=1e-15)
     assert torch.allclose(found.mean, full.mean)
+
+
+def test_few_rows_shrink_towards_those_of_all() -> None:
+    """As if the layer had been given as many more rows, of the others' moments, as it has inputs."""
+    few, many = mixed(8, 24), mixed(5_000, 24)
+    own, prior = gathered(few), gathered(many)
+    found = shrunk(own, prior)
+    assert found.rows == own.rows
+    for field in ("mean", "second", "cross"):
+        pooled = (8 * getattr(own, field) + 24 * getattr(prior, field)) / 32
+        assert torch.allclose(getattr(found, field), pooled, rtol=1e-12, atol=1e-12)

@@ -9,16 +9,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpoc.compression.calibrate.block_chain import next_input
 from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
 from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs
 from mpoc.compression.calibrate.moments import Moments, Positions
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
-from mpoc.compression.calibrate.trace import Trace, next_input, trace
-from mpoc.errors import MpocError
+from mpoc.compression.calibrate.trace import Trace, trace, trace_batches
 from mpoc.models.call import Batch, Call
 from mpoc.nn import adopt
 from mpoc.tensor_networks.structure import make_structure
-from tests.compression.calibrate.networks import damaged, encoder, images, resnet20, texts, weights
+from tests.compression.calibrate.networks import (
+    Routed,
+    damaged,
+    encoder,
+    images,
+    resnet20,
+    rows_for,
+    second,
+    texts,
+    weights,
+)
 from tests.support.architectures import tiny
 from tests.support.rounding import assert_near
 
@@ -202,14 +212,34 @@ def test_leaves_no_hooks_behind() -> None:
     assert all(parameter.requires_grad for parameter in (*network.parameters(), *other.parameters()))
 
 
-def test_rejects_layers_with_differing_row_counts() -> None:
-    network = nn.Sequential(nn.Linear(3, 4), _Positive(), nn.Linear(4, 2)).eval()
-    batch = {"x": torch.randn(30, 3)}
-    found = trace(network, Call.of(network), batch, ["2.weight"])
+def test_rows_that_differ_are_those_of_the_compressed_network() -> None:
+    network: Any = nn.Sequential(nn.Linear(3, 4), _Positive(), nn.Linear(4, 2)).eval()
+    batches = [{"x": torch.randn(n, 3, generator=torch.Generator().manual_seed(n))} for n in (30, 20)]
+    found = trace(network, Call.of(network), batches[0], ["2.weight"])
+    other: Any = damaged(network, 0.0)
+    other.get_parameter("0.bias").data.add_(0.4)
+    moments = PairedPass((network, other), Call.of(network), batches, found).moments(["2.weight"])["2.weight"]
+    given = torch.cat([other[1](other[0](batch["x"])) for batch in batches]).detach()
+    assert moments.rows == len(given) != sum(len(network[1](network[0](batch["x"]))) for batch in batches)
+    for value in (moments.second, moments.cross, moments.dense_second):
+        assert_near(value, second(given), terms=len(given))
+    assert_near(moments.dense_mean, given.double().mean(0), terms=len(given))
+
+
+def test_each_expert_counts_its_own_rows() -> None:
+    """Of the compressed network, which routes other rows to it; none where it routes none there."""
+    network = Routed().eval()
+    batches = [{"x": rows_for(0, 1, 1, 2, 1, seed=1)}, {"x": rows_for(1, 0, 1, 0, seed=2)}]
+    name = "experts.{}.0.weight"
+    found = trace_batches(network, Call.of(network), batches, [name.format(k) for k in range(3)])
     other = damaged(network, 0.0)
-    other.get_parameter("0.bias").data.add_(5.0)
-    with pytest.raises(MpocError, match=r"^2\.weight: the dense network gives it \(\d+, 4\), the compressed"):
-        PairedPass((network, other), Call.of(network), [batch], found).moments(["2.weight"])
+    other.get_parameter("gate.weight").data[0, 0] = 0.0  # all rows go to the first expert
+    passes = PairedPass((network, other), Call.of(network), batches, found)
+    moments = {k: passes.moments([name.format(k)]) for k in range(3)}
+    assert moments[1] == moments[2] == {}
+    given = torch.cat([batch["x"] for batch in batches]) @ other.get_parameter("gate.weight").detach().T
+    assert moments[0][name.format(0)].rows == 9
+    assert_near(moments[0][name.format(0)].cross, second(given), terms=9)
 
 
 class _Positive(nn.Module):

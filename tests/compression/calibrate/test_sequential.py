@@ -146,6 +146,16 @@ def test_fused_attention_is_fitted_by_its_weights(tmp_path: Path) -> None:
     )
 
 
+def test_each_expert_is_fitted_to_its_own_rows(tmp_path: Path) -> None:
+    case = Case(tmp_path, "experts")
+    options: dict[str, Any] = {"ratio": 0.5, "form": "svd", "layers": ("experts.*",)}
+    done = case.compress(**options)
+    assert case.error(done) < 0.8 * case.error(case.plain(**options))
+    unused = [layer.name for layer in done.manifest.layers if layer.output_error is None]
+    assert {"experts.4.0.weight", "experts.4.2.weight"} == set(unused)
+    assert any("experts.4.0 (the network does not reach it)" in note for note in done.notes)
+
+
 @pytest.mark.slow
 def test_output_is_deterministic(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")

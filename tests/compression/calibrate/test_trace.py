@@ -6,10 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.trace import ChainTracer, Trace, trace
+from mpoc.compression.calibrate.block_chain import ChainTracer
+from mpoc.compression.calibrate.trace import Trace, trace, trace_batches
 from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call
-from tests.compression.calibrate.networks import Stopped, encoder, images, resnet20, texts, weights
+from tests.compression.calibrate.networks import (
+    Routed,
+    Stopped,
+    encoder,
+    images,
+    resnet20,
+    rows_for,
+    texts,
+    weights,
+)
 from tests.support.architectures import tiny
 
 
@@ -194,6 +204,19 @@ class _Block(nn.Module):
 def test_splits_chains_at_irregular_blocks(how: str, lengths: list[int]) -> None:
     found = traced(_Blocks(how).eval(), {"x": torch.randn(2, 4)})
     assert [len(chain) for chain in found.chains] == lengths
+
+
+def test_later_batches_reach_further_experts() -> None:
+    """Expert k takes the rows whose first number is k; expert 3 gets none."""
+    network = Routed().eval()
+    batches = [{"x": rows_for(*experts)} for experts in ([0, 0, 0, 1], [0, 2], [1, 0])]
+    names = [f"experts.{k}.{n}.weight" for k in range(4) for n in (0, 2)]
+    found = trace_batches(network, Call.of(network), batches, ["gate.weight", *names, "head.weight"])
+    assert list(found.layers) == ["gate.weight", *names[:2], *names[4:6], *names[2:4], "head.weight"]
+    assert found.groups == tuple((name,) for name in found.layers)
+    assert found.reasons == dict.fromkeys(names[6:], "the network does not reach it")
+    assert found.families == {name: f"experts.*.{name.split('.')[2]}.weight" for name in names}
+    assert not found.positions.keys() & set(names)  # a batch may not reach the blocks inside an expert
 
 
 def test_removes_hooks_when_the_network_fails() -> None:

@@ -134,6 +134,30 @@ class Words(nn.Module):
         return self.head(self.table(x.long()).mean(1))
 
 
+class Experts(nn.Module):
+    """Five experts of which each row takes the best one; the last is never chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Linear(24, 5), nn.Linear(24, 6)
+        self.gate.bias.data[4] = -1e9
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 24)) for _ in range(5)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        best, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            if (best == k).any():
+                y[best == k] = expert(x[best == k])
+        return self.head(x + y)
+
+
+def experts() -> nn.Module:
+    torch.manual_seed(4)
+    return Experts()
+
+
 def words() -> nn.Module:
     torch.manual_seed(4)
     return Words(False)

@@ -1,0 +1,158 @@
+"""Find chains of blocks: rows of modules of which each is given exactly what the one before it gave.
+
+That is the same tensor, not changed since, and all other arguments those of the chain's first block.  A pass
+that needs the inputs of block k can then keep them, and need not run the blocks before k again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype)
+
+
+@dataclass(frozen=True)
+class ChainBlock:
+    """One module of a chain."""
+
+    module: str
+    nbytes: int  # of its input in the pass that was watched
+    is_kept_whole: bool  # nothing changes its input in place
+
+
+Chain = tuple[ChainBlock, ...]
+
+
+def identity(tensor: Tensor) -> Hashable:
+    """A key that is equal for two tensors of the same memory and version, as long as both are held."""
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor._version
+
+
+def signature(value: Any) -> Hashable:
+    """A key that is equal for the same arguments; what is neither tensor nor plain equals nothing."""
+    if isinstance(value, Tensor):
+        return identity(value)
+    if isinstance(value, _PLAIN):
+        return type(value).__name__, value
+    if isinstance(value, tuple | list):
+        return tuple(map(signature, value))
+    if isinstance(value, dict):
+        return tuple((key, signature(entry)) for key, entry in value.items())
+    return _Unlike()
+
+
+class _Unlike:
+    """Equal to nothing but itself."""
+
+
+def next_input(output: Any) -> Tensor | None:
+    """What a block hands to the next: its output, or the first of several outputs."""
+    first = output[0] if isinstance(output, tuple) and output else output
+    return first if isinstance(first, Tensor) else None
+
+
+def features(values: Tensor, mask: Tensor | None, axis: int) -> Tensor:
+    """The output of a block as rows (rows, width), without padding.
+
+    Args:
+        values: tokens (n, T, width), or any shape.
+        mask: (n, T), 0 where a token is padding.
+        axis: of the features.
+    """
+    if mask is not None and mask.dim() == 2 and values.shape[:2] == mask.shape and values.dim() > 2:
+        return values[mask.bool()].flatten(0, -2)
+    return values.movedim(axis, -1).flatten(0, -2)
+
+
+@dataclass
+class _Call:
+    module: str
+    within: int | None  # the call that this one is a part of
+    given: Tensor | None
+    taken: Hashable  # identity of what was given
+    others: Hashable
+    output: Any = None
+    gave: Hashable = None
+
+
+@dataclass
+class ChainTracer:
+    """Observes the children of every ``ModuleList`` and ``Sequential`` in one forward pass."""
+
+    calls: list[_Call] = field(default_factory=list)
+    open: list[int] = field(default_factory=list)  # calls that have not returned, outermost first
+    _seen: list[Any] = field(default_factory=list)  # all arguments: no two tensors may share memory by chance
+
+    def watch(self, network: nn.Module) -> list[RemovableHandle]:
+        """Register hooks, to be removed after the pass."""
+        handles = []
+        for path, container in network.named_modules():
+            if isinstance(container, nn.ModuleList | nn.Sequential):
+                for name, child in container.named_children():
+                    handles += self._hooks(f"{path}.{name}" if path else name, child)
+        return handles
+
+    def _hooks(self, path: str, module: nn.Module) -> list[RemovableHandle]:
+        def begin(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+            given = args[0] if args and isinstance(args[0], Tensor) else None
+            taken: Hashable = _Unlike() if given is None else identity(given)
+            within = self.open[-1] if self.open else None
+            self._seen += [args, named]
+            self.open.append(len(self.calls))
+            self.calls.append(_Call(path, within, given, taken, signature((args[1:], named))))
+
+        def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            call = self.calls[self.open.pop()]
+            first = next_input(output)
+            call.output, call.gave = output, _Unlike() if first is None else identity(first)
+
+        return [
+            module.register_forward_pre_hook(begin, with_kwargs=True),
+            module.register_forward_hook(end),
+        ]
+
+    def chains(self) -> tuple[list[Chain], dict[int, tuple[int, int]]]:
+        """The chains and, for each call of a block, its chain and position."""
+        blocks = self._refined(None)
+        often = [call.module for call in self.calls]
+        chains: list[list[int]] = []
+        for number in blocks:
+            call = self.calls[number]
+            if often.count(call.module) > 1:
+                continue
+            last = self.calls[chains[-1][-1]] if chains else None
+            if last is None or last.gave != call.taken or last.others != call.others:
+                chains.append([])
+            chains[-1].append(number)
+        positions = {n: (c, p) for c, chain in enumerate(chains) for p, n in enumerate(chain)}
+        return [tuple(self._block(number) for number in chain) for chain in chains], positions
+
+    def _block(self, number: int) -> ChainBlock:
+        call = self.calls[number]
+        if call.given is None:
+            return ChainBlock(call.module, 0, False)
+        whole = identity(call.given) == call.taken
+        return ChainBlock(call.module, call.given.numel() * call.given.element_size(), whole)
+
+    def _refined(self, within: int | None) -> list[int]:
+        """The calls inside the call ``within``, each replaced by its own parts where these are a chain."""
+        calls: list[int] = []
+        for number, call in enumerate(self.calls):
+            if call.within != within:
+                continue
+            parts = [k for k, part in enumerate(self.calls) if part.within == number]
+            calls += self._refined(number) if self._are_all_of(call, parts) else [number]
+        return calls
+
+    def _are_all_of(self, call: _Call, parts: list[int]) -> bool:
+        if not parts or isinstance(call.output, tuple):
+            return False
+        taken = [self.calls[k].taken for k in parts] + [call.gave]
+        gave = [call.taken] + [self.calls[k].gave for k in parts]
+        return taken == gave
