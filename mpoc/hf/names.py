@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from mpoc.nn.adopt import unstack
+
+# The conversions of expert weights that can be undone: one matrix an expert, or several below each other.
+_STACKING = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
 class Names:
@@ -55,3 +61,34 @@ def places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Stored name → name in a loaded network, for the tensors that loading renames but does not convert."""
     mapping = Names(model, getattr(model, "_weight_conversions", None) or [])
     return {name: mapping.in_model(name) for name in names if mapping.converter(name) is None}
+
+
+def unstack_experts(model: PreTrainedModel, converter: WeightConverter) -> list[str] | None:
+    """Replace the weights that a converter stacks while loading by one linear layer for each stored matrix.
+
+    Returns:
+        The paths of the changed modules; None where the converter does anything else.
+    """
+    head, _, weight = converter.target_patterns[0].rpartition(".")
+    single = re.compile(rf"{re.escape(head)}\.\*\.(\w+)\.weight")
+    matches = [single.fullmatch(pattern) for pattern in converter.source_patterns]
+    sources = tuple(match[1] for match in matches if match)
+    steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
+    if len(sources) < len(matches) or steps not in _STACKING:
+        return None
+    paths = []
+    for path, module in list(model.named_modules()):
+        if f".{path}".endswith(f".{head.lstrip('.')}") and weight in module._parameters:
+            unstack(module, weight, sources)
+            paths.append(path)
+    return paths
+
+
+def hold_as_stored(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """In a loaded network, hold experts matrix by matrix where the stored tensors ``names`` are such."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    mapping = Names(model, conversions)
+    found = {id(one): one for name in names if (one := mapping.converter(name)) is not None}
+    undone = {key for key, converter in found.items() if unstack_experts(model, converter) is not None}
+    if undone:
+        vars(model)["_weight_conversions"] = [entry for entry in conversions if id(entry) not in undone]

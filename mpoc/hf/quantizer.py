@@ -28,14 +28,10 @@ from mpoc.errors import MpocError
 from mpoc.io.hub_directory import GUARD, GUARD_KEY, config_format, cores_of
 from mpoc.io.manifest import FORMAT, ORDERED_FORMAT, core_prefix
 from mpoc.io.manifest_reader import MAYBE_LATER, SAVED_AGAIN, check_format
-from mpoc.nn.adopt import adopt_everywhere, unstack
+from mpoc.nn.adopt import adopt_everywhere
 from mpoc.tensor_networks.structure import Structure
 
 # Conversions that stack the experts' weights, and that are undone here: one matrix per expert, or several
-# concatenated along the outputs.
-_STACKING = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
-
-
 try:
     from transformers import __version__ as _version
 
@@ -48,7 +44,7 @@ try:
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
-    from mpoc.hf.names import Names
+    from mpoc.hf.names import Names, unstack_experts
 except ImportError as error:
     raise ImportError(
         f"mpoc.hf needs transformers 5.23 or later ({error}): pip install 'mpoc[hf]'"
@@ -182,21 +178,15 @@ class MpoQuantizer(HfQuantizer):
             converter = names.converter(name)
             if converter is None or converter.target_patterns[0] in self._unstacked:
                 continue
-            head, _, weight = converter.target_patterns[0].rpartition(".")
-            single = re.compile(rf"{re.escape(head)}\.\*\.(\w+)\.weight")
-            matches = [single.fullmatch(pattern) for pattern in converter.source_patterns]
-            sources = tuple(match[1] for match in matches if match)
-            steps = [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations]
-            if len(sources) < len(matches) or steps not in _STACKING:
+            paths = unstack_experts(model, converter)
+            if paths is None:
                 raise MpocError(
                     f"{model.config.name_or_path}: transformers makes {', '.join(converter.target_patterns)} "
                     f"of {name!r} while loading, which it cannot do with cores",
                     f"mpoc expand {model.config.name_or_path}",
                 )
-            for path, module in list(model.named_modules()):
-                if f".{path}".endswith(f".{head.lstrip('.')}") and weight in module._parameters:
-                    unstack(module, weight, sources)
-                    self._spare(model, path)
+            for path in paths:
+                self._spare(model, path)
             self._unstacked.add(converter.target_patterns[0])
 
     def _swap(

@@ -277,7 +277,11 @@ def open_model(path: Path, arch: str | None) -> Model:
 def _dense_network(stored: Checkpoint, arch: str | None) -> nn.Module:
     if arch is None:
         if stored.is_directory and (stored.path / "config.json").is_file():
-            return by_transformers(stored.path)
+            network: Any = by_transformers(stored.path)
+            from mpoc.hf.names import hold_as_stored
+
+            hold_as_stored(network, [*stored.infos, *stored.tied])
+            return network
         raise UsageError(
             f"{stored.path}: holds tensors, not the network's code",
             "--arch resnet56, or --arch file.py:factory, where factory() returns the dense nn.Module",

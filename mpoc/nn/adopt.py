@@ -8,9 +8,9 @@ Cores keep the names they have in the file.
 
 Mixtures of experts read one stacked weight (experts, outputs, inputs), e.g. ``gate_up_proj``, while their
 checkpoints store a matrix for each expert, ``3.w1.weight`` and ``3.w3.weight``, and cores are made of those.
-:func:`unstack` gives each matrix a linear layer of its own, and the stacked weight is put together whenever
-it is read. The trade-off: each reading copies the stacked weight (once in a forward pass, but once for every
-expert with the ``eager`` experts of transformers).
+:func:`unstack` gives each matrix a linear layer of its own. The ``eager`` experts of transformers, which take
+the weight of one expert after the other, then call these layers. For all others the stacked weight is put
+together whenever it is read; the trade-off is one copy of it in a forward pass.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoc.nn.conv import (
@@ -89,14 +90,41 @@ def unstack(module: nn.Module, name: str, sources: tuple[str, ...]) -> None:
 def _stacking(cls: type[nn.Module], name: str, sources: tuple[str, ...], experts: int) -> type[nn.Module]:
     """A subclass of ``cls`` whose attribute ``name`` is stacked from the experts whenever it is read."""
 
-    def stack(module: nn.Module) -> Tensor:
-        columns = [
-            torch.stack([_weight(module.get_submodule(f"{expert}.{source}")) for expert in range(experts)])
-            for source in sources
+    def read(module: nn.Module) -> Any:
+        every = [
+            ExpertWeight([module.get_submodule(f"{expert}.{source}") for source in sources])
+            for expert in range(experts)
         ]
-        return torch.cat(columns, dim=1)
+        eager = getattr(getattr(module, "config", None), "_experts_implementation", None) == "eager"
+        return every if eager else torch.stack([expert.dense() for expert in every])
 
-    return type(f"MPO{cls.__name__.removeprefix('MPO')}", (cls,), {name: property(stack)})
+    return type(f"MPO{cls.__name__.removeprefix('MPO')}", (cls,), {name: property(read)})
+
+
+class ExpertWeight:
+    """The weight of one expert (outputs, inputs); ``F.linear`` of it calls the layers that it is stored as.
+
+    Args:
+        linears: without bias; the weight holds theirs one below the other.
+    """
+
+    def __init__(self, linears: list[nn.Module]) -> None:
+        self.linears = linears
+
+    def dense(self) -> Tensor:
+        """The weight as a tensor."""
+        return torch.cat([_weight(linear) for linear in self.linears])
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a tensor has."""
+        return getattr(self.dense(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and len(args) == 2 and not kwargs and isinstance(args[1], ExpertWeight):
+            return torch.cat([linear(args[0]) for linear in args[1].linears], dim=-1)
+        dense = [arg.dense() if isinstance(arg, ExpertWeight) else arg for arg in args]
+        return func(*dense, **(kwargs or {}))
 
 
 def _weight(linear: nn.Module) -> Tensor:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,6 +61,32 @@ def test_single_matrices_can_have_cores() -> None:
     assert torch.equal(weight[others], dense[others])
     module(torch.randn(5, 6)).sum().backward()
     assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+
+
+class _Eager(Experts):
+    """Takes the weight of one expert after the other, as transformers' ``eager`` experts do."""
+
+    config = SimpleNamespace(_experts_implementation="eager")
+
+    def forward(self, x: Tensor) -> Tensor:
+        every = []
+        for expert in torch.arange(3):
+            gate, up = nn.functional.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+            every.append((gate * up) @ self.down_proj[expert].T)
+        return torch.stack(every).sum(0)
+
+
+def test_eager_experts_call_the_layers_of_each_matrix() -> None:
+    module, x, calls = _Eager(), torch.randn(5, 6), []
+    expected = module(x)
+    unstack(module, "gate_up_proj", ("w1", "w3"))
+    unstack(module, "down_proj", ("w2",))
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_pre_hook(lambda _, args, name=name: calls.append((name, args[0])))
+    assert torch.allclose(module(x), expected, atol=1e-5)
+    assert [name for name, _ in calls] == [f"{k}.{source}" for k in range(3) for source in ("w1", "w3")]
+    assert all(torch.equal(given, x) for _, given in calls)
 
 
 @pytest.mark.parametrize(("name", "sources"), [("gate_up_proj", ("a", "b", "c")), ("flat", ("a",))])

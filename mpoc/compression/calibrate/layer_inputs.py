@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from mpoc.errors import MpocError
 from mpoc.models.introspection import same_tensor
 
+_EXPERTS = "_experts_implementation"  # of transformers' configurations
 _AT_ONCE = 1 << 24  # numbers of patches that are copied at a time
 
 
@@ -40,13 +41,17 @@ def hooked() -> Iterator[list[RemovableHandle]]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """During a pass, no parameter requires a gradient and transformers caches no keys and values."""
+    """During a pass, no parameter requires a gradient, no keys and values are cached, experts run one by one."""
     modules = (module for module in network.modules() if not isinstance(module, nn.ParameterList))
     assert not any(module.training for module in modules), "calibration is in evaluation mode"
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     config: Any = getattr(network, "config", None)
     cached = getattr(config, "use_cache", None)
+    configs = {id(c): c for m in network.modules() if hasattr(c := getattr(m, "config", None), _EXPERTS)}
+    ways = {key: getattr(one, _EXPERTS) for key, one in configs.items()}
     try:
+        for one in configs.values():
+            setattr(one, _EXPERTS, "eager")
         for parameter in trained:
             parameter.requires_grad_(False)
         if cached:
@@ -57,6 +62,8 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         if cached:
             config.use_cache = cached
+        for key, way in ways.items():
+            setattr(configs[key], _EXPERTS, way)
 
 
 def first_argument(args: Sequence[Any], named: Mapping[str, Any]) -> Any:
