@@ -100,7 +100,7 @@ GOALS = {"--bond": 6, "--ratio": 0.5, "--size": 14_000, "--discard": 0.3, "--max
 @pytest.fixture(autouse=True)
 def _few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """How well a MERA is fitted is tested with its fit."""
-    monkeypatch.setattr("mpoc.tensor_networks.fit.mera._MOST_STEPS", 20)
+    monkeypatch.setattr("mpoc.tensor_networks.fit.mera.MOST_STEPS", 20)
 
 
 @dataclass(frozen=True)

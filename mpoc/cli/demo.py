@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mpoc.compression.write import Compression
 
 ARCH = "mpoc.demo.network:DigitsNet"
-_SETTINGS = Settings(epochs=20.0, lr=0.01)
+SETTINGS = Settings(epochs=20.0, lr=0.01)  # of the fine-tuning
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DemoFiles:
         """The command lines that fine-tune and measure as the demo does."""
         data = f"--arch {ARCH} --data {shlex.quote(str(self.digits))}"
         compressed, tuned = (shlex.quote(str(file)) for file in (self.compressed, self.tuned))
-        how = f"--epochs {_SETTINGS.epochs:g} --lr {_SETTINGS.lr:g} --device cpu"
+        how = f"--epochs {SETTINGS.epochs:g} --lr {SETTINGS.lr:g} --device cpu"
         return [
             f"mpoc finetune {compressed} {data} {how} -o {tuned} --force",
             f"mpoc eval {tuned} {data}",
@@ -118,7 +118,7 @@ def fine_tune_demo(result: DemoResult) -> float | None:
         return None
     paths = result.files
     request = FinetuneRequest(
-        paths.compressed, DataOptions(paths.digits), _SETTINGS, paths.tuned, ARCH, device="cpu", force=True
+        paths.compressed, DataOptions(paths.digits), SETTINGS, paths.tuned, ARCH, device="cpu", force=True
     )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are tiny: more threads only wait for each other

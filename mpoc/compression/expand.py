@@ -1,4 +1,4 @@
-"""Dense weights back under their original names, shapes and dtypes, so that anything can load them."""
+"""Expand a compressed checkpoint to dense weights under their original names, shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.layout import working_dtype
 from mpoc.tensor_networks.forms.mpo import MPO
 
-# A map is a convolution where it is nearer to one than this many roundings of its cores.
+# A map counts as a convolution if it is nearer to one than this many roundings of its cores.
 _ROUNDING = 64
 
 
@@ -46,29 +46,29 @@ def expand_checkpoint(
     max_shard_size: int = 5 * 10**9,
     projected: Callable[[LayerRecord, float], None] | None = None,
 ) -> Manifest:
-    """Write the dense checkpoint of a compressed one, a layer at a time.
+    """Write the dense checkpoint of a compressed one, layer by layer.
 
         >>> manifest = mpoc.expand_checkpoint("digits-cnn.mpo.safetensors", "digits-cnn.dense.safetensors")
         >>> network = DigitsNet()
         >>> network.load_state_dict(safetensors.torch.load_file("digits-cnn.dense.safetensors"))
         <All keys matched successfully>
 
-    Every tensor gets its original name, shape and dtype, so that anything can load them.
+    Every tensor gets its original name, shape and dtype, so that any program can load the output.
 
     Args:
         source: a compressed file or directory.
-        output: a file or directory, as the source is.
+        output: a file or directory, like the source.
         force: replace an existing output.
         max_shard_size: largest weight file in bytes; directories only.
-        projected: permits convolutions that were compressed as whole maps, and are none any more, to become
-            the nearest ones; called with each layer and the relative error of its map.
+        projected: permits a whole map that is no longer a convolution to become the nearest one; called with
+            each such layer and the relative error of its map.
 
     Returns:
         The manifest of the compressed checkpoint.
 
     Raises:
         MpocError: the source was not compressed by mpoc or is damaged, its tensors do not fit its manifest,
-            or it holds a whole map that is no convolution and ``projected`` is None.
+            or it holds a whole map that is not a convolution and ``projected`` is None.
         UsageError: the output exists and ``force`` is not given.
         OSError: of reading or writing (a full disk).
     """
@@ -84,15 +84,20 @@ def expand_checkpoint(
     require_disk_space(output, sum(entry.info.nbytes for entry in entries))
     _check_maps(stored, manifest, projected)
     with staged(output) as target:
-        if not source.is_dir():
-            write_safetensors(target, entries, metadata(manifest.training))
-        else:
-            target.mkdir()
-            hub_directory.copy_other_files(source, target, stored.weight_files)
-            hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
-            hub_directory.unmark(target)
+        if source.is_dir():
+            _write_directory(target, stored, entries, max_shard_size)
             write_history(target, manifest.training)
+        else:
+            write_safetensors(target, entries, metadata(manifest.training))
     return manifest
+
+
+def _write_directory(target: Path, stored: Checkpoint, entries: list[Entry], max_shard_size: int) -> None:
+    """Write the shards of a dense directory, and all files of the source that hold no weights."""
+    target.mkdir()
+    hub_directory.copy_other_files(stored.path, target, stored.weight_files)
+    hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
+    hub_directory.unmark(target)
 
 
 def dense_weight(stored: Checkpoint, layer: LayerRecord) -> Tensor:
@@ -102,15 +107,15 @@ def dense_weight(stored: Checkpoint, layer: LayerRecord) -> Tensor:
         weight = form_of(cores, layer.structure).to_weight()
     else:
         weight = project(MPO(cores, layer.structure))[0]
-    found = weight.to(getattr(torch, layer.dtype))
-    if not math.isfinite(largest(found)):
+    stored_weight = weight.to(getattr(torch, layer.dtype))
+    if not math.isfinite(largest(stored_weight)):
         what = f"overflows {layer.dtype}" if math.isfinite(largest(weight)) else "is not finite"
         raise MpocError(f"{stored.path}: tensor {layer.name!r}, made of its cores, {what}")
-    return found
+    return stored_weight
 
 
 def _refuse_too_large(path: Path, layer: LayerRecord) -> None:
-    """Whether the dense weight and the matrix that it is made of fit into memory.
+    """Check that the dense weight and the matrix that it is made from fit into memory.
 
     Raises:
         MpocError: they do not.
@@ -129,10 +134,10 @@ def _cores(stored: Checkpoint, layer: LayerRecord) -> list[Tensor]:
 def _check_maps(
     stored: Checkpoint, manifest: Manifest, projected: Callable[[LayerRecord, float], None] | None
 ) -> None:
-    """Refuse whole maps that are no convolutions beyond rounding, or report their distance from the nearest.
+    """Refuse whole maps that are not convolutions up to rounding, or report their distance from the nearest.
 
     Raises:
-        MpocError: there is one and ``projected`` is None.
+        MpocError: there is such a map and ``projected`` is None.
     """
     for layer in manifest.replaced:
         if layer.geometry is None:
@@ -142,8 +147,8 @@ def _check_maps(
             continue
         if projected is None:
             raise MpocError(
-                f"layer {layer.layer}: its map is no convolution any more: "
-                f"the nearest one is {error:.2g} of its norm away",
+                f"layer {layer.layer}: its map is no longer a convolution: "
+                f"the nearest one differs by {error:.2g} of its norm",
                 "--project writes the nearest kernels",
             )
         projected(layer, error)
@@ -161,10 +166,10 @@ def _dense_entries(stored: Checkpoint, manifest: Manifest) -> list[Entry]:
             entries[layer.name] = Entry(dense, lambda layer=layer: dense_weight(stored, layer))  # type: ignore[misc]
         elif name not in cores:
             entries[name] = Entry(info, lambda name=name: stored.read(name))  # type: ignore[misc]
-    found = tensor_fingerprint(entry.info for entry in entries.values())
-    if manifest.is_complete and found != manifest.source.fingerprint:
+    fingerprint = tensor_fingerprint(entry.info for entry in entries.values())
+    if manifest.is_complete and fingerprint != manifest.source.fingerprint:
         raise MpocError(
-            f"{stored.path}: its tensors are not those of {manifest.source.name}: some are lost or changed",
+            f"{stored.path}: some of the tensors of {manifest.source.name} are missing or changed",
             f"compress {manifest.source.name} again",
         )
     for alias, name in manifest.tied.items():

@@ -1,9 +1,11 @@
-"""Compress a network in memory: the same selection, plan and fit as for a file, then modules are swapped."""
+"""Compress a network in memory, with the selection, plan and fit of a file, and then swap its modules."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -16,7 +18,7 @@ from mpoc.compression.calibrate.calibration_data import CalibrationRequest, cali
 from mpoc.compression.calibrate.layer_inputs import device_of
 from mpoc.compression.plain_fit import Fitted, fit_layer
 from mpoc.compression.plan import LayerPlan
-from mpoc.compression.recipe import GOALS, Recipe, check_recipe, make_recipe
+from mpoc.compression.recipe import CONV_FORMS, GOALS, Recipe, check_recipe, make_recipe
 from mpoc.compression.recipe_syntax import parse_shape
 from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import select
@@ -38,10 +40,14 @@ from mpoc.models.saving import describe, remember, saved_bytes
 from mpoc.nn.adopt import adopt_everywhere, compressed_weights
 from mpoc.reporting.summary import Report
 from mpoc.runtime.formatting import parse_size
-from mpoc.tensor_networks.factors import parse_order
+from mpoc.tensor_networks.factors import LEARNED, parse_order
+from mpoc.tensor_networks.forms import FORMS
 
 # Options of a recipe that are for files: in memory a network keeps its device and dtype.
 _FOR_FILES = ("max_drop", "dtype", "device", "max_shard_size")
+# An option in a message, with its value if one follows.
+_NAMES = "|".join(map(re.escape, sorted((*FORMS, "auto", *CONV_FORMS, LEARNED), reverse=True)))
+_OPTION = re.compile(rf"--([a-z][a-z-]*)(?: (?:('[^']*'|-?\d[\d.e-]*\b)|({_NAMES})(?![\w'])))?")
 
 
 @dataclass
@@ -93,86 +99,110 @@ def compress(
         >>> network(torch.rand(5, 784)).shape
         torch.Size([5, 10])
 
-    Every weight is factorised by TT-SVD (Oseledets 2011; Eq. 5 of Gao et al. 2020), or in the form that is
-    asked for. Kinds of layers are told from the modules. Exactly one goal is needed, here or in the recipe:
+    Every weight is factorised by TT-SVD (Oseledets 2011; Eq. 5 of Gao et al. 2020), or in the given form. The
+    modules' classes say what kinds of layers there are. Exactly one goal is needed, here or in the recipe:
     ``bond``, ``max_error``, ``discard`` (which ``bond`` may cap), ``ratio`` or ``size``.
 
     Args:
-        model: on any device, with floating-point weights. Its modules stay the same objects; their class and
-            their parameters change.
+        model: the network, on any device, with floating-point weights. Its modules stay the same objects, but
+            their class and their parameters change.
         bond: largest bond dimension D of every layer.
         max_error: largest relative error ‖W − Ŵ‖ / ‖W‖ of every layer, between 0 and 1.
         discard: largest share of the squared Schmidt values that each bond may lose, between 0 and 1.
         ratio: largest ρ, parameters stored over parameters before, of all selected layers together.
-        size: largest file that :func:`mpoc.save` may write of the network: bytes, or text as ``"20MB"``.
-        recipe: a :class:`mpoc.Recipe`, or a TOML file with one. Options given beside it win.
+        size: size limit of the file that :func:`mpoc.save` writes, in bytes or as ``"20MB"``.
+        recipe: a :class:`mpoc.Recipe`, or a TOML file with one. Arguments override it.
         form: ``"mpo"`` (the default), ``"svd"``, ``"tree"`` or ``"mera"``.
-        layers: glob patterns, or ``re:`` and a regular expression; only layers that match are compressed.
-        exclude: patterns of the same kind; layers that match are left alone.
+        layers: glob patterns, or regular expressions after ``re:``; only matching layers are compressed.
+        exclude: patterns of the same kind; matching layers are left alone.
         embeddings: compress embeddings too.
         min_params: leave weights with fewer entries alone.
-        allow_growth: factorise a layer even where its cores are larger than its weight.
-        sites: number of sites of each layer, a kernel's taps not counted.
+        allow_growth: factorise a layer even if its cores are larger than its weight.
+        sites: number of sites per layer, not counting a kernel's taps.
         shape: factors, as ``"fc1=4x7x7x4:4x4x4x4"`` (inputs:outputs).
-        order: order in which inputs of linear layers are factorised, as ``"fc1=morton:28x28"``.
-        conv: what of a convolution is factorised: its ``"kernel"`` (the default) or the whole ``"map"``.
-        input_shape: of one input with its batch axis, as (1, 3, 32, 32); needed for ``conv="map"``.
-        seed: of the randomised range finder, and of the draw of calibration examples.
-        calibrate: data to fit what the layers do, beside their weights: batches, as a ``DataLoader`` or a
-            list of tensors, of tuples that begin with the input, or of dicts as transformers takes them; or
-            the path of a data set. The network runs in evaluation mode.
-        calibration_samples: number of examples to draw, 512 if omitted. Of an iterable without random access
-            the first ones are taken.
+        order: order in which the inputs of linear layers are factorised, as ``"fc1=morton:28x28"``.
+        conv: factorise a convolution's ``"kernel"`` (the default) or its whole ``"map"``.
+        input_shape: shape of one input with its batch axis, as (1, 3, 32, 32); needed for ``conv="map"``.
+        seed: seed of the randomised range finder and of the draw of calibration examples.
+        calibrate: data to fit the layers' outputs on: batches, as a ``DataLoader`` or a list of tensors, of
+            tuples that begin with the input, or of dicts as transformers takes them; or the path of a data
+            set. The network runs in eval mode.
+        calibration_samples: number of examples to draw, 512 if omitted. From an iterable without random
+            access, the first ones are taken.
         refine: train the layers of each block together after the fit; requires ``calibrate``.
 
     Returns:
-        The report: ρ, and of every selected layer its form, factors, bonds and error.
+        The report: ρ, and the form, factors, bonds and error of every selected layer.
 
     Raises:
-        UsageError: options that are out of range, do not fit together or match no layer.
-        MpocError: a weight that is not finite, or no layer that would shrink.
+        UsageError: an argument is out of range, arguments exclude each other, or a pattern matches no layer.
+        MpocError: a weight is not finite, or no layer would shrink.
             After either error the model is unchanged.
     """
-    given = {
-        "bond": bond,
-        "max_error": max_error,
-        "discard": discard,
-        "ratio": ratio,
-        "size": None if size is None else parse_size(size),
-        "form": form,
-        "layers": _texts(layers),
-        "exclude": _texts(exclude),
-        "embeddings": embeddings,
-        "min_params": min_params,
-        "allow_growth": allow_growth,
-        "sites": sites,
-        "shape": _texts(shape, parse_shape),
-        "order": _texts(order, parse_order),
-        "conv": conv,
-        "seed": seed,
-    }
-    request = _calibration_request(calibrate, calibration_samples, refine)
-    chosen = _merged(recipe, given).with_form(calibrated=request is not None)
-    sample = None if input_shape is None else tuple(input_shape)
-    job, fitted, changed = _fit(model, chosen, sample, request)
+    with _naming_arguments():
+        given = {
+            "bond": bond,
+            "max_error": max_error,
+            "discard": discard,
+            "ratio": ratio,
+            "size": None if size is None else parse_size(size),
+            "form": form,
+            "layers": _texts(layers),
+            "exclude": _texts(exclude),
+            "embeddings": embeddings,
+            "min_params": min_params,
+            "allow_growth": allow_growth,
+            "sites": sites,
+            "shape": _texts(shape, parse_shape),
+            "order": _texts(order, parse_order),
+            "conv": conv,
+            "seed": seed,
+        }
+        request = _calibration_request(calibrate, calibration_samples, refine)
+        chosen = _merged(recipe, given).with_form(calibrated=request is not None)
+        sample = None if input_shape is None else tuple(input_shape)
+        job, fitted, changed = _fit(model, chosen, sample, request)
     manifest = job.manifest([fit.record for fit in fitted])
     _swap(model, fitted, changed)
     remember(model, manifest)
     return Report(manifest, saved_bytes(*describe(model)))
 
 
+@contextmanager
+def _naming_arguments() -> Iterator[None]:
+    """Name the arguments of :func:`compress` in errors, in place of the command line's options."""
+    try:
+        yield
+    except MpocError as error:
+        hint = error.hint and _as_arguments(error.hint)
+        raise type(error)(_as_arguments(str(error)), hint) from error.__cause__
+
+
+def _as_arguments(text: str) -> str:
+    """``"--max-error 0.5"`` → ``"max_error=0.5"``; a command line becomes a call."""
+    command, found, options = text.partition("mpoc compress MODEL ")
+    if found and not command:
+        return f"mpoc.compress(model, {_as_arguments(options)})"
+
+    def argument(match: re.Match[str]) -> str:
+        name, value, word = match[1].replace("-", "_"), match[2], match[3]
+        return name if value is word is None else f"{name}={value or repr(word)}"
+
+    return _OPTION.sub(argument, text)
+
+
 def _texts(value: str | Iterable[str] | None, parse: Callable[[str], Any] = str) -> tuple[Any, ...] | None:
-    """One text or several, parsed."""
+    """Parse one text or several."""
     if value is None:
         return None
     return tuple(map(parse, (value,) if isinstance(value, str) else value))
 
 
 def _merged(recipe: Recipe | str | PathLike[str] | None, given: Mapping[str, Any]) -> Recipe:
-    """The recipe with the options that are given, which win, checked.
+    """The recipe, overridden by the given options, and checked.
 
     Raises:
-        UsageError: values out of range, no goal or several, or options that are for files only.
+        UsageError: a value is out of range, there is not exactly one goal, or an option is for files only.
     """
     if isinstance(recipe, Recipe):
         options = {key: value for key, value in given.items() if value is not None}
@@ -185,7 +215,7 @@ def _merged(recipe: Recipe | str | PathLike[str] | None, given: Mapping[str, Any
     defaults = {field.name: field.default for field in fields(Recipe)}
     for key in _FOR_FILES:
         if getattr(merged, key) != defaults[key]:
-            raise UsageError(f"{key}: for files only; in memory a network keeps its device and dtype")
+            raise UsageError(f"{key} is for files only: in memory, a network keeps its device and dtype")
     return merged
 
 
@@ -203,19 +233,19 @@ def _calibration_request(
 def _fit(
     model: nn.Module, recipe: Recipe, sample: tuple[int, ...] | None, request: CalibrationRequest | None
 ) -> tuple[Job, list[Fitted], dict[str, Tensor]]:
-    """Fit all selected layers; nothing is changed yet.
+    """Fit all selected layers without changing the network.
 
     Args:
-        model: with floating-point weights.
-        recipe: with the form that a fit with or without data takes.
+        model: the network, with floating-point weights.
+        recipe: the options, with a form.
         sample: shape of one input, for whole maps.
-        request: the data to fit to; None: weights alone count.
+        request: the data to fit to; None: fit to the weights alone.
 
     Returns:
-        What was planned, the layers, and new values of tensors that belong to no single layer.
+        The job, the fitted layers, and new values of tensors that belong to no single layer.
 
     Raises:
-        MpocError: a weight that cannot be fitted, or no layer that would shrink.
+        MpocError: a weight cannot be fitted, or no layer would shrink.
     """
     source = _source(model, recipe, sample)
     changed: dict[str, Tensor] = {}
@@ -237,30 +267,30 @@ def _fit(
 
 
 def _source(model: nn.Module, recipe: Recipe, sample: tuple[int, ...] | None) -> CompressionSource:
-    """The tensors of a network as a source, with the layers that are selected."""
+    """The tensors of a network as a source, with its selected layers."""
     if recipe.size is not None and any(compressed_weights(model)):
         raise UsageError("size: the network has compressed layers already", "ratio or bond")
     checkpoint = _as_checkpoint(model)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
     if sample is not None and recipe.conv != "map":
-        raise UsageError('input_shape is of use with conv="map" only')
+        raise UsageError('input_shape requires conv="map"')
     maps = [map.name for map in selection.chosen if recipe.is_map(map.name, map.kind)]
     geometries = trace_geometries(model, maps, sample) if maps else {}
     return CompressionSource(checkpoint, None, recipe, selection, geometries)
 
 
 def _fit_layer(model: nn.Module, job: Job, plan: LayerPlan) -> Fitted:
-    """Fitted to its weight alone, on the device where that is."""
+    """Fit a layer to its weight alone, on the weight's device."""
     device = model.get_parameter(plan.map.name).device
     return fit_layer(job.source.checkpoint, plan, job.recipe, device)
 
 
 def _calibrated_job(model: nn.Module, source: CompressionSource, request: CalibrationRequest) -> Job:
-    """The fit to what the layers do on calibration data.
+    """Prepare the fit to the layers' outputs on calibration data.
 
     Args:
-        model: in evaluation mode; where it is of half precision, a copy in float32 is measured.
-        source: its tensors, and the layers that are selected.
+        model: the network in eval mode. If it has half precision, a float32 copy runs.
+        source: its tensors, with the selected layers.
         request: the data.
     """
     if len({parameter.device for parameter in model.parameters()}) > 1:
@@ -269,7 +299,7 @@ def _calibrated_job(model: nn.Module, source: CompressionSource, request: Calibr
     network = copy.deepcopy(model).float() if halves else model
     checkpoint, recipe, context = source.checkpoint, source.recipe, RunContext(device_of(model))
     places = {name: name for name in [*checkpoint.infos, *checkpoint.tied]}
-    path = Path(getattr(model, "name_or_path", None) or checkpoint.path)  # transformers says where it is from
+    path = Path(getattr(model, "name_or_path", None) or checkpoint.path)  # transformers records its origin
     data = calibrate_on(Model(path, network, checkpoint, None, None, places), request, recipe.seed)
     statistics = source.statistics_of(data, request, context)
     return make_job(source, recipe, source.plan(recipe), context, statistics)
@@ -277,7 +307,7 @@ def _calibrated_job(model: nn.Module, source: CompressionSource, request: Calibr
 
 @torch.no_grad()
 def _swap(model: nn.Module, fitted: list[Fitted], changed: dict[str, Tensor]) -> None:
-    """Put cores in the place of the weights that were fitted, and new values into what goes with them."""
+    """Replace the fitted weights by cores, and set the other tensors that the fit changed."""
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in [*(pair for fit in fitted for pair in fit.changed.items()), *changed.items()]:
         state[name].copy_(tensor)
@@ -303,7 +333,9 @@ def _as_checkpoint(model: nn.Module) -> _Model:
         for name, tensor in state.items()
         if name not in tied
     ]
-    if hasattr(model, "save_pretrained"):  # in the order of its files: the first of equal layers is the same
+    if hasattr(
+        model, "save_pretrained"
+    ):  # in the order of its files, so that the first of tied layers is the same
         infos = storage_order(infos)
     return _Model(
         path,

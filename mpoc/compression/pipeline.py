@@ -1,8 +1,9 @@
-"""The orchestrator: checkpoint → selection → plan → fit → form → writer → report, top to bottom."""
+"""Compress a checkpoint on disk: checkpoint → selection → plan → fit → form → writer → report."""
 
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,11 +34,11 @@ def default_output(source: Path) -> Path:
 
 
 def refuse_output(source: Path, output: Path, force: bool) -> None:
-    """Check, before any work, that what is made of ``source`` may be written to ``output``.
+    """Check, before any work, that a compression of ``source`` may be written to ``output``.
 
     Raises:
-        UsageError: it exists and ``force`` is not given, is the source, or is not named like its kind.
-        MpocError: its directory does not exist or cannot be written.
+        UsageError: ``output`` exists without ``force``, is the source, or has the suffix of another kind.
+        MpocError: the directory of ``output`` does not exist or cannot be written.
     """
     if source.exists():
         refuse_existing(output, source, force)
@@ -45,18 +46,18 @@ def refuse_output(source: Path, output: Path, force: bool) -> None:
 
 
 def compress_checkpoint(
-    source: Path,
-    output: Path,
+    source: str | PathLike[str],
+    output: str | PathLike[str],
     recipe: Recipe,
     *,
-    calibrate: CalibrationRequest | Path | None = None,
+    calibrate: CalibrationRequest | str | PathLike[str] | None = None,
     arch: str | None = None,
     force: bool = False,
     dry_run: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Compression:
-    """Compress a checkpoint on disk, with as many processes as torchrun started.
+    """Compress a checkpoint on disk; all processes that torchrun started share the work.
 
         >>> recipe = mpoc.Recipe(bond=8, exclude=("conv1",))
         >>> compression = mpoc.compress_checkpoint("digits-cnn.pt", "digits.mpo.safetensors", recipe)
@@ -64,29 +65,30 @@ def compress_checkpoint(
         ['conv2', 'fc1', 'fc2']
 
     Args:
-        source: file or directory; only read.
-        output: file (single-file source) or directory.
-        recipe: what to do.
-        calibrate: data to fit what the layers do on; None: their weights alone count.
-        arch: the network that the checkpoint belongs to, as :func:`mpoc.models.architecture.make_network`
-            takes it; it tells kinds of layers and is recorded.
+        source: a file or directory; it is only read.
+        output: a file or directory, like the source.
+        recipe: the options.
+        calibrate: path of the calibration data, or a request; None: fit to the weights alone.
+        arch: the checkpoint's network, as :func:`mpoc.models.architecture.make_network` takes it. It says
+            what kinds of layers there are, and is recorded.
         force: replace an existing output.
-        dry_run: write nothing.  Bonds that a spectrum decides are still found by factorising.
-        resume: keep finished layers in ``OUT.partial`` until the output is whole, and go on from those there;
-            with ``force`` also where that was of other work, which goes.
-        progress: called after each layer, and as calibration goes on.
+        dry_run: write nothing. Layers are still factorised where a spectrum decides the bonds.
+        resume: keep finished layers in ``OUT.partial`` until the output is written, and reuse those that are
+            there; with ``force``, layers of other work are removed.
+        progress: called after each layer, and during calibration.
 
     Raises:
-        UsageError: ``arch`` makes no network, or one with other tensors; calibration needs a network and
-            none is known; or a ``max_drop``, which :func:`mpoc.compression.search.compress_within` is for.
-        MpocError: bad input, or nothing that can be done; see its message and hint.
-        OSError: of reading or writing (a full disk).
+        UsageError: ``arch`` does not fit the checkpoint, calibration has no network, or the recipe has a
+            ``max_drop``, which :func:`mpoc.compression.search.compress_within` takes.
+        MpocError: the input is damaged, or no layer can be compressed.
+        OSError: reading or writing failed.
     """
     source, output = Path(source), Path(output)
     check_recipe(recipe)
     if recipe.max_drop is not None:
         raise UsageError(
-            "max_drop: files are measured to find its ratio", "mpoc.compression.search.compress_within"
+            "max_drop: compress_checkpoint does not search for a ratio",
+            "mpoc.compression.search.compress_within",
         )
     request = as_request(calibrate)
     with process_group() as group:
@@ -107,8 +109,8 @@ def compress_checkpoint(
     return replace(compression, output=output)
 
 
-def as_request(calibrate: CalibrationRequest | Path | None) -> CalibrationRequest | None:
-    """The request for a data set at a path."""
+def as_request(calibrate: CalibrationRequest | str | PathLike[str] | None) -> CalibrationRequest | None:
+    """The calibration request for a data set at a path."""
     if calibrate is None:
         return None
     from mpoc.compression.calibrate.calibration_data import CalibrationRequest
@@ -126,7 +128,7 @@ def _job(
 def _options(
     opened: CompressionSource, source: Path, calibration: CalibrationRequest | None
 ) -> dict[str, str]:
-    """All that finished layers depend on and a user can change, but for what is in files."""
+    """The options that finished layers depend on; the contents of files are checked elsewhere."""
     recipe = opened.recipe
     options = {f"--{f.name.replace('_', '-')}": str(getattr(recipe, f.name)) for f in fields(recipe)}
     del options["--max-shard-size"]
@@ -139,7 +141,7 @@ def _options(
 
 
 def _dry_run(job: Job, output: Path) -> Compression:
-    """What would be done; bonds that a spectrum decides are found by factorising."""
+    """The compression without writing; layers are factorised where a spectrum decides the bonds."""
     records = {plan.map.name: plan.record() for plan in job.plans}
     times: dict[str, float] = {}
 

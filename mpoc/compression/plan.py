@@ -1,7 +1,7 @@
-"""The plan: for every selected layer its form, factors and bonds, before any arithmetic, as plain data.
+"""The plan: form, factors and bonds of every selected layer, as plain data, before any arithmetic.
 
-``--dry-run`` prints the plan, ``compress`` carries it out.  What is asked for single layers is checked here:
-patterns must name a selected layer, shapes and orders must fit one.
+``--dry-run`` prints the plan, ``compress`` carries it out. Options for single layers are checked here: a
+pattern must name a selected layer, a shape or an order must fit one.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry
 from mpoc.tensor_networks.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
 
-# What a fit costs beside its products with the bond's columns: reading, checking, moving axes.
+# Passes over a weight for reading, checking and moving axes, beside those of the range finder.
 _PASSES = 50
 
 
 @dataclass(frozen=True)
 class Dense:
-    """The layer stays as it is."""
+    """The layer is left dense."""
 
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class BudgetItem:
-    """The layer gets its share of a budget, which is not settled yet."""
+    """The layer gets a share of a budget that is not allocated yet."""
 
 
 Goal = Dense | BudgetItem | Truncation
@@ -44,39 +44,39 @@ Goal = Dense | BudgetItem | Truncation
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One selected layer: factorise to ``structure`` as far as ``goal`` says, or leave it dense."""
+    """The plan for one selected layer: factorise it to ``structure`` with this goal, or leave it dense."""
 
     map: LinearMap
     structure: Structure
     stored_dtype: str
     goal: Goal
-    learns_order: bool = False  # of its inputs, from the weight
+    learns_order: bool = False  # the order of its inputs is learned from the weight
 
     @property
     def is_dense(self) -> bool:
-        """Whether the layer stays as it is."""
+        """Whether the layer is left dense."""
         return isinstance(self.goal, Dense)
 
     @property
     def awaits_share(self) -> bool:
-        """Whether its bonds depend on a budget that is not shared out yet."""
+        """Whether its bonds depend on a budget that is not allocated yet."""
         return isinstance(self.goal, BudgetItem)
 
     @property
     def truncation(self) -> Truncation:
-        """How far the bonds of a layer with cores go."""
+        """The truncation of a layer with cores."""
         assert isinstance(self.goal, Truncation)
         return self.goal
 
     @property
     def cost(self) -> float:
-        """Time of the fit, in numbers read: the range finder's passes grow with the bond."""
+        """Estimated time of the fit, in numbers read: the range finder's passes grow with the bond."""
         bond = self.goal.max_bond if isinstance(self.goal, Truncation) else 0
         return self.structure.num_original * (_PASSES + min(bond, *self.structure.padded))
 
     @property
     def is_open(self) -> bool:
-        """Whether the weight's spectrum decides how far bonds go below the cap."""
+        """Whether the weight's spectrum decides how far bonds are below the cap."""
         return isinstance(self.goal, Truncation) and self.goal.is_open
 
     def left_dense(self, reason: str) -> LayerPlan:
@@ -84,7 +84,7 @@ class LayerPlan:
         return replace(self, goal=Dense(reason))
 
     def record(self) -> LayerRecord:
-        """As the report shows it: the counts are exact unless the spectrum decides, and then the most."""
+        """The layer as the report shows it; counts are upper bounds if the spectrum decides, else exact."""
         base = LayerRecord(
             name=self.map.name,
             kind=self.map.kind,
@@ -125,19 +125,20 @@ def make_plan(
 
     Args:
         selection: the chosen linear maps.
-        recipe: checked.
-        predict_size: bytes of the whole output under a plan, an upper bound; needed for ``--size``.
-        geometries: of whole maps, by the weight's name, where a sample run told; else the recipe does.
+        recipe: the options, checked.
+        predict_size: upper bound on the bytes of the whole output under a plan; needed for ``--size``.
+        geometries: geometries of whole maps that a sample run traced, by the weight's name; the recipe has
+            the others.
 
     Raises:
-        UsageError: factors that do not multiply out, a pattern that matches nothing, a ceiling that
-            cannot be reached, or nothing left to compress.
+        UsageError: factors do not multiply out, a pattern matches nothing, the budget cannot be met, or no
+            layer is left to compress.
     """
     if not selection.chosen:
         reasons = Counter(selection.left.values()).most_common(3)
         raise UsageError(
             "no layer is left to compress: " + "; ".join(f"{count} {why}" for why, count in reasons),
-            "--layers, --exclude, --embeddings and --min-params decide",
+            "change --layers, --exclude, --embeddings or --min-params",
         )
     check_rules(selection, recipe)
     plans = [_open_plan(map, recipe, geometries or {}) for map in selection.chosen]
@@ -153,7 +154,7 @@ def make_plan(
 
 
 def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry]) -> LayerPlan:
-    """A layer's plan with what is given for it alone; it awaits its share where a ceiling decides."""
+    """The plan of a layer by the options that apply to it, before a budget is allocated."""
     rule = recipe.rule_for(map.name)
     try:
         structure = _structure(map, rule, recipe, geometries)
@@ -162,13 +163,13 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
     order = recipe.order_for(map.name, map.kind, structure.inputs)
     if order and structure.one_matrix:
         raise UsageError(
-            f"--order {order}: two factors, as of {map.layer}, are the same in any", "--form mpo"
+            f"--order {order}: the order does not matter to the two factors of {map.layer}", "--form mpo"
         )
     learns = order == LEARNED
     if learns and map.kind != "linear":
         raise UsageError(
-            f"--order learned: {map.layer} is a {map.kind}, and an order is of linear layers' inputs",
-            "a pattern that names linear layers",
+            f"--order learned: {map.layer} is a {map.kind}, and only linear layers have an order",
+            "use a pattern that names linear layers",
         )
     if learns and structure.inputs > MOST_INPUTS:
         raise UsageError(
@@ -192,12 +193,13 @@ def _structure(
     if FORMS[form].one_matrix:
         if factors is None and geometry is None:
             return low_rank_structure(kind, map.shape, map.transposed)
-        form = form if factors is None else "mpo"  # with factors of its own it is one
+        form = form if factors is None else "mpo"  # with factors of its own it is an MPO
     if geometry is not None and not FORMS[form].takes_whole_maps:
         raise UsageError(
-            f"--form {rule.form or recipe.form} is of kernels, not of whole maps", "--conv kernel"
+            f"--form {rule.form or recipe.form} requires --conv kernel: it does not represent whole maps",
+            "--conv kernel",
         )
-    # A sum is made of the MPO that a budget is first shared out from.
+    # A budget is first allocated to the MPO of a sum.
     form = FORMS[form].parts[0] if FORMS[form].parts else form
     order = recipe.order_for(map.name, kind, inputs)
     order = "" if order == LEARNED else order
@@ -205,7 +207,7 @@ def _structure(
 
 
 def _form(asked: str | None, is_chain: bool) -> str:
-    """The form that a plan begins with: of ``auto`` what a budget is shared out from."""
+    """The form that a plan begins with; for ``auto``, the form that the budget is first allocated to."""
     if asked == "auto":
         return "mpo" if is_chain else "svd"
     return asked or "mpo"
@@ -218,8 +220,8 @@ def _goal(map: LinearMap, structure: Structure, rule: LayerRule, recipe: Recipe)
     if (given.max_error is not None or given.discard is not None) and not structure.info.can_truncate:
         option = "--discard" if given.max_error is None else "--max-error"
         raise UsageError(
-            f"layer {map.layer}: {option} cuts bonds by a spectrum, and a {structure.info.title} has "
-            "none: its error is known after the fit only",
+            f"layer {map.layer}: {option} truncates bonds by their spectrum, which a {structure.info.title} "
+            "does not have",
             "--bond 4 or --ratio 0.1, or --form mpo",
         )
     full = structure.full_bond
@@ -252,7 +254,7 @@ def least_ratio(plans: list[LayerPlan], allow_growth: bool) -> float:
 
 
 def _most_stored(plan: LayerPlan, allow_growth: bool) -> int:
-    """Parameters that a layer with a goal of its own comes to at most."""
+    """Upper bound on the parameters of a layer with a goal of its own."""
     dense = plan.is_open and not allow_growth
     return plan.structure.num_original if dense else plan.record().num_stored
 
@@ -291,9 +293,9 @@ def _closed(plan: LayerPlan, bond: int | None) -> LayerPlan:
 
 
 def _shrinking(plan: LayerPlan) -> LayerPlan:
-    """The plan, or dense where the cores would be no smaller than the weight.
+    """The plan, or a dense one if the cores would not be smaller than the weight.
 
-    A whole map's bonds end below the cap where its shifts need fewer, so the fit decides about it.
+    A whole map may need smaller bonds than the cap, so its fit decides.
     """
     if plan.is_dense or plan.awaits_share or plan.is_open or plan.structure.geometry is not None:
         return plan
@@ -301,7 +303,7 @@ def _shrinking(plan: LayerPlan) -> LayerPlan:
 
 
 def leave_dense_unless_smaller(plan: LayerPlan, num_stored: int) -> LayerPlan:
-    """``plan``, or the same layer dense with the reason where ``num_stored`` would not be smaller."""
+    """``plan``, or the layer left dense, with the reason, if ``num_stored`` is not smaller."""
     original = plan.structure.num_original
     if num_stored < original:
         return plan
@@ -313,10 +315,10 @@ def leave_dense_unless_smaller(plan: LayerPlan, num_stored: int) -> LayerPlan:
 
 
 def check_rules(selection: Selection, recipe: Recipe) -> None:
-    """Every pattern must name a weight that was chosen.
+    """Check that every pattern names a chosen weight.
 
     Raises:
-        UsageError: one does not.
+        UsageError: a pattern does not.
     """
     chosen = [map.name for map in selection.chosen]
     given = [("[layer] pattern", rule.pattern) for rule in recipe.rules]
@@ -332,15 +334,15 @@ def check_rules(selection: Selection, recipe: Recipe) -> None:
 
 
 def check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:
-    """A ``--shape`` or ``--order`` without a pattern must fit some layer.
+    """Check that every ``--shape`` or ``--order`` without a pattern fits a layer.
 
     Raises:
-        UsageError: one does not.
+        UsageError: one fits no layer.
     """
     for rule in recipe.order:
         linear = (plan.structure.inputs for plan in plans if plan.map.kind == "linear")
         if rule.pattern is None and not any(order_fits(rule.order, inputs) for inputs in linear):
-            raise UsageError(f"--order {rule.order}: no selected linear layer has so many inputs")
+            raise UsageError(f"--order {rule.order}: no selected linear layer has that number of inputs")
     for shape in recipe.shape:
         if shape.pattern is not None:
             continue
@@ -354,4 +356,4 @@ def check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:
         )
         if not fits:
             text = ":".join("x".join(map(str, side)) for side in (shape.input_factors, shape.output_factors))
-            raise UsageError(f"--shape {text}: multiplies out to no selected layer's sides")
+            raise UsageError(f"--shape {text}: fits no selected layer's inputs and outputs")

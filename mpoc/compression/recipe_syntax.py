@@ -7,15 +7,14 @@ names as keys; the fields of the recipe's dataclass say how a value is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from mpoc.compression.selection import matches
 from mpoc.errors import UsageError, nearest, shortened
-from mpoc.io.validation import read_bounded
+from mpoc.io.validation import check_fields, read_bounded
 from mpoc.runtime.options import Option
 from mpoc.tensor_networks.geometry import Geometry, make_geometry
 
@@ -138,15 +137,15 @@ def _numbers(text: str, value: str) -> tuple[int, ...]:
 
 
 def read_recipe(file: Path, recipe: type, rule: type) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """The options of a recipe file and, by pattern, those of its layers' tables, by the names of fields.
+    """Read a recipe file: its options and, by pattern, those of its layers' tables, as values of fields.
 
     Args:
         file: TOML.
-        recipe: dataclass whose fields are the keys of the file.
-        rule: dataclass whose fields are the keys of a layer's table.
+        recipe: dataclass whose options are the keys of the file.
+        rule: dataclass whose fields, but for the pattern, are the keys of a layer's table.
 
     Raises:
-        UsageError: no such file, not TOML, unknown or badly typed keys.
+        UsageError: the file is missing or not TOML, or a key is unknown or has a value of the wrong type.
     """
     import tomllib
 
@@ -159,91 +158,63 @@ def read_recipe(file: Path, recipe: type, rule: type) -> tuple[dict[str, Any], d
     tables = raw.pop("layer", {})
     if not isinstance(tables, dict) or not all(isinstance(t, dict) for t in tables.values()):
         raise UsageError(f'{file}: layers are tables, as in [layer."encoder.*"]')
-    readers = _readers(recipe)
-    values = _typed(raw, readers, f"{file}")
-    keys = [f.name for f in fields(rule) if f.name != "pattern"]
-    readers = {key: readers.get(key, _flag) for key in keys}
-    return values, {pattern: _table(pattern, table, readers, file) for pattern, table in tables.items()}
+    options = {f.name: f.metadata["option"] for f in fields(recipe) if "option" in f.metadata}
+    of_layer = {f.name: options.get(f.name) for f in fields(rule) if f.name != "pattern"}
+    rules = {
+        pattern: _values(t, rule, of_layer, f"{file}: [layer.{pattern!r}]") for pattern, t in tables.items()
+    }
+    return _values(raw, recipe, options, f"{file}"), rules
 
 
-def _table(pattern: str, table: dict[str, Any], readers: Mapping[str, _Reader], file: Path) -> dict[str, Any]:
-    """A layer's table; an option that has patterns of its own gets one value without a pattern here."""
-    where = f"{file}: [layer.{pattern!r}]"
-    values = _typed(table, readers, where)
-    for key, form in (("shape", "inputs:outputs"), ("input_shape", "HxW"), ("order", "order")):
-        if key in values:
-            if len(values[key]) != 1 or values[key][0].pattern is not None:
-                name = key.replace("_", "-")
-                raise UsageError(f"{where}: {name}: one {form}, the table names the layers")
-            values[key] = values[key][0]
-    return values
-
-
-def _typed(raw: Mapping[str, Any], readers: Mapping[str, _Reader], where: str) -> dict[str, Any]:
-    """Checked values of a TOML table."""
-    known = [name.replace("_", "-") for name in readers]
+def _values(
+    raw: Mapping[str, Any], record: type, options: Mapping[str, Option | None], where: str
+) -> dict[str, Any]:
+    """The values of a TOML table, checked against the fields of ``record``."""
+    names = {name.replace("_", "-"): name for name in options}
+    hints = get_type_hints(record)
     values: dict[str, Any] = {}
     for key, value in raw.items():
         if isinstance(value, dict):
             raise UsageError(f"{where}: a table in a table", 'quote dotted names: [layer."layer1.0.conv1"]')
-        if key not in known:
-            raise UsageError(f"{where}: unknown key {key!r}{nearest(key, known)}")
-        name = key.replace("-", "_")
+        if key not in names:
+            raise UsageError(f"{where}: unknown key {key!r}{nearest(key, list(names))}")
+        name, option = names[key], options[names[key]]
         try:
-            values[name] = readers[name](value)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise UsageError(f"{where}: {key} = {shortened(value)}: {error}") from error
+            values[name] = value if option is None else _parsed(value, option, hints[name])
         except UsageError as error:
             raise UsageError(f"{where}: {key}: {error}", error.hint) from error
+        try:
+            check_fields({name: values[name]}, record)
+        except TypeError as error:
+            wanted = _wanted(option, hints[name])
+            raise UsageError(f"{where}: {key} = {shortened(value)}: must be {wanted}") from error
     return values
 
 
-def _readers(recipe: type) -> dict[str, _Reader]:
-    """By the names of a dataclass's options, what reads a TOML value; it raises TypeError where it cannot."""
-    hints = get_type_hints(recipe)
-    options = {f.name: f.metadata["option"] for f in fields(recipe) if "option" in f.metadata}
-    return {name: partial(_read, option, hints[name]) for name, option in options.items()}
-
-
-def _read(option: Option, hint: Any, value: Any) -> Any:
+def _parsed(value: Any, option: Option, hint: Any) -> Any:
+    """A TOML value as the option's field holds it; a value of another type is left as it is."""
+    kinds = (hint, *get_args(hint))
     if option.repeated:
-        return tuple(option.parse(text) if option.parse else text for text in _texts(value))
-    kind = next(kind for kind in (int, float, bool, str) if kind in (hint, *get_args(hint)))
-    if kind is int and option.parse and isinstance(value, str):
-        return option.parse(value)
-    return _BY_TYPE[kind](value)
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return value
+        items = tuple(map(option.parse, texts)) if option.parse else tuple(texts)
+        if get_origin(hint) is tuple:
+            return items
+        return items[0] if len(items) == 1 and items[0].pattern is None else items
+    if float in kinds:
+        return float(value) if type(value) is int and abs(value) < 1 << 63 else value
+    return option.parse(value) if option.parse and isinstance(value, str) else value
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 1 << 63:
-        raise TypeError("a whole number is needed")
-    return value
+def _wanted(option: Option | None, hint: Any) -> str:
+    """What a value of this field must be, in words."""
+    if option is not None and option.repeated:
+        if get_origin(hint) is tuple:
+            return "a string or a list of strings"
+        return f"one {(option.metavar or '').removeprefix('[PATTERN=]')} without a pattern, in quotes"
+    kinds = (hint, *get_args(hint))
+    return next(words for kind, words in _WORDS.items() if kind in kinds)
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError("a number is needed")
-    return float(value)
-
-
-def _flag(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("true or false is needed")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("a string is needed")
-    return value
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    items = [value] if isinstance(value, str) else value
-    if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-        raise TypeError("a string or a list of strings is needed")
-    return tuple(items)
-
-
-_Reader = Callable[[Any], Any]
-_BY_TYPE: dict[type, _Reader] = {int: _whole, float: _number, bool: _flag, str: _text}
+_WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}

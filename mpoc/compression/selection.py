@@ -1,12 +1,13 @@
-"""Which tensors are linear maps, and why each other one is left unchanged.
+"""Select the linear maps among the tensors of a checkpoint, with a reason for every tensor left unchanged.
 
-A checkpoint holds names and shapes, no modules.  Where a Hugging Face ``config.json`` names the
-architecture, it decides what names leave open (GPT-2 stores its ``Conv1D`` weights transposed, a head may
-be tied to the embedding); otherwise names and shapes decide, and the report says so.
+A checkpoint holds names and shapes, not modules. A Hugging Face ``config.json`` settles what names leave open
+(GPT-2 stores its ``Conv1D`` weights transposed, a head may be tied to the embedding). Without one, names and
+shapes decide, and the report says so.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ _EXPERTS = re.compile(r"(^|\.)experts\.[\w.]*$")
 class LinearMap:
     """A weight that can be factorised."""
 
-    name: str  # of the tensor, e.g. "layer1.0.conv1.weight"
+    name: str  # name of the tensor, e.g. "layer1.0.conv1.weight"
     kind: str  # one of mpoc.tensor_networks.structure.KINDS
     shape: tuple[int, ...]
     dtype: str
@@ -65,17 +66,16 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def check_regular_expressions(patterns: Iterable[str], option: str = "pattern ") -> None:
-    """Refuse patterns that :func:`matches` cannot take.
+    """Refuse patterns with an invalid regular expression.
 
     Raises:
-        UsageError: naming ``option``.
+        UsageError: a pattern is invalid; the message names ``option``.
     """
     for pattern in patterns:
         try:
             matches(pattern, "")
         except (re.error, OverflowError, RecursionError) as error:
-            said = f"{option}{shortened(pattern)}"
-            raise UsageError(f"{said}: not a regular expression ({error})") from error
+            raise UsageError(f"{option}{shortened(pattern)}: not a regular expression ({error})") from error
 
 
 def select(
@@ -88,41 +88,47 @@ def select(
     """Choose the linear maps of a checkpoint.
 
     Args:
-        checkpoint: opened.
+        checkpoint: the checkpoint; only names, shapes and dtypes are read.
         layers: patterns; only matching weights are chosen. Empty: all.
         exclude: patterns; matching weights are left unchanged.
-        embeddings: choose embeddings too (an embedding that ``layers`` names is chosen anyway).
-        min_params: weights with fewer entries are left unchanged.
+        embeddings: choose embeddings too. An embedding that ``layers`` names is chosen anyway.
+        min_params: leave weights with fewer entries unchanged.
 
     Raises:
         UsageError: a pattern is not valid or matches nothing.
     """
     layers, exclude = list(layers), list(exclude)
-    config = checkpoint.config or {}
     _check_patterns(layers, exclude, list(checkpoint.infos) + list(checkpoint.tied))
     chosen: list[LinearMap] = []
     left: dict[str, str] = {name: f"tied to {first}" for name, first in checkpoint.tied.items()}
     for info in checkpoint.infos.values():
-        found = _classify(info, checkpoint)
-        reason = found if isinstance(found, str) else None
-        if isinstance(found, LinearMap):
-            named = any(matches(pattern, info.name) for pattern in layers)
-            if layers and not named:
-                reason = "not matched by --layers"
-            elif any(matches(pattern, info.name) for pattern in exclude):
-                reason = "matched by --exclude"
-            elif found.kind == "embedding" and not embeddings and not named:
-                reason = "embedding (--embeddings includes it)"
-            elif info.numel < min_params:
-                reason = f"fewer than {min_params} parameters (--min-params)"
-            else:
-                chosen.append(found)
-        if reason is not None:
+        map = _classify(info, checkpoint)
+        reason = map if isinstance(map, str) else _reason_left(map, layers, exclude, embeddings, min_params)
+        if isinstance(map, LinearMap) and not reason:
+            chosen.append(map)
+        else:
             left[info.name] = reason
     selection = Selection(chosen, left, _source_of_kinds(checkpoint))
-    if config.get("tie_word_embeddings") and any(m.kind == "embedding" for m in chosen):
+    tied = (checkpoint.config or {}).get("tie_word_embeddings")
+    if tied and any(m.kind == "embedding" for m in chosen):
         selection.notes.append("the output head is tied to the embedding: compressing one compresses both")
     return selection
+
+
+def _reason_left(
+    map: LinearMap, layers: list[str], exclude: list[str], embeddings: bool, min_params: int
+) -> str:
+    """Why the options leave a linear map unchanged; "" if they choose it."""
+    named = any(matches(pattern, map.name) for pattern in layers)
+    if layers and not named:
+        return "not matched by --layers"
+    if any(matches(pattern, map.name) for pattern in exclude):
+        return "matched by --exclude"
+    if map.kind == "embedding" and not embeddings and not named:
+        return "embedding (--embeddings includes it)"
+    if math.prod(map.shape) < min_params:
+        return f"fewer than {min_params} parameters (--min-params)"
+    return ""
 
 
 def _source_of_kinds(checkpoint: Checkpoint) -> str:
@@ -139,22 +145,22 @@ def _check_patterns(layers: list[str], exclude: list[str], names: list[str]) -> 
 
 
 def check_pattern(option: str, pattern: str, names: list[str]) -> None:
-    """Refuse a pattern that is no regular expression or matches none of ``names``.
+    """Refuse a pattern that is not a valid regular expression or matches none of ``names``.
 
     Raises:
-        UsageError: naming the option and the nearest name.
+        UsageError: the pattern is invalid or matches nothing; the message names ``option`` and a near name.
     """
     check_regular_expressions([pattern], f"{option} ")
     if not any(matches(pattern, name) for name in names):
         layers = [name.removesuffix(".weight") for name in names if name.endswith("weight")]
         raise UsageError(
             f"{option} {pattern!r} matches no tensor{nearest(pattern, layers)}",
-            "mpoc compress MODEL --dry-run --bond 8 --verbose lists the names of weights",
+            f"names of layers are {', '.join(layers[:3])}, …" if layers else None,
         )
 
 
 def _classify(info: TensorInfo, checkpoint: Checkpoint) -> LinearMap | str:
-    """The linear map that this tensor is, or the reason why it is none."""
+    """The tensor as a linear map, or the reason why it is not one."""
     if checkpoint.kinds is not None:
         kind, transposed = checkpoint.kinds.get(info.name, (None, False))
     else:

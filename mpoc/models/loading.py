@@ -86,9 +86,7 @@ def load(
     if model is None:
         model = _recorded_network(source, stored, manifest)
     _check(source, stored, manifest, model)
-    empty = [name for name, value in tensors_of(model).items() if value.is_meta]
-    if empty:
-        raise MpocError(f"{path}: tensor {empty[0]!r} of the model is on the meta device", "model.to_empty()")
+    _refuse_meta(source, model)
     _untie(stored, model)
     _fill(stored, manifest, model)
     remember(model, manifest)
@@ -129,8 +127,27 @@ def _check(path: Path, stored: Checkpoint, manifest: Manifest, model: nn.Module)
     """Compare names, shapes, dtypes and geometries of the file's dense weights with the model's.
 
     Raises:
-        MpocError: they differ.
+        MpocError: they differ, or cores cannot take the place of a weight.
     """
+    _check_tensors(path, stored, manifest, model)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = sorted({layer.name for layer in manifest.replaced} - parameters)
+    if buffers:
+        raise MpocError(
+            f"{path}: tensor {buffers[0]!r} is compressed in the file and a buffer in the model: "
+            "cores can only be parameters",
+            f"compress without it: --exclude '{buffers[0].removesuffix('.weight')}'",
+        )
+    for layer in manifest.replaced:
+        if layer.geometry is not None:
+            try:
+                check_geometry(model.get_submodule(layer.name.rpartition(".")[0]), layer.geometry)
+            except ValueError as error:
+                raise MpocError(f"{path}: layer {layer.layer}: {error}") from error
+
+
+def _check_tensors(path: Path, stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:
+    """Compare names, shapes and dtypes."""
     cores = _core_names(manifest.replaced)
     offered = {n: (i.shape, i.dtype) for n, i in stored.infos.items() if n not in cores}
     offered |= {layer.name: (layer.shape, layer.dtype) for layer in manifest.replaced}
@@ -145,27 +162,17 @@ def _check(path: Path, stored: Checkpoint, manifest: Manifest, model: nn.Module)
                 if names
             )
         )
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = sorted({layer.name for layer in manifest.replaced} - parameters)
-    if buffers:
-        raise MpocError(
-            f"{path}: tensor {buffers[0]!r} is compressed in the file and a buffer in the model: "
-            "cores can only be parameters",
-            f"compress without it: --exclude '{buffers[0].removesuffix('.weight')}'",
-        )
     for name, value in tensors_of(model).items():
-        found = tuple(value.shape), str(value.dtype).removeprefix("torch.")
-        if offered.get(name, found) != found:
-            shape, dtype = offered[name]
-            raise MpocError(
-                f"{path}: tensor {name!r} is {shape} {dtype} in the file, {found[0]} {found[1]} in the model"
-            )
-    for layer in manifest.replaced:
-        if layer.geometry is not None:
-            try:
-                check_geometry(model.get_submodule(layer.name.rpartition(".")[0]), layer.geometry)
-            except ValueError as error:
-                raise MpocError(f"{path}: layer {layer.layer}: {error}") from error
+        expected = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        if offered.get(name, expected) != expected:
+            stored_as, own = (f"{shape} {dtype}" for shape, dtype in (offered[name], expected))
+            raise MpocError(f"{path}: tensor {name!r} is {stored_as} in the file, {own} in the model")
+
+
+def _refuse_meta(path: Path, model: nn.Module) -> None:
+    for name, value in tensors_of(model).items():
+        if value.is_meta:
+            raise MpocError(f"{path}: tensor {name!r} of the model is on the meta device", "model.to_empty()")
 
 
 def _untie(stored: Checkpoint, model: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""Build, train and measure one network of a study, and keep the result.
+"""Build, train and evaluate one network of a study, and store the result.
 
-A finished network is an item of the keyed store (io/keyed_store) with everything that its result depends on,
-so that an interrupted or extended study trains only what is missing.  Networks that others start from are
-kept with their weights.
+Each trained network is an item of the keyed store (io/keyed_store). Its key is everything that the result
+depends on, so an interrupted or extended study trains only what is missing. Networks that others start from
+are stored with their weights.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,28 +30,29 @@ from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.train.engine import make_accelerator
 from mpoc.train.evaluate import evaluate
 from mpoc.train.loop import train
-from mpoc.train.monitor import Outcome, TrainingEvent, TrainingMonitor
+from mpoc.train.monitor import OnEvent, Outcome, TrainingEvent, TrainingMonitor
 
-_FORMAT = 2  # incremented when results, or their files, of an earlier version no longer apply
+_FORMAT = 2  # incremented when stored results of earlier versions become invalid
 
 DENSE = "dense"
 Key = tuple[str, str, int, int]
+Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A trained network."""
+    """The result of one trained network."""
 
-    parameters: int  # of the whole network
-    start: float  # accuracy before training, per cent
+    parameters: int  # number in the whole network
+    start: float  # accuracy before training in per cent, as are the next two
     final: float
     best: float
-    seconds: float  # factorisation, training and its evaluations
+    seconds: float  # time of factorisation, training and evaluations
     steps: int
     device: str
-    curve: list[dict[str, float]]  # epoch, accuracy and, where one chooses, validation
-    milliseconds: float | None = None  # of a training step
-    # By replaced layer, at the inner bonds; {} of a dense network.
+    curve: list[dict[str, float]]  # step, epoch, accuracy, and validation where it chooses the weights
+    milliseconds: float | None = None  # time of a training step
+    # For each replaced layer, at its inner bonds; {} for a dense network.
     bonds: dict[str, list[int]] = field(default_factory=dict)
     entropies: dict[str, list[float]] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class Store:
     """The folder of a study: one item of the keyed store for each trained network.
 
     Args:
-        folder: created if it does not exist.
+        folder: the folder; created if it does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,7 +72,7 @@ class Store:
         """The stored result of a network with this identity; None if there is none.
 
         Raises:
-            MpocError: a damaged file.
+            MpocError: the file is damaged.
         """
         item = self._item(name, identity)
         if item is None:
@@ -82,15 +82,15 @@ class Store:
         return Result(**item.record["result"])
 
     def put(
-        self, name: str, identity: dict[str, Any], result: Result, weights: dict[str, Tensor] | None = None
+        self, name: str, identity: dict[str, Any], result: Result, weights: Weights | None = None
     ) -> None:
-        """Keep a result, with the network's weights where others start from them."""
+        """Store a result, with the network's weights if other networks start from them."""
         record = {"identity": identity, "result": asdict(result)}
         entries = [Entry.of(key, tensor) for key, tensor in (weights or {}).items()]
         put_item(self._path(name, identity), record, entries=entries)
 
-    def weights(self, name: str, identity: dict[str, Any]) -> dict[str, Tensor] | None:
-        """The weights of a network that others start from; None if they were not kept."""
+    def weights(self, name: str, identity: dict[str, Any]) -> Weights | None:
+        """The stored weights of a network; None if there are none."""
         item = self._item(name, identity)
         return item.read_all() or None if item is not None else None
 
@@ -106,23 +106,23 @@ class Store:
 
 @dataclass(frozen=True)
 class Cell:
-    """Which network."""
+    """One network of a study: its experiment, start, bond dimension and seed."""
 
     experiment: Experiment
     start: str  # "dense", "ttsvd" or "random"
-    bond: int  # D, of random cores and caps; 0 where every layer has its own, and of a dense network
+    bond: int  # D of random cores, or cap of TT-SVD; 0 for a dense network or if each layer has its own
     seed: int
 
     @property
     def name(self) -> str:
-        """For people and for file names: ``fc2-ttsvd-D16-seed0``."""
+        """A readable name, also for files: ``fc2-ttsvd-D16-seed0``."""
         network = self.experiment.network.replace(":", "-").replace(",", "-").replace("=", "")
         bond = f"-D{self.bond}" if self.bond else ""
         return f"{network}-{self.start}{bond}-seed{self.seed}"
 
     @property
     def key(self) -> Key:
-        """Label, start, D and seed: different for any two of a study."""
+        """Label, start, D and seed: unique within a study."""
         return self.experiment.label, self.start, self.bond, self.seed
 
     def origin(self) -> Cell | None:
@@ -134,10 +134,10 @@ class Cell:
         return None
 
     def identity(self, material: PaperData) -> dict[str, Any]:
-        """All that the result depends on; labels and the paper's numbers are not part of it."""
+        """Everything that the result depends on; labels and the paper's numbers are not part of it."""
         settings = asdict(replace(self.experiment.training.settings, seed=self.seed))
         training = self.experiment.training
-        found: dict[str, Any] = {
+        identity: dict[str, Any] = {
             "network": self.experiment.network,
             "settings": {**settings, "betas": list(settings["betas"])},
             "augmentation": {"pad": training.pad, "flip": training.flip},
@@ -145,48 +145,44 @@ class Cell:
             "start": self.start,
         }
         if self.start != DENSE:
-            found["layers"] = [_layer_identity(layer, self.bond) for layer in self.experiment.layers]
+            identity["layers"] = [_layer_identity(layer, self.bond) for layer in self.experiment.layers]
             if self.experiment.discard:
-                found["discard"] = self.experiment.discard
-        return found
+                identity["discard"] = self.experiment.discard
+        return identity
 
 
 def _layer_identity(layer: ReplacedLayer, bond: int) -> dict[str, Any]:
-    """As plain data; raster order and an MPO go without saying, as in results before there were others."""
-    found = {"name": layer.name, "bond": layer.bond or bond}
-    found |= {key: list(getattr(layer, key)) for key in ("inputs", "outputs", "size")}
-    found |= {} if layer.order == "raster" else {"order": layer.order}
-    return found if layer.form == "mpo" else {**found, "network": layer.form}
+    """Plain data without raster order and the form ``mpo``, which the first results did not name."""
+    identity = {"name": layer.name, "bond": layer.bond or bond}
+    identity |= {key: list(getattr(layer, key)) for key in ("inputs", "outputs", "size")}
+    identity |= {} if layer.order == "raster" else {"order": layer.order}
+    return identity if layer.form == "mpo" else {**identity, "network": layer.form}
 
 
 def run_cell(
-    cell: Cell,
-    material: PaperData,
-    device: str,
-    origin: dict[str, Tensor] | None,
-    told: Callable[[TrainingEvent], None] | None = None,
-) -> tuple[Result, dict[str, Tensor]]:
-    """Build, train and measure a network.
+    cell: Cell, material: PaperData, device: str, origin: Weights | None, on_event: OnEvent = None
+) -> tuple[Result, Weights]:
+    """Build, train and evaluate a network.
 
     Args:
-        cell: which.
+        cell: the network.
         material: its data.
         device: ``auto``, ``cpu``, …
-        origin: the weights of the cell's origin, where it has one.
-        told: called while training runs.
+        origin: weights of the cell's origin, if it has one.
+        on_event: called while training runs.
 
     Returns:
-        The result, and the weights that count, on the CPU.
+        The result and the final weights, on the CPU.
 
     Raises:
-        UsageError: factors that do not fit.
+        UsageError: factors do not fit.
         MpocError: the loss is not finite.
         Interrupted: Ctrl-C or SIGTERM.
     """
     begin = time.perf_counter()
     network = _network(cell, origin)
     accelerator = make_accelerator(device)
-    outcome, curve = _train(cell, network, material, accelerator, told)
+    outcome, curve = _train(cell, network, material, accelerator, on_event)
     chosen = next(point for point in curve if point["step"] == outcome.chosen["step"])
     result = Result(
         parameters=sum(p.numel() for p in network.parameters()),
@@ -222,8 +218,8 @@ def _inner(form: Form) -> tuple[int, ...]:
     return form.bonds[1:-1] if isinstance(form, MPO) else form.bonds
 
 
-def _network(cell: Cell, origin: dict[str, Tensor] | None) -> nn.Module:
-    """As it is before training. All starts of a seed draw the same parameters outside the replaced layers."""
+def _network(cell: Cell, origin: Weights | None) -> nn.Module:
+    """The untrained network. All starts of a seed draw the same parameters outside the replaced layers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(cell.seed, "network"))
         network = zoo.make(cell.experiment.network)
@@ -245,7 +241,7 @@ def _network(cell: Cell, origin: dict[str, Tensor] | None) -> nn.Module:
 
 
 def dense_sizes(experiment: Experiment) -> tuple[int, int]:
-    """Parameters of the whole dense network, and N_ori of the layers that are replaced."""
+    """Number of parameters of the whole dense network, and N_ori of the layers that are replaced."""
     with torch.device("meta"):
         network = zoo.make(experiment.network)
     weights = (network.get_submodule(layer.name).get_parameter("weight") for layer in experiment.layers)
@@ -257,25 +253,25 @@ def _train(
     network: nn.Module,
     material: PaperData,
     accelerator: Any,
-    told: Callable[[TrainingEvent], None] | None,
+    on_event: OnEvent,
 ) -> tuple[Outcome, list[dict[str, float]]]:
-    """The outcome, and the accuracy at every evaluation on the split that is reported."""
+    """Train the network; also return its accuracy on the reported split at every evaluation."""
     training = cell.experiment.training
     settings = replace(training.settings, seed=cell.seed, keep_best=material.chooses)
     measured = material.split(material.measured)
     curve: list[dict[str, float]] = []
 
-    def note(now: TrainingEvent) -> None:
-        if now.scores is not None:
-            point = {"step": now.step, "epoch": rounded(now.epoch)}
-            scores = now.scores
+    def note(event: TrainingEvent) -> None:
+        if event.scores is not None:
+            point = {"step": event.step, "epoch": rounded(event.epoch)}
+            scores = event.scores
             if material.chooses:
                 point["validation"] = rounded(scores["accuracy"])
                 device = accelerator.device
                 scores = evaluate(network, material.task, measured, settings.batch, device).scores
             curve.append({**point, "accuracy": rounded(scores["accuracy"])})
-        if told is not None:
-            told(now)
+        if on_event is not None:
+            on_event(event)
 
     validation = material.split("validation") if material.chooses else measured
     loader = material.train(training)

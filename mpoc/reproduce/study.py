@@ -1,4 +1,4 @@
-"""A whole study, seed by seed: every network trained or taken from the store, and the numbers of all."""
+"""Run a whole study, seed by seed: train each network or take it from the store, and collect the results."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from mpoc.reproduce.experiment import Experiment, Published, Study
 from mpoc.reproduce.hallam2017 import baseline_counts, counts
 from mpoc.reproduce.networks import STARTS, check_structures
 from mpoc.reproduce.paper_data import QUICK_STEPS, PaperData, open_paper_data, shortened_data
-from mpoc.reproduce.run import DENSE, Cell, Key, Result, Store, dense_sizes, run_cell
+from mpoc.reproduce.run import DENSE, Cell, Key, Result, Store, Weights, dense_sizes, run_cell
 from mpoc.runtime.distributed import num_processes
 from mpoc.runtime.formatting import rounded
-from mpoc.train.monitor import TrainingEvent
+from mpoc.train.monitor import OnEvent
 
 SCHEMA = "mpoc.reproduction/1"
 
 
 @dataclass(frozen=True)
 class StudyRequest:
-    """What is asked for."""
+    """The options of ``mpoc reproduce``."""
 
     name: str
     data: Path
@@ -41,12 +41,12 @@ class StudyRequest:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a network over all its runs."""
+    """One line of the table: a network with all its runs."""
 
     experiment: Experiment
     start: str
     bond: int
-    results: tuple[Result, ...]  # one a run
+    results: tuple[Result, ...]  # one per run
 
     @property
     def original(self) -> int:
@@ -55,12 +55,12 @@ class Row:
 
     @property
     def parameters(self) -> int:
-        """Of the whole network; the mean over the runs where bonds chosen from spectra differ."""
+        """Parameters of the whole network; the mean over runs whose bonds were chosen from spectra."""
         return round(statistics.fmean(result.parameters for result in self.results))
 
     @property
     def replaced(self) -> int:
-        """What they have here: N_mpo, or N_ori where dense."""
+        """Parameters of the replaced layers: N_mpo, or N_ori for a dense network."""
         whole, original = dense_sizes(self.experiment)
         return original - whole + self.parameters
 
@@ -71,20 +71,20 @@ class Row:
 
     @property
     def published(self) -> Published | None:
-        """What the paper has for it: one number for every start, as it knows one only."""
+        """The paper's result, the same for every start, as the paper knows one only."""
         if self.start == DENSE:
             return self.experiment.dense
         return self.experiment.published.get(self.bond, self.experiment.published.get(0))
 
     def mean(self, name: str) -> tuple[float, float | None]:
-        """ā and σ of Eqs. (10) and (11) of a result's number; no σ of one run."""
+        """ā and σ (Eqs. 10 and 11) of a field of the results; σ is None for one run."""
         values = [float(getattr(result, name)) for result in self.results]
         return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What was found."""
+    """The results of a study."""
 
     study: Study
     material: PaperData
@@ -93,7 +93,7 @@ class Reproduction:
     quick: bool
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``; the guide documents it (file-format-and-json)."""
+        """The JSON report, documented in the guide (file-format-and-json)."""
         return {
             "schema": SCHEMA,
             "experiment": self.study.name,
@@ -108,7 +108,7 @@ class Reproduction:
 
 
 def _row_dict(study: Study, row: Row) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    entry: dict[str, Any] = {
         "network": row.experiment.label,
         "start": row.start,
         "bond": row.bond or None,
@@ -123,30 +123,28 @@ def _row_dict(study: Study, row: Row) -> dict[str, Any]:
     for name in ("start", "final", "best", "seconds"):
         mean, sigma = row.mean(name)
         key = "accuracy_before_training" if name == "start" else name
-        found[key] = {"mean": rounded(mean), "sigma": None if sigma is None else rounded(sigma)}
+        entry[key] = {"mean": rounded(mean), "sigma": None if sigma is None else rounded(sigma)}
     if study.baseline:
         own = counts(study, row.experiment.network, row.parameters)
-        found["as_counted_there"] = {**asdict(own), "compression": list(own.of(baseline_counts(study)))}
-    found["published"] = asdict(row.published) if row.published else None
-    found["runs"] = [asdict(result) for result in row.results]
-    return found
+        entry["as_counted_there"] = {**asdict(own), "compression": list(own.of(baseline_counts(study)))}
+    entry["published"] = asdict(row.published) if row.published else None
+    entry["runs"] = [asdict(result) for result in row.results]
+    return entry
 
 
-def run_study(
-    request: StudyRequest, say: Callable[[str], None], told: Callable[[TrainingEvent], None] | None = None
-) -> Reproduction:
-    """Train what is missing of a study, and put its numbers together.
+def run_study(request: StudyRequest, say: Callable[[str], None], on_event: OnEvent = None) -> Reproduction:
+    """Train the networks of a study that are not stored yet, and collect all results.
 
     Args:
-        request: what.
-        say: gets messages.
-        told: called while a network trains.
+        request: the options.
+        say: called with messages.
+        on_event: called while a network trains.
 
     Raises:
-        UsageError: something unknown, or data or factors that do not fit.
-        MpocError: bad data, a damaged result, no finite loss, a package is missing.
+        UsageError: a name is unknown, or data or factors do not fit.
+        MpocError: the data or a stored result are damaged, the loss is not finite, or a package is missing.
         Interrupted: Ctrl-C or SIGTERM; finished networks are stored.
-        OSError: of reading or writing.
+        OSError: reading or writing failed.
     """
     study = find_study(request.name)
     _check(request)
@@ -158,22 +156,15 @@ def run_study(
     cells = [cell for seed in seeds for cell in _cells(experiments, request.starts, seed)]
     if not cells:
         raise UsageError(
-            f"--starts {','.join(request.starts)}: none of these variants is done from that", "random"
+            f"--starts {','.join(request.starts)}: no selected variant has such a start", "--starts random"
         )
-    store = Store(request.output)
     origins = [origin.identity(material) for cell in cells if (origin := cell.origin()) is not None]
-    found: dict[Key, Result] = {}
+    runner = _Runner(material, Store(request.output), request.device, origins, say, on_event)
+    results: dict[Key, Result] = {}
     for number, cell in enumerate(cells, 1):
-        found[cell.key] = _result(
-            cell, material, store, request.device, told, say, origins, f"[{number}/{len(cells)}]"
-        )
+        results[cell.key] = runner.result(cell, f"[{number}/{len(cells)}]")
     rows = (
-        Row(
-            cell.experiment,
-            cell.start,
-            cell.bond,
-            tuple(found[replace(cell, seed=seed).key] for seed in seeds),
-        )
+        Row(cell.experiment, cell.start, cell.bond, tuple(results[replace(cell, seed=s).key] for s in seeds))
         for cell in _cells(experiments, request.starts, request.seed)
     )
     return Reproduction(study, material, tuple(rows), seeds, request.quick)
@@ -188,16 +179,18 @@ def _check(request: StudyRequest) -> None:
     if not 0 <= request.held_out < 1:
         raise UsageError(f"--hold-out {request.held_out:g}: must be at least 0 and below 1")
     if num_processes() > 1:
-        raise UsageError("reproduce runs in one process", "several commands, each with its --seed and -o")
+        raise UsageError(
+            "reproduce runs in one process", "start several commands, each with its own --seed and -o"
+        )
 
 
 def _open(request: StudyRequest, study: Study) -> tuple[list[Experiment], PaperData]:
-    """The experiments, whose structures fit, and their data; both made small where it must be quick."""
+    """The experiments, with structures checked, and their data; both are small for ``--quick``."""
     experiments = choose_studies(study, request.choice)
     for experiment in experiments:
         check_structures(experiment)
-    if not request.held_out and any(one.training.settings.patience for one in experiments):
-        raise UsageError("--hold-out 0: a validation split ends these trainings", "--hold-out 0.1")
+    if not request.held_out and any(experiment.training.settings.patience for experiment in experiments):
+        raise UsageError("--hold-out 0: these trainings end by their validation split", "--hold-out 0.1")
     network = experiments[0].network
     material = open_paper_data(request.data, network, request.format, request.held_out, request.seed)
     if not request.quick:
@@ -214,7 +207,7 @@ def _quick(experiment: Experiment, study: Study) -> Experiment:
 
 
 def _cells(experiments: list[Experiment], starts: tuple[str, ...], seed: int) -> Iterator[Cell]:
-    """In the order of the table, each dense network once."""
+    """The networks of one seed in the order of the table, each dense network once."""
     dense: set[str] = set()
     for experiment in experiments:
         if experiment.with_dense and experiment.network not in dense:
@@ -225,39 +218,39 @@ def _cells(experiments: list[Experiment], starts: tuple[str, ...], seed: int) ->
                 yield Cell(experiment, start, bond, seed)
 
 
-def _result(
-    cell: Cell,
-    material: PaperData,
-    store: Store,
-    device: str,
-    told: Callable[[TrainingEvent], None] | None,
-    say: Callable[[str], None],
-    origins: list[dict[str, Any]],
-    place: str,
-) -> Result:
-    """From the store, or trained and stored; with its weights if it is dense or one of the ``origins``."""
-    identity = cell.identity(material)
-    result = store.find(cell.name, identity)
-    stored = result is not None
-    if result is None:
-        origin = cell.origin()
-        start = None if origin is None else _weights(origin, material, store, device, told)
-        result, weights = run_cell(cell, material, device, start, told)
-        kept = cell.start == DENSE or identity in origins
-        store.put(cell.name, identity, result, weights if kept else None)
-    how = "stored" if stored else f"{result.seconds:.0f} s on {result.device}"
-    which = f"{cell.experiment.label}, {cell.start}{f' D={cell.bond}' if cell.bond else ''}, seed {cell.seed}"
-    say(f"{place} {which}: {result.final:.2f} % (best {result.best:.2f}), {how}")
-    return result
+@dataclass(frozen=True)
+class _Runner:
+    """Gets results from the store, or by training."""
 
+    material: PaperData
+    store: Store
+    device: str
+    origins: list[dict[str, Any]]  # identities of networks that others start from
+    say: Callable[[str], None]
+    on_event: OnEvent
 
-def _weights(
-    cell: Cell, material: PaperData, store: Store, device: str, told: Callable[[TrainingEvent], None] | None
-) -> dict[str, Any]:
-    """Of a trained network that has no origin; trained again where they are not in the store."""
-    identity = cell.identity(material)
-    weights = store.weights(cell.name, identity)
-    if weights is None:
-        result, weights = run_cell(cell, material, device, None, told)
-        store.put(cell.name, identity, result, weights)
-    return weights
+    def result(self, cell: Cell, place: str) -> Result:
+        """The result of a network; its weights are stored if it is dense or one of the ``origins``."""
+        identity = cell.identity(self.material)
+        result = self.store.find(cell.name, identity)
+        stored = result is not None
+        if result is None:
+            origin = cell.origin()
+            start = None if origin is None else self._weights(origin)
+            result, weights = run_cell(cell, self.material, self.device, start, self.on_event)
+            kept = cell.start == DENSE or identity in self.origins
+            self.store.put(cell.name, identity, result, weights if kept else None)
+        how = "stored" if stored else f"{result.seconds:.0f} s on {result.device}"
+        bond = f" D={cell.bond}" if cell.bond else ""
+        network = f"{cell.experiment.label}, {cell.start}{bond}, seed {cell.seed}"
+        self.say(f"{place} {network}: {result.final:.2f} % (best {result.best:.2f}), {how}")
+        return result
+
+    def _weights(self, cell: Cell) -> Weights:
+        """The weights of a network without an origin; it is trained again if they are not stored."""
+        identity = cell.identity(self.material)
+        weights = self.store.weights(cell.name, identity)
+        if weights is None:
+            result, weights = run_cell(cell, self.material, self.device, None, self.on_event)
+            self.store.put(cell.name, identity, result, weights)
+        return weights

@@ -1,9 +1,9 @@
-"""A convolution at a given input size, as plain data: which input position each tap of its kernel reads.
+"""The geometry of a convolution at a given input size: which input position each tap of its kernel reads.
 
 The whole-map form (Gao et al. 2020) replaces a convolution by one linear map from H·W·C_in to H'·W'·C_out
-numbers, channel last.  A checkpoint holds the kernel alone; sizes, stride, padding, dilation and groups are
-kept here.  A tap only shifts: along each axis the output at o reads the input at one position, or none where
-zeros are padded.
+numbers, channel last. A checkpoint holds the kernel alone, so sizes, stride, padding, dilation and groups are
+recorded here. A tap is a shift: along each axis, the output at o reads one input position, or none in zero
+padding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 
 from mpoc.errors import UsageError
 
-# Of an axis, and of its taps times its outputs: no image or sound comes near.
+# Limits on the length of an axis, and on its taps times its outputs, far above those of images and sound.
 _WIDEST = 1 << 20
 _MOST_STEPS = 1 << 24
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
@@ -23,30 +23,30 @@ _Size = Annotated[int, ("minimum", 1)]
 
 @dataclass(frozen=True)
 class Geometry:
-    """One number an axis in each tuple: (length), (height, width) or (depth, height, width)."""
+    """Each tuple has one number per axis: (length), (height, width) or (depth, height, width)."""
 
-    size: Annotated[tuple[_Size, ...], "of the input, e.g. (2, 2)"]
+    size: Annotated[tuple[_Size, ...], "size of the input, e.g. (2, 2)"]
     output_size: tuple[_Size, ...]
     kernel_size: tuple[_Size, ...]
     stride: tuple[_Size, ...]
-    # How much follows the last position is in output_size.
-    padding: Annotated[tuple[Annotated[int, ("minimum", 0)], ...], "before the first position"]
+    # The padding after the last position follows from output_size.
+    padding: Annotated[tuple[Annotated[int, ("minimum", 0)], ...], "padding before the first position"]
     dilation: tuple[_Size, ...]
     groups: _Size
     padding_mode: Annotated[str, ("enum", PADDING_MODES)]
 
     @property
     def positions(self) -> tuple[int, int]:
-        """Output and input positions: H'·W' and H·W."""
+        """Numbers of output and input positions: H'·W' and H·W."""
         return math.prod(self.output_size), math.prod(self.size)
 
     def shifts(self, axis: int) -> list[list[tuple[int, int]]]:
-        """For each tap along ``axis``: the pairs (output position, input position) that it joins."""
-        found: list[list[tuple[int, int]]] = []
+        """The pairs (output position, input position) that each tap along ``axis`` joins."""
+        shifts: list[list[tuple[int, int]]] = []
         for tap in range(self.kernel_size[axis]):
             pairs = ((o, self._reads(axis, o, tap)) for o in range(self.output_size[axis]))
-            found.append([(o, p) for o, p in pairs if p is not None])
-        return found
+            shifts.append([(o, p) for o, p in pairs if p is not None])
+        return shifts
 
     def _reads(self, axis: int, output: int, tap: int) -> int | None:
         """The input position that ``tap`` reads for this output position; None: a padded zero."""
@@ -61,7 +61,7 @@ class Geometry:
         return min(max(place, 0), size - 1) if self.padding_mode == "replicate" else None
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Whether this can be the geometry of a kernel of ``shape``.
+        """Check that this can be the geometry of a kernel of ``shape``.
 
         Raises:
             ValueError: it cannot.
@@ -72,17 +72,17 @@ class Geometry:
         fits = whole and positive and min(self.padding, default=0) >= 0 and self.kernel_size == shape[2:]
         fits = fits and self.is_modest and all(map(self._reaches, range(len(self.size))))
         if not fits or shape[0] % self.groups or self.padding_mode not in PADDING_MODES:
-            raise ValueError(f"{self} is no geometry of a kernel of shape {shape}")
+            raise ValueError(f"{self} cannot be the geometry of a kernel of shape {shape}")
 
     @property
     def is_modest(self) -> bool:
-        """Whether no axis takes long to walk along."""
+        """Whether every axis is short enough to be walked along."""
         steps = zip(self.kernel_size, self.output_size, strict=True)
         widest = max(*self.size, *self.padding, *self.dilation, *self.stride)
         return widest <= _WIDEST and max(k * o for k, o in steps) <= _MOST_STEPS
 
     def _reaches(self, axis: int) -> bool:
-        """Whether the outputs along an axis are those of a padding that is wide enough, and not too wide."""
+        """Whether the number of outputs along an axis follows from a padding that is possible."""
         size, padding = self.size[axis], self.padding[axis]
         span = self.dilation[axis] * (self.kernel_size[axis] - 1)
         after = (self.output_size[axis] - 1) * self.stride[axis] + span + 1 - size - padding
@@ -100,17 +100,19 @@ def make_geometry(
     padding_mode: str = "zeros",
     padding_after: tuple[int, ...] | None = None,
 ) -> Geometry:
-    """The geometry of a convolution, checked.
+    """Make and check the geometry of a convolution.
+
+    ``stride``, ``padding`` and ``dilation`` have one number for all axes, or one per axis.
 
     Args:
-        shape: of the kernel, (C_out, C_in / groups, k, …).
-        size: of the input, one number an axis.
-        stride: one number for all axes, or one an axis; so are ``padding`` and ``dilation``.
-        padding: on both sides; None for dilation · (k − 1) / 2, which at stride 1 keeps the size.
+        shape: shape of the kernel, (C_out, C_in / groups, k, …).
+        size: size of the input, one number per axis.
+        stride: distance of neighbouring outputs.
+        padding: added on both sides; None: dilation · (k − 1) / 2, which keeps the size at stride 1.
         dilation: distance of neighbouring taps.
-        groups: of channels.
+        groups: number of channel groups.
         padding_mode: one of ``PADDING_MODES``.
-        padding_after: at the end, where it differs from ``padding``.
+        padding_after: positions added at the end, if other than ``padding``.
 
     Raises:
         UsageError: the numbers do not fit each other.
@@ -123,31 +125,37 @@ def make_geometry(
     padding = _each(padding, axes, "paddings")
     after = padding if padding_after is None else padding_after
     if len(size) != axes:
-        raise UsageError(f"input size {_by(size)} for a kernel of size {_by(kernel)}: one number an axis")
+        raise UsageError(f"input size {_by(size)} for a kernel of size {_by(kernel)}: one number per axis")
     if min(*size, *stride, *dilation, groups) < 1 or min(padding) < 0:
-        raise UsageError("sizes, strides, dilations and groups are whole numbers from 1, paddings from 0")
+        raise UsageError("sizes, strides, dilations and groups must be positive, paddings not negative")
     if shape[0] % groups:
         raise UsageError(f"{shape[0]} output channels do not divide into {groups} groups")
-    if padding_mode not in PADDING_MODES:
-        raise UsageError(f"padding mode {padding_mode!r} is none of {', '.join(PADDING_MODES)}")
-    widest = {"reflect": -1, "circular": 0}.get(padding_mode)
-    if widest is not None and any(p > n + widest for p, n in zip((*padding, *after), size * 2, strict=True)):
-        raise UsageError(f"padding {_by(padding)} is too wide to be {padding_mode} at input size {_by(size)}")
-    output = tuple(
-        (size[a] + padding[a] + after[a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1
-        for a in range(axes)
-    )
+    _check_padding(padding_mode, padding, after, size)
+    spans = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+    steps = zip(size, padding, after, spans, stride, strict=True)
+    output = tuple((n + p + q - span) // step + 1 for n, p, q, span, step in steps)
     if min(output) < 1:
         raise UsageError(f"a kernel of size {_by(kernel)} does not fit into an input of size {_by(size)}")
-    found = Geometry(size, output, kernel, stride, padding, dilation, groups, padding_mode)
-    if not found.is_modest:
+    geometry = Geometry(size, output, kernel, stride, padding, dilation, groups, padding_mode)
+    if not geometry.is_modest:
         raise UsageError(f"input size {_by(size)}, stride, padding or dilation is too large for one map")
-    return found
+    return geometry
+
+
+def _check_padding(
+    mode: str, padding: tuple[int, ...], after: tuple[int, ...], size: tuple[int, ...]
+) -> None:
+    """Refuse an unknown padding mode, or padding that reflects or wraps more than the input."""
+    if mode not in PADDING_MODES:
+        raise UsageError(f"padding mode {mode!r}: not one of {', '.join(PADDING_MODES)}")
+    widest = {"reflect": -1, "circular": 0}.get(mode)
+    if widest is not None and any(p > n + widest for p, n in zip((*padding, *after), size * 2, strict=True)):
+        raise UsageError(f"padding {_by(padding)} is too wide for mode {mode} at input size {_by(size)}")
 
 
 def _each(numbers: tuple[int, ...], axes: int, what: str) -> tuple[int, ...]:
     if len(numbers) not in (1, axes):
-        raise UsageError(f"{_by(numbers)}: {what} are one number, or one for each of {axes} axes")
+        raise UsageError(f"{_by(numbers)}: {what} must be one number, or one for each of {axes} axes")
     return numbers * axes if len(numbers) == 1 else numbers
 
 
@@ -156,13 +164,13 @@ def _by(numbers: tuple[int, ...]) -> str:
 
 
 def factors_by_axis(factors: tuple[int, ...], axes: tuple[int, ...]) -> tuple[tuple[int, ...], ...] | None:
-    """For each site, the part of its factor that belongs to each axis; None where they do not align.
+    """Split each site's factor into its parts along the axes; None if factors and axes do not align.
 
         factors_by_axis((2, 8, 2), (2, 2, 8)) == ((2, 1, 1), (1, 2, 4), (1, 1, 2))
 
     Args:
-        factors: of one side, most significant first.
-        axes: the sizes of that side's axes, channels last; the products of both are equal.
+        factors: factors of one side, most significant first.
+        axes: sizes of that side's axes, channels last, with the same product.
     """
     left = list(axes)
     axis, sites = 0, []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from mpoc.train.distillation import kl_of_rows
 from mpoc.train.loader import BatchLoader, cut
 from mpoc.train.tasks import Scores, Task
 
-_LATENCY_SECONDS = 1.0  # of each measurement of a latency
+LATENCY_SECONDS = 1.0  # of each measurement of a latency
 _WARM_UP = 3  # calls
 
 
@@ -97,38 +98,27 @@ def evaluate(
 ) -> Evaluation:
     """Score ``network`` on every example of a split, each counted once.
 
-    What a task draws (masks) depends on the example alone: it is the same in every evaluation and for any
-    batch.
+    Masks that a task draws depend on the example alone, so they are the same in every evaluation and for any
+    batch size.
 
     Args:
-        network: on ``device``; wrapped for several processes or not. Its training mode is kept.
-        task: gives the scores.
+        network: network on ``device``, wrapped for several processes or not. Its training mode is kept.
+        task: defines the scores.
         loader: the split.
-        batch: examples at a time in each process.
-        device: of the network.
-        call: how the network is called; None: inferred, for a network that is not wrapped.
-        accelerator: of accelerate, for several processes or mixed precision.
+        batch: number of examples in a call, in each process.
+        device: device of the network.
+        call: how the network is called; None: inferred from a network that is not wrapped.
+        accelerator: accelerate's object, for several processes or mixed precision.
 
     Raises:
         MpocError: the split has nothing to score, e.g. texts of one token.
     """
     was_training = network.training
     network.eval()
-    rank, processes = 0, 1
-    if accelerator is not None:
-        rank, processes = accelerator.process_index, accelerator.num_processes
     call = Call.of(network, task.hidden) if call is None else call
     totals: dict[str, Tensor] = {}
     count, start = 0, time.perf_counter()
-    lengths = loader.examples.lengths()  # texts of similar length together: little padding
-    order = torch.arange(len(loader)) if lengths is None else lengths.argsort(stable=True)
-    for chunk in order.split(batch * processes):
-        # Sharded networks need as many calls in every process: one without a share repeats an example.
-        share = cut(chunk, rank, processes)
-        weight = int(len(share) > 0)
-        share = share if weight else chunk[:1]
-        seeds = [derived_seed(0, "evaluation", index) for index in share.tolist()]
-        part = task.prepare_each(loader.read(share), seeds)
+    for part, weight in _batches(task, loader, batch, accelerator):
         count += weight * task.count(part)
         for name, value in _sums(network, call, task, to_device(part, device), accelerator).items():
             totals[name] = totals.get(name, 0) + weight * value.double()
@@ -141,6 +131,24 @@ def evaluate(
             "use longer text, or another --block",
         )
     return Evaluation(task.scores(sums, count), len(loader), len(loader) / seconds)
+
+
+def _batches(task: Task, loader: BatchLoader, batch: int, accelerator: Any) -> Iterator[tuple[Batch, int]]:
+    """The batches that this process scores, each with its weight.
+
+    Sharded networks need equally many calls in every process: a process without a share repeats an example
+    with weight 0. Texts of similar length come together, with little padding.
+    """
+    rank, processes = 0, 1
+    if accelerator is not None:
+        rank, processes = accelerator.process_index, accelerator.num_processes
+    lengths = loader.examples.lengths()
+    order = torch.arange(len(loader)) if lengths is None else lengths.argsort(stable=True)
+    for chunk in order.split(batch * processes):
+        share = cut(chunk, rank, processes)
+        scored = share if len(share) else chunk[:1]
+        seeds = [derived_seed(0, "evaluation", index) for index in scored.tolist()]
+        yield task.prepare_each(loader.read(scored), seeds), int(len(share) > 0)
 
 
 @torch.no_grad()
@@ -211,7 +219,7 @@ def latency(network: nn.Module, part: Batch, device: torch.device) -> float:
     times: list[float] = []
     with torch.inference_mode():
         begin = time.perf_counter()
-        while len(times) < _WARM_UP + 2 or time.perf_counter() - begin < _LATENCY_SECONDS:
+        while len(times) < _WARM_UP + 2 or time.perf_counter() - begin < LATENCY_SECONDS:
             start = time.perf_counter()
             call(network, part)
             if device.type == "cuda":

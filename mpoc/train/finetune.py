@@ -22,12 +22,12 @@ from mpoc.runtime.signals import Interrupted
 from mpoc.train.engine import describe, make_accelerator
 from mpoc.train.evaluate import evaluate
 from mpoc.train.loop import DivergedError, train
-from mpoc.train.monitor import Outcome, TrainingEvent, TrainingLog, TrainingMonitor, read_log
+from mpoc.train.monitor import OnEvent, Outcome, TrainingLog, TrainingMonitor, read_log
 from mpoc.train.output import data_record, make_history, round_to_stored, write_tuned
 from mpoc.train.settings import DataOptions, FinetuneRequest, Settings
 from mpoc.train.task_choice import infer_task
 from mpoc.train.tasks import Task
-from mpoc.train.training_checkpoint import CheckpointFile
+from mpoc.train.training_checkpoint import CheckpointFile, SavedTraining
 from mpoc.train.training_data import TrainingData, monitored_split, open_training_data
 
 
@@ -64,9 +64,7 @@ class Finetuned:
 
 
 def finetune(
-    request: FinetuneRequest,
-    say: Callable[[str], None] = lambda text: None,
-    on_event: Callable[[TrainingEvent], None] | None = None,
+    request: FinetuneRequest, say: Callable[[str], None] = lambda text: None, on_event: OnEvent = None
 ) -> Finetuned:
     """Train the network of a file on a data set and write it as a file of the same kind.
 
@@ -89,12 +87,7 @@ def finetune(
     _announce(model, training_data, say)
     task = _task(request, model, training_data)
     checkpoint = CheckpointFile(request.checkpoint, _identity(request, model, training_data, task))
-    saved = checkpoint.load() if request.resume and checkpoint.path.exists() else None
-    if request.resume:
-        state = f"resuming from step {saved.progress.step:,}" if saved else "no checkpoint, starting over"
-        say(f"{checkpoint.path}: {state}")
-    if saved is not None:
-        checkpoint.extra = saved.extra
+    saved = _resume(checkpoint, say) if request.resume else None
     log = TrainingLog(request.log_file if is_main() else None, checkpoint.extra.get("log", 0))
     every = request.checkpoint_every
     monitor = TrainingMonitor(log, checkpoint, every.seconds, every.steps, on_event, resume=saved)
@@ -109,6 +102,17 @@ def finetune(
     if is_main() and request.plot is not None:
         draw_curves(read_log(request.log_file), request.plot)
     return finetuned
+
+
+def _resume(checkpoint: CheckpointFile, say: Callable[[str], None]) -> SavedTraining | None:
+    """The saved state of an interrupted training; None where there is no checkpoint."""
+    if not checkpoint.path.exists():
+        say(f"{checkpoint.path}: no checkpoint, starting over")
+        return None
+    saved = checkpoint.load()
+    say(f"{checkpoint.path}: resuming from step {saved.progress.step:,}")
+    checkpoint.extra = saved.extra
+    return saved
 
 
 def _open_data(request: FinetuneRequest, model: Model) -> TrainingData:

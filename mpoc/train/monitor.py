@@ -82,6 +82,9 @@ class TrainingEvent:
     scores: Scores | None = None  # of an evaluation that has just been made
 
 
+OnEvent = Callable[[TrainingEvent], None] | None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A finished training; the network has ``weights``, unless it is sharded over processes."""
@@ -101,6 +104,6 @@ class TrainingMonitor:
     checkpoint: CheckpointFile | None = None
     save_seconds: float = math.inf  # between checkpoints
     save_steps: int | None = None
-    on_event: Callable[[TrainingEvent], None] | None = None
+    on_event: OnEvent = None
     split: str = "validation"  # name of the split that is scored, for the log
     resume: SavedTraining | None = None  # continue from this checkpoint

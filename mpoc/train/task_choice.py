@@ -26,18 +26,18 @@ def infer_task(
     temperature: float = 2.0,
     hidden_weight: float = 1.0,
 ) -> Task:
-    """The task.
+    """Infer the task from data and network, or check the one that is wanted.
 
     Args:
-        wanted: one of TASKS; None to tell from data and network.
+        wanted: one of TASKS; None to infer it.
         training_data: the data.
         network: the network.
-        teacher: for distillation, which is then the task.
-        temperature: of distillation.
-        hidden_weight: of distillation.
+        teacher: teacher of a distillation, which is then the task.
+        temperature: temperature of the distillation.
+        hidden_weight: weight of the hidden states in the distillation.
 
     Raises:
-        UsageError: an unknown task, or one that data or network are not made for.
+        UsageError: the task is unknown, or does not fit the data or the network.
     """
     if wanted is not None and wanted not in TASKS:
         raise UsageError(f"--task {wanted}: unknown{nearest(wanted, TASKS)}", ", ".join(TASKS))
@@ -50,18 +50,27 @@ def infer_task(
         return _masked(training_data)
     if name == "causal-lm":
         if training_data.data.kind != "text":
-            raise UsageError(f"--task {name}: {training_data.data.path} is no text")
+            raise UsageError(f"--task {name}: {training_data.data.path} is not text")
         return CausalLM()
+    return _supervised(name, training_data)
+
+
+def _supervised(name: str, training_data: TrainingData) -> Task:
+    """Regression or classification.
+
+    Raises:
+        UsageError: the data have no labels, or targets of a regression.
+    """
     y = _labels(training_data)
     if y is None:
         raise UsageError(
             f"{training_data.data.path}: has no labels",
-            "finetune --teacher DENSE or eval --reference DENSE: the original network in their place",
+            "finetune --teacher DENSE or eval --reference DENSE uses the original network instead",
         )
     if name == "regression":
         return Regression()
     if y.is_floating_point():
-        raise UsageError(f"--task classification: the targets of {training_data.data.path} are no classes")
+        raise UsageError(f"--task classification: the targets of {training_data.data.path} are not classes")
     return Classification(len(training_data.data.classes), partial(check_fits, training_data.data))
 
 
@@ -70,7 +79,7 @@ def has_task(training_data: TrainingData, outputs: Any) -> bool:
 
     Args:
         training_data: the data.
-        outputs: what the network gives on a batch of them.
+        outputs: output of the network for a batch of them.
     """
     return (training_data.data.kind == "text" or _labels(training_data) is not None) and has_logits(outputs)
 

@@ -58,7 +58,7 @@ def test_expand_requires_project_for_truncated_maps(here: Here, model: Path) -> 
     assert done.returncode == 0, done.stderr
     refused = here("expand", "m.safetensors", "-o", "d.safetensors")
     assert refused.returncode == 1
-    assert "error: layer conv5_1: its map is no convolution any more" in refused.stderr
+    assert "error: layer conv5_1: its map is no longer a convolution" in refused.stderr
     assert "hint: --project" in refused.stderr
     done = here("expand", "m.safetensors", "-o", "d.safetensors", "--project")
     assert done.returncode == 0, done.stderr

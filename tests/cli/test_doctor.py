@@ -41,7 +41,7 @@ def test_json_holds_the_same_facts(here: Here) -> None:
 
 
 def test_reports_a_failed_self_test(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpoc.cli.doctor._TOLERANCE", 0)
+    monkeypatch.setattr("mpoc.cli.doctor.TOLERANCE", 0)
     done = here("doctor")
     assert done.returncode == 1
     assert "fault: self-test on cpu: MpocError: outputs differ by" in done.stdout

@@ -204,7 +204,7 @@ def test_two_processes_train_like_one(here: Here, folder: Path) -> None:
         ((*TRAIN, "--data", "absent.npz"), 2, "absent.npz: no such file"),
         ((*TRAIN, "--mean", "0.5,0.5,0.5", "--std", "1"), 2, "3 means for images of 1 channels"),
         ((*TRAIN, "--lr", "1e30"), 1, "the loss is"),
-        ((*TRAIN, "--task", "causal-lm"), 2, "is no text"),
+        ((*TRAIN, "--task", "causal-lm"), 2, "is not text"),
         ((*TRAIN, "--hold-out", "0", "--patience", "2"), 2, "there is none"),
         ((*TRAIN, "-o", "net.mpo.safetensors"), 2, "would write over or into the input"),
         ((*TRAIN, "--plot", "curves.jpeg2"), 2, "the name of a picture must end in"),
@@ -266,7 +266,7 @@ def test_full_disk_leaves_no_partial_output(folder: Path) -> None:
 def test_eval_measures_fidelity_to_a_reference(
     here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "_LATENCY_SECONDS", 0.01)
+    monkeypatch.setattr(evaluate, "LATENCY_SECONDS", 0.01)
     words = ("eval", "net.mpo.safetensors", "--data", "digits.npz", "--arch", "net.py:Net", "--json")
     found = json.loads(here(*words, "--reference", "net.pt", "--latency", "--batch", 64).stdout)
     _, _, x, _ = load_digits()

@@ -163,7 +163,7 @@ def test_full_disk_while_training_keeps_the_last_checkpoint(
 def test_the_guide_names_every_field_of_the_json(
     here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "_LATENCY_SECONDS", 0.01)
+    monkeypatch.setattr(evaluate, "LATENCY_SECONDS", 0.01)
     section = (
         read_page("file-format-and-json").partition("The JSON of finetune and eval")[2].partition("\n## ")[0]
     )

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-import mpoc
 from mpoc.cli.guide import TOPICS, guide, read_page, summary
 from mpoc.train.settings import Settings
 from tests.support.examples import COMMANDS, PAGES, ROOT, blocks
 from tests.support.process import Here, run_python
 
 GUIDE = ROOT / "mpoc" / "guide"
-_API_COMPLETE = hasattr(mpoc, "finetune") and "calibrate" in inspect.signature(mpoc.compress).parameters
 
 
 def name_of(page: Path) -> str:
@@ -29,7 +26,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("mpoc.cli.demo._SETTINGS", Settings(epochs=1.0, lr=0.01))
+        patch.setattr("mpoc.cli.demo.SETTINGS", Settings(epochs=1.0, lr=0.01))
         assert Here(folder)("demo").returncode == 0
     return folder
 
@@ -38,14 +35,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_examples_of_a_page_work(page: Path, demo: Path, here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after another, in a folder that holds what the demo wrote."""
-    monkeypatch.setattr("mpoc.cli.demo._SETTINGS", Settings(epochs=1.0, lr=0.01))
+    monkeypatch.setattr("mpoc.cli.demo.SETTINGS", Settings(epochs=1.0, lr=0.01))
     examples = [block for block in blocks(page) if not block.needs_data]
     if not any(command == ["demo"] for block in examples for command in block.commands):
         shutil.copytree(demo / "mpoc-demo", here.folder / "mpoc-demo")
     for block in examples:
         if block.language == "toml":
             (here.folder / "recipe.toml").write_text(block.text)
-        if block.language == "python" and _API_COMPLETE:
+        if block.language == "python":
             exec(compile(block.text, f"{page.name}: {block.text}", "exec"), {"__name__": "example"})
         for command in block.commands:
             result = here(*command)

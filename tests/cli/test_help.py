@@ -36,7 +36,7 @@ class TestEveryCommand:
 
     @pytest.mark.slow
     def test_examples_work(self, here: Here, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mpoc.cli.demo._SETTINGS", Settings(epochs=1.0, lr=0.01))
+        monkeypatch.setattr("mpoc.cli.demo.SETTINGS", Settings(epochs=1.0, lr=0.01))
         make_what_the_examples_name(compressed=command != "compress")
         for example in help_examples(command):
             result = here(*mpoc_arguments(example))

@@ -122,7 +122,7 @@ def test_mera_rejects_tolerances() -> None:
     assert plan(NETWORK, (LayerRule("fc1", form="tree"),), discard=0.1)["fc1"].truncation.discard == 0.1
     for option in ("discard", "max_error"):
         goal = {option: 0.1}
-        with pytest.raises(UsageError, match=f"fc1: --{option.replace('_', '-')} cuts bonds by a spectrum"):
+        with pytest.raises(UsageError, match=f"fc1: --{option.replace('_', '-')} truncates bonds"):
             plan(NETWORK, (LayerRule("fc1", form="mera"),), **goal)
 
 
@@ -151,7 +151,7 @@ def test_shapes_apply_to_fitting_or_named_layers() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"shape": (parse_shape("4x4:4x4"),)}, "--shape 4x4:4x4: multiplies out to no selected layer's"),
+        ({"shape": (parse_shape("4x4:4x4"),)}, "--shape 4x4:4x4: fits no selected layer's"),
         ({"shape": (parse_shape("fc1=4x4:4x4"),)}, "shape for layer fc1: 4×4 = 16 inputs"),
         ({"shape": (parse_shape("fc9=4x4:4x4"),)}, "--shape pattern 'fc9' matches no tensor; .* 'fc"),
         ({"rules": (LayerRule("fd1"),)}, r"\[layer\] pattern 'fd1' matches no tensor; .* 'fc1'"),

@@ -218,7 +218,7 @@ def test_in_memory_matches_the_file(tmp_path: Path) -> None:
 def test_checks_options_in_memory() -> None:
     model = network()
     names = list(model.state_dict())
-    with pytest.raises(UsageError, match='of use with conv="map" only'):
+    with pytest.raises(UsageError, match='input_shape requires conv="map"'):
         mpoc.compress(model, bond=4, input_shape=(1, 3, 8, 8))
     with pytest.raises(UsageError, match="needs the shape of one input"):
         mpoc.compress(model, bond=4, conv="map")
@@ -270,7 +270,7 @@ def noisy(path: Path) -> Path:
 
 def test_expand_rejects_truncated_maps(tmp_path: Path) -> None:
     path = noisy(compressed(tmp_path, network()))
-    with pytest.raises(MpocError, match="layer first: its map is no convolution any more") as caught:
+    with pytest.raises(MpocError, match="layer first: its map is no longer a convolution") as caught:
         expand_checkpoint(path, tmp_path / "dense.safetensors")
     assert "--project" in (caught.value.hint or "")
     assert not (tmp_path / "dense.safetensors").exists()

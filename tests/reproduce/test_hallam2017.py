@@ -140,7 +140,7 @@ def test_trains_a_few_steps(tmp_path: Path) -> None:
     found = done.as_dict()["rows"][0]
     assert found["as_counted_there"]["fully_connected"] == 3_120
     assert found["structures"][1] == "fc2 MERA(2,2,2,2,2,2,2,2,2,2,2,2→1,2,1,2,1,2,1,2,1,2,1,2)(2)"
-    with pytest.raises(UsageError, match="--hold-out 0: a validation split ends these trainings"):
+    with pytest.raises(UsageError, match="--hold-out 0: these trainings end by their validation split"):
         run_study(replace(asked, held_out=0.0), lambda _: None)
     with pytest.raises(UsageError, match="--starts ttsvd: none of these variants"):
         run_study(replace(asked, starts=("ttsvd",)), lambda _: None)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from mpoc.compression import pipeline
-from mpoc.compression import source as opened
-from mpoc.compression import write as compression
 from mpoc.compression.plain_fit import Fitted
-from mpoc.compression.plan import LayerPlan, make_plan
+from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import make_recipe
-from mpoc.compression.write import Compression
+from mpoc.compression.resume import layers_folder, resume_directory
+from mpoc.compression.run_context import RunContext
+from mpoc.compression.source import open_source
+from mpoc.compression.write import Compression, Job, write_compressed
 from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.structure import Structure
 from tests.support.weights import by_eq_5
@@ -57,13 +56,21 @@ def random_sum(structure: Structure, bond: int = 3, rank: int = RANK, seed: int 
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def compress_to_sums(source: Path, output: Path, dry_run: bool = False, **options: Any) -> Compression:
-    """``mpoc compress`` with random sums in the place of its fits."""
+@dataclass(frozen=True)
+class _SumJob(Job):
+    """A compression whose layers are random sums."""
+
+    def fits(self, kept: Mapping[str, Callable[[], Fitted]] | None = None) -> Iterator[Fitted]:
+        return map(_fitted, self.plans)
+
+
+def compress_to_sums(source: Path, output: Path, **options: Any) -> Compression:
+    """Write what ``mpoc compress`` would, with random sums instead of fits."""
     recipe = make_recipe(None, {"bond": 3, "allow_growth": True} | options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opened, "make_plan", lambda *given: [_added(plan) for plan in make_plan(*given)])
-        patch.setattr(compression, "fit_layer", lambda _, plan, *rest: _fitted(plan))
-        return pipeline.compress_checkpoint(source, output, recipe, force=True, dry_run=dry_run)
+    context, opened = RunContext(torch.device("cpu")), open_source(source, recipe, None, calibrated=False)
+    plans = [_added(plan) for plan in opened.plan(recipe)]
+    with resume_directory(output, context.group, None, True) as target:
+        return write_compressed(_SumJob(opened, recipe, plans, context), target, layers_folder(target))
 
 
 def _added(plan: LayerPlan) -> LayerPlan:

@@ -218,7 +218,7 @@ def test_given_factors_may_include_the_lead_site() -> None:
     ("factors", "said"),
     [
         (((2, 3), (2, 4)), "2×4 = 8 inputs and 2×3 = 6 outputs, but the layer has 10 and 6"),
-        (((2, 3), (10,)), "1 input factors against 2 output factors"),
+        (((2, 3), (10,)), "1 input factors and 2 output factors"),
     ],
 )
 def test_rejects_factors_with_a_wrong_product(

@@ -42,7 +42,7 @@ from mpoc.tensor_networks.topology import Core
 _STRETCH = 20
 # It ends where a stretch lowers the squared error by less than this share.
 _GAIN = 0.005
-_MOST_STEPS = 400
+MOST_STEPS = 400
 # Multiplications and numbers moved that all steps may take; some seconds on one core.
 _WORK = 2e10
 _MOVING = 8
@@ -139,7 +139,7 @@ def _affordable(form: Mera) -> int:
     """Steps for ``_WORK``: a function of the shapes, so that the fit is one of the weight alone."""
     sizes = leg_sizes(form.legs, [core.shape for core in form.cores])
     multiplications, made = work(tuple(form.legs), sizes)
-    return int(min(_MOST_STEPS, _WORK / max(1, multiplications + _MOVING * made)))
+    return int(min(MOST_STEPS, _WORK / max(1, multiplications + _MOVING * made)))
 
 
 def tree_cores(tensor: Tensor, structure: Structure, bond: int, generator: torch.Generator) -> list[Tensor]:

@@ -1,22 +1,20 @@
-"""How far bonds go, and the step that every TT-SVD repeats: the best low-rank approximation of one matrix.
+"""Truncate one matrix to low rank, the step that every TT-SVD repeats, and say how far bonds are truncated.
 
-A TT-SVD spends all its time in truncated SVDs of wide unfoldings, and a full SVD is what makes tensor
-libraries slow.  Three routes give the same answer:
+A TT-SVD spends its time in truncated SVDs of wide unfoldings, and a full SVD makes it slow. There are three
+routes:
 
-- ``kept``: the bond may be as large as the smaller side, so nothing is discarded, and at most one QR is
-  computed;
-- ``krylov``: the bond is far below the smaller side.  Block Golub-Kahan bidiagonalisation from a random start
-  (Golub, Luk, Overton 1981; Musco, Musco 2015) grows a basis until the error has stopped falling.  It gives
-  up, in favour of ``exact``, where the basis would get too wide or the matrix has no further directions (few
-  non-zero rows);
-- ``exact``: everything else, and every truncation to a tolerance.  For float32 data the eigenvectors of the
-  Gram matrix of the smaller side, formed in float64 where the error is small: squaring the condition number
-  costs digits that float32 data do not have.  For float64 data an SVD.
+- ``kept``: the bond may be as large as the smaller side, so nothing is discarded and at most one QR is
+  computed.
+- ``krylov``: the bond is far below the smaller side. Block Golub-Kahan bidiagonalisation from a random start
+  (Golub, Luk, Overton 1981; Musco, Musco 2015) grows a basis until the error has stopped falling. If the
+  basis would get too wide, or the matrix has no further directions (few non-zero rows), ``exact`` takes over.
+- ``exact``: everything else, and every truncation to a tolerance. For float32 data it computes the
+  eigenvectors of the Gram matrix of the smaller side, formed in float64 if the error is small, since squaring
+  the condition number costs digits that float32 does not have. For float64 data it computes an SVD.
 
-The trade-off: ``krylov`` is within 1.001 of the optimal error, for a few per cent of the cost.
+The trade-off: the error of ``krylov`` is within a factor 1.001 of the optimum, at a few per cent of the cost.
 
-Weights of any size are first scaled to about 1 by a power of two, since float32 can square neither 1e-40 nor
-1e38.
+Weights are first scaled to about 1 by a power of two, since float32 can square neither 1e-40 nor 1e38.
 """
 
 from __future__ import annotations
@@ -33,75 +31,75 @@ from mpoc.tensor_networks.forms.mpo import rank_within
 
 @dataclass(frozen=True)
 class Truncation:
-    """How far bonds go.
+    """How far bonds are truncated.
 
     The bond dimension is D_k = min {D : Σ_{r>D} s_r² ≤ ε Σ s_r²}, at most ``max_bond``, where ε is
-    ``discard`` and s are the singular values of the unfolding of what the bonds before have kept.
+    ``discard`` and s are the singular values of the unfolding of what the earlier bonds have kept.
     """
 
     max_bond: int  # cap on every bond
-    # What may be spent to go below the cap: a relative Frobenius error of the weight, and ε, the share of its
-    # squared Schmidt values that each bond may lose.
+    # Errors that may be made to get below the cap: the weight's relative Frobenius error, and ε, the share of
+    # its squared Schmidt values that each bond may lose.
     tolerance: float = 0.0
     discard: float = 0.0
-    rank: int = 0  # of the low-rank part of a sum
+    rank: int = 0  # rank of the low-rank part of a sum
 
     @property
     def is_open(self) -> bool:
-        """Whether the spectrum of the weight decides how far bonds go below the cap."""
+        """Whether the weight's spectrum decides how far bonds are below the cap."""
         return bool(self.tolerance or self.discard)
 
 
 @dataclass(frozen=True)
 class Target:
-    """What cores are to be, besides small."""
+    """The dtype of the cores that a fit returns, and its random seed."""
 
-    dtype: torch.dtype | None = None  # of the stored cores; None: that of the weight
-    seed: int = 0  # of the randomised range finder, and of random starts
+    dtype: torch.dtype | None = None  # dtype of the stored cores; None: that of the weight
+    seed: int = 0  # seed of the randomised range finder and of random starts
 
 
 DEFAULT_TARGET = Target()
 
 
-# Between 2⁻⁴⁰ and 2⁴⁰ squares, and sums of them, keep all their digits.
+# Between 2⁻⁴⁰ and 2⁴⁰, squares and sums of squares keep all their digits.
 _PLAIN = 40
 
-# The Krylov basis grows until the error it would still gain is below this share of the error; a basis of
-# less than four times the bond, from which that is hard to tell, must promise ten times less.
+# The Krylov basis grows until the expected gain is below this share of the error, or a tenth of it while the
+# basis is less than four times the bond, where the gain is hard to estimate.
 _KRYLOV_GAIN = 8e-4
-# Past this share of the smaller side the exact route is as cheap.
+# Above this share of the smaller side the exact route is as cheap.
 _KRYLOV_WIDEST = 0.5
-# On a flat spectrum the basis grows to about five times the bond; and small Gram matrices cost nothing.
+# Small Gram matrices cost nothing. On a flat spectrum the basis grows to about five times the bond.
 _KRYLOV_SMALLEST = 512
-# A new direction of which less than this share lies outside the basis is rounding noise.
+# A new direction with less than this share outside the basis is rounding noise.
 _LEAST_NEW = 0.1
-# Where less than this share of the largest squared singular value is lost, a Gram matrix of float32
-# products is too coarse; one of float64 products resolves singular values down to 1e-8 of the largest.
+# If less than this share of the largest squared singular value is lost, a Gram matrix of float32 products is
+# too coarse. One of float64 products resolves singular values down to 1e-8 of the largest.
 _SINGLE_FLOOR = 0.02
 _GRAM_CHUNK = 4096
 
 
 def largest(tensor: Tensor) -> float:
-    """max |x|, in one pass; NaN or infinite where an entry is, 0 of no entry."""
+    """max |x| in one pass; NaN or infinite if an entry is, 0 for an empty tensor."""
     ends = torch.aminmax(tensor) if tensor.numel() else ()
     return max((abs(float(end)) for end in ends), default=0.0)
 
 
 def exponent_of(tensor: Tensor) -> int:
-    """e such that the largest entry is below 2ᵉ, and not below 2ᵉ⁻¹; 0 where no scaling is needed."""
+    """e such that 2ᵉ⁻¹ ≤ max |x| < 2ᵉ; 0 if no scaling is needed."""
     most = largest(tensor)
     exponent = math.frexp(most)[1] if math.isfinite(most) else 0
     return exponent if abs(exponent) > _PLAIN else 0
 
 
 def scaled(tensor: Tensor, exponent: int) -> Tensor:
-    """2ᵉ · tensor, in two steps: 2ᵉ itself may have no float32."""
+    """2ᵉ · tensor, in two steps, since 2ᵉ itself may overflow float32."""
     half = exponent // 2
     return tensor * 2.0**half * 2.0 ** (exponent - half) if exponent else tensor
 
 
 def spread(cores: Sequence[Tensor], exponent: int) -> list[Tensor]:
-    """Cores of 2ᵉ times the weight, each taking an equal part of e."""
+    """Cores of 2ᵉ times the weight; each core takes an equal part of e."""
     share, rest = divmod(exponent, len(cores))
     return [scaled(core, share + (k < rest)) for k, core in enumerate(cores)]
 
@@ -114,7 +112,7 @@ class TruncatedSVD:
     right: Tensor  # (D, n)
     discarded: float  # ‖matrix − left @ right‖², in the matrix's units squared
     route: str  # "kept", "krylov" or "exact"
-    singular_values: Tensor | None  # all min(m, n) of them, float64, descending; exact route only
+    singular_values: Tensor | None  # all min(m, n), float64, descending; exact route only
 
 
 def truncate(
@@ -129,23 +127,23 @@ def truncate(
     Args:
         matrix: float32 or float64, (m, n).
         max_bond: largest rank, at least 1.
-        discard: the squared Frobenius error that may be spent to make the rank smaller still.
-        generator: CPU generator for the random start; None draws from torch's own.
-        weight: ‖matrix‖² where it is known already.
+        discard: squared Frobenius error that may be made to get a smaller rank.
+        generator: CPU generator of the random start; None: torch's default.
+        weight: ‖matrix‖², if it is already known.
     """
     smaller = min(matrix.shape)
     if max_bond >= smaller and discard == 0.0:
         return _keep(matrix)
     if discard == 0.0 and smaller > _KRYLOV_SMALLEST and 5 * max_bond <= _KRYLOV_WIDEST * smaller:
         weight = squared_norm(matrix) if weight is None else weight
-        found = _krylov(matrix, max_bond, generator, weight)
-        if found is not None:
-            return found
+        result = _krylov(matrix, max_bond, generator, weight)
+        if result is not None:
+            return result
     return _exact(matrix, max_bond, discard)
 
 
 def squared_norm(tensor: Tensor) -> float:
-    """‖tensor‖² summed in float64 without a float64 copy of the whole."""
+    """‖tensor‖², summed in float64 without a float64 copy of the whole tensor."""
     flat = tensor.reshape(-1)
     return math.fsum(part.double().square().sum().item() for part in flat.split(1 << 16))
 
@@ -179,7 +177,7 @@ def _exact(matrix: Tensor, max_bond: int, discard: float) -> TruncatedSVD:
 
 
 def _left_singular(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Singular values (m,), float64, descending, and left vectors (m, m) from wide @ wideᵀ."""
+    """Singular values (m,), float64, descending, and left singular vectors (m, m), from wide @ wideᵀ."""
     squares, vectors = torch.linalg.eigh(gram(wide, dtype))
     return squares.clamp(min=0).sqrt().flip(0), vectors.flip(1)
 
@@ -187,7 +185,7 @@ def _left_singular(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """wide @ wideᵀ, (m, m), float64.
 
-    The products are formed in ``dtype`` a block of columns at a time and added up in float64.
+    The products are formed in ``dtype``, one block of columns at a time, and summed in float64.
     """
     sums = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
     for block in wide.split(_GRAM_CHUNK, dim=1):
@@ -197,14 +195,14 @@ def gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _krylov_block(max_bond: int) -> int:
-    """Half the bond: narrower blocks give a higher polynomial degree at equal work, but slower products."""
+    """Block width: half the bond. Narrower blocks give a higher polynomial degree, but slower products."""
     return min(max(max_bond // 2, 16), 128)
 
 
 def _krylov(
     matrix: Tensor, max_bond: int, generator: torch.Generator | None, weight: float
 ) -> TruncatedSVD | None:
-    """Block Golub-Kahan with full reorthogonalisation; None where the basis would get too wide."""
+    """Block Golub-Kahan with full reorthogonalisation; None if the basis would get too wide."""
     rows, columns = matrix.shape
     block = _krylov_block(max_bond)
     widest = int(_KRYLOV_WIDEST * min(rows, columns)) // block * block
@@ -216,14 +214,14 @@ def _krylov(
     errors: list[float] = []
     for width in range(block, widest + 1, block):
         new, grown = slice(width - block, width), slice(width, width + block)
-        found = _extend(matrix @ right[:, new], left[:, : width - block])
-        if found is None:
+        extended = _extend(matrix @ right[:, new], left[:, : width - block])
+        if extended is None:
             return None
-        left[:, new] = found[0]
-        found = _extend(matrix.T @ left[:, new], right[:, :width])
-        if found is None:
+        left[:, new] = extended[0]
+        extended = _extend(matrix.T @ left[:, new], right[:, :width])
+        if extended is None:
             return None
-        right[:, grown], inside, outside = found
+        right[:, grown], inside, outside = extended
         projected[new, :width] = inside.T
         projected[new, grown] = outside.T
         if width < max_bond:
@@ -233,27 +231,47 @@ def _krylov(
         captured = float(torch.linalg.eigvalsh(squares)[-max_bond:].sum())
         errors.append(weight - captured)
         gain = _gain_to_come(errors) * (1 if width >= 4 * max_bond else 10)
-        rounding = torch.finfo(matrix.dtype).eps
-        resolved = errors[-1] > 100 * rounding * weight  # else lost in the difference of two norms
-        if resolved and gain > 2 * _KRYLOV_GAIN * errors[-1]:
-            continue
-        vectors = torch.linalg.eigh(squares)[1][:, -max_bond:]
-        basis = left[:, :width] @ vectors.to(matrix.dtype)
-        kept = basis.T @ matrix
-        if resolved:
-            return TruncatedSVD(basis, kept, max(weight - squared_norm(kept), 0.0), "krylov", None)
-        lost = squared_norm(torch.addmm(matrix, basis, kept, alpha=-1))
-        gain = max(gain, 1e-15 * weight)  # what float64 sums resolve
-        if gain <= 2 * _KRYLOV_GAIN * lost or lost <= (16 * rounding) ** 2 * weight:
-            return TruncatedSVD(basis, kept, lost, "krylov", None)
+        result = _converged(matrix, left[:, :width], squares, max_bond, weight, errors[-1], gain)
+        if result is not None:
+            return result
+    return None
+
+
+def _converged(
+    matrix: Tensor, left: Tensor, squares: Tensor, max_bond: int, weight: float, error: float, gain: float
+) -> TruncatedSVD | None:
+    """The truncation within a Krylov basis; None while a wider basis would still lower the error.
+
+    Args:
+        matrix: (m, n).
+        left: orthonormal basis, (m, w).
+        squares: Gram matrix of ``matrix`` projected on ``left``, (w, w), float64.
+        max_bond: the rank.
+        weight: ‖matrix‖².
+        error: squared error of the truncation, as a difference of squared norms.
+        gain: by how much a wider basis is expected to lower it.
+    """
+    rounding = torch.finfo(matrix.dtype).eps
+    resolved = error > 100 * rounding * weight  # else lost in the difference of two norms
+    if resolved and gain > 2 * _KRYLOV_GAIN * error:
+        return None
+    vectors = torch.linalg.eigh(squares)[1][:, -max_bond:]
+    basis = left @ vectors.to(matrix.dtype)
+    kept = basis.T @ matrix
+    if resolved:
+        return TruncatedSVD(basis, kept, max(weight - squared_norm(kept), 0.0), "krylov", None)
+    lost = squared_norm(torch.addmm(matrix, basis, kept, alpha=-1))
+    gain = max(gain, 1e-15 * weight)  # what float64 sums resolve
+    if gain <= 2 * _KRYLOV_GAIN * lost or lost <= (16 * rounding) ** 2 * weight:
+        return TruncatedSVD(basis, kept, lost, "krylov", None)
     return None
 
 
 def _extend(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """``block = basis @ inside + new @ outside`` with ``new`` orthonormal and orthogonal to ``basis``.
 
-    Columns of ``block`` may lie in ``basis`` up to rounding; what QR makes of the rest is then taken out of
-    ``basis`` once more.  None where even that leaves nothing: the matrix has no directions left.
+    Columns of ``block`` may lie in ``basis`` up to rounding, so the QR's result is orthogonalised against
+    ``basis`` once more. None if nothing is left: the matrix has no further directions.
     """
     inside = basis.T @ block
     rest = block - basis @ inside
@@ -265,7 +283,7 @@ def _extend(block: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor] | Non
 
 
 def _gain_to_come(errors: list[float]) -> float:
-    """By how much the squared error would still fall, were the last gains to go on geometrically."""
+    """Expected further decrease of the squared error, if the last gains continue geometrically."""
     if len(errors) < 2:
         return math.inf
     last = errors[-2] - errors[-1]
