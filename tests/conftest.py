@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+THREADS = os.environ.get("MPOC_TEST_THREADS", "1")
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, THREADS)  # before numpy and torch are imported; processes inherit them
+
 import pytest
 import torch
 
@@ -24,7 +28,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     """Tensors are tiny here: more than one thread would only wait; MPOC_TEST_THREADS asks for others."""
-    torch.set_num_threads(int(os.environ.get("MPOC_TEST_THREADS", "1")))
+    torch.set_num_threads(int(THREADS))
 
 
 @pytest.fixture(autouse=True)

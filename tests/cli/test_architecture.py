@@ -30,6 +30,7 @@ def test_arch_is_recorded_and_used_by_report_and_load(here: Here, spec: str) -> 
         torch.testing.assert_close(mpoc.load(path)(x), mpoc.load(path, network)(x))
 
 
+@pytest.mark.slow
 def test_a_short_name_is_recorded_in_its_long_form(here: Here) -> None:
     torch.save(make("resnet20").state_dict(), here.folder / "m.pt")
     files = []
@@ -40,6 +41,7 @@ def test_a_short_name_is_recorded_in_its_long_form(here: Here) -> None:
     assert files[0] == files[1]
 
 
+@pytest.mark.slow
 def test_export_uses_the_recorded_arch(here: Here) -> None:
     torch.save(make("fc2").state_dict(), "m.pt")
     assert here("compress", "m.pt", "--bond", "4", "--arch", "fc2").returncode == 0

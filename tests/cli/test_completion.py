@@ -57,6 +57,7 @@ def test_install_completion_writes_the_script(home: Path, shell: str) -> None:
     assert any("_MPOC_COMPLETE" in file.read_text() for file in written)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", slow_except(SHELLS, "bash"))
 @pytest.mark.parametrize(
     ("line", "expected"),

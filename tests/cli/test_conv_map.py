@@ -35,6 +35,7 @@ def test_conv_map_compresses_a_whole_map(here: Here, model: Path) -> None:
     assert [stored[f"conv5_1.cores.{k}"].shape[1:3] for k in range(3)] == [(2, 2), (8, 8), (8, 8)]
 
 
+@pytest.mark.slow
 def test_zoo_network_supplies_input_sizes(here: Here, tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = zoo.make("lenet5").eval()

@@ -68,6 +68,7 @@ def test_token_ids() -> None:
     assert scores["parquet"]["cosine"] > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["images.npy", "images.npz"])
 def test_images_without_labels(name: str) -> None:
     save_file(zoo.make("lenet5").state_dict(), "lenet5.safetensors")

@@ -74,6 +74,7 @@ def test_without_accelerate_demo_skips_fine_tuning(run: Mpoc) -> None:
     assert contents(run.folder / "mpoc-demo").keys() == COMPRESSED
 
 
+@pytest.mark.slow
 def test_existing_folder_requires_force(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "mine").write_text("mine")

@@ -27,6 +27,7 @@ def test_prints_a_table(here: Here, model: Path) -> None:
     assert {"fc1", "fc2"} <= {line.split()[0] for line in done.stdout.splitlines() if line.split()}
 
 
+@pytest.mark.slow
 def test_against_adds_stored_entropies_and_plot_writes_a_figure(here: Here, model: Path) -> None:
     pytest.importorskip("matplotlib")
     small = model.with_name("small.safetensors")

@@ -74,6 +74,7 @@ def test_rejects_bad_arguments(
     assert {k: v for k, v in contents(Path()).items() if "__pycache__" not in k} == before
 
 
+@pytest.mark.slow
 def test_quiet_and_force(here: Here, compressed: Path) -> None:
     Path("net.py").write_text(NET)
     Path("m.pt2").write_text("old")

@@ -48,6 +48,7 @@ class Stop(BaseException):
     """As a power cut: nothing tidies up after it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["between", "in the second", "ctrl-c"])
 def test_resuming_several_runs_gives_the_same_bytes(
     folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -160,6 +161,7 @@ def test_full_disk_while_training_keeps_the_last_checkpoint(
     assert (folder / "net.tuned.safetensors").read_bytes() == (folder / "straight.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_guide_names_every_field_of_the_json(
     here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ def folder(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return workdir
 
 
+@pytest.mark.slow
 def test_prints_trials_and_writes_plot_and_file(here: Here, folder: Path) -> None:
     done = here(
         *COMMAND, "--max-drop", 2, "--eval", "digits.npz", "--plot", "curve.svg", "-o", "o.safetensors"
@@ -50,6 +51,7 @@ def test_prints_trials_and_writes_plot_and_file(here: Here, folder: Path) -> Non
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_writes_the_file_of_the_chosen_ratio(here: Here, folder: Path) -> None:
     done = here(*COMMAND, "--max-drop", 2, "--eval", "digits.npz", "-o", "o.safetensors", "--json", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
@@ -65,6 +67,7 @@ def test_writes_the_file_of_the_chosen_ratio(here: Here, folder: Path) -> None:
     assert but_for_the_goal(folder / "o.safetensors") == but_for_the_goal(folder / "r.safetensors")
 
 
+@pytest.mark.slow
 def test_recipe_may_set_max_drop(here: Here, folder: Path) -> None:
     Path("recipe.toml").write_text("max-drop = 2\n[layer.fc2]\ndense = true\n")
     done = here(*COMMAND, "--recipe", "recipe.toml", "--eval", "digits.npz", "-o", "o.safetensors", "--json")
@@ -73,6 +76,7 @@ def test_recipe_may_set_max_drop(here: Here, folder: Path) -> None:
     assert json.loads(done.stdout)["options"]["max_drop"] == 2.0
 
 
+@pytest.mark.slow
 def test_no_trial_within_the_drop_is_an_error(here: Here, folder: Path) -> None:
     before = contents(folder)
     words = ("compress", "net.safetensors", *ARCHITECTURE, "--layers", "conv1", "--sites", 8)

@@ -21,6 +21,7 @@ def folder(here: Here) -> Path:
     return here.folder
 
 
+@pytest.mark.slow
 def test_dry_run_keeps_moments_for_later_runs(here: Here, folder: Path) -> None:
     done = here(*COMMAND, *CALIBRATE, "--ratio", 0.5, "--moments", "m", "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -36,6 +37,7 @@ def test_dry_run_keeps_moments_for_later_runs(here: Here, folder: Path) -> None:
     assert Path("with.safetensors").read_bytes() == Path("without.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_search_reuses_moments(here: Here, folder: Path) -> None:
     words = (*COMMAND, *CALIBRATE, "--max-drop", 60, "--eval", "digits.npz", "--moments", "m", "--force")
     first, again = here(*words, "-o", "a.safetensors"), here(*words, "-o", "b.safetensors")

@@ -25,6 +25,7 @@ def test_html_writes_only_the_page(run: Mpoc, path: Path) -> None:
     assert text.startswith("<!doctype html>") and text.endswith("</html>\n")
 
 
+@pytest.mark.slow
 def test_html_does_not_change_the_table(path: Path, here: Here) -> None:
     for option in ([], ["--json"], ["--csv"], ["--verbose"]):
         table = here("report", path, *option)

@@ -33,6 +33,7 @@ def test_quick_fc2_writes_table_and_figures(run: Mpoc, here: Here) -> None:
     assert report["quick"] and len(report["rows"]) == 5
 
 
+@pytest.mark.slow
 def test_mps_images_writes_table_and_figures(here: Here) -> None:
     write_digits(here.folder / "digits", 20, 30)
     words = ["reproduce", "mps-images", "--data", "digits", "--bonds", "1,8", "--quick"]

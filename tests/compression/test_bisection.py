@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,6 +41,7 @@ def test_finds_a_threshold(threshold: float, least: float) -> None:
 _FOUND = st.tuples(st.one_of(st.floats(-1, 3), st.just(math.nan)), st.integers(1, 5))
 
 
+@pytest.mark.slow
 @SOME
 @given(st.lists(_FOUND, min_size=8, max_size=8))
 def test_returns_the_smallest_accepted_trial_of_any_curve(found: list[tuple[float, int]]) -> None:

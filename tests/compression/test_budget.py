@@ -36,6 +36,7 @@ def useful_bonds(structure: Structure) -> list[int | None]:
     return [d for d in caps if structure.num_parameters(d) < structure.num_original] or [None]
 
 
+@pytest.mark.slow
 @SOME
 @given(SHARES, st.floats(0, 1.2))
 def test_fills_the_budget_without_exceeding_it(shares: list[LayerShare], ratio: float) -> None:
@@ -57,6 +58,7 @@ def test_fills_the_budget_without_exceeding_it(shares: list[LayerShare], ratio: 
             assert spent - cost(share, bond) + cost(share, bond + 1) > budget
 
 
+@pytest.mark.slow
 @SOME
 @given(SHARES)
 def test_smallest_budget_gives_bond_one(shares: list[LayerShare]) -> None:
@@ -67,6 +69,7 @@ def test_smallest_budget_gives_bond_one(shares: list[LayerShare]) -> None:
     assert uniform_bonds(shares, least - 1) is None
 
 
+@pytest.mark.slow
 @SOME
 @given(SHARES)
 def test_layers_stay_dense_where_all_fit(shares: list[LayerShare]) -> None:
@@ -76,6 +79,7 @@ def test_layers_stay_dense_where_all_fit(shares: list[LayerShare]) -> None:
         assert uniform_bonds(shares, dense - 1) != [None] * len(shares)
 
 
+@pytest.mark.slow
 def test_lists_every_shrinking_bond() -> None:
     for rows, columns in itertools.product(range(1, 20), repeat=2):
         structure = make_structure("linear", (rows, columns))

@@ -25,6 +25,7 @@ def best(curves: list[list[tuple[int, float]]], budget: int) -> float:
     return min(error for size, error in every if size <= budget)
 
 
+@pytest.mark.slow
 @SOME
 @given(CURVES, st.integers(0, 120))
 def test_never_exceeds_the_budget(curves: list[list[tuple[int, float]]], budget: int) -> None:
@@ -35,6 +36,7 @@ def test_never_exceeds_the_budget(curves: list[list[tuple[int, float]]], budget:
         assert cost(curves, taken)[0] <= budget
 
 
+@pytest.mark.slow
 @SOME
 @given(CURVES, st.integers(0, 120))
 def test_is_close_to_the_optimum(curves: list[list[tuple[int, float]]], budget: int) -> None:
@@ -45,6 +47,7 @@ def test_is_close_to_the_optimum(curves: list[list[tuple[int, float]]], budget: 
         assert cost(curves, taken)[1] <= best(curves, budget) + largest
 
 
+@pytest.mark.slow
 @SOME
 @given(st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=6), min_size=1, max_size=4), st.data())
 def test_is_optimal_on_convex_curves(gains: list[list[int]], data: st.DataObject) -> None:

@@ -158,6 +158,7 @@ class Stream(IterableDataset[Tensor]):
         yield from torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_of_a_stream_the_first_examples_are_taken() -> None:
     streamed, listed = (nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 6)) for _ in range(2))
     listed.load_state_dict(streamed.state_dict())
@@ -176,6 +177,7 @@ class TwoInputs(nn.Module):
         return scale * self.left(left) * self.right(right)
 
 
+@pytest.mark.slow
 def test_several_inputs_go_by_position_or_by_name() -> None:
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(80, 16, generator=generator), torch.randn(80, 12, generator=generator)
@@ -189,6 +191,7 @@ def test_several_inputs_go_by_position_or_by_name() -> None:
     assert all(layer.held_out_error is not None for layer in reports[0].layers)
 
 
+@pytest.mark.slow
 def test_half_precision_is_calibrated_in_float32() -> None:
     torch.manual_seed(0)
     whole = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 6)).bfloat16()

@@ -92,6 +92,7 @@ def test_output_matches_the_chosen_ratio(
     assert found.after.model == found.compression.output
 
 
+@pytest.mark.slow
 def test_measures_the_dense_network_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Path] = []
 
@@ -106,12 +107,14 @@ def test_measures_the_dense_network_once(folder: Path, monkeypatch: pytest.Monke
     assert len(set(measured)) == 2
 
 
+@pytest.mark.slow
 def test_output_is_deterministic(folder: Path) -> None:
     first = find(folder, 5.0).compression.output.read_bytes()
     (folder / "out.safetensors").unlink()
     assert find(folder, 5.0).compression.output.read_bytes() == first
 
 
+@pytest.mark.slow
 def test_writes_nothing_where_every_trial_fails(folder: Path) -> None:
     before = contents(folder)
     with pytest.raises(
@@ -140,6 +143,7 @@ def test_interrupted_trial_leaves_nothing(folder: Path, error: BaseException) ->
         assert caught.value.filename == str(folder / "out.safetensors")
 
 
+@pytest.mark.slow
 def test_headless_directory_is_compared_with_the_original(tmp_path: Path) -> None:
     import transformers
 
@@ -185,6 +189,7 @@ def test_compress_checkpoint_rejects_max_drop(folder: Path) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_drop_of_a_loss_is_its_rise(tmp_path: Path) -> None:
     from torch import nn
 

@@ -26,6 +26,7 @@ def rows(data: Data, split: str) -> list[int]:
     return examples.batch(range(len(examples)))["x"][:, 0].int().tolist()
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=20, max_size=80), st.floats(0.1, 0.6), st.integers(0, 9))
 def test_held_out_split_is_stratified(labels: list[int], share: float, seed: int) -> None:

@@ -44,6 +44,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 @pytest.mark.parametrize("embeddings", [False, True])
 @pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
 class TestEveryArchitecture:
+    @pytest.mark.slow
     def test_computes_like_the_expanded_directory(self, make: Make, kind: str, embeddings: bool) -> None:
         small = make(kind, embeddings=embeddings)
         logits = answer(auto(kind, small.path))
@@ -219,6 +220,7 @@ class TestWaysToLoad:
         with pytest.raises(MpocError, match="cannot be offloaded"):
             auto("gpt2", make("gpt2").path, device_map=device_map, offload_folder=tmp_path)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["bert", "mixtral"])
     def test_loads_shards(self, make: Make, kind: str) -> None:
         shards = make(kind, max_shard_size=20_000)

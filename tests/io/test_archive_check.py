@@ -95,6 +95,7 @@ def test_rejects_compressed_archives(tmp_path: Path) -> None:
     assert "packed" in str(refusal(tmp_path / "m.pt"))
 
 
+@pytest.mark.slow
 def test_rejects_overlapping_entries(tmp_path: Path) -> None:
     path = save(mlp_state(), tmp_path / "m.pt", legacy=False)
     text = path.read_bytes()
@@ -160,6 +161,7 @@ def test_rejects_pickles_that_allocate_too_much(tmp_path: Path, bomb: str) -> No
     refusal(with_pickle(tmp_path / "m.pt", BOMBS[bomb]()))
 
 
+@pytest.mark.slow
 def test_rejects_recursive_and_deep_dicts(tmp_path: Path) -> None:
     inner: dict[str, Any] = {"x": torch.zeros(2)}
     for _ in range(60):

@@ -190,6 +190,7 @@ def test_follows_links_inside_the_directory(tmp_path: Path) -> None:
     assert_holds(tmp_path / "link", state)
 
 
+@pytest.mark.slow
 def test_names_the_first_of_many_missing_tensors(tmp_path: Path) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2)
     index = json.loads((path / INDEX).read_text())

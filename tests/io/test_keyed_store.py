@@ -37,6 +37,7 @@ def test_finds_items_by_fingerprint(path: Path) -> None:
     assert find_item(path.with_name("none"), FINGERPRINT) is None
 
 
+@pytest.mark.slow
 def test_detects_any_changed_byte(path: Path) -> None:
     whole = path.read_bytes()
     for at in range(len(whole)):

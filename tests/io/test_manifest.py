@@ -85,6 +85,7 @@ def test_manifest_round_trip() -> None:
 _FLOATS = st.floats(0, 1e6)
 
 
+@pytest.mark.slow
 @SOME
 @given(
     st.text(st.characters(exclude_categories=["Cs"])),

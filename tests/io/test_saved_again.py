@@ -67,6 +67,7 @@ class TestEveryArchitecture:
         assert all(torch.equal(found[name], expected[name]) for name in found)
         assert torch.equal(answer(auto(kind, tmp_path / "dense")), answer(auto(kind, small.expanded)))
 
+    @pytest.mark.slow
     def test_loads_into_a_network(self, make: Make, tmp_path: Path, kind: str, embeddings: bool) -> None:
         if kind in CANNOT_TAKE:
             pytest.skip("mpoc.load does not rename or stack tensors")

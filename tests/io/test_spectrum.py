@@ -22,6 +22,7 @@ def test_zeros_have_no_spectrum() -> None:
     assert thinned([0.0, 0.0], 1) == ()
 
 
+@pytest.mark.slow
 @SOME
 @given(st.integers(1, 5000), st.floats(0, 1), st.floats(0.1, 3))
 def test_keeps_first_cut_and_last_values(count: int, share: float, power: float) -> None:

@@ -45,6 +45,7 @@ def ids(source: Path, data: Path, arch: str | None = GPT) -> torch.Tensor:
     return next(iter(material.data.splits.values())).batch([0])["input_ids"][0]
 
 
+@pytest.mark.slow
 def test_keeps_the_character_table(tmp_path: Path) -> None:
     tuned = gpt(tmp_path)
     assert "characters" in read_history(tuned)["tokenizer"]
@@ -59,6 +60,7 @@ def test_keeps_the_character_table(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_history_survives_compress_and_expand(tmp_path: Path) -> None:
     tuned = gpt(tmp_path)
     small, dense = tmp_path / "small.mpo.safetensors", tmp_path / "dense.safetensors"
@@ -76,6 +78,7 @@ def test_history_survives_compress_and_expand(tmp_path: Path) -> None:
     assert recorded({"steps": 3, **training}, "task") == "causal-lm"
 
 
+@pytest.mark.slow
 def test_dense_directory_stores_its_history(tmp_path: Path) -> None:
     folder = tmp_path / "bert"
     tiny("bert").save_pretrained(folder)

@@ -45,6 +45,7 @@ def is_accepted(values: dict[str, Any]) -> bool:
     return True
 
 
+@pytest.mark.slow
 @given(st.sampled_from(list(SCHEMA["properties"])), VALUES)
 def test_accepts_what_the_schema_accepts(name: str, value: Any) -> None:
     values = {"count": 1, "share": 0.5, name: value}

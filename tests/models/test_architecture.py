@@ -25,6 +25,7 @@ from mpoc.models.export import export_network
 from mpoc.models.zoo import example, make
 from mpoc.reporting.summary import report_dict, summary
 from tests.support.architectures import tiny
+from tests.support.marks import slow_except
 
 NET = """from torch import nn
 
@@ -68,7 +69,10 @@ def compressed(arch: str | None, **options: Any) -> Path:
     return output
 
 
-@pytest.mark.parametrize("spec", ["fc2", "resnet:depth=20", "densenet:depth=7", "picogpt:vocab=30,context=8"])
+ZOO = ["fc2", "resnet:depth=20", "densenet:depth=7", "picogpt:vocab=30,context=8"]
+
+
+@pytest.mark.parametrize("spec", slow_except(ZOO, "fc2", "densenet:depth=7"))
 def test_zoo_network_loads_from_its_file_alone(spec: str) -> None:
     network = saved(spec)
     path = compressed(spec)

@@ -135,6 +135,7 @@ def outputs_of(network: Any, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return list(y) if isinstance(y, tuple) else [y]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(INPUTS, "mlp"))
 def test_program_computes_like_the_network(exported: Callable[[str], Exported], name: str) -> None:
     made = exported(name)
@@ -348,6 +349,7 @@ class TestErrors:
                 Path("m.safetensors"), {"pt2": Path("p.pt2")}, [parse_input_spec("1x96")], "evil.py:net"
             )
 
+    @pytest.mark.slow
     def test_force_replaces_the_output(self) -> None:
         source = compressed("mlp")
         Path("p.pt2").write_text("old")

@@ -239,6 +239,7 @@ CLASSES = {"linear": "MPOLinear", "conv2d": "MPOConv2d", "embedding": "MPOEmbedd
 
 @pytest.mark.parametrize("kind", slow_except(COMPILED, "linear"))
 class TestCompiled:
+    @pytest.mark.slow
     def test_compiles_to_one_graph(self, kind: str) -> None:
         plain, x, more = COMPILED[kind]()
         layer = with_cores(plain.double())

@@ -44,6 +44,7 @@ def geometries(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @given(geometries(), st.integers(2, 3), st.integers(1, 5), st.integers(0, 2))
 @settings(max_examples=60, derandomize=True, deadline=None)
 def test_matches_the_dense_layer(geometry: dict[str, Any], sites: int, bond: int, batch: int) -> None:

@@ -104,6 +104,7 @@ def test_tree_lists_its_branches(tmp_path: Path) -> None:
         assert bond.entropy == pytest.approx(-(p * np.log(p)).sum(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_mera_has_no_spectra(tmp_path: Path) -> None:
     path = compressed(tmp_path, {"a.weight": torch.randn(16, 16)}, bond=2, form="mera", sites=4)
     assert read_file(path).layers[0].bonds == ()

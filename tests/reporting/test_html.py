@@ -109,6 +109,7 @@ def test_sum_shows_both_terms(tmp_path: Path) -> None:
     assert "Low-rank part" in text
 
 
+@pytest.mark.slow
 def test_mera_explains_missing_entropies(tmp_path: Path) -> None:
     text = shown(compressed(tmp_path, {"a.weight": torch.randn(16, 16)}, bond=2, form="mera", sites=4))
     assert_whole(text)
@@ -164,6 +165,7 @@ def test_warns_about_weight_errors_of_calibrated_files(path: Path) -> None:
     assert "Errors below are errors of weights" not in page(read_files(fitted, [fitted]))
 
 
+@pytest.mark.slow
 def test_page_of_200_layers_is_small(tmp_path: Path) -> None:
     text = shown(many_layers(tmp_path, 20))
     assert_whole(text)

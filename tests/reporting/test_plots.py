@@ -14,6 +14,7 @@ from mpoc.reporting.plots import refuse_existing_folder, write_plots
 from tests.reporting.files import HOSTILE, compressed, one_layer
 
 
+@pytest.mark.slow
 def test_writes_every_figure_in_two_formats(tmp_path: Path) -> None:
     path = one_layer(tmp_path / "a")
     told: list[str] = []
@@ -29,6 +30,7 @@ def test_writes_every_figure_in_two_formats(tmp_path: Path) -> None:
         assert file.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_output_is_deterministic(tmp_path: Path) -> None:
     path = compressed(tmp_path / "a", {"a.weight": torch.randn(16, 16)}, bond=2, sites=2)
     for name in ("one", "two"):

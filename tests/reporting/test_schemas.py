@@ -95,6 +95,7 @@ def network():
 """
 
 
+@pytest.mark.slow
 def test_calibrated_output_with_scores_and_trials_conforms(here: Here) -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4))
     torch.save(network.state_dict(), "m.pt")

@@ -17,6 +17,7 @@ AXES = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @SOME
 @given(AXES, st.lists(st.floats(1e-12, 1e12), min_size=1, max_size=6))
 def test_ticks_are_few_rising_and_in_range(axis: Axis, values: list[float]) -> None:

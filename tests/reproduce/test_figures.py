@@ -39,6 +39,7 @@ def drawn(done: Reproduction, folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return [figure.axes[0] for figure in figures]
 
 
+@pytest.mark.slow
 def test_draws_accuracy_over_bonds(
     done: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,6 +56,7 @@ def test_draws_accuracy_over_bonds(
     assert list(fitted.get_ydata()) == [done.rows[1].mean("final")[0], done.rows[3].mean("final")[0]]
 
 
+@pytest.mark.slow
 def test_draws_convergence(done: Reproduction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     axes = drawn(done, tmp_path / "plots", monkeypatch)[1]
     assert len(axes.lines) == 5

@@ -71,6 +71,7 @@ def test_convolutions_match_the_paper() -> None:
     assert names == {f"conv{k}" for k in range(1, 7)} | {"fc1", "fc2", "head"}
 
 
+@pytest.mark.slow
 def test_features_are_pixels_with_channels() -> None:
     network = zoo.make("mera-cnn").eval()
     seen: list[torch.Tensor] = []
@@ -90,6 +91,7 @@ def test_orders_channels_first_and_neighbours_together() -> None:
     assert sorted(order) == list(range(4096))
 
 
+@pytest.mark.slow
 def test_order_does_not_change_the_features() -> None:
     other, plain = (made(name).get_submodule("fc1") for name in ("mera-channels", "mera"))
     x = torch.randn(3, 4096)
@@ -98,6 +100,7 @@ def test_order_does_not_change_the_features() -> None:
         assert not torch.allclose(other(x), plain(x))
 
 
+@pytest.mark.slow
 def test_initialisation_is_orthogonal_and_keeps_variance() -> None:
     first, second = (made("mera").get_submodule(name) for name in ("fc1", "fc2"))
     x = torch.randn(50, 4096, generator=torch.Generator().manual_seed(0))

@@ -99,6 +99,7 @@ def asked(digits: Path, output: Path, *variants: str, starts: tuple[str, ...] = 
     return StudyRequest("harada", digits, output, choice, starts, device="cpu")
 
 
+@pytest.mark.slow
 def test_automatic_bonds_start_from_the_trained_cores(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,12 +123,14 @@ def test_automatic_bonds_start_from_the_trained_cores(
     assert all(0 <= s <= np.log(d) + 1e-5 for s, d in zip(entropies, bonds[1:-1], strict=True))
 
 
+@pytest.mark.slow
 def test_automatic_bonds_train_the_missing_fixed_network(digits: Path, tmp_path: Path) -> None:
     together = run_study(asked(digits, tmp_path / "a", "raster", "raster-random-0.1"), lambda _: None)
     alone = run_study(asked(digits, tmp_path / "b", "raster-random-0.1"), lambda _: None)
     assert alone.rows[1].results[0].curve == together.rows[2].results[0].curve
 
 
+@pytest.mark.slow
 def test_each_automatic_variant_has_its_start(digits: Path, tmp_path: Path) -> None:
     variants = ("raster-dense-0.5", "raster-random-0.3")
     done = run_study(asked(digits, tmp_path, *variants, starts=("ttsvd",)), lambda _: None)
@@ -145,12 +148,14 @@ def test_raster_results_keep_their_keys(digits: Path) -> None:
     assert raster == [layer] and morton == [{**layer, "order": "morton"}]
 
 
+@pytest.mark.slow
 def test_averages_parameters_over_runs(digits: Path, tmp_path: Path) -> None:
     request = replace(asked(digits, tmp_path, "raster-random-0.1"), runs=2)
     row = run_study(request, lambda _: None).rows[1]
     assert row.parameters == round(np.mean([result.parameters for result in row.results]))
 
 
+@pytest.mark.slow
 def test_draws_accuracy_over_parameters(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def test_report_round_trips_json(done: ImageStates) -> None:
     assert report["states"]["morton"][0]["numbers"] == 20 and len(report["entropies"]["raster"]) == 4
 
 
+@pytest.mark.slow
 def test_draws_figures(done: ImageStates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
 

@@ -56,6 +56,7 @@ def test_rows_list_our_numbers_and_the_papers(digits: Path, tmp_path: Path) -> N
             assert result.best == max(point["accuracy"] for point in result.curve)
 
 
+@pytest.mark.slow
 def test_starts_differ_only_in_initialisation(digits: Path, tmp_path: Path) -> None:
     """From TT-SVD a network begins near where dense training ended; random cores know nothing."""
     done, _ = run(request(digits, tmp_path / "out", choice=StudyChoice(bonds=(64,), epochs=3)))
@@ -107,6 +108,7 @@ def test_settings_are_part_of_the_key(digits: Path, tmp_path: Path) -> None:
     assert sum(line.endswith("stored") for line in again) == 2
 
 
+@pytest.mark.slow
 def test_factorings_share_the_dense_network(digits: Path, tmp_path: Path) -> None:
     shape: Shapes = {"fc1": ((16, 16), (28, 28))}
     shapes = (("fc1=28x28:16x16", shape),)
@@ -118,6 +120,7 @@ def test_factorings_share_the_dense_network(digits: Path, tmp_path: Path) -> Non
     assert done.rows[2].published is None
 
 
+@pytest.mark.slow
 def test_validation_split_selects_the_weights(digits: Path, tmp_path: Path) -> None:
     asked = request(digits, tmp_path / "out", held_out=0.2, choice=StudyChoice(bonds=(2,), epochs=3))
     done, said = run(asked)
@@ -151,6 +154,7 @@ def test_retrains_the_dense_network_without_weights(digits: Path, tmp_path: Path
     assert before.rows[1].results[0].curve == after.rows[1].results[0].curve
 
 
+@pytest.mark.slow
 def test_json_lists_all_rows(digits: Path, tmp_path: Path) -> None:
     done, _ = run(request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1)))
     report = json.loads(json.dumps(done.as_dict()))

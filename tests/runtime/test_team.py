@@ -11,6 +11,7 @@ from mpoc.runtime.distributed import ProcessGroup, process_group
 from tests.support.process_groups import in_threads
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 100), max_size=30), st.integers(1, 5))
 def test_splits_work_evenly(costs: list[float], size: int) -> None:
     shares = [ProcessGroup(rank, size).own_indices(costs) for rank in range(size)]

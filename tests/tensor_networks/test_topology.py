@@ -32,6 +32,7 @@ def test_mera_intermediates_are_small() -> None:
     assert largest < 70_000 < 4 * 3**10  # the latter level by level
 
 
+@pytest.mark.slow
 @given(SIDES, st.sampled_from([CHAIN, TREE, MERA]))
 def test_every_leg_is_connected(sides: tuple[list[int], list[int]], topology: Topology) -> None:
     outputs, inputs = map(tuple, sides)
@@ -55,6 +56,7 @@ def test_every_leg_is_connected(sides: tuple[list[int], list[int]], topology: To
     assert all(len(set(sizes)) == 1 and len(sizes) <= 2 for sizes in ends.values())
 
 
+@pytest.mark.slow
 @given(SIDES)
 def test_mera_cores_find_their_inputs(sides: tuple[list[int], list[int]]) -> None:
     outputs, inputs = sides

@@ -14,6 +14,7 @@ from mpoc.errors import UsageError
 from mpoc.models import zoo
 from mpoc.train.gradient_checkpointing import enable_gradient_checkpointing
 from tests.support.hub_models import tiny
+from tests.support.marks import slow_except
 from tests.train.small import perceptron, run, weights
 
 X = torch.linspace(-1, 1, 4 * 3 * 32 * 32).reshape(4, 3, 32, 32)
@@ -81,7 +82,7 @@ def step(network: nn.Module, x: Tensor) -> tuple[list[Tensor], list[Tensor], int
     return gradients, [b.clone() for b in network.buffers()], sum(kept.values())
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", slow_except(NETWORKS, "picogpt", "bert"))
 def test_keeps_gradients_and_saves_memory(name: str) -> None:
     make, x = NETWORKS[name]
     network = make()

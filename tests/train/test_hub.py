@@ -17,6 +17,7 @@ from tests.support.hub_models import answer, auto, compress, tiny
 WORDS = [*"abcdefghijklmn"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_distils_towards_the_original(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

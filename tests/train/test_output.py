@@ -17,10 +17,11 @@ from mpoc.train.evaluate_file import evaluate_file
 from mpoc.train.finetune import finetune
 from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest, Settings
 from tests.data.samples import pixels
+from tests.support.marks import slow_except
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("best", slow_except([False, True], True))
 def test_final_score_matches_the_stored_half_precision_weights(
     tmp_path: Path, compressed: bool, best: bool
 ) -> None:

@@ -20,6 +20,7 @@ from mpoc.train.settings import CheckpointInterval, DataOptions, FinetuneRequest
 from tests.data.samples import write_jsonl
 
 
+@pytest.mark.slow
 def test_damaged_data_keep_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(zoo.make("picogpt").state_dict(), tmp_path / "gpt.safetensors")
     data = DataOptions(
@@ -52,6 +53,7 @@ def test_damaged_data_keep_the_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
     assert not request.checkpoint.exists()
 
 
+@pytest.mark.slow
 def test_diverging_training_leaves_nothing(tmp_path: Path) -> None:
     save_file(zoo.make("picogpt").state_dict(), tmp_path / "gpt.safetensors")
     (tmp_path / "a.txt").write_text("to be or not to be " * 20)

@@ -142,6 +142,7 @@ class TestDistillation:
         assert scores["loss"] == pytest.approx(expected, rel=1e-4)
         assert scores["agreement"] == pytest.approx(agree)
 
+    @pytest.mark.slow
     def test_student_learns_without_labels(self) -> None:
         from mpoc.train.engine import make_accelerator
         from mpoc.train.loop import train

@@ -29,6 +29,7 @@ def test_checkpoint_round_trip(checkpoint: CheckpointFile) -> None:
         assert all(torch.equal(found[name], given[name]) for name in given)
 
 
+@pytest.mark.slow
 def test_detects_every_change(checkpoint: CheckpointFile) -> None:
     r"""Of the numbers, or of the words in the header, where \u00e9 is \u00E9."""
     whole, unnoticed = checkpoint.path.read_bytes(), []

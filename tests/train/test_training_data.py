@@ -83,6 +83,7 @@ def tuned_on(data: Path, source: Path) -> Path:
     return finetune(request).output
 
 
+@pytest.mark.slow
 def test_keeps_the_class_numbers_of_training(tmp_path: Path, fc2: Model) -> None:
     tuned = tuned_on(animals(tmp_path / "a", "cat", "cow", "dog"), fc2.path)
     part = animals(tmp_path / "b", "dog", "cow")
@@ -99,6 +100,7 @@ def test_keeps_the_class_numbers_of_training(tmp_path: Path, fc2: Model) -> None
     }
 
 
+@pytest.mark.slow
 def test_rejects_classes_absent_from_training(tmp_path: Path, fc2: Model) -> None:
     tuned = tuned_on(animals(tmp_path / "a", "cat", "dog"), fc2.path)
     other = DataOptions(animals(tmp_path / "b", "cat", "zebra"))

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 from mpoc.compression.calibrate.allocation import WAYS, Allocation, UnitCost, allocate_by_gain
@@ -96,6 +97,7 @@ def test_other_layers_keep_their_plans() -> None:
     assert found.plans[1] == plans[1]
 
 
+@pytest.mark.slow
 def test_each_single_form_competes() -> None:
     plans = [plan("a", 4), plan("b", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
@@ -114,6 +116,7 @@ def test_each_single_form_competes() -> None:
     )
 
 
+@pytest.mark.slow
 def test_one_form_may_win_alone() -> None:
     class Jealous(Distance):
         """Two forms in one network move its outputs far."""

@@ -6,6 +6,7 @@ import copy
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -37,6 +38,7 @@ def given_to(network: nn.Module, name: str, batches: list[Any]) -> torch.Tensor:
     return torch.cat(seen).transpose(0, 1).flatten(1)
 
 
+@pytest.mark.slow
 def test_statistics_match_the_inputs_of_the_norm() -> None:
     network = resnet20()
     compressed = damaged(network)
@@ -51,6 +53,7 @@ def test_statistics_match_the_inputs_of_the_norm() -> None:
     assert len(found.statistics) == 2 * sum(isinstance(m, nn.BatchNorm2d) for m in network.modules())
 
 
+@pytest.mark.slow
 def test_accepted_only_where_outputs_improve() -> None:
     network, batches = resnet20(), [images(64, seed=k) for k in range(3)]
     call = Call.of(network)

@@ -85,6 +85,7 @@ def by_hand(module: Block, given: list[Example]) -> float:
     return error / total
 
 
+@pytest.mark.slow
 def test_losses_match_the_returned_tensors() -> None:
     start, found = refined()
     assert found.before == pytest.approx(by_hand(start, examples(2, 1)), rel=1e-4)
@@ -93,6 +94,7 @@ def test_losses_match_the_returned_tensors() -> None:
     assert found.after < 0.8 * found.before
 
 
+@pytest.mark.slow
 def test_weights_errors_by_their_effect_on_the_output() -> None:
     """(f − y)ᵀ G (f − y) / yᵀ G y by hand, G with some identity; further down than without."""
     direction = torch.zeros(12)
@@ -120,12 +122,14 @@ def _weighted(module: Block, weights: Tensor) -> float:
     return error / total
 
 
+@pytest.mark.slow
 def test_is_deterministic_and_depends_on_the_seed() -> None:
     (_, first), (_, again), (_, other) = refined(seed=1), refined(seed=1), refined(seed=2)
     assert all(torch.equal(first.tensors[name], again.tensors[name]) for name in first.tensors)
     assert any(not torch.equal(first.tensors[name], other.tensors[name]) for name in first.tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_measures_the_stored_dtype(dtype: torch.dtype) -> None:
     start = block().to(dtype).float()
@@ -134,6 +138,7 @@ def test_measures_the_stored_dtype(dtype: torch.dtype) -> None:
     assert found.after == pytest.approx(by_hand(with_tensors(start, found), examples(2, 1)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_exact_block_stays_unchanged() -> None:
     torch.manual_seed(7)
     found = refine_block(Block(12).eval(), stored(Block(12)), examples(), examples(2, 1))
@@ -141,6 +146,7 @@ def test_exact_block_stays_unchanged() -> None:
     assert not found.tensors
 
 
+@pytest.mark.slow
 def test_rejects_steps_that_are_worse_on_held_out_examples() -> None:
     start = block()
     against = [
@@ -150,6 +156,7 @@ def test_rejects_steps_that_are_worse_on_held_out_examples() -> None:
     assert not found.tensors and found.after == found.before
 
 
+@pytest.mark.slow
 def test_other_parameters_stay_unchanged() -> None:
     start = block()
     trained = copy.deepcopy(start)

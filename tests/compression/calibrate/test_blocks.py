@@ -43,6 +43,7 @@ def test_refinement_reduces_output_errors(tmp_path: Path, name: str, form: str, 
     assert case.error(refined) < share * case.error(plain)
 
 
+@pytest.mark.slow
 def test_manifest_records_every_block(tmp_path: Path) -> None:
     done = Case(tmp_path, "blocks").compress(bond=4, form="svd")
     assert read_manifest(done.output) == done.manifest
@@ -57,6 +58,7 @@ def test_manifest_records_every_block(tmp_path: Path) -> None:
     assert any(note.startswith("not refined") and "1 layers (2)" in note for note in done.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 def test_recorded_errors_match_the_stored_cores(tmp_path: Path, dtype: str | None) -> None:
     case = Case(tmp_path, "blocks")
@@ -73,6 +75,7 @@ def test_recorded_errors_match_the_stored_cores(tmp_path: Path, dtype: str | Non
             assert load_file(done.output)[layer.core_name(0)].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_recorded_loss_matches_the_stored_cores(tmp_path: Path) -> None:
     """Of both blocks together, biases and norms included, with the identity as G."""
     case = Case(tmp_path, "blocks")
@@ -106,6 +109,7 @@ def _output_error(
     return float((products[0] - products[1]).norm() / products[0].norm())
 
 
+@pytest.mark.slow
 def test_dense_layers_stay_unchanged(tmp_path: Path) -> None:
     case = Case(tmp_path, "blocks")
     stored = load_file(case.compress(bond=4, form="svd", layers=("*.down",)).output)
@@ -133,6 +137,7 @@ def test_shared_weight_is_not_refined(tmp_path: Path) -> None:
     assert any("not refined" in note and "1 layers" in note for note in done.notes)
 
 
+@pytest.mark.slow
 def test_network_without_blocks_is_fitted_as_before(tmp_path: Path) -> None:
     """Each layer is a block of its own here."""
     case = Case(tmp_path, "plain")

@@ -54,6 +54,7 @@ def test_largest_within_a_size_fits(form: str) -> None:
         assert Storage(structure, *larger).num_parameters > size
 
 
+@pytest.mark.slow
 def test_extra_structure_is_a_candidate() -> None:
     structure = make_structure("linear", SIDES)
     mera = make_structure("linear", SIDES, form="mera")

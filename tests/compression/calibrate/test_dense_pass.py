@@ -91,6 +91,7 @@ def test_matches_gradients_of_single_examples() -> None:
     assert torch.allclose(found.gradients["2.weight"], last / 30, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_sampled_labels_give_the_fisher_information() -> None:
     """Of the logits it is diag(p) − ppᵀ, exactly, in the mean over draws."""
     logits = torch.randn(1, 4)
@@ -120,6 +121,7 @@ def test_handles_pooled_embeddings() -> None:
     assert float(result.trace()) == pytest.approx(float(wanted.trace()), rel=0.02)
 
 
+@pytest.mark.slow
 def test_handles_convolutions() -> None:
     network, batches = resnet20(), [images(2, size=16), images(2, seed=1, size=16)]
     found, result = passed(network, batches)
@@ -150,6 +152,7 @@ def test_handles_convolutions() -> None:
     assert list(result.moments) == list(result.gradients) == list(found.layers)
 
 
+@pytest.mark.slow
 def test_samples_positions() -> None:
     network, batches = resnet20(), [images(4)]
     _, whole = passed(network, batches, count=0)
@@ -181,6 +184,7 @@ def test_handles_layers_without_gradients() -> None:
     assert torch.allclose(found.moments["late.weight"].second, second(rows), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_leaves_the_network_unchanged() -> None:
     network = resnet20()
     network.get_parameter("conv1.weight").requires_grad_(False)
@@ -211,6 +215,7 @@ def test_matches_on_a_gpu() -> None:
         assert other.gradients[name].device.type == "cpu"
 
 
+@pytest.mark.slow
 def test_gradients_after_a_block_match_its_last_layer() -> None:
     """The last layer takes the mean over what the last block gives: G there is Wᵀ E[g gᵀ] W to a factor."""
     network, batches = resnet20(), [images(3, size=12)]

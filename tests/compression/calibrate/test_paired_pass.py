@@ -30,6 +30,7 @@ from tests.compression.calibrate.networks import (
     weights,
 )
 from tests.support.architectures import tiny
+from tests.support.marks import slow_except
 from tests.support.rounding import assert_near
 
 Networks = tuple[nn.Module, list[Batch]]
@@ -91,7 +92,7 @@ def assert_same(found: dict[str, Moments], wanted: dict[str, Moments]) -> None:
             assert other == value if field == "rows" else torch.equal(other, value), (name, field)
 
 
-@pytest.mark.parametrize("make", [bert, gpt2, resnet, densely])
+@pytest.mark.parametrize("make", slow_except([bert, gpt2, resnet, densely], densely))
 def test_cached_block_inputs_give_the_same_moments(make: Any) -> None:
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))
@@ -104,6 +105,7 @@ def test_cached_block_inputs_give_the_same_moments(make: Any) -> None:
     assert len(differing) > len(wanted) // 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [bert, resnet, densely])
 def test_matches_whole_passes(make: Any) -> None:
     """Inputs of all layers from one run of each network, no stop, rows by the layer's own rule."""
@@ -147,6 +149,7 @@ def _all_rows(network: nn.Module, batches: list[Batch], found: Trace) -> dict[st
     return {name: torch.cat(parts, dim=-2) for name, parts in rows.items()}
 
 
+@pytest.mark.slow
 def test_reuses_dense_second_moments() -> None:
     network, batches = resnet()
     found = trace(network, Call.of(network), batches[0], weights(network))
@@ -268,6 +271,7 @@ def test_matches_on_a_gpu() -> None:
         assert torch.allclose(result[name].cross, moments.cross, rtol=1e-3, atol=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [bert, gpt2, resnet])
 def test_block_inputs_match_whole_passes(make: Any) -> None:
     """Kept or found again: inputs of the compressed network's block, outputs of the dense one's."""

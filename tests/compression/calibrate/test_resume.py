@@ -49,6 +49,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "refine", "goal", "kept"),
     [
@@ -99,6 +100,7 @@ def test_resume_ignores_results_of_another_goal(tmp_path: Path) -> None:
     assert found.output.read_bytes() == whole.output.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["allocation.safetensors", "moments.safetensors"])
 def test_recomputes_damaged_results(tmp_path: Path, name: str) -> None:
     """Another bond in the allocation; a truncated file of moments."""

@@ -47,6 +47,7 @@ def both_routes(kernel: Tensor, structure: Structure, bond: int, **options: Any)
     return dense, rounded
 
 
+@pytest.mark.slow
 @SOME
 @given(convolutions())
 def test_both_routes_match_torch_at_full_bond(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
@@ -62,6 +63,7 @@ def test_both_routes_match_torch_at_full_bond(drawn: tuple[nn.Conv2d, tuple[int,
         assert fit.relative_error < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bond", [1, 3, 6])
 def test_both_routes_have_equal_errors(bond: int) -> None:
     structure = map_structure((8, 6, 3, 3), (8, 4), stride=(2, 1), factors=((4, 4, 2, 4), (2, 4, 8, 3)))
@@ -109,6 +111,7 @@ def test_exact_operator_has_the_bonds_of_its_taps() -> None:
     assert exact.bonds == (1, 3, 3, 9, 9, 1)
 
 
+@pytest.mark.slow
 def test_handles_maps_too_large_to_form(nothing_is_small: None) -> None:
     kernel = torch.randn(16, 8, 3, 3)
     structure = map_structure((16, 8, 3, 3), (128, 128))  # 262,144 × 131,072

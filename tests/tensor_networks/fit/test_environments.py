@@ -8,6 +8,7 @@ import torch
 from mpoc.tensor_networks.fit.lbfgs import inverse_grams
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
+from tests.support.marks import slow_except
 from tests.support.weights import random_cores
 
 FOUR = make_structure("linear", (24, 24), factors=((2, 3, 2, 2), (3, 1, 4, 2)))
@@ -24,8 +25,8 @@ def curvature(form: Form, k: int) -> torch.Tensor:
     return derivative.T @ derivative
 
 
-@pytest.mark.parametrize("form_name", ["mpo", "tree"])
-@pytest.mark.parametrize("structure", [FOUR, SIX], ids=["four", "six"])
+@pytest.mark.parametrize("form_name", slow_except(["mpo", "tree"], "mpo"))
+@pytest.mark.parametrize("structure", [pytest.param(FOUR, marks=pytest.mark.slow), SIX], ids=["four", "six"])
 def test_environments_are_the_curvature_of_each_core(structure: Structure, form_name: str) -> None:
     """Of a network without loops: a product over the bonds, and the identity on the sites' own legs."""
     form = form_of(random_cores(one := replace(structure, form=form_name), 2), one)

@@ -61,6 +61,7 @@ def test_no_single_core_can_improve(structure: Structure, form_name: str) -> Non
         assert brute_force_value(metric, fit.form, k) > (1 - 1e-3) * fit.history[-1]
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(structures(), st.sampled_from(["mpo", "tree"]), st.integers(1, 6), st.booleans(), st.integers(0, 3))
 def test_objective_never_rises_and_matches_the_result(
@@ -158,6 +159,7 @@ def test_padding_is_free() -> None:
     assert fit.history[-1] < metric.value(matrix_of(tt_svd(metric.target, structure, Truncation(6)).form))
 
 
+@pytest.mark.slow
 def test_handles_few_samples_and_dead_features() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 12, generator=generator, dtype=torch.float64)

@@ -1,5 +1,6 @@
 """The dense map of a convolution against torch's own convolution, and the way back to a kernel."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
@@ -11,6 +12,7 @@ from tests.support.convolutions import convolutions, geometry_and_kernel, is_ful
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 
 
+@pytest.mark.slow
 @SOME
 @given(convolutions())
 def test_map_matches_the_convolution(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
@@ -22,6 +24,7 @@ def test_map_matches_the_convolution(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -
     torch.testing.assert_close(y, conv(x).detach())
 
 
+@pytest.mark.slow
 @SOME
 @given(convolutions())
 def test_nearest_kernel_of_a_convolution_is_its_kernel(drawn: tuple[nn.Conv2d, tuple[int, ...]]) -> None:
@@ -33,6 +36,7 @@ def test_nearest_kernel_of_a_convolution_is_its_kernel(drawn: tuple[nn.Conv2d, t
         torch.testing.assert_close(back, kernel)
 
 
+@pytest.mark.slow
 @SOME
 @given(convolutions())
 def test_nearest_kernel_leaves_an_orthogonal_rest(

@@ -37,6 +37,7 @@ def tails(mpo: MPO, bond: int) -> list[float]:
     return [float((v[bond:] ** 2).sum()) for v in values]
 
 
+@pytest.mark.slow
 @SOME
 @given(structures(), BONDS)
 def test_norm_matches_the_tensor(structure: Structure, bond: int) -> None:
@@ -44,6 +45,7 @@ def test_norm_matches_the_tensor(structure: Structure, bond: int) -> None:
     assert mpo.norm() == pytest.approx(float(np.linalg.norm(dense(mpo))), rel=1e-10)
 
 
+@pytest.mark.slow
 @SOME
 @given(structures(), BONDS, BONDS)
 def test_cap_gives_an_error_between_worst_cut_and_sum(structure: Structure, bond: int, cap: int) -> None:
@@ -58,6 +60,7 @@ def test_cap_gives_an_error_between_worst_cut_and_sum(structure: Structure, bond
         torch.testing.assert_close(values, again, rtol=1e-7, atol=1e-9 * mpo.norm())
 
 
+@pytest.mark.slow
 @SOME
 @given(structures(), BONDS, st.floats(0.01, 0.9))
 def test_respects_the_tolerance(structure: Structure, bond: int, tolerance: float) -> None:
@@ -66,6 +69,7 @@ def test_respects_the_tolerance(structure: Structure, bond: int, tolerance: floa
     assert np.linalg.norm(dense(mpo) - dense(rounded)) <= tolerance * mpo.norm() * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @SOME
 @given(structures(), BONDS, st.floats(0.003, 0.9))
 def test_discard_determines_each_bond(structure: Structure, bond: int, discard: float) -> None:

@@ -38,6 +38,7 @@ def unfoldings(tree: Tree) -> list[np.ndarray]:
     return found
 
 
+@pytest.mark.slow
 @SOME
 @given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 9))
 def test_spectra_and_entropies_match_direct_svds(sites: int, bond: int, seed: int) -> None:
@@ -50,6 +51,7 @@ def test_spectra_and_entropies_match_direct_svds(sites: int, bond: int, seed: in
         assert entropy == pytest.approx(-(p * np.log(p)).sum(), abs=1e-6)
 
 
+@pytest.mark.slow
 @SOME
 @given(st.integers(1, 7), st.integers(1, 6), st.integers(0, 9))
 def test_balanced_keeps_the_weight_with_equal_sides(sites: int, bond: int, seed: int) -> None:
