@@ -41,7 +41,7 @@ def hooked() -> Iterator[list[RemovableHandle]]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """During a pass, no parameter requires a gradient, no keys and values are cached, experts run one by one."""
+    """During a pass, parameters need no gradients, nothing is cached, experts run one by one."""
     modules = (module for module in network.modules() if not isinstance(module, nn.ParameterList))
     assert not any(module.training for module in modules), "calibration is in evaluation mode"
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""Every kind of layer: calibrated, outputs on unseen inputs are nearer to the dense ones than by weights alone."""
+"""Every kind of layer: calibrated, outputs on unseen inputs are nearer to the dense ones than by weights."""
 
 from __future__ import annotations
 
