@@ -6,8 +6,8 @@
 ``collect`` compresses the demo's network, ResNet-20 and all-MiniLM-L6-v2 in many ways with the mpoc of the
 current checkout, on two threads, and keeps what each command writes and prints. ``compare`` names every
 file that differs; JSON is compared without seconds. With ``--wording`` the tensors must still agree to the
-byte, but the manifest's and the report's ``tool``, ``reason``, ``left_alone``, notes and, with them, the size of
-the file may differ, and HTML is not compared: what a change of the wording alone may change.
+byte, but the manifest's and the report's ``tool``, ``reason``, ``left_alone``, notes and, with them, the
+size of the file may differ, and HTML is not compared: what a change of the wording alone may change.
 """
 
 import argparse
