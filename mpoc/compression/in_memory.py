@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mpoc.compression.calibrate.calibration_data import CalibrationRequest, calibrate_on
 from mpoc.compression.calibrate.layer_inputs import device_of
+from mpoc.compression.calibrate.taps import removing_taps
 from mpoc.compression.plain_fit import Fitted, fit_layer
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import CONV_FORMS, GOALS, Recipe, check_recipe, make_recipe
@@ -253,7 +254,7 @@ def _fit(
         job = make_job(source, recipe, source.plan(recipe), RunContext(device_of(model)))
         fitted = [_fit_layer(model, job, plan) for plan in job.plans]
     else:
-        with evaluating(model):
+        with evaluating(model), removing_taps(model):
             job = _calibrated_job(model, source, request)
             layers = {fit.record.name: fit for fit in job.fits()}
             fitted, changed = [layers[plan.map.name] for plan in job.plans], job.finish()

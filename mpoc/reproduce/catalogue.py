@@ -1,4 +1,4 @@
-"""All studies by name, PicoGPT's among them, and the experiments of one study that were requested."""
+"""All studies by name, those of PicoGPT and of Harada, and the requested experiments of one study."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpoc.errors import UsageError, nearest
 from mpoc.reproduce.experiment import Experiment, Published, ReplacedLayer, Study, Training
 from mpoc.reproduce.gao2020 import DENSENET, FC2, LENET5, RESNET, VGG16, VGG19
 from mpoc.reproduce.hallam2017 import MERA
-from mpoc.reproduce.harada2022 import HARADA
+from mpoc.reproduce.image_states import ORDERS
 from mpoc.train.settings import Settings
 
 # PicoGPT on tiny Shakespeare ("PicoGPT-MPO", arXiv:2603.28534): every linear layer of attention, feed-forward
@@ -55,6 +55,71 @@ _PICOGPT = Experiment(
 )
 
 PICOGPT = Study("picogpt", "PicoGPT", _PICOGPT_SOURCE, {"picogpt": _PICOGPT}, quick_batch=4)
+
+# Harada's network of one MPO on MNIST, at fixed bonds and at bonds that its spectra choose (slides, 2022).
+# The slides draw the effective components of the trained weight and print no accuracy, no bond and no
+# training.  Their automatic bonds (Asoshina and Harada, JPS 2022) are announced, not described; here each
+# bond is the smallest that discards at most a share of the weight's squared norm, and training then goes on.
+# Images are taken in raster order and in the coarse-grained one of Latorre, arXiv:quant-ph/0510031.
+_HARADA_SOURCE = "Harada, slides of 24 Nov 2022, 'Observation of effective components in weight matrix'"
+_SLIDES = "slides"
+_SITES = (4, 4, 4, 4, 4)
+# A dense weight spreads over many more Schmidt values than trained cores: below 0.3 its bonds compress.
+_DISCARDS = {"ttsvd": (0.5, 0.3), "random": (0.3, 0.1, 0.03)}
+_HARADA_TRAINING = Training(
+    Settings(
+        epochs=5, batch=100, optimizer="sgd", lr=0.1, momentum=0.9, nesterov=True, l2=1e-3, warmup=0.05,
+        clip=1.0,
+    )
+)  # fmt: skip
+_FROM = {"ttsvd": "dense", "random": "random"}
+_NOTES = {
+    "ttsvd": "automatic from dense: bonds chosen from the trained dense weight, then trained again",
+    "random": "automatic from random: bonds chosen from random cores trained at D = 16 or at --bonds, then "
+    "trained again",
+}
+_RULE = "each bond is the smallest that discards at most this share of the squared norm of the weight"
+
+
+def _fixed(order: str) -> Experiment:
+    label = ORDERS[order]
+    return Experiment(
+        label=label,
+        network="harada",
+        layers=(ReplacedLayer("fc1", _SITES, _SITES, order=order),),
+        bonds=(2, 4, 8, 16),
+        training=_HARADA_TRAINING,
+        paper_training=None,
+        data="MNIST",
+        dense=Published(_SLIDES, words="drawn, not printed"),
+        published={0: Published(_SLIDES, words="not printed")},
+        series=label,
+    )
+
+
+def _automatic(order: str, start: str, discard: float) -> Experiment:
+    series = f"{ORDERS[order]}, automatic from {_FROM[start]}"
+    notes = (_NOTES[start], _RULE)
+    label = f"{series}, {discard:g}"
+    return replace(
+        _fixed(order), label=label, bonds=(16,), notes=notes, discard=discard, starts=(start,), series=series
+    )
+
+
+def _harada() -> dict[str, Experiment]:
+    found: dict[str, Experiment] = {}
+    for order in reversed(ORDERS):
+        found[order] = _fixed(order)
+        for start, discards in _DISCARDS.items():
+            for discard in discards:
+                found[f"{order}-{_FROM[start]}-{discard:g}"] = _automatic(order, start, discard)
+    return found
+
+
+_HARADA = _harada()
+HARADA = Study(
+    "harada", "MPO + FC", _HARADA_SOURCE, _HARADA, quick_batch=50, axis="parameters", shown=tuple(_HARADA)
+)
 
 _ALL = (FC2, LENET5, VGG16, VGG19, RESNET, DENSENET, PICOGPT, HARADA, MERA)
 STUDIES = {study.name: study for study in _ALL}

@@ -11,7 +11,7 @@ Hooks are removed, and the network is left as it was, whatever happens during a 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mpoc.compression.calibrate.taps import calling_taps, tap_of
 from mpoc.errors import MpocError
 from mpoc.models.introspection import same_tensor
 
@@ -41,7 +42,10 @@ def hooked() -> Iterator[list[RemovableHandle]]:
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """During a pass, parameters need no gradients, nothing is cached, experts run one by one."""
+    """During a pass, no parameter requires a gradient, and no keys and values are cached.
+
+    Experts run one by one, and taps (:mod:`mpoc.compression.calibrate.taps`) are called.
+    """
     modules = (module for module in network.modules() if not isinstance(module, nn.ParameterList))
     assert not any(module.training for module in modules), "calibration is in evaluation mode"
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -56,7 +60,8 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         if cached:
             config.use_cache = False
-        yield
+        with calling_taps(network):
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -279,14 +284,28 @@ def find_layer(network: nn.Module, name: str) -> ObservedLayer | str:
     for alias in sorted(known[name], key=lambda other: (other != name, other)):
         path, _, own = alias.rpartition(".")
         module = network.get_submodule(path)
+        tap = tap_of(module, own)
         inputs = _inputs(module) if own == "weight" else None
+        if tap is not None:
+            path, inputs = f"{path}.{tap}".lstrip("."), LinearInputs(module.get_parameter(own).shape[1])
         if inputs is None:
             return f"its inputs cannot be seen from outside a {type(module).__name__}"
-        modules.setdefault(id(module), (path, inputs))
+        modules.setdefault(id(network.get_submodule(path)), (path, inputs))
     places = list(modules.values())
     if len({type(inputs) for _, inputs in places}) > 1:
         return f"tied: {' and '.join(path for path, _ in places)} use it in different ways"
     return ObservedLayer(name, tuple(path for path, _ in places), places[0][1])
+
+
+def unseen_weights(network: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the weights (N_y, N_x) that no module of their own multiplies by."""
+    owners = {name: network.get_submodule(name.rpartition(".")[0]) for name in names}
+    return [
+        name
+        for name, module in owners.items()
+        if network.get_parameter(name).dim() == 2
+        and ((not name.endswith(".weight") and name != "weight") or _inputs(module) is None)
+    ]
 
 
 def _inputs(module: nn.Module) -> Inputs | None:

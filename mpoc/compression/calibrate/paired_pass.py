@@ -259,14 +259,14 @@ class PairedPass:
         """The inputs of each layer in one network and batch, call by call."""
         inputs: dict[str, list[Tensor]] = {name: [] for name in names}
         left = sum(self._trace.calls[name] for name in names)
-        chosen = any(name in self._trace.families for name in names)  # then they may be called less often
+        often = any(name in self._trace.families or self._trace.calls[name] > 1 for name in names)
 
         def hook(name: str) -> Callable[..., None]:
             def see(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
                 nonlocal left
                 inputs[name].append(first_argument(args, named).clone())  # what comes later may change it
                 left -= 1
-                if left == 0 and not chosen:
+                if left == 0 and not often:  # else other batches may call a layer more often, or less
                     raise _StopError
 
             return see

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from mpoc.compression.calibrate.cache import cached_or_measured, calibration_fingerprint
 from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
 from mpoc.compression.calibrate.dense_pass import DensePass, Probes, dense_pass
-from mpoc.compression.calibrate.layer_inputs import eval_mode
+from mpoc.compression.calibrate.layer_inputs import eval_mode, unseen_weights
 from mpoc.compression.calibrate.moments import Moments, Positions, merge, shrunk
 from mpoc.compression.calibrate.objective import EmbeddingObjective, LayerObjective, Objective
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
-from mpoc.compression.calibrate.trace import Example, Trace, trace_batches
+from mpoc.compression.calibrate.taps import add_taps
+from mpoc.compression.calibrate.trace import UNREACHED, Example, Trace, trace_batches
 from mpoc.compression.run_context import Progress, RunContext
 from mpoc.models.call import Batch, first_output, num_examples, to_device
 from mpoc.models.introspection import same_tensor
@@ -62,16 +63,27 @@ def mean_corrections(
     named = {inner: name for name, inner in places.items()}
     corrections, tied = {}, same_tensor(network)
     for weight, name in weights.items():
-        bias = weight.removesuffix("weight") + "bias"
+        path, _, own = weight.rpartition(".")
+        bias = f"{path}.{own.replace('weight', 'bias')}".lstrip(".")
         norm = trace.norms.get(weight)
         layer = trace.layers.get(weight)
         if layer is None or len(layer.modules) > 1:
             continue
-        if weight.endswith("weight") and bias in named and len(tied[bias]) == 1:
+        if (
+            bias != weight
+            and bias in named
+            and len(tied[bias]) == 1
+            and _has_own_bias(own, trace.calls[weight])
+        ):
             corrections[name] = MeanCorrection(named[bias], 1)
         elif norm is not None and f"{norm}.running_mean" in named:
             corrections[name] = MeanCorrection(named[f"{norm}.running_mean"], -1)
     return corrections
+
+
+def _has_own_bias(weight: str, calls: int) -> bool:
+    """Whether all of a bias is added wherever its weight is used: one of attention may be used in parts."""
+    return weight != "in_proj_weight" or calls == 1
 
 
 class CalibrationStatistics:
@@ -120,11 +132,16 @@ class CalibrationStatistics:
         """Run the network once, to trace which weight is used where."""
         self._reasons = {name: why for name in names if (why := skipped.get(name) or self._why_not(name))}
         self._named = {self.places[name]: name for name in names if name not in self._reasons}
+        add_taps(self.network, unseen_weights(self.network, self._named))
         batch = self.data.batches[0]
         first = to_device({name: values[:1] for name, values in batch.items()}, self.context.device)
         with eval_mode(self.network), torch.no_grad():
             first_output(try_call(self.data.call, self.network, first))
         self._trace: Trace = trace_batches(self.network, self.data.call, self.data.batches, self._named)
+        unreached = [name for name, why in self._trace.reasons.items() if why == UNREACHED]
+        if uncalled := [name for name in unreached if self.network.get_parameter(name).dim() == 2]:
+            add_taps(self.network, uncalled)  # of layers whose weight is read in the place of calling them
+            self._trace = trace_batches(self.network, self.data.call, self.data.batches, self._named)
 
     def facts(self) -> dict[str, Any]:
         """What it was calibrated on, for the manifest."""

@@ -1,4 +1,4 @@
-"""Every kind of layer: calibrated, outputs on unseen inputs are nearer to the dense ones than by weights."""
+"""Every kind of layer, calibrated and by its weight alone: errors of outputs on unseen inputs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from tests.support.architectures import tiny
+from tests.support.marks import slow_except
 
 
 def correlated(*shape: int, seed: int = 0, rank: int = 4) -> Tensor:
@@ -37,6 +39,62 @@ def errors(network: nn.Module, seen: Tensor, unseen: Tensor, **options: Any) -> 
     return found[0], found[1], reports[0]
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind: Any, **options: Any) -> None:
+        super().__init__()
+        self.body = kind(16, 24, batch_first=True, **options)
+        self.head = nn.Linear(48 if options.get("bidirectional") else 24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0])
+
+
+class Attention(nn.Module):
+    """Over its own tokens, then over those of a memory, then an encoder layer of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.other = (nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(2))
+        self.layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.own(x, x, x)[0]
+        return self.layer(y + self.other(y, x.flip(1), x.flip(1))[0])
+
+
+class Direct(nn.Module):
+    """Reads the weight of one layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two((self.one.weight @ x.mT).mT.tanh())
+
+
+NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "lstm": (lambda: Recurrent(nn.LSTM, num_layers=2), (12, 16)),
+    "lstm in both directions": (lambda: Recurrent(nn.LSTM, bidirectional=True), (12, 16)),
+    "gru": (lambda: Recurrent(nn.GRU, num_layers=2), (12, 16)),
+    "attention": (Attention, (8, 16)),
+    "weights read directly": (Direct, (8, 16)),
+}
+
+
+@pytest.mark.parametrize("kind", slow_except(NETWORKS, "gru", "attention", "weights read directly"))
+def test_calibration_reduces_output_errors(kind: str) -> None:
+    make, shape = NETWORKS[kind]
+    torch.manual_seed(0)
+    network = make().eval()
+    names = [name for name, _ in network.named_modules()]
+    ours, plain, report = errors(network, correlated(48, *shape), correlated(32, *shape, seed=1), ratio=0.5)
+    assert ours < 0.9 * plain
+    assert all(layer.output_error is not None for layer in report.layers if layer.form != "dense")
+    assert [name for name, _ in network.named_modules()] == names
+
+
+@pytest.mark.slow
 def test_experts_that_loading_stacks_are_fitted_one_by_one(tmp_path: Path) -> None:
     """One matrix an expert on disk, one stacked weight in the network."""
     network = tiny("mixtral")

@@ -138,14 +138,6 @@ def test_unobservable_layers_are_fitted_by_their_weights(tmp_path: Path) -> None
     assert any("not calibrated" in note and "6" in note for note in done.notes)
 
 
-def test_fused_attention_is_fitted_by_its_weights(tmp_path: Path) -> None:
-    done = Case(tmp_path, "attention").compress(bond=3)
-    assert next(layer for layer in done.manifest.layers if "in_proj" in layer.name).output_error is None
-    assert (
-        next(layer for layer in done.manifest.layers if layer.name == "head.weight").output_error is not None
-    )
-
-
 def test_each_expert_is_fitted_to_its_own_rows(tmp_path: Path) -> None:
     case = Case(tmp_path, "experts")
     options: dict[str, Any] = {"ratio": 0.5, "form": "svd", "layers": ("experts.*",)}

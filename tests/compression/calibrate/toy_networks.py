@@ -94,21 +94,6 @@ def conv() -> nn.Sequential:
     return net
 
 
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention, self.head = nn.MultiheadAttention(24, 2, batch_first=True), nn.Linear(24, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, None]
-        return self.head(self.attention(x, x, x)[0][:, 0])
-
-
-def attention() -> nn.Module:
-    torch.manual_seed(4)
-    return Attention()
-
-
 class WideBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
