@@ -1,8 +1,9 @@
 """Select the linear maps among the tensors of a checkpoint, with a reason for every tensor left unchanged.
 
-A checkpoint holds names and shapes, not modules. A Hugging Face ``config.json`` settles what names leave open
-(GPT-2 stores its ``Conv1D`` weights transposed, a head may be tied to the embedding). Without one, names and
-shapes decide, and the report says so.
+A checkpoint holds names and shapes, no modules.  Where the architecture is known, its modules tell kinds
+(:attr:`Checkpoint.kinds`); otherwise names and shapes decide, and the report says so.  Either way a weight
+that matches the table ``EXCLUSIONS`` is left unchanged by default: the network does not use it as a linear
+map, or an error in it changes the output out of proportion.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -23,12 +24,78 @@ if TYPE_CHECKING:
 # Architectures whose attention and feed-forward weights are transformers' Conv1D: stored (inputs, outputs).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_NAMES = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-_EMBEDDINGS = re.compile(
-    r"(^|[._])(embed\w*|\w*embeddings?|emb|wte|wpe|shared|tok\w*_emb|pos\w*_emb|relative_attention_bias)\.weight$"
-)
 # Fused expert weights stored (experts, inputs, outputs) rather than (experts, outputs, inputs).
 _TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text")
 _EXPERTS = re.compile(r"(^|\.)experts\.[\w.]*$")
+
+
+# Embeddings under their many names; an embedding has no bias.
+_EMBEDDINGS = re.compile(
+    r"(^|[._])(embed\w*|\w*embeddings?|\w*emb|wte|wpe|shared|lut|lookup(_table)?|codebook|"
+    r"relative_attention_bias)\.weight$|^w\.weight$"
+)
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """Weights that are left unchanged by default, told from their names and from what lies beside them."""
+
+    reason: str
+    name: re.Pattern[str]  # found in the tensor's name; "parent" is the module that holds the names beside
+    beside: tuple[str, ...] = ()  # one of these is needed in "parent"; {own} is what "own" matched
+    sound: bool = True  # an error in it is an error in what the network computes, so --layers may take it
+    elementwise: bool = False  # only where what lies beside has the tensor's own shape
+    names_alone: bool = False  # not where modules tell
+    spares_all: bool = False  # not where every matrix of the file matches
+
+
+_RECOMPUTED = "the network recomputes its weight (weight norm, spectral norm, pruning, …)"
+_DERIVED = tuple(f"{{own}}_{end}" for end in ("g", "v", "u", "orig", "raw", "bar", "mask", "fake_quant"))
+_EMBEDDING = "embedding (--embeddings includes it)"
+_ROUTER = "router of experts (--layers takes it)"
+EXCLUSIONS = (
+    Exclusion(
+        _RECOMPUTED,
+        re.compile(r"(^|\.)parametrizations\.|(^|[._])weight\w*_(g|v|u|orig|raw|bar|mask)$"),
+        sound=False,
+    ),
+    Exclusion(
+        _RECOMPUTED,
+        re.compile(r"^(?P<parent>.*\.)?(?P<own>\w*weight\w*)$"),
+        beside=(*_DERIVED, "parametrizations"),
+        sound=False,
+    ),
+    Exclusion(
+        "norm: it scales elementwise",
+        re.compile(r"(^|[._])(\w*norm|ln|bn|gn)(_?(\d+|[a-z]))?\.weight$", re.IGNORECASE),
+        sound=False,
+        names_alone=True,
+    ),
+    Exclusion(
+        "it scales elementwise, as its bias shows",
+        re.compile(r"^(?P<parent>.*\.)?weight$"),
+        beside=("bias",),
+        sound=False,
+        elementwise=True,
+        names_alone=True,
+    ),
+    Exclusion(
+        _ROUTER,
+        re.compile(
+            r"(^|\.)(\w*_)?(routers?(_\w+)?|wg|gate_inp|gat(e|ing)_network|(shared_)?experts?_gates?)\."
+        ),
+    ),
+    Exclusion(
+        _ROUTER,
+        re.compile(r"^(?P<parent>.*?\.)??(\w*_)?(gates?|gating|switch|scorers?)\."),
+        beside=("experts", "expert", "local_experts", "moe_experts", "routed_experts", "shared_experts"),
+    ),
+    Exclusion(
+        "moving average of another weight (--layers takes it)",
+        re.compile(r"^(\w+\.)?((\w*_)?(ema|swa)(_\w+)?|averaged_model|shadow_\w+)\."),
+        spares_all=True,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -101,31 +168,80 @@ def select(
     _check_patterns(layers, exclude, list(checkpoint.infos) + list(checkpoint.tied))
     chosen: list[LinearMap] = []
     left: dict[str, str] = {name: f"tied to {first}" for name, first in checkpoint.tied.items()}
+    names = _Names(checkpoint)
     for info in checkpoint.infos.values():
-        map = _classify(info, checkpoint)
-        reason = map if isinstance(map, str) else _reason_left(map, layers, exclude, embeddings, min_params)
-        if isinstance(map, LinearMap) and not reason:
-            chosen.append(map)
-        else:
+        map, reason = _classify(info, checkpoint, names)
+        if map is not None:
+            reason = _reason_left(map, reason, layers, exclude, embeddings, min_params)
+        if map is None or reason:
             left[info.name] = reason
-    selection = Selection(chosen, left, _source_of_kinds(checkpoint))
-    tied = (checkpoint.config or {}).get("tie_word_embeddings")
-    if tied and any(m.kind == "embedding" for m in chosen):
-        selection.notes.append("the output head is tied to the embedding: compressing one compresses both")
-    return selection
+        else:
+            chosen.append(map)
+    return Selection(chosen, left, _source_of_kinds(checkpoint), _notes(checkpoint, chosen))
+
+
+def _notes(checkpoint: Checkpoint, chosen: list[LinearMap]) -> list[str]:
+    tied = bool((checkpoint.config or {}).get("tie_word_embeddings"))
+    firsts = set(checkpoint.tied.values())
+    if any(map.kind == "embedding" and (tied or map.name in firsts) for map in chosen):
+        return ["the output head is tied to the embedding: compressing one compresses both"]
+    return []
+
+
+class _Names:
+    """The names and shapes of a checkpoint, with what lies beside each tensor."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.shapes = {name: info.shape for name, info in checkpoint.infos.items()}
+        self.aliases: dict[str, list[str]] = {}  # name → the further names of its tensor
+        for alias, first in checkpoint.tied.items():
+            self.aliases.setdefault(first, []).append(alias)
+        self._children: dict[str, set[str]] = {}  # "" or a module with its dot → what it holds directly
+        for name in (*self.shapes, *checkpoint.tied):
+            start = 0
+            for part in name.split("."):
+                self._children.setdefault(name[:start], set()).add(part)
+                start += len(part) + 1
+        self._by_modules = checkpoint.kinds is not None
+        self._matrices = [name for name, shape in self.shapes.items() if len(shape) > 1]
+
+    def has_bias(self, name: str) -> bool:
+        """Whether a bias lies beside a weight."""
+        return "bias" in self._children[name[: name.rfind(".") + 1]]
+
+    def exclusion(self, name: str) -> Exclusion | None:
+        """The first row of the table that this tensor matches."""
+        return next((row for row in EXCLUSIONS if self._matches(row, name)), None)
+
+    def _matches(self, row: Exclusion, name: str) -> bool:
+        match = None if row.names_alone and self._by_modules else row.name.search(name)
+        if match is None or (row.spares_all and all(map(row.name.search, self._matrices))):
+            return False
+        if not row.beside:
+            return True
+        parent, own = match["parent"] or "", match.groupdict().get("own", "")
+        beside = {other.format(own=own) for other in row.beside} & self._children[parent]
+        if row.elementwise:
+            return any(self.shapes.get(parent + other) == self.shapes[name] for other in beside)
+        return bool(beside)
 
 
 def _reason_left(
-    map: LinearMap, layers: list[str], exclude: list[str], embeddings: bool, min_params: int
+    map: LinearMap,
+    by_default: str,
+    layers: list[str],
+    exclude: list[str],
+    embeddings: bool,
+    min_params: int,
 ) -> str:
-    """Why the options leave a linear map unchanged; "" if they choose it."""
+    """Why the options leave a linear map unchanged, ``by_default`` unless they ask for it; else ""."""
     named = any(matches(pattern, map.name) for pattern in layers)
     if layers and not named:
         return "not matched by --layers"
     if any(matches(pattern, map.name) for pattern in exclude):
         return "matched by --exclude"
-    if map.kind == "embedding" and not embeddings and not named:
-        return "embedding (--embeddings includes it)"
+    if by_default and not named and not (embeddings and by_default == _EMBEDDING):
+        return by_default
     if math.prod(map.shape) < min_params:
         return f"fewer than {min_params} parameters (--min-params)"
     return ""
@@ -159,30 +275,46 @@ def check_pattern(option: str, pattern: str, names: list[str]) -> None:
         )
 
 
-def _classify(info: TensorInfo, checkpoint: Checkpoint) -> LinearMap | str:
-    """The tensor as a linear map, or the reason why it is not one."""
-    if checkpoint.kinds is not None:
-        kind, transposed = checkpoint.kinds.get(info.name, (None, False))
-    else:
-        kind = _kind(info)
-        transposed = _is_transposed(info, kind, str((checkpoint.config or {}).get("model_type", "")))
+def _classify(info: TensorInfo, checkpoint: Checkpoint, names: _Names) -> tuple[LinearMap | None, str]:
+    """The linear map that this tensor is, if any, and why it is left unchanged by default, else ""."""
     if "float" not in info.dtype:
-        return f"not a floating dtype ({info.dtype})"
+        return None, f"not a floating dtype ({info.dtype})"
     if info.dtype.startswith("float8"):
-        return f"already quantised ({info.dtype})"
+        return None, f"already quantised ({info.dtype})"
+    if info.name in checkpoint.left:
+        return None, checkpoint.left[info.name]
+    if len(info.shape) < 2:
+        return None, "vector (bias, norm)"
+    aliases = names.aliases.get(info.name, ())
+    kinds = [_kind(replace(info, name=name), checkpoint, names) for name in (info.name, *aliases)]
+    kind, transposed = next((kind for kind in kinds if kind[0] == "embedding"), kinds[0])
+    excluded = names.exclusion(info.name)
+    if excluded is not None and not excluded.sound:
+        return None, excluded.reason
     if kind is None:
-        return "vector (bias, norm)" if len(info.shape) < 2 else "not recognised as a linear map"
+        return None, "not recognised as a linear map"
     if info.numel == 0:
-        return "empty"
-    return LinearMap(info.name, kind, info.shape, info.dtype, transposed)
+        return None, "empty"
+    found = LinearMap(info.name, kind, info.shape, info.dtype, transposed)
+    if excluded is not None:
+        return found, excluded.reason
+    return found, _EMBEDDING if kind == "embedding" else ""
 
 
-def _kind(info: TensorInfo) -> str | None:
+def _kind(info: TensorInfo, checkpoint: Checkpoint, names: _Names) -> tuple[str | None, bool]:
+    """One of the kinds of linear maps, or None, and whether it is stored (inputs, outputs)."""
+    if checkpoint.kinds is not None and info.name in checkpoint.kinds:
+        return checkpoint.kinds[info.name]
+    kind = _kind_by_name(info, names)
+    return kind, _is_transposed(info, kind, str((checkpoint.config or {}).get("model_type", "")))
+
+
+def _kind_by_name(info: TensorInfo, names: _Names) -> str | None:
     rank, name = len(info.shape), info.name
     last = name.rpartition(".")[2]
     if rank == 3 and _EXPERTS.search(name) and "bias" not in last:
         return "experts"
-    if rank == 2 and _EMBEDDINGS.search(name):
+    if rank == 2 and _EMBEDDINGS.search(name) and not names.has_bias(name):
         return "embedding"
     if rank == 2 and (last.endswith("weight") or last.startswith(("weight_ih", "weight_hh"))):
         return "linear"

@@ -32,7 +32,11 @@ def make_manifest(
     goals = {g: getattr(recipe, g) for g in (*GOALS, "dtype")}
     options: dict[str, Any] = {key: value for key, value in goals.items() if value is not None}
     infos = checkpoint.infos
-    left = {n: why for n, why in selection.left.items() if n in infos and len(infos[n].shape) > 1}
+    left = {
+        name: why
+        for name, why in selection.left.items()
+        if name in infos and (len(infos[name].shape) > 1 or name in checkpoint.left)
+    }
     return Manifest(
         source=Source(
             checkpoint.path.resolve().name,

@@ -33,7 +33,8 @@ class Checkpoint:
     files: dict[str, Path]  # name → the file that holds it, for messages
     config: dict[str, Any] | None = None  # a Hugging Face directory's config.json
     notes: list[str] = field(default_factory=list)  # what the user should know about the reading
-    kinds: dict[str, tuple[str, bool]] | None = None  # (kind, transposed) where modules tell; else by name
+    kinds: dict[str, tuple[str | None, bool]] | None = None  # (kind, transposed) by modules; absent: by name
+    left: dict[str, str] = field(default_factory=dict)  # left unchanged whatever is asked → the reason
     architecture: dict[str, str] = field(default_factory=dict)  # the network it belongs to, where named
     history: dict[str, Any] = field(default_factory=dict)  # of its training by mpoc; {}: none is recorded
 

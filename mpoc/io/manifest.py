@@ -215,7 +215,7 @@ class Manifest:
     layers: Annotated[tuple[LayerRecord, ...], "every selected layer, in the source's order"]
     options: Annotated[dict[str, Any], "what was asked"]
     kinds_from: Annotated[str, "how kinds of layers were told: config.json (bert), or names and shapes"]
-    left_alone: Annotated[dict[str, str], "tensor of two or more axes: reason"] = field(default_factory=dict)
+    left_alone: Annotated[dict[str, str], "matrix or unused tensor: reason"] = field(default_factory=dict)
     vectors: Annotated[Whole, "other tensors left alone"] = 0
     tied: Annotated[dict[str, str], "name: the name that holds its data"] = field(default_factory=dict)
     tool: Annotated[str, "mpoc and its version"] = ""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import re
 import sys
+import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any
 
@@ -24,7 +26,7 @@ from mpoc.errors import MpocError, UsageError, nearest, shortened
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import Manifest
 from mpoc.models import zoo
-from mpoc.models.introspection import differing_names, kinds_of, tensors_of, trace_geometries
+from mpoc.models.introspection import UNUSED, differing_names, kinds_of, tensors_of, trace_geometries
 from mpoc.tensor_networks.geometry import Geometry
 
 
@@ -54,7 +56,8 @@ def make_network(arch: str) -> nn.Module:
     if not callable(factory):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise UsageError(f"--arch {arch!r}: {place} has no {name!r} to call{nearest(name, known)}")
-    network = factory()
+    with _one_message(f"--arch {arch!r}", UsageError):
+        network = factory()
     if not isinstance(network, nn.Module):
         raise UsageError(f"--arch {arch!r}: {name}() returns a {type(network).__name__}, not an nn.Module")
     return network
@@ -68,20 +71,34 @@ def _is_spec(arch: str) -> bool:
 def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
     """The checkpoint with its architecture recorded, and with the kinds of layers from the network's modules.
 
+    Tensors that the network does not have are left unchanged, with a note.
+
     Raises:
-        UsageError: as :func:`make_network`, or the tensors' names or shapes differ from the network's.
+        UsageError: as :func:`make_network`, or a tensor of the network is missing or has another shape.
     """
     network = make_network(arch)
     shapes = {name: info.shape for name, info in checkpoint.infos.items()}
     shapes |= {alias: shapes[first] for alias, first in checkpoint.tied.items()}
-    difference = _first_difference(network, shapes)
+    difference, unused = _first_difference(network, shapes)
     if difference:
         raise UsageError(
             f"{checkpoint.path}: does not fit --arch {arch}: {difference}",
             "pass another --arch, or none: layer kinds are then read from names and shapes",
         )
     record = {"zoo": zoo.long_form(arch)} if _is_spec(arch) else {"factory": arch}
-    return replace(checkpoint, kinds=kinds_of(network), architecture=record)
+    return replace(
+        checkpoint,
+        kinds=kinds_of(network),
+        left=dict.fromkeys(unused, UNUSED),
+        architecture=record,
+        notes=[*checkpoint.notes, *note_of_unused(unused)],
+    )
+
+
+def note_of_unused(names: list[str]) -> list[str]:
+    """A note on the tensors that a network does not have; none if there are none."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return [f"not in the network, kept unchanged: {', '.join(names[:3])}{more}"] if names else []
 
 
 def traced_geometries(arch: str, kernels: list[str]) -> dict[str, Geometry]:
@@ -95,18 +112,19 @@ def traced_geometries(arch: str, kernels: list[str]) -> dict[str, Geometry]:
     return trace_geometries(make_network(arch), kernels, tuple(zoo.example(arch).shape))
 
 
-def _first_difference(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> str:
-    """Describe the first difference between a network's tensors and a checkpoint's; "" if there is none."""
+def _first_difference(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> tuple[str, list[str]]:
+    """The first thing that keeps a checkpoint from filling a network, "" if nothing, and unused tensors."""
     missing, surplus = differing_names(network, shapes)
-    sides = (("network", missing), ("checkpoint", surplus))
-    lacking = [f"tensor {names[0]!r} is only in the {side}" for side, names in sides if names]
-    if lacking:
-        return ", ".join(lacking)
+    if missing:
+        sides = (("network", missing), ("checkpoint", surplus))
+        lacking = [f"tensor {names[0]!r} is only in the {side}" for side, names in sides if names]
+        return ", ".join(lacking), surplus
     for name, value in tensors_of(network).items():
         shape = tuple(value.shape)
         if shapes.get(name, shape) != shape:
-            return f"tensor {name!r} is {shapes[name]} in the checkpoint, {shape} in the network"
-    return ""
+            said = f"tensor {name!r} is {shapes[name]} in the checkpoint, {shape} in the network"
+            return said, surplus
+    return "", surplus
 
 
 def make_recorded(source: Path, manifest: Manifest) -> nn.Module:
@@ -156,7 +174,7 @@ def example_input(source: Path, manifest: Manifest, arch: str | None) -> Tensor 
 def _import(arch: str, place: str) -> ModuleType:
     file = Path(place)
     if file.suffix != ".py":
-        with _searched(Path.cwd()):
+        with _searched(Path.cwd()), _one_message(f"--arch {arch!r}", UsageError):
             try:
                 return import_module(place)
             except ModuleNotFoundError as error:
@@ -171,9 +189,35 @@ def _import(arch: str, place: str) -> ModuleType:
     spec = spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
-    with _searched(file.resolve().parent):
+    with _searched(file.resolve().parent), _one_message(f"--arch {arch!r}", UsageError):
         spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _one_message(what: str, kind: type[MpocError]) -> Iterator[None]:
+    """Turn whatever code that is not ours raises into one error with its file, line and text.
+
+    Args:
+        what: names the code: an option, or a directory.
+        kind: of the error.
+    """
+    try:
+        yield
+    except MpocError:
+        raise
+    except Exception as error:
+        raise kind(f"{what}: {_place_of(error)}: {type(error).__name__}: {error}") from error
+
+
+def _place_of(error: Exception) -> str:
+    """File and line where an error was raised: the last that is of no installed package, or else the last."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno}"
+    frames = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith("<")]
+    installed = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parents[1]))
+    own = [frame for frame in frames if not frame.filename.startswith(installed)] or frames
+    return f"{own[-1].filename}, line {own[-1].lineno}"
 
 
 @contextmanager

@@ -16,10 +16,14 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.nn.conv_map import geometry_of
 from mpoc.tensor_networks.geometry import Geometry
 
+# Why a tensor of a checkpoint is left unchanged whose network is known.
+UNUSED = "not used by the network"
 
-def kinds_of(model: nn.Module) -> dict[str, tuple[str, bool]]:
-    """Name of the weight → (kind, transposed) of every linear map, by the class of its module."""
-    return dict(_kinds(model))
+
+def kinds_of(model: nn.Module) -> dict[str, tuple[str | None, bool]]:
+    """Name of each tensor → (kind, transposed) as its module tells; None: it is no linear map."""
+    kinds: dict[str, tuple[str | None, bool]] = dict.fromkeys(tensors_of(model), (None, False))
+    return kinds | dict(_kinds(model))
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[str, tuple[str, bool]]]:
@@ -28,7 +32,14 @@ def _kinds(model: nn.Module) -> Iterator[tuple[str, tuple[str, bool]]]:
         for name, parameter in module.named_parameters(recurse=False):
             kind = _kind(module, name, parameter)
             if kind is not None:
-                yield prefix + name, (kind, type(module).__name__ == "Conv1D")
+                yield prefix + name, (kind, _is_transposed(module, kind))
+
+
+def _is_transposed(module: nn.Module, kind: str) -> bool:
+    """Whether a module stores its weight as (inputs, outputs); transformers' experts say so themselves."""
+    if kind == "experts":
+        return bool(getattr(module, "is_transposed", False))
+    return type(module).__name__ == "Conv1D"
 
 
 def _kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
@@ -38,7 +49,7 @@ def _kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
         return f"conv{parameter.dim() - 2}d"
     if parameter.dim() == 3 and "expert" in type(module).__name__.lower() and "bias" not in name:
         return "experts"
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+    if "norm" in type(module).__name__.lower() and not isinstance(module, nn.Linear):
         return None  # it scales elementwise, whatever its shape
     if parameter.dim() == 2 and ("weight" in name) and not name.startswith("bias"):
         return "linear"

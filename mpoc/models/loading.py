@@ -26,9 +26,11 @@ from mpoc.models.architecture import (
     is_transformers_directory,
     make_network,
     make_recorded,
+    note_of_unused,
     with_architecture,
 )
 from mpoc.models.introspection import (
+    UNUSED,
     differing_names,
     forbid_save_pretrained,
     same_tensor,
@@ -153,6 +155,7 @@ def _check_tensors(path: Path, stored: Checkpoint, manifest: Manifest, model: nn
     offered |= {layer.name: (layer.shape, layer.dtype) for layer in manifest.replaced}
     offered |= {alias: offered[first] for alias, first in manifest.tied.items() if first in offered}
     missing, surplus = differing_names(model, offered)
+    surplus = [name for name in surplus if manifest.left_alone.get(name) != UNUSED]
     if missing or surplus:
         raise MpocError(
             f"{path}: does not fit this {type(model).__name__}: "
@@ -206,6 +209,7 @@ def _fill(stored: Checkpoint, manifest: Manifest, model: nn.Module) -> None:
     _swap(stored, {layer.name: layer for layer in manifest.replaced}, tied, model)
     state = model.state_dict()
     others = _core_names(manifest.replaced) | unsaved_buffers(model)
+    others |= {name for name, why in manifest.left_alone.items() if why == UNUSED}
     with torch.no_grad():
         for name in stored.infos:
             for place in () if name in others else (name, *tied.get(name, ())):
@@ -275,9 +279,7 @@ def open_model(path: Path, arch: str | None) -> Model:
         network.float()
         notes.append("half-precision parameters are computed with, and trained, in float32")
     places, unused = _places(path, network, [*stored.infos, *stored.tied])
-    if unused:
-        more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
-        notes.append(f"not in the network, kept unchanged: {', '.join(unused[:3])}{more}")
+    notes += note_of_unused(unused)
     return Model(path, network.eval(), stored, manifest, arch, places, notes)
 
 

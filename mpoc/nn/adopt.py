@@ -157,7 +157,7 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
         for core in cores
     )
     delattr(module, name)
-    counterpart = _counterpart(module) if name == "weight" else None
+    counterpart = _counterpart(module, structure) if name == "weight" else None
     if structure.geometry is not None:
         counterpart = CONV_MAPS[type(module)]
     if counterpart is None:
@@ -199,11 +199,13 @@ def compressed_weights(model: nn.Module) -> Iterator[tuple[str, Structure, list[
             yield prefix + name, module.__dict__[f"_{name}_structure"], cores_of(module, name)
 
 
-def _counterpart(module: nn.Module) -> type[nn.Module] | None:
-    """The class with cores; None for classes whose ``forward`` is not known."""
+def _counterpart(module: nn.Module, structure: Structure) -> type[nn.Module] | None:
+    """The class with cores; None where ``forward`` is not known, or reads the weight the other way round."""
     cls = type(module)
     if cls.__module__ == "transformers.pytorch_utils" and cls.__name__ == "Conv1D":
-        return MPOConv1D
+        return MPOConv1D if structure.transposed else None
+    if structure.transposed and cls in (nn.Linear, nn.Embedding):
+        return None
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq):
         return None
     return _COUNTERPARTS.get(cls)

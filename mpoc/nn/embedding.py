@@ -47,6 +47,8 @@ class MPOEmbedding(CoreWeight, nn.Embedding):
     def _rows(self, indices: Tensor) -> Tensor:
         """(count,) → (count, embedding_dim)."""
         rows = self.form.rows(indices)
+        if self.order is not None:  # taken for a linear layer when its inputs were put in order
+            rows = rows[:, self.order.argsort().to(rows.device)]
         if self.padding_idx is not None:
             rows = torch.where((indices == self.padding_idx)[:, None], rows.detach(), rows)
         return rows

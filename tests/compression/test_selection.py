@@ -66,6 +66,8 @@ def only(name: str, shape: tuple[int, ...], config: dict[str, Any] | None = None
         ("embedding.weight", (1009, 32), "embedding"),
         ("shared.weight", (32128, 512), "embedding"),
         ("block.0.relative_attention_bias.weight", (32, 8), "embedding"),
+        ("src_embed.0.lut.weight", (1009, 32), "embedding"),
+        ("w.weight", (1009, 32), "embedding"),
         ("mlp.experts.gate_up_proj", (8, 64, 32), "experts"),
         ("mlp.experts.down_proj.weight", (8, 32, 64), "experts"),
     ],
@@ -97,6 +99,52 @@ def test_gives_reasons_for_skipped_tensors(
 ) -> None:
     selection = select(checkpoint({name: shape}, {name: dtype}))
     assert (selection.chosen, selection.left) == ([], {name: reason})
+
+
+ROUTER, EMA = "router of experts", "moving average of another weight"
+RECOMPUTED, NORM = "the network recomputes its weight", "it scales elementwise"
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "reason"),
+    [
+        ("mlp.router.weight", {}, ROUTER),
+        ("h.0.ffn.router.classifier.weight", {}, ROUTER),
+        ("mlp.gate.wg.weight", {}, ROUTER),
+        ("mlp.shared_expert_gate.weight", {}, ROUTER),
+        ("moe.gate.weight", {"moe.experts.0.w1.weight": (8, 8)}, ROUTER),
+        ("gates.1.weight", {"experts.0.0.weight": (8, 8)}, ROUTER),
+        ("gate.weight", {"up.weight": (8, 8)}, ""),
+        ("mlp.shared_experts.gate_proj.weight", {"mlp.experts.0.w1.weight": (8, 8)}, ""),
+        ("norm.weight", {}, NORM),
+        ("self_attn.q_norm.weight", {}, NORM),
+        ("encoder.layer_norm.weight", {}, NORM),
+        ("0.weight", {"0.bias": (8, 6)}, NORM),
+        ("0.weight", {"0.bias": (8,)}, ""),
+        ("norm1.linear.weight", {}, ""),
+        ("fc.weight", {"fc.weight_u": (8,), "fc.weight_orig": (8, 6)}, RECOMPUTED),
+        ("fc.weight", {"fc.weight_g": (8, 1), "fc.weight_v": (8, 6)}, RECOMPUTED),
+        ("fc.weight", {"fc.weight_fake_quant.scale": (1,)}, RECOMPUTED),
+        ("lstm.weight_hh_l0", {"lstm.weight_hh_l0_raw": (8, 6)}, RECOMPUTED),
+        ("lstm.weight_hh_l0_raw", {}, RECOMPUTED),
+        ("fc.parametrizations.weight.original0", {}, RECOMPUTED),
+        ("model_ema.fcweight", {"model.fc.weight": (8, 6)}, EMA),
+        ("net.ema.fc.weight", {"net.online.fc.weight": (8, 6)}, EMA),
+        ("ema_model.fc.weight", {"ema_model.fc.bias": (8,), "initted": ()}, ""),
+        ("schema.fc.weight", {"model.fc.weight": (8, 6)}, ""),
+        ("embed.proj.weight", {"embed.proj.bias": (8,)}, ""),
+        ("embedding_hidden_mapping_in.weight", {"embedding_hidden_mapping_in.bias": (8,)}, ""),
+    ],
+)
+def test_leaves_alone_what_is_not_understood(
+    name: str, beside: dict[str, tuple[int, ...]], reason: str
+) -> None:
+    told = checkpoint({name: (8, 6), **beside})
+    selection = select(told)
+    assert selection.left.get(name, "").partition(" (")[0].removeprefix("norm: ")[: len(reason)] == reason
+    assert (name in {map.name for map in selection.chosen}) is not bool(reason)
+    asked = {map.name for map in select(told, [name]).chosen}
+    assert asked == ({name} if reason in ("", ROUTER, EMA) else set())
 
 
 @pytest.mark.parametrize(
@@ -166,7 +214,9 @@ def test_records_where_kinds_come_from() -> None:
 
 def test_module_kinds_override_names() -> None:
     told = checkpoint(NAMES, config={"model_type": "gpt2"})
-    told.kinds = {"fc.weight": ("embedding", False), "conv1.weight": ("conv2d", True)}
+    told.kinds = dict.fromkeys(NAMES, (None, False))
+    told.kinds |= {"fc.weight": ("embedding", False), "conv1.weight": ("conv2d", True)}
+    told.left = {"layer1.0.conv2.weight": "not used by the network"}
     selection = select(told, embeddings=True)
     assert selection.source == "the model's modules"
     assert [(m.layer, m.kind, m.transposed) for m in selection.chosen] == [
@@ -174,6 +224,7 @@ def test_module_kinds_override_names() -> None:
         ("fc", "embedding", False),
     ]
     assert selection.left["wte.weight"] == "not recognised as a linear map"
+    assert selection.left["layer1.0.conv2.weight"] == "not used by the network"
 
 
 def test_tied_names_follow_the_first() -> None:
@@ -181,6 +232,11 @@ def test_tied_names_follow_the_first() -> None:
     selection = select(checkpoint(NAMES, tied=tied), embeddings=True)
     assert selection.left["lm_head.weight"] == "tied to wte.weight"
     assert names(selection).count("wte") == 1 and "lm_head" not in names(selection)
+
+
+def test_a_head_that_is_an_embedding_too_is_one() -> None:
+    selection = select(checkpoint({"lm_head.weight": (8, 6)}, tied={"wte.weight": "lm_head.weight"}))
+    assert selection.left["lm_head.weight"] == "embedding (--embeddings includes it)"
 
 
 def test_notes_a_tied_head_of_a_compressed_embedding() -> None:

@@ -22,6 +22,7 @@ from mpoc.io.manifest import Manifest
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.models.architecture import make_network
 from mpoc.models.export import export_network
+from mpoc.models.loading import open_model
 from mpoc.models.zoo import example, make
 from mpoc.reporting.summary import report_dict, summary
 from tests.support.architectures import tiny
@@ -33,7 +34,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.table = nn.Embedding(60, 16)  # by its name a linear map
-        self.embed = nn.Linear(16, 60)  # by its name an embedding
+        self.embed = nn.Linear(16, 60, bias=False)  # by its name an embedding
 
     def forward(self, x):
         return self.embed(self.table(x))
@@ -166,6 +167,23 @@ class TestWhatDoesNotFit:
             caught.value.hint
             == "for the network of the zoo, --arch resnet, with options as in resnet:depth=56"
         )
+
+
+def test_tensors_that_the_network_does_not_have_are_kept() -> None:
+    network = make_network("zoo_mlp.py:mlp").eval()
+    more = {"similarity_weight": torch.ones(1), "2.more.weight": torch.randn(64, 64)}
+    torch.save(network.state_dict() | more, "m.pt")
+    done = compress_checkpoint(
+        Path("m.pt"), Path("m.mpo.safetensors"), make_recipe(None, {"bond": 4}), arch="zoo_mlp.py:mlp"
+    )
+    assert "not in the network, kept unchanged: similarity_weight, 2.more.weight" in done.notes
+    kept = load_file("m.mpo.safetensors")
+    assert all(torch.equal(kept[name], value) for name, value in more.items())
+    x = torch.randn(3, 48)
+    loaded = mpoc.load("m.mpo.safetensors", make_network("zoo_mlp.py:mlp"), weights="cores")
+    assert loaded(x).shape == (3, 32) and ".cores." in " ".join(loaded.state_dict())
+    (note,) = open_model(Path("m.mpo.safetensors"), "zoo_mlp.py:mlp").notes
+    assert note == "not in the network, kept unchanged: 2.more.weight, similarity_weight"
 
 
 class TestLoadingWithoutAModel:

@@ -265,12 +265,21 @@ class TestArchitecture:
         with pytest.raises(UsageError, match=re.escape(said)):
             make_network(arch)
 
-    def test_passes_errors_of_user_code_through(self) -> None:
-        Path("broken.py").write_text("import a_package_that_is_not_there\n")
-        with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-            make_network("broken.py:net")
-        with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_there"):
-            make_network("broken:net")
+    @pytest.mark.parametrize(
+        ("code", "said"),
+        [
+            ("import a_package_that_is_not_there\n", "line 1: ModuleNotFoundError: No module named 'a_pack"),
+            ("def net(): return 1 / 0\n", "line 1: ZeroDivisionError: division by zero"),
+            ("def net(:\n", "line 1: SyntaxError: invalid syntax"),
+            ("from torch import nn\ndef net():\n    return nn.Linear('a', 2)\n", "line 3: TypeError: "),
+        ],
+    )
+    @pytest.mark.parametrize("arch", ["broken.py:net", "broken:net"])
+    def test_errors_of_user_code_are_one_message(self, arch: str, code: str, said: str) -> None:
+        name = f"broken{len(code)}"  # Python keeps a module that it has imported
+        Path(f"{name}.py").write_text(code)
+        with pytest.raises(UsageError, match=rf"--arch '{name}.*': .*{name}\.py, {said}"):
+            make_network(arch.replace("broken", name))
 
     def test_imports_only_the_named_module(self) -> None:
         Path("config.json").write_text("{}")

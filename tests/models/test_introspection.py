@@ -17,13 +17,16 @@ class Net(nn.Module):
         self.conv = nn.Conv1d(4, 4, 3)
         self.one = self.other = nn.Linear(4, 4)
         self.norm = nn.BatchNorm1d(4)
+        self.heads_norm = nn.LayerNorm([2, 4])
         self.head = nn.Linear(4, 8, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("cache", torch.zeros(3), persistent=False)
 
 
 def test_kinds_are_listed_under_every_name() -> None:
-    assert kinds_of(Net()) == {
+    kinds = kinds_of(Net())
+    assert kinds.keys() == tensors_of(Net()).keys()
+    assert {name: kind for name, kind in kinds.items() if kind[0] is not None} == {
         "embed.weight": ("embedding", False),
         "conv.weight": ("conv1d", False),
         "one.weight": ("linear", False),

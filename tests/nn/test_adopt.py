@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import mpoc
 from mpoc.nn import MPOLinear, adopt
@@ -75,6 +77,23 @@ class TestErrors:
             with pytest.raises(ValueError, match=r"cores of shapes|bonds do not meet"):
                 adopt(layer, "weight", wrong, structure)
             assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(16, 16), partial(Conv1D, 16, 16), lambda: nn.Embedding(16, 16)]
+)
+def test_computes_the_same_whichever_way_the_weight_was_read(
+    make: Callable[[], nn.Module], transposed: bool
+) -> None:
+    dense = make().double()
+    layer: Any = copy.deepcopy(dense)
+    structure = make_structure("linear", (16, 16), transposed, order="morton:4x4")
+    adopt(layer, "weight", random_cores(structure, 4, 0), structure)
+    with torch.no_grad():
+        dense.get_parameter("weight").copy_(torch.clone(layer.weight))
+    x = torch.arange(5) if isinstance(dense, nn.Embedding) else torch.randn(3, 16).double()
+    torch.testing.assert_close(layer.train()(x), dense(x))
 
 
 def test_tied_layers_share_cores() -> None:
