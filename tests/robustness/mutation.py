@@ -3,8 +3,9 @@
     python tests/robustness/mutation.py [--seed 0] [--faults 30] [--whole]
 
 A seed picks modules from ten packages, three each, and flips one comparison, sign or index in each of them,
-one at a time, in a copy of the checkout. The tests of that package run first, then all the quick ones, and
-with ``--whole`` the slow ones too, until one fails. Prints a line a fault and the numbers seen by each.
+one at a time, in a copy of the checkout. The tests of that module run first, then those of its package, then
+all the quick ones, and with ``--whole`` the slow ones too, until one fails. Prints a line a fault and the
+numbers seen by each.
 """
 
 from __future__ import annotations
@@ -129,10 +130,16 @@ def seen_by(fault: Fault, checkout: Path, whole: bool) -> str:
     lines[fault.line - 1] = fault.after + "\n"
     file.write_text("".join(lines), "utf-8")
     try:
-        own = f"tests/{fault.path.parts[1]}"
-        if not passes(checkout, own) or not passes(checkout):
+        package = f"tests/{fault.path.parts[1]}"
+        own = [str(test) for test in (checkout / package).rglob(f"test_{fault.path.stem}*.py")]
+        if own and not passes(checkout, "-n0", *own):
             return "quick"
-        return "whole" if whole and not passes(checkout, "-m", "slow", "tests") else "none"
+        if not passes(checkout, package) or not passes(checkout):
+            return "quick"
+        slow = "-m", "slow"
+        if whole and not (passes(checkout, *slow, package) and passes(checkout, *slow)):
+            return "whole"
+        return "none"
     finally:
         file.write_text(source, "utf-8")
 
