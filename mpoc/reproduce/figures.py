@@ -1,6 +1,6 @@
-"""Figures of a finished study: accuracy over D or depth, and accuracy over epochs.
+"""Draw the figures of a study: accuracy over D or depth, and over epochs.
 
-For images as states: quality over stored numbers, entropy along the chain, and examples.
+For images as states, draw quality over stored numbers, entropy along the chain, and examples.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STYLES = {"morton": "C0.-", "raster": "C1.-", "svd": "0.25", "dct-own": "C2", "
 _SHOWN = 8  # images
 
 
-def draw_figures(done: Reproduction, folder: Path) -> list[Path]:
+def draw_figures(results: Reproduction, folder: Path) -> list[Path]:
     """Draw ``NAME.svg``, accuracy over D or depth, and ``NAME-curves.svg``, accuracy over epochs."""
     from matplotlib.figure import Figure
 
@@ -37,41 +37,41 @@ def draw_figures(done: Reproduction, folder: Path) -> list[Path]:
     for suffix, draw in (("", _draw_accuracy), ("-curves", _draw_curves)):
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        draw(axes, done)
-        axes.set_title(f"{done.study.title}{' (quick: a smoke run)' if done.quick else ''}")
-        axes.set_ylabel(f"accuracy on {done.material.measured} (%)")
+        draw(axes, results)
+        axes.set_title(f"{results.study.title}{' (quick: a smoke run)' if results.quick else ''}")
+        axes.set_ylabel(f"accuracy on {results.material.measured} (%)")
         axes.legend(fontsize="small")
-        target = folder / f"{done.study.name}{suffix}.svg"
+        target = folder / f"{results.study.name}{suffix}.svg"
         _save(figure, target)
         written.append(target)
     return written
 
 
-def _draw_accuracy(axes: Any, done: Reproduction) -> None:
-    """The dense network as a line with its band, or as points where each x has its own."""
-    over_parameters = done.study.axis == "parameters"
-    over_bonds = over_parameters or (done.study.axis == "D" and any(row.bond for row in done.rows))
+def _draw_accuracy(axes: Any, results: Reproduction) -> None:
+    """Accuracy with error bars; the dense network is a line with a band, or points if each x has its own."""
+    over_parameters = results.study.axis == "parameters"
+    over_bonds = over_parameters or (results.study.axis == "D" and any(row.bond for row in results.rows))
     if over_bonds:
         axes.set_xscale("log", base=10 if over_parameters else 2)
         if not over_parameters:
-            bonds = sorted({row.bond for row in done.rows if row.bond})
+            bonds = sorted({row.bond for row in results.rows if row.bond})
             axes.set_xticks(bonds, [str(bond) for bond in bonds])
-        for row in done.rows:
+        for row in results.rows:
             if row.start == DENSE:
                 _draw_band(axes, row)
-    labels = list(dict.fromkeys(row.experiment.label for row in done.rows))
-    for start, rows in _series(done).items():
+    labels = list(dict.fromkeys(row.experiment.label for row in results.rows))
+    for start, rows in _series(results).items():
         if start[0] == DENSE and over_bonds:
             continue
-        xs = [_place(done, row, labels, over_bonds) for row in rows]
+        xs = [_place(results, row, labels, over_bonds) for row in rows]
         pairs = [row.mean("final") for row in rows]
         errors = [sigma or 0.0 for _, sigma in pairs]
-        label = _NAMES[start[0]] + (f", {start[1]}" if over_bonds and _variants(done) > 1 else "")
-        colour = None if _variants(done) > 1 and over_bonds else _COLOURS[start[0]]
+        label = _NAMES[start[0]] + (f", {start[1]}" if over_bonds and _variants(results) > 1 else "")
+        colour = None if _variants(results) > 1 and over_bonds else _COLOURS[start[0]]
         axes.errorbar(xs, [mean for mean, _ in pairs], errors, fmt=".-", capsize=3, color=colour, label=label)
     names = {"D": "bond dimension D", "parameters": "parameters of the replaced layers"}
-    axes.set_xlabel(names.get(done.study.axis, done.study.axis))
-    if not over_bonds and done.study.axis == "D":
+    axes.set_xlabel(names.get(results.study.axis, results.study.axis))
+    if not over_bonds and results.study.axis == "D":
         axes.set_xticks(range(len(labels)), labels)
         axes.set_xlabel("")
 
@@ -85,37 +85,39 @@ def _draw_band(axes: Any, row: Row) -> None:
         axes.axhline(row.experiment.dense.accuracy, color="0.6", lw=1, ls=":", label="dense, the paper's")
 
 
-def _place(done: Reproduction, row: Row, labels: list[str], over_bonds: bool) -> float:
-    """Position of a row on the horizontal axis."""
-    if done.study.axis == "parameters":
+def _place(results: Reproduction, row: Row, labels: list[str], over_bonds: bool) -> float:
+    """The position of a row on the horizontal axis."""
+    if results.study.axis == "parameters":
         return float(row.replaced)
     if over_bonds:
         return float(row.bond)
-    return float(labels.index(row.experiment.label)) if done.study.axis == "D" else row.experiment.x
+    return float(labels.index(row.experiment.label)) if results.study.axis == "D" else row.experiment.x
 
 
-def _series(done: Reproduction) -> dict[tuple[str, str], list[Row]]:
-    """Rows joined by a line: of one start and, over D or parameters, of one variant or series."""
-    axis = done.study.axis
-    over_variants = not any(row.bond for row in done.rows) or axis not in ("D", "parameters")
-    found: dict[tuple[str, str], list[Row]] = {}
-    for row in done.rows:
+def _series(results: Reproduction) -> dict[tuple[str, str], list[Row]]:
+    """The rows joined by each line: one start and, over D or parameters, one variant or series."""
+    axis = results.study.axis
+    over_variants = not any(row.bond for row in results.rows) or axis not in ("D", "parameters")
+    series_of: dict[tuple[str, str], list[Row]] = {}
+    for row in results.rows:
         series = row.experiment.series or row.experiment.label
-        found.setdefault((row.start, "" if over_variants else series), []).append(row)
+        series_of.setdefault((row.start, "" if over_variants else series), []).append(row)
     if axis == "parameters":
-        return {key: sorted(rows, key=lambda row: row.replaced) for key, rows in found.items()}
-    return found
+        return {key: sorted(rows, key=lambda row: row.replaced) for key, rows in series_of.items()}
+    return series_of
 
 
-def _variants(done: Reproduction) -> int:
-    return len({row.experiment.label for row in done.rows})
+def _variants(results: Reproduction) -> int:
+    return len({row.experiment.label for row in results.rows})
 
 
-def _draw_curves(axes: Any, done: Reproduction) -> None:
-    """Mean accuracy over the runs at every evaluation."""
-    many = _variants(done) > 1
-    pairs = list(dict.fromkeys((row.experiment.label, row.bond) for row in done.rows if row.start != DENSE))
-    for row in done.rows:
+def _draw_curves(axes: Any, results: Reproduction) -> None:
+    """Draw the mean accuracy of the runs at every evaluation."""
+    many = _variants(results) > 1
+    pairs = list(
+        dict.fromkeys((row.experiment.label, row.bond) for row in results.rows if row.start != DENSE)
+    )
+    for row in results.rows:
         epochs = [point["epoch"] for point in row.results[0].curve]
         columns = zip(*([p["accuracy"] for p in result.curve] for result in row.results), strict=True)
         label = _NAMES[row.start] + (f", D = {row.bond}" if row.bond else "")
@@ -129,30 +131,30 @@ def _draw_curves(axes: Any, done: Reproduction) -> None:
     axes.set_xlabel("epoch")
 
 
-def draw_image_figures(done: ImageStates, folder: Path) -> list[Path]:
+def draw_image_figures(study: ImageStates, folder: Path) -> list[Path]:
     """Draw ``mps-images.svg``, ``mps-images-entropy.svg`` and ``mps-images-examples.svg``."""
     folder.mkdir(parents=True, exist_ok=True)
     panels: list[tuple[str, Callable[[Any, ImageStates], None]]] = [
         ("", _draw_quality), ("-entropy", _draw_entropies), ("-examples", _draw_examples),
     ]  # fmt: skip
-    return [_draw(done, folder / f"{NAME}{suffix}.svg", draw) for suffix, draw in panels]
+    return [_draw(study, folder / f"{NAME}{suffix}.svg", draw) for suffix, draw in panels]
 
 
-def _draw(done: ImageStates, target: Path, draw: Callable[[Any, ImageStates], None]) -> Path:
+def _draw(study: ImageStates, target: Path, draw: Callable[[Any, ImageStates], None]) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    draw(figure, done)
-    few = " (quick: few images)" if done.quick else ""
-    figure.suptitle(f"{done.data.path.name}, {len(done.images):,} images{few}", fontsize="medium")
+    draw(figure, study)
+    few = " (quick: few images)" if study.quick else ""
+    figure.suptitle(f"{study.data.path.name}, {len(study.images):,} images{few}", fontsize="medium")
     _save(figure, target)
     return target
 
 
-def _draw_quality(figure: Any, done: ImageStates) -> None:
+def _draw_quality(figure: Any, study: ImageStates) -> None:
     axes = figure.subplots()
-    for name, found in {**done.states, **done.peers}.items():
-        points = {at.numbers / done.pixels: at.decibels for at in found if at.kept}
+    for name, qualities in {**study.states, **study.peers}.items():
+        points = {at.numbers / study.pixels: at.decibels for at in qualities if at.kept}
         axes.plot([*points], [*points.values()], _STYLES[name], lw=1, label=METHODS[name])
     axes.set_xscale("log")
     axes.axvline(1, color="0.6", lw=1, ls=":")
@@ -161,21 +163,21 @@ def _draw_quality(figure: Any, done: ImageStates) -> None:
     axes.legend(fontsize="small")
 
 
-def _draw_entropies(figure: Any, done: ImageStates) -> None:
+def _draw_entropies(figure: Any, study: ImageStates) -> None:
     axes = figure.subplots()
-    for name, values in done.entropies.items():
+    for name, values in study.entropies.items():
         axes.plot(range(1, len(values) + 1), values, _STYLES[name], lw=1, label=METHODS[name])
-    axes.set_xticks(range(1, len(next(iter(done.entropies.values()))) + 1))
+    axes.set_xticks(range(1, len(next(iter(study.entropies.values()))) + 1))
     axes.set_xlabel("bond, from the coarsest site to the finest")
     axes.set_ylabel("entanglement entropy, mean")
     axes.set_ylim(bottom=0)
     axes.legend(fontsize="small")
 
 
-def _draw_examples(figure: Any, done: ImageStates) -> None:
-    """The first images, and their states at every second bond that compresses, in both orders."""
-    x = done.images[:_SHOWN]
-    states = [at for at in done.states["morton"] if at.numbers < done.pixels][1::2]
+def _draw_examples(figure: Any, study: ImageStates) -> None:
+    """Draw the first images, and their states at every second bond that compresses, in both orders."""
+    x = study.images[:_SHOWN]
+    states = [at for at in study.states["morton"] if at.numbers < study.pixels][1::2]
     rows = [("image", x)]
     for order in ORDERS:
         rows += [(f"{ORDERS[order]}, D = {at.kept}", approximate(x, order, at.kept)[0]) for at in states]

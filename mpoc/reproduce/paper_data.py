@@ -1,4 +1,4 @@
-"""The data of a study: what its networks train on, what they are measured on, and how they are told apart."""
+"""The data of a study: its splits, their preprocessing, and the identity by which results are stored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mpoc.runtime.device import derived_seed
 from mpoc.train.loader import BatchLoader, Transform, plain
 from mpoc.train.tasks import CausalLM, Classification, Task
 
-_HELD_OUT = 0.1  # where the data have no split to measure on
+_HELD_OUT = 0.1  # share of the training split, if the data have no split to evaluate on
 QUICK_STEPS = 10
 _QUICK_MEASURED = 5  # batches
 
@@ -32,16 +32,16 @@ class PaperData:
 
     data: Data
     task: Task
-    images: dict[str, Any]  # means and deviations of the study's networks; {} for text
+    images: dict[str, Any]  # mean and standard deviation of the channels; {} for text
     measured: str  # the split whose accuracy is reported
-    chooses: bool  # whether a validation split, and not the last step, says which weights count
+    chooses: bool  # whether a validation split chooses the final weights, not the last step
 
     def train(self, training: Training) -> BatchLoader:
-        """The training split, augmented as the training says."""
+        """The training split with the training's augmentation."""
         return BatchLoader(self.data.splits["train"], self._transform(training.pad, training.flip))
 
     def split(self, name: str) -> BatchLoader:
-        """Another split, as it is."""
+        """Another split, without augmentation."""
         return BatchLoader(self.data.splits[name], self._transform(0, False))
 
     def _transform(self, pad: int, flip: bool) -> Transform:
@@ -56,15 +56,15 @@ class PaperData:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a stored result must share with the data to be used again.
+        """The identity of the data in stored results.
 
-        Found out before anything is trained: the windows of a text are drawn anew each epoch.
+        It is computed before any training, since the windows of a text are drawn again each epoch.
         """
         splits = {name: [len(split), _digest(split)] for name, split in self.data.splits.items()}
         return {"shape": list(self.data.shape), "splits": splits, "chooses": self.chooses}
 
     def reported(self) -> str:
-        """One line: what the accuracies of the table are."""
+        """One line that says what the accuracies in the table are."""
         count = len(self.data.splits[self.measured])
         final = "the weights that are best on validation" if self.chooses else "the last weights"
         return (
@@ -77,15 +77,15 @@ def open_paper_data(path: Path, network: str, format: str | None, held_out: floa
     """Open the data of a study.
 
     Args:
-        path: of the data.
-        network: of the zoo, whose inputs they must be.
-        format: of the data; None to recognise it.
-        held_out: share of the training split that chooses among the weights of a training; 0: none.
-        seed: of what is held out.
+        path: path of the data.
+        network: the network of the zoo that takes them.
+        format: their format; None: recognise it.
+        held_out: share of the training split that chooses the final weights; 0: none.
+        seed: seed of the split.
 
     Raises:
-        UsageError: the data are not of the network's kind or shape.
-        MpocError: bad data.
+        UsageError: the data do not have the network's kind or shape.
+        MpocError: the data are damaged.
     """
     name, options = zoo.parse(network)
     entry = zoo.ENTRIES[name]
@@ -105,7 +105,7 @@ def open_paper_data(path: Path, network: str, format: str | None, held_out: floa
     measured = "test" if "test" in data.splits else "validation"
     if held_out and measured == "validation":
         raise UsageError(
-            f"{path}: no test split to measure on beside the validation split", "leave --hold-out away"
+            f"{path}: no test split to evaluate on beside the validation split", "omit --hold-out"
         )
     task: Task = Classification(len(data.classes)) if entry.images else CausalLM()
     images = {key: entry.images[key] for key in ("mean", "std")} if entry.images else {}
@@ -113,7 +113,7 @@ def open_paper_data(path: Path, network: str, format: str | None, held_out: floa
 
 
 def shortened_data(material: PaperData, batch: int, seed: int) -> PaperData:
-    """A seeded part of every split, for ``--quick``."""
+    """A small random part of every split, for ``--quick``."""
     splits: dict[str, Examples] = {}
     for name, split in material.data.splits.items():
         count = min(len(split), batch * (QUICK_STEPS if name == "train" else _QUICK_MEASURED))
@@ -123,13 +123,13 @@ def shortened_data(material: PaperData, batch: int, seed: int) -> PaperData:
 
 
 def _digest(split: Examples) -> str:
-    """Of all labels or tokens, and of the first examples."""
-    found = hashlib.blake2b(digest_size=8)
+    """Digest of all labels or tokens and of the first examples."""
+    digest = hashlib.blake2b(digest_size=8)
     if isinstance(split, TokenStream):
-        found.update(split.tokens.numpy().tobytes())
+        digest.update(split.tokens.numpy().tobytes())
     if split.y is not None:
-        found.update(split.y.numpy().tobytes())
+        digest.update(split.y.numpy().tobytes())
     first = split.batch(torch.arange(min(16, len(split))))
     for name in sorted(first):
-        found.update(first[name].contiguous().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(first[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()

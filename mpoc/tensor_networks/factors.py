@@ -1,14 +1,15 @@
-"""Whole numbers as products of nearly equal factors, or of a small and a large one: the sides of a layer.
+"""Factors of a layer's outputs and inputs, and the order in which its inputs are factorised.
 
-In which order a linear layer's inputs are factorised, as plain data.
+A side is a product of nearly equal factors, one per site. If it has none (a prime, a vocabulary of 30522), a
+slightly larger, padded side is factorised.
 
-``""`` is the weight's own order, row after row of an image.  ``morton:28x28`` (``morton:3x32x32`` with
-channels, which torch flattens first) is the coarse-grained order of Latorre (arXiv:quant-ph/0510031): each
-site's input factor is h · w · c, its part of the height, of the width and of the channels, so that the first
-site says which large block of the image a pixel is in and the last which pixel of a small block; 28 = 2·2·7
-makes sites of 2·2, 2·2 and 7·7.  Any other order is the permutation itself: position p of the matrix that is
-factorised holds input ``order[p]``.  A layer with an order permutes its inputs; its weight as loaded or
-expanded is in its own order.
+The order of a linear layer's inputs is plain data. ``""`` is the weight's own order, row after row of an
+image. ``morton:28x28`` (``morton:3x32x32`` with channels, which torch flattens first) is the coarse-grained
+order of Latorre (arXiv:quant-ph/0510031): the input factor of a site is h · w · c, its parts of the height,
+the width and the channels. The first site then selects a large block of the image and the last a pixel in a
+small block; 28 = 2·2·7 makes sites of 2·2, 2·2 and 7·7. Any other order is the permutation itself: column p
+of the factorised matrix is input ``order[p]``. A layer with an order permutes its inputs, and its weight as
+loaded or expanded is in its own order.
 """
 
 from __future__ import annotations
@@ -23,23 +24,20 @@ from functools import cache
 from mpoc.errors import UsageError
 from mpoc.tensor_networks.geometry import Geometry
 
-# An exact factorisation is kept unless its factors sum to more than this many times the padded one's.
+# Exact factors are kept unless their cost is more than this many times that of padded ones.
 _EXACT_BONUS = 2.0
 _WIDEST_PADDING = 0.1
 _MOST_TRIED = 1 << 15
 
 LEARNED = "learned"
-MOST_INPUTS = 8192  # of an order that is learnt: the table of all exchanges is their square
-MOST_ORDERED = 1 << 20  # inputs of an order by name: it is written out as a permutation
+MOST_INPUTS = 8192  # limit for a learned order: the table of all exchanges is quadratic
+MOST_ORDERED = 1 << 20  # limit for a named order, which is expanded to a permutation
 _MORTON = re.compile(r"morton:(?:([1-9]\d{0,6})x)?([1-9]\d{0,6})x([1-9]\d{0,6})")
 
 
 @cache
 def balanced_factors(size: int, count: int) -> tuple[int, ...]:
-    """``count`` rising factors, each at least 2, of ``size`` or of a slightly larger padded size.
-
-    Empty where even 10 % of padding finds none.
-    """
+    """``count`` ascending factors ≥ 2 of ``size``, or of up to 10 % more; () if there are none."""
     exact = most_balanced(size, count)
     candidates = range(size + 1, min(int(size * (1 + _WIDEST_PADDING)), size + _MOST_TRIED) + 1)
     limit = 2 * math.ceil(size ** (1 / count)) + 1
@@ -58,7 +56,7 @@ def balanced_factors(size: int, count: int) -> tuple[int, ...]:
 
 
 def most_balanced(size: int, count: int, limit: int | None = None) -> tuple[int, ...]:
-    """The factorisation into ``count`` rising factors ≥ 2 (≤ ``limit``) with the smallest sum, or ()."""
+    """The ``count`` ascending factors ≥ 2 (≤ ``limit``) with the smallest sum; () if there are none."""
     return min(_factorisations(size, count, 2, limit or size), key=sum, default=())
 
 
@@ -74,9 +72,9 @@ def _factorisations(size: int, count: int, least: int, limit: int) -> Iterator[t
 
 
 def wide_factors(outputs: int, inputs: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Two sites, one nearly all outputs and the other nearly all inputs: (2, N_y/2) and (N_x/2, 2).
+    """Output and input factors of two sites, (2, N_y/2) and (N_x/2, 2); None if a side is prime.
 
-    Of genuine MPOs those that come closest to a layer's outputs at equal size; None where a side is a prime.
+    At equal size, such MPOs come closest to a layer's outputs.
     """
     j, i = _least_factor(outputs), _least_factor(inputs)
     return None if j == outputs or i == inputs else ((j, outputs // j), (inputs // i, i))
@@ -87,53 +85,54 @@ def _least_factor(size: int) -> int:
 
 
 def default_sites(outputs: int, inputs: int) -> int:
-    """The papers' habit: four sites where the larger side is under 1,024, five from there."""
+    """The papers' number of sites: four if the larger side is below 1,024, else five."""
     wanted = 4 if max(outputs, inputs) < 1024 else 5
     return max(1, min(wanted, int(math.log2(max(2, min(outputs, inputs))))))
 
 
 def mera_sites(outputs: int, inputs: int) -> int:
-    """Sites of about 4 on the larger side: what a MERA has over a chain are levels of small ones."""
+    """Number of sites with factors of about 4 on the larger side: a MERA gains by levels of small sites."""
     wanted = (max(1, outputs - 1, inputs - 1).bit_length() + 1) // 2
     return max(1, min(wanted, int(math.log2(max(2, min(outputs, inputs))))))
 
 
 def choose_factors(outputs: int, inputs: int, sites: int | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(output factors, input factors): outputs fall and inputs rise, so that all sites are alike in size.
+    """(output factors, input factors): outputs descending, inputs ascending, so that sites are of equal size.
 
     Args:
         outputs: N_y.
         inputs: N_x.
-        sites: wanted number; None for the papers' habit. Fewer where a side is too small, or prime.
+        sites: number of sites; None: the papers' number. There are fewer if a side is too small, or prime.
     """
     most = int(math.log2(1.1 * max(2, min(outputs, inputs)))) + 1  # a factor of 2 at least to each
     wanted = min(sites, most) if sites is not None else default_sites(outputs, inputs)
     for count in range(wanted, 1, -1):
-        found = balanced_factors(outputs, count), balanced_factors(inputs, count)
-        if found[0] and found[1]:
-            return found[0][::-1], found[1]
+        output_factors, input_factors = balanced_factors(outputs, count), balanced_factors(inputs, count)
+        if output_factors and input_factors:
+            return output_factors[::-1], input_factors
     return (outputs,), (inputs,)
 
 
 def choose_map_factors(
     geometry: Geometry, channels: tuple[int, int], sites: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Sites of their own for each axis, channels last, that no factor crosses; neighbours merged if too many.
+    """(output factors, input factors) of a whole map: each axis has its own sites, the channels come last.
 
-    Nothing is padded.  Unless asked for fewer, a large map has more sites than the papers' habit: a factor of
-    at most about 8 in height and width, and three sites for the channels.
+    Neighbouring sites are merged if there are too many. Nothing is padded. If ``sites`` is None, a large map
+    has more sites than the papers' number: factors of at most about 8 in height and width, and three sites
+    for the channels.
     """
     positions = geometry.positions
-    outputs, inputs = (count * each for count, each in zip(positions, channels, strict=True))
+    outputs, inputs = (count * width for count, width in zip(positions, channels, strict=True))
     pairs: list[tuple[int, int]] = []
     for pair in zip(geometry.output_size, geometry.size, strict=True):
         if max(pair) > 1:
             pairs += _exact_pairs(*pair, math.ceil(math.log2(max(pair)) / 3))
     habit = default_sites(outputs, inputs) if sites is None else sites
     least = min(3, default_sites(*channels)) if sites is None else 1
-    found = _exact_pairs(*channels, max(least, habit - len(pairs)))
+    of_channels = _exact_pairs(*channels, max(least, habit - len(pairs)))
     # Shifts keep most digits of a position, so positions match digit by digit; channels balance the sites.
-    pairs += zip((j for j, _ in reversed(found)), (i for _, i in found), strict=True)
+    pairs += zip((j for j, _ in reversed(of_channels)), (i for _, i in of_channels), strict=True)
     while sites is not None and len(pairs) > sites:
         k = min(range(len(pairs) - 1), key=lambda k: math.prod(pairs[k] + pairs[k + 1]))
         (j, i), (more_j, more_i) = pairs[k : k + 2]
@@ -142,11 +141,11 @@ def choose_map_factors(
 
 
 def _exact_pairs(outputs: int, inputs: int, count: int) -> list[tuple[int, int]]:
-    """Rising factors (J, I) of at most ``count`` sites that multiply out to the two sides exactly."""
+    """Ascending factors (J, I) of at most ``count`` sites that multiply out to the two sides exactly."""
     for number in range(count, 1, -1):
-        found = most_balanced(outputs, number), most_balanced(inputs, number)
-        if found[0] and found[1]:
-            return list(zip(*found, strict=True))
+        pairs = list(zip(most_balanced(outputs, number), most_balanced(inputs, number), strict=False))
+        if pairs:
+            return pairs
     return [(outputs, inputs)]
 
 
@@ -162,10 +161,10 @@ class OrderRule:
 
 
 def parse_order(text: str) -> OrderRule:
-    """The text of ``--order`` as plain data.
+    """Parse the text of ``--order``.
 
     Raises:
-        UsageError: not of that form.
+        UsageError: the text is not an order.
     """
     pattern, equals, order = text.rpartition("=")
     order = order.strip()
@@ -178,20 +177,20 @@ def parse_order(text: str) -> OrderRule:
 
 
 def order_fits(order: str, inputs: int) -> bool:
-    """Whether a layer of so many inputs can have it."""
+    """Whether a layer with this number of inputs can have the order."""
     return not order.startswith("morton") or math.prod(_image(order)) == inputs <= MOST_ORDERED
 
 
 def ordered_factors(
     order: str, outputs: int, inputs: int, sites: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(output factors, input factors) such that each site has a part of the height and of the width.
+    """(output factors, input factors); for a Morton order, each site has a part of the height and the width.
 
     Args:
-        order: a Morton order of these inputs; of any other, factors are chosen without it.
+        order: order of the inputs.
         outputs: N_y.
         inputs: N_x.
-        sites: the most there may be; None for the papers' habit.
+        sites: largest number of sites; None: the papers' number.
     """
     if not order.startswith("morton"):
         return choose_factors(outputs, inputs, sites)
@@ -203,31 +202,31 @@ def ordered_factors(
         while len(parts) > count:
             k = min(range(len(parts) - 1), key=lambda k: parts[k] * parts[k + 1])
             parts[k : k + 2] = [parts[k] * parts[k + 1]]
-        found = balanced_factors(outputs, count)
-        if found:
-            return found[::-1], tuple(parts)
+        output_factors = balanced_factors(outputs, count)
+        if output_factors:
+            return output_factors[::-1], tuple(parts)
     return (outputs,), (inputs,)
 
 
 def permutation(order: InputOrder, inputs: int, factors: tuple[int, ...]) -> tuple[int, ...] | None:
-    """For each position of the factorised matrix the input there; None: its own.
+    """The input at each column of the factorised matrix; None: the inputs keep their own order.
 
     Args:
-        order: as a structure has it.
+        order: the order in a structure.
         inputs: N_x.
-        factors: I, one a site.
+        factors: I, one per site.
 
     Raises:
-        ValueError: it is none of these inputs and factors.
+        ValueError: the order does not fit these inputs and factors.
     """
     if not order:
         return None
     if inputs > MOST_ORDERED:
         raise ValueError(f"an order of {inputs} inputs")
-    found = _morton(order, factors) if isinstance(order, str) else order
-    if len(found) != inputs or not _is_permutation(found):
-        raise ValueError(f"an order of {len(found)} inputs for {inputs}")
-    return found
+    numbers = _morton(order, factors) if isinstance(order, str) else order
+    if len(numbers) != inputs or not _is_permutation(numbers):
+        raise ValueError(f"an order of {len(numbers)} inputs for {inputs}")
+    return numbers
 
 
 @cache
@@ -237,27 +236,28 @@ def _is_permutation(numbers: tuple[int, ...]) -> bool:
 
 @cache
 def _morton(order: str, factors: tuple[int, ...]) -> tuple[int, ...]:
-    """Each site's digit is (h, w, c), c fastest; a position's digits of one axis make its place along it."""
+    """The permutation of a Morton order. Each site's digit is (h, w, c) with c fastest."""
     image = _image(order)
     if math.prod(image) != math.prod(factors):
         raise ValueError(f"{order} with input factors of {math.prod(factors)}")
     _, height, width = image
     sites = list(_parts(image, factors))
-    found = []
+    numbers = []
     for digits in itertools.product(*(range(math.prod(parts)) for parts in sites)):
         h = w = c = 0
         for digit, (parts_c, parts_h, parts_w) in zip(digits, sites, strict=True):
             h = h * parts_h + digit // (parts_w * parts_c)
             w = w * parts_w + digit // parts_c % parts_w
             c = c * parts_c + digit % parts_c
-        found.append((c * height + h) * width + w)
-    return tuple(found)
+        numbers.append((c * height + h) * width + w)
+    return tuple(numbers)
 
 
 def _parts(image: tuple[int, int, int], factors: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """For each site its part of channels, height and width: prime by prime to the side that has least there.
+    """The parts of channels, height and width at each site.
 
-    Of those it goes to the one with more of that prime left for later sites; the height comes first.
+    Each prime of the site's factor goes to the axis with the smallest part there; among equals, to the one
+    with more of that prime left for later sites; then to the height.
     """
     left = [_primes(side) for side in image]
     for factor in factors:
@@ -271,24 +271,24 @@ def _parts(image: tuple[int, int, int], factors: tuple[int, ...]) -> Iterator[tu
 
 
 def _image(order: str) -> tuple[int, int, int]:
-    """(channels, height, width).
+    """(channels, height, width) of a Morton order.
 
     Raises:
-        ValueError: no Morton order.
+        ValueError: this is not a Morton order.
     """
-    found = _MORTON.fullmatch(order)
-    if not found:
+    match = _MORTON.fullmatch(order)
+    if not match:
         raise ValueError(f"order {order!r}")
-    return int(found[1] or 1), int(found[2]), int(found[3])
+    return int(match[1] or 1), int(match[2]), int(match[3])
 
 
 def _primes(size: int) -> list[int]:
-    """Rising."""
-    found, prime = [], 2
+    """The prime factors, ascending."""
+    primes, prime = [], 2
     while size > 1:
         if size % prime == 0:
-            found.append(prime)
+            primes.append(prime)
             size //= prime
         else:
             prime += 1
-    return found
+    return primes

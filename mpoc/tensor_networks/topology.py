@@ -1,14 +1,15 @@
-"""How the cores of a form are joined: every tensor with named legs.  Plain data, no torch.
+"""How the cores of a form are joined, by the names of their legs. Plain data, without torch.
 
 Site k has an output leg j_k and an input leg i_k.  Every other leg is a bond between two cores.
 
     chain   an MPO: core k has the legs (b_{k-1}, j_k, i_k, b_k)
-    tree    a binary tree over the sites (Hackbusch & Kühn 2009): a core for each site, then cores of three
-    bonds MERA    a binary MERA (Hallam et al. 2017, Fig. 1): inputs enter at the bottom, outputs leave on the
-    way up
+    tree    a binary tree over the sites (Hackbusch & Kühn 2009): a core for each site, and cores that join
+            three bonds
+    MERA    a binary MERA (Hallam et al. 2017, Fig. 1): inputs enter at the bottom, outputs leave on the way
+            up
 
-Cores are listed in an order in which they can be applied to an input: whatever a core takes as input has
-been produced by the cores before it.
+Cores are listed in an order in which they can be applied to an input: every input of a core is made by the
+cores before it.
 """
 
 from __future__ import annotations
@@ -43,19 +44,19 @@ def is_open(leg: str) -> bool:
 class Topology(ABC):
     """A way to join the cores of any number of sites."""
 
-    has_loops: ClassVar[bool] = False  # no bond cuts the network in two, so there are no Schmidt values
-    in_line: ClassVar[bool] = False  # the bonds follow each other from the first site to the last
-    outputs_up: ClassVar[bool] = True  # in a drawing, where output legs point up and input legs down
+    has_loops: ClassVar[bool] = False  # True: no bond cuts the network in two, so there are no Schmidt values
+    in_line: ClassVar[bool] = False  # True: the bonds follow each other from the first site to the last
+    outputs_up: ClassVar[bool] = True  # whether output legs point up in a drawing
     bond_name: ClassVar[str] = "bond"
-    bond_place: ClassVar[str] = "bond"  # a bond and where it is, as a chart says it
+    bond_place: ClassVar[str] = "bond"  # title of the axis of bonds in a chart
 
     @abstractmethod
     def cores(self, outputs: Factors, inputs: Factors, bonds: tuple[int, ...]) -> tuple[Core, ...]:
         """The cores of a network.
 
         Args:
-            outputs: J, one a site.
-            inputs: I, one a site.
+            outputs: J, one per site.
+            inputs: I, one per site.
             bonds: as :meth:`bonds` returns them.
         """
 
@@ -69,10 +70,10 @@ class Topology(ABC):
 
     @abstractmethod
     def places(self, cores: Sequence[Core]) -> list[Place]:
-        """Where each core stands in a drawing."""
+        """The position of each core in a drawing."""
 
     def full_bond(self, sizes: tuple[int, ...]) -> int:
-        """The smallest cap at which no weight need lose anything."""
+        """The smallest cap at which nothing is discarded."""
         return max(self.bonds(sizes, math.prod(sizes)), default=1)
 
     def inner_bonds(self, bonds: tuple[int, ...]) -> tuple[int, ...]:
@@ -80,7 +81,7 @@ class Topology(ABC):
         return bonds
 
     def fits(self, bonds: tuple[int, ...], sites: int) -> bool:
-        """Whether these can be the bonds of so many sites."""
+        """Whether these can be the bonds of this number of sites."""
         return len(bonds) == self.num_bonds(sites)
 
     def bond_titles(self, sites: int) -> list[str]:
@@ -186,12 +187,12 @@ class MeraTopology(Topology):
         return 1
 
     def full_bond(self, sizes: tuple[int, ...]) -> int:
-        """A cap at which nothing need be lost; not the smallest one."""
+        """A cap at which nothing is discarded; not the smallest one."""
         cuts = (math.prod(sizes[:k]) for k in range(len(sizes) + 1))
         return max(min(left, math.prod(sizes) // left) for left in cuts)
 
     def places(self, cores: Sequence[Core]) -> list[Place]:
-        """Inputs at the bottom; every core between its two lower legs, above whatever they come from."""
+        """Inputs at the bottom, every core between its two lower legs and above the cores they come from."""
         bond_places: dict[str, Place] = {}
         places: list[Place] = []
         for core in cores:
@@ -221,8 +222,8 @@ def _chain(outputs: Factors, inputs: Factors, bonds: tuple[int, ...]) -> tuple[C
 def branches(sites: int) -> tuple[range, ...]:
     """The sites (from 0) below each branch of a tree: children before their parents, left before right.
 
-    A run of sites is halved again and again, the left half being the larger one.  The two halves of the whole
-    share one branch, which is listed as the left half.
+    A run of sites is halved repeatedly, with the larger half on the left. The two halves of the whole share
+    one branch, which is listed as the left half.
     """
 
     def below(span: range) -> Iterator[range]:
@@ -286,19 +287,18 @@ class _OpenLeg:
 
     leg: str
     size: int
-    output: int  # the site whose output has yet to leave
+    output: int  # the site whose output leaves later
 
 
 @cache
 def mera(outputs: Factors, inputs: Factors, bond: int) -> tuple[Core, ...]:
     """A binary MERA with open boundaries, all of whose bonds have the dimension ``bond``.
 
-    On each level disentanglers act between neighbouring pairs, (a, b) → (D, D).  Each pair then goes through
-    an isometry, (a, b) → (J, D), at which one output leaves.  A site without a partner moves up
-    unchanged.  The last two legs end in a core (a, b) → (J, J).  Where a layer narrows, outputs that are
-    fixed have J = 1.
+    On each level, disentanglers act between neighbouring pairs, (a, b) → (D, D). Each pair then goes through
+    an isometry, (a, b) → (J, D), at which one output leaves. A site without a partner moves up unchanged. The
+    last two legs end in a core (a, b) → (J, J). If the layer has fewer outputs than inputs, some J are 1.
 
-    For 12 sites of J = I = 2 these are 19 cores of 3 D⁴ + 16 D³ + 32 D² numbers.  They are ordered so that
+    For 12 sites of J = I = 2 there are 19 cores with 3 D⁴ + 16 D³ + 32 D² numbers. They are ordered such that
     intermediates grow least: each isometry follows its disentanglers as soon as possible.
     """
     if len(inputs) == 1:
@@ -331,14 +331,14 @@ def _disentangler(level: list[_OpenLeg], k: int, bond: int, height: int) -> Core
 
 
 def _isometry(a: _OpenLeg, b: _OpenLeg, outputs: Factors, bond: int, height: int) -> tuple[Core, _OpenLeg]:
-    """(J, D, a, b), and the leg that goes up from it."""
+    """The core (J, D, a, b), and the leg that goes up from it."""
     above = _OpenLeg(f"u{height}.{b.output + 1}", bond, b.output)
     legs = (f"j{a.output + 1}", above.leg, a.leg, b.leg)
     return Core(legs, (outputs[a.output], bond, a.size, b.size)), above
 
 
 def _in_order(cores: Sequence[Core], inputs: Factors) -> Iterator[Core]:
-    """Among the cores whose lower two legs exist already, always the one after which least is held."""
+    """Order the cores; the next one is that after which least is held, among those whose lower legs exist."""
     waiting, ready = list(cores), {f"i{k + 1}" for k in range(len(inputs))}
     while waiting:
         core = min((core for core in waiting if ready.issuperset(core.legs[2:])), key=_growth)

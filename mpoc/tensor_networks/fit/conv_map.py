@@ -1,16 +1,16 @@
-"""A whole-map convolution to MPO cores, and back to the nearest kernel.
+"""Fit an MPO to a convolution as one whole map, and find the kernel nearest to a map.
 
-Where the dense map is small it is formed and goes through TT-SVD.  Where it is not (32×32×64 would be 17 GB),
-the exact operator is put together in cores, a tap at a time, and rounded:
+A small dense map is formed and goes through TT-SVD. For a large one (32×32×64 would be 17 GB), the exact
+operator is built in cores, tap by tap, and rounded:
 
     W_map = Σ_ab S_a ⊗ S_b ⊗ K[a, b]
 
-A shift has bonds of 2 or 3, and each site holds the digits of height, width and channels that its factors
-name.  The trade-off: the exact bonds among the channels are those of all taps together, so rounding costs as
-much as the SVDs of the kernel's unfoldings in float64.
+A shift has bonds of 2 or 3, and each site holds the digits of height, width and channels of its factors. The
+trade-off: the exact bonds among the channels are those of all taps together, so rounding costs as much as the
+SVDs of the kernel's unfoldings in float64.
 
-A truncated map is still a convolution where no bond lies inside height or width: the singular vectors at a
-bond between axes are themselves sums of shifts.  Truncated inside an axis, or trained, it is none.
+A truncated map is still a convolution if no bond lies inside height or width, since the singular vectors at a
+bond between axes are sums of shifts. Truncated inside an axis, or trained, it is not a convolution.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mpoc.tensor_networks.forms.layout import (
 from mpoc.tensor_networks.forms.mpo import MPO, add, entropy, kronecker, subtract
 from mpoc.tensor_networks.structure import Structure, make_structure
 
-# What float64 sums leave of zero.
+# Relative size of a zero after float64 sums.
 _EXACT = 1e-13
 
 AxisFactors = tuple[tuple[tuple[int, int], ...], ...]
@@ -48,7 +48,7 @@ def fit_mpo(
     """Factorise a weight, or the whole map of a kernel, as an MPO.
 
     Arguments and result are those of :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`; the relative error of a
-    whole map is that against the exact map.
+    whole map is measured against the exact map.
     """
     if not structure.is_large_map:
         return tt_svd(weight, structure, truncation, target)
@@ -68,7 +68,7 @@ def exact_map(kernel: Tensor, structure: Structure) -> MPO:
 
     Args:
         kernel: (C_out, C_in / groups, k, …).
-        structure: of kind ``convmap`` whose factors align with the axes.
+        structure: a structure of kind ``convmap`` whose factors align with the axes.
     """
     geometry, axis_factors = structure.geometry, structure.axis_factors
     assert geometry is not None and axis_factors is not None
@@ -88,7 +88,7 @@ def exact_map(kernel: Tensor, structure: Structure) -> MPO:
 def _shift_trains(
     structure: Structure, axis_factors: AxisFactors, device: torch.device
 ) -> list[list[list[Tensor]]]:
-    """For each axis and each tap along it: the shift as cores, one at every site."""
+    """The shift of each tap along each axis as cores, one per site."""
     geometry = structure.geometry
     assert geometry is not None
     return [
@@ -101,7 +101,7 @@ def _shift_trains(
 
 
 def _train(matrix: Tensor, factors: list[tuple[int, int]]) -> list[Tensor]:
-    """A float64 matrix as cores with these (J, I), exactly."""
+    """The exact cores of a float64 matrix with these factors (J, I)."""
     sides = tuple(j for j, _ in factors), tuple(i for _, i in factors)
     structure = make_structure("linear", tuple(matrix.shape), factors=sides)
     return tt_svd(matrix, structure, Truncation(structure.full_bond, _EXACT)).form.cores
@@ -110,7 +110,7 @@ def _train(matrix: Tensor, factors: list[tuple[int, int]]) -> list[Tensor]:
 def project(form: MPO) -> tuple[Tensor, float]:
     """The kernel nearest to a whole map in Frobenius norm, by least squares.
 
-    Taps that reach only into padding at this input size are zero.
+    Taps that read only padding at this input size are zero.
 
     Returns:
         The kernel (C_out, C_in / groups, k, …) in the cores' dtype, and the relative error of its map:
@@ -162,6 +162,6 @@ def _split(core: Tensor, site: tuple[tuple[int, int], ...]) -> Tensor:
 
 
 def _contract_axis(core: Tensor, shift: Tensor) -> Tensor:
-    """Sum over the first axis of (D_left, D_right, J_1 I_1, …) with a shift's core; bonds multiply."""
+    """Contract the first axis of (D_left, D_right, J_1 I_1, …) with a shift's core; bonds multiply."""
     product = torch.einsum("lrx...,axb->larb...", core, shift.flatten(1, 2))
     return product.flatten(2, 3).flatten(0, 1)

@@ -1,15 +1,13 @@
-"""A weight alone to the cores of its structure, whatever joins the sites.
+"""Fit a weight by the form of its structure, and learn an order of its inputs.
 
-An order of a layer's inputs in which truncation loses less: a permutation learnt from the weight.
+A learned order is a permutation of a layer's inputs in which truncation loses less. Two steps alternate, as
+in k-means: the MPO of the weight in the present order (TT-SVD at the cap), and the order of the weight's
+columns that fits this MPO's dense weight Ŵ best, by exchanging pairs while Σ_p ⟨W[:, order[p]], Ŵ[:, p]⟩
+grows. Neither step makes ‖W − Ŵ‖ larger, except where TT-SVD is not the best MPO.
 
-Two steps in turn, as in k-means: the MPO of the weight in the present order (TT-SVD at the cap), and, for
-this MPO's dense weight Ŵ, the order of the weight's columns that fits it best, by exchanging pairs as long as
-Σ_p ⟨W[:, order[p]], Ŵ[:, p]⟩ grows.  Neither makes ‖W − Ŵ‖ larger, but for what TT-SVD misses of the best
-MPO.
-
-It begins at a quarter of the cap, then half, then all of it: a few strong directions sort the columns
-coarsely first.  The trade-off: an order is learnt for a bond; at others it can do worse than the weight's
-own.
+The cap starts at a quarter, then half, then all of the bond, so that a few strong directions sort the columns
+coarsely first. The trade-off: an order is learned for one bond, and can be worse than the weight's own order
+at others.
 """
 
 from __future__ import annotations
@@ -26,9 +24,9 @@ from mpoc.tensor_networks.structure import Structure
 
 _TURNS = 10
 _ROUNDS = 10
-# A turn that takes less than this share off the error is the last.
+# The alternation ends when a turn lowers the error by less than this share.
 _LEAST_GAIN = 1e-4
-# An exchange that gains less than this share of the largest likeness is rounding.
+# An exchange that gains less than this share of the largest inner product is rounding noise.
 _LEAST_EXCHANGE = 1e-6
 
 
@@ -38,18 +36,18 @@ def decompose(
     truncation: Truncation,
     target: Target = DEFAULT_TARGET,
 ) -> Fit:
-    """Fit the form that ``structure`` names; as :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`."""
+    """Fit the form that ``structure`` names; see :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`."""
     fit: Fit = structure.info.fit_function(weight, structure, truncation, target)
     return fit
 
 
 def learn_order(weight: Tensor, structure: Structure, max_bond: int) -> tuple[int, ...]:
-    """The best order found for bonds up to ``max_bond``; the weight's own where none is better.
+    """Learn an order for bonds up to ``max_bond``; the weight's own order if none is better.
 
     Args:
-        weight: of shape ``structure.shape``, a linear map.
-        structure: of any form; the order is learnt for a chain of its sites.
-        max_bond: the cap at which it is to be good.
+        weight: a linear map of shape ``structure.shape``.
+        structure: a structure of any form; the order is learned for a chain of its sites.
+        max_bond: the cap that the order is learned for.
     """
     chain = replace(structure, form="mpo", order="")
     columns = to_matrix(weight, chain)[0].to(working_dtype(weight.dtype))
@@ -61,7 +59,7 @@ def learn_order(weight: Tensor, structure: Structure, max_bond: int) -> tuple[in
 
 
 def _alternate(columns: Tensor, structure: Structure, bond: int, order: Tensor) -> Tensor:
-    """Fit and exchange until the error at ``bond`` has stopped falling; the best order on the way."""
+    """Alternate fit and exchange until the error at ``bond`` stops falling; return the best order."""
     approximation, least = _fit(columns, structure, bond, order)
     best = order
     for _ in range(_TURNS):
@@ -82,21 +80,21 @@ def _fit(columns: Tensor, structure: Structure, bond: int, order: Tensor) -> tup
     return fit.form.to_matrix()[0], fit.relative_error
 
 
-def exchange(likeness: Tensor, order: Tensor) -> Tensor:
-    """Exchange pairs of positions while Σ_p likeness[order[p], p] grows.
+def exchange(products: Tensor, order: Tensor) -> Tensor:
+    """Exchange pairs of positions while Σ_p products[order[p], p] grows.
 
     Args:
-        likeness: (N, N), of each column to each position.
-        order: (N,), the column at each position.
+        products: inner product of each column with each position's, (N, N).
+        order: the column at each position, (N,).
     """
     for _ in range(_ROUNDS):
-        placed = likeness[order]  # [p, q]: the column at p, were it at q
+        placed = products[order]  # [p, q]: the column at p, were it at q
         now = placed.diagonal()
         gains, partners = (placed + placed.T - now[:, None] - now[None, :]).max(dim=1)
         least = _LEAST_EXCHANGE * float(now.abs().max())
-        found = sorted(zip((-gains).tolist(), range(len(gains)), partners.tolist(), strict=True))
+        candidates = sorted(zip((-gains).tolist(), range(len(gains)), partners.tolist(), strict=True))
         columns, taken = order.tolist(), set()
-        for loss, p, q in found:
+        for loss, p, q in candidates:
             if -loss > least and p not in taken and q not in taken:
                 columns[p], columns[q] = columns[q], columns[p]
                 taken |= {p, q}

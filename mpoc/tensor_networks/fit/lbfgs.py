@@ -1,15 +1,14 @@
-"""Gram matrices of what surrounds each core of a network: a descent divides by them.
+"""Minimise f over all cores of a form, or of a sum, with L-BFGS (Nocedal & Wright 2006, algorithm 7.4).
 
-Minimise f over all cores of a form, or of a sum, together: L-BFGS (Nocedal & Wright 2006, algorithm 7.4).
+One application of Ŵ ↦ G (T − Ŵ) M gives the gradient for every core at once. Alternating least squares needs
+several for each core, and many sweeps if neighbouring cores depend on each other. Measured on a transformer's
+layers at equal numbers of applications, L-BFGS reaches a lower f than one-site ALS, with exact solves or a
+few conjugate gradients each, and than Gauss-Newton steps.
 
-One application of Ŵ ↦ G (T − Ŵ) M gives the gradient for every core at once.  Alternating least squares
-needs several for each core, and many sweeps where neighbouring cores depend on each other.  Measured on a
-transformer's layers, at equal numbers of applications this reaches a lower f than one-site ALS, with exact
-solves or with a few conjugate gradients each, and than Gauss-Newton steps.
-
-The metric is to be near the identity (:mod:`mpoc.tensor_networks.fit.whitening`).  In a chain or a tree a
-core's curvature is then the product of the Gram matrices of everything beyond each of its bonds; to divide
-by all makes steps the same in every gauge.  A step that does not lower f is shortened, so f never rises.
+The metric should be near the identity (:mod:`mpoc.tensor_networks.fit.whitening`). The curvature of a core in
+a chain or a tree is then the product of the Gram matrices of everything beyond each of its bonds. The block
+preconditioner divides by them, which makes steps independent of the gauge. A step that does not lower f is
+shortened, so f never rises.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from mpoc.tensor_networks.fit.metric import Metric
 from mpoc.tensor_networks.forms.contraction import Legs, along
 from mpoc.tensor_networks.forms.form import Form
 
-# A bond's directions of less than this share of its mean weight are not scaled up further.
+# Directions of a bond below this share of its mean weight are not scaled up further.
 _FLOOR = 1e-4
 
 _MEMORY = 10
@@ -36,9 +35,9 @@ CorePosition = tuple[int, int]  # core, axis
 
 
 def inverse_grams(cores: Sequence[Tensor], legs: Sequence[Legs]) -> list[dict[int, Tensor]]:
-    """For every core, by axis, the inverse Gram matrix of everything beyond the bond there.
+    """For every core and each axis with a bond, the inverse Gram matrix of everything beyond that bond.
 
-    Nothing where bonds close a loop: there what surrounds a core is no product of such matrices.
+    Empty if bonds close a loop, since the environment of a core is then not a product of such matrices.
     """
     places: dict[str, list[CorePosition]] = defaultdict(list)
     for k, names in enumerate(legs):
@@ -49,10 +48,10 @@ def inverse_grams(cores: Sequence[Tensor], legs: Sequence[Legs]) -> list[dict[in
         return [{} for _ in cores]
     beyond = {here: there for ends in bonds for here, there in (ends, ends[::-1])}
     grams: dict[CorePosition, Tensor] = {}
-    found: list[dict[int, Tensor]] = [{} for _ in cores]
+    inverses: list[dict[int, Tensor]] = [{} for _ in cores]
     for (k, axis), there in beyond.items():
-        found[k][axis] = _inverse(_gram(cores, there, beyond, grams))
-    return found
+        inverses[k][axis] = _inverse(_gram(cores, there, beyond, grams))
+    return inverses
 
 
 def _gram(
@@ -61,7 +60,7 @@ def _gram(
     beyond: dict[CorePosition, CorePosition],
     known: dict[CorePosition, Tensor],
 ) -> Tensor:
-    """Over one axis of a core: of the core and all that hangs on its other axes."""
+    """Gram matrix over one axis of a core, together with everything attached to its other axes."""
     if place not in known:
         k, axis = place
         weighed = cores[k]
@@ -74,7 +73,7 @@ def _gram(
 
 
 def _inverse(gram: Tensor) -> Tensor:
-    """Of Gram matrices that may be singular, or zero."""
+    """The inverse of a Gram matrix that may be singular or zero."""
     regular = gram.double()
     regular.diagonal().add_(_FLOOR * regular.diagonal().mean() + torch.finfo(torch.float32).tiny)
     return torch.cholesky_inverse(torch.linalg.cholesky(regular)).to(gram.dtype)
@@ -82,18 +81,18 @@ def _inverse(gram: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Point:
-    """Cores as one vector, with f and its gradient there."""
+    """Cores as one vector, with the value of f and its gradient."""
 
     vector: Tensor  # all cores, flattened one after another
     value: float
-    gradient: Tensor  # likewise
+    gradient: Tensor  # in the layout of ``vector``
 
 
 class LBFGS:
-    """The state of a minimisation; ``run`` goes on from where it stopped.
+    """The state of a minimisation; ``run`` continues it.
 
     Args:
-        metric: in whitened coordinates; its dtype is that of the arithmetic.
+        metric: the metric in whitened coordinates; the arithmetic has its dtype.
         start: a form whose factors multiply out to the metric's sides.
     """
 
@@ -108,15 +107,15 @@ class LBFGS:
 
     @property
     def form(self) -> Form:
-        """The form with the cores of the present point."""
+        """The form at the present point."""
         return self._start.with_cores(self._split(self.point.vector))
 
     def run(self, steps: int) -> bool:
-        """Take up to ``steps`` steps; whether all of them lowered f."""
+        """Take up to ``steps`` steps; return whether all of them lowered f."""
         return all(self._step() for _ in range(steps))
 
     def _step(self) -> bool:
-        """One step along the L-BFGS direction, or failing that along the preconditioned gradient."""
+        """Step along the L-BFGS direction or, if that fails, along the preconditioned gradient."""
         if self._search():
             return True
         if not self.pairs:
@@ -125,7 +124,7 @@ class LBFGS:
         return self._search()
 
     def _search(self) -> bool:
-        """Move to a lower point along the present direction; whether there was one."""
+        """Move to a lower point along the present direction; return whether there is one."""
         here = self.point
         direction = -self._inverse_hessian(here.gradient)
         slope = float(here.gradient @ direction)
@@ -154,12 +153,12 @@ class LBFGS:
         return Point(vector.detach(), value, gradient)
 
     def _split(self, vector: Tensor) -> list[Tensor]:
-        """The cores."""
+        """The cores of a vector."""
         parts = vector.split([shape.numel() for shape in self._shapes])
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _inverse_hessian(self, gradient: Tensor) -> Tensor:
-        """The two-loop recursion around the preconditioner."""
+        """Apply the inverse Hessian by the two-loop recursion around the preconditioner."""
         weights: list[float] = []
         for step, change, curvature in reversed(self.pairs):
             weights.append(float(step @ gradient) / curvature)
@@ -173,7 +172,7 @@ class LBFGS:
         return result
 
     def _precondition(self, vector: Tensor) -> Tensor:
-        """Half the vector, each core divided by the Gram matrices of all beyond its bonds."""
+        """Half the vector, each core divided by the Gram matrices beyond its bonds."""
         given = iter(self._split(vector))
         parts = []
         for term in self.form.terms:

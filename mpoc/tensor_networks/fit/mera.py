@@ -1,14 +1,11 @@
-"""Random orthogonal cores of a MERA: what Hallam et al. 2017 start their layers from (Saxe et al. 2013).
+"""Fit a MERA to a weight: variational (Evenbly & Vidal 2009), all cores at once.
 
-A weight to a MERA: variational (Evenbly & Vidal 2009), all cores at once.
+    start     either a hierarchical SVD, whose disentanglers are identities, or random orthogonal cores;
+              the one from which the first steps of the descent reach the lower error
+    descent   L-BFGS over all cores (:mod:`mpoc.tensor_networks.fit.lbfgs`), in the weight's working dtype
 
-    start     disentanglers that leave alone what goes through them, isometries of a hierarchical SVD: exact
-              in what the weight's tree of inputs and outputs needs, and no disentangling; or random
-              orthogonal cores; the one from which the descent's first steps get further
-    descent   L-BFGS over all cores together (:mod:`mpoc.tensor_networks.fit.lbfgs`), in the weight's working
-    dtype
-
-Bonds of a MERA close loops, so that there is no canonical form, and no truncation that is known to be best.
+The bonds of a MERA close loops, so there is no canonical form and no optimal truncation. Random orthogonal
+cores are also what Hallam et al. 2017 start their layers from (Saxe et al. 2013).
 """
 
 from __future__ import annotations
@@ -38,12 +35,12 @@ from mpoc.tensor_networks.forms.mera import Mera
 from mpoc.tensor_networks.structure import Structure, make_structure
 from mpoc.tensor_networks.topology import Core
 
-# Steps between two looks at whether the descent still gains.
+# Steps between two checks of whether the error still falls.
 _STRETCH = 20
-# It ends where a stretch lowers the squared error by less than this share.
+# The descent ends when a stretch lowers the squared error by less than this share.
 _GAIN = 0.005
 MOST_STEPS = 400
-# Multiplications and numbers moved that all steps may take; some seconds on one core.
+# Limit on multiplications, and on numbers moved at this price, in all steps: some seconds on one core.
 _WORK = 2e10
 _MOVING = 8
 
@@ -51,13 +48,13 @@ _MOVING = 8
 def orthogonal_cores(structure: Structure, bond: int, generator: torch.Generator) -> list[Tensor]:
     """Each core as a matrix (upper legs, lower legs) drawn by the Haar measure, float64.
 
-    A core with more upper legs' numbers than lower is an isometry, else the transpose of one; scaled so that
-    the variance of what goes through it stays what it is.
+    A core whose upper legs have the larger product is an isometry, else the transpose of one. Cores are
+    scaled to keep the variance of what goes through them.
 
     Args:
-        structure: of the form ``mera``.
+        structure: a structure of the form ``mera``.
         bond: D.
-        generator: on the CPU.
+        generator: CPU generator.
     """
     cores = []
     for shape in structure.core_shapes(structure.bonds(bond)):
@@ -85,20 +82,15 @@ def fit_mera(
 ) -> Fit:
     """Fit a MERA whose bonds all have the dimension ``truncation.max_bond``.
 
-    Args:
-        weight: of shape ``structure.shape``; any floating dtype.
-        structure: of the form ``mera``.
-        truncation: without tolerance or discard: the error is known only after the fit.
-        target: dtype of the cores, and seed of the random start.
-
-    Returns:
-        Cores of equal norms; the error is measured on exactly these cores.
+    Arguments and result are those of :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`, but the cores have equal
+    norms, and the seed is also that of the random start.
 
     Raises:
-        ValueError: a tolerance, or a share to discard.
+        ValueError: the truncation has a tolerance or a share to discard; a MERA's error is known only after
+            the fit.
     """
     if truncation.is_open:
-        raise ValueError("a MERA has no bonds that a tolerance could lower")
+        raise ValueError("the bonds of a MERA cannot be truncated to a tolerance")
     tensor = interleave(weight, structure)
     exponent = exponent_of(tensor)
     tensor = scaled(tensor, -exponent)
@@ -111,7 +103,7 @@ def fit_mera(
 
 
 def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:
-    """The better of two starts, brought down; no worse than either."""
+    """Descend from the better of two starts; the result is no worse than either."""
     structure, (bond,) = start.structure, start.bonds
     working = _as_linear(structure)
     metric = _plain_metric(tensor / norm, structure, working)
@@ -136,7 +128,7 @@ def _descend(tensor: Tensor, norm: float, start: Mera, seed: int) -> Mera:
 
 
 def _affordable(form: Mera) -> int:
-    """Steps for ``_WORK``: a function of the shapes, so that the fit is one of the weight alone."""
+    """Number of steps within ``_WORK``, by the shapes alone, so that the fit depends on the weight alone."""
     sizes = leg_sizes(form.legs, [core.shape for core in form.cores])
     multiplications, made = work(tuple(form.legs), sizes)
     return int(min(MOST_STEPS, _WORK / max(1, multiplications + _MOVING * made)))
@@ -145,14 +137,14 @@ def _affordable(form: Mera) -> int:
 def tree_cores(tensor: Tensor, structure: Structure, bond: int, generator: torch.Generator) -> list[Tensor]:
     """The hierarchical SVD as a MERA, in the tensor's dtype.
 
-    Where a bond is wider than what it has to carry, one of its two cores is zero beyond that, and the other
-    random: the weight is the same, and the descent can make use of it.
+    If a bond is wider than needed, one of its two cores is zero beyond that and the other random: the weight
+    is the same, and the descent can use the rest.
 
     Args:
-        tensor: interleaved (J_1 I_1, J_2 I_2, …).
-        structure: of the form ``mera``.
+        tensor: the interleaved weight (J_1 I_1, J_2 I_2, …).
+        structure: a structure of the form ``mera``.
         bond: D.
-        generator: of what is random.
+        generator: generator of the random entries.
     """
     factors = zip(structure.output_factors, structure.input_factors, strict=True)
     legs = [f"{side}{k}" for k in range(1, len(structure.site_sizes) + 1) for side in "ji"]
@@ -162,19 +154,19 @@ def tree_cores(tensor: Tensor, structure: Structure, bond: int, generator: torch
 
 
 class _Rest:
-    """What is left of a tensor when the first cores were taken off it.
+    """The remainder of a tensor after the first cores have been cut off.
 
     Args:
-        tensor: all axes.
-        legs: their names.
-        generator: of what is random.
+        tensor: the whole tensor.
+        legs: the names of its axes.
+        generator: generator of the random entries.
     """
 
     def __init__(self, tensor: Tensor, legs: list[str], generator: torch.Generator) -> None:
         self.tensor, self.legs, self.generator = tensor, legs, generator
 
     def cut(self, core: Core) -> Tensor:
-        """A core that is no last one; its upper bonds take the place of its lower legs."""
+        """Cut off a core other than the last; its upper bonds replace its lower legs in the remainder."""
         if core.legs[0].startswith("j"):
             return self._isometry(core)
         left, right = (
@@ -189,60 +181,60 @@ class _Rest:
         return made
 
     def last(self, core: Core) -> Tensor:
-        """All that is left."""
+        """The last core: the whole remainder, padded with zeros."""
         made = self.tensor.new_zeros(core.shape)
-        found = self._in_front(core.legs)
-        made[tuple(map(slice, found.shape))] = found
+        rest = self._in_front(core.legs)
+        made[tuple(map(slice, rest.shape))] = rest
         return made
 
     def _isometry(self, core: Core) -> Tensor:
-        """(J, D, a, b): the D directions of (j, a, b) in which most of the rest lies."""
+        """(J, D, a, b): the D directions of (j, a, b) that hold most of the remainder."""
         output, upper, *lower = core.legs
         front = self._in_front((output, *lower))
-        found = truncate(front.flatten(0, 2).flatten(1), core.shape[1], generator=self.generator)
-        rank = found.left.shape[1]
+        cut = truncate(front.flatten(0, 2).flatten(1), core.shape[1], generator=self.generator)
+        rank = cut.left.shape[1]
         j, a, b = front.shape[:3]
         made = self._drawn(core)
         made[:, :rank] = 0
         made[:, :, a:] = 0
         made[:, :, :, b:] = 0
-        made[:, :rank, :a, :b] = found.left.reshape(j, a, b, rank).movedim(-1, 1)
-        self.tensor = found.right.reshape(rank, *front.shape[3:])
+        made[:, :rank, :a, :b] = cut.left.reshape(j, a, b, rank).movedim(-1, 1)
+        self.tensor = cut.right.reshape(rank, *front.shape[3:])
         self.legs = [upper, *self.legs[3:]]
         return made
 
     def _narrowed(self, old: str, new: str, bond: int) -> Tensor:
-        """(size, at most D): the directions of a leg that stay, in which most of the rest lies."""
+        """(size, at most D): the directions of a leg that hold most of the remainder; it loses the others."""
         front = self._in_front((old,))
-        found = truncate(front.flatten(1), bond, generator=self.generator)
+        cut = truncate(front.flatten(1), bond, generator=self.generator)
         if front.shape[0] <= bond:
-            found = replace(found, left=torch.eye(front.shape[0]).to(front), right=front.flatten(1))
-        self.tensor = found.right.reshape(-1, *front.shape[1:])
+            cut = replace(cut, left=torch.eye(front.shape[0]).to(front), right=front.flatten(1))
+        self.tensor = cut.right.reshape(-1, *front.shape[1:])
         self.legs[0] = new
-        return found.left
+        return cut.left
 
     def _in_front(self, legs: Sequence[str]) -> Tensor:
-        """The rest with these axes first; it stays so."""
+        """Move these axes of the remainder to the front."""
         order = [*legs, *(leg for leg in self.legs if leg not in legs)]
         self.tensor = self.tensor.permute([self.legs.index(leg) for leg in order])
         self.legs = order
         return self.tensor
 
     def _drawn(self, core: Core) -> Tensor:
-        """Rows of norm 1 on average."""
+        """A Gaussian core whose rows have norm 1 on average."""
         drawn = torch.randn(core.shape, generator=self.generator, dtype=torch.float64)
         return (drawn / math.sqrt(math.prod(core.shape[2:]))).to(self.tensor)
 
 
 def _as_linear(structure: Structure) -> Structure:
-    """The same sites as those of one linear map without padding."""
+    """The structure of one linear map without padding that has the same sites."""
     shape = math.prod(structure.output_factors), math.prod(structure.input_factors)
     factors = structure.output_factors, structure.input_factors
     return make_structure("linear", shape, factors=factors, form=structure.form)
 
 
 def _plain_metric(tensor: Tensor, structure: Structure, working: Structure) -> Metric:
-    """The plain norm; padding is free."""
+    """The metric of the plain norm, in which padding does not count."""
     inside = unpadded(structure, tensor.device)
     inside = deinterleave_matrix(inside, working)[0]
     outputs, inputs = (inside.any(side).to(tensor.dtype) for side in (1, 0))
@@ -254,5 +246,5 @@ def _scaled(cores: Sequence[Tensor], factor: float) -> list[Tensor]:
 
 
 def _half_norm(form: Mera) -> float:
-    """The factor that gives a form half of the target's norm, which is 1: from far less it hardly moves."""
+    """The factor to half of the target's norm of 1; from a far smaller norm the descent hardly moves."""
     return 0.5 / math.sqrt(squared_norm(form.to_matrix()))

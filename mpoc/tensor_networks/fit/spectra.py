@@ -1,11 +1,11 @@
 """Schmidt spectra of a weight at every cut of its chain of sites (Gao et al. 2020, section IV).
 
-The interleaved tensor (J_1 I_1, J_2 I_2, …) is cut behind site k into two halves; the singular values s of
+The interleaved tensor (J_1 I_1, J_2 I_2, …) is cut after site k into two halves. The singular values s of
 that unfolding, with p = s²/Σs², give the entanglement entropy S_k = −Σ p ln p, at most ln of the smaller
 half, and the bond D_k that an MPO needs there.
 
-Of a dense weight p are the eigenvalues of the smaller half's Gram matrix, formed in float64 a block at a
-time: exact to rounding, while Schmidt values below 1e-8 of the largest are noise.  Of cores they come from
+For a dense weight, s² are the eigenvalues of the smaller half's Gram matrix, formed in float64 block by
+block: exact up to rounding, while Schmidt values below 1e-8 of the largest are noise. For cores, s come from
 the canonical form.
 """
 
@@ -28,13 +28,13 @@ from mpoc.tensor_networks.structure import Structure
 
 @dataclass(frozen=True)
 class Cut:
-    """What one cut carries."""
+    """Entropy and spectrum of the weight at one cut."""
 
-    site: int  # the cut is behind this one, from 1
-    full_bond: int  # the smaller half's dimension: the bond at which nothing is lost
+    site: int  # the cut is after this site, from 1
+    full_bond: int  # dimension of the smaller half: the bond at which nothing is discarded
     entropy: float  # S, in nats
-    effective_bond: int  # the smallest bond that keeps the share asked for of Σs²
-    spectrum: tuple[float, ...]  # Schmidt values, falling, normalised to Σs² = 1; of cores D_k
+    effective_bond: int  # the smallest bond that keeps the requested share of Σs²
+    spectrum: tuple[float, ...]  # Schmidt values, descending, with Σs² = 1; D_k values for cores
 
     @property
     def largest_entropy(self) -> float:
@@ -46,19 +46,19 @@ def cuts_of_weight(weight: Tensor, structure: Structure, kept: float) -> list[Cu
     """Every cut of a dense weight.
 
     Args:
-        weight: of shape ``structure.shape``; any floating dtype.
-        structure: factors, padding, lead site.
+        weight: a tensor of shape ``structure.shape``, of any floating dtype.
+        structure: its factors, padding and lead site.
         kept: share of Σs², between 0 and 1, that the effective bond keeps.
     """
     return _cuts(schmidt_spectra(weight, structure), structure, kept)
 
 
 def cuts_of_cores(cores: Sequence[Tensor], structure: Structure, kept: float) -> list[Cut]:
-    """Every cut of what is stored: of a chain from its canonical form, of all else from its weight.
+    """Every cut of stored cores: from the canonical form of a chain, or else from the weight.
 
     Args:
-        cores: in the order of ``structure.cores``.
-        structure: of any form; the cuts are those of a chain of its sites.
+        cores: the cores in the order of ``structure.cores``.
+        structure: a structure of any form; the cuts are those of a chain of its sites.
         kept: as in :func:`cuts_of_weight`.
 
     Raises:
@@ -71,9 +71,9 @@ def cuts_of_cores(cores: Sequence[Tensor], structure: Structure, kept: float) ->
 
 
 def schmidt_spectra(weight: Tensor, structure: Structure) -> list[Tensor]:
-    """Singular values of every unfolding of the interleaved weight, float64, falling, in the weight's units.
+    """Singular values of every unfolding of the interleaved weight, float64, descending.
 
-    Memory: the tensor, once more where it is not laid out so, and the Gram matrix of the smaller half.
+    Memory: the tensor, a copy if it is not interleaved yet, and the Gram matrix of the smaller half.
     """
     if structure.is_large_map:
         return exact_map(weight, structure).spectra()

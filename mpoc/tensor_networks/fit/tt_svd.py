@@ -1,19 +1,15 @@
-"""TT-SVD: a weight to MPO cores by successive truncated SVDs (Oseledets 2011, algorithm 1).
+"""Fit chains, trees and sums by successive truncated SVDs of the weight.
 
-The interleaved tensor is cut site by site from the left; each cut is one call of ``truncate``.  All left
-factors are orthonormal, so the squared error equals the sum of what the cuts discarded.  The cores are
-then put into the balanced gauge.
+TT-SVD (Oseledets 2011, algorithm 1) cuts the interleaved tensor site by site from the left. The hierarchical
+SVD (Grasedyck 2010) cuts off the branches of a tree from the sites upwards: all sites, then their pairs,
+level by level; the two halves of the whole share one bond, so the last core takes the rest.
 
-Hierarchical SVD: a weight to a tree by successive truncated SVDs (Grasedyck 2010).
-
-Branches are cut off from the sites upwards: all sites, then their pairs, level by level.  Each cut is one
-call of ``truncate`` on (branch) × (rest) of what the cuts before left; the two halves of the whole share one
-bond, so the last core takes the rest.  All other cores are orthonormal from below: the squared error equals
-the sum of what the cuts discarded, and is at most 2n − 3 times that of the best tree over n sites.  The cores
-are then put into the balanced gauge.
+In both, each cut is one call of ``truncate`` on what the earlier cuts left, and all cores but the last are
+orthonormal. So the squared error equals the sum of the squares that the cuts discarded; that of a tree over n
+sites is at most 2n − 3 times the optimum. The cores are then brought to the balanced gauge.
 
 The trade-off: each cut is of a smaller tensor than the weight (Vannieuwenhoven, Vandebril, Meerbergen 2012),
-and so the weight's own entropies are known only until something was discarded.
+so the weight's own entropies are known only until a cut has discarded something.
 """
 
 from __future__ import annotations
@@ -47,13 +43,13 @@ from mpoc.tensor_networks.topology import branches, halves
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted form with what the fit knows about itself."""
+    """A fitted form, its error, and its bonds' entropies and spectra."""
 
     form: Form
-    relative_error: float  # ‖W − Ŵ‖_F / ‖W‖_F of the stored cores, padding left out
-    entropies: list[float]  # of Ŵ, bonds 1..n-1 of a chain, the branches of a tree
-    entropies_of_weight: list[float | None]  # of W, where the full spectrum was computed
-    spectra_of_weight: list[Tensor | None]  # of W, all values (descending), where known and some are cut off
+    relative_error: float  # ‖W − Ŵ‖_F / ‖W‖_F of the stored cores, without padding
+    entropies: list[float]  # of Ŵ, at bonds 1..n-1 of a chain or the branches of a tree
+    entropies_of_weight: list[float | None]  # of W; None if the full spectrum was not computed
+    spectra_of_weight: list[Tensor | None]  # of W, descending; None if unknown or if nothing is cut off
     routes: list[str]  # how each bond was truncated
 
 
@@ -66,9 +62,9 @@ def tt_svd(
     """Factorise a weight as an MPO.
 
     Args:
-        weight: of shape ``structure.shape``; any floating dtype.
-        structure: factors, padding, lead site.
-        truncation: of its bonds.
+        weight: a tensor of shape ``structure.shape``, of any floating dtype.
+        structure: its factors, padding and lead site.
+        truncation: how far bonds are truncated.
         target: dtype of the cores, and seed.
 
     Returns:
@@ -79,44 +75,44 @@ def tt_svd(
 
 @dataclass(frozen=True)
 class BondSpectrum:
-    """What one truncation tells of the weight."""
+    """The spectrum of the weight at one bond, as far as its truncation computed it."""
 
-    entropy: float | None  # as the fields of :class:`Fit`
+    entropy: float | None  # this and the next two as in :class:`Fit`
     spectrum: Tensor | None
     route: str
 
 
 class Truncations:
-    """The successive truncations of one weight, each within its share of what may still be lost.
+    """Successive truncations of one weight that share an error budget.
 
     Args:
-        truncation: of every bond.
-        norm: the squared norm of the weight.
-        seed: of the randomised range finder.
+        truncation: how far bonds are truncated.
+        norm: squared norm of the weight.
+        seed: seed of the randomised range finder.
     """
 
     def __init__(self, truncation: Truncation, norm: float, seed: int) -> None:
         self.max_bond, self.discard, self.norm = truncation.max_bond, truncation.discard, norm
-        self.budget = truncation.tolerance**2 * norm  # squared error that may still be spent
+        self.budget = truncation.tolerance**2 * norm  # squared error that may still be made
         self.generator = torch.Generator().manual_seed(seed)
         self.cuts: list[BondSpectrum] = []
-        self._lossless = True  # so far
+        self._lossless = True  # nothing was discarded yet
 
     def next(self, rest: Tensor, to_come: int) -> TruncatedSVD:
-        """Of an unfolding of what is left; ``to_come`` bonds, this one among them, share the budget.
+        """Truncate an unfolding of what is left; ``to_come`` bonds, this one included, share the budget.
 
-        The weight's own spectrum is known as long as nothing was cut off before.  Where nothing is now, it is
-        that of the cores, and is left out.
+        The weight's own spectrum is known as long as nothing was discarded. If this cut discards nothing, the
+        spectrum is also that of the cores and is not recorded.
         """
         share = self.budget / to_come + self.discard * self.norm
-        found = truncate(rest, self.max_bond, share, self.generator, self.norm)
-        values, lossless = found.singular_values if self._lossless else None, found.discarded <= 0.0
+        cut = truncate(rest, self.max_bond, share, self.generator, self.norm)
+        values, lossless = cut.singular_values if self._lossless else None, cut.discarded <= 0.0
         known = None if values is None else entropy(values)
-        self.cuts.append(BondSpectrum(known, None if lossless else values, found.route))
-        self.budget = max(self.budget - found.discarded, 0.0)
-        self.norm -= found.discarded
+        self.cuts.append(BondSpectrum(known, None if lossless else values, cut.route))
+        self.budget = max(self.budget - cut.discarded, 0.0)
+        self.norm -= cut.discarded
         self._lossless = self._lossless and lossless
-        return found
+        return cut
 
 
 Sweep = Callable[[Tensor, Structure, Truncations], tuple[Form, list[BondSpectrum]]]
@@ -146,15 +142,15 @@ def stored_fit(
     cuts: Sequence[BondSpectrum] = (),
     exponent: int = 0,
 ) -> Fit:
-    """Cores in the gauge and dtype in which they are stored, and what they make of a weight.
+    """Bring cores to the stored gauge and dtype, and measure their error.
 
     Args:
         tensor: the interleaved weight.
         weight_norm: its squared norm.
-        form: in any gauge.
-        dtype: of the stored cores.
-        cuts: one a bond.
-        exponent: e, where the weight itself is 2ᵉ · ``tensor``.
+        form: the fitted form, in any gauge.
+        dtype: dtype of the stored cores.
+        cuts: spectrum of each bond.
+        exponent: e, if the weight itself is 2ᵉ · ``tensor``.
     """
     balanced, spectra = form.balanced()
     stored = form.with_cores([core.to(dtype) for core in _spread(balanced, exponent)])
@@ -175,7 +171,7 @@ def _spread(form: Form, exponent: int) -> list[Tensor]:
 
 
 def _sweep(tensor: Tensor, structure: Structure, truncations: Truncations) -> tuple[MPO, list[BondSpectrum]]:
-    """Left-canonical cores, and what is told of every bond."""
+    """Left-canonical cores, and the spectrum of every bond."""
     *sides, last = zip(structure.output_factors, structure.input_factors, strict=True)
     cores: list[Tensor] = []
     rest, bond = tensor, 1
@@ -188,7 +184,7 @@ def _sweep(tensor: Tensor, structure: Structure, truncations: Truncations) -> tu
 
 
 def _relative_error(tensor: Tensor, weight_norm: float, form: Form) -> float:
-    """‖W − Ŵ‖_F / ‖W‖_F against the interleaved weight, a block of rows at a time; 0 for 0/0."""
+    """‖W − Ŵ‖_F / ‖W‖_F against the interleaved weight, one block of rows at a time; 0 for 0/0."""
     left, right = form.halves()
     target = tensor.reshape(left.shape[0], right.shape[1])
     inside = None
@@ -214,7 +210,7 @@ def tree_svd(
     """Factorise a weight as a tree; arguments as for :func:`tt_svd`.
 
     Returns:
-        As :func:`tt_svd`, with one entropy and one route a branch, in the order of the cores.
+        As :func:`tt_svd`, with one entropy and one route per branch, in the order of the cores.
     """
     return swept(_tree_sweep, weight, structure, truncation, target)
 
@@ -222,26 +218,26 @@ def tree_svd(
 def _tree_sweep(
     tensor: Tensor, structure: Structure, truncations: Truncations
 ) -> tuple[Tree, list[BondSpectrum]]:
-    """The tree, and what is told of every branch."""
+    """The tree, and the spectrum of every branch."""
     sites = len(structure.site_sizes)
     spans = branches(sites)
     axes = [range(k, k + 1) for k in range(sites)]  # of ``rest``
     cores: dict[range, Tensor] = {}
     rest, smallest_first = tensor, sorted(spans, key=len)
-    for done, span in enumerate(smallest_first):
+    for count, span in enumerate(smallest_first):
         parts = _parts(span)
         others = [axis for axis in axes if axis not in parts]
         rest = rest.permute([axes.index(axis) for axis in (*parts, *others)])
         inside, outside = rest.shape[: len(parts)], rest.shape[len(parts) :]
-        cut = truncations.next(rest.reshape(math.prod(inside), -1), len(spans) - done)
+        cut = truncations.next(rest.reshape(math.prod(inside), -1), len(spans) - count)
         cores[span] = cut.left.reshape(*inside, -1)
         rest, axes = cut.right.reshape(-1, *outside), [span, *others]
-    told = dict(zip(smallest_first, truncations.cuts, strict=True))
-    return _joined(cores, rest, axes, structure), [told[span] for span in spans]
+    cuts = dict(zip(smallest_first, truncations.cuts, strict=True))
+    return _joined(cores, rest, axes, structure), [cuts[span] for span in spans]
 
 
 def _joined(cores: dict[range, Tensor], rest: Tensor, axes: list[range], structure: Structure) -> Tree:
-    """The tree of all branches but the right half, which what is left of the weight joins to the left one."""
+    """The tree of all branches; what is left of the weight becomes the core of the right half."""
     sites = len(structure.site_sizes)
     if sites == 1:
         return Tree([rest.reshape(structure.output_factors + structure.input_factors)], structure)
@@ -257,7 +253,7 @@ def fit_sum(
     truncation: Truncation,
     target: Target = DEFAULT_TARGET,
 ) -> Fit:
-    """A weight as the nearest matrix of rank ``truncation.rank`` and an MPO of what that leaves.
+    """Fit the nearest matrix of rank ``truncation.rank``, and an MPO to the remainder.
 
     Arguments as for :func:`tt_svd`.
     """
@@ -272,12 +268,12 @@ def fit_sum(
 
 
 def _parts(span: range) -> tuple[range, ...]:
-    """What a branch's core joins: the site itself, or two halves."""
+    """The branches that a branch's core joins: the site itself, or two halves."""
     return (span,) if len(span) == 1 else halves(span)
 
 
 def _with_sides(core: Tensor, span: range, structure: Structure) -> Tensor:
-    """The core of a site from (J_k I_k, D) to (J_k, I_k, D)."""
+    """(J_k I_k, D) → (J_k, I_k, D) for the core of a site; other cores stay."""
     if len(span) > 1:
         return core
     return core.unflatten(0, (structure.output_factors[span.start], structure.input_factors[span.start]))

@@ -1,8 +1,8 @@
-"""Forms: the tensor networks that stand for a weight, and the registry of them.  No torch here.
+"""Forms, the tensor networks that stand for a weight, and their registry. Without torch.
 
-A form is a subclass of :class:`mpoc.tensor_networks.forms.form.Form`.  To add one, write its class and a
-function that fits it to a weight, and add a line to ``FORMS``.  The registry names both instead of importing
-them, so that reading a manifest needs no torch.
+A form is a subclass of :class:`mpoc.tensor_networks.forms.form.Form`. To add one, write its class and a
+function that fits it to a weight, and add a line to ``FORMS``. The registry names both instead of importing
+them, so that reading a manifest does not import torch.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FormInfo:
-    """What is known of a form without its cores."""
+    """The entry of a form in the registry."""
 
-    name: str  # in manifests and on the command line
-    title: str  # in messages
-    topology: Topology  # of a sum that of its first part
+    name: str  # the name in manifests and on the command line
+    title: str  # the name in messages
+    topology: Topology  # for a sum, that of its first part
     implementation: str  # "module:class", a Form
     fit: str  # "module:function", called as mpoc.tensor_networks.fit.tt_svd.tt_svd
-    # It sees a weight as one matrix: the taps of a kernel belong to the inputs, experts to the outputs.
+    # The weight is one matrix: the taps of a kernel belong to the inputs, experts to the outputs.
     one_matrix: bool = False
     parts: tuple[str, ...] = ()  # the forms that a sum adds up
 
     @property
     def can_truncate(self) -> bool:
-        """Whether an error can be asked for: the weight's spectra then decide the bonds."""
+        """Whether bonds can be truncated to an error, by the weight's spectra."""
         return not self.topology.has_loops
 
     @property
     def takes_whole_maps(self) -> bool:
-        """Whether it can stand for a convolution as one linear map at a given input size."""
+        """Whether it can represent a convolution as one linear map at a given input size."""
         return self.topology is CHAIN and not self.one_matrix and not self.parts
 
     @cached_property
     def form_class(self) -> type[Form]:
-        """The class, imported when it is first asked for."""
+        """The class, imported at first use."""
         loaded: type[Form] = _load(self.implementation)
         return loaded
 
     @cached_property
     def fit_function(self) -> Any:
-        """The function that fits this form, imported when it is first asked for."""
+        """The function that fits this form, imported at first use."""
         return _load(self.fit)
 
 

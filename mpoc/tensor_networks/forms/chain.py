@@ -1,20 +1,20 @@
-"""y = Ŵx through the cores, the cheapest way for this batch.
+"""Compute y = Ŵx through the cores of a chain, in the cheapest way for the batch.
 
-The chain is contracted from its last site to its first.  With the batch in front, x viewed as
+The chain is contracted from its last site to its first. With the batch in front, x viewed as
 (batch, I_1…I_{k-1}, I_k, D_k, J_{k+1}…J_n) and core k as a matrix (D_{k-1} J_k, I_k D_k), each step is one
-product, and no axis ever moves:
+product, and no axis moves:
 
     t[(batch I_1…I_{k-1}), (D_{k-1} J_k), (J_{k+1}…J_n)] = core_k @ t[…, (I_k D_k), (J_{k+1}…J_n)]
 
-Neighbouring cores may be multiplied together first (for four sites of (8, 8): two of (64, 64)): more
-parameters, but fewer and larger products, and a smaller intermediate.  Or Ŵ itself is rebuilt, a block of
-its rows at a time.  A cost model (operations, bytes moved, products started) picks; its choice is plain data,
-made once for each batch size.  Large batches go through in chunks whose intermediates stay in the cache.
+Neighbouring cores may be merged first (four sites of (8, 8) into two of (64, 64)), for fewer and larger
+products with smaller intermediates, at the price of more parameters. Or Ŵ itself is rebuilt, block of rows by
+block. A cost model (operations, bytes moved, products started) chooses; its choice is plain data, made once
+for each batch size. Large batches go through in chunks whose intermediates stay in the cache.
 
-A low-rank part that is added takes two more products, or is added to the blocks of a rebuilt Ŵ.
+A low-rank part of a sum takes two more products, or is added to the blocks of a rebuilt Ŵ.
 
-The trade-off: at large batches and bonds the intermediates outweigh what the cores save, and rebuilding the
-dense weight wins, as it would for any tensor-train library.
+The trade-off: at large batches and bonds, intermediates outweigh what the cores save, and rebuilding the
+dense weight is fastest.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def contract(x: Tensor, cores: Sequence[Tensor], added: Sequence[Tensor] = ()) -
 
 
 def _blocks(merged: Sequence[Tensor], added: Sequence[Tensor], rows: int) -> Iterator[Tensor]:
-    """Ŵ of one core or of two halves, so many J of the first at a time: (rows·J of the other, ΠI) each."""
+    """Blocks (rows·J_2, ΠI) of Ŵ from one core or two, with ``rows`` outputs of the first core each."""
     first, *other = merged
     blocks = (merge_cores((block, *other))[0, :, :, 0] for block in first.split(rows, dim=1))
     if not added:
@@ -70,13 +70,13 @@ def _blocks(merged: Sequence[Tensor], added: Sequence[Tensor], rows: int) -> Ite
 
 
 def _matrices(added: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(ΠJ, r) and (r, ΠI)."""
+    """The factors (ΠJ, r) and (r, ΠI) of a low-rank part."""
     left, right = added
     return left[0, :, 0], right[:, 0, :, 0]
 
 
 def _through(x: Tensor, merged: Sequence[Tensor], rows: int) -> Tensor:
-    """The chain, so many vectors at a time."""
+    """Contract the chain with ``rows`` vectors at a time."""
     trained = torch.is_grad_enabled() and any(core.requires_grad for core in merged)
     chain = _chain if _pieces_are_cheap(x, merged, trained) else _chain_of_rows
     at_once = max(min(8, rows), rows // 4) if trained else rows  # gradients hold several
@@ -86,7 +86,7 @@ def _through(x: Tensor, merged: Sequence[Tensor], rows: int) -> Tensor:
 
 
 def _chain(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
-    """The equation above: a matrix for each of the batch and of I_1…I_{k-1}, one factor shared."""
+    """The equation of the module, as one batched product per core with a shared factor."""
     t, done = x, 1
     for core in reversed(cores):
         matrix = core.flatten(0, 1).flatten(1)  # (D_left J, I D_right)
@@ -100,9 +100,9 @@ def _chain(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
 
 
 def _chain_of_rows(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
-    """The same as products of two matrices each, with gradients as cheap; one axis moves before each.
+    """The same by one product of matrices per core, whose gradients are as cheap; an axis moves before each.
 
-    From t of ((batch I_1…I_{k-1} J_{k+1}…J_n), (I_k D_k)) each gives ((same), (D_{k-1} J_k)).
+    Each step takes t from ((batch I_1…I_{k-1} J_{k+1}…J_n), (I_k D_k)) to ((…), (D_{k-1} J_k)).
     """
     t, done, newest = x, 1, 1  # newest: J_{k+1}, in the last axis
     for core in reversed(cores):
@@ -116,7 +116,7 @@ def _chain_of_rows(x: Tensor, cores: Sequence[Tensor]) -> Tensor:
 
 
 def _pieces_are_cheap(x: Tensor, cores: Sequence[Tensor], trained: bool) -> bool:
-    """Whether ``_chain`` is; its gradient makes a matrix (m, k) for every piece, autocast a copy of one."""
+    """Whether ``_chain`` is cheap: its gradient makes a matrix (m, k) for every piece, autocast copies it."""
     if is_autocast(x.device):
         return False
     if not trained:
@@ -131,7 +131,7 @@ def _pieces_are_cheap(x: Tensor, cores: Sequence[Tensor], trained: bool) -> bool
 
 
 def merge_cores(cores: Sequence[Tensor]) -> Tensor:
-    """Neighbouring cores as one: (D_left, J…, I…, D_right), in the cheapest order."""
+    """Multiply neighbouring cores in the cheapest order to one core (D_left, J…, I…, D_right)."""
     if len(cores) == 1:
         return cores[0]
     cut = _split(sites_of(cores)) if len(cores) > 2 else 1
@@ -142,7 +142,7 @@ def merge_cores(cores: Sequence[Tensor]) -> Tensor:
 
 
 def sites_of(cores: Sequence[Tensor]) -> tuple[Site, ...]:
-    """The shapes of the cores, as plans know them."""
+    """The shapes of the cores, from which plans are made."""
     return tuple([tuple(core.shape) for core in cores])  # type: ignore[misc]
 
 
@@ -151,8 +151,8 @@ def gather_rows(indices: Tensor, cores: Sequence[Tensor]) -> Tensor:
 
         row[i_1 … i_n] = w⁽¹⁾[j_1, i_1] w⁽²⁾[j_2, i_2] … w⁽ⁿ⁾[j_n, i_n]
 
-    Neighbouring cores may be multiplied together first: then fewer and larger slices are gathered.  For very
-    many indices all are, which makes the table for the time of the call.
+    Neighbouring cores may be merged first, so that fewer and larger slices are gathered. For very many
+    indices all cores are merged, which rebuilds the table for the time of the call.
     """
     cuts = _gather_plan(sites_of(cores), planned_batch(indices), indices.is_cuda)
     groups = [merge_cores(cores[first:last]) for first, last in pairwise(cuts)]

@@ -1,7 +1,7 @@
 """Contract a network of tensors with named legs, two at a time, in an order that keeps products small.
 
-The order is planned once for each set of shapes.  While torch traces a graph, planners run as plain Python
-and are not traced themselves.
+The order is planned once for each set of shapes. While torch traces a graph, planners run as plain Python and
+are not traced.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def contract_all(
     result: Legs,
     steps: Iterable[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """The sum over all legs that two tensors have in common.
+    """Contract tensors over all legs that two of them share.
 
     Args:
-        tensors: any number from one on.
-        legs: the name of every axis; a name stands in one tensor or in two.
-        result: the names that stand in one, in the order wanted.
-        steps: which two to contract next, as :func:`path` numbers them, which is asked where none are given.
+        tensors: at least one tensor.
+        legs: the name of every axis; each name occurs in one tensor or in two.
+        result: the names that occur once, in the order of the result's axes.
+        steps: the pair to contract in each step, numbered as in :func:`path`; None: by that function.
     """
     if steps is None:
         steps = _path(tuple(legs), leg_sizes(legs, [tensor.shape for tensor in tensors]))
@@ -82,13 +82,13 @@ def contract_all(
 
 
 def leg_sizes(legs: Iterable[Legs], shapes: Iterable[Sequence[int]]) -> tuple[tuple[str, int], ...]:
-    """(name, dimension) of every leg, once."""
+    """(name, dimension) of every leg, each once."""
     pairs = zip(legs, shapes, strict=True)
     return tuple({name: n for names, shape in pairs for name, n in zip(names, shape, strict=True)}.items())
 
 
 def _joined(a: Tensor, names_a: Legs, b: Tensor, names_b: Legs) -> tuple[Tensor, Legs]:
-    """Two tensors contracted over the legs that they share; the legs of the first come first."""
+    """Contract two tensors over the legs that they share; the legs of the first come first."""
     shared = [name for name in names_a if name in names_b]
     axes = [names_a.index(name) for name in shared], [names_b.index(name) for name in shared]
     rest = tuple(name for name in (*names_a, *names_b) if name not in shared)
@@ -102,26 +102,26 @@ def along(tensor: Tensor, axis: int, matrix: Tensor) -> Tensor:
 
 @cache
 def path(legs: tuple[Legs, ...], sizes: tuple[tuple[str, int], ...]) -> tuple[tuple[int, int], ...]:
-    """Which two to contract next, greedily: those whose product is smallest beside what it replaces.
+    """The pair to contract in each step, chosen greedily: the product that grows least over its two factors.
 
-    Tensors are numbered as given, products from there on.
+    Tensors are numbered in their order, and products after them.
     """
     left, known = dict(enumerate(legs)), dict(sizes)
-    found = []
+    steps = []
     for number in range(len(legs), 2 * len(legs) - 1):
         pairs = list(combinations(left, 2))
         bound = [pair for pair in pairs if set(left[pair[0]]) & set(left[pair[1]])]
         a, b = min(bound or pairs, key=lambda pair: (_growth(left[pair[0]], left[pair[1]], known), pair))
-        found.append((a, b))
+        steps.append((a, b))
         left[number] = tuple(set(left.pop(a)) ^ set(left.pop(b)))
-    return tuple(found)
+    return tuple(steps)
 
 
 _path = traced_once(path)
 
 
 def work(legs: tuple[Legs, ...], sizes: tuple[tuple[str, int], ...]) -> tuple[int, int]:
-    """Multiplications of a contraction along :func:`path`, and numbers of the products that it makes."""
+    """Multiplications in a contraction along :func:`path`, and the entries in all its products."""
     left, known = dict(enumerate(legs)), dict(sizes)
     multiplications = made = 0
     for number, (a, b) in enumerate(path(legs, sizes), len(legs)):

@@ -1,8 +1,8 @@
-"""Which way through the cores is the cheapest: a cost model, and the plan that it chooses.
+"""A cost model of contractions, and the cheapest plan by it.
 
-The time of a product is the longer of its arithmetic and its memory traffic, plus what starting it costs.
-The constants were fitted to measured times of all plans for 500 combinations of layer, bond and batch (the
-chosen ways took 2 % longer than the best on average); only their ratios matter.
+The time of a product is the longer of its arithmetic and its memory traffic, plus the time to start it. The
+constants were fitted to measured times of all plans for 500 combinations of layer, bond and batch (the chosen
+plans took 2 % longer than the fastest on average). Only their ratios matter.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Site = tuple[int, int, int, int]  # a core's shape (D_left, J, I, D_right)
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second, and what it starts with."""
+    """Rates and overheads of a device."""
 
-    flops: float
+    flops: float  # per second, as are the next two
     bytes: float  # to and from memory
     cached: float  # bytes within the cache
     start: float  # seconds to start one operation
     piece: float  # seconds for each matrix of a batched product
-    cache: int  # numbers of an intermediate that stays in the cache
-    block: int  # numbers of a block of rows of a rebuilt weight
+    cache: int  # size of an intermediate that stays in the cache, in numbers
+    block: int  # size of a block of rows of a rebuilt weight, in numbers
 
 
 CPU = Rates(flops=2e11, bytes=1.8e10, cached=2e11, start=1e-5, piece=3.5e-8, cache=1 << 20, block=1 << 21)
@@ -35,7 +35,7 @@ GPU = Rates(flops=5e13, bytes=2e12, cached=2e12, start=8e-6, piece=2e-9, cache=1
 
 @dataclass(frozen=True)
 class Plan:
-    """How to contract: which neighbouring sites are merged first, and how much goes through at once."""
+    """How to contract: which neighbouring sites are merged first, and how much is computed at once."""
 
     cuts: tuple[int, ...]  # 0 = first, …, n: group g holds sites cuts[g]..cuts[g+1]-1
     rebuild: bool  # Ŵ is built from its one or two groups, ``rows`` outputs of the first at a time
@@ -45,22 +45,22 @@ class Plan:
 
 @cache
 def cheapest(sites: tuple[Site, ...], batch: int, on_gpu: bool, rank: int = 0) -> Plan:
-    """Of all ways for ``batch`` vectors the one that is estimated to take least time.
+    """The plan with the least estimated time for ``batch`` vectors.
 
     Args:
-        sites: of the chain.
+        sites: sites of the chain.
         batch: number of vectors.
-        on_gpu: or on a CPU.
-        rank: of a low-rank part that is added; 0: none.
+        on_gpu: use the rates of a GPU, else those of a CPU.
+        rank: rank of an added low-rank part; 0: none.
     """
     rates = GPU if on_gpu else CPU
     return min(ways(sites, batch, rates, rank), key=lambda plan: plan.seconds)
 
 
 def ways(sites: tuple[Site, ...], batch: int, rates: Rates, rank: int = 0) -> Iterator[Plan]:
-    """Every grouping of neighbours contracted in a chain, and every cut in two to rebuild the weight from.
+    """All plans: every grouping of neighbours, contracted as a chain, and every cut in two to rebuild Ŵ from.
 
-    A low-rank part takes two products more beside a chain, and is added to a weight that is rebuilt.
+    A low-rank part takes two more products beside a chain, and is added to a rebuilt weight.
     """
     count = len(sites)
     outputs, inputs = (math.prod(site[axis] for site in sites) for axis in (1, 2))
@@ -84,14 +84,14 @@ def ways(sites: tuple[Site, ...], batch: int, rates: Rates, rank: int = 0) -> It
 
 
 def merged(sites: tuple[Site, ...], cuts: tuple[int, ...], rates: Rates) -> tuple[list[Site], float]:
-    """The sites after merging at ``cuts``, and the seconds that takes."""
-    found = [_merge(sites[first:last], rates) for first, last in pairwise(cuts)]
-    return [site for site, _, _ in found], sum(seconds for _, seconds, _ in found)
+    """The sites after merging at ``cuts``, and the seconds that merging takes."""
+    groups = [_merge(sites[first:last], rates) for first, last in pairwise(cuts)]
+    return [site for site, _, _ in groups], sum(seconds for _, seconds, _ in groups)
 
 
 @cache
 def split_batch(sites: tuple[Site, ...]) -> int:
-    """Where to divide neighbours that are multiplied together, so that it takes least time."""
+    """Where to divide neighbouring sites so that merging them takes least time."""
     return _merge(sites, CPU)[2]
 
 
@@ -100,12 +100,12 @@ def _merge(sites: tuple[Site, ...], rates: Rates) -> tuple[Site, float, int]:
     """The merged site, the seconds, and the best first division."""
     if len(sites) == 1:
         return sites[0], 0.0, 0
-    found = []
+    options = []
     for cut in range(1, len(sites)):
         left, before, _ = _merge(sites[:cut], rates)
         right, after, _ = _merge(sites[cut:], rates)
-        found.append((_joined(left, right), before + after + _join(left, right, rates), cut))
-    return min(found, key=lambda way: way[1])
+        options.append((_joined(left, right), before + after + _join(left, right, rates), cut))
+    return min(options, key=lambda option: option[1])
 
 
 def _joined(left: Site, right: Site) -> Site:
@@ -113,14 +113,14 @@ def _joined(left: Site, right: Site) -> Site:
 
 
 def _join(left: Site, right: Site, rates: Rates) -> float:
-    """Seconds to multiply two neighbours and to move the axes of the product."""
+    """Seconds to merge two neighbours: the product, and moving its axes."""
     size = math.prod(_joined(left, right))
     product = _product(1, math.prod(left[:3]), left[3], math.prod(right[1:]), rates)
     return product + rates.start + 8 * size / bandwidth(size, rates)
 
 
 def _largest_intermediate(groups: list[Site]) -> int:
-    """Numbers of the largest t for one vector."""
+    """Size of the largest intermediate for one vector, in numbers."""
     before, done, largest = math.prod(group[2] for group in groups), 1, 1
     for a, j, i, _ in reversed(groups):
         before //= i
@@ -144,7 +144,7 @@ def _chain(groups: list[Site], batch: int, rows: int, rates: Rates) -> float:
 
 
 def _rebuild(left: Site, right: Site, batch: int, rows: int, rates: Rates, rank: int) -> float:
-    """Seconds to build Ŵ ``rows`` outputs of the left group at a time, and to multiply."""
+    """Seconds to build Ŵ with ``rows`` outputs of the left group at a time, and to multiply by it."""
     block = (1, rows, *left[2:])
     seconds = _join(block, right, rates) + _product(1, batch, left[2] * right[2], rows * right[1], rates)
     if rank:
@@ -153,7 +153,7 @@ def _rebuild(left: Site, right: Site, batch: int, rows: int, rates: Rates, rank:
 
 
 def _product(pieces: int, m: int, k: int, n: int, rates: Rates) -> float:
-    """``pieces`` products (m, k) @ (k, n) with one of the factors shared."""
+    """Seconds for ``pieces`` products (m, k) @ (k, n) with one factor shared."""
     arithmetic = 2 * pieces * m * k * n / (rates.flops * _efficiency(m, k, n))
     numbers = pieces * (k * n + m * n) + m * k
     memory = 4 * numbers / bandwidth(numbers, rates)
@@ -161,12 +161,12 @@ def _product(pieces: int, m: int, k: int, n: int, rates: Rates) -> float:
 
 
 def bandwidth(numbers: int, rates: Rates) -> float:
-    """Bytes in a second where so many numbers are read and written."""
+    """Bytes per second for reading and writing this many numbers."""
     return rates.cached if numbers <= 2 * rates.cache else rates.bytes
 
 
 def _efficiency(m: int, k: int, n: int) -> float:
-    """Share of the peak rate that a product with such sides reaches: narrow ones do not fill the units."""
+    """Share of the peak rate that a product with these sides reaches; narrow ones do not fill the units."""
     return min(1.0, (m / 200) ** 0.1) * min(1.0, (k / 32) ** 0.25) * min(1.0, (n / 16) ** 1.5)
 
 
@@ -179,7 +179,7 @@ def cheapest_gather(sites: tuple[Site, ...], count: int, on_gpu: bool) -> tuple[
 
 
 def _gather_seconds(sites: tuple[Site, ...], cuts: tuple[int, ...], count: int, rates: Rates) -> float:
-    """Estimated time: merging, then for each group gathering slices (written and read) and multiplying."""
+    """Seconds for merging and, for each group, gathering slices (written and read) and multiplying."""
     groups, total = merged(sites, cuts, rates)
     total, before = 3 * total, 1  # merged cores are fresh memory; before: I so far
     for a, _, i, b in groups:
@@ -192,15 +192,15 @@ def _gather_seconds(sites: tuple[Site, ...], cuts: tuple[int, ...], count: int, 
 def dense_wins(
     sites: tuple[Site, ...], outputs: int, inputs: int, batch: int, on_gpu: bool, rank: int = 0
 ) -> bool:
-    """Whether one product with a dense weight that is held takes less time than the cheapest way of a chain.
+    """Whether one product with a stored dense weight takes less time than the chain's cheapest plan.
 
     Args:
-        sites: of the chain.
-        outputs: of the dense weight, without padding.
-        inputs: likewise.
+        sites: sites of the chain.
+        outputs: outputs of the dense weight, without padding.
+        inputs: inputs of the dense weight, without padding.
         batch: number of vectors.
-        on_gpu: or on a CPU.
-        rank: of a low-rank part that is added; 0: none.
+        on_gpu: use the rates of a GPU, else those of a CPU.
+        rank: rank of an added low-rank part; 0: none.
     """
     dense = _product(1, batch, inputs, outputs, GPU if on_gpu else CPU)
     return dense < cheapest(sites, batch, on_gpu, rank).seconds

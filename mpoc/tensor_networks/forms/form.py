@@ -1,4 +1,4 @@
-"""What every form can do with its cores."""
+"""The base class of all forms."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Form(ABC):
     """A weight as a tensor network.
 
     Args:
-        cores: of the shapes that ``structure.core_shapes`` gives at some bonds.
-        structure: output and input factors, padding, the weight's own shape.
-        check: compare the cores with the structure; False where that has been done before.
+        cores: tensors of the shapes that ``structure.core_shapes`` gives at some bonds.
+        structure: the weight's shape, factors and padding.
+        check: compare the cores with the structure.
 
     Raises:
         ValueError: the cores do not have the structure's factors, or bonds do not meet.
@@ -34,14 +34,13 @@ class Form(ABC):
     @property
     @abstractmethod
     def bonds(self) -> tuple[int, ...]:
-        """As ``structure.bonds`` orders them."""
+        """The bond dimensions in the order of ``structure.bonds``."""
 
     @abstractmethod
     def halves(self) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product is the interleaved tensor (J_1 I_1, J_2 I_2, …), its first sites the
-        rows.
+        """Two matrices whose product is the interleaved tensor (J_1 I_1, …), with its first sites as rows.
 
-        Some rows of the product need only the same rows of the first matrix.
+        A block of rows of the product needs only the same rows of the first matrix.
         """
 
     def check(self) -> None:
@@ -59,12 +58,12 @@ class Form(ABC):
         return type(self)(cores, self.structure)
 
     def double(self) -> Self:
-        """With cores in float64."""
+        """The same form with cores in float64."""
         return self.with_cores([core.double() for core in self.cores])
 
     @property
     def terms(self) -> tuple[Form, ...]:
-        """The networks that are added up; the form itself unless it is a sum."""
+        """The terms of a sum; for any other form, the form itself."""
         return (self,)
 
     @property
@@ -74,7 +73,7 @@ class Form(ABC):
 
     @property
     def num_parameters(self) -> int:
-        """N_mpo."""
+        """N_mpo: the number of parameters in the cores."""
         return sum(core.numel() for core in self.cores)
 
     def to_matrix(self) -> Tensor:
@@ -83,21 +82,18 @@ class Form(ABC):
         return deinterleave_matrix(left @ right, self.structure)
 
     def to_weight(self) -> Tensor:
-        """The dense weight in the checkpoint's own shape, in the cores' dtype.
-
-        Of a whole map it is the nearest kernel.
-        """
+        """The dense weight in the checkpoint's shape and the cores' dtype; the nearest kernel of a whole map."""
         return from_matrix(self.to_matrix(), self.structure)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Ŵx for every vector of a batch, (n, N_x) → (n, N_y); only where the lead is 1."""
+        """Ŵx for every vector of a batch, (n, N_x) → (n, N_y); the lead must be 1."""
         structure = self.structure
         rows, columns = structure.padding
         y = self.apply_padded(pad(x, (0, columns)) if columns else x)
         return y[:, : structure.outputs] if rows else y
 
     def apply_padded(self, x: Tensor) -> Tensor:
-        """(n, ΠI) → (n, ΠJ).  A form overrides this where there is a cheaper way than the dense matrix."""
+        """(n, ΠI) → (n, ΠJ). A form overrides this if there is a cheaper way than the dense matrix."""
         rows, columns = self.structure.padding
         return x @ pad(self.to_matrix()[0], (0, columns, 0, rows)).T
 
@@ -106,13 +102,13 @@ class Form(ABC):
         return True
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Rows of the matrix, (n,) → (n, N_x).  A form overrides this where the matrix need not be built."""
+        """Rows of the matrix, (n,) → (n, N_x). A form overrides this if the matrix need not be built."""
         return self.to_matrix()[0][indices]
 
     def balanced(self) -> tuple[Self, list[Tensor]]:
-        """The same weight in float64, in the gauge that is stored, and the Schmidt values of its bonds.
+        """The same weight in float64 in the stored gauge, and the Schmidt values of its bonds.
 
-        A network with loops has neither: its cores are returned as they are.
+        Here, for a network with loops: the cores in float64 and no values.
         """
         return self.double(), []
 
@@ -131,9 +127,9 @@ class Form(ABC):
 
 
 def form_of(cores: Sequence[Tensor], structure: Structure, check: bool = True) -> Form:
-    """The cores as the form that the structure names.
+    """Make the form that the structure names.
 
     Raises:
-        ValueError: they do not fit it.
+        ValueError: the cores do not fit the structure.
     """
     return structure.info.form_class(cores, structure, check)

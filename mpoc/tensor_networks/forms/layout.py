@@ -1,17 +1,16 @@
-"""Between a weight as the checkpoint stores it and the interleaved tensor that a form factorises.
+"""Convert between a weight as the checkpoint stores it and the interleaved tensor that a form factorises.
 
-weight → (lead, outputs, inputs) → padded → (lead, J_1..J_n, I_1..I_n) → (J_1, I_1, J_2, I_2, …).
+    weight → (lead, outputs, inputs) → padded → (lead, J_1..J_n, I_1..I_n) → (J_1, I_1, J_2, I_2, …)
 
-Of a whole map the weight is the kernel: the way there forms the dense map, the way back gives the kernel that
-is nearest to a map, which need not be a convolution's.
-
-A convolution as one linear map, and back: kernel ↔ (H'·W'·C_out, H·W·C_in), channel last on both sides.
+The weight of a whole map is the kernel K, and its matrix the convolution as one linear map, (H'·W'·C_out,
+H·W·C_in) with the channel last on both sides:
 
     W_map = Σ_ab S_a ⊗ S_b ⊗ K[a, b]
 
-The shift S_a joins output and input positions of tap a along an axis; stride, padding and dilation are in it.
-Groups make K[a, b] block diagonal.  Two taps never join the same pair of positions unless padding repeats
-inputs, so the kernel nearest to any map (least squares) is the average over the positions where a tap acts.
+The shift S_a joins the output and input positions of tap a along an axis, with stride, padding and dilation.
+Groups make K[a, b] block diagonal. The way back takes any map and gives the nearest kernel by least squares:
+two taps never join the same pair of positions unless padding repeats inputs, so each tap is an average over
+the positions where it acts.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from mpoc.tensor_networks.structure import Structure
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Arithmetic is float64 for float64 weights and float32 for all narrower ones."""
+    """The dtype of the arithmetic: float64 for a float64 weight, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def to_matrix(weight: Tensor, structure: Structure) -> Tensor:
-    """``weight`` (as in the checkpoint) as (lead, outputs, inputs in their order), a view where possible."""
+    """``weight`` as in the checkpoint → (lead, outputs, inputs in their order), a view if possible."""
     if structure.geometry is not None:
         return map_of_kernel(weight, structure.geometry)[None]
     if structure.kind.startswith("conv"):
@@ -67,9 +66,9 @@ def from_matrix(matrix: Tensor, structure: Structure) -> Tensor:
 
 
 def input_order(structure: Structure, device: torch.device | str) -> Tensor | None:
-    """(N_x,): the input at each position of the matrix; None where that is its own."""
-    found = structure.permutation
-    return None if found is None else torch.tensor(found, device=device)
+    """The input at each column of the matrix, (N_x,); None: the inputs keep their own order."""
+    order = structure.permutation
+    return None if order is None else torch.tensor(order, device=device)
 
 
 def interleave(weight: Tensor, structure: Structure) -> Tensor:
@@ -99,7 +98,7 @@ def deinterleave_matrix(tensor: Tensor, structure: Structure) -> Tensor:
 
 
 def unpadded(structure: Structure, device: torch.device) -> Tensor:
-    """Boolean, in the interleaved shape (J_1 I_1, …): True where an entry belongs to the weight."""
+    """A boolean tensor (J_1 I_1, …) that is True where an entry belongs to the weight."""
     inside = torch.zeros(structure.lead, *structure.padded, dtype=torch.bool, device=device)
     inside[:, : structure.outputs, : structure.inputs] = True
     tensor = inside.reshape(_side_by_side(structure)).permute(_interleaving(structure))
@@ -117,14 +116,14 @@ def _side_by_side(structure: Structure) -> tuple[int, ...]:
 
 
 def _interleaving(structure: Structure) -> tuple[int, ...]:
-    """The permutation of those axes to lead, J_1, I_1, J_2, I_2, …"""
+    """The permutation from these axes to lead, J_1, I_1, J_2, I_2, …"""
     count = len(structure.output_factors) - structure.lead_sites
     pairs = ((1 + k, 1 + count + k) for k in range(count))
     return (0, *(axis for pair in pairs for axis in pair))
 
 
 def shift_matrices(geometry: Geometry, axis: int) -> Tensor:
-    """(k, N', N) of ones and zeros, float64: one shift for each tap along ``axis``."""
+    """The shift of each tap along ``axis``, (k, N', N) of ones and zeros, float64."""
     taps = geometry.shifts(axis)
     shifts = torch.zeros(len(taps), geometry.output_size[axis], geometry.size[axis], dtype=torch.float64)
     for tap, pairs in enumerate(taps):
@@ -134,7 +133,7 @@ def shift_matrices(geometry: Geometry, axis: int) -> Tensor:
 
 
 def full_taps(kernel: Tensor, geometry: Geometry) -> Tensor:
-    """(C_out, C_in / groups, k, …) → (taps, C_out, C_in): groups spelt out with zeros."""
+    """(C_out, C_in / groups, k, …) → (taps, C_out, C_in), with zeros outside the groups' blocks."""
     taps = kernel.flatten(2).permute(2, 0, 1)
     if geometry.groups == 1:
         return taps
@@ -143,7 +142,7 @@ def full_taps(kernel: Tensor, geometry: Geometry) -> Tensor:
 
 
 def from_full_taps(taps: Tensor, geometry: Geometry) -> Tensor:
-    """The inverse of :func:`full_taps`: what lies outside the groups' blocks is dropped."""
+    """The inverse of :func:`full_taps`; entries outside the groups' blocks are dropped."""
     if geometry.groups > 1:
         blocks = taps.unflatten(2, (geometry.groups, -1)).unflatten(1, (geometry.groups, -1))
         taps = torch.einsum("tgogi->tgoi", blocks).flatten(1, 2)
@@ -163,7 +162,7 @@ def map_of_kernel(kernel: Tensor, geometry: Geometry) -> Tensor:
 def nearest_kernel(matrix: Tensor, geometry: Geometry) -> Tensor:
     """The kernel whose map is nearest to ``matrix`` (H'·W'·C_out, H·W·C_in) in Frobenius norm.
 
-    A tap that acts nowhere (its kernel reaches only into padding) is zero.
+    A tap that reads only padding is zero.
     """
     outputs, inputs = geometry.positions
     dense = matrix.unflatten(0, (outputs, -1)).unflatten(2, (inputs, -1))
@@ -183,7 +182,7 @@ def solve_for_taps(sums: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _pairs(geometry: Geometry, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each tap, last axis fastest: the flat output and input positions that it joins."""
+    """The flat output and input positions that each tap joins, last axis fastest."""
     axes = range(len(geometry.size))
     for taps in itertools.product(*(geometry.shifts(axis) for axis in axes)):
         joined = list(itertools.product(*taps))

@@ -1,8 +1,8 @@
 """The MERA (multi-scale entanglement renormalisation ansatz) as an operator: Hallam et al. 2017.
 
-Inputs enter at the bottom, pass disentanglers and isometries level by level, and an output leaves at every
-isometry.  Cores, legs and order are those of :func:`mpoc.tensor_networks.topology.mera`.  All cores are
-free: nothing holds isometries to be isometric once they are trained.
+Inputs enter at the bottom and pass disentanglers and isometries level by level; an output leaves at every
+isometry. Cores, legs and order are those of :func:`mpoc.tensor_networks.topology.mera`. All cores are free
+parameters: training does not keep isometries isometric.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.structure import Structure
 from mpoc.tensor_networks.topology import mera
 
-# Numbers held at a time; a larger batch goes through in parts.
+# Largest intermediate in numbers; a larger batch goes through in parts.
 _AT_ONCE = 1 << 24
-# Multiplications that take as long as moving one number to memory and back.
+# Moving one number to memory and back takes as long as this many multiplications.
 _MOVING = 40
 
 
@@ -39,7 +39,7 @@ class Mera(Form):
 
     Args:
         cores: (upper two legs, lower two legs) each, in the order in which they are applied.
-        structure: of the form ``mera``.
+        structure: a structure of the form ``mera``.
 
     Raises:
         ValueError: the cores do not have the structure's factors, or bonds differ.
@@ -52,7 +52,7 @@ class Mera(Form):
         return (bond_of(*sides, tuple(tuple(core.shape) for core in self.cores)),)
 
     def balanced(self) -> tuple[Self, list[Tensor]]:
-        """The same weight in float64 with cores of equal norms; no Schmidt values: see :class:`Form`."""
+        """The same weight in float64 with cores of equal norms; a MERA has no Schmidt values."""
         cores = [core.double() for core in self.cores]
         norms = [float(core.norm()) for core in cores]
         if all(norms):
@@ -71,18 +71,18 @@ class Mera(Form):
         return contract_mera(x, self.cores, self.structure)
 
     def dense_is_faster(self, batch: int) -> bool:
-        """By the estimate for ever larger batches, for which the time to build the weight does not count."""
+        """By the estimate for very large batches, for which the time to build the weight does not matter."""
         sides = self.structure.output_factors, self.structure.input_factors
         return bool(_plan(*sides, tuple([tuple(core.shape) for core in self.cores]), 1 << 62)[0])
 
     def contracted(self, legs: Sequence[str]) -> Tensor:
-        """All cores contracted to one tensor with these legs, j_1, i_1 and so on, in this order."""
+        """Contract all cores to one tensor with these legs (j1, i1, …) in this order."""
         return contract_all(self.cores, self.legs, tuple(legs))
 
 
 @cache
 def bond_of(outputs: tuple[int, ...], inputs: tuple[int, ...], shapes: tuple[tuple[int, ...], ...]) -> int:
-    """The dimension of all bonds at which cores have these shapes; 1 where there is none."""
+    """The bond dimension at which cores have these shapes; 1 if there is none."""
     sizes = sorted({1, *(size for shape in shapes for size in shape)})
     fits = (size for size in sizes if tuple(core.shape for core in mera(outputs, inputs, size)) == shapes)
     return next(fits, 1)
@@ -93,8 +93,8 @@ def contract_mera(x: Tensor, cores: Sequence[Tensor], structure: Structure) -> T
 
     Args:
         x: (batch, I_1·…·I_n).
-        cores: in the order of ``structure.cores``.
-        structure: of the form ``mera``.
+        cores: the cores in the order of ``structure.cores``.
+        structure: a structure of the form ``mera``.
 
     Returns:
         (batch, J_1·…·J_n).
@@ -103,7 +103,7 @@ def contract_mera(x: Tensor, cores: Sequence[Tensor], structure: Structure) -> T
     rebuild, largest, legs = _plan(*sides, tuple([tuple(core.shape) for core in cores]), planned_batch(x))
     sites = range(1, len(sides[0]) + 1)
     outputs, inputs = tuple([f"j{k}" for k in sites]), tuple([f"i{k}" for k in sites])
-    if is_autocast(x.device):  # all products in its dtype, as those of a chain are
+    if is_autocast(x.device):  # all products in its dtype, as for a chain
         dtype = torch.get_autocast_dtype(x.device.type)
         x, cores = x.to(dtype), [core.to(dtype) for core in cores]
     if rebuild:
@@ -113,18 +113,18 @@ def contract_mera(x: Tensor, cores: Sequence[Tensor], structure: Structure) -> T
     parts = [x] if is_traced() or x.shape[0] <= at_once else x.split(at_once)
     named, result = (("n", *inputs), *legs), ("n", *outputs)
     steps = [(0 if k == 1 else len(cores) + k - 1, k) for k in range(1, len(named))]
-    found = []
+    applied = []
     for part in parts:
         state = part.reshape(-1, *sides[1])
-        found.append(contract_all([state, *cores], named, result, steps).flatten(1))
-    return torch.cat(found) if len(found) > 1 else found[0]
+        applied.append(contract_all([state, *cores], named, result, steps).flatten(1))
+    return torch.cat(applied) if len(applied) > 1 else applied[0]
 
 
 @cache
 def _estimated(
     outputs: tuple[int, ...], inputs: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], batch: int
 ) -> tuple[bool, int, tuple[tuple[str, ...], ...]]:
-    """Whether to build the weight, the numbers held of one vector on the way through, and the cores' legs."""
+    """Whether to build the weight, the size of the largest intermediate of a vector, and the cores' legs."""
     cores = mera(outputs, inputs, bond_of(outputs, inputs, shapes))
     size = largest = math.prod(inputs)
     through = 0

@@ -1,16 +1,15 @@
-"""The matrix product operator (tensor-train matrix): a chain of cores, one a site.
+"""The matrix product operator (tensor-train matrix): a chain of cores, one per site, and its algebra.
 
     W[j_1…j_n, i_1…i_n] = w⁽¹⁾[j_1, i_1] w⁽²⁾[j_2, i_2] … w⁽ⁿ⁾[j_n, i_n]        (Eq. 5, Gao et al. 2020)
 
 Core k has shape (D_{k-1}, J_k, I_k, D_k), e.g. (4, 8, 16, 4), and D_0 = D_n = 1.
 
-On disk the gauge is balanced: with Schmidt values s at a bond, everything to its left has Gram matrix
-diag(s), and so has everything to its right.  Left-canonical cores would put all the norm into the last
-one, and L2 regularisation and SGD both feel that.
+Stored cores are in the balanced gauge: with Schmidt values s at a bond, everything to its left has Gram
+matrix diag(s), and so has everything to its right. Left-canonical cores would have all the norm in the last
+core, which affects L2 regularisation and SGD.
 
-Sums, differences and Kronecker products of matrix product operators, exact, core by core.
-
-Bonds add in a sum and multiply in a product: round the result (``MPO.rounded``).
+Sums, differences and Kronecker products are exact and go core by core. Bonds add in a sum and multiply in a
+product, so round the result (``MPO.rounded``).
 """
 
 from __future__ import annotations
@@ -29,11 +28,11 @@ from mpoc.tensor_networks.forms.form import Form
 
 
 class MPO(Form):
-    """A weight as cores, with the structure that says which weight.
+    """A weight as the cores of a chain.
 
     Args:
         cores: (D_{k-1}, J_k, I_k, D_k) each.
-        structure: output and input factors, padding, the weight's own shape.
+        structure: the weight's shape, factors and padding.
 
     Raises:
         ValueError: the cores do not have the structure's factors, or neighbouring bonds differ.
@@ -59,7 +58,7 @@ class MPO(Form):
     def halves(self) -> tuple[Tensor, Tensor]:
         """(J_1 I_1 … J_k I_k, D_k) and (D_k, J_{k+1} I_{k+1} …), cut where the two are smallest.
 
-        Their product is the interleaved tensor; a block of its rows needs a block of the left half.
+        Their product is the interleaved tensor; a block of its rows needs only a block of the left half.
         """
         sizes = self.structure.site_sizes
         lefts = [math.prod(sizes[:k]) for k in range(1, len(sizes))]
@@ -76,7 +75,7 @@ class MPO(Form):
         return left, right
 
     def apply_padded(self, x: Tensor) -> Tensor:
-        """(n, ΠI) → (n, ΠJ), the cheapest way for so many vectors."""
+        """(n, ΠI) → (n, ΠJ), in the cheapest order for this number of vectors."""
         return contract(x, self.cores)
 
     def dense_is_faster(self, batch: int) -> bool:
@@ -103,9 +102,7 @@ class MPO(Form):
     def balanced(self) -> tuple[Self, list[Tensor]]:
         """The same weight in the balanced gauge, in float64, and the Schmidt values of its bonds.
 
-        Bonds that carry nothing are cut.
-
-        "Nothing" is a Schmidt value below the resolution of the cores' dtype.
+        Schmidt values below the resolution of the cores' dtype are cut.
         """
         resolution = torch.finfo(self.cores[0].dtype).eps
         cores, spectra = _schmidt_sweep(_left_canonical(self.cores), resolution)
@@ -118,17 +115,17 @@ class MPO(Form):
     def rounded(
         self, max_bond: int, tolerance: float = 0.0, discard: float = 0.0
     ) -> tuple[MPO, list[Tensor]]:
-        """TT-rounding (Oseledets 2011, algorithm 2): the same weight nearly, with smaller bonds.
+        """TT-rounding (Oseledets 2011, algorithm 2): truncate to smaller bonds.
 
         The squared error equals the sum of the squares discarded at the successive truncations.
 
         Args:
             max_bond: cap on every D_k.
-            tolerance: relative Frobenius error that may be spent to make bonds smaller than the cap.
-            discard: share of its squared singular values that each bond may lose besides.
+            tolerance: relative Frobenius error that may be made to get bonds below the cap.
+            discard: share of its squared singular values that each bond may lose in addition.
 
         Returns:
-            As :meth:`balanced`: float64, balanced gauge, and the Schmidt values of its bonds.
+            The MPO in the balanced gauge, in float64, and the Schmidt values of its bonds.
         """
         cores = _left_canonical(self.cores)
         budget = tolerance**2 * float(cores[-1].square().sum())
@@ -136,7 +133,7 @@ class MPO(Form):
 
 
 def rank_within(singular_values: Tensor, max_bond: int, discard: float) -> tuple[int, float]:
-    """The smallest rank whose discarded weight is at most ``discard``, capped; and that weight."""
+    """The smallest rank that loses at most ``discard``, capped at ``max_bond``, and the weight lost."""
     tails = singular_values.square().flip(0).cumsum(0).flip(0)  # tails[r] = weight lost at rank r
     tails = torch.cat([tails, tails.new_zeros(1)])
     rank = int((tails > discard).sum().item())
@@ -145,7 +142,7 @@ def rank_within(singular_values: Tensor, max_bond: int, discard: float) -> tuple
 
 
 def entropy(values: Tensor) -> float:
-    """−Σ p ln p with p = s²/Σs² (0 where all values are zero)."""
+    """−Σ p ln p with p = s²/Σs²; 0 if all values are zero."""
     weights = values.double().square()
     total = float(weights.sum())
     if total == 0.0:
@@ -155,7 +152,7 @@ def entropy(values: Tensor) -> float:
 
 
 def _left_canonical(cores: Sequence[Tensor]) -> list[Tensor]:
-    """The same operator in float64 with all cores but the last orthonormal from the left."""
+    """The same operator in float64, with all cores but the last orthonormal from the left."""
     canonical: list[Tensor] = []
     carry = torch.ones(1, 1, dtype=torch.float64, device=cores[0].device)
     for core in cores[:-1]:
@@ -178,11 +175,11 @@ def _schmidt_sweep(
     These are the Schmidt values unless something was discarded.
 
     Args:
-        cores: left-canonical; consumed.
-        resolution: singular values at or below this share of the bond's largest are cut.
+        cores: left-canonical cores; the list is changed.
+        resolution: cut singular values at or below this share of the bond's largest.
         max_bond: cap on every bond.
-        budget: squared error that may be spent in all to make bonds smaller.
-        discard: share of its squared singular values that each bond may lose besides.
+        budget: squared error that may be made in total to get smaller bonds.
+        discard: share of its squared singular values that each bond may lose in addition.
     """
     spectra: list[Tensor] = []
     for k in range(len(cores) - 1, 0, -1):
@@ -201,7 +198,7 @@ def _schmidt_sweep(
 
 
 def add(first: MPO, second: MPO) -> MPO:
-    """The sum, by the direct sum of bonds: D_k = D_k(first) + D_k(second) inside.
+    """The sum, by the direct sum of bonds: D_k = D_k(first) + D_k(second) at inner bonds.
 
     Raises:
         ValueError: the two have different structures.
@@ -233,7 +230,7 @@ def _direct_sum(one: Tensor, other: Tensor, first: bool, last: bool) -> Tensor:
 
 
 def kronecker(factors: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Cores of A ⊗ B ⊗ …, each site's output and input indices in that order, the last fastest.
+    """Cores of A ⊗ B ⊗ …; each site's output and input indices are in that order, the last fastest.
 
     Args:
         factors: the cores of each factor, all with the same number of sites.

@@ -2,9 +2,9 @@
 
     Ŵ = MPO(cores) + L R
 
-Measured, such a sum errs less than either part alone of the same size.  The two cores of the low-rank part,
-(1, N_y, 1, r) and (r, 1, N_x, 1), follow those of the MPO; they have no padding, and no site for taps or
-experts.
+In measurements, such a sum has a smaller error than either part alone at the same size. The two cores of the
+low-rank part, (1, N_y, 1, r) and (r, 1, N_x, 1), follow those of the MPO. They have no padding, and no site
+for taps or experts.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Sum(Form):
     """A weight as an MPO plus a low-rank matrix.
 
     Args:
-        cores: those of the MPO, then (1, N_y, 1, r) and (r, 1, N_x, 1).
-        structure: with the factors of the MPO.
-        check: as :class:`Form`.
+        cores: the cores of the MPO, then (1, N_y, 1, r) and (r, 1, N_x, 1).
+        structure: a structure with the factors of the MPO.
+        check: compare the cores with the structure.
 
     Raises:
         ValueError: the cores of one part do not fit it.
@@ -74,7 +74,7 @@ class Sum(Form):
         return matrix + added.reshape(outputs, lead, inputs).transpose(0, 1)
 
     def apply_padded(self, x: Tensor) -> Tensor:
-        """Both parts, planned together."""
+        """(n, ΠI) → (n, ΠJ), with one plan for both parts."""
         left, right = self.low_rank.cores
         rows, columns = self.structure.padding
         if rows or columns:

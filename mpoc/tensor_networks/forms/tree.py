@@ -2,11 +2,11 @@
 
     W = Σ_d L[(j i of the left half), d] R[d, (j i of the right half)]
 
-Each half is a site's core (J_k, I_k, D), or two halves again joined by a core (D_left, D_right, D).  Order
-and legs of the cores are those of :mod:`mpoc.tensor_networks.topology`.
+Each half is a site's core (J_k, I_k, D), or two halves joined by a core (D_left, D_right, D). Order and legs
+of the cores are those of :mod:`mpoc.tensor_networks.topology`.
 
-On disk the gauge is balanced as that of an MPO is: with Schmidt values s at a branch, everything below it has
-Gram matrix diag(s), and so has everything else.
+Stored cores are in the balanced gauge, as those of an MPO: with Schmidt values s at a branch, everything
+below it has Gram matrix diag(s), and so has everything else.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Tree(Form):
     """A weight as a tree.
 
     Args:
-        cores: (J_k, I_k, D) of a site, (D_left, D_right, D) of a pair of branches, children first.
-        structure: of the form ``tree``.
+        cores: (J_k, I_k, D) for a site, (D_left, D_right, D) for a pair of branches, children first.
+        structure: a structure of the form ``tree``.
 
     Raises:
         ValueError: the cores do not have the structure's factors, or bonds do not meet.
     """
 
     def check(self) -> None:
-        """As :meth:`Form.check`, once it is sure that bonds can be read off."""
+        """Check that every core has three legs, and then as :meth:`Form.check`."""
         if len(self.cores) > 1 and any(core.dim() != 3 for core in self.cores):
             raise ValueError("the cores of a tree have three legs")
         super().check()
@@ -68,7 +68,7 @@ class Tree(Form):
         return contract(x, tree_chain(self.cores))
 
     def dense_is_faster(self, batch: int) -> bool:
-        """By the cost model for the MPO of the two halves, which takes part of the time."""
+        """By the cost model for the MPO of the two halves; the time to make that MPO is not counted."""
         chain = tree_chain([core.detach().to("meta") for core in self.cores])
         sides = self.structure.outputs, self.structure.inputs
         return dense_wins(sites_of(chain), *sides, batch, self.cores[0].is_cuda)
@@ -88,7 +88,7 @@ class Tree(Form):
     def balanced(self) -> tuple[Self, list[Tensor]]:
         """The same weight in the balanced gauge, in float64, and the Schmidt values of its branches.
 
-        Bonds that carry nothing are cut: Schmidt values below the resolution of the cores' dtype.
+        Schmidt values below the resolution of the cores' dtype are cut.
         """
         cores, spectra = _canonical(self.cores, torch.finfo(self.cores[0].dtype).eps)
         for k, ((above, axis), values) in enumerate(zip(_meetings(len(cores)), spectra, strict=True)):
@@ -105,9 +105,9 @@ class Tree(Form):
 
 @cache
 def _meetings(cores: int) -> tuple[tuple[int, int], ...]:
-    """Where the last axis of each core but the last ends: the core above it, and on which axis of that.
+    """For each core but the last, the number of the core above it, and the axis at which they meet.
 
-    What is above is further back; above all is the last core.
+    The core above comes later in the list; the last core is at the top.
     """
     whole = range((cores + 2) // 2)
     spans = [*branches(len(whole)), halves(whole)[-1]]
@@ -124,8 +124,8 @@ def _canonical(cores: Sequence[Tensor], resolution: float = 0.0) -> tuple[list[T
     QR decompositions from the sites upwards, then singular values from the last core downwards.
 
     Args:
-        cores: of a tree.
-        resolution: singular values at or below this share of the branch's largest are cut.
+        cores: the cores of a tree.
+        resolution: cut singular values at or below this share of the branch's largest.
 
     Returns:
         The cores, float64, and the Schmidt values of each branch, descending.
@@ -163,7 +163,7 @@ def tree_chain(cores: Sequence[Tensor]) -> list[Tensor]:
 
 @cache
 def _joined(cores: int) -> tuple[tuple[tuple[int, int], ...], int]:
-    """Of every core the numbers of the two that it joins, -1 of a site; and the number of the left half."""
+    """For each core the numbers of the two cores it joins, -1 for a site; and the number of the left half."""
     sites = range((cores + 2) // 2)
     spans = [*branches(len(sites)), halves(sites)[1]]
     joins = []
