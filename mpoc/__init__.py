@@ -108,8 +108,8 @@ def evaluate(
         arch: the network: one of the zoo, as ``"resnet:depth=56"``, or ``"file.py:function"`` or
             ``"package.module:function"``, which is run; needed where the file does not name it.
         split: ``"train"``, ``"validation"`` or ``"test"``; None: test, else validation, else train.
-        task: ``"classification"``, ``"regression"``, ``"causal-lm"`` or ``"masked-lm"``; None: told from data
-            and network.
+        task: ``"classification"``, ``"regression"``, ``"causal-lm"`` or ``"masked-lm"``; None: inferred from
+            data and network.
         reference: measure similarity to this network instead: no labels are needed then.
         latency: also measure the time of a call, for one example and for ``batch``.
         batch: number of examples in a call.
@@ -175,7 +175,7 @@ def finetune(
         output: a file or directory; None: ``<name>.tuned.safetensors`` or ``<name>-tuned`` in the current
             directory. A training log (``.jsonl``) is written beside it.
         arch: the network, as :func:`evaluate` takes it.
-        task: as :func:`evaluate` takes it, or ``"distillation"``; None: told from data and network.
+        task: as :func:`evaluate` takes it, or ``"distillation"``; None: inferred from data and network.
         teacher: learn the outputs of this network instead of labels (distillation).
         settings: everything about the training; None: the defaults. The five arguments that follow win.
         epochs: passes over the training split.

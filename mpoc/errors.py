@@ -1,15 +1,15 @@
-"""The errors a user can cause or meet; each carries a message and, where there is one, the way out."""
+"""The errors that users meet; each has a message and, if there is one, a hint that fixes it."""
 
 from __future__ import annotations
 
-# Characters of a message: what a file from a stranger says may have any length.
+# Characters of a message: text from an untrusted file may have any length.
 _LONGEST = 2000
 
 
 class MpocError(Exception):
     """The work failed: exit status 1.
 
-    ``hint`` names the command or option that mends it; a traceback shows it too.
+    ``hint`` names the command or option that fixes it; a traceback shows it too.
     """
 
     exit_code = 1
@@ -28,10 +28,10 @@ class UsageError(MpocError):
 
 
 def shortened(value: object) -> str:
-    """A value, or what an error says, at a length that can be read."""
+    """A value or an error as text, shortened to a readable length."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes out no number of more than some thousands of digits
+    except ValueError:  # Python does not write out numbers of thousands of digits
         text = "a number of thousands of digits"
     return text if len(text) <= 300 else f"{text[:300]}…"
 

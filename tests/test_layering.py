@@ -44,6 +44,8 @@ MOST_MODULES = 175
 WITHOUT_TORCH = (
     "errors",
     "runtime.formatting",
+    "runtime.signals",
+    "io.atomic",
     "io.validation",
     "io.safetensors_header",
     "io.manifest",

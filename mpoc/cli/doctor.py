@@ -45,7 +45,7 @@ class Fault:
     """Something that is wrong, and its remedy."""
 
     what: str
-    mend: str
+    remedy: str
     stops: bool = True  # False: the rest of mpoc works
 
 
@@ -116,7 +116,8 @@ def _look_at_packages(examination: Examination) -> None:
             continue
         has = f"{package.version} is outside {package.needs}" if package.version else "is not installed"
         extra = f", which the extra {package.extra} asks for" if package.extra else ""
-        examination.faults.append(Fault(f"{package.name} {has}{extra}", package.mend, package.extra is None))
+        what = f"{package.name} {has}{extra}"
+        examination.faults.append(Fault(what, package.remedy, stops=package.extra is None))
 
 
 def _look_at_disk(examination: Examination) -> None:
@@ -139,9 +140,9 @@ def _look_at_torch(examination: Examination) -> None:
     except (ImportError, OSError) as error:
         known = {package.name: package for package in examination.packages}
         if "torch" not in known or known["torch"].version is not None:  # else it is a fault already
-            mend = known["torch"].mend if "torch" in known else "pip install torch"
-            mend = mend.replace("install", "install --force-reinstall")
-            examination.faults.append(Fault(f"torch cannot be imported: {_first_line(error)}", mend))
+            remedy = known["torch"].remedy if "torch" in known else "pip install torch"
+            remedy = remedy.replace("install", "install --force-reinstall")
+            examination.faults.append(Fault(f"torch cannot be imported: {_first_line(error)}", remedy))
 
 
 def _test(examination: Examination, device: str) -> None:
@@ -249,9 +250,9 @@ def _outputs(device: str, folder: Path, inputs: Tensor) -> list[Tensor]:
 
     small, dense = folder / "net.mpo.safetensors", folder / "net.dense.safetensors"
     recipe = make_recipe(None, {"bond": _BOND, "shape": _SHAPES, "device": device})
-    done = compress_checkpoint(folder / "net.pt", small, recipe)
-    if len(done.manifest.replaced) != len(_SHAPES):
-        raise MpocError(f"{len(done.manifest.replaced)} of {len(_SHAPES)} layers were compressed")
+    compression = compress_checkpoint(folder / "net.pt", small, recipe)
+    if len(compression.manifest.replaced) != len(_SHAPES):
+        raise MpocError(f"{len(compression.manifest.replaced)} of {len(_SHAPES)} layers were compressed")
     expand_checkpoint(small, dense)
     expanded = _network()
     expanded.load_state_dict(load_file(dense))
@@ -318,5 +319,5 @@ def _print(examination: Examination, console: Output) -> None:
         console.result.print(f"{escape(f'{title:<12}')}{escape(text)}", soft_wrap=True)
     for fault in examination.faults:
         title = "[bold red]fault[/]" if fault.stops else "[bold yellow]note[/]"
-        console.result.print(f"{title}: {escape(fault.what)}: {escape(fault.mend)}", soft_wrap=True)
+        console.result.print(f"{title}: {escape(fault.what)}: {escape(fault.remedy)}", soft_wrap=True)
     console.result.print("all is well" if examination.is_well else "mpoc does not work as it should here")

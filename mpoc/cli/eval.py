@@ -1,4 +1,4 @@
-"""``mpoc eval``: measure accuracy, loss, perplexity, likeness to another network, or latency."""
+"""``mpoc eval``: measure accuracy, loss, perplexity, similarity to another network, or latency."""
 
 from __future__ import annotations
 

@@ -49,14 +49,14 @@ def layer_progress(console: Output) -> Iterator[LayerCallback | None]:
 
 
 def _line_by_line(console: Output) -> LayerCallback:
-    left = _time_left()
+    time_left = _time_left()
 
-    def tell(record: LayerRecord, seconds: float, done: int, total: int, share: float) -> None:
+    def tell(record: LayerRecord, seconds: float, finished: int, total: int, share: float) -> None:
         error = "" if record.relative_error is None else f" error {record.relative_error:.4f}"
         if record.output_error is not None:
             error = f" output error {record.output_error:.4f}"
-        line = f"[{done}/{total}] {record.layer} {record.form} ρ {record.rho:.4f}{error} {seconds:.2f} s"
-        console.say(line + (f" ({rest} left)" if (rest := left(share, seconds)) else ""))
+        line = f"[{finished}/{total}] {record.layer} {record.form} ρ {record.rho:.4f}{error} {seconds:.2f} s"
+        console.say(line + (f" ({rest} left)" if (rest := time_left(share, seconds)) else ""))
 
     return tell
 

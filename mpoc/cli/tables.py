@@ -180,11 +180,11 @@ def _score(metric: str, value: float) -> str:
 
 def goal_line(before: FileEvaluation, max_drop: float | None) -> str:
     """The metric of a search, its data, its value of the dense network and how far it may fall or rise."""
-    likeness = "" if before.reference is None else " with the original (no labels or no head: likeness)"
+    similarity = "" if before.reference is None else " with the original (no labels or no head: similarity)"
     value = scores_line({before.metric: before.scores[before.metric]})
     change = "fall" if before.higher_is_better else "rise"
     data = f"{before.data} ({before.split}, {before.examples:,} examples)"
-    return f"{value}{likeness} on {data}; it may {change} by {max_drop:g}"
+    return f"{value}{similarity} on {data}; it may {change} by {max_drop:g}"
 
 
 def trial_line(trial: Trial, kept: bool) -> str:
@@ -193,26 +193,26 @@ def trial_line(trial: Trial, kept: bool) -> str:
     return f"ρ {trial.ratio:.3f}: {result}; drop {trial.drop:.4g}, {'kept' if kept else 'too much'}"
 
 
-def compression_table(done: Reproduction) -> Table:
+def compression_table(results: Reproduction) -> Table:
     """A line a network, the paper's numbers beside ours."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("network", overflow="fold")
     for title in _COLUMNS:
         table.add_column(title, justify="right")
-    for row in done.rows:
-        table.add_row(*map(escape, _cells(done, row)))
+    for row in results.rows:
+        table.add_row(*map(escape, _cells(results, row)))
     return table
 
 
-def _cells(done: Reproduction, row: Row) -> list[str]:
+def _cells(results: Reproduction, row: Row) -> list[str]:
     from mpoc.reproduce.hallam2017 import baseline_counts, counts
 
-    own, paper = counts(done.study, row.experiment.network, row.parameters), row.published
+    own, paper = counts(results.study, row.experiment.network, row.parameters), row.published
     printed = [f"{number:,}" if number else "" for number in (paper.parameters if paper else (0, 0))]
-    parts, whole = own.of(baseline_counts(done.study))
+    parts, whole = own.of(baseline_counts(results.study))
     steps, milliseconds = row.results[0].steps, row.results[0].milliseconds
     return [
-        _label(done, row),
+        _label(results, row),
         f"{row.parameters:,}",
         f"{own.fully_connected:,}",
         printed[0],
@@ -228,43 +228,43 @@ def _cells(done: Reproduction, row: Row) -> list[str]:
     ]
 
 
-def _label(done: Reproduction, row: Row) -> str:
+def _label(results: Reproduction, row: Row) -> str:
     """As the paper names it: ``FC-1``, ``MERA-2``."""
     if row.start != "dense":
         name, comma, rest = row.experiment.label.partition(",")
         return f"{name}-{row.bond}{comma}{rest}"
-    dense = (one for one in done.study.variants.values() if not one.layers)
-    return next(one.label for one in dense if one.network == row.experiment.network)
+    dense = (experiment for experiment in results.study.variants.values() if not experiment.layers)
+    return next(experiment.label for experiment in dense if experiment.network == row.experiment.network)
 
 
-def print_reproduction(console: Console, done: Reproduction) -> None:
+def print_reproduction(console: Console, results: Reproduction) -> None:
     """The table, the structures, and what the numbers are."""
-    experiment = done.rows[0].experiment
-    if done.quick:
+    experiment = results.rows[0].experiment
+    if results.quick:
         console.print("--quick: a smoke run; its accuracies are not results", soft_wrap=True)
-    console.print(compression_table(done) if done.study.baseline else _reproduction_rows(done))
-    for label, structure in dict.fromkeys(_structures(done)):
+    console.print(compression_table(results) if results.study.baseline else _reproduction_rows(results))
+    for label, structure in dict.fromkeys(_structures(results)):
         console.print(escape(f"{label}: {structure}"), soft_wrap=True)
-    for line in _effective(done):
+    for line in _effective(results):
         console.print(escape(line), soft_wrap=True)
     note = f" ({experiment.training.note})" if experiment.training.note else ""
-    runs = f"{len(done.seeds)} runs, seeds {done.seeds[0]} to {done.seeds[-1]}"
+    runs = f"{len(results.seeds)} runs, seeds {results.seeds[0]} to {results.seeds[-1]}"
     lines = [
         f"every network: {experiment.training.words()}{note}; "
-        f"{runs if len(done.seeds) > 1 else f'seed {done.seeds[0]}'}",
-        done.material.reported(),
-        *([_STARTED] if any(row.start == "ttsvd" for row in done.rows) else []),
-        f"paper: {done.study.source}, on {experiment.data}",
+        f"{runs if len(results.seeds) > 1 else f'seed {results.seeds[0]}'}",
+        results.material.reported(),
+        *([_STARTED] if any(row.start == "ttsvd" for row in results.rows) else []),
+        f"paper: {results.study.source}, on {experiment.data}",
     ]
-    lines += dict.fromkeys(note for row in done.rows for note in row.experiment.notes)
+    lines += dict.fromkeys(note for row in results.rows for note in row.experiment.notes)
     for line in lines:
         console.print(escape(line), soft_wrap=True)
 
 
-def _structures(done: Reproduction) -> list[tuple[str, str]]:
+def _structures(results: Reproduction) -> list[tuple[str, str]]:
     """Each experiment's label and its layers' structures; layers of one structure share a line."""
     structures: list[tuple[str, str]] = []
-    for row in done.rows:
+    for row in results.rows:
         names: dict[str, list[str]] = {}
         for layer in row.experiment.layers:
             name, _, structure = layer.notation().partition(" ")
@@ -275,10 +275,10 @@ def _structures(done: Reproduction) -> list[tuple[str, str]]:
     return structures
 
 
-def _effective(done: Reproduction) -> list[str]:
+def _effective(results: Reproduction) -> list[str]:
     """exp(S) at each bond, where bonds were chosen automatically; of the first run."""
     lines = []
-    for row in done.rows:
+    for row in results.rows:
         if row.experiment.discard and row.start != "dense":
             for layer, entropies in row.results[0].entropies.items():
                 numbers = " ".join(f"{math.exp(entropy):.1f}" for entropy in entropies)
@@ -290,14 +290,14 @@ def _joined(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]}, …, {names[-1]} ({len(names)} layers)"
 
 
-def _reproduction_rows(done: Reproduction) -> Table:
+def _reproduction_rows(results: Reproduction) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("network", overflow="fold")
     table.add_column("weights", no_wrap=True)
     for title in ("D", "parameters", "replaced layers", "ρ", "before", "final %", "best %", "s"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("paper %", overflow="fold")
-    for row in done.rows:
+    for row in results.rows:
         table.add_row(*map(escape, _reproduction_cells(row)))
     return table
 

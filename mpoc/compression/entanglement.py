@@ -77,14 +77,14 @@ def entanglement_of(
         raise UsageError(f"--weight {kept}: the share of Σs² that is kept lies between 0 and 1")
     options = {key: value for key, value in options.items() if value is not None}
     if against is None and not is_compressed(model):
-        found, left = _dense(model, options, kept, arch), 0
+        measurements, left = _dense(model, options, kept, arch), 0
     else:
-        found, left = _stored(model, against, options, kept, arch)
+        measurements, left = _stored(model, against, options, kept, arch)
     profiles: list[Profile] = []
-    for number, (layer, look) in enumerate(found.items(), start=1):
+    for number, (layer, measure_layer) in enumerate(measurements.items(), start=1):
         if progress:
-            progress(layer, number, len(found))
-        profiles.append(look())
+            progress(layer, number, len(measurements))
+        profiles.append(measure_layer())
     return Entanglement(model, against, kept, tuple(profiles), left)
 
 
@@ -152,9 +152,9 @@ def _check_weights(dense: Checkpoint, layers: list[LayerRecord], against: Path) 
     for layer in layers:
         info = dense.infos.get(dense.tied.get(layer.name, layer.name))
         if info is None or info.shape != layer.shape:
-            found = "missing" if info is None else f"of shape {info.shape}"
+            actual = "missing" if info is None else f"of shape {info.shape}"
             raise MpocError(
-                f"{dense.path}: tensor {layer.name!r} is {found}; in {against} it was of shape {layer.shape}",
+                f"{dense.path}: tensor {layer.name!r} is {actual}, but {layer.shape} in {against}",
                 "give the checkpoint that it was compressed from",
             )
 
@@ -170,14 +170,14 @@ def _profile(layer: LayerRecord, stored: Checkpoint, dense: Checkpoint | None, k
     return Profile(layer.layer, layer.name, layer.structure, weight, cuts, layer)
 
 
-def as_dict(found: Entanglement) -> dict[str, Any]:
+def as_dict(entanglement: Entanglement) -> dict[str, Any]:
     """As plain data; the schema is in the guide, file-format-and-json."""
     return {
         "schema": SCHEMA,
-        "model": str(found.model),
-        "against": None if found.against is None else str(found.against),
-        "weight": found.kept,
-        "layers": [_layer_dict(profile) for profile in found.profiles],
+        "model": str(entanglement.model),
+        "against": None if entanglement.against is None else str(entanglement.against),
+        "weight": entanglement.kept,
+        "layers": [_layer_dict(profile) for profile in entanglement.profiles],
     }
 
 

@@ -182,7 +182,7 @@ def existing_resume_directory(output: Path) -> Path:
 
 @contextmanager
 def resume_directory(
-    output: Path, group: ProcessGroup, asked: Mapping[str, str] | None = None, anew: bool = False
+    output: Path, group: ProcessGroup, asked: Mapping[str, str] | None = None, start_over: bool = False
 ) -> Iterator[Path]:
     """A path for all processes to write to; on success it takes the place of ``output``.
 
@@ -194,7 +194,7 @@ def resume_directory(
         output: file or directory.
         group: the processes.
         asked: the options of the work, which must be the same to resume; None: nothing is kept.
-        anew: remove what was kept of other work.
+        start_over: remove the files of other work.
 
     Raises:
         UsageError: ``OUT.partial`` is not a resume directory, or of other work.
@@ -202,7 +202,7 @@ def resume_directory(
     """
     place = Place(output)
     with ExitStack() as held, naming(output):
-        folder = group.on_main(lambda: _prepared(output, held, asked, anew))
+        folder = group.on_main(lambda: _prepared(output, held, asked, start_over))
         if asked is None:
             held.callback(_remove, folder)  # whoever is last: others may write to it still
         try:
@@ -220,19 +220,19 @@ def resume_directory(
 def _tell_kept(error: BaseException, folder: Path) -> None:
     """Note that finished work is kept; a directory without any is removed."""
     if any(_files(folder)):
-        error.add_note(f"finished work is kept in {folder.name}; --resume goes on from there")
+        error.add_note(f"finished layers are in {folder.name}; --resume reuses them")
     else:
         _remove(folder)
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (one for name in (_LAYERS, _CALIBRATION) for one in (folder / name).glob("[!.]*"))
+    return (file for name in (_LAYERS, _CALIBRATION) for file in (folder / name).glob("[!.]*"))
 
 
-def _prepared(output: Path, held: ExitStack, asked: Mapping[str, str] | None, anew: bool) -> Path:
+def _prepared(output: Path, held: ExitStack, asked: Mapping[str, str] | None, start_over: bool) -> Path:
     """The directory with its subdirectories; ``held`` removes it unless it is to be kept."""
     with defer_signals():
-        folder = scratch_beside(output) if asked is None else _kept(output, held, asked, anew)
+        folder = scratch_beside(output) if asked is None else _kept(output, held, asked, start_over)
         if asked is None:
             held.callback(_remove, folder)
         for name in (_LAYERS, _CALIBRATION, _OUTPUT):
@@ -255,29 +255,29 @@ def calibration_folder(target: Path) -> Path:
     return target.parent.parent / _CALIBRATION
 
 
-def _kept(output: Path, held: ExitStack, asked: Mapping[str, str], anew: bool) -> Path:
+def _kept(output: Path, held: ExitStack, asked: Mapping[str, str], start_over: bool) -> Path:
     """The directory of an earlier run without unfinished files, or a new one; ``held`` keeps it locked."""
     folder = existing_resume_directory(output)
     if os.path.lexists(folder) and not (folder / _MARK).is_file() and not _is_empty(folder):
         raise UsageError(
-            f"{folder}: exists, and is not what --resume keeps its work in", "remove it, or choose another -o"
+            f"{folder}: exists, and is not a resume directory", "remove it, or choose another -o"
         )
     folder.mkdir(exist_ok=True)
     mark = held.enter_context((folder / _MARK).open("a+", encoding="utf-8"))
     _lock(mark, folder)
     other = _other(mark, asked)
-    if other is not None and not anew:
-        hint = "the same command as before goes on from there; --force starts anew"
-        raise UsageError(f"{folder}: is kept of other work: {other}", hint)
+    if other is not None and not start_over:
+        hint = "run the same command as before to resume it; --force starts over"
+        raise UsageError(f"{folder}: holds the layers of other work: {other}", hint)
     stays = (_MARK, _LAYERS, _CALIBRATION) if other is None else (_MARK,)
-    for one in folder.iterdir():
-        if one.name not in stays:
-            _clear(one)
+    for entry in folder.iterdir():
+        if entry.name not in stays:
+            _clear(entry)
     mark.truncate(0)
     json.dump(dict(asked), mark)
     mark.flush()
-    for one in (folder / _CALIBRATION).glob(".*"):  # what was not written to its end
-        _clear(one)
+    for entry in (folder / _CALIBRATION).glob(".*"):  # files that were not written to their end
+        _clear(entry)
     return folder
 
 
@@ -285,19 +285,19 @@ def _other(mark: TextIO, asked: Mapping[str, str]) -> str | None:
     """The options in which the kept work differs; None if there are none, or they are not known."""
     mark.seek(0)
     try:
-        before: Any = parse_strictly(mark.read())
-        found = {key: before[key] for key in asked}
+        values: Any = parse_strictly(mark.read())
+        before = {key: values[key] for key in asked}
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
-    changed = [f"{key} was {found[key]} and is {asked[key]}" for key in asked if found[key] != asked[key]]
+    changed = [f"{key} was {before[key]} and is {asked[key]}" for key in asked if before[key] != asked[key]]
     return ", ".join(changed) or None
 
 
-def _clear(one: Path) -> None:
-    if one.is_dir() and not one.is_symlink():
-        shutil.rmtree(one)
+def _clear(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
     else:
-        one.unlink()
+        path.unlink()
 
 
 def _is_empty(folder: Path) -> bool:

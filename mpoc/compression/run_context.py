@@ -1,4 +1,4 @@
-"""Where and by whom a compression is run, and what is called as it goes on."""
+"""The device and the processes of a compression, and the callbacks for its progress."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Trial:
 
     ratio: float  # that was asked for
     nbytes: int  # on disk
-    drop: float  # of the metric, in its unit; negative: a gain; NaN: it is no number
+    drop: float  # of the metric, in its unit; negative: a gain; NaN: it is not a number
     scores: Mapping[str, float]
 
 
@@ -106,7 +106,7 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class SearchCallbacks:
-    """What is called as a search goes on."""
+    """The callbacks for the progress of a search."""
 
     start: Callable[[FileEvaluation], None] = lambda before: None  # the dense network was measured
     trial: Callable[[Trial, bool], None] = lambda trial, kept: None
@@ -131,7 +131,7 @@ def compress_within(request: SearchRequest, callbacks: SearchCallbacks | None = 
     """Compress a checkpoint to the smallest output found whose metric loses at most ``max_drop``.
 
     The metric is that of the task: accuracy in per cent, or a loss.  Where data and network make no task, as
-    with embeddings or without labels, it is the likeness to the original: agreement in per cent where
+    with embeddings or without labels, it is the similarity to the original: agreement in per cent where
     outputs are logits, else the cosine.
 
     Raises:

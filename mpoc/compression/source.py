@@ -33,7 +33,7 @@ class CompressionSource:
     arch: str | None
     recipe: Recipe
     selection: Selection
-    geometries: Mapping[str, Geometry]  # of whole maps, where a sample run told
+    geometries: Mapping[str, Geometry]  # geometries of whole maps that a sample run traced
 
     @property
     def notes(self) -> list[str]:

@@ -142,7 +142,9 @@ def write_compressed(
     _fit(job, finished)
     with group.all_or_raise():
         layers = [finished.layer(number) for number in range(len(job.plans))]
-        fitted = {name: one for layer in layers for name, one in layer.entries.items()} | finished.others()
+        fitted = {
+            name: tensor for layer in layers for name, tensor in layer.entries.items()
+        } | finished.others()
         manifest = job.manifest([layer.record for layer in layers])
         _refuse_nothing_gained(manifest)
     entries = _entries(job.source.checkpoint, fitted)
@@ -190,7 +192,7 @@ def _fit_shared(job: Job, finished: LayerCache) -> None:
 
 def _log_finished(count: int, job: Job) -> None:
     if count:
-        job.context.log("going on: layers finished before:", count, len(job.plans))
+        job.context.log("resuming; layers already done:", count, len(job.plans))
 
 
 def _fit_together(job: Job, calibrated: SequentialFit, finished: LayerCache) -> None:
@@ -198,9 +200,9 @@ def _fit_together(job: Job, calibrated: SequentialFit, finished: LayerCache) -> 
     group, plans = job.context.group, job.plans
     numbers = {plan.map.name: k for k, plan in enumerate(plans)}
     usable = group.on_main(lambda: {name for name, k in numbers.items() if finished.takes_up(k)})
-    done = {name for unit in calibrated.schedule.units(plans) if usable.issuperset(unit) for name in unit}
-    costs = {name: cost for name, cost in calibrated.schedule.costs(plans).items() if name not in done}
-    _log_finished(len(done), job)
+    reused = {name for unit in calibrated.schedule.units(plans) if usable.issuperset(unit) for name in unit}
+    costs = {name: cost for name, cost in calibrated.schedule.costs(plans).items() if name not in reused}
+    _log_finished(len(reused), job)
 
     def keep(fitted: Fitted, seconds: float) -> int:
         with group.all_or_raise():
@@ -208,8 +210,8 @@ def _fit_together(job: Job, calibrated: SequentialFit, finished: LayerCache) -> 
                 finished.keep(numbers[fitted.record.name], fitted, seconds)
         return next(count)
 
-    count = itertools.count(len(done) + 1)
-    kept = {name: partial(finished.fitted, number) for name, number in numbers.items() if name in done}
+    count = itertools.count(len(reused) + 1)
+    kept = {name: partial(finished.fitted, number) for name, number in numbers.items() if name in reused}
     fit_all(job.fits(kept), costs, len(plans), keep, job.context)
 
 

@@ -127,9 +127,9 @@ def _stored_tokens(held: list[Part], first: Part) -> StoredTokens:
 
 
 def _check_tokens(part: Part, first: Part) -> None:
-    found = f"{tuple(part.x.shape)} {_dtype_name(part.x)}"
+    actual = f"{tuple(part.x.shape)} {_dtype_name(part.x)}"
     if not part.is_tokens or part.x.ndim != 2 or not _holds_integers(part.x):
-        raise MpocError(f"{part.name}: {part.x_name} is {found}; integers (n, tokens) were expected")
+        raise MpocError(f"{part.name}: {part.x_name} is {actual}; integers (n, tokens) were expected")
     if (part.mask is None) != (first.mask is None):
         lacking = part if part.mask is None else first
         raise MpocError(f"{lacking.name}: no attention_mask, but other files have one")

@@ -45,7 +45,7 @@ def split_of(name: str) -> str | None:
 
 
 def recognise(path: Path, wanted: str | None) -> str:
-    """The format of a file or directory: ``wanted`` where it is given, else told from the names.
+    """The format of a file or directory: ``wanted`` if it is given, else inferred from names.
 
     Raises:
         UsageError: nothing at ``path``, an unknown ``wanted``, or several formats in one directory.

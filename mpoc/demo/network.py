@@ -39,7 +39,7 @@ class DigitsNet(nn.Module):
 
 
 def load_network() -> DigitsNet:
-    """Return the trained network that the package carries, in evaluation mode."""
+    """Return the trained network that the package contains, in eval mode."""
     weights = resources.files(__package__).joinpath(NETWORK_FILE).read_bytes()
     network = DigitsNet()
     network.load_state_dict(load(weights))

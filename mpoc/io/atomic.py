@@ -201,10 +201,10 @@ def put_in_place(new: Path, output: Path) -> None:
         raise
 
 
-def _exchanged(one: Path, other: Path) -> bool:
+def _exchanged(first: Path, second: Path) -> bool:
     """Exchange two paths (Linux: renameat2 with RENAME_EXCHANGE); returns whether it succeeded."""
     library = ctypes.CDLL(None)
     if not sys.platform.startswith("linux") or not hasattr(library, "renameat2"):
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(library.renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+    return bool(library.renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)

@@ -47,7 +47,7 @@ def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
         MpocError: one is a link to a file outside the directory, which must not be copied unseen.
     """
     weights = {Path(os.path.realpath(file)) for file in weight_files}
-    found: list[Path] = []
+    others: list[Path] = []
     for folder, folders, files in os.walk(source, followlinks=False):
         folders[:] = sorted(name for name in folders if not _is_skipped(name))
         for name in sorted(files):
@@ -58,8 +58,8 @@ def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
             index = top and name.endswith((".safetensors.index.json", ".bin.index.json"))
             if not (dropped or index or Path(os.path.realpath(file)) in weights):
                 check_inside(source, file)
-                found.append(file.relative_to(source))
-    return found
+                others.append(file.relative_to(source))
+    return others
 
 
 def _is_skipped(folder: str) -> bool:
@@ -143,11 +143,11 @@ def unmark(target: Path) -> None:
         else:
             config_file.unlink()  # there was none
     if card_file.is_file():
-        before, found, after = _read(card_file).partition(_CARD_BEGIN)
+        before, marker, after = _read(card_file).partition(_CARD_BEGIN)
         rest = before.removesuffix("\n\n") + after.partition(_CARD_END)[2].removeprefix("\n")
-        if found and rest.strip():
+        if marker and rest.strip():
             card_file.write_bytes(_encode(rest))
-        elif found:
+        elif marker:
             card_file.unlink()
 
 
@@ -226,8 +226,8 @@ def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, ...]]]:
         if layer.form == "dense":
             raise ValueError(layer.form)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        said = f"config.json: damaged quantization_config of {name!r} ({shortened(error)})"
-        raise MpocError(said, MAYBE_LATER) from error
+        message = f"config.json: damaged quantization_config of {name!r} ({shortened(error)})"
+        raise MpocError(message, MAYBE_LATER) from error
     return layer.structure, layer.core_shapes
 
 

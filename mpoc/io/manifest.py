@@ -213,8 +213,8 @@ class Manifest:
 
     source: Annotated[Source, "the checkpoint that was compressed; null: not recorded"]
     layers: Annotated[tuple[LayerRecord, ...], "every selected layer, in the source's order"]
-    options: Annotated[dict[str, Any], "what was asked"]
-    kinds_from: Annotated[str, "how kinds of layers were told: config.json (bert), or names and shapes"]
+    options: Annotated[dict[str, Any], "the options"]
+    kinds_from: Annotated[str, "source of the kinds of layers: config.json (bert), or names and shapes"]
     left_alone: Annotated[dict[str, str], "matrix or unused tensor: reason"] = field(default_factory=dict)
     vectors: Annotated[Whole, "other tensors left alone"] = 0
     tied: Annotated[dict[str, str], "name: the name that holds its data"] = field(default_factory=dict)

@@ -280,8 +280,8 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
         layers = tuple(layer_of_entry(name, entry, tensors) for name, entry in entries)
         check_names(layers)
     except _DAMAGED as error:
-        said = f"{path}: config.json: damaged quantization_config ({shortened(error)})"
-        raise MpocError(said, MAYBE_LATER) from error
+        message = f"{path}: config.json: damaged quantization_config ({shortened(error)})"
+        raise MpocError(message, MAYBE_LATER) from error
     cores = {name for layer in layers for name in layer.core_names}
     if cores - tensors.keys():
         raise MpocError(
@@ -317,16 +317,17 @@ def layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorIn
     return replace(layer, num_stored=stored, padding=layer.structure.padding)
 
 
-def check_format(found: Any, path: Path, known: tuple[int, ...]) -> None:
+def check_format(format: Any, path: Path, known: tuple[int, ...]) -> None:
     """Check that a manifest, or a ``quantization_config``, has a format that this mpoc reads.
 
     Raises:
         MpocError: it has another.
     """
-    if found not in known:
+    if format not in known:
         formats = " or ".join(map(str, known))
         raise MpocError(
-            f"{path}: manifest format {found}, this mpoc reads format {formats}", "pip install --upgrade mpoc"
+            f"{path}: manifest format {format}, this mpoc reads format {formats}",
+            "pip install --upgrade mpoc",
         )
 
 

@@ -194,11 +194,11 @@ def check_cores(stored: Checkpoint, layer: LayerRecord) -> None:
         MpocError: a core is missing or differs.
     """
     for name, expected in zip(layer.core_names, layer.core_shapes, strict=True):
-        found = stored.infos.get(name)
-        if found is None or found.shape != expected or found.dtype != layer.stored_dtype:
-            said = f"{found.shape} {found.dtype}" if found else "missing"
+        info = stored.infos.get(name)
+        if info is None or info.shape != expected or info.dtype != layer.stored_dtype:
+            actual = f"{info.shape} {info.dtype}" if info else "missing"
             raise MpocError(
-                f"{stored.path}: core {name!r} is {said}; the manifest says {expected} {layer.stored_dtype}"
+                f"{stored.path}: core {name!r} is {actual}; the manifest says {expected} {layer.stored_dtype}"
             )
 
 
@@ -214,7 +214,7 @@ def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
         kind = "NaN" if math.isnan(most) else "infinite values"
         raise MpocError(
             f"{checkpoint.files[name]}: tensor {name!r} holds {kind}",
-            f"mend the checkpoint, or leave the layer alone: --exclude '{name}'",
+            f"repair the checkpoint, or leave the layer alone: --exclude '{name}'",
         )
     return weight
 

@@ -230,9 +230,9 @@ def load_plain(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise _needs_code(path, error) from error
     except _BROKEN as error:
-        told = isinstance(error, (RuntimeError, ValueError, MemoryError, zipfile.BadZipFile))
-        said = str(error).strip().splitlines() if told and "weights_only" not in str(error) else []
-        raise _damaged(path, said[0] if said else "its pickle breaks off") from error
+        readable = isinstance(error, (RuntimeError, ValueError, MemoryError, zipfile.BadZipFile))
+        lines = str(error).strip().splitlines() if readable and "weights_only" not in str(error) else []
+        raise _damaged(path, lines[0] if lines else "its pickle ends too early") from error
 
 
 def _damaged(path: Path, reason: str) -> MpocError:
@@ -295,17 +295,17 @@ def find_state_dict(path: Path, payload: Any) -> tuple[str, Mapping[str, Any]]:
     for nest in _NESTS:
         if _is_state_dict(payload.get(nest)):
             return nest, payload[nest]
-    found = [str(key) for key, value in payload.items() if _is_state_dict(value)]
-    found = [key for key in found if "optim" not in key and "sched" not in key]
-    if len(found) == 1:
-        return found[0], payload[found[0]]
-    if found:
+    names = [str(key) for key, value in payload.items() if _is_state_dict(value)]
+    names = [name for name in names if "optim" not in name and "sched" not in name]
+    if len(names) == 1:
+        return names[0], payload[names[0]]
+    if names:
         raise MpocError(
-            f"{path}: holds several state dicts: {', '.join(found)}",
-            f"save the one you mean: torch.save(torch.load('{path}', 'cpu')['{found[0]}'], 'model.pt')",
+            f"{path}: holds several state dicts: {', '.join(names)}",
+            f"save the one you mean: torch.save(torch.load('{path}', 'cpu')['{names[0]}'], 'model.pt')",
         )
     keys = ", ".join(map(str, list(payload)[:6])) or "nothing"
-    raise MpocError(f"{path}: no state dict in it (found: {keys})", "save model.state_dict()")
+    raise MpocError(f"{path}: holds no state dict ({keys})", "save model.state_dict()")
 
 
 def _is_state_dict(value: Any) -> bool:

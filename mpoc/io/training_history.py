@@ -82,8 +82,8 @@ def read_history(path: Path) -> dict[str, Any]:
         history: dict[str, Any] = parse_strictly(text)
         check_history(history)
     except (ValueError, TypeError, RecursionError) as error:
-        said = shortened(error)
-        raise MpocError(f"{path}: the history of its training is damaged ({said})") from error
+        reason = shortened(error)
+        raise MpocError(f"{path}: the history of its training is damaged ({reason})") from error
     return history
 
 

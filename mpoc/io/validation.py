@@ -65,7 +65,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
     separators = (",", ":") if indent is None else None
     text = json.dumps(value, indent=indent, separators=separators, ensure_ascii=False)
     for numbers in _NUMBERS if indent else ():
-        text = numbers.sub(lambda found: " ".join(found[0].split()), text)
+        text = numbers.sub(lambda match: " ".join(match[0].split()), text)
     return text
 
 
@@ -77,7 +77,7 @@ def read_bounded(path: Path) -> bytes:
     """
     size = path.stat().st_size
     if size > LONGEST:
-        raise MpocError(f"{path}: {size:,} bytes, where a text of at most {LONGEST:,} is expected")
+        raise MpocError(f"{path}: {size:,} bytes, but a text may have at most {LONGEST:,}")
     return path.read_bytes()
 
 
@@ -85,12 +85,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"{twice[:100]!r} stands there twice")
+        raise ValueError(f"{twice[:100]!r} occurs twice")
     return value
 
 
 def _refused(text: str) -> None:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def _finite(text: str) -> float:
@@ -201,10 +201,10 @@ def json_schema(expected: Any) -> dict[str, Any]:
     """
     kind, inner = get_origin(expected), get_args(expected)
     if kind is Annotated:
-        found = json_schema(inner[0])
+        schema = json_schema(inner[0])
         for note in inner[1:]:
-            found |= {"description": note} if isinstance(note, str) else _keyword(*note)
-        return found
+            schema |= {"description": note} if isinstance(note, str) else _keyword(*note)
+        return schema
     if kind is NotRequired:
         return json_schema(inner[0])
     if kind is Literal:

@@ -98,7 +98,7 @@ def load(
 
 
 def open_network(source: Path, arch: str | None) -> nn.Module:
-    """The network stored at ``source``, computing through its cores, in evaluation mode.
+    """The network stored at ``source``, computing through its cores, in eval mode.
 
     Args:
         source: a compressed file or directory.
@@ -232,7 +232,7 @@ class Model:
     """A network with its checkpoint and what the checkpoint records."""
 
     path: Path
-    network: nn.Module  # on the CPU, in evaluation mode, parameters in float32 or better
+    network: nn.Module  # on the CPU, in eval mode, parameters in float32 or better
     stored: Checkpoint  # the tensors of the file, cores under their own names
     manifest: Manifest | None  # None: dense
     architecture: str | None  # as --arch takes it, where known
@@ -323,8 +323,7 @@ def _places(path: Path, network: nn.Module, names: Iterable[str]) -> tuple[dict[
     lost = {name for name, p in network.named_parameters() if p.requires_grad} - set(places.values())
     if lost:
         raise MpocError(
-            f"{path}: which of its tensors is the network's {min(lost)!r} cannot be told "
-            f"({len(lost)} such parameters)",
+            f"{path}: cannot find the tensor of the network's {min(lost)!r} ({len(lost)} such parameters)",
             "save the network again with its present library, and compress that",
         )
     return places, unused

@@ -147,13 +147,13 @@ def _error_chart(manifest: Manifest, x: Axis) -> Chart | None:
     kind = best_error(manifest) if manifest.replaced else None
     if kind is None:
         return None
-    found = [
+    errors = [
         (k, layer, error)
         for k, layer in enumerate(manifest.layers, start=1)
         if (error := kind.of(layer)) is not None
     ]
-    points = tuple((float(k), error) for k, _, error in found)
-    names = tuple(f"{k}  {layer.layer}: {error:.4f}" for k, layer, error in found)
+    points = tuple((float(k), error) for k, _, error in errors)
+    names = tuple(f"{k}  {layer.layer}: {error:.4f}" for k, layer, error in errors)
     of = {
         "relative_error": "of each weight",
         "output_error": "of the outputs about their mean, on the inputs of the fit",
@@ -216,7 +216,7 @@ def entropy_chart(layer: LayerData) -> Chart | None:
         f"Entanglement entropy S = −Σ s² ln s² at each {topology.bond_place}; it is at most ln D.",
         Axis(topology.bond_name, unit="whole"),
         Axis("entropy (nats)", from_zero=True),
-        tuple(one for one in series if one.points),
+        tuple(line for line in series if line.points),
     )
 
 
@@ -258,9 +258,9 @@ def _training(history: dict[str, Any]) -> list[Chart]:
         Series("training", _over_epochs(evaluations, "train_loss"), "marked line", "original"),
         Series(held_out, _over_epochs(evaluations, "loss"), "marked line", "stored"),
     )
-    drawn = tuple(one for one in losses if one.points)
+    drawn = tuple(line for line in losses if line.points)
     charts = [Chart("Loss while training", f"Fine-tuned on {name}.", x, Axis(""), drawn)] if drawn else []
-    metric = next((one for one in _METRICS if _over_epochs(evaluations, one)), None)
+    metric = next((name for name in _METRICS if _over_epochs(evaluations, name)), None)
     if metric is not None:
         word = metric.replace("_", " ")
         unit = " (%)" if metric in ("accuracy", "agreement") else ""
@@ -284,13 +284,15 @@ def _finite(value: Any) -> float | None:
 
 def common_layers(manifests: Sequence[Manifest]) -> frozenset[str]:
     """The layers that every file selected."""
-    return frozenset.intersection(*(frozenset(one.layer for one in held.layers) for held in manifests))
+    return frozenset.intersection(
+        *(frozenset(layer.layer for layer in manifest.layers) for manifest in manifests)
+    )
 
 
 def mean_error(manifest: Manifest, kind: ErrorKind, names: Collection[str]) -> float:
     """The mean error over layers of these names, at least one; layers left dense count as 0."""
-    found = [kind.of(layer) or 0.0 for layer in manifest.layers if layer.layer in names]
-    return sum(found) / len(found)
+    errors = [kind.of(layer) or 0.0 for layer in manifest.layers if layer.layer in names]
+    return sum(errors) / len(errors)
 
 
 def tone_of(place: int) -> str:
@@ -332,7 +334,7 @@ def _whole_files(files: Sequence[FileData], kind: ErrorKind, names: Collection[s
 
 
 def _layers_of(file: FileData, kind: ErrorKind, tone: str) -> Series:
-    found = [(layer, error) for layer in file.manifest.replaced if (error := kind.of(layer)) is not None]
-    points = tuple((layer.rho, error) for layer, error in found)
-    names = tuple(f"{layer.layer} ({file.name}): ρ {layer.rho:.4f}, {error:.4f}" for layer, error in found)
+    errors = [(layer, error) for layer in file.manifest.replaced if (error := kind.of(layer)) is not None]
+    points = tuple((layer.rho, error) for layer, error in errors)
+    names = tuple(f"{layer.layer} ({file.name}): ρ {layer.rho:.4f}, {error:.4f}" for layer, error in errors)
     return Series(file.name, points, "dots", tone, names)

@@ -43,9 +43,11 @@ def figure(chart: Chart, width: int, height: int) -> Markup:
     """A chart with title and legend above and the caption below."""
     keys = [
         tag(
-            "span", tag("i", class_=f"t-{one.tone.replace(' ', '-')} {one.style.replace(' ', '-')}"), one.name
+            "span",
+            tag("i", class_=f"t-{series.tone.replace(' ', '-')} {series.style.replace(' ', '-')}"),
+            series.name,
         )
-        for one in chart.series
+        for series in chart.series
     ]
     legend = tag("span", *keys, class_="legend") if len(keys) > 1 else None
     caption = tag("span", chart.caption, class_="muted")
@@ -145,8 +147,8 @@ def _facts(layer: LayerData) -> Markup:
 
 def _same_size(record: LayerRecord) -> str:
     """The output-weighted error of other methods at the same size."""
-    found = record.same_size or {}
-    return ", ".join(f"{name} {error_text(error)}" for name, error in found.items())
+    errors = record.same_size or {}
+    return ", ".join(f"{name} {error_text(error)}" for name, error in errors.items())
 
 
 def _drawing(record: LayerRecord) -> Markup | None:
@@ -155,7 +157,9 @@ def _drawing(record: LayerRecord) -> Markup | None:
         return None
     caption = "The tensor network: outputs J, inputs I, and the bonds with their dimensions"
     caption += "; the weight is the sum of both." if len(networks) > 1 else "."
-    sizes = " and ".join(f"bonds {' '.join(str(b.size) for b in one.bonds) or 'none'}" for one in networks)
+    sizes = " and ".join(
+        f"bonds {' '.join(str(b.size) for b in network.bonds) or 'none'}" for network in networks
+    )
     label = f"Tensor network of {record.layer}: {sizes}"
     drawn = tag(
         "div", network_svg(networks, label), class_="scroll", tabindex="0", role="region", aria_label=label

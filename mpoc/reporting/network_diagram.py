@@ -91,17 +91,17 @@ def _legs(
 ) -> list[DiagramLeg]:
     """Legs of a core: outputs up, inputs down, at a tree's sites both down.  Size 1 is omitted."""
     pairs = [pair for pair in zip(core.legs, core.shape, strict=True) if is_open(pair[0])]
-    found: list[DiagramLeg] = []
+    legs: list[DiagramLeg] = []
     for leg, size in [pair for pair in pairs if pair[1] > 1] or pairs:
         label = leg[0].upper() + leg[1:].translate(_SUBSCRIPTS)
-        found.append(DiagramLeg(k, label, size, leg[0] == "j" and topology.outputs_up))
-    around = {one.first + one.second - k for one in bonds if k in (one.first, one.second)}
-    return [replace(leg, side=_side(leg, found, nodes, around)) for leg in found]
+        legs.append(DiagramLeg(k, label, size, leg[0] == "j" and topology.outputs_up))
+    around = {bond.first + bond.second - k for bond in bonds if k in (bond.first, bond.second)}
+    return [replace(leg, side=_side(leg, legs, nodes, around)) for leg in legs]
 
 
-def _side(leg: DiagramLeg, found: list[DiagramLeg], nodes: Sequence[DiagramNode], around: set[int]) -> int:
+def _side(leg: DiagramLeg, legs: list[DiagramLeg], nodes: Sequence[DiagramNode], around: set[int]) -> int:
     """The slant of a leg, away from another leg or a bond in the same direction."""
-    same = [one for one in found if one.up == leg.up]
+    same = [other for other in legs if other.up == leg.up]
     if len(same) > 1:
         return 1 if same.index(leg) else -1
     here = nodes[leg.node]
@@ -153,10 +153,10 @@ class Placed:
 
     def at(self, node: int | DiagramNode) -> tuple[float, float]:
         """The centre of a disc."""
-        found = self.network.nodes[node] if isinstance(node, int) else node
+        disc = self.network.nodes[node] if isinstance(node, int) else node
         first = min(n.x for n in self.network.nodes), min(n.y for n in self.network.nodes)
         top = self.top + RADIUS + _LEG + _TEXT + 4
-        return self.left + _EDGE + STEP_X * (found.x - first[0]), top + STEP_Y * (found.y - first[1])
+        return self.left + _EDGE + STEP_X * (disc.x - first[0]), top + STEP_Y * (disc.y - first[1])
 
     def end(self, leg: DiagramLeg) -> tuple[float, float]:
         """The end of a leg, above or below its node."""
@@ -178,12 +178,12 @@ def place_terms(networks: tuple[Diagram, ...]) -> list[Placed]:
 def network_svg(networks: tuple[Diagram, ...], label: str) -> Markup:
     """The sum of ``networks`` as SVG; ``label`` is its text for screen readers."""
     placed = place_terms(networks)
-    width = max(one.left + one.width for one in placed)
+    width = max(term.left + term.width for term in placed)
     height = placed[-1].top + placed[-1].height
-    plus = [tag("text", "+", x=12, y=one.at(0)[1] + 6, class_="m plus") for one in placed[1:]]
+    plus = [tag("text", "+", x=12, y=term.at(0)[1] + 6, class_="m plus") for term in placed[1:]]
     return tag(
         "svg",
-        *(_term(one) for one in placed),
+        *(_term(term) for term in placed),
         *plus,
         class_="network",
         viewBox=f"0 0 {width:.0f} {height:.0f}",

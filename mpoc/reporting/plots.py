@@ -231,26 +231,26 @@ def _draw_network(axes: Any, placed: Sequence[Placed]) -> None:
 
     axes.set_aspect("equal")
     axes.axis("off")
-    axes.set_xlim(0, max(one.left + one.width for one in placed))
+    axes.set_xlim(0, max(term.left + term.width for term in placed))
     axes.set_ylim(placed[-1].top + placed[-1].height, 0)
     text = {"ha": "center", "va": "center", "fontsize": 9}
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind labels of sloping lines
-    for k, one in enumerate(placed):
-        for bond in one.network.bonds:
-            (x1, y1), (x2, y2) = one.at(bond.first), one.at(bond.second)
+    for k, term in enumerate(placed):
+        for bond in term.network.bonds:
+            (x1, y1), (x2, y2) = term.at(bond.first), term.at(bond.second)
             axes.plot([x1, x2], [y1, y2], color=_TONES["stored"], lw=stroke(bond.size), zorder=1)
             x, y = (x1 + x2) / 2, (y1 + y2) / 2 - 9
             axes.text(x, y, str(bond.size), color=_TONES["stored"], bbox=None if y1 == y2 else box, **text)
-        for leg in one.network.legs:
-            (x, y), (x_end, end) = one.at(leg.node), one.end(leg)
+        for leg in term.network.legs:
+            (x, y), (x_end, end) = term.at(leg.node), term.end(leg)
             axes.plot([x, x_end], [y, end], color=_MUTED, lw=stroke(leg.size), zorder=1)
             axes.text(x_end, end + (-9 if leg.up else 9), f"{leg.label} {leg.size}", color=_INK, **text)
-        for node in one.network.nodes:
-            x, y = one.at(node)
+        for node in term.network.nodes:
+            x, y = term.at(node)
             axes.add_patch(Circle((x, y), RADIUS, facecolor="#f6f7f9", edgecolor=_INK, lw=1.2, zorder=2))
             axes.text(x, y, node.name, color=_INK, zorder=3, **text)
         if k:
-            axes.text(12, one.at(0)[1], "+", color=_INK, ha="center", va="center", fontsize=14)
+            axes.text(12, term.at(0)[1], "+", color=_INK, ha="center", va="center", fontsize=14)
 
 
 @dataclass(frozen=True)
@@ -370,8 +370,8 @@ def draw_curves(log: Iterable[dict[str, Any]], picture: Path) -> None:
         losses.append(Series(f"training{run}", _over_epochs(steps, "loss"), "line", tone))
         losses.append(Series(f"{split}{run}", _over_epochs(scored, "loss"), "dashed line", tone))
         metrics.append(Series(f"{split}{run}", _over_epochs(scored, metric), "marked line", tone))
-    charts = [Chart("", "", Axis("epoch"), Axis("loss"), tuple(one for one in losses if one.points))]
-    if any(one.points for one in metrics):
+    charts = [Chart("", "", Axis("epoch"), Axis("loss"), tuple(line for line in losses if line.points))]
+    if any(line.points for line in metrics):
         charts.append(Chart("", "", Axis("epoch"), Axis(metric), tuple(metrics)))
     _draw_picture(picture, charts)
 

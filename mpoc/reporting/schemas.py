@@ -98,25 +98,25 @@ def schema(name: str) -> dict[str, Any]:
 
 
 def _manifest() -> dict[str, Any]:
-    found = json_schema(Manifest)
+    schema = json_schema(Manifest)
     return {
         "title": "What a file compressed by mpoc says of itself",
         "description": "The text under the key mpoc of a safetensors file's metadata, or mpoc.json in a "
         "directory. A layer leaves out fields that have their default.",
-        **found,
-        "properties": {"format": {"const": FORMAT}, **found["properties"]},
-        "required": ["format", *found["required"]],
+        **schema,
+        "properties": {"format": {"const": FORMAT}, **schema["properties"]},
+        "required": ["format", *schema["required"]],
     }
 
 
 def _report() -> dict[str, Any]:
-    found, manifest = json_schema(_ReportExtras), _manifest()["properties"]
-    properties = found["properties"] | {name: manifest[name] for name in _REPEATED}
+    extras, manifest = json_schema(_ReportExtras), _manifest()["properties"]
+    properties = extras["properties"] | {name: manifest[name] for name in _REPEATED}
     return {
         "title": "What mpoc report --json and mpoc compress --json print",
-        **found,
+        **extras,
         "properties": {**properties, "layers": {"type": "array", "items": _layer()}},
-        "required": [*found["required"], *_REPEATED, "layers"],
+        "required": [*extras["required"], *_REPEATED, "layers"],
     }
 
 

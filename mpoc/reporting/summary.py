@@ -14,7 +14,7 @@ from typing import Any
 from mpoc.io.manifest import MANIFEST_FILE, LayerRecord, Manifest
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.weight_files import output_bytes
-from mpoc.runtime.formatting import human_bytes, times
+from mpoc.runtime.formatting import counted, human_bytes, times
 
 SCHEMA = "mpoc.report/1"
 # Above this relative error of its weights, a network usually needs fine-tuning.
@@ -213,7 +213,7 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
     before = sum(layer.num_original for layer in replaced)
     after = sum(layer.num_stored for layer in replaced)
     source = manifest.source
-    rho = f"ρ = {manifest.rho:.4f} over {len(replaced)} replaced layers ({before:,} → {after:,})"
+    rho = f"ρ = {manifest.rho:.4f} over {counted(len(replaced), 'replaced layer')} ({before:,} → {after:,})"
     if manifest.is_complete:
         rho += f"; {manifest.rho_selected:.4f} over the {len(manifest.layers)} selected"
     was = "" if source.nbytes is None else f"{human_bytes(source.nbytes)} → "
@@ -321,8 +321,8 @@ def _advice(manifest: Manifest) -> list[str]:
     if not large:
         return []
     return [
-        f"{len(large)} of {len(errors)} replaced layers have a relative error above {LARGE_ERROR:.0%} "
-        f"(worst {max(large):.0%}): the network usually needs fine-tuning; measure its accuracy before use. "
+        f"{len(large)} of {len(errors)} replaced layers {'has' if len(large) == 1 else 'have'} a relative error above "
+        f"{LARGE_ERROR:.0%} (worst {max(large):.0%}): the network usually needs fine-tuning; measure its accuracy before use. "
         f"{_more_accurate_option(manifest)} gives smaller errors."
     ]
 

@@ -127,10 +127,10 @@ def _log_ticks(low: float, high: float, most: int) -> list[float]:
         return [10.0**k for k in range(first, last + 1, stride)]
     for steps in ((1, 2, 3, 4, 6, 8), (1, 2, 5), (1, 3), (1,)):
         fine = [m * 10.0**k for k in range(first - 1, last + 2) for m in steps]
-        found = [value for value in fine if low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9)]
-        if len(found) <= most:
+        ticks = [value for value in fine if low <= value * (1 + 1e-9) and value <= high * (1 + 1e-9)]
+        if len(ticks) <= most:
             break
-    return found
+    return ticks
 
 
 def tick_label(axis: Axis, value: float) -> str:
@@ -187,7 +187,7 @@ def chart_svg(chart: Chart, width: int = 360, height: int = 216) -> Markup:
     frame = _Frame(
         chart, widest * _CHARACTER + 10, width - _RIGHT, _top(chart), height - _BOTTOM, x_ends, y_ends
     )
-    drawn = [_draw(frame, one) for one in chart.series if one.points]
+    drawn = [_draw(frame, series) for series in chart.series if series.points]
     label = f"{chart.title}. {chart.caption}"
     return tag(
         "svg",
@@ -212,7 +212,7 @@ def _top(chart: Chart) -> float:
 def _x_ends(chart: Chart) -> tuple[float, float]:
     """The ends of the x axis; columns need half a step at each end."""
     values = chart.values(0)
-    if any(one.style == "columns" for one in chart.series):
+    if any(series.style == "columns" for series in chart.series):
         return min(values, default=1) - 0.6, max(values, default=1) + 0.6
     return limits(chart.x, values)
 

@@ -28,15 +28,15 @@ _OURS = replace(_PAPER, lr=2e-3, schedule="cosine", warmup=0.05, clip=1.0, eval_
 
 
 def _layers() -> tuple[ReplacedLayer, ...]:
-    found: list[ReplacedLayer] = []
+    layers: list[ReplacedLayer] = []
     for k in range(4):
         names = (f"layers.{k}.attention.{name}" for name in ("query", "key", "value", "out"))
-        found += [ReplacedLayer(name, _SQUARE, _SQUARE) for name in names]
-        found += [
+        layers += [ReplacedLayer(name, _SQUARE, _SQUARE) for name in names]
+        layers += [
             ReplacedLayer(f"layers.{k}.up", _NARROW, _WIDE),
             ReplacedLayer(f"layers.{k}.down", _WIDE, _NARROW),
         ]
-    return (*found, ReplacedLayer("head", _SQUARE, (5, 13)))
+    return (*layers, ReplacedLayer("head", _SQUARE, (5, 13)))
 
 
 _PICOGPT = Experiment(
@@ -201,16 +201,16 @@ def _training(experiment: Experiment, choice: StudyChoice) -> Training:
     return replace(training, settings=settings)
 
 
-def _reshaped(experiment: Experiment, words: str, shapes: Shapes) -> Experiment:
+def _reshaped(experiment: Experiment, text: str, shapes: Shapes) -> Experiment:
     """The experiment with other factors in some layers."""
     names = [layer.name for layer in experiment.layers]
     for name in shapes:
         if name not in names:
             raise UsageError(
-                f"--shape {words}: {name} is not replaced{nearest(name, names)}", ", ".join(names)
+                f"--shape {text}: {name} is not replaced{nearest(name, names)}", ", ".join(names)
             )
     layers = tuple(_reshape(layer, shapes) for layer in experiment.layers)
-    return replace(experiment, label=f"{experiment.label}, {words}", layers=layers, published={})
+    return replace(experiment, label=f"{experiment.label}, {text}", layers=layers, published={})
 
 
 def _reshape(layer: ReplacedLayer, shapes: Shapes) -> ReplacedLayer:

@@ -1,13 +1,13 @@
 """Experiments of Gao et al., Phys. Rev. Research 2, 023300 (2020), on MNIST and CIFAR-10.
 
-- FC2 and LeNet-5 on MNIST: section III A, Fig. 2 and the first row of Table I.  The recipes were chosen on
-  a tenth of the training split.  FC2 starts from much noise (a truncated normal of 0.1): with the paper's L2
-  twenty epochs leave most of it in the weights, and TT-SVD spends its bonds on it; five times that L2 removes
-  it.  Shifts of the images help the dense FC2 and hurt small D, so it has none.
-- VGG-16 and VGG-19: section III B 1, Table I.  Two 3 × 3 convolutions of the last stage, as whole maps of
+- FC2 and LeNet-5 on MNIST: section III A, Fig. 2 and the first row of Table I. The recipes were chosen on a
+  tenth of the training split. FC2 starts from strong noise (a truncated normal of 0.1): with the paper's L2,
+  twenty epochs leave most of it in the weights and TT-SVD spends its bonds on it; five times that L2 removes
+  it. Shifts of the images help the dense FC2 and hurt small D, so FC2 is trained without.
+- VGG-16 and VGG-19: section III B 1, Table I. Two 3 × 3 convolutions of the last stage, as whole maps of
   2 × 2 × 512, and the three fully connected layers: 23,633,920 parameters become 10,944.
 - ResNets of width k = 4: section III B 2, Fig. 3, and its ResUnit pair.  The figure compares dense
-  network and MPO-Net over the depth; the paper prints none of its numbers.
+  network and MPO-Net over the depth; the paper does not print its numbers.
 - DenseNets: section III B 3, Table II, and one convolution.
 """
 
@@ -18,7 +18,7 @@ from mpoc.train.settings import Settings
 
 CIFAR = "CIFAR-10"
 
-# Of the paper's public code, but for its per-pixel standardisation: it is by channel here.
+# The recipe of the paper's public code, with images standardised by channel instead of by pixel.
 PAPER = Training(
     Settings(
         epochs=325, batch=100, optimizer="sgd", lr=0.1, momentum=0.9, nesterov=True, l2=2e-4,
@@ -26,26 +26,6 @@ PAPER = Training(
     ),
     pad=4, flip=True, note="the paper's own, images standardised by channel",
 )  # fmt: skip
-
-_MNIST = "MNIST"
-
-_MAP = (2, 8, 8, 8, 2)
-_WIDE = (4, 4, 8, 8, 4)
-
-_WIDTH = 4
-DEPTHS = (20, 32, 44, 56, 110)
-_HEAD = ReplacedLayer("linear", (4, 4, 4, _WIDTH), (1, 5, 2, 1), bond=3)
-_UNIT = (2, 4, 4, 4, 4, 4, 4, 2)  # of 8 × 8 × 256; the paper's text prints one 4 too few
-_SAME = Published("Fig. 3", rho=0.11, words="as dense")
-
-_WHERE = "Table II"
-# (n, m, k) → input factors of n + 3mk, dense and MPO accuracy with σ, ρ.
-_TABLE = {
-    (16, 12, 12): ((4, 4, 7, 4), (93.56, 0.26), (93.59, 0.13), 0.129),
-    (16, 12, 24): ((4, 5, 11, 4), (95.12, 0.15), (95.13, 0.13), 0.089),
-    (24, 32, 12): ((4, 7, 7, 6), (95.36, 0.15), (95.58, 0.07), 0.070),
-    (96, 32, 24): ((5, 8, 12, 5), (95.74, 0.09), (96.09, 0.07), 0.044),
-}
 
 
 def cosine(lr: float = 0.1, epochs: float = 60) -> Training:
@@ -60,8 +40,12 @@ def cosine(lr: float = 0.1, epochs: float = 60) -> Training:
     return Training(settings, pad=4, flip=True)
 
 
+# FC2 and LeNet-5 on MNIST: section III A.
+_MNIST = "MNIST"
+
+
 def _paper(lr: float) -> Training:
-    """Of the paper's public code: plain SGD, the rate falling by 1 % an epoch."""
+    """The recipe of the paper's public code: plain SGD whose rate falls by 1 % per epoch."""
     settings = Settings(
         epochs=500, batch=100, optimizer="sgd", lr=lr, momentum=0.0, l2=1e-4, schedule="exponential"
     )
@@ -118,6 +102,11 @@ FC2 = Study("fc2", "FC2", GAO, {"fc2": _FC2}, quick_batch=100)
 LENET5 = Study("lenet5", "LeNet-5", GAO, {"lenet5": _LENET5}, quick_batch=50)
 
 
+# VGG on CIFAR-10: section III B 1.
+_MAP = (2, 8, 8, 8, 2)
+_WIDE = (4, 4, 8, 8, 4)
+
+
 def _vgg(depth: int, convolutions: tuple[str, str], dense: Published, mpo: Published) -> Study:
     name = f"vgg{depth}"
     layers = (
@@ -147,6 +136,14 @@ VGG19 = _vgg(
 )
 
 
+# ResNets on CIFAR-10: section III B 2.
+_WIDTH = 4
+DEPTHS = (20, 32, 44, 56, 110)
+_HEAD = ReplacedLayer("linear", (4, 4, 4, _WIDTH), (1, 5, 2, 1), bond=3)
+_UNIT = (2, 4, 4, 4, 4, 4, 4, 2)  # factors of 8 × 8 × 256; the paper's text prints one 4 too few
+_SAME = Published("Fig. 3", rho=0.11, words="as dense")
+
+
 def _resnet_experiment(depth: int, unit: bool) -> Experiment:
     blocks = (depth - 2) // 6
     convolutions = (f"layer3.{blocks - 1}.conv{k}" for k in (1, 2))
@@ -169,6 +166,17 @@ def _resnet_experiment(depth: int, unit: bool) -> Experiment:
 _RESNET_VARIANTS = {str(depth): _resnet_experiment(depth, False) for depth in DEPTHS}
 _UNITS = {f"{depth}-resunit": _resnet_experiment(depth, True) for depth in DEPTHS}
 RESNET = Study("resnet", "ResNet, k = 4", GAO, _RESNET_VARIANTS | _UNITS, quick_batch=4, axis="depth")
+
+
+# DenseNets on CIFAR-10: section III B 3.
+_WHERE = "Table II"
+# (n, m, k) → input factors of n + 3mk, dense and MPO accuracy with σ, ρ.
+_TABLE = {
+    (16, 12, 12): ((4, 4, 7, 4), (93.56, 0.26), (93.59, 0.13), 0.129),
+    (16, 12, 24): ((4, 5, 11, 4), (95.12, 0.15), (95.13, 0.13), 0.089),
+    (24, 32, 12): ((4, 7, 7, 6), (95.36, 0.15), (95.58, 0.07), 0.070),
+    (96, 32, 24): ((5, 8, 12, 5), (95.74, 0.09), (96.09, 0.07), 0.044),
+}
 
 
 def _head(inputs: tuple[int, ...]) -> ReplacedLayer:

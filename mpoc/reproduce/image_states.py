@@ -126,12 +126,12 @@ def entropies(tensors: Tensor) -> Tensor:
     0 where a tensor is all zero.
     """
     count, *sites = tensors.shape
-    found = []
+    per_bond = []
     for k in range(1, len(sites)):
         values = torch.linalg.svdvals(tensors.reshape(count, math.prod(sites[:k]), -1)).square()
         total = values.sum(1, keepdim=True)
-        found.append(torch.special.entr(values / total.where(total > 0, torch.ones_like(total))).sum(1))
-    return torch.stack(found, 1)
+        per_bond.append(torch.special.entr(values / total.where(total > 0, torch.ones_like(total))).sum(1))
+    return torch.stack(per_bond, 1)
 
 
 def low_rank_errors(x: Tensor) -> Tensor:
@@ -223,15 +223,15 @@ class ImageStates:
             "images": len(self.images),
             "numbers_of_an_image": self.pixels,
             "quick": self.quick,
-            "states": {name: [_as_dict(at) for at in found] for name, found in self.states.items()},
-            "peers": {name: [_as_dict(at) for at in found] for name, found in self.peers.items()},
-            "entropies": {name: list(map(rounded, found)) for name, found in self.entropies.items()},
+            "states": {name: [_as_dict(at) for at in states] for name, states in self.states.items()},
+            "peers": {name: [_as_dict(at) for at in peers] for name, peers in self.peers.items()},
+            "entropies": {name: list(map(rounded, values)) for name, values in self.entropies.items()},
         }
 
 
 def _as_dict(at: Quality) -> dict[str, float]:
-    found = {name: rounded(getattr(at, name)) for name in ("decibels", "sigma", "of_mean_error")}
-    return {"numbers": at.numbers, "kept": at.kept, **found}
+    values = {name: rounded(getattr(at, name)) for name in ("decibels", "sigma", "of_mean_error")}
+    return {"numbers": at.numbers, "kept": at.kept, **values}
 
 
 def measure_images(request: ImageStatesRequest, say: Callable[[str], None]) -> ImageStates:
@@ -306,11 +306,11 @@ def _peers(x: Tensor, sizes: list[int]) -> dict[str, tuple[Quality, ...]]:
     pixels, rank = x[0].numel(), x.shape[1] * x.shape[2] + x.shape[3]
     own, common = cosine_errors(x)
     methods = {"svd": (low_rank_errors(x), rank), "dct-own": (own, 2), "dct-common": (common, 1)}
-    found: dict[str, tuple[Quality, ...]] = {}
+    qualities: dict[str, tuple[Quality, ...]] = {}
     for name, (errors, cost) in methods.items():
         kept = [min(size // cost, errors.shape[1] - 1) for size in sizes]
-        found[name] = tuple(_decibels(k * cost, k, errors[:, k] / pixels) for k in kept)
-    return found
+        qualities[name] = tuple(_decibels(k * cost, k, errors[:, k] / pixels) for k in kept)
+    return qualities
 
 
 def _decibels(numbers: int, kept: int, errors: Tensor) -> Quality:

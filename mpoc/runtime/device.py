@@ -75,21 +75,21 @@ def devices() -> tuple[list[DeviceInfo], list[str]]:
     """
     import torch
 
-    with warnings.catch_warnings(record=True) as said:  # as of a driver that is too old
+    with warnings.catch_warnings(record=True) as warned:  # as of a driver that is too old
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = [
+    gpus = [
         DeviceInfo(
             f"cuda:{k}", torch.cuda.get_device_name(k), torch.cuda.get_device_properties(k).total_memory, True
         )
         for k in range(count)
     ]
     if torch.backends.mps.is_available():
-        found.append(DeviceInfo("mps", "Apple GPU", None, False))
+        gpus.append(DeviceInfo("mps", "Apple GPU", None, False))
     built = torch.version.cuda or torch.version.hip
-    if found or not built:
-        return found, [] if found else ["this torch is built for the CPU alone"]
-    return [], [f"torch is built for {built}, but sees no GPU", *(str(one.message) for one in said)]
+    if gpus or not built:
+        return gpus, [] if gpus else ["this torch is built for the CPU alone"]
+    return [], [f"torch is built for {built}, but sees no GPU", *(str(warning.message) for warning in warned)]
 
 
 def require_memory(path: Path, name: str, nbytes: int) -> None:

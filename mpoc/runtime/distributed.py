@@ -133,9 +133,9 @@ class ProcessGroup:
         own, owners = self._run_share(items, work, costs)
         return [self.broadcast(own.pop(k, None), src=owner) for k, owner in enumerate(owners)]
 
-    def parallel(self, one: Callable[[], _Value], other: Callable[[], _Other]) -> tuple[_Value, _Other]:
+    def parallel(self, longer: Callable[[], _Value], shorter: Callable[[], _Other]) -> tuple[_Value, _Other]:
         """Run two functions, in two processes if there are several; the first is the longer one."""
-        works: list[Callable[[], Any]] = [one, other]
+        works: list[Callable[[], Any]] = [longer, shorter]
         first, second = self.map(works, lambda work: work(), (2.0, 1.0))
         return first, second
 

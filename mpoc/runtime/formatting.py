@@ -21,6 +21,11 @@ def times(numbers: tuple[int, ...] | list[int]) -> str:
     return "×".join(map(str, numbers))
 
 
+def counted(count: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``, ``1,000 layers``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def human_bytes(count: int) -> str:
     """``3471733`` → ``3.47 MB`` (powers of 1000)."""
     size, unit = float(count), "B"

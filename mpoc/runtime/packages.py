@@ -29,15 +29,15 @@ _COMPARE: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
 }
 
 _REQUIREMENT = re.compile(r"([\w.-]+)[^;<>=!~]*([^;]*)(?:;.*extra\s*==\s*['\"]([\w-]+)['\"])?")
-# Extras that a user chooses, in the order in which they are told.
+# Extras that a user chooses, in the order of the output.
 EXTRAS = ("hf", "train", "plot", "onnx")
 PYTHON = "Python"
 
 
 def release(version: str) -> tuple[int, ...] | None:
     """``2.13.0+cpu`` → (2, 13), trailing zeros left out; None if it is not a version."""
-    found = _RELEASE.fullmatch(version)
-    return tuple(map(int, re.sub(r"(\.0+)+$", "", found[1]).split("."))) if found else None
+    match = _RELEASE.fullmatch(version)
+    return tuple(map(int, re.sub(r"(\.0+)+$", "", match[1]).split("."))) if match else None
 
 
 def is_later(version: str, than: str) -> bool:
@@ -48,9 +48,9 @@ def is_later(version: str, than: str) -> bool:
 
 def is_within(version: str, bounds: str) -> bool:
     """Whether ``2.13.0`` keeps ``>=2.6,<2.14``; False if it is not a version."""
-    found = release(version)
+    own = release(version)
     pairs = ((_COMPARE[sign], release(bound)) for sign, bound in _BOUND.findall(bounds))
-    return found is not None and all(bound is not None and keeps(found, bound) for keeps, bound in pairs)
+    return own is not None and all(bound is not None and keeps(own, bound) for keeps, bound in pairs)
 
 
 def unreadable(path: Path, tool: Any, error: Exception) -> MpocError:
@@ -85,7 +85,7 @@ class Package:
         return self.version is not None and is_within(self.version, self.needs)
 
     @property
-    def mend(self) -> str:
+    def remedy(self) -> str:
         """The command that installs a version within the bounds."""
         if self.extra is not None:
             return install(self.extra)
@@ -110,12 +110,12 @@ def packages() -> list[Package]:
     from importlib import metadata
 
     about = metadata.metadata("mpoc").json
-    found = [Package(PYTHON, platform.python_version(), str(about.get("requires_python", "")))]
+    listed = [Package(PYTHON, platform.python_version(), str(about.get("requires_python", "")))]
     for line in metadata.requires("mpoc") or ():
         match = _REQUIREMENT.fullmatch(line)
         if match is not None and match[3] in (None, *EXTRAS):
-            found.append(Package(match[1], _version(match[1]), _in_order(match[2].strip()), match[3]))
-    return found
+            listed.append(Package(match[1], _version(match[1]), _in_order(match[2].strip()), match[3]))
+    return listed
 
 
 def _version(name: str) -> str | None:

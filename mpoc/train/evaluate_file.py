@@ -122,9 +122,9 @@ def _scores(
     reference = request.reference or _stand_in(request, model, training_data, loader, device)
     if reference is not None:
         other = open_beside(reference, model.architecture).network.to(device)
-        likeness = fidelity(model.network, other, loader, request.batch, device)
-        metric = "agreement" if "agreement" in likeness.scores else "cosine"
-        return _Scored(likeness, metric, True, reference)
+        similarity = fidelity(model.network, other, loader, request.batch, device)
+        metric = "agreement" if "agreement" in similarity.scores else "cosine"
+        return _Scored(similarity, metric, True, reference)
     if request.task == "distillation":
         hint = "--reference MODEL2 compares outputs"
         raise UsageError("--task distillation applies to mpoc finetune", hint)

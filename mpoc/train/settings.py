@@ -319,7 +319,7 @@ class EvaluationRequest:
         "Measure classification, regression, causal-lm or masked-lm.", None, panel=_TASK, shown="inferred"
     )
     reference: Path | None = option(
-        "Measure likeness to this network instead; needs no labels.", None, metavar="MODEL2", panel=COMMON
+        "Measure similarity to this network instead; needs no labels.", None, metavar="MODEL2", panel=COMMON
     )
     stand_in: Path | None = None  # the reference where data and network make no task
     latency: bool = option("Time one example and --batch, compressed beside dense.", False, panel=COMMON)

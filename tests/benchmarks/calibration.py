@@ -49,7 +49,7 @@ class Compressor:
         self._checkpoint, self._arch, self._layers = checkpoint, arch, tuple(layers)
         self._request, self._moments = request, moments
         self._context = RunContext(choose_device("cpu"))
-        self._study: CalibrationStatistics | None = None
+        self._statistics: CalibrationStatistics | None = None
 
     def compressed(self, method: str, ratio: float, dense: nn.Module) -> tuple[nn.Module, float]:
         """The network in evaluation mode, and its ρ over all selected layers."""
@@ -58,16 +58,16 @@ class Compressor:
         form, calibrates, refines = METHODS[method]
         recipe = Recipe(ratio=ratio, form=form, layers=self._layers)
         opened = open_source(self._checkpoint, recipe, self._arch, calibrates)
-        if calibrates and self._study is None:
+        if calibrates and self._statistics is None:
             start = time.perf_counter()
-            self._study = opened.statistics(self._request, self._context)
+            self._statistics = opened.statistics(self._request, self._context)
             print(f"calibration pass: {time.perf_counter() - start:.0f} s", flush=True)
-        if self._study is not None:
-            self._study.refines = refines
-        study = self._study if calibrates else None
+        if self._statistics is not None:
+            self._statistics.refines = refines
+        statistics = self._statistics if calibrates else None
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / "compressed.safetensors"
-            job = make_job(opened, opened.recipe, opened.plan(opened.recipe), self._context, study)
+            job = make_job(opened, opened.recipe, opened.plan(opened.recipe), self._context, statistics)
             done = write_compressed(job, out)
             return mpoc.load(out).eval(), done.manifest.rho_selected
 

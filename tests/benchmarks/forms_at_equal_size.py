@@ -80,11 +80,11 @@ def cell(weight: Tensor, structure: Structure, ratio: float, objective: Objectiv
     return f"{alone:.3f} / {objective.output_weighted_error.relative(matrix, found):.3f}"
 
 
-def rows(study: CalibrationStatistics, kinds: dict[str, str]) -> Iterator[list[str]]:
+def rows(statistics: CalibrationStatistics, kinds: dict[str, str]) -> Iterator[list[str]]:
     """Of every layer at every ρ."""
-    weights = dict(study.network.named_parameters())
+    weights = dict(statistics.network.named_parameters())
     for layer, kind in kinds.items():
-        weight, objective = weights[study.places[layer]].detach(), study.dense_objective(layer)
+        weight, objective = weights[statistics.places[layer]].detach(), statistics.dense_objective(layer)
         size = "×".join(map(str, weight.shape))
         for ratio in RATIOS[kind]:
             cells = [
@@ -153,8 +153,8 @@ def main() -> None:
     ):
         request = CalibrationRequest(examples, count)
         data = open_calibration(source, arch, request)
-        study = CalibrationStatistics(data, request, list(kinds), RunContext(cpu))
-        print(markdown_table(["layer", "ρ", *COLUMNS], list(rows(study, kinds))), end="\n\n", flush=True)
+        statistics = CalibrationStatistics(data, request, list(kinds), RunContext(cpu))
+        print(markdown_table(["layer", "ρ", *COLUMNS], list(rows(statistics, kinds))), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_reports_packages_outside_their_bounds(
 ) -> None:
     monkeypatch.setattr(doctor, "packages", lambda: [package])
     found = examine()
-    assert found.faults == [Fault(what, package.mend, stops)]
+    assert found.faults == [Fault(what, package.remedy, stops)]
     assert found.is_well == (not stops)
 
 
@@ -76,14 +76,14 @@ def test_reports_low_disk_space_and_missing_temporary_folder(monkeypatch: pytest
     assert faults(examine()) == [("12 MB free in /tmp", False)]
     monkeypatch.setattr(doctor, "free_disk", raising(FileNotFoundError("no usable temporary directory")))
     (fault,) = examine().faults
-    assert "TMPDIR=" in fault.mend
+    assert "TMPDIR=" in fault.remedy
 
 
 def test_reports_a_broken_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "devices", raising(OSError("libcudart.so: cannot open")))
     found = examine()
     assert faults(found) == [("torch cannot be imported: libcudart.so: cannot open", True)]
-    assert found.faults[0].mend == "pip install --force-reinstall 'torch>=2.6,<2.14'"
+    assert found.faults[0].remedy == "pip install --force-reinstall 'torch>=2.6,<2.14'"
     assert (found.is_well, found.trials) == (False, [])
     assert "GPUs" not in dict(lines(found))
 
@@ -121,7 +121,7 @@ def test_tests_every_usable_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tried == ["cpu", "cuda:0"]
     assert [trial.difference for trial in found.trials] == [1e-7, None]
     assert faults(found) == [("self-test on cuda:0: RuntimeError: no kernel image is available", True)]
-    assert "--device cpu" in found.faults[0].mend
+    assert "--device cpu" in found.faults[0].remedy
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_suggests_a_fix_for_a_failed_self_test(
     monkeypatch.setattr("mpoc.cli.doctor.self_test", raising(error))
     found = examine()
     assert not found.is_well
-    assert mend in found.faults[0].mend
+    assert mend in found.faults[0].remedy
     assert str(error) in found.faults[0].what
 
 

@@ -111,7 +111,7 @@ def test_resume_after_a_kill_gives_the_same_bytes(run: Mpoc, model: Path, signum
     assert process.returncode in (-signal.SIGKILL, 130)
     if signum == signal.SIGINT:
         assert (
-            "error: interrupted\nnote: out is not written\nnote: finished work is kept in out.partial;" in err
+            "error: interrupted\nnote: out is not written\nnote: finished layers are in out.partial;" in err
         )
     assert not (run.folder / "out").exists()
     again = run("compress", model, *options, "-o", "out", "--resume")

@@ -108,9 +108,7 @@ def test_rejects_patterns_without_a_match(stored: Path) -> None:
 
 def test_rejects_a_file_of_another_model(tmp_path: Path, stored: Path) -> None:
     torch.save({**network_state(), "fc1.weight": torch.randn(64, 47)}, tmp_path / "other.pt")
-    with pytest.raises(
-        MpocError, match=r"'fc1.weight' is of shape \(64, 47\); in .* it was of shape \(64, 48\)"
-    ):
+    with pytest.raises(MpocError, match=r"'fc1.weight' is of shape \(64, 47\), but \(64, 48\) in "):
         entanglement_of(tmp_path / "other.pt", {}, against=stored)
     with pytest.raises(MpocError, match="already compressed"):
         entanglement_of(stored, {}, against=stored)

@@ -146,10 +146,10 @@ def test_keeps_results_of_other_work(tmp_path: Path, damaged: bool) -> None:
     with pytest.raises(KeyboardInterrupt), resume_directory(output, ProcessGroup(), ASKED) as target:
         (layers_folder(target) / "0").write_text("a layer")
         raise KeyboardInterrupt
-    refused = pytest.raises(UsageError, match="is kept of other work: --bond was 4 and is 5\n")
+    refused = pytest.raises(UsageError, match="holds the layers of other work: --bond was 4 and is 5\n")
     with refused as caught, resume_directory(output, ProcessGroup(), other):
         pass
-    assert "--force starts anew" in str(caught.value.hint)
+    assert "--force starts over" in str(caught.value.hint)
     if damaged:  # layers say themselves what they are of
         (existing_resume_directory(output) / "mpoc-partial.json").write_text('{"MODEL"')
     for asked, anew in ((ASKED, False), (other, not damaged)):

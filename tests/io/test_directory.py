@@ -204,7 +204,7 @@ def test_rejects_contradictory_indexes(tmp_path: Path) -> None:
     path = save_directory(tmp_path / "m", mlp_state(), shards=2)
     text = (path / INDEX).read_text()
     (path / INDEX).write_text(text.replace('"weight_map": {', '"weight_map": {"fc1.weight": "x", ', 1))
-    assert "'fc1.weight' stands there twice" in str(refusal(path))
+    assert "'fc1.weight' occurs twice" in str(refusal(path))
 
 
 @pytest.mark.parametrize(

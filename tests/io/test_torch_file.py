@@ -153,8 +153,8 @@ def test_names_entries_that_are_not_tensors(tmp_path: Path) -> None:
     [
         (lambda: [torch.randn(2, 2)], "holds a list, not a state dict"),
         (lambda: torch.randn(2, 2), "holds a Tensor, not a state dict"),
-        (dict, "no state dict in it (found: nothing)"),
-        (lambda: {"epoch": 3, "lr": 0.1}, "no state dict in it (found: epoch, lr)"),
+        (dict, "holds no state dict (nothing)"),
+        (lambda: {"epoch": 3, "lr": 0.1}, "holds no state dict (epoch, lr)"),
         (lambda: {"generator": mlp_state(), "critic": mlp_state()}, "several state dicts: generator, critic"),
         (lambda: {"w": torch.eye(3).to_sparse()}, "tensor 'w' is sparse_coo"),
         (lambda: {"w": torch.empty(3, 3, device="meta")}, "tensor 'w' has a shape but no data"),
@@ -173,7 +173,7 @@ def test_rejects_optimizer_states(tmp_path: Path, nested: bool) -> None:
     optimizer.step()
     state = optimizer.state_dict()
     path = save({"optimizer": state} if nested else state, tmp_path / "m.pt")
-    assert "no state dict in it" in str(refusal(path))
+    assert "holds no state dict" in str(refusal(path))
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")

@@ -157,7 +157,7 @@ def test_summary_gives_both_ratios_and_totals() -> None:
 
 def test_warns_about_large_errors() -> None:
     (advice,) = summary(WHOLE, 1, predicted=False)[2:]
-    assert advice.startswith("1 of 2 replaced layers have a relative error above 10% (worst 30%)")
+    assert advice.startswith("1 of 2 replaced layers has a relative error above 10% (worst 30%)")
     fine = replace(WHOLE, layers=(mpo("a.weight", 1000, 300, 0.1), mpo("b.weight", 1000, 300, None)))
     assert len(summary(fine, 1, predicted=False)) == 2
 

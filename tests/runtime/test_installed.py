@@ -53,6 +53,6 @@ def test_reports_installed_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_checks_bounds_and_suggests_fixes(version: str, right: bool) -> None:
     package = Package("torch", version, ">=2.6,<2.14")
     assert package.is_right == right
-    assert package.mend == "pip install 'torch>=2.6,<2.14'"
-    assert Package("pyarrow", version, ">=15", "train").mend == "pip install 'mpoc[train]'"
+    assert package.remedy == "pip install 'torch>=2.6,<2.14'"
+    assert Package("pyarrow", version, ">=15", "train").remedy == "pip install 'mpoc[train]'"
     assert not Package("torch", None, ">=2.6").is_right

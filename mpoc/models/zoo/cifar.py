@@ -192,15 +192,15 @@ class DenseNet(nn.Module):
 
     def __init__(self, first: int, layers: int, growth: int) -> None:
         super().__init__()
-        one, two, three = (first + block * layers * growth for block in (1, 2, 3))
+        after1, after2, after3 = (first + block * layers * growth for block in (1, 2, 3))
         self.conv = nn.Conv2d(3, first, 3, padding=1, bias=False)
         self.block1 = _block(first, layers, growth)  # (n, first + mk, 32, 32)
-        self.transition1 = Unit(one, one, 1)
-        self.block2 = _block(one, layers, growth)  # (n, first + 2mk, 16, 16)
-        self.transition2 = Unit(two, two, 1)
-        self.block3 = _block(two, layers, growth)  # (n, first + 3mk, 8, 8)
-        self.norm = nn.BatchNorm2d(three)
-        self.linear = nn.Linear(three, 10)
+        self.transition1 = Unit(after1, after1, 1)
+        self.block2 = _block(after1, layers, growth)  # (n, first + 2mk, 16, 16)
+        self.transition2 = Unit(after2, after2, 1)
+        self.block3 = _block(after2, layers, growth)  # (n, first + 3mk, 8, 8)
+        self.norm = nn.BatchNorm2d(after3)
+        self.linear = nn.Linear(after3, 10)
         he_normal(self)
 
     def forward(self, x: Tensor) -> Tensor:

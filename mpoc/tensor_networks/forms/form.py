@@ -82,7 +82,7 @@ class Form(ABC):
         return deinterleave_matrix(left @ right, self.structure)
 
     def to_weight(self) -> Tensor:
-        """The dense weight in the checkpoint's shape and the cores' dtype; the nearest kernel of a whole map."""
+        """The dense weight in the checkpoint's shape and the cores' dtype; a whole map's nearest kernel."""
         return from_matrix(self.to_matrix(), self.structure)
 
     def apply(self, x: Tensor) -> Tensor:

@@ -25,12 +25,12 @@ def error(weight: Tensor, structure: Structure, bond: int, order: tuple[int, ...
 
 def test_exchanges_stop_at_a_local_optimum() -> None:
     torch.manual_seed(0)
-    likeness = torch.randn(7, 7, dtype=torch.float64)
-    found = exchange(likeness, torch.arange(7))
+    products = torch.randn(7, 7, dtype=torch.float64)
+    found = exchange(products, torch.arange(7))
     assert sorted(found.tolist()) == list(range(7))
 
     def value(order: list[int]) -> float:
-        return sum(float(likeness[column, place]) for place, column in enumerate(order))
+        return sum(float(products[column, place]) for place, column in enumerate(order))
 
     reached = value(found.tolist())
     assert reached >= value(list(range(7)))
