@@ -194,7 +194,7 @@ def trial_line(trial: Trial, kept: bool) -> str:
 
 
 def compression_table(results: Reproduction) -> Table:
-    """A line a network, the paper's numbers beside ours."""
+    """One line per network, with the paper's numbers beside ours."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("network", overflow="fold")
     for title in _COLUMNS:
@@ -229,7 +229,7 @@ def _cells(results: Reproduction, row: Row) -> list[str]:
 
 
 def _label(results: Reproduction, row: Row) -> str:
-    """As the paper names it: ``FC-1``, ``MERA-2``."""
+    """The paper's name of the network: ``FC-1``, ``MERA-2``."""
     if row.start != "dense":
         name, comma, rest = row.experiment.label.partition(",")
         return f"{name}-{row.bond}{comma}{rest}"

@@ -42,7 +42,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Entanglement:
-    """All layers' profiles."""
+    """The profiles of all layers."""
 
     model: Path
     against: Path | None
@@ -171,7 +171,7 @@ def _profile(layer: LayerRecord, stored: Checkpoint, dense: Checkpoint | None, k
 
 
 def as_dict(entanglement: Entanglement) -> dict[str, Any]:
-    """As plain data; the schema is in the guide, file-format-and-json."""
+    """The JSON report, documented in the guide (file-format-and-json)."""
     return {
         "schema": SCHEMA,
         "model": str(entanglement.model),

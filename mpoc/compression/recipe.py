@@ -1,4 +1,4 @@
-"""What the user asks of a compression: the command line and a TOML recipe in one plain object.
+"""The recipe: all options of a compression, from the command line and a TOML file, as one plain object.
 
 A recipe file holds the options' own names, and tables for single layers, of which later ones win:
 

@@ -1,4 +1,4 @@
-"""Values of a recipe as text: shares, factors and input shapes of the command line, and recipe files in TOML.
+"""Parse a recipe: shares, factors and input shapes as text, and recipe files in TOML.
 
 Each parser raises :class:`mpoc.errors.UsageError` with the text it was given. A recipe file has the options'
 names as keys; the fields of the recipe's dataclass say how a value is read.
@@ -208,7 +208,7 @@ def _parsed(value: Any, option: Option, hint: Any) -> Any:
 
 
 def _wanted(option: Option | None, hint: Any) -> str:
-    """What a value of this field must be, in words."""
+    """Describe the values that this field takes."""
     if option is not None and option.repeated:
         if get_origin(hint) is tuple:
             return "a string or a list of strings"

@@ -52,7 +52,7 @@ class CachedLayer:
 
 
 class LayerCache:
-    """Fitted layers in a folder, an item of the keyed store each, and the tensors that belong to no layer.
+    """Fitted layers in a folder, one item of the keyed store each, and the tensors that belong to no layer.
 
     Args:
         folder: exists.
@@ -80,7 +80,7 @@ class LayerCache:
         self._write(self._path(number), record, {**tensors, **fitted.changed}, self._fingerprint(number))
 
     def count(self) -> int:
-        """How many layers are finished."""
+        """The number of finished layers."""
         return sum(1 for _ in self._folder.glob("[0-9]*.safetensors"))
 
     def clear(self, total: int) -> None:

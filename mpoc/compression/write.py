@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Compression:
-    """What a compression did, or (dry run) would do."""
+    """The result of a compression, or of a dry run."""
 
     manifest: Manifest
     output: Path
@@ -196,7 +196,7 @@ def _log_finished(count: int, job: Job) -> None:
 
 
 def _fit_together(job: Job, calibrated: SequentialFit, finished: LayerCache) -> None:
-    """All processes fit each layer together, in order, but for what is finished."""
+    """Fit the layers that are not finished in order, each by all processes together."""
     group, plans = job.context.group, job.plans
     numbers = {plan.map.name: k for k, plan in enumerate(plans)}
     usable = group.on_main(lambda: {name for name, k in numbers.items() if finished.takes_up(k)})
@@ -254,7 +254,7 @@ def _refuse_nothing_gained(manifest: Manifest) -> None:
 
 
 def _entries(checkpoint: Checkpoint, fitted: dict[str, list[Entry]]) -> list[Entry]:
-    """All tensors of the output in the source's order; cores stand in the place of their weight."""
+    """All tensors of the output in the source's order; cores replace their weight."""
     entries: list[Entry] = []
     for name, info in checkpoint.infos.items():
         kept = Entry(info, lambda name=name: checkpoint.read(name))  # type: ignore[misc]

@@ -247,7 +247,7 @@ def _check_ids(stored: StoredTokens) -> None:
 
 
 def _without_padding(stored: StoredTokens) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where each document ends and begins in ``ids``, padding at its end left out.
+    """The bounds of each document in ``ids``, without the padding at its end.
 
     Raises:
         MpocError: a document is all padding.

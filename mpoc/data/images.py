@@ -38,7 +38,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, st
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """How images are preprocessed; plain data, so that it can be recorded.  Lists become tuples."""
+    """The preprocessing of images, as plain data that can be recorded. Lists become tuples."""
 
     mean: tuple[float, ...] = (0.0,)  # per channel, or one for all; pixels in [0, 1]
     std: tuple[float, ...] = (1.0,)

@@ -139,7 +139,7 @@ def _schema(file: Path) -> Any:
 
 
 def _kind(arrow_type: Any) -> str:
-    """What a column of this type can serve as."""
+    """The role that a column of this type can have."""
     from pyarrow import types
 
     if types.is_struct(arrow_type):
@@ -263,7 +263,7 @@ def open_jsonl(source: DataSource) -> Data:
 
 @dataclass(frozen=True)
 class _Lines:
-    """What is kept of a file of JSON lines."""
+    """The kept fields of a file of JSON lines."""
 
     offsets: list[int]
     labels: list[Any]

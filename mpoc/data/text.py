@@ -191,7 +191,7 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> Tokenizer:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How text becomes examples."""
+    """Options that turn text into examples."""
 
     tokenizer: Tokenizer | None = None  # None: the characters of the training text
     block: int = 256  # tokens per example; documents are cut to at most this many

@@ -45,7 +45,7 @@ class Item:
         return Entry(self.tensors.infos[name], partial(self.tensors.read, name))
 
     def read_all(self) -> dict[str, Tensor]:
-        """All tensors, in memory of their own.
+        """Read all tensors into memory of their own.
 
         Raises:
             MpocError: the item is damaged.

@@ -151,7 +151,7 @@ class LayerRecord:
 
     @property
     def num_cores(self) -> int:
-        """Of all parts of the form; 0 where dense."""
+        """Number of cores in all parts of the form; 0 for a dense layer."""
         return len(self.core_shapes) if self.form != DENSE else 0
 
     @property
@@ -209,7 +209,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a report needs, and all that loading needs beside the tensors."""
+    """Everything that a report needs, and that loading needs beside the tensors."""
 
     source: Annotated[Source, "the checkpoint that was compressed; null: not recorded"]
     layers: Annotated[tuple[LayerRecord, ...], "every selected layer, in the source's order"]

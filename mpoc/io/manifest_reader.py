@@ -95,7 +95,7 @@ def check_record(layer: LayerRecord) -> None:
 
 
 def check_made(layer: LayerRecord) -> None:
-    """As :func:`check_record`, without the fields that follow from others (stored count, padding).
+    """Check a record like :func:`check_record`, except the fields that follow from others.
 
     Raises:
         ValueError: the fields contradict each other.

@@ -71,7 +71,7 @@ def count_parameters(tensors: Iterable[TensorInfo]) -> int:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself."""
+    """The header of a safetensors file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]

@@ -42,7 +42,7 @@ class TrainingHistory(TypedDict, total=False):
 
 
 class AllocationFacts(TypedDict, total=False):
-    """How a budget was allocated: the way that was chosen, and the distance of each way that was tried."""
+    """The chosen allocation of a budget, and the distance of each allocation that was tried."""
 
     chosen: str
     distances: Scores

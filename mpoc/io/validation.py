@@ -235,7 +235,7 @@ def _keyword(keyword: str, value: Any) -> dict[str, Any]:
 
 
 def _items(parts: tuple[Any, ...]) -> dict[str, Any]:
-    """Of an array of any length, or of one value for each part."""
+    """The schema of an array of any length, or with one value for each part."""
     if parts[-1] is ...:
         return {"items": json_schema(parts[0])}
     schemas = [json_schema(part) for part in parts]

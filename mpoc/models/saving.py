@@ -41,7 +41,7 @@ _NOT_RECORDED = "dense, reason not recorded"
 
 @dataclass(frozen=True)
 class _Origin:
-    """What is known of a network's layers since it was compressed or loaded."""
+    """The manifest of a network that was compressed or loaded in memory."""
 
     manifest: Manifest
     digests: dict[str, str]  # name of the weight → digest of its cores then
@@ -183,7 +183,7 @@ def _origins(model: nn.Module) -> Iterator[tuple[str, _Origin]]:
 
 
 def _known_records(origins: dict[str, _Origin]) -> dict[str, LayerRecord]:
-    """By the weight's name in the network; what is known of the whole network wins."""
+    """The records by the weight's name in the network; those of the whole network win."""
     known: dict[str, LayerRecord] = {}
     for prefix, origin in reversed(origins.items()):
         known |= {
@@ -219,7 +219,7 @@ def _distinct(
 
 
 def _record(layer: _CoreLayer, known: LayerRecord | None, origins: dict[str, _Origin]) -> LayerRecord:
-    """What is recorded of a layer, brought up to date; of a layer that nothing is known of, a new record."""
+    """The updated record of a layer; a new record for an unknown layer."""
     dtype = str(layer.cores[0].dtype).removeprefix("torch.")
     shapes = [tuple(core.shape) for core in layer.cores]
     if known is None or known.form == "dense" or known.core_shapes != shapes:
@@ -290,7 +290,7 @@ def _manifest(
     records: list[LayerRecord],
     tied: dict[str, str],
 ) -> Manifest:
-    """What is known of the whole network, with the layers, tensors and ties it has now."""
+    """The manifest of the whole network with its present layers, tensors and ties."""
     fingerprint = tensor_fingerprint(infos)
     nbytes = sum(info.nbytes for info in infos)
     source = Source(f"<{type(model).__name__}>", nbytes, count_parameters(infos), fingerprint)

@@ -170,7 +170,7 @@ class _Identity:
 
 
 def _state_of(cores: Sequence[Tensor], weight: Tensor) -> list[Any]:
-    """What changes whenever cores, or the weight that was made from them, change."""
+    """A key that changes whenever the cores, or the weight made from them, change."""
     return [
         (_Identity(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
         for tensor in (*cores, weight)
@@ -215,7 +215,7 @@ class CoreWeight(nn.Module):
         return True
 
     def builders(self) -> dict[str, Callable[[], Tensor]]:
-        """What builds each dense weight that may be held, by the weight's name."""
+        """The function that builds each dense weight, by the weight's name."""
         return {"weight": self._build}
 
     def _build(self) -> Tensor:

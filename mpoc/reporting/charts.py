@@ -73,7 +73,7 @@ class Chart:
     mark: Mark | None = None
 
     def values(self, side: int) -> list[float]:
-        """All coordinates along x (0) or y (1), the mark's among them."""
+        """All coordinates along x (0) or y (1), including the mark's."""
         values = [point[side] for series in self.series for point in series.points]
         return values + ([self.mark.x] if self.mark and side == 0 else [])
 

@@ -295,7 +295,7 @@ def _layers_chart(profiles: Sequence[EntropyProfile]) -> Chart:
 
 
 def _profiles_chart(profiles: Sequence[EntropyProfile]) -> Chart:
-    """All cuts of each layer; beyond ``_NAMED`` layers without names and bounds."""
+    """All cuts of each layer, without names and bounds if there are more than ``_NAMED`` layers."""
     named = len(profiles) <= _NAMED
     series: list[Series] = []
     for k, profile in enumerate(profiles):

@@ -46,7 +46,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What a compression did: one record for each selected layer, and the totals.
+    """The report of a compression: one record for each selected layer, and the totals.
 
     ``repr(report)`` is a short table of layers, bonds, ρ and errors; :meth:`to_dict` is the JSON report of
     ``mpoc report --json``.
@@ -251,7 +251,7 @@ def remarks(manifest: Manifest) -> list[str]:
 
 
 def calibration_lines(calibration: dict[str, Any]) -> list[str]:
-    """What ``--calibrate`` did: its data, the budget allocation, the batch norms."""
+    """Lines on the calibration: its data, the budget allocation, the batch norms."""
     if not calibration:
         return []
     data = calibration.get("data", {})
@@ -321,8 +321,9 @@ def _advice(manifest: Manifest) -> list[str]:
     if not large:
         return []
     return [
-        f"{len(large)} of {len(errors)} replaced layers {'has' if len(large) == 1 else 'have'} a relative error above "
-        f"{LARGE_ERROR:.0%} (worst {max(large):.0%}): the network usually needs fine-tuning; measure its accuracy before use. "
+        f"{len(large)} of {len(errors)} replaced layers {'has' if len(large) == 1 else 'have'} a relative "
+        f"error above {LARGE_ERROR:.0%} (worst {max(large):.0%}): the network usually needs fine-tuning; "
+        "measure its accuracy before use. "
         f"{_more_accurate_option(manifest)} gives smaller errors."
     ]
 

@@ -138,7 +138,7 @@ class Counts:
     total: int
 
     def of(self, baseline: Counts) -> tuple[float, float]:
-        """How many times fewer than the baseline's."""
+        """The factors by which these counts are smaller than the baseline's."""
         return baseline.fully_connected / self.fully_connected, baseline.total / self.total
 
 
@@ -160,5 +160,5 @@ def counts(study: Study, network: str, parameters: int | None = None) -> Counts:
 
 
 def baseline_counts(study: Study) -> Counts:
-    """Those of the dense network that others are compared with."""
+    """The counts of the dense network that others are compared with."""
     return counts(study, study.variants[study.baseline].network)

@@ -175,7 +175,7 @@ def _cosines(size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageStatesRequest:
-    """Which images become states, at which bonds."""
+    """The options of ``mpoc reproduce mps-images``."""
 
     data: Path
     bonds: tuple[int, ...] = BONDS
@@ -213,7 +213,7 @@ class ImageStates:
         return self.images[0].numel()
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``; the guide documents it (file-format-and-json)."""
+        """The JSON report, documented in the guide (file-format-and-json)."""
         return {
             "schema": SCHEMA,
             "experiment": NAME,

@@ -64,7 +64,7 @@ def layer_structure(network: nn.Module, layer: ReplacedLayer) -> Structure:
 
 
 def _order(layer: ReplacedLayer, inputs: int) -> InputOrder:
-    """Of its inputs, as a structure has it."""
+    """The order of a layer's inputs, as in its structure."""
     if layer.order == "channels":
         return channel_order(*FEATURES)
     side = math.isqrt(inputs)
@@ -169,7 +169,7 @@ def cut_by_weight(form: MPO, discard: float) -> MPO:
 
 
 def random_cores(structure: Structure, bond: int, seed: int) -> list[Tensor]:
-    """Of a chain, normal cores of variance 2 / (fan-in + fan-out), with fans D_{k-1} I_k and J_k D_k.
+    """Normal cores of a chain with variance 2 / (fan-in + fan-out), where fans are D_{k-1} I_k and J_k D_k.
 
     Source: Glorot and Bengio 2010, Eq. (12), on each core as the matrix that it is in a contraction from the
     left; what Gao et al. 2020 start from.  Those of a MERA are orthogonal, as Hallam et al. 2017 have them.

@@ -142,7 +142,7 @@ class ProcessGroup:
     def map_to_main(
         self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None = None
     ) -> Iterator[_Value | None]:
-        """As :meth:`map`, but the main process gets the results, one at a time; others get None."""
+        """Like :meth:`map`, but the main process gets the results, one at a time, and others get None."""
         own, owners = self._run_share(items, work, costs)
         for k, owner in enumerate(owners):
             yield self._send_to_main(own.pop(k, None), src=owner)

@@ -17,7 +17,7 @@ COMMON, ADVANCED = "Common options", "Advanced"
 
 @dataclass(frozen=True)
 class Option:
-    """How a field is given on the command line.
+    """The option of a field on the command line.
 
     ``parse`` turns the text of the option into the field's value; without it the field's type says how.
     ``shown`` is the default that help names; without it the field's own default, unless that is empty.

@@ -1,4 +1,4 @@
-"""Which packages mpoc needs, which are installed, and how versions compare.  No package is imported here.
+"""List the packages that mpoc needs and that are installed, without importing them, and compare versions.
 
 The requirements are those of mpoc's own metadata.  Versions compare by their release numbers; suffixes
 (``+cpu``, ``rc1``) do not count.
@@ -54,7 +54,7 @@ def is_within(version: str, bounds: str) -> bool:
 
 
 def unreadable(path: Path, tool: Any, error: Exception) -> MpocError:
-    """What to say of a manifest: damaged, or written by a later mpoc with more in it than this one knows.
+    """The error for a manifest that is damaged, or that a later mpoc wrote with fields unknown to this one.
 
     Args:
         path: of the file.

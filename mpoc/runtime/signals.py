@@ -1,4 +1,4 @@
-"""What SIGINT (Ctrl-C) and SIGTERM do while mpoc works.
+"""Handle SIGINT (Ctrl-C) and SIGTERM.
 
 A command unwinds on either (:func:`unwind_on_signals`), so that no half-written file stays.  Training inside
 it finishes its step and saves a checkpoint first (:func:`catch_stop_signals`).  A critical section inside

@@ -125,7 +125,7 @@ class ChainTopology(Topology):
         return [f"bond {k}" for k in range(1, sites)]
 
     def places(self, cores: Sequence[Core]) -> list[Place]:
-        """In a row."""
+        """All cores in a row."""
         return [(float(k), 0.0) for k in range(len(cores))]
 
 

@@ -44,7 +44,7 @@ class FileEvaluation:
     latencies: list[dict[str, Any]] = field(default_factory=list)  # batch, ms and, where compressed, dense_ms
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``; the guide documents it (file-format-and-json)."""
+        """The JSON report, documented in the guide (file-format-and-json)."""
         answer: dict[str, Any] = {
             "schema": SCHEMA,
             "model": str(self.model),
@@ -63,7 +63,7 @@ class FileEvaluation:
         return answer
 
     def drop_from(self, before: FileEvaluation) -> float:
-        """How much worse the metric is than before, in its unit, to six significant digits."""
+        """The loss of the metric against an earlier evaluation, in its unit, to six significant digits."""
         change = before.scores[self.metric] - self.scores[self.metric]
         return float(f"{change if self.higher_is_better else -change:.6g}")
 

@@ -173,7 +173,7 @@ def _task(request: FinetuneRequest, model: Model, training_data: TrainingData) -
 def _identity(
     request: FinetuneRequest, model: Model, training_data: TrainingData, task: Task
 ) -> dict[str, Any]:
-    """What a training must share with the checkpoint that it resumes."""
+    """The identity that a training must share with the checkpoint that it resumes."""
     images = training_data.images.as_dict() if training_data.data.kind == "images" else {}
     tokenizer = training_data.data.tokenizer and training_data.data.tokenizer.state()
     text = {"tokenizer": tokenizer, "block": training_data.block} if training_data.data.kind == "text" else {}

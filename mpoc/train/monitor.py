@@ -1,4 +1,4 @@
-"""What is recorded and reported of a training: the log, events while it runs, and its outcome.
+"""Record and report a training: its log, its events while it runs, and its outcome.
 
 The log has one JSON object per line.  A resumed training continues it at the position that its checkpoint
 noted.

@@ -82,7 +82,7 @@ def make_history(
 
 
 def _statistics(task: Task, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """All results, with mean and standard deviation of the metric, Eqs. (10) and (11) of Gao et al. 2020."""
+    """The results of all runs, with mean and standard deviation of the metric (Gao et al. 2020, Eqs. 10, 11)."""
     name = task.metric if task.metric in results[0] else "train_loss"
     values = [result[name] for result in results]
     mean, sigma = statistics.fmean(values), statistics.stdev(values)

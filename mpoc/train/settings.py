@@ -1,4 +1,4 @@
-"""What is asked of a training or an evaluation, as plain data: data set, settings, files.
+"""The options of a training or an evaluation as plain data: data set, settings, files.
 
 Each field that is an option of ``mpoc finetune`` or ``mpoc eval`` carries its help; see
 :mod:`mpoc.runtime.options`. Nothing here imports torch.
@@ -57,7 +57,7 @@ def parse_image_size(text: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class CheckpointInterval:
-    """How often a training is saved; whichever comes first."""
+    """The interval between checkpoints in seconds or steps, whichever comes first."""
 
     seconds: float = 60.0
     steps: int | None = None
@@ -77,7 +77,7 @@ class CheckpointInterval:
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Which data set, and how it is preprocessed; None: as the network's history records, or the default."""
+    """The data set and its preprocessing; None: as in the network's history, or the default."""
 
     path: Path = option("Read this file or folder of examples.", flags="--data", metavar="PATH", panel=COMMON)
     format: str | None = option("Name the format where it is not recognised.", None, panel=_DATA)
@@ -293,7 +293,7 @@ class FinetuneRequest:
 
     @property
     def checkpoint(self) -> Path:
-        """Where an interrupted training is kept."""
+        """The checkpoint of an interrupted training."""
         return self._beside(".checkpoint.safetensors")
 
     @property

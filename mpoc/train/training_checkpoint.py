@@ -120,7 +120,7 @@ def own_tensors(network: nn.Module) -> Tensors:
 
 
 def whole_weights(accelerator: Any, model: nn.Module) -> Tensors:
-    """All parameters and buffers; where they are sharded, a collective call gathers them."""
+    """All parameters and buffers; if they are sharded, a collective call gathers them."""
     if not is_sharded(model):
         return own_tensors(accelerator.unwrap_model(model))
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

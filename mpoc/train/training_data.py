@@ -220,7 +220,7 @@ def zoo_spec(model: Model) -> str | None:
 
 
 def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:
-    """As asked, as recorded in training, as of the directory; None: the characters of the text."""
+    """The requested, recorded or directory's tokenizer, in this order; None: the characters of the text."""
     if options.tokenizer is not None:
         return HubTokenizer(options.tokenizer)
     state = recorded(model.history, "tokenizer") or {}
