@@ -182,7 +182,7 @@ def finetune(
         steps: optimiser steps, instead of epochs.
         batch: examples a step.
         lr: peak learning rate.
-        seed: of everything that training draws.
+        seed: seed of everything that training draws.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ….
         force: replace an existing output, log and checkpoint.
         resume: continue an interrupted training from the checkpoint beside the output.
@@ -195,7 +195,7 @@ def finetune(
     Raises:
         UsageError: an output exists, options do not fit, or the checkpoint is of another training.
         MpocError: the data or the checkpoint are damaged, the loss is not finite, or a package is missing.
-        OSError: of reading or writing.
+        OSError: reading or writing failed.
     """
     from dataclasses import replace
 

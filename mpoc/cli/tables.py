@@ -50,10 +50,10 @@ def print_report(
     """The per-layer ρ table, the totals, and what was left unchanged.
 
     Args:
-        console: of stdout.
-        manifest: of a compressed file or of a plan.
-        nbytes: of the output.
-        seconds: of each layer's fit, where it was just made.
+        console: console that writes to stdout.
+        manifest: manifest of a compressed file or of a plan.
+        nbytes: bytes of the output.
+        seconds: seconds of each layer's fit, where it was just made.
         predicted: a plan, nothing is written.
         verbose: name every tensor left unchanged.
     """

@@ -63,7 +63,7 @@ def entanglement_of(
 
     Args:
         model: a dense checkpoint, or a compressed file or directory.
-        options: those of a recipe that choose layers and their factors; None where not given.
+        options: a recipe's options for the choice of layers and their factors; None if not given.
         against: a compressed one of ``model``, whose factors are taken.
         kept: share of Σs² that effective bonds keep.
         arch: the network that ``model`` belongs to.

@@ -70,7 +70,7 @@ def expand_checkpoint(
         MpocError: the source was not compressed by mpoc or is damaged, its tensors do not fit its manifest,
             or it holds a whole map that is not a convolution and ``projected`` is None.
         UsageError: the output exists and ``force`` is not given.
-        OSError: of reading or writing (a full disk).
+        OSError: reading or writing failed (a full disk).
     """
     source, output = Path(source), Path(output)
     manifest = read_manifest(source)

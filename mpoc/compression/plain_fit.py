@@ -43,7 +43,7 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
 
     Args:
         checkpoint: to read the weight from.
-        plan: of the layer.
+        plan: plan of the layer.
         recipe: for the seed, and whether a layer may grow.
         device: to compute on.
 

@@ -68,7 +68,7 @@ class LayerCache:
         """Write a layer whose fit took so many seconds.
 
         Raises:
-            OSError: of writing (a full disk).
+            OSError: writing failed (a full disk).
         """
         tensors = dict(zip(fitted.record.core_names, fitted.cores, strict=True)) if fitted.cores else {}
         record = {
@@ -159,11 +159,11 @@ def in_order_key(
     """A digest of what the cores of a layer depend on that is fitted after others (a sequential fit).
 
     Args:
-        fingerprint: of the network, the data, the software and the machine.
-        checkpoint: that is compressed.
-        plans: of all layers.
-        recipe: of the compression.
-        number: of the layer, whose weight need not be in the network; None: the part that layers share.
+        fingerprint: fingerprint of the network, the data, the software and the machine.
+        checkpoint: the checkpoint that is compressed.
+        plans: plans of all layers.
+        recipe: recipe of the compression.
+        number: number of the layer, whose weight need not be in the network; None: the shared part.
     """
     name = None if number is None else plans[number].map.name
     weight = "" if name is None else digest([(name, checkpoint.read(name))])

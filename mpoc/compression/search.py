@@ -58,7 +58,7 @@ class Bisection:
     """Bisection over the ratio: ask for the next ratio and add the trial made at it, until there is none.
 
     Args:
-        max_drop: that the metric may lose.
+        max_drop: largest loss of the metric.
         least: ρ that no output can go below.
     """
 
@@ -137,7 +137,7 @@ def compress_within(request: SearchRequest, callbacks: SearchCallbacks | None = 
     Raises:
         UsageError: options that do not fit, or no network is known.
         MpocError: bad input, or no trial keeps the metric; nothing is written then.
-        OSError: of reading or writing (a full disk).
+        OSError: reading or writing failed (a full disk).
     """
     source, output, recipe, arch = request.source, request.output, request.recipe, request.arch
     if recipe.max_drop is None:

@@ -84,7 +84,7 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
 
     Args:
         source: file or directory.
-        recipe: as asked.
+        recipe: the options.
         arch: its network, as ``--arch`` names it.
         calibrated: whether it is to be fitted to data.
 

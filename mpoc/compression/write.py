@@ -103,10 +103,10 @@ def make_job(
 
     Args:
         source: to be compressed.
-        recipe: that of the plans.
-        plans: of :meth:`mpoc.compression.source.CompressionSource.plan`.
+        recipe: the recipe that the plans were made by.
+        plans: from :meth:`mpoc.compression.source.CompressionSource.plan`.
         context: the device, and the processes that share the work.
-        statistics: from calibration data; None: weights alone count.
+        statistics: calibration statistics; None: fit to the weights alone.
     """
     if statistics is None:
         return Job(source, recipe, plans, context)
@@ -125,14 +125,14 @@ def write_compressed(
     """Fit the layers and write file or directory.
 
     Args:
-        job: what is compressed, and how.
-        target: does not exist.
-        folder: of finished layers, for the caller to remove; None: a new one beside ``target``.
-        resumes: reuse the layers that are there.
+        job: the job to carry out.
+        target: a path that does not exist yet.
+        folder: folder of finished layers, which the caller removes; None: a new one beside ``target``.
+        resumes: reuse the layers in ``folder``.
 
     Raises:
-        MpocError: a weight that cannot be fitted, or nothing that would shrink.
-        OSError: of reading or writing (a full disk).
+        MpocError: a weight cannot be fitted, or no layer would shrink.
+        OSError: reading or writing failed (a full disk).
     """
     if folder is None:
         folder = target.with_name(f"{target.name}.layers")

@@ -174,7 +174,7 @@ def number_labels(
     Args:
         columns: split → its values: integers (n,) or (n, 1) or strings (n,) are labels, floats (n, …) are
             regression targets.
-        names: of the classes, where the files tell.
+        names: names of the classes, if the files have them.
 
     Returns:
         split → (n,) int64 labels or (n, …) float32 targets; class names, () for targets; notes for the user.

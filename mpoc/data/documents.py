@@ -137,7 +137,7 @@ def assemble_documents(
         form: the format.
         rows: the documents of each split.
         columns: the labels of each split; {} where there are none.
-        names: of the classes, where the files tell.
+        names: names of the classes, if the files have them.
 
     Raises:
         MpocError: no documents, a character that the training split lacks, or a bad label.

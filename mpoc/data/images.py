@@ -78,7 +78,7 @@ def prepare_images(x: Tensor, options: ImageOptions, generator: torch.Generator 
 
     Args:
         x: (n, C, H, W) uint8.
-        options: how.
+        options: the preprocessing.
         generator: draws the random crops and flips of training; None for evaluation, without any.
 
     Returns:

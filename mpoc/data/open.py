@@ -56,7 +56,7 @@ def hold_out(data: Data, share: float, seed: int) -> Data:
     Args:
         data: a set with a training split and no validation split.
         share: between 0 and 1.
-        seed: of the choice; the same seed chooses the same examples.
+        seed: seed of the choice; the same seed chooses the same examples.
 
     Raises:
         MpocError: no training split, a validation split already, or nothing left on one side.
@@ -120,7 +120,7 @@ def check_fits(
     Args:
         data: the set.
         classes: the network's outputs; None for a task without classes.
-        shape: of one input as the network takes it, e.g. (3, 32, 32); None: unknown or any.
+        shape: shape of one input as the network takes it, e.g. (3, 32, 32); None: unknown or any.
         images: how images are preprocessed, which may resize them.
         vocabulary: number of tokens of the network; None: unknown, or it takes no text.
 
@@ -185,7 +185,7 @@ def data_fingerprint(path: Path, form: str) -> str:
 
     Raises:
         MpocError: no such files.
-        OSError: of reading.
+        OSError: reading failed.
     """
     files = sorted(_files(path, form))
     sizes = [file.stat().st_size for file in files]

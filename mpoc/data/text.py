@@ -212,7 +212,7 @@ class TokenStream(Examples):
         Args:
             tokens: (length,) int32, in memory or mapped.
             block: tokens per example; in order, the remainder after the last whole block is not read.
-            seed: of the random positions; None for blocks in order.
+            seed: seed of the random positions; None for blocks in order.
         """
         self.tokens = tokens
         self.block = block

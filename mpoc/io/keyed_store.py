@@ -84,15 +84,15 @@ def put_item(
     """Write an item, in the place of an older one.
 
     Args:
-        path: of the file.
+        path: path of the file.
         record: plain JSON data.
-        fingerprint: of all that the item depends on, part → digest.
+        fingerprint: fingerprint of all that the item depends on, part → digest.
         entries: tensors; each is read twice.
         durable: flush the file to disk.
         announced: errors and signals name ``path``, as :func:`mpoc.io.atomic.staged` does.
 
     Raises:
-        OSError: of writing (a full disk).
+        OSError: writing failed (a full disk).
     """
     depends_on = json.dumps(dict(fingerprint or {}))
     facts = {"format": _FORMAT, _RECORD: json.dumps(record), _FINGERPRINT: depends_on}
@@ -123,7 +123,7 @@ def find_item(path: Path, fingerprint: Mapping[str, str]) -> Item | None:
     """The item at ``path`` where it is whole and has this fingerprint; else None.
 
     Raises:
-        OSError: of reading.
+        OSError: reading failed.
     """
     if not path.is_file():
         return None

@@ -160,7 +160,7 @@ def one_ahead(checkpoint: Checkpoint, names: Iterable[str]) -> Generator[str, No
     """Yield names; while the caller works on one, the tensor of the next is read into memory.
 
     Args:
-        checkpoint: that holds them.
+        checkpoint: the checkpoint that holds them.
         names: in the order in which they will be read.
     """
     with ThreadPoolExecutor(1, "read-ahead") as thread:

@@ -83,7 +83,7 @@ def save(model: nn.Module, path: str | PathLike[str], *, force: bool = False) ->
     Args:
         model: compressed by :func:`mpoc.compress` or loaded by :func:`mpoc.load`, on any device; unchanged. A
             network that transformers loaded from a directory is written as a directory.
-        path: of the file, which ends in ``.safetensors``.
+        path: path of the file, which ends in ``.safetensors``.
         force: replace an existing file.
 
     Returns:
@@ -93,7 +93,7 @@ def save(model: nn.Module, path: str | PathLike[str], *, force: bool = False) ->
         UsageError: the file exists and ``force`` is not given, or it has another ending.
         MpocError: no layer of ``model`` is compressed, or a tensor has no data or a dtype that safetensors
             does not hold.
-        OSError: of writing (a full disk).
+        OSError: writing failed (a full disk).
     """
     output = Path(path)
     if _is_of_transformers(model):

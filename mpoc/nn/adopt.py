@@ -64,7 +64,7 @@ def unstack(module: nn.Module, name: str, sources: tuple[str, ...]) -> None:
 
     Args:
         module: holds the weight; changed in place. It gains the modules ``0.w1``, ``0.w3``, ``1.w1``, ….
-        name: of a weight (experts, outputs, inputs), e.g. (8, 28672, 4096).
+        name: name of a weight (experts, outputs, inputs), e.g. (8, 28672, 4096).
         sources: the matrices of an expert, e.g. ``("w1", "w3")``, which its weight holds one below the other.
 
     Raises:
@@ -136,7 +136,7 @@ def adopt(module: nn.Module, name: str, cores: Sequence[Tensor], structure: Stru
 
     Args:
         module: holds the weight; changed in place.
-        name: of the weight within the module, as ``"weight"`` or ``"weight_ih_l0"``.
+        name: name of the weight within the module, as ``"weight"`` or ``"weight_ih_l0"``.
         cores: in the order of ``structure.cores``; those that are parameters already (tied layers) are
             shared.
         structure: whose shape is the weight's.

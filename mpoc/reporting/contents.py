@@ -75,7 +75,7 @@ def read_file(path: Path, with_bonds: bool = True) -> FileData:
     """Read a compressed file or directory, the cores of one layer at a time.
 
     Args:
-        path: of the file.
+        path: path of the file.
         with_bonds: compute the spectra of the cores.
 
     Raises:

@@ -72,7 +72,7 @@ def cell(
         value: its text.
         key: a number to sort by; None: sorted by the text.
         bar: length of a bar below the text, from 0 to 1; None: no bar.
-        tone: of the bar.
+        tone: tone of the bar.
         class_: "wide" where narrow pages hide the cell.
     """
     drawn = None

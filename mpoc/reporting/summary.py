@@ -147,8 +147,8 @@ def report_dict(
     """The report as plain data; the schema is in the guide, file-format-and-json.
 
     Args:
-        manifest: of the compressed file, or of a plan.
-        nbytes: of the output on disk.
+        manifest: manifest of the compressed file, or of a plan.
+        nbytes: bytes of the output on disk.
         seconds: time of the fit of each layer, right after a compression.
     """
     layers = [_layer_dict(layer, seconds) for layer in manifest.layers]

@@ -36,7 +36,7 @@ def tag(name: str, *children: str | None, **attributes: str | float | bool | Non
     """An element; ``tag("a", "x < y", href="#x", class_="n")`` → ``<a href="#x" class="n">x &lt; y</a>``.
 
     Args:
-        name: of the element.
+        name: name of the element.
         children: :class:`Markup` as it is, other text escaped, None omitted.
         attributes: a final underscore is dropped, others become hyphens; None and False are omitted, True
             has no value, numbers are shortened.

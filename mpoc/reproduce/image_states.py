@@ -238,7 +238,7 @@ def measure_images(request: ImageStatesRequest, say: Callable[[str], None]) -> I
     """Approximate images by states, and compare with other methods at the same size.
 
     Args:
-        request: which images and bonds.
+        request: the images and bonds.
         say: called with messages.
 
     Raises:
@@ -264,7 +264,7 @@ def approximate(x: Tensor, order: str, bond: int) -> tuple[Tensor, int]:
 
     Args:
         x: (n, C, H, W).
-        order: of the pixels.
+        order: order of the pixels.
         bond: cap on every D_k.
 
     Returns:

@@ -107,10 +107,10 @@ def replace_layers(
 
     Args:
         network: dense; changed in place. From ``random`` its other parameters stay as they are too.
-        layers: which.
+        layers: the layers to replace.
         bond: D, of the layers that have none of their own.
         start: ``ttsvd`` or ``random``.
-        seed: of the random cores, and of TT-SVD's randomised route.
+        seed: seed of the random cores, and of TT-SVD's randomised route.
 
     Returns:
         The same network.

@@ -96,8 +96,8 @@ def require_memory(path: Path, name: str, nbytes: int) -> None:
     """Check that a tensor fits into memory before it is made.
 
     Args:
-        path: of the file that describes it, for the message.
-        name: of the tensor.
+        path: path of the file that describes it, for the message.
+        name: name of the tensor.
         nbytes: that it takes in memory.
 
     Raises:

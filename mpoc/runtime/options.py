@@ -47,7 +47,7 @@ def option(help: str, default: Any = MISSING, flags: str = "", **how: Any) -> An
 
     Args:
         help: verb first, fewer than 15 words.
-        default: of the field.
+        default: default of the field.
         flags: names, as ``"--output -o"``.
         how: the other fields of :class:`Option`.
     """
@@ -68,9 +68,9 @@ def nested(
     """A field whose value is made of the options of another dataclass.
 
     Args:
-        options: whose fields are options of this command too.
+        options: the other dataclass.
         make: makes the value of those given, ``dict`` keeps them as they are; None: ``options`` itself.
         only: names of fields; the others are not offered.
-        default: of the field, outside the command line.
+        default: default of the field, outside the command line.
     """
     return field(default=default, metadata={"nested": Nested(options, make or options, only)})

@@ -57,7 +57,7 @@ def unreadable(path: Path, tool: Any, error: Exception) -> MpocError:
     """The error for a manifest that is damaged, or that a later mpoc wrote with fields unknown to this one.
 
     Args:
-        path: of the file.
+        path: path of the file.
         tool: what the manifest says of its writer, ``"mpoc 0.2.0"``; unchecked.
         error: of reading it.
     """

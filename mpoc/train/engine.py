@@ -55,7 +55,7 @@ def make_accelerator(device: str = "auto", precision: str = "fp32") -> Any:
 
     Args:
         device: ``auto``, ``cpu``, ``cuda``, …; with several processes each takes one device of this kind.
-        precision: of the arithmetic: fp32, bf16 or fp16.
+        precision: precision of the arithmetic: fp32, bf16 or fp16.
 
     Raises:
         MpocError: accelerate is not installed.
@@ -192,8 +192,8 @@ def prepare_training(
         network: in training mode afterwards.
         task: that is trained.
         loader: the training split.
-        settings: of the training.
-        accelerator: of :func:`mpoc.train.engine.make_accelerator`.
+        settings: settings of the training.
+        accelerator: from :func:`mpoc.train.engine.make_accelerator`.
 
     Raises:
         UsageError: data and network do not fit.

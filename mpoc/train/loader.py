@@ -31,12 +31,12 @@ class ExampleOrder:
     """The shuffled order of a training split.
 
     Args:
-        examples: of the split.
+        examples: examples of the split.
         batch: examples per step, over all processes.
         parts: number of parts that a process computes its share in (gradient accumulation).
-        rank: of this process.
+        rank: rank of this process.
         processes: their number.
-        seed: of the shuffle.
+        seed: seed of the shuffle.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ def by_length(order: Tensor, lengths: Tensor, batch: int, generator: torch.Gener
 
     Args:
         order: (n,) indices of examples.
-        lengths: of all examples.
+        lengths: lengths of all examples.
         batch: examples per batch; the remainder of a window stays at its end.
         generator: draws the order of the batches.
     """

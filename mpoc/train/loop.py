@@ -70,7 +70,7 @@ class Losses:
         """Return the mean loss of each step, and start over.
 
         Args:
-            accelerator: of :func:`mpoc.train.engine.make_accelerator`.
+            accelerator: from :func:`mpoc.train.engine.make_accelerator`.
             step: number of finished steps.
             lr: the learning rate of a step, counted from 0.
 
@@ -107,10 +107,10 @@ def train(
         network: dense or compressed, in float32; moved to the accelerator's device.
         task: gives the loss and the scores.
         loader: the training split.
-        settings: how.
+        settings: the settings of the training.
         validation: scored before step 1 and at intervals; None: only the training loss is recorded.
         monitor: log, checkpoints and callback, and the checkpoint to resume from.
-        accelerator: of :func:`make_accelerator`; None: the default device, this process alone.
+        accelerator: from :func:`make_accelerator`; None: the default device, this process alone.
 
     Raises:
         UsageError: settings out of range, or data and network do not fit.

@@ -24,7 +24,7 @@ class TrainingLog:
     """Appends JSON lines to a file.
 
     Args:
-        path: of the file; None writes nothing.
+        path: path of the file; None writes nothing.
         position: bytes of the existing file to keep, as a checkpoint noted them; 0 starts a new log.
     """
 

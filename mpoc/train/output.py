@@ -52,10 +52,10 @@ def make_history(
     """The training history that the file stores; without times, so that equal trainings give equal bytes.
 
     Args:
-        settings: of the training.
+        settings: settings of the training.
         training_data: the data set.
         task: what was trained.
-        outcome: of the run that is written.
+        outcome: outcome of the run that is written.
         results: scores of every run, with its ``seed``; the last is that of ``outcome``.
     """
     data, monitored = training_data.data, monitored_split(training_data.data)
@@ -82,7 +82,7 @@ def make_history(
 
 
 def _statistics(task: Task, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """The results of all runs, with mean and standard deviation of the metric (Gao et al. 2020, Eqs. 10, 11)."""
+    """The results of all runs, with mean and deviation of the metric (Gao et al. 2020, Eqs. 10 and 11)."""
     name = task.metric if task.metric in results[0] else "train_loss"
     values = [result[name] for result in results]
     mean, sigma = statistics.fmean(values), statistics.stdev(values)

@@ -207,7 +207,7 @@ class MaskedLM(_Tokens):
         mask_id: id of the mask token.
         vocabulary: number of tokens.
         special: ids that are never predicted ([CLS], [SEP], …).
-        share: of the tokens that are predicted.
+        share: share of the tokens that are predicted.
     """
 
     name = "masked-lm"

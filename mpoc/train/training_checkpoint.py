@@ -53,7 +53,7 @@ class CheckpointFile:
     """The checkpoint file of a training.
 
     Args:
-        path: of the file.
+        path: path of the file.
         identity: model, data, task and options, which a resumed training must share; plain JSON data.
     """
 

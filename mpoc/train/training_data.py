@@ -70,7 +70,7 @@ def hold_out_to_measure(
         data: as its files split it.
         asked: share of ``train`` to hold out; None: as recorded, nothing where no training is recorded.
         history: training history of the network.
-        fingerprint: of the files of the data set.
+        fingerprint: fingerprint of the files of the data set.
 
     Returns:
         The data set, and the share that was held out.
@@ -144,7 +144,7 @@ def open_training_data(
     Args:
         options: which data set, and how it is preprocessed.
         model: its history and directory supply what the options leave open.
-        seed: of the random blocks of a text; None: no training, and text is read in order.
+        seed: seed of the random blocks of a text; None: no training, and text is read in order.
         wants_validation: a validation split is needed even where there is a test split.
 
     Raises:
