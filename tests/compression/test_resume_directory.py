@@ -41,7 +41,7 @@ def test_failure_keeps_finished_layers_with_resume(tmp_path: Path, failure: Base
             (layers_folder(target) / "0").write_text("a layer")
             raise failure
         assert list(tmp_path.iterdir()) == ([existing_resume_directory(output)] if resume else [])
-    assert "kept in out.partial" in failure.__notes__[-1]
+    assert "layers are in out.partial" in failure.__notes__[-1]
     with resume_directory(output, ProcessGroup(), ASKED) as target:
         assert not target.exists()  # half an output is not gone on with
         assert (layers_folder(target) / "0").read_text() == "a layer"

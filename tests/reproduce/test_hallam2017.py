@@ -145,5 +145,5 @@ def test_trains_a_few_steps(tmp_path: Path) -> None:
     assert found["structures"][1] == "fc2 MERA(2,2,2,2,2,2,2,2,2,2,2,2→1,2,1,2,1,2,1,2,1,2,1,2)(2)"
     with pytest.raises(UsageError, match="--hold-out 0: these trainings end by their validation split"):
         run_study(replace(asked, held_out=0.0), lambda _: None)
-    with pytest.raises(UsageError, match="--starts ttsvd: none of these variants"):
+    with pytest.raises(UsageError, match="--starts ttsvd: no selected variant"):
         run_study(replace(asked, starts=("ttsvd",)), lambda _: None)

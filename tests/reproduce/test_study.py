@@ -189,7 +189,7 @@ def test_evaluates_text_on_its_end(tmp_path: Path) -> None:
     assert [row.results[0].parameters for row in done.rows] == [808_448, 42_336]
     with pytest.raises(UsageError, match="no test split") as error:
         run(replace(asked, held_out=0.1))
-    assert error.value.hint == "leave --hold-out away"
+    assert error.value.hint == "omit --hold-out"
 
 
 @pytest.mark.parametrize(

@@ -47,13 +47,13 @@ def test_default_padding_keeps_the_size() -> None:
     ("arguments", "said"),
     [
         ({"size": (4,)}, "input size 4 for a kernel of size 3x3"),
-        ({"size": (4, 0)}, "whole numbers from 1"),
-        ({"size": (4, 4), "stride": (1, 1, 1)}, "1x1x1: strides are one number, or one for each of 2 axes"),
+        ({"size": (4, 0)}, "must be positive"),
+        ({"size": (4, 4), "stride": (1, 1, 1)}, "1x1x1: strides must be one number, or one for each of 2 axes"),
         ({"size": (4, 4), "groups": 3}, "8 output channels do not divide into 3 groups"),
         ({"size": (1, 4), "padding": (0,)}, "kernel of size 3x3 does not fit into an input of size 1x4"),
-        ({"size": (4, 4), "padding_mode": "mirror"}, "'mirror' is none of zeros"),
-        ({"size": (2, 2), "padding": (2,), "padding_mode": "reflect"}, "too wide to be reflect"),
-        ({"size": (2, 2), "padding": (3,), "padding_mode": "circular"}, "too wide to be circular"),
+        ({"size": (4, 4), "padding_mode": "mirror"}, "'mirror': not one of zeros"),
+        ({"size": (2, 2), "padding": (2,), "padding_mode": "reflect"}, "too wide for mode reflect"),
+        ({"size": (2, 2), "padding": (3,), "padding_mode": "circular"}, "too wide for mode circular"),
     ],
 )
 def test_rejects_geometries_that_do_not_fit(arguments: dict[str, object], said: str) -> None:
@@ -75,7 +75,7 @@ def test_rejects_geometries_that_do_not_fit(arguments: dict[str, object], said: 
 )
 def test_check_detects_damage(changes: dict[str, object]) -> None:
     PLAIN.check((8, 4, 3, 3))
-    with pytest.raises(ValueError, match="no geometry of a kernel"):
+    with pytest.raises(ValueError, match="cannot be the geometry of a kernel"):
         Geometry(**{**vars(PLAIN), **changes}).check((8, 4, 3, 3))
 
 

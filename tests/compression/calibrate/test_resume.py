@@ -75,7 +75,7 @@ def test_resume_gives_the_same_bytes(
     for layers in kept:
         with pytest.raises(KeyboardInterrupt) as stopped:
             case.compress(refine, resume=True, tell=stop_after(layers), **goal)
-        assert "--resume goes on" in stopped.value.__notes__[-1]
+        assert "--resume reuses them" in stopped.value.__notes__[-1]
     done = counted(monkeypatch)
     found = case.compress(refine, resume=True, **goal)
     assert done.count("fit") < total and "share" not in done
@@ -94,7 +94,7 @@ def test_resume_ignores_results_of_another_goal(tmp_path: Path) -> None:
     whole = case.compress(False, "whole", ratio=0.4)
     with pytest.raises(KeyboardInterrupt):
         case.compress(False, resume=True, tell=stop_after(4), ratio=0.6)
-    with pytest.raises(UsageError, match=r"kept of other work: --ratio was 0\.6 and is 0\.4"):
+    with pytest.raises(UsageError, match=r"holds the layers of other work: --ratio was 0\.6 and is 0\.4"):
         case.compress(False, resume=True, ratio=0.4)
     found = case.compress(False, resume=True, ratio=0.4, force=True)
     assert found.output.read_bytes() == whole.output.read_bytes()
