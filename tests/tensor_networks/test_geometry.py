@@ -48,7 +48,10 @@ def test_default_padding_keeps_the_size() -> None:
     [
         ({"size": (4,)}, "input size 4 for a kernel of size 3x3"),
         ({"size": (4, 0)}, "must be positive"),
-        ({"size": (4, 4), "stride": (1, 1, 1)}, "1x1x1: strides must be one number, or one for each of 2 axes"),
+        (
+            {"size": (4, 4), "stride": (1, 1, 1)},
+            "1x1x1: strides must be one number, or one for each of 2 axes",
+        ),
         ({"size": (4, 4), "groups": 3}, "8 output channels do not divide into 3 groups"),
         ({"size": (1, 4), "padding": (0,)}, "kernel of size 3x3 does not fit into an input of size 1x4"),
         ({"size": (4, 4), "padding_mode": "mirror"}, "'mirror': not one of zeros"),
