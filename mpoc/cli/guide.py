@@ -1,4 +1,4 @@
-"""``mpoc guide``: the manual in the terminal, one Markdown page a topic.
+"""``mpoc guide``: show the manual in the terminal, one Markdown page per topic.
 
 The pages are in ``mpoc/guide`` and are shipped with the package. A terminal shows them rendered; a pipe gets
 the Markdown itself, so that ``mpoc guide calibration > calibration.md`` is the page.

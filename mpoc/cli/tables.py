@@ -1,7 +1,7 @@
-"""Results as tables on a terminal or in a pipe: of ``report`` and ``compress``, and of ``reproduce``.
+"""Print results as tables, on a terminal or in a pipe.
 
-A row of a report is a layer, a row of a search a trial, a row of a reproduction a network with the paper's
-numbers beside ours.
+A row of a report is a layer, a row of a search is a trial, and a row of a reproduction is a network with the
+paper's numbers beside ours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""A checkpoint as the rest of mpoc sees it, whatever file it came from, and the one over safetensors files.
+"""A checkpoint, independent of its file format, and its implementation for safetensors files.
 
-Names, shapes and dtypes are known when it is open; values are read one tensor at a time.
+Names, shapes and dtypes are known once it is open. Values are read one tensor at a time.
 """
 
 from __future__ import annotations

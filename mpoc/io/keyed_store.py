@@ -1,10 +1,10 @@
-"""Intermediate results on disk, used again only where they are whole and were made of the same.
+"""Store intermediate results on disk, to be reused only if they are whole and of the same origin.
 
 An item is one safetensors file: named tensors, and in the header's metadata a record of plain JSON data, the
 fingerprint of all that the item depends on, part by part, and a digest over everything.  It appears whole or
-not at all.  Fitted layers, moments of calibration data, budget allocations, the networks of a study and the
-checkpoints of a training are such items.  The digest finds damage, not forgery: whoever uses an item from
-elsewhere checks names, shapes and values.
+not at all. Fitted layers, moments of calibration data, budget allocations, the networks of a study and the
+checkpoints of a training are such items.  The digest finds damage, not forgery: code that uses an
+item from elsewhere must check names, shapes and values.
 """
 
 from __future__ import annotations

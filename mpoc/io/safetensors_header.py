@@ -1,7 +1,7 @@
 """The safetensors header: eight bytes of length, JSON, then raw tensor bytes.  No torch here.
 
-``mpoc report`` lives on this alone, so that it is quick on a file of any size; reading and writing of
-checkpoints share it.  The layout: https://huggingface.co/docs/safetensors (format section).
+``mpoc report`` reads nothing else, so it is quick on a file of any size. Reading and writing of checkpoints
+share it.  The layout: https://huggingface.co/docs/safetensors (format section).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Read the batches of a split: in which order, preprocessed how, and ahead of time where that helps.
+"""Read the batches of a split in order, preprocess them, and read ahead where that helps.
 
-Which examples a step takes is a pure function of seed and step, so that a resume needs no sampler state.
+The examples of a step are a pure function of seed and step, so that a resume needs no sampler state.
 They are the same for any number of processes and of parts: the batch is cut into contiguous shares, one per
 process, and each share into parts.  Texts of similar length go together, so that there is little padding.
 """

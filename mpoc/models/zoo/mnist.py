@@ -1,19 +1,15 @@
-"""FC2 for MNIST: the two fully connected layers of Gao et al. 2020, section III A 1.
+"""Networks for MNIST: FC2 and LeNet-5 of Gao et al. 2020, and the network of Harada (slides, 2022).
 
-Weights 784 × 256 and 256 × 10, a ReLU between them; no biases, and a truncated normal of 0.1 to start from,
-as in the paper's public code.
+FC2 (section III A 1): weights 784 × 256 and 256 × 10 with a ReLU between them and no biases. The weights
+start from a truncated normal of 0.1, as in the paper's public code.
 
-LeNet-5 for MNIST, as Gao et al. 2020 (section III A 2) take it; LeCun et al., Proc. IEEE 86, 2278 (1998).
+LeNet-5 (section III A 2; LeCun et al., Proc. IEEE 86, 2278 (1998)): the last convolution has a 5 × 5 kernel
+on a 5 × 5 image and is therefore written as a fully connected layer, 400 → 120. ReLU and max pooling, no
+biases in the last two layers, and the start of FC2.
 
-The last convolution sees a 5 × 5 image with a 5 × 5 kernel and is therefore written as what it is, 400 → 120
-fully connected. ReLU and max pooling, no biases in the last two layers, and a truncated normal of 0.1 to
-start from, as in the paper's public code.
-
-The network for MNIST on which Harada looks for the effective components of a weight (slides, 2022).
-
-"MPO 4,4,4,4,4 → 4,4,4,4,4, ReLU, FC 1024 → 10" on images of 32 × 32: weights 1024 × 1024 and 10 × 1024, no
-biases, as the slides count none.  They say neither how 28 × 28 pixels become 32 × 32 nor what the
-weights start from: here black pixels surround the image, and the weights are torch's.
+Harada, "MPO 4,4,4,4,4 → 4,4,4,4,4, ReLU, FC 1024 → 10" on images of 32 × 32: weights 1024 × 1024 and 10 ×
+1024, without biases, as the slides count none. The slides say neither how 28 × 28 pixels become 32 × 32 nor
+how the weights start: here the images are padded with black, and the weights are torch's.
 """
 
 from __future__ import annotations
