@@ -2,11 +2,15 @@
 
 That is the same tensor, not changed since, and all other arguments those of the chain's first block.  A pass
 that needs the inputs of block k can then keep them, and need not run the blocks before k again.
+
+A chain cuts the network in pieces where nothing else of what a block gives, and nothing that layers before
+the chain give, is used further on.  A forward and a backward pass can then go through it block by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,3 +160,90 @@ class ChainTracer:
         taken = [self.calls[k].taken for k in parts] + [call.gave]
         gave = [call.taken] + [self.calls[k].gave for k in parts]
         return taken == gave
+
+
+class StopPassError(Exception):
+    """Stops a forward pass once all that is asked for is there."""
+
+
+@contextmanager
+def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Meanwhile modules compute something else."""
+    try:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
+
+
+class CutCheck:
+    """Whether a chain cuts a network: gradients flow from block to block alone.
+
+    Each block is given its input anew, without a history, and so is what follows the last block.
+
+    Args:
+        network: in evaluation mode, no parameter requires a gradient.
+        chain: of its blocks.
+        before: modules of layers in front of the chain.
+    """
+
+    def __init__(self, network: nn.Module, chain: Chain, before: Sequence[str]) -> None:
+        self._network = network
+        self._blocks = [network.get_submodule(block.module) for block in chain]
+        self._before = [network.get_submodule(path) for path in before]
+        self._whole = all(block.is_kept_whole for block in chain)
+        self._starts: list[Tensor] = []  # of pieces: in front of the chain, each block
+        self._others = False  # a block is given a further tensor with a history, or gives one
+
+    def holds(self, run: Callable[[], Tensor]) -> bool:
+        """Whether it cuts it.
+
+        Args:
+            run: the network on some examples; gives its outputs.
+        """
+        handles = [module.register_forward_hook(self._mark) for module in self._before]
+        for block in self._blocks:
+            handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(block.register_forward_hook(self._leave))
+        try:
+            with torch.enable_grad():
+                values = run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self._others or not self._whole or not values.requires_grad:
+            return False
+        used = torch.autograd.grad(values.sum(), self._starts, allow_unused=True)
+        return all(gradient is None for gradient in used[:-1])
+
+    def _mark(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        self._starts.append(torch.zeros((), device=output.device, requires_grad=True))
+        return output + self._starts[-1].to(output.dtype)
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        self._others |= any(one.requires_grad for one in tensors_in((args[1:], named)))
+        self._starts.append(args[0].detach().requires_grad_(True))
+        return (self._starts[-1].clone(), *args[1:]), named  # which may be changed in place
+
+    def _leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = next_input(output)
+        assert first is not None, "a block of a chain gives a tensor"
+        self._others |= any(one is not first for one in tensors_in(output))
+        if block is not self._blocks[-1]:
+            return output
+        self._starts.append(first.detach().requires_grad_(True))
+        last = self._starts[-1].clone()
+        return (last, *output[1:]) if isinstance(output, tuple) else last
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield from [value] if value.is_floating_point() else []
+    elif isinstance(value, tuple | list | dict):
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(entry)

@@ -1,16 +1,25 @@
-"""One pass over the dense network: moments of the inputs of each layer, and of gradients at its output."""
+"""Moments of a dense network, of the inputs of each layer and of gradients at its output, piece by piece."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mpoc.compression.calibrate.block_chain import features, next_input
+from mpoc.compression.calibrate.block_chain import (
+    Chain,
+    CutCheck,
+    StopPassError,
+    features,
+    next_input,
+    replaced_forwards,
+)
 from mpoc.compression.calibrate.calibration_data import Pooling, direction, output_of_interest
 from mpoc.compression.calibrate.layer_inputs import (
     ObservedLayer,
@@ -30,7 +39,7 @@ from mpoc.compression.calibrate.moments import (
     product,
     total_rows,
 )
-from mpoc.compression.calibrate.trace import Trace
+from mpoc.compression.calibrate.trace import EXAMPLES, Trace
 from mpoc.compression.run_context import RunContext
 from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call, to_device
@@ -90,31 +99,195 @@ def dense_pass(
     if all("attention_mask" in batch and not bool(batch["attention_mask"].any()) for batch in batches):
         raise MpocError("all tokens of the calibration data are padding")
 
-    def measure(part: range) -> dict[_Key, Moments | _Sum]:
-        run = _Run(network, trace, positions)
+    def measure(piece: _Piece, part: range) -> dict[_Key, Moments | _Sum]:
+        run = _Run(network, trace, positions, piece.names)
         with eval_mode(network), hooked() as handles, torch.set_grad_enabled(probes.count > 0):
-            handles += run.hooks(probes.count > 0, probes.blocks)
+            handles += run.hooks(probes.count > 0, piece.blocks if probes.blocks else [])
             for index in part:
-                context.log("reading the dense network: batch", index + 1, len(batches))
-                batch = to_device(batches[index], device_of(network))
-                run.index, run.mask = index, batch.get("attention_mask")
-                values, are_logits = output_of_interest(call(network, batch), batch, probes.pooling)
-                _refuse_infinite(values, network)
-                if values.requires_grad:
-                    _backward(values, are_logits, probes, index)
+                context.log(f"reading the dense network{piece.label}: batch", index + 1, len(batches))
+                run.index, run.mask = (
+                    index,
+                    to_device(batches[index], device_of(network)).get("attention_mask"),
+                )
+                piece.run(index)
         return run.sums()
 
-    total = BatchShards(len(batches), context.group).total(measure, _merged)
+    sweep = _Sweep(network, call, batches, trace, probes)
+    shards = BatchShards(len(batches), context.group)
+    total: dict[_Key, Moments | _Sum] = {}
+    for piece in sweep.pieces(shards.mine):
+        total |= shards.total(partial(measure, piece), _merged)
     return _result(total, trace, probes.count)
 
 
-def _backward(values: Tensor, are_logits: bool, probes: Probes, index: int) -> None:
-    """Run backward from each random direction in the outputs of batch ``index``."""
-    for probe in range(probes.count):
-        generator = torch.Generator(values.device)
-        generator.manual_seed(derived_seed(probes.seed, "direction", index, probe))
-        gradient = direction(values, are_logits, generator)
-        values.backward(gradient, retain_graph=probe + 1 < probes.count)
+@dataclass(frozen=True)
+class _Piece:
+    """A part of the network, whose layers are measured together."""
+
+    names: list[str]  # of weights
+    blocks: list[tuple[str, int]]  # modules and the axes of their features, measured at their outputs
+    run: Callable[[int], None]  # forward and backward on one batch
+    label: str = ""
+
+
+class _Sweep:
+    """Forward and backward passes: of the whole network at once, or of its pieces one by one, last to first.
+
+    Between the pieces lie, for each batch, the input of the later one and, once that was run, the gradients
+    there.  Only one piece at a time holds what its backward pass needs.
+
+    Args:
+        network: in evaluation mode.
+        call: how it is called.
+        batches: of calibration data.
+        trace: of the network.
+        probes: the directions whose gradients are measured.
+    """
+
+    def __init__(
+        self, network: nn.Module, call: Call, batches: Sequence[Batch], trace: Trace, probes: Probes
+    ) -> None:
+        self._network, self._call, self._batches, self._trace = network, call, batches, trace
+        self._probes, self._device = probes, device_of(network)
+        self._chain: Chain = ()
+        self._inputs: dict[
+            tuple[int, int], Tensor
+        ] = {}  # block, batch → its input; behind the last its output
+        self._others: dict[int, tuple[Any, Any]] = {}  # batch → further arguments of the blocks
+        self._rests: dict[int, Any] = {}  # block → what it gives beside a tensor; None: a tensor alone
+        self._gradients: dict[int, list[Tensor]] = {}  # batch → at the input of the piece that was run last
+
+    def pieces(self, mine: Sequence[int]) -> Iterator[_Piece]:
+        """The pieces, in the order in which they must run on the batches ``mine``."""
+        own = {block.module for block in self._cut()}
+        others = [
+            (block.module, self._trace.axis((k, position)))
+            for k, chain in enumerate(self._trace.chains)
+            for position, block in enumerate(chain)
+            if block.module not in own
+        ]
+        pieces = self._trace.pieces
+        if not own or pieces is None:
+            yield _Piece(list(self._trace.layers), others, self._run_whole)
+            return
+        self._keep_inputs(mine)
+        count = len(self._chain)
+        yield _Piece(pieces.names(count), others, self._run_tail, f", behind {self._chain[-1].module}")
+        for k in reversed(range(count)):
+            path = self._chain[k].module
+            axis = self._trace.axis((self._trace.chains.index(self._chain), k))
+            yield _Piece(pieces.names(k), [(path, axis)], partial(self._run_block, k), f", {path}")
+            for index in mine:
+                self._inputs.pop((k + 1, index), None)
+        yield _Piece(pieces.names(-1), others, self._run_head, f", before {self._chain[0].module}")
+
+    def _cut(self) -> Chain:
+        """The chain that cuts the network; () where none does."""
+        pieces = self._trace.pieces
+        if pieces is None:
+            return ()
+        before = [path for name in pieces.names(-1) for path in self._trace.layers[name].modules]
+        batch = {name: values[:EXAMPLES] for name, values in self._batches[0].items()}
+        with eval_mode(self._network):
+            check = CutCheck(self._network, pieces.chain, before)
+            if check.holds(lambda: self._values(to_device(batch, self._device))[0]):
+                self._chain = pieces.chain
+        return self._chain
+
+    @torch.no_grad()
+    def _keep_inputs(self, mine: Sequence[int]) -> None:
+        for index in mine:
+
+            def keep(_: nn.Module, args: Any, named: Any, k: int, index: int = index) -> None:
+                self._inputs[k, index], self._others[index] = args[0], (args[1:], named)
+
+            def leave(_: nn.Module, args: Any, output: Any, k: int, index: int = index) -> None:
+                self._rests[k] = output[1:] if isinstance(output, tuple) else None
+                if k == len(self._chain) - 1:
+                    self._inputs[k + 1, index] = _first(output).clone()  # which may be changed in place
+
+            with eval_mode(self._network), hooked() as handles:
+                for k, block in enumerate(self._modules):
+                    handles.append(block.register_forward_pre_hook(partial(keep, k=k), with_kwargs=True))
+                    handles.append(block.register_forward_hook(partial(leave, k=k)))
+                self._call(self._network, to_device(self._batches[index], self._device))
+
+    @property
+    def _modules(self) -> list[nn.Module]:
+        return [self._network.get_submodule(block.module) for block in self._chain]
+
+    def _values(self, batch: Batch) -> tuple[Tensor, bool]:
+        return output_of_interest(self._call(self._network, batch), batch, self._probes.pooling)
+
+    def _run_whole(self, index: int) -> None:
+        values, are_logits = self._values(to_device(self._batches[index], self._device))
+        _refuse_infinite(values, self._network)
+        if values.requires_grad:
+            for probe, gradient in enumerate(self._directions(values, are_logits, index)):
+                values.backward(gradient, retain_graph=probe + 1 < self._probes.count)
+
+    def _directions(self, values: Tensor, are_logits: bool, index: int) -> Iterator[Tensor]:
+        """Random directions in the outputs of batch ``index``."""
+        for probe in range(self._probes.count):
+            generator = torch.Generator(values.device)
+            generator.manual_seed(derived_seed(self._probes.seed, "direction", index, probe))
+            yield direction(values, are_logits, generator)
+
+    def _run_tail(self, index: int) -> None:
+        """What follows the chain, blocks passing on what they are given."""
+        last = self._leaf(len(self._chain), index)
+        count = len(self._chain)
+
+        def skip(given: Tensor, *_: Any, k: int, **__: Any) -> Any:
+            first, rest = last.clone() if k == count - 1 else given, self._rests[k]
+            return first if rest is None else (first, *rest)
+
+        skips = [partial(skip, k=k) for k in range(count)]
+        with replaced_forwards(self._modules, skips):
+            values, are_logits = self._values(to_device(self._batches[index], self._device))
+        _refuse_infinite(values, self._network)
+        if values.requires_grad:
+            self._backward(values, last, index, list(self._directions(values, are_logits, index)))
+
+    def _run_block(self, k: int, index: int) -> None:
+        given, (args, named) = self._leaf(k, index), self._others[index]
+        output = _first(self._modules[k](given, *args, **named))
+        if output.requires_grad and index in self._gradients:
+            self._backward(output, given, index, self._gradients[index])
+
+    def _run_head(self, index: int) -> None:
+        """What runs before the chain."""
+        heads: list[Tensor] = []
+
+        def catch(*args: Any, **named: Any) -> Any:
+            heads.append(args[0])
+            raise StopPassError
+
+        with replaced_forwards(self._modules[:1], [catch]), suppress(StopPassError):
+            self._call(self._network, to_device(self._batches[index], self._device))
+        if heads[0].requires_grad and index in self._gradients:
+            self._backward(heads[0], None, index, self._gradients.pop(index))
+
+    def _leaf(self, k: int, index: int) -> Tensor:
+        return self._inputs[k, index].detach().requires_grad_(torch.is_grad_enabled())
+
+    def _backward(
+        self, output: Tensor, given: Tensor | None, index: int, gradients: Sequence[Tensor]
+    ) -> None:
+        """Keep the gradients at the leaf ``given`` that belong to those at ``output``."""
+        found: list[Tensor] = []
+        for probe, gradient in enumerate(gradients):
+            output.backward(gradient, retain_graph=probe + 1 < len(gradients))
+            if given is not None and given.grad is not None:
+                found.append(given.grad)
+                given.grad = None
+        self._gradients[index] = found
+
+
+def _first(output: Any) -> Tensor:
+    first = next_input(output)
+    assert first is not None, "a block of a chain gives a tensor"
+    return first
 
 
 def _refuse_infinite(values: Tensor, network: nn.Module) -> None:
@@ -163,26 +336,25 @@ class _Run:
     index: int  # of the batch
     mask: Tensor | None
 
-    def __init__(self, network: nn.Module, trace: Trace, positions: Positions) -> None:
-        self._network, self._trace, self._positions = network, trace, positions
-        self._sums = {name: LayerSums(trace.layers[name]) for name in dict.fromkeys(trace.same_rows.values())}
+    def __init__(self, network: nn.Module, trace: Trace, positions: Positions, names: Sequence[str]) -> None:
+        self._network, self._positions = network, positions
+        self._layers = [trace.layers[name] for name in names]
+        self._sums = {name: LayerSums(trace.layers[name]) for name in names if trace.same_rows[name] == name}
         self._start = torch.zeros((), device=device_of(network), requires_grad=True)
         self._gradients: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
         self._blocks: dict[str, Tensor] = {}
 
-    def hooks(self, gradients: bool, blocks: bool) -> Iterator[RemovableHandle]:
-        """Register hooks of layers and, if wanted, of blocks."""
-        for layer in self._trace.layers.values():
+    def hooks(self, gradients: bool, blocks: Sequence[tuple[str, int]]) -> Iterator[RemovableHandle]:
+        """Register hooks of layers and of blocks, each with the axis of its features."""
+        for layer in self._layers:
             for path in layer.modules:
                 module = self._network.get_submodule(path)
                 yield module.register_forward_pre_hook(self._before(layer), with_kwargs=True)
                 if gradients:
                     yield module.register_forward_hook(self._after(layer))
-        for k, chain in enumerate(self._trace.chains if blocks and gradients else ()):
-            for position, block in enumerate(chain):
-                behind = self._behind(block.module, self._trace.axis((k, position)))
-                yield self._network.get_submodule(block.module).register_forward_hook(behind)
+        for path, axis in blocks if gradients else ():
+            yield self._network.get_submodule(path).register_forward_hook(self._behind(path, axis))
 
     def sums(self) -> dict[_Key, Moments | _Sum]:
         """The sums so far."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.block_chain import Chain, next_input
+from mpoc.compression.calibrate.block_chain import Chain, StopPassError, next_input
 from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_argument, hooked
 from mpoc.compression.calibrate.moments import (
     ALL,
@@ -30,10 +30,6 @@ from mpoc.models.call import Batch, Call, main_input, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 _KEPT_BYTES = 2 * 1024**3
-
-
-class _StopError(Exception):
-    """Stops a forward pass once all inputs asked for are there."""
 
 
 @dataclass
@@ -75,7 +71,7 @@ class _Runner:
 
     def run(self, index: int, last: int | None = None) -> None:
         """Run batch ``index`` until a hook stops it: as a whole, or from the kept block to block ``last``."""
-        with suppress(_StopError):
+        with suppress(StopPassError):
             if self._at is None:
                 self._call(self.network, to_device(self._batches[index], self._device))
             else:
@@ -107,12 +103,12 @@ class _Runner:
 
         def catch(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             states.append(_State(args[0], args[1:], named))
-            raise _StopError
+            raise StopPassError
 
         block = self.network.get_submodule(self._trace.chains[position[0]][position[1]].module)
         with hooked() as handles:
             handles.append(block.register_forward_pre_hook(catch, with_kwargs=True))
-            with suppress(_StopError):
+            with suppress(StopPassError):
                 self._call(self.network, to_device(batch, self._device))
         return states[0]
 
@@ -267,7 +263,7 @@ class PairedPass:
                 inputs[name].append(first_argument(args, named).clone())  # what comes later may change it
                 left -= 1
                 if left == 0 and not often:  # else other batches may call a layer more often, or less
-                    raise _StopError
+                    raise StopPassError
 
             return see
 

@@ -37,6 +37,18 @@ UNREACHED = "the network does not reach it"
 
 
 @dataclass(frozen=True)
+class Pieces:
+    """The pieces of a network along a chain: what runs before it (-1), its blocks (0, 1, …), and the rest."""
+
+    chain: Chain
+    of: dict[str, int]  # weight → the piece that alone uses it
+
+    def names(self, piece: int) -> list[str]:
+        """The weights of one piece."""
+        return [name for name, own in self.of.items() if own == piece]
+
+
+@dataclass(frozen=True)
 class Trace:
     """What one forward pass tells about the weights that were asked for."""
 
@@ -54,6 +66,7 @@ class Trace:
     ]  # weight → chain, block of its first use; all its uses are in that chain
     numbers: int  # in the input of the pass
     families: dict[str, str]  # weight whose rows the network chooses → what it shares with its siblings
+    pieces: Pieces | None  # along the longest chain; None where a weight is used in several of them
 
     def axis(self, position: tuple[int, int]) -> int:
         """The feature axis of a block's output: the channels (1) for convolutions, else the last (-1)."""
@@ -139,6 +152,8 @@ def _joined(one: Trace, other: Trace) -> Trace:
     there = {name: other.chains[c][p].module for name, (c, p) in other.positions.items()}
     positions = {name: blocks[path] for name, path in there.items() if path in blocks}
     layers, families = other.layers | one.layers, other.families | one.families
+    pieces = [trace.pieces for trace in (other, one) if trace.pieces is not None]
+    alike = len(pieces) == 2 and [b.module for b in pieces[0].chain] == [b.module for b in pieces[1].chain]
     return replace(
         one,
         layers={name: layers[name] for group in groups for name in group},
@@ -149,6 +164,7 @@ def _joined(one: Trace, other: Trace) -> Trace:
         reasons={name: why for name, why in one.reasons.items() if name not in other.layers},
         positions=_outside(positions | one.positions, one.chains, families),
         families=families,
+        pieces=Pieces(pieces[1].chain, pieces[0].of | pieces[1].of) if alike else None,
     )
 
 
@@ -192,13 +208,29 @@ def _family(network: nn.Module, name: str) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class _Use:
+    """One call of a layer."""
+
+    rows: Tensor  # as it was given
+    identity: Any
+    within: list[int]  # the calls that had not returned, outermost first
+    after: int  # how many calls had begun
+
+
+def _piece(use: _Use, blocks: Mapping[int, int]) -> int:
+    """The piece that a call lies in; ``blocks``: number of a block's call → its position."""
+    inside = [blocks[number] for number in use.within if number in blocks]
+    return inside[0] if inside else -1 if use.after <= min(blocks) else len(blocks)
+
+
 class _Tracer:
     """Hooks of one traced pass, and what they record."""
 
     def __init__(self, network: nn.Module, layers: dict[str, ObservedLayer]) -> None:
         self._network, self._layers = network, layers
         self._chains = ChainTracer()
-        self.given: dict[str, list[tuple[Tensor, Any, list[int]]]] = {}  # input, identity, open blocks
+        self.given: dict[str, list[_Use]] = {}
         self.outputs: dict[int, tuple[str, Tensor]] = {}  # id of a tensor → the layer that gave it
         self.other_uses: set[int] = set()  # ids of outputs that go elsewhere than into a batch norm
         self._normed: dict[str, list[int]] = {}  # batch norm → ids of its inputs
@@ -223,7 +255,8 @@ class _Tracer:
     def _watch_layer(self, name: str, module: nn.Module) -> list[RemovableHandle]:
         def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = first_argument(args, named)
-            self.given.setdefault(name, []).append((given, identity(given), list(self._chains.open)))
+            use = _Use(given, identity(given), list(self._chains.open), len(self._chains.calls))
+            self.given.setdefault(name, []).append(use)
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             self.outputs[id(output)] = name, output
@@ -259,7 +292,7 @@ class _Tracer:
         calls = {name: len(given) for name, given in self.given.items()}
         groups: dict[Any, list[str]] = {}
         for name, given in self.given.items():
-            key = given[0][1] if calls[name] == 1 else name
+            key = given[0].identity if calls[name] == 1 else name
             groups.setdefault(key, []).append(name)
         same: dict[str, str] = {}
         for group in groups.values():
@@ -272,12 +305,13 @@ class _Tracer:
             {name: self._layers[name] for name in self.given}, tuple(map(tuple, groups.values())), calls,
             same, self._norms(calls), reasons, tuple(chains),
             _outside(self._positions_of(blocks), chains, families), main_input(batch).numel(), families,
+            self._pieces(chains, blocks),
         )  # fmt: skip
 
     def _row_counts(self) -> dict[str, int]:
         """The length of what each layer was given first; 0 for layers that were not called."""
         counts = dict.fromkeys(self._layers, 0)
-        return counts | {name: len(given[0][0]) for name, given in self.given.items()}
+        return counts | {name: len(given[0].rows) for name, given in self.given.items()}
 
     def _norms(self, calls: dict[str, int]) -> dict[str, str]:
         norms = {}
@@ -289,10 +323,24 @@ class _Tracer:
                 norms[name] = path
         return norms
 
+    def _pieces(self, chains: Sequence[Chain], blocks: dict[int, tuple[int, int]]) -> Pieces | None:
+        """The pieces along the longest chain."""
+        longest = max(range(len(chains)), key=lambda c: len(chains[c]), default=None)
+        if longest is None or len(chains[longest]) < 2:
+            return None
+        numbers = {n: position for n, (chain, position) in blocks.items() if chain == longest}
+        pieces: dict[str, int] = {}
+        for name, given in self.given.items():
+            own = {_piece(use, numbers) for use in given}
+            if len(own) > 1:
+                return None
+            pieces[name] = own.pop()
+        return Pieces(chains[longest], pieces)
+
     def _positions_of(self, blocks: dict[int, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         positions = {}
         for name, given in self.given.items():
-            places = [next((blocks[n] for n in within if n in blocks), None) for _, _, within in given]
+            places = [next((blocks[n] for n in use.within if n in blocks), None) for use in given]
             chains = {None if position is None else position[0] for position in places}
             if len(chains) == 1 and places[0] is not None:
                 positions[name] = places[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,10 +14,13 @@ from mpoc.compression.calibrate.calibration_data import Pooling, direction, outp
 from mpoc.compression.calibrate.dense_pass import DensePass, Probes, dense_pass
 from mpoc.compression.calibrate.moments import ALL, Accumulator, Positions
 from mpoc.compression.calibrate.trace import Trace, trace
+from mpoc.compression.run_context import Progress, RunContext
 from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call
 from mpoc.runtime.device import derived_seed
 from tests.compression.calibrate.networks import Stopped, encoder, images, resnet20, second, texts, weights
+from tests.support.architectures import tiny
+from tests.support.rounding import assert_near
 
 
 def passed(
@@ -227,3 +232,69 @@ def test_gradients_after_a_block_match_its_last_layer() -> None:
     ours = done.blocks[path]
     assert torch.allclose(ours / ours.norm(), wanted / wanted.norm(), atol=1e-5)
     assert not dense_pass(network, Call.of(network), batches, found, Probes(3)).blocks
+
+
+class Skips(nn.Module):
+    """A chain of two blocks, of which something else is used further on."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.blocks = nn.ModuleList(Extra() for _ in range(2))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.first(x)
+        middle = self.blocks[0](before, before if self.how == "argument" else None)
+        after = self.blocks[1](middle, before if self.how == "argument" else None)
+        used = {"over a block": middle, "over all": before, "argument": 0.0, "none": 0.0}
+        if self.how == "twice":
+            return self.first(after)
+        return self.last(after + used[self.how])
+
+
+class Extra(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, more: Tensor | None) -> Tensor:
+        return x + self.linear(x if more is None else x * more).tanh()
+
+
+def _skips(how: str) -> tuple[nn.Module, list[Batch]]:
+    torch.manual_seed(0)
+    return Skips(how).eval(), [{"x": torch.randn(n, 6)} for n in (5, 3)]
+
+
+PIECES: dict[str, tuple[Any, bool]] = {
+    "bert": (lambda: (encoder(), [texts(), texts((3, 8), seed=1)]), True),
+    "gpt2": (lambda: (tiny("gpt2"), [texts(), texts((3, 8), seed=1)]), True),
+    "llama": (lambda: (tiny("llama"), [texts(), texts((3, 8), seed=1)]), True),
+    "resnet": (lambda: (resnet20(), [images(2, size=12), images(1, seed=1, size=12)]), True),
+    **{
+        how: (partial(_skips, how), how == "none")
+        for how in ("over a block", "over all", "argument", "twice", "none")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", PIECES)
+def test_pieces_give_what_the_whole_network_gives(kind: str) -> None:
+    make, cuts = PIECES[kind]
+    network, batches = make()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    stages: list[str] = []
+    context = RunContext(torch.device("cpu"), progress=Progress(stage=lambda stage, *_: stages.append(stage)))
+    probes = Probes(2, seed=3, blocks=True)
+    one = dense_pass(network, Call.of(network), batches, found, probes, context=context)
+    whole = dense_pass(network, Call.of(network), batches, replace(found, pieces=None), probes)
+    assert (len(set(stages)) > 1) == cuts
+    assert one.moments.keys() == whole.moments.keys() == found.layers.keys()
+    assert one.gradients.keys() == whole.gradients.keys() and one.blocks.keys() == whole.blocks.keys()
+    assert len(one.gradients) >= 3
+    for name, moments in whole.moments.items():
+        assert torch.equal(moments.second, one.moments[name].second)
+    for ours, theirs in ((one.gradients, whole.gradients), (one.blocks, whole.blocks)):
+        for name, gradient in theirs.items():
+            assert_near(ours[name], gradient, terms=64, depth=len(found.layers))
