@@ -104,13 +104,13 @@ def evaluate(
 
     Args:
         path: a compressed file or directory, or a dense checkpoint.
-        data: a file or folder of examples, or :class:`DataOptions`, which say how it is preprocessed.
+        data: a file or folder of examples, or :class:`DataOptions` with its preprocessing.
         arch: the network: one of the zoo, as ``"resnet:depth=56"``, or ``"file.py:function"`` or
-            ``"package.module:function"``, which is run; needed where the file does not name it.
+            ``"package.module:function"``, which is run; required if the file does not name it.
         split: ``"train"``, ``"validation"`` or ``"test"``; None: test, else validation, else train.
         task: ``"classification"``, ``"regression"``, ``"causal-lm"`` or ``"masked-lm"``; None: inferred from
             data and network.
-        reference: measure similarity to this network instead: no labels are needed then.
+        reference: measure the similarity to this network instead, without labels.
         latency: also measure the time of a call, for one example and for ``batch``.
         batch: number of examples in a call.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ….
@@ -118,7 +118,7 @@ def evaluate(
 
     Returns:
         The result: ``scores`` by name (accuracies in per cent), ``metric`` (the score that counts),
-        ``examples``, ``rate`` (examples a second) and ``latencies`` (milliseconds).
+        ``examples``, ``rate`` (examples per second) and ``latencies`` (milliseconds).
 
     Raises:
         UsageError: no network is known, there is no such split, or network and data do not fit.
@@ -160,7 +160,7 @@ def finetune(
     resume: bool = False,
     say: Callable[[str], None] | None = None,
 ) -> Finetuned:
-    """Train a network, its cores and all else, and write it as a file of the same kind.
+    """Train all parameters of a network, cores included, and write it as a file of the same kind.
 
         >>> arch = "mpoc.demo.network:DigitsNet"
         >>> tuned = mpoc.finetune("digits-cnn.mpo.safetensors", "digits.npz", arch=arch, steps=3, batch=16)
@@ -177,10 +177,10 @@ def finetune(
         arch: the network, as :func:`evaluate` takes it.
         task: as :func:`evaluate` takes it, or ``"distillation"``; None: inferred from data and network.
         teacher: learn the outputs of this network instead of labels (distillation).
-        settings: everything about the training; None: the defaults. The five arguments that follow win.
+        settings: all settings of the training; None: the defaults. The next five arguments override them.
         epochs: passes over the training split.
         steps: optimiser steps, instead of epochs.
-        batch: examples a step.
+        batch: number of examples per step.
         lr: peak learning rate.
         seed: seed of everything that training draws.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ….
@@ -190,7 +190,7 @@ def finetune(
 
     Returns:
         The result: ``output``, ``training`` (settings, evaluations and scores as the file keeps them),
-        ``rate`` (examples a second) and ``manifest``.
+        ``rate`` (examples per second) and ``manifest``.
 
     Raises:
         UsageError: an output exists, options do not fit, or the checkpoint is of another training.

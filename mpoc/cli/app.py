@@ -36,7 +36,7 @@ SUMMARIES = {
         "Compress a small network for handwritten digits and fine-tune it: ρ table, accuracy at each stage."
     ),
     "doctor": "Show versions, extras and devices, and test mpoc on each device; takes seconds.",
-    "guide": "Show the manual, one page a topic.",
+    "guide": "Show the manual, one page per topic.",
 }
 _FUNCTIONS = {"eval": "evaluate"}  # of the commands whose function has another name
 

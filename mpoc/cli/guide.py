@@ -46,7 +46,7 @@ class GuideOptions:
 
 @takes(GuideOptions)
 def guide(options: GuideOptions) -> None:
-    """Show the manual, one page a topic.
+    """Show the manual, one page per topic.
 
     Examples:
 

@@ -233,7 +233,7 @@ def _label_column(files: list[Path], values: list[list[Any]], label: str) -> tup
 
 
 def open_jsonl(source: DataSource) -> Data:
-    """Open files of JSON objects, one a line, with a field of text or of token ids, and labels if any.
+    """Open files of JSON objects, one per line, with a field of text or of token ids, and labels if any.
 
     Raises:
         MpocError: a line that is no JSON object, no such field or several, a missing value, a bad label.

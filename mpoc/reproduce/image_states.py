@@ -202,7 +202,7 @@ class ImageStates:
     data: Data
     split: str
     images: Tensor  # (n, C, H, W) float64 from 0 to 1
-    states: dict[str, tuple[Quality, ...]]  # by order, one a bond
+    states: dict[str, tuple[Quality, ...]]  # by order, one per bond
     peers: dict[str, tuple[Quality, ...]]  # by method, each the best of it that the same numbers hold
     entropies: dict[str, tuple[float, ...]]  # by order, mean over the images at every bond
     quick: bool
