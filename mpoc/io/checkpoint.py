@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
 from torch import Tensor
 
 from mpoc.errors import MpocError
@@ -37,6 +37,7 @@ class Checkpoint:
     left: dict[str, str] = field(default_factory=dict)  # left unchanged whatever is asked → the reason
     architecture: dict[str, str] = field(default_factory=dict)  # the network it belongs to, where named
     history: dict[str, Any] = field(default_factory=dict)  # of its training by mpoc; {}: none is recorded
+    metadata: dict[str, str] = field(default_factory=dict)  # of the headers of its safetensors files
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU; memory-mapped where the format allows, so do not write to it."""
@@ -77,15 +78,76 @@ def _name(info: TensorInfo) -> str:
     return info.name
 
 
-def strip_wrappers(names: list[str]) -> dict[str, str]:
-    """Map names to names without the prefixes of DDP (``module.``) and torch.compile (``_orig_mod.``).
+# What wrappers put into names: torch.compile, FSDP, activation checkpointing, Lightning's strategies.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+_BESIDE_WRAPPED = ("n_averaged",)  # AveragedModel's own, beside module.*
 
-    ``module.`` is removed only if every name has it, and nothing if two names would become equal.
+
+def strip_wrappers(names: list[str]) -> dict[str, str]:
+    """Map names to names without what wrappers put into them.
+
+    ``module`` (DDP, DataParallel, AveragedModel) is removed where all names begin with it, or all names below
+    one first part go on with it.  Nothing is removed if two names would become equal.
     """
-    clean = {name: name.replace("_orig_mod.", "") for name in names}
-    while clean and all(name.startswith("module.") for name in clean.values()):
-        clean = {name: short.removeprefix("module.") for name, short in clean.items()}
-    return clean if len(set(clean.values())) == len(clean) else {name: name for name in names}
+    clean = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in names}
+    while wrapped := _wrapped_in_module([name for name in clean.values() if name not in _BESIDE_WRAPPED]):
+        clean = {name: _without_module(short, wrapped) for name, short in clean.items()}
+    return clean if len(set(clean.values())) == len(clean) and all(clean.values()) else {n: n for n in names}
+
+
+def wrapper_notes(clean: Mapping[str, str]) -> list[str]:
+    """A note on a wrapper below another part of names, which is told from the names alone."""
+    for name, short in clean.items():
+        if name != short and not name.endswith(short):
+            return [f"names without what wrappers put into them: {name} is {short}"]
+    return []
+
+
+def _wrapped_in_module(names: list[str]) -> set[str]:
+    """The first parts below which every name goes on with ``module``; {""} where all names begin with it."""
+    if names and all(name.startswith("module.") for name in names):
+        return {""}
+    below: dict[str, set[str]] = {}
+    for name in names:
+        first, _, rest = name.partition(".")
+        below.setdefault(f"{first}.", set()).add(rest.partition(".")[0] if "." in rest else "")
+    return {first for first, seconds in below.items() if seconds == {"module"}}
+
+
+def _without_module(name: str, wrapped: set[str]) -> str:
+    for prefix in wrapped:
+        if name.startswith(f"{prefix}module."):
+            return prefix + name.removeprefix(f"{prefix}module.")
+    return name
+
+
+class _MappedFile:
+    """A safetensors file whose header is read once; its tensors are mapped into memory one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._state = self._look()
+        self.header = read_header(path)
+
+    def _look(self) -> tuple[int, int, int]:
+        found = self._path.stat()
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+    def read(self, name: str) -> Tensor:
+        """A tensor; the mapping and its pages are released with it.
+
+        Raises:
+            MpocError: the file is no longer that whose header was read.
+        """
+        info, start = self.header.tensors[name], self.header.starts[name]
+        dtype = getattr(torch, info.dtype)
+        if self._look() != self._state:
+            raise MpocError(f"{self._path}: changed while it was read (tensor {name!r})", "start again")
+        if not info.nbytes:
+            return torch.empty(info.shape, dtype=dtype)
+        storage = torch.UntypedStorage.from_file(str(self._path), False, self._state[1])
+        raw = torch.empty(0, dtype=torch.uint8).set_(storage[start : start + info.nbytes])
+        return (raw.clone() if start % dtype.itemsize else raw).view(dtype).view(info.shape)
 
 
 def open_safetensors(
@@ -102,26 +164,68 @@ def open_safetensors(
     Raises:
         MpocError: a file is broken, or the index names a tensor that its file lacks.
     """
-    held = {file: read_header(file).tensors for file in files}
-    if wanted is None:
-        wanted = {name: file for file in files for name in held[file]}
+    opened = {file: _MappedFile(file) for file in files}
+    held = {file: mapped.header.tensors for file, mapped in opened.items()}
+    owners = check_index(path, held, wanted)
+    clean = strip_wrappers(list(owners)) if strip else {name: name for name in owners}
+    origin = {short: (name, owners[name]) for name, short in clean.items()}
+    infos = {short: replace(held[file][name], name=short) for short, (name, file) in origin.items()}
+
+    def read(short: str) -> Tensor:
+        name, file = origin[short]
+        return opened[file].read(name)
+
+    return Checkpoint(
+        path,
+        infos,
+        {},
+        read,
+        {short: file for short, (_, file) in origin.items()},
+        notes=wrapper_notes(clean) + index_notes(owners, wanted),
+        metadata=shared_metadata(mapped.header.metadata for mapped in opened.values()),
+    )
+
+
+def check_index(
+    path: Path, held: Mapping[Path, Iterable[str]], wanted: Mapping[str, Path] | None
+) -> dict[str, Path]:
+    """Which file each tensor is taken from: the index's where it says so, else the one that holds it.
+
+    Args:
+        path: what the user named.
+        held: the names of the tensors of each file.
+        wanted: name → file as an index gives it; None where there is none.
+
+    Raises:
+        MpocError: the index names a tensor that its file lacks, or two files hold one that it does not name.
+    """
+    wanted = wanted or {}
+    names = {file: set(tensors) for file, tensors in held.items()}
     for name, file in wanted.items():
-        if name not in held[file]:
+        if name not in names[file]:
             raise MpocError(f"{path}: the index puts tensor {name!r} into {file.name}, which lacks it")
-    clean = strip_wrappers(list(wanted)) if strip else {name: name for name in wanted}
-    origin = {short: (name, wanted[name]) for name, short in clean.items()}
+    owners = dict(wanted)
+    for file, tensors in held.items():
+        for name in tensors:
+            other = owners.setdefault(name, file)
+            if other != file and name not in wanted:
+                raise MpocError(
+                    f"{path}: tensor {name!r} is in {other.name} and in {file.name}, and in no index",
+                    "remove it from one of them",
+                )
+    return owners
 
-    def read(name: str) -> Tensor:
-        original, file = origin[name]
-        try:
-            # Opened for every tensor, so that the mapping and its pages are released with the tensor.
-            with safe_open(file, framework="pt") as handle:
-                return handle.get_tensor(original)
-        except SafetensorError as error:
-            raise MpocError(f"{file}: tensor {original!r} cannot be read: {error}") from error
 
-    infos = {}
-    for short, (name, file) in origin.items():
-        info = held[file][name]
-        infos[short] = TensorInfo(short, info.dtype, info.shape)
-    return Checkpoint(path, infos, {}, read, {short: file for short, (_, file) in origin.items()})
+def index_notes(owners: Mapping[str, Path], wanted: Mapping[str, Path] | None) -> list[str]:
+    """A note on tensors that the index omits; none where it names all."""
+    lost = [name for name in owners if wanted is not None and name not in wanted]
+    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+    return [f"not in the index, kept: {', '.join(lost[:3])}{more}"] if lost else []
+
+
+def shared_metadata(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The metadata of several files: every key, with the value of the first file that has it."""
+    merged: dict[str, str] = {}
+    for part in parts:
+        merged = dict(part) | merged
+    return merged

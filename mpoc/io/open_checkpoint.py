@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +21,15 @@ import torch
 from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.io.checkpoint import Checkpoint, open_safetensors, strip_wrappers
+from mpoc.io.checkpoint import (
+    Checkpoint,
+    check_index,
+    index_notes,
+    open_safetensors,
+    strip_wrappers,
+    wrapper_notes,
+)
+from mpoc.io.foreign import adapter, foreign_file, refuse_layout, refuse_quantised
 from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.torch_file import open_torch_file
@@ -29,10 +38,6 @@ from mpoc.io.weight_files import read_json, weight_files_of
 from mpoc.tensor_networks.fit.truncation import largest
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
-_QUANTISED = re.compile(
-    r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_scale|weight_packed)$|\.quant_state\."
-)
-
 _PAGE = 4096
 _PIECE = 1 << 24  # bytes looked at in one step
 
@@ -56,49 +61,45 @@ def open_directory(path: Path) -> Checkpoint:
 
 
 def _refuse_by_config(path: Path, config: dict[str, Any] | None) -> None:
-    if (path / "adapter_config.json").exists():
-        raise MpocError(
-            f"{path}: a LoRA (PEFT) adapter, not a whole model",
-            "merge it into its base first: peft's merge_and_unload(), then save_pretrained()",
-        )
-    if (path / "mpoc.json").exists():
+    if (path / "adapter_config.json").is_file():
+        raise adapter(path, read_json(path / "adapter_config.json"))
+    method = ((config or {}).get("quantization_config") or {}) if config else {}
+    if (path / MANIFEST_FILE).exists() or (isinstance(method, dict) and method.get("quant_method") == "mpo"):
         raise already_compressed(path)
-    quantization = (config or {}).get("quantization_config")
-    if quantization:
-        known = isinstance(quantization, dict)
-        method = quantization.get("quant_method", "unknown method") if known else quantization
-        if method == "mpo":
-            raise already_compressed(path)
-        raise MpocError(
-            f"{path}: already quantised ({method}); MPOs need the weights themselves",
-            "compress the unquantised checkpoint",
-        )
+    refuse_quantised(path, config or {})
 
 
 def already_compressed(path: Path) -> MpocError:
     """The error for mpoc's own output."""
     return MpocError(
         f"{path}: already compressed by mpoc",
-        f"for other bonds compress the original, or expand first: mpoc expand {path}",
+        "for other bonds compress the original, or expand first: "
+        + shlex.join(["mpoc", "expand", str(path)]),
     )
 
 
 def _join(parts: list[Checkpoint], path: Path, wanted: dict[str, Path] | None) -> Checkpoint:
     """Several torch shards as one checkpoint, wrapper prefixes taken off over all names together."""
-    owner = {name: part for part in parts for name in part.infos}
-    tied = {alias: name for part in parts for alias, name in part.tied.items()}
-    for name, file in (wanted or {}).items():
-        if name not in owner and name not in tied:
-            raise MpocError(f"{path}: the index puts tensor {name!r} into {file.name}, which lacks it")
-    clean = strip_wrappers([*owner, *tied])
-    origin = {clean[name]: (name, part) for name, part in owner.items()}
+    by_file = {part.path: part for part in parts}
+    owners = check_index(path, {part.path: [*part.infos, *part.tied] for part in parts}, wanted)
+    clean = strip_wrappers(list(owners))
+    origin: dict[str, tuple[str, Checkpoint]] = {}
+    tied: dict[str, str] = {}
+    for name, file in owners.items():
+        part = by_file[file]
+        first = part.tied.get(name, name)
+        if first != name and owners[first] == file:
+            tied[clean[name]] = clean[first]
+        else:
+            origin[clean[name]] = first, part
+    notes = {note for part in parts for note in part.notes}
     return Checkpoint(
         path,
         {short: replace(part.infos[name], name=short) for short, (name, part) in origin.items()},
-        {clean[alias]: clean[name] for alias, name in tied.items()},
+        tied,
         lambda short: origin[short][1].read(origin[short][0]),
         {short: part.files[name] for short, (name, part) in origin.items()},
-        notes=sorted({note for part in parts for note in part.notes}),
+        notes=[*sorted(notes), *wrapper_notes(clean), *index_notes(owners, wanted)],
     )
 
 
@@ -120,11 +121,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     elif path.suffix in TORCH_SUFFIXES:
         checkpoint = open_torch_file(path)
     else:
-        known = " ".join((*TORCH_SUFFIXES, ".safetensors"))
-        raise MpocError(f"{path}: not a kind of checkpoint known here ({known}, or a directory)")
+        raise _unknown(path)
     _refuse_by_names(checkpoint)
     checkpoint.history = read_history(path)
     return checkpoint
+
+
+def _unknown(path: Path) -> MpocError:
+    known = " ".join((*TORCH_SUFFIXES, ".safetensors"))
+    foreign, what = foreign_file(path), f"not a kind of checkpoint known here ({known}, or a directory)"
+    return MpocError(f"{foreign}, {what}", foreign.hint) if foreign else MpocError(f"{path}: {what}")
 
 
 def _missing(path: Path) -> UsageError:
@@ -144,16 +150,7 @@ def _refuse_by_names(checkpoint: Checkpoint) -> None:
     for name in checkpoint.infos:
         if not name.isprintable():
             raise MpocError(f"{path}: a tensor is named {name!r}, with characters that cannot be printed")
-        if ".lora_A." in name or ".lora_B." in name or name.endswith((".lora_A", ".lora_B")):
-            raise MpocError(
-                f"{path}: a LoRA adapter (tensor {name!r}), not a whole model",
-                "merge it into its base first: peft's merge_and_unload(), then save the model",
-            )
-        if _QUANTISED.search(name):
-            raise MpocError(
-                f"{path}: already quantised (tensor {name!r}); MPOs need the weights themselves",
-                "compress the unquantised checkpoint",
-            )
+    refuse_layout(path, checkpoint.infos)
 
 
 def one_ahead(checkpoint: Checkpoint, names: Iterable[str]) -> Generator[str, None, None]:
@@ -214,7 +211,7 @@ def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
         kind = "NaN" if math.isnan(most) else "infinite values"
         raise MpocError(
             f"{checkpoint.files[name]}: tensor {name!r} holds {kind}",
-            f"repair the checkpoint, or leave the layer alone: --exclude '{name}'",
+            f"repair the checkpoint, or leave the layer alone: --exclude {shlex.quote(name)}",
         )
     return weight
 

@@ -11,11 +11,12 @@ import math
 import os
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mpoc.errors import MpocError, shortened
+from mpoc.io.foreign import foreign_file
 from mpoc.io.validation import LONGEST, parse_strictly
 
 # safetensors' name of a dtype: (torch's name, bytes each), in the order in which its own writer stores them
@@ -37,6 +38,8 @@ DTYPES = {
     "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }
+# Floats of 4 to 8 bits that are stored with a scale for each block.
+_BLOCK_DTYPES = ("F8_E8M0", "F6_E2M3", "F6_E3M2", "F4", "F4_E2M1", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 CODES = {name: code for code, (name, _) in DTYPES.items()}
 ITEMSIZE = dict(DTYPES.values())
 # Far beyond any tensor that is: what is done with a name or a shape takes time by its length.
@@ -75,6 +78,7 @@ class Header:
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
+    starts: dict[str, int] = field(default_factory=dict)  # name → offset of its first byte in the file
 
 
 def read_header(path: Path) -> Header:
@@ -89,9 +93,10 @@ def read_header(path: Path) -> Header:
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= LONGEST:
-            raise MpocError(f"{path}: not a safetensors file (no header)")
+            raise foreign_file(path) or MpocError(f"{path}: not a safetensors file (no header)")
         if length > size - 8:
-            raise MpocError(f"{path}: truncated in its header: {size} bytes, header of {length}")
+            said = f"{path}: truncated in its header: {size} bytes, header of {length}"
+            raise foreign_file(path) or MpocError(said)
         text = file.read(length)
     try:
         raw = parse_strictly(text)
@@ -102,13 +107,17 @@ def read_header(path: Path) -> Header:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise MpocError(f"{path}: not a safetensors file (broken header: {shortened(error)})") from error
     _check_bytes(path, entries, size - 8 - length)
-    return Header({name: info for name, (info, _) in entries.items()}, metadata)
+    starts = {name: 8 + length + start for name, (_, (start, _)) in entries.items()}
+    return Header({name: info for name, (info, _) in entries.items()}, metadata, starts)
 
 
 def _entry(path: Path, name: str, value: dict[str, Any]) -> tuple[TensorInfo, tuple[int, int]]:
     """A tensor's info and the offsets of its first byte and behind its last."""
     if len(name) > LONGEST_NAME:
         raise MpocError(f"{path}: tensor {name[:40]!r}… has a name of {len(name)} characters")
+    if value["dtype"] in _BLOCK_DTYPES:
+        said = f"{path}: already quantised: blocks of {value['dtype']} (MX, NVFP4; tensor {name!r})"
+        raise MpocError(said, "compress the unquantised checkpoint that it was made from")
     if value["dtype"] not in DTYPES:
         raise MpocError(f"{path}: tensor {name!r} has dtype {str(value['dtype'])[:40]}, not known here")
     shape = tuple(value["shape"][: _MOST_AXES + 1])
