@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpoc.cli.console import Output
+from mpoc.cli.console import Output, plain
 from mpoc.cli.options import takes
 from mpoc.compression.recipe import Recipe, make_recipe
 from mpoc.errors import MpocError, UsageError
@@ -358,7 +358,7 @@ def print_table(result: CompressResult, console: Output) -> None:
     compression = result.compression
     if result.search is not None and result.before is not None:
         nbytes = compression.manifest.source.nbytes
-        console.result.print(goal_line(result.before, result.search.max_drop), soft_wrap=True)
+        console.result.print(plain(goal_line(result.before, result.search.max_drop)), soft_wrap=True)
         console.result.print(trials_table(result.search, result.before, nbytes))
         console.result.print()
     seconds = compression.seconds or None

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich import markup
 from rich.console import Console
+from rich.text import Text
 
 from mpoc.errors import MpocError
 from mpoc.runtime.distributed import is_main
@@ -36,31 +36,34 @@ class Output:
     def say(self, text: str) -> None:
         """Print a message on stderr."""
         if not self.quiet:
-            self.messages.print(escape(text), highlight=False, soft_wrap=True)
+            self.messages.print(plain(text), soft_wrap=True)
 
     def next_command(self, command: str) -> None:
         """Print the next useful command on stderr."""
         self.say(f"next: {command}")
 
 
-def escape(text: str) -> str:
-    """Text for rich to print as it is: without markup, and without control characters of a terminal.
-
-    Names come from untrusted files.
-    """
-    if not all(map(_is_plain, text)):
-        text = "".join(letter if _is_plain(letter) else repr(letter)[1:-1] for letter in text)
-    return markup.escape(text)
+def plain(text: str) -> str:
+    """Text without control characters of a terminal: names come from untrusted files."""
+    if all(map(_is_plain, text)):
+        return text
+    return "".join(letter if _is_plain(letter) else repr(letter)[1:-1] for letter in text)
 
 
 def _is_plain(character: str) -> bool:
     return character.isprintable() or character in "\n\t"
 
 
+def titled(title: str, text: str, style: str = "bold") -> Text:
+    """``title: text`` with the title in a style."""
+    return Text.assemble((f"{title}:", style), " ", plain(text))
+
+
 def _console(stderr: bool) -> Console:
+    """A console without markup and emoji, which names of layers and files would be taken for."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _WIDTH_OFF_TERMINAL
-    return Console(stderr=stderr, width=width, highlight=False)
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -98,11 +101,11 @@ def _fail(error: BaseException, message: str, hint: str | None, status: int) -> 
     if status in (_BAD_COMMAND, _INTERRUPTED, _TERMINATED) and not is_main():
         raise SystemExit(status)  # every process has the same command line or signal: one message is enough
     console = _console(stderr=True)
-    console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    console.print(titled("error", message, "bold red"), soft_wrap=True)
     for note in _notes(error):
-        console.print(f"[bold]note:[/] {escape(note)}", soft_wrap=True)
+        console.print(titled("note", note), soft_wrap=True)
     if hint:
-        console.print(f"[bold]hint:[/] {escape(hint)}", soft_wrap=True)
+        console.print(titled("hint", hint), soft_wrap=True)
     raise SystemExit(status)
 
 

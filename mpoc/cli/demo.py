@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpoc.cli.console import Output, escape
+from mpoc.cli.console import Output, plain
 from mpoc.cli.options import takes
 from mpoc.errors import UsageError
 from mpoc.runtime.options import option
@@ -156,11 +156,11 @@ def demo(options: DemoOptions) -> None:
     commands = _fine_tune(result, console)
     console.result.print("files:")
     for file in result.files.written():
-        console.result.print(f"  {file}", soft_wrap=True)
+        console.result.print(plain(f"  {file}"), soft_wrap=True)
     if commands:
         console.result.print("fine-tune and measure it yourself:")
         for command in commands:
-            console.result.print(f"  {command}", soft_wrap=True)
+            console.result.print(plain(f"  {command}"), soft_wrap=True)
     console.next_command(f"mpoc report {result.files.tuned if commands else result.files.compressed}")
 
 
@@ -174,9 +174,8 @@ def _fine_tune(result: DemoResult, console: Output) -> list[str]:
         console.say("stopped while fine-tuning; mpoc demo --force starts over")
         raise SystemExit(128 + stop.signum) from None
     if accuracy is None:
-        console.result.print(
-            escape("fine-tuning was skipped: it needs accelerate, pip install '.[train]'"), soft_wrap=True
-        )
+        skipped = "fine-tuning was skipped: it needs accelerate, pip install '.[train]'"
+        console.result.print(skipped, soft_wrap=True)
         return []
     console.result.print(f"accuracy after fine-tuning: {accuracy:.2f} %")
     return result.files.commands()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpoc
-from mpoc.cli.console import Output, escape
+from mpoc.cli.console import Output, plain, titled
 from mpoc.cli.options import takes
 from mpoc.compression.recipe_syntax import ShapeRule
 from mpoc.errors import MpocError
@@ -316,8 +316,8 @@ def doctor(options: DoctorOptions) -> None:
 
 def _print(examination: Examination, console: Output) -> None:
     for title, text in lines(examination):
-        console.result.print(f"{escape(f'{title:<12}')}{escape(text)}", soft_wrap=True)
+        console.result.print(f"{plain(f'{title:<12}')}{plain(text)}", soft_wrap=True)
     for fault in examination.faults:
-        title = "[bold red]fault[/]" if fault.stops else "[bold yellow]note[/]"
-        console.result.print(f"{title}: {escape(fault.what)}: {escape(fault.remedy)}", soft_wrap=True)
+        title, style = ("fault", "bold red") if fault.stops else ("note", "bold yellow")
+        console.result.print(titled(title, f"{fault.what}: {fault.remedy}", style), soft_wrap=True)
     console.result.print("all is well" if examination.is_well else "mpoc does not work as it should here")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpoc.cli.console import Output
+from mpoc.cli.console import Output, plain
 from mpoc.cli.options import takes
 from mpoc.compression.recipe import Recipe
 from mpoc.runtime.options import COMMON, argument, nested, option
@@ -85,7 +85,6 @@ def entanglement(options: EntanglementOptions) -> None:
 
 def _print(result: Entanglement, console: Output) -> None:
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     stored = any(profile.stored is not None for profile in result.profiles)
@@ -98,7 +97,7 @@ def _print(result: Entanglement, console: Output) -> None:
     for title in titles:
         table.add_column(title, overflow="fold")
     for profile in result.profiles:
-        table.add_row(*(escape(cell) for cell in _row(profile, both)))
+        table.add_row(*(plain(cell) for cell in _row(profile, both)))
     console.result.print(table)
     console.result.print("S in nats at each cut of the chain; its largest value is ln of the full bond")
     if result.left:

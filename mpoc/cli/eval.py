@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mpoc.cli.console import Output
+from mpoc.cli.console import Output, plain
 from mpoc.cli.options import takes
 from mpoc.runtime.options import ADVANCED, nested, option
 from mpoc.train.settings import EvaluationRequest
@@ -52,7 +52,7 @@ def evaluate(options: EvalOptions) -> None:
 def _print_lines(evaluation: FileEvaluation, console: Output) -> None:
     from mpoc.cli.tables import scores_line
 
-    console.result.print(f"{evaluation.split}: {scores_line(evaluation.scores)}", soft_wrap=True)
+    console.result.print(plain(f"{evaluation.split}: {scores_line(evaluation.scores)}"), soft_wrap=True)
     console.result.print(f"{evaluation.examples:,} examples, {evaluation.rate:,.0f} a second", soft_wrap=True)
     for line in evaluation.latencies:
         console.result.print(_latency_line(line), soft_wrap=True)

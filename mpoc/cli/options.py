@@ -9,9 +9,10 @@ from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
+from rich.markup import escape
 from typer.core import TyperCommand
 
-from mpoc.cli.console import escape, reported_errors
+from mpoc.cli.console import reported_errors
 from mpoc.errors import UsageError
 from mpoc.runtime.options import ADVANCED, COMMON, Nested, Option
 
@@ -56,7 +57,7 @@ def takes(options: type[T]) -> Callable[[Callable[[T], None]], Callable[..., Non
             with reported_errors():
                 function(options(**_given(options, values)))
 
-        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        command.__name__, command.__doc__ = function.__name__, escape(function.__doc__ or "")
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return command

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from mpoc.cli.console import Output
+from mpoc.cli.console import Output, plain
 from mpoc.cli.tables import scores_line
 from mpoc.io.manifest import LayerRecord
 
@@ -80,7 +80,7 @@ def _time_left() -> Callable[[float, float], str]:
 def _bar(console: Output) -> Iterator[LayerCallback]:
     before = after = 0
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed}/{task.total} layers  ρ {task.fields[rho]:.4f}"),
         TextColumn("{task.fields[left]}"),
@@ -95,7 +95,12 @@ def _bar(console: Output) -> Iterator[LayerCallback]:
             after += record.num_stored
             rest = f"{clock} left" if (clock := left(share, seconds)) else ""
             bar.update(
-                task, description=record.layer, completed=done, total=total, rho=after / before, left=rest
+                task,
+                description=plain(record.layer),
+                completed=done,
+                total=total,
+                rho=after / before,
+                left=rest,
             )
 
         yield tell

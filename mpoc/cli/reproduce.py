@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpoc.cli.console import Output, escape
+from mpoc.cli.console import Output, plain
 from mpoc.cli.options import takes
 from mpoc.errors import UsageError, shortened
 from mpoc.runtime.options import ADVANCED, COMMON, argument, option
@@ -260,7 +260,7 @@ def print_images(console: Console, result: ImageStates) -> None:
         "factors'; of a cosine coefficient its value, at a place of its own its place too",
         f"source: {SOURCE}",
     ):
-        console.print(escape(line), soft_wrap=True)
+        console.print(plain(line), soft_wrap=True)
 
 
 def _table(result: ImageStates) -> Table:

@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mpoc.cli.console import escape
+from mpoc.cli.console import plain
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.reporting.summary import summary
 from mpoc.runtime.formatting import human_bytes, times
@@ -61,9 +61,9 @@ def print_report(
     console.print(_table(manifest, seconds, narrow))
     for layer in manifest.layers:
         if narrow and layer.form == "dense":
-            console.print(escape(f"{layer.layer}: {layer.reason}"), soft_wrap=True)
+            console.print(plain(f"{layer.layer}: {layer.reason}"), soft_wrap=True)
     for line in summary(manifest, nbytes, predicted):
-        console.print(escape(line), soft_wrap=True)
+        console.print(plain(line), soft_wrap=True)
     _print_unchanged(console, manifest, verbose)
 
 
@@ -96,9 +96,9 @@ def _row(layer: LayerRecord) -> list[str]:
     shape = times(layer.shape) + (" ᵀ" if layer.transposed else "")
     if layer.form == "dense":
         return [
-            escape(layer.layer),
+            plain(layer.layer),
             shape,
-            escape(layer.reason),
+            plain(layer.reason),
             "dense",
             f"{layer.num_original:,}",
             "1",
@@ -111,7 +111,7 @@ def _row(layer: LayerRecord) -> list[str]:
     if layer.relative_error is not None and 0 < layer.relative_error < 1e-4:
         error = f"{layer.relative_error:.1e}"
     return [
-        escape(layer.layer),
+        plain(layer.layer),
         shape,
         factors,
         ("" if layer.structure.topology is CHAIN else f"{layer.form} ") + layer.bonds_text(),
@@ -133,13 +133,13 @@ def _print_unchanged(console: Console, manifest: Manifest, verbose: bool) -> Non
     if manifest.vectors:
         parts.append(f"{manifest.vectors} vectors and scalars (biases, norms)")
     if parts:
-        console.print(escape(f"unchanged: {'; '.join(parts)}"), soft_wrap=True)
-    console.print(escape(f"layer kinds read from {manifest.kinds_from}"), soft_wrap=True)
+        console.print(plain(f"unchanged: {'; '.join(parts)}"), soft_wrap=True)
+    console.print(plain(f"layer kinds read from {manifest.kinds_from}"), soft_wrap=True)
     if verbose:
         for name, reason in manifest.left_alone.items():
-            console.print(escape(f"  {name}: {reason}"), soft_wrap=True)
+            console.print(plain(f"  {name}: {reason}"), soft_wrap=True)
         for name, first in manifest.tied.items():
-            console.print(escape(f"  {name}: tied to {first}, stored once"), soft_wrap=True)
+            console.print(plain(f"  {name}: tied to {first}, stored once"), soft_wrap=True)
 
 
 def scores_line(scores: dict[str, float]) -> str:
@@ -200,7 +200,7 @@ def compression_table(results: Reproduction) -> Table:
     for title in _COLUMNS:
         table.add_column(title, justify="right")
     for row in results.rows:
-        table.add_row(*map(escape, _cells(results, row)))
+        table.add_row(*map(plain, _cells(results, row)))
     return table
 
 
@@ -244,9 +244,9 @@ def print_reproduction(console: Console, results: Reproduction) -> None:
         console.print("--quick: a smoke run; its accuracies are not results", soft_wrap=True)
     console.print(compression_table(results) if results.study.baseline else _reproduction_rows(results))
     for label, structure in dict.fromkeys(_structures(results)):
-        console.print(escape(f"{label}: {structure}"), soft_wrap=True)
+        console.print(plain(f"{label}: {structure}"), soft_wrap=True)
     for line in _effective(results):
-        console.print(escape(line), soft_wrap=True)
+        console.print(plain(line), soft_wrap=True)
     note = f" ({experiment.training.note})" if experiment.training.note else ""
     runs = f"{len(results.seeds)} runs, seeds {results.seeds[0]} to {results.seeds[-1]}"
     lines = [
@@ -258,7 +258,7 @@ def print_reproduction(console: Console, results: Reproduction) -> None:
     ]
     lines += dict.fromkeys(note for row in results.rows for note in row.experiment.notes)
     for line in lines:
-        console.print(escape(line), soft_wrap=True)
+        console.print(plain(line), soft_wrap=True)
 
 
 def _structures(results: Reproduction) -> list[tuple[str, str]]:
@@ -298,7 +298,7 @@ def _reproduction_rows(results: Reproduction) -> Table:
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("paper %", overflow="fold")
     for row in results.rows:
-        table.add_row(*map(escape, _reproduction_cells(row)))
+        table.add_row(*map(plain, _reproduction_cells(row)))
     return table
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 from mpoc.io.checkpoint import Checkpoint, strip_wrappers
+from mpoc.io.foreign import foreign_file
 from mpoc.io.safetensors_header import ITEMSIZE, LONGEST_NAME, TensorInfo
 
 # A state dict's own tuples are a tensor's shape, strides and storage.
@@ -217,6 +218,8 @@ def _refuse_repeated(path: Path, infos: dict[str, TensorInfo]) -> None:
 
 def load_plain(path: Path) -> Any:
     """Call ``torch.load`` with ``weights_only=True``; errors say how to convert the file."""
+    if foreign := foreign_file(path):
+        raise foreign
     zipped = _starts_like_zip(path)
     try:
         if zipped:

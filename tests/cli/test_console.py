@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpoc.cli.console import Output, escape, reported_errors
+from mpoc.cli.console import Output, plain, reported_errors
 from mpoc.errors import MpocError
 
 
@@ -82,6 +82,17 @@ def test_escapes_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     assert not set("\x1b\x9b\x07\u202e\r\udcff") & set(said)
 
 
-def test_escape_keeps_printable_text() -> None:
-    for text in ("layer.0 × ρ → 模型", "two\n\tlines", ""):
-        assert escape(text) == text
+def test_keeps_printable_text() -> None:
+    for text in ("layer.0 × ρ → 模型", "[bold]a:heart:b", "two\n\tlines", ""):
+        assert plain(text) == text
+
+
+def test_prints_markup_and_emoji_codes_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    output, name = Output(), "[bold]a:heart:b[/]"
+    output.say(name)
+    output.result.print(name)
+    with pytest.raises(SystemExit), reported_errors():
+        raise MpocError(name, name)
+    said = capsys.readouterr()
+    assert said.out == f"{name}\n"
+    assert said.err.splitlines() == [name, f"error: {name}", f"hint: {name}"]

@@ -126,7 +126,7 @@ def test_preserves_other_tensors_bit_by_bit(tmp_path: Path) -> None:
         "long.weight": torch.arange(6).reshape(2, 3),
         "flag": torch.tensor([True, False]),
         "complex.weight": torch.tensor([[1 + 2j, 3 - 4j]], dtype=torch.complex64),
-        "eight.weight": torch.randn(4, 4).to(torch.float8_e4m3fn),
+        "eight": torch.randn(4).to(torch.float8_e4m3fn),
         "bytes": torch.arange(256, dtype=torch.uint8),
         "half": torch.tensor([65504.0, 6e-8]).half(),
         "denormal": torch.tensor([1e-45]),

@@ -126,8 +126,6 @@ def test_rejects_truncation_at_every_length(tmp_path: Path, legacy: bool) -> Non
         b"",
         b"\n",
         b"hello world\n",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-        b"<!DOCTYPE html><html><body>404</body></html>",
         b"\x00" * 1000,
         b"PK\x03\x04 and then nothing of a zip",
     ],
