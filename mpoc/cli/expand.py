@@ -49,5 +49,18 @@ def expand(options: ExpandOptions) -> None:
     manifest = expand_checkpoint(options.path, target, options.force, options.max_shard_size, projected)
     size = human_bytes(output_bytes(target))
     console.say(f"wrote {target}: {len(manifest.replaced)} layers dense again, {size}")
-    loader = "AutoModel.from_pretrained" if target.is_dir() else "safetensors.torch.load_file"
-    console.next_command(f"{loader}({str(target)!r}) in Python")
+    console.next_command(f"{_loader(target)} in Python")
+
+
+def _loader(target: Path) -> str:
+    """The call that loads a dense output: of the library that its config.json names, or of safetensors."""
+    from mpoc.io.weight_files import read_json, weight_files_of
+
+    if not target.is_dir():
+        return f"safetensors.torch.load_file({str(target)!r})"
+    config = read_json(target / "config.json") if (target / "config.json").is_file() else {}
+    if "_class_name" in config:
+        return f"diffusers.{config['_class_name']}.from_pretrained({str(target)!r})"
+    if "model_type" in config:
+        return f"AutoModel.from_pretrained({str(target)!r})"
+    return f"safetensors.torch.load_file({str(weight_files_of(target)[0][0])!r})"

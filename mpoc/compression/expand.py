@@ -88,7 +88,7 @@ def expand_checkpoint(
             _write_directory(target, stored, entries, max_shard_size)
             write_history(target, manifest.training)
         else:
-            write_safetensors(target, entries, metadata(manifest.training))
+            write_safetensors(target, entries, stored.own_metadata | metadata(manifest.training))
     return manifest
 
 
@@ -96,7 +96,7 @@ def _write_directory(target: Path, stored: Checkpoint, entries: list[Entry], max
     """Write the shards of a dense directory, and all files of the source that hold no weights."""
     target.mkdir()
     hub_directory.copy_other_files(stored.path, target, stored.weight_files)
-    hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
+    hub_directory.write_shards(target, plan_shards(entries, max_shard_size, stored.stem), stored)
     hub_directory.unmark(target)
 
 

@@ -92,11 +92,11 @@ def predict_size(
     data = sum(info.nbytes for info in infos)
     data += sum(_more_than_planned(plan) for plan in undecided)
     if not checkpoint.is_directory:
-        metadata = {"format": "pt", "mpoc": manifest.to_json()}
+        metadata = checkpoint.own_metadata | {"mpoc": manifest.to_json()}
         return data + len(encode_header(storage_order(infos), metadata))
     entries = [Entry(info, lambda: torch.empty(0)) for info in infos]
-    shards = plan_shards(entries, recipe.max_shard_size)
-    return data + hub_directory.overhead(checkpoint.path, checkpoint.weight_files, shards, manifest)
+    shards = plan_shards(entries, recipe.max_shard_size, checkpoint.stem)
+    return data + hub_directory.overhead(checkpoint, shards, manifest)
 
 
 def _more_than_planned(plan: LayerPlan) -> int:

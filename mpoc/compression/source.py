@@ -40,7 +40,7 @@ class CompressionSource:
         """Notes on the checkpoint for the user."""
         notes = [*self.checkpoint.notes, *self.selection.notes]
         if self.checkpoint.is_directory:
-            notes += hub_directory.left_behind(self.checkpoint.path, self.checkpoint.weight_files)
+            notes += hub_directory.notes_on_files(self.checkpoint.path, self.checkpoint.weight_files)
         return notes
 
     def plan(self, recipe: Recipe) -> list[LayerPlan]:

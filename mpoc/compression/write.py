@@ -274,9 +274,10 @@ def _write(
     if not checkpoint.is_directory:
         with group.all_or_raise():
             if group.is_main:
-                write_safetensors(target, entries, {"format": "pt", "mpoc": manifest.to_json()})
+                metadata = checkpoint.own_metadata | {"mpoc": manifest.to_json()}
+                write_safetensors(target, entries, metadata)
         return
-    shards = plan_shards(entries, max_shard_size)
+    shards = plan_shards(entries, max_shard_size, checkpoint.stem)
     with group.all_or_raise():
         if group.is_main:
             target.mkdir()
@@ -285,8 +286,8 @@ def _write(
         for number in group.own_indices(
             [sum(entry.info.nbytes for entry in shard.entries) for shard in shards]
         ):
-            hub_directory.write_shard(target, shards[number])
+            hub_directory.write_shard(target, shards[number], checkpoint)
     with group.all_or_raise():
         if group.is_main:
-            hub_directory.write_index(target, shards)
+            hub_directory.write_index(target, shards, checkpoint)
             hub_directory.mark_compressed(target, manifest)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 from mpoc.io.safetensors_header import TensorInfo, count_parameters, read_header
+from mpoc.io.weight_files import check_index, index_notes, stem_of
 
 
 @dataclass
@@ -57,6 +58,17 @@ class Checkpoint:
     def weight_files(self) -> list[Path]:
         """The files that hold the tensors."""
         return sorted(set(self.files.values()))
+
+    @property
+    def stem(self) -> str:
+        """What the library of the weight files calls its safetensors files, as ``model``."""
+        return stem_of(self.weight_files)
+
+    @property
+    def own_metadata(self) -> dict[str, str]:
+        """The metadata of a header for these tensors, without what mpoc puts there."""
+        kept = {key: text for key, text in self.metadata.items() if not key.startswith("mpoc")}
+        return {"format": "pt"} | kept
 
     @property
     def nbytes_on_disk(self) -> int:
@@ -184,43 +196,6 @@ def open_safetensors(
         notes=wrapper_notes(clean) + index_notes(owners, wanted),
         metadata=shared_metadata(mapped.header.metadata for mapped in opened.values()),
     )
-
-
-def check_index(
-    path: Path, held: Mapping[Path, Iterable[str]], wanted: Mapping[str, Path] | None
-) -> dict[str, Path]:
-    """Which file each tensor is taken from: the index's where it says so, else the one that holds it.
-
-    Args:
-        path: what the user named.
-        held: the names of the tensors of each file.
-        wanted: name → file as an index gives it; None where there is none.
-
-    Raises:
-        MpocError: the index names a tensor that its file lacks, or two files hold one that it does not name.
-    """
-    wanted = wanted or {}
-    names = {file: set(tensors) for file, tensors in held.items()}
-    for name, file in wanted.items():
-        if name not in names[file]:
-            raise MpocError(f"{path}: the index puts tensor {name!r} into {file.name}, which lacks it")
-    owners = dict(wanted)
-    for file, tensors in held.items():
-        for name in tensors:
-            other = owners.setdefault(name, file)
-            if other != file and name not in wanted:
-                raise MpocError(
-                    f"{path}: tensor {name!r} is in {other.name} and in {file.name}, and in no index",
-                    "remove it from one of them",
-                )
-    return owners
-
-
-def index_notes(owners: Mapping[str, Path], wanted: Mapping[str, Path] | None) -> list[str]:
-    """A note on tensors that the index omits; none where it names all."""
-    lost = [name for name in owners if wanted is not None and name not in wanted]
-    more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
-    return [f"not in the index, kept: {', '.join(lost[:3])}{more}"] if lost else []
 
 
 def shared_metadata(parts: Iterable[Mapping[str, str]]) -> dict[str, str]:

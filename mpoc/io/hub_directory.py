@@ -8,6 +8,7 @@ continuing with random weights.  ``mpoc expand`` removes both.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,68 +18,119 @@ from pathlib import Path
 from typing import Any
 
 from mpoc.errors import MpocError, shortened
+from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import FORMAT, MANIFEST_FILE, ORDERED_FORMAT, Manifest
 from mpoc.io.manifest_reader import MAYBE_LATER, layer_of_entry
 from mpoc.io.safetensors_header import TensorInfo, encode_header, storage_order
 from mpoc.io.safetensors_writer import Shard, write_safetensors
-from mpoc.io.weight_files import check_inside, read_json
+from mpoc.io.validation import parse_strictly, read_bounded
+from mpoc.io.weight_files import check_inside, index_metadata, index_name, read_json, shortlist
 from mpoc.tensor_networks.structure import Structure
 
 GUARD_KEY = "transformers_weights"
 GUARD = "import-mpoc.hf-before-loading.safetensors"
-_INDEX = "model.safetensors.index.json"
 _CARD = "README.md"
 _CARD_BEGIN, _CARD_END = "<!-- mpoc: begin -->", "<!-- mpoc: end -->"
-# The same weights in other formats; they would belie the compressed ones beside them.
-_OTHER_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx", ".gguf")
+# Files of weights, and those of them that only other runtimes read.
 _OTHER_RUNTIMES = (".h5", ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".mlmodel")
-_KEEP = ("training_args.bin",)
-# Folders that hold the whole model again: other runtimes, and a trainer's checkpoints (checkpoint-500).
-_COPY_FOLDERS = ("onnx", "openvino")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", *_OTHER_RUNTIMES)
+# What libraries call a whole model, and what a trainer keeps beside it.
+_WHOLE_MODEL = re.compile(
+    r"(pytorch_|tf_|flax_|rust_|open_clip_(pytorch_)?|diffusion_(pytorch_|flax_)?)?model\b|consolidated\b"
+)
+_TRAINER = re.compile(r"(optimizer|scheduler|scaler|rng_state|random_states)[\w.-]*$")
+# Folders that hold the whole model again: for other runtimes, as first published, of a trainer.
+_COPY_FOLDERS = ("onnx", "openvino", "original", "metal", "coreml", "tflite", "gguf")
+_TRAINER_FOLDERS = re.compile(r"checkpoint-\d+|global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+")
+_NO_WEIGHTS = ("training_args.bin",)
 _SKIP_FOLDERS = (".git", ".cache", "__pycache__")
 
 
 def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
-    """The relative paths of all files of the directory except its weights, in any format.
+    """The relative paths of all files of the directory except its weights and second copies of them.
 
-    Weights of further modules in folders of their own (a pooling or dense head) are kept.
+    Weights of further modules (a pooling or dense head, a projector) are kept.
 
     Raises:
         MpocError: one is a link to a file outside the directory, which must not be copied unseen.
     """
+    return _divide(source, weight_files)[0]
+
+
+def notes_on_files(source: Path, weight_files: list[Path]) -> list[str]:
+    """Notes that name further weights of the directory: those that are not copied, and those that are."""
+    kept, copies = _divide(source, weight_files)
+    dropped = [str(name) for name in copies if not _is_index(name)]
+    further = [str(name) for name in kept if name.suffix in _WEIGHTS and name.name not in _NO_WEIGHTS]
+    said = {"not copied, other copies of weights": dropped, "copied as they are": further}
+    return [f"{what}: {shortlist(names)}" for what, names in said.items() if names]
+
+
+def _divide(source: Path, weight_files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """The relative paths of the files to be copied, and of second copies of the weights."""
     weights = {Path(os.path.realpath(file)) for file in weight_files}
-    others: list[Path] = []
-    for folder, folders, files in os.walk(source, followlinks=False):
-        folders[:] = sorted(name for name in folders if not _is_skipped(name))
-        for name in sorted(files):
-            file = Path(folder) / name
-            top = Path(folder) == source
-            copies = _OTHER_FORMATS if top else _OTHER_RUNTIMES
-            dropped = file.suffix in copies and name not in _KEEP
-            index = top and name.endswith((".safetensors.index.json", ".bin.index.json"))
-            if not (dropped or index or Path(os.path.realpath(file)) in weights):
-                check_inside(source, file)
-                others.append(file.relative_to(source))
-    return others
+    # In mpoc's own directories the weights are small, and second copies were left behind.
+    is_compressed = (source / MANIFEST_FILE).is_file()
+    half = math.inf if is_compressed else sum(file.stat().st_size for file in weight_files) / 2
+    modules = _modules(source)
+    kept: list[Path] = []
+    copies: list[Path] = []
+    for folder, folders, names in os.walk(source, followlinks=False):
+        here = Path(folder)
+        folders[:] = sorted(name for name in folders if name not in _SKIP_FOLDERS)
+        files = [here / name for name in sorted(names) if Path(os.path.realpath(here / name)) not in weights]
+        within = here.relative_to(source)
+        is_copy = _is_copy_folder(within) or (
+            within not in modules and _holds_model_again(source, here, files, half)
+        )
+        for file in files:
+            dropped = _is_copy(file, within, is_copy, half)
+            (copies if dropped else kept).append(file.relative_to(source))
+    for name in kept:
+        check_inside(source, source / name)
+    return kept, copies
 
 
-def _is_skipped(folder: str) -> bool:
-    return folder in (*_SKIP_FOLDERS, *_COPY_FOLDERS) or re.fullmatch(r"checkpoint-\d+", folder) is not None
+def _is_copy(file: Path, within: Path, folder_is_copy: bool, half: float) -> bool:
+    if _is_copy_folder(within) or file.suffix in _OTHER_RUNTIMES:
+        return True
+    if within != Path():
+        return folder_is_copy and (file.suffix in _WEIGHTS or _is_index(file))
+    if _is_index(file):
+        return True
+    if file.suffix not in _WEIGHTS or file.name in _NO_WEIGHTS:
+        return False
+    whole = _WHOLE_MODEL.match(file.name) or _TRAINER.match(file.stem)
+    return whole is not None or file.stat().st_size >= half
 
 
-def left_behind(source: Path, weight_files: list[Path]) -> list[str]:
-    """A note that names the files of the directory that are not copied; none if there are none."""
-    weights = {file.resolve() for file in weight_files}
-    kept = set(other_files(source, weight_files))
-    every = (file.relative_to(source) for file in sorted(source.rglob("*")) if file.resolve() not in weights)
-    dropped = [str(name) for name in every if (source / name).is_file() and name not in kept]
-    dropped = [
-        name for name in dropped if not name.startswith(_SKIP_FOLDERS) and not name.endswith(".index.json")
-    ]
-    if not dropped:
-        return []
-    more = f" and {len(dropped) - 4} more" if len(dropped) > 4 else ""
-    return [f"not copied, other copies of weights: {', '.join(dropped[:4])}{more}"]
+def _is_index(file: Path) -> bool:
+    return re.search(r"\.(safetensors|bin)\.index(\.\w+)?\.json$", file.name) is not None
+
+
+def _is_copy_folder(within: Path) -> bool:
+    return any(part in _COPY_FOLDERS or _TRAINER_FOLDERS.fullmatch(part) for part in within.parts)
+
+
+def _modules(source: Path) -> set[Path]:
+    """The folders of the modules of a sentence-transformers directory."""
+    file = source / "modules.json"
+    try:
+        listed = parse_strictly(read_bounded(file)) if file.is_file() else []
+        return {Path(module["path"]) for module in listed if module.get("path")}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, MpocError):
+        return set()
+
+
+def _holds_model_again(source: Path, folder: Path, files: list[Path], half: float) -> bool:
+    """Whether a subfolder holds the directory's network once more, by its config.json or its size."""
+    if folder == source:
+        return False
+    own, root = folder / "config.json", source / "config.json"
+    if own.is_file() and root.is_file():
+        mine, other = read_json(own), read_json(root)
+        return all(mine.get(key) == other.get(key) for key in ("model_type", "architectures", "_class_name"))
+    return half > 0 and sum(file.stat().st_size for file in files if file.suffix in _WEIGHTS) >= half
 
 
 def size_of_other_files(source: Path, weight_files: list[Path]) -> int:
@@ -93,28 +145,31 @@ def copy_other_files(source: Path, target: Path, weight_files: list[Path]) -> No
         shutil.copyfile(source / name, target / name)
 
 
-def write_shards(target: Path, shards: list[Shard]) -> None:
-    """Write all weight files, and the index if there are several."""
+def write_shards(target: Path, shards: list[Shard], like: Checkpoint) -> None:
+    """Write all weight files, and the index if there are several, with the metadata of ``like``."""
     for shard in shards:
-        write_shard(target, shard)
-    write_index(target, shards)
+        write_shard(target, shard, like)
+    write_index(target, shards, like)
 
 
-def write_shard(target: Path, shard: Shard) -> None:
+def write_shard(target: Path, shard: Shard, like: Checkpoint) -> None:
     """Write one weight file."""
-    write_safetensors(target / shard.name, shard.entries, {"format": "pt"})
+    write_safetensors(target / shard.name, shard.entries, like.own_metadata)
 
 
-def write_index(target: Path, shards: list[Shard]) -> None:
+def write_index(target: Path, shards: list[Shard], like: Checkpoint) -> None:
     """Write the index of several weight files: tensor → file."""
     if len(shards) > 1:
-        (target / _INDEX).write_text(_index_text(shards), "utf-8")
+        (target / index_name(like.stem)).write_text(_index_text(shards, like), "utf-8")
 
 
-def _index_text(shards: list[Shard]) -> str:
+def _index_text(shards: list[Shard], like: Checkpoint) -> str:
     entries = [(entry.info, shard.name) for shard in shards for entry in shard.entries]
+    said = index_metadata(like.path)
+    if "total_parameters" in said:
+        said["total_parameters"] = sum(info.numel for info, _ in entries)
     index = {
-        "metadata": {"total_size": sum(info.nbytes for info, _ in entries)},
+        "metadata": {**said, "total_size": sum(info.nbytes for info, _ in entries)},
         "weight_map": {info.name: name for info, name in sorted(entries, key=_by_name)},
     }
     return json.dumps(index, indent=2) + "\n"
@@ -151,16 +206,16 @@ def unmark(target: Path) -> None:
             card_file.unlink()
 
 
-def overhead(source: Path, weight_files: list[Path], shards: list[Shard], manifest: Manifest) -> int:
+def overhead(source: Checkpoint, shards: list[Shard], manifest: Manifest) -> int:
     """Bytes of a compressed directory besides tensor data."""
-    marked = _marked(source, manifest)
-    kept = other_files(source, weight_files)
-    total = sum((source / name).stat().st_size for name in kept if str(name) not in marked)
+    marked = _marked(source.path, manifest)
+    kept = other_files(source.path, source.weight_files)
+    total = sum((source.path / name).stat().st_size for name in kept if str(name) not in marked)
     total += sum(len(_encode(text)) for text in marked.values())
     for shard in shards:
         infos = storage_order([entry.info for entry in shard.entries])
-        total += len(encode_header(infos, {"format": "pt"}))
-    return total + (len(_index_text(shards).encode()) if len(shards) > 1 else 0)
+        total += len(encode_header(infos, source.own_metadata))
+    return total + (len(_index_text(shards, source).encode()) if len(shards) > 1 else 0)
 
 
 def _marked(directory: Path, manifest: Manifest) -> dict[str, str]:

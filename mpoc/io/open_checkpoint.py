@@ -21,20 +21,13 @@ import torch
 from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.io.checkpoint import (
-    Checkpoint,
-    check_index,
-    index_notes,
-    open_safetensors,
-    strip_wrappers,
-    wrapper_notes,
-)
+from mpoc.io.checkpoint import Checkpoint, open_safetensors, strip_wrappers, wrapper_notes
 from mpoc.io.foreign import adapter, foreign_file, refuse_layout, refuse_quantised
 from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.torch_file import open_torch_file
 from mpoc.io.training_history import read_history
-from mpoc.io.weight_files import read_json, weight_files_of
+from mpoc.io.weight_files import check_index, index_notes, read_json, weight_files_of
 from mpoc.tensor_networks.fit.truncation import largest
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")

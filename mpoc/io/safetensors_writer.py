@@ -72,8 +72,14 @@ class Shard:
     entries: list[Entry]
 
 
-def plan_shards(entries: list[Entry], max_bytes: int) -> list[Shard]:
-    """Fill files in order up to ``max_bytes`` each; a tensor that is larger gets a file of its own."""
+def plan_shards(entries: list[Entry], max_bytes: int, stem: str = "model") -> list[Shard]:
+    """Fill files in order up to ``max_bytes`` each; a tensor that is larger gets a file of its own.
+
+    Args:
+        entries: the tensors.
+        max_bytes: of one file.
+        stem: how the files are named, as ``model-00001-of-00002.safetensors``.
+    """
     groups: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -83,8 +89,8 @@ def plan_shards(entries: list[Entry], max_bytes: int) -> list[Shard]:
         groups[-1].append(entry)
         filled += entry.info.nbytes
     if len(groups) == 1:
-        return [Shard("model.safetensors", groups[0])]
+        return [Shard(f"{stem}.safetensors", groups[0])]
     count = len(groups)
     return [
-        Shard(f"model-{k:05d}-of-{count:05d}.safetensors", group) for k, group in enumerate(groups, start=1)
+        Shard(f"{stem}-{k:05d}-of-{count:05d}.safetensors", group) for k, group in enumerate(groups, start=1)
     ]

@@ -116,8 +116,8 @@ def check_calibration(calibration: Any) -> None:
 
 
 def metadata(history: dict[str, Any]) -> dict[str, str]:
-    """The header's metadata of a dense file with this history."""
-    return {"format": "pt"} | ({KEY: json.dumps(history, ensure_ascii=False)} if history else {})
+    """What the header's metadata of a dense file says of this history."""
+    return {KEY: json.dumps(history, ensure_ascii=False)} if history else {}
 
 
 def write_history(directory: Path, history: dict[str, Any]) -> None:

@@ -4,39 +4,60 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mpoc.errors import MpocError, shortened
+from mpoc.io.foreign import distributed_checkpoint, foreign_file
 from mpoc.io.safetensors_header import TensorInfo, read_header
 from mpoc.io.validation import parse_strictly, read_bounded
 
-# Patterns of weight files in the order in which transformers looks for them: safetensors before pickles.
+# Patterns of weight files in the order in which libraries look for them: safetensors before pickles, one file
+# before shards, those of transformers, diffusers and open_clip before any other.
 _PATTERNS = (
     "model.safetensors",
     "model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "open_clip_model.safetensors",
     "*.safetensors.index.json",
+    "*.safetensors.index.*.json",
     "*.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
     "*.bin.index.json",
+    "*pytorch_model.*.bin",
 )
+_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
+_SHARD = re.compile(
+    r"(?P<stem>.+?)-(?P<number>\d+)-of-(?P<count>\d+)(?P<rest>(\.[\w-]+)*\.(safetensors|bin))$"
+)
+_TORCH_FILES = (".pt", ".pth", ".ckpt", ".th", ".bin")
+# The names of torch files whose library calls safetensors otherwise.
+_SAFETENSORS_STEMS = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}
 
 
 def weight_files_of(path: Path) -> tuple[list[Path], dict[str, Path] | None]:
     """The weight files of a directory and, from its index if there is one, tensor name → file.
 
+    Shards that the index does not name are among the files.
+
     Raises:
-        MpocError: there are no weights or several sets, or the index names a file that is missing or lies
-            outside the directory.
+        MpocError: there are no weights or several sets, a shard is missing, or the index names a file that is
+            missing or lies outside the directory.
     """
     weights = _find_weights(path)
     check_inside(path, weights)
-    if not weights.name.endswith(".index.json"):
+    if not _INDEX.search(weights.name):
+        _all_shards(path, [weights])
         return [weights], None
     file_of = _read_index(path, weights)
-    return sorted(set(file_of.values())), file_of
+    return _all_shards(path, sorted(set(file_of.values()))), file_of
 
 
 def _find_weights(path: Path) -> Path:
@@ -50,7 +71,150 @@ def _find_weights(path: Path) -> Path:
                 f"{path}: {len(matches)} weight files and no index that says which belong together ({names})",
                 "name one of the files instead of the directory",
             )
-    raise MpocError(f"{path}: no weights in this directory (looked for {', '.join(_PATTERNS[:2])}, …)")
+    raise _no_weights(path)
+
+
+def _all_shards(path: Path, files: list[Path]) -> list[Path]:
+    """The files, and shards of the same set that are not among them.
+
+    Raises:
+        MpocError: the set lacks a shard that its file names count.
+    """
+    found = list(files)
+    sets = {_shard_set(file): file for file in files if _SHARD.match(file.name)}
+    for (stem, count, rest), file in sets.items():
+        there = {_number(other): other for other in _shards(path) if _shard_set(other) == (stem, count, rest)}
+        lost = next((number for number in range(1, count + 1) if number not in there), None)
+        if lost is not None:
+            said = f"{path}: shard {lost} of {count} is missing, beside {file.name}"
+            raise MpocError(said, "download the whole directory again")
+        found += [other for other in there.values() if other not in found]
+    for file in found:
+        check_inside(path, file)
+    return sorted(found)
+
+
+def _shards(path: Path) -> list[Path]:
+    return [file for file in sorted(path.iterdir()) if _SHARD.match(file.name) and file.is_file()]
+
+
+def _shard_set(file: Path) -> tuple[str, int, str]:
+    """What the names of all shards of one set have in common: stem, number of shards, and ending."""
+    match = _SHARD.match(file.name)
+    assert match is not None
+    return match["stem"], int(match["count"]), match["rest"]
+
+
+def _number(file: Path) -> int:
+    match = _SHARD.match(file.name)
+    assert match is not None
+    return int(match["number"])
+
+
+def check_index(
+    path: Path, held: Mapping[Path, Iterable[str]], wanted: Mapping[str, Path] | None
+) -> dict[str, Path]:
+    """Which file each tensor is taken from: the index's where it says so, else the one that holds it.
+
+    Args:
+        path: what the user named.
+        held: the names of the tensors of each file.
+        wanted: name → file as an index gives it; None where there is none.
+
+    Raises:
+        MpocError: the index names a tensor that its file lacks, or two files hold one that it does not name.
+    """
+    wanted = wanted or {}
+    names = {file: set(tensors) for file, tensors in held.items()}
+    for name, file in wanted.items():
+        if name not in names[file]:
+            raise MpocError(f"{path}: the index puts tensor {name!r} into {file.name}, which lacks it")
+    owners = dict(wanted)
+    for file, tensors in held.items():
+        for name in tensors:
+            other = owners.setdefault(name, file)
+            if other != file and name not in wanted:
+                raise MpocError(
+                    f"{path}: tensor {name!r} is in {other.name} and in {file.name}, and in no index",
+                    "remove it from one of them",
+                )
+    return owners
+
+
+def index_notes(owners: Mapping[str, Path], wanted: Mapping[str, Path] | None) -> list[str]:
+    """A note on tensors that the index omits; none where it names all."""
+    lost = [name for name in owners if wanted is not None and name not in wanted]
+    return [f"not in the index, kept: {shortlist(lost)}"] if lost else []
+
+
+def shortlist(names: list[str]) -> str:
+    """The first four names, and how many there are besides."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def stem_of(files: list[Path]) -> str:
+    """What the library of these weight files calls its safetensors files, without number and ending.
+
+    ``diffusion_pytorch_model.fp16-00001-of-00002.safetensors`` → ``diffusion_pytorch_model.fp16``.
+    """
+    name, match = files[0].name, _SHARD.match(files[0].name)
+    if match:
+        name = match["stem"] + match["rest"]
+    stem = name.rpartition(".")[0]
+    if name.endswith(".safetensors"):
+        return stem
+    base, dot, variant = stem.partition(".")
+    return _SAFETENSORS_STEMS.get(base, base) + dot + variant
+
+
+def index_name(stem: str) -> str:
+    """``model.fp16`` → ``model.safetensors.index.fp16.json``: the index of shards with this stem."""
+    base, dot, variant = stem.partition(".")
+    return f"{base}.safetensors.index{dot}{variant}.json"
+
+
+def index_metadata(path: Path) -> dict[str, Any]:
+    """What an index says beside the size and the files of the tensors; {} in a directory without one."""
+    weights = _find_weights(path)
+    if not _INDEX.search(weights.name):
+        return {}
+    said = read_json(weights, parse_strictly).get("metadata")
+    return (
+        {key: value for key, value in said.items() if key != "total_size"} if isinstance(said, dict) else {}
+    )
+
+
+def _no_weights(path: Path) -> MpocError:
+    """What a directory without weights holds, and which of its subfolders or files can be compressed."""
+    if distributed := distributed_checkpoint(path):
+        return distributed
+    if shards := _shards(path):
+        names = ", ".join(file.name for file in shards[:4])
+        said = f"{path}: shards of weights without their index ({names})"
+        return MpocError(said, "download the whole directory again")
+    entries = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    folders = [entry for entry in entries if entry.is_dir() and _holds_weights(entry)]
+    files = [entry for entry in entries if entry.is_file() and entry.suffix in _TORCH_FILES]
+    listed = ", ".join(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries[:8])
+    more = f" and {len(entries) - 8} more" if len(entries) > 8 else ""
+    said = f"{path}: no weights in this directory; it holds {listed or 'no file'}{more}"
+    if not (folders or files):
+        foreign = next(
+            (error for entry in entries if entry.is_file() and (error := foreign_file(entry))), None
+        )
+        return MpocError(said, foreign.hint if foreign else f"looked for {', '.join(_PATTERNS[:2])}, …")
+    chosen = max(folders or files, key=_bytes_in)
+    which = ", ".join(entry.name for entry in folders or files)
+    command = shlex.join(["mpoc", "compress", str(chosen), "--bond", "8"])
+    return MpocError(f"{said}; can be compressed: {which}", command)
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in _PATTERNS)
+
+
+def _bytes_in(entry: Path) -> int:
+    return output_bytes(entry) if entry.is_dir() else entry.stat().st_size
 
 
 def _read_index(path: Path, index: Path) -> dict[str, Path]:
@@ -105,8 +269,8 @@ def stored_tensors(path: Path) -> dict[str, TensorInfo]:
         MpocError: as :func:`weight_files_of`, or a file is not safetensors or is damaged.
     """
     files, file_of = weight_files_of(path)
-    infos = [info for file in files for info in read_header(file).tensors.values()]
-    return {info.name: info for info in infos if file_of is None or info.name in file_of}
+    held = {file: read_header(file).tensors for file in files}
+    return {name: held[file][name] for name, file in check_index(path, held, file_of).items()}
 
 
 def read_json(path: Path, parse: Callable[[bytes], Any] = json.loads) -> dict[str, Any]:

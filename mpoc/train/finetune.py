@@ -13,7 +13,7 @@ from typing import Any
 from mpoc.data.recognise import is_data
 from mpoc.errors import UsageError
 from mpoc.io.atomic import refuse_existing, refuse_misnamed
-from mpoc.io.hub_directory import left_behind
+from mpoc.io.hub_directory import notes_on_files
 from mpoc.io.manifest import Manifest
 from mpoc.models.loading import Model, open_beside, open_model
 from mpoc.reporting.plots import draw_curves, refuse_unknown_picture
@@ -153,7 +153,7 @@ def _announce(model: Model, training_data: TrainingData, say: Callable[[str], No
     say(training_data.data.announce())
     notes = [*training_data.data.notes, *model.notes]
     if model.stored.is_directory:
-        notes += left_behind(model.path, model.stored.weight_files)
+        notes += notes_on_files(model.path, model.stored.weight_files)
     for note in notes:
         say(f"note: {note}")
 

@@ -109,12 +109,13 @@ def write_tuned(
     manifest = None if model.manifest is None else tuned_manifest(model.manifest, entries, history)
     with staged(output) as target:
         if not model.stored.is_directory:
-            compressed = manifest and {"format": "pt", "mpoc": manifest.to_json()}
-            write_safetensors(target, entries, compressed or metadata(history))
+            recorded = {"mpoc": manifest.to_json()} if manifest else metadata(history)
+            write_safetensors(target, entries, model.stored.own_metadata | recorded)
             return manifest
         target.mkdir()
         hub_directory.copy_other_files(model.path, target, model.stored.weight_files)
-        hub_directory.write_shards(target, plan_shards(entries, max_shard_size))
+        shards = plan_shards(entries, max_shard_size, model.stored.stem)
+        hub_directory.write_shards(target, shards, model.stored)
         if manifest is not None:
             hub_directory.unmark(target)  # the model card describes the cores before the training
             hub_directory.mark_compressed(target, manifest)

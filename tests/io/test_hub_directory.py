@@ -14,6 +14,7 @@ from mpoc.io import hub_directory
 from mpoc.io.hub_directory import GUARD, GUARD_KEY, copy_other_files, mark_compressed, other_files, unmark
 from mpoc.io.manifest import Manifest
 from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.open_checkpoint import open_checkpoint
 from mpoc.io.safetensors_writer import plan_shards
 from tests.io.test_safetensors_writer import entry
 from tests.support.checkpoints import CARD, CONFIG, contents, mlp_state, num_bytes, save_directory
@@ -90,10 +91,11 @@ def test_skips_links_leading_outside(source: Path, tmp_path: Path) -> None:
 def test_writes_shards_and_index(tmp_path: Path, limit: int) -> None:
     state = mlp_state()
     shards = plan_shards([entry(name, tensor) for name, tensor in state.items()], limit)
-    hub_directory.write_shards(tmp_path, shards)
+    source = open_checkpoint(save_directory(tmp_path / "source", state))
+    hub_directory.write_shards(tmp_path, shards, source)
     files = {file.name for file in tmp_path.glob("*.safetensors")}
     if limit == 10**6:
-        assert {file.name for file in tmp_path.iterdir()} == {"model.safetensors"}
+        assert {file.name for file in tmp_path.iterdir()} == {"model.safetensors", "source"}
         return
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
@@ -168,11 +170,12 @@ def test_marking_does_not_depend_on_the_source_of_the_text(
     source: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
     shards = plan_shards([entry(name, tensor) for name, tensor in mlp_state().items()], 9000)
-    predicted = hub_directory.overhead(source, weights(source), shards, manifest)
+    checkpoint = open_checkpoint(source)
+    predicted = hub_directory.overhead(checkpoint, shards, manifest)
     target = tmp_path / "target"
     target.mkdir()
     copy_other_files(source, target, weights(source))
-    hub_directory.write_shards(target, shards)
+    hub_directory.write_shards(target, shards, checkpoint)
     mark_compressed(target, manifest)
     assert num_bytes(target) == predicted + sum(tensor.nbytes for tensor in mlp_state().values())
 
@@ -187,12 +190,39 @@ def test_handles_missing_config_and_card(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "README.md").read_text().startswith("<!-- mpoc: begin -->")
 
 
-def test_names_skipped_files(source: Path) -> None:
-    assert hub_directory.left_behind(source, weights(source)) == []
+def test_names_skipped_and_further_weights(source: Path) -> None:
+    assert hub_directory.notes_on_files(source, weights(source)) == []
     put(source, "vision.safetensors", "checkpoint-5/model.safetensors", "onnx/model.onnx", "vocab.txt")
-    (note,) = hub_directory.left_behind(source, weights(source))
-    assert note.endswith("checkpoint-5/model.safetensors, onnx/model.onnx, vision.safetensors")
+    skipped, further = hub_directory.notes_on_files(source, weights(source))
+    assert skipped.endswith("weights: checkpoint-5/model.safetensors, onnx/model.onnx")
+    assert further == "copied as they are: vision.safetensors"
     assert Path("vocab.txt") in other_files(source, weights(source))
+
+
+@pytest.mark.parametrize(
+    ("name", "is_copy"),
+    [
+        *(("original/consolidated.00.pth", True), ("original/params.json", True), ("metal/model.bin", True)),
+        *(
+            ("fp32/weights.safetensors", True),
+            ("fp32/notes.txt", False),
+            ("2_Dense/model.safetensors", False),
+        ),
+        *(("consolidated.safetensors", True), ("whole.pth", True), ("optimizer.pt", True)),
+        *(("same/pytorch_model.bin", True), ("draft/model.safetensors", False), ("vae.ckpt", False)),
+        *(("global_step9/x.pt", True), ("diffusion_pytorch_model.fp16.safetensors", True)),
+    ],
+)
+def test_leaves_second_copies_of_the_model_behind(source: Path, name: str, is_copy: bool) -> None:
+    size = sum(file.stat().st_size for file in weights(source))
+    put(source, name)
+    if name.startswith(("fp32/w", "2_Dense", "whole", "draft")):
+        (source / name).write_bytes(b"x" * size)
+    for folder, config in (("same", CONFIG), ("draft", {"model_type": "other"})):
+        put(source, f"{folder}/config.json")
+        (source / folder / "config.json").write_text(json.dumps(config))
+    (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
+    assert (Path(name) not in other_files(source, weights(source))) == is_copy
 
 
 def test_expand_adds_no_config(source: Path, manifest: Manifest) -> None:
