@@ -152,6 +152,17 @@ def adapter(path: Path, config: Mapping[str, Any]) -> MpocError:
     return MpocError(said, _PROMPT if "prompt" in kind or "prefix" in kind else _MERGE)
 
 
+def refuse_stub(path: Path, infos: Mapping[str, TensorInfo]) -> None:
+    """Refuse weights without entries, as ZeRO-3 saves a network whose parameters were not gathered.
+
+    Raises:
+        MpocError: naming the first such weight.
+    """
+    for name, info in infos.items():
+        if info.shape == (0,) and name.rpartition(".")[2] == "weight":
+            raise zero_stub(path, f"tensor {name!r} is empty, its entries are in the zero_pp_rank files")
+
+
 def _quantised(path: Path, layout: str, name: str, hint: str) -> MpocError:
     said = f"{path}: already quantised: {layout} (tensor {name!r}); mpoc needs unquantised weights"
     return MpocError(said, hint)
@@ -318,29 +329,36 @@ _OF_MEGATRON = re.compile(r"mp_rank_\d+(_\d+)*$|model_optim_rng\.pt$|iter_\d{7}$
 
 def distributed_checkpoint(path: Path) -> MpocError | None:
     """The error of a directory that a distributed training wrote; None for any other."""
-    names = {file.name for file in path.iterdir()} | {file.name for file in path.glob("*/*")}
-    folder, target = str(path), f"{path.resolve().name}"
-    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
-        inner = (
-            path if any(path.glob("*.distcp")) else next((f.parent for f in path.glob("*/*.distcp")), path)
-        )
-        module = "torch.distributed.checkpoint.format_utils"
-        command = ["python", "-m", module, "dcp_to_torch", str(inner), f"{target}.pt"]
-        return _sharded(path, "a torch distributed checkpoint (DCP, FSDP)", shlex.join(command))
-    if "zero_to_fp32.py" in names or any(
-        name.startswith(("zero_pp_rank_", "bf16_zero_pp_rank_")) for name in names
-    ):
-        command = ["python", "-m", "deepspeed.utils.zero_to_fp32", folder, f"{target}-fp32"]
-        return _sharded(
-            path, "a DeepSpeed ZeRO checkpoint, its weights split over the processes", shlex.join(command)
-        )
+    parts = [*path.glob("*.distcp"), *path.glob("*/*.distcp")]
+    names = {file.name for file in (*path.iterdir(), *path.glob("*/*"))}
+    if parts or ".metadata" in names:
+        folder = parts[0].parent if parts else path
+        module = ["python", "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
+        command = shlex.join([*module, str(folder), f"{path.resolve().name}.pt"])
+        return _sharded(path, "a torch distributed checkpoint (DCP, FSDP)", command)
+    if "zero_to_fp32.py" in names or any(re.match(r"(bf16_)?zero_pp_rank_", name) for name in names):
+        return zero_stub(path, "its weights are split over the processes")
     if "latest_checkpointed_iteration.txt" in names or any(map(_OF_MEGATRON.match, names)):
-        hint = "export it with Megatron Bridge: AutoBridge.from_hf_pretrained(HUB_ID).export_ckpt(DIR, OUT)"
-        return _sharded(path, "a Megatron-LM checkpoint", hint.replace("DIR", repr(folder)))
+        return _sharded(path, "a Megatron-LM checkpoint", megatron_hint(path))
     if "_CHECKPOINT_METADATA" in names or "saved_model.pb" in names:
         what = "an Orbax (JAX) checkpoint" if "_CHECKPOINT_METADATA" in names else "a TensorFlow SavedModel"
         return _sharded(path, what, "save its weights as safetensors with the library that wrote it")
     return None
+
+
+def megatron_hint(folder: Path) -> str:
+    """How to convert a checkpoint of Megatron-LM."""
+    call = f"AutoBridge.from_hf_pretrained(HUB_ID).export_ckpt({str(folder)!r}, OUT)"
+    return f"export it with Megatron Bridge, in Python: {call}; then compress OUT"
+
+
+def zero_stub(path: Path, why: str) -> MpocError:
+    """The error of a file or directory of DeepSpeed ZeRO whose weights lie in the files of all processes."""
+    folder = path if path.is_dir() else path.parent
+    folder = folder.parent if re.match(r"global_step\d+$", folder.name) else folder
+    target = f"{folder.resolve().name}-fp32"
+    command = shlex.join(["python", "-m", "deepspeed.utils.zero_to_fp32", str(folder), target])
+    return MpocError(f"{path}: of DeepSpeed ZeRO: {why}", command)
 
 
 def _sharded(path: Path, what: str, hint: str) -> MpocError:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.checkpoint import Checkpoint, open_safetensors, strip_wrappers, wrapper_notes
-from mpoc.io.foreign import adapter, foreign_file, refuse_layout, refuse_quantised
+from mpoc.io.foreign import adapter, foreign_file, refuse_layout, refuse_quantised, refuse_stub
 from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.torch_file import open_torch_file
@@ -144,6 +144,7 @@ def _refuse_by_names(checkpoint: Checkpoint) -> None:
         if not name.isprintable():
             raise MpocError(f"{path}: a tensor is named {name!r}, with characters that cannot be printed")
     refuse_layout(path, checkpoint.infos)
+    refuse_stub(path, checkpoint.infos)
 
 
 def one_ahead(checkpoint: Checkpoint, names: Iterable[str]) -> Generator[str, None, None]:

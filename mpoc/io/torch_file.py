@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 from mpoc.io.checkpoint import Checkpoint, strip_wrappers
-from mpoc.io.foreign import foreign_file
+from mpoc.io.foreign import foreign_file, in_python, megatron_hint, refuse_layout, zero_stub
 from mpoc.io.safetensors_header import ITEMSIZE, LONGEST_NAME, TensorInfo
 
 # A state dict's own tuples are a tensor's shape, strides and storage.
@@ -181,8 +181,11 @@ def open_torch_file(path: Path, strip: bool = True) -> Checkpoint:
     notes = [f"state dict taken from {nest!r}"] if nest else []
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     others = [name for name in state if name not in tensors]
-    if others:
-        notes.append(f"ignored, not tensors: {', '.join(others[:5])}")
+    nested = [name for name in others if _has_tensors(state[name])]
+    if nested:
+        notes.append(f"left out, mappings of tensors beside the state dict: {', '.join(nested[:5])}")
+    if ignored := [name for name in others if name not in nested]:
+        notes.append(f"ignored, not tensors: {', '.join(ignored[:5])}")
     longest = max(tensors, key=len)
     if len(longest) > LONGEST_NAME:
         raise MpocError(f"{path}: tensor {longest[:40]!r}… has a name of {len(longest)} characters")
@@ -199,6 +202,7 @@ def open_torch_file(path: Path, strip: bool = True) -> Checkpoint:
         else:
             tied[name] = first
     infos = {n: TensorInfo(n, _dtype(t), tuple(t.shape)) for n, t in kept.items()}
+    refuse_layout(path, infos, tuple(others))
     _refuse_repeated(path, infos)
     return Checkpoint(path, infos, tied, kept.__getitem__, dict.fromkeys(infos, path), None, notes)
 
@@ -223,7 +227,7 @@ def load_plain(path: Path) -> Any:
     zipped = _starts_like_zip(path)
     try:
         if zipped:
-            _refuse_torchscript(path)
+            _refuse_other_archives(path)
             check_archive(path)
         else:
             _check_pickles(path)
@@ -256,30 +260,51 @@ def _check_pickles(path: Path) -> None:
                 break
 
 
+# Modules of the classes that torch refuses to load, and what a file that holds one is.
+_FORMATS = {
+    "torch.distributed": "a sharded state dict (FSDP, DTensor): save a full state dict of the network",
+    "torchao": "already quantised: torchao",
+    "optimum.quanto": "already quantised: quanto",
+    "bitsandbytes": "already quantised: bitsandbytes",
+    "hqq": "already quantised: HQQ",
+    "megatron": "a Megatron-LM checkpoint",
+    "deepspeed": "a DeepSpeed checkpoint",
+}
+# Keeps mappings, their tensors, and the tensors of modules; nothing that needs code to load.
+_TO_PLAIN = (
+    "f = lambda x: x if torch.is_tensor(x) else f(x.state_dict()) if hasattr(x, 'state_dict') else "
+    "{{k: f(v) for k, v in x.items() if isinstance(k, (str, int))}} if hasattr(x, 'items') else None; "
+    "torch.save(f(torch.load({source!r}, 'cpu', weights_only=False)), {target!r})"
+)
+
+
 def _needs_code(path: Path, error: pickle.UnpicklingError) -> MpocError:
     text = str(error)
     name = text.split("GLOBAL ")[-1].split()[0].rstrip(",.") if "GLOBAL " in text else "a class"
     what = f"loading it would run code ({name})"
     if "Unsupported operand" in text:
         what = "pickled with protocol 4 or later (or damaged), which torch reads only by running code"
-    return MpocError(
-        f"{path}: {what}, so it was not loaded",
-        'if you trust the file, save its state dict once: python -c "import torch; '
-        f"m = torch.load('{path}', 'cpu', weights_only=False); "
-        "m = next((m[k] for k in ('state_dict', 'model') if k in m), m) if isinstance(m, dict) else m; "
-        f"torch.save(m if isinstance(m, dict) else m.state_dict(), '{path.stem}-state.pt')\"",
-    )
+    if known := next((said for module, said in _FORMATS.items() if name.startswith(module)), None):
+        what = f"{known}; {what}"
+    code = _TO_PLAIN.format(source=str(path), target=f"{path.stem}-state.pt")
+    return MpocError(f"{path}: {what}, so it was not loaded", f"if you trust the file, {in_python(code)}")
 
 
-def _refuse_torchscript(path: Path) -> None:
+def _refuse_other_archives(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:  # raises where the archive is cut off
         names = archive.namelist()
+    target = f"{path.stem}-state.pt"
     if any(name.endswith("/constants.pkl") for name in names):
+        code = f"torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), {target!r})"
         raise MpocError(
-            f"{path}: a TorchScript archive, which is a program, not a state dict",
-            'save its weights once: python -c "import torch; '
-            f"torch.save(torch.jit.load('{path}', 'cpu').state_dict(), '{path.stem}-state.pt')\"",
+            f"{path}: a TorchScript archive, which is a program, not a state dict", in_python(code)
         )
+    if any(name.endswith("/archive_format") for name in names):
+        code = f"torch.save(dict(torch.export.load({str(path)!r}).state_dict), {target!r})"
+        raise MpocError(f"{path}: a torch.export program, not a state dict", in_python(code))
+    if not any(name.endswith("data.pkl") for name in names):
+        held = ", ".join(sorted(names)[:4])
+        raise MpocError(f"{path}: a zip archive, not of torch (it holds {held})", "unpack it first")
 
 
 def find_state_dict(path: Path, payload: Any) -> tuple[str, Mapping[str, Any]]:
@@ -293,29 +318,53 @@ def find_state_dict(path: Path, payload: Any) -> tuple[str, Mapping[str, Any]]:
             f"{path}: holds a {type(payload).__name__}, not a state dict",
             "save model.state_dict()",
         )
+    usual = [nest for nest in _NESTS if _is_state_dict(payload.get(nest))]
     if _is_state_dict(payload):
-        return "", payload
-    for nest in _NESTS:
-        if _is_state_dict(payload.get(nest)):
-            return nest, payload[nest]
-    names = [str(key) for key, value in payload.items() if _is_state_dict(value)]
-    names = [name for name in names if "optim" not in name and "sched" not in name]
-    if len(names) == 1:
-        return names[0], payload[names[0]]
-    if names:
-        raise MpocError(
-            f"{path}: holds several state dicts: {', '.join(names)}",
-            f"save the one you mean: torch.save(torch.load('{path}', 'cpu')['{names[0]}'], 'model.pt')",
+        if not usual:
+            return "", payload
+        own = next(
+            (name for name, value in payload.items() if isinstance(value, Tensor) and "." in name), None
         )
+        if own is not None:
+            raise _several(path, usual, f" beside tensors of its own ({own!r}, …)")
+    if usual:
+        return usual[0], payload[usual[0]]
+    found = [str(key) for key, value in payload.items() if _is_state_dict(value)]
+    found = [key for key in found if "optim" not in key and "sched" not in key]
+    if len(found) == 1:
+        return found[0], payload[found[0]]
+    if found:
+        raise _several(path, found)
+    raise _no_state_dict(path, payload)
+
+
+def _several(path: Path, found: list[str], beside: str = "") -> MpocError:
+    code = f"torch.save(torch.load({str(path)!r}, 'cpu')[{found[0]!r}], {path.stem + '-state.pt'!r})"
+    said = f"{path}: holds several state dicts: {', '.join(found)}{beside}"
+    return MpocError(said, f"choose one: {in_python(code)}")
+
+
+def _no_state_dict(path: Path, payload: Mapping[Any, Any]) -> MpocError:
+    if {"ds_config", "ds_version", "param_shapes"} & payload.keys():
+        return zero_stub(path, "its weights are split over the processes")
+    if {"checkpoint_version", "num_floating_point_operations_so_far"} & payload.keys():
+        return MpocError(f"{path}: a Megatron-LM checkpoint", megatron_hint(path.parent))
     keys = ", ".join(map(str, list(payload)[:6])) or "nothing"
-    raise MpocError(f"{path}: holds no state dict ({keys})", "save model.state_dict()")
+    return MpocError(f"{path}: holds no state dict ({keys})", "save model.state_dict()")
 
 
 def _is_state_dict(value: Any) -> bool:
-    """Whether it maps strings to values of which some are tensors and none is a mapping of tensors."""
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+    """Whether it maps strings to values of which some are tensors.
+
+    Where others are mappings of tensors, the tensors must be those of a network: with dots in their names, or
+    of two axes.
+    """
+    if not _has_tensors(value) or not all(isinstance(key, str) for key in value):
         return False
-    return _has_tensors(value) and not any(_has_tensors(item) for item in value.values())
+    if not any(_has_tensors(item) for item in value.values()):
+        return True
+    tensors = {name: item for name, item in value.items() if isinstance(item, Tensor)}
+    return any("." in name or (item.ndim > 1 and item.is_floating_point()) for name, item in tensors.items())
 
 
 def _has_tensors(value: Any) -> bool:
@@ -328,6 +377,9 @@ def _check_tensor(path: Path, name: str, tensor: Tensor) -> None:
     if tensor.is_quantized or tensor.layout != torch.strided:
         kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
         raise MpocError(f"{path}: tensor {name!r} is {kind}; only plain dense tensors are handled")
+    if _dtype(tensor).startswith(("float4", "float8")) and _dtype(tensor) not in ITEMSIZE:
+        said = f"{path}: already quantised: blocks of {_dtype(tensor)} (tensor {name!r})"
+        raise MpocError(said, "compress the unquantised checkpoint that it was made from")
     if _dtype(tensor) not in ITEMSIZE:
         raise MpocError(f"{path}: tensor {name!r} has dtype {_dtype(tensor)}, which safetensors lacks")
 

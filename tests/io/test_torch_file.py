@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import re
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -187,12 +187,60 @@ def test_hint_for_several_state_dicts_works(tmp_path: Path, monkeypatch: pytest.
     critic, generator = mlp_state(), mlp_state()
     monkeypatch.chdir(tmp_path)
     save({"critic": critic, "generator": generator}, Path("gan.pt"))
-    hint = refusal(Path("gan.pt")).hint
-    assert hint is not None
-    command = re.search(r"torch\.save\(.*", hint)
-    assert command is not None
-    exec(f"import torch; {command[0]}")
-    assert_holds(Path("model.pt"), critic)
+    follow(refusal(Path("gan.pt")).hint)
+    assert_holds(Path("gan-state.pt"), critic)
+
+
+@pytest.mark.parametrize(
+    "nested",
+    [
+        {"ema": mlp_state()},
+        {"running": {"stat.weight": torch.randn(4, 4)}},
+        {"fc1._extra_state": {"amax": torch.ones(2)}},
+    ],
+    ids=lambda nested: next(iter(nested)),
+)
+def test_prefers_a_flat_state_dict_to_nested_ones(tmp_path: Path, nested: dict[str, Any]) -> None:
+    state = mlp_state()
+    for payload in ({**state, **nested}, {"model": {**state, **nested}}):
+        path = save(payload, tmp_path / "m.pt")
+        assert_holds(path, state)
+        assert open_checkpoint(path).notes[-1].endswith(f"beside the state dict: {next(iter(nested))}")
+
+
+def test_prefers_a_usual_nest_to_loose_tensors(tmp_path: Path) -> None:
+    state = mlp_state()
+    loose = {
+        "rng_state": torch.zeros(9, dtype=torch.uint8),
+        "loss": torch.tensor(0.5),
+        "mean": torch.ones(3, 3),
+    }
+    assert_holds(save({**loose, "model": state}, tmp_path / "m.pt"), state)
+    assert "several state dicts: model beside" in str(
+        refusal(save({**state, "model": state}, tmp_path / "m.pt"))
+    )
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_rejects_stubs_of_zero_3(tmp_path: Path, whole: bool) -> None:
+    stub = {name: torch.empty(0) for name in mlp_state()} | (
+        {"rope.weight": torch.ones(4, 4)} if whole else {}
+    )
+    (tmp_path / "global_step3").mkdir()
+    path = tmp_path / "global_step3" / "mp_rank_00_model_states.pt"
+    error = refusal(save({"module": stub, "ds_config": {}, "ds_version": "0.14"}, path))
+    assert "of DeepSpeed ZeRO: tensor 'fc1.weight' is empty" in str(error)
+    assert error.hint == f"python -m deepspeed.utils.zero_to_fp32 {tmp_path} {tmp_path.name}-fp32"
+    optimizer = save({"optimizer_state_dict": {"fp32": [torch.ones(3)]}, "ds_config": {}}, path)
+    assert "its weights are split over the processes" in str(refusal(optimizer))
+
+
+def follow(hint: str | None) -> None:
+    """Run the Python command of a hint as the shell reads it, without a process of its own."""
+    assert hint is not None and "python -c " in hint
+    python, option, code = shlex.split(hint[hint.index("python -c ") :])
+    assert (python, option) == ("python", "-c")
+    exec(code, {})
 
 
 def test_reading_does_not_change_the_file(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from mpoc.errors import MpocError
 from mpoc.io.open_checkpoint import open_checkpoint
-from tests.io.test_torch_file import assert_holds, both_formats, refusal, save
+from tests.io.test_torch_file import assert_holds, both_formats, follow, refusal, save
 from tests.support.checkpoints import mlp_state
 
 
@@ -77,11 +76,14 @@ def test_rejects_pickled_classes_with_a_hint(
     assert_holds(Path("m-state.pt"), network.state_dict())
 
 
-def follow(hint: str | None) -> None:
-    """Run the Python command of a hint, as its reader would."""
-    command = re.search(r'python -c "(.*)"$', hint or "")
-    assert command is not None, hint
-    exec(command[1], {})
+@pytest.mark.parametrize("name", ["it's.ckpt", "a$(touch PASTED)b.ckpt", "two words.ckpt"])
+def test_hints_are_quoted_for_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    state = mlp_state()
+    monkeypatch.chdir(tmp_path)
+    error = refusal(save({"net": state, "training": Training()}, Path(name)))
+    follow(error.hint)
+    assert_holds(Path(f"{Path(name).stem}-state.pt"), state)
+    assert not Path("PASTED").exists()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
