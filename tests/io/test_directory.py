@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpoc.errors import MpocError
@@ -115,9 +115,49 @@ def test_rejects_several_weight_files_without_index(tmp_path: Path) -> None:
     assert "name one of the files" in (error.hint or "")
 
 
-def test_rejects_directories_without_weights(tmp_path: Path) -> None:
+def test_says_what_a_directory_without_weights_holds(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    assert "no weights in this directory" in str(refusal(tmp_path))
+    assert "no weights in this directory; it holds config.json" in str(refusal(tmp_path))
+    torch.save(mlp_state(), tmp_path / "last one.pt")
+    error = refusal(tmp_path)
+    assert "can be compressed: last one.pt" in str(error)
+    assert error.hint == f"mpoc compress '{tmp_path}/last one.pt' --bond 8"
+    for number, name in enumerate(("vae", "unet")):
+        state = mlp_state() if number else {"a.weight": torch.ones(2, 2)}
+        save_directory(tmp_path / name, state)
+    error = refusal(tmp_path)
+    assert "can be compressed: unet, vae" in str(error)
+    assert error.hint == f"mpoc compress {tmp_path}/unet --bond 8"
+
+
+@pytest.mark.parametrize(
+    ("files", "said", "command"),
+    [
+        ((".metadata", "__0_0.distcp"), "a torch distributed checkpoint", "dcp_to_torch {0} {1}.pt"),
+        (
+            ("fsdp_0/__0_0.distcp", "x.txt"),
+            "a torch distributed checkpoint",
+            "dcp_to_torch {0}/fsdp_0 {1}.pt",
+        ),
+        (
+            ("global_step5/zero_pp_rank_0_mp_rank_00_optim_states.pt",),
+            "of DeepSpeed ZeRO",
+            "zero_to_fp32 {0} ",
+        ),
+        (("latest_checkpointed_iteration.txt",), "a Megatron-LM checkpoint", "export_ckpt('{0}', OUT)"),
+        (("mp_rank_00/model_optim_rng.pt",), "a Megatron-LM checkpoint", "export_ckpt('{0}', OUT)"),
+        (("model.gguf",), "it holds model.gguf", "gguf_file='model.gguf'"),
+    ],
+)
+def test_names_distributed_checkpoints(
+    tmp_path: Path, files: tuple[str, ...], said: str, command: str
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    error = refusal(tmp_path)
+    assert said in str(error)
+    assert command.format(tmp_path, tmp_path.name) in (error.hint or "")
 
 
 @both_suffixes
@@ -146,6 +186,50 @@ def test_rejects_index_naming_a_missing_tensor(tmp_path: Path, suffix: str) -> N
     index["weight_map"]["fc3.weight"] = index["weight_map"]["fc1.weight"]
     index_file.write_text(json.dumps(index))
     assert "puts tensor 'fc3.weight' into" in str(refusal(path))
+
+
+@both_suffixes
+def test_keeps_tensors_and_shards_that_the_index_omits(tmp_path: Path, suffix: str) -> None:
+    state = mlp_state()
+    path = save_directory(tmp_path / "m", state, shards=2, suffix=suffix)
+    index_file = next(path.glob("*.index.json"))
+    index = json.loads(index_file.read_text())
+    lost = ["fc1.bias", *(name for name, file in index["weight_map"].items() if "-00002-" in file)]
+    for name in lost:
+        del index["weight_map"][name]
+    index_file.write_text(json.dumps(index))
+    assert_holds(path, state)
+    (note,) = open_checkpoint(path).notes
+    assert sorted(note.removeprefix("not in the index, kept: ").split(", ")) == lost
+
+
+@both_suffixes
+def test_rejects_a_tensor_of_two_shards_and_no_index(tmp_path: Path, suffix: str) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2, suffix=suffix)
+    extra = {"extra.weight": torch.ones(2, 2)}
+    for file in path.glob(f"*-of-*{suffix}"):
+        if suffix == ".bin":
+            torch.save(torch.load(file) | extra, file)
+        else:
+            save_file(load_file(file) | extra, file)
+    assert "tensor 'extra.weight' is in " in str(refusal(path))
+
+
+@both_suffixes
+@pytest.mark.parametrize("indexed", [False, True])
+def test_rejects_directories_that_lack_a_shard(tmp_path: Path, indexed: bool, suffix: str) -> None:
+    """The names of the shards say how many there are, whether or not the index names them all."""
+    path = save_directory(tmp_path / "m", mlp_state(), shards=2, suffix=suffix)
+    shard, index_file = next(path.glob(f"*00002-of-00002{suffix}")), next(path.glob("*.index.json"))
+    index = json.loads(index_file.read_text())
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if file != shard.name}
+    shard.unlink()
+    index_file.write_text(json.dumps(index)) if indexed else index_file.unlink()
+    said = str(refusal(path))
+    if suffix == ".bin" and not indexed:
+        assert "shards of weights without their index (pytorch_model-00001-of-00002.bin)" in said
+    else:
+        assert "shard 2 of 2 is missing" in said
 
 
 @pytest.mark.parametrize(
@@ -226,19 +310,44 @@ def test_names_damaged_json(tmp_path: Path, file: str, text: str | bytes, said: 
     assert said in str(refusal(path))
 
 
-def test_rejects_adapters(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({}, "a LoRA (PEFT) adapter"),
+        ({"peft_type": "LOHA"}, "a LoHa (PEFT) adapter"),
+        ({"peft_type": "IA3"}, "an IA3 (PEFT) adapter"),
+        ({"peft_type": "PROMPT_TUNING"}, "a prompt tuning (PEFT) adapter"),
+    ],
+)
+def test_rejects_adapters(tmp_path: Path, config: dict[str, Any], said: str) -> None:
     path = save_directory(tmp_path / "m", mlp_state())
-    (path / "adapter_config.json").write_text("{}")
+    (path / "adapter_config.json").write_text(json.dumps(config))
     error = refusal(path)
-    assert "a LoRA (PEFT) adapter" in str(error)
-    assert "merge_and_unload" in (error.hint or "")
+    assert said in str(error)
+    assert ("cannot be merged" if "prompt" in said else "merge_and_unload") in (error.hint or "")
 
 
-@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "awq"])
-def test_rejects_quantised_models(tmp_path: Path, method: str) -> None:
-    config = {**CONFIG, "quantization_config": {"quant_method": method, "bits": 4}}
-    error = refusal(save_directory(tmp_path / "m", mlp_state(), config=config))
-    assert f"already quantised ({method})" in str(error)
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        *(({"quantization_config": {"quant_method": m, "bits": 4}}, m) for m in ("gptq", "awq", "fp8")),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes"),
+        ({"text_config": {"quantization_config": {"quant_method": "mxfp4"}}}, "mxfp4"),
+        ({"parts": [{"compression_config": {"config_groups": {}}}]}, "unknown method"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "MLX"),
+        ({"quantization_config": "int8"}, "int8"),
+        ({"quantization_config": None}, None),
+        ({"quantization_config": {}}, None),
+        ({"quantization": {"num_codebooks": 8}}, None),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False}}, None),
+    ],
+)
+def test_rejects_quantised_models(tmp_path: Path, config: dict[str, Any], method: str | None) -> None:
+    path = save_directory(tmp_path / "m", mlp_state(), config={**CONFIG, **config})
+    if method is None:
+        assert open_checkpoint(path).config == {**CONFIG, **config}
+    else:
+        assert f"already quantised ({method})" in str(refusal(path))
 
 
 def test_recognises_compressed_directories_without_manifest(tmp_path: Path) -> None:
