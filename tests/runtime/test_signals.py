@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpoc.runtime.signals import catch_stop_signals, defer_signals, unwind_on_signals
+from mpoc.runtime.signals import Terminated, catch_stop_signals, defer_signals, unwind_on_signals
 
 
 def stop(number: int, frame: object) -> None:
@@ -37,6 +37,23 @@ def test_ignored_signal_stays_ignored() -> None:
     try:
         with defer_signals():
             signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("signum", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_each_signal_raises_its_exception(signum: signal.Signals, raised: type[BaseException]) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(raised), unwind_on_signals():
+            signal.raise_signal(signum)
+        with pytest.raises(raised), unwind_on_signals():
+            try:
+                signal.raise_signal(signum)
+            except BaseException as error:  # as native code does
+                raise ValueError("an error of its own") from error
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.runtime.distributed import ProcessGroup, process_group
+from mpoc.runtime.distributed import ProcessGroup, is_main, process_group
 from tests.support.process_groups import in_threads
 
 
@@ -76,3 +76,12 @@ def test_single_process_needs_no_group() -> None:
         with pytest.raises(MpocError) as caught, alone.all_or_raise():
             raise error
         assert caught.value is error
+
+
+@pytest.mark.parametrize(("rank", "main"), [(None, True), ("0", True), ("1", False)])
+def test_main_process_has_rank_zero(monkeypatch: pytest.MonkeyPatch, rank: str | None, main: bool) -> None:
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    assert is_main() is main
