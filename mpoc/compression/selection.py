@@ -180,6 +180,13 @@ def select(
     return Selection(chosen, left, _source_of_kinds(checkpoint), _notes(checkpoint, chosen))
 
 
+def copies_by_name(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Tensors that may be copies of one embedding, as a head is, by their shape: no module tells."""
+    embeddings = {info.shape for name, info in checkpoint.infos.items() if _EMBEDDINGS.search(name)}
+    matrices = (info for info in checkpoint.infos.values() if len(info.shape) == 2)
+    return {info.name: info.shape for info in matrices if info.shape in embeddings}
+
+
 def _notes(checkpoint: Checkpoint, chosen: list[LinearMap]) -> list[str]:
     tied = bool((checkpoint.config or {}).get("tie_word_embeddings"))
     firsts = set(checkpoint.tied.values())
@@ -248,10 +255,10 @@ def _reason_left(
 
 
 def _source_of_kinds(checkpoint: Checkpoint) -> str:
-    if checkpoint.kinds is not None:
-        return "the model's modules"
-    known = (checkpoint.config or {}).get("model_type")
-    return f"config.json ({known})" if known else "names and shapes"
+    if checkpoint.kinds is None:
+        return "names and shapes"
+    known = "" if checkpoint.architecture else (checkpoint.config or {}).get("model_type")
+    return f"config.json ({known})" if known else "the model's modules"
 
 
 def _check_patterns(layers: list[str], exclude: list[str], names: list[str]) -> None:

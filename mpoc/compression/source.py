@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from mpoc.compression.plan import LayerPlan, make_plan
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.run_context import RunContext
-from mpoc.compression.selection import Selection, select
+from mpoc.compression.selection import Selection, copies_by_name, select
 from mpoc.compression.size_prediction import predict_size
 from mpoc.errors import MpocError
 from mpoc.io import hub_directory
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import core_prefix
 from mpoc.io.open_checkpoint import open_checkpoint
-from mpoc.models.architecture import traced_geometries, with_architecture
+from mpoc.models.architecture import traced_geometries, with_architecture, with_config, with_copies_tied
 from mpoc.tensor_networks.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -93,8 +93,9 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
         MpocError: bad input.
     """
     checkpoint = open_checkpoint(source)
-    if arch is not None:
-        checkpoint = with_architecture(checkpoint, arch)
+    checkpoint = with_config(checkpoint) if arch is None else with_architecture(checkpoint, arch)
+    if checkpoint.kinds is None:
+        checkpoint = with_copies_tied(checkpoint, copies_by_name(checkpoint))
     recipe = recipe.with_form(calibrated)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
     maps = [m.name for m in selection.chosen if recipe.is_map(m.name, m.kind)]

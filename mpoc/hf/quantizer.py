@@ -95,7 +95,7 @@ class MpoQuantizer(HfQuantizer):
         self._targets: dict[str, str] = {}  # the names in quantization_config → those in the network
         self._unstacked: set[str] = set()  # targets of the conversions that are undone
         self._spared: set[str] = set()  # modules that transformers does not initialise
-        self._other_sizes: list[WeightRenaming] = []
+        self._renamed: list[WeightRenaming] = []
 
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` writes the cores as it writes any parameter."""
@@ -134,7 +134,7 @@ class MpoQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """The conversions of transformers, without those that are undone here."""
         kept = [entry for entry in weight_conversions if entry.target_patterns[0] not in self._unstacked]
-        return [*self._other_sizes, *kept]
+        return [*self._renamed, *kept]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Give the compressed modules empty cores while the network is on the meta device."""
@@ -142,8 +142,10 @@ class MpoQuantizer(HfQuantizer):
         conversions = get_model_conversion_mapping(model)
         self._unstack_experts(model, conversions)
         names = Names(model, self.update_weight_conversions(conversions))
-        targets = {name: names.in_model(name) for name in layers}
         stored = {names.in_model(name) for name in _stored_names(kwargs.get("checkpoint_files") or ())}
+        targets = {name: names.in_model(name) for name in layers}
+        stored |= set(targets.values())
+        targets = {name: self._first_name(model, name, target, stored) for name, target in targets.items()}
         ties = _declared_ties(model)
         for name, target in targets.items():
             dense = names.state.get(target)
@@ -153,11 +155,15 @@ class MpoQuantizer(HfQuantizer):
             if tuple(dense.shape) != structure.shape:
                 # transformers reports the mismatch, or initialises the weight under ignore_mismatched_sizes.
                 core = re.escape(f"{core_prefix(name)}.0")
-                self._other_sizes.append(WeightRenaming(f"^{core}$", target))
+                self._renamed.append(WeightRenaming(f"^{core}$", target))
                 continue
-            tied = _tied_to(target, model.all_tied_weights_keys) - stored - set(targets.values())
-            self._swap(model, [target, *sorted(tied)], structure, shapes)
-        if layers and not (self._cores or self._other_sizes):
+            tied = _tied_to(target, model.all_tied_weights_keys)
+            # Names that are not stored belong to the first one that is.
+            first = model.all_tied_weights_keys.get(target, target)
+            owner = first if first in stored else min(stored & {target, *tied}, default=target)
+            aliases = sorted(tied - stored) if owner == target else []
+            self._swap(model, [target, *aliases], structure, shapes)
+        if layers and not (self._cores or self._renamed):
             raise MpocError(
                 f"{model.config.name_or_path}: none of its {len(layers)} compressed layers "
                 f"({next(iter(layers))}, …) is in a {type(model).__name__}"
@@ -166,6 +172,15 @@ class MpoQuantizer(HfQuantizer):
         kept = {name: target for name, target in targets.items() if target in self._cores}
         self._targets = {names.saved(name): target for name, target in kept.items()}
         self.quantization_config = MpoConfig(layers={names.saved(name): layers[name] for name in kept})
+
+    def _first_name(self, model: PreTrainedModel, name: str, target: str, stored: set[str]) -> str:
+        """The name that other weights are tied to, where only one of theirs is stored; cores move there."""
+        first = model.all_tied_weights_keys.get(target, target)
+        if first == target or stored & ({first} | _tied_to(target, model.all_tied_weights_keys)):
+            return target
+        self._renamed.append(WeightRenaming(f"^{re.escape(core_prefix(name))}\\.", f"{core_prefix(first)}."))
+        stored.symmetric_difference_update({target, first})
+        return first
 
     def _unstack_experts(self, model: PreTrainedModel, conversions: list[Any]) -> None:
         """Hold compressed expert weights one by one where transformers would stack them while loading.
@@ -203,8 +218,13 @@ class MpoQuantizer(HfQuantizer):
             self._spare(model, name.rpartition(".")[0])
 
     def _spare(self, model: PreTrainedModel, path: str) -> None:
-        """Keep transformers from initialising a module: that would build the dense weight at random."""
-        vars(model.get_submodule(path))["_is_hf_initialized"] = True
+        """Keep transformers from initialising a module: that would build the dense weight at random.
+
+        A module with buffers of its own is initialised, for these are computed then.
+        """
+        module = model.get_submodule(path)
+        if not module._non_persistent_buffers_set:
+            vars(module)["_is_hf_initialized"] = True
         self._spared.add(path)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -219,7 +239,7 @@ class MpoQuantizer(HfQuantizer):
                     raise MpocError(f"{model.config.name_or_path}: tensor {name!r} is missing")
         self._cores.clear()
         conversions = getattr(model, "_weight_conversions", None) or []
-        kept = [entry for entry in conversions if entry not in self._other_sizes]
+        kept = [entry for entry in conversions if entry not in self._renamed]
         vars(model).update(_weight_conversions=kept, is_quantized=False)  # quantized: no .half(), no .float()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:

@@ -10,24 +10,40 @@ from __future__ import annotations
 import re
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
-from mpoc.errors import MpocError, UsageError, nearest, shortened
+from mpoc.errors import MpocError, UsageError, nearest
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import Manifest
 from mpoc.models import zoo
-from mpoc.models.introspection import UNUSED, differing_names, kinds_of, tensors_of, trace_geometries
+from mpoc.models.introspection import (
+    UNUSED,
+    differing_names,
+    kinds_of,
+    same_tensor,
+    tensors_of,
+    trace_geometries,
+)
 from mpoc.tensor_networks.geometry import Geometry
+
+if TYPE_CHECKING:
+    from mpoc.hf.names import Filling
+
+
+# Code that lies in a directory is never run.
+_OWN: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def make_network(arch: str) -> nn.Module:
@@ -86,13 +102,15 @@ def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
             "pass another --arch, or none: layer kinds are then read from names and shapes",
         )
     record = {"zoo": zoo.long_form(arch)} if _is_spec(arch) else {"factory": arch}
-    return replace(
+    told = replace(
         checkpoint,
         kinds=kinds_of(network),
         left=dict.fromkeys(unused, UNUSED),
         architecture=record,
         notes=[*checkpoint.notes, *note_of_unused(unused)],
     )
+    shared = same_tensor(network)
+    return with_copies_tied(told, {name: min(shared[name]) for name in told.infos if name in shared})
 
 
 def note_of_unused(names: list[str]) -> list[str]:
@@ -207,7 +225,8 @@ def _one_message(what: str, kind: type[MpocError]) -> Iterator[None]:
     except MpocError:
         raise
     except Exception as error:
-        raise kind(f"{what}: {_place_of(error)}: {type(error).__name__}: {error}") from error
+        said = " ".join(str(error).split())[:400]
+        raise kind(f"{what}: {_place_of(error)}: {type(error).__name__}: {said}") from error
 
 
 def _place_of(error: Exception) -> str:
@@ -235,11 +254,74 @@ def is_transformers_directory(source: Path, manifest: Manifest) -> bool:
     return not manifest.architecture and (source / "config.json").is_file()
 
 
-def by_transformers(source: Path) -> nn.Module:
-    """Load the network of a directory by the class that its config.json names, or else by ``AutoModel``.
+def with_config(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with kinds and ties told by the network that its config.json names.
+
+    Where transformers is missing, or makes no such network of these tensors, names and shapes tell, and a
+    note says why.
+    """
+    if not checkpoint.is_directory or checkpoint.config is None or find_spec("transformers") is None:
+        return checkpoint
+    shapes = {name: info.shape for name, info in checkpoint.infos.items()}
+    shapes |= {alias: shapes[first] for alias, first in checkpoint.tied.items()}
+    try:
+        fit, notes = _fit_directory(checkpoint.path, shapes)
+    except MpocError as error:
+        return replace(checkpoint, notes=[*checkpoint.notes, f"kinds told from names and shapes: {error}"])
+    groups = {name: fit.groups.get(target) for name, target in fit.targets.items()}
+    checkpoint = with_copies_tied(checkpoint, groups)
+    stored = Counter(groups[name] for name in checkpoint.infos)
+    by_module = kinds_of(fit.model)
+    kinds: dict[str, tuple[str | None, bool]] = {}
+    for name, target in fit.targets.items():
+        if target in by_module and fit.names.converter(name) is None:
+            aliases = sorted(fit.groups[target]) if stored[groups[name]] == 1 else ()
+            group = [by_module[place] for place in (target, *aliases)]
+            kinds[name] = next((kind for kind in group if kind[0] == "embedding"), group[0])
+    left = {name: "converted by transformers while loading" for name in shapes if not fit.is_kept(name)}
+    left |= dict.fromkeys(fit.unused, UNUSED)
+    notes = [*checkpoint.notes, *notes, *note_of_unused(fit.unused)]
+    return replace(checkpoint, kinds=kinds, left=left, notes=notes)
+
+
+def with_copies_tied(checkpoint: Checkpoint, groups: Mapping[str, Hashable]) -> Checkpoint:
+    """The checkpoint with equal copies of one weight held as one, whichever of its names are stored.
+
+    Args:
+        checkpoint: opened.
+        groups: tensor → what it has in common with those that it may be a copy of; None: nothing.
+    """
+    firsts: dict[Hashable, list[str]] = {}
+    tied: dict[str, str] = {}
+    for name in checkpoint.infos:
+        if groups.get(name) is None:
+            continue
+        others = firsts.setdefault(groups[name], [])
+        first = next((other for other in others if _are_equal(checkpoint, name, other)), None)
+        if first is None:
+            others.append(name)
+        else:
+            tied[name] = first
+    if not tied:
+        return checkpoint
+    kept = {name: info for name, info in checkpoint.infos.items() if name not in tied}
+    earlier = {alias: tied.get(first, first) for alias, first in checkpoint.tied.items()}
+    notes = [f"{name} is a copy of {first}: tied, and counted once" for name, first in tied.items()]
+    return replace(checkpoint, infos=kept, tied=earlier | tied, notes=[*checkpoint.notes, *notes])
+
+
+def _are_equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    one, two = checkpoint.infos[name], checkpoint.infos[other]
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    return torch.equal(checkpoint.read(name), checkpoint.read(other))
+
+
+def _fit_directory(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Filling, list[str]]:
+    """The class of transformers that a directory's tensors fill, with a note where another is named.
 
     Raises:
-        MpocError: transformers is missing or too old, or cannot make the network from these files alone.
+        MpocError: transformers is missing or too old, or knows no such class.
     """
     try:
         import mpoc.hf  # noqa: F401  (teaches transformers to read cores)
@@ -247,20 +329,50 @@ def by_transformers(source: Path) -> nn.Module:
         raise MpocError(str(error), "pip install 'mpoc[hf]', or --arch file.py:factory") from error
     import transformers
 
-    # Code that lies in the directory is never run.
-    own = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **own)
-    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
-        raise MpocError(f"{source}: transformers cannot make this network: {shortened(error)}") from error
-    classes = [getattr(transformers, name, None) for name in config.architectures or []]
-    cls = next((entry for entry in classes if entry is not None), transformers.AutoModel)
+    from mpoc.hf.names import fitting_class
+
+    with _one_message(f"{source}: transformers cannot make this network", MpocError):
+        config = transformers.AutoConfig.from_pretrained(source, **_OWN)
+        try:
+            fit = fitting_class(config, shapes)
+        except MpocError as error:
+            raise MpocError(f"{source}: {error}") from error
+    cls, named = type(fit.model).__name__, config.architectures or []
+    if cls in named or not named:
+        return fit, []
+    return fit, [f"config.json names {named[0]}, which the tensors do not fill: taken as {cls}"]
+
+
+def by_transformers(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, list[str]]:
+    """Load the network of a directory by the class that its tensors fill.
+
+    Args:
+        source: a directory, dense or compressed.
+        shapes: of its dense tensors by their stored names, compressed weights included.
+
+    Returns:
+        The network, and a note where its class is not the one that config.json names.
+
+    Raises:
+        MpocError: transformers is missing or too old, or cannot make the network from these files alone; or
+            a tensor of the network is missing or has another shape.
+    """
+    fit, notes = _fit_directory(source, shapes)
+    cls: Any = type(fit.model)
+    import transformers
+
     bar: Any = transformers.utils.logging
     was_shown = bar.is_progress_bar_enabled()
     bar.disable_progress_bar()
     try:
-        network: nn.Module = cls.from_pretrained(source, **own)
+        with _one_message(f"{source}: transformers cannot load this network", MpocError):
+            network, info = cls.from_pretrained(source, output_loading_info=True, **_OWN)
     finally:
         if was_shown:
             bar.enable_progress_bar()
-    return network
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise MpocError(
+            f"{source}: {cls.__name__} needs tensors that are not stored: {', '.join(missing[:3])}"
+        )
+    return network, notes

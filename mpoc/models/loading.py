@@ -76,13 +76,17 @@ def load(
             between file and model, with both sides named. The model is unchanged then.
     """
     check_weights(weights)
-    source = Path(path)
+    return _load(Path(path), model, weights)[0]
+
+
+def _load(source: Path, model: nn.Module | None, weights: Weights) -> tuple[nn.Module, list[str]]:
+    """As :func:`load`, and notes for the user."""
     manifest = read_manifest(source)
-    if model is None and is_transformers_directory(source, manifest):
-        model = by_transformers(source).eval()
-        use_weights(model, weights)
-        return model
     stored = open_compressed(source)
+    if model is None and is_transformers_directory(source, manifest):
+        model, notes = by_transformers(source, _dense_shapes(stored, manifest))
+        use_weights(model.eval(), weights)
+        return model, notes
     for layer in manifest.replaced:
         check_cores(stored, layer)
     if model is None:
@@ -94,7 +98,15 @@ def load(
     remember(model, manifest)
     use_weights(model, weights)
     forbid_save_pretrained(model)
-    return model
+    return model, []
+
+
+def _dense_shapes(stored: Checkpoint, manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """The shapes of a compressed checkpoint's dense tensors, by the names they had before compression."""
+    cores = _core_names(manifest.replaced)
+    shapes = {name: info.shape for name, info in stored.infos.items() if name not in cores}
+    shapes |= {layer.name: layer.shape for layer in manifest.replaced}
+    return shapes | {alias: shapes[first] for alias, first in manifest.tied.items() if first in shapes}
 
 
 def open_network(source: Path, arch: str | None) -> nn.Module:
@@ -108,7 +120,13 @@ def open_network(source: Path, arch: str | None) -> nn.Module:
         UsageError: no architecture is known, or ``arch`` is not found or makes no network.
         MpocError: the file does not fit the network.
     """
-    return load(source, None if arch is None else make_network(arch), weights="cores").eval()
+    return _open_network(source, arch)[0]
+
+
+def _open_network(source: Path, arch: str | None) -> tuple[nn.Module, list[str]]:
+    """As :func:`open_network`, and notes for the user."""
+    network, notes = _load(source, None if arch is None else make_network(arch), "cores")
+    return network.eval(), notes
 
 
 def _recorded_network(source: Path, stored: Checkpoint, manifest: Manifest) -> nn.Module:
@@ -221,9 +239,12 @@ def _swap(
 ) -> None:
     """Swap modules for their counterparts; where file and model differ in what is tied, the file decides."""
     known, apart = same_tensor(model), stored.infos.keys() | replaced.keys()
+    places = list(tensors_of(model))
     for name, layer in replaced.items():
         cores = [stored.read(core).clone() for core in layer.core_names]
-        aliases = (known[name] - apart) | set(tied.get(name, ())) - {name}
+        # Names that are not stored belong to the first one that is.
+        owner = next(place for place in places if place in known[name] & apart)
+        aliases = set(tied.get(name, ())) | (known[name] - apart if owner == name else set())
         adopt_everywhere(model, [name, *sorted(aliases)], cores, layer.structure)
 
 
@@ -270,11 +291,12 @@ def open_model(path: Path, arch: str | None) -> Model:
     manifest = read_manifest(path) if is_compressed(path) else None
     if manifest is None:
         stored = open_checkpoint(path)
-        network = _dense_network(stored, arch)
+        network, notes = _dense_network(stored, arch)
     else:
-        stored, network = open_compressed(path), open_network(path, arch)
+        stored = open_compressed(path)
+        network, notes = _open_network(path, arch)
         arch = arch or manifest.architecture.get("zoo")
-    notes = list(stored.notes)
+    notes = [*stored.notes, *notes]
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters()):
         network.float()
         notes.append("half-precision parameters are computed with, and trained, in float32")
@@ -283,14 +305,17 @@ def open_model(path: Path, arch: str | None) -> Model:
     return Model(path, network.eval(), stored, manifest, arch, places, notes)
 
 
-def _dense_network(stored: Checkpoint, arch: str | None) -> nn.Module:
+def _dense_network(stored: Checkpoint, arch: str | None) -> tuple[nn.Module, list[str]]:
     if arch is None:
         if stored.is_directory and (stored.path / "config.json").is_file():
-            network: Any = by_transformers(stored.path)
+            shapes = {name: info.shape for name, info in stored.infos.items()}
+            shapes |= {alias: shapes[first] for alias, first in stored.tied.items()}
+            network: Any
+            network, notes = by_transformers(stored.path, shapes)
             from mpoc.hf.names import hold_as_stored
 
             hold_as_stored(network, [*stored.infos, *stored.tied])
-            return network
+            return network, notes
         raise UsageError(
             f"{stored.path}: holds tensors, not the network's code",
             "--arch resnet56, or --arch file.py:factory, where factory() returns the dense nn.Module",
@@ -302,7 +327,7 @@ def _dense_network(stored: Checkpoint, arch: str | None) -> nn.Module:
         for name in (*stored.infos, *stored.tied):
             if name in state:
                 state[name].copy_(stored.read(stored.tied.get(name, name)))
-    return network
+    return network, []
 
 
 def _places(path: Path, network: nn.Module, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:

@@ -209,7 +209,12 @@ def test_some_models_store_experts_transposed(model: str) -> None:
 
 def test_records_where_kinds_come_from() -> None:
     assert select(checkpoint(NAMES)).source == "names and shapes"
-    assert select(checkpoint(NAMES, config={"model_type": "bert"})).source == "config.json (bert)"
+    told = checkpoint(NAMES, config={"model_type": "bert"})
+    assert select(told).source == "names and shapes"
+    told.kinds = {}
+    assert select(told).source == "config.json (bert)"
+    told.architecture = {"factory": "net.py:net"}
+    assert select(told).source == "the model's modules"
 
 
 def test_module_kinds_override_names() -> None:
@@ -218,7 +223,6 @@ def test_module_kinds_override_names() -> None:
     told.kinds |= {"fc.weight": ("embedding", False), "conv1.weight": ("conv2d", True)}
     told.left = {"layer1.0.conv2.weight": "not used by the network"}
     selection = select(told, embeddings=True)
-    assert selection.source == "the model's modules"
     assert [(m.layer, m.kind, m.transposed) for m in selection.chosen] == [
         ("conv1", "conv2d", True),
         ("fc", "embedding", False),

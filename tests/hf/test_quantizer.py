@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mpoc.hf  # noqa: F401  # registers
+from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError
 from mpoc.io.manifest_reader import read_manifest
-from mpoc.models.loading import load
+from mpoc.models.loading import load, open_model
 from mpoc.nn import MPOEmbedding, MPOLinear
 from mpoc.tensor_networks.forms.form import Form
 from tests.support.hub_models import (
@@ -139,18 +142,42 @@ class TestTiedHeads:
         assert model.lm_head.cores[0] is not model.model.embed_tokens.cores[0]
 
     @pytest.mark.parametrize("embeddings", [False, True])
-    def test_head_stored_separately_stays_separate(self, tmp_path: Path, embeddings: bool) -> None:
+    @pytest.mark.parametrize("equal", [False, True])
+    def test_a_stored_head_is_tied_where_it_is_a_copy(
+        self, tmp_path: Path, embeddings: bool, equal: bool
+    ) -> None:
         tiny("gpt2").save_pretrained(tmp_path / "original")
         file = tmp_path / "original" / "model.safetensors"
         state = load_file(file)
-        state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+        state["lm_head.weight"] = state["transformer.wte.weight"] * (1 if equal else 2)
         save_file(state, file, {"format": "pt"})
         small = compress_saved(tmp_path, embeddings=embeddings)
+        first = min(read_manifest(small.path).tied.values(), default=None)
+        assert (first is not None) is equal
         model = auto("gpt2", small.path)
-        assert type(model.lm_head) is MPOLinear
-        assert torch.equal(model.transformer.wte.weight, state["transformer.wte.weight"]) is not embeddings
-        assert len(model.state_dict()) == len(load_file(small.path / "model.safetensors"))
+        assert (type(model.lm_head) is MPOLinear) is (embeddings or not equal)
+        assert (type(model.transformer.wte) is MPOEmbedding) is embeddings
+        if equal:
+            own, other = (list(part.parameters()) for part in (model.lm_head, model.transformer.wte))
+            assert all(one is two for one, two in zip(own, other, strict=True))
         torch.testing.assert_close(answer(model), answer(auto("gpt2", small.expanded)), rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("kept", [("lm_head",), ("encoder.embed_tokens",), ("shared", "lm_head")])
+    @pytest.mark.parametrize("embeddings", [False, True])
+    def test_any_names_of_a_tied_weight_may_be_stored(
+        self, tmp_path: Path, embeddings: bool, kept: tuple[str, ...]
+    ) -> None:
+        tiny("t5").save_pretrained(tmp_path / "original")
+        file = tmp_path / "original" / "model.safetensors"
+        state = load_file(file)
+        weight = state.pop("shared.weight")
+        save_file(state | {f"{name}.weight": weight.clone() for name in kept}, file, {"format": "pt"})
+        small = compress_saved(tmp_path, embeddings=embeddings)
+        dense, model = answer(auto("t5", small.expanded)), auto("t5", small.path)
+        torch.testing.assert_close(answer(model), dense, rtol=0, atol=1e-5)
+        torch.testing.assert_close(answer(load(small.path, tiny("t5"))), dense, rtol=0, atol=1e-5)
+        model.save_pretrained(tmp_path / "again")
+        torch.testing.assert_close(answer(auto("t5", tmp_path / "again")), dense, rtol=0, atol=1e-5)
 
 
 class TestExperts:
@@ -182,14 +209,83 @@ class TestExperts:
         model = auto("mixtral", path, experts_implementation=implementation)
         torch.testing.assert_close(answer(model), answer(auto("mixtral", path)), rtol=0, atol=1e-5)
 
-    def test_rejects_unsupported_expert_implementations(self, tmp_path: Path) -> None:
+    def test_leaves_alone_what_is_split_while_loading(self, tmp_path: Path) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        model = transformers.NomicBertModel(transformers.NomicBertConfig(vocab_size=99, **sizes)).eval()
+        small = compress(model, tmp_path, bond=99, allow_growth=True)
+        left = read_manifest(small.path).left_alone
+        (reason,) = (why for name, why in left.items() if "Wqkv" in name)
+        assert reason == "converted by transformers while loading"
+        torch.testing.assert_close(
+            answer(transformers.AutoModel.from_pretrained(small.path)), answer(model), rtol=0, atol=1e-5
+        )
+
+    def test_rejects_cores_of_what_is_split_while_loading(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
         config = transformers.NomicBertConfig(vocab_size=99, **sizes)
-        small = compress(transformers.NomicBertModel(config), tmp_path)
+        monkeypatch.setattr("mpoc.compression.source.with_config", lambda checkpoint: checkpoint)
+        small = compress(transformers.NomicBertModel(config), tmp_path)  # as where transformers is missing
         with pytest.raises(MpocError, match=r"k_proj, .* of '.*Wqkv.weight'") as caught:
             transformers.AutoModel.from_pretrained(small.path)
         assert caught.value.hint == f"mpoc expand {small.path}"
         assert not hasattr(transformers.AutoModel.from_pretrained(small.expanded), "hf_quantizer")
+
+
+class TestFilling:
+    """Every tensor of a directory's network comes from its files, or the network is refused."""
+
+    def test_computes_buffers_beside_an_embedding(self, tmp_path: Path) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = transformers.Gemma3TextConfig(vocab_size=99, pad_token_id=0, **sizes, **heads)
+        model = transformers.Gemma3ForCausalLM(config).eval()
+        small = compress(model, tmp_path, embeddings=True, bond=99, allow_growth=True)
+        torch.testing.assert_close(answer(load(small.path)), answer(model), rtol=1e-5, atol=1e-5)
+
+    def test_takes_the_class_that_the_tensors_fill(self, tmp_path: Path) -> None:
+        tiny("bert").bert.save_pretrained(tmp_path / "original")  # without the pooler
+        change(tmp_path / "original", architectures=["BertForSequenceClassification"])
+        with pytest.raises(MpocError, match=r"BertForSequenceClassification needs tensors .*: bert\.pooler"):
+            open_model(tmp_path / "original", None)
+        transformers.BertModel(tiny("bert").config).save_pretrained(tmp_path / "original")
+        change(tmp_path / "original", architectures=["BertForMaskedLM"])
+        recipe = make_recipe(None, {"bond": 6})
+        notes = compress_checkpoint(tmp_path / "original", tmp_path / "compressed", recipe).notes
+        said = "config.json names BertForMaskedLM, which the tensors do not fill: taken as BertModel"
+        assert said in notes and said in open_model(tmp_path / "compressed", None).notes
+        assert type(load(tmp_path / "compressed")).__name__ == "BertModel"
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"num_hidden_layers": 3}, r"needs tensors that are not stored: model\.layers\.2.* more"),
+            ({"vocab_size": 200}, r"tensor '.*' is \(97, 32\), \(200, 32\) in a LlamaForCausalLM"),
+            ({"architectures": ["Trainer"]}, r"config.json names Trainer, which is no network"),
+            ({"num_attention_heads": 5}, r"transformers cannot make this network: .*\.py, line \d+: "),
+        ],
+    )
+    def test_refuses_what_would_stay_random_in_one_message(
+        self, make: Make, tmp_path: Path, changes: dict[str, Any], said: str
+    ) -> None:
+        shutil.copytree(make("llama").path, tmp_path / "changed")
+        change(tmp_path / "changed", **changes)
+        with pytest.raises(MpocError, match=said):
+            load(tmp_path / "changed")
+
+    def test_kinds_come_from_the_modules(self, tmp_path: Path) -> None:
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        config = transformers.ElectraConfig(vocab_size=99, embedding_size=24, **sizes)
+        small = compress(transformers.ElectraModel(config), tmp_path)
+        kinds = {layer.layer: layer.kind for layer in read_manifest(small.path).layers}
+        assert kinds["embeddings_project"] == "linear"
+
+
+def change(folder: Path, **values: Any) -> None:
+    """Change entries of a directory's config.json."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 class TestWaysToLoad:
