@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import glob
+import shlex
+
 # Characters of a message: text from an untrusted file may have any length.
 _LONGEST = 2000
 
@@ -25,6 +28,16 @@ class UsageError(MpocError):
     """The command line or the recipe is wrong: exit status 2."""
 
     exit_code = 2
+
+
+def command_line(*words: object) -> str:
+    """A command line for the shell, each word quoted where it must be."""
+    return shlex.join(map(str, words))
+
+
+def excluding(layer: str) -> str:
+    """The option that excludes a layer or tensor, with the characters of patterns in its name escaped."""
+    return command_line("--exclude", glob.escape(layer))
 
 
 def shortened(value: object) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mpoc.cli.console import Output, plain
 from mpoc.cli.options import takes
 from mpoc.compression.recipe import Recipe, make_recipe
-from mpoc.errors import MpocError, UsageError
+from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.runtime.options import ADVANCED, COMMON, argument, nested, option
 from mpoc.train.settings import ARCH_HELP, DataOptions, EvaluationRequest
 
@@ -108,7 +108,7 @@ def compress(options: CompressOptions) -> None:
         print_table(result, console)
     if result.compression.written:
         console.say(f"wrote {result.compression.output}")
-        console.next_command(f"mpoc report {result.compression.output}")
+        console.next_command(command_line("mpoc", "report", result.compression.output))
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,9 @@ def _refuse_moments(request: CompressRequest) -> None:
         raise UsageError(f"--moments {path}: is not a file", "name another FILE")
     folder = resolved.parent
     if not folder.is_dir():
-        raise MpocError(f"--moments {path}: there is no directory {folder}", f"mkdir -p {folder}")
+        raise MpocError(
+            f"--moments {path}: there is no directory {folder}", command_line("mkdir", "-p", folder)
+        )
     if not resolved.exists() and not os.access(folder, os.W_OK | os.X_OK):
         raise MpocError(f"--moments {path}: no permission to write in {folder}")
 

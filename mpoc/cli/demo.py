@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from mpoc.cli.console import Output, plain
 from mpoc.cli.options import takes
-from mpoc.errors import UsageError
+from mpoc.errors import UsageError, command_line
 from mpoc.runtime.options import option
 from mpoc.train.settings import DataOptions, FinetuneRequest, Settings
 
@@ -161,7 +161,8 @@ def demo(options: DemoOptions) -> None:
         console.result.print("fine-tune and measure it yourself:")
         for command in commands:
             console.result.print(plain(f"  {command}"), soft_wrap=True)
-    console.next_command(f"mpoc report {result.files.tuned if commands else result.files.compressed}")
+    made = result.files.tuned if commands else result.files.compressed
+    console.next_command(command_line("mpoc", "report", made))
 
 
 def _fine_tune(result: DemoResult, console: Output) -> list[str]:

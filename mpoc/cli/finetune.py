@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpoc.cli.console import Output
 from mpoc.cli.options import takes
+from mpoc.errors import command_line
 from mpoc.runtime.options import ADVANCED, nested, option
 from mpoc.train.settings import FinetuneRequest
 
@@ -62,7 +63,7 @@ def finetune(options: FinetuneOptions) -> None:
         _print_lines(result, console)
     console.say(f"wrote {result.output}")
     if result.manifest is not None:
-        console.next_command(f"mpoc report {result.output}")
+        console.next_command(command_line("mpoc", "report", result.output))
 
 
 def _run(request: FinetuneRequest, console: Output) -> Finetuned:

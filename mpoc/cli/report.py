@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpoc.cli.console import Output
 from mpoc.cli.options import takes
-from mpoc.errors import UsageError
+from mpoc.errors import UsageError, command_line
 from mpoc.runtime.options import argument, option
 
 _FIGURES = "Page and figures"
@@ -82,7 +82,8 @@ def _first_and_others(paths: tuple[Path, ...], compare: tuple[Path, ...]) -> tup
     first, *others = paths
     if others and not compare:
         raise UsageError(
-            f"{others[0]}: a report shows one file", f"mpoc report {first} --compare {others[0]} --html FILE"
+            f"{others[0]}: a report shows one file",
+            command_line("mpoc", "report", first, "--compare", others[0], "--html", "FILE"),
         )
     return first, [*compare, *others]
 

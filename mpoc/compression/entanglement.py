@@ -12,7 +12,7 @@ from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.selection import check_pattern, matches
 from mpoc.compression.source import open_source
-from mpoc.errors import MpocError, UsageError
+from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import LayerRecord
 from mpoc.io.manifest_reader import read_manifest
@@ -100,7 +100,8 @@ def _dense(
     if learning is not None:
         raise UsageError(
             f"--order learned: what {learning} is truncated to decides it, and nothing is truncated here",
-            f"mpoc compress {model} --order learned, then mpoc entanglement {model} --against OUT",
+            f"{command_line('mpoc', 'compress', model, '--order', 'learned')}, then "
+            + command_line("mpoc", "entanglement", model, "--against", "OUT"),
         )
 
     def look(plan: LayerPlan) -> Profile:

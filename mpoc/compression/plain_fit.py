@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.compression.recipe import Recipe
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, excluding
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import LayerRecord, Spectrum, bond_fields, thinned
 from mpoc.io.open_checkpoint import read_finite
@@ -141,7 +141,7 @@ def check_finite_cores(form: Form, weight: Tensor, checkpoint: Checkpoint, plan:
     if not bool((form.double().to_weight().abs() <= most).all()):
         raise MpocError(
             f"{named}: its approximation overflows {plan.map.dtype}",
-            f"leave the layer alone: --exclude '{plan.map.layer}'",
+            f"leave the layer alone: {excluding(plan.map.layer)}",
         )
 
 

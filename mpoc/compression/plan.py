@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from mpoc.compression.budget import Bonds, LayerShare, bonds_within_size, smallest_bonds, uniform_bonds
 from mpoc.compression.recipe import LayerRule, Recipe
 from mpoc.compression.selection import LinearMap, Selection, check_pattern, matches
-from mpoc.errors import UsageError
+from mpoc.errors import UsageError, command_line
 from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.safetensors_header import ITEMSIZE
 from mpoc.tensor_networks.factors import LEARNED, MOST_INPUTS, order_fits
@@ -174,7 +174,7 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
     if learns and structure.inputs > MOST_INPUTS:
         raise UsageError(
             f"--order learned: layer {map.layer} has {structure.inputs:,} inputs, more than {MOST_INPUTS:,}",
-            f"--order '{map.layer}=raster'",
+            command_line("--order", f"{map.layer}=raster"),
         )
     goal = Dense("the recipe leaves it dense") if rule.dense else _goal(map, structure, rule, recipe)
     return LayerPlan(map, structure, recipe.dtype or map.dtype, goal, learns)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from mpoc.compression.selection import matches
-from mpoc.errors import UsageError, nearest, shortened
+from mpoc.errors import UsageError, command_line, excluding, nearest, shortened
 from mpoc.io.validation import check_fields, read_bounded
 from mpoc.runtime.options import Option
 from mpoc.tensor_networks.geometry import Geometry, make_geometry
@@ -100,7 +100,7 @@ def geometry_at(name: str, shape: tuple[int, ...], given: Iterable[InputShape]) 
         layer = name.removesuffix(".weight")
         raise UsageError(
             "as one map (--conv map) a convolution needs its input size",
-            f"--input-shape '{layer}=HxW', or leave it alone: --exclude '{layer}'",
+            f"{command_line('--input-shape', layer + '=HxW')}, or leave it alone: {excluding(layer)}",
         )
     return matching[-1].geometry(shape)
 

@@ -12,7 +12,7 @@ from mpoc.compression.recipe import Recipe
 from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import Selection, copies_by_name, select
 from mpoc.compression.size_prediction import predict_size
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, excluding
 from mpoc.io import hub_directory
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import core_prefix
@@ -117,5 +117,5 @@ def _refuse_name_collisions(checkpoint: Checkpoint, plans: list[LayerPlan]) -> N
         if taken and not plan.is_dense:
             raise MpocError(
                 f"{checkpoint.path}: tensor {taken!r} has the name that a core of {plan.map.layer} would get",
-                f"--exclude '{plan.map.layer}'",
+                excluding(plan.map.layer),
             )

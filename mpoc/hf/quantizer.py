@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, command_line
 from mpoc.io.hub_directory import GUARD, GUARD_KEY, config_format, cores_of
 from mpoc.io.manifest import FORMAT, ORDERED_FORMAT, core_prefix
 from mpoc.io.manifest_reader import MAYBE_LATER, SAVED_AGAIN, check_format
@@ -198,7 +198,7 @@ class MpoQuantizer(HfQuantizer):
                 raise MpocError(
                     f"{model.config.name_or_path}: transformers makes {', '.join(converter.target_patterns)} "
                     f"of {name!r} while loading, which it cannot do with cores",
-                    f"mpoc expand {model.config.name_or_path}",
+                    command_line("mpoc", "expand", model.config.name_or_path),
                 )
             for path in paths:
                 self._spare(model, path)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from mpoc.errors import MpocError, UsageError
+from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.runtime.signals import defer_signals
 
 # The files that mpoc adds to a directory, besides weight files and copies.
@@ -53,7 +53,7 @@ def refuse_existing(
         (refuse_foreign or _refuse_foreign_directory)(output, source)
     parent = target.parent
     if not parent.is_dir():
-        raise MpocError(f"{output}: there is no directory {parent}", f"mkdir -p {parent}")
+        raise MpocError(f"{output}: there is no directory {parent}", command_line("mkdir", "-p", parent))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise MpocError(f"{output}: no permission to write in {parent}")
 
@@ -67,7 +67,7 @@ def refuse_misnamed(output: Path, source: Path) -> None:
     if not source.is_dir() and output.suffix != ".safetensors":
         raise UsageError(
             f"{output}: the output is a safetensors file and must be named like one",
-            f"-o {output.with_suffix('.safetensors')}",
+            command_line("-o", output.with_suffix(".safetensors")),
         )
 
 

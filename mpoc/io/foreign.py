@@ -7,13 +7,12 @@ the first two, the first bytes of a file and the names in a directory the others
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, command_line
 
 if TYPE_CHECKING:
     from mpoc.io.safetensors_header import TensorInfo
@@ -252,7 +251,7 @@ def refuse_quantised(path: Path, config: Mapping[str, Any]) -> None:
     """
     method = quantisation_of(config)
     if method is not None:
-        hint = _METHOD_HINTS.get(method, _SOURCE).replace("DIR", shlex.quote(str(path)))
+        hint = _METHOD_HINTS.get(method, _SOURCE).replace("DIR", command_line(path))
         raise MpocError(f"{path}: already quantised ({method}); mpoc needs unquantised weights", hint)
 
 
@@ -290,7 +289,7 @@ def foreign_file(path: Path) -> MpocError | None:
     is_torch, is_safetensors = start.startswith((b"PK\x03\x04", b"\x80\x02")), start[8:10] == b'{"'
     if is_safetensors if path.suffix != ".safetensors" else is_torch:
         kind, suffix = ("safetensors", ".safetensors") if is_safetensors else ("torch", ".pt")
-        renamed = shlex.join(["mv", "-n", str(path), str(path.with_suffix(suffix))])
+        renamed = command_line("mv", "-n", path, path.with_suffix(suffix))
         return MpocError(f"{path}: a {kind} file under another suffix", f"rename it: {renamed}")
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for magic, what in _MAGIC:
@@ -303,7 +302,7 @@ def foreign_file(path: Path) -> MpocError | None:
 def _format_hint(path: Path, what: str) -> str:
     folder, name, stem = str(path.parent), path.name, path.stem
     if "LFS" in what:
-        return shlex.join(["git", "-C", folder, "lfs", "pull", "--include", name])
+        return command_line("git", "-C", folder, "lfs", "pull", "--include", name)
     if "page" in what or "JSON" in what:
         return "download the file itself: hf download, or the resolve/ link of a hub, not its blob/ page"
     if "archive" in what:
@@ -321,7 +320,7 @@ def _format_hint(path: Path, what: str) -> str:
 
 def in_python(code: str) -> str:
     """A shell command that runs Python code with torch."""
-    return f"save its weights once: python -c {shlex.quote('import torch; ' + code)}"
+    return f"save its weights once: {command_line('python', '-c', 'import torch; ' + code)}"
 
 
 _OF_MEGATRON = re.compile(r"mp_rank_\d+(_\d+)*$|model_optim_rng\.pt$|iter_\d{7}$")
@@ -334,7 +333,7 @@ def distributed_checkpoint(path: Path) -> MpocError | None:
     if parts or ".metadata" in names:
         folder = parts[0].parent if parts else path
         module = ["python", "-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
-        command = shlex.join([*module, str(folder), f"{path.resolve().name}.pt"])
+        command = command_line(*module, folder, f"{path.resolve().name}.pt")
         return _sharded(path, "a torch distributed checkpoint (DCP, FSDP)", command)
     if "zero_to_fp32.py" in names or any(re.match(r"(bf16_)?zero_pp_rank_", name) for name in names):
         return zero_stub(path, "its weights are split over the processes")
@@ -357,7 +356,7 @@ def zero_stub(path: Path, why: str) -> MpocError:
     folder = path if path.is_dir() else path.parent
     folder = folder.parent if re.match(r"global_step\d+$", folder.name) else folder
     target = f"{folder.resolve().name}-fp32"
-    command = shlex.join(["python", "-m", "deepspeed.utils.zero_to_fp32", str(folder), target])
+    command = command_line("python", "-m", "deepspeed.utils.zero_to_fp32", folder, target)
     return MpocError(f"{path}: of DeepSpeed ZeRO: {why}", command)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoc.errors import MpocError, UsageError
+from mpoc.errors import MpocError, UsageError, command_line, excluding
 from mpoc.io.checkpoint import Checkpoint, open_safetensors, strip_wrappers, wrapper_notes
 from mpoc.io.foreign import adapter, foreign_file, refuse_layout, refuse_quantised, refuse_stub
 from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
@@ -66,8 +65,7 @@ def already_compressed(path: Path) -> MpocError:
     """The error for mpoc's own output."""
     return MpocError(
         f"{path}: already compressed by mpoc",
-        "for other bonds compress the original, or expand first: "
-        + shlex.join(["mpoc", "expand", str(path)]),
+        "for other bonds compress the original, or expand first: " + command_line("mpoc", "expand", path),
     )
 
 
@@ -131,7 +129,8 @@ def _missing(path: Path) -> UsageError:
     if re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(path)) and not file_name:
         return UsageError(
             f"{path}: no such file or directory; if this is a Hugging Face hub id, mpoc does not download",
-            f"hf download {path} --local-dir {path.name}, then give mpoc that directory",
+            command_line("hf", "download", path, "--local-dir", path.name)
+            + ", then give mpoc that directory",
         )
     return UsageError(f"{path}: no such file or directory")
 
@@ -205,7 +204,7 @@ def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
         kind = "NaN" if math.isnan(most) else "infinite values"
         raise MpocError(
             f"{checkpoint.files[name]}: tensor {name!r} holds {kind}",
-            f"repair the checkpoint, or leave the layer alone: --exclude {shlex.quote(name)}",
+            f"repair the checkpoint, or leave the layer alone: {excluding(name)}",
         )
     return weight
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpoc.errors import MpocError, shortened
+from mpoc.errors import MpocError, command_line, shortened
 from mpoc.io.foreign import distributed_checkpoint, foreign_file
 from mpoc.io.safetensors_header import TensorInfo, read_header
 from mpoc.io.validation import parse_strictly, read_bounded
@@ -205,8 +204,9 @@ def _no_weights(path: Path) -> MpocError:
         return MpocError(said, foreign.hint if foreign else f"looked for {', '.join(_PATTERNS[:2])}, …")
     chosen = max(folders or files, key=_bytes_in)
     which = ", ".join(entry.name for entry in folders or files)
-    command = shlex.join(["mpoc", "compress", str(chosen), "--bond", "8"])
-    return MpocError(f"{said}; can be compressed: {which}", command)
+    return MpocError(
+        f"{said}; can be compressed: {which}", command_line("mpoc", "compress", chosen, "--bond", 8)
+    )
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.errors import MpocError, UsageError
+from mpoc.errors import MpocError, UsageError, excluding
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.io.manifest_reader import read_manifest
@@ -156,7 +156,7 @@ def _check(path: Path, stored: Checkpoint, manifest: Manifest, model: nn.Module)
         raise MpocError(
             f"{path}: tensor {buffers[0]!r} is compressed in the file and a buffer in the model: "
             "cores can only be parameters",
-            f"compress without it: --exclude '{buffers[0].removesuffix('.weight')}'",
+            f"compress without it: {excluding(buffers[0].removesuffix('.weight'))}",
         )
     for layer in manifest.replaced:
         if layer.geometry is not None:

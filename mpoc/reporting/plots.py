@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpoc.errors import MpocError, UsageError
+from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.io.atomic import refuse_existing, staged
 from mpoc.reporting.charts import (
     Axis,
@@ -402,7 +402,7 @@ def refuse_unknown_picture(path: Path) -> None:
         raise UsageError(f"--plot {path}: the name of a picture must end in {', '.join(_PICTURE_SUFFIXES)}")
     folder = path.resolve().parent
     if not folder.is_dir():
-        raise MpocError(f"--plot {path}: no directory {folder}", f"mkdir -p {folder}")
+        raise MpocError(f"--plot {path}: no directory {folder}", command_line("mkdir", "-p", folder))
     require_matplotlib()
 
 
