@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from mpoc.compression.budget import Bonds, LayerShare, bonds_within_size, smallest_bonds, uniform_bonds
 from mpoc.compression.recipe import LayerRule, Recipe
 from mpoc.compression.selection import LinearMap, Selection, check_pattern, matches
-from mpoc.errors import UsageError, command_line
+from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.safetensors_header import ITEMSIZE
 from mpoc.tensor_networks.factors import LEARNED, MOST_INPUTS, order_fits
@@ -131,12 +131,14 @@ def make_plan(
             the others.
 
     Raises:
-        UsageError: factors do not multiply out, a pattern matches nothing, the budget cannot be met, or no
-            layer is left to compress.
+        UsageError: factors do not multiply out, a pattern matches nothing, the budget cannot be met, or the
+            options leave no layer to compress.
+        MpocError: the checkpoint has no layer to compress.
     """
     if not selection.chosen:
         reasons = Counter(selection.left.values()).most_common(3)
-        raise UsageError(
+        narrowed = recipe.layers or recipe.exclude or recipe.min_params
+        raise (UsageError if narrowed else MpocError)(
             "no layer is left to compress: " + "; ".join(f"{count} {why}" for why, count in reasons),
             "change --layers, --exclude, --embeddings or --min-params",
         )

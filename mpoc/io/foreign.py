@@ -318,6 +318,23 @@ def _format_hint(path: Path, what: str) -> str:
     return "save its weights as a torch state dict or as safetensors, with the library that wrote it"
 
 
+# Modules of the classes that torch refuses to load, and what a file that holds one is.
+_OF_CLASSES = {
+    "torch.distributed": "a sharded state dict (FSDP, DTensor): save a full state dict of the network",
+    "torchao": "already quantised: torchao",
+    "optimum.quanto": "already quantised: quanto",
+    "bitsandbytes": "already quantised: bitsandbytes",
+    "hqq": "already quantised: HQQ",
+    "megatron": "a Megatron-LM checkpoint",
+    "deepspeed": "a DeepSpeed checkpoint",
+}
+
+
+def format_of_class(name: str) -> str | None:
+    """What a pickle that holds this class is; None for a class of somebody's own."""
+    return next((said for module, said in _OF_CLASSES.items() if name.startswith(module)), None)
+
+
 def in_python(code: str) -> str:
     """A shell command that runs Python code with torch."""
     return f"save its weights once: {command_line('python', '-c', 'import torch; ' + code)}"

@@ -26,7 +26,7 @@ from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.torch_file import open_torch_file
 from mpoc.io.training_history import read_history
-from mpoc.io.weight_files import check_index, index_notes, read_json, weight_files_of
+from mpoc.io.weight_files import check_index, index_notes, read_json, shard_notes, weight_files_of
 from mpoc.tensor_networks.fit.truncation import largest
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
@@ -115,6 +115,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise _unknown(path)
     _refuse_by_names(checkpoint)
     checkpoint.history = read_history(path)
+    checkpoint.notes += [] if path.is_dir() else shard_notes(path)
     return checkpoint
 
 

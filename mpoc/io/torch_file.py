@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import pickletools
+import re
 import struct
 import warnings
 import zipfile
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 from mpoc.io.checkpoint import Checkpoint, strip_wrappers
-from mpoc.io.foreign import foreign_file, in_python, megatron_hint, refuse_layout, zero_stub
+from mpoc.io.foreign import foreign_file, format_of_class, in_python, megatron_hint, refuse_layout, zero_stub
 from mpoc.io.safetensors_header import ITEMSIZE, LONGEST_NAME, TensorInfo
 
 # A state dict's own tuples are a tensor's shape, strides and storage.
@@ -48,6 +49,8 @@ _NESTS = (
     "ema_state_dict",
     "state_dict_ema",
 )
+_OF_TRAINING = re.compile("optim|sched")
+_DEEPEST_NEST = 3  # mappings within mappings
 # How many times a file's bytes its tensors may have: views that repeat one storage take no room in it.
 _MOST_REPEATED = 16
 
@@ -260,16 +263,6 @@ def _check_pickles(path: Path) -> None:
                 break
 
 
-# Modules of the classes that torch refuses to load, and what a file that holds one is.
-_FORMATS = {
-    "torch.distributed": "a sharded state dict (FSDP, DTensor): save a full state dict of the network",
-    "torchao": "already quantised: torchao",
-    "optimum.quanto": "already quantised: quanto",
-    "bitsandbytes": "already quantised: bitsandbytes",
-    "hqq": "already quantised: HQQ",
-    "megatron": "a Megatron-LM checkpoint",
-    "deepspeed": "a DeepSpeed checkpoint",
-}
 # Keeps mappings, their tensors, and the tensors of modules; nothing that needs code to load.
 _TO_PLAIN = (
     "f = lambda x: x if torch.is_tensor(x) else f(x.state_dict()) if hasattr(x, 'state_dict') else "
@@ -284,7 +277,7 @@ def _needs_code(path: Path, error: pickle.UnpicklingError) -> MpocError:
     what = f"loading it would run code ({name})"
     if "Unsupported operand" in text:
         what = "pickled with protocol 4 or later (or damaged), which torch reads only by running code"
-    if known := next((said for module, said in _FORMATS.items() if name.startswith(module)), None):
+    if known := format_of_class(name):
         what = f"{known}; {what}"
     code = _TO_PLAIN.format(source=str(path), target=f"{path.stem}-state.pt")
     return MpocError(f"{path}: {what}, so it was not loaded", f"if you trust the file, {in_python(code)}")
@@ -318,39 +311,56 @@ def find_state_dict(path: Path, payload: Any) -> tuple[str, Mapping[str, Any]]:
             f"{path}: holds a {type(payload).__name__}, not a state dict",
             "save model.state_dict()",
         )
+    place = _place_of(path, payload, ())
+    state = payload
+    for key in place:
+        state = state[key]
+    return ".".join(place), state
+
+
+def _place_of(path: Path, payload: Mapping[str, Any], within: tuple[str, ...]) -> tuple[str, ...]:
+    """The keys that lead to the state dict; it is looked for level by level."""
     usual = [nest for nest in _NESTS if _is_state_dict(payload.get(nest))]
     if _is_state_dict(payload):
-        if not usual:
-            return "", payload
         own = next(
             (name for name, value in payload.items() if isinstance(value, Tensor) and "." in name), None
         )
-        if own is not None:
-            raise _several(path, usual, f" beside tensors of its own ({own!r}, …)")
+        if usual and own is not None:
+            raise _several(path, within, usual, f" beside tensors of its own ({own!r}, …)")
+        if not usual:
+            return within
     if usual:
-        return usual[0], payload[usual[0]]
-    found = [str(key) for key, value in payload.items() if _is_state_dict(value)]
-    found = [key for key in found if "optim" not in key and "sched" not in key]
-    if len(found) == 1:
-        return found[0], payload[found[0]]
+        return (*within, usual[0])
+    nests = {key: payload[key] for key in payload if isinstance(key, str) and not _OF_TRAINING.search(key)}
+    found = [key for key, value in nests.items() if _is_state_dict(value)]
+    if len(found) > 1:
+        raise _several(path, within, found)
     if found:
-        raise _several(path, found)
-    raise _no_state_dict(path, payload)
+        return (*within, found[0])
+    _refuse_distributed(path, payload)
+    inner = [
+        key
+        for key, value in nests.items()
+        if isinstance(value, Mapping) and any(map(_is_mapping, value.values()))
+    ]
+    if len(inner) != 1 or len(within) == _DEEPEST_NEST:
+        keys = ", ".join(map(str, list(payload)[:6])) or "nothing"
+        raise MpocError(f"{path}: holds no state dict ({keys})", "save model.state_dict()")
+    return _place_of(path, nests[inner[0]], (*within, inner[0]))
 
 
-def _several(path: Path, found: list[str], beside: str = "") -> MpocError:
-    code = f"torch.save(torch.load({str(path)!r}, 'cpu')[{found[0]!r}], {path.stem + '-state.pt'!r})"
+def _several(path: Path, within: tuple[str, ...], found: list[str], beside: str = "") -> MpocError:
+    keys = "".join(f"[{key!r}]" for key in (*within, found[0]))
+    code = f"torch.save(torch.load({str(path)!r}, 'cpu'){keys}, {path.stem + '-state.pt'!r})"
     said = f"{path}: holds several state dicts: {', '.join(found)}{beside}"
     return MpocError(said, f"choose one: {in_python(code)}")
 
 
-def _no_state_dict(path: Path, payload: Mapping[Any, Any]) -> MpocError:
+def _refuse_distributed(path: Path, payload: Mapping[Any, Any]) -> None:
     if {"ds_config", "ds_version", "param_shapes"} & payload.keys():
-        return zero_stub(path, "its weights are split over the processes")
+        raise zero_stub(path, "its weights are split over the processes")
     if {"checkpoint_version", "num_floating_point_operations_so_far"} & payload.keys():
-        return MpocError(f"{path}: a Megatron-LM checkpoint", megatron_hint(path.parent))
-    keys = ", ".join(map(str, list(payload)[:6])) or "nothing"
-    return MpocError(f"{path}: holds no state dict ({keys})", "save model.state_dict()")
+        raise MpocError(f"{path}: a Megatron-LM checkpoint", megatron_hint(path.parent))
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -365,6 +375,10 @@ def _is_state_dict(value: Any) -> bool:
         return True
     tensors = {name: item for name, item in value.items() if isinstance(item, Tensor)}
     return any("." in name or (item.ndim > 1 and item.is_floating_point()) for name, item in tensors.items())
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
 
 
 def _has_tensors(value: Any) -> bool:

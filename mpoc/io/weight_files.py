@@ -30,6 +30,7 @@ _PATTERNS = (
     "diffusion_pytorch_model.bin",
     "open_clip_pytorch_model.bin",
     "*.bin.index.json",
+    "*.bin.index.*.json",
     "*pytorch_model.*.bin",
 )
 _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
@@ -110,6 +111,15 @@ def _number(file: Path) -> int:
     return int(match["number"])
 
 
+def shard_notes(file: Path) -> list[str]:
+    """A note on a file that is one shard of several; none for any other file."""
+    match = _SHARD.match(file.name)
+    if match is None or int(match["count"]) == 1:
+        return []
+    which = f"{int(match['number'])} of {int(match['count'])}"
+    return [f"shard {which} alone: the model's other tensors are not in it"]
+
+
 def check_index(
     path: Path, held: Mapping[Path, Iterable[str]], wanted: Mapping[str, Path] | None
 ) -> dict[str, Path]:
@@ -146,9 +156,9 @@ def index_notes(owners: Mapping[str, Path], wanted: Mapping[str, Path] | None) -
     return [f"not in the index, kept: {shortlist(lost)}"] if lost else []
 
 
-def shortlist(names: list[str]) -> str:
-    """The first four names, and how many there are besides."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def shortlist(names: list[str], most: int = 4) -> str:
+    """The first ``most`` names, and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def stem_of(files: list[Path]) -> str:
@@ -192,21 +202,29 @@ def _no_weights(path: Path) -> MpocError:
         said = f"{path}: shards of weights without their index ({names})"
         return MpocError(said, "download the whole directory again")
     entries = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+    said = f"{path}: no weights in this directory; it holds {_listed(entries)}"
     folders = [entry for entry in entries if entry.is_dir() and _holds_weights(entry)]
-    files = [entry for entry in entries if entry.is_file() and entry.suffix in _TORCH_FILES]
-    listed = ", ".join(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries[:8])
-    more = f" and {len(entries) - 8} more" if len(entries) > 8 else ""
-    said = f"{path}: no weights in this directory; it holds {listed or 'no file'}{more}"
-    if not (folders or files):
-        foreign = next(
-            (error for entry in entries if entry.is_file() and (error := foreign_file(entry))), None
-        )
-        return MpocError(said, foreign.hint if foreign else f"looked for {', '.join(_PATTERNS[:2])}, …")
-    chosen = max(folders or files, key=_bytes_in)
-    which = ", ".join(entry.name for entry in folders or files)
-    return MpocError(
-        f"{said}; can be compressed: {which}", command_line("mpoc", "compress", chosen, "--bond", 8)
-    )
+    candidates = folders or [
+        *_torch_files(path),
+        *(file for e in entries if e.is_dir() for file in _torch_files(e)),
+    ]
+    if candidates:
+        chosen = max(candidates, key=_bytes_in)
+        which = shortlist([str(candidate.relative_to(path)) for candidate in candidates])
+        said += f"; can be compressed: {which}"
+        return MpocError(said, command_line("mpoc", "compress", chosen, "--bond", 8))
+    others = [entry for entry in entries if entry.is_file() and entry.suffix != ".json"]
+    foreign = next((error for entry in others if (error := foreign_file(entry))), None)
+    return MpocError(said, foreign.hint if foreign else f"looked for {', '.join(_PATTERNS[:2])}, …")
+
+
+def _listed(entries: list[Path]) -> str:
+    names = [f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries]
+    return shortlist(names, 8) if names else "no file"
+
+
+def _torch_files(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and file.suffix in _TORCH_FILES]
 
 
 def _holds_weights(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller, make_pl
 from mpoc.compression.recipe import LayerRule, Recipe, make_recipe
 from mpoc.compression.recipe_syntax import ShapeRule, parse_input_shape, parse_shape
 from mpoc.compression.selection import LinearMap, Selection, select
-from mpoc.errors import UsageError
+from mpoc.errors import MpocError, UsageError
 from mpoc.io.open_checkpoint import open_checkpoint
 from mpoc.io.safetensors_header import ITEMSIZE
 from mpoc.tensor_networks.structure import make_structure
@@ -163,8 +163,11 @@ def test_rejects_shapes_that_fit_no_layer(options: dict[str, Any], said: str) ->
 
 
 def test_rejects_an_empty_selection() -> None:
-    with pytest.raises(UsageError, match="no layer is left to compress"):
-        make_plan(selection(), Recipe(bond=4))
+    """The options are wrong only where they left layers out."""
+    for options, status in (({"exclude": ("*",)}, 2), ({}, 1)):
+        with pytest.raises(MpocError, match="no layer is left to compress") as caught:
+            make_plan(selection(), Recipe(bond=4, **options))
+        assert caught.value.exit_code == status
 
 
 @SOME

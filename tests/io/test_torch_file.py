@@ -208,6 +208,14 @@ def test_prefers_a_flat_state_dict_to_nested_ones(tmp_path: Path, nested: dict[s
         assert open_checkpoint(path).notes[-1].endswith(f"beside the state dict: {next(iter(nested))}")
 
 
+def test_finds_a_state_dict_within_nests(tmp_path: Path) -> None:
+    state = mlp_state()
+    payload = {"epoch": 3, "checkpoint": {"student": {"net": state}, "optimizer": {"state": {}}}}
+    path = save(payload, tmp_path / "m.pt")
+    assert_holds(path, state)
+    assert open_checkpoint(path).notes == ["state dict taken from 'checkpoint.student.net'"]
+
+
 def test_prefers_a_usual_nest_to_loose_tensors(tmp_path: Path) -> None:
     state = mlp_state()
     loose = {
