@@ -164,9 +164,9 @@ def test_rejects_shapes_that_fit_no_layer(options: dict[str, Any], said: str) ->
 
 def test_rejects_an_empty_selection() -> None:
     """The options are wrong only where they left layers out."""
-    for options, status in (({"exclude": ("*",)}, 2), ({}, 1)):
+    for recipe, status in ((Recipe(bond=4, exclude=("*",)), 2), (Recipe(bond=4), 1)):
         with pytest.raises(MpocError, match="no layer is left to compress") as caught:
-            make_plan(selection(), Recipe(bond=4, **options))
+            make_plan(selection(), recipe)
         assert caught.value.exit_code == status
 
 
