@@ -39,10 +39,24 @@ class Checkpoint:
     architecture: dict[str, str] = field(default_factory=dict)  # the network it belongs to, where named
     history: dict[str, Any] = field(default_factory=dict)  # of its training by mpoc; {}: none is recorded
     metadata: dict[str, str] = field(default_factory=dict)  # of the headers of its safetensors files
+    wrapped: dict[str, str] = field(default_factory=dict)  # name → that in the file, where wrappers are in it
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name``, on the CPU; memory-mapped where the format allows, so do not write to it."""
         return self.reader(name)
+
+    def in_names_of_file(self) -> Checkpoint:
+        """The same checkpoint with what wrappers put into names, or seem to have put there."""
+        own = {name: self.wrapped.get(name, name) for name in (*self.infos, *self.tied)}
+        back = {theirs: name for name, theirs in own.items()}
+        return replace(
+            self,
+            infos={own[name]: replace(info, name=own[name]) for name, info in self.infos.items()},
+            tied={own[alias]: own[first] for alias, first in self.tied.items()},
+            reader=lambda name: self.reader(back[name]),
+            files={own[name]: file for name, file in self.files.items()},
+            wrapped={},
+        )
 
     @property
     def is_directory(self) -> bool:
@@ -105,6 +119,11 @@ def strip_wrappers(names: list[str]) -> dict[str, str]:
     while wrapped := _wrapped_in_module([name for name in clean.values() if name not in _BESIDE_WRAPPED]):
         clean = {name: _without_module(short, wrapped) for name, short in clean.items()}
     return clean if len(set(clean.values())) == len(clean) and all(clean.values()) else {n: n for n in names}
+
+
+def changed_names(clean: Mapping[str, str]) -> dict[str, str]:
+    """Name → name in the file, of the names that :func:`strip_wrappers` changed."""
+    return {short: name for name, short in clean.items() if short != name}
 
 
 def wrapper_notes(clean: Mapping[str, str]) -> list[str]:
@@ -194,6 +213,7 @@ def open_safetensors(
         read,
         {short: file for short, (_, file) in origin.items()},
         notes=wrapper_notes(clean) + index_notes(owners, wanted),
+        wrapped=changed_names(clean),
         metadata=shared_metadata(mapped.header.metadata for mapped in opened.values()),
     )
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError, command_line, excluding
-from mpoc.io.checkpoint import Checkpoint, open_safetensors, strip_wrappers, wrapper_notes
+from mpoc.io.checkpoint import Checkpoint, changed_names, open_safetensors, strip_wrappers, wrapper_notes
 from mpoc.io.foreign import adapter, foreign_file, refuse_layout, refuse_quantised, refuse_stub
 from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
 from mpoc.io.safetensors_header import read_header
@@ -91,6 +91,7 @@ def _join(parts: list[Checkpoint], path: Path, wanted: dict[str, Path] | None) -
         lambda short: origin[short][1].read(origin[short][0]),
         {short: part.files[name] for short, (name, part) in origin.items()},
         notes=[*sorted(notes), *wrapper_notes(clean), *index_notes(owners, wanted)],
+        wrapped=changed_names(clean),
     )
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mpoc.errors import MpocError
-from mpoc.io.checkpoint import Checkpoint, strip_wrappers
+from mpoc.io.checkpoint import Checkpoint, changed_names, strip_wrappers, wrapper_notes
 from mpoc.io.foreign import foreign_file, format_of_class, in_python, megatron_hint, refuse_layout, zero_stub
 from mpoc.io.safetensors_header import ITEMSIZE, LONGEST_NAME, TensorInfo
 
@@ -207,7 +207,9 @@ def open_torch_file(path: Path, strip: bool = True) -> Checkpoint:
     infos = {n: TensorInfo(n, _dtype(t), tuple(t.shape)) for n, t in kept.items()}
     refuse_layout(path, infos, tuple(others))
     _refuse_repeated(path, infos)
-    return Checkpoint(path, infos, tied, kept.__getitem__, dict.fromkeys(infos, path), None, notes)
+    notes += wrapper_notes(names)
+    files, wrapped = dict.fromkeys(infos, path), changed_names(names)
+    return Checkpoint(path, infos, tied, kept.__getitem__, files, None, notes, wrapped=wrapped)
 
 
 def _refuse_repeated(path: Path, infos: dict[str, TensorInfo]) -> None:

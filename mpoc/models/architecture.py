@@ -93,9 +93,8 @@ def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
         UsageError: as :func:`make_network`, or a tensor of the network is missing or has another shape.
     """
     network = make_network(arch)
-    shapes = {name: info.shape for name, info in checkpoint.infos.items()}
-    shapes |= {alias: shapes[first] for alias, first in checkpoint.tied.items()}
-    difference, unused = _first_difference(network, shapes)
+    checkpoint = named_as_in(network, checkpoint)
+    difference, unused = _first_difference(network, _shapes(checkpoint))
     if difference:
         raise UsageError(
             f"{checkpoint.path}: does not fit --arch {arch}: {difference}",
@@ -111,6 +110,22 @@ def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
     )
     shared = same_tensor(network)
     return with_copies_tied(told, {name: min(shared[name]) for name in told.infos if name in shared})
+
+
+def named_as_in(network: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint in the names of its file, where these fit the network and those without wrappers do not.
+
+    A module of the network may itself be called ``module``.
+    """
+    if not checkpoint.wrapped or not _first_difference(network, _shapes(checkpoint))[0]:
+        return checkpoint
+    as_in_file = checkpoint.in_names_of_file()
+    return checkpoint if _first_difference(network, _shapes(as_in_file))[0] else as_in_file
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    shapes = {name: info.shape for name, info in checkpoint.infos.items()}
+    return shapes | {alias: shapes[first] for alias, first in checkpoint.tied.items()}
 
 
 def note_of_unused(names: list[str]) -> list[str]:

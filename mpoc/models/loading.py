@@ -26,6 +26,7 @@ from mpoc.models.architecture import (
     is_transformers_directory,
     make_network,
     make_recorded,
+    named_as_in,
     note_of_unused,
     with_architecture,
 )
@@ -291,6 +292,8 @@ def open_model(path: Path, arch: str | None) -> Model:
     manifest = read_manifest(path) if is_compressed(path) else None
     if manifest is None:
         stored = open_checkpoint(path)
+        if arch is not None:
+            stored = named_as_in(make_network(arch), stored)
         network, notes = _dense_network(stored, arch)
     else:
         stored = open_compressed(path)

@@ -70,6 +70,31 @@ def compressed(arch: str | None, **options: Any) -> Path:
     return output
 
 
+WRAPPER = """from torch import nn
+
+class Parallel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Module()
+        self.body.module = nn.Linear(48, 64)
+
+    def forward(self, x):
+        return self.body.module(x)
+"""
+
+
+def test_network_decides_what_is_a_wrapper(tmp_path: Path) -> None:
+    """Without it ``body.module.weight`` is taken for a weight below DataParallel."""
+    (tmp_path / "zoo_wrapper.py").write_text(WRAPPER)
+    network = saved("zoo_wrapper:Parallel")
+    assert [layer.name for layer in read_manifest(compressed(None)).layers] == ["body.weight"]
+    output = compressed("zoo_wrapper:Parallel")
+    assert [layer.name for layer in read_manifest(output).layers] == ["body.module.weight"]
+    assert mpoc.load(output, copy.deepcopy(network))(torch.ones(2, 48)).shape == (2, 64)
+    model = open_model(Path("m.pt"), "zoo_wrapper:Parallel")
+    assert torch.equal(model.network(torch.ones(2, 48)), network(torch.ones(2, 48)))
+
+
 ZOO = ["fc2", "resnet:depth=20", "densenet:depth=7", "picogpt:vocab=30,context=8"]
 
 
