@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.runtime.signals import defer_signals
 
+_INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 # The files that mpoc adds to a directory, besides weight files and copies.
 _OWN_FILES = ("mpoc.json", "mpoc-history.json", "config.json", "README.md")
 
@@ -85,7 +87,7 @@ def _refuse_foreign_directory(output: Path, source: Path) -> None:
 def _refuse_foreign_files(output: Path, source: Path) -> None:
     for file in sorted(output.rglob("*")):
         name = file.relative_to(output)
-        ours = name.name in _OWN_FILES or file.suffix == ".safetensors" or name.name.endswith(".index.json")
+        ours = name.name in _OWN_FILES or file.suffix == ".safetensors" or _INDEX.search(name.name)
         if file.is_file() and not ours and not (source / name).exists():
             raise UsageError(
                 f"{output}: holds {name}, which no output of mpoc would, so --force does not remove it",

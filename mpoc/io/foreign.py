@@ -286,6 +286,9 @@ def foreign_file(path: Path) -> MpocError | None:
     """The error of a file whose first bytes or suffix are those of another format; None for any other."""
     with path.open("rb") as file:
         start = file.read(64)
+    if re.search(r"\.index(\.[\w-]+)?\.json$", path.name):
+        whole = command_line("mpoc", "compress", path.parent, "--bond", 8)
+        return MpocError(f"{path}: an index of shards; give its directory", whole)
     is_torch, is_safetensors = start.startswith((b"PK\x03\x04", b"\x80\x02")), start[8:10] == b'{"'
     if is_safetensors if path.suffix != ".safetensors" else is_torch:
         kind, suffix = ("safetensors", ".safetensors") if is_safetensors else ("torch", ".pt")

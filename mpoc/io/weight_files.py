@@ -66,11 +66,12 @@ def _find_weights(path: Path) -> Path:
         if len(matches) == 1:
             return matches[0]
         if matches:
-            names = ", ".join(file.name for file in matches[:4])
-            raise MpocError(
-                f"{path}: {len(matches)} weight files and no index that says which belong together ({names})",
-                "name one of the files instead of the directory",
-            )
+            names = shortlist([file.name for file in matches])
+            said = f"{len(matches)} weight files and no index that says which belong together ({names})"
+            hint = "name one of the files instead of the directory"
+            if all(_SHARD.match(file.name) for file in matches):
+                hint = f"download their index too: {index_name(stem_of(matches))}"
+            raise MpocError(f"{path}: {said}", hint)
     raise _no_weights(path)
 
 

@@ -112,6 +112,11 @@ def test_rejects_several_weight_files_without_index(tmp_path: Path) -> None:
     error = refusal(path)
     assert "2 weight files and no index" in str(error)
     assert "model-00001-of-00002.safetensors, model-00002-of-00002.safetensors" in str(error)
+    assert error.hint == f"download their index too: {INDEX}"
+    for name in ("a", "b"):
+        save_file({f"{name}.weight": torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")
+    error = refusal(tmp_path)
+    assert "2 weight files and no index" in str(error)
     assert "name one of the files" in (error.hint or "")
 
 

@@ -181,6 +181,7 @@ FOREIGN = {
     "m.pth": (b"\x1f\x8b\x08\0", "a gzip archive"),
     "m.onnx": (b"x", "an ONNX network"),
     "m.msgpack": (b"x", "Flax weights"),
+    "model.safetensors.index.json": (b"{}", "an index of shards; give its directory"),
 }
 
 
