@@ -59,6 +59,10 @@ class CompressOptions:
         "Keep the dense network's statistics in this file; needs --calibrate.",
         None, metavar="FILE", panel=ADVANCED,
     )  # fmt: skip
+    scratch: Path | None = option(
+        "Folder for what calibration cannot hold in memory; needs --calibrate.",
+        None, metavar="DIR", panel=ADVANCED,
+    )  # fmt: skip
     eval_data: Path | None = option(
         "Measure before and after on these data, as mpoc eval does.",
         None, "--eval", metavar="DATA", panel=ADVANCED,
@@ -151,13 +155,15 @@ def compress_request(options: CompressOptions) -> CompressRequest:
 
 def _calibration(options: CompressOptions) -> CalibrationRequest | None:
     if options.calibrate is None:
-        for name in ("calibration_samples", "refine", "moments"):
+        for name in ("calibration_samples", "refine", "moments", "scratch"):
             if getattr(options, name):
                 raise UsageError(f"--{name.replace('_', '-')} requires --calibrate", "--calibrate DATA")
         return None
     from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 
-    request = CalibrationRequest(options.calibrate, refine=options.refine, moments=options.moments)
+    request = CalibrationRequest(
+        options.calibrate, refine=options.refine, moments=options.moments, scratch=options.scratch
+    )
     samples = options.calibration_samples
     return request if samples is None else replace(request, samples=samples)
 

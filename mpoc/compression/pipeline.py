@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
@@ -20,6 +22,7 @@ from mpoc.compression.source import CompressionSource, open_source
 from mpoc.compression.write import Compression, Job, fit_all, make_job, write_compressed
 from mpoc.errors import UsageError
 from mpoc.io.atomic import refuse_existing, refuse_misnamed
+from mpoc.io.keyed_store import scratch_folder
 from mpoc.runtime.device import choose_device
 from mpoc.runtime.distributed import process_group
 
@@ -90,8 +93,7 @@ def compress_checkpoint(
             "max_drop: compress_checkpoint does not search for a ratio",
             "mpoc.compression.search.compress_within",
         )
-    request = as_request(calibrate)
-    with process_group() as group:
+    with process_group() as group, in_scratch(as_request(calibrate)) as request:
         with group.all_or_raise():
             if not dry_run:
                 refuse_output(source, output, force)
@@ -116,6 +118,16 @@ def as_request(calibrate: CalibrationRequest | str | PathLike[str] | None) -> Ca
     from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 
     return calibrate if isinstance(calibrate, CalibrationRequest) else CalibrationRequest(Path(calibrate))
+
+
+@contextmanager
+def in_scratch(request: CalibrationRequest | None) -> Iterator[CalibrationRequest | None]:
+    """The request with a scratch folder of its own, if it asks for one, which is removed at the end."""
+    if request is None or request.scratch is None:
+        yield request
+        return
+    with scratch_folder(request.scratch) as folder:
+        yield replace(request, scratch=folder)
 
 
 def _job(

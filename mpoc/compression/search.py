@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpoc.compression.pipeline import as_request, refuse_output
+from mpoc.compression.pipeline import as_request, in_scratch, refuse_output
 from mpoc.compression.plan import least_ratio
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.run_context import LayerCallback, Progress, RunContext, StageCallback
@@ -139,16 +139,27 @@ def compress_within(request: SearchRequest, callbacks: SearchCallbacks | None = 
         MpocError: bad input, or no trial keeps the metric; nothing is written then.
         OSError: reading or writing failed (a full disk).
     """
-    source, output, recipe, arch = request.source, request.output, request.recipe, request.arch
+    source, output, recipe = request.source, request.output, request.recipe
     if recipe.max_drop is None:
         raise UsageError("a recipe without max_drop: there is nothing to search for", "--max-drop 1")
     if num_processes() > 1:
         raise UsageError("--max-drop measures one file after another, in one process: no torchrun")
     refuse_output(source, output, request.force)
-    callbacks, calibration = callbacks or SearchCallbacks(), as_request(request.calibrate)
+    with in_scratch(as_request(request.calibrate)) as calibration:
+        return _searched(request, calibration, callbacks or SearchCallbacks(), recipe.max_drop)
+
+
+def _searched(
+    request: SearchRequest,
+    calibration: CalibrationRequest | None,
+    callbacks: SearchCallbacks,
+    max_drop: float,
+) -> SearchResult:
+    """Search; the arguments fit together."""
+    source, output, recipe, arch = request.source, request.output, request.recipe, request.arch
     context = RunContext(choose_device(recipe.device), progress=Progress(stage=callbacks.stage))
     opened = open_source(source, recipe, arch, calibration is not None)
-    search = Bisection(recipe.max_drop, least_ratio(opened.plan(opened.recipe), recipe.allow_growth))
+    search = Bisection(max_drop, least_ratio(opened.plan(opened.recipe), recipe.allow_growth))
     evaluation = EvaluationRequest(source, request.data, arch=arch, stand_in=source, device=recipe.device)
     before = evaluate_file(evaluation)
     callbacks.start(before)

@@ -9,15 +9,21 @@ item from elsewhere must check names, shapes and values.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import shutil
+import tempfile
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpoc.errors import MpocError
@@ -25,9 +31,12 @@ from mpoc.io.atomic import staged
 from mpoc.io.checkpoint import Checkpoint, open_safetensors
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.safetensors_writer import Entry, write_safetensors
+from mpoc.runtime.formatting import human_bytes
+from mpoc.runtime.signals import defer_signals
 
 _FORMAT = "mpoc.item/1"
 _RECORD, _FINGERPRINT, _DIGEST = "record", "fingerprint", "digest"
+_HELD_BYTES = 256 * 1024**2  # of a scratch's tensors in memory, where it has a folder
 
 
 @dataclass(frozen=True)
@@ -152,3 +161,97 @@ def _of_entries(entries: Sequence[Entry], text: str) -> str:
         if tensor.numel():
             total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder of its own in ``parent``, removed at the end, and with it those that killed runs left there.
+
+    Raises:
+        MpocError: there is no such directory, or it cannot be written to.
+    """
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise MpocError(f"--scratch {parent}: not a directory that can be written to", f"mkdir -p {parent}")
+    for old in parent.glob(".mpoc-scratch-*"):
+        with suppress(OSError), (old / "lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for as long as its process lives
+            shutil.rmtree(old, ignore_errors=True)
+    with defer_signals():
+        folder = Path(tempfile.mkdtemp(prefix=".mpoc-scratch-", dir=parent))
+        mark = (folder / "lock").open("a")
+        fcntl.flock(mark, fcntl.LOCK_EX)
+    try:
+        yield folder
+    finally:
+        with defer_signals():
+            mark.close()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Scratch:
+    """Lists of tensors by key, in memory or in files.
+
+    Args:
+        folder: for files; None: all are held in memory.
+        limit: bytes that are held in memory where there is a folder.
+    """
+
+    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
+        self._folder, self._limit = folder, _HELD_BYTES if limit is None else limit
+        self._held: dict[Hashable, list[Tensor]] = {}
+        self._files: dict[Hashable, tuple[Path, list[torch.device]]] = {}
+        self._made = 0
+        self.nbytes = 0  # in memory
+
+    @property
+    def has_folder(self) -> bool:
+        """Whether there is room beyond memory."""
+        return self._folder is not None
+
+    def put(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
+        """Keep tensors, in the place of those of the same key.
+
+        Raises:
+            MpocError: the disk has no room for them.
+            OSError: of writing.
+        """
+        self.drop(key)
+        nbytes = sum(map(_nbytes, tensors))
+        if self._folder is None or self.nbytes + nbytes <= self._limit:
+            self._held[key] = list(tensors)
+            self.nbytes += nbytes
+            return
+        if nbytes > shutil.disk_usage(self._folder).free:
+            raise MpocError(
+                f"--scratch {self._folder.parent}: {human_bytes(nbytes)} more do not fit on its disk",
+                "make room, or name a folder on another disk",
+            )
+        self._made += 1
+        path = self._folder / f"{os.getpid()}-{id(self):x}-{self._made}.safetensors"
+        save_file({str(k): tensor.detach().cpu().contiguous() for k, tensor in enumerate(tensors)}, path)
+        self._files[key] = path, [tensor.device for tensor in tensors]
+
+    def get(self, key: Hashable) -> list[Tensor]:
+        """The tensors of a key, on their devices.
+
+        Raises:
+            KeyError: there are none.
+        """
+        if key in self._held:
+            return self._held[key]
+        path, devices = self._files[key]
+        stored = load_file(path)
+        return [stored[str(k)].to(device) for k, device in enumerate(devices)]
+
+    def drop(self, key: Hashable) -> None:
+        """Forget the tensors of a key, if there are any."""
+        self.nbytes -= sum(map(_nbytes, self._held.pop(key, [])))
+        if key in self._files:
+            self._files.pop(key)[0].unlink()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._held or key in self._files
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

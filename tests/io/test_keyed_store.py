@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mpoc.errors import MpocError
-from mpoc.io.keyed_store import digest, find_item, open_item, put_item
+from mpoc.io.keyed_store import Scratch, digest, find_item, open_item, put_item, scratch_folder
 from mpoc.io.safetensors_writer import Entry
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1, dtype=torch.int64)}
@@ -77,3 +78,49 @@ def test_digest_depends_on_names_shapes_dtypes_and_values() -> None:
     ]
     found = {digest(other.items()) for other in others} | {digest(tensors.items(), "words")}
     assert len(found) == len(others) + 1 and same not in found
+
+
+def test_scratch_holds_a_limit_in_memory_and_the_rest_in_files(tmp_path: Path) -> None:
+    tensors = {key: [torch.arange(10) + key, torch.ones(2, 3).mT * key] for key in range(4)}  # 80 + 24 bytes
+    with scratch_folder(tmp_path) as folder:
+        scratch = Scratch(folder, limit=250)
+        for key, value in tensors.items():
+            scratch.put(key, value)
+        assert scratch.nbytes == 208 and len(list(folder.glob("*.safetensors"))) == 2
+        assert all(
+            torch.equal(a, b) for key in tensors for a, b in zip(scratch.get(key), tensors[key], strict=True)
+        )
+        scratch.put(3, tensors[0])
+        assert torch.equal(scratch.get(3)[0], tensors[0][0])
+        scratch.drop(3)
+        scratch.drop(0)
+        assert scratch.nbytes == 104 and len(list(folder.glob("*.safetensors"))) == 1
+        assert 2 in scratch and 3 not in scratch
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_without_a_folder_holds_everything_in_memory() -> None:
+    scratch = Scratch(limit=1)
+    scratch.put("a", [torch.ones(4)])
+    assert scratch.nbytes == 16 and not scratch.has_folder
+
+
+def test_scratch_of_a_killed_run_is_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:
+    dead = tmp_path / ".mpoc-scratch-dead"
+    dead.mkdir()
+    for name in ("lock", "1.safetensors"):
+        (dead / name).touch()
+    with scratch_folder(tmp_path) as living, scratch_folder(tmp_path) as folder:
+        assert {living, folder} == set(tmp_path.iterdir())
+
+
+def test_scratch_names_what_is_wrong_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with (
+        pytest.raises(MpocError, match=r"--scratch .*nowhere: not a directory"),
+        scratch_folder(tmp_path / "nowhere"),
+    ):
+        pass
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=15))
+    with scratch_folder(tmp_path) as folder, pytest.raises(MpocError, match="16 B more do not fit"):
+        Scratch(folder, limit=0).put("a", [torch.ones(4)])

@@ -7,8 +7,9 @@ are stored in float64 as they were measured, so that a compression from the file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 import mpoc
 from mpoc.compression.calibrate.calibration_data import Pooling, output_of_interest
-from mpoc.compression.calibrate.dense_pass import DensePass
 from mpoc.compression.calibrate.layer_inputs import (
     ConvInputs,
     EmbeddingInputs,
@@ -25,10 +25,10 @@ from mpoc.compression.calibrate.layer_inputs import (
     device_of,
     eval_mode,
 )
-from mpoc.compression.calibrate.moments import Moments
+from mpoc.compression.calibrate.moments import DensePass, Moments
 from mpoc.compression.calibrate.trace import EXAMPLES, Trace
 from mpoc.errors import MpocError
-from mpoc.io.keyed_store import Item, damaged, digest, open_item, put_item
+from mpoc.io.keyed_store import Item, Scratch, damaged, digest, open_item, put_item
 from mpoc.io.safetensors_header import TensorInfo
 from mpoc.io.safetensors_writer import Entry
 from mpoc.models.call import Batch, Call, to_device
@@ -79,6 +79,7 @@ def cached_or_measured(
     measure: Callable[[], DensePass],
     group: ProcessGroup = SINGLE_PROCESS,
     own: bool = False,
+    scratch: Scratch | None = None,
 ) -> tuple[DensePass, str]:
     """The dense pass at ``path`` if it has this fingerprint; else measure it and keep it there.
 
@@ -90,6 +91,7 @@ def cached_or_measured(
         measure: runs the pass.
         group: the processes that call this together.
         own: the user did not name the file, so a damaged one is replaced.
+        scratch: that holds what is read; None: memory.
 
     Returns:
         The pass, and a note for the user: read from the file or kept in it.
@@ -105,7 +107,7 @@ def cached_or_measured(
             item = open_item(path)
             changed = _changed_parts(item, parts)
             if not changed:
-                read.append(_load(item, network, trace))
+                read.append(_load(item, network, trace, scratch))
             return changed
         except MpocError:
             if not own:
@@ -115,11 +117,11 @@ def cached_or_measured(
     changed = group.on_main(lambda: look() if path.exists() else None)
     if changed == []:
         with group.all_or_raise():
-            return read[0] if read else _load(open_item(path), network, trace), f"read from {path}"
+            return read[0] if read else _load(open_item(path), network, trace, scratch), f"read from {path}"
     dense = measure()
     with group.all_or_raise():
         if group.is_main:
-            _save(path, parts, dense, trace)
+            _save(path, parts, dense, network, trace)
     replaced = f", which was of other {', other '.join(changed)}: measured again" if changed else ""
     return dense, f"kept in {path}{replaced}"
 
@@ -150,72 +152,79 @@ class _Shapes:
         return cls(mean, second, weight.numel() // inputs.features)
 
 
-def _save(path: Path, parts: Mapping[str, str], dense: DensePass, trace: Trace) -> None:
-    entries = [
-        Entry(
-            TensorInfo(name, str(tensor.dtype).removeprefix("torch."), _packed_shape(tuple(tensor.shape))),
-            lambda tensor=tensor: _packed(tensor),  # type: ignore[misc]
-        )
-        for name, tensor in _tensors(dense, trace).items()
-    ]
-    put_item(path, _KIND, parts, entries)
-
-
-def _tensors(dense: DensePass, trace: Trace) -> dict[str, Tensor]:
-    """The moments by their names in the file."""
-    tensors = {f"gradient {name}": tensor for name, tensor in dense.gradients.items()}
-    tensors |= {f"block {path}": tensor for path, tensor in dense.blocks.items()}
-    for name in dict.fromkeys(trace.same_rows.values()):
-        moments = dense.moments[name]
-        tensors[f"rows {name}"] = torch.tensor(moments.rows)
-        tensors[f"mean {name}"] = moments.mean
-        if moments.second is not moments.mean:
-            tensors[f"second {name}"] = moments.second
-    return tensors
-
-
-def _load(item: Item, network: nn.Module, trace: Trace) -> DensePass:
-    """The pass of this network that :func:`_save` wrote."""
-    file = _Tensors(item)
+def _save(path: Path, parts: Mapping[str, str], dense: DensePass, network: nn.Module, trace: Trace) -> None:
     shapes = {name: _Shapes.of(network, layer) for name, layer in trace.layers.items()}
-    firsts: dict[str, Moments] = {}
+    put_item(path, _KIND, parts, list(_entries(dense, trace, shapes)))
+
+
+def _entries(dense: DensePass, trace: Trace, shapes: Mapping[str, _Shapes]) -> Iterator[Entry]:
+    """The moments by their names in the file; each is read when it is written."""
+
+    def entry(name: str, shape: tuple[int, ...], read: Callable[[], Tensor]) -> Entry:
+        return Entry(TensorInfo(name, "float64", _packed_shape(shape)), lambda: _packed(read()))
+
+    for name in dense.gradients:
+        yield entry(
+            f"gradient {name}", (shapes[name].outputs,) * 2, partial(dense.gradients.__getitem__, name)
+        )
+    for path in dense.blocks:
+        yield entry(f"block {path}", tuple(dense.blocks[path].shape), partial(dense.blocks.__getitem__, path))
+    for name in dict.fromkeys(trace.same_rows.values()):
+        if name not in dense.moments:
+            continue
+        yield Entry.of(f"rows {name}", torch.tensor(dense.moments[name].rows))
+        yield entry(f"mean {name}", shapes[name].mean, lambda name=name: dense.moments[name].mean)  # type: ignore[misc]
+        if shapes[name].second != shapes[name].mean:
+            second = lambda name=name: dense.moments[name].second  # noqa: E731
+            yield entry(f"second {name}", shapes[name].second, second)
+
+
+def _load(item: Item, network: nn.Module, trace: Trace, scratch: Scratch | None = None) -> DensePass:
+    """The pass of this network that :func:`_save` wrote."""
+    file, dense = _Tensors(item), DensePass(scratch)
+    shapes = {name: _Shapes.of(network, layer) for name, layer in trace.layers.items()}
     for name in dict.fromkeys(trace.same_rows.values()):
         shape = shapes[name]
+        if f"rows {name}" not in file.left:
+            continue
         rows = int(file.take(f"rows {name}", (), torch.int64))
         mean = file.take(f"mean {name}", shape.mean)
         second = mean if shape.second == shape.mean else file.take(f"second {name}", shape.second)
-        firsts[name] = Moments(rows, mean, second, mean, second, second)
-    gradients = {
-        name: file.take(f"gradient {name}", (shapes[name].outputs,) * 2)
-        for name in trace.same_rows
-        if f"gradient {name}" in file.packed
-    }
-    paths = [block.module for chain in trace.chains for block in chain]
-    blocks = {path: file.take_square(f"block {path}") for path in paths if f"block {path}" in file.packed}
-    if file.packed:
-        raise damaged(item.path, f"{next(iter(file.packed))!r} is not of this network")
-    return DensePass({name: firsts[first] for name, first in trace.same_rows.items()}, gradients, blocks)
+        names = [other for other, first in trace.same_rows.items() if first == name]
+        dense.moments.put(names, Moments(rows, mean, second, mean, second, second))
+    for name in trace.same_rows:
+        if f"gradient {name}" in file.left:
+            dense.gradients.put(name, file.take(f"gradient {name}", (shapes[name].outputs,) * 2))
+    for path in (block.module for chain in trace.chains for block in chain):
+        if f"block {path}" in file.left:
+            dense.blocks.put(path, file.take_square(f"block {path}"))
+    if file.left:
+        raise damaged(item.path, f"{next(iter(file.left))!r} is not of this network")
+    return dense
 
 
 class _Tensors:
-    """The tensors of a file, taken one by one; none is a view of it."""
+    """The tensors of a file, read one by one; none is a view of it."""
 
     def __init__(self, item: Item) -> None:
-        self._path = item.path
-        self.packed = item.read_all()
+        if not item.is_whole():
+            raise damaged(item.path, "its contents are not those that were written")
+        self._item = item
+        self.left = dict.fromkeys(item.tensors.infos)
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
         """A tensor as it was measured."""
-        tensor = self.packed.pop(name, None)
-        if tensor is None or tensor.dtype != dtype or tuple(tensor.shape) != _packed_shape(shape):
-            raise damaged(self._path, f"{name!r} is not there, or of another shape or dtype")
-        if not bool(tensor.isfinite().all()):
-            raise damaged(self._path, f"{name!r} holds values that are not finite")
-        return _unpacked(tensor, shape)
+        found = self._item.tensors.read(name).clone() if name in self.left else None
+        if found is None or found.dtype != dtype or tuple(found.shape) != _packed_shape(shape):
+            raise damaged(self._item.path, f"{name!r} is not there, or of another shape or dtype")
+        if not bool(found.isfinite().all()):
+            raise damaged(self._item.path, f"{name!r} holds values that are not finite")
+        del self.left[name]
+        return _unpacked(found, shape)
 
     def take_square(self, name: str) -> Tensor:
         """A symmetric matrix whose width follows from the number of its values."""
-        width = int((2 * self.packed[name].numel()) ** 0.5)
+        width = int((2 * self._item.tensors.infos[name].numel) ** 0.5)
         return self.take(name, (width, width))
 
 

@@ -127,6 +127,7 @@ class CalibrationRequest:
     refine: bool = False  # the layers of each block together, once all are fitted
     moments: Path | None = None  # file to keep the measurements of the dense network in
     folder: Path | None = None  # to keep what is found before layers are fitted, and resume from
+    scratch: Path | None = None  # folder for what does not fit into memory meanwhile; None: all is held there
 
 
 @dataclass(frozen=True)

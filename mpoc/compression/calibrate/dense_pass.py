@@ -31,6 +31,7 @@ from mpoc.compression.calibrate.layer_inputs import (
 from mpoc.compression.calibrate.moments import (
     ALL,
     BatchShards,
+    DensePass,
     LayerSums,
     Moments,
     Positions,
@@ -42,24 +43,11 @@ from mpoc.compression.calibrate.moments import (
 from mpoc.compression.calibrate.trace import EXAMPLES, Trace
 from mpoc.compression.run_context import RunContext
 from mpoc.errors import MpocError
+from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, Call, to_device
 from mpoc.runtime.device import derived_seed
 
 _Key = tuple[str, str]  # "moments", "gradients" or "blocks"; the weight or the module
-
-
-@dataclass(frozen=True)
-class DensePass:
-    """Moments and gradients of the dense network, by weight; none of a weight that the data give no rows.
-
-    ``gradients`` are G, (N_y, N_y) float64 on the CPU: E[g gᵀ] over rows and directions, g the gradient of an
-    example's Σ at the layer's output.  An example's change by an error δ there is about rows / examples times
-    E[δᵀ G δ], so ``Moments.rows`` times tr[G (W − Ŵ) M (W − Ŵ)ᵀ] can be compared between layers.
-    """
-
-    moments: dict[str, Moments]
-    gradients: dict[str, Tensor]
-    blocks: dict[str, Tensor]  # by module Σ g gᵀ over rows and directions, at what blocks give; CPU
 
 
 @dataclass(frozen=True)
@@ -80,6 +68,7 @@ def dense_pass(
     probes: Probes = Probes(),
     positions: Positions = ALL,
     context: RunContext | None = None,
+    scratch: Scratch | None = None,
 ) -> DensePass:
     """Run the dense network on the batches: forward and, once a probe, backward.
 
@@ -91,6 +80,7 @@ def dense_pass(
         probes: the directions whose gradients are measured.
         positions: of convolutions.
         context: whose processes share the batches; None: one process.
+        scratch: that holds what is measured, and what lies between pieces of the network; None: memory.
 
     Raises:
         MpocError: all tokens are padding, or outputs are not finite.
@@ -112,12 +102,13 @@ def dense_pass(
                 piece.run(index)
         return run.sums()
 
-    sweep = _Sweep(network, call, batches, trace, probes)
+    scratch = scratch or Scratch()
+    result = DensePass(scratch)
+    sweep = _Sweep(network, call, batches, trace, probes, scratch)
     shards = BatchShards(len(batches), context.group)
-    total: dict[_Key, Moments | _Sum] = {}
     for piece in sweep.pieces(shards.mine):
-        total |= shards.total(partial(measure, piece), _merged)
-    return _result(total, trace, probes.count)
+        _keep(shards.total(partial(measure, piece), _merged), trace, probes.count, result)
+    return result
 
 
 @dataclass(frozen=True)
@@ -142,20 +133,24 @@ class _Sweep:
         batches: of calibration data.
         trace: of the network.
         probes: the directions whose gradients are measured.
+        scratch: for what lies between the pieces.
     """
 
     def __init__(
-        self, network: nn.Module, call: Call, batches: Sequence[Batch], trace: Trace, probes: Probes
+        self,
+        network: nn.Module,
+        call: Call,
+        batches: Sequence[Batch],
+        trace: Trace,
+        probes: Probes,
+        scratch: Scratch,
     ) -> None:
+        self._scratch = scratch
         self._network, self._call, self._batches, self._trace = network, call, batches, trace
         self._probes, self._device = probes, device_of(network)
         self._chain: Chain = ()
-        self._inputs: dict[
-            tuple[int, int], Tensor
-        ] = {}  # block, batch → its input; behind the last its output
         self._others: dict[int, tuple[Any, Any]] = {}  # batch → further arguments of the blocks
         self._rests: dict[int, Any] = {}  # block → what it gives beside a tensor; None: a tensor alone
-        self._gradients: dict[int, list[Tensor]] = {}  # batch → at the input of the piece that was run last
 
     def pieces(self, mine: Sequence[int]) -> Iterator[_Piece]:
         """The pieces, in the order in which they must run on the batches ``mine``."""
@@ -178,7 +173,7 @@ class _Sweep:
             axis = self._trace.axis((self._trace.chains.index(self._chain), k))
             yield _Piece(pieces.names(k), [(path, axis)], partial(self._run_block, k), f", {path}")
             for index in mine:
-                self._inputs.pop((k + 1, index), None)
+                self._scratch.drop(("input", k + 1, index))
         yield _Piece(pieces.names(-1), others, self._run_head, f", before {self._chain[0].module}")
 
     def _cut(self) -> Chain:
@@ -199,12 +194,14 @@ class _Sweep:
         for index in mine:
 
             def keep(_: nn.Module, args: Any, named: Any, k: int, index: int = index) -> None:
-                self._inputs[k, index], self._others[index] = args[0], (args[1:], named)
+                self._scratch.put(("input", k, index), [args[0]])
+                self._others[index] = args[1:], named
 
             def leave(_: nn.Module, args: Any, output: Any, k: int, index: int = index) -> None:
                 self._rests[k] = output[1:] if isinstance(output, tuple) else None
                 if k == len(self._chain) - 1:
-                    self._inputs[k + 1, index] = _first(output).clone()  # which may be changed in place
+                    # It may be changed in place.
+                    self._scratch.put(("input", k + 1, index), [_first(output).clone()])
 
             with eval_mode(self._network), hooked() as handles:
                 for k, block in enumerate(self._modules):
@@ -252,8 +249,8 @@ class _Sweep:
     def _run_block(self, k: int, index: int) -> None:
         given, (args, named) = self._leaf(k, index), self._others[index]
         output = _first(self._modules[k](given, *args, **named))
-        if output.requires_grad and index in self._gradients:
-            self._backward(output, given, index, self._gradients[index])
+        if output.requires_grad and (gradients := self._gradients(index)):
+            self._backward(output, given, index, gradients)
 
     def _run_head(self, index: int) -> None:
         """What runs before the chain."""
@@ -265,11 +262,17 @@ class _Sweep:
 
         with replaced_forwards(self._modules[:1], [catch]), suppress(StopPassError):
             self._call(self._network, to_device(self._batches[index], self._device))
-        if heads[0].requires_grad and index in self._gradients:
-            self._backward(heads[0], None, index, self._gradients.pop(index))
+        if heads[0].requires_grad and (gradients := self._gradients(index)):
+            self._backward(heads[0], None, index, gradients)
 
     def _leaf(self, k: int, index: int) -> Tensor:
-        return self._inputs[k, index].detach().requires_grad_(torch.is_grad_enabled())
+        given = self._scratch.get(("input", k, index))[0]
+        return given.detach().requires_grad_(torch.is_grad_enabled())
+
+    def _gradients(self, index: int) -> list[Tensor]:
+        """Those at the input of the piece that was run last, a direction each."""
+        key = "gradients", index
+        return self._scratch.get(key) if key in self._scratch else []
 
     def _backward(
         self, output: Tensor, given: Tensor | None, index: int, gradients: Sequence[Tensor]
@@ -281,7 +284,7 @@ class _Sweep:
             if given is not None and given.grad is not None:
                 found.append(given.grad)
                 given.grad = None
-        self._gradients[index] = found
+        self._scratch.put(("gradients", index), found)
 
 
 def _first(output: Any) -> Tensor:
@@ -316,18 +319,16 @@ def _merged(one: Moments | _Sum, other: Moments | _Sum) -> Moments | _Sum:
     return _Sum(one.total + other.total, one.rows + other.rows)
 
 
-def _result(totals: Mapping[_Key, Moments | _Sum], trace: Trace, probes: int) -> DensePass:
-    first = {name: one for (_, name), one in totals.items() if isinstance(one, Moments)}
-    moments = {name: first[same] for name, same in trace.same_rows.items() if same in first}
-    sums = {key: one for key, one in totals.items() if isinstance(one, _Sum)}
-    halves = {key: (one.total + one.total.T) / 2 for key, one in sums.items()}
-    gradients = {
-        name: halves[key] / (sums[key].rows * probes)
-        for name in moments
-        if (key := ("gradients", name)) in sums
-    }
-    blocks = {name: half for (kind, name), half in halves.items() if kind == "blocks"}
-    return DensePass(moments, gradients, blocks)
+def _keep(totals: Mapping[_Key, Moments | _Sum], trace: Trace, probes: int, result: DensePass) -> None:
+    for (kind, name), one in totals.items():
+        if isinstance(one, Moments):
+            result.moments.put([other for other, first in trace.same_rows.items() if first == name], one)
+            continue
+        half = (one.total + one.total.T) / 2
+        if kind == "blocks":
+            result.blocks.put(name, half)
+        else:
+            result.gradients.put(name, half / (one.rows * probes))
 
 
 class _Run:

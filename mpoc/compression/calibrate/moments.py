@@ -10,7 +10,7 @@ whichever process makes them.  Several processes thus find what one alone finds,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TypeVar
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs, ObservedLayer, Sample
+from mpoc.io.keyed_store import Scratch
 from mpoc.runtime.device import derived_seed
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -281,6 +282,73 @@ class LayerSums:
         if isinstance(self._counts, Tensor) and bool(self._counts.any()):
             return one_hot_moments(self._counts)
         return self._accumulator.moments(self.rows) if self.rows else None
+
+
+class DensePass:
+    """Moments and gradients of the dense network, by weight; none of a weight that the data give no rows.
+
+    ``gradients`` are G, (N_y, N_y) float64 on the CPU: E[g gᵀ] over rows and directions, g the gradient of an
+    example's Σ at the layer's output.  An example's change by an error δ there is about rows / examples times
+    E[δᵀ G δ], so ``Moments.rows`` times tr[G (W − Ŵ) M (W − Ŵ)ᵀ] can be compared between layers.
+
+    Args:
+        scratch: that holds the tensors.
+    """
+
+    def __init__(self, scratch: Scratch | None = None) -> None:
+        scratch = scratch or Scratch()
+        self.moments = KeptMoments(scratch)
+        self.gradients = KeptTensors(scratch)
+        self.blocks = KeptTensors(scratch)  # by module Σ g gᵀ over rows and directions, at what blocks give
+
+
+class KeptTensors(Mapping[str, Tensor]):
+    """Tensors in a scratch, each read when it is asked for."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch, self._names = scratch, dict[str, None]()
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor."""
+        self._scratch.put((id(self), name), [tensor])
+        self._names[name] = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._scratch.get((id(self), name))[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class KeptMoments(Mapping[str, Moments]):
+    """Moments of the dense network in a scratch; weights that take the same rows share them."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
+        self._known: dict[str, tuple[str, int]] = {}  # weight → the first of its rows, and how many there are
+
+    def put(self, names: Sequence[str], moments: Moments) -> None:
+        """Keep the moments of these weights."""
+        parts = [moments.mean] if moments.second is moments.mean else [moments.mean, moments.second]
+        self._scratch.put((id(self), names[0]), parts)
+        self._known |= dict.fromkeys(names, (names[0], moments.rows))
+
+    def __getitem__(self, name: str) -> Moments:
+        first, rows = self._known[name]
+        mean, *seconds = self._scratch.get((id(self), first))
+        second = seconds[0] if seconds else mean
+        return Moments(rows, mean, second, mean, second, second)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
 
 
 def total_rows(layer: ObservedLayer, output: Tensor, mask: Tensor | None) -> int:

@@ -26,6 +26,7 @@ from mpoc.compression.calibrate.moments import (
     merge,
 )
 from mpoc.compression.calibrate.trace import Example, Trace
+from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, Call, main_input, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -45,29 +46,47 @@ class _Runner:
     """Runs one network on the batches, from its start or from a block on."""
 
     def __init__(
-        self, network: nn.Module, call: Call, batches: Sequence[Batch], mine: Sequence[int], trace: Trace
+        self,
+        network: nn.Module,
+        call: Call,
+        batches: Sequence[Batch],
+        mine: Sequence[int],
+        trace: Trace,
+        scratch: Scratch,
     ) -> None:
+        self._scratch = scratch
         self.network, self._call, self._batches, self._trace = network, call, batches, trace
         self._device = device_of(network)
         self._mine = mine
         self._at: tuple[int, int] | None = None
-        self._states: dict[int, _State] = {}
+        self._others: dict[
+            int, tuple[tuple[Any, ...], dict[str, Any]]
+        ] = {}  # batch → arguments after the first
 
     def move(self, position: tuple[int, int] | None) -> None:
         """Keep the inputs of the block at (chain, position) for this process's batches; None: of no block."""
         if position == self._at:
             return
-        old, states = self._at, self._states
-        self._at, self._states = None, {}
-        if position is None:
-            return
-        if old is not None and old[0] == position[0] and old[1] < position[1]:
+        old, self._at = self._at, None
+        if position is not None and old is not None and old[0] == position[0] and old[1] < position[1]:
             chain = self._trace.chains[position[0]][old[1] : position[1]]
-            for number, state in states.items():
-                states[number] = _State(self._through(chain, state), state.args, state.named)
+            for number in self._mine:
+                self._scratch.put(self._key(number), [self._through(chain, self._kept(number))])
         else:
-            states = {number: self._caught(self._batches[number], position) for number in self._mine}
-        self._at, self._states = position, states
+            self._others.clear()
+            for number in self._mine:
+                self._scratch.drop(self._key(number))
+                if position is not None:
+                    state = self._caught(self._batches[number], position)
+                    self._scratch.put(self._key(number), [state.given])
+                    self._others[number] = state.args, state.named
+        self._at = position
+
+    def _key(self, index: int) -> tuple[int, int]:
+        return id(self), index
+
+    def _kept(self, index: int) -> _State:
+        return _State(self._scratch.get(self._key(index))[0], *self._others[index])
 
     def run(self, index: int, last: int | None = None) -> None:
         """Run batch ``index`` until a hook stops it: as a whole, or from the kept block to block ``last``."""
@@ -77,12 +96,12 @@ class _Runner:
             else:
                 chain, position = self._at
                 end = None if last is None else last + 1
-                self._through(self._trace.chains[chain][position:end], self._states[index])
+                self._through(self._trace.chains[chain][position:end], self._kept(index))
 
     def state(self, index: int, position: tuple[int, int]) -> _State:
         """The arguments of a block in batch ``index``: kept, or computed again from the start."""
-        kept = self._at == position and index in self._states
-        return self._states[index] if kept else self._caught(self._batches[index], position)
+        kept = self._at == position and index in self._others
+        return self._kept(index) if kept else self._caught(self._batches[index], position)
 
     def output(self, index: int, position: tuple[int, int]) -> Tensor:
         """The output of that block."""
@@ -118,8 +137,9 @@ class Replay:
     """Which inputs of blocks are kept, so that a pass need not begin at the start of the network."""
 
     enabled: bool = True  # where blocks form a chain
-    kept_bytes: int = _KEPT_BYTES  # of both networks together, at most; else nothing is kept
+    kept_bytes: int = _KEPT_BYTES  # of both networks together, at most; else nothing is kept in memory alone
     all_batches: bool = False  # also those of other processes, for :meth:`PairedPass.examples`
+    scratch: Scratch | None = None  # that holds them; None: memory
 
 
 class PairedPass:
@@ -152,7 +172,8 @@ class PairedPass:
         self._trace, self._batches, self._positions, self._replay = trace, batches, positions, replay
         self._shards = BatchShards(len(batches), group)
         mine = range(len(batches)) if replay.all_batches else self._shards.mine
-        self._runners = [_Runner(network, call, batches, mine, trace) for network in networks]
+        scratch = replay.scratch or Scratch()
+        self._runners = [_Runner(network, call, batches, mine, trace, scratch) for network in networks]
         self._device = device_of(networks[1])
 
     def moments(self, group: Sequence[str], dense: Mapping[str, Moments] | None = None) -> dict[str, Moments]:
@@ -232,6 +253,8 @@ class PairedPass:
         return list(examples) if kept else examples
 
     def _fits(self, position: tuple[int, int], copies: int) -> bool:
+        if self._replay.scratch is not None and self._replay.scratch.has_folder:
+            return True
         share = sum(main_input(batch).numel() for batch in self._batches) / self._trace.numbers
         return copies * self._trace.chains[position[0]][position[1]].nbytes * share <= self._replay.kept_bytes
 

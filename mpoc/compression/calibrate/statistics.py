@@ -21,14 +21,21 @@ from torch import Tensor, nn
 
 from mpoc.compression.calibrate.cache import cached_or_measured, calibration_fingerprint
 from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
-from mpoc.compression.calibrate.dense_pass import DensePass, Probes, dense_pass
-from mpoc.compression.calibrate.layer_inputs import eval_mode, unseen_weights
-from mpoc.compression.calibrate.moments import Moments, Positions, merge, shrunk
+from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
+from mpoc.compression.calibrate.layer_inputs import (
+    ConvInputs,
+    EmbeddingInputs,
+    ObservedLayer,
+    eval_mode,
+    unseen_weights,
+)
+from mpoc.compression.calibrate.moments import DensePass, Moments, Positions, merge, shrunk
 from mpoc.compression.calibrate.objective import EmbeddingObjective, LayerObjective, Objective
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.taps import add_taps
 from mpoc.compression.calibrate.trace import UNREACHED, Example, Trace, trace_batches
 from mpoc.compression.run_context import Progress, RunContext
+from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, first_output, num_examples, to_device
 from mpoc.models.introspection import same_tensor
 from mpoc.train.evaluate import try_call
@@ -116,7 +123,7 @@ class CalibrationStatistics:
         self.data, self._request, self.context, self._seed = data, request, context, seed
         self.network, self.places = data.network.to(context.device), data.places
         self.refines, self.notes = request.refine, list(data.notes)
-        self._positions = Positions(_POSITIONS, seed)
+        self._positions, self._scratch = Positions(_POSITIONS, seed), Scratch(request.scratch)
         with context.group.all_or_raise():
             self._find_layers(list(names), skipped or {})
         self._dense = self._kept_pass()
@@ -172,11 +179,10 @@ class CalibrationStatistics:
     def reasons(self) -> dict[str, str]:
         """Weight → why nothing is known of its inputs."""
         reasons = self._reasons | {self._named[weight]: why for weight, why in self._trace.reasons.items()}
-        for weight in self._trace.layers:
-            moments = self._dense.moments.get(weight)
-            if moments is None:
+        for weight, layer in self._trace.layers.items():
+            if weight not in self._dense.moments:
                 reasons[self._named[weight]] = "the calibration data give it no rows"
-            elif moments.second.dim() > 2:
+            elif _has_groups(layer):
                 reasons[self._named[weight]] = "groups"
             elif not self._is_known(weight):
                 reasons[self._named[weight]] = "no gradient of the output reaches it"
@@ -245,7 +251,8 @@ class CalibrationStatistics:
         if compressed is not self._compressed:
             self._compressed, self._passes = compressed, []  # what was kept of the other one goes first
             parts, networks = (self.data.batches, self.data.held_out), (self.network, compressed)
-            replay = Replay(all_batches=self.refines and self.context.group.is_main)  # who refines
+            refines = self.refines and self.context.group.is_main  # who refines needs all
+            replay = Replay(all_batches=refines, scratch=self._scratch)
             self._passes = [
                 PairedPass(
                     networks,
@@ -300,7 +307,7 @@ class CalibrationStatistics:
         parts = self.context.group.on_main(lambda: self._fingerprint(batches))
         own = self._request.moments is None
         dense, note = cached_or_measured(
-            path, parts, self.network, self._trace, measure, self.context.group, own
+            path, parts, self.network, self._trace, measure, self.context.group, own, self._scratch
         )
         if not own:
             self.notes.append(f"moments: {sum(map(num_examples, batches)):,} examples {note}")
@@ -308,7 +315,9 @@ class CalibrationStatistics:
 
     def _pass(self, batches: Sequence[Batch], probes: Probes, context: RunContext) -> DensePass:
         call = self.data.call
-        return dense_pass(self.network, call, batches, self._trace, probes, self._positions, context)
+        return dense_pass(
+            self.network, call, batches, self._trace, probes, self._positions, context, self._scratch
+        )
 
     def _shrunk(self, weight: str, moments: Moments) -> Moments:
         """The moments of an expert, moved towards those of all experts the more the fewer rows it has."""
@@ -320,13 +329,12 @@ class CalibrationStatistics:
         return shrunk(moments, reduce(merge, known))
 
     def _is_known(self, weight: str) -> bool:
-        moments = self._dense.moments.get(weight)
-        if moments is None or moments.second.dim() > 2:
+        if weight not in self._dense.moments or _has_groups(self._trace.layers[weight]):
             return False
         return not self._is_table(weight) or weight in self._dense.gradients
 
     def _is_table(self, weight: str) -> bool:
-        return self._dense.moments[weight].second.dim() == 1
+        return isinstance(self._trace.layers[weight].inputs, EmbeddingInputs)
 
     def _objective(self, name: str, moments: Moments, held_out: Moments) -> Objective:
         outputs = self._dense.gradients.get(self.places[name])
@@ -337,6 +345,10 @@ class CalibrationStatistics:
             assert outputs is not None, "else it is fitted by its weight alone"
             return EmbeddingObjective(*both, outputs)
         return LayerObjective(*both, outputs, name in self.means)
+
+
+def _has_groups(layer: ObservedLayer) -> bool:
+    return isinstance(layer.inputs, ConvInputs) and layer.inputs.groups > 1
 
 
 def _on(device: torch.device, moments: Moments) -> Moments:

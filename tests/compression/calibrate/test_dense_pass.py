@@ -4,21 +4,36 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mpoc.compression.calibrate.calibration_data import Pooling, direction, output_of_interest
-from mpoc.compression.calibrate.dense_pass import DensePass, Probes, dense_pass
-from mpoc.compression.calibrate.moments import ALL, Accumulator, Positions
+from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
+from mpoc.compression.calibrate.moments import ALL, Accumulator, DensePass, Positions
+from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.trace import Trace, trace
 from mpoc.compression.run_context import Progress, RunContext
 from mpoc.errors import MpocError
+from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, Call
 from mpoc.runtime.device import derived_seed
-from tests.compression.calibrate.networks import Stopped, encoder, images, resnet20, second, texts, weights
+from tests.compression.calibrate.networks import (
+    Stopped,
+    damaged,
+    encoder,
+    images,
+    resnet20,
+    second,
+    texts,
+    weights,
+)
 from tests.support.architectures import tiny
 from tests.support.rounding import assert_near
 
@@ -72,7 +87,7 @@ def test_ignores_padding() -> None:
 def test_layers_with_one_input_share_their_moments() -> None:
     _, found = passed(encoder(), [texts()], count=0)
     self_ = "encoder.layer.0.attention.self"
-    assert found.moments[f"{self_}.query.weight"] is found.moments[f"{self_}.value.weight"]
+    assert found.moments[f"{self_}.query.weight"].second is found.moments[f"{self_}.value.weight"].second
 
 
 def test_matches_gradients_of_single_examples() -> None:
@@ -298,3 +313,50 @@ def test_pieces_give_what_the_whole_network_gives(kind: str) -> None:
     for ours, theirs in ((one.gradients, whole.gradients), (one.blocks, whole.blocks)):
         for name, gradient in theirs.items():
             assert_near(ours[name], gradient, terms=64, depth=len(found.layers))
+
+
+class Peak(TorchDispatchMode):
+    """Counts the largest sum of bytes of the tensors that live at one time, of those made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.bytes = self._sum = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        old = {
+            tensor.untyped_storage()._cdata
+            for tensor in tree_leaves((args, kwargs))
+            if isinstance(tensor, Tensor)
+        }
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage._cdata not in old:
+                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self._sum += storage.nbytes()
+        if self._sum > self.bytes:
+            self._live = {key: one for key, one in self._live.items() if not one[0].expired()}
+            self._sum = sum(nbytes for _, nbytes in self._live.values())
+            self.bytes = max(self.bytes, self._sum)
+        return result
+
+
+def _peak(layers: int, folder: Path | None) -> int:
+    """Of both passes through an encoder whose statistics lie in files."""
+    network, batches = encoder(layers), [texts(seed=k) for k in range(2)]
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    call, scratch, copy = Call.of(network), Scratch(folder, limit=0), damaged(network)
+    with Peak() as peak:
+        dense = dense_pass(network, call, batches, found, Probes(2), scratch=scratch)
+        pair = PairedPass((network, copy), call, batches, found, replay=Replay(scratch=scratch))
+        for group in found.groups:
+            pair.moments(group, dense.moments)
+    return peak.bytes
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
+    few, many = _peak(4, tmp_path), _peak(12, tmp_path)
+    assert many < 1.1 * few
+    assert _peak(12, None) > 2 * _peak(4, None) > 2 * few  # as it does where all is held

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mpoc
@@ -19,6 +19,7 @@ from mpoc.compression.recipe import make_recipe
 from mpoc.compression.recipe_syntax import parse_input_shape, parse_shape
 from mpoc.compression.write import Compression
 from mpoc.errors import MpocError, UsageError
+from mpoc.io import keyed_store
 from mpoc.io.manifest_reader import read_manifest
 from tests.compression.calibrate.toy_networks import arch, make
 from tests.support.marks import slow_except
@@ -52,10 +53,11 @@ class Case:
         out: str = "o",
         moments: Path | None = None,
         refine: bool = False,
+        scratch: Path | None = None,
         **options: Any,
     ) -> Compression:
         recipe = make_recipe(None, {"device": "cpu", **options})
-        request = CalibrationRequest(self.folder / "data.npz", samples, refine, moments)
+        request = CalibrationRequest(self.folder / "data.npz", samples, refine, moments, scratch=scratch)
         path = self.folder / f"{out}.safetensors"
         return compress_checkpoint(self.folder / "m.pt", path, recipe, arch=self.arch, calibrate=request)
 
@@ -146,6 +148,24 @@ def test_each_expert_is_fitted_to_its_own_rows(tmp_path: Path) -> None:
     unused = [layer.name for layer in done.manifest.layers if layer.output_error is None]
     assert {"experts.4.0.weight", "experts.4.2.weight"} == set(unused)
     assert any("experts.4.0 (the network does not reach it)" in note for note in done.notes)
+
+
+def test_a_scratch_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(tmp_path, "residual")
+    held = case.compress(ratio=0.5, form="svd")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    written: list[object] = []
+
+    def save(tensors: dict[str, Tensor], path: Path) -> None:
+        written.append(path)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(keyed_store, "_HELD_BYTES", 0)
+    monkeypatch.setattr(keyed_store, "save_file", save)
+    spilled = case.compress(out="spilled", ratio=0.5, form="svd", scratch=scratch)
+    assert spilled.output.read_bytes() == held.output.read_bytes()
+    assert len(written) > 20 and not list(scratch.iterdir())
 
 
 @pytest.mark.slow
