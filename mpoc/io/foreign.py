@@ -159,12 +159,12 @@ def refuse_stub(path: Path, infos: Mapping[str, TensorInfo]) -> None:
     """
     for name, info in infos.items():
         if info.shape == (0,) and name.rpartition(".")[2] == "weight":
-            raise zero_stub(path, f"tensor {name!r} is empty, its entries are in the zero_pp_rank files")
+            raise _zero_stub(path, f"tensor {name!r} is empty, its entries are in the zero_pp_rank files")
 
 
 def _quantised(path: Path, layout: str, name: str, hint: str) -> MpocError:
     said = f"{path}: already quantised: {layout} (tensor {name!r}); mpoc needs unquantised weights"
-    return MpocError(said, hint)
+    return MpocError(said, _of_directory(path, hint))
 
 
 def _refuse_codes(path: Path, info: TensorInfo, infos: Mapping[str, TensorInfo]) -> None:
@@ -251,8 +251,15 @@ def refuse_quantised(path: Path, config: Mapping[str, Any]) -> None:
     """
     method = quantisation_of(config)
     if method is not None:
-        hint = _METHOD_HINTS.get(method, _SOURCE).replace("DIR", command_line(path))
+        hint = _of_directory(path, _METHOD_HINTS.get(method, _SOURCE))
         raise MpocError(f"{path}: already quantised ({method}); mpoc needs unquantised weights", hint)
+
+
+def _of_directory(path: Path, hint: str) -> str:
+    """The hint with the directory's name in the place of DIR."""
+    folder = path if path.is_dir() else path.parent
+    named = repr(str(folder)) if hint.startswith("in Python") else command_line(folder)
+    return hint.replace("DIR", named)
 
 
 # First bytes of files that are given in place of a checkpoint.
@@ -286,9 +293,6 @@ def foreign_file(path: Path) -> MpocError | None:
     """The error of a file whose first bytes or suffix are those of another format; None for any other."""
     with path.open("rb") as file:
         start = file.read(64)
-    if re.search(r"\.index(\.[\w-]+)?\.json$", path.name):
-        whole = command_line("mpoc", "compress", path.parent, "--bond", 8)
-        return MpocError(f"{path}: an index of shards; give its directory", whole)
     is_torch, is_safetensors = start.startswith((b"PK\x03\x04", b"\x80\x02")), start[8:10] == b'{"'
     if is_safetensors if path.suffix != ".safetensors" else is_torch:
         kind, suffix = ("safetensors", ".safetensors") if is_safetensors else ("torch", ".pt")
@@ -296,7 +300,7 @@ def foreign_file(path: Path) -> MpocError | None:
         return MpocError(f"{path}: a {kind} file under another suffix", f"rename it: {renamed}")
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for magic, what in _MAGIC:
-        if text.startswith(magic.lower()):
+        if text.startswith(magic.lower()) and not (magic == b"{" and path.suffix == ".json"):
             return MpocError(f"{path}: {what}", _format_hint(path, what))
     what = _SUFFIXES.get(path.suffix.lower(), "")
     return MpocError(f"{path}: {what}", _format_hint(path, what)) if what else None
@@ -356,28 +360,42 @@ def distributed_checkpoint(path: Path) -> MpocError | None:
         command = command_line(*module, folder, f"{path.resolve().name}.pt")
         return _sharded(path, "a torch distributed checkpoint (DCP, FSDP)", command)
     if "zero_to_fp32.py" in names or any(re.match(r"(bf16_)?zero_pp_rank_", name) for name in names):
-        return zero_stub(path, "its weights are split over the processes")
+        return _zero_stub(path, "its weights are split over the processes")
     if "latest_checkpointed_iteration.txt" in names or any(map(_OF_MEGATRON.match, names)):
-        return _sharded(path, "a Megatron-LM checkpoint", megatron_hint(path))
+        return _sharded(path, "a Megatron-LM checkpoint", _megatron_hint(path))
     if "_CHECKPOINT_METADATA" in names or "saved_model.pb" in names:
         what = "an Orbax (JAX) checkpoint" if "_CHECKPOINT_METADATA" in names else "a TensorFlow SavedModel"
         return _sharded(path, what, "save its weights as safetensors with the library that wrote it")
     return None
 
 
-def megatron_hint(folder: Path) -> str:
+def _megatron_hint(folder: Path) -> str:
     """How to convert a checkpoint of Megatron-LM."""
     call = f"AutoBridge.from_hf_pretrained(HUB_ID).export_ckpt({str(folder)!r}, OUT)"
     return f"export it with Megatron Bridge, in Python: {call}; then compress OUT"
 
 
-def zero_stub(path: Path, why: str) -> MpocError:
+def _zero_stub(path: Path, why: str) -> MpocError:
     """The error of a file or directory of DeepSpeed ZeRO whose weights lie in the files of all processes."""
     folder = path if path.is_dir() else path.parent
     folder = folder.parent if re.match(r"global_step\d+$", folder.name) else folder
     target = f"{folder.resolve().name}-fp32"
     command = command_line("python", "-m", "deepspeed.utils.zero_to_fp32", folder, target)
     return MpocError(f"{path}: of DeepSpeed ZeRO: {why}", command)
+
+
+def refuse_payload(path: Path, payload: Mapping[Any, Any]) -> None:
+    """Refuse the contents of a torch file that their keys tell.
+
+    Raises:
+        MpocError: a textual inversion, or a part of a checkpoint of DeepSpeed or Megatron-LM.
+    """
+    if "string_to_param" in payload:
+        raise MpocError(f"{path}: a textual inversion, not a whole model", _PROMPT)
+    if {"ds_config", "ds_version", "param_shapes"} & payload.keys():
+        raise _zero_stub(path, "its weights are split over the processes")
+    if {"checkpoint_version", "num_floating_point_operations_so_far"} & payload.keys():
+        raise MpocError(f"{path}: a Megatron-LM checkpoint", _megatron_hint(path.parent))
 
 
 def _sharded(path: Path, what: str, hint: str) -> MpocError:

@@ -121,6 +121,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _unknown(path: Path) -> MpocError:
+    if re.search(r"\.index(\.[\w-]+)?\.json$", path.name):
+        whole = command_line("mpoc", "compress", path.parent, "--bond", 8)
+        return MpocError(f"{path}: an index of shards; give its directory", whole)
     known = " ".join((*TORCH_SUFFIXES, ".safetensors"))
     foreign, what = foreign_file(path), f"not a kind of checkpoint known here ({known}, or a directory)"
     return MpocError(f"{foreign}, {what}", foreign.hint) if foreign else MpocError(f"{path}: {what}")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 from mpoc.io.checkpoint import Checkpoint, changed_names, strip_wrappers, wrapper_notes
-from mpoc.io.foreign import foreign_file, format_of_class, in_python, megatron_hint, refuse_layout, zero_stub
+from mpoc.io.foreign import foreign_file, format_of_class, in_python, refuse_layout, refuse_payload
 from mpoc.io.safetensors_header import ITEMSIZE, LONGEST_NAME, TensorInfo
 
 # A state dict's own tuples are a tensor's shape, strides and storage.
@@ -313,6 +313,8 @@ def find_state_dict(path: Path, payload: Any) -> tuple[str, Mapping[str, Any]]:
             f"{path}: holds a {type(payload).__name__}, not a state dict",
             "save model.state_dict()",
         )
+    if "string_to_param" in payload:
+        refuse_payload(path, payload)
     place = _place_of(path, payload, ())
     state = payload
     for key in place:
@@ -339,7 +341,7 @@ def _place_of(path: Path, payload: Mapping[str, Any], within: tuple[str, ...]) -
         raise _several(path, within, found)
     if found:
         return (*within, found[0])
-    _refuse_distributed(path, payload)
+    refuse_payload(path, payload)
     inner = [
         key
         for key, value in nests.items()
@@ -356,13 +358,6 @@ def _several(path: Path, within: tuple[str, ...], found: list[str], beside: str 
     code = f"torch.save(torch.load({str(path)!r}, 'cpu'){keys}, {path.stem + '-state.pt'!r})"
     said = f"{path}: holds several state dicts: {', '.join(found)}{beside}"
     return MpocError(said, f"choose one: {in_python(code)}")
-
-
-def _refuse_distributed(path: Path, payload: Mapping[Any, Any]) -> None:
-    if {"ds_config", "ds_version", "param_shapes"} & payload.keys():
-        raise zero_stub(path, "its weights are split over the processes")
-    if {"checkpoint_version", "num_floating_point_operations_so_far"} & payload.keys():
-        raise MpocError(f"{path}: a Megatron-LM checkpoint", megatron_hint(path.parent))
 
 
 def _is_state_dict(value: Any) -> bool:

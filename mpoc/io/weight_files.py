@@ -37,6 +37,7 @@ _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 _SHARD = re.compile(
     r"(?P<stem>.+?)-(?P<number>\d+)-of-(?P<count>\d+)(?P<rest>(\.[\w-]+)*\.(safetensors|bin))$"
 )
+_PART = re.compile(r"^consolidated\.\d+\.pth$")  # of tensor parallelism, as Llama was published
 _TORCH_FILES = (".pt", ".pth", ".ckpt", ".th", ".bin")
 # The names of torch files whose library calls safetensors otherwise.
 _SAFETENSORS_STEMS = {"pytorch_model": "model", "open_clip_pytorch_model": "open_clip_model"}
@@ -114,6 +115,9 @@ def _number(file: Path) -> int:
 
 def shard_notes(file: Path) -> list[str]:
     """A note on a file that is one shard of several; none for any other file."""
+    parts = [other.name for other in file.parent.iterdir() if _PART.search(other.name)]
+    if file.name in parts and len(parts) > 1:
+        return [f"one of {len(parts)} parts of a model whose matrices are split across devices"]
     match = _SHARD.match(file.name)
     if match is None or int(match["count"]) == 1:
         return []
@@ -198,6 +202,9 @@ def _no_weights(path: Path) -> MpocError:
     """What a directory without weights holds, and which of its subfolders or files can be compressed."""
     if distributed := distributed_checkpoint(path):
         return distributed
+    if len(parts := sorted(filter(_PART.search, (file.name for file in path.iterdir())))) > 1:
+        said = f"{path}: {shortlist(parts)} are parts of one model, each matrix split across devices"
+        return MpocError(said, "take the checkpoint in the format of transformers, or join the parts first")
     if shards := _shards(path):
         names = ", ".join(file.name for file in shards[:4])
         said = f"{path}: shards of weights without their index ({names})"
@@ -301,7 +308,7 @@ def read_json(path: Path, parse: Callable[[bytes], Any] = json.loads) -> dict[st
     try:
         value = parse(read_bounded(path))
     except (ValueError, RecursionError) as error:
-        raise MpocError(f"{path}: not valid JSON ({shortened(error)})") from error
+        raise foreign_file(path) or MpocError(f"{path}: not valid JSON ({shortened(error)})") from error
     if not isinstance(value, dict):
         raise MpocError(f"{path}: not a JSON object")
     return value

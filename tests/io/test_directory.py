@@ -135,6 +135,21 @@ def test_says_what_a_directory_without_weights_holds(tmp_path: Path) -> None:
     assert error.hint == f"mpoc compress {tmp_path}/unet --bond 8"
 
 
+def test_names_parts_of_tensor_parallelism(tmp_path: Path) -> None:
+    for number in range(2):
+        torch.save(mlp_state(), tmp_path / f"consolidated.0{number}.pth")
+    said = "consolidated.00.pth, consolidated.01.pth are parts of one model"
+    assert said in str(refusal(tmp_path))
+    (note,) = open_checkpoint(tmp_path / "consolidated.01.pth").notes
+    assert note == "one of 2 parts of a model whose matrices are split across devices"
+
+
+def test_names_a_pointer_in_the_place_of_a_configuration(tmp_path: Path) -> None:
+    path = save_directory(tmp_path / "m", mlp_state())
+    (path / "config.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "config.json: a Git LFS pointer" in str(refusal(path))
+
+
 @pytest.mark.parametrize(
     ("files", "said", "command"),
     [

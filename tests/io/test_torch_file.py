@@ -156,6 +156,7 @@ def test_names_entries_that_are_not_tensors(tmp_path: Path) -> None:
         (dict, "holds no state dict (nothing)"),
         (lambda: {"epoch": 3, "lr": 0.1}, "holds no state dict (epoch, lr)"),
         (lambda: {"generator": mlp_state(), "critic": mlp_state()}, "several state dicts: generator, critic"),
+        (lambda: {"string_to_param": {"*": torch.ones(1, 8)}, "name": "x"}, "a textual inversion"),
         (lambda: {"w": torch.eye(3).to_sparse()}, "tensor 'w' is sparse_coo"),
         (lambda: {"w": torch.empty(3, 3, device="meta")}, "tensor 'w' has a shape but no data"),
         (lambda: {"w": torch.zeros(3, dtype=torch.complex128)}, "tensor 'w' has dtype complex128"),
