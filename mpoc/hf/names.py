@@ -136,18 +136,25 @@ class Filling:
         return {name: frozenset(group) for group in groups.values() for name in group}
 
     @cached_property
-    def missing(self) -> list[str]:
-        """Tensors of the network that have no value: none is stored, tied, or computed by the class."""
+    def _absent(self) -> list[str]:
+        """Tensors of the network that are neither stored nor tied to one that is."""
         stored = {place for name in self.targets for place in self._filled(name)}
-        computed = self.model._keys_to_ignore_on_load_missing or ()
-        trained = {name for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        state = self.names.state
         return [
-            name
-            for name in self.names.state
-            if stored.isdisjoint(self.groups[name])
-            and not name.endswith("num_batches_tracked")
-            and (name in trained or not any(re.search(pattern, name) for pattern in computed))
+            n for n in state if stored.isdisjoint(self.groups[n]) and not n.endswith("num_batches_tracked")
         ]
+
+    @cached_property
+    def computed(self) -> set[str]:
+        """Those that the class computes, as positions: transformers neither stores nor trains them."""
+        patterns = self.model._keys_to_ignore_on_load_missing or ()
+        trained = {name for name, p in self.model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        return {n for n in self._absent if n not in trained and any(re.search(one, n) for one in patterns)}
+
+    @property
+    def missing(self) -> list[str]:
+        """Tensors of the network that would keep a random value."""
+        return [name for name in self._absent if name not in self.computed]
 
     def _filled(self, name: str) -> list[str]:
         """The tensors of the network that a stored one fills: several where loading splits it."""
@@ -195,7 +202,10 @@ def fitting_class(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]
     named = [getattr(transformers, name, None) for name in architectures]
     classes = [cls for cls in named if isinstance(cls, type) and issubclass(cls, PreTrainedModel)]
     if named and not classes:
-        raise MpocError(f"config.json names {architectures[0]}, which is no network of transformers")
+        raise MpocError(
+            f"config.json names {architectures[0]}, which is no network of transformers",
+            "make the network yourself: mpoc.load(DIRECTORY, model), or --arch file.py:factory",
+        )
     fits = [_fit(cls, config, shapes) for cls in classes]
     for fit in fits:
         if not fit.problem:
@@ -217,6 +227,8 @@ def _fits_of_type(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]
     """Every class that transformers has for this type of model, the body alone first."""
     auto = vars(modeling_auto)
     tables = [name for name in auto if re.fullmatch(r"MODEL_(FOR_\w+_)?MAPPING_NAMES", name)]
+    if not getattr(config, "is_decoder", False):  # of an encoder's heads that have the same tensors
+        tables.sort(key=lambda table: table == "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
     known = (auto[table].get(config.model_type) for table in tables)
     names = [name for entry in known if entry for name in ([entry] if isinstance(entry, str) else entry)]
     for name in dict.fromkeys(names):

@@ -169,18 +169,30 @@ class MpoQuantizer(HfQuantizer):
                 f"({next(iter(layers))}, …) is in a {type(model).__name__}"
             )
         _tie_cores(model, ties, self._cores)
+        # Saved under the names in the network where the renamings, taken back, would not bring cores home.
+        before = len(self._renamed)
+        saved = Names(model, self.update_weight_conversions(conversions))
+        self._rename_cores(saved, targets)
+        moved = {entry.target_patterns[0] for entry in self._renamed[before:]}
         kept = {name: target for name, target in targets.items() if target in self._cores}
-        self._targets = {names.saved(name): target for name, target in kept.items()}
-        self.quantization_config = MpoConfig(layers={names.saved(name): layers[name] for name in kept})
+        saves = {n: t if f"{core_prefix(t)}." in moved else names.saved(n) for n, t in kept.items()}
+        self._targets = {saves[name]: target for name, target in kept.items()}
+        self.quantization_config = MpoConfig(layers={saves[name]: layers[name] for name in kept})
 
     def _first_name(self, model: PreTrainedModel, name: str, target: str, stored: set[str]) -> str:
         """The name that other weights are tied to, where only one of theirs is stored; cores move there."""
         first = model.all_tied_weights_keys.get(target, target)
         if first == target or stored & ({first} | _tied_to(target, model.all_tied_weights_keys)):
             return target
-        self._renamed.append(WeightRenaming(f"^{re.escape(core_prefix(name))}\\.", f"{core_prefix(first)}."))
         stored.symmetric_difference_update({target, first})
         return first
+
+    def _rename_cores(self, names: Names, targets: dict[str, str]) -> None:
+        """Bring cores to their targets where the renamings of transformers, made for weights, do not."""
+        for name, target in targets.items():
+            stored, wanted = core_prefix(name), core_prefix(target)
+            if target in self._cores and names.in_model(f"{stored}.0") != f"{wanted}.0":
+                self._renamed.append(WeightRenaming(f"^{re.escape(stored)}\\.", f"{wanted}."))
 
     def _unstack_experts(self, model: PreTrainedModel, conversions: list[Any]) -> None:
         """Hold compressed expert weights one by one where transformers would stack them while loading.

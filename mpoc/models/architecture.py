@@ -351,7 +351,7 @@ def _fit_directory(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> tuple
         try:
             fit = fitting_class(config, shapes)
         except MpocError as error:
-            raise MpocError(f"{source}: {error}") from error
+            raise MpocError(f"{source}: {error}", error.hint) from error
     cls, named = type(fit.model).__name__, config.architectures or []
     if cls in named or not named:
         return fit, []
@@ -385,6 +385,9 @@ def by_transformers(source: Path, shapes: Mapping[str, tuple[int, ...]]) -> tupl
     finally:
         if was_shown:
             bar.enable_progress_bar()
+    for name, parameter in network.named_parameters():
+        if name in fit.computed:
+            parameter.requires_grad_(False)  # it would be trained, and not stored
     missing = sorted(info["missing_keys"])
     if missing:
         raise MpocError(

@@ -44,6 +44,12 @@ def test_every_grouping_agrees(cuts: tuple[int, ...], monkeypatch: pytest.Monkey
     torch.testing.assert_close(layer(indices), dense(indices))
 
 
+def test_a_table_of_one_row_gives_it_for_every_index() -> None:
+    dense, layer = pair(nn.Embedding(1, 24))
+    indices = torch.zeros(2, 5, dtype=torch.int64)
+    torch.testing.assert_close(layer(indices), dense(indices))
+
+
 def test_prime_vocabulary_is_padded_and_keeps_its_padding_index() -> None:
     dense, layer = pair(nn.Embedding(1009, 24, padding_idx=7))
     assert type(layer) is MPOEmbedding

@@ -174,4 +174,4 @@ def _gather(indices: Tensor, cores: Sequence[Tensor]) -> Tensor:
         digit = indices // after % core.shape[1]
         sliced = core.transpose(0, 1)[digit]  # (n, D_left, I, D_right)
         rows = (rows @ sliced.flatten(2)).unflatten(2, sliced.shape[2:]).flatten(1, 2)
-    return rows.flatten(1)
+    return rows.flatten(1).expand(indices.shape[0], -1)  # a table of one row has met no index yet
