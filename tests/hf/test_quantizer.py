@@ -21,6 +21,7 @@ from mpoc.io.manifest_reader import read_manifest
 from mpoc.models.loading import load, open_model
 from mpoc.nn import MPOEmbedding, MPOLinear
 from mpoc.tensor_networks.forms.form import Form
+from tests.robustness.transformers_classes import outcome
 from tests.support.hub_models import (
     AUTO,
     IDS,
@@ -351,3 +352,23 @@ def test_rejects_resizing_cores(make: Make, kind: str) -> None:
     with pytest.raises(AttributeError, match="make it dense first"):
         model.resize_token_embeddings(110)
     assert model.get_input_embeddings().num_embeddings == len(model.get_input_embeddings().weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("LlamaForCausalLM", "causal-lm"),
+        ("GraniteMoeForCausalLM", "causal-lm"),
+        ("DeepseekV3ForCausalLM", "causal-lm"),
+        ("Gemma3ForCausalLM", "causal-lm"),
+        ("CTRLLMHeadModel", "causal-lm"),
+        ("NomicBertForMaskedLM", "encoder"),
+        ("YosoForMaskedLM", "encoder"),
+        ("T5GemmaForConditionalGeneration", "encoder-decoder"),
+        ("ViTForImageClassification", "vision"),
+        ("Data2VecAudioForSequenceClassification", "audio"),
+    ],
+)
+def test_classes_of_transformers(name: str, kind: str) -> None:
+    assert outcome(name, kind) == ("right", "")
