@@ -20,6 +20,7 @@ from mpoc.cli.options import takes
 from mpoc.compression.recipe import Recipe, make_recipe
 from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.runtime.options import ADVANCED, COMMON, argument, nested, option
+from mpoc.runtime.signals import Terminated, removed_on_exit
 from mpoc.train.settings import ARCH_HELP, DataOptions, EvaluationRequest
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ def compress(options: CompressOptions) -> None:
     """
     console = Output(options.quiet, options.verbose)
     request = compress_request(options)
-    result = _search(request, console) if request.recipe.max_drop is not None else _compress(request, console)
+    with console.never_silent():
+        searches = request.recipe.max_drop is not None
+        result = _search(request, console) if searches else _compress(request, console)
     for note in result.compression.notes:
         console.say(f"note: {note}")
     if console.silent:
@@ -241,7 +244,22 @@ def _compress(request: CompressRequest, console: Output) -> CompressResult:
             resume=request.options.resume,
             progress=Progress(progress, stage_lines(console)),
         )
-    return CompressResult(compression, before, _measure(compression.output, request, console))
+    return CompressResult(compression, before, _measure_output(compression, request, console))
+
+
+def _measure_output(
+    compression: Compression, request: CompressRequest, console: Output
+) -> FileEvaluation | None:
+    """The scores of the output; a signal meanwhile says that it is written."""
+    if not compression.written:
+        return None
+    note = f"{compression.output} is written"
+    try:
+        with removed_on_exit(None, note):
+            return _measure(compression.output, request, console)
+    except (KeyboardInterrupt, Terminated) as stop:
+        stop.add_note(note)
+        raise
 
 
 def _search(request: CompressRequest, console: Output) -> CompressResult:

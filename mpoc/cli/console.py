@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Event, Thread
+from time import monotonic
 
 from rich.console import Console
 from rich.text import Text
@@ -15,6 +17,7 @@ from mpoc.errors import MpocError
 from mpoc.runtime.distributed import is_main
 from mpoc.runtime.signals import Terminated, unwind_on_signals
 
+MOST_SILENCE = 9.0  # seconds
 _WIDTH_OFF_TERMINAL = 200
 _BAD_COMMAND, _INTERRUPTED, _TERMINATED = 2, 130, 143  # exit statuses
 
@@ -32,15 +35,42 @@ class Output:
         self.verbose = verbose
         self.result = _console(stderr=False)
         self.messages = _console(stderr=True)
+        self._said = monotonic()
 
     def say(self, text: str) -> None:
         """Print a message on stderr."""
+        self._said = monotonic()
         if not self.quiet:
             self.messages.print(plain(text), soft_wrap=True)
+
+    @contextmanager
+    def never_silent(self) -> Iterator[None]:
+        """Meanwhile a message says after every ten seconds without one that the work goes on."""
+        ended, start = Event(), monotonic()
+
+        def watch() -> None:
+            while not ended.wait(max(0.05, self._said + MOST_SILENCE - monotonic())):
+                if monotonic() - self._said >= MOST_SILENCE:
+                    self.say(f"at work for {clock(monotonic() - start)}")
+
+        watcher = Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
 
     def next_command(self, command: str) -> None:
         """Print the next useful command on stderr."""
         self.say(f"next: {command}")
+
+
+def clock(seconds: float) -> str:
+    """``3725`` → ``1:02:05``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def plain(text: str) -> str:

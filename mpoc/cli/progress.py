@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, Progress, TextColumn
 
-from mpoc.cli.console import Output, plain
+from mpoc.cli.console import Output, clock, plain
 from mpoc.cli.tables import scores_line
 from mpoc.io.manifest import LayerRecord
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mpoc.train.monitor import TrainingEvent
 
 
-_BETWEEN_LINES = 10.0  # seconds, within a stage
+_BETWEEN_LINES = 5.0  # seconds, within a stage
 _WORTH_SAYING = 5.0  # seconds of work before the time left is shown
 
 # record, its seconds, layers done, layers in all, share of the work done
@@ -25,14 +25,20 @@ LayerCallback = Callable[[LayerRecord, float, int, int, float], None]
 
 
 def stage_lines(console: Output) -> Callable[[str, int, int], None] | None:
-    """The callback of calibration: a line as a stage begins, then one every ten seconds; None when quiet."""
-    last = 0.0
+    """The callback of calibration; None when quiet.
+
+    It says a line as a stage begins, then one every few seconds, with the time left by the steps so far.
+    """
+    last = start = 0.0
 
     def tell(stage: str, number: int, total: int) -> None:
-        nonlocal last
-        if number == 1 or monotonic() - last >= _BETWEEN_LINES:
-            console.say(f"{stage} {number:,} of {total:,}")
-            last = monotonic()
+        nonlocal last, start
+        now = monotonic()
+        start = now if number == 1 else start
+        if number == 1 or now - last >= _BETWEEN_LINES:
+            left = (now - start) / (number - 1) * (total - number + 1) if number > 1 else 0.0
+            console.say(f"{stage} {number:,} of {total:,}" + (f" ({clock(left)} left)" if number > 1 else ""))
+            last = now
 
     return None if console.quiet else tell
 
@@ -72,7 +78,7 @@ def _time_left() -> Callable[[float, float], str]:
         nonlocal start
         start = monotonic() - seconds if start is None else start
         passed = monotonic() - start
-        return _clock(passed * (1 - share) / share) if passed > _WORTH_SAYING and 0 < share < 1 else ""
+        return clock(passed * (1 - share) / share) if passed > _WORTH_SAYING and 0 < share < 1 else ""
 
     return left
 
@@ -93,7 +99,7 @@ def _bar(console: Output) -> Iterator[LayerCallback]:
             nonlocal before, after
             before += record.num_original
             after += record.num_stored
-            rest = f"{clock} left" if (clock := left(share, seconds)) else ""
+            rest = f"{rest_of_it} left" if (rest_of_it := left(share, seconds)) else ""
             bar.update(
                 task,
                 description=plain(record.layer),
@@ -123,15 +129,8 @@ def _say_evaluation(console: Output, event: TrainingEvent) -> None:
         return
     loss = "" if event.loss != event.loss else f" training loss {event.loss:.4f}"
     measured = f" {scores_line(event.scores)}" if event.scores else ""
-    rate = f" ({event.rate:,.0f} examples/s, {_clock(event.seconds_left)} left)" if event.rate else ""
+    rate = f" ({event.rate:,.0f} examples/s, {clock(event.seconds_left)} left)" if event.rate else ""
     console.say(f"[{event.step}/{event.steps}] epoch {event.epoch:.4g}{loss}{measured}{rate}")
-
-
-def _clock(seconds: float) -> str:
-    """``3725`` → ``1:02:05``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _training_bar(console: Output) -> Iterator[Callable[[TrainingEvent], None]]:
@@ -149,7 +148,7 @@ def _training_bar(console: Output) -> Iterator[Callable[[TrainingEvent], None]]:
             fields: dict[str, Any] = {"epoch": event.epoch, "loss": event.loss, "rate": event.rate}
             if event.scores:
                 fields["scores"] = scores_line(event.scores)
-            left = _clock(event.seconds_left) if event.rate else "?"
+            left = clock(event.seconds_left) if event.rate else "?"
             bar.update(task, completed=event.step, total=event.steps, left=left, **fields)
 
         yield tell

@@ -34,7 +34,7 @@ from mpoc.io.manifest_reader import record_from_json
 from mpoc.io.safetensors_writer import Entry
 from mpoc.io.validation import parse_strictly
 from mpoc.runtime.distributed import ProcessGroup
-from mpoc.runtime.signals import defer_signals
+from mpoc.runtime.signals import defer_signals, removed_on_exit
 
 _LAYERS, _CALIBRATION, _OUTPUT = "layers", "calibration", "output"
 # Marks a resume directory; the process at work in it holds a lock on this file.
@@ -206,7 +206,8 @@ def resume_directory(
         if asked is None:
             held.callback(_remove, folder)  # whoever is last: others may write to it still
         try:
-            yield folder / _OUTPUT / output.name
+            with removed_on_exit(folder if asked is None else None, place.state):
+                yield folder / _OUTPUT / output.name
             with group.all_or_raise():
                 if group.is_main:
                     place.take(folder / _OUTPUT / output.name, folder)

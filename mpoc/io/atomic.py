@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from mpoc.errors import MpocError, UsageError, command_line
-from mpoc.runtime.signals import defer_signals
+from mpoc.runtime.signals import defer_signals, removed_on_exit
 
 _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 # The files that mpoc adds to a directory, besides weight files and copies.
@@ -110,7 +110,8 @@ def staged(output: Path, announced: bool = True) -> Iterator[Path]:
     try:
         with defer_signals():
             scratch = scratch_beside(output)
-        with naming(output) if announced else nullcontext():
+        note = place.state if announced else ""
+        with naming(output) if announced else nullcontext(), removed_on_exit(scratch, note):
             yield scratch / output.name
             place.take(scratch / output.name, scratch)
     except BaseException as error:
@@ -152,8 +153,13 @@ class Place:
     def tell(self, error: BaseException) -> None:
         """Note what became of the output, on an exception that is not an error, such as a signal's."""
         if not isinstance(error, Exception | GeneratorExit):
-            there = "as it was" if os.path.lexists(self._output) else "not written"
-            error.add_note(f"{self._output} is {'written' if self.is_taken else there}")
+            error.add_note(self.state)
+
+    @property
+    def state(self) -> str:
+        """Whether the output is written, in words."""
+        there = "as it was" if os.path.lexists(self._output) else "not written"
+        return f"{self._output} is {'written' if self.is_taken else there}"
 
 
 def scratch_beside(output: Path) -> Path:

@@ -32,7 +32,7 @@ from mpoc.io.checkpoint import Checkpoint, open_safetensors
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.safetensors_writer import Entry, write_safetensors
 from mpoc.runtime.formatting import human_bytes
-from mpoc.runtime.signals import defer_signals
+from mpoc.runtime.signals import defer_signals, removed_on_exit
 
 _FORMAT = "mpoc.item/1"
 _RECORD, _FINGERPRINT, _DIGEST = "record", "fingerprint", "digest"
@@ -181,7 +181,8 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         mark = (folder / "lock").open("a")
         fcntl.flock(mark, fcntl.LOCK_EX)
     try:
-        yield folder
+        with removed_on_exit(folder):
+            yield folder
     finally:
         with defer_signals():
             mark.close()

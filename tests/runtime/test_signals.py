@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mpoc.runtime import signals
 from mpoc.runtime.signals import Terminated, catch_stop_signals, defer_signals, unwind_on_signals
 
 
@@ -87,3 +93,52 @@ def test_training_notes_the_first_signal_and_a_second_ctrl_c_ends_it(monkeypatch
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+STUCK = """
+import hashlib, sys
+from pathlib import Path
+from mpoc.runtime.signals import removed_on_exit, unwind_on_signals
+folder = Path(sys.argv[1])
+folder.mkdir()
+with unwind_on_signals(), removed_on_exit(folder, "out is not written"):
+    print("begins", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000_000)  # minutes in native code
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_native_code_ends_the_process(
+    tmp_path: Path, signum: signal.Signals, status: int
+) -> None:
+    folder = tmp_path / "scratch"
+    command = [sys.executable, "-c", STUCK, str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(1)  # until it is there
+        process.send_signal(signum)
+        assert process.wait(timeout=30) == status
+        assert process.stderr.read().endswith("note: out is not written\n")
+    assert not folder.exists()
+
+
+def test_a_section_that_must_end_is_not_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(signals, "_PATIENCE", 0.01)
+    monkeypatch.setattr(signals, "_leave", left.append)
+    monkeypatch.setattr(signals, "_called", threading.Event())
+    read, write = os.pipe()
+    watcher = threading.Thread(target=signals._watch, args=(read, frozenset([15])))
+    watcher.start()
+    with defer_signals():
+        os.write(write, bytes([15]))
+        time.sleep(0.1)
+        assert not left
+    while not left:
+        time.sleep(0.01)
+    signals._called.set()  # a handler is called after all
+    os.close(write)
+    watcher.join()
+    os.close(read)

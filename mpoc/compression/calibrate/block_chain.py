@@ -61,6 +61,13 @@ def next_input(output: Any) -> Tensor | None:
     return first if isinstance(first, Tensor) else None
 
 
+def given_on(output: Any) -> Tensor:
+    """What a block of a chain hands to the next."""
+    first = next_input(output)
+    assert first is not None, "it gave a tensor when it was traced"
+    return first
+
+
 def features(values: Tensor, mask: Tensor | None, axis: int) -> Tensor:
     """The output of a block as rows (rows, width), without padding.
 
@@ -230,8 +237,7 @@ class CutCheck:
         return (self._starts[-1].clone(), *args[1:]), named  # which may be changed in place
 
     def _leave(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        first = next_input(output)
-        assert first is not None, "a block of a chain gives a tensor"
+        first = given_on(output)
         self._others |= any(one is not first for one in tensors_in(output))
         if block is not self._blocks[-1]:
             return output

@@ -17,6 +17,7 @@ from mpoc.compression.calibrate.block_chain import (
     CutCheck,
     StopPassError,
     features,
+    given_on,
     next_input,
     replaced_forwards,
 )
@@ -89,12 +90,14 @@ def dense_pass(
     if all("attention_mask" in batch and not bool(batch["attention_mask"].any()) for batch in batches):
         raise MpocError("all tokens of the calibration data are padding")
 
+    steps = 0
+
     def measure(piece: _Piece, part: range) -> dict[_Key, Moments | _Sum]:
         run = _Run(network, trace, positions, piece.names)
         with eval_mode(network), hooked() as handles, torch.set_grad_enabled(probes.count > 0):
             handles += run.hooks(probes.count > 0, piece.blocks if probes.blocks else [])
             for index in part:
-                context.log(f"reading the dense network{piece.label}: batch", index + 1, len(batches))
+                context.log("reading the dense network: step", piece.number * len(batches) + index + 1, steps)
                 run.index, run.mask = (
                     index,
                     to_device(batches[index], device_of(network)).get("attention_mask"),
@@ -107,6 +110,7 @@ def dense_pass(
     sweep = _Sweep(network, call, batches, trace, probes, scratch)
     shards = BatchShards(len(batches), context.group)
     for piece in sweep.pieces(shards.mine):
+        steps = piece.count * len(batches)
         _keep(shards.total(partial(measure, piece), _merged), trace, probes.count, result)
     return result
 
@@ -118,14 +122,14 @@ class _Piece:
     names: list[str]  # of weights
     blocks: list[tuple[str, int]]  # modules and the axes of their features, measured at their outputs
     run: Callable[[int], None]  # forward and backward on one batch
-    label: str = ""
+    number: int = 0  # of ``count`` pieces
+    count: int = 1
 
 
 class _Sweep:
     """Forward and backward passes: of the whole network at once, or of its pieces one by one, last to first.
 
-    Between the pieces lie, for each batch, the input of the later one and, once that was run, the gradients
-    there.  Only one piece at a time holds what its backward pass needs.
+    Between pieces lie, for each batch, the input of the later one and, once it was run, the gradients there.
 
     Args:
         network: in evaluation mode.
@@ -167,14 +171,15 @@ class _Sweep:
             return
         self._keep_inputs(mine)
         count = len(self._chain)
-        yield _Piece(pieces.names(count), others, self._run_tail, f", behind {self._chain[-1].module}")
+        yield _Piece(pieces.names(count), others, self._run_tail, 0, count + 2)
         for k in reversed(range(count)):
             path = self._chain[k].module
             axis = self._trace.axis((self._trace.chains.index(self._chain), k))
-            yield _Piece(pieces.names(k), [(path, axis)], partial(self._run_block, k), f", {path}")
+            run = partial(self._run_block, k)
+            yield _Piece(pieces.names(k), [(path, axis)], run, count - k, count + 2)
             for index in mine:
                 self._scratch.drop(("input", k + 1, index))
-        yield _Piece(pieces.names(-1), others, self._run_head, f", before {self._chain[0].module}")
+        yield _Piece(pieces.names(-1), others, self._run_head, count + 1, count + 2)
 
     def _cut(self) -> Chain:
         """The chain that cuts the network; () where none does."""
@@ -201,7 +206,7 @@ class _Sweep:
                 self._rests[k] = output[1:] if isinstance(output, tuple) else None
                 if k == len(self._chain) - 1:
                     # It may be changed in place.
-                    self._scratch.put(("input", k + 1, index), [_first(output).clone()])
+                    self._scratch.put(("input", k + 1, index), [given_on(output).clone()])
 
             with eval_mode(self._network), hooked() as handles:
                 for k, block in enumerate(self._modules):
@@ -248,7 +253,7 @@ class _Sweep:
 
     def _run_block(self, k: int, index: int) -> None:
         given, (args, named) = self._leaf(k, index), self._others[index]
-        output = _first(self._modules[k](given, *args, **named))
+        output = given_on(self._modules[k](given, *args, **named))
         if output.requires_grad and (gradients := self._gradients(index)):
             self._backward(output, given, index, gradients)
 
@@ -285,12 +290,6 @@ class _Sweep:
                 found.append(given.grad)
                 given.grad = None
         self._scratch.put(("gradients", index), found)
-
-
-def _first(output: Any) -> Tensor:
-    first = next_input(output)
-    assert first is not None, "a block of a chain gives a tensor"
-    return first
 
 
 def _refuse_infinite(values: Tensor, network: nn.Module) -> None:

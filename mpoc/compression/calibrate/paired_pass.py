@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.block_chain import Chain, StopPassError, next_input
+from mpoc.compression.calibrate.block_chain import Chain, StopPassError, given_on
 from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_argument, hooked
 from mpoc.compression.calibrate.moments import (
     ALL,
@@ -111,9 +111,7 @@ class _Runner:
     def _through(self, chain: Chain, state: _State) -> Tensor:
         given = state.given
         for block in chain:
-            output = next_input(self.network.get_submodule(block.module)(given, *state.args, **state.named))
-            assert output is not None, f"{block.module} gave a tensor when it was traced"
-            given = output
+            given = given_on(self.network.get_submodule(block.module)(given, *state.args, **state.named))
         return given
 
     def _caught(self, batch: Batch, position: tuple[int, int]) -> _State:

@@ -299,12 +299,13 @@ def test_pieces_give_what_the_whole_network_gives(kind: str) -> None:
     make, cuts = PIECES[kind]
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))
-    stages: list[str] = []
-    context = RunContext(torch.device("cpu"), progress=Progress(stage=lambda stage, *_: stages.append(stage)))
+    steps: list[tuple[int, int]] = []
+    context = RunContext(torch.device("cpu"), progress=Progress(stage=lambda _, *step: steps.append(step)))
     probes = Probes(2, seed=3, blocks=True)
     one = dense_pass(network, Call.of(network), batches, found, probes, context=context)
     whole = dense_pass(network, Call.of(network), batches, replace(found, pieces=None), probes)
-    assert (len(set(stages)) > 1) == cuts
+    pieces = len(found.chains[0]) + 2 if cuts else 1
+    assert steps == [(k, pieces * len(batches)) for k in range(1, pieces * len(batches) + 1)]
     assert one.moments.keys() == whole.moments.keys() == found.layers.keys()
     assert one.gradients.keys() == whole.gradients.keys() and one.blocks.keys() == whole.blocks.keys()
     assert len(one.gradients) >= 3
