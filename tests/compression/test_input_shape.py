@@ -48,4 +48,4 @@ def test_last_matching_shape_wins() -> None:
     assert geometry_at("first.weight", (4, 4, 3, 3), given).size == (8, 8)
     with pytest.raises(UsageError, match="needs its input size") as caught:
         geometry_at("first.weight", (4, 4, 3, 3), given[1:])
-    assert "--input-shape 'first=HxW'" in (caught.value.hint or "")
+    assert "--input-shape first=HxW" in (caught.value.hint or "")
