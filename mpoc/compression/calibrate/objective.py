@@ -172,6 +172,80 @@ class LayerObjective(Objective):
 
 
 @dataclass(frozen=True)
+class GroupedObjective(LayerObjective):
+    """The objective of a convolution with groups, depthwise ones among them.
+
+    One moment of inputs stands for all groups: the mean of theirs, each at the same power.  The powers weigh
+    the outputs, whose metric is diagonal.
+    """
+
+    powers: Tensor  # (N_y,) of the inputs that each output sees
+    group_means: tuple[Tensor, Tensor]  # (groups, N_x): of inputs in the compressed network, in the dense one
+
+    @classmethod
+    def of(cls, moments: Moments, held_out: Moments, outputs: Tensor | int, centred: bool) -> Self:
+        """The objective of a layer whose moments have an axis of groups in front.
+
+        Args:
+            moments: of the inputs of the fit.
+            held_out: of held-out inputs.
+            outputs: G (N_y, N_y), or N_y where it is not known.
+            centred: as of :class:`LayerObjective`.
+        """
+        zero = torch.zeros_like(moments.mean)
+        means = (moments.mean, moments.dense_mean) if centred else (zero, zero)
+        dense = _grouped_about(
+            moments.dense_second, moments.dense_mean, moments.dense_mean, means[1], means[1]
+        )
+        power = dense.diagonal(dim1=-2, dim2=-1).mean(-1)
+        power = power.clamp(min=1e-12 * float(power.max()) or 1.0)
+        count = outputs if isinstance(outputs, int) else len(outputs)
+        powers = power.repeat_interleave(count // len(power))
+        metric = powers if isinstance(outputs, int) else powers * outputs.diagonal()
+        seen, unseen = _as_one_group(moments, means, power), _as_one_group(held_out, means, power)
+        return cls(seen, unseen, torch.diag(metric), centred, powers, means)
+
+    @property
+    def fit_error(self) -> ErrorNorm:
+        """The error on the inputs of the fit."""
+        return replace(self._less_means(self.moments), outputs=self.powers)
+
+    @property
+    def held_out_error(self) -> ErrorNorm:
+        """The error on held-out inputs."""
+        return replace(self._less_means(self.held_out), outputs=self.powers)
+
+    def shift(self, matrix: Tensor, approximation: Tensor) -> Tensor | None:
+        """The correction of the mean, from each group's own."""
+        if not self.centred:
+            return None
+        groups = len(self.group_means[0])
+        apart = (one.unflatten(0, (groups, -1)) for one in (approximation, matrix))
+        ours, dense = (
+            (rows @ mean[..., None]).flatten() for rows, mean in zip(apart, self.group_means, strict=True)
+        )
+        return dense - ours
+
+
+def _as_one_group(moments: Moments, means: tuple[Tensor, Tensor], power: Tensor) -> Moments:
+    """The mean of all groups' moments about the means of the fit, each at power 1."""
+    mean, dense = means
+    products = (
+        _grouped_about(moments.second, moments.mean, moments.mean, mean, mean),
+        _grouped_about(moments.cross, moments.dense_mean, moments.mean, dense, mean),
+        _grouped_about(moments.dense_second, moments.dense_mean, moments.dense_mean, dense, dense),
+    )
+    second, cross, dense_second = ((one / power[:, None, None]).mean(0) for one in products)
+    zero = torch.zeros_like(mean[0])
+    return Moments(moments.rows, zero, second, zero, cross, dense_second)
+
+
+def _grouped_about(second: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """E[(x − a)(y − b)ᵀ] of each group (groups, N_x, N_x)."""
+    return second - left[..., None] * b[:, None] - a[..., None] * right[:, None] + a[..., None] * b[:, None]
+
+
+@dataclass(frozen=True)
 class EmbeddingObjective(Objective):
     """The objective of an embedding: how often each row occurs, the same in both networks.
 

@@ -30,7 +30,12 @@ from mpoc.compression.calibrate.layer_inputs import (
     unseen_weights,
 )
 from mpoc.compression.calibrate.moments import DensePass, Moments, Positions, merge, shrunk
-from mpoc.compression.calibrate.objective import EmbeddingObjective, LayerObjective, Objective
+from mpoc.compression.calibrate.objective import (
+    EmbeddingObjective,
+    GroupedObjective,
+    LayerObjective,
+    Objective,
+)
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.taps import add_taps
 from mpoc.compression.calibrate.trace import UNREACHED, Example, Trace, trace_batches
@@ -179,11 +184,9 @@ class CalibrationStatistics:
     def reasons(self) -> dict[str, str]:
         """Weight → why nothing is known of its inputs."""
         reasons = self._reasons | {self._named[weight]: why for weight, why in self._trace.reasons.items()}
-        for weight, layer in self._trace.layers.items():
+        for weight in self._trace.layers:
             if weight not in self._dense.moments:
                 reasons[self._named[weight]] = "the calibration data give it no rows"
-            elif _has_groups(layer):
-                reasons[self._named[weight]] = "groups"
             elif not self._is_known(weight):
                 reasons[self._named[weight]] = "no gradient of the output reaches it"
         return reasons
@@ -329,7 +332,7 @@ class CalibrationStatistics:
         return shrunk(moments, reduce(merge, known))
 
     def _is_known(self, weight: str) -> bool:
-        if weight not in self._dense.moments or _has_groups(self._trace.layers[weight]):
+        if weight not in self._dense.moments:
             return False
         return not self._is_table(weight) or weight in self._dense.gradients
 
@@ -344,6 +347,9 @@ class CalibrationStatistics:
         if self._is_table(self.places[name]):
             assert outputs is not None, "else it is fitted by its weight alone"
             return EmbeddingObjective(*both, outputs)
+        if _has_groups(self._trace.layers[self.places[name]]):
+            known = len(self.network.get_parameter(self.places[name])) if outputs is None else outputs
+            return GroupedObjective.of(*both, known, name in self.means)
         return LayerObjective(*both, outputs, name in self.means)
 
 

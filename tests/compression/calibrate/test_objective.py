@@ -1,4 +1,4 @@
-"""What is known of an embedding, against sums over the tokens of texts."""
+"""What is known of embeddings and of convolutions with groups, against sums over the rows."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from mpoc.compression.calibrate.calibrated_fit import Storage, fit_calibrated
-from mpoc.compression.calibrate.moments import one_hot_moments
-from mpoc.compression.calibrate.objective import EmbeddingObjective
+from mpoc.compression.calibrate.moments import Accumulator, one_hot_moments
+from mpoc.compression.calibrate.objective import EmbeddingObjective, GroupedObjective
 from mpoc.tensor_networks.fit.metric import weighted_svd
 from mpoc.tensor_networks.fit.weighted import matrix_of
 from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
@@ -104,3 +104,26 @@ def test_handles_a_layer_without_effect() -> None:
     for structure in (LOW_RANK, CHAIN):
         fit = fit_calibrated(table(), [Storage(structure, 3)], deaf, torch.float64, 0)
         assert bool(matrix_of(fit.form).isfinite().all())
+
+
+def test_groups_have_the_errors_of_each_by_itself() -> None:
+    """Of the fit's inputs, where all groups have one moment up to a factor; and the mean of each is corrected."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 5, generator=generator, dtype=torch.float64) @ torch.randn(
+        5, 5, generator=generator, dtype=torch.float64
+    )
+    factors, means = torch.tensor([0.5, 2.0, 7.0]).double(), torch.tensor([1.0, -3.0, 0.2]).double()
+    given = (rows - rows.mean(0)) * factors[:, None, None] + means[:, None, None]  # (groups, n, N_x)
+    sums = Accumulator()
+    sums.add(given)
+    moments = sums.moments()
+    objective = GroupedObjective.of(moments, moments, 6, centred=True)
+    weight, other = (torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    errors = torch.stack([given[k] @ (weight - other)[2 * k : 2 * k + 2].T for k in range(3)], dim=1).flatten(
+        1
+    )  # (n, N_y)
+    assert objective.fit_error.squared(weight, other) == pytest.approx(
+        float(errors.var(0, correction=0).sum())
+    )
+    shift = objective.shift(weight, other)
+    assert shift is not None and torch.allclose(shift, errors.mean(0))

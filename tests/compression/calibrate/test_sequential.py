@@ -82,8 +82,6 @@ class Case:
 def test_calibration_reduces_output_errors(tmp_path: Path, name: str, form: str) -> None:
     case = Case(tmp_path, name)
     options: dict[str, Any] = {"ratio": 0.4}
-    if name == "conv":
-        options["exclude"] = ("6",)  # groups are fitted by their weights
     done = case.compress(form=form, **options)
     plain = case.plain(form="svd" if form == "auto" else form, **options)
     assert done.manifest.rho_selected <= 0.4
@@ -130,14 +128,6 @@ def test_running_means_absorb_the_mean_error_without_a_bias(tmp_path: Path) -> N
         "4.running_mean",
         "8.bias",
     }
-
-
-def test_unobservable_layers_are_fitted_by_their_weights(tmp_path: Path) -> None:
-    case = Case(tmp_path, "conv")
-    done = case.compress(bond=2, form="svd", allow_growth=True)
-    layer = next(layer for layer in done.manifest.layers if layer.name == "6.weight")
-    assert layer.form == "svd" and layer.output_error is None
-    assert any("not calibrated" in note and "6" in note for note in done.notes)
 
 
 def test_each_expert_is_fitted_to_its_own_rows(tmp_path: Path) -> None:

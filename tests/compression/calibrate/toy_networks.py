@@ -46,7 +46,7 @@ def convolutions() -> nn.Sequential:
     return net
 
 
-def grouped() -> nn.Sequential:  # the inputs of the convolution in groups are not looked at
+def grouped() -> nn.Sequential:
     torch.manual_seed(4)
     return nn.Sequential(
         nn.Conv2d(3, 8, 1),
