@@ -187,7 +187,7 @@ def test_gives_reasons_for_unsupported_layers() -> None:
     gpt2 = tiny("gpt2")
     tied = find_layer(gpt2, "transformer.wte.weight")
     assert tied == "tied: transformer.wte and lm_head use it in different ways"
-    network = nn.ModuleDict({"up": nn.ConvTranspose2d(3, 4, 2), "lstm": nn.LSTM(3, 4)})
+    network = nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 2, groups=2), "lstm": nn.LSTM(3, 4)})
     assert find_layer(network, "up.weight") == "its inputs cannot be seen from outside a ConvTranspose2d"
     assert find_layer(network, "lstm.weight_ih_l0") == "its inputs cannot be seen from outside a LSTM"
     with pytest.raises(MpocError, match=r"has no weight 'down\.weight'"):
