@@ -302,8 +302,8 @@ class EmbeddingObjective(Objective):
 class TransposedObjective(EmbeddingObjective):
     """The objective of a transposed convolution, whose kernel as a matrix is (C_in, taps · C_out).
 
-    As with a table, inputs choose its rows.  The metric on that side is the moment of inputs; on the other side
-    it is G, the moment of gradients in the patch of outputs around a position.
+    As with a table, inputs choose its rows.  The metric of that side is the moment of inputs; on the other
+    side it is G, the moment of gradients in the patch of outputs around a position.
     """
 
     gammas = (0.0, 0.02, 0.1, 0.3)
