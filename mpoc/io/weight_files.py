@@ -14,21 +14,21 @@ from mpoc.io.foreign import distributed_checkpoint, foreign_file
 from mpoc.io.safetensors_header import TensorInfo, read_header
 from mpoc.io.validation import parse_strictly, read_bounded
 
-# Patterns of weight files in the order in which libraries look for them: safetensors before pickles, one file
-# before shards, those of transformers, diffusers and open_clip before any other.
+# Patterns of weight files in the order in which libraries look for them: the names of transformers, diffusers
+# and open_clip before any other, among them safetensors before pickles and one file before shards.
 _PATTERNS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
     "*.safetensors.index.json",
     "*.safetensors.index.*.json",
     "*.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.bin",
-    "open_clip_pytorch_model.bin",
     "*.bin.index.json",
     "*.bin.index.*.json",
     "*pytorch_model.*.bin",

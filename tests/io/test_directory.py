@@ -89,6 +89,14 @@ def test_reads_weights_under_another_name(tmp_path: Path) -> None:
     assert_holds(path, state)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "diffusion_pytorch_model.bin"])
+def test_prefers_usual_names_to_safetensors_of_any_name(tmp_path: Path, name: str) -> None:
+    state = mlp_state()
+    torch.save(state, tmp_path / name)
+    save_file({"proj.weight": torch.zeros(2, 2)}, tmp_path / "projector.safetensors")
+    assert_holds(tmp_path, state)
+
+
 def test_reads_a_hub_cache_snapshot(tmp_path: Path) -> None:
     state = mlp_state()
     blobs = save_directory(tmp_path / "blobs", state, shards=2)
