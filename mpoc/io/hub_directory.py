@@ -52,22 +52,26 @@ def other_files(source: Path, weight_files: list[Path]) -> list[Path]:
     Weights of further modules (a pooling or dense head, a projector) are kept.
 
     Raises:
-        MpocError: one is a link to a file outside the directory, which must not be copied unseen.
+        MpocError: one is a link out of the directory, which must not be copied unseen.
     """
     return _divide(source, weight_files)[0]
 
 
 def notes_on_files(source: Path, weight_files: list[Path]) -> list[str]:
     """Notes that name further weights of the directory: those that are not copied, and those that are."""
-    kept, copies = _divide(source, weight_files)
+    kept, copies, links = _divide(source, weight_files)
     dropped = [str(name) for name in copies if not _is_index(name)]
     further = [str(name) for name in kept if name.suffix in _WEIGHTS and name.name not in _NO_WEIGHTS]
-    said = {"not copied, other copies of weights": dropped, "copied as they are": further}
+    said = {
+        "not copied, other copies of weights": dropped,
+        "not copied, links to folders": [str(name) for name in links],
+        "copied as they are": further,
+    }
     return [f"{what}: {shortlist(names)}" for what, names in said.items() if names]
 
 
-def _divide(source: Path, weight_files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """The relative paths of the files to be copied, and of second copies of the weights."""
+def _divide(source: Path, weight_files: list[Path]) -> tuple[list[Path], list[Path], list[Path]]:
+    """The relative paths of files to be copied, of second copies of the weights, and of links to folders."""
     weights = {Path(os.path.realpath(file)) for file in weight_files}
     # In mpoc's own directories the weights are small, and second copies were left behind.
     is_compressed = (source / MANIFEST_FILE).is_file()
@@ -75,9 +79,11 @@ def _divide(source: Path, weight_files: list[Path]) -> tuple[list[Path], list[Pa
     modules = _modules(source)
     kept: list[Path] = []
     copies: list[Path] = []
+    links: list[Path] = []
     for folder, folders, names in os.walk(source, followlinks=False):
         here = Path(folder)
         folders[:] = sorted(name for name in folders if name not in _SKIP_FOLDERS)
+        links += [(here / name).relative_to(source) for name in folders if (here / name).is_symlink()]
         files = [here / name for name in sorted(names) if Path(os.path.realpath(here / name)) not in weights]
         within = here.relative_to(source)
         is_copy = _is_copy_folder(within) or (
@@ -86,9 +92,9 @@ def _divide(source: Path, weight_files: list[Path]) -> tuple[list[Path], list[Pa
         for file in files:
             dropped = _is_copy(file, within, is_copy, half)
             (copies if dropped else kept).append(file.relative_to(source))
-    for name in kept:
+    for name in (*kept, *links):
         check_inside(source, source / name)
-    return kept, copies
+    return kept, copies, links
 
 
 def _is_copy(file: Path, within: Path, folder_is_copy: bool, half: float) -> bool:
@@ -126,11 +132,21 @@ def _holds_model_again(source: Path, folder: Path, files: list[Path], half: floa
     """Whether a subfolder holds the directory's network once more, by its config.json or its size."""
     if folder == source:
         return False
-    own, root = folder / "config.json", source / "config.json"
-    if own.is_file() and root.is_file():
-        mine, other = read_json(own), read_json(root)
-        return all(mine.get(key) == other.get(key) for key in ("model_type", "architectures", "_class_name"))
+    own, root = _class_of(folder), _class_of(source)
+    if own and root:
+        return own == root
     return half > 0 and sum(file.stat().st_size for file in files if file.suffix in _WEIGHTS) >= half
+
+
+def _class_of(folder: Path) -> dict[str, Any]:
+    """What a folder's config.json says of the class of its network; {} where it says nothing."""
+    file = folder / "config.json"
+    try:
+        config = read_json(file) if file.is_file() else {}
+    except MpocError:
+        return {}
+    named = {key: config.get(key) for key in ("model_type", "architectures", "_class_name")}
+    return named if any(named.values()) else {}
 
 
 def size_of_other_files(source: Path, weight_files: list[Path]) -> int:

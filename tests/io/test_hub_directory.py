@@ -225,6 +225,24 @@ def test_leaves_second_copies_of_the_model_behind(source: Path, name: str, is_co
     assert (Path(name) not in other_files(source, weights(source))) == is_copy
 
 
+@pytest.mark.parametrize("text", ["[1]", "{}", "not JSON"])
+def test_keeps_modules_whose_configuration_names_no_class(source: Path, text: str) -> None:
+    put(source, "head/config.json", "head/model.safetensors")
+    (source / "head" / "config.json").write_text(text)
+    assert Path("head/model.safetensors") in other_files(source, weights(source))
+    (source / "config.json").write_text("{}")
+    assert Path("head/model.safetensors") in other_files(source, weights(source))
+
+
+def test_names_links_to_folders_and_refuses_those_that_lead_out(source: Path, tmp_path: Path) -> None:
+    put(source, "code/modeling.py")
+    (source / "again").symlink_to("code")
+    assert hub_directory.notes_on_files(source, weights(source)) == ["not copied, links to folders: again"]
+    (source / "out").symlink_to(tmp_path)
+    with pytest.raises(MpocError, match="outside the directory"):
+        other_files(source, weights(source))
+
+
 def test_expand_adds_no_config(source: Path, manifest: Manifest) -> None:
     (source / "config.json").unlink()
     mark_compressed(source, manifest)
