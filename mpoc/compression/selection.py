@@ -31,8 +31,8 @@ _EXPERTS = re.compile(r"(^|\.)experts\.[\w.]*$")
 
 # Embeddings under their many names; an embedding has no bias.
 _EMBEDDINGS = re.compile(
-    r"(^|[._])(embed\w*|\w*embeddings?|\w*emb|wte|wpe|shared|lut|lookup(_table)?|codebook|"
-    r"relative_attention_bias)\.weight$|^w\.weight$"
+    r"(^|[._])(embed\w*|\w*embeddings?|\w*emb(s|_?\w)?|wte|wpe|shared|lut|lookup(_table)?|codebook|"
+    r"relative_attention_bias)(\.\d+)?\.weight$|^w\.weight$"
 )
 
 
@@ -200,6 +200,7 @@ class _Names:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.shapes = {name: info.shape for name, info in checkpoint.infos.items()}
+        self.shapes |= {alias: self.shapes[first] for alias, first in checkpoint.tied.items()}
         self.aliases: dict[str, list[str]] = {}  # name → the further names of its tensor
         for alias, first in checkpoint.tied.items():
             self.aliases.setdefault(first, []).append(alias)
@@ -217,8 +218,13 @@ class _Names:
         return "bias" in self._children[name[: name.rfind(".") + 1]]
 
     def exclusion(self, name: str) -> Exclusion | None:
-        """The first row of the table that this tensor matches."""
-        return next((row for row in EXCLUSIONS if self._matches(row, name)), None)
+        """The first row of the table that this tensor matches by one of its names.
+
+        A moving average that is the weight itself under a second name is none: there all names must match.
+        """
+        known = (name, *self.aliases.get(name, ()))
+        rows = ((row, [self._matches(row, one) for one in known]) for row in EXCLUSIONS)
+        return next((row for row, found in rows if (all if row.spares_all else any)(found)), None)
 
     def _matches(self, row: Exclusion, name: str) -> bool:
         match = None if row.names_alone and self._by_modules else row.name.search(name)

@@ -238,6 +238,23 @@ def test_tied_names_follow_the_first() -> None:
     assert names(selection).count("wte") == 1 and "lm_head" not in names(selection)
 
 
+@pytest.mark.parametrize(
+    "name", ["embed_tokens.0.weight", "emb_l.3.weight", "emb_g.weight", "char_embs.weight", "emb1.weight"]
+)
+def test_embeddings_go_by_many_names(name: str) -> None:
+    assert only(name, (100, 8)).kind == "embedding"
+    assert select(checkpoint({name: (100, 8), name.replace("weight", "bias"): (100,)})).chosen
+
+
+@pytest.mark.parametrize(
+    ("alias", "reason"), [("fc.weight", ""), ("ema.other.weight", EMA), ("router.weight", ROUTER)]
+)
+def test_further_names_of_a_tensor_count(alias: str, reason: str) -> None:
+    told = checkpoint({"ema.fc.weight": (8, 6), "up.weight": (8, 8)}, tied={alias: "ema.fc.weight"})
+    left = select(told).left
+    assert left.get("ema.fc.weight", "").partition(" (")[0] == reason
+
+
 def test_a_head_that_is_an_embedding_too_is_one() -> None:
     selection = select(checkpoint({"lm_head.weight": (8, 6)}, tied={"wte.weight": "lm_head.weight"}))
     assert selection.left["lm_head.weight"] == "embedding (--embeddings includes it)"
