@@ -43,7 +43,7 @@ def _is_transposed(module: nn.Module, kind: str) -> bool:
 
 
 def _kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
-    if name == "weight" and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+    if name == "weight" and _is_embedding(module, parameter):
         return "embedding"
     if name == "weight" and isinstance(module, nn.modules.conv._ConvNd):
         return f"conv{parameter.dim() - 2}d"
@@ -54,6 +54,14 @@ def _kind(module: nn.Module, name: str, parameter: Tensor) -> str | None:
     if parameter.dim() == 2 and ("weight" in name) and not name.startswith("bias"):
         return "linear"
     return None
+
+
+def _is_embedding(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a module looks rows up: torch's embeddings, and classes of that name, as I-BERT's."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return True
+    named = "embedding" in type(module).__name__.lower()
+    return named and parameter.dim() == 2 and not isinstance(module, nn.Linear)
 
 
 def same_tensor(model: nn.Module) -> dict[str, set[str]]:

@@ -35,6 +35,18 @@ def test_kinds_are_listed_under_every_name() -> None:
     }
 
 
+class QuantEmbedding(nn.Module):
+    """Of I-BERT: an embedding that is none of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8, 4))
+
+
+def test_classes_named_embedding_are_embeddings() -> None:
+    assert kinds_of(QuantEmbedding()) == {"weight": ("embedding", False)}
+
+
 def test_lists_names_of_a_tied_tensor() -> None:
     names = same_tensor(Net())
     assert names["head.weight"] == names["embed.weight"] == {"embed.weight", "head.weight"}
