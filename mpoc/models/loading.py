@@ -325,6 +325,7 @@ def _dense_network(stored: Checkpoint, arch: str | None) -> tuple[nn.Module, lis
         )
     with_architecture(stored, arch)  # checks names and shapes
     network = make_network(arch)
+    _untie(stored, network)
     state = network.state_dict()
     with torch.no_grad():
         for name in (*stored.infos, *stored.tied):

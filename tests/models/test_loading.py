@@ -18,6 +18,7 @@ from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.manifest_reader import read_manifest
+from mpoc.models.loading import open_model
 from mpoc.models.zoo.cifar import resnet
 from mpoc.nn import MPOEmbedding, MPOLinear, use_weights
 from mpoc.nn.weight import Weights
@@ -445,6 +446,27 @@ def test_loads_a_directory(tmp_path: Path, shards: int) -> None:
     dense.load_state_dict(load_file(tmp_path / "dense" / "model.safetensors"))
     x = torch.randn(3, 24)
     torch.testing.assert_close(loaded[0](x), dense[0](x), rtol=0, atol=1e-5)  # type: ignore[index]
+
+
+TIED = """
+from torch import nn
+
+def make():
+    network = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8, bias=False))
+    network[1].weight = network[0].weight
+    return network
+"""
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_dense_values_decide_whether_weights_are_tied(tmp_path: Path, equal: bool) -> None:
+    table = torch.randn(8, 4)
+    state = {"0.weight": table, "1.weight": table.clone() if equal else torch.randn(8, 4)}
+    torch.save(state, tmp_path / "m.pt")
+    (tmp_path / "net.py").write_text(TIED)
+    network = open_model(tmp_path / "m.pt", f"{tmp_path / 'net.py'}:make").network
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    assert (network[0].weight is network[1].weight) is equal  # type: ignore[index]
 
 
 def test_loads_a_256_by_256_layer(tmp_path: Path) -> None:
