@@ -112,12 +112,13 @@ class _Calls(TorchFunctionMode):
             return self._cell(name, *args)
         if func is F.multi_head_attention_forward:
             return self._attention(func, *args, **kwargs)
-        if func is F.linear and self._tap(args[1]):
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return _plus(self.product(args[1])(args[0]), bias)
+        if func is F.linear:
+            given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+            if self._tap(given["weight"]):
+                return _plus(self.product(given["weight"])(given["input"]), given.get("bias"))
         if name in ("matmul", "__matmul__", "mm") and len(args) == 2:
             left, right = args
-            if self._tap(right.mT) and right.dim() == 2:
+            if right.dim() == 2 and self._tap(right.mT):
                 return self.product(right.mT)(left)
             if self._tap(left) and right.dim() > 1:
                 return self.product(left)(right.mT).mT

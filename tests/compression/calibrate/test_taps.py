@@ -164,17 +164,19 @@ def test_encoder_layers_do_not_bypass_their_parts() -> None:
 
 
 class _Direct(nn.Module):
-    """Reads weights in three ways, and one transposed, which is no product with it."""
+    """Reads weights in four ways, one transposed, which is no product with it, and a vector."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a_weight, self.b_weight = nn.Parameter(torch.randn(6, 5)), nn.Parameter(torch.randn(4, 6))
         self.c_weight, self.d_weight = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3, 2))
+        self.e_weight, self.vector = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.randn(4))
 
     def forward(self, x: Tensor) -> Tensor:
         x = nn.functional.linear(x, self.a_weight, torch.ones(6).double())
         x = x @ self.b_weight.T
-        return (self.c_weight @ x.mT).mT @ self.d_weight
+        x = (self.c_weight @ x.mT).mT @ self.d_weight
+        return nn.functional.linear(input=x, weight=self.e_weight) @ self.vector
 
 
 @torch.no_grad()
@@ -185,6 +187,6 @@ def test_weights_read_directly_are_seen() -> None:
     rows = tapped(network)
     with removing_taps(network), calling_taps(network):
         assert_close(network(x), wanted)
-    assert [name for name, _ in rows] == ["a_weight", "b_weight", "c_weight"]
+    assert [name for name, _ in rows] == ["a_weight", "b_weight", "c_weight", "e_weight"]
     assert rows[0][1] is x
     assert not list(network.children())
