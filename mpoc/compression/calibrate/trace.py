@@ -311,7 +311,7 @@ class _Tracer:
     def _row_counts(self) -> dict[str, int]:
         """The length of what each layer was given first; 0 for layers that were not called."""
         counts = dict.fromkeys(self._layers, 0)
-        return counts | {name: len(given[0].rows) for name, given in self.given.items()}
+        return counts | {name: given[0].rows.shape[:1].numel() for name, given in self.given.items()}
 
     def _norms(self, calls: dict[str, int]) -> dict[str, str]:
         norms = {}

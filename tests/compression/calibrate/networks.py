@@ -64,7 +64,7 @@ def damaged(network: nn.Module, scale: float = 0.3) -> nn.Module:
 
 
 def weights(network: nn.Module) -> list[str]:
-    return list(kinds_of(network))
+    return [name for name, (kind, _) in kinds_of(network).items() if kind is not None]
 
 
 def second(rows: Tensor) -> Tensor:

@@ -126,6 +126,22 @@ def test_flags_weights_used_repeatedly_or_never() -> None:
     assert found.reasons == {"never.weight": "the network does not reach it"}
 
 
+class _Indexed(nn.Module):
+    """Looks one row up, by an index without axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task = nn.Embedding(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.task(torch.tensor(1))
+
+
+def test_an_index_may_have_no_axes() -> None:
+    found = traced(_Indexed().eval(), {"x": torch.randn(2, 4)}, ["task.weight"])
+    assert found.calls == {"task.weight": 1}
+
+
 def test_rejects_unknown_weights() -> None:
     with pytest.raises(MpocError, match="has no weight"):
         traced(encoder(1), texts(), ["pooler.dense.weight"])
