@@ -82,12 +82,15 @@ EXCLUSIONS = (
     Exclusion(
         _ROUTER,
         re.compile(
-            r"(^|\.)(\w*_)?(routers?(_\w+)?|wg|gate_inp|gat(e|ing)_network|(shared_)?experts?_gates?)\."
+            r"(^|\.)(\w*_)?(routers?(_\w+)?|wg|gate_inp|gat(e|ing)_network|(shared_)?experts?_gates?)"
+            r"(\.|$)"
         ),
     ),
     Exclusion(
         _ROUTER,
-        re.compile(r"^(?P<parent>.*?\.)??(\w*_)?(gates?|gating|switch|scorers?)\."),
+        re.compile(
+            r"^(?P<parent>.*?\.)??(\w*_)?(gates?|gating|routing|switch|scorers?)(_(logits|weights?))?(\.|$)"
+        ),
         beside=("experts", "expert", "local_experts", "moe_experts", "routed_experts", "shared_experts"),
     ),
     Exclusion(
