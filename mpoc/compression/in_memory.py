@@ -87,6 +87,7 @@ def compress(
     seed: int | None = None,
     calibrate: Iterable[Any] | str | PathLike[str] | None = None,
     calibration_samples: int | None = None,
+    effort: str | None = None,
     refine: bool = False,
 ) -> Report:
     """Replace linear maps of a network by tensor networks, in place.
@@ -130,6 +131,8 @@ def compress(
             set. The network runs in eval mode.
         calibration_samples: number of examples to draw, 512 if omitted. From an iterable without random
             access, the first ones are taken.
+        effort: forms that calibrated layers choose among: ``"fast"`` (two factors), ``"balanced"`` (the
+            default) or ``"thorough"``; requires ``calibrate``.
         refine: train the layers of each block together after the fit; requires ``calibrate``.
 
     Returns:
@@ -148,6 +151,7 @@ def compress(
             "ratio": ratio,
             "size": None if size is None else parse_size(size),
             "form": form,
+            "effort": effort,
             "layers": _texts(layers),
             "exclude": _texts(exclude),
             "embeddings": embeddings,

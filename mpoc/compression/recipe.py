@@ -40,6 +40,8 @@ from mpoc.tensor_networks.geometry import Geometry
 
 CONV_FORMS = ("kernel", "map")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
+EFFORTS = ("fast", "balanced", "thorough")
+DEFAULT_EFFORT = "balanced"
 GOALS = ("bond", "discard", "ratio", "max_error", "size", "max_drop")
 GOAL = "Goal (exactly one; --bond may cap --discard)"
 _LAYERS = f"{ADVANCED}: which layers"
@@ -118,6 +120,13 @@ class Recipe:
         panel=ADVANCED,
         shown="mpo; calibrated auto",
     )
+    effort: str | None = option(
+        "Try few, the usual or all forms of a calibrated layer.",
+        None,
+        metavar="fast|balanced|thorough",
+        panel=ADVANCED,
+        shown=DEFAULT_EFFORT,
+    )
     sites: int | None = option(
         "Set the MPO sites per layer, without kernel taps.",
         None,
@@ -186,6 +195,8 @@ class Recipe:
             if not self._has_budget:
                 hint = "--ratio 0.5"
                 raise UsageError(f"--form {form} requires a budget: --ratio or --size", hint)
+        if self.effort is not None and not calibrated:
+            raise UsageError("--effort requires --calibrate", "--calibrate DATA")
         if calibrated and (self.order or any(rule.order for rule in self.rules)):
             raise UsageError("--order excludes --calibrate, which fits inputs in their own order")
         for goal in ("max_error", "discard"):
@@ -197,7 +208,10 @@ class Recipe:
                     "use --ratio, --size or --max-drop",
                     "--ratio 0.5",
                 )
-        return replace(self, form=self.form or ("auto" if calibrated and self._has_budget else "mpo"))
+        effort = self.effort or (DEFAULT_EFFORT if calibrated else None)
+        return replace(
+            self, effort=effort, form=self.form or ("auto" if calibrated and self._has_budget else "mpo")
+        )
 
     @property
     def _has_budget(self) -> bool:
@@ -313,6 +327,9 @@ def check_recipe(recipe: Recipe) -> None:
         raise UsageError(
             f"--dtype {recipe.dtype!r}: not one of {known}{nearest(recipe.dtype, STORED_DTYPES)}"
         )
+    if recipe.effort is not None and recipe.effort not in EFFORTS:
+        known = ", ".join(EFFORTS)
+        raise UsageError(f"--effort {recipe.effort!r}: not one of {known}{nearest(recipe.effort, EFFORTS)}")
     _check_conv(recipe)
     every = (recipe.rules, recipe.shape, recipe.order, recipe.input_shape)
     check_regular_expressions(rule.pattern or "" for rules in every for rule in rules)

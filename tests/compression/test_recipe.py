@@ -27,6 +27,7 @@ EVERY_KEY: list[tuple[str, str, Any]] = [
     ("size", '"20MB"', 20_000_000),
     ("max-drop", "1", 1.0),
     ("form", "'svd'", "svd"),
+    ("effort", "'fast'", "fast"),
     ("sites", "3", 3),
     ("shape", '"28x28:16x16"', (ShapeRule(None, (16, 16), (28, 28)),)),
     ("shape", '["fc=4x4:2x8"]', (ShapeRule("fc", (2, 8), (4, 4)),)),
@@ -293,6 +294,16 @@ def test_shapes_list_inputs_then_outputs() -> None:
 def test_rejects_malformed_shape(text: str) -> None:
     with pytest.raises(UsageError, match=r"is not a shape|must be positive"):
         parse_shape(text)
+
+
+def test_effort_is_balanced_unless_given_and_requires_calibration() -> None:
+    assert make_recipe(None, {"ratio": 0.5}).with_form(calibrated=True).effort == "balanced"
+    fast = make_recipe(None, {"ratio": 0.5, "effort": "fast"})
+    assert fast.with_form(calibrated=True).effort == "fast"
+    with pytest.raises(UsageError, match="--effort requires --calibrate"):
+        fast.with_form(calibrated=False)
+    with pytest.raises(UsageError, match="--effort 'quick': not one of fast, balanced, thorough"):
+        make_recipe(None, {"ratio": 0.5, "effort": "quick"})
 
 
 def test_sum_requires_calibration_and_a_budget(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ An allocation is kept on disk, so that a compression that is resumed need not fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -28,7 +29,7 @@ from mpoc.compression.calibrate.candidates import (
 from mpoc.compression.calibrate.objective import one_matrix
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plan import LayerPlan
-from mpoc.compression.recipe import Recipe
+from mpoc.compression.recipe import DEFAULT_EFFORT, Recipe
 from mpoc.compression.resume import in_order_key
 from mpoc.errors import UsageError
 from mpoc.io.checkpoint import Checkpoint
@@ -54,6 +55,17 @@ WAYS = (
     "equal gain, svd alone",
     "equal gain, meras alone",
 )
+
+# Forms that may be chosen, by effort and by what a layer is.  Others seldom win there: see the guide.
+_MENUS: dict[str, dict[str, tuple[str, ...]]] = {
+    "fast": dict.fromkeys(("matrix", "kernel", "embedding"), ("svd",)),
+    "balanced": {"matrix": ("svd", "svd+mpo"), "kernel": ("mera",), "embedding": ("svd", "mpo")},
+    "thorough": {
+        "matrix": ("svd", "mpo", "svd+mpo"),
+        "kernel": ("svd", "mpo", "svd+mpo", "mera"),
+        "embedding": ("svd", "mpo"),
+    },
+}
 
 _ATTEMPTS = 3  # at an allocation whose whole file is within the size
 
@@ -115,12 +127,14 @@ def allocate_by_gain(
         distance: on held-out inputs.
     """
     part = {plan.map.name: plan for plan in plans if plan.map.name in table.every}
+    scales = table.scales(distance)
     ways: dict[str, list[LayerPlan]] = {}
     if sum(costs[name].of(plan) for name, plan in part.items()) <= budget:
-        ways["uniform"] = [_of_size(plan, table.every.get(plan.map.name, ())) for plan in plans]
+        ways["uniform"] = [
+            _of_size(plan, table.every[name], scales[name]) if (name := plan.map.name) in part else plan
+            for plan in plans
+        ]
     for way, open_to in _menus(table.every).items():
-        measured_at = part if way == WAYS[1] else {k: _of_size(plan, open_to[k]) for k, plan in part.items()}
-        scales = table.scales(measured_at, distance)
         taken = allocate([_curve(open_to[name], scales[name], costs[name]) for name in part], budget)
         if taken is not None:
             chosen = {name: open_to[name][k] for name, k in zip(part, taken, strict=True)}
@@ -140,7 +154,7 @@ def _menus(every: Mapping[str, Sequence[Candidate]]) -> dict[str, dict[str, Sequ
 
     Errors of one form compare well; how errors of two forms add up in the network's outputs is less certain.
     """
-    forms = {form for candidates in every.values() for form in map(_form, candidates) if form is not None}
+    forms = {form for candidates in every.values() for c in candidates if (form := c.form) is not None}
     menus = {WAYS[1]: dict(every)}
     for form, way in zip(("mpo", "svd", "mera"), WAYS[2:], strict=True):
         if len(forms) > 1 and form in forms:
@@ -150,34 +164,31 @@ def _menus(every: Mapping[str, Sequence[Candidate]]) -> dict[str, dict[str, Sequ
 
 def _only(every: Sequence[Candidate], form: str) -> Sequence[Candidate]:
     """The candidates of this form and the dense one; all candidates if the layer has none of this form."""
-    chosen = [candidate for candidate in every if _form(candidate) in (form, None)]
+    chosen = [candidate for candidate in every if candidate.form in (form, None)]
     return chosen if len(chosen) > 1 else every
 
 
-def _form(candidate: Candidate) -> str | None:
-    """The form of a candidate; None: dense."""
-    if candidate.storage is None:
-        return None
-    return candidate.storage.structure.form
+def _moved(candidate: Candidate, scales: Mapping[str, float]) -> float:
+    """The movement of the outputs that a candidate is expected to make."""
+    return 0.0 if candidate.form is None else candidate.error * scales[candidate.form]
 
 
-def _curve(every: Sequence[Candidate], scale: float, cost: UnitCost) -> list[tuple[int, float]]:
-    """The cost of each candidate, and its error scaled to the movement of the outputs."""
+def _curve(
+    every: Sequence[Candidate], scales: Mapping[str, float], cost: UnitCost
+) -> list[tuple[int, float]]:
+    """The cost of each candidate, and the movement of the outputs that it is expected to make."""
     return [
-        (candidate.parameters * (cost.stored if candidate.storage else cost.dense), candidate.error * scale)
-        for candidate in every
+        (one.parameters * (cost.stored if one.storage else cost.dense), _moved(one, scales)) for one in every
     ]
 
 
-def _of_size(plan: LayerPlan, every: Sequence[Candidate]) -> LayerPlan:
+def _of_size(plan: LayerPlan, every: Sequence[Candidate], scales: Mapping[str, float]) -> LayerPlan:
     """The plan with the best candidate that is no larger than planned; as it is if there is none."""
     if plan.is_dense:
         return plan
     size = plan.record().num_stored
-    within = [
-        candidate for candidate in every if candidate.storage is not None and candidate.parameters <= size
-    ]
-    return min(within, key=lambda candidate: candidate.error).applied_to(plan) if within else plan
+    within = [one for one in every if one.storage is not None and one.parameters <= size]
+    return min(within, key=lambda one: _moved(one, scales)).applied_to(plan) if within else plan
 
 
 def cached_or_allocated(
@@ -328,28 +339,31 @@ class BudgetAllocator:
             weight = read_finite(self._checkpoint, name).to(context.device)
             kept[key] = Candidates(
                 one_matrix(weight, plan.structure.kind, plan.structure.transposed),
-                self._mpo_structure(plan),
+                [self._structure(plan, form) for form in forms],
                 self._statistics.dense_objective(name),
-                forms,
-                self._other_structures(plan, forms),
+                measures_sums=self._recipe.effort == "thorough" or len(forms) == 1,
             )
         return kept[key]
 
     def storages(self, plan: LayerPlan) -> list[Storage]:
         """The storage of the plan and, where the form is open, two factors of the same size."""
         planned = storage_of(plan)
-        if planned.structure.one_matrix:
+        if planned.structure.one_matrix or not self._is_open(plan):
             return [planned]
         two = plan.structure.as_low_rank()
-        if two.form not in self._forms(plan):
-            return [planned]
         rank = planned.num_parameters // two.num_parameters(1)
         return [planned, Storage(two, rank)] if rank else [planned]
 
-    def _forms(self, plan: LayerPlan) -> tuple[str, ...]:
+    def _is_open(self, plan: LayerPlan) -> bool:
+        """Whether the form of a layer may be chosen."""
         form = self._recipe.rule_for(plan.map.name).form or self._recipe.form
-        if form == "auto" and not self._has_own_factors(plan) and self._has_no_goal_of_its_own(plan):
-            return ("svd", "mpo") if plan.map.kind == "embedding" else ("svd", "mpo", "svd+mpo")
+        return form == "auto" and not self._has_own_factors(plan) and self._has_no_goal_of_its_own(plan)
+
+    def _forms(self, plan: LayerPlan) -> tuple[str, ...]:
+        """The forms among which a layer may choose."""
+        form = self._recipe.rule_for(plan.map.name).form or self._recipe.form
+        if self._is_open(plan):
+            return _MENUS[self._recipe.effort or DEFAULT_EFFORT][_kind(plan.structure)]
         return (
             (form,) if form is not None and form != "auto" and FORMS[form].parts else (plan.structure.form,)
         )
@@ -365,12 +379,11 @@ class BudgetAllocator:
         rule = self._recipe.rule_for(plan.map.name)
         return rule.bond is None and rule.max_error is None and not rule.dense
 
-    def _other_structures(self, plan: LayerPlan, forms: tuple[str, ...]) -> list[Structure]:
-        """A MERA of a kernel where the form is open: measured, it has by far the smallest error there."""
+    def _structure(self, plan: LayerPlan, form: str) -> Structure:
         structure = plan.structure
-        if len(forms) == 1 or not structure.kind.startswith("conv"):
-            return []
-        return [make_structure(structure.kind, structure.shape, structure.transposed, form="mera")]
+        if form == "mera" and structure.form != form:
+            return make_structure(structure.kind, structure.shape, structure.transposed, form=form)
+        return self._mpo_structure(plan).as_form(form)
 
     def _mpo_structure(self, plan: LayerPlan) -> Structure:
         structure = plan.structure
@@ -381,6 +394,13 @@ class BudgetAllocator:
         _, outputs, inputs = lead_outputs_inputs(structure.kind, structure.shape, structure.transposed)
         factors = wide_factors(outputs, inputs)
         return make_structure(structure.kind, structure.shape, structure.transposed, None, factors)
+
+
+def _kind(structure: Structure) -> str:
+    """What a layer is to the forms: a kernel of one tap is a matrix."""
+    if structure.kind.startswith("conv"):
+        return "kernel" if math.prod(structure.shape[2:]) > 1 else "matrix"
+    return "embedding" if structure.kind == "embedding" else "matrix"
 
 
 def _bytes(plan: LayerPlan) -> UnitCost:

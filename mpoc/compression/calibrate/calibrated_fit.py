@@ -23,7 +23,7 @@ from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
-STRETCHES, LAST = 6, 1  # of an L-BFGS fit: to choose γ, then on all inputs
+STRETCHES, LAST = 4, 1  # of an L-BFGS fit: to choose γ, then on all inputs
 
 
 def baselines(
@@ -129,9 +129,7 @@ def fit_calibrated(
     first = storages[0].structure
     matrix = one_matrix(weight, first.kind, first.transposed)
     trials = [
-        (storage, gamma)
-        for storage in storages
-        for gamma in (objective.gammas if storage.structure.one_matrix else (objective.mpo_gamma,))
+        (storage, gamma) for storage in storages for gamma in _gammas(storage, objective, len(storages))
     ]
 
     def attempt(trial: tuple[Storage, float]) -> tuple[float, Form]:
@@ -170,6 +168,13 @@ def _final_fit(
             output_weighted_error=judged.output_weighted_error,
         )
     return on_device(form, "cpu"), judged.on_cpu()
+
+
+def _gammas(storage: Storage, objective: Objective, rivals: int) -> tuple[float, ...]:
+    """The γ to try: all where two factors are the only storage, else the smallest."""
+    if storage.structure.one_matrix:
+        return objective.gammas if rivals == 1 else objective.gammas[:2]
+    return (objective.mpo_gamma,)
 
 
 def _costs(storage: Storage) -> float:

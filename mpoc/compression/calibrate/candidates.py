@@ -3,11 +3,12 @@
 They are the closed form of ``svd`` at every rank, fitted tensor networks and sums, and the dense weight.  The
 error is that of the objective on held-out inputs: on those of the fit, forms with more freedom look better
 than they are.  Relative to what ``svd`` leaves at the same size, the error of a network varies little with
-the size: it is measured at one size, of an embedding at two.
+the size: it is measured at one size, of an embedding at two.  That of a sum varies so little between layers
+that it need not be measured.
 
-Errors of different layers are compared by the distance that the network's held-out outputs move.  Errors
-weighted by gradients at single positions miss that errors at many positions of one example add up, the more
-so in front of a mean over positions; outputs do not.
+Errors of different layers, and of different forms of one layer, are compared by the distance that the
+network's held-out outputs move.  Errors weighted by gradients at single positions miss that errors at many
+positions of one example add up, the more so in front of a mean over positions; outputs do not.
 
 Several processes share the layers; each holds the candidates of its own.
 """
@@ -32,14 +33,17 @@ from mpoc.models.call import to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.fit.metric import weighted_svd
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
+from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.layout import from_matrix
 from mpoc.tensor_networks.forms.sum import Sum
 from mpoc.tensor_networks.structure import Structure
 from mpoc.train.distillation import kl_of_rows
 
-_STRETCHES = 3
+_STRETCHES = 2
 _SIZES = 32  # of the candidates in one form
 _MPO_SHARE = 0.4  # of a sum's parameters
+# The squared error of a sum over that of svd, at two shares of the weight's parameters: see the guide.
+_SHARES_OF_SUMS: Mapping[float, float] = {0.1: 0.93, 0.5: 0.8}
 
 _SMALLEST_ERROR = 1e-3  # of a layer's largest error: from smaller ones the movement of outputs cannot be told
 _LARGEST_DISTANCE = 1e12  # in place of an infinite distance, of a network that gives no numbers
@@ -126,6 +130,11 @@ class Candidate:
     parameters: int
     error: float
 
+    @property
+    def form(self) -> str | None:
+        """Its form; None: dense."""
+        return None if self.storage is None else self.storage.structure.form
+
     def applied_to(self, plan: LayerPlan) -> LayerPlan:
         """The plan of the layer with this storage."""
         storage = self.storage
@@ -139,47 +148,51 @@ class Candidates:
 
     Args:
         matrix: W as one matrix (N_y, N_x), float64.
-        structure: of the layer's MPO, or of its tree.
+        structures: of the forms that may be chosen.
         objective: on the dense network's inputs.
-        forms: names of those among ``svd``, that of ``structure`` and ``svd+mpo`` that may be chosen.
-        others: further structures that may be chosen.
+        measures_sums: whether a sum is fitted to know its error; else that follows from the error of ``svd``.
     """
 
     def __init__(
         self,
         matrix: Tensor,
-        structure: Structure,
+        structures: Sequence[Structure],
         objective: Objective,
-        forms: Sequence[str],
-        others: Sequence[Structure] = (),
+        measures_sums: bool = True,
     ) -> None:
         self._matrix, self._objective = matrix, objective
-        self._low_rank = structure.as_low_rank()
+        self._low_rank = structures[0].as_low_rank()
         svd = weighted_svd(objective.metric(matrix, objective.usual_gamma))
         self._left, self._right = svd.left.float(), svd.right.float()
         self._errors = objective.output_weighted_error.of_ranks(matrix, svd.left, svd.right).tolist()
         self._problem: Problem | None = None
-        self._found: dict[Storage, Tensor] = {}  # float32 matrices fitted so far
-        self.every = [Candidate(None, structure.num_original, 0.0)]
-        if self._low_rank.form in forms or structure.one_matrix:
+        self._found: dict[Storage, Form] = {}  # fitted so far, in float32
+        self._assumed = {s for s in structures if s.parts and not measures_sums}
+        self.every = [Candidate(None, self._low_rank.num_original, 0.0)]
+        for structure in structures:
+            self.every += self._of_svd() if structure.one_matrix else self._of_network(structure)
+        if len(self.every) == 1:  # no network of these forms is smaller than the weight
             self.every += self._of_svd()
-        if not structure.one_matrix:
-            for form in (structure.form, Sum.name):
-                self.every += self._of_network(structure.as_form(form)) if form in forms else []
-        for other in others:
-            self.every += self._of_network(other)
         self._release()
 
     def error(self, storage: Storage) -> float:
         """The output-weighted error, squared."""
         if storage.structure.one_matrix:
             return self._errors[min(storage.bond, len(self._errors)) - 1]
+        if storage.structure in self._assumed:
+            size = storage.num_parameters
+            return _share_at(_SHARES_OF_SUMS, size / self._low_rank.num_original) * self._svd_error(size)
         return self._objective.output_weighted_error.squared(
             self._matrix.double(), self.matrix(storage).double()
         )
 
     def matrix(self, storage: Storage) -> Tensor:
-        """Ŵ (N_y, N_x) in float32, fitted to the dense network's inputs and stored in this way."""
+        """Ŵ (N_y, N_x) in float32, fitted to the dense network's inputs and stored in this way.
+
+        In the place of a sum that is not measured stands ``svd`` of the same error.
+        """
+        if storage.structure in self._assumed:
+            storage = Storage(self._low_rank, self._rank_of_error(self.error(storage)))
         if storage.structure.one_matrix:
             return self._left[:, : storage.bond] @ self._right[: storage.bond]
         if storage not in self._found:
@@ -187,8 +200,8 @@ class Candidates:
                 metric = self._objective.metric(self._matrix.double(), self._objective.mpo_gamma)
                 self._problem = Problem(metric, storage.structure)
             fit = self._problem.fit(storage.truncation, max_stretches=_STRETCHES)
-            self._found[storage] = matrix_of(fit.form).float()
-        return self._found[storage]
+            self._found[storage] = fit.form.with_cores([core.float() for core in fit.form.cores])
+        return matrix_of(self._found[storage]).float()
 
     def replaced(self, plan: LayerPlan) -> Replacement:
         """The layer as the plan has it, if it alone were compressed; on the CPU."""
@@ -197,6 +210,25 @@ class Candidates:
         self._release()
         weight = from_matrix(matrix[None], self._low_rank).cpu()
         return Replacement(weight, None if shift is None else shift.cpu())
+
+    def references(self) -> dict[str, Candidate]:
+        """Of each form that is measured the candidate at the largest measured size, to scale its errors by.
+
+        Where its error drowns in rounding it is the candidate of largest error.
+        """
+        size = max(self._objective.measured) * self._low_rank.num_original
+        references = {}
+        assumed = {structure.form for structure in self._assumed}
+        for form in dict.fromkeys(form for one in self.every if (form := one.form) is not None):
+            if form in assumed:
+                continue
+            own = [one for one in self.every if one.form == form]
+            most = max(own, key=lambda one: one.error)
+            within = [
+                one for one in own if one.parameters <= size and one.error > _SMALLEST_ERROR * most.error
+            ]
+            references[form] = max(within, key=lambda one: one.parameters, default=most)
+        return references
 
     def _release(self) -> None:
         """Free what can be computed again: all layers keep their candidates at the same time."""
@@ -212,15 +244,17 @@ class Candidates:
         """Candidates at sizes in a geometric series, their errors interpolated from those measured."""
         original = structure.num_original
         measured = [int(share * original) for share in self._objective.measured]
-        known = dict(self._shares_of_svd(structure, measured))
+        known: dict[float, float] = dict(self._shares_of_svd(structure, measured))
         sizes = [int(original ** (k / _SIZES)) for k in range(1, _SIZES)]
         storages = (largest_within(structure, size) for size in (*sizes, *measured, original - 1))
         for storage in dict.fromkeys(storages):
-            if storage is not None and known:
+            if storage is not None and structure in self._assumed:
+                yield Candidate(storage, storage.num_parameters, self.error(storage))
+            elif storage is not None and known:
                 size = storage.num_parameters
                 yield Candidate(storage, size, _share_at(known, size) * self._svd_error(size))
 
-    def _shares_of_svd(self, structure: Structure, sizes: Sequence[int]) -> Iterator[tuple[int, float]]:
+    def _shares_of_svd(self, structure: Structure, sizes: Sequence[int]) -> Iterator[tuple[float, float]]:
         """At each size that can be met: parameters, and the error over that of ``svd`` with as many."""
         for size in sizes:
             storage = largest_within(structure, size)
@@ -236,8 +270,12 @@ class Candidates:
         weight = min(1.0, max(0.0, rank - below))
         return (1 - weight) * self._errors[below - 1] + weight * self._errors[above - 1]
 
+    def _rank_of_error(self, error: float) -> int:
+        """The rank of ``svd`` whose error is nearest."""
+        return 1 + min(range(len(self._errors)), key=lambda k: abs(self._errors[k] - error))
 
-def _share_at(known: Mapping[int, float], size: int) -> float:
+
+def _share_at(known: Mapping[float, float], size: float) -> float:
     """A straight line in log(size) through the smallest and the largest known size; flat below them."""
     small, large = min(known), max(known)
     if size <= small or small == large:
@@ -279,7 +317,7 @@ class CandidateTable:
         candidates_of: Callable[[LayerPlan], Candidates],
         group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self._group = group
+        self._group, self._plans = group, plans
         self._names = [plan.map.name for plan in plans]
         self._costs = costs_of(plans)
         self._own: dict[str, Candidates] = {}
@@ -293,16 +331,19 @@ class CandidateTable:
 
         self.every = dict(zip(self._names, group.map(plans, measure, self._costs), strict=True))
 
-    def scales(self, measured_at: Mapping[str, LayerPlan], distance: OutputDistance) -> dict[str, float]:
-        """By weight: the movement of the outputs per error, measured at a plan of each layer.
+    def scales(self, distance: OutputDistance) -> dict[str, dict[str, float]]:
+        """By weight and form: the movement of the outputs per error, measured at one candidate of the form.
 
-        Where that plan is dense, or its error drowns in rounding, the candidate of largest error is taken.
+        A sum that is not measured has that of ``svd``.
         """
 
-        def scale(name: str) -> float:
-            return self._scale(self._own[name], measured_at[name], distance)
+        def scale(plan: LayerPlan) -> dict[str, float]:
+            own = self._own[plan.map.name]
+            scales = {form: self._scale(own, one, plan, distance) for form, one in own.references().items()}
+            return {**scales, Sum.name: scales.get(Sum.name, scales.get("svd", 1.0))}
 
-        return dict(zip(self._names, self._group.map(self._names, scale, self._costs), strict=True))
+        scales = self._group.map(self._plans, scale, self._costs)
+        return dict(zip(self._names, scales, strict=True))
 
     def distance(self, plans: Iterable[LayerPlan], distance: OutputDistance) -> float:
         """The distance of the outputs where the layers that take part are compressed as planned."""
@@ -315,20 +356,16 @@ class CandidateTable:
         layers = {name: one for name, one in zip(self._names, replaced, strict=True) if one is not None}
         return self._group.on_main(lambda: distance.of(layers))
 
-    def _scale(self, candidates: Candidates, plan: LayerPlan, distance: OutputDistance) -> float:
-        smaller = [candidate for candidate in candidates.every if candidate.storage is not None]
-        most = max(smaller, key=lambda candidate: candidate.error, default=None)
-        if most is None:
+    def _scale(
+        self, candidates: Candidates, reference: Candidate, plan: LayerPlan, distance: OutputDistance
+    ) -> float:
+        if reference.storage is None or reference.error == 0:
             return 1.0
-        if plan.is_dense or candidates.error(storage_of(plan)) < _SMALLEST_ERROR * most.error:
-            plan = most.applied_to(plan)
-        error = candidates.error(storage_of(plan))
-        if error == 0:
-            return 1.0
-        key = plan.map.name, storage_of(plan)
+        key = plan.map.name, reference.storage
         if key not in self._moved:
-            self._moved[key] = distance.of({plan.map.name: candidates.replaced(plan)})
-        return min(_LARGEST_DISTANCE, self._moved[key]) / error
+            replaced = candidates.replaced(reference.applied_to(plan))
+            self._moved[key] = distance.of({plan.map.name: replaced})
+        return min(_LARGEST_DISTANCE, self._moved[key]) / reference.error
 
 
 def costs_of(plans: Sequence[LayerPlan]) -> list[float]:

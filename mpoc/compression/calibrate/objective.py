@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar, Self
 
@@ -17,6 +17,7 @@ from mpoc.tensor_networks.forms.layout import to_matrix
 from mpoc.tensor_networks.structure import low_rank_structure
 
 _RIDGE = 1e-6
+_FLOOR = 0.3  # of G, in units of γ and its mean diagonal
 _TABLE_GAMMA = 0.02  # of G under a table
 
 
@@ -24,22 +25,34 @@ _TABLE_GAMMA = 0.02  # of G under a table
 class ErrorNorm:
     """The mean of (Wx − Ŵx̃)ᵀ G (Wx − Ŵx̃) over rows, less the mean error where the fit corrects it."""
 
-    compressed: Tensor  # E[x̃ x̃ᵀ] (N_x, N_x)
-    cross: Tensor  # E[x x̃ᵀ]
-    dense: Tensor  # E[x xᵀ]
+    compressed: Tensor  # M = E[x̃ x̃ᵀ] (N_x, N_x)
+    cross: Tensor  # C = E[x x̃ᵀ]
+    dense: Tensor  # Σ = E[x xᵀ]
     outputs: Tensor | None = None  # G as in :class:`mpoc.tensor_networks.fit.metric.Metric`
+    _known: list[tuple[Tensor, Tensor, float]] = field(default_factory=list, compare=False, repr=False)
 
     def squared(self, matrix: Tensor, approximation: Tensor) -> float:
-        """The norm squared for W = ``matrix`` and its approximation Ŵ, both (N_y, N_x); NaN counts as inf."""
-        if self.compressed is self.cross is self.dense:
-            rest = matrix - approximation
-            error = float((weighed(self.outputs, rest @ self.compressed) * rest).sum())
-        else:
-            left = matrix @ self.dense - approximation @ self.cross.T
-            right = matrix @ self.cross - approximation @ self.compressed
-            products = weighed(self.outputs, left) * matrix - weighed(self.outputs, right) * approximation
-            error = float(products.sum())
+        """The norm squared for W = ``matrix`` and its approximation Ŵ, both (N_y, N_x); NaN counts as inf.
+
+        With Δ = W − Ŵ it is tr G [W (Σ − C − Cᵀ + M) Wᵀ + 2 W (C − M) Δᵀ + Δ M Δᵀ].  What depends on W alone
+        is kept of the last W.
+        """
+        rest = matrix - approximation
+        moved, error = rest @ self.compressed, 0.0
+        if not self.compressed is self.cross is self.dense:
+            shifted, error = self._of_weight(matrix)
+            moved += shifted
+        error += float((weighed(self.outputs, moved) * rest).sum())
         return math.inf if math.isnan(error) else max(0.0, error)
+
+    def _of_weight(self, matrix: Tensor) -> tuple[Tensor, float]:
+        """2 W (C − M), and tr G W (Σ − C − Cᵀ + M) Wᵀ."""
+        if not self._known or self._known[0][0] is not matrix:
+            shifted = matrix @ (self.cross - self.compressed)
+            rest = matrix @ (self.dense - self.cross.T) - shifted
+            self._known[:] = [(matrix, 2 * shifted, float((weighed(self.outputs, rest) * matrix).sum()))]
+        _, shifted, error = self._known[0]
+        return shifted, error
 
     def relative(self, matrix: Tensor, approximation: Tensor) -> float:
         """The norm relative to that of a zero weight; 0 for 0/0."""
@@ -134,10 +147,10 @@ class LayerObjective(Objective):
         """The error on held-out inputs, less the means of the fit, which are what a bias corrects."""
         return self._less_means(self.held_out)
 
-    @property
+    @cached_property
     def output_weighted_error(self) -> ErrorNorm:
         """The error on held-out inputs, outputs weighted by G."""
-        return replace(self.held_out_error, outputs=self.outputs)
+        return replace(self.held_out_error, outputs=self.outputs, _known=[])
 
     def metric(self, matrix: Tensor, gamma: float) -> Metric:
         """The metric that a fit minimises."""
@@ -298,31 +311,13 @@ class EmbeddingObjective(Objective):
         return ErrorNorm(inputs, inputs, inputs, moments.second)
 
 
-@dataclass(frozen=True)
-class TransposedObjective(EmbeddingObjective):
-    """The objective of a transposed convolution, whose kernel as a matrix is (C_in, taps · C_out).
-
-    As with a table, inputs choose its rows.  The metric of that side is the moment of inputs; on the other
-    side it is G, the moment of gradients in the patch of outputs around a position.
-    """
-
-    gammas = (0.0, 0.02, 0.1, 0.3)
-    usual_gamma = 0.02
-    mpo_gamma = 0.1
-
-    def metric(self, matrix: Tensor, gamma: float) -> Metric:
-        """The metric that a fit minimises."""
-        return Metric(matrix, _shrunk(self.outputs, gamma), _shrunk(self.moments.second, gamma))
-
-    def whitened(self, matrix: Tensor) -> Metric:
-        """The metric of the inputs, all outputs of one weight."""
-        return Metric(matrix, self._alike, _shrunk(self.moments.second, 0.0))
-
-
 def _shrunk(moment: Tensor, gamma: float) -> Tensor:
-    """``moment`` (N, N) with the share γ of it replaced by its diagonal, and a ridge."""
+    """``moment`` (N, N) with the share γ of it replaced by its diagonal, and a floor of the mean's size.
+
+    Without the floor a fit moves its errors to outputs without gradients, which later layers may yet see.
+    """
     diagonal = moment.diagonal()
-    return (1 - gamma) * moment + torch.diag(gamma * diagonal + _RIDGE * diagonal.mean())
+    return (1 - gamma) * moment + torch.diag(gamma * diagonal + (_FLOOR * gamma + _RIDGE) * diagonal.mean())
 
 
 def _about(second: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -95,8 +95,7 @@ def fit_mera(
     exponent = exponent_of(tensor)
     tensor = scaled(tensor, -exponent)
     norm = math.sqrt(squared_norm(tensor))
-    generator = torch.Generator().manual_seed(target.seed)
-    form = Mera(tree_cores(tensor, structure, truncation.max_bond, generator), structure)
+    form = tree_mera(tensor, structure, truncation.max_bond, target.seed)
     if norm > 0.0:
         form = _descend(tensor, norm, form, target.seed)
     return stored_fit(tensor, norm**2, form, target.dtype or weight.dtype, exponent=exponent)
@@ -132,6 +131,28 @@ def _affordable(form: Mera) -> int:
     sizes = leg_sizes(form.legs, [core.shape for core in form.cores])
     multiplications, made = work(tuple(form.legs), sizes)
     return int(min(MOST_STEPS, _WORK / max(1, multiplications + _MOVING * made)))
+
+
+def tree_mera(tensor: Tensor, structure: Structure, bond: int, seed: int) -> Mera:
+    """The hierarchical SVD as a MERA of bond dimension ``bond``, with the arguments of :func:`tree_cores`."""
+    return Mera(tree_cores(tensor, structure, bond, torch.Generator().manual_seed(seed)), structure)
+
+
+def short_descent(tensor: Tensor, structure: Structure, bond: int, seed: int, steps: int) -> Mera:
+    """A MERA some steps below its hierarchical SVD in the plain norm: where to start in another norm.
+
+    Args:
+        tensor, structure, bond, seed: as :func:`tree_mera` takes them.
+        steps: of the descent.
+    """
+    start, norm = tree_mera(tensor, structure, bond, seed), math.sqrt(squared_norm(tensor))
+    if norm == 0:
+        return start
+    working = _as_linear(structure)
+    metric = _plain_metric(tensor / norm, structure, working)
+    descent = LBFGS(metric, Mera(_scaled(start.cores, 1 / norm), working).balanced()[0])
+    descent.run(steps)
+    return Mera(_scaled(descent.form.cores, norm), structure)
 
 
 def tree_cores(tensor: Tensor, structure: Structure, bond: int, generator: torch.Generator) -> list[Tensor]:

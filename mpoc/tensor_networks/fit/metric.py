@@ -24,7 +24,7 @@ that cost nothing, as far as the rank allows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -42,6 +42,9 @@ class Metric:
     target: Tensor  # T (N_y, N_x) float64
     inputs: Tensor  # M + R (N_x, N_x) float64, symmetric, positive semidefinite; (N_x,) of a diagonal one
     outputs: Tensor | None = None  # G (N_y, N_y) likewise, (N_y,) of a diagonal one; None: the identity
+    factor: Tensor | None = field(
+        default=None, compare=False
+    )  # of Cholesky, of ``inputs``, where it is known
 
     def value(self, matrix: Tensor) -> float:
         """f of ``matrix`` (N_y, N_x), in float64."""
@@ -57,7 +60,7 @@ class Metric:
     @cached_property
     def input_root(self) -> Tensor:
         """Some square F with F Fᵀ = M + R."""
-        return _root(self.inputs)
+        return _root(self.inputs) if self.factor is None else self.factor
 
     @cached_property
     def output_root(self) -> Tensor | None:
@@ -108,24 +111,30 @@ def make_metric(
         moment = _without_constants(second - torch.outer(mean, mean).double(), second)
         joint = cross - torch.outer(dense_mean, mean).double()
     regular = (1 - gamma) * moment
-    diagonal = gamma * moment.diagonal() + ridge * moment.diagonal().mean()
-    regular = semidefinite(regular + torch.diag(diagonal))
+    regular.diagonal().add_(gamma * moment.diagonal() + ridge * moment.diagonal().mean())
+    regular, lower = _semidefinite(regular)
     target = weight
     if not torch.equal(cross, second) or not torch.equal(dense_mean, mean):
-        target = weight + _divide(weight @ (joint - moment), regular)
-    return Metric(target, regular, None if outputs is None else semidefinite(outputs.double()))
+        target = weight + _divide(weight @ (joint - moment), regular, lower)
+    return Metric(target, regular, None if outputs is None else semidefinite(outputs.double()), lower)
 
 
 def semidefinite(matrix: Tensor) -> Tensor:
     """The symmetric part of ``matrix`` (N, N), negative eigenvalues beyond rounding set to zero."""
+    return _semidefinite(matrix)[0]
+
+
+def _semidefinite(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """As :func:`semidefinite`, with the lower factor of Cholesky; None where the result is singular."""
     matrix = (matrix + matrix.T) / 2
-    if _cholesky(matrix) is not None:
-        return matrix
+    lower = _cholesky(matrix)
+    if lower is not None:
+        return matrix, lower
     values, vectors = torch.linalg.eigh(matrix)
     if float(values[0]) >= -_ROUNDING * len(values) * float(values[-1]):
-        return matrix
+        return matrix, None
     clipped = (vectors * values.clamp(min=0)) @ vectors.T
-    return (clipped + clipped.T) / 2
+    return (clipped + clipped.T) / 2, None
 
 
 def _without_constants(centred: Tensor, second: Tensor) -> Tensor:
@@ -134,9 +143,8 @@ def _without_constants(centred: Tensor, second: Tensor) -> Tensor:
     return centred * torch.outer(varies, varies)
 
 
-def _divide(matrix: Tensor, moment: Tensor) -> Tensor:
-    """``matrix`` (m, N) times the pseudo-inverse of ``moment`` (N, N)."""
-    lower = _cholesky(moment)
+def _divide(matrix: Tensor, moment: Tensor, lower: Tensor | None) -> Tensor:
+    """``matrix`` (m, N) times the pseudo-inverse of ``moment`` (N, N), whose Cholesky factor may be known."""
     if lower is not None:
         return torch.cholesky_solve(matrix.T, lower).T
     values, vectors = torch.linalg.eigh(moment)

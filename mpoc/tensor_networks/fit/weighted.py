@@ -4,7 +4,8 @@ given bonds.
 Or over sums of an MPO and a matrix of given rank; measured, at equal size a sum errs less than either alone.
 
     start     the fit to a plain norm in coordinates where the metric is nearly that, or in the layer's own,
-              the better one
+              the better one; of a MERA, some steps of its descent in the plain norm: measured, a start far
+              from the weight ends in directions that the metric hardly sees
     descent   over all cores together, in float32
     history   f in float64, from the metric as it was given; a stretch that does not lower it is taken back
 
@@ -22,15 +23,19 @@ from torch.nn.functional import pad
 
 from mpoc.tensor_networks.fit.decompose import decompose
 from mpoc.tensor_networks.fit.lbfgs import LBFGS
+from mpoc.tensor_networks.fit.mera import short_descent
 from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
 from mpoc.tensor_networks.fit.truncation import Target, Truncation
 from mpoc.tensor_networks.fit.whitening import whitened_coordinates
 from mpoc.tensor_networks.forms.form import Form, form_of
+from mpoc.tensor_networks.forms.layout import interleave
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure, make_structure
 
 # Steps of the descent between two looks at f in float64.
 STRETCH = 10
+# A network with loops has no preconditioner, and takes so many times the steps, and so many before.
+_LOOPED, _PLAIN_STEPS = 3, 100
 # Relative to f of a zero weight: what float64 leaves of zero.
 _EXACT = 1e-24
 _FLOAT64 = Target(torch.float64)
@@ -61,7 +66,7 @@ class Problem:
         self._whole = _padded_metric(metric, structure)
         factors = self._working.output_factors, self._working.input_factors
         self._coordinates = whitened_coordinates(self._whole, *factors)
-        self._white = self._coordinates.whiten(self._whole)
+        self._white = self._coordinates.whiten(_single(self._whole))
 
     def fit(
         self,
@@ -78,7 +83,7 @@ class Problem:
             truncation: the cap on every bond and, for a sum, the rank of its low-rank part.
             start: to begin with; None for the better of two fits to plain norms, of what the closed form of
                 the low-rank part leaves.
-            max_stretches: of ``STRETCH`` steps each; 0 gives the start.
+            max_stretches: of ``STRETCH`` steps each, three times as many of a MERA; 0 gives the start.
             tolerance: the relative fall of f over a stretch below which the fit ends.
             target: dtype of the cores, and seed of the start.
 
@@ -103,10 +108,11 @@ class Problem:
         history = [_value(whole, best)]
         if max_stretches < 1 or history[0] <= _EXACT * whole.value(torch.zeros_like(whole.target)):
             return best, history
-        descent = LBFGS(_single(self._white), coordinates.whiten_form(best))
+        descent = LBFGS(self._white, coordinates.whiten_form(best))
+        steps = STRETCH * (_LOOPED if self._working.topology.has_loops else 1)
         going = True
         while going and len(history) <= max_stretches:
-            going = descent.run(STRETCH)
+            going = descent.run(steps)
             candidate = coordinates.restore_form(descent.form)
             value = _value(whole, candidate)
             going = going and value < (1 - tolerance) * history[-1]
@@ -121,15 +127,18 @@ class Problem:
         if not self._working.parts:
             return self._network_start(whole, white, self._working, truncation.max_bond, seed)
         chain, pair = self._working.parts
-        left, right = weighted_svd(whole).factors(truncation.rank)
-        added = MPO([left[None, :, None], right[:, None, :, None]], pair)
+        added = _low_rank(whole, truncation.rank, pair)
         rest = _less(whole, added), _less(white, self._coordinates.whiten_form(added))
         first = self._network_start(*rest, chain, truncation.max_bond, seed)
+        added = _low_rank(_less(whole, first), truncation.rank, pair)  # the best beside this chain
         return form_of([*first.cores, *added.cores], self._working)
 
     def _network_start(
         self, whole: Metric, white: Metric, working: Structure, max_bond: int, seed: int
     ) -> Form:
+        if working.topology.has_loops:
+            tensor = interleave(whole.target.float(), working)
+            return short_descent(tensor, working, max_bond, seed, _PLAIN_STEPS).double()
         if max_bond >= working.full_bond:
             return _plain(whole.target, working, max_bond, seed)
         plain = _plain(whole.target.float(), working, max_bond, seed)
@@ -168,6 +177,12 @@ class Problem:
 def matrix_of(form: Form) -> Tensor:
     """The one matrix that a metric is about: (N_y, N_x), or (C_out, taps · C_in); float64."""
     return form.double().to_matrix().transpose(0, 1).flatten(1)
+
+
+def _low_rank(metric: Metric, rank: int, structure: Structure) -> Form:
+    """The closed form of the low-rank part of a sum."""
+    left, right = weighted_svd(metric).factors(rank)
+    return MPO([left[None, :, None], right[:, None, :, None]], structure)
 
 
 def _less(metric: Metric, form: Form) -> Metric:
@@ -214,4 +229,4 @@ def _padded_metric(metric: Metric, structure: Structure) -> Metric:
     if rows:
         outputs = moment.new_ones(structure.outputs) if outputs is None else outputs
         outputs = pad(outputs, (0, rows) * outputs.dim())
-    return replace(metric, target=target, inputs=moment, outputs=outputs)
+    return replace(metric, target=target, inputs=moment, outputs=outputs, factor=None)

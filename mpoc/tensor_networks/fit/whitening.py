@@ -37,7 +37,7 @@ class WhitenedCoordinates:
     inputs_inverse: list[Tensor]
 
     def whiten(self, metric: Metric) -> Metric:
-        """The same f for H Ŵ F."""
+        """The same f for H Ŵ F, in the metric's dtype."""
         target = _columns(metric.target, self.inputs)
         target = _columns(target.T, self.outputs).T
         outputs = None if metric.outputs is None else _both_sides(metric.outputs, self.outputs_inverse)
@@ -85,7 +85,8 @@ def kronecker_factors(moment: Tensor, sizes: Sequence[int]) -> list[Tensor]:
             mean = torch.einsum(*operands, [k, count + k])
             mean = (mean + mean.T) / (2 * float(mean.trace()) / sizes[k])
             mean.diagonal().add_(_FLOOR)
-            factors[k], inverses[k] = mean, torch.linalg.inv(mean)
+            factors[k] = mean
+            inverses[k] = torch.cholesky_inverse(torch.linalg.cholesky(mean))
     return factors
 
 
@@ -115,10 +116,10 @@ def _roots(factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _columns(matrix: Tensor, factors: list[Tensor]) -> Tensor:
-    """``matrix`` (m, N) @ ⊗ factors, each symmetric or a diagonal, without forming the product."""
+    """``matrix`` (m, N) @ ⊗ factors, each symmetric or a diagonal, in the dtype of ``matrix``."""
     tensor = matrix.reshape(-1, *(len(factor) for factor in factors))
     for factor in factors:  # each contraction moves its axis to the end, so all come back in order
-        tensor = _times(tensor, factor, 1).movedim(1, -1)
+        tensor = _times(tensor, factor.to(matrix), 1).movedim(1, -1)
     return tensor.reshape(matrix.shape)
 
 
