@@ -241,6 +241,49 @@ class ConvInputs(Inputs):
         return apart.permute(2, 0, 1, 3).reshape(self.groups, count, self.features)
 
 
+@dataclass(frozen=True)
+class TransposedInputs(Inputs):
+    """Inputs (n, C_in, …) of a transposed convolution, whose kernel as a matrix is (C_in, taps · C_out).
+
+    The matrix takes a position to the patch of outputs around it.
+    """
+
+    features: int  # C_in
+    patches: ConvInputs  # of the outputs
+
+    @classmethod
+    def of(cls, module: Any) -> TransposedInputs:
+        """The geometry of a transposed convolution without groups."""
+        taps = int(torch.tensor(module.kernel_size).prod())
+        padding = tuple(side for p in reversed(module.padding) for side in (p, p))
+        patches = ConvInputs(
+            taps * module.out_channels, 1, tuple(module.kernel_size), tuple(module.stride),
+            tuple(module.dilation), padding, "constant",
+        )  # fmt: skip
+        return cls(module.in_channels, patches)
+
+    @property
+    def key(self) -> Hashable:
+        """All take the same rows."""
+        return "transposed"
+
+    def count(self, given: Tensor, mask: Tensor | None) -> int:
+        """The number of positions in all examples."""
+        return len(self._rows(given))
+
+    def blocks(self, given: Tensor, mask: Tensor | None, sample: Sample | None) -> Iterator[Tensor]:
+        """Positions (n, C_in), all at once."""
+        yield self._rows(given)
+
+    def outputs(self, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The patch of outputs around each position (rows, taps · C_out)."""
+        return torch.cat(list(self.patches.blocks(values, mask, None)))
+
+    def _rows(self, given: Tensor) -> Tensor:
+        batched = given if given.dim() == 2 + len(self.patches.kernel) else given[None]
+        return batched.movedim(1, -1).flatten(0, -2)
+
+
 def _is_masked(values: Tensor, mask: Tensor | None) -> bool:
     """Whether values belong to the mask's tokens: (n, T, …, width), or (n·T, width)."""
     if mask is None or mask.dim() != 2:
@@ -315,6 +358,9 @@ def _inputs(module: nn.Module) -> Inputs | None:
         return LinearInputs(module.get_parameter("weight").shape[0])
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return ConvInputs.of(module)
+    transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+    if transposed and module.groups == 1:
+        return TransposedInputs.of(module)
     if isinstance(module, nn.Embedding):
         return EmbeddingInputs(module.num_embeddings)
     return None

@@ -311,6 +311,27 @@ class EmbeddingObjective(Objective):
         return ErrorNorm(inputs, inputs, inputs, moments.second)
 
 
+@dataclass(frozen=True)
+class TransposedObjective(EmbeddingObjective):
+    """The objective of a transposed convolution, whose kernel as a matrix is (C_in, taps · C_out).
+
+    As with a table, inputs choose its rows.  The metric of that side is the moment of inputs; on the other
+    side it is G, the moment of gradients in the patch of outputs around a position.
+    """
+
+    gammas = (0.0, 0.02, 0.1, 0.3)
+    usual_gamma = 0.02
+    mpo_gamma = 0.1
+
+    def metric(self, matrix: Tensor, gamma: float) -> Metric:
+        """The metric that a fit minimises."""
+        return Metric(matrix, _shrunk(self.outputs, gamma), _shrunk(self.moments.second, gamma))
+
+    def whitened(self, matrix: Tensor) -> Metric:
+        """The metric of the inputs, all outputs of one weight."""
+        return Metric(matrix, self._alike, _shrunk(self.moments.second, 0.0))
+
+
 def _shrunk(moment: Tensor, gamma: float) -> Tensor:
     """``moment`` (N, N) with the share γ of it replaced by its diagonal, and a floor of the mean's size.
 

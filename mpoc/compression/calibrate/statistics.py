@@ -26,6 +26,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     ConvInputs,
     EmbeddingInputs,
     ObservedLayer,
+    TransposedInputs,
     eval_mode,
     unseen_weights,
 )
@@ -35,6 +36,7 @@ from mpoc.compression.calibrate.objective import (
     GroupedObjective,
     LayerObjective,
     Objective,
+    TransposedObjective,
 )
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.taps import add_taps
@@ -334,7 +336,11 @@ class CalibrationStatistics:
     def _is_known(self, weight: str) -> bool:
         if weight not in self._dense.moments:
             return False
-        return not self._is_table(weight) or weight in self._dense.gradients
+        needs_gradients = self._is_table(weight) or self._is_transposed(weight)
+        return not needs_gradients or weight in self._dense.gradients
+
+    def _is_transposed(self, weight: str) -> bool:
+        return isinstance(self._trace.layers[weight].inputs, TransposedInputs)
 
     def _is_table(self, weight: str) -> bool:
         return isinstance(self._trace.layers[weight].inputs, EmbeddingInputs)
@@ -347,6 +353,9 @@ class CalibrationStatistics:
         if self._is_table(self.places[name]):
             assert outputs is not None, "else it is fitted by its weight alone"
             return EmbeddingObjective(*both, outputs)
+        if self._is_transposed(self.places[name]):
+            assert outputs is not None, "else it is fitted by its weight alone"
+            return TransposedObjective(*both, outputs)
         if _has_groups(self._trace.layers[self.places[name]]):
             known = len(self.network.get_parameter(self.places[name])) if outputs is None else outputs
             return GroupedObjective.of(*both, known, name in self.means)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpoc.compression.calibrate.layer_inputs import EmbeddingInputs, ObservedLayer, Sample, find_layer
+from mpoc.compression.calibrate.objective import one_matrix
 from mpoc.errors import MpocError
 from mpoc.tensor_networks.forms.layout import to_matrix
 from mpoc.tensor_networks.structure import make_structure
@@ -186,8 +187,29 @@ def test_gives_reasons_for_unsupported_layers() -> None:
     gpt2 = tiny("gpt2")
     tied = find_layer(gpt2, "transformer.wte.weight")
     assert tied == "tied: transformer.wte and lm_head use it in different ways"
-    network = nn.ModuleDict({"up": nn.ConvTranspose2d(3, 4, 2), "lstm": nn.LSTM(3, 4)})
+    network = nn.ModuleDict({"up": nn.ConvTranspose2d(4, 4, 2, groups=2), "lstm": nn.LSTM(3, 4)})
     assert find_layer(network, "up.weight") == "its inputs cannot be seen from outside a ConvTranspose2d"
     assert find_layer(network, "lstm.weight_ih_l0") == "its inputs cannot be seen from outside a LSTM"
     with pytest.raises(MpocError, match=r"has no weight 'down\.weight'"):
         find_layer(network, "down.weight")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 2, "padding": 1}, {"stride": 3, "output_padding": 2, "dilation": 2}]
+)
+@torch.no_grad()
+def test_patches_of_transposed_convolutions_have_the_gradients_products(options: dict[str, Any]) -> None:
+    """Rows x and patches p of a gradient: Σ x pᵀ is the gradient at the kernel."""
+    torch.manual_seed(0)
+    module = nn.ConvTranspose2d(3, 4, 3, **options).double()
+    x = torch.randn(2, 3, 5, 6).double()
+    found = find_layer(nn.Sequential(module), "0.weight")
+    assert isinstance(found, ObservedLayer)
+    with torch.enable_grad():
+        output = module(x)
+        gradient = torch.randn_like(output)
+        (wanted,) = torch.autograd.grad(output, [module.weight], gradient)
+    (rows,) = found.inputs.blocks(x, None, None)
+    product = rows.T @ found.inputs.outputs(gradient, None)  # (C_in, taps · C_out)
+    assert torch.allclose(product, one_matrix(wanted, "conv2d", False))
+    assert found.inputs.count(x, None) == len(rows) == 2 * 5 * 6

@@ -88,18 +88,37 @@ class Grouped(nn.Module):
         return self.head(self.groups(self.depth(x).tanh()).tanh().mean((2, 3)))
 
 
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(16, 24, 4, stride=2, padding=1)
+        self.more = nn.ConvTranspose2d(24, 8, 3, stride=2, output_padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.more(self.up(x.movedim(-1, 1)).tanh()).movedim(1, -1)
+
+
 NETWORKS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "lstm": (lambda: Recurrent(nn.LSTM, num_layers=2), (12, 16)),
     "lstm in both directions": (lambda: Recurrent(nn.LSTM, bidirectional=True), (12, 16)),
     "gru": (lambda: Recurrent(nn.GRU, num_layers=2), (12, 16)),
     "convolutions with groups": (Grouped, (6, 6, 16)),
+    "transposed convolutions": (Transposed, (4, 4, 16)),
     "attention": (Attention, (8, 16)),
     "weights read directly": (Direct, (8, 16)),
 }
 
 
 @pytest.mark.parametrize(
-    "kind", slow_except(NETWORKS, "gru", "attention", "convolutions with groups", "weights read directly")
+    "kind",
+    slow_except(
+        NETWORKS,
+        "gru",
+        "attention",
+        "convolutions with groups",
+        "transposed convolutions",
+        "weights read directly",
+    ),
 )
 def test_calibration_reduces_output_errors(kind: str) -> None:
     make, shape = NETWORKS[kind]

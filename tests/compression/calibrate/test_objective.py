@@ -107,7 +107,7 @@ def test_handles_a_layer_without_effect() -> None:
 
 
 def test_groups_have_the_errors_of_each_by_itself() -> None:
-    """Of the fit's inputs, where all groups have one moment up to a factor; and the mean of each is corrected."""
+    """On inputs of one moment up to a factor in each group; and the mean of each is corrected."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(200, 5, generator=generator, dtype=torch.float64) @ torch.randn(
         5, 5, generator=generator, dtype=torch.float64
