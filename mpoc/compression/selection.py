@@ -80,6 +80,12 @@ EXCLUSIONS = (
         names_alone=True,
     ),
     Exclusion(
+        "the network divides it in place (RWKV of transformers)",
+        re.compile(r"^(?P<parent>(.*\.)?(attention(?=\.output)|feed_forward(?=\.value))\.)\w+\.weight$"),
+        beside=("receptance",),
+        sound=False,
+    ),
+    Exclusion(
         _ROUTER,
         re.compile(
             r"(^|\.)(\w*_)?(routers?(_\w+)?|wg|gate_inp|gat(e|ing)_network|(shared_)?experts?_gates?)"

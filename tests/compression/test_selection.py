@@ -102,6 +102,7 @@ def test_gives_reasons_for_skipped_tensors(
 
 
 ROUTER, EMA = "router of experts", "moving average of another weight"
+DIVIDED = "the network divides it in place"
 RECOMPUTED, NORM = "the network recomputes its weight", "it scales elementwise"
 
 
@@ -114,6 +115,10 @@ RECOMPUTED, NORM = "the network recomputes its weight", "it scales elementwise"
         ("mlp.shared_expert_gate.weight", {}, ROUTER),
         ("moe.gate.weight", {"moe.experts.0.w1.weight": (8, 8)}, ROUTER),
         ("gates.1.weight", {"experts.0.0.weight": (8, 8)}, ROUTER),
+        ("attention.output.weight", {"attention.receptance.weight": (8, 8)}, DIVIDED),
+        ("feed_forward.value.weight", {"feed_forward.receptance.weight": (8, 8)}, DIVIDED),
+        ("attention.value.weight", {"attention.receptance.weight": (8, 8)}, ""),
+        ("attention.output.weight", {"attention.query.weight": (8, 8)}, ""),
         ("moe.router_weight", {}, ROUTER),
         ("moe.gate_weight", {"moe.experts.0.w1.weight": (8, 8)}, ROUTER),
         ("moe.gate_logits.weight", {"moe.experts.0.w1.weight": (8, 8)}, ROUTER),
