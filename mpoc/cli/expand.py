@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpoc.cli.console import Output
 from mpoc.cli.options import takes
-from mpoc.runtime.formatting import human_bytes, parse_size
+from mpoc.runtime.formatting import counted, human_bytes, parse_size
 from mpoc.runtime.options import argument, option
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def expand(options: ExpandOptions) -> None:
     projected = say_projected if options.project else None
     manifest = expand_checkpoint(options.path, target, options.force, options.max_shard_size, projected)
     size = human_bytes(output_bytes(target))
-    console.say(f"wrote {target}: {len(manifest.replaced)} layers dense again, {size}")
+    console.say(f"wrote {target}: {counted(len(manifest.replaced), 'layer')} dense again, {size}")
     console.next_command(f"{_loader(target)} in Python")
 
 

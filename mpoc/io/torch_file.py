@@ -248,7 +248,10 @@ def load_plain(path: Path) -> Any:
 
 
 def _damaged(path: Path, reason: str) -> MpocError:
-    return MpocError(f"{path}: not a torch file, or a truncated or damaged one ({reason})")
+    return MpocError(
+        f"{path}: not a torch file, or a truncated or damaged one ({reason.rstrip('.')})",
+        "download or copy it again",
+    )
 
 
 def _starts_like_zip(path: Path) -> bool:

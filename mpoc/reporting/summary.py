@@ -259,20 +259,21 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
         f"calibrated on {calibration.get('samples', 0):,} examples of {data.get('name', '?')} "
         f"({calibration.get('held_out', 0):,} held out), layer by layer in the order of the network"
     )
-    shares = calibration.get("shares", {})
+    shares, allocation = calibration.get("shares", {}), ""
     if any(shares.get("distances", {}).values()):
         divergences = "; ".join(f"{way} {value:.4g}" for way, value in shares["distances"].items())
-        line += (
-            f"; budget allocated by {shares.get('chosen', '?')} (held-out divergence from the dense network "
-            f"before the sequential fit: {divergences})"
+        allocation = (
+            f"budget allocated by {shares.get('chosen', '?')}, for the smallest held-out divergence from the "
+            f"dense network before the sequential fit ({divergences})"
         )
     norms = calibration.get("norms")
+    lines = [line, allocation] if allocation else [line]
     if norms is None:
-        return [line]
+        return lines
     chosen = "recalibrated" if norms.get("renewed") else "kept"
     kept, recalibrated = (f"{norms.get(key, 0):.4g}" for key in ("before", "after"))
     return [
-        line,
+        *lines,
         f"batch-norm statistics {chosen}, for the smaller held-out divergence from the dense network "
         f"(kept {kept}, recalibrated {recalibrated})",
     ]
@@ -287,8 +288,8 @@ def same_size_lines(manifest: Manifest) -> list[str]:
     means = {name: sum(of_layer[name] for of_layer in errors) / len(errors) for name in ("this", *others)}
     compared = ", ".join(f"{name} {means[name]:.4f}" for name in others)
     return [
-        f"output-weighted held-out error at the same size, mean over {len(errors)} layers: "
-        f"{means['this']:.4f}; {compared or 'no other method fits that size'}"
+        f"output-weighted held-out error, mean over {counted(len(errors), 'layer')}: {means['this']:.4f}; "
+        f"other methods storing as many numbers: {compared or 'none can'}"
     ]
 
 

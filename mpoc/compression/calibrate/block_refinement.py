@@ -29,7 +29,7 @@ from mpoc.io.manifest import core_prefix
 from mpoc.models.introspection import same_tensor
 from mpoc.nn.adopt import adopt
 from mpoc.runtime.device import derived_seed
-from mpoc.runtime.formatting import rounded
+from mpoc.runtime.formatting import counted, rounded
 
 _RATE = 0.03  # peak, as a share of a tensor's root mean square
 _SMALLEST = 0.02  # root mean square that a tensor has at least, as far as its rate goes: biases may be zero
@@ -285,8 +285,8 @@ class BlockRefinement:
         if self._left:
             names = ", ".join(self._left[:4]) + (", …" if len(self._left) > 4 else "")
             notes.append(
-                f"not refined, in no block, in several or a block by themselves: {len(self._left)} layers "
-                f"({names})"
+                f"not refined: {counted(len(self._left), 'layer')} ({names}), each alone in its block, "
+                "in several blocks or in none"
             )
         return notes
 
