@@ -23,7 +23,7 @@ from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
-STRETCHES, LAST = 4, 1  # of an L-BFGS fit: to choose γ, then on all inputs
+STRETCHES, LAST = 6, 1  # of an L-BFGS fit: to choose γ, then on all inputs
 
 
 def baselines(

@@ -39,7 +39,7 @@ from mpoc.tensor_networks.forms.sum import Sum
 from mpoc.tensor_networks.structure import Structure
 from mpoc.train.distillation import kl_of_rows
 
-_STRETCHES = 2
+_STRETCHES = 3
 _SIZES = 32  # of the candidates in one form
 _MPO_SHARE = 0.4  # of a sum's parameters
 # The squared error of a sum over that of svd, at two shares of the weight's parameters: see the guide.
