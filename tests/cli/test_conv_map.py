@@ -71,4 +71,4 @@ def test_conv_map_requires_an_input_size(here: Here, model: Path) -> None:
     done = here("compress", model, "--bond", 4, "--conv", "map")
     assert (done.returncode, list(here.folder.iterdir())) == (2, [])
     assert "error: shape for layer conv5_1: as one map (--conv map) a convolution needs" in done.stderr
-    assert "hint: --input-shape 'conv5_1=HxW'" in done.stderr
+    assert "hint: --input-shape conv5_1=HxW" in done.stderr

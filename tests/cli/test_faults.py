@@ -243,8 +243,7 @@ def test_signal_while_compressing_leaves_the_old_output(
     options = ["--device", "cpu", *(["--force"] if old else [])]
     process = run.start("compress", large, "--max-error", 0.9, *options)
     assert process.stderr is not None
-    lines = [process.stderr.readline() for _ in range(3)]
-    assert "[2/60]" in lines[-1]
+    assert any("[2/60]" in line for line in process.stderr)
     assert [path.name for path in run.folder.iterdir() if path.name.endswith(".partial")]  # at work
     process.send_signal(signum)
     out, err = process.communicate(timeout=100)

@@ -26,7 +26,7 @@ def test_dry_run_keeps_moments_for_later_runs(here: Here, folder: Path) -> None:
     done = here(*COMMAND, *CALIBRATE, "--ratio", 0.5, "--moments", "m", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "note: moments: 35 examples kept in m\n" in done.stderr
-    assert "reading the dense network: batch 1 of 1\n" in done.stderr
+    assert "reading the dense network: step 1 of" in done.stderr
     assert "what each form would cost: layer 1 of " in done.stderr
     assert contents(folder).keys() == {"net.safetensors", "digits.npz", "m"}
     done = here(*COMMAND, *CALIBRATE, "--ratio", 0.5, "--moments", "m", "-o", "with.safetensors")
