@@ -334,7 +334,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return made
 
 
-@pytest.mark.parametrize(("name", "kind"), slow_except(HUB, ("tree", "gpt2"), ("svd+mpo", "gpt2")))
+@pytest.mark.parametrize(("name", "kind"), slow_except(HUB, ("svd+mpo", "gpt2")))
 class TestTransformers:
     """gpt2 stores weights transposed and ties its head; mixtral holds experts."""
 

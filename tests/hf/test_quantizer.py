@@ -46,7 +46,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
+@pytest.mark.parametrize("kind", slow_except(AUTO, "gpt2"))
 class TestEveryArchitecture:
     @pytest.mark.slow
     def test_computes_like_the_expanded_directory(self, make: Make, kind: str, embeddings: bool) -> None:
@@ -128,6 +128,7 @@ class TestHeads:
         assert torch.equal(answer(auto_class.from_pretrained(tmp_path / "saved")), answer(model))
 
 
+@pytest.mark.slow
 class TestTiedHeads:
     @pytest.mark.parametrize("kind", ["gpt2", "t5", "bert"])
     def test_head_shares_the_cores_of_the_embedding(self, make: Make, kind: str) -> None:
@@ -181,6 +182,7 @@ class TestTiedHeads:
         torch.testing.assert_close(answer(auto("t5", tmp_path / "again")), dense, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 class TestExperts:
     def test_mixes_dense_and_compressed_experts(self, make: Make, tmp_path: Path) -> None:
         exclude = ("*.0.*.experts.2.w1", "*.experts.3.*")
@@ -289,6 +291,7 @@ def change(folder: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
+@pytest.mark.slow
 class TestWaysToLoad:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))

@@ -45,7 +45,7 @@ def of_structure(layers: list[LayerRecord]) -> dict[str, tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.parametrize("kind", slow_except(AUTO, "bert", "gpt2"))
+@pytest.mark.parametrize("kind", slow_except(AUTO, "gpt2"))
 class TestEveryArchitecture:
     def test_layers_match_the_manifest(self, make: Make, tmp_path: Path, kind: str, embeddings: bool) -> None:
         small = make(kind, embeddings=embeddings)

@@ -149,6 +149,7 @@ def test_program_computes_like_the_network(exported: Callable[[str], Exported], 
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_file_keeps_the_cores(exported: Callable[[str], Exported]) -> None:
     made = exported("mlp")
     source, file = made.source, made.files["onnx"]

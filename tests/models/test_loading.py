@@ -24,7 +24,6 @@ from mpoc.nn import MPOEmbedding, MPOLinear, use_weights
 from mpoc.nn.weight import Weights
 from tests.nn.layers import NETWORKS, gradients, named, pulled_back
 from tests.support.checkpoints import save_directory
-from tests.support.marks import slow_except
 
 LOSSY: dict[str, Any] = {"bond": 3, "embeddings": True, "allow_growth": True}
 
@@ -182,7 +181,8 @@ def held(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("weights", slow_except(get_args(Weights), "dense"))
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", get_args(Weights))
 def test_compiles_with_any_weights(weights: Weights, tmp_path: Path) -> None:
     def make() -> nn.Module:
         return nn.Sequential(

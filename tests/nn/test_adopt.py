@@ -17,7 +17,6 @@ from mpoc.nn import MPOLinear, adopt
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import make_structure
 from tests.nn.layers import NETWORKS, Halved, gradients, pair, structure_of, with_cores
-from tests.support.marks import slow_except
 from tests.support.weights import random_cores
 
 
@@ -256,7 +255,8 @@ COMPILED: dict[str, Callable[[], tuple[Any, Tensor, Tensor]]] = {
 CLASSES = {"linear": "MPOLinear", "conv2d": "MPOConv2d", "embedding": "MPOEmbedding"}
 
 
-@pytest.mark.parametrize("kind", slow_except(COMPILED, "linear"))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COMPILED)
 class TestCompiled:
     @pytest.mark.slow
     def test_compiles_to_one_graph(self, kind: str) -> None:
