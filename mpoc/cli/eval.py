@@ -32,11 +32,11 @@ def evaluate(options: EvalOptions) -> None:
 
     Examples:
 
-    mpoc eval resnet56.mpo.safetensors --arch resnet56 --data cifar10/
+    mpoc eval resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10/
 
-    mpoc eval resnet56.mpo.safetensors --arch resnet56 --data cifar10/ --reference dense.pt --json
+    mpoc eval resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10/ --reference dense.pt --json
 
-    mpoc eval resnet56.mpo.safetensors --arch resnet56 --data cifar10/ --latency --batch 16
+    mpoc eval resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10/ --latency --batch 16
     """
     from mpoc.reporting.summary import to_json
     from mpoc.train.evaluate_file import evaluate_file

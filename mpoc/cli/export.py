@@ -36,9 +36,9 @@ def export(options: ExportOptions) -> None:
 
     Examples:
 
-    mpoc export resnet56.mpo.safetensors --arch resnet56 --input-shape 1x3x32x32 --onnx net.onnx
+    mpoc export resnet56.mpo.safetensors --arch resnet.py:resnet56 --input-shape 1x3x32x32 --onnx net.onnx
 
-    mpoc export resnet56.mpo.safetensors --arch resnet56 --input-shape 1x3x32x32 --pt2 net.pt2
+    mpoc export resnet56.mpo.safetensors --arch resnet.py:resnet56 --input-shape 1x3x32x32 --pt2 net.pt2
     """
     from mpoc.io.weight_files import output_bytes
     from mpoc.models.export import export_network, parse_input_spec

@@ -49,9 +49,9 @@ def finetune(options: FinetuneOptions) -> None:
 
     Examples:
 
-    mpoc finetune resnet56.mpo.safetensors --arch resnet56 --data cifar10/ --epochs 2 --lr 0.001
+    mpoc finetune resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10/ --epochs 2 --lr 0.001
 
-    mpoc finetune resnet56.mpo.safetensors --arch resnet56 --data cifar10 --teacher dense.pt --force
+    mpoc finetune resnet56.mpo.safetensors --arch resnet.py:resnet56 --data cifar10 --teacher dense.pt --force
     """
     console = Output(options.quiet)
     result = _run(options.request, console)

@@ -85,7 +85,7 @@ def test_calibration_reduces_output_errors(tmp_path: Path, name: str, form: str)
     done = case.compress(form=form, **options)
     plain = case.plain(form="svd" if form == "auto" else form, **options)
     assert done.manifest.rho_selected <= 0.4
-    assert case.error(done) < 0.8 * case.error(plain)
+    assert case.error(done) < 0.9 * case.error(plain)
     if form != "auto":
         assert {layer.form for layer in done.manifest.replaced} == {form}
 
