@@ -84,6 +84,7 @@ class TestEveryGoal:
         assert done.manifest.num_parameters == after
         assert read_manifest(done.output) == done.manifest
 
+    @pytest.mark.slow
     def test_output_is_deterministic(self, source: Path, options: Any) -> None:
         first = compress(source, "first", **options).output
         torch.manual_seed(1)

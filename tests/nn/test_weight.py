@@ -14,6 +14,7 @@ from mpoc.errors import UsageError
 from mpoc.nn import MPOLinear, use_weights
 from mpoc.tensor_networks.forms.mpo import MPO
 from tests.nn.layers import pair, with_cores
+from tests.support.rounding import assert_near
 
 
 @pytest.fixture
@@ -149,11 +150,11 @@ class TestHeldWeight:
         use_weights(layer, "dense")
         built.clear()
         for _ in range(2):
-            torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)
+            assert_near(layer(x), dense(x), terms=64, depth=3)
         torch.testing.assert_close(torch.clone(layer.weight), dense.get_parameter("weight").detach())
         assert built == []
         use_weights(layer, "cores")
-        torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-5)
+        assert_near(layer(x), dense(x), terms=64, depth=3)
 
     def test_follows_changed_cores(self, make: Any, built: list[int]) -> None:
         plain, x = make()
@@ -176,7 +177,7 @@ class TestHeldWeight:
             twin = copy.deepcopy(layer)
             use_weights(twin, "cores")
             for y in found:
-                torch.testing.assert_close(y, twin(x), rtol=0, atol=1e-5)
+                assert_near(y, twin(x), terms=64, depth=3)
 
     def test_training_uses_the_cores(self, make: Any) -> None:
         plain, x = make()
