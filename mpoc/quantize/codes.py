@@ -159,6 +159,15 @@ def quantized_from_tensors(
     return GridTensor.from_tensors(tensors, name, spec, shape)
 
 
+def narrowed(codes: Tensor) -> Tensor:
+    """Integers in the smallest of int8, int16 and their own type that holds them."""
+    for dtype in (torch.int8, torch.int16):
+        narrow = codes.to(dtype)
+        if torch.equal(narrow.to(codes.dtype), codes):
+            return narrow
+    return codes
+
+
 def tensor_names(name: str, spec: Storage) -> list[str]:
     """The names that ``tensors(name)`` gives."""
     if isinstance(spec, Coded):
