@@ -288,8 +288,8 @@ def same_size_lines(manifest: Manifest) -> list[str]:
     means = {name: sum(of_layer[name] for of_layer in errors) / len(errors) for name in ("this", *others)}
     compared = ", ".join(f"{name} {means[name]:.4f}" for name in others)
     return [
-        f"output-weighted held-out error, mean over {counted(len(errors), 'layer')}: {means['this']:.4f}; "
-        f"other methods storing as many numbers: {compared or 'none can'}"
+        f"output-weighted held-out error, mean over {counted(len(errors), 'layer')}: {means['this']:.4f}"
+        + (f"; other methods storing as many numbers: {compared}" if compared else "")
     ]
 
 

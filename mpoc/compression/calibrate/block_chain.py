@@ -10,13 +10,16 @@ the chain give, is used further on.  A forward and a backward pass can then go t
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from mpoc.io.keyed_store import Scratch
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
@@ -183,6 +186,70 @@ def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
+
+
+class ChainInputs:
+    """What the blocks of a chain are given in each batch, and passes that begin there.
+
+    The chain must cut the network: :class:`CutCheck`.
+
+    Args:
+        network: that holds the blocks.
+        chain: of its blocks; () keeps nothing.
+        scratch: for the inputs.
+    """
+
+    def __init__(self, network: nn.Module, chain: Chain, scratch: Scratch) -> None:
+        self.modules = [network.get_submodule(block.module) for block in chain]
+        self._scratch = scratch
+        self._others: dict[int, tuple[Any, Any]] = {}  # batch → further arguments of the blocks
+        self._rests: dict[int, Any] = {}  # block → what it gives beside a tensor; None: a tensor alone
+
+    @contextmanager
+    def recorded(self, index: int) -> Iterator[None]:
+        """Meanwhile a pass over batch ``index`` keeps each block's input, and what the last one gives."""
+
+        def keep(_: nn.Module, args: Any, named: Any, k: int) -> None:
+            self._scratch.put(self._key(k, index), [args[0]])
+            self._others[index] = args[1:], named
+
+        def leave(_: nn.Module, args: Any, output: Any, k: int) -> None:
+            self._rests[k] = output[1:] if isinstance(output, tuple) else None
+            if k == len(self.modules) - 1:
+                self._scratch.put(self._key(k + 1, index), [given_on(output).clone()])  # it may be changed
+
+        with ExitStack() as handles:
+            for k, block in enumerate(self.modules):
+                before = block.register_forward_pre_hook(partial(keep, k=k), with_kwargs=True)
+                handles.callback(before.remove)
+                handles.callback(block.register_forward_hook(partial(leave, k=k)).remove)
+            yield
+
+    def given(self, k: int, index: int) -> Tensor:
+        """The input of block k in batch ``index``; what the last block gave where there is no block k."""
+        return self._scratch.get(self._key(k, index))[0]
+
+    def others(self, index: int) -> tuple[Any, Any]:
+        """The further arguments of all blocks, positional and named."""
+        return self._others[index]
+
+    def drop(self, k: int, index: int) -> None:
+        """Forget the input of block k."""
+        self._scratch.drop(self._key(k, index))
+
+    @contextmanager
+    def skipped(self, k: int, given: Tensor) -> Iterator[None]:
+        """Meanwhile a pass of the network skips the blocks before block k, which gets ``given``."""
+
+        def skip(passed: Tensor, *_: Any, number: int, **__: Any) -> Any:
+            first, rest = given.clone() if number == k - 1 else passed, self._rests[number]
+            return first if rest is None else (first, *rest)
+
+        with replaced_forwards(self.modules[:k], [partial(skip, number=number) for number in range(k)]):
+            yield
+
+    def _key(self, k: int, index: int) -> Hashable:
+        return id(self), k, index
 
 
 class CutCheck:

@@ -103,16 +103,24 @@ class CalibratedFit:
     form: Form
     gamma: float
     judged: Judgement
-    same_size: dict[str, float]  # output-weighted errors of "this" fit and of the baselines
+    same_size: dict[str, float]  # output-weighted errors of "this" fit and of the baselines, if there are any
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a layer is fitted."""
+
+    dtype: torch.dtype  # of the stored cores
+    seed: int = 0  # of the fit's start
+    apart: bool = False  # keep held-out inputs out of the fit, for the refinement after it
+    fast: bool = False  # try two γ, and leave the baselines out
 
 
 def fit_calibrated(
     weight: Tensor,
     storages: Sequence[Storage],
     objective: Objective,
-    dtype: torch.dtype,
-    seed: int,
-    apart: bool = False,
+    settings: FitSettings,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> CalibratedFit:
     """Fit the cores of a layer so that the errors of its outputs are small.
@@ -121,15 +129,16 @@ def fit_calibrated(
         weight: of shape ``structure.shape``.
         storages: ways to store the layer; the one that does best on held-out inputs is taken.
         objective: of this layer.
-        dtype: of the stored cores.
-        seed: of the fit's start.
-        apart: keep held-out inputs out of the fit, for the refinement after it.
+        settings: how it is fitted.
         group: the processes that share the trials, with the same arguments.
     """
+    dtype, seed = settings.dtype, settings.seed
     first = storages[0].structure
     matrix = one_matrix(weight, first.kind, first.transposed)
     trials = [
-        (storage, gamma) for storage in storages for gamma in _gammas(storage, objective, len(storages))
+        (storage, gamma)
+        for storage in storages
+        for gamma in _gammas(storage, objective, settings.fast, len(storages))
     ]
 
     def attempt(trial: tuple[Storage, float]) -> tuple[float, Form]:
@@ -141,8 +150,8 @@ def fit_calibrated(
     best = min(range(len(trials)), key=lambda k: tried[k][0])
     form = on_device(tried[best][1], weight.device)
     (last, judged), others = group.parallel(
-        lambda: _final_fit(weight, form, None if apart else trials[best], objective, dtype, seed),
-        lambda: baselines(weight, first, form.num_parameters, objective, seed),
+        lambda: _final_fit(weight, form, None if settings.apart else trials[best], objective, settings),
+        lambda: {} if settings.fast else baselines(weight, first, form.num_parameters, objective, seed),
     )
     return CalibratedFit(last, trials[best][1], judged, {"this": judged.output_weighted_error} | others)
 
@@ -152,8 +161,7 @@ def _final_fit(
     form: Form,
     trial: tuple[Storage, float] | None,
     objective: Objective,
-    dtype: torch.dtype,
-    seed: int,
+    settings: FitSettings,
 ) -> tuple[Form, Judgement]:
     """The cores on the CPU: as they are, or fitted again on all inputs where a trial is given."""
     judged = judge(weight, form, objective)
@@ -161,7 +169,8 @@ def _final_fit(
         storage, gamma = trial
         all_inputs = objective.together()
         matrix = one_matrix(weight, storage.structure.kind, storage.structure.transposed)
-        form = _rounded(_fit(all_inputs.metric(matrix, gamma), storage, LAST, seed, form), dtype)
+        fitted = _fit(all_inputs.metric(matrix, gamma), storage, LAST, settings.seed, form)
+        form = _rounded(fitted, settings.dtype)
         judged = replace(
             judge(weight, form, all_inputs),
             held_out_error=judged.held_out_error,
@@ -170,9 +179,11 @@ def _final_fit(
     return on_device(form, "cpu"), judged.on_cpu()
 
 
-def _gammas(storage: Storage, objective: Objective, rivals: int) -> tuple[float, ...]:
+def _gammas(storage: Storage, objective: Objective, fast: bool, rivals: int) -> tuple[float, ...]:
     """The γ to try: all where two factors are the only storage, else the smallest."""
     if storage.structure.one_matrix:
+        if fast:
+            return objective.gammas[1:3]
         return objective.gammas if rivals == 1 else objective.gammas[:2]
     return (objective.mpo_gamma,)
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,7 +67,8 @@ class OutputDistance:
 
     def __init__(self, statistics: CalibrationStatistics) -> None:
         self._statistics = statistics
-        self._dense = list(self._outputs(statistics.network))
+        self._inputs, self._blocks = statistics.held_out_inputs()
+        self._dense = list(self._outputs(statistics.network, record=True))
 
     @property
     def _state(self) -> dict[str, Tensor]:
@@ -87,7 +89,7 @@ class OutputDistance:
         try:
             for name, tensor in changed.items():
                 state[name].copy_(tensor)
-            return self.of_network(self._statistics.network)
+            return self.of_network(self._statistics.network, self._first_block(layers))
         finally:
             for name, tensor in before.items():
                 state[name].copy_(tensor)
@@ -104,22 +106,39 @@ class OutputDistance:
                 )
         return changed
 
+    def _first_block(self, layers: Iterable[str]) -> int:
+        """The first block of the chain that a change of these layers changes; 0: or what is before it."""
+        return max(0, min((self._blocks.get(name, 0) for name in layers), default=0))
+
     @torch.no_grad()
-    def of_network(self, network: nn.Module) -> float:
-        """The distance of a network of the same architecture in evaluation mode; inf in place of NaN."""
+    def of_network(self, network: nn.Module, start: int = 0) -> float:
+        """The distance of a network of the same architecture in evaluation mode; inf in place of NaN.
+
+        Args:
+            network: whose outputs are compared.
+            start: for the statistics' own network, the block before which nothing of it is changed.
+        """
         total, rows = 0.0, 0
-        for (ours, are_logits), (theirs, _) in zip(self._outputs(network), self._dense, strict=True):
+        for (ours, are_logits), (theirs, _) in zip(self._outputs(network, start), self._dense, strict=True):
             distances = kl_of_rows(ours, theirs) if are_logits else (ours - theirs).square().sum(-1) / 2
             total, rows = total + float(distances.sum()), rows + len(ours)
         return math.inf if math.isnan(total) else max(0.0, total) / rows
 
     @torch.no_grad()
-    def _outputs(self, network: nn.Module) -> Iterator[tuple[Tensor, bool]]:
+    def _outputs(
+        self, network: nn.Module, start: int = 0, record: bool = False
+    ) -> Iterator[tuple[Tensor, bool]]:
         data, device = self._statistics.data, self._statistics.context.device
         with eval_mode(network):
-            for batch in data.held_out:
+            for index, batch in enumerate(data.held_out):
                 part = to_device(batch, device)
-                yield output_of_interest(data.call(network, part), part, data.pooling)
+                with ExitStack() as around:
+                    if record:
+                        around.enter_context(self._inputs.recorded(index))
+                    elif start:
+                        around.enter_context(self._inputs.skipped(start, self._inputs.given(start, index)))
+                    outputs = data.call(network, part)
+                yield output_of_interest(outputs, part, data.pooling)
 
 
 @dataclass(frozen=True)

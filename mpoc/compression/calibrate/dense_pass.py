@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mpoc.compression.calibrate.block_chain import (
     Chain,
+    ChainInputs,
     CutCheck,
     StopPassError,
     features,
@@ -115,6 +116,29 @@ def dense_pass(
     return result
 
 
+def cutting_chain(
+    network: nn.Module, call: Call, batches: Sequence[Batch], trace: Trace, pooling: Pooling | None = None
+) -> Chain:
+    """The chain of blocks that cuts the network in pieces; () where none does.
+
+    Args:
+        network: in evaluation mode, no parameter requires a gradient.
+        call: how it is called.
+        batches: examples to see it on.
+        trace: of this network.
+        pooling: as of :func:`output_of_interest`.
+    """
+    pieces = trace.pieces
+    if pieces is None:
+        return ()
+    before = [path for name in pieces.names(-1) for path in trace.layers[name].modules]
+    batch = to_device({name: values[:EXAMPLES] for name, values in batches[0].items()}, device_of(network))
+    with eval_mode(network):
+        check = CutCheck(network, pieces.chain, before)
+        cuts = check.holds(lambda: output_of_interest(call(network, batch), batch, pooling)[0])
+    return pieces.chain if cuts else ()
+
+
 @dataclass(frozen=True)
 class _Piece:
     """A part of the network, whose layers are measured together."""
@@ -152,13 +176,12 @@ class _Sweep:
         self._scratch = scratch
         self._network, self._call, self._batches, self._trace = network, call, batches, trace
         self._probes, self._device = probes, device_of(network)
-        self._chain: Chain = ()
-        self._others: dict[int, tuple[Any, Any]] = {}  # batch → further arguments of the blocks
-        self._rests: dict[int, Any] = {}  # block → what it gives beside a tensor; None: a tensor alone
+        self._chain = cutting_chain(network, call, batches, trace, probes.pooling)
+        self._inputs = ChainInputs(network, self._chain, scratch)
 
     def pieces(self, mine: Sequence[int]) -> Iterator[_Piece]:
         """The pieces, in the order in which they must run on the batches ``mine``."""
-        own = {block.module for block in self._cut()}
+        own = {block.module for block in self._chain}
         others = [
             (block.module, self._trace.axis((k, position)))
             for k, chain in enumerate(self._trace.chains)
@@ -178,45 +201,14 @@ class _Sweep:
             run = partial(self._run_block, k)
             yield _Piece(pieces.names(k), [(path, axis)], run, count - k, count + 2)
             for index in mine:
-                self._scratch.drop(("input", k + 1, index))
+                self._inputs.drop(k + 1, index)
         yield _Piece(pieces.names(-1), others, self._run_head, count + 1, count + 2)
-
-    def _cut(self) -> Chain:
-        """The chain that cuts the network; () where none does."""
-        pieces = self._trace.pieces
-        if pieces is None:
-            return ()
-        before = [path for name in pieces.names(-1) for path in self._trace.layers[name].modules]
-        batch = {name: values[:EXAMPLES] for name, values in self._batches[0].items()}
-        with eval_mode(self._network):
-            check = CutCheck(self._network, pieces.chain, before)
-            if check.holds(lambda: self._values(to_device(batch, self._device))[0]):
-                self._chain = pieces.chain
-        return self._chain
 
     @torch.no_grad()
     def _keep_inputs(self, mine: Sequence[int]) -> None:
         for index in mine:
-
-            def keep(_: nn.Module, args: Any, named: Any, k: int, index: int = index) -> None:
-                self._scratch.put(("input", k, index), [args[0]])
-                self._others[index] = args[1:], named
-
-            def leave(_: nn.Module, args: Any, output: Any, k: int, index: int = index) -> None:
-                self._rests[k] = output[1:] if isinstance(output, tuple) else None
-                if k == len(self._chain) - 1:
-                    # It may be changed in place.
-                    self._scratch.put(("input", k + 1, index), [given_on(output).clone()])
-
-            with eval_mode(self._network), hooked() as handles:
-                for k, block in enumerate(self._modules):
-                    handles.append(block.register_forward_pre_hook(partial(keep, k=k), with_kwargs=True))
-                    handles.append(block.register_forward_hook(partial(leave, k=k)))
+            with eval_mode(self._network), self._inputs.recorded(index):
                 self._call(self._network, to_device(self._batches[index], self._device))
-
-    @property
-    def _modules(self) -> list[nn.Module]:
-        return [self._network.get_submodule(block.module) for block in self._chain]
 
     def _values(self, batch: Batch) -> tuple[Tensor, bool]:
         return output_of_interest(self._call(self._network, batch), batch, self._probes.pooling)
@@ -236,24 +228,17 @@ class _Sweep:
             yield direction(values, are_logits, generator)
 
     def _run_tail(self, index: int) -> None:
-        """What follows the chain, blocks passing on what they are given."""
+        """What follows the chain."""
         last = self._leaf(len(self._chain), index)
-        count = len(self._chain)
-
-        def skip(given: Tensor, *_: Any, k: int, **__: Any) -> Any:
-            first, rest = last.clone() if k == count - 1 else given, self._rests[k]
-            return first if rest is None else (first, *rest)
-
-        skips = [partial(skip, k=k) for k in range(count)]
-        with replaced_forwards(self._modules, skips):
+        with self._inputs.skipped(len(self._chain), last):
             values, are_logits = self._values(to_device(self._batches[index], self._device))
         _refuse_infinite(values, self._network)
         if values.requires_grad:
             self._backward(values, last, index, list(self._directions(values, are_logits, index)))
 
     def _run_block(self, k: int, index: int) -> None:
-        given, (args, named) = self._leaf(k, index), self._others[index]
-        output = given_on(self._modules[k](given, *args, **named))
+        given, (args, named) = self._leaf(k, index), self._inputs.others(index)
+        output = given_on(self._inputs.modules[k](given, *args, **named))
         if output.requires_grad and (gradients := self._gradients(index)):
             self._backward(output, given, index, gradients)
 
@@ -265,14 +250,13 @@ class _Sweep:
             heads.append(args[0])
             raise StopPassError
 
-        with replaced_forwards(self._modules[:1], [catch]), suppress(StopPassError):
+        with replaced_forwards(self._inputs.modules[:1], [catch]), suppress(StopPassError):
             self._call(self._network, to_device(self._batches[index], self._device))
         if heads[0].requires_grad and (gradients := self._gradients(index)):
             self._backward(heads[0], None, index, gradients)
 
     def _leaf(self, k: int, index: int) -> Tensor:
-        given = self._scratch.get(("input", k, index))[0]
-        return given.detach().requires_grad_(torch.is_grad_enabled())
+        return self._inputs.given(k, index).detach().requires_grad_(torch.is_grad_enabled())
 
     def _gradients(self, index: int) -> list[Tensor]:
         """Those at the input of the piece that was run last, a direction each."""

@@ -30,6 +30,7 @@ class ErrorNorm:
     dense: Tensor  # Σ = E[x xᵀ]
     outputs: Tensor | None = None  # G as in :class:`mpoc.tensor_networks.fit.metric.Metric`
     _known: list[tuple[Tensor, Tensor, float]] = field(default_factory=list, compare=False, repr=False)
+    _wholes: list[tuple[Tensor, float]] = field(default_factory=list, compare=False, repr=False)
 
     def squared(self, matrix: Tensor, approximation: Tensor) -> float:
         """The norm squared for W = ``matrix`` and its approximation Ŵ, both (N_y, N_x); NaN counts as inf.
@@ -54,9 +55,16 @@ class ErrorNorm:
         _, shifted, error = self._known[0]
         return shifted, error
 
+    def whole(self, matrix: Tensor) -> float:
+        """The norm squared of a zero weight, tr G W Σ Wᵀ."""
+        if not self._wholes or self._wholes[0][0] is not matrix:
+            norm = float((weighed(self.outputs, matrix @ self.dense) * matrix).sum())
+            self._wholes[:] = [(matrix, math.inf if math.isnan(norm) else max(0.0, norm))]
+        return self._wholes[0][1]
+
     def relative(self, matrix: Tensor, approximation: Tensor) -> float:
         """The norm relative to that of a zero weight; 0 for 0/0."""
-        whole = self.squared(matrix, torch.zeros_like(matrix))
+        whole = self.whole(matrix)
         return math.sqrt(self.squared(matrix, approximation) / whole) if whole > 0 else 0.0
 
     def of_ranks(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -67,7 +75,7 @@ class ErrorNorm:
         weighed_left = weighed(self.outputs, left)
         squares = (weighed_left.T @ left) * (right @ self.compressed @ right.T)
         joint = ((weighed_left.T @ matrix @ self.cross) * right).sum(1)
-        whole = self.squared(matrix, torch.zeros_like(matrix))
+        whole = self.whole(matrix)
         errors = whole - 2 * joint.cumsum(0) + squares.cumsum(0).cumsum(1).diagonal()
         return errors.clamp(min=0)
 
@@ -150,7 +158,7 @@ class LayerObjective(Objective):
     @cached_property
     def output_weighted_error(self) -> ErrorNorm:
         """The error on held-out inputs, outputs weighted by G."""
-        return replace(self.held_out_error, outputs=self.outputs, _known=[])
+        return replace(self.held_out_error, outputs=self.outputs, _known=[], _wholes=[])
 
     def metric(self, matrix: Tensor, gamma: float) -> Metric:
         """The metric that a fit minimises."""
@@ -221,12 +229,12 @@ class GroupedObjective(LayerObjective):
     @property
     def fit_error(self) -> ErrorNorm:
         """The error on the inputs of the fit."""
-        return replace(self._less_means(self.moments), outputs=self.powers)
+        return replace(self._less_means(self.moments), outputs=self.powers, _known=[], _wholes=[])
 
     @property
     def held_out_error(self) -> ErrorNorm:
         """The error on held-out inputs."""
-        return replace(self._less_means(self.held_out), outputs=self.powers)
+        return replace(self._less_means(self.held_out), outputs=self.powers, _known=[], _wholes=[])
 
     def shift(self, matrix: Tensor, approximation: Tensor) -> Tensor | None:
         """The correction of the mean, from each group's own."""

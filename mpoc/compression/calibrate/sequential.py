@@ -25,7 +25,13 @@ from torch import Tensor
 from mpoc.compression.calibrate.allocation import WAYS, BudgetAllocator
 from mpoc.compression.calibrate.batch_norm import RecalibratedNorms, recalibrated_norms
 from mpoc.compression.calibrate.block_refinement import BlockPosition, BlockRefinement
-from mpoc.compression.calibrate.calibrated_fit import CalibratedFit, Judgement, fit_calibrated, judge
+from mpoc.compression.calibrate.calibrated_fit import (
+    CalibratedFit,
+    FitSettings,
+    Judgement,
+    fit_calibrated,
+    judge,
+)
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer
@@ -283,10 +289,14 @@ class SequentialFit:
         name = plan.map.name
         with self._group.all_or_raise():
             weight = read_finite(self._checkpoint, name).to(self._device)
-        dtype = getattr(torch, plan.stored_dtype)
-        seed = zlib.crc32(name.encode()) ^ self._recipe.seed
+        settings = FitSettings(
+            getattr(torch, plan.stored_dtype),
+            zlib.crc32(name.encode()) ^ self._recipe.seed,
+            apart,
+            self._recipe.effort == "fast",
+        )
         storages = self._allocator.storages(plan)
-        fit = fit_calibrated(weight, storages, objective, dtype, seed, apart, self._group)
+        fit = fit_calibrated(weight, storages, objective, settings, self._group)
         with self._group.all_or_raise():
             check_finite_cores(fit.form, weight, self._checkpoint, plan)
             fitted = self._stored(plan, fit)

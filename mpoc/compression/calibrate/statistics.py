@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpoc.compression.calibrate.block_chain import ChainInputs
 from mpoc.compression.calibrate.cache import cached_or_measured, calibration_fingerprint
 from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
-from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
+from mpoc.compression.calibrate.dense_pass import Probes, cutting_chain, dense_pass
 from mpoc.compression.calibrate.layer_inputs import (
     ConvInputs,
     EmbeddingInputs,
@@ -43,12 +44,13 @@ from mpoc.compression.calibrate.taps import add_taps
 from mpoc.compression.calibrate.trace import UNREACHED, Example, Trace, trace_batches
 from mpoc.compression.run_context import Progress, RunContext
 from mpoc.io.keyed_store import Scratch
-from mpoc.models.call import Batch, first_output, num_examples, to_device
+from mpoc.models.call import Batch, first_output, main_input, num_examples, to_device
 from mpoc.models.introspection import same_tensor
 from mpoc.train.evaluate import try_call
 
 _WIDEST = 12_288  # outputs or inputs: the second moments are squares of that, in float64
 _PROBES = 2  # random directions in the output, a batch
+_KEPT_BYTES = 256 * 1024**2  # of the inputs of blocks in held-out batches
 _POSITIONS = 64  # of a convolution, an example: more are nearly the same rows again
 
 
@@ -251,6 +253,20 @@ class CalibrationStatistics:
         """
         fit, held_out = (passes.examples(position) for passes in self._pair(compressed))
         return fit, held_out
+
+    def held_out_inputs(self) -> tuple[ChainInputs, dict[str, int]]:
+        """Where the inputs of a chain's blocks in held-out batches are kept, and the block of each layer.
+
+        Without a chain that cuts the network, or without room for the inputs, there are no blocks.
+        """
+        data, pieces = self.data, self._trace.pieces
+        chain = cutting_chain(self.network, data.call, data.held_out, self._trace, data.pooling)
+        share = sum(main_input(batch).numel() for batch in data.held_out) / self._trace.numbers
+        if sum(block.nbytes for block in chain) * share > _KEPT_BYTES and not self._scratch.has_folder:
+            chain = ()
+        blocks = pieces.of if pieces is not None and chain else {}
+        own = {self._named[weight]: block for weight, block in blocks.items()}
+        return ChainInputs(self.network, chain, self._scratch), own
 
     def _pair(self, compressed: nn.Module) -> list[PairedPass]:
         if compressed is not self._compressed:

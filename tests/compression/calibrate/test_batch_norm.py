@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from mpoc.compression.calibrate.batch_norm import recalibrated_norms
+from mpoc.compression.calibrate.block_chain import ChainInputs
 from mpoc.compression.calibrate.candidates import OutputDistance
 from mpoc.compression.run_context import RunContext
+from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Call
 from tests.compression.calibrate.networks import damaged, images, resnet20
 
@@ -23,7 +25,12 @@ def distance_from(network: nn.Module) -> OutputDistance:
 
 def distance_from_own(network: nn.Module, held_out: list[Any]) -> OutputDistance:
     data = SimpleNamespace(held_out=held_out, call=Call.of(network), pooling=None)
-    study: Any = SimpleNamespace(network=network, data=data, context=RunContext(torch.device("cpu")))
+    study: Any = SimpleNamespace(
+        network=network,
+        data=data,
+        context=RunContext(torch.device("cpu")),
+        held_out_inputs=lambda: (ChainInputs(network, (), Scratch()), {}),
+    )
     return OutputDistance(study)
 
 

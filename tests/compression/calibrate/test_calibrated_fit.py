@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, unfold
 
-from mpoc.compression.calibrate.calibrated_fit import CalibratedFit, Storage, fit_calibrated
+from mpoc.compression.calibrate.calibrated_fit import CalibratedFit, FitSettings, Storage, fit_calibrated
 from mpoc.compression.calibrate.moments import Accumulator
 from mpoc.compression.calibrate.objective import LayerObjective, one_matrix
 from mpoc.tensor_networks.fit.metric import weighted_svd
@@ -52,7 +52,7 @@ def fit_of(
     structure: Structure, bond: int, known: LayerObjective, weight: Tensor | None = None, rank: int = 0
 ) -> CalibratedFit:
     weight = a_weight() if weight is None else weight
-    return fit_calibrated(weight, [Storage(structure, bond, rank)], known, torch.float64, 0)
+    return fit_calibrated(weight, [Storage(structure, bond, rank)], known, FitSettings(torch.float64))
 
 
 LOW_RANK = low_rank_structure("linear", (N_Y, N_X))
@@ -137,7 +137,9 @@ def test_auto_never_loses_to_whitened_svd(rank: int, seed: int) -> None:
     weight = a_weight(seed)
     two = Storage(LOW_RANK, rank)
     chain = Storage(CHAIN, max(b for b in range(1, 12) if CHAIN.num_parameters(b) <= two.num_parameters))
-    both = [fit_calibrated(weight, forms, known, torch.float64, 0) for forms in ([two], [chain, two])]
+    both = [
+        fit_calibrated(weight, forms, known, FitSettings(torch.float64)) for forms in ([two], [chain, two])
+    ]
     assert both[1].same_size["this"] <= both[0].same_size["this"]
     metric = known.together().metric(weight, both[0].gamma)
     left, right = weighted_svd(known.together().whitened(weight)).factors(rank)
@@ -156,7 +158,7 @@ def test_sum_beats_its_terms() -> None:
     low = low @ torch.randn(2, N_X, generator=generator, dtype=torch.float64)
     weight = matrix_of(chain) + low
     fits = [
-        fit_calibrated(weight, [storage], known, torch.float64, 0)
+        fit_calibrated(weight, [storage], known, FitSettings(torch.float64))
         for storage in (Storage(CHAIN.as_form("svd+mpo"), 2, 2), Storage(CHAIN, 4), Storage(LOW_RANK, 4))
     ]
     assert [len(fit.form.terms) for fit in fits] == [2, 1, 1]

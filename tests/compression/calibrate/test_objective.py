@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.compression.calibrate.calibrated_fit import Storage, fit_calibrated
+from mpoc.compression.calibrate.calibrated_fit import FitSettings, Storage, fit_calibrated
 from mpoc.compression.calibrate.moments import Accumulator, one_hot_moments
 from mpoc.compression.calibrate.objective import EmbeddingObjective, GroupedObjective
 from mpoc.tensor_networks.fit.metric import weighted_svd
@@ -68,7 +68,7 @@ def test_errors_of_all_ranks_match_single_fits() -> None:
 @pytest.mark.parametrize("structure", [LOW_RANK, CHAIN])
 def test_fit_generalises_to_other_texts(structure: Structure) -> None:
     objective, matrix = known(tokens(200, 0), tokens(50, 1)), table()
-    fit = fit_calibrated(matrix, [Storage(structure, 3)], objective, torch.float64, 0)
+    fit = fit_calibrated(matrix, [Storage(structure, 3)], objective, FitSettings(torch.float64))
     assert fit.judged.shift is None
     assert fit.gamma in (
         EmbeddingObjective.gammas if structure is LOW_RANK else (EmbeddingObjective.mpo_gamma,)
@@ -92,8 +92,7 @@ def test_exact_at_full_bond(structure: Structure) -> None:
         table(),
         [Storage(structure, structure.full_bond)],
         known(tokens(200, 0), tokens(50, 1)),
-        torch.float64,
-        0,
+        FitSettings(torch.float64),
     )
     torch.testing.assert_close(matrix_of(fit.form), table(), rtol=1e-6, atol=1e-6)
 
@@ -102,7 +101,7 @@ def test_handles_a_layer_without_effect() -> None:
     objective = known(tokens(200, 0), tokens(50, 1))
     deaf = EmbeddingObjective(objective.moments, objective.held_out, torch.zeros_like(objective.outputs))
     for structure in (LOW_RANK, CHAIN):
-        fit = fit_calibrated(table(), [Storage(structure, 3)], deaf, torch.float64, 0)
+        fit = fit_calibrated(table(), [Storage(structure, 3)], deaf, FitSettings(torch.float64))
         assert bool(matrix_of(fit.form).isfinite().all())
 
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from mpoc.compression.calibrate.candidates import Replacement
-from mpoc.compression.calibrate.statistics import MeanCorrection
-from tests.compression.calibrate.networks import images
+from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
+from mpoc.compression.calibrate.candidates import OutputDistance, Replacement
+from mpoc.compression.calibrate.statistics import CalibrationStatistics, MeanCorrection
+from mpoc.compression.run_context import RunContext
+from mpoc.models.call import Call
+from tests.compression.calibrate.networks import encoder, images, texts, weights
 from tests.compression.calibrate.test_batch_norm import distance_from_own
 
 
@@ -48,3 +51,21 @@ def test_restores_layers_after_measuring() -> None:
     with pytest.raises(RuntimeError):  # of another shape
         distance.of({"w": Replacement(torch.ones(7, 7), None)})
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_passes_that_begin_at_a_block_give_what_whole_passes_give() -> None:
+    network = encoder()
+    held_out = [texts((9, 4, 6)), texts((5, 7), seed=1)]
+    names = weights(network)
+    places = {name: name for name in network.state_dict()}
+    data = CalibrationData(network.requires_grad_(False), places, Call.of(network), held_out, held_out)
+    context = RunContext(torch.device("cpu"))
+    study = CalibrationStatistics(data, CalibrationRequest(None), names, context)
+    distance = OutputDistance(study)
+    assert {distance._first_block([name]) for name in names} == {0, 1, 2}
+    for name in names:
+        other = copy.deepcopy(network)
+        with torch.no_grad():
+            other.get_parameter(name).mul_(0.9)
+        layer = Replacement(other.get_parameter(name).detach().clone(), None)
+        assert distance.of({name: layer}) == distance.of_network(other) > 0
