@@ -60,7 +60,7 @@ def print_report(
     narrow = console.width < _NARROW
     console.print(_table(manifest, seconds, narrow))
     for layer in manifest.layers:
-        if narrow and layer.form == "dense":
+        if narrow and layer.reason:
             console.print(plain(f"{layer.layer}: {layer.reason}"), soft_wrap=True)
     for line in summary(manifest, nbytes, predicted):
         console.print(plain(line), soft_wrap=True)
@@ -74,6 +74,8 @@ def _table(manifest: Manifest, seconds: dict[str, float] | None, narrow: bool) -
             table.add_column(title, overflow="fold")
     table.add_column("parameters", justify="right", overflow="fold")
     table.add_column("ρ", justify="right", no_wrap=True)
+    table.add_column("stored as", overflow="fold")
+    table.add_column("bits", justify="right", no_wrap=True)
     table.add_column("rel. error", justify="right", no_wrap=True)
     calibrated = any(layer.output_error is not None for layer in manifest.layers)
     if calibrated:
@@ -88,12 +90,13 @@ def _table(manifest: Manifest, seconds: dict[str, float] | None, narrow: bool) -
             del row[2]
         elif seconds is not None:
             row.append(f"{seconds.get(layer.name, 0):.2f}")
-        table.add_row(*row, style="dim" if layer.form == "dense" else None)
+        table.add_row(*row, style=None if layer.is_changed else "dim")
     return table
 
 
 def _row(layer: LayerRecord) -> list[str]:
     shape = times(layer.shape) + (" ᵀ" if layer.transposed else "")
+    stored = [plain(layer.storage_text), f"{layer.bits_per_weight:.2f}", _relative_error(layer)]
     if layer.form == "dense":
         return [
             plain(layer.layer),
@@ -102,14 +105,11 @@ def _row(layer: LayerRecord) -> list[str]:
             "dense",
             f"{layer.num_original:,}",
             "1",
-            "0",
+            *stored,
         ]
     factors = f"{times(layer.output_factors)} / {times(layer.input_factors)}"
     if any(layer.padding):
         factors += " padded by " + " and ".join(map(str, layer.padding))
-    error = "" if layer.relative_error is None else f"{layer.relative_error:.4f}"
-    if layer.relative_error is not None and 0 < layer.relative_error < 1e-4:
-        error = f"{layer.relative_error:.1e}"
     return [
         plain(layer.layer),
         shape,
@@ -117,8 +117,16 @@ def _row(layer: LayerRecord) -> list[str]:
         ("" if layer.structure.topology is CHAIN else f"{layer.form} ") + layer.bonds_text(),
         f"{layer.num_original:,} → {layer.num_stored:,}",
         f"{layer.rho:.4f}",
-        error,
+        *stored,
     ]
+
+
+def _relative_error(layer: LayerRecord) -> str:
+    if not layer.is_changed:
+        return "0"
+    if layer.relative_error is None:
+        return ""
+    return f"{layer.relative_error:.1e}" if 0 < layer.relative_error < 1e-4 else f"{layer.relative_error:.4f}"
 
 
 def _output_error(layer: LayerRecord) -> str:

@@ -27,8 +27,8 @@ class LayerShare:
     """A layer that takes part in a budget."""
 
     structure: Structure
-    stored_cost: int  # cost of one number in a core: 1, or its bytes
-    dense_cost: int  # cost of one number of the layer left dense
+    stored_cost: float  # cost of one number in a core: 1, or its bytes
+    dense_cost: float  # cost of one number of the layer left dense
 
 
 def smallest_bonds(shares: list[LayerShare]) -> Bonds:
@@ -66,7 +66,7 @@ def bonds_within_size(shares: list[LayerShare], size: int, predict: Callable[[Bo
     )
 
 
-def uniform_bonds(shares: list[LayerShare], budget: int) -> Bonds | None:
+def uniform_bonds(shares: list[LayerShare], budget: float) -> Bonds | None:
     """Choose bonds at the largest common ρ within ``budget``, or None if even bond 1 costs more.
 
     All layers stay dense if the budget covers that. The sum of their costs never exceeds ``budget``.
@@ -108,17 +108,17 @@ def largest_bond(structure: Structure, ratio: float) -> int | None:
     return low
 
 
-def _layer_cost(share: LayerShare, bond: int | None) -> int:
+def _layer_cost(share: LayerShare, bond: int | None) -> float:
     if bond is None:
         return share.structure.num_original * share.dense_cost
     return share.structure.num_parameters(bond) * share.stored_cost
 
 
-def _cost(shares: list[LayerShare], bonds: Bonds) -> int:
+def _cost(shares: list[LayerShare], bonds: Bonds) -> float:
     return sum(_layer_cost(share, bond) for share, bond in zip(shares, bonds, strict=True))
 
 
-def _spend_rest(shares: list[LayerShare], bonds: Bonds, budget: int) -> Bonds:
+def _spend_rest(shares: list[LayerShare], bonds: Bonds, budget: float) -> Bonds:
     """Raise bonds by one, lowest ρ first, while the sum stays within the budget."""
     rest = budget - _cost(shares, bonds)
     open_layers = {k for k, bond in enumerate(bonds) if bond is not None}

@@ -125,7 +125,7 @@ def _stored(
     chosen = list(_matching(manifest.replaced, options))
     if not chosen:
         raise UsageError(f"{path}: no compressed layer is chosen", "--layers and --exclude decide")
-    cores, dense = open_compressed(path), None if against is None else open_checkpoint(model)
+    cores, dense = open_compressed(path, manifest), None if against is None else open_checkpoint(model)
     if dense is not None:
         _check_weights(dense, chosen, path)
     left = len(manifest.layers) - len(manifest.replaced)

@@ -76,7 +76,7 @@ def expand_checkpoint(
     manifest = read_manifest(source)
     refuse_existing(output, source, force)
     refuse_misnamed(output, source)
-    stored = open_compressed(source)
+    stored = open_compressed(source, manifest)
     for layer in manifest.replaced:
         check_cores(stored, layer)
         _refuse_too_large(source, layer)

@@ -72,6 +72,8 @@ def compress(
     discard: float | None = None,
     ratio: float | None = None,
     size: int | str | None = None,
+    bits: int | None = None,
+    storage: str | None = None,
     recipe: Recipe | str | PathLike[str] | None = None,
     form: str | None = None,
     layers: str | Iterable[str] | None = None,
@@ -103,7 +105,7 @@ def compress(
 
     Every weight is factorised by TT-SVD (Oseledets 2011; Eq. 5 of Gao et al. 2020), or in the given form. The
     modules' classes say what kinds of layers there are. Exactly one goal is needed, here or in the recipe:
-    ``bond``, ``max_error``, ``discard`` (which ``bond`` may cap), ``ratio`` or ``size``.
+    ``bond``, ``max_error``, ``discard`` (which ``bond`` may cap), ``ratio``, ``size``, or ``bits`` alone.
 
     Args:
         model: the network, on any device, with floating-point weights. Its modules stay the same objects, but
@@ -113,6 +115,9 @@ def compress(
         discard: largest share of the squared Schmidt values that each bond may lose, between 0 and 1.
         ratio: largest ρ, parameters stored over parameters before, of all selected layers together.
         size: size limit of the file that :func:`mpoc.save` writes, in bytes or as ``"20MB"``.
+        bits: bits of a number that is stored: 2, 3, 4, 5, 6 or 8. Alone it is a goal, and every layer stays
+            dense. Weights take the values that they are rounded to; :func:`mpoc.save` writes their codes.
+        storage: ``"grid"`` (the default with ``bits``), ``"coded"`` or ``"float"``.
         recipe: a :class:`mpoc.Recipe`, or a TOML file with one. Arguments override it.
         form: ``"mpo"`` (the default), ``"svd"``, ``"tree"`` or ``"mera"``.
         layers: glob patterns, or regular expressions after ``re:``; only matching layers are compressed.
@@ -150,6 +155,8 @@ def compress(
             "discard": discard,
             "ratio": ratio,
             "size": None if size is None else parse_size(size),
+            "bits": bits,
+            "storage": storage,
             "form": form,
             "effort": effort,
             "layers": _texts(layers),
@@ -169,7 +176,7 @@ def compress(
         job, fitted, changed = _fit(model, chosen, sample, request)
     manifest = job.manifest([fit.record for fit in fitted])
     _swap(model, fitted, changed)
-    remember(model, manifest)
+    remember(model, manifest, {fit.record.name: fit.entries for fit in fitted if fit.codes})
     return Report(manifest, saved_bytes(*describe(model)))
 
 
@@ -262,7 +269,7 @@ def _fit(
             job = _calibrated_job(model, source, request)
             layers = {fit.record.name: fit for fit in job.fits()}
             fitted, changed = [layers[plan.map.name] for plan in job.plans], job.finish()
-    if not any(fit.cores for fit in fitted):
+    if not any(fit.record.is_changed for fit in fitted):
         first = fitted[0].record
         raise MpocError(
             f"no layer would shrink, so nothing was changed ({first.layer}: {first.reason})",

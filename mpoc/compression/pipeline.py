@@ -171,6 +171,6 @@ def _dry_run(job: Job, output: Path) -> Compression:
     nbytes = predict_size(
         opened.checkpoint, opened.selection, job.recipe, job.plans, layers if fitted else None
     )
-    if not manifest.replaced:
+    if not manifest.changed:
         notes.append("no layer would be compressed: without --dry-run this ends with an error")
     return Compression(manifest, output, nbytes, False, times, notes)

@@ -15,6 +15,7 @@ from mpoc.compression.budget import Bonds, LayerShare, bonds_within_size, smalle
 from mpoc.compression.recipe import LayerRule, Recipe
 from mpoc.compression.selection import LinearMap, Selection, check_pattern, matches
 from mpoc.errors import MpocError, UsageError, command_line
+from mpoc.io.coded_parts import Rounding
 from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.safetensors_header import ITEMSIZE
 from mpoc.tensor_networks.factors import LEARNED, MOST_INPUTS, order_fits
@@ -51,6 +52,7 @@ class LayerPlan:
     stored_dtype: str
     goal: Goal
     learns_order: bool = False  # the order of its inputs is learned from the weight
+    rounding: Rounding | None = None  # how what is stored is rounded; None: to floats of ``stored_dtype``
 
     @property
     def is_dense(self) -> bool:
@@ -79,12 +81,21 @@ class LayerPlan:
         """Whether the weight's spectrum decides how far bonds are below the cap."""
         return isinstance(self.goal, Truncation) and self.goal.is_open
 
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the layer is left as it is: dense, and not rounded."""
+        return self.is_dense and self.rounding is None
+
     def left_dense(self, reason: str) -> LayerPlan:
         """The same layer, dense."""
         return replace(self, goal=Dense(reason))
 
     def record(self) -> LayerRecord:
         """The layer as the report shows it; counts are upper bounds if the spectrum decides, else exact."""
+        record = self._float_record()
+        return record if self.rounding is None else self.rounding.planned(record)
+
+    def _float_record(self) -> LayerRecord:
         base = LayerRecord(
             name=self.map.name,
             kind=self.map.kind,
@@ -95,6 +106,7 @@ class LayerPlan:
             num_stored=self.structure.num_original,
             stored_dtype=self.map.dtype,
             reason=self.goal.reason if isinstance(self.goal, Dense) else "",
+            transposed=self.map.transposed and self.rounding is not None,
         )
         if isinstance(self.goal, Dense):
             return base
@@ -179,7 +191,10 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
             command_line("--order", f"{map.layer}=raster"),
         )
     goal = Dense("the recipe leaves it dense") if rule.dense else _goal(map, structure, rule, recipe)
-    return LayerPlan(map, structure, recipe.dtype or map.dtype, goal, learns)
+    storage, bits = recipe.storage_for(map.name)
+    if bits is None:
+        return LayerPlan(map, structure, recipe.dtype or map.dtype, goal, learns)
+    return LayerPlan(map, structure, map.dtype, goal, learns, Rounding(storage, bits))
 
 
 def _structure(
@@ -231,7 +246,9 @@ def _goal(map: LinearMap, structure: Structure, rule: LayerRule, recipe: Recipe)
         return Truncation(full, tolerance=given.max_error)
     if given.discard is not None:
         return Truncation(min(given.bond or full, full), discard=given.discard)
-    return BudgetItem() if given.bond is None else Truncation(given.bond)
+    if given.bond is not None:
+        return Truncation(given.bond)
+    return BudgetItem() if recipe.has_budget else Dense()
 
 
 def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> list[LayerPlan]:
@@ -275,10 +292,14 @@ def _shares(plans: list[LayerPlan], in_bytes: bool = False) -> list[LayerShare]:
     open_plans = [plan for plan in plans if plan.awaits_share]
     if not in_bytes:
         return [LayerShare(plan.structure, 1, 1) for plan in open_plans]
-    return [
-        LayerShare(plan.structure, ITEMSIZE[plan.stored_dtype], ITEMSIZE[plan.map.dtype])
-        for plan in open_plans
-    ]
+    return [LayerShare(plan.structure, *_costs(plan)) for plan in open_plans]
+
+
+def _costs(plan: LayerPlan) -> tuple[float, float]:
+    """About the bytes of a number of the cores, and of the layer left dense."""
+    if plan.rounding is not None:
+        return plan.rounding.bits / 8, plan.rounding.bits / 8
+    return ITEMSIZE[plan.stored_dtype], ITEMSIZE[plan.map.dtype]
 
 
 def _with_bonds(plans: list[LayerPlan], bonds: Bonds) -> list[LayerPlan]:

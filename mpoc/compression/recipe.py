@@ -24,6 +24,7 @@ from typing import Any
 from mpoc.compression.recipe_syntax import (
     InputShape,
     ShapeRule,
+    check_storage,
     geometry_at,
     parse_input_shape,
     parse_shape,
@@ -43,8 +44,14 @@ STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 EFFORTS = ("fast", "balanced", "thorough")
 DEFAULT_EFFORT = "balanced"
 GOALS = ("bond", "discard", "ratio", "max_error", "size", "max_drop")
-GOAL = "Goal (exactly one; --bond may cap --discard)"
+GOAL = "Goal (exactly one; --bond may cap --discard, --bits go with any)"
 _LAYERS = f"{ADVANCED}: which layers"
+# Where a later rule sets one of these, it takes back what earlier ones say of the others.
+_OVERRIDDEN_TOGETHER = (
+    ("bond", "max_error", "discard", "dense"),
+    ("form", "sites", "shape"),
+    ("bits", "storage"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class LayerRule:
     conv: str | None = None
     input_shape: InputShape | None = None
     dense: bool | None = None
+    bits: int | None = None
+    storage: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,8 @@ class Recipe:
     """All options of a compression.
 
     Exactly one goal is set, but ``bond`` may cap ``discard``, and a trial of ``max_drop`` has its ``ratio``
-    too. ``form`` None means ``auto`` for a calibrated budget, else ``mpo``; ``dtype`` None means each
+    too. ``bits`` alone leave every layer dense and round its weight; beside a goal they round the cores.
+    ``form`` None means ``auto`` for a calibrated budget, else ``mpo``; ``dtype`` None means each
     weight's own.
     """
 
@@ -93,6 +103,7 @@ class Recipe:
     max_drop: float | None = option(
         "Find the smallest output that loses at most this of the metric (--eval).", None, panel=GOAL
     )
+    bits: int | None = option("Round what is stored to 2, 3, 4, 5, 6 or 8 bits a number.", None, panel=GOAL)
     layers: tuple[str, ...] = option(
         "Compress only layers that match: glob, or re:REGEX. Repeatable.",
         (),
@@ -169,6 +180,13 @@ class Recipe:
         panel=ADVANCED,
         shown="each weight's own",
     )
+    storage: str | None = option(
+        "Store numbers on a grid, entropy-coded or as floats.",
+        None,
+        metavar="grid|coded|float",
+        panel=ADVANCED,
+        shown="grid with --bits",
+    )
     device: str = option("Compute on auto, cpu, cuda, cuda:1, …", "auto", panel=ADVANCED)
     seed: int = option("Seed the randomised range finder.", 0, panel=ADVANCED)
     max_shard_size: int = option(
@@ -192,7 +210,7 @@ class Recipe:
             if not calibrated:
                 hint = "--calibrate DATA"
                 raise UsageError(f"--form {form} requires --calibrate: it compares what layers do", hint)
-            if not self._has_budget:
+            if not self.has_budget:
                 hint = "--ratio 0.5"
                 raise UsageError(f"--form {form} requires a budget: --ratio or --size", hint)
         if self.effort is not None and not calibrated:
@@ -210,11 +228,12 @@ class Recipe:
                 )
         effort = self.effort or (DEFAULT_EFFORT if calibrated else None)
         return replace(
-            self, effort=effort, form=self.form or ("auto" if calibrated and self._has_budget else "mpo")
+            self, effort=effort, form=self.form or ("auto" if calibrated and self.has_budget else "mpo")
         )
 
     @property
-    def _has_budget(self) -> bool:
+    def has_budget(self) -> bool:
+        """Whether one goal is shared among all layers."""
         return any(goal is not None for goal in (self.ratio, self.size, self.max_drop))
 
     def rule_for(self, name: str) -> LayerRule:
@@ -225,11 +244,19 @@ class Recipe:
                 continue
             given = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "pattern"}
             given = {key: value for key, value in given.items() if value is not None}
-            for group in (("bond", "max_error", "discard", "dense"), ("form", "sites", "shape")):
+            for group in _OVERRIDDEN_TOGETHER:
                 if given.keys() & set(group):
                     given = dict.fromkeys(group) | given
             merged = replace(merged, **given)
         return merged
+
+    def storage_for(self, name: str) -> tuple[str, int | None]:
+        """How the numbers of this layer are stored, and their bits: ``("float", None)``: not rounded."""
+        rule = self.rule_for(name)
+        bits = rule.bits or self.bits
+        wanted = None if rule.bits and self.storage == "float" else self.storage
+        storage = rule.storage or wanted or ("grid" if bits else "float")
+        return (storage, None) if storage == "float" else (storage, bits)
 
     def order_for(self, name: str, kind: str, inputs: int) -> str:
         """The order asked for this layer's inputs; ``""``: as they are."""
@@ -330,21 +357,25 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.effort is not None and recipe.effort not in EFFORTS:
         known = ", ".join(EFFORTS)
         raise UsageError(f"--effort {recipe.effort!r}: not one of {known}{nearest(recipe.effort, EFFORTS)}")
+    check_storage("--", recipe.storage, recipe.bits)
     _check_conv(recipe)
     every = (recipe.rules, recipe.shape, recipe.order, recipe.input_shape)
     check_regular_expressions(rule.pattern or "" for rules in every for rule in rules)
     _check_form("--form", recipe.form, recipe.sites)
     for rule in recipe.rules:
         _check_rule(f"layer {rule.pattern!r}:", rule)
+        bits = rule.bits if rule.storage == "float" else rule.bits or recipe.bits
+        check_storage(f"layer {rule.pattern!r}: ", rule.storage, bits)
 
 
 def _check_goals(recipe: Recipe) -> None:
     goals = [goal for goal in GOALS if getattr(recipe, goal) is not None]
-    if len(goals) != 1 and goals != ["bond", "discard"]:
+    by_bits = not goals and recipe.bits is not None
+    if len(goals) != 1 and goals != ["bond", "discard"] and not by_bits:
         given = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
         raise UsageError(
             "exactly one of --bond, --discard, --ratio, --max-error, --size and --max-drop is needed (--bond "
-            f"may cap --discard); given: {given}",
+            f"may cap --discard), or --bits; given: {given}",
             "mpoc compress MODEL --ratio 0.5",
         )
 

@@ -15,16 +15,40 @@ from typing import Any, get_args, get_origin, get_type_hints
 from mpoc.compression.selection import matches
 from mpoc.errors import UsageError, command_line, excluding, nearest, shortened
 from mpoc.io.validation import check_fields, read_bounded
+from mpoc.quantize.storage import GRID_BITS
 from mpoc.runtime.options import Option
 from mpoc.tensor_networks.geometry import Geometry, make_geometry
 
 _LONGEST = 1000  # characters: none that is meant has more
+STORAGES = ("grid", "coded", "float")
 _NUMBERS = ("stride", "padding", "dilation")
 _KEYS = (*_NUMBERS, "groups", "padding_mode")
 _FORM = re.compile(
     r"(?:(?!\d+(?:x\d+)*:)(?P<pattern>.+?)=)?"
     r"(?P<size>\d+(?:x\d+)*)(?::(?P<settings>\w+=\w+(?:,\w+=\w+)*))?"
 )
+
+
+def check_storage(where: str, storage: str | None, bits: int | None) -> None:
+    """Check how numbers are to be stored: ``grid`` and ``coded`` take bits, ``float`` takes none.
+
+    Args:
+        where: the beginning of a message, as ``"--"``.
+        storage: one of ``STORAGES``; None: not given.
+        bits: of a number; None: not given.
+
+    Raises:
+        UsageError: another storage or number of bits, or they do not go together.
+    """
+    if storage is not None and storage not in STORAGES:
+        known = ", ".join(STORAGES)
+        raise UsageError(f"{where}storage {storage!r}: not one of {known}{nearest(storage, STORAGES)}")
+    if bits is not None and bits not in GRID_BITS:
+        raise UsageError(f"{where}bits {bits}: must be one of {', '.join(map(str, GRID_BITS))}", "--bits 4")
+    if storage == "float" and bits is not None:
+        raise UsageError(f"{where}storage float is not rounded to bits, got bits {bits}", "--storage grid")
+    if storage in ("grid", "coded") and bits is None:
+        raise UsageError(f"{where}storage {storage} requires bits", f"--bits 4 --storage {storage}")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +28,7 @@ from mpoc.compression.recipe import Recipe
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.atomic import Place, naming, scratch_beside
 from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.coded_parts import codes_from_file
 from mpoc.io.keyed_store import digest, find_item, open_item, put_item
 from mpoc.io.manifest import LayerRecord, record_to_json
 from mpoc.io.manifest_reader import record_from_json
@@ -70,14 +71,15 @@ class LayerCache:
         Raises:
             OSError: writing failed (a full disk).
         """
-        tensors = dict(zip(fitted.record.core_names, fitted.cores, strict=True)) if fitted.cores else {}
+        changed = {name: tensor for name, tensor in fitted.changed.items() if name != fitted.record.name}
         record = {
             "record": record_to_json(fitted.record),
-            "changed": sorted(fitted.changed),
+            "changed": sorted(changed),
             "seconds": seconds,
             "losses": dict(fitted.losses),
         }
-        self._write(self._path(number), record, {**tensors, **fitted.changed}, self._fingerprint(number))
+        entries = [*fitted.entries, *(Entry.of(*item) for item in changed.items())]
+        self._write(self._path(number), record, entries, self._fingerprint(number))
 
     def count(self) -> int:
         """The number of finished layers."""
@@ -103,22 +105,24 @@ class LayerCache:
         kept = item.record
         record = record_from_json(kept["record"])
         entries = {name: [item.entry(name)] for name in kept["changed"]}
-        cores = [item.entry(name) for name in item.tensors.infos if name not in entries]
-        if cores:
-            entries[record.name] = sorted(cores, key=lambda entry: record.core_names.index(entry.info.name))
+        if record.is_changed:
+            entries[record.name] = [item.entry(name) for name in record.file_names]
         return CachedLayer(record, entries, kept["seconds"], kept["losses"])
 
     def fitted(self, number: int) -> Fitted:
         """The same in memory, as it was fitted."""
         layer = self.layer(number)
-        read = {name: [entry.read() for entry in entries] for name, entries in layer.entries.items()}
-        cores = read.pop(layer.record.name, [])
+        read = {entry.info.name: entry.read() for entries in layer.entries.values() for entry in entries}
         losses = {name: (before, after) for name, (before, after) in layer.losses.items()}
-        return Fitted(layer.record, cores, {name: tensor for name, (tensor,) in read.items()}, losses)
+        record, changed = layer.record, {name: read[name] for name in layer.entries if name in read}
+        if not record.storage:
+            return Fitted(record, [read[name] for name in record.core_names], changed, losses)
+        codes = [codes_from_file(part, read) for part in record.coded_parts]
+        return replace(Fitted.rounded(record, codes, changed), losses=losses)
 
     def keep_others(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors that belong to no single layer."""
-        self._write(self._others, None, tensors, {})
+        self._write(self._others, None, [Entry.of(*item) for item in tensors.items()], {})
 
     def others(self) -> dict[str, list[Entry]]:
         """These tensors, by the name of the source's tensor that each replaces."""
@@ -129,10 +133,7 @@ class LayerCache:
     def _others(self) -> Path:
         return self._folder / "others.safetensors"
 
-    def _write(
-        self, path: Path, record: Any, tensors: Mapping[str, Tensor], fingerprint: Mapping[str, str]
-    ) -> None:
-        entries = [Entry.of(name, tensor) for name, tensor in tensors.items()]
+    def _write(self, path: Path, record: Any, entries: list[Entry], fingerprint: Mapping[str, str]) -> None:
         put_item(path, record, fingerprint, entries, durable=self._keys is not None, announced=False)
 
     def _fingerprint(self, number: int) -> dict[str, str]:

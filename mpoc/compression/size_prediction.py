@@ -23,6 +23,7 @@ from mpoc.tensor_networks.factors import LEARNED
 
 # The most digits that a figure of the manifest can take.
 LONGEST_FIGURE = 1.23456e-104
+_MOST_OF_A_CODE = 10  # bytes
 
 
 def make_manifest(
@@ -85,10 +86,10 @@ def predict_size(
         records = [r if r.name in alone else _with_calibrated_figures(r) for r in records]
     manifest = make_manifest(checkpoint, selection, recipe, records)
     manifest = replace(manifest, calibration=calibration or {})
-    replaced = {record.name: record for record in manifest.replaced}
+    changed = {record.name: record for record in manifest.changed}
     infos: list[TensorInfo] = []
     for name, info in checkpoint.infos.items():
-        infos += _core_infos(replaced[name]) if name in replaced else [info]
+        infos += stored_infos(changed[name]) if name in changed else [info]
     data = sum(info.nbytes for info in infos)
     data += sum(_more_than_planned(plan) for plan in undecided)
     if not checkpoint.is_directory:
@@ -106,12 +107,16 @@ def _more_than_planned(plan: LayerPlan) -> int:
     """
     record = plan.record()
     widest = max(ITEMSIZE[record.dtype], ITEMSIZE[record.stored_dtype])
-    return record.num_original * widest - record.num_stored * ITEMSIZE[record.stored_dtype]
+    if plan.rounding is not None:  # a short row takes a word and its scale
+        widest = _MOST_OF_A_CODE
+    return record.num_original * widest - record.stored_bytes
 
 
 def _with_longest_figures(record: LayerRecord, in_tolerance: bool) -> LayerRecord:
-    if record.form == "dense":
+    if not record.is_changed:
         return record
+    if record.form == "dense":
+        return replace(record, relative_error=LONGEST_FIGURE)
     if record.order == LEARNED:  # any permutation takes as many digits
         record = replace(record, order=tuple(range(prod(record.input_factors))))
     figures = (LONGEST_FIGURE,) * (0 if record.structure.parts else len(record.inner_bonds))
@@ -153,6 +158,11 @@ def _with_calibrated_figures(record: LayerRecord) -> LayerRecord:
     return replace(calibrated, entropies_of_weight=(), spectra_of_weight=())
 
 
-def _core_infos(record: LayerRecord) -> list[TensorInfo]:
+def stored_infos(record: LayerRecord) -> list[TensorInfo]:
+    """The tensors that stand for the weight of a planned layer; coded streams at their longest."""
+    if record.storage:
+        parts = record.coded_parts
+        each = -(-(record.nbytes or 0) // len(parts))
+        return [info for part in parts for info in part.file_infos(each)]
     cores = zip(record.core_names, record.core_shapes, strict=True)
     return [TensorInfo(name, record.stored_dtype, shape) for name, shape in cores]

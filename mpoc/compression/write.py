@@ -70,10 +70,10 @@ class Job:
         return self._plain_fits([plan for plan in self.plans if plan.map.name not in (kept or {})])
 
     def _plain_fits(self, plans: list[LayerPlan]) -> Iterator[Fitted]:
-        checkpoint, read = self.source.checkpoint, [plan.map.name for plan in plans if not plan.is_dense]
+        checkpoint, read = self.source.checkpoint, [plan.map.name for plan in plans if not plan.is_unchanged]
         with closing(one_ahead(checkpoint, read)) as ahead:
             for plan in plans:
-                if not plan.is_dense:
+                if not plan.is_unchanged:
                     next(ahead)
                 yield fit_layer(checkpoint, plan, self.recipe, self.context.device)
 
@@ -243,7 +243,7 @@ def fit_all(
 
 
 def _refuse_nothing_gained(manifest: Manifest) -> None:
-    if not manifest.replaced:
+    if not manifest.changed:
         first = manifest.layers[0]
         hint = "a smaller --bond, a larger --max-error or --discard, other --layers; --dry-run shows the plan"
         if any(goal in manifest.options for goal in ("ratio", "size")):

@@ -30,7 +30,7 @@ from mpoc.errors import MpocError
 from mpoc.io.atomic import staged
 from mpoc.io.checkpoint import Checkpoint, open_safetensors
 from mpoc.io.safetensors_header import read_header
-from mpoc.io.safetensors_writer import Entry, write_safetensors
+from mpoc.io.safetensors_writer import Entry, raw_bytes, write_safetensors
 from mpoc.runtime.formatting import human_bytes
 from mpoc.runtime.signals import defer_signals, removed_on_exit
 
@@ -159,7 +159,7 @@ def _of_entries(entries: Sequence[Entry], text: str) -> str:
         tensor = entry.read()
         total.update(repr((entry.info.name, tuple(tensor.shape), str(tensor.dtype))).encode())
         if tensor.numel():
-            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            total.update(raw_bytes(tensor))
     return total.hexdigest()
 
 

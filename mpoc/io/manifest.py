@@ -13,12 +13,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any
+from typing import Annotated, Any, NotRequired, TypedDict, cast
 
+from mpoc.io.safetensors_header import ITEMSIZE, TensorInfo
 from mpoc.io.validation import NonNegative, Positive, Whole, json_text
+from mpoc.quantize.storage import GRID_BITS, Grid, Storage, packed_words, storage_from_json
 from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry
-from mpoc.tensor_networks.structure import KINDS, Structure
+from mpoc.tensor_networks.structure import KINDS, Structure, low_rank_structure
 
 # (index from 1, Schmidt value) pairs, the squares of all values of the bond summing to 1.
 Spectrum = tuple[tuple[Positive, NonNegative], ...]
@@ -26,9 +28,10 @@ Sizes = tuple[Positive, ...]
 
 MOST_POINTS = 32
 
-FORMAT = 1
-# Of a quantization_config in which a layer has an order: 0.1.0 passes over fields that it does not know.
-ORDERED_FORMAT = 2
+FORMAT = 2
+READABLE_FORMATS = (1, FORMAT)
+# Of a quantization_config: plain; with an order of inputs, with storage, which earlier versions pass over.
+CONFIG_FORMAT, ORDERED_FORMAT, STORED_FORMAT = 1, 2, 3
 DENSE = "dense"  # the form of a layer that was left as it is
 MANIFEST_FILE = "mpoc.json"
 
@@ -81,6 +84,63 @@ def check_spectrum(spectrum: Spectrum, longest: int) -> None:
         raise ValueError(f"a spectrum of {len(spectrum)} points, from {spectrum[:1]} to {spectrum[-1:]}")
 
 
+class StorageRecord(TypedDict):
+    """How the numbers of one tensor are stored: see :mod:`mpoc.quantize.storage`."""
+
+    kind: Annotated[str, ("enum", ("grid", "coded"))]
+    bits: NotRequired[Annotated[int, ("enum", GRID_BITS), "of a code of a grid"]]
+    group: NotRequired[Annotated[Positive | None, "columns that share a scale; null: the row"]]
+    symmetric: NotRequired[Annotated[bool, "a grid without zero points"]]
+
+
+def storage_record(storage: Storage) -> StorageRecord:
+    """A storage as a record holds it."""
+    return cast(StorageRecord, storage.as_json())
+
+
+@dataclass(frozen=True)
+class CodedPart:
+    """A tensor of a layer that is stored as codes: a core, or the weight of a layer that stays dense.
+
+    The codes form a matrix (rows, columns): of a weight (outputs, inputs), taps among the inputs and experts
+    among the outputs; of a core, its first half of axes and its second.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    structure: Structure | None  # how a dense weight becomes a matrix; None: a core
+    storage: Storage
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        if self.structure is not None:
+            return self.structure.outputs, self.structure.inputs
+        half = len(self.shape) // 2
+        return math.prod(self.shape[:half]), math.prod(self.shape[half:])
+
+    def file_infos(self, length: int) -> list[TensorInfo]:
+        """The tensors of the file that hold the codes; ``length``: bytes of a coded stream."""
+        if not isinstance(self.storage, Grid):
+            return [TensorInfo(f"{self.name}_coded", "uint8", (length,))]
+        (rows, columns), bits = self.sides, self.storage.bits
+        groups = self.storage.groups(columns)
+        kinds = {
+            "packed": ("int32", (rows, packed_words(columns, bits))),
+            "scale": ("float16", (rows, groups)),
+            "zero_point": ("int32", (packed_words(rows, bits), groups)),
+            "shape": ("int64", (2,)),
+        }
+        if self.storage.symmetric:
+            del kinds["zero_point"]
+        return [TensorInfo(f"{self.name}_{end}", *kind) for end, kind in kinds.items()]
+
+    @property
+    def file_names(self) -> list[str]:
+        """The names of these tensors."""
+        return [info.name for info in self.file_infos(0)]
+
+
 @dataclass(frozen=True)
 class LayerRecord:
     """One selected layer: what it was and what is stored."""
@@ -131,6 +191,11 @@ class LayerRecord:
         "same size",
     ] = None
 
+    storage: Annotated[
+        tuple[StorageRecord, ...], "of each core, or of the dense weight; empty: all are floats"
+    ] = ()
+    nbytes: Annotated[Whole | None, "stored in the weight's place, where it is not floats"] = None
+
     @property
     def layer(self) -> str:
         """The name without ``.weight``."""
@@ -140,6 +205,46 @@ class LayerRecord:
     def rho(self) -> float:
         """N_stored / N_ori."""
         return self.num_stored / self.num_original
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether the file holds something else than the weight as it was: cores, or codes."""
+        return self.form != DENSE or bool(self.storage)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of what is stored in the weight's place."""
+        return self.num_stored * ITEMSIZE[self.stored_dtype] if self.nbytes is None else self.nbytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over the weight's own numbers."""
+        return 8 * self.stored_bytes / self.num_original
+
+    @property
+    def storage_text(self) -> str:
+        """How the numbers are stored, for people: ``float32``, ``grid 4`` or ``coded``."""
+        kinds = (" ".join(map(str, filter(None, (part["kind"], part.get("bits"))))) for part in self.storage)
+        return " + ".join(dict.fromkeys(kinds)) or self.stored_dtype
+
+    @property
+    def coded_parts(self) -> list[CodedPart]:
+        """The tensors that are stored as codes; none where all are floats.
+
+        Raises:
+            UsageError: a storage contradicts itself.
+            ValueError: there are more or fewer storages than tensors.
+        """
+        if not self.storage:
+            return []
+        if self.form == DENSE:
+            whole = low_rank_structure(self.kind, self.shape, self.transposed)
+            tensors: list[tuple[str, tuple[int, ...], Structure | None]] = [(self.name, self.shape, whole)]
+        else:
+            cores = zip(self.core_names, self.core_shapes, strict=True)
+            tensors = [(name, shape, None) for name, shape in cores]
+        storages = [cast(Storage, storage_from_json(storage)) for storage in self.storage]
+        return [CodedPart(*tensor, storage) for tensor, storage in zip(tensors, storages, strict=True)]
 
     @property
     def structure(self) -> Structure:
@@ -158,6 +263,11 @@ class LayerRecord:
     def core_names(self) -> list[str]:
         """The tensor names of all cores, in order."""
         return [self.core_name(k) for k in range(self.num_cores)]
+
+    @property
+    def file_names(self) -> list[str]:
+        """The names of all tensors in the file that stand for the weight, where it is changed."""
+        return [name for part in self.coded_parts for name in part.file_names] or self.core_names
 
     @property
     def core_shapes(self) -> list[tuple[int, ...]]:
@@ -242,6 +352,11 @@ class Manifest:
         return [layer for layer in self.layers if layer.form != DENSE]
 
     @property
+    def changed(self) -> list[LayerRecord]:
+        """The layers that are stored as cores or as codes."""
+        return [layer for layer in self.layers if layer.is_changed]
+
+    @property
     def rho(self) -> float:
         """Eq. (9): Σ N_mpo / Σ N_ori over the replaced layers; 1 where there are none."""
         return _ratio(self.replaced)
@@ -250,6 +365,18 @@ class Manifest:
     def rho_selected(self) -> float:
         """The same sum over all selected layers, those left dense included (of no use if not complete)."""
         return _ratio(self.layers)
+
+    @property
+    def selected_bytes(self) -> tuple[int, int]:
+        """Bytes of the weights of all selected layers, before and as stored."""
+        before = sum(layer.num_original * ITEMSIZE[layer.dtype] for layer in self.layers)
+        return before, sum(layer.stored_bytes for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits of the selected layers over the numbers of their weights; 0 where there are none."""
+        original = sum(layer.num_original for layer in self.layers)
+        return 8 * self.selected_bytes[1] / original if original else 0.0
 
     @property
     def num_parameters(self) -> int:

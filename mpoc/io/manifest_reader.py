@@ -17,10 +17,12 @@ from typing import Any
 
 from mpoc.errors import MpocError, UsageError, shortened
 from mpoc.io.manifest import (
+    CONFIG_FORMAT,
     DENSE,
-    FORMAT,
     MANIFEST_FILE,
     ORDERED_FORMAT,
+    READABLE_FORMATS,
+    STORED_FORMAT,
     LayerRecord,
     Manifest,
     Source,
@@ -32,6 +34,7 @@ from mpoc.io.safetensors_header import TensorInfo, count_parameters, read_header
 from mpoc.io.training_history import check_calibration, check_history
 from mpoc.io.validation import build_dataclass, parse_strictly, read_bounded
 from mpoc.io.weight_files import check_inside, read_json, stored_tensors
+from mpoc.quantize.storage import Grid
 from mpoc.runtime.packages import unreadable
 from mpoc.tensor_networks.factors import MOST_ORDERED
 from mpoc.tensor_networks.forms import FORMS
@@ -43,6 +46,7 @@ _AXES |= {f"conv{axes}d": (axes + 2,) for axes in (1, 2, 3)}
 _LONGEST_LIST = 1000
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
+CONFIG_FORMATS = (CONFIG_FORMAT, ORDERED_FORMAT, STORED_FORMAT)
 _DAMAGED = (ValueError, TypeError, LookupError, AttributeError, RecursionError)
 # In the metadata of weights that transformers saved: an ``mpoc.json`` beside them is an older one.
 SAVED_AGAIN = "mpoc_saved_again"
@@ -110,6 +114,23 @@ def check_made(layer: LayerRecord) -> None:
         raise ValueError(f"layer {layer.name!r}: form {layer.form!r}, low_rank = {layer.low_rank}")
     if layer.form != DENSE:
         _check_factors(layer)
+    _check_storage(layer)
+
+
+def _check_storage(layer: LayerRecord) -> None:
+    """Check that each stored tensor can be stored as the record says, in so many bytes.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        parts = layer.coded_parts
+        fixed = [part.storage.stored_bytes(*part.sides) for part in parts if isinstance(part.storage, Grid)]
+    except UsageError as error:
+        raise ValueError(f"layer {layer.name!r}: {error}") from error
+    known = sum(fixed) == layer.nbytes if len(fixed) == len(parts) else sum(fixed) < (layer.nbytes or 0)
+    if (parts and not known) or (not parts and layer.nbytes is not None):
+        raise ValueError(f"layer {layer.name!r}: {layer.nbytes} bytes of storage {layer.storage}")
 
 
 def _check_sizes(layer: LayerRecord) -> None:
@@ -274,7 +295,7 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
     Raises:
         MpocError: another format, or damaged.
     """
-    check_format(quantization.get("format"), path, (FORMAT, ORDERED_FORMAT))
+    check_format(quantization.get("format"), path, CONFIG_FORMATS)
     try:
         entries = quantization["layers"].items()
         layers = tuple(layer_of_entry(name, entry, tensors) for name, entry in entries)
@@ -340,7 +361,7 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
     value: Any = None
     try:
         value = parse_strictly(text)
-        check_format(value.pop("format"), path, (FORMAT,))
+        check_format(value.pop("format"), path, READABLE_FORMATS)
         layers = tuple(map(_layer, value.pop("layers")))
         source = build_dataclass(Source, value.pop("source"))
         manifest = build_dataclass(Manifest, {**value, "source": source, "layers": layers})

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,16 @@ from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError, command_line, excluding
 from mpoc.io.checkpoint import Checkpoint, changed_names, open_safetensors, strip_wrappers, wrapper_notes
+from mpoc.io.coded_parts import codes_from_file, tensor_of
 from mpoc.io.foreign import adapter, foreign_file, refuse_layout, refuse_quantised, refuse_stub
-from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
-from mpoc.io.safetensors_header import read_header
+from mpoc.io.manifest import MANIFEST_FILE, CodedPart, LayerRecord, Manifest
+from mpoc.io.safetensors_header import TensorInfo, read_header
+from mpoc.io.safetensors_writer import Entry
 from mpoc.io.torch_file import open_torch_file
 from mpoc.io.training_history import read_history
 from mpoc.io.weight_files import check_index, index_notes, read_json, shard_notes, weight_files_of
+from mpoc.quantize.codes import QuantizedTensor
+from mpoc.quantize.storage import Coded
 from mpoc.tensor_networks.fit.truncation import largest
 
 TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
@@ -174,12 +178,96 @@ def look_at(checkpoint: Checkpoint, name: str) -> None:
             piece.numpy()[::_PAGE].sum()
 
 
-def open_compressed(path: Path) -> Checkpoint:
-    """The tensors of a compressed file or directory, cores under their own names."""
-    if not path.is_dir():
-        return open_safetensors(path, [path], None, strip=False)
-    files, wanted = weight_files_of(path)
-    return open_safetensors(path, files, wanted, strip=False)
+@dataclass
+class CompressedCheckpoint(Checkpoint):
+    """The tensors of a compressed file: cores, and all that was left as it was, under their own names.
+
+    What is stored as codes is decoded when it is read: ``infos`` and :meth:`read` know floats alone.
+    """
+
+    parts: Mapping[str, CodedPart] = field(default_factory=dict)  # by the name of what they stand for
+    in_file: Checkpoint | None = None  # the tensors as the file holds them
+
+    def coded_entries(self, layer: LayerRecord) -> list[Entry]:
+        """The tensors of the file that hold the codes of a layer."""
+        assert self.in_file is not None
+        return [Entry.of(name, self.in_file.read(name)) for name in layer.file_names]
+
+    def codes(self, name: str) -> QuantizedTensor:
+        """The codes of a part.
+
+        Raises:
+            MpocError: they are damaged.
+        """
+        assert self.in_file is not None
+        tensors = {own: self.in_file.read(own) for own in self.parts[name].file_names}
+        try:
+            return codes_from_file(self.parts[name], tensors)
+        except MpocError as error:
+            raise MpocError(f"{self.files[name]}: {error}") from error
+
+
+def open_compressed(path: Path, manifest: Manifest) -> CompressedCheckpoint:
+    """Open a compressed file or directory with its manifest.
+
+    Raises:
+        MpocError: tensors that hold codes are missing, or not of the shapes that the manifest says.
+    """
+    files, wanted = weight_files_of(path) if path.is_dir() else ([path], None)
+    in_file = open_safetensors(path, files, wanted, strip=False)
+    parts: dict[str, CodedPart] = {}
+    infos = dict(in_file.infos)
+    owners = dict(in_file.files)
+    for layer in manifest.layers:
+        _check_codes(in_file, layer)
+        for part in layer.coded_parts:
+            parts[part.name] = part
+            owners[part.name] = owners[part.file_names[0]]
+            infos[part.file_names[0]] = TensorInfo(part.name, layer.stored_dtype, part.shape)
+            for name in part.file_names[1:]:
+                del infos[name]
+
+    def read(name: str) -> Tensor:
+        if name not in parts:
+            return in_file.read(name)
+        values = tensor_of(parts[name], stored.codes(name).values())
+        return values.to(getattr(torch, stored.infos[name].dtype))
+
+    stored = CompressedCheckpoint(
+        **vars(in_file)
+        | {"infos": {info.name: info for info in infos.values()}, "reader": read, "files": owners},
+        parts=parts,
+        in_file=in_file,
+    )
+    return stored
+
+
+def _check_codes(in_file: Checkpoint, layer: LayerRecord) -> None:
+    """Compare the tensors that hold a layer's codes with the manifest, before any is read.
+
+    Raises:
+        MpocError: one is missing or differs, or they have more or fewer bytes than the manifest says.
+    """
+    nbytes = 0
+    for part in layer.coded_parts:
+        if part.name in in_file.infos:
+            raise MpocError(f"{in_file.path}: tensor {part.name!r} is stored twice, as floats and as codes")
+        for expected in part.file_infos(0):
+            info = in_file.infos.get(expected.name)
+            is_stream = isinstance(part.storage, Coded) and info is not None and len(info.shape) == 1
+            if info is None or info.dtype != expected.dtype or not (is_stream or info == expected):
+                actual = f"{info.shape} {info.dtype}" if info else "missing"
+                shape = "one axis of" if isinstance(part.storage, Coded) else expected.shape
+                raise MpocError(
+                    f"{in_file.path}: tensor {expected.name!r} is {actual}; "
+                    f"the manifest says {shape} {expected.dtype}"
+                )
+            nbytes += info.nbytes
+    if layer.storage and nbytes != layer.nbytes:
+        raise MpocError(
+            f"{in_file.path}: the codes of tensor {layer.name!r} have {nbytes} bytes; "
+            f"the manifest says {layer.nbytes}"
+        )
 
 
 def check_cores(stored: Checkpoint, layer: LayerRecord) -> None:

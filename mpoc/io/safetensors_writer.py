@@ -59,9 +59,15 @@ def write_safetensors(
 def _write_tensor(file: BinaryIO, info: TensorInfo, tensor: Tensor) -> None:
     assert tuple(tensor.shape) == info.shape, f"{info.name}: {tuple(tensor.shape)} for {info.shape}"
     assert str(tensor.dtype) == f"torch.{info.dtype}", f"{info.name}: {tensor.dtype} for {info.dtype}"
-    if tensor.numel():
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
+    file.write(raw_bytes(tensor))
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() < 2:  # torch gives any stride to a single number
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)

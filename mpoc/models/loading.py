@@ -83,7 +83,7 @@ def load(
 def _load(source: Path, model: nn.Module | None, weights: Weights) -> tuple[nn.Module, list[str]]:
     """As :func:`load`, and notes for the user."""
     manifest = read_manifest(source)
-    stored = open_compressed(source)
+    stored = open_compressed(source, manifest)
     if model is None and is_transformers_directory(source, manifest):
         model, notes = by_transformers(source, _dense_shapes(stored, manifest))
         use_weights(model.eval(), weights)
@@ -96,7 +96,8 @@ def _load(source: Path, model: nn.Module | None, weights: Weights) -> tuple[nn.M
     _refuse_meta(source, model)
     _untie(stored, model)
     _fill(stored, manifest, model)
-    remember(model, manifest)
+    codes = {layer.name: stored.coded_entries(layer) for layer in manifest.changed if layer.storage}
+    remember(model, manifest, codes)
     use_weights(model, weights)
     forbid_save_pretrained(model)
     return model, []
@@ -296,7 +297,7 @@ def open_model(path: Path, arch: str | None) -> Model:
             stored = named_as_in(make_network(arch), stored)
         network, notes = _dense_network(stored, arch)
     else:
-        stored = open_compressed(path)
+        stored = open_compressed(path, manifest)
         network, notes = _open_network(path, arch)
         arch = arch or manifest.architecture.get("zoo")
     notes = [*stored.notes, *notes]

@@ -8,7 +8,7 @@ read off the network when it is saved, so that the file tells dtypes, ties and t
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -21,6 +21,7 @@ import mpoc
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.atomic import refuse_existing, staged
 from mpoc.io.checkpoint import tensor_fingerprint
+from mpoc.io.coded_parts import coded_entries, rounding_of, with_codes
 from mpoc.io.keyed_store import digest
 from mpoc.io.manifest import LayerRecord, Manifest, Source, bond_fields, core_prefix
 from mpoc.io.manifest_reader import read_manifest
@@ -44,7 +45,8 @@ class _Origin:
     """The manifest of a network that was compressed or loaded in memory."""
 
     manifest: Manifest
-    digests: dict[str, str]  # name of the weight → digest of its cores then
+    digests: dict[str, str]  # name of the weight → digest of its cores, or of its rounded values, then
+    codes: dict[str, list[Entry]]  # name of the weight → what a file holds of it, where it is rounded
 
 
 @dataclass(frozen=True)
@@ -56,16 +58,25 @@ class _CoreLayer:
     cores: list[Tensor]
 
 
-def remember(model: nn.Module, manifest: Manifest) -> None:
-    """Keep on ``model`` what :func:`save` needs to know of the layers that were just given cores."""
+def remember(model: nn.Module, manifest: Manifest, codes: dict[str, list[Entry]]) -> None:
+    """Keep on ``model`` what :func:`save` needs to know of the layers that were just given cores.
+
+    Args:
+        model: the network.
+        manifest: of the whole network.
+        codes: what a file holds of each layer that is rounded, by the name of its weight.
+    """
     earlier = vars(model).get(_ATTRIBUTE)
     digests = {name: _digest(cores) for name, _, cores in compressed_weights(model)}
+    state = tensors_of(model)
+    digests |= {name: _digest([state[name]]) for name in codes if name in state}
     if earlier is not None:  # another part of the network was compressed before
         own = {layer.name for layer in manifest.layers}
         kept = tuple(layer for layer in earlier.manifest.layers if layer.name not in own)
         manifest = replace(manifest, layers=(*kept, *manifest.layers))
         digests |= earlier.digests
-    vars(model)[_ATTRIBUTE] = _Origin(manifest, digests)
+        codes = earlier.codes | codes
+    vars(model)[_ATTRIBUTE] = _Origin(manifest, digests, codes)
 
 
 def save(model: nn.Module, path: str | PathLike[str], *, force: bool = False) -> Report:
@@ -78,7 +89,8 @@ def save(model: nn.Module, path: str | PathLike[str], *, force: bool = False) ->
         True
 
     ``mpoc report``, ``mpoc finetune --arch``, ``mpoc expand`` and :func:`mpoc.load` read the file. Cores keep
-    the dtype they were stored in where the network still has the dtype it was loaded with.
+    the dtype they were stored in where the network still has the dtype it was loaded with. Layers that were
+    rounded keep their codes; where their values changed meanwhile, they are rounded again to as many bits.
 
     Args:
         model: compressed by :func:`mpoc.compress` or loaded by :func:`mpoc.load`, on any device; unchanged. A
@@ -149,29 +161,30 @@ def describe(model: nn.Module) -> tuple[Manifest, list[Entry]]:
     origins = dict(_origins(model))
     base = origins[""].manifest if "" in origins else None
     weights = {layer[0]: _CoreLayer(*layer) for layer in compressed_weights(model)}
-    if not weights:
+    known = _known_records(origins)
+    if not weights and not any(layer.storage for layer in known.values()):
         raise MpocError(
             f"no layer of this {type(model).__name__} is compressed, so there is nothing to save",
             "mpoc.compress(model, bond=4) compresses it; torch.save saves a dense network",
         )
     firsts, tied = _distinct(model, weights, base.tied if base else {})
-    known = _known_records(origins)
     entries: list[Entry] = []
     infos: list[TensorInfo] = []
     records: list[LayerRecord] = []
     for name, tensor in firsts.items():
         if name in weights:
-            record = _record(weights[name], known.get(name), origins)
+            record, own = _core_layer(weights[name], known.get(name), origins)
             records.append(record)
             infos.append(TensorInfo(name, record.dtype, record.shape))
-            entries += _core_entries(weights[name], record)
+            entries += own
         else:
             _check_writable(name, tensor)
-            entries.append(Entry.of(name, tensor.detach()))
-            infos.append(entries[-1].info)
+            own = [Entry.of(name, tensor.detach())]
+            infos.append(own[0].info)
             if name in known and known[name].form == "dense" and known[name].shape == tuple(tensor.shape):
-                dtype = entries[-1].info.dtype
-                records.append(replace(known[name], dtype=dtype, stored_dtype=dtype))
+                record, own = _dense_layer(tensor.detach(), known[name], origins)
+                records.append(record)
+            entries += own
     return _manifest(model, base, origins, infos, records, tied), entries
 
 
@@ -216,6 +229,46 @@ def _distinct(
         firsts[first] = tensors[key]
         tied |= {name: first for name in names if name != first}
     return firsts, tied
+
+
+def _core_layer(
+    layer: _CoreLayer, known: LayerRecord | None, origins: dict[str, _Origin]
+) -> tuple[LayerRecord, list[Entry]]:
+    """The updated record of a layer with cores, and what a file holds of it."""
+    record = _record(layer, known, origins)
+    if not record.storage:
+        return record, _core_entries(layer, record)
+    kept = _kept_codes(layer.name, layer.cores, origins)
+    return (record, kept) if kept else rounded_again(record, layer.cores)
+
+
+def _dense_layer(
+    weight: Tensor, known: LayerRecord, origins: dict[str, _Origin]
+) -> tuple[LayerRecord, list[Entry]]:
+    """The updated record of a layer that stays dense, and what a file holds of it."""
+    dtype = str(weight.dtype).removeprefix("torch.")
+    record = replace(known, dtype=dtype, stored_dtype=dtype)
+    if not record.storage:
+        return record, [Entry.of(record.name, weight)]
+    kept = _kept_codes(record.name, [weight], origins)
+    return (record, kept) if kept else rounded_again(replace(record, relative_error=None), [weight])
+
+
+def _kept_codes(name: str, tensors: list[Tensor], origins: dict[str, _Origin]) -> list[Entry]:
+    """What a file held of a rounded layer, under its name in this network; [] where its values changed."""
+    now = _digest(tensors)
+    for prefix, origin in origins.items():
+        own = name.removeprefix(prefix)
+        if own in origin.codes and origin.digests.get(own) == now:
+            return [replace(e, info=replace(e.info, name=prefix + e.info.name)) for e in origin.codes[own]]
+    return []
+
+
+def rounded_again(record: LayerRecord, tensors: Sequence[Tensor]) -> tuple[LayerRecord, list[Entry]]:
+    """A layer whose values changed, rounded to the nearest codes of as many bits."""
+    codes = rounding_of(record).codes(record, tensors)
+    record = with_codes(record, codes)
+    return record, coded_entries(record, codes)
 
 
 def _record(layer: _CoreLayer, known: LayerRecord | None, origins: dict[str, _Origin]) -> LayerRecord:

@@ -91,12 +91,12 @@ class ErrorKind:
 
     def of(self, layer: LayerRecord) -> float | None:
         """The error of a layer; 0 where it is dense."""
-        return 0.0 if layer.form == "dense" else getattr(layer, self.key)
+        return getattr(layer, self.key) if layer.is_changed else 0.0
 
 
 def shared_error(manifests: Sequence[Manifest]) -> ErrorKind | None:
     """The most informative error that all replaced layers of all files have; None where there is none."""
-    layers = [layer for manifest in manifests for layer in manifest.replaced]
+    layers = [layer for manifest in manifests for layer in manifest.changed]
     for key in ERRORS:
         kind = ErrorKind(key)
         if layers and all(kind.of(layer) is not None for layer in layers):
@@ -108,7 +108,7 @@ def best_error(manifest: Manifest) -> ErrorKind | None:
     """The most informative error that most replaced layers have."""
     for key in ERRORS:
         kind = ErrorKind(key)
-        if sum(kind.of(layer) is not None for layer in manifest.replaced) * 2 > len(manifest.replaced):
+        if sum(kind.of(layer) is not None for layer in manifest.changed) * 2 > len(manifest.changed):
             return kind
     return None
 
@@ -144,7 +144,7 @@ def layer_charts(manifest: Manifest) -> list[Chart]:
 
 
 def _error_chart(manifest: Manifest, x: Axis) -> Chart | None:
-    kind = best_error(manifest) if manifest.replaced else None
+    kind = best_error(manifest) if manifest.changed else None
     if kind is None:
         return None
     errors = [
@@ -334,7 +334,7 @@ def _whole_files(files: Sequence[FileData], kind: ErrorKind, names: Collection[s
 
 
 def _layers_of(file: FileData, kind: ErrorKind, tone: str) -> Series:
-    errors = [(layer, error) for layer in file.manifest.replaced if (error := kind.of(layer)) is not None]
+    errors = [(layer, error) for layer in file.manifest.changed if (error := kind.of(layer)) is not None]
     points = tuple((layer.rho, error) for layer, error in errors)
     names = tuple(f"{layer.layer} ({file.name}): ρ {layer.rho:.4f}, {error:.4f}" for layer, error in errors)
     return Series(file.name, points, "dots", tone, names)

@@ -85,7 +85,7 @@ def read_file(path: Path, with_bonds: bool = True) -> FileData:
     manifest = read_manifest(path)
     layers: list[LayerData] = []
     if with_bonds:
-        stored = open_compressed(path)
+        stored = open_compressed(path, manifest)
         for place, record in enumerate(manifest.layers, start=1):
             if record.form != "dense":
                 layers.append(LayerData(place, record, _bonds(stored, record)))

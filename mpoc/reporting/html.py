@@ -104,6 +104,9 @@ def _totals(file: FileData) -> Markup:
         else "original size not recorded"
     )
     tiles.append(("on disk", human_bytes(file.nbytes), of))
+    if manifest.layers:
+        stored, bits = human_bytes(manifest.selected_bytes[1]), f"{manifest.bits_per_weight:.2f}"
+        tiles.append(("bits a weight", bits, f"{stored} for all selected layers"))
     tiles.append(("layers replaced", str(len(replaced)), (selected or " in this file").strip()))
     return tag("dl", *(_tile(*tile) for tile in tiles), class_="tiles")
 

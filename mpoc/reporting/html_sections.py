@@ -133,7 +133,8 @@ def _facts(layer: LayerData) -> Markup:
     shape = times(record.shape) + (" (inputs first)" if record.transposed else "")
     facts = [
         ("weight", f"{record.kind} {shape}, {record.dtype}"),
-        ("stored", f"{record.num_stored:,} of {record.num_original:,} numbers, {record.stored_dtype}"),
+        ("stored", f"{record.num_stored:,} of {record.num_original:,} numbers, {record.storage_text}"),
+        ("bytes", f"{record.stored_bytes:,}, {record.bits_per_weight:.2f} bits a weight"),
         ("factors", f"outputs {times(record.output_factors)}, inputs {times(record.input_factors)}"),
         ("padding", " and ".join(map(str, record.padding)) if any(record.padding) else ""),
         ("relative error", error_text(record.relative_error)),
@@ -177,6 +178,7 @@ def layer_table(manifest: Manifest) -> Markup:
     heads = [header_cell("#", "n wide"), header_cell("layer"), header_cell("form", "wide")]
     heads += [header_cell("shape", "wide"), header_cell("bonds D", "wide"), header_cell("before", "n wide")]
     heads += [header_cell("after", "n wide"), header_cell("ρ", "n")]
+    heads += [header_cell("stored as", "wide"), header_cell("bytes", "n wide"), header_cell("bits", "n")]
     for kind in kinds:
         heads.append(
             header_cell(kind.name.replace("relative", "rel."), "n" if kind is kinds[-1] else "n wide")
@@ -189,7 +191,7 @@ def layer_table(manifest: Manifest) -> Markup:
 
 
 def _known(manifest: Manifest, kind: ErrorKind) -> bool:
-    return any(kind.of(layer) is not None for layer in manifest.replaced)
+    return any(kind.of(layer) is not None for layer in manifest.changed)
 
 
 def _row(k: int, layer: LayerRecord, kinds: list[ErrorKind], largest: dict[str, float]) -> Markup:
@@ -209,8 +211,11 @@ def _row(k: int, layer: LayerRecord, kinds: list[ErrorKind], largest: dict[str, 
         cell(f"{layer.num_original:,}", layer.num_original, class_="wide"),
         cell(f"{layer.num_stored:,}", layer.num_stored, class_="wide"),
         cell(f"{layer.rho:.4f}", layer.rho, layer.rho),
+        cell(layer.storage_text, class_="wide c"),
+        cell(f"{layer.stored_bytes:,}", layer.stored_bytes, class_="wide"),
+        cell(f"{layer.bits_per_weight:.2f}", layer.bits_per_weight),
         join(*errors),
-        class_="dense" if dense else None,
+        class_=None if layer.is_changed else "dense",
     )
 
 
@@ -265,6 +270,7 @@ def _totals(files: Sequence[FileData], kind: ErrorKind | None) -> Markup:
         row("parameters", lambda file: f"{file.manifest.num_parameters:,}"),
         row("on disk before", _bytes_before),
         row("on disk", lambda file: human_bytes(file.nbytes)),
+        row("bits a weight, selected layers", lambda file: f"{file.manifest.bits_per_weight:.2f}"),
         row("layers replaced", lambda file: str(len(file.manifest.replaced))),
     ]
     names = common_layers([file.manifest for file in files])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from mpoc.errors import UsageError, nearest
-from mpoc.io.manifest import FORMAT, LayerRecord, Manifest
+from mpoc.io.manifest import READABLE_FORMATS, LayerRecord, Manifest
 from mpoc.io.validation import NonNegative, Whole, json_schema
 
 NAMES = ("report", "manifest")
@@ -19,7 +19,7 @@ _REPEATED = (
     *("left_alone", "tied"),
 )
 # Fields of a layer that reports of earlier versions lack.
-_ADDED_LATER = ("order", "spectra_of_weight")
+_ADDED_LATER = ("order", "spectra_of_weight", "storage", "nbytes")
 _Ratio = Annotated[float, ("exclusiveMinimum", 0)]
 _Scores = dict[str, float | None]
 
@@ -35,11 +35,16 @@ class _Totals(TypedDict):
     parameters_after: Whole
     bytes_before: Whole | None
     bytes_after: Whole
+    bytes_selected_before: NotRequired[Annotated[Whole, "weights of the selected layers"]]
+    bytes_selected_after: NotRequired[Annotated[Whole, "what is stored in their place"]]
+    bits_per_weight: NotRequired[Annotated[NonNegative, "the same in bits, over the numbers before"]]
 
 
 class _LayerExtras(TypedDict):
     layer: Annotated[str, "the name without .weight"]
     rho: _Ratio
+    stored_as: NotRequired[Annotated[str, "for people: a dtype, grid 4, or coded"]]
+    bits_per_weight: NotRequired[Annotated[NonNegative, "stored bits over the numbers of the weight"]]
     seconds: NotRequired[Annotated[NonNegative, "of the fit; after compress only"]]
 
 
@@ -104,7 +109,7 @@ def _manifest() -> dict[str, Any]:
         "description": "The text under the key mpoc of a safetensors file's metadata, or mpoc.json in a "
         "directory. A layer leaves out fields that have their default.",
         **schema,
-        "properties": {"format": {"const": FORMAT}, **schema["properties"]},
+        "properties": {"format": {"enum": list(READABLE_FORMATS)}, **schema["properties"]},
         "required": ["format", *schema["required"]],
     }
 

@@ -40,6 +40,9 @@ _COLUMNS = (
     "output_error",
     "held_out_error",
     "stored_dtype",
+    "stored_as",
+    "nbytes",
+    "bits_per_weight",
     "reason",
 )
 
@@ -114,7 +117,7 @@ def _short_row(layer: LayerRecord) -> tuple[str, str, str, str, str]:
     """Cells of the table in a report's repr; the reason stands in the place of a dense layer's error."""
     errors = (layer.held_out_error, layer.output_error, layer.relative_error)
     known = next((f"{error:.4f}" for error in errors if error is not None), "")
-    error = layer.reason if layer.form == "dense" else known
+    error = known if layer.is_changed else layer.reason
     return layer.layer, layer.form, layer.bonds_text(), f"{layer.rho:.4f}", error
 
 
@@ -172,6 +175,9 @@ def report_dict(
             "parameters_after": manifest.num_parameters,
             "bytes_before": manifest.source.nbytes,
             "bytes_after": nbytes,
+            "bytes_selected_before": manifest.selected_bytes[0],
+            "bytes_selected_after": manifest.selected_bytes[1],
+            "bits_per_weight": manifest.bits_per_weight,
         },
         "layers": layers,
         "left_alone": manifest.left_alone,
@@ -181,7 +187,8 @@ def report_dict(
 
 
 def _layer_dict(layer: LayerRecord, seconds: Mapping[str, float] | None) -> dict[str, Any]:
-    row = {**asdict(layer), "layer": layer.layer, "rho": layer.rho}
+    row = {**asdict(layer), "layer": layer.layer, "rho": layer.rho, "nbytes": layer.stored_bytes}
+    row |= {"stored_as": layer.storage_text, "bits_per_weight": layer.bits_per_weight}
     if seconds is not None:
         row["seconds"] = round(seconds.get(layer.name, 0.0), 4)
     return row
@@ -217,12 +224,22 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
     if manifest.is_complete:
         rho += f"; {manifest.rho_selected:.4f} over the {len(manifest.layers)} selected"
     was = "" if source.nbytes is None else f"{human_bytes(source.nbytes)} → "
-    lines = [
-        rho,
+    lines = [rho] if replaced or not manifest.changed else []
+    lines += [
+        _weights_line(manifest),
         f"whole model {source.num_parameters:,} → {manifest.num_parameters:,} parameters; "
         f"{'predicted at most' if predicted else 'on disk'} {was}{human_bytes(nbytes)}",
     ]
     return lines + remarks(manifest)
+
+
+def _weights_line(manifest: Manifest) -> str:
+    """The bytes of the selected weights, as a share and as bits a weight."""
+    before, after = manifest.selected_bytes
+    return (
+        f"weights of {counted(len(manifest.layers), 'selected layer')} {human_bytes(before)} → "
+        f"{human_bytes(after)} ({after / before:.1%}), {manifest.bits_per_weight:.2f} bits a weight"
+    )
 
 
 def remarks(manifest: Manifest) -> list[str]:
@@ -317,19 +334,27 @@ def _advice(manifest: Manifest) -> list[str]:
     """A warning where errors are large."""
     if manifest.calibration:
         return _calibrated_advice(manifest)
-    errors = [layer.relative_error for layer in manifest.replaced if layer.relative_error is not None]
+    errors = [layer.relative_error for layer in manifest.changed if layer.relative_error is not None]
     large = [error for error in errors if error > LARGE_ERROR]
     if not large:
         return []
+    have = f"{_kind_of(manifest)} layers {'has' if len(large) == 1 else 'have'}"
     return [
-        f"{len(large)} of {len(errors)} replaced layers {'has' if len(large) == 1 else 'have'} a relative "
+        f"{len(large)} of {len(errors)} {have} a relative "
         f"error above {LARGE_ERROR:.0%} (worst {max(large):.0%}): the network usually needs fine-tuning; "
         "measure its accuracy before use. "
         f"{_more_accurate_option(manifest)} gives smaller errors."
     ]
 
 
+def _kind_of(manifest: Manifest) -> str:
+    """What the layers are that have an error."""
+    return "replaced" if len(manifest.replaced) == len(manifest.changed) else "changed"
+
+
 def _more_accurate_option(manifest: Manifest) -> str:
+    if not manifest.replaced:
+        return "More --bits"
     if "discard" in manifest.options:
         return "A smaller --discard"
     if not all(layer.structure.info.can_truncate for layer in manifest.replaced):

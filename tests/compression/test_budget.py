@@ -20,13 +20,13 @@ _COSTS = st.sampled_from([(1, 1), (2, 4), (4, 4), (4, 2)])
 SHARES = st.lists(st.builds(lambda s, c: LayerShare(s, *c), _STRUCTURES, _COSTS), min_size=1, max_size=6)
 
 
-def cost(share: LayerShare, bond: int | None) -> int:
+def cost(share: LayerShare, bond: int | None) -> float:
     if bond is None:
         return share.structure.num_original * share.dense_cost
     return share.structure.num_parameters(bond) * share.stored_cost
 
 
-def total(shares: list[LayerShare], bonds: list[int | None]) -> int:
+def total(shares: list[LayerShare], bonds: list[int | None]) -> float:
     return sum(cost(share, bond) for share, bond in zip(shares, bonds, strict=True))
 
 

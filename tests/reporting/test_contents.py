@@ -41,7 +41,7 @@ def assert_points_of(spectrum: Spectrum, values: np.ndarray) -> None:
 
 
 def test_spectra_and_entropies_match_the_bipartitions(path: Path) -> None:
-    stored = open_compressed(path)
+    stored = open_compressed(path, read_manifest(path))
     layers = read_file(path).layers
     assert len(layers) == len(read_manifest(path).replaced) > 2
     for layer in layers:
@@ -86,7 +86,9 @@ def test_tree_lists_its_branches(tmp_path: Path) -> None:
     path = compressed(tmp_path, {"a.weight": torch.randn(48, 60)}, bond=5, form="tree", sites=3)
     (layer,) = read_file(path).layers
     structure = layer.record.structure
-    weight = interleave(dense_weight(open_compressed(path), layer.record).double(), structure).numpy()
+    weight = interleave(
+        dense_weight(open_compressed(path, read_manifest(path)), layer.record).double(), structure
+    ).numpy()
     tensor = weight.reshape(structure.site_sizes)
     assert [bond.title for bond in layer.bonds] == [
         "branch 1: site 1",
@@ -126,7 +128,7 @@ def test_names_non_finite_cores(path: Path, tmp_path: Path, value: float) -> Non
     broken = tmp_path / "m.mpo.safetensors"
     data = bytearray(path.read_bytes())
     name = read_manifest(path).replaced[0].core_names[0]
-    core = open_compressed(path).read(name)
+    core = open_compressed(path, read_manifest(path)).read(name)
     at = data.index(core.numpy().tobytes())
     data[at : at + 4] = np.float32(value).tobytes()
     broken.write_bytes(data)

@@ -12,14 +12,18 @@ at others.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from mpoc.tensor_networks.fit.conv_map import exact_map
 from mpoc.tensor_networks.fit.truncation import DEFAULT_TARGET, Target, Truncation
-from mpoc.tensor_networks.fit.tt_svd import Fit, tt_svd
+from mpoc.tensor_networks.fit.tt_svd import Fit, error_of_form, tt_svd
+from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.layout import to_matrix, working_dtype
+from mpoc.tensor_networks.forms.mpo import MPO, subtract
 from mpoc.tensor_networks.structure import Structure
 
 _TURNS = 10
@@ -39,6 +43,21 @@ def decompose(
     """Fit the form that ``structure`` names; see :func:`mpoc.tensor_networks.fit.tt_svd.tt_svd`."""
     fit: Fit = structure.info.fit_function(weight, structure, truncation, target)
     return fit
+
+
+def with_cores(fit: Fit, weight: Tensor, cores: Sequence[Tensor]) -> Fit:
+    """The fit of a weight with other cores of the same shapes, its error and entropies measured on these."""
+    form = fit.form.with_cores(cores)
+    error = _relative_error(weight, form)
+    return replace(fit, form=form, relative_error=error, entropies=form.double().entropies())
+
+
+def _relative_error(weight: Tensor, form: Form) -> float:
+    if not form.structure.is_large_map:
+        return error_of_form(weight, form)
+    exact = exact_map(weight, form.structure)
+    norm = exact.norm()
+    return subtract(exact, MPO(form.cores, form.structure)).norm() / norm if norm else 0.0
 
 
 def learn_order(weight: Tensor, structure: Structure, max_bond: int) -> tuple[int, ...]:

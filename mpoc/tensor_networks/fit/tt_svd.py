@@ -165,6 +165,15 @@ def stored_fit(
     )
 
 
+def error_of_form(weight: Tensor, form: Form) -> float:
+    """‖W − Ŵ‖_F / ‖W‖_F of a form against its weight, without padding."""
+    tensor = interleave(weight, form.structure)
+    exponent = exponent_of(tensor)
+    tensor = scaled(tensor, -exponent)
+    working = form.with_cores([core.to(tensor.dtype) for core in form.cores])
+    return _relative_error(tensor, squared_norm(tensor), form.with_cores(_spread(working, -exponent)))
+
+
 def _spread(form: Form, exponent: int) -> list[Tensor]:
     """The cores of 2ᵉ times the weight."""
     return [core for term in form.terms for core in spread(term.cores, exponent)]

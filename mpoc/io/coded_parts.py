@@ -1,0 +1,115 @@
+"""Tensors that a compressed file stores as codes: their matrices, their rounding, reading and writing.
+
+A part (:class:`mpoc.io.manifest.CodedPart`) is a core, or the weight of a layer that stays dense. Its codes
+form a matrix, which :mod:`mpoc.quantize` rounds and packs. Everything above this package reads floats.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mpoc.io.manifest import CodedPart, LayerRecord, storage_record
+from mpoc.io.safetensors_writer import Entry
+from mpoc.quantize.codes import GridTensor, QuantizedTensor, quantized_from_tensors
+from mpoc.quantize.rounding import round_grid, round_to_bits
+from mpoc.quantize.storage import Coded, Grid, Storage, default_grid
+from mpoc.tensor_networks.forms.layout import from_matrix, to_matrix
+
+# Bytes that a coded stream may take beyond its bits a number: header and tables of a tiny tensor.
+_STREAM_OVERHEAD = 64
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How what is stored of a layer is rounded."""
+
+    storage: str  # "grid" or "coded"
+    bits: float  # of a code on a grid; of a number, everything counted, in a coded stream
+
+    def planned(self, record: LayerRecord) -> LayerRecord:
+        """The record with the storage of its tensors, and an upper bound on their bytes."""
+        coded = storage_record(Coded())
+        parts = replace(record, storage=(coded,) * max(record.num_cores, 1)).coded_parts
+        if self.storage == "coded":
+            nbytes = sum(self.most_bytes(math.prod(part.shape)) for part in parts)
+            return replace(record, storage=(coded,) * len(parts), nbytes=nbytes)
+        grids = [default_grid(int(self.bits), part.sides[1]) for part in parts]
+        sizes = [grid.stored_bytes(*part.sides) for grid, part in zip(grids, parts, strict=True)]
+        return replace(record, storage=tuple(map(storage_record, grids)), nbytes=sum(sizes))
+
+    def most_bytes(self, count: int) -> int:
+        """The most bytes of a coded stream of ``count`` numbers."""
+        return math.ceil(count * self.bits / 8) + _STREAM_OVERHEAD
+
+    def codes(self, record: LayerRecord, tensors: Sequence[Tensor]) -> list[QuantizedTensor]:
+        """Round each core of a layer, or its weight where the form is ``dense``, to the nearest codes.
+
+        Raises:
+            MpocError: a number is too large for the storage.
+        """
+        parts = self.planned(record).coded_parts
+        return [self._codes(part, tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def _codes(self, part: CodedPart, tensor: Tensor) -> QuantizedTensor:
+        matrix = matrix_of(part, tensor).detach().cpu().float()
+        if isinstance(part.storage, Grid):
+            return round_grid(matrix, None, part.storage)
+        return round_to_bits(matrix, None, 8 * self.most_bytes(matrix.numel()) / matrix.numel())
+
+
+def rounding_of(record: LayerRecord) -> Rounding:
+    """The rounding that gives a recorded layer about its bytes again."""
+    storage = record.coded_parts[0].storage
+    if isinstance(storage, Grid):
+        return Rounding("grid", storage.bits)
+    return Rounding("coded", 8 * record.stored_bytes / record.num_stored)
+
+
+def matrix_of(part: CodedPart, tensor: Tensor) -> Tensor:
+    """The matrix (rows, columns) of a part's values."""
+    return tensor.reshape(part.sides) if part.structure is None else to_matrix(tensor, part.structure)[0]
+
+
+def tensor_of(part: CodedPart, matrix: Tensor) -> Tensor:
+    """Undo :func:`matrix_of`; contiguous."""
+    if part.structure is None:
+        return matrix.reshape(part.shape).contiguous()
+    return from_matrix(matrix[None], part.structure)
+
+
+def codes_from_file(part: CodedPart, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+    """The codes of a part from its tensors in the file, by their names there.
+
+    Raises:
+        MpocError: they are damaged.
+    """
+    return quantized_from_tensors(tensors, part.name, part.storage, part.sides)
+
+
+def storage_of(codes: QuantizedTensor) -> Storage:
+    """The storage that codes are of."""
+    return codes.spec if isinstance(codes, GridTensor) else Coded()
+
+
+def with_codes(record: LayerRecord, codes: Sequence[QuantizedTensor]) -> LayerRecord:
+    """The record of a layer that is stored as these codes, with their bytes."""
+    storage = tuple(storage_record(storage_of(own)) for own in codes)
+    return replace(record, storage=storage, nbytes=sum(own.nbytes for own in codes))
+
+
+def values_of_all(record: LayerRecord, codes: Sequence[QuantizedTensor]) -> list[Tensor]:
+    """The cores, or the dense weight, that codes stand for, in the dtype that readers get."""
+    dtype = getattr(torch, record.stored_dtype)
+    pairs = zip(record.coded_parts, codes, strict=True)
+    return [tensor_of(part, own.values()).to(dtype) for part, own in pairs]
+
+
+def coded_entries(record: LayerRecord, codes: Sequence[QuantizedTensor]) -> list[Entry]:
+    """The tensors of the file that hold these codes."""
+    pairs = zip(record.coded_parts, codes, strict=True)
+    return [Entry.of(*item) for part, own in pairs for item in own.tensors(part.name).items()]
