@@ -28,7 +28,7 @@ import mpoc
 import mpoc.hf  # registers
 from mpoc.compression.expand import expand_checkpoint
 from mpoc.errors import MpocError
-from mpoc.io.hub_directory import cores_of
+from mpoc.io.hub_directory import configured_layer
 from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.safetensors_header import read_header
@@ -367,7 +367,8 @@ class TestTransformers:
         record = read_manifest(folder).replaced[0]
         entry = layers[record.name]
         assert entry["form"] == ROWS[name].form
-        assert cores_of(record.name, entry) == (record.structure, record.core_shapes)
+        found = configured_layer(record.name, entry)
+        assert (found.structure, found.core_shapes) == (record.structure, record.core_shapes)
         inner = ", ".join(map(str, record.bonds)).removeprefix("1, ").removesuffix(", 1")
         assert f"| {inner} " in (folder / "README.md").read_text()
         wrong: list[dict[str, Any]] = [
@@ -377,4 +378,4 @@ class TestTransformers:
         wrong += [{"low_rank": rank} for rank in (10**9, -1, "2")]
         for change in wrong:
             with pytest.raises(MpocError, match=r"config\.json: damaged quantization_config"):
-                cores_of(record.name, entry | change)
+                configured_layer(record.name, entry | change)

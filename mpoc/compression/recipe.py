@@ -24,6 +24,9 @@ from typing import Any
 from mpoc.compression.recipe_syntax import (
     InputShape,
     ShapeRule,
+    check_bond,
+    check_share,
+    check_sites,
     check_storage,
     geometry_at,
     parse_input_shape,
@@ -333,10 +336,10 @@ def check_recipe(recipe: Recipe) -> None:
         UsageError: values out of range, no goal or several.
     """
     _check_goals(recipe)
-    _check_bond("--bond", recipe.bond)
-    _check_share("--max-error", recipe.max_error)
-    _check_share("--discard", recipe.discard)
-    _check_sites("--sites", recipe.sites)
+    check_bond("--bond", recipe.bond)
+    check_share("--max-error", recipe.max_error)
+    check_share("--discard", recipe.discard)
+    check_sites("--sites", recipe.sites)
     if recipe.ratio is not None and not 0 < recipe.ratio <= 1:
         raise UsageError(f"--ratio {recipe.ratio}: must be above 0 and at most 1")
     if recipe.size is not None and recipe.size <= 0:
@@ -381,12 +384,12 @@ def _check_goals(recipe: Recipe) -> None:
 
 
 def _check_rule(where: str, rule: LayerRule) -> None:
-    _check_bond(f"{where} bond", rule.bond)
-    _check_share(f"{where} max-error", rule.max_error)
-    _check_share(f"{where} discard", rule.discard)
+    check_bond(f"{where} bond", rule.bond)
+    check_share(f"{where} max-error", rule.max_error)
+    check_share(f"{where} discard", rule.discard)
     if rule.max_error is not None and rule.discard is not None:
         raise UsageError(f"{where} max-error and discard exclude each other")
-    _check_sites(f"{where} sites", rule.sites)
+    check_sites(f"{where} sites", rule.sites)
     _check_form(f"{where} form", rule.form, rule.sites, rule.bond)
 
 
@@ -399,21 +402,6 @@ def _check_conv(recipe: Recipe) -> None:
             )
     if "map" not in forms and (recipe.input_shape or any(rule.input_shape for rule in recipe.rules)):
         raise UsageError("--input-shape requires --conv map", "--conv map")
-
-
-def _check_bond(where: str, bond: int | None) -> None:
-    if bond is not None and bond < 1:
-        raise UsageError(f"{where} {bond}: the bond dimension must be positive")
-
-
-def _check_share(where: str, share: float | None) -> None:
-    if share is not None and not 0 < share < 1:
-        raise UsageError(f"{where} {share}: must lie between 0 and 1")
-
-
-def _check_sites(where: str, sites: int | None) -> None:
-    if sites is not None and sites < 2:
-        raise UsageError(f"{where} {sites}: a matrix product operator needs at least 2 sites")
 
 
 def _check_form(where: str, form: str | None, sites: int | None, bond: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Parse a recipe: shares, factors and input shapes as text, and recipe files in TOML.
+"""Parse and check what a recipe holds: numbers, factors and input shapes as text, and recipe files in TOML.
 
 Each parser raises :class:`mpoc.errors.UsageError` with the text it was given. A recipe file has the options'
 names as keys; the fields of the recipe's dataclass say how a value is read.
@@ -27,6 +27,36 @@ _FORM = re.compile(
     r"(?:(?!\d+(?:x\d+)*:)(?P<pattern>.+?)=)?"
     r"(?P<size>\d+(?:x\d+)*)(?::(?P<settings>\w+=\w+(?:,\w+=\w+)*))?"
 )
+
+
+def check_bond(where: str, bond: int | None) -> None:
+    """Check a bond dimension; ``where`` begins the message.
+
+    Raises:
+        UsageError: it is not positive.
+    """
+    if bond is not None and bond < 1:
+        raise UsageError(f"{where} {bond}: the bond dimension must be positive")
+
+
+def check_share(where: str, share: float | None) -> None:
+    """Check a share of something; ``where`` begins the message.
+
+    Raises:
+        UsageError: it does not lie between 0 and 1.
+    """
+    if share is not None and not 0 < share < 1:
+        raise UsageError(f"{where} {share}: must lie between 0 and 1")
+
+
+def check_sites(where: str, sites: int | None) -> None:
+    """Check a number of sites; ``where`` begins the message.
+
+    Raises:
+        UsageError: it is below 2.
+    """
+    if sites is not None and sites < 2:
+        raise UsageError(f"{where} {sites}: a matrix product operator needs at least 2 sites")
 
 
 def check_storage(where: str, storage: str | None, bits: int | None) -> None:

@@ -53,6 +53,10 @@ class Names:
         """The name in the network."""
         return self._renamed(name)[0]
 
+    def renamed(self, name: str) -> str:
+        """The name that converters see, before any of them applies."""
+        return rename_source_key(name, self._renamings, [])[0]
+
     def converter(self, name: str) -> WeightConverter | None:
         """The converter that applies to the tensor while it is loaded, or None."""
         target, pattern = self._renamed(name)

@@ -25,9 +25,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mpoc.errors import MpocError, command_line
-from mpoc.io.hub_directory import GUARD, GUARD_KEY, config_format, cores_of
-from mpoc.io.manifest import FORMAT, ORDERED_FORMAT, core_prefix
-from mpoc.io.manifest_reader import MAYBE_LATER, SAVED_AGAIN, check_format
+from mpoc.io.coded_parts import codes_from_file, tensor_of
+from mpoc.io.hub_directory import GUARD, GUARD_KEY, config_format, configured_layer
+from mpoc.io.manifest import DENSE, CodedPart, LayerRecord, core_prefix
+from mpoc.io.manifest_reader import CONFIG_FORMATS, MAYBE_LATER, SAVED_AGAIN, check_format
 from mpoc.nn.adopt import adopt_everywhere
 from mpoc.tensor_networks.structure import Structure
 
@@ -39,7 +40,7 @@ try:
         raise ImportError(f"found transformers {_version}")
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
     from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -70,14 +71,14 @@ class MpoConfig(QuantizationConfigMixin):
         Raises:
             MpocError: the format is unknown, or the configuration is damaged.
         """
-        check_format(config_dict.get("format"), Path("config.json"), (FORMAT, ORDERED_FORMAT))
+        check_format(config_dict.get("format"), Path("config.json"), CONFIG_FORMATS)
         layers = config_dict.get("layers")
         if not isinstance(layers, dict) or config_dict.keys() - {"quant_method", "format", "layers"}:
             raise MpocError(
                 "config.json: damaged quantization_config (no layers, or unknown keys)", MAYBE_LATER
             )
         for name, layer in layers.items():
-            cores_of(name, layer)
+            configured_layer(name, layer)
         config = cls(layers=layers)
         return (config, kwargs) if return_unused_kwargs else config
 
@@ -96,6 +97,8 @@ class MpoQuantizer(HfQuantizer):
         self._unstacked: set[str] = set()  # targets of the conversions that are undone
         self._spared: set[str] = set()  # modules that transformers does not initialise
         self._renamed: list[WeightRenaming] = []
+        self._decoders: list[WeightConverter] = []
+        self.damaged: list[MpocError] = []  # found while decoding
 
     def is_serializable(self) -> bool:
         """True: ``save_pretrained`` writes the cores as it writes any parameter."""
@@ -134,7 +137,7 @@ class MpoQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         """The conversions of transformers, without those that are undone here."""
         kept = [entry for entry in weight_conversions if entry.target_patterns[0] not in self._unstacked]
-        return [*self._renamed, *kept]
+        return [*self._renamed, *self._decoders, *kept]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Give the compressed modules empty cores while the network is on the meta device."""
@@ -142,16 +145,23 @@ class MpoQuantizer(HfQuantizer):
         conversions = get_model_conversion_mapping(model)
         self._unstack_experts(model, conversions)
         names = Names(model, self.update_weight_conversions(conversions))
-        stored = {names.in_model(name) for name in _stored_names(kwargs.get("checkpoint_files") or ())}
+        records = {name: configured_layer(name, entry) for name, entry in layers.items()}
+        parts = [part for record in records.values() for part in record.coded_parts]
+        logical = {own: part.name for part in parts for own in part.file_names}
+        files = _stored_names(kwargs.get("checkpoint_files") or ())
+        stored = {names.in_model(logical.get(name, name)) for name in files}
         targets = {name: names.in_model(name) for name in layers}
         stored |= set(targets.values())
         targets = {name: self._first_name(model, name, target, stored) for name, target in targets.items()}
         ties = _declared_ties(model)
         for name, target in targets.items():
             dense = names.state.get(target)
-            structure, shapes = cores_of(name, layers[name])
+            record = records[name]
             if dense is None:
                 continue  # it belongs to another head; transformers lists its tensors as unexpected
+            if record.form == DENSE:
+                continue
+            structure, shapes = record.structure, record.core_shapes
             if tuple(dense.shape) != structure.shape:
                 # transformers reports the mismatch, or initialises the weight under ignore_mismatched_sizes.
                 core = re.escape(f"{core_prefix(name)}.0")
@@ -163,7 +173,8 @@ class MpoQuantizer(HfQuantizer):
             owner = first if first in stored else min(stored & {target, *tied}, default=target)
             aliases = sorted(tied - stored) if owner == target else []
             self._swap(model, [target, *aliases], structure, shapes)
-        if layers and not (self._cores or self._renamed):
+        is_used = any(target in names.state for target in targets.values())
+        if layers and not is_used:
             raise MpocError(
                 f"{model.config.name_or_path}: none of its {len(layers)} compressed layers "
                 f"({next(iter(layers))}, …) is in a {type(model).__name__}"
@@ -173,11 +184,27 @@ class MpoQuantizer(HfQuantizer):
         before = len(self._renamed)
         saved = Names(model, self.update_weight_conversions(conversions))
         self._rename_cores(saved, targets)
+        self._decode(Names(model, self.update_weight_conversions(conversions)), records, targets)
         moved = {entry.target_patterns[0] for entry in self._renamed[before:]}
         kept = {name: target for name, target in targets.items() if target in self._cores}
         saves = {n: t if f"{core_prefix(t)}." in moved else names.saved(n) for n, t in kept.items()}
         self._targets = {saves[name]: target for name, target in kept.items()}
-        self.quantization_config = MpoConfig(layers={saves[name]: layers[name] for name in kept})
+        entries = {saves[name]: dict(layers[name]) for name in kept}
+        for entry in entries.values():
+            entry.pop("storage", None)  # the network holds floats, and is saved with them
+        self.quantization_config = MpoConfig(layers=entries)
+
+    def _decode(self, names: Names, records: dict[str, LayerRecord], targets: dict[str, str]) -> None:
+        """Have transformers decode what is stored as codes while it loads them."""
+        for name, record in records.items():
+            place = targets[name]
+            if place not in names.state and place not in self._cores:
+                continue
+            for number, part in enumerate(record.coded_parts):
+                wanted = place if record.form == DENSE else f"{core_prefix(place)}.{number}"
+                sources = [f"^{re.escape(names.renamed(own))}$" for own in part.file_names]
+                decode = [_Decode(part, self)]
+                self._decoders.append(WeightConverter(sources, wanted, decode, force_cpu=True))
 
     def _first_name(self, model: PreTrainedModel, name: str, target: str, stored: set[str]) -> str:
         """The name that other weights are tied to, where only one of theirs is stored; cores move there."""
@@ -243,15 +270,20 @@ class MpoQuantizer(HfQuantizer):
         """Check that every core was read from the files.
 
         Raises:
-            MpocError: a core is missing.
+            MpocError: a core is missing, or codes are damaged.
         """
+        if self.damaged:
+            raise MpocError(f"{model.config.name_or_path}: {self.damaged[0]}")
         for path in sorted(self._spared):
             for name, parameter in model.get_submodule(path).named_parameters(path):
                 if not getattr(parameter, "_is_hf_initialized", False):
                     raise MpocError(f"{model.config.name_or_path}: tensor {name!r} is missing")
         self._cores.clear()
         conversions = getattr(model, "_weight_conversions", None) or []
-        kept = [entry for entry in conversions if entry not in self._renamed]
+        own = {id(entry) for entry in (*self._renamed, *self._decoders)}
+        kept = [entry for entry in conversions if id(entry) not in own]
+        if not self.quantization_config.layers:  # all are plain weights now
+            self.remove_quantization_config(model)
         vars(model).update(_weight_conversions=kept, is_quantized=False)  # quantized: no .half(), no .float()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:
@@ -260,6 +292,36 @@ class MpoQuantizer(HfQuantizer):
             core = model.get_parameter(f"{core_prefix(target)}.0")
             self.quantization_config.layers[name]["dtype"] = str(core.dtype).removeprefix("torch.")
         return None, {SAVED_AGAIN: "transformers"}
+
+
+class _Decode(ConversionOps):
+    """Decode a part from the tensors of the file that hold its codes; :class:`WeightConverter` calls it."""
+
+    def __init__(self, part: CodedPart, quantizer: MpoQuantizer) -> None:
+        self._part = part
+        self.hf_quantizer = quantizer  # by it transformers knows that it must not cast what is stored
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The part's values under its name in the network, in that tensor's dtype; zeros where damaged."""
+        found = dict(zip(self._part.file_names, source_patterns, strict=True))
+        tensors = {name: input_dict[pattern][0] for name, pattern in found.items() if pattern in input_dict}
+        dtype = kwargs["model"].state_dict()[target_patterns[0]].dtype
+        try:
+            values = tensor_of(self._part, codes_from_file(self._part, tensors).values())
+        except MpocError as error:
+            self.hf_quantizer.damaged.append(error)
+            values = torch.zeros(self._part.shape)
+        return {target_patterns[0]: values.to(dtype)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Decode:
+        """Itself: transformers copies a converter for each tensor, and errors are collected in one list."""
+        return self
 
 
 def _stored_names(files: Iterable[str]) -> Iterator[str]:

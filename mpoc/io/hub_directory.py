@@ -19,13 +19,19 @@ from typing import Any
 
 from mpoc.errors import MpocError, shortened
 from mpoc.io.checkpoint import Checkpoint
-from mpoc.io.manifest import FORMAT, MANIFEST_FILE, ORDERED_FORMAT, Manifest
+from mpoc.io.manifest import (
+    CONFIG_FORMAT,
+    MANIFEST_FILE,
+    ORDERED_FORMAT,
+    STORED_FORMAT,
+    LayerRecord,
+    Manifest,
+)
 from mpoc.io.manifest_reader import MAYBE_LATER, layer_of_entry
 from mpoc.io.safetensors_header import TensorInfo, encode_header, storage_order
 from mpoc.io.safetensors_writer import Shard, write_safetensors
 from mpoc.io.validation import parse_strictly, read_bounded
 from mpoc.io.weight_files import check_inside, index_metadata, index_name, read_json, shortlist
-from mpoc.tensor_networks.structure import Structure
 
 GUARD_KEY = "transformers_weights"
 GUARD = "import-mpoc.hf-before-loading.safetensors"
@@ -276,30 +282,33 @@ def quantization_config(manifest: Manifest) -> dict[str, Any]:
         | ({"low_rank": layer.low_rank} if layer.low_rank else {})
         | ({"order": layer.order} if layer.order else {})
         | ({"geometry": asdict(layer.geometry)} if layer.geometry else {})
-        for layer in manifest.replaced
+        | ({"storage": layer.storage} if layer.storage else {})
+        for layer in manifest.changed
     }
     return {"quant_method": "mpo", "format": config_format(layers), "layers": layers}
 
 
 def config_format(layers: Mapping[str, Mapping[str, Any]]) -> int:
     """The earliest format that expresses all these entries of a :func:`quantization_config`."""
-    return ORDERED_FORMAT if any("order" in entry for entry in layers.values()) else FORMAT
+    if any("storage" in entry for entry in layers.values()):
+        return STORED_FORMAT
+    return ORDERED_FORMAT if any("order" in entry for entry in layers.values()) else CONFIG_FORMAT
 
 
-def cores_of(name: str, entry: Any) -> tuple[Structure, list[tuple[int, ...]]]:
-    """One layer of :func:`quantization_config`, read back: its structure and the shapes of its cores.
+def configured_layer(name: str, entry: Any) -> LayerRecord:
+    """One layer of :func:`quantization_config`, read back; what it does not tell has its default.
 
     Raises:
         MpocError: the entry is damaged.
     """
     try:
         layer = layer_of_entry(name, entry, {})
-        if layer.form == "dense":
+        if not layer.is_changed:
             raise ValueError(layer.form)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         message = f"config.json: damaged quantization_config of {name!r} ({shortened(error)})"
         raise MpocError(message, MAYBE_LATER) from error
-    return layer.structure, layer.core_shapes
+    return layer
 
 
 def _card_with_section(card: str, manifest: Manifest) -> str:
@@ -308,19 +317,20 @@ def _card_with_section(card: str, manifest: Manifest) -> str:
         f"| {layer.layer.replace('|', '¦')} | {'×'.join(map(str, layer.shape))} | "
         f"{layer.bonds_text(', ')} | "
         f"{layer.num_original:,} → {layer.num_stored:,} | {layer.rho:.4f} | "
+        f"{layer.storage_text} | {layer.bits_per_weight:.2f} | "
         f"{'' if layer.relative_error is None else f'{layer.relative_error:.4f}'} |"
-        for layer in manifest.replaced
+        for layer in manifest.changed
     ]
     section = [
         _CARD_BEGIN,
         "## Compressed with mpoc",
         "",
         f"{len(manifest.replaced)} layers are tensor networks; ρ = {manifest.rho:.4f} over "
-        f"them, {manifest.source.num_parameters:,} → {manifest.num_parameters:,} parameters in all. "
-        "Dense weights: `mpoc expand`.",
+        f"them, {manifest.source.num_parameters:,} → {manifest.num_parameters:,} parameters in all; "
+        f"{manifest.bits_per_weight:.2f} bits a weight in the selected layers. Dense weights: `mpoc expand`.",
         "",
-        "| layer | shape | bonds | parameters | ρ | relative error |",
-        "|---|---|---|---|---|---|",
+        "| layer | shape | bonds | parameters | ρ | stored as | bits | relative error |",
+        "|---|---|---|---|---|---|---|---|",
         *rows,
         _CARD_END,
     ]

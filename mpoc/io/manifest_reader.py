@@ -91,6 +91,7 @@ def check_record(layer: LayerRecord) -> None:
         ValueError: they contradict each other.
     """
     check_made(layer)
+    _check_storage(layer)
     stored, padding = layer.num_original, (0, 0)
     if layer.form != DENSE:
         stored, padding = sum(map(math.prod, layer.core_shapes)), layer.structure.padding
@@ -114,7 +115,6 @@ def check_made(layer: LayerRecord) -> None:
         raise ValueError(f"layer {layer.name!r}: form {layer.form!r}, low_rank = {layer.low_rank}")
     if layer.form != DENSE:
         _check_factors(layer)
-    _check_storage(layer)
 
 
 def _check_storage(layer: LayerRecord) -> None:
@@ -303,7 +303,7 @@ def _from_config(quantization: dict[str, Any], tensors: dict[str, TensorInfo], p
     except _DAMAGED as error:
         message = f"{path}: config.json: damaged quantization_config ({shortened(error)})"
         raise MpocError(message, MAYBE_LATER) from error
-    cores = {name for layer in layers for name in layer.core_names}
+    cores = {name for layer in layers for name in layer.file_names}
     if cores - tensors.keys():
         raise MpocError(
             f"{path}: {min(cores - tensors.keys())!r} is not among the weights that config.json describes",
@@ -334,8 +334,21 @@ def layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorIn
     layer = _layer({**entry, **counts, "name": name, "dtype": dtype, "stored_dtype": dtype})
     layer = replace(layer, num_original=math.prod(layer.shape[:6]))  # of whole numbers, once that is sure
     check_made(layer)
+    layer = replace(layer, nbytes=_stored_bytes(layer, tensors))
+    _check_storage(layer)
+    if layer.form == DENSE:
+        return replace(layer, num_stored=layer.num_original)
     stored = sum(map(math.prod, layer.core_shapes))
     return replace(layer, num_stored=stored, padding=layer.structure.padding)
+
+
+def _stored_bytes(layer: LayerRecord, tensors: dict[str, TensorInfo]) -> int | None:
+    """Bytes of a layer's codes in the file, or without ``tensors`` at least; None: it has no codes."""
+    try:
+        infos = [info for part in layer.coded_parts for info in part.file_infos(1)]
+    except UsageError as error:
+        raise ValueError(f"layer {layer.name!r}: {error}") from error
+    return sum(tensors.get(info.name, info).nbytes for info in infos) if layer.storage else None
 
 
 def check_format(format: Any, path: Path, known: tuple[int, ...]) -> None:

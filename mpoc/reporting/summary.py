@@ -226,10 +226,10 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
     was = "" if source.nbytes is None else f"{human_bytes(source.nbytes)} → "
     lines = [rho] if replaced or not manifest.changed else []
     lines += [
-        _weights_line(manifest),
         f"whole model {source.num_parameters:,} → {manifest.num_parameters:,} parameters; "
         f"{'predicted at most' if predicted else 'on disk'} {was}{human_bytes(nbytes)}",
     ]
+    lines += [_weights_line(manifest)] if manifest.layers else []
     return lines + remarks(manifest)
 
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from mpoc.errors import MpocError, UsageError
 from mpoc.models.call import Batch, Call, first_output, has_logits, rows, to_device
 from mpoc.runtime.device import derived_seed
-from mpoc.train.distillation import kl_of_rows
 from mpoc.train.loader import BatchLoader, cut
-from mpoc.train.tasks import Scores, Task
+from mpoc.train.tasks import Scores, Task, kl_of_rows
 
 LATENCY_SECONDS = 1.0  # of each measurement of a latency
 _WARM_UP = 3  # calls

@@ -11,8 +11,7 @@ from torch import nn
 from mpoc.data import check_fits
 from mpoc.errors import UsageError, nearest
 from mpoc.models.call import has_logits
-from mpoc.train.distillation import Distillation
-from mpoc.train.tasks import CausalLM, Classification, MaskedLM, Regression, Task
+from mpoc.train.tasks import CausalLM, Classification, Distillation, MaskedLM, Regression, Task
 from mpoc.train.training_data import TrainingData
 
 TASKS = ("classification", "regression", "causal-lm", "masked-lm", "distillation")

@@ -11,6 +11,7 @@ from mpoc.compression.recipe import Recipe
 from mpoc.compression.resume import LayerCache, in_order_key
 from mpoc.compression.selection import LinearMap, Selection
 from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.manifest import LayerRecord
 from mpoc.io.safetensors_header import TensorInfo
 from mpoc.io.safetensors_writer import write_safetensors
 from tests.support.checkpoints import contents
@@ -52,7 +53,7 @@ def test_layer_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
 
 
 def test_dense_layer_stores_only_a_record(tmp_path: Path) -> None:
-    record = fitted().record
+    record = LayerRecord("fc.weight", "linear", (24, 30), "float32", "dense", 720, 720, "float32", "small")
     store = LayerCache(tmp_path)
     store.keep(0, Fitted(record))
     assert store.layer(0).record == record

@@ -16,7 +16,7 @@ from mpoc.compression.entanglement import entanglement_of
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
-from mpoc.io.hub_directory import cores_of, quantization_config
+from mpoc.io.hub_directory import configured_layer, quantization_config
 from mpoc.io.manifest import Manifest
 from mpoc.io.manifest_reader import parse_manifest
 from mpoc.tensor_networks.factors import parse_order
@@ -68,12 +68,12 @@ def test_config_round_trips_the_structure(tmp_path: Path, order: str) -> None:
     _, manifest, _ = compress(tmp_path, bond=4, order=[f"0={order}"])
     entries = json.loads(json.dumps(quantization_config(manifest)))["layers"]
     for layer in manifest.replaced:
-        found, shapes = cores_of(layer.name, entries[layer.name])
-        assert (found, shapes) == (layer.structure, layer.core_shapes)
-        assert found.permutation == layer.structure.permutation
+        found = configured_layer(layer.name, entries[layer.name])
+        assert (found.structure, found.core_shapes) == (layer.structure, layer.core_shapes)
+        assert found.structure.permutation == layer.structure.permutation
     entries["0.weight"]["order"] = [0, 0]
     with pytest.raises(MpocError, match=r"damaged quantization_config of '0.weight'"):
-        cores_of("0.weight", entries["0.weight"])
+        configured_layer("0.weight", entries["0.weight"])
 
 
 @pytest.mark.parametrize("order", ["spiral", "learned", "morton:2x2", [0] * 48, list(range(47)), 3])

@@ -26,6 +26,8 @@ EVERY_KEY: list[tuple[str, str, Any]] = [
     ("discard", "0.01", 0.01),
     ("size", '"20MB"', 20_000_000),
     ("max-drop", "1", 1.0),
+    ("bits", "4", 4),
+    ("storage", "'float'", "float"),
     ("form", "'svd'", "svd"),
     ("effort", "'fast'", "fast"),
     ("sites", "3", 3),

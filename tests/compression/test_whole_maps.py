@@ -23,7 +23,7 @@ from mpoc.compression.recipe import Recipe, make_recipe
 from mpoc.compression.recipe_syntax import parse_input_shape, parse_shape
 from mpoc.compression.selection import LinearMap, Selection
 from mpoc.errors import MpocError, UsageError
-from mpoc.io.hub_directory import cores_of, quantization_config
+from mpoc.io.hub_directory import configured_layer, quantization_config
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.nn import MPOConvMap2d, MPOLinear
@@ -332,11 +332,12 @@ def test_config_round_trips_the_geometry(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "net-mpo" / "config.json").read_text())["quantization_config"]
     assert config == json.loads(json.dumps(quantization_config(manifest)))
     for layer in manifest.replaced:
-        assert cores_of(layer.name, config["layers"][layer.name]) == (layer.structure, layer.core_shapes)
+        found = configured_layer(layer.name, config["layers"][layer.name])
+        assert (found.structure, found.core_shapes) == (layer.structure, layer.core_shapes)
     assert "geometry" not in config["layers"]["head.weight"]
     entry = config["layers"]["first.weight"]
     for damaged in ({**entry, "geometry": {}}, {**entry, "kind": "conv2d"}, {**entry, "geometry": None}):
         with pytest.raises(MpocError, match=r"damaged quantization_config of 'first\.weight'"):
-            cores_of("first.weight", damaged)
+            configured_layer("first.weight", damaged)
     loaded: Any = mpoc.load(tmp_path / "net-mpo", network())
     assert type(loaded[0]) is MPOConvMap2d and type(loaded[4]) is MPOLinear

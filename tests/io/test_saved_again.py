@@ -90,7 +90,7 @@ def test_unknown_facts_are_null(make: Make, tmp_path: Path) -> None:
     lines = summary(manifest, 1000, predicted=False)
     assert not any("selected)" in line or "None" in line for line in lines)
     assert lines[1].endswith("parameters; on disk 1 kB")
-    assert lines[2].startswith("mpoc.json is missing (transformers does not save it): errors, entropies")
+    assert lines[3].startswith("mpoc.json is missing (transformers does not save it): errors, entropies")
 
 
 def test_ignores_an_outdated_manifest(make: Make, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_counts_tensors_that_the_index_omits(make: Make, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("manifest format 3, this mpoc reads format 1 or 2", lambda q: q.update(format=3)),
+        ("manifest format 4, this mpoc reads format 1 or 2 or 3", lambda q: q.update(format=4)),
         ("damaged quantization_config", lambda q: q.pop("layers")),
         ("damaged quantization_config", lambda q: q["layers"].update(x={})),
         ("damaged quantization_config", lambda q: q["layers"].update(x=None)),

@@ -72,6 +72,9 @@ def test_totals_match_hand_computed_sums() -> None:
         "parameters_after": 1_050_000 - 700 - 3550,
         "bytes_before": 4_200_000,
         "bytes_after": 987,
+        "bytes_selected_before": 4 * 5020,
+        "bytes_selected_after": 2 * 750 + 4 * 20,
+        "bits_per_weight": pytest.approx(8 * 1580 / 5020),
     }
 
 
@@ -113,7 +116,10 @@ def test_json_holds_every_field_of_every_layer() -> None:
     )
     for row, layer in zip(report["layers"], WHOLE.layers, strict=True):
         values = json.loads(json.dumps(asdict(layer)))
-        assert row == values | {"layer": layer.layer, "rho": layer.rho}
+        nbytes = layer.num_stored * (4 if layer.form == "dense" else 2)
+        stored = {"nbytes": nbytes, "bits_per_weight": 8 * nbytes / layer.num_original}
+        stored["stored_as"] = layer.stored_dtype
+        assert row == values | {"layer": layer.layer, "rho": layer.rho} | stored
 
 
 def test_seconds_appear_only_after_a_fit() -> None:
@@ -141,13 +147,17 @@ def test_csv_has_one_line_per_layer() -> None:
         "output_error": "",
         "held_out_error": "",
         "stored_dtype": "bfloat16",
+        "stored_as": "bfloat16",
+        "nbytes": "600",
+        "bits_per_weight": "4.8",
         "reason": "",
     }
     assert (rows[2]["bonds"], rows[2]["relative_error"], rows[2]["reason"]) == ("", "", 'too small, "tiny"')
 
 
 def test_summary_gives_both_ratios_and_totals() -> None:
-    ratios, whole, *_ = summary(WHOLE, 4_183_000, predicted=False)
+    ratios, whole, weights, *_ = summary(WHOLE, 4_183_000, predicted=False)
+    assert weights == "weights of 3 selected layers 20.1 kB → 1.58 kB (7.9%), 2.52 bits a weight"
     assert "ρ = 0.1500 over 2 replaced layers (5,000 → 750)" in ratios
     assert "0.1534 over the 3 selected" in ratios
     assert "1,050,000 → 1,045,750 parameters" in whole
@@ -156,10 +166,10 @@ def test_summary_gives_both_ratios_and_totals() -> None:
 
 
 def test_warns_about_large_errors() -> None:
-    (advice,) = summary(WHOLE, 1, predicted=False)[2:]
+    (advice,) = summary(WHOLE, 1, predicted=False)[3:]
     assert advice.startswith("1 of 2 replaced layers has a relative error above 10% (worst 30%)")
     fine = replace(WHOLE, layers=(mpo("a.weight", 1000, 300, 0.1), mpo("b.weight", 1000, 300, None)))
-    assert len(summary(fine, 1, predicted=False)) == 2
+    assert len(summary(fine, 1, predicted=False)) == 3
 
 
 @pytest.mark.parametrize(

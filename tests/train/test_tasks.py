@@ -12,10 +12,9 @@ from torch import nn
 from mpoc.data.arrays import Arrays
 from mpoc.data.documents import Documents
 from mpoc.errors import MpocError
-from mpoc.train.distillation import Distillation
 from mpoc.train.evaluate import evaluate
 from mpoc.train.loader import BatchLoader
-from mpoc.train.tasks import IGNORED, CausalLM, Classification, MaskedLM, Regression
+from mpoc.train.tasks import IGNORED, CausalLM, Classification, Distillation, MaskedLM, Regression
 from tests.train.small import CLASSES, blobs, loader, perceptron, run
 
 CPU = torch.device("cpu")

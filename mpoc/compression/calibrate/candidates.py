@@ -38,7 +38,7 @@ from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.layout import from_matrix
 from mpoc.tensor_networks.forms.sum import Sum
 from mpoc.tensor_networks.structure import Structure
-from mpoc.train.distillation import kl_of_rows
+from mpoc.train.tasks import kl_of_rows
 
 _STRETCHES = 3
 _SIZES = 32  # of the candidates in one form
