@@ -203,7 +203,7 @@ class MpoQuantizer(HfQuantizer):
             for number, part in enumerate(record.coded_parts):
                 wanted = place if record.form == DENSE else f"{core_prefix(place)}.{number}"
                 sources = [f"^{re.escape(names.renamed(own))}$" for own in part.file_names]
-                decode = [_Decode(part, self)]
+                decode: list[ConversionOps] = [_Decode(part, self)]
                 self._decoders.append(WeightConverter(sources, wanted, decode, force_cpu=True))
 
     def _first_name(self, model: PreTrainedModel, name: str, target: str, stored: set[str]) -> str:
@@ -283,7 +283,7 @@ class MpoQuantizer(HfQuantizer):
         own = {id(entry) for entry in (*self._renamed, *self._decoders)}
         kept = [entry for entry in conversions if id(entry) not in own]
         if not self.quantization_config.layers:  # all are plain weights now
-            self.remove_quantization_config(model)
+            self.remove_quantization_config(model)  # type: ignore[no-untyped-call]
         vars(model).update(_weight_conversions=kept, is_quantized=False)  # quantized: no .half(), no .float()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, Any]]:

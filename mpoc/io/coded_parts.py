@@ -16,7 +16,7 @@ from torch import Tensor
 from mpoc.io.manifest import CodedPart, LayerRecord, storage_record
 from mpoc.io.safetensors_writer import Entry
 from mpoc.quantize.codes import GridTensor, QuantizedTensor, quantized_from_tensors
-from mpoc.quantize.rounding import coded_in_bytes, column_exponents, round_grid, row_exponents
+from mpoc.quantize.rounding import best_exponents, coded_in_bytes, round_grid
 from mpoc.quantize.storage import Coded, Grid, Storage, default_grid
 from mpoc.tensor_networks.forms.layout import from_matrix, to_matrix
 
@@ -59,8 +59,8 @@ class Rounding:
         matrix = matrix_of(part, tensor).detach().cpu().float()
         if isinstance(part.storage, Grid):
             return round_grid(matrix, None, part.storage)
-        steps = row_exponents(None, matrix.shape[0]), column_exponents(None, matrix.shape[1])
-        return coded_in_bytes(matrix, None, *steps, self.most_bytes(matrix.numel()))
+        rows, columns = (best_exponents(None, side) for side in part.sides)
+        return coded_in_bytes(matrix, None, rows, columns, self.most_bytes(matrix.numel()))
 
 
 def rounding_of(record: LayerRecord) -> Rounding:

@@ -117,7 +117,7 @@ def test_json_holds_every_field_of_every_layer() -> None:
     for row, layer in zip(report["layers"], WHOLE.layers, strict=True):
         values = json.loads(json.dumps(asdict(layer)))
         nbytes = layer.num_stored * (4 if layer.form == "dense" else 2)
-        stored = {"nbytes": nbytes, "bits_per_weight": 8 * nbytes / layer.num_original}
+        stored: dict[str, Any] = {"nbytes": nbytes, "bits_per_weight": 8 * nbytes / layer.num_original}
         stored["stored_as"] = layer.stored_dtype
         assert row == values | {"layer": layer.layer, "rho": layer.rho} | stored
 
