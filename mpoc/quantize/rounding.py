@@ -323,7 +323,7 @@ def _solve(
         if abs(found - wanted) <= _UNUSED * wanted:
             break
         low, high = (octave, high) if found > wanted else (low, octave)
-        if octave != before[0] and found != before[1]:
+        if (octave - before[0]) * (found - before[1]) < 0:  # streams of few codes also rise
             slope = (found - before[1]) / (octave - before[0])
         before = octave, found
         octave += min(max((wanted - found) / slope, -2.0), 2.0)

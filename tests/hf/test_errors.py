@@ -52,7 +52,7 @@ def bert_as_gpt2(path: Path) -> Any:
 @pytest.mark.parametrize(
     ("message", "change"),
     [
-        ("format 3, this mpoc reads format 1 or 2", lambda q: q.update(format=3)),
+        ("format 4, this mpoc reads format 1 or 2 or 3", lambda q: q.update(format=4)),
         ("format None, this mpoc reads format 1", lambda q: q.pop("format")),
         ("no layers, or unknown keys", lambda q: q.pop("layers")),
         ("no layers, or unknown keys", lambda q: q.update(bits=4)),
