@@ -182,7 +182,8 @@ def test_best_exponents() -> None:
     """Steps ∝ 1/U_kk and 1/√G_ii cost less than equal steps at the same bits."""
     assert best_exponents(torch.tensor([1.0, 2.0, 0.25, 0.0, 1e-9]), 5).tolist() == [1, 0, 3, 15, 15]
     assert best_exponents(None, 3).tolist() == best_exponents(torch.zeros(3), 3).tolist() == [0, 0, 0]
-    target, metric = weight(48, 96), correlated(96)
+    spread = torch.logspace(0, 1.5, 96)
+    target, metric = weight(48, 96), correlated(96) * spread[:, None] * spread
     feedback = Feedback(metric)
     rows, flat = best_exponents(None, 48), torch.zeros(96, dtype=torch.int8)
     best, equal = (
