@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any, NoReturn, TypeVar, cast
 
 from mpoc.errors import MpocError
@@ -21,6 +22,8 @@ from mpoc.errors import MpocError
 _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 _Other = TypeVar("_Other")
+_Key = TypeVar("_Key", bound=Hashable)
+_MOST = 8  # shards of a pass: more processes than that cannot share it
 # A process may wait while another fits its longest layer; torchrun ends all when one dies.
 _PATIENCE = timedelta(days=7)
 
@@ -238,3 +241,50 @@ def process_group() -> Iterator[ProcessGroup]:
         yield ProcessGroup(rank(), num_processes())
     finally:
         dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class BatchShards:
+    """The shards of ``count`` batches, and the processes that share them.
+
+    Each shard is summed by itself, and the sums are merged in order, whichever process makes them.  Several
+    processes thus find what one alone finds, to the last bit.
+    """
+
+    count: int
+    group: ProcessGroup = SINGLE_PROCESS
+
+    @property
+    def every(self) -> list[range]:
+        """The batches of each shard; the shards do not depend on the number of processes."""
+        parts = max(1, min(_MOST, self.count))
+        return [range(*ends) for ends in pairwise(k * self.count // parts for k in range(parts + 1))]
+
+    @property
+    def mine(self) -> list[int]:
+        """The batches that this process runs."""
+        return [index for part in self.every[self.group.rank :: self.group.size] for index in part]
+
+    def total(
+        self, measure: Callable[[range], dict[_Key, _Value]], merge: Callable[[_Value, _Value], _Value]
+    ) -> dict[_Key, _Value]:
+        """Accumulate sums over all batches, the same in all processes.
+
+        Args:
+            measure: gives the sums over the batches of one shard, on the CPU.
+            merge: joins a sum over earlier batches and one over later ones.
+        """
+        total: dict[_Key, _Value] = {}
+        for first in range(0, len(self.every), self.group.size):
+            parts = self.every[first : first + self.group.size]
+            own: dict[_Key, _Value] = {}
+            with self.group.all_or_raise():
+                if self.group.rank < len(parts):
+                    own = measure(parts[self.group.rank])
+            for owner in range(len(parts)):
+                for key in self.group.broadcast(list(own), src=owner):
+                    given = self.group.broadcast(
+                        own.pop(key) if owner == self.group.rank else None, src=owner
+                    )
+                    total[key] = merge(total[key], given) if key in total else given
+        return total

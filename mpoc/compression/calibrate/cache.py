@@ -25,7 +25,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     device_of,
     eval_mode,
 )
-from mpoc.compression.calibrate.moments import DensePass, Moments
+from mpoc.compression.calibrate.moments import Moments
 from mpoc.compression.calibrate.trace import EXAMPLES, Trace
 from mpoc.errors import MpocError
 from mpoc.io.keyed_store import Item, Scratch, damaged, digest, open_item, put_item
@@ -33,8 +33,83 @@ from mpoc.io.safetensors_header import TensorInfo
 from mpoc.io.safetensors_writer import Entry
 from mpoc.models.call import Batch, Call, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment
 
 _KIND = "moments/2"
+
+
+class DensePass:
+    """Moments and gradients of the dense network, by weight; none of a weight that the data give no rows.
+
+    ``gradients`` are G, (N_y, N_y) float64 on the CPU: E[g gᵀ] over rows and directions, g the gradient of an
+    example's Σ at the layer's output.  An example's change by an error δ there is about rows / examples times
+    E[δᵀ G δ], so ``Moments.rows`` times tr[G (W − Ŵ) M (W − Ŵ)ᵀ] can be compared between layers.
+
+    Args:
+        scratch: that holds the tensors.
+    """
+
+    def __init__(self, scratch: Scratch | None = None) -> None:
+        scratch = scratch or Scratch()
+        self.moments = KeptMoments(scratch)
+        self.gradients = KeptTensors(scratch)
+        self.blocks = KeptTensors(scratch)  # by module Σ g gᵀ over rows and directions, at what blocks give
+
+
+class KeptTensors(Mapping[str, Tensor]):
+    """Tensors in a scratch, each read when it is asked for."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch, self._names = scratch, dict[str, None]()
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor."""
+        self._scratch.put((id(self), name), [tensor])
+        self._names[name] = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._scratch.get((id(self), name))[0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class KeptMoments(Mapping[str, Moments]):
+    """Moments of the dense network in a scratch; weights that take the same rows share them."""
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch = scratch
+        self._known: dict[str, tuple[str, int]] = {}  # weight → the first of its rows, and how many there are
+
+    def put(self, names: Sequence[str], moments: Moments) -> None:
+        """Keep the moments of these weights."""
+        parts, second = [moments.mean], moments.second
+        if isinstance(second, RowMoment):
+            parts += [second.left.values, second.left.centre, second.weights]
+        elif second is not moments.mean:
+            parts += [second]
+        self._scratch.put((id(self), names[0]), parts)
+        self._known |= dict.fromkeys(names, (names[0], moments.rows))
+
+    def __getitem__(self, name: str) -> Moments:
+        first, rows = self._known[name]
+        mean, *seconds = self._scratch.get((id(self), first))
+        if len(seconds) > 1:
+            values, centre, weights = seconds
+            return Moments.of_rows(rows, [mean], [CentredRows(values, centre)], weights)
+        second = seconds[0] if seconds else mean
+        return Moments(rows, mean, second, mean, second, second)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
 
 
 def calibration_fingerprint(
@@ -174,9 +249,31 @@ def _entries(dense: DensePass, trace: Trace, shapes: Mapping[str, _Shapes]) -> I
             continue
         yield Entry.of(f"rows {name}", torch.tensor(dense.moments[name].rows))
         yield entry(f"mean {name}", shapes[name].mean, lambda name=name: dense.moments[name].mean)  # type: ignore[misc]
-        if shapes[name].second != shapes[name].mean:
+        if isinstance(dense.moments[name].second, RowMoment):
+            yield from _row_entries(dense, name)
+        elif shapes[name].second != shapes[name].mean:
             second = lambda name=name: dense.moments[name].second  # noqa: E731
             yield entry(f"second {name}", shapes[name].second, second)
+
+
+def _row_entries(dense: DensePass, name: str) -> Iterator[Entry]:
+    """A second moment that is kept as rows: these one after another, their centre and their weights."""
+    reads: dict[str, Callable[[], Tensor]] = {
+        "values": lambda: dense.moments[name].second.left.values.flatten(),
+        "centre": lambda: dense.moments[name].second.left.centre,
+        "weights": lambda: dense.moments[name].second.weights,
+    }
+    for part, read in reads.items():
+        info = Entry.of(f"{part} {name}", read()).info
+        yield Entry(info, read)
+
+
+def _rows_of(file: _Tensors, name: str, mean: Tensor, rows: int) -> Moments:
+    """The moments that :func:`_row_entries` wrote."""
+    weights = file.take_all(f"weights {name}")
+    values = file.take_all(f"values {name}", len(weights) * len(mean))
+    centre = file.take(f"centre {name}", (len(mean),))
+    return Moments.of_rows(rows, [mean], [CentredRows(values.view(-1, len(mean)), centre)], weights)
 
 
 def _load(item: Item, network: nn.Module, trace: Trace, scratch: Scratch | None = None) -> DensePass:
@@ -189,8 +286,11 @@ def _load(item: Item, network: nn.Module, trace: Trace, scratch: Scratch | None 
             continue
         rows = int(file.take(f"rows {name}", (), torch.int64))
         mean = file.take(f"mean {name}", shape.mean)
-        second = mean if shape.second == shape.mean else file.take(f"second {name}", shape.second)
         names = [other for other, first in trace.same_rows.items() if first == name]
+        if f"values {name}" in file.left:
+            dense.moments.put(names, _rows_of(file, name, mean, rows))
+            continue
+        second = mean if shape.second == shape.mean else file.take(f"second {name}", shape.second)
         dense.moments.put(names, Moments(rows, mean, second, mean, second, second))
     for name in trace.same_rows:
         if f"gradient {name}" in file.left:
@@ -221,6 +321,13 @@ class _Tensors:
             raise damaged(self._item.path, f"{name!r} holds values that are not finite")
         del self.left[name]
         return _unpacked(found, shape)
+
+    def take_all(self, name: str, count: int | None = None) -> Tensor:
+        """A vector in float64 or, where its length is known, in float32 too."""
+        info = self._item.tensors.infos.get(name)
+        known = info is not None and count is not None and info.dtype == "float32"
+        length = info.numel if count is None and info is not None else count or 0
+        return self.take(name, (length,), torch.float32 if known else torch.float64)
 
     def take_square(self, name: str) -> Tensor:
         """A symmetric matrix whose width follows from the number of its values."""

@@ -22,6 +22,7 @@ from mpoc.compression.calibrate.block_chain import (
     next_input,
     replaced_forwards,
 )
+from mpoc.compression.calibrate.cache import DensePass
 from mpoc.compression.calibrate.calibration_data import Pooling, direction, output_of_interest
 from mpoc.compression.calibrate.layer_inputs import (
     ObservedLayer,
@@ -32,8 +33,6 @@ from mpoc.compression.calibrate.layer_inputs import (
 )
 from mpoc.compression.calibrate.moments import (
     ALL,
-    BatchShards,
-    DensePass,
     LayerSums,
     Moments,
     Positions,
@@ -48,6 +47,7 @@ from mpoc.errors import MpocError
 from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, Call, to_device
 from mpoc.runtime.device import derived_seed
+from mpoc.runtime.distributed import BatchShards
 
 _Key = tuple[str, str]  # "moments", "gradients" or "blocks"; the weight or the module
 

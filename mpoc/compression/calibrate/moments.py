@@ -1,77 +1,37 @@
 """First and second moments of the rows that go into a layer, in one network or in two side by side.
 
+Rows are gathered, and multiplied by one another as soon as there are more of them than features.  Where there
+are not, the rows themselves are the smaller form of the moment, and exact.  Of very wide layers every second,
+fourth, … row is kept, so that memory is bounded.
+
 Products of float32 rows are formed in float32, ``_BLOCK`` rows at a time, and summed in float64: twice as
 fast as float64 throughout, and each entry is right to about 3e-7 of the standard deviations it belongs to.
 Rows are shifted by the mean of the first ones, so that this holds where means are large beside deviations.
-
-A pass is cut into shards of batches.  Each shard is summed by itself, and the sums are merged in order,
-whichever process makes them.  Several processes thus find what one alone finds, to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from itertools import pairwise
-from typing import TypeVar
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs, ObservedLayer, Sample
-from mpoc.io.keyed_store import Scratch
+from mpoc.compression.calibrate.layer_inputs import (
+    ConvInputs,
+    EmbeddingInputs,
+    LinearInputs,
+    ObservedLayer,
+    Sample,
+)
 from mpoc.runtime.device import derived_seed
-from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-
-_MOST = 8  # parts: more processes than that cannot share a pass
-
-_Key = TypeVar("_Key", bound=Hashable)
-_Sum = TypeVar("_Sum")
+from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment, Second
 
 _BLOCK = 8192  # rows of one product
-
-
-@dataclass(frozen=True)
-class BatchShards:
-    """The shards of ``count`` batches, and the processes that share them."""
-
-    count: int
-    group: ProcessGroup = SINGLE_PROCESS
-
-    @property
-    def every(self) -> list[range]:
-        """The batches of each shard; the shards do not depend on the number of processes."""
-        parts = max(1, min(_MOST, self.count))
-        return [range(*ends) for ends in pairwise(k * self.count // parts for k in range(parts + 1))]
-
-    @property
-    def mine(self) -> list[int]:
-        """The batches that this process runs."""
-        return [index for part in self.every[self.group.rank :: self.group.size] for index in part]
-
-    def total(
-        self, measure: Callable[[range], dict[_Key, _Sum]], merge: Callable[[_Sum, _Sum], _Sum]
-    ) -> dict[_Key, _Sum]:
-        """Accumulate sums over all batches, the same in all processes.
-
-        Args:
-            measure: gives the sums over the batches of one shard, on the CPU.
-            merge: joins a sum over earlier batches and one over later ones.
-        """
-        total: dict[_Key, _Sum] = {}
-        for first in range(0, len(self.every), self.group.size):
-            parts = self.every[first : first + self.group.size]
-            own: dict[_Key, _Sum] = {}
-            with self.group.all_or_raise():
-                if self.group.rank < len(parts):
-                    own = measure(parts[self.group.rank])
-            for owner in range(len(parts)):
-                for key in self.group.broadcast(list(own), src=owner):
-                    given = self.group.broadcast(
-                        own.pop(key) if owner == self.group.rank else None, src=owner
-                    )
-                    total[key] = merge(total[key], given) if key in total else given
-        return total
+_NARROW = 1024  # features up to which products are always formed
+_WIDE = 8192  # features from which on they never are
+_KEPT = 1 << 24  # numbers of rows that are kept of a layer from there on
 
 
 @dataclass(frozen=True)
@@ -80,29 +40,46 @@ class Moments:
 
     Of a grouped convolution every tensor has a leading axis of groups.  Of an embedding rows are one-hot,
     their second moments diagonal: then ``second``, ``cross`` and ``dense_second`` hold the diagonal (N_x,)
-    alone, the share of each index.
+    alone, the share of each index.  All three may be given as rows, about zero.
     """
 
     rows: int  # tokens that are no padding, or positions of a convolution, that there were
     mean: Tensor  # μ̃ (N_x,)
-    second: Tensor  # E[x̃ x̃ᵀ] (N_x, N_x), not centred
+    second: Second  # E[x̃ x̃ᵀ] (N_x, N_x), not centred
     dense_mean: Tensor  # μ (N_x,); where only the dense network ran the same tensor as ``mean``
-    cross: Tensor  # E[x x̃ᵀ] (N_x, N_x), not centred
-    dense_second: Tensor  # E[x xᵀ] (N_x, N_x), not centred; (0,) where it was not wanted
+    cross: Second  # E[x x̃ᵀ] (N_x, N_x), not centred
+    dense_second: Second  # E[x xᵀ] (N_x, N_x), not centred; (0,) where it was not wanted
+
+    @classmethod
+    def of_rows(
+        cls, count: int, means: Sequence[Tensor], rows: Sequence[CentredRows], weights: Tensor
+    ) -> Moments:
+        """Moments that are kept as rows: of one network, or of the compressed and the dense one."""
+        seconds = [RowMoment(one, one, weights) for one in rows]
+        cross = seconds[0] if len(rows) == 1 else RowMoment(rows[1], rows[0], weights)
+        return cls(count, means[0], seconds[0], means[-1], cross, seconds[-1])
+
+    def on(self, device: torch.device) -> Moments:
+        """The same on a device; what is one tensor stays one."""
+        moved: dict[int, Tensor] = {}
+
+        def move(one: Tensor) -> Tensor:
+            return moved.setdefault(id(one), one.to(device))
+
+        if isinstance(self.second, RowMoment):
+            networks = _networks(self)
+            rows = [CentredRows(move(one.values), move(one.centre)) for _, one in networks]
+            return Moments.of_rows(
+                self.rows, [move(mean) for mean, _ in networks], rows, move(self.second.weights)
+            )
+        names = [field.name for field in fields(self) if field.name != "rows"]
+        return Moments(self.rows, **{name: move(getattr(self, name)) for name in names})
 
 
 def merge(one: Moments, other: Moments) -> Moments:
     """The moments of the rows of both together; tensors that are one and the same in both stay so."""
     rows = one.rows + other.rows
-    merged: dict[tuple[int, int], Tensor] = {}
-
-    def both(a: Tensor, b: Tensor) -> Tensor:
-        if (id(a), id(b)) not in merged:
-            merged[id(a), id(b)] = torch.lerp(a, b, other.rows / rows)
-        return merged[id(a), id(b)]
-
-    names = [field.name for field in fields(one) if field.name != "rows"]
-    return Moments(rows, **{name: both(getattr(one, name), getattr(other, name)) for name in names})
+    return replace(_mixed(one, other, other.rows / rows), rows=rows)
 
 
 def shrunk(own: Moments, prior: Moments) -> Moments:
@@ -113,9 +90,64 @@ def shrunk(own: Moments, prior: Moments) -> Moments:
         prior: of all layers that may be given such rows.
     """
     weight = own.mean.shape[-1] / (own.mean.shape[-1] + own.rows)
-    names = [field.name for field in fields(own) if field.name != "rows"]
-    mixed = {name: torch.lerp(getattr(own, name), getattr(prior, name), weight) for name in names}
-    return Moments(own.rows, **mixed)
+    return _mixed(own, prior, weight)
+
+
+def _mixed(one: Moments, other: Moments, weight: float) -> Moments:
+    """The share ``weight`` of another's moments, and the rest of one's; as rows where they stay few."""
+    if isinstance(one.second, RowMoment) and isinstance(other.second, RowMoment):
+        joined = _joined(one, other, weight)
+        width, count = joined.mean.shape[-1], len(joined.second.weights)
+        return joined if count <= width or width >= _WIDE else _formed(joined)
+    one, other = _formed(one), _formed(other)
+    mixed: dict[tuple[int, int], Tensor] = {}
+
+    def both(a: Tensor, b: Tensor) -> Tensor:
+        if (id(a), id(b)) not in mixed:
+            mixed[id(a), id(b)] = torch.lerp(a, b, weight)
+        return mixed[id(a), id(b)]
+
+    names = [field.name for field in fields(one) if field.name != "rows"]
+    return Moments(one.rows, **{name: both(getattr(one, name), getattr(other, name)) for name in names})
+
+
+def _joined(one: Moments, other: Moments, weight: float) -> Moments:
+    """Rows of both, of very wide layers a part of them."""
+    sides = _networks(one), _networks(other)
+    both = max(map(len, sides))
+    pairs = zip(*(side * (both // len(side)) for side in sides), strict=True)
+    weights = torch.cat([(1 - weight) * one.second.weights, weight * other.second.weights])
+    kept = weights[:: (step := _step(len(weights), one.mean.shape[-1]))]
+    means, rows = [], []
+    for (mean, a), (other_mean, b) in pairs:
+        moved = b.values + (a.centre - b.centre).to(b.values.dtype)
+        rows.append(CentredRows(torch.cat([a.values, moved])[::step].contiguous(), a.centre))
+        means.append(torch.lerp(mean, other_mean, weight))
+    return Moments.of_rows(one.rows, means, rows, kept * (weights.sum() / kept.sum()))
+
+
+def _step(count: int, width: int) -> int:
+    """Every how many of so many rows are kept."""
+    return 1 if width < _WIDE else 2 ** max(0, math.ceil(math.log2(count * width / _KEPT)))
+
+
+def _networks(moments: Moments) -> list[tuple[Tensor, CentredRows]]:
+    """Mean and rows of the compressed and the dense network, or of the only one."""
+    compressed = moments.mean, moments.second.left
+    if moments.dense_second is moments.second:
+        return [compressed]
+    return [compressed, (moments.dense_mean, moments.dense_second.left)]
+
+
+def _formed(moments: Moments) -> Moments:
+    """Second moments as matrices."""
+    second, cross, dense = moments.second, moments.cross, moments.dense_second
+    if isinstance(second, Tensor):
+        return moments
+    formed = second.formed()
+    if dense is second:
+        return replace(moments, second=formed, cross=formed, dense_second=formed)
+    return replace(moments, second=formed, cross=cross.formed(), dense_second=dense.formed())
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -153,13 +185,16 @@ class Accumulator:
 
     Args:
         dense_second: whether E[x xᵀ] is wanted too, where rows of the dense network are given.
+        keeps_rows: whether the moments of wide layers may be given as rows.
     """
 
-    def __init__(self, dense_second: bool = True) -> None:
+    def __init__(self, dense_second: bool = True, keeps_rows: bool = False) -> None:
         self.count = 0
-        self._wants_dense = dense_second
+        self._wants_dense, self._keeps_rows = dense_second, keeps_rows
         self._sums: list[_Sums] = []  # of the rows, then of the dense ones
         self._products: list[Tensor] = []  # x̃x̃ᵀ, xx̃ᵀ, xxᵀ of shifted rows
+        self._blocks: list[list[Tensor]] = []  # shifted rows that are not in the products yet
+        self._held, self._step = 0, 1  # rows in the blocks; of very wide layers, every how many are kept
 
     def add(self, rows: Tensor, dense: Tensor | None = None) -> None:
         """Add rows x̃, and the matching rows x of the dense network, always or never.
@@ -169,23 +204,46 @@ class Accumulator:
             dense: of the same shape.
         """
         given = [rows] if dense is None else [rows, dense]
-        if rows.shape[-2] == 0:
+        count, width = rows.shape[-2:]
+        if count == 0:
             return
         given = [r if r.dtype == torch.float64 else r.float() for r in given]
         if not self._sums:
             self._sums = [_Sums(r) for r in given]
-        shifted = [sums.shifted(r) for sums, r in zip(self._sums, given, strict=True)]
-        pairs = [(shifted[0], shifted[0])]
-        if dense is not None:
-            pairs += [(shifted[1], shifted[0])]
-            pairs += [(shifted[1], shifted[1])] if self._wants_dense else []
+        block = [sums.shifted(r) for sums, r in zip(self._sums, given, strict=True)]
+        if self._step > 1:
+            block = [one[-self.count % self._step :: self._step].clone() for one in block]
+        self._blocks.append(block)
+        self._held += block[0].shape[-2]
+        self.count += count
+        if self._keeps_rows and width >= _WIDE:
+            self._thin(_step(self._held, width))
+        elif self._held > max(_NARROW, width):
+            self._multiply()
+
+    def _joined(self) -> list[Tensor]:
+        """The rows of all blocks, of each network."""
+        if len(self._blocks) == 1:
+            return self._blocks[0]
+        return [torch.cat(blocks, -2) for blocks in zip(*self._blocks, strict=True)]
+
+    def _thin(self, step: int) -> None:
+        if step > 1:
+            self._blocks = [[one[::step].clone() for one in self._joined()]]
+            self._held, self._step = len(self._blocks[0][0]), self._step * step
+
+    def _multiply(self) -> None:
+        """Add the products of the blocks, and forget these."""
+        rows = self._joined()
+        pairs = [(rows[0], rows[0])]
+        if len(rows) > 1:
+            pairs += [(rows[1], rows[0])]
+            pairs += [(rows[1], rows[1])] if self._wants_dense else []
         products = [product(a, b) for a, b in pairs]
-        if not self._products:
-            self._products = products
-        else:
-            for total, part in zip(self._products, products, strict=True):
-                total += part
-        self.count += rows.shape[-2]
+        for total, part in zip(self._products, products, strict=False):
+            total += part
+        self._products = self._products or products
+        self._blocks, self._held = [], 0
 
     def moments(self, rows: int | None = None) -> Moments:
         """The moments of all rows added.
@@ -199,6 +257,15 @@ class Accumulator:
         if not self.count:
             raise ValueError("no rows were added")
         means = [sums.mean(self.count) for sums in self._sums]
+        if self._keeps_rows and not self._products and means[0].shape[-1] > _NARROW:
+            kept = [
+                CentredRows(one.cpu(), -sums.shift[0].double().cpu())
+                for one, sums in zip(self._joined(), self._sums, strict=True)
+            ]
+            weights = torch.full((self._held,), 1 / self._held, dtype=torch.float64)
+            return Moments.of_rows(rows or self.count, [mean.cpu() for mean in means], kept, weights)
+        if self._blocks:
+            self._multiply()
         second = self._second(0, 0, 0, means)
         if len(means) == 1:
             mean = means[0].cpu()
@@ -254,7 +321,7 @@ class LayerSums:
 
     def __init__(self, layer: ObservedLayer, dense_second: bool = True) -> None:
         self._layer = layer
-        self._accumulator = Accumulator(dense_second)
+        self._accumulator = Accumulator(dense_second, isinstance(layer.inputs, LinearInputs | ConvInputs))
         self._counts: Tensor | int = 0
         self.rows = 0
 
@@ -282,73 +349,6 @@ class LayerSums:
         if isinstance(self._counts, Tensor) and bool(self._counts.any()):
             return one_hot_moments(self._counts)
         return self._accumulator.moments(self.rows) if self.rows else None
-
-
-class DensePass:
-    """Moments and gradients of the dense network, by weight; none of a weight that the data give no rows.
-
-    ``gradients`` are G, (N_y, N_y) float64 on the CPU: E[g gᵀ] over rows and directions, g the gradient of an
-    example's Σ at the layer's output.  An example's change by an error δ there is about rows / examples times
-    E[δᵀ G δ], so ``Moments.rows`` times tr[G (W − Ŵ) M (W − Ŵ)ᵀ] can be compared between layers.
-
-    Args:
-        scratch: that holds the tensors.
-    """
-
-    def __init__(self, scratch: Scratch | None = None) -> None:
-        scratch = scratch or Scratch()
-        self.moments = KeptMoments(scratch)
-        self.gradients = KeptTensors(scratch)
-        self.blocks = KeptTensors(scratch)  # by module Σ g gᵀ over rows and directions, at what blocks give
-
-
-class KeptTensors(Mapping[str, Tensor]):
-    """Tensors in a scratch, each read when it is asked for."""
-
-    def __init__(self, scratch: Scratch) -> None:
-        self._scratch, self._names = scratch, dict[str, None]()
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor."""
-        self._scratch.put((id(self), name), [tensor])
-        self._names[name] = None
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._scratch.get((id(self), name))[0]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class KeptMoments(Mapping[str, Moments]):
-    """Moments of the dense network in a scratch; weights that take the same rows share them."""
-
-    def __init__(self, scratch: Scratch) -> None:
-        self._scratch = scratch
-        self._known: dict[str, tuple[str, int]] = {}  # weight → the first of its rows, and how many there are
-
-    def put(self, names: Sequence[str], moments: Moments) -> None:
-        """Keep the moments of these weights."""
-        parts = [moments.mean] if moments.second is moments.mean else [moments.mean, moments.second]
-        self._scratch.put((id(self), names[0]), parts)
-        self._known |= dict.fromkeys(names, (names[0], moments.rows))
-
-    def __getitem__(self, name: str) -> Moments:
-        first, rows = self._known[name]
-        mean, *seconds = self._scratch.get((id(self), first))
-        second = seconds[0] if seconds else mean
-        return Moments(rows, mean, second, mean, second, second)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
 
 
 def total_rows(layer: ObservedLayer, output: Tensor, mask: Tensor | None) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpoc.compression.calibrate.moments import Moments, merge
-from mpoc.tensor_networks.fit.metric import Metric, make_metric, weighed
+from mpoc.tensor_networks.fit.metric import Metric, RowMoment, Second, make_metric, weighed
 from mpoc.tensor_networks.forms.layout import to_matrix
 from mpoc.tensor_networks.structure import low_rank_structure
 
@@ -25,9 +25,9 @@ _TABLE_GAMMA = 0.02  # of G under a table
 class ErrorNorm:
     """The mean of (Wx − Ŵx̃)ᵀ G (Wx − Ŵx̃) over rows, less the mean error where the fit corrects it."""
 
-    compressed: Tensor  # M = E[x̃ x̃ᵀ] (N_x, N_x)
-    cross: Tensor  # C = E[x x̃ᵀ]
-    dense: Tensor  # Σ = E[x xᵀ]
+    compressed: Second  # M = E[x̃ x̃ᵀ] (N_x, N_x)
+    cross: Second  # C = E[x x̃ᵀ]
+    dense: Second  # Σ = E[x xᵀ]
     outputs: Tensor | None = None  # G as in :class:`mpoc.tensor_networks.fit.metric.Metric`
     _known: list[tuple[Tensor, Tensor, float]] = field(default_factory=list, compare=False, repr=False)
     _wholes: list[tuple[Tensor, float]] = field(default_factory=list, compare=False, repr=False)
@@ -185,6 +185,9 @@ class LayerObjective(Objective):
         if not self.centred:
             return ErrorNorm(m.second, m.cross, m.dense_second)
         mean, dense = self.moments.mean, self.moments.dense_mean
+        if m.cross is m.second is m.dense_second:
+            second = _about(m.second, m.mean, m.mean, mean, mean)
+            return ErrorNorm(second, second, second)
         return ErrorNorm(
             _about(m.second, m.mean, m.mean, mean, mean),
             _about(m.cross, m.dense_mean, m.mean, dense, mean),
@@ -349,8 +352,10 @@ def _shrunk(moment: Tensor, gamma: float) -> Tensor:
     return (1 - gamma) * moment + torch.diag(gamma * diagonal + (_FLOOR * gamma + _RIDGE) * diagonal.mean())
 
 
-def _about(second: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def _about(second: Second, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Second:
     """E[(x − a)(y − b)ᵀ] from E[x yᵀ], E[x] and E[y]."""
+    if isinstance(second, RowMoment):
+        return second.about(a, b)
     return second - torch.outer(left, b) - torch.outer(a, right) + torch.outer(a, b)
 
 

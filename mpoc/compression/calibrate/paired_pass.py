@@ -19,7 +19,6 @@ from mpoc.compression.calibrate.block_chain import Chain, StopPassError, given_o
 from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_argument, hooked
 from mpoc.compression.calibrate.moments import (
     ALL,
-    BatchShards,
     LayerSums,
     Moments,
     Positions,
@@ -28,7 +27,7 @@ from mpoc.compression.calibrate.moments import (
 from mpoc.compression.calibrate.trace import Example, Trace
 from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, Call, main_input, to_device
-from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from mpoc.runtime.distributed import SINGLE_PROCESS, BatchShards, ProcessGroup
 
 _KEPT_BYTES = 2 * 1024**3
 
@@ -194,7 +193,10 @@ class PairedPass:
         sums = self._summed(paired, both=True, dense_second=dense is None)
         total = {name: moments for name, moments in sums.items() if moments is not None}
         if dense is not None:
-            total = {name: replace(m, dense_second=dense[name].dense_second) for name, m in total.items()}
+            total = {
+                name: replace(m, dense_second=dense[name].dense_second) if isinstance(m.second, Tensor) else m
+                for name, m in total.items()
+            }
         alone = self._summed([name for name in names if name not in total], both=False)
         total |= {name: moments for name, moments in alone.items() if moments is not None}
         return {name: total[first[name]] for name in group if first[name] in total}

@@ -11,7 +11,7 @@ norm right behind it, where no other layer uses that tensor.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.compression.calibrate.block_chain import ChainInputs
-from mpoc.compression.calibrate.cache import cached_or_measured, calibration_fingerprint
+from mpoc.compression.calibrate.cache import DensePass, cached_or_measured, calibration_fingerprint
 from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
 from mpoc.compression.calibrate.dense_pass import Probes, cutting_chain, dense_pass
 from mpoc.compression.calibrate.layer_inputs import (
@@ -31,7 +31,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     eval_mode,
     unseen_weights,
 )
-from mpoc.compression.calibrate.moments import DensePass, Moments, Positions, merge, shrunk
+from mpoc.compression.calibrate.moments import Moments, Positions, merge, shrunk
 from mpoc.compression.calibrate.objective import (
     EmbeddingObjective,
     GroupedObjective,
@@ -48,7 +48,7 @@ from mpoc.models.call import Batch, first_output, main_input, num_examples, to_d
 from mpoc.models.introspection import same_tensor
 from mpoc.train.evaluate import try_call
 
-_WIDEST = 12_288  # outputs or inputs: the second moments are squares of that, in float64
+_WIDEST = 12_288  # outputs: the second moment of gradients there is the square of that, in float64
 _PROBES = 2  # random directions in the output, a batch
 _KEPT_BYTES = 256 * 1024**2  # of the inputs of blocks in held-out batches
 _POSITIONS = 64  # of a convolution, an example: more are nearly the same rows again
@@ -176,6 +176,8 @@ class CalibrationStatistics:
         outputs, inputs = shape[0], shape[1:].numel()
         module = self.network.get_submodule(self.places[name].rpartition(".")[0])
         widest = inputs if isinstance(module, nn.Embedding) else max(outputs, inputs)
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            widest = outputs  # moments of wide inputs are kept as rows
         return f"wider than {_WIDEST:,}" if widest > _WIDEST else ""
 
     @property
@@ -365,7 +367,7 @@ class CalibrationStatistics:
         outputs = self._dense.gradients.get(self.places[name])
         outputs = None if outputs is None else outputs.to(self.context.device)
         moments = self._shrunk(self.places[name], moments)
-        both = _on(self.context.device, moments), _on(self.context.device, held_out)
+        both = moments.on(self.context.device), held_out.on(self.context.device)
         if self._is_table(self.places[name]):
             assert outputs is not None, "else it is fitted by its weight alone"
             return EmbeddingObjective(*both, outputs)
@@ -380,10 +382,3 @@ class CalibrationStatistics:
 
 def _has_groups(layer: ObservedLayer) -> bool:
     return isinstance(layer.inputs, ConvInputs) and layer.inputs.groups > 1
-
-
-def _on(device: torch.device, moments: Moments) -> Moments:
-    if device.type == "cpu":
-        return moments
-    tensors = {f.name: getattr(moments, f.name).to(device) for f in fields(moments) if f.name != "rows"}
-    return replace(moments, **tensors)

@@ -24,8 +24,10 @@ that cost nothing, as far as the rank allows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,6 +35,122 @@ from torch import Tensor
 # Below this share of the largest, an eigenvalue of a moment is what rounding left of zero.
 _FLOOR = 1e-12
 _ROUNDING = torch.finfo(torch.float64).eps
+_PANEL = 256  # rows that are worked with in float64 at a time
+
+
+@dataclass(frozen=True)
+class CentredRows:
+    """Rows x_k − c, c the same for all.
+
+    Products are formed in the dtype of the values, and have that of the other matrix.
+    """
+
+    values: Tensor  # (n, N) float32 or float64
+    centre: Tensor  # c (N,) float64
+
+    def along(self, matrix: Tensor) -> Tensor:
+        """Products with all rows: (m, N) → (m, n)."""
+        products = (matrix.to(self.values.dtype) @ self.values.T).to(matrix.dtype)
+        return products - matrix @ self.centre.to(matrix.dtype)[:, None]
+
+    def back(self, weights: Tensor) -> Tensor:
+        """Weighted sums of all rows: (m, n) → (m, N)."""
+        sums = (weights.to(self.values.dtype) @ self.values).to(weights.dtype)
+        return sums - torch.outer(weights.sum(1), self.centre.to(weights.dtype))
+
+    def about(self, mean: Tensor) -> CentredRows:
+        """The same rows less ``mean`` (N,)."""
+        return replace(self, centre=self.centre + mean)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some of the rows at a time (m, N), in float64, and which."""
+        for k in range(0, len(self.values), _PANEL):
+            part = slice(k, k + _PANEL)
+            yield part, self.values[part].double() - self.centre
+
+
+@dataclass(frozen=True)
+class RowMoment:
+    """A second moment (N, N) as the rows that it is made of, fewer than N: S (Σ_k w_k a_k b_kᵀ + diag d) S.
+
+    It is multiplied by and never formed.  S is a symmetric matrix that is given as what it does to rows.
+    """
+
+    left: CentredRows  # a
+    right: CentredRows  # b; the same object where the moment is symmetric
+    weights: Tensor  # w (n,) float64
+    ridge: Tensor | None = None  # d (N,) float64; None: zero
+    outer: Callable[[Tensor], Tensor] | None = None  # (m, N) → (m, N) @ S; None: S is the identity
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, N)."""
+        return len(self.left.centre), len(self.left.centre)
+
+    @property
+    def T(self) -> RowMoment:  # noqa: N802
+        """The transpose."""
+        return replace(self, left=self.right, right=self.left)
+
+    def __rmatmul__(self, matrix: Tensor) -> Tensor:
+        """``matrix`` (m, N) times the moment, in the dtype of ``matrix``."""
+        given = matrix if self.outer is None else self.outer(matrix)
+        result = self.right.back(self.left.along(given) * self.weights.to(given.dtype))
+        if self.ridge is not None:
+            result.addcmul_(given, self.ridge.to(given.dtype))
+        return result if self.outer is None else self.outer(result)
+
+    def __sub__(self, other: RowMoment) -> RowMoment:
+        """The difference to a moment of the same rows on the right: that of the rows on the left."""
+        assert self.right.values is other.right.values, "moments of the same rows"
+        rest = self.left.values - other.left.values
+        return replace(self, left=CentredRows(rest, self.left.centre - other.left.centre))
+
+    def about(self, left: Tensor, right: Tensor) -> RowMoment:
+        """The moment of rows less these means (N,)."""
+        first = self.left.about(left)
+        return replace(self, left=first, right=first if self.right is self.left else self.right.about(right))
+
+    def diagonal(self) -> Tensor:
+        """(N,) float64, where S is the identity."""
+        total = torch.zeros_like(self.left.centre) if self.ridge is None else self.ridge.clone()
+        for (part, a), (_, b) in zip(self.left.blocks(), self.right.blocks(), strict=True):
+            total += self.weights[part] @ (a * b)
+        return total
+
+    def divided(self, matrix: Tensor, moment: RowMoment) -> Tensor:
+        """``matrix`` (m, N) times this moment and the inverse of another, Σ_k v_k b_k b_kᵀ + diag d.
+
+        By the identity (Aᵀ B)(Bᵀ B + D)⁻¹ = Aᵀ (1 + B D⁻¹ Bᵀ)⁻¹ B D⁻¹, where nothing cancels.
+        """
+        assert moment.ridge is not None
+        inverse = 1 / moment.ridge.clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
+        roots = moment.weights.sqrt()
+        gram = torch.eye(len(roots), dtype=torch.float64, device=roots.device)
+        for here, rows in self.right.blocks():
+            scaled = rows * inverse
+            for there, others in self.right.blocks():
+                if there.start <= here.start:
+                    gram[here, there] += roots[here, None] * (scaled @ others.T) * roots[there]
+        seen = self.left.along(matrix) * (self.weights / roots)
+        return self.right.back(torch.cholesky_solve(seen.T, torch.linalg.cholesky(gram)).T * roots) * inverse
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> RowMoment:
+        """The moment of rows changed by a linear map, (…, N) → (…, N'), that a diagonal goes through too."""
+        first = CentredRows(change(self.left.values), change(self.left.centre))
+        ridge = None if self.ridge is None else change(self.ridge)
+        return replace(self, left=first, right=first, ridge=ridge)
+
+    def formed(self) -> Tensor:
+        """The moment as a matrix (N, N) float64, where S is the identity."""
+        total = torch.diag(torch.zeros_like(self.left.centre) if self.ridge is None else self.ridge)
+        for (part, a), (_, b) in zip(self.left.blocks(), self.right.blocks(), strict=True):
+            total.addmm_(a.T * self.weights[part], b)
+        return total
+
+
+# A matrix (N, N), the diagonal (N,) of one, or a RowMoment; what can work with one of them alone says so.
+Second: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -40,7 +158,8 @@ class Metric:
     """f(Ŵ) = tr[G (T − Ŵ) M (T − Ŵ)ᵀ]."""
 
     target: Tensor  # T (N_y, N_x) float64
-    inputs: Tensor  # M + R (N_x, N_x) float64, symmetric, positive semidefinite; (N_x,) of a diagonal one
+    # M + R (N_x, N_x), symmetric, positive semidefinite: float64, (N_x,) of a diagonal one; or its rows
+    inputs: Second
     outputs: Tensor | None = None  # G (N_y, N_y) likewise, (N_y,) of a diagonal one; None: the identity
     factor: Tensor | None = field(
         default=None, compare=False
@@ -54,13 +173,16 @@ class Metric:
 
     def weighed(self, error: Tensor) -> Tensor:
         """G E M of E (N_y, N_x)."""
-        right = error @ self.inputs if self.inputs.dim() == 2 else error * self.inputs
+        if isinstance(self.inputs, Tensor) and self.inputs.dim() == 1:
+            return weighed(self.outputs, error * self.inputs)
+        right: Tensor = error @ self.inputs
         return weighed(self.outputs, right)
 
     @cached_property
     def input_root(self) -> Tensor:
         """Some square F with F Fᵀ = M + R."""
-        return _root(self.inputs) if self.factor is None else self.factor
+        formed = self.inputs if isinstance(self.inputs, Tensor) else self.inputs.formed()
+        return _root(formed) if self.factor is None else self.factor
 
     @cached_property
     def output_root(self) -> Tensor | None:
@@ -79,9 +201,9 @@ def weighed(outputs: Tensor | None, matrix: Tensor) -> Tensor:
 
 def make_metric(
     weight: Tensor,
-    second: Tensor,
+    second: Second,
     mean: Tensor,
-    cross: Tensor,
+    cross: Second,
     dense_mean: Tensor,
     *,
     centred: bool,
@@ -105,18 +227,38 @@ def make_metric(
     Returns:
         All in float64; M + R and G symmetric and without negative eigenvalues.
     """
-    second, cross, weight = second.double(), cross.double(), weight.double()
-    moment, joint = second, cross
+    weight = weight.double()
+    outputs = None if outputs is None else semidefinite(outputs.double())
+    if isinstance(second, RowMoment):
+        assert isinstance(cross, RowMoment), "both are of the same rows"
+        if centred:
+            second, cross = second.about(mean, mean), cross.about(dense_mean, mean)
+        return Metric(*_of_rows(weight, second, cross, gamma, ridge), outputs)
+    assert isinstance(cross, Tensor)
+    moment, joint = second.double(), cross.double()
     if centred:
-        moment = _without_constants(second - torch.outer(mean, mean).double(), second)
-        joint = cross - torch.outer(dense_mean, mean).double()
-    regular = (1 - gamma) * moment
-    regular.diagonal().add_(gamma * moment.diagonal() + ridge * moment.diagonal().mean())
-    regular, lower = _semidefinite(regular)
+        moment = _without_constants(moment - torch.outer(mean, mean).double(), moment)
+        joint = joint - torch.outer(dense_mean, mean).double()
+    shrunk = (1 - gamma) * moment
+    shrunk.diagonal().add_(gamma * moment.diagonal() + ridge * moment.diagonal().mean())
+    regular, lower = _semidefinite(shrunk)
     target = weight
     if not torch.equal(cross, second) or not torch.equal(dense_mean, mean):
         target = weight + _divide(weight @ (joint - moment), regular, lower)
-    return Metric(target, regular, None if outputs is None else semidefinite(outputs.double()), lower)
+    return Metric(target, regular, outputs, lower)
+
+
+def _of_rows(
+    weight: Tensor, moment: RowMoment, joint: RowMoment, gamma: float, ridge: float
+) -> tuple[Tensor, RowMoment]:
+    """The target and M + R from rows about their means."""
+    diagonal = moment.diagonal()
+    regular = replace(
+        moment, weights=(1 - gamma) * moment.weights, ridge=gamma * diagonal + ridge * diagonal.mean()
+    )
+    if joint.left.values is moment.left.values:
+        return weight, regular
+    return weight + (joint - moment).divided(weight, regular), regular
 
 
 def semidefinite(matrix: Tensor) -> Tensor:
@@ -172,6 +314,7 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
 
 # Singular values below this share of the largest are zero up to rounding.
 _SVD_FLOOR = 1e-13
+_GRAM_FLOOR = 1e-7  # likewise of those found as roots of eigenvalues
 
 
 @dataclass(frozen=True)
@@ -196,17 +339,41 @@ def weighted_svd(metric: Metric) -> WeightedSVD:
 
     K is the rank of the target as the metric sees it, at least 1; f at rank K is zero.
     """
+    if isinstance(metric.inputs, RowMoment) and metric.target.shape[0] <= metric.target.shape[1]:
+        return _svd_of_outputs(metric, metric.inputs)
     seen_inputs = metric.target @ metric.input_root  # T F
-    root = metric.output_root
-    root = None if root is None else root.mT if root.dim() == 2 else root
-    seen_outputs = weighed(root, metric.target)  # Hᵀ T
-    whitened = weighed(root, seen_inputs)
-    u, values, v = torch.linalg.svd(whitened, full_matrices=False)
+    root = _transposed(metric.output_root)
+    u, values, v = torch.linalg.svd(weighed(root, seen_inputs), full_matrices=False)
     count = max(1, int((values > _SVD_FLOOR * values[0]).sum()))
     u, values, v = u[:, :count], values[:count], v[:count]
-    inverse = torch.where(values > 0, 1 / values, 0)
     left = u * values if root is None else seen_inputs @ v.T
-    right = inverse[:, None] * (u.T @ seen_outputs)
+    return _balanced(left, u, values, weighed(root, metric.target))
+
+
+def _svd_of_outputs(metric: Metric, inputs: RowMoment) -> WeightedSVD:
+    """As :func:`weighted_svd`, from the moment of the outputs, Hᵀ T (M + R) Tᵀ H = U S² Uᵀ."""
+    root = _transposed(metric.output_root)
+    outputs: Tensor = metric.target @ inputs @ metric.target.T
+    whitened = weighed(root, weighed(root, outputs).T)
+    squares, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
+    values, u = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    count = max(1, int((values > _GRAM_FLOOR * values[0]).sum()))
+    u, values = u[:, :count], values[:count]
+    left = u * values if root is None else outputs @ weighed(metric.output_root, u) * _inverse_of(values)
+    return _balanced(left, u, values, weighed(root, metric.target))
+
+
+def _transposed(root: Tensor | None) -> Tensor | None:
+    return root.mT if root is not None and root.dim() == 2 else root
+
+
+def _inverse_of(values: Tensor) -> Tensor:
+    return torch.where(values > 0, 1 / values, 0)
+
+
+def _balanced(left: Tensor, u: Tensor, values: Tensor, seen_outputs: Tensor) -> WeightedSVD:
+    """The factors (T F V) and S⁻¹ (Uᵀ Hᵀ T) with rows and columns of equal norms."""
+    right = _inverse_of(values)[:, None] * (u.T @ seen_outputs)
     tiny = torch.finfo(values.dtype).tiny  # keeps 0/0 of a zero target 0
     balance = (right.norm(dim=1).clamp(min=tiny) / left.norm(dim=0).clamp(min=tiny)).sqrt()
     return WeightedSVD(left * balance, values, right / balance[:, None])

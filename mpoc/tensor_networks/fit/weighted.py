@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from mpoc.tensor_networks.fit.decompose import decompose
 from mpoc.tensor_networks.fit.lbfgs import LBFGS
 from mpoc.tensor_networks.fit.mera import short_descent
-from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.fit.metric import Metric, RowMoment, weighted_svd
 from mpoc.tensor_networks.fit.truncation import Target, Truncation
 from mpoc.tensor_networks.fit.whitening import whitened_coordinates
 from mpoc.tensor_networks.forms.form import Form, form_of
@@ -201,7 +201,8 @@ def _plain(target: Tensor, working: Structure, max_bond: int, seed: int) -> Form
 
 def _single(metric: Metric) -> Metric:
     outputs = None if metric.outputs is None else metric.outputs.float()
-    return Metric(metric.target.float(), metric.inputs.float(), outputs)
+    inputs = metric.inputs if isinstance(metric.inputs, RowMoment) else metric.inputs.float()
+    return Metric(metric.target.float(), inputs, outputs)
 
 
 def _working_structure(structure: Structure) -> Structure:
@@ -220,13 +221,15 @@ def _padded_metric(metric: Metric, structure: Structure) -> Metric:
     if not rows and not columns:
         return metric
     lead, inputs = structure.lead, structure.inputs
-    count = lead * (inputs + columns)
-    target = metric.target.reshape(-1, lead, inputs)
-    target = pad(target, (0, columns, 0, 0, 0, rows)).reshape(-1, count)
-    moment = metric.inputs.reshape(lead, inputs, lead, inputs)
-    moment = pad(moment, (0, columns, 0, 0, 0, columns)).reshape(count, count)
+
+    def wider(matrix: Tensor) -> Tensor:
+        taps = pad(matrix.unflatten(-1, (lead, inputs)), (0, columns))
+        return taps.flatten(-2)
+
+    target, moment = pad(wider(metric.target), (0, 0, 0, rows)), metric.inputs
+    moment = moment.map_rows(wider) if isinstance(moment, RowMoment) else wider(wider(moment).T)
     outputs = metric.outputs
     if rows:
-        outputs = moment.new_ones(structure.outputs) if outputs is None else outputs
+        outputs = target.new_ones(structure.outputs) if outputs is None else outputs
         outputs = pad(outputs, (0, rows) * outputs.dim())
     return replace(metric, target=target, inputs=moment, outputs=outputs, factor=None)

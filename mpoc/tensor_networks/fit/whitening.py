@@ -13,18 +13,20 @@ at its large eigenvalues alone: measured, a worse start and a slower way from th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.fit.metric import Metric, RowMoment
 from mpoc.tensor_networks.forms.form import Form
 
 _ROUNDS = 4
 # Added to each X_k, of mean eigenvalue 1: sites with features that never occur stay invertible.
 _FLOOR = 1e-6
+_SAMPLE = 1 << 20  # numbers of a moment's rows, about
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,12 @@ class WhitenedCoordinates:
         target = _columns(metric.target, self.inputs)
         target = _columns(target.T, self.outputs).T
         outputs = None if metric.outputs is None else _both_sides(metric.outputs, self.outputs_inverse)
-        return Metric(target, _both_sides(metric.inputs, self.inputs_inverse), outputs)
+        inputs = metric.inputs
+        if isinstance(inputs, RowMoment):
+            return Metric(
+                target, replace(inputs, outer=partial(_columns, factors=self.inputs_inverse)), outputs
+            )
+        return Metric(target, _both_sides(inputs, self.inputs_inverse), outputs)
 
     def whiten_form(self, form: Form) -> Form:
         """Ŵ → H Ŵ F, in float64."""
@@ -68,26 +75,56 @@ def whitened_coordinates(
     return WhitenedCoordinates(outputs[0], inputs[0], outputs[1], inputs[1])
 
 
-def kronecker_factors(moment: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """X_1, X_2, … of trace equal to their size, positive definite, with ⊗ X_k ∝ ``moment`` roughly."""
-    count = len(sizes)
-    factors = [torch.eye(size, dtype=moment.dtype, device=moment.device) for size in sizes]
-    if float(moment.trace()) <= 0.0:
+def kronecker_factors(moment: Tensor | RowMoment, sizes: Sequence[int]) -> list[Tensor]:
+    """X_1, X_2, … of trace equal to their size, positive definite, with ⊗ X_k ∝ ``moment`` roughly.
+
+    Of a moment that is given as rows, some of them are enough.
+    """
+    block = partial(_block, moment, sizes) if isinstance(moment, Tensor) else _row_block(moment, sizes)
+    diagonal = moment.diagonal()
+    factors = [torch.eye(size, dtype=diagonal.dtype, device=diagonal.device) for size in sizes]
+    if float(diagonal.sum()) <= 0.0:
         return factors
     inverses = list(factors)
-    tensor = moment.reshape(*sizes, *sizes)
     for _ in range(_ROUNDS):
-        for k in range(count):
-            operands: list[Tensor | list[int]] = [tensor, list(range(2 * count))]
-            for other in range(count):
-                if other != k:
-                    operands += [inverses[other], [other, count + other]]
-            mean = torch.einsum(*operands, [k, count + k])
-            mean = (mean + mean.T) / (2 * float(mean.trace()) / sizes[k])
+        for k, size in enumerate(sizes):
+            mean = block(inverses, k)
+            mean = (mean + mean.T) / (2 * float(mean.trace()) / size)
             mean.diagonal().add_(_FLOOR)
             factors[k] = mean
             inverses[k] = torch.cholesky_inverse(torch.linalg.cholesky(mean))
     return factors
+
+
+def _block(moment: Tensor, sizes: Sequence[int], inverses: Sequence[Tensor], k: int) -> Tensor:
+    """The sum of M's blocks (I_k, I_k), all other sites multiplied by their inverses."""
+    count = len(sizes)
+    operands: list[Tensor | list[int]] = [moment.reshape(*sizes, *sizes), list(range(2 * count))]
+    for other in range(count):
+        if other != k:
+            operands += [inverses[other], [other, count + other]]
+    return torch.einsum(*operands, [k, count + k])
+
+
+def _row_block(moment: RowMoment, sizes: Sequence[int]) -> Callable[[Sequence[Tensor], int], Tensor]:
+    """The same of a moment's rows and ridge."""
+    step = -(-moment.left.values.numel() // _SAMPLE)
+    rows = moment.left.values[::step] - moment.left.centre.to(moment.left.values.dtype)
+    rows *= (step * moment.weights[::step]).sqrt().to(rows.dtype)[:, None]
+    ridge = moment.ridge if moment.ridge is not None else torch.zeros_like(moment.left.centre)
+
+    def block(inverses: Sequence[Tensor], k: int) -> Tensor:
+        others = [torch.ones_like(x.diagonal()) if j == k else x for j, x in enumerate(inverses)]
+        diagonals = [x if x.dim() == 1 else x.diagonal() for x in others]
+
+        def at_site(matrix: Tensor) -> Tensor:
+            return matrix.reshape(-1, *sizes).movedim(k + 1, 0).flatten(1)
+
+        spread = at_site(_columns(ridge[None], diagonals)).sum(1)
+        products = at_site(rows) @ at_site(_columns(rows, others)).T
+        return products.double() + torch.diag(spread)
+
+    return block
 
 
 def diagonal_factors(moment: Tensor, sizes: Sequence[int]) -> list[Tensor]:
@@ -115,7 +152,7 @@ def _roots(factors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return roots, inverses
 
 
-def _columns(matrix: Tensor, factors: list[Tensor]) -> Tensor:
+def _columns(matrix: Tensor, factors: Sequence[Tensor]) -> Tensor:
     """``matrix`` (m, N) @ ⊗ factors, each symmetric or a diagonal, in the dtype of ``matrix``."""
     tensor = matrix.reshape(-1, *(len(factor) for factor in factors))
     for factor in factors:  # each contraction moves its axis to the end, so all come back in order

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.cache import cached_or_measured, calibration_fingerprint
+from mpoc.compression.calibrate.cache import DensePass, cached_or_measured, calibration_fingerprint
 from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
-from mpoc.compression.calibrate.moments import DensePass
 from mpoc.compression.calibrate.trace import Trace, trace
 from mpoc.errors import MpocError
 from mpoc.io.keyed_store import open_item, put_item

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpoc.compression.calibrate.moments import BatchShards
-from mpoc.runtime.distributed import ProcessGroup
+from mpoc.runtime.distributed import BatchShards, ProcessGroup
 from tests.support.process_groups import in_threads
 
 
