@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mpoc.compression.calibrate import moments as moments_module
 from mpoc.compression.calibrate.cache import DensePass, cached_or_measured, calibration_fingerprint
 from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
 from mpoc.compression.calibrate.trace import Trace, trace
@@ -17,6 +18,7 @@ from mpoc.io.keyed_store import open_item, put_item
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.safetensors_writer import Entry
 from mpoc.models.call import Batch, Call
+from mpoc.tensor_networks.fit.metric import RowMoment
 from tests.compression.calibrate.networks import encoder, resnet20, texts, weights
 from tests.support.checkpoints import contents
 
@@ -57,8 +59,14 @@ def case(tmp_path: Path) -> Case:
     return Case(Grouped(), {"input_ids": torch.arange(18).reshape(2, 9) % 9}, tmp_path / "m")
 
 
-@pytest.mark.parametrize("name", ["encoder", "resnet", "grouped"])
-def test_statistics_round_trip(tmp_path: Path, case: Case, name: str) -> None:
+@pytest.mark.parametrize("name", ["encoder", "resnet", "grouped", "rows"])
+def test_statistics_round_trip(
+    tmp_path: Path, case: Case, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "rows":
+        monkeypatch.setattr(moments_module, "_NARROW", 4)
+        case = Case(nn.Sequential(nn.Linear(12, 6)), {"x": torch.randn(5, 12)}, tmp_path / "m")
+        assert isinstance(case.found.moments["0.weight"].second, RowMoment)
     if name == "encoder":
         case = Case(encoder(2), texts(), tmp_path / "m")
     elif name == "resnet":
@@ -73,6 +81,9 @@ def test_statistics_round_trip(tmp_path: Path, case: Case, name: str) -> None:
         assert other.rows == moments.rows
         for field in ("mean", "second", "dense_mean", "cross", "dense_second"):
             ours, theirs = getattr(other, field), getattr(moments, field)
+            if name == "rows" and isinstance(theirs, RowMoment):
+                assert torch.equal(ours.weights, theirs.weights)
+                ours, theirs = ours.formed(), theirs.formed()
             assert torch.equal(ours, theirs) and ours.stride() == theirs.stride(), (weight, field)
     for one, second in ((found.gradients, again.gradients), (found.blocks, again.blocks)):
         assert one.keys() == second.keys()

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.compression.calibrate.moments import Accumulator, Moments, one_hot_moments, shrunk
+from mpoc.compression.calibrate import moments as kept_moments
+from mpoc.compression.calibrate.moments import Accumulator, Moments, merge, one_hot_moments, shrunk
+from mpoc.tensor_networks.fit.metric import RowMoment
 
 
 def mixed(rows: int, features: int, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -115,3 +117,48 @@ def test_few_rows_shrink_towards_those_of_all() -> None:
     for field in ("mean", "second", "cross"):
         pooled = (8 * getattr(own, field) + 24 * getattr(prior, field)) / 32
         assert torch.allclose(getattr(found, field), pooled, rtol=1e-12, atol=1e-12)
+
+
+def formed(moments: Moments) -> dict[str, Tensor]:
+    """The second moments as matrices."""
+    names = "second", "cross", "dense_second"
+    seconds = {name: getattr(moments, name) for name in names}
+    return {name: one.formed() if isinstance(one, RowMoment) else one for name, one in seconds.items()}
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_few_rows_are_kept_and_say_the_same(monkeypatch: pytest.MonkeyPatch, paired: bool) -> None:
+    monkeypatch.setattr(kept_moments, "_NARROW", 8)
+    x, y = mixed(40, 30, 5.0), mixed(40, 30, 3.0)
+    parts = [(y[:17], x[:17] if paired else None), (y[17:], x[17:] if paired else None)]
+    found = [gathered(*part, keeps_rows=True) for part in parts]
+    wanted = [gathered(*part) for part in parts]
+    joined = merge(*found), merge(*wanted)
+    assert all(isinstance(one.second, RowMoment) for one in found)
+    assert isinstance(joined[0].second, Tensor), "more rows than features"
+    for ours, theirs in zip(
+        [*found, joined[0], shrunk(*found)], [*wanted, joined[1], shrunk(*wanted)], strict=True
+    ):
+        assert ours.rows == theirs.rows
+        torch.testing.assert_close(ours.mean, theirs.mean)
+        torch.testing.assert_close(ours.dense_mean, theirs.dense_mean)
+        exact = formed(theirs)
+        for name, second in formed(ours).items():
+            scale = exact[name].abs().max()
+            torch.testing.assert_close(second / scale, exact[name] / scale, rtol=0, atol=1e-6)
+    assert (found[0].cross is found[0].second) == (not paired)
+
+
+def test_every_other_row_of_very_wide_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("_NARROW", 4), ("_WIDE", 20), ("_KEPT", 20 * 32)):
+        monkeypatch.setattr(kept_moments, name, value)
+    x = mixed(1000, 20, 2.0)
+    sums = Accumulator(keeps_rows=True)
+    for part in x.split(37):
+        sums.add(part)
+    found = sums.moments()
+    assert torch.equal(found.second.left.values, (x - x[:37].mean(0, dtype=torch.float64).float())[::32])
+    assert torch.allclose(found.mean, x.double().mean(0), rtol=1e-6)
+    again = merge(found, found)
+    assert len(again.second.weights) == 32 and float(again.second.weights.sum()) == pytest.approx(1)
+    assert gathered(x, parts=1, keeps_rows=True).rows == 1000

@@ -1,11 +1,12 @@
 """Weighted norms for the tests, well conditioned and singular ones, and moments of real samples."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.fit.metric import CentredRows, Metric, RowMoment
 
 
 def random_moment(size: int, rank: int | None = None, seed: int = 0) -> Tensor:
@@ -42,7 +43,7 @@ def diagonal_metric(outputs: int, inputs: int, seed: int = 0) -> tuple[Metric, M
     return replace(metric, outputs=diagonal), replace(metric, outputs=torch.diag(diagonal))
 
 
-def moments(samples: Tensor, dense: Tensor | None = None) -> dict[str, Tensor]:
+def moments(samples: Tensor, dense: Tensor | None = None) -> dict[str, Any]:
     """The moments that :func:`make_metric` takes, of rows (n, N_x), by default of the dense network."""
     dense = samples if dense is None else dense
     count = len(samples)
@@ -52,3 +53,12 @@ def moments(samples: Tensor, dense: Tensor | None = None) -> dict[str, Tensor]:
         "cross": dense.T @ samples / count,
         "dense_mean": dense.mean(0),
     }
+
+
+def row_moments(samples: Tensor, dense: Tensor | None = None) -> dict[str, Any]:
+    """The same, kept as rows about zero."""
+    weights = torch.full((len(samples),), 1 / len(samples), dtype=torch.float64)
+    seen = CentredRows(samples - 1, -torch.ones(samples.shape[1], dtype=torch.float64))
+    other = seen if dense is None else CentredRows(dense, torch.zeros(dense.shape[1], dtype=torch.float64))
+    joint = RowMoment(seen, seen, weights), RowMoment(other, seen, weights)
+    return moments(samples, dense) | {"second": joint[0], "cross": joint[0] if dense is None else joint[1]}

@@ -1,11 +1,13 @@
 """The metric against sums over samples, and where moments are singular."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from mpoc.tensor_networks.fit.metric import Metric, make_metric, semidefinite
-from tests.tensor_networks.fit.metrics import diagonal_metric, moments, random_metric
+from tests.tensor_networks.fit.metrics import diagonal_metric, moments, random_metric, row_moments
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -131,3 +133,27 @@ def test_diagonal_metric_is_not_formed() -> None:
     assert metric.value(matrix) == pytest.approx(formed.value(matrix), rel=1e-12)
     assert metric.output_root is not None and formed.output_root is not None
     torch.testing.assert_close(metric.output_root.diag(), formed.output_root)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("gamma", [0.0, 0.1])
+def test_rows_are_the_metric_of_their_moment(centred: bool, gamma: float) -> None:
+    dense = correlated(300, 340)[:, :40] if gamma else correlated(30, 40)
+    seen, weight = dense + 0.3 * draw(*dense.shape, seed=5), draw(4, 40, seed=6)
+    options: dict[str, Any] = {"centred": centred, "gamma": gamma, "ridge": 1e-4, "outputs": None}
+    wanted = make_metric(weight, **moments(seen, dense), **options)
+    found = make_metric(weight, **row_moments(seen, dense), **options)
+    torch.testing.assert_close(found.target, wanted.target, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.inputs.formed(), wanted.inputs, rtol=1e-10, atol=1e-8)
+    torch.testing.assert_close(found.inputs.diagonal(), wanted.inputs.diagonal(), rtol=1e-10, atol=1e-8)
+    torch.testing.assert_close(found.weighed(weight), wanted.weighed(weight), rtol=1e-8, atol=1e-7)
+    without = make_metric(weight, **row_moments(seen), **options)
+    assert without.target is weight
+
+
+def test_difference_and_transpose_of_row_moments() -> None:
+    seen, dense, weight = correlated(9, 12), correlated(9, 12, seed=3), draw(3, 12, seed=6)
+    rows, exact = row_moments(seen, dense), moments(seen, dense)
+    rest = weight @ (rows["cross"] - rows["second"])
+    torch.testing.assert_close(rest, weight @ (exact["cross"] - exact["second"]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(weight @ rows["cross"].T, weight @ exact["cross"].T, rtol=1e-9, atol=1e-9)

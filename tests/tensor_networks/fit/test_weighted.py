@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure, make_structure
 from tests.support.marks import slow_except
 from tests.support.weights import EVERY_KIND, random_cores, random_weight, shape_id, structures
-from tests.tensor_networks.fit.metrics import moments, random_metric
+from tests.tensor_networks.fit.metrics import moments, random_metric, row_moments
 
 ONE_MATRIX = [structure for structure in EVERY_KIND if structure.kind != "experts"]
 TWO = make_structure("linear", (12, 12), factors=((4, 3), (3, 4)))
@@ -254,3 +255,20 @@ def test_is_deterministic() -> None:
     first, second = (Problem(metric, THREE).fit(Truncation(3)) for _ in range(2))
     assert first.history == second.history
     assert all(map(torch.equal, first.form.cores, second.form.cores))
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 3, 1), (4, 24, 1, 1)], ids=str)
+def test_rows_lead_to_the_same_fit(shape: tuple[int, ...]) -> None:
+    structure = make_structure("conv2d", shape, sites=2)
+    width = structure.lead * structure.inputs
+    samples = torch.randn(10, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(
+        1
+    )
+    target = random_metric(structure.outputs, width).target
+    options: dict[str, Any] = {"centred": True, "gamma": 0.1, "ridge": 1e-6, "outputs": None}
+    found, wanted = (
+        Problem(make_metric(target, **known(samples), **options), structure).fit(Truncation(3))
+        for known in (row_moments, moments)
+    )
+    assert found.history[0] == pytest.approx(wanted.history[0], rel=1e-4)
+    assert found.history[-1] == pytest.approx(wanted.history[-1], rel=0.02)

@@ -1,10 +1,12 @@
 """The closed form against the theorem of Eckart and Young, and against gradient descent."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
-from tests.tensor_networks.fit.metrics import diagonal_metric, random_metric
+from mpoc.tensor_networks.fit.metric import Metric, make_metric, weighted_svd
+from tests.tensor_networks.fit.metrics import diagonal_metric, moments, random_metric, row_moments
 
 METRICS = {
     "no G": random_metric(9, 7, weighted_outputs=False),
@@ -117,3 +119,20 @@ def test_diagonal_metric_is_not_formed() -> None:
         torch.testing.assert_close(
             found.left[:, :rank] @ found.right[:rank], expected.left[:, :rank] @ expected.right[:rank]
         )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("outputs", [5, 30])
+def test_rows_give_the_same_weights(outputs: int, weighted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(15, 20, generator=generator, dtype=torch.float64).cumsum(1)
+    plain = random_metric(outputs, 20, weighted)
+    options: dict[str, Any] = {"centred": True, "gamma": 0.02, "ridge": 1e-6, "outputs": plain.outputs}
+    found, wanted = (
+        weighted_svd(make_metric(plain.target, **known(samples), **options))
+        for known in (row_moments, moments)
+    )
+    torch.testing.assert_close(found.values, wanted.values, rtol=1e-6, atol=1e-8)
+    for rank in (1, 3, 5):
+        best = [one.left[:, :rank] @ one.right[:rank] for one in (found, wanted)]
+        torch.testing.assert_close(best[0], best[1], rtol=1e-5, atol=1e-5)

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.fit.metric import Metric, make_metric
 from mpoc.tensor_networks.fit.whitening import (
     WhitenedCoordinates,
     diagonal_factors,
@@ -18,7 +19,13 @@ from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import low_rank_structure, make_structure
 from tests.support.weights import random_cores
-from tests.tensor_networks.fit.metrics import diagonal_metric, random_metric, random_moment
+from tests.tensor_networks.fit.metrics import (
+    diagonal_metric,
+    moments,
+    random_metric,
+    random_moment,
+    row_moments,
+)
 
 
 def kron(*factors: Tensor) -> Tensor:
@@ -118,3 +125,17 @@ def test_diagonal_moments_are_not_formed() -> None:
 def test_zero_diagonal_keeps_the_coordinates() -> None:
     for factor in diagonal_factors(torch.zeros(6, dtype=torch.float64), (2, 3)):
         assert torch.equal(factor, torch.ones_like(factor))
+
+
+def test_rows_have_the_factors_of_their_moment() -> None:
+    samples = torch.randn(9, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(1)
+    options: dict[str, Any] = {"centred": True, "gamma": 0.1, "ridge": 1e-3, "outputs": None}
+    weight = torch.ones(2, 24, dtype=torch.float64)
+    rows, formed = (make_metric(weight, **known(samples), **options) for known in (row_moments, moments))
+    pairs = zip(
+        kronecker_factors(rows.inputs, (2, 3, 4)), kronecker_factors(formed.inputs, (2, 3, 4)), strict=True
+    )
+    for found, wanted in pairs:
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    white = [whitened_coordinates(one, (2,), (2, 3, 4)).whiten(one) for one in (rows, formed)]
+    torch.testing.assert_close(white[0].weighed(weight), white[1].weighed(weight), rtol=1e-8, atol=1e-8)
