@@ -168,14 +168,6 @@ def narrowed(codes: Tensor) -> Tensor:
     return codes
 
 
-def tensor_names(name: str, spec: Storage) -> list[str]:
-    """The names that ``tensors(name)`` gives."""
-    if isinstance(spec, Coded):
-        return [name + CODED]
-    endings = [PACKED, SCALE, SHAPE] if spec.symmetric else [PACKED, SCALE, SHAPE, ZERO_POINT]
-    return [name + ending for ending in endings]
-
-
 def _checked(
     tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...] | None
 ) -> Tensor:

@@ -308,7 +308,7 @@ def coded_in_bytes(
     spread = float(units.square().mean().sqrt()) or 1.0
     octave, slope = math.log2(spread) + 2.0 - wanted / target.numel(), -float(target.numel())
     octave, slope = _solve(predicted, wanted, octave, slope, 8)
-    _solve(real, wanted, octave, slope, 4)
+    _solve(real, wanted, octave, slope, 6)
     fitting = [coded for coded in tried if coded.nbytes <= nbytes]
     return max(fitting, key=lambda coded: coded.nbytes, default=min(tried, key=lambda coded: coded.nbytes))
 
