@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import csv
 import io
+import itertools
 import json
 import re
 from collections import OrderedDict
@@ -379,3 +380,164 @@ class TestTransformers:
         for change in wrong:
             with pytest.raises(MpocError, match=r"config\.json: damaged quantization_config"):
                 configured_layer(record.name, entry | change)
+
+
+# How numbers are stored: options in memory, whose words are those of the command line.
+STORED: dict[str, dict[str, Any]] = {
+    "dense, grid": {"bits": 4},
+    "dense, coded": {"bits": 3, "storage": "coded"},
+    "mpo, grid": {"bond": 3, "bits": 8},
+    "svd, coded": {"bond": 3, "bits": 6, "storage": "coded", "form": "svd"},
+    "tree, coded": {"bond": 3, "bits": 8, "storage": "coded", "form": "tree"},
+    "mera, grid": {"bond": 2, "bits": 6, "form": "mera"},
+}
+STORED_CELLS = [(name, kind) for name in STORED for kind in KINDS]
+STORED_QUICK = [("dense, grid", KINDS[1]), ("dense, coded", KINDS[0]), ("mpo, grid", KINDS[0])]
+STORED_QUICK += [("svd, coded", KINDS[2]), ("dense, grid", KINDS[4])]
+
+
+def words(options: dict[str, Any]) -> tuple[object, ...]:
+    """Options of the command line."""
+    return tuple(word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", value))
+
+
+def stored_cell(here: Here, name: str, kind: str) -> Cell:
+    """What ``mpoc compress`` makes of a layer of a kind, in few bits."""
+    torch.manual_seed(0)
+    network, x = MAKERS[kind]()
+    options = (*words(STORED[name]), "--embeddings", "--allow-growth")
+    return compressed(here, Row(name.partition(",")[0]), network.eval(), x, *options)
+
+
+@pytest.mark.parametrize(("name", "kind"), slow_except(STORED_CELLS, *STORED_QUICK))
+class TestEveryStorage:
+    def test_every_reader_gets_the_same_numbers(self, here: Here, name: str, kind: str) -> None:
+        cell = stored_cell(here, name, kind)
+        stored, manifest = load_file(cell.path), read_manifest(cell.path)
+        expand_checkpoint(cell.path, here.folder / "dense.safetensors")
+        dense = load_file(here.folder / "dense.safetensors")
+        assert {layer.form for layer in manifest.changed} == {cell.row.form}
+        for layer in manifest.changed:
+            assert layer.nbytes == sum(stored[key].nbytes for key in layer.file_names)
+            error = relative_error(cell.network.state_dict()[layer.name], dense[layer.name])
+            assert layer.relative_error == pytest.approx(error, rel=1e-3, abs=1e-5)
+        loaded = cell.loaded()
+        cell.network.load_state_dict(dense, strict=True)
+        torch.testing.assert_close(loaded(cell.x), cell.network(cell.x), rtol=1e-4, atol=1e-4)
+
+    def test_saving_again_gives_the_same_file(self, here: Here, name: str, kind: str) -> None:
+        cell = stored_cell(here, name, kind)
+        mpoc.save(cell.loaded(), "again.safetensors")
+        assert same_tensors(cell.path, Path("again.safetensors"))
+        again = {layer.name: layer for layer in read_manifest(Path("again.safetensors")).layers}
+        assert again == {layer.name: layer for layer in read_manifest(cell.path).layers}
+
+    def test_in_memory_matches_the_command(self, here: Here, name: str, kind: str) -> None:
+        cell = stored_cell(here, name, kind)
+        loaded = cell.loaded()
+        report = mpoc.compress(cell.network, embeddings=True, allow_growth=True, **STORED[name])
+        found, expected = report.layers, read_manifest(cell.path).layers
+        assert [told(layer) for layer in found] == [told(layer) for layer in expected]
+        assert [layer.storage for layer in found] == [layer.storage for layer in expected]
+        torch.testing.assert_close(cell.network(cell.x), loaded(cell.x), rtol=0, atol=0)
+        mpoc.save(cell.network, "memory.safetensors")
+        assert same_tensors(cell.path, Path("memory.safetensors"))
+
+
+def test_grid_of_a_weight_follows_from_its_definition(here: Here) -> None:
+    cell = stored_cell(here, "dense, grid", "linear, padded")
+    stored, (layer,) = load_file(cell.path), read_manifest(cell.path).layers
+    rows, columns = layer.shape
+    grid = layer.storage[0]
+    group = grid["group"] or columns
+    packed, scale, zeros = (stored[f"{layer.name}_{end}"] for end in ("packed", "scale", "zero_point"))
+    assert stored[f"{layer.name}_shape"].tolist() == [rows, columns]
+    expected = torch.empty(rows, columns)
+    for i, j in itertools.product(range(rows), range(columns)):
+        code = int(packed[i, j // 8]) >> 4 * (j % 8) & 15
+        zero = int(zeros[i // 8, j // group]) >> 4 * (i % 8) & 15
+        expected[i, j] = (code - zero) * float(scale[i, j // group])
+    assert torch.equal(cell.loaded().state_dict()[layer.name], expected)
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_trained_layers_keep_their_storage(here: Here, name: str) -> None:
+    cell = stored_cell(here, name, "linear, padded")
+    model = cell.loaded().train()
+    model(cell.x).square().mean().backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    mpoc.save(model, "tuned.safetensors")
+    (old,), (new,) = (read_manifest(path).layers for path in (cell.path, Path("tuned.safetensors")))
+    assert (new.form, new.storage, new.relative_error) == (old.form, old.storage, None)
+    assert new.nbytes == pytest.approx(old.nbytes, rel=0.03)
+    tuned = mpoc.load("tuned.safetensors", cell.network)(cell.x)
+    assert relative_error(model(cell.x), tuned) < 0.2
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Tensor], Tensor | None]]] = {
+    "packed missing": ("_packed", lambda codes: None),
+    "packed cut short": ("_packed", lambda codes: codes[:, :-1].contiguous()),
+    "packed too long": ("_packed", lambda codes: torch.cat([codes, codes])),
+    "packed as bytes": ("_packed", lambda codes: codes.view(torch.int8)),
+    "scale of NaN": ("_scale", lambda scale: scale.fill_(float("nan"))),
+    "negative scale": ("_scale", lambda scale: -scale),
+    "another shape": ("_shape", lambda shape: shape.flip(0)),
+    "coded missing": ("_coded", lambda stream: None),
+    "coded cut short": ("_coded", lambda stream: stream[:-3].clone()),
+    "coded too long": ("_coded", lambda stream: torch.cat([stream, stream[:1]])),
+    "coded as a matrix": ("_coded", lambda stream: stream[None]),
+    "coded of zeros": ("_coded", torch.zeros_like),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_rejects_damaged_codes(here: Here, damage: str) -> None:
+    ending, change = DAMAGE[damage]
+    cell = stored_cell(here, "dense, coded" if ending == "_coded" else "dense, grid", "linear, padded")
+    tensors, metadata = load_file(cell.path), read_header(cell.path).metadata
+    name = next(name for name in tensors if name.endswith(ending))
+    new = change(tensors.pop(name))
+    save_file(tensors | ({} if new is None else {name: new}), cell.path, metadata)
+    done = here("expand", cell.path, "-o", "dense.safetensors")
+    assert done.returncode == 1
+    assert re.match(rf"error: .*m\.mpo\.safetensors: .*tensor '{name.partition('_')[0]}", done.stderr)
+    assert len(done.stderr.splitlines()) <= 2
+    assert not Path("dense.safetensors").exists()
+    with pytest.raises(MpocError, match=r"m\.mpo\.safetensors"):
+        cell.loaded()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"nbytes": 1}, "bytes of storage"),
+        ({"nbytes": None}, "bytes of storage"),
+        ({"storage": []}, "bytes of storage"),
+        ({"storage": [{"kind": "grid", "bits": 7, "group": None, "symmetric": False}]}, "bits"),
+        ({"storage": [{"kind": "grid", "bits": 4, "group": 7, "symmetric": False}]}, "does not divide"),
+        ({"storage": [{"kind": "ring"}]}, "storage"),
+        ({"storage": [{"kind": "coded"}] * 2}, "zip"),
+    ],
+)
+def test_rejects_storage_that_contradicts_the_record(here: Here, change: dict[str, Any], said: str) -> None:
+    cell = stored_cell(here, "dense, grid", "linear, padded")
+    tensors, metadata = load_file(cell.path), dict(read_header(cell.path).metadata)
+    value = json.loads(metadata["mpoc"])
+    value["layers"][0] |= change
+    save_file(tensors, cell.path, metadata | {"mpoc": json.dumps(value)})
+    with pytest.raises(MpocError, match=said):
+        read_manifest(cell.path)
+
+
+STORED_HUB = [(name, kind) for name in STORED for kind in ("bert", "gpt2", "mixtral")]
+
+
+@pytest.mark.parametrize(("name", "kind"), slow_except(STORED_HUB, ("dense, coded", "gpt2")))
+def test_transformers_decodes_while_loading(tmp_path: Path, name: str, kind: str) -> None:
+    tiny(kind).save_pretrained(tmp_path / "original")
+    compress_saved(tmp_path, embeddings=True, **STORED[name])
+    expand_checkpoint(tmp_path / "compressed", tmp_path / "dense")
+    model = auto(kind, tmp_path / "compressed")
+    torch.testing.assert_close(answer(model), answer(auto(kind, tmp_path / "dense")), rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(answer(auto(kind, tmp_path / "again")), answer(model))

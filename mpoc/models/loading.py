@@ -21,6 +21,7 @@ from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.open_checkpoint import check_cores, is_compressed, open_checkpoint, open_compressed
+from mpoc.io.safetensors_writer import Entry
 from mpoc.models.architecture import (
     by_transformers,
     is_transformers_directory,
@@ -261,6 +262,8 @@ class Model:
     architecture: str | None  # as --arch takes it, where known
     places: dict[str, str]  # name in the file → name of the parameter or buffer in the network
     notes: list[str] = field(default_factory=list)
+    # Layers that were trained and rounded again, by the name of the weight: record, and what the file holds.
+    rounded: dict[str, tuple[LayerRecord, list[Entry]]] = field(default_factory=dict)
 
     @property
     def history(self) -> dict[str, Any]:

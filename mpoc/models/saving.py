@@ -239,7 +239,7 @@ def _core_layer(
     if not record.storage:
         return record, _core_entries(layer, record)
     kept = _kept_codes(layer.name, layer.cores, origins)
-    return (record, kept) if kept else rounded_again(record, layer.cores)
+    return (record, kept) if kept else _rounded_again(record, layer.cores)
 
 
 def _dense_layer(
@@ -251,7 +251,7 @@ def _dense_layer(
     if not record.storage:
         return record, [Entry.of(record.name, weight)]
     kept = _kept_codes(record.name, [weight], origins)
-    return (record, kept) if kept else rounded_again(replace(record, relative_error=None), [weight])
+    return (record, kept) if kept else _rounded_again(replace(record, relative_error=None), [weight])
 
 
 def _kept_codes(name: str, tensors: list[Tensor], origins: dict[str, _Origin]) -> list[Entry]:
@@ -264,7 +264,7 @@ def _kept_codes(name: str, tensors: list[Tensor], origins: dict[str, _Origin]) -
     return []
 
 
-def rounded_again(record: LayerRecord, tensors: Sequence[Tensor]) -> tuple[LayerRecord, list[Entry]]:
+def _rounded_again(record: LayerRecord, tensors: Sequence[Tensor]) -> tuple[LayerRecord, list[Entry]]:
     """A layer whose values changed, rounded to the nearest codes of as many bits."""
     codes = rounding_of(record).codes(record, tensors)
     record = with_codes(record, codes)

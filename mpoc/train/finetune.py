@@ -18,6 +18,7 @@ from mpoc.io.manifest import Manifest
 from mpoc.models.loading import Model, open_beside, open_model
 from mpoc.reporting.plots import draw_curves, refuse_unknown_picture
 from mpoc.runtime.distributed import is_main
+from mpoc.runtime.formatting import counted
 from mpoc.runtime.signals import Interrupted
 from mpoc.train.engine import describe, make_accelerator
 from mpoc.train.evaluate import evaluate
@@ -152,6 +153,12 @@ def _check(request: FinetuneRequest) -> None:
 def _announce(model: Model, training_data: TrainingData, say: Callable[[str], None]) -> None:
     say(training_data.data.announce())
     notes = [*training_data.data.notes, *model.notes]
+    rounded = [layer for layer in (model.manifest.changed if model.manifest else ()) if layer.storage]
+    if rounded:
+        notes.append(
+            f"{counted(len(rounded), 'layer')} of few bits: trained as floats, and rounded to as many bits "
+            "at the end"
+        )
     if model.stored.is_directory:
         notes += notes_on_files(model.path, model.stored.weight_files)
     for note in notes:
@@ -237,8 +244,8 @@ class _Finetuning:
             )
             return evaluation.rounded()
 
-        if round_to_stored(model) and monitored:
-            self.say("half precision: the final scores are those of the weights as they are stored")
+        if round_to_stored(model, outcome.weights) and monitored:
+            self.say("the final scores are those of the weights as they are stored")
             outcome = replace(outcome, chosen={**outcome.chosen, **scored(monitored)})
         scores = {name: value for name, value in outcome.chosen.items() if name not in ("step", "epoch")}
         if "test" in self.training_data.data.splits and monitored != "test":

@@ -17,7 +17,9 @@ from torch import Tensor
 from mpoc.errors import MpocError
 from mpoc.io import hub_directory
 from mpoc.io.atomic import staged
-from mpoc.io.manifest import Manifest
+from mpoc.io.coded_parts import coded_entries, rounding_of, values_of_all, with_codes
+from mpoc.io.manifest import LayerRecord, Manifest
+from mpoc.io.open_checkpoint import CompressedCheckpoint
 from mpoc.io.safetensors_header import ITEMSIZE, TensorInfo
 from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
 from mpoc.io.training_history import metadata, write_history
@@ -106,7 +108,7 @@ def write_tuned(
     """
     entries = tuned_entries(model, weights)
     history = {**training, **({"earlier": model.history} if model.history else {})}
-    manifest = None if model.manifest is None else tuned_manifest(model.manifest, entries, history)
+    manifest = None if model.manifest is None else _tuned_manifest(model, entries, history)
     with staged(output) as target:
         if not model.stored.is_directory:
             recorded = {"mpoc": manifest.to_json()} if manifest else metadata(history)
@@ -125,8 +127,13 @@ def write_tuned(
 
 
 @torch.no_grad()
-def round_to_stored(model: Model) -> bool:
-    """Round the network to the dtypes of its file; whether any tensor is stored narrower than it is."""
+def round_to_stored(model: Model, weights: dict[str, Tensor]) -> bool:
+    """Round the network to what its file can hold; whether that changed anything.
+
+    Args:
+        model: that was trained; keeps the codes that a file holds of its rounded layers.
+        weights: trained tensors by their names in the network, of which they are a part unless it is sharded.
+    """
     tensors = {**dict(model.network.named_parameters()), **dict(model.network.named_buffers())}
     narrowed = False
     for name, parameter in model.places.items():
@@ -134,17 +141,50 @@ def round_to_stored(model: Model) -> bool:
         if info is not None and tensor is not None and ITEMSIZE[info.dtype] < tensor.dtype.itemsize:
             tensor.copy_(tensor.to(getattr(torch, info.dtype)))
             narrowed = True
-    return narrowed
+    layers = model.manifest.changed if model.manifest is not None else []
+    changed = [_rounded(model, layer, weights) for layer in layers if layer.storage]
+    return narrowed or any(changed)
+
+
+def _rounded(model: Model, layer: LayerRecord, weights: dict[str, Tensor]) -> bool:
+    """Round a trained layer to the nearest codes of as many bits; False: it is as it was."""
+    names = layer.core_names or [layer.name]
+    trained = [weights.get(model.places[name]) for name in names]
+    own = [tensor.detach() for tensor in trained if tensor is not None]
+    if len(own) < len(names):
+        return False  # another process has them
+    dtype = getattr(torch, layer.stored_dtype)
+    stored = [model.stored.read(name) for name in names]
+    if all(torch.equal(one.cpu().to(dtype), other) for one, other in zip(own, stored, strict=True)):
+        return False
+    codes = rounding_of(layer).codes(layer, own)
+    record = with_codes(layer, codes)
+    values = values_of_all(record, codes)
+    for tensor, value in zip(own, values, strict=True):
+        tensor.copy_(value)
+    changed = changed_record(record, values) if record.core_names else replace(record, relative_error=None)
+    model.rounded[layer.name] = changed, coded_entries(record, codes)
+    return True
 
 
 def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:
     """Every tensor of the file, in order; those of the network as trained, in their stored dtypes."""
     stored = model.stored
+    coded: dict[str, list[Entry]] = {}
+    for layer in model.manifest.changed if model.manifest is not None else ():
+        if isinstance(stored, CompressedCheckpoint) and layer.storage:
+            names = layer.core_names or [layer.name]
+            _, entries = model.rounded.get(layer.name) or (layer, stored.coded_entries(layer))
+            coded |= {name: [] for name in names} | {names[0]: entries}
     infos = list(stored.infos.values())
     if model.manifest is None:
         infos += [replace(stored.infos[first], name=alias) for alias, first in stored.tied.items()]
     trained = {name for name, _ in model.network.named_parameters(remove_duplicate=False)}
-    return [_entry(model, info, weights, trained) for info in infos]
+    entries = []
+    for info in infos:
+        own = coded.get(info.name)
+        entries += [_entry(model, info, weights, trained)] if own is None else own
+    return entries
 
 
 def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor], trained: set[str]) -> Entry:
@@ -164,13 +204,17 @@ def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor], trained: 
     return Entry(info, read)
 
 
-def tuned_manifest(manifest: Manifest, entries: list[Entry], history: dict[str, Any]) -> Manifest:
+def _tuned_manifest(model: Model, entries: list[Entry], history: dict[str, Any]) -> Manifest:
     """The manifest with this history, without errors against the original weights."""
+    assert model.manifest is not None
     tensors = {entry.info.name: entry for entry in entries}
-    layers = tuple(
-        layer
-        if layer.form == "dense"
-        else changed_record(layer, [tensors[name].read() for name in layer.core_names])
-        for layer in manifest.layers
-    )
-    return replace(manifest, layers=layers, training=history)
+
+    def tuned(layer: LayerRecord) -> LayerRecord:
+        if layer.storage:
+            return model.rounded.get(layer.name, (layer,))[0]
+        if layer.form == "dense":
+            return layer
+        return changed_record(layer, [tensors[name].read() for name in layer.core_names])
+
+    layers = tuple(map(tuned, model.manifest.layers))
+    return replace(model.manifest, layers=layers, training=history)
