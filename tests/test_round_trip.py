@@ -437,8 +437,9 @@ class TestEveryStorage:
         loaded = cell.loaded()
         report = mpoc.compress(cell.network, embeddings=True, allow_growth=True, **STORED[name])
         found, expected = report.layers, read_manifest(cell.path).layers
-        assert [told(layer) for layer in found] == [told(layer) for layer in expected]
-        assert [layer.storage for layer in found] == [layer.storage for layer in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert (one.form, one.storage, one.nbytes) == (other.form, other.storage, other.nbytes)
+            assert one.relative_error == other.relative_error
         torch.testing.assert_close(cell.network(cell.x), loaded(cell.x), rtol=0, atol=0)
         mpoc.save(cell.network, "memory.safetensors")
         assert same_tensors(cell.path, Path("memory.safetensors"))
@@ -469,9 +470,10 @@ def test_trained_layers_keep_their_storage(here: Here, name: str) -> None:
     mpoc.save(model, "tuned.safetensors")
     (old,), (new,) = (read_manifest(path).layers for path in (cell.path, Path("tuned.safetensors")))
     assert (new.form, new.storage, new.relative_error) == (old.form, old.storage, None)
-    assert new.nbytes == pytest.approx(old.nbytes, rel=0.03)
-    tuned = mpoc.load("tuned.safetensors", cell.network)(cell.x)
-    assert relative_error(model(cell.x), tuned) < 0.2
+    assert new.nbytes == pytest.approx(old.nbytes, rel=0.1)
+    with torch.no_grad():
+        tuned = mpoc.load("tuned.safetensors", cell.network)(cell.x)
+        assert relative_error(model(cell.x), tuned) < 0.2
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Tensor], Tensor | None]]] = {

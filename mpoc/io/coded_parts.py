@@ -65,10 +65,11 @@ class Rounding:
 
 def rounding_of(record: LayerRecord) -> Rounding:
     """The rounding that gives a recorded layer about its bytes again."""
-    storage = record.coded_parts[0].storage
-    if isinstance(storage, Grid):
-        return Rounding("grid", storage.bits)
-    return Rounding("coded", 8 * record.stored_bytes / record.num_stored)
+    parts = record.coded_parts
+    if isinstance(parts[0].storage, Grid):
+        return Rounding("grid", parts[0].storage.bits)
+    nbytes = record.stored_bytes - _STREAM_OVERHEAD * len(parts)
+    return Rounding("coded", 8 * max(nbytes, 0) / record.num_stored)
 
 
 def matrix_of(part: CodedPart, tensor: Tensor) -> Tensor:

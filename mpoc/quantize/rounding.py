@@ -38,6 +38,8 @@ _JITTER = (0.0, 1e-9, 1e-7, 1e-5)
 _SWEEPS = 2
 # Shares of a group's range that the search of a grid's scales tries.
 _SHRINK = tuple(1.0 - 0.05 * step for step in range(13))
+# Octaves from the largest weight to the finest scale that is tried: a small matrix may never fill its bytes.
+_FINEST = 20
 _LARGEST = 1 << 24  # codes are made in float32, which holds the integers up to here
 _NO_LIMITS = -math.inf, math.inf
 # Share of the bytes asked for that may stay unused, half of it on average.
@@ -297,11 +299,14 @@ def coded_in_bytes(
     exponents, tried = (row_exponents, column_exponents), list[CodedTensor]()
     units = target / (HALF_OCTAVES[row_exponents.long()][:, None] * HALF_OCTAVES[column_exponents.long()])
 
+    finest = math.log2(float(units.abs().max()) or 1.0) - _FINEST
+
     def predicted(octave: float) -> float:
-        return entropy_bits((units / 2.0**octave).round_().int(), *exponents)
+        return entropy_bits((units / 2.0 ** max(octave, finest)).round_().int(), *exponents)
 
     def real(octave: float) -> float:
-        tried.append(round_coded(target, feedback, *exponents, 2.0**octave, row_weights))
+        scale = 2.0 ** max(octave, finest)
+        tried.append(round_coded(target, feedback, *exponents, scale, row_weights))
         return 8.0 * tried[-1].nbytes
 
     wanted = 8.0 * nbytes * (1.0 - _UNUSED)
@@ -310,6 +315,11 @@ def coded_in_bytes(
     octave, slope = _solve(predicted, wanted, octave, slope, 8)
     _solve(real, wanted, octave, slope, 6)
     fitting = [coded for coded in tried if coded.nbytes <= nbytes]
+    octave = math.log2(max(coded.scale for coded in tried))
+    while not fitting and bool(tried[-1].codes.any()):  # predictions of tiny streams are far off
+        octave += 0.5
+        real(octave)
+        fitting = [tried[-1]] if tried[-1].nbytes <= nbytes else []
     return max(fitting, key=lambda coded: coded.nbytes, default=min(tried, key=lambda coded: coded.nbytes))
 
 
