@@ -28,22 +28,18 @@ from mpoc.quantize.codes import HALF_OCTAVES, CodedTensor, GridTensor, narrowed
 from mpoc.quantize.coding import MOST_EXPONENT, entropy_bits
 from mpoc.quantize.storage import Grid
 
-# Columns whose feedback is one matrix product; within them, one column after the other.
-_BLOCK = 128
-# Metrics up to this size are factored in float64.
-_DOUBLE = 4096
+_BLOCK = 128  # columns whose feedback is one matrix product; within them, one column after the other
+_DOUBLE = 4096  # metrics up to this size are factored in float64
 # Added to the diagonal, as shares of its mean, until a metric that is singular in rounding has a factor.
 _JITTER = (0.0, 1e-9, 1e-7, 1e-5)
-# Rounds of refitted scales and coordinate descent.
-_SWEEPS = 2
+_SWEEPS = 2  # rounds of refitted scales and coordinate descent
 # Shares of a group's range that the search of a grid's scales tries.
 _SHRINK = tuple(1.0 - 0.05 * step for step in range(13))
-# Octaves from the largest weight to the finest scale that is tried: a small matrix may never fill its bytes.
-_FINEST = 20
+# Octaves from the largest weight to the finest scale; below so many numbers predicted bytes are far off.
+_FINEST, _TINY = 20, 4096
 _LARGEST = 1 << 24  # codes are made in float32, which holds the integers up to here
 _NO_LIMITS = -math.inf, math.inf
-# Share of the bytes asked for that may stay unused, half of it on average.
-_UNUSED = 0.001
+_UNUSED = 0.001  # share of the bytes asked for that may stay unused, half of it on average
 
 
 class Feedback:
@@ -299,36 +295,31 @@ def coded_in_bytes(
     exponents, tried = (row_exponents, column_exponents), list[CodedTensor]()
     units = target / (HALF_OCTAVES[row_exponents.long()][:, None] * HALF_OCTAVES[column_exponents.long()])
 
-    finest = math.log2(float(units.abs().max()) or 1.0) - _FINEST
-
     def predicted(octave: float) -> float:
-        return entropy_bits((units / 2.0 ** max(octave, finest)).round_().int(), *exponents)
+        return entropy_bits((units / 2.0**octave).round_().int(), *exponents)
 
     def real(octave: float) -> float:
-        scale = 2.0 ** max(octave, finest)
-        tried.append(round_coded(target, feedback, *exponents, scale, row_weights))
+        tried.append(round_coded(target, feedback, *exponents, 2.0**octave, row_weights))
         return 8.0 * tried[-1].nbytes
 
     wanted = 8.0 * nbytes * (1.0 - _UNUSED)
     spread = float(units.square().mean().sqrt()) or 1.0
     octave, slope = math.log2(spread) + 2.0 - wanted / target.numel(), -float(target.numel())
-    octave, slope = _solve(predicted, wanted, octave, slope, 8)
-    _solve(real, wanted, octave, slope, 6)
+    finest = math.log2(float(units.abs().max()) or 1.0) - _FINEST
+    start = _solve(predicted, wanted, (octave, slope), finest, 8)
+    _solve(real, wanted, start, finest, 6 if target.numel() > _TINY else 30)
     fitting = [coded for coded in tried if coded.nbytes <= nbytes]
-    octave = math.log2(max(coded.scale for coded in tried))
-    while not fitting and bool(tried[-1].codes.any()):  # predictions of tiny streams are far off
-        octave += 0.5
-        real(octave)
-        fitting = [tried[-1]] if tried[-1].nbytes <= nbytes else []
     return max(fitting, key=lambda coded: coded.nbytes, default=min(tried, key=lambda coded: coded.nbytes))
 
 
 def _solve(
-    bits: Callable[[float], float], wanted: float, octave: float, slope: float, most: int
+    bits: Callable[[float], float], wanted: float, start: tuple[float, float], least: float, most: int
 ) -> tuple[float, float]:
     """Where falling ``bits`` are as wanted, and their slope: secants, or else halves of the bracket."""
+    octave, slope = start
     low, high, before = -math.inf, math.inf, (octave, math.nan)
     for _ in range(most):
+        octave = max(octave, least)
         found = bits(octave)
         if abs(found - wanted) <= _UNUSED * wanted:
             break
