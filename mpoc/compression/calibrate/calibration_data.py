@@ -36,6 +36,9 @@ from mpoc.train.training_data import open_training_data
 _TOKENS = 2048  # of a batch of text, padding included
 _TOKENS_TO_REFINE = 512  # the same: more steps are worth more than wide ones
 _EXAMPLES = 64  # of a batch of anything else
+_NUMBERS = (
+    1 << 19
+)  # in the examples of such a batch: what a network keeps of them for gradients is a multiple
 _HELD_OUT = 0.125  # share of the examples, one at least
 _PER_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "y"}
 
@@ -232,7 +235,8 @@ def _batches(loader: BatchLoader, chosen: Tensor, tokens: int) -> list[Batch]:
     chosen = chosen.sort().values
     lengths = torch.cat([_lengths(loader.read(part)) for part in chosen.split(_EXAMPLES)])
     if not bool(lengths.any()):
-        return [loader.read(part) for part in chosen.split(_EXAMPLES)]
+        numbers = max(values[0].numel() for values in loader.read(chosen[:1]).values())
+        return [loader.read(part) for part in chosen.split(max(1, min(_EXAMPLES, _NUMBERS // numbers)))]
     order = lengths.argsort(descending=True, stable=True)
     batches: list[Batch] = []
     start = 0

@@ -26,7 +26,7 @@ from mpoc.errors import MpocError
 from mpoc.models.introspection import same_tensor
 
 _EXPERTS = "_experts_implementation"  # of transformers' configurations
-_AT_ONCE = 1 << 24  # numbers of patches that are copied at a time
+_AT_ONCE = 1 << 22  # numbers of patches that are copied at a time
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 Rows are gathered, and multiplied by one another as soon as there are more of them than features.  Where there
 are not, the rows themselves are the smaller form of the moment, and exact.  Of very wide layers every second,
-fourth, … row is kept, so that memory is bounded.
+fourth, … row is looked at, so that memory is bounded.
 
 Products of float32 rows are formed in float32, ``_BLOCK`` rows at a time, and summed in float64: twice as
 fast as float64 throughout, and each entry is right to about 3e-7 of the standard deviations it belongs to.
@@ -31,7 +31,7 @@ from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment, Second
 _BLOCK = 8192  # rows of one product
 _NARROW = 1024  # features up to which products are always formed
 _WIDE = 8192  # features from which on they never are
-_KEPT = 1 << 24  # numbers of rows that are kept of a layer from there on
+_KEPT = 1 << 23  # numbers of rows that are kept of a layer from there on
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Accumulator:
     """
 
     def __init__(self, dense_second: bool = True, keeps_rows: bool = False) -> None:
-        self.count = 0
+        self.count = self._summed = 0  # rows that were given, and those of them that were looked at
         self._wants_dense, self._keeps_rows = dense_second, keeps_rows
         self._sums: list[_Sums] = []  # of the rows, then of the dense ones
         self._products: list[Tensor] = []  # x̃x̃ᵀ, xx̃ᵀ, xxᵀ of shifted rows
@@ -207,15 +207,16 @@ class Accumulator:
         count, width = rows.shape[-2:]
         if count == 0:
             return
+        if self._step > 1:
+            given = [one[-self.count % self._step :: self._step] for one in given]
+        self.count += count
         given = [r if r.dtype == torch.float64 else r.float() for r in given]
         if not self._sums:
             self._sums = [_Sums(r) for r in given]
         block = [sums.shifted(r) for sums, r in zip(self._sums, given, strict=True)]
-        if self._step > 1:
-            block = [one[-self.count % self._step :: self._step].clone() for one in block]
         self._blocks.append(block)
         self._held += block[0].shape[-2]
-        self.count += count
+        self._summed += block[0].shape[-2]
         if self._keeps_rows and width >= _WIDE:
             self._thin(_step(self._held, width))
         elif self._held > max(_NARROW, width):
@@ -256,7 +257,7 @@ class Accumulator:
         """
         if not self.count:
             raise ValueError("no rows were added")
-        means = [sums.mean(self.count) for sums in self._sums]
+        means = [sums.mean(self._summed) for sums in self._sums]
         if self._keeps_rows and not self._products and means[0].shape[-1] > _NARROW:
             kept = [
                 CentredRows(one.cpu(), -sums.shift[0].double().cpu())
@@ -277,7 +278,7 @@ class Accumulator:
     def _second(self, which: int, left: int, right: int, means: list[Tensor]) -> Tensor:
         """E[a bᵀ] from the product of the shifted a − s and b − t: Σ/n + s E[b]ᵀ + (E[a] − s) tᵀ."""
         s, t = self._sums[left].shift.squeeze(-2).double(), self._sums[right].shift.squeeze(-2).double()
-        second = self._products[which] / self.count
+        second = self._products[which] / self._summed
         second.addcmul_(s[..., :, None], means[right][..., None, :])
         second.addcmul_((means[left] - s)[..., :, None], t[..., None, :])
         if left == right:

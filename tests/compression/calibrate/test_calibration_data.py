@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mpoc.compression.calibrate import calibration_data
 from mpoc.compression.calibrate.calibration_data import (
     CalibrationData,
     CalibrationRequest,
@@ -90,6 +91,14 @@ def test_rejects_a_single_example(tmp_path: Path) -> None:
     np.savez(tmp_path / "one.npz", x=pixels(1, 28, 28), y=np.zeros(1, int))
     with pytest.raises(MpocError, match="1 examples in train: calibration needs two"):
         calibrate_on(lenet5(tmp_path), CalibrationRequest(tmp_path / "one.npz", 8))
+
+
+def test_batches_of_large_examples_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_data, "_NUMBERS", 3 * 28 * 28)
+    np.savez(tmp_path / "ten.npz", x=pixels(10, 28, 28), y=np.zeros(10, int))
+    found = calibrate_on(lenet5(tmp_path), CalibrationRequest(tmp_path / "ten.npz", 10))
+    assert [len(batch["x"]) for batch in found.batches] == [3, 3, 3]
+    assert [len(batch["x"]) for batch in found.held_out] == [1]
 
 
 def test_batches_texts_of_equal_length(tmp_path: Path) -> None:
