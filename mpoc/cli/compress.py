@@ -96,6 +96,8 @@ def compress(options: CompressOptions) -> None:
 
     mpoc compress fc2.pt --arch fc2 --max-drop 1 --eval mnist/ -o small.safetensors
 
+    mpoc compress bert/ --bits 4
+
     mpoc compress vgg.pt --size 20MB --dry-run
 
     mpoc compress vgg.pt --bond 4 --layers 'conv*' --conv map --input-shape 'conv*=2x2'

@@ -176,7 +176,9 @@ def compress(
         job, fitted, changed = _fit(model, chosen, sample, request)
     manifest = job.manifest([fit.record for fit in fitted])
     _swap(model, fitted, changed)
-    remember(model, manifest, {fit.record.name: fit.entries for fit in fitted if fit.codes})
+    codes = {fit.record.name: fit.entries for fit in fitted if fit.codes}
+    tensors = {name: {entry.info.name: entry.read() for entry in entries} for name, entries in codes.items()}
+    remember(model, manifest, tensors)
     return Report(manifest, saved_bytes(*describe(model)))
 
 

@@ -50,11 +50,7 @@ GOALS = ("bond", "discard", "ratio", "max_error", "size", "max_drop")
 GOAL = "Goal (exactly one; --bond may cap --discard, --bits go with any)"
 _LAYERS = f"{ADVANCED}: which layers"
 # Where a later rule sets one of these, it takes back what earlier ones say of the others.
-_OVERRIDDEN_TOGETHER = (
-    ("bond", "max_error", "discard", "dense"),
-    ("form", "sites", "shape"),
-    ("bits", "storage"),
-)
+_TOGETHER = (("bond", "max_error", "discard", "dense"), ("form", "sites", "shape"), ("bits", "storage"))
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ class Recipe:
     max_drop: float | None = option(
         "Find the smallest output that loses at most this of the metric (--eval).", None, panel=GOAL
     )
-    bits: int | None = option("Round what is stored to 2, 3, 4, 5, 6 or 8 bits a number.", None, panel=GOAL)
+    bits: int | None = option("Round numbers to 2, 3, 4, 5, 6 or 8 bits.", None, panel=GOAL)
     layers: tuple[str, ...] = option(
         "Compress only layers that match: glob, or re:REGEX. Repeatable.",
         (),
@@ -247,7 +243,7 @@ class Recipe:
                 continue
             given = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "pattern"}
             given = {key: value for key, value in given.items() if value is not None}
-            for group in _OVERRIDDEN_TOGETHER:
+            for group in _TOGETHER:
                 if given.keys() & set(group):
                     given = dict.fromkeys(group) | given
             merged = replace(merged, **given)
@@ -374,6 +370,8 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_goals(recipe: Recipe) -> None:
     goals = [goal for goal in GOALS if getattr(recipe, goal) is not None]
     by_bits = not goals and recipe.bits is not None
+    if by_bits and recipe.form is not None:
+        raise UsageError(f"--form {recipe.form}: --bits alone leave layers dense", "add --bond or --ratio")
     if len(goals) != 1 and goals != ["bond", "discard"] and not by_bits:
         given = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
         raise UsageError(

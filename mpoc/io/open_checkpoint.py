@@ -25,7 +25,6 @@ from mpoc.io.coded_parts import codes_from_file, tensor_of
 from mpoc.io.foreign import adapter, foreign_file, refuse_layout, refuse_quantised, refuse_stub
 from mpoc.io.manifest import MANIFEST_FILE, CodedPart, LayerRecord, Manifest
 from mpoc.io.safetensors_header import TensorInfo, read_header
-from mpoc.io.safetensors_writer import Entry
 from mpoc.io.torch_file import open_torch_file
 from mpoc.io.training_history import read_history
 from mpoc.io.weight_files import check_index, index_notes, read_json, shard_notes, weight_files_of
@@ -188,10 +187,10 @@ class CompressedCheckpoint(Checkpoint):
     parts: Mapping[str, CodedPart] = field(default_factory=dict)  # by the name of what they stand for
     in_file: Checkpoint | None = None  # the tensors as the file holds them
 
-    def coded_entries(self, layer: LayerRecord) -> list[Entry]:
-        """The tensors of the file that hold the codes of a layer."""
+    def coded_tensors(self, layer: LayerRecord) -> dict[str, Tensor]:
+        """The tensors of the file that hold the codes of a layer, by their names there."""
         assert self.in_file is not None
-        return [Entry.of(name, self.in_file.read(name)) for name in layer.file_names]
+        return {name: self.in_file.read(name) for name in layer.file_names}
 
     def codes(self, name: str) -> QuantizedTensor:
         """The codes of a part.

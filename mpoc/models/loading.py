@@ -20,7 +20,13 @@ from mpoc.errors import MpocError, UsageError, excluding
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.io.manifest_reader import read_manifest
-from mpoc.io.open_checkpoint import check_cores, is_compressed, open_checkpoint, open_compressed
+from mpoc.io.open_checkpoint import (
+    CompressedCheckpoint,
+    check_cores,
+    is_compressed,
+    open_checkpoint,
+    open_compressed,
+)
 from mpoc.io.safetensors_writer import Entry
 from mpoc.models.architecture import (
     by_transformers,
@@ -42,6 +48,7 @@ from mpoc.models.introspection import (
 from mpoc.models.saving import remember
 from mpoc.nn.adopt import adopt_everywhere
 from mpoc.nn.conv_map import check_geometry
+from mpoc.nn.packed import PackedCores, PackedMatrix, pack_cores, pack_weight
 from mpoc.nn.weight import Weights, check_weights, use_weights
 
 
@@ -64,7 +71,9 @@ def load(
         weights: what compressed layers compute from in eval mode; training always uses the cores.
             ``"cores"``: the cores. ``"dense"``: a dense weight that is built once, as fast and as large as
             before compression. ``"auto"``: the dense weight in the layers where that is faster, by a cost
-            model for a batch of 64 vectors (images or tokens). :func:`mpoc.nn.use_weights` changes it later.
+            model for a batch of 64 vectors (images or tokens). ``"packed"``: the codes of what is stored in
+            few bits, decoded as they are used; this takes the least memory, and training leaves these weights
+            as they are. :func:`mpoc.nn.use_weights` changes it later.
 
     Returns:
         ``model``: compressed layers have cores as parameters, everything else is as stored. Devices, training
@@ -87,7 +96,7 @@ def _load(source: Path, model: nn.Module | None, weights: Weights) -> tuple[nn.M
     stored = open_compressed(source, manifest)
     if model is None and is_transformers_directory(source, manifest):
         model, notes = by_transformers(source, _dense_shapes(stored, manifest))
-        use_weights(model.eval(), weights)
+        _use(stored, manifest, model.eval(), weights)
         return model, notes
     for layer in manifest.replaced:
         check_cores(stored, layer)
@@ -97,11 +106,34 @@ def _load(source: Path, model: nn.Module | None, weights: Weights) -> tuple[nn.M
     _refuse_meta(source, model)
     _untie(stored, model)
     _fill(stored, manifest, model)
-    codes = {layer.name: stored.coded_entries(layer) for layer in manifest.changed if layer.storage}
+    codes = {layer.name: stored.coded_tensors(layer) for layer in manifest.changed if layer.storage}
     remember(model, manifest, codes)
-    use_weights(model, weights)
+    _use(stored, manifest, model, weights)
     forbid_save_pretrained(model)
     return model, []
+
+
+def _use(stored: CompressedCheckpoint, manifest: Manifest, model: nn.Module, weights: Weights) -> None:
+    """Choose what layers compute from; ``"packed"`` lets them hold the codes of the file."""
+    use_weights(model, "auto" if weights == "packed" else weights)
+    if weights != "packed":
+        return
+    same, places = same_tensor(model), _names_in(model, stored.infos)
+    for layer in manifest.changed:
+        parts = layer.coded_parts
+        matrices = [PackedMatrix(stored.codes(part.name), _dtype(model, places[part.name])) for part in parts]
+        for name in sorted(same[places[parts[0].name]]) if parts else ():
+            if layer.core_names:
+                path, _, cores = name.rpartition(".")[0].rpartition(".")
+                module = model.get_submodule(path)
+                pack_cores(module, cores, PackedCores(matrices, layer.core_shapes))
+            elif parts[0].structure is not None:
+                path, _, own = name.rpartition(".")
+                pack_weight(model.get_submodule(path), own, matrices[0], parts[0].structure)
+
+
+def _dtype(model: nn.Module, name: str) -> torch.dtype:
+    return model.get_parameter(name).dtype
 
 
 def _dense_shapes(stored: Checkpoint, manifest: Manifest) -> dict[str, tuple[int, ...]]:

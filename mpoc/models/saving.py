@@ -46,7 +46,7 @@ class _Origin:
 
     manifest: Manifest
     digests: dict[str, str]  # name of the weight → digest of its cores, or of its rounded values, then
-    codes: dict[str, list[Entry]]  # name of the weight → what a file holds of it, where it is rounded
+    codes: dict[str, dict[str, Tensor]]  # name of the weight → the tensors of a file that hold its codes
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class _CoreLayer:
     cores: list[Tensor]
 
 
-def remember(model: nn.Module, manifest: Manifest, codes: dict[str, list[Entry]]) -> None:
+def remember(model: nn.Module, manifest: Manifest, codes: dict[str, dict[str, Tensor]]) -> None:
     """Keep on ``model`` what :func:`save` needs to know of the layers that were just given cores.
 
     Args:
         model: the network.
         manifest: of the whole network.
-        codes: what a file holds of each layer that is rounded, by the name of its weight.
+        codes: the tensors of a file that hold the codes of each rounded layer, by the name of its weight.
     """
     earlier = vars(model).get(_ATTRIBUTE)
     digests = {name: _digest(cores) for name, _, cores in compressed_weights(model)}
@@ -260,7 +260,7 @@ def _kept_codes(name: str, tensors: list[Tensor], origins: dict[str, _Origin]) -
     for prefix, origin in origins.items():
         own = name.removeprefix(prefix)
         if own in origin.codes and origin.digests.get(own) == now:
-            return [replace(e, info=replace(e.info, name=prefix + e.info.name)) for e in origin.codes[own]]
+            return [Entry.of(prefix + name, tensor) for name, tensor in origin.codes[own].items()]
     return []
 
 

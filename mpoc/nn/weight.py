@@ -19,7 +19,7 @@ from mpoc.tensor_networks.forms.contraction import without_autocast
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure
 
-Weights = Literal["auto", "dense", "cores"]
+Weights = Literal["auto", "dense", "cores", "packed"]
 # Vectors in a call for which "auto" compares the costs: images or tokens of a small batch.
 TYPICAL_BATCH = 64
 _HELD = ("_held", "_made_of")  # ends of the names of attributes
@@ -75,23 +75,39 @@ def use_weights(model: nn.Module, weights: Weights = "auto") -> None:
         weights: ``"cores"``: compute through the cores. ``"dense"``: from the dense weight, which takes as
             much memory as before compression. ``"auto"``: from the dense weight where that is faster, by a
             cost model for a batch of 64 vectors. That is so for kernels of convolutions, embeddings, LSTMs,
-            GRUs and attention, whose weights are built in every call otherwise.
+            GRUs and attention, whose weights are built in every call otherwise. Layers that hold codes
+            (:func:`mpoc.load` with ``"packed"``) get parameters again.
 
     Raises:
-        UsageError: another value.
+        UsageError: another value, or ``"packed"``, which needs the codes of a file.
     """
     check_weights(weights)
-    for module in model.modules():
+    if weights == "packed":
+        raise UsageError(
+            'weights="packed": codes are in the file, not in the network',
+            'mpoc.load("out.safetensors", model, weights="packed")',
+        )
+    for module in list(model.modules()):
+        _unpack(module)
         if isinstance(module, CoreWeight) or hasattr(module, "_rebuilt"):
             module.__dict__["_weights"] = weights
             renew(module)
+
+
+def _unpack(module: Any) -> None:
+    """Turn codes that a module holds, of its weight or its cores, into parameters."""
+    for name, child in list(module._modules.items()):
+        if hasattr(child, "unpacked"):
+            setattr(module, name, child.unpacked())
+    if hasattr(module, "unpack"):
+        module.unpack()
 
 
 def check_weights(weights: str) -> None:
     """Refuse what :func:`use_weights` does not know.
 
     Raises:
-        UsageError: another value than "auto", "dense" and "cores".
+        UsageError: another value than "auto", "dense", "cores" and "packed".
     """
     known = get_args(Weights)
     if weights not in known:

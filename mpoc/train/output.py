@@ -174,7 +174,7 @@ def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:
     for layer in model.manifest.changed if model.manifest is not None else ():
         if isinstance(stored, CompressedCheckpoint) and layer.storage:
             names = layer.core_names or [layer.name]
-            _, entries = model.rounded.get(layer.name) or (layer, stored.coded_entries(layer))
+            _, entries = model.rounded.get(layer.name) or (layer, _kept_codes(stored, layer))
             coded |= {name: [] for name in names} | {names[0]: entries}
     infos = list(stored.infos.values())
     if model.manifest is None:
@@ -185,6 +185,10 @@ def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:
         own = coded.get(info.name)
         entries += [_entry(model, info, weights, trained)] if own is None else own
     return entries
+
+
+def _kept_codes(stored: CompressedCheckpoint, layer: LayerRecord) -> list[Entry]:
+    return [Entry.of(*item) for item in stored.coded_tensors(layer).items()]
 
 
 def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor], trained: set[str]) -> Entry:

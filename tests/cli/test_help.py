@@ -59,7 +59,7 @@ def test_help_of_compress_fits_three_screens(here: Here, monkeypatch: pytest.Mon
     assert max(map(len, lines)) <= 100
     assert len(lines) <= 3 * 40
     panels = [line.strip("╭─╮ ") for line in lines if line.startswith("╭")]
-    goal = "Goal (exactly one; --bond may cap --discard)"
+    goal = "Goal (exactly one; --bond may cap --discard, --bits go with any)"
     assert panels == ["Arguments", goal, "Common options", "Advanced: which layers", "Advanced"]
 
 

@@ -1,5 +1,6 @@
 """Options and recipe files: what is read, what wins, what is refused."""
 
+import re
 from dataclasses import fields
 from fractions import Fraction
 from itertools import combinations
@@ -112,6 +113,48 @@ def test_rejects_no_goal_and_several(goals: tuple[str, ...]) -> None:
     with pytest.raises(UsageError, match=said) as caught:
         make_recipe(None, {goal: GOALS[goal] for goal in goals} | {"seed": 1})
     assert all("--" + goal.replace("_", "-") in str(caught.value).partition("given:")[2] for goal in goals)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bits": 7}, "--bits 7: must be one of 2, 3, 4, 5, 6, 8"),
+        ({"bits": 0}, "--bits 0: must be one of"),
+        ({"bits": 4, "storage": "float"}, "--storage float is not rounded to bits, got bits 4"),
+        ({"bond": 4, "storage": "coded"}, "--storage coded requires bits"),
+        (
+            {"bits": 4, "storage": "gird"},
+            "--storage 'gird': not one of grid, coded, float; did you mean",
+        ),
+        ({"storage": "float"}, "exactly one of"),
+        ({"bits": 4, "form": "svd"}, "--form svd: --bits alone leave layers dense"),
+    ],
+)
+def test_rejects_storage_that_cannot_be(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
+        make_recipe(None, options)
+
+
+def test_bits_alone_are_a_goal_and_go_with_any_other() -> None:
+    assert make_recipe(None, {"bits": 4}).storage_for("a.weight") == ("grid", 4)
+    for goal, value in GOALS.items():
+        assert make_recipe(None, {goal: value, "bits": 3, "storage": "coded"}).bits == 3
+
+
+@pytest.mark.parametrize(
+    ("table", "storage"),
+    [
+        ("bits = 8", ("grid", 8)),
+        ('storage = "coded"', ("coded", 4)),
+        ('storage = "float"', ("float", None)),
+        ("dense = true", ("grid", 4)),
+    ],
+)
+def test_rules_set_the_storage_of_layers(tmp_path: Path, table: str, storage: tuple[str, int | None]) -> None:
+    recipe = read(tmp_path, f"bits = 4\n[layer.a]\n{table}\n")
+    assert (recipe.storage_for("a.weight"), recipe.storage_for("b.weight")) == (storage, ("grid", 4))
+    with pytest.raises(UsageError, match="layer 'a': storage grid requires bits"):
+        read(tmp_path, 'bond = 4\n[layer.a]\nstorage = "grid"\n')
 
 
 def test_bond_may_cap_discard() -> None:

@@ -277,7 +277,7 @@ def test_auto_follows_the_cost_model() -> None:
 def test_rejects_other_values() -> None:
     layer = with_cores(nn.Linear(24, 18))
     with pytest.raises(
-        UsageError, match="weights='dens': not one of auto, dense, cores; did you mean 'dense'"
+        UsageError, match="weights='dens': not one of auto, dense, cores, packed; did you mean 'dense'"
     ):
         use_weights(layer, "dens")  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import mpoc
 from mpoc.errors import UsageError
 from mpoc.models import zoo
-from mpoc.train.gradient_checkpointing import enable_gradient_checkpointing
+from mpoc.train.engine import enable_gradient_checkpointing
 from tests.support.hub_models import tiny
 from tests.support.marks import slow_except
 from tests.train.small import perceptron, run, weights
