@@ -104,7 +104,8 @@ def _mixed(one: Moments, other: Moments, weight: float) -> Moments:
 
     def both(a: Tensor, b: Tensor) -> Tensor:
         if (id(a), id(b)) not in mixed:
-            mixed[id(a), id(b)] = torch.lerp(a, b, weight)
+            unwanted = not (a.numel() and b.numel())  # rows have E[xxᵀ] where products do without
+            mixed[id(a), id(b)] = a.new_empty(0) if unwanted else torch.lerp(a, b, weight)
         return mixed[id(a), id(b)]
 
     names = [field.name for field in fields(one) if field.name != "rows"]

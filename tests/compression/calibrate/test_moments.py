@@ -163,3 +163,16 @@ def test_every_other_row_of_very_wide_layers(monkeypatch: pytest.MonkeyPatch) ->
     again = merge(found, found)
     assert len(again.second.weights) == 32 and float(again.second.weights.sum()) == pytest.approx(1)
     assert gathered(x, parts=1, keeps_rows=True).rows == 1000
+
+
+def test_parts_merge_whether_kept_as_rows_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_moments, "_NARROW", 8)
+    x, dense = mixed(60, 24), mixed(60, 24)
+    few, many = slice(0, 10), slice(10, 60)
+    options = {"dense_second": False, "keeps_rows": True}
+    parts = [gathered(x[part], dense[part], 1, **options) for part in (few, many)]
+    assert [isinstance(part.second, RowMoment) for part in parts] == [True, False]
+    merged, whole = merge(*parts), gathered(x, dense, 1, **options)
+    torch.testing.assert_close(merged.second, whole.second)
+    torch.testing.assert_close(merged.cross, whole.cross)
+    assert merged.dense_second.numel() == whole.dense_second.numel() == 0
