@@ -534,7 +534,8 @@ def test_rejects_storage_that_contradicts_the_record(here: Here, change: dict[st
 STORED_HUB = [(name, kind) for name in STORED for kind in ("bert", "gpt2", "mixtral")]
 
 
-@pytest.mark.parametrize(("name", "kind"), slow_except(STORED_HUB, ("dense, coded", "gpt2")))
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), STORED_HUB)
 def test_transformers_decodes_while_loading(tmp_path: Path, name: str, kind: str) -> None:
     tiny(kind).save_pretrained(tmp_path / "original")
     compress_saved(tmp_path, embeddings=True, **STORED[name])

@@ -18,6 +18,7 @@ from mpoc.runtime.options import argument
 TOPICS = (
     "getting-started",
     "choosing-a-goal",
+    "bits",
     "calibration",
     "forms",
     "convolutions",
