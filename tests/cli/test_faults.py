@@ -117,7 +117,7 @@ def model(tmp_path: Path) -> Path:
         (
             [],
             "one of --bond, --discard, --ratio, --max-error, --size and --max-drop is needed (--bond may cap "
-            "--discard); given: none of them",
+            "--discard), or --bits; given: none of them",
         ),
         (["--bond", "4", "--ratio", "0.5"], "given: --bond and --ratio"),
         (["--bond", "4", "--shape", "fc1=4x4x4:4x4x4"], "4×4×4 = 64 inputs and 4×4×4 = 64 outputs"),
