@@ -34,11 +34,13 @@ from mpoc.compression.calibrate.calibrated_fit import (
 )
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
-from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer
+from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer, round_weight
 from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.size_prediction import LONGEST_FIGURE
+from mpoc.errors import UsageError
 from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.coded_parts import values_of_all, with_codes
 from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.open_checkpoint import read_finite
 from mpoc.runtime.formatting import rounded
@@ -178,7 +180,12 @@ class SequentialFit:
         Args:
             plans: of all layers, in any order.
             kept: units of layers that an earlier run fitted; they are put into the network, and not yielded.
+
+        Raises:
+            UsageError: blocks are to be refined, and layers to be rounded.
         """
+        if self._blocks is not None and any(plan.rounding for plan in plans):
+            raise UsageError("--refine trains numbers, and excludes --bits, which rounds them")
         kept = kept or {}
         todo = {plan.map.name: plan for plan in plans}
         unobserved = [plan for plan in plans if plan.map.name not in {*self.schedule.observed, *kept}]
@@ -278,14 +285,14 @@ class SequentialFit:
         self, group: Sequence[str], todo: dict[str, LayerPlan], position: BlockPosition | None
     ) -> list[Fitted]:
         if all(todo[name].is_dense for name in group):
-            return [Fitted(todo[name].record()) for name in group]
+            return [self._left_dense(todo[name]) for name in group]
         objectives = self._statistics.objectives(self._compressed, group)
         return [self._fit_one(todo[name], objectives[name], position is not None) for name in group]
 
     def _fit_one(self, plan: LayerPlan, objective: Objective, apart: bool) -> Fitted:
         """Fit one layer; errors are raised in all processes together."""
         if plan.is_dense:
-            return Fitted(plan.record())
+            return self._left_dense(plan)
         name = plan.map.name
         with self._group.all_or_raise():
             weight = read_finite(self._checkpoint, name).to(self._device)
@@ -299,24 +306,41 @@ class SequentialFit:
         fit = fit_calibrated(weight, storages, objective, settings, self._group)
         with self._group.all_or_raise():
             check_finite_cores(fit.form, weight, self._checkpoint, plan)
-            fitted = self._stored(plan, fit)
+            fitted = self._stored(plan, fit, weight, objective)
             self._put(fitted)
         return fitted
 
-    def _stored(self, plan: LayerPlan, fit: CalibratedFit) -> Fitted:
+    def _left_dense(self, plan: LayerPlan) -> Fitted:
+        """A layer that stays dense, rounded where its plan says so."""
+        if plan.rounding is None:
+            return Fitted(plan.record())
+        with self._group.all_or_raise():
+            fitted = round_weight(plan, read_finite(self._checkpoint, plan.map.name).to(self._device))
+            self._put(fitted)
+        return fitted
+
+    def _stored(self, plan: LayerPlan, fit: CalibratedFit, weight: Tensor, objective: Objective) -> Fitted:
         """The layer with its record; dense if it would not shrink."""
         form = fit.form
         if not self._recipe.allow_growth:
             plan = leave_dense_unless_smaller(plan, form.num_parameters)
         if plan.is_dense:
-            return Fitted(plan.record())
+            return Fitted(plan.record()) if plan.rounding is None else round_weight(plan, weight)
         record = replace(
             replace(plan, structure=form.structure).record(),
             num_stored=form.num_parameters,
             **bond_fields(form.structure, form.bonds),
         )
-        record = _with_figures(record, form, fit.judged, fit.same_size)
-        return Fitted(record, form.cores, self._shifted(plan.map.name, fit.judged.shift))
+        if plan.rounding is None:
+            record = _with_figures(record, form, fit.judged, fit.same_size)
+            return Fitted(record, form.cores, self._shifted(plan.map.name, fit.judged.shift))
+        codes = plan.rounding.codes(record, form.cores)
+        values = values_of_all(with_codes(record, codes), codes)
+        form = form_of([value.to(self._device) for value in values], record.structure)
+        judged = judge(weight, form, objective)
+        same_size = {**fit.same_size, "this": judged.output_weighted_error}
+        record = _with_figures(record, form, judged, same_size)
+        return Fitted.rounded(record, codes, self._shifted(plan.map.name, judged.shift))
 
     def _shifted(self, name: str, shift: Tensor | None) -> dict[str, Tensor]:
         """The bias plus the shift, or the running mean behind the layer less the shift, in its own dtype."""

@@ -104,6 +104,29 @@ def test_manifest_records_the_calibration(tmp_path: Path) -> None:
     assert [layer.name for layer in manifest.layers] == ["0.weight", "2.weight", "4.weight", "5.weight"]
 
 
+@pytest.mark.parametrize("storage", ["grid", "coded"])
+def test_rounded_cores_carry_the_calibration(tmp_path: Path, storage: str) -> None:
+    case = Case(tmp_path, "mlp")
+    options: dict[str, Any] = {"ratio": 0.4, "form": "svd", "bits": 8, "storage": storage}
+    done = case.compress(**options)
+    assert read_manifest(done.output) == done.manifest
+    assert case.error(done) < 0.9 * case.error(case.plain(**options))
+    dense = mpoc.load(done.output, make(case.name)).state_dict()
+    for layer in done.manifest.layers:
+        assert layer.storage and layer.storage[0]["kind"] == storage
+        if layer.form == "dense":
+            weight = case.network.state_dict()[layer.name]
+            error = float((weight - dense[layer.name]).norm() / weight.norm())
+            assert layer.relative_error == pytest.approx(error, rel=1e-3, abs=1e-5)
+        else:
+            assert layer.output_error is not None and layer.held_out_error is not None
+
+
+def test_rejects_refinement_of_rounded_layers(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--refine trains numbers, and excludes --bits"):
+        Case(tmp_path, "mlp").compress(refine=True, bond=3, form="svd", bits=4)
+
+
 def test_biases_absorb_the_mean_error(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     done = case.compress(bond=3, form="svd")
