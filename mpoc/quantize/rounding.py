@@ -307,7 +307,7 @@ def coded_in_bytes(
     octave, slope = math.log2(spread) + 2.0 - wanted / target.numel(), -float(target.numel())
     finest = math.log2(float(units.abs().max()) or 1.0) - _FINEST
     start = _solve(predicted, wanted, (octave, slope), finest, 8)
-    _solve(real, wanted, start, finest, 6 if target.numel() > _TINY else 30)
+    _solve(real, wanted, start, finest, 6 if target.numel() > _TINY else 12)
     fitting = [coded for coded in tried if coded.nbytes <= nbytes]
     return max(fitting, key=lambda coded: coded.nbytes, default=min(tried, key=lambda coded: coded.nbytes))
 

@@ -104,6 +104,7 @@ def test_manifest_records_the_calibration(tmp_path: Path) -> None:
     assert [layer.name for layer in manifest.layers] == ["0.weight", "2.weight", "4.weight", "5.weight"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["grid", "coded"])
 def test_rounded_cores_carry_the_calibration(tmp_path: Path, storage: str) -> None:
     case = Case(tmp_path, "mlp")
