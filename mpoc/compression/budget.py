@@ -12,13 +12,16 @@ and Gersho 1988); what is left over goes to the largest steps that still fit.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from mpoc.errors import UsageError
+from mpoc.quantize.storage import GRID_BITS
 from mpoc.tensor_networks.structure import Structure
 
+_CODED_BITS = tuple(steps / 64 for steps in range(16, 641))  # from ¼ to 10
 Bonds = list[int | None]  # the cap on each layer's bonds; None: the layer stays dense
 
 
@@ -46,8 +49,8 @@ def bonds_within_size(shares: list[LayerShare], size: int, predict: Callable[[Bo
 
     Args:
         shares: the layers, with costs in bytes.
-        size: bytes of the whole output.
-        predict: the bytes of the whole output with these bonds, an upper bound.
+        size: bytes of the weight files.
+        predict: the bytes of the weight files with these bonds, an upper bound.
 
     Raises:
         UsageError: the output is larger even with every bond at 1.
@@ -64,6 +67,28 @@ def bonds_within_size(shares: list[LayerShare], size: int, predict: Callable[[Bo
         f"--size {size}: with every bond at 1 the output has {least} bytes",
         f"--size {least}, or compress more: --embeddings, --dtype bfloat16",
     )
+
+
+def bits_within_size(storage: str, size: int, predict: Callable[[float], int]) -> float:
+    """Choose the most bits a number with which the predicted output has at most ``size`` bytes.
+
+    Args:
+        storage: ``"grid"``, of the widths that grids have, or ``"coded"``, of any number of bits to 1/64.
+        size: bytes of the weight files.
+        predict: their bytes with so many bits, an upper bound.
+
+    Raises:
+        UsageError: the output is larger even with the fewest bits.
+    """
+    steps = GRID_BITS if storage == "grid" else _CODED_BITS
+    fitting = bisect_right(steps, size, key=predict)
+    if fitting == 0:
+        least = predict(steps[0])
+        raise UsageError(
+            f"--size {size}: at {steps[0]:g} bits a weight, the fewest, the output has {least} bytes",
+            f"--size {least}, or compress more: --embeddings",
+        )
+    return steps[fitting - 1]
 
 
 def uniform_bonds(shares: list[LayerShare], budget: float) -> Bonds | None:

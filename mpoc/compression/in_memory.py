@@ -19,8 +19,8 @@ from mpoc.compression.calibrate.layer_inputs import device_of
 from mpoc.compression.calibrate.taps import removing_taps
 from mpoc.compression.plain_fit import Fitted, fit_layer
 from mpoc.compression.plan import LayerPlan
-from mpoc.compression.recipe import CONV_FORMS, GOALS, Recipe, check_recipe, make_recipe
-from mpoc.compression.recipe_syntax import parse_shape
+from mpoc.compression.recipe import GOALS, Recipe, check_recipe, make_recipe
+from mpoc.compression.recipe_syntax import CONV_FORMS, parse_budget, parse_shape
 from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import select
 from mpoc.compression.source import CompressionSource
@@ -40,7 +40,6 @@ from mpoc.models.loading import Model
 from mpoc.models.saving import describe, remember, saved_bytes
 from mpoc.nn.adopt import adopt_everywhere, compressed_weights
 from mpoc.reporting.summary import Report
-from mpoc.runtime.formatting import parse_size
 from mpoc.tensor_networks.factors import LEARNED, parse_order
 from mpoc.tensor_networks.forms import FORMS
 
@@ -71,7 +70,7 @@ def compress(
     max_error: float | None = None,
     discard: float | None = None,
     ratio: float | None = None,
-    size: int | str | None = None,
+    size: int | float | str | None = None,
     bits: int | None = None,
     storage: str | None = None,
     recipe: Recipe | str | PathLike[str] | None = None,
@@ -114,7 +113,8 @@ def compress(
         max_error: largest relative error ‖W − Ŵ‖ / ‖W‖ of every layer, between 0 and 1.
         discard: largest share of the squared Schmidt values that each bond may lose, between 0 and 1.
         ratio: largest ρ, parameters stored over parameters before, of all selected layers together.
-        size: size limit of the file that :func:`mpoc.save` writes, in bytes or as ``"20MB"``.
+        size: size limit of the file that :func:`mpoc.save` writes: bytes, ``"20MB"``, or ``"25%"`` of what
+            the tensors take now.
         bits: bits of a number that is stored: 2, 3, 4, 5, 6 or 8. Alone it is a goal, and every layer stays
             dense. Weights take the values that they are rounded to; :func:`mpoc.save` writes their codes.
         storage: ``"grid"`` (the default with ``bits``), ``"coded"`` or ``"float"``.
@@ -154,7 +154,7 @@ def compress(
             "max_error": max_error,
             "discard": discard,
             "ratio": ratio,
-            "size": None if size is None else parse_size(size),
+            "size": None if size is None else parse_budget(size),
             "bits": bits,
             "storage": storage,
             "form": form,
@@ -172,6 +172,7 @@ def compress(
         }
         request = _calibration_request(calibrate, calibration_samples, refine)
         chosen = _merged(recipe, given).with_form(calibrated=request is not None)
+        chosen = chosen.with_bytes_of(_bytes_of(model))
         sample = None if input_shape is None else tuple(input_shape)
         job, fitted, changed = _fit(model, chosen, sample, request)
     manifest = job.manifest([fit.record for fit in fitted])
@@ -231,6 +232,10 @@ def _merged(recipe: Recipe | str | PathLike[str] | None, given: Mapping[str, Any
         if getattr(merged, key) != defaults[key]:
             raise UsageError(f"{key} is for files only: in memory, a network keeps its device and dtype")
     return merged
+
+
+def _bytes_of(model: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
 def _calibration_request(
@@ -307,6 +312,7 @@ def _calibrated_job(model: nn.Module, source: CompressionSource, request: Calibr
         source: its tensors, with the selected layers.
         request: the data.
     """
+    plans = source.plan(source.recipe, request.refine)
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise UsageError("calibrate: the network is on several devices", "model.to(device)")
     halves = any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
@@ -316,7 +322,7 @@ def _calibrated_job(model: nn.Module, source: CompressionSource, request: Calibr
     path = Path(getattr(model, "name_or_path", None) or checkpoint.path)  # transformers records its origin
     data = calibrate_on(Model(path, network, checkpoint, None, None, places), request, recipe.seed)
     statistics = source.statistics_of(data, request, context)
-    return make_job(source, recipe, source.plan(recipe), context, statistics)
+    return make_job(source, recipe, plans, context, statistics)
 
 
 @torch.no_grad()

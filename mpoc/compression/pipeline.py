@@ -99,7 +99,7 @@ def compress_checkpoint(
                 refuse_output(source, output, force)
             context = RunContext(choose_device(recipe.device), group, progress or Progress())
             opened = open_source(source, recipe, arch, request is not None)
-            plans = opened.plan(opened.recipe)
+            plans = opened.plan(opened.recipe, request is not None and request.refine)
         if dry_run:
             return _dry_run(_job(opened, plans, context, request), output)
         options = _options(opened, source, request) if resume else None

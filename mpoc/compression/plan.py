@@ -11,7 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from mpoc.compression.budget import Bonds, LayerShare, bonds_within_size, smallest_bonds, uniform_bonds
+from mpoc.compression.budget import (
+    Bonds,
+    LayerShare,
+    bits_within_size,
+    bonds_within_size,
+    smallest_bonds,
+    uniform_bonds,
+)
 from mpoc.compression.recipe import LayerRule, Recipe
 from mpoc.compression.selection import LinearMap, Selection, check_pattern, matches
 from mpoc.errors import MpocError, UsageError, command_line
@@ -82,9 +89,19 @@ class LayerPlan:
         return isinstance(self.goal, Truncation) and self.goal.is_open
 
     @property
+    def awaits_bits(self) -> bool:
+        """Whether a budget of bytes is to find the bits of the dense weight."""
+        return self.rounding is not None and self.rounding.bits == 0
+
+    @property
     def is_unchanged(self) -> bool:
         """Whether the layer is left as it is: dense, and not rounded."""
         return self.is_dense and self.rounding is None
+
+    def rounded_to(self, bits: float) -> LayerPlan:
+        """The same layer with so many bits a number."""
+        assert self.rounding is not None
+        return replace(self, rounding=replace(self.rounding, bits=bits))
 
     def left_dense(self, reason: str) -> LayerPlan:
         """The same layer, dense."""
@@ -138,7 +155,7 @@ def make_plan(
     Args:
         selection: the chosen linear maps.
         recipe: the options, checked.
-        predict_size: upper bound on the bytes of the whole output under a plan; needed for ``--size``.
+        predict_size: upper bound on the bytes of the weight files under a plan; needed for ``--size``.
         geometries: geometries of whole maps that a sample run traced, by the weight's name; the recipe has
             the others.
 
@@ -163,7 +180,7 @@ def make_plan(
         return _within_ratio(plans, recipe.ratio, recipe.allow_growth)
     if recipe.size is not None:
         assert predict_size is not None
-        return _within_size(plans, recipe.size, predict_size)
+        return _within_size(plans, int(recipe.size), predict_size)
     return plans
 
 
@@ -192,6 +209,8 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
         )
     goal = Dense("the recipe leaves it dense") if rule.dense else _goal(map, structure, rule, recipe)
     storage, bits = recipe.storage_for(map.name)
+    if bits is None and storage != "float" and isinstance(goal, BudgetItem):
+        return LayerPlan(map, structure, map.dtype, Dense(), rounding=Rounding(storage, 0))
     if bits is None:
         return LayerPlan(map, structure, recipe.dtype or map.dtype, goal, learns)
     return LayerPlan(map, structure, map.dtype, goal, learns, Rounding(storage, bits))
@@ -281,10 +300,24 @@ def _most_stored(plan: LayerPlan, allow_growth: bool) -> int:
 def _within_size(
     plans: list[LayerPlan], size: int, predict_size: Callable[[list[LayerPlan]], int]
 ) -> list[LayerPlan]:
+    if any(plan.awaits_bits for plan in plans):
+        return _bits_within_size(plans, size, predict_size)
     shares = _shares(plans, in_bytes=True)
     return _with_bonds(
         plans, bonds_within_size(shares, size, lambda bonds: predict_size(_with_bonds(plans, bonds)))
     )
+
+
+def _bits_within_size(
+    plans: list[LayerPlan], size: int, predict_size: Callable[[list[LayerPlan]], int]
+) -> list[LayerPlan]:
+    """The plans with the same bits for all layers that await theirs."""
+    storage = next(plan.rounding.storage for plan in plans if plan.rounding and plan.awaits_bits)
+
+    def planned(bits: float) -> list[LayerPlan]:
+        return [plan.rounded_to(bits) if plan.awaits_bits else plan for plan in plans]
+
+    return planned(bits_within_size(storage, size, lambda bits: predict_size(planned(bits))))
 
 
 def _shares(plans: list[LayerPlan], in_bytes: bool = False) -> list[LayerShare]:

@@ -25,10 +25,13 @@ from mpoc.compression.recipe_syntax import (
     InputShape,
     ShapeRule,
     check_bond,
+    check_conv,
+    check_form,
     check_share,
     check_sites,
     check_storage,
     geometry_at,
+    parse_budget,
     parse_input_shape,
     parse_shape,
     parse_share,
@@ -39,10 +42,8 @@ from mpoc.errors import UsageError, nearest
 from mpoc.runtime.formatting import parse_size
 from mpoc.runtime.options import ADVANCED, option
 from mpoc.tensor_networks.factors import OrderRule, order_fits, parse_order
-from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry
 
-CONV_FORMS = ("kernel", "map")
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16")
 EFFORTS = ("fast", "balanced", "thorough")
 DEFAULT_EFFORT = "balanced"
@@ -96,8 +97,12 @@ class Recipe:
     discard: float | None = option(
         "Cut at most this share of Σs² at each bond; --bond may cap it.", None, panel=GOAL
     )
-    size: int | None = option(
-        "Write at most this many bytes, as 20MB.", None, panel=GOAL, metavar="SIZE", parse=parse_size
+    size: int | float | None = option(
+        "Write weight files of at most 20MB, or of 25% of the source's.",
+        None,
+        panel=GOAL,
+        metavar="SIZE",
+        parse=parse_budget,
     )
     max_drop: float | None = option(
         "Find the smallest output that loses at most this of the metric (--eval).", None, panel=GOAL
@@ -184,7 +189,7 @@ class Recipe:
         None,
         metavar="grid|coded|float",
         panel=ADVANCED,
-        shown="grid with --bits",
+        shown="grid with --bits, coded with --size",
     )
     device: str = option("Compute on auto, cpu, cuda, cuda:1, …", "auto", panel=ADVANCED)
     seed: int = option("Seed the randomised range finder.", 0, panel=ADVANCED)
@@ -226,9 +231,22 @@ class Recipe:
                     "--ratio 0.5",
                 )
         effort = self.effort or (DEFAULT_EFFORT if calibrated else None)
-        return replace(
-            self, effort=effort, form=self.form or ("auto" if calibrated and self.has_budget else "mpo")
-        )
+        if self._rounds_to_size:
+            return replace(self, effort=effort, form="mpo", storage=self.storage or "coded")
+        usual = "auto" if calibrated and self.has_budget else "mpo"
+        return replace(self, effort=effort, form=self.form or usual)
+
+    def with_bytes_of(self, source: int) -> Recipe:
+        """This recipe with a size in bytes where it is a share of the ``source`` bytes of weight files."""
+        return replace(self, size=int(self.size * source)) if isinstance(self.size, float) else self
+
+    @property
+    def _rounds_to_size(self) -> bool:
+        """Whether a budget of bytes is met by rounding: no form, bits or dtype is asked for."""
+        if self.size is None or self.storage == "float":
+            return False
+        asked = (self.form, self.bits, self.sites, self.dtype, self.max_drop)
+        return all(one is None for one in asked) and not self.shape and self.conv == "kernel"
 
     @property
     def has_budget(self) -> bool:
@@ -250,7 +268,10 @@ class Recipe:
         return merged
 
     def storage_for(self, name: str) -> tuple[str, int | None]:
-        """How the numbers of this layer are stored, and their bits: ``("float", None)``: not rounded."""
+        """How the numbers of this layer are stored, and their bits.
+
+        ``("float", None)``: they are not rounded. Another storage without bits: a budget of bytes finds them.
+        """
         rule = self.rule_for(name)
         bits = rule.bits or self.bits
         wanted = None if rule.bits and self.storage == "float" else self.storage
@@ -340,6 +361,8 @@ def check_recipe(recipe: Recipe) -> None:
         raise UsageError(f"--ratio {recipe.ratio}: must be above 0 and at most 1")
     if recipe.size is not None and recipe.size <= 0:
         raise UsageError(f"--size {recipe.size}: must be above 0")
+    if isinstance(recipe.size, float) and recipe.size > 1:
+        raise UsageError(f"--size {recipe.size}: neither bytes nor a share", "write it as 20MB or 25%")
     if recipe.max_drop is not None and not 0 <= recipe.max_drop < math.inf:
         raise UsageError(f"--max-drop {recipe.max_drop}: must be finite and at least 0")
     if not 0 <= recipe.seed < 2**63:
@@ -356,15 +379,16 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.effort is not None and recipe.effort not in EFFORTS:
         known = ", ".join(EFFORTS)
         raise UsageError(f"--effort {recipe.effort!r}: not one of {known}{nearest(recipe.effort, EFFORTS)}")
-    check_storage("--", recipe.storage, recipe.bits)
-    _check_conv(recipe)
+    check_storage("--", recipe.storage, recipe.bits, recipe.size is not None)
+    forms = [recipe.conv, *(rule.conv for rule in recipe.rules if rule.conv)]
+    check_conv(forms, bool(recipe.input_shape) or any(rule.input_shape for rule in recipe.rules))
     every = (recipe.rules, recipe.shape, recipe.order, recipe.input_shape)
     check_regular_expressions(rule.pattern or "" for rules in every for rule in rules)
-    _check_form("--form", recipe.form, recipe.sites)
+    check_form("--form", recipe.form, recipe.sites)
     for rule in recipe.rules:
         _check_rule(f"layer {rule.pattern!r}:", rule)
         bits = rule.bits if rule.storage == "float" else rule.bits or recipe.bits
-        check_storage(f"layer {rule.pattern!r}: ", rule.storage, bits)
+        check_storage(f"layer {rule.pattern!r}: ", rule.storage, bits, recipe.size is not None)
 
 
 def _check_goals(recipe: Recipe) -> None:
@@ -388,27 +412,4 @@ def _check_rule(where: str, rule: LayerRule) -> None:
     if rule.max_error is not None and rule.discard is not None:
         raise UsageError(f"{where} max-error and discard exclude each other")
     check_sites(f"{where} sites", rule.sites)
-    _check_form(f"{where} form", rule.form, rule.sites, rule.bond)
-
-
-def _check_conv(recipe: Recipe) -> None:
-    forms = [recipe.conv, *(rule.conv for rule in recipe.rules if rule.conv)]
-    for form in forms:
-        if form not in CONV_FORMS:
-            raise UsageError(
-                f"--conv {form!r}: not one of {', '.join(CONV_FORMS)}{nearest(form, CONV_FORMS)}"
-            )
-    if "map" not in forms and (recipe.input_shape or any(rule.input_shape for rule in recipe.rules)):
-        raise UsageError("--input-shape requires --conv map", "--conv map")
-
-
-def _check_form(where: str, form: str | None, sites: int | None, bond: int | None = None) -> None:
-    known = [*FORMS, "auto"]
-    if form is None:
-        return
-    if form not in known:
-        raise UsageError(f"{where} {form!r}: not one of {', '.join(known)}{nearest(form, known)}")
-    if form != "auto" and FORMS[form].one_matrix and sites is not None:
-        raise UsageError(f"{where} {form}: has two factors, so it takes no number of sites", "--form mpo")
-    if (form == "auto" or FORMS[form].parts) and bond is not None:
-        raise UsageError(f"{where} {form}: takes a share of a budget, not a bond", "form mpo, or svd")
+    check_form(f"{where} form", rule.form, rule.sites, rule.bond)

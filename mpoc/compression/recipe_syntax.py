@@ -7,7 +7,7 @@ names as keys; the fields of the recipe's dataclass say how a value is read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -16,7 +16,9 @@ from mpoc.compression.selection import matches
 from mpoc.errors import UsageError, command_line, excluding, nearest, shortened
 from mpoc.io.validation import check_fields, read_bounded
 from mpoc.quantize.storage import GRID_BITS
+from mpoc.runtime.formatting import parse_size
 from mpoc.runtime.options import Option
+from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry, make_geometry
 
 _LONGEST = 1000  # characters: none that is meant has more
@@ -27,6 +29,7 @@ _FORM = re.compile(
     r"(?:(?!\d+(?:x\d+)*:)(?P<pattern>.+?)=)?"
     r"(?P<size>\d+(?:x\d+)*)(?::(?P<settings>\w+=\w+(?:,\w+=\w+)*))?"
 )
+CONV_FORMS = ("kernel", "map")
 
 
 def check_bond(where: str, bond: int | None) -> None:
@@ -59,13 +62,14 @@ def check_sites(where: str, sites: int | None) -> None:
         raise UsageError(f"{where} {sites}: a matrix product operator needs at least 2 sites")
 
 
-def check_storage(where: str, storage: str | None, bits: int | None) -> None:
+def check_storage(where: str, storage: str | None, bits: int | None, in_size: bool = False) -> None:
     """Check how numbers are to be stored: ``grid`` and ``coded`` take bits, ``float`` takes none.
 
     Args:
         where: the beginning of a message, as ``"--"``.
         storage: one of ``STORAGES``; None: not given.
         bits: of a number; None: not given.
+        in_size: a budget of bytes finds the bits that are not given.
 
     Raises:
         UsageError: another storage or number of bits, or they do not go together.
@@ -77,8 +81,40 @@ def check_storage(where: str, storage: str | None, bits: int | None) -> None:
         raise UsageError(f"{where}bits {bits}: must be one of {', '.join(map(str, GRID_BITS))}", "--bits 4")
     if storage == "float" and bits is not None:
         raise UsageError(f"{where}storage float is not rounded to bits, got bits {bits}", "--storage grid")
-    if storage in ("grid", "coded") and bits is None:
+    if storage in ("grid", "coded") and bits is None and not in_size:
         raise UsageError(f"{where}storage {storage} requires bits", f"--bits 4 --storage {storage}")
+
+
+def check_conv(forms: Sequence[str], has_input_shapes: bool) -> None:
+    """Check how convolutions are to be factorised.
+
+    Raises:
+        UsageError: there is no such way, or sizes of inputs are given for whole maps that nobody asks for.
+    """
+    for form in forms:
+        if form not in CONV_FORMS:
+            raise UsageError(
+                f"--conv {form!r}: not one of {', '.join(CONV_FORMS)}{nearest(form, CONV_FORMS)}"
+            )
+    if "map" not in forms and has_input_shapes:
+        raise UsageError("--input-shape requires --conv map", "--conv map")
+
+
+def check_form(where: str, form: str | None, sites: int | None, bond: int | None = None) -> None:
+    """Check a form, and what is asked for beside it.
+
+    Raises:
+        UsageError: there is no such form, or it takes no sites or no bond.
+    """
+    known = [*FORMS, "auto"]
+    if form is None:
+        return
+    if form not in known:
+        raise UsageError(f"{where} {form!r}: not one of {', '.join(known)}{nearest(form, known)}")
+    if form != "auto" and FORMS[form].one_matrix and sites is not None:
+        raise UsageError(f"{where} {form}: has two factors, so it takes no number of sites", "--form mpo")
+    if (form == "auto" or FORMS[form].parts) and bond is not None:
+        raise UsageError(f"{where} {form}: takes a share of a budget, not a bond", "form mpo, or svd")
 
 
 @dataclass(frozen=True)
@@ -91,15 +127,31 @@ class ShapeRule:
 
 
 def parse_share(text: str) -> float:
-    """``"0.5"`` → 0.5.
+    """``"0.5"`` or ``"50%"`` → 0.5.
 
     Raises:
         UsageError: not a number.
     """
+    number = text.strip()
     try:
-        return float(text)
+        return float(number.removesuffix("%")) / 100 if number.endswith("%") else float(number)
     except ValueError:
-        raise UsageError(f"{text[:_LONGEST]!r} is not a number", "write a share as 0.5, not 50%") from None
+        raise UsageError(f"{text[:_LONGEST]!r} is not a number", "write a share as 0.5 or 50%") from None
+
+
+def parse_budget(value: str | int | float) -> int | float:
+    """``"20MB"`` → bytes (an int), ``"25%"`` → a share of the source's weight files (a float).
+
+    Raises:
+        UsageError: neither, or a share that is not above 0 and at most 100 %.
+    """
+    text = str(value).strip()
+    if isinstance(value, float) or not text.endswith("%"):
+        return value if isinstance(value, float) else parse_size(value)
+    share = parse_share(text)
+    if not 0 < share <= 1:
+        raise UsageError(f"{text[:_LONGEST]!r}: a share must be above 0 % and at most 100 %")
+    return share
 
 
 def parse_shape(text: str) -> ShapeRule:
@@ -256,9 +308,10 @@ def _parsed(value: Any, option: Option, hint: Any) -> Any:
         if get_origin(hint) is tuple:
             return items
         return items[0] if len(items) == 1 and items[0].pattern is None else items
-    if float in kinds:
-        return float(value) if type(value) is int and abs(value) < 1 << 63 else value
-    return option.parse(value) if option.parse and isinstance(value, str) else value
+    if option.parse and isinstance(value, str):
+        return option.parse(value)
+    is_whole = type(value) is int and int not in kinds and abs(value) < 1 << 63
+    return float(value) if float in kinds and is_whole else value
 
 
 def _wanted(option: Option | None, hint: Any) -> str:

@@ -59,10 +59,25 @@ def make_manifest(
 
 def _size_of_source(checkpoint: Checkpoint) -> int:
     """Bytes of the source: its weight files and, in a directory, the other files that are copied."""
+    return checkpoint.nbytes_on_disk + _copied(checkpoint)
+
+
+def _copied(checkpoint: Checkpoint) -> int:
+    """Bytes of what is copied beside the weights of a directory: tokenizer, config, card."""
     if not checkpoint.is_directory:
-        return checkpoint.nbytes_on_disk
-    others = hub_directory.size_of_other_files(checkpoint.path, checkpoint.weight_files)
-    return checkpoint.nbytes_on_disk + others
+        return 0
+    return hub_directory.size_of_other_files(checkpoint.path, checkpoint.weight_files)
+
+
+def predict_weight_bytes(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    recipe: Recipe,
+    plans: list[LayerPlan],
+    calibration: dict[str, Any] | None = None,
+) -> int:
+    """What ``--size`` limits: weight files with headers, the manifest, and what other files grow by."""
+    return predict_size(checkpoint, selection, recipe, plans, None, calibration) - _copied(checkpoint)
 
 
 def predict_size(
@@ -150,7 +165,7 @@ def _longest_spectra(record: LayerRecord, in_tolerance: bool) -> tuple[Spectrum 
 
 
 def _with_calibrated_figures(record: LayerRecord) -> LayerRecord:
-    if record.form == "dense":
+    if not record.is_changed:
         return record
     longest = LONGEST_FIGURE
     others = dict.fromkeys(("this", "plain svd", "whitened svd", "plain mpo"), longest)

@@ -11,8 +11,8 @@ from mpoc.compression.plan import LayerPlan, make_plan
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import Selection, copies_by_name, select
-from mpoc.compression.size_prediction import predict_size
-from mpoc.errors import MpocError, excluding
+from mpoc.compression.size_prediction import predict_weight_bytes
+from mpoc.errors import MpocError, UsageError, excluding
 from mpoc.io import hub_directory
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import core_prefix
@@ -43,20 +43,26 @@ class CompressionSource:
             notes += hub_directory.notes_on_files(self.checkpoint.path, self.checkpoint.weight_files)
         return notes
 
-    def plan(self, recipe: Recipe) -> list[LayerPlan]:
+    def plan(self, recipe: Recipe, refines: bool = False) -> list[LayerPlan]:
         """Plan every layer; ``recipe`` is that of the source with any goal.
 
+        Args:
+            recipe: the options.
+            refines: the layers of each block are to be trained together.
+
         Raises:
-            UsageError: as :func:`mpoc.compression.plan.make_plan`.
+            UsageError: as :func:`mpoc.compression.plan.make_plan`; or layers of few bits are to be trained.
             MpocError: a tensor has the name of a core.
         """
         checkpoint, selection = self.checkpoint, self.selection
         plans = make_plan(
             selection,
             recipe,
-            lambda plans: predict_size(checkpoint, selection, recipe, plans),
+            lambda plans: predict_weight_bytes(checkpoint, selection, recipe, plans),
             self.geometries,
         )
+        if refines:
+            _refuse_refined_rounding(plans)
         _refuse_name_collisions(checkpoint, plans)
         return plans
 
@@ -96,7 +102,7 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
     checkpoint = with_config(checkpoint) if arch is None else with_architecture(checkpoint, arch)
     if checkpoint.kinds is None:
         checkpoint = with_copies_tied(checkpoint, copies_by_name(checkpoint))
-    recipe = recipe.with_form(calibrated)
+    recipe = recipe.with_form(calibrated).with_bytes_of(checkpoint.nbytes_on_disk)
     selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
     maps = [m.name for m in selection.chosen if recipe.is_map(m.name, m.kind)]
     unsaid = [name for name in maps if not recipe.has_input_shape(name)]
@@ -119,3 +125,11 @@ def _refuse_name_collisions(checkpoint: Checkpoint, plans: list[LayerPlan]) -> N
                 f"{checkpoint.path}: tensor {taken!r} has the name that a core of {plan.map.layer} would get",
                 excluding(plan.map.layer),
             )
+
+
+def _refuse_refined_rounding(plans: list[LayerPlan]) -> None:
+    if rounded := next((plan for plan in plans if plan.rounding is not None), None):
+        raise UsageError(
+            f"--refine trains floats, but {rounded.map.layer} is rounded to few bits",
+            "leave --refine out, or use --storage float",
+        )

@@ -18,7 +18,7 @@ from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.resume import LayerCache, in_order_key, layer_key
 from mpoc.compression.run_context import RunContext
-from mpoc.compression.size_prediction import make_manifest, predict_size
+from mpoc.compression.size_prediction import make_manifest, predict_weight_bytes
 from mpoc.compression.source import CompressionSource
 from mpoc.errors import MpocError
 from mpoc.io import hub_directory
@@ -114,7 +114,7 @@ def make_job(
 
     with context.group.all_or_raise():
         calibrated = SequentialFit(statistics, source.checkpoint, recipe)
-    predict = partial(predict_size, source.checkpoint, source.selection, recipe)
+    predict = partial(predict_weight_bytes, source.checkpoint, source.selection, recipe)
     plans = calibrated.allocate(plans, predict)
     return Job(source, recipe, plans, context, statistics, calibrated)
 

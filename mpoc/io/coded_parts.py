@@ -16,7 +16,8 @@ from torch import Tensor
 from mpoc.io.manifest import CodedPart, LayerRecord, storage_record
 from mpoc.io.safetensors_writer import Entry
 from mpoc.quantize.codes import GridTensor, QuantizedTensor, quantized_from_tensors
-from mpoc.quantize.rounding import best_exponents, coded_in_bytes, round_grid
+from mpoc.quantize.feedback import best_exponents
+from mpoc.quantize.rounding import coded_in_bytes, round_grid
 from mpoc.quantize.storage import Coded, Grid, Storage, default_grid
 from mpoc.tensor_networks.forms.layout import from_matrix, to_matrix
 
@@ -53,9 +54,10 @@ class Rounding:
             MpocError: a number is too large for the storage.
         """
         parts = self.planned(record).coded_parts
-        return [self._codes(part, tensor) for part, tensor in zip(parts, tensors, strict=True)]
+        return [self.nearest(part, tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
-    def _codes(self, part: CodedPart, tensor: Tensor) -> QuantizedTensor:
+    def nearest(self, part: CodedPart, tensor: Tensor) -> QuantizedTensor:
+        """Round one tensor of a layer to the nearest codes."""
         matrix = matrix_of(part, tensor).detach().cpu().float()
         if isinstance(part.storage, Grid):
             return round_grid(matrix, None, part.storage)

@@ -25,13 +25,11 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 from mpoc.quantize.codes import HALF_OCTAVES, CodedTensor, GridTensor, narrowed
-from mpoc.quantize.coding import MOST_EXPONENT, entropy_bits
+from mpoc.quantize.coding import entropy_bits
+from mpoc.quantize.feedback import Feedback
 from mpoc.quantize.storage import Grid
 
 _BLOCK = 128  # columns whose feedback is one matrix product; within them, one column after the other
-_DOUBLE = 4096  # metrics up to this size are factored in float64
-# Added to the diagonal, as shares of its mean, until a metric that is singular in rounding has a factor.
-_JITTER = (0.0, 1e-9, 1e-7, 1e-5)
 _SWEEPS = 2  # rounds of refitted scales and coordinate descent
 # Shares of a group's range that the search of a grid's scales tries.
 _SHRINK = tuple(1.0 - 0.05 * step for step in range(13))
@@ -40,86 +38,7 @@ _FINEST, _TINY = 20, 4096
 _LARGEST = 1 << 24  # codes are made in float32, which holds the integers up to here
 _NO_LIMITS = -math.inf, math.inf
 _UNUSED = 0.001  # share of the bytes asked for that may stay unused, half of it on average
-
-
-class Feedback:
-    """A metric of the columns, with the order of rounding and its triangular factor.
-
-    Columns are rounded in falling order of the metric's diagonal.  Dead columns (a diagonal of zero) come
-    last, take no feedback and cost nothing.
-
-    Args:
-        metric: H, (columns, columns), symmetric and positive semi-definite; damped by the caller.
-
-    Raises:
-        MpocError: the metric is not finite, or not positive semi-definite.
-    """
-
-    def __init__(self, metric: Tensor) -> None:
-        metric = metric.cpu()
-        diagonal = metric.diagonal()
-        self.order = diagonal.argsort(descending=True, stable=True)
-        self.metric = metric[self.order][:, self.order].float()
-        upper = _upper_factor(metric[self.order][:, self.order])
-        # U_jk / U_kk: how much of the error of column j goes to column k.
-        self.shares = (upper / upper.diagonal()).float().triu_(1)
-        # U_kk², by column: what a squared error costs once feedback has taken the rest.
-        self.weights = torch.empty(len(metric))
-        self.weights[self.order] = upper.diagonal().square().float()
-        self.weights[diagonal <= 0] = 0.0
-
-
-def _upper_factor(metric: Tensor) -> Tensor:
-    """U of H = U Uᵀ: the Cholesky factor of the reversed matrix, reversed.  Dead columns get U_kk = 1."""
-    if not bool(metric.isfinite().all()):
-        raise MpocError("the metric of the inputs is not finite")
-    matrix = metric.to(torch.float64 if len(metric) <= _DOUBLE else torch.float32).flip(0, 1)
-    diagonal = matrix.diagonal()
-    dead = (diagonal <= 0).to(matrix.dtype)
-    for jitter in _JITTER:
-        lower, failed = torch.linalg.cholesky_ex(matrix + torch.diag(dead + jitter * diagonal.mean()))
-        if not failed:
-            return lower.flip(0, 1)
-    raise MpocError("the metric of the inputs is not positive semi-definite")
-
-
-# Steps.
-
-
-def best_exponents(weights: Tensor | None, count: int) -> Tensor:
-    """The best steps δ ∝ 1/√weight of rows or columns, as exponents of √2 from 0 to 15.
-
-    The finest step is exact to half an octave; those above 2^7.5 times it are that.
-
-    Args:
-        weights: what a squared error costs, (count,): ``feedback.weights`` of the columns, the diagonal of G
-            of the rows.  None is ones.  Where it is 0, the step is the largest of the others.
-        count: number of rows or columns.
-
-    Returns:
-        (count,) of int8.
-    """
-    if weights is None or not bool((weights > 0).any()):
-        return torch.zeros(count, dtype=torch.int8)
-    octaves = -weights.cpu().double().log2().round()
-    finite = octaves[octaves.isfinite()]
-    return (octaves.clamp(max=float(finite.max())) - finite.min()).clamp_(max=MOST_EXPONENT).to(torch.int8)
-
-
-def price(steps: Tensor, feedback: Feedback | None, row_weights: Tensor | None = None) -> float:
-    """Predict f of rounding with these steps: Σ_k U_kk² Σ_i G_ii δ_ik² / 12.
-
-    Args:
-        steps: δ, (rows, columns) or a shape that broadcasts with the weights.
-        feedback: the metric of the columns; None is the identity.
-        row_weights: diagonal of G, (rows,); None is ones.
-    """
-    squares = steps.cpu().double().square()
-    if feedback is not None:
-        squares = squares * feedback.weights.double()
-    if row_weights is not None:
-        squares = squares * row_weights.cpu().double()[:, None]
-    return float(squares.sum()) / 12
+_FEW = 64.0  # bits that may stay unused of however small a stream
 
 
 def cost(target: Tensor, values: Tensor, metric: Tensor | None, row_metric: Tensor | None = None) -> float:
@@ -306,14 +225,20 @@ def coded_in_bytes(
     spread = float(units.square().mean().sqrt()) or 1.0
     octave, slope = math.log2(spread) + 2.0 - wanted / target.numel(), -float(target.numel())
     finest = math.log2(float(units.abs().max()) or 1.0) - _FINEST
-    start = _solve(predicted, wanted, (octave, slope), finest, 8)
-    _solve(real, wanted, start, finest, 6 if target.numel() > _TINY else 12)
+    slack = max(_UNUSED * wanted, _FEW)
+    start = _solve(predicted, wanted, (octave, slope), finest, 8, slack)
+    _solve(real, wanted, start, finest, 6 if target.numel() > _TINY else 12, slack)
     fitting = [coded for coded in tried if coded.nbytes <= nbytes]
     return max(fitting, key=lambda coded: coded.nbytes, default=min(tried, key=lambda coded: coded.nbytes))
 
 
 def _solve(
-    bits: Callable[[float], float], wanted: float, start: tuple[float, float], least: float, most: int
+    bits: Callable[[float], float],
+    wanted: float,
+    start: tuple[float, float],
+    least: float,
+    most: int,
+    slack: float,
 ) -> tuple[float, float]:
     """Where falling ``bits`` are as wanted, and their slope: secants, or else halves of the bracket."""
     octave, slope = start
@@ -321,7 +246,7 @@ def _solve(
     for _ in range(most):
         octave = max(octave, least)
         found = bits(octave)
-        if abs(found - wanted) <= _UNUSED * wanted:
+        if -slack <= found - wanted <= _UNUSED * wanted:
             break
         low, high = (octave, high) if found > wanted else (low, octave)
         if (octave - before[0]) * (found - before[1]) < 0:  # streams of few codes also rise

@@ -12,15 +12,8 @@ from torch import Tensor
 from mpoc.errors import MpocError, UsageError
 from mpoc.quantize import rounding
 from mpoc.quantize.codes import CodedTensor, GridTensor, QuantizedTensor
-from mpoc.quantize.rounding import (
-    Feedback,
-    best_exponents,
-    coded_in_bytes,
-    cost,
-    price,
-    round_coded,
-    round_grid,
-)
+from mpoc.quantize.feedback import Feedback, best_exponents, price, typical_error
+from mpoc.quantize.rounding import coded_in_bytes, cost, round_coded, round_grid
 from mpoc.quantize.storage import GRID_BITS, Grid
 
 
@@ -278,3 +271,12 @@ def test_rejects_bad_input() -> None:
         Feedback(torch.full((4, 4), float("nan")))
     with pytest.raises(MpocError, match="not positive semi-definite"):
         Feedback(torch.tensor([[1.0, 2.0], [2.0, 1.0]]))
+
+
+def test_typical_errors_cost_what_is_predicted() -> None:
+    metric = correlated(24)
+    feedback, generator = Feedback(metric), torch.Generator().manual_seed(0)
+    steps = (0.1 + torch.rand(24, generator=generator)).expand(4000, 24)
+    error = typical_error(steps, feedback, generator)
+    assert cost(error, torch.zeros_like(error), metric) == pytest.approx(price(steps, feedback), rel=0.03)
+    assert float(typical_error(steps, None, generator).abs().max()) <= float(steps.max()) / 2

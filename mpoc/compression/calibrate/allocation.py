@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoc.compression.budget import allocate
+from mpoc.compression.calibrate.bit_allocation import bits_by_movement
 from mpoc.compression.calibrate.calibrated_fit import Storage
 from mpoc.compression.calibrate.candidates import (
     Candidate,
@@ -270,8 +271,10 @@ class BudgetAllocator:
 
         Args:
             plans: allocated uniformly.
-            predict_size: bytes of the whole output under a plan, an upper bound; for ``--size``.
+            predict_size: bytes of the weight files under a plan, an upper bound; for ``--size``.
         """
+        if self._recipe.size is not None and any(plan.rounding and plan.is_dense for plan in plans):
+            return bits_by_movement(plans, self._statistics, self._checkpoint, self._recipe, self.distance)
         if self._recipe.ratio is None and self._recipe.size is None:
             return plans
         folder = self._statistics.folder
@@ -296,7 +299,7 @@ class BudgetAllocator:
         candidates = partial(self._candidates_of, count=len(group.own_indices(costs_of(takes_part))))
         table = CandidateTable(takes_part, candidates, group)
         if self._recipe.size is not None:
-            return self._within_size(plans, table, self._recipe.size, predict_size)
+            return self._within_size(plans, table, int(self._recipe.size), predict_size)
         assert self._recipe.ratio is not None
         total = sum(plan.structure.num_original for plan in plans)
         others = sum(plan.record().num_stored for plan in plans if plan.map.name not in table.every)

@@ -196,7 +196,11 @@ def _costs(storage: Storage) -> float:
 def judge(weight: Tensor, form: Form, objective: Objective) -> Judgement:
     """The errors of cores, however they were found."""
     matrix = one_matrix(weight, form.structure.kind, form.structure.transposed)
-    made = matrix_of(form)
+    return judge_matrix(matrix, matrix_of(form), objective)
+
+
+def judge_matrix(matrix: Tensor, made: Tensor, objective: Objective) -> Judgement:
+    """The errors of an approximation ``made`` of W = ``matrix``, both (N_y, N_x)."""
     norm = float(torch.linalg.vector_norm(matrix))
     return Judgement(
         objective.shift(matrix, made),

@@ -31,7 +31,7 @@ from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment, Second
 _BLOCK = 8192  # rows of one product
 _NARROW = 1024  # features up to which products are always formed
 _WIDE = 8192  # features from which on they never are
-_KEPT = 1 << 23  # numbers of rows that are kept of a layer from there on
+_KEPT = 1 << 24  # numbers of rows that are kept of a layer from there on
 
 
 @dataclass(frozen=True)

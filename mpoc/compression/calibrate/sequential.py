@@ -32,15 +32,14 @@ from mpoc.compression.calibrate.calibrated_fit import (
     fit_calibrated,
     judge,
 )
+from mpoc.compression.calibrate.calibrated_rounding import round_calibrated
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
-from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer, round_weight
+from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer
 from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.size_prediction import LONGEST_FIGURE
-from mpoc.errors import UsageError
 from mpoc.io.checkpoint import Checkpoint
-from mpoc.io.coded_parts import values_of_all, with_codes
 from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.open_checkpoint import read_finite
 from mpoc.runtime.formatting import rounded
@@ -128,7 +127,7 @@ class SequentialFit:
 
         Args:
             plans: allocated uniformly.
-            predict_size: bytes of the whole output from plans and, as ``calibration``, the facts.
+            predict_size: bytes of the weight files from plans and, as ``calibration``, the facts.
         """
         return self._allocator.allocate(plans, partial(predict_size, calibration=self._longest_facts()))
 
@@ -180,12 +179,7 @@ class SequentialFit:
         Args:
             plans: of all layers, in any order.
             kept: units of layers that an earlier run fitted; they are put into the network, and not yielded.
-
-        Raises:
-            UsageError: blocks are to be refined, and layers to be rounded.
         """
-        if self._blocks is not None and any(plan.rounding for plan in plans):
-            raise UsageError("--refine trains numbers, and excludes --bits, which rounds them")
         kept = kept or {}
         todo = {plan.map.name: plan for plan in plans}
         unobserved = [plan for plan in plans if plan.map.name not in {*self.schedule.observed, *kept}]
@@ -284,18 +278,20 @@ class SequentialFit:
     def _fit_group(
         self, group: Sequence[str], todo: dict[str, LayerPlan], position: BlockPosition | None
     ) -> list[Fitted]:
-        if all(todo[name].is_dense for name in group):
-            return [self._left_dense(todo[name]) for name in group]
+        if all(todo[name].is_unchanged for name in group):
+            return [Fitted(todo[name].record()) for name in group]
         objectives = self._statistics.objectives(self._compressed, group)
         return [self._fit_one(todo[name], objectives[name], position is not None) for name in group]
 
     def _fit_one(self, plan: LayerPlan, objective: Objective, apart: bool) -> Fitted:
         """Fit one layer; errors are raised in all processes together."""
-        if plan.is_dense:
-            return self._left_dense(plan)
+        if plan.is_unchanged:
+            return Fitted(plan.record())
         name = plan.map.name
         with self._group.all_or_raise():
             weight = read_finite(self._checkpoint, name).to(self._device)
+        if plan.is_dense:
+            return self._rounded(plan, weight, objective)
         settings = FitSettings(
             getattr(torch, plan.stored_dtype),
             zlib.crc32(name.encode()) ^ self._recipe.seed,
@@ -306,41 +302,40 @@ class SequentialFit:
         fit = fit_calibrated(weight, storages, objective, settings, self._group)
         with self._group.all_or_raise():
             check_finite_cores(fit.form, weight, self._checkpoint, plan)
-            fitted = self._stored(plan, fit, weight, objective)
-            self._put(fitted)
+        if plan.rounding is not None:
+            return self._rounded(plan, weight, objective, fit.form)
+        fitted = self._stored(plan, fit)
+        self._put(fitted)
         return fitted
 
-    def _left_dense(self, plan: LayerPlan) -> Fitted:
-        """A layer that stays dense, rounded where its plan says so."""
-        if plan.rounding is None:
-            return Fitted(plan.record())
-        with self._group.all_or_raise():
-            fitted = round_weight(plan, read_finite(self._checkpoint, plan.map.name).to(self._device))
-            self._put(fitted)
+    def _rounded(
+        self, plan: LayerPlan, weight: Tensor, objective: Objective, form: Form | None = None
+    ) -> Fitted:
+        """A layer as codes, of its weight or of fitted cores; the main process rounds.
+
+        Feedback turns the last digit of a sum into other codes, so all processes take those of one.
+        """
+        if form is not None and not self._recipe.allow_growth:
+            plan = leave_dense_unless_smaller(plan, form.num_parameters)
+        form = None if plan.is_dense else form
+        record = plan.record() if form is None else _as_fitted(plan, form)
+        assert plan.rounding is not None
+        rounding, fast = plan.rounding, self._recipe.effort == "fast"
+        found = self._group.on_main(lambda: round_calibrated(weight, record, rounding, objective, form, fast))
+        record = _with_figures(record, form, found.judged, found.same_size)
+        fitted = Fitted.rounded(record, found.codes, self._shifted(plan.map.name, found.judged.shift))
+        self._put(fitted)
         return fitted
 
-    def _stored(self, plan: LayerPlan, fit: CalibratedFit, weight: Tensor, objective: Objective) -> Fitted:
+    def _stored(self, plan: LayerPlan, fit: CalibratedFit) -> Fitted:
         """The layer with its record; dense if it would not shrink."""
         form = fit.form
         if not self._recipe.allow_growth:
             plan = leave_dense_unless_smaller(plan, form.num_parameters)
         if plan.is_dense:
-            return Fitted(plan.record()) if plan.rounding is None else round_weight(plan, weight)
-        record = replace(
-            replace(plan, structure=form.structure).record(),
-            num_stored=form.num_parameters,
-            **bond_fields(form.structure, form.bonds),
-        )
-        if plan.rounding is None:
-            record = _with_figures(record, form, fit.judged, fit.same_size)
-            return Fitted(record, form.cores, self._shifted(plan.map.name, fit.judged.shift))
-        codes = plan.rounding.codes(record, form.cores)
-        values = values_of_all(with_codes(record, codes), codes)
-        form = form_of([value.to(self._device) for value in values], record.structure)
-        judged = judge(weight, form, objective)
-        same_size = {**fit.same_size, "this": judged.output_weighted_error}
-        record = _with_figures(record, form, judged, same_size)
-        return Fitted.rounded(record, codes, self._shifted(plan.map.name, judged.shift))
+            return Fitted(plan.record())
+        record = _with_figures(_as_fitted(plan, form), form, fit.judged, fit.same_size)
+        return Fitted(record, form.cores, self._shifted(plan.map.name, fit.judged.shift))
 
     def _shifted(self, name: str, shift: Tensor | None) -> dict[str, Tensor]:
         """The bias plus the shift, or the running mean behind the layer less the shift, in its own dtype."""
@@ -376,8 +371,17 @@ def _is_same(one: Fitted, other: Fitted) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
+def _as_fitted(plan: LayerPlan, form: Form) -> LayerRecord:
+    """The record of a layer with the bonds that its fit ended with."""
+    return replace(
+        replace(plan, structure=form.structure).record(),
+        num_stored=form.num_parameters,
+        **bond_fields(form.structure, form.bonds),
+    )
+
+
 def _with_figures(
-    record: LayerRecord, form: Form, judged: Judgement, same_size: dict[str, float]
+    record: LayerRecord, form: Form | None, judged: Judgement, same_size: dict[str, float]
 ) -> LayerRecord:
     return replace(
         record,
@@ -385,5 +389,5 @@ def _with_figures(
         output_error=rounded(judged.output_error),
         held_out_error=rounded(judged.held_out_error),
         same_size={name: rounded(error) for name, error in same_size.items()},
-        entropies=tuple(map(rounded, form.entropies())),
+        entropies=() if form is None else tuple(map(rounded, form.entropies())),
     )

@@ -124,7 +124,7 @@ def test_rounded_cores_carry_the_calibration(tmp_path: Path, storage: str) -> No
 
 
 def test_rejects_refinement_of_rounded_layers(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--refine trains numbers, and excludes --bits"):
+    with pytest.raises(UsageError, match="--refine trains floats"):
         Case(tmp_path, "mlp").compress(refine=True, bond=3, form="svd", bits=4)
 
 

@@ -1,0 +1,163 @@
+"""Allocate bytes to layers that stay dense and are rounded: each its bits a number, on a grid or coded.
+
+A squared step costs κ: how far the network's held-out outputs move when the layer alone is rounded with it.
+The best bits of N numbers are b + ½ log₂ κ/N up to a constant.  Layers are rounded in order, each to the
+inputs that the rounded layers before it give, and so mend a part of what those lose; κ of the dense network
+says nothing of that.  So only the share ``_TRUST`` of what it asks for is done.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mpoc.compression.budget import allocate
+from mpoc.compression.calibrate.candidates import OutputDistance, Replacement, costs_of
+from mpoc.compression.calibrate.objective import Objective, one_matrix
+from mpoc.compression.calibrate.statistics import CalibrationStatistics
+from mpoc.compression.plan import LayerPlan
+from mpoc.compression.recipe import Recipe
+from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.open_checkpoint import read_finite
+from mpoc.quantize.codes import HALF_OCTAVES
+from mpoc.quantize.feedback import Feedback, best_exponents, typical_error
+from mpoc.quantize.storage import GRID_BITS
+from mpoc.tensor_networks.forms.layout import from_matrix
+from mpoc.tensor_networks.structure import low_rank_structure
+
+_TRUST = 0.25
+_PROBE_BITS = 3.0  # at which movements are measured
+_FEWEST_BITS = 0.25
+_GAUSSIAN = 2.047  # entropy in bits of a normal variable, in units of its standard deviation
+
+
+def bits_by_movement(
+    plans: Sequence[LayerPlan],
+    statistics: CalibrationStatistics,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    distance: OutputDistance,
+) -> list[LayerPlan]:
+    """The plans with the bytes of rounded dense layers shared out by how far each moves the outputs.
+
+    Args:
+        plans: with the same bits in all layers that have none of their own.
+        statistics: of the dense network.
+        checkpoint: to read weights from.
+        recipe: its options.
+        distance: of held-out outputs.
+    """
+    known, context = {name for group in statistics.groups for name in group}, statistics.context
+    sharing = [p for p in plans if p.rounding and p.is_dense and recipe.rule_for(p.map.name).bits is None]
+    measured = [plan for plan in sharing if plan.map.name in known]
+    places = {plan.map.name: place for place, plan in enumerate(measured, start=1)}
+
+    def measure(plan: LayerPlan) -> float:
+        name = plan.map.name
+        context.log("what rounding would cost: layer", places[name], len(measured))
+        weight = read_finite(checkpoint, name).to(context.device)
+        return movement(plan, weight, statistics.dense_objective(name), distance, recipe.seed)
+
+    moved = context.group.map(measured, measure, costs_of(measured))
+    allotted = allocate_bits(sharing, dict(zip(places, moved, strict=True)))
+    new = {plan.map.name: plan for plan in allotted}
+    return [new.get(plan.map.name, plan) for plan in plans]
+
+
+def movement(
+    plan: LayerPlan, weight: Tensor, objective: Objective, distance: OutputDistance, seed: int
+) -> float:
+    """How far held-out outputs move when a layer alone is rounded to about ``_PROBE_BITS``.
+
+    Args:
+        plan: of the layer.
+        weight: of it, in its own shape.
+        objective: on the dense network's inputs.
+        distance: of outputs.
+        seed: of the errors, which have the size and the shape of those of rounding with feedback.
+    """
+    kind, transposed = plan.map.kind, plan.map.transposed
+    matrix = one_matrix(weight, kind, transposed)
+    metric = objective.metric(matrix, objective.usual_gamma)
+    inputs = torch.diag(metric.inputs) if metric.inputs.dim() == 1 else metric.inputs
+    feedback = Feedback(inputs)
+    exponents = best_exponents(feedback.weights, matrix.shape[1])
+    steps = HALF_OCTAVES[exponents.long()].double()
+    spread = float((matrix / steps).square().mean().sqrt())
+    steps = steps * spread * 2 ** (_GAUSSIAN - _PROBE_BITS)
+    generator = torch.Generator().manual_seed(zlib.crc32(plan.map.name.encode()) ^ seed)
+    made = matrix - typical_error(steps.expand_as(matrix), feedback, generator).to(matrix)
+    shift = objective.shift(matrix, made)
+    structure = low_rank_structure(kind, tuple(weight.shape), transposed)
+    replacement = Replacement(from_matrix(made[None].float(), structure), shift)
+    return distance.of({plan.map.name: replacement})
+
+
+def allocate_bits(
+    plans: Sequence[LayerPlan], movements: Mapping[str, float], trust: float = _TRUST
+) -> list[LayerPlan]:
+    """The plans with the same bits in all, shared out by what rounding of each layer moves.
+
+    Args:
+        plans: dense layers, rounded to the same storage.
+        movements: :func:`movement` by weight; layers without one count as the mean of the others.
+        trust: share of what the movements ask for.
+    """
+    sizes = {plan.map.name: plan.structure.num_original for plan in plans}
+    wanted = {
+        name: 0.5 * math.log2(moved / sizes[name])
+        for name, moved in movements.items()
+        if 0 < moved < math.inf
+    }
+    known = sum(sizes[name] for name in wanted)
+    mean = sum(sizes[name] * more for name, more in wanted.items()) / known if known else 0.0
+    if _storage(plans) == "grid":
+        costs = {name: trust * (wanted.get(name, mean) - mean) for name in sizes}
+        return _on_grids(plans, costs)
+    given = {plan.map.name: _bits(plan) for plan in plans}
+    more = {name: given[name] + trust * (wanted.get(name, mean) - mean) for name in sizes}
+    return _of_bits(plans, _within(more, sizes, sum(given[name] * sizes[name] for name in sizes)))
+
+
+def _within(bits: Mapping[str, float], sizes: Mapping[str, int], total: float) -> dict[str, float]:
+    """The bits moved alike until they take ``total``, none below the fewest."""
+    low, high = -max(bits.values()), total / sum(sizes.values()) + max(abs(b) for b in bits.values())
+    for _ in range(60):
+        middle = (low + high) / 2
+        used = sum(sizes[name] * max(_FEWEST_BITS, b + middle) for name, b in bits.items())
+        low, high = (low, middle) if used > total else (middle, high)
+    return {name: max(_FEWEST_BITS, b + low) for name, b in bits.items()}
+
+
+def _on_grids(plans: Sequence[LayerPlan], more: Mapping[str, float]) -> list[LayerPlan]:
+    """Widths of grids by equal marginal gain: an error falls by four with each bit."""
+    curves: list[list[tuple[int, float]]] = []
+    budget = 0
+    for plan in plans:
+        size, gain = plan.structure.num_original, 4.0 ** more[plan.map.name]
+        stored = [plan.rounded_to(bits).record().stored_bytes for bits in GRID_BITS]
+        curves.append(list(zip(stored, (size * gain * 4.0**-bits for bits in GRID_BITS), strict=True)))
+        budget += plan.record().stored_bytes
+    taken = allocate(curves, budget)
+    if taken is None:
+        return list(plans)
+    chosen = {plan.map.name: float(GRID_BITS[k]) for plan, k in zip(plans, taken, strict=True)}
+    return _of_bits(plans, chosen)
+
+
+def _of_bits(plans: Sequence[LayerPlan], bits: Mapping[str, float]) -> list[LayerPlan]:
+    return [plan.rounded_to(bits[plan.map.name]) for plan in plans]
+
+
+def _bits(plan: LayerPlan) -> float:
+    assert plan.rounding is not None
+    return plan.rounding.bits
+
+
+def _storage(plans: Sequence[LayerPlan]) -> str:
+    assert plans[0].rounding is not None
+    return plans[0].rounding.storage

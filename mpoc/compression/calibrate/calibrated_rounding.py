@@ -1,0 +1,154 @@
+"""Round what is stored of a layer so that its outputs stay near, and correct its bias for what is lost.
+
+Codes are chosen with feedback in the metric of the layer's inputs: the error of a column moves onto the
+columns that follow (GPTQ, arXiv 2210.17323).  The target is that of every calibrated fit, the weight that
+does best on the inputs that the compressed network gives (for rounding: GPTAQ, arXiv 2504.02692).  γ, the
+share of the moments that gives way to their diagonal, is chosen on held-out inputs, which no codes are made
+from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mpoc.compression.calibrate.calibrated_fit import Judgement, judge_matrix
+from mpoc.compression.calibrate.objective import Objective, one_matrix
+from mpoc.io.coded_parts import Rounding, tensor_of
+from mpoc.io.manifest import CodedPart, LayerRecord
+from mpoc.quantize.codes import QuantizedTensor
+from mpoc.quantize.feedback import Feedback, best_exponents
+from mpoc.quantize.rounding import coded_in_bytes, round_grid
+from mpoc.quantize.storage import Grid
+from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.fit.weighted import matrix_of
+from mpoc.tensor_networks.forms.form import Form, form_of
+
+# Added to the metric of inputs, as a share of its diagonal.
+_DAMPING = 1e-2
+
+
+@dataclass(frozen=True)
+class CalibratedRounding:
+    """The codes of a layer, with their errors."""
+
+    codes: list[QuantizedTensor]
+    judged: Judgement
+    same_size: dict[str, float]  # output-weighted errors: "this", and rounding without feedback
+
+
+def round_calibrated(
+    weight: Tensor,
+    record: LayerRecord,
+    rounding: Rounding,
+    objective: Objective,
+    form: Form | None = None,
+    fast: bool = False,
+) -> CalibratedRounding:
+    """Round the weight of a layer that stays dense, or the cores that were fitted to it.
+
+    Args:
+        weight: of shape ``record.shape``.
+        record: of the layer as planned, or with the bonds that its fit ended with.
+        rounding: to what.
+        objective: of this layer.
+        form: the fitted cores; None: the layer stays dense.
+        fast: try one γ.
+
+    Raises:
+        MpocError: a number is too large for the storage.
+    """
+    parts = rounding.planned(record).coded_parts
+    matrix = one_matrix(weight, record.kind, record.transposed)
+    tensors = [weight] if form is None else list(form.cores)
+    if form is None:
+        trial = partial(_round_weight, parts[0], rounding)
+    else:
+        trial = partial(_round_cores, form, parts, rounding)
+
+    def values(codes: Sequence[QuantizedTensor]) -> Tensor:
+        if form is None:
+            return codes[0].values().to(matrix)
+        made = [tensor_of(part, own.values()) for part, own in zip(parts, codes, strict=True)]
+        return matrix_of(form_of([core.to(matrix) for core in made], form.structure))
+
+    error = objective.output_weighted_error
+    gammas = objective.gammas[1:2] if fast else objective.gammas[1:3]
+    tried = [trial(objective.metric(matrix, gamma)) for gamma in gammas]
+    best = min(tried, key=lambda codes: error.squared(matrix, values(codes)))
+    judged = judge_matrix(matrix, values(best), objective)
+    nearest = rounding.codes(record, tensors)
+    same_size = {
+        "this": judged.output_weighted_error,
+        "rounded to nearest": error.relative(matrix, values(nearest)),
+    }
+    return CalibratedRounding(best, judged.on_cpu(), same_size)
+
+
+def _round_weight(part: CodedPart, rounding: Rounding, metric: Metric) -> list[QuantizedTensor]:
+    return [_round(metric.target, metric.inputs, _diagonal(metric.outputs), part, rounding)]
+
+
+def _round_cores(
+    form: Form, parts: Sequence[CodedPart], rounding: Rounding, metric: Metric
+) -> list[QuantizedTensor]:
+    """The two factors of ``svd`` with feedback, each for the other; other cores to their nearest codes."""
+    if form.structure.form != "svd":
+        tensors = [core.float() for core in form.cores]
+        return [rounding.nearest(part, core) for part, core in zip(parts, tensors, strict=True)]
+    return _round_factors(weighted_svd(metric).factors(form.bonds[1]), parts, rounding, metric)
+
+
+def _round_factors(
+    factors: tuple[Tensor, Tensor], parts: Sequence[CodedPart], rounding: Rounding, metric: Metric
+) -> list[QuantizedTensor]:
+    """Round A B: B with feedback in M, then A, refitted to the rounded B, with feedback in B M Bᵀ.
+
+    The bond is rotated first, so that no row of B and no column of A stands out: the gauge is free.
+    """
+    left, right = factors
+    rotation = _rotation(left.shape[1]).to(left)
+    left, right = left @ rotation.T, rotation @ right
+    outputs = _diagonal(metric.outputs)
+    weights = (left * left if outputs is None else outputs[:, None] * left * left).sum(0)
+    second = _round(right, metric.inputs, weights, parts[1], rounding)
+    rounded = second.values().to(right)
+    seen = rounded @ _full(metric.inputs)
+    gram = seen @ rounded.T
+    gram.diagonal().add_(1e-9 * gram.diagonal().mean())
+    left = torch.linalg.solve(gram, seen @ metric.target.T).T
+    return [_round(left, gram, outputs, parts[0], rounding), second]
+
+
+def _round(
+    target: Tensor, inputs: Tensor, outputs: Tensor | None, part: CodedPart, rounding: Rounding
+) -> QuantizedTensor:
+    """Codes of ``target`` (rows, columns) in the metric of its columns, rows weighted by ``outputs``."""
+    inputs = _full(inputs)
+    damped = inputs + torch.diag(_DAMPING * inputs.diagonal())
+    feedback = Feedback(damped)
+    if isinstance(part.storage, Grid):
+        return round_grid(target, feedback, part.storage)
+    rows, columns = target.shape
+    steps = best_exponents(outputs, rows), best_exponents(feedback.weights, columns)
+    return coded_in_bytes(target, feedback, *steps, rounding.most_bytes(target.numel()), outputs)
+
+
+def _rotation(size: int) -> Tensor:
+    """An orthogonal matrix that spreads every axis over all: that of the discrete cosine transform."""
+    index = torch.arange(size, dtype=torch.float64)
+    cosines = torch.cos(torch.pi / size * (index[None] + 0.5) * index[:, None]) * (2 / size) ** 0.5
+    cosines[0] /= 2**0.5
+    return cosines
+
+
+def _diagonal(outputs: Tensor | None) -> Tensor | None:
+    return outputs.diagonal() if outputs is not None and outputs.dim() == 2 else outputs
+
+
+def _full(inputs: Tensor) -> Tensor:
+    return torch.diag(inputs) if inputs.dim() == 1 else inputs

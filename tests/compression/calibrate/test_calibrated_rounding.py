@@ -1,0 +1,106 @@
+"""Layers rounded to what they do, against rounding to nearest and against the bytes that were written."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mpoc
+from mpoc.compression.calibrate.bit_allocation import allocate_bits
+from mpoc.compression.calibrate.calibrated_rounding import round_calibrated
+from mpoc.compression.plan import Dense, LayerPlan
+from mpoc.compression.selection import LinearMap
+from mpoc.io.coded_parts import Rounding
+from mpoc.tensor_networks.structure import low_rank_structure
+from tests.compression.calibrate.layers import SIDES, known, weight
+from tests.compression.calibrate.test_sequential import Case
+from tests.compression.calibrate.toy_networks import make
+
+
+def plan(
+    name: str = "fc.weight", sides: tuple[int, int] = SIDES, storage: str = "coded", bits: float = 3
+) -> LayerPlan:
+    layer, structure = LinearMap(name, "linear", sides, "float32", False), low_rank_structure("linear", sides)
+    return LayerPlan(layer, structure, "float32", Dense(), rounding=Rounding(storage, bits))
+
+
+def bits_of(plans: list[LayerPlan]) -> dict[str, float]:
+    return {plan.map.layer: plan.rounding.bits for plan in plans if plan.rounding is not None}
+
+
+@pytest.mark.parametrize("rounding", [Rounding("grid", 3), Rounding("coded", 2.5)])
+def test_feedback_beats_rounding_to_nearest(rounding: Rounding) -> None:
+    matrix, objective = weight(3), known()
+    record = replace(plan(), rounding=rounding).record()
+    found = round_calibrated(matrix, record, rounding, objective)
+    assert found.same_size["this"] < 0.9 * found.same_size["rounded to nearest"]
+    made = found.codes[0].values().double()
+    error = objective.fit_error.relative(matrix.double(), made)
+    assert found.judged.output_error == pytest.approx(error, rel=1e-6)
+    assert sum(codes.nbytes for codes in found.codes) <= record.stored_bytes
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv", "words"])
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 2, "storage": "coded"}])
+def test_calibrated_rounding_beats_plain(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    case = Case(tmp_path, name)
+    options = {**options, "embeddings": name == "words"}
+    calibrated, plain = case.compress(**options), case.plain(**options)
+    assert case.error(calibrated) < case.error(plain)
+    assert calibrated.nbytes < case.folder.joinpath("m.pt").stat().st_size
+
+
+@pytest.mark.parametrize("storage", ["coded", "grid"])
+def test_size_is_kept_and_shared_out(tmp_path: Path, storage: str) -> None:
+    case = Case(tmp_path, "mlp")
+    whole = case.folder.joinpath("m.pt").stat().st_size
+    size = int(0.45 * whole)
+    done = case.compress(size=size, storage=storage)
+    assert 0.8 * size < done.output.stat().st_size <= size
+    assert {layer.form for layer in done.manifest.layers} == {"dense"}
+    assert {part["kind"] for layer in done.manifest.layers for part in layer.storage} == {storage}
+    again = case.compress(size=size, storage=storage, out="again")
+    assert again.output.read_bytes() == done.output.read_bytes()
+
+
+def test_reported_errors_are_those_of_the_file(tmp_path: Path) -> None:
+    case = Case(tmp_path, "mlp")
+    done = case.compress(bits=2)
+    loaded = mpoc.load(done.output, make(case.name))
+    for layer in done.manifest.layers:
+        dense, stored = (one.get_parameter(layer.name).detach() for one in (case.network, loaded))
+        error = float((dense - stored).norm() / dense.norm())
+        assert layer.relative_error == pytest.approx(error, rel=1e-4)
+
+
+@pytest.mark.parametrize("storage", ["grid", "coded"])
+def test_factors_are_rounded_for_each_other(tmp_path: Path, storage: str) -> None:
+    case = Case(tmp_path, "mlp")
+    options: dict[str, Any] = {"form": "svd", "bond": 6, "bits": 4, "storage": storage}
+    done = case.compress(**options)
+    assert {layer.form for layer in done.manifest.replaced} == {"svd"}
+    assert case.error(done) < case.error(case.plain(**options))
+
+
+def test_bits_follow_what_a_layer_moves() -> None:
+    plans = [plan("a.weight"), plan("b.weight"), plan("c.weight", (8, 12))]
+    shared = allocate_bits(plans, {"a.weight": 4.0, "b.weight": 1.0}, trust=1.0)
+    bits = bits_of(shared)
+    assert bits["a"] - bits["b"] == pytest.approx(1.0)  # ½ log₂ 4
+    assert bits["c"] == pytest.approx((bits["a"] + bits["b"]) / 2)  # not measured: as the mean
+    assert math.prod(SIDES) * (bits["a"] + bits["b"]) + 96 * bits["c"] == pytest.approx(3 * (2 * 384 + 96))
+    assert bits_of(allocate_bits(plans, {"a.weight": 4.0}, trust=0.0)) == pytest.approx(bits_of(plans))
+
+
+def test_grids_stay_within_the_bytes() -> None:
+    plans = [plan(f"{k}.weight", storage="grid", bits=4) for k in range(4)]
+    moved = {"0.weight": 100.0, "1.weight": 1e-3, "2.weight": 1.0, "3.weight": 1.0}
+    shared = allocate_bits(plans, moved, trust=1.0)
+    before, after = (sum(one.record().stored_bytes for one in each) for each in (plans, shared))
+    assert after <= before
+    bits = bits_of(shared)
+    assert bits["0"] > bits["2"] >= bits["1"]
