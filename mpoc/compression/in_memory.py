@@ -122,7 +122,7 @@ def compress(
         form: ``"mpo"`` (the default), ``"svd"``, ``"tree"`` or ``"mera"``.
         layers: glob patterns, or regular expressions after ``re:``; only matching layers are compressed.
         exclude: patterns of the same kind; matching layers are left alone.
-        embeddings: compress embeddings too.
+        embeddings: compress embeddings too; by default where ``size`` is met by rounding all layers.
         min_params: leave weights with fewer entries alone.
         allow_growth: factorise a layer even if its cores are larger than its weight.
         sites: number of sites per layer, not counting a kernel's taps.
@@ -290,7 +290,7 @@ def _source(model: nn.Module, recipe: Recipe, sample: tuple[int, ...] | None) ->
     if recipe.size is not None and any(compressed_weights(model)):
         raise UsageError("size: the network has compressed layers already", "ratio or bond")
     checkpoint = _as_checkpoint(model)
-    selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
+    selection = select(checkpoint, recipe.layers, recipe.exclude, bool(recipe.embeddings), recipe.min_params)
     if sample is not None and recipe.conv != "map":
         raise UsageError('input_shape requires conv="map"')
     maps = [map.name for map in selection.chosen if recipe.is_map(map.name, map.kind)]

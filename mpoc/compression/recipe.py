@@ -118,8 +118,12 @@ class Recipe:
     exclude: tuple[str, ...] = option(
         "Leave layers that match alone. Repeatable.", (), metavar="PATTERN", panel=_LAYERS, repeated=True
     )
-    embeddings: bool = option(
-        "Compress embeddings too.", False, "--embeddings/--no-embeddings", panel=_LAYERS
+    embeddings: bool | None = option(
+        "Compress embeddings too.",
+        None,
+        "--embeddings/--no-embeddings",
+        panel=_LAYERS,
+        shown="not; with --size yes",
     )
     min_params: int = option("Leave weights with fewer parameters alone.", 0, panel=_LAYERS)
     allow_growth: bool = option(
@@ -232,7 +236,9 @@ class Recipe:
                 )
         effort = self.effort or (DEFAULT_EFFORT if calibrated else None)
         if self._rounds_to_size:
-            return replace(self, effort=effort, form="mpo", storage=self.storage or "coded")
+            tables = not self.layers if self.embeddings is None else self.embeddings
+            storage = self.storage or "coded"
+            return replace(self, effort=effort, form="mpo", storage=storage, embeddings=tables)
         usual = "auto" if calibrated and self.has_budget else "mpo"
         return replace(self, effort=effort, form=self.form or usual)
 
@@ -243,10 +249,9 @@ class Recipe:
     @property
     def _rounds_to_size(self) -> bool:
         """Whether a budget of bytes is met by rounding: no form, bits or dtype is asked for."""
-        if self.size is None or self.storage == "float":
-            return False
-        asked = (self.form, self.bits, self.sites, self.dtype, self.max_drop)
-        return all(one is None for one in asked) and not self.shape and self.conv == "kernel"
+        asked = (self.form, self.bits, self.sites, self.dtype, self.shape or None)
+        is_free = self.storage != "float" and self.conv == "kernel" and not any(asked)
+        return self.size is not None and is_free
 
     @property
     def has_budget(self) -> bool:

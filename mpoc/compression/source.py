@@ -103,7 +103,7 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
     if checkpoint.kinds is None:
         checkpoint = with_copies_tied(checkpoint, copies_by_name(checkpoint))
     recipe = recipe.with_form(calibrated).with_bytes_of(checkpoint.nbytes_on_disk)
-    selection = select(checkpoint, recipe.layers, recipe.exclude, recipe.embeddings, recipe.min_params)
+    selection = select(checkpoint, recipe.layers, recipe.exclude, bool(recipe.embeddings), recipe.min_params)
     maps = [m.name for m in selection.chosen if recipe.is_map(m.name, m.kind)]
     unsaid = [name for name in maps if not recipe.has_input_shape(name)]
     geometries = traced_geometries(arch, unsaid) if arch is not None else {}

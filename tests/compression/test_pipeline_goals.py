@@ -158,6 +158,22 @@ def test_size_is_never_exceeded(
     assert num_bytes(done.output) == done.nbytes
 
 
+@pytest.mark.parametrize("storage", [None, "grid"])
+def test_size_without_a_form_is_met_by_rounding(tmp_path: Path, storage: str | None) -> None:
+    torch.save(network_state(), source := tmp_path / "m.pt")
+    done = compress(source, size=0.4, storage=storage)
+    assert num_bytes(done.output) <= 0.4 * source.stat().st_size
+    assert {layer.form for layer in done.manifest.layers} == {"dense"}
+    assert {part["kind"] for layer in done.manifest.layers for part in layer.storage} == {storage or "coded"}
+    assert "embedding" in {layer.kind for layer in done.manifest.layers}
+    apart = compress(source, "apart", size=0.8, storage=storage, embeddings=False)
+    assert "embedding" not in {layer.kind for layer in apart.manifest.layers}
+    few = compress(source, "few", size=0.95, layers=("fc*",))
+    assert all(layer.layer.startswith("fc") for layer in few.manifest.layers)
+    with pytest.raises(UsageError, match=r"the fewest, the output has \d+ bytes"):
+        compress(source, "other", size=0.01)
+
+
 @pytest.mark.parametrize(
     "goal",
     [

@@ -90,7 +90,7 @@ def test_unset_options_have_defaults() -> None:
     recipe = make_recipe(None, {"bond": 1})
     assert recipe == Recipe(bond=1, ratio=None, max_error=None, size=None, sites=None)
     assert (recipe.shape, recipe.layers, recipe.exclude, recipe.rules) == ((), (), (), ())
-    assert (recipe.embeddings, recipe.allow_growth, recipe.dtype) == (False, False, None)
+    assert (recipe.embeddings, recipe.allow_growth, recipe.dtype) == (None, False, None)
     assert (recipe.min_params, recipe.seed, recipe.device, recipe.max_shard_size) == (0, 0, "auto", 5 * 10**9)
 
 
