@@ -96,7 +96,7 @@ class Task:
         with tempfile.TemporaryDirectory() as scratch:
             out = Path(scratch) / ("out" if self.source.is_dir() else "out.safetensors")
             options = without(self.options, "--calibration-samples")
-            options += ["--calibration-samples", "16", "--bits", "4", "--storage", "coded", "--quiet"]
+            options += ["--calibration-samples", "128", "--bits", "4", "--storage", "coded", "--quiet"]
             run_mpoc("compress", self.source, "-o", out, *options)
             return written(out, self.names)[1:]
 
