@@ -18,7 +18,7 @@ from mpoc.runtime.distributed import exit_process
 
 # Name → first paragraph of its help, in the order of the list.
 SUMMARIES = {
-    "compress": "Compress a checkpoint: each chosen linear map becomes a matrix product operator.",
+    "compress": "Compress a checkpoint: store weights in few bits, or replace them by tensor networks.",
     "report": (
         "Show the per-layer ρ table of a compressed file, fast on any size; write it as a page with figures."
     ),

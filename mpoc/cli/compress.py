@@ -82,11 +82,15 @@ class CompressOptions:
 
 @takes(CompressOptions)
 def compress(options: CompressOptions) -> None:
-    """Compress a checkpoint: each chosen linear map becomes a matrix product operator.
+    """Compress a checkpoint: store weights in few bits, or replace them by tensor networks.
 
     --arch file.py:function runs that code. Data formats and forms: mpoc guide.
 
     Examples:
+
+    mpoc compress model.pt --size 25%
+
+    mpoc compress bert/ --size 20MB --calibrate corpus.jsonl
 
     mpoc compress resnet56.th --bond 8
 
@@ -97,8 +101,6 @@ def compress(options: CompressOptions) -> None:
     mpoc compress fc2.pt --arch fc2 --max-drop 1 --eval mnist/ -o small.safetensors
 
     mpoc compress bert/ --bits 4
-
-    mpoc compress vgg.pt --size 20MB --dry-run
 
     mpoc compress vgg.pt --bond 4 --layers 'conv*' --conv map --input-shape 'conv*=2x2'
     """

@@ -48,7 +48,7 @@ def expand(options: ExpandOptions) -> None:
     projected = say_projected if options.project else None
     manifest = expand_checkpoint(options.path, target, options.force, options.max_shard_size, projected)
     size = human_bytes(output_bytes(target))
-    console.say(f"wrote {target}: {counted(len(manifest.replaced), 'layer')} dense again, {size}")
+    console.say(f"wrote {target}: {counted(len(manifest.changed), 'layer')} dense again, {size}")
     console.next_command(f"{_loader(target)} in Python")
 
 

@@ -30,7 +30,7 @@ def make_manifest(
     checkpoint: Checkpoint, selection: Selection, recipe: Recipe, records: list[LayerRecord]
 ) -> Manifest:
     """The manifest of an output with these layer records."""
-    goals = {g: getattr(recipe, g) for g in (*GOALS, "dtype")}
+    goals = {g: getattr(recipe, g) for g in (*GOALS, "bits", "storage", "dtype")}
     options: dict[str, Any] = {key: value for key, value in goals.items() if value is not None}
     infos = checkpoint.infos
     left = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -98,6 +98,8 @@ class Report:
             f"Report: ρ = {self.rho:.4f} over {len(self.replaced)} of {len(self.layers)} selected layers, "
             f"{source.num_parameters:,} → {self.num_parameters:,} parameters, {human_bytes(self.nbytes)}"
         )
+        if any(layer.storage for layer in self.layers):
+            title += f", {self.manifest.bits_per_weight:.2f} bits a weight"
         rows = [("layer", "form", "bonds", "ρ", _error_title(self.manifest))]
         rows += map(_short_row, self.layers[:_SHOWN_ROWS])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -298,15 +300,19 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
 
 def same_size_lines(manifest: Manifest) -> list[str]:
     """The errors of other methods at the same size."""
-    errors = [layer.same_size for layer in manifest.replaced if layer.same_size]
-    if not errors:
-        return []
+    rounded = [layer.same_size for layer in manifest.changed if layer.same_size and layer.storage]
+    floats = [layer.same_size for layer in manifest.changed if layer.same_size and not layer.storage]
+    lines = _compared(rounded, "in the same bytes") if rounded else []
+    return lines + (_compared(floats, "other methods storing as many numbers") if floats else [])
+
+
+def _compared(errors: Sequence[Mapping[str, float]], title: str) -> list[str]:
     others = [name for name in errors[0] if name != "this" and all(name in of_layer for of_layer in errors)]
     means = {name: sum(of_layer[name] for of_layer in errors) / len(errors) for name in ("this", *others)}
     compared = ", ".join(f"{name} {means[name]:.4f}" for name in others)
     return [
         f"output-weighted held-out error, mean over {counted(len(errors), 'layer')}: {means['this']:.4f}"
-        + (f"; other methods storing as many numbers: {compared}" if compared else "")
+        + (f"; {title}: {compared}" if compared else "")
     ]
 
 
@@ -338,23 +344,28 @@ def _advice(manifest: Manifest) -> list[str]:
     large = [error for error in errors if error > LARGE_ERROR]
     if not large:
         return []
-    have = f"{_kind_of(manifest)} layers {'has' if len(large) == 1 else 'have'}"
+    have = f"layers {'has' if len(large) == 1 else 'have'} a relative error above {LARGE_ERROR:.0%}"
+    worst = f"(worst {max(large):.0%})"
+    if not manifest.replaced:
+        return [
+            f"{len(large)} of {len(errors)} rounded {have} {worst}: measure the network before use "
+            f"(mpoc eval). {_wider_option(manifest)}, or --calibrate DATA, keeps more of it."
+        ]
+    kind = "replaced" if len(manifest.replaced) == len(manifest.changed) else "changed"
     return [
-        f"{len(large)} of {len(errors)} {have} a relative "
-        f"error above {LARGE_ERROR:.0%} (worst {max(large):.0%}): the network usually needs fine-tuning; "
-        "measure its accuracy before use. "
-        f"{_more_accurate_option(manifest)} gives smaller errors."
+        f"{len(large)} of {len(errors)} {kind} {have} {worst}: the network usually needs fine-tuning; "
+        f"measure its accuracy before use. {_more_accurate_option(manifest)} gives smaller errors."
     ]
 
 
-def _kind_of(manifest: Manifest) -> str:
-    """What the layers are that have an error."""
-    return "replaced" if len(manifest.replaced) == len(manifest.changed) else "changed"
+def _wider_option(manifest: Manifest) -> str:
+    """What spends more bytes, to begin a sentence."""
+    if "size" in manifest.options:
+        return "A larger --size"
+    return "A larger --ratio" if manifest.replaced else "More --bits"
 
 
 def _more_accurate_option(manifest: Manifest) -> str:
-    if not manifest.replaced:
-        return "More --bits"
     if "discard" in manifest.options:
         return "A smaller --discard"
     if not all(layer.structure.info.can_truncate for layer in manifest.replaced):
@@ -364,12 +375,12 @@ def _more_accurate_option(manifest: Manifest) -> str:
 
 def _calibrated_advice(manifest: Manifest) -> list[str]:
     """A warning about outputs; after calibration the error of a weight may be large where no inputs are."""
-    errors = [layer.held_out_error for layer in manifest.replaced if layer.held_out_error is not None]
+    errors = [layer.held_out_error for layer in manifest.changed if layer.held_out_error is not None]
     large = [error for error in errors if error > LARGE_OUTPUT_ERROR]
     if not large:
         return []
     return [
         f"{len(large)} of {len(errors)} fitted layers have a held-out error above "
-        f"{LARGE_OUTPUT_ERROR:.0%} (worst {max(large):.0%}): evaluate the network before use (mpoc eval). A "
-        "larger --ratio, more --calibration-samples or mpoc finetune reduces it."
+        f"{LARGE_OUTPUT_ERROR:.0%} (worst {max(large):.0%}): evaluate the network before use (mpoc eval). "
+        f"{_wider_option(manifest)}, more --calibration-samples or mpoc finetune reduces it."
     ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,14 @@ def test_writes_to_the_current_directory(run: Mpoc, compressed: Path) -> None:
     assert dense.keys() == state.keys()
     assert relative_error(state["fc1.weight"], dense["fc1.weight"]) < 0.95
     assert torch.equal(dense["fc1.bias"], state["fc1.bias"])
+
+
+def test_counts_rounded_layers(run: Mpoc, compressed: Path) -> None:
+    small = run.folder / "small.safetensors"
+    done = run("compress", compressed.with_name("mlp.pt"), "--bits", 4, "-o", small, "--json")
+    assert json.loads(done.stdout)["options"] == {"bits": 4, "seed": 0}
+    done = run("expand", small, "-o", "dense.safetensors")
+    assert "wrote dense.safetensors: 2 layers dense again, " in done.stderr
 
 
 def test_writes_a_directory_in_shards(here: Here, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mpoc.io.manifest import LayerRecord, Manifest, Source
 from mpoc.io.weight_files import output_bytes
-from mpoc.reporting.summary import report_dict, summary, to_csv, to_json
+from mpoc.reporting.summary import Report, report_dict, summary, to_csv, to_json
 from mpoc.runtime.formatting import human_bytes, times
 
 SOME = settings(max_examples=80, deadline=None, derandomize=True)
@@ -42,6 +42,11 @@ def dense(name: str, count: int) -> LayerRecord:
     return LayerRecord(
         name, "linear", (count // 10, 10), "float32", "dense", count, count, "float32", 'too small, "tiny"'
     )
+
+
+def in_few_bits(name: str, error: float) -> LayerRecord:
+    storage = ({"kind": "coded"},)
+    return replace(dense(name, 1000), reason="", relative_error=error, storage=storage, nbytes=600)
 
 
 def manifest(*layers: LayerRecord) -> Manifest:
@@ -170,6 +175,39 @@ def test_warns_about_large_errors() -> None:
     assert advice.startswith("1 of 2 replaced layers has a relative error above 10% (worst 30%)")
     fine = replace(WHOLE, layers=(mpo("a.weight", 1000, 300, 0.1), mpo("b.weight", 1000, 300, None)))
     assert len(summary(fine, 1, predicted=False)) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"), [({"size": 20_000}, "A larger --size"), ({"bits": 2}, "More --bits")]
+)
+def test_warns_about_large_errors_of_rounded_layers(options: dict[str, int], advice: str) -> None:
+    rounded = replace(
+        WHOLE, layers=(in_few_bits("a.weight", 0.2), in_few_bits("b.weight", 0.05)), options=options
+    )
+    (line,) = summary(rounded, 1, predicted=False)[2:]
+    assert line.startswith("1 of 2 rounded layers has a relative error above 10% (worst 20%)")
+    assert f"{advice}, or --calibrate DATA" in line
+    data = {"data": {"name": "x.npz"}, "samples": 8, "held_out": 2}
+    calibrated = [replace(layer, held_out_error=0.4) for layer in rounded.layers]
+    line = summary(replace(rounded, layers=tuple(calibrated), calibration=data), 1, predicted=False)[-1]
+    assert line.startswith("2 of 2 fitted layers have a held-out error above 30%")
+    assert f"{advice}, more --calibration-samples" in line
+
+
+def test_compares_rounded_layers_at_equal_bytes() -> None:
+    errors = {"this": 0.1, "rounded to nearest": 0.2}
+    floats = replace(WHOLE.layers[0], same_size={"this": 0.5, "plain svd": 0.75})
+    layers = (replace(in_few_bits("b.weight", 0.05), same_size=errors), floats)
+    said = summary(replace(WHOLE, layers=layers), 1, predicted=False)
+    title = "output-weighted held-out error, mean over 1 layer: "
+    assert f"{title}0.1000; in the same bytes: rounded to nearest 0.2000" in said
+    assert f"{title}0.5000; other methods storing as many numbers: plain svd 0.7500" in said
+
+
+def test_short_report_gives_bits_of_rounded_layers() -> None:
+    rounded = Report(replace(WHOLE, layers=(in_few_bits("a.weight", 0.1),)), 600)
+    assert repr(rounded).splitlines()[0].endswith("600 B, 4.80 bits a weight")
+    assert "bits a weight" not in repr(Report(WHOLE, 600))
 
 
 @pytest.mark.parametrize(
