@@ -209,8 +209,10 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
         )
     goal = Dense("the recipe leaves it dense") if rule.dense else _goal(map, structure, rule, recipe)
     storage, bits = recipe.storage_for(map.name)
-    if bits is None and storage != "float" and isinstance(goal, BudgetItem):
-        return LayerPlan(map, structure, map.dtype, Dense(), rounding=Rounding(storage, 0))
+    shares_bits = recipe.size is not None and recipe.bits is None and recipe.storage in ("grid", "coded")
+    if shares_bits and isinstance(goal, BudgetItem):
+        goal = Dense()
+        bits = 0 if bits is None and storage != "float" else bits
     if bits is None:
         return LayerPlan(map, structure, recipe.dtype or map.dtype, goal, learns)
     return LayerPlan(map, structure, map.dtype, goal, learns, Rounding(storage, bits))

@@ -193,7 +193,7 @@ class Recipe:
         None,
         metavar="grid|coded|float",
         panel=ADVANCED,
-        shown="grid with --bits, coded with --size",
+        shown="grid; coded with --size",
     )
     device: str = option("Compute on auto, cpu, cuda, cuda:1, …", "auto", panel=ADVANCED)
     seed: int = option("Seed the randomised range finder.", 0, panel=ADVANCED)
@@ -384,16 +384,17 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.effort is not None and recipe.effort not in EFFORTS:
         known = ", ".join(EFFORTS)
         raise UsageError(f"--effort {recipe.effort!r}: not one of {known}{nearest(recipe.effort, EFFORTS)}")
-    check_storage("--", recipe.storage, recipe.bits, recipe.size is not None)
+    check_storage("--", recipe.storage, recipe.bits, recipe.size is not None and recipe.form is None)
     forms = [recipe.conv, *(rule.conv for rule in recipe.rules if rule.conv)]
     check_conv(forms, bool(recipe.input_shape) or any(rule.input_shape for rule in recipe.rules))
     every = (recipe.rules, recipe.shape, recipe.order, recipe.input_shape)
     check_regular_expressions(rule.pattern or "" for rules in every for rule in rules)
     check_form("--form", recipe.form, recipe.sites)
+    of_size = None if recipe.size is None else recipe.storage or "coded"
     for rule in recipe.rules:
         _check_rule(f"layer {rule.pattern!r}:", rule)
         bits = rule.bits if rule.storage == "float" else rule.bits or recipe.bits
-        check_storage(f"layer {rule.pattern!r}: ", rule.storage, bits, recipe.size is not None)
+        check_storage(f"layer {rule.pattern!r}: ", rule.storage, bits, rule.storage == of_size)
 
 
 def _check_goals(recipe: Recipe) -> None:

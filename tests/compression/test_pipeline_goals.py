@@ -200,14 +200,26 @@ def test_ceiling_counts_layers_with_their_own_goal(
         assert reached <= value
 
 
+def test_layers_of_a_rounded_size_keep_their_own_storage(tmp_path: Path) -> None:
+    torch.save(network_state(), source := tmp_path / "m.pt")
+    own = "[layer.fc1]\nstorage = 'float'\n[layer.fc2]\nbits = 8\nstorage = 'grid'\n"
+    (tmp_path / "recipe.toml").write_text(own)
+    recipe = make_recipe(tmp_path / "recipe.toml", {"size": 0.6})
+    done = compress_checkpoint(source, tmp_path / "out.safetensors", recipe)
+    assert num_bytes(done.output) <= 0.6 * source.stat().st_size
+    stored = {layer.layer: layer.storage_text for layer in done.manifest.layers}
+    assert (stored.pop("fc1"), stored.pop("fc2")) == ("float32", "grid 8")
+    assert set(stored.values()) == {"coded"}
+
+
 def test_unreachable_size_or_ratio_names_the_reachable_one(source: Path) -> None:
     with pytest.raises(UsageError, match=r"--ratio 0\.001 cannot be reached") as caught:
         compress(source, ratio=0.001)
     assert caught.value.hint is not None
     reachable = float(caught.value.hint.split()[1].rstrip(","))
     assert compress(source, ratio=reachable).manifest.rho_selected <= reachable
-    with pytest.raises(UsageError, match=r"--size 5000: .* the output has \d+ bytes"):
-        compress(source, "other", size=5000)
+    with pytest.raises(UsageError, match=r"--size 2000: .* the output has \d+ bytes"):
+        compress(source, "other", size=2000)
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])

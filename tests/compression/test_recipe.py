@@ -122,6 +122,7 @@ def test_rejects_no_goal_and_several(goals: tuple[str, ...]) -> None:
         ({"bits": 0}, "--bits 0: must be one of"),
         ({"bits": 4, "storage": "float"}, "--storage float is not rounded to bits, got bits 4"),
         ({"bond": 4, "storage": "coded"}, "--storage coded requires bits"),
+        ({"size": 9_000, "form": "svd", "storage": "coded"}, "--storage coded requires bits"),
         (
             {"bits": 4, "storage": "gird"},
             "--storage 'gird': not one of grid, coded, float; did you mean",

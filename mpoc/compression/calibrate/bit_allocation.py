@@ -63,7 +63,7 @@ def bits_by_movement(
         return movement(plan, weight, statistics.dense_objective(name), distance, recipe.seed)
 
     moved = context.group.map(measured, measure, costs_of(measured))
-    allotted = allocate_bits(sharing, dict(zip(places, moved, strict=True)))
+    allotted = allocate_bits(sharing, dict(zip(places, moved, strict=True))) if sharing else []
     new = {plan.map.name: plan for plan in allotted}
     return [new.get(plan.map.name, plan) for plan in plans]
 
