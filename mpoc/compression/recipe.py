@@ -249,9 +249,8 @@ class Recipe:
     @property
     def _rounds_to_size(self) -> bool:
         """Whether a budget of bytes is met by rounding: no form, bits or dtype is asked for."""
-        asked = (self.form, self.bits, self.sites, self.dtype, self.shape or None)
-        is_free = self.storage != "float" and self.conv == "kernel" and not any(asked)
-        return self.size is not None and is_free
+        asked = (self.form, self.bits, self.sites, self.dtype, self.shape, self.conv != "kernel")
+        return self.size is not None and self.storage != "float" and not any(asked)
 
     @property
     def has_budget(self) -> bool:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.io.manifest import LayerRecord, Manifest, Source
+from mpoc.io.manifest import LayerRecord, Manifest, Source, storage_record
 from mpoc.io.weight_files import output_bytes
+from mpoc.quantize.storage import Coded
 from mpoc.reporting.summary import Report, report_dict, summary, to_csv, to_json
 from mpoc.runtime.formatting import human_bytes, times
 
@@ -45,7 +46,7 @@ def dense(name: str, count: int) -> LayerRecord:
 
 
 def in_few_bits(name: str, error: float) -> LayerRecord:
-    storage = ({"kind": "coded"},)
+    storage = (storage_record(Coded()),)
     return replace(dense(name, 1000), reason="", relative_error=error, storage=storage, nbytes=600)
 
 
