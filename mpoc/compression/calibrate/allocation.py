@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mpoc.compression.budget import allocate
-from mpoc.compression.calibrate.bit_allocation import bits_by_movement
+from mpoc.compression.calibrate.bit_allocation import bits_by_movement, too_small
 from mpoc.compression.calibrate.calibrated_fit import Storage
 from mpoc.compression.calibrate.candidates import (
     Candidate,
@@ -32,7 +32,6 @@ from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import DEFAULT_EFFORT, Recipe
 from mpoc.compression.resume import in_order_key
-from mpoc.errors import UsageError
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.keyed_store import find_item, put_item
 from mpoc.io.manifest import record_to_json
@@ -274,7 +273,11 @@ class BudgetAllocator:
             predict_size: bytes of the weight files under a plan, an upper bound; for ``--size``.
         """
         if self._recipe.size is not None and any(plan.rounding and plan.is_dense for plan in plans):
-            return bits_by_movement(plans, self._statistics, self._checkpoint, self._recipe, self.distance)
+            with self._statistics.context.group.all_or_raise():
+                distance = self.distance
+            return bits_by_movement(
+                plans, self._statistics, self._checkpoint, self._recipe, distance, predict_size
+            )
         if self._recipe.ratio is None and self._recipe.size is None:
             return plans
         folder = self._statistics.folder
@@ -327,9 +330,7 @@ class BudgetAllocator:
             if excess <= 0:
                 return allocation
             budget -= excess
-        raise UsageError(
-            f"--size {size}: too small for what calibration records of each layer", "a larger --size"
-        )
+        raise too_small(size)
 
     def _candidates_of(self, plan: LayerPlan, count: int) -> Candidates:
         """The candidates of a layer, the same for every budget; this process has ``count`` such layers."""

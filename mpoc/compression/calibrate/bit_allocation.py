@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from mpoc.compression.budget import allocate
+from mpoc.compression.calibrate.calibrated_rounding import feedback_of
 from mpoc.compression.calibrate.candidates import OutputDistance, Replacement, costs_of
 from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
@@ -24,7 +25,7 @@ from mpoc.compression.recipe import Recipe
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.open_checkpoint import read_finite
 from mpoc.quantize.codes import HALF_OCTAVES
-from mpoc.quantize.feedback import Feedback, best_exponents, typical_error
+from mpoc.quantize.feedback import best_exponents, typical_error
 from mpoc.quantize.storage import GRID_BITS
 from mpoc.tensor_networks.forms.layout import from_matrix
 from mpoc.tensor_networks.structure import low_rank_structure
@@ -41,6 +42,7 @@ def bits_by_movement(
     checkpoint: Checkpoint,
     recipe: Recipe,
     distance: OutputDistance,
+    predict_size: Callable[[list[LayerPlan]], int],
 ) -> list[LayerPlan]:
     """The plans with the bytes of rounded dense layers shared out by how far each moves the outputs.
 
@@ -50,7 +52,12 @@ def bits_by_movement(
         checkpoint: to read weights from.
         recipe: its options.
         distance: of held-out outputs.
+        predict_size: bytes of the weight files under a plan, an upper bound.
+
+    Raises:
+        UsageError: no bits are within the size.
     """
+    size = int(recipe.size or 0)
     known, context = {name for group in statistics.groups for name in group}, statistics.context
     sharing = [p for p in plans if p.rounding and p.is_dense and recipe.rule_for(p.map.name).bits is None]
     measured = [plan for plan in sharing if plan.map.name in known]
@@ -83,9 +90,9 @@ def movement(
     kind, transposed = plan.map.kind, plan.map.transposed
     matrix = one_matrix(weight, kind, transposed)
     metric = objective.metric(matrix, objective.usual_gamma)
-    inputs = torch.diag(metric.inputs) if metric.inputs.dim() == 1 else metric.inputs
-    feedback = Feedback(inputs)
-    exponents = best_exponents(feedback.weights, matrix.shape[1])
+    feedback = feedback_of(metric.inputs)
+    weights = metric.inputs.diagonal() if feedback is None else feedback.weights
+    exponents = best_exponents(weights, matrix.shape[1])
     steps = HALF_OCTAVES[exponents.long()].double()
     spread = float((matrix / steps).square().mean().sqrt())
     steps = steps * spread * 2 ** (_GAUSSIAN - _PROBE_BITS)
@@ -98,13 +105,14 @@ def movement(
 
 
 def allocate_bits(
-    plans: Sequence[LayerPlan], movements: Mapping[str, float], trust: float = _TRUST
+    plans: Sequence[LayerPlan], movements: Mapping[str, float], spare: int = 0, trust: float = _TRUST
 ) -> list[LayerPlan]:
     """The plans with the same bits in all, shared out by what rounding of each layer moves.
 
     Args:
         plans: dense layers, rounded to the same storage.
         movements: :func:`movement` by weight; layers without one count as the mean of the others.
+        spare: bytes to be added to those of all layers together.
         trust: share of what the movements ask for.
     """
     sizes = {plan.map.name: plan.structure.num_original for plan in plans}
@@ -117,10 +125,13 @@ def allocate_bits(
     mean = sum(sizes[name] * more for name, more in wanted.items()) / known if known else 0.0
     if _storage(plans) == "grid":
         costs = {name: trust * (wanted.get(name, mean) - mean) for name in sizes}
-        return _on_grids(plans, costs)
+        return _on_grids(plans, costs, spare)
     given = {plan.map.name: _bits(plan) for plan in plans}
     more = {name: given[name] + trust * (wanted.get(name, mean) - mean) for name in sizes}
-    return _of_bits(plans, _within(more, sizes, sum(given[name] * sizes[name] for name in sizes)))
+    total = sum(given[name] * sizes[name] for name in sizes) + 8 * (
+        spare - len(sizes)
+    )  # a byte each: rounding
+    return _of_bits(plans, _within(more, sizes, total))
 
 
 def _within(bits: Mapping[str, float], sizes: Mapping[str, int], total: float) -> dict[str, float]:
@@ -133,10 +144,10 @@ def _within(bits: Mapping[str, float], sizes: Mapping[str, int], total: float) -
     return {name: max(_FEWEST_BITS, b + low) for name, b in bits.items()}
 
 
-def _on_grids(plans: Sequence[LayerPlan], more: Mapping[str, float]) -> list[LayerPlan]:
+def _on_grids(plans: Sequence[LayerPlan], more: Mapping[str, float], spare: int) -> list[LayerPlan]:
     """Widths of grids by equal marginal gain: an error falls by four with each bit."""
     curves: list[list[tuple[int, float]]] = []
-    budget = 0
+    budget = spare
     for plan in plans:
         size, gain = plan.structure.num_original, 4.0 ** more[plan.map.name]
         stored = [plan.rounded_to(bits).record().stored_bytes for bits in GRID_BITS]

@@ -24,12 +24,13 @@ from mpoc.quantize.codes import QuantizedTensor
 from mpoc.quantize.feedback import Feedback, best_exponents
 from mpoc.quantize.rounding import coded_in_bytes, round_grid
 from mpoc.quantize.storage import Grid
-from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.fit.metric import Metric, Second, weighted_svd
 from mpoc.tensor_networks.fit.weighted import matrix_of
 from mpoc.tensor_networks.forms.form import Form, form_of
 
 # Added to the metric of inputs, as a share of its diagonal.
 _DAMPING = 1e-2
+_WIDEST = 8192  # columns of a metric that is formed
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _round_factors(
     weights = (left * left if outputs is None else outputs[:, None] * left * left).sum(0)
     second = _round(right, metric.inputs, weights, parts[1], rounding)
     rounded = second.values().to(right)
-    seen = rounded @ _full(metric.inputs)
+    seen = rounded * metric.inputs if _is_diagonal(metric.inputs) else rounded @ metric.inputs
     gram = seen @ rounded.T
     gram.diagonal().add_(1e-9 * gram.diagonal().mean())
     left = torch.linalg.solve(gram, seen @ metric.target.T).T
@@ -125,17 +126,27 @@ def _round_factors(
 
 
 def _round(
-    target: Tensor, inputs: Tensor, outputs: Tensor | None, part: CodedPart, rounding: Rounding
+    target: Tensor, inputs: Second, outputs: Tensor | None, part: CodedPart, rounding: Rounding
 ) -> QuantizedTensor:
     """Codes of ``target`` (rows, columns) in the metric of its columns, rows weighted by ``outputs``."""
-    inputs = _full(inputs)
-    damped = inputs + torch.diag(_DAMPING * inputs.diagonal())
-    feedback = Feedback(damped)
+    feedback = feedback_of(inputs)
     if isinstance(part.storage, Grid):
         return round_grid(target, feedback, part.storage)
     rows, columns = target.shape
-    steps = best_exponents(outputs, rows), best_exponents(feedback.weights, columns)
+    weights = inputs.diagonal() if feedback is None else feedback.weights
+    steps = best_exponents(outputs, rows), best_exponents(weights, columns)
     return coded_in_bytes(target, feedback, *steps, rounding.most_bytes(target.numel()), outputs)
+
+
+def feedback_of(inputs: Second) -> Feedback | None:
+    """The metric of inputs, damped, as rounding takes it; None where it is too wide to be formed."""
+    if isinstance(inputs, Tensor):
+        moment = torch.diag(inputs) if inputs.dim() == 1 else inputs
+    elif len(inputs.left.centre) > _WIDEST:
+        return None
+    else:
+        moment = inputs.formed()
+    return Feedback(moment + torch.diag(_DAMPING * moment.diagonal()))
 
 
 def _rotation(size: int) -> Tensor:
@@ -146,9 +157,9 @@ def _rotation(size: int) -> Tensor:
     return cosines
 
 
+def _is_diagonal(inputs: Second) -> bool:
+    return isinstance(inputs, Tensor) and inputs.dim() == 1
+
+
 def _diagonal(outputs: Tensor | None) -> Tensor | None:
     return outputs.diagonal() if outputs is not None and outputs.dim() == 2 else outputs
-
-
-def _full(inputs: Tensor) -> Tensor:
-    return torch.diag(inputs) if inputs.dim() == 1 else inputs
