@@ -22,6 +22,7 @@ from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe
+from mpoc.errors import UsageError
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.open_checkpoint import read_finite
 from mpoc.quantize.codes import HALF_OCTAVES
@@ -70,9 +71,19 @@ def bits_by_movement(
         return movement(plan, weight, statistics.dense_objective(name), distance, recipe.seed)
 
     moved = context.group.map(measured, measure, costs_of(measured))
-    allotted = allocate_bits(sharing, dict(zip(places, moved, strict=True))) if sharing else []
+    spare = size - predict_size(list(plans))
+    allotted = allocate_bits(sharing, dict(zip(places, moved, strict=True)), spare) if sharing else []
     new = {plan.map.name: plan for plan in allotted}
-    return [new.get(plan.map.name, plan) for plan in plans]
+    shared = [new.get(plan.map.name, plan) for plan in plans]
+    if predict_size(shared) > size:
+        raise too_small(size)
+    return shared
+
+
+def too_small(size: int) -> UsageError:
+    """The error of a budget of bytes that not even what a calibration records fits into."""
+    problem = f"--size {size}: too small for what calibration records of each layer"
+    return UsageError(problem, "a larger --size")
 
 
 def movement(
