@@ -34,6 +34,7 @@ from mpoc.tensor_networks.structure import low_rank_structure
 _TRUST = 0.25
 _PROBE_BITS = 3.0  # at which movements are measured
 _FEWEST_BITS = 0.25
+_ATTEMPTS = 3  # at a share of bits whose whole file is within the size
 _GAUSSIAN = 2.047  # entropy in bits of a normal variable, in units of its standard deviation
 
 
@@ -71,13 +72,16 @@ def bits_by_movement(
         return movement(plan, weight, statistics.dense_objective(name), distance, recipe.seed)
 
     moved = context.group.map(measured, measure, costs_of(measured))
-    spare = size - predict_size(list(plans))
-    allotted = allocate_bits(sharing, dict(zip(places, moved, strict=True)), spare) if sharing else []
-    new = {plan.map.name: plan for plan in allotted}
-    shared = [new.get(plan.map.name, plan) for plan in plans]
-    if predict_size(shared) > size:
-        raise too_small(size)
-    return shared
+    movements, spare = dict(zip(places, moved, strict=True)), size - predict_size(list(plans))
+    for _ in range(_ATTEMPTS):  # what the manifest says of other bits may be longer
+        allotted = allocate_bits(sharing, movements, spare) if sharing else []
+        new = {plan.map.name: plan for plan in allotted}
+        shared = [new.get(plan.map.name, plan) for plan in plans]
+        excess = predict_size(shared) - size
+        if excess <= 0:
+            return shared
+        spare -= excess
+    raise too_small(size)
 
 
 def too_small(size: int) -> UsageError:
