@@ -4,7 +4,7 @@ Codes are chosen with feedback in the metric of the layer's inputs: the error of
 columns that follow (GPTQ, arXiv 2210.17323).  The target is that of every calibrated fit, the weight that
 does best on the inputs that the compressed network gives (for rounding: GPTAQ, arXiv 2504.02692).  γ, the
 share of the moments that gives way to their diagonal, is chosen on held-out inputs, which no codes are made
-from.
+from; where rounding to nearest does better there, it stays.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ def round_calibrated(
 
     error = objective.output_weighted_error
     gammas = objective.gammas[1:2] if fast else objective.gammas[1:3]
-    tried = [trial(objective.metric(matrix, gamma)) for gamma in gammas]
+    nearest = rounding.codes(record, tensors)
+    tried = [*(trial(objective.metric(matrix, gamma)) for gamma in gammas), nearest]
     best = min(tried, key=lambda codes: error.squared(matrix, values(codes)))
     judged = judge_matrix(matrix, values(best), objective)
-    nearest = rounding.codes(record, tensors)
     same_size = {
         "this": judged.output_weighted_error,
         "rounded to nearest": error.relative(matrix, values(nearest)),
