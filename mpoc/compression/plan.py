@@ -313,8 +313,11 @@ def _within_size(
 def _bits_within_size(
     plans: list[LayerPlan], size: int, predict_size: Callable[[list[LayerPlan]], int]
 ) -> list[LayerPlan]:
-    """The plans with the same bits for all layers that await theirs."""
+    """The plans with the same bits for all layers that await theirs; dense if that fits."""
     storage = next(plan.rounding.storage for plan in plans if plan.rounding and plan.awaits_bits)
+    whole = [_closed(replace(plan, rounding=None), None) if plan.awaits_bits else plan for plan in plans]
+    if predict_size(whole) <= size:
+        return whole
 
     def planned(bits: float) -> list[LayerPlan]:
         return [plan.rounded_to(bits) if plan.awaits_bits else plan for plan in plans]

@@ -248,8 +248,8 @@ class Recipe:
 
     @property
     def _rounds_to_size(self) -> bool:
-        """Whether a budget of bytes is met by rounding: no form, bits or dtype is asked for."""
-        asked = (self.form, self.bits, self.sites, self.dtype, self.shape, self.conv != "kernel")
+        """Whether a budget of bytes is met by rounding: no form, order, bits or dtype is asked for."""
+        asked = (self.form, self.bits, self.sites, self.dtype, self.shape, self.order, self.conv != "kernel")
         return self.size is not None and self.storage != "float" and not any(asked)
 
     @property

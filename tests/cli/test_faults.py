@@ -140,11 +140,13 @@ def test_rejects_bad_options(
 
 
 @pytest.mark.parametrize("option", ["--ratio", "--max-error"])
-def test_rejects_percentages(here: Here, model: Path, option: str) -> None:
-    done = here("compress", model, option, "50%")
-    hint = "hint: write a share as 0.5, not 50%"
+def test_reads_percentages(here: Here, model: Path, option: str) -> None:
+    shares, percentages = (here("compress", model, option, text, "--dry-run") for text in ("0.5", "50%"))
+    assert (percentages.returncode, percentages.stdout) == (0, shares.stdout)
+    done = here("compress", model, option, "half")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"error: {option}: '50%' is not a number\n{hint}\n"
+    hint = "hint: write a share as 0.5 or 50%"
+    assert done.stderr == f"error: {option}: 'half' is not a number\n{hint}\n"
 
 
 def test_explains_how_to_download_a_hub_id(here: Here) -> None:
