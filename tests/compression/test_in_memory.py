@@ -188,9 +188,10 @@ class TestErrors:
 def test_a_size_is_kept_and_nearly_used(tmp_path: Path, network: Any) -> None:
     dense = network()
     full = sum(value.nbytes for value in dense.state_dict().values())
-    report = mpoc.compress(dense, size=full + 1200)
+    size = full * 4 // 5 + 1200  # headers and manifest take most of the rest
+    report = mpoc.compress(dense, size=size)
     saved = mpoc.save(dense, tmp_path / "m.safetensors")
-    assert report.nbytes == saved.nbytes == (tmp_path / "m.safetensors").stat().st_size <= full + 1200
+    assert report.nbytes == saved.nbytes == (tmp_path / "m.safetensors").stat().st_size <= size
 
 
 def test_a_recipe_holds_the_options_and_those_beside_it_win(tmp_path: Path) -> None:
