@@ -88,9 +88,9 @@ def compress(options: CompressOptions) -> None:
 
     Examples:
 
-    mpoc compress model.pt --size 25%
+    mpoc compress fc2.pt --size 25% -o quarter.safetensors
 
-    mpoc compress bert/ --size 20MB --calibrate corpus.jsonl
+    mpoc compress fc2.pt --arch fc2 --size 10% --calibrate mnist/ -o tenth.safetensors
 
     mpoc compress resnet56.th --bond 8
 
@@ -100,7 +100,7 @@ def compress(options: CompressOptions) -> None:
 
     mpoc compress fc2.pt --arch fc2 --max-drop 1 --eval mnist/ -o small.safetensors
 
-    mpoc compress bert/ --bits 4
+    mpoc compress bert/ --bits 4 -o bert-4bit
 
     mpoc compress vgg.pt --bond 4 --layers 'conv*' --conv map --input-shape 'conv*=2x2'
     """
