@@ -77,22 +77,6 @@ def best_exponents(weights: Tensor | None, count: int) -> Tensor:
     return (octaves.clamp(max=float(finite.max())) - finite.min()).clamp_(max=MOST_EXPONENT).to(torch.int8)
 
 
-def price(steps: Tensor, feedback: Feedback | None, row_weights: Tensor | None = None) -> float:
-    """Predict f of rounding with these steps: Σ_k U_kk² Σ_i G_ii δ_ik² / 12.
-
-    Args:
-        steps: δ, (rows, columns) or a shape that broadcasts with the weights.
-        feedback: the metric of the columns; None is the identity.
-        row_weights: diagonal of G, (rows,); None is ones.
-    """
-    squares = steps.cpu().double().square()
-    if feedback is not None:
-        squares = squares * feedback.weights.double()
-    if row_weights is not None:
-        squares = squares * row_weights.cpu().double()[:, None]
-    return float(squares.sum()) / 12
-
-
 def typical_error(steps: Tensor, feedback: Feedback | None, generator: torch.Generator) -> Tensor:
     """An error T − V such as rounding with these steps makes: e is uniform, and T − V = e (I + shares)⁻¹.
 

@@ -12,9 +12,25 @@ from torch import Tensor
 from mpoc.errors import MpocError, UsageError
 from mpoc.quantize import rounding
 from mpoc.quantize.codes import CodedTensor, GridTensor, QuantizedTensor
-from mpoc.quantize.feedback import Feedback, best_exponents, price, typical_error
+from mpoc.quantize.feedback import Feedback, best_exponents, typical_error
 from mpoc.quantize.rounding import coded_in_bytes, cost, round_coded, round_grid
 from mpoc.quantize.storage import GRID_BITS, Grid
+
+
+def price(steps: Tensor, feedback: Feedback | None, row_weights: Tensor | None = None) -> float:
+    """Predict f of rounding with these steps: Σ_k U_kk² Σ_i G_ii δ_ik² / 12.
+
+    Args:
+        steps: δ, (rows, columns) or a shape that broadcasts with the weights.
+        feedback: the metric of the columns; None is the identity.
+        row_weights: diagonal of G, (rows,); None is ones.
+    """
+    squares = steps.cpu().double().square()
+    if feedback is not None:
+        squares = squares * feedback.weights.double()
+    if row_weights is not None:
+        squares = squares * row_weights.cpu().double()[:, None]
+    return float(squares.sum()) / 12
 
 
 def correlated(size: int, seed: int = 0) -> Tensor:
