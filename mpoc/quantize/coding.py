@@ -134,15 +134,18 @@ def _layout(matrix: Integers) -> _Layout:
     levels = [_levels(by_row), _levels(by_column)]
     low, high = reach(matrix)
     counts = _joint_counts(matrix, levels, low, high)
+    side_bits = [chunk_bits(side) for side in levels]
+    flat = {axis for axis, size in enumerate(counts.shape[:2]) if size == 1}
     found = []
-    for axes in ((), (0,), (1,), (0, 1)):
-        kept = [np.zeros_like(side) if axis in axes else side for axis, side in enumerate(levels)]
+    for axes in (axes for axes in ((), (0,), (1,), (0, 1)) if not flat & {*axes}):
         sums = _sums_of_levels(counts.sum(axes, keepdims=True))
-        cuts = _cuts(sums)
-        classes = np.add.reduceat(sums, [0, *cuts], axis=0)
-        bits = sum(plan(counts_of_class, low)[0].bits for counts_of_class in classes)
-        found.append(_Layout(kept, cuts, bits + sum(map(chunk_bits, kept)) + 8.0 * (1 + len(cuts))))
-    return min(found, key=lambda layout: layout.bits)
+        cuts, bits = _cuts(sums)
+        found.append((bits + sum(side_bits[axis] for axis in {0, 1}.difference(axes)), axes, cuts, sums))
+    _, axes, cuts, sums = min(found)
+    kept = [np.zeros_like(side) if axis in axes else side for axis, side in enumerate(levels)]
+    classes = np.add.reduceat(sums, [0, *cuts], axis=0)
+    bits = sum(plan(counts_of_class, low)[0].bits for counts_of_class in classes)
+    return _Layout(kept, cuts, bits + sum(map(chunk_bits, kept)) + 8.0 * (1 + len(cuts)))
 
 
 def _levels(squares: NDArray[np.float32]) -> NDArray[np.int8]:
@@ -175,8 +178,11 @@ def _sums_of_levels(counts: Counts) -> Counts:
     return found
 
 
-def _cuts(counts: Counts) -> list[int]:
-    """Where to cut histograms (sums of levels, codes) into classes of fewest bits: dynamic programming."""
+def _cuts(counts: Counts) -> tuple[list[int], float]:
+    """Where to cut histograms (sums of levels, codes) into classes of fewest bits, and these bits.
+
+    Dynamic programming; bits are the entropy of each class and about the bytes of its tables.
+    """
     sums = np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(0)]).astype(np.float64)
     best, back = [0.0], [0]
     for end in range(1, len(sums)):
@@ -190,7 +196,7 @@ def _cuts(counts: Counts) -> list[int]:
     while begin:
         cuts.append(begin)
         begin = back[begin]
-    return cuts[::-1]
+    return cuts[::-1], best[-1]
 
 
 def _classes(levels: list[Integers], cuts: list[int]) -> list[list[tuple[slice, slice]]]:

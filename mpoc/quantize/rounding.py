@@ -35,6 +35,7 @@ _SWEEPS = 2  # rounds of refitted scales and coordinate descent
 _SHRINK = tuple(1.0 - 0.05 * step for step in range(13))
 # Octaves from the largest weight to the finest scale; below so many numbers predicted bytes are far off.
 _FINEST, _TINY = 20, 4096
+_PREDICTABLE = 8.0  # bits a code; larger codes lie outside the histograms that predict
 _LARGEST = 1 << 24  # codes are made in float32, which holds the integers up to here
 _NO_LIMITS = -math.inf, math.inf
 _UNUSED = 0.001  # share of the bytes asked for that may stay unused, half of it on average
@@ -226,7 +227,9 @@ def coded_in_bytes(
     octave, slope = math.log2(spread) + 2.0 - wanted / target.numel(), -float(target.numel())
     finest = math.log2(float(units.abs().max()) or 1.0) - _FINEST
     slack = max(_UNUSED * wanted, _FEW)
-    start = _solve(predicted, wanted, (octave, slope), finest, 8, slack)
+    start = octave, slope
+    if wanted < _PREDICTABLE * target.numel():
+        start = _solve(predicted, wanted, start, finest, 8, slack)
     _solve(real, wanted, start, finest, 6 if target.numel() > _TINY else 12, slack)
     fitting = [coded for coded in tried if coded.nbytes <= nbytes]
     return max(fitting, key=lambda coded: coded.nbytes, default=min(tried, key=lambda coded: coded.nbytes))

@@ -218,7 +218,7 @@ class _Sweep:
         _refuse_infinite(values, self._network)
         if values.requires_grad:
             for probe, gradient in enumerate(self._directions(values, are_logits, index)):
-                values.backward(gradient, retain_graph=probe + 1 < self._probes.count)
+                _backward_from(values, gradient, keep=probe + 1 < self._probes.count)
 
     def _directions(self, values: Tensor, are_logits: bool, index: int) -> Iterator[Tensor]:
         """Random directions in the outputs of batch ``index``."""
@@ -269,11 +269,16 @@ class _Sweep:
         """Keep the gradients at the leaf ``given`` that belong to those at ``output``."""
         found: list[Tensor] = []
         for probe, gradient in enumerate(gradients):
-            output.backward(gradient, retain_graph=probe + 1 < len(gradients))
+            _backward_from(output, gradient, keep=probe + 1 < len(gradients))
             if given is not None and given.grad is not None:
                 found.append(given.grad)
                 given.grad = None
         self._scratch.put(("gradients", index), found)
+
+
+def _backward_from(output: Tensor, gradient: Tensor, keep: bool) -> None:
+    """``output.backward(gradient)``, from a scalar: given a gradient, torch imports sympy (½ s)."""
+    (output * gradient).sum().backward(retain_graph=keep)
 
 
 def _refuse_infinite(values: Tensor, network: nn.Module) -> None:

@@ -148,7 +148,8 @@ class LBFGS:
             matrix = self._start.with_cores(self._split(vector)).to_matrix()[0]
             error = self.metric.target - matrix.detach()
             weighted = self.metric.weighed(error)
-            gradient = torch.autograd.grad(matrix, vector, -2 * weighted)[0]
+            # The gradient of a scalar: given another one, torch imports sympy, which takes half a second.
+            gradient = torch.autograd.grad((matrix * (-2 * weighted)).sum(), vector)[0]
         value = float((error * weighted).sum(dtype=torch.float64))
         return Point(vector.detach(), value, gradient)
 

@@ -56,7 +56,13 @@ def test_calibrated_rounding_beats_plain(tmp_path: Path, name: str, options: dic
 
 
 @pytest.mark.parametrize(
-    ("storage", "share"), [("coded", 0.42), ("coded", 0.45), ("coded", 0.5), ("grid", 0.45)]
+    ("storage", "share"),
+    [
+        ("grid", 0.45),
+        ("coded", 0.45),
+        pytest.param("coded", 0.42, marks=pytest.mark.slow),
+        pytest.param("coded", 0.5, marks=pytest.mark.slow),
+    ],
 )
 def test_size_is_kept_and_shared_out(tmp_path: Path, storage: str, share: float) -> None:
     case = Case(tmp_path, "mlp")
@@ -117,6 +123,4 @@ def test_few_rows_of_many_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     case = Case(tmp_path, "mlp")
     for widest in (8192, 4):
         monkeypatch.setattr(calibrated_rounding, "_WIDEST", widest)
-        done = case.compress(samples=20, size=0.5, out=f"o{widest}")
-        assert done.output.stat().st_size <= 0.5 * (tmp_path / "m.pt").stat().st_size
-        assert case.error(done) < 0.5
+        assert case.error(case.compress(samples=20, bits=4, out=f"o{widest}")) < 0.5
