@@ -36,9 +36,9 @@ from mpoc.compression.calibrate.moments import (
     LayerSums,
     Moments,
     Positions,
+    ProductSum,
     as_rows,
     merge,
-    product,
     total_rows,
 )
 from mpoc.compression.calibrate.trace import EXAMPLES, Trace
@@ -312,11 +312,10 @@ def _keep(totals: Mapping[_Key, Moments | _Sum], trace: Trace, probes: int, resu
         if isinstance(one, Moments):
             result.moments.put([other for other, first in trace.same_rows.items() if first == name], one)
             continue
-        half = (one.total + one.total.T) / 2
         if kind == "blocks":
-            result.blocks.put(name, half)
+            result.blocks.put(name, one.total)
         else:
-            result.gradients.put(name, half / (one.rows * probes))
+            result.gradients.put(name, one.total / (one.rows * probes))
 
 
 class _Run:
@@ -330,9 +329,9 @@ class _Run:
         self._layers = [trace.layers[name] for name in names]
         self._sums = {name: LayerSums(trace.layers[name]) for name in names if trace.same_rows[name] == name}
         self._start = torch.zeros((), device=device_of(network), requires_grad=True)
-        self._gradients: dict[str, Tensor] = {}
+        self._gradients: dict[str, ProductSum] = {}
         self._rows: dict[str, int] = {}
-        self._blocks: dict[str, Tensor] = {}
+        self._blocks: dict[str, ProductSum] = {}
 
     def hooks(self, gradients: bool, blocks: Sequence[tuple[str, int]]) -> Iterator[RemovableHandle]:
         """Register hooks of layers and of blocks, each with the axis of its features."""
@@ -351,8 +350,9 @@ class _Run:
         for name, layer_sums in self._sums.items():
             moments = layer_sums.moments()
             sums |= {} if moments is None else {("moments", name): moments}
-        sums |= {("gradients", name): _Sum(g.cpu(), self._rows[name]) for name, g in self._gradients.items()}
-        return sums | {("blocks", path): _Sum(total.cpu(), 0) for path, total in self._blocks.items()}
+        for name, products in self._gradients.items():
+            sums["gradients", name] = _Sum(products.total().cpu(), self._rows[name])
+        return sums | {("blocks", path): _Sum(found.total().cpu(), 0) for path, found in self._blocks.items()}
 
     def _before(self, layer: ObservedLayer) -> Any:
         """A hook that accumulates the layer's inputs."""
@@ -375,11 +375,7 @@ class _Run:
 
             def add(gradient: Tensor) -> None:
                 rows = as_rows(layer, gradient, mask)
-                products = product(rows, rows)
-                if layer.name in self._gradients:
-                    self._gradients[layer.name] += products
-                else:
-                    self._gradients[layer.name] = products
+                self._gradients.setdefault(layer.name, ProductSum()).add(rows, rows)
 
             if output.requires_grad:  # not so where the network itself has switched gradients off
                 output.register_hook(add)
@@ -396,10 +392,9 @@ class _Run:
 
             def add(gradient: Tensor) -> None:
                 rows = features(gradient, mask, axis).float()
-                products = product(rows, rows)
-                total = self._blocks.get(path)
-                if total is None or total.shape == products.shape:  # else the axis is none of features
-                    self._blocks[path] = products if total is None else total + products
+                total = self._blocks.setdefault(path, ProductSum())
+                if total.shape in (None, (rows.shape[-1],) * 2):  # else the axis is none of features
+                    total.add(rows, rows)
 
             if first is not None and first.requires_grad:
                 first.register_hook(add)

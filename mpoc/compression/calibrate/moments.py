@@ -29,6 +29,7 @@ from mpoc.runtime.device import derived_seed
 from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment, Second
 
 _BLOCK = 8192  # rows of one product
+_PANEL = 128  # columns of a symmetric one that are formed at a time
 _NARROW = 1024  # features up to which products are always formed
 _WIDE = 8192  # features from which on they never are
 _KEPT = 1 << 24  # numbers of rows that are kept of a layer from there on
@@ -151,15 +152,49 @@ def _formed(moments: Moments) -> Moments:
     return replace(moments, second=formed, cross=cross.formed(), dense_second=dense.formed())
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Σ over rows of left rightᵀ: (…, n, A), (…, n, B) → (…, A, B) float64."""
-    if left.dtype == torch.float64:
-        return left.mT @ right
-    total = left.new_zeros(*left.shape[:-2], left.shape[-1], right.shape[-1], dtype=torch.float64)
-    pairs = zip(left.float().split(_BLOCK, -2), right.float().split(_BLOCK, -2), strict=True)
-    for a, b in pairs:
-        total += a.mT @ b
-    return total
+class ProductSum:
+    """Σ over rows of left rightᵀ, as rows come; float64.
+
+    Where both sides are the same rows, the products below the diagonal are not formed.
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None  # (…, A, B)
+        self._symmetric = False  # then only the panels from the diagonal on are right
+
+    @torch.no_grad()
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add rows, worked with in float64 if the left ones have that dtype, else in float32.
+
+        Args:
+            left: (…, n, A).
+            right: (…, n, B); always or never the same tensor.
+        """
+        self._symmetric = left is right
+        if self._total is None:
+            shape = *left.shape[:-2], left.shape[-1], right.shape[-1]
+            self._total = left.new_zeros(shape, dtype=torch.float64)
+        dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
+        width = _PANEL if self._symmetric else left.shape[-1]
+        for a, b in zip(left.to(dtype).split(_BLOCK, -2), right.to(dtype).split(_BLOCK, -2), strict=True):
+            for k in range(0, left.shape[-1], width):
+                there = k if self._symmetric else 0
+                self._total[..., k : k + width, there:] += a[..., k : k + width].mT @ b[..., there:]
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """Of the sum; None: nothing was added."""
+        return None if self._total is None else self._total.shape
+
+    def total(self) -> Tensor:
+        """The sum (…, A, B).
+
+        Raises:
+            ValueError: no rows were added.
+        """
+        if self._total is None:
+            raise ValueError("no rows were added")
+        return self._total.triu() + self._total.triu(1).mT if self._symmetric else self._total
 
 
 class _Sums:
@@ -193,7 +228,7 @@ class Accumulator:
         self.count = self._summed = 0  # rows that were given, and those of them that were looked at
         self._wants_dense, self._keeps_rows = dense_second, keeps_rows
         self._sums: list[_Sums] = []  # of the rows, then of the dense ones
-        self._products: list[Tensor] = []  # x̃x̃ᵀ, xx̃ᵀ, xxᵀ of shifted rows
+        self._products: list[ProductSum] = []  # x̃x̃ᵀ, xx̃ᵀ, xxᵀ of shifted rows
         self._blocks: list[list[Tensor]] = []  # shifted rows that are not in the products yet
         self._held, self._step = 0, 1  # rows in the blocks; of very wide layers, every how many are kept
 
@@ -241,10 +276,9 @@ class Accumulator:
         if len(rows) > 1:
             pairs += [(rows[1], rows[0])]
             pairs += [(rows[1], rows[1])] if self._wants_dense else []
-        products = [product(a, b) for a, b in pairs]
-        for total, part in zip(self._products, products, strict=False):
-            total += part
-        self._products = self._products or products
+        self._products = self._products or [ProductSum() for _ in pairs]
+        for total, (a, b) in zip(self._products, pairs, strict=True):
+            total.add(a, b)
         self._blocks, self._held = [], 0
 
     def moments(self, rows: int | None = None) -> Moments:
@@ -279,7 +313,7 @@ class Accumulator:
     def _second(self, which: int, left: int, right: int, means: list[Tensor]) -> Tensor:
         """E[a bᵀ] from the product of the shifted a − s and b − t: Σ/n + s E[b]ᵀ + (E[a] − s) tᵀ."""
         s, t = self._sums[left].shift.squeeze(-2).double(), self._sums[right].shift.squeeze(-2).double()
-        second = self._products[which] / self._summed
+        second = self._products[which].total() / self._summed
         second.addcmul_(s[..., :, None], means[right][..., None, :])
         second.addcmul_((means[left] - s)[..., :, None], t[..., None, :])
         if left == right:

@@ -2,20 +2,22 @@
 
 Both networks run on the same batches until the last layer that is asked for has its input.  Where blocks form
 a chain (:mod:`mpoc.compression.calibrate.trace`), the inputs of the present block are kept for all batches in
-both networks.  Only that block then runs again, and the next block's inputs are computed from them.
+both networks.  Only that block then runs again, and the next block's inputs are computed from them.  Within
+the block, a layer whose group was asked for before gives what it gave then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.block_chain import Chain, StopPassError, given_on
+from mpoc.compression.calibrate.block_chain import Chain, StopPassError, given_on, replaced_forwards
 from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_argument, hooked
 from mpoc.compression.calibrate.moments import (
     ALL,
@@ -30,6 +32,7 @@ from mpoc.models.call import Batch, Call, main_input, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, BatchShards, ProcessGroup
 
 _KEPT_BYTES = 2 * 1024**3
+_OUTPUT_BYTES = 96 * 1024**2  # of layers' outputs, of each network
 
 
 @dataclass
@@ -39,6 +42,50 @@ class _State:
     given: Tensor
     args: tuple[Any, ...]  # after ``given``
     named: dict[str, Any]
+
+
+class _LayerOutputs:
+    """What modules of a network gave in each batch, as long as their parameters are what they were.
+
+    Args:
+        network: that holds the modules.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._versions: dict[str, list[int]] = {}
+        self._room = _OUTPUT_BYTES
+
+    def clear(self) -> None:
+        """Forget all outputs."""
+        self._kept, self._versions, self._room = {}, {}, _OUTPUT_BYTES
+
+    @contextmanager
+    def used(self, index: int, paths: Sequence[str]) -> Iterator[None]:
+        """Meanwhile modules give what they gave before in batch ``index``, or it is kept if there is room."""
+        modules = {path: self._network.get_submodule(path) for path in paths}
+        modules = {path: module for path, module in modules.items() if "forward" not in module.__dict__}
+        versions = {path: [p._version for p in module.parameters()] for path, module in modules.items()}
+        if any(self._versions.get(path, now) != now for path, now in versions.items()):
+            self.clear()
+        self._versions |= versions
+        known = [path for path in modules if (path, index) in self._kept]
+        given = [partial(_copied, kept=self._kept[path, index]) for path in known]
+        with replaced_forwards([modules[path] for path in known], given), hooked() as handles:
+            for path in modules.keys() - known:
+                handles.append(modules[path].register_forward_hook(partial(self._keep, key=(path, index))))
+            yield
+
+    def _keep(self, _: nn.Module, args: Any, output: Tensor, key: tuple[str, int]) -> None:
+        nbytes = output.numel() * output.element_size()
+        if nbytes <= self._room:
+            self._room -= nbytes
+            self._kept[key] = output.clone()  # what comes later may change it
+
+
+def _copied(*_: Any, kept: Tensor, **__: Any) -> Tensor:
+    return kept.clone()
 
 
 class _Runner:
@@ -61,6 +108,8 @@ class _Runner:
         self._others: dict[
             int, tuple[tuple[Any, ...], dict[str, Any]]
         ] = {}  # batch → arguments after the first
+        self._outputs = _LayerOutputs(network)
+        self.final: Sequence[str] = ()  # modules behind the kept inputs that, and all before them, are final
 
     def move(self, position: tuple[int, int] | None) -> None:
         """Keep the inputs of the block at (chain, position) for this process's batches; None: of no block."""
@@ -70,7 +119,8 @@ class _Runner:
         if position is not None and old is not None and old[0] == position[0] and old[1] < position[1]:
             chain = self._trace.chains[position[0]][old[1] : position[1]]
             for number in self._mine:
-                self._scratch.put(self._key(number), [self._through(chain, self._kept(number))])
+                with self._outputs.used(number, self.final):
+                    self._scratch.put(self._key(number), [self._through(chain, self._kept(number))])
         else:
             self._others.clear()
             for number in self._mine:
@@ -79,7 +129,8 @@ class _Runner:
                     state = self._caught(self._batches[number], position)
                     self._scratch.put(self._key(number), [state.given])
                     self._others[number] = state.args, state.named
-        self._at = position
+        self._at, self.final = position, ()
+        self._outputs.clear()
 
     def _key(self, index: int) -> tuple[int, int]:
         return id(self), index
@@ -92,9 +143,10 @@ class _Runner:
         with suppress(StopPassError):
             if self._at is None:
                 self._call(self.network, to_device(self._batches[index], self._device))
-            else:
-                chain, position = self._at
-                end = None if last is None else last + 1
+                return
+            chain, position = self._at
+            end = None if last is None else last + 1
+            with self._outputs.used(index, self.final):
                 self._through(self._trace.chains[chain][position:end], self._kept(index))
 
     def state(self, index: int, position: tuple[int, int]) -> _State:
@@ -217,6 +269,7 @@ class PairedPass:
         if not names:
             return {}
         position = self._start_position(list(names))
+        final = self._before(names, position)
 
         def measure(part: range) -> dict[str, Moments | None]:
             sums = {name: LayerSums(self._trace.layers[name], dense_second) for name in names}
@@ -224,6 +277,7 @@ class PairedPass:
             with torch.no_grad(), eval_mode(self._runners[0].network), eval_mode(self._runners[1].network):
                 for runner in self._runners:
                     runner.move(position)
+                    runner.final = final
                 for index in part:
                     unlike |= self._add(index, sums, both)
             moments = {name: layer_sums.moments() for name, layer_sums in sums.items()}
@@ -297,6 +351,20 @@ class PairedPass:
                     handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
             runner.run(index, self._last_block(names))
         return inputs
+
+    def _before(self, names: Sequence[str], start: tuple[int, int] | None) -> list[str]:
+        """The modules from block ``start`` on of layers before these, each its own and called once."""
+        if start is None:
+            return []
+        earlier: list[str] = []
+        for group in self._trace.groups:
+            if not set(group).isdisjoint(names):
+                break
+            earlier += [name for name in group if self._trace.calls[name] == 1]
+        positions = self._trace.positions
+        inside = [name for name in earlier if name in positions and positions[name] >= start]
+        paths = {name: self._trace.layers[name].modules[0] for name in inside}
+        return [path for name, path in paths.items() if name == f"{path}.weight"]
 
     def _last_block(self, names: list[str]) -> int | None:
         """The last block that uses layers which are used in one block each; None if that is not known."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mpoc.compression.calibrate.block_chain import next_input
 from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
@@ -147,6 +148,26 @@ def _all_rows(network: nn.Module, batches: list[Batch], found: Trace) -> dict[st
         while handles:
             handles.pop().remove()
     return {name: torch.cat(parts, dim=-2) for name, parts in rows.items()}
+
+
+def test_layers_of_a_block_run_once_unless_they_change() -> None:
+    network, batches = bert()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    other, (first, second) = damaged(network), found.groups[4:6]
+    passes, fresh = (PairedPass((network, other), Call.of(network), batches, found) for _ in range(2))
+    passes.moments(first)
+    flops = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            wanted = passes.moments(second)
+        flops.append(counter.get_total_flops())
+    assert flops[1] < flops[0]
+    assert_same(fresh.moments(second), wanted)
+    with torch.no_grad():
+        other.get_parameter(first[0]).mul_(2)
+    changed = PairedPass((network, other), Call.of(network), batches, found).moments(second)
+    assert_same(passes.moments(second), changed)
+    assert not torch.equal(changed[second[0]].second, wanted[second[0]].second)
 
 
 @pytest.mark.slow
