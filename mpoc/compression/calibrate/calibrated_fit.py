@@ -27,7 +27,7 @@ STRETCHES, LAST = 6, 1  # of an L-BFGS fit: to choose γ, then on all inputs
 
 
 def baselines(
-    weight: Tensor, structure: Structure, parameters: int, objective: Objective, seed: int = 0
+    weight: Tensor, matrix: Tensor, form: Form, objective: Objective, seed: int = 0
 ) -> dict[str, float]:
     """Relative output-weighted errors of other methods on the same layer, at the same size.
 
@@ -35,14 +35,13 @@ def baselines(
     ``whitened svd`` to what the layer does in the dense network (SVD-LLM, Wang et al. 2024).
 
     Args:
-        weight: of shape ``structure.shape``.
-        structure: of a linear map, of a convolution without groups or of an embedding.
-        parameters: stored; a method that cannot be so small is left out.
+        weight: of a linear map, of a convolution without groups or of an embedding.
+        matrix: the same as one matrix (N_y, N_x), float64.
+        form: fitted to it; a method that cannot be so small is left out.
         objective: that of the layer's own fit.
         seed: of the range finder in TT-SVD.
     """
-    kind, shape, transposed = structure.kind, structure.shape, structure.transposed
-    matrix = one_matrix(weight, kind, transposed)
+    structure, parameters = form.structure, form.num_parameters
     approximations: dict[str, Tensor] = {}
     rank = parameters // structure.as_low_rank().num_parameters(1)
     if rank:
@@ -50,7 +49,7 @@ def baselines(
         approximations["plain svd"] = (left[:, :rank] * values[:rank] @ right[:rank]).double()
         white = weighted_svd(objective.whitened(matrix))
         approximations["whitened svd"] = white.left[:, :rank] @ white.right[:rank]
-    chain = make_structure(kind, shape, transposed)
+    chain = make_structure(structure.kind, structure.shape, structure.transposed)
     bond = largest_bond(chain, parameters / chain.num_original)
     if bond is not None and chain.num_parameters(bond) <= parameters:
         approximations["plain mpo"] = matrix_of(
@@ -150,33 +149,29 @@ def fit_calibrated(
     best = min(range(len(trials)), key=lambda k: tried[k][0])
     form = on_device(tried[best][1], weight.device)
     (last, judged), others = group.parallel(
-        lambda: _final_fit(weight, form, None if settings.apart else trials[best], objective, settings),
-        lambda: {} if settings.fast else baselines(weight, first, form.num_parameters, objective, seed),
+        lambda: _final_fit(matrix, form, None if settings.apart else trials[best], objective, settings),
+        lambda: {} if settings.fast else baselines(weight, matrix, form, objective, seed),
     )
     return CalibratedFit(last, trials[best][1], judged, {"this": judged.output_weighted_error} | others)
 
 
 def _final_fit(
-    weight: Tensor,
+    matrix: Tensor,
     form: Form,
     trial: tuple[Storage, float] | None,
     objective: Objective,
     settings: FitSettings,
 ) -> tuple[Form, Judgement]:
     """The cores on the CPU: as they are, or fitted again on all inputs where a trial is given."""
-    judged = judge(weight, form, objective)
-    if trial is not None:
-        storage, gamma = trial
-        all_inputs = objective.together()
-        matrix = one_matrix(weight, storage.structure.kind, storage.structure.transposed)
-        fitted = _fit(all_inputs.metric(matrix, gamma), storage, LAST, settings.seed, form)
-        form = _rounded(fitted, settings.dtype)
-        judged = replace(
-            judge(weight, form, all_inputs),
-            held_out_error=judged.held_out_error,
-            output_weighted_error=judged.output_weighted_error,
-        )
-    return on_device(form, "cpu"), judged.on_cpu()
+    made = matrix_of(form)
+    if trial is None:
+        return on_device(form, "cpu"), judge_matrix(matrix, made, objective).on_cpu()
+    held_out = _held_out_errors(matrix, made, objective)
+    storage, gamma = trial
+    all_inputs = objective.together()
+    fitted = _fit(all_inputs.metric(matrix, gamma), storage, LAST, settings.seed, form)
+    form = _rounded(fitted, settings.dtype)
+    return on_device(form, "cpu"), judge_matrix(matrix, matrix_of(form), all_inputs, held_out).on_cpu()
 
 
 def _gammas(storage: Storage, objective: Objective, fast: bool, rivals: int) -> tuple[float, ...]:
@@ -199,16 +194,31 @@ def judge(weight: Tensor, form: Form, objective: Objective) -> Judgement:
     return judge_matrix(matrix, matrix_of(form), objective)
 
 
-def judge_matrix(matrix: Tensor, made: Tensor, objective: Objective) -> Judgement:
-    """The errors of an approximation ``made`` of W = ``matrix``, both (N_y, N_x)."""
+def judge_matrix(
+    matrix: Tensor, made: Tensor, objective: Objective, held_out: tuple[float, float] | None = None
+) -> Judgement:
+    """The errors of an approximation ``made`` of W = ``matrix``, both (N_y, N_x).
+
+    Args:
+        matrix: W.
+        made: its approximation.
+        objective: of the layer.
+        held_out: both errors on held-out inputs, where they are those of another approximation.
+    """
     norm = float(torch.linalg.vector_norm(matrix))
     return Judgement(
         objective.shift(matrix, made),
         float(torch.linalg.vector_norm(matrix - made)) / norm if norm else 0.0,
         objective.fit_error.relative(matrix, made),
-        objective.held_out_error.relative(matrix, made),
-        objective.output_weighted_error.relative(matrix, made),
+        *(held_out or _held_out_errors(matrix, made, objective)),
     )
+
+
+def _held_out_errors(matrix: Tensor, made: Tensor, objective: Objective) -> tuple[float, float]:
+    """All outputs of one weight, and outputs weighted by G."""
+    errors = objective.held_out_error, objective.output_weighted_error
+    first, second = (error.relative(matrix, made) for error in errors)
+    return first, second
 
 
 def _fit(metric: Metric, storage: Storage, stretches: int, seed: int, start: Form | None = None) -> Form:

@@ -4,21 +4,38 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from mpoc.compression.calibrate.moments import Moments, merge
-from mpoc.tensor_networks.fit.metric import Metric, RowMoment, Second, make_metric, weighed
+from mpoc.tensor_networks.fit.metric import Centred, Metric, RowMoment, Second, about, make_metric, weighed
 from mpoc.tensor_networks.forms.layout import to_matrix
 from mpoc.tensor_networks.structure import low_rank_structure
 
 _RIDGE = 1e-6
 _FLOOR = 0.3  # of G, in units of γ and its mean diagonal
 _TABLE_GAMMA = 0.02  # of G under a table
+
+
+class _Products:
+    """Products of the last weights that were asked for with the moments of an :class:`ErrorNorm`."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[Tensor, ...], Any]] = {}
+
+    def __call__(self, name: str, compute: Callable[..., Any], *given: Tensor) -> Any:
+        """``compute(*given)``, or what it gave where ``name`` was last asked for with the same tensors."""
+        last, known = self._known.get(name, ((), None))
+        if len(last) == len(given) and all(a is b for a, b in zip(last, given, strict=True)):
+            return known
+        result = compute(*given)
+        self._known[name] = given, result
+        return result
 
 
 @dataclass(frozen=True)
@@ -29,38 +46,63 @@ class ErrorNorm:
     cross: Second  # C = E[x x̃ᵀ]
     dense: Second  # Σ = E[x xᵀ]
     outputs: Tensor | None = None  # G as in :class:`mpoc.tensor_networks.fit.metric.Metric`
-    _known: list[tuple[Tensor, Tensor, float]] = field(default_factory=list, compare=False, repr=False)
-    _wholes: list[tuple[Tensor, float]] = field(default_factory=list, compare=False, repr=False)
+    _products: _Products = field(default_factory=_Products, compare=False, repr=False)
+    _weighed: _Products = field(default_factory=_Products, compare=False, repr=False)
+
+    def with_outputs(self, outputs: Tensor | None) -> ErrorNorm:
+        """The same moments and another G."""
+        return replace(self, outputs=outputs, _weighed=_Products())
 
     def squared(self, matrix: Tensor, approximation: Tensor) -> float:
         """The norm squared for W = ``matrix`` and its approximation Ŵ, both (N_y, N_x); NaN counts as inf.
 
-        With Δ = W − Ŵ it is tr G [W (Σ − C − Cᵀ + M) Wᵀ + 2 W (C − M) Δᵀ + Δ M Δᵀ].  What depends on W alone
-        is kept of the last W.
+        With Δ = W − Ŵ it is tr G [W (Σ − C − Cᵀ + M) Wᵀ + 2 W (C − M) Δᵀ + Δ M Δᵀ].
         """
-        rest = matrix - approximation
-        moved, error = rest @ self.compressed, 0.0
-        if not self.compressed is self.cross is self.dense:
-            shifted, error = self._of_weight(matrix)
-            moved += shifted
-        error += float((weighed(self.outputs, moved) * rest).sum())
+        rest, moved = self._products("of difference", self._of_difference, matrix, approximation)
+        error = float((weighed(self.outputs, moved) * rest).sum())
+        if not self._is_of_dense:
+            error += float((self._weighed_weight(matrix) * self._unreached(matrix)).sum())
         return math.inf if math.isnan(error) else max(0.0, error)
 
-    def _of_weight(self, matrix: Tensor) -> tuple[Tensor, float]:
-        """2 W (C − M), and tr G W (Σ − C − Cᵀ + M) Wᵀ."""
-        if not self._known or self._known[0][0] is not matrix:
-            shifted = matrix @ (self.cross - self.compressed)
-            rest = matrix @ (self.dense - self.cross.T) - shifted
-            self._known[:] = [(matrix, 2 * shifted, float((weighed(self.outputs, rest) * matrix).sum()))]
-        _, shifted, error = self._known[0]
-        return shifted, error
+    def _of_difference(self, matrix: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
+        """Δ, and 2 W (C − M) + Δ M."""
+        rest = matrix - approximation
+        moved = rest @ self.compressed
+        return rest, moved if self._is_of_dense else moved.add_(self.moved(matrix), alpha=2)
+
+    @property
+    def _is_of_dense(self) -> bool:
+        """Whether x̃ = x."""
+        return self.compressed is self.cross is self.dense
+
+    def moved(self, matrix: Tensor) -> Tensor:
+        """W (C − M)."""
+        moved: Tensor = self._products("moved", lambda w: w @ (self.cross - self.compressed), matrix)
+        return moved
+
+    def _unreached(self, matrix: Tensor) -> Tensor:
+        """W (Σ − C − Cᵀ + M)."""
+
+        def compute(weight: Tensor) -> Any:
+            return weight @ (self.dense - self.cross.T) - self.moved(weight)
+
+        unreached: Tensor = self._products("unreached", compute, matrix)
+        return unreached
+
+    def _weighed_weight(self, matrix: Tensor) -> Tensor:
+        """G W."""
+        found: Tensor = self._weighed("weight", lambda w: weighed(self.outputs, w), matrix)
+        return found
 
     def whole(self, matrix: Tensor) -> float:
         """The norm squared of a zero weight, tr G W Σ Wᵀ."""
-        if not self._wholes or self._wholes[0][0] is not matrix:
-            norm = float((weighed(self.outputs, matrix @ self.dense) * matrix).sum())
-            self._wholes[:] = [(matrix, math.inf if math.isnan(norm) else max(0.0, norm))]
-        return self._wholes[0][1]
+
+        def compute(weight: Tensor) -> float:
+            seen = self._products("dense", lambda w: w @ self.dense, weight)
+            return float((self._weighed_weight(weight) * seen).sum())
+
+        norm: float = self._weighed("whole", compute, matrix)
+        return math.inf if math.isnan(norm) else max(0.0, norm)
 
     def relative(self, matrix: Tensor, approximation: Tensor) -> float:
         """The norm relative to that of a zero weight; 0 for 0/0."""
@@ -148,7 +190,16 @@ class LayerObjective(Objective):
     @cached_property
     def fit_error(self) -> ErrorNorm:
         """The error on the inputs of the fit."""
-        return self._less_means(self.moments)
+        return self._of_fit(None)
+
+    def _of_fit(self, outputs: Tensor | None) -> ErrorNorm:
+        moments, known = self.moments, self._centred
+        if known.cross is known.second:
+            return ErrorNorm(known.second, known.second, known.second, outputs)
+        dense = moments.dense_second
+        if self.centred:
+            dense = _about(dense, *[moments.dense_mean] * 4)
+        return ErrorNorm(known.second, known.cross, dense, outputs)
 
     @cached_property
     def held_out_error(self) -> ErrorNorm:
@@ -158,16 +209,18 @@ class LayerObjective(Objective):
     @cached_property
     def output_weighted_error(self) -> ErrorNorm:
         """The error on held-out inputs, outputs weighted by G."""
-        return replace(self.held_out_error, outputs=self.outputs, _known=[], _wholes=[])
+        return self.held_out_error.with_outputs(self.outputs)
 
     def metric(self, matrix: Tensor, gamma: float) -> Metric:
         """The metric that a fit minimises."""
-        m, outputs = self.moments, self.outputs
-        return make_metric(
-            matrix, m.second, m.mean, m.cross, m.dense_mean,
-            centred=self.centred, gamma=gamma, ridge=_RIDGE,
-            outputs=None if outputs is None else _shrunk(outputs, gamma),
-        )  # fmt: skip
+        outputs = None if self.outputs is None else _shrunk(self.outputs, gamma)
+        moved = None if isinstance(self.moments.second, RowMoment) else self.fit_error.moved(matrix)
+        return self._centred.metric(matrix, gamma, _RIDGE, outputs, moved)
+
+    @cached_property
+    def _centred(self) -> Centred:
+        m = self.moments
+        return Centred.of(m.second, m.mean, m.cross, m.dense_mean, self.centred)
 
     def whitened(self, matrix: Tensor) -> Metric:
         """The metric of the dense network's inputs, all outputs of one weight."""
@@ -232,12 +285,12 @@ class GroupedObjective(LayerObjective):
     @property
     def fit_error(self) -> ErrorNorm:
         """The error on the inputs of the fit."""
-        return replace(self._less_means(self.moments), outputs=self.powers, _known=[], _wholes=[])
+        return self._of_fit(self.powers)
 
     @property
     def held_out_error(self) -> ErrorNorm:
         """The error on held-out inputs."""
-        return replace(self._less_means(self.held_out), outputs=self.powers, _known=[], _wholes=[])
+        return self._less_means(self.held_out).with_outputs(self.powers)
 
     def shift(self, matrix: Tensor, approximation: Tensor) -> Tensor | None:
         """The correction of the mean, from each group's own."""
@@ -356,7 +409,7 @@ def _about(second: Second, left: Tensor, right: Tensor, a: Tensor, b: Tensor) ->
     """E[(x − a)(y − b)ᵀ] from E[x yᵀ], E[x] and E[y]."""
     if isinstance(second, RowMoment):
         return second.about(a, b)
-    return second - torch.outer(left, b) - torch.outer(a, right) + torch.outer(a, b)
+    return about(second, left, right, a, b)
 
 
 def one_matrix(weight: Tensor, kind: str, transposed: bool) -> Tensor:

@@ -161,9 +161,9 @@ class Metric:
     # M + R (N_x, N_x), symmetric, positive semidefinite: float64, (N_x,) of a diagonal one; or its rows
     inputs: Second
     outputs: Tensor | None = None  # G (N_y, N_y) likewise, (N_y,) of a diagonal one; None: the identity
-    factor: Tensor | None = field(
-        default=None, compare=False
-    )  # of Cholesky, of ``inputs``, where it is known
+    # Lower factors of Cholesky, where they are known: of ``inputs`` and of ``outputs``
+    factor: Tensor | None = field(default=None, compare=False)
+    output_factor: Tensor | None = field(default=None, compare=False)
 
     def value(self, matrix: Tensor) -> float:
         """f of ``matrix`` (N_y, N_x), in float64."""
@@ -182,14 +182,28 @@ class Metric:
     def input_root(self) -> Tensor:
         """Some square F with F Fᵀ = M + R."""
         formed = self.inputs if isinstance(self.inputs, Tensor) else self.inputs.formed()
-        return _root(formed) if self.factor is None else self.factor
+        return _root(formed) if self.input_lower is None else self.input_lower
+
+    @cached_property
+    def input_lower(self) -> Tensor | None:
+        """The lower triangular F with F Fᵀ = M + R; None where that is singular or given as rows."""
+        known = self.factor is not None or not isinstance(self.inputs, Tensor)
+        return self.factor if known else _cholesky(self.inputs)
 
     @cached_property
     def output_root(self) -> Tensor | None:
         """Some square F with F Fᵀ = G, (N_y,) of a diagonal one; None: the identity."""
         if self.outputs is None:
             return None
-        return self.outputs.sqrt() if self.outputs.dim() == 1 else _root(self.outputs)
+        if self.outputs.dim() == 1:
+            return self.outputs.sqrt()
+        return _root(self.outputs) if self.output_lower is None else self.output_lower
+
+    @cached_property
+    def output_lower(self) -> Tensor | None:
+        """The lower triangular F with F Fᵀ = G; None where that is singular."""
+        assert self.outputs is not None
+        return _cholesky(self.outputs) if self.output_factor is None else self.output_factor
 
 
 def weighed(outputs: Tensor | None, matrix: Tensor) -> Tensor:
@@ -197,6 +211,76 @@ def weighed(outputs: Tensor | None, matrix: Tensor) -> Tensor:
     if outputs is None:
         return matrix
     return outputs[:, None] * matrix if outputs.dim() == 1 else outputs @ matrix
+
+
+@dataclass(frozen=True)
+class Centred:
+    """Second moments of one layer's inputs about their means, as fits for any γ take them."""
+
+    second: Second  # M (N_x, N_x) float64, symmetric
+    cross: Second  # C (N_x, N_x) float64; the same object as ``second`` where x̃ = x
+
+    @classmethod
+    def of(
+        cls, second: Second, mean: Tensor, cross: Second, dense_mean: Tensor, centred: bool = True
+    ) -> Centred:
+        """Those of E[x̃ x̃ᵀ], E[x̃], E[x x̃ᵀ] and E[x].
+
+        Args:
+            second: (N_x, N_x).
+            mean: (N_x,).
+            cross: (N_x, N_x); equal to ``second`` where only the dense network ran.
+            dense_mean: (N_x,).
+            centred: whether the layer has a bias that will be refitted, so that means cost nothing.
+        """
+        same = cross is second or (isinstance(cross, Tensor) and torch.equal(cross, second))
+        same &= torch.equal(dense_mean, mean)
+        if isinstance(second, RowMoment):
+            assert isinstance(cross, RowMoment), "both are of the same rows"
+            if centred:
+                second, cross = second.about(mean, mean), cross.about(dense_mean, mean)
+            return cls(second, second if same else cross)
+        moment = (second + second.T).double() / 2
+        if centred:
+            moment = _without_constants(about(moment, mean, mean, mean, mean), moment)
+        if same:
+            return cls(moment, moment)
+        joint = cross.double()
+        return cls(moment, about(joint, dense_mean, mean, dense_mean, mean) if centred else joint)
+
+    def metric(
+        self,
+        weight: Tensor,
+        gamma: float,
+        ridge: float,
+        outputs: Tensor | None,
+        moved: Tensor | None = None,
+    ) -> Metric:
+        """The metric of W = ``weight`` (N_y, N_x).
+
+        Args:
+            weight: float64.
+            gamma: share of M that is replaced by its diagonal, 0 to 1.
+            ridge: added to the diagonal, in units of the mean diagonal entry of M.
+            outputs: G (N_y, N_y); None for the identity.
+            moved: W (C − M) (N_y, N_x) where it is known.
+
+        Returns:
+            All in float64; M + R and G symmetric and without negative eigenvalues.
+        """
+        outputs, lower = (None, None) if outputs is None else _semidefinite(outputs.double())
+        if isinstance(self.second, RowMoment):
+            target, regular = _of_rows(weight, self.second, self.cross, gamma, ridge)
+            return Metric(target, regular, outputs, output_factor=lower)
+        diagonal = self.second.diagonal()
+        shrunk = (1 - gamma) * self.second
+        shrunk.diagonal().add_(gamma * diagonal + ridge * diagonal.mean())
+        regular, factor = _semidefinite(shrunk)
+        target = weight
+        if self.cross is not self.second:
+            moved = weight @ (self.cross - self.second) if moved is None else moved
+            target = weight + _divide(moved, regular, factor)
+        return Metric(target, regular, outputs, factor, lower)
 
 
 def make_metric(
@@ -211,41 +295,15 @@ def make_metric(
     ridge: float,
     outputs: Tensor | None,
 ) -> Metric:
-    """The metric of one layer from the moments of its inputs.
+    """The metric of one layer from the moments of its inputs, as :class:`Centred` takes and makes them."""
+    moments = Centred.of(second, mean, cross, dense_mean, centred)
+    return moments.metric(weight.double(), gamma, ridge, outputs)
 
-    Args:
-        weight: W (N_y, N_x) as one matrix.
-        second: E[x̃ x̃ᵀ] (N_x, N_x), not centred.
-        mean: E[x̃] (N_x,).
-        cross: E[x x̃ᵀ] (N_x, N_x), not centred; equal to ``second`` where only the dense network ran.
-        dense_mean: E[x] (N_x,).
-        centred: the layer has a bias that will be refitted, so that means cost nothing.
-        gamma: share of M that is replaced by its diagonal, 0 to 1.
-        ridge: added to the diagonal, in units of the mean diagonal entry of M.
-        outputs: G (N_y, N_y); None for the identity.
 
-    Returns:
-        All in float64; M + R and G symmetric and without negative eigenvalues.
-    """
-    weight = weight.double()
-    outputs = None if outputs is None else semidefinite(outputs.double())
-    if isinstance(second, RowMoment):
-        assert isinstance(cross, RowMoment), "both are of the same rows"
-        if centred:
-            second, cross = second.about(mean, mean), cross.about(dense_mean, mean)
-        return Metric(*_of_rows(weight, second, cross, gamma, ridge), outputs)
-    assert isinstance(cross, Tensor)
-    moment, joint = second.double(), cross.double()
-    if centred:
-        moment = _without_constants(moment - torch.outer(mean, mean).double(), moment)
-        joint = joint - torch.outer(dense_mean, mean).double()
-    shrunk = (1 - gamma) * moment
-    shrunk.diagonal().add_(gamma * moment.diagonal() + ridge * moment.diagonal().mean())
-    regular, lower = _semidefinite(shrunk)
-    target = weight
-    if not torch.equal(cross, second) or not torch.equal(dense_mean, mean):
-        target = weight + _divide(weight @ (joint - moment), regular, lower)
-    return Metric(target, regular, outputs, lower)
+def about(second: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """E[(x − a)(y − b)ᵀ] (N, N) from E[x yᵀ], E[x], E[y], and a and b (N,); in the dtype of E[x yᵀ]."""
+    columns, rows = torch.stack([left, a], 1), torch.stack([b, right - b])
+    return torch.addmm(second, columns.to(second), rows.to(second), alpha=-1)
 
 
 def _of_rows(
@@ -263,12 +321,11 @@ def _of_rows(
 
 def semidefinite(matrix: Tensor) -> Tensor:
     """The symmetric part of ``matrix`` (N, N), negative eigenvalues beyond rounding set to zero."""
-    return _semidefinite(matrix)[0]
+    return _semidefinite((matrix + matrix.T) / 2)[0]
 
 
 def _semidefinite(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-    """As :func:`semidefinite`, with the lower factor of Cholesky; None where the result is singular."""
-    matrix = (matrix + matrix.T) / 2
+    """The same of a symmetric matrix, with the lower factor of Cholesky; None where it is singular."""
     lower = _cholesky(matrix)
     if lower is not None:
         return matrix, lower
@@ -314,7 +371,7 @@ def _cholesky(matrix: Tensor) -> Tensor | None:
 
 # Singular values below this share of the largest are zero up to rounding.
 _SVD_FLOOR = 1e-13
-_GRAM_FLOOR = 1e-7  # likewise of those found as roots of eigenvalues
+_GRAM_FLOOR = 1e-6  # those found as roots of eigenvalues are not told from zero below this share
 
 
 @dataclass(frozen=True)
@@ -339,28 +396,60 @@ def weighted_svd(metric: Metric) -> WeightedSVD:
 
     K is the rank of the target as the metric sees it, at least 1; f at rank K is zero.
     """
-    if isinstance(metric.inputs, RowMoment) and metric.target.shape[0] <= metric.target.shape[1]:
-        return _svd_of_outputs(metric, metric.inputs)
+    outputs, inputs = metric.target.shape
+    found = _svd_of_outputs(metric) if outputs <= inputs else _svd_of_inputs(metric)
+    if found is not None:
+        return found
     seen_inputs = metric.target @ metric.input_root  # T F
     root = _transposed(metric.output_root)
     u, values, v = torch.linalg.svd(weighed(root, seen_inputs), full_matrices=False)
     count = max(1, int((values > _SVD_FLOOR * values[0]).sum()))
     u, values, v = u[:, :count], values[:count], v[:count]
     left = u * values if root is None else seen_inputs @ v.T
-    return _balanced(left, u, values, weighed(root, metric.target))
+    return _balanced(left, _inverse_of(values)[:, None] * (u.T @ weighed(root, metric.target)), values)
 
 
-def _svd_of_outputs(metric: Metric, inputs: RowMoment) -> WeightedSVD:
-    """As :func:`weighted_svd`, from the moment of the outputs, Hᵀ T (M + R) Tᵀ H = U S² Uᵀ."""
+def _svd_of_outputs(metric: Metric) -> WeightedSVD | None:
+    """As :func:`weighted_svd`, from the moment of the outputs, Hᵀ T (M + R) Tᵀ H = U S² Uᵀ.
+
+    None where squares are too small to tell; of a moment that is given as rows, they are left out.
+    """
     root = _transposed(metric.output_root)
-    outputs: Tensor = metric.target @ inputs @ metric.target.T
-    whitened = weighed(root, weighed(root, outputs).T)
-    squares, vectors = torch.linalg.eigh((whitened + whitened.T) / 2)
-    values, u = squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+    outputs: Tensor = metric.target @ metric.inputs @ metric.target.T
+    values, u = _singular(weighed(root, weighed(root, outputs).T))
     count = max(1, int((values > _GRAM_FLOOR * values[0]).sum()))
+    regular = root is None or root.dim() == 1 or metric.output_lower is not None
+    if isinstance(metric.inputs, Tensor) and (count < len(values) or not regular):
+        return None
     u, values = u[:, :count], values[:count]
-    left = u * values if root is None else outputs @ weighed(metric.output_root, u) * _inverse_of(values)
-    return _balanced(left, u, values, weighed(root, metric.target))
+    if root is None:
+        left = u * values
+    elif root.dim() == 2 and regular:
+        left = torch.linalg.solve_triangular(root, u * values, upper=True)
+    else:
+        left = outputs @ weighed(metric.output_root, u) * _inverse_of(values)
+    return _balanced(left, _inverse_of(values)[:, None] * (u.T @ weighed(root, metric.target)), values)
+
+
+def _svd_of_inputs(metric: Metric) -> WeightedSVD | None:
+    """As :func:`weighted_svd`, from the other side, Fᵀ Tᵀ G T F = V S² Vᵀ and Ŵ = T F V Vᵀ F⁻¹.
+
+    None where squares are too small to tell, or where F is not known as a triangle.
+    """
+    lower = metric.input_lower
+    if lower is None:
+        return None
+    values, v = _singular(lower.T @ (metric.target.T @ weighed(metric.outputs, metric.target)) @ lower)
+    if float(values[-1]) <= _GRAM_FLOOR * float(values[0]):
+        return None
+    right = torch.linalg.solve_triangular(lower, v.T, upper=False, left=False)
+    return _balanced(metric.target @ (lower @ v), right, values)
+
+
+def _singular(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, descending, from the Gram matrix of one side, and the vectors of that side."""
+    squares, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    return squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
 
 
 def _transposed(root: Tensor | None) -> Tensor | None:
@@ -371,9 +460,8 @@ def _inverse_of(values: Tensor) -> Tensor:
     return torch.where(values > 0, 1 / values, 0)
 
 
-def _balanced(left: Tensor, u: Tensor, values: Tensor, seen_outputs: Tensor) -> WeightedSVD:
-    """The factors (T F V) and S⁻¹ (Uᵀ Hᵀ T) with rows and columns of equal norms."""
-    right = _inverse_of(values)[:, None] * (u.T @ seen_outputs)
+def _balanced(left: Tensor, right: Tensor, values: Tensor) -> WeightedSVD:
+    """The factors with columns and rows of equal norms."""
     tiny = torch.finfo(values.dtype).tiny  # keeps 0/0 of a zero target 0
     balance = (right.norm(dim=1).clamp(min=tiny) / left.norm(dim=0).clamp(min=tiny)).sqrt()
     return WeightedSVD(left * balance, values, right / balance[:, None])

@@ -232,4 +232,4 @@ def _padded_metric(metric: Metric, structure: Structure) -> Metric:
     if rows:
         outputs = target.new_ones(structure.outputs) if outputs is None else outputs
         outputs = pad(outputs, (0, rows) * outputs.dim())
-    return replace(metric, target=target, inputs=moment, outputs=outputs, factor=None)
+    return replace(metric, target=target, inputs=moment, outputs=outputs, factor=None, output_factor=None)
