@@ -31,9 +31,10 @@ from mpoc.compression.calibrate.objective import (
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.run_context import RunContext
 from mpoc.tensor_networks.factors import wide_factors
-from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.fit.metric import Metric
 from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
+from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.structure import Structure, make_structure
 
 SINGLE = ["encoder.layer.0.attention.self.query.weight", "encoder.layer.4.intermediate.dense.weight"]

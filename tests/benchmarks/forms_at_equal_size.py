@@ -28,8 +28,8 @@ from mpoc.compression.run_context import RunContext
 from mpoc.nn import adopt
 from mpoc.tensor_networks.factors import wide_factors
 from mpoc.tensor_networks.fit.decompose import decompose
-from mpoc.tensor_networks.fit.metric import weighted_svd
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
+from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.structure import Structure, lead_outputs_inputs, low_rank_structure, make_structure
 
 RATIOS = {"linear": (0.5, 0.1), "conv2d": (0.5, 0.1), "embedding": (0.1, 0.02)}

@@ -127,7 +127,7 @@ def allocate_by_gain(
         distance: on held-out inputs.
     """
     part = {plan.map.name: plan for plan in plans if plan.map.name in table.every}
-    scales = table.scales(distance)
+    scales = table.scales(distance.of_some)
     ways: dict[str, list[LayerPlan]] = {}
     if sum(costs[name].of(plan) for name, plan in part.items()) <= budget:
         ways["uniform"] = [

@@ -16,10 +16,11 @@ from torch import Tensor
 from mpoc.compression.budget import largest_bond
 from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.fit.metric import Metric
 from mpoc.tensor_networks.fit.truncation import Target, Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
+from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 

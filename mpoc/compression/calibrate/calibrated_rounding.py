@@ -24,8 +24,9 @@ from mpoc.quantize.codes import QuantizedTensor
 from mpoc.quantize.feedback import Feedback, best_exponents
 from mpoc.quantize.rounding import coded_in_bytes, round_grid
 from mpoc.quantize.storage import Grid
-from mpoc.tensor_networks.fit.metric import Metric, Second, weighted_svd
+from mpoc.tensor_networks.fit.metric import Metric, Second
 from mpoc.tensor_networks.fit.weighted import matrix_of
+from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import Form, form_of
 
 # Added to the metric of inputs, as a share of its diagonal.

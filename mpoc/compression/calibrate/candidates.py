@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,10 @@ from mpoc.compression.calibrate.layer_inputs import eval_mode
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plan import LayerPlan
-from mpoc.models.call import to_device
+from mpoc.models.call import num_examples, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from mpoc.tensor_networks.fit.metric import weighted_svd
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
+from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.layout import from_matrix
 from mpoc.tensor_networks.forms.sum import Sum
@@ -46,6 +47,8 @@ _MPO_SHARE = 0.4  # of a sum's parameters
 # The squared error of a sum over that of svd, at two shares of the weight's parameters: see the guide.
 _SHARES_OF_SUMS: Mapping[float, float] = {0.1: 0.93, 0.5: 0.8}
 
+# Movements of the outputs by one layer are measured on every third example, but on so many at least.
+_STEP, _FEWEST = 3, 16
 _SMALLEST_ERROR = 1e-3  # of a layer's largest error: from smaller ones the movement of outputs cannot be told
 _LARGEST_DISTANCE = 1e12  # in place of an infinite distance, of a network that gives no numbers
 
@@ -63,12 +66,20 @@ class OutputDistance:
 
     Args:
         statistics: of the dense network.
+        step: of each held-out batch, every how many examples are taken.
     """
 
-    def __init__(self, statistics: CalibrationStatistics) -> None:
-        self._statistics = statistics
+    def __init__(self, statistics: CalibrationStatistics, step: int = 1) -> None:
+        self._statistics, self._step = statistics, step
         self._inputs, self._blocks = statistics.held_out_inputs()
         self._dense = list(self._outputs(statistics.network, record=True))
+
+    @cached_property
+    def of_some(self) -> OutputDistance:
+        """The distance on a part of the examples, to compare layers with, each compressed by itself."""
+        count = sum(map(num_examples, self._statistics.data.held_out))
+        step = min(_STEP, count // _FEWEST)
+        return OutputDistance(self._statistics, step) if step > 1 else self
 
     @property
     def _state(self) -> dict[str, Tensor]:
@@ -131,7 +142,7 @@ class OutputDistance:
         data, device = self._statistics.data, self._statistics.context.device
         with eval_mode(network):
             for index, batch in enumerate(data.held_out):
-                part = to_device(batch, device)
+                part = to_device({name: values[:: self._step] for name, values in batch.items()}, device)
                 with ExitStack() as around:
                     if record:
                         around.enter_context(self._inputs.recorded(index))

@@ -24,9 +24,9 @@ from torch.nn.functional import pad
 from mpoc.tensor_networks.fit.decompose import decompose
 from mpoc.tensor_networks.fit.lbfgs import LBFGS
 from mpoc.tensor_networks.fit.mera import short_descent
-from mpoc.tensor_networks.fit.metric import Metric, RowMoment, weighted_svd
+from mpoc.tensor_networks.fit.metric import Metric, RowMoment
 from mpoc.tensor_networks.fit.truncation import Target, Truncation
-from mpoc.tensor_networks.fit.whitening import whitened_coordinates
+from mpoc.tensor_networks.fit.whitening import weighted_svd, whitened_coordinates
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.forms.layout import interleave
 from mpoc.tensor_networks.forms.mpo import MPO

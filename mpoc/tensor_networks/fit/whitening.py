@@ -9,6 +9,16 @@ In the coordinates H = ⊗ Y_k^½ of the outputs, whose moment is G, and F = ⊗
 f is the same number, Ŵ a form with the same bonds, and the new M and G are the identity on average.  TT-SVD
 is then a good start, and gradients point the right way.  The X_k that are nearest to M in Frobenius norm look
 at its large eigenvalues alone: measured, a worse start and a slower way from there.
+
+Also the best low-rank weight in a weighted norm, in closed form (whitened SVD: SVD-LLM, Wang et al. 2024).
+
+With M = F Fᵀ and G = H Hᵀ, f(Ŵ) = ‖Hᵀ (T − Ŵ) F‖², and by Eckart and Young the best Hᵀ Ŵ F of rank r is
+the truncated SVD U_r S_r V_rᵀ of Hᵀ T F.  Nothing needs to be divided by F or H to come back from there:
+
+    Ŵ = (T F V_r) S_r⁻¹ (U_rᵀ Hᵀ T).
+
+Where M and G are regular this is the only minimiser.  Where they are not, it keeps what T does in directions
+that cost nothing, as far as the rank allows.
 """
 
 from __future__ import annotations
@@ -20,7 +30,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.metric import Metric, RowMoment
+from mpoc.tensor_networks.fit.metric import Metric, RowMoment, weighed
 from mpoc.tensor_networks.forms.form import Form
 
 _ROUNDS = 4
@@ -190,3 +200,101 @@ def _transformed(term: Form, outputs: list[Tensor], inputs: list[Tensor]) -> lis
             if leg in factors:
                 cores[k] = _times(cores[k], factors[leg], axis)
     return cores
+
+
+# Singular values below this share of the largest are zero up to rounding.
+_SVD_FLOOR = 1e-13
+_GRAM_FLOOR = 1e-6  # those found as roots of eigenvalues are not told from zero below this share
+
+
+@dataclass(frozen=True)
+class WeightedSVD:
+    """The best weight of any rank r is ``left[:, :r] @ right[:r]``, and its f is Σ_{k≥r} values[k]²."""
+
+    left: Tensor  # (N_y, K) float64
+    values: Tensor  # (K,) float64, descending
+    right: Tensor  # (K, N_x) float64; row k has the norm of left's column k
+
+    def factors(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The best weight of this rank as (N_y, r) and (r, N_x) with equal, diagonal Gram matrices."""
+        left, upper = torch.linalg.qr(self.left[:, :rank])
+        right, lower = torch.linalg.qr(self.right[:rank].T)
+        u, values, v = torch.linalg.svd(upper @ lower.T)
+        root = values.sqrt()
+        return left @ (u * root), (root[:, None] * v) @ right.T
+
+
+def weighted_svd(metric: Metric) -> WeightedSVD:
+    """The minimisers of f over all weights of rank 1, 2, … K ≤ min(N_y, N_x).
+
+    K is the rank of the target as the metric sees it, at least 1; f at rank K is zero.
+    """
+    outputs, inputs = metric.target.shape
+    found = _svd_of_outputs(metric) if outputs <= inputs else _svd_of_inputs(metric)
+    if found is not None:
+        return found
+    seen_inputs = metric.target @ metric.input_root  # T F
+    root = _transposed(metric.output_root)
+    u, values, v = torch.linalg.svd(weighed(root, seen_inputs), full_matrices=False)
+    count = max(1, int((values > _SVD_FLOOR * values[0]).sum()))
+    u, values, v = u[:, :count], values[:count], v[:count]
+    left = u * values if root is None else seen_inputs @ v.T
+    return _balanced(left, _inverse_of(values)[:, None] * (u.T @ weighed(root, metric.target)), values)
+
+
+def _svd_of_outputs(metric: Metric) -> WeightedSVD | None:
+    """As :func:`weighted_svd`, from the moment of the outputs, Hᵀ T (M + R) Tᵀ H = U S² Uᵀ.
+
+    None where squares are too small to tell; of a moment that is given as rows, they are left out.
+    """
+    root = _transposed(metric.output_root)
+    outputs: Tensor = metric.target @ metric.inputs @ metric.target.T
+    values, u = _singular(weighed(root, weighed(root, outputs).T))
+    count = max(1, int((values > _GRAM_FLOOR * values[0]).sum()))
+    regular = root is None or root.dim() == 1 or metric.output_lower is not None
+    if isinstance(metric.inputs, Tensor) and (count < len(values) or not regular):
+        return None
+    u, values = u[:, :count], values[:count]
+    if root is None:
+        left = u * values
+    elif root.dim() == 2 and regular:
+        left = torch.linalg.solve_triangular(root, u * values, upper=True)
+    else:
+        left = outputs @ weighed(metric.output_root, u) * _inverse_of(values)
+    return _balanced(left, _inverse_of(values)[:, None] * (u.T @ weighed(root, metric.target)), values)
+
+
+def _svd_of_inputs(metric: Metric) -> WeightedSVD | None:
+    """As :func:`weighted_svd`, from the other side, Fᵀ Tᵀ G T F = V S² Vᵀ and Ŵ = T F V Vᵀ F⁻¹.
+
+    None where squares are too small to tell, or where F is not known as a triangle.
+    """
+    lower = metric.input_lower
+    if lower is None:
+        return None
+    values, v = _singular(lower.T @ (metric.target.T @ weighed(metric.outputs, metric.target)) @ lower)
+    if float(values[-1]) <= _GRAM_FLOOR * float(values[0]):
+        return None
+    right = torch.linalg.solve_triangular(lower, v.T, upper=False, left=False)
+    return _balanced(metric.target @ (lower @ v), right, values)
+
+
+def _singular(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values, descending, from the Gram matrix of one side, and the vectors of that side."""
+    squares, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    return squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
+
+
+def _transposed(root: Tensor | None) -> Tensor | None:
+    return root.mT if root is not None and root.dim() == 2 else root
+
+
+def _inverse_of(values: Tensor) -> Tensor:
+    return torch.where(values > 0, 1 / values, 0)
+
+
+def _balanced(left: Tensor, right: Tensor, values: Tensor) -> WeightedSVD:
+    """The factors with columns and rows of equal norms."""
+    tiny = torch.finfo(values.dtype).tiny  # keeps 0/0 of a zero target 0
+    balance = (right.norm(dim=1).clamp(min=tiny) / left.norm(dim=0).clamp(min=tiny)).sqrt()
+    return WeightedSVD(left * balance, values, right / balance[:, None])

@@ -28,6 +28,7 @@ class Distance:
     def __init__(self, dense: Mapping[str, Tensor], importance: Mapping[str, float]) -> None:
         self.dense, self.importance, self.asked = dense, importance, 0
         self.penalty: list[float] = []
+        self.of_some = self
 
     def of(self, layers: Mapping[str, Replacement]) -> float:
         self.asked += 1

@@ -13,10 +13,10 @@ from torch.nn.functional import conv2d, unfold
 from mpoc.compression.calibrate.calibrated_fit import CalibratedFit, FitSettings, Storage, fit_calibrated
 from mpoc.compression.calibrate.moments import Accumulator
 from mpoc.compression.calibrate.objective import LayerObjective, one_matrix
-from mpoc.tensor_networks.fit.metric import weighted_svd
 from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.fit.weighted import matrix_of
+from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from mpoc.compression.calibrate.calibrated_fit import FitSettings, Storage, fit_calibrated
 from mpoc.compression.calibrate.moments import Accumulator, one_hot_moments
 from mpoc.compression.calibrate.objective import EmbeddingObjective, GroupedObjective
-from mpoc.tensor_networks.fit.metric import weighted_svd
 from mpoc.tensor_networks.fit.weighted import matrix_of
+from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
 from tests.tensor_networks.fit.metrics import random_moment
 

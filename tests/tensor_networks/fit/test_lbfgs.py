@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from mpoc.tensor_networks.fit.lbfgs import LBFGS
-from mpoc.tensor_networks.fit.metric import Metric, weighted_svd
+from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure, make_structure

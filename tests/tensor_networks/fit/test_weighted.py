@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpoc.tensor_networks.fit.decompose import decompose
-from mpoc.tensor_networks.fit.metric import Metric, make_metric, weighted_svd
+from mpoc.tensor_networks.fit.metric import Metric, make_metric
 from mpoc.tensor_networks.fit.truncation import Target, Truncation
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
+from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.forms.mpo import MPO
 from mpoc.tensor_networks.structure import Structure, make_structure

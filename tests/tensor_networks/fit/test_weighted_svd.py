@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from mpoc.tensor_networks.fit.metric import Metric, make_metric, weighted_svd
+from mpoc.tensor_networks.fit.metric import Metric, make_metric
+from mpoc.tensor_networks.fit.whitening import weighted_svd
 from tests.tensor_networks.fit.metrics import diagonal_metric, moments, random_metric, row_moments
 
 METRICS = {
