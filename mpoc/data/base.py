@@ -40,6 +40,13 @@ class Examples(Dataset[Batch], ABC):
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """These examples: ``x`` (n, …), or ``input_ids`` and ``attention_mask`` (n, T); ``y`` if known."""
 
+    def check(self) -> None:
+        """Read what is read only when a batch asks for it, as far as it can stay in memory.
+
+        Raises:
+            MpocError: an example is damaged.
+        """
+
     def __getitem__(self, index: int) -> Batch:
         return {name: values[0] for name, values in self.batch([index]).items()}
 
@@ -74,6 +81,10 @@ class Subset(Examples):
         """(n,) the chunk of each example of the subset, or None."""
         chunks = self.examples.chunks()
         return None if chunks is None else chunks[self.indices]
+
+    def check(self) -> None:
+        """Read all of the split that the subset is of."""
+        self.examples.check()
 
     def lengths(self) -> Tensor | None:
         """(n,) tokens of each example of the subset, or None."""

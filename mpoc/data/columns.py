@@ -78,6 +78,33 @@ class FileRows(Rows[bytes]):
             raise MpocError(f"{file}: cannot be read ({error.strerror})") from error
 
 
+class HeldRows(Rows[bytes]):
+    """Values of other rows that were read and stay in memory until they are dropped."""
+
+    def __init__(self, rows: Rows[bytes], values: list[bytes]) -> None:
+        self._rows, self._values = rows, values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def name(self, index: int) -> str:
+        """As the rows name it."""
+        return self._rows.name(index)
+
+    def scan(self) -> Iterator[list[bytes]]:
+        """All values, in order."""
+        yield self._values
+
+    def take(self, indices: Sequence[int]) -> list[bytes]:
+        """The values at these indices."""
+        return [self._values[index] for index in indices]
+
+    def drop(self, indices: Sequence[int]) -> None:
+        """Free the values at these indices."""
+        for index in indices:
+            self._values[index] = b""
+
+
 class ParquetRows(Rows[Value]):
     """A column of parquet files, read one row group at a time; the last few groups are cached."""
 

@@ -1,8 +1,8 @@
 """Images: decode PNG, JPEG and the like, read image folders, and turn stored pixels into a network's input.
 
-Encoded images are decoded once where they fit in memory, else batch by batch.  Preprocessing (resize,
-pad-crop-flip, normalise) works on a whole batch.  An image folder has one folder per class and one file per
-image: ``train/<class>/*``, ``test/<class>/*``, or ``<class>/*`` alone.
+Encoded images are decoded when they are asked for, and kept where the set fits in memory.  Preprocessing
+(resize, pad-crop-flip, normalise) works on a whole batch.  An image folder has one folder per class and one
+file per image: ``train/<class>/*``, ``test/<class>/*``, or ``<class>/*`` alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpoc.data.arrays import Arrays, Column, Where, number_labels
+from mpoc.data.arrays import Column, Where, number_labels
 from mpoc.data.base import Batch, Data, DataSource, Examples
-from mpoc.data.columns import FileRows, Rows
+from mpoc.data.columns import FileRows, HeldRows, Rows
 from mpoc.data.recognise import IMAGE_SUFFIXES, SPLITS
 from mpoc.errors import MpocError, UsageError
 
 _GREY = ("1", "L", "LA")
+_AT_ONCE = 4096  # images that are decoded together
 _DEEP = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than eight bits a channel
 # What pillow's decoders raise on damaged bytes.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
@@ -183,17 +184,56 @@ class EncodedImages(Examples):
         return len(self.rows)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
-        """``x`` (n, C, H, W) uint8, decoded now, and ``y``."""
+        """``x`` (n, C, H, W) uint8, and ``y``."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        places = chosen.tolist()
-        x = np.empty((len(places), *self.decoder.shape), np.uint8)
-        for k, (place, content) in enumerate(zip(places, self.rows.take(places), strict=True)):
-            x[k] = self.decoder.decode(content, self.rows.name(place))
-        return {"x": torch.from_numpy(x)} | ({} if self.y is None else {"y": self.y[chosen]})
+        x = torch.from_numpy(self._pixels(chosen.numpy()))
+        return {"x": x} | ({} if self.y is None else {"y": self.y[chosen]})
 
     def chunks(self) -> Tensor | None:
         """(n,) the chunk of the file that holds each image, or None."""
         return self.rows.chunks()
+
+    def _pixels(self, places: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """(n, C, H, W), decoded on as many threads as torch has: pillow frees the GIL."""
+        x = np.empty((len(places), *self.decoder.shape), np.uint8)
+        items = [*enumerate(zip(places.tolist(), self.rows.take(places.tolist()), strict=True))]
+        threads = torch.get_num_threads()
+
+        def fill(first: int) -> None:
+            for k, (place, content) in items[first::threads]:
+                x[k] = self.decoder.decode(content, self.rows.name(place))
+
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, range(threads)))  # waits, and raises the first error
+        return x
+
+
+class KeptImages(EncodedImages):
+    """Images that stay in memory: encoded until a batch asks for them, decoded from then on."""
+
+    rows: HeldRows
+
+    def __init__(self, rows: HeldRows, decoder: Decoder, y: Tensor | None) -> None:
+        super().__init__(rows, decoder, y)
+        self._kept = np.empty((len(rows), *decoder.shape), np.uint8)  # memory that is taken when filled
+        self._decoded = np.zeros(len(rows), bool)
+
+    def check(self) -> None:
+        """Decode all images.
+
+        Raises:
+            MpocError: one is damaged.
+        """
+        self._pixels(np.arange(len(self)))
+
+    def _pixels(self, places: NDArray[np.int64]) -> NDArray[np.uint8]:
+        missing = np.unique(places[~self._decoded[places]])
+        for start in range(0, len(missing), _AT_ONCE):
+            part = missing[start : start + _AT_ONCE]
+            self._kept[part] = super()._pixels(part)
+            self._decoded[part] = True
+            self.rows.drop(part.tolist())
+        return self._kept[places]
 
 
 def assemble_images(
@@ -205,8 +245,8 @@ def assemble_images(
 ) -> Data:
     """A checked data set of encoded images; ``columns`` are the labels of each split.
 
-    Every image is decoded; where the set is too large for memory, every header is read, which gives size and
-    colour.  Damage beyond the header is then reported when the image is decoded.
+    Every header is read, which gives size and colour.  Damage beyond it is reported when the image is
+    decoded: by :meth:`Examples.check`, or in a batch.
 
     Raises:
         MpocError: pillow is missing, no examples, a damaged image, images of different sizes, a bad label.
@@ -235,44 +275,25 @@ def _decoder_for(rows: Rows[bytes], size: tuple[int, int] | None) -> Decoder:
 def _read_splits(
     rows: dict[str, Rows[bytes]], decoder: Decoder, labels: dict[str, Tensor], limit: int
 ) -> dict[str, Examples]:
-    total = sum(len(held) for held in rows.values()) * int(np.prod(decoder.shape))
+    keeps = sum(len(held) for held in rows.values()) * int(np.prod(decoder.shape)) <= limit
     splits: dict[str, Examples] = {}
     for split, held in rows.items():
-        if total <= limit:
-            splits[split] = Arrays([_decode_all(held, decoder)], labels.get(split))
-        else:
-            _for_all(held, lambda _, content, name: decoder.check(_open(content, name), name))
-            splits[split] = EncodedImages(held, decoder, labels.get(split))
+        encoded: list[bytes] = []
+        for start, values in _checked(held, decoder):
+            encoded[start:] = values if keeps else []
+        kept = KeptImages(HeldRows(held, encoded), decoder, labels.get(split)) if keeps else None
+        splits[split] = kept or EncodedImages(held, decoder, labels.get(split))
     return splits
 
 
-def _decode_all(rows: Rows[bytes], decoder: Decoder) -> Tensor:
-    """(n, C, H, W) uint8."""
-    pixels = np.empty((len(rows), *decoder.shape), np.uint8)
-
-    def fill(index: int, content: bytes, name: str) -> None:
-        pixels[index] = decoder.decode(content, name)
-
-    _for_all(rows, fill)
-    return torch.from_numpy(pixels)
-
-
-def _for_all(rows: Rows[bytes], work: Callable[[int, bytes, str], None]) -> None:
-    """Call ``work`` on every (index, value, name), on as many threads as torch has: pillow frees the GIL."""
+def _checked(rows: Rows[bytes], decoder: Decoder) -> Iterator[tuple[int, list[bytes]]]:
+    """All values, some at a time, with the place of the first of them; their headers are right."""
     start = 0
-    threads = torch.get_num_threads()
-
-    def piece(part: list[tuple[int, bytes]]) -> None:
-        for index, content in part:
-            work(index, content, rows.name(index))
-
-    with ThreadPoolExecutor(threads) as pool:
-        for values in rows.scan():
-            numbered = list(enumerate(values, start))
-            step = -(-len(numbered) // threads)
-            parts = [numbered[k : k + step] for k in range(0, len(numbered), step)]
-            list(pool.map(piece, parts))  # waits, and raises the error of the first part that failed
-            start += len(values)
+    for values in rows.scan():
+        for place, content in enumerate(values, start):
+            decoder.check(_open(content, rows.name(place)), rows.name(place))
+        yield start, values
+        start += len(values)
 
 
 @cache

@@ -161,6 +161,8 @@ def open_training_data(
         data, held_out = hold_out_to_measure(data, options.held_out, model.history, digest)
     else:
         data, held_out = hold_out_to_train(data, options.held_out, wants_validation)
+        for examples in data.splits.values():
+            examples.check()  # damage is told before the training, not in the middle of it
     _refuse_unused(options, data)
     check_fits(data, shape=_shape(data, model), images=images, vocabulary=_vocabulary(model))
     if data.tokenizer is not None and tokenizer is None:

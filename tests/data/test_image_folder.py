@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 
 from mpoc.data import columns as rows
 from mpoc.data import open_data
+from mpoc.data.base import Subset
+from mpoc.data.images import Decoder
 from mpoc.errors import MpocError
 from tests.data.samples import pixels, png, write_folder
 
@@ -99,6 +102,35 @@ def test_rejects_16_bit_images(tmp_path: Path) -> None:
         open_data(tmp_path)
 
 
+def test_decodes_what_a_batch_asks_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "train", held := classes("a", "b", each=3))
+    decoded: list[str] = []
+    original = Decoder.decode
+
+    def counted(decoder: Decoder, content: bytes, name: str) -> np.ndarray:
+        decoded.append(name)
+        return original(decoder, content, name)
+
+    monkeypatch.setattr(Decoder, "decode", counted)
+    train = open_data(tmp_path).splits["train"]
+    expected = np.stack(held["a"] + held["b"]).transpose(0, 3, 1, 2)
+    for places in ([4, 1, 4], [1, 0], [4]):
+        np.testing.assert_array_equal(train.batch(places)["x"].numpy(), expected[places])
+    assert len(decoded) == 3
+    train.check()
+    assert len(decoded) == len(set(decoded)) == 6
+
+
+@LIMITS
+def test_damage_is_told_before_a_training(tmp_path: Path, limit: int) -> None:
+    write_folder(tmp_path / "train", classes("a", "b", each=1, shape=(40, 40, 3)))
+    (tmp_path / "train" / "b" / "bad.png").write_bytes(png(pixels(40, 40, 3))[:2000])
+    train = open_data(tmp_path, limit=limit).splits["train"]
+    train.batch([0, 1])
+    with pytest.raises(MpocError, match=r"train/b/bad\.png: damaged image") if limit else nullcontext():
+        Subset(train, torch.tensor([0])).check()
+
+
 def test_result_does_not_depend_on_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     held = classes("a", "b", each=20)
     write_folder(tmp_path / "train", held)
@@ -107,6 +139,7 @@ def test_result_does_not_depend_on_threads(tmp_path: Path, monkeypatch: pytest.M
     try:
         torch.set_num_threads(3)
         together = open_data(tmp_path).splits["train"]
+        together.check()
     finally:
         torch.set_num_threads(1)
     expected = np.stack(held["a"] + held["b"]).transpose(0, 3, 1, 2)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mpoc.data import CharacterTokenizer, TextOptions, open_data, shuffled
 from mpoc.data.columns import ParquetRows
-from mpoc.data.images import EncodedImages
+from mpoc.data.images import EncodedImages, KeptImages
 from mpoc.errors import MpocError
 from tests.data.samples import pixels, png, write_jsonl, write_parquet
 
@@ -40,7 +40,7 @@ def test_reads_images_across_files_and_row_groups(tmp_path: Path, limit: int) ->
     np.testing.assert_array_equal(batch["x"].numpy(), x[order].transpose(0, 3, 1, 2))
     assert batch["y"].tolist() == [y[k] for k in order]
     assert data.splits["test"].batch([1])["y"].tolist() == [1]
-    assert isinstance(data.splits["train"], EncodedImages) == (limit == 0)
+    assert isinstance(data.splits["train"], KeptImages) == (limit > 0)
 
 
 def test_cifar10_matches_pyarrow_and_pillow(data: Path) -> None:
