@@ -315,7 +315,7 @@ def _size_trials(result: SearchResult) -> SizeTrials:
     return SizeTrials(
         sorted((trial.nbytes, trial.scores[metric]) for trial in search.trials),
         (chosen.nbytes, chosen.scores[metric]),
-        f"chosen: --ratio {chosen.ratio:g}",
+        f"chosen: {chosen.option}",
         (result.compression.manifest.source.nbytes, before.scores[metric]),
         before.scores[metric] + sign * search.max_drop,
         f"dense {'−+'[sign > 0]} {search.max_drop:g}",
@@ -367,7 +367,7 @@ def print_json(result: CompressResult) -> None:
 
 def _trial_dict(trial: Trial, search: Bisection) -> dict[str, Any]:
     return {
-        "ratio": trial.ratio,
+        trial.goal: trial.budget,
         "nbytes": trial.nbytes,
         "scores": {name: _number(score) for name, score in trial.scores.items()},
         "drop": _number(trial.drop),

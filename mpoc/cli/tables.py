@@ -163,7 +163,7 @@ def trials_table(search: Bisection, before: FileEvaluation, nbytes: int | None) 
     """The trials of a search by size, the dense network (``nbytes`` on disk) last."""
     metric = before.metric
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for title in ("on disk", "--ratio", metric, "drop"):
+    for title in ("on disk", f"--{search.goal}", metric, "drop"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("")
     for trial in sorted(search.trials, key=lambda trial: trial.nbytes):
@@ -171,7 +171,7 @@ def trials_table(search: Bisection, before: FileEvaluation, nbytes: int | None) 
         verdict = "chosen" if is_chosen else "" if search.keeps(trial) else "loses too much"
         table.add_row(
             human_bytes(trial.nbytes),
-            f"{trial.ratio:.3f}",
+            trial.option.partition(" ")[2],
             _score(metric, trial.scores[metric]),
             f"{trial.drop:.4g}",
             verdict,
@@ -198,7 +198,7 @@ def goal_line(before: FileEvaluation, max_drop: float | None) -> str:
 def trial_line(trial: Trial, kept: bool) -> str:
     """A trial of a search as one line of progress."""
     result = f"{human_bytes(trial.nbytes)}, {scores_line(dict(trial.scores))}"
-    return f"ρ {trial.ratio:.3f}: {result}; drop {trial.drop:.4g}, {'kept' if kept else 'too much'}"
+    return f"{trial.option}: {result}; drop {trial.drop:.4g}, {'kept' if kept else 'too much'}"
 
 
 def compression_table(results: Reproduction) -> Table:

@@ -69,6 +69,15 @@ def bonds_within_size(shares: list[LayerShare], size: int, predict: Callable[[Bo
     )
 
 
+def fewest_bits(storage: str) -> float:
+    """The fewest bits a number that a budget gives to a layer in this storage."""
+    return _steps(storage)[0]
+
+
+def _steps(storage: str) -> tuple[float, ...]:
+    return GRID_BITS if storage == "grid" else _CODED_BITS
+
+
 def bits_within_size(storage: str, size: int, predict: Callable[[float], int]) -> float:
     """Choose the most bits a number with which the predicted output has at most ``size`` bytes.
 
@@ -80,7 +89,7 @@ def bits_within_size(storage: str, size: int, predict: Callable[[float], int]) -
     Raises:
         UsageError: the output is larger even with the fewest bits.
     """
-    steps = GRID_BITS if storage == "grid" else _CODED_BITS
+    steps = _steps(storage)
     fitting = bisect_right(steps, size, key=predict)
     if fitting == 0:
         least = predict(steps[0])

@@ -90,7 +90,7 @@ def compress_checkpoint(
     check_recipe(recipe)
     if recipe.max_drop is not None:
         raise UsageError(
-            "max_drop: compress_checkpoint does not search for a ratio",
+            "max_drop: compress_checkpoint does not search for a budget",
             "mpoc.compression.search.compress_within",
         )
     with process_group() as group, in_scratch(as_request(calibrate)) as request:

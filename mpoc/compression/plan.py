@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mpoc.compression.budget import (
@@ -16,6 +16,7 @@ from mpoc.compression.budget import (
     LayerShare,
     bits_within_size,
     bonds_within_size,
+    fewest_bits,
     smallest_bonds,
     uniform_bonds,
 )
@@ -209,7 +210,8 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
         )
     goal = Dense("the recipe leaves it dense") if rule.dense else _goal(map, structure, rule, recipe)
     storage, bits = recipe.storage_for(map.name)
-    shares_bits = recipe.size is not None and recipe.bits is None and recipe.storage in ("grid", "coded")
+    of_bytes = recipe.size is not None or recipe.max_drop is not None
+    shares_bits = of_bytes and recipe.bits is None and recipe.storage in ("grid", "coded")
     if shares_bits and isinstance(goal, BudgetItem):
         goal = Dense()
         bits = 0 if bits is None and storage != "float" else bits
@@ -286,6 +288,31 @@ def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> l
     return _with_bonds(plans, bonds)
 
 
+def bytes_range(
+    plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]
+) -> tuple[int, int] | None:
+    """Bytes of the weight files at the fewest bits, and with all layers as they are.
+
+    None where no layer awaits its bits.
+    """
+    if not any(plan.awaits_bits for plan in plans):
+        return None
+    return predict_size(at_fewest_bits(plans)), predict_size(_left_whole(plans))
+
+
+def at_fewest_bits(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The plans with layers whose bits a budget finds at the fewest; those of other layers as they are."""
+    return [
+        plan.rounded_to(fewest_bits(plan.rounding.storage)) if plan.rounding and plan.awaits_bits else plan
+        for plan in plans
+    ]
+
+
+def _left_whole(plans: list[LayerPlan]) -> list[LayerPlan]:
+    """The plans with layers that await their bits left as they are."""
+    return [_closed(replace(plan, rounding=None), None) if plan.awaits_bits else plan for plan in plans]
+
+
 def least_ratio(plans: list[LayerPlan], allow_growth: bool) -> float:
     """ρ over all selected layers with every open bond at 1: no budget can be smaller."""
     least = _with_bonds(plans, smallest_bonds(_shares(plans)))
@@ -315,8 +342,7 @@ def _bits_within_size(
 ) -> list[LayerPlan]:
     """The plans with the same bits for all layers that await theirs; dense if that fits."""
     storage = next(plan.rounding.storage for plan in plans if plan.rounding and plan.awaits_bits)
-    whole = [_closed(replace(plan, rounding=None), None) if plan.awaits_bits else plan for plan in plans]
-    if predict_size(whole) <= size:
+    if predict_size(whole := _left_whole(plans)) <= size:
         return whole
 
     def planned(bits: float) -> list[LayerPlan]:

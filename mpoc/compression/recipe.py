@@ -123,7 +123,7 @@ class Recipe:
         None,
         "--embeddings/--no-embeddings",
         panel=_LAYERS,
-        shown="not; with --size yes",
+        shown="not; yes with --size or --max-drop",
     )
     min_params: int = option("Leave weights with fewer parameters alone.", 0, panel=_LAYERS)
     allow_growth: bool = option(
@@ -246,11 +246,21 @@ class Recipe:
         """This recipe with a size in bytes where it is a share of the ``source`` bytes of weight files."""
         return replace(self, size=int(self.size * source)) if isinstance(self.size, float) else self
 
+    def within(self, goal: str, budget: float, source: int) -> Recipe:
+        """This recipe with a ``"ratio"`` or a ``"size"``, a share of ``source`` bytes, for its max_drop."""
+        if goal == "ratio":
+            return replace(self, max_drop=None, ratio=budget)
+        return replace(self, max_drop=None, size=budget).with_bytes_of(source)
+
     @property
     def _rounds_to_size(self) -> bool:
-        """Whether a budget of bytes is met by rounding: no form, order, bits or dtype is asked for."""
+        """Whether a budget of bytes is met by rounding: no form, order, bits or dtype is asked for.
+
+        ``max_drop`` searches one.
+        """
         asked = (self.form, self.bits, self.sites, self.dtype, self.shape, self.order, self.conv != "kernel")
-        return self.size is not None and self.storage != "float" and not any(asked)
+        of_bytes = self.size is not None or self.max_drop is not None
+        return of_bytes and self.storage != "float" and not any(asked)
 
     @property
     def has_budget(self) -> bool:
@@ -383,13 +393,14 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.effort is not None and recipe.effort not in EFFORTS:
         known = ", ".join(EFFORTS)
         raise UsageError(f"--effort {recipe.effort!r}: not one of {known}{nearest(recipe.effort, EFFORTS)}")
-    check_storage("--", recipe.storage, recipe.bits, recipe.size is not None and recipe.form is None)
+    of_bytes = recipe.size is not None or recipe.max_drop is not None
+    check_storage("--", recipe.storage, recipe.bits, of_bytes and recipe.form is None)
     forms = [recipe.conv, *(rule.conv for rule in recipe.rules if rule.conv)]
     check_conv(forms, bool(recipe.input_shape) or any(rule.input_shape for rule in recipe.rules))
     every = (recipe.rules, recipe.shape, recipe.order, recipe.input_shape)
     check_regular_expressions(rule.pattern or "" for rules in every for rule in rules)
     check_form("--form", recipe.form, recipe.sites)
-    of_size = None if recipe.size is None else recipe.storage or "coded"
+    of_size = recipe.storage or "coded" if of_bytes else None
     for rule in recipe.rules:
         _check_rule(f"layer {rule.pattern!r}:", rule)
         bits = rule.bits if rule.storage == "float" else rule.bits or recipe.bits

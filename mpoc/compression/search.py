@@ -1,12 +1,14 @@
 """Search for the smallest output that keeps a metric: compress to one budget after another.
 
-A smaller ρ mostly loses more, so the interval between a ρ that lost too much and one that did not is halved.
-Metrics on finite data are not quite monotone; their order only says where to try next.  The answer is the
-smallest output of those that were written, measured and found good.
+A budget is a size, as a share of the source's weight files, or where a form is asked for, a ratio ρ.  A
+smaller one mostly loses more, so the interval between one that lost too much and one that did not is
+halved: of a ratio its width, of a size its logarithm.  Metrics on finite data are not quite monotone; their
+order only says where to try next.  The answer is the smallest output of those that were written, measured
+and found good.
 
 What does not depend on the budget is done once: the source is opened, the dense network is evaluated and,
-with calibration data, measured.  Trials are written beside the output, at most two at a time, and the chosen
-one is moved to its place as it was measured.
+with calibration data, measured, and so is how far errors in each layer move its outputs.  Trials are written
+beside the output, at most two at a time, and the chosen one is moved to its place as it was measured.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpoc.compression.pipeline import as_request, in_scratch, refuse_output
-from mpoc.compression.plan import least_ratio
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.run_context import LayerCallback, Progress, RunContext, StageCallback
 from mpoc.compression.source import CompressionSource, open_source
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from mpoc.compression.calibrate.statistics import CalibrationStatistics
 
 
-_GRID = 1000  # ratios have three decimals
-_FINE = 0.02  # the share of ρ at which an interval is narrow enough
+_GRID = 1000  # budgets have three decimals
+_FINE = 0.02  # the share of a budget at which an interval is narrow enough
 _MOST_TRIALS = 8
 
 
@@ -47,38 +48,48 @@ _MOST_TRIALS = 8
 class Trial:
     """One output that was written and measured."""
 
-    ratio: float  # that was asked for
+    budget: float  # that was asked for: a ratio, or a share of the source's weight files
     nbytes: int  # on disk
     drop: float  # of the metric, in its unit; negative: a gain; NaN: it is not a number
     scores: Mapping[str, float]
+    goal: str = "ratio"  # or "size"
+
+    @property
+    def option(self) -> str:
+        """The option that makes this output again."""
+        return f"--{self.goal} " + (f"{self.budget:.1%}" if self.goal == "size" else f"{self.budget:.3f}")
 
 
 @dataclass
 class Bisection:
-    """Bisection over the ratio: ask for the next ratio and add the trial made at it, until there is none.
+    """Bisection over a budget: ask for the next one and add the trial made at it, until there is none.
 
     Args:
         max_drop: largest loss of the metric.
-        least: ρ that no output can go below.
+        least: budget that no output can go below.
+        most: budget that the dense network meets.
+        goal: ``"ratio"`` or ``"size"``.
     """
 
     max_drop: float
     least: float = 0.0
+    most: float = 1.0
+    goal: str = "ratio"
     trials: list[Trial] = field(default_factory=list)  # in the order they were made
 
     def keeps(self, trial: Trial) -> bool:
         """Whether the metric drops by no more than ``max_drop``."""
         return trial.drop <= self.max_drop
 
-    def next_ratio(self) -> float | None:
-        """The next ratio to try; None: the search is over."""
-        low, high = math.floor(self.least * _GRID), _GRID
+    def next_budget(self) -> float | None:
+        """The next budget to try; None: the search is over."""
+        low, high = math.floor(self.least * _GRID), math.floor(self.most * _GRID)
         for trial in self.trials:
-            tried = round(trial.ratio * _GRID)
+            tried = round(trial.budget * _GRID)
             low, high = (low, tried) if self.keeps(trial) else (tried, high)
-        middle = (low + high) // 2
+        middle = math.isqrt(max(low, 1) * high) if self.goal == "size" else (low + high) // 2
         fine = bool(self.trials) and high - low <= _FINE * high
-        over = middle == low or fine or len(self.trials) == _MOST_TRIALS
+        over = middle <= low or fine or len(self.trials) == _MOST_TRIALS
         return None if over else middle / _GRID
 
     @property
@@ -159,7 +170,7 @@ def _searched(
     source, output, recipe, arch = request.source, request.output, request.recipe, request.arch
     context = RunContext(choose_device(recipe.device), progress=Progress(stage=callbacks.stage))
     opened = open_source(source, recipe, arch, calibration is not None)
-    search = Bisection(max_drop, least_ratio(opened.plan(opened.recipe), recipe.allow_growth))
+    search = Bisection(max_drop, *opened.budget_range())
     evaluation = EvaluationRequest(source, request.data, arch=arch, stand_in=source, device=recipe.device)
     before = evaluate_file(evaluation)
     callbacks.start(before)
@@ -175,7 +186,7 @@ def _searched(
 
 @dataclass(frozen=True)
 class _Trials:
-    """Compresses one source to any ratio, and measures the output."""
+    """Compresses one source to any budget, and measures the output."""
 
     source: CompressionSource
     context: RunContext
@@ -183,9 +194,9 @@ class _Trials:
     evaluation: EvaluationRequest  # of the dense network
     callbacks: SearchCallbacks
 
-    def run(self, ratio: float, target: Path) -> tuple[Compression, FileEvaluation]:
+    def run(self, goal: str, budget: float, target: Path) -> tuple[Compression, FileEvaluation]:
         """Write one trial to ``target``, and evaluate it."""
-        recipe = replace(self.source.recipe, ratio=ratio)
+        recipe = self.source.recipe.within(goal, budget, self.source.checkpoint.nbytes_on_disk)
         with self.callbacks.layers() as layer:
             context = replace(self.context, progress=Progress(layer))
             job = make_job(self.source, recipe, self.source.plan(recipe), context, self.statistics)
@@ -202,10 +213,10 @@ def _smallest(
     """Run trials until the search is over, and leave the chosen output at ``target``; None: there is none."""
     best = None
     folder = target.with_name(f"{target.name}.trial")
-    while (ratio := search.next_ratio()) is not None:
+    while (budget := search.next_budget()) is not None:
         folder.mkdir()
-        compression, after = trials.run(ratio, folder / target.name)
-        trial = Trial(ratio, compression.nbytes, after.drop_from(before), after.scores)
+        compression, after = trials.run(search.goal, budget, folder / target.name)
+        trial = Trial(budget, compression.nbytes, after.drop_from(before), after.scores, search.goal)
         search.trials.append(trial)
         trials.callbacks.trial(trial, search.keeps(trial))
         if search.chosen is trial:
@@ -226,19 +237,23 @@ def _remove(path: Path) -> None:
 
 def _nothing_keeps_it(search: Bisection, before: FileEvaluation, calibrated: bool) -> MpocError:
     nearest = search.nearest
+    by_size = search.goal == "size"
     if not search.trials:
+        least = f"these layers are at ρ {search.least:.4f} with every bond at 1"
+        if by_size:
+            least = f"with the fewest bits the output has {search.least:.1%} of the source's bytes"
         return MpocError(
-            f"these layers are at ρ {search.least:.4f} with every bond at 1: nothing smaller can be searched",
+            f"{least}: nothing smaller can be searched",
             "take larger layers in, or leave hard ones out with --exclude",
         )
     best = "none gives a number"
     if nearest is not None:
         values = (scores[before.metric] for scores in (before.scores, nearest.scores))
         change = " to ".join(f"{value:.4g}" for value in values)
-        best = f"the best, ρ {nearest.ratio:.3f} ({human_bytes(nearest.nbytes)}), takes it from {change}"
+        best = f"the best, {nearest.option} ({human_bytes(nearest.nbytes)}), takes it from {change}"
     fit = "more --calibration-samples" if calibrated else "--calibrate DATA, which fits what the layers do"
     return MpocError(
         f"none of {len(search.trials)} trials keeps {before.metric} on {before.data} within "
         f"{search.max_drop:g}: {best}; nothing was written",
-        f"{fit}; a larger --max-drop; or --ratio and then mpoc finetune",
+        f"{fit}; a larger --max-drop; or --{search.goal} and then mpoc finetune",
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpoc.compression.plan import LayerPlan, make_plan
+from mpoc.compression.plan import LayerPlan, bytes_range, least_ratio, make_plan
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import Selection, copies_by_name, select
@@ -65,6 +65,19 @@ class CompressionSource:
             _refuse_refined_rounding(plans)
         _refuse_name_collisions(checkpoint, plans)
         return plans
+
+    def budget_range(self) -> tuple[float, float, str]:
+        """What a search may ask for: the smallest budget, that of the dense network, and its kind.
+
+        A ``"size"`` is a share of the source's weight files, where layers are rounded; else a ``"ratio"``.
+        """
+        checkpoint, selection, recipe = self.checkpoint, self.selection, self.recipe
+        plans = self.plan(recipe)
+        sizes = bytes_range(plans, lambda some: predict_weight_bytes(checkpoint, selection, recipe, some))
+        if sizes is None:
+            return least_ratio(plans, recipe.allow_growth), 1.0, "ratio"
+        least, dense = (nbytes / checkpoint.nbytes_on_disk for nbytes in sizes)
+        return least, min(1.0, dense), "size"
 
     def statistics(self, request: CalibrationRequest, context: RunContext) -> CalibrationStatistics:
         """Measure the dense network on calibration data, whatever the goal."""

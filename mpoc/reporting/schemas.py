@@ -67,7 +67,8 @@ class _BeforeAndAfter(TypedDict):
 
 
 class _Trial(TypedDict):
-    ratio: Annotated[_Ratio, ("maximum", 1)]
+    ratio: NotRequired[Annotated[_Ratio, ("maximum", 1), "that was asked for"]]
+    size: NotRequired[Annotated[_Ratio, ("maximum", 1), "of the source's weight files, that was asked for"]]
     nbytes: Whole
     scores: _Scores
     drop: Annotated[float | None, "of the metric, in its unit"]

@@ -11,7 +11,7 @@ import pytest
 
 from mpoc.io.manifest_reader import read_manifest
 from tests.cli.test_faults import assert_fails
-from tests.compression.digits import ARCHITECTURE, but_for_the_goal, write_network
+from tests.compression.digits import ARCHITECTURE, write_network
 from tests.support.checkpoints import contents
 from tests.support.process import Here, Mpoc
 
@@ -33,7 +33,7 @@ def test_prints_trials_and_writes_plot_and_file(here: Here, folder: Path) -> Non
     assert done.returncode == 0, done.stderr
     goal = "accuracy 98.89 % on digits.npz (test, 539 examples); it may fall by 2"
     assert goal in done.stderr and done.stdout.splitlines()[0] == goal
-    told = [line for line in done.stderr.splitlines() if line.startswith("ρ ")]
+    told = [line for line in done.stderr.splitlines() if line.startswith("--size ")]
     assert 5 < len(told) <= 8
     assert {line.rpartition(", ")[2] for line in told} == {"kept", "too much"}
     lines = done.stdout.splitlines()
@@ -41,7 +41,9 @@ def test_prints_trials_and_writes_plot_and_file(here: Here, folder: Path) -> Non
     assert len(rows) == len(told) + 1 and "dense" in rows[-1]
     options = read_manifest(folder / "o.safetensors").options
     [chosen] = [row for row in rows if row.rstrip().endswith("chosen")]
-    assert f"{options['ratio']:.3f}" in chosen and options["max_drop"] == 2.0
+    share = float(chosen.partition("%")[0].split()[-1]) / 100
+    source = (folder / "net.safetensors").stat().st_size
+    assert options["size"] == int(share * source)
     sizes = [float(row.split()[0]) for row in rows]
     assert sizes == sorted(sizes)
     assert "before: loss" in done.stdout and "after: loss" in done.stdout
@@ -52,7 +54,7 @@ def test_prints_trials_and_writes_plot_and_file(here: Here, folder: Path) -> Non
 
 
 @pytest.mark.slow
-def test_writes_the_file_of_the_chosen_ratio(here: Here, folder: Path) -> None:
+def test_writes_the_file_of_the_chosen_size(here: Here, folder: Path) -> None:
     done = here(*COMMAND, "--max-drop", 2, "--eval", "digits.npz", "-o", "o.safetensors", "--json", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
@@ -63,17 +65,18 @@ def test_writes_the_file_of_the_chosen_ratio(here: Here, folder: Path) -> None:
     assert chosen["scores"] == report["evaluation"]["after"]["scores"]
     assert report["evaluation"]["after"]["model"] == "o.safetensors"
     assert report["evaluation"]["before"]["metric"] == "accuracy"
-    assert here(*COMMAND, "--ratio", chosen["ratio"], "-o", "r.safetensors").returncode == 0
-    assert but_for_the_goal(folder / "o.safetensors") == but_for_the_goal(folder / "r.safetensors")
+    assert here(*COMMAND, "--size", f"{chosen['size']:.1%}", "-o", "r.safetensors").returncode == 0
+    assert (folder / "o.safetensors").read_bytes() == (folder / "r.safetensors").read_bytes()
 
 
 @pytest.mark.slow
 def test_recipe_may_set_max_drop(here: Here, folder: Path) -> None:
     Path("recipe.toml").write_text("max-drop = 2\n[layer.fc2]\ndense = true\n")
-    done = here(*COMMAND, "--recipe", "recipe.toml", "--eval", "digits.npz", "-o", "o.safetensors", "--json")
+    words = ("--form", "mpo", "--eval", "digits.npz", "-o", "o.safetensors", "--json")
+    done = here(*COMMAND, "--recipe", "recipe.toml", *words)
     assert done.returncode == 0, done.stderr
     assert [layer.layer for layer in read_manifest(folder / "o.safetensors").replaced] == ["fc1"]
-    assert json.loads(done.stdout)["options"]["max_drop"] == 2.0
+    assert 0 < json.loads(done.stdout)["options"]["ratio"] < 1
 
 
 @pytest.mark.slow
@@ -82,7 +85,7 @@ def test_no_trial_within_the_drop_is_an_error(here: Here, folder: Path) -> None:
     words = ("compress", "net.safetensors", *ARCHITECTURE, "--layers", "conv1", "--sites", 8)
     done = here(*words, "--max-drop", 1, "--eval", "digits.npz", "--plot", "curve.svg")
     assert_fails(
-        done, 1, "none of 6 trials keeps accuracy on digits.npz within 1: the best, ρ ", "98.89 to 97"
+        done, 1, "none of 6 trials keeps accuracy on digits.npz within 1: the best, --ratio ", "98.89 to 97"
     )
     assert "hint: --calibrate DATA" in done.stderr
     assert contents(folder) == before
@@ -143,7 +146,7 @@ def test_ctrl_c_keeps_the_old_output(run: Mpoc, folder: Path) -> None:
         "--force", "--form", "svd", "--calibration-samples", 40,
     )  # fmt: skip
     assert process.stderr is not None
-    while not (line := process.stderr.readline()).startswith("ρ "):
+    while not (line := process.stderr.readline()).startswith("--ratio "):
         assert line
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)

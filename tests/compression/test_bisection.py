@@ -22,7 +22,7 @@ def searched(
 ) -> Bisection:
     """The search on a network whose metric drops so."""
     search = Bisection(max_drop, least)
-    while (ratio := search.next_ratio()) is not None:
+    while (ratio := search.next_budget()) is not None:
         search.trials.append(Trial(ratio, nbytes(ratio), drop(ratio), {}))
     return search
 
@@ -33,9 +33,9 @@ def test_finds_a_threshold(threshold: float, least: float) -> None:
     search = searched(lambda ratio: 0.5 if ratio >= threshold else 7.0, least=least)
     assert search.chosen is not None and search.keeps(search.chosen)
     best = max(threshold, least)
-    assert best <= search.chosen.ratio <= best + max(0.02 * search.chosen.ratio, 0.004) + 0.001
+    assert best <= search.chosen.budget <= best + max(0.02 * search.chosen.budget, 0.004) + 0.001
     assert len(search.trials) <= 8
-    assert all(least < trial.ratio < 1 for trial in search.trials)
+    assert all(least < trial.budget < 1 for trial in search.trials)
 
 
 _FOUND = st.tuples(st.one_of(st.floats(-1, 3), st.just(math.nan)), st.integers(1, 5))
@@ -49,7 +49,7 @@ def test_returns_the_smallest_accepted_trial_of_any_curve(found: list[tuple[floa
     drops, sizes = ([one[k] for one in found] for k in (0, 1))
     search = searched(lambda _: drops.pop(), nbytes=lambda _: int(sizes.pop()))
     kept = [trial for trial in search.trials if trial.drop <= 1.0]
-    assert len({trial.ratio for trial in search.trials}) == len(search.trials) <= 8
+    assert len({trial.budget for trial in search.trials}) == len(search.trials) <= 8
     if search.chosen is None:
         assert not kept
     else:
@@ -60,13 +60,13 @@ def test_returns_the_smallest_accepted_trial_of_any_curve(found: list[tuple[floa
 def test_every_trial_may_lose_too_much() -> None:
     search = searched(lambda ratio: 30 - 20 * ratio)
     assert search.chosen is None
-    assert [trial.ratio for trial in search.trials] == [0.5, 0.75, 0.875, 0.937, 0.968, 0.984]
+    assert [trial.budget for trial in search.trials] == [0.5, 0.75, 0.875, 0.937, 0.968, 0.984]
     assert search.nearest is search.trials[-1]
 
 
 def test_accepts_every_trial() -> None:
     search = searched(lambda ratio: -0.5, max_drop=0.0)
-    assert [trial.ratio for trial in search.trials] == [0.5, 0.25, 0.125, 0.062, 0.031, 0.015, 0.007, 0.003]
+    assert [trial.budget for trial in search.trials] == [0.5, 0.25, 0.125, 0.062, 0.031, 0.015, 0.007, 0.003]
     assert search.chosen is search.trials[-1]
 
 
@@ -78,12 +78,28 @@ def test_prefers_the_smaller_loss_at_equal_size() -> None:
 
 def test_accepts_the_exact_limit_and_rejects_nan() -> None:
     search = searched(lambda ratio: 1.0 if ratio >= 0.75 else math.nan)
-    assert search.chosen is not None and search.chosen.ratio == 0.75
+    assert search.chosen is not None and search.chosen.budget == 0.75
     nothing = searched(lambda ratio: math.nan)
     assert (nothing.chosen, nothing.nearest) == (None, None)
 
 
 def test_tries_nothing_where_nothing_shrinks() -> None:
-    assert Bisection(1.0, least=1.0).next_ratio() is None
-    assert Bisection(1.0, least=0.9995).next_ratio() is None
-    assert Bisection(1.0, least=0.998).next_ratio() == 0.999
+    assert Bisection(1.0, least=1.0).next_budget() is None
+    assert Bisection(1.0, least=0.9995).next_budget() is None
+    assert Bisection(1.0, least=0.998).next_budget() == 0.999
+
+
+@SOME
+@given(st.floats(0.02, 0.9), st.floats(0.001, 0.2))
+def test_finds_a_size(threshold: float, least: float) -> None:
+    search = Bisection(1.0, least, goal="size")
+    while (budget := search.next_budget()) is not None:
+        search.trials.append(Trial(budget, int(1e6 * budget), 0.5 if budget >= threshold else 7, {}))
+    best = max(threshold, least)
+    assert search.chosen is not None and all(least < trial.budget < 1 for trial in search.trials)
+    assert best <= search.chosen.budget <= 1.06 * best + 0.002
+
+
+def test_tries_no_size_that_the_dense_network_meets() -> None:
+    search = Bisection(1.0, 0.1, 0.4, "size")
+    assert search.next_budget() == 0.2

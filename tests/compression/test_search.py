@@ -13,17 +13,20 @@ import torch
 
 from mpoc.cli.demo import ARCH
 from mpoc.compression import search as smallest
+from mpoc.compression.calibrate import bit_allocation
 from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.pipeline import compress_checkpoint
+from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import LayerRule, make_recipe
+from mpoc.compression.recipe_syntax import parse_budget
 from mpoc.compression.search import SearchCallbacks, SearchRequest, SearchResult, Trial, compress_within
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.weight_files import output_bytes
 from mpoc.train.evaluate_file import evaluate_file
 from mpoc.train.settings import DataOptions, EvaluationRequest
-from tests.compression.digits import but_for_the_goal, write_network
+from tests.compression.digits import write_network
 from tests.support.architectures import tiny
 from tests.support.checkpoints import contents
 
@@ -74,22 +77,65 @@ def test_output_matches_the_chosen_ratio(
     assert {True, False} == {kept for _, kept in told}
     assert chosen.nbytes == found.compression.nbytes == output_bytes(found.compression.output)
     options = read_manifest(found.compression.output).options
-    assert (options["max_drop"], options["ratio"]) == (5.0, chosen.ratio)
+    assert options["ratio"] == chosen.budget
     alone = compress_checkpoint(
         folder / "net.safetensors",
         folder / "alone.safetensors",
         make_recipe(
-            None, {"ratio": chosen.ratio, "device": "cpu", "layers": ("conv2", "fc2"), "form": "svd"}
+            None, {"ratio": chosen.budget, "device": "cpu", "layers": ("conv2", "fc2"), "form": "svd"}
         ),
         arch=ARCH,
         calibrate=calibration,
     )
-    assert but_for_the_goal(found.compression.output) == but_for_the_goal(alone.output)
+    assert found.compression.output.read_bytes() == alone.output.read_bytes()
     again = evaluate_file(
         EvaluationRequest(found.compression.output, DataOptions(folder / "digits.npz"), arch=ARCH)
     )
     assert again.scores == found.after.scores == chosen.scores
     assert found.after.model == found.compression.output
+
+
+@pytest.mark.parametrize("calibrated", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_searches_bytes_where_no_form_is_asked(
+    folder: Path, calibrated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[str] = []
+
+    def measure(plan: LayerPlan, *rest: Any) -> float:
+        moved.append(plan.map.layer)
+        return movement(plan, *rest)
+
+    movement = bit_allocation.movement
+    monkeypatch.setattr(bit_allocation, "movement", measure)
+    calibration = CalibrationRequest(folder / "digits.npz", 40) if calibrated else None
+    options = {"layers": ("conv2", "fc1"), "device": "cpu", "effort": "fast" if calibrated else None}
+    found = find(folder, 30.0 if calibrated else 2.0, calibrate=calibration, **options)
+    assert moved == (["conv2", "fc1"] if calibrated else [])  # once for all trials
+    search, chosen = found.search, found.search.chosen
+    assert chosen is not None and search.goal == "size" and search.keeps(chosen)
+    assert {True, False} == {search.keeps(trial) for trial in search.trials}
+    source = (folder / "net.safetensors").stat().st_size
+    assert all(trial.nbytes <= trial.budget * source for trial in search.trials)
+    assert chosen.option == f"--size {100 * chosen.budget:.1f}%"
+    alone = compress_checkpoint(
+        folder / "net.safetensors",
+        folder / "alone.safetensors",
+        make_recipe(None, {"size": parse_budget(chosen.option.split()[1]), **options}),
+        arch=ARCH,
+        calibrate=calibration,
+    )
+    assert found.compression.output.read_bytes() == alone.output.read_bytes()
+
+
+def test_names_the_smallest_size(folder: Path) -> None:
+    source, output = folder / "net.safetensors", folder / "o.safetensors"
+    request = CalibrationRequest(folder / "digits.npz", 40)
+    with pytest.raises(UsageError, match=r"the output has \d+ bytes") as error:
+        compress_checkpoint(source, output, make_recipe(None, {"size": 5600}), arch=ARCH, calibrate=request)
+    least = int(str(error.value.hint).split()[1])
+    recipe = make_recipe(None, {"size": least, "device": "cpu"})
+    done = compress_checkpoint(source, output, recipe, arch=ARCH, calibrate=request)
+    assert done.nbytes <= least
 
 
 @pytest.mark.slow
@@ -119,7 +165,7 @@ def test_writes_nothing_where_every_trial_fails(folder: Path) -> None:
     before = contents(folder)
     with pytest.raises(
         MpocError,
-        match=r"none of \d trials keeps accuracy on digits.npz within 1: the best, ρ 0.* from 98.89 to 97",
+        match=r"none of \d trials keeps accuracy on digits.npz within 1: the best, --ratio 0.* 98.89 to 97",
     ) as error:
         find(folder, 1.0, layers=("conv1",), sites=8)
     assert "--calibrate DATA" in str(error.value.hint)
@@ -150,7 +196,7 @@ def test_headless_directory_is_compared_with_the_original(tmp_path: Path) -> Non
     transformers.ViTModel(tiny("vit").config).save_pretrained(tmp_path / "vit")
     images = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", x=images)
-    recipe = make_recipe(None, {"max_drop": 0.5, "device": "cpu"})
+    recipe = make_recipe(None, {"max_drop": 0.5, "device": "cpu", "form": "mpo"})
     found = compress_within(
         SearchRequest(tmp_path / "vit", tmp_path / "out", recipe, DataOptions(tmp_path / "images.npz"))
     )
@@ -161,14 +207,14 @@ def test_headless_directory_is_compared_with_the_original(tmp_path: Path) -> Non
     assert 0.5 - 1e-6 <= found.after.scores["cosine"] < 1
     assert chosen.nbytes == output_bytes(tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images.npz", "out", "vit"]
-    recipe = make_recipe(None, {"ratio": chosen.ratio, "device": "cpu"})
+    recipe = make_recipe(None, {"ratio": chosen.budget, "device": "cpu"})
     compress_checkpoint(tmp_path / "vit", tmp_path / "alone", recipe)
     weights = ("out", "alone")
     assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in weights}) == 1
 
 
 def test_rejects_layers_that_cannot_shrink(folder: Path) -> None:
-    recipe = make_recipe(None, {"max_drop": 1.0, "layers": ("fc1",)})
+    recipe = make_recipe(None, {"max_drop": 1.0, "layers": ("fc1",), "form": "mpo"})
     recipe = replace(recipe, rules=(LayerRule("fc1", dense=True),))
     data = DataOptions(folder / "digits.npz")
     request = SearchRequest(folder / "net.safetensors", folder / "o.safetensors", recipe, data, arch=ARCH)
@@ -178,7 +224,7 @@ def test_rejects_layers_that_cannot_shrink(folder: Path) -> None:
 
 def test_compress_checkpoint_rejects_max_drop(folder: Path) -> None:
     recipe = make_recipe(None, {"max_drop": 1.0})
-    with pytest.raises(UsageError, match="does not search for a ratio"):
+    with pytest.raises(UsageError, match="does not search for a budget"):
         compress_checkpoint(folder / "net.safetensors", folder / "o.safetensors", recipe, arch=ARCH)
     with pytest.raises(UsageError, match="without max_drop"):
         compress_within(

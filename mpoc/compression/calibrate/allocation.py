@@ -261,7 +261,10 @@ class BudgetAllocator:
     @cached_property
     def distance(self) -> OutputDistance:
         """The distance of held-out outputs from the dense ones."""
-        return OutputDistance(self._statistics)
+        kept: dict[str, OutputDistance] = self._statistics.kept
+        if "distance" not in kept:
+            kept["distance"] = OutputDistance(self._statistics)
+        return kept["distance"]
 
     def allocate(
         self, plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]
@@ -330,7 +333,8 @@ class BudgetAllocator:
             if excess <= 0:
                 return allocation
             budget -= excess
-        raise too_small(size)
+        smallest = [plan if plan.is_dense else replace(plan, goal=Truncation(1)) for plan in plans]
+        raise too_small(size, predict_size(smallest))
 
     def _candidates_of(self, plan: LayerPlan, count: int) -> Candidates:
         """The candidates of a layer, the same for every budget; this process has ``count`` such layers."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mpoc.compression.budget import allocate
+from mpoc.compression.budget import allocate, fewest_bits
 from mpoc.compression.calibrate.calibrated_rounding import feedback_of
 from mpoc.compression.calibrate.candidates import OutputDistance, Replacement, costs_of
 from mpoc.compression.calibrate.objective import Objective, one_matrix
@@ -60,19 +60,9 @@ def bits_by_movement(
         UsageError: no bits are within the size.
     """
     size = int(recipe.size or 0)
-    known, context = {name for group in statistics.groups for name in group}, statistics.context
     sharing = [p for p in plans if p.rounding and p.is_dense and recipe.rule_for(p.map.name).bits is None]
-    measured = [plan for plan in sharing if plan.map.name in known]
-    places = {plan.map.name: place for place, plan in enumerate(measured, start=1)}
-
-    def measure(plan: LayerPlan) -> float:
-        name = plan.map.name
-        context.log("what rounding would cost: layer", places[name], len(measured))
-        weight = read_finite(checkpoint, name).to(context.device)
-        return movement(plan, weight, statistics.dense_objective(name), distance, recipe.seed)
-
-    moved = context.group.map(measured, measure, costs_of(measured))
-    movements, spare = dict(zip(places, moved, strict=True)), size - predict_size(list(plans))
+    movements = _movements(sharing, statistics, checkpoint, distance, recipe.seed)
+    spare = size - predict_size(list(plans))
     for _ in range(_ATTEMPTS):  # what the manifest says of other bits may be longer
         allotted = allocate_bits(sharing, movements, spare) if sharing else []
         new = {plan.map.name: plan for plan in allotted}
@@ -81,13 +71,43 @@ def bits_by_movement(
         if excess <= 0:
             return shared
         spare -= excess
-    raise too_small(size)
+    fewest = {p.map.name: p.rounded_to(fewest_bits(_storage([p]))) for p in sharing}
+    raise too_small(size, predict_size([fewest.get(plan.map.name, plan) for plan in plans]))
 
 
-def too_small(size: int) -> UsageError:
-    """The error of a budget of bytes that not even what a calibration records fits into."""
-    problem = f"--size {size}: too small for what calibration records of each layer"
-    return UsageError(problem, "a larger --size")
+def too_small(size: int, least: int) -> UsageError:
+    """The error of a budget of bytes that not even what a calibration records fits into.
+
+    Args:
+        size: asked for.
+        least: bytes that can be had.
+    """
+    problem = f"--size {size}: with what calibration records of each layer the output has {least} bytes"
+    return UsageError(problem, f"--size {least}")
+
+
+def _movements(
+    plans: Sequence[LayerPlan],
+    statistics: CalibrationStatistics,
+    checkpoint: Checkpoint,
+    distance: OutputDistance,
+    seed: int,
+) -> dict[str, float]:
+    """:func:`movement` of each layer whose inputs are known, measured once for every budget."""
+    known, context = {name for group in statistics.groups for name in group}, statistics.context
+    measured = [plan for plan in plans if plan.map.name in known]
+    kept: dict[str, float] = statistics.kept.setdefault("movements", {})
+    new = [plan for plan in measured if plan.map.name not in kept]
+    places = {plan.map.name: place for place, plan in enumerate(new, start=1)}
+
+    def measure(plan: LayerPlan) -> float:
+        name = plan.map.name
+        context.log("what rounding would cost: layer", places[name], len(new))
+        weight = read_finite(checkpoint, name).to(context.device)
+        return movement(plan, weight, statistics.dense_objective(name), distance, seed)
+
+    kept.update(zip(places, context.group.map(new, measure, costs_of(new)), strict=True))
+    return {plan.map.name: kept[plan.map.name] for plan in measured}
 
 
 def movement(
