@@ -21,7 +21,7 @@ from mpoc.compression.budget import (
     uniform_bonds,
 )
 from mpoc.compression.recipe import LayerRule, Recipe
-from mpoc.compression.selection import LinearMap, Selection, check_pattern, matches
+from mpoc.compression.selection import LinearMap, Selection, check_rules
 from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.io.coded_parts import Rounding
 from mpoc.io.manifest import LayerRecord, bond_fields
@@ -210,8 +210,7 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
         )
     goal = Dense("the recipe leaves it dense") if rule.dense else _goal(map, structure, rule, recipe)
     storage, bits = recipe.storage_for(map.name)
-    of_bytes = recipe.size is not None or recipe.max_drop is not None
-    shares_bits = of_bytes and recipe.bits is None and recipe.storage in ("grid", "coded")
+    shares_bits = recipe.may_be_of_bytes and recipe.bits is None and recipe.storage in ("grid", "coded")
     if shares_bits and isinstance(goal, BudgetItem):
         goal = Dense()
         bits = 0 if bits is None and storage != "float" else bits
@@ -288,18 +287,6 @@ def _within_ratio(plans: list[LayerPlan], ratio: float, allow_growth: bool) -> l
     return _with_bonds(plans, bonds)
 
 
-def bytes_range(
-    plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]
-) -> tuple[int, int] | None:
-    """Bytes of the weight files at the fewest bits, and with all layers as they are.
-
-    None where no layer awaits its bits.
-    """
-    if not any(plan.awaits_bits for plan in plans):
-        return None
-    return predict_size(at_fewest_bits(plans)), predict_size(_left_whole(plans))
-
-
 def at_fewest_bits(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     """The plans with layers whose bits a budget finds at the fewest; those of other layers as they are."""
     return [
@@ -308,7 +295,7 @@ def at_fewest_bits(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     ]
 
 
-def _left_whole(plans: list[LayerPlan]) -> list[LayerPlan]:
+def left_whole(plans: list[LayerPlan]) -> list[LayerPlan]:
     """The plans with layers that await their bits left as they are."""
     return [_closed(replace(plan, rounding=None), None) if plan.awaits_bits else plan for plan in plans]
 
@@ -342,7 +329,7 @@ def _bits_within_size(
 ) -> list[LayerPlan]:
     """The plans with the same bits for all layers that await theirs; dense if that fits."""
     storage = next(plan.rounding.storage for plan in plans if plan.rounding and plan.awaits_bits)
-    if predict_size(whole := _left_whole(plans)) <= size:
+    if predict_size(whole := left_whole(plans)) <= size:
         return whole
 
     def planned(bits: float) -> list[LayerPlan]:
@@ -399,25 +386,6 @@ def leave_dense_unless_smaller(plan: LayerPlan, num_stored: int) -> LayerPlan:
     if cut.is_open:
         goal = f"error {cut.tolerance:g}" if cut.tolerance else f"discarded weight {cut.discard:g}"
     return plan.left_dense(f"would not shrink at {goal}: {original:,} → {num_stored:,} (--allow-growth)")
-
-
-def check_rules(selection: Selection, recipe: Recipe) -> None:
-    """Check that every pattern names a chosen weight.
-
-    Raises:
-        UsageError: a pattern does not.
-    """
-    chosen = [map.name for map in selection.chosen]
-    given = [("[layer] pattern", rule.pattern) for rule in recipe.rules]
-    given += [("--shape pattern", shape.pattern) for shape in recipe.shape if shape.pattern is not None]
-    given += [("--order pattern", order.pattern) for order in recipe.order if order.pattern is not None]
-    shapes = (("--input-shape pattern", shape.pattern) for shape in recipe.input_shape)
-    given += [(option, pattern) for option, pattern in shapes if pattern is not None]
-    for option, pattern in given:
-        check_pattern(option, pattern, [*chosen, *selection.left])
-        if not any(matches(pattern, name) for name in chosen):
-            name = next(name for name in selection.left if matches(pattern, name))
-            raise UsageError(f"{option} {pattern!r}: {name} is not compressed ({selection.left[name]})")
 
 
 def check_shapes_used(plans: list[LayerPlan], recipe: Recipe) -> None:

@@ -27,6 +27,7 @@ from mpoc.compression.recipe_syntax import (
     check_bond,
     check_conv,
     check_form,
+    check_rule,
     check_share,
     check_sites,
     check_storage,
@@ -246,21 +247,16 @@ class Recipe:
         """This recipe with a size in bytes where it is a share of the ``source`` bytes of weight files."""
         return replace(self, size=int(self.size * source)) if isinstance(self.size, float) else self
 
-    def within(self, goal: str, budget: float, source: int) -> Recipe:
-        """This recipe with a ``"ratio"`` or a ``"size"``, a share of ``source`` bytes, for its max_drop."""
-        if goal == "ratio":
-            return replace(self, max_drop=None, ratio=budget)
-        return replace(self, max_drop=None, size=budget).with_bytes_of(source)
-
     @property
     def _rounds_to_size(self) -> bool:
-        """Whether a budget of bytes is met by rounding: no form, order, bits or dtype is asked for.
-
-        ``max_drop`` searches one.
-        """
+        """Whether a budget of bytes is met by rounding: no form, order, bits or dtype is asked for."""
         asked = (self.form, self.bits, self.sites, self.dtype, self.shape, self.order, self.conv != "kernel")
-        of_bytes = self.size is not None or self.max_drop is not None
-        return of_bytes and self.storage != "float" and not any(asked)
+        return self.may_be_of_bytes and self.storage != "float" and not any(asked)
+
+    @property
+    def may_be_of_bytes(self) -> bool:
+        """Whether the goal is a size, or a drop, for which sizes are searched."""
+        return self.size is not None or self.max_drop is not None
 
     @property
     def has_budget(self) -> bool:
@@ -393,16 +389,15 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.effort is not None and recipe.effort not in EFFORTS:
         known = ", ".join(EFFORTS)
         raise UsageError(f"--effort {recipe.effort!r}: not one of {known}{nearest(recipe.effort, EFFORTS)}")
-    of_bytes = recipe.size is not None or recipe.max_drop is not None
-    check_storage("--", recipe.storage, recipe.bits, of_bytes and recipe.form is None)
+    check_storage("--", recipe.storage, recipe.bits, recipe.may_be_of_bytes and recipe.form is None)
     forms = [recipe.conv, *(rule.conv for rule in recipe.rules if rule.conv)]
     check_conv(forms, bool(recipe.input_shape) or any(rule.input_shape for rule in recipe.rules))
     every = (recipe.rules, recipe.shape, recipe.order, recipe.input_shape)
     check_regular_expressions(rule.pattern or "" for rules in every for rule in rules)
     check_form("--form", recipe.form, recipe.sites)
-    of_size = recipe.storage or "coded" if of_bytes else None
+    of_size = recipe.storage or "coded" if recipe.may_be_of_bytes else None
     for rule in recipe.rules:
-        _check_rule(f"layer {rule.pattern!r}:", rule)
+        check_rule(f"layer {rule.pattern!r}:", rule)
         bits = rule.bits if rule.storage == "float" else rule.bits or recipe.bits
         check_storage(f"layer {rule.pattern!r}: ", rule.storage, bits, rule.storage == of_size)
 
@@ -419,13 +414,3 @@ def _check_goals(recipe: Recipe) -> None:
             f"may cap --discard), or --bits; given: {given}",
             "mpoc compress MODEL --ratio 0.5",
         )
-
-
-def _check_rule(where: str, rule: LayerRule) -> None:
-    check_bond(f"{where} bond", rule.bond)
-    check_share(f"{where} max-error", rule.max_error)
-    check_share(f"{where} discard", rule.discard)
-    if rule.max_error is not None and rule.discard is not None:
-        raise UsageError(f"{where} max-error and discard exclude each other")
-    check_sites(f"{where} sites", rule.sites)
-    check_form(f"{where} form", rule.form, rule.sites, rule.bond)

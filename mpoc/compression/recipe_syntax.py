@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from mpoc.compression.selection import matches
 from mpoc.errors import UsageError, command_line, excluding, nearest, shortened
@@ -20,6 +20,9 @@ from mpoc.runtime.formatting import parse_size
 from mpoc.runtime.options import Option
 from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry, make_geometry
+
+if TYPE_CHECKING:
+    from mpoc.compression.recipe import LayerRule
 
 _LONGEST = 1000  # characters: none that is meant has more
 STORAGES = ("grid", "coded", "float")
@@ -115,6 +118,21 @@ def check_form(where: str, form: str | None, sites: int | None, bond: int | None
         raise UsageError(f"{where} {form}: has two factors, so it takes no number of sites", "--form mpo")
     if (form == "auto" or FORMS[form].parts) and bond is not None:
         raise UsageError(f"{where} {form}: takes a share of a budget, not a bond", "form mpo, or svd")
+
+
+def check_rule(where: str, rule: LayerRule) -> None:
+    """Check the options for single layers; ``where`` begins the message.
+
+    Raises:
+        UsageError: a value out of range, or two that exclude each other.
+    """
+    check_bond(f"{where} bond", rule.bond)
+    check_share(f"{where} max-error", rule.max_error)
+    check_share(f"{where} discard", rule.discard)
+    if rule.max_error is not None and rule.discard is not None:
+        raise UsageError(f"{where} max-error and discard exclude each other")
+    check_sites(f"{where} sites", rule.sites)
+    check_form(f"{where} form", rule.form, rule.sites, rule.bond)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mpoc.compression.pipeline import as_request, in_scratch, refuse_output
 from mpoc.compression.recipe import Recipe
@@ -196,7 +196,9 @@ class _Trials:
 
     def run(self, goal: str, budget: float, target: Path) -> tuple[Compression, FileEvaluation]:
         """Write one trial to ``target``, and evaluate it."""
-        recipe = self.source.recipe.within(goal, budget, self.source.checkpoint.nbytes_on_disk)
+        options: dict[str, Any] = {"max_drop": None, goal: budget}
+        recipe = replace(self.source.recipe, **options)
+        recipe = recipe.with_bytes_of(self.source.checkpoint.nbytes_on_disk)
         with self.callbacks.layers() as layer:
             context = replace(self.context, progress=Progress(layer))
             job = make_job(self.source, recipe, self.source.plan(recipe), context, self.statistics)

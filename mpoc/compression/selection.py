@@ -19,6 +19,7 @@ from mpoc.errors import UsageError, nearest, shortened
 from mpoc.io.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
+    from mpoc.compression.recipe import Recipe
     from mpoc.io.checkpoint import Checkpoint
 
 # Architectures whose attention and feed-forward weights are transformers' Conv1D: stored (inputs, outputs).
@@ -349,3 +350,22 @@ def _is_transposed(info: TensorInfo, kind: str | None, model_type: str) -> bool:
     if kind == "experts":
         return model_type in _TRANSPOSED_EXPERTS
     return kind == "linear" and model_type in _CONV1D_MODELS and bool(_CONV1D_NAMES.search(info.name))
+
+
+def check_rules(selection: Selection, recipe: Recipe) -> None:
+    """Check that every pattern names a chosen weight.
+
+    Raises:
+        UsageError: a pattern does not.
+    """
+    chosen = [map.name for map in selection.chosen]
+    given = [("[layer] pattern", rule.pattern) for rule in recipe.rules]
+    given += [("--shape pattern", shape.pattern) for shape in recipe.shape if shape.pattern is not None]
+    given += [("--order pattern", order.pattern) for order in recipe.order if order.pattern is not None]
+    shapes = (("--input-shape pattern", shape.pattern) for shape in recipe.input_shape)
+    given += [(option, pattern) for option, pattern in shapes if pattern is not None]
+    for option, pattern in given:
+        check_pattern(option, pattern, [*chosen, *selection.left])
+        if not any(matches(pattern, name) for name in chosen):
+            name = next(name for name in selection.left if matches(pattern, name))
+            raise UsageError(f"{option} {pattern!r}: {name} is not compressed ({selection.left[name]})")

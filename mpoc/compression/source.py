@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpoc.compression.plan import LayerPlan, bytes_range, least_ratio, make_plan
+from mpoc.compression.plan import LayerPlan, at_fewest_bits, least_ratio, left_whole, make_plan
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import Selection, copies_by_name, select
@@ -73,10 +73,12 @@ class CompressionSource:
         """
         checkpoint, selection, recipe = self.checkpoint, self.selection, self.recipe
         plans = self.plan(recipe)
-        sizes = bytes_range(plans, lambda some: predict_weight_bytes(checkpoint, selection, recipe, some))
-        if sizes is None:
+        if not any(plan.awaits_bits for plan in plans):
             return least_ratio(plans, recipe.allow_growth), 1.0, "ratio"
-        least, dense = (nbytes / checkpoint.nbytes_on_disk for nbytes in sizes)
+        least, dense = (
+            predict_weight_bytes(checkpoint, selection, recipe, some) / checkpoint.nbytes_on_disk
+            for some in (at_fewest_bits(plans), left_whole(plans))
+        )
         return least, min(1.0, dense), "size"
 
     def statistics(self, request: CalibrationRequest, context: RunContext) -> CalibrationStatistics:

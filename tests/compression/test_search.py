@@ -108,7 +108,11 @@ def test_searches_bytes_where_no_form_is_asked(
     movement = bit_allocation.movement
     monkeypatch.setattr(bit_allocation, "movement", measure)
     calibration = CalibrationRequest(folder / "digits.npz", 40) if calibrated else None
-    options = {"layers": ("conv2", "fc1"), "device": "cpu", "effort": "fast" if calibrated else None}
+    options: dict[str, Any] = {
+        "layers": ("conv2", "fc1"),
+        "device": "cpu",
+        "effort": "fast" if calibrated else None,
+    }
     found = find(folder, 30.0 if calibrated else 2.0, calibrate=calibration, **options)
     assert moved == (["conv2", "fc1"] if calibrated else [])  # once for all trials
     search, chosen = found.search, found.search.chosen
