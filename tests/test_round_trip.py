@@ -29,6 +29,7 @@ import mpoc
 import mpoc.hf  # registers
 from mpoc.compression.expand import expand_checkpoint
 from mpoc.errors import MpocError
+from mpoc.io.coded_parts import fits_half
 from mpoc.io.hub_directory import configured_layer
 from mpoc.io.manifest import MANIFEST_FILE, LayerRecord
 from mpoc.io.manifest_reader import read_manifest
@@ -421,6 +422,10 @@ class TestEveryStorage:
             assert layer.nbytes == sum(stored[key].nbytes for key in layer.file_names)
             error = relative_error(cell.network.state_dict()[layer.name], dense[layer.name])
             assert layer.relative_error == pytest.approx(error, rel=1e-3, abs=1e-5)
+        for vector, tensor in cell.network.state_dict().items():
+            if tensor.ndim == 1 and tensor.is_floating_point():
+                assert (stored[vector].dtype, dense[vector].dtype) == (torch.float16, torch.float32)
+                assert torch.equal(dense[vector], tensor.half().float())
         loaded = cell.loaded()
         cell.network.load_state_dict(dense, strict=True)
         torch.testing.assert_close(loaded(cell.x), cell.network(cell.x), rtol=1e-4, atol=1e-4)
@@ -474,6 +479,58 @@ def test_trained_layers_keep_their_storage(here: Here, name: str) -> None:
     with torch.no_grad():
         tuned = mpoc.load("tuned.safetensors", cell.network)(cell.x)
         assert relative_error(model(cell.x), tuned) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "fits"),
+    [
+        ("norm.weight", [1.0, -0.3, 65504.0], True),
+        ("norm.weight", [1.0, 65536.0], False),
+        ("fc.bias", [0.1, 1e-9], True),
+        ("fc.bias", [1e-9, 1e-7], False),
+        ("fc.bias", [0.0, 0.0], True),
+        ("fc.bias", [0.1, float("nan")], False),
+        ("bn.running_mean", [1.0, 3e-5], True),
+        ("bn.running_var", [1.0, 3e-4], True),
+        ("bn.running_var", [1.0, 3e-6], False),
+        ("rotary.inv_freq", [1.0, 0.5], False),
+        ("fc.weight", [[1.0, 0.5]], False),
+    ],
+)
+def test_halves_vectors_only_where_that_is_harmless(name: str, values: list[Any], fits: bool) -> None:
+    assert fits_half(name, torch.tensor(values)) == fits
+    assert not fits_half(name, torch.tensor(values).double())
+
+
+@pytest.mark.parametrize(("options", "halved"), [({}, "float32"), ({"dtype": "float32"}, "")])
+def test_a_dtype_or_halves_of_its_own_keep_a_file_from_halving(
+    tmp_path: Path, options: dict[str, Any], halved: str
+) -> None:
+    state = {"fc.weight": torch.randn(48, 64), "fc.bias": torch.randn(48), "rotary.inv_freq": torch.rand(8)}
+    recipe = mpoc.Recipe(bits=4, **options)
+    for number, more in enumerate(({}, {"old.bias": torch.randn(4).half()})):
+        torch.save(state | more, tmp_path / "m.pt")
+        output = tmp_path / f"{number}.safetensors"
+        done = mpoc.compress_checkpoint(tmp_path / "m.pt", output, recipe)
+        planned = mpoc.compress_checkpoint(tmp_path / "m.pt", output, recipe, dry_run=True)
+        assert planned.nbytes - 24 <= done.nbytes <= planned.nbytes
+        assert read_manifest(output).halved == ("" if more else halved)
+        stored = load_file(output)
+        assert stored["rotary.inv_freq"].dtype == torch.float32
+        assert (stored["fc.bias"].dtype == torch.float16) == (halved != "" and not more)
+
+
+def test_finetuned_and_half_networks_keep_the_dtypes_of_their_vectors(here: Here) -> None:
+    cell = stored_cell(here, "dense, grid", "linear, padded")
+    mpoc.save(cell.loaded().half(), "half.safetensors")
+    assert read_manifest(Path("half.safetensors")).halved == ""
+    assert mpoc.load("half.safetensors", copy.deepcopy(cell.network).half()).state_dict()
+    model = cell.loaded()
+    with torch.no_grad():
+        model.get_parameter("layer.bias").add_(1e-5)
+    mpoc.save(model, "tuned.safetensors")
+    again = mpoc.load("tuned.safetensors", cell.network)
+    assert torch.equal(again.get_parameter("layer.bias"), model.get_parameter("layer.bias"))
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Tensor], Tensor | None]]] = {

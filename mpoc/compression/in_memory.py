@@ -23,7 +23,8 @@ from mpoc.compression.recipe import GOALS, Recipe, check_recipe, make_recipe
 from mpoc.compression.recipe_syntax import CONV_FORMS, parse_budget, parse_shape
 from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import select
-from mpoc.compression.source import CompressionSource
+from mpoc.compression.size_prediction import halved_beside
+from mpoc.compression.source import CompressionSource, with_halved
 from mpoc.compression.write import Job, make_job
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.checkpoint import Checkpoint
@@ -175,8 +176,9 @@ def compress(
         chosen = chosen.with_bytes_of(_bytes_of(model))
         sample = None if input_shape is None else tuple(input_shape)
         job, fitted, changed = _fit(model, chosen, sample, request)
-    manifest = job.manifest([fit.record for fit in fitted])
-    _swap(model, fitted, changed)
+    records = [fit.record for fit in fitted]
+    manifest = job.manifest(records)
+    _swap(model, fitted, changed, halved_beside(job.source.selection, chosen, records))
     codes = {fit.record.name: fit.entries for fit in fitted if fit.codes}
     tensors = {name: {entry.info.name: entry.read() for entry in entries} for name, entries in codes.items()}
     remember(model, manifest, tensors)
@@ -295,7 +297,7 @@ def _source(model: nn.Module, recipe: Recipe, sample: tuple[int, ...] | None) ->
         raise UsageError('input_shape requires conv="map"')
     maps = [map.name for map in selection.chosen if recipe.is_map(map.name, map.kind)]
     geometries = trace_geometries(model, maps, sample) if maps else {}
-    return CompressionSource(checkpoint, None, recipe, selection, geometries)
+    return CompressionSource(checkpoint, None, recipe, with_halved(checkpoint, recipe, selection), geometries)
 
 
 def _fit_layer(model: nn.Module, job: Job, plan: LayerPlan) -> Fitted:
@@ -326,11 +328,14 @@ def _calibrated_job(model: nn.Module, source: CompressionSource, request: Calibr
 
 
 @torch.no_grad()
-def _swap(model: nn.Module, fitted: list[Fitted], changed: dict[str, Tensor]) -> None:
-    """Replace the fitted weights by cores, and set the other tensors that the fit changed."""
+def _swap(model: nn.Module, fitted: list[Fitted], changed: dict[str, Tensor], halved: Iterable[str]) -> None:
+    """Replace the fitted weights by cores, set what else the fit changed, and round vectors to float16."""
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, tensor in [*(pair for fit in fitted for pair in fit.changed.items()), *changed.items()]:
         state[name].copy_(tensor)
+    for name in halved:
+        half = state[name].half()
+        state[name].copy_(half if bool(half.isfinite().all()) else state[name])
     places = same_tensor(model)
     for fit in fitted:
         name = fit.record.name

@@ -132,6 +132,7 @@ class Selection:
     left: dict[str, str]
     source: str  # what layer kinds were read from: "config.json (bert)" or "names and shapes"
     notes: list[str] = field(default_factory=list)
+    halved: frozenset[str] = frozenset()  # vectors that are written as float16 beside codes
 
 
 def matches(pattern: str, name: str) -> bool:

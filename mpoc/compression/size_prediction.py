@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -15,7 +16,7 @@ from mpoc.compression.recipe import GOALS, Recipe
 from mpoc.compression.selection import Selection
 from mpoc.io import hub_directory
 from mpoc.io.checkpoint import Checkpoint
-from mpoc.io.manifest import LayerRecord, Manifest, Source, Spectrum, longest
+from mpoc.io.manifest import HALF, LayerRecord, Manifest, Source, Spectrum, longest
 from mpoc.io.safetensors_header import ITEMSIZE, TensorInfo, encode_header, storage_order
 from mpoc.io.safetensors_writer import Entry, plan_shards
 from mpoc.io.training_history import before_compression
@@ -38,6 +39,7 @@ def make_manifest(
         for name, why in selection.left.items()
         if name in infos and (len(infos[name].shape) > 1 or name in checkpoint.left)
     }
+    halved = halved_beside(selection, recipe, records)
     return Manifest(
         source=Source(
             checkpoint.path.resolve().name,
@@ -54,7 +56,14 @@ def make_manifest(
         tool=f"mpoc {mpoc.__version__}",
         architecture=checkpoint.architecture,
         training=before_compression(checkpoint.history),
+        halved="float32" if halved else "",
     )
+
+
+def halved_beside(selection: Selection, recipe: Recipe, records: Sequence[LayerRecord]) -> frozenset[str]:
+    """The vectors that an output with these layers holds as float16; none without codes, or with a dtype."""
+    has_codes = any(record.storage for record in records)
+    return selection.halved if has_codes and recipe.dtype is None else frozenset()
 
 
 def _size_of_source(checkpoint: Checkpoint) -> int:
@@ -102,9 +111,11 @@ def predict_size(
     manifest = make_manifest(checkpoint, selection, recipe, records)
     manifest = replace(manifest, calibration=calibration or {})
     changed = {record.name: record for record in manifest.changed}
+    halved = halved_beside(selection, recipe, records)
     infos: list[TensorInfo] = []
     for name, info in checkpoint.infos.items():
-        infos += stored_infos(changed[name]) if name in changed else [info]
+        own = replace(info, dtype=HALF) if name in halved else info
+        infos += stored_infos(changed[name]) if name in changed else [own]
     data = sum(info.nbytes for info in infos)
     data += sum(_more_than_planned(plan) for plan in undecided)
     if not checkpoint.is_directory:

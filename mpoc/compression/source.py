@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from mpoc.compression.size_prediction import predict_weight_bytes
 from mpoc.errors import MpocError, UsageError, excluding
 from mpoc.io import hub_directory
 from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.coded_parts import halved_names
 from mpoc.io.manifest import core_prefix
 from mpoc.io.open_checkpoint import open_checkpoint
 from mpoc.models.architecture import traced_geometries, with_architecture, with_config, with_copies_tied
@@ -122,7 +123,14 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
     maps = [m.name for m in selection.chosen if recipe.is_map(m.name, m.kind)]
     unsaid = [name for name in maps if not recipe.has_input_shape(name)]
     geometries = traced_geometries(arch, unsaid) if arch is not None else {}
-    return CompressionSource(checkpoint, arch, recipe, selection, geometries)
+    return CompressionSource(checkpoint, arch, recipe, with_halved(checkpoint, recipe, selection), geometries)
+
+
+def with_halved(checkpoint: Checkpoint, recipe: Recipe, selection: Selection) -> Selection:
+    """The selection with the vectors that are written as float16, where any layer may become codes."""
+    if all(recipe.storage_for(map.name)[0] == "float" for map in selection.chosen):
+        return selection
+    return replace(selection, halved=halved_names(checkpoint))
 
 
 def _whole_maps(selection: Selection, recipe: Recipe) -> list[str]:

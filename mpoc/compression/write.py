@@ -18,11 +18,12 @@ from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.resume import LayerCache, in_order_key, layer_key
 from mpoc.compression.run_context import RunContext
-from mpoc.compression.size_prediction import make_manifest, predict_weight_bytes
+from mpoc.compression.size_prediction import halved_beside, make_manifest, predict_weight_bytes
 from mpoc.compression.source import CompressionSource
 from mpoc.errors import MpocError
 from mpoc.io import hub_directory
 from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.coded_parts import halved_entry
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.io.open_checkpoint import one_ahead
 from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
@@ -147,7 +148,7 @@ def write_compressed(
         } | finished.others()
         manifest = job.manifest([layer.record for layer in layers])
         _refuse_nothing_gained(manifest)
-    entries = _entries(job.source.checkpoint, fitted)
+    entries = _entries(job, fitted, manifest)
     _write(target, job.source.checkpoint, entries, manifest, job.recipe.max_shard_size, group)
     with group.all_or_raise():
         nbytes = output_bytes(target)
@@ -253,12 +254,15 @@ def _refuse_nothing_gained(manifest: Manifest) -> None:
         )
 
 
-def _entries(checkpoint: Checkpoint, fitted: dict[str, list[Entry]]) -> list[Entry]:
-    """All tensors of the output in the source's order; cores replace their weight."""
+def _entries(job: Job, fitted: dict[str, list[Entry]], manifest: Manifest) -> list[Entry]:
+    """All tensors of the output in the source's order; cores or codes replace their weight."""
+    checkpoint = job.source.checkpoint
+    halved = halved_beside(job.source.selection, job.recipe, manifest.layers)
     entries: list[Entry] = []
     for name, info in checkpoint.infos.items():
         kept = Entry(info, lambda name=name: checkpoint.read(name))  # type: ignore[misc]
-        entries += fitted.get(name, [kept])
+        own = fitted.get(name, [kept])
+        entries += map(halved_entry, own) if name in halved else own
     return entries
 
 

@@ -115,7 +115,13 @@ class MpoQuantizer(HfQuantizer):
         return True
 
     def update_attn_implementation(self, config: PreTrainedConfig) -> PreTrainedConfig:
-        """Remove the guard from ``config``; transformers calls this before it looks up the weights."""
+        """Remove the guard from ``config``; transformers calls this before it looks up the weights.
+
+        Beside codes it must not take the dtype of the network from the first floats in the file.
+        """
+        stored = [entry["dtype"] for entry in self.quantization_config.layers.values() if "storage" in entry]
+        if stored and getattr(config, "dtype", None) is None:
+            config.dtype = getattr(torch, stored[0], None)
         if getattr(config, GUARD_KEY, None) == GUARD:
             delattr(config, GUARD_KEY)
         return config

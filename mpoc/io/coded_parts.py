@@ -1,19 +1,22 @@
-"""Tensors that a compressed file stores as codes: their matrices, their rounding, reading and writing.
+"""Tensors that a compressed file stores in few bits: their matrices, their rounding, reading and writing.
 
 A part (:class:`mpoc.io.manifest.CodedPart`) is a core, or the weight of a layer that stays dense. Its codes
-form a matrix, which :mod:`mpoc.quantize` rounds and packs. Everything above this package reads floats.
+form a matrix, which :mod:`mpoc.quantize` rounds and packs. Beside codes, vectors (norms, biases) are stored
+as float16 where that is harmless. Everything above this package reads floats in the dtypes of the source.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from mpoc.io.manifest import CodedPart, LayerRecord, storage_record
+from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.manifest import HALF, CodedPart, LayerRecord, storage_record
 from mpoc.io.safetensors_writer import Entry
 from mpoc.quantize.codes import GridTensor, QuantizedTensor, quantized_from_tensors
 from mpoc.quantize.feedback import best_exponents
@@ -23,6 +26,10 @@ from mpoc.tensor_networks.forms.layout import from_matrix, to_matrix
 
 # Bytes that a coded stream may take beyond its bits a number: header and tables of a tiny tensor.
 _STREAM_OVERHEAD = 64
+# Vectors that are multiplied with or added; what else networks keep (frequencies, positions) stays exact.
+_NORM_OR_BIAS = re.compile(r"(weight|bias|gamma|beta|running_mean|running_var)[^.]*$")
+# What float16 may change: this share of a number, or this share of the largest.
+_HARMLESS, _HARMLESS_OF_LARGEST = 2.0**-10, 2.0**-14
 
 
 @dataclass(frozen=True)
@@ -117,3 +124,36 @@ def coded_entries(record: LayerRecord, codes: Sequence[QuantizedTensor]) -> list
     """The tensors of the file that hold these codes."""
     pairs = zip(record.coded_parts, codes, strict=True)
     return [Entry.of(*item) for part, own in pairs for item in own.tensors(part.name).items()]
+
+
+def fits_half(name: str, tensor: Tensor) -> bool:
+    """Whether float16 can stand for a float32 norm, bias or running statistic without harm.
+
+    No number changes by more than 2^-10 of itself or 2^-14 of the largest: numbers in float16's normal range
+    change by 2^-11 at most. A variance, whose square root divides, must keep the first, however small it is.
+    """
+    if tensor.dtype != torch.float32 or tensor.ndim > 1 or not _NORM_OR_BIAS.search(name):
+        return False
+    size = tensor.abs()
+    allowed = size * _HARMLESS
+    if not name.endswith("running_var"):
+        allowed = allowed.clamp(min=float(size.max()) * _HARMLESS_OF_LARGEST if size.numel() else 0.0)
+    return bool(((tensor.half().float() - tensor).abs() <= allowed).all())
+
+
+def halved_names(checkpoint: Checkpoint) -> frozenset[str]:
+    """The vectors of a checkpoint that are written as float16 beside codes.
+
+    None where the checkpoint has float16 vectors of its own, from which a reader could not tell them.
+    """
+    vectors = [info for info in checkpoint.infos.values() if len(info.shape) <= 1]
+    if any(info.dtype == HALF for info in vectors):
+        return frozenset()
+    wide = [info.name for info in vectors if info.dtype == "float32"]
+    return frozenset(name for name in wide if fits_half(name, checkpoint.read(name)))
+
+
+def halved_entry(entry: Entry) -> Entry:
+    """A vector as float16; as it is where it overflows, or has that dtype."""
+    half = entry.read().half()
+    return Entry.of(entry.info.name, half) if bool(half.isfinite().all()) else entry

@@ -8,11 +8,10 @@ Schmidt spectra are thinned to at most ``MOST_POINTS`` points for each bond.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 from mpoc.io.safetensors_header import ITEMSIZE, TensorInfo
@@ -33,7 +32,10 @@ READABLE_FORMATS = (1, FORMAT)
 # Of a quantization_config: plain; with an order of inputs, with storage, which earlier versions pass over.
 CONFIG_FORMAT, ORDERED_FORMAT, STORED_FORMAT = 1, 2, 3
 DENSE = "dense"  # the form of a layer that was left as it is
+HALF = "float16"
 MANIFEST_FILE = "mpoc.json"
+# Fields of layers that a manifest states once.
+COMMON = ("kind", "dtype", "stored_dtype", "storage")
 
 
 def form_names() -> tuple[str, ...]:
@@ -68,20 +70,6 @@ def _indices(count: int, kept: int) -> list[int]:
     steps = MOST_POINTS - 2
     spaced = {round(count ** (step / steps)) for step in range(steps + 1)}
     return list(range(1, count + 1)) if count <= MOST_POINTS else sorted(spaced | {kept})
-
-
-def check_spectrum(spectrum: Spectrum, longest: int) -> None:
-    """Check that these can be points of a bond's spectrum of at most ``longest`` values.
-
-    Raises:
-        ValueError: they cannot be.
-    """
-    indices, values = [index for index, _ in spectrum], [value for _, value in spectrum]
-    rising = all(before < after for before, after in itertools.pairwise(indices))
-    falling = all(before >= after for before, after in itertools.pairwise(values))
-    within = 0 < len(spectrum) <= MOST_POINTS and indices[0] == 1 and indices[-1] <= longest
-    if not (within and rising and falling and values[0] <= 1.0 and values[-1] >= 0.0):
-        raise ValueError(f"a spectrum of {len(spectrum)} points, from {spectrum[:1]} to {spectrum[-1:]}")
 
 
 class StorageRecord(TypedDict):
@@ -340,6 +328,7 @@ class Manifest:
     calibration: Annotated[dict[str, Any], "on what the fit was made; none or empty: on weights alone"] = (
         field(default_factory=dict)
     )
+    halved: Annotated[str, ("enum", ("", "float32")), "what readers get for vectors stored as float16"] = ""
 
     @property
     def is_complete(self) -> bool:
@@ -384,11 +373,18 @@ class Manifest:
         saved = sum(layer.num_original - layer.num_stored for layer in self.layers)
         return self.source.num_parameters - saved
 
+    def as_read(self, info: TensorInfo) -> TensorInfo:
+        """A tensor of the file that belongs to no layer, with the dtype that readers get."""
+        halved = self.halved and info.dtype == HALF and len(info.shape) <= 1
+        return replace(info, dtype=self.halved) if halved else info
+
     def to_json(self, indent: int | None = None) -> str:
         """The text that is stored."""
         value = {"format": FORMAT, **asdict(self)}
         value["layers"] = [_compact(layer) for layer in self.layers]
-        for name in ("architecture", "training", "calibration"):
+        if any(layer.storage for layer in self.layers):  # small files, of which the manifest is a part
+            value["common"] = _take_common(value["layers"])
+        for name in ("architecture", "training", "calibration", "halved"):
             if not value[name]:
                 del value[name]
         return json_text(value, indent)
@@ -403,6 +399,19 @@ def _compact(layer: LayerRecord) -> dict[str, Any]:
     """A record without the fields that have their default value."""
     defaults = {f.name: f.default for f in fields(layer)}
     return {key: value for key, value in asdict(layer).items() if value != defaults[key]}
+
+
+def _take_common(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Take from layers what most have in common, and counts that follow from shapes."""
+    common = {}
+    for key in COMMON:
+        values = [layer.setdefault(key, ()) for layer in layers]
+        common[key] = max(values, key=values.count)
+    for layer in layers:
+        follow = {"num_stored", "num_original"} if layer["num_stored"] == layer["num_original"] else set()
+        for key in follow | {key for key in COMMON if layer[key] == common[key]}:
+            del layer[key]
+    return common
 
 
 def record_to_json(layer: LayerRecord) -> str:

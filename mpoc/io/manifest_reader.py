@@ -8,6 +8,7 @@ weights still tell factors and bonds, but not errors and what was selected.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -20,13 +21,14 @@ from mpoc.io.manifest import (
     CONFIG_FORMAT,
     DENSE,
     MANIFEST_FILE,
+    MOST_POINTS,
     ORDERED_FORMAT,
     READABLE_FORMATS,
     STORED_FORMAT,
     LayerRecord,
     Manifest,
     Source,
-    check_spectrum,
+    Spectrum,
     core_prefix,
     form_names,
 )
@@ -43,6 +45,7 @@ from mpoc.tensor_networks.structure import KINDS, MOST_SITES, Structure, low_ran
 
 _AXES = {"linear": (2,), "embedding": (2,), "experts": (3,), "convmap": (3, 4, 5)}
 _AXES |= {f"conv{axes}d": (axes + 2,) for axes in (1, 2, 3)}
+_MOST_AXES = 6
 _LONGEST_LIST = 1000
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -207,6 +210,20 @@ def _check_spectra(layer: LayerRecord) -> None:
             check_spectrum(spectrum, math.prod(layer.structure.site_sizes))
 
 
+def check_spectrum(spectrum: Spectrum, longest: int) -> None:
+    """Check that these can be points of a bond's spectrum of at most ``longest`` values.
+
+    Raises:
+        ValueError: they cannot be.
+    """
+    indices, values = [index for index, _ in spectrum], [value for _, value in spectrum]
+    rising = all(before < after for before, after in itertools.pairwise(indices))
+    falling = all(before >= after for before, after in itertools.pairwise(values))
+    within = 0 < len(spectrum) <= MOST_POINTS and indices[0] == 1 and indices[-1] <= longest
+    if not (within and rising and falling and values[0] <= 1.0 and values[-1] >= 0.0):
+        raise ValueError(f"a spectrum of {len(spectrum)} points, from {spectrum[:1]} to {spectrum[-1:]}")
+
+
 def check_low_rank(structure: Structure, low_rank: int) -> None:
     """Whether a part of rank ``low_rank`` can be added to an MPO of ``structure``; 0: none is.
 
@@ -330,14 +347,12 @@ def layer_of_entry(name: str, entry: dict[str, Any], tensors: dict[str, TensorIn
     """
     first = tensors.get(f"{core_prefix(name)}.0")
     dtype = first.dtype if first else entry["dtype"]
-    counts = {"num_original": 1, "num_stored": 1}  # until they follow from shape and factors
-    layer = _layer({**entry, **counts, "name": name, "dtype": dtype, "stored_dtype": dtype})
-    layer = replace(layer, num_original=math.prod(layer.shape[:6]))  # of whole numbers, once that is sure
+    layer = _layer({**entry, "name": name, "dtype": dtype, "stored_dtype": dtype})
     check_made(layer)
     layer = replace(layer, nbytes=_stored_bytes(layer, tensors))
     _check_storage(layer)
     if layer.form == DENSE:
-        return replace(layer, num_stored=layer.num_original)
+        return layer
     stored = sum(map(math.prod, layer.core_shapes))
     return replace(layer, num_stored=stored, padding=layer.structure.padding)
 
@@ -375,7 +390,8 @@ def parse_manifest(text: str | bytes, path: Path) -> Manifest:
     try:
         value = parse_strictly(text)
         check_format(value.pop("format"), path, READABLE_FORMATS)
-        layers = tuple(map(_layer, value.pop("layers")))
+        common = value.pop("common", {})
+        layers = tuple(_layer({**common, **layer}) for layer in value.pop("layers"))
         source = build_dataclass(Source, value.pop("source"))
         manifest = build_dataclass(Manifest, {**value, "source": source, "layers": layers})
         check_manifest(manifest)
@@ -390,4 +406,8 @@ def _layer(value: dict[str, Any]) -> LayerRecord:
     for what, known in (("kind", KINDS), ("form", form_names())):
         if what in value and value[what] not in known:
             raise ValueError(f"layer {value.get('name')!r}: {what} {value[what]!r} is not known")
-    return build_dataclass(LayerRecord, with_tuples(value))
+    counted = "num_original" in value or "num_stored" in value
+    counts = {} if counted else {"num_original": 1, "num_stored": 1}  # until the shape is known to be one
+    layer = build_dataclass(LayerRecord, with_tuples(value | counts))
+    count = math.prod(layer.shape[:_MOST_AXES])
+    return layer if counted else replace(layer, num_original=count, num_stored=count)

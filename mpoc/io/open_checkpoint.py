@@ -187,6 +187,11 @@ class CompressedCheckpoint(Checkpoint):
     parts: Mapping[str, CodedPart] = field(default_factory=dict)  # by the name of what they stand for
     in_file: Checkpoint | None = None  # the tensors as the file holds them
 
+    def is_halved(self, name: str) -> bool:
+        """Whether the file holds this vector as float16, and readers get it in the dtype of the source."""
+        assert self.in_file is not None
+        return name not in self.parts and self.in_file.infos[name].dtype != self.infos[name].dtype
+
     def coded_tensors(self, layer: LayerRecord) -> dict[str, Tensor]:
         """The tensors of the file that hold the codes of a layer, by their names there."""
         assert self.in_file is not None
@@ -215,7 +220,7 @@ def open_compressed(path: Path, manifest: Manifest) -> CompressedCheckpoint:
     files, wanted = weight_files_of(path) if path.is_dir() else ([path], None)
     in_file = open_safetensors(path, files, wanted, strip=False)
     parts: dict[str, CodedPart] = {}
-    infos = dict(in_file.infos)
+    infos = {name: manifest.as_read(info) for name, info in in_file.infos.items()}
     owners = dict(in_file.files)
     for layer in manifest.layers:
         _check_codes(in_file, layer)
@@ -227,10 +232,9 @@ def open_compressed(path: Path, manifest: Manifest) -> CompressedCheckpoint:
                 del infos[name]
 
     def read(name: str) -> Tensor:
-        if name not in parts:
-            return in_file.read(name)
-        values = tensor_of(parts[name], stored.codes(name).values())
-        return values.to(getattr(torch, stored.infos[name].dtype))
+        coded = name in parts
+        tensor = tensor_of(parts[name], stored.codes(name).values()) if coded else in_file.read(name)
+        return tensor.to(getattr(torch, stored.infos[name].dtype))
 
     stored = CompressedCheckpoint(
         **vars(in_file)

@@ -23,7 +23,7 @@ from mpoc.io.atomic import refuse_existing, staged
 from mpoc.io.checkpoint import tensor_fingerprint
 from mpoc.io.coded_parts import coded_entries, rounding_of, with_codes
 from mpoc.io.keyed_store import digest
-from mpoc.io.manifest import LayerRecord, Manifest, Source, bond_fields, core_prefix
+from mpoc.io.manifest import HALF, LayerRecord, Manifest, Source, bond_fields, core_prefix
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.safetensors_header import CODES, TensorInfo, count_parameters, encode_header, storage_order
 from mpoc.io.safetensors_writer import Entry, write_safetensors
@@ -185,7 +185,17 @@ def describe(model: nn.Module) -> tuple[Manifest, list[Entry]]:
                 record, own = _dense_layer(tensor.detach(), known[name], origins)
                 records.append(record)
             entries += own
-    return _manifest(model, base, origins, infos, records, tied), entries
+    manifest = _manifest(model, base, origins, infos, records, tied)
+    return manifest, [_as_halved(entry) for entry in entries] if manifest.halved else entries
+
+
+def _as_halved(entry: Entry) -> Entry:
+    """A float32 vector as float16 where that is exact, as in one that was read from float16."""
+    if entry.info.dtype != "float32" or len(entry.info.shape) > 1:
+        return entry
+    tensor = entry.read()
+    half = tensor.half()
+    return Entry.of(entry.info.name, half) if torch.equal(half.float(), tensor) else entry
 
 
 def _origins(model: nn.Module) -> Iterator[tuple[str, _Origin]]:
@@ -364,7 +374,14 @@ def _manifest(
         left_alone=left,
         vectors=len(infos) - len(records) - len(left),
         tied=tied,
+        halved=_halved_dtype(origins, infos),
     )
+
+
+def _halved_dtype(origins: dict[str, _Origin], infos: list[TensorInfo]) -> str:
+    """What readers get for float16 vectors of the file; empty where the network has some of its own."""
+    own = any(info.dtype == HALF and len(info.shape) <= 1 for info in infos)
+    return "" if own else max((origin.manifest.halved for origin in origins.values()), default="")
 
 
 def _digest(cores: list[Tensor]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from mpoc.errors import UsageError, nearest
-from mpoc.io.manifest import READABLE_FORMATS, LayerRecord, Manifest
+from mpoc.io.manifest import COMMON, READABLE_FORMATS, LayerRecord, Manifest
 from mpoc.io.validation import NonNegative, Whole, json_schema
 
 NAMES = ("report", "manifest")
@@ -105,10 +105,15 @@ def schema(name: str) -> dict[str, Any]:
 
 def _manifest() -> dict[str, Any]:
     schema = json_schema(Manifest)
+    layer = schema["properties"]["layers"]["items"]
+    common = {"type": "object", "properties": {key: layer["properties"][key] for key in COMMON}}
+    schema["properties"]["common"] = common | {"description": "fields of all layers that do not have them"}
+    layer["required"] = ["name", "shape", "form"]
     return {
         "title": "What a file compressed by mpoc says of itself",
         "description": "The text under the key mpoc of a safetensors file's metadata, or mpoc.json in a "
-        "directory. A layer leaves out fields that have their default.",
+        "directory. A layer leaves out fields that have their default, and those of common; without "
+        "counts they are the product of its shape.",
         **schema,
         "properties": {"format": {"enum": list(READABLE_FORMATS)}, **schema["properties"]},
         "required": ["format", *schema["required"]],

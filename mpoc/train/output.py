@@ -17,10 +17,17 @@ from torch import Tensor
 from mpoc.errors import MpocError
 from mpoc.io import hub_directory
 from mpoc.io.atomic import staged
-from mpoc.io.coded_parts import coded_entries, rounding_of, values_of_all, with_codes
-from mpoc.io.manifest import LayerRecord, Manifest
+from mpoc.io.coded_parts import (
+    coded_entries,
+    fits_half,
+    halved_entry,
+    rounding_of,
+    values_of_all,
+    with_codes,
+)
+from mpoc.io.manifest import HALF, LayerRecord, Manifest
 from mpoc.io.open_checkpoint import CompressedCheckpoint
-from mpoc.io.safetensors_header import ITEMSIZE, TensorInfo
+from mpoc.io.safetensors_header import TensorInfo
 from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
 from mpoc.io.training_history import metadata, write_history
 from mpoc.models.loading import Model
@@ -138,12 +145,21 @@ def round_to_stored(model: Model, weights: dict[str, Tensor]) -> bool:
     narrowed = False
     for name, parameter in model.places.items():
         info, tensor = model.stored.infos.get(name), tensors.get(parameter)
-        if info is not None and tensor is not None and ITEMSIZE[info.dtype] < tensor.dtype.itemsize:
-            tensor.copy_(tensor.to(getattr(torch, info.dtype)))
+        if info is None or tensor is None:
+            continue
+        dtype = getattr(torch, _written_dtype(model, info, tensor))
+        if dtype.itemsize < tensor.dtype.itemsize:
+            tensor.copy_(tensor.to(dtype))
             narrowed = True
     layers = model.manifest.changed if model.manifest is not None else []
     changed = [_rounded(model, layer, weights) for layer in layers if layer.storage]
     return narrowed or any(changed)
+
+
+def _written_dtype(model: Model, info: TensorInfo, tensor: Tensor) -> str:
+    """The dtype that a trained tensor is written in: float16 still holds a vector where that is harmless."""
+    halved = isinstance(model.stored, CompressedCheckpoint) and model.stored.is_halved(info.name)
+    return HALF if halved and fits_half(info.name, tensor) else info.dtype
 
 
 def _rounded(model: Model, layer: LayerRecord, weights: dict[str, Tensor]) -> bool:
@@ -194,8 +210,11 @@ def _kept_codes(stored: CompressedCheckpoint, layer: LayerRecord) -> list[Entry]
 def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor], trained: set[str]) -> Entry:
     name = model.places.get(info.name)
     if name is None or name not in weights:
-        source = model.stored.tied.get(info.name, info.name)
-        return Entry(info, lambda: model.stored.read(source))
+        source, stored = model.stored.tied.get(info.name, info.name), model.stored
+        if isinstance(stored, CompressedCheckpoint) and stored.is_halved(info.name):
+            return halved_entry(Entry(info, lambda: stored.read(source)))
+        return Entry(info, lambda: stored.read(source))
+    info = replace(info, dtype=_written_dtype(model, info, weights[name]))
 
     def read() -> Tensor:
         tensor = weights[name].detach().to("cpu", getattr(torch, info.dtype))

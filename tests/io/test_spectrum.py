@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpoc.io.manifest import MOST_POINTS, Spectrum, check_spectrum, longest, thinned
+from mpoc.io.manifest import MOST_POINTS, Spectrum, longest, thinned
+from mpoc.io.manifest_reader import check_spectrum
 
 SOME = settings(max_examples=60, deadline=None, derandomize=True)
 
