@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -41,6 +41,17 @@ class GridTensor:
         """Distance of neighbouring values, (rows, columns) of float32."""
         group = self.codes.shape[1] // self.scale.shape[1]
         return self.scale.float().repeat_interleave(group, dim=1)
+
+    def lowest(self) -> Tensor:
+        """Lowest multiple of its step that each number can be, (rows, columns) of int16."""
+        if self.zero_point is None:
+            return torch.full_like(self.codes, -self.spec.levels // 2, dtype=torch.int16)
+        group = self.codes.shape[1] // self.scale.shape[1]
+        return -self.zero_point.short().repeat_interleave(group, dim=1)
+
+    def of_multiples(self, multiples: Tensor) -> GridTensor:
+        """The matrix of other multiples of the steps, (rows, columns), which the grid has."""
+        return replace(self, codes=(multiples - self.lowest()).to(torch.uint8))
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +120,11 @@ class CodedTensor:
         """Distance of neighbouring values, (rows, columns) of float32."""
         rows, columns = self._sides()
         return rows * columns
+
+    def of_multiples(self, multiples: Tensor) -> CodedTensor:
+        """The matrix of other multiples of the steps, (rows, columns)."""
+        exponents = self.row_exponents, self.column_exponents
+        return CodedTensor(narrowed(multiples.to(torch.int32)), *exponents, self.scale)
 
     def _sides(self) -> tuple[Tensor, Tensor]:
         rows, columns = HALF_OCTAVES[self.row_exponents.long()], HALF_OCTAVES[self.column_exponents.long()]

@@ -16,15 +16,16 @@ from mpoc.io.atomic import refuse_existing, refuse_misnamed
 from mpoc.io.hub_directory import notes_on_files
 from mpoc.io.manifest import Manifest
 from mpoc.models.loading import Model, open_beside, open_model
+from mpoc.quantize.storage import Coded
 from mpoc.reporting.plots import draw_curves, refuse_unknown_picture
 from mpoc.runtime.distributed import is_main
-from mpoc.runtime.formatting import counted
+from mpoc.runtime.formatting import counted, human_bytes
 from mpoc.runtime.signals import Interrupted
 from mpoc.train.engine import describe, make_accelerator
 from mpoc.train.evaluate import evaluate
 from mpoc.train.loop import DivergedError, train
 from mpoc.train.monitor import OnEvent, Outcome, TrainingLog, TrainingMonitor, read_log
-from mpoc.train.output import data_record, make_history, round_to_stored, write_tuned
+from mpoc.train.output import data_record, hold_to_steps, make_history, round_to_stored, write_tuned
 from mpoc.train.settings import DataOptions, FinetuneRequest, Settings
 from mpoc.train.task_choice import infer_task
 from mpoc.train.tasks import Task
@@ -156,8 +157,8 @@ def _announce(model: Model, training_data: TrainingData, say: Callable[[str], No
     rounded = [layer for layer in (model.manifest.changed if model.manifest else ()) if layer.storage]
     if rounded:
         notes.append(
-            f"{counted(len(rounded), 'layer')} of few bits: trained as floats, and rounded to as many bits "
-            "at the end"
+            f"{counted(len(rounded), 'layer')} of few bits: trained through rounding to the steps that are "
+            "stored"
         )
     if model.stored.is_directory:
         notes += notes_on_files(model.path, model.stored.weight_files)
@@ -232,6 +233,7 @@ class _Finetuning:
         """Train once; the outcome, and the final scores, on test where there is such a split."""
         accelerator = make_accelerator(self.request.device, settings.precision)
         self.say(f"{describe(accelerator)}, {settings.precision}")
+        hold_to_steps(model, accelerator.device)
         monitored = monitored_split(self.training_data.data)
         validation = self.training_data.loader(monitored) if monitored else None
         loader = self.training_data.loader("train")
@@ -244,14 +246,28 @@ class _Finetuning:
             )
             return evaluation.rounded()
 
-        if round_to_stored(model, outcome.weights) and monitored:
+        changed = round_to_stored(model, outcome.weights)
+        if changed and monitored:
             self.say("the final scores are those of the weights as they are stored")
             outcome = replace(outcome, chosen={**outcome.chosen, **scored(monitored)})
+        self._tell_coded_bytes(model)
         scores = {name: value for name, value in outcome.chosen.items() if name not in ("step", "epoch")}
         if "test" in self.training_data.data.splits and monitored != "test":
             scores = scored("test")
             self.monitor.log.write(split="test", step=outcome.steps, **scores)
         return outcome, scores
+
+    def _tell_coded_bytes(self, model: Model) -> None:
+        """The bytes of entropy-coded layers, whose steps are kept, before and after the training."""
+        after = [
+            record for record, _ in model.rounded.values() if isinstance(record.coded_parts[0].storage, Coded)
+        ]
+        before = {
+            layer.name: layer.stored_bytes for layer in (model.manifest.layers if model.manifest else ())
+        }
+        if after:
+            sizes = sum(before[record.name] for record in after), sum(record.stored_bytes for record in after)
+            self.say(f"coded layers {human_bytes(sizes[0])} → {human_bytes(sizes[1])}")
 
 
 def _clean_up(request: FinetuneRequest, checkpoint: CheckpointFile, error: BaseException) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -163,6 +163,12 @@ class _Trainer:
         self.model, self.optimizer, self.stepper, self.undo = prepare_training(
             network, task, loader, settings, accelerator
         )
+        # Sharded parameters have lost their steps, and are rounded at the end.
+        self.rounded = [
+            (parameter, parameter.stored_steps)
+            for parameter in self.model.parameters()
+            if hasattr(parameter, "stored_steps") and parameter.requires_grad
+        ]
         self.mixed = accelerator.autocast if settings.precision != "fp32" else nullcontext
         self.progress, self.best = TrainingProgress(), dict[str, Tensor]()
         self.losses = Losses()
@@ -183,6 +189,9 @@ class _Trainer:
                     self._read_losses()
                     self._evaluate()
         self._read_losses()
+        with torch.no_grad():
+            for parameter, steps in self.rounded:
+                parameter.copy_(steps.nearest(parameter))
         chosen = self.progress.evaluations[-1]
         if self.settings.keeps_best and self.progress.best is not None:
             set_weights(self.accelerator, self.model, self.best)
@@ -194,6 +203,24 @@ class _Trainer:
         """Stop reading ahead, and undo what was done to the network's modules."""
         self.reader.close()
         self.undo()
+
+    @contextmanager
+    def _as_stored(self) -> Iterator[None]:
+        """Compute with the nearest numbers that the file can hold.
+
+        Gradients found in here are applied to the numbers before rounding (a straight-through estimator:
+        Bengio et al. 2013, arXiv 1308.3432), so that small steps add up until a code changes.
+        """
+        with torch.no_grad():
+            exact = [parameter.clone() for parameter, _ in self.rounded]
+            for parameter, steps in self.rounded:
+                parameter.copy_(steps.nearest(parameter))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (parameter, _), before in zip(self.rounded, exact, strict=True):
+                    parameter.copy_(before)
 
     def _out_of_patience(self) -> bool:
         patience = self.settings.patience
@@ -214,14 +241,8 @@ class _Trainer:
         begin = time.perf_counter()
         seed_generators(derived_seed(self.settings.seed, "step", step, self.order.rank), self.device)
         set_learning_rate(self.optimizer, self._lr(step))
-        losses = []
-        for k, part in enumerate(parts, start=1):
-            part = to_device(part, self.device)
-            with nullcontext() if k == len(parts) else self.accelerator.no_sync(self.model):
-                with self.mixed():
-                    loss = self.task.loss(self.call(self.model, part), part)
-                self.accelerator.backward(loss * (self.world / max(1, count)))
-            losses.append(loss.detach())
+        with self._as_stored():
+            losses = self._backward(parts, max(1, count))
         if self.settings.clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.stepper.step()
@@ -229,6 +250,18 @@ class _Trainer:
         self.losses.add(sum(losses[1:], start=losses[0]), max(1, count))
         self.progress.step += 1
         self.busy += time.perf_counter() - begin
+
+    def _backward(self, parts: list[Any], count: int) -> list[Tensor]:
+        """Add the gradient of the mean loss over ``count`` examples; the losses, summed over each part."""
+        losses = []
+        for k, part in enumerate(parts, start=1):
+            part = to_device(part, self.device)
+            with nullcontext() if k == len(parts) else self.accelerator.no_sync(self.model):
+                with self.mixed():
+                    loss = self.task.loss(self.call(self.model, part), part)
+                self.accelerator.backward(loss * (self.world / count))
+            losses.append(loss.detach())
+        return losses
 
     def _agree(self, count: int, signum: int) -> tuple[int, bool, bool, int]:
         """The count over all processes, and what all do before this step, decided by the main process."""
@@ -278,17 +311,18 @@ class _Trainer:
         progress = self.progress
         evaluation: Evaluation | None = None
         if self.validation is not None:
-            evaluation = evaluate(
-                self.model, self.task, self.validation, self._eval_batch(), self.device, self.call,
-                self.accelerator,
-            )  # fmt: skip
+            with self._as_stored():
+                evaluation = evaluate(
+                    self.model, self.task, self.validation, self._eval_batch(), self.device, self.call,
+                    self.accelerator,
+                )  # fmt: skip
+                self._compare(evaluation.scores)
         record: dict[str, Any] = {"step": progress.step, "epoch": rounded(self._epoch())}
         if progress.loss_steps:
             record["train_loss"] = rounded(progress.loss_sum / progress.loss_steps)
             progress.loss_sum, progress.loss_steps = 0.0, 0
         if evaluation is not None:
             record |= evaluation.rounded()
-            self._compare(evaluation.scores)
         progress.evaluations.append(record)
         if self.accelerator.is_main_process:
             self.monitor.log.write(split=self.monitor.split if evaluation else "train", **record)

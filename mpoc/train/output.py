@@ -7,7 +7,7 @@ classes.  Errors against the original weights no longer hold and are dropped.
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,27 @@ from mpoc.io.coded_parts import (
     coded_entries,
     fits_half,
     halved_entry,
-    rounding_of,
+    matrix_of,
+    tensor_of,
     values_of_all,
     with_codes,
 )
-from mpoc.io.manifest import HALF, LayerRecord, Manifest
+from mpoc.io.manifest import HALF, CodedPart, LayerRecord, Manifest
 from mpoc.io.open_checkpoint import CompressedCheckpoint
 from mpoc.io.safetensors_header import TensorInfo
 from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
 from mpoc.io.training_history import metadata, write_history
 from mpoc.models.loading import Model
 from mpoc.models.saving import changed_record
+from mpoc.quantize.codes import GridTensor, QuantizedTensor
 from mpoc.runtime.formatting import rounded
 from mpoc.train.monitor import Outcome
 from mpoc.train.settings import Settings
 from mpoc.train.tasks import Task
 from mpoc.train.training_data import TrainingData, monitored_split
+
+# Multiples of steps beyond this are no whole numbers in float32.
+_MOST_MULTIPLE = 2.0**24
 
 
 def data_record(training_data: TrainingData) -> dict[str, Any]:
@@ -133,9 +138,48 @@ def write_tuned(
     return manifest
 
 
+@dataclass(frozen=True)
+class StoredSteps:
+    """The numbers that a parameter in few bits can be: multiples of its steps, on a grid between limits."""
+
+    steps: Tensor  # of the shape of the parameter
+    inverse: Tensor  # 1 / steps; 0 where a step is 0
+    lowest: Tensor | None  # multiple on a grid, of the same shape; None: no limits
+    levels: int = 0  # multiples on a grid
+
+    @classmethod
+    def of(cls, part: CodedPart, codes: QuantizedTensor, device: torch.device | str = "cpu") -> StoredSteps:
+        """Those of stored codes."""
+        steps = tensor_of(part, codes.steps()).to(device)
+        inverse = torch.where(steps > 0, 1 / steps, 0)
+        if not isinstance(codes, GridTensor):
+            return cls(steps, inverse, None)
+        return cls(steps, inverse, tensor_of(part, codes.lowest()).to(device), codes.spec.levels)
+
+    def multiples(self, numbers: Tensor) -> Tensor:
+        """The nearest multiples."""
+        found = torch.round(numbers * self.inverse)
+        if self.lowest is None:
+            return found.clamp_(-_MOST_MULTIPLE, _MOST_MULTIPLE)
+        return torch.minimum(torch.maximum(found, self.lowest), self.lowest + (self.levels - 1))
+
+    def nearest(self, numbers: Tensor) -> Tensor:
+        """The nearest numbers that can be stored."""
+        return self.multiples(numbers) * self.steps
+
+
+def hold_to_steps(model: Model, device: torch.device) -> None:
+    """Have training on a device compute with what the file can hold: parameters get ``stored_steps``."""
+    for layer in model.manifest.changed if model.manifest is not None else ():
+        for part in layer.coded_parts:
+            assert isinstance(model.stored, CompressedCheckpoint)
+            parameter: Any = model.network.get_parameter(model.places[part.name])
+            parameter.stored_steps = StoredSteps.of(part, model.stored.codes(part.name), device)
+
+
 @torch.no_grad()
 def round_to_stored(model: Model, weights: dict[str, Tensor]) -> bool:
-    """Round the network to what its file can hold; whether that changed anything.
+    """Round the network to what its file can hold, and keep its codes; whether that changed anything.
 
     Args:
         model: that was trained; keeps the codes that a file holds of its rounded layers.
@@ -163,17 +207,17 @@ def _written_dtype(model: Model, info: TensorInfo, tensor: Tensor) -> str:
 
 
 def _rounded(model: Model, layer: LayerRecord, weights: dict[str, Tensor]) -> bool:
-    """Round a trained layer to the nearest codes of as many bits; False: it is as it was."""
-    names = layer.core_names or [layer.name]
-    trained = [weights.get(model.places[name]) for name in names]
+    """Round a trained layer to the nearest codes with its steps; False: it is as it was."""
+    parts, stored = layer.coded_parts, model.stored
+    trained = [weights.get(model.places[part.name]) for part in parts]
     own = [tensor.detach() for tensor in trained if tensor is not None]
-    if len(own) < len(names):
+    if len(own) < len(parts) or not isinstance(stored, CompressedCheckpoint):
         return False  # another process has them
     dtype = getattr(torch, layer.stored_dtype)
-    stored = [model.stored.read(name) for name in names]
-    if all(torch.equal(one.cpu().to(dtype), other) for one, other in zip(own, stored, strict=True)):
+    pairs = list(zip(parts, own, strict=True))
+    if all(torch.equal(tensor.cpu().to(dtype), stored.read(part.name)) for part, tensor in pairs):
         return False
-    codes = rounding_of(layer).codes(layer, own)
+    codes = [_codes(part, tensor, stored.codes(part.name)) for part, tensor in pairs]
     record = with_codes(layer, codes)
     values = values_of_all(record, codes)
     for tensor, value in zip(own, values, strict=True):
@@ -181,6 +225,12 @@ def _rounded(model: Model, layer: LayerRecord, weights: dict[str, Tensor]) -> bo
     changed = changed_record(record, values) if record.core_names else replace(record, relative_error=None)
     model.rounded[layer.name] = changed, coded_entries(record, codes)
     return True
+
+
+def _codes(part: CodedPart, tensor: Tensor, stored: QuantizedTensor) -> QuantizedTensor:
+    """The nearest codes of a trained tensor, with the steps of the stored ones."""
+    multiples = StoredSteps.of(part, stored).multiples(tensor.cpu().float())
+    return stored.of_multiples(matrix_of(part, multiples))
 
 
 def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:

@@ -54,6 +54,10 @@ def test_file_gives_the_same_numbers(spec: Storage, matrix: QuantizedTensor) -> 
     assert torch.equal(again.values(), matrix.values())
     assert torch.equal(again.codes, matrix.codes)
     assert matrix.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+    multiples = torch.where(matrix.steps() > 0, matrix.values() / matrix.steps(), 0).round()
+    if isinstance(matrix, GridTensor):
+        assert torch.equal(matrix.of_multiples(matrix.lowest()).codes, torch.zeros_like(matrix.codes))
+    assert torch.equal(matrix.of_multiples(multiples).values(), matrix.values())
 
 
 def test_values_of_a_grid() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpoc.data.arrays import Arrays
 from mpoc.data.documents import Documents
@@ -13,6 +13,7 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.train.engine import learning_rate
 from mpoc.train.loader import BatchLoader, BatchReader, ExampleOrder
 from mpoc.train.monitor import TrainingEvent, TrainingMonitor
+from mpoc.train.output import StoredSteps
 from mpoc.train.settings import Settings
 from mpoc.train.tasks import Classification
 from tests.train.small import blobs, loader, perceptron, run, weights
@@ -78,6 +79,53 @@ class TestAgainstAHandWrittenLoop:
         run(plain, optimizer="adamw", lr=0.01, steps=1)
         for w, v, start in zip(weights(ours), weights(plain), weights(network), strict=True):
             torch.testing.assert_close(w, v - 0.01 * 0.1 * start, rtol=0, atol=1e-6)
+
+
+class TestStraightThrough:
+    STEPS = 0.4
+
+    def network(self) -> nn.Sequential:
+        """With weights, but not biases, of two bits: −0.8, −0.4, 0, 0.4."""
+        network = perceptron()
+        for name, weight in network.named_parameters():
+            if "weight" in name:
+                steps = torch.full_like(weight, self.STEPS)
+                lowest = torch.full_like(weight, -2, dtype=torch.int16)
+                vars(weight)["stored_steps"] = StoredSteps(steps, 1 / steps, lowest, 4)
+        return network
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        return torch.round(weight / self.STEPS).clamp(-2, 1) * self.STEPS
+
+    def test_follows_the_gradient_at_the_rounded_weights(self) -> None:
+        network, ours = perceptron(), self.network()
+        run(ours, lr=0.1, momentum=0.0)
+        x, y = blobs()
+        order = ExampleOrder(loader().examples, 16)
+        exact = {name: w.detach().clone() for name, w in network.named_parameters()}
+        for step in range(12):
+            for name, w in network.named_parameters():
+                w.data = self.rounded(exact[name]) if "weight" in name else exact[name].clone()
+            chosen = order.indices(step)[0]
+            loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen])
+            gradients = torch.autograd.grad(loss, list(network.parameters()))
+            for w, g in zip(exact.values(), gradients, strict=True):
+                w.sub_(0.1 * g)
+        for name, w in ours.named_parameters():
+            expected = self.rounded(exact[name]) if "weight" in name else exact[name]
+            torch.testing.assert_close(w.detach(), expected, rtol=0, atol=1e-6)
+
+    def test_keeps_and_scores_rounded_weights(self) -> None:
+        """The best weights are not the last: their score is that of the network that is left."""
+        network = self.network()
+        outcome = run(network, epochs=4, eval_every=5, keep_best=True)
+        x, y = blobs(48, seed=1)
+        with torch.no_grad():
+            loss = float(nn.functional.cross_entropy(network.eval()(x), y))
+        assert outcome.chosen["loss"] == pytest.approx(loss, rel=1e-4)
+        assert outcome.chosen["step"] < outcome.steps
+        for name, weight in network.named_parameters():
+            assert "bias" in name or torch.equal(weight, self.rounded(weight))
 
 
 @pytest.mark.parametrize("parts", [2, 4])

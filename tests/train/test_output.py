@@ -19,17 +19,25 @@ from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest,
 from tests.data.samples import pixels
 from tests.support.marks import slow_except
 
+STORED: dict[str, dict[str, Any]] = {
+    "bfloat16": {},
+    "cores in bfloat16": {"bond": 4, "dtype": "bfloat16"},
+    "grid": {"bits": 2},
+    "cores on a grid": {"bond": 4, "bits": 4},
+    "coded": {"bits": 2, "storage": "coded"},
+}
+_QUICK = [("bfloat16", True), ("grid", True)]
 
-@pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("best", slow_except([False, True], True))
-def test_final_score_matches_the_stored_half_precision_weights(
-    tmp_path: Path, compressed: bool, best: bool
-) -> None:
+
+@pytest.mark.parametrize(
+    ("stored", "best"), slow_except([(name, best) for name in STORED for best in (False, True)], *_QUICK)
+)
+def test_final_score_is_that_of_the_stored_weights(tmp_path: Path, stored: str, best: bool) -> None:
     source, small = tmp_path / "fc2.safetensors", tmp_path / "small.safetensors"
-    state, recipe = zoo.make("fc2").state_dict(), make_recipe(None, {"bond": 4, "dtype": "bfloat16"})
-    save_file(state if compressed else {name: tensor.bfloat16() for name, tensor in state.items()}, source)
-    if compressed:
-        compress_checkpoint(source, small, recipe, arch="fc2")
+    state, options = zoo.make("fc2").state_dict(), STORED[stored]
+    save_file(state if options else {name: tensor.bfloat16() for name, tensor in state.items()}, source)
+    if options:
+        compress_checkpoint(source, small, make_recipe(None, options), arch="fc2")
         source = small
     arrays: dict[str, Any] = {}
     for k, split in enumerate(("train", "validation", "test")):
@@ -40,7 +48,11 @@ def test_final_score_matches_the_stored_half_precision_weights(
         tmp_path / "tuned.safetensors", arch="fc2", device="cpu",
     )  # fmt: skip
     training = finetune(request).training
-    assert torch.bfloat16 in {tensor.dtype for tensor in load_file(request.target).values()}
+    before, after = load_file(source), load_file(request.target)
+    steps = [name for name in before if name.endswith(("_scale", "_zero_point"))]
+    assert steps or "grid" not in stored
+    assert all(torch.equal(before[name], after[name]) for name in steps)
+    assert {name: tensor.dtype for name, tensor in before.items()} == {n: t.dtype for n, t in after.items()}
     for split, key in (("validation", "final"), ("test", "test")):
         asked = EvaluationRequest(request.target, request.data, split, arch="fc2", device="cpu", batch=64)
         for name, value in evaluate_file(asked).scores.items():
