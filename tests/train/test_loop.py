@@ -109,11 +109,11 @@ class TestStraightThrough:
             chosen = order.indices(step)[0]
             loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen])
             gradients = torch.autograd.grad(loss, list(network.parameters()))
-            for w, g in zip(exact.values(), gradients, strict=True):
-                w.sub_(0.1 * g)
-        for name, w in ours.named_parameters():
+            for kept, g in zip(exact.values(), gradients, strict=True):
+                kept.sub_(0.1 * g)
+        for name, found in ours.named_parameters():
             expected = self.rounded(exact[name]) if "weight" in name else exact[name]
-            torch.testing.assert_close(w.detach(), expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-6)
 
     def test_keeps_and_scores_rounded_weights(self) -> None:
         """The best weights are not the last: their score is that of the network that is left."""
