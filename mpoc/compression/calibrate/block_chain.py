@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mpoc.compression.calibrate.layer_inputs import hooked
 from mpoc.io.keyed_store import Scratch
 
+_OUTPUT_BYTES = 96 * 1024**2  # of layers' outputs, of each network
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
 
@@ -250,6 +252,51 @@ class ChainInputs:
 
     def _key(self, k: int, index: int) -> Hashable:
         return id(self), k, index
+
+
+class LayerOutputs:
+    """What modules of a network gave in each batch, as long as their parameters are what they were.
+
+    Args:
+        network: that holds the modules.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._versions: dict[str, list[int]] = {}
+        self._room = _OUTPUT_BYTES
+
+    def clear(self) -> None:
+        """Forget all outputs."""
+        self._kept, self._versions, self._room = {}, {}, _OUTPUT_BYTES
+
+    @contextmanager
+    def used(self, index: int, paths: Sequence[str]) -> Iterator[None]:
+        """Meanwhile modules give what they gave before in batch ``index``, or it is kept if there is room."""
+        modules = {path: self._network.get_submodule(path) for path in paths}
+        modules = {path: module for path, module in modules.items() if "forward" not in module.__dict__}
+        versions = {path: [p._version for p in module.parameters()] for path, module in modules.items()}
+        if any(self._versions.get(path, now) != now for path, now in versions.items()):
+            self.clear()
+        self._versions |= versions
+        known = [path for path in modules if (path, index) in self._kept]
+        given = [partial(copied, kept=self._kept[path, index]) for path in known]
+        with replaced_forwards([modules[path] for path in known], given), hooked() as handles:
+            for path in modules.keys() - known:
+                handles.append(modules[path].register_forward_hook(partial(self._keep, key=(path, index))))
+            yield
+
+    def _keep(self, _: nn.Module, args: Any, output: Tensor, key: tuple[str, int]) -> None:
+        nbytes = output.numel() * output.element_size()
+        if nbytes <= self._room:
+            self._room -= nbytes
+            self._kept[key] = output.clone()  # what comes later may change it
+
+
+def copied(*_: Any, kept: Tensor, rest: tuple[Any, ...] | None = None, **__: Any) -> Any:
+    """A forward that gives ``kept``, and ``rest`` beside it where there is one."""
+    return kept.clone() if rest is None else (kept.clone(), *rest)
 
 
 class CutCheck:

@@ -194,7 +194,12 @@ class ProductSum:
         """
         if self._total is None:
             raise ValueError("no rows were added")
-        return self._total.triu() + self._total.triu(1).mT if self._symmetric else self._total
+        for k in range(0, self._total.shape[-1], _PANEL) if self._symmetric else ():
+            panel, behind = slice(k, k + _PANEL), slice(k + _PANEL, None)
+            square = self._total[..., panel, panel]
+            square.copy_((square + square.mT) / 2)
+            self._total[..., behind, panel] = self._total[..., panel, behind].mT
+        return self._total
 
 
 class _Sums:

@@ -3,13 +3,14 @@
 Both networks run on the same batches until the last layer that is asked for has its input.  Where blocks form
 a chain (:mod:`mpoc.compression.calibrate.trace`), the inputs of the present block are kept for all batches in
 both networks.  Only that block then runs again, and the next block's inputs are computed from them.  Within
-the block, a layer whose group was asked for before gives what it gave then.
+the block, a layer whose group was asked for before gives what it gave then.  What follows a chain that cuts
+the network runs from what the last block gave.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.block_chain import Chain, StopPassError, given_on, replaced_forwards
+from mpoc.compression.calibrate.block_chain import (
+    Chain,
+    LayerOutputs,
+    StopPassError,
+    copied,
+    given_on,
+    replaced_forwards,
+)
 from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_argument, hooked
 from mpoc.compression.calibrate.moments import (
     ALL,
@@ -32,7 +40,6 @@ from mpoc.models.call import Batch, Call, main_input, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, BatchShards, ProcessGroup
 
 _KEPT_BYTES = 2 * 1024**3
-_OUTPUT_BYTES = 96 * 1024**2  # of layers' outputs, of each network
 
 
 @dataclass
@@ -42,50 +49,6 @@ class _State:
     given: Tensor
     args: tuple[Any, ...]  # after ``given``
     named: dict[str, Any]
-
-
-class _LayerOutputs:
-    """What modules of a network gave in each batch, as long as their parameters are what they were.
-
-    Args:
-        network: that holds the modules.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
-        self._kept: dict[tuple[str, int], Tensor] = {}
-        self._versions: dict[str, list[int]] = {}
-        self._room = _OUTPUT_BYTES
-
-    def clear(self) -> None:
-        """Forget all outputs."""
-        self._kept, self._versions, self._room = {}, {}, _OUTPUT_BYTES
-
-    @contextmanager
-    def used(self, index: int, paths: Sequence[str]) -> Iterator[None]:
-        """Meanwhile modules give what they gave before in batch ``index``, or it is kept if there is room."""
-        modules = {path: self._network.get_submodule(path) for path in paths}
-        modules = {path: module for path, module in modules.items() if "forward" not in module.__dict__}
-        versions = {path: [p._version for p in module.parameters()] for path, module in modules.items()}
-        if any(self._versions.get(path, now) != now for path, now in versions.items()):
-            self.clear()
-        self._versions |= versions
-        known = [path for path in modules if (path, index) in self._kept]
-        given = [partial(_copied, kept=self._kept[path, index]) for path in known]
-        with replaced_forwards([modules[path] for path in known], given), hooked() as handles:
-            for path in modules.keys() - known:
-                handles.append(modules[path].register_forward_hook(partial(self._keep, key=(path, index))))
-            yield
-
-    def _keep(self, _: nn.Module, args: Any, output: Tensor, key: tuple[str, int]) -> None:
-        nbytes = output.numel() * output.element_size()
-        if nbytes <= self._room:
-            self._room -= nbytes
-            self._kept[key] = output.clone()  # what comes later may change it
-
-
-def _copied(*_: Any, kept: Tensor, **__: Any) -> Tensor:
-    return kept.clone()
 
 
 class _Runner:
@@ -108,11 +71,15 @@ class _Runner:
         self._others: dict[
             int, tuple[tuple[Any, ...], dict[str, Any]]
         ] = {}  # batch → arguments after the first
-        self._outputs = _LayerOutputs(network)
+        self._outputs = LayerOutputs(network)
+        self._rests: dict[str, Any] = {}  # block → what it gives beside a tensor; None: a tensor alone
         self.final: Sequence[str] = ()  # modules behind the kept inputs that, and all before them, are final
 
     def move(self, position: tuple[int, int] | None) -> None:
-        """Keep the inputs of the block at (chain, position) for this process's batches; None: of no block."""
+        """Keep the inputs of the block at (chain, position) for this process's batches; None: of no block.
+
+        Behind the last block stands what it gave, once :meth:`can_reach_the_end`.
+        """
         if position == self._at:
             return
         old, self._at = self._at, None
@@ -144,10 +111,26 @@ class _Runner:
             if self._at is None:
                 self._call(self.network, to_device(self._batches[index], self._device))
                 return
-            chain, position = self._at
+            chain, position = self._trace.chains[self._at[0]], self._at[1]
             end = None if last is None else last + 1
+            if position == len(chain):
+                self._run_tail(chain, index)
             with self._outputs.used(index, self.final):
-                self._through(self._trace.chains[chain][position:end], self._kept(index))
+                self._through(chain[position:end], self._kept(index))
+
+    def _run_tail(self, chain: Chain, index: int) -> None:
+        """Run the network with every block giving what the last one gave, which alone is used further on."""
+        given, rests = self._kept(index).given, [self._rests[block.module] for block in chain]
+        blocks = [self.network.get_submodule(block.module) for block in chain]
+        forwards = [partial(copied, kept=given, rest=rest) for rest in rests]
+        with replaced_forwards(blocks, forwards):
+            self._call(self.network, to_device(self._batches[index], self._device))
+
+    def can_reach_the_end(self, number: int) -> bool:
+        """Whether all blocks of chain ``number`` in front of the kept inputs have run."""
+        if self._at is None or self._at[0] != number:
+            return False
+        return all(block.module in self._rests for block in self._trace.chains[number][: self._at[1]])
 
     def state(self, index: int, position: tuple[int, int]) -> _State:
         """The arguments of a block in batch ``index``: kept, or computed again from the start."""
@@ -162,7 +145,9 @@ class _Runner:
     def _through(self, chain: Chain, state: _State) -> Tensor:
         given = state.given
         for block in chain:
-            given = given_on(self.network.get_submodule(block.module)(given, *state.args, **state.named))
+            output = self.network.get_submodule(block.module)(given, *state.args, **state.named)
+            self._rests[block.module] = output[1:] if isinstance(output, tuple) else None
+            given = given_on(output)
         return given
 
     def _caught(self, batch: Batch, position: tuple[int, int]) -> _State:
@@ -189,6 +174,7 @@ class Replay:
     kept_bytes: int = _KEPT_BYTES  # of both networks together, at most; else nothing is kept in memory alone
     all_batches: bool = False  # also those of other processes, for :meth:`PairedPass.examples`
     scratch: Scratch | None = None  # that holds them; None: memory
+    cuts: bool = False  # the longest chain cuts the network
 
 
 class PairedPass:
@@ -310,7 +296,8 @@ class PairedPass:
         if self._replay.scratch is not None and self._replay.scratch.has_folder:
             return True
         share = sum(main_input(batch).numel() for batch in self._batches) / self._trace.numbers
-        return copies * self._trace.chains[position[0]][position[1]].nbytes * share <= self._replay.kept_bytes
+        block = self._trace.chains[position[0]][: position[1] + 1][-1]
+        return copies * block.nbytes * share <= self._replay.kept_bytes
 
     def _add(self, index: int, sums: dict[str, LayerSums], both: bool) -> set[str]:
         """Add the inputs in one batch; return the layers to which the networks give different numbers."""
@@ -376,6 +363,8 @@ class PairedPass:
         """The block to start from: the last one at or before the layers whose input can be kept."""
         positions = [self._trace.positions.get(name) for name in names]
         known = [position_of for position_of in positions if position_of is not None]
+        if not known and self._replay.enabled and self._replay.cuts:
+            return self._end(names)
         if not self._replay.enabled or len(known) < len(names) or len({chain for chain, _ in known}) > 1:
             return None
         chain, position = min(known)
@@ -383,6 +372,15 @@ class PairedPass:
             if self._trace.chains[chain][k].is_kept_whole:
                 return (chain, k) if self._fits((chain, k), 2) else None
         return None
+
+    def _end(self, names: Sequence[str]) -> tuple[int, int] | None:
+        """Behind the last block of the longest chain, where all of these layers follow it."""
+        pieces = self._trace.pieces
+        if pieces is None or any(pieces.of.get(name) != len(pieces.chain) for name in names):
+            return None
+        end = self._trace.chains.index(pieces.chain), len(pieces.chain)
+        reached = all(runner.can_reach_the_end(end[0]) for runner in self._runners)
+        return end if reached and self._fits(end, 2) else None
 
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:

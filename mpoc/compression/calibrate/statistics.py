@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.block_chain import ChainInputs
+from mpoc.compression.calibrate.block_chain import Chain, ChainInputs
 from mpoc.compression.calibrate.cache import DensePass, cached_or_measured, calibration_fingerprint
 from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
 from mpoc.compression.calibrate.dense_pass import Probes, cutting_chain, dense_pass
@@ -261,8 +261,7 @@ class CalibrationStatistics:
 
         Without a chain that cuts the network, or without room for the inputs, there are no blocks.
         """
-        data, pieces = self.data, self._trace.pieces
-        chain = cutting_chain(self.network, data.call, data.held_out, self._trace, data.pooling)
+        data, pieces, chain = self.data, self._trace.pieces, self._chain
         share = sum(main_input(batch).numel() for batch in data.held_out) / self._trace.numbers
         if sum(block.nbytes for block in chain) * share > _KEPT_BYTES and not self._scratch.has_folder:
             chain = ()
@@ -270,12 +269,17 @@ class CalibrationStatistics:
         own = {self._named[weight]: block for weight, block in blocks.items()}
         return ChainInputs(self.network, chain, self._scratch), own
 
+    @cached_property
+    def _chain(self) -> Chain:
+        data = self.data
+        return cutting_chain(self.network, data.call, data.held_out, self._trace, data.pooling)
+
     def _pair(self, compressed: nn.Module) -> list[PairedPass]:
         if compressed is not self._compressed:
             self._compressed, self._passes = compressed, []  # what was kept of the other one goes first
             parts, networks = (self.data.batches, self.data.held_out), (self.network, compressed)
             refines = self.refines and self.context.group.is_main  # who refines needs all
-            replay = Replay(all_batches=refines, scratch=self._scratch)
+            replay = Replay(all_batches=refines, scratch=self._scratch, cuts=bool(self._chain))
             self._passes = [
                 PairedPass(
                     networks,

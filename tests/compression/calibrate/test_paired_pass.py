@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpoc.compression.calibrate.block_chain import next_input
-from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
+from mpoc.compression.calibrate.dense_pass import Probes, cutting_chain, dense_pass
 from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs
 from mpoc.compression.calibrate.moments import Moments, Positions
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
@@ -102,6 +102,9 @@ def test_cached_block_inputs_give_the_same_moments(make: Any) -> None:
     wanted = in_order(network, other, batches, found, replay=Replay(enabled=False))
     assert_same(in_order(network, other, batches, found), wanted)
     assert_same(in_order(network, other, batches, found, replay=Replay(kept_bytes=20_000)), wanted)
+    cuts = bool(cutting_chain(network, Call.of(network), batches, found))
+    assert cuts == (make is not densely)
+    assert_same(in_order(network, other, batches, found, replay=Replay(cuts=cuts)), wanted)
     differing = [name for name, m in wanted.items() if not torch.equal(m.second, m.dense_second)]
     assert len(differing) > len(wanted) // 2
 
@@ -219,6 +222,21 @@ def test_runs_only_the_needed_blocks() -> None:
     assert runs == [2, 8, 2]
     passes.moments(["encoder.layer.0.output.dense.weight"])  # back
     assert runs == [6, 8, 2]
+
+
+def test_what_follows_the_chain_runs_alone() -> None:
+    network, batches = resnet()
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    passes = PairedPass(
+        (network, damaged(network)), Call.of(network), batches, found, replay=Replay(cuts=True)
+    )
+    *before, last = found.groups
+    for group in before:
+        passes.moments(group)
+    runs: list[int] = []
+    network.get_submodule("layer1.0.conv1").register_forward_pre_hook(lambda *_: runs.append(1))
+    passes.moments(last)
+    assert not runs
 
 
 def test_leaves_no_hooks_behind() -> None:
