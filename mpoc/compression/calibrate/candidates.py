@@ -31,7 +31,7 @@ from mpoc.compression.calibrate.layer_inputs import eval_mode
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plan import LayerPlan
-from mpoc.models.call import num_examples, to_device
+from mpoc.models.call import to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd
@@ -47,8 +47,9 @@ _MPO_SHARE = 0.4  # of a sum's parameters
 # The squared error of a sum over that of svd, at two shares of the weight's parameters: see the guide.
 _SHARES_OF_SUMS: Mapping[float, float] = {0.1: 0.93, 0.5: 0.8}
 
-# Movements of the outputs by one layer are measured on every third example, but on so many at least.
-_STEP, _FEWEST = 3, 16
+# Movements of the outputs by one layer are measured on every third example, but on so many numbers at least:
+# on 21 images with ten logits each, ResNet-20 lost a point of accuracy.
+_STEP, _FEWEST = 3, 6000
 _SMALLEST_ERROR = 1e-3  # of a layer's largest error: from smaller ones the movement of outputs cannot be told
 _LARGEST_DISTANCE = 1e12  # in place of an infinite distance, of a network that gives no numbers
 
@@ -77,8 +78,7 @@ class OutputDistance:
     @cached_property
     def of_some(self) -> OutputDistance:
         """The distance on a part of the examples, to compare layers with, each compressed by itself."""
-        count = sum(map(num_examples, self._statistics.data.held_out))
-        step = min(_STEP, count // _FEWEST)
+        step = min(_STEP, sum(values.numel() for values, _ in self._dense) // _FEWEST)
         return OutputDistance(self._statistics, step) if step > 1 else self
 
     @property

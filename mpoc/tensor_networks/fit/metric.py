@@ -133,13 +133,12 @@ class RowMoment:
 
     def formed(self) -> Tensor:
         """The moment as a matrix (N, N) float64, where S is the identity."""
-        left, right, weights = self.left, self.right, self.weights
-        total = torch.diag(torch.zeros_like(left.centre) if self.ridge is None else self.ridge)
-        total += (left.values * weights[:, None].to(left.values.dtype)).T @ right.values
-        first, second = (weights.to(one.values.dtype) @ one.values for one in (left, right))
-        total -= torch.outer(first, right.centre)
-        total -= torch.outer(left.centre, second - weights.sum() * right.centre)
-        return total
+        dtype = self.left.values.dtype  # what rows are given in is exact enough for sums of centred ones
+        total = self.weights.new_zeros(len(self.left.centre), len(self.right.centre), dtype=dtype)
+        for (part, a), (_, b) in zip(self.left.blocks(), self.right.blocks(), strict=True):
+            total.addmm_((a.T * self.weights[part]).to(dtype), b.to(dtype))
+        ridge = torch.zeros_like(self.left.centre) if self.ridge is None else self.ridge
+        return total.double() + torch.diag(ridge)
 
 
 # A matrix (N, N), the diagonal (N,) of one, or a RowMoment; what can work with one of them alone says so.
