@@ -339,7 +339,7 @@ class BudgetAllocator:
     def _candidates_of(self, plan: LayerPlan, count: int) -> Candidates:
         """The candidates of a layer, the same for every budget; this process has ``count`` such layers."""
         name, forms = plan.map.name, self._forms(plan)
-        kept: dict[Any, Candidates] = self._statistics.kept
+        kept: dict[Any, Candidates] = self._statistics.kept.setdefault("candidates", {})
         key = name, forms, plan.structure if self._has_own_factors(plan) else None
         if key not in kept:
             context = self._statistics.context
