@@ -62,6 +62,7 @@ class CalibrationFacts(TypedDict, total=False):
     held_out: int
     data: dict[str, Any]
     shares: AllocationFacts
+    likeness: dict[str, Scores]
     norms: BatchNormFacts | None
 
 

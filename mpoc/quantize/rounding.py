@@ -346,3 +346,48 @@ def _refitted_steps(
         error[places] -= unit * change
         steps[places] += change
     return steps
+
+
+# GPTQ as published, to compare with.
+
+
+def gptq(target: Tensor, metric: Tensor | None, bits: int, group: int) -> Tensor:
+    """Values (rows, columns) of GPTQ: columns in their own order, ranges of groups from minimum to maximum.
+
+    Scales are in float16, zero points whole; 1 % of the metric's mean diagonal is added to it.  Frantar et
+    al., arXiv 2210.17323.
+
+    Args:
+        target: W, (rows, columns).
+        metric: H of the columns, not damped; None: each number goes to the nearest code of its group.
+        bits: of a code.
+        group: columns that share a scale; the last group may have fewer.
+    """
+    left = _checked(target).clone()
+    spec, factor = Grid(bits), None if metric is None else _inverse_factor(metric.cpu())
+    if metric is not None:
+        left[:, metric.cpu().diagonal() <= 0] = 0.0
+    values = torch.empty_like(left)
+    for part in (slice(a, min(a + group, left.shape[1])) for a in range(0, left.shape[1], group)):
+        own = left[:, part]
+        scale, zero = _range(own.amin(1).clamp_(max=0.0), own.amax(1).clamp_(min=0.0), spec)
+        if factor is None:
+            codes = (own / scale[:, None] + zero[:, None]).round_().clamp_(0.0, spec.levels - 1.0)
+            values[:, part] = (codes - zero[:, None]) * scale[:, None]
+            continue
+        errors = torch.empty_like(own)
+        for k in range(part.start, part.stop):
+            code = (left[:, k] / scale + zero).round_().clamp_(0.0, spec.levels - 1.0)
+            values[:, k] = (code - zero) * scale
+            errors[:, k - part.start] = error = (left[:, k] - values[:, k]) / factor[k, k]
+            left[:, k + 1 : part.stop].addr_(error, factor[k, k + 1 : part.stop], alpha=-1)
+        left[:, part.stop :].addmm_(errors, factor[part, part.stop :], alpha=-1)
+    return values
+
+
+def _inverse_factor(metric: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse of a damped metric; dead columns count as 1."""
+    metric, diagonal = metric.double(), metric.diagonal().double()
+    metric = metric + torch.diag(0.01 * diagonal.mean() + (diagonal <= 0).double())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(metric))
+    return torch.linalg.cholesky(inverse, upper=True).float()

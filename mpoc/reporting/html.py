@@ -12,7 +12,7 @@ from mpoc.io.manifest import Manifest
 from mpoc.reporting.charts import layer_charts, training_charts
 from mpoc.reporting.contents import FileData, read_files
 from mpoc.reporting.html_sections import comparison, figures, layer_section, layer_table, title_of
-from mpoc.reporting.summary import remarks
+from mpoc.reporting.summary import likeness_text, remarks
 from mpoc.reporting.svg import Markup, join, tag
 from mpoc.runtime.formatting import human_bytes
 
@@ -85,19 +85,11 @@ def _header(file: FileData) -> Markup:
 
 
 def _totals(file: FileData) -> Markup:
+    """The totals; of a network that is rounded and holds no cores, no ratios of parameters."""
     manifest = file.manifest
-    source, replaced = manifest.source, manifest.replaced
-    before = sum(layer.num_original for layer in replaced)
-    after = sum(layer.num_stored for layer in replaced)
-    selected = f" of {len(manifest.layers)} selected" if manifest.is_complete else ""
-    tiles = [("ρ of the replaced layers", f"{manifest.rho:.4f}", f"{before:,} → {after:,} parameters")]
-    if manifest.is_complete:
-        tiles.append(
-            ("ρ of all selected layers", f"{manifest.rho_selected:.4f}", "including layers left dense")
-        )
-    was, now = source.num_parameters, manifest.num_parameters
-    tiles.append(("parameters, whole model", f"{now:,}", _from(f"{was:,}", now, was)))
-    bytes_before = source.nbytes
+    is_rounded = not manifest.replaced and bool(manifest.changed)
+    tiles = [] if is_rounded else _ratios(manifest)
+    bytes_before = manifest.source.nbytes
     of = (
         _from(human_bytes(bytes_before), file.nbytes, bytes_before)
         if bytes_before
@@ -107,8 +99,30 @@ def _totals(file: FileData) -> Markup:
     if manifest.layers:
         stored, bits = human_bytes(manifest.selected_bytes[1]), f"{manifest.bits_per_weight:.2f}"
         tiles.append(("bits a weight", bits, f"{stored} for all selected layers"))
-    tiles.append(("layers replaced", str(len(replaced)), (selected or " in this file").strip()))
+    likeness = likeness_text(manifest.calibration.get("likeness", {}).get("this", {}))
+    if likeness:
+        first, _, rest = likeness.partition(", ")
+        name, _, value = first.partition(" ")
+        note = " ".join(filter(None, ("to the dense network, on held-out data;", rest))).rstrip(";")
+        tiles.append((name, value, note))
+    selected = f"of {len(manifest.layers)} selected" if manifest.is_complete else "in this file"
+    kind = "rounded" if is_rounded else "replaced"
+    count = len(manifest.changed if is_rounded else manifest.replaced)
+    tiles.append((f"layers {kind}", str(count), selected))
     return tag("dl", *(_tile(*tile) for tile in tiles), class_="tiles")
+
+
+def _ratios(manifest: Manifest) -> list[tuple[str, str, str]]:
+    """Tiles of the parameters."""
+    before = sum(layer.num_original for layer in manifest.replaced)
+    after = sum(layer.num_stored for layer in manifest.replaced)
+    tiles = [("ρ of the replaced layers", f"{manifest.rho:.4f}", f"{before:,} → {after:,} parameters")]
+    if manifest.is_complete:
+        tiles.append(
+            ("ρ of all selected layers", f"{manifest.rho_selected:.4f}", "including layers left dense")
+        )
+    was, now = manifest.source.num_parameters, manifest.num_parameters
+    return [*tiles, ("parameters, whole model", f"{now:,}", _from(f"{was:,}", now, was))]
 
 
 def _from(text: str, now: int, was: int) -> str:

@@ -93,13 +93,7 @@ class Report:
         return to_json(self.to_dict())
 
     def __repr__(self) -> str:
-        source = self.manifest.source
-        title = (
-            f"Report: ρ = {self.rho:.4f} over {len(self.replaced)} of {len(self.layers)} selected layers, "
-            f"{source.num_parameters:,} → {self.num_parameters:,} parameters, {human_bytes(self.nbytes)}"
-        )
-        if any(layer.storage for layer in self.layers):
-            title += f", {self.manifest.bits_per_weight:.2f} bits a weight"
+        title = f"Report: {self._title()}"
         rows = [("layer", "form", "bonds", "ρ", _error_title(self.manifest))]
         rows += map(_short_row, self.layers[:_SHOWN_ROWS])
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -109,6 +103,17 @@ class Report:
         ]
         more = len(self.layers) - _SHOWN_ROWS
         return "\n".join([title, *lines, *([f"… and {more} more layers"] if more > 0 else [])])
+
+    def _title(self) -> str:
+        if not self.replaced and self.manifest.changed:
+            return reached_line(self.manifest, self.nbytes)
+        title = (
+            f"ρ = {self.rho:.4f} over {len(self.replaced)} of {len(self.layers)} selected layers, "
+            f"{self.manifest.source.num_parameters:,} → {self.num_parameters:,} parameters, "
+            f"{human_bytes(self.nbytes)}"
+        )
+        coded = any(layer.storage for layer in self.layers)
+        return title + (f", {self.manifest.bits_per_weight:.2f} bits a weight" if coded else "")
 
 
 def _error_title(manifest: Manifest) -> str:
@@ -218,21 +223,41 @@ def _cell(value: Any) -> Any:
 
 def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
     """The totals in plain sentences."""
-    replaced = manifest.replaced
+    replaced, source = manifest.replaced, manifest.source
+    weights = [_weights_line(manifest)] if manifest.layers else []
+    on_disk = "predicted at most" if predicted else "on disk"
+    if not replaced and manifest.changed:
+        return [f"{on_disk} {reached_line(manifest, nbytes)}", *weights, *remarks(manifest)]
     before = sum(layer.num_original for layer in replaced)
     after = sum(layer.num_stored for layer in replaced)
-    source = manifest.source
     rho = f"ρ = {manifest.rho:.4f} over {counted(len(replaced), 'replaced layer')} ({before:,} → {after:,})"
     if manifest.is_complete:
         rho += f"; {manifest.rho_selected:.4f} over the {len(manifest.layers)} selected"
     was = "" if source.nbytes is None else f"{human_bytes(source.nbytes)} → "
-    lines = [rho] if replaced or not manifest.changed else []
-    lines += [
+    whole = (
         f"whole model {source.num_parameters:,} → {manifest.num_parameters:,} parameters; "
-        f"{'predicted at most' if predicted else 'on disk'} {was}{human_bytes(nbytes)}",
-    ]
-    lines += [_weights_line(manifest)] if manifest.layers else []
-    return lines + remarks(manifest)
+        f"{on_disk} {was}{human_bytes(nbytes)}"
+    )
+    return [rho, whole, *weights, *remarks(manifest)]
+
+
+def reached_line(manifest: Manifest, nbytes: int) -> str:
+    """What rounding reached: bytes, their share of the source's, bits a weight, and likeness where known."""
+    was, size = manifest.source.nbytes, human_bytes(nbytes)
+    size = f"{human_bytes(was)} → {size} ({nbytes / was:.1%})" if was else size
+    bits = f"{manifest.bits_per_weight:.2f} bits a weight"
+    likeness = likeness_text(manifest.calibration.get("likeness", {}).get("this", {}))
+    return f"{size}, {bits}" + (f"; held-out outputs: {likeness}" if likeness else "")
+
+
+def likeness_text(likeness: Mapping[str, float]) -> str:
+    """``{"agreement": 98.1, "kl": 0.0123}`` → ``agreement 98.10 %, KL 0.0123``."""
+    shown = {
+        "cosine": "cosine {:.4f}",
+        "agreement": "agreement {:.2f} %",
+        "kl": "KL {:.3g}",
+    }
+    return ", ".join(text.format(likeness[name]) for name, text in shown.items() if name in likeness)
 
 
 def _weights_line(manifest: Manifest) -> str:
@@ -287,6 +312,7 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
         )
     norms = calibration.get("norms")
     lines = [line, allocation] if allocation else [line]
+    lines += _likeness_lines(calibration.get("likeness", {}))
     if norms is None:
         return lines
     chosen = "recalibrated" if norms.get("renewed") else "kept"
@@ -295,6 +321,19 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
         *lines,
         f"batch-norm statistics {chosen}, for the smaller held-out divergence from the dense network "
         f"(kept {kept}, recalibrated {recalibrated})",
+    ]
+
+
+def _likeness_lines(likeness: dict[str, dict[str, float]]) -> list[str]:
+    """How like held-out outputs are to the dense network's, and what others reach in the same bytes."""
+    ours = likeness_text(likeness.get("this", {}))
+    others = {way: likeness_text(found) for way, found in likeness.items() if way != "this"}
+    compared = "; ".join(f"{way}: {text}" for way, text in others.items() if text)
+    if not ours:
+        return []
+    return [
+        f"held-out outputs beside those of the dense network: {ours}"
+        + (f"; in the same bytes {compared}" if compared else "")
     ]
 
 

@@ -17,9 +17,10 @@ of its whole file. For mpoc all other tensors, the header and the manifest come 
 - ``whitened-svd-int4``: SVD whitened by the dense network's inputs (SVD-LLM), both factors by GPTQ at 4 bits.
 - ``hqq``, ``torchao``, ``quanto``: these libraries, where they are installed.
 
-Nothing of mpoc is used for the others. Calibrated on 384 docstrings, 1,024 training images or 512 blocks of
-text. Measured on what no method sees: 250 docstrings, the first 5,000 test images, the last tenth of the
-text. Each row is kept in FILE.json as it is done, and a row that stands there is not made again.
+For the others nothing of mpoc is used but its GPTQ, which it compares itself with. Calibrated on 384
+docstrings, 1,024 training images or 512 blocks of text. Measured on what no method sees: 250 docstrings, the
+first 5,000 test images, the last tenth of the text. Each row is kept in FILE.json as it is done, and a row
+that stands there is not made again.
 ``--plot FILE.png`` draws all rows of the network; with ``--methods`` empty it does nothing else.
 """
 
@@ -39,6 +40,8 @@ import torch
 from benchmarking import markdown_table, require_file, run_mpoc
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mpoc.quantize.rounding import gptq as gptq_values
 
 GROUP, WIDTHS, MIXED = 64, (8, 4, 3, 2), (2, 3, 4, 5, 6, 8)
 OURS = {"ours": [], "grid": ["--storage", "grid"]}
@@ -320,42 +323,14 @@ def stored(shape: Sequence[int], bits: int) -> float:
     return rows * (columns * bits + math.ceil(columns / GROUP) * (16 + bits)) / 8
 
 
-def snapped(part: Tensor, bits: int, like: Tensor) -> Tensor:
-    """Columns (rows, n) on the asymmetric grid of a group (rows, 64), the scale in fp16."""
-    most = 2**bits - 1
-    low, high = like.amin(1, keepdim=True).clamp(max=0), like.amax(1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / most).half().float().clamp(min=2**-24)
-    zero = (-low / scale).round().clamp(0, most)
-    return (((part / scale).round() + zero).clamp(0, most) - zero) * scale
-
-
 def to_nearest(weight: Tensor, _: Tensor | None, bits: int) -> tuple[Tensor, float]:
     """Each number to the nearest code of its group."""
-    groups = weight.split(GROUP, dim=1)
-    return torch.cat([snapped(group, bits, group) for group in groups], 1), stored(weight.shape, bits)
+    return gptq_values(weight, None, bits, GROUP), stored(weight.shape, bits)
 
 
 def gptq(weight: Tensor, moment: Tensor | None, bits: int) -> tuple[Tensor, float]:
-    """Frantar et al., arXiv:2210.17323: column by column, errors moved on; without inputs to nearest."""
-    if moment is None:
-        return to_nearest(weight, moment, bits)
-    left, moment = weight.clone(), moment.clone()
-    dead = moment.diagonal() == 0
-    left[:, dead] = 0
-    moment.diagonal()[dead] = 1
-    moment.diagonal().add_(0.01 * moment.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
-    out = torch.empty_like(left)
-    for start in range(0, weight.shape[1], GROUP):
-        end = min(start + GROUP, weight.shape[1])
-        group, errors = left[:, start:end].clone(), torch.zeros(len(left), end - start)
-        for k in range(start, end):
-            out[:, k : k + 1] = snapped(left[:, k : k + 1], bits, group)
-            errors[:, k - start] = (left[:, k] - out[:, k]) / factor[k, k]
-            left[:, k + 1 : end] -= errors[:, k - start, None] * factor[k, k + 1 : end]
-        left[:, end:] -= errors @ factor[start:end, end:]
-    return out, stored(weight.shape, bits)
+    """GPTQ, the one that mpoc compares with; without inputs to nearest."""
+    return gptq_values(weight, moment, bits, GROUP), stored(weight.shape, bits)
 
 
 def svd_in_four_bits(weight: Tensor, moment: Tensor | None, room: float) -> tuple[Tensor, float]:

@@ -1,9 +1,12 @@
-"""Allocate bytes to layers that stay dense and are rounded: each its bits a number, on a grid or coded.
+"""Allocate bytes to layers that stay dense and are rounded, and say what other methods reach in these bytes.
 
 A squared step costs κ: how far the network's held-out outputs move when the layer alone is rounded with it.
 The best bits of N numbers are b + ½ log₂ κ/N up to a constant.  Layers are rounded in order, each to the
 inputs that the rounded layers before it give, and so mend a part of what those lose; κ of the dense network
 says nothing of that.  So only the share ``_TRUST`` of what it asks for is done.
+
+Beside the result stand rounding to nearest, each layer in the bytes that it takes, and GPTQ, whose layers
+share all these bytes by κ.
 """
 
 from __future__ import annotations
@@ -11,12 +14,13 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mpoc.compression.budget import allocate, fewest_bits
-from mpoc.compression.calibrate.calibrated_rounding import feedback_of
+from mpoc.compression.calibrate.calibrated_rounding import feedback_of, gptq_weight
 from mpoc.compression.calibrate.candidates import OutputDistance, Replacement, costs_of
 from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
@@ -24,8 +28,10 @@ from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe
 from mpoc.errors import UsageError
 from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.coded_parts import Rounding, values_of_all, with_codes
+from mpoc.io.manifest import LayerRecord
 from mpoc.io.open_checkpoint import read_finite
-from mpoc.quantize.codes import HALF_OCTAVES
+from mpoc.quantize.codes import HALF_OCTAVES, QuantizedTensor
 from mpoc.quantize.feedback import best_exponents, typical_error
 from mpoc.quantize.storage import GRID_BITS
 from mpoc.tensor_networks.forms.layout import from_matrix
@@ -150,23 +156,29 @@ def allocate_bits(
         spare: bytes to be added to those of all layers together.
         trust: share of what the movements ask for.
     """
+    wanted = _wanted(plans, movements)
     sizes = {plan.map.name: plan.structure.num_original for plan in plans}
-    wanted = {
-        name: 0.5 * math.log2(moved / sizes[name])
-        for name, moved in movements.items()
-        if 0 < moved < math.inf
-    }
-    known = sum(sizes[name] for name in wanted)
-    mean = sum(sizes[name] * more for name, more in wanted.items()) / known if known else 0.0
     if _storage(plans) == "grid":
-        costs = {name: trust * (wanted.get(name, mean) - mean) for name in sizes}
-        return _on_grids(plans, costs, spare)
+        return _on_grids(plans, {name: trust * more for name, more in wanted.items()}, spare)
     given = {plan.map.name: _bits(plan) for plan in plans}
-    more = {name: given[name] + trust * (wanted.get(name, mean) - mean) for name in sizes}
+    more = {name: given[name] + trust * wanted[name] for name in sizes}
     total = sum(given[name] * sizes[name] for name in sizes) + 8 * (
         spare - len(sizes)
     )  # a byte each: rounding
     return _of_bits(plans, _within(more, sizes, total))
+
+
+def _wanted(plans: Sequence[LayerPlan], movements: Mapping[str, float]) -> dict[str, float]:
+    """½ log₂ κ/N of each layer less its mean; 0 where it is not known."""
+    sizes = {plan.map.name: plan.structure.num_original for plan in plans}
+    wanted = {
+        name: 0.5 * math.log2(moved / sizes[name])
+        for name, moved in movements.items()
+        if name in sizes and 0 < moved < math.inf
+    }
+    known = sum(sizes[name] for name in wanted)
+    mean = sum(sizes[name] * more for name, more in wanted.items()) / known if known else 0.0
+    return {name: wanted.get(name, mean) - mean for name in sizes}
 
 
 def _within(bits: Mapping[str, float], sizes: Mapping[str, int], total: float) -> dict[str, float]:
@@ -181,18 +193,22 @@ def _within(bits: Mapping[str, float], sizes: Mapping[str, int], total: float) -
 
 def _on_grids(plans: Sequence[LayerPlan], more: Mapping[str, float], spare: int) -> list[LayerPlan]:
     """Widths of grids by equal marginal gain: an error falls by four with each bit."""
+    widths = _grid_widths(plans, more, spare + sum(plan.record().stored_bytes for plan in plans))
+    return list(plans) if widths is None else _of_bits(plans, widths)
+
+
+def _grid_widths(plans: Sequence[LayerPlan], more: Mapping[str, float], budget: int) -> dict[str, int] | None:
+    """The bits of each layer; None where even the fewest are above the budget."""
     curves: list[list[tuple[int, float]]] = []
-    budget = spare
     for plan in plans:
         size, gain = plan.structure.num_original, 4.0 ** more[plan.map.name]
-        stored = [plan.rounded_to(bits).record().stored_bytes for bits in GRID_BITS]
+        grids = [replace(plan, rounding=Rounding("grid", bits)) for bits in GRID_BITS]
+        stored = [grid.record().stored_bytes for grid in grids]
         curves.append(list(zip(stored, (size * gain * 4.0**-bits for bits in GRID_BITS), strict=True)))
-        budget += plan.record().stored_bytes
     taken = allocate(curves, budget)
     if taken is None:
-        return list(plans)
-    chosen = {plan.map.name: float(GRID_BITS[k]) for plan, k in zip(plans, taken, strict=True)}
-    return _of_bits(plans, chosen)
+        return None
+    return {plan.map.name: GRID_BITS[k] for plan, k in zip(plans, taken, strict=True)}
 
 
 def _of_bits(plans: Sequence[LayerPlan], bits: Mapping[str, float]) -> list[LayerPlan]:
@@ -207,3 +223,54 @@ def _bits(plan: LayerPlan) -> float:
 def _storage(plans: Sequence[LayerPlan]) -> str:
     assert plans[0].rounding is not None
     return plans[0].rounding.storage
+
+
+class SameSize:
+    """What other methods reach in the bytes of a compression all of whose layers are rounded.
+
+    Args:
+        statistics: of the dense network.
+        checkpoint: to read weights from.
+        plans: of all layers.
+    """
+
+    def __init__(
+        self, statistics: CalibrationStatistics, checkpoint: Checkpoint, plans: Sequence[LayerPlan]
+    ) -> None:
+        self._statistics, self._checkpoint = statistics, checkpoint
+        self._plans = [plan for plan in plans if plan.rounding is not None]
+        self._kept: dict[str, tuple[LayerRecord, Sequence[QuantizedTensor]]] = {}
+
+    def keep(self, record: LayerRecord, nearest: Sequence[QuantizedTensor] = ()) -> None:
+        """Keep a layer's record as it is written and, where they are known, its codes without feedback."""
+        self._kept[record.name] = record, nearest
+
+    def likeness(self, distance: OutputDistance, gptq: bool) -> dict[str, dict[str, float]]:
+        """The likeness of ``rounded to nearest`` and, where two bits are not too many, of ``GPTQ``."""
+        nearest = {plan.map.name: self._nearest(plan) for plan in self._plans}
+        found = {"rounded to nearest": distance.likeness_of(nearest)}
+        if gptq and (widths := self._widths()):
+            found["GPTQ"] = distance.likeness_of(dict(map(self._by_gptq, widths.items())))
+        return found
+
+    def _nearest(self, plan: LayerPlan) -> Replacement:
+        record, codes = self._kept[plan.map.name]
+        if not codes:
+            assert plan.rounding is not None
+            codes = plan.rounding.codes(plan.record(), [read_finite(self._checkpoint, plan.map.name)])
+        return Replacement(values_of_all(with_codes(record, codes), codes)[0], None)
+
+    def _widths(self) -> dict[str, int] | None:
+        """The bits of each layer that share the bytes written by what rounding of each moves."""
+        budget = sum(record.stored_bytes for record, _ in self._kept.values())
+        return _grid_widths(
+            self._plans, _wanted(self._plans, self._statistics.kept.get("movements", {})), budget
+        )
+
+    def _by_gptq(self, width: tuple[str, int]) -> tuple[str, Replacement]:
+        name, bits = width
+        known = any(name in group for group in self._statistics.groups)
+        objective = self._statistics.dense_objective(name) if known else None
+        weight = read_finite(self._checkpoint, name)
+        made = gptq_weight(weight, self._kept[name][0], objective, bits)
+        return name, Replacement(made, None)

@@ -17,17 +17,19 @@ import torch
 from torch import Tensor
 
 from mpoc.compression.calibrate.calibrated_fit import Judgement, judge_matrix
-from mpoc.compression.calibrate.objective import Objective, one_matrix
+from mpoc.compression.calibrate.objective import LayerObjective, Objective, one_matrix
 from mpoc.io.coded_parts import Rounding, tensor_of
 from mpoc.io.manifest import CodedPart, LayerRecord
 from mpoc.quantize.codes import QuantizedTensor
 from mpoc.quantize.feedback import Feedback, best_exponents
-from mpoc.quantize.rounding import coded_in_bytes, round_grid
-from mpoc.quantize.storage import Grid
-from mpoc.tensor_networks.fit.metric import Metric, Second
+from mpoc.quantize.rounding import coded_in_bytes, gptq, round_grid
+from mpoc.quantize.storage import Grid, default_grid
+from mpoc.tensor_networks.fit.metric import Metric, RowMoment, Second
 from mpoc.tensor_networks.fit.weighted import matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import Form, form_of
+from mpoc.tensor_networks.forms.layout import from_matrix, to_matrix
+from mpoc.tensor_networks.structure import low_rank_structure
 
 # Added to the metric of inputs, as a share of its diagonal.
 _DAMPING = 1e-2
@@ -48,6 +50,7 @@ def round_calibrated(
     record: LayerRecord,
     rounding: Rounding,
     objective: Objective,
+    nearest: list[QuantizedTensor],
     form: Form | None = None,
     fast: bool = False,
 ) -> CalibratedRounding:
@@ -58,6 +61,7 @@ def round_calibrated(
         record: of the layer as planned, or with the bonds that its fit ended with.
         rounding: to what.
         objective: of this layer.
+        nearest: codes without feedback, as :meth:`mpoc.io.coded_parts.Rounding.codes` makes them.
         form: the fitted cores; None: the layer stays dense.
         fast: try one γ.
 
@@ -66,7 +70,6 @@ def round_calibrated(
     """
     parts = rounding.planned(record).coded_parts
     matrix = one_matrix(weight, record.kind, record.transposed)
-    tensors = [weight] if form is None else list(form.cores)
     if form is None:
         trial = partial(_round_weight, parts[0], rounding)
     else:
@@ -80,7 +83,6 @@ def round_calibrated(
 
     error = objective.output_weighted_error
     gammas = objective.gammas[1:2] if fast else objective.gammas[1:3]
-    nearest = rounding.codes(record, tensors)
     tried = [*(trial(objective.metric(matrix, gamma)) for gamma in gammas), nearest]
     best = min(tried, key=lambda codes: error.squared(matrix, values(codes)))
     judged = judge_matrix(matrix, values(best), objective)
@@ -148,6 +150,26 @@ def feedback_of(inputs: Second) -> Feedback | None:
     else:
         moment = inputs.formed()
     return Feedback(moment + torch.diag(_DAMPING * moment.diagonal()))
+
+
+def gptq_weight(weight: Tensor, record: LayerRecord, objective: Objective | None, bits: int) -> Tensor:
+    """A weight as GPTQ on the dense network's inputs rounds it, to the default grid of so many bits.
+
+    Args:
+        weight: of shape ``record.shape``.
+        record: of the layer, dense.
+        objective: on the dense network's inputs; None, or of another kind than a linear map's or a
+            convolution's: each number goes to its nearest code.
+        bits: of a code.
+    """
+    structure = low_rank_structure(record.kind, record.shape, record.transposed)
+    matrix = to_matrix(weight, structure)[0]
+    second = objective.moments.dense_second if isinstance(objective, LayerObjective) else None
+    if isinstance(second, RowMoment):
+        second = second.formed() if len(second.left.centre) <= _WIDEST else None
+    columns = matrix.shape[1]
+    values = gptq(matrix, second, bits, default_grid(bits, columns).group or columns)
+    return from_matrix(values[None], structure)
 
 
 def _rotation(size: int) -> Tensor:

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mpoc.compression.budget import largest_bond
 from mpoc.compression.calibrate.calibrated_fit import Storage
@@ -94,13 +95,44 @@ class OutputDistance:
         Args:
             layers: by the weight's name in the checkpoint; all others stay dense.
         """
-        state = self._state  # of the dense network, which is restored afterwards
+        with self._replaced(layers):
+            return self.of_network(self._statistics.network, self._first_block(layers))
+
+    @torch.no_grad()
+    def likeness(self, network: nn.Module) -> dict[str, float]:
+        """How like held-out outputs are to the dense network's: means of what ``mpoc eval`` calls so.
+
+        ``agreement`` of the largest logit in per cent and ``kl`` in nats; where outputs are no logits
+        ``cosine``.  What is not finite is left out.
+        """
+        sums: dict[str, float] = {}
+        count = 0
+        for (ours, are_logits), (theirs, _) in zip(self._outputs(network), self._dense, strict=True):
+            alike = {"cosine": F.cosine_similarity(ours, theirs, dim=-1)}
+            if are_logits:
+                same = 100.0 * (ours.argmax(-1) == theirs.argmax(-1))
+                alike = {"agreement": same, "kl": kl_of_rows(ours, theirs)}
+            count += len(ours)
+            for name, values in alike.items():
+                sums[name] = sums.get(name, 0.0) + float(values.sum())
+        return {name: total / count for name, total in sums.items() if math.isfinite(total)}
+
+    @torch.no_grad()
+    def likeness_of(self, layers: Mapping[str, Replacement]) -> dict[str, float]:
+        """The likeness of the dense network with some layers replaced."""
+        with self._replaced(layers):
+            return self.likeness(self._statistics.network)
+
+    @contextmanager
+    def _replaced(self, layers: Mapping[str, Replacement]) -> Iterator[None]:
+        """The dense network with some layers replaced, meanwhile."""
+        state = self._state
         changed = self._changed(layers, state)
         before = {name: state[name].clone() for name in changed}
         try:
             for name, tensor in changed.items():
                 state[name].copy_(tensor)
-            return self.of_network(self._statistics.network, self._first_block(layers))
+            yield
         finally:
             for name, tensor in before.items():
                 state[name].copy_(tensor)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mpoc.compression.calibrate.allocation import WAYS, BudgetAllocator
 from mpoc.compression.calibrate.batch_norm import RecalibratedNorms, recalibrated_norms
+from mpoc.compression.calibrate.bit_allocation import SameSize
 from mpoc.compression.calibrate.block_refinement import BlockPosition, BlockRefinement
 from mpoc.compression.calibrate.calibrated_fit import (
     CalibratedFit,
@@ -32,7 +33,7 @@ from mpoc.compression.calibrate.calibrated_fit import (
     fit_calibrated,
     judge,
 )
-from mpoc.compression.calibrate.calibrated_rounding import round_calibrated
+from mpoc.compression.calibrate.calibrated_rounding import CalibratedRounding, round_calibrated
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer
@@ -42,6 +43,7 @@ from mpoc.compression.size_prediction import LONGEST_FIGURE
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.open_checkpoint import read_finite
+from mpoc.quantize.codes import QuantizedTensor
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import lead_outputs_inputs
@@ -115,6 +117,8 @@ class SequentialFit:
         self._allocator = BudgetAllocator(statistics, checkpoint, recipe)
         self._norms: RecalibratedNorms | None = None
         self._reached: float | None = None  # distance of held-out outputs after the fits
+        self._likeness: dict[str, dict[str, float]] = {}  # of held-out outputs, of this and at the same size
+        self._same_size: SameSize | None = None  # in the main process, where all layers are rounded
         self._blocks = (
             BlockRefinement(statistics, self._compressed, checkpoint, recipe.seed)
             if statistics.refines
@@ -145,6 +149,11 @@ class SequentialFit:
         if self._norms is not None:
             before, after = rounded(self._norms.before), rounded(self._norms.after)
             facts["norms"] = {"renewed": self._norms.is_better, "before": before, "after": after}
+        if self._likeness:
+            facts["likeness"] = {
+                way: {name: rounded(value) for name, value in found.items()}
+                for way, found in self._likeness.items()
+            }
         return facts
 
     def _longest_facts(self) -> dict[str, Any]:
@@ -158,6 +167,8 @@ class SequentialFit:
                 position for name in groups if (position := self._blocks.position_of(name)) is not None
             }
             facts["refined"] = {self._statistics.block(position): ends for position in positions}
+        alike = dict.fromkeys(("agreement", "kl"), LONGEST_FIGURE)
+        facts["likeness"] = dict.fromkeys(("this", "rounded to nearest", "GPTQ"), alike)
         return facts | {"norms": {"renewed": False, **ends}}
 
     @property
@@ -182,6 +193,8 @@ class SequentialFit:
         """
         kept = kept or {}
         todo = {plan.map.name: plan for plan in plans}
+        if self._group.is_main and all(plan.is_dense for plan in plans) and any(p.rounding for p in plans):
+            self._same_size = SameSize(self._statistics, self._checkpoint, plans)
         unobserved = [plan for plan in plans if plan.map.name not in {*self.schedule.observed, *kept}]
         self._restore([one for name, one in kept.items() if name not in self.schedule.observed])
         fitted = self._group.map(unobserved, self._fit_plain, [plan.cost for plan in unobserved])
@@ -220,11 +233,26 @@ class SequentialFit:
             )
 
         self._norms = self._group.on_main(renewed)
+        changed = self._norm_statistics()
+        self._set(changed)
+        self._likeness = self._group.on_main(self._measured_likeness)
+        return changed
+
+    def _norm_statistics(self) -> dict[str, Tensor]:
+        """The statistics of batch norms that take the place of the checkpoint's, by their names there."""
         if self._norms is None or not self._norms.is_better:
             return {}
         named = {inner: name for name, inner in self._statistics.places.items()}
         changed = {named[inner]: new for inner, new in self._norms.statistics.items() if inner in named}
         return {name: new.to(self._checkpoint.read(name)) for name, new in changed.items()}
+
+    def _measured_likeness(self) -> dict[str, dict[str, float]]:
+        """How like held-out outputs are to the dense ones: those of this, and of others of the same bytes."""
+        distance = self._allocator.distance
+        others = {}
+        if self._same_size is not None:
+            others = self._same_size.likeness(distance, gptq=self._recipe.effort != "fast")
+        return {"this": distance.likeness(self._compressed), **others}
 
     def _fit_plain(self, plan: LayerPlan) -> Fitted:
         fitted = fit_layer(self._checkpoint, plan, self._recipe, self._device)
@@ -321,10 +349,16 @@ class SequentialFit:
         record = plan.record() if form is None else _as_fitted(plan, form)
         assert plan.rounding is not None
         rounding, fast = plan.rounding, self._recipe.effort == "fast"
-        found = self._group.on_main(lambda: round_calibrated(weight, record, rounding, objective, form, fast))
-        record = _with_figures(record, form, found.judged, found.same_size)
-        fitted = Fitted.rounded(record, found.codes, self._shifted(plan.map.name, found.judged.shift))
-        self._put(fitted)
+        nearest: list[QuantizedTensor] = []
+
+        def round_with_feedback() -> CalibratedRounding:
+            nearest.extend(rounding.codes(record, [weight] if form is None else form.cores))
+            return round_calibrated(weight, record, rounding, objective, nearest, form, fast)
+
+        found = self._group.on_main(round_with_feedback)
+        measured = _with_figures(record, form, found.judged, found.same_size)
+        fitted = Fitted.rounded(measured, found.codes, self._shifted(plan.map.name, found.judged.shift))
+        self._put(fitted, nearest)
         return fitted
 
     def _stored(self, plan: LayerPlan, fit: CalibratedFit) -> Fitted:
@@ -345,15 +379,21 @@ class SequentialFit:
         tensor, sign = self._checkpoint.read(correction.name), correction.sign
         return {correction.name: (tensor.double() + sign * shift.to(tensor.device)).to(tensor.dtype)}
 
-    @torch.no_grad()
-    def _put(self, fitted: Fitted) -> None:
-        """Put what is stored of a layer into the compressed network."""
-        state = {**dict(self._compressed.named_parameters()), **dict(self._compressed.named_buffers())}
+    def _put(self, fitted: Fitted, nearest: Sequence[QuantizedTensor] = ()) -> None:
+        """Put what is stored of a layer into the compressed network, and keep its codes without feedback."""
+        if self._same_size is not None and fitted.record.storage:
+            self._same_size.keep(fitted.record, nearest)
         new = dict(fitted.changed)
         if fitted.cores:
             cores = [core.float() for core in fitted.cores]
             new[fitted.record.name] = form_of(cores, fitted.record.structure).to_weight()
-        for name, tensor in new.items():
+        self._set(new)
+
+    @torch.no_grad()
+    def _set(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set tensors of the compressed network."""
+        state = {**dict(self._compressed.named_parameters()), **dict(self._compressed.named_buffers())}
+        for name, tensor in tensors.items():
             if name in self._statistics.places:
                 state[self._statistics.places[name]].copy_(tensor)
 

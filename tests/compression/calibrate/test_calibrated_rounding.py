@@ -37,7 +37,8 @@ def bits_of(plans: list[LayerPlan]) -> dict[str, float]:
 def test_feedback_beats_rounding_to_nearest(rounding: Rounding) -> None:
     matrix, objective = weight(3), known()
     record = replace(plan(), rounding=rounding).record()
-    found = round_calibrated(matrix, record, rounding, objective)
+    nearest = rounding.codes(record, [matrix])
+    found = round_calibrated(matrix, record, rounding, objective, nearest)
     assert found.same_size["this"] < 0.9 * found.same_size["rounded to nearest"]
     made = found.codes[0].values().double()
     error = objective.fit_error.relative(matrix.double(), made)
@@ -72,6 +73,9 @@ def test_size_is_kept_and_shared_out(tmp_path: Path, storage: str, share: float)
     assert 0.8 * size < done.output.stat().st_size <= size
     assert {layer.form for layer in done.manifest.layers} == {"dense"}
     assert {part["kind"] for layer in done.manifest.layers for part in layer.storage} == {storage}
+    likeness = done.manifest.calibration["likeness"]
+    assert likeness["this"]["kl"] < 0.8 * likeness["rounded to nearest"]["kl"]
+    assert likeness.keys() == {"this", "rounded to nearest", "GPTQ"}
     again = case.compress(size=size, storage=storage, out="again")
     assert again.output.read_bytes() == done.output.read_bytes()
 

@@ -31,9 +31,12 @@ def test_measures_divergence_and_treats_nan_as_infinite() -> None:
     ours, theirs = (nn.Module.__call__(one, x).double().log_softmax(-1).detach() for one in (other, network))
     divergence = (theirs.exp() * (theirs - ours)).sum(-1).mean()
     assert math.isclose(distance.of_network(other), float(divergence), rel_tol=1e-4)
+    same = 100 * float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    assert distance.likeness(other) == pytest.approx({"agreement": same, "kl": float(divergence)}, rel=1e-4)
     with torch.no_grad():
         other.get_parameter("1.weight")[0, 0] = math.nan
     assert distance.of_network(other) == math.inf
+    assert "kl" not in distance.likeness(other)
 
 
 def test_restores_layers_after_measuring() -> None:
