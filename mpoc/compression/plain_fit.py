@@ -79,6 +79,19 @@ class Fitted:
         return [Entry.of(name, core) for name, core in cores]
 
 
+def have_changed(new: Sequence[Fitted], old: Sequence[Fitted]) -> bool:
+    """Whether any tensor of the layers differs; processes do not share tensors, so values are compared."""
+    return not all(_is_same(one, other) for one, other in zip(new, old, strict=True))
+
+
+def _is_same(one: Fitted, other: Fitted) -> bool:
+    if one.changed.keys() != other.changed.keys():
+        return False
+    pairs = [*zip(one.cores, other.cores, strict=True)]
+    pairs += [(tensor, other.changed[name]) for name, tensor in one.changed.items()]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
 def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: torch.device) -> Fitted:
     """Carry out a layer's plan.
 

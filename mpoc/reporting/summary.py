@@ -247,16 +247,12 @@ def reached_line(manifest: Manifest, nbytes: int) -> str:
     size = f"{human_bytes(was)} → {size} ({nbytes / was:.1%})" if was else size
     bits = f"{manifest.bits_per_weight:.2f} bits a weight"
     likeness = likeness_text(manifest.calibration.get("likeness", {}).get("this", {}))
-    return f"{size}, {bits}" + (f"; held-out outputs: {likeness}" if likeness else "")
+    return f"{size}, {bits}" + (f"; held out: {likeness}" if likeness else "")
 
 
 def likeness_text(likeness: Mapping[str, float]) -> str:
     """``{"agreement": 98.1, "kl": 0.0123}`` → ``agreement 98.10 %, KL 0.0123``."""
-    shown = {
-        "cosine": "cosine {:.4f}",
-        "agreement": "agreement {:.2f} %",
-        "kl": "KL {:.3g}",
-    }
+    shown = {"cosine": "cosine {:.4f}", "agreement": "agreement {:.2f} %", "kl": "KL {:.3g}"}
     return ", ".join(text.format(likeness[name]) for name, text in shown.items() if name in likeness)
 
 
@@ -326,15 +322,11 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
 
 def _likeness_lines(likeness: dict[str, dict[str, float]]) -> list[str]:
     """How like held-out outputs are to the dense network's, and what others reach in the same bytes."""
-    ours = likeness_text(likeness.get("this", {}))
-    others = {way: likeness_text(found) for way, found in likeness.items() if way != "this"}
-    compared = "; ".join(f"{way}: {text}" for way, text in others.items() if text)
-    if not ours:
-        return []
-    return [
-        f"held-out outputs beside those of the dense network: {ours}"
-        + (f"; in the same bytes {compared}" if compared else "")
-    ]
+    texts = {way: text for way, found in likeness.items() if (text := likeness_text(found))}
+    ours = texts.pop("this", "")
+    others = "; ".join(f"{way}: {text}" for way, text in texts.items())
+    line = f"held-out outputs beside those of the dense network: {ours}"
+    return [line + (f"; in the same bytes {others}" if others else "")] if ours else []
 
 
 def same_size_lines(manifest: Manifest) -> list[str]:

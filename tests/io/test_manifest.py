@@ -475,6 +475,7 @@ def test_rejects_malformed_json(text: str) -> None:
         ("calibration", {"samples": "all"}),
         ("calibration", {"shares": {"distances": {"a": "b"}}}),
         ("calibration", {"norms": {"before": None}}),
+        ("calibration", {"likeness": {"this": {"kl": "0"}}}),
     ],
 )
 def test_rejects_inconsistent_parts(key: str, new: Any) -> None:

@@ -207,7 +207,14 @@ def test_compares_rounded_layers_at_equal_bytes() -> None:
 
 def test_short_report_gives_bits_of_rounded_layers() -> None:
     rounded = Report(replace(WHOLE, layers=(in_few_bits("a.weight", 0.1),)), 600)
-    assert repr(rounded).splitlines()[0].endswith("600 B, 4.80 bits a weight")
+    reached = "4.2 MB → 600 B (0.0%), 4.80 bits a weight"
+    assert repr(rounded).splitlines()[0] == f"Report: {reached}"
+    facts = {"this": {"agreement": 98.125, "kl": 0.01234}, "GPTQ": {"agreement": 97.0, "kl": 0.5}}
+    calibrated = replace(rounded.manifest, calibration={"likeness": facts})
+    said = summary(calibrated, 600, predicted=True)
+    assert said[0] == f"predicted at most {reached}; held out: agreement 98.12 %, KL 0.0123"
+    line = next(line for line in said if line.startswith("held-out outputs beside"))
+    assert line.endswith("KL 0.0123; in the same bytes GPTQ: agreement 97.00 %, KL 0.5")
     assert "bits a weight" not in repr(Report(WHOLE, 600))
 
 

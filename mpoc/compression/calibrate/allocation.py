@@ -23,11 +23,11 @@ from mpoc.compression.calibrate.candidates import (
     Candidate,
     Candidates,
     CandidateTable,
-    OutputDistance,
     costs_of,
     storage_of,
 )
 from mpoc.compression.calibrate.objective import one_matrix
+from mpoc.compression.calibrate.output_distance import OutputDistance
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import DEFAULT_EFFORT, Recipe

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from mpoc.compression.budget import allocate, fewest_bits
 from mpoc.compression.calibrate.calibrated_rounding import feedback_of, gptq_weight
-from mpoc.compression.calibrate.candidates import OutputDistance, Replacement, costs_of
+from mpoc.compression.calibrate.candidates import costs_of
 from mpoc.compression.calibrate.objective import Objective, one_matrix
+from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe

@@ -6,10 +6,6 @@ than they are.  Relative to what ``svd`` leaves at the same size, the error of a
 the size: it is measured at one size, of an embedding at two.  That of a sum varies so little between layers
 that it need not be measured.
 
-Errors of different layers, and of different forms of one layer, are compared by the distance that the
-network's held-out outputs move.  Errors weighted by gradients at single positions miss that errors at many
-positions of one example add up, the more so in front of a mean over positions; outputs do not.
-
 Several processes share the layers; each holds the candidates of its own.
 """
 
@@ -17,22 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from mpoc.compression.budget import largest_bond
 from mpoc.compression.calibrate.calibrated_fit import Storage
-from mpoc.compression.calibrate.calibration_data import output_of_interest
-from mpoc.compression.calibrate.layer_inputs import eval_mode
 from mpoc.compression.calibrate.objective import Objective
-from mpoc.compression.calibrate.statistics import CalibrationStatistics
+from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
 from mpoc.compression.plan import LayerPlan
-from mpoc.models.call import to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd
@@ -40,7 +29,6 @@ from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.layout import from_matrix
 from mpoc.tensor_networks.forms.sum import Sum
 from mpoc.tensor_networks.structure import Structure
-from mpoc.train.tasks import kl_of_rows
 
 _STRETCHES = 3
 _SIZES = 32  # of the candidates in one form
@@ -48,140 +36,8 @@ _MPO_SHARE = 0.4  # of a sum's parameters
 # The squared error of a sum over that of svd, at two shares of the weight's parameters: see the guide.
 _SHARES_OF_SUMS: Mapping[float, float] = {0.1: 0.93, 0.5: 0.8}
 
-# Movements of the outputs by one layer are measured on every third example, but on so many numbers at least:
-# on 21 images with ten logits each, ResNet-20 lost a point of accuracy.
-_STEP, _FEWEST = 3, 6000
 _SMALLEST_ERROR = 1e-3  # of a layer's largest error: from smaller ones the movement of outputs cannot be told
 _LARGEST_DISTANCE = 1e12  # in place of an infinite distance, of a network that gives no numbers
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What a compressed layer puts in place: a weight in its own shape, and a correction of the mean."""
-
-    weight: Tensor
-    shift: Tensor | None  # (N_y,)
-
-
-class OutputDistance:
-    """Distance of a compressed network's held-out outputs from those of the dense one.
-
-    Args:
-        statistics: of the dense network.
-        step: of each held-out batch, every how many examples are taken.
-    """
-
-    def __init__(self, statistics: CalibrationStatistics, step: int = 1) -> None:
-        self._statistics, self._step = statistics, step
-        self._inputs, self._blocks = statistics.held_out_inputs()
-        self._dense = list(self._outputs(statistics.network, record=True))
-
-    @cached_property
-    def of_some(self) -> OutputDistance:
-        """The distance on a part of the examples, to compare layers with, each compressed by itself."""
-        step = min(_STEP, sum(values.numel() for values, _ in self._dense) // _FEWEST)
-        return OutputDistance(self._statistics, step) if step > 1 else self
-
-    @property
-    def _state(self) -> dict[str, Tensor]:
-        network = self._statistics.network
-        return {**dict(network.named_parameters()), **dict(network.named_buffers())}
-
-    @torch.no_grad()
-    def of(self, layers: Mapping[str, Replacement]) -> float:
-        """The distance with some layers replaced: mean KL divergence in nats where outputs are logits, else
-        half the mean squared distance.
-
-        Args:
-            layers: by the weight's name in the checkpoint; all others stay dense.
-        """
-        with self._replaced(layers):
-            return self.of_network(self._statistics.network, self._first_block(layers))
-
-    @torch.no_grad()
-    def likeness(self, network: nn.Module) -> dict[str, float]:
-        """How like held-out outputs are to the dense network's: means of what ``mpoc eval`` calls so.
-
-        ``agreement`` of the largest logit in per cent and ``kl`` in nats; where outputs are no logits
-        ``cosine``.  What is not finite is left out.
-        """
-        sums: dict[str, float] = {}
-        count = 0
-        for (ours, are_logits), (theirs, _) in zip(self._outputs(network), self._dense, strict=True):
-            alike = {"cosine": F.cosine_similarity(ours, theirs, dim=-1)}
-            if are_logits:
-                same = 100.0 * (ours.argmax(-1) == theirs.argmax(-1))
-                alike = {"agreement": same, "kl": kl_of_rows(ours, theirs)}
-            count += len(ours)
-            for name, values in alike.items():
-                sums[name] = sums.get(name, 0.0) + float(values.sum())
-        return {name: total / count for name, total in sums.items() if math.isfinite(total)}
-
-    @torch.no_grad()
-    def likeness_of(self, layers: Mapping[str, Replacement]) -> dict[str, float]:
-        """The likeness of the dense network with some layers replaced."""
-        with self._replaced(layers):
-            return self.likeness(self._statistics.network)
-
-    @contextmanager
-    def _replaced(self, layers: Mapping[str, Replacement]) -> Iterator[None]:
-        """The dense network with some layers replaced, meanwhile."""
-        state = self._state
-        changed = self._changed(layers, state)
-        before = {name: state[name].clone() for name in changed}
-        try:
-            for name, tensor in changed.items():
-                state[name].copy_(tensor)
-            yield
-        finally:
-            for name, tensor in before.items():
-                state[name].copy_(tensor)
-
-    def _changed(self, layers: Mapping[str, Replacement], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        places, means = self._statistics.places, self._statistics.means
-        changed = {places[name]: layer.weight for name, layer in layers.items()}
-        for name, layer in layers.items():
-            if layer.shift is not None:
-                correction = means[name]
-                place = places[correction.name]
-                changed[place] = state[place] + correction.sign * layer.shift.to(
-                    self._statistics.context.device
-                )
-        return changed
-
-    def _first_block(self, layers: Iterable[str]) -> int:
-        """The first block of the chain that a change of these layers changes; 0: or what is before it."""
-        return max(0, min((self._blocks.get(name, 0) for name in layers), default=0))
-
-    @torch.no_grad()
-    def of_network(self, network: nn.Module, start: int = 0) -> float:
-        """The distance of a network of the same architecture in evaluation mode; inf in place of NaN.
-
-        Args:
-            network: whose outputs are compared.
-            start: for the statistics' own network, the block before which nothing of it is changed.
-        """
-        total, rows = 0.0, 0
-        for (ours, are_logits), (theirs, _) in zip(self._outputs(network, start), self._dense, strict=True):
-            distances = kl_of_rows(ours, theirs) if are_logits else (ours - theirs).square().sum(-1) / 2
-            total, rows = total + float(distances.sum()), rows + len(ours)
-        return math.inf if math.isnan(total) else max(0.0, total) / rows
-
-    @torch.no_grad()
-    def _outputs(
-        self, network: nn.Module, start: int = 0, record: bool = False
-    ) -> Iterator[tuple[Tensor, bool]]:
-        data, device = self._statistics.data, self._statistics.context.device
-        with eval_mode(network):
-            for index, batch in enumerate(data.held_out):
-                part = to_device({name: values[:: self._step] for name, values in batch.items()}, device)
-                with ExitStack() as around:
-                    if record:
-                        around.enter_context(self._inputs.recorded(index))
-                    elif start:
-                        around.enter_context(self._inputs.skipped(start, self._inputs.given(start, index)))
-                    outputs = data.call(network, part)
-                yield output_of_interest(outputs, part, data.pooling)
 
 
 @dataclass(frozen=True)

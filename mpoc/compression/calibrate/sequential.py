@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from mpoc.compression.calibrate.allocation import WAYS, BudgetAllocator
-from mpoc.compression.calibrate.batch_norm import RecalibratedNorms, recalibrated_norms
 from mpoc.compression.calibrate.bit_allocation import SameSize
 from mpoc.compression.calibrate.block_refinement import BlockPosition, BlockRefinement
 from mpoc.compression.calibrate.calibrated_fit import (
@@ -35,8 +34,9 @@ from mpoc.compression.calibrate.calibrated_fit import (
 )
 from mpoc.compression.calibrate.calibrated_rounding import CalibratedRounding, round_calibrated
 from mpoc.compression.calibrate.objective import Objective
+from mpoc.compression.calibrate.output_distance import RecalibratedNorms, recalibrated_norms
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
-from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer
+from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer, have_changed
 from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.size_prediction import LONGEST_FIGURE
@@ -270,7 +270,7 @@ class SequentialFit:
         if self._blocks is None:
             return fitted
         refined = self._group.on_main(lambda: self._refined(position, fitted))
-        if not _have_changed(refined, fitted):
+        if not have_changed(refined, fitted):
             return refined
         for one in refined:
             self._put(one)
@@ -284,7 +284,7 @@ class SequentialFit:
         """The refined layers, or the layers as they were if the network's outputs are no nearer."""
         assert self._blocks is not None
         refined = self._blocks.refine(position, fitted)
-        if not _have_changed(refined, fitted):
+        if not have_changed(refined, fitted):
             return refined
         distance, before = self._allocator.distance, copy.deepcopy(self._compressed.state_dict())
         before_refinement = distance.of_network(self._compressed)
@@ -396,19 +396,6 @@ class SequentialFit:
         for name, tensor in tensors.items():
             if name in self._statistics.places:
                 state[self._statistics.places[name]].copy_(tensor)
-
-
-def _have_changed(new: Sequence[Fitted], old: Sequence[Fitted]) -> bool:
-    """Whether any tensor of the layers differs; processes do not share tensors, so values are compared."""
-    return not all(_is_same(one, other) for one, other in zip(new, old, strict=True))
-
-
-def _is_same(one: Fitted, other: Fitted) -> bool:
-    if one.changed.keys() != other.changed.keys():
-        return False
-    pairs = [*zip(one.cores, other.cores, strict=True)]
-    pairs += [(tensor, other.changed[name]) for name, tensor in one.changed.items()]
-    return all(torch.equal(a, b) for a, b in pairs)
 
 
 def _as_fitted(plan: LayerPlan, form: Form) -> LayerRecord:

@@ -7,7 +7,8 @@ import pytest
 from torch import Tensor
 
 from mpoc.compression.calibrate.allocation import WAYS, Allocation, UnitCost, allocate_by_gain
-from mpoc.compression.calibrate.candidates import Candidates, CandidateTable, Replacement
+from mpoc.compression.calibrate.candidates import Candidates, CandidateTable
+from mpoc.compression.calibrate.output_distance import Replacement
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.selection import LinearMap
 from mpoc.tensor_networks.fit.truncation import Truncation

@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpoc.compression.calibrate.batch_norm import recalibrated_norms
 from mpoc.compression.calibrate.block_chain import ChainInputs
-from mpoc.compression.calibrate.candidates import OutputDistance
+from mpoc.compression.calibrate.output_distance import OutputDistance, recalibrated_norms
 from mpoc.compression.run_context import RunContext
 from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Call

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
-from mpoc.compression.calibrate.candidates import OutputDistance, Replacement
+from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
 from mpoc.compression.calibrate.statistics import CalibrationStatistics, MeanCorrection
 from mpoc.compression.run_context import RunContext
 from mpoc.models.call import Call
