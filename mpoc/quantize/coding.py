@@ -48,6 +48,7 @@ MOST_EXPONENT = 15
 # Levels of rows and of columns, and how many make an octave of spread.
 _LEVELS = 32
 _IN_AN_OCTAVE = 3
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def encode(codes: Tensor, row_exponents: Tensor, column_exponents: Tensor, scale: float) -> Tensor:
@@ -95,8 +96,8 @@ def decode(stream: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Ten
             and to the stream.
     """
     reader = StreamReader(stream.numpy().tobytes())
-    most = len(reader.data) * EXPANSION * max(ALPHABETS) + 2 * _LEVELS * MOST_CONSTANT
-    if rows * columns > most:
+    room = len(reader.data) * EXPANSION * max(ALPHABETS) + 2 * _LEVELS * MOST_CONSTANT
+    if rows * columns > room:
         raise damaged(f"{len(reader.data)} bytes cannot hold {rows}×{columns} codes")
     (scale,) = struct.unpack("<f", reader.take(4))
     if not 0.0 < scale < float("inf"):
@@ -106,9 +107,13 @@ def decode(stream: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Ten
     cuts = [reader.varint() for _ in range(reader.varint(2 * _LEVELS))]
     if sorted(set(cuts)) != cuts:
         raise damaged("classes out of order")
-    codes = torch.from_numpy(_read_matrix(reader, levels, cuts))
+    matrix = _read_matrix(reader, levels, cuts)
     reader.end()
-    return codes, torch.from_numpy(exponents[0]), torch.from_numpy(exponents[1]), scale
+    octaves = sum(int(side.max(initial=0)) for side in exponents) / 2
+    most = max(1, -int(matrix.min(initial=0)), int(matrix.max(initial=0)))
+    if most * scale * 2.0**octaves > _LARGEST:
+        raise damaged("its scale makes numbers that are not finite")
+    return torch.from_numpy(matrix), torch.from_numpy(exponents[0]), torch.from_numpy(exponents[1]), scale
 
 
 def entropy_bits(codes: Tensor, row_exponents: Tensor, column_exponents: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -132,6 +133,15 @@ def test_rejects_a_stream_cut_short_or_lengthened() -> None:
 def test_rejects_another_shape(shape: tuple[int, int]) -> None:
     with pytest.raises(MpocError, match="the coded stream is damaged"):
         decode(coded(gaussian((16, 24), 1.0)), *shape)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0, 0.0, 1e37])
+def test_rejects_scales_that_make_no_finite_numbers(scale: float) -> None:
+    codes = gaussian((16, 24), 8.0)
+    stream = encode(codes, torch.full((16,), 2), zeros(24), 1.0)
+    stream[:4] = torch.frombuffer(bytearray(struct.pack("<f", scale)), dtype=torch.uint8)
+    with pytest.raises(MpocError, match="scale"):
+        decode(stream, 16, 24)
 
 
 def test_corrupted_streams_give_the_shape_or_an_error() -> None:

@@ -7,6 +7,7 @@ import json
 import random
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
@@ -339,3 +340,40 @@ def toml_bytes(data: bytes, choose: random.Random) -> bytes:
             place = choose.randrange(len(lines[at]) + 1)
             lines[at] = lines[at][:place] + choose.choice(_TOML) + lines[at][place:]
     return "\n".join(lines).encode("utf-8", "replace")
+
+
+def coded_bytes(data: bytes, choose: random.Random) -> bytes:
+    """A shape and a coded stream, with another shape, other bytes, or other deflated codes."""
+    rows, columns = struct.unpack("<2I", data[:8].ljust(8, b"\0"))
+    stream = data[8:]
+    kind = choose.randrange(8)
+    if kind == 0:
+        sides = (0, 1, rows, columns, 2 * rows, 1 << 16, (1 << 16) + 1, 1 << 31, (1 << 32) - 1)
+        rows, columns = choose.choice(((choose.choice(sides), columns), (rows, choose.choice(sides))))
+    elif kind < 4:
+        stream = change_bytes(stream, choose)
+    else:
+        stream = _inflated_and_changed(stream, choose)
+    return struct.pack("<2I", rows & 0xFFFFFFFF, columns & 0xFFFFFFFF) + stream
+
+
+def _inflated_and_changed(stream: bytes, choose: random.Random) -> bytes:
+    """A stream one of whose deflated parts holds other bytes, its length said before it mended or not."""
+    found = [part for at in range(1, len(stream)) if (part := _deflated(stream, at)) is not None]
+    if not found:
+        return change_bytes(stream, choose)
+    at, size, inflated = choose.choice(found)
+    deflated = zlib.compressobj(9, zlib.DEFLATED, -15)
+    changed = deflated.compress(change_bytes(inflated, choose)) + deflated.flush()
+    said = choose.choice((len(changed),) * 9 + (len(changed) + 1,))
+    return stream[: at - 1] + bytes([said & 127]) + changed + stream[at + size :]
+
+
+def _deflated(stream: bytes, at: int) -> tuple[int, int, bytes] | None:
+    """Where a deflated part of at most 127 bytes begins, its length and content, if one does at ``at``."""
+    size = stream[at - 1]
+    try:
+        inflated = zlib.decompress(stream[at : at + size], -15)
+    except zlib.error:
+        return None
+    return (at, size, inflated) if 0 < size < 128 and inflated else None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
 import tempfile
+import tracemalloc
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +25,9 @@ from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import Manifest
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.open_checkpoint import open_checkpoint
+from mpoc.quantize.codes import CodedTensor
+from mpoc.quantize.coding import decode, encode
+from mpoc.quantize.packing import EXPANSION
 from mpoc.reporting.summary import report_dict, to_csv, to_json
 from tests.robustness.fuzz import mutate
 from tests.robustness.fuzz.engine import Target
@@ -158,6 +163,24 @@ def _recipe(data: bytes) -> None:
         plan.record()
 
 
+def _coded(data: bytes) -> None:
+    """Rows, columns (uint32 each) and the stream: numbers of that shape in bounded memory, or one error."""
+    rows, columns = struct.unpack("<2I", data[:8].ljust(8, b"\0"))
+    stream = torch.tensor(list(data[8:]), dtype=torch.uint8)
+    tracemalloc.start()
+    try:
+        codes = CodedTensor.from_tensors({"w_coded": stream}, "w", (rows, columns))
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 100 * (len(data) * EXPANSION + (1 << 16)), f"{peak:,} bytes for a stream of {len(data)}"
+    values = codes.values()
+    assert values.shape == (rows, columns) and bool(values.isfinite().all())
+    exponents = codes.row_exponents, codes.column_exponents
+    again = decode(encode(codes.codes, *exponents, codes.scale), rows, columns)
+    assert torch.equal(again[0], codes.codes) and again[3] == codes.scale
+
+
 @cache
 def _opened() -> CompressionSource:
     path = _folder() / "dense.pt"
@@ -179,6 +202,7 @@ TARGETS = {
     "manifest": _target("manifest", mutate.json_bytes, _manifest),
     "config": _target("config", mutate.json_bytes, _config),
     "index": _target("index", mutate.json_bytes, _index),
+    "coded": _target("coded", mutate.coded_bytes, _coded),
     "recipe": _target("recipe", mutate.toml_bytes, _recipe),
 }
 
