@@ -233,21 +233,23 @@ def summary(manifest: Manifest, nbytes: int, predicted: bool) -> list[str]:
     rho = f"ρ = {manifest.rho:.4f} over {counted(len(replaced), 'replaced layer')} ({before:,} → {after:,})"
     if manifest.is_complete:
         rho += f"; {manifest.rho_selected:.4f} over the {len(manifest.layers)} selected"
-    was = "" if source.nbytes is None else f"{human_bytes(source.nbytes)} → "
-    whole = (
-        f"whole model {source.num_parameters:,} → {manifest.num_parameters:,} parameters; "
-        f"{on_disk} {was}{human_bytes(nbytes)}"
-    )
-    return [rho, whole, *weights, *remarks(manifest)]
+    whole = f"whole model {source.num_parameters:,} → {manifest.num_parameters:,} parameters"
+    if source.num_parameters:
+        whole += f" ({manifest.num_parameters / source.num_parameters:.1%})"
+    return [rho, f"{whole}; {on_disk} {_size_text(manifest, nbytes)}", *weights, *remarks(manifest)]
 
 
 def reached_line(manifest: Manifest, nbytes: int) -> str:
     """What rounding reached: bytes, their share of the source's, bits a weight, and likeness where known."""
-    was, size = manifest.source.nbytes, human_bytes(nbytes)
-    size = f"{human_bytes(was)} → {size} ({nbytes / was:.1%})" if was else size
-    bits = f"{manifest.bits_per_weight:.2f} bits a weight"
+    size, bits = _size_text(manifest, nbytes), f"{manifest.bits_per_weight:.2f} bits a weight"
     likeness = likeness_text(manifest.calibration.get("likeness", {}).get("this", {}))
     return f"{size}, {bits}" + (f"; held out: {likeness}" if likeness else "")
+
+
+def _size_text(manifest: Manifest, nbytes: int) -> str:
+    """``91.6 MB → 70.2 MB (76.6%)``, as far as the size of the source is known."""
+    was, size = manifest.source.nbytes, human_bytes(nbytes)
+    return f"{human_bytes(was)} → {size} ({nbytes / was:.1%})" if was else size
 
 
 def likeness_text(likeness: Mapping[str, float]) -> str:
@@ -385,7 +387,8 @@ def _advice(manifest: Manifest) -> list[str]:
     kind = "replaced" if len(manifest.replaced) == len(manifest.changed) else "changed"
     return [
         f"{len(large)} of {len(errors)} {kind} {have} {worst}: the network usually needs fine-tuning; "
-        f"measure its accuracy before use. {_more_accurate_option(manifest)} gives smaller errors."
+        f"measure its accuracy before use. {_more_accurate_option(manifest)} gives smaller errors. "
+        "With --calibrate DATA the same size keeps more."
     ]
 
 
