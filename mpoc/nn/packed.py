@@ -1,8 +1,11 @@
 """Layers that hold codes instead of weights, and turn them into numbers block by block as they are used.
 
-A grid stays packed as in the file, b/8 bytes a weight; a coded matrix is held as int8 or int16 codes. The
+A grid takes b/8 bytes a weight, in planes of bits; a coded matrix is held as int8 or int16 codes. The
 trade-off: every call decodes again, so a call takes longer, and the weights are not trained. Cores are
 decoded whole, since they are small; other modules (an LSTM, attention) keep their dense weights.
+
+Products are taken with the codes as they are, in float32: steps of columns go into the input, those of rows
+and the zero points into the output. A weight then costs little more than its conversion to a float.
 
 Scales are held as bits, so that ``half()`` and ``to(torch.bfloat16)`` change what is computed with and not
 what is stored.
@@ -27,12 +30,14 @@ from mpoc.nn.conv import (
 )
 from mpoc.nn.weight import renew
 from mpoc.quantize.codes import HALF_OCTAVES, GridTensor, QuantizedTensor
-from mpoc.quantize.packing import pack, unpack
+from mpoc.quantize.packing import from_planes, to_planes
 from mpoc.tensor_networks.forms.layout import from_matrix
 from mpoc.tensor_networks.structure import Structure
 
-# Numbers that are decoded at a time.
+# Numbers of a product that are decoded at a time.
 _BLOCK = 1 << 20
+# Vectors up to which torch's kernel of int8 codes is faster than a product with decoded blocks.
+_FEW = 8
 
 
 class PackedMatrix(nn.Module):
@@ -43,9 +48,9 @@ class PackedMatrix(nn.Module):
         dtype: of the numbers that are computed with; ``to`` changes it.
     """
 
-    codes: Tensor  # packed words of a grid, or (rows, columns) of integers
+    codes: Tensor  # planes of a grid, or (rows, columns) of integers
     steps: Tensor  # bits of the scales (rows, groups), or of the one scale
-    zero_points: Tensor | None  # packed along the rows, (groups, words)
+    zero_points: Tensor | None  # planes along the rows, (groups, bytes)
     row_exponents: Tensor
     column_exponents: Tensor
     like: Tensor  # has the dtype of the numbers
@@ -58,8 +63,8 @@ class PackedMatrix(nn.Module):
         held: dict[str, Tensor | None]
         if isinstance(quantized, GridTensor):
             bits, zeros = quantized.spec.bits, quantized.zero_point
-            held = {"codes": pack(quantized.codes, bits)}
-            held["zero_points"] = None if zeros is None else pack(zeros.T.contiguous(), bits)
+            held = {"codes": to_planes(quantized.codes, bits)}
+            held["zero_points"] = None if zeros is None else to_planes(zeros.T, bits)
             held["steps"] = quantized.scale.view(torch.int16)
         else:
             held = {"codes": quantized.codes, "row_exponents": quantized.row_exponents}
@@ -69,28 +74,72 @@ class PackedMatrix(nn.Module):
             self.register_buffer(name, tensor)
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
-    def values(self, at: slice | Tensor) -> Tensor:
-        """The numbers of some rows, (n, columns)."""
-        if self.grid is not None:
-            codes = unpack(self.codes[at], self.grid.bits, self.shape[1])
-            zeros = self.zero_points
-            zeros = None if zeros is None else unpack(zeros, self.grid.bits, self.shape[0]).T[at]
-            quantized = GridTensor(codes, self.steps[at].view(torch.float16), zeros, self.grid)
-            return quantized.values().to(self.like.dtype)
-        octaves = HALF_OCTAVES.to(self.codes.device)
-        rows = octaves[self.row_exponents[at].long()][:, None] * self.steps.view(torch.float32)
-        values = self.codes[at].float().mul_(rows).mul_(octaves[self.column_exponents.long()])
-        return values.to(self.like.dtype)
+    def product(self, x: Tensor) -> Tensor:
+        """The product of ``x`` (…, columns) with the transposed matrix: (…, rows) of x's dtype."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.grid is None:
+            by_row, by_column = self._sides()
+            if self._has_kernel(x):
+                rows = (wide * by_column).to(x.dtype).reshape(-1, self.shape[1])
+                y = torch._weight_int8pack_mm(rows, self.codes, by_row.to(x.dtype))
+                return y.reshape(*x.shape[:-1], -1)
+            return (self._times_codes(wide * by_column) * by_row).to(x.dtype)
+        y = self._times_codes(wide)
+        sums = wide.unflatten(-1, (self.steps.shape[1], -1)).sum(-1)
+        return (y - linear(sums, (self._zeros() * self._scales()).to(wide.dtype))).to(x.dtype)
 
-    def blocks(self) -> Iterator[Tensor]:
-        """All rows, (n, columns) at a time."""
+    def _has_kernel(self, x: Tensor) -> bool:
+        """Whether torch multiplies int8 codes faster: bfloat16, on a CPU, few vectors (measured)."""
+        few = x.dtype == torch.bfloat16 and x.numel() <= _FEW * self.shape[1]
+        return few and x.is_cpu and self.codes.dtype == torch.int8 and not x.requires_grad
+
+    def _times_codes(self, x: Tensor) -> Tensor:
+        """``x`` times the transposed codes, on a grid times the scales of their groups."""
         rows, columns = self.shape
         step = max(1, _BLOCK // columns)
-        return (self.values(slice(start, start + step)) for start in range(0, rows, step))
+        room = x.new_empty(0 if x.requires_grad else min(step, rows), columns)  # autograd keeps every block
+        found = []
+        for start in range(0, rows, step):
+            codes = self._codes(slice(start, start + step))
+            block = room[: len(codes)].copy_(codes) if len(room) else codes.to(x.dtype)
+            if self.grid is not None:
+                scales = self._scales(slice(start, start + step))
+                block.unflatten(1, (scales.shape[1], -1)).mul_(scales[:, :, None])
+            found.append(linear(x, block))
+        return torch.cat(found, dim=-1)
 
-    def whole(self) -> Tensor:
-        """All rows."""
-        return self.values(slice(None))
+    def values(self, at: slice | Tensor = slice(None)) -> Tensor:
+        """The numbers of some rows, (n, columns)."""
+        codes = self._codes(at)
+        if self.grid is not None:
+            zeros = None if self.zero_points is None else self._zeros(at)
+            steps = self.steps[at].view(torch.float16)
+            return GridTensor(codes, steps, zeros, self.grid).values().to(self.like.dtype)
+        by_row, by_column = self._sides()
+        return codes.float().mul_(by_row[at, None]).mul_(by_column).to(self.like.dtype)
+
+    def _codes(self, at: slice | Tensor) -> Tensor:
+        """Codes of some rows, (n, columns)."""
+        if self.grid is None:
+            return self.codes[at]
+        return from_planes(self.codes[at], self.grid.bits, self.shape[1])
+
+    def _scales(self, at: slice | Tensor = slice(None)) -> Tensor:
+        """Scales of some rows of a grid, (n, groups) of float32."""
+        return self.steps[at].view(torch.float16).float()
+
+    def _zeros(self, at: slice | Tensor = slice(None)) -> Tensor:
+        """Zero points of some rows of a grid, (n, groups) of uint8."""
+        assert self.grid is not None
+        if self.zero_points is None:
+            return torch.full_like(self.steps[at], self.grid.levels // 2, dtype=torch.uint8)
+        return from_planes(self.zero_points, self.grid.bits, self.shape[0]).T[at]
+
+    def _sides(self) -> tuple[Tensor, Tensor]:
+        """Steps of the rows, the scale in them, and of the columns of a coded matrix, in float32."""
+        octaves = HALF_OCTAVES.to(self.codes.device)
+        rows, columns = octaves[self.row_exponents.long()], octaves[self.column_exponents.long()]
+        return rows * self.steps.view(torch.float32), columns
 
     def parameter(self, made: Tensor) -> nn.Parameter:
         """``made`` of these codes as a parameter, the same for all layers that share them."""
@@ -113,7 +162,7 @@ class PackedCores(nn.ModuleList):
     def __getitem__(self, at: Any) -> Any:
         """A core as a tensor."""
         matrix: Any = super().__getitem__(at)
-        return matrix.whole().reshape(self.shapes[at])
+        return matrix.values().reshape(self.shapes[at])
 
     def __iter__(self) -> Iterator[Any]:
         """All cores."""
@@ -136,7 +185,7 @@ class PackedWeight(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight in its own shape."""
-        return from_matrix(self.packed.whole()[None], self.structure)
+        return from_matrix(self.packed.values()[None], self.structure)
 
     def unpack(self) -> None:
         """Hold the weight as a parameter again, as the module that this was."""
@@ -151,7 +200,7 @@ class PackedLinear(PackedWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features)."""
-        y = torch.cat([linear(input, block) for block in self.packed.blocks()], dim=-1)
+        y = self.packed.product(input)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -160,7 +209,7 @@ class PackedConv1D(PackedWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, nx) → (…, nf)."""
-        y = torch.cat([linear(x, block) for block in self.packed.blocks()], dim=-1)
+        y = self.packed.product(x)
         return y + self.bias.to(y.dtype)
 
 

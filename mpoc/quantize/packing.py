@@ -93,6 +93,44 @@ def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
     return codes.reshape(rows, -1)[:, :columns].contiguous()
 
 
+def to_planes(codes: Tensor, bits: int) -> Tensor:
+    """Pack each row of codes for use in memory, where :func:`from_planes` is several times as fast.
+
+    The bits of a code are cut into parts of 8, 4, 2 and 1 (5 = 4 + 1). Of a part of w bits, byte j holds
+    those of codes j, j + n, j + 2n, …, low bits first, n = ⌈columns · w / 8⌉.
+
+    Args:
+        codes: (rows, columns) of uint8, each below 2^bits.
+        bits: width of a code, 1 to 8.
+
+    Returns:
+        (rows, Σ n) of uint8.
+    """
+    rows, columns = codes.shape
+    parts = []
+    for width, shift in _parts(bits):
+        part = codes >> shift & ((1 << width) - 1)
+        planes = torch.nn.functional.pad(part, (0, -columns % (8 // width))).view(rows, 8 // width, -1)
+        places = torch.arange(0, 8, width, dtype=torch.uint8, device=codes.device)
+        parts.append((planes << places[:, None]).sum(1, dtype=torch.uint8))
+    return torch.cat(parts, dim=1)
+
+
+def from_planes(planes: Tensor, bits: int, columns: int) -> Tensor:
+    """Undo :func:`to_planes`: (rows, columns) of uint8; with 8 bits a view."""
+    codes, at = None, 0
+    for width, shift in _parts(bits):
+        size = -(-columns * width // 8)
+        held = planes[:, at : at + size]
+        if width < 8:
+            held = torch.cat([held >> place for place in range(0, 8, width)], dim=1) & ((1 << width) - 1)
+        part = held[:, :columns]
+        codes = part if codes is None else codes.bitwise_or_(part << shift)
+        at += size
+    assert codes is not None
+    return codes
+
+
 def chunk_bits(values: Integers) -> float:
     """Predicted bits of a chunk of exponents or levels."""
     return 16.0 if _constant(values) else plan(*_histogram(values))[0].bits
@@ -231,6 +269,11 @@ class ChunkPlan:
     bits: float  # predicted, of the whole chunk
     k: int  # codes in a byte
     low: int  # the lowest code of the alphabet
+
+
+def _parts(bits: int) -> list[tuple[int, int]]:
+    """Widths of the parts of a code, and the bits below each."""
+    return [(width, bits & ~(2 * width - 1)) for width in (8, 4, 2, 1) if bits & width]
 
 
 def _constant(values: Integers) -> bool:

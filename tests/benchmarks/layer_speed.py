@@ -1,7 +1,7 @@
 """MPOLinear beside nn.Linear and tensorly-torch: milliseconds and peak memory, in one process.
 
     pip install tensorly tensorly-torch
-    python tests/benchmarks/layer_speed.py [--device cuda --dtype bfloat16] [--step] [--embedding]
+    python tests/benchmarks/layer_speed.py [--device cuda --dtype bfloat16] [--step | --embedding | --packed]
 
 A 4096x4096 layer in 2, 3 and 4 sites at bond 4 and 32, batches of 1, 32 and 512. tensorly-torch gets the
 same cores in both its implementations (``factorized`` contracts, ``reconstructed`` rebuilds the weight) and
@@ -11,23 +11,30 @@ over the rounds is printed, so that other work on the machine hits all of them a
 - default: forward under ``torch.inference_mode``; ``mpoc, dense`` is MPOLinear that holds its dense weight;
 - ``--step``: forward and backward of a training step, gradients of input and parameters; and the peak of
   what torch allocates during it, by torch's profiler (tensors of the layer and its input not counted);
-- ``--embedding``: a lookup of 128 rows in a 30522x384 MPOEmbedding beside rebuilding the table.
+- ``--embedding``: a lookup of 128 rows in a 30522x384 MPOEmbedding beside rebuilding the table;
+- ``--packed``: a 4096x4096 layer in few bits, dense and svd, loaded with ``weights="packed"``, beside
+  nn.Linear and torch's own kernels: seconds to load, megabytes held and beyond that at most during a forward
+  pass, and milliseconds of it, each the least of several repeats.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from benchmarking import markdown_table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import mpoc
 from mpoc.nn import adopt, use_weights
 from mpoc.tensor_networks.structure import Structure, make_structure
 
@@ -35,6 +42,11 @@ SIDE = 4096
 FACTORS = {2: (64, 64), 3: (16, 16, 16), 4: (8, 8, 8, 8)}
 BONDS = (4, 32)
 BATCHES = (1, 32, 512)
+STORAGES: dict[str, dict[str, Any]] = {
+    "grid, 4 bits": {"bits": 4},
+    "grid, 8 bits": {"bits": 8},
+    "coded, 4 bits": {"bits": 4, "storage": "coded"},
+}
 Method = Callable[[Tensor], Tensor]
 
 
@@ -272,6 +284,83 @@ def forward_of_function(function: Callable[[], Tensor]) -> Callable[[], None]:
     return call
 
 
+def least(call: Callable[[], object], repeats: int = 7) -> float:
+    """Least seconds of a call; fewer repeats of a slow one."""
+    taken: list[float] = []
+    while len(taken) < repeats and sum(taken) < 5:
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+class TorchKernel(nn.Module):
+    """The product of torch's int8 (scale by row) or int4 (groups of 64) kernel, for random codes."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        codes = torch.randint(-127, 128, (SIDE, SIDE), dtype=torch.int8)
+        if bits == 4:
+            codes = torch._convert_weight_to_int4pack_for_cpu(codes.remainder(16).int(), 1)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", torch.rand(SIDE) if bits == 8 else torch.rand(SIDE // 64, SIDE, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits == 8:
+            return torch._weight_int8pack_mm(x, self.codes, self.scales)
+        return torch._weight_int4pack_mm_for_cpu(x, self.codes, 64, self.scales)
+
+
+def packed_layers(folder: Path, dtype: torch.dtype) -> dict[str, tuple[Callable[[], nn.Module], bool]]:
+    """How each layer is made or loaded, and whether from a file of mpoc."""
+    dense = nn.Sequential(nn.Linear(SIDE, SIDE, dtype=dtype)).eval()
+    kernels = {f"torch's int{bits} kernel": TorchKernel(bits).to(dtype) for bits in (8, 4)}
+    found: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+        "nn.Linear": (lambda: dense, False),
+        **{name: (partial(kernels.__getitem__, name), False) for name in kernels},
+    }
+    goals: dict[str, dict[str, Any]] = {"dense": {}, "svd, rank 512": {"bond": 512, "form": "svd"}}
+    for form, goal in goals.items():
+        for name, stored in STORAGES.items():
+            network = copy.deepcopy(dense)
+            mpoc.compress(network, **goal, **stored)
+            path = folder / f"{form} {name}.safetensors"
+            mpoc.save(network, path)
+            found[f"mpoc, {form}, {name}"] = (partial(loaded, path, dtype), True)
+    return found
+
+
+def loaded(path: Path, dtype: torch.dtype) -> nn.Module:
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Linear(SIDE, SIDE, dtype=dtype))
+    return mpoc.load(path, network.to_empty(device="cpu"), weights="packed")
+
+
+def packed_rows(arguments: argparse.Namespace) -> tuple[list[str], list[list[str]]]:
+    device, dtype = torch.device("cpu"), getattr(torch, arguments.dtype)
+    table = []
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        for name, (make, is_file) in packed_layers(Path(folder), dtype).items():
+            seconds = least(make, 3)
+            layer = make()
+            held = {id(tensor): tensor.nbytes for tensor in (*layer.parameters(), *layer.buffers())}
+            x = {batch: torch.randn(batch, SIDE, dtype=dtype) for batch in arguments.batches}
+            taken = [least(partial(layer, x[batch])) for batch in arguments.batches if batch < 512]
+            if taken[-1] < 1 or min(arguments.batches) >= 512:
+                taken += [least(partial(layer, x[batch])) for batch in arguments.batches if batch >= 512]
+            peak = peak_allocated(partial(layer, x[min(x)]), device)
+            row = [name, f"{seconds:.2f}" if is_file else "", f"{sum(held.values()) / 1e6:.1f}"]
+            times = [f"{value * 1e3:.1f}" for value in taken]
+            table.append([*row, f"{peak / 1e6:.1f}", *times, *[""] * (len(x) - len(times))])
+            print(" | ".join(table[-1]), flush=True) if arguments.progress else None
+    batches = [f"ms, batch {batch}" for batch in arguments.batches]
+    return ["layer", "load s", "MB held", "MB beyond, batch 1", *batches], table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
@@ -279,6 +368,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
     parser.add_argument("--step", action="store_true", help="forward and backward, and peak memory")
     parser.add_argument("--embedding", action="store_true", help="the embedding's table instead")
+    parser.add_argument("--packed", action="store_true", help="a layer in few bits instead")
     parser.add_argument("--seconds", type=float, default=4.0, help="of measuring for each row")
     parser.add_argument("--sites", type=int, nargs="+", default=list(FACTORS))
     parser.add_argument("--bonds", type=int, nargs="+", default=list(BONDS))
@@ -287,7 +377,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    header, table = embedding_rows(arguments) if arguments.embedding else rows(arguments)
+    measured = embedding_rows if arguments.embedding else packed_rows if arguments.packed else rows
+    header, table = measured(arguments)
     print(markdown_table(header, table))
 
 

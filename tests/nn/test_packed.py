@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import mpoc
 from mpoc.errors import UsageError
 from mpoc.io.manifest_reader import read_manifest
-from mpoc.nn.packed import PackedWeight
+from mpoc.nn.packed import PackedMatrix, PackedWeight
+from mpoc.quantize.codes import CodedTensor, GridTensor, QuantizedTensor
+from mpoc.quantize.storage import Coded, Grid, Storage
 from tests.nn.layers import floats
 
 Made = tuple[nn.Module, Tensor]
@@ -72,6 +74,39 @@ def test_holds_little_more_than_the_codes(storage: str, bits: int) -> None:
     assert held_bytes(mpoc.load("m.safetensors", network, weights="packed")) <= (
         1.1 * layer.num_original * bits / 8 + 64
     )
+
+
+def random_codes(spec: Storage, rows: int, columns: int) -> QuantizedTensor:
+    if isinstance(spec, Grid):
+        groups = rows, spec.groups(columns)
+        codes, zeros = (
+            torch.randint(spec.levels, shape, dtype=torch.uint8) for shape in ((rows, columns), groups)
+        )
+        return GridTensor(codes, torch.rand(groups).half(), None if spec.symmetric else zeros, spec)
+    by_row, by_column = (torch.randint(16, (side,), dtype=torch.int8) for side in (rows, columns))
+    return CodedTensor(torch.randint(-128, 128, (rows, columns), dtype=torch.int8), by_row, by_column, 0.01)
+
+
+@pytest.mark.parametrize("spec", [Grid(5, 32), Grid(8), Grid(2, 8, symmetric=True), Coded()])
+def test_product_is_that_of_the_numbers(spec: Storage) -> None:
+    """In blocks, with and without a gradient, and in bfloat16 of few vectors and of many."""
+    torch.manual_seed(0)
+    quantized = random_codes(spec, 1200, 1024)
+    packed = PackedMatrix(quantized, torch.float32)
+    values = quantized.values()
+    x = floats(2, 6, 1024).requires_grad_()
+    expected = x.detach() @ values.T
+    size = float(expected.norm())
+    y = packed.product(x)
+    y.sum().backward()
+    assert x.grad is not None
+    assert (y - expected).norm() < 1e-5 * size
+    assert (packed.product(x.detach()) - expected).norm() < 1e-5 * size
+    assert (x.grad[0, 0] - values.sum(0)).norm() < 1e-4 * values.sum(0).norm()
+    for half in (x.detach().bfloat16(), x.detach()[0, 0].bfloat16()):
+        product, exact = packed.product(half), half.float() @ values.T
+        assert product.dtype == torch.bfloat16 and product.shape == exact.shape
+        assert (product.float() - exact).norm() < 0.006 * exact.norm()
 
 
 @pytest.mark.parametrize("storage", STORAGES)

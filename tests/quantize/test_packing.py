@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.quantize.packing import pack, unpack
+from mpoc.quantize.packing import from_planes, pack, to_planes, unpack
 from mpoc.quantize.storage import GRID_BITS
 
 SHAPES = [(3, 1), (2, 31), (4, 32), (1, 33), (5, 97), (2, 128)]
@@ -53,3 +53,12 @@ def test_packing_leaves_its_input() -> None:
     unpack(packed, 3, 40)
     assert torch.equal(codes, before)
     assert torch.equal(packed, kept)
+
+
+@pytest.mark.parametrize("bits", GRID_BITS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_planes_hold_the_codes_in_as_many_bits(bits: int, shape: tuple[int, int]) -> None:
+    codes = random_codes(bits, shape)
+    planes = to_planes(codes, bits)
+    assert torch.equal(from_planes(planes, bits, shape[1]), codes)
+    assert planes.shape[1] < shape[1] * bits / 8 + 2
