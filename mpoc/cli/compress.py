@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mpoc.train.evaluate_file import FileEvaluation
 
 
+NONE = "none"  # of --calibrate
 _UNITS = {"accuracy": " (%)", "agreement": " (%)"}
 
 
@@ -46,9 +47,10 @@ class CompressOptions:
         "Write here.",
         None, "--output -o", metavar="OUT", panel=COMMON, shown="MODEL.mpo.safetensors or MODEL-mpo/",
     )  # fmt: skip
-    calibrate: Path | None = option(
-        "Fit what layers do on these inputs; no labels needed.", None, metavar="DATA", panel=COMMON
-    )
+    calibrate: str | None = option(
+        "Fit what layers do on these inputs, on self-made ones (self), or weights alone (none).",
+        None, metavar="DATA|self|none", panel=COMMON, shown="self with a budget and a known network",
+    )  # fmt: skip
     arch: str | None = option(ARCH_HELP, None, metavar="NETWORK", panel=COMMON)
     dry_run: bool = option("Print the plan and write no output.", False, panel=COMMON)
     force: bool = option("Replace an existing output.", False, panel=COMMON)
@@ -143,36 +145,54 @@ def compress_request(options: CompressOptions) -> CompressRequest:
     """
     from mpoc.compression.pipeline import default_output, refuse_output
 
-    request = CompressRequest(
-        options.model,
-        options.output or default_output(options.model),
-        make_recipe(options.recipe, options.options),
-        _calibration(options),
-        options,
-    )
+    recipe = make_recipe(options.recipe, options.options)
+    output = options.output or default_output(options.model)
+    request = CompressRequest(options.model, output, recipe, _calibration(options, recipe), options)
     _refuse_conflicts(request.recipe, options)
     _refuse_moments(request)
     if options.eval_data is not None:
         refuse_output(request.model, request.output, options.force)
         _refuse_missing(options.eval_data)
-        if options.calibrate is not None:
-            _refuse_missing(options.calibrate)
+        if (data := _data_of(request)) is not None:
+            _refuse_missing(data)
     return request
 
 
-def _calibration(options: CompressOptions) -> CalibrationRequest | None:
-    if options.calibrate is None:
+def _calibration(options: CompressOptions, recipe: Recipe) -> CalibrationRequest | None:
+    """The calibration asked for; by itself on self-made data, where budget and network allow."""
+    by_itself = options.calibrate is None and recipe.can_be_calibrated and _names_network(options)
+    if options.calibrate in (None, NONE) and not by_itself:
         for name in ("calibration_samples", "refine", "moments", "scratch"):
             if getattr(options, name):
                 raise UsageError(f"--{name.replace('_', '-')} requires --calibrate", "--calibrate DATA")
         return None
-    from mpoc.compression.calibrate.calibration_data import CalibrationRequest
+    from mpoc.compression.calibrate.calibration_data import CalibrationRequest, named_data
+    from mpoc.models.self_made_data import SELF
 
     request = CalibrationRequest(
-        options.calibrate, refine=options.refine, moments=options.moments, scratch=options.scratch
+        named_data(options.calibrate or SELF),
+        refine=options.refine,
+        moments=options.moments,
+        scratch=options.scratch,
+        optional=by_itself,
     )
     samples = options.calibration_samples
     return request if samples is None else replace(request, samples=samples)
+
+
+def _names_network(options: CompressOptions) -> bool:
+    """Whether the zoo or a directory's config.json tells the network, and with it what it takes."""
+    if options.arch is None:
+        return (options.model / "config.json").is_file()
+    from mpoc.models.zoo import ENTRIES, long_form
+
+    return long_form(options.arch).partition(":")[0] in ENTRIES
+
+
+def _data_of(request: CompressRequest) -> Path | None:
+    """The data set of ``--calibrate``; None where there is none on disk."""
+    data = None if request.calibration is None else request.calibration.data
+    return data if isinstance(data, Path) else None
 
 
 def _refuse_conflicts(recipe: Recipe, options: CompressOptions) -> None:
@@ -199,7 +219,7 @@ def _refuse_moments(request: CompressRequest) -> None:
     if path is None:
         return
     resolved = path.resolve()
-    for other in (request.model, request.output, options.calibrate, options.eval_data, options.plot):
+    for other in (request.model, request.output, _data_of(request), options.eval_data, options.plot):
         if other is not None and other.resolve() in (resolved, *resolved.parents):
             raise UsageError(f"--moments {path}: is the same as {other}, or inside it", "name another FILE")
     if resolved.exists() and not resolved.is_file():
@@ -328,8 +348,9 @@ def _announce(request: CompressRequest, console: Output) -> None:
 
     console.say(f"device {choose_device(request.recipe.device)}")
     if request.calibration is not None:
-        data = request.calibration.data
-        console.say(f"calibrating on {data}: first the dense network, then layer by layer")
+        data = _data_of(request) or "self-made data"
+        why = ", as no --calibrate is given (none: weights alone)" if request.calibration.optional else ""
+        console.say(f"calibrating on {data}{why}: first the dense network, then layer by layer")
 
 
 def _measure(path: Path, request: CompressRequest, console: Output) -> FileEvaluation | None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.calibration_data import CalibrationRequest, calibrate_on
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest, calibrate_on, named_data
 from mpoc.compression.calibrate.layer_inputs import device_of
 from mpoc.compression.calibrate.taps import removing_taps
 from mpoc.compression.plain_fit import Fitted, fit_layer
@@ -134,7 +134,7 @@ def compress(
         seed: seed of the randomised range finder and of the draw of calibration examples.
         calibrate: data to fit the layers' outputs on: batches, as a ``DataLoader`` or a list of tensors, of
             tuples that begin with the input, or of dicts as transformers takes them; or the path of a data
-            set. The network runs in eval mode.
+            set; or ``"self"``, for data made for the network. The network runs in eval mode.
         calibration_samples: number of examples to draw, 512 if omitted. From an iterable without random
             access, the first ones are taken.
         effort: forms that calibrated layers choose among: ``"fast"`` (two factors), ``"balanced"`` (the
@@ -247,7 +247,7 @@ def _calibration_request(
         if refine or samples is not None:
             raise UsageError(f"{'refine' if refine else 'calibration_samples'} requires calibrate")
         return None
-    data = Path(data) if isinstance(data, str | PathLike) else data
+    data = named_data(data) if isinstance(data, str | PathLike) else data
     return CalibrationRequest(data, CalibrationRequest.samples if samples is None else samples, refine)
 
 

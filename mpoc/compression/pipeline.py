@@ -18,7 +18,7 @@ from mpoc.compression.recipe import Recipe, check_recipe
 from mpoc.compression.resume import calibration_folder, layers_folder, resume_directory
 from mpoc.compression.run_context import Progress, RunContext
 from mpoc.compression.size_prediction import predict_size
-from mpoc.compression.source import CompressionSource, open_source
+from mpoc.compression.source import CompressionSource, open_to_calibrate
 from mpoc.compression.write import Compression, Job, fit_all, make_job, write_compressed
 from mpoc.errors import UsageError
 from mpoc.io.atomic import refuse_existing, refuse_misnamed
@@ -71,7 +71,8 @@ def compress_checkpoint(
         source: a file or directory; it is only read.
         output: a file or directory, like the source.
         recipe: the options.
-        calibrate: path of the calibration data, or a request; None: fit to the weights alone.
+        calibrate: path of the calibration data, ``"self"`` for data made for the network, or a request; None:
+            fit to the weights alone.
         arch: the checkpoint's network, as :func:`mpoc.models.architecture.make_network` takes it. It says
             what kinds of layers there are, and is recorded.
         force: replace an existing output.
@@ -98,7 +99,8 @@ def compress_checkpoint(
             if not dry_run:
                 refuse_output(source, output, force)
             context = RunContext(choose_device(recipe.device), group, progress or Progress())
-            opened = open_source(source, recipe, arch, request is not None)
+            opened = open_to_calibrate(source, recipe, arch, request)
+            request = opened.request
             plans = opened.plan(opened.recipe, request is not None and request.refine)
         if dry_run:
             return _dry_run(_job(opened, plans, context, request), output)
@@ -112,12 +114,14 @@ def compress_checkpoint(
 
 
 def as_request(calibrate: CalibrationRequest | str | PathLike[str] | None) -> CalibrationRequest | None:
-    """The calibration request for a data set at a path."""
+    """The calibration request for a data set at a path, or for ``"self"``."""
     if calibrate is None:
         return None
-    from mpoc.compression.calibrate.calibration_data import CalibrationRequest
+    from mpoc.compression.calibrate.calibration_data import CalibrationRequest, named_data
 
-    return calibrate if isinstance(calibrate, CalibrationRequest) else CalibrationRequest(Path(calibrate))
+    if isinstance(calibrate, CalibrationRequest):
+        return calibrate
+    return CalibrationRequest(named_data(calibrate))
 
 
 @contextmanager
@@ -145,8 +149,9 @@ def _options(
     options = {f"--{f.name.replace('_', '-')}": str(getattr(recipe, f.name)) for f in fields(recipe)}
     del options["--max-shard-size"]
     data = ""
-    if calibration is not None and isinstance(calibration.data, Path):
-        data = f"{calibration.data.resolve()}, {calibration.samples} examples"
+    if calibration is not None and isinstance(calibration.data, Path | str):
+        of = calibration.data.resolve() if isinstance(calibration.data, Path) else calibration.data
+        data = f"{of}, {calibration.samples} examples"
     described = {"MODEL": str(source.resolve()), "--arch": str(opened.arch), "--calibrate": data, **options}
     described["--refine"] = str(calibration is not None and calibration.refine)
     return described | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "mpoc": mpoc.__version__}

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from mpoc.compression.pipeline import as_request, in_scratch, refuse_output
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.run_context import LayerCallback, Progress, RunContext, StageCallback
-from mpoc.compression.source import CompressionSource, open_source
+from mpoc.compression.source import CompressionSource, open_to_calibrate
 from mpoc.compression.write import Compression, make_job, write_compressed
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.atomic import staged
@@ -169,7 +169,8 @@ def _searched(
     """Search; the arguments fit together."""
     source, output, recipe, arch = request.source, request.output, request.recipe, request.arch
     context = RunContext(choose_device(recipe.device), progress=Progress(stage=callbacks.stage))
-    opened = open_source(source, recipe, arch, calibration is not None)
+    opened = open_to_calibrate(source, recipe, arch, calibration)
+    calibration = opened.request
     search = Bisection(max_drop, *opened.budget_range())
     evaluation = EvaluationRequest(source, request.data, arch=arch, stand_in=source, device=recipe.device)
     before = evaluate_file(evaluation)

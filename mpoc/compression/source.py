@@ -35,11 +35,16 @@ class CompressionSource:
     recipe: Recipe
     selection: Selection
     geometries: Mapping[str, Geometry]  # geometries of whole maps that a sample run traced
+    request: CalibrationRequest | None = None  # None: layers are fitted to their weights alone
+    data: CalibrationData | None = None  # None: not open yet
+    why_not: str = ""  # calibration was tried, and given up
 
     @property
     def notes(self) -> list[str]:
         """Notes on the checkpoint for the user."""
         notes = [*self.checkpoint.notes, *self.selection.notes]
+        if self.why_not:
+            notes.append(f"not calibrated, fitted to the weights alone: {self.why_not}")
         if self.checkpoint.is_directory:
             notes += hub_directory.notes_on_files(self.checkpoint.path, self.checkpoint.weight_files)
         return notes
@@ -87,7 +92,7 @@ class CompressionSource:
         from mpoc.compression.calibrate.calibration_data import open_calibration
 
         with context.group.all_or_raise():
-            data = open_calibration(self.checkpoint.path, self.arch, request, self.recipe.seed)
+            data = self.data or open_calibration(self.checkpoint.path, self.arch, request, self.recipe.seed)
         return self.statistics_of(data, request, context)
 
     def statistics_of(
@@ -124,6 +129,27 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
     unsaid = [name for name in maps if not recipe.has_input_shape(name)]
     geometries = traced_geometries(arch, unsaid) if arch is not None else {}
     return CompressionSource(checkpoint, arch, recipe, with_halved(checkpoint, recipe, selection), geometries)
+
+
+def open_to_calibrate(
+    source: Path, recipe: Recipe, arch: str | None, request: CalibrationRequest | None
+) -> CompressionSource:
+    """As :func:`open_source`, with the request; without it where it is optional and fails.
+
+    Raises:
+        UsageError: as :func:`open_source`.
+        MpocError: bad input.
+    """
+    opened = open_source(source, recipe, arch, request is not None)
+    if request is None or not request.optional:
+        return replace(opened, request=request)
+    from mpoc.compression.calibrate.calibration_data import open_calibration
+
+    try:
+        data = open_calibration(source, arch, request, recipe.seed)
+    except MpocError as error:
+        return replace(open_source(source, recipe, arch, False), why_not=str(error))
+    return replace(opened, request=request, data=data)
 
 
 def with_halved(checkpoint: Checkpoint, recipe: Recipe, selection: Selection) -> Selection:

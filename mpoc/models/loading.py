@@ -28,6 +28,7 @@ from mpoc.io.open_checkpoint import (
     open_compressed,
 )
 from mpoc.io.safetensors_writer import Entry
+from mpoc.models import zoo
 from mpoc.models.architecture import (
     by_transformers,
     is_transformers_directory,
@@ -301,6 +302,12 @@ class Model:
     def history(self) -> dict[str, Any]:
         """The recorded history of its training; {} where there is none."""
         return self.stored.history if self.manifest is None else self.manifest.training
+
+    @property
+    def zoo_spec(self) -> str | None:
+        """The name of the network in the zoo; None for any other network."""
+        arch = self.architecture
+        return arch if arch is not None and zoo.long_form(arch).partition(":")[0] in zoo.ENTRIES else None
 
 
 def open_beside(path: Path, arch: str | None) -> Model:

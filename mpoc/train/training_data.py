@@ -201,7 +201,7 @@ def _recorded_images(model: Model) -> dict[str, Any]:
     trained = recorded(model.history, "images")
     if trained:
         return dict(trained)
-    spec = zoo_spec(model)
+    spec = model.zoo_spec
     if spec is not None:
         return zoo.ENTRIES[zoo.parse(spec)[0]].images
     file = model.path / "preprocessor_config.json"
@@ -213,12 +213,6 @@ def _recorded_images(model: Model) -> dict[str, Any]:
     if isinstance(size, dict) and "height" in size and "width" in size:
         images["size"] = (size["height"], size["width"])
     return {name: value for name, value in images.items() if value is not None}
-
-
-def zoo_spec(model: Model) -> str | None:
-    """The name of the network in the zoo; None for any other network."""
-    arch = model.architecture
-    return arch if arch is not None and zoo.long_form(arch).partition(":")[0] in zoo.ENTRIES else None
 
 
 def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:
@@ -258,7 +252,7 @@ def _own_characters(data: Data, model: Model, trains: bool) -> Data:
 
 def _shape(data: Data, model: Model) -> tuple[int, ...] | None:
     """Shape of one image as a network of the zoo takes it; None: unknown."""
-    spec = zoo_spec(model)
+    spec = model.zoo_spec
     return zoo.ENTRIES[zoo.parse(spec)[0]].shape if spec is not None and data.kind == "images" else None
 
 
@@ -286,7 +280,7 @@ def _with_classes(training_data: TrainingData, model: Model) -> TrainingData:
 
 def _vocabulary(model: Model) -> int | None:
     """Number of tokens of the network; None: unknown, or it takes no text."""
-    spec = zoo_spec(model)
+    spec = model.zoo_spec
     if spec is not None:
         return zoo.parse(spec)[1].get("vocab")
     size = getattr(getattr(model.network, "config", None), "vocab_size", None)
@@ -295,7 +289,7 @@ def _vocabulary(model: Model) -> int | None:
 
 def _block(model: Model) -> int:
     """Tokens per example: the context of the network, at most ``_BLOCK`` where it is not of the zoo."""
-    spec = zoo_spec(model)
+    spec = model.zoo_spec
     if spec is not None:
         return zoo.parse(spec)[1].get("context", _BLOCK)
     longest = getattr(getattr(model.network, "config", None), "max_position_embeddings", None)

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
-from mpoc.data import Examples, shuffled
+from mpoc.data import Examples, prepare_images, shuffled
 from mpoc.errors import MpocError, UsageError
 from mpoc.models.call import Batch, BatchConverter, Call, first_output, has_logits, num_examples, rows
 from mpoc.models.loading import Model, open_model
+from mpoc.models.self_made_data import SELF, make_data
 from mpoc.runtime.device import derived_seed
+from mpoc.train.evaluate import try_call
 from mpoc.train.loader import BatchLoader
 from mpoc.train.settings import DataOptions
-from mpoc.train.training_data import open_training_data
+from mpoc.train.training_data import image_options, open_training_data
 
 _TOKENS = 2048  # of a batch of text, padding included
 _TOKENS_TO_REFINE = 512  # the same: more steps are worth more than wide ones
@@ -125,12 +128,18 @@ def direction(values: Tensor, are_logits: bool, generator: torch.Generator) -> T
 class CalibrationRequest:
     """What to calibrate on."""
 
-    data: Any  # the path of a data set, or an iterable of batches
+    data: Any  # the path of a data set, an iterable of batches, or SELF for data made for the network
     samples: int = 512
     refine: bool = False  # the layers of each block together, once all are fitted
     moments: Path | None = None  # file to keep the measurements of the dense network in
     folder: Path | None = None  # to keep what is found before layers are fitted, and resume from
     scratch: Path | None = None  # folder for what does not fit into memory meanwhile; None: all is held there
+    optional: bool = False  # fit to the weights alone where the network cannot be calibrated
+
+
+def named_data(name: str | PathLike[str]) -> Path | str:
+    """What ``--calibrate`` names: ``"self"``, or the path of a data set."""
+    return name if name == SELF else Path(name)
 
 
 @dataclass(frozen=True)
@@ -180,6 +189,11 @@ def calibrate_on(model: Model, request: CalibrationRequest, seed: int = 0) -> Ca
     if isinstance(request.data, Path):
         loader, split, notes = _open_data_set(request.data, model)
         call, where, name = Call.of(model.network), str(request.data), request.data.resolve().name
+    elif isinstance(request.data, str):
+        call, where = Call.of(model.network), request.data
+        loader, name, notes = _make_data_set(model, request.samples, seed)
+        split = name
+        try_call(call, model.network, loader.read(torch.tensor([0])))
     else:
         examples, call = examples_of(request.data, model.network, request.samples)
         loader, split, notes = BatchLoader(examples, _as_given), "batches", []
@@ -211,6 +225,22 @@ def _open_data_set(path: Path, model: Model) -> tuple[BatchLoader, str, list[str
         images = opened.images
         notes.append(f"images: (pixel / 255 − {list(images.mean)}) / {list(images.std)}")
     return opened.loader(split), split, notes
+
+
+def _make_data_set(model: Model, samples: int, seed: int) -> tuple[BatchLoader, str, list[str]]:
+    """Examples made for the network, what they are, and notes."""
+    made = make_data(model, samples, seed)
+    if "x" not in made.batch or made.batch["x"].dtype != torch.uint8:
+        return BatchLoader(HeldExamples(made.batch), _as_given), made.name, []
+    images = image_options(DataOptions(model.path), model)
+    if images.size is not None:
+        images = replace(images, size=None)  # they are made in the network's size
+
+    def prepared(batch: Batch, generator: torch.Generator | None) -> Batch:
+        return {"x": prepare_images(batch["x"], images)}
+
+    note = f"images: (pixel / 255 − {list(images.mean)}) / {list(images.std)}"
+    return BatchLoader(HeldExamples(made.batch), prepared), made.name, [note]
 
 
 def draw(

@@ -24,13 +24,22 @@ class Attention(nn.Module):
         self.value = nn.Linear(_WIDTH, _WIDTH, bias=False)
         self.out = nn.Linear(_WIDTH, _WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """softmax(q kᵀ / √32 + mask) v, in each head."""
+    def forward(self, x: Tensor, past: list[Tensor] | None = None) -> Tensor:
+        """softmax(q kᵀ / √32 + mask) v, in each head.
+
+        Args:
+            x: (n, T, 128).
+            past: keys and values of the tokens before, to which those of the one token in ``x`` are added.
+        """
         split = (*x.shape[:2], _HEADS, _WIDTH // _HEADS)
         q, k, v = (
             layer(x).view(split).transpose(1, 2) for layer in (self.query, self.key, self.value)
         )  # (n, heads, T, 32)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if past is not None:
+            if past:
+                k, v = torch.cat((past[0], k), 2), torch.cat((past[1], v), 2)
+            past[:] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
         out: Tensor = self.out(y.transpose(1, 2).flatten(2))
         return out
 
@@ -46,9 +55,9 @@ class DecoderLayer(nn.Module):
         self.up = nn.Linear(_WIDTH, _INNER)
         self.down = nn.Linear(_INNER, _WIDTH)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *past: list[Tensor]) -> Tensor:
         """Norms stand before the maps."""
-        x = x + self.attention(self.norm1(x))
+        x = x + self.attention(self.norm1(x), *past)
         y: Tensor = x + self.down(F.relu(self.up(self.norm2(x))))
         return y
 
@@ -71,18 +80,23 @@ class PicoGPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, past: list[list[Tensor]] | None = None) -> Tensor:
         """Embedding plus positions, four layers, norm, head.
+
+        Args:
+            input_ids: (n, T).
+            past: a list a layer, empty before the first token, to feed one token at a time.
 
         Raises:
             ValueError: more tokens than the context has.
         """
-        tokens, context = input_ids.shape[1], len(self.positions)
+        start = past[0][0].shape[2] if past and past[0] else 0
+        tokens, context = start + input_ids.shape[1], len(self.positions)
         if tokens > context:
             raise ValueError(f"{tokens} tokens, but the context has {context}")
-        x = self.embedding(input_ids) + self.positions[:tokens]
-        for layer in self.layers:
-            x = layer(x)
+        x = self.embedding(input_ids) + self.positions[start:tokens]
+        for layer, *own in zip(self.layers, *([] if past is None else [past]), strict=True):
+            x = layer(x, *own)
         logits: Tensor = self.head(self.norm(x))
         return logits
 
