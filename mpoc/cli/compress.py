@@ -160,7 +160,9 @@ def compress_request(options: CompressOptions) -> CompressRequest:
 
 def _calibration(options: CompressOptions, recipe: Recipe) -> CalibrationRequest | None:
     """The calibration asked for; by itself on self-made data, where budget and network allow."""
-    by_itself = options.calibrate is None and recipe.can_be_calibrated and _names_network(options)
+    from mpoc.compression.source import calibrates_itself
+
+    by_itself = options.calibrate is None and calibrates_itself(recipe, options.model, options.arch)
     if options.calibrate in (None, NONE) and not by_itself:
         for name in ("calibration_samples", "refine", "moments", "scratch"):
             if getattr(options, name):
@@ -178,15 +180,6 @@ def _calibration(options: CompressOptions, recipe: Recipe) -> CalibrationRequest
     )
     samples = options.calibration_samples
     return request if samples is None else replace(request, samples=samples)
-
-
-def _names_network(options: CompressOptions) -> bool:
-    """Whether the zoo or a directory's config.json tells the network, and with it what it takes."""
-    if options.arch is None:
-        return (options.model / "config.json").is_file()
-    from mpoc.models.zoo import ENTRIES, long_form
-
-    return long_form(options.arch).partition(":")[0] in ENTRIES
 
 
 def _data_of(request: CompressRequest) -> Path | None:

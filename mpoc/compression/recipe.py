@@ -243,13 +243,6 @@ class Recipe:
         usual = "auto" if calibrated and self.has_budget else "mpo"
         return replace(self, effort=effort, form=self.form or usual)
 
-    @property
-    def can_be_calibrated(self) -> bool:
-        """Whether the goal is a budget, and nothing excludes data to share it by."""
-        ordered = self.order or any(rule.order for rule in self.rules)
-        bounded = any(rule.max_error is not None or rule.discard is not None for rule in self.rules)
-        return self.has_budget and not ordered and not bounded
-
     def with_bytes_of(self, source: int) -> Recipe:
         """This recipe with a size in bytes where it is a share of the ``source`` bytes of weight files."""
         return replace(self, size=int(self.size * source)) if isinstance(self.size, float) else self

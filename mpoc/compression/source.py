@@ -18,12 +18,22 @@ from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.coded_parts import halved_names
 from mpoc.io.manifest import core_prefix
 from mpoc.io.open_checkpoint import open_checkpoint
-from mpoc.models.architecture import traced_geometries, with_architecture, with_config, with_copies_tied
+from mpoc.models.architecture import (
+    traced_geometries,
+    with_architecture,
+    with_config,
+    with_copies_tied,
+    zoo_name,
+)
+from mpoc.runtime.device import memory
+from mpoc.runtime.formatting import human_bytes
 from mpoc.tensor_networks.geometry import Geometry
 
 if TYPE_CHECKING:
     from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
     from mpoc.compression.calibrate.statistics import CalibrationStatistics
+
+_BYTES_TO_CALIBRATE = 20  # a number of the network: it is held twice in float32, beside its layers' moments
 
 
 @dataclass(frozen=True)
@@ -131,6 +141,19 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
     return CompressionSource(checkpoint, arch, recipe, with_halved(checkpoint, recipe, selection), geometries)
 
 
+def calibrates_itself(recipe: Recipe, source: Path, arch: str | None) -> bool:
+    """Whether self-made data are taken where none are given.
+
+    A budget is asked for, nothing excludes data to share it by, and the zoo or a directory's config.json
+    names the network, and with it what it takes.
+    """
+    ordered = recipe.order or any(rule.order for rule in recipe.rules)
+    bounded = any(rule.max_error is not None or rule.discard is not None for rule in recipe.rules)
+    if not recipe.has_budget or ordered or bounded:
+        return False
+    return (source / "config.json").is_file() if arch is None else zoo_name(arch) is not None
+
+
 def open_to_calibrate(
     source: Path, recipe: Recipe, arch: str | None, request: CalibrationRequest | None
 ) -> CompressionSource:
@@ -146,10 +169,19 @@ def open_to_calibrate(
     from mpoc.compression.calibrate.calibration_data import open_calibration
 
     try:
+        _refuse_to_fill_memory(opened.checkpoint)
         data = open_calibration(source, arch, request, recipe.seed)
     except MpocError as error:
         return replace(open_source(source, recipe, arch, False), why_not=str(error))
     return replace(opened, request=request, data=data)
+
+
+def _refuse_to_fill_memory(checkpoint: Checkpoint) -> None:
+    numbers = sum(info.numel for info in checkpoint.infos.values())
+    free = memory()[1]
+    if free is not None and numbers * _BYTES_TO_CALIBRATE > free:
+        needed = f"{human_bytes(numbers * _BYTES_TO_CALIBRATE)} of memory, and {human_bytes(free)} are free"
+        raise MpocError(f"it takes about {needed}", "--calibrate self --scratch DIR")
 
 
 def with_halved(checkpoint: Checkpoint, recipe: Recipe, selection: Selection) -> Selection:

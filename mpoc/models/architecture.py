@@ -84,6 +84,12 @@ def _is_spec(arch: str) -> bool:
     return re.fullmatch(r"[\w-]+(:\w*=.*)?", arch) is not None
 
 
+def zoo_name(arch: str) -> str | None:
+    """The entry of the zoo that ``arch`` names; None for a function."""
+    name = zoo.long_form(arch).partition(":")[0]
+    return name if name in zoo.ENTRIES else None
+
+
 def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
     """The checkpoint with its architecture recorded, and with the kinds of layers from the network's modules.
 

@@ -28,7 +28,6 @@ from mpoc.io.open_checkpoint import (
     open_compressed,
 )
 from mpoc.io.safetensors_writer import Entry
-from mpoc.models import zoo
 from mpoc.models.architecture import (
     by_transformers,
     is_transformers_directory,
@@ -37,6 +36,7 @@ from mpoc.models.architecture import (
     named_as_in,
     note_of_unused,
     with_architecture,
+    zoo_name,
 )
 from mpoc.models.introspection import (
     UNUSED,
@@ -305,9 +305,8 @@ class Model:
 
     @property
     def zoo_spec(self) -> str | None:
-        """The name of the network in the zoo; None for any other network."""
-        arch = self.architecture
-        return arch if arch is not None and zoo.long_form(arch).partition(":")[0] in zoo.ENTRIES else None
+        """The network as the zoo names it; None for any other network."""
+        return self.architecture if self.architecture and zoo_name(self.architecture) else None
 
 
 def open_beside(path: Path, arch: str | None) -> Model:

@@ -9,6 +9,7 @@ any other network it is guessed from its first layer, and what it accepts is tak
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Generator, Tensor, nn
 from mpoc.data.text import HubTokenizer
 from mpoc.errors import UsageError
 from mpoc.models import noise, zoo
+from mpoc.models.architecture import zoo_name
 from mpoc.models.call import Batch, Call, first_output
 from mpoc.models.introspection import evaluating
 from mpoc.models.loading import Model
@@ -32,7 +34,7 @@ SELF = "self"  # in the place of a data set
 TEXTS = files("mpoc.models") / "texts"  # a file a domain, paragraphs apart by an empty line
 
 _BLOCK = 256  # tokens of a text at most
-_SHORT = 64  # tokens drawn at random, and of a network without a cache
+_SHORT = 64  # tokens drawn at random
 _LARGE, _MANY_PIXELS = 64, 128 * 128  # examples of images of so many pixels or more
 _LENGTHS = (16_000, 4096, 1024, 256, 128, 64)  # of signals, tried in turn
 _TEMPERATURES = (0.8, 1.0, 1.2)
@@ -59,11 +61,9 @@ def make_data(model: Model, samples: int, seed: int = 0) -> SelfMadeData:
         MpocError: the directory's tokenizer cannot be read.
     """
     generator = torch.Generator().manual_seed(derived_seed(seed, "self-made data"))
-    spec, network = model.zoo_spec, model.network
-    if spec is not None:
-        entry = zoo.ENTRIES[zoo.parse(spec)[0]]
-        if entry.images:
-            return _images(entry.shape, samples, generator)
+    network, entry = model.network, zoo.ENTRIES.get(zoo_name(model.architecture or "") or "")
+    if entry is not None and entry.images:
+        return _images(entry.shape, samples, generator)
     if isinstance(network, PicoGPT):
         return _written(network, samples, len(network.positions), generator)
     if getattr(network, "config", None) is not None and Call.of(network).main_input is not None:
@@ -187,12 +187,14 @@ def _stepper(network: Any) -> Callable[[Tensor], Tensor]:
     if isinstance(network, PicoGPT):
         own: list[Any] = [[] for _ in network.layers]
         return lambda tokens: network(tokens[:, -1:].to(device), own)[:, -1]
+    known = inspect.signature(network.forward).parameters
+    cache = next((name for name in ("cache", "past_key_values") if name in known), "")
 
     def step(tokens: Tensor) -> Tensor:
         nonlocal past
-        given = tokens if past is None else tokens[:, -1:]
-        output = network(input_ids=given.to(device), past_key_values=past, use_cache=True)
-        past = output.past_key_values
+        kept: dict[str, Any] = {} if past is None else {cache: past}
+        output = network(input_ids=(tokens[:, -1:] if kept else tokens).to(device), use_cache=True, **kept)
+        past = getattr(output, cache, None)
         logits: Tensor = output.logits[:, -1]
         return logits
 

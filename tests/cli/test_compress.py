@@ -47,7 +47,9 @@ def test_writes_to_the_current_directory_and_prints_a_report(run: Mpoc, model: P
 
 def test_directory_output_keeps_every_other_file(here: Here, tmp_path: Path) -> None:
     source = save_directory(tmp_path / "bert", mlp_state(), shards=2)
-    done = here("compress", f"{source}/", "--ratio", 0.5, "--max-shard-size", "4kB", "--quiet")
+    done = here(
+        "compress", f"{source}/", "--ratio", 0.5, "--calibrate", "none", "--max-shard-size", "4kB", "--quiet"
+    )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in here.folder.iterdir()] == ["bert-mpo"]
     names = contents(here.folder / "bert-mpo").keys()
@@ -77,6 +79,27 @@ def test_dry_run_prints_the_plan_and_writes_nothing(here: Here, model: Path) -> 
     assert "predicted at most" in done.stdout
     assert "fc2.weight: matched by --exclude" in done.stdout
     assert contents(here.folder) == {}
+
+
+def test_budgets_of_known_networks_are_calibrated_on_self_made_data(here: Here) -> None:
+    from tests.support.architectures import tiny
+
+    tiny("gpt2", layers=1).save_pretrained(here.folder / "gpt2")
+    words = ["compress", "gpt2", "--size", "60%", "--effort", "fast", "--dry-run", "--json"]
+    done = here(*words, "--calibration-samples", 4)
+    assert done.returncode == 0, done.stderr
+    said = "calibrating on self-made data, as no --calibrate is given (none: weights alone)"
+    assert said in done.stderr and "4 examples of text of its own writing (seed 0), 1 held out" in done.stderr
+    assert json.loads(done.stdout)["calibration"]["data"] == {"name": "text of its own writing"}
+    done = here(*words[:4], "--calibrate", "none", "--dry-run", "--json")
+    assert "calibrat" not in done.stderr and json.loads(done.stdout)["calibration"] == {}
+    done = here(*words[:4], "--calibrate", "./self")
+    assert done.returncode == 2 and "error: self: no such file or directory" in done.stderr
+    config = here.folder / "gpt2" / "config.json"
+    config.write_text(config.read_text().replace('"gpt2"', '"of nobody"'))
+    done = here(*words[:4], "--dry-run", "--json")
+    assert done.returncode == 0 and "note: not calibrated, fitted to the weights alone: gpt2: " in done.stderr
+    assert json.loads(done.stdout)["calibration"] == {}
 
 
 def test_options_and_recipe_combine(here: Here, model: Path, tmp_path: Path) -> None:

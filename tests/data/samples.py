@@ -74,3 +74,13 @@ def write_jsonl(file: Path, rows: list[Any]) -> Path:
     """An object a line."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return file
+
+
+def write_tokenizer(folder: Path, words: list[str]) -> Path:
+    """Make a directory a BERT tokenizer of these words, the first of which are the special ones."""
+    from transformers import BertTokenizer
+
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder

@@ -7,7 +7,7 @@ import pytest
 
 from mpoc.data import CharacterTokenizer, HubTokenizer, TextOptions, open_data, tokenizer_from_state
 from mpoc.errors import MpocError
-from tests.data.samples import write_jsonl
+from tests.data.samples import write_jsonl, write_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "##s"]
 
@@ -15,13 +15,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "##s
 @pytest.fixture
 def bert(tmp_path: Path) -> Path:
     """A BERT tokenizer of nine words."""
-    from transformers import BertTokenizer
-
-    folder = tmp_path / "bert"
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    return folder
+    return write_tokenizer(tmp_path / "bert", WORDS)
 
 
 def test_character_tokenizer_round_trips_json() -> None:

@@ -25,11 +25,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
+from mpoc.compression.calibrate.layer_inputs import device_of
 from mpoc.data import Examples, prepare_images, shuffled
 from mpoc.errors import MpocError, UsageError
-from mpoc.models.call import Batch, BatchConverter, Call, first_output, has_logits, num_examples, rows
+from mpoc.models.call import (
+    Batch,
+    BatchConverter,
+    Call,
+    first_output,
+    has_logits,
+    num_examples,
+    rows,
+    to_device,
+)
 from mpoc.models.loading import Model, open_model
-from mpoc.models.self_made_data import SELF, make_data
+from mpoc.models.self_made_data import SELF, SelfMadeData, make_data
 from mpoc.runtime.device import derived_seed
 from mpoc.train.evaluate import try_call
 from mpoc.train.loader import BatchLoader
@@ -185,15 +195,16 @@ def calibrate_on(model: Model, request: CalibrationRequest, seed: int = 0) -> Ca
         raise UsageError(
             f"--calibration-samples {request.samples}: at least 2, one to fit on and one held out"
         )
-    pooling = read_pooling(model.path) if model.path.is_dir() else None
+    pooling, domains = read_pooling(model.path) if model.path.is_dir() else None, None
     if isinstance(request.data, Path):
         loader, split, notes = _open_data_set(request.data, model)
         call, where, name = Call.of(model.network), str(request.data), request.data.resolve().name
     elif isinstance(request.data, str):
         call, where = Call.of(model.network), request.data
-        loader, name, notes = _make_data_set(model, request.samples, seed)
-        split = name
-        try_call(call, model.network, loader.read(torch.tensor([0])))
+        made = make_data(model, request.samples, seed)
+        loader, notes = _loader_of(made, model)
+        split, name, domains = made.name, made.name, made.domains
+        try_call(call, model.network, to_device(loader.read(torch.tensor([0])), device_of(model.network)))
     else:
         examples, call = examples_of(request.data, model.network, request.samples)
         loader, split, notes = BatchLoader(examples, _as_given), "batches", []
@@ -201,7 +212,7 @@ def calibrate_on(model: Model, request: CalibrationRequest, seed: int = 0) -> Ca
     if len(loader) < 2:
         raise MpocError(f"{where}: {len(loader)} examples in {split}: calibration needs two at least")
     tokens = _TOKENS_TO_REFINE if request.refine else _TOKENS
-    batches, held_out = draw(loader, request.samples, seed, tokens)
+    batches, held_out = draw(loader, request.samples, seed, tokens, domains)
     counts = [sum(map(num_examples, part)) for part in (batches, held_out)]
     drawn = f"{sum(counts):,} of {len(loader):,} examples of {split} (seed {seed})"
     notes.append(f"calibration: {drawn}, {counts[1]:,} held out")
@@ -227,24 +238,18 @@ def _open_data_set(path: Path, model: Model) -> tuple[BatchLoader, str, list[str
     return opened.loader(split), split, notes
 
 
-def _make_data_set(model: Model, samples: int, seed: int) -> tuple[BatchLoader, str, list[str]]:
-    """Examples made for the network, what they are, and notes."""
-    made = make_data(model, samples, seed)
-    if "x" not in made.batch or made.batch["x"].dtype != torch.uint8:
-        return BatchLoader(HeldExamples(made.batch), _as_given), made.name, []
-    images = image_options(DataOptions(model.path), model)
-    if images.size is not None:
-        images = replace(images, size=None)  # they are made in the network's size
-
-    def prepared(batch: Batch, generator: torch.Generator | None) -> Batch:
-        return {"x": prepare_images(batch["x"], images)}
-
+def _loader_of(made: SelfMadeData, model: Model) -> tuple[BatchLoader, list[str]]:
+    """Examples made for the network, and notes; images are preprocessed as those of a data set are."""
+    examples = HeldExamples(made.batch)
+    if all(values.dtype != torch.uint8 for values in made.batch.values()):
+        return BatchLoader(examples, _as_given), []
+    images = replace(image_options(DataOptions(model.path), model), size=None)  # made in its size
     note = f"images: (pixel / 255 − {list(images.mean)}) / {list(images.std)}"
-    return BatchLoader(HeldExamples(made.batch), prepared), made.name, [note]
+    return BatchLoader(examples, lambda batch, _: {"x": prepare_images(batch["x"], images)}), [note]
 
 
 def draw(
-    loader: BatchLoader, samples: int, seed: int, tokens: int = _TOKENS
+    loader: BatchLoader, samples: int, seed: int, tokens: int = _TOKENS, domains: Tensor | None = None
 ) -> tuple[list[Batch], list[Batch]]:
     """Batches of examples drawn at random, and of others, an eighth of them, that are held out.
 
@@ -253,9 +258,13 @@ def draw(
         samples: how many examples; all where there are fewer.
         seed: of the draw.
         tokens: of a batch of text at most, padding included, where it is more than one text.
+        domains: (n,) of the examples; all that are held out are then of a few, and one at most is in both.
     """
     generator = torch.Generator().manual_seed(derived_seed(seed, "calibration"))
     chosen = shuffled(loader.examples, generator)[:samples]
+    if domains is not None:
+        rank = torch.randperm(int(domains.max()) + 1, generator=generator)
+        chosen = chosen[rank[domains[chosen]].argsort(stable=True)]
     apart = min(len(chosen) - 1, max(1, round(len(chosen) * _HELD_OUT)))
     return _batches(loader, chosen[apart:], tokens), _batches(loader, chosen[:apart], tokens)
 

@@ -16,6 +16,7 @@ from mpoc.compression.calibrate import calibration_data
 from mpoc.compression.calibrate.calibration_data import (
     CalibrationData,
     CalibrationRequest,
+    HeldExamples,
     Pooling,
     calibrate_on,
     draw,
@@ -26,6 +27,7 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.models import zoo
 from mpoc.models.call import Batch
 from mpoc.models.loading import Model, open_model
+from mpoc.train.loader import BatchLoader
 from mpoc.train.settings import DataOptions
 from mpoc.train.training_data import open_training_data
 from tests.compression.calibrate.test_output_of_interest import folder
@@ -60,6 +62,25 @@ def test_splits_images(tmp_path: Path) -> None:
     assert [len(batch["x"]) for batch in found.batches] == [64, 6]
     assert found.notes[-1] == "calibration: 80 of 100 examples of train (seed 0), 10 held out"
     assert found.pooling is None
+
+
+def test_makes_examples_for_the_network(tmp_path: Path) -> None:
+    """Pixels are preprocessed as those of a data set are."""
+    found = calibrate_on(lenet5(tmp_path), CalibrationRequest("self", 16))
+    assert (found.name, [len(batch["x"]) for batch in found.batches]) == ("self-made images", [14])
+    assert found.notes[-1] == "calibration: 16 of 16 examples of self-made images (seed 0), 2 held out"
+    x = found.batches[0]["x"]
+    assert x.shape[1:] == (1, 28, 28) and 0 == float(x.min()) < float(x.max()) <= 1
+
+
+def test_examples_held_out_are_of_other_domains(tmp_path: Path) -> None:
+    loader = BatchLoader(HeldExamples({"x": torch.arange(80.0)[:, None]}))
+    domains = torch.arange(80) // 10
+    seen, unseen = (
+        {int(k) // 10 for batch in part for k in batch["x"]}
+        for part in draw(loader, 80, seed=0, domains=domains)
+    )
+    assert (len(seen), len(unseen)) == (7, 1) and not seen & unseen
 
 
 def test_draw_is_seeded(tmp_path: Path) -> None:
