@@ -48,8 +48,8 @@ class CompressOptions:
         None, "--output -o", metavar="OUT", panel=COMMON, shown="MODEL.mpo.safetensors or MODEL-mpo/",
     )  # fmt: skip
     calibrate: str | None = option(
-        "Fit what layers do on these inputs, on self-made ones (self), or weights alone (none).",
-        None, metavar="DATA|self|none", panel=COMMON, shown="self with a budget and a known network",
+        "Fit what layers do on inputs: yours, self or none.",
+        None, metavar="DATA|self|none", panel=COMMON, shown="self for budgets",
     )  # fmt: skip
     arch: str | None = option(ARCH_HELP, None, metavar="NETWORK", panel=COMMON)
     dry_run: bool = option("Print the plan and write no output.", False, panel=COMMON)

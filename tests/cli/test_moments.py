@@ -62,7 +62,7 @@ def test_search_reuses_moments(here: Here, folder: Path) -> None:
 def test_rejects_bad_options_before_any_work(
     here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[object], status: int, said: str
 ) -> None:
-    monkeypatch.setattr("mpoc.compression.pipeline.open_source", None)  # nothing is opened
+    monkeypatch.setattr("mpoc.compression.pipeline.open_to_calibrate", None)  # nothing is opened
     before = contents(folder)
     done = here(*COMMAND, "--ratio", 0.5, "-o", "o.safetensors", *words)
     assert done.returncode == status, done.stderr
