@@ -17,14 +17,15 @@ from mpoc.compression.budget import largest_bond
 from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.fit.metric import Metric
-from mpoc.tensor_networks.fit.truncation import Target, Truncation
+from mpoc.tensor_networks.fit.truncation import Target, Truncation, truncate
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
-STRETCHES, LAST = 6, 1  # of an L-BFGS fit: to choose γ, then on all inputs
+# Stretches of a descent: to choose γ, then on all inputs.  Of a sum only its matrix is fitted again on those.
+STRETCHES, STRETCHES_OF_SUMS, LAST = 6, 2, 1
 
 
 def baselines(
@@ -46,8 +47,8 @@ def baselines(
     approximations: dict[str, Tensor] = {}
     rank = parameters // structure.as_low_rank().num_parameters(1)
     if rank:
-        left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
-        approximations["plain svd"] = (left[:, :rank] * values[:rank] @ right[:rank]).double()
+        plain = truncate(matrix.float(), rank, generator=torch.Generator().manual_seed(seed))
+        approximations["plain svd"] = (plain.left @ plain.right).double()
         white = weighted_svd(objective.whitened(matrix))
         approximations["whitened svd"] = white.left[:, :rank] @ white.right[:rank]
     chain = make_structure(structure.kind, structure.shape, structure.transposed)
@@ -113,7 +114,7 @@ class FitSettings:
     dtype: torch.dtype  # of the stored cores
     seed: int = 0  # of the fit's start
     apart: bool = False  # keep held-out inputs out of the fit, for the refinement after it
-    fast: bool = False  # try two γ, and leave the baselines out
+    fast: bool = False  # try one γ, and leave the baselines out
 
 
 def fit_calibrated(
@@ -143,7 +144,8 @@ def fit_calibrated(
 
     def attempt(trial: tuple[Storage, float]) -> tuple[float, Form]:
         storage, gamma = trial
-        form = _rounded(_fit(objective.metric(matrix, gamma), storage, STRETCHES, seed), dtype)
+        stretches = STRETCHES_OF_SUMS if storage.structure.parts else STRETCHES
+        form = _rounded(_fit(objective.metric(matrix, gamma), storage, stretches, seed), dtype)
         return objective.output_weighted_error.squared(matrix, matrix_of(form)), on_device(form, "cpu")
 
     tried = group.map(trials, attempt, [_costs(storage) for storage, _ in trials])
@@ -170,17 +172,16 @@ def _final_fit(
     held_out = _held_out_errors(matrix, made, objective)
     storage, gamma = trial
     all_inputs = objective.together()
-    fitted = _fit(all_inputs.metric(matrix, gamma), storage, LAST, settings.seed, form)
+    stretches = 0 if storage.structure.parts else LAST
+    fitted = _fit(all_inputs.metric(matrix, gamma), storage, stretches, settings.seed, form)
     form = _rounded(fitted, settings.dtype)
     return on_device(form, "cpu"), judge_matrix(matrix, matrix_of(form), all_inputs, held_out).on_cpu()
 
 
 def _gammas(storage: Storage, objective: Objective, fast: bool, rivals: int) -> tuple[float, ...]:
-    """The γ to try: all where two factors are the only storage, else the smallest."""
+    """The γ to try: all where two factors are the only storage and there is time, else the usual one."""
     if storage.structure.one_matrix:
-        if fast:
-            return objective.gammas[1:3]
-        return objective.gammas if rivals == 1 else objective.gammas[:2]
+        return (objective.usual_gamma,) if fast or rivals > 1 else objective.gammas
     return (objective.mpo_gamma,)
 
 

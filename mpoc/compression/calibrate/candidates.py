@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mpoc.compression.budget import largest_bond
-from mpoc.compression.calibrate.calibrated_fit import Storage
+from mpoc.compression.calibrate.calibrated_fit import STRETCHES_OF_SUMS, Storage
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
 from mpoc.compression.plan import LayerPlan
@@ -117,7 +117,8 @@ class Candidates:
             if self._problem is None or self._problem.structure != storage.structure:
                 metric = self._objective.metric(self._matrix.double(), self._objective.mpo_gamma)
                 self._problem = Problem(metric, storage.structure)
-            fit = self._problem.fit(storage.truncation, max_stretches=_STRETCHES)
+            stretches = STRETCHES_OF_SUMS if storage.structure.parts else _STRETCHES
+            fit = self._problem.fit(storage.truncation, max_stretches=stretches)
             self._found[storage] = fit.form.with_cores([core.float() for core in fit.form.cores])
         return matrix_of(self._found[storage]).float()
 

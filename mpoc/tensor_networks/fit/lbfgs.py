@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.fit.whitening import BesideLowRank
 from mpoc.tensor_networks.forms.contraction import Legs, along
 from mpoc.tensor_networks.forms.form import Form
 
@@ -96,7 +97,7 @@ class LBFGS:
         start: a form whose factors multiply out to the metric's sides.
     """
 
-    def __init__(self, metric: Metric, start: Form) -> None:
+    def __init__(self, metric: Metric | BesideLowRank, start: Form) -> None:
         self.metric = metric
         self._start = start
         self._shapes = [core.shape for core in start.cores]
@@ -146,11 +147,9 @@ class LBFGS:
         with torch.enable_grad():
             vector = vector.detach().requires_grad_()
             matrix = self._start.with_cores(self._split(vector)).to_matrix()[0]
-            error = self.metric.target - matrix.detach()
-            weighted = self.metric.weighed(error)
+            value, weighted = self.metric.weighed_error(self.metric.target - matrix.detach())
             # The gradient of a scalar: given another one, torch imports sympy, which takes half a second.
             gradient = torch.autograd.grad((matrix * (-2 * weighted)).sum(), vector)[0]
-        value = float((error * weighted).sum(dtype=torch.float64))
         return Point(vector.detach(), value, gradient)
 
     def _split(self, vector: Tensor) -> list[Tensor]:

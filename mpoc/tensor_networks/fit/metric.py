@@ -170,6 +170,11 @@ class Metric:
         right: Tensor = error @ self.inputs
         return weighed(self.outputs, right)
 
+    def weighed_error(self, error: Tensor) -> tuple[float, Tensor]:
+        """f of the weight that leaves the error E (N_y, N_x), and G E M; the gradient of f is -2 G E M."""
+        product = self.weighed(error)
+        return float((error * product).sum(dtype=torch.float64)), product
+
     @cached_property
     def input_root(self) -> Tensor:
         """Some square F with F Fᵀ = M + R."""

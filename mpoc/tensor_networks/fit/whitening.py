@@ -173,7 +173,10 @@ def _columns(matrix: Tensor, factors: Sequence[Tensor]) -> Tensor:
 def _times(tensor: Tensor, factor: Tensor, axis: int) -> Tensor:
     """One axis of ``tensor`` multiplied by a symmetric factor, or by a diagonal (size,)."""
     last = tensor.movedim(axis, -1)
-    return (last * factor if factor.dim() == 1 else last @ factor).movedim(-1, axis)
+    if factor.dim() == 1:
+        return (last * factor).movedim(-1, axis)
+    product = last.reshape(-1, len(factor)) @ factor  # one product: of strided batches there would be many
+    return product.view(last.shape).movedim(-1, axis)
 
 
 def _both_sides(moment: Tensor, factors: list[Tensor]) -> Tensor:
@@ -298,3 +301,42 @@ def _balanced(left: Tensor, right: Tensor, values: Tensor) -> WeightedSVD:
     tiny = torch.finfo(values.dtype).tiny  # keeps 0/0 of a zero target 0
     balance = (right.norm(dim=1).clamp(min=tiny) / left.norm(dim=0).clamp(min=tiny)).sqrt()
     return WeightedSVD(left * balance, values, right / balance[:, None])
+
+
+class BesideLowRank:
+    """f of what the best weight of a given rank leaves of an error: its part in a sum is no variable then.
+
+    With E = T − Ŵ, and U the leading eigenvectors of Hᵀ E M Eᵀ H, the best weight of rank r beside Ŵ leaves
+    K (E M) of the gradient G E M, K = H (1 − U Uᵀ) Hᵀ, and the other eigenvalues of f; from the side of the
+    inputs likewise, where that is the smaller one.
+
+    Args:
+        metric: in whitened coordinates; the arithmetic has its dtype.
+        rank: r.
+    """
+
+    def __init__(self, metric: Metric, rank: int) -> None:
+        self.target, self._rank, self._metric = metric.target, rank, metric
+        outputs, inputs = metric.target.shape
+        self._of_inputs = inputs < outputs and isinstance(metric.inputs, Tensor)
+        root = metric.input_root if self._of_inputs else metric.output_root
+        if root is None:
+            root = metric.target.new_ones(outputs)
+        self._root = torch.diag(root) if root.dim() == 1 else root
+
+    def weighed_error(self, error: Tensor) -> tuple[float, Tensor]:
+        """f beside the best weight of the rank, and its G E M."""
+        if self._of_inputs:
+            half = weighed(self._metric.outputs, error)  # G E
+            left = half @ self._rest(error.T @ half)
+        else:
+            half = error @ self._metric.inputs  # E M
+            left = self._rest(half @ error.T) @ half
+        return float((error * left).sum(dtype=torch.float64)), left
+
+    def _rest(self, gram: Tensor) -> Tensor:
+        """R P Rᵀ, P the projector on the eigenvectors of Rᵀ ``gram`` R but the r leading ones."""
+        gram = self._root.T @ gram @ self._root
+        vectors = torch.linalg.eigh((gram + gram.T) / 2).eigenvectors
+        seen = self._root @ vectors[:, : max(0, len(vectors) - self._rank)]
+        return seen @ seen.T

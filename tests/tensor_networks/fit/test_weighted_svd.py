@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mpoc.tensor_networks.fit.metric import Metric, make_metric
-from mpoc.tensor_networks.fit.whitening import weighted_svd
+from mpoc.tensor_networks.fit.whitening import BesideLowRank, weighted_svd
 from tests.tensor_networks.fit.metrics import diagonal_metric, moments, random_metric, row_moments
 
 METRICS = {
@@ -41,6 +41,16 @@ def test_every_rank_is_optimal_in_the_whitened_problem(metric: Metric) -> None:
         assert float(found.values[rank:].square().sum()) == pytest.approx(
             optimum, rel=1e-9, abs=1e-13 * largest
         )
+
+
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS.keys())
+def test_gradient_beside_a_low_rank_weight_is_that_at_the_best_one(metric: Metric) -> None:
+    best = weighted_svd(metric)
+    rest = metric.target - best.left[:, :2] @ best.right[:2]
+    value, gradient = BesideLowRank(metric, 2).weighed_error(metric.target)
+    largest = float(metric.weighed(metric.target).abs().max())
+    assert value == pytest.approx(metric.value(metric.target - rest), rel=1e-9)
+    torch.testing.assert_close(gradient, metric.weighed(rest), rtol=1e-9, atol=1e-9 * largest)
 
 
 @pytest.mark.parametrize("name", ["no G", "wide", "tall"])
