@@ -3,6 +3,7 @@
 The program is traced once and keeps the cores: the file is about as small as the compressed one, and the
 runtime contracts the cores in every call. The first axis of every input is the batch and stays free; all
 other sizes are those of the example.
+ONNX keeps codes too (:mod:`mpoc.models.onnx_codes`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from mpoc.io.manifest import MANIFEST_FILE
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.models.architecture import example_input, is_transformers_directory
 from mpoc.models.loading import open_network
+from mpoc.models.onnx_codes import OnnxCodes, codes_by_content, store_codes
 
 _FOLDED = 256  # numbers: shapes and scalars are computed in advance, products of cores are not
 _LARGEST_ONNX = 2**31 - 2**20  # bytes: one protobuf message
+_OPSET = 21  # has DequantizeLinear of 4 bits in groups
 _SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}
 
 
@@ -92,7 +95,10 @@ def export_network(
     program = trace_program(network, inputs)
     for kind, path in files.items():
         with staged(path) as target:
-            _WRITERS[kind](program, target)
+            if kind == "pt2":
+                _write_pt2(program, target)
+            else:
+                _write_onnx(program, codes_by_content(source, manifest), target)
     return inputs
 
 
@@ -160,10 +166,7 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path) -> None:
         torch.export.save(program, path)
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    size = sum(value.nbytes for value in program.state_dict.values())
-    if size > _LARGEST_ONNX:
-        raise MpocError(f"{path}: {size:,} bytes are more than one ONNX file holds", "--pt2")
+def _write_onnx(program: torch.export.ExportedProgram, codes: dict[bytes, OnnxCodes], path: Path) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript import optimizer
 
@@ -179,16 +182,19 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
                 dynamo=True,
                 verbose=False,
                 optimize=False,
+                opset_version=_OPSET if codes else None,
             )
         except RuntimeError as error:
             raise MpocError(f"{path.name}: torch.onnx cannot write this network: {error}", "--pt2") from error
         assert made is not None
         optimizer.optimize(made.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
+        store_codes(made.model.graph, codes)
         ClearMetadataAndDocStringPass()(made.model)
+        tensors = [value.const_value for value in made.model.graph.initializers.values()]
+        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        if size > _LARGEST_ONNX:
+            raise MpocError(f"{path.name}: {size:,} bytes are more than one ONNX file holds", "--pt2")
         made.save(path, external_data=False)
-
-
-_WRITERS = {"onnx": _write_onnx, "pt2": _write_pt2}
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import mpoc
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
@@ -43,6 +44,20 @@ def convolutions():
 
 def tokens():
     return nn.Sequential(nn.Embedding(1009, 32, padding_idx=0), nn.Linear(32, 48))
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(500, 64), nn.Conv1d(64, 32, 3)
+        self.fc, self.out = nn.Linear(64, 128), nn.Linear(128, 64, bias=False)
+        self.head = nn.Linear(32, 96)
+
+    def forward(self, x):
+        y = self.out(self.fc(self.embed(x)).relu())
+        return self.head(self.conv(y.transpose(1, 2)).relu().mean(-1))
+
+def mixed():
+    return Mixed()
 
 class Two(nn.Module):
     def __init__(self):
@@ -376,3 +391,31 @@ class TestErrors:
                 Path("m.pt2"), {"pt2": Path("m.pt2")}, [parse_input_spec("1x96")], "nets.py:mlp", force=True
             )
         assert Path("m.pt2").read_bytes() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stored", "bits"),
+    [
+        ({"bits": 3}, 4),
+        ({"bits": 4, "storage": "coded"}, 8),
+        ({"bond": 24, "form": "svd", "bits": 6}, 8),
+    ],
+)
+def test_onnx_keeps_codes(stored: dict[str, Any], bits: int) -> None:
+    """Tables (in 8 bits), kernels, matrices and factors: the numbers of the layers, in the bytes of codes."""
+    torch.manual_seed(0)
+    network = make_network("nets.py:mixed").eval()
+    mpoc.compress(network, embeddings=True, **stored)
+    mpoc.save(network, "mixed.safetensors")
+    file, specs = Path("mixed.onnx"), [parse_input_spec("1x7:int64")]
+    export_network(Path("mixed.safetensors"), {"onnx": file}, specs, "nets.py:mixed")
+    onnx.checker.check_model(onnx.load(file))
+    table, others = 500 * 64, 64 * 32 * 3 + 2 * 64 * 128 + 32 * 96
+    assert file.stat().st_size < 1.1 * (table + others * bits / 8) + 14_000
+    x = torch.randint(0, 500, (5, 7))
+    with torch.no_grad():
+        expected = mpoc.load("mixed.safetensors", make_network("nets.py:mixed")).eval()(x)
+    (exact,), (fast,) = (run_onnx(file, (x,), decoded) for decoded in (True, False))
+    torch.testing.assert_close(exact, expected, rtol=1e-5, atol=1e-5)
+    assert (fast - expected).norm() < 0.02 * expected.norm()

@@ -14,11 +14,12 @@ import mpoc
 from mpoc.models.export import export_network, parse_input_spec
 
 
-def run_onnx(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """On one thread of the CPU."""
+def run_onnx(path: Path, inputs: tuple[Tensor, ...], decoded: bool = False) -> list[Tensor]:
+    """On one thread of the CPU; ``decoded``: codes become floats when the session is made."""
     onnxruntime: Any = pytest.importorskip("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.disable_quant_qdq", str(int(decoded)))
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     named = {node.name: x.numpy() for node, x in zip(session.get_inputs(), inputs, strict=True)}
     return [torch.from_numpy(y) for y in session.run(None, named)]
