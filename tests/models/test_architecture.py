@@ -170,7 +170,7 @@ class TestWhatDoesNotFit:
     @pytest.mark.parametrize(
         ("arch", "said"),
         [
-            ("resnt", "--arch 'resnt': no network 'resnt' in the zoo (resnet20, resnet32, "),
+            ("resnt", "--arch 'resnt': no network 'resnt' in the zoo (densenet, fc2, "),
             ("resnet:depth=9", "--arch 'resnet:depth=9': resnet: depth=9: 6n + 2"),
             ("resnet:dept=8", "did you mean 'depth'?"),
             ("resnet:8", "No module named 'resnet'"),
