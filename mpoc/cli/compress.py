@@ -2,11 +2,11 @@
 
 The command line becomes a request, which is checked before any work; then one compression, or with
 ``--max-drop`` a search for the smallest; then a table or JSON, with scores before and after where asked for.
+Without a goal nothing is written, and the table says what the network keeps at several sizes.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from contextlib import nullcontext
@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mpoc.cli.console import Output, plain
+from mpoc.cli.console import Output
 from mpoc.cli.options import takes
-from mpoc.compression.recipe import Recipe, make_recipe
+from mpoc.compression.recipe import GOALS, LayerRule, Recipe, make_recipe
+from mpoc.compression.recipe_syntax import read_recipe
 from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.runtime.options import ADVANCED, COMMON, argument, nested, option
 from mpoc.runtime.signals import Terminated, removed_on_exit
@@ -25,14 +26,13 @@ from mpoc.train.settings import ARCH_HELP, DataOptions, EvaluationRequest
 
 if TYPE_CHECKING:
     from mpoc.compression.calibrate.calibration_data import CalibrationRequest
-    from mpoc.compression.search import Bisection, SearchResult, Trial
+    from mpoc.compression.search import Bisection
+    from mpoc.compression.size_table import SizeRow
     from mpoc.compression.write import Compression
-    from mpoc.reporting.plots import SizeTrials
     from mpoc.train.evaluate_file import FileEvaluation
 
 
 NONE = "none"  # of --calibrate
-_UNITS = {"accuracy": " (%)", "agreement": " (%)"}
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,9 @@ class CompressOptions:
         None, "--eval", metavar="DATA", panel=ADVANCED,
     )  # fmt: skip
     plot: Path | None = option(
-        "Draw size against metric with --max-drop: .png, .svg or .pdf.", None, metavar="FILE", panel=ADVANCED
-    )
+        "Draw sizes, without a goal or with --max-drop: .png, .svg or .pdf.",
+        None, metavar="FILE", panel=ADVANCED,
+    )  # fmt: skip
     recipe: Path | None = option(
         "Read options, and tables for single layers, from a TOML file.", None, metavar="FILE", panel=ADVANCED
     )
@@ -88,7 +89,11 @@ def compress(options: CompressOptions) -> None:
 
     --arch file.py:function runs that code. Data formats and forms: mpoc guide.
 
+    Without a goal nothing is written: a table says what is kept at several sizes.
+
     Examples:
+
+    mpoc compress fc2.pt --arch fc2 --calibrate mnist/
 
     mpoc compress fc2.pt --size 25% -o quarter.safetensors
 
@@ -108,6 +113,9 @@ def compress(options: CompressOptions) -> None:
     """
     console = Output(options.quiet, options.verbose)
     request = compress_request(options)
+    if not request.has_goal:
+        _tabulate_sizes(request, console)
+        return
     with console.never_silent():
         searches = request.recipe.max_drop is not None
         result = _search(request, console) if searches else _compress(request, console)
@@ -118,7 +126,9 @@ def compress(options: CompressOptions) -> None:
     if options.as_json:
         print_json(result)
     else:
-        print_table(result, console)
+        from mpoc.cli.tables import print_compression
+
+        print_compression(result, console)
     if result.compression.written:
         console.say(f"wrote {result.compression.output}")
         console.next_command(command_line("mpoc", "report", result.compression.output))
@@ -133,6 +143,7 @@ class CompressRequest:
     recipe: Recipe
     calibration: CalibrationRequest | None
     options: CompressOptions
+    has_goal: bool = True  # else the recipe's size stands for those of a table
 
 
 def compress_request(options: CompressOptions) -> CompressRequest:
@@ -145,10 +156,11 @@ def compress_request(options: CompressOptions) -> CompressRequest:
     """
     from mpoc.compression.pipeline import default_output, refuse_output
 
-    recipe = make_recipe(options.recipe, options.options)
-    output = options.output or default_output(options.model)
-    request = CompressRequest(options.model, output, recipe, _calibration(options, recipe), options)
-    _refuse_conflicts(request.recipe, options)
+    has_goal = _has_goal(options)
+    recipe = make_recipe(options.recipe, options.options | ({} if has_goal else {"size": 1.0}))
+    output, calibration = options.output or default_output(options.model), _calibration(options, recipe)
+    request = CompressRequest(options.model, output, recipe, calibration, options, has_goal)
+    _refuse_conflicts(request)
     _refuse_moments(request)
     if options.eval_data is not None:
         refuse_output(request.model, request.output, options.force)
@@ -156,6 +168,25 @@ def compress_request(options: CompressOptions) -> CompressRequest:
         if (data := _data_of(request)) is not None:
             _refuse_missing(data)
     return request
+
+
+def _has_goal(options: CompressOptions) -> bool:
+    """Whether a size, bits or another goal is given, here or in the recipe.
+
+    Raises:
+        UsageError: none is, but an option that makes no sense without.
+    """
+    values = {} if options.recipe is None else read_recipe(options.recipe, Recipe, LayerRule)[0]
+    if any(name in values or name in options.options for name in (*GOALS, "bits")):
+        return True
+    for name in ("output", "eval_data", "resume", "force", "dry_run", "refine"):
+        if getattr(options, name):
+            goals = ", ".join(f"--{goal.replace('_', '-')}" for goal in (*GOALS, "bits"))
+            raise UsageError(
+                f"--{name.removesuffix('_data').replace('_', '-')} requires a goal: one of {goals}",
+                "--size 25%",
+            )
+    return False
 
 
 def _calibration(options: CompressOptions, recipe: Recipe) -> CalibrationRequest | None:
@@ -188,8 +219,8 @@ def _data_of(request: CompressRequest) -> Path | None:
     return data if isinstance(data, Path) else None
 
 
-def _refuse_conflicts(recipe: Recipe, options: CompressOptions) -> None:
-    searches = recipe.max_drop is not None
+def _refuse_conflicts(request: CompressRequest) -> None:
+    options, searches = request.options, request.recipe.max_drop is not None
     if options.dry_run and (searches or options.eval_data is not None):
         name = "--max-drop" if searches else "--eval"
         raise UsageError(f"{name} measures what was written, and --dry-run writes nothing")
@@ -199,8 +230,8 @@ def _refuse_conflicts(recipe: Recipe, options: CompressOptions) -> None:
         why = "--max-drop writes several" if searches else "--dry-run fits nothing that could be kept"
         raise UsageError(f"--resume keeps the finished layers of one output, and {why}")
     if options.plot is not None:
-        if not searches:
-            raise UsageError("--plot draws the trials of --max-drop, which is not given", "--max-drop 1")
+        if request.has_goal and not searches:
+            raise UsageError("--plot draws the trials of --max-drop, or without a goal a table of sizes")
         from mpoc.reporting.plots import refuse_unknown_picture
 
         refuse_unknown_picture(options.plot)
@@ -299,41 +330,55 @@ def _search(request: CompressRequest, console: Output) -> CompressResult:
         stage_lines(console),
     )
     console.say(f"measuring {request.model}")
+    data, calibration = DataOptions(options.eval_data), request.calibration
     search = SearchRequest(
-        request.model,
-        request.output,
-        request.recipe,
-        DataOptions(options.eval_data),
-        request.calibration,
-        options.arch,
-        options.force,
+        request.model, request.output, request.recipe, data, calibration, options.arch, options.force
     )
     result = compress_within(search, callbacks)
     if options.plot is not None:
-        from mpoc.reporting.plots import draw_size_trials
+        from mpoc.reporting.plots import draw_picture
 
-        draw_size_trials(_size_trials(result), options.plot)
+        draw_picture(options.plot, [result.chart()])
         console.say(f"wrote {options.plot}")
     return CompressResult(result.compression, result.before, result.after, result.search)
 
 
-def _size_trials(result: SearchResult) -> SizeTrials:
-    """The trials of a search as the plot takes them."""
-    from mpoc.reporting.plots import SizeTrials
+def _tabulate_sizes(request: CompressRequest, console: Output) -> None:
+    """Print what is kept at several sizes, and draw it where that is asked for; nothing else is written."""
+    from mpoc.cli.progress import layer_progress, stage_lines
+    from mpoc.cli.tables import print_sizes, size_line
+    from mpoc.compression.size_table import TableCallbacks, make_size_table
+    from mpoc.reporting.summary import to_json
 
-    search, before, metric = result.search, result.before, result.before.metric
-    chosen = search.chosen
-    assert chosen is not None
-    sign = -1 if before.higher_is_better else 1
-    return SizeTrials(
-        sorted((trial.nbytes, trial.scores[metric]) for trial in search.trials),
-        (chosen.nbytes, chosen.scores[metric]),
-        f"chosen: {chosen.option}",
-        (result.compression.manifest.source.nbytes, before.scores[metric]),
-        before.scores[metric] + sign * search.max_drop,
-        f"dense {'−+'[sign > 0]} {search.max_drop:g}",
-        f"{metric} on {before.data}, {before.split}{_UNITS.get(metric, '')}",
+    callbacks = TableCallbacks(
+        lambda row: console.say(size_line(row)),
+        partial(layer_progress, console) if console.messages.is_terminal else nullcontext,
+        stage_lines(console),
     )
+    options = request.options
+    with console.never_silent():
+        _announce(request, console)
+        table = make_size_table(request.model, request.recipe, request.calibration, options.arch, callbacks)
+    for note in table.notes:
+        console.say(f"note: {note}")
+    if options.as_json:
+        sys.stdout.write(to_json(table.to_dict(_command)) + "\n")
+    elif not console.silent:
+        print_sizes(console.result, table, _command)
+    if options.plot is not None:
+        from mpoc.reporting.plots import draw_picture
+
+        draw_picture(options.plot, [table.chart()])
+        console.say(f"wrote {options.plot}")
+
+
+def _command(row: SizeRow) -> str:
+    """The command of a table of sizes, with the size of this row in place of what prints the table."""
+    words = [word for word in sys.argv[1:] if word != "--json" and not word.startswith("--plot=")]
+    if "--plot" in words:
+        place = words.index("--plot")
+        del words[place : place + 2]
+    return command_line("mpoc", *words, *row.option.split())
 
 
 def _announce(request: CompressRequest, console: Output) -> None:
@@ -354,15 +399,9 @@ def _measure(path: Path, request: CompressRequest, console: Output) -> FileEvalu
     from mpoc.train.evaluate_file import evaluate_file
 
     console.say(f"measuring {path}")
-    return evaluate_file(
-        EvaluationRequest(
-            path,
-            DataOptions(options.eval_data),
-            arch=options.arch,
-            stand_in=request.model,
-            device=request.recipe.device,
-        )
-    )
+    data, device = DataOptions(options.eval_data), request.recipe.device
+    asked = EvaluationRequest(path, data, arch=options.arch, stand_in=request.model, device=device)
+    return evaluate_file(asked)
 
 
 def print_json(result: CompressResult) -> None:
@@ -375,46 +414,5 @@ def print_json(result: CompressResult) -> None:
     if result.before is not None and result.after is not None:
         report["evaluation"] = {"before": result.before.as_dict(), "after": result.after.as_dict()}
     if result.search is not None:
-        report["search"] = [_trial_dict(trial, result.search) for trial in result.search.trials]
+        report["search"] = result.search.as_dicts()
     sys.stdout.write(to_json(report) + "\n")
-
-
-def _trial_dict(trial: Trial, search: Bisection) -> dict[str, Any]:
-    return {
-        trial.goal: trial.budget,
-        "nbytes": trial.nbytes,
-        "scores": {name: _number(score) for name, score in trial.scores.items()},
-        "drop": _number(trial.drop),
-        "kept": search.keeps(trial),
-        "chosen": trial is search.chosen,
-    }
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
-
-
-def print_table(result: CompressResult, console: Output) -> None:
-    """The trials, the table, the totals, and the scores."""
-    from mpoc.cli.tables import goal_line, print_report, scores_line, trials_table
-
-    compression = result.compression
-    if result.search is not None and result.before is not None:
-        nbytes = compression.manifest.source.nbytes
-        console.result.print(plain(goal_line(result.before, result.search.max_drop)), soft_wrap=True)
-        console.result.print(trials_table(result.search, result.before, nbytes))
-        console.result.print()
-    seconds = compression.seconds or None
-    print_report(
-        console.result,
-        compression.manifest,
-        compression.nbytes,
-        seconds,
-        not compression.written,
-        console.verbose,
-    )
-    for title, measured in (("before", result.before), ("after", result.after)):
-        if measured is not None:
-            examples = f"{measured.split}, {measured.examples:,} examples"
-            console.result.print(f"{title}: {scores_line(measured.scores)} ({examples})", soft_wrap=True)

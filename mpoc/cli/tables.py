@@ -1,27 +1,30 @@
 """Print results as tables, on a terminal or in a pipe.
 
-A row of a report is a layer, a row of a search is a trial, and a row of a reproduction is a network with the
-paper's numbers beside ours.
+A row of a report is a layer, a row of a search is a trial, a row of sizes is a size, and a row of a
+reproduction is a network with the paper's numbers beside ours.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mpoc.cli.console import plain
+from mpoc.cli.console import Output, plain
 from mpoc.io.manifest import LayerRecord, Manifest
-from mpoc.reporting.summary import summary
+from mpoc.reporting.summary import calibration_lines, likeness_text, summary
 from mpoc.runtime.formatting import human_bytes, times
 from mpoc.tensor_networks.topology import CHAIN
 
 if TYPE_CHECKING:
+    from mpoc.cli.compress import CompressResult
     from mpoc.compression.search import Bisection, Trial
+    from mpoc.compression.size_table import SizeRow, SizeTable
     from mpoc.reproduce.study import Reproduction, Row
     from mpoc.train.evaluate_file import FileEvaluation
 
@@ -186,6 +189,29 @@ def _score(metric: str, value: float) -> str:
     return scores_line({metric: value}).removeprefix(metric.replace("_", " ")).strip()
 
 
+def print_compression(result: CompressResult, console: Output) -> None:
+    """The trials, the table, the totals, and the scores."""
+    compression = result.compression
+    if result.search is not None and result.before is not None:
+        nbytes = compression.manifest.source.nbytes
+        console.result.print(plain(goal_line(result.before, result.search.max_drop)), soft_wrap=True)
+        console.result.print(trials_table(result.search, result.before, nbytes))
+        console.result.print()
+    seconds = compression.seconds or None
+    print_report(
+        console.result,
+        compression.manifest,
+        compression.nbytes,
+        seconds,
+        not compression.written,
+        console.verbose,
+    )
+    for title, measured in (("before", result.before), ("after", result.after)):
+        if measured is not None:
+            examples = f"{measured.split}, {measured.examples:,} examples"
+            console.result.print(f"{title}: {scores_line(measured.scores)} ({examples})", soft_wrap=True)
+
+
 def goal_line(before: FileEvaluation, max_drop: float | None) -> str:
     """The metric of a search, its data, its value of the dense network and how far it may fall or rise."""
     similarity = "" if before.reference is None else " with the original (no labels or no head: similarity)"
@@ -199,6 +225,54 @@ def trial_line(trial: Trial, kept: bool) -> str:
     """A trial of a search as one line of progress."""
     result = f"{human_bytes(trial.nbytes)}, {scores_line(dict(trial.scores))}"
     return f"{trial.option}: {result}; drop {trial.drop:.4g}, {'kept' if kept else 'too much'}"
+
+
+def size_line(row: SizeRow) -> str:
+    """A row of a table of sizes as one line of progress."""
+    kept = likeness_text(row.likeness.get("this", {}))
+    if row.relative_error is not None:
+        kept = f"relative error of the weights {row.relative_error:.4f}"
+    return f"{row.option}: {human_bytes(row.nbytes)}, {row.bits_per_weight:.2f} bits a weight, {kept}"
+
+
+def print_sizes(console: Console, sizes: SizeTable, command: Callable[[SizeRow], str]) -> None:
+    """The rows of a table of sizes, what their figures are, and the commands that write them.
+
+    Args:
+        console: console that writes to stdout.
+        sizes: the table.
+        command: that writes the size of a row.
+    """
+    from mpoc.compression.size_table import WAYS
+
+    ways = [way for way in WAYS if any(way in row.likeness for row in sizes.rows)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    kept = [WAYS[way] for way in ways] or ["rel. error"]
+    for title in ("share", "weights", "bits a weight", *kept):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in sizes.rows:
+        texts = [likeness_text(row.likeness.get(way, {})) or "–" for way in ways]
+        if row.relative_error is not None:
+            texts = [f"{row.relative_error:.4f}"]
+        share = f"{row.nbytes / sizes.nbytes:.1%}"
+        table.add_row(share, human_bytes(row.nbytes), f"{row.bits_per_weight:.2f}", *texts)
+    console.print(table)
+    for line in (*_size_remarks(sizes), *map(command, sizes.rows)):
+        console.print(plain(line), soft_wrap=True)
+
+
+def _size_remarks(sizes: SizeTable) -> list[str]:
+    """What the figures are, and how to get those that are not known."""
+    lines = [f"{sizes.source} has {human_bytes(sizes.nbytes)} of weights; nothing was written"]
+    if sizes.calibration:
+        [used] = calibration_lines(sizes.calibration)
+        return [*lines, f"{used}, at --effort {sizes.effort}; each command writes its row:"]
+    arch = "" if sizes.knows_network else " and --arch NETWORK"
+    return [
+        *lines,
+        f"--calibrate DATA{arch} would tell how like its outputs stay, and keep more; "
+        "each command writes its row:",
+    ]
 
 
 def compression_table(results: Reproduction) -> Table:

@@ -28,6 +28,7 @@ from mpoc.compression.source import CompressionSource, open_to_calibrate
 from mpoc.compression.write import Compression, make_job, write_compressed
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.atomic import staged
+from mpoc.reporting.charts import Axis, Chart, Series
 from mpoc.runtime.device import choose_device
 from mpoc.runtime.distributed import num_processes
 from mpoc.runtime.formatting import human_bytes
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mpoc.compression.calibrate.statistics import CalibrationStatistics
 
 
+_UNITS = {"accuracy": " (%)", "agreement": " (%)"}
 _GRID = 1000  # budgets have three decimals
 _FINE = 0.02  # the share of a budget at which an interval is narrow enough
 _MOST_TRIALS = 8
@@ -104,6 +106,24 @@ class Bisection:
         known = [trial for trial in self.trials if not math.isnan(trial.drop)]
         return min(known, key=lambda trial: (trial.drop, trial.nbytes), default=None)
 
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The trials in the order they were made, as JSON takes them: None in place of NaN."""
+        return [
+            {
+                trial.goal: trial.budget,
+                "nbytes": trial.nbytes,
+                "scores": {name: _number(score) for name, score in trial.scores.items()},
+                "drop": _number(trial.drop),
+                "kept": self.keeps(trial),
+                "chosen": trial is self.chosen,
+            }
+            for trial in self.trials
+        ]
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
 
 @dataclass(frozen=True)
 class SearchResult:
@@ -113,6 +133,26 @@ class SearchResult:
     before: FileEvaluation
     after: FileEvaluation
     search: Bisection  # its trials
+
+    def chart(self) -> Chart:
+        """The metric of all trials over their size, with the chosen one, the dense network and the limit."""
+        search, before, metric = self.search, self.before, self.before.metric
+        chosen, source = search.chosen, self.compression.manifest.source.nbytes
+        assert chosen is not None
+        points = sorted((float(trial.nbytes), trial.scores[metric]) for trial in search.trials)
+        dense = () if source is None else ((float(source), before.scores[metric]),)
+        sign = -1 if before.higher_is_better else 1
+        limit = before.scores[metric] + sign * search.max_drop
+        limits = ((0.0, limit), (max(x for x, _ in (*points, *dense)), limit))
+        best = (float(chosen.nbytes), chosen.scores[metric])
+        series = (
+            Series("compressed", tuple(points), "marked line", "stored"),
+            Series(f"chosen: {chosen.option}", (best,), "ring", "error"),
+            Series("dense", dense, "dots", "original"),
+            Series(f"dense {'−+'[sign > 0]} {search.max_drop:g}", limits, "dotted line", "error"),
+        )
+        y = Axis(f"{metric} on {before.data}, {before.split}{_UNITS.get(metric, '')}")
+        return Chart("", "", Axis("size on disk", unit="bytes", from_zero=True), y, series)
 
 
 @dataclass(frozen=True)

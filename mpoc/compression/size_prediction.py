@@ -84,9 +84,10 @@ def predict_weight_bytes(
     recipe: Recipe,
     plans: list[LayerPlan],
     calibration: dict[str, Any] | None = None,
+    records: list[LayerRecord] | None = None,
 ) -> int:
     """What ``--size`` limits: weight files with headers, the manifest, and what other files grow by."""
-    return predict_size(checkpoint, selection, recipe, plans, None, calibration) - _copied(checkpoint)
+    return predict_size(checkpoint, selection, recipe, plans, records, calibration) - _copied(checkpoint)
 
 
 def predict_size(

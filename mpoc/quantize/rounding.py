@@ -33,8 +33,8 @@ _BLOCK = 128  # columns whose feedback is one matrix product; within them, one c
 _SWEEPS = 2  # rounds of refitted scales and coordinate descent
 # Shares of a group's range that the search of a grid's scales tries.
 _SHRINK = tuple(1.0 - 0.05 * step for step in range(13))
-# Octaves from the largest weight to the finest scale; below so many numbers predicted bytes are far off.
-_FINEST, _TINY = 20, 4096
+_FINEST = 20  # octaves from the largest weight to the finest scale
+_MOST_TRIES = 12  # at a scale
 _PREDICTABLE = 8.0  # bits a code; larger codes lie outside the histograms that predict
 _LARGEST = 1 << 24  # codes are made in float32, which holds the integers up to here
 _NO_LIMITS = -math.inf, math.inf
@@ -228,9 +228,9 @@ def coded_in_bytes(
     finest = math.log2(float(units.abs().max()) or 1.0) - _FINEST
     slack = max(_UNUSED * wanted, _FEW)
     start = octave, slope
-    if wanted < _PREDICTABLE * target.numel():
-        start = _solve(predicted, wanted, start, finest, 8, slack)
-    _solve(real, wanted, start, finest, 6 if target.numel() > _TINY else 12, slack)
+    if wanted < _PREDICTABLE * target.numel():  # outliers may lie outside the histograms even so
+        start = _solve(predicted, wanted, start, finest, slack) or start
+    _solve(real, wanted, start, finest, slack)
     fitting = [coded for coded in tried if coded.nbytes <= nbytes]
     return max(fitting, key=lambda coded: coded.nbytes, default=min(tried, key=lambda coded: coded.nbytes))
 
@@ -240,17 +240,19 @@ def _solve(
     wanted: float,
     start: tuple[float, float],
     least: float,
-    most: int,
     slack: float,
-) -> tuple[float, float]:
-    """Where falling ``bits`` are as wanted, and their slope: secants, or else halves of the bracket."""
+) -> tuple[float, float] | None:
+    """Where falling ``bits`` are as wanted, and their slope: secants, or else halves of the bracket.
+
+    None where ``_MOST_TRIES`` do not find it.
+    """
     octave, slope = start
     low, high, before = -math.inf, math.inf, (octave, math.nan)
-    for _ in range(most):
+    for _ in range(_MOST_TRIES):
         octave = max(octave, least)
         found = bits(octave)
         if -slack <= found - wanted <= _UNUSED * wanted:
-            break
+            return octave, slope
         low, high = (octave, high) if found > wanted else (low, octave)
         if (octave - before[0]) * (found - before[1]) < 0:  # streams of few codes also rise
             slope = (found - before[1]) / (octave - before[0])
@@ -258,7 +260,7 @@ def _solve(
         octave += min(max((wanted - found) / slope, -2.0), 2.0)
         if not low < octave < high:
             octave = (low + high) / 2
-    return octave, slope
+    return None
 
 
 # Grids.

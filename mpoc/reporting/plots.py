@@ -275,7 +275,7 @@ def draw_entropies(profiles: Sequence[EntropyProfile], picture: Path) -> None:
         picture: .png, .svg or .pdf.
     """
     single = all(len(profile.cuts) <= 1 for profile in profiles)
-    _draw_picture(picture, [_layers_chart(profiles) if single else _profiles_chart(profiles)])
+    draw_picture(picture, [_layers_chart(profiles) if single else _profiles_chart(profiles)])
 
 
 def _layers_chart(profiles: Sequence[EntropyProfile]) -> Chart:
@@ -315,35 +315,6 @@ def _profiles_chart(profiles: Sequence[EntropyProfile]) -> Chart:
     return Chart(f"Entanglement ({styles})", "", x, y, tuple(series))
 
 
-@dataclass(frozen=True)
-class SizeTrials:
-    """Bytes on disk and the metric of several compressions of one network."""
-
-    points: Sequence[tuple[int, float]]  # (bytes, metric), by size
-    chosen: tuple[int, float]
-    chosen_label: str
-    dense: tuple[int | None, float]  # of the original; None: its size is unknown
-    limit: float  # of the metric
-    limit_label: str
-    metric: str  # with its unit and the data set
-
-
-def draw_size_trials(trials: SizeTrials, picture: Path) -> None:
-    """Draw the metric of all trials over their size, with the chosen one, the dense network and the limit."""
-    points = tuple((float(nbytes), metric) for nbytes, metric in trials.points)
-    nbytes, metric = trials.dense
-    dense = () if nbytes is None else ((float(nbytes), metric),)
-    largest = max(x for x, _ in points + dense)
-    series = (
-        Series("compressed", points, "marked line", "stored"),
-        Series(trials.chosen_label, ((float(trials.chosen[0]), trials.chosen[1]),), "ring", "error"),
-        Series("dense", dense, "dots", "original"),
-        Series(trials.limit_label, ((0.0, trials.limit), (largest, trials.limit)), "dotted line", "error"),
-    )
-    x = Axis("size on disk", unit="bytes", from_zero=True)
-    _draw_picture(picture, [Chart("", "", x, Axis(trials.metric), series)])
-
-
 def draw_curves(log: Iterable[dict[str, Any]], picture: Path) -> None:
     """Draw the losses, and the metric of the measured split, one line per run.
 
@@ -373,15 +344,15 @@ def draw_curves(log: Iterable[dict[str, Any]], picture: Path) -> None:
     charts = [Chart("", "", Axis("epoch"), Axis("loss"), tuple(line for line in losses if line.points))]
     if any(line.points for line in metrics):
         charts.append(Chart("", "", Axis("epoch"), Axis(metric), tuple(metrics)))
-    _draw_picture(picture, charts)
+    draw_picture(picture, charts)
 
 
 def _over_epochs(lines: Iterable[dict[str, Any]], name: str) -> tuple[tuple[float, float], ...]:
     return tuple((line["epoch"], line[name]) for line in lines if line.get(name) is not None)
 
 
-def _draw_picture(picture: Path, charts: Sequence[Chart]) -> None:
-    """Write one file with charts side by side."""
+def draw_picture(picture: Path, charts: Sequence[Chart]) -> None:
+    """Write one file, .png, .svg or .pdf, with charts side by side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6 + 3.4 * len(charts), 4), layout="constrained")

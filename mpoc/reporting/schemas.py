@@ -1,4 +1,4 @@
-"""JSON Schemas (2020-12) of what mpoc writes for other programs: the report and the manifest.  No torch here.
+"""JSON Schemas (2020-12) of reports, tables of sizes and manifests, for other programs.  No torch here.
 
 They are generated from the annotations of the manifest's dataclasses and of the types below.  Fields that
 they do not name are allowed: later versions add some.
@@ -12,7 +12,8 @@ from mpoc.errors import UsageError, nearest
 from mpoc.io.manifest import COMMON, READABLE_FORMATS, LayerRecord, Manifest
 from mpoc.io.validation import NonNegative, Whole, json_schema
 
-NAMES = ("report", "manifest")
+NAMES = ("report", "manifest", "sizes")
+SIZES = "mpoc.sizes/1"
 # Fields of the manifest that a report repeats.
 _REPEATED = (
     *("source", "options", "tool", "kinds_from", "architecture", "training", "calibration"),
@@ -85,8 +86,32 @@ class _ReportExtras(TypedDict):
     search: NotRequired[Annotated[list[_Trial], "after compress --max-drop: what was tried, in that order"]]
 
 
+class _SizedSource(TypedDict):
+    name: str
+    nbytes: Annotated[Whole, "of its weight files"]
+
+
+class _SizeRow(TypedDict):
+    share: Annotated[_Ratio, "of the source's weight files, that was asked for"]
+    nbytes: Annotated[Whole, "of the weight files, at most"]
+    bits_per_weight: NonNegative
+    likeness: Annotated[
+        dict[str, dict[str, float]], "of held-out outputs to the dense ones: by way, this among them"
+    ]
+    relative_error: Annotated[NonNegative | None, "of all selected weights, without calibration"]
+    command: Annotated[str, "that writes this size"]
+
+
+class _Sizes(TypedDict):
+    schema: Literal["mpoc.sizes/1"]
+    source: _SizedSource
+    calibration: Annotated[dict[str, Any], "as in a manifest; empty without data"]
+    rows: Annotated[list[_SizeRow], "by falling size"]
+
+
 def schema(name: str) -> dict[str, Any]:
-    """The schema of ``mpoc report --json`` ("report") or of a compressed file's manifest ("manifest").
+    """The schema of ``mpoc report --json`` ("report"), of a compressed file's manifest ("manifest"), or of
+    what ``mpoc compress MODEL --json`` prints without a goal ("sizes").
 
         >>> report = mpoc.read_report("digits-cnn.mpo.safetensors")
         >>> jsonschema.validate(json.loads(report.to_json()), schema("report"))
@@ -100,7 +125,12 @@ def schema(name: str) -> dict[str, Any]:
     if name not in NAMES:
         raise UsageError(f"no schema of {name!r}{nearest(name, NAMES)}", f"one of {', '.join(NAMES)}")
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    return dialect | (_manifest() if name == "manifest" else _report())
+    return dialect | {"report": _report, "manifest": _manifest, "sizes": _sizes}[name]()
+
+
+def _sizes() -> dict[str, Any]:
+    title = "What mpoc compress MODEL --json prints without a goal"
+    return {"title": title, **json_schema(_Sizes)}
 
 
 def _manifest() -> dict[str, Any]:

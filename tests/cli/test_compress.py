@@ -3,16 +3,21 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from jsonschema import validate
 from safetensors.torch import load_file
 
+from mpoc.errors import command_line
 from mpoc.io.manifest_reader import read_manifest
+from mpoc.reporting.schemas import schema
 from tests.compression.calibrate.toy_networks import arch, make
+from tests.compression.digits import ARCHITECTURE, write_network
 from tests.support.checkpoints import contents, mlp_state, num_bytes, save_directory
 from tests.support.process import Here, Mpoc
 
@@ -156,6 +161,45 @@ def test_bad_command_line_exits_with_2(here: Here, arguments: list[str], said: s
     assert done.returncode == 2
     assert said in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.slow
+def test_no_goal_prints_sizes_and_writes_nothing(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    write_network(here.folder)
+    words = ["compress", "net.safetensors", *ARCHITECTURE, "--layers", "fc2", "--layers", "conv1"]
+    words += ["--calibrate", "digits.npz", "--calibration-samples", "24"]
+    monkeypatch.setattr("sys.argv", ["mpoc", *words, "--json", "--plot", "sizes.svg"])
+    done = here(*words, "--json", "--plot", "sizes.svg")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in here.folder.iterdir()} == {"net.safetensors", "digits.npz", "sizes.svg"}
+    assert "<svg" in (here.folder / "sizes.svg").read_text()
+    table = json.loads(done.stdout)
+    validate(table, schema("sizes"))
+    for row in table["rows"]:
+        assert row["command"] == command_line("mpoc", *words, "--size", f"{row['share']:.0%}")
+        assert row["likeness"].keys() >= {"this", "rounded to nearest"}
+    first = table["rows"][0]
+    assert here(*shlex.split(first["command"])[1:], "--effort", "fast", "-o", "o.safetensors").returncode == 0
+    kept = read_manifest(here.folder / "o.safetensors")
+    assert kept.calibration["likeness"]["this"] == first["likeness"]["this"]
+    assert kept.bits_per_weight == first["bits_per_weight"]
+    assert (here.folder / "o.safetensors").stat().st_size <= first["nbytes"] <= table["source"]["nbytes"]
+
+
+def test_no_goal_and_no_data_print_sizes_and_errors_of_weights(here: Here, model: Path) -> None:
+    before = contents(model.parent)
+    done = here("compress", model)
+    assert (done.returncode, [*here.folder.iterdir()]) == (0, [])
+    assert contents(model.parent) == before
+    errors = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.lstrip()[:2].isdigit()]
+    assert len(errors) >= 2 and errors == sorted(errors)
+    assert "--calibrate DATA and --arch NETWORK" in done.stdout
+    for words in (["-o", "o.pt"], ["--dry-run"], ["--force"], ["--resume"], ["--eval", "d.npz"]):
+        done = here("compress", model, *words)
+        assert done.returncode == 2 and "requires a goal" in done.stderr
 
 
 def test_terminal_shows_a_progress_bar(run: Mpoc, model: Path) -> None:

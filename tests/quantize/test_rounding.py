@@ -225,10 +225,11 @@ def test_best_exponents() -> None:
     assert best < 0.9 * equal
 
 
-@pytest.mark.parametrize("bits", [5.0, 3.0, 1.0])
+@pytest.mark.parametrize(("bits", "outliers"), [(5.0, 1.0), (3.0, 1.0), (1.0, 1.0), (7.9, 30.0)])
 @pytest.mark.parametrize("with_metric", [False, True])
-def test_stream_fits_the_bytes(bits: float, with_metric: bool) -> None:
+def test_stream_fits_the_bytes(bits: float, outliers: float, with_metric: bool) -> None:
     target = weight(96, 128)
+    target[:, ::3] *= outliers
     feedback = Feedback(correlated(128)) if with_metric else None
     exponents = best_exponents(None, 96), column_exponents(feedback, 128)
     wanted = int(bits * target.numel() / 8)

@@ -49,7 +49,7 @@ def test_schemas_are_valid_json_schemas(name: str) -> None:
 def test_unknown_schema_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match="did you mean 'report'") as caught:
         schema("reports")
-    assert caught.value.hint == "one of report, manifest"
+    assert caught.value.hint == "one of report, manifest, sizes"
 
 
 @pytest.mark.parametrize(

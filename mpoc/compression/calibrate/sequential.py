@@ -118,6 +118,7 @@ class SequentialFit:
         self._norms: RecalibratedNorms | None = None
         self._reached: float | None = None  # distance of held-out outputs after the fits
         self._likeness: dict[str, dict[str, float]] = {}  # of held-out outputs, of this and at the same size
+        self.compares_gptq = recipe.effort != "fast"  # beside the likeness of the outputs
         self._same_size: SameSize | None = None  # in the main process, where all layers are rounded
         self._blocks = (
             BlockRefinement(statistics, self._compressed, checkpoint, recipe.seed)
@@ -227,9 +228,8 @@ class SequentialFit:
                 self._compressed,
                 data.call,
                 data.batches,
-                lambda network: self._allocator.distance.of_network(
-                    network
-                ),  # computed only if there are norms
+                # Computed only if there are norms
+                lambda network: self._allocator.distance.of_network(network),
             )
 
         self._norms = self._group.on_main(renewed)
@@ -251,7 +251,7 @@ class SequentialFit:
         distance = self._allocator.distance
         others = {}
         if self._same_size is not None:
-            others = self._same_size.likeness(distance, gptq=self._recipe.effort != "fast")
+            others = self._same_size.likeness(distance, gptq=self.compares_gptq)
         return {"this": distance.likeness(self._compressed), **others}
 
     def _fit_plain(self, plan: LayerPlan) -> Fitted:
