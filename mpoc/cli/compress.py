@@ -93,7 +93,7 @@ def compress(options: CompressOptions) -> None:
 
     Examples:
 
-    mpoc compress fc2.pt --arch fc2 --calibrate mnist/
+    mpoc compress fc2.pt
 
     mpoc compress fc2.pt --size 25% -o quarter.safetensors
 
