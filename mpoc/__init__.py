@@ -82,7 +82,7 @@ def __dir__() -> list[str]:
 
 def evaluate(
     path: str | PathLike[str],
-    data: str | PathLike[str] | DataOptions,
+    data: str | PathLike[str] | DataOptions | None = None,
     *,
     arch: str | None = None,
     split: str | None = None,
@@ -104,7 +104,8 @@ def evaluate(
 
     Args:
         path: a compressed file or directory, or a dense checkpoint.
-        data: a file or folder of examples, or :class:`DataOptions` with its preprocessing.
+        data: a file or folder of examples, or :class:`DataOptions` with its preprocessing; None: examples
+            that are made for the network, to compare it with ``reference`` on.
         arch: the network: one of the zoo, as ``"resnet:depth=56"``, or ``"file.py:function"`` or
             ``"package.module:function"``, which is run; required if the file does not name it.
         split: ``"train"``, ``"validation"`` or ``"test"``; None: test, else validation, else train.
@@ -143,7 +144,7 @@ def evaluate(
 
 def finetune(
     path: str | PathLike[str],
-    data: str | PathLike[str] | DataOptions,
+    data: str | PathLike[str] | DataOptions | None = None,
     *,
     output: str | PathLike[str] | None = None,
     arch: str | None = None,
@@ -171,7 +172,8 @@ def finetune(
 
     Args:
         path: a compressed file or directory, or a dense checkpoint.
-        data: a file or folder of examples with a training split, or :class:`DataOptions`.
+        data: a file or folder of examples with a training split, or :class:`DataOptions`; None: examples
+            that are made for the network, to learn the teacher's outputs on.
         output: a file or directory; None: ``<name>.tuned.safetensors`` or ``<name>-tuned`` in the current
             directory. A training log (``.jsonl``) is written beside it.
         arch: the network, as :func:`evaluate` takes it.
@@ -257,10 +259,10 @@ def export(
     export_network(Path(path), files, [parse_input_spec(text) for text in texts], arch, force)
 
 
-def _data_options(data: str | PathLike[str] | DataOptions) -> DataOptions:
+def _data_options(data: str | PathLike[str] | DataOptions | None) -> DataOptions:
     from mpoc.train.settings import DataOptions
 
-    return data if isinstance(data, DataOptions) else DataOptions(Path(data))
+    return data if isinstance(data, DataOptions) else DataOptions(None if data is None else Path(data))
 
 
 def _say_nothing(text: str) -> None:

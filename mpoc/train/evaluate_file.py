@@ -93,18 +93,21 @@ def evaluate_file(
     """
     if request.batch < 1:
         raise UsageError(f"--batch {request.batch}: must be at least 1")
+    if request.data.path is None and request.reference is None:
+        raise UsageError("there is nothing to measure with", "--data PATH, or --reference MODEL2, or both")
     model = open_model(request.source, request.arch)
-    training_data = open_training_data(request.data, model, seed=None)
+    reference = open_beside(request.reference, model.architecture) if request.reference else None
+    training_data = open_training_data(request.data, model, seed=None, original=reference)
     split = choose_split(training_data.data, request.split)
     device = choose_device(request.device)
     for line in (training_data.data.announce(), *training_data.data.notes, *model.notes):
         say(line)
     say(f"device {device}")
     loader, network = training_data.loader(split), model.network.to(device)
-    scored = _scores(request, model, training_data, loader, device)
+    scored = _scores(request, model, reference, training_data, loader, device)
     latencies = _latencies(model, network, loader, request, device) if request.latency else []
     return FileEvaluation(
-        request.source, request.data.path.resolve().name, split, scored.evaluation.rounded(),
+        request.source, training_data.data.path.resolve().name, split, scored.evaluation.rounded(),
         scored.evaluation.examples, scored.evaluation.rate, str(device), scored.metric,
         scored.higher_is_better, scored.reference, latencies,
     )  # fmt: skip
@@ -113,18 +116,21 @@ def evaluate_file(
 def _scores(
     request: EvaluationRequest,
     model: Model,
+    reference: Model | None,
     training_data: TrainingData,
     loader: BatchLoader,
     device: torch.device,
 ) -> _Scored:
     if request.reference is not None and request.task is not None:
         raise UsageError("--task and --reference cannot be used together")
-    reference = request.reference or _stand_in(request, model, training_data, loader, device)
+    stand_in = None if reference else _stand_in(request, model, training_data, loader, device)
+    if stand_in is not None:
+        reference = open_beside(stand_in, model.architecture)
     if reference is not None:
-        other = open_beside(reference, model.architecture).network.to(device)
+        other = reference.network.to(device)
         similarity = fidelity(model.network, other, loader, request.batch, device)
         metric = "agreement" if "agreement" in similarity.scores else "cosine"
-        return _Scored(similarity, metric, True, reference)
+        return _Scored(similarity, metric, True, reference.path)
     if request.task == "distillation":
         hint = "--reference MODEL2 compares outputs"
         raise UsageError("--task distillation applies to mpoc finetune", hint)
@@ -133,7 +139,8 @@ def _scores(
         known = recorded(model.history, "classes")
         unknown = next(name for name in training_data.data.classes if name not in known)
         raise MpocError(
-            f"{request.data.path}: class {unknown!r} is none of the {len(known)} of the network's training",
+            f"{training_data.data.path}: class {unknown!r} is none of the {len(known)} of the network's "
+            "training",
             f"name the classes as in training: {', '.join(sorted(known, key=known.__getitem__)[:10])}",
         )
     probe(model.network, task, loader, device)

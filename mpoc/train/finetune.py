@@ -44,11 +44,12 @@ def refuse_collisions(written: Iterable[Path], read: Iterable[Path], data: DataO
     Raises:
         UsageError: a file would be written over.
     """
-    inputs = {path.resolve() for path in (*read, data.path)}
+    inputs = {path.resolve() for path in (*read, *([data.path] if data.path else []))}
     taken: set[Path] = set()
     for file in written:
         target = file.resolve()
-        if target in inputs or (file.exists() and is_data(file, data.path, data.format)):
+        in_data = data.path is not None and file.exists() and is_data(file, data.path, data.format)
+        if target in inputs or in_data:
             raise UsageError(f"{file}: would write over or into an input", "choose another name")
         if target in taken:
             raise UsageError(f"{file}: written twice", "choose another name")
@@ -85,9 +86,13 @@ def finetune(
     if is_main():
         _check(request)
     model = open_model(request.source, request.arch)
-    training_data = _open_data(request, model)
+    teacher = _open_teacher(request, model)
+    training_data = _open_data(request, model, teacher)
     _announce(model, training_data, say)
-    task = _task(request, model, training_data)
+    task = infer_task(
+        request.task, training_data, model.network, None if teacher is None else teacher.network,
+        request.temperature, request.hidden_weight,
+    )  # fmt: skip
     checkpoint = CheckpointFile(request.checkpoint, _identity(request, model, training_data, task))
     saved = _resume(checkpoint, say) if request.resume else None
     log = TrainingLog(request.log_file if is_main() else None, checkpoint.extra.get("log", 0))
@@ -117,10 +122,18 @@ def _resume(checkpoint: CheckpointFile, say: Callable[[str], None]) -> SavedTrai
     return saved
 
 
-def _open_data(request: FinetuneRequest, model: Model) -> TrainingData:
+def _open_teacher(request: FinetuneRequest, model: Model) -> Model | None:
+    if request.teacher is None:
+        return None
+    if request.teacher_arch is None:
+        return open_beside(request.teacher, model.architecture)
+    return open_model(request.teacher, request.teacher_arch)
+
+
+def _open_data(request: FinetuneRequest, model: Model, teacher: Model | None) -> TrainingData:
     """The data set, with the splits that the training needs."""
     keeps_best = request.settings.keeps_best
-    training_data = open_training_data(request.data, model, request.settings.seed, keeps_best)
+    training_data = open_training_data(request.data, model, request.settings.seed, keeps_best, teacher)
     splits = training_data.data.splits
     if "train" not in splits:
         raise UsageError(f"{training_data.data.path}: no training split, only {', '.join(splits)}")
@@ -131,6 +144,8 @@ def _open_data(request: FinetuneRequest, model: Model) -> TrainingData:
 
 def _check(request: FinetuneRequest) -> None:
     """Check everything that needs no open file; called by the main process, which writes."""
+    if request.data.path is None and request.teacher is None:
+        raise UsageError("there is nothing to learn from", "--data PATH, or --teacher DENSE, or both")
     if request.runs < 1:
         raise UsageError(f"--runs {request.runs}: must be at least 1")
     refuse_existing(request.target, request.source, request.force)
@@ -164,18 +179,6 @@ def _announce(model: Model, training_data: TrainingData, say: Callable[[str], No
         notes += notes_on_files(model.path, model.stored.weight_files)
     for note in notes:
         say(f"note: {note}")
-
-
-def _task(request: FinetuneRequest, model: Model, training_data: TrainingData) -> Task:
-    teacher = None
-    if request.teacher is not None:
-        if request.teacher_arch is None:
-            teacher = open_beside(request.teacher, model.architecture).network
-        else:
-            teacher = open_model(request.teacher, request.teacher_arch).network
-    return infer_task(
-        request.task, training_data, model.network, teacher, request.temperature, request.hidden_weight
-    )
 
 
 def _identity(

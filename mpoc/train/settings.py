@@ -79,7 +79,10 @@ class CheckpointInterval:
 class DataOptions:
     """The data set and its preprocessing; None: as in the network's history, or the default."""
 
-    path: Path = option("Read this file or folder of examples.", flags="--data", metavar="PATH", panel=COMMON)
+    path: Path | None = option(
+        "Read this file or folder of examples.",
+        None, "--data", metavar="PATH", panel=COMMON, shown="self-made, to compare with a network",
+    )  # fmt: skip
     format: str | None = option("Name the format where it is not recognised.", None, panel=_DATA)
     mean: tuple[float, ...] | None = option(
         "Subtract this from each channel's pixels (0 to 1).",

@@ -1,13 +1,15 @@
 """The data set of a command, opened, checked and preprocessed for one network.
 
 Options that the command leaves open follow the network: its training history, its place in the zoo, or its
-Hugging Face directory.  A training split without a split to measure on gives a share of its examples as
-validation; ``eval`` repeats the split that the training recorded.
+Hugging Face directory.  Without a data set, examples are made for the network.  A training split without a
+split to measure on gives a share of its examples as validation; ``eval`` repeats the split that the training
+recorded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +24,8 @@ from mpoc.data import (
     open_data,
     prepare_images,
 )
+from mpoc.data.arrays import Arrays
+from mpoc.data.documents import Documents
 from mpoc.data.open import data_fingerprint
 from mpoc.data.recognise import recognise
 from mpoc.data.text import Tokenizer, tokenizer_from_state
@@ -32,13 +36,16 @@ from mpoc.io.weight_files import read_json
 from mpoc.models import zoo
 from mpoc.models.call import Batch
 from mpoc.models.loading import Model
+from mpoc.models.self_made_data import SelfMadeData, make_data
 from mpoc.train.loader import BatchLoader, plain
 from mpoc.train.settings import DataOptions
 
+SELF_MADE = "self-made"  # in the place of a data set's name and fingerprint
 SHARE = 0.1  # of the training split, held out where there is no other split to measure on
 # One seed for ``eval`` and any ``finetune --seed``; otherwise training examples would be measured.
 _SEED = 0
 _BLOCK = 256  # tokens
+_SELF_MADE = 1024  # examples
 _PREPROCESSING = ("mean", "std", "pad", "flip", "size")
 _OF_KIND = {"images": _PREPROCESSING, "text": ("tokenizer", "block", "column")}
 
@@ -137,15 +144,20 @@ class TrainingData:
 
 
 def open_training_data(
-    options: DataOptions, model: Model, seed: int | None, wants_validation: bool = False
+    options: DataOptions,
+    model: Model,
+    seed: int | None,
+    wants_validation: bool = False,
+    original: Model | None = None,
 ) -> TrainingData:
     """Open and check the data set for a network.
 
     Args:
-        options: which data set, and how it is preprocessed.
+        options: which data set, and how it is preprocessed; without one, examples are made.
         model: its history and directory supply what the options leave open.
         seed: seed of the random blocks of a text; None: no training, and text is read in order.
         wants_validation: a validation split is needed even where there is a test split.
+        original: the network that the other one is compared with; without a data set it makes the examples.
 
     Raises:
         UsageError: options that do not fit the data.
@@ -154,9 +166,12 @@ def open_training_data(
     images = image_options(options, model)
     block = _block(model) if options.block is None else options.block
     tokenizer = _tokenizer(options, model)
-    text = TextOptions(tokenizer, block, options.column, seed)
-    data = open_data(options.path, options.format, text=text, size=images.size)
-    digest = data_fingerprint(data.path, data.format)
+    if options.path is None:
+        data, digest = _self_made(make_data(original or model, _SELF_MADE)), SELF_MADE
+    else:
+        text = TextOptions(tokenizer, block, options.column, seed)
+        data = open_data(options.path, options.format, text=text, size=images.size)
+        digest = data_fingerprint(data.path, data.format)
     if seed is None:
         data, held_out = hold_out_to_measure(data, options.held_out, model.history, digest)
     else:
@@ -168,6 +183,20 @@ def open_training_data(
     if data.tokenizer is not None and tokenizer is None:
         data = _own_characters(data, model, trains=seed is not None)
     return _with_classes(TrainingData(data, images, block, digest, held_out), model)
+
+
+def _self_made(made: SelfMadeData) -> Data:
+    """Examples without labels that were made for a network, as a data set."""
+    if "input_ids" in made.batch:
+        tokens = made.batch["input_ids"]
+        mask = made.batch.get("attention_mask", torch.ones_like(tokens)).bool()
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
+        pad = int(tokens[~mask][0]) if not bool(mask.all()) else 0
+        texts = Documents(tokens[mask].int(), starts, pad, None)
+        return Data(Path(SELF_MADE), made.name, "text", {"train": texts}, (), ())
+    x = made.batch["x"]
+    kind = "images" if x.dtype == torch.uint8 else "arrays"
+    return Data(Path(SELF_MADE), made.name, kind, {"train": Arrays([x], None)}, (), tuple(x.shape[1:]))
 
 
 def _refuse_unused(options: DataOptions, data: Data) -> None:
@@ -228,7 +257,7 @@ def _tokenizer(options: DataOptions, model: Model) -> Tokenizer | None:
         try:
             return tokenizer_from_state(state)
         except MpocError:
-            if recognise(options.path, options.format) in ("txt", "jsonl", "parquet"):
+            if options.path and recognise(options.path, options.format) in ("txt", "jsonl", "parquet"):
                 raise
     return None
 

@@ -15,17 +15,24 @@ from mpoc.data import Subset
 from mpoc.errors import MpocError, UsageError
 from mpoc.models import zoo
 from mpoc.models.loading import Model, open_model
+from mpoc.train import training_data
 from mpoc.train.evaluate_file import evaluate_file
 from mpoc.train.finetune import finetune
 from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest, Settings
 from mpoc.train.training_data import open_training_data
 from tests.data.samples import pixels, write_folder
+from tests.support.marks import slow_except
 
 
 @pytest.fixture
 def fc2(tmp_path: Path) -> Model:
     save_file(zoo.make("fc2").state_dict(), tmp_path / "fc2.safetensors")
     return open_model(tmp_path / "fc2.safetensors", "fc2")
+
+
+@pytest.fixture
+def few_self_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_data, "_SELF_MADE", 64)
 
 
 def written(folder: Path, x: Any, y: Any = None) -> Path:
@@ -59,6 +66,41 @@ def test_rejects_images_of_another_size(tmp_path: Path, fc2: Model) -> None:
         open_training_data(DataOptions(path), fc2, 0)
     assert caught.value.hint == "resize: --size 28x28"
     open_training_data(DataOptions(path, size=(28, 28)), fc2, 0)
+
+
+def test_makes_examples_where_none_are_given(fc2: Model, few_self_made: None) -> None:
+    """Images of the network's shape, the same every time, a share of them held out."""
+    data = [open_training_data(DataOptions(), fc2, seed).data for seed in (0, 7)]
+    train, validation = (data[0].splits[name] for name in ("train", "validation"))
+    batch = train.batch([0, 1])
+    assert set(batch) == {"x"} and batch["x"].shape == (2, 1, 28, 28) and batch["x"].dtype == torch.uint8
+    assert len(train) > 5 * len(validation) > 0
+    assert torch.equal(batch["x"], data[1].splits["train"].batch([0, 1])["x"])
+
+
+@pytest.mark.parametrize(
+    "spec", slow_except(["fc2", "picogpt:vocab=11,context=8"], "picogpt:vocab=11,context=8")
+)
+def test_distils_without_data(tmp_path: Path, spec: str, few_self_made: None) -> None:
+    """A network learns what its teacher answers on examples that are made for it."""
+    for seed, name in enumerate(("teacher", "student")):
+        torch.manual_seed(seed)
+        save_file(zoo.make(spec).state_dict(), tmp_path / f"{name}.safetensors")
+    student, teacher = tmp_path / "student.safetensors", tmp_path / "teacher.safetensors"
+    out, settings = tmp_path / "out.safetensors", Settings(steps=8, batch=16, lr=0.001)
+    request = FinetuneRequest(student, DataOptions(), settings, out, arch=spec, teacher=teacher, device="cpu")
+    training = finetune(request).training
+    assert training["final"]["loss"] < training["start"]["loss"]
+    assert training["data"]["name"] == "self-made"
+    again = evaluate_file(EvaluationRequest(out, DataOptions(), arch=spec, reference=teacher, device="cpu"))
+    assert again.split == "validation" and again.scores["agreement"] == training["final"]["agreement"]
+
+
+def test_asks_for_data_or_a_teacher(tmp_path: Path, fc2: Model) -> None:
+    with pytest.raises(UsageError, match="nothing to learn from"):
+        finetune(FinetuneRequest(fc2.path, DataOptions(), arch="fc2"))
+    with pytest.raises(UsageError, match="nothing to measure with"):
+        evaluate_file(EvaluationRequest(fc2.path, DataOptions(), arch="fc2"))
 
 
 @pytest.mark.parametrize(
