@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
@@ -41,7 +42,7 @@ LEVELS = {
     "mpoc.__main__": 10,
     "mpoc": 10,
 }
-MOST_MODULES = 188
+MOST_MODULES = 189
 WITHOUT_TORCH = (
     "errors",
     "runtime.formatting",
@@ -197,17 +198,20 @@ def test_public_class_names_have_one_meaning() -> None:
 
 def test_help_and_report_start_without_torch(tmp_path: Path) -> None:
     torch.save(mlp_state(), tmp_path / "m.pt")
+    dense = tmp_path / "dense.safetensors"
+    save_file(mlp_state(), dense)
     output = tmp_path / "out.safetensors"
     compress_checkpoint(tmp_path / "m.pt", output, make_recipe(None, {"bond": 2}))
     script = f"""if True:
         import contextlib, sys
         from mpoc.cli.app import app
-        for arguments in (["--help"], ["compress", "--help"], ["--version"], ["report", {str(output)!r}]):
+        both = ["report", {str(output)!r}], ["inspect", {str(dense)!r}]
+        for arguments in (["--help"], ["compress", "--help"], ["--version"], *both):
             with contextlib.suppress(SystemExit):
                 app(arguments)
         heavy = {{"torch", "numpy", "safetensors", "transformers", "mpoc.models.zoo"}} & sys.modules.keys()
         print("heavy:", *heavy)
     """
     said = run_python("-c", script)
-    assert "ρ = " in said
+    assert "ρ = " in said and "compressible: 2 tensors" in said
     assert said.splitlines()[-1].strip() == "heavy:"

@@ -19,6 +19,7 @@ from mpoc.runtime.distributed import exit_process
 # Name → first paragraph of its help, in the order of the list.
 SUMMARIES = {
     "compress": "Compress a checkpoint: store weights in few bits, or replace them by tensor networks.",
+    "inspect": "Show what a checkpoint holds: layers by kind, dtypes, size, and what can be compressed.",
     "report": (
         "Show the per-layer ρ table of a compressed file, fast on any size; write it as a page with figures."
     ),

@@ -13,14 +13,13 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mpoc.errors import UsageError, nearest, shortened
 from mpoc.io.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
     from mpoc.compression.recipe import Recipe
-    from mpoc.io.checkpoint import Checkpoint
 
 # Architectures whose attention and feed-forward weights are transformers' Conv1D: stored (inputs, outputs).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -108,6 +107,17 @@ EXCLUSIONS = (
 )
 
 
+class Described(Protocol):
+    """What selection reads of a :class:`mpoc.io.checkpoint.Checkpoint`, whose fields these are."""
+
+    infos: dict[str, TensorInfo]
+    tied: dict[str, str]
+    config: dict[str, Any] | None
+    kinds: dict[str, tuple[str | None, bool]] | None
+    left: dict[str, str]
+    architecture: dict[str, str]
+
+
 @dataclass(frozen=True)
 class LinearMap:
     """A weight that can be factorised."""
@@ -157,7 +167,7 @@ def check_regular_expressions(patterns: Iterable[str], option: str = "pattern ")
 
 
 def select(
-    checkpoint: Checkpoint,
+    checkpoint: Described,
     layers: Iterable[str] = (),
     exclude: Iterable[str] = (),
     embeddings: bool = False,
@@ -191,14 +201,14 @@ def select(
     return Selection(chosen, left, _source_of_kinds(checkpoint), _notes(checkpoint, chosen))
 
 
-def copies_by_name(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def copies_by_name(checkpoint: Described) -> dict[str, tuple[int, ...]]:
     """Tensors that may be copies of one embedding, as a head is, by their shape: no module tells."""
     embeddings = {info.shape for name, info in checkpoint.infos.items() if _EMBEDDINGS.search(name)}
     matrices = (info for info in checkpoint.infos.values() if len(info.shape) == 2)
     return {info.name: info.shape for info in matrices if info.shape in embeddings}
 
 
-def _notes(checkpoint: Checkpoint, chosen: list[LinearMap]) -> list[str]:
+def _notes(checkpoint: Described, chosen: list[LinearMap]) -> list[str]:
     tied = bool((checkpoint.config or {}).get("tie_word_embeddings"))
     firsts = set(checkpoint.tied.values())
     if any(map.kind == "embedding" and (tied or map.name in firsts) for map in chosen):
@@ -209,7 +219,7 @@ def _notes(checkpoint: Checkpoint, chosen: list[LinearMap]) -> list[str]:
 class _Names:
     """The names and shapes of a checkpoint, with what lies beside each tensor."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Described) -> None:
         self.shapes = {name: info.shape for name, info in checkpoint.infos.items()}
         self.shapes |= {alias: self.shapes[first] for alias, first in checkpoint.tied.items()}
         self.aliases: dict[str, list[str]] = {}  # name → the further names of its tensor
@@ -271,7 +281,7 @@ def _reason_left(
     return ""
 
 
-def _source_of_kinds(checkpoint: Checkpoint) -> str:
+def _source_of_kinds(checkpoint: Described) -> str:
     if checkpoint.kinds is None:
         return "names and shapes"
     known = "" if checkpoint.architecture else (checkpoint.config or {}).get("model_type")
@@ -299,7 +309,7 @@ def check_pattern(option: str, pattern: str, names: list[str]) -> None:
         )
 
 
-def _classify(info: TensorInfo, checkpoint: Checkpoint, names: _Names) -> tuple[LinearMap | None, str]:
+def _classify(info: TensorInfo, checkpoint: Described, names: _Names) -> tuple[LinearMap | None, str]:
     """The linear map that this tensor is, if any, and why it is left unchanged by default, else ""."""
     if "float" not in info.dtype:
         return None, f"not a floating dtype ({info.dtype})"
@@ -325,7 +335,7 @@ def _classify(info: TensorInfo, checkpoint: Checkpoint, names: _Names) -> tuple[
     return found, _EMBEDDING if kind == "embedding" else ""
 
 
-def _kind(info: TensorInfo, checkpoint: Checkpoint, names: _Names) -> tuple[str | None, bool]:
+def _kind(info: TensorInfo, checkpoint: Described, names: _Names) -> tuple[str | None, bool]:
     """One of the kinds of linear maps, or None, and whether it is stored (inputs, outputs)."""
     if checkpoint.kinds is not None and info.name in checkpoint.kinds:
         return checkpoint.kinds[info.name]
