@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from mpoc.errors import MpocError
 from mpoc.quantize.codes import HALF_OCTAVES, CodedTensor, GridTensor, narrowed
 from mpoc.quantize.coding import entropy_bits
 from mpoc.quantize.feedback import Feedback
+from mpoc.quantize.packing import chunk_bits
 from mpoc.quantize.storage import Grid
 
 _BLOCK = 128  # columns whose feedback is one matrix product; within them, one column after the other
@@ -37,28 +39,12 @@ _FINEST = 20  # octaves from the largest weight to the finest scale
 _MOST_TRIES = 12  # at a scale
 _PREDICTABLE = 8.0  # bits a code; larger codes lie outside the histograms that predict
 _LARGEST = 1 << 24  # codes are made in float32, which holds the integers up to here
+# Exponents of the largest and of the smallest scale, and of the largest weight: products stay in float32.
+_SCALES, _MOST_OCTAVES = (-120.0, 100.0), 110.0
 _NO_LIMITS = -math.inf, math.inf
+_nbytes = attrgetter("nbytes")
 _UNUSED = 0.001  # share of the bytes asked for that may stay unused, half of it on average
 _FEW = 64.0  # bits that may stay unused of however small a stream
-
-
-def cost(target: Tensor, values: Tensor, metric: Tensor | None, row_metric: Tensor | None = None) -> float:
-    """Compute f = tr(G (T − V) H (T − V)ᵀ).
-
-    Args:
-        target: T, (rows, columns).
-        values: V, of the same shape.
-        metric: H, (columns, columns); None is the identity.
-        row_metric: G, (rows, rows), or its diagonal (rows,); None is the identity.
-    """
-    error = target.float() - values
-    right = error if metric is None else error @ metric.float()
-    if row_metric is not None and row_metric.ndim == 2:
-        right = row_metric.float() @ right
-    by_row = (error * right).sum(1, dtype=torch.float64)
-    if row_metric is not None and row_metric.ndim == 1:
-        by_row = by_row * row_metric.double()
-    return float(by_row.sum())
 
 
 # Rounding.  Matrices are (columns, rows) here, columns in the order of rounding, so that each is contiguous.
@@ -140,9 +126,10 @@ def _restored(columns: Tensor, feedback: Feedback | None) -> Tensor:
 
 def _checked(target: Tensor) -> Tensor:
     """The target in float32 on the CPU, where column after column is fastest."""
+    target = target.float().cpu()
     if not bool(target.isfinite().all()):
-        raise MpocError("the weight holds numbers that are not finite")
-    return target.float().cpu()
+        raise MpocError("numbers are not finite, or too large for float32")
+    return target
 
 
 # Coded.
@@ -170,7 +157,8 @@ def round_coded(
         MpocError: the target is not finite, or the steps are so small that codes exceed 2^24.
     """
     target = _checked(target)
-    wanted = _ordered(target, feedback)
+    unit = 2.0 ** min(max(_octaves(target), _SCALES[0]), _SCALES[1])  # squares stay in float32 too
+    wanted, scale = _ordered(target / unit, feedback), scale / unit
     sides = HALF_OCTAVES[row_exponents.long()], HALF_OCTAVES[column_exponents.long()]
     relative = _ordered(sides[0][:, None] * sides[1], feedback)
     codes, fitted = _round(wanted, relative * scale, feedback), scale
@@ -179,8 +167,16 @@ def round_coded(
             codes = _descend(wanted, codes, relative * fitted, feedback, coarser=scale / fitted)
         fitted = _best_factor(wanted, codes * relative, feedback, row_weights) or scale
     if float(codes.abs().max()) > _LARGEST:
-        raise MpocError(f"steps of {scale:.3g} are too small for weights of {float(target.abs().max()):.3g}")
-    return CodedTensor(narrowed(_restored(codes, feedback).int()), row_exponents, column_exponents, fitted)
+        steps, most = scale * unit, float(target.abs().max())
+        raise MpocError(f"steps of {steps:.3g} are too small for weights of {most:.3g}")
+    codes = narrowed(_restored(codes, feedback).int())
+    return CodedTensor(codes, row_exponents, column_exponents, fitted * unit)
+
+
+def _octaves(target: Tensor) -> float:
+    """log₂ of the largest number, rounded down; 0 of zeros."""
+    most = float(target.abs().max())
+    return math.floor(math.log2(most)) if most else 0.0
 
 
 def _best_factor(
@@ -206,14 +202,44 @@ def coded_in_bytes(
     """Round with the smallest scale whose stream has at most ``nbytes``; the other arguments as above.
 
     The scale is predicted from the entropy of codes without feedback and corrected by streams that were made;
-    the last 0.2 per cent may stay unused.  Where no scale gives so few bytes, the smallest stream found.
+    the last 0.2 per cent may stay unused.  Exponents of a side that take more bits than they save are zeros,
+    and all are where no scale gives so few bytes.  Where none does even so, the smallest stream found.
 
     Raises:
-        MpocError: the target is not finite.
+        MpocError: the target is not finite, or too large.
     """
     target = _checked(target)
-    exponents, tried = (row_exponents, column_exponents), list[CodedTensor]()
-    units = target / (HALF_OCTAVES[row_exponents.long()][:, None] * HALF_OCTAVES[column_exponents.long()])
+    if _octaves(target) >= _MOST_OCTAVES:
+        raise MpocError(f"weights of {float(target.abs().max()):.3g} are too large to be coded")
+    flat, count = (torch.zeros_like(row_exponents), torch.zeros_like(column_exponents)), target.numel()
+    rows = row_exponents if _saves_bits(row_exponents, count) else flat[0]
+    columns = column_exponents if _saves_bits(column_exponents, count) else flat[1]
+    found = _coded_within(target, feedback, (rows, columns), nbytes, row_weights)
+    if found.nbytes > nbytes:
+        found = min(found, _coded_within(target, feedback, flat, nbytes, row_weights), key=_nbytes)
+    return found
+
+
+def _saves_bits(exponents: Tensor, count: int) -> bool:
+    """Whether the steps of a side save more bits than they take, again as levels of the codes.
+
+    At a high rate the best steps save ½ log₂ of the arithmetic over the geometric mean of what errors cost.
+    """
+    octaves = exponents.double()
+    saved = 0.5 * (math.log2(float((2.0**-octaves).mean())) + float(octaves.mean()))
+    return count * saved > 2.0 * chunk_bits(exponents.numpy())
+
+
+def _coded_within(
+    target: Tensor,
+    feedback: Feedback | None,
+    exponents: tuple[Tensor, Tensor],
+    nbytes: float,
+    row_weights: Tensor | None,
+) -> CodedTensor:
+    """:func:`coded_in_bytes` with these exponents of rows and columns."""
+    sides, tried = [HALF_OCTAVES[side.long()] for side in exponents], list[CodedTensor]()
+    units = target / (sides[0][:, None] * sides[1])
 
     def predicted(octave: float) -> float:
         return entropy_bits((units / 2.0**octave).round_().int(), *exponents)
@@ -223,16 +249,16 @@ def coded_in_bytes(
         return 8.0 * tried[-1].nbytes
 
     wanted = 8.0 * nbytes * (1.0 - _UNUSED)
-    spread = float(units.square().mean().sqrt()) or 1.0
+    spread = float(torch.linalg.vector_norm(units, dtype=torch.float64)) / target.numel() ** 0.5 or 1.0
     octave, slope = math.log2(spread) + 2.0 - wanted / target.numel(), -float(target.numel())
-    finest = math.log2(float(units.abs().max()) or 1.0) - _FINEST
+    finest = max(_octaves(units) - _FINEST, _SCALES[0])
     slack = max(_UNUSED * wanted, _FEW)
     start = octave, slope
     if wanted < _PREDICTABLE * target.numel():  # outliers may lie outside the histograms even so
         start = _solve(predicted, wanted, start, finest, slack) or start
     _solve(real, wanted, start, finest, slack)
     fitting = [coded for coded in tried if coded.nbytes <= nbytes]
-    return max(fitting, key=lambda coded: coded.nbytes, default=min(tried, key=lambda coded: coded.nbytes))
+    return max(fitting, key=_nbytes, default=min(tried, key=_nbytes))
 
 
 def _solve(
