@@ -21,6 +21,7 @@ from mpoc.compression.budget import (
     uniform_bonds,
 )
 from mpoc.compression.recipe import LayerRule, Recipe
+from mpoc.compression.recipe_syntax import network_options
 from mpoc.compression.selection import LinearMap, Selection, check_rules
 from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.io.coded_parts import Rounding
@@ -210,10 +211,14 @@ def _open_plan(map: LinearMap, recipe: Recipe, geometries: Mapping[str, Geometry
         )
     goal = Dense("the recipe leaves it dense") if rule.dense else _goal(map, structure, rule, recipe)
     storage, bits = recipe.storage_for(map.name)
-    shares_bits = recipe.may_be_of_bytes and recipe.bits is None and recipe.storage in ("grid", "coded")
-    if shares_bits and isinstance(goal, BudgetItem):
+    if recipe.shares_bits and isinstance(goal, BudgetItem):
         goal = Dense()
         bits = 0 if bits is None and storage != "float" else bits
+    if isinstance(goal, Dense) and not rule.dense and (asked := network_options(rule)):
+        raise UsageError(
+            f"layer {map.layer}: {asked[0]} requires a bond, since layers without one stay dense",
+            'bond = 8 beside it, or form = "svd" for all layers',
+        )
     if bits is None:
         return LayerPlan(map, structure, recipe.dtype or map.dtype, goal, learns)
     return LayerPlan(map, structure, map.dtype, goal, learns, Rounding(storage, bits))

@@ -32,6 +32,7 @@ from mpoc.compression.recipe_syntax import (
     check_sites,
     check_storage,
     geometry_at,
+    network_options,
     parse_budget,
     parse_input_shape,
     parse_shape,
@@ -250,8 +251,13 @@ class Recipe:
     @property
     def _rounds_to_size(self) -> bool:
         """Whether a budget of bytes is met by rounding: no form, order, bits or dtype is asked for."""
-        asked = (self.form, self.bits, self.sites, self.dtype, self.shape, self.order, self.conv != "kernel")
-        return self.may_be_of_bytes and self.storage != "float" and not any(asked)
+        asked = network_options(self) or self.bits or self.dtype or self.storage == "float"
+        return self.may_be_of_bytes and not asked
+
+    @property
+    def shares_bits(self) -> bool:
+        """Whether layers without bits of their own get them from a budget of bytes."""
+        return self.may_be_of_bytes and self.bits is None and self.storage in ("grid", "coded")
 
     @property
     def may_be_of_bytes(self) -> bool:
@@ -381,15 +387,10 @@ def check_recipe(recipe: Recipe) -> None:
         raise UsageError(f"--min-params {recipe.min_params}: must not be negative")
     if recipe.max_shard_size <= 0:
         raise UsageError(f"--max-shard-size {recipe.max_shard_size}: must be above 0")
-    if recipe.dtype is not None and recipe.dtype not in STORED_DTYPES:
-        known = ", ".join(STORED_DTYPES)
-        raise UsageError(
-            f"--dtype {recipe.dtype!r}: not one of {known}{nearest(recipe.dtype, STORED_DTYPES)}"
-        )
-    if recipe.effort is not None and recipe.effort not in EFFORTS:
-        known = ", ".join(EFFORTS)
-        raise UsageError(f"--effort {recipe.effort!r}: not one of {known}{nearest(recipe.effort, EFFORTS)}")
-    check_storage("--", recipe.storage, recipe.bits, recipe.may_be_of_bytes and recipe.form is None)
+    for name, value, known in (("dtype", recipe.dtype, STORED_DTYPES), ("effort", recipe.effort, EFFORTS)):
+        if value is not None and value not in known:
+            raise UsageError(f"--{name} {value!r}: not one of {', '.join(known)}{nearest(value, known)}")
+    check_storage("--", recipe.storage, recipe.bits, recipe.may_be_of_bytes and not network_options(recipe))
     forms = [recipe.conv, *(rule.conv for rule in recipe.rules if rule.conv)]
     check_conv(forms, bool(recipe.input_shape) or any(rule.input_shape for rule in recipe.rules))
     every = (recipe.rules, recipe.shape, recipe.order, recipe.input_shape)
@@ -405,8 +406,8 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_goals(recipe: Recipe) -> None:
     goals = [goal for goal in GOALS if getattr(recipe, goal) is not None]
     by_bits = not goals and recipe.bits is not None
-    if by_bits and recipe.form is not None:
-        raise UsageError(f"--form {recipe.form}: --bits alone leave layers dense", "add --bond or --ratio")
+    if by_bits and (asked := network_options(recipe)):
+        raise UsageError(f"--{asked[0]}: --bits alone leave layers dense", "add --bond or --ratio")
     if len(goals) != 1 and goals != ["bond", "discard"] and not by_bits:
         given = " and ".join("--" + goal.replace("_", "-") for goal in goals) or "none of them"
         raise UsageError(

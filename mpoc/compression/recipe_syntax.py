@@ -22,7 +22,7 @@ from mpoc.tensor_networks.forms import FORMS
 from mpoc.tensor_networks.geometry import Geometry, make_geometry
 
 if TYPE_CHECKING:
-    from mpoc.compression.recipe import LayerRule
+    from mpoc.compression.recipe import LayerRule, Recipe
 
 _LONGEST = 1000  # characters: none that is meant has more
 STORAGES = ("grid", "coded", "float")
@@ -86,6 +86,12 @@ def check_storage(where: str, storage: str | None, bits: int | None, in_size: bo
         raise UsageError(f"{where}storage float is not rounded to bits, got bits {bits}", "--storage grid")
     if storage in ("grid", "coded") and bits is None and not in_size:
         raise UsageError(f"{where}storage {storage} requires bits", f"--bits 4 --storage {storage}")
+
+
+def network_options(given: Recipe | LayerRule) -> list[str]:
+    """The options given that say how layers become tensor networks."""
+    names = ("form", "sites", "shape", "order")
+    return [name for name in names if getattr(given, name)] + ["conv map"] * (given.conv == "map")
 
 
 def check_conv(forms: Sequence[str], has_input_shapes: bool) -> None:
@@ -152,7 +158,7 @@ def parse_share(text: str) -> float:
     """
     number = text.strip()
     try:
-        return float(number.removesuffix("%")) / 100 if number.endswith("%") else float(number)
+        return round(float(number[:-1]) / 100, 15) if number.endswith("%") else float(number)
     except ValueError:
         raise UsageError(f"{text[:_LONGEST]!r} is not a number", "write a share as 0.5 or 50%") from None
 
@@ -164,8 +170,12 @@ def parse_budget(value: str | int | float) -> int | float:
         UsageError: neither, or a share that is not above 0 and at most 100 %.
     """
     text = str(value).strip()
-    if isinstance(value, float) or not text.endswith("%"):
-        return value if isinstance(value, float) else parse_size(value)
+    if isinstance(value, float):
+        return value
+    if not text.endswith("%"):
+        if re.fullmatch(r"0?\.\d*", text):
+            raise UsageError(f"{text[:_LONGEST]}: neither bytes nor a share", "write it as 20MB or 25%")
+        return parse_size(value)
     share = parse_share(text)
     if not 0 < share <= 1:
         raise UsageError(f"{text[:_LONGEST]!r}: a share must be above 0 % and at most 100 %")

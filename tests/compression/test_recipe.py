@@ -128,7 +128,10 @@ def test_rejects_no_goal_and_several(goals: tuple[str, ...]) -> None:
             "--storage 'gird': not one of grid, coded, float; did you mean",
         ),
         ({"storage": "float"}, "exactly one of"),
-        ({"bits": 4, "form": "svd"}, "--form svd: --bits alone leave layers dense"),
+        ({"bits": 4, "sites": 3}, "--sites: --bits alone leave layers dense"),
+        ({"size": 0.25, "storage": "coded", "conv": "map"}, "--storage coded requires bits"),
+        ({"size": 0.25, "storage": "coded", "sites": 3}, "--storage coded requires bits"),
+        ({"bits": 4, "form": "svd"}, "--form: --bits alone leave layers dense"),
     ],
 )
 def test_rejects_storage_that_cannot_be(options: dict[str, Any], said: str) -> None:

@@ -131,6 +131,11 @@ def test_searches_bytes_where_no_form_is_asked(
     assert found.compression.output.read_bytes() == alone.output.read_bytes()
 
 
+def test_option_of_a_trial_is_its_budget() -> None:
+    trials = [Trial(k / 1000, 0, 0.0, {}, "size") for k in range(1, 1001)]
+    assert [parse_budget(trial.option.split()[1]) for trial in trials] == [trial.budget for trial in trials]
+
+
 def test_names_the_smallest_size(folder: Path) -> None:
     source, output = folder / "net.safetensors", folder / "o.safetensors"
     request = CalibrationRequest(folder / "digits.npz", 40)

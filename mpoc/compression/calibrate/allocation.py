@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,23 +97,22 @@ class Allocation:
         ]
 
 
-@dataclass(frozen=True)
-class UnitCost:
-    """The cost of one parameter of a layer in the unit of the budget: 1, or its bytes."""
+def parameters(plan: LayerPlan, one: Candidate | None = None) -> int:
+    """Parameters of a layer as planned, or in the place of that as a candidate."""
+    return plan.record().num_stored if one is None else one.parameters
 
-    stored: int = 1  # in a core
-    dense: int = 1
 
-    def of(self, plan: LayerPlan) -> int:
-        """The cost of the layer as planned."""
-        each = self.dense if plan.is_dense else self.stored
-        return each * plan.record().num_stored
+def stored_bytes(plan: LayerPlan, one: Candidate | None = None) -> int:
+    """Bytes of a layer as planned, or in the place of that as a candidate."""
+    if one is not None and plan.rounding is None:
+        return one.parameters * ITEMSIZE[plan.stored_dtype if one.storage else plan.map.dtype]
+    return (plan if one is None else one.applied_to(plan)).record().stored_bytes
 
 
 def allocate_by_gain(
     plans: Sequence[LayerPlan],
     table: CandidateTable,
-    costs: Mapping[str, UnitCost],
+    cost: Callable[..., int],
     budget: int,
     distance: OutputDistance,
 ) -> Allocation:
@@ -122,20 +121,24 @@ def allocate_by_gain(
     Args:
         plans: of all selected layers, allocated uniformly.
         table: candidates of the layers that take part.
-        costs: of a parameter of each of them.
+        cost: :func:`parameters` or :func:`stored_bytes`.
         budget: of those layers together.
         distance: on held-out inputs.
     """
     part = {plan.map.name: plan for plan in plans if plan.map.name in table.every}
     scales = table.scales(distance.of_some)
     ways: dict[str, list[LayerPlan]] = {}
-    if sum(costs[name].of(plan) for name, plan in part.items()) <= budget:
+    if sum(map(cost, part.values())) <= budget:
         ways["uniform"] = [
             _of_size(plan, table.every[name], scales[name]) if (name := plan.map.name) in part else plan
             for plan in plans
         ]
     for way, open_to in _menus(table.every).items():
-        taken = allocate([_curve(open_to[name], scales[name], costs[name]) for name in part], budget)
+        curves = [
+            [(cost(plan, one), _moved(one, scales[name])) for one in open_to[name]]
+            for name, plan in part.items()
+        ]
+        taken = allocate(curves, budget)
         if taken is not None:
             chosen = {name: open_to[name][k] for name, k in zip(part, taken, strict=True)}
             ways[way] = [_with_choice(plan, chosen) for plan in plans]
@@ -171,15 +174,6 @@ def _only(every: Sequence[Candidate], form: str) -> Sequence[Candidate]:
 def _moved(candidate: Candidate, scales: Mapping[str, float]) -> float:
     """The movement of the outputs that a candidate is expected to make."""
     return 0.0 if candidate.form is None else candidate.error * scales[candidate.form]
-
-
-def _curve(
-    every: Sequence[Candidate], scales: Mapping[str, float], cost: UnitCost
-) -> list[tuple[int, float]]:
-    """The cost of each candidate, and the movement of the outputs that it is expected to make."""
-    return [
-        (one.parameters * (cost.stored if one.storage else cost.dense), _moved(one, scales)) for one in every
-    ]
 
 
 def _of_size(plan: LayerPlan, every: Sequence[Candidate], scales: Mapping[str, float]) -> LayerPlan:
@@ -275,7 +269,7 @@ class BudgetAllocator:
             plans: allocated uniformly.
             predict_size: bytes of the weight files under a plan, an upper bound; for ``--size``.
         """
-        if self._recipe.size is not None and any(plan.rounding and plan.is_dense for plan in plans):
+        if self._recipe.shares_bits:
             with self._statistics.context.group.all_or_raise():
                 distance = self.distance
             return bits_by_movement(
@@ -309,8 +303,8 @@ class BudgetAllocator:
         assert self._recipe.ratio is not None
         total = sum(plan.structure.num_original for plan in plans)
         others = sum(plan.record().num_stored for plan in plans if plan.map.name not in table.every)
-        costs, budget = dict.fromkeys(table.every, UnitCost()), int(self._recipe.ratio * total) - others
-        return allocate_by_gain(plans, table, costs, budget, distance)
+        budget = int(self._recipe.ratio * total) - others
+        return allocate_by_gain(plans, table, parameters, budget, distance)
 
     def _within_size(
         self,
@@ -319,20 +313,19 @@ class BudgetAllocator:
         size: int,
         predict_size: Callable[[list[LayerPlan]], int],
     ) -> Allocation:
-        """Allocate bytes.
+        """Allocate bytes; all but the layers is as large as with the plans before.
 
         Raises:
             UsageError: no allocation is within the size.
         """
-        costs = {plan.map.name: _bytes(plan) for plan in plans if plan.map.name in table.every}
-        budget = sum(costs[plan.map.name].of(plan) for plan in plans if plan.map.name in costs)
-        budget += size - predict_size(plans)
+        cost, tried, spare = cache(stored_bytes), plans, size - predict_size(plans)
         for _ in range(_ATTEMPTS):
-            allocation = allocate_by_gain(plans, table, costs, budget, self.distance)
-            excess = predict_size(allocation.plans) - size
-            if excess <= 0:
+            budget = spare + sum(cost(plan) for plan in tried if plan.map.name in table.every)
+            allocation = allocate_by_gain(plans, table, cost, budget, self.distance)
+            tried = allocation.plans
+            spare = size - predict_size(tried)
+            if spare >= 0:
                 return allocation
-            budget -= excess
         smallest = [plan if plan.is_dense else replace(plan, goal=Truncation(1)) for plan in plans]
         raise too_small(size, predict_size(smallest))
 
@@ -409,7 +402,3 @@ def _kind(structure: Structure) -> str:
     if structure.kind.startswith("conv"):
         return "kernel" if math.prod(structure.shape[2:]) > 1 else "matrix"
     return "embedding" if structure.kind == "embedding" else "matrix"
-
-
-def _bytes(plan: LayerPlan) -> UnitCost:
-    return UnitCost(ITEMSIZE[plan.stored_dtype], ITEMSIZE[plan.map.dtype])

@@ -77,7 +77,7 @@ def bits_by_movement(
         excess = predict_size(shared) - size
         if excess <= 0:
             return shared
-        spare -= excess
+        spare = _taken(allotted) - _taken(sharing) - excess
     fewest = {p.map.name: p.rounded_to(fewest_bits(_storage([p]))) for p in sharing}
     raise too_small(size, predict_size([fewest.get(plan.map.name, plan) for plan in plans]))
 
@@ -163,9 +163,8 @@ def allocate_bits(
         return _on_grids(plans, {name: trust * more for name, more in wanted.items()}, spare)
     given = {plan.map.name: _bits(plan) for plan in plans}
     more = {name: given[name] + trust * wanted[name] for name in sizes}
-    total = sum(given[name] * sizes[name] for name in sizes) + 8 * (
-        spare - len(sizes)
-    )  # a byte each: rounding
+    rounded_up = len(sizes)  # bytes
+    total = sum(given[name] * sizes[name] for name in sizes) + 8 * (spare - rounded_up)
     return _of_bits(plans, _within(more, sizes, total))
 
 
@@ -194,7 +193,7 @@ def _within(bits: Mapping[str, float], sizes: Mapping[str, int], total: float) -
 
 def _on_grids(plans: Sequence[LayerPlan], more: Mapping[str, float], spare: int) -> list[LayerPlan]:
     """Widths of grids by equal marginal gain: an error falls by four with each bit."""
-    widths = _grid_widths(plans, more, spare + sum(plan.record().stored_bytes for plan in plans))
+    widths = _grid_widths(plans, more, spare + _taken(plans))
     return list(plans) if widths is None else _of_bits(plans, widths)
 
 
@@ -214,6 +213,10 @@ def _grid_widths(plans: Sequence[LayerPlan], more: Mapping[str, float], budget: 
 
 def _of_bits(plans: Sequence[LayerPlan], bits: Mapping[str, float]) -> list[LayerPlan]:
     return [plan.rounded_to(bits[plan.map.name]) for plan in plans]
+
+
+def _taken(plans: Sequence[LayerPlan]) -> int:
+    return sum(plan.record().stored_bytes for plan in plans)
 
 
 def _bits(plan: LayerPlan) -> float:

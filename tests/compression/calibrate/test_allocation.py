@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from mpoc.compression.calibrate.allocation import WAYS, Allocation, UnitCost, allocate_by_gain
+from mpoc.compression.calibrate.allocation import WAYS, Allocation, allocate_by_gain, parameters
 from mpoc.compression.calibrate.candidates import Candidates, CandidateTable
 from mpoc.compression.calibrate.output_distance import Replacement
 from mpoc.compression.plan import LayerPlan
@@ -50,8 +50,9 @@ def shared(importance: dict[str, float], budget: int) -> Any:
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     offers = {name: Candidates(matrix, [LOW_RANK], known()) for name, matrix in dense.items()}
     named = {f"{name}.weight": value for name, value in importance.items()}
-    costs = dict.fromkeys(offers, UnitCost())
-    return allocate_by_gain(plans, chosen_from(plans, offers), costs, budget, Distance(dense, named)), plans  # type: ignore[arg-type]
+    return allocate_by_gain(
+        plans, chosen_from(plans, offers), parameters, budget, Distance(dense, named)
+    ), plans  # type: ignore[arg-type]
 
 
 def test_important_layers_get_larger_shares() -> None:
@@ -75,8 +76,7 @@ def test_keeps_uniform_shares_where_they_are_better() -> None:
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     offers = {name: Candidates(matrix, [LOW_RANK], known()) for name, matrix in dense.items()}
     distance = Contrary(dense, dict.fromkeys(dense, 1.0))
-    costs = dict.fromkeys(offers, UnitCost())
-    found = allocate_by_gain(plans, chosen_from(plans, offers), costs, 320, distance)  # type: ignore[arg-type]
+    found = allocate_by_gain(plans, chosen_from(plans, offers), parameters, 320, distance)  # type: ignore[arg-type]
     assert found.chosen == "uniform"
     assert found.plans == plans
 
@@ -90,8 +90,7 @@ def test_other_layers_keep_their_plans() -> None:
     plans = [plan("a", 4), plan("b", 4).left_dense("the recipe leaves it dense")]
     offers = {"a.weight": Candidates(weight(0), [LOW_RANK], known())}
     distance = Distance({"a.weight": weight(0)}, {"a.weight": 1.0})
-    costs = {"a.weight": UnitCost()}
-    found = allocate_by_gain(plans, chosen_from(plans, offers), costs, 200, distance)  # type: ignore[arg-type]
+    found = allocate_by_gain(plans, chosen_from(plans, offers), parameters, 200, distance)  # type: ignore[arg-type]
     assert found.plans[1] == plans[1]
 
 
@@ -101,15 +100,16 @@ def test_each_single_form_competes() -> None:
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
     offers = {name: Candidates(matrix, [LOW_RANK, structure], known()) for name, matrix in dense.items()}
-    costs = dict.fromkeys(offers, UnitCost())
     distance: Any = Distance(dense, dict.fromkeys(dense, 1.0))
-    found = allocate_by_gain(plans, chosen_from(plans, offers), costs, 2 * 4 * 40, distance)
+    found = allocate_by_gain(plans, chosen_from(plans, offers), parameters, 2 * 4 * 40, distance)
     assert tuple(found.distances) == WAYS[:4]
     assert found.distances[found.chosen] == min(found.distances.values())
     assert distance.asked == len(found.distances) + 2 * len(plans)  # what is told at once is not asked again
     one_form = {name: Candidates(matrix, [LOW_RANK], known()) for name, matrix in dense.items()}
     assert (
-        tuple(allocate_by_gain(plans, chosen_from(plans, one_form), costs, 2 * 4 * 40, distance).distances)
+        tuple(
+            allocate_by_gain(plans, chosen_from(plans, one_form), parameters, 2 * 4 * 40, distance).distances
+        )
         == WAYS[:2]
     )
 
@@ -129,9 +129,7 @@ def test_one_form_may_win_alone() -> None:
     offers = {name: Candidates(matrix, [LOW_RANK, structure], known()) for name, matrix in dense.items()}
     distance: Any = Jealous(dense, dict.fromkeys(dense, 1.0))
     distance.penalty = [1e6, 1e6, 0.0, 1e6]
-    found = allocate_by_gain(
-        plans, chosen_from(plans, offers), dict.fromkeys(offers, UnitCost()), 2 * 4 * 40, distance
-    )
+    found = allocate_by_gain(plans, chosen_from(plans, offers), parameters, 2 * 4 * 40, distance)
     assert found.chosen == WAYS[2]
     assert {one.structure.form for one in found.plans if not one.is_dense} == {"mpo"}
 

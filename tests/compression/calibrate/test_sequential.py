@@ -332,6 +332,10 @@ def test_size_is_kept_and_allocated(tmp_path: Path) -> None:
     assert done.manifest.calibration["shares"]["chosen"] in WAYS
     half = case.compress(out="half", size=12_000, dtype="bfloat16")
     assert half.nbytes <= 12_000
+    few = case.compress(out="few", size=9_000, bits=4)
+    assert 0.75 * 9_000 < few.nbytes <= 9_000
+    assert few.manifest.calibration["shares"]["chosen"] in WAYS
+    assert {part.get("bits") for layer in few.manifest.layers for part in layer.storage} == {4}
 
 
 @pytest.mark.parametrize(
