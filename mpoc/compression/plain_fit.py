@@ -17,7 +17,7 @@ from mpoc.errors import MpocError, excluding
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.coded_parts import coded_entries, values_of_all, with_codes
 from mpoc.io.manifest import DENSE, LayerRecord, Spectrum, bond_fields, thinned
-from mpoc.io.open_checkpoint import read_finite
+from mpoc.io.open_checkpoint import naming, read_finite
 from mpoc.io.safetensors_writer import Entry
 from mpoc.quantize.codes import QuantizedTensor
 from mpoc.runtime.formatting import rounded
@@ -112,12 +112,14 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
     weight = read_finite(checkpoint, plan.map.name).to(device)
     fit: Fit | None = None
     if not plan.is_dense:
-        plan, fit, codes = _fit_ordered(weight, plan, zlib.crc32(plan.map.name.encode()) ^ recipe.seed)
+        with naming(checkpoint, plan.map.name):
+            plan, fit, codes = _fit_ordered(weight, plan, zlib.crc32(plan.map.name.encode()) ^ recipe.seed)
         check_finite_cores(fit.form, weight, checkpoint, plan)
         if not recipe.allow_growth:
             plan = leave_dense_unless_smaller(plan, fit.form.num_parameters)
     if fit is None or plan.is_dense:
-        return Fitted(plan.record()) if plan.rounding is None else round_weight(plan, weight)
+        with naming(checkpoint, plan.map.name):
+            return Fitted(plan.record()) if plan.rounding is None else round_weight(plan, weight)
     if not math.isfinite(fit.relative_error):
         raise MpocError(
             f"{checkpoint.files[plan.map.name]}: tensor {plan.map.name!r}: "
@@ -136,13 +138,19 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
 
 
 def round_weight(plan: LayerPlan, weight: Tensor) -> Fitted:
-    """A layer that stays dense, rounded to its nearest codes, with its error."""
+    """A layer that stays dense, rounded to its nearest codes, with its error.
+
+    Raises:
+        MpocError: numbers are too large for the storage, or for the weight's dtype once rounded.
+    """
     assert plan.rounding is not None
     record = plan.record()
     fitted = Fitted.rounded(record, plan.rounding.codes(record, [weight]))
     exact, stored = weight.double(), fitted.changed[record.name].to(weight.device).double()
     norm = float(exact.norm())
     error = float((exact - stored).norm()) / norm if norm else 0.0
+    if not math.isfinite(error):
+        raise MpocError(f"its numbers are too large to be rounded in {record.dtype}")
     return replace(fitted, record=replace(fitted.record, relative_error=rounded(error)))
 
 
@@ -190,8 +198,8 @@ def _fit_within(weight: Tensor, plan: LayerPlan, seed: int) -> _Coded:
     if best is not None:
         return best
     raise MpocError(
-        f"layer {plan.map.layer}: relative error {tolerance:g} cannot be kept in "
-        f"{_stored_as(plan)}: rounding the cores takes it to {fit.relative_error:.2g}",
+        f"relative error {tolerance:g} cannot be kept in {_stored_as(plan)}: "
+        f"rounding the cores takes it to {fit.relative_error:.2g}",
         f"{'--dtype float32' if plan.rounding is None else 'more --bits'}, or a larger --max-error",
     )
 

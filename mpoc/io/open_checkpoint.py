@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
@@ -303,6 +304,16 @@ def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
             f"repair the checkpoint, or leave the layer alone: {excluding(name)}",
         )
     return weight
+
+
+@contextmanager
+def naming(checkpoint: Checkpoint, name: str) -> Iterator[None]:
+    """Name a tensor and its file in errors of what is done with it."""
+    try:
+        yield
+    except MpocError as error:
+        hint = error.hint or f"leave the layer alone: {excluding(name)}"
+        raise type(error)(f"{checkpoint.files[name]}: tensor {name!r}: {error}", hint) from error
 
 
 def is_compressed(path: Path) -> bool:

@@ -252,8 +252,7 @@ def _coded_within(
     spread = float(torch.linalg.vector_norm(units, dtype=torch.float64)) / target.numel() ** 0.5 or 1.0
     octave, slope = math.log2(spread) + 2.0 - wanted / target.numel(), -float(target.numel())
     finest = max(_octaves(units) - _FINEST, _SCALES[0])
-    slack = max(_UNUSED * wanted, _FEW)
-    start = octave, slope
+    slack, start = max(_UNUSED * wanted, _FEW), (octave, slope)
     if wanted < _PREDICTABLE * target.numel():  # outliers may lie outside the histograms even so
         start = _solve(predicted, wanted, start, finest, slack) or start
     _solve(real, wanted, start, finest, slack)

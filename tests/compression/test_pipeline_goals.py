@@ -241,7 +241,7 @@ def test_error_bound_holds_for_stored_cores(tmp_path: Path, max_error: float, dt
 def test_rejects_error_bound_below_rounding(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.randn(64, 1) @ torch.randn(1, 64)}, tmp_path / "m.pt")
     with pytest.raises(
-        MpocError, match=r"layer fc: relative error 1e-05 cannot be kept in bfloat16"
+        MpocError, match=r"tensor 'fc.weight': relative error 1e-05 cannot be kept in bfloat16"
     ) as caught:
         compress(tmp_path / "m.pt", max_error=1e-5, dtype="bfloat16")
     assert "--dtype float32" in (caught.value.hint or "")

@@ -20,7 +20,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpoc.compression.calibrate.allocation import WAYS, BudgetAllocator
 from mpoc.compression.calibrate.bit_allocation import SameSize
@@ -42,7 +42,7 @@ from mpoc.compression.recipe import Recipe
 from mpoc.compression.size_prediction import LONGEST_FIGURE
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import LayerRecord, bond_fields
-from mpoc.io.open_checkpoint import read_finite
+from mpoc.io.open_checkpoint import naming, read_finite
 from mpoc.quantize.codes import QuantizedTensor
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.forms.form import Form, form_of
@@ -92,8 +92,8 @@ class Schedule:
 
 
 def _cost(plan: LayerPlan) -> float:
-    """Time of a calibrated fit: applications of the metric, and eigendecompositions of input moments."""
-    if plan.is_dense:
+    """Time of a calibrated fit: applications of the metric, and decompositions of input moments."""
+    if plan.is_unchanged:
         return 0.0
     one = plan.structure
     _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
@@ -223,14 +223,11 @@ class SequentialFit:
         if self._allocator.allocation is not None:
             self._reached = self._group.on_main(lambda: self._allocator.distance.of_network(self._compressed))
 
+        def distance(network: nn.Module) -> float:  # computed only if there are norms
+            return self._allocator.distance.of_network(network)
+
         def renewed() -> RecalibratedNorms | None:
-            return recalibrated_norms(
-                self._compressed,
-                data.call,
-                data.batches,
-                # Computed only if there are norms
-                lambda network: self._allocator.distance.of_network(network),
-            )
+            return recalibrated_norms(self._compressed, data.call, data.batches, distance)
 
         self._norms = self._group.on_main(renewed)
         changed = self._norm_statistics()
@@ -352,8 +349,9 @@ class SequentialFit:
         nearest: list[QuantizedTensor] = []
 
         def round_with_feedback() -> CalibratedRounding:
-            nearest.extend(rounding.codes(record, [weight] if form is None else form.cores))
-            return round_calibrated(weight, record, rounding, objective, nearest, form, fast)
+            with naming(self._checkpoint, record.name):
+                nearest.extend(rounding.codes(record, [weight] if form is None else form.cores))
+                return round_calibrated(weight, record, rounding, objective, nearest, form, fast)
 
         found = self._group.on_main(round_with_feedback)
         measured = _with_figures(record, form, found.judged, found.same_size)
