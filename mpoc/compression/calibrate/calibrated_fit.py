@@ -151,9 +151,9 @@ def fit_calibrated(
     tried = group.map(trials, attempt, [_costs(storage) for storage, _ in trials])
     best = min(range(len(trials)), key=lambda k: tried[k][0])
     form = on_device(tried[best][1], weight.device)
-    (last, judged), others = group.parallel(
-        lambda: _final_fit(matrix, form, None if settings.apart else trials[best], objective, settings),
+    others, (last, judged) = group.parallel(
         lambda: {} if settings.fast else baselines(weight, matrix, form, objective, seed),
+        lambda: _final_fit(matrix, form, None if settings.apart else trials[best], objective, settings),
     )
     return CalibratedFit(last, trials[best][1], judged, {"this": judged.output_weighted_error} | others)
 
@@ -172,10 +172,17 @@ def _final_fit(
     held_out = _held_out_errors(matrix, made, objective)
     storage, gamma = trial
     all_inputs = objective.together()
+    _forget_products(objective)
     stretches = 0 if storage.structure.parts else LAST
     fitted = _fit(all_inputs.metric(matrix, gamma), storage, stretches, settings.seed, form)
     form = _rounded(fitted, settings.dtype)
     return on_device(form, "cpu"), judge_matrix(matrix, matrix_of(form), all_inputs, held_out).on_cpu()
+
+
+def _forget_products(objective: Objective) -> None:
+    """Free what was computed from the moments; where it is asked for again, it is computed again."""
+    for name in objective.__dict__.keys() - objective.__dataclass_fields__.keys():
+        del objective.__dict__[name]
 
 
 def _gammas(storage: Storage, objective: Objective, fast: bool, rivals: int) -> tuple[float, ...]:

@@ -237,9 +237,12 @@ class Centred:
             if centred:
                 second, cross = second.about(mean, mean), cross.about(dense_mean, mean)
             return cls(second, second if same else cross)
-        moment = (second + second.T).double() / 2
+        moment = (second + second.T).double().div_(2)  # in place from here on: wide layers have large ones
         if centred:
-            moment = _without_constants(about(moment, mean, mean, mean, mean), moment)
+            powers = moment.diagonal().clone()
+            columns, rows = _rank_two(mean, mean, mean, mean)
+            moment.addmm_(columns.to(moment), rows.to(moment), alpha=-1)
+            _clear_constants(moment, powers)
         if same:
             return cls(moment, moment)
         joint = cross.double()
@@ -299,8 +302,13 @@ def make_metric(
 
 def about(second: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """E[(x − a)(y − b)ᵀ] (N, N) from E[x yᵀ], E[x], E[y], and a and b (N,); in the dtype of E[x yᵀ]."""
-    columns, rows = torch.stack([left, a], 1), torch.stack([b, right - b])
+    columns, rows = _rank_two(left, right, a, b)
     return torch.addmm(second, columns.to(second), rows.to(second), alpha=-1)
+
+
+def _rank_two(left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 2) and (2, N), whose product is E[x yᵀ] − E[(x − a)(y − b)ᵀ]."""
+    return torch.stack([left, a], 1), torch.stack([b, right - b])
 
 
 def _of_rows(
@@ -333,10 +341,10 @@ def _semidefinite(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
     return (clipped + clipped.T) / 2, None
 
 
-def _without_constants(centred: Tensor, second: Tensor) -> Tensor:
-    """``centred`` with zeros where a feature never varies: there the difference is rounding noise."""
-    varies = (centred.diagonal() > _FLOOR * second.diagonal()).to(centred.dtype)
-    return centred * torch.outer(varies, varies)
+def _clear_constants(centred: Tensor, powers: Tensor) -> None:
+    """Set to zero, in place, features of these powers that never vary: there is only rounding noise."""
+    varies = (centred.diagonal() > _FLOOR * powers).to(centred.dtype)
+    centred.mul_(varies[:, None]).mul_(varies)
 
 
 def _divide(matrix: Tensor, moment: Tensor, lower: Tensor | None) -> Tensor:
