@@ -173,9 +173,9 @@ def _dry_run(job: Job, output: Path) -> Compression:
         fit_all(plain.fits(), costs, len(job.plans), keep, job.context)
     layers = list(records.values())
     manifest, opened, notes = job.manifest(layers), job.source, job.notes
-    nbytes = predict_size(
-        opened.checkpoint, opened.selection, job.recipe, job.plans, layers if fitted else None
-    )
+    facts = job.calibrated.longest_facts() if job.calibrated else None
+    known = layers if fitted else None
+    nbytes = predict_size(opened.checkpoint, opened.selection, job.recipe, job.plans, known, facts)
     if not manifest.changed:
         notes.append("no layer would be compressed: without --dry-run this ends with an error")
     return Compression(manifest, output, nbytes, False, times, notes)

@@ -134,7 +134,7 @@ class SequentialFit:
             plans: allocated uniformly.
             predict_size: bytes of the weight files from plans and, as ``calibration``, the facts.
         """
-        return self._allocator.allocate(plans, partial(predict_size, calibration=self._longest_facts()))
+        return self._allocator.allocate(plans, partial(predict_size, calibration=self.longest_facts()))
 
     def facts(self) -> dict[str, Any]:
         """For the manifest: the data, the allocation, and what was refined or recalibrated."""
@@ -157,8 +157,8 @@ class SequentialFit:
             }
         return facts
 
-    def _longest_facts(self) -> dict[str, Any]:
-        """Facts at least as long as those of :meth:`facts` will be."""
+    def longest_facts(self) -> dict[str, Any]:
+        """Facts at least as long as those of :meth:`facts` will be, to predict a size."""
         ways = dict.fromkeys(WAYS, LONGEST_FIGURE)
         ends = dict.fromkeys(("before", "after"), LONGEST_FIGURE)
         facts = self.facts() | {"shares": {"chosen": max(WAYS, key=len), "distances": ways}}
