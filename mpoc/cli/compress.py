@@ -22,7 +22,7 @@ from mpoc.compression.recipe_syntax import read_recipe
 from mpoc.errors import MpocError, UsageError, command_line
 from mpoc.runtime.options import ADVANCED, COMMON, argument, nested, option
 from mpoc.runtime.signals import Terminated, removed_on_exit
-from mpoc.train.settings import ARCH_HELP, DataOptions, EvaluationRequest
+from mpoc.train.settings import DataOptions, EvaluationRequest, architecture_option
 
 if TYPE_CHECKING:
     from mpoc.compression.calibrate.calibration_data import CalibrationRequest
@@ -51,7 +51,7 @@ class CompressOptions:
         "Fit what layers do on inputs: yours, self or none.",
         None, metavar="DATA|self|none", panel=COMMON, shown="self for budgets",
     )  # fmt: skip
-    arch: str | None = option(ARCH_HELP, None, metavar="NETWORK", panel=COMMON)
+    arch: str | None = architecture_option()
     dry_run: bool = option("Print the plan and write no output.", False, panel=COMMON)
     force: bool = option("Replace an existing output.", False, panel=COMMON)
     calibration_samples: int | None = option(

@@ -12,7 +12,7 @@ from mpoc.cli.console import Output, plain
 from mpoc.cli.options import takes
 from mpoc.compression.recipe import Recipe
 from mpoc.runtime.options import COMMON, argument, nested, option
-from mpoc.train.settings import ARCH_HELP
+from mpoc.train.settings import architecture_option
 
 if TYPE_CHECKING:
     from mpoc.compression.entanglement import Entanglement, Profile
@@ -41,7 +41,7 @@ class EntanglementOptions:
         "Compare with this compressed version of MODEL, at its factors.",
         None, metavar="COMPRESSED", panel=COMMON,
     )  # fmt: skip
-    arch: str | None = option(ARCH_HELP, None, metavar="NETWORK", panel=COMMON)
+    arch: str | None = architecture_option()
     weight: float = option("Keep this share of Σs² with the effective bond.", 0.99, panel=COMMON)
     plot: Path | None = option(
         "Draw the entropy profiles as .png, .svg or .pdf.", None, metavar="FILE", panel=COMMON

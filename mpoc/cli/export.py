@@ -9,7 +9,7 @@ from mpoc.cli.console import Output
 from mpoc.cli.options import takes
 from mpoc.runtime.formatting import human_bytes
 from mpoc.runtime.options import argument, option
-from mpoc.train.settings import ARCH_HELP
+from mpoc.train.settings import architecture_option
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ExportOptions:
     path: Path = argument("OUT", "A compressed file or directory.")
     onnx: Path | None = option("Write ONNX, for onnxruntime and others.", None, metavar="FILE")
     pt2: Path | None = option("Write a program for torch.export.load.", None, metavar="FILE")
-    arch: str | None = option(ARCH_HELP, None, metavar="NETWORK")
+    arch: str | None = architecture_option(panel=None)
     input_shape: tuple[str, ...] = option(
         "Give an input's shape with its batch, as 1x3x32x32 or 1x128:int64. Repeatable.",
         (), metavar="SHAPE[:DTYPE]", repeated=True,

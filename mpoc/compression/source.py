@@ -25,6 +25,7 @@ from mpoc.models.architecture import (
     with_copies_tied,
     zoo_name,
 )
+from mpoc.models.auto_architecture import tell_architecture
 from mpoc.runtime.device import memory
 from mpoc.runtime.formatting import human_bytes
 from mpoc.tensor_networks.geometry import Geometry
@@ -122,7 +123,7 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
     Args:
         source: file or directory.
         recipe: the options.
-        arch: its network, as ``--arch`` names it.
+        arch: its network, as ``--arch`` names it; None: the one that its tensors tell, if they do.
         calibrated: whether it is to be fitted to data.
 
     Raises:
@@ -130,7 +131,10 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
         MpocError: bad input.
     """
     checkpoint = open_checkpoint(source)
+    told = tell_architecture(checkpoint, arch)
+    arch = told.arch
     checkpoint = with_config(checkpoint) if arch is None else with_architecture(checkpoint, arch)
+    checkpoint = replace(checkpoint, notes=[*checkpoint.notes, *([told.note] if told.note else ())])
     if checkpoint.kinds is None:
         checkpoint = with_copies_tied(checkpoint, copies_by_name(checkpoint))
     recipe = recipe.with_form(calibrated).with_bytes_of(checkpoint.nbytes_on_disk)
@@ -151,6 +155,8 @@ def calibrates_itself(recipe: Recipe, source: Path, arch: str | None) -> bool:
     bounded = any(rule.max_error is not None or rule.discard is not None for rule in recipe.rules)
     if not recipe.has_budget or ordered or bounded:
         return False
+    if arch is None and source.is_file():
+        arch = tell_architecture(open_checkpoint(source), None).arch
     return (source / "config.json").is_file() if arch is None else zoo_name(arch) is not None
 
 

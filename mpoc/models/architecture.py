@@ -100,7 +100,7 @@ def with_architecture(checkpoint: Checkpoint, arch: str) -> Checkpoint:
     """
     network = make_network(arch)
     checkpoint = named_as_in(network, checkpoint)
-    difference, unused = _first_difference(network, _shapes(checkpoint))
+    difference, unused = first_difference(network, shapes_of(checkpoint))
     if difference:
         raise UsageError(
             f"{checkpoint.path}: does not fit --arch {arch}: {difference}",
@@ -123,13 +123,14 @@ def named_as_in(network: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
 
     A module of the network may itself be called ``module``.
     """
-    if not checkpoint.wrapped or not _first_difference(network, _shapes(checkpoint))[0]:
+    if not checkpoint.wrapped or not first_difference(network, shapes_of(checkpoint))[0]:
         return checkpoint
     as_in_file = checkpoint.in_names_of_file()
-    return checkpoint if _first_difference(network, _shapes(as_in_file))[0] else as_in_file
+    return checkpoint if first_difference(network, shapes_of(as_in_file))[0] else as_in_file
 
 
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors, tied ones by each of their names."""
     shapes = {name: info.shape for name, info in checkpoint.infos.items()}
     return shapes | {alias: shapes[first] for alias, first in checkpoint.tied.items()}
 
@@ -151,7 +152,7 @@ def traced_geometries(arch: str, kernels: list[str]) -> dict[str, Geometry]:
     return trace_geometries(make_network(arch), kernels, tuple(zoo.example(arch).shape))
 
 
-def _first_difference(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> tuple[str, list[str]]:
+def first_difference(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> tuple[str, list[str]]:
     """The first thing that keeps a checkpoint from filling a network, "" if nothing, and unused tensors."""
     missing, surplus = differing_names(network, shapes)
     if missing:

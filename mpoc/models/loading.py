@@ -35,9 +35,11 @@ from mpoc.models.architecture import (
     make_recorded,
     named_as_in,
     note_of_unused,
+    shapes_of,
     with_architecture,
     zoo_name,
 )
+from mpoc.models.auto_architecture import ToldArchitecture, tell_architecture
 from mpoc.models.introspection import (
     UNUSED,
     differing_names,
@@ -325,7 +327,8 @@ def open_model(path: Path, arch: str | None) -> Model:
 
     Args:
         path: a file or a Hugging Face directory.
-        arch: the dense network, as ``--arch`` names it; None: the one that the checkpoint names.
+        arch: the dense network, as ``--arch`` names it; None: the one that the checkpoint names, or that its
+            tensors tell.
 
     Raises:
         UsageError: no architecture is known, or it is not found.
@@ -334,9 +337,10 @@ def open_model(path: Path, arch: str | None) -> Model:
     manifest = read_manifest(path) if is_compressed(path) else None
     if manifest is None:
         stored = open_checkpoint(path)
-        if arch is not None:
+        told = tell_architecture(stored, arch)
+        if (arch := told.arch) is not None:
             stored = named_as_in(make_network(arch), stored)
-        network, notes = _dense_network(stored, arch)
+        network, notes = _dense_network(stored, told)
     else:
         stored = open_compressed(path, manifest)
         network, notes = _open_network(path, arch)
@@ -350,30 +354,28 @@ def open_model(path: Path, arch: str | None) -> Model:
     return Model(path, network.eval(), stored, manifest, arch, places, notes)
 
 
-def _dense_network(stored: Checkpoint, arch: str | None) -> tuple[nn.Module, list[str]]:
-    if arch is None:
+def _dense_network(stored: Checkpoint, told: ToldArchitecture) -> tuple[nn.Module, list[str]]:
+    if told.arch is None:
         if stored.is_directory and (stored.path / "config.json").is_file():
-            shapes = {name: info.shape for name, info in stored.infos.items()}
-            shapes |= {alias: shapes[first] for alias, first in stored.tied.items()}
             network: Any
-            network, notes = by_transformers(stored.path, shapes)
+            network, notes = by_transformers(stored.path, shapes_of(stored))
             from mpoc.hf.names import hold_as_stored
 
             hold_as_stored(network, [*stored.infos, *stored.tied])
             return network, notes
         raise UsageError(
-            f"{stored.path}: holds tensors, not the network's code",
+            f"{stored.path}: holds tensors, not the network's code{told.note and f'; {told.note}'}",
             "--arch resnet56, or --arch file.py:factory, where factory() returns the dense nn.Module",
         )
-    with_architecture(stored, arch)  # checks names and shapes
-    network = make_network(arch)
+    with_architecture(stored, told.arch)  # checks names and shapes
+    network = make_network(told.arch)
     _untie(stored, network)
     state = network.state_dict()
     with torch.no_grad():
         for name in (*stored.infos, *stored.tied):
             if name in state:
                 state[name].copy_(stored.read(stored.tied.get(name, name)))
-    return network, []
+    return network, [told.note] if told.note else []
 
 
 def _places(path: Path, network: nn.Module, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:

@@ -20,13 +20,24 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "constant", "exponential")
 PRECISIONS = ("fp32", "bf16", "fp16")
 LEARNING_RATES = {"sgd": 0.01, "adamw": 3e-4}
-ARCH_HELP = "Name the network: resnet20, …, or file.py:function that returns the dense nn.Module."
 DEVICE_HELP = "Compute on auto, cpu, cuda, cuda:1, …"
 
 _LARGEST = 1e30  # float32 has room for it and for what is made of it
 _DATA, _TASK, _TRAINING = "Data", "Task", "Training"
 # Fields of DataOptions that mpoc eval offers: nothing is augmented where nothing is trained.
 _TO_MEASURE = ("path", "format", "mean", "std", "size", "tokenizer", "block", "column", "held_out")
+
+
+def architecture_option(panel: str | None = COMMON) -> Any:
+    """A field for the network of a checkpoint; None: its tensors or config.json tell it."""
+    return option(
+        "Name the network: auto, resnet20, …, or file.py:function.",
+        None,
+        metavar="NETWORK",
+        panel=panel,
+        parse=lambda text: None if text == "auto" else text,
+        shown="auto",
+    )
 
 
 def parse_numbers(text: str) -> tuple[float, ...]:
@@ -255,7 +266,7 @@ class FinetuneRequest:
         "Write here.",
         None, "--output -o", metavar="TUNED", panel=COMMON, shown="MODEL.tuned.safetensors or MODEL-tuned/",
     )  # fmt: skip
-    arch: str | None = option(ARCH_HELP, None, metavar="NETWORK", panel=COMMON)
+    arch: str | None = architecture_option()
     task: str | None = option(
         "Train classification, regression, causal-lm, masked-lm or distillation.",
         None, panel=_TASK, shown="inferred",
@@ -317,7 +328,7 @@ class EvaluationRequest:
     split: str | None = option(
         "Measure on train, validation or test.", None, panel=COMMON, shown="test, else validation, else train"
     )
-    arch: str | None = option(ARCH_HELP, None, metavar="NETWORK", panel=COMMON)
+    arch: str | None = architecture_option()
     task: str | None = option(
         "Measure classification, regression, causal-lm or masked-lm.", None, panel=_TASK, shown="inferred"
     )

@@ -222,7 +222,7 @@ class TestLoadingWithoutAModel:
         assert caught.value.hint == f"{line}; or --arch zoo_mlp.py:mlp"
 
     def test_rejects_files_without_architecture(self) -> None:
-        saved("fc2")
+        saved("zoo_mlp.py:mlp")
         with pytest.raises(UsageError, match="holds tensors, not the network's code") as caught:
             mpoc.load(compressed(None))
         assert 'mpoc.load("m.mpo.safetensors", model)' in (caught.value.hint or "")
@@ -261,12 +261,12 @@ def test_report_names_the_architecture() -> None:
     def said(manifest: Manifest) -> list[str]:
         return [line for line in summary(manifest, 1, False) if line.startswith("architecture")]
 
-    with_it, without = (read_manifest(compressed(arch)) for arch in ("fc2", None))
-    assert said(with_it) == ["architecture fc2 (zoo)"]
-    assert said(without) == []
-    assert report_dict(with_it, 1)["architecture"] == {"zoo": "fc2"}
+    named, told = (read_manifest(compressed(arch)) for arch in ("fc2", None))
+    assert said(named) == said(told) == ["architecture fc2 (zoo)"]
+    assert report_dict(told, 1)["architecture"] == {"zoo": "fc2"}
     saved("zoo_mlp.py:mlp")
-    by_code = read_manifest(compressed("zoo_mlp.py:mlp"))
+    without, by_code = (read_manifest(compressed(arch)) for arch in (None, "zoo_mlp.py:mlp"))
+    assert said(without) == []
     assert said(by_code) == ["architecture zoo_mlp.py:mlp (your code: pass --arch again)"]
 
 
