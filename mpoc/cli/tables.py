@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _WIDEST = "outputs J / inputs I"
 # Below this width of a terminal the factors, and the seconds, are left out.
 _NARROW = 120
+_MEASURES = {"cosine": ("cosine", "{:.4f}"), "agreement": ("agreement %", "{:.2f}"), "kl": ("KL", "{:.3g}")}
 _PER_CENT = ("accuracy", "agreement")
 
 _COLUMNS = (
@@ -247,11 +248,13 @@ def print_sizes(console: Console, sizes: SizeTable, command: Callable[[SizeRow],
 
     ways = [way for way in WAYS if any(way in row.likeness for row in sizes.rows)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    kept = [WAYS[way] for way in ways] or ["rel. error"]
+    ours = sizes.rows[0].likeness.get("this", {})
+    measures = ", ".join(title for name, (title, _) in _MEASURES.items() if name in ours)
+    kept = [f"{WAYS[way]}\n{measures}" for way in ways] or ["rel. error"]
     for title in ("share", "weights", "bits a weight", *kept):
         table.add_column(title, justify="right", no_wrap=True)
     for row in sizes.rows:
-        texts = [likeness_text(row.likeness.get(way, {})) or "–" for way in ways]
+        texts = [_measured(row.likeness.get(way, {})) or "–" for way in ways]
         if row.relative_error is not None:
             texts = [f"{row.relative_error:.4f}"]
         share = f"{row.nbytes / sizes.nbytes:.1%}"
@@ -259,6 +262,11 @@ def print_sizes(console: Console, sizes: SizeTable, command: Callable[[SizeRow],
     console.print(table)
     for line in (*_size_remarks(sizes), *map(command, sizes.rows)):
         console.print(plain(line), soft_wrap=True)
+
+
+def _measured(likeness: Mapping[str, float]) -> str:
+    """The figures alone."""
+    return ", ".join(text.format(likeness[name]) for name, (_, text) in _MEASURES.items() if name in likeness)
 
 
 def _size_remarks(sizes: SizeTable) -> list[str]:
