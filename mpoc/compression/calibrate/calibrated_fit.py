@@ -25,7 +25,7 @@ from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
 # Stretches of a descent: to choose γ, then on all inputs.  Of a sum only its matrix is fitted again on those.
-STRETCHES, STRETCHES_OF_SUMS, LAST = 6, 2, 1
+STRETCHES, STRETCHES_OF_SUMS, LAST = 6, 1, 1
 
 
 def baselines(

@@ -41,6 +41,8 @@ from mpoc.tensor_networks.structure import Structure, make_structure
 
 # Steps of the descent between two looks at f in float64.
 STRETCH = 10
+# Of a sum, of which each look takes a closed form.
+_SUM_STRETCH = 15
 # A network with loops has no preconditioner, and takes so many times the steps, and so many before.
 _LOOPED, _PLAIN_STEPS = 3, 100
 # Relative to f of a zero weight: what float64 leaves of zero.
@@ -96,7 +98,8 @@ class Problem:
             truncation: the cap on every bond and, for a sum, the rank of its low-rank part.
             start: to begin with; None for the better of two fits to plain norms, of what the closed form of
                 the low-rank part leaves.
-            max_stretches: of ``STRETCH`` steps each, three times as many of a MERA; 0 gives the start.
+            max_stretches: of ``STRETCH`` steps each, of a MERA three times as many, of a sum 15; 0 gives the
+                start.
             tolerance: the relative fall of f over a stretch below which the fit ends.
             target: dtype of the cores, and seed of the start.
 
@@ -131,6 +134,7 @@ class Problem:
         else:
             descent = LBFGS(self._white, coordinates.whiten_form(best))
         steps = STRETCH * (_LOOPED if self._working.topology.has_loops else 1)
+        steps = _SUM_STRETCH if self._working.parts else steps
         going = True
         while going and len(history) <= max_stretches:
             going = descent.run(steps)
