@@ -105,7 +105,7 @@ def compress(options: CompressOptions) -> None:
 
     mpoc compress fc2.pt --arch fc2 --ratio 0.5 --calibrate mnist/
 
-    mpoc compress fc2.pt --arch fc2 --max-drop 1 --eval mnist/ -o small.safetensors
+    mpoc compress fc2.pt --max-drop 1 --calibrate mnist/ --eval mnist/ -o small.safetensors
 
     mpoc compress bert/ --bits 4 -o bert-4bit
 
