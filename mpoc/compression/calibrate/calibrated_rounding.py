@@ -33,6 +33,7 @@ from mpoc.tensor_networks.structure import low_rank_structure
 
 # Added to the metric of inputs, as a share of its diagonal.
 _DAMPING = 1e-2
+_GAMMAS = 0.02, 0.1, 0.3, 0.6
 _WIDEST = 8192  # columns of a metric that is formed
 
 
@@ -82,7 +83,7 @@ def round_calibrated(
         return matrix_of(form_of([core.to(matrix) for core in made], form.structure))
 
     error = objective.output_weighted_error
-    gammas = objective.gammas[1:2] if fast else objective.gammas[1:3]
+    gammas = _gammas(objective, matrix.shape[1])[: 1 if fast else 2]
     tried = [*(trial(objective.metric(matrix, gamma)) for gamma in gammas), nearest]
     best = min(tried, key=lambda codes: error.squared(matrix, values(codes)))
     judged = judge_matrix(matrix, values(best), objective)
@@ -91,6 +92,19 @@ def round_calibrated(
         "rounded to nearest": error.relative(matrix, values(nearest)),
     }
     return CalibratedRounding(best, judged.on_cpu(), same_size)
+
+
+def _gammas(objective: Objective, columns: int) -> tuple[float, ...]:
+    """The strengths of shrinkage to try, the likeliest first: a third of the inputs over the rows, or more.
+
+    Where rows are hardly more than inputs, weaker ones fit their noise: held-out examples of the same data
+    show that less than other data do.
+    """
+    if not isinstance(objective, LayerObjective):
+        return objective.gammas[1:]
+    enough = (gamma for gamma in _GAMMAS if gamma >= columns / (3 * objective.moments.rows))
+    start = _GAMMAS.index(next(enough, _GAMMAS[-2]))
+    return _GAMMAS[min(start, len(_GAMMAS) - 2) :]
 
 
 def _round_weight(part: CodedPart, rounding: Rounding, metric: Metric) -> list[QuantizedTensor]:

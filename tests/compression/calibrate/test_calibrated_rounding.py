@@ -7,19 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 import mpoc
+from mpoc.cli.demo import ARCH
 from mpoc.compression.calibrate import calibrated_rounding, moments
 from mpoc.compression.calibrate.bit_allocation import allocate_bits
 from mpoc.compression.calibrate.calibrated_rounding import round_calibrated
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.compression.plan import Dense, LayerPlan
+from mpoc.compression.recipe import make_recipe
+from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import LinearMap
+from mpoc.compression.source import open_source
+from mpoc.compression.write import make_job, write_compressed
+from mpoc.demo.network import DigitsNet, load_network
 from mpoc.io.coded_parts import Rounding
+from mpoc.runtime.device import choose_device
 from mpoc.tensor_networks.structure import low_rank_structure
 from tests.compression.calibrate.layers import SIDES, known, weight
 from tests.compression.calibrate.test_sequential import Case
 from tests.compression.calibrate.toy_networks import make
+from tests.compression.digits import write_network
 
 
 def plan(
@@ -128,3 +140,59 @@ def test_few_rows_of_many_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for widest in (8192, 4):
         monkeypatch.setattr(calibrated_rounding, "_WIDEST", widest)
         assert case.error(case.compress(samples=20, bits=4, out=f"o{widest}")) < 0.5
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    folder = tmp_path_factory.mktemp("digits")
+    write_network(folder)
+    return Digits(folder)
+
+
+class Digits:
+    """The demo's network, calibrated once, and its outputs on the test images, which no choice has seen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        recipe = make_recipe(None, {"size": 1.0, "effort": "fast"})
+        self.source = open_source(folder / "net.safetensors", recipe, ARCH, calibrated=True)
+        request = CalibrationRequest(folder / "digits.npz")
+        self.context = RunContext(choose_device("cpu"))
+        self.statistics = self.source.statistics(request, self.context)
+        with np.load(folder / "digits.npz") as data:
+            self.images = torch.from_numpy(data["x_test"]).float()
+        self.dense = self.outputs(load_network())
+
+    def outputs(self, network: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return network.eval()(self.images).log_softmax(-1)
+
+    def compress(self, **options: Any) -> tuple[int, float, dict[str, float]]:
+        """Bytes of the file, KL in nats on the test images, and KL on held-out ones by way."""
+        recipe = make_recipe(None, {"effort": "fast", **options}).with_form(calibrated=True)
+        job = make_job(self.source, recipe, self.source.plan(recipe), self.context, self.statistics)
+        assert job.calibrated is not None
+        job.calibrated.compares_gptq = True
+        file = self.folder / f"{len(list(self.folder.iterdir()))}.safetensors"
+        done = write_compressed(job, file)
+        made = self.outputs(mpoc.load(file, DigitsNet()))
+        likeness = done.manifest.calibration["likeness"]
+        kl = float((self.dense.exp() * (self.dense - made)).sum(-1).mean())
+        return done.nbytes, kl, {way: found["kl"] for way, found in likeness.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4},
+        {"bits": 3},
+        {"bits": 2, "storage": "coded"},
+    ],
+    ids=str,
+)
+def test_no_single_choice_is_better_in_the_same_bytes(digits: Digits, options: dict[str, Any]) -> None:
+    nbytes, loss, _ = digits.compress(**options)
+    ours, kl, ways = digits.compress(size=nbytes)
+    assert ours <= nbytes and kl < loss
+    assert ways.pop("this") <= min(ways.values())
