@@ -83,7 +83,7 @@ def export_network(
         MpocError: a package is missing, the file does not fit the network, or it cannot be traced.
     """
     if not files:
-        raise UsageError("nothing to write", "--onnx FILE, --pt2 FILE, or both")
+        raise UsageError("nothing to write", "--onnx FILE, --pt2 FILE, or --hf DIR")
     manifest = read_manifest(source)
     inputs = inputs or _of_the_zoo(example_input(source, manifest, arch))
     _check_request(source, files, inputs, force)
