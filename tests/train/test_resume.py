@@ -44,6 +44,7 @@ def test_damaged_data_keep_the_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
     assert request.checkpoint.exists()
     with pytest.raises(UsageError, match="another data: block 4 there, 5 here"):
         finetune(replace(request, resume=True, data=replace(data, block=5)))
+    assert data.path is not None
     good = data.path.read_text()
     data.path.write_text(good.replace("to be 17", "to be 71"))
     with pytest.raises(UsageError, match=r"another data: fingerprint [0-9a-f]{16} there, [0-9a-f]{16} here"):

@@ -50,9 +50,8 @@ def shared(importance: dict[str, float], budget: int) -> Any:
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     offers = {name: Candidates(matrix, [LOW_RANK], known()) for name, matrix in dense.items()}
     named = {f"{name}.weight": value for name, value in importance.items()}
-    return allocate_by_gain(
-        plans, chosen_from(plans, offers), parameters, budget, Distance(dense, named)
-    ), plans  # type: ignore[arg-type]
+    distance: Any = Distance(dense, named)
+    return allocate_by_gain(plans, chosen_from(plans, offers), parameters, budget, distance), plans
 
 
 def test_important_layers_get_larger_shares() -> None:
