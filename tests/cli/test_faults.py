@@ -114,11 +114,6 @@ def model(tmp_path: Path) -> Path:
     [
         (["--bond", "0"], "--bond 0: the bond dimension must be positive"),
         (["--bond", "-3"], "--bond -3: the bond dimension must be positive"),
-        (
-            [],
-            "one of --bond, --discard, --ratio, --max-error, --size and --max-drop is needed (--bond may cap "
-            "--discard), or --bits; given: none of them",
-        ),
         (["--bond", "4", "--ratio", "0.5"], "given: --bond and --ratio"),
         (["--bond", "4", "--shape", "fc1=4x4x4:4x4x4"], "4×4×4 = 64 inputs and 4×4×4 = 64 outputs"),
         (["--bond", "4", "--layers", "encoder.*"], "--layers 'encoder.*' matches no tensor"),

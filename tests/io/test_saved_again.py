@@ -89,7 +89,7 @@ def test_unknown_facts_are_null(make: Make, tmp_path: Path) -> None:
     assert "bert.embeddings.word_embeddings.weight" in report["left_alone"]
     lines = summary(manifest, 1000, predicted=False)
     assert not any("selected)" in line or "None" in line for line in lines)
-    assert lines[1].endswith("parameters; on disk 1 kB")
+    assert lines[1].endswith("%); on disk 1 kB")
     assert lines[3].startswith("mpoc.json is missing (transformers does not save it): errors, entropies")
 
 
