@@ -38,6 +38,7 @@ from mpoc.tensor_networks.structure import Structure
 _BLOCK = 1 << 20
 # Vectors up to which torch's kernel of int8 codes is faster than a product with decoded blocks.
 _FEW = 8
+_WHOLE = 32  # columns that it reads at once, at most
 
 
 class PackedMatrix(nn.Module):
@@ -80,17 +81,20 @@ class PackedMatrix(nn.Module):
         if self.grid is None:
             by_row, by_column = self._sides()
             if self._has_kernel(x):
-                rows = (wide * by_column).to(x.dtype).reshape(-1, self.shape[1])
+                rows = (wide * by_column).to(x.dtype).reshape(-1, self.shape[1]).contiguous()
                 y = torch._weight_int8pack_mm(rows, self.codes, by_row.to(x.dtype))
-                return y.reshape(*x.shape[:-1], -1)
+                return y.reshape(*x.shape[:-1], self.shape[0])
             return (self._times_codes(wide * by_column) * by_row).to(x.dtype)
         y = self._times_codes(wide)
         sums = wide.unflatten(-1, (self.steps.shape[1], -1)).sum(-1)
         return (y - linear(sums, (self._zeros() * self._scales()).to(wide.dtype))).to(x.dtype)
 
     def _has_kernel(self, x: Tensor) -> bool:
-        """Whether torch multiplies int8 codes faster: bfloat16, on a CPU, few vectors (measured)."""
-        few = x.dtype == torch.bfloat16 and x.numel() <= _FEW * self.shape[1]
+        """Whether torch multiplies int8 codes faster: bfloat16, on a CPU, few vectors (measured).
+
+        It reads whole vectors of columns, and beyond the end of others.
+        """
+        few = x.dtype == torch.bfloat16 and x.numel() <= _FEW * self.shape[1] and self.shape[1] % _WHOLE == 0
         return few and x.is_cpu and self.codes.dtype == torch.int8 and not x.requires_grad
 
     def _times_codes(self, x: Tensor) -> Tensor:
