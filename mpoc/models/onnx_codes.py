@@ -89,10 +89,11 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def store_codes(graph: Any, codes: dict[bytes, OnnxCodes]) -> None:
-    """Replace initializers whose numbers are those of codes by nodes that make them of codes."""
+    """Replace initializers of float32 whose numbers are those of codes by nodes that make them of codes."""
     for name, value in list(graph.initializers.items()):
         numbers = value.const_value.numpy()
-        known = codes.get(hashlib.sha256(numbers.tobytes()).digest()) if numbers.size > _SMALL else None
+        is_large = numbers.size > _SMALL and numbers.dtype == np.float32  # others would need casts all round
+        known = codes.get(hashlib.sha256(numbers.tobytes()).digest()) if is_large else None
         if known is not None:
             writer = _Writer(graph, value, known)
             for node, at in list(value.uses()):
@@ -138,7 +139,8 @@ class _Writer:
         import ml_dtypes
 
         codes = self.codes
-        width = np.dtype(np.uint8 if codes.codes.max() > 15 else ml_dtypes.uint4)
+        most = max(codes.codes.max(), codes.zero_point.max())
+        width = np.dtype(np.uint8 if most > 15 else ml_dtypes.uint4)
         arrays = {"codes": codes.codes.astype(width), "scale": codes.scale}
         arrays["zero_point"] = codes.zero_point.astype(width)
         if by_input:

@@ -109,11 +109,11 @@ def _at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "nets", raising=False)
 
 
-def compressed(name: str, dtype: torch.dtype = torch.float32) -> Path:
+def compressed(name: str, dtype: torch.dtype = torch.float32, **goal: Any) -> Path:
     """One of the networks, compressed."""
     torch.save(make_network(f"nets.py:{name}").to(dtype).state_dict(), f"{name}.pt")
     path = Path(f"{name}.mpo.safetensors")
-    recipe = make_recipe(None, {"bond": 4, "embeddings": True})
+    recipe = make_recipe(None, {"embeddings": True, **(goal or {"bond": 4})})
     compress_checkpoint(Path(f"{name}.pt"), path, recipe)
     return path
 
@@ -203,8 +203,9 @@ def test_pt2_file_runs_without_mpoc(exported: Callable[[str], Exported]) -> None
 
 
 @pytest.mark.slow
-def test_exports_half_precision() -> None:
-    source = compressed("mlp", torch.float16)
+@pytest.mark.parametrize("goal", [{"bond": 4}, {"bits": 4}])
+def test_exports_half_precision(goal: dict[str, Any]) -> None:
+    source = compressed("mlp", torch.float16, **goal)
     files = {"onnx": Path("p.onnx")}
     Path("halves.py").write_text("import nets\n\ndef mlp():\n    return nets.mlp().half()\n")
     (spec,) = export_network(source, files, [parse_input_spec("1x96")], "halves.py:mlp")
