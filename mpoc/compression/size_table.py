@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 SHARES = (0.25, 0.13, 0.08, 0.05)  # of the bytes of the selected weights
 # Ways to spend the same bytes: as the manifest names them, and as tables do.
 WAYS = {"this": "mpoc", "rounded to nearest": "rounded to nearest", "GPTQ": "GPTQ"}
+_LEAST = 1e-9  # on a logarithmic axis: rounding errors make a KL zero, or less
 # What is drawn: the first that is known.
 _DRAWN = {
     "cosine": Axis("cosine to the dense network's outputs"),
@@ -96,11 +97,15 @@ class SizeTable:
     def chart(self) -> Chart:
         """What is kept over the share of the source, a line for each way to spend the bytes."""
         every = [row.likeness or {"this": {"relative_error": row.relative_error or 0.0}} for row in self.rows]
-        measure = next(name for name in _DRAWN if all(name in kept["this"] for kept in every))
+        known = (name for name in _DRAWN if all(name in kept["this"] for kept in every))
+        measure = next(known, "relative_error")  # of outputs that are not finite nothing is known
+        least = _LEAST if _DRAWN[measure].scale == "log" else -math.inf
         shares = [100 * row.nbytes / self.nbytes for row in self.rows]
         lines = {
             way: [
-                (share, kept[way][measure]) for share, kept in zip(shares, every, strict=True) if way in kept
+                (share, max(least, kept[way][measure]))
+                for share, kept in zip(shares, every, strict=True)
+                if measure in kept.get(way, {})
             ]
             for way in WAYS
         }
