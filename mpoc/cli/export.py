@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from mpoc.cli.console import Output
 from mpoc.cli.options import takes
-from mpoc.errors import MpocError
+from mpoc.errors import MpocError, UsageError
 from mpoc.runtime.formatting import counted, human_bytes
 from mpoc.runtime.options import argument, option
 from mpoc.train.settings import architecture_option
@@ -45,7 +44,7 @@ def export(options: ExportOptions) -> None:
 
     mpoc export resnet56.mpo.safetensors --arch resnet.py:resnet56 --input-shape 1x3x32x32 --pt2 net.pt2
 
-    mpoc export bert-mpo/ --hf bert-transformers/
+    mpoc export all-MiniLM-L6-v2-mpo --hf minilm
     """
     from mpoc.io.weight_files import output_bytes
     from mpoc.models.export import export_network, parse_input_spec
@@ -53,6 +52,8 @@ def export(options: ExportOptions) -> None:
     files = {kind: file for kind, file in (("onnx", options.onnx), ("pt2", options.pt2)) if file is not None}
     shapes = [parse_input_spec(text) for text in options.input_shape]
     console = Output(options.quiet)
+    if not files and options.hf is not None and (options.arch or shapes):
+        raise UsageError("--arch and --input-shape apply to --onnx and --pt2, not to --hf")
     if options.hf is not None:
         _export_directory(console, options.path, options.hf, options.force)
         if not files:
@@ -65,9 +66,10 @@ def export(options: ExportOptions) -> None:
 
 def _export_directory(console: Output, source: Path, target: Path, force: bool) -> None:
     """Write the directory, and say what its layers became."""
-    if find_spec("transformers") is None:
-        raise MpocError("--hf needs transformers", "pip install 'mpoc[hf]'")
-    from mpoc.hf.export import export_directory
+    try:
+        from mpoc.hf.export import export_directory
+    except ImportError as error:  # transformers is missing, or too old
+        raise MpocError(f"--hf: {error}", "pip install 'mpoc[hf]'") from error
     from mpoc.io.weight_files import output_bytes
 
     found = export_directory(source, target, force)

@@ -135,9 +135,12 @@ def _classes(source: Path) -> dict[str, type[PreTrainedModel]]:
     """The class that config.json names, by its Auto class, and that of its body.
 
     Raises:
-        MpocError: transformers has no such class.
+        MpocError: transformers cannot read config.json, or has no such class.
     """
-    config = AutoConfig.from_pretrained(source)
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError) as error:
+        raise MpocError(f"{source}: transformers cannot read config.json: {error}") from error
     name = (config.architectures or [""])[0]
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel)):

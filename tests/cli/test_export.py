@@ -60,6 +60,7 @@ def test_writes_onnx_and_pt2(run: Mpoc, compressed: Path) -> None:
         (["--arch", "net.py:ner", "--input-shape", "1x48", "--pt2", "m.pt2"], 2, "did you mean 'net'?"),
         (["--arch", "net.py:net", "--input-shape", "1x47", "--pt2", "m.pt2"], 2, "batch×47 fails: "),
         (["--arch", "net.py:net", "--input-shape", "1x48", "--pt2", "old.pt2"], 2, "exists already"),
+        (["--arch", "net.py:net", "--hf", "h"], 2, "--arch and --input-shape apply to --onnx and --pt2"),
     ],
 )
 def test_rejects_bad_arguments(

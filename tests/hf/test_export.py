@@ -109,4 +109,7 @@ def test_refuses_files_existing_outputs_and_unknown_classes(tmp_path: Path) -> N
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(MpocError, match="NoSuchModel"):
         export_directory(source, tmp_path / "hf")
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "no such type"}))
+    with pytest.raises(MpocError, match=r"transformers cannot read config\.json"):
+        export_directory(source, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
