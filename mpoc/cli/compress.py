@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mpoc.compression.write import Compression
     from mpoc.train.evaluate_file import FileEvaluation
 
-
 NONE = "none"  # of --calibrate
+_OF_CALIBRATION = ("calibration_samples", "refine", "moments", "scratch")
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,10 @@ def _calibration(options: CompressOptions, recipe: Recipe) -> CalibrationRequest
     from mpoc.compression.source import calibrates_itself
 
     by_itself = options.calibrate is None and calibrates_itself(recipe, options.model, options.arch)
+    needing = [name for name in _OF_CALIBRATION if getattr(options, name)]
     if options.calibrate in (None, NONE) and not by_itself:
-        for name in ("calibration_samples", "refine", "moments", "scratch"):
-            if getattr(options, name):
-                raise UsageError(f"--{name.replace('_', '-')} requires --calibrate", "--calibrate DATA")
+        if needing:
+            raise UsageError(f"--{needing[0].replace('_', '-')} requires --calibrate", "--calibrate DATA")
         return None
     from mpoc.compression.calibrate.calibration_data import CalibrationRequest, named_data
     from mpoc.models.self_made_data import SELF
@@ -207,7 +207,7 @@ def _calibration(options: CompressOptions, recipe: Recipe) -> CalibrationRequest
         refine=options.refine,
         moments=options.moments,
         scratch=options.scratch,
-        optional=by_itself,
+        optional=by_itself and not needing and recipe.effort is None,
     )
     samples = options.calibration_samples
     return request if samples is None else replace(request, samples=samples)
@@ -387,7 +387,9 @@ def _announce(request: CompressRequest, console: Output) -> None:
     console.say(f"device {choose_device(request.recipe.device)}")
     if request.calibration is not None:
         data = _data_of(request) or "self-made data"
-        why = ", as no --calibrate is given (none: weights alone)" if request.calibration.optional else ""
+        why = (
+            ", as no --calibrate is given (none: weights alone)" if request.options.calibrate is None else ""
+        )
         console.say(f"calibrating on {data}{why}: first the dense network, then layer by layer")
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from mpoc.data.text import HubTokenizer
-from mpoc.errors import UsageError
+from mpoc.errors import MpocError, UsageError
 from mpoc.models import noise, zoo
 from mpoc.models.architecture import zoo_name
 from mpoc.models.call import Batch, Call, first_output
@@ -31,6 +31,7 @@ from mpoc.models.zoo.picogpt import PicoGPT
 from mpoc.runtime.device import derived_seed
 
 SELF = "self"  # in the place of a data set
+_HINT = "--calibrate DATA, or none"
 TEXTS = files("mpoc.models") / "texts"  # a file a domain, paragraphs apart by an empty line
 
 _BLOCK = 256  # tokens of a text at most
@@ -57,9 +58,21 @@ def make_data(model: Model, samples: int, seed: int = 0) -> SelfMadeData:
     """Make up to ``samples`` examples for the network of an open checkpoint; the same for the same seed.
 
     Raises:
-        UsageError: nothing that the network takes is known.
+        UsageError: nothing that the network takes is known, or it or its tokenizer fails.
         MpocError: the directory's tokenizer cannot be read.
     """
+    try:
+        return _made(model, samples, seed)
+    except (MpocError, MemoryError):
+        raise
+    except Exception as error:  # of code that is not ours
+        if "out of memory" in str(error).lower():
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise UsageError(f"{type(model.network).__name__}: no data can be made: {said}", _HINT) from error
+
+
+def _made(model: Model, samples: int, seed: int) -> SelfMadeData:
     generator = torch.Generator().manual_seed(derived_seed(seed, "self-made data"))
     network, entry = model.network, zoo.ENTRIES.get(zoo_name(model.architecture or "") or "")
     if entry is not None and entry.images:
@@ -100,9 +113,7 @@ def _for_transformers(model: Model, samples: int, generator: Generator) -> SelfM
     if main == "input_values" and isinstance(_first_layer(network), nn.Conv1d):
         signals = noise.waveforms(min(samples, _LARGE), _LENGTHS[0], generator)
         return SelfMadeData({"x": signals}, "self-made sounds, a guess")
-    raise UsageError(
-        f"{type(network).__name__}: no data can be made for its {main}", "--calibrate DATA, or none"
-    )
+    raise UsageError(f"{type(network).__name__}: no data can be made for its {main}", _HINT)
 
 
 def _has_tokenizer(model: Model) -> bool:
@@ -221,7 +232,7 @@ def _guessed(network: nn.Module, samples: int, generator: Generator) -> SelfMade
         if len(output) == 2 and bool(output.isfinite().all()):
             return SelfMadeData(make(samples), f"{name}, a guess")
     kind = type(network).__name__
-    raise UsageError(f"{kind}: what it takes cannot be guessed", "--calibrate DATA, or none")
+    raise UsageError(f"{kind}: what it takes cannot be guessed", _HINT)
 
 
 def _first_layer(network: nn.Module) -> nn.Module | None:

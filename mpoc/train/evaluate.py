@@ -55,7 +55,7 @@ def try_call(call: Call, network: nn.Module, batch: Batch) -> Any:
     """
     try:
         return call(network, batch)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
         if "out of memory" in str(error).lower():
             raise
         raise UsageError(f"the network does not take {_shapes(batch)}: {_first_line(error)}") from error

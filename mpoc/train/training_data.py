@@ -48,6 +48,7 @@ _BLOCK = 256  # tokens
 _SELF_MADE = 1024  # examples
 _PREPROCESSING = ("mean", "std", "pad", "flip", "size")
 _OF_KIND = {"images": _PREPROCESSING, "text": ("tokenizer", "block", "column")}
+_OF_FILES = ("format", "tokenizer", "block", "column")
 
 
 def hold_out_to_train(data: Data, asked: float | None, wants_validation: bool) -> tuple[Data, float]:
@@ -160,9 +161,11 @@ def open_training_data(
         original: the network that the other one is compared with; without a data set it makes the examples.
 
     Raises:
-        UsageError: options that do not fit the data.
+        UsageError: options that do not fit the data, or need one.
         MpocError: bad data, or data that do not fit the network.
     """
+    if options.path is None and (given := [name for name in _OF_FILES if getattr(options, name) is not None]):
+        raise UsageError(f"--{given[0]} requires --data: without it, examples are made for the network")
     images = image_options(options, model)
     block = _block(model) if options.block is None else options.block
     tokenizer = _tokenizer(options, model)

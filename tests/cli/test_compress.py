@@ -13,9 +13,11 @@ import torch
 from jsonschema import validate
 from safetensors.torch import load_file
 
+from mpoc.compression.size_table import SizeRow, SizeTable
 from mpoc.errors import command_line
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.reporting.schemas import schema
+from mpoc.reporting.svg import limits
 from tests.compression.calibrate.toy_networks import arch, make
 from tests.compression.digits import ARCHITECTURE, write_network
 from tests.support.checkpoints import contents, mlp_state, num_bytes, save_directory
@@ -105,6 +107,8 @@ def test_budgets_of_known_networks_are_calibrated_on_self_made_data(here: Here) 
     done = here(*words[:4], "--dry-run", "--json")
     assert done.returncode == 0 and "note: not calibrated, fitted to the weights alone: gpt2: " in done.stderr
     assert json.loads(done.stdout)["calibration"] == {}
+    done = here(*words)  # --effort asks for it
+    assert done.returncode == 1 and "error: gpt2: transformers cannot make this network" in done.stderr
 
 
 def test_options_and_recipe_combine(here: Here, model: Path, tmp_path: Path) -> None:
@@ -200,6 +204,17 @@ def test_no_goal_and_no_data_print_sizes_and_errors_of_weights(here: Here, model
     for words in (["-o", "o.pt"], ["--dry-run"], ["--force"], ["--resume"], ["--eval", "d.npz"]):
         done = here("compress", model, *words)
         assert done.returncode == 2 and "requires a goal" in done.stderr
+
+
+def test_rounding_errors_do_not_keep_a_table_from_being_drawn() -> None:
+    likeness: list[dict[str, dict[str, float]]] = [
+        {"this": {"agreement": 100.0, "kl": -1e-9}, "rounded to nearest": {"agreement": 90.0, "kl": 0.0}},
+        {"this": {"agreement": 99.0, "kl": 0.1}, "rounded to nearest": {"agreement": 10.0}},  # not finite
+    ]
+    rows = [SizeRow(k / 8, k, 2.0, found, None) for k, found in zip((2, 1), likeness, strict=True)]
+    chart = SizeTable("m", 8, rows, "fast", {}, True, []).chart()
+    assert [len(series.points) for series in chart.series] == [2, 1, 0]
+    assert limits(chart.y, chart.values(1))[0] > 0
 
 
 def test_terminal_shows_a_progress_bar(run: Mpoc, model: Path) -> None:

@@ -155,3 +155,11 @@ def test_refuses_a_network_that_it_cannot_guess() -> None:
         with pytest.raises(UsageError, match="cannot be guessed") as caught:
             make_data(held(network), 3)
         assert "--calibrate DATA" in str(caught.value.hint)
+
+
+def test_what_network_or_tokenizer_raise_is_one_message() -> None:
+    network: Any = nn.Linear(3, 3)
+    network.main_input_name, network.can_generate = "input_ids", lambda: False
+    network.config = SimpleNamespace(is_encoder_decoder=False)  # as that of two networks in one
+    with pytest.raises(UsageError, match=r"Linear: no data can be made: AttributeError: .*vocab_size"):
+        make_data(held(network), 3)

@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.errors import UsageError
 from mpoc.models import zoo
+from mpoc.models.call import Call
+from mpoc.train.evaluate import try_call
 from mpoc.train.evaluate_file import FileEvaluation, evaluate_file
 from mpoc.train.finetune import finetune
 from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest, Settings
@@ -95,3 +99,16 @@ def test_rejects_bad_requests(folder: Path, options: dict[str, Any], said: str) 
         options = options | {"reference": folder / options["reference"]}
     with pytest.raises(UsageError, match=said):
         evaluate_file(asked(folder, **options))
+
+
+class Lacking(nn.Module):
+    """A network that wants more than its first input."""
+
+    def forward(self, x: Tensor, pixels: Any = None) -> Tensor:
+        """Fails."""
+        return x @ pixels.weight
+
+
+def test_whatever_a_network_raises_for_its_input_is_one_message() -> None:
+    with pytest.raises(UsageError, match=r"does not take x of shape \(2, 3\) float32: 'NoneType'"):
+        try_call(Call(None), Lacking(), {"x": torch.ones(2, 3)})

@@ -101,6 +101,8 @@ def test_asks_for_data_or_a_teacher(tmp_path: Path, fc2: Model) -> None:
         finetune(FinetuneRequest(fc2.path, DataOptions(), arch="fc2"))
     with pytest.raises(UsageError, match="nothing to measure with"):
         evaluate_file(EvaluationRequest(fc2.path, DataOptions(), arch="fc2"))
+    with pytest.raises(UsageError, match="--block requires --data"):
+        open_training_data(DataOptions(block=8), fc2, None)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,8 @@ def calibrate_on(model: Model, request: CalibrationRequest, seed: int = 0) -> Ca
         made = make_data(model, request.samples, seed)
         loader, notes = _loader_of(made, model)
         split, name, domains = made.name, made.name, made.domains
-        try_call(call, model.network, to_device(loader.read(torch.tensor([0])), device_of(model.network)))
+        longest = _lengths(made.batch).argmax()[None]
+        try_call(call, model.network, to_device(loader.read(longest), device_of(model.network)))
     else:
         examples, call = examples_of(request.data, model.network, request.samples)
         loader, split, notes = BatchLoader(examples, _as_given), "batches", []
