@@ -166,7 +166,7 @@ class Decoder:
         if not self.resize and image.size != (width, height):
             raise MpocError(
                 f"{name}: {image.height}×{image.width} pixels, but {self.first} has {height}×{width}",
-                f"resize all images: --size {height}x{width}",
+                f"resize all images: --image-size {height}x{width}",
             )
         if channels == 1 and image.mode not in _GREY:
             raise _ColourFoundError

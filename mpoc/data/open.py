@@ -134,7 +134,7 @@ def check_fits(
         if actual != tuple(shape):
             taken, given = ("×".join(map(str, sizes)) for sizes in (shape, actual))
             resizable = data.kind == "images" and len(shape) == 3 and actual[0] == shape[0]
-            hint = f"resize: --size {shape[1]}x{shape[2]}" if resizable else None
+            hint = f"resize: --image-size {shape[1]}x{shape[2]}" if resizable else None
             raise MpocError(f"{data.path}: examples are {given}, but the network takes {taken}", hint)
     if vocabulary is not None:
         _check_vocabulary(data, vocabulary)

@@ -49,6 +49,7 @@ _SELF_MADE = 1024  # examples
 _PREPROCESSING = ("mean", "std", "pad", "flip", "size")
 _OF_KIND = {"images": _PREPROCESSING, "text": ("tokenizer", "block", "column")}
 _OF_FILES = ("format", "tokenizer", "block", "column")
+_FLAGS = {"size": "image-size"}  # of the options that are called otherwise
 
 
 def hold_out_to_train(data: Data, asked: float | None, wants_validation: bool) -> tuple[Data, float]:
@@ -212,7 +213,7 @@ def _refuse_unused(options: DataOptions, data: Data) -> None:
         given = [name for name in names if getattr(options, name) is not None]
         if given and kind != data.kind:
             raise UsageError(
-                f"--{given[0]} applies to {kind}, but {data.path} holds {data.kind}",
+                f"--{_FLAGS.get(given[0], given[0])} applies to {kind}, but {data.path} holds {data.kind}",
                 "images are arrays of uint8" if kind == "images" else None,
             )
 

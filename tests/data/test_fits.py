@@ -34,7 +34,7 @@ def test_rejects_images_of_another_size(tmp_path: Path) -> None:
     data = made(tmp_path, x=pixels(3, 28, 28), y=np.array([0, 1, 2]))
     with pytest.raises(MpocError, match="examples are 1×28×28, but the network takes 1×32×32") as caught:
         check_fits(data, 10, (1, 32, 32))
-    assert caught.value.hint == "resize: --size 32x32"
+    assert caught.value.hint == "resize: --image-size 32x32"
     with pytest.raises(MpocError, match="1×28×28, but the network takes 3×28×28") as caught:
         check_fits(data, 10, (3, 28, 28))
     assert caught.value.hint is None

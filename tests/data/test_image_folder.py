@@ -65,7 +65,7 @@ def test_rejects_differing_sizes_without_a_size_option(tmp_path: Path, limit: in
     write_folder(tmp_path / "set", {"a": [pixels(4, 4, 3)], "b": [flat]})
     with pytest.raises(MpocError, match=r"b/000\.png: 8×4 pixels, but .*a/000\.png has 4×4") as caught:
         open_data(tmp_path / "set", limit=limit)
-    assert "--size 4x4" in (caught.value.hint or "")
+    assert "--image-size 4x4" in (caught.value.hint or "")
     data = open_data(tmp_path / "set", size=(6, 5), limit=limit)
     assert data.shape == (3, 6, 5)
     assert data.splits["train"].batch([1])["x"].unique().tolist() == [77]

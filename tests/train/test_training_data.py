@@ -64,7 +64,7 @@ def test_rejects_images_of_another_size(tmp_path: Path, fc2: Model) -> None:
     path = written(tmp_path, pixels(20, 32, 32))
     with pytest.raises(MpocError, match="examples are 1×32×32, but the network takes 1×28×28") as caught:
         open_training_data(DataOptions(path), fc2, 0)
-    assert caught.value.hint == "resize: --size 28x28"
+    assert caught.value.hint == "resize: --image-size 28x28"
     open_training_data(DataOptions(path, size=(28, 28)), fc2, 0)
 
 
@@ -110,7 +110,8 @@ def test_asks_for_data_or_a_teacher(tmp_path: Path, fc2: Model) -> None:
 )
 def test_rejects_options_for_another_kind_of_data(tmp_path: Path, fc2: Model, given: dict[str, Any]) -> None:
     path = written(tmp_path, np.zeros((20, 784), np.float32))
-    with pytest.raises(UsageError, match=r"--\w+ applies to (images|text), but .*digits.npz holds arrays"):
+    said = r"--(mean|flip|image-size|block|column) applies to (images|text), but .*digits.npz holds arrays"
+    with pytest.raises(UsageError, match=said):
         open_training_data(DataOptions(path, **given), fc2, 0)
 
 
