@@ -44,7 +44,7 @@ def export(options: ExportOptions) -> None:
 
     mpoc export resnet56.mpo.safetensors --arch resnet.py:resnet56 --input-shape 1x3x32x32 --pt2 net.pt2
 
-    mpoc export all-MiniLM-L6-v2-mpo --hf minilm
+    mpoc export bert-mpo/ --hf bert-transformers/
     """
     from mpoc.io.weight_files import output_bytes
     from mpoc.models.export import export_network, parse_input_spec

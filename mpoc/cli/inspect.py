@@ -48,7 +48,7 @@ def inspect(options: InspectOptions) -> None:
 
     Examples:
 
-    mpoc inspect all-MiniLM-L6-v2
+    mpoc inspect bert/
 
     mpoc inspect resnet56.th --json
     """

@@ -14,6 +14,7 @@ from mpoc.compression.recipe import make_recipe
 from mpoc.models import zoo
 from mpoc.train.settings import Settings
 from tests.reproduce.images import write_digits
+from tests.support.architectures import tiny
 from tests.support.checkpoints import mlp_state, network_state, save_directory
 from tests.support.examples import COMMANDS, PAGES, help_examples, mpoc_arguments
 from tests.support.process import Here
@@ -116,6 +117,9 @@ def make_what_the_examples_name(compressed: bool) -> None:
         for name in ("resnet56", "mlp"):
             output = Path(f"{name}.mpo.safetensors")
             compress_checkpoint(Path("mlp.pt"), output, make_recipe(None, {"bond": 4}))
+        tiny("bert").save_pretrained("tiny-bert")
+        factors = make_recipe(None, {"bond": 4, "form": "svd"})
+        compress_checkpoint(Path("tiny-bert"), Path("bert-mpo"), factors)
 
 
 def test_the_guide_s_table_of_finetune_names_its_options() -> None:

@@ -233,12 +233,18 @@ def test_objective_of_a_sum_never_rises_and_matches_the_result(structure: Struct
 
 
 @pytest.mark.slow
-def test_recovers_an_exact_sum() -> None:
-    low = torch.randn(12, 2).double() @ torch.randn(2, 12).double()
-    target = MPO(random_cores(TWO, 2), TWO).to_matrix()[0] + low
-    metric = Metric(target, metric_for(TWO).inputs, metric_for(TWO).outputs)
-    fit = Problem(metric, TWO.as_form("svd+mpo")).fit(Truncation(2, rank=2), max_stretches=60, tolerance=1e-6)
-    assert fit.history[-1] < 1e-4 * metric.value(torch.zeros_like(target))
+def test_recovers_exact_sums() -> None:
+    """Other minima are near them: a few descents reach the sum itself, and none ends far away."""
+    left = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        low = torch.randn(12, 2).double() @ torch.randn(2, 12).double()
+        target = MPO(random_cores(TWO, 2), TWO).to_matrix()[0] + low
+        metric = Metric(target, metric_for(TWO).inputs, metric_for(TWO).outputs)
+        problem = Problem(metric, TWO.as_form("svd+mpo"))
+        fit = problem.fit(Truncation(2, rank=2), max_stretches=60, tolerance=1e-6)
+        left.append(fit.history[-1] / float(metric.value(torch.zeros_like(target))))
+    assert min(left) < 1e-6 and max(left) < 1e-3
 
 
 def test_cores_are_balanced_and_in_the_requested_dtype() -> None:
