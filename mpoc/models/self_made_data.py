@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +35,8 @@ SELF = "self"  # in the place of a data set
 _HINT = "--calibrate DATA, or none"
 TEXTS = files("mpoc.models") / "texts"  # a file a domain, paragraphs apart by an empty line
 
+_PIECE = re.compile(r".+?(?:[.!?。！？]+[\"'»”)]*\s+|\n+)")  # a sentence or a line, with what follows it
+_FEWEST_WORDS, _MORE_WORDS = 2, 24.0  # of a text at least; the logarithm of their number is uniform
 _BLOCK = 256  # tokens of a text at most
 _SHORT = 64  # tokens drawn at random
 _LARGE, _MANY_PIXELS = 64, 128 * 128  # examples of images of so many pixels or more
@@ -131,7 +134,7 @@ def paragraphs() -> dict[str, list[str]]:
 
 
 def _package_text(tokenizer: HubTokenizer, samples: int, block: int, generator: Generator) -> SelfMadeData:
-    """Texts of the package: paragraphs, and from there on beginnings and two of one domain together."""
+    """Texts of the package, padded to the longest."""
     texts = list(_texts(paragraphs(), samples, generator))
     encoded = tokenizer.encode_documents([text for text, _ in texts], block)
     longest = max(map(len, encoded))
@@ -144,19 +147,23 @@ def _package_text(tokenizer: HubTokenizer, samples: int, block: int, generator: 
 
 
 def _texts(known: dict[str, list[str]], samples: int, generator: Generator) -> Iterator[tuple[str, int]]:
-    """``samples`` texts, each with the number of its domain."""
-    every = [(text, domain) for domain, texts in enumerate(known.values()) for text in texts]
+    """``samples`` texts, each with the number of its domain.
+
+    Paragraphs take turns.  A text begins at any sentence or line, has a few words to a hundred, as the texts
+    that people embed, and goes on in another paragraph of its domain where one ends.
+    """
+    by_domain = [[_PIECE.findall(f"{text}\n") for text in texts] for texts in known.values()]
+    every = [(pieces, domain) for domain, texts in enumerate(by_domain) for pieces in texts]
     order = torch.randperm(len(every), generator=generator).tolist()
-    yield from (every[k] for k in order[:samples])
-    by_domain = list(known.values())
-    for _ in range(samples - len(every)):
-        text, domain = every[_drawn(len(every), generator)]
-        sentences = text.split(". ")
-        if len(sentences) > 1 and _drawn(2, generator):
-            yield sentences[_drawn(len(sentences), generator)], domain
-        else:
-            others = by_domain[domain]
-            yield f"{text} {others[_drawn(len(others), generator)]}", domain
+    for number in range(samples):
+        pieces, domain = every[order[number % len(every)]]
+        pieces, others = pieces[_drawn(len(pieces), generator) :], by_domain[domain]
+        words, text = _FEWEST_WORDS * _MORE_WORDS ** float(torch.rand((), generator=generator)), ""
+        while len(text.split()) < words:
+            if not pieces:
+                pieces = others[_drawn(len(others), generator)]
+            text, pieces = text + pieces[0], pieces[1:]
+        yield text.strip(), domain
 
 
 def _drawn(count: int, generator: Generator) -> int:

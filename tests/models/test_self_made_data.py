@@ -104,7 +104,8 @@ def test_encoders_read_the_package_text(tmp_path: Path) -> None:
     assert found.name == "the package's text" and found.domains is not None
     assert tokens.shape == mask.shape and len(tokens) == len(found.domains) == 500
     assert set(found.domains.tolist()) == set(range(len(paragraphs())))
-    assert bool(mask[:, 0].all()) and not bool(mask.all())
+    lengths = mask.sum(1).float()
+    assert lengths.min() < 10 and 20 < lengths.mean() < 30  # few fill the context of 32
 
 
 def test_package_text_is_varied() -> None:
