@@ -155,6 +155,7 @@ def compress_request(options: CompressOptions) -> CompressRequest:
         MpocError: the directory of one of them does not exist, or matplotlib is missing.
     """
     from mpoc.compression.pipeline import default_output, refuse_output
+    from mpoc.data.recognise import recognise
 
     has_goal = _has_goal(options)
     recipe = make_recipe(options.recipe, options.options | ({} if has_goal else {"size": 1.0}))
@@ -164,9 +165,8 @@ def compress_request(options: CompressOptions) -> CompressRequest:
     _refuse_moments(request)
     if options.eval_data is not None:
         refuse_output(request.model, request.output, options.force)
-        _refuse_missing(options.eval_data)
-        if (data := _data_of(request)) is not None:
-            _refuse_missing(data)
+        for data in filter(None, (options.eval_data, _data_of(request))):
+            recognise(data, None)
     return request
 
 
@@ -257,12 +257,6 @@ def _refuse_moments(request: CompressRequest) -> None:
         raise MpocError(f"--moments {path}: no permission to write in {folder}")
 
 
-def _refuse_missing(data: Path) -> None:
-    from mpoc.data.recognise import recognise
-
-    recognise(data, None)
-
-
 @dataclass(frozen=True)
 class CompressResult:
     """A compression, and the scores before and after where they were asked for."""
@@ -277,6 +271,7 @@ def _compress(request: CompressRequest, console: Output) -> CompressResult:
     from mpoc.cli.progress import layer_progress, stage_lines
     from mpoc.compression.pipeline import compress_checkpoint
     from mpoc.compression.run_context import Progress
+    from mpoc.compression.write import record_scores, scores_record
 
     before = _measure(request.model, request, console)
     _announce(request, console)
@@ -291,8 +286,12 @@ def _compress(request: CompressRequest, console: Output) -> CompressResult:
             dry_run=request.options.dry_run,
             resume=request.options.resume,
             progress=Progress(progress, stage_lines(console)),
+            measured=None if before is None else scores_record(before),
         )
-    return CompressResult(compression, before, _measure_output(compression, request, console))
+    after = _measure_output(compression, request, console)
+    if before is not None and after is not None and not console.silent:
+        compression = record_scores(compression, scores_record(before, after))
+    return CompressResult(compression, before, after)
 
 
 def _measure_output(

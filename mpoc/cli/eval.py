@@ -50,7 +50,7 @@ def evaluate(options: EvalOptions) -> None:
 
 
 def _print_lines(evaluation: FileEvaluation, console: Output) -> None:
-    from mpoc.cli.tables import scores_line
+    from mpoc.reporting.remarks import scores_line
 
     console.result.print(plain(f"{evaluation.split}: {scores_line(evaluation.scores)}"), soft_wrap=True)
     console.result.print(f"{evaluation.examples:,} examples, {evaluation.rate:,.0f} a second", soft_wrap=True)

@@ -99,8 +99,7 @@ def _print_json(result: Finetuned) -> None:
 
 
 def _print_lines(result: Finetuned, console: Output) -> None:
-    from mpoc.cli.tables import scores_line
-    from mpoc.reporting.summary import training_lines
+    from mpoc.reporting.remarks import scores_line, training_lines
 
     training = result.training
     for title in ("start", "final", "test"):

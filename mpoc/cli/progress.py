@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, Progress, TextColumn
 
 from mpoc.cli.console import Output, clock, plain
-from mpoc.cli.tables import scores_line
 from mpoc.io.manifest import LayerRecord
+from mpoc.reporting.remarks import scores_line
 
 if TYPE_CHECKING:
     from mpoc.train.monitor import TrainingEvent

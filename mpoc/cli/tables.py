@@ -17,7 +17,8 @@ from rich.table import Table
 
 from mpoc.cli.console import Output, plain
 from mpoc.io.manifest import LayerRecord, Manifest
-from mpoc.reporting.summary import calibration_lines, likeness_text, summary
+from mpoc.reporting.remarks import calibration_lines, headline, likeness_text, score_text, scores_line
+from mpoc.reporting.summary import summary
 from mpoc.runtime.formatting import human_bytes, times
 from mpoc.tensor_networks.topology import CHAIN
 
@@ -32,7 +33,6 @@ _WIDEST = "outputs J / inputs I"
 # Below this width of a terminal the factors, and the seconds, are left out.
 _NARROW = 120
 _MEASURES = {"cosine": ("cosine", "{:.4f}"), "agreement": ("agreement %", "{:.2f}"), "kl": ("KL", "{:.3g}")}
-_PER_CENT = ("accuracy", "agreement")
 
 _COLUMNS = (
     "parameters", "fully connected", "paper", "total", "paper", "compression", "of all", "final %", "best %",
@@ -51,7 +51,7 @@ def print_report(
     predicted: bool = False,
     verbose: bool = False,
 ) -> None:
-    """The per-layer ρ table, the totals, and what was left unchanged.
+    """What the network keeps, the per-layer ρ table, the totals, and what was left unchanged.
 
     Args:
         console: console that writes to stdout.
@@ -62,6 +62,8 @@ def print_report(
         verbose: name every tensor left unchanged.
     """
     narrow = console.width < _NARROW
+    if said := headline(manifest):
+        console.print(plain(said), soft_wrap=True)
     console.print(_table(manifest, seconds, narrow))
     for layer in manifest.layers:
         if narrow and layer.reason:
@@ -154,15 +156,6 @@ def _print_unchanged(console: Console, manifest: Manifest, verbose: bool) -> Non
             console.print(plain(f"  {name}: tied to {first}, stored once"), soft_wrap=True)
 
 
-def scores_line(scores: dict[str, float]) -> str:
-    """``{"loss": 0.5, "accuracy": 98.1}`` → ``loss 0.5000, accuracy 98.10 %``."""
-    shown = {name: value for name, value in scores.items() if name not in ("step", "epoch", "train_loss")}
-    return ", ".join(
-        f"{name.replace('_', ' ')} {f'{value:.2f} %' if name in _PER_CENT else f'{value:.4g}'}"
-        for name, value in shown.items()
-    )
-
-
 def trials_table(search: Bisection, before: FileEvaluation, nbytes: int | None) -> Table:
     """The trials of a search by size, the dense network (``nbytes`` on disk) last."""
     metric = before.metric
@@ -176,18 +169,14 @@ def trials_table(search: Bisection, before: FileEvaluation, nbytes: int | None) 
         table.add_row(
             human_bytes(trial.nbytes),
             trial.option.partition(" ")[2],
-            _score(metric, trial.scores[metric]),
+            score_text(metric, trial.scores[metric]),
             f"{trial.drop:.4g}",
             verdict,
             style="bold" if is_chosen else None,
         )
     size = "" if nbytes is None else human_bytes(nbytes)
-    table.add_row(size, "", _score(metric, before.scores[metric]), "", "dense", style="dim")
+    table.add_row(size, "", score_text(metric, before.scores[metric]), "", "dense", style="dim")
     return table
-
-
-def _score(metric: str, value: float) -> str:
-    return scores_line({metric: value}).removeprefix(metric.replace("_", " ")).strip()
 
 
 def print_compression(result: CompressResult, console: Output) -> None:

@@ -20,7 +20,7 @@ from mpoc.compression.calibrate.taps import removing_taps
 from mpoc.compression.plain_fit import Fitted, fit_layer
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import GOALS, Recipe, check_recipe, make_recipe
-from mpoc.compression.recipe_syntax import CONV_FORMS, parse_budget, parse_shape
+from mpoc.compression.recipe_syntax import CONV_FORMS, parse_budget, parse_shape, parse_share
 from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import select
 from mpoc.compression.size_prediction import halved_beside
@@ -70,7 +70,7 @@ def compress(
     bond: int | None = None,
     max_error: float | None = None,
     discard: float | None = None,
-    ratio: float | None = None,
+    ratio: float | str | None = None,
     size: int | float | str | None = None,
     bits: int | None = None,
     storage: str | None = None,
@@ -113,7 +113,8 @@ def compress(
         bond: largest bond dimension D of every layer.
         max_error: largest relative error ‖W − Ŵ‖ / ‖W‖ of every layer, between 0 and 1.
         discard: largest share of the squared Schmidt values that each bond may lose, between 0 and 1.
-        ratio: largest ρ, parameters stored over parameters before, of all selected layers together.
+        ratio: largest ρ, parameters stored over parameters before, of all selected layers together; 0.25 or
+            ``"25%"``.
         size: size limit of the file that :func:`mpoc.save` writes: bytes, ``"20MB"``, or ``"25%"`` of what
             the tensors take now.
         bits: bits of a number that is stored: 2, 3, 4, 5, 6 or 8. Alone it is a goal, and every layer stays
@@ -154,7 +155,7 @@ def compress(
             "bond": bond,
             "max_error": max_error,
             "discard": discard,
-            "ratio": ratio,
+            "ratio": parse_share(ratio) if isinstance(ratio, str) else ratio,
             "size": None if size is None else parse_budget(size),
             "bits": bits,
             "storage": storage,

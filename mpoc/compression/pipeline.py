@@ -23,6 +23,7 @@ from mpoc.compression.write import Compression, Job, fit_all, make_job, write_co
 from mpoc.errors import UsageError
 from mpoc.io.atomic import refuse_existing, refuse_misnamed
 from mpoc.io.keyed_store import scratch_folder
+from mpoc.io.training_history import Measured
 from mpoc.runtime.device import choose_device
 from mpoc.runtime.distributed import process_group
 
@@ -59,6 +60,7 @@ def compress_checkpoint(
     dry_run: bool = False,
     resume: bool = False,
     progress: Progress | None = None,
+    measured: Measured | None = None,
 ) -> Compression:
     """Compress a checkpoint on disk; all processes that torchrun started share the work.
 
@@ -80,6 +82,8 @@ def compress_checkpoint(
         resume: keep finished layers in ``OUT.partial`` until the output is written, and reuse those that are
             there; with ``force``, layers of other work are removed.
         progress: called after each layer, and during calibration.
+        measured: scores for which the output leaves room; :func:`mpoc.compression.write.record_scores`
+            replaces them.
 
     Raises:
         UsageError: ``arch`` does not fit the checkpoint, calibration has no network, or the recipe has a
@@ -99,7 +103,7 @@ def compress_checkpoint(
             if not dry_run:
                 refuse_output(source, output, force)
             context = RunContext(choose_device(recipe.device), group, progress or Progress())
-            opened = open_to_calibrate(source, recipe, arch, request)
+            opened = open_to_calibrate(source, recipe, arch, request).with_scores(measured or {})
             request = opened.request
             plans = opened.plan(opened.recipe, request is not None and request.refine)
         if dry_run:

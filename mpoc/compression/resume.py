@@ -30,8 +30,8 @@ from mpoc.io.atomic import Place, naming, scratch_beside
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.coded_parts import codes_from_file
 from mpoc.io.keyed_store import digest, find_item, open_item, put_item
-from mpoc.io.manifest import LayerRecord, record_to_json
-from mpoc.io.manifest_reader import record_from_json
+from mpoc.io.manifest import LayerRecord
+from mpoc.io.manifest_reader import record_from_json, record_to_json
 from mpoc.io.safetensors_writer import Entry
 from mpoc.io.validation import parse_strictly
 from mpoc.runtime.distributed import ProcessGroup

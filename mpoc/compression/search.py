@@ -25,7 +25,7 @@ from mpoc.compression.pipeline import as_request, in_scratch, refuse_output
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.run_context import LayerCallback, Progress, RunContext, StageCallback
 from mpoc.compression.source import CompressionSource, open_to_calibrate
-from mpoc.compression.write import Compression, make_job, write_compressed
+from mpoc.compression.write import Compression, make_job, record_scores, scores_record, write_compressed
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.atomic import staged
 from mpoc.reporting.charts import Axis, Chart, Series
@@ -215,8 +215,9 @@ def _searched(
     evaluation = EvaluationRequest(source, request.data, arch=arch, stand_in=source, device=recipe.device)
     before = evaluate_file(evaluation)
     callbacks.start(before)
+    opened = opened.with_scores(scores_record(before))
     statistics = None if calibration is None else opened.statistics(calibration, context)
-    trials = _Trials(opened, context, statistics, evaluation, callbacks)
+    trials = _Trials(opened, context, statistics, evaluation, before, callbacks)
     with staged(output) as target:
         best = _smallest(search, before, trials, target)
         if best is None:
@@ -233,10 +234,11 @@ class _Trials:
     context: RunContext
     statistics: CalibrationStatistics | None
     evaluation: EvaluationRequest  # of the dense network
+    before: FileEvaluation
     callbacks: SearchCallbacks
 
     def run(self, goal: str, budget: float, target: Path) -> tuple[Compression, FileEvaluation]:
-        """Write one trial to ``target``, and evaluate it."""
+        """Write one trial to ``target``, evaluate it, and have it record that."""
         options: dict[str, Any] = {"max_drop": None, goal: budget}
         recipe = replace(self.source.recipe, **options)
         recipe = recipe.with_bytes_of(self.source.checkpoint.nbytes_on_disk)
@@ -244,7 +246,8 @@ class _Trials:
             context = replace(self.context, progress=Progress(layer))
             job = make_job(self.source, recipe, self.source.plan(recipe), context, self.statistics)
             compression = write_compressed(job, target)
-        return compression, evaluate_file(replace(self.evaluation, source=target))
+        after = evaluate_file(replace(self.evaluation, source=target))
+        return record_scores(compression, scores_record(self.before, after)), after
 
 
 def _smallest(

@@ -56,6 +56,7 @@ def make_manifest(
         tool=f"mpoc {mpoc.__version__}",
         architecture=checkpoint.architecture,
         training=before_compression(checkpoint.history),
+        measured=checkpoint.measured,
         halved="float32" if halved else "",
     )
 

@@ -18,6 +18,7 @@ from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.coded_parts import halved_names
 from mpoc.io.manifest import core_prefix
 from mpoc.io.open_checkpoint import open_checkpoint
+from mpoc.io.training_history import Measured
 from mpoc.models.architecture import (
     traced_geometries,
     with_architecture,
@@ -59,6 +60,10 @@ class CompressionSource:
         if self.checkpoint.is_directory:
             notes += hub_directory.notes_on_files(self.checkpoint.path, self.checkpoint.weight_files)
         return notes
+
+    def with_scores(self, measured: Measured) -> CompressionSource:
+        """The same, with scores that the output is to record."""
+        return replace(self, checkpoint=replace(self.checkpoint, measured=measured))
 
     def plan(self, recipe: Recipe, refines: bool = False) -> list[LayerPlan]:
         """Plan every layer; ``recipe`` is that of the source with any goal.

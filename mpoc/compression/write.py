@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -18,15 +19,22 @@ from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.resume import LayerCache, in_order_key, layer_key
 from mpoc.compression.run_context import RunContext
-from mpoc.compression.size_prediction import halved_beside, make_manifest, predict_weight_bytes
+from mpoc.compression.size_prediction import (
+    LONGEST_FIGURE,
+    halved_beside,
+    make_manifest,
+    predict_weight_bytes,
+)
 from mpoc.compression.source import CompressionSource
 from mpoc.errors import MpocError
 from mpoc.io import hub_directory
+from mpoc.io.atomic import write_text
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.coded_parts import halved_entry
-from mpoc.io.manifest import LayerRecord, Manifest
+from mpoc.io.manifest import MANIFEST_FILE, LayerRecord, Manifest
 from mpoc.io.open_checkpoint import one_ahead
-from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
+from mpoc.io.safetensors_writer import Entry, plan_shards, replace_metadata, write_safetensors
+from mpoc.io.training_history import Measured
 from mpoc.io.weight_files import output_bytes
 from mpoc.reporting.summary import Report
 from mpoc.runtime.distributed import ProcessGroup
@@ -34,6 +42,7 @@ from mpoc.runtime.distributed import ProcessGroup
 if TYPE_CHECKING:
     from mpoc.compression.calibrate.sequential import SequentialFit
     from mpoc.compression.calibrate.statistics import CalibrationStatistics
+    from mpoc.train.evaluate_file import FileEvaluation
 
 
 @dataclass
@@ -154,6 +163,32 @@ def write_compressed(
         nbytes = output_bytes(target)
     times = {layer.record.name: layer.seconds for layer in layers}
     return Compression(manifest, target, nbytes, True, times, job.notes)
+
+
+def scores_record(before: FileEvaluation, after: FileEvaluation | None = None) -> Measured:
+    """What an output records of its evaluation; without ``after``, figures have their most digits."""
+    return Measured(
+        data=before.data,
+        split=before.split,
+        examples=before.examples,
+        metric=before.metric,
+        before=_finite(before.scores),
+        after=_finite(dict.fromkeys(before.scores, LONGEST_FIGURE) if after is None else after.scores),
+    )
+
+
+def _finite(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
+
+
+def record_scores(compression: Compression, measured: Measured) -> Compression:
+    """Have the output record its evaluation; its tensors stay."""
+    output, manifest = compression.output, replace(compression.manifest, measured=measured)
+    if output.is_dir():
+        write_text(output / MANIFEST_FILE, manifest.to_json(indent=1) + "\n")
+    else:
+        replace_metadata(output, {"mpoc": manifest.to_json()})
+    return replace(compression, manifest=manifest, nbytes=output_bytes(output))
 
 
 def _fit(job: Job, finished: LayerCache) -> None:

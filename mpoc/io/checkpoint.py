@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mpoc.errors import MpocError
 from mpoc.io.safetensors_header import TensorInfo, count_parameters, read_header
+from mpoc.io.training_history import Measured
 from mpoc.io.weight_files import check_index, index_notes, stem_of
 
 
@@ -39,6 +40,9 @@ class Checkpoint:
     architecture: dict[str, str] = field(default_factory=dict)  # the network it belongs to, where named
     history: dict[str, Any] = field(default_factory=dict)  # of its training by mpoc; {}: none is recorded
     metadata: dict[str, str] = field(default_factory=dict)  # of the headers of its safetensors files
+    measured: Measured = field(
+        default_factory=Measured
+    )  # scores that its output will record, at their longest
     wrapped: dict[str, str] = field(default_factory=dict)  # name → that in the file, where wrappers are in it
 
     def read(self, name: str) -> Tensor:

@@ -8,13 +8,13 @@ Schmidt spectra are thinned to at most ``MOST_POINTS`` points for each bond.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 from mpoc.io.safetensors_header import ITEMSIZE, TensorInfo
+from mpoc.io.training_history import Measured
 from mpoc.io.validation import NonNegative, Positive, Whole, json_text
 from mpoc.quantize.storage import GRID_BITS, Grid, Storage, packed_words, storage_from_json
 from mpoc.tensor_networks.forms import FORMS
@@ -328,6 +328,9 @@ class Manifest:
     calibration: Annotated[dict[str, Any], "on what the fit was made; none or empty: on weights alone"] = (
         field(default_factory=dict)
     )
+    measured: Annotated[Measured, "scores of compress --eval; none or empty: it was not measured"] = field(
+        default_factory=Measured
+    )
     halved: Annotated[str, ("enum", ("", "float32")), "what readers get for vectors stored as float16"] = ""
 
     @property
@@ -381,10 +384,10 @@ class Manifest:
     def to_json(self, indent: int | None = None) -> str:
         """The text that is stored."""
         value = {"format": FORMAT, **asdict(self)}
-        value["layers"] = [_compact(layer) for layer in self.layers]
+        value["layers"] = [compact(layer) for layer in self.layers]
         if any(layer.storage for layer in self.layers):  # small files, of which the manifest is a part
             value["common"] = _take_common(value["layers"])
-        for name in ("architecture", "training", "calibration", "halved"):
+        for name in ("architecture", "training", "calibration", "measured", "halved"):
             if not value[name]:
                 del value[name]
         return json_text(value, indent)
@@ -395,7 +398,7 @@ def _ratio(layers: tuple[LayerRecord, ...] | list[LayerRecord]) -> float:
     return sum(layer.num_stored for layer in layers) / original if original else 1.0
 
 
-def _compact(layer: LayerRecord) -> dict[str, Any]:
+def compact(layer: LayerRecord) -> dict[str, Any]:
     """A record without the fields that have their default value."""
     defaults = {f.name: f.default for f in fields(layer)}
     return {key: value for key, value in asdict(layer).items() if value != defaults[key]}
@@ -412,8 +415,3 @@ def _take_common(layers: list[dict[str, Any]]) -> dict[str, Any]:
         for key in follow | {key for key in COMMON if layer[key] == common[key]}:
             del layer[key]
     return common
-
-
-def record_to_json(layer: LayerRecord) -> str:
-    """A single record as JSON text."""
-    return json.dumps(_compact(layer), ensure_ascii=False)

@@ -9,6 +9,7 @@ weights still tell factors and bonds, but not errors and what was selected.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from mpoc.io.manifest import (
     Manifest,
     Source,
     Spectrum,
+    compact,
     core_prefix,
     form_names,
 )
@@ -267,8 +269,13 @@ def _as_tuple(item: Any) -> Any:
     return tuple(map(_as_tuple, item)) if isinstance(item, list) else item
 
 
+def record_to_json(layer: LayerRecord) -> str:
+    """A single record as JSON text."""
+    return json.dumps(compact(layer), ensure_ascii=False)
+
+
 def record_from_json(text: str) -> LayerRecord:
-    """:func:`mpoc.io.manifest.record_to_json` undone.
+    """:func:`record_to_json` undone.
 
     Raises:
         ValueError, TypeError, LookupError: damaged.

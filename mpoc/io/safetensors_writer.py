@@ -8,6 +8,7 @@ tests check this writer byte for byte with the library's own reader.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mpoc.errors import MpocError
-from mpoc.io.safetensors_header import TensorInfo, encode_header, storage_order
+from mpoc.io.atomic import staged
+from mpoc.io.safetensors_header import TensorInfo, encode_header, read_header, storage_order
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,18 @@ def write_safetensors(
         if durable:
             file.flush()
             os.fsync(file.fileno())
+
+
+def replace_metadata(path: Path, metadata: dict[str, str]) -> None:
+    """Replace entries of a file's metadata; its tensors and their order stay."""
+    header = read_header(path)
+    ordered = sorted(header.tensors.values(), key=lambda info: header.starts[info.name])
+    with staged(path) as target, path.open("rb") as old, target.open("wb") as new:
+        new.write(encode_header(ordered, header.metadata | metadata))
+        old.seek(min(header.starts.values(), default=0))
+        shutil.copyfileobj(old, new)
+        new.flush()
+        os.fsync(new.fileno())
 
 
 def _write_tensor(file: BinaryIO, info: TensorInfo, tensor: Tensor) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from mpoc.errors import MpocError, shortened
 from mpoc.io.safetensors_header import read_header
-from mpoc.io.validation import check_fields, parse_strictly, read_bounded
+from mpoc.io.validation import Whole, check_fields, parse_strictly, read_bounded
 
 KEY = "mpoc.history"
 HISTORY_FILE = "mpoc-history.json"
@@ -64,6 +64,17 @@ class CalibrationFacts(TypedDict, total=False):
     shares: AllocationFacts
     likeness: dict[str, Scores]
     norms: BatchNormFacts | None
+
+
+class Measured(TypedDict, total=False):
+    """What ``mpoc compress --eval`` measured; all scores by name."""
+
+    data: Annotated[str, "name of the data set"]
+    split: str
+    examples: Whole
+    metric: Annotated[str, "the score that counts"]
+    before: Scores
+    after: Scores
 
 
 def read_history(path: Path) -> dict[str, Any]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpoc.io.manifest import LayerRecord, Manifest
+from mpoc.io.safetensors_header import ITEMSIZE
 from mpoc.reporting.contents import BondSpectra, FileData, LayerData
+from mpoc.runtime.formatting import human_bytes
 
 # Meanings of colours; a comparison has "file 1", "file 2", … too.
 TONES = ("stored", "original", "bound", "error")
@@ -40,6 +42,9 @@ class Axis:
     unit: str = ""  # "count": 1.2k, "bytes": 1.2 MB, "whole": ticks at whole numbers only
     from_zero: bool = False
     names: tuple[str, ...] = ()  # of the ticks 1, 2, …, in place of numbers
+
+
+_BY_LAYER = Axis(_IN_ORDER, unit="whole")
 
 
 @dataclass(frozen=True)
@@ -114,36 +119,56 @@ def best_error(manifest: Manifest) -> ErrorKind | None:
 
 
 def layer_charts(manifest: Manifest) -> list[Chart]:
-    """Parameters, ρ and error of every layer, in the order of the file."""
-    layers = list(enumerate(manifest.layers, start=1))
-    names = tuple(f"{k}  {layer.layer}: {layer.num_original:,} → {layer.num_stored:,}" for k, layer in layers)
-    x = Axis(_IN_ORDER, unit="whole")
-    before = tuple((float(k), float(layer.num_original)) for k, layer in layers)
-    after = tuple((float(k), float(layer.num_stored)) for k, layer in layers)
-    sizes = Chart(
-        "Parameters",
-        "Parameters of each layer before and after.",
-        x,
-        Axis("", unit="count", from_zero=True),
-        (
-            Series("before", before, "columns", "bound", names),
-            Series("after", after, "columns", "stored", names),
-        ),
-    )
-    rhos = tuple((float(k), layer.rho) for k, layer in layers)
-    named = tuple(f"{k}  {layer.layer}: ρ {layer.rho:.4f}" for k, layer in layers)
-    ratio = Chart(
-        "Compression ratio ρ",
-        "Parameters after over before, layer by layer; 1 where a layer stays dense.",
-        x,
-        Axis("", from_zero=True),
-        (Series("ρ", rhos, "columns", "stored", named),),
-    )
-    errors = _error_chart(manifest, x)
-    return [sizes, ratio, *([errors] if errors else [])] if layers else []
+    """Size, compression and error of every layer, in the order of the file.
+
+    Sizes are parameters; where layers are rounded and none has cores, bytes.
+    """
+    if not manifest.layers:
+        return []
+    in_bytes = bool(manifest.changed) and not manifest.replaced
+    charts = [_sizes_chart(manifest, in_bytes), _ratio_chart(manifest, in_bytes), _error_chart(manifest)]
+    return [chart for chart in charts if chart is not None]
 
 
-def _error_chart(manifest: Manifest, x: Axis) -> Chart | None:
+def _sizes_chart(manifest: Manifest, in_bytes: bool) -> Chart:
+    pairs = [(layer.num_original, layer.num_stored) for layer in manifest.layers]
+    texts = [f"{before:,} → {after:,}" for before, after in pairs]
+    if in_bytes:
+        pairs = [(n.num_original * ITEMSIZE[n.dtype], n.stored_bytes) for n in manifest.layers]
+        texts = [f"{human_bytes(before)} → {human_bytes(after)}" for before, after in pairs]
+    what = "Bytes" if in_bytes else "Parameters"
+    names = _names(manifest, texts)
+    before, after = (
+        Series(name, _in_order([float(pair[side]) for pair in pairs]), "columns", tone, names)
+        for side, (name, tone) in enumerate((("before", "bound"), ("after", "stored")))
+    )
+    y = Axis("", unit="bytes" if in_bytes else "count", from_zero=True)
+    return Chart(what, f"{what} of each layer before and after.", _BY_LAYER, y, (before, after))
+
+
+def _ratio_chart(manifest: Manifest, in_bytes: bool) -> Chart:
+    layers = manifest.layers
+    title, caption = "Compression ratio ρ", "Parameters after over before; 1 where a layer stays dense."
+    values, texts = [layer.rho for layer in layers], [f"ρ {layer.rho:.4f}" for layer in layers]
+    if in_bytes:
+        title, caption = "Bits a weight", "Stored bits over the numbers of the weight, layer by layer."
+        values = [layer.bits_per_weight for layer in layers]
+        texts = [f"{value:.2f} bits a weight" for value in values]
+    series = Series(title, _in_order(values), "columns", "stored", _names(manifest, texts))
+    return Chart(title, caption, _BY_LAYER, Axis("", from_zero=True), (series,))
+
+
+def _in_order(values: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    return tuple((float(k), value) for k, value in enumerate(values, start=1))
+
+
+def _names(manifest: Manifest, texts: Sequence[str]) -> tuple[str, ...]:
+    """What the points of a chart of layers are called."""
+    named = zip(manifest.layers, texts, strict=True)
+    return tuple(f"{k}  {layer.layer}: {text}" for k, (layer, text) in enumerate(named, start=1))
+
+
+def _error_chart(manifest: Manifest) -> Chart | None:
     kind = best_error(manifest) if manifest.changed else None
     if kind is None:
         return None
@@ -162,7 +187,7 @@ def _error_chart(manifest: Manifest, x: Axis) -> Chart | None:
     return Chart(
         kind.name.capitalize(),
         f"Relative error {of[kind.key]}.",
-        x,
+        _BY_LAYER,
         Axis("", from_zero=True),
         (Series(kind.name, points, "columns", "error", names),),
     )

@@ -12,7 +12,7 @@ from mpoc.io.manifest import Manifest
 from mpoc.reporting.charts import layer_charts, training_charts
 from mpoc.reporting.contents import FileData, read_files
 from mpoc.reporting.html_sections import comparison, figures, layer_section, layer_table, title_of
-from mpoc.reporting.summary import likeness_text, remarks
+from mpoc.reporting.remarks import headline, likeness_text, remarks
 from mpoc.reporting.svg import Markup, join, tag
 from mpoc.runtime.formatting import human_bytes
 
@@ -75,11 +75,12 @@ def _report(file: FileData) -> Markup:
 
 
 def _header(file: FileData) -> Markup:
-    source = file.manifest.source.name
+    source, said = file.manifest.source.name, headline(file.manifest)
     return tag(
         "header",
         tag("p", "mpoc report", class_="kind"),
         tag("h1", file.name),
+        tag("p", said, class_="headline") if said else None,
         tag("p", f"made from {source}", class_="muted") if source else None,
     )
 

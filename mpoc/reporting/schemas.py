@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from mpoc.errors import UsageError, nearest
 from mpoc.io.manifest import COMMON, READABLE_FORMATS, LayerRecord, Manifest
+from mpoc.io.training_history import Measured
 from mpoc.io.validation import NonNegative, Whole, json_schema
 
 NAMES = ("report", "manifest", "sizes")
@@ -79,6 +80,8 @@ class _Trial(TypedDict):
 
 class _ReportExtras(TypedDict):
     schema: Literal["mpoc.report/1"]
+    headline: NotRequired[Annotated[str, "for people: what the network keeps; empty where it is not known"]]
+    measured: NotRequired[Measured]
     totals: _Totals
     vectors_left_alone: Whole
     written: NotRequired[Annotated[str | None, "after compress: the output; null for a dry run"]]

@@ -278,7 +278,7 @@ def _entry(model: Model, info: TensorInfo, weights: dict[str, Tensor], trained: 
 
 
 def _tuned_manifest(model: Model, entries: list[Entry], history: dict[str, Any]) -> Manifest:
-    """The manifest with this history, without errors against the original weights."""
+    """The manifest with this history, without what was measured before the training."""
     assert model.manifest is not None
     tensors = {entry.info.name: entry for entry in entries}
 
@@ -290,4 +290,5 @@ def _tuned_manifest(model: Model, entries: list[Entry], history: dict[str, Any])
         return changed_record(layer, [tensors[name].read() for name in layer.core_names])
 
     layers = tuple(map(tuned, model.manifest.layers))
-    return replace(model.manifest, layers=layers, training=history)
+    calibration = {name: fact for name, fact in model.manifest.calibration.items() if name != "likeness"}
+    return replace(model.manifest, layers=layers, training=history, calibration=calibration, measured={})

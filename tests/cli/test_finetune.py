@@ -297,5 +297,9 @@ def test_compress_eval_scores_before_and_after(here: Here, folder: Path) -> None
     for key, file in (("before", "net.pt"), ("after", "c.safetensors")):
         alone = here("eval", file, "--data", "digits.npz", "--arch", "net.py:Net", "--json")
         assert json.loads(alone.stdout)["scores"] == found[key]["scores"]
+    report = json.loads(here("report", "c.safetensors", "--json").stdout)
+    assert report["measured"]["after"] == found["after"]["scores"]
+    assert report["headline"] == json.loads(done.stdout)["headline"] != ""
+    assert here("report", "c.safetensors").stdout.splitlines()[0] == report["headline"]
     refused = here(*words, "--eval", "digits.npz", "--dry-run")
     assert (refused.returncode, "--dry-run writes nothing" in refused.stderr) == (2, True)

@@ -65,7 +65,8 @@ def test_writes_the_file_of_the_chosen_size(here: Here, folder: Path) -> None:
     assert chosen["scores"] == report["evaluation"]["after"]["scores"]
     assert report["evaluation"]["after"]["model"] == "o.safetensors"
     assert report["evaluation"]["before"]["metric"] == "accuracy"
-    assert here(*COMMAND, "--size", f"{chosen['size']:.1%}", "-o", "r.safetensors").returncode == 0
+    again = ("--size", f"{chosen['size']:.1%}", "--eval", "digits.npz", "-o", "r.safetensors")
+    assert here(*COMMAND, *again).returncode == 0
     assert (folder / "o.safetensors").read_bytes() == (folder / "r.safetensors").read_bytes()
 
 

@@ -21,6 +21,7 @@ from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import LayerRule, make_recipe
 from mpoc.compression.recipe_syntax import parse_budget
 from mpoc.compression.search import SearchCallbacks, SearchRequest, SearchResult, Trial, compress_within
+from mpoc.compression.write import record_scores, scores_record
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.weight_files import output_bytes
@@ -86,7 +87,9 @@ def test_output_matches_the_chosen_ratio(
         ),
         arch=ARCH,
         calibrate=calibration,
+        measured=scores_record(found.before),
     )
+    record_scores(alone, scores_record(found.before, found.after))
     assert found.compression.output.read_bytes() == alone.output.read_bytes()
     again = evaluate_file(
         EvaluationRequest(found.compression.output, DataOptions(folder / "digits.npz"), arch=ARCH)
@@ -127,7 +130,9 @@ def test_searches_bytes_where_no_form_is_asked(
         make_recipe(None, {"size": parse_budget(chosen.option.split()[1]), **options}),
         arch=ARCH,
         calibrate=calibration,
+        measured=scores_record(found.before),
     )
+    record_scores(alone, scores_record(found.before, found.after))
     assert found.compression.output.read_bytes() == alone.output.read_bytes()
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.atomic import naming, refuse_existing, staged
 from mpoc.io.safetensors_header import TensorInfo
-from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
+from mpoc.io.safetensors_writer import Entry, plan_shards, replace_metadata, write_safetensors
 from tests.support.checkpoints import contents, save_directory
 
 DTYPES = (
@@ -79,6 +79,13 @@ def test_reads_tensors_one_at_a_time_in_file_order(tmp_path: Path) -> None:
     entries = [Entry(TensorInfo(name, "float32", (2,)), lambda name=name: read(name)) for name in "cab"]  # type: ignore[misc]
     write_safetensors(tmp_path / "m", entries, {})
     assert order == ["a", "b", "c"]
+
+
+def test_replaces_metadata_and_keeps_tensors(tmp_path: Path) -> None:
+    state, path = {"a": torch.randn(3, 2), "b": torch.arange(5)}, tmp_path / "m.safetensors"
+    save_file(state, path, {"mpoc": "old"})
+    replace_metadata(path, {"mpoc": "new and longer"})
+    assert path.read_bytes() == save(state, {"mpoc": "new and longer"})
 
 
 def test_rejects_duplicate_names(tmp_path: Path) -> None:

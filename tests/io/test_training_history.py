@@ -17,7 +17,7 @@ from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.training_history import HISTORY_FILE, before_compression, read_history, recorded
 from mpoc.models import zoo
 from mpoc.models.loading import open_model
-from mpoc.reporting.summary import training_lines
+from mpoc.reporting.remarks import training_lines
 from mpoc.train.evaluate_file import evaluate_file
 from mpoc.train.finetune import finetune
 from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest, Settings

@@ -57,6 +57,16 @@ def test_layers_keep_the_order_of_the_file() -> None:
     assert errors.series[0].points == ((1, 0.5), (2, 0.1), (3, 0.0))
 
 
+def test_charts_of_rounded_layers_are_in_bytes() -> None:
+    rounded = layer("a.weight", 100, 0.5, storage=({"kind": "coded"},), nbytes=50)
+    sizes, ratio, _ = layer_charts(manifest(rounded, layer("c.weight", 100)))
+    assert sizes.title == "Bytes" and [series.points for series in sizes.series] == [
+        ((1, 400), (2, 400)),
+        ((1, 50), (2, 400)),
+    ]
+    assert ratio.series[0].points == ((1, 4.0), (2, 32.0))
+
+
 def test_omits_charts_without_data() -> None:
     assert len(layer_charts(manifest(layer("a.weight", 40)))) == 2
     assert len(layer_charts(manifest(layer("a.weight", 100)))) == 2

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpoc.io.manifest import LayerRecord, Manifest, Source, storage_record
+from mpoc.io.training_history import Measured
 from mpoc.io.weight_files import output_bytes
 from mpoc.quantize.storage import Coded
+from mpoc.reporting.remarks import headline
 from mpoc.reporting.summary import Report, report_dict, summary, to_csv, to_json
 from mpoc.runtime.formatting import human_bytes, times
 
@@ -212,10 +214,25 @@ def test_short_report_gives_bits_of_rounded_layers() -> None:
     facts = {"this": {"agreement": 98.125, "kl": 0.01234}, "GPTQ": {"agreement": 97.0, "kl": 0.5}}
     calibrated = replace(rounded.manifest, calibration={"likeness": facts})
     said = summary(calibrated, 600, predicted=True)
-    assert said[0] == f"predicted at most {reached}; held out: agreement 98.12 %, KL 0.0123"
-    line = next(line for line in said if line.startswith("held-out outputs beside"))
-    assert line.endswith("KL 0.0123; in the same bytes GPTQ: agreement 97.00 %, KL 0.5")
+    assert said[0] == f"predicted at most {reached}"
+    assert "likeness of held-out outputs in the same bytes: GPTQ: agreement 97.00 %, KL 0.5" in said
+    assert repr(Report(calibrated, 600)).splitlines()[0].endswith("; held out: agreement 98.12 %, KL 0.0123")
     assert "bits a weight" not in repr(Report(WHOLE, 600))
+
+
+def test_headline_tells_scores_and_likeness() -> None:
+    measured = Measured(metric="accuracy", data="digits.npz", split="test", examples=539)
+    measured |= {"before": {"loss": 0.1, "accuracy": 98.9}, "after": {"accuracy": 98.5}}
+    likeness = {"data": {"name": "x.npz"}, "held_out": 1, "likeness": {"this": {"cosine": 0.98765}}}
+    assert headline(WHOLE) == ""
+    said = headline(replace(WHOLE, measured=measured, calibration=likeness))
+    assert said == (
+        "accuracy 98.90 % before compression, 98.50 % after it (test of digits.npz, 539 examples); "
+        "outputs on 1 held-out example of x.npz beside the original's: cosine 0.9877"
+    )
+    assert report_dict(replace(WHOLE, measured=measured), 1)["headline"] == said.partition("; ")[0]
+    ruined = replace(WHOLE, measured=measured | {"after": {"accuracy": None}})
+    assert headline(ruined) == ""
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,7 @@ from mpoc.compression.recipe import DEFAULT_EFFORT, Recipe
 from mpoc.compression.resume import in_order_key
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.keyed_store import find_item, put_item
-from mpoc.io.manifest import record_to_json
-from mpoc.io.manifest_reader import record_from_json
+from mpoc.io.manifest_reader import record_from_json, record_to_json
 from mpoc.io.open_checkpoint import read_finite
 from mpoc.io.safetensors_header import ITEMSIZE
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
