@@ -42,7 +42,7 @@ LEVELS = {
     "mpoc.__main__": 10,
     "mpoc": 10,
 }
-MOST_MODULES = 192
+MOST_MODULES = 193
 WITHOUT_TORCH = (
     "errors",
     "runtime.formatting",
@@ -72,6 +72,8 @@ USERS = {
     "transformers": ("mpoc.hf", "mpoc.data.text", "mpoc.models.architecture"),
     "matplotlib": ("mpoc.reporting.plots", "mpoc.reproduce.figures"),
     "accelerate": ("mpoc.train.engine",),
+    "torchvision": (),  # by name, in mpoc.models.packaged
+    "timm": (),
 }
 
 

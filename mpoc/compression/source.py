@@ -29,6 +29,7 @@ from mpoc.models.architecture import (
 from mpoc.models.auto_architecture import tell_architecture
 from mpoc.runtime.device import memory
 from mpoc.runtime.formatting import human_bytes
+from mpoc.runtime.packages import is_packaged
 from mpoc.tensor_networks.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def open_source(source: Path, recipe: Recipe, arch: str | None, calibrated: bool
 def calibrates_itself(recipe: Recipe, source: Path, arch: str | None) -> bool:
     """Whether self-made data are taken where none are given.
 
-    A budget is asked for, nothing excludes data to share it by, and the zoo or a directory's config.json
-    names the network, and with it what it takes.
+    A budget is asked for, nothing excludes data to share it by, and the zoo, an installed package or a
+    directory's config.json names the network, and with it what it takes.
     """
     ordered = recipe.order or any(rule.order for rule in recipe.rules)
     bounded = any(rule.max_error is not None or rule.discard is not None for rule in recipe.rules)
@@ -162,7 +163,11 @@ def calibrates_itself(recipe: Recipe, source: Path, arch: str | None) -> bool:
         return False
     if arch is None and source.is_file():
         arch = tell_architecture(open_checkpoint(source), None).arch
-    return (source / "config.json").is_file() if arch is None else zoo_name(arch) is not None
+    return (
+        (source / "config.json").is_file()
+        if arch is None
+        else zoo_name(arch) is not None or is_packaged(arch)
+    )
 
 
 def open_to_calibrate(

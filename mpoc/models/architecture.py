@@ -36,6 +36,8 @@ from mpoc.models.introspection import (
     tensors_of,
     trace_geometries,
 )
+from mpoc.models.packaged import make_packaged
+from mpoc.runtime.packages import is_packaged
 from mpoc.tensor_networks.geometry import Geometry
 
 if TYPE_CHECKING:
@@ -50,7 +52,8 @@ def make_network(arch: str) -> nn.Module:
     """Make the dense network that ``arch`` names: one of the zoo, or the result of a named function.
 
     Args:
-        arch: ``resnet56``, ``resnet:depth=56``, ``package.module:factory`` or ``file.py:factory``.
+        arch: ``resnet56``, ``resnet:depth=56``, ``torchvision:resnet18``, ``package.module:factory`` or
+            ``file.py:factory``.
 
     Raises:
         UsageError: ``arch`` has another form, is not found, or does not return an ``nn.Module``.
@@ -60,6 +63,8 @@ def make_network(arch: str) -> nn.Module:
             return zoo.make(arch)
         except ValueError as error:
             raise UsageError(f"--arch {arch!r}: {error}") from error
+    if is_packaged(arch):
+        return make_packaged(arch)
     place, _, name = arch.rpartition(":")
     if not place or not name:
         raise UsageError(
@@ -167,14 +172,22 @@ def first_difference(network: nn.Module, shapes: dict[str, tuple[int, ...]]) -> 
     return "", surplus
 
 
+def recorded_spec(manifest: Manifest) -> str | None:
+    """The network that a compressed file names, as ``--arch`` takes it; None: none, or the user's code."""
+    factory = manifest.architecture.get("factory", "")
+    return manifest.architecture.get("zoo", factory if is_packaged(factory) else None)
+
+
 def make_recorded(source: Path, manifest: Manifest) -> nn.Module:
-    """Make the dense network of the zoo that a compressed file names.
+    """Make the dense network of the zoo or of an installed package that a compressed file names.
 
     Raises:
         UsageError: the file names no network, or a function, which only the user may choose to run.
         MpocError: the zoo of this version does not have the network.
     """
     factory = manifest.architecture.get("factory")
+    if factory is not None and is_packaged(factory):
+        return make_packaged(factory)
     if factory is not None:
         place, _, name = factory.rpartition(":")
         module = Path(place).stem if place.endswith(".py") else place

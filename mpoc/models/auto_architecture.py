@@ -2,19 +2,21 @@
 
 A network of the zoo is found by a tensor that only it has; the arguments of its constructor follow from
 shapes.  It is made without memory, on the meta device, and taken only if it has all tensors of the
-checkpoint, in their shapes, and no others.  Nothing is guessed: where several fit, none is taken.
+checkpoint, in their shapes, and no others.  Then those of torchvision and timm are tried, where these are
+installed.  Nothing is guessed: where several fit, none is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
 from torch import nn
 
 from mpoc.io.checkpoint import Checkpoint
-from mpoc.models import zoo
+from mpoc.models import packaged, zoo
 from mpoc.models.architecture import first_difference, shapes_of
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -34,6 +36,7 @@ def tell_architecture(checkpoint: Checkpoint, asked: str | None) -> ToldArchitec
         return ToldArchitecture(asked)
     shapes = shapes_of(checkpoint)
     fitting = [spec for spec in _specs(shapes) if _fits(spec, shapes)]
+    fitting = fitting or list(_packaged(tuple(shapes.items())))
     if len(fitting) > 1:
         return ToldArchitecture(None, f"its tensors fit {' and '.join(fitting)}: name one with --arch")
     if not fitting:
@@ -67,6 +70,15 @@ def _fits(spec: str, shapes: Shapes) -> bool:
             network: nn.Module = zoo.make(spec)
     except ValueError:
         return False
+    return _has_all(network, shapes)
+
+
+@cache  # a file is opened more than once
+def _packaged(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[str, ...]:
+    return tuple(packaged.fitting(dict(shapes), partial(_has_all, shapes=dict(shapes))))
+
+
+def _has_all(network: nn.Module, shapes: Shapes) -> bool:
     return first_difference(network, dict(shapes)) == ("", [])
 
 

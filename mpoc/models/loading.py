@@ -35,6 +35,7 @@ from mpoc.models.architecture import (
     make_recorded,
     named_as_in,
     note_of_unused,
+    recorded_spec,
     shapes_of,
     with_architecture,
     zoo_name,
@@ -318,7 +319,7 @@ def open_beside(path: Path, arch: str | None) -> Model:
         UsageError: as :func:`open_model`.
         MpocError: as :func:`open_model`.
     """
-    own = is_compressed(path) and "zoo" in read_manifest(path).architecture
+    own = is_compressed(path) and recorded_spec(read_manifest(path)) is not None
     return open_model(path, None if own or (path / "config.json").is_file() else arch)
 
 
@@ -344,7 +345,7 @@ def open_model(path: Path, arch: str | None) -> Model:
     else:
         stored = open_compressed(path, manifest)
         network, notes = _open_network(path, arch)
-        arch = arch or manifest.architecture.get("zoo")
+        arch = arch or recorded_spec(manifest)
     notes = [*stored.notes, *notes]
     if any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters()):
         network.float()

@@ -28,8 +28,10 @@ from mpoc.models.architecture import zoo_name
 from mpoc.models.call import Batch, Call, first_output
 from mpoc.models.introspection import evaluating
 from mpoc.models.loading import Model
+from mpoc.models.packaged import image_facts
 from mpoc.models.zoo.picogpt import PicoGPT
 from mpoc.runtime.device import derived_seed
+from mpoc.runtime.packages import is_packaged
 
 SELF = "self"  # in the place of a data set
 _HINT = "--calibrate DATA, or none"
@@ -80,6 +82,8 @@ def _made(model: Model, samples: int, seed: int) -> SelfMadeData:
     network, entry = model.network, zoo.ENTRIES.get(zoo_name(model.architecture or "") or "")
     if entry is not None and entry.images:
         return _images(entry.shape, samples, generator)
+    if is_packaged(model.architecture or ""):
+        return _images((3, *image_facts(model.architecture or "")["size"]), samples, generator)
     if isinstance(network, PicoGPT):
         return _written(network, samples, len(network.positions), generator)
     if getattr(network, "config", None) is not None and Call.of(network).main_input is not None:

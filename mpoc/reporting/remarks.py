@@ -10,6 +10,7 @@ from typing import Any
 
 from mpoc.io.manifest import MANIFEST_FILE, Manifest
 from mpoc.runtime.formatting import counted
+from mpoc.runtime.packages import is_packaged
 
 # Above this relative error of its weights, a network usually needs fine-tuning.
 LARGE_ERROR = 0.1
@@ -34,7 +35,7 @@ def headline(manifest: Manifest) -> str:
     if likeness:
         held_out = counted(calibration.get("held_out", 0), "held-out example")
         data = calibration.get("data", {}).get("name", "?")
-        parts.append(f"outputs on {held_out} of {data} beside the original's: {likeness_text(likeness)}")
+        parts.append(f"outputs beside the original's: {likeness_text(likeness)} ({held_out} of {data})")
     return "; ".join(parts)
 
 
@@ -76,7 +77,10 @@ def remarks(manifest: Manifest) -> list[str]:
     if "zoo" in manifest.architecture:
         lines.append(f"architecture {manifest.architecture['zoo']} (zoo)")
     elif "factory" in manifest.architecture:
-        lines.append(f"architecture {manifest.architecture['factory']} (your code: pass --arch again)")
+        factory = manifest.architecture["factory"]
+        lines.append(
+            f"architecture {factory}{'' if is_packaged(factory) else ' (your code: pass --arch again)'}"
+        )
     return lines + training_lines(manifest.training)
 
 

@@ -32,6 +32,12 @@ _REQUIREMENT = re.compile(r"([\w.-]+)[^;<>=!~]*([^;]*)(?:;.*extra\s*==\s*['\"]([
 # Extras that a user chooses, in the order of the output.
 EXTRAS = ("hf", "train", "plot", "onnx")
 PYTHON = "Python"
+NETWORKS = ("torchvision", "timm")  # packages whose networks --arch names, as torchvision:resnet18
+
+
+def is_packaged(arch: str) -> bool:
+    """Whether ``arch`` names a network of such a package."""
+    return arch.partition(":")[0] in NETWORKS and ":" in arch
 
 
 def release(version: str) -> tuple[int, ...] | None:

@@ -36,7 +36,9 @@ from mpoc.io.weight_files import read_json
 from mpoc.models import zoo
 from mpoc.models.call import Batch
 from mpoc.models.loading import Model
+from mpoc.models.packaged import image_facts
 from mpoc.models.self_made_data import SelfMadeData, make_data
+from mpoc.runtime.packages import is_packaged
 from mpoc.train.loader import BatchLoader, plain
 from mpoc.train.settings import DataOptions
 
@@ -219,7 +221,7 @@ def _refuse_unused(options: DataOptions, data: Data) -> None:
 
 
 def image_options(options: DataOptions, model: Model) -> ImageOptions:
-    """Preprocessing of images: as asked, as in training, as of zoo or directory, else scaled to [0, 1]."""
+    """Preprocessing of images: as asked, as in training, as the network's source says, else in [0, 1]."""
     try:
         known = build_dataclass(ImageOptions, _recorded_images(model))
     except (TypeError, ValueError) as error:
@@ -237,6 +239,8 @@ def _recorded_images(model: Model) -> dict[str, Any]:
     spec = model.zoo_spec
     if spec is not None:
         return zoo.ENTRIES[zoo.parse(spec)[0]].images
+    if is_packaged(model.architecture or ""):
+        return image_facts(model.architecture or "")
     file = model.path / "preprocessor_config.json"
     if not (model.path.is_dir() and file.is_file()):
         return {}

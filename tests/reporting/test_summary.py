@@ -228,7 +228,7 @@ def test_headline_tells_scores_and_likeness() -> None:
     said = headline(replace(WHOLE, measured=measured, calibration=likeness))
     assert said == (
         "accuracy 98.90 % before compression, 98.50 % after it (test of digits.npz, 539 examples); "
-        "outputs on 1 held-out example of x.npz beside the original's: cosine 0.9877"
+        "outputs beside the original's: cosine 0.9877 (1 held-out example of x.npz)"
     )
     assert report_dict(replace(WHOLE, measured=measured), 1)["headline"] == said.partition("; ")[0]
     ruined = replace(WHOLE, measured=measured | {"after": {"accuracy": None}})
