@@ -74,10 +74,10 @@ def load(
             in eval mode.
         weights: what compressed layers compute from in eval mode; training always uses the cores.
             ``"cores"``: the cores. ``"dense"``: a dense weight that is built once, as fast and as large as
-            before compression. ``"auto"``: the dense weight in the layers where that is faster, by a cost
-            model for a batch of 64 vectors (images or tokens). ``"packed"``: the codes of what is stored in
-            few bits, decoded as they are used; this takes the least memory, and training leaves these weights
-            as they are. :func:`mpoc.nn.use_weights` changes it later.
+            before compression. ``"auto"``: whichever is faster for the number of vectors (images or tokens)
+            in the call, by a cost model; layers where cores always win hold no dense weight. ``"packed"``:
+            the codes of what is stored in few bits, decoded as they are used; this takes the least memory,
+            and training leaves these weights as they are. :func:`mpoc.nn.use_weights` changes it later.
 
     Returns:
         ``model``: compressed layers have cores as parameters, everything else is as stored. Devices, training

@@ -241,7 +241,7 @@ def _rebuilding(cls: type[nn.Module], name: str) -> type[nn.Module]:
     members = {
         name: property(read),
         "builders": lambda module: {name: partial(build, module, name) for name in names},
-        "dense_is_faster": lambda _: True,  # the weight is built in each call otherwise
+        "dense_is_faster": lambda *_: True,  # the weight is built in each call otherwise
         "train": train,
         "__getstate__": state,
         "__reduce_ex__": pickled,  # pickle does not find a class made here

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from mpoc.errors import UsageError
-from mpoc.nn.weight import TYPICAL_BATCH, CoreWeight
+from mpoc.nn.weight import CoreWeight
 from mpoc.runtime.device import require_memory
 from mpoc.tensor_networks.forms.contraction import without_autocast
 from mpoc.tensor_networks.geometry import Geometry, make_geometry
@@ -51,12 +51,12 @@ class MPOConvMap(CoreWeight):
 
     def _through_map(self, x: Tensor) -> Tensor:
         """Ŵx for x of shape (batch, N_x)."""
-        held = self.held_weight()
+        held = self.held_for(x)
         return self.form.apply(x) if held is None else linear(x, held)
 
-    def dense_is_faster(self) -> bool:
-        """Whether one product with the dense map takes less time for a typical batch; not if it is large."""
-        return not self.structure.is_large_map and self.form.dense_is_faster(TYPICAL_BATCH)
+    def dense_is_faster(self, batch: int) -> bool:
+        """Whether one product with the dense map takes less time for ``batch`` vectors; not if large."""
+        return not self.structure.is_large_map and self.form.dense_is_faster(batch)
 
     def _build(self) -> Tensor:
         """The dense map, (N_y, N_x).

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mpoc.nn.weight import TYPICAL_BATCH, CoreWeight
+from mpoc.nn.weight import CoreWeight
 
 
 class MPOLinear(CoreWeight, nn.Linear):
@@ -16,14 +16,14 @@ class MPOLinear(CoreWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, in_features) → (…, out_features), through the cores or from a dense weight that is held."""
-        held = self.held_weight()
+        held = self.held_for(input)
         if held is not None:
             return linear(input, held, self.bias)
         return through_cores(self, input)
 
-    def dense_is_faster(self) -> bool:
-        """Whether one product with the dense weight takes less time, for a typical batch."""
-        return self.form.dense_is_faster(TYPICAL_BATCH)
+    def dense_is_faster(self, batch: int) -> bool:
+        """Whether one product with the dense weight takes less time for ``batch`` vectors."""
+        return self.form.dense_is_faster(batch)
 
 
 class MPOConv1D(CoreWeight):
@@ -31,14 +31,14 @@ class MPOConv1D(CoreWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, nx) → (…, nf)."""
-        held = self.held_weight()
+        held = self.held_for(x)
         if held is not None:
             return linear(x, held.T, self.bias)
         return through_cores(self, x)
 
-    def dense_is_faster(self) -> bool:
-        """Whether one product with the dense weight takes less time, for a typical batch."""
-        return self.form.dense_is_faster(TYPICAL_BATCH)
+    def dense_is_faster(self, batch: int) -> bool:
+        """Whether one product with the dense weight takes less time for ``batch`` vectors."""
+        return self.form.dense_is_faster(batch)
 
 
 def through_cores(layer: CoreWeight, x: Tensor) -> Tensor:

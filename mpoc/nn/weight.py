@@ -4,6 +4,9 @@ In eval mode a layer may hold its dense weight, built once, and compute from it:
 A held weight is a plain attribute, not part of the state dict, of copies or of pickles. It is used only where
 no gradients of the cores are asked for, and built again once the cores have changed: each call compares the
 parameters and torch's version counters of their data with those it was built from.
+
+That comparison is the price of holding a weight. It is written for speed, since a small layer takes ten
+microseconds.
 """
 
 from __future__ import annotations
@@ -15,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.errors import UsageError, nearest
-from mpoc.tensor_networks.forms.contraction import without_autocast
+from mpoc.tensor_networks.forms.contraction import is_traced, without_autocast
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure
 
 Weights = Literal["auto", "dense", "cores", "packed"]
-# Vectors in a call for which "auto" compares the costs: images or tokens of a small batch.
-TYPICAL_BATCH = 64
+# Vectors in a call (images or tokens) for which "auto" compares the costs; a call takes the nearest choice.
+_BATCHES = (1, 8, 64, 512, 4096)
 _HELD = ("_held", "_made_of")  # ends of the names of attributes
 
 _SIZES = ("ndim", "dim", "size", "stride", "numel", "element_size", "nbytes", "is_floating_point")
@@ -73,9 +76,10 @@ def use_weights(model: nn.Module, weights: Weights = "auto") -> None:
     Args:
         model: changed in place.
         weights: ``"cores"``: compute through the cores. ``"dense"``: from the dense weight, which takes as
-            much memory as before compression. ``"auto"``: from the dense weight where that is faster, by a
-            cost model for a batch of 64 vectors. That is so for kernels of convolutions, embeddings, LSTMs,
-            GRUs and attention, whose weights are built in every call otherwise. Layers that hold codes
+            much memory as before compression. ``"auto"``: from the dense weight in the calls in which that is
+            faster, by a cost model for 1 to 4,096 vectors. Layers that are faster through their cores for any
+            number of vectors hold no dense weight. Kernels of convolutions, embeddings, LSTMs, GRUs and
+            attention do, since they are built in every call otherwise. Layers that hold codes
             (:func:`mpoc.load` with ``"packed"``) get parameters again.
 
     Raises:
@@ -118,7 +122,8 @@ def renew(module: Any) -> None:
     """Decide whether a module holds its dense weights, where it is now, and build them in eval mode."""
     release(module)
     weights = getattr(module, "_weights", "cores")
-    module.__dict__["_holds"] = weights == "dense" or (weights == "auto" and module.dense_is_faster())
+    by_dense = [weights == "dense" or (weights == "auto" and module.dense_is_faster(n)) for n in _BATCHES]
+    module.__dict__.update(_holds=any(by_dense), _by_dense=None if all(by_dense) else by_dense)
     hold(module)
 
 
@@ -150,17 +155,19 @@ def held_weight(module: nn.Module, name: str, build: Callable[[], Tensor]) -> Te
         return None
     if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined, no-untyped-call]
         return None
-    cores = cores_of(module, name)
+    every: Any = module._modules["cores" if name == "weight" else f"{name}_cores"]
+    cores = every._parameters.values()  # much faster than to go through a ParameterList
     if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
         return None
-    held: Tensor | None = getattr(module, f"_{name}_held", None)
+    own = module.__dict__
+    held: Tensor | None = own.get(f"_{name}_held")
     if torch.compiler.is_compiling():  # a graph cannot ask for the versions of tensors
+        return held
+    if held is not None and own[f"_{name}_made_of"].is_current(cores):
         return held
     if not all(type(core) is nn.Parameter for core in cores):  # in a transform of torch.func
         return None
-    if held is None or vars(module)[f"_{name}_made_of"] != _state_of(cores, held):
-        return _hold(module, name, cores, build)
-    return held
+    return _hold(module, name, list(cores), build)
 
 
 def _hold(module: nn.Module, name: str, cores: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
@@ -169,28 +176,33 @@ def _hold(module: nn.Module, name: str, cores: Sequence[Tensor], build: Callable
         weight = build()
     if type(weight) is Tensor:  # none of a fake mode, which shows shapes only
         vars(module)[f"_{name}_held"] = weight
-        vars(module)[f"_{name}_made_of"] = _state_of(cores, weight)
+        vars(module)[f"_{name}_made_of"] = _MadeOf(cores, weight)
     return weight
 
 
-class _Identity:
-    """A tensor that equals itself alone, and that is kept alive so that no other gets its address."""
+class _MadeOf:
+    """What a weight was made from: the cores, where their data lie, and how often they were changed.
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+    One loop and little memory: a call of a small network has lost most of the caches before its next layer.
+    """
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.tensor is other.tensor
+    def __init__(self, cores: Sequence[Tensor], weight: Tensor) -> None:
+        self.known = [(core, core.data_ptr(), _version(core)) for core in cores]
+        self.weight, self.written = weight, _version(weight)
 
-    __hash__ = None  # type: ignore[assignment]
+    def is_current(self, cores: Iterable[Tensor]) -> bool:
+        """Whether the cores are the same tensors, and neither they nor the weight have changed."""
+        for core, (known, pointer, version) in zip(cores, self.known, strict=True):
+            if core is not known or core.data_ptr() != pointer:
+                return False
+            if version is not None and core._version != version:
+                return False
+        return self.weight._version == self.written
 
 
-def _state_of(cores: Sequence[Tensor], weight: Tensor) -> list[Any]:
-    """A key that changes whenever the cores, or the weight made from them, change."""
-    return [
-        (_Identity(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-        for tensor in (*cores, weight)
-    ]
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was changed in place; None: torch does not count it."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def without_held(state: Any) -> Any:
@@ -226,8 +238,17 @@ class CoreWeight(nn.Module):
         """The dense weight that this call computes from; None: it goes through the cores."""
         return held_weight(self, "weight", self._build)
 
-    def dense_is_faster(self) -> bool:
-        """Whether a call takes less time from a dense weight that is held than through the cores."""
+    def held_for(self, x: Tensor) -> Tensor | None:
+        """The same for inputs (…, N_x); some layers hold their weight for few vectors or many only."""
+        by_dense: list[bool] | None = vars(self).get("_by_dense")
+        if by_dense is not None and not is_traced():
+            vectors = x.numel() // self.structure.inputs
+            if not by_dense[min(((vectors - 1).bit_length() + 1) // 3, len(by_dense) - 1)]:
+                return None
+        return held_weight(self, "weight", self._build)
+
+    def dense_is_faster(self, batch: int) -> bool:
+        """Whether ``batch`` vectors take less time from a held dense weight than through the cores."""
         return True
 
     def builders(self) -> dict[str, Callable[[], Tensor]]:

@@ -16,6 +16,7 @@ from mpoc.io.training_history import recorded
 from mpoc.models.architecture import make_network
 from mpoc.models.call import Call, to_device
 from mpoc.models.loading import Model, open_beside, open_model
+from mpoc.nn.weight import use_weights
 from mpoc.runtime.device import choose_device
 from mpoc.runtime.formatting import rounded
 from mpoc.train.evaluate import Evaluation, evaluate, fidelity, latency, probe, repeated, try_call
@@ -104,6 +105,7 @@ def evaluate_file(
         say(line)
     say(f"device {device}")
     loader, network = training_data.loader(split), model.network.to(device)
+    use_weights(network)
     scored = _scores(request, model, reference, training_data, loader, device)
     latencies = _latencies(model, network, loader, request, device) if request.latency else []
     return FileEvaluation(
@@ -128,6 +130,7 @@ def _scores(
         reference = open_beside(stand_in, model.architecture)
     if reference is not None:
         other = reference.network.to(device)
+        use_weights(other)
         similarity = fidelity(model.network, other, loader, request.batch, device)
         metric = "agreement" if "agreement" in similarity.scores else "cosine"
         return _Scored(similarity, metric, True, reference.path)

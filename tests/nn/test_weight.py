@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+import mpoc
 from mpoc.errors import UsageError
 from mpoc.nn import MPOLinear, use_weights
 from mpoc.tensor_networks.forms.mpo import MPO
@@ -267,11 +268,37 @@ def stepped(layer: Any, optimiser: torch.optim.Optimizer, x: Tensor) -> None:
 
 def test_auto_follows_the_cost_model() -> None:
     small, large = with_cores(nn.Linear(48, 64), 16, sites=3), with_cores(nn.Linear(4096, 4096), 2, sites=2)
-    assert small.dense_is_faster()
-    assert not large.dense_is_faster()
+    for batch in (1, 64, 4096):
+        assert small.dense_is_faster(batch)
+        assert not large.dense_is_faster(batch)
     network = nn.Sequential(small, large).eval()
     use_weights(network)
     assert ["_weight_held" in vars(layer) for layer in (small, large)] == [True, False]
+
+
+@torch.no_grad()
+def test_auto_chooses_in_each_call() -> None:
+    """Two thin products take longer to start than one, and less time for many vectors."""
+    network: Any = nn.Sequential(nn.Linear(384, 384)).eval()
+    mpoc.compress(network, bond=48, form="svd")
+    layer = network[0]
+    use_weights(layer, "cores")
+    few, many = torch.randn(3, 1, 384), torch.randn(2, 400, 384)
+    expected = layer(few), layer(many)
+    use_weights(layer)
+    assert [layer.held_for(x) is not None for x in (few, many, few[:0])] == [True, False, True]
+    for x, y in zip((few, many), expected, strict=True):
+        torch.testing.assert_close(layer(x), y)
+    use_weights(layer, "dense")
+    assert layer.held_for(many) is layer.held_for(few)
+
+
+@pytest.mark.parametrize("form", ["mpo", "tree", "mera"])
+def test_dense_weights_win_for_few_vectors(form: str) -> None:
+    """A call through cores starts several operations."""
+    network: Any = nn.Sequential(nn.Linear(256, 256))
+    mpoc.compress(network, bond=2, form=form)
+    assert network[0].dense_is_faster(1)
 
 
 def test_rejects_other_values() -> None:

@@ -24,13 +24,18 @@ class Rates:
     bytes: float  # to and from memory
     cached: float  # bytes within the cache
     start: float  # seconds to start one operation
+    call: float  # seconds that a call through cores takes beside its products
     piece: float  # seconds for each matrix of a batched product
     cache: int  # size of an intermediate that stays in the cache, in numbers
     block: int  # size of a block of rows of a rebuilt weight, in numbers
 
 
-CPU = Rates(flops=2e11, bytes=1.8e10, cached=2e11, start=1e-5, piece=3.5e-8, cache=1 << 20, block=1 << 21)
-GPU = Rates(flops=5e13, bytes=2e12, cached=2e12, start=8e-6, piece=2e-9, cache=1 << 26, block=1 << 24)
+CPU = Rates(
+    flops=2e11, bytes=1.8e10, cached=2e11, start=1e-5, call=1e-5, piece=3.5e-8, cache=1 << 20, block=1 << 21
+)
+GPU = Rates(
+    flops=5e13, bytes=2e12, cached=2e12, start=8e-6, call=1e-5, piece=2e-9, cache=1 << 26, block=1 << 24
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,9 @@ def ways(sites: tuple[Site, ...], batch: int, rates: Rates, rank: int = 0) -> It
     outputs, inputs = (math.prod(site[axis] for site in sites) for axis in (1, 2))
     apart = 0.0
     if rank:
-        apart = _product(1, batch, inputs, rank, rates) + _product(1, batch, rank, outputs, rates)
+        apart = product_seconds(1, batch, inputs, rank, rates) + product_seconds(
+            1, batch, rank, outputs, rates
+        )
     for size in range(count):
         for inner in combinations(range(1, count), size):
             cuts = (0, *inner, count)
@@ -79,8 +86,10 @@ def ways(sites: tuple[Site, ...], batch: int, rates: Rates, rank: int = 0) -> It
                 rows = max(1, min(left[1], rates.block // (right[1] * inputs)))
                 yield Plan(cuts, True, rows, merging + _rebuild(left, right, batch, rows, rates, rank))
             elif rank and len(cuts) == 2:
-                adding = _product(1, outputs, rank, inputs, rates)
-                yield Plan(cuts, True, outputs, merging + adding + _product(1, batch, inputs, outputs, rates))
+                adding = product_seconds(1, outputs, rank, inputs, rates)
+                yield Plan(
+                    cuts, True, outputs, merging + adding + product_seconds(1, batch, inputs, outputs, rates)
+                )
 
 
 def merged(sites: tuple[Site, ...], cuts: tuple[int, ...], rates: Rates) -> tuple[list[Site], float]:
@@ -115,7 +124,7 @@ def _joined(left: Site, right: Site) -> Site:
 def _join(left: Site, right: Site, rates: Rates) -> float:
     """Seconds to merge two neighbours: the product, and moving its axes."""
     size = math.prod(_joined(left, right))
-    product = _product(1, math.prod(left[:3]), left[3], math.prod(right[1:]), rates)
+    product = product_seconds(1, math.prod(left[:3]), left[3], math.prod(right[1:]), rates)
     return product + rates.start + 8 * size / bandwidth(size, rates)
 
 
@@ -135,9 +144,9 @@ def _chain(groups: list[Site], batch: int, rows: int, rates: Rates) -> float:
     for a, j, i, b in reversed(groups):
         pieces //= i
         total += (
-            _product(1, pieces, i * b, a * j, rates)
+            product_seconds(1, pieces, i * b, a * j, rates)
             if done == 1
-            else _product(pieces, a * j, i * b, done, rates)
+            else product_seconds(pieces, a * j, i * b, done, rates)
         )
         done *= j
     return total * math.ceil(batch / rows)
@@ -146,13 +155,15 @@ def _chain(groups: list[Site], batch: int, rows: int, rates: Rates) -> float:
 def _rebuild(left: Site, right: Site, batch: int, rows: int, rates: Rates, rank: int) -> float:
     """Seconds to build Ŵ with ``rows`` outputs of the left group at a time, and to multiply by it."""
     block = (1, rows, *left[2:])
-    seconds = _join(block, right, rates) + _product(1, batch, left[2] * right[2], rows * right[1], rates)
+    seconds = _join(block, right, rates) + product_seconds(
+        1, batch, left[2] * right[2], rows * right[1], rates
+    )
     if rank:
-        seconds += _product(1, rows * right[1], rank, left[2] * right[2], rates)
+        seconds += product_seconds(1, rows * right[1], rank, left[2] * right[2], rates)
     return seconds * math.ceil(left[1] / rows)
 
 
-def _product(pieces: int, m: int, k: int, n: int, rates: Rates) -> float:
+def product_seconds(pieces: int, m: int, k: int, n: int, rates: Rates) -> float:
     """Seconds for ``pieces`` products (m, k) @ (k, n) with one factor shared."""
     arithmetic = 2 * pieces * m * k * n / (rates.flops * _efficiency(m, k, n))
     numbers = pieces * (k * n + m * n) + m * k
@@ -190,17 +201,18 @@ def _gather_seconds(sites: tuple[Site, ...], cuts: tuple[int, ...], count: int, 
 
 
 def dense_wins(
-    sites: tuple[Site, ...], outputs: int, inputs: int, batch: int, on_gpu: bool, rank: int = 0
+    sites: tuple[Site, ...], sides: tuple[int, int], batch: int, on_gpu: bool, rank: int = 0, made: int = 0
 ) -> bool:
     """Whether one product with a stored dense weight takes less time than the chain's cheapest plan.
 
     Args:
         sites: sites of the chain.
-        outputs: outputs of the dense weight, without padding.
-        inputs: inputs of the dense weight, without padding.
+        sides: outputs and inputs of the dense weight, without padding.
         batch: number of vectors.
         on_gpu: use the rates of a GPU, else those of a CPU.
         rank: rank of an added low-rank part; 0: none.
+        made: number of operations in which the chain is made first.
     """
-    dense = _product(1, batch, inputs, outputs, GPU if on_gpu else CPU)
-    return dense < cheapest(sites, batch, on_gpu, rank).seconds
+    rates, (outputs, inputs) = GPU if on_gpu else CPU, sides
+    dense = product_seconds(1, batch, inputs, outputs, rates)
+    return dense < cheapest(sites, batch, on_gpu, rank).seconds + rates.call + made * rates.start

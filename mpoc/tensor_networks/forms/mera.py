@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Self
 
@@ -24,14 +25,16 @@ from mpoc.tensor_networks.forms.contraction import (
     traced_once,
     work,
 )
+from mpoc.tensor_networks.forms.cost import CPU, GPU, Rates, bandwidth, product_seconds
 from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.structure import Structure
 from mpoc.tensor_networks.topology import mera
 
+_Sizes = tuple[int, ...]
 # Largest intermediate in numbers; a larger batch goes through in parts.
 _AT_ONCE = 1 << 24
-# Moving one number to memory and back takes as long as this many multiplications.
-_MOVING = 40
+# Moving the axes of a number takes as long as reading so many bytes (fitted to 16 layers and batches).
+_MOVING = 36
 
 
 class Mera(Form):
@@ -71,9 +74,11 @@ class Mera(Form):
         return contract_mera(x, self.cores, self.structure)
 
     def dense_is_faster(self, batch: int) -> bool:
-        """By the estimate for very large batches, for which the time to build the weight does not matter."""
-        sides = self.structure.output_factors, self.structure.input_factors
-        return bool(_plan(*sides, tuple([tuple(core.shape) for core in self.cores]), 1 << 62)[0])
+        """By the cost model, for ``batch`` vectors."""
+        structure, on_gpu = self.structure, self.cores[0].is_cuda
+        rates = GPU if on_gpu else CPU
+        dense = product_seconds(1, batch, structure.inputs, structure.outputs, rates)
+        return dense < _plan(*_shapes(structure, self.cores), batch, on_gpu).seconds + rates.call
 
     def contracted(self, legs: Sequence[str]) -> Tensor:
         """Contract all cores to one tensor with these legs (j1, i1, …) in this order."""
@@ -100,18 +105,18 @@ def contract_mera(x: Tensor, cores: Sequence[Tensor], structure: Structure) -> T
         (batch, J_1·…·J_n).
     """
     sides = structure.output_factors, structure.input_factors
-    rebuild, largest, legs = _plan(*sides, tuple([tuple(core.shape) for core in cores]), planned_batch(x))
+    plan = _plan(*_shapes(structure, cores), planned_batch(x), x.is_cuda)
     sites = range(1, len(sides[0]) + 1)
     outputs, inputs = tuple([f"j{k}" for k in sites]), tuple([f"i{k}" for k in sites])
     if is_autocast(x.device):  # all products in its dtype, as for a chain
         dtype = torch.get_autocast_dtype(x.device.type)
         x, cores = x.to(dtype), [core.to(dtype) for core in cores]
-    if rebuild:
-        weight = contract_all(cores, legs, (*outputs, *inputs)).reshape(-1, x.shape[1])
+    if plan.rebuild:
+        weight = contract_all(cores, plan.legs, (*outputs, *inputs)).reshape(-1, x.shape[1])
         return x @ weight.T
-    at_once = max(1, _AT_ONCE // largest)
+    at_once = max(1, _AT_ONCE // plan.largest)
     parts = [x] if is_traced() or x.shape[0] <= at_once else x.split(at_once)
-    named, result = (("n", *inputs), *legs), ("n", *outputs)
+    named, result = (("n", *inputs), *plan.legs), ("n", *outputs)
     steps = [(0 if k == 1 else len(cores) + k - 1, k) for k in range(1, len(named))]
     applied = []
     for part in parts:
@@ -120,23 +125,48 @@ def contract_mera(x: Tensor, cores: Sequence[Tensor], structure: Structure) -> T
     return torch.cat(applied) if len(applied) > 1 else applied[0]
 
 
+def _shapes(structure: Structure, cores: Sequence[Tensor]) -> tuple[_Sizes, _Sizes, tuple[_Sizes, ...]]:
+    """What a plan depends on: output and input factors, and the shapes of the cores."""
+    return structure.output_factors, structure.input_factors, tuple([tuple(core.shape) for core in cores])
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How to contract a batch."""
+
+    rebuild: bool  # build the weight first
+    seconds: float  # estimated
+    largest: int  # numbers of the largest intermediate of a vector
+    legs: tuple[tuple[str, ...], ...]  # of the cores
+
+
 @cache
 def _estimated(
-    outputs: tuple[int, ...], inputs: tuple[int, ...], shapes: tuple[tuple[int, ...], ...], batch: int
-) -> tuple[bool, int, tuple[tuple[str, ...], ...]]:
-    """Whether to build the weight, the size of the largest intermediate of a vector, and the cores' legs."""
+    outputs: _Sizes, inputs: _Sizes, shapes: tuple[_Sizes, ...], batch: int, on_gpu: bool
+) -> _Plan:
+    """Whether to build the weight, or to take the vectors through the cores, by the cost model."""
+    rates = GPU if on_gpu else CPU
     cores = mera(outputs, inputs, bond_of(outputs, inputs, shapes))
     size = largest = math.prod(inputs)
-    through = 0
+    through = 0.0
     for core in cores:
-        multiplications = size * math.prod(core.shape[:2])
-        size = multiplications // math.prod(core.shape[2:])
-        through += multiplications + _MOVING * size
+        upper, lower = math.prod(core.shape[:2]), math.prod(core.shape[2:])
+        through += _step(batch * size // lower, lower, upper, rates)
+        size = size // lower * upper
         largest = max(largest, size)
     legs = tuple(core.legs for core in cores)
     multiplications, made = work(legs, leg_sizes(legs, shapes))
-    dense = math.prod(outputs) * math.prod(inputs)
-    return multiplications + _MOVING * made + batch * dense < batch * through, largest, legs
+    building = (
+        2 * multiplications / rates.flops + 8 * made / bandwidth(made, rates) + 2 * len(cores) * rates.start
+    )
+    building += product_seconds(1, batch, math.prod(inputs), math.prod(outputs), rates)
+    return _Plan(building < through, min(building, through), largest, legs)
+
+
+def _step(vectors: int, lower: int, upper: int, rates: Rates) -> float:
+    """Seconds to apply a core to ``vectors`` of its lower legs, after their axes have moved."""
+    moving = _MOVING * vectors * lower / rates.bytes
+    return rates.start + moving + product_seconds(1, vectors, lower, upper, rates)
 
 
 _plan = traced_once(_estimated)

@@ -81,7 +81,7 @@ class MPO(Form):
     def dense_is_faster(self, batch: int) -> bool:
         """By the cost model, for ``batch`` vectors."""
         sides = self.structure.outputs, self.structure.inputs
-        return dense_wins(sites_of(self.cores), *sides, batch, self.cores[0].is_cuda)
+        return dense_wins(sites_of(self.cores), sides, batch, self.cores[0].is_cuda)
 
     def rows(self, indices: Tensor) -> Tensor:
         """(n,) → (n, N_x), by products of core slices."""

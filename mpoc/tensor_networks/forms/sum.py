@@ -84,7 +84,7 @@ class Sum(Form):
     def dense_is_faster(self, batch: int) -> bool:
         """By the cost model for both parts."""
         sides, rank = (self.structure.outputs, self.structure.inputs), self.low_rank.bonds[1]
-        return dense_wins(sites_of(self.mpo.cores), *sides, batch, self.cores[0].is_cuda, rank)
+        return dense_wins(sites_of(self.mpo.cores), sides, batch, self.cores[0].is_cuda, rank)
 
     def rows(self, indices: Tensor) -> Tensor:
         """Rows of both parts, (n,) → (n, N_x)."""
