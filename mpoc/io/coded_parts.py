@@ -20,7 +20,8 @@ from mpoc.io.manifest import HALF, CodedPart, LayerRecord, storage_record
 from mpoc.io.safetensors_writer import Entry
 from mpoc.quantize.codes import GridTensor, QuantizedTensor, quantized_from_tensors
 from mpoc.quantize.feedback import best_exponents
-from mpoc.quantize.rounding import coded_in_bytes, round_grid
+from mpoc.quantize.grid_rounding import round_grid
+from mpoc.quantize.rounding import coded_in_bytes
 from mpoc.quantize.storage import Coded, Grid, Storage, default_grid
 from mpoc.tensor_networks.forms.layout import from_matrix, to_matrix
 

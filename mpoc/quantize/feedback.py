@@ -1,4 +1,4 @@
-"""The metric of a matrix's columns as rounding sees it: what a squared step costs, where errors go.
+"""The metric of a matrix's columns, or rows, as rounding sees it: what a squared step costs, where errors go.
 
 With H = U Uᵀ, U upper triangular, f = Σ_k U_kk² Σ_i G_ii e_ik²: :mod:`mpoc.quantize.rounding` says how.
 """
@@ -17,7 +17,7 @@ _JITTER = (0.0, 1e-9, 1e-7, 1e-5)
 
 
 class Feedback:
-    """A metric of the columns, with the order of rounding and its triangular factor.
+    """A metric of the columns, with the order of rounding and its triangular factor; of rows likewise.
 
     Columns are rounded in falling order of the metric's diagonal.  Dead columns (a diagonal of zero) come
     last, take no feedback and cost nothing.
@@ -41,6 +41,15 @@ class Feedback:
         self.weights = torch.empty(len(metric))
         self.weights[self.order] = upper.diagonal().square().float()
         self.weights[diagonal <= 0] = 0.0
+
+
+# G of the rows: with feedback, its diagonal alone, or the identity.
+Rows = Feedback | Tensor | None
+
+
+def weights_of(rows: Rows) -> Tensor | None:
+    """What a squared error of each row costs, once feedback has taken the rest; None: 1."""
+    return rows.weights if isinstance(rows, Feedback) else rows
 
 
 def _upper_factor(metric: Tensor) -> Tensor:
@@ -77,21 +86,29 @@ def best_exponents(weights: Tensor | None, count: int) -> Tensor:
     return (octaves.clamp(max=float(finite.max())) - finite.min()).clamp_(max=MOST_EXPONENT).to(torch.int8)
 
 
-def typical_error(steps: Tensor, feedback: Feedback | None, generator: torch.Generator) -> Tensor:
-    """An error T − V such as rounding with these steps makes: e is uniform, and T − V = e (I + shares)⁻¹.
+def typical_error(
+    steps: Tensor, feedback: Feedback | None, generator: torch.Generator, rows: Rows = None
+) -> Tensor:
+    """An error D = T − V such as rounding with these steps makes, uniform once feedback has been undone.
 
     Args:
         steps: δ, (rows, columns).
         feedback: the metric of the columns; None is the identity.
         generator: of e, on the CPU.
+        rows: G, or its diagonal (rows,); None is the identity.
 
     Returns:
         (rows, columns) of float32.
     """
-    noise = (torch.rand(steps.shape, generator=generator) - 0.5) * steps.float().cpu()
-    if feedback is None:
-        return noise
-    ordered = noise[:, feedback.order]
+    error = (torch.rand(steps.shape, generator=generator) - 0.5) * steps.float().cpu()
+    if feedback is not None:
+        error = _undone(error, feedback)
+    return _undone(error.T, rows).T if isinstance(rows, Feedback) else error
+
+
+def _undone(error: Tensor, feedback: Feedback) -> Tensor:
+    """e (I + shares)⁻¹, columns in their own order before and after."""
     unit = feedback.shares + torch.eye(len(feedback.shares))
-    error = torch.linalg.solve_triangular(unit, ordered, upper=True, left=False, unitriangular=True)
-    return error[:, feedback.order.argsort()]
+    ordered = error[:, feedback.order]
+    solved = torch.linalg.solve_triangular(unit, ordered, upper=True, left=False, unitriangular=True)
+    return solved[:, feedback.order.argsort()]

@@ -41,7 +41,7 @@ from benchmarking import markdown_table, require_file, run_mpoc
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpoc.quantize.rounding import gptq as gptq_values
+from mpoc.quantize.grid_rounding import gptq as gptq_values
 
 GROUP, WIDTHS, MIXED = 64, (8, 4, 3, 2), (2, 3, 4, 5, 6, 8)
 OURS = {"ours": [], "grid": ["--storage", "grid"]}

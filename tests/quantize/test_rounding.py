@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.quantize import rounding
+from mpoc.quantize import grid_rounding, rounding
 from mpoc.quantize.codes import CodedTensor, GridTensor, QuantizedTensor
-from mpoc.quantize.feedback import Feedback, best_exponents, typical_error
-from mpoc.quantize.rounding import coded_in_bytes, round_coded, round_grid
+from mpoc.quantize.feedback import Feedback, best_exponents, typical_error, weights_of
+from mpoc.quantize.grid_rounding import round_grid
+from mpoc.quantize.rounding import coded_in_bytes, round_coded
 from mpoc.quantize.storage import GRID_BITS, Grid
 
 
@@ -69,7 +70,7 @@ def coded(target: Tensor, feedback: Feedback | None, scale: float) -> CodedTenso
 
 def gptq(target: Tensor, metric: Tensor, step: float) -> Tensor:
     """The published loop: the inverse's Cholesky factor, one column at a time.  float64."""
-    order = metric.diagonal().argsort(descending=True)
+    order = metric.diagonal().argsort(descending=True, stable=True)
     inverse = torch.linalg.inv(metric.double()[order][:, order])
     upper = torch.linalg.cholesky(inverse, upper=True)
     left, values = target.double()[:, order].clone(), torch.zeros_like(target, dtype=torch.float64)
@@ -82,7 +83,7 @@ def gptq(target: Tensor, metric: Tensor, step: float) -> Tensor:
 
 def without_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave codes as feedback makes them; the refitted scale stays."""
-    monkeypatch.setattr(rounding, "_SWEEPS", 0)
+    monkeypatch.setattr(grid_rounding, "_SWEEPS", 0)
 
 
 @pytest.mark.parametrize("columns", [24, 150])
@@ -94,6 +95,39 @@ def test_codes_are_those_of_textbook_gptq(monkeypatch: pytest.MonkeyPatch, colum
     expected = (gptq(target, metric, 0.03) / 0.03).round()
     # A number that lies between two codes may go either way, in float32 and in float64.
     assert (found.codes != expected).float().mean() < 0.002
+
+
+def of_unit_diagonal(metric: Tensor) -> Tensor:
+    """Rounded in the given order, and well conditioned."""
+    sizes = metric.diagonal().sqrt()
+    return (0.7 * metric / sizes / sizes[:, None]).fill_diagonal_(1.0)
+
+
+@pytest.mark.parametrize("sizes", [(35, 40), (3, 70)])
+def test_codes_of_two_sides_are_those_of_gptq_on_all_numbers(sizes: tuple[int, int]) -> None:
+    """Against one row of all numbers, whose metric is G ⊗ H."""
+    rows, columns = (of_unit_diagonal(correlated(size, seed)) for seed, size in enumerate(sizes))
+    target, zeros = weight(*sizes), [torch.zeros(size, dtype=torch.int8) for size in sizes]
+    found = round_coded(target, Feedback(columns), *zeros, 0.03, Feedback(rows))
+    expected = (gptq(target.reshape(1, -1), torch.kron(rows, columns), 0.03) / 0.03).round()
+    assert (found.codes.reshape(1, -1) != expected).float().mean() < 0.002
+
+
+@pytest.mark.parametrize("storage", [None, Grid(3, 32)])
+def test_feedback_between_rows_lowers_f(storage: Grid | None) -> None:
+    target, metric, outputs = weight(96, 64), correlated(64), correlated(96, 3)
+    feedback, rows = Feedback(metric), Feedback(outputs)
+
+    def f(given: Feedback | Tensor) -> float:
+        if storage is not None:
+            values = round_grid(target, feedback, storage, given).values()
+        else:
+            exponents = best_exponents(weights_of(given), 96), best_exponents(feedback.weights, 64)
+            values = coded_in_bytes(target, feedback, *exponents, 2500, given).values()
+        error = (target - values).double()
+        return float(((outputs.double() @ error @ metric.double()) * error).sum())
+
+    assert f(rows) < 0.8 * f(outputs.diagonal())
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -113,9 +147,9 @@ def test_gptq_is_the_published_one(bits: int) -> None:
         expected[:, k] = (((left[:, k] / scale).round() + zero).clamp(0, 2**bits - 1) - zero) * scale
         inverse = torch.linalg.inv(rest[k:, k:])
         left[:, k:] -= torch.outer((left[:, k] - expected[:, k]) / inverse[0, 0], inverse[0])
-    found = rounding.gptq(target, metric, bits, 16)
+    found = grid_rounding.gptq(target, metric, bits, 16)
     assert (found - expected).abs().gt(1e-4).double().mean() < 0.02  # a tie may go either way
-    nearest = rounding.gptq(target, None, bits, 16)
+    nearest = grid_rounding.gptq(target, None, bits, 16)
     assert cost(target, found, metric) < 0.8 * cost(target, nearest, metric)
 
 
@@ -163,16 +197,16 @@ def test_feedback_and_sweeps_lower_f(monkeypatch: pytest.MonkeyPatch, bits: int,
     assert swept < cost(target, round_grid(target, feedback, spec).values(), metric) < 0.7 * nearest
 
 
-@pytest.mark.parametrize("bits", [4.0, 1.5])
-def test_sweeps_lower_f_of_coded_at_equal_bytes(monkeypatch: pytest.MonkeyPatch, bits: float) -> None:
+@pytest.mark.parametrize("bits", [3.0, 1.0])
+def test_a_dead_zone_lowers_f_of_coded_at_equal_bytes(monkeypatch: pytest.MonkeyPatch, bits: float) -> None:
     target, metric = weight(64, 128), correlated(128)
     feedback = Feedback(metric)
     exponents = best_exponents(None, 64), best_exponents(feedback.weights, 128)
     nbytes = int(bits * target.numel() / 8)
-    swept = coded_in_bytes(target, feedback, *exponents, nbytes)
-    without_sweeps(monkeypatch)
-    once = coded_in_bytes(target, feedback, *exponents, nbytes)
-    assert cost(target, swept.values(), metric) < cost(target, once.values(), metric)
+    trimmed = coded_in_bytes(target, feedback, *exponents, nbytes)
+    monkeypatch.setattr(rounding, "_DEAD_ZONE", 0.0)
+    nearest = coded_in_bytes(target, feedback, *exponents, nbytes)
+    assert cost(target, trimmed.values(), metric) < cost(target, nearest.values(), metric)
 
 
 @pytest.mark.parametrize("spec", [Grid(4, 32), Grid(8), Grid(3, 64, symmetric=True)])
@@ -335,3 +369,8 @@ def test_typical_errors_cost_what_is_predicted() -> None:
     error = typical_error(steps, feedback, generator)
     assert cost(error, torch.zeros_like(error), metric) == pytest.approx(price(steps, feedback), rel=0.03)
     assert float(typical_error(steps, None, generator).abs().max()) <= float(steps.max()) / 2
+    outputs = correlated(32, 5)
+    rows, steps = Feedback(outputs), steps[:32]
+    errors = [typical_error(steps, feedback, generator, rows).double() for _ in range(200)]
+    squared = [float(((outputs.double() @ error @ metric.double()) * error).sum()) for error in errors]
+    assert sum(squared) / 200 == pytest.approx(price(steps, feedback, rows.weights), rel=0.03)

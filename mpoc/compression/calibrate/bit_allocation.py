@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mpoc.compression.budget import allocate, fewest_bits
-from mpoc.compression.calibrate.calibrated_rounding import feedback_of, gptq_weight
+from mpoc.compression.calibrate.calibrated_rounding import feedback_of, gptq_weight, rows_of
 from mpoc.compression.calibrate.candidates import costs_of
 from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
@@ -33,7 +33,7 @@ from mpoc.io.coded_parts import Rounding, values_of_all, with_codes
 from mpoc.io.manifest import LayerRecord
 from mpoc.io.open_checkpoint import read_finite
 from mpoc.quantize.codes import HALF_OCTAVES, QuantizedTensor
-from mpoc.quantize.feedback import best_exponents, typical_error
+from mpoc.quantize.feedback import best_exponents, typical_error, weights_of
 from mpoc.quantize.storage import GRID_BITS
 from mpoc.tensor_networks.forms.layout import from_matrix
 from mpoc.tensor_networks.structure import low_rank_structure
@@ -132,14 +132,15 @@ def movement(
     kind, transposed = plan.map.kind, plan.map.transposed
     matrix = one_matrix(weight, kind, transposed)
     metric = objective.metric(matrix, objective.usual_gamma)
-    feedback = feedback_of(metric.inputs)
+    feedback, rows = feedback_of(metric.inputs), rows_of(metric.outputs)
     weights = metric.inputs.diagonal() if feedback is None else feedback.weights
-    exponents = best_exponents(weights, matrix.shape[1])
-    steps = HALF_OCTAVES[exponents.long()].double()
+    sides = best_exponents(weights_of(rows), len(matrix)), best_exponents(weights, matrix.shape[1])
+    by_row, by_column = (HALF_OCTAVES[exponents.long()].double() for exponents in sides)
+    steps = by_row[:, None] * by_column
     spread = float((matrix / steps).square().mean().sqrt())
     steps = steps * spread * 2 ** (_GAUSSIAN - _PROBE_BITS)
     generator = torch.Generator().manual_seed(zlib.crc32(plan.map.name.encode()) ^ seed)
-    made = matrix - typical_error(steps.expand_as(matrix), feedback, generator).to(matrix)
+    made = matrix - typical_error(steps, feedback, generator, rows).to(matrix)
     shift = objective.shift(matrix, made)
     structure = low_rank_structure(kind, tuple(weight.shape), transposed)
     replacement = Replacement(from_matrix(made[None].float(), structure), shift)

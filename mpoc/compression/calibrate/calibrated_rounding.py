@@ -21,10 +21,11 @@ from mpoc.compression.calibrate.objective import LayerObjective, Objective, one_
 from mpoc.io.coded_parts import Rounding, tensor_of
 from mpoc.io.manifest import CodedPart, LayerRecord
 from mpoc.quantize.codes import QuantizedTensor
-from mpoc.quantize.feedback import Feedback, best_exponents
-from mpoc.quantize.rounding import coded_in_bytes, gptq, round_grid
+from mpoc.quantize.feedback import Feedback, Rows, best_exponents, weights_of
+from mpoc.quantize.grid_rounding import gptq, round_grid
+from mpoc.quantize.rounding import coded_in_bytes
 from mpoc.quantize.storage import Grid, default_grid
-from mpoc.tensor_networks.fit.metric import Metric, RowMoment, Second
+from mpoc.tensor_networks.fit.metric import Metric, RowMoment, Second, weighed
 from mpoc.tensor_networks.fit.weighted import matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import Form, form_of
@@ -108,7 +109,7 @@ def _gammas(objective: Objective, columns: int) -> tuple[float, ...]:
 
 
 def _round_weight(part: CodedPart, rounding: Rounding, metric: Metric) -> list[QuantizedTensor]:
-    return [_round(metric.target, metric.inputs, _diagonal(metric.outputs), part, rounding)]
+    return [_round(metric.target, metric.inputs, rows_of(metric.outputs), part, rounding)]
 
 
 def _round_cores(
@@ -131,39 +132,44 @@ def _round_factors(
     left, right = factors
     rotation = _rotation(left.shape[1]).to(left)
     left, right = left @ rotation.T, rotation @ right
-    outputs = _diagonal(metric.outputs)
-    weights = (left * left if outputs is None else outputs[:, None] * left * left).sum(0)
-    second = _round(right, metric.inputs, weights, parts[1], rounding)
+    bond = left.T @ weighed(metric.outputs, left)
+    second = _round(right, metric.inputs, rows_of(bond), parts[1], rounding)
     rounded = second.values().to(right)
     seen = rounded * metric.inputs if _is_diagonal(metric.inputs) else rounded @ metric.inputs
     gram = seen @ rounded.T
     gram.diagonal().add_(1e-9 * gram.diagonal().mean())
     left = torch.linalg.solve(gram, seen @ metric.target.T).T
-    return [_round(left, gram, outputs, parts[0], rounding), second]
+    return [_round(left, gram, rows_of(metric.outputs), parts[0], rounding), second]
 
 
 def _round(
-    target: Tensor, inputs: Second, outputs: Tensor | None, part: CodedPart, rounding: Rounding
+    target: Tensor, inputs: Second, rows: Rows, part: CodedPart, rounding: Rounding
 ) -> QuantizedTensor:
-    """Codes of ``target`` (rows, columns) in the metric of its columns, rows weighted by ``outputs``."""
+    """Codes of ``target`` (rows, columns) in the metric of its columns and of its rows."""
     feedback = feedback_of(inputs)
     if isinstance(part.storage, Grid):
-        return round_grid(target, feedback, part.storage)
-    rows, columns = target.shape
+        return round_grid(target, feedback, part.storage, rows)
     weights = inputs.diagonal() if feedback is None else feedback.weights
-    steps = best_exponents(outputs, rows), best_exponents(weights, columns)
-    return coded_in_bytes(target, feedback, *steps, rounding.most_bytes(target.numel()), outputs)
+    steps = best_exponents(weights_of(rows), len(target)), best_exponents(weights, target.shape[1])
+    return coded_in_bytes(target, feedback, *steps, rounding.most_bytes(target.numel()), rows)
 
 
 def feedback_of(inputs: Second) -> Feedback | None:
     """The metric of inputs, damped, as rounding takes it; None where it is too wide to be formed."""
     if isinstance(inputs, Tensor):
-        moment = torch.diag(inputs) if inputs.dim() == 1 else inputs
-    elif len(inputs.left.centre) > _WIDEST:
-        return None
-    else:
-        moment = inputs.formed()
-    return Feedback(moment + torch.diag(_DAMPING * moment.diagonal()))
+        return Feedback(_damped(torch.diag(inputs) if inputs.dim() == 1 else inputs))
+    return Feedback(_damped(inputs.formed())) if len(inputs.left.centre) <= _WIDEST else None
+
+
+def rows_of(outputs: Tensor | None) -> Rows:
+    """The metric of outputs, damped, as rounding takes it; its diagonal where it is too wide."""
+    if outputs is None or outputs.dim() == 1:
+        return outputs
+    return Feedback(_damped(outputs)) if len(outputs) <= _WIDEST else outputs.diagonal()
+
+
+def _damped(moment: Tensor) -> Tensor:
+    return moment + torch.diag(_DAMPING * moment.diagonal())
 
 
 def gptq_weight(weight: Tensor, record: LayerRecord, objective: Objective | None, bits: int) -> Tensor:
@@ -196,7 +202,3 @@ def _rotation(size: int) -> Tensor:
 
 def _is_diagonal(inputs: Second) -> bool:
     return isinstance(inputs, Tensor) and inputs.dim() == 1
-
-
-def _diagonal(outputs: Tensor | None) -> Tensor | None:
-    return outputs.diagonal() if outputs is not None and outputs.dim() == 2 else outputs
