@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpoc.compression.expand import expand_checkpoint
 from mpoc.compression.pipeline import compress_checkpoint
@@ -253,3 +254,47 @@ def test_tolerance_is_used_up(tmp_path: Path) -> None:
     torch.save({"conv.weight": torch.randn(64, 64, 3, 3)}, tmp_path / "m.pt")
     (layer,) = compress(tmp_path / "m.pt", max_error=0.6).manifest.layers
     assert 0.55 < (layer.relative_error or 0) <= 0.6
+
+
+def _vit() -> dict[str, Tensor]:
+    block = {
+        "norm1": (96,),
+        "attn.qkv": (288, 96),
+        "attn.proj": (96, 96),
+        "mlp.fc1": (384, 96),
+        "mlp.fc2": (96, 384),
+    }
+    shapes = {f"blocks.0.{name}.weight": shape for name, shape in block.items()}
+    shapes |= {"cls_token": (1, 1, 96), "pos_embed": (1, 17, 96), "patch_embed.proj.weight": (96, 3, 8, 8)}
+    return {name: torch.randn(shape) for name, shape in (shapes | {"head.weight": (10, 96)}).items()}
+
+
+def _layers(**layers: nn.Module) -> dict[str, Tensor]:
+    return nn.ModuleDict(layers).state_dict()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _layers(
+            features=nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3)),
+            classifier=nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Dropout(), nn.Linear(128, 10)),
+        ),
+        _vit,
+        lambda: _layers(
+            embedding=nn.Embedding(400, 24),
+            lstm=nn.LSTM(24, 40, bidirectional=True),
+            tag=nn.Linear(80, 12),
+        ),
+        lambda: _layers(net=nn.Sequential(nn.Conv1d(1, 32, 80), nn.BatchNorm1d(32), nn.Conv1d(32, 512, 3))),
+    ],
+    ids=["vgg", "vit", "lstm tagger", "waveforms"],
+)
+def test_a_quarter_needs_nothing_but_the_file(make: Callable[[], dict[str, Tensor]], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = tmp_path / "m.pt"
+    torch.save(make(), source)
+    done = compress(source, size=0.25)
+    assert done.nbytes <= source.stat().st_size / 4
+    assert all(record.relative_error < 0.02 for record in done.manifest.changed)  # type: ignore[operator]
+    assert len(done.manifest.changed) == len(done.manifest.layers)
