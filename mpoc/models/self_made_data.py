@@ -45,6 +45,7 @@ _LARGE, _MANY_PIXELS = 64, 128 * 128  # examples of images of so many pixels or 
 _LENGTHS = (16_000, 4096, 1024, 256, 128, 64)  # of signals, tried in turn
 _TEMPERATURES = (0.8, 1.0, 1.2)
 _AT_ONCE = 128  # texts that are sampled together
+_FEWEST_WRITTEN = 8  # texts that a causal language model writes
 _SIDES = (32, 28, 64, 8, 16, 48, 96, 128, 224, 299, 384)  # of images, tried in turn
 _SIDE_OF_DIGITS = 8  # a linear layer of fewer inputs reads no images
 _REFUSED = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
@@ -59,15 +60,21 @@ class SelfMadeData:
     domains: Tensor | None = None  # (n,) the domain of each example; None: all are of one
 
 
-def make_data(model: Model, samples: int, seed: int = 0) -> SelfMadeData:
+def make_data(model: Model, samples: int, seed: int = 0, tokens: int | None = None) -> SelfMadeData:
     """Make up to ``samples`` examples for the network of an open checkpoint; the same for the same seed.
+
+    Args:
+        model: the checkpoint and its network.
+        samples: number of examples; fewer of large images.
+        seed: of all that is drawn.
+        tokens: that a causal language model writes at most, unless these are too few texts; None: any number.
 
     Raises:
         UsageError: nothing that the network takes is known, or it or its tokenizer fails.
         MpocError: the directory's tokenizer cannot be read.
     """
     try:
-        return _made(model, samples, seed)
+        return _made(model, samples, seed, tokens)
     except (MpocError, MemoryError):
         raise
     except Exception as error:  # of code that is not ours
@@ -77,7 +84,7 @@ def make_data(model: Model, samples: int, seed: int = 0) -> SelfMadeData:
         raise UsageError(f"{type(model.network).__name__}: no data can be made: {said}", _HINT) from error
 
 
-def _made(model: Model, samples: int, seed: int) -> SelfMadeData:
+def _made(model: Model, samples: int, seed: int, most: int | None) -> SelfMadeData:
     generator = torch.Generator().manual_seed(derived_seed(seed, "self-made data"))
     network, entry = model.network, zoo.ENTRIES.get(zoo_name(model.architecture or "") or "")
     if entry is not None and entry.images:
@@ -85,9 +92,10 @@ def _made(model: Model, samples: int, seed: int) -> SelfMadeData:
     if is_packaged(model.architecture or ""):
         return _images((3, *image_facts(model.architecture or "")["size"]), samples, generator)
     if isinstance(network, PicoGPT):
-        return _written(network, samples, len(network.positions), generator)
+        length = len(network.positions)
+        return _written(network, _texts_within(most, samples, length), length, generator)
     if getattr(network, "config", None) is not None and Call.of(network).main_input is not None:
-        return _for_transformers(model, samples, generator)
+        return _for_transformers(model, samples, generator, most)
     return _guessed(network, samples, generator)
 
 
@@ -96,7 +104,7 @@ def _images(shape: tuple[int, ...], samples: int, generator: Generator) -> SelfM
     return SelfMadeData(_pixels((channels, height, width), generator, samples), "self-made images")
 
 
-def _for_transformers(model: Model, samples: int, generator: Generator) -> SelfMadeData:
+def _for_transformers(model: Model, samples: int, generator: Generator, most: int | None) -> SelfMadeData:
     """By what the configuration says of a network of transformers.
 
     Raises:
@@ -112,7 +120,7 @@ def _for_transformers(model: Model, samples: int, generator: Generator) -> SelfM
         block = min(_BLOCK, getattr(config, "max_position_embeddings", None) or _BLOCK)
         is_causal = network.can_generate() and not config.is_encoder_decoder
         if is_causal:
-            return _written(network, samples, block, generator)
+            return _written(network, _texts_within(most, samples, block), block, generator)
         if _has_tokenizer(model):
             return _package_text(HubTokenizer(model.path), samples, block, generator)
         batch = _tokens(config.vocab_size, min(block, _SHORT), generator, samples)
@@ -172,6 +180,11 @@ def _texts(known: dict[str, list[str]], samples: int, generator: Generator) -> I
 
 def _drawn(count: int, generator: Generator) -> int:
     return int(torch.randint(count, (), generator=generator))
+
+
+def _texts_within(most: int | None, samples: int, length: int) -> int:
+    """How many texts of a length a network writes: of ``most`` tokens in all."""
+    return samples if most is None else min(samples, max(_FEWEST_WRITTEN, most // length))
 
 
 def _written(network: nn.Module, samples: int, length: int, generator: Generator) -> SelfMadeData:

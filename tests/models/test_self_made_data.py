@@ -88,6 +88,8 @@ def test_causal_models_write_their_own_text(tmp_path: Path) -> None:
     tiny("gpt2").save_pretrained(tmp_path / "gpt2")
     found = make_data(open_model(tmp_path / "gpt2", None), 3)
     assert found.name == "text of its own writing" and found.domains is None
+    counts = [len(make_data(model, 20, tokens=most).batch["input_ids"]) for most in (None, 150, 1)]
+    assert counts == [20, 15, 8]  # of ten tokens
     broken = PicoGPT(7, 10)
     nn.init.constant_(broken.head.weight, math.nan)
     with pytest.raises(UsageError, match="logits are not finite"):

@@ -48,6 +48,7 @@ from mpoc.train.training_data import image_options, open_training_data
 
 _TOKENS = 2048  # of a batch of text, padding included
 _TOKENS_TO_REFINE = 512  # the same: more steps are worth more than wide ones
+_TOKENS_WRITTEN = 1 << 15  # of a causal language model's own texts, about as many as a few hundred texts have
 _EXAMPLES = 64  # of a batch of anything else
 _NUMBERS = (
     1 << 19
@@ -201,7 +202,7 @@ def calibrate_on(model: Model, request: CalibrationRequest, seed: int = 0) -> Ca
         call, where, name = Call.of(model.network), str(request.data), request.data.resolve().name
     elif isinstance(request.data, str):
         call, where = Call.of(model.network), request.data
-        made = make_data(model, request.samples, seed)
+        made = make_data(model, request.samples, seed, _TOKENS_WRITTEN)
         loader, notes = _loader_of(made, model)
         split, name, domains = made.name, made.name, made.domains
         longest = _lengths(made.batch).argmax()[None]
