@@ -107,8 +107,8 @@ def of_unit_diagonal(metric: Tensor) -> Tensor:
 def test_codes_of_two_sides_are_those_of_gptq_on_all_numbers(sizes: tuple[int, int]) -> None:
     """Against one row of all numbers, whose metric is G ⊗ H."""
     rows, columns = (of_unit_diagonal(correlated(size, seed)) for seed, size in enumerate(sizes))
-    target, zeros = weight(*sizes), [torch.zeros(size, dtype=torch.int8) for size in sizes]
-    found = round_coded(target, Feedback(columns), *zeros, 0.03, Feedback(rows))
+    target, (of_rows, of_columns) = weight(*sizes), (torch.zeros(size, dtype=torch.int8) for size in sizes)
+    found = round_coded(target, Feedback(columns), of_rows, of_columns, 0.03, Feedback(rows))
     expected = (gptq(target.reshape(1, -1), torch.kron(rows, columns), 0.03) / 0.03).round()
     assert (found.codes.reshape(1, -1) != expected).float().mean() < 0.002
 
