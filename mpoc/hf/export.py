@@ -11,7 +11,11 @@ take 8. transformers takes one width and group for a whole network: the most fre
 become dense.
 
 A layer is a pair, or stays codes, only where the network has an ``nn.Linear`` of its stored name, with or
-without the prefix that transformers puts before the names of a body.
+without the prefix that transformers puts before the names of a body. T5's ``wo`` is never a pair, since its
+``weight`` is read, nor is the head of a language model, which vLLM replaces by a layer of its own.
+
+With pairs, config.json gets a model type of its own: without the code, transformers refuses the directory
+instead of continuing with random weights.
 """
 
 from __future__ import annotations
@@ -51,7 +55,11 @@ Written by `mpoc export --hf`. A layer of rank r computes x → (x Aᵀ) Bᵀ + 
 """
 
 from torch import nn
-from transformers import {bases}
+from transformers import {bases}, {config}
+
+
+class LowRankConfig({config}):
+    model_type = "low_rank_{kind}"
 
 
 def use_pairs(model):
@@ -73,6 +81,8 @@ def use_pairs(model):
 _CLASS = """
 
 class LowRank{base}({base}):
+    config_class = LowRankConfig
+
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
         use_pairs(self)
@@ -114,8 +124,7 @@ def export_directory(source: Path, output: Path, force: bool = False) -> Exporte
                 f"{source}: layer {layer.layer}: a convolution as one map cannot be exported", hint
             )
     classes = _classes(source)
-    linear = _linear_layers(manifest, next(iter(classes.values())), source)
-    pairs = {layer.layer: layer.all_bonds[1] for layer in linear if layer.form == "svd"}
+    linear, pairs = _linear_layers(manifest, next(iter(classes.values())), source)
     grids = _grids(linear)
     entries = list(_entries(stored, manifest, pairs, grids))
     with staged(output) as target:
@@ -161,18 +170,27 @@ def _names_of(mapping: Any, config: Any) -> list[str]:
     return [cls.__name__ for cls in (classes if isinstance(classes, tuple | list) else [classes])]
 
 
-def _linear_layers(manifest: Manifest, cls: type[PreTrainedModel], source: Path) -> list[LayerRecord]:
-    """The layers that are an ``nn.Linear`` of the network, whose weight nothing else uses."""
+def _linear_layers(
+    manifest: Manifest, cls: type[PreTrainedModel], source: Path
+) -> tuple[list[LayerRecord], dict[str, int]]:
+    """The layers that are an ``nn.Linear`` of the network, whose weight nothing else uses; ranks of pairs."""
     with torch.device("meta"), initialization.no_init_weights():
         model = cls(AutoConfig.from_pretrained(source))
     modules, prefix = dict(model.named_modules()), f"{model.base_model_prefix}."
-    found = []
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # vLLM makes its own of it
+    found, pairs = [], {}
     for layer in manifest.changed:
         names = (layer.layer, layer.layer.removeprefix(prefix), prefix + layer.layer)
-        is_linear = layer.kind == "linear" and any(type(modules.get(name)) is nn.Linear for name in names)
-        if is_linear and layer.name not in manifest.tied.values() and not layer.transposed:
+        module = next((modules[name] for name in names if type(modules.get(name)) is nn.Linear), None)
+        if module is None or layer.kind != "linear":
+            continue
+        if layer.name not in manifest.tied.values() and not layer.transposed:
             found.append(layer)
-    return found
+            # T5 asks for the dtype of the weights that it keeps in float32, and a pair has none.
+            is_read = layer.layer.rpartition(".")[2] in (cls._keep_in_fp32_modules or ())
+            if layer.form == "svd" and module is not head and not is_read:
+                pairs[layer.layer] = layer.all_bonds[1]
+    return found, pairs
 
 
 def _grids(layers: list[LayerRecord]) -> dict[str, Grid]:
@@ -252,12 +270,15 @@ def _write_code(target: Path, classes: Mapping[str, type[PreTrainedModel]], pair
     """Write the modelling file, and what config.json says of it."""
     bases = sorted({cls.__name__ for cls in classes.values()})
     names = ", ".join(f"LowRank{base}" for base in bases)
-    code = _CODE.format(classes=names, bases=", ".join(bases))
+    kind: Any = next(iter(classes.values())).config_class
+    code = _CODE.format(classes=names, bases=", ".join(bases), config=kind.__name__, kind=kind.model_type)
     code += "".join(_CLASS.format(base=base) for base in bases)
     (target / f"{_MODULE}.py").write_text(code, "utf-8")
     file = target / "config.json"
     config = json.loads(file.read_text("utf-8"))
     config["auto_map"] = {auto: f"{_MODULE}.LowRank{cls.__name__}" for auto, cls in classes.items()}
+    config["auto_map"]["AutoConfig"] = f"{_MODULE}.LowRankConfig"
+    config["model_type"] = f"low_rank_{kind.model_type}"  # else the plain class would be taken, at random
     config["architectures"] = [f"LowRank{next(iter(classes.values())).__name__}"]
     config["low_rank"] = dict(pairs)
     file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -22,7 +22,7 @@ from mpoc.runtime.signals import defer_signals, removed_on_exit
 
 _INDEX = re.compile(r"\.index(\.[\w-]+)?\.json$")
 # The files that mpoc adds to a directory, besides weight files and copies.
-_OWN_FILES = ("mpoc.json", "mpoc-history.json", "config.json", "README.md")
+_OWN_FILES = ("mpoc.json", "mpoc-history.json", "config.json", "README.md", "modeling_low_rank.py")
 
 
 def refuse_existing(

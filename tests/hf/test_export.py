@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from mpoc.compression.expand import expand_checkpoint
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
@@ -23,15 +26,33 @@ from tests.support.process import run_python
 LOADING = """if True:
     import sys
     sys.modules["mpoc"] = None
+    from pathlib import Path
     from safetensors.torch import save_file
     import transformers
-    from tests.support.architectures import AUTO, answer
-    folder, kind, file = sys.argv[1:]
-    load = getattr(transformers, AUTO[kind]).from_pretrained
-    model, info = load(folder, trust_remote_code=True, output_loading_info=True)
-    assert not any(info.values()), info
-    transformers.AutoModel.from_pretrained(folder, trust_remote_code=True)
-    save_file({"y": answer(model.eval())}, file)
+    from tests.support.architectures import ALL, answer
+    answers = {}
+    for folder in map(Path, sys.argv[2:]):
+        load, options = getattr(transformers, ALL[folder.name]).from_pretrained, {}
+        if (folder / "modeling_low_rank.py").exists():
+            try:
+                load(folder, trust_remote_code=False)
+            except ValueError as error:
+                assert "trust_remote_code=True" in str(error)
+                options = {"trust_remote_code": True}
+        model, info = load(folder, output_loading_info=True, **options)
+        assert not any(info.values()), info
+        transformers.AutoModel.from_pretrained(folder, **options)
+        answers[folder.name] = answer(model.eval())
+    save_file(answers, sys.argv[1])
+"""
+SENTENCES = """if True:
+    import sys
+    sys.modules["mpoc"] = None
+    import torch
+    from safetensors.torch import save_file
+    from sentence_transformers import SentenceTransformer
+    model = SentenceTransformer(sys.argv[2], trust_remote_code=True)
+    save_file({"y": model.encode(["b c d", "d e"], convert_to_tensor=True)}, sys.argv[1])
 """
 
 
@@ -41,24 +62,49 @@ def compressed(folder: Path, kind: str, **options: Any) -> Path:
     return folder / "out"
 
 
-def answer_without_mpoc(folder: Path, kind: str) -> torch.Tensor:
-    run_python("-c", LOADING, folder, kind, folder.parent / "y.safetensors")
-    return load_file(folder.parent / "y.safetensors")["y"]
+def answers_without_mpoc(*folders: Path) -> dict[str, torch.Tensor]:
+    """By the name of the folder, which is the kind."""
+    file = folders[0].parent / "answers.safetensors"
+    run_python("-c", LOADING, file, *folders)
+    return load_file(file)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "form", "pairs"), [("llama", "svd", True), ("gpt2", "mpo", False)])
-def test_loads_without_mpoc(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, form: str, pairs: bool
-) -> None:
+def test_loads_without_mpoc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    source = compressed(tmp_path, kind, form=form, bond=6)
-    found = export_directory(source, tmp_path / "hf")
-    assert bool(found.pairs) == pairs == (tmp_path / "hf/modeling_low_rank.py").is_file()
-    replaced = [layer.layer for layer in read_manifest(source).replaced]
-    assert sorted([*found.pairs, *found.dense]) == sorted(replaced)
-    expected = answer(open_network(source, None))
-    torch.testing.assert_close(answer_without_mpoc(tmp_path / "hf", kind), expected, rtol=0, atol=1e-5)
+    expected, folders = {}, []
+    for kind, form in (("llama", "svd"), ("qwen2", "svd"), ("t5", "svd"), ("gpt2", "mpo")):
+        source = compressed(tmp_path / form / kind, kind, form=form, bond=6)
+        folders.append(tmp_path / kind)
+        found = export_directory(source, folders[-1])
+        assert bool(found.pairs) == (form == "svd") == (tmp_path / kind / "modeling_low_rank.py").is_file()
+        replaced = [layer.layer for layer in read_manifest(source).replaced]
+        assert sorted([*found.pairs, *found.dense]) == sorted(replaced)
+        expected[kind] = answer(open_network(source, None))
+    for kind, given in answers_without_mpoc(*folders).items():
+        torch.testing.assert_close(given, expected[kind], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sentence_transformers_without_mpoc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pooling and a dense layer come along, and embeddings are those of the network loaded by mpoc."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    tiny("bert").bert.save_pretrained(tmp_path / "body")
+    (tmp_path / "vocab.txt").write_text("[PAD] [UNK] [CLS] [SEP] [MASK] a b c d e".replace(" ", "\n"))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "body")
+    models = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+    parts = [models.Transformer(str(tmp_path / "body")), models.Pooling(32), models.Dense(32, 7)]
+    sentence_transformers.SentenceTransformer(modules=parts, device="cpu").save(str(tmp_path / "dense"))
+    recipe = make_recipe(None, {"min_params": 1, "form": "svd", "bond": 6})
+    compress_checkpoint(tmp_path / "dense", tmp_path / "out", recipe)
+    assert export_directory(tmp_path / "out", tmp_path / "hf").pairs
+    expand_checkpoint(tmp_path / "out", tmp_path / "expanded")
+    expected = sentence_transformers.SentenceTransformer(str(tmp_path / "expanded"), device="cpu")
+    run_python("-c", SENTENCES, tmp_path / "y.safetensors", tmp_path / "hf")
+    given = load_file(tmp_path / "y.safetensors")["y"]
+    wanted = expected.encode(["b c d", "d e"], convert_to_tensor=True)
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("bits", "width"), [(3, 4), (6, 8)])
@@ -90,9 +136,9 @@ def test_codes_are_those_of_compressed_tensors(tmp_path: Path, bits: int, width:
 def test_transformers_decodes_the_codes(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     source = compressed(tmp_path, "llama", bits=4)
-    export_directory(source, tmp_path / "hf")
-    expected = answer(open_network(source, None))
-    torch.testing.assert_close(answer_without_mpoc(tmp_path / "hf", "llama"), expected, rtol=0, atol=1e-5)
+    export_directory(source, tmp_path / "hf" / "llama")
+    given = answers_without_mpoc(tmp_path / "hf" / "llama")["llama"]
+    torch.testing.assert_close(given, answer(open_network(source, None)), rtol=0, atol=1e-5)
 
 
 def test_refuses_files_existing_outputs_and_unknown_classes(tmp_path: Path) -> None:
@@ -102,6 +148,8 @@ def test_refuses_files_existing_outputs_and_unknown_classes(tmp_path: Path) -> N
     with pytest.raises(UsageError, match="--hf needs a Hugging Face directory"):
         export_directory(file, tmp_path / "hf")
     source = compressed(tmp_path, "llama", form="svd", bond=4)
+    export_directory(source, tmp_path / "again")
+    export_directory(source, tmp_path / "again", force=True)
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="there"):
         export_directory(source, tmp_path / "there")

@@ -20,6 +20,11 @@ AUTO = {
     "vit": "AutoModelForImageClassification",
     "mixtral": "AutoModelForCausalLM",
 }
+ALL = {
+    **AUTO,
+    "qwen2": "AutoModelForCausalLM",  # biases in three of its layers
+    "t5": "AutoModelForSeq2SeqLM",  # head tied to two embeddings
+}
 _SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -39,6 +44,15 @@ _OWN: dict[str, dict[str, Any]] = {
     "llama": {"vocab_size": 97, "num_key_value_heads": 2},
     "vit": {"image_size": 16, "patch_size": 4, "num_labels": 5},
     "mixtral": {"vocab_size": 97, "num_key_value_heads": 2, "num_local_experts": 4},
+    "qwen2": {"vocab_size": 97, "num_key_value_heads": 2},
+    "t5": {
+        "vocab_size": 99,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_heads": 4,
+        "decoder_start_token_id": 0,
+    },
 }
 
 
@@ -47,10 +61,11 @@ def tiny(architecture: str, layers: int = 2) -> Any:
     import transformers
 
     _be_quiet()
-    sizes = {"n_layer": layers} if architecture == "gpt2" else {**_SIZES, "num_hidden_layers": layers}
+    own_names = {"gpt2": {"n_layer": layers}, "t5": {"num_layers": layers}}
+    sizes = own_names.get(architecture, {**_SIZES, "num_hidden_layers": layers})
     config = transformers.AutoConfig.for_model(architecture, **sizes, **_OWN[architecture])
     torch.manual_seed(0)
-    return getattr(transformers, AUTO[architecture]).from_config(config).eval()
+    return getattr(transformers, ALL[architecture]).from_config(config).eval()
 
 
 def answer(model: Any) -> Tensor:
@@ -59,7 +74,9 @@ def answer(model: Any) -> Tensor:
         if model.config.model_type == "vit":
             pixels = torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)
             return model(pixel_values=pixels).logits
-        return model(input_ids=torch.arange(2, 18).reshape(2, 8)).logits
+        ids = torch.arange(2, 18).reshape(2, 8)
+        more = {"decoder_input_ids": ids[:, :3]} if model.config.is_encoder_decoder else {}
+        return model(input_ids=ids, **more).logits
 
 
 def _be_quiet() -> None:

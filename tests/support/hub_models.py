@@ -19,18 +19,9 @@ from mpoc.compression.recipe import make_recipe
 from tests.support import architectures
 
 transformers: Any = import_module("transformers")  # its own types are not complete
-AUTO = {**architectures.AUTO, "t5": "AutoModelForSeq2SeqLM"}
+AUTO = {**architectures.AUTO, "t5": architectures.ALL["t5"]}
 IDS = torch.arange(2, 18).reshape(2, 8)
-
-
-def tiny(kind: str) -> Any:
-    """As ``tests.support.architectures.tiny``, or a T5: its output head is tied to two embeddings."""
-    if kind != "t5":
-        return architectures.tiny(kind)
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
-    return transformers.T5ForConditionalGeneration(config).eval()
+tiny = architectures.tiny
 
 
 def auto(kind: str, folder: Path, **options: Any) -> Any:
