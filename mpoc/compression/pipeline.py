@@ -180,6 +180,10 @@ def _dry_run(job: Job, output: Path) -> Compression:
     facts = job.calibrated.longest_facts() if job.calibrated else None
     known = layers if fitted else None
     nbytes = predict_size(opened.checkpoint, opened.selection, job.recipe, job.plans, known, facts)
+    if job.calibrated and job.statistics:
+        from mpoc.compression.calibrate.estimate import estimate
+
+        notes.append(estimate(job.statistics, job.calibrated.schedule, job.plans, job.recipe.effort).note)
     if not manifest.changed:
         notes.append("no layer would be compressed: without --dry-run this ends with an error")
     return Compression(manifest, output, nbytes, False, times, notes)

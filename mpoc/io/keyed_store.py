@@ -200,9 +200,10 @@ class Scratch:
     def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
         self._folder, self._limit = folder, _HELD_BYTES if limit is None else limit
         self._held: dict[Hashable, list[Tensor]] = {}
-        self._files: dict[Hashable, tuple[Path, list[torch.device]]] = {}
+        self._files: dict[Hashable, tuple[Path, list[torch.device], int]] = {}  # with their bytes
         self._made = 0
         self.nbytes = 0  # in memory
+        self._filed = self.most = 0  # in files; in both together, at the most
 
     @property
     def has_folder(self) -> bool:
@@ -221,6 +222,7 @@ class Scratch:
         if self._folder is None or self.nbytes + nbytes <= self._limit:
             self._held[key] = list(tensors)
             self.nbytes += nbytes
+            self.most = max(self.most, self.nbytes + self._filed)
             return
         if nbytes > shutil.disk_usage(self._folder).free:
             raise MpocError(
@@ -230,7 +232,9 @@ class Scratch:
         self._made += 1
         path = self._folder / f"{os.getpid()}-{id(self):x}-{self._made}.safetensors"
         save_file({str(k): tensor.detach().cpu().contiguous() for k, tensor in enumerate(tensors)}, path)
-        self._files[key] = path, [tensor.device for tensor in tensors]
+        self._files[key] = path, [tensor.device for tensor in tensors], nbytes
+        self._filed += nbytes
+        self.most = max(self.most, self.nbytes + self._filed)
 
     def get(self, key: Hashable) -> list[Tensor]:
         """The tensors of a key, on their devices.
@@ -240,7 +244,7 @@ class Scratch:
         """
         if key in self._held:
             return self._held[key]
-        path, devices = self._files[key]
+        path, devices, _ = self._files[key]
         stored = load_file(path)
         return [stored[str(k)].to(device) for k, device in enumerate(devices)]
 
@@ -248,7 +252,9 @@ class Scratch:
         """Forget the tensors of a key, if there are any."""
         self.nbytes -= sum(map(_nbytes, self._held.pop(key, [])))
         if key in self._files:
-            self._files.pop(key)[0].unlink()
+            path, _, nbytes = self._files.pop(key)
+            path.unlink()
+            self._filed -= nbytes
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._held or key in self._files

@@ -6,9 +6,11 @@ is missing instead of a process being killed.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +55,12 @@ def memory() -> tuple[int | None, int | None]:
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
     return total, free
+
+
+def release_freed_memory() -> None:
+    """Return memory that was freed to the system, where the C library would keep it (glibc)."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def free_disk() -> dict[str, int]:

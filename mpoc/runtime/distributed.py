@@ -23,6 +23,7 @@ _Item = TypeVar("_Item")
 _Value = TypeVar("_Value")
 _Other = TypeVar("_Other")
 _Key = TypeVar("_Key", bound=Hashable)
+_FEWEST = 2  # batches of a shard, where there are so many: sums of shards are added up one by one
 _MOST = 8  # shards of a pass: more processes than that cannot share it
 # A process may wait while another fits its longest layer; torchrun ends all when one dies.
 _PATIENCE = timedelta(days=7)
@@ -257,7 +258,7 @@ class BatchShards:
     @property
     def every(self) -> list[range]:
         """The batches of each shard; the shards do not depend on the number of processes."""
-        parts = max(1, min(_MOST, self.count))
+        parts = max(1, min(_MOST, self.count // _FEWEST))
         return [range(*ends) for ends in pairwise(k * self.count // parts for k in range(parts + 1))]
 
     @property

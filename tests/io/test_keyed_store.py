@@ -95,6 +95,8 @@ def test_scratch_holds_a_limit_in_memory_and_the_rest_in_files(tmp_path: Path) -
         scratch.drop(3)
         scratch.drop(0)
         assert scratch.nbytes == 104 and len(list(folder.glob("*.safetensors"))) == 1
+        scratch.put(4, tensors[1])
+        assert scratch.most == 416 and scratch.nbytes == 208  # there were four, now there are three
         assert 2 in scratch and 3 not in scratch
     assert list(tmp_path.iterdir()) == []
 

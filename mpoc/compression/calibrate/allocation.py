@@ -340,7 +340,7 @@ class BudgetAllocator:
             kept[key] = Candidates(
                 one_matrix(weight, plan.structure.kind, plan.structure.transposed),
                 [self._structure(plan, form) for form in forms],
-                self._statistics.dense_objective(name),
+                partial(self._statistics.dense_objective, name),
                 measures_sums=self._recipe.effort == "thorough" or len(forms) == 1,
             )
         return kept[key]

@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from mpoc.compression.calibrate.layer_inputs import hooked
 from mpoc.io.keyed_store import Scratch
 
-_OUTPUT_BYTES = 96 * 1024**2  # of layers' outputs, of each network
+_OUTPUT_BYTES = 64 * 1024**2  # of layers' outputs, of each network
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 
 
@@ -254,8 +254,10 @@ class ChainInputs:
         return id(self), k, index
 
 
-class LayerOutputs:
-    """What modules of a network gave in each batch, as long as their parameters are what they were.
+class ModuleOutputs:
+    """What modules of a network gave in each batch, as long as their tensors are what they were.
+
+    Of a module that is kept those inside it are not: they do not run then.
 
     Args:
         network: that holds the modules.
@@ -263,7 +265,7 @@ class LayerOutputs:
 
     def __init__(self, network: nn.Module) -> None:
         self._network = network
-        self._kept: dict[tuple[str, int], Tensor] = {}
+        self._kept: dict[tuple[str, int], tuple[Tensor, tuple[Any, ...] | None]] = {}
         self._versions: dict[str, list[int]] = {}
         self._room = _OUTPUT_BYTES
 
@@ -276,22 +278,41 @@ class LayerOutputs:
         """Meanwhile modules give what they gave before in batch ``index``, or it is kept if there is room."""
         modules = {path: self._network.get_submodule(path) for path in paths}
         modules = {path: module for path, module in modules.items() if "forward" not in module.__dict__}
-        versions = {path: [p._version for p in module.parameters()] for path, module in modules.items()}
+        versions = {path: _versions(module) for path, module in modules.items()}
         if any(self._versions.get(path, now) != now for path, now in versions.items()):
             self.clear()
         self._versions |= versions
         known = [path for path in modules if (path, index) in self._kept]
-        given = [partial(copied, kept=self._kept[path, index]) for path in known]
+        given = [
+            partial(copied, kept=kept, rest=rest)
+            for kept, rest in (self._kept[path, index] for path in known)
+        ]
         with replaced_forwards([modules[path] for path in known], given), hooked() as handles:
             for path in modules.keys() - known:
-                handles.append(modules[path].register_forward_hook(partial(self._keep, key=(path, index))))
+                handles.append(
+                    modules[path].register_forward_hook(partial(self._keep, path=path, index=index))
+                )
             yield
 
-    def _keep(self, _: nn.Module, args: Any, output: Tensor, key: tuple[str, int]) -> None:
-        nbytes = output.numel() * output.element_size()
-        if nbytes <= self._room:
-            self._room -= nbytes
-            self._kept[key] = output.clone()  # what comes later may change it
+    def _keep(self, _: nn.Module, args: Any, output: Any, path: str, index: int) -> None:
+        first, rest = next_input(output), output[1:] if isinstance(output, tuple) else None
+        if first is None or any(True for _ in tensors_in(rest)):
+            return
+        inside = [key for key in self._kept if key[0].startswith(f"{path}.") and key[1] == index]
+        freed = sum(_nbytes(self._kept[key][0]) for key in inside)
+        if _nbytes(first) <= self._room + freed:
+            for key in inside:
+                del self._kept[key]
+            self._room += freed - _nbytes(first)
+            self._kept[path, index] = first.clone(), rest  # what comes later may change it
+
+
+def _versions(module: nn.Module) -> list[int]:
+    return [tensor._version for tensors in (module.parameters(), module.buffers()) for tensor in tensors]
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def copied(*_: Any, kept: Tensor, rest: tuple[Any, ...] | None = None, **__: Any) -> Any:

@@ -36,6 +36,7 @@ from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment
 
 _KIND = "moments/2"
+_PANEL = 64  # rows of a symmetric matrix in memory that are kept from the first one's diagonal entry on
 
 
 class DensePass:
@@ -57,20 +58,20 @@ class DensePass:
 
 
 class KeptTensors(Mapping[str, Tensor]):
-    """Tensors in a scratch, each read when it is asked for."""
+    """Symmetric matrices in a scratch, each read when it is asked for."""
 
     def __init__(self, scratch: Scratch) -> None:
         self._scratch, self._names = scratch, dict[str, None]()
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor."""
-        self._scratch.put((id(self), name), [tensor])
+        """Keep a matrix."""
+        self._scratch.put((id(self), name), _halved(tensor))
         self._names[name] = None
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._scratch.get((id(self), name))[0]
+        return _mirrored(self._scratch.get((id(self), name)))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -84,25 +85,26 @@ class KeptMoments(Mapping[str, Moments]):
 
     def __init__(self, scratch: Scratch) -> None:
         self._scratch = scratch
-        self._known: dict[str, tuple[str, int]] = {}  # weight → the first of its rows, and how many there are
+        # Weight → the first of its rows, how many there are, and whether the moment is a matrix
+        self._known: dict[str, tuple[str, int, bool]] = {}
 
     def put(self, names: Sequence[str], moments: Moments) -> None:
         """Keep the moments of these weights."""
         parts, second = [moments.mean], moments.second
         if isinstance(second, RowMoment):
             parts += [second.left.values, second.left.centre, second.weights]
-        elif second is not moments.mean:
-            parts += [second]
+        is_matrix = isinstance(second, Tensor) and second is not moments.mean
+        parts += _halved(second) if is_matrix else []
         self._scratch.put((id(self), names[0]), parts)
-        self._known |= dict.fromkeys(names, (names[0], moments.rows))
+        self._known |= dict.fromkeys(names, (names[0], moments.rows, is_matrix))
 
     def __getitem__(self, name: str) -> Moments:
-        first, rows = self._known[name]
+        first, rows, is_matrix = self._known[name]
         mean, *seconds = self._scratch.get((id(self), first))
-        if len(seconds) > 1:
+        if seconds and not is_matrix:
             values, centre, weights = seconds
             return Moments.of_rows(rows, [mean], [CentredRows(values, centre)], weights)
-        second = seconds[0] if seconds else mean
+        second = _mirrored(seconds) if is_matrix else mean
         return Moments(rows, mean, second, mean, second, second)
 
     def __iter__(self) -> Iterator[str]:
@@ -110,6 +112,22 @@ class KeptMoments(Mapping[str, Moments]):
 
     def __len__(self) -> int:
         return len(self._known)
+
+
+def _halved(matrix: Tensor) -> list[Tensor]:
+    """A symmetric matrix (…, N, N) as panels of rows, each from the diagonal on."""
+    panels = (matrix[..., k : k + _PANEL, k:] for k in range(0, matrix.shape[-1], _PANEL))
+    return [panel.clone(memory_format=torch.contiguous_format) for panel in panels]
+
+
+def _mirrored(panels: Sequence[Tensor]) -> Tensor:
+    """The matrix that :func:`_halved` took apart."""
+    width = panels[0].shape[-1]
+    matrix = panels[0].new_empty(*panels[0].shape[:-2], width, width)
+    for k, panel in zip(range(0, width, _PANEL), panels, strict=True):
+        matrix[..., k : k + _PANEL, k:] = panel
+        matrix[..., k + _PANEL :, k : k + _PANEL] = panel[..., _PANEL:].mT
+    return matrix
 
 
 def calibration_fingerprint(

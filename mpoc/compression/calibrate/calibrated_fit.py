@@ -146,7 +146,9 @@ def fit_calibrated(
         storage, gamma = trial
         stretches = STRETCHES_OF_SUMS if storage.structure.parts else STRETCHES
         form = _rounded(_fit(objective.metric(matrix, gamma), storage, stretches, seed), dtype)
-        return objective.output_weighted_error.squared(matrix, matrix_of(form)), on_device(form, "cpu")
+        rivals = len(trials) > 1
+        error = objective.output_weighted_error.squared(matrix, matrix_of(form)) if rivals else 0.0
+        return error, on_device(form, "cpu")
 
     tried = group.map(trials, attempt, [_costs(storage) for storage, _ in trials])
     best = min(range(len(trials)), key=lambda k: tried[k][0])

@@ -309,7 +309,7 @@ class DatasetExamples(Examples):
         """These examples, as the loader collates them."""
         chosen = torch.as_tensor(indices).tolist()
         batch, _ = self._convert(self._loader.collate_fn([self._dataset[k] for k in chosen]))
-        return _trimmed(batch)
+        return trimmed(batch)
 
 
 class HeldExamples(Examples):
@@ -324,7 +324,7 @@ class HeldExamples(Examples):
     def batch(self, indices: Sequence[int] | Tensor) -> Batch:
         """These examples."""
         chosen = torch.as_tensor(indices, dtype=torch.int64)
-        return _trimmed({name: values[chosen] for name, values in self._tensors.items()})
+        return trimmed({name: values[chosen] for name, values in self._tensors.items()})
 
 
 def examples_of(given: Any, network: nn.Module, samples: int) -> tuple[Examples, Call]:
@@ -409,7 +409,7 @@ def _is_per_token(values: Tensor, tokens: Tensor) -> bool:
     return values.dim() > 1 and values.shape[:2] == tokens.shape
 
 
-def _trimmed(batch: Batch) -> Batch:
+def trimmed(batch: Batch) -> Batch:
     """The batch without the columns that are padding in every example, if all its tensors are per token."""
     mask = batch.get("attention_mask")
     if mask is None or mask.dim() != 2 or not batch.keys() <= _PER_TOKEN or not bool(mask.any()):

@@ -67,7 +67,7 @@ class Candidates:
     Args:
         matrix: W as one matrix (N_y, N_x), float64.
         structures: of the forms that may be chosen.
-        objective: on the dense network's inputs.
+        objective: makes that on the dense network's inputs, anew where it was forgotten meanwhile.
         measures_sums: whether a sum is fitted to know its error; else that follows from the error of ``svd``.
     """
 
@@ -75,14 +75,19 @@ class Candidates:
         self,
         matrix: Tensor,
         structures: Sequence[Structure],
-        objective: Objective,
+        objective: Callable[[], Objective],
         measures_sums: bool = True,
     ) -> None:
-        self._matrix, self._objective = matrix, objective
+        self._matrix, self._make_objective = matrix, objective
+        self._known_objective: Objective | None = None
+        self._measured = self._objective.measured
         self._low_rank = structures[0].as_low_rank()
-        svd = weighted_svd(objective.metric(matrix, objective.usual_gamma))
-        self._left, self._right = svd.left.float(), svd.right.float()
-        self._errors = objective.output_weighted_error.of_ranks(matrix, svd.left, svd.right).tolist()
+        svd = weighted_svd(self._objective.metric(matrix, self._objective.usual_gamma))
+        most = max(1, self._low_rank.num_original // self._low_rank.num_parameters(1))
+        most += 0 if measures_sums else most // 2  # in the place of a sum stands a higher rank
+        self._left, self._right = svd.left[:, :most].float(), svd.right[:most].float()
+        errors = self._objective.output_weighted_error.of_ranks(matrix, svd.left, svd.right)
+        self._errors: list[float] = errors.tolist()
         self._problem: Problem | None = None
         self._found: dict[Storage, Form] = {}  # fitted so far, in float32
         self._assumed = {s for s in structures if s.parts and not measures_sums}
@@ -135,7 +140,7 @@ class Candidates:
 
         Where its error drowns in rounding it is the candidate of largest error.
         """
-        size = max(self._objective.measured) * self._low_rank.num_original
+        size = max(self._measured) * self._low_rank.num_original
         references = {}
         assumed = {structure.form for structure in self._assumed}
         for form in dict.fromkeys(form for one in self.every if (form := one.form) is not None):
@@ -151,7 +156,13 @@ class Candidates:
 
     def _release(self) -> None:
         """Free what can be computed again: all layers keep their candidates at the same time."""
-        self._problem, self._matrix, self._objective = None, self._matrix.float(), replace(self._objective)
+        self._problem, self._matrix, self._known_objective = None, self._matrix.float(), None
+
+    @property
+    def _objective(self) -> Objective:
+        if self._known_objective is None:
+            self._known_objective = self._make_objective()
+        return self._known_objective
 
     def _of_svd(self) -> Iterator[Candidate]:
         for rank, error in enumerate(self._errors, start=1):
@@ -162,7 +173,7 @@ class Candidates:
     def _of_network(self, structure: Structure) -> Iterator[Candidate]:
         """Candidates at sizes in a geometric series, their errors interpolated from those measured."""
         original = structure.num_original
-        measured = [int(share * original) for share in self._objective.measured]
+        measured = [int(share * original) for share in self._measured]
         known: dict[float, float] = dict(self._shares_of_svd(structure, measured))
         sizes = [int(original ** (k / _SIZES)) for k in range(1, _SIZES)]
         storages = (largest_within(structure, size) for size in (*sizes, *measured, original - 1))

@@ -46,9 +46,11 @@ from mpoc.compression.run_context import RunContext
 from mpoc.errors import MpocError
 from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, Call, to_device
-from mpoc.runtime.device import derived_seed
+from mpoc.runtime.device import derived_seed, release_freed_memory
 from mpoc.runtime.distributed import BatchShards
 
+# From so many rows of a batch on every second stands for all in G: rows of one example are much alike there.
+_MANY, _STEP = 1024, 2
 _Key = tuple[str, str]  # "moments", "gradients" or "blocks"; the weight or the module
 
 
@@ -113,6 +115,7 @@ def dense_pass(
     for piece in sweep.pieces(shards.mine):
         steps = piece.count * len(batches)
         _keep(shards.total(partial(measure, piece), _merged), trace, probes.count, result)
+        release_freed_memory()
     return result
 
 
@@ -189,7 +192,8 @@ class _Sweep:
             if block.module not in own
         ]
         pieces = self._trace.pieces
-        if not own or pieces is None:
+        at_once = self._probes.count == 0 and not self._scratch.has_folder
+        if not own or pieces is None or at_once:
             yield _Piece(list(self._trace.layers), others, self._run_whole)
             return
         self._keep_inputs(mine)
@@ -371,10 +375,13 @@ class _Run:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             if not output.requires_grad:
                 output = output + self._start.to(output.dtype)
-            mask = self.mask
+            mask, index = self.mask, self.index
 
             def add(gradient: Tensor) -> None:
                 rows = as_rows(layer, gradient, mask)
+                if (count := len(rows)) >= _MANY:
+                    rows = rows[index % _STEP :: _STEP]
+                    rows = rows * (count / len(rows)) ** 0.5
                 self._gradients.setdefault(layer.name, ProductSum()).add(rows, rows)
 
             if output.requires_grad:  # not so where the network itself has switched gradients off

@@ -194,12 +194,18 @@ class ProductSum:
         """
         if self._total is None:
             raise ValueError("no rows were added")
-        for k in range(0, self._total.shape[-1], _PANEL) if self._symmetric else ():
-            panel, behind = slice(k, k + _PANEL), slice(k + _PANEL, None)
-            square = self._total[..., panel, panel]
-            square.copy_((square + square.mT) / 2)
-            self._total[..., behind, panel] = self._total[..., panel, behind].mT
+        if self._symmetric:
+            _mirror(self._total)
         return self._total
+
+
+def _mirror(matrix: Tensor) -> None:
+    """Make (…, N, N) symmetric, in place: what is below the diagonal becomes what is above it."""
+    for k in range(0, matrix.shape[-1], _PANEL):
+        panel, behind = slice(k, k + _PANEL), slice(k + _PANEL, None)
+        square = matrix[..., panel, panel]
+        square.copy_((square + square.mT) / 2)
+        matrix[..., behind, panel] = matrix[..., panel, behind].mT
 
 
 class _Sums:
@@ -317,12 +323,15 @@ class Accumulator:
 
     def _second(self, which: int, left: int, right: int, means: list[Tensor]) -> Tensor:
         """E[a bᵀ] from the product of the shifted a − s and b − t: Σ/n + s E[b]ᵀ + (E[a] − s) tᵀ."""
-        s, t = self._sums[left].shift.squeeze(-2).double(), self._sums[right].shift.squeeze(-2).double()
+        s, t = self._sums[left].shift.mT.double(), self._sums[right].shift.double()
         second = self._products[which].total() / self._summed
-        second.addcmul_(s[..., :, None], means[right][..., None, :])
-        second.addcmul_((means[left] - s)[..., :, None], t[..., None, :])
+        columns = torch.cat([s, means[left][..., None] - s], -1)  # (…, N_x, 2)
+        rows = torch.cat([means[right][..., None, :], t], -2)
+        second.view(-1, *second.shape[-2:]).baddbmm_(
+            columns.view(-1, *columns.shape[-2:]), rows.view(-1, *rows.shape[-2:])
+        )
         if left == right:
-            second = (second + second.mT) / 2
+            _mirror(second)
         return second.cpu()
 
 

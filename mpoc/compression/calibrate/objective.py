@@ -401,8 +401,9 @@ def _shrunk(moment: Tensor, gamma: float) -> Tensor:
 
     Without the floor a fit moves its errors to outputs without gradients, which later layers may yet see.
     """
-    diagonal = moment.diagonal()
-    return (1 - gamma) * moment + torch.diag(gamma * diagonal + (_FLOOR * gamma + _RIDGE) * diagonal.mean())
+    diagonal, changed = moment.diagonal(), (1 - gamma) * moment
+    changed.diagonal().add_(gamma * diagonal + (_FLOOR * gamma + _RIDGE) * diagonal.mean())
+    return changed
 
 
 def _about(second: Second, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Second:

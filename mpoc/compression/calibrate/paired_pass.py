@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mpoc.compression.calibrate.block_chain import (
     Chain,
-    LayerOutputs,
+    ModuleOutputs,
     StopPassError,
     copied,
     given_on,
@@ -71,7 +71,7 @@ class _Runner:
         self._others: dict[
             int, tuple[tuple[Any, ...], dict[str, Any]]
         ] = {}  # batch → arguments after the first
-        self._outputs = LayerOutputs(network)
+        self._outputs = ModuleOutputs(network)
         self._rests: dict[str, Any] = {}  # block → what it gives beside a tensor; None: a tensor alone
         self.final: Sequence[str] = ()  # modules behind the kept inputs that, and all before them, are final
 
@@ -340,7 +340,7 @@ class PairedPass:
         return inputs
 
     def _before(self, names: Sequence[str], start: tuple[int, int] | None) -> list[str]:
-        """The modules from block ``start`` on of layers before these, each its own and called once."""
+        """Modules of layers from block ``start`` to these, called once, and those around no other layers."""
         if start is None:
             return []
         earlier: list[str] = []
@@ -351,7 +351,12 @@ class PairedPass:
         positions = self._trace.positions
         inside = [name for name in earlier if name in positions and positions[name] >= start]
         paths = {name: self._trace.layers[name].modules[0] for name in inside}
-        return [path for name, path in paths.items() if name == f"{path}.weight"]
+        final = [path for name, path in paths.items() if name == f"{path}.weight"]
+        others = [
+            path for layer in self._trace.layers.values() for path in layer.modules if path not in final
+        ]
+        around = dict.fromkeys(path[:k] for path in final for k, letter in enumerate(path) if letter == ".")
+        return final + [path for path in around if not any(other.startswith(f"{path}.") for other in others)]
 
     def _last_block(self, names: list[str]) -> int | None:
         """The last block that uses layers which are used in one block each; None if that is not known."""

@@ -50,6 +50,8 @@ from mpoc.tensor_networks.structure import lead_outputs_inputs
 
 # Time of a fit by the weight alone, in the unit of a calibrated one's.
 _ALONE = 0.025
+# Time of any calibrated fit in that unit: passes over the data, and of a kernel the many steps of a MERA.
+_EACH, _KERNEL = 1e8, 3e8
 
 
 ScheduleStep = tuple[BlockPosition | None, list[list[str]]]
@@ -98,7 +100,7 @@ def _cost(plan: LayerPlan) -> float:
     one = plan.structure
     _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
     sides = inputs if one.kind == "embedding" else outputs + inputs  # a table's rows do not depend on others
-    return outputs * inputs * sides + inputs**3 / 4
+    return outputs * inputs * sides + inputs**3 / 4 + (_KERNEL if one.kind.startswith("conv") else _EACH)
 
 
 class SequentialFit:
@@ -113,7 +115,7 @@ class SequentialFit:
     def __init__(self, statistics: CalibrationStatistics, checkpoint: Checkpoint, recipe: Recipe) -> None:
         self._statistics, self._checkpoint, self._recipe = statistics, checkpoint, recipe
         self._device, self._group = statistics.context.device, statistics.context.group
-        self._compressed = copy.deepcopy(statistics.network)
+        self._compressed = statistics.network_to_compress()
         self._allocator = BudgetAllocator(statistics, checkpoint, recipe)
         self._norms: RecalibratedNorms | None = None
         self._reached: float | None = None  # distance of held-out outputs after the fits

@@ -10,10 +10,12 @@ norm right behind it, where no other layer uses that tensor.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -46,6 +48,7 @@ from mpoc.compression.run_context import Progress, RunContext
 from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, first_output, main_input, num_examples, to_device
 from mpoc.models.introspection import same_tensor
+from mpoc.runtime.device import release_freed_memory
 from mpoc.train.evaluate import try_call
 
 _WIDEST = 12_288  # outputs: the second moment of gradients there is the square of that, in float64
@@ -136,9 +139,13 @@ class CalibrationStatistics:
         with context.group.all_or_raise():
             self._find_layers(list(names), skipped or {})
         self._dense = self._kept_pass()
+        start = perf_counter()
         self._held_out = self._pass(
             data.held_out, Probes(0, pooling=data.pooling), replace(context, progress=Progress())
         )
+        counts = [sum(map(num_examples, part)) for part in (data.batches, data.held_out)]
+        # Of a forward pass of the dense network over all examples, with the moments of inputs
+        self.pass_seconds = (perf_counter() - start) * sum(counts) / counts[1]
         self.means = mean_corrections(self.network, self._trace, self._named, self.places)
         self._compressed: nn.Module | None = None  # the network of the paired passes
         self.kept: dict[Any, Any] = {}  # what follows from the statistics and holds for every budget
@@ -158,6 +165,21 @@ class CalibrationStatistics:
         if uncalled := [name for name in unreached if self.network.get_parameter(name).dim() == 2]:
             add_taps(self.network, uncalled)  # of layers whose weight is read in the place of calling them
             self._trace = trace_batches(self.network, self.data.call, self.data.batches, self._named)
+
+    def network_to_compress(self) -> nn.Module:
+        """A copy of the network, which shares with it the tables that no fit changes."""
+        network, parameters = self.network, dict(self.network.named_parameters(remove_duplicate=False))
+        alone = (self.places.get(name) for name in self._reasons)  # fitted to their weights
+        fitted = {id(parameters[place]) for place in (*self._named, *alone) if place in parameters}
+        tables = [module.weight for module in network.modules() if isinstance(module, nn.Embedding)]
+        return copy.deepcopy(network, {id(table): table for table in tables if id(table) not in fitted})
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that a scratch folder would hold at most."""
+        between = max((block.nbytes for chain in self._trace.chains for block in chain), default=0)
+        share = sum(main_input(batch).numel() for batch in self.data.batches) / self._trace.numbers
+        return self._scratch.most + int(2 * between * share)  # of one block in both networks
 
     def facts(self) -> dict[str, Any]:
         """What it was calibrated on, for the manifest."""
@@ -211,22 +233,23 @@ class CalibrationStatistics:
         """
         if self._is_table(self.places[group[0]]):
             return {name: self.dense_objective(name) for name in group}
+        release_freed_memory()  # of the group before
         passes = self._pair(compressed)
         weights = [self.places[name] for name in group]
         fit = passes[0].moments(weights, self._dense.moments)
         held_out = passes[1].moments(weights, self._held_out.moments)
-        return {
-            name: self._objective(
-                name,
-                fit.get(weight, self._dense.moments[weight]),
-                held_out.get(weight, self._held_out_moments(weight)),
-            )
-            for name, weight in zip(group, weights, strict=True)
-        }
+        for weight in weights:
+            if weight not in fit:
+                fit[weight] = self._dense.moments[weight]
+            if weight not in held_out:
+                held_out[weight] = self._held_out_moments(weight)
+        named = zip(group, weights, strict=True)
+        return {name: self._objective(name, fit[weight], held_out[weight]) for name, weight in named}
 
     def _held_out_moments(self, weight: str) -> Moments:
         """Moments of held-out inputs in the dense network; those of the fit where there are none."""
-        return self._held_out.moments.get(weight, self._dense.moments[weight])
+        known = self._held_out if weight in self._held_out.moments else self._dense
+        return known.moments[weight]
 
     def position_of(self, weight: str) -> tuple[int, int] | None:
         """Chain and position of the block that alone uses a weight, once, and leaves its input unchanged."""

@@ -133,12 +133,17 @@ class RowMoment:
 
     def formed(self) -> Tensor:
         """The moment as a matrix (N, N) float64, where S is the identity."""
-        dtype = self.left.values.dtype  # what rows are given in is exact enough for sums of centred ones
-        total = self.weights.new_zeros(len(self.left.centre), len(self.right.centre), dtype=dtype)
-        for (part, a), (_, b) in zip(self.left.blocks(), self.right.blocks(), strict=True):
-            total.addmm_((a.T * self.weights[part]).to(dtype), b.to(dtype))
-        ridge = torch.zeros_like(self.left.centre) if self.ridge is None else self.ridge
-        return total.double() + torch.diag(ridge)
+        a, b, w = self.left, self.right, self.weights
+        dtype = a.values.dtype  # what rows are given in is exact enough for sums of them
+        total = ((a.values * w.to(dtype)[:, None]).T @ b.values).double()
+        sums = [
+            w @ one.values.double() for one in (a, b)
+        ]  # Σ (a − c)(b − d)ᵀ = Σ a bᵀ − c Σ bᵀ − (Σ a − W c) dᵀ
+        columns = torch.stack([a.centre, sums[0] - w.sum() * a.centre], 1)
+        total.addmm_(columns, torch.stack([sums[1], b.centre]), alpha=-1)
+        if self.ridge is not None:
+            total.diagonal().add_(self.ridge)
+        return total
 
 
 # A matrix (N, N), the diagonal (N,) of one, or a RowMoment; what can work with one of them alone says so.

@@ -48,7 +48,7 @@ def chosen_from(plans: list[LayerPlan], offers: Mapping[str, Candidates]) -> Can
 def shared(importance: dict[str, float], budget: int) -> Any:
     plans = [plan("a", 4), plan("b", 4), plan("c", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
-    offers = {name: Candidates(matrix, [LOW_RANK], known()) for name, matrix in dense.items()}
+    offers = {name: Candidates(matrix, [LOW_RANK], known) for name, matrix in dense.items()}
     named = {f"{name}.weight": value for name, value in importance.items()}
     distance: Any = Distance(dense, named)
     return allocate_by_gain(plans, chosen_from(plans, offers), parameters, budget, distance), plans
@@ -73,7 +73,7 @@ def test_keeps_uniform_shares_where_they_are_better() -> None:
 
     plans = [plan("a", 4), plan("b", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
-    offers = {name: Candidates(matrix, [LOW_RANK], known()) for name, matrix in dense.items()}
+    offers = {name: Candidates(matrix, [LOW_RANK], known) for name, matrix in dense.items()}
     distance = Contrary(dense, dict.fromkeys(dense, 1.0))
     found = allocate_by_gain(plans, chosen_from(plans, offers), parameters, 320, distance)  # type: ignore[arg-type]
     assert found.chosen == "uniform"
@@ -87,7 +87,7 @@ def test_budget_below_every_candidate_keeps_the_plans() -> None:
 
 def test_other_layers_keep_their_plans() -> None:
     plans = [plan("a", 4), plan("b", 4).left_dense("the recipe leaves it dense")]
-    offers = {"a.weight": Candidates(weight(0), [LOW_RANK], known())}
+    offers = {"a.weight": Candidates(weight(0), [LOW_RANK], known)}
     distance = Distance({"a.weight": weight(0)}, {"a.weight": 1.0})
     found = allocate_by_gain(plans, chosen_from(plans, offers), parameters, 200, distance)  # type: ignore[arg-type]
     assert found.plans[1] == plans[1]
@@ -98,13 +98,13 @@ def test_each_single_form_competes() -> None:
     plans = [plan("a", 4), plan("b", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
-    offers = {name: Candidates(matrix, [LOW_RANK, structure], known()) for name, matrix in dense.items()}
+    offers = {name: Candidates(matrix, [LOW_RANK, structure], known) for name, matrix in dense.items()}
     distance: Any = Distance(dense, dict.fromkeys(dense, 1.0))
     found = allocate_by_gain(plans, chosen_from(plans, offers), parameters, 2 * 4 * 40, distance)
     assert tuple(found.distances) == WAYS[:4]
     assert found.distances[found.chosen] == min(found.distances.values())
     assert distance.asked == len(found.distances) + 2 * len(plans)  # what is told at once is not asked again
-    one_form = {name: Candidates(matrix, [LOW_RANK], known()) for name, matrix in dense.items()}
+    one_form = {name: Candidates(matrix, [LOW_RANK], known) for name, matrix in dense.items()}
     assert (
         tuple(
             allocate_by_gain(plans, chosen_from(plans, one_form), parameters, 2 * 4 * 40, distance).distances
@@ -125,7 +125,7 @@ def test_one_form_may_win_alone() -> None:
     plans = [plan("a", 4), plan("b", 4)]
     dense = {one.map.name: weight(k) for k, one in enumerate(plans)}
     structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
-    offers = {name: Candidates(matrix, [LOW_RANK, structure], known()) for name, matrix in dense.items()}
+    offers = {name: Candidates(matrix, [LOW_RANK, structure], known) for name, matrix in dense.items()}
     distance: Any = Jealous(dense, dict.fromkeys(dense, 1.0))
     distance.penalty = [1e6, 1e6, 0.0, 1e6]
     found = allocate_by_gain(plans, chosen_from(plans, offers), parameters, 2 * 4 * 40, distance)

@@ -10,11 +10,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpoc.compression.calibrate import moments as moments_module
-from mpoc.compression.calibrate.cache import DensePass, cached_or_measured, calibration_fingerprint
+from mpoc.compression.calibrate.cache import (
+    DensePass,
+    KeptTensors,
+    cached_or_measured,
+    calibration_fingerprint,
+)
 from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
 from mpoc.compression.calibrate.trace import Trace, trace
 from mpoc.errors import MpocError
-from mpoc.io.keyed_store import open_item, put_item
+from mpoc.io.keyed_store import Scratch, open_item, put_item
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.safetensors_writer import Entry
 from mpoc.models.call import Batch, Call
@@ -96,10 +101,20 @@ def test_stores_shared_and_symmetric_parts_once(tmp_path: Path) -> None:
     case = Case(encoder(1), texts(), tmp_path / "m")
     again = (case.ask(), case.ask())[1][0]
     query, key = (f"encoder.layer.0.attention.self.{part}.weight" for part in ("query", "key"))
-    assert again.moments[query].second is again.moments[key].second
+    assert torch.equal(again.moments[query].second, again.moments[key].second)
     shapes = {name: info.shape for name, info in read_header(case.path).tensors.items()}
     assert f"second {key}" not in shapes and shapes[f"second {query}"] == (16 * 17 // 2,)
     assert "second embeddings.word_embeddings.weight" not in shapes
+
+
+def test_memory_holds_half_of_a_symmetric_matrix() -> None:
+    scratch, matrix = Scratch(), torch.rand(256, 256).double()
+    kept = KeptTensors(scratch)
+    kept.put("g", matrix + matrix.T)
+    assert torch.equal(kept["g"], matrix + matrix.T)
+    parts = scratch.get((id(kept), "g"))
+    held = {panel.untyped_storage().data_ptr(): panel.untyped_storage().nbytes() for panel in parts}
+    assert sum(held.values()) == scratch.nbytes < 0.65 * matrix.nbytes
 
 
 def test_output_is_deterministic(case: Case) -> None:

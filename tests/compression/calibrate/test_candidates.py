@@ -12,9 +12,9 @@ from tests.compression.calibrate.layers import SIDES, known, weight
 @pytest.mark.parametrize("weighed", [True, False])
 def test_errors_of_all_ranks_match_single_fits(centred: bool, weighed: bool) -> None:
     objective = known(centred, weighed)
-    offers = Candidates(weight(3), [low_rank_structure("linear", SIDES)], objective)
+    offers = Candidates(weight(3), [low_rank_structure("linear", SIDES)], lambda: objective)
     structure = low_rank_structure("linear", SIDES)
-    for rank in (1, 4, 9, 16):
+    for rank in (1, 4, 9):
         expected = objective.output_weighted_error.squared(
             weight(3), offers.matrix(Storage(structure, rank)).double()
         )
@@ -24,7 +24,7 @@ def test_errors_of_all_ranks_match_single_fits(centred: bool, weighed: bool) -> 
 def test_every_compressed_candidate_shrinks_the_layer() -> None:
     structure = make_structure("linear", SIDES, factors=((2, 8), (12, 2)))
     forms = [structure.as_form(form) for form in ("svd", "mpo", "svd+mpo")]
-    offers = Candidates(weight(3), forms, known())
+    offers = Candidates(weight(3), forms, known)
     stored = [offer.storage for offer in offers.every if offer.storage is not None]
     assert {(one.structure.form, one.rank > 0) for one in stored} == {
         ("svd", False),
@@ -59,7 +59,7 @@ def test_largest_within_a_size_fits(form: str) -> None:
 def test_extra_structure_is_a_candidate() -> None:
     structure = make_structure("linear", SIDES)
     mera = make_structure("linear", SIDES, form="mera")
-    offers = Candidates(weight(3), [structure.as_low_rank(), structure, mera], known())
+    offers = Candidates(weight(3), [structure.as_low_rank(), structure, mera], known)
     offered = [one for one in offers.every if one.storage is not None and one.storage.structure == mera]
     assert offered
     storage = largest_within(mera, int(0.4 * 16 * 24))

@@ -72,3 +72,9 @@ def test_passes_that_begin_at_a_block_give_what_whole_passes_give() -> None:
             other.get_parameter(name).mul_(0.9)
         layer = Replacement(other.get_parameter(name).detach().clone(), None)
         assert distance.of({name: layer}) == distance.of_network(other) > 0
+    part = OutputDistance(study, step=3)  # of (9, 4, 6) the second, of (5, 7) the second
+    lone = [
+        {n: v[1:2, :length] for n, v in batch.items()} for batch, length in zip(held_out, (4, 7), strict=True)
+    ]
+    alone = distance_from_own(network, lone)
+    assert part.of_network(other) == pytest.approx(alone.of_network(other), rel=1e-5)
