@@ -27,6 +27,7 @@ TOPICS = (
     "reports",
     "large-checkpoints",
     "loading-and-exporting",
+    "run",
     "entanglement",
     "the-papers",
     "file-format-and-json",
