@@ -55,6 +55,10 @@ class Rounding:
         """The most bytes of a coded stream of ``count`` numbers."""
         return math.ceil(count * self.bits / 8) + _STREAM_OVERHEAD
 
+    def of_bytes(self, nbytes: int, count: int, streams: int) -> Rounding:
+        """The coded rounding with which ``count`` numbers in so many streams take at most ``nbytes``."""
+        return replace(self, bits=8 * (nbytes - streams * (_STREAM_OVERHEAD + 1)) / count)
+
     def codes(self, record: LayerRecord, tensors: Sequence[Tensor]) -> list[QuantizedTensor]:
         """Round each core of a layer, or its weight where the form is ``dense``, to the nearest codes.
 

@@ -259,10 +259,10 @@ class SameSize:
         return found
 
     def _nearest(self, plan: LayerPlan) -> Replacement:
-        record, codes = self._kept[plan.map.name]
+        record, codes = plan.record(), self._kept[plan.map.name][1]
         if not codes:
             assert plan.rounding is not None
-            codes = plan.rounding.codes(plan.record(), [read_finite(self._checkpoint, plan.map.name)])
+            codes = plan.rounding.codes(record, [read_finite(self._checkpoint, plan.map.name)])
         return Replacement(values_of_all(with_codes(record, codes), codes)[0], None)
 
     def _widths(self) -> dict[str, int] | None:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from mpoc.compression.budget import largest_bond
 from mpoc.compression.calibrate.objective import Objective, one_matrix
+from mpoc.io.manifest import LayerRecord
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.fit.metric import Metric
 from mpoc.tensor_networks.fit.truncation import Target, Truncation, truncate
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
@@ -95,6 +97,20 @@ class Judgement:
     def on_cpu(self) -> Judgement:
         """The same with its tensor on the CPU."""
         return self if self.shift is None else replace(self, shift=self.shift.cpu())
+
+
+def with_figures(
+    record: LayerRecord, form: Form | None, judged: Judgement, same_size: dict[str, float]
+) -> LayerRecord:
+    """The record of a layer with its errors and, of cores, their entanglement entropies."""
+    return replace(
+        record,
+        relative_error=rounded(judged.relative_error),
+        output_error=rounded(judged.output_error),
+        held_out_error=rounded(judged.held_out_error),
+        same_size={name: rounded(error) for name, error in same_size.items()},
+        entropies=() if form is None else tuple(map(rounded, form.entropies())),
+    )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from; where rounding to nearest does better there, it stays.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpoc.compression.calibrate.calibrated_fit import Judgement, judge_matrix
 from mpoc.compression.calibrate.objective import LayerObjective, Objective, one_matrix
+from mpoc.compression.plan import LayerPlan
 from mpoc.io.coded_parts import Rounding, tensor_of
 from mpoc.io.manifest import CodedPart, LayerRecord
 from mpoc.quantize.codes import QuantizedTensor
@@ -26,6 +27,7 @@ from mpoc.quantize.grid_rounding import gptq, round_grid
 from mpoc.quantize.rounding import coded_in_bytes
 from mpoc.quantize.storage import Grid, default_grid
 from mpoc.tensor_networks.fit.metric import Metric, RowMoment, Second, weighed
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.weighted import matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import Form, form_of
@@ -36,12 +38,17 @@ from mpoc.tensor_networks.structure import low_rank_structure
 _DAMPING = 1e-2
 _GAMMAS = 0.02, 0.1, 0.3, 0.6
 _WIDEST = 8192  # columns of a metric that is formed
+# Two factors of a coded weight are tried below so many bits a weight, at the best of these bits a number.
+_LOW_RANK_BELOW, _FACTOR_BITS, _NOISE = 2.5, (2.0, 2.5, 3.0, 4.0, 5.0), 0.7
+_LONGER_RECORD = 700  # bytes that their record and their second stream take in header and manifest
 
 
 @dataclass(frozen=True)
 class CalibratedRounding:
     """The codes of a layer, with their errors."""
 
+    record: LayerRecord  # dense, or with the bonds of the cores
+    form: Form | None  # the cores; None: dense
     codes: list[QuantizedTensor]
     judged: Judgement
     same_size: dict[str, float]  # output-weighted errors: "this", and rounding without feedback
@@ -78,10 +85,8 @@ def round_calibrated(
         trial = partial(_round_cores, form, parts, rounding)
 
     def values(codes: Sequence[QuantizedTensor]) -> Tensor:
-        if form is None:
-            return codes[0].values().to(matrix)
-        made = [tensor_of(part, own.values()) for part, own in zip(parts, codes, strict=True)]
-        return matrix_of(form_of([core.to(matrix) for core in made], form.structure))
+        made = codes[0].values() if form is None else matrix_of(_rounded_form(record, codes))
+        return made.to(matrix)
 
     error = objective.output_weighted_error
     gammas = _gammas(objective, matrix.shape[1])[: 1 if fast else 2]
@@ -92,7 +97,63 @@ def round_calibrated(
         "this": judged.output_weighted_error,
         "rounded to nearest": error.relative(matrix, values(nearest)),
     }
-    return CalibratedRounding(best, judged.on_cpu(), same_size)
+    return CalibratedRounding(record, form, best, judged.on_cpu(), same_size)
+
+
+def low_rank_if_better(
+    found: CalibratedRounding, plan: LayerPlan, weight: Tensor, objective: Objective
+) -> CalibratedRounding:
+    """Two factors in the bytes of a coded dense weight, where held-out outputs are nearer; or as it was.
+
+    Args:
+        found: the dense weight, rounded.
+        plan: of the layer, dense.
+        weight: of shape ``plan.map.shape``.
+        objective: of this layer.
+    """
+    rounding = plan.rounding
+    if rounding is None or rounding.storage != "coded" or rounding.bits > _LOW_RANK_BELOW:
+        return found
+    if type(objective) is not LayerObjective:
+        return found
+    matrix = one_matrix(weight, plan.map.kind, plan.map.transposed)
+    metric = objective.metric(matrix, _gammas(objective, matrix.shape[1])[0])
+    best = weighted_svd(metric)
+    nbytes = plan.record().stored_bytes - _LONGER_RECORD
+    rank = _best_rank(best.values, nbytes / sum(matrix.shape))
+    if rank == 0:
+        return found
+    structure = low_rank_structure(plan.structure.kind, plan.structure.shape, plan.structure.transposed)
+    rounding = rounding.of_bytes(nbytes, rank * sum(matrix.shape), 2)
+    record = replace(plan, structure=structure, goal=Truncation(rank), rounding=rounding).record()
+    codes = _round_factors(best.factors(rank), record.coded_parts, rounding, metric)
+    form = _rounded_form(record, codes)
+    judged = judge_matrix(matrix, matrix_of(form).to(matrix), objective)
+    if judged.output_weighted_error >= found.judged.output_weighted_error:
+        return found
+    same_size = found.same_size | {"this": judged.output_weighted_error}
+    return CalibratedRounding(record, form, codes, judged.on_cpu(), same_size)
+
+
+def _best_rank(values: Tensor, nbytes: float) -> int:
+    """The rank that, at so many bytes for one row and column of each rank, leaves least; 0: there is none.
+
+    What truncation leaves is known, what rounding to b bits leaves is about the share ``_NOISE`` · 4^−b.
+    """
+    squares = values.square()
+    ranks = {int(8 * nbytes / bits): bits for bits in _FACTOR_BITS}
+    left = {
+        rank: float(squares[rank:].sum() / squares.sum()) + _NOISE * 4**-bits
+        for rank, bits in ranks.items()
+        if 1 <= rank <= len(values)
+    }
+    return min(left, key=left.__getitem__, default=0)
+
+
+def _rounded_form(record: LayerRecord, codes: Sequence[QuantizedTensor]) -> Form:
+    """The cores that codes stand for, in float64."""
+    pairs = zip(record.coded_parts, codes, strict=True)
+    return form_of([tensor_of(part, own.values()).double() for part, own in pairs], record.structure)
 
 
 def _gammas(objective: Objective, columns: int) -> tuple[float, ...]:

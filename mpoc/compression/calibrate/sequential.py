@@ -28,11 +28,15 @@ from mpoc.compression.calibrate.block_refinement import BlockPosition, BlockRefi
 from mpoc.compression.calibrate.calibrated_fit import (
     CalibratedFit,
     FitSettings,
-    Judgement,
     fit_calibrated,
     judge,
+    with_figures,
 )
-from mpoc.compression.calibrate.calibrated_rounding import CalibratedRounding, round_calibrated
+from mpoc.compression.calibrate.calibrated_rounding import (
+    CalibratedRounding,
+    low_rank_if_better,
+    round_calibrated,
+)
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.output_distance import RecalibratedNorms, recalibrated_norms
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
@@ -300,7 +304,7 @@ class SequentialFit:
         form = form_of([core.to(self._device) for core in fitted.cores], record.structure)
         judged = judge(weight, form, objective)
         same_size = {**(record.same_size or {}), "this": judged.output_weighted_error}
-        return replace(fitted, record=_with_figures(record, form, judged, same_size))
+        return replace(fitted, record=with_figures(record, form, judged, same_size))
 
     def _fit_group(
         self, group: Sequence[str], todo: dict[str, LayerPlan], position: BlockPosition | None
@@ -353,10 +357,12 @@ class SequentialFit:
         def round_with_feedback() -> CalibratedRounding:
             with naming(self._checkpoint, record.name):
                 nearest.extend(rounding.codes(record, [weight] if form is None else form.cores))
-                return round_calibrated(weight, record, rounding, objective, nearest, form, fast)
+                found = round_calibrated(weight, record, rounding, objective, nearest, form, fast)
+                wide = plan.is_dense and self._recipe.shares_bits
+                return low_rank_if_better(found, plan, weight, objective) if wide else found
 
         found = self._group.on_main(round_with_feedback)
-        measured = _with_figures(record, form, found.judged, found.same_size)
+        measured = with_figures(found.record, found.form, found.judged, found.same_size)
         fitted = Fitted.rounded(measured, found.codes, self._shifted(plan.map.name, found.judged.shift))
         self._put(fitted, nearest)
         return fitted
@@ -368,7 +374,7 @@ class SequentialFit:
             plan = leave_dense_unless_smaller(plan, form.num_parameters)
         if plan.is_dense:
             return Fitted(plan.record())
-        record = _with_figures(_as_fitted(plan, form), form, fit.judged, fit.same_size)
+        record = with_figures(_as_fitted(plan, form), form, fit.judged, fit.same_size)
         return Fitted(record, form.cores, self._shifted(plan.map.name, fit.judged.shift))
 
     def _shifted(self, name: str, shift: Tensor | None) -> dict[str, Tensor]:
@@ -404,17 +410,4 @@ def _as_fitted(plan: LayerPlan, form: Form) -> LayerRecord:
         replace(plan, structure=form.structure).record(),
         num_stored=form.num_parameters,
         **bond_fields(form.structure, form.bonds),
-    )
-
-
-def _with_figures(
-    record: LayerRecord, form: Form | None, judged: Judgement, same_size: dict[str, float]
-) -> LayerRecord:
-    return replace(
-        record,
-        relative_error=rounded(judged.relative_error),
-        output_error=rounded(judged.output_error),
-        held_out_error=rounded(judged.held_out_error),
-        same_size={name: rounded(error) for name, error in same_size.items()},
-        entropies=() if form is None else tuple(map(rounded, form.entropies())),
     )

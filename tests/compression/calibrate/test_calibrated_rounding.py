@@ -196,3 +196,15 @@ def test_no_single_choice_is_better_in_the_same_bytes(digits: Digits, options: d
     ours, kl, ways = digits.compress(size=nbytes)
     assert ours <= nbytes and kl < loss
     assert ways.pop("this") <= min(ways.values())
+
+
+def test_a_coded_dense_layer_becomes_two_factors_where_they_are_nearer(digits: Digits) -> None:
+    recipe = make_recipe(None, {"effort": "fast", "size": 9000}).with_form(calibrated=True)
+    done = write_compressed(
+        make_job(digits.source, recipe, digits.source.plan(recipe), digits.context, digits.statistics),
+        digits.folder / "factors.safetensors",
+    )
+    layer = next(layer for layer in done.manifest.layers if layer.form == "svd")
+    assert done.nbytes <= 9000
+    assert layer.num_stored < layer.num_original and len(layer.storage) == 2
+    assert len(layer.entropies) == 1 and layer.relative_error is not None
