@@ -34,8 +34,9 @@ from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.forms.layout import from_matrix, to_matrix
 from mpoc.tensor_networks.structure import low_rank_structure
 
-# Added to the metric of inputs, as a share of its diagonal.
-_DAMPING = 1e-2
+# Added to the metrics of inputs and of outputs, as shares of their diagonals: gradients of the dense network
+# say less of outputs that carry the errors of all layers before.
+_DAMPING, _ROW_DAMPING = 1e-2, 0.5
 _GAMMAS = 0.02, 0.1, 0.3, 0.6
 _WIDEST = 8192  # columns of a metric that is formed
 # Two factors of a coded weight are tried below so many bits a weight, at the best of these bits a number.
@@ -120,7 +121,7 @@ def low_rank_if_better(
     metric = objective.metric(matrix, _gammas(objective, matrix.shape[1])[0])
     best = weighted_svd(metric)
     nbytes = plan.record().stored_bytes - _LONGER_RECORD
-    rank = _best_rank(best.values, nbytes / sum(matrix.shape))
+    rank = _best_rank(best.values, nbytes / sum(matrix.shape)) if nbytes > 2 * _LONGER_RECORD else 0
     if rank == 0:
         return found
     structure = low_rank_structure(plan.structure.kind, plan.structure.shape, plan.structure.transposed)
@@ -194,11 +195,11 @@ def _round_factors(
     rotation = _rotation(left.shape[1]).to(left)
     left, right = left @ rotation.T, rotation @ right
     bond = left.T @ weighed(metric.outputs, left)
-    second = _round(right, metric.inputs, rows_of(bond), parts[1], rounding)
+    second = _round(right, metric.inputs, Feedback(_damped(bond, _DAMPING)), parts[1], rounding)
     rounded = second.values().to(right)
     seen = rounded * metric.inputs if _is_diagonal(metric.inputs) else rounded @ metric.inputs
     gram = seen @ rounded.T
-    gram.diagonal().add_(1e-9 * gram.diagonal().mean())
+    gram.diagonal().add_(1e-9 * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)  # all may be 0
     left = torch.linalg.solve(gram, seen @ metric.target.T).T
     return [_round(left, gram, rows_of(metric.outputs), parts[0], rounding), second]
 
@@ -218,19 +219,19 @@ def _round(
 def feedback_of(inputs: Second) -> Feedback | None:
     """The metric of inputs, damped, as rounding takes it; None where it is too wide to be formed."""
     if isinstance(inputs, Tensor):
-        return Feedback(_damped(torch.diag(inputs) if inputs.dim() == 1 else inputs))
-    return Feedback(_damped(inputs.formed())) if len(inputs.left.centre) <= _WIDEST else None
+        return Feedback(_damped(torch.diag(inputs) if inputs.dim() == 1 else inputs, _DAMPING))
+    return Feedback(_damped(inputs.formed(), _DAMPING)) if len(inputs.left.centre) <= _WIDEST else None
 
 
 def rows_of(outputs: Tensor | None) -> Rows:
     """The metric of outputs, damped, as rounding takes it; its diagonal where it is too wide."""
     if outputs is None or outputs.dim() == 1:
         return outputs
-    return Feedback(_damped(outputs)) if len(outputs) <= _WIDEST else outputs.diagonal()
+    return Feedback(_damped(outputs, _ROW_DAMPING)) if len(outputs) <= _WIDEST else outputs.diagonal()
 
 
-def _damped(moment: Tensor) -> Tensor:
-    return moment + torch.diag(_DAMPING * moment.diagonal())
+def _damped(moment: Tensor, share: float) -> Tensor:
+    return moment + torch.diag(share * moment.diagonal())
 
 
 def gptq_weight(weight: Tensor, record: LayerRecord, objective: Objective | None, bits: int) -> Tensor:
