@@ -28,7 +28,7 @@ def total(count: int, group: ProcessGroup) -> dict[str, Tensor]:
 def test_shards_hold_every_batch_once(count: int) -> None:
     every = BatchShards(count).every
     assert [index for part in every for index in part] == list(range(count))
-    assert len(every) == min(8, count)
+    assert len(every) == max(1, min(8, count // 2))  # no shard of one batch where there are more
     lengths = [len(part) for part in every]
     assert max(lengths, default=0) - min(lengths, default=0) <= 1
     assert BatchShards(count).mine == list(range(count))
