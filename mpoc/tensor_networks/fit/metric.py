@@ -133,14 +133,9 @@ class RowMoment:
 
     def formed(self) -> Tensor:
         """The moment as a matrix (N, N) float64, where S is the identity."""
-        a, b, w = self.left, self.right, self.weights
-        dtype = a.values.dtype  # what rows are given in is exact enough for sums of them
-        total = ((a.values * w.to(dtype)[:, None]).T @ b.values).double()
-        sums = [
-            w @ one.values.double() for one in (a, b)
-        ]  # Σ (a − c)(b − d)ᵀ = Σ a bᵀ − c Σ bᵀ − (Σ a − W c) dᵀ
-        columns = torch.stack([a.centre, sums[0] - w.sum() * a.centre], 1)
-        total.addmm_(columns, torch.stack([sums[1], b.centre]), alpha=-1)
+        # What rows are given in is exact enough for sums of centred ones, and of no others
+        a, b = (one.values - one.centre.to(one.values.dtype) for one in (self.left, self.right))
+        total = ((a * self.weights.to(a.dtype)[:, None]).T @ b).double()
         if self.ridge is not None:
             total.diagonal().add_(self.ridge)
         return total

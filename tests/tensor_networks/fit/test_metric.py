@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.metric import Metric, make_metric, semidefinite
+from mpoc.tensor_networks.fit.metric import CentredRows, Metric, RowMoment, make_metric, semidefinite
 from tests.tensor_networks.fit.metrics import diagonal_metric, moments, random_metric, row_moments
 
 
@@ -149,6 +149,14 @@ def test_rows_are_the_metric_of_their_moment(centred: bool, gamma: float) -> Non
     torch.testing.assert_close(found.weighed(weight), wanted.weighed(weight), rtol=1e-8, atol=1e-7)
     without = make_metric(weight, **row_moments(seen), **options)
     assert without.target is weight
+
+
+def test_moment_of_rows_far_from_zero_is_exact() -> None:
+    values = (correlated(9, 12) + 1000).float()
+    centred = CentredRows(values, values.double().mean(0))
+    weights = torch.full((9,), 1 / 9, dtype=torch.float64)
+    wanted = values.double().T.cov(correction=0)
+    torch.testing.assert_close(RowMoment(centred, centred, weights).formed(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_difference_and_transpose_of_row_moments() -> None:
