@@ -59,8 +59,10 @@ def round_codes(
 ) -> Tensor:
     """Codes of a target, as floats: target ≈ code · step, within the limits."""
     if isinstance(rows, Feedback):
-        shares = target.new_zeros(len(target), len(target)) if feedback is None else feedback.shares
-        return round_two_sided(target, steps, shares, rows.shares, dead_zone, limits)
+        if feedback is None:  # rows in the place of columns
+            turned = target.T.contiguous(), steps.T.contiguous()
+            return round_codes(*turned, rows, None, dead_zone, limits).T.contiguous()
+        return round_two_sided(target, steps, feedback.shares, rows.shares, dead_zone, limits)
     inverse = _inverse(steps)
     if feedback is None:
         return codes_nearest(target * inverse, dead_zone, limits)

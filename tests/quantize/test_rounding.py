@@ -113,6 +113,16 @@ def test_codes_of_two_sides_are_those_of_gptq_on_all_numbers(sizes: tuple[int, i
     assert (found.codes.reshape(1, -1) != expected).float().mean() < 0.002
 
 
+def test_feedback_between_rows_alone_is_that_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No matrix of the size of all columns is made, which may be too many for one."""
+    monkeypatch.delattr(rounding, "round_two_sided")
+    target, rows = weight(40, 70), Feedback(correlated(40))
+    of_rows, of_columns = (torch.zeros(size, dtype=torch.int8) for size in (40, 70))
+    found = round_coded(target, None, of_rows, of_columns, 0.03, rows)
+    turned = round_coded(target.T.contiguous(), rows, of_columns, of_rows, 0.03)
+    assert torch.equal(found.codes, turned.codes.T) and found.scale == pytest.approx(turned.scale)
+
+
 @pytest.mark.parametrize("storage", [None, Grid(3, 32)])
 def test_feedback_between_rows_lowers_f(storage: Grid | None) -> None:
     target, metric, outputs = weight(96, 64), correlated(64), correlated(96, 3)

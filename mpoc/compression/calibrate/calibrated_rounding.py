@@ -239,7 +239,7 @@ def gptq_weight(weight: Tensor, record: LayerRecord, objective: Objective | None
 
     Args:
         weight: of shape ``record.shape``.
-        record: of the layer, dense.
+        record: of the layer.
         objective: on the dense network's inputs; None, or of another kind than a linear map's or a
             convolution's: each number goes to its nearest code.
         bits: of a code.
