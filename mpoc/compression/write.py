@@ -92,9 +92,9 @@ class Job:
         return self.calibrated.finish() if self.calibrated else {}
 
     def manifest(self, records: list[LayerRecord]) -> Manifest:
-        """The manifest of the output with these layers."""
+        """The manifest of the output with these layers; scores follow once it is measured."""
         made = make_manifest(self.source.checkpoint, self.source.selection, self.recipe, records)
-        return replace(made, calibration=self.calibrated.facts() if self.calibrated else {})
+        return replace(made, calibration=self.calibrated.facts() if self.calibrated else {}, measured={})
 
     @property
     def notes(self) -> list[str]:
