@@ -45,7 +45,7 @@ class AllocationFacts(TypedDict, total=False):
     """The chosen allocation of a budget, and the distance of each allocation that was tried."""
 
     chosen: str
-    distances: Scores
+    distances: dict[str, float]
 
 
 class BatchNormFacts(TypedDict, total=False):
@@ -62,7 +62,7 @@ class CalibrationFacts(TypedDict, total=False):
     held_out: int
     data: dict[str, Any]
     shares: AllocationFacts
-    likeness: dict[str, Scores]
+    likeness: dict[str, dict[str, float]]
     norms: BatchNormFacts | None
 
 

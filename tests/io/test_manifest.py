@@ -476,6 +476,7 @@ def test_rejects_malformed_json(text: str) -> None:
         ("calibration", {"shares": {"distances": {"a": "b"}}}),
         ("calibration", {"norms": {"before": None}}),
         ("calibration", {"likeness": {"this": {"kl": "0"}}}),
+        ("calibration", {"likeness": {"this": {"kl": None}}}),
     ],
 )
 def test_rejects_inconsistent_parts(key: str, new: Any) -> None:
