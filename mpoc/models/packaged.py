@@ -103,9 +103,8 @@ def _parts(arch: str) -> tuple[str, str, int]:
     """
     match = _FORM.fullmatch(arch)
     if match is None or match[1] not in NETWORKS:
-        raise UsageError(
-            f"--arch {arch!r}: not of the form {NETWORKS[0]}:NAME or {NETWORKS[0]}:NAME,classes=K"
-        )
+        package = arch.partition(":")[0]
+        raise UsageError(f"--arch {arch!r}: not of the form {package}:NAME or {package}:NAME,classes=K")
     return match[1], match[2], int(match[3] or _USUAL_CLASSES)
 
 
@@ -180,6 +179,7 @@ def _distinct(found: list[str]) -> list[str]:
     kept: list[tuple[str, Tensor]] = []
     for arch in found:
         with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
             network = make_packaged(arch).eval()
         if not state:
             state = {name: _stirred(value, generator) for name, value in network.state_dict().items()}

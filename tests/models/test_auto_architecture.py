@@ -154,6 +154,27 @@ def test_networks_of_packages_are_told_by_what_they_compute(
     assert shaped(state | {"more.weight": torch.empty(2, 2)}, monkeypatch) == ToldArchitecture(None)
 
 
+def test_networks_are_told_apart_with_the_same_weights_each_time(
+    torchvision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def unchanged(value: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+        seen.append(value.flatten().clone())
+        return value
+
+    monkeypatch.setattr(packaged, "_stirred", unchanged)
+    states = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        assert len(packaged._distinct(["torchvision:deep", "torchvision:blurred"])) == 2
+        assert torch.equal(torch.get_rng_state(), before)
+        states.append(torch.cat(seen))
+        seen.clear()
+    assert torch.equal(*states)
+
+
 def test_files_of_packaged_networks_need_no_options(torchvision: Any, tmp_path: Path) -> None:
     model, output = tmp_path / "m.pt", tmp_path / "o.safetensors"
     torch.save(torchvision.get_model("net", None, 7).state_dict(), model)
@@ -169,7 +190,7 @@ def test_files_of_packaged_networks_need_no_options(torchvision: Any, tmp_path: 
 def test_messages_on_networks_of_packages(torchvision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for arch, said in (
         ("torchvision:nett", "has no network 'nett'; did you mean 'net'"),
-        ("torchvision:net,depth=3", "not of the form"),
+        ("torchvision:net,depth=3", "not of the form torchvision:NAME"),
     ):
         with pytest.raises(UsageError, match=said):
             make_network(arch)
