@@ -5,10 +5,8 @@ that runs linear layers. Everything else becomes a dense weight. Where there is 
 modelling file comes with the directory and ``auto_map`` names it, so that it is loaded with
 ``trust_remote_code=True``; else the directory needs no code.
 
-Linear layers on a grid stay codes, in the format of compressed-tensors ("pack-quantized"), which
-transformers decodes with the package of that name: codes of 2 and 3 bits take 4 there, those of 5 and 6
-take 8. transformers takes one width and group for a whole network: the most frequent one, and others
-become dense.
+Linear layers whose weight is stored in few bits become codes on a grid, which transformers decodes
+(:mod:`mpoc.hf.compressed_tensors`).
 
 A layer is a pair, or stays codes, only where the network has an ``nn.Linear`` of its stored name, with or
 without the prefix that transformers puts before the names of a body. T5's ``wo`` is never a pair, since its
@@ -21,10 +19,9 @@ instead of continuing with random weights.
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +32,20 @@ from transformers import AutoConfig, PreTrainedModel, initialization
 from transformers.models.auto import modeling_auto
 
 from mpoc.errors import MpocError, UsageError, command_line
+from mpoc.hf.compressed_tensors import WrittenCodes, pack_layers, write_quantization
 from mpoc.io import hub_directory
 from mpoc.io.atomic import refuse_existing, staged
-from mpoc.io.manifest import DENSE, LayerRecord, Manifest
+from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.open_checkpoint import CompressedCheckpoint, check_cores, open_compressed
-from mpoc.io.safetensors_header import TensorInfo
+from mpoc.io.safetensors_header import ITEMSIZE, TensorInfo
 from mpoc.io.safetensors_writer import Entry, plan_shards
-from mpoc.quantize.codes import SCALE, GridTensor
-from mpoc.quantize.storage import Grid
 from mpoc.tensor_networks.forms.form import form_of
 from mpoc.tensor_networks.forms.layout import working_dtype
 
 _MODULE = "modeling_low_rank"
 _SHARD = 5 * 10**9  # bytes
+MULTIPLES = (16, 32, 64, 128)
 _CODE = '''"""{classes}: networks of transformers whose linear layers are pairs, as config.low_rank says.
 
 Written by `mpoc export --hf`. A layer of rank r computes x → (x Aᵀ) Bᵀ + b, A (r, inputs), B (outputs, r).
@@ -93,23 +90,57 @@ class LowRank{base}({base}):
 class ExportedDirectory:
     """What :func:`export_directory` wrote."""
 
-    pairs: dict[str, int]  # layer → rank
-    grids: dict[str, Grid]  # layer → how its codes are stored
+    pairs: dict[str, int]  # layer → rank, padding included
+    padding_bytes: int  # zeros of the pairs
+    codes: WrittenCodes
     dense: list[str]  # layers that were cores or codes, and are dense now
+    dense_bytes: int
 
 
-def export_directory(source: Path, output: Path, force: bool = False) -> ExportedDirectory:
+def export_directory(
+    source: Path, output: Path, force: bool = False, coded: str | None = None, multiple: int | None = None
+) -> ExportedDirectory:
     """Write a compressed directory of transformers for use without mpoc.
 
     Args:
         source: the compressed directory.
         output: the directory to write.
         force: replace an existing one.
+        coded: what becomes of coded linear layers: codes of "8" bits (None too) or "4", or "dense" weights.
+        multiple: pad the ranks of pairs with zeros to a multiple of this number, one of ``MULTIPLES``.
 
     Raises:
-        UsageError: the source is a file or names no network, or the output exists.
-        MpocError: the source is damaged, holds a convolution as one map, or its class is not known.
+        UsageError: the source is a file or names no network, the output exists, or an option does not apply.
+        MpocError: the source is damaged, holds a convolution as one map, its class is not known, or numbers
+            are too large for a grid.
     """
+    manifest, stored = _opened(source, output, force)
+    classes = _classes(source)
+    linear, ranks = _linear_layers(manifest, next(iter(classes.values())), source)
+    pairs = _padded(ranks, multiple)
+    codes, packed = pack_layers(stored, linear, coded)
+    entries = list(_entries(stored, manifest, pairs, packed))
+    with staged(output) as target:
+        target.mkdir()
+        hub_directory.copy_other_files(stored.path, target, stored.weight_files)
+        hub_directory.write_shards(target, plan_shards(entries, _SHARD, stored.stem), stored)
+        hub_directory.unmark(target)
+        if pairs:
+            _write_code(target, classes, pairs)
+        if codes.grid is not None:
+            write_quantization(target, codes.grid, codes.layers)
+    dense = [layer for layer in manifest.changed if layer.layer not in {*pairs, *codes.layers}]
+    padding = sum(
+        (pairs[layer.layer] - ranks[layer.layer]) * sum(layer.shape) * ITEMSIZE[layer.dtype]
+        for layer in linear
+        if layer.layer in pairs
+    )
+    dense_bytes = sum(layer.num_original * ITEMSIZE[layer.dtype] for layer in dense)
+    return ExportedDirectory(pairs, padding, codes, [layer.layer for layer in dense], dense_bytes)
+
+
+def _opened(source: Path, output: Path, force: bool) -> tuple[Manifest, CompressedCheckpoint]:
+    """The source, once it is known that it can be exported."""
     manifest = read_manifest(source)
     if not (source / "config.json").is_file():
         hint = command_line("mpoc", "expand", source) + " writes a dense file"
@@ -123,21 +154,18 @@ def export_directory(source: Path, output: Path, force: bool = False) -> Exporte
             raise MpocError(
                 f"{source}: layer {layer.layer}: a convolution as one map cannot be exported", hint
             )
-    classes = _classes(source)
-    linear, pairs = _linear_layers(manifest, next(iter(classes.values())), source)
-    grids = _grids(linear)
-    entries = list(_entries(stored, manifest, pairs, grids))
-    with staged(output) as target:
-        target.mkdir()
-        hub_directory.copy_other_files(stored.path, target, stored.weight_files)
-        hub_directory.write_shards(target, plan_shards(entries, _SHARD, stored.stem), stored)
-        hub_directory.unmark(target)
-        if pairs:
-            _write_code(target, classes, pairs)
-        if grids:
-            _write_quantization(target, grids)
-    dense = [layer.layer for layer in manifest.changed if layer.layer not in pairs | grids]
-    return ExportedDirectory(pairs, grids, dense)
+    return manifest, stored
+
+
+def _padded(ranks: dict[str, int], multiple: int | None) -> dict[str, int]:
+    """The ranks of pairs as they are written: the next multiple."""
+    if multiple is None:
+        return ranks
+    if multiple not in MULTIPLES:
+        raise UsageError(f"--multiple must be one of {', '.join(map(str, MULTIPLES))}, got {multiple}")
+    if not ranks:
+        raise UsageError("--multiple applies to pairs of linear layers (svd), and there are none")
+    return {layer: math.ceil(rank / multiple) * multiple for layer, rank in ranks.items()}
 
 
 def _classes(source: Path) -> dict[str, type[PreTrainedModel]]:
@@ -193,21 +221,11 @@ def _linear_layers(
     return found, pairs
 
 
-def _grids(layers: list[LayerRecord]) -> dict[str, Grid]:
-    """The layers whose codes go out, with their grid, which is one for all."""
-    found = {layer.layer: grid for layer in layers if (grid := _stored_grid(layer)) is not None}
-    most = Counter(found.values()).most_common(1)
-    return {layer: grid for layer, grid in found.items() if grid == most[0][0]}
-
-
-def _stored_grid(layer: LayerRecord) -> Grid | None:
-    """The grid that holds the codes of a dense layer, in 4 or 8 bits; None where there are none."""
-    storage = layer.coded_parts[0].storage if layer.form == DENSE and layer.coded_parts else None
-    return replace(storage, bits=4 if storage.bits <= 4 else 8) if isinstance(storage, Grid) else None
-
-
 def _entries(
-    stored: CompressedCheckpoint, manifest: Manifest, pairs: Mapping[str, int], grids: Mapping[str, Grid]
+    stored: CompressedCheckpoint,
+    manifest: Manifest,
+    pairs: Mapping[str, int],
+    packed: Mapping[str, list[Entry]],
 ) -> Iterator[Entry]:
     """Every tensor of the new directory, in the order of the source."""
     replaced = {layer.core_name(0): layer for layer in manifest.replaced}
@@ -218,14 +236,14 @@ def _entries(
         if name in replaced:
             layer = replaced[name]
             if layer.layer in pairs:
-                yield from _pair(stored, layer)
+                yield from _pair(stored, layer, pairs[layer.layer])
                 continue
             info = TensorInfo(layer.name, layer.dtype, layer.shape)
             entry = Entry(info, lambda layer=layer: _dense(stored, layer))  # type: ignore[misc]
         elif name in cores:
             continue
-        elif name.removesuffix(".weight") in grids:
-            yield from _codes(stored, name, grids[name.removesuffix(".weight")])
+        elif name in packed:
+            yield from packed[name]
             continue
         else:
             info = TensorInfo(biases.get(name, name), info.dtype, info.shape)
@@ -237,27 +255,20 @@ def _entries(
         yield Entry(info, dense[first].read)
 
 
-def _pair(stored: CompressedCheckpoint, layer: LayerRecord) -> Iterator[Entry]:
-    """The two weights of a layer: A (rank, inputs), then B (outputs, rank)."""
-    rank, dtype = layer.all_bonds[1], getattr(torch, layer.dtype)
+def _pair(stored: CompressedCheckpoint, layer: LayerRecord, rank: int) -> Iterator[Entry]:
+    """The two weights of a layer: A (rank, inputs), then B (outputs, rank), with zeros up to the rank."""
+    own, dtype = layer.all_bonds[1], getattr(torch, layer.dtype)
 
     def b() -> Tensor:
-        return stored.read(layer.core_names[0]).reshape(layer.shape[0], rank).to(dtype)
+        core = stored.read(layer.core_names[0]).reshape(layer.shape[0], own)
+        return nn.functional.pad(core.to(dtype), (0, rank - own))
 
     def a() -> Tensor:
-        return stored.read(layer.core_names[1]).reshape(rank, layer.shape[1]).to(dtype)
+        core = stored.read(layer.core_names[1]).reshape(own, layer.shape[1])
+        return nn.functional.pad(core.to(dtype), (0, 0, 0, rank - own))
 
     yield Entry(TensorInfo(f"{layer.layer}.0.weight", layer.dtype, (rank, layer.shape[1])), a)
     yield Entry(TensorInfo(f"{layer.layer}.1.weight", layer.dtype, (layer.shape[0], rank)), b)
-
-
-def _codes(stored: CompressedCheckpoint, name: str, grid: Grid) -> Iterator[Entry]:
-    codes = stored.codes(name)
-    assert isinstance(codes, GridTensor)
-    tensors = replace(codes, spec=grid).tensors(name)
-    scale = name + SCALE
-    tensors[scale] = tensors[scale].to(getattr(torch, stored.infos[name].dtype))
-    return (Entry.of(*item) for item in tensors.items())
 
 
 def _dense(stored: CompressedCheckpoint, layer: LayerRecord) -> Tensor:
@@ -282,26 +293,3 @@ def _write_code(target: Path, classes: Mapping[str, type[PreTrainedModel]], pair
     config["architectures"] = [f"LowRank{next(iter(classes.values())).__name__}"]
     config["low_rank"] = dict(pairs)
     file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-
-
-def _write_quantization(target: Path, grids: Mapping[str, Grid]) -> None:
-    """Write what compressed-tensors reads of config.json; transformers decodes the codes as it loads them."""
-    grid = next(iter(grids.values()))
-    weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "strategy": "channel"}
-    weights |= {} if grid.group is None else {"strategy": "group", "group_size": grid.group}
-    file = target / "config.json"
-    config = json.loads(file.read_text("utf-8"))
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "dequantize": True,
-        "config_groups": {"group_0": {"targets": [_target(layer) for layer in grids], "weights": weights}},
-    }
-    file.write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-
-
-def _target(layer: str) -> str:
-    """An expression for a layer's name in the network and in its body alone."""
-    first, _, rest = layer.partition(".")
-    return rf"re:^(.*\.)?({re.escape(first)}\.)?{re.escape(rest)}$" if rest else layer

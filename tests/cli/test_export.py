@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.models.loading import open_network
+from tests.support.architectures import tiny
 from tests.support.checkpoints import contents
 from tests.support.process import Here, Mpoc
 
@@ -61,6 +63,7 @@ def test_writes_onnx_and_pt2(run: Mpoc, compressed: Path) -> None:
         (["--arch", "net.py:net", "--input-shape", "1x47", "--pt2", "m.pt2"], 2, "batch×47 fails: "),
         (["--arch", "net.py:net", "--input-shape", "1x48", "--pt2", "old.pt2"], 2, "exists already"),
         (["--arch", "net.py:net", "--hf", "h"], 2, "--arch and --input-shape apply to --onnx and --pt2"),
+        (["--multiple", "16", "--pt2", "m.pt2"], 2, "--coded and --multiple apply to --hf"),
     ],
 )
 def test_rejects_bad_arguments(
@@ -73,6 +76,27 @@ def test_rejects_bad_arguments(
     assert result.returncode == status, result.stderr
     assert said in result.stderr
     assert {k: v for k, v in contents(Path()).items() if "__pycache__" not in k} == before
+
+
+def test_tells_what_a_directory_adds(here: Here) -> None:
+    """Padding, bytes of codes, and the error of rounding to 4 bits."""
+    tiny("llama", layers=1).save_pretrained("llama")
+    Path("recipe.toml").write_text('[layer."*mlp*"]\nform = "svd"\nbond = 6\n')
+    recipe = make_recipe(Path("recipe.toml"), {"min_params": 1, "bits": 4, "storage": "coded"})
+    compress_checkpoint(Path("llama"), Path("out"), recipe)
+    done = here("export", "out", "--hf", "hf", "--coded", "4", "--multiple", "16")
+    assert done.returncode == 0, done.stderr
+    first, second, third = done.stderr.splitlines()[:3]
+    # 3 pairs of 32 and 48 numbers a rank, in float32; 1 group a row, and 32 or 16 or 97 rows.
+    assert "; 3 layers as pairs of linear layers (9.6 kB of them zeros), 5 as codes" in first
+    rows = (32, 16, 16, 32, 97)
+    nbytes = sum(16 * n + 4 * n + 4 * -(-n // 8) + 16 for n in rows)
+    assert f"compressed-tensors ({nbytes / 1000:.3g} kB, " in first
+    said = re.fullmatch(
+        r"5 coded layers rounded to 4 bits: relative error (\S+) on average, (\S+) at most \(.*\)", second
+    )
+    assert said and 0.03 < float(said[1]) <= float(said[2]) < 0.12
+    assert third == "to load codes: pip install compressed-tensors"
 
 
 @pytest.mark.slow

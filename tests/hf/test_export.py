@@ -56,9 +56,9 @@ SENTENCES = """if True:
 """
 
 
-def compressed(folder: Path, kind: str, **options: Any) -> Path:
-    tiny(kind).save_pretrained(folder / kind)
-    compress_checkpoint(folder / kind, folder / "out", make_recipe(None, {"min_params": 1, **options}))
+def compressed(folder: Path, kind: str, file: Path | None = None, **options: Any) -> Path:
+    tiny(kind, layers=1).save_pretrained(folder / kind)
+    compress_checkpoint(folder / kind, folder / "out", make_recipe(file, {"min_params": 1, **options}))
     return folder / "out"
 
 
@@ -76,7 +76,8 @@ def test_loads_without_mpoc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for kind, form in (("llama", "svd"), ("qwen2", "svd"), ("t5", "svd"), ("gpt2", "mpo")):
         source = compressed(tmp_path / form / kind, kind, form=form, bond=6)
         folders.append(tmp_path / kind)
-        found = export_directory(source, folders[-1])
+        found = export_directory(source, folders[-1], multiple=16 if kind == "qwen2" else None)
+        assert set(found.pairs.values()) <= {16 if kind == "qwen2" else 6}
         assert bool(found.pairs) == (form == "svd") == (tmp_path / kind / "modeling_low_rank.py").is_file()
         replaced = [layer.layer for layer in read_manifest(source).replaced]
         assert sorted([*found.pairs, *found.dense]) == sorted(replaced)
@@ -107,10 +108,26 @@ def test_sentence_transformers_without_mpoc(tmp_path: Path, monkeypatch: pytest.
     torch.testing.assert_close(given, wanted, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("bits", "width"), [(3, 4), (6, 8)])
-def test_codes_are_those_of_compressed_tensors(tmp_path: Path, bits: int, width: int) -> None:
+def test_pads_ranks_with_zeros(tmp_path: Path) -> None:
+    source = compressed(tmp_path, "llama", form="svd", bond=6)
+    found = export_directory(source, tmp_path / "hf", multiple=16)
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    stored = open_compressed(source, read_manifest(source))
+    assert found.pairs
+    for layer, rank in found.pairs.items():
+        a, b = tensors[f"{layer}.0.weight"], tensors[f"{layer}.1.weight"]
+        cores = [stored.read(f"{layer}.cores.{site}") for site in (0, 1)]
+        assert rank == len(a) == b.shape[1] == 16
+        assert torch.equal(b[:, :6].flatten(), cores[0].flatten()) and not b[:, 6:].any()
+        assert torch.equal(a[:6].flatten(), cores[1].flatten()) and not a[6:].any()
+    sizes = [tensors[f"{layer}.{k}.weight"].nbytes for layer in found.pairs for k in (0, 1)]
+    assert found.padding_bytes * 16 == sum(sizes) * 10
+
+
+@pytest.mark.parametrize(("storage", "bits", "width"), [("grid", 3, 4), ("grid", 6, 8), ("coded", 4, 8)])
+def test_codes_are_those_of_compressed_tensors(tmp_path: Path, storage: str, bits: int, width: int) -> None:
     """Decoded here by the definition of "pack-quantized": (code − zero point) · scale."""
-    source = compressed(tmp_path, "bert", bits=bits)
+    source = compressed(tmp_path, "bert", bits=bits, storage=storage)
     found = export_directory(source, tmp_path / "hf")
     tensors = load_file(tmp_path / "hf/model.safetensors")
     said = json.loads((tmp_path / "hf/config.json").read_text())["quantization_config"]
@@ -118,7 +135,8 @@ def test_codes_are_those_of_compressed_tensors(tmp_path: Path, bits: int, width:
     assert (said["format"], weights["num_bits"], weights["symmetric"]) == ("pack-quantized", width, False)
     stored = open_compressed(source, read_manifest(source))
     shifts = torch.arange(0, 32, width)
-    for layer in found.grids:
+    assert found.codes.layers
+    for layer in found.codes.layers:
         part = {key: tensors[f"{layer}.weight_{key}"] for key in ("packed", "scale", "zero_point", "shape")}
         rows, columns = part["shape"].tolist()
         codes, zeros = (
@@ -127,18 +145,31 @@ def test_codes_are_those_of_compressed_tensors(tmp_path: Path, bits: int, width:
         )
         grouped = codes[:, :columns].unflatten(1, (-1, weights["group_size"])) - zeros.T[:rows, :, None]
         values = (grouped * part["scale"][:, :, None]).flatten(1)
-        assert torch.equal(values, stored.read(f"{layer}.weight"))
+        wanted = stored.read(f"{layer}.weight")
+        error = float((values - wanted).norm() / wanted.norm())
+        assert error == (0.0 if storage == "grid" else pytest.approx(found.codes.errors[layer]))
+        assert error < 0.007
         assert f"{layer}.weight" not in tensors
-    assert found.grids and all(f"{layer}.weight" in tensors for layer in found.dense)
+    assert all(f"{layer}.weight" in tensors for layer in found.dense)
 
 
 @pytest.mark.slow
 def test_transformers_decodes_the_codes(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    source = compressed(tmp_path, "llama", bits=4)
-    export_directory(source, tmp_path / "hf" / "llama")
-    given = answers_without_mpoc(tmp_path / "hf" / "llama")["llama"]
-    torch.testing.assert_close(given, answer(open_network(source, None)), rtol=0, atol=1e-5)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "recipe.toml").write_text('[layer."*mlp*"]\nform = "svd"\nbond = 6\n')
+    own: dict[str, dict[str, Any]] = {
+        "llama": {"storage": "grid"},
+        "qwen2": {"storage": "coded", "file": tmp_path / "recipe.toml"},
+    }
+    sources = {kind: compressed(tmp_path / kind, kind, bits=4, **options) for kind, options in own.items()}
+    found = {kind: export_directory(source, tmp_path / "hf" / kind) for kind, source in sources.items()}
+    assert found["qwen2"].pairs and found["qwen2"].codes.errors
+    given = answers_without_mpoc(*(tmp_path / "hf" / kind for kind in sources))
+    expected = {kind: answer(open_network(source, None)) for kind, source in sources.items()}
+    torch.testing.assert_close(given["llama"], expected["llama"], rtol=0, atol=1e-5)
+    difference = (given["qwen2"] - expected["qwen2"]).norm() / expected["qwen2"].norm()
+    assert difference < 2 * max(found["qwen2"].codes.errors.values())
 
 
 def test_refuses_files_existing_outputs_and_unknown_classes(tmp_path: Path) -> None:
@@ -150,6 +181,12 @@ def test_refuses_files_existing_outputs_and_unknown_classes(tmp_path: Path) -> N
     source = compressed(tmp_path, "llama", form="svd", bond=4)
     export_directory(source, tmp_path / "again")
     export_directory(source, tmp_path / "again", force=True)
+    with pytest.raises(UsageError, match=r"--coded applies to .* stored coded, and there are none"):
+        export_directory(source, tmp_path / "hf", coded="4")
+    with pytest.raises(UsageError, match="--coded must be one of 8, 4, dense, got '5'"):
+        export_directory(source, tmp_path / "hf", coded="5")
+    with pytest.raises(UsageError, match="--multiple must be one of 16, 32, 64, 128, got 24"):
+        export_directory(source, tmp_path / "hf", multiple=24)
     (tmp_path / "there").mkdir()
     with pytest.raises(UsageError, match="there"):
         export_directory(source, tmp_path / "there")
@@ -161,3 +198,21 @@ def test_refuses_files_existing_outputs_and_unknown_classes(tmp_path: Path) -> N
     with pytest.raises(MpocError, match=r"transformers cannot read config\.json"):
         export_directory(source, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
+
+
+def test_coded_layers_are_dense_by_option_or_refused(tmp_path: Path) -> None:
+    model = tiny("bert", layers=1)
+    layer = "bert.encoder.layer.0.attention.output.dense"
+    model.get_submodule(layer).weight.data *= 1e12
+    model.save_pretrained(tmp_path / "bert")
+    recipe = make_recipe(None, {"min_params": 1, "bits": 4, "storage": "coded"})
+    compress_checkpoint(tmp_path / "bert", tmp_path / "out", recipe)
+    with pytest.raises(MpocError, match=f"{layer}.weight: weights of .* too large for a grid"):
+        export_directory(tmp_path / "out", tmp_path / "hf")
+    with pytest.raises(UsageError, match="--multiple applies to pairs"):
+        export_directory(tmp_path / "out", tmp_path / "hf", multiple=16)
+    found = export_directory(tmp_path / "out", tmp_path / "hf", coded="dense")
+    stored = open_compressed(tmp_path / "out", read_manifest(tmp_path / "out"))
+    assert layer in found.dense and not found.codes.layers
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    assert torch.equal(tensors[f"{layer}.weight"], stored.read(f"{layer}.weight"))
