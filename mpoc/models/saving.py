@@ -261,7 +261,7 @@ def _dense_layer(
     if not record.storage:
         return record, [Entry.of(record.name, weight)]
     kept = _kept_codes(record.name, [weight], origins)
-    return (record, kept) if kept else _rounded_again(replace(record, relative_error=None), [weight])
+    return (record, kept) if kept else _rounded_again(changed_record(record, [weight]), [weight])
 
 
 def _kept_codes(name: str, tensors: list[Tensor], origins: dict[str, _Origin]) -> list[Entry]:
@@ -316,12 +316,27 @@ def _new_record(layer: _CoreLayer, dtype: str) -> LayerRecord:
     )
 
 
-def changed_record(layer: LayerRecord, cores: list[Tensor]) -> LayerRecord:
-    """The record once cores were trained: their distance from the original weight is not known any more."""
-    dtype = working_dtype(getattr(torch, layer.dtype))
-    own = [core.detach().to("cpu", dtype) for core in cores]
-    entropies = tuple(map(rounded, form_of(own, layer.structure).entropies()))
-    return replace(layer, relative_error=None, entropies=entropies)
+def changed_record(layer: LayerRecord, tensors: Sequence[Tensor]) -> LayerRecord:
+    """The record once its cores, or its dense weight, were trained: no error is known any more."""
+    entropies: tuple[float, ...] = ()
+    if layer.core_names:
+        dtype = working_dtype(getattr(torch, layer.dtype))
+        own = [core.detach().to("cpu", dtype) for core in tensors]
+        entropies = tuple(map(rounded, form_of(own, layer.structure).entropies()))
+    return replace(
+        layer,
+        relative_error=None,
+        output_error=None,
+        held_out_error=None,
+        same_size=None,
+        entropies=entropies,
+    )
+
+
+def changed_manifest(manifest: Manifest) -> Manifest:
+    """The manifest once the network was trained, without what was measured of its outputs before."""
+    calibration = {name: fact for name, fact in manifest.calibration.items() if name != "likeness"}
+    return replace(manifest, calibration=calibration, measured={})
 
 
 def _core_entries(layer: _CoreLayer, record: LayerRecord) -> list[Entry]:
@@ -359,6 +374,9 @@ def _manifest(
     source = Source(f"<{type(model).__name__}>", nbytes, count_parameters(infos), fingerprint)
     if base is None:
         base = Manifest(source, (), {}, "the model's modules", tool=f"mpoc {mpoc.__version__}")
+    errors = {record.name: record.relative_error for record in base.layers}
+    if any(errors.get(record.name) != record.relative_error for record in records):
+        base = changed_manifest(base)
     reasons = {
         prefix + name: why
         for prefix, origin in origins.items()

@@ -32,7 +32,7 @@ from mpoc.io.safetensors_header import TensorInfo
 from mpoc.io.safetensors_writer import Entry, plan_shards, write_safetensors
 from mpoc.io.training_history import metadata, write_history
 from mpoc.models.loading import Model
-from mpoc.models.saving import changed_record
+from mpoc.models.saving import changed_manifest, changed_record
 from mpoc.quantize.codes import GridTensor, QuantizedTensor
 from mpoc.runtime.formatting import rounded
 from mpoc.train.monitor import Outcome
@@ -222,7 +222,7 @@ def _rounded(model: Model, layer: LayerRecord, weights: dict[str, Tensor]) -> bo
     values = values_of_all(record, codes)
     for tensor, value in zip(own, values, strict=True):
         tensor.copy_(value)
-    changed = changed_record(record, values) if record.core_names else replace(record, relative_error=None)
+    changed = changed_record(record, values)
     model.rounded[layer.name] = changed, coded_entries(record, codes)
     return True
 
@@ -290,5 +290,4 @@ def _tuned_manifest(model: Model, entries: list[Entry], history: dict[str, Any])
         return changed_record(layer, [tensors[name].read() for name in layer.core_names])
 
     layers = tuple(map(tuned, model.manifest.layers))
-    calibration = {name: fact for name, fact in model.manifest.calibration.items() if name != "likeness"}
-    return replace(model.manifest, layers=layers, training=history, calibration=calibration, measured={})
+    return replace(changed_manifest(model.manifest), layers=layers, training=history)

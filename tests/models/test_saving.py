@@ -18,6 +18,8 @@ from mpoc.compression.recipe import make_recipe
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.manifest import Manifest
 from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.safetensors_writer import replace_metadata
+from mpoc.io.training_history import Measured
 from mpoc.models import zoo
 from mpoc.models.loading import open_model
 from mpoc.tensor_networks.factors import parse_order
@@ -214,6 +216,27 @@ def test_errors_of_trained_cores_are_not_known(tmp_path: Path) -> None:
     assert after.layers[0] == before.layers[0]
     assert after.layers[1].relative_error is None
     assert len(after.layers[1].entropies) == len(before.layers[1].entropies)
+
+
+def test_what_was_measured_of_a_network_is_dropped_once_it_is_trained(tmp_path: Path) -> None:
+    torch.save(mlp().state_dict(), tmp_path / "m.pt")
+    path = stored(tmp_path / "m.pt", bond=3)
+    whole = read_manifest(path)
+    likeness = {"samples": 4, "likeness": {"this": {"cosine": 0.9}}}
+    layers = tuple(replace(layer, held_out_error=0.1, same_size={"this": 0.1}) for layer in whole.layers)
+    measured = Measured(metric="loss", before={"loss": 1.0}, after={"loss": 1.1})
+    known = replace(whole, layers=layers, calibration=likeness, measured=measured)
+    replace_metadata(path, {"mpoc": known.to_json()})
+    network = mpoc.load(path, mlp())
+    mpoc.save(network, tmp_path / "same.safetensors")
+    assert (tmp_path / "same.safetensors").read_bytes() == path.read_bytes()
+    with torch.no_grad():
+        network.get_submodule("0.cores").get_parameter("0").mul_(1.5)
+    mpoc.save(network, tmp_path / "trained.safetensors")
+    trained = read_manifest(tmp_path / "trained.safetensors")
+    assert (trained.measured, trained.calibration) == ({}, {"samples": 4})
+    assert (trained.layers[0].held_out_error, trained.layers[0].same_size) == (None, None)
+    assert trained.layers[1:] == layers[1:]
 
 
 def test_parts_compressed_one_after_another(tmp_path: Path) -> None:
