@@ -9,7 +9,8 @@ the fp32 bytes of these layers, weights and biases, and count all that stands fo
 of its whole file. For mpoc all other tensors, the header and the manifest come on top and are listed as
 ``overhead``.
 
-- ``ours``, ``grid``: ``mpoc compress --calibrate --size BYTES``, the latter with ``--storage grid``.
+- ``ours``, ``grid``: ``mpoc compress --calibrate --size BYTES``, the latter with ``--storage grid``;
+  ``ours-fast`` and ``grid-fast`` with ``--effort fast``.
 - ``rtn``, ``gptq``: rounding to nearest, and GPTQ (in order, inputs of the rounded network), at 8, 4, 3 and 2
   bits; asymmetric, groups of 64 inputs, a scale in fp16 and a zero point each.
 - ``mixed-gptq``: GPTQ with 2, 3, 4, 5, 6 or 8 bits for each layer, by what rounding that layer alone does to
@@ -44,7 +45,12 @@ from torch.nn import functional as F
 from mpoc.quantize.grid_rounding import gptq as gptq_values
 
 GROUP, WIDTHS, MIXED = 64, (8, 4, 3, 2), (2, 3, 4, 5, 6, 8)
-OURS = {"ours": [], "grid": ["--storage", "grid"]}
+OURS = {
+    "ours": [],
+    "grid": ["--storage", "grid"],
+    "ours-fast": ["--effort", "fast"],
+    "grid-fast": ["--storage", "grid", "--effort", "fast"],
+}
 OTHERS = ("rtn", "gptq", "mixed-gptq", "whitened-svd-int4", "hqq", "torchao", "quanto")
 LAYERS = nn.Linear | nn.Conv2d | nn.Embedding
 Rounding = Callable[[Tensor, Tensor | None, int], tuple[Tensor, float]]  # W, moment, bits → Ŵ, bytes
@@ -542,7 +548,7 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     for method in dict.fromkeys(row["method"] for row in found if row["method"] != "dense"):
         points = sorted((100 * row["share"], row[value]) for row in found if row["method"] == method)
         thick = 2.5 if method in OURS else 1.2
-        label = {"ours": "mpoc", "grid": "mpoc --storage grid"}.get(method, method)
+        label = method.replace("ours", "mpoc").replace("grid", "mpoc --storage grid")
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=thick, label=label)
     axes.set(xlabel="share of fp32 bytes, %", ylabel=value, title=found[0]["network"], xscale="log")
     ticks = [3, 5, 7, 10, 14, 20, 27]
@@ -561,7 +567,7 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path)
     parser.add_argument("--checkpoint", type=Path, help="of picogpt, dense")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.27, 0.135, 0.1, 0.07, 0.05, 0.035])
-    parser.add_argument("--methods", nargs="*", choices=[*OURS, *OTHERS], default=[*OURS, *OTHERS[:4]])
+    parser.add_argument("--methods", nargs="*", choices=[*OURS, *OTHERS], default=["ours", "grid", *OTHERS[:4]])
     parser.add_argument("--bits", type=int, nargs="+", choices=WIDTHS, default=[*WIDTHS])
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
