@@ -135,7 +135,7 @@ def movement(
     feedback, rows = feedback_of(metric.inputs), rows_of(metric.outputs)
     weights = metric.inputs.diagonal() if feedback is None else feedback.weights
     sides = best_exponents(weights_of(rows), len(matrix)), best_exponents(weights, matrix.shape[1])
-    by_row, by_column = (HALF_OCTAVES[exponents.long()].double() for exponents in sides)
+    by_row, by_column = (HALF_OCTAVES[exponents.long()].to(matrix) for exponents in sides)
     steps = by_row[:, None] * by_column
     spread = float((matrix / steps).square().mean().sqrt())
     steps = steps * spread * 2 ** (_GAUSSIAN - _PROBE_BITS)
