@@ -83,7 +83,7 @@ def compress_checkpoint(
             there; with ``force``, layers of other work are removed.
         progress: called after each layer, and during calibration.
         measured: scores for which the output leaves room; :func:`mpoc.compression.write.record_scores`
-            replaces them.
+            writes them.
 
     Raises:
         UsageError: ``arch`` does not fit the checkpoint, calibration has no network, or the recipe has a

@@ -63,7 +63,7 @@ class CompressionSource:
         return notes
 
     def with_scores(self, measured: Measured) -> CompressionSource:
-        """The same, with scores that the output is to record."""
+        """The same, with scores at their longest, for which the output leaves room."""
         return replace(self, checkpoint=replace(self.checkpoint, measured=measured))
 
     def plan(self, recipe: Recipe, refines: bool = False) -> list[LayerPlan]:
