@@ -567,7 +567,9 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path)
     parser.add_argument("--checkpoint", type=Path, help="of picogpt, dense")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.27, 0.135, 0.1, 0.07, 0.05, 0.035])
-    parser.add_argument("--methods", nargs="*", choices=[*OURS, *OTHERS], default=["ours", "grid", *OTHERS[:4]])
+    parser.add_argument(
+        "--methods", nargs="*", choices=[*OURS, *OTHERS], default=["ours", "grid", *OTHERS[:4]]
+    )
     parser.add_argument("--bits", type=int, nargs="+", choices=WIDTHS, default=[*WIDTHS])
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()

@@ -35,7 +35,7 @@ from mpoc.models.call import Batch, Call, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment
 
-_KIND = "moments/2"
+_KIND = "moments/3"
 _PANEL = 64  # rows of a symmetric matrix in memory that are kept from the first one's diagonal entry on
 
 
