@@ -104,8 +104,7 @@ def test_resume_after_a_kill_gives_the_same_bytes(run: Mpoc, model: Path, signum
     assert run("compress", model, *options, "-o", "whole").returncode == 0
     process = run.start("compress", model, *options, "-o", "out", "--resume")
     assert process.stderr is not None
-    lines = [process.stderr.readline() for _ in range(4)]
-    assert "[3/10]" in lines[-1]
+    assert any("[3/10]" in line for line in process.stderr)  # read up to there
     process.send_signal(signum)
     _, err = process.communicate(timeout=100)
     assert process.returncode in (-signal.SIGKILL, 130)

@@ -105,7 +105,8 @@ def test_calibrated_output_with_scores_and_trials_conforms(here: Here) -> None:
     common = "compress m.pt --arch net.py:network --calibrate train.npz --eval train.npz --form svd --json"
     once = here(*common.split(), "--ratio", 0.5, "-o", "a.safetensors")
     search = here(*common.split(), "--max-drop", 90, "-o", "b.safetensors")
-    for done, more in ((once, {"evaluation", "written"}), (search, {"evaluation", "written", "search"})):
+    measured = {"evaluation", "written", "measured", "headline"}
+    for done, more in ((once, measured), (search, measured | {"search"})):
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         CHECKS["report"].validate(report)

@@ -100,25 +100,66 @@ def _movements(
     distance: OutputDistance,
     seed: int,
 ) -> dict[str, float]:
-    """:func:`movement` of each layer whose inputs are known, measured once for every budget."""
+    """The least :func:`movement` of each layer whose inputs are known, measured once for every budget."""
     known, context = {name for group in statistics.groups for name in group}, statistics.context
     measured = [plan for plan in plans if plan.map.name in known]
-    kept: dict[str, float] = statistics.kept.setdefault("movements", {})
+    kept = _kept(statistics)
     new = [plan for plan in measured if plan.map.name not in kept]
     places = {plan.map.name: place for place, plan in enumerate(new, start=1)}
 
-    def measure(plan: LayerPlan) -> float:
-        name = plan.map.name
-        context.log("what rounding would cost: layer", places[name], len(new))
-        weight = read_finite(checkpoint, name).to(context.device)
-        return movement(plan, weight, statistics.dense_objective(name), distance, seed)
+    def measure(plan: LayerPlan) -> tuple[float, float]:
+        context.log("what rounding would cost: layer", places[plan.map.name], len(new))
+        return _both_movements(plan, statistics, checkpoint, distance, seed)
 
     kept.update(zip(places, context.group.map(new, measure, costs_of(new)), strict=True))
-    return {plan.map.name: kept[plan.map.name] for plan in measured}
+    return {plan.map.name: min(kept[plan.map.name]) for plan in measured}
+
+
+def errors_move_between_rows(
+    plan: LayerPlan,
+    statistics: CalibrationStatistics,
+    checkpoint: Checkpoint,
+    distance: OutputDistance,
+    seed: int,
+) -> bool:
+    """Whether held-out outputs move less where errors of a layer may move between its rows.
+
+    The metric of the outputs may be known too badly for that: from few examples, most of them without
+    gradients.
+    """
+    kept, name = _kept(statistics), plan.map.name
+    if name not in kept:
+        kept[name] = _both_movements(plan, statistics, checkpoint, distance, seed)
+    alone, between = kept[name]
+    return between < alone
+
+
+def _kept(statistics: CalibrationStatistics) -> dict[str, tuple[float, float]]:
+    """Movements by the weight's name: where errors stay in their rows, and where they move between them."""
+    kept: dict[str, tuple[float, float]] = statistics.kept.setdefault("movements", {})
+    return kept
+
+
+def _both_movements(
+    plan: LayerPlan,
+    statistics: CalibrationStatistics,
+    checkpoint: Checkpoint,
+    distance: OutputDistance,
+    seed: int,
+) -> tuple[float, float]:
+    weight = read_finite(checkpoint, plan.map.name).to(statistics.context.device)
+    objective = statistics.dense_objective(plan.map.name)
+    alone, between = (movement(plan, weight, objective, distance, seed, rows) for rows in (False, True))
+    return alone, between
 
 
 def movement(
-    plan: LayerPlan, weight: Tensor, objective: Objective, distance: OutputDistance, seed: int
+    plan: LayerPlan,
+    weight: Tensor,
+    objective: Objective,
+    distance: OutputDistance,
+    seed: int,
+    between_rows: bool,
 ) -> float:
     """How far held-out outputs move when a layer alone is rounded to about ``_PROBE_BITS``.
 
@@ -128,11 +169,12 @@ def movement(
         objective: on the dense network's inputs.
         distance: of outputs.
         seed: of the errors, which have the size and the shape of those of rounding with feedback.
+        between_rows: whether feedback moves errors between rows too.
     """
     kind, transposed = plan.map.kind, plan.map.transposed
     matrix = one_matrix(weight, kind, transposed)
     metric = objective.metric(matrix, objective.usual_gamma)
-    feedback, rows = feedback_of(metric.inputs), rows_of(metric.outputs)
+    feedback, rows = feedback_of(metric.inputs), rows_of(metric.outputs, between_rows)
     weights = metric.inputs.diagonal() if feedback is None else feedback.weights
     sides = best_exponents(weights_of(rows), len(matrix)), best_exponents(weights, matrix.shape[1])
     by_row, by_column = (HALF_OCTAVES[exponents.long()].to(matrix) for exponents in sides)
@@ -268,9 +310,8 @@ class SameSize:
     def _widths(self) -> dict[str, int] | None:
         """The bits of each layer that share the bytes written by what rounding of each moves."""
         budget = sum(record.stored_bytes for record, _ in self._kept.values())
-        return _grid_widths(
-            self._plans, _wanted(self._plans, self._statistics.kept.get("movements", {})), budget
-        )
+        movements = {name: min(both) for name, both in _kept(self._statistics).items()}
+        return _grid_widths(self._plans, _wanted(self._plans, movements), budget)
 
     def _by_gptq(self, width: tuple[str, int]) -> tuple[str, Replacement]:
         name, bits = width

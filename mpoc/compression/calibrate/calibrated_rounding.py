@@ -40,7 +40,7 @@ _DAMPING, _ROW_DAMPING = 1e-2, 0.5
 _GAMMAS = 0.02, 0.1, 0.3, 0.6
 _WIDEST = 8192  # columns of a metric that is formed
 # Two factors of a coded weight are tried below so many bits a weight, at the best of these bits a number.
-_LOW_RANK_BELOW, _FACTOR_BITS, _NOISE = 2.5, (2.0, 2.5, 3.0, 4.0, 5.0), 0.7
+_LOW_RANK_BELOW, _FACTOR_BITS, _NOISE = 1.5, (2.0, 2.5, 3.0, 4.0, 5.0), 0.7
 _LONGER_RECORD = 700  # bytes that their record and their second stream take in header and manifest
 
 
@@ -63,6 +63,7 @@ def round_calibrated(
     nearest: list[QuantizedTensor],
     form: Form | None = None,
     fast: bool = False,
+    between_rows: bool = True,
 ) -> CalibratedRounding:
     """Round the weight of a layer that stays dense, or the cores that were fitted to it.
 
@@ -74,6 +75,7 @@ def round_calibrated(
         nearest: codes without feedback, as :meth:`mpoc.io.coded_parts.Rounding.codes` makes them.
         form: the fitted cores; None: the layer stays dense.
         fast: try one γ.
+        between_rows: whether feedback moves errors between rows too.
 
     Raises:
         MpocError: a number is too large for the storage.
@@ -81,9 +83,9 @@ def round_calibrated(
     parts = rounding.planned(record).coded_parts
     matrix = one_matrix(weight, record.kind, record.transposed)
     if form is None:
-        trial = partial(_round_weight, parts[0], rounding)
+        trial = partial(_round_weight, parts[0], rounding, between_rows)
     else:
-        trial = partial(_round_cores, form, parts, rounding)
+        trial = partial(_round_cores, form, parts, rounding, between_rows)
 
     def values(codes: Sequence[QuantizedTensor]) -> Tensor:
         made = codes[0].values() if form is None else matrix_of(_rounded_form(record, codes))
@@ -102,7 +104,7 @@ def round_calibrated(
 
 
 def low_rank_if_better(
-    found: CalibratedRounding, plan: LayerPlan, weight: Tensor, objective: Objective
+    found: CalibratedRounding, plan: LayerPlan, weight: Tensor, objective: Objective, between_rows: bool
 ) -> CalibratedRounding:
     """Two factors in the bytes of a coded dense weight, where held-out outputs are nearer; or as it was.
 
@@ -111,6 +113,7 @@ def low_rank_if_better(
         plan: of the layer, dense.
         weight: of shape ``plan.map.shape``.
         objective: of this layer.
+        between_rows: whether feedback moves errors between rows too.
     """
     rounding = plan.rounding
     if rounding is None or rounding.storage != "coded" or rounding.bits > _LOW_RANK_BELOW:
@@ -127,7 +130,7 @@ def low_rank_if_better(
     structure = low_rank_structure(plan.structure.kind, plan.structure.shape, plan.structure.transposed)
     rounding = rounding.of_bytes(nbytes, rank * sum(matrix.shape), 2)
     record = replace(plan, structure=structure, goal=Truncation(rank), rounding=rounding).record()
-    codes = _round_factors(best.factors(rank), record.coded_parts, rounding, metric)
+    codes = _round_factors(best.factors(rank), record.coded_parts, rounding, between_rows, metric)
     form = _rounded_form(record, codes)
     judged = judge_matrix(matrix, matrix_of(form).to(matrix), objective)
     if judged.output_weighted_error >= found.judged.output_weighted_error:
@@ -170,22 +173,28 @@ def _gammas(objective: Objective, columns: int) -> tuple[float, ...]:
     return _GAMMAS[min(start, len(_GAMMAS) - 2) :]
 
 
-def _round_weight(part: CodedPart, rounding: Rounding, metric: Metric) -> list[QuantizedTensor]:
-    return [_round(metric.target, metric.inputs, rows_of(metric.outputs), part, rounding)]
+def _round_weight(
+    part: CodedPart, rounding: Rounding, between_rows: bool, metric: Metric
+) -> list[QuantizedTensor]:
+    return [_round(metric.target, metric.inputs, rows_of(metric.outputs, between_rows), part, rounding)]
 
 
 def _round_cores(
-    form: Form, parts: Sequence[CodedPart], rounding: Rounding, metric: Metric
+    form: Form, parts: Sequence[CodedPart], rounding: Rounding, between_rows: bool, metric: Metric
 ) -> list[QuantizedTensor]:
     """The two factors of ``svd`` with feedback, each for the other; other cores to their nearest codes."""
     if form.structure.form != "svd":
         tensors = [core.float() for core in form.cores]
         return [rounding.nearest(part, core) for part, core in zip(parts, tensors, strict=True)]
-    return _round_factors(weighted_svd(metric).factors(form.bonds[1]), parts, rounding, metric)
+    return _round_factors(weighted_svd(metric).factors(form.bonds[1]), parts, rounding, between_rows, metric)
 
 
 def _round_factors(
-    factors: tuple[Tensor, Tensor], parts: Sequence[CodedPart], rounding: Rounding, metric: Metric
+    factors: tuple[Tensor, Tensor],
+    parts: Sequence[CodedPart],
+    rounding: Rounding,
+    between_rows: bool,
+    metric: Metric,
 ) -> list[QuantizedTensor]:
     """Round A B: B with feedback in M, then A, refitted to the rounded B, with feedback in B M Bᵀ.
 
@@ -201,7 +210,7 @@ def _round_factors(
     gram = seen @ rounded.T
     gram.diagonal().add_(1e-9 * gram.diagonal().mean() + torch.finfo(gram.dtype).tiny)  # all may be 0
     left = torch.linalg.solve(gram, seen @ metric.target.T).T
-    return [_round(left, gram, rows_of(metric.outputs), parts[0], rounding), second]
+    return [_round(left, gram, rows_of(metric.outputs, between_rows), parts[0], rounding), second]
 
 
 def _round(
@@ -223,11 +232,13 @@ def feedback_of(inputs: Second) -> Feedback | None:
     return Feedback(_damped(inputs.formed(), _DAMPING)) if len(inputs.left.centre) <= _WIDEST else None
 
 
-def rows_of(outputs: Tensor | None) -> Rows:
-    """The metric of outputs, damped, as rounding takes it; its diagonal where it is too wide."""
+def rows_of(outputs: Tensor | None, between_rows: bool = True) -> Rows:
+    """The metric of outputs, damped, as rounding takes it; its diagonal where it is too wide, or as asked."""
     if outputs is None or outputs.dim() == 1:
         return outputs
-    return Feedback(_damped(outputs, _ROW_DAMPING)) if len(outputs) <= _WIDEST else outputs.diagonal()
+    if between_rows and len(outputs) <= _WIDEST:
+        return Feedback(_damped(outputs, _ROW_DAMPING))
+    return outputs.diagonal()
 
 
 def _damped(moment: Tensor, share: float) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.compression.calibrate.allocation import WAYS, BudgetAllocator
-from mpoc.compression.calibrate.bit_allocation import SameSize
+from mpoc.compression.calibrate.bit_allocation import SameSize, errors_move_between_rows
 from mpoc.compression.calibrate.block_refinement import BlockPosition, BlockRefinement
 from mpoc.compression.calibrate.calibrated_fit import (
     CalibratedFit,
@@ -357,15 +357,20 @@ class SequentialFit:
         def round_with_feedback() -> CalibratedRounding:
             with naming(self._checkpoint, record.name):
                 nearest.extend(rounding.codes(record, [weight] if form is None else form.cores))
-                found = round_calibrated(weight, record, rounding, objective, nearest, form, fast)
+                rows = self._errors_move_between_rows(plan)
+                found = round_calibrated(weight, record, rounding, objective, nearest, form, fast, rows)
                 wide = plan.is_dense and self._recipe.shares_bits
-                return low_rank_if_better(found, plan, weight, objective) if wide else found
+                return low_rank_if_better(found, plan, weight, objective, rows) if wide else found
 
         found = self._group.on_main(round_with_feedback)
         measured = with_figures(found.record, found.form, found.judged, found.same_size)
         fitted = Fitted.rounded(measured, found.codes, self._shifted(plan.map.name, found.judged.shift))
         self._put(fitted, nearest)
         return fitted
+
+    def _errors_move_between_rows(self, plan: LayerPlan) -> bool:
+        distance, seed = self._allocator.distance, self._recipe.seed
+        return errors_move_between_rows(plan, self._statistics, self._checkpoint, distance, seed)
 
     def _stored(self, plan: LayerPlan, fit: CalibratedFit) -> Fitted:
         """The layer with its record; dense if it would not shrink."""
