@@ -71,7 +71,7 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Compress a trained network: each linear map becomes a matrix product operator.",
+    help="Compress a trained network: weights in few bits, or as tensor networks.",
     epilog="Start with: mpoc demo",
 )
 
@@ -88,7 +88,7 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Compress a trained network: each linear map becomes a matrix product operator."""
+    """Compress a trained network: weights in few bits, or as tensor networks."""
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ class ReproduceOptions:
         None, "--hold-out", panel=_TRAINING, shown="0; 0.1 for mera",
     )  # fmt: skip
     variants: tuple[str, ...] = option(
-        "Choose variants: see below.",
+        "Choose variants: see above.",
         (), metavar="V[,V…]", panel=_NETWORKS, parse=_items, shown="the first; all of harada and mera",
     )  # fmt: skip
     depth: tuple[str, ...] = option(

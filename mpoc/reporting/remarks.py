@@ -203,8 +203,9 @@ def _calibrated_advice(manifest: Manifest) -> list[str]:
     large = [error for error in errors if error > LARGE_OUTPUT_ERROR]
     if not large:
         return []
+    have = "has" if len(large) == 1 else "have"
     return [
-        f"{len(large)} of {len(errors)} fitted layers have a held-out error above "
+        f"{len(large)} of {len(errors)} fitted layers {have} a held-out error above "
         f"{LARGE_OUTPUT_ERROR:.0%} (worst {max(large):.0%}): evaluate the network before use (mpoc eval). "
         f"{_wider_option(manifest)}, more --calibration-samples or mpoc finetune reduces it."
     ]
