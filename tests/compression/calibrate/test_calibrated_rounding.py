@@ -195,7 +195,7 @@ def test_no_single_choice_is_better_in_the_same_bytes(digits: Digits, options: d
     nbytes, loss, _ = digits.compress(**options)
     ours, kl, ways = digits.compress(size=nbytes)
     assert ours <= nbytes and kl < loss
-    assert ways.pop("this") <= min(ways.values())
+    assert ways.pop("this") <= max(min(ways.values()), 1e-5)  # below which 64 images tell nothing
 
 
 def test_a_coded_dense_layer_becomes_two_factors_where_they_are_nearer(digits: Digits) -> None:
