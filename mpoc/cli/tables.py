@@ -263,7 +263,7 @@ def _size_remarks(sizes: SizeTable) -> list[str]:
     lines = [f"{sizes.source} has {human_bytes(sizes.nbytes)} of weights; nothing was written"]
     if sizes.calibration:
         [used] = calibration_lines(sizes.calibration)
-        return [*lines, f"{used}, at --effort {sizes.effort}; each command writes its row:"]
+        return [*lines, f"{used}, at --effort {sizes.effort}; with this effort each command writes its row:"]
     arch = "" if sizes.knows_network else " and --arch NETWORK"
     return [
         *lines,

@@ -178,7 +178,7 @@ def _longest_spectra(record: LayerRecord, in_tolerance: bool) -> tuple[Spectrum 
 
 
 def _with_calibrated_figures(record: LayerRecord) -> LayerRecord:
-    if not record.is_changed:
+    if not record.is_changed or record.output_error is not None:  # they are known
         return record
     longest = LONGEST_FIGURE
     others = dict.fromkeys(("this", "plain svd", "whitened svd", "plain mpo"), longest)

@@ -35,6 +35,7 @@ from mpoc.io.open_checkpoint import read_finite
 from mpoc.quantize.codes import HALF_OCTAVES, QuantizedTensor
 from mpoc.quantize.feedback import best_exponents, typical_error, weights_of
 from mpoc.quantize.storage import GRID_BITS
+from mpoc.tensor_networks.fit.metric import Metric
 from mpoc.tensor_networks.forms.layout import from_matrix
 from mpoc.tensor_networks.structure import low_rank_structure
 
@@ -149,31 +150,34 @@ def _both_movements(
 ) -> tuple[float, float]:
     weight = read_finite(checkpoint, plan.map.name).to(statistics.context.device)
     objective = statistics.dense_objective(plan.map.name)
-    alone, between = (movement(plan, weight, objective, distance, seed, rows) for rows in (False, True))
-    return alone, between
+    matrix = one_matrix(weight, plan.map.kind, plan.map.transposed)
+    metric = objective.metric(matrix, objective.usual_gamma)
+    alone = movement(plan, matrix, metric, objective, distance, seed)
+    if metric.outputs is None or metric.outputs.dim() == 1:
+        return alone, alone
+    return alone, movement(plan, matrix, metric, objective, distance, seed, True)
 
 
 def movement(
     plan: LayerPlan,
-    weight: Tensor,
+    matrix: Tensor,
+    metric: Metric,
     objective: Objective,
     distance: OutputDistance,
     seed: int,
-    between_rows: bool,
+    between_rows: bool = False,
 ) -> float:
     """How far held-out outputs move when a layer alone is rounded to about ``_PROBE_BITS``.
 
     Args:
         plan: of the layer.
-        weight: of it, in its own shape.
+        matrix: its weight, as :func:`mpoc.compression.calibrate.objective.one_matrix` makes it.
+        metric: of its inputs and outputs.
         objective: on the dense network's inputs.
         distance: of outputs.
         seed: of the errors, which have the size and the shape of those of rounding with feedback.
         between_rows: whether feedback moves errors between rows too.
     """
-    kind, transposed = plan.map.kind, plan.map.transposed
-    matrix = one_matrix(weight, kind, transposed)
-    metric = objective.metric(matrix, objective.usual_gamma)
     feedback, rows = feedback_of(metric.inputs), rows_of(metric.outputs, between_rows)
     weights = metric.inputs.diagonal() if feedback is None else feedback.weights
     sides = best_exponents(weights_of(rows), len(matrix)), best_exponents(weights, matrix.shape[1])
@@ -184,7 +188,7 @@ def movement(
     generator = torch.Generator().manual_seed(zlib.crc32(plan.map.name.encode()) ^ seed)
     made = matrix - typical_error(steps, feedback, generator, rows).to(matrix)
     shift = objective.shift(matrix, made)
-    structure = low_rank_structure(kind, tuple(weight.shape), transposed)
+    structure = low_rank_structure(plan.map.kind, plan.map.shape, plan.map.transposed)
     replacement = Replacement(from_matrix(made[None].float(), structure), shift)
     return distance.of({plan.map.name: replacement})
 

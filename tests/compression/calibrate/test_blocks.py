@@ -42,6 +42,8 @@ def test_refinement_bounds_output_errors(tmp_path: Path, name: str, form: str, s
         layer.bonds for layer in plain.manifest.layers
     ]
     assert case.error(refined) < share * case.error(plain)
+    blocks = refined.manifest.calibration["refined"].values()
+    assert blocks and all(block["after"] <= block["before"] for block in blocks)  # of held-out outputs
 
 
 @pytest.mark.slow

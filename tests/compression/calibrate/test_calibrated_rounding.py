@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import mpoc
 from mpoc.cli.demo import ARCH
-from mpoc.compression.calibrate import calibrated_rounding, moments
+from mpoc.compression.calibrate import bit_allocation, calibrated_rounding, moments
 from mpoc.compression.calibrate.bit_allocation import allocate_bits
 from mpoc.compression.calibrate.calibrated_rounding import round_calibrated
 from mpoc.compression.calibrate.calibration_data import CalibrationRequest
+from mpoc.compression.calibrate.output_distance import OutputDistance
 from mpoc.compression.plan import Dense, LayerPlan
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.run_context import RunContext
@@ -196,6 +197,19 @@ def test_no_single_choice_is_better_in_the_same_bytes(digits: Digits, options: d
     ours, kl, ways = digits.compress(size=nbytes)
     assert ours <= nbytes and kl < loss
     assert ways.pop("this") <= max(min(ways.values()), 1e-5)  # below which 64 images tell nothing
+
+
+@pytest.mark.parametrize("between", [1.0, 3.0])
+def test_errors_move_between_rows_where_outputs_move_less(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch, between: float
+) -> None:
+    recipe = make_recipe(None, {"effort": "fast", "bits": 4})
+    plan = next(p for p in digits.source.plan(recipe) if p.map.layer == "fc1")
+    monkeypatch.setattr(bit_allocation, "movement", lambda *given: between if given[-1] is True else 2.0)
+    monkeypatch.setitem(digits.statistics.kept, "movements", {})
+    distance = OutputDistance(digits.statistics)
+    source = digits.statistics, digits.source.checkpoint
+    assert bit_allocation.errors_move_between_rows(plan, *source, distance, 0) == (between < 2.0)
 
 
 def test_a_coded_dense_layer_becomes_two_factors_where_they_are_nearer(digits: Digits) -> None:
