@@ -42,8 +42,10 @@ _DEAD_ZONE, _WIDEST_DEAD_ZONE = 0.17, 0.25
 # Exponents of the largest and of the smallest scale, and of the largest weight: products stay in float32.
 _SCALES, _MOST_OCTAVES = (-120.0, 100.0), 110.0
 _nbytes = attrgetter("nbytes")
-_UNUSED = 0.001  # share of the bytes asked for that may stay unused, half of it on average
-_FEW = 64.0  # bits that may stay unused of however small a stream
+# What may stay unused, half of it on average: a share of the bits, what streams of so many codes vary by from
+# one step to the next, and a few bits of however small a stream.
+_UNUSED, _FEW = 0.004, 64.0
+_ROUGHLY = 0.01  # share of the bits by which a prediction may miss
 
 
 # Rounding.  Matrices are (columns, rows) here, columns in the order of rounding, so that each is contiguous.
@@ -212,8 +214,9 @@ def coded_in_bytes(
     """Round with the smallest scale whose stream has at most ``nbytes``; the other arguments as above.
 
     The scale is predicted from the entropy of codes without feedback and corrected by streams that were made;
-    the last 0.2 per cent may stay unused.  Exponents of a side that take more bits than they save are zeros,
-    and all are where no scale gives so few bytes.  Where none does even so, the smallest stream found.
+    the last 0.4 per cent, of small matrices more, may stay unused.  Exponents of a side that take more bits
+    than they save are zeros, and all are where no scale gives so few bytes.  Where none does even so, the
+    smallest stream found.
 
     Raises:
         MpocError: the target is not finite, or too large.
@@ -250,7 +253,8 @@ def _coded_within(
     """:func:`coded_in_bytes` with these exponents of rows and columns."""
     sides, tried = [HALF_OCTAVES[side.long()] for side in exponents], list[CodedTensor]()
     units = target / (sides[0][:, None] * sides[1])
-    wanted = 8.0 * nbytes * (1.0 - _UNUSED)
+    slack = max(_UNUSED * 8.0 * nbytes, 2.0 * target.numel() ** 0.5, _FEW) / 2
+    wanted = 8.0 * nbytes - slack
     dead_zone = min(_DEAD_ZONE * target.numel() / max(wanted, 1.0), _WIDEST_DEAD_ZONE)
 
     def predicted(octave: float) -> float:
@@ -263,9 +267,9 @@ def _coded_within(
     spread = float(torch.linalg.vector_norm(units, dtype=torch.float64)) / target.numel() ** 0.5 or 1.0
     octave, slope = math.log2(spread) + 2.0 - wanted / target.numel(), -float(target.numel())
     finest = max(_octaves(units) - _FINEST, _SCALES[0])
-    slack, start = max(_UNUSED * wanted, _FEW), (octave, slope)
+    start = octave, slope
     if wanted < _PREDICTABLE * target.numel():  # outliers may lie outside the histograms even so
-        start = _solve(predicted, wanted, start, finest, slack) or start
+        start = _solve(predicted, wanted, start, finest, max(slack, _ROUGHLY * wanted)) or start
     _solve(real, wanted, start, finest, slack)
     fitting = [coded for coded in tried if coded.nbytes <= nbytes]
     return max(fitting, key=_nbytes, default=min(tried, key=_nbytes))
@@ -287,7 +291,7 @@ def _solve(
     for _ in range(_MOST_TRIES):
         octave = max(octave, least)
         found = bits(octave)
-        if -slack <= found - wanted <= _UNUSED * wanted:
+        if abs(found - wanted) <= slack:
             return octave, slope
         low, high = (octave, high) if found > wanted else (low, octave)
         if (octave - before[0]) * (found - before[1]) < 0:  # streams of few codes also rise

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mpoc.data import ImageOptions, prepare_images
+from mpoc.data.images import _shape_of
 from mpoc.errors import UsageError
 from tests.data.samples import pixels
 
@@ -109,3 +111,21 @@ def test_rejects_options_out_of_range(wrong: dict[str, object]) -> None:
 def test_rejects_means_for_other_channels() -> None:
     with pytest.raises(UsageError, match="3 means for images of 1 channels"):
         prepare_images(images(2, 1, 4, 4), ImageOptions((0.1, 0.2, 0.3), (1.0, 1.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("form", "mode", "channels"),
+    [
+        *(("JPEG", mode, channels) for mode, channels in (("L", 1), ("RGB", 3), ("CMYK", None))),
+        *(("PNG", mode, 1) for mode in ("1", "L", "LA")),
+        *(("PNG", mode, 3) for mode in ("RGB", "RGBA")),
+        *(("PNG", mode, None) for mode in ("P", "I;16")),
+        ("GIF", "L", None),
+    ],
+)
+def test_shape_in_the_header_is_pillows(form: str, mode: str, channels: int | None) -> None:
+    file = BytesIO()
+    Image.new(mode, (7, 5)).save(file, form)
+    content = file.getvalue()
+    assert _shape_of(content) == (None if channels is None else (channels, 5, 7))
+    assert all(_shape_of(content[:size]) is None for size in range(len(content)))  # cut short

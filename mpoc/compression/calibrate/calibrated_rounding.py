@@ -3,8 +3,8 @@
 Codes are chosen with feedback in the metric of the layer's inputs: the error of a column moves onto the
 columns that follow (GPTQ, arXiv 2210.17323).  The target is that of every calibrated fit, the weight that
 does best on the inputs that the compressed network gives (for rounding: GPTAQ, arXiv 2504.02692).  γ, the
-share of the moments that gives way to their diagonal, is chosen on held-out inputs, which no codes are made
-from; where rounding to nearest does better there, it stays.
+share of the moments that gives way to their diagonal, follows from the numbers of rows and inputs.  Where
+rounding to nearest does better on held-out inputs, which no codes are made from, it stays.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mpoc.tensor_networks.structure import low_rank_structure
 # Added to the metrics of inputs and of outputs, as shares of their diagonals: gradients of the dense network
 # say less of outputs that carry the errors of all layers before.
 _DAMPING, _ROW_DAMPING = 1e-2, 0.5
-_GAMMAS = 0.02, 0.1, 0.3, 0.6
+_GAMMAS = 0.02, 0.1, 0.3
 _WIDEST = 8192  # columns of a metric that is formed
 # Two factors of a coded weight are tried below so many bits a weight, at the best of these bits a number.
 _LOW_RANK_BELOW, _FACTOR_BITS, _NOISE = 1.5, (2.0, 2.5, 3.0, 4.0, 5.0), 0.7
@@ -62,7 +62,6 @@ def round_calibrated(
     objective: Objective,
     nearest: list[QuantizedTensor],
     form: Form | None = None,
-    fast: bool = False,
     between_rows: bool = True,
 ) -> CalibratedRounding:
     """Round the weight of a layer that stays dense, or the cores that were fitted to it.
@@ -74,7 +73,6 @@ def round_calibrated(
         objective: of this layer.
         nearest: codes without feedback, as :meth:`mpoc.io.coded_parts.Rounding.codes` makes them.
         form: the fitted cores; None: the layer stays dense.
-        fast: try one γ.
         between_rows: whether feedback moves errors between rows too.
 
     Raises:
@@ -92,8 +90,7 @@ def round_calibrated(
         return made.to(matrix)
 
     error = objective.output_weighted_error
-    gammas = _gammas(objective, matrix.shape[1])[: 1 if fast else 2]
-    tried = [*(trial(objective.metric(matrix, gamma)) for gamma in gammas), nearest]
+    tried = trial(objective.metric(matrix, _gamma(objective, matrix.shape[1]))), nearest
     best = min(tried, key=lambda codes: error.squared(matrix, values(codes)))
     judged = judge_matrix(matrix, values(best), objective)
     same_size = {
@@ -121,7 +118,7 @@ def low_rank_if_better(
     if type(objective) is not LayerObjective:
         return found
     matrix = one_matrix(weight, plan.map.kind, plan.map.transposed)
-    metric = objective.metric(matrix, _gammas(objective, matrix.shape[1])[0])
+    metric = objective.metric(matrix, _gamma(objective, matrix.shape[1]))
     best = weighted_svd(metric)
     nbytes = plan.record().stored_bytes - _LONGER_RECORD
     rank = _best_rank(best.values, nbytes / sum(matrix.shape)) if nbytes > 2 * _LONGER_RECORD else 0
@@ -160,17 +157,16 @@ def _rounded_form(record: LayerRecord, codes: Sequence[QuantizedTensor]) -> Form
     return form_of([tensor_of(part, own.values()).double() for part, own in pairs], record.structure)
 
 
-def _gammas(objective: Objective, columns: int) -> tuple[float, ...]:
-    """The strengths of shrinkage to try, the likeliest first: a third of the inputs over the rows, or more.
+def _gamma(objective: Objective, columns: int) -> float:
+    """The strength of shrinkage: a third of the inputs over the rows, or the next one above.
 
     Where rows are hardly more than inputs, weaker ones fit their noise: held-out examples of the same data
     show that less than other data do.
     """
     if not isinstance(objective, LayerObjective):
-        return objective.gammas[1:]
-    enough = (gamma for gamma in _GAMMAS if gamma >= columns / (3 * objective.moments.rows))
-    start = _GAMMAS.index(next(enough, _GAMMAS[-2]))
-    return _GAMMAS[min(start, len(_GAMMAS) - 2) :]
+        return objective.gammas[1]
+    least = columns / (3 * objective.moments.rows)
+    return next((gamma for gamma in _GAMMAS if gamma >= least), _GAMMAS[-1])
 
 
 def _round_weight(

@@ -351,14 +351,14 @@ class SequentialFit:
         form = None if plan.is_dense else form
         record = plan.record() if form is None else _as_fitted(plan, form)
         assert plan.rounding is not None
-        rounding, fast = plan.rounding, self._recipe.effort == "fast"
+        rounding = plan.rounding
         nearest: list[QuantizedTensor] = []
 
         def round_with_feedback() -> CalibratedRounding:
             with naming(self._checkpoint, record.name):
                 nearest.extend(rounding.codes(record, [weight] if form is None else form.cores))
                 rows = self._errors_move_between_rows(plan)
-                found = round_calibrated(weight, record, rounding, objective, nearest, form, fast, rows)
+                found = round_calibrated(weight, record, rounding, objective, nearest, form, rows)
                 wide = plan.is_dense and self._recipe.shares_bits
                 return low_rank_if_better(found, plan, weight, objective, rows) if wide else found
 
