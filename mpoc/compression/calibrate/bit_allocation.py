@@ -42,6 +42,7 @@ from mpoc.tensor_networks.structure import low_rank_structure
 _TRUST = 0.25
 _PROBE_BITS = 3.0  # at which movements are measured
 _FEWEST_BITS = 0.25
+_MANY_BITS = 7.0  # with which a layer gives what it gave, as far as the layers behind it can tell
 _ATTEMPTS = 3  # at a share of bits whose whole file is within the size
 _GAUSSIAN = 2.047  # entropy in bits of a normal variable, in units of its standard deviation
 
@@ -81,6 +82,11 @@ def bits_by_movement(
         spare = _taken(allotted) - _taken(sharing) - excess
     fewest = {p.map.name: p.rounded_to(fewest_bits(_storage([p]))) for p in sharing}
     raise too_small(size, predict_size([fewest.get(plan.map.name, plan) for plan in plans]))
+
+
+def are_nearly_exact(plans: Sequence[LayerPlan]) -> bool:
+    """Whether layers keep so many bits that inputs in the compressed network are the dense ones."""
+    return all(plan.is_dense and (plan.is_unchanged or _bits(plan) >= _MANY_BITS) for plan in plans)
 
 
 def too_small(size: int, least: int) -> UsageError:
@@ -152,6 +158,7 @@ def _both_movements(
     objective = statistics.dense_objective(plan.map.name)
     matrix = one_matrix(weight, plan.map.kind, plan.map.transposed)
     metric = objective.metric(matrix, objective.usual_gamma)
+    distance = distance.of_some
     alone = movement(plan, matrix, metric, objective, distance, seed)
     if metric.outputs is None or metric.outputs.dim() == 1:
         return alone, alone

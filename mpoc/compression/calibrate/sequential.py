@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.compression.calibrate.allocation import WAYS, BudgetAllocator
-from mpoc.compression.calibrate.bit_allocation import SameSize, errors_move_between_rows
+from mpoc.compression.calibrate.bit_allocation import SameSize, are_nearly_exact, errors_move_between_rows
 from mpoc.compression.calibrate.block_refinement import BlockPosition, BlockRefinement
 from mpoc.compression.calibrate.calibrated_fit import (
     CalibratedFit,
@@ -126,6 +126,7 @@ class SequentialFit:
         self._likeness: dict[str, dict[str, float]] = {}  # of held-out outputs, of this and at the same size
         self.compares_gptq = recipe.effort != "fast"  # beside the likeness of the outputs
         self._same_size: SameSize | None = None  # in the main process, where all layers are rounded
+        self._follows: nn.Module | None = self._compressed  # the network whose inputs layers are fitted to
         self._blocks = (
             BlockRefinement(statistics, self._compressed, checkpoint, recipe.seed)
             if statistics.refines
@@ -200,6 +201,7 @@ class SequentialFit:
         """
         kept = kept or {}
         todo = {plan.map.name: plan for plan in plans}
+        self._follows = None if are_nearly_exact(plans) else self._compressed
         if self._group.is_main and all(plan.is_dense for plan in plans) and any(p.rounding for p in plans):
             self._same_size = SameSize(self._statistics, self._checkpoint, plans)
         unobserved = [plan for plan in plans if plan.map.name not in {*self.schedule.observed, *kept}]
@@ -311,7 +313,7 @@ class SequentialFit:
     ) -> list[Fitted]:
         if all(todo[name].is_unchanged for name in group):
             return [Fitted(todo[name].record()) for name in group]
-        objectives = self._statistics.objectives(self._compressed, group)
+        objectives = self._statistics.objectives(self._follows, group)
         return [self._fit_one(todo[name], objectives[name], position is not None) for name in group]
 
     def _fit_one(self, plan: LayerPlan, objective: Objective, apart: bool) -> Fitted:

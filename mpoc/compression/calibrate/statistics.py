@@ -224,14 +224,15 @@ class CalibrationStatistics:
         weight = self.places[name]
         return self._objective(name, self._dense.moments[weight], self._held_out_moments(weight))
 
-    def objectives(self, compressed: nn.Module, group: Sequence[str]) -> dict[str, Objective]:
+    def objectives(self, compressed: nn.Module | None, group: Sequence[str]) -> dict[str, Objective]:
         """The objectives of a group of layers, on the inputs that ``compressed`` gives them.
 
         Args:
             compressed: final in all that runs before the group; another network than before starts over.
+                None: the dense network stands for it.
             group: one of :attr:`groups`, in their order.
         """
-        if self._is_table(self.places[group[0]]):
+        if compressed is None or self._is_table(self.places[group[0]]):
             return {name: self.dense_objective(name) for name in group}
         release_freed_memory()  # of the group before
         passes = self._pair(compressed)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import mpoc
 from mpoc.cli.demo import ARCH
 from mpoc.compression.calibrate import bit_allocation, calibrated_rounding, moments
-from mpoc.compression.calibrate.bit_allocation import allocate_bits
+from mpoc.compression.calibrate.bit_allocation import allocate_bits, are_nearly_exact
 from mpoc.compression.calibrate.calibrated_rounding import round_calibrated
 from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.compression.calibrate.output_distance import OutputDistance
@@ -122,6 +122,14 @@ def test_bits_follow_what_a_layer_moves() -> None:
     assert total == pytest.approx(3 * (2 * 384 + 96) - 8 * 3)  # bits round up to whole bytes
     same = allocate_bits(plans, {"a.weight": 4.0, "b.weight": 1.0}, spare=3, trust=0.0)
     assert bits_of(same) == pytest.approx(bits_of(plans))
+
+
+@pytest.mark.parametrize(("bits", "other", "exact"), [(8, 7, True), (8, 6.9, False), (8, None, True)])
+def test_layers_follow_the_dense_network_where_all_keep_many_bits(
+    bits: float, other: float | None, exact: bool
+) -> None:
+    second = replace(plan(), rounding=None) if other is None else plan(bits=other)
+    assert are_nearly_exact([plan(bits=bits), second]) == exact
 
 
 def test_grids_stay_within_the_bytes() -> None:
