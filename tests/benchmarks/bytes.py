@@ -107,7 +107,7 @@ class Task:
             options = without(self.options, "--calibration-samples")
             options += ["--calibration-samples", "128", "--bits", "4", "--storage", "coded", "--quiet"]
             run_mpoc("compress", self.source, "-o", out, *options)
-            return written(out, self.names)[1:]
+            return written(out, self.names, self.source)[1:]
 
     @cached_property
     def reference(self) -> int:
@@ -133,9 +133,18 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
 
 
-def written(path: Path, names: list[str]) -> tuple[int, int, int]:
-    """Bytes of weight files: all; those of tensors outside the named layers; headers, with the manifest."""
-    total = outside = header = 0
+def other_bytes(path: Path) -> int:
+    """Of the files of a directory that hold no weights."""
+    weights = weight_files(path)
+    return sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f not in weights)
+
+
+def written(path: Path, names: list[str], source: Path) -> tuple[int, int, int]:
+    """Bytes that ``--size`` limits: all; those of tensors outside the named layers; headers and the manifest,
+    which a directory keeps in files beside the weights.
+    """
+    total = header = other_bytes(path) - other_bytes(source)
+    outside = 0
     for file in weight_files(path):
         with file.open("rb") as opened:
             length = struct.unpack("<Q", opened.read(8))[0]
@@ -490,7 +499,7 @@ def of_mpoc(task: Task, share: float, options: list[str]) -> tuple[Any, dict[str
         out = Path(scratch) / ("out" if task.source.is_dir() else "out.safetensors")
         given = [*task.options, "--size", f"{limit}B", *options]
         run_mpoc("compress", task.source, "-o", out, *given, "--quiet")
-        total, _, header = written(out, task.names)
+        total, _, header = written(out, task.names, task.source)
         used = total if task.whole else total - outside - header
         facts = {"bytes": used, "share": used / task.reference, "overhead": outside + header}
         return mpoc.load(out).eval(), facts | {"command": " ".join(["mpoc compress MODEL", *given])}
