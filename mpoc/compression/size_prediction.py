@@ -181,8 +181,9 @@ def _with_calibrated_figures(record: LayerRecord) -> LayerRecord:
     if not record.is_changed or record.output_error is not None:  # they are known
         return record
     longest = LONGEST_FIGURE
-    others = dict.fromkeys(("this", "plain svd", "whitened svd", "plain mpo"), longest)
-    calibrated = replace(record, output_error=longest, held_out_error=longest, same_size=others)
+    others = ("rounded to nearest",) if record.storage else ("plain svd", "whitened svd", "plain mpo")
+    same_size = dict.fromkeys(("this", *others), longest)
+    calibrated = replace(record, output_error=longest, held_out_error=longest, same_size=same_size)
     return replace(calibrated, entropies_of_weight=(), spectra_of_weight=())
 
 

@@ -236,15 +236,12 @@ class _Rows:
             fit_all(job.fits(), costs, len(job.plans), keep, context)
             job.finish()
         manifest = job.manifest(records)
-        nbytes = predict_weight_bytes(
-            self.source.checkpoint,
-            self.source.selection,
-            job.recipe,
-            job.plans,
-            manifest.calibration or None,
-            records,
-        )
         likeness = manifest.calibration.get("likeness", {})
+        facts = dict(manifest.calibration)
+        if likeness and job.recipe.effort == "fast":  # the command of the row does not compare with GPTQ
+            facts["likeness"] = {way: kept for way, kept in likeness.items() if way != "GPTQ"}
+        opened = self.source.checkpoint, self.source.selection
+        nbytes = predict_weight_bytes(*opened, job.recipe, job.plans, facts or None, records)
         error = self._relative_error(records) if job.calibrated is None else None
         return SizeRow(share, nbytes, manifest.bits_per_weight, likeness, error)
 

@@ -52,6 +52,18 @@ OURS = {
     "grid-fast": ["--storage", "grid", "--effort", "fast"],
 }
 OTHERS = ("rtn", "gptq", "mixed-gptq", "whitened-svd-int4", "hqq", "torchao", "quanto")
+LABELS = {
+    "ours": "mpoc", "ours-fast": "mpoc --effort fast", "rtn": "to nearest", "gptq": "GPTQ",
+    "grid": "mpoc --storage grid", "grid-fast": "mpoc --storage grid --effort fast",
+    "mixed-gptq": "GPTQ, mixed bits", "whitened-svd-int4": "whitened SVD, int4",
+    "hqq": "hqq", "torchao": "torchao", "quanto": "optimum-quanto",
+}  # fmt: skip
+# What is drawn of a network: a figure, its name on the axis, and what is lost.
+LOST: list[tuple[str, str, Callable[[float], float]]] = [
+    ("cosine", "1 - cosine", lambda cosine: 1 - cosine),
+    ("KL", "KL from the dense network, nats", float),
+    ("bits per character", "bits per character", float),
+]
 LAYERS = nn.Linear | nn.Conv2d | nn.Embedding
 Rounding = Callable[[Tensor, Tensor | None, int], tuple[Tensor, float]]  # W, moment, bits → Ŵ, bytes
 
@@ -546,25 +558,30 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def draw(found: list[dict[str, Any]], path: Path) -> None:
-    """Share against the network's first figure, a curve a method."""
+    """Share against what is lost, upwards the less, a curve a method; of one at two efforts, the default."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    value = next(key for key in ("cosine", "accuracy %", "bits per character") if key in found[0])
-    for method in dict.fromkeys(row["method"] for row in found if row["method"] != "dense"):
-        points = sorted((100 * row["share"], row[value]) for row in found if row["method"] == method)
-        thick = 2.5 if method in OURS else 1.2
-        label = method.replace("ours", "mpoc").replace("grid", "mpoc --storage grid")
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=thick, label=label)
-    axes.set(xlabel="share of fp32 bytes, %", ylabel=value, title=found[0]["network"], xscale="log")
+    figure, axes = pyplot.subplots(figsize=(6, 4.5))
+    key, label, lost = next(way for way in LOST if way[0] in found[0])
+    methods = list(dict.fromkeys(row["method"] for row in found if row["method"] != "dense"))
+    methods = [method for method in methods if method.removesuffix("-fast") == method or
+               method.removesuffix("-fast") not in methods]  # fmt: skip
+    for method in methods:
+        rows_of_it = [row for row in found if row["method"] == method]
+        points = sorted((100 * row["share"], max(lost(row[key]), 1e-5)) for row in rows_of_it)
+        width = 2.5 if method in OURS else 1.2
+        axes.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=width, label=LABELS[method])
+    axes.set(xlabel="share of the layers' float32 bytes, %", ylabel=label, title=found[0]["network"])
+    axes.set(xscale="log", yscale="log")
+    axes.invert_yaxis()
     ticks = [3, 5, 7, 10, 14, 20, 27]
     axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    axes.minorticks_off()
+    axes.xaxis.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 

@@ -259,6 +259,12 @@ class BudgetAllocator:
             kept["distance"] = OutputDistance(self._statistics)
         return kept["distance"]
 
+    @property
+    def compares_ways(self) -> bool:
+        """Whether :data:`WAYS` to allocate a common budget of numbers or of floats are compared."""
+        has_budget = self._recipe.ratio is not None or self._recipe.size is not None
+        return has_budget and not self._recipe.shares_bits
+
     def allocate(
         self, plans: list[LayerPlan], predict_size: Callable[[list[LayerPlan]], int]
     ) -> list[LayerPlan]:
@@ -274,7 +280,7 @@ class BudgetAllocator:
             return bits_by_movement(
                 plans, self._statistics, self._checkpoint, self._recipe, distance, predict_size
             )
-        if self._recipe.ratio is None and self._recipe.size is None:
+        if not self.compares_ways:
             return plans
         folder = self._statistics.folder
         if folder is None:

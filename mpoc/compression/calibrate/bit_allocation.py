@@ -3,7 +3,8 @@
 A squared step costs κ: how far the network's held-out outputs move when the layer alone is rounded with it.
 The best bits of N numbers are b + ½ log₂ κ/N up to a constant.  Layers are rounded in order, each to the
 inputs that the rounded layers before it give, and so mend a part of what those lose; κ of the dense network
-says nothing of that.  So only the share ``_TRUST`` of what it asks for is done.
+says nothing of that, nor of errors as large as few bits make them.  So only the share ``_TRUST`` of what it
+asks for is done, and each layer keeps the share ``_LEAST`` of the bits that all have together.
 
 Beside the result stand rounding to nearest, each layer in the bytes that it takes, and GPTQ, whose layers
 share all these bytes by κ.
@@ -39,7 +40,7 @@ from mpoc.tensor_networks.fit.metric import Metric
 from mpoc.tensor_networks.forms.layout import from_matrix
 from mpoc.tensor_networks.structure import low_rank_structure
 
-_TRUST = 0.25
+_TRUST, _LEAST = 0.5, 0.4
 _PROBE_BITS = 3.0  # at which movements are measured
 _FEWEST_BITS = 0.25
 _MANY_BITS = 7.0  # with which a layer gives what it gave, as far as the layers behind it can tell
@@ -237,12 +238,14 @@ def _wanted(plans: Sequence[LayerPlan], movements: Mapping[str, float]) -> dict[
 
 def _within(bits: Mapping[str, float], sizes: Mapping[str, int], total: float) -> dict[str, float]:
     """The bits moved alike until they take ``total``, none below the fewest."""
-    low, high = -max(bits.values()), total / sum(sizes.values()) + max(abs(b) for b in bits.values())
+    mean = total / sum(sizes.values())
+    least = max(_FEWEST_BITS, _LEAST * mean)
+    low, high = -max(bits.values()), mean + max(abs(b) for b in bits.values())
     for _ in range(60):
         middle = (low + high) / 2
-        used = sum(sizes[name] * max(_FEWEST_BITS, b + middle) for name, b in bits.items())
+        used = sum(sizes[name] * max(least, b + middle) for name, b in bits.items())
         low, high = (low, middle) if used > total else (middle, high)
-    return {name: max(_FEWEST_BITS, b + low) for name, b in bits.items()}
+    return {name: max(least, b + low) for name, b in bits.items()}
 
 
 def _on_grids(plans: Sequence[LayerPlan], more: Mapping[str, float], spare: int) -> list[LayerPlan]:

@@ -41,7 +41,8 @@ _GAMMAS = 0.02, 0.1, 0.3
 _WIDEST = 8192  # columns of a metric that is formed
 # Two factors of a coded weight are tried below so many bits a weight, at the best of these bits a number.
 _LOW_RANK_BELOW, _FACTOR_BITS, _NOISE = 1.5, (2.0, 2.5, 3.0, 4.0, 5.0), 0.7
-_LONGER_RECORD = 700  # bytes that their record and their second stream take in header and manifest
+# Bytes that their record and their second stream take in the header of a file, and in a directory's files.
+_LONGER_RECORD = {False: 400, True: 700}
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,12 @@ def round_calibrated(
 
 
 def low_rank_if_better(
-    found: CalibratedRounding, plan: LayerPlan, weight: Tensor, objective: Objective, between_rows: bool
+    found: CalibratedRounding,
+    plan: LayerPlan,
+    weight: Tensor,
+    objective: Objective,
+    between_rows: bool,
+    in_directory: bool,
 ) -> CalibratedRounding:
     """Two factors in the bytes of a coded dense weight, where held-out outputs are nearer; or as it was.
 
@@ -111,6 +117,7 @@ def low_rank_if_better(
         weight: of shape ``plan.map.shape``.
         objective: of this layer.
         between_rows: whether feedback moves errors between rows too.
+        in_directory: whether a directory is written.
     """
     rounding = plan.rounding
     if rounding is None or rounding.storage != "coded" or rounding.bits > _LOW_RANK_BELOW:
@@ -120,8 +127,9 @@ def low_rank_if_better(
     matrix = one_matrix(weight, plan.map.kind, plan.map.transposed)
     metric = objective.metric(matrix, _gamma(objective, matrix.shape[1]))
     best = weighted_svd(metric)
-    nbytes = plan.record().stored_bytes - _LONGER_RECORD
-    rank = _best_rank(best.values, nbytes / sum(matrix.shape)) if nbytes > 2 * _LONGER_RECORD else 0
+    longer = _LONGER_RECORD[in_directory]
+    nbytes = plan.record().stored_bytes - longer
+    rank = _best_rank(best.values, nbytes / sum(matrix.shape)) if nbytes > 2 * longer else 0
     if rank == 0:
         return found
     structure = low_rank_structure(plan.structure.kind, plan.structure.shape, plan.structure.transposed)

@@ -196,7 +196,7 @@ def recalibrated_norms(
         distance: of a network's held-out outputs from the dense ones.
     """
     changed = copy.deepcopy(network)
-    norms = {name: m for name, m in changed.named_modules() if _keeps_statistics(m)}
+    norms = {name: m for name, m in changed.named_modules() if keeps_statistics(m)}
     counts: Counter[nn.Module] = Counter()
 
     def count(norm: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -223,5 +223,6 @@ def recalibrated_norms(
     return RecalibratedNorms(statistics, distance(network), distance(changed))
 
 
-def _keeps_statistics(module: nn.Module) -> bool:
+def keeps_statistics(module: nn.Module) -> bool:
+    """Whether a module is a batch norm with a mean and a variance of its own."""
     return isinstance(module, _BatchNorm) and module.running_mean is not None

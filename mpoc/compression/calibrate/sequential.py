@@ -38,7 +38,7 @@ from mpoc.compression.calibrate.calibrated_rounding import (
     round_calibrated,
 )
 from mpoc.compression.calibrate.objective import Objective
-from mpoc.compression.calibrate.output_distance import RecalibratedNorms, recalibrated_norms
+from mpoc.compression.calibrate.output_distance import RecalibratedNorms, keeps_statistics, recalibrated_norms
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer, have_changed
 from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller
@@ -148,36 +148,33 @@ class SequentialFit:
         facts = {**self._statistics.facts(), "reasons": self._statistics.reasons}
         allocation = self._allocator.allocation
         if allocation is not None:
-            distances = {
-                way: rounded(before_refinement) for way, before_refinement in allocation.distances.items()
-            }
+            distances = {way: rounded(distance) for way, distance in allocation.distances.items()}
             facts["shares"] = {"chosen": allocation.chosen, "distances": distances}
         if self._blocks is not None:
             facts["refined"] = self._blocks.facts()
         if self._norms is not None:
-            before, after = rounded(self._norms.before), rounded(self._norms.after)
-            facts["norms"] = {"renewed": self._norms.is_better, "before": before, "after": after}
+            ends = {"before": rounded(self._norms.before), "after": rounded(self._norms.after)}
+            facts["norms"] = {"renewed": self._norms.is_better, **ends}
         if self._likeness:
-            facts["likeness"] = {
-                way: {name: rounded(value) for name, value in found.items()}
-                for way, found in self._likeness.items()
-            }
+            ways = self._likeness.items()
+            facts["likeness"] = {way: {name: rounded(v) for name, v in found.items()} for way, found in ways}
         return facts
 
     def longest_facts(self) -> dict[str, Any]:
         """Facts at least as long as those of :meth:`facts` will be, to predict a size."""
-        ways = dict.fromkeys(WAYS, LONGEST_FIGURE)
-        ends = dict.fromkeys(("before", "after"), LONGEST_FIGURE)
-        facts = self.facts() | {"shares": {"chosen": max(WAYS, key=len), "distances": ways}}
+        facts, ends = self.facts(), dict.fromkeys(("before", "after"), LONGEST_FIGURE)
+        if self._allocator.compares_ways:
+            ways = dict.fromkeys(WAYS, LONGEST_FIGURE)
+            facts["shares"] = {"chosen": max(WAYS, key=len), "distances": ways}
         if self._blocks is not None:
-            groups = (name for group in self._statistics.groups for name in group)
-            positions = {
-                position for name in groups if (position := self._blocks.position_of(name)) is not None
-            }
+            positions = filter(None, set(map(self._blocks.position_of, self.schedule.observed)))
             facts["refined"] = {self._statistics.block(position): ends for position in positions}
         alike = dict.fromkeys(("agreement", "kl"), LONGEST_FIGURE)
-        facts["likeness"] = dict.fromkeys(("this", "rounded to nearest", "GPTQ"), alike)
-        return facts | {"norms": {"renewed": False, **ends}}
+        others = ("rounded to nearest", "GPTQ") if self.compares_gptq else ("rounded to nearest",)
+        facts["likeness"] = dict.fromkeys(("this", *others), alike)
+        if any(map(keeps_statistics, self._compressed.modules())):
+            facts["norms"] = {"renewed": False, **ends}
+        return facts
 
     @property
     def notes(self) -> list[str]:
@@ -228,11 +225,12 @@ class SequentialFit:
     def finish(self) -> dict[str, Tensor]:
         """After the last layer: recalibrated statistics of batch norms, by their names, if they help."""
         data = self._statistics.data
-        if self._allocator.allocation is not None:
-            self._reached = self._group.on_main(lambda: self._allocator.distance.of_network(self._compressed))
 
         def distance(network: nn.Module) -> float:  # computed only if there are norms
             return self._allocator.distance.of_network(network)
+
+        if self._allocator.allocation is not None:
+            self._reached = self._group.on_main(lambda: distance(self._compressed))
 
         def renewed() -> RecalibratedNorms | None:
             return recalibrated_norms(self._compressed, data.call, data.batches, distance)
@@ -353,7 +351,7 @@ class SequentialFit:
         form = None if plan.is_dense else form
         record = plan.record() if form is None else _as_fitted(plan, form)
         assert plan.rounding is not None
-        rounding = plan.rounding
+        rounding, in_directory = plan.rounding, self._checkpoint.is_directory
         nearest: list[QuantizedTensor] = []
 
         def round_with_feedback() -> CalibratedRounding:
@@ -361,8 +359,9 @@ class SequentialFit:
                 nearest.extend(rounding.codes(record, [weight] if form is None else form.cores))
                 rows = self._errors_move_between_rows(plan)
                 found = round_calibrated(weight, record, rounding, objective, nearest, form, rows)
-                wide = plan.is_dense and self._recipe.shares_bits
-                return low_rank_if_better(found, plan, weight, objective, rows) if wide else found
+                if not (plan.is_dense and self._recipe.shares_bits):
+                    return found
+                return low_rank_if_better(found, plan, weight, objective, rows, in_directory)
 
         found = self._group.on_main(round_with_feedback)
         measured = with_figures(found.record, found.form, found.judged, found.same_size)
