@@ -14,7 +14,7 @@ from mpoc.data.recognise import is_data
 from mpoc.errors import UsageError
 from mpoc.io.atomic import refuse_existing, refuse_misnamed
 from mpoc.io.hub_directory import notes_on_files
-from mpoc.io.manifest import Manifest
+from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.models.loading import Model, open_beside, open_model
 from mpoc.quantize.storage import Coded
 from mpoc.reporting.plots import draw_curves, refuse_unknown_picture
@@ -26,7 +26,7 @@ from mpoc.train.evaluate import evaluate
 from mpoc.train.loop import DivergedError, train
 from mpoc.train.monitor import OnEvent, Outcome, TrainingLog, TrainingMonitor, read_log
 from mpoc.train.output import data_record, hold_to_steps, make_history, round_to_stored, write_tuned
-from mpoc.train.settings import DataOptions, FinetuneRequest, Settings
+from mpoc.train.settings import RATE_IN_FEW_BITS, DataOptions, FinetuneRequest, Settings
 from mpoc.train.task_choice import infer_task
 from mpoc.train.tasks import Task
 from mpoc.train.training_checkpoint import CheckpointFile, SavedTraining
@@ -86,6 +86,8 @@ def finetune(
     if is_main():
         _check(request)
     model = open_model(request.source, request.arch)
+    if _in_few_bits(model) and request.settings.optimizer == "adamw" and request.settings.lr is None:
+        request = replace(request, settings=replace(request.settings, lr=RATE_IN_FEW_BITS))
     teacher = _open_teacher(request, model)
     training_data = _open_data(request, model, teacher)
     _announce(model, training_data, say)
@@ -169,8 +171,7 @@ def _check(request: FinetuneRequest) -> None:
 def _announce(model: Model, training_data: TrainingData, say: Callable[[str], None]) -> None:
     say(training_data.data.announce())
     notes = [*training_data.data.notes, *model.notes]
-    rounded = [layer for layer in (model.manifest.changed if model.manifest else ()) if layer.storage]
-    if rounded:
+    if rounded := _in_few_bits(model):
         notes.append(
             f"{counted(len(rounded), 'layer')} of few bits: trained through rounding to the steps that are "
             "stored"
@@ -179,6 +180,10 @@ def _announce(model: Model, training_data: TrainingData, say: Callable[[str], No
         notes += notes_on_files(model.path, model.stored.weight_files)
     for note in notes:
         say(f"note: {note}")
+
+
+def _in_few_bits(model: Model) -> list[LayerRecord]:
+    return [layer for layer in (model.manifest.changed if model.manifest else ()) if layer.storage]
 
 
 def _identity(

@@ -45,6 +45,8 @@ from mpoc.train.training_checkpoint import (
 
 _REPORT_EVERY = 0.5  # seconds between two readings of the loss
 _MOST_UNREAD = 500  # steps between two readings of the loss
+# Adam moves a number of few bits by this many of its own steps where it would move another by 1.
+_STEPS_PER_MOVE = 10.0
 
 
 class DivergedError(MpocError):
@@ -245,11 +247,24 @@ class _Trainer:
             losses = self._backward(parts, max(1, count))
         if self.settings.clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        self.stepper.step()
+        self._update()
         self.stepper.zero_grad()
         self.losses.add(sum(losses[1:], start=losses[0]), max(1, count))
         self.progress.step += 1
         self.busy += time.perf_counter() - begin
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Let the optimiser step.
+
+        Adam moves all parameters alike, whatever their gradients, but the steps of numbers in few bits differ
+        by layer, row and column: those numbers move in proportion to their steps.
+        """
+        in_steps = self.rounded if self.settings.optimizer == "adamw" else []
+        before = [parameter.clone() for parameter, _ in in_steps]
+        self.stepper.step()
+        for (parameter, steps), start in zip(in_steps, before, strict=True):
+            parameter.sub_(start).mul_(steps.steps).mul_(_STEPS_PER_MOVE).add_(start)
 
     def _backward(self, parts: list[Any], count: int) -> list[Tensor]:
         """Add the gradient of the mean loss over ``count`` examples; the losses, summed over each part."""

@@ -6,6 +6,7 @@ classes.  Errors against the original weights no longer hold and are dropped.
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -139,13 +140,62 @@ def write_tuned(
 
 
 @dataclass(frozen=True)
+class CodePrices:
+    """What entropy-coded integers cost, by their frequencies before a training.
+
+    Codes whose prices sum up to no more than before can be coded in as many bits: their own frequencies code
+    them in no more than any others do (Gibbs' inequality).
+    """
+
+    start: Tensor  # the integers before the training
+    bits: Tensor  # price of each integer from ``first``; the two ends are those that did not occur
+    first: int
+
+    @classmethod
+    def of(cls, codes: Tensor) -> CodePrices:
+        """Those of integers of any shape."""
+        first = int(codes.min()) - 1
+        counts = torch.bincount((codes.long() - first).flatten(), minlength=int(codes.max()) - first + 2)
+        return cls(codes, math.log2(codes.numel() + 1) - counts.clamp(min=0.5).log2(), first)
+
+    def of_each(self, codes: Tensor) -> Tensor:
+        """The price of each code, in bits."""
+        return self.bits[(codes.long() - self.first).clamp(0, len(self.bits) - 1)]
+
+    def hold(self, exact: Tensor, found: Tensor, less: float = 0.0) -> Tensor:
+        """``found`` without its dearer changes of least movement, in as many bits as before.
+
+        Args:
+            exact: the numbers in steps.
+            found: the integers nearest to them, of the same shape.
+            less: take this many bits less than before, as far as undoing changes does it.
+        """
+        start = self.start.to(found.dtype)
+        places = torch.nonzero((found != start).flatten()).flatten()
+        before, after = start.flatten()[places], found.flatten()[places]
+        growth = self.of_each(after) - self.of_each(before)
+        excess = min(float(growth.sum()) + less, float(growth.clamp(min=0).sum()))
+        if excess <= 0:
+            return found
+        moved = torch.where(growth > 0, (exact.flatten()[places] - before).abs(), torch.inf)
+        order = moved.argsort(stable=True)
+        undone = order[: int((growth[order].clamp(min=0).cumsum(0) < excess).sum()) + 1]
+        held = found.flatten().index_copy(0, places[undone], before[undone])
+        return held.view(found.shape)
+
+
+@dataclass(frozen=True)
 class StoredSteps:
-    """The numbers that a parameter in few bits can be: multiples of its steps, on a grid between limits."""
+    """The numbers that a parameter in few bits can be: multiples of its steps.
+
+    On a grid they lie between limits; where they are entropy-coded, they cost no more bits than before.
+    """
 
     steps: Tensor  # of the shape of the parameter
     inverse: Tensor  # 1 / steps; 0 where a step is 0
-    lowest: Tensor | None  # multiple on a grid, of the same shape; None: no limits
+    lowest: Tensor | None = None  # multiple on a grid, of the same shape
     levels: int = 0  # multiples on a grid
+    prices: CodePrices | None = None  # of entropy-coded multiples
 
     @classmethod
     def of(cls, part: CodedPart, codes: QuantizedTensor, device: torch.device | str = "cpu") -> StoredSteps:
@@ -153,15 +203,17 @@ class StoredSteps:
         steps = tensor_of(part, codes.steps()).to(device)
         inverse = torch.where(steps > 0, 1 / steps, 0)
         if not isinstance(codes, GridTensor):
-            return cls(steps, inverse, None)
+            return cls(steps, inverse, prices=CodePrices.of(tensor_of(part, codes.codes).to(device)))
         return cls(steps, inverse, tensor_of(part, codes.lowest()).to(device), codes.spec.levels)
 
     def multiples(self, numbers: Tensor) -> Tensor:
-        """The nearest multiples."""
-        found = torch.round(numbers * self.inverse)
-        if self.lowest is None:
-            return found.clamp_(-_MOST_MULTIPLE, _MOST_MULTIPLE)
-        return torch.minimum(torch.maximum(found, self.lowest), self.lowest + (self.levels - 1))
+        """The nearest multiples that can be stored."""
+        exact = numbers * self.inverse
+        found = torch.round(exact)
+        if self.lowest is not None:
+            return torch.minimum(torch.maximum(found, self.lowest), self.lowest + (self.levels - 1))
+        found.clamp_(-_MOST_MULTIPLE, _MOST_MULTIPLE)
+        return found if self.prices is None else self.prices.hold(exact, found)
 
     def nearest(self, numbers: Tensor) -> Tensor:
         """The nearest numbers that can be stored."""
@@ -228,9 +280,19 @@ def _rounded(model: Model, layer: LayerRecord, weights: dict[str, Tensor]) -> bo
 
 
 def _codes(part: CodedPart, tensor: Tensor, stored: QuantizedTensor) -> QuantizedTensor:
-    """The nearest codes of a trained tensor, with the steps of the stored ones."""
-    multiples = StoredSteps.of(part, stored).multiples(tensor.cpu().float())
-    return stored.of_multiples(matrix_of(part, multiples))
+    """The nearest codes of a trained tensor, with the steps of the stored ones and in no more bytes."""
+    steps = StoredSteps.of(part, stored)
+    multiples = steps.multiples(tensor.cpu().float())
+    codes = stored.of_multiples(matrix_of(part, multiples))
+    spared = 0
+    while steps.prices is not None and codes.nbytes > stored.nbytes:
+        spared += 16 * (codes.nbytes - stored.nbytes)  # prices are those of one table, the stream has several
+        held = steps.prices.hold(multiples, multiples, spared)
+        if torch.equal(held, multiples):
+            return stored
+        multiples = held
+        codes = stored.of_multiples(matrix_of(part, multiples))
+    return codes
 
 
 def tuned_entries(model: Model, weights: dict[str, Tensor]) -> list[Entry]:

@@ -20,6 +20,7 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("cosine", "constant", "exponential")
 PRECISIONS = ("fp32", "bf16", "fp16")
 LEARNING_RATES = {"sgd": 0.01, "adamw": 3e-4}
+RATE_IN_FEW_BITS = 1e-3  # of adamw, for networks with layers in few bits
 DEVICE_HELP = "Compute on auto, cpu, cuda, cuda:1, …"
 
 _LARGEST = 1e30  # float32 has room for it and for what is made of it
@@ -145,7 +146,10 @@ class Settings:
     accumulate: int = option("Split a process's share of a batch into this many parts.", 1, panel=_TRAINING)
     optimizer: str = option("Use sgd or adamw.", "adamw", panel=_TRAINING)
     lr: float | None = option(
-        "Set the peak learning rate.", None, panel=_TRAINING, shown="sgd 0.01, adamw 0.0003"
+        "Set the peak learning rate.",
+        None,
+        panel=_TRAINING,
+        shown="sgd 0.01, adamw 0.0003 (0.001 in few bits)",
     )
     momentum: float = option("Set the momentum of sgd.", 0.9, panel=_TRAINING)
     nesterov: bool = option("Use Nesterov's momentum with sgd.", False, panel=_TRAINING)

@@ -115,6 +115,25 @@ class TestStraightThrough:
             expected = self.rounded(exact[name]) if "weight" in name else exact[name]
             torch.testing.assert_close(found.detach(), expected, rtol=0, atol=1e-6)
 
+    def test_adam_moves_in_proportion_to_the_steps(self) -> None:
+        """Its first update is the sign of each gradient: here 0.6 of a step, whatever the step."""
+        network, ours = perceptron(), perceptron()
+        steps = [torch.rand_like(w) + 0.01 for w in ours.parameters()]
+        for ours_, theirs, step in zip(ours.parameters(), network.parameters(), steps, strict=True):
+            vars(ours_)["stored_steps"] = StoredSteps(step, 1 / step)
+            theirs.data = torch.round(theirs.data / step) * step
+        start = weights(ours)
+        run(ours, optimizer="adamw", lr=0.6 / 10, steps=1)
+        x, y = blobs()
+        chosen = ExampleOrder(loader().examples, 16).indices(0)[0]
+        loss = nn.functional.cross_entropy(network(x[chosen]), y[chosen])
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        for found, w, g, step in zip(weights(ours), start, gradients, steps, strict=True):
+            sure = g.abs() > 1e-4  # smaller ones are not far above Adam's epsilon
+            expected = torch.round(w / step - 0.6 * g.sign()) * step
+            torch.testing.assert_close(found[sure], expected[sure], rtol=1e-5, atol=0)
+            assert bool(sure.any())
+
     def test_keeps_and_scores_rounded_weights(self) -> None:
         """The best weights are not the last: their score is that of the network that is left."""
         network = self.network()

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mpoc.demo
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.models import zoo
 from mpoc.train.evaluate_file import evaluate_file
 from mpoc.train.finetune import finetune
+from mpoc.train.output import CodePrices
 from mpoc.train.settings import DataOptions, EvaluationRequest, FinetuneRequest, Settings
 from tests.data.samples import pixels
 from tests.support.marks import slow_except
@@ -57,3 +59,47 @@ def test_final_score_is_that_of_the_stored_weights(tmp_path: Path, stored: str, 
         asked = EvaluationRequest(request.target, request.data, split, arch="fc2", device="cpu", batch=64)
         for name, value in evaluate_file(asked).scores.items():
             assert training[key][name] == pytest.approx(value, rel=1e-5)
+
+
+def entropy(codes: torch.Tensor) -> float:
+    """Bits of all codes, each at its frequency among them."""
+    counts = np.unique(codes.numpy(), return_counts=True)[1]
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+@pytest.mark.parametrize("spread", [0.6, 3.0])
+def test_codes_that_are_held_take_no_more_bits(spread: float) -> None:
+    torch.manual_seed(0)
+    start = torch.round(torch.randn(40, 30) * spread)
+    exact = start + torch.randn(40, 30) * 0.6
+    found = torch.round(exact)
+    held = CodePrices.of(start.to(torch.int8)).hold(exact, found)
+    assert entropy(held) <= entropy(start) < entropy(found)
+    undone = held != found
+    assert bool(undone.any()) and torch.equal(held[undone], start[undone])
+    rarer = (start == found[..., None, None]).sum((-2, -1)) < (start == start[..., None, None]).sum((-2, -1))
+    kept = (held == found) & rarer
+    assert float((exact - start).abs()[undone].max()) <= float((exact - start).abs()[kept].min())
+
+
+def test_distilling_a_coded_network_nears_the_teacher_in_as_many_bytes(tmp_path: Path) -> None:
+    demo, arch, small = (
+        Path(mpoc.demo.__path__[0]),
+        "mpoc.demo.network:DigitsNet",
+        tmp_path / "small.safetensors",
+    )
+    teacher = demo / "digits-cnn.safetensors"
+    compress_checkpoint(teacher, small, make_recipe(None, STORED["coded"]), arch=arch)
+    images = np.load(demo / "digits.npz")["images"][:96, None] / np.float32(16)
+    np.savez(tmp_path / "a.npz", allow_pickle=False, x_train=images[:64], x_test=images[64:])
+    request = FinetuneRequest(
+        small, DataOptions(tmp_path / "a.npz"), Settings(steps=20, batch=16, lr=0.006, eval_every=20),
+        tmp_path / "tuned.safetensors", arch=arch, teacher=teacher, device="cpu",
+    )  # fmt: skip
+    training = finetune(request).training
+    assert training["final"]["loss"] < 0.7 * training["start"]["loss"]
+    before, after = load_file(small), load_file(request.target)
+    assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
+    coded = [name for name in before if name.endswith("_coded")]
+    assert any(not torch.equal(before[name], after[name]) for name in coded)
+    assert all(after[name].numel() <= before[name].numel() for name in coded)
