@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 import mpoc
-from mpoc.compression.calibrate.calibration_data import Pooling, output_of_interest
 from mpoc.compression.calibrate.layer_inputs import (
     ConvInputs,
     EmbeddingInputs,
@@ -26,6 +25,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     eval_mode,
 )
 from mpoc.compression.calibrate.moments import Moments
+from mpoc.compression.calibrate.output_of_interest import Pooling, output_of_interest
 from mpoc.compression.calibrate.trace import EXAMPLES, Trace
 from mpoc.errors import MpocError
 from mpoc.io.keyed_store import Item, Scratch, damaged, digest, open_item, put_item

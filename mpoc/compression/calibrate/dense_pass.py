@@ -23,7 +23,6 @@ from mpoc.compression.calibrate.block_chain import (
     replaced_forwards,
 )
 from mpoc.compression.calibrate.cache import DensePass
-from mpoc.compression.calibrate.calibration_data import Pooling, direction, output_of_interest
 from mpoc.compression.calibrate.layer_inputs import (
     ObservedLayer,
     device_of,
@@ -41,6 +40,7 @@ from mpoc.compression.calibrate.moments import (
     merge,
     total_rows,
 )
+from mpoc.compression.calibrate.output_of_interest import Pooling, direction, output_of_interest
 from mpoc.compression.calibrate.trace import EXAMPLES, Trace
 from mpoc.compression.run_context import RunContext
 from mpoc.errors import MpocError

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mpoc.compression.calibrate.calibration_data import output_of_interest, trimmed
+from mpoc.compression.calibrate.calibration_data import trimmed
 from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_argument, hooked
+from mpoc.compression.calibrate.output_of_interest import output_of_interest
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.models.call import Batch, Call, num_examples, to_device
 from mpoc.train.tasks import kl_of_rows

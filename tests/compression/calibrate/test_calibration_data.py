@@ -17,11 +17,11 @@ from mpoc.compression.calibrate.calibration_data import (
     CalibrationData,
     CalibrationRequest,
     HeldExamples,
-    Pooling,
     calibrate_on,
     draw,
     open_calibration,
 )
+from mpoc.compression.calibrate.output_of_interest import Pooling
 from mpoc.data.open import data_fingerprint
 from mpoc.errors import MpocError, UsageError
 from mpoc.models import zoo

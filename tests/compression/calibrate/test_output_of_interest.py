@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpoc.compression.calibrate.calibration_data import Pooling, direction, output_of_interest, read_pooling
+from mpoc.compression.calibrate.output_of_interest import Pooling, direction, output_of_interest, read_pooling
 from mpoc.errors import MpocError
 from tests.compression.calibrate.networks import encoder, texts
 
