@@ -52,7 +52,7 @@ class SizeRow:
     share: float  # of the source's weight files, that was asked for
     nbytes: int  # of weight files; an upper bound
     bits_per_weight: float
-    # By way (a key of ``WAYS``) the likeness of held-out outputs to the dense network's
+    # By way (a key of ``WAYS``) the likeness of outputs to the dense network's
     likeness: Mapping[str, Mapping[str, float]]
     relative_error: float | None  # of all selected weights together, without calibration
 

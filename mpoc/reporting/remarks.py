@@ -20,7 +20,7 @@ _PER_CENT = ("accuracy", "agreement")  # scores in per cent
 
 
 def headline(manifest: Manifest) -> str:
-    """What the network keeps: its scores and the likeness of held-out outputs; "" where neither is known."""
+    """What the network keeps: its scores and the likeness of its outputs; "" where neither is known."""
     calibration, parts = manifest.calibration, []
     if measured := manifest.measured:
         metric = measured.get("metric", "loss")
@@ -33,9 +33,10 @@ def headline(manifest: Manifest) -> str:
             )
     likeness = calibration.get("likeness", {}).get("this", {})
     if likeness:
-        held_out = counted(calibration.get("held_out", 0), "held-out example")
+        unseen, held_out = calibration.get("unseen", 0), calibration.get("held_out", 0)
+        examples = counted(unseen, "unseen example") if unseen else counted(held_out, "held-out example")
         data = calibration.get("data", {}).get("name", "?")
-        parts.append(f"outputs beside the original's: {likeness_text(likeness)} ({held_out} of {data})")
+        parts.append(f"outputs beside the original's: {likeness_text(likeness)} ({examples} of {data})")
     return "; ".join(parts)
 
 
@@ -89,9 +90,10 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
     if not calibration:
         return []
     data = calibration.get("data", {})
+    held_out = calibration.get("held_out", 0)
     line = (
         f"calibrated on {calibration.get('samples', 0):,} examples of {data.get('name', '?')} "
-        f"({calibration.get('held_out', 0):,} held out), layer by layer in the order of the network"
+        f"({held_out:,} held out to choose with), layer by layer in the order of the network"
     )
     shares, allocation = calibration.get("shares", {}), ""
     if any(shares.get("distances", {}).values()):
@@ -115,10 +117,10 @@ def calibration_lines(calibration: dict[str, Any]) -> list[str]:
 
 
 def _likeness_lines(likeness: dict[str, dict[str, float]]) -> list[str]:
-    """How like held-out outputs others reach in the same bytes; the headline says it of this network."""
+    """What likeness of outputs others reach in the same bytes; the headline says it of this network."""
     texts = {way: text for way, found in likeness.items() if (text := likeness_text(found))}
     others = "; ".join(f"{way}: {text}" for way, text in texts.items() if way != "this")
-    return [f"likeness of held-out outputs in the same bytes: {others}"] if others else []
+    return [f"likeness of the outputs in the same bytes: {others}"] if others else []
 
 
 def same_size_lines(manifest: Manifest) -> list[str]:

@@ -215,7 +215,7 @@ def test_short_report_gives_bits_of_rounded_layers() -> None:
     calibrated = replace(rounded.manifest, calibration={"likeness": facts})
     said = summary(calibrated, 600, predicted=True)
     assert said[0] == f"predicted at most {reached}"
-    assert "likeness of held-out outputs in the same bytes: GPTQ: agreement 97.00 %, KL 0.5" in said
+    assert "likeness of the outputs in the same bytes: GPTQ: agreement 97.00 %, KL 0.5" in said
     assert repr(Report(calibrated, 600)).splitlines()[0].endswith("; held out: agreement 98.12 %, KL 0.0123")
     assert "bits a weight" not in repr(Report(WHOLE, 600))
 

@@ -1,4 +1,4 @@
-"""What calibration needs: a dense network, how it is called, and batches, some of them held out.
+"""What calibration needs: a dense network, how it is called, and batches to fit, choose and report on.
 
 The examples are drawn from a data set on disk, or from batches that a caller hands over: tensors, tuples that
 begin with the input, or dicts as transformers takes them.  Texts of about one length go into one batch.
@@ -45,6 +45,7 @@ _NUMBERS = (
     1 << 19
 )  # in the examples of such a batch: what a network keeps of them for gradients is a multiple
 _HELD_OUT = 0.125  # share of the examples, one at least
+_UNSEEN = 1 / 3  # share of these where the data set has no more
 _PER_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "y"}
 
 
@@ -68,13 +69,14 @@ def named_data(name: str | PathLike[str]) -> Path | str:
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """A dense network and the batches it is calibrated on; the two parts have no example in common."""
+    """A dense network and the batches it is calibrated on; the three parts have no example in common."""
 
     network: nn.Module  # in evaluation mode, parameters in float32 or better
     places: Mapping[str, str]  # name of a tensor in the checkpoint → in the network
     call: Call  # how the network takes a batch
     batches: list[Batch]  # on the CPU
     held_out: list[Batch]  # to choose between fits with
+    unseen: list[Batch]  # to report the likeness of outputs on; empty where there are too few examples
     pooling: Pooling | None = None  # how users read its outputs, where its directory says
     name: str = ""  # of the data set, for the manifest
     notes: tuple[str, ...] = ()  # what was read and chosen, a line each
@@ -127,11 +129,12 @@ def calibrate_on(model: Model, request: CalibrationRequest, seed: int = 0) -> Ca
     if len(loader) < 2:
         raise MpocError(f"{where}: {len(loader)} examples in {split}: calibration needs two at least")
     tokens = _TOKENS_TO_REFINE if request.refine else _TOKENS
-    batches, held_out = draw(loader, request.samples, seed, tokens, domains)
-    counts = [sum(map(num_examples, part)) for part in (batches, held_out)]
+    parts = draw(loader, request.samples, seed, tokens, domains)
+    counts = [sum(map(num_examples, part)) for part in parts]
     drawn = f"{sum(counts):,} of {len(loader):,} examples of {split} (seed {seed})"
-    notes.append(f"calibration: {drawn}, {counts[1]:,} held out")
-    return CalibrationData(model.network, model.places, call, batches, held_out, pooling, name, tuple(notes))
+    reported = f", {counts[2]:,} to report on" if counts[2] else ""
+    notes.append(f"calibration: {drawn}, {counts[1]:,} held out to choose with{reported}")
+    return CalibrationData(model.network, model.places, call, *parts, pooling, name, tuple(notes))
 
 
 def _as_given(batch: Batch, generator: torch.Generator | None) -> Batch:
@@ -165,23 +168,30 @@ def _loader_of(made: SelfMadeData, model: Model) -> tuple[BatchLoader, list[str]
 
 def draw(
     loader: BatchLoader, samples: int, seed: int, tokens: int = _TOKENS, domains: Tensor | None = None
-) -> tuple[list[Batch], list[Batch]]:
-    """Batches of examples drawn at random, and of others, an eighth of them, that are held out.
+) -> tuple[list[Batch], list[Batch], list[Batch]]:
+    """Batches of examples drawn at random to fit on, to choose with (an eighth), and to report on.
+
+    The last are as many more as are held out to choose with, or a third of these where there are no more.
 
     Args:
         loader: two examples at least.
-        samples: how many examples; all where there are fewer.
+        samples: how many examples to fit on and to choose with; all where there are fewer.
         seed: of the draw.
         tokens: of a batch of text at most, padding included, where it is more than one text.
         domains: (n,) of the examples; all that are held out are then of a few, and one at most is in both.
     """
     generator = torch.Generator().manual_seed(derived_seed(seed, "calibration"))
-    chosen = shuffled(loader.examples, generator)[:samples]
+    every = shuffled(loader.examples, generator)
+    chosen, others = every[:samples], every[samples:]
     if domains is not None:
         rank = torch.randperm(int(domains.max()) + 1, generator=generator)
         chosen = chosen[rank[domains[chosen]].argsort(stable=True)]
     apart = min(len(chosen) - 1, max(1, round(len(chosen) * _HELD_OUT)))
-    return _batches(loader, chosen[apart:], tokens), _batches(loader, chosen[:apart], tokens)
+    cut = 0 if len(others) else int(_UNSEEN * apart)
+    held_out, unseen = chosen[cut:apart], others[:apart] if len(others) else chosen[:cut]
+    parts = chosen[apart:], held_out, unseen
+    batches, to_choose, to_report = (_batches(loader, part, tokens) if len(part) else [] for part in parts)
+    return batches, to_choose, to_report
 
 
 def _batches(loader: BatchLoader, chosen: Tensor, tokens: int) -> list[Batch]:

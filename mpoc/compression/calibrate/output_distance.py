@@ -80,16 +80,27 @@ class OutputDistance:
         with self._replaced(layers):
             return self.of_network(self._statistics.network, self._first_block(layers))
 
-    @torch.no_grad()
     def likeness(self, network: nn.Module) -> dict[str, float]:
-        """How like held-out outputs are to the dense network's: means of what ``mpoc eval`` calls so.
+        """How like outputs are to the dense network's: means of what ``mpoc eval`` calls so.
 
+        Of examples by which nothing was chosen, or where there are too few, of those held out to choose with.
         ``agreement`` of the largest logit in per cent and ``kl`` in nats; where outputs are no logits
         ``cosine``.  What is not finite is left out.
         """
+        return self._likeness(network, self._dense_to_report)
+
+    @torch.no_grad()
+    def likeness_of(self, layers: Mapping[str, Replacement]) -> dict[str, float]:
+        """The likeness of the dense network with some layers replaced."""
+        dense = self._dense_to_report  # while it is dense
+        with self._replaced(layers):
+            return self._likeness(self._statistics.network, dense)
+
+    @torch.no_grad()
+    def _likeness(self, network: nn.Module, dense: Sequence[tuple[Tensor, bool]]) -> dict[str, float]:
         sums: dict[str, float] = {}
         count = 0
-        for (ours, are_logits), (theirs, _) in zip(self._outputs(network), self._dense, strict=True):
+        for (ours, are_logits), (theirs, _) in zip(self._reported(network), dense, strict=True):
             alike = {"cosine": F.cosine_similarity(ours, theirs, dim=-1)}
             if are_logits:
                 same = 100.0 * (ours.argmax(-1) == theirs.argmax(-1))
@@ -99,11 +110,20 @@ class OutputDistance:
                 sums[name] = sums.get(name, 0.0) + float(values.sum())
         return {name: total / count for name, total in sums.items() if math.isfinite(total)}
 
+    @cached_property
+    def _dense_to_report(self) -> list[tuple[Tensor, bool]]:
+        return list(self._reported(self._statistics.network)) if self._statistics.data.unseen else self._dense
+
     @torch.no_grad()
-    def likeness_of(self, layers: Mapping[str, Replacement]) -> dict[str, float]:
-        """The likeness of the dense network with some layers replaced."""
-        with self._replaced(layers):
-            return self.likeness(self._statistics.network)
+    def _reported(self, network: nn.Module) -> Iterator[tuple[Tensor, bool]]:
+        """Outputs on the examples to report on."""
+        data = self._statistics.data
+        if not data.unseen:
+            yield from self._outputs(network)
+        with eval_mode(network):
+            for batch in data.unseen:
+                part = to_device(batch, self._statistics.context.device)
+                yield output_of_interest(data.call(network, part), part, data.pooling)
 
     @contextmanager
     def _replaced(self, layers: Mapping[str, Replacement]) -> Iterator[None]:

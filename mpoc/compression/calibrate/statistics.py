@@ -187,6 +187,7 @@ class CalibrationStatistics:
             "data": {"name": self.data.name},
             "samples": sum(map(num_examples, self.data.batches)),
             "held_out": sum(map(num_examples, self.data.held_out)),
+            "unseen": sum(map(num_examples, self.data.unseen)),
         }
 
     def _why_not(self, name: str) -> str:
@@ -327,7 +328,7 @@ class CalibrationStatistics:
     def fingerprint(self) -> dict[str, str]:
         """Digests of all that these statistics depend on, as the main process computes them."""
         return self.context.group.on_main(
-            lambda: self._fingerprint([*self.data.batches, *self.data.held_out])
+            lambda: self._fingerprint([*self.data.batches, *self.data.held_out, *self.data.unseen])
         )
 
     def _fingerprint(self, batches: Sequence[Batch]) -> dict[str, str]:

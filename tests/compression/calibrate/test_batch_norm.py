@@ -23,7 +23,7 @@ def distance_from(network: nn.Module) -> OutputDistance:
 
 
 def distance_from_own(network: nn.Module, held_out: list[Any]) -> OutputDistance:
-    data = SimpleNamespace(held_out=held_out, call=Call.of(network), pooling=None)
+    data = SimpleNamespace(held_out=held_out, unseen=[], call=Call.of(network), pooling=None)
     study: Any = SimpleNamespace(
         network=network,
         data=data,

@@ -56,11 +56,12 @@ def numbers(batches: list[Batch]) -> list[int]:
 
 def test_splits_images(tmp_path: Path) -> None:
     found = opened(tmp_path, 80)
-    kept, apart = numbers(found.batches), numbers(found.held_out)
-    assert (len(kept), len(apart)) == (70, 10)
-    assert len({*kept, *apart}) == 80
+    parts = [numbers(part) for part in (found.batches, found.held_out, found.unseen)]
+    assert [len(part) for part in parts] == [70, 10, 10]
+    assert len(set().union(*parts)) == 90
     assert [len(batch["x"]) for batch in found.batches] == [64, 6]
-    assert found.notes[-1] == "calibration: 80 of 100 examples of train (seed 0), 10 held out"
+    said = "90 of 100 examples of train (seed 0), 10 held out to choose with, 10 to report on"
+    assert found.notes[-1] == f"calibration: {said}"
     assert found.pooling is None
 
 
@@ -68,7 +69,8 @@ def test_makes_examples_for_the_network(tmp_path: Path) -> None:
     """Pixels are preprocessed as those of a data set are."""
     found = calibrate_on(lenet5(tmp_path), CalibrationRequest("self", 16))
     assert (found.name, [len(batch["x"]) for batch in found.batches]) == ("self-made images", [14])
-    assert found.notes[-1] == "calibration: 16 of 16 examples of self-made images (seed 0), 2 held out"
+    said = "16 of 16 examples of self-made images (seed 0), 2 held out to choose with"
+    assert found.notes[-1] == f"calibration: {said}" and not found.unseen
     x = found.batches[0]["x"]
     assert x.shape[1:] == (1, 28, 28) and 0 == float(x.min()) < float(x.max()) <= 1
 
@@ -76,18 +78,20 @@ def test_makes_examples_for_the_network(tmp_path: Path) -> None:
 def test_examples_held_out_are_of_other_domains(tmp_path: Path) -> None:
     loader = BatchLoader(HeldExamples({"x": torch.arange(80.0)[:, None]}))
     domains = torch.arange(80) // 10
-    seen, unseen = (
+    seen, held_out, unseen = (
         {int(k) // 10 for batch in part for k in batch["x"]}
         for part in draw(loader, 80, seed=0, domains=domains)
     )
-    assert (len(seen), len(unseen)) == (7, 1) and not seen & unseen
+    assert (len(seen), len(held_out)) == (7, 1) and not seen & held_out and held_out == unseen
 
 
 def test_draw_is_seeded(tmp_path: Path) -> None:
     first, again, other = opened(tmp_path, 40), opened(tmp_path, 40), opened(tmp_path, 40, seed=1)
     assert numbers(first.batches) == numbers(again.batches) != numbers(other.batches)
-    assert len(numbers(opened(tmp_path, 1000).held_out)) == 12
-    assert len(numbers(opened(tmp_path, 2).held_out)) == 1
+    every = opened(tmp_path, 1000)  # all are drawn, so a third of those held out are reported on
+    assert [len(numbers(part)) for part in (every.batches, every.held_out, every.unseen)] == [88, 8, 4]
+    two = opened(tmp_path, 2)
+    assert [len(numbers(part)) for part in (two.batches, two.held_out, two.unseen)] == [1, 1, 1]
 
 
 def test_examples_held_out_in_training_are_not_drawn(tmp_path: Path) -> None:
@@ -130,9 +134,10 @@ def test_batches_texts_of_equal_length(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
     model = open_model(tmp_path / "bert", None)
     feed = open_training_data(DataOptions(tmp_path / "texts.jsonl", block=12), model, None).loader("train")
-    batches, held_out = draw(feed, 40, seed=0, tokens=24)
+    batches, held_out, unseen = draw(feed, 40, seed=0, tokens=24)
     masks = [batch["attention_mask"] for batch in batches]
-    assert sum(map(len, masks)) == 35 and sum(len(batch["input_ids"]) for batch in held_out) == 5
+    apart = [sum(len(batch["input_ids"]) for batch in part) for part in (held_out, unseen)]
+    assert sum(map(len, masks)) == 35 and apart == [4, 1]
     assert all(mask.numel() <= 24 for mask in masks)
     lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
     assert lengths == sorted(lengths, reverse=True)

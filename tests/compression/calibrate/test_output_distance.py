@@ -39,6 +39,20 @@ def test_measures_divergence_and_treats_nan_as_infinite() -> None:
     assert "kl" not in distance.likeness(other)
 
 
+def test_reports_on_examples_that_nothing_was_chosen_by() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)).eval().requires_grad_(False)
+    distance = distance_from_own(network, [images(3)])
+    study: Any = distance._statistics
+    study.data.unseen, study.places, study.means = [images(2, seed=1)], {"w": "1.weight"}, {}
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other.get_parameter("1.weight").mul_(0.5)
+    changed = {"w": Replacement(other.get_parameter("1.weight").detach().clone(), None)}
+    found = distance.likeness_of(changed)  # before the dense network's outputs are asked for
+    assert found == distance.likeness(other) != distance_from_own(network, [images(3)]).likeness(other)
+    assert found == pytest.approx(distance_from_own(network, [images(2, seed=1)]).likeness(other))
+
+
 def test_restores_layers_after_measuring() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)).eval()
     distance = distance_from_own(network, [images(3)])
@@ -61,7 +75,7 @@ def test_passes_that_begin_at_a_block_give_what_whole_passes_give() -> None:
     held_out = [texts((9, 4, 6)), texts((5, 7), seed=1)]
     names = weights(network)
     places = {name: name for name in network.state_dict()}
-    data = CalibrationData(network.requires_grad_(False), places, Call.of(network), held_out, held_out)
+    data = CalibrationData(network.requires_grad_(False), places, Call.of(network), held_out, held_out, [])
     context = RunContext(torch.device("cpu"))
     study = CalibrationStatistics(data, CalibrationRequest(None), names, context)
     distance = OutputDistance(study)
