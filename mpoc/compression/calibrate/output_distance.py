@@ -104,7 +104,7 @@ class OutputDistance:
             alike = {"cosine": F.cosine_similarity(ours, theirs, dim=-1)}
             if are_logits:
                 same = 100.0 * (ours.argmax(-1) == theirs.argmax(-1))
-                alike = {"agreement": same, "kl": kl_of_rows(ours, theirs)}
+                alike = {"agreement": same, "kl": kl_of_rows(ours, theirs).clamp(min=0)}
             count += len(ours)
             for name, values in alike.items():
                 sums[name] = sums.get(name, 0.0) + float(values.sum())

@@ -72,10 +72,10 @@ def test_calibrated_rounding_beats_plain(tmp_path: Path, name: str, options: dic
 @pytest.mark.parametrize(
     ("storage", "share"),
     [
-        ("grid", 0.45),
-        ("coded", 0.45),
-        pytest.param("coded", 0.42, marks=pytest.mark.slow),
-        pytest.param("coded", 0.5, marks=pytest.mark.slow),
+        ("grid", 0.28),
+        ("coded", 0.22),
+        pytest.param("coded", 0.2, marks=pytest.mark.slow),
+        pytest.param("coded", 0.28, marks=pytest.mark.slow),
     ],
 )
 def test_size_is_kept_and_shared_out(tmp_path: Path, storage: str, share: float) -> None:

@@ -96,7 +96,7 @@ def test_manifest_records_the_calibration(tmp_path: Path) -> None:
     assert manifest == done.manifest
     facts = manifest.calibration
     distances = facts["shares"]["distances"]
-    assert (facts["data"]["name"], facts["samples"], facts["held_out"]) == ("data.npz", 175, 25)
+    assert (facts["data"]["name"], facts["samples"], facts["held_out"]) == ("data.npz", 175, 17)
     assert facts["shares"]["chosen"] == min(distances, key=distances.get)
     for layer in manifest.replaced:
         assert layer.output_error is not None and layer.held_out_error is not None
