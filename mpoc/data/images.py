@@ -310,7 +310,8 @@ def _pillow() -> Any:
 
 def _shape_of(content: bytes) -> tuple[int, int, int] | None:
     """The (C, H, W) in the header of a whole JPEG or PNG of 8 bits, C without alpha; None of any other."""
-    if content[:8] == b"\x89PNG\r\n\x1a\n" and content[12:16] == b"IHDR" and content[-8:-4] == b"IEND":
+    is_png = content[:8] == b"\x89PNG\r\n\x1a\n" and content[12:16] + content[-8:-4] == b"IHDRIEND"
+    if is_png and len(content) > 40:
         width, height, depth, colour = struct.unpack_from(">IIBB", content, 16)
         channels = {0: 1, 2: 3, 4: 1, 6: 3}.get(colour)
         return (channels, height, width) if channels and depth <= 8 else None

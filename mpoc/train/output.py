@@ -168,13 +168,13 @@ class CodePrices:
         Args:
             exact: the numbers in steps.
             found: the integers nearest to them, of the same shape.
-            less: take this many bits less than before, as far as undoing changes does it.
+            less: take this many bits less than that and than ``found``, as far as undoing changes does it.
         """
         start = self.start.to(found.dtype)
         places = torch.nonzero((found != start).flatten()).flatten()
         before, after = start.flatten()[places], found.flatten()[places]
         growth = self.of_each(after) - self.of_each(before)
-        excess = min(float(growth.sum()) + less, float(growth.clamp(min=0).sum()))
+        excess = min(max(float(growth.sum()), 0.0) + less, float(growth.clamp(min=0).sum()))
         if excess <= 0:
             return found
         moved = torch.where(growth > 0, (exact.flatten()[places] - before).abs(), torch.inf)

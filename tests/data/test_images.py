@@ -129,3 +129,4 @@ def test_shape_in_the_header_is_pillows(form: str, mode: str, channels: int | No
     content = file.getvalue()
     assert _shape_of(content) == (None if channels is None else (channels, 5, 7))
     assert all(_shape_of(content[:size]) is None for size in range(len(content)))  # cut short
+    assert all(_shape_of(content[:size] + content[-8:]) is None for size in range(20))

@@ -82,6 +82,17 @@ def test_codes_that_are_held_take_no_more_bits(spread: float) -> None:
     assert float((exact - start).abs()[undone].max()) <= float((exact - start).abs()[kept].min())
 
 
+def test_codes_that_became_cheaper_can_be_held_further() -> None:
+    """The stream has tables of its own: it may grow where prices of one table fall."""
+    torch.manual_seed(0)
+    start = torch.round(torch.randn(40, 30) * 3)
+    exact = 0.7 * start + torch.randn(40, 30) * 0.8
+    found, prices = torch.round(exact), CodePrices.of(start.to(torch.int8))
+    costs = [float(prices.of_each(codes).sum()) for codes in (start, found, prices.hold(exact, found, 30.0))]
+    assert costs[1] < costs[0] - 60 and costs[2] <= costs[1] - 30
+    assert torch.equal(prices.hold(exact, found), found)
+
+
 def test_distilling_a_coded_network_nears_the_teacher_in_as_many_bytes(tmp_path: Path) -> None:
     demo, arch, small = (
         Path(mpoc.demo.__path__[0]),

@@ -41,8 +41,6 @@ _GAMMAS = 0.02, 0.1, 0.3
 _WIDEST = 8192  # columns of a metric that is formed
 # Two factors of a coded weight are tried below so many bits a weight, at the best of these bits a number.
 _LOW_RANK_BELOW, _FACTOR_BITS, _NOISE = 1.5, (2.0, 2.5, 3.0, 4.0, 5.0), 0.7
-# Bytes that their record and their second stream take in the header of a file, and in a directory's files.
-_LONGER_RECORD = {False: 400, True: 700}
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def low_rank_if_better(
     matrix = one_matrix(weight, plan.map.kind, plan.map.transposed)
     metric = objective.metric(matrix, _gamma(objective, matrix.shape[1]))
     best = weighted_svd(metric)
-    longer = _LONGER_RECORD[in_directory]
+    longer = longer_record(plan.map.name, in_directory)
     nbytes = plan.record().stored_bytes - longer
     rank = _best_rank(best.values, nbytes / sum(matrix.shape)) if nbytes > 2 * longer else 0
     if rank == 0:
@@ -142,6 +140,14 @@ def low_rank_if_better(
         return found
     same_size = found.same_size | {"this": judged.output_weighted_error}
     return CalibratedRounding(record, form, codes, judged.on_cpu(), same_size)
+
+
+def longer_record(name: str, in_directory: bool) -> int:
+    """The most bytes that two factors take more than a dense weight beside their streams.
+
+    Their record is longer, and the header of a file names two streams; so does the index of a directory.
+    """
+    return 600 + 2 * len(name) if in_directory else 300 + len(name)
 
 
 def _best_rank(values: Tensor, nbytes: float) -> int:

@@ -16,23 +16,28 @@ import mpoc
 from mpoc.cli.demo import ARCH
 from mpoc.compression.calibrate import bit_allocation, calibrated_rounding, moments
 from mpoc.compression.calibrate.bit_allocation import allocate_bits, are_nearly_exact
-from mpoc.compression.calibrate.calibrated_rounding import round_calibrated
+from mpoc.compression.calibrate.calibrated_rounding import longer_record, round_calibrated
 from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.compression.calibrate.output_distance import OutputDistance
 from mpoc.compression.plan import Dense, LayerPlan
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import LinearMap
+from mpoc.compression.size_prediction import LONGEST_FIGURE
 from mpoc.compression.source import open_source
 from mpoc.compression.write import make_job, write_compressed
 from mpoc.demo.network import DigitsNet, load_network
 from mpoc.io.coded_parts import Rounding
+from mpoc.io.manifest import LayerRecord
+from mpoc.io.safetensors_header import encode_header, storage_order
 from mpoc.runtime.device import choose_device
+from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.structure import low_rank_structure
 from tests.compression.calibrate.layers import SIDES, known, weight
 from tests.compression.calibrate.test_sequential import Case
 from tests.compression.calibrate.toy_networks import make
 from tests.compression.digits import write_network
+from tests.io.test_manifest import WHOLE
 
 
 def plan(
@@ -227,6 +232,22 @@ def test_errors_move_between_rows_where_outputs_move_less(
     distance = OutputDistance(digits.statistics)
     source = digits.statistics, digits.source.checkpoint
     assert bit_allocation.errors_move_between_rows(plan, *source, distance, 0) == (between < 2.0)
+
+
+@pytest.mark.parametrize("name", ["fc.weight", f"{'a_long_name' * 20}.weight"])
+def test_two_factors_take_no_more_than_is_reserved(name: str) -> None:
+    dense = plan(name, (4096, 16384), bits=1)
+    factors = replace(dense, structure=low_rank_structure("linear", (4096, 16384)), goal=Truncation(1000))
+    figures: dict[str, Any] = dict.fromkeys(("relative_error", "output_error"), LONGEST_FIGURE)
+
+    def taken(record: LayerRecord) -> int:
+        record = replace(record, **figures, entropies=(LONGEST_FIGURE,) * (len(record.bonds) > 0))
+        manifest = replace(WHOLE, layers=(record,))
+        infos = [info for part in record.coded_parts for info in part.file_infos(10**7)]
+        return len(encode_header(storage_order(infos), {"mpoc": manifest.to_json()}))
+
+    more = taken(factors.record()) - taken(dense.record())
+    assert 0.8 * longer_record(name, False) < more <= longer_record(name, False)
 
 
 def test_a_coded_dense_layer_becomes_two_factors_where_they_are_nearer(digits: Digits) -> None:
