@@ -147,7 +147,7 @@ def longer_record(name: str, in_directory: bool) -> int:
 
     Their record is longer, and the header of a file names two streams; so does the index of a directory.
     """
-    return 600 + 2 * len(name) if in_directory else 300 + len(name)
+    return 610 + 2 * len(name) if in_directory else 390 + len(name)
 
 
 def _best_rank(values: Tensor, nbytes: float) -> int:
