@@ -58,6 +58,7 @@ LABELS = {
     "mixed-gptq": "GPTQ, mixed bits", "whitened-svd-int4": "whitened SVD, int4",
     "hqq": "hqq", "torchao": "torchao", "quanto": "optimum-quanto",
 }  # fmt: skip
+TITLES = {"minilm": "all-MiniLM-L6-v2, encoder", "resnet20": "ResNet-20", "resnet56": "ResNet-56"}
 # What is drawn of a network: a figure, its name on the axis, and what is lost.
 LOST: list[tuple[str, str, Callable[[float], float]]] = [
     ("cosine", "1 - cosine", lambda cosine: 1 - cosine),
@@ -567,14 +568,15 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 4.5))
     key, label, lost = next(way for way in LOST if way[0] in found[0])
     methods = list(dict.fromkeys(row["method"] for row in found if row["method"] != "dense"))
-    methods = [method for method in methods if method.removesuffix("-fast") == method or
-               method.removesuffix("-fast") not in methods]  # fmt: skip
+    methods = [m for m in methods if not (m.endswith("-fast") and m.removesuffix("-fast") in methods)]
     for method in methods:
         rows_of_it = [row for row in found if row["method"] == method]
         points = sorted((100 * row["share"], max(lost(row[key]), 1e-5)) for row in rows_of_it)
-        width = 2.5 if method in OURS else 1.2
-        axes.plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=width, label=LABELS[method])
-    axes.set(xlabel="share of the layers' float32 bytes, %", ylabel=label, title=found[0]["network"])
+        color, width = ("black", 3.0) if method in OURS else (f"C{OTHERS.index(method)}", 1.2)
+        style: dict[str, Any] = {"color": color, "linewidth": width, "markersize": 4}
+        axes.plot(*zip(*points, strict=True), "o-", label=LABELS[method], **style)
+    title = TITLES.get(found[0]["network"], found[0]["network"])
+    axes.set(xlabel="share of the layers' float32 bytes, %", ylabel=label, title=title)
     axes.set(xscale="log", yscale="log")
     axes.invert_yaxis()
     ticks = [3, 5, 7, 10, 14, 20, 27]
