@@ -25,6 +25,10 @@ _CODED_BITS = tuple(steps / 64 for steps in range(16, 641))  # from ¼ to 10
 Bonds = list[int | None]  # the cap on each layer's bonds; None: the layer stays dense
 
 
+class UnreachableSizeError(UsageError):
+    """No output is as small as ``--size`` asks for; the hint names the smallest."""
+
+
 @dataclass(frozen=True)
 class LayerShare:
     """A layer that takes part in a budget."""
@@ -53,7 +57,7 @@ def bonds_within_size(shares: list[LayerShare], size: int, predict: Callable[[Bo
         predict: the bytes of the weight files with these bonds, an upper bound.
 
     Raises:
-        UsageError: the output is larger even with every bond at 1.
+        UnreachableSizeError: the output is larger even with every bond at 1.
     """
     smallest = smallest_bonds(shares)
     least = predict(smallest)
@@ -63,7 +67,7 @@ def bonds_within_size(shares: list[LayerShare], size: int, predict: Callable[[Bo
         if excess <= 0:
             return bonds
         budget -= excess
-    raise UsageError(
+    raise UnreachableSizeError(
         f"--size {size}: with every bond at 1 the output has {least} bytes",
         f"--size {least}, or compress more: --embeddings, --dtype bfloat16",
     )
@@ -93,7 +97,7 @@ def bits_within_size(storage: str, size: int, predict: Callable[[float], int]) -
     fitting = bisect_right(steps, size, key=predict)
     if fitting == 0:
         least = predict(steps[0])
-        raise UsageError(
+        raise UnreachableSizeError(
             f"--size {size}: at {steps[0]:g} bits a weight, the fewest, the output has {least} bytes",
             f"--size {least}, or compress more: --embeddings",
         )

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpoc.compression.budget import UnreachableSizeError
 from mpoc.compression.pipeline import as_request, in_scratch, refuse_output
 from mpoc.compression.recipe import Recipe
 from mpoc.compression.run_context import LayerCallback, Progress, RunContext, StageCallback
@@ -261,7 +262,12 @@ def _smallest(
     folder = target.with_name(f"{target.name}.trial")
     while (budget := search.next_budget()) is not None:
         folder.mkdir()
-        compression, after = trials.run(search.goal, budget, folder / target.name)
+        try:
+            compression, after = trials.run(search.goal, budget, folder / target.name)
+        except UnreachableSizeError:  # with what calibration records, which the fewest bits alone do not tell
+            search.least = budget + 1 / _GRID
+            shutil.rmtree(folder)
+            continue
         trial = Trial(budget, compression.nbytes, after.drop_from(before), after.scores, search.goal)
         search.trials.append(trial)
         trials.callbacks.trial(trial, search.keeps(trial))

@@ -98,9 +98,7 @@ class _SizeRow(TypedDict):
     share: Annotated[_Ratio, "of the source's weight files, that was asked for"]
     nbytes: Annotated[Whole, "of the weight files, at most"]
     bits_per_weight: NonNegative
-    likeness: Annotated[
-        dict[str, dict[str, float]], "of outputs to the dense ones: by way, this among them"
-    ]
+    likeness: Annotated[dict[str, dict[str, float]], "of outputs to the dense ones: by way, this among them"]
     relative_error: Annotated[NonNegative | None, "of all selected weights, without calibration"]
     command: Annotated[str, "that writes this size"]
 

@@ -155,6 +155,15 @@ def test_names_the_smallest_size(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_searches_down_to_the_smallest_size(folder: Path) -> None:
+    """Below it, what calibration records does not fit, and the search goes on above."""
+    found = find(folder, 100.0, calibrate=CalibrationRequest(folder / "digits.npz", 40))
+    assert found.search.chosen is not None
+    assert found.search.chosen.budget < 1.1 * found.search.least
+    assert found.compression.nbytes == min(trial.nbytes for trial in found.search.trials)
+
+
+@pytest.mark.slow
 def test_measures_the_dense_network_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Path] = []
 

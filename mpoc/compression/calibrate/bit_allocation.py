@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mpoc.compression.budget import allocate, fewest_bits
+from mpoc.compression.budget import UnreachableSizeError, allocate, fewest_bits
 from mpoc.compression.calibrate.calibrated_rounding import feedback_of, gptq_weight, rows_of
 from mpoc.compression.calibrate.candidates import costs_of
 from mpoc.compression.calibrate.objective import Objective, one_matrix
@@ -28,7 +28,6 @@ from mpoc.compression.calibrate.output_distance import OutputDistance, Replaceme
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import Recipe
-from mpoc.errors import UsageError
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.coded_parts import Rounding, values_of_all, with_codes
 from mpoc.io.manifest import LayerRecord
@@ -67,7 +66,7 @@ def bits_by_movement(
         predict_size: bytes of the weight files under a plan, an upper bound.
 
     Raises:
-        UsageError: no bits are within the size.
+        UnreachableSizeError: no bits are within the size.
     """
     size = int(recipe.size or 0)
     sharing = [p for p in plans if p.rounding and p.is_dense and recipe.rule_for(p.map.name).bits is None]
@@ -90,7 +89,7 @@ def are_nearly_exact(plans: Sequence[LayerPlan]) -> bool:
     return all(plan.is_dense and (plan.is_unchanged or _bits(plan) >= _MANY_BITS) for plan in plans)
 
 
-def too_small(size: int, least: int) -> UsageError:
+def too_small(size: int, least: int) -> UnreachableSizeError:
     """The error of a budget of bytes that not even what a calibration records fits into.
 
     Args:
@@ -98,7 +97,7 @@ def too_small(size: int, least: int) -> UsageError:
         least: bytes that can be had.
     """
     problem = f"--size {size}: with what calibration records of each layer the output has {least} bytes"
-    return UsageError(problem, f"--size {least}")
+    return UnreachableSizeError(problem, f"--size {least}")
 
 
 def _movements(
