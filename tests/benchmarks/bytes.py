@@ -572,7 +572,8 @@ def draw(found: list[dict[str, Any]], path: Path) -> None:
     for method in methods:
         rows_of_it = [row for row in found if row["method"] == method]
         points = sorted((100 * row["share"], max(lost(row[key]), 1e-5)) for row in rows_of_it)
-        color, width = ("black", 3.0) if method in OURS else (f"C{OTHERS.index(method)}", 1.2)
+        color, width = (f"C{OTHERS.index(method)}", 1.2) if method in OTHERS else ("black", 3.0)
+        color = "dimgray" if method in ("grid", "grid-fast") else color
         style: dict[str, Any] = {"color": color, "linewidth": width, "markersize": 4}
         axes.plot(*zip(*points, strict=True), "o-", label=LABELS[method], **style)
     title = TITLES.get(found[0]["network"], found[0]["network"])
