@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 
@@ -216,9 +217,23 @@ def prepare_training(
 
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     optimizer = make_optimizer(network.parameters(), settings)
-    model, optimizer = accelerator.prepare(network.train(), optimizer)
+    model, optimizer = accelerator.prepare(_in_training_mode(network), optimizer)
     # accelerate's wrapper looks for an optional package in every step (0.5 ms); only fp16 needs it.
     return Prepared(model, optimizer, optimizer if accelerator.scaler else optimizer.optimizer, undo)
+
+
+def _in_training_mode(network: nn.Module) -> nn.Module:
+    """The network in training mode; batch norms beside layers in few bits keep their statistics.
+
+    Those were found for the codes, which hardly move; noisy ones of small batches cost more than a short
+    training gains.
+    """
+    network.train()
+    if any(hasattr(parameter, "stored_steps") for parameter in network.parameters()):
+        for module in network.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+    return network
 
 
 # Gradient checkpointing: activations are recomputed in the backward pass, not stored (Chen et al. 2016).

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,19 @@ LATENCY_SECONDS = 1.0  # of each measurement of a latency
 _WARM_UP = 3  # calls
 
 
+@contextmanager
+def evaluating(*networks: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards each module has the mode that it had."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    try:
+        for network in networks:
+            network.eval()
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
+
+
 def probe(network: nn.Module, task: Task, loader: BatchLoader, device: torch.device) -> set[str]:
     """Run two examples forward and backward in eval mode, before step 1; the network is not changed.
 
@@ -34,16 +48,14 @@ def probe(network: nn.Module, task: Task, loader: BatchLoader, device: torch.dev
     generator = torch.Generator().manual_seed(derived_seed("probe"))
     indices = torch.arange(min(2, len(loader)))
     batch = to_device(task.prepare(loader.read(indices, generator), generator), device)
-    was_training = network.training
-    network.eval()
-    outputs = try_call(Call.of(network, task.hidden), network, batch)
-    with torch.no_grad():
-        task.check(outputs, batch)
-    task.loss(outputs, batch).backward()
+    with evaluating(network):
+        outputs = try_call(Call.of(network, task.hidden), network, batch)
+        with torch.no_grad():
+            task.check(outputs, batch)
+        task.loss(outputs, batch).backward()
     unused = {n for n, p in network.named_parameters() if p.requires_grad and p.grad is None}
     for parameter in network.parameters():
         parameter.grad = None
-    network.train(was_training)
     return unused
 
 
@@ -112,18 +124,16 @@ def evaluate(
     Raises:
         MpocError: the split has nothing to score, e.g. texts of one token.
     """
-    was_training = network.training
-    network.eval()
     call = Call.of(network, task.hidden) if call is None else call
     totals: dict[str, Tensor] = {}
     count, start = 0, time.perf_counter()
-    for part, weight in _batches(task, loader, batch, accelerator):
-        count += weight * task.count(part)
-        for name, value in _sums(network, call, task, to_device(part, device), accelerator).items():
-            totals[name] = totals.get(name, 0) + weight * value.double()
+    with evaluating(network):
+        for part, weight in _batches(task, loader, batch, accelerator):
+            count += weight * task.count(part)
+            for name, value in _sums(network, call, task, to_device(part, device), accelerator).items():
+                totals[name] = totals.get(name, 0) + weight * value.double()
     sums, count = _over_processes(totals, count, accelerator)
     seconds = time.perf_counter() - start
-    network.train(was_training)
     if count == 0:
         raise MpocError(
             f"{task.name}: nothing to predict in {len(loader):,} examples",

@@ -266,7 +266,7 @@ class _Finetuning:
         return outcome, scores
 
     def _tell_coded_bytes(self, model: Model) -> None:
-        """The bytes of entropy-coded layers, whose steps are kept, before and after the training."""
+        """The bytes of entropy-coded layers whose codes have changed, before and after the training."""
         after = [
             record for record, _ in model.rounded.values() if isinstance(record.coded_parts[0].storage, Coded)
         ]
@@ -274,8 +274,9 @@ class _Finetuning:
             layer.name: layer.stored_bytes for layer in (model.manifest.layers if model.manifest else ())
         }
         if after:
-            sizes = sum(before[record.name] for record in after), sum(record.stored_bytes for record in after)
-            self.say(f"coded layers {human_bytes(sizes[0])} → {human_bytes(sizes[1])}")
+            old = human_bytes(sum(before[record.name] for record in after))
+            new = human_bytes(sum(record.stored_bytes for record in after))
+            self.say(f"{counted(len(after), 'coded layer')} with new codes: {old} → {new}")
 
 
 def _clean_up(request: FinetuneRequest, checkpoint: CheckpointFile, error: BaseException) -> None:

@@ -146,6 +146,17 @@ class TestStraightThrough:
         for name, weight in network.named_parameters():
             assert "bias" in name or torch.equal(weight, self.rounded(weight))
 
+    @pytest.mark.parametrize("in_few_bits", [False, True])
+    def test_batch_norms_beside_few_bits_keep_their_statistics(self, in_few_bits: bool) -> None:
+        """Also after an evaluation in the midst of the training."""
+        norm = nn.BatchNorm1d(12)
+        network = nn.Sequential(norm, self.network() if in_few_bits else perceptron())
+        run(network, steps=6, eval_every=2)
+        assert torch.equal(norm.running_mean, torch.zeros(12)) == in_few_bits  # type: ignore[arg-type]
+        assert int(norm.num_batches_tracked) == (0 if in_few_bits else 6)  # type: ignore[arg-type]
+        assert not torch.equal(norm.weight, torch.ones(12)), "they are trained all the same"
+        assert network.training and norm.training != in_few_bits
+
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_matches_one_large_batch(parts: int) -> None:
