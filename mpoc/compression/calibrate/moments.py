@@ -26,7 +26,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     Sample,
 )
 from mpoc.runtime.device import derived_seed
-from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment, Second
+from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment, Second, mirror
 
 _BLOCK = 8192  # rows of one product
 _PANEL = 128  # columns of a symmetric one that are formed at a time
@@ -77,10 +77,16 @@ class Moments:
         return Moments(self.rows, **{name: move(getattr(self, name)) for name in names})
 
 
-def merge(one: Moments, other: Moments) -> Moments:
-    """The moments of the rows of both together; tensors that are one and the same in both stay so."""
+def merge(one: Moments, other: Moments, *, dense_second: bool = True) -> Moments:
+    """The moments of the rows of both together; tensors that are one and the same in both stay so.
+
+    Args:
+        one: of some rows.
+        other: of others.
+        dense_second: whether E[x xᵀ] is wanted where rows become matrices.
+    """
     rows = one.rows + other.rows
-    return replace(_mixed(one, other, other.rows / rows), rows=rows)
+    return replace(_mixed(one, other, other.rows / rows, dense_second), rows=rows)
 
 
 def shrunk(own: Moments, prior: Moments) -> Moments:
@@ -94,23 +100,31 @@ def shrunk(own: Moments, prior: Moments) -> Moments:
     return _mixed(own, prior, weight)
 
 
-def _mixed(one: Moments, other: Moments, weight: float) -> Moments:
+def _mixed(one: Moments, other: Moments, weight: float, dense_second: bool = True) -> Moments:
     """The share ``weight`` of another's moments, and the rest of one's; as rows where they stay few."""
     if isinstance(one.second, RowMoment) and isinstance(other.second, RowMoment):
         joined = _joined(one, other, weight)
         width, count = joined.mean.shape[-1], len(joined.second.weights)
-        return joined if count <= width or width >= _WIDE else _formed(joined)
-    one, other = _formed(one), _formed(other)
+        return joined if count <= width or width >= _WIDE else _formed(joined, dense_second)
+    one = _formed(one, dense_second)
     mixed: dict[tuple[int, int], Tensor] = {}
 
-    def both(a: Tensor, b: Tensor) -> Tensor:
+    def both(a: Tensor, b: Second) -> Tensor:
         if (id(a), id(b)) not in mixed:
-            unwanted = not (a.numel() and b.numel())  # rows have E[xxᵀ] where products do without
-            mixed[id(a), id(b)] = a.new_empty(0) if unwanted else torch.lerp(a, b, weight)
+            mixed[id(a), id(b)] = _between(a, b, weight)
         return mixed[id(a), id(b)]
 
     names = [field.name for field in fields(one) if field.name != "rows"]
     return Moments(one.rows, **{name: both(getattr(one, name), getattr(other, name)) for name in names})
+
+
+def _between(a: Tensor, b: Second, weight: float) -> Tensor:
+    """(1 − weight) a + weight b; nothing where one of them was not wanted."""
+    if not (a.numel() and (isinstance(b, RowMoment) or b.numel())):
+        return a.new_empty(0)  # rows have E[xxᵀ] where products do without
+    if isinstance(b, RowMoment):
+        return b.formed().mul_(weight).add_(a, alpha=1 - weight)
+    return torch.lerp(a, b, weight)
 
 
 def _joined(one: Moments, other: Moments, weight: float) -> Moments:
@@ -141,15 +155,16 @@ def _networks(moments: Moments) -> list[tuple[Tensor, CentredRows]]:
     return [compressed, (moments.dense_mean, moments.dense_second.left)]
 
 
-def _formed(moments: Moments) -> Moments:
-    """Second moments as matrices."""
+def _formed(moments: Moments, dense_second: bool) -> Moments:
+    """Second moments as matrices, that of the dense network's rows only if it is wanted."""
     second, cross, dense = moments.second, moments.cross, moments.dense_second
     if isinstance(second, Tensor):
         return moments
     formed = second.formed()
     if dense is second:
         return replace(moments, second=formed, cross=formed, dense_second=formed)
-    return replace(moments, second=formed, cross=cross.formed(), dense_second=dense.formed())
+    dense = dense.formed() if dense_second else formed.new_empty(0)
+    return replace(moments, second=formed, cross=cross.formed(), dense_second=dense)
 
 
 class ProductSum:
@@ -195,17 +210,8 @@ class ProductSum:
         if self._total is None:
             raise ValueError("no rows were added")
         if self._symmetric:
-            _mirror(self._total)
+            mirror(self._total)
         return self._total
-
-
-def _mirror(matrix: Tensor) -> None:
-    """Make (…, N, N) symmetric, in place: what is below the diagonal becomes what is above it."""
-    for k in range(0, matrix.shape[-1], _PANEL):
-        panel, behind = slice(k, k + _PANEL), slice(k + _PANEL, None)
-        square = matrix[..., panel, panel]
-        square.copy_((square + square.mT) / 2)
-        matrix[..., behind, panel] = matrix[..., panel, behind].mT
 
 
 class _Sums:
@@ -331,7 +337,7 @@ class Accumulator:
             columns.view(-1, *columns.shape[-2:]), rows.view(-1, *rows.shape[-2:])
         )
         if left == right:
-            _mirror(second)
+            mirror(second)
         return second.cpu()
 
 

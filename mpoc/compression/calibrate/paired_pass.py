@@ -271,7 +271,7 @@ class PairedPass:
             return known | dict.fromkeys(unlike)
 
         def both_parts(one: Moments | None, other: Moments | None) -> Moments | None:
-            return None if one is None or other is None else merge(one, other)
+            return None if one is None or other is None else merge(one, other, dense_second=dense_second)
 
         return self._shards.total(measure, both_parts)
 

@@ -135,10 +135,26 @@ class RowMoment:
         """The moment as a matrix (N, N) float64, where S is the identity."""
         # What rows are given in is exact enough for sums of centred ones, and of no others
         a, b = (one.values - one.centre.to(one.values.dtype) for one in (self.left, self.right))
-        total = ((a * self.weights.to(a.dtype)[:, None]).T @ b).double()
+        weighted, symmetric = b * self.weights.to(b.dtype)[:, None], self.left is self.right
+        total = a.new_empty(self.shape, dtype=torch.float64)
+        for k in range(0, len(total), _PANEL):
+            panel = slice(k, k + _PANEL)
+            there = slice(k if symmetric else 0, None)
+            total[panel, there] = a[:, panel].T @ weighted[:, there]
+        if symmetric:
+            mirror(total)
         if self.ridge is not None:
             total.diagonal().add_(self.ridge)
         return total
+
+
+def mirror(matrix: Tensor) -> None:
+    """Make (…, N, N) symmetric, in place: what is below the diagonal becomes what is above it."""
+    for k in range(0, matrix.shape[-1], _PANEL):
+        panel, behind = slice(k, k + _PANEL), slice(k + _PANEL, None)
+        square = matrix[..., panel, panel].triu()
+        matrix[..., panel, panel] = square + square.triu(1).mT
+        matrix[..., behind, panel] = matrix[..., panel, behind].mT
 
 
 # A matrix (N, N), the diagonal (N,) of one, or a RowMoment; what can work with one of them alone says so.

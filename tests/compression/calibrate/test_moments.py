@@ -176,3 +176,21 @@ def test_parts_merge_whether_kept_as_rows_or_not(monkeypatch: pytest.MonkeyPatch
     for found, exact in ((merged.second, whole.second), (merged.cross, whole.cross)):
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-6 * float(exact.abs().max()))
     assert merged.dense_second.numel() == whole.dense_second.numel() == 0
+
+
+@pytest.mark.parametrize("width", [300, 1100])  # more than one panel of columns, of each kind
+def test_wide_second_moments_are_symmetric_and_exact(width: int) -> None:
+    x = torch.randn(200, width, generator=torch.Generator().manual_seed(0)).double()
+    rows = gathered(x.float(), parts=2, keeps_rows=True)
+    for second in (formed(rows)["second"], gathered(x, parts=2).second):
+        assert torch.equal(second, second.T)
+        torch.testing.assert_close(second, x.T @ x / len(x), rtol=0, atol=1e-5)
+
+
+def test_merged_rows_leave_out_what_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_moments, "_NARROW", 8)
+    x, dense = mixed(60, 24), mixed(60, 24)
+    parts = [gathered(x[part], dense[part], 1, keeps_rows=True) for part in (slice(0, 20), slice(20, 40))]
+    merged, whole = (merge(*parts, dense_second=wanted) for wanted in (False, True))
+    assert merged.dense_second.numel() == 0 and whole.dense_second.numel() == 24 * 24
+    assert torch.equal(merged.second, whole.second) and torch.equal(merged.cross, whole.cross)
