@@ -348,6 +348,7 @@ class BudgetAllocator:
                 [self._structure(plan, form) for form in forms],
                 partial(self._statistics.dense_objective, name),
                 measures_sums=self._recipe.effort == "thorough" or len(forms) == 1,
+                scratch=self._statistics.scratch,
             )
         return kept[key]
 

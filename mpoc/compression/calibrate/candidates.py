@@ -22,6 +22,7 @@ from mpoc.compression.calibrate.calibrated_fit import STRETCHES_OF_SUMS, Storage
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
 from mpoc.compression.plan import LayerPlan
+from mpoc.io.keyed_store import Scratch
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd
@@ -69,6 +70,7 @@ class Candidates:
         structures: of the forms that may be chosen.
         objective: makes that on the dense network's inputs, anew where it was forgotten meanwhile.
         measures_sums: whether a sum is fitted to know its error; else that follows from the error of ``svd``.
+        scratch: where the weight and its two factors are kept, since all layers keep theirs at the same time.
     """
 
     def __init__(
@@ -77,16 +79,18 @@ class Candidates:
         structures: Sequence[Structure],
         objective: Callable[[], Objective],
         measures_sums: bool = True,
+        scratch: Scratch | None = None,
     ) -> None:
-        self._matrix, self._make_objective = matrix, objective
+        self._make_objective, self._scratch = objective, scratch or Scratch()
         self._known_objective: Objective | None = None
         self._measured = self._objective.measured
         self._low_rank = structures[0].as_low_rank()
         svd = weighted_svd(self._objective.metric(matrix, self._objective.usual_gamma))
         most = max(1, self._low_rank.num_original // self._low_rank.num_parameters(1))
         most += 0 if measures_sums else most // 2  # in the place of a sum stands a higher rank
-        self._left, self._right = svd.left[:, :most].float(), svd.right[:most].float()
-        errors = self._objective.output_weighted_error.of_ranks(matrix, svd.left, svd.right)
+        left, right = svd.left[:, :most], svd.right[:most]
+        self._scratch.put(self._key, [matrix.float(), left.float(), right.float()])
+        errors = self._objective.output_weighted_error.of_ranks(matrix, left, right)
         self._errors: list[float] = errors.tolist()
         self._problem: Problem | None = None
         self._found: dict[Storage, Form] = {}  # fitted so far, in float32
@@ -105,9 +109,7 @@ class Candidates:
         if storage.structure in self._assumed:
             size = storage.num_parameters
             return _share_at(_SHARES_OF_SUMS, size / self._low_rank.num_original) * self._svd_error(size)
-        return self._objective.output_weighted_error.squared(
-            self._matrix.double(), self.matrix(storage).double()
-        )
+        return self._objective.output_weighted_error.squared(self._matrix, self.matrix(storage).double())
 
     def matrix(self, storage: Storage) -> Tensor:
         """Ŵ (N_y, N_x) in float32, fitted to the dense network's inputs and stored in this way.
@@ -117,10 +119,11 @@ class Candidates:
         if storage.structure in self._assumed:
             storage = Storage(self._low_rank, self._rank_of_error(self.error(storage)))
         if storage.structure.one_matrix:
-            return self._left[:, : storage.bond] @ self._right[: storage.bond]
+            _, left, right = self._scratch.get(self._key)
+            return left[:, : storage.bond] @ right[: storage.bond]
         if storage not in self._found:
             if self._problem is None or self._problem.structure != storage.structure:
-                metric = self._objective.metric(self._matrix.double(), self._objective.mpo_gamma)
+                metric = self._objective.metric(self._matrix, self._objective.mpo_gamma)
                 self._problem = Problem(metric, storage.structure)
             stretches = STRETCHES_OF_SUMS if storage.structure.parts else _STRETCHES
             fit = self._problem.fit(storage.truncation, max_stretches=stretches)
@@ -130,7 +133,7 @@ class Candidates:
     def replaced(self, plan: LayerPlan) -> Replacement:
         """The layer as the plan has it, if it alone were compressed; on the CPU."""
         matrix = self.matrix(storage_of(plan))
-        shift = self._objective.shift(self._matrix.double(), matrix.double())
+        shift = self._objective.shift(self._matrix, matrix.double())
         self._release()
         weight = from_matrix(matrix[None], self._low_rank).cpu()
         return Replacement(weight, None if shift is None else shift.cpu())
@@ -155,8 +158,17 @@ class Candidates:
         return references
 
     def _release(self) -> None:
-        """Free what can be computed again: all layers keep their candidates at the same time."""
-        self._problem, self._matrix, self._known_objective = None, self._matrix.float(), None
+        """Free what can be computed again."""
+        self._problem, self._known_objective = None, None
+
+    @property
+    def _key(self) -> tuple[str, int]:
+        return "candidates", id(self)
+
+    @property
+    def _matrix(self) -> Tensor:
+        """W as it is kept, in float64."""
+        return self._scratch.get(self._key)[0].double()
 
     @property
     def _objective(self) -> Objective:

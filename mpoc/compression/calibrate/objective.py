@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor
@@ -77,8 +77,11 @@ class ErrorNorm:
 
     def moved(self, matrix: Tensor) -> Tensor:
         """W (C − M)."""
-        moved: Tensor = self._products("moved", lambda w: w @ (self.cross - self.compressed), matrix)
-        return moved
+        return cast(Tensor, self._products("moved", lambda w: w @ (self.cross - self.compressed), matrix))
+
+    def _seen(self, matrix: Tensor) -> Tensor:
+        """W Σ."""
+        return cast(Tensor, self._products("dense", lambda w: w @ self.dense, matrix))
 
     def _unreached(self, matrix: Tensor) -> Tensor:
         """W (Σ − C − Cᵀ + M)."""
@@ -86,20 +89,17 @@ class ErrorNorm:
         def compute(weight: Tensor) -> Any:
             return weight @ (self.dense - self.cross.T) - self.moved(weight)
 
-        unreached: Tensor = self._products("unreached", compute, matrix)
-        return unreached
+        return cast(Tensor, self._products("unreached", compute, matrix))
 
     def _weighed_weight(self, matrix: Tensor) -> Tensor:
         """G W."""
-        found: Tensor = self._weighed("weight", lambda w: weighed(self.outputs, w), matrix)
-        return found
+        return cast(Tensor, self._weighed("weight", lambda w: weighed(self.outputs, w), matrix))
 
     def whole(self, matrix: Tensor) -> float:
         """The norm squared of a zero weight, tr G W Σ Wᵀ."""
 
         def compute(weight: Tensor) -> float:
-            seen = self._products("dense", lambda w: w @ self.dense, weight)
-            return float((self._weighed_weight(weight) * seen).sum())
+            return float((self._weighed_weight(weight) * self._seen(weight)).sum())
 
         norm: float = self._weighed("whole", compute, matrix)
         return math.inf if math.isnan(norm) else max(0.0, norm)
@@ -116,7 +116,8 @@ class ErrorNorm:
         """
         weighed_left = weighed(self.outputs, left)
         squares = (weighed_left.T @ left) * (right @ self.compressed @ right.T)
-        joint = ((weighed_left.T @ matrix @ self.cross) * right).sum(1)
+        seen = self._seen(matrix) if self._is_of_dense else matrix @ self.cross
+        joint = ((weighed_left.T @ seen) * right).sum(1)
         whole = self.whole(matrix)
         errors = whole - 2 * joint.cumsum(0) + squares.cumsum(0).cumsum(1).diagonal()
         return errors.clamp(min=0)
