@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -36,6 +37,7 @@ from mpoc.runtime.signals import defer_signals, removed_on_exit
 
 _FORMAT = "mpoc.item/1"
 _RECORD, _FINGERPRINT, _DIGEST = "record", "fingerprint", "digest"
+_NUMBERS = itertools.count()  # of the files of all scratches: what is mapped into memory is never overwritten
 _HELD_BYTES = 256 * 1024**2  # of a scratch's tensors in memory, where it has a folder
 
 
@@ -201,7 +203,6 @@ class Scratch:
         self._folder, self._limit = folder, _HELD_BYTES if limit is None else limit
         self._held: dict[Hashable, list[Tensor]] = {}
         self._files: dict[Hashable, tuple[Path, list[torch.device], int]] = {}  # with their bytes
-        self._made = 0
         self.nbytes = 0  # in memory
         self._filed = self.most = 0  # in files; in both together, at the most
 
@@ -229,8 +230,7 @@ class Scratch:
                 f"--scratch {self._folder.parent}: {human_bytes(nbytes)} more do not fit on its disk",
                 "make room, or name a folder on another disk",
             )
-        self._made += 1
-        path = self._folder / f"{os.getpid()}-{id(self):x}-{self._made}.safetensors"
+        path = self._folder / f"{os.getpid()}-{next(_NUMBERS)}.safetensors"
         save_file({str(k): tensor.detach().cpu().contiguous() for k, tensor in enumerate(tensors)}, path)
         self._files[key] = path, [tensor.device for tensor in tensors], nbytes
         self._filed += nbytes

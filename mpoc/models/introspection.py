@@ -5,17 +5,21 @@ The sizes come from a run on one sample.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import copy
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from mpoc.errors import MpocError, UsageError
+from mpoc.io.keyed_store import Scratch
 from mpoc.nn.conv_map import geometry_of
 from mpoc.tensor_networks.geometry import Geometry
 
+_Model = TypeVar("_Model", bound=nn.Module)
 # Why a tensor of a checkpoint is left unchanged whose network is known.
 UNUSED = "not used by the network"
 
@@ -71,6 +75,50 @@ def same_tensor(model: nn.Module) -> dict[str, set[str]]:
     for name, tensor in named:
         places.setdefault(id(tensor), set()).add(name)
     return {name: names for names in places.values() for name in names}
+
+
+def copy_sharing_parameters(model: _Model) -> _Model:
+    """A copy with buffers of its own; its parameters share the model's memory until ``.data`` is set."""
+    shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, dict[int, Any](shared))
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, those that no state dict has too; a tied one once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give parameters and buffers other memory, as they are on their devices and in their dtypes.
+
+    Args:
+        model: whose tensors are set; what shares memory with them is left as it is.
+        tensors: by name in the model.
+
+    Returns:
+        What they held before, to set again.
+    """
+    state = state_of(model)
+    before = {name: state[name].data for name in tensors}
+    for name, tensor in tensors.items():
+        state[name].data = tensor.detach().to(state[name])
+    return before
+
+
+def compute_in_float32(model: nn.Module, scratch: Path | None = None) -> bool:
+    """Make half-precision tensors float32; parameters in files, mapped into memory, if there is a folder.
+
+    Returns:
+        Whether there were such parameters.
+    """
+    halves = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
+    files = Scratch(scratch, limit=0)
+    for number, parameter in enumerate(halves if scratch is not None else ()):
+        files.put(number, [parameter.data.float()])
+        parameter.data = files.get(number)[0]
+    if halves:
+        model.float()
+    return bool(halves)
 
 
 def unsaved_buffers(model: nn.Module) -> set[str]:

@@ -43,6 +43,7 @@ from mpoc.models.architecture import (
 from mpoc.models.auto_architecture import ToldArchitecture, tell_architecture
 from mpoc.models.introspection import (
     UNUSED,
+    compute_in_float32,
     differing_names,
     forbid_save_pretrained,
     same_tensor,
@@ -323,13 +324,14 @@ def open_beside(path: Path, arch: str | None) -> Model:
     return open_model(path, None if own or (path / "config.json").is_file() else arch)
 
 
-def open_model(path: Path, arch: str | None) -> Model:
+def open_model(path: Path, arch: str | None, scratch: Path | None = None) -> Model:
     """Open a compressed or dense checkpoint with its network.
 
     Args:
         path: a file or a Hugging Face directory.
         arch: the dense network, as ``--arch`` names it; None: the one that the checkpoint names, or that its
             tensors tell.
+        scratch: folder for float32 copies of half-precision parameters, mapped into memory.
 
     Raises:
         UsageError: no architecture is known, or it is not found.
@@ -347,8 +349,7 @@ def open_model(path: Path, arch: str | None) -> Model:
         network, notes = _open_network(path, arch)
         arch = arch or recorded_spec(manifest)
     notes = [*stored.notes, *notes]
-    if any(p.dtype in (torch.float16, torch.bfloat16) for p in network.parameters()):
-        network.float()
+    if compute_in_float32(network, scratch):
         notes.append("half-precision parameters are computed with, and trained, in float32")
     places, unused = _places(path, network, [*stored.infos, *stored.tied])
     notes += note_of_unused(unused)

@@ -1,9 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.models.introspection import differing_names, kinds_of, same_tensor, tensors_of, unsaved_buffers
+from mpoc.models.introspection import (
+    compute_in_float32,
+    copy_sharing_parameters,
+    differing_names,
+    kinds_of,
+    same_tensor,
+    set_tensors,
+    state_of,
+    tensors_of,
+    unsaved_buffers,
+)
 
 
 class Net(nn.Module):
@@ -65,3 +78,36 @@ def test_reports_differing_names_in_order() -> None:
     network = Net()
     offered = [name for name in tensors_of(network) if not name.startswith("conv")] + ["z.weight", "a.weight"]
     assert differing_names(network, offered) == (["conv.weight", "conv.bias"], ["z.weight", "a.weight"])
+
+
+def test_a_copy_shares_memory_until_it_is_set() -> None:
+    first, last = nn.Linear(3, 3), nn.Linear(3, 3)
+    last.weight = first.weight
+    network = nn.Sequential(first, nn.BatchNorm1d(3), nn.LSTM(3, 3), last)
+    copied = copy_sharing_parameters(network)
+    x, before = torch.randn(5, 3), {name: value.clone() for name, value in state_of(network).items()}
+    for name, parameter in copied.named_parameters():
+        assert parameter.data_ptr() == network.get_parameter(name).data_ptr(), name
+    copied[1](x)  # counts in buffers of its own
+    held = set_tensors(
+        copied, {"0.weight": torch.ones(3, 3, dtype=torch.float64), "2.bias_ih_l0": torch.ones(12)}
+    )
+    tied = [copied.get_parameter(name) for name in ("0.weight", "3.weight")]
+    assert tied[0] is tied[1] and torch.equal(tied[0], torch.ones(3, 3))
+    assert tied[0].dtype == torch.float32
+    assert not torch.equal(copied[2](x)[0], network[2](x)[0]), "recurrent layers hold lists of their weights"
+    assert all(torch.equal(value, before[name]) for name, value in state_of(network).items())
+    set_tensors(copied, held)
+    assert torch.equal(copied[0](x), network[0](x)) and torch.equal(copied[2](x)[0], network[2](x)[0])
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_half_precision_is_computed_in_float32(tmp_path: Path, in_files: bool) -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(torch.bfloat16)
+    wanted = {name: value.float() for name, value in state_of(network).items()}
+    assert compute_in_float32(network, tmp_path if in_files else None)
+    assert bool(list(tmp_path.iterdir())) == in_files
+    for name, value in state_of(network).items():
+        torch.testing.assert_close(value.float(), wanted[name].float(), rtol=0, atol=0)
+        assert value.dtype == torch.float32 or not value.is_floating_point()
+    assert not compute_in_float32(network)

@@ -97,7 +97,7 @@ def open_calibration(
         UsageError: no architecture is known, or options that do not fit.
         MpocError: bad data, or fewer than two examples.
     """
-    return calibrate_on(open_model(source, arch), request, seed)
+    return calibrate_on(open_model(source, arch, request.scratch), request, seed)
 
 
 def calibrate_on(model: Model, request: CalibrationRequest, seed: int = 0) -> CalibrationData:

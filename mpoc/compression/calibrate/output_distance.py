@@ -11,7 +11,6 @@ already, they may do harm.  So they are kept only where they bring held-out outp
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_
 from mpoc.compression.calibrate.output_of_interest import output_of_interest
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.models.call import Batch, Call, num_examples, to_device
+from mpoc.models.introspection import copy_sharing_parameters, set_tensors, state_of
 from mpoc.train.tasks import kl_of_rows
 
 # Movements of the outputs by one layer are measured on every fourth example, but on so many numbers at least:
@@ -63,11 +63,6 @@ class OutputDistance:
         """The distance on a part of the examples, to compare layers with, each compressed by itself."""
         step = min(_STEP, sum(values.numel() for values, _ in self._dense) // _FEWEST)
         return OutputDistance(self._statistics, step) if step > 1 else self
-
-    @property
-    def _state(self) -> dict[str, Tensor]:
-        network = self._statistics.network
-        return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
     @torch.no_grad()
     def of(self, layers: Mapping[str, Replacement]) -> float:
@@ -128,16 +123,12 @@ class OutputDistance:
     @contextmanager
     def _replaced(self, layers: Mapping[str, Replacement]) -> Iterator[None]:
         """The dense network with some layers replaced, meanwhile."""
-        state = self._state
-        changed = self._changed(layers, state)
-        before = {name: state[name].clone() for name in changed}
+        network = self._statistics.network
+        before = set_tensors(network, self._changed(layers, state_of(network)))
         try:
-            for name, tensor in changed.items():
-                state[name].copy_(tensor)
             yield
         finally:
-            for name, tensor in before.items():
-                state[name].copy_(tensor)
+            set_tensors(network, before)
 
     def _changed(self, layers: Mapping[str, Replacement], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         places, means = self._statistics.places, self._statistics.means
@@ -216,7 +207,7 @@ def recalibrated_norms(
         batches: of calibration data.
         distance: of a network's held-out outputs from the dense ones.
     """
-    changed = copy.deepcopy(network)
+    changed = copy_sharing_parameters(network)
     norms = {name: m for name, m in changed.named_modules() if keeps_statistics(m)}
     counts: Counter[nn.Module] = Counter()
 

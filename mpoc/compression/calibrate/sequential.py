@@ -11,7 +11,6 @@ takes.
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -47,6 +46,7 @@ from mpoc.compression.size_prediction import LONGEST_FIGURE
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.open_checkpoint import naming, read_finite
+from mpoc.models.introspection import set_tensors, state_of
 from mpoc.quantize.codes import QuantizedTensor
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.forms.form import Form, form_of
@@ -237,7 +237,7 @@ class SequentialFit:
 
         self._norms = self._group.on_main(renewed)
         changed = self._norm_statistics()
-        self._set(changed)
+        self._statistics.set(self._compressed, changed)
         self._likeness = self._group.on_main(self._measured_likeness)
         return changed
 
@@ -289,13 +289,14 @@ class SequentialFit:
         refined = self._blocks.refine(position, fitted)
         if not have_changed(refined, fitted):
             return refined
-        distance, before = self._allocator.distance, copy.deepcopy(self._compressed.state_dict())
+        distance = self._allocator.distance
+        before = {name: tensor.data for name, tensor in state_of(self._compressed).items()}
         before_refinement = distance.of_network(self._compressed)
         for one in refined:
             self._put(one)
         if distance.of_network(self._compressed) < before_refinement:
             return refined
-        self._compressed.load_state_dict(before)
+        set_tensors(self._compressed, before)
         return self._blocks.revert(position, fitted)
 
     def _judged(self, fitted: Fitted, objective: Objective) -> Fitted:
@@ -399,15 +400,7 @@ class SequentialFit:
         if fitted.cores:
             cores = [core.float() for core in fitted.cores]
             new[fitted.record.name] = form_of(cores, fitted.record.structure).to_weight()
-        self._set(new)
-
-    @torch.no_grad()
-    def _set(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set tensors of the compressed network."""
-        state = {**dict(self._compressed.named_parameters()), **dict(self._compressed.named_buffers())}
-        for name, tensor in tensors.items():
-            if name in self._statistics.places:
-                state[self._statistics.places[name]].copy_(tensor)
+        self._statistics.set(self._compressed, new)
 
 
 def _as_fitted(plan: LayerPlan, form: Form) -> LayerRecord:

@@ -10,7 +10,6 @@ norm right behind it, where no other layer uses that tensor.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -47,7 +46,7 @@ from mpoc.compression.calibrate.trace import UNREACHED, Example, Trace, trace_ba
 from mpoc.compression.run_context import Progress, RunContext
 from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, first_output, main_input, num_examples, to_device
-from mpoc.models.introspection import same_tensor
+from mpoc.models.introspection import copy_sharing_parameters, same_tensor, set_tensors, state_of
 from mpoc.runtime.device import release_freed_memory
 from mpoc.train.evaluate import try_call
 
@@ -135,7 +134,7 @@ class CalibrationStatistics:
         self.data, self._request, self.context, self._seed = data, request, context, seed
         self.network, self.places = data.network.to(context.device), data.places
         self.refines, self.notes = request.refine, list(data.notes)
-        self._positions, self._scratch = Positions(_POSITIONS, seed), Scratch(request.scratch)
+        self._positions, self.scratch = Positions(_POSITIONS, seed), Scratch(request.scratch)
         with context.group.all_or_raise():
             self._find_layers(list(names), skipped or {})
         self._dense = self._kept_pass()
@@ -167,19 +166,26 @@ class CalibrationStatistics:
             self._trace = trace_batches(self.network, self.data.call, self.data.batches, self._named)
 
     def network_to_compress(self) -> nn.Module:
-        """A copy of the network, which shares with it the tables that no fit changes."""
-        network, parameters = self.network, dict(self.network.named_parameters(remove_duplicate=False))
-        alone = (self.places.get(name) for name in self._reasons)  # fitted to their weights
-        fitted = {id(parameters[place]) for place in (*self._named, *alone) if place in parameters}
-        tables = [module.weight for module in network.modules() if isinstance(module, nn.Embedding)]
-        return copy.deepcopy(network, {id(table): table for table in tables if id(table) not in fitted})
+        """A copy of the network; it shares the dense weights until :meth:`set` gives it others."""
+        return copy_sharing_parameters(self.network)
+
+    def set(self, compressed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Set tensors of a network to compress, by names in the checkpoint; in scratch files if it may."""
+        new = {self.places[name]: tensor for name, tensor in tensors.items() if name in self.places}
+        set_tensors(compressed, new)
+        if self.scratch.has_folder and self.context.device.type == "cpu":
+            state = state_of(compressed)
+            for place in new:
+                self.scratch.put(("compressed", place), [state[place].data])
+                new[place] = self.scratch.get(("compressed", place))[0]
+            set_tensors(compressed, new)
 
     @property
     def scratch_bytes(self) -> int:
         """Bytes that a scratch folder would hold at most."""
         between = max((block.nbytes for chain in self._trace.chains for block in chain), default=0)
         share = sum(main_input(batch).numel() for batch in self.data.batches) / self._trace.numbers
-        return self._scratch.most + int(2 * between * share)  # of one block in both networks
+        return self.scratch.most + int(2 * between * share)  # of one block in both networks
 
     def facts(self) -> dict[str, Any]:
         """What it was calibrated on, for the manifest."""
@@ -288,11 +294,11 @@ class CalibrationStatistics:
         """
         data, pieces, chain = self.data, self._trace.pieces, self._chain
         share = sum(main_input(batch).numel() for batch in data.held_out) / self._trace.numbers
-        if sum(block.nbytes for block in chain) * share > _KEPT_BYTES and not self._scratch.has_folder:
+        if sum(block.nbytes for block in chain) * share > _KEPT_BYTES and not self.scratch.has_folder:
             chain = ()
         blocks = pieces.of if pieces is not None and chain else {}
         own = {self._named[weight]: block for weight, block in blocks.items()}
-        return ChainInputs(self.network, chain, self._scratch), own
+        return ChainInputs(self.network, chain, self.scratch), own
 
     @cached_property
     def _chain(self) -> Chain:
@@ -304,7 +310,7 @@ class CalibrationStatistics:
             self._compressed, self._passes = compressed, []  # what was kept of the other one goes first
             parts, networks = (self.data.batches, self.data.held_out), (self.network, compressed)
             refines = self.refines and self.context.group.is_main  # who refines needs all
-            replay = Replay(all_batches=refines, scratch=self._scratch, cuts=bool(self._chain))
+            replay = Replay(all_batches=refines, scratch=self.scratch, cuts=bool(self._chain))
             self._passes = [
                 PairedPass(
                     networks,
@@ -359,7 +365,7 @@ class CalibrationStatistics:
         parts = self.context.group.on_main(lambda: self._fingerprint(batches))
         own = self._request.moments is None
         dense, note = cached_or_measured(
-            path, parts, self.network, self._trace, measure, self.context.group, own, self._scratch
+            path, parts, self.network, self._trace, measure, self.context.group, own, self.scratch
         )
         if not own:
             self.notes.append(f"moments: {sum(map(num_examples, batches)):,} examples {note}")
@@ -368,7 +374,7 @@ class CalibrationStatistics:
     def _pass(self, batches: Sequence[Batch], probes: Probes, context: RunContext) -> DensePass:
         call = self.data.call
         return dense_pass(
-            self.network, call, batches, self._trace, probes, self._positions, context, self._scratch
+            self.network, call, batches, self._trace, probes, self._positions, context, self.scratch
         )
 
     def _shrunk(self, weight: str, moments: Moments) -> Moments:
