@@ -139,7 +139,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
         specs = [parse_input_spec(text) for text in SPECS[name]]
         with chdir(folder):
             source = folder / compressed(name)
-            return Exported(source, files, export_network(source, files, specs, f"nets.py:{name}"))
+            made = export_network(source, files, specs, f"nets.py:{name}")
+            return Exported(source, files, made.inputs)
 
     return make
 
@@ -208,7 +209,7 @@ def test_exports_half_precision(goal: dict[str, Any]) -> None:
     source = compressed("mlp", torch.float16, **goal)
     files = {"onnx": Path("p.onnx")}
     Path("halves.py").write_text("import nets\n\ndef mlp():\n    return nets.mlp().half()\n")
-    (spec,) = export_network(source, files, [parse_input_spec("1x96")], "halves.py:mlp")
+    (spec,) = export_network(source, files, [parse_input_spec("1x96")], "halves.py:mlp").inputs
     assert spec.dtype == torch.float16
     x = torch.randn(3, 96).half()
     expected = outputs_of(open_network(source, "halves.py:mlp"), (x,))
@@ -224,15 +225,15 @@ def test_exports_a_hugging_face_directory(architecture: str) -> None:
     before = contents(Path("model-mpo"))
     shape = "1x9" if architecture == "bert" else "1x3x16x16"
     files = {"onnx": Path("p.onnx"), "pt2": Path("p.pt2")}
-    specs = export_network(Path("model-mpo"), files, [parse_input_spec(shape)])
+    specs = export_network(Path("model-mpo"), files, [parse_input_spec(shape)]).inputs
     assert contents(Path("model-mpo")) == before
     network: Any = open_network(Path("model-mpo"), None)
     if architecture == "bert":
         assert type(network).__name__ == "BertForMaskedLM"  # with its head
-        assert specs == [InputSpec((1, 9), torch.int64)] * 2
-        mask = torch.ones(3, 9, dtype=torch.int64)
+        assert specs == [InputSpec((1, 9), torch.int64, free=(1,))] * 2
+        mask = torch.ones(3, 13, dtype=torch.int64)
         mask[1, 5:] = 0
-        inputs: tuple[Tensor, ...] = (torch.randint(0, 99, (3, 9)), mask)
+        inputs: tuple[Tensor, ...] = (torch.randint(0, 99, (3, 13)), mask)
         with torch.no_grad():
             expected = network(input_ids=inputs[0], attention_mask=mask).logits
     else:
@@ -243,6 +244,64 @@ def test_exports_a_hugging_face_directory(architecture: str) -> None:
     program = torch.export.load("p.pt2").module()
     for found in (run_onnx(files["onnx"], inputs), outputs_of(program, inputs)):
         torch.testing.assert_close(found, [expected], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
+def test_length_of_a_language_model_is_free(architecture: str) -> None:
+    tiny(architecture, layers=1).save_pretrained("model")
+    compress_checkpoint(Path("model"), Path("model-mpo"), make_recipe(None, {"bits": 4}))
+    made = export_network(Path("model-mpo"), {"onnx": Path("p.onnx")}, [parse_input_spec("1x9")])
+    assert [str(spec) for spec in made.inputs] == ["batch×any"] * 2
+    shapes = [value.type.tensor_type.shape.dim for value in onnx.load("p.onnx").graph.input]
+    assert [[axis.dim_param for axis in axes] for axes in shapes] == [["batch", "size_1"]] * 2
+    network: Any = open_network(Path("model-mpo"), None)
+    for batch, length in ((1, 1), (3, 7), (2, 31)):
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        mask[-1, length // 2 + 1 :] = 0
+        tokens = torch.randint(0, 90, (batch, length))
+        with torch.no_grad():
+            expected = network(input_ids=tokens, attention_mask=mask).logits
+        torch.testing.assert_close(
+            run_onnx(Path("p.onnx"), (tokens, mask), decoded=True), [expected], rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.slow
+def test_a_plus_frees_an_axis() -> None:
+    source = compressed("tokens")
+    files = {"onnx": Path("p.onnx"), "pt2": Path("p.pt2")}
+    made = export_network(source, files, [parse_input_spec("1x5+:int64")], "nets.py:tokens")
+    assert [str(spec) for spec in made.inputs] == ["batch×any"]
+    network, program = open_network(source, "nets.py:tokens"), torch.export.load("p.pt2").module()
+    for length in (1, 2, 12):
+        inputs = (torch.randint(0, 1009, (2, length)),)
+        for found in (run_onnx(files["onnx"], inputs), outputs_of(program, inputs)):
+            torch.testing.assert_close(found, outputs_of(network, inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_weights_above_the_limit_lie_beside_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file of their own, whose name the ONNX file holds; an existing one stays without --force."""
+    source = compressed("mlp", bits=4)
+    monkeypatch.setattr("mpoc.models.export._LARGEST_ONNX", 5000)
+    request = {"onnx": Path("p.onnx")}, [parse_input_spec("1x96")], "nets.py:mlp"
+    Path("p.onnx.data").write_text("mine")
+    with pytest.raises(UsageError, match=r"p\.onnx\.data: exists already"):
+        export_network(source, *request)
+    assert Path("p.onnx.data").read_text() == "mine"
+    assert not Path("p.onnx").exists()
+    assert export_network(source, *request, force=True).files == [Path("p.onnx.data"), Path("p.onnx")]
+    assert Path("p.onnx").stat().st_size < 9000 < Path("p.onnx.data").stat().st_size
+    onnx.checker.check_model("p.onnx")
+    Path("elsewhere").mkdir()
+    for name in ("p.onnx", "p.onnx.data"):
+        Path(name).rename(Path("elsewhere") / name)
+    x = torch.randn(3, 96)
+    found = run_onnx(Path("elsewhere/p.onnx"), (x,), decoded=True)
+    torch.testing.assert_close(
+        found, outputs_of(open_network(source, "nets.py:mlp"), (x,)), rtol=0, atol=1e-5
+    )
 
 
 class TestArchitecture:
@@ -311,13 +370,14 @@ class TestArchitecture:
         ("8", (8,), None),
         (" 1x128:int64 ", (1, 128), torch.int64),
         ("2x4:bfloat16", (2, 4), torch.bfloat16),
+        ("2x4+x5", (2, 4, 5), None),
     ],
 )
 def test_parses_input_shapes(text: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-    assert parse_input_spec(text) == InputSpec(shape, dtype)
+    assert parse_input_spec(text) == InputSpec(shape, dtype, (1,) if "+" in text else ())
 
 
-@pytest.mark.parametrize("text", ["", "x3", "1x", "0x3", "1,3", "1x3:", "1x3:nn", "-1x3", "1x03"])
+@pytest.mark.parametrize("text", ["", "x3", "1x", "0x3", "1,3", "1x3:", "1x3:nn", "-1x3", "1x03", "1+x3"])
 def test_rejects_malformed_input_shapes(text: str) -> None:
     with pytest.raises(UsageError, match="not a shape with its batch"):
         parse_input_spec(text)
