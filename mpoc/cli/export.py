@@ -29,7 +29,7 @@ class ExportOptions:
     )
     arch: str | None = architecture_option(panel=None)
     input_shape: tuple[str, ...] = option(
-        "Give an input's shape with its batch, as 1x3x32x32 or 1x128+:int64 (+: any size). Repeatable.",
+        "Give an input's shape with its batch, as 1x3x32x32 or 1x128+:int64. Repeatable.",
         (), metavar="SHAPE[:DTYPE]", repeated=True,
     )  # fmt: skip
     force: bool = option("Replace existing files.", False)

@@ -30,7 +30,7 @@ from mpoc.io.manifest import MANIFEST_FILE
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.models.architecture import example_input, is_transformers_directory
 from mpoc.models.loading import open_network
-from mpoc.models.onnx_codes import OnnxCodes, codes_by_content, store_codes
+from mpoc.models.onnx_codes import OnnxCodes, codes_by_content, may_fold, store_codes
 
 _FOLDED = 256  # numbers: shapes and scalars are computed in advance, products of cores are not
 _LARGEST_ONNX = 2**31 - 2**20  # bytes: one protobuf message; more goes to a file beside it
@@ -225,8 +225,11 @@ def _write_onnx(program: torch.export.ExportedProgram, codes: dict[bytes, OnnxCo
         except RuntimeError as error:
             raise MpocError(f"{path.name}: torch.onnx cannot write this network: {error}", "--pt2") from error
         assert made is not None
-        optimizer.optimize(made.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
-        store_codes(made.model.graph, codes)
+        store_codes(made.model.graph, codes, kernels=True)
+        optimizer.optimize_ir(
+            made.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED, should_fold=may_fold
+        )
+        store_codes(made.model.graph, codes, kernels=False)
         ClearMetadataAndDocStringPass()(made.model)
         tensors = [value.const_value for value in made.model.graph.initializers.values()]
         size = sum(tensor.nbytes for tensor in tensors if tensor is not None)

@@ -59,6 +59,13 @@ class Mixed(nn.Module):
 def mixed():
     return Mixed()
 
+def kernels():
+    return nn.Sequential(
+        nn.Conv2d(16, 64, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10, bias=False),
+    )
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
@@ -480,3 +487,34 @@ def test_onnx_keeps_codes(stored: dict[str, Any], bits: int) -> None:
     (exact,), (fast,) = (run_onnx(file, (x,), decoded) for decoded in (True, False))
     torch.testing.assert_close(exact, expected, rtol=1e-5, atol=1e-5)
     assert (fast - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnxruntime_decodes_nothing_in_calls(bits: int) -> None:
+    """Linear layers in groups, with and without a bias, multiply with codes; all else is decoded once.
+
+    Batch norms are multiplied into the kernels by the session, and the file keeps the codes.
+    """
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network = make_network("nets.py:kernels").eval()
+    mpoc.compress(network, bits=bits)
+    mpoc.save(network, "kernels.safetensors")
+    file = Path("kernels.onnx")
+    export_network(
+        Path("kernels.safetensors"), {"onnx": file}, [parse_input_spec("1x16x8x8")], "nets.py:kernels"
+    )
+    codes = (64 * 144 + 96 * 64 + 10 * 96) * bits // 8
+    assert codes < file.stat().st_size < 1.2 * codes + 12_000
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = "optimized.onnx"
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    operations = [node.op_type for node in onnx.load("optimized.onnx").graph.node]
+    assert operations.count("MatMulNBits") == 2
+    assert not {"DequantizeLinear", "Cast", "Sub", "Mul", "BatchNormalization"} & set(operations)
+    x = torch.randn(3, 16, 8, 8)
+    with torch.no_grad():
+        expected = mpoc.load("kernels.safetensors", make_network("nets.py:kernels")).eval()(x)
+    torch.testing.assert_close(run_onnx(file, (x,), decoded=True), [expected], rtol=1e-5, atol=1e-5)
