@@ -86,7 +86,7 @@ def _export_directory(console: Output, options: ExportOptions, target: Path) -> 
     codes = found.codes
     pairs = f"{counted(len(found.pairs), 'layer')} as pairs of linear layers"
     pairs += "" if options.multiple is None else f" ({human_bytes(found.padding_bytes)} of them zeros)"
-    packed = f"{len(codes.layers)} as codes of compressed-tensors"
+    packed = f"{len(codes.layers)} with codes of compressed-tensors"
     sizes = f" ({human_bytes(codes.nbytes)}, {human_bytes(codes.source_bytes)} before)"
     packed += sizes if codes.layers else ""
     dense = f"{len(found.dense)} dense" + (f" ({human_bytes(found.dense_bytes)})" if found.dense else "")
