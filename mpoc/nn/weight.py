@@ -20,7 +20,7 @@ from torch._C import _is_tracing
 from torch.compiler import is_compiling
 
 from mpoc.errors import UsageError, nearest
-from mpoc.tensor_networks.forms.contraction import is_traced, without_autocast
+from mpoc.tensor_networks.forms.contraction import without_autocast
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure
 
@@ -241,7 +241,7 @@ class CoreWeight(nn.Module):
     def held_for(self, x: Tensor) -> Tensor | None:
         """The same for inputs (…, N_x); some layers hold their weight for few vectors or many only."""
         by_dense: list[bool] | None = self.__dict__.get("_by_dense")
-        if by_dense is not None and not is_traced():
+        if by_dense is not None and not (is_compiling() or _is_tracing()):  # a graph serves other batches too
             vectors = x.numel() // self.structure.inputs
             if not by_dense[min(((vectors - 1).bit_length() + 1) // 3, len(by_dense) - 1)]:
                 return None
