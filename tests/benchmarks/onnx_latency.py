@@ -259,7 +259,7 @@ def main() -> None:
     sessions = {label: session_of(*item) for label, item in files.items()}
     for batch in BATCHES:
         for label, taken in milliseconds(sessions, task.draw(batch), arguments.seconds).items():
-            rows[label].append(f"{taken:.3g}")
+            rows[label].append(f"{taken:,.0f}" if taken >= 1000 else f"{taken:.3g}")
     outputs = {label: [run(session, x) for x in task.unseen] for label, session in sessions.items()}
     for label, found in outputs.items():
         rows[label].append(task.fidelity(found, outputs["dense, float32"]))
