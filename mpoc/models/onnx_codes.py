@@ -1,8 +1,9 @@
-"""Codes in an ONNX file: ``DequantizeLinear`` of 4 or 8 bits in groups (opset 21) in place of floats.
+"""Codes in an ONNX file: of 4, 8 or 16 bits in groups (opset 21) in place of floats.
 
 The program is made of floats, and its constants are recognised by their numbers, whatever they are called and
-however the optimizer turned them. Codes of 2 and 3 bits take 4, those of 5 and 6 take 8; coded matrices take
-the row's step as scale and those of the columns as a factor, so that every number stays what it is.
+however the optimizer turned them. Codes of 2 and 3 bits take 4, those of 5 and 6 take 8. Coded matrices take
+8, or 16 for larger codes, the row's step as scale and those of the columns as a factor, so that every number
+stays what it is.
 
 A linear layer's matrix in groups of 16 to 128 is written with its inputs first and its groups along them, and
 multiplied by ``MatMul``. onnxruntime then multiplies with the codes as they are (``MatMulNBits``), and rounds
@@ -41,9 +42,9 @@ _GROUPED = "grouped_"  # in names of initializers
 class OnnxCodes:
     """The codes of a tensor in groups, and how their matrix (rows, columns) becomes the tensor."""
 
-    codes: NDArray[np.uint8]  # (rows, columns), below 16 for 4 bits
+    codes: NDArray[np.uint8 | np.uint16]  # (rows, columns), below 16 for 4 bits
     scale: NDArray[Any]  # (rows, groups)
-    zero_point: NDArray[np.uint8]  # (rows, groups)
+    zero_point: NDArray[np.uint8 | np.uint16]  # (rows, groups)
     column_steps: NDArray[np.float32] | None  # (columns,) of a coded matrix
     transposed: bool = False  # the tensor, flat, is the transposed matrix
     channels: int = 0  # of a kernel (outputs, channels, taps), whose matrix is (outputs, taps, channels)
@@ -72,22 +73,20 @@ def codes_by_content(source: Path, manifest: Manifest) -> dict[bytes, OnnxCodes]
 
 
 def _in_groups(quantized: QuantizedTensor) -> OnnxCodes | None:
-    """Codes with the scales of groups; None of codes that 8 bits do not hold."""
+    """Codes with the scales of groups; None of codes that 16 bits do not hold."""
     if isinstance(quantized, GridTensor):
         zeros = quantized.lowest()[:, :: quantized.codes.shape[1] // quantized.scale.shape[1]].neg()
         return OnnxCodes(quantized.codes.numpy(), quantized.scale.numpy(), zeros.byte().numpy(), None)
-    codes = quantized.codes
-    if codes.dtype != torch.int8:
+    codes = quantized.codes.numpy().astype(np.int64)
+    zero = next((zero for zero in (8, 128, 1 << 15) if codes.min() >= -zero and codes.max() < zero), None)
+    if zero is None:
         return None
-    low, high = int(codes.min()), int(codes.max())
-    zero = 8 if low >= -8 and high < 8 else 128
     group = next((size for size in _BLOCKS if codes.shape[1] % size == 0), codes.shape[1])
     steps = HALF_OCTAVES[quantized.row_exponents.long()] * quantized.scale
-    scale = steps[:, None].expand(-1, codes.shape[1] // group)
-    shifted = (codes.short() + zero).byte()
-    columns = HALF_OCTAVES[quantized.column_exponents.long()]
-    zeros = torch.full_like(scale, zero, dtype=torch.uint8)
-    return OnnxCodes(shifted.numpy(), scale.numpy(), zeros.numpy(), columns.numpy())
+    scale = steps[:, None].expand(-1, codes.shape[1] // group).numpy()
+    columns = HALF_OCTAVES[quantized.column_exponents.long()].numpy()
+    width = np.uint8 if zero <= 128 else np.uint16
+    return OnnxCodes((codes + zero).astype(width), scale, np.full_like(scale, zero, dtype=width), columns)
 
 
 def _digest(tensor: Tensor) -> bytes:
@@ -138,7 +137,7 @@ class _Writer:
         is_linear = operation == ("MatMul", 1, True) or (
             operation == ("Gemm", 1, False) and _is_set(node, "transB") and not _is_set(node, "transA")
         )
-        if is_linear and self.codes.group in _BLOCKS:
+        if is_linear and self.codes.group in _BLOCKS and self.codes.codes.dtype == np.uint8:
             self._multiply(node)
         elif operation == ("Gather", 0, False) and not _is_set(node, "axis"):
             made = self._times_columns(self._decoded(node.inputs[1]))
@@ -174,15 +173,15 @@ class _Writer:
         grouped = {"axis": 0, "block_size": codes.group}
         return self.op("DequantizeLinear", [stored, self._cast(scale), zero_point], grouped)
 
-    def _narrow(self, codes: NDArray[np.uint8]) -> NDArray[Any]:
-        """Codes in the width of this tensor, 4 or 8 bits."""
+    def _narrow(self, codes: NDArray[Any]) -> NDArray[Any]:
+        """Codes in the width of this tensor, 4 bits where they hold all."""
         import ml_dtypes
 
         most = max(self.codes.codes.max(), self.codes.zero_point.max())
-        return codes.astype(np.uint8 if most > 15 else ml_dtypes.uint4)
+        return codes if most > 15 else codes.astype(ml_dtypes.uint4)
 
     def _decoded(self, indices: Any = None) -> Any:
-        """The numbers of some rows, whose codes take 8 bits; None: of all, (rows, columns).
+        """The numbers of some rows, whose codes take 8 bits or more; None: of all, (rows, columns).
 
         onnxruntime 1.32 fails at a product of two ``DequantizeLinear``.
         """

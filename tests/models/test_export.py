@@ -467,11 +467,12 @@ class TestErrors:
     [
         ({"bits": 3}, 4),
         ({"bits": 4, "storage": "coded"}, 8),
+        ({"bits": 8, "storage": "coded"}, 16),
         ({"bond": 24, "form": "svd", "bits": 6}, 8),
     ],
 )
 def test_onnx_keeps_codes(stored: dict[str, Any], bits: int) -> None:
-    """Tables (in 8 bits), kernels, matrices and factors: the numbers of the layers, in the bytes of codes."""
+    """Tables (8 bits or more), kernels, matrices and factors: the layers' numbers, in the bytes of codes."""
     torch.manual_seed(0)
     network = make_network("nets.py:mixed").eval()
     mpoc.compress(network, embeddings=True, **stored)
@@ -480,7 +481,7 @@ def test_onnx_keeps_codes(stored: dict[str, Any], bits: int) -> None:
     export_network(Path("mixed.safetensors"), {"onnx": file}, specs, "nets.py:mixed")
     onnx.checker.check_model(onnx.load(file))
     table, others = 500 * 64, 64 * 32 * 3 + 2 * 64 * 128 + 32 * 96
-    assert file.stat().st_size < 1.1 * (table + others * bits / 8) + 14_000
+    assert file.stat().st_size < 1.1 * (table * max(bits, 8) + others * bits) / 8 + 14_000
     x = torch.randint(0, 500, (5, 7))
     with torch.no_grad():
         expected = mpoc.load("mixed.safetensors", make_network("nets.py:mixed")).eval()(x)
