@@ -29,7 +29,7 @@ class ExportOptions:
     )
     arch: str | None = architecture_option(panel=None)
     input_shape: tuple[str, ...] = option(
-        "Give an input's shape with its batch, as 1x3x32x32 or 1x128:int64. Repeatable.",
+        "Give an input's shape with its batch, as 1x3x32x32 or 1x128+:int64. Repeatable.",
         (), metavar="SHAPE[:DTYPE]", repeated=True,
     )  # fmt: skip
     force: bool = option("Replace existing files.", False)
@@ -67,10 +67,11 @@ def export(options: ExportOptions) -> None:
         _export_directory(console, options, options.hf)
         if not files:
             return
-    inputs = export_network(options.path, files, shapes, options.arch, options.force)
-    taken = ", ".join(f"{spec} {str(spec.dtype).removeprefix('torch.')}" for spec in inputs)
-    for file in files.values():
-        console.say(f"wrote {file}: {human_bytes(output_bytes(file))}, inputs {taken}")
+    made = export_network(options.path, files, shapes, options.arch, options.force)
+    taken = ", ".join(f"{spec} {str(spec.dtype).removeprefix('torch.')}" for spec in made.inputs)
+    for file in made.files:
+        inputs = f", inputs {taken}" if file in files.values() else ""
+        console.say(f"wrote {file}: {human_bytes(output_bytes(file))}{inputs}")
 
 
 def _export_directory(console: Output, options: ExportOptions, target: Path) -> None:
@@ -85,7 +86,7 @@ def _export_directory(console: Output, options: ExportOptions, target: Path) -> 
     codes = found.codes
     pairs = f"{counted(len(found.pairs), 'layer')} as pairs of linear layers"
     pairs += "" if options.multiple is None else f" ({human_bytes(found.padding_bytes)} of them zeros)"
-    packed = f"{len(codes.layers)} as codes of compressed-tensors"
+    packed = f"{len(codes.layers)} with codes of compressed-tensors"
     sizes = f" ({human_bytes(codes.nbytes)}, {human_bytes(codes.source_bytes)} before)"
     packed += sizes if codes.layers else ""
     dense = f"{len(found.dense)} dense" + (f" ({human_bytes(found.dense_bytes)})" if found.dense else "")

@@ -5,7 +5,7 @@ that runs linear layers. Everything else becomes a dense weight. Where there is 
 modelling file comes with the directory and ``auto_map`` names it, so that it is loaded with
 ``trust_remote_code=True``; else the directory needs no code.
 
-Linear layers whose weight is stored in few bits become codes on a grid, which transformers decodes
+Weights and factors that are stored in few bits become codes on a grid, which transformers decodes
 (:mod:`mpoc.hf.compressed_tensors`).
 
 A layer is a pair, or stays codes, only where the network has an ``nn.Linear`` of its stored name, with or
@@ -32,7 +32,7 @@ from transformers import AutoConfig, PreTrainedModel, initialization
 from transformers.models.auto import modeling_auto
 
 from mpoc.errors import MpocError, UsageError, command_line
-from mpoc.hf.compressed_tensors import WrittenCodes, pack_layers, write_quantization
+from mpoc.hf.compressed_tensors import WrittenCodes, matrices_of, pack_matrices, write_quantization
 from mpoc.io import hub_directory
 from mpoc.io.atomic import refuse_existing, staged
 from mpoc.io.manifest import LayerRecord, Manifest
@@ -91,7 +91,7 @@ class ExportedDirectory:
     """What :func:`export_directory` wrote."""
 
     pairs: dict[str, int]  # layer → rank, padding included
-    padding_bytes: int  # zeros of the pairs
+    padding_bytes: int  # zeros of the pairs, of factors that are floats
     codes: WrittenCodes
     dense: list[str]  # layers that were cores or codes, and are dense now
     dense_bytes: int
@@ -106,7 +106,7 @@ def export_directory(
         source: the compressed directory.
         output: the directory to write.
         force: replace an existing one.
-        coded: what becomes of coded linear layers: codes of "8" bits (None too) or "4", or "dense" weights.
+        coded: what becomes of coded matrices: codes of "8" bits (None too) or "4", or "dense" weights.
         multiple: pad the ranks of pairs with zeros to a multiple of this number, one of ``MULTIPLES``.
 
     Raises:
@@ -118,7 +118,7 @@ def export_directory(
     classes = _classes(source)
     linear, ranks = _linear_layers(manifest, next(iter(classes.values())), source)
     pairs = _padded(ranks, multiple)
-    codes, packed = pack_layers(stored, linear, coded)
+    codes, packed = pack_matrices(stored, matrices_of(linear, pairs), coded)
     entries = list(_entries(stored, manifest, pairs, packed))
     with staged(output) as target:
         target.mkdir()
@@ -128,12 +128,13 @@ def export_directory(
         if pairs:
             _write_code(target, classes, pairs)
         if codes.grid is not None:
-            write_quantization(target, codes.grid, codes.layers)
+            write_quantization(target, codes.grid, codes.modules)
     dense = [layer for layer in manifest.changed if layer.layer not in {*pairs, *codes.layers}]
     padding = sum(
-        (pairs[layer.layer] - ranks[layer.layer]) * sum(layer.shape) * ITEMSIZE[layer.dtype]
+        (pairs[layer.layer] - ranks[layer.layer]) * layer.shape[1 - factor] * ITEMSIZE[layer.dtype]
         for layer in linear
-        if layer.layer in pairs
+        for factor in (0, 1)
+        if layer.layer in pairs and f"{layer.layer}.{factor}" not in codes.modules
     )
     dense_bytes = sum(layer.num_original * ITEMSIZE[layer.dtype] for layer in dense)
     return ExportedDirectory(pairs, padding, codes, [layer.layer for layer in dense], dense_bytes)
@@ -236,7 +237,8 @@ def _entries(
         if name in replaced:
             layer = replaced[name]
             if layer.layer in pairs:
-                yield from _pair(stored, layer, pairs[layer.layer])
+                for entry in _pair(stored, layer, pairs[layer.layer]):
+                    yield from packed.get(entry.info.name, [entry])
                 continue
             info = TensorInfo(layer.name, layer.dtype, layer.shape)
             entry = Entry(info, lambda layer=layer: _dense(stored, layer))  # type: ignore[misc]

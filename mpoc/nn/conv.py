@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpoc.nn.weight import CoreWeight
+from mpoc.nn.weight import CoreWeight, bias_of
 
 
 class MPOConv1d(CoreWeight, nn.Conv1d):
@@ -17,7 +17,7 @@ class MPOConv1d(CoreWeight, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, C_in, L) → (batch, C_out, L')."""
-        return self._conv_forward(input, self.dense_weight(), self.bias)
+        return self._conv_forward(input, self.dense_weight(), bias_of(self))
 
 
 class MPOConv2d(CoreWeight, nn.Conv2d):
@@ -25,7 +25,7 @@ class MPOConv2d(CoreWeight, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, C_in, H, W) → (batch, C_out, H', W')."""
-        return self._conv_forward(input, self.dense_weight(), self.bias)
+        return self._conv_forward(input, self.dense_weight(), bias_of(self))
 
 
 class MPOConv3d(CoreWeight, nn.Conv3d):
@@ -33,7 +33,7 @@ class MPOConv3d(CoreWeight, nn.Conv3d):
 
     def forward(self, input: Tensor) -> Tensor:
         """(batch, C_in, D, H, W) → (batch, C_out, D', H', W')."""
-        return self._conv_forward(input, self.dense_weight(), self.bias)
+        return self._conv_forward(input, self.dense_weight(), bias_of(self))
 
 
 class MPOConvTranspose1d(CoreWeight, nn.ConvTranspose1d):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from mpoc.nn.weight import CoreWeight
+from mpoc.nn.weight import CoreWeight, bias_of
 
 
 class MPOLinear(CoreWeight, nn.Linear):
@@ -18,7 +18,7 @@ class MPOLinear(CoreWeight, nn.Linear):
         """(…, in_features) → (…, out_features), through the cores or from a dense weight that is held."""
         held = self.held_for(input)
         if held is not None:
-            return linear(input, held, self.bias)
+            return linear(input, held, bias_of(self))
         return through_cores(self, input)
 
     def dense_is_faster(self, batch: int) -> bool:
@@ -33,7 +33,7 @@ class MPOConv1D(CoreWeight):
         """(…, nx) → (…, nf)."""
         held = self.held_for(x)
         if held is not None:
-            return linear(x, held.T, self.bias)
+            return linear(x, held.T, bias_of(self))
         return through_cores(self, x)
 
     def dense_is_faster(self, batch: int) -> bool:

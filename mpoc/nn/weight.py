@@ -1,12 +1,12 @@
 """Layers whose weight is made from cores: cores are the parameters, the dense weight is built when used.
 
-In eval mode a layer may hold its dense weight, built once, and compute from it: :func:`use_weights` chooses.
-A held weight is a plain attribute, not part of the state dict, of copies or of pickles. It is used only where
-no gradients of the cores are asked for, and built again once the cores have changed: each call compares the
-parameters and torch's version counters of their data with those it was built from.
+In eval mode a layer may hold its dense weight, built once: :func:`use_weights` chooses. A held weight is a
+plain attribute, not part of the state dict, of copies or of pickles. It is used where no gradients of the
+cores are asked for, and built again once they have changed: each call compares the parameters and torch's
+version counters of their data with those it was built from.
 
-That comparison is the price of holding a weight. It is written for speed, since a small layer takes ten
-microseconds.
+That comparison is the price of holding a weight, 3 µs where a small layer takes ten. Most of it is reading
+objects that the rest of the network has pushed out of the caches, so it touches as few as it can.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
+from torch._C import _is_tracing
+from torch.compiler import is_compiling
 
 from mpoc.errors import UsageError, nearest
-from mpoc.tensor_networks.forms.contraction import is_traced, without_autocast
+from mpoc.tensor_networks.forms.contraction import without_autocast
 from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure
 
@@ -31,25 +33,10 @@ _SIZES = ("ndim", "dim", "size", "stride", "numel", "element_size", "nbytes", "i
 _WRITE_INSTEAD = "change the layer's cores, or make it dense first (mpoc expand)"
 # Python looks operators up in the class, never through __getattr__.
 _READING = (
-    *(
-        "add",
-        "radd",
-        "sub",
-        "rsub",
-        "mul",
-        "rmul",
-        "truediv",
-        "rtruediv",
-        "floordiv",
-        "mod",
-        "pow",
-        "rpow",
-        "matmul",
-        "rmatmul",
-    ),
-    *("neg", "abs", "eq", "ne", "lt", "le", "gt", "ge", "getitem", "iter", "contains", "array"),
+    "add radd sub rsub mul rmul truediv rtruediv floordiv mod pow rpow matmul rmatmul "
+    "neg abs eq ne lt le gt ge getitem iter contains array"
 )
-_WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ipow")
+_WRITING = "setitem iadd isub imul itruediv ipow"
 
 
 def build_weight(cores: Sequence[Tensor], structure: Structure) -> Tensor:
@@ -146,7 +133,8 @@ def release(module: nn.Module) -> None:
 
 def cores_of(module: nn.Module, name: str) -> list[Tensor]:
     """The cores of the weight ``name`` of a module."""
-    return list(getattr(module, "cores" if name == "weight" else f"{name}_cores"))
+    every: Any = module._modules["cores" if name == "weight" else f"{name}_cores"]
+    return list(every._parameters.values())  # much faster than to go through a ParameterList
 
 
 def held_weight(module: nn.Module, name: str, build: Callable[[], Tensor]) -> Tensor | None:
@@ -155,19 +143,17 @@ def held_weight(module: nn.Module, name: str, build: Callable[[], Tensor]) -> Te
         return None
     if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined, no-untyped-call]
         return None
-    every: Any = module._modules["cores" if name == "weight" else f"{name}_cores"]
-    cores = every._parameters.values()  # much faster than to go through a ParameterList
-    if torch.is_grad_enabled() and any(core.requires_grad for core in cores):
+    cores = cores_of(module, name)
+    if is_grad_enabled() and any(core.requires_grad for core in cores):
         return None
-    own = module.__dict__
-    held: Tensor | None = own.get(f"_{name}_held")
-    if torch.compiler.is_compiling():  # a graph cannot ask for the versions of tensors
-        return held
-    if held is not None and own[f"_{name}_made_of"].is_current(cores):
-        return held
+    if is_compiling():  # a graph cannot ask for the versions of tensors
+        return module.__dict__.get(f"_{name}_held")
+    made_of: _MadeOf | None = module.__dict__.get(f"_{name}_made_of")
+    if made_of is not None and made_of.serves(module.__dict__):
+        return made_of.weight
     if not all(type(core) is nn.Parameter for core in cores):  # in a transform of torch.func
         return None
-    return _hold(module, name, list(cores), build)
+    return _hold(module, name, cores, build)
 
 
 def _hold(module: nn.Module, name: str, cores: Sequence[Tensor], build: Callable[[], Tensor]) -> Tensor:
@@ -176,23 +162,34 @@ def _hold(module: nn.Module, name: str, cores: Sequence[Tensor], build: Callable
         weight = build()
     if type(weight) is Tensor:  # none of a fake mode, which shows shapes only
         vars(module)[f"_{name}_held"] = weight
-        vars(module)[f"_{name}_made_of"] = _MadeOf(cores, weight)
+        vars(module)[f"_{name}_made_of"] = _MadeOf(module, name, weight)
     return weight
 
 
 class _MadeOf:
-    """What a weight was made from: the cores, where their data lie, and how often they were changed.
+    """A dense weight, its cores, where their data lie, and torch's counts of changes."""
 
-    One loop and little memory: a call of a small network has lost most of the caches before its next layer.
-    """
+    def __init__(self, module: nn.Module, name: str, weight: Tensor) -> None:
+        self.name = "cores" if name == "weight" else f"{name}_cores"
+        self.every = module._modules[self.name]
+        self.parameters: dict[str, Tensor] = vars(self.every)["_parameters"]
+        self.known = tuple(self.parameters.values())
+        self.pointers = tuple(core.data_ptr() for core in self.known)
+        self.versions = tuple(None if core.is_inference() else core._version for core in self.known)
+        self.weight, self.written = weight, weight._version
 
-    def __init__(self, cores: Sequence[Tensor], weight: Tensor) -> None:
-        self.known = [(core, core.data_ptr(), _version(core)) for core in cores]
-        self.weight, self.written = weight, _version(weight)
+    def serves(self, own: dict[str, Any]) -> bool:
+        """Whether a call may take the weight as it is, given the attributes of its module.
 
-    def is_current(self, cores: Iterable[Tensor]) -> bool:
-        """Whether the cores are the same tensors, and neither they nor the weight have changed."""
-        for core, (known, pointer, version) in zip(cores, self.known, strict=True):
+        The module is in eval mode, nothing is traced, no gradients of the cores are asked for, they are the
+        same tensors, and neither they nor the weight have changed.
+        """
+        if own["training"] or _is_tracing() or is_compiling() or own["_modules"][self.name] is not self.every:
+            return False
+        cores = self.parameters.values()
+        if len(cores) != len(self.known) or (is_grad_enabled() and any(core.requires_grad for core in cores)):
+            return False
+        for core, known, pointer, version in zip(cores, self.known, self.pointers, self.versions):  # noqa: B905
             if core is not known or core.data_ptr() != pointer:
                 return False
             if version is not None and core._version != version:
@@ -200,9 +197,9 @@ class _MadeOf:
         return self.weight._version == self.written
 
 
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor was changed in place; None: torch does not count it."""
-    return None if tensor.is_inference() else tensor._version
+def bias_of(module: Any) -> Tensor | None:
+    """``module.bias``, without the microsecond that ``nn.Module`` takes to find it."""
+    return module._parameters["bias"] if "bias" in module._parameters else module.bias  # noqa: SIM401
 
 
 def without_held(state: Any) -> Any:
@@ -236,16 +233,19 @@ class CoreWeight(nn.Module):
 
     def held_weight(self) -> Tensor | None:
         """The dense weight that this call computes from; None: it goes through the cores."""
+        made_of: _MadeOf | None = self.__dict__.get("_weight_made_of")
+        if made_of is not None and made_of.serves(self.__dict__):
+            return made_of.weight
         return held_weight(self, "weight", self._build)
 
     def held_for(self, x: Tensor) -> Tensor | None:
         """The same for inputs (…, N_x); some layers hold their weight for few vectors or many only."""
-        by_dense: list[bool] | None = vars(self).get("_by_dense")
-        if by_dense is not None and not is_traced():
+        by_dense: list[bool] | None = self.__dict__.get("_by_dense")
+        if by_dense is not None and not (is_compiling() or _is_tracing()):  # a graph serves other batches too
             vectors = x.numel() // self.structure.inputs
             if not by_dense[min(((vectors - 1).bit_length() + 1) // 3, len(by_dense) - 1)]:
                 return None
-        return held_weight(self, "weight", self._build)
+        return self.held_weight()
 
     def dense_is_faster(self, batch: int) -> bool:
         """Whether ``batch`` vectors take less time from a held dense weight than through the cores."""
@@ -408,9 +408,9 @@ def _refuse_writing(name: str) -> None:
         _refusal(name)()
 
 
-for _name in _READING:
+for _name in _READING.split():
     setattr(WeightView, f"__{_name}__", _operator(f"__{_name}__"))
-for _name in _WRITING:
+for _name in _WRITING.split():
     setattr(WeightView, f"__{_name}__", _refusal(f"__{_name}__"))
 
 

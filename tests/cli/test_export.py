@@ -87,13 +87,13 @@ def test_tells_what_a_directory_adds(here: Here) -> None:
     done = here("export", "out", "--hf", "hf", "--coded", "4", "--multiple", "16")
     assert done.returncode == 0, done.stderr
     first, second, third = done.stderr.splitlines()[:3]
-    # 3 pairs of 32 and 48 numbers a rank, in float32; 1 group a row, and 32 or 16 or 97 rows.
-    assert "; 3 layers as pairs of linear layers (9.6 kB of them zeros), 5 as codes" in first
-    rows = (32, 16, 16, 32, 97)
+    # 3 pairs of 32 and 48 numbers a rank, in float32 but for two factors of 16 rows of 32.
+    assert "; 3 layers as pairs of linear layers (7.04 kB of them zeros), 7 with codes" in first
+    rows = (32, 16, 16, 32, 97, 16, 16)  # of one group each
     nbytes = sum(16 * n + 4 * n + 4 * -(-n // 8) + 16 for n in rows)
     assert f"compressed-tensors ({nbytes / 1000:.3g} kB, " in first
     said = re.fullmatch(
-        r"5 coded layers rounded to 4 bits: relative error (\S+) on average, (\S+) at most \(.*\)", second
+        r"7 coded layers rounded to 4 bits: relative error (\S+) on average, (\S+) at most \(.*\)", second
     )
     assert said and 0.03 < float(said[1]) <= float(said[2]) < 0.12
     assert third == "to load codes: pip install compressed-tensors"

@@ -136,6 +136,7 @@ def test_codes_are_those_of_compressed_tensors(tmp_path: Path, storage: str, bit
     stored = open_compressed(source, read_manifest(source))
     shifts = torch.arange(0, 32, width)
     assert found.codes.layers
+    assert found.codes.modules == found.codes.layers
     for layer in found.codes.layers:
         part = {key: tensors[f"{layer}.weight_{key}"] for key in ("packed", "scale", "zero_point", "shape")}
         rows, columns = part["shape"].tolist()
@@ -161,13 +162,16 @@ def test_transformers_decodes_the_codes(tmp_path: Path) -> None:
     own: dict[str, dict[str, Any]] = {
         "llama": {"storage": "grid"},
         "qwen2": {"storage": "coded", "file": tmp_path / "recipe.toml"},
+        "t5": {"storage": "grid", "form": "svd", "bond": 32, "allow_growth": True},
     }
     sources = {kind: compressed(tmp_path / kind, kind, bits=4, **options) for kind, options in own.items()}
     found = {kind: export_directory(source, tmp_path / "hf" / kind) for kind, source in sources.items()}
-    assert found["qwen2"].pairs and found["qwen2"].codes.errors
+    assert found["qwen2"].pairs and found["qwen2"].codes.errors and not found["t5"].codes.errors
+    assert all(set(each.pairs) & set(each.codes.layers) for each in (found["qwen2"], found["t5"]))
     given = answers_without_mpoc(*(tmp_path / "hf" / kind for kind in sources))
     expected = {kind: answer(open_network(source, None)) for kind, source in sources.items()}
-    torch.testing.assert_close(given["llama"], expected["llama"], rtol=0, atol=1e-5)
+    for kind in ("llama", "t5"):
+        torch.testing.assert_close(given[kind], expected[kind], rtol=0, atol=1e-5)
     difference = (given["qwen2"] - expected["qwen2"]).norm() / expected["qwen2"].norm()
     assert difference < 2 * max(found["qwen2"].codes.errors.values())
 

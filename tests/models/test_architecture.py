@@ -275,7 +275,7 @@ class TestExport:
     @pytest.mark.parametrize("spec", ["fc2", "picogpt:vocab=30,context=8"])
     def test_zoo_network_needs_no_options(self, spec: str) -> None:
         saved(spec)
-        (taken,) = export_network(compressed(spec), {"pt2": Path("p.pt2")}, [])
+        (taken,) = export_network(compressed(spec), {"pt2": Path("p.pt2")}, []).inputs
         x = torch.cat([example(spec)] * 3)
         assert (taken.shape, taken.dtype) == (tuple(x[:1].shape), x.dtype)
         program = torch.export.load("p.pt2").module()
@@ -285,7 +285,7 @@ class TestExport:
 
     def test_file_without_architecture_accepts_a_spec(self) -> None:
         saved("fc2")
-        (taken,) = export_network(compressed(None), {"pt2": Path("p.pt2")}, [], "fc2")
+        (taken,) = export_network(compressed(None), {"pt2": Path("p.pt2")}, [], "fc2").inputs
         assert taken.shape == (1, 1, 28, 28)
         with pytest.raises(UsageError, match="no network 'fc3'"):
             export_network(Path("m.mpo.safetensors"), {"pt2": Path("q.pt2")}, [], "fc3")

@@ -59,6 +59,13 @@ class Mixed(nn.Module):
 def mixed():
     return Mixed()
 
+def kernels():
+    return nn.Sequential(
+        nn.Conv2d(16, 64, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 10, bias=False),
+    )
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
@@ -139,7 +146,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
         specs = [parse_input_spec(text) for text in SPECS[name]]
         with chdir(folder):
             source = folder / compressed(name)
-            return Exported(source, files, export_network(source, files, specs, f"nets.py:{name}"))
+            made = export_network(source, files, specs, f"nets.py:{name}")
+            return Exported(source, files, made.inputs)
 
     return make
 
@@ -208,7 +216,7 @@ def test_exports_half_precision(goal: dict[str, Any]) -> None:
     source = compressed("mlp", torch.float16, **goal)
     files = {"onnx": Path("p.onnx")}
     Path("halves.py").write_text("import nets\n\ndef mlp():\n    return nets.mlp().half()\n")
-    (spec,) = export_network(source, files, [parse_input_spec("1x96")], "halves.py:mlp")
+    (spec,) = export_network(source, files, [parse_input_spec("1x96")], "halves.py:mlp").inputs
     assert spec.dtype == torch.float16
     x = torch.randn(3, 96).half()
     expected = outputs_of(open_network(source, "halves.py:mlp"), (x,))
@@ -224,15 +232,15 @@ def test_exports_a_hugging_face_directory(architecture: str) -> None:
     before = contents(Path("model-mpo"))
     shape = "1x9" if architecture == "bert" else "1x3x16x16"
     files = {"onnx": Path("p.onnx"), "pt2": Path("p.pt2")}
-    specs = export_network(Path("model-mpo"), files, [parse_input_spec(shape)])
+    specs = export_network(Path("model-mpo"), files, [parse_input_spec(shape)]).inputs
     assert contents(Path("model-mpo")) == before
     network: Any = open_network(Path("model-mpo"), None)
     if architecture == "bert":
         assert type(network).__name__ == "BertForMaskedLM"  # with its head
-        assert specs == [InputSpec((1, 9), torch.int64)] * 2
-        mask = torch.ones(3, 9, dtype=torch.int64)
+        assert specs == [InputSpec((1, 9), torch.int64, free=(1,))] * 2
+        mask = torch.ones(3, 13, dtype=torch.int64)
         mask[1, 5:] = 0
-        inputs: tuple[Tensor, ...] = (torch.randint(0, 99, (3, 9)), mask)
+        inputs: tuple[Tensor, ...] = (torch.randint(0, 99, (3, 13)), mask)
         with torch.no_grad():
             expected = network(input_ids=inputs[0], attention_mask=mask).logits
     else:
@@ -243,6 +251,64 @@ def test_exports_a_hugging_face_directory(architecture: str) -> None:
     program = torch.export.load("p.pt2").module()
     for found in (run_onnx(files["onnx"], inputs), outputs_of(program, inputs)):
         torch.testing.assert_close(found, [expected], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen2"])
+def test_length_of_a_language_model_is_free(architecture: str) -> None:
+    tiny(architecture, layers=1).save_pretrained("model")
+    compress_checkpoint(Path("model"), Path("model-mpo"), make_recipe(None, {"bits": 4}))
+    made = export_network(Path("model-mpo"), {"onnx": Path("p.onnx")}, [parse_input_spec("1x9")])
+    assert [str(spec) for spec in made.inputs] == ["batch×any"] * 2
+    shapes = [value.type.tensor_type.shape.dim for value in onnx.load("p.onnx").graph.input]
+    assert [[axis.dim_param for axis in axes] for axes in shapes] == [["batch", "size_1"]] * 2
+    network: Any = open_network(Path("model-mpo"), None)
+    for batch, length in ((1, 1), (3, 7), (2, 31)):
+        mask = torch.ones(batch, length, dtype=torch.int64)
+        mask[-1, length // 2 + 1 :] = 0
+        tokens = torch.randint(0, 90, (batch, length))
+        with torch.no_grad():
+            expected = network(input_ids=tokens, attention_mask=mask).logits
+        torch.testing.assert_close(
+            run_onnx(Path("p.onnx"), (tokens, mask), decoded=True), [expected], rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.slow
+def test_a_plus_frees_an_axis() -> None:
+    source = compressed("tokens")
+    files = {"onnx": Path("p.onnx"), "pt2": Path("p.pt2")}
+    made = export_network(source, files, [parse_input_spec("1x5+:int64")], "nets.py:tokens")
+    assert [str(spec) for spec in made.inputs] == ["batch×any"]
+    network, program = open_network(source, "nets.py:tokens"), torch.export.load("p.pt2").module()
+    for length in (1, 2, 12):
+        inputs = (torch.randint(0, 1009, (2, length)),)
+        for found in (run_onnx(files["onnx"], inputs), outputs_of(program, inputs)):
+            torch.testing.assert_close(found, outputs_of(network, inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_weights_above_the_limit_lie_beside_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file of their own, whose name the ONNX file holds; an existing one stays without --force."""
+    source = compressed("mlp", bits=4)
+    monkeypatch.setattr("mpoc.models.export._LARGEST_ONNX", 5000)
+    request = {"onnx": Path("p.onnx")}, [parse_input_spec("1x96")], "nets.py:mlp"
+    Path("p.onnx.data").write_text("mine")
+    with pytest.raises(UsageError, match=r"p\.onnx\.data: exists already"):
+        export_network(source, *request)
+    assert Path("p.onnx.data").read_text() == "mine"
+    assert not Path("p.onnx").exists()
+    assert export_network(source, *request, force=True).files == [Path("p.onnx.data"), Path("p.onnx")]
+    assert Path("p.onnx").stat().st_size < 9000 < Path("p.onnx.data").stat().st_size
+    onnx.checker.check_model("p.onnx")
+    Path("elsewhere").mkdir()
+    for name in ("p.onnx", "p.onnx.data"):
+        Path(name).rename(Path("elsewhere") / name)
+    x = torch.randn(3, 96)
+    found = run_onnx(Path("elsewhere/p.onnx"), (x,), decoded=True)
+    torch.testing.assert_close(
+        found, outputs_of(open_network(source, "nets.py:mlp"), (x,)), rtol=0, atol=1e-5
+    )
 
 
 class TestArchitecture:
@@ -311,13 +377,14 @@ class TestArchitecture:
         ("8", (8,), None),
         (" 1x128:int64 ", (1, 128), torch.int64),
         ("2x4:bfloat16", (2, 4), torch.bfloat16),
+        ("2x4+x5", (2, 4, 5), None),
     ],
 )
 def test_parses_input_shapes(text: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
-    assert parse_input_spec(text) == InputSpec(shape, dtype)
+    assert parse_input_spec(text) == InputSpec(shape, dtype, (1,) if "+" in text else ())
 
 
-@pytest.mark.parametrize("text", ["", "x3", "1x", "0x3", "1,3", "1x3:", "1x3:nn", "-1x3", "1x03"])
+@pytest.mark.parametrize("text", ["", "x3", "1x", "0x3", "1,3", "1x3:", "1x3:nn", "-1x3", "1x03", "1+x3"])
 def test_rejects_malformed_input_shapes(text: str) -> None:
     with pytest.raises(UsageError, match="not a shape with its batch"):
         parse_input_spec(text)
@@ -400,11 +467,12 @@ class TestErrors:
     [
         ({"bits": 3}, 4),
         ({"bits": 4, "storage": "coded"}, 8),
+        ({"bits": 8, "storage": "coded"}, 16),
         ({"bond": 24, "form": "svd", "bits": 6}, 8),
     ],
 )
 def test_onnx_keeps_codes(stored: dict[str, Any], bits: int) -> None:
-    """Tables (in 8 bits), kernels, matrices and factors: the numbers of the layers, in the bytes of codes."""
+    """Tables (8 bits or more), kernels, matrices and factors: the layers' numbers, in the bytes of codes."""
     torch.manual_seed(0)
     network = make_network("nets.py:mixed").eval()
     mpoc.compress(network, embeddings=True, **stored)
@@ -413,10 +481,41 @@ def test_onnx_keeps_codes(stored: dict[str, Any], bits: int) -> None:
     export_network(Path("mixed.safetensors"), {"onnx": file}, specs, "nets.py:mixed")
     onnx.checker.check_model(onnx.load(file))
     table, others = 500 * 64, 64 * 32 * 3 + 2 * 64 * 128 + 32 * 96
-    assert file.stat().st_size < 1.1 * (table + others * bits / 8) + 14_000
+    assert file.stat().st_size < 1.1 * (table * max(bits, 8) + others * bits) / 8 + 14_000
     x = torch.randint(0, 500, (5, 7))
     with torch.no_grad():
         expected = mpoc.load("mixed.safetensors", make_network("nets.py:mixed")).eval()(x)
     (exact,), (fast,) = (run_onnx(file, (x,), decoded) for decoded in (True, False))
     torch.testing.assert_close(exact, expected, rtol=1e-5, atol=1e-5)
     assert (fast - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_onnxruntime_decodes_nothing_in_calls(bits: int) -> None:
+    """Linear layers in groups, with and without a bias, multiply with codes; all else is decoded once.
+
+    Batch norms are multiplied into the kernels by the session, and the file keeps the codes.
+    """
+    onnxruntime: Any = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    network = make_network("nets.py:kernels").eval()
+    mpoc.compress(network, bits=bits)
+    mpoc.save(network, "kernels.safetensors")
+    file = Path("kernels.onnx")
+    export_network(
+        Path("kernels.safetensors"), {"onnx": file}, [parse_input_spec("1x16x8x8")], "nets.py:kernels"
+    )
+    codes = (64 * 144 + 96 * 64 + 10 * 96) * bits // 8
+    assert codes < file.stat().st_size < 1.2 * codes + 12_000
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = "optimized.onnx"
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    operations = [node.op_type for node in onnx.load("optimized.onnx").graph.node]
+    assert operations.count("MatMulNBits") == 2
+    assert not {"DequantizeLinear", "Cast", "Sub", "Mul", "BatchNormalization"} & set(operations)
+    x = torch.randn(3, 16, 8, 8)
+    with torch.no_grad():
+        expected = mpoc.load("kernels.safetensors", make_network("nets.py:kernels")).eval()(x)
+    torch.testing.assert_close(run_onnx(file, (x,), decoded=True), [expected], rtol=1e-5, atol=1e-5)

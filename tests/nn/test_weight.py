@@ -167,6 +167,9 @@ class TestHeldWeight:
             lambda: layer.cores[0].mul_(1.5),
             lambda: stepped(layer, optimiser, x),
             lambda: layer.load_state_dict({n: v * 1.1 for n, v in layer.state_dict().items()}),
+            lambda: setattr(layer.cores[0], "data", layer.cores[0] * 0.9),
+            lambda: layer.cores.__setitem__(1, nn.Parameter(layer.cores[1] * 0.8)),
+            lambda: setattr(layer, "cores", nn.ParameterList([core * 1.2 for core in layer.cores])),
             lambda: layer.load_state_dict(
                 {n: v * 1.1 for n, v in layer.state_dict().items()}, strict=True, assign=True
             ),
