@@ -78,7 +78,7 @@ def same_tensor(model: nn.Module) -> dict[str, set[str]]:
 
 
 def copy_sharing_parameters(model: _Model) -> _Model:
-    """A copy with buffers of its own; its parameters share the model's memory until ``.data`` is set."""
+    """A copy with buffers of its own; its parameters share the model's memory until :func:`set_tensors`."""
     shared = {id(p): nn.Parameter(p.data, p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, dict[int, Any](shared))
 
@@ -88,6 +88,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
+@torch.no_grad()
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give parameters and buffers other memory, as they are on their devices and in their dtypes.
 
@@ -101,7 +102,8 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
     state = state_of(model)
     before = {name: state[name].data for name in tensors}
     for name, tensor in tensors.items():
-        state[name].data = tensor.detach().to(state[name])
+        change: Any = state[name].set_  # counts as a change, as setting ``.data`` does not
+        change(tensor.detach().to(state[name]).contiguous())
     return before
 
 

@@ -89,9 +89,11 @@ def test_a_copy_shares_memory_until_it_is_set() -> None:
     for name, parameter in copied.named_parameters():
         assert parameter.data_ptr() == network.get_parameter(name).data_ptr(), name
     copied[1](x)  # counts in buffers of its own
+    versions = [parameter._version for parameter in copied.parameters()]
     held = set_tensors(
         copied, {"0.weight": torch.ones(3, 3, dtype=torch.float64), "2.bias_ih_l0": torch.ones(12)}
     )
+    assert versions != [parameter._version for parameter in copied.parameters()], "caches notice it"
     tied = [copied.get_parameter(name) for name in ("0.weight", "3.weight")]
     assert tied[0] is tied[1] and torch.equal(tied[0], torch.ones(3, 3))
     assert tied[0].dtype == torch.float32
