@@ -4,8 +4,8 @@ Each table gets at least half an epoch.  What is left goes, rung by rung, to the
 least, so that cheap tables are trained in full and expensive ones come to about equal times.  All networks of
 a table get the same training.  A shortened one has a warm-up and a cosine, and reports its last weights.
 
-The plan is kept as ``plan.json`` in the output folder. Its tables keep their epochs, so that the command,
-given again with the same folder, trains what is missing and nothing twice.
+The plan is kept as ``plan.json`` in the output folder. Its tables keep their epochs and their precision, so
+that the command, given again with the same folder, trains what is missing and nothing twice.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from mpoc.reproduce.study import Reproduction, StudyRequest, cells_of, open_stud
 from mpoc.runtime.formatting import rounded
 from mpoc.train.loader import ExampleOrder
 from mpoc.train.monitor import OnEvent
+from mpoc.train.settings import PRECISIONS
 
 SCHEMA = "mpoc.reproduction-plan/1"
 TABLES = (*STUDIES, NAME)
@@ -136,9 +137,7 @@ def plan_tables(request: AllTablesRequest, say: Callable[[str], None]) -> list[P
     kept = _read_plan(request.output)
     tables = [_measured(each, kept.get(each.name), say) for each in requests]
     chosen = choose_epochs(tables, request.budget, time.monotonic() - begin)
-    plan = kept | {
-        table.name: {"epochs": table.epochs, "rates": list(map(rounded, table.rates))} for table in chosen
-    }
+    plan = kept | {table.name: _entry(table) for table in chosen}
     request.output.mkdir(parents=True, exist_ok=True)
     write_text(_plan_file(request.output), json.dumps({"schema": SCHEMA, "tables": plan}, indent=1) + "\n")
     return chosen
@@ -272,7 +271,8 @@ def _measured(request: StudyRequest, kept: dict[str, Any] | None, say: Callable[
         stored=(False,) * len(cells),
     )
     if kept is not None and len(kept["rates"]) == len(cells):
-        table = replace(table, epochs=kept["epochs"], rates=tuple(kept["rates"]), kept=True)
+        request = replace(request, choice=replace(request.choice, precision=kept["precision"]))
+        table = replace(table, request=request, epochs=kept["epochs"], rates=tuple(kept["rates"]), kept=True)
         return replace(table, stored=tuple(_stored(table)))
     rates: dict[Any, float] = {}  # by what makes the speed
     kinds = [
@@ -295,12 +295,17 @@ def _stored(table: PlannedTable) -> Iterator[bool]:
         yield store.find(cell.name, cell.identity(material)) is not None
 
 
+def _entry(table: PlannedTable) -> dict[str, Any]:
+    precision = table.request.choice.precision
+    return {"epochs": table.epochs, "precision": precision, "rates": list(map(rounded, table.rates))}
+
+
 def _plan_file(output: Path) -> Path:
     return output / "plan.json"
 
 
 def _read_plan(output: Path) -> dict[str, dict[str, Any]]:
-    """Epochs and rates of the tables that have been planned for this folder, by name.
+    """Epochs, precision and rates of the tables that have been planned for this folder, by name.
 
     Raises:
         MpocError: the file is not a plan.
@@ -311,9 +316,8 @@ def _read_plan(output: Path) -> dict[str, dict[str, Any]]:
     try:
         tables = json.loads(path.read_text("utf-8"))["tables"]
         for table in tables.values():
-            if not all(rate > 0 for rate in table["rates"]) or not (
-                table["epochs"] is None or table["epochs"] > 0
-            ):
+            numbers = [*table["rates"], 1 if table["epochs"] is None else table["epochs"]]
+            if table["precision"] not in PRECISIONS or not all(number > 0 for number in numbers):
                 raise ValueError(table)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise MpocError(

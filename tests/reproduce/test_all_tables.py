@@ -129,7 +129,10 @@ def test_rejects_unknown_tables_and_missing_data(digits: Path, only: tuple[str, 
     assert not (digits / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"tables": {"lenet5": {"epochs": -1, "rates": [1]}}}'])
+PLAN = '{"tables": {"lenet5": {"epochs": %d, "precision": "fp32", "rates": [1]}}}'
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", PLAN % -1])
 def test_names_a_damaged_plan(digits: Path, text: str) -> None:
     (digits / "out").mkdir()
     (digits / "out" / "plan.json").write_text(text)
