@@ -210,9 +210,11 @@ def _resumable(output: Path, console: Output) -> Iterator[None]:
 
 
 def _run_all(options: ReproduceOptions, console: Output) -> None:
-    """Print the plan, train table by table, and write the page after each."""
+    """Print the plan; train table by table, and after each print it and write the page."""
+    from mpoc.cli.tables import print_reproduction
     from mpoc.reproduce.all_tables import AllTablesRequest, parse_budget, plan_tables, run_tables
     from mpoc.reproduce.figures import write_page
+    from mpoc.reproduce.study import Reproduction
 
     allowed = {each.name for each in fields(options)} - _FOR_ALL
     _refuse(options, allowed, "not an option of mpoc reproduce all")
@@ -230,6 +232,11 @@ def _run_all(options: ReproduceOptions, console: Output) -> None:
             for result in run_tables(request, plan, console.say, progress):
                 results.append(result)
                 write_page(page, plan, results)
+                console.result.print()
+                if isinstance(result, Reproduction):
+                    print_reproduction(console.result, result)
+                else:
+                    print_images(console.result, result)
     console.say(f"wrote {page}")
 
 

@@ -203,13 +203,13 @@ def plan_rows(plan: Sequence[PlannedTable]) -> list[list[str]]:
     """The plan as a table: one line a study, and the sum."""
     rows = []
     for table in plan:
-        networks, rates = "", ""
+        networks = rates = seconds = ""
         if table.experiments:
             stored = f", {sum(table.stored)} stored" if any(table.stored) else ""
             networks = f"{len(table.rates)}{stored}"
             rates = " to ".join(f"{rate:,.0f}" for rate in sorted({min(table.rates), max(table.rates)}))
-        seconds = table.seconds(table.epochs)
-        rows.append([table.name, networks, rates, table.training, budget_text(seconds, round_up=True)])
+            seconds = budget_text(table.seconds(table.epochs), round_up=True)
+        rows.append([table.name, networks, rates, table.training, seconds])
     total = sum(table.seconds(table.epochs) for table in plan)
     return [*rows, ["all", "", "", "", budget_text(total, round_up=True)]]
 

@@ -292,8 +292,12 @@ def _image_section(study: ImageStates) -> Markup:
 
 def _html_table(name: str, titles: list[str], rows: list[list[str]]) -> Markup:
     head = tag("tr", *(tag("th", title, scope="col") for title in titles))
-    lines = [tag("tr", *(tag("td", cell) for cell in row)) for row in rows]
+    lines = [tag("tr", *map(_html_cell, row)) for row in rows]
     return scrolled(tag("table", tag("thead", head), tag("tbody", *lines)), name)
+
+
+def _html_cell(text: str) -> Markup:
+    return tag("td", text, class_="n" if text[:1].isdigit() else None)
 
 
 def _accuracy_chart(results: Reproduction) -> Chart:

@@ -13,6 +13,7 @@ from mpoc.runtime.signals import Interrupted
 from tests.reporting.test_html import assert_whole
 from tests.reporting.test_markup import read
 from tests.reproduce.images import write_digits
+from tests.reproduce.test_hallam2017 import write_images
 from tests.support.process import Here, Mpoc
 
 
@@ -58,7 +59,7 @@ def test_all_trains_within_the_budget_and_writes_one_page(run: Mpoc) -> None:
     assert done.returncode == 0, done.stderr
     plan = [line.split() for line in done.stdout.splitlines()]
     assert plan[0] == ["table", "networks", "examples/s", "training", "estimated"]
-    assert [line[0] for line in plan[2:]] == ["fc2", "lenet5", "all"]
+    assert [line[0] for line in plan[2:5]] == ["fc2", "lenet5", "all"]
     assert "shortened: 20 of the paper's 500 epochs" in done.stdout
     assert "[9/9] FC2, random D=16, seed 0: " in done.stderr
     page = (run.folder / "reproduce-all" / "index.html").read_text("utf-8")
@@ -94,6 +95,19 @@ def test_all_resumes_with_its_plan(here: Here, monkeypatch: pytest.MonkeyPatch) 
     assert "examples a second" not in done.stderr and "9, 2 stored" in done.stdout
     assert done.stderr.count(", stored") == 2
     assert here(*ALL, "--budget", "1s").stderr.count(", stored") == 12
+
+
+@pytest.mark.slow
+def test_all_shows_a_table_that_trains_nothing(here: Here) -> None:
+    (here.folder / "data").mkdir()
+    write_images(here.folder / "data" / "cifar10.npz")
+    done = here("reproduce", "all", "--data", "data", "--only", "mps-images", "--budget", "1m", "-o", "out")
+    assert done.returncode == 0, done.stderr
+    assert "mps-images                           trains nothing" in done.stdout
+    page = (here.folder / "out" / "index.html").read_text("utf-8")
+    assert_whole(page)
+    assert page.count("<svg") == 1 and "20 images of 3×32×32 (test)" in read(page).text
+    assert (here.folder / "out" / "mps-images" / "report.json").exists()
 
 
 @pytest.mark.slow
