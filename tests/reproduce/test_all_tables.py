@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from mpoc.errors import MpocError, UsageError
+from mpoc.reproduce import all_tables
 from mpoc.reproduce.all_tables import (
     AllTablesRequest,
     PlannedTable,
@@ -18,9 +22,11 @@ from mpoc.reproduce.all_tables import (
     plan_tables,
 )
 from mpoc.reproduce.catalogue import STUDIES, StudyChoice, choose_studies
-from mpoc.reproduce.run import run_cell
+from mpoc.reproduce.run import Store, run_cell
 from mpoc.reproduce.study import StudyRequest, cells_of, open_study
 from tests.reproduce.images import write_digits
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 def table(name: str, *rates: float, examples: int = 1000) -> PlannedTable:
@@ -138,6 +144,21 @@ def test_names_a_damaged_plan(digits: Path, text: str) -> None:
     (digits / "out" / "plan.json").write_text(text)
     with pytest.raises(MpocError, match=r"plan\.json: not a plan of mpoc reproduce all"):
         plan_tables(asked(digits), lambda _: None)
+
+
+def test_committed_results_are_of_todays_tables(tmp_path: Path) -> None:
+    """Else the command that shows them would train again."""
+    (tmp_path / "cifar10").mkdir()
+    for name, kept in json.loads((RESULTS / "plan.json").read_text("utf-8"))["tables"].items():
+        request = AllTablesRequest(tmp_path, RESULTS, 1.0, precision=kept["precision"])
+        chosen = PlannedTable(all_tables._request(request, name), epochs=kept["epochs"]).chosen()
+        cells = list(cells_of(choose_studies(STUDIES[name], chosen.choice), chosen.starts, chosen.seed))
+        files = [path for path in (RESULTS / name).glob("*.json") if path.name != "report.json"]
+        data = json.loads(files[0].read_text("utf-8"))["identity"]["data"]
+        material: Any = SimpleNamespace(identity=data)
+        found = [Store(RESULTS / name).find(cell.name, cell.identity(material)) for cell in cells]
+        assert len(cells) == len(kept["rates"])
+        assert sum(result is not None for result in found) == len(files) > 0
 
 
 def test_kernels_are_trained_channels_last(digits: Path) -> None:
