@@ -214,6 +214,10 @@ def _shortened(settings: Settings, experiment: Experiment) -> str:
     """By how much a training is shorter than the paper's, or than ours where the paper's is unknown."""
     full = (experiment.paper_training or experiment.training).settings
     whose = "the paper's" if experiment.paper_training else "the recipe's"
+    if full.patience:  # it ends by itself; the epochs of both are limits
+        is_cut = settings.steps is not None or settings.epochs < experiment.training.settings.epochs
+        is_cut = is_cut or not settings.patience
+        return f"{length_of(settings)} in place of {whose} early stopping" if is_cut else ""
     ours, theirs = (s.epochs if s.steps is None else s.steps for s in (settings, full))
     if (settings.steps is None) != (full.steps is None):
         return f"{length_of(settings)} in place of {whose} {length_of(full)}"

@@ -98,13 +98,17 @@ def test_shorter_trainings_are_called_so() -> None:
         return choose_studies(STUDIES[name], StudyChoice(**choice))[0].training.shortened  # type: ignore[arg-type]
 
     assert shortened("fc2") == "20 of the paper's 500 epochs"
-    assert shortened("mera", epochs=1) == "1 of the paper's 1000 epochs"
+    assert shortened("mera", epochs=1) == "1 epoch in place of the paper's early stopping"
+    assert shortened("mera", steps=9) == "9 steps in place of the paper's early stopping"
+    assert shortened("mera") == ""
     assert shortened("harada", epochs=2) == "2 of the recipe's 5 epochs"
     assert shortened("picogpt") == shortened("harada") == ""
     assert shortened("picogpt", epochs=0.5) == "0.5 epochs in place of the paper's 2,000 steps"
     assert all(shortened(name, paper=True) == "" for name in STUDIES if name != "harada")
     words = choose_studies(STUDIES["mera"], StudyChoice(epochs=3, one_cycle=True))[0].training.words()
-    assert words.startswith("shortened to 3 of the paper's 1000 epochs, batch 50, adam, lr 0.001 cosine")
+    assert words.startswith(
+        "shortened to 3 epochs in place of the paper's early stopping, batch 50, adam, lr 0.001 cosine"
+    )
     assert "warm-up 0.1" in words and "stopped" not in words
 
 
