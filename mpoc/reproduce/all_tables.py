@@ -1,8 +1,8 @@
 """All tables of the papers within a budget of time: measure every network, choose epochs, train.
 
-Each table gets at least half an epoch.  What is left goes, rung by rung, to the table whose next rung costs
-least, so that cheap tables are trained in full and expensive ones come to about equal times.  All networks of
-a table get the same training.  A shortened one has a warm-up and a cosine, and reports its last weights.
+Each table gets at least half an epoch.  What is left goes, rung by rung, to the table that then takes the
+least time, so that cheap tables are trained in full and expensive ones take about equal times.  All networks
+of a table get the same training.  A shortened one has a warm-up and a cosine, and reports its last weights.
 
 The plan is kept as ``plan.json`` in the output folder. Its tables keep their epochs and their precision, so
 that the command, given again with the same folder, trains what is missing and nothing twice.
@@ -164,15 +164,15 @@ def choose_epochs(tables: Sequence[PlannedTable], budget: float, spent: float = 
             f"--budget {least}, or fewer tables with --only",
         )
     while True:
-        higher = [
-            (costs[at + 1] - costs[at], k)
+        affordable = [
+            (costs[at + 1], k)
             for k, (costs, at) in enumerate(zip(cost, rung, strict=True))
-            if at + 1 < len(costs)
+            if at + 1 < len(costs) and costs[at + 1] - costs[at] <= left
         ]
-        price, k = min(higher, default=(math.inf, 0))
-        if price > left:
+        if not affordable:
             break
-        rung[k], left = rung[k] + 1, left - price
+        raised, k = min(affordable)
+        rung[k], left = rung[k] + 1, left - (raised - cost[k][rung[k]])
     return [replace(table, epochs=table.rungs[at]) for table, at in zip(tables, rung, strict=True)]
 
 

@@ -64,6 +64,12 @@ def test_uses_the_budget_for_cheap_tables_first(budget: float) -> None:
     assert (budget == 10**6) == all(each.epochs is None for each in chosen)
 
 
+def test_slow_tables_get_their_share() -> None:
+    """Though one more epoch of another costs less."""
+    slow, fast = choose_epochs([table("resnet", 10.0), table("vgg16", 40.0)], 300)
+    assert (slow.epochs, fast.epochs) == (1, 6)
+
+
 def test_smallest_budget_is_named_and_suffices() -> None:
     tables = [table("vgg16", 10.0), table("resnet", 20.0)]
     with pytest.raises(UsageError, match="--budget 60s: too short for vgg16, resnet") as error:
