@@ -207,7 +207,8 @@ def plan_rows(plan: Sequence[PlannedTable]) -> list[list[str]]:
         if table.experiments:
             stored = f", {sum(table.stored)} stored" if any(table.stored) else ""
             networks = f"{len(table.rates)}{stored}"
-            rates = " to ".join(f"{rate:,.0f}" for rate in sorted({min(table.rates), max(table.rates)}))
+            ends = (f"{rate:,.0f}" for rate in (min(table.rates), max(table.rates)))
+            rates = " to ".join(dict.fromkeys(ends))
             seconds = budget_text(table.seconds(table.epochs), round_up=True)
         rows.append([table.name, networks, rates, table.training, seconds])
     total = sum(table.seconds(table.epochs) for table in plan)
