@@ -25,15 +25,17 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from mpoc.reproduce.image_states import ImageStates, ImageStatesRequest, Quality
+    from mpoc.reproduce.all_tables import PlannedTable
+    from mpoc.reproduce.image_states import ImageStates, ImageStatesRequest
     from mpoc.reproduce.study import Reproduction, StudyRequest
     from mpoc.train.monitor import TrainingEvent
 
 
 _NETWORKS, _TRAINING = "Networks", "Training"
-_IMAGES = "mps-images"
+_IMAGES, _ALL = "mps-images", "all"
 # Options that mps-images takes, by the names of fields.
 _FOR_IMAGES = {"name", "data", "format", "bonds", "seed", "quick", "output", "plot", "as_json", "quiet"}
+_FOR_ALL = {"name", "data", "budget", "only", "seed", "device", "precision", "output", "quiet"}
 
 
 def _items(text: str) -> tuple[str, ...]:
@@ -52,7 +54,7 @@ class ReproduceOptions:
     """The command line of ``mpoc reproduce``."""
 
     name: str = argument(
-        "NAME", "fc2, lenet5, vgg16, vgg19, resnet, densenet, mera, harada, picogpt or mps-images."
+        "NAME", "all, fc2, lenet5, vgg16, vgg19, resnet, densenet, mera, harada, picogpt or mps-images."
     )
     data: Path = option("Read this file or folder of examples.", metavar="PATH", panel=COMMON)
     format: str | None = option("Name the format where it is not recognised.", None, panel=ADVANCED)
@@ -84,6 +86,14 @@ class ReproduceOptions:
     )
     steps: int | None = option("Train for this many steps instead of epochs.", None, panel=_TRAINING)
     paper: bool = option("Train as long as the paper.", False, panel=_TRAINING)
+    precision: str = option("Compute in fp32 or bf16.", "fp32", panel=_TRAINING)
+    budget: str | None = option(
+        "Choose epochs so that all tables fit this time, as 8h.", None, metavar="TIME", panel=_TRAINING
+    )
+    only: tuple[str, ...] = option(
+        "Make only these tables of all.",
+        (), metavar="NAME[,NAME…]", panel=_NETWORKS, parse=_items, shown="every table",
+    )  # fmt: skip
     no_l2: bool = option("Leave out the second term of Eq. (7).", False, panel=_TRAINING)
     runs: int = option("Number of seeds of every network, for mean ± σ.", 1, panel=_TRAINING)
     seed: int = option("Set the first seed.", 0, panel=_TRAINING)
@@ -105,6 +115,7 @@ def reproduce(options: ReproduceOptions) -> None:
     """Repeat an experiment of a paper: dense, MPO-Net from TT-SVD, MPO-Net from random cores.
 
     Every network gets the same training. An interrupted command, given again, resumes where it stopped.
+    "all" makes every table within --budget, from a folder with mnist/, cifar10/ and text/.
 
     Variants of resnet are depths, 56-resunit with the last ResUnit; of densenet (n, m, k) as 16-12-24, or
     convolution; of harada raster or morton, and morton-random-0.1 with automatic bonds; of mera fc-1, fc-2,
@@ -122,6 +133,10 @@ def reproduce(options: ReproduceOptions) -> None:
     if options.name == _IMAGES:
         _run_images(options, console)
         return
+    if options.name == _ALL:
+        _run_all(options, console)
+        return
+    _refuse(options, {"budget", "only"}, "an option of mpoc reproduce all")
     result = _run(_request(options), options.plot, console)
     if options.as_json:
         from mpoc.reporting.summary import to_json
@@ -151,6 +166,7 @@ def _request(options: ReproduceOptions) -> StudyRequest:
     choice = StudyChoice(
         tuple(study.variants) if variants == ("all",) else variants,
         options.bonds, tuple(shapes), options.paper, options.epochs, options.steps, not options.no_l2,
+        precision=options.precision,
     )  # fmt: skip
     same = ("name", "data", "runs", "seed", "quick", "format", "device", "starts")
     return StudyRequest(
@@ -168,22 +184,82 @@ def _run(request: StudyRequest, plot: Path | None, console: Output) -> Reproduct
     from mpoc.reporting.summary import to_json
     from mpoc.reproduce.figures import draw_figures
     from mpoc.reproduce.study import run_study
-    from mpoc.runtime.signals import Interrupted
 
     if plot is not None:
         require_matplotlib()
-    try:
-        with _live_progress(console) as progress:
-            result = run_study(request, console.say, progress)
-    except (Interrupted, KeyboardInterrupt) as stop:
-        console.say(f"stopped; finished networks are in {request.output}")
-        console.next_command(f"mpoc {shlex.join(sys.argv[1:])}")
-        raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
+    with _resumable(request.output, console), _live_progress(console) as progress:
+        result = run_study(request, console.say, progress)
     report = request.output / "report.json"
     write_text(report, to_json(result.as_dict()) + "\n")
     written = [report, *(draw_figures(result, plot) if plot is not None else ())]
     console.say(f"wrote {', '.join(map(str, written))}")
     return result
+
+
+@contextmanager
+def _resumable(output: Path, console: Output) -> Iterator[None]:
+    """Tell how to go on where the user stops what runs in here."""
+    from mpoc.runtime.signals import Interrupted
+
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as stop:
+        console.say(f"stopped; finished networks are in {output}")
+        console.next_command(f"mpoc {shlex.join(sys.argv[1:])}")
+        raise SystemExit(128 + getattr(stop, "signum", signal.SIGINT)) from None
+
+
+def _run_all(options: ReproduceOptions, console: Output) -> None:
+    """Print the plan; train table by table, and after each print it and write the page."""
+    from mpoc.cli.tables import print_reproduction
+    from mpoc.reproduce.all_tables import AllTablesRequest, parse_budget, plan_tables, run_tables
+    from mpoc.reproduce.figures import write_page
+    from mpoc.reproduce.study import Reproduction
+
+    allowed = {each.name for each in fields(options)} - _FOR_ALL
+    _refuse(options, allowed, "not an option of mpoc reproduce all")
+    if options.budget is None:
+        raise UsageError("all needs a --budget of time", "--budget 8h")
+    output = options.output or Path("reproduce-all")
+    same = {name: getattr(options, name) for name in ("data", "only", "device", "seed", "precision")}
+    request = AllTablesRequest(**same, output=output, budget=parse_budget(options.budget))
+    with _resumable(output, console):
+        plan = plan_tables(request, console.say)
+        console.result.print(_plan_table(plan))
+        results: list[Reproduction | ImageStates] = []
+        page = output / "index.html"
+        with _live_progress(console) as progress:
+            for result in run_tables(request, plan, console.say, progress):
+                results.append(result)
+                write_page(page, plan, results)
+                console.result.print()
+                if isinstance(result, Reproduction):
+                    print_reproduction(console.result, result)
+                else:
+                    print_images(console.result, result)
+    console.say(f"wrote {page}")
+
+
+def _plan_table(plan: list[PlannedTable]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from mpoc.reproduce.all_tables import PLAN_COLUMNS, plan_rows
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for title in PLAN_COLUMNS:
+        table.add_column(title, overflow="fold")
+    for row in plan_rows(plan):
+        table.add_row(*map(plain, row))
+    return table
+
+
+def _refuse(options: ReproduceOptions, names: set[str], reason: str) -> None:
+    """Raise UsageError where one of these fields is not as by default."""
+    for each in fields(options):
+        if each.name in names and getattr(options, each.name) != each.default:
+            name = each.metadata["option"].flags or (f"--{each.name.replace('_', '-')}",)
+            raise UsageError(f"{name[0]} is {reason}", "omit it")
 
 
 @contextmanager
@@ -230,36 +306,20 @@ def _images_request(options: ReproduceOptions) -> ImageStatesRequest:
     """
     from mpoc.reproduce.image_states import BONDS, ImageStatesRequest
 
-    for each in fields(options):
-        if each.name not in _FOR_IMAGES and getattr(options, each.name) != each.default:
-            name = each.metadata["option"].flags or (f"--{each.name.replace('_', '-')}",)
-            raise UsageError(f"{name[0]} is an option of studies that train networks", "omit it")
+    others = {each.name for each in fields(options)} - _FOR_IMAGES
+    _refuse(options, others, "an option of studies that train networks")
     same = {name: getattr(options, name) for name in ("data", "seed", "quick", "format")}
     return ImageStatesRequest(bonds=options.bonds or BONDS, **same)
 
 
 def print_images(console: Console, result: ImageStates) -> None:
     """Print the table, the entropies, and how the numbers are made."""
-    from mpoc.reproduce.image_states import ORDERS, SOURCE
+    from mpoc.reproduce.figures import image_notes
 
     if result.quick:
         console.print(f"--quick: {len(result.images)} images", soft_wrap=True)
     console.print(_table(result))
-    for order, values in result.entropies.items():
-        shown = " ".join(f"{value:.3f}" for value in values)
-        name = f"entanglement entropy, {ORDERS[order]}"
-        console.print(f"{name}, bonds 1 to {len(values)}: {shown}", soft_wrap=True)
-    shape = "×".join(map(str, result.images.shape[1:]))
-    colour = "a site of 3 colours in front of " if result.images.shape[1] == 3 else ""
-    for line in (
-        f"{len(result.images):,} images of {shape} ({result.split}), as {colour}sites of 4, coarse to fine; "
-        "errors on the image's own pixels",
-        "dB: mean over the images of 10 log₁₀(1/mean squared error), peak 1; an error below that of 8-bit "
-        "pixels counts as theirs, 58.9 dB",
-        "numbers of a state are its cores'; of rank r of a matrix (colours and rows, columns) its two "
-        "factors'; of a cosine coefficient its value, at a place of its own its place too",
-        f"source: {SOURCE}",
-    ):
+    for line in image_notes(result):
         console.print(plain(line), soft_wrap=True)
 
 
@@ -267,19 +327,12 @@ def _table(result: ImageStates) -> Table:
     from rich import box
     from rich.table import Table
 
-    from mpoc.reproduce.figures import METHODS
+    from mpoc.reproduce.figures import image_table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for title in ("D", "numbers", "share"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for name in (*result.states, *result.peers):
-        table.add_column(f"{METHODS[name]} dB", justify="right")
-    columns = [*result.states.values(), *result.peers.values()]
-    for k, at in enumerate(columns[0]):
-        cells = [str(at.kept), f"{at.numbers:,}", f"{at.numbers / result.pixels:.3f}"]
-        table.add_row(*cells, *(_decibels(column[k]) for column in columns))
+    titles, rows = image_table(result)
+    for k, title in enumerate(titles):
+        table.add_column(title, justify="right", no_wrap=k < 3)
+    for row in rows:
+        table.add_row(*row)
     return table
-
-
-def _decibels(at: Quality) -> str:
-    return f"{at.decibels:.2f}" if at.kept else "–"

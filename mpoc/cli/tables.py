@@ -6,7 +6,6 @@ reproduction is a network with the paper's numbers beside ours.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -26,21 +25,13 @@ if TYPE_CHECKING:
     from mpoc.cli.compress import CompressResult
     from mpoc.compression.search import Bisection, Trial
     from mpoc.compression.size_table import SizeRow, SizeTable
-    from mpoc.reproduce.study import Reproduction, Row
+    from mpoc.reproduce.study import Reproduction
     from mpoc.train.evaluate_file import FileEvaluation
 
 _WIDEST = "outputs J / inputs I"
 # Below this width of a terminal the factors, and the seconds, are left out.
 _NARROW = 120
 _MEASURES = {"cosine": ("cosine", "{:.4f}"), "agreement": ("agreement %", "{:.2f}"), "kl": ("KL", "{:.3g}")}
-
-_COLUMNS = (
-    "parameters", "fully connected", "paper", "total", "paper", "compression", "of all", "final %", "best %",
-    "paper %", "steps", "ms a step",
-)  # fmt: skip
-
-_STARTED = "TT-SVD starts from the trained dense network of the same seed; random cores start from nothing"
-_STARTS = {"dense": "dense", "ttsvd": "MPO, TT-SVD", "random": "MPO, random"}
 
 
 def print_report(
@@ -272,136 +263,19 @@ def _size_remarks(sizes: SizeTable) -> list[str]:
     ]
 
 
-def compression_table(results: Reproduction) -> Table:
-    """One line per network, with the paper's numbers beside ours."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("network", overflow="fold")
-    for title in _COLUMNS:
-        table.add_column(title, justify="right")
-    for row in results.rows:
-        table.add_row(*map(plain, _cells(results, row)))
-    return table
-
-
-def _cells(results: Reproduction, row: Row) -> list[str]:
-    from mpoc.reproduce.hallam2017 import baseline_counts, counts
-
-    own, paper = counts(results.study, row.experiment.network, row.parameters), row.published
-    printed = [f"{number:,}" if number else "" for number in (paper.parameters if paper else (0, 0))]
-    parts, whole = own.of(baseline_counts(results.study))
-    steps, milliseconds = row.results[0].steps, row.results[0].milliseconds
-    return [
-        _label(results, row),
-        f"{row.parameters:,}",
-        f"{own.fully_connected:,}",
-        printed[0],
-        f"{own.total:,}",
-        printed[1],
-        f"{parts:,.0f}",
-        f"{whole:.2f}",
-        f"{row.mean('final')[0]:.2f}",
-        f"{row.mean('best')[0]:.2f}",
-        "" if paper is None or paper.accuracy is None else f"{paper.accuracy:.2f}",
-        f"{steps:,}",
-        "" if milliseconds is None else f"{milliseconds:.0f}",
-    ]
-
-
-def _label(results: Reproduction, row: Row) -> str:
-    """The paper's name of the network: ``FC-1``, ``MERA-2``."""
-    if row.start != "dense":
-        name, comma, rest = row.experiment.label.partition(",")
-        return f"{name}-{row.bond}{comma}{rest}"
-    dense = (experiment for experiment in results.study.variants.values() if not experiment.layers)
-    return next(experiment.label for experiment in dense if experiment.network == row.experiment.network)
-
-
 def print_reproduction(console: Console, results: Reproduction) -> None:
     """The table, the structures, and what the numbers are."""
-    experiment = results.rows[0].experiment
+    from mpoc.reproduce.study import notes_of, table_of
+
     if results.quick:
         console.print("--quick: a smoke run; its accuracies are not results", soft_wrap=True)
-    console.print(compression_table(results) if results.study.baseline else _reproduction_rows(results))
-    for label, structure in dict.fromkeys(_structures(results)):
-        console.print(plain(f"{label}: {structure}"), soft_wrap=True)
-    for line in _effective(results):
-        console.print(plain(line), soft_wrap=True)
-    note = f" ({experiment.training.note})" if experiment.training.note else ""
-    runs = f"{len(results.seeds)} runs, seeds {results.seeds[0]} to {results.seeds[-1]}"
-    lines = [
-        f"every network: {experiment.training.words()}{note}; "
-        f"{runs if len(results.seeds) > 1 else f'seed {results.seeds[0]}'}",
-        results.material.reported(),
-        *([_STARTED] if any(row.start == "ttsvd" for row in results.rows) else []),
-        f"paper: {results.study.source}, on {experiment.data}",
-    ]
-    lines += dict.fromkeys(note for row in results.rows for note in row.experiment.notes)
-    for line in lines:
-        console.print(plain(line), soft_wrap=True)
-
-
-def _structures(results: Reproduction) -> list[tuple[str, str]]:
-    """Each experiment's label and its layers' structures; layers of one structure share a line."""
-    structures: list[tuple[str, str]] = []
-    for row in results.rows:
-        names: dict[str, list[str]] = {}
-        for layer in row.experiment.layers:
-            name, _, structure = layer.notation().partition(" ")
-            names.setdefault(structure, []).append(name)
-        shown = "; ".join(f"{_joined(layers)} {structure}" for structure, layers in names.items())
-        if shown:
-            structures.append((row.experiment.label, shown))
-    return structures
-
-
-def _effective(results: Reproduction) -> list[str]:
-    """exp(S) at each bond, where bonds were chosen automatically; of the first run."""
-    lines = []
-    for row in results.rows:
-        if row.experiment.discard and row.start != "dense":
-            for layer, entropies in row.results[0].entropies.items():
-                numbers = " ".join(f"{math.exp(entropy):.1f}" for entropy in entropies)
-                lines.append(f"{row.experiment.label}, {layer}: effective components exp(S) {numbers}")
-    return lines
-
-
-def _joined(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, …, {names[-1]} ({len(names)} layers)"
-
-
-def _reproduction_rows(results: Reproduction) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("network", overflow="fold")
-    table.add_column("weights", no_wrap=True)
-    for title in ("D", "parameters", "replaced layers", "ρ", "before", "final %", "best %", "s"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("paper %", overflow="fold")
-    for row in results.rows:
-        table.add_row(*map(plain, _reproduction_cells(row)))
-    return table
-
-
-def _reproduction_cells(row: Row) -> list[str]:
-    dense = row.start == "dense"
-    own = ", ".join(dict.fromkeys(str(layer.bond) for layer in row.experiment.layers if layer.bond))
-    bond = "" if dense else str(row.bond or own)
-    if row.experiment.discard and not dense:
-        bond = ", ".join(" ".join(map(str, bonds)) for bonds in row.results[0].bonds.values())
-    return [
-        row.experiment.network if dense else row.experiment.label,
-        _STARTS[row.start],
-        bond,
-        f"{row.parameters:,}",
-        f"{row.replaced:,}",
-        "1" if dense else f"{row.rho:.4g}",
-        f"{row.mean('start')[0]:.2f}",
-        _with_sigma(row, "final"),
-        _with_sigma(row, "best"),
-        f"{row.mean('seconds')[0]:.0f}",
-        str(row.published or ""),
-    ]
-
-
-def _with_sigma(row: Row, name: str) -> str:
-    mean, sigma = row.mean(name)
-    return f"{mean:.2f}" if sigma is None else f"{mean:.2f} ± {sigma:.2f}"
+    titles, rows = table_of(results)
+    for title in titles:
+        is_text = title in ("network", "weights", "paper %")
+        table.add_column(title, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(plain, row))
+    console.print(table)
+    for line in notes_of(results):
+        console.print(plain(line), soft_wrap=True)

@@ -36,24 +36,30 @@ def write_page(path: Path, output: Path, others: Sequence[Path] = ()) -> None:
 
 def page(shown: Sequence[FileData]) -> str:
     """The HTML of the first of ``shown``, compared with the others."""
-    first = shown[0]
-    style, script = (
-        files("mpoc.reporting.assets").joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js")
-    )
+    script = _asset("js")
     title = " and ".join(file.name for file in shown)
+    body = join(
+        comparison(shown) if len(shown) > 1 else None,
+        _report(shown[0]),
+        tag("script", Markup(script)),
+    )
+    return document(f"{title}: mpoc report", body)
+
+
+def document(title: str, body: Markup) -> str:
+    """A page of its own, in the style of the reports."""
     head = join(
         Markup('<meta charset="utf-8">'),
         Markup('<meta name="viewport" content="width=device-width, initial-scale=1">'),
         Markup(f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'),
-        tag("title", f"{title}: mpoc report"),
-        tag("style", Markup(style)),
-    )
-    body = join(
-        comparison(shown) if len(shown) > 1 else None,
-        _report(first),
-        tag("script", Markup(script)),
+        tag("title", title),
+        tag("style", Markup(_asset("css"))),
     )
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
+
+
+def _asset(kind: str) -> str:
+    return files("mpoc.reporting.assets").joinpath(f"page.{kind}").read_text("utf-8")
 
 
 def _report(file: FileData) -> Markup:

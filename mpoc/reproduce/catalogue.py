@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mpoc.errors import UsageError, nearest
-from mpoc.reproduce.experiment import Experiment, Published, ReplacedLayer, Study, Training
+from mpoc.reproduce.experiment import Experiment, Published, ReplacedLayer, Study, Training, length_of
 from mpoc.reproduce.gao2020 import DENSENET, FC2, LENET5, RESNET, VGG16, VGG19
 from mpoc.reproduce.hallam2017 import MERA
 from mpoc.reproduce.image_states import ORDERS
@@ -121,6 +121,8 @@ HARADA = Study(
     "harada", "MPO + FC", _HARADA_SOURCE, _HARADA, quick_batch=50, axis="parameters", shown=tuple(_HARADA)
 )
 
+_WARMUP = 0.1  # share of a training of one cycle
+
 _ALL = (FC2, LENET5, VGG16, VGG19, RESNET, DENSENET, PICOGPT, HARADA, MERA)
 STUDIES = {study.name: study for study in _ALL}
 
@@ -140,6 +142,8 @@ class StudyChoice:
     epochs: float | None = None
     steps: int | None = None
     l2: bool = True
+    one_cycle: bool = False  # a warm-up and a cosine over all of the training, which nothing ends early
+    precision: str = "fp32"
 
 
 def find_study(name: str) -> Study:
@@ -198,7 +202,26 @@ def _training(experiment: Experiment, choice: StudyChoice) -> Training:
         settings = replace(settings, steps=choice.steps)
     if not choice.l2:
         settings = replace(settings, l2=0.0, weight_decay=0.0)
-    return replace(training, settings=settings)
+    if choice.one_cycle:
+        every = None if settings.patience else settings.eval_every
+        warmup = settings.warmup or _WARMUP
+        settings = replace(settings, schedule="cosine", warmup=warmup, patience=None, eval_every=every)
+    settings = replace(settings, precision=choice.precision)
+    return replace(training, settings=settings, shortened=_shortened(settings, experiment))
+
+
+def _shortened(settings: Settings, experiment: Experiment) -> str:
+    """By how much a training is shorter than the paper's, or than ours where the paper's is unknown."""
+    full = (experiment.paper_training or experiment.training).settings
+    whose = "the paper's" if experiment.paper_training else "the recipe's"
+    if full.patience:  # it ends by itself; the epochs of both are limits
+        is_cut = settings.steps is not None or settings.epochs < experiment.training.settings.epochs
+        is_cut = is_cut or not settings.patience
+        return f"{length_of(settings)} in place of {whose} early stopping" if is_cut else ""
+    ours, theirs = (s.epochs if s.steps is None else s.steps for s in (settings, full))
+    if (settings.steps is None) != (full.steps is None):
+        return f"{length_of(settings)} in place of {whose} {length_of(full)}"
+    return f"{ours:,g} of {whose} {length_of(full)}" if ours < theirs else ""
 
 
 def _reshaped(experiment: Experiment, text: str, shapes: Shapes) -> Experiment:

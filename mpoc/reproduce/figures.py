@@ -1,4 +1,4 @@
-"""Draw the figures of a study: accuracy over D or depth, and over epochs.
+"""Draw the figures of a study, accuracy over D or depth and over epochs, and one page of all tables.
 
 For images as states, draw quality over stored numbers, entropy along the chain, and examples.
 """
@@ -6,14 +6,19 @@ For images as states, draw quality over stored numbers, entropy along the chain,
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpoc.io.atomic import staged
-from mpoc.reproduce.image_states import NAME, ORDERS, ImageStates, approximate
+from mpoc.io.atomic import staged, write_text
+from mpoc.reporting.charts import Axis, Chart, Series, tone_of
+from mpoc.reporting.html import document
+from mpoc.reporting.html_sections import figures, scrolled, title_of
+from mpoc.reporting.svg import Markup, join, tag
+from mpoc.reproduce.all_tables import PLAN_COLUMNS, PlannedTable, plan_rows
+from mpoc.reproduce.image_states import NAME, ORDERS, SOURCE, ImageStates, approximate
 from mpoc.reproduce.run import DENSE
-from mpoc.reproduce.study import Reproduction, Row
+from mpoc.reproduce.study import Reproduction, Row, notes_of, table_of
 
 _NAMES = {"ttsvd": "MPO-Net, from TT-SVD", "random": "MPO-Net, random start", DENSE: "dense"}
 _COLOURS = {"ttsvd": "C0", "random": "C1", DENSE: "0.25"}
@@ -26,6 +31,7 @@ METHODS = {
 }
 _STYLES = {"morton": "C0.-", "raster": "C1.-", "svd": "0.25", "dct-own": "C2", "dct-common": "C2--"}
 _SHOWN = 8  # images
+_TONES, _MOST_CURVES = 6, 12  # of a chart on the page
 
 
 def draw_figures(results: Reproduction, folder: Path) -> list[Path]:
@@ -38,7 +44,8 @@ def draw_figures(results: Reproduction, folder: Path) -> list[Path]:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         draw(axes, results)
-        axes.set_title(f"{results.study.title}{' (quick: a smoke run)' if results.quick else ''}")
+        words = "quick: a smoke run" if results.quick else f"shortened: {results.shortened}"
+        axes.set_title(results.study.title + (f" ({words})" if results.shortened else ""))
         axes.set_ylabel(f"accuracy on {results.material.measured} (%)")
         axes.legend(fontsize="small")
         target = folder / f"{results.study.name}{suffix}.svg"
@@ -193,3 +200,147 @@ def _draw_examples(figure: Any, study: ImageStates) -> None:
 def _save(figure: Any, target: Path) -> None:
     with staged(target) as scratch:
         figure.savefig(scratch)
+
+
+def image_table(study: ImageStates) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the table of images as states."""
+    titles = ["D", "numbers", "share", *(f"{METHODS[name]} dB" for name in (*study.states, *study.peers))]
+    columns = [*study.states.values(), *study.peers.values()]
+    rows = []
+    for k, at in enumerate(columns[0]):
+        decibels = (f"{column[k].decibels:.2f}" if column[k].kept else "–" for column in columns)
+        rows.append([str(at.kept), f"{at.numbers:,}", f"{at.numbers / study.pixels:.3f}", *decibels])
+    return titles, rows
+
+
+def image_notes(study: ImageStates) -> list[str]:
+    """The entropies, and how the numbers of the table are made, line by line."""
+    lines = []
+    for order, values in study.entropies.items():
+        shown = " ".join(f"{value:.3f}" for value in values)
+        lines.append(f"entanglement entropy, {ORDERS[order]}, bonds 1 to {len(values)}: {shown}")
+    shape = "×".join(map(str, study.images.shape[1:]))
+    colour = "a site of 3 colours in front of " if study.images.shape[1] == 3 else ""
+    return [
+        *lines,
+        f"{len(study.images):,} images of {shape} ({study.split}), as {colour}sites of 4, coarse to fine; "
+        "errors on the image's own pixels",
+        "dB: mean over the images of 10 log₁₀(1/mean squared error), peak 1; an error below that of 8-bit "
+        "pixels counts as theirs, 58.9 dB",
+        "numbers of a state are its cores'; of rank r of a matrix (colours and rows, columns) its two "
+        "factors'; of a cosine coefficient its value, at a place of its own its place too",
+        f"source: {SOURCE}",
+    ]
+
+
+def write_page(
+    path: Path, plan: Sequence[PlannedTable], results: Sequence[Reproduction | ImageStates]
+) -> None:
+    """Write the tables and figures of finished studies, and the plan of all, as one page that loads nothing.
+
+    Args:
+        path: the HTML file; it appears complete or not at all.
+        plan: of all tables.
+        results: of those that are finished, in the order of the plan.
+    """
+    finished = f"{len(results)} of {len(plan)} tables finished"
+    body = tag(
+        "main",
+        tag("p", "mpoc reproduce all", class_="kind"),
+        tag("h1", "The papers' tables"),
+        tag("p", f"{finished}. A training shorter than the paper's is called shortened.", class_="headline"),
+        tag("h2", "Plan"),
+        _html_table("plan", list(PLAN_COLUMNS), plan_rows(plan)),
+        *(_image_section(each) if isinstance(each, ImageStates) else _section(each) for each in results),
+    )
+    write_text(path, document("The papers' tables: mpoc reproduce all", body))
+
+
+def _section(results: Reproduction) -> Markup:
+    """Table, notes and figures of a study."""
+    charts = [_accuracy_chart(results)]
+    if len(results.rows) <= _MOST_CURVES:
+        charts.append(_curves_chart(results))
+    return join(
+        title_of(f"{results.study.title}: {results.study.source}", results.study.name),
+        _html_table(results.study.name, *table_of(results)),
+        tag("ul", *(tag("li", line) for line in notes_of(results)), class_="remarks"),
+        figures(charts),
+    )
+
+
+def _image_section(study: ImageStates) -> Markup:
+    named = {**study.states, **study.peers}
+    lines = tuple(
+        Series(
+            METHODS[name],
+            tuple((at.numbers / study.pixels, at.decibels) for at in qualities if at.kept),
+            "marked line" if name in study.states else "line",
+            tone_of(k),
+        )
+        for k, (name, qualities) in enumerate(named.items(), 1)
+    )
+    share = Axis("numbers stored / numbers of the image", "log")
+    chart = Chart("Quality", "Mean peak signal-to-noise of the images.", share, Axis("dB"), lines)
+    return join(
+        title_of(f"Images as matrix product states: {SOURCE}", NAME),
+        _html_table(NAME, *image_table(study)),
+        tag("ul", *(tag("li", line) for line in image_notes(study)), class_="remarks"),
+        figures([chart]),
+    )
+
+
+def _html_table(name: str, titles: list[str], rows: list[list[str]]) -> Markup:
+    head = tag("tr", *(tag("th", title, scope="col") for title in titles))
+    lines = [tag("tr", *map(_html_cell, row)) for row in rows]
+    return scrolled(tag("table", tag("thead", head), tag("tbody", *lines)), name)
+
+
+def _html_cell(text: str) -> Markup:
+    return tag("td", text, class_="n" if text[:1].isdigit() else None)
+
+
+def _accuracy_chart(results: Reproduction) -> Chart:
+    """Ours and the paper's accuracy over D, parameters or depth; dense networks are lines across."""
+    over_bonds = results.study.axis == "parameters" or any(row.bond for row in results.rows)
+    labels = list(dict.fromkeys(row.experiment.label for row in results.rows))
+    places = {id(row): _place(results, row, labels, over_bonds) for row in results.rows}
+    shown = [places[id(row)] for row in results.rows if row.start != DENSE or not over_bonds]
+    series: list[Series] = []
+    printed: dict[float, float] = {}
+    for (start, variant), rows in _series(results).items():
+        points = [(places[id(row)], row.mean("final")[0]) for row in rows]
+        if start == DENSE and over_bonds and shown:
+            points = [(x, points[0][1]) for x in (min(shown), max(shown))]
+        elif start == DENSE and over_bonds:
+            continue
+        name = ", ".join(filter(None, (_NAMES[start], variant)))
+        style = "dotted line" if start == DENSE and over_bonds else "marked line"
+        series.append(Series(name, tuple(points), style, tone_of(len(series) + 1)))
+    for row in results.rows:
+        if row.published and row.published.accuracy is not None and places[id(row)] in shown:
+            printed[places[id(row)]] = row.published.accuracy
+    if printed:
+        series.append(Series("the paper's", tuple(printed.items()), "dots", "bound"))
+    titles = {"D": "bond dimension D", "parameters": "parameters of the replaced layers"}
+    x = Axis(titles.get(results.study.axis, results.study.axis), "log" if over_bonds else "linear")
+    if not over_bonds and results.study.axis == "D":
+        x = Axis("", unit="whole")
+    caption = f"Accuracy on {results.material.measured} in per cent{_shortened_note(results)}."
+    return Chart("Accuracy", caption, x, Axis("%"), tuple(series))
+
+
+def _curves_chart(results: Reproduction) -> Chart:
+    """Accuracy of the first run at every evaluation."""
+    series: list[Series] = []
+    for k, row in enumerate(results.rows, 1):
+        points = tuple((point["epoch"], point["accuracy"]) for point in row.results[0].curve)
+        bond = f", D = {row.bond}" if row.bond else ""
+        name = f"{row.experiment.label}, {row.start}{bond}"
+        series.append(Series(name, points, "line" if k <= _TONES else "dotted line", tone_of(k)))
+    caption = f"Accuracy on {results.material.measured} in per cent{_shortened_note(results)}."
+    return Chart("Training", caption, Axis("epoch"), Axis("%"), tuple(series))
+
+
+def _shortened_note(results: Reproduction) -> str:
+    return f"; ours after a shortened training, {results.shortened}" if results.shortened else ""

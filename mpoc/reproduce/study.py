@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -10,16 +11,25 @@ from typing import Any
 
 from mpoc.errors import UsageError, nearest
 from mpoc.reproduce.catalogue import StudyChoice, choose_studies, find_study
-from mpoc.reproduce.experiment import Experiment, Published, Study
+from mpoc.reproduce.experiment import (
+    QUICK_STEPS,
+    Experiment,
+    PaperData,
+    Published,
+    Study,
+    open_paper_data,
+    shortened_data,
+)
 from mpoc.reproduce.hallam2017 import baseline_counts, counts
 from mpoc.reproduce.networks import STARTS, check_structures
-from mpoc.reproduce.paper_data import QUICK_STEPS, PaperData, open_paper_data, shortened_data
 from mpoc.reproduce.run import DENSE, Cell, Key, Result, Store, Weights, dense_sizes, run_cell
 from mpoc.runtime.distributed import num_processes
 from mpoc.runtime.formatting import rounded
 from mpoc.train.monitor import OnEvent
 
 SCHEMA = "mpoc.reproduction/1"
+_STARTED = "TT-SVD starts from the trained dense network of the same seed; random cores start from nothing"
+_STARTS = {DENSE: "dense", "ttsvd": "MPO, TT-SVD", "random": "MPO, random"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,11 @@ class Reproduction:
     seeds: tuple[int, ...]
     quick: bool
 
+    @property
+    def shortened(self) -> str:
+        """``20 of the paper's 500 epochs``; "" where the training is as long as the paper's."""
+        return self.rows[0].experiment.training.shortened
+
     def as_dict(self) -> dict[str, Any]:
         """The JSON report, documented in the guide (file-format-and-json)."""
         return {
@@ -114,6 +129,7 @@ def _row_dict(study: Study, row: Row) -> dict[str, Any]:
         "bond": row.bond or None,
         "structures": [layer.notation(row.bond) for layer in row.experiment.layers],
         "training": row.experiment.training.words(),
+        "shortened": row.experiment.training.shortened or None,
         "discard": row.experiment.discard or None,
         "parameters": row.parameters,
         "parameters_replaced_before": row.original,
@@ -146,14 +162,12 @@ def run_study(request: StudyRequest, say: Callable[[str], None], on_event: OnEve
         Interrupted: Ctrl-C or SIGTERM; finished networks are stored.
         OSError: reading or writing failed.
     """
-    study = find_study(request.name)
-    _check(request)
-    experiments, material = _open(request, study)
+    study, experiments, material = open_study(request)
     say(material.data.announce())
     for note in material.data.notes:
         say(f"note: {note}")
     seeds = tuple(range(request.seed, request.seed + request.runs))
-    cells = [cell for seed in seeds for cell in _cells(experiments, request.starts, seed)]
+    cells = [cell for seed in seeds for cell in cells_of(experiments, request.starts, seed)]
     if not cells:
         raise UsageError(
             f"--starts {','.join(request.starts)}: no selected variant has such a start", "--starts random"
@@ -165,7 +179,7 @@ def run_study(request: StudyRequest, say: Callable[[str], None], on_event: OnEve
         results[cell.key] = runner.result(cell, f"[{number}/{len(cells)}]")
     rows = (
         Row(cell.experiment, cell.start, cell.bond, tuple(results[replace(cell, seed=s).key] for s in seeds))
-        for cell in _cells(experiments, request.starts, request.seed)
+        for cell in cells_of(experiments, request.starts, request.seed)
     )
     return Reproduction(study, material, tuple(rows), seeds, request.quick)
 
@@ -184,8 +198,14 @@ def _check(request: StudyRequest) -> None:
         )
 
 
-def _open(request: StudyRequest, study: Study) -> tuple[list[Experiment], PaperData]:
-    """The experiments, with structures checked, and their data; both are small for ``--quick``."""
+def open_study(request: StudyRequest) -> tuple[Study, list[Experiment], PaperData]:
+    """The study, its experiments with structures checked, and their data; small for ``--quick``.
+
+    Raises:
+        UsageError, MpocError: as :func:`run_study`.
+    """
+    study = find_study(request.name)
+    _check(request)
     experiments = choose_studies(study, request.choice)
     for experiment in experiments:
         check_structures(experiment)
@@ -194,19 +214,20 @@ def _open(request: StudyRequest, study: Study) -> tuple[list[Experiment], PaperD
     network = experiments[0].network
     material = open_paper_data(request.data, network, request.format, request.held_out, request.seed)
     if not request.quick:
-        return experiments, material
+        return study, experiments, material
     small = shortened_data(material, study.quick_batch, request.seed)
-    return [_quick(experiment, study) for experiment in experiments], small
+    return study, [_quick(experiment, study) for experiment in experiments], small
 
 
 def _quick(experiment: Experiment, study: Study) -> Experiment:
     settings = replace(
         experiment.training.settings, steps=QUICK_STEPS, batch=study.quick_batch, eval_every=None
     )
-    return replace(experiment, training=replace(experiment.training, settings=settings))
+    training = replace(experiment.training, settings=settings, shortened=f"{QUICK_STEPS} steps")
+    return replace(experiment, training=training)
 
 
-def _cells(experiments: list[Experiment], starts: tuple[str, ...], seed: int) -> Iterator[Cell]:
+def cells_of(experiments: list[Experiment], starts: tuple[str, ...], seed: int) -> Iterator[Cell]:
     """The networks of one seed in the order of the table, each dense network once."""
     dense: set[str] = set()
     for experiment in experiments:
@@ -238,7 +259,7 @@ class _Runner:
             origin = cell.origin()
             start = None if origin is None else self._weights(origin)
             result, weights = run_cell(cell, self.material, self.device, start, self.on_event)
-            kept = cell.start == DENSE or identity in self.origins
+            kept = identity in self.origins or (cell.start == DENSE and bool(cell.experiment.layers))
             self.store.put(cell.name, identity, result, weights if kept else None)
         how = "stored" if stored else f"{result.seconds:.0f} s on {result.device}"
         bond = f" D={cell.bond}" if cell.bond else ""
@@ -254,3 +275,118 @@ class _Runner:
             result, weights = run_cell(cell, self.material, self.device, None, self.on_event)
             self.store.put(cell.name, identity, result, weights)
         return weights
+
+
+def table_of(results: Reproduction) -> tuple[list[str], list[list[str]]]:
+    """The titles and rows of a study's table, with the paper's numbers beside ours."""
+    word = ", shortened" if results.shortened else ""
+    measured = [f"final %{word}", f"best %{word}"]
+    if results.study.baseline:
+        sizes = ["parameters", "fully connected", "paper", "total", "paper", "compression", "of all"]
+        titles = ["network", *sizes, *measured, "paper %", "steps", "ms a step"]
+        return titles, [_counted_cells(results, row) for row in results.rows]
+    titles = ["network", "weights", "D", "parameters", "replaced layers", "ρ", "before"]
+    return [*titles, *measured, "s", "paper %"], [_cells(row) for row in results.rows]
+
+
+def _counted_cells(results: Reproduction, row: Row) -> list[str]:
+    own, paper = counts(results.study, row.experiment.network, row.parameters), row.published
+    printed = [f"{number:,}" if number else "" for number in (paper.parameters if paper else (0, 0))]
+    parts, whole = own.of(baseline_counts(results.study))
+    steps, milliseconds = row.results[0].steps, row.results[0].milliseconds
+    return [
+        name_of(results, row),
+        f"{row.parameters:,}",
+        f"{own.fully_connected:,}",
+        printed[0],
+        f"{own.total:,}",
+        printed[1],
+        f"{parts:,.0f}",
+        f"{whole:.2f}",
+        f"{row.mean('final')[0]:.2f}",
+        f"{row.mean('best')[0]:.2f}",
+        "" if paper is None or paper.accuracy is None else f"{paper.accuracy:.2f}",
+        f"{steps:,}",
+        "" if milliseconds is None else f"{milliseconds:.0f}",
+    ]
+
+
+def name_of(results: Reproduction, row: Row) -> str:
+    """The paper's name of a network of a study with a baseline: ``FC-1``, ``MERA-2``."""
+    if row.start != DENSE:
+        name, comma, rest = row.experiment.label.partition(",")
+        return f"{name}-{row.bond}{comma}{rest}"
+    dense = (experiment for experiment in results.study.variants.values() if not experiment.layers)
+    return next(experiment.label for experiment in dense if experiment.network == row.experiment.network)
+
+
+def _cells(row: Row) -> list[str]:
+    dense = row.start == DENSE
+    own = ", ".join(dict.fromkeys(str(layer.bond) for layer in row.experiment.layers if layer.bond))
+    bond = "" if dense else str(row.bond or own)
+    if row.experiment.discard and not dense:
+        bond = ", ".join(" ".join(map(str, bonds)) for bonds in row.results[0].bonds.values())
+    return [
+        row.experiment.network if dense else row.experiment.label,
+        _STARTS[row.start],
+        bond,
+        f"{row.parameters:,}",
+        f"{row.replaced:,}",
+        "1" if dense else f"{row.rho:.4g}",
+        f"{row.mean('start')[0]:.2f}",
+        _with_sigma(row, "final"),
+        _with_sigma(row, "best"),
+        f"{row.mean('seconds')[0]:.0f}",
+        str(row.published or ""),
+    ]
+
+
+def _with_sigma(row: Row, name: str) -> str:
+    mean, sigma = row.mean(name)
+    return f"{mean:.2f}" if sigma is None else f"{mean:.2f} ± {sigma:.2f}"
+
+
+def notes_of(results: Reproduction) -> list[str]:
+    """The structures, the training, and what the numbers of the table are, line by line."""
+    experiment = results.rows[0].experiment
+    note = f" ({experiment.training.note})" if experiment.training.note else ""
+    runs = f"{len(results.seeds)} runs, seeds {results.seeds[0]} to {results.seeds[-1]}"
+    lines = [
+        *dict.fromkeys(f"{label}: {structure}" for label, structure in _structures(results)),
+        *_effective(results),
+        f"every network: {experiment.training.words()}{note}; "
+        f"{runs if len(results.seeds) > 1 else f'seed {results.seeds[0]}'}",
+        results.material.reported(),
+        *([_STARTED] if any(row.start == "ttsvd" for row in results.rows) else []),
+        f"paper: {results.study.source}, on {experiment.data}",
+    ]
+    return [*lines, *dict.fromkeys(note for row in results.rows for note in row.experiment.notes)]
+
+
+def _structures(results: Reproduction) -> list[tuple[str, str]]:
+    """Each experiment's label and its layers' structures; layers of one structure share a line."""
+    structures: list[tuple[str, str]] = []
+    for row in results.rows:
+        names: dict[str, list[str]] = {}
+        for layer in row.experiment.layers:
+            name, _, structure = layer.notation().partition(" ")
+            names.setdefault(structure, []).append(name)
+        shown = "; ".join(f"{_joined(layers)} {structure}" for structure, layers in names.items())
+        if shown:
+            structures.append((row.experiment.label, shown))
+    return structures
+
+
+def _effective(results: Reproduction) -> list[str]:
+    """exp(S) at each bond, where bonds were chosen automatically; of the first run."""
+    lines = []
+    for row in results.rows:
+        if row.experiment.discard and row.start != DENSE:
+            for layer, entropies in row.results[0].entropies.items():
+                numbers = " ".join(f"{math.exp(entropy):.1f}" for entropy in entropies)
+                lines.append(f"{row.experiment.label}, {layer}: effective components exp(S) {numbers}")
+    return lines
+
+
+def _joined(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]}, …, {names[-1]} ({len(names)} layers)"

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+from mpoc.reproduce.run import Cell, run_cell
 from mpoc.runtime.signals import Interrupted
+from tests.reporting.test_html import assert_whole
+from tests.reporting.test_markup import read
 from tests.reproduce.images import write_digits
+from tests.reproduce.test_hallam2017 import write_images
 from tests.support.process import Here, Mpoc
 
 
@@ -33,6 +39,77 @@ def test_quick_fc2_writes_table_and_figures(run: Mpoc, here: Here) -> None:
     assert report["quick"] and len(report["rows"]) == 5
 
 
+ALL = ("reproduce", "all", "--data", "data", "--only", "fc2,lenet5")
+
+
+@pytest.fixture
+def data(workdir: Path) -> None:
+    (workdir / "data").mkdir()
+    write_digits(workdir / "data" / "mnist")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("data")
+def test_all_trains_within_the_budget_and_writes_one_page(run: Mpoc) -> None:
+    short = run(*ALL, "--budget", "1s")
+    assert short.returncode == 2 and short.stdout == ""
+    assert re.search(r"1s: too short for fc2, lenet5, which take at least \d+s here", short.stderr)
+    assert not (run.folder / "reproduce-all").exists()
+    done = run(*ALL, "--budget", "5m")
+    assert done.returncode == 0, done.stderr
+    plan = [line.split() for line in done.stdout.splitlines()]
+    assert plan[0] == ["table", "networks", "examples/s", "training", "estimated"]
+    assert [line[0] for line in plan[2:5]] == ["fc2", "lenet5", "all"]
+    assert "shortened: 20 of the paper's 500 epochs" in done.stdout
+    assert "[9/9] FC2, random D=16, seed 0: " in done.stderr
+    page = (run.folder / "reproduce-all" / "index.html").read_text("utf-8")
+    assert_whole(page)
+    reader = read(page)
+    tables = re.findall(r"<table>.*?</table>", page)
+    assert len(tables) == 3 and page.count("<svg") == 4
+    for table, rows, paper in zip(tables[1:], (9, 3), ("98.35 ± 0.20 (Fig. 2)", "99.17 ± 0.08"), strict=True):
+        assert table.count("<tr>") == 1 + rows and paper in table
+        assert "final %, shortened" in table and "best %, shortened" in table
+    assert page.count("ours after a shortened training, 20 of the paper&#x27;s 500 epochs") == 8
+    assert "2 of 2 tables finished" in reader.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("data")
+def test_all_resumes_with_its_plan(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+
+    def stops(cell: Cell, *arguments: object) -> object:
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(cell.name)
+        return run_cell(cell, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("mpoc.reproduce.study.run_cell", stops)
+    stopped = here(*ALL, "--budget", "5m")
+    assert stopped.returncode == 130 and "fc2      9 " in stopped.stdout
+    assert "stopped; finished networks are in reproduce-all" in stopped.stderr
+    monkeypatch.setattr("mpoc.reproduce.study.run_cell", run_cell)
+    done = here(*ALL, "--budget", "5m")
+    assert done.returncode == 0, done.stderr
+    assert "examples a second" not in done.stderr and "9, 2 stored" in done.stdout
+    assert done.stderr.count(", stored") == 2
+    assert here(*ALL, "--budget", "1s").stderr.count(", stored") == 12
+
+
+@pytest.mark.slow
+def test_all_shows_a_table_that_trains_nothing(here: Here) -> None:
+    (here.folder / "data").mkdir()
+    write_images(here.folder / "data" / "cifar10.npz")
+    done = here("reproduce", "all", "--data", "data", "--only", "mps-images", "--budget", "1m", "-o", "out")
+    assert done.returncode == 0, done.stderr
+    assert "mps-images                           trains nothing" in done.stdout
+    page = (here.folder / "out" / "index.html").read_text("utf-8")
+    assert_whole(page)
+    assert page.count("<svg") == 1 and "20 images of 3×32×32 (test)" in read(page).text
+    assert (here.folder / "out" / "mps-images" / "report.json").exists()
+
+
 @pytest.mark.slow
 def test_mps_images_writes_table_and_figures(here: Here) -> None:
     write_digits(here.folder / "digits", 20, 30)
@@ -55,6 +132,10 @@ def test_mps_images_writes_table_and_figures(here: Here) -> None:
         (("fc3",), "no experiment 'fc3'; did you mean 'fc2'?"),
         (("fc2", "--bonds", "2,x"), "--bonds: 'x' is not a whole number"),
         (("fc2", "--depth", "20"), "--depth chooses variants of resnet"),
+        (("fc2", "--budget", "8h"), "--budget is an option of mpoc reproduce all"),
+        (("all",), "all needs a --budget of time"),
+        (("all", "--budget", "8"), "'8' is not a time"),
+        (("all", "--budget", "8h", "--epochs", "2"), "--epochs is not an option of mpoc reproduce all"),
         (("mps-imagse",), "did you mean 'mps-images'?"),
         (("mps-images", "--starts", "random"), "--starts is an option of studies that train networks"),
         (("mps-images", "--bonds", "0"), "--bonds: one at least, each at least 1"),

@@ -18,10 +18,9 @@ from torch import nn
 from mpoc.models import zoo
 from mpoc.reproduce import study as module
 from mpoc.reproduce.catalogue import STUDIES, StudyChoice
-from mpoc.reproduce.experiment import ReplacedLayer
+from mpoc.reproduce.experiment import ReplacedLayer, open_paper_data
 from mpoc.reproduce.figures import draw_figures
 from mpoc.reproduce.networks import core_forms, cut_by_weight, num_cores_parameters, replace_layers
-from mpoc.reproduce.paper_data import open_paper_data
 from mpoc.reproduce.run import Cell, run_cell
 from mpoc.reproduce.study import Reproduction, StudyRequest, run_study
 from mpoc.tensor_networks.fit.truncation import Truncation

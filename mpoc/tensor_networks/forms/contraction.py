@@ -76,7 +76,10 @@ def contract_all(
         steps = _path(tuple(legs), leg_sizes(legs, [tensor.shape for tensor in tensors]))
     left = dict(enumerate(zip(tensors, legs, strict=True)))
     for number, (a, b) in enumerate(steps, len(left)):
-        left[number] = _joined(*left.pop(a), *left.pop(b))
+        pair = left.pop(a), left.pop(b)
+        if not left:  # the factors are small, and their product is not: order the legs before
+            pair = _ordered(*pair[0], result), _ordered(*pair[1], result)
+        left[number] = _joined(*pair[0], *pair[1])
     ((tensor, names),) = left.values()
     return tensor.permute([names.index(name) for name in result])
 
@@ -85,6 +88,12 @@ def leg_sizes(legs: Iterable[Legs], shapes: Iterable[Sequence[int]]) -> tuple[tu
     """(name, dimension) of every leg, each once."""
     pairs = zip(legs, shapes, strict=True)
     return tuple({name: n for names, shape in pairs for name, n in zip(names, shape, strict=True)}.items())
+
+
+def _ordered(tensor: Tensor, names: Legs, result: Legs) -> tuple[Tensor, Legs]:
+    """The legs that the result has in its order, after all others."""
+    ordered = sorted(names, key=lambda name: result.index(name) if name in result else -1)
+    return tensor.permute([names.index(name) for name in ordered]), tuple(ordered)
 
 
 def _joined(a: Tensor, names_a: Legs, b: Tensor, names_b: Legs) -> tuple[Tensor, Legs]:
@@ -130,6 +139,18 @@ def work(legs: tuple[Legs, ...], sizes: tuple[tuple[str, int], ...]) -> tuple[in
         multiplications += math.prod(known[name] for name in first | second)
         made += math.prod(known[name] for name in left[number])
     return multiplications, made
+
+
+@cache
+def legs_of_product(legs: tuple[Legs, ...], sizes: tuple[tuple[str, int], ...]) -> Legs:
+    """The legs of the result along :func:`path`, those of the first factor of the last product first."""
+    left = dict(enumerate(legs))
+    for number, (a, b) in enumerate(path(legs, sizes), len(legs)):
+        first, second = left.pop(a), left.pop(b)
+        rest = (name for name in (*first, *second) if (name in first) != (name in second))
+        left[number] = tuple(rest)
+    (names,) = left.values()
+    return names
 
 
 def _growth(a: Legs, b: Legs, sizes: Mapping[str, int]) -> int:

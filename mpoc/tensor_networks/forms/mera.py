@@ -21,6 +21,7 @@ from mpoc.tensor_networks.forms.contraction import (
     is_autocast,
     is_traced,
     leg_sizes,
+    legs_of_product,
     planned_batch,
     traced_once,
     work,
@@ -112,8 +113,12 @@ def contract_mera(x: Tensor, cores: Sequence[Tensor], structure: Structure) -> T
         dtype = torch.get_autocast_dtype(x.device.type)
         x, cores = x.to(dtype), [core.to(dtype) for core in cores]
     if plan.rebuild:
-        weight = contract_all(cores, plan.legs, (*outputs, *inputs)).reshape(-1, x.shape[1])
-        return x @ weight.T
+        # Legs in the order of the product: moving those of the weight would take longer than all else.
+        made, taken = (sorted(names, key=plan.order.index) for names in (outputs, inputs))
+        weight = contract_all(cores, plan.legs, (*made, *taken)).reshape(-1, x.shape[1])
+        y = _reordered(x, sides[1], [inputs.index(name) for name in taken]) @ weight.T
+        sizes = [sides[0][outputs.index(name)] for name in made]
+        return _reordered(y, sizes, [made.index(name) for name in outputs])
     at_once = max(1, _AT_ONCE // plan.largest)
     parts = [x] if is_traced() or x.shape[0] <= at_once else x.split(at_once)
     named, result = (("n", *inputs), *plan.legs), ("n", *outputs)
@@ -123,6 +128,11 @@ def contract_mera(x: Tensor, cores: Sequence[Tensor], structure: Structure) -> T
         state = part.reshape(-1, *sides[1])
         applied.append(contract_all([state, *cores], named, result, steps).flatten(1))
     return torch.cat(applied) if len(applied) > 1 else applied[0]
+
+
+def _reordered(x: Tensor, sizes: Sequence[int], order: Sequence[int]) -> Tensor:
+    """(n, Π sizes) with the axes of each row in another order."""
+    return x.reshape(-1, *sizes).permute(0, *(k + 1 for k in order)).flatten(1)
 
 
 def _shapes(structure: Structure, cores: Sequence[Tensor]) -> tuple[_Sizes, _Sizes, tuple[_Sizes, ...]]:
@@ -138,6 +148,7 @@ class _Plan:
     seconds: float  # estimated
     largest: int  # numbers of the largest intermediate of a vector
     legs: tuple[tuple[str, ...], ...]  # of the cores
+    order: tuple[str, ...]  # of the legs of a weight that is built
 
 
 @cache
@@ -160,7 +171,8 @@ def _estimated(
         2 * multiplications / rates.flops + 8 * made / bandwidth(made, rates) + 2 * len(cores) * rates.start
     )
     building += product_seconds(1, batch, math.prod(inputs), math.prod(outputs), rates)
-    return _Plan(building < through, min(building, through), largest, legs)
+    order = legs_of_product(legs, leg_sizes(legs, shapes))
+    return _Plan(building < through, min(building, through), largest, legs, order)
 
 
 def _step(vectors: int, lower: int, upper: int, rates: Rates) -> float:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpoc.data.text import TokenStream
-from mpoc.reproduce.paper_data import open_paper_data
+from mpoc.reproduce.experiment import open_paper_data
 
 
 def text(folder: Path, words: str) -> Path:
