@@ -83,6 +83,7 @@ class Candidates:
     ) -> None:
         self._make_objective, self._scratch = objective, scratch or Scratch()
         self._known_objective: Objective | None = None
+        self._known_matrix: Tensor | None = None
         self._measured = self._objective.measured
         self._low_rank = structures[0].as_low_rank()
         svd = weighted_svd(self._objective.metric(matrix, self._objective.usual_gamma))
@@ -159,7 +160,7 @@ class Candidates:
 
     def _release(self) -> None:
         """Free what can be computed again."""
-        self._problem, self._known_objective = None, None
+        self._problem, self._known_objective, self._known_matrix = None, None, None
 
     @property
     def _key(self) -> tuple[str, int]:
@@ -167,8 +168,10 @@ class Candidates:
 
     @property
     def _matrix(self) -> Tensor:
-        """W as it is kept, in float64."""
-        return self._scratch.get(self._key)[0].double()
+        """W as it is kept, in float64; one object until it is freed, by which products with it are known."""
+        if self._known_matrix is None:
+            self._known_matrix = self._scratch.get(self._key)[0].double()
+        return self._known_matrix
 
     @property
     def _objective(self) -> Objective:

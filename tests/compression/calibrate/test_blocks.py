@@ -29,7 +29,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("blocks", "mpo", 0.97),
         ("blocks", "auto", 0.97),
-        # Of 84 images nothing is gained that other images show, and little lost: 0.97 to 1.07, by rounding alone.
+        # Of 84 images nothing is gained that other images show, and little lost: up to 1.07, by rounding.
         ("convolutions", "svd", 1.1),
         ("convolutions", "auto", 1.1),
     ],
