@@ -161,8 +161,7 @@ def _hold(module: nn.Module, name: str, cores: Sequence[Tensor], build: Callable
     with torch.inference_mode(False), torch.no_grad():
         weight = build()
     if type(weight) is Tensor:  # none of a fake mode, which shows shapes only
-        vars(module)[f"_{name}_held"] = weight
-        vars(module)[f"_{name}_made_of"] = _MadeOf(module, name, weight)
+        vars(module).update({f"_{name}_held": weight, f"_{name}_made_of": _MadeOf(module, name, weight)})
     return weight
 
 
@@ -175,6 +174,7 @@ class _MadeOf:
         self.parameters: dict[str, Tensor] = vars(self.every)["_parameters"]
         self.known = tuple(self.parameters.values())
         self.pointers = tuple(core.data_ptr() for core in self.known)
+        self.data = tuple(core.data for core in self.known)  # kept, so that no others come to lie there
         self.versions = tuple(None if core.is_inference() else core._version for core in self.known)
         self.weight, self.written = weight, weight._version
 

@@ -269,6 +269,23 @@ def stepped(layer: Any, optimiser: torch.optim.Optimizer, x: Tensor) -> None:
     optimiser.step()
 
 
+@torch.no_grad()
+def test_follows_cores_whose_data_were_replaced_twice() -> None:
+    """The second replacement may come to lie where the first data did."""
+    network = nn.Sequential(nn.Linear(256, 256, bias=False)).eval()
+    mpoc.compress(network, bond=8, form="svd")
+    use_weights(network, "dense")
+    layer: Any = network[0]
+    core, x = layer.cores[0], torch.randn(2, 256)
+    for _ in range(20):
+        layer(x)
+        for _ in range(2):
+            core.data = core.data * -1.1
+        twin = copy.deepcopy(network)
+        use_weights(twin, "cores")
+        torch.testing.assert_close(layer(x), twin(x))
+
+
 def test_auto_follows_the_cost_model() -> None:
     small, large = with_cores(nn.Linear(48, 64), 16, sites=3), with_cores(nn.Linear(4096, 4096), 2, sites=2)
     for batch in (1, 64, 4096):
