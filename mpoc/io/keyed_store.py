@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -179,9 +180,11 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for as long as its process lives
             shutil.rmtree(old, ignore_errors=True)
     with defer_signals():
-        folder = Path(tempfile.mkdtemp(prefix=".mpoc-scratch-", dir=parent))
-        mark = (folder / "lock").open("a")
+        new = Path(tempfile.mkdtemp(prefix=".mpoc-new-", dir=parent))
+        mark = (new / "lock").open("a")
         fcntl.flock(mark, fcntl.LOCK_EX)
+        # Only once it is locked does it have a name that other processes look for
+        folder = new.rename(new.with_name(new.name.replace("-new-", "-scratch-")))
     try:
         with removed_on_exit(folder):
             yield folder
@@ -216,7 +219,6 @@ class Scratch:
 
         Raises:
             MpocError: the disk has no room for them.
-            OSError: of writing.
         """
         self.drop(key)
         nbytes = sum(map(_nbytes, tensors))
@@ -226,15 +228,22 @@ class Scratch:
             self.most = max(self.most, self.nbytes + self._filed)
             return
         if nbytes > shutil.disk_usage(self._folder).free:
-            raise MpocError(
-                f"--scratch {self._folder.parent}: {human_bytes(nbytes)} more do not fit on its disk",
-                "make room, or name a folder on another disk",
-            )
+            raise self._full(nbytes)
         path = self._folder / f"{os.getpid()}-{next(_NUMBERS)}.safetensors"
-        save_file({str(k): tensor.detach().cpu().contiguous() for k, tensor in enumerate(tensors)}, path)
+        try:
+            save_file({str(k): tensor.detach().cpu().contiguous() for k, tensor in enumerate(tensors)}, path)
+        except SafetensorError as error:  # of the disk, which other processes fill too
+            raise self._full(nbytes) from error
         self._files[key] = path, [tensor.device for tensor in tensors], nbytes
         self._filed += nbytes
         self.most = max(self.most, self.nbytes + self._filed)
+
+    def _full(self, nbytes: int) -> MpocError:
+        assert self._folder is not None
+        return MpocError(
+            f"--scratch {self._folder.parent}: {human_bytes(nbytes)} more do not fit on its disk",
+            "make room, or name a folder on another disk",
+        )
 
     def get(self, key: Hashable) -> list[Tensor]:
         """The tensors of a key, on their devices.

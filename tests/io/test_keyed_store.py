@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mpoc.errors import MpocError
@@ -116,6 +119,24 @@ def test_scratch_of_a_killed_run_is_removed_and_of_a_living_one_kept(tmp_path: P
         assert {living, folder} == set(tmp_path.iterdir())
 
 
+def test_scratch_is_left_by_processes_that_start_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = tempfile.mkdtemp
+
+    def make_while_another_starts(**options: Any) -> str:
+        folder = make(**options)
+        monkeypatch.setattr(tempfile, "mkdtemp", make)
+        with scratch_folder(tmp_path):
+            pass
+        return folder
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_while_another_starts)
+    with scratch_folder(tmp_path) as folder:
+        assert folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scratch_names_what_is_wrong_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         pytest.raises(MpocError, match=r"--scratch .*nowhere: not a directory"),
@@ -124,5 +145,13 @@ def test_scratch_names_what_is_wrong_with_its_folder(tmp_path: Path, monkeypatch
         pass
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=15))
+    with scratch_folder(tmp_path) as folder, pytest.raises(MpocError, match="16 B more do not fit"):
+        Scratch(folder, limit=0).put("a", [torch.ones(4)])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    def fill(*_: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("mpoc.io.keyed_store.save_file", fill)
     with scratch_folder(tmp_path) as folder, pytest.raises(MpocError, match="16 B more do not fit"):
         Scratch(folder, limit=0).put("a", [torch.ones(4)])
