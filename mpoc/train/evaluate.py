@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,25 +14,13 @@ from torch import Tensor, nn
 
 from mpoc.errors import MpocError, UsageError
 from mpoc.models.call import Batch, Call, first_output, has_logits, rows, to_device
+from mpoc.models.introspection import evaluating
 from mpoc.runtime.device import derived_seed
 from mpoc.train.loader import BatchLoader, cut
 from mpoc.train.tasks import Scores, Task, kl_of_rows
 
 LATENCY_SECONDS = 1.0  # of each measurement of a latency
 _WARM_UP = 3  # calls
-
-
-@contextmanager
-def evaluating(*networks: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards each module has the mode that it had."""
-    modes = [(module, module.training) for network in networks for module in network.modules()]
-    try:
-        for network in networks:
-            network.eval()
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 def probe(network: nn.Module, task: Task, loader: BatchLoader, device: torch.device) -> set[str]:
