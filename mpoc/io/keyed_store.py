@@ -227,23 +227,37 @@ class Scratch:
             self.nbytes += nbytes
             self.most = max(self.most, self.nbytes + self._filed)
             return
+        self._files[key] = self._written(tensors, nbytes), [tensor.device for tensor in tensors], nbytes
+        self._filed += nbytes
+        self.most = max(self.most, self.nbytes + self._filed)
+
+    def mapped(self, tensor: Tensor) -> Tensor:
+        """The tensor, mapped into memory from a file that goes with it where there is a folder and no GPU.
+
+        Raises:
+            MpocError: the disk has no room for it.
+        """
+        if self._folder is None or tensor.device.type != "cpu":
+            return tensor
+        path = self._written([tensor], _nbytes(tensor))
+        (found,) = load_file(path).values()
+        path.unlink()
+        return found
+
+    def _written(self, tensors: Sequence[Tensor], nbytes: int) -> Path:
+        assert self._folder is not None
+        full = MpocError(
+            f"--scratch {self._folder.parent}: {human_bytes(nbytes)} more do not fit on its disk",
+            "make room, or name a folder on another disk",
+        )
         if nbytes > shutil.disk_usage(self._folder).free:
-            raise self._full(nbytes)
+            raise full
         path = self._folder / f"{os.getpid()}-{next(_NUMBERS)}.safetensors"
         try:
             save_file({str(k): tensor.detach().cpu().contiguous() for k, tensor in enumerate(tensors)}, path)
         except SafetensorError as error:  # of the disk, which other processes fill too
-            raise self._full(nbytes) from error
-        self._files[key] = path, [tensor.device for tensor in tensors], nbytes
-        self._filed += nbytes
-        self.most = max(self.most, self.nbytes + self._filed)
-
-    def _full(self, nbytes: int) -> MpocError:
-        assert self._folder is not None
-        return MpocError(
-            f"--scratch {self._folder.parent}: {human_bytes(nbytes)} more do not fit on its disk",
-            "make room, or name a folder on another disk",
-        )
+            raise full from error
+        return path
 
     def get(self, key: Hashable) -> list[Tensor]:
         """The tensors of a key, on their devices.

@@ -114,10 +114,9 @@ def compute_in_float32(model: nn.Module, scratch: Path | None = None) -> bool:
         Whether there were such parameters.
     """
     halves = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-    files = Scratch(scratch, limit=0)
-    for number, parameter in enumerate(halves if scratch is not None else ()):
-        files.put(number, [parameter.data.float()])
-        parameter.data = files.get(number)[0]
+    files = Scratch(scratch)
+    for parameter in halves:
+        parameter.data = files.mapped(parameter.data.float())
     if halves:
         model.float()
     return bool(halves)

@@ -104,8 +104,17 @@ def test_scratch_holds_a_limit_in_memory_and_the_rest_in_files(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+def test_scratch_maps_tensors_from_files_that_are_gone(tmp_path: Path) -> None:
+    tensor = torch.arange(6).reshape(2, 3).mT
+    found = Scratch(tmp_path).mapped(tensor)
+    assert found.data_ptr() != tensor.data_ptr() and list(tmp_path.iterdir()) == []
+    assert torch.equal(found, tensor) and found.dtype == tensor.dtype
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+
+
 def test_scratch_without_a_folder_holds_everything_in_memory() -> None:
     scratch = Scratch(limit=1)
+    assert scratch.mapped(tensor := torch.ones(3)) is tensor
     scratch.put("a", [torch.ones(4)])
     assert scratch.nbytes == 16 and not scratch.has_folder
 

@@ -108,7 +108,7 @@ def test_half_precision_is_computed_in_float32(tmp_path: Path, in_files: bool) -
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(torch.bfloat16)
     wanted = {name: value.float() for name, value in state_of(network).items()}
     assert compute_in_float32(network, tmp_path if in_files else None)
-    assert bool(list(tmp_path.iterdir())) == in_files
+    assert (str(tmp_path) in Path("/proc/self/maps").read_text()) == in_files
     for name, value in state_of(network).items():
         torch.testing.assert_close(value.float(), wanted[name].float(), rtol=0, atol=0)
         assert value.dtype == torch.float32 or not value.is_floating_point()

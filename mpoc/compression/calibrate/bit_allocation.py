@@ -318,7 +318,8 @@ class SameSize:
         if not codes:
             assert plan.rounding is not None
             codes = plan.rounding.codes(record, [read_finite(self._checkpoint, plan.map.name)])
-        return Replacement(values_of_all(with_codes(record, codes), codes)[0], None)
+        (made,) = values_of_all(with_codes(record, codes), codes)
+        return Replacement(self._statistics.scratch.mapped(made), None)
 
     def _widths(self) -> dict[str, int] | None:
         """The bits of each layer that share the bytes written by what rounding of each moves."""
@@ -332,4 +333,4 @@ class SameSize:
         objective = self._statistics.dense_objective(name) if known else None
         weight = read_finite(self._checkpoint, name)
         made = gptq_weight(weight, self._kept[name][0], objective, bits)
-        return name, Replacement(made, None)
+        return name, Replacement(self._statistics.scratch.mapped(made), None)

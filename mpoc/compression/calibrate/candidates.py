@@ -136,7 +136,7 @@ class Candidates:
         matrix = self.matrix(storage_of(plan))
         shift = self._objective.shift(self._matrix, matrix.double())
         self._release()
-        weight = from_matrix(matrix[None], self._low_rank).cpu()
+        weight = self._scratch.mapped(from_matrix(matrix[None], self._low_rank).cpu())
         return Replacement(weight, None if shift is None else shift.cpu())
 
     def references(self) -> dict[str, Candidate]:

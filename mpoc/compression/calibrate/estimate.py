@@ -58,7 +58,9 @@ def estimate(
         (max(one.outputs, one.lead * one.inputs) for one in shapes if one.kind != "embedding"), default=0
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Estimate(seconds, peak + _MATRICES * 8 * widest**2, statistics.scratch_bytes)
+    found = sum(4 * plan.structure.num_original for plan in plans)  # the compressed network's own weights
+    peak += _MATRICES * 8 * widest**2 + (0 if statistics.scratch.has_folder else found)
+    return Estimate(seconds, peak, statistics.scratch_bytes + found)
 
 
 def _operations_per_second() -> float:

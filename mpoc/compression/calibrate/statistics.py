@@ -172,13 +172,9 @@ class CalibrationStatistics:
     def set(self, compressed: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Set tensors of a network to compress, by names in the checkpoint; in scratch files if it may."""
         new = {self.places[name]: tensor for name, tensor in tensors.items() if name in self.places}
-        set_tensors(compressed, new)
-        if self.scratch.has_folder and self.context.device.type == "cpu":
-            state = state_of(compressed)
-            for place in new:
-                self.scratch.put(("compressed", place), [state[place].data])
-                new[place] = self.scratch.get(("compressed", place))[0]
-            set_tensors(compressed, new)
+        state = state_of(compressed)
+        held = {place: tensor.detach().to(state[place]) for place, tensor in new.items()}
+        set_tensors(compressed, {place: self.scratch.mapped(tensor) for place, tensor in held.items()})
 
     @property
     def scratch_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 import mpoc
 from mpoc.compression.calibrate.allocation import WAYS
 from mpoc.compression.calibrate.calibration_data import CalibrationRequest
+from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
+from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.pipeline import compress_checkpoint
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.recipe_syntax import parse_input_shape, parse_shape
@@ -21,6 +24,7 @@ from mpoc.compression.write import Compression
 from mpoc.errors import MpocError, UsageError
 from mpoc.io import keyed_store
 from mpoc.io.manifest_reader import read_manifest
+from mpoc.runtime.formatting import human_bytes
 from tests.compression.calibrate.toy_networks import arch, make
 from tests.support.marks import slow_except
 
@@ -183,6 +187,32 @@ def test_a_scratch_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(written) > 20 and not list(scratch.iterdir())
 
 
+@pytest.mark.parametrize("options", [{"ratio": 0.5, "form": "svd"}, {"bits": 3}])
+def test_a_scratch_holds_weights_that_are_replaced_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    found: list[bool] = []
+    replaced = OutputDistance._replaced
+
+    def spied(distance: OutputDistance, layers: dict[str, Replacement]) -> AbstractContextManager[None]:
+        if len(layers) > 1:
+            found.extend(_is_in_file(layer.weight, tmp_path) for layer in layers.values())
+        return replaced(distance, layers)
+
+    monkeypatch.setattr(OutputDistance, "_replaced", spied)
+    Case(tmp_path, "mlp").compress(scratch=tmp_path, **options)
+    assert len(found) > 2 and all(found)
+
+
+def _is_in_file(tensor: Tensor, folder: Path) -> bool:
+    """Whether a tensor is mapped into memory from a file, removed perhaps, in a folder."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(address, 16) for address in line.partition(" ")[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return str(folder) in line
+    return False
+
+
 @pytest.mark.slow
 def test_output_is_deterministic(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
@@ -282,7 +312,8 @@ def test_whole_maps_are_fitted_by_their_weights(tmp_path: Path) -> None:
     assert kinds["8.weight"] == "linear"
 
 
-def test_dry_run_reports_the_calibration(tmp_path: Path) -> None:
+def test_dry_run_reports_the_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CalibrationStatistics, "scratch_bytes", 0)  # but for the weights that fits find
     case = Case(tmp_path, "mlp")
     recipe = make_recipe(None, {"ratio": 0.5, "device": "cpu", "form": "svd"})
     request = CalibrationRequest(tmp_path / "data.npz", 60)
@@ -291,6 +322,8 @@ def test_dry_run_reports_the_calibration(tmp_path: Path) -> None:
         tmp_path / "m.pt", output, recipe, dry_run=True, arch=case.arch, calibrate=request
     )
     assert planned.manifest.calibration["shares"]["chosen"] in WAYS
+    weights = human_bytes(4 * sum(layer.num_original for layer in planned.manifest.layers))
+    assert any(note.endswith(f"--scratch could hold {weights}") for note in planned.notes), planned.notes
 
 
 @pytest.mark.slow
