@@ -128,17 +128,19 @@ def _choose_grid(matrices: list[Matrix], coded: str | None) -> tuple[Grid | None
     own |= {replace(grid, group=group) for grid in own for group in GROUPS if grid.group is not None}
 
     def fits(matrix: Matrix, grid: Grid) -> bool:
-        divides = grid.group is None or matrix.shape[1] % grid.group == 0
+        columns = matrix.shape[1]
+        if grid.group is not None and columns % grid.group:
+            return False
         if isinstance(matrix.part.storage, Grid):
-            return divides and _stored_grid(matrix) == grid
-        return divides and grid.bits == bits
+            return _stored_grid(matrix) == grid
+        by_row = default_grid(grid.bits, columns).group is None  # coarser, so only where no group divides
+        return grid.bits == bits and by_row == (grid.group is None)
 
     def numbers(grid: Grid) -> tuple[int, int]:
         fitting = (matrix for matrix in matrices if fits(matrix, grid))
         return sum(math.prod(matrix.shape) for matrix in fitting), grid.group or 0
 
-    grids = [grid for grid in own if grid.group is not None] or list(own)
-    best = max(grids, key=numbers, default=None)
+    best = max(own, key=numbers, default=None)
     return best, [] if best is None else [matrix for matrix in matrices if fits(matrix, best)]
 
 

@@ -20,6 +20,7 @@ from mpoc.hf.export import export_directory
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.open_checkpoint import open_compressed
 from mpoc.models.loading import open_network
+from mpoc.quantize.storage import Grid
 from tests.support.architectures import answer, tiny
 from tests.support.process import run_python
 
@@ -152,6 +153,21 @@ def test_codes_are_those_of_compressed_tensors(tmp_path: Path, storage: str, bit
         assert error < 0.007
         assert f"{layer}.weight" not in tensors
     assert all(f"{layer}.weight" in tensors for layer in found.dense)
+
+
+@pytest.mark.parametrize("storage", ["grid", "coded"])
+def test_the_grid_is_that_of_most_numbers(tmp_path: Path, storage: str) -> None:
+    """Here by row: no group divides the 40 inputs of most layers, and one the 96 of two small ones."""
+    config = transformers.LlamaConfig(
+        vocab_size=30, hidden_size=40, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    recipe = make_recipe(None, {"min_params": 1, "bits": 4, "storage": storage})
+    compress_checkpoint(tmp_path / "llama", tmp_path / "out", recipe)
+    found = export_directory(tmp_path / "out", tmp_path / "hf")
+    assert found.codes.grid == Grid(4 if storage == "grid" else 8, None)
+    assert len(found.codes.layers) == 13
+    assert len([layer for layer in found.dense if "mlp.down_proj" in layer]) == 2
 
 
 @pytest.mark.slow
