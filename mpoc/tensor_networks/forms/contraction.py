@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LARGE = 1 << 20  # numbers of a result whose legs take longer to move than those of its factors
+
 Legs = tuple[str, ...]
 
 
@@ -77,7 +79,7 @@ def contract_all(
     left = dict(enumerate(zip(tensors, legs, strict=True)))
     for number, (a, b) in enumerate(steps, len(left)):
         pair = left.pop(a), left.pop(b)
-        if not left:  # the factors are small, and their product is not: order the legs before
+        if not left and _result_size(pair, result) >= _LARGE:  # its factors are smaller: order their legs
             pair = _ordered(*pair[0], result), _ordered(*pair[1], result)
         left[number] = _joined(*pair[0], *pair[1])
     ((tensor, names),) = left.values()
@@ -88,6 +90,11 @@ def leg_sizes(legs: Iterable[Legs], shapes: Iterable[Sequence[int]]) -> tuple[tu
     """(name, dimension) of every leg, each once."""
     pairs = zip(legs, shapes, strict=True)
     return tuple({name: n for names, shape in pairs for name, n in zip(names, shape, strict=True)}.items())
+
+
+def _result_size(pair: Sequence[tuple[Tensor, Legs]], result: Legs) -> int:
+    sizes = {name: n for tensor, names in pair for name, n in zip(names, tensor.shape, strict=True)}
+    return math.prod(sizes[name] for name in result)
 
 
 def _ordered(tensor: Tensor, names: Legs, result: Legs) -> tuple[Tensor, Legs]:

@@ -86,6 +86,20 @@ def test_contraction_matches_einsum() -> None:
     torch.testing.assert_close(found, torch.einsum("ab,bcd,e,dfc,eg->fga", *tensors))
 
 
+@pytest.mark.parametrize(
+    "size", [4, 32]
+)  # of a result below and above that for which legs are ordered before
+def test_contracts_to_a_large_result(size: int) -> None:
+    tensors = [
+        torch.randn(size, 3, size).double(),
+        torch.randn(3, size, 5, size).double(),
+        torch.randn(5).double(),
+    ]
+    legs = [("a", "x", "b"), ("x", "c", "y", "d"), ("y",)]
+    found = contract_all(tensors, legs, ("d", "a", "c", "b"))
+    torch.testing.assert_close(found, torch.einsum("axb,xcyd,y->dacb", *tensors))
+
+
 @pytest.mark.parametrize("form_name", ["tree", "mera"])
 @pytest.mark.parametrize("batch", [0, 1, 5, 3000])
 def test_linear_layer_matches_its_weight(form_name: str, batch: int) -> None:
