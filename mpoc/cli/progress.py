@@ -30,14 +30,18 @@ def stage_lines(console: Output) -> Callable[[str, int, int], None] | None:
     It says a line as a stage begins, then one every few seconds, with the time left by the steps so far.
     """
     last = start = 0.0
+    current, first = "", 1  # stage, and the number that it began with
 
     def tell(stage: str, number: int, total: int) -> None:
-        nonlocal last, start
+        nonlocal last, start, current, first
         now = monotonic()
-        start = now if number == 1 else start
-        if number == 1 or now - last >= _BETWEEN_LINES:
-            left = (now - start) / (number - 1) * (total - number + 1) if number > 1 else 0.0
-            console.say(f"{stage} {number:,} of {total:,}" + (f" ({clock(left)} left)" if number > 1 else ""))
+        begins = number == 1 or stage != current
+        if begins:
+            current, first, start = stage, number, now
+        if begins or now - last >= _BETWEEN_LINES:
+            left = (now - start) / max(1, number - first) * (total - number + 1)
+            rest = f" ({clock(left)} left)" if number > first else ""
+            console.say(f"{stage} {number:,} of {total:,}{rest}")
             last = now
 
     return None if console.quiet else tell

@@ -92,6 +92,8 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give parameters and buffers other memory, as they are on their devices and in their dtypes.
 
+    On an error, as of a device without room for them, none is changed.
+
     Args:
         model: whose tensors are set; what shares memory with them is left as it is.
         tensors: by name in the model.
@@ -100,10 +102,11 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
         What they held before, to set again.
     """
     state = state_of(model)
-    before = {name: state[name].data for name in tensors}
-    for name, tensor in tensors.items():
+    new = {name: tensor.detach().to(state[name]).contiguous() for name, tensor in tensors.items()}
+    before = {name: state[name].data for name in new}
+    for name, tensor in new.items():
         change: Any = state[name].set_  # counts as a change, as setting ``.data`` does not
-        change(tensor.detach().to(state[name]).contiguous())
+        change(tensor)
     return before
 
 

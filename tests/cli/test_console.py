@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from mpoc.cli.console import Output, plain, reported_errors
+from mpoc.cli.progress import stage_lines
 from mpoc.errors import MpocError
 
 
@@ -96,3 +97,20 @@ def test_prints_markup_and_emoji_codes_as_they_are(capsys: pytest.CaptureFixture
     said = capsys.readouterr()
     assert said.out == f"{name}\n"
     assert said.err.splitlines() == [name, f"error: {name}", f"hint: {name}"]
+
+
+def test_stages_say_the_time_left_by_their_own_steps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage may begin beyond the first step, as a resumed run does."""
+    clock = iter([1e6, 1e6 + 1, 1e6 + 7, 1e6 + 8])
+    monkeypatch.setattr("mpoc.cli.progress.monotonic", lambda: next(clock))
+    tell = stage_lines(Output())
+    assert tell is not None
+    for stage, number in (("done:", 2), ("layer", 1), ("layer", 4), ("layer", 5)):
+        tell(stage, number, 9)
+    assert capsys.readouterr().err.splitlines() == [
+        "done: 2 of 9",
+        "layer 1 of 9",
+        "layer 4 of 9 (0:12 left)",
+    ]

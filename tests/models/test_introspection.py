@@ -99,6 +99,9 @@ def test_a_copy_shares_memory_until_it_is_set() -> None:
     assert tied[0].dtype == torch.float32
     assert not torch.equal(copied[2](x)[0], network[2](x)[0]), "recurrent layers hold lists of their weights"
     assert all(torch.equal(value, before[name]) for name, value in state_of(network).items())
+    with pytest.raises(NotImplementedError):
+        set_tensors(copied, {"0.weight": torch.zeros(3, 3), "0.bias": torch.empty(3, device="meta")})
+    assert torch.equal(tied[0], torch.ones(3, 3)), "all are set or none"
     set_tensors(copied, held)
     assert torch.equal(copied[0](x), network[0](x)) and torch.equal(copied[2](x)[0], network[2](x)[0])
 

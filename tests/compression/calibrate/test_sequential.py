@@ -169,9 +169,12 @@ def test_each_expert_is_fitted_to_its_own_rows(tmp_path: Path) -> None:
     assert any("experts.4.0 (the network does not reach it)" in note for note in done.notes)
 
 
-def test_a_scratch_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", [{"ratio": 0.5, "form": "svd"}, {"bits": 3}])
+def test_a_scratch_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
     case = Case(tmp_path, "residual")
-    held = case.compress(ratio=0.5, form="svd")
+    held = case.compress(**options)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     written: list[object] = []
@@ -182,7 +185,7 @@ def test_a_scratch_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(keyed_store, "_HELD_BYTES", 0)
     monkeypatch.setattr(keyed_store, "save_file", save)
-    spilled = case.compress(out="spilled", ratio=0.5, form="svd", scratch=scratch)
+    spilled = case.compress(out="spilled", scratch=scratch, **options)
     assert spilled.output.read_bytes() == held.output.read_bytes()
     assert len(written) > 20 and not list(scratch.iterdir())
 
