@@ -219,9 +219,8 @@ def _shortened(settings: Settings, experiment: Experiment) -> str:
         is_cut = is_cut or not settings.patience
         return f"{length_of(settings)} in place of {whose} early stopping" if is_cut else ""
     ours, theirs = (s.epochs if s.steps is None else s.steps for s in (settings, full))
-    if (settings.steps is None) != (full.steps is None):
-        return f"{length_of(settings)} in place of {whose} {length_of(full)}"
-    return f"{ours:,g} of {whose} {length_of(full)}" if ours < theirs else ""
+    is_shorter = ours < theirs or (settings.steps is None) != (full.steps is None)
+    return f"{length_of(settings)} in place of {whose} {length_of(full)}" if is_shorter else ""
 
 
 def _reshaped(experiment: Experiment, text: str, shapes: Shapes) -> Experiment:

@@ -60,7 +60,7 @@ def test_all_trains_within_the_budget_and_writes_one_page(run: Mpoc) -> None:
     plan = [line.split() for line in done.stdout.splitlines()]
     assert plan[0] == ["table", "networks", "examples/s", "training", "estimated"]
     assert [line[0] for line in plan[2:5]] == ["fc2", "lenet5", "all"]
-    assert "shortened: 20 of the paper's 500 epochs" in done.stdout
+    assert "shortened: 20 epochs in place of the paper's 500 epochs" in done.stdout
     assert "[9/9] FC2, random D=16, seed 0: " in done.stderr
     page = (run.folder / "reproduce-all" / "index.html").read_text("utf-8")
     assert_whole(page)

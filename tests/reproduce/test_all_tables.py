@@ -103,11 +103,11 @@ def test_shorter_trainings_are_called_so() -> None:
     def shortened(name: str, **choice: object) -> str:
         return choose_studies(STUDIES[name], StudyChoice(**choice))[0].training.shortened  # type: ignore[arg-type]
 
-    assert shortened("fc2") == "20 of the paper's 500 epochs"
+    assert shortened("fc2") == "20 epochs in place of the paper's 500 epochs"
     assert shortened("mera", epochs=1) == "1 epoch in place of the paper's early stopping"
     assert shortened("mera", steps=9) == "9 steps in place of the paper's early stopping"
     assert shortened("mera") == ""
-    assert shortened("harada", epochs=2) == "2 of the recipe's 5 epochs"
+    assert shortened("harada", epochs=2) == "2 epochs in place of the recipe's 5 epochs"
     assert shortened("picogpt") == shortened("harada") == ""
     assert shortened("picogpt", epochs=0.5) == "0.5 epochs in place of the paper's 2,000 steps"
     assert all(shortened(name, paper=True) == "" for name in STUDIES if name != "harada")
