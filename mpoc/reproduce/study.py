@@ -104,7 +104,7 @@ class Reproduction:
 
     @property
     def shortened(self) -> str:
-        """``20 epochs in place of the paper's 500 epochs``; "" where the training is as long as the paper's."""
+        """``20 epochs in place of the paper's 500 epochs``; "" where the training is as long."""
         return self.rows[0].experiment.training.shortened
 
     def as_dict(self) -> dict[str, Any]:
