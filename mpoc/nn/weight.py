@@ -184,7 +184,7 @@ class _MadeOf:
         The module is in eval mode, nothing is traced, no gradients of the cores are asked for, they are the
         same tensors, and neither they nor the weight have changed.
         """
-        if own["training"] or _is_tracing() or is_compiling() or own["_modules"][self.name] is not self.every:
+        if own["training"] or is_compiling() or _is_tracing() or own["_modules"][self.name] is not self.every:
             return False
         cores = self.parameters.values()
         if len(cores) != len(self.known) or (is_grad_enabled() and any(core.requires_grad for core in cores)):

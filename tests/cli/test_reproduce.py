@@ -70,7 +70,8 @@ def test_all_trains_within_the_budget_and_writes_one_page(run: Mpoc) -> None:
     for table, rows, paper in zip(tables[1:], (9, 3), ("98.35 ± 0.20 (Fig. 2)", "99.17 ± 0.08"), strict=True):
         assert table.count("<tr>") == 1 + rows and paper in table
         assert "final %, shortened" in table and "best %, shortened" in table
-    assert page.count("ours after a shortened training, 20 epochs in place of the paper&#x27;s 500 epochs") == 8
+    caption = "ours after a shortened training, 20 epochs in place of the paper&#x27;s 500 epochs"
+    assert page.count(caption) == 8
     assert "2 of 2 tables finished" in reader.text
 
 
