@@ -93,8 +93,12 @@ def leg_sizes(legs: Iterable[Legs], shapes: Iterable[Sequence[int]]) -> tuple[tu
 
 
 def _result_size(pair: Sequence[tuple[Tensor, Legs]], result: Legs) -> int:
-    sizes = {name: n for tensor, names in pair for name, n in zip(names, tensor.shape, strict=True)}
-    return math.prod(sizes[name] for name in result)
+    size = 1  # in loops, which torch.compile follows
+    for name in result:
+        for tensor, names in pair:
+            if name in names:
+                size *= tensor.shape[names.index(name)]
+    return size
 
 
 def _ordered(tensor: Tensor, names: Legs, result: Legs) -> tuple[Tensor, Legs]:
