@@ -29,12 +29,8 @@ from mpoc.io.open_checkpoint import open_compressed
 from mpoc.quantize.codes import HALF_OCTAVES, GridTensor, QuantizedTensor
 
 _SMALL = 256  # numbers: constants up to here stay floats
-_BLOCKS = (
-    128,
-    64,
-    32,
-    16,
-)  # groups that onnxruntime multiplies with; a coded matrix takes the first that fits
+# Groups that onnxruntime multiplies with; a coded matrix takes the first that fits
+_BLOCKS = (128, 64, 32, 16)
 _GROUPED = "grouped_"  # in names of initializers
 
 

@@ -79,9 +79,7 @@ class Training:
     pad: int = 0  # pixels: shifts drawn at random
     flip: bool = False
     note: str = ""  # where it departs from the paper's own, or from what a reader would expect
-    shortened: str = (
-        ""  # "20 epochs in place of the paper's 500 epochs"; "" where it is as long as the paper's
-    )
+    shortened: str = ""  # "20 epochs in place of the paper's 500 epochs"; "" where it is as long
 
     def words(self) -> str:
         """The training in one line, for tables."""

@@ -87,9 +87,7 @@ class Candidates:
         self._measured = self._objective.measured
         self._low_rank = structures[0].as_low_rank()
         svd = weighted_svd(self._objective.metric(matrix, self._objective.usual_gamma))
-        most = 1 + self._low_rank.num_original // self._low_rank.num_parameters(
-            1
-        )  # the first that saves nothing
+        most = 1 + self._low_rank.num_original // self._low_rank.num_parameters(1)  # that saves nothing
         most += 0 if measures_sums else most // 2  # in the place of a sum stands a higher rank
         left, right = svd.left[:, :most], svd.right[:most]
         self._scratch.put(self._key, [matrix.float(), left.float(), right.float()])
