@@ -63,8 +63,8 @@ class CompressOptions:
         None, metavar="FILE", panel=ADVANCED,
     )  # fmt: skip
     scratch: Path | None = option(
-        "Folder for what calibration cannot hold in memory; needs --calibrate.",
-        None, metavar="DIR", panel=ADVANCED,
+        "Folder for what calibration need not hold in memory; needs --calibrate.",
+        None, metavar="DIR", panel=ADVANCED, shown="beside OUT",
     )  # fmt: skip
     eval_data: Path | None = option(
         "Measure before and after on these data, as mpoc eval does.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -98,7 +99,7 @@ def compress_checkpoint(
             "max_drop: compress_checkpoint does not search for a budget",
             "mpoc.compression.search.compress_within",
         )
-    with process_group() as group, in_scratch(as_request(calibrate)) as request:
+    with process_group() as group, in_scratch(as_request(calibrate), None if dry_run else output) as request:
         with group.all_or_raise():
             if not dry_run:
                 refuse_output(source, output, force)
@@ -129,13 +130,23 @@ def as_request(calibrate: CalibrationRequest | str | PathLike[str] | None) -> Ca
 
 
 @contextmanager
-def in_scratch(request: CalibrationRequest | None) -> Iterator[CalibrationRequest | None]:
-    """The request with a scratch folder of its own, if it asks for one, which is removed at the end."""
-    if request is None or request.scratch is None:
+def in_scratch(
+    request: CalibrationRequest | None, output: Path | None
+) -> Iterator[CalibrationRequest | None]:
+    """The request with a scratch folder of its own, removed at the end: where it asks, or beside the output.
+
+    Args:
+        request: None: there is none to be had.
+        output: None: nothing is written, and memory holds all that no folder is asked for.
+    """
+    asked = None if request is None else request.scratch
+    beside = None if output is None else output.absolute().parent
+    parent = asked or (beside if beside is not None and os.access(beside, os.W_OK | os.X_OK) else None)
+    if request is None or parent is None:
         yield request
         return
-    with scratch_folder(request.scratch) as folder:
-        yield replace(request, scratch=folder)
+    with scratch_folder(parent) as folder:
+        yield replace(request, scratch=folder, scratch_required=asked is not None)
 
 
 def _job(

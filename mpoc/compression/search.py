@@ -197,7 +197,7 @@ def compress_within(request: SearchRequest, callbacks: SearchCallbacks | None = 
     if num_processes() > 1:
         raise UsageError("--max-drop measures one file after another, in one process: no torchrun")
     refuse_output(source, output, request.force)
-    with in_scratch(as_request(request.calibrate)) as calibration:
+    with in_scratch(as_request(request.calibrate), output) as calibration:
         return _searched(request, calibration, callbacks or SearchCallbacks(), recipe.max_drop)
 
 

@@ -149,7 +149,7 @@ def make_size_table(
     callbacks = callbacks or TableCallbacks()
     if num_processes() > 1:
         raise UsageError("a table of sizes is made in one process: no torchrun")
-    with in_scratch(as_request(calibrate)) as request:
+    with in_scratch(as_request(calibrate), None) as request:
         recipe = replace(recipe, size=1.0)
         check_recipe(recipe)
         context = RunContext(choose_device(recipe.device), progress=Progress(stage=callbacks.stage))

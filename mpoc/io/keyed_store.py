@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,7 +40,9 @@ from mpoc.runtime.signals import defer_signals, removed_on_exit
 _FORMAT = "mpoc.item/1"
 _RECORD, _FINGERPRINT, _DIGEST = "record", "fingerprint", "digest"
 _NUMBERS = itertools.count()  # of the files of all scratches: what is mapped into memory is never overwritten
-_HELD_BYTES = 256 * 1024**2  # of a scratch's tensors in memory, where it has a folder
+_HELD_BYTES = 64 * 1024**2  # of a scratch's tensors in memory, where it has a folder
+_SMALL = 1 << 16  # bytes of a tensor that is not worth a mapped file of its own
+_STALE = 3600  # seconds after which a folder that is still nameless was left by a killed run
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,10 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         with suppress(OSError), (old / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held for as long as its process lives
             shutil.rmtree(old, ignore_errors=True)
+    for old in parent.glob(".mpoc-new-*"):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > _STALE:
+                shutil.rmtree(old, ignore_errors=True)
     with defer_signals():
         new = Path(tempfile.mkdtemp(prefix=".mpoc-new-", dir=parent))
         mark = (new / "lock").open("a")
@@ -200,19 +207,22 @@ class Scratch:
     Args:
         folder: for files; None: all are held in memory.
         limit: bytes that are held in memory where there is a folder.
+        required: whether it is an error that the disk has no room; else memory holds what finds none.
     """
 
-    def __init__(self, folder: Path | None = None, limit: int | None = None) -> None:
+    def __init__(
+        self, folder: Path | None = None, limit: int | None = None, *, required: bool = True
+    ) -> None:
         self._folder, self._limit = folder, _HELD_BYTES if limit is None else limit
+        self.is_required = required and folder is not None  # the user wants memory spared
         self._held: dict[Hashable, list[Tensor]] = {}
         self._files: dict[Hashable, tuple[Path, list[torch.device], int]] = {}  # with their bytes
         self.nbytes = 0  # in memory
         self._filed = self.most = 0  # in files; in both together, at the most
 
-    @property
-    def has_folder(self) -> bool:
-        """Whether there is room beyond memory."""
-        return self._folder is not None
+    def has_room(self, nbytes: int) -> bool:
+        """Whether there is room beyond memory for so many bytes."""
+        return self._folder is not None and (self.is_required or nbytes <= _free(self._folder))
 
     def put(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
         """Keep tensors, in the place of those of the same key.
@@ -222,13 +232,14 @@ class Scratch:
         """
         self.drop(key)
         nbytes = sum(map(_nbytes, tensors))
-        if self._folder is None or self.nbytes + nbytes <= self._limit:
+        held = self.nbytes + nbytes <= self._limit
+        path = None if held else self._written(tensors, nbytes)
+        if path is None:
             self._held[key] = list(tensors)
             self.nbytes += nbytes
-            self.most = max(self.most, self.nbytes + self._filed)
-            return
-        self._files[key] = self._written(tensors, nbytes), [tensor.device for tensor in tensors], nbytes
-        self._filed += nbytes
+        else:
+            self._files[key] = path, [tensor.device for tensor in tensors], nbytes
+            self._filed += nbytes
         self.most = max(self.most, self.nbytes + self._filed)
 
     def mapped(self, tensor: Tensor) -> Tensor:
@@ -237,25 +248,31 @@ class Scratch:
         Raises:
             MpocError: the disk has no room for it.
         """
-        if self._folder is None or tensor.device.type != "cpu":
+        nbytes = _nbytes(tensor)
+        apart = tensor.device.type == "cpu" and nbytes > min(_SMALL, self._limit)
+        if not apart or (path := self._written([tensor], nbytes)) is None:
             return tensor
-        path = self._written([tensor], _nbytes(tensor))
         (found,) = load_file(path).values()
         path.unlink()
         return found
 
-    def _written(self, tensors: Sequence[Tensor], nbytes: int) -> Path:
-        assert self._folder is not None
+    def _written(self, tensors: Sequence[Tensor], nbytes: int) -> Path | None:
+        """A file of tensors; None: memory is to hold them."""
+        if self._folder is None or not self.has_room(nbytes):
+            return None
         full = MpocError(
             f"--scratch {self._folder.parent}: {human_bytes(nbytes)} more do not fit on its disk",
             "make room, or name a folder on another disk",
         )
-        if nbytes > shutil.disk_usage(self._folder).free:
+        if nbytes > _free(self._folder):
             raise full
         path = self._folder / f"{os.getpid()}-{next(_NUMBERS)}.safetensors"
         try:
             save_file({str(k): tensor.detach().cpu().contiguous() for k, tensor in enumerate(tensors)}, path)
         except SafetensorError as error:  # of the disk, which other processes fill too
+            path.unlink(missing_ok=True)
+            if not self.is_required:
+                return None
             raise full from error
         return path
 
@@ -281,6 +298,11 @@ class Scratch:
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._held or key in self._files
+
+
+def _free(folder: Path) -> int:
+    """Bytes that its disk has room for."""
+    return shutil.disk_usage(folder).free
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -110,14 +109,14 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
     return before
 
 
-def compute_in_float32(model: nn.Module, scratch: Path | None = None) -> bool:
-    """Make half-precision tensors float32; parameters in files, mapped into memory, if there is a folder.
+def compute_in_float32(model: nn.Module, scratch: Scratch | None = None) -> bool:
+    """Make half-precision tensors float32; parameters in files, mapped into memory, if there is a scratch.
 
     Returns:
         Whether there were such parameters.
     """
     halves = [p for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
-    files = Scratch(scratch)
+    files = scratch or Scratch()
     for parameter in halves:
         parameter.data = files.mapped(parameter.data.float())
     if halves:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mpoc.errors import MpocError, UsageError, excluding
 from mpoc.io.checkpoint import Checkpoint
+from mpoc.io.keyed_store import Scratch
 from mpoc.io.manifest import LayerRecord, Manifest
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.io.open_checkpoint import (
@@ -324,14 +325,14 @@ def open_beside(path: Path, arch: str | None) -> Model:
     return open_model(path, None if own or (path / "config.json").is_file() else arch)
 
 
-def open_model(path: Path, arch: str | None, scratch: Path | None = None) -> Model:
+def open_model(path: Path, arch: str | None, scratch: Scratch | None = None) -> Model:
     """Open a compressed or dense checkpoint with its network.
 
     Args:
         path: a file or a Hugging Face directory.
         arch: the dense network, as ``--arch`` names it; None: the one that the checkpoint names, or that its
             tensors tell.
-        scratch: folder for float32 copies of half-precision parameters, mapped into memory.
+        scratch: for float32 copies of half-precision parameters, mapped into memory.
 
     Raises:
         UsageError: no architecture is known, or it is not found.

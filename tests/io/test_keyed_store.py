@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -106,7 +107,8 @@ def test_scratch_holds_a_limit_in_memory_and_the_rest_in_files(tmp_path: Path) -
 
 def test_scratch_maps_tensors_from_files_that_are_gone(tmp_path: Path) -> None:
     tensor = torch.arange(6).reshape(2, 3).mT
-    found = Scratch(tmp_path).mapped(tensor)
+    assert Scratch(tmp_path).mapped(tensor) is tensor, "too small for a file of its own"
+    found = Scratch(tmp_path, limit=0).mapped(tensor)
     assert found.data_ptr() != tensor.data_ptr() and list(tmp_path.iterdir()) == []
     assert torch.equal(found, tensor) and found.dtype == tensor.dtype
     assert str(tmp_path) in Path("/proc/self/maps").read_text()
@@ -116,7 +118,25 @@ def test_scratch_without_a_folder_holds_everything_in_memory() -> None:
     scratch = Scratch(limit=1)
     assert scratch.mapped(tensor := torch.ones(3)) is tensor
     scratch.put("a", [torch.ones(4)])
-    assert scratch.nbytes == 16 and not scratch.has_folder
+    assert scratch.nbytes == 16 and not scratch.has_room(1)
+
+
+def test_scratch_that_is_not_required_holds_in_memory_what_the_disk_has_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, tensor = shutil.disk_usage(tmp_path), torch.arange(4.0)
+
+    def fill(_: Any, path: Path) -> None:
+        path.touch()
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for name, fault in {"shutil.disk_usage": lambda _: usage._replace(free=15), "save_file": fill}.items():
+        with monkeypatch.context() as patch, scratch_folder(tmp_path) as folder:
+            patch.setattr(f"mpoc.io.keyed_store.{name}", fault)
+            scratch = Scratch(folder, limit=0, required=False)
+            scratch.put("a", [tensor])
+            assert scratch.get("a")[0] is tensor and scratch.mapped(tensor) is tensor
+            assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_scratch_of_a_killed_run_is_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:
@@ -124,8 +144,12 @@ def test_scratch_of_a_killed_run_is_removed_and_of_a_living_one_kept(tmp_path: P
     dead.mkdir()
     for name in ("lock", "1.safetensors"):
         (dead / name).touch()
+    nameless, starting = tmp_path / ".mpoc-new-dead", tmp_path / ".mpoc-new-alive"
+    nameless.mkdir()
+    os.utime(nameless, (0, 0))
+    starting.mkdir()
     with scratch_folder(tmp_path) as living, scratch_folder(tmp_path) as folder:
-        assert {living, folder} == set(tmp_path.iterdir())
+        assert {living, folder, starting} == set(tmp_path.iterdir())
 
 
 def test_scratch_is_left_by_processes_that_start_at_the_same_time(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpoc.io.keyed_store import Scratch
 from mpoc.models.introspection import (
     compute_in_float32,
     copy_sharing_parameters,
@@ -110,7 +111,7 @@ def test_a_copy_shares_memory_until_it_is_set() -> None:
 def test_half_precision_is_computed_in_float32(tmp_path: Path, in_files: bool) -> None:
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(torch.bfloat16)
     wanted = {name: value.float() for name, value in state_of(network).items()}
-    assert compute_in_float32(network, tmp_path if in_files else None)
+    assert compute_in_float32(network, Scratch(tmp_path, limit=0) if in_files else None)
     assert (str(tmp_path) in Path("/proc/self/maps").read_text()) == in_files
     for name, value in state_of(network).items():
         torch.testing.assert_close(value.float(), wanted[name].float(), rtol=0, atol=0)

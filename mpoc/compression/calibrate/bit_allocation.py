@@ -302,8 +302,8 @@ class SameSize:
         self._kept: dict[str, tuple[LayerRecord, Sequence[QuantizedTensor]]] = {}
 
     def keep(self, record: LayerRecord, nearest: Sequence[QuantizedTensor] = ()) -> None:
-        """Keep a layer's record as written and, without a scratch folder, its codes without feedback."""
-        self._kept[record.name] = record, () if self._statistics.scratch.has_folder else nearest
+        """Keep a layer's record as written and, unless memory is to be spared, its codes without feedback."""
+        self._kept[record.name] = record, () if self._statistics.scratch.is_required else nearest
 
     def likeness(self, distance: OutputDistance, gptq: bool) -> dict[str, dict[str, float]]:
         """The likeness of ``rounded to nearest`` and, where two bits are not too many, of ``GPTQ``."""

@@ -22,6 +22,7 @@ from mpoc.compression.calibrate.layer_inputs import device_of
 from mpoc.compression.calibrate.output_of_interest import Pooling, read_pooling
 from mpoc.data import Examples, prepare_images, shuffled
 from mpoc.errors import MpocError, UsageError
+from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import (
     Batch,
     BatchConverter,
@@ -59,7 +60,12 @@ class CalibrationRequest:
     moments: Path | None = None  # file to keep the measurements of the dense network in
     folder: Path | None = None  # to keep what is found before layers are fitted, and resume from
     scratch: Path | None = None  # folder for what does not fit into memory meanwhile; None: all is held there
+    scratch_required: bool = True  # an error where its disk has no room; else memory holds the rest
     optional: bool = False  # fit to the weights alone where the network cannot be calibrated
+
+    def spare_memory(self) -> Scratch:
+        """A scratch in the folder, or in memory where there is none."""
+        return Scratch(self.scratch, required=self.scratch_required)
 
 
 def named_data(name: str | PathLike[str]) -> Path | str:
@@ -97,7 +103,7 @@ def open_calibration(
         UsageError: no architecture is known, or options that do not fit.
         MpocError: bad data, or fewer than two examples.
     """
-    return calibrate_on(open_model(source, arch, request.scratch), request, seed)
+    return calibrate_on(open_model(source, arch, request.spare_memory()), request, seed)
 
 
 def calibrate_on(model: Model, request: CalibrationRequest, seed: int = 0) -> CalibrationData:

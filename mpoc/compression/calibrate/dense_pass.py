@@ -192,7 +192,7 @@ class _Sweep:
             if block.module not in own
         ]
         pieces = self._trace.pieces
-        at_once = self._probes.count == 0 and not self._scratch.has_folder
+        at_once = self._probes.count == 0 and not self._scratch.is_required
         if not own or pieces is None or at_once:
             yield _Piece(list(self._trace.layers), others, self._run_whole)
             return

@@ -35,7 +35,7 @@ class Estimate:
 
     seconds: float
     memory: int  # bytes, the largest of the whole run
-    scratch: int  # bytes that a folder of --scratch would hold
+    scratch: int  # bytes of its files beside the output, or in the folder of --scratch
 
     @property
     def note(self) -> str:
@@ -43,7 +43,7 @@ class Estimate:
         minutes, seconds = divmod(round(self.seconds), 60)
         return (
             f"the fits would take about {minutes}:{seconds:02d} minutes; the run about "
-            f"{human_bytes(self.memory)} of memory, of which --scratch could hold {human_bytes(self.scratch)}"
+            f"{human_bytes(self.memory)} of memory and {human_bytes(self.scratch)} of files meanwhile"
         )
 
 
@@ -58,8 +58,10 @@ def estimate(
         (max(one.outputs, one.lead * one.inputs) for one in shapes if one.kind != "embedding"), default=0
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak += _MATRICES * 8 * widest**2
+    if not statistics.scratch.is_required:  # memory held what the run will have in files
+        peak -= statistics.scratch.nbytes
     found = sum(4 * plan.structure.num_original for plan in plans)  # the compressed network's own weights
-    peak += _MATRICES * 8 * widest**2 + (0 if statistics.scratch.has_folder else found)
     return Estimate(seconds, peak, statistics.scratch_bytes + found)
 
 

@@ -293,11 +293,10 @@ class PairedPass:
         return list(examples) if kept else examples
 
     def _fits(self, position: tuple[int, int], copies: int) -> bool:
-        if self._replay.scratch is not None and self._replay.scratch.has_folder:
-            return True
         share = sum(main_input(batch).numel() for batch in self._batches) / self._trace.numbers
         block = self._trace.chains[position[0]][: position[1] + 1][-1]
-        return copies * block.nbytes * share <= self._replay.kept_bytes
+        nbytes, scratch = int(copies * block.nbytes * share), self._replay.scratch
+        return nbytes <= self._replay.kept_bytes or (scratch is not None and scratch.has_room(nbytes))
 
     def _add(self, index: int, sums: dict[str, LayerSums], both: bool) -> set[str]:
         """Add the inputs in one batch; return the layers to which the networks give different numbers."""

@@ -44,7 +44,6 @@ from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.taps import add_taps
 from mpoc.compression.calibrate.trace import UNREACHED, Example, Trace, trace_batches
 from mpoc.compression.run_context import Progress, RunContext
-from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, first_output, main_input, num_examples, to_device
 from mpoc.models.introspection import copy_sharing_parameters, same_tensor, set_tensors, state_of
 from mpoc.runtime.device import release_freed_memory
@@ -134,7 +133,7 @@ class CalibrationStatistics:
         self.data, self._request, self.context, self._seed = data, request, context, seed
         self.network, self.places = data.network.to(context.device), data.places
         self.refines, self.notes = request.refine, list(data.notes)
-        self._positions, self.scratch = Positions(_POSITIONS, seed), Scratch(request.scratch)
+        self._positions, self.scratch = Positions(_POSITIONS, seed), request.spare_memory()
         with context.group.all_or_raise():
             self._find_layers(list(names), skipped or {})
         self._dense = self._kept_pass()
@@ -290,7 +289,8 @@ class CalibrationStatistics:
         """
         data, pieces, chain = self.data, self._trace.pieces, self._chain
         share = sum(main_input(batch).numel() for batch in data.held_out) / self._trace.numbers
-        if sum(block.nbytes for block in chain) * share > _KEPT_BYTES and not self.scratch.has_folder:
+        nbytes = int(sum(block.nbytes for block in chain) * share)
+        if nbytes > _KEPT_BYTES and not self.scratch.has_room(nbytes):
             chain = ()
         blocks = pieces.of if pieces is not None and chain else {}
         own = {self._named[weight]: block for weight, block in blocks.items()}

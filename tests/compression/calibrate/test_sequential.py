@@ -177,7 +177,7 @@ def test_a_scratch_gives_the_same_bytes(
     held = case.compress(**options)
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    written: list[object] = []
+    written: list[Path] = []
 
     def save(tensors: dict[str, Tensor], path: Path) -> None:
         written.append(path)
@@ -185,9 +185,12 @@ def test_a_scratch_gives_the_same_bytes(
 
     monkeypatch.setattr(keyed_store, "_HELD_BYTES", 0)
     monkeypatch.setattr(keyed_store, "save_file", save)
-    spilled = case.compress(out="spilled", scratch=scratch, **options)
-    assert spilled.output.read_bytes() == held.output.read_bytes()
-    assert len(written) > 20 and not list(scratch.iterdir())
+    for number, folder in enumerate([scratch, None]):  # that is asked for, and that beside the output
+        written.clear()
+        spilled = case.compress(out=f"spilled-{number}", scratch=folder, **options)
+        assert spilled.output.read_bytes() == held.output.read_bytes()
+        assert len(written) > 20 and {path.parent.parent for path in written} == {folder or tmp_path}
+        assert not list(scratch.iterdir()) and not list(tmp_path.glob(".mpoc-*"))
 
 
 @pytest.mark.parametrize("options", [{"ratio": 0.5, "form": "svd"}, {"bits": 3}])
@@ -203,6 +206,7 @@ def test_a_scratch_holds_weights_that_are_replaced_together(
         return replaced(distance, layers)
 
     monkeypatch.setattr(OutputDistance, "_replaced", spied)
+    monkeypatch.setattr(keyed_store, "_HELD_BYTES", 0)
     Case(tmp_path, "mlp").compress(scratch=tmp_path, **options)
     assert len(found) > 2 and all(found)
 
@@ -326,7 +330,7 @@ def test_dry_run_reports_the_calibration(tmp_path: Path, monkeypatch: pytest.Mon
     )
     assert planned.manifest.calibration["shares"]["chosen"] in WAYS
     weights = human_bytes(4 * sum(layer.num_original for layer in planned.manifest.layers))
-    assert any(note.endswith(f"--scratch could hold {weights}") for note in planned.notes), planned.notes
+    assert any(note.endswith(f" and {weights} of files meanwhile") for note in planned.notes), planned.notes
 
 
 @pytest.mark.slow
