@@ -23,7 +23,6 @@ from mpoc.compression.calibrate.calibration_data import CalibrationRequest, open
 from mpoc.compression.calibrate.candidates import largest_within
 from mpoc.compression.calibrate.objective import (
     EmbeddingObjective,
-    ErrorNorm,
     LayerObjective,
     Objective,
     one_matrix,
@@ -31,7 +30,7 @@ from mpoc.compression.calibrate.objective import (
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.run_context import RunContext
 from mpoc.tensor_networks.factors import wide_factors
-from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.fit.metric import ErrorNorm, Metric
 from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd

@@ -257,7 +257,8 @@ class ChainInputs:
 class ModuleOutputs:
     """What modules of a network gave in each batch, as long as their tensors are what they were.
 
-    Of a module that is kept those inside it are not: they do not run then.
+    Of a module that is kept those inside it are not: they do not run then.  What is larger than the input of
+    the block, as inside an MLP, is not kept either: one product finds it again.
 
     Args:
         network: that holds the modules.
@@ -274,8 +275,14 @@ class ModuleOutputs:
         self._kept, self._versions, self._room = {}, {}, _OUTPUT_BYTES
 
     @contextmanager
-    def used(self, index: int, paths: Sequence[str]) -> Iterator[None]:
-        """Meanwhile modules give what they gave before in batch ``index``, or it is kept if there is room."""
+    def used(self, index: int, paths: Sequence[str], given: Tensor) -> Iterator[None]:
+        """Meanwhile modules give what they gave before in batch ``index``, or it is kept if there is room.
+
+        Args:
+            index: of the batch.
+            paths: of modules inside a block.
+            given: input of that block.
+        """
         modules = {path: self._network.get_submodule(path) for path in paths}
         modules = {path: module for path, module in modules.items() if "forward" not in module.__dict__}
         versions = {path: _versions(module) for path, module in modules.items()}
@@ -283,20 +290,19 @@ class ModuleOutputs:
             self.clear()
         self._versions |= versions
         known = [path for path in modules if (path, index) in self._kept]
-        given = [
+        forwards = [
             partial(copied, kept=kept, rest=rest)
             for kept, rest in (self._kept[path, index] for path in known)
         ]
-        with replaced_forwards([modules[path] for path in known], given), hooked() as handles:
+        keep = partial(self._keep, index=index, most=_nbytes(given))
+        with replaced_forwards([modules[path] for path in known], forwards), hooked() as handles:
             for path in modules.keys() - known:
-                handles.append(
-                    modules[path].register_forward_hook(partial(self._keep, path=path, index=index))
-                )
+                handles.append(modules[path].register_forward_hook(partial(keep, path=path)))
             yield
 
-    def _keep(self, _: nn.Module, args: Any, output: Any, path: str, index: int) -> None:
+    def _keep(self, _: nn.Module, args: Any, output: Any, path: str, index: int, most: int) -> None:
         first, rest = next_input(output), output[1:] if isinstance(output, tuple) else None
-        if first is None or any(True for _ in tensors_in(rest)):
+        if first is None or _nbytes(first) > most or any(True for _ in tensors_in(rest)):
             return
         inside = [key for key in self._kept if key[0].startswith(f"{path}.") and key[1] == index]
         freed = sum(_nbytes(self._kept[key][0]) for key in inside)

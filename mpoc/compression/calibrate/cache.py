@@ -33,7 +33,7 @@ from mpoc.io.safetensors_header import TensorInfo
 from mpoc.io.safetensors_writer import Entry
 from mpoc.models.call import Batch, Call, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
-from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment
+from mpoc.tensor_networks.fit.second_moment import CentredRows, RowMoment
 
 _KIND = "moments/3"
 _PANEL = 64  # rows of a symmetric matrix in memory that are kept from the first one's diagonal entry on

@@ -26,7 +26,8 @@ from mpoc.quantize.feedback import Feedback, Rows, best_exponents, weights_of
 from mpoc.quantize.grid_rounding import gptq, round_grid
 from mpoc.quantize.rounding import coded_in_bytes
 from mpoc.quantize.storage import Grid, default_grid
-from mpoc.tensor_networks.fit.metric import Metric, RowMoment, Second, weighed
+from mpoc.tensor_networks.fit.metric import Metric, weighed
+from mpoc.tensor_networks.fit.second_moment import RowMoment, Second
 from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.fit.weighted import matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd

@@ -26,7 +26,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     Sample,
 )
 from mpoc.runtime.device import derived_seed
-from mpoc.tensor_networks.fit.metric import CentredRows, RowMoment, Second, mirror
+from mpoc.tensor_networks.fit.second_moment import CentredRows, RowMoment, Second, mirror
 
 _BLOCK = 8192  # rows of one product
 _PANEL = 128  # columns of a symmetric one that are formed at a time

@@ -2,125 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Self, cast
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from mpoc.compression.calibrate.moments import Moments, merge
-from mpoc.tensor_networks.fit.metric import Centred, Metric, RowMoment, Second, about, make_metric, weighed
+from mpoc.tensor_networks.fit.metric import Centred, ErrorNorm, Metric, make_metric
+from mpoc.tensor_networks.fit.second_moment import RowMoment, Second, ShiftedMoment
 from mpoc.tensor_networks.forms.layout import to_matrix
 from mpoc.tensor_networks.structure import low_rank_structure
 
 _RIDGE = 1e-6
 _FLOOR = 0.3  # of G, in units of γ and its mean diagonal
 _TABLE_GAMMA = 0.02  # of G under a table
-
-
-class _Products:
-    """Products of the last weights that were asked for with the moments of an :class:`ErrorNorm`."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[Tensor, ...], Any]] = {}
-
-    def __call__(self, name: str, compute: Callable[..., Any], *given: Tensor) -> Any:
-        """``compute(*given)``, or what it gave where ``name`` was last asked for with the same tensors."""
-        last, known = self._known.get(name, ((), None))
-        if len(last) == len(given) and all(a is b for a, b in zip(last, given, strict=True)):
-            return known
-        result = compute(*given)
-        self._known[name] = given, result
-        return result
-
-
-@dataclass(frozen=True)
-class ErrorNorm:
-    """The mean of (Wx − Ŵx̃)ᵀ G (Wx − Ŵx̃) over rows, less the mean error where the fit corrects it."""
-
-    compressed: Second  # M = E[x̃ x̃ᵀ] (N_x, N_x)
-    cross: Second  # C = E[x x̃ᵀ]
-    dense: Second  # Σ = E[x xᵀ]
-    outputs: Tensor | None = None  # G as in :class:`mpoc.tensor_networks.fit.metric.Metric`
-    _products: _Products = field(default_factory=_Products, compare=False, repr=False)
-    _weighed: _Products = field(default_factory=_Products, compare=False, repr=False)
-
-    def with_outputs(self, outputs: Tensor | None) -> ErrorNorm:
-        """The same moments and another G."""
-        return replace(self, outputs=outputs, _weighed=_Products())
-
-    def squared(self, matrix: Tensor, approximation: Tensor) -> float:
-        """The norm squared for W = ``matrix`` and its approximation Ŵ, both (N_y, N_x); NaN counts as inf.
-
-        With Δ = W − Ŵ it is tr G [W (Σ − C − Cᵀ + M) Wᵀ + 2 W (C − M) Δᵀ + Δ M Δᵀ].
-        """
-        rest, moved = self._products("of difference", self._of_difference, matrix, approximation)
-        error = float((weighed(self.outputs, moved) * rest).sum())
-        if not self._is_of_dense:
-            error += float((self._weighed_weight(matrix) * self._unreached(matrix)).sum())
-        return math.inf if math.isnan(error) else max(0.0, error)
-
-    def _of_difference(self, matrix: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
-        """Δ, and 2 W (C − M) + Δ M."""
-        rest = matrix - approximation
-        moved = rest @ self.compressed
-        return rest, moved if self._is_of_dense else moved.add_(self.moved(matrix), alpha=2)
-
-    @property
-    def _is_of_dense(self) -> bool:
-        """Whether x̃ = x."""
-        return self.compressed is self.cross is self.dense
-
-    def moved(self, matrix: Tensor) -> Tensor:
-        """W (C − M)."""
-        return cast(Tensor, self._products("moved", lambda w: w @ (self.cross - self.compressed), matrix))
-
-    def _seen(self, matrix: Tensor) -> Tensor:
-        """W Σ."""
-        return cast(Tensor, self._products("dense", lambda w: w @ self.dense, matrix))
-
-    def _unreached(self, matrix: Tensor) -> Tensor:
-        """W (Σ − C − Cᵀ + M)."""
-
-        def compute(weight: Tensor) -> Any:
-            return weight @ (self.dense - self.cross.T) - self.moved(weight)
-
-        return cast(Tensor, self._products("unreached", compute, matrix))
-
-    def _weighed_weight(self, matrix: Tensor) -> Tensor:
-        """G W."""
-        return cast(Tensor, self._weighed("weight", lambda w: weighed(self.outputs, w), matrix))
-
-    def whole(self, matrix: Tensor) -> float:
-        """The norm squared of a zero weight, tr G W Σ Wᵀ."""
-
-        def compute(weight: Tensor) -> float:
-            return float((self._weighed_weight(weight) * self._seen(weight)).sum())
-
-        norm: float = self._weighed("whole", compute, matrix)
-        return math.inf if math.isnan(norm) else max(0.0, norm)
-
-    def relative(self, matrix: Tensor, approximation: Tensor) -> float:
-        """The norm relative to that of a zero weight; 0 for 0/0."""
-        whole = self.whole(matrix)
-        return math.sqrt(self.squared(matrix, approximation) / whole) if whole > 0 else 0.0
-
-    def of_ranks(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """The norm squared of Ŵ = L_r R_r for every rank r.
-
-        Its quadratic part is Σ_{k,l<r} (Lᵀ G L)_kl (R M Rᵀ)_kl.
-        """
-        weighed_left = weighed(self.outputs, left)
-        squares = (weighed_left.T @ left) * (right @ self.compressed @ right.T)
-        seen = self._seen(matrix) if self._is_of_dense else matrix @ self.cross
-        joint = ((weighed_left.T @ seen) * right).sum(1)
-        whole = self.whole(matrix)
-        errors = whole - 2 * joint.cumsum(0) + squares.cumsum(0).cumsum(1).diagonal()
-        return errors.clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -411,7 +309,7 @@ def _about(second: Second, left: Tensor, right: Tensor, a: Tensor, b: Tensor) ->
     """E[(x − a)(y − b)ᵀ] from E[x yᵀ], E[x] and E[y]."""
     if isinstance(second, RowMoment):
         return second.about(a, b)
-    return about(second, left, right, a, b)
+    return ShiftedMoment.about(second, left, right, a, b)
 
 
 def one_matrix(weight: Tensor, kind: str, transposed: bool) -> Tensor:

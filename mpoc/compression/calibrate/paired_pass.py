@@ -86,8 +86,9 @@ class _Runner:
         if position is not None and old is not None and old[0] == position[0] and old[1] < position[1]:
             chain = self._trace.chains[position[0]][old[1] : position[1]]
             for number in self._mine:
-                with self._outputs.used(number, self.final):
-                    self._scratch.put(self._key(number), [self._through(chain, self._kept(number))])
+                kept = self._kept(number)
+                with self._outputs.used(number, self.final, kept.given):
+                    self._scratch.put(self._key(number), [self._through(chain, kept)])
         else:
             self._others.clear()
             for number in self._mine:
@@ -115,8 +116,9 @@ class _Runner:
             end = None if last is None else last + 1
             if position == len(chain):
                 self._run_tail(chain, index)
-            with self._outputs.used(index, self.final):
-                self._through(chain[position:end], self._kept(index))
+            kept = self._kept(index)
+            with self._outputs.used(index, self.final, kept.given):
+                self._through(chain[position:end], kept)
 
     def _run_tail(self, chain: Chain, index: int) -> None:
         """Run the network with every block giving what the last one gave, which alone is used further on."""

@@ -14,151 +14,19 @@ so T is W itself where x̃ = x, and also in directions that no input has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from mpoc.tensor_networks.fit.second_moment import RowMoment, Second, ShiftedMoment
+
 # Below this share of the largest, an eigenvalue of a moment is what rounding left of zero.
 _FLOOR = 1e-12
 _ROUNDING = torch.finfo(torch.float64).eps
-_PANEL = 256  # rows that are worked with in float64 at a time
-
-
-@dataclass(frozen=True)
-class CentredRows:
-    """Rows x_k − c, c the same for all.
-
-    Products are formed in the dtype of the values, and have that of the other matrix.
-    """
-
-    values: Tensor  # (n, N) float32 or float64
-    centre: Tensor  # c (N,) float64
-
-    def along(self, matrix: Tensor) -> Tensor:
-        """Products with all rows: (m, N) → (m, n)."""
-        products = (matrix.to(self.values.dtype) @ self.values.T).to(matrix.dtype)
-        return products - matrix @ self.centre.to(matrix.dtype)[:, None]
-
-    def back(self, weights: Tensor) -> Tensor:
-        """Weighted sums of all rows: (m, n) → (m, N)."""
-        sums = (weights.to(self.values.dtype) @ self.values).to(weights.dtype)
-        return sums - torch.outer(weights.sum(1), self.centre.to(weights.dtype))
-
-    def about(self, mean: Tensor) -> CentredRows:
-        """The same rows less ``mean`` (N,)."""
-        return replace(self, centre=self.centre + mean)
-
-    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some of the rows at a time (m, N), in float64, and which."""
-        for k in range(0, len(self.values), _PANEL):
-            part = slice(k, k + _PANEL)
-            yield part, self.values[part].double() - self.centre
-
-
-@dataclass(frozen=True)
-class RowMoment:
-    """A second moment (N, N) as the rows that it is made of, fewer than N: S (Σ_k w_k a_k b_kᵀ + diag d) S.
-
-    It is multiplied by and never formed.  S is a symmetric matrix that is given as what it does to rows.
-    """
-
-    left: CentredRows  # a
-    right: CentredRows  # b; the same object where the moment is symmetric
-    weights: Tensor  # w (n,) float64
-    ridge: Tensor | None = None  # d (N,) float64; None: zero
-    outer: Callable[[Tensor], Tensor] | None = None  # (m, N) → (m, N) @ S; None: S is the identity
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, N)."""
-        return len(self.left.centre), len(self.left.centre)
-
-    @property
-    def T(self) -> RowMoment:  # noqa: N802
-        """The transpose."""
-        return replace(self, left=self.right, right=self.left)
-
-    def __rmatmul__(self, matrix: Tensor) -> Tensor:
-        """``matrix`` (m, N) times the moment, in the dtype of ``matrix``."""
-        given = matrix if self.outer is None else self.outer(matrix)
-        result = self.right.back(self.left.along(given) * self.weights.to(given.dtype))
-        if self.ridge is not None:
-            result.addcmul_(given, self.ridge.to(given.dtype))
-        return result if self.outer is None else self.outer(result)
-
-    def __sub__(self, other: RowMoment) -> RowMoment:
-        """The difference to a moment of the same rows on the right: that of the rows on the left."""
-        assert self.right.values is other.right.values, "moments of the same rows"
-        rest = self.left.values - other.left.values
-        return replace(self, left=CentredRows(rest, self.left.centre - other.left.centre))
-
-    def about(self, left: Tensor, right: Tensor) -> RowMoment:
-        """The moment of rows less these means (N,)."""
-        first = self.left.about(left)
-        return replace(self, left=first, right=first if self.right is self.left else self.right.about(right))
-
-    def diagonal(self) -> Tensor:
-        """(N,) float64, where S is the identity."""
-        total = torch.zeros_like(self.left.centre) if self.ridge is None else self.ridge.clone()
-        for (part, a), (_, b) in zip(self.left.blocks(), self.right.blocks(), strict=True):
-            total += self.weights[part] @ (a * b)
-        return total
-
-    def divided(self, matrix: Tensor, moment: RowMoment) -> Tensor:
-        """``matrix`` (m, N) times this moment and the inverse of another, Σ_k v_k b_k b_kᵀ + diag d.
-
-        By the identity (Aᵀ B)(Bᵀ B + D)⁻¹ = Aᵀ (1 + B D⁻¹ Bᵀ)⁻¹ B D⁻¹, where nothing cancels.
-        """
-        assert moment.ridge is not None
-        inverse = 1 / moment.ridge.clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
-        roots = moment.weights.sqrt()
-        gram = torch.eye(len(roots), dtype=torch.float64, device=roots.device)
-        for here, rows in self.right.blocks():
-            scaled = rows * inverse
-            for there, others in self.right.blocks():
-                if there.start <= here.start:
-                    gram[here, there] += roots[here, None] * (scaled @ others.T) * roots[there]
-        seen = self.left.along(matrix) * (self.weights / roots)
-        return self.right.back(torch.cholesky_solve(seen.T, torch.linalg.cholesky(gram)).T * roots) * inverse
-
-    def map_rows(self, change: Callable[[Tensor], Tensor]) -> RowMoment:
-        """The moment of rows changed by a linear map, (…, N) → (…, N'), that a diagonal goes through too."""
-        first = CentredRows(change(self.left.values), change(self.left.centre))
-        ridge = None if self.ridge is None else change(self.ridge)
-        return replace(self, left=first, right=first, ridge=ridge)
-
-    def formed(self) -> Tensor:
-        """The moment as a matrix (N, N) float64, where S is the identity."""
-        # What rows are given in is exact enough for sums of centred ones, and of no others
-        a, b = (one.values - one.centre.to(one.values.dtype) for one in (self.left, self.right))
-        weighted, symmetric = b * self.weights.to(b.dtype)[:, None], self.left is self.right
-        total = a.new_empty(self.shape, dtype=torch.float64)
-        for k in range(0, len(total), _PANEL):
-            panel = slice(k, k + _PANEL)
-            there = slice(k if symmetric else 0, None)
-            total[panel, there] = a[:, panel].T @ weighted[:, there]
-        if symmetric:
-            mirror(total)
-        if self.ridge is not None:
-            total.diagonal().add_(self.ridge)
-        return total
-
-
-def mirror(matrix: Tensor) -> None:
-    """Make (…, N, N) symmetric, in place: what is below the diagonal becomes what is above it."""
-    for k in range(0, matrix.shape[-1], _PANEL):
-        panel, behind = slice(k, k + _PANEL), slice(k + _PANEL, None)
-        square = matrix[..., panel, panel].triu()
-        matrix[..., panel, panel] = square + square.triu(1).mT
-        matrix[..., behind, panel] = matrix[..., panel, behind].mT
-
-
-# A matrix (N, N), the diagonal (N,) of one, or a RowMoment; what can work with one of them alone says so.
-Second: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -226,6 +94,119 @@ def weighed(outputs: Tensor | None, matrix: Tensor) -> Tensor:
     return outputs[:, None] * matrix if outputs.dim() == 1 else outputs @ matrix
 
 
+class _Products:
+    """Products of the last weights that were asked for with the moments of an :class:`ErrorNorm`."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[Tensor, ...], Any]] = {}
+
+    def __call__(self, name: str, compute: Callable[..., Any], *given: Tensor) -> Any:
+        """``compute(*given)``, or what it gave where ``name`` was last asked for with the same tensors."""
+        last, known = self._known.get(name, ((), None))
+        if len(last) == len(given) and all(a is b for a, b in zip(last, given, strict=True)):
+            return known
+        result = compute(*given)
+        self._known[name] = given, result
+        return result
+
+
+@dataclass(frozen=True)
+class ErrorNorm:
+    """The mean of (Wx − Ŵx̃)ᵀ G (Wx − Ŵx̃) over rows, less the mean error where the fit corrects it."""
+
+    compressed: Second  # M = E[x̃ x̃ᵀ] (N_x, N_x)
+    cross: Second  # C = E[x x̃ᵀ]
+    dense: Second  # Σ = E[x xᵀ]
+    outputs: Tensor | None = None  # G as in :class:`mpoc.tensor_networks.fit.metric.Metric`
+    _products: _Products = field(default_factory=_Products, compare=False, repr=False)
+    _weighed: _Products = field(default_factory=_Products, compare=False, repr=False)
+
+    def with_outputs(self, outputs: Tensor | None) -> ErrorNorm:
+        """The same moments and another G."""
+        return replace(self, outputs=outputs, _weighed=_Products())
+
+    def squared(self, matrix: Tensor, approximation: Tensor) -> float:
+        """The norm squared for W = ``matrix`` and its approximation Ŵ, both (N_y, N_x); NaN counts as inf.
+
+        With Δ = W − Ŵ it is tr G [W (Σ − C − Cᵀ + M) Wᵀ + 2 W (C − M) Δᵀ + Δ M Δᵀ].
+        """
+        rest, moved = self._products("of difference", self._of_difference, matrix, approximation)
+        error = float((weighed(self.outputs, moved) * rest).sum())
+        if not self._is_of_dense:
+            error += float((self._weighed_weight(matrix) * self._unreached(matrix)).sum())
+        return math.inf if math.isnan(error) else max(0.0, error)
+
+    def _of_difference(self, matrix: Tensor, approximation: Tensor) -> tuple[Tensor, Tensor]:
+        """Δ, and 2 W (C − M) + Δ M."""
+        rest = matrix - approximation
+        moved = rest @ self.compressed
+        return rest, moved if self._is_of_dense else moved.add_(self.moved(matrix), alpha=2)
+
+    @property
+    def _is_of_dense(self) -> bool:
+        """Whether x̃ = x."""
+        return self.compressed is self.cross is self.dense
+
+    def moved(self, matrix: Tensor) -> Tensor:
+        """W (C − M)."""
+
+        def compute(weight: Tensor) -> Any:
+            if isinstance(self.cross, RowMoment):  # whose values are exact enough for small differences
+                return weight @ (self.cross - self.compressed)
+            return self._crossed(weight) - weight @ self.compressed
+
+        return cast(Tensor, self._products("moved", compute, matrix))
+
+    def _seen(self, matrix: Tensor) -> Tensor:
+        """W Σ."""
+        return cast(Tensor, self._products("dense", lambda w: w @ self.dense, matrix))
+
+    def _crossed(self, matrix: Tensor) -> Tensor:
+        """W C."""
+        return cast(Tensor, self._products("cross", lambda w: w @ self.cross, matrix))
+
+    def _unreached(self, matrix: Tensor) -> Tensor:
+        """W (Σ − C − Cᵀ + M), or what has the same trace with G Wᵀ: C there in the place of Cᵀ."""
+
+        def compute(weight: Tensor) -> Any:
+            if isinstance(self.cross, RowMoment):
+                return weight @ (self.dense - self.cross.T) - self.moved(weight)
+            return self._seen(weight) - self._crossed(weight) - self.moved(weight)
+
+        return cast(Tensor, self._products("unreached", compute, matrix))
+
+    def _weighed_weight(self, matrix: Tensor) -> Tensor:
+        """G W."""
+        return cast(Tensor, self._weighed("weight", lambda w: weighed(self.outputs, w), matrix))
+
+    def whole(self, matrix: Tensor) -> float:
+        """The norm squared of a zero weight, tr G W Σ Wᵀ."""
+
+        def compute(weight: Tensor) -> float:
+            return float((self._weighed_weight(weight) * self._seen(weight)).sum())
+
+        norm: float = self._weighed("whole", compute, matrix)
+        return math.inf if math.isnan(norm) else max(0.0, norm)
+
+    def relative(self, matrix: Tensor, approximation: Tensor) -> float:
+        """The norm relative to that of a zero weight; 0 for 0/0."""
+        whole = self.whole(matrix)
+        return math.sqrt(self.squared(matrix, approximation) / whole) if whole > 0 else 0.0
+
+    def of_ranks(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """The norm squared of Ŵ = L_r R_r for every rank r.
+
+        Its quadratic part is Σ_{k,l<r} (Lᵀ G L)_kl (R M Rᵀ)_kl.
+        """
+        weighed_left = weighed(self.outputs, left)
+        squares = (weighed_left.T @ left) * (right @ self.compressed @ right.T)
+        seen = self._seen(matrix) if self._is_of_dense else self._crossed(matrix)
+        joint = ((weighed_left.T @ seen) * right).sum(1)
+        whole = self.whole(matrix)
+        errors = whole - 2 * joint.cumsum(0) + squares.cumsum(0).cumsum(1).diagonal()
+        return errors.clamp(min=0)
+
+
 @dataclass(frozen=True)
 class Centred:
     """Second moments of one layer's inputs about their means, as fits for any γ take them."""
@@ -253,16 +234,15 @@ class Centred:
             if centred:
                 second, cross = second.about(mean, mean), cross.about(dense_mean, mean)
             return cls(second, second if same else cross)
-        moment = (second + second.T).double().div_(2)  # in place from here on: wide layers have large ones
-        if centred:
-            powers = moment.diagonal().clone()
-            columns, rows = _rank_two(mean, mean, mean, mean)
-            moment.addmm_(columns.to(moment), rows.to(moment), alpha=-1)
-            _clear_constants(moment, powers)
-        if same:
-            return cls(moment, moment)
-        joint = cross.double()
-        return cls(moment, about(joint, dense_mean, mean, dense_mean, mean) if centred else joint)
+        second, cross = second.double(), cross.double()
+        if not centred:
+            return cls(second, second if same else cross)
+        moment = ShiftedMoment.about(second, mean, mean, mean, mean)
+        varies = (moment.diagonal() > _FLOOR * second.diagonal()).to(
+            second
+        )  # else there is rounding noise alone
+        moment = replace(moment, varies=None if bool(varies.all()) else varies)
+        return cls(moment, moment if same else ShiftedMoment.about(cross, dense_mean, mean, dense_mean, mean))
 
     def metric(
         self,
@@ -289,12 +269,13 @@ class Centred:
             of_rows = _of_rows(weight, self.second, self.cross, gamma, ridge)
             return Metric(*of_rows, outputs, output_factor=lower)
         diagonal = self.second.diagonal()
-        shrunk = (1 - gamma) * self.second
+        whole = isinstance(self.second, ShiftedMoment)
+        shrunk = self.second.scaled(1 - gamma) if whole else (1 - gamma) * self.second
         shrunk.diagonal().add_(gamma * diagonal + ridge * diagonal.mean())
         regular, factor = _semidefinite(shrunk)
         target = weight
         if self.cross is not self.second:
-            moved = weight @ (self.cross - self.second) if moved is None else moved
+            moved = weight @ self.cross - weight @ self.second if moved is None else moved
             target = weight + _divide(moved, regular, factor)
         return Metric(target, regular, outputs, factor, lower)
 
@@ -314,17 +295,6 @@ def make_metric(
     """The metric of one layer from the moments of its inputs, as :class:`Centred` takes and makes them."""
     moments = Centred.of(second, mean, cross, dense_mean, centred)
     return moments.metric(weight.double(), gamma, ridge, outputs)
-
-
-def about(second: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """E[(x − a)(y − b)ᵀ] (N, N) from E[x yᵀ], E[x], E[y], and a and b (N,); in the dtype of E[x yᵀ]."""
-    columns, rows = _rank_two(left, right, a, b)
-    return torch.addmm(second, columns.to(second), rows.to(second), alpha=-1)
-
-
-def _rank_two(left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 2) and (2, N), whose product is E[x yᵀ] − E[(x − a)(y − b)ᵀ]."""
-    return torch.stack([left, a], 1), torch.stack([b, right - b])
 
 
 def _of_rows(
@@ -355,12 +325,6 @@ def _semidefinite(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
         return matrix, None
     clipped = (vectors * values.clamp(min=0)) @ vectors.T
     return (clipped + clipped.T) / 2, None
-
-
-def _clear_constants(centred: Tensor, powers: Tensor) -> None:
-    """Set to zero, in place, features of these powers that never vary: there is only rounding noise."""
-    varies = (centred.diagonal() > _FLOOR * powers).to(centred.dtype)
-    centred.mul_(varies[:, None]).mul_(varies)
 
 
 def _divide(matrix: Tensor, moment: Tensor, lower: Tensor | None) -> Tensor:

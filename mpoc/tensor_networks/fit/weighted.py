@@ -26,7 +26,8 @@ from torch.nn.functional import pad
 from mpoc.tensor_networks.fit.decompose import decompose
 from mpoc.tensor_networks.fit.lbfgs import LBFGS
 from mpoc.tensor_networks.fit.mera import short_descent
-from mpoc.tensor_networks.fit.metric import Metric, RowMoment
+from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.fit.second_moment import RowMoment
 from mpoc.tensor_networks.fit.truncation import Target, Truncation
 from mpoc.tensor_networks.fit.whitening import (
     BesideLowRank,

@@ -30,7 +30,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.metric import Metric, RowMoment, weighed
+from mpoc.tensor_networks.fit.metric import Metric, weighed
+from mpoc.tensor_networks.fit.second_moment import RowMoment
 from mpoc.tensor_networks.forms.form import Form
 
 _ROUNDS = 4

@@ -23,7 +23,7 @@ from mpoc.io.keyed_store import Scratch, open_item, put_item
 from mpoc.io.safetensors_header import read_header
 from mpoc.io.safetensors_writer import Entry
 from mpoc.models.call import Batch, Call
-from mpoc.tensor_networks.fit.metric import RowMoment
+from mpoc.tensor_networks.fit.second_moment import RowMoment
 from tests.compression.calibrate.networks import encoder, resnet20, texts, weights
 from tests.support.checkpoints import contents
 

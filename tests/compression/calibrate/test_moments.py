@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpoc.compression.calibrate import moments as kept_moments
 from mpoc.compression.calibrate.moments import Accumulator, Moments, merge, one_hot_moments, shrunk
-from mpoc.tensor_networks.fit.metric import RowMoment
+from mpoc.tensor_networks.fit.second_moment import RowMoment
 
 
 def mixed(rows: int, features: int, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:

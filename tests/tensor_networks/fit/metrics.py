@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.metric import CentredRows, Metric, RowMoment
+from mpoc.tensor_networks.fit.metric import Metric
+from mpoc.tensor_networks.fit.second_moment import CentredRows, RowMoment
 
 
 def random_moment(size: int, rank: int | None = None, seed: int = 0) -> Tensor:

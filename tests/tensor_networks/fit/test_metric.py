@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.metric import CentredRows, Metric, RowMoment, make_metric, semidefinite
+from mpoc.tensor_networks.fit.metric import Metric, make_metric, semidefinite
+from mpoc.tensor_networks.fit.second_moment import CentredRows, RowMoment, ShiftedMoment
 from tests.tensor_networks.fit.metrics import diagonal_metric, moments, random_metric, row_moments
 
 
@@ -149,6 +150,20 @@ def test_rows_are_the_metric_of_their_moment(centred: bool, gamma: float) -> Non
     torch.testing.assert_close(found.weighed(weight), wanted.weighed(weight), rtol=1e-8, atol=1e-7)
     without = make_metric(weight, **row_moments(seen), **options)
     assert without.target is weight
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_shifted_moment_is_that_of_shifted_rows(constant: bool) -> None:
+    x, y, matrix = correlated(30, 5), correlated(30, 5, seed=3), draw(4, 5, seed=6)
+    varies = torch.tensor([1.0, 0.0, 1.0, 1.0, 1.0], dtype=torch.float64) if constant else None
+    a, b = draw(5, seed=7), draw(5, seed=8)
+    shifted = ShiftedMoment.about(x.T @ y / 30, x.mean(0), y.mean(0), a, b)
+    shifted = ShiftedMoment(shifted.second, shifted.columns, shifted.rows, varies)
+    wanted = (x - a).T @ (y - b) / 30
+    wanted = wanted if varies is None else wanted * varies[:, None] * varies
+    torch.testing.assert_close(matrix @ shifted, matrix @ wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shifted.diagonal(), wanted.diagonal(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shifted.scaled(0.7), 0.7 * wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_moment_of_rows_far_from_zero_is_exact() -> None:

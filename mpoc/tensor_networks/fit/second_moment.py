@@ -1,0 +1,181 @@
+"""Second moments E[x yᵀ] that are multiplied by and not formed: of rows, or about means.
+
+What multiplies a matrix from the right, ``matrix @ moment``, may be any of these or a matrix itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+_PANEL = 256  # rows that are worked with in float64 at a time
+
+
+@dataclass(frozen=True)
+class CentredRows:
+    """Rows x_k − c, c the same for all.
+
+    Products are formed in the dtype of the values, and have that of the other matrix.
+    """
+
+    values: Tensor  # (n, N) float32 or float64
+    centre: Tensor  # c (N,) float64
+
+    def along(self, matrix: Tensor) -> Tensor:
+        """Products with all rows: (m, N) → (m, n)."""
+        products = (matrix.to(self.values.dtype) @ self.values.T).to(matrix.dtype)
+        return products - matrix @ self.centre.to(matrix.dtype)[:, None]
+
+    def back(self, weights: Tensor) -> Tensor:
+        """Weighted sums of all rows: (m, n) → (m, N)."""
+        sums = (weights.to(self.values.dtype) @ self.values).to(weights.dtype)
+        return sums - torch.outer(weights.sum(1), self.centre.to(weights.dtype))
+
+    def about(self, mean: Tensor) -> CentredRows:
+        """The same rows less ``mean`` (N,)."""
+        return replace(self, centre=self.centre + mean)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some of the rows at a time (m, N), in float64, and which."""
+        for k in range(0, len(self.values), _PANEL):
+            part = slice(k, k + _PANEL)
+            yield part, self.values[part].double() - self.centre
+
+
+@dataclass(frozen=True)
+class RowMoment:
+    """A second moment (N, N) as the rows that it is made of, fewer than N: S (Σ_k w_k a_k b_kᵀ + diag d) S.
+
+    It is multiplied by and never formed.  S is a symmetric matrix that is given as what it does to rows.
+    """
+
+    left: CentredRows  # a
+    right: CentredRows  # b; the same object where the moment is symmetric
+    weights: Tensor  # w (n,) float64
+    ridge: Tensor | None = None  # d (N,) float64; None: zero
+    outer: Callable[[Tensor], Tensor] | None = None  # (m, N) → (m, N) @ S; None: S is the identity
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, N)."""
+        return len(self.left.centre), len(self.left.centre)
+
+    @property
+    def T(self) -> RowMoment:  # noqa: N802
+        """The transpose."""
+        return replace(self, left=self.right, right=self.left)
+
+    def __rmatmul__(self, matrix: Tensor) -> Tensor:
+        """``matrix`` (m, N) times the moment, in the dtype of ``matrix``."""
+        given = matrix if self.outer is None else self.outer(matrix)
+        result = self.right.back(self.left.along(given) * self.weights.to(given.dtype))
+        if self.ridge is not None:
+            result.addcmul_(given, self.ridge.to(given.dtype))
+        return result if self.outer is None else self.outer(result)
+
+    def __sub__(self, other: RowMoment) -> RowMoment:
+        """The difference to a moment of the same rows on the right: that of the rows on the left."""
+        assert self.right.values is other.right.values, "moments of the same rows"
+        rest = self.left.values - other.left.values
+        return replace(self, left=CentredRows(rest, self.left.centre - other.left.centre))
+
+    def about(self, left: Tensor, right: Tensor) -> RowMoment:
+        """The moment of rows less these means (N,)."""
+        first = self.left.about(left)
+        return replace(self, left=first, right=first if self.right is self.left else self.right.about(right))
+
+    def diagonal(self) -> Tensor:
+        """(N,) float64, where S is the identity."""
+        total = torch.zeros_like(self.left.centre) if self.ridge is None else self.ridge.clone()
+        for (part, a), (_, b) in zip(self.left.blocks(), self.right.blocks(), strict=True):
+            total += self.weights[part] @ (a * b)
+        return total
+
+    def divided(self, matrix: Tensor, moment: RowMoment) -> Tensor:
+        """``matrix`` (m, N) times this moment and the inverse of another, Σ_k v_k b_k b_kᵀ + diag d.
+
+        By the identity (Aᵀ B)(Bᵀ B + D)⁻¹ = Aᵀ (1 + B D⁻¹ Bᵀ)⁻¹ B D⁻¹, where nothing cancels.
+        """
+        assert moment.ridge is not None
+        inverse = 1 / moment.ridge.clamp(min=torch.finfo(torch.float64).tiny ** 0.5)
+        roots = moment.weights.sqrt()
+        gram = torch.eye(len(roots), dtype=torch.float64, device=roots.device)
+        for here, rows in self.right.blocks():
+            scaled = rows * inverse
+            for there, others in self.right.blocks():
+                if there.start <= here.start:
+                    gram[here, there] += roots[here, None] * (scaled @ others.T) * roots[there]
+        seen = self.left.along(matrix) * (self.weights / roots)
+        return self.right.back(torch.cholesky_solve(seen.T, torch.linalg.cholesky(gram)).T * roots) * inverse
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> RowMoment:
+        """The moment of rows changed by a linear map, (…, N) → (…, N'), that a diagonal goes through too."""
+        first = CentredRows(change(self.left.values), change(self.left.centre))
+        ridge = None if self.ridge is None else change(self.ridge)
+        return replace(self, left=first, right=first, ridge=ridge)
+
+    def formed(self) -> Tensor:
+        """The moment as a matrix (N, N) float64, where S is the identity."""
+        # What rows are given in is exact enough for sums of centred ones, and of no others
+        a, b = (one.values - one.centre.to(one.values.dtype) for one in (self.left, self.right))
+        weighted, symmetric = b * self.weights.to(b.dtype)[:, None], self.left is self.right
+        total = a.new_empty(self.shape, dtype=torch.float64)
+        for k in range(0, len(total), _PANEL):
+            panel = slice(k, k + _PANEL)
+            there = slice(k if symmetric else 0, None)
+            total[panel, there] = a[:, panel].T @ weighted[:, there]
+        if symmetric:
+            mirror(total)
+        if self.ridge is not None:
+            total.diagonal().add_(self.ridge)
+        return total
+
+
+@dataclass(frozen=True)
+class ShiftedMoment:
+    """The second moment (N, N) of rows less fixed ones, E[(x − a)(y − b)ᵀ], without a copy of E[x yᵀ]."""
+
+    second: Tensor  # E[x yᵀ] (N, N)
+    columns: Tensor  # (N, 2), which times
+    rows: Tensor  # (2, N) is the difference
+    varies: Tensor | None = None  # (N,) 0 for features that are constant, 1 for others; None: all vary
+
+    @classmethod
+    def about(cls, second: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> ShiftedMoment:
+        """From E[x yᵀ], E[x], E[y], and a and b (N,)."""
+        columns, rows = torch.stack([left, a], 1), torch.stack([b, right - b])
+        return cls(second, columns.to(second), rows.to(second))
+
+    def __rmatmul__(self, matrix: Tensor) -> Tensor:
+        """``matrix`` (m, N) times the moment."""
+        given = matrix if self.varies is None else matrix * self.varies
+        result = (given @ self.second).addmm_(given @ self.columns, self.rows, alpha=-1)
+        return result if self.varies is None else result.mul_(self.varies)
+
+    def diagonal(self) -> Tensor:
+        """(N,)."""
+        diagonal = self.second.diagonal() - (self.columns * self.rows.mT).sum(1)
+        return diagonal if self.varies is None else diagonal * self.varies
+
+    def scaled(self, factor: float) -> Tensor:
+        """``factor`` times the moment as a matrix (N, N)."""
+        formed = torch.addmm(self.second, self.columns, self.rows, beta=factor, alpha=-factor)
+        return formed if self.varies is None else formed.mul_(self.varies[:, None]).mul_(self.varies)
+
+
+def mirror(matrix: Tensor) -> None:
+    """Make (…, N, N) symmetric, in place: what is below the diagonal becomes what is above it."""
+    for k in range(0, matrix.shape[-1], _PANEL):
+        panel, behind = slice(k, k + _PANEL), slice(k + _PANEL, None)
+        square = matrix[..., panel, panel].triu()
+        matrix[..., panel, panel] = square + square.triu(1).mT
+        matrix[..., behind, panel] = matrix[..., panel, behind].mT
+
+
+# A matrix (N, N), the diagonal (N,) of one, a RowMoment or a ShiftedMoment; what can work with one of them
+# alone says so.
+Second: TypeAlias = Any
