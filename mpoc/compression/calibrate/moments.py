@@ -26,11 +26,12 @@ from mpoc.compression.calibrate.layer_inputs import (
     Sample,
 )
 from mpoc.runtime.device import derived_seed
-from mpoc.tensor_networks.fit.second_moment import CentredRows, RowMoment, Second, mirror
+from mpoc.tensor_networks.fit.second_moment import CentredRows, MixedMoment, RowMoment, Second, mirror
 
 _BLOCK = 8192  # rows of one product
 _PANEL = 128  # columns of a symmetric one that are formed at a time
 _NARROW = 1024  # features up to which products are always formed
+_AT_ONCE = 2048  # rows that are gathered for a product, once there are products
 _WIDE = 8192  # features from which on they never are
 _KEPT = 1 << 24  # numbers of rows that are kept of a layer from there on
 
@@ -77,53 +78,51 @@ class Moments:
         return Moments(self.rows, **{name: move(getattr(self, name)) for name in names})
 
 
-def merge(one: Moments, other: Moments, *, dense_second: bool = True) -> Moments:
+def merge(one: Moments, other: Moments, *, dense_second: bool = True, formed: bool = True) -> Moments:
     """The moments of the rows of both together; tensors that are one and the same in both stay so.
 
     Args:
         one: of some rows.
         other: of others.
         dense_second: whether E[x xᵀ] is wanted where rows become matrices.
+        formed: whether that of a matrix and of rows is to be a matrix.
     """
     rows = one.rows + other.rows
-    return replace(_mixed(one, other, other.rows / rows, dense_second), rows=rows)
+    return replace(_mixed(one, other, other.rows / rows, dense_second, formed), rows=rows)
 
 
 def shrunk(own: Moments, prior: Moments) -> Moments:
-    """Moments of few rows, moved towards those of all siblings, which count as N_x more rows.
-
-    Args:
-        own: of the layer.
-        prior: of all layers that may be given such rows.
-    """
+    """Moments of few rows, moved towards those of all siblings (``prior``), which count as N_x more rows."""
     weight = own.mean.shape[-1] / (own.mean.shape[-1] + own.rows)
     return _mixed(own, prior, weight)
 
 
-def _mixed(one: Moments, other: Moments, weight: float, dense_second: bool = True) -> Moments:
+def _mixed(
+    one: Moments, other: Moments, weight: float, dense_second: bool = True, formed: bool = True
+) -> Moments:
     """The share ``weight`` of another's moments, and the rest of one's; as rows where they stay few."""
     if isinstance(one.second, RowMoment) and isinstance(other.second, RowMoment):
         joined = _joined(one, other, weight)
         width, count = joined.mean.shape[-1], len(joined.second.weights)
         return joined if count <= width or width >= _WIDE else _formed(joined, dense_second)
     one = _formed(one, dense_second)
-    mixed: dict[tuple[int, int], Tensor] = {}
+    mixed: dict[tuple[int, int], Second] = {}
 
-    def both(a: Tensor, b: Second) -> Tensor:
+    def both(a: Tensor, b: Second) -> Second:
         if (id(a), id(b)) not in mixed:
-            mixed[id(a), id(b)] = _between(a, b, weight)
+            mixed[id(a), id(b)] = _between(a, b, weight, formed)
         return mixed[id(a), id(b)]
 
     names = [field.name for field in fields(one) if field.name != "rows"]
     return Moments(one.rows, **{name: both(getattr(one, name), getattr(other, name)) for name in names})
 
 
-def _between(a: Tensor, b: Second, weight: float) -> Tensor:
+def _between(a: Tensor, b: Second, weight: float, formed: bool) -> Second:
     """(1 − weight) a + weight b; nothing where one of them was not wanted."""
     if not (a.numel() and (isinstance(b, RowMoment) or b.numel())):
         return a.new_empty(0)  # rows have E[xxᵀ] where products do without
     if isinstance(b, RowMoment):
-        return b.formed().mul_(weight).add_(a, alpha=1 - weight)
+        return MixedMoment(a, b, weight).formed() if formed else MixedMoment(a, b, weight)
     return torch.lerp(a, b, weight)
 
 
@@ -272,7 +271,7 @@ class Accumulator:
         self._summed += block[0].shape[-2]
         if self._keeps_rows and width >= _WIDE:
             self._thin(_step(self._held, width))
-        elif self._held > max(_NARROW, width):
+        elif self._held > (_AT_ONCE if self._products else max(_NARROW, width)):
             self._multiply()
 
     def _joined(self) -> list[Tensor]:
@@ -288,7 +287,7 @@ class Accumulator:
 
     def _multiply(self) -> None:
         """Add the products of the blocks, and forget these."""
-        rows = self._joined()
+        rows, self._blocks, self._held = self._joined(), [], 0
         pairs = [(rows[0], rows[0])]
         if len(rows) > 1:
             pairs += [(rows[1], rows[0])]
@@ -296,7 +295,6 @@ class Accumulator:
         self._products = self._products or [ProductSum() for _ in pairs]
         for total, (a, b) in zip(self._products, pairs, strict=True):
             total.add(a, b)
-        self._blocks, self._held = [], 0
 
     def moments(self, rows: int | None = None) -> Moments:
         """The moments of all rows added.

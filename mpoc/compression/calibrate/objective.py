@@ -41,7 +41,7 @@ class Objective(ABC):
 
     def together(self) -> Self:
         """The same objective with the held-out inputs taken into the fit."""
-        return replace(self, moments=merge(self.moments, self.held_out))
+        return replace(self, moments=merge(self.moments, self.held_out, formed=False))
 
     @property
     @abstractmethod

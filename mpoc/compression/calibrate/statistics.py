@@ -246,6 +246,7 @@ class CalibrationStatistics:
                 fit[weight] = self._dense.moments[weight]
             if weight not in held_out:
                 held_out[weight] = self._held_out_moments(weight)
+        release_freed_memory()  # of the passes
         named = zip(group, weights, strict=True)
         return {name: self._objective(name, fit[weight], held_out[weight]) for name, weight in named}
 

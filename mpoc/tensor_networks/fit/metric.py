@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from mpoc.tensor_networks.fit.second_moment import RowMoment, Second, ShiftedMoment
+from mpoc.tensor_networks.fit.second_moment import MixedMoment, RowMoment, Second, ShiftedMoment
 
 # Below this share of the largest, an eigenvalue of a moment is what rounding left of zero.
 _FLOOR = 1e-12
@@ -238,9 +238,8 @@ class Centred:
         if not centred:
             return cls(second, second if same else cross)
         moment = ShiftedMoment.about(second, mean, mean, mean, mean)
-        varies = (moment.diagonal() > _FLOOR * second.diagonal()).to(
-            second
-        )  # else there is rounding noise alone
+        # What hardly varies beside its power is rounding noise alone
+        varies = (moment.diagonal() > _FLOOR * second.diagonal()).to(moment.columns)
         moment = replace(moment, varies=None if bool(varies.all()) else varies)
         return cls(moment, moment if same else ShiftedMoment.about(cross, dense_mean, mean, dense_mean, mean))
 
@@ -269,8 +268,7 @@ class Centred:
             of_rows = _of_rows(weight, self.second, self.cross, gamma, ridge)
             return Metric(*of_rows, outputs, output_factor=lower)
         diagonal = self.second.diagonal()
-        whole = isinstance(self.second, ShiftedMoment)
-        shrunk = self.second.scaled(1 - gamma) if whole else (1 - gamma) * self.second
+        shrunk = _formed(self.second, 1 - gamma)
         shrunk.diagonal().add_(gamma * diagonal + ridge * diagonal.mean())
         regular, factor = _semidefinite(shrunk)
         target = weight
@@ -278,6 +276,13 @@ class Centred:
             moved = weight @ self.cross - weight @ self.second if moved is None else moved
             target = weight + _divide(moved, regular, factor)
         return Metric(target, regular, outputs, factor, lower)
+
+
+def _formed(moment: Second, factor: float) -> Tensor:
+    """``factor`` times a moment as a matrix of its own."""
+    if isinstance(moment, ShiftedMoment):
+        return moment.scaled(factor)
+    return moment.formed().mul_(factor) if isinstance(moment, MixedMoment) else factor * moment
 
 
 def make_metric(

@@ -136,19 +136,47 @@ class RowMoment:
 
 
 @dataclass(frozen=True)
+class MixedMoment:
+    """(1 − w) A + w B, of a matrix A and a moment of rows B."""
+
+    matrix: Tensor  # A (N, N) float64
+    rows: RowMoment  # B
+    weight: float  # w
+
+    def __rmatmul__(self, matrix: Tensor) -> Tensor:
+        """``matrix`` (m, N) times the moment."""
+        return (matrix @ self.matrix).mul_(1 - self.weight).add_(matrix @ self.rows, alpha=self.weight)
+
+    def diagonal(self) -> Tensor:
+        """(N,)."""
+        return torch.lerp(self.matrix.diagonal(), self.rows.diagonal(), self.weight)
+
+    def double(self) -> MixedMoment:
+        """The same."""
+        return self
+
+    def formed(self) -> Tensor:
+        """The moment as a matrix (N, N)."""
+        return self.rows.formed().mul_(self.weight).add_(self.matrix, alpha=1 - self.weight)
+
+
+@dataclass(frozen=True)
 class ShiftedMoment:
     """The second moment (N, N) of rows less fixed ones, E[(x − a)(y − b)ᵀ], without a copy of E[x yᵀ]."""
 
-    second: Tensor  # E[x yᵀ] (N, N)
+    second: Tensor | MixedMoment  # E[x yᵀ] (N, N)
     columns: Tensor  # (N, 2), which times
     rows: Tensor  # (2, N) is the difference
     varies: Tensor | None = None  # (N,) 0 for features that are constant, 1 for others; None: all vary
 
     @classmethod
-    def about(cls, second: Tensor, left: Tensor, right: Tensor, a: Tensor, b: Tensor) -> ShiftedMoment:
+    def about(
+        cls, second: Tensor | MixedMoment, left: Tensor, right: Tensor, a: Tensor, b: Tensor
+    ) -> ShiftedMoment:
         """From E[x yᵀ], E[x], E[y], and a and b (N,)."""
+        like = second if isinstance(second, Tensor) else second.matrix
         columns, rows = torch.stack([left, a], 1), torch.stack([b, right - b])
-        return cls(second, columns.to(second), rows.to(second))
+        return cls(second, columns.to(like), rows.to(like))
 
     def __rmatmul__(self, matrix: Tensor) -> Tensor:
         """``matrix`` (m, N) times the moment."""
@@ -163,7 +191,8 @@ class ShiftedMoment:
 
     def scaled(self, factor: float) -> Tensor:
         """``factor`` times the moment as a matrix (N, N)."""
-        formed = torch.addmm(self.second, self.columns, self.rows, beta=factor, alpha=-factor)
+        formed = self.second if isinstance(self.second, Tensor) else self.second.formed()
+        formed = torch.addmm(formed, self.columns, self.rows, beta=factor, alpha=-factor)
         return formed if self.varies is None else formed.mul_(self.varies[:, None]).mul_(self.varies)
 
 
@@ -176,6 +205,5 @@ def mirror(matrix: Tensor) -> None:
         matrix[..., behind, panel] = matrix[..., panel, behind].mT
 
 
-# A matrix (N, N), the diagonal (N,) of one, a RowMoment or a ShiftedMoment; what can work with one of them
-# alone says so.
+# A matrix (N, N), the diagonal (N,) of one, or one of the above; what works with some of them alone says so.
 Second: TypeAlias = Any

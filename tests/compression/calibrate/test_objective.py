@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mpoc.compression.calibrate.calibrated_fit import FitSettings, Storage, fit_calibrated
 from mpoc.compression.calibrate.moments import Accumulator, one_hot_moments
-from mpoc.compression.calibrate.objective import EmbeddingObjective, GroupedObjective
+from mpoc.compression.calibrate.objective import EmbeddingObjective, GroupedObjective, LayerObjective
 from mpoc.tensor_networks.fit.weighted import matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.structure import Structure, low_rank_structure, make_structure
@@ -46,6 +46,34 @@ def test_errors_match_those_of_the_tokens() -> None:
     assert objective.output_weighted_error.squared(matrix, found) == pytest.approx(float(expected), rel=1e-9)
     together = objective.together().fit_error.squared(matrix, found)
     assert together == pytest.approx(float(error[torch.cat([seen, unseen])].square().sum()) / 250, rel=1e-9)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_held_out_rows_of_a_wide_layer_are_taken_into_the_fit_as_rows(centred: bool) -> None:
+    generator, width = torch.Generator().manual_seed(4), 1100  # of a few rows no matrix is formed
+
+    def inputs(count: int) -> tuple[Tensor, Tensor]:
+        dense = torch.randn(count, width, generator=generator) + 1
+        return dense + 0.1 * torch.randn(count, width, generator=generator), dense
+
+    seen, unseen = inputs(1400), inputs(60)
+    sums = [Accumulator(keeps_rows=True), Accumulator(keeps_rows=True)]
+    for one, part in zip(sums, (seen, unseen), strict=True):
+        one.add(*part)
+    objective = LayerObjective(sums[0].moments(), sums[1].moments(), None, centred)
+    weight = torch.randn(3, width, generator=generator, dtype=torch.float64)
+    found = 0.9 * weight
+    errors = (
+        torch.cat([seen[1], unseen[1]]) @ weight.T.float() - torch.cat([seen[0], unseen[0]]) @ found.T.float()
+    )
+    errors = errors - errors.mean(0) if centred else errors
+    together = objective.together()
+    expected = float(errors.double().square().sum()) / 1460
+    assert together.fit_error.squared(weight, found) == pytest.approx(expected, rel=1e-3)
+    # The target is where the gradient of the error is zero
+    metric = together.metric(weight, 0.0)
+    steps = [together.fit_error.squared(weight, metric.target + step * weight) for step in (-1e-3, 0, 1e-3)]
+    assert steps[1] < min(steps[0], steps[2])
 
 
 def test_metric_smooths_over_all_rows() -> None:

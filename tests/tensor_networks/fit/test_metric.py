@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mpoc.tensor_networks.fit.metric import Metric, make_metric, semidefinite
-from mpoc.tensor_networks.fit.second_moment import CentredRows, RowMoment, ShiftedMoment
+from mpoc.tensor_networks.fit.second_moment import CentredRows, MixedMoment, RowMoment, ShiftedMoment
 from tests.tensor_networks.fit.metrics import diagonal_metric, moments, random_metric, row_moments
 
 
@@ -164,6 +164,23 @@ def test_shifted_moment_is_that_of_shifted_rows(constant: bool) -> None:
     torch.testing.assert_close(matrix @ shifted, matrix @ wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(shifted.diagonal(), wanted.diagonal(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(shifted.scaled(0.7), 0.7 * wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_mixed_moment_is_formed_only_where_it_stands_alone() -> None:
+    x, y, weight = correlated(30, 5), correlated(3, 5, seed=3), draw(4, 5, seed=6)
+    rows = CentredRows(y, torch.zeros(5, dtype=torch.float64))
+    of_rows = RowMoment(rows, rows, torch.full((3,), 1 / 3, dtype=torch.float64))
+    mixed = MixedMoment(x.T @ x / 30, of_rows, 0.2)
+    wanted = 0.8 * (x.T @ x / 30) + 0.2 * (y.T @ y / 3)
+    torch.testing.assert_close(weight @ mixed, weight @ wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mixed.diagonal(), wanted.diagonal(), rtol=1e-12, atol=1e-12)
+    mean = draw(5, seed=7)
+    for centred in (False, True):
+        options: dict[str, Any] = {"centred": centred, "gamma": 0.1, "ridge": 1e-4, "outputs": None}
+        found = make_metric(weight, mixed, mean, mixed, mean, **options)
+        formed = make_metric(weight, wanted, mean, wanted, mean, **options)
+        torch.testing.assert_close(found.inputs, formed.inputs, rtol=1e-12, atol=1e-12)
+        assert found.target is weight
 
 
 def test_moment_of_rows_far_from_zero_is_exact() -> None:
