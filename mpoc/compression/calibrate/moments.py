@@ -25,7 +25,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     ObservedLayer,
     Sample,
 )
-from mpoc.runtime.device import derived_seed
+from mpoc.runtime.device import derived_seed, release_freed_memory
 from mpoc.tensor_networks.fit.second_moment import CentredRows, MixedMoment, RowMoment, Second, mirror
 
 _BLOCK = 8192  # rows of one product
@@ -295,6 +295,8 @@ class Accumulator:
         self._products = self._products or [ProductSum() for _ in pairs]
         for total, (a, b) in zip(self._products, pairs, strict=True):
             total.add(a, b)
+        if rows[0].shape[-1] > _NARROW:  # beside such products it takes no time
+            release_freed_memory()
 
     def moments(self, rows: int | None = None) -> Moments:
         """The moments of all rows added.
