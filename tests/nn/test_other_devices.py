@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mpoc
-from mpoc.compression.calibrate.layer_inputs import Sample, find_layer
-from mpoc.compression.calibrate.moments import LayerSums, ProductSum, as_rows
+from mpoc.compression.calibrate.layer_inputs import Sample, as_rows, find_layer
+from mpoc.compression.calibrate.moments import LayerSums, ProductSum
 from mpoc.train.engine import make_optimizer
 from mpoc.train.settings import Settings
 from mpoc.train.tasks import Regression

@@ -25,10 +25,12 @@ from mpoc.compression.calibrate.block_chain import (
 from mpoc.compression.calibrate.cache import DensePass
 from mpoc.compression.calibrate.layer_inputs import (
     ObservedLayer,
+    as_rows,
     device_of,
     eval_mode,
     first_argument,
     hooked,
+    total_rows,
 )
 from mpoc.compression.calibrate.moments import (
     ALL,
@@ -36,9 +38,7 @@ from mpoc.compression.calibrate.moments import (
     Moments,
     Positions,
     ProductSum,
-    as_rows,
     merge,
-    total_rows,
 )
 from mpoc.compression.calibrate.output_of_interest import Pooling, direction, output_of_interest
 from mpoc.compression.calibrate.trace import EXAMPLES, Trace
@@ -96,7 +96,7 @@ def dense_pass(
     steps = 0
 
     def measure(piece: _Piece, part: range) -> dict[_Key, Moments | _Sum]:
-        run = _Run(network, trace, positions, piece.names)
+        run = _Run(network, trace, positions, piece.names, len(shards.every))
         with eval_mode(network), hooked() as handles, torch.set_grad_enabled(probes.count > 0):
             handles += run.hooks(probes.count > 0, piece.blocks if probes.blocks else [])
             for index in part:
@@ -328,10 +328,13 @@ class _Run:
     index: int  # of the batch
     mask: Tensor | None
 
-    def __init__(self, network: nn.Module, trace: Trace, positions: Positions, names: Sequence[str]) -> None:
+    def __init__(
+        self, network: nn.Module, trace: Trace, positions: Positions, names: Sequence[str], parts: int
+    ) -> None:
         self._network, self._positions = network, positions
         self._layers = [trace.layers[name] for name in names]
-        self._sums = {name: LayerSums(trace.layers[name]) for name in names if trace.same_rows[name] == name}
+        first = [name for name in names if trace.same_rows[name] == name]
+        self._sums = {name: LayerSums(trace.layers[name], parts=parts) for name in first}
         self._start = torch.zeros((), device=device_of(network), requires_grad=True)
         self._gradients: dict[str, ProductSum] = {}
         self._rows: dict[str, int] = {}

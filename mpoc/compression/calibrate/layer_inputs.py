@@ -364,3 +364,14 @@ def _inputs(module: nn.Module) -> Inputs | None:
     if isinstance(module, nn.Embedding):
         return EmbeddingInputs(module.num_embeddings)
     return None
+
+
+def total_rows(layer: ObservedLayer, output: Tensor, mask: Tensor | None) -> int:
+    """The number of rows in a layer's output."""
+    return len(layer.inputs.outputs(output.detach(), mask))
+
+
+def as_rows(layer: ObservedLayer, gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """A gradient at the layer's output as rows (rows, N_y), float32 or float64."""
+    rows = layer.inputs.outputs(gradient, mask)
+    return rows if rows.dtype == torch.float64 else rows.float()

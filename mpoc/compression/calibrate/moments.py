@@ -133,17 +133,18 @@ def _joined(one: Moments, other: Moments, weight: float) -> Moments:
     pairs = zip(*(side * (both // len(side)) for side in sides), strict=True)
     weights = torch.cat([(1 - weight) * one.second.weights, weight * other.second.weights])
     kept = weights[:: (step := _step(len(weights), one.mean.shape[-1]))]
+    first = -len(one.second.weights) % step  # of the other's rows that is kept
     means, rows = [], []
     for (mean, a), (other_mean, b) in pairs:
-        moved = b.values + (a.centre - b.centre).to(b.values.dtype)
-        rows.append(CentredRows(torch.cat([a.values, moved])[::step].contiguous(), a.centre))
+        moved = b.values[first::step] + (a.centre - b.centre).to(b.values.dtype)
+        rows.append(CentredRows(torch.cat([a.values[::step], moved]), a.centre))
         means.append(torch.lerp(mean, other_mean, weight))
     return Moments.of_rows(one.rows, means, rows, kept * (weights.sum() / kept.sum()))
 
 
-def _step(count: int, width: int) -> int:
+def _step(count: int, width: int, parts: int = 1) -> int:
     """Every how many of so many rows are kept."""
-    return 1 if width < _WIDE else 2 ** max(0, math.ceil(math.log2(count * width / _KEPT)))
+    return 1 if width < _WIDE else 2 ** max(0, math.ceil(math.log2(count * parts * width / _KEPT)))
 
 
 def _networks(moments: Moments) -> list[tuple[Tensor, CentredRows]]:
@@ -238,11 +239,12 @@ class Accumulator:
     Args:
         dense_second: whether E[x xᵀ] is wanted too, where rows of the dense network are given.
         keeps_rows: whether the moments of wide layers may be given as rows.
+        parts: number of accumulators whose moments are merged, and share what may be kept.
     """
 
-    def __init__(self, dense_second: bool = True, keeps_rows: bool = False) -> None:
+    def __init__(self, dense_second: bool = True, keeps_rows: bool = False, parts: int = 1) -> None:
         self.count = self._summed = 0  # rows that were given, and those of them that were looked at
-        self._wants_dense, self._keeps_rows = dense_second, keeps_rows
+        self._wants_dense, self._keeps_rows, self._parts = dense_second, keeps_rows, parts
         self._sums: list[_Sums] = []  # of the rows, then of the dense ones
         self._products: list[ProductSum] = []  # x̃x̃ᵀ, xx̃ᵀ, xxᵀ of shifted rows
         self._blocks: list[list[Tensor]] = []  # shifted rows that are not in the products yet
@@ -270,20 +272,26 @@ class Accumulator:
         self._held += block[0].shape[-2]
         self._summed += block[0].shape[-2]
         if self._keeps_rows and width >= _WIDE:
-            self._thin(_step(self._held, width))
+            self._thin(_step(self._held, width, self._parts))
         elif self._held > (_AT_ONCE if self._products else max(_NARROW, width)):
             self._multiply()
 
     def _joined(self) -> list[Tensor]:
-        """The rows of all blocks, of each network."""
-        if len(self._blocks) == 1:
-            return self._blocks[0]
-        return [torch.cat(blocks, -2) for blocks in zip(*self._blocks, strict=True)]
+        """The rows of all blocks, of each network; they are one block from then on."""
+        if len(self._blocks) > 1:
+            networks = range(len(self._blocks[0]))
+            self._blocks = [[torch.cat([block.pop(0) for block in self._blocks], -2) for _ in networks]]
+        return self._blocks[0]
 
     def _thin(self, step: int) -> None:
-        if step > 1:
-            self._blocks = [[one[::step].clone() for one in self._joined()]]
-            self._held, self._step = len(self._blocks[0][0]), self._step * step
+        if step == 1:
+            return
+        first, self._held, self._step = 0, 0, self._step * step
+        for block in self._blocks:
+            count = len(block[0])
+            block[:] = [one[first::step].clone() for one in block]
+            first, self._held = (first - count) % step, self._held + len(block[0])
+        release_freed_memory()
 
     def _multiply(self) -> None:
         """Add the products of the blocks, and forget these."""
@@ -373,11 +381,13 @@ class LayerSums:
     Args:
         layer: whose inputs.
         dense_second: as :class:`Accumulator` takes it.
+        parts: likewise.
     """
 
-    def __init__(self, layer: ObservedLayer, dense_second: bool = True) -> None:
+    def __init__(self, layer: ObservedLayer, dense_second: bool = True, parts: int = 1) -> None:
         self._layer = layer
-        self._accumulator = Accumulator(dense_second, isinstance(layer.inputs, LinearInputs | ConvInputs))
+        keeps_rows = isinstance(layer.inputs, LinearInputs | ConvInputs)
+        self._accumulator = Accumulator(dense_second, keeps_rows, parts)
         self._counts: Tensor | int = 0
         self.rows = 0
 
@@ -405,14 +415,3 @@ class LayerSums:
         if isinstance(self._counts, Tensor) and bool(self._counts.any()):
             return one_hot_moments(self._counts)
         return self._accumulator.moments(self.rows) if self.rows else None
-
-
-def total_rows(layer: ObservedLayer, output: Tensor, mask: Tensor | None) -> int:
-    """The number of rows in a layer's output."""
-    return len(layer.inputs.outputs(output.detach(), mask))
-
-
-def as_rows(layer: ObservedLayer, gradient: Tensor, mask: Tensor | None) -> Tensor:
-    """A gradient at the layer's output as rows (rows, N_y), float32 or float64."""
-    rows = layer.inputs.outputs(gradient, mask)
-    return rows if rows.dtype == torch.float64 else rows.float()

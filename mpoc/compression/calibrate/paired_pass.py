@@ -27,13 +27,7 @@ from mpoc.compression.calibrate.block_chain import (
     replaced_forwards,
 )
 from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_argument, hooked
-from mpoc.compression.calibrate.moments import (
-    ALL,
-    LayerSums,
-    Moments,
-    Positions,
-    merge,
-)
+from mpoc.compression.calibrate.moments import ALL, LayerSums, Moments, Positions, merge
 from mpoc.compression.calibrate.trace import Example, Trace
 from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, Call, main_input, to_device
@@ -260,7 +254,8 @@ class PairedPass:
         final = self._before(names, position)
 
         def measure(part: range) -> dict[str, Moments | None]:
-            sums = {name: LayerSums(self._trace.layers[name], dense_second) for name in names}
+            layers, parts = self._trace.layers, len(self._shards.every)
+            sums = {name: LayerSums(layers[name], dense_second, parts) for name in names}
             unlike: set[str] = set()
             with torch.no_grad(), eval_mode(self._runners[0].network), eval_mode(self._runners[1].network):
                 for runner in self._runners:

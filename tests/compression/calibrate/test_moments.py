@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import numpy as np
 import pytest
 import torch
@@ -163,6 +165,14 @@ def test_every_other_row_of_very_wide_layers(monkeypatch: pytest.MonkeyPatch) ->
     again = merge(found, found)
     assert len(again.second.weights) == 32 and float(again.second.weights.sum()) == pytest.approx(1)
     assert gathered(x, parts=1, keeps_rows=True).rows == 1000
+    shares = [Accumulator(keeps_rows=True, parts=4) for _ in range(4)]
+    for share, part in zip(shares, x.split(250), strict=True):
+        share.add(part)
+    both = [one.moments() for one in shares]
+    assert [len(one.second.weights) for one in both] == [8] * 4
+    joined = reduce(merge, both)  # no row is thrown away
+    torch.testing.assert_close(joined.second.weights, torch.full((32,), 1 / 32).double(), rtol=1e-12, atol=0)
+    assert len(joined.second.left.values) == 32
 
 
 def test_parts_merge_whether_kept_as_rows_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
