@@ -39,7 +39,7 @@ from mpoc.tensor_networks.fit.metric import Metric
 from mpoc.tensor_networks.forms.layout import from_matrix
 from mpoc.tensor_networks.structure import low_rank_structure
 
-_TRUST, _LEAST = 0.5, 0.4
+_TRUST, _LEAST = 0.75, 0.4
 _PROBE_BITS = 3.0  # at which movements are measured
 _FEWEST_BITS = 0.25
 _MANY_BITS = 7.0  # with which a layer gives what it gave, as far as the layers behind it can tell

@@ -41,7 +41,8 @@ _DAMPING, _ROW_DAMPING = 1e-2, 0.5
 _GAMMAS = 0.02, 0.1, 0.3
 _WIDEST = 8192  # columns of a metric that is formed
 # Two factors of a coded weight are tried below so many bits a weight, at the best of these bits a number.
-_LOW_RANK_BELOW, _FACTOR_BITS, _NOISE = 1.5, (2.0, 2.5, 3.0, 4.0, 5.0), 0.7
+_LOW_RANK_BELOW, _FACTOR_BITS = 1.5, (1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
+_NOISE, _RANKS = 0.7, 2  # the share that stands before 4^−b, until it is measured; ranks that are tried
 
 
 @dataclass(frozen=True)
@@ -125,22 +126,45 @@ def low_rank_if_better(
         return found
     matrix = one_matrix(weight, plan.map.kind, plan.map.transposed)
     metric = objective.metric(matrix, _gamma(objective, matrix.shape[1]))
-    best = weighted_svd(metric)
     longer = longer_record(plan.map.name, in_directory)
     nbytes = plan.record().stored_bytes - longer
-    rank = _best_rank(best.values, nbytes / sum(matrix.shape)) if nbytes > 2 * longer else 0
-    if rank == 0:
+    rounded = _factors_within(nbytes, plan, metric, between_rows) if nbytes > 2 * longer else None
+    if rounded is None:
         return found
-    structure = low_rank_structure(plan.structure.kind, plan.structure.shape, plan.structure.transposed)
-    rounding = rounding.of_bytes(nbytes, rank * sum(matrix.shape), 2)
-    record = replace(plan, structure=structure, goal=Truncation(rank), rounding=rounding).record()
-    codes = _round_factors(best.factors(rank), record.coded_parts, rounding, between_rows, metric)
+    record, codes = rounded
     form = _rounded_form(record, codes)
     judged = judge_matrix(matrix, matrix_of(form).to(matrix), objective)
     if judged.output_weighted_error >= found.judged.output_weighted_error:
         return found
     same_size = found.same_size | {"this": judged.output_weighted_error}
     return CalibratedRounding(record, form, codes, judged.on_cpu(), same_size)
+
+
+def _factors_within(
+    nbytes: int, plan: LayerPlan, metric: Metric, between_rows: bool
+) -> tuple[LayerRecord, list[QuantizedTensor]] | None:
+    """Codes of two factors in so many bytes, of the rank that leaves least of the metric; None: no rank fits.
+
+    What rounding leaves differs by a factor of twenty between layers, so the first rank tried measures it for
+    the second.
+    """
+    assert plan.rounding is not None
+    sides, one = sum(metric.target.shape), plan.structure
+    structure = low_rank_structure(one.kind, one.shape, one.transposed)
+    best = weighted_svd(metric)
+    tried: dict[int, tuple[float, LayerRecord, list[QuantizedTensor]]] = {}
+    noise = _NOISE
+    for _ in range(_RANKS):
+        rank = _best_rank(best.values, nbytes / sides, noise)
+        if rank == 0 or rank in tried:
+            break
+        rounding = plan.rounding.of_bytes(nbytes, rank * sides, 2)
+        record = replace(plan, structure=structure, goal=Truncation(rank), rounding=rounding).record()
+        codes = _round_factors(best.factors(rank), record.coded_parts, rounding, between_rows, metric)
+        error = metric.value(matrix_of(_rounded_form(record, codes)).to(metric.target))
+        tried[rank] = error, record, codes
+        noise = _noise(error, best.values, rank, rounding.bits)
+    return min(tried.values(), key=lambda trial: trial[0])[1:] if tried else None
 
 
 def longer_record(name: str, in_directory: bool) -> int:
@@ -151,19 +175,26 @@ def longer_record(name: str, in_directory: bool) -> int:
     return 610 + 2 * len(name) if in_directory else 390 + len(name)
 
 
-def _best_rank(values: Tensor, nbytes: float) -> int:
+def _best_rank(values: Tensor, nbytes: float, noise: float) -> int:
     """The rank that, at so many bytes for one row and column of each rank, leaves least; 0: there is none.
 
-    What truncation leaves is known, what rounding to b bits leaves is about the share ``_NOISE`` · 4^−b.
+    What truncation leaves is known, what rounding to b bits leaves is about the share ``noise`` · 4^−b.
     """
     squares = values.square()
     ranks = {int(8 * nbytes / bits): bits for bits in _FACTOR_BITS}
     left = {
-        rank: float(squares[rank:].sum() / squares.sum()) + _NOISE * 4**-bits
+        rank: float(squares[rank:].sum() / squares.sum()) + noise * 4**-bits
         for rank, bits in ranks.items()
         if 1 <= rank <= len(values)
     }
     return min(left, key=left.__getitem__, default=0)
+
+
+def _noise(error: float, values: Tensor, rank: int, bits: float) -> float:
+    """What rounding two factors to so many bits left, as the share that stands before 4^−b."""
+    squares = values.square()
+    share = (error - squares[rank:].sum()) / squares.sum()
+    return float(share.clamp(min=0)) * 4**bits
 
 
 def _rounded_form(record: LayerRecord, codes: Sequence[QuantizedTensor]) -> Form:

@@ -211,6 +211,7 @@ class Digits:
         {"bits": 3},
         {"bits": 2, "storage": "coded"},
         {"ratio": 0.15, "form": "svd", "bits": 4, "storage": "coded"},
+        {"ratio": 0.3, "form": "svd", "bits": 4, "storage": "coded"},
     ],
     ids=str,
 )
