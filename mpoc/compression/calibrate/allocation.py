@@ -57,14 +57,20 @@ WAYS = (
 
 # Forms that may be chosen, by effort and by what a layer is.  Others seldom win there: see the guide.
 _MENUS: dict[str, dict[str, tuple[str, ...]]] = {
-    "fast": dict.fromkeys(("matrix", "kernel", "embedding"), ("svd",)),
-    "balanced": {"matrix": ("svd", "svd+mpo"), "kernel": ("mera",), "embedding": ("svd", "mpo")},
+    "fast": dict.fromkeys(("matrix", "kernel", "large kernel", "embedding"), ("svd",)),
+    "balanced": {
+        "matrix": ("svd", "svd+mpo"),
+        "kernel": ("mera",),
+        "large kernel": ("svd",),
+        "embedding": ("svd", "mpo"),
+    },
     "thorough": {
         "matrix": ("svd", "mpo", "svd+mpo"),
-        "kernel": ("svd", "mpo", "svd+mpo", "mera"),
+        **dict.fromkeys(("kernel", "large kernel"), ("svd", "mpo", "svd+mpo", "mera")),
         "embedding": ("svd", "mpo"),
     },
 }
+_LARGE = 1 << 18  # numbers of a kernel whose MERA would take minutes to fit
 
 _ATTEMPTS = 3  # at an allocation whose whole file is within the size
 
@@ -405,6 +411,8 @@ class BudgetAllocator:
 
 def _kind(structure: Structure) -> str:
     """What a layer is to the forms: a kernel of one tap is a matrix."""
+    if structure.kind.startswith("conv") and math.prod(structure.shape[2:]) > 1:
+        return "kernel" if structure.num_original <= _LARGE else "large kernel"
     if structure.kind.startswith("conv"):
-        return "kernel" if math.prod(structure.shape[2:]) > 1 else "matrix"
+        return "matrix"
     return "embedding" if structure.kind == "embedding" else "matrix"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import mpoc
+from mpoc.compression.calibrate import allocation
 from mpoc.compression.calibrate.allocation import WAYS
 from mpoc.compression.calibrate.calibration_data import CalibrationRequest
+from mpoc.compression.calibrate.candidates import Candidates
 from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.pipeline import compress_checkpoint
@@ -25,6 +28,7 @@ from mpoc.errors import MpocError, UsageError
 from mpoc.io import keyed_store
 from mpoc.io.manifest_reader import read_manifest
 from mpoc.runtime.formatting import human_bytes
+from mpoc.tensor_networks.structure import Structure
 from tests.compression.calibrate.toy_networks import arch, make
 from tests.support.marks import slow_except
 
@@ -167,6 +171,30 @@ def test_each_expert_is_fitted_to_its_own_rows(tmp_path: Path) -> None:
     unused = [layer.name for layer in done.manifest.layers if layer.output_error is None]
     assert {"experts.4.0.weight", "experts.4.2.weight"} == set(unused)
     assert any("experts.4.0 (the network does not reach it)" in note for note in done.notes)
+
+
+@pytest.mark.parametrize(
+    ("effort", "forms"), [("balanced", {"svd"}), ("thorough", {"mera", "svd", "mpo", "svd+mpo"})]
+)
+def test_large_kernels_are_two_factors_unless_all_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, effort: str, forms: set[str]
+) -> None:
+    monkeypatch.setattr(allocation, "_LARGE", 0)
+    tried: set[str] = set()
+    monkeypatch.setattr(allocation, "Candidates", _spied_candidates(tried))
+    Case(tmp_path, "conv").compress(ratio=0.5, effort=effort, layers=("0", "3"))
+    assert tried == forms
+
+
+def _spied_candidates(tried: set[str]) -> type[Candidates]:
+    class Spied(Candidates):
+        def __init__(
+            self, matrix: Tensor, structures: Sequence[Structure], *args: Any, **options: Any
+        ) -> None:
+            tried.update(structure.form for structure in structures)
+            super().__init__(matrix, structures, *args, **options)
+
+    return Spied
 
 
 @pytest.mark.parametrize("options", [{"ratio": 0.5, "form": "svd"}, {"bits": 3}])
