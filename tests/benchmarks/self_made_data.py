@@ -5,7 +5,7 @@
 
 Each row is one goal: ``mpoc compress`` with ``--calibrate none`` (of a ratio ``--form svd``, else codes
 rounded to nearest), ``self`` and real data (512 examples of CIFAR-10, of tiny Shakespeare, or all texts of
-``docstrings-calibration.jsonl``). ResNets: accuracy on all 10,000 test images. PicoGPT: bits per character
+``docstrings-calibration.jsonl``). ResNets: accuracy on test images. PicoGPT: bits per character
 of the last tenth of the text (FOLDER/dense.safetensors, trained here where it is missing). MiniLM: mean
 cosine of embeddings to the original's, of the 250 docstrings and of the paragraphs of two other domains
 (``text/domains``); ``--ratio`` takes its encoder, ``--size`` the whole network. One thread; seconds of CPU.
@@ -73,7 +73,7 @@ def cifar(arguments: argparse.Namespace, depth: int) -> Task:
     from mpoc.models.zoo.cifar import resnet
 
     folder = arguments.data / "cifar10"
-    test = read_cifar(require_file(folder / "test.parquet", "test images"))
+    test = read_cifar(require_file(folder / "test.parquet", "test images"), arguments.images)
     (source,) = (arguments.data / "checkpoints").glob(f"resnet{depth}-*.th")
 
     def build() -> nn.Module:
@@ -128,12 +128,21 @@ def compressed(task: Task, goal: str, kind: str, arguments: argparse.Namespace) 
     out = out if task.source.is_dir() else out.with_suffix(".safetensors")
     own = ["--layers", "encoder.*"] if task.source.is_dir() and goal.startswith("--ratio") else []
     own += ["--form", "svd"] if kind == "none" and goal.startswith("--ratio") else []
+    own += [] if kind == "none" else arguments.more
     calibrate = str(task.data) if kind == "data" else kind
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run_mpoc(
-        "compress", task.source, "-o", out, *task.options, *own, *goal.split(), "--calibrate", calibrate,
-        *arguments.more, "--force",
-    )  # fmt: skip
+        "compress",
+        task.source,
+        "-o",
+        out,
+        *task.options,
+        *own,
+        *goal.split(),
+        "--calibrate",
+        calibrate,
+        "--force",
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     network: nn.Module = mpoc.load(out, task.build()).eval()
@@ -156,7 +165,8 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path, help="a directory of all-MiniLM-L6-v2")
     parser.add_argument("--goals", nargs="+", default=["--ratio 0.5", "--size 7%"])
     parser.add_argument("--calibrate", nargs="+", choices=KINDS, default=[*KINDS])
-    parser.add_argument("more", nargs="*", help="options of mpoc compress, after --")
+    parser.add_argument("--images", type=int, default=10_000, help="test images of CIFAR-10")
+    parser.add_argument("more", nargs="*", help="options of mpoc compress with calibration, after --")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
