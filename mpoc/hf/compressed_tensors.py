@@ -28,7 +28,7 @@ from mpoc.quantize.codes import GridTensor, QuantizedTensor
 from mpoc.quantize.grid_rounding import round_grid
 from mpoc.quantize.storage import GROUPS, Coded, Grid, default_grid
 
-# What becomes of coded layers: codes of so many bits, the default first, or dense weights.
+# What becomes of coded layers: codes of so many bits, the default first. Or floats, as of those on a grid.
 CODED_AS = ("8", "4", DENSE)
 
 
@@ -90,13 +90,14 @@ def pack_matrices(
     Args:
         stored: the compressed directory.
         matrices: of linear layers.
-        coded: one of ``CODED_AS`` for coded matrices; None: the first, if there are any.
+        coded: one of ``CODED_AS`` for coded matrices; None: the first, if there are any. "dense" leaves
+            those on a grid to be floats too.
 
     Returns:
         What is written, and the tensors of each matrix, by the name of its weight.
 
     Raises:
-        UsageError: ``coded`` is something else, or given where nothing is coded.
+        UsageError: ``coded`` is something else, or bits where nothing is coded.
         MpocError: codes are damaged, or numbers are too large for the grid.
     """
     grid, chosen = _choose_grid(matrices, coded)
@@ -119,12 +120,14 @@ def _choose_grid(matrices: list[Matrix], coded: str | None) -> tuple[Grid | None
     """The grid on which most numbers can be written, and the matrices that can."""
     if coded is not None and coded not in CODED_AS:
         raise UsageError(f"--coded must be one of {', '.join(CODED_AS)}, got {coded!r}")
+    if coded == DENSE:
+        return None, []
     streams = [matrix for matrix in matrices if isinstance(matrix.part.storage, Coded)]
     if coded is not None and not streams:
         raise UsageError("--coded applies to linear layers that are stored coded, and there are none")
-    bits = 0 if coded == DENSE else int(coded or CODED_AS[0])
+    bits = int(coded or CODED_AS[0])
     own = {_stored_grid(matrix) for matrix in matrices if isinstance(matrix.part.storage, Grid)}
-    own |= {default_grid(bits, matrix.shape[1]) for matrix in streams if bits}
+    own |= {default_grid(bits, matrix.shape[1]) for matrix in streams}
     own |= {replace(grid, group=group) for grid in own for group in GROUPS if grid.group is not None}
 
     def fits(matrix: Matrix, grid: Grid) -> bool:

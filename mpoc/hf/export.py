@@ -57,6 +57,7 @@ from transformers import {bases}, {config}
 
 class LowRankConfig({config}):
     model_type = "low_rank_{kind}"
+    export_model_type = "{kind}"  # as optimum's exporters know it
 
 
 def use_pairs(model):
@@ -106,7 +107,8 @@ def export_directory(
         source: the compressed directory.
         output: the directory to write.
         force: replace an existing one.
-        coded: what becomes of coded matrices: codes of "8" bits (None too) or "4", or "dense" weights.
+        coded: what becomes of coded matrices: codes of "8" bits (None too) or "4"; "dense" writes floats in
+            place of all codes.
         multiple: pad the ranks of pairs with zeros to a multiple of this number, one of ``MULTIPLES``.
 
     Raises:

@@ -4,14 +4,15 @@
 
 Networks are compressed by their weights alone, since latency does not depend on the fit. The dense network
 gets the weights that the cores make: on other numbers pooling takes up to a tenth more or less. One thread;
-calls alternate, and the median of the thread's CPU times is taken, so that other work on the machine disturbs
-little. ``--cores`` adds a column for weights="cores".
+calls alternate in random order, and the median of the thread's CPU times is taken, so that other work on the
+machine disturbs little; a copy of the dense network shows how much. ``--cores`` adds weights="cores".
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -85,7 +86,8 @@ def cases(
 
 
 def seconds_each(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, float]:
-    """Median seconds of each, called in turns."""
+    """Median seconds of each, called in turns, whose order is drawn anew each time."""
+    drawn = random.Random(0)
     taken: dict[str, list[float]] = {name: [] for name in calls}
     first = time.perf_counter()
     for call in calls.values():
@@ -93,7 +95,7 @@ def seconds_each(calls: Mapping[str, Callable[[], object]], budget: float) -> di
     together = 5 if time.perf_counter() - first < 0.2 else 1
     end = time.perf_counter() + budget
     while time.perf_counter() < end or len(taken[next(iter(calls))]) < 4:
-        for name, call in calls.items():
+        for name, call in drawn.sample([*calls.items()], len(calls)):
             call()  # what the other left in the caches is not this one's fault
             for _ in range(together):
                 start = time.thread_time()
@@ -125,6 +127,7 @@ def rows(arguments: argparse.Namespace) -> list[list[str]]:
         with torch.no_grad():
             for weight, structure, cores in compressed_weights(networks["auto"]):
                 dense.get_parameter(weight).copy_(build_weight(cores, structure))
+        networks["dense again"] = copy.deepcopy(dense)
         if arguments.cores:
             networks["cores"] = copy.deepcopy(networks["auto"])
         for weights in ("auto", "cores") if arguments.cores else ("auto",):
@@ -135,7 +138,7 @@ def rows(arguments: argparse.Namespace) -> list[list[str]]:
             with torch.inference_mode():
                 taken = seconds_each(calls, arguments.seconds)
             line = [name, str(batch), *(f"{1e3 * value:.3g}" for value in taken.values())]
-            line += [f"{taken['auto'] / taken['dense']:.2f}"]
+            line += [f"{taken[kind] / taken['dense']:.3f}" for kind in ("auto", "dense again")]
             line += [f"{megabytes(networks['dense']):.2f}", f"{megabytes(networks['auto']):.2f}"]
             table.append(line)
             print(" | ".join(line), flush=True) if arguments.progress else None
@@ -153,7 +156,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cores = ["cores ms"] if arguments.cores else []
-    header = ["network", "batch", "dense ms", "auto ms", *cores, "auto / dense", "dense MB", "auto MB"]
+    times = ["dense ms", "auto ms", "dense again ms", *cores, "auto / dense", "again / dense"]
+    header = ["network", "batch", *times, "dense MB", "auto MB"]
     print(markdown_table(header, rows(arguments)))
 
 

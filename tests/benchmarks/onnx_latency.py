@@ -1,17 +1,19 @@
 """Latency, memory, size and fidelity in onnxruntime: dense float32, its own int8, and what mpoc exports.
 
-    python tests/benchmarks/onnx_latency.py --network minilm|resnet20|lenet5 --data DATA --out FOLDER \
+    python tests/benchmarks/onnx_latency.py --network minilm|resnet20|… --data DATA --out FOLDER \
         [--minilm DIR] [-- OPTIONS of mpoc compress]
 
 Files are made in FOLDER and kept there: dense; int8 by ``quantize_dynamic``, and by ``quantize_static`` (QDQ,
 by channel, 256 training images) for convolutions; and ``mpoc compress --calibrate`` with the options of each
 row (of MiniLM the encoder), then ``mpoc export --onnx``. Rows "decoded" set ``session.disable_quant_qdq``.
-All dense networks are written by the same exporter. LeNet-5 is trained here for one epoch.
+All dense networks are written by the same exporter. LeNet-5 is trained here for one epoch, PicoGPT as in
+``calibration_picogpt.py`` unless FOLDER/dense.safetensors is there.
 
 One thread; sessions are called in turns, and the median of the thread's CPU times is taken. Memory is the
 peak of a process that loads one file and runs a batch of 32, less that of importing onnxruntime. Fidelity is
 against the dense network, on data that nothing was fitted to: the mean cosine of embeddings of 250 docstrings
-(mean over real tokens), or the share of equal answers to 2,000 test images, and their accuracy.
+(mean over real tokens), the share of equal answers to 2,000 test images, and their accuracy, or bits per
+character of 100 blocks of 256, which is what PicoGPT takes, from the last tenth of the text.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -42,7 +45,6 @@ Array = NDArray[Any]
 Inputs = tuple[Array, ...]
 OURS = ("--bits 4", "--bits 8", "--size 13%", "--ratio 0.5 --form svd")
 OURS_MINILM = ("--bits 4", "--bits 8", "--size 59.5%", "--ratio 0.5 --form svd")  # the encoder at 13 %
-BATCHES = (1, 32, 128)
 TOKENS = 32
 MEMORY = """
 import sys
@@ -166,6 +168,36 @@ def lenet5(arguments: argparse.Namespace) -> Task:
     return classifier(source, "lenet5", folder, network, scaled["train"][:256], *unseen)
 
 
+def picogpt(arguments: argparse.Namespace) -> Task:
+    """PicoGPT on tiny Shakespeare."""
+    from calibration_picogpt import CONTEXT, HELD_OUT, blocks, trained
+    from safetensors.torch import load_file
+
+    text = require_file(arguments.data / "text/tinyshakespeare.txt", "text").read_text("utf-8")
+    characters, cut = sorted(set(text)), int(len(text) * (1 - HELD_OUT))
+    arch, train = f"picogpt:vocab={len(characters)},context={CONTEXT}", arguments.out / "train.txt"
+    train.write_text(text[:cut], "utf-8")
+    source = arguments.out / "dense.safetensors"
+    if not source.exists():
+        trained(train, arguments.out, arch, len(characters))
+    network = make(arch)
+    network.load_state_dict(load_file(source))
+    unseen = blocks(text[cut:], characters)[:100].numpy()
+
+    def fidelity(ours: list[Array], _: list[Array]) -> str:
+        logits = torch.from_numpy(np.concatenate(ours))[:, :-1].flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, torch.from_numpy(unseen[:, 1:].copy()).flatten())
+        return f"{float(loss) / math.log(2):.4f}"
+
+    def draw(batch: int) -> Inputs:
+        return (unseen[np.arange(batch) % len(unseen)],)
+
+    parts = [(part,) for part in np.split(unseen, 10)]
+    spec = InputSpec((1, CONTEXT), torch.int64)
+    options = ["--arch", arch, "--calibrate", str(train)]
+    return Task(source, options, network.eval(), spec, draw, parts, fidelity, [])
+
+
 def written(task: Task, arguments: argparse.Namespace) -> Iterator[tuple[str, Path, bool]]:
     """Label and file of each row, and whether its codes are decoded when the session is made."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
@@ -239,16 +271,18 @@ def milliseconds(sessions: dict[str, Any], inputs: Inputs, budget: float) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--network", choices=["minilm", "resnet20", "lenet5"], required=True)
+    parser.add_argument("--network", choices=["minilm", "resnet20", "lenet5", "picogpt"], required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minilm", type=Path, help="a directory of all-MiniLM-L6-v2")
     parser.add_argument("--seconds", type=float, default=20, help="of measuring for each batch size")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("more", nargs="*", help="options of mpoc compress, after --")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out.mkdir(exist_ok=True, parents=True)
-    task = {"minilm": minilm, "resnet20": resnet20, "lenet5": lenet5}[arguments.network](arguments)
+    tasks = {"minilm": minilm, "resnet20": resnet20, "lenet5": lenet5, "picogpt": picogpt}
+    task = tasks[arguments.network](arguments)
     files = {label: (file, decoded) for label, file, decoded in written(task, arguments)}
     np.savez(arguments.out / "inputs.npz", *task.draw(32))
     rows: dict[str, list[str]] = {}
@@ -257,7 +291,7 @@ def main() -> None:
         peak = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         rows[label] = [label, f"{file.stat().st_size / 1e6:.2f}", f"{peak:.0f}"]
     sessions = {label: session_of(*item) for label, item in files.items()}
-    for batch in BATCHES:
+    for batch in arguments.batches:
         for label, taken in milliseconds(sessions, task.draw(batch), arguments.seconds).items():
             rows[label].append(f"{taken:,.0f}" if taken >= 1000 else f"{taken:.3g}")
     outputs = {label: [run(session, x) for x in task.unseen] for label, session in sessions.items()}
@@ -267,7 +301,7 @@ def main() -> None:
         arguments.network,
         "file MB",
         "peak MB",
-        *(f"ms, batch {batch}" for batch in BATCHES),
+        *(f"ms, batch {batch}" for batch in arguments.batches),
         "fidelity",
     ]
     print(markdown_table(header, list(rows.values())))

@@ -80,6 +80,9 @@ def test_loads_without_mpoc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         found = export_directory(source, folders[-1], multiple=16 if kind == "qwen2" else None)
         assert set(found.pairs.values()) <= {16 if kind == "qwen2" else 6}
         assert bool(found.pairs) == (form == "svd") == (tmp_path / kind / "modeling_low_rank.py").is_file()
+        if found.pairs:  # what optimum's exporters ask for
+            code = (tmp_path / kind / "modeling_low_rank.py").read_text()
+            assert f'export_model_type = "{kind}"' in code
         replaced = [layer.layer for layer in read_manifest(source).replaced]
         assert sorted([*found.pairs, *found.dense]) == sorted(replaced)
         expected[kind] = answer(open_network(source, None))
@@ -168,6 +171,22 @@ def test_the_grid_is_that_of_most_numbers(tmp_path: Path, storage: str) -> None:
     assert found.codes.grid == Grid(4 if storage == "grid" else 8, None)
     assert len(found.codes.layers) == 13
     assert len([layer for layer in found.dense if "mlp.down_proj" in layer]) == 2
+
+
+def test_codes_on_a_grid_become_floats_by_option(tmp_path: Path) -> None:
+    """Also those of pairs, which stay pairs; GPT-2, of which nothing is codes, takes the option too."""
+    source = compressed(tmp_path / "svd", "llama", form="svd", bond=32, bits=4, allow_growth=True)
+    found = export_directory(source, tmp_path / "hf", coded="dense")
+    assert found.pairs and not found.codes.layers
+    assert "quantization_config" not in json.loads((tmp_path / "hf/config.json").read_text())
+    tensors = load_file(tmp_path / "hf/model.safetensors")
+    stored = open_compressed(source, read_manifest(source))
+    for layer, rank in found.pairs.items():
+        b, a = (stored.read(f"{layer}.cores.{site}") for site in (0, 1))
+        assert torch.equal(tensors[f"{layer}.0.weight"], a.reshape(rank, -1))
+        assert torch.equal(tensors[f"{layer}.1.weight"], b.reshape(-1, rank))
+    own = compressed(tmp_path / "bits", "gpt2", bits=4)
+    assert export_directory(own, tmp_path / "gpt2", coded="dense").dense
 
 
 @pytest.mark.slow

@@ -286,6 +286,22 @@ def test_follows_cores_whose_data_were_replaced_twice() -> None:
         torch.testing.assert_close(layer(x), twin(x))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("strict", [False, True])
+def test_programs_keep_the_cores_of_a_layer_that_holds_its_weight(strict: bool) -> None:
+    network: Any = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    mpoc.compress(network, bond=2)
+    use_weights(network, "dense")
+    x = torch.randn(3, 64)
+    y = network(x)
+    program = torch.export.export(network, (x,), strict=strict)
+    assert not program.constants
+    assert {tuple(value.shape) for value in program.state_dict.values() if value.ndim > 1} == {
+        tuple(core.shape) for layer in (network[0], network[2]) for core in layer.cores
+    }
+    torch.testing.assert_close(program.module()(x), y)
+
+
 def test_auto_follows_the_cost_model() -> None:
     small, large = with_cores(nn.Linear(48, 64), 16, sites=3), with_cores(nn.Linear(4096, 4096), 2, sites=2)
     for batch in (1, 64, 4096):
