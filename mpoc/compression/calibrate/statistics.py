@@ -53,6 +53,7 @@ _WIDEST = 12_288  # outputs: the second moment of gradients there is the square 
 _PROBES = 2  # random directions in the output, a batch
 _KEPT_BYTES = 256 * 1024**2  # of the inputs of blocks in held-out batches
 _POSITIONS = 64  # of a convolution, an example: more are nearly the same rows again
+_WIDE = 1024  # inputs from which on passes leave much memory behind
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,8 @@ class CalibrationStatistics:
                 fit[weight] = self._dense.moments[weight]
             if weight not in held_out:
                 held_out[weight] = self._held_out_moments(weight)
-        release_freed_memory()  # of the passes
+        if any(moments.mean.shape[-1] > _WIDE for moments in fit.values()):
+            release_freed_memory()  # of the passes
         named = zip(group, weights, strict=True)
         return {name: self._objective(name, fit[weight], held_out[weight]) for name, weight in named}
 
