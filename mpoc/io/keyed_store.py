@@ -40,7 +40,7 @@ from mpoc.runtime.signals import defer_signals, removed_on_exit
 _FORMAT = "mpoc.item/1"
 _RECORD, _FINGERPRINT, _DIGEST = "record", "fingerprint", "digest"
 _NUMBERS = itertools.count()  # of the files of all scratches: what is mapped into memory is never overwritten
-_HELD_BYTES = 128 * 1024**2  # of a scratch's tensors in memory, where it has a folder
+_HELD_BYTES = 64 * 1024**2  # of a scratch's tensors in memory, where it has a folder
 _LARGE = 16 * 1024**2  # bytes of tensors that go to a file at once
 _SMALL = 1 << 20  # bytes of a tensor that is not worth a mapped file of its own
 _STALE = 3600  # seconds after which a folder that is still nameless was left by a killed run
