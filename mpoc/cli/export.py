@@ -22,7 +22,7 @@ class ExportOptions:
     pt2: Path | None = option("Write a program for torch.export.load.", None, metavar="FILE")
     hf: Path | None = option("Write a directory for transformers without mpoc.", None, metavar="DIR")
     coded: str | None = option(
-        "With --hf, write coded layers in 8 or 4 bits, or no codes.", None, metavar="8|4|dense", shown="8"
+        "With --hf, write coded layers in 8 or 4 bits, or floats.", None, metavar="8|4|dense", shown="8"
     )
     multiple: int | None = option(
         "With --hf, pad ranks of pairs with zeros to a multiple.", None, metavar="16|32|64|128"
