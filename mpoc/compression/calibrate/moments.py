@@ -386,7 +386,10 @@ class LayerSums:
 
     def __init__(self, layer: ObservedLayer, dense_second: bool = True, parts: int = 1) -> None:
         self._layer = layer
-        keeps_rows = isinstance(layer.inputs, LinearInputs | ConvInputs)
+        inputs = layer.inputs  # rows of groups would be one moment each
+        keeps_rows = isinstance(inputs, LinearInputs) or (
+            isinstance(inputs, ConvInputs) and inputs.groups == 1
+        )
         self._accumulator = Accumulator(dense_second, keeps_rows, parts)
         self._counts: Tensor | int = 0
         self.rows = 0

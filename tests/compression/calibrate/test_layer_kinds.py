@@ -131,6 +131,14 @@ def test_calibration_reduces_output_errors(kind: str) -> None:
     assert [name for name, _ in network.named_modules()] == names
 
 
+def test_groups_of_many_inputs() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(256, 8, 3, groups=2), nn.Flatten(), nn.Linear(32, 5)).eval()
+    images = correlated(24, 4, 4, 256).movedim(-1, 1)
+    report = mpoc.compress(network, ratio=0.5, form="svd", calibrate=images.split(8))
+    assert all(layer.output_error is not None for layer in report.layers)
+
+
 @pytest.mark.slow
 def test_experts_that_loading_stacks_are_fitted_one_by_one(tmp_path: Path) -> None:
     """One matrix an expert on disk, one stacked weight in the network."""
