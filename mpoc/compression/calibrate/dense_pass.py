@@ -207,6 +207,8 @@ class _Sweep:
             for index in mine:
                 self._inputs.drop(k + 1, index)
         yield _Piece(pieces.names(-1), others, self._run_head, count + 1, count + 2)
+        for index in mine:
+            self._inputs.drop(0, index)
 
     @torch.no_grad()
     def _keep_inputs(self, mine: Sequence[int]) -> None:

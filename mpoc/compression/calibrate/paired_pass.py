@@ -289,6 +289,11 @@ class PairedPass:
                 runner.move(position if kept else None)
         return list(examples) if kept else examples
 
+    def forget(self) -> None:
+        """Drop the inputs of blocks that are kept."""
+        for runner in self._runners:
+            runner.move(None)
+
     def _fits(self, position: tuple[int, int], copies: int) -> bool:
         share = sum(main_input(batch).numel() for batch in self._batches) / self._trace.numbers
         block = self._trace.chains[position[0]][: position[1] + 1][-1]

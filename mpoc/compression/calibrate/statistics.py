@@ -306,7 +306,9 @@ class CalibrationStatistics:
 
     def _pair(self, compressed: nn.Module) -> list[PairedPass]:
         if compressed is not self._compressed:
-            self._compressed, self._passes = compressed, []  # what was kept of the other one goes first
+            for passes in self._passes:  # what was kept of the other one goes first
+                passes.forget()
+            self._compressed, self._passes = compressed, []
             parts, networks = (self.data.batches, self.data.held_out), (self.network, compressed)
             refines = self.refines and self.context.group.is_main  # who refines needs all
             replay = Replay(all_batches=refines, scratch=self.scratch, cuts=bool(self._chain))

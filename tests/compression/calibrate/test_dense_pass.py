@@ -345,6 +345,22 @@ class Peak(TorchDispatchMode):
         return result
 
 
+def test_leaves_no_inputs_of_blocks_in_the_scratch() -> None:
+    network, batches = encoder(), [texts(seed=k) for k in range(2)]
+    call, scratch = Call.of(network), Scratch()
+    found = trace(network, call, batches[0], weights(network))
+    dense = dense_pass(network, call, batches, found, Probes(2), scratch=scratch)
+    pair = PairedPass((network, damaged(network)), call, batches, found, replay=Replay(scratch=scratch))
+    kept = scratch.nbytes
+    owners = set(map(id, vars(dense).values()))
+    parts = [part for key, part in scratch._held.items() if isinstance(key, tuple) and key[0] in owners]
+    assert kept == sum(tensor.nbytes for part in parts for tensor in part)
+    pair.moments(found.groups[4])
+    assert scratch.nbytes > kept
+    pair.forget()
+    assert scratch.nbytes == kept
+
+
 def _peak(layers: int, folder: Path | None) -> int:
     """Of both passes through an encoder whose statistics lie in files."""
     network, batches = encoder(layers), [texts(seed=k) for k in range(2)]
