@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -176,6 +176,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
     Raises:
         MpocError: there is no such directory, or it cannot be written to.
+        OSError: its disk is full, or knows no locks.
     """
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise MpocError(f"--scratch {parent}: not a directory that can be written to", f"mkdir -p {parent}")
@@ -187,19 +188,22 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         with suppress(OSError):
             if time.time() - old.stat().st_mtime > _STALE:
                 shutil.rmtree(old, ignore_errors=True)
-    with defer_signals():
-        new = Path(tempfile.mkdtemp(prefix=".mpoc-new-", dir=parent))
-        mark = (new / "lock").open("a")
-        fcntl.flock(mark, fcntl.LOCK_EX)
-        # Only once it is locked does it have a name that other processes look for
-        folder = new.rename(new.with_name(new.name.replace("-new-", "-scratch-")))
+    folder: Path | None = None
+    opened = ExitStack()
     try:
+        with defer_signals():
+            folder = Path(tempfile.mkdtemp(prefix=".mpoc-new-", dir=parent))
+            mark = opened.enter_context((folder / "lock").open("a"))
+            fcntl.flock(mark, fcntl.LOCK_EX)
+            # Only once it is locked does it have a name that other processes look for
+            folder = folder.rename(folder.with_name(folder.name.replace("-new-", "-scratch-")))
         with removed_on_exit(folder):
             yield folder
     finally:
         with defer_signals():
-            mark.close()
-            shutil.rmtree(folder, ignore_errors=True)
+            opened.close()
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 class Scratch:
@@ -208,7 +212,8 @@ class Scratch:
     Args:
         folder: for files; None: all are held in memory.
         limit: bytes that are held in memory where there is a folder.
-        required: whether it is an error that the disk has no room; else memory holds what finds none.
+        required: whether it is an error that the disk has no room; else half of what is free now is left to
+            the output and to other programs, and memory holds the rest.
     """
 
     def __init__(
@@ -216,6 +221,7 @@ class Scratch:
     ) -> None:
         self._folder, self._limit = folder, _HELD_BYTES if limit is None else limit
         self.is_required = required and folder is not None  # the user wants memory spared
+        self._left = 0 if required or folder is None else _free(folder) // 2
         self._held: dict[Hashable, list[Tensor]] = {}
         self._files: dict[Hashable, tuple[Path, list[torch.device], int]] = {}  # with their bytes
         self.nbytes = 0  # in memory
@@ -223,7 +229,9 @@ class Scratch:
 
     def has_room(self, nbytes: int) -> bool:
         """Whether there is room beyond memory for so many bytes."""
-        return self._folder is not None and (self.is_required or nbytes <= _free(self._folder))
+        if self._folder is None:
+            return False
+        return self.is_required or nbytes <= _free(self._folder) - self._left
 
     def put(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
         """Keep tensors, in the place of those of the same key.

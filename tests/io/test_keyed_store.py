@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,20 @@ def test_scratch_that_is_not_required_holds_in_memory_what_the_disk_has_no_room_
             assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
+def test_scratch_that_is_not_required_leaves_half_of_the_free_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage, free = shutil.disk_usage(tmp_path), [100]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free[0]))
+    scratch, required = Scratch(tmp_path, limit=0, required=False), Scratch(tmp_path, limit=0)
+    assert scratch.has_room(50) and not scratch.has_room(51) and required.has_room(51)
+    free[0] = 60  # others have filled the disk meanwhile
+    scratch.put("a", [torch.ones(4)])
+    assert scratch.nbytes == 16 and list(tmp_path.iterdir()) == []
+    required.put("a", [torch.ones(4)])
+    assert required.nbytes == 0 and len(list(tmp_path.iterdir())) == 1
+
+
 def test_scratch_of_a_killed_run_is_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:
     dead = tmp_path / ".mpoc-scratch-dead"
     dead.mkdir()
@@ -150,6 +166,21 @@ def test_scratch_of_a_killed_run_is_removed_and_of_a_living_one_kept(tmp_path: P
     starting.mkdir()
     with scratch_folder(tmp_path) as living, scratch_folder(tmp_path) as folder:
         assert {living, folder, starting} == set(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_scratch_leaves_nothing_where_it_ends_as_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def lock(*_: Any) -> None:
+        if error is OSError:
+            raise OSError(errno.ENOLCK, "No locks available")
+        signal.raise_signal(signal.SIGINT)  # takes effect once the folder has its name
+
+    monkeypatch.setattr("mpoc.io.keyed_store.fcntl.flock", lock)
+    with pytest.raises(error), scratch_folder(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scratch_is_left_by_processes_that_start_at_the_same_time(
