@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -24,7 +23,7 @@ from mpoc.compression.run_context import Progress, RunContext
 from mpoc.compression.size_prediction import predict_size
 from mpoc.compression.source import CompressionSource, open_to_calibrate
 from mpoc.compression.write import Compression, Job, fit_all, make_job, write_compressed
-from mpoc.errors import UsageError
+from mpoc.errors import MpocError, UsageError
 from mpoc.io.atomic import refuse_existing, refuse_misnamed
 from mpoc.io.keyed_store import scratch_folder
 from mpoc.io.training_history import Measured
@@ -150,16 +149,23 @@ def in_scratch(
 
     Args:
         request: None: there is none to be had.
-        output: None: nothing is written, and memory holds all that no folder is asked for.
+        output: None: nothing is written.  Memory then holds all, unless a folder is asked for; so it does
+            where no folder can be made beside the output.
     """
     asked = None if request is None else request.scratch
-    beside = None if output is None else output.absolute().parent
-    parent = asked or (beside if beside is not None and os.access(beside, os.W_OK | os.X_OK) else None)
+    parent = asked or (None if output is None else output.resolve().parent)
     if request is None or parent is None:
         yield request
         return
-    with scratch_folder(parent) as folder:
-        yield replace(request, scratch=folder, scratch_required=asked is not None)
+    with ExitStack() as entered:
+        folder: Path | None = None
+        try:
+            folder = entered.enter_context(scratch_folder(parent))
+        except (MpocError, OSError):
+            if asked is not None:
+                raise
+        required = asked is not None
+        yield request if folder is None else replace(request, scratch=folder, scratch_required=required)
 
 
 def _job(

@@ -16,6 +16,7 @@ from mpoc.errors import MpocError, UsageError, excluding
 from mpoc.io import hub_directory
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.coded_parts import halved_names
+from mpoc.io.keyed_store import Scratch
 from mpoc.io.manifest import core_prefix
 from mpoc.io.open_checkpoint import open_checkpoint
 from mpoc.io.training_history import Measured
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
     from mpoc.compression.calibrate.statistics import CalibrationStatistics
 
-_BYTES_TO_CALIBRATE = 20  # a number of the network: it is held twice in float32, beside its layers' moments
+# A number of the network: it is held twice in float32, beside its layers' moments; and as much of that as
+# files take
+_BYTES_TO_CALIBRATE, _BYTES_IN_FILES = 20, 12
 
 
 @dataclass(frozen=True)
@@ -185,19 +188,21 @@ def open_to_calibrate(
     from mpoc.compression.calibrate.calibration_data import open_calibration
 
     try:
-        _refuse_to_fill_memory(opened.checkpoint)
+        _refuse_to_fill_memory(opened.checkpoint, request.spare_memory())
         data = open_calibration(source, arch, request, recipe.seed)
     except MpocError as error:
         return replace(open_source(source, recipe, arch, False), why_not=str(error))
     return replace(opened, request=request, data=data)
 
 
-def _refuse_to_fill_memory(checkpoint: Checkpoint) -> None:
+def _refuse_to_fill_memory(checkpoint: Checkpoint, scratch: Scratch) -> None:
     numbers = sum(info.numel for info in checkpoint.infos.values())
-    free = memory()[1]
-    if free is not None and numbers * _BYTES_TO_CALIBRATE > free:
-        needed = f"{human_bytes(numbers * _BYTES_TO_CALIBRATE)} of memory, and {human_bytes(free)} are free"
-        raise MpocError(f"it takes about {needed}", "--calibrate self --scratch DIR")
+    needed, free = numbers * _BYTES_TO_CALIBRATE, memory()[1]
+    if scratch.has_room(numbers * _BYTES_IN_FILES):
+        needed -= numbers * _BYTES_IN_FILES
+    if free is not None and needed > free:
+        said = f"it takes about {human_bytes(needed)} of memory, and {human_bytes(free)} are free"
+        raise MpocError(said, "--calibrate self --scratch DIR")
 
 
 def with_halved(checkpoint: Checkpoint, recipe: Recipe, selection: Selection) -> Selection:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +10,20 @@ import pytest
 import torch
 from torch import nn
 
-from mpoc.compression.pipeline import compress_checkpoint, default_output
+from mpoc.compression import source as compression_source
+from mpoc.compression.calibrate.calibration_data import CalibrationRequest
+from mpoc.compression.pipeline import compress_checkpoint, default_output, in_scratch
 from mpoc.compression.recipe import make_recipe
 from mpoc.compression.run_context import Progress
 from mpoc.compression.write import Compression
 from mpoc.errors import MpocError, UsageError
 from mpoc.io import safetensors_writer as writer
+from mpoc.io.keyed_store import Scratch
 from mpoc.io.manifest import LayerRecord
 from mpoc.io.manifest_reader import read_manifest
+from mpoc.io.open_checkpoint import open_checkpoint
 from mpoc.runtime.device import choose_device
+from mpoc.runtime.formatting import human_bytes
 from tests.support.checkpoints import contents, network_state
 
 
@@ -182,3 +189,43 @@ def test_svd_layers_ignore_sites(tmp_path: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "m.pt")
     done = compress_checkpoint(tmp_path / "m.pt", tmp_path / "o.safetensors", make_recipe(file, {}))
     assert [layer.form for layer in done.manifest.layers] == ["mpo", "svd"]
+
+
+def test_memory_holds_all_where_no_folder_can_be_made_beside_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, output = CalibrationRequest("self"), tmp_path / "out.safetensors"
+    with in_scratch(request, output) as found:
+        assert found is not None and found.scratch is not None and found.scratch.parent == tmp_path
+        assert not found.spare_memory().is_required
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "elsewhere/out.safetensors")
+    (tmp_path / "elsewhere").mkdir()
+    with in_scratch(request, tmp_path / "link.safetensors") as found:
+        assert found is not None and found.scratch is not None
+        assert found.scratch.parent == tmp_path / "elsewhere"
+    with in_scratch(request, tmp_path / "nowhere/out.safetensors") as found:
+        assert found is request  # what is wrong with the output is said where it is checked
+
+    def lock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("mpoc.io.keyed_store.fcntl.flock", lock)
+    with in_scratch(request, output) as found:
+        assert found is request
+    with pytest.raises(OSError, match="No locks"), in_scratch(replace(request, scratch=tmp_path), output):
+        pass
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_files_take_a_part_of_the_memory_that_calibration_needs(
+    source: Path, monkeypatch: pytest.MonkeyPatch, in_files: bool
+) -> None:
+    checkpoint = open_checkpoint(source)
+    numbers = sum(info.numel for info in checkpoint.infos.values())
+    scratch = Scratch(source.parent if in_files else None, required=False)
+    for free, bytes_each in ((19, 8 if in_files else 20), (7, 8 if in_files else 20)):
+        monkeypatch.setattr(compression_source, "memory", lambda free=free: (None, free * numbers))
+        fits = bytes_each <= free
+        refused = pytest.raises(MpocError, match=f"about {human_bytes(bytes_each * numbers)} of memory")
+        with nullcontext() if fits else refused:
+            compression_source._refuse_to_fill_memory(checkpoint, scratch)
