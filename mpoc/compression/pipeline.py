@@ -231,7 +231,7 @@ class Estimate:
         minutes, seconds = divmod(round(self.seconds), 60)
         return (
             f"the fits would take about {minutes}:{seconds:02d} minutes; the run about "
-            f"{human_bytes(self.memory)} of memory and {human_bytes(self.scratch)} of files meanwhile"
+            f"{human_bytes(self.memory)} of memory and up to {human_bytes(self.scratch)} of files meanwhile"
         )
 
 
