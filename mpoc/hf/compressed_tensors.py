@@ -28,7 +28,7 @@ from mpoc.quantize.codes import GridTensor, QuantizedTensor
 from mpoc.quantize.grid_rounding import round_grid
 from mpoc.quantize.storage import GROUPS, Coded, Grid, default_grid
 
-# What becomes of coded layers: codes of so many bits, the default first. Or floats, as of those on a grid.
+# What becomes of coded layers: codes of so many bits, the default first, or floats, then of all layers.
 CODED_AS = ("8", "4", DENSE)
 
 

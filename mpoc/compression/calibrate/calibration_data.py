@@ -59,7 +59,7 @@ class CalibrationRequest:
     refine: bool = False  # the layers of each block together, once all are fitted
     moments: Path | None = None  # file to keep the measurements of the dense network in
     folder: Path | None = None  # to keep what is found before layers are fitted, and resume from
-    scratch: Path | None = None  # folder for what does not fit into memory meanwhile; None: all is held there
+    scratch: Path | None = None  # folder for what need not be in memory; None: beside an output, if any
     scratch_required: bool = True  # an error where its disk has no room; else memory holds the rest
     optional: bool = False  # fit to the weights alone where the network cannot be calibrated
 
