@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 _PASSES = 4.5  # over the dense network
 # Operations of a fit, for each unit of :meth:`Schedule.costs`.
 _OPERATIONS = {"fast": 55, "balanced": 400, "thorough": 1600}
-_MATRICES = 12  # of a layer's wider side, in float64, that its fit holds at a time
+_MATRICES = 12  # of a layer's wider side, in float64, that its fit and the routines it calls take at a time
 _SIDE = 768  # of the product that is timed
 
 

@@ -188,7 +188,7 @@ def open_to_calibrate(
     from mpoc.compression.calibrate.calibration_data import open_calibration
 
     try:
-        _refuse_to_fill_memory(opened.checkpoint, request.spare_memory())
+        _refuse_to_fill_memory(opened.checkpoint, request.make_scratch())
         data = open_calibration(source, arch, request, recipe.seed)
     except MpocError as error:
         return replace(open_source(source, recipe, arch, False), why_not=str(error))

@@ -197,7 +197,7 @@ def test_memory_holds_all_where_no_folder_can_be_made_beside_the_output(
     request, output = CalibrationRequest("self"), tmp_path / "out.safetensors"
     with in_scratch(request, output) as found:
         assert found is not None and found.scratch is not None and found.scratch.parent == tmp_path
-        assert not found.spare_memory().is_required
+        assert not found.make_scratch().is_required
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "elsewhere/out.safetensors")
     (tmp_path / "elsewhere").mkdir()
     with in_scratch(request, tmp_path / "link.safetensors") as found:

@@ -63,7 +63,7 @@ class CalibrationRequest:
     scratch_required: bool = True  # an error where its disk has no room; else memory holds the rest
     optional: bool = False  # fit to the weights alone where the network cannot be calibrated
 
-    def spare_memory(self) -> Scratch:
+    def make_scratch(self) -> Scratch:
         """A scratch in the folder, or in memory where there is none."""
         return Scratch(self.scratch, required=self.scratch_required)
 
@@ -103,7 +103,7 @@ def open_calibration(
         UsageError: no architecture is known, or options that do not fit.
         MpocError: bad data, or fewer than two examples.
     """
-    return calibrate_on(open_model(source, arch, request.spare_memory()), request, seed)
+    return calibrate_on(open_model(source, arch, request.make_scratch()), request, seed)
 
 
 def calibrate_on(model: Model, request: CalibrationRequest, seed: int = 0) -> CalibrationData:

@@ -134,7 +134,7 @@ class CalibrationStatistics:
         self.data, self._request, self.context, self._seed = data, request, context, seed
         self.network, self.places = data.network.to(context.device), data.places
         self.refines, self.notes = request.refine, list(data.notes)
-        self._positions, self.scratch = Positions(_POSITIONS, seed), request.spare_memory()
+        self._positions, self.scratch = Positions(_POSITIONS, seed), request.make_scratch()
         with context.group.all_or_raise():
             self._find_layers(list(names), skipped or {})
         self._dense = self._kept_pass()
