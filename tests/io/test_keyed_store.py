@@ -178,8 +178,12 @@ def test_scratch_leaves_nothing_where_it_ends_as_it_begins(
         signal.raise_signal(signal.SIGINT)  # takes effect once the folder has its name
 
     monkeypatch.setattr("mpoc.io.keyed_store.fcntl.flock", lock)
-    with pytest.raises(error), scratch_folder(tmp_path):
-        pass
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    try:
+        with pytest.raises(error), scratch_folder(tmp_path):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(tmp_path.iterdir()) == []
 
 
