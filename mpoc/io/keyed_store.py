@@ -211,7 +211,7 @@ class Scratch:
 
     Args:
         folder: for files; None: all are held in memory.
-        limit: bytes that are held in memory where there is a folder.
+        limit: bytes that are held in memory where there is a folder, lists of more than 16 MB excepted.
         required: whether it is an error that the disk has no room; else half of what is free now is left to
             the output and to other programs, and memory holds the rest.
     """
