@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mpoc
 from mpoc.compression.calibrate.layer_inputs import Sample, as_rows, find_layer
-from mpoc.compression.calibrate.moments import LayerSums, ProductSum
+from mpoc.compression.calibrate.moments import LayerSums
+from mpoc.tensor_networks.fit.second_moment import ProductSum
 from mpoc.train.engine import make_optimizer
 from mpoc.train.settings import Settings
 from mpoc.train.tasks import Regression

@@ -24,7 +24,9 @@ from mpoc.compression.calibrate.block_chain import (
 )
 from mpoc.compression.calibrate.cache import DensePass
 from mpoc.compression.calibrate.layer_inputs import (
+    ALL,
     ObservedLayer,
+    Positions,
     as_rows,
     device_of,
     eval_mode,
@@ -32,14 +34,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     hooked,
     total_rows,
 )
-from mpoc.compression.calibrate.moments import (
-    ALL,
-    LayerSums,
-    Moments,
-    Positions,
-    ProductSum,
-    merge,
-)
+from mpoc.compression.calibrate.moments import LayerSums, Moments, merge
 from mpoc.compression.calibrate.output_of_interest import Pooling, direction, output_of_interest
 from mpoc.compression.calibrate.trace import EXAMPLES, Trace
 from mpoc.compression.run_context import RunContext
@@ -48,6 +43,7 @@ from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, Call, to_device
 from mpoc.runtime.device import derived_seed, release_freed_memory
 from mpoc.runtime.distributed import BatchShards
+from mpoc.tensor_networks.fit.second_moment import ProductSum
 
 # From so many rows of a batch on every second stands for all in G: rows of one example are much alike there.
 _MANY, _STEP = 1024, 2

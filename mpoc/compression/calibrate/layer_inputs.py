@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from mpoc.compression.calibrate.taps import calling_taps, tap_of
 from mpoc.errors import MpocError
 from mpoc.models.introspection import same_tensor
+from mpoc.runtime.device import derived_seed
 
 _EXPERTS = "_experts_implementation"  # of transformers' configurations
 _AT_ONCE = 1 << 22  # numbers of patches that are copied at a time
@@ -89,10 +90,26 @@ class Sample:
     seed: int
 
 
+@dataclass(frozen=True)
+class Positions:
+    """Which positions of convolutions are used."""
+
+    most: int | None = None  # an example, on average; None: all
+    seed: int = 0
+
+    def of(self, batch: int) -> Sample | None:
+        """The sample in batch number ``batch``, the same in every pass."""
+        return None if self.most is None else Sample(self.most, derived_seed(self.seed, "positions", batch))
+
+
+ALL = Positions()
+
+
 class Inputs(ABC):
     """How the rows that a weight multiplies are taken from a module's input."""
 
     features: int  # N_x, of one group
+    have_one_moment = False  # whether rows are vectors (N_x,) that all outputs multiply
 
     @property
     @abstractmethod
@@ -117,6 +134,7 @@ class LinearInputs(Inputs):
     """Inputs (…, N_x) of a linear layer."""
 
     features: int
+    have_one_moment = True
 
     @property
     def key(self) -> Hashable:
@@ -175,6 +193,11 @@ class ConvInputs(Inputs):
     dilation: tuple[int, ...]
     padding: tuple[int, ...]  # as torch.nn.functional.pad takes it
     padding_mode: str  # likewise
+
+    @property
+    def have_one_moment(self) -> bool:  # type: ignore[override]
+        """Whether there are no groups."""
+        return self.groups == 1
 
     @classmethod
     def of(cls, module: Any) -> ConvInputs:

@@ -4,7 +4,7 @@ Rows are gathered, and multiplied by one another as soon as there are more of th
 are not, the rows themselves are the smaller form of the moment, and exact.  Of very wide layers every second,
 fourth, … row is looked at, so that memory is bounded.
 
-Products of float32 rows are formed in float32, ``_BLOCK`` rows at a time, and summed in float64: twice as
+Products of float32 rows are formed in float32, some thousand rows at a time, and summed in float64: twice as
 fast as float64 throughout, and each entry is right to about 3e-7 of the standard deviations it belongs to.
 Rows are shifted by the mean of the first ones, so that this holds where means are large beside deviations.
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,15 +22,21 @@ from torch import Tensor
 from mpoc.compression.calibrate.layer_inputs import (
     ConvInputs,
     EmbeddingInputs,
-    LinearInputs,
     ObservedLayer,
     Sample,
 )
-from mpoc.runtime.device import derived_seed, release_freed_memory
-from mpoc.tensor_networks.fit.second_moment import CentredRows, MixedMoment, RowMoment, Second, mirror
+from mpoc.runtime.device import release_freed_memory
+from mpoc.tensor_networks.fit.second_moment import (
+    CentredRows,
+    MixedMoment,
+    OutputMoment,
+    ProductSum,
+    RowMoment,
+    Second,
+    mirror,
+)
 
-_BLOCK = 8192  # rows of one product
-_PANEL = 128  # columns of a symmetric one that are formed at a time
+_FIRST = 8192  # rows whose mean all are shifted by, of those that come first
 _NARROW = 1024  # features up to which products are always formed
 _AT_ONCE = 2048  # rows that are gathered for a product, once there are products
 _WIDE = 8192  # features from which on they never are
@@ -51,31 +58,42 @@ class Moments:
     dense_mean: Tensor  # μ (N_x,); where only the dense network ran the same tensor as ``mean``
     cross: Second  # E[x x̃ᵀ] (N_x, N_x), not centred
     dense_second: Second  # E[x xᵀ] (N_x, N_x), not centred; (0,) where it was not wanted
+    # W (N_y, N_x) float64 where of ``cross`` E[(W x) x̃ᵀ] alone matters: an OutputMoment, or rows
+    weight: Tensor | None = None
 
     @classmethod
     def of_rows(
-        cls, count: int, means: Sequence[Tensor], rows: Sequence[CentredRows], weights: Tensor
+        cls,
+        count: int,
+        means: Sequence[Tensor],
+        rows: Sequence[CentredRows],
+        weights: Tensor,
+        weight: Tensor | None = None,
     ) -> Moments:
         """Moments that are kept as rows: of one network, or of the compressed and the dense one."""
         seconds = [RowMoment(one, one, weights) for one in rows]
         cross = seconds[0] if len(rows) == 1 else RowMoment(rows[1], rows[0], weights)
-        return cls(count, means[0], seconds[0], means[-1], cross, seconds[-1])
+        return cls(count, means[0], seconds[0], means[-1], cross, seconds[-1], weight)
 
     def on(self, device: torch.device) -> Moments:
         """The same on a device; what is one tensor stays one."""
-        moved: dict[int, Tensor] = {}
+        moved: dict[int, Any] = {}
 
-        def move(one: Tensor) -> Tensor:
+        def move(one: Second) -> Any:
             return moved.setdefault(id(one), one.to(device))
+
+        weight = None if self.weight is None else move(self.weight)
 
         if isinstance(self.second, RowMoment):
             networks = _networks(self)
             rows = [CentredRows(move(one.values), move(one.centre)) for _, one in networks]
             return Moments.of_rows(
-                self.rows, [move(mean) for mean, _ in networks], rows, move(self.second.weights)
+                self.rows, [move(mean) for mean, _ in networks], rows, move(self.second.weights), weight
             )
-        names = [field.name for field in fields(self) if field.name != "rows"]
-        return Moments(self.rows, **{name: move(getattr(self, name)) for name in names})
+        return Moments(self.rows, **{name: move(getattr(self, name)) for name in _MOMENTS}, weight=weight)
+
+
+_MOMENTS = "mean", "second", "dense_mean", "cross", "dense_second"
 
 
 def merge(one: Moments, other: Moments, *, dense_second: bool = True, formed: bool = True) -> Moments:
@@ -108,17 +126,19 @@ def _mixed(
     one = _formed(one, dense_second)
     mixed: dict[tuple[int, int], Second] = {}
 
-    def both(a: Tensor, b: Second) -> Second:
+    def both(a: Second, b: Second) -> Second:
         if (id(a), id(b)) not in mixed:
             mixed[id(a), id(b)] = _between(a, b, weight, formed)
         return mixed[id(a), id(b)]
 
-    names = [field.name for field in fields(one) if field.name != "rows"]
-    return Moments(one.rows, **{name: both(getattr(one, name), getattr(other, name)) for name in names})
+    mixture = {name: both(getattr(one, name), getattr(other, name)) for name in _MOMENTS}
+    return Moments(one.rows, **mixture, weight=one.weight)
 
 
-def _between(a: Tensor, b: Second, weight: float, formed: bool) -> Second:
+def _between(a: Second, b: Second, weight: float, formed: bool) -> Second:
     """(1 − weight) a + weight b; nothing where one of them was not wanted."""
+    if isinstance(a, OutputMoment):
+        return replace(a, matrix=torch.lerp(a.matrix, a.weight @ b, weight))
     if not (a.numel() and (isinstance(b, RowMoment) or b.numel())):
         return a.new_empty(0)  # rows have E[xxᵀ] where products do without
     if isinstance(b, RowMoment):
@@ -139,7 +159,7 @@ def _joined(one: Moments, other: Moments, weight: float) -> Moments:
         moved = b.values[first::step] + (a.centre - b.centre).to(b.values.dtype)
         rows.append(CentredRows(torch.cat([a.values[::step], moved]), a.centre))
         means.append(torch.lerp(mean, other_mean, weight))
-    return Moments.of_rows(one.rows, means, rows, kept * (weights.sum() / kept.sum()))
+    return Moments.of_rows(one.rows, means, rows, kept * (weights.sum() / kept.sum()), one.weight)
 
 
 def _step(count: int, width: int, parts: int = 1) -> int:
@@ -164,61 +184,16 @@ def _formed(moments: Moments, dense_second: bool) -> Moments:
     if dense is second:
         return replace(moments, second=formed, cross=formed, dense_second=formed)
     dense = dense.formed() if dense_second else formed.new_empty(0)
-    return replace(moments, second=formed, cross=cross.formed(), dense_second=dense)
-
-
-class ProductSum:
-    """Σ over rows of left rightᵀ, as rows come; float64.
-
-    Where both sides are the same rows, the products below the diagonal are not formed.
-    """
-
-    def __init__(self) -> None:
-        self._total: Tensor | None = None  # (…, A, B)
-        self._symmetric = False  # then only the panels from the diagonal on are right
-
-    @torch.no_grad()
-    def add(self, left: Tensor, right: Tensor) -> None:
-        """Add rows, worked with in float64 if the left ones have that dtype, else in float32.
-
-        Args:
-            left: (…, n, A).
-            right: (…, n, B); always or never the same tensor.
-        """
-        self._symmetric = left is right
-        if self._total is None:
-            shape = *left.shape[:-2], left.shape[-1], right.shape[-1]
-            self._total = left.new_zeros(shape, dtype=torch.float64)
-        dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
-        width = _PANEL if self._symmetric else left.shape[-1]
-        for a, b in zip(left.to(dtype).split(_BLOCK, -2), right.to(dtype).split(_BLOCK, -2), strict=True):
-            for k in range(0, left.shape[-1], width):
-                there = k if self._symmetric else 0
-                self._total[..., k : k + width, there:] += a[..., k : k + width].mT @ b[..., there:]
-
-    @property
-    def shape(self) -> torch.Size | None:
-        """Of the sum; None: nothing was added."""
-        return None if self._total is None else self._total.shape
-
-    def total(self) -> Tensor:
-        """The sum (…, A, B).
-
-        Raises:
-            ValueError: no rows were added.
-        """
-        if self._total is None:
-            raise ValueError("no rows were added")
-        if self._symmetric:
-            mirror(self._total)
-        return self._total
+    weight = moments.weight
+    cross = cross.formed() if weight is None else OutputMoment(weight, weight @ cross)
+    return replace(moments, second=formed, cross=cross, dense_second=dense)
 
 
 class _Sums:
     """Sums of one network's rows, shifted."""
 
     def __init__(self, rows: Tensor) -> None:
-        first = rows[..., :_BLOCK, :].mean(-2, keepdim=True, dtype=torch.float64)
+        first = rows[..., :_FIRST, :].mean(-2, keepdim=True, dtype=torch.float64)
         self.shift = first.to(rows.dtype)  # (…, 1, N_x)
         self.total = torch.zeros_like(first)
 
@@ -236,15 +211,25 @@ class _Sums:
 class Accumulator:
     """Sums over rows as they come, of bounded memory: up to three tensors (N_x, N_x) in float64.
 
+    With a weight the one of E[x x̃ᵀ] gives way to E[(W x) x̃ᵀ] (N_y, N_x).
+
     Args:
         dense_second: whether E[x xᵀ] is wanted too, where rows of the dense network are given.
         keeps_rows: whether the moments of wide layers may be given as rows.
         parts: number of accumulators whose moments are merged, and share what may be kept.
+        weight: W (N_y, N_x) float64, if E[(W x) x̃ᵀ] is to be known alone.
     """
 
-    def __init__(self, dense_second: bool = True, keeps_rows: bool = False, parts: int = 1) -> None:
+    def __init__(
+        self,
+        dense_second: bool = True,
+        keeps_rows: bool = False,
+        parts: int = 1,
+        weight: Tensor | None = None,
+    ) -> None:
         self.count = self._summed = 0  # rows that were given, and those of them that were looked at
         self._wants_dense, self._keeps_rows, self._parts = dense_second, keeps_rows, parts
+        self._weight = weight
         self._sums: list[_Sums] = []  # of the rows, then of the dense ones
         self._products: list[ProductSum] = []  # x̃x̃ᵀ, xx̃ᵀ, xxᵀ of shifted rows
         self._blocks: list[list[Tensor]] = []  # shifted rows that are not in the products yet
@@ -298,13 +283,17 @@ class Accumulator:
         rows, self._blocks, self._held = self._joined(), [], 0
         pairs = [(rows[0], rows[0])]
         if len(rows) > 1:
-            pairs += [(rows[1], rows[0])]
+            pairs += [(self._outputs(rows[1]), rows[0])]
             pairs += [(rows[1], rows[1])] if self._wants_dense else []
         self._products = self._products or [ProductSum() for _ in pairs]
         for total, (a, b) in zip(self._products, pairs, strict=True):
             total.add(a, b)
-        if rows[0].shape[-1] > _NARROW:  # beside such products it takes no time
+        if rows[0].shape[-1] > 2 * _NARROW:  # beside such products it takes no time
             release_freed_memory()
+
+    def _outputs(self, values: Tensor) -> Tensor:
+        """Values (…, N_x), or W times them (…, N_y) where outputs are wanted."""
+        return values if self._weight is None else values @ self._weight.to(values.dtype).mT
 
     def moments(self, rows: int | None = None) -> Moments:
         """The moments of all rows added.
@@ -324,27 +313,42 @@ class Accumulator:
                 for one, sums in zip(self._joined(), self._sums, strict=True)
             ]
             weights = torch.full((self._held,), 1 / self._held, dtype=torch.float64)
-            return Moments.of_rows(rows or self.count, [mean.cpu() for mean in means], kept, weights)
+            means = [mean.cpu() for mean in means]
+            return Moments.of_rows(rows or self.count, means, kept, weights, self._weight)
         if self._blocks:
             self._multiply()
-        second = self._second(0, 0, 0, means)
+        shifts = [sums.shift for sums in self._sums]
+        compressed = shifts[0], means[0]
+        second = self._second(0, compressed, compressed)
         if len(means) == 1:
             mean = means[0].cpu()
             return Moments(rows or self.count, mean, second, mean, second, second)
-        cross = self._second(1, 1, 0, means)
-        dense_second = self._second(2, 1, 1, means) if self._wants_dense else torch.empty(0).double()
-        return Moments(rows or self.count, means[0].cpu(), second, means[1].cpu(), cross, dense_second)
+        dense = shifts[1], means[1]
+        outputs = self._outputs(shifts[1].double()), self._outputs(means[1])
+        cross: Second = self._second(1, outputs, compressed)
+        if self._weight is not None:
+            cross = OutputMoment(self._weight, cross)
+        dense_second = self._second(2, dense, dense) if self._wants_dense else torch.empty(0).double()
+        means = [mean.cpu() for mean in means]
+        return Moments(rows or self.count, means[0], second, means[1], cross, dense_second, self._weight)
 
-    def _second(self, which: int, left: int, right: int, means: list[Tensor]) -> Tensor:
-        """E[a bᵀ] from the product of the shifted a − s and b − t: Σ/n + s E[b]ᵀ + (E[a] − s) tᵀ."""
-        s, t = self._sums[left].shift.mT.double(), self._sums[right].shift.double()
+    def _second(self, which: int, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
+        """E[a bᵀ] from the product of the shifted a − s and b − t: Σ/n + s E[b]ᵀ + (E[a] − s) tᵀ.
+
+        Args:
+            which: of the products.
+            left: s and E[a].
+            right: t and E[b].
+        """
+        (s, mean), (t, other) = left, right
+        s = s.mT.double()
         second = self._products[which].total() / self._summed
-        columns = torch.cat([s, means[left][..., None] - s], -1)  # (…, N_x, 2)
-        rows = torch.cat([means[right][..., None, :], t], -2)
+        columns = torch.cat([s, mean[..., None] - s], -1)  # (…, N, 2)
+        rows = torch.cat([other[..., None, :], t.double()], -2)
         second.view(-1, *second.shape[-2:]).baddbmm_(
             columns.view(-1, *columns.shape[-2:]), rows.view(-1, *rows.shape[-2:])
         )
-        if left == right:
+        if left is right:
             mirror(second)
         return second.cpu()
 
@@ -360,21 +364,6 @@ def one_hot_moments(counts: Tensor) -> Moments:
     return Moments(rows, share, share, share, share, share)
 
 
-@dataclass(frozen=True)
-class Positions:
-    """Which positions of convolutions are used."""
-
-    most: int | None = None  # an example, on average; None: all
-    seed: int = 0
-
-    def of(self, batch: int) -> Sample | None:
-        """The sample in batch number ``batch``, the same in every pass."""
-        return None if self.most is None else Sample(self.most, derived_seed(self.seed, "positions", batch))
-
-
-ALL = Positions()
-
-
 class LayerSums:
     """Accumulates the inputs of one layer over a pass.
 
@@ -382,15 +371,18 @@ class LayerSums:
         layer: whose inputs.
         dense_second: as :class:`Accumulator` takes it.
         parts: likewise.
+        weight: W (N_y, N_x), for whose outputs the moments are; they are used where they are few.
     """
 
-    def __init__(self, layer: ObservedLayer, dense_second: bool = True, parts: int = 1) -> None:
+    def __init__(
+        self, layer: ObservedLayer, dense_second: bool = True, parts: int = 1, weight: Tensor | None = None
+    ) -> None:
         self._layer = layer
-        inputs = layer.inputs  # rows of groups would be one moment each
-        keeps_rows = isinstance(inputs, LinearInputs) or (
-            isinstance(inputs, ConvInputs) and inputs.groups == 1
-        )
-        self._accumulator = Accumulator(dense_second, keeps_rows, parts)
+        one = layer.inputs.have_one_moment  # rows of groups would be one moment each
+        features = layer.inputs.features
+        if not one or weight is None or not 2 * weight.shape[0] <= weight.shape[1] == features:
+            weight = None
+        self._accumulator = Accumulator(dense_second, one, parts, weight)
         self._counts: Tensor | int = 0
         self.rows = 0
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,22 @@ from mpoc.compression.calibrate.block_chain import (
     given_on,
     replaced_forwards,
 )
-from mpoc.compression.calibrate.layer_inputs import device_of, eval_mode, first_argument, hooked
-from mpoc.compression.calibrate.moments import ALL, LayerSums, Moments, Positions, merge
+from mpoc.compression.calibrate.layer_inputs import (
+    ALL,
+    Positions,
+    device_of,
+    eval_mode,
+    first_argument,
+    hooked,
+)
+from mpoc.compression.calibrate.moments import LayerSums, Moments, merge
 from mpoc.compression.calibrate.trace import Example, Trace
 from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, Call, main_input, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, BatchShards, ProcessGroup
 
 _KEPT_BYTES = 2 * 1024**3
+Matrices: TypeAlias = Mapping[str, Callable[[], Tensor]]  # weights as matrices (N_y, N_x) float64, by name
 
 
 @dataclass
@@ -207,7 +215,12 @@ class PairedPass:
         self._runners = [_Runner(network, call, batches, mine, trace, scratch) for network in networks]
         self._device = device_of(networks[1])
 
-    def moments(self, group: Sequence[str], dense: Mapping[str, Moments] | None = None) -> dict[str, Moments]:
+    def moments(
+        self,
+        group: Sequence[str],
+        dense: Mapping[str, Moments] | None = None,
+        matrices: Matrices | None = None,
+    ) -> dict[str, Moments]:
         """Moments of the inputs of a group of weights, in both networks.
 
         Where the network chooses a layer's rows, or both give it different ones, those of the compressed
@@ -217,6 +230,7 @@ class PairedPass:
             group: of weights, one of ``trace.groups`` or a part of one.
             dense: by weight, of the dense network on the same batches and positions: E[xxᵀ] is taken from
                 there in the place of being summed again.
+            matrices: the weights, where E[(W x) x̃ᵀ] is enough if outputs are few.
 
         Returns:
             Moments by weight; none of a weight that the data give no rows in the compressed network.
@@ -224,19 +238,25 @@ class PairedPass:
         first = {name: self._trace.same_rows[name] for name in group}
         names = sorted(set(first.values()), key=list(self._trace.layers).index)
         paired = [name for name in names if name not in self._trace.families]
-        sums = self._summed(paired, both=True, dense_second=dense is None)
+        alone = [name for name, rows in first.items() if list(first.values()).count(rows) == 1]
+        weights = {name: matrix() for name, matrix in (matrices or {}).items() if name in alone}
+        sums = self._summed(paired, both=True, dense_second=dense is None, weights=weights)
         total = {name: moments for name, moments in sums.items() if moments is not None}
         if dense is not None:
             total = {
                 name: replace(m, dense_second=dense[name].dense_second) if isinstance(m.second, Tensor) else m
                 for name, m in total.items()
             }
-        alone = self._summed([name for name in names if name not in total], both=False)
-        total |= {name: moments for name, moments in alone.items() if moments is not None}
+        rest = self._summed([name for name in names if name not in total], both=False)
+        total |= {name: moments for name, moments in rest.items() if moments is not None}
         return {name: total[first[name]] for name in group if first[name] in total}
 
     def _summed(
-        self, names: Sequence[str], both: bool, dense_second: bool = True
+        self,
+        names: Sequence[str],
+        both: bool,
+        dense_second: bool = True,
+        weights: Mapping[str, Tensor] = {},
     ) -> dict[str, Moments | None]:
         """Moments over all batches, in both networks or in the compressed one.
 
@@ -244,6 +264,7 @@ class PairedPass:
             names: of weights that are not given the same rows.
             both: whether the dense network runs too.
             dense_second: whether its second moments are wanted.
+            weights: those that alone multiply their rows, as matrices.
 
         Returns:
             By weight; None where the networks give it different numbers of rows.
@@ -251,11 +272,11 @@ class PairedPass:
         if not names:
             return {}
         position = self._start_position(list(names))
-        final = self._before(names, position)
+        final = self._trace.modules_before(names, position)
 
         def measure(part: range) -> dict[str, Moments | None]:
             layers, parts = self._trace.layers, len(self._shards.every)
-            sums = {name: LayerSums(layers[name], dense_second, parts) for name in names}
+            sums = {name: LayerSums(layers[name], dense_second, parts, weights.get(name)) for name in names}
             unlike: set[str] = set()
             with torch.no_grad(), eval_mode(self._runners[0].network), eval_mode(self._runners[1].network):
                 for runner in self._runners:
@@ -337,33 +358,8 @@ class PairedPass:
                 for path in self._trace.layers[name].modules:
                     module = runner.network.get_submodule(path)
                     handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
-            runner.run(index, self._last_block(names))
+            runner.run(index, self._trace.last_block(names))
         return inputs
-
-    def _before(self, names: Sequence[str], start: tuple[int, int] | None) -> list[str]:
-        """Modules of layers from block ``start`` to these, called once, and those around no other layers."""
-        if start is None:
-            return []
-        earlier: list[str] = []
-        for group in self._trace.groups:
-            if not set(group).isdisjoint(names):
-                break
-            earlier += [name for name in group if self._trace.calls[name] == 1]
-        positions = self._trace.positions
-        inside = [name for name in earlier if name in positions and positions[name] >= start]
-        paths = {name: self._trace.layers[name].modules[0] for name in inside}
-        final = [path for name, path in paths.items() if name == f"{path}.weight"]
-        others = [
-            path for layer in self._trace.layers.values() for path in layer.modules if path not in final
-        ]
-        around = dict.fromkeys(path[:k] for path in final for k, letter in enumerate(path) if letter == ".")
-        return final + [path for path in around if not any(other.startswith(f"{path}.") for other in others)]
-
-    def _last_block(self, names: list[str]) -> int | None:
-        """The last block that uses layers which are used in one block each; None if that is not known."""
-        positions = [self._trace.positions.get(name) for name in names if self._trace.calls[name] == 1]
-        blocks = [position[1] for position in positions if position is not None]
-        return max(blocks) if len(blocks) == len(names) else None
 
     def _start_position(self, names: list[str]) -> tuple[int, int] | None:
         """The block to start from: the last one at or before the layers whose input can be kept."""

@@ -36,7 +36,7 @@ from mpoc.compression.calibrate.calibrated_rounding import (
     low_rank_if_better,
     round_calibrated,
 )
-from mpoc.compression.calibrate.objective import Objective
+from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.compression.calibrate.output_distance import RecalibratedNorms, keeps_statistics, recalibrated_norms
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer, have_changed
@@ -312,8 +312,14 @@ class SequentialFit:
     ) -> list[Fitted]:
         if all(todo[name].is_unchanged for name in group):
             return [Fitted(todo[name].record()) for name in group]
-        objectives = self._statistics.objectives(self._follows, group)
+        matrices = {name: partial(self._matrix, todo[name]) for name in group if not todo[name].is_unchanged}
+        objectives = self._statistics.objectives(self._follows, group, matrices)
         return [self._fit_one(todo[name], objectives[name], position is not None) for name in group]
+
+    def _matrix(self, plan: LayerPlan) -> Tensor:
+        """A weight of the checkpoint as the matrix (N_y, N_x) that multiplies rows; float64."""
+        weight = self._checkpoint.read(plan.map.name).to(self._device)
+        return one_matrix(weight, plan.map.kind, plan.map.transposed)
 
     def _fit_one(self, plan: LayerPlan, objective: Objective, apart: bool) -> Fitted:
         """Fit one layer; errors are raised in all processes together."""

@@ -28,11 +28,12 @@ from mpoc.compression.calibrate.layer_inputs import (
     ConvInputs,
     EmbeddingInputs,
     ObservedLayer,
+    Positions,
     TransposedInputs,
     eval_mode,
     unseen_weights,
 )
-from mpoc.compression.calibrate.moments import Moments, Positions, merge, shrunk
+from mpoc.compression.calibrate.moments import Moments, merge, shrunk
 from mpoc.compression.calibrate.objective import (
     EmbeddingObjective,
     GroupedObjective,
@@ -40,7 +41,7 @@ from mpoc.compression.calibrate.objective import (
     Objective,
     TransposedObjective,
 )
-from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
+from mpoc.compression.calibrate.paired_pass import Matrices, PairedPass, Replay
 from mpoc.compression.calibrate.taps import add_taps
 from mpoc.compression.calibrate.trace import UNREACHED, Example, Trace, trace_batches
 from mpoc.compression.run_context import Progress, RunContext
@@ -227,21 +228,25 @@ class CalibrationStatistics:
         weight = self.places[name]
         return self._objective(name, self._dense.moments[weight], self._held_out_moments(weight))
 
-    def objectives(self, compressed: nn.Module | None, group: Sequence[str]) -> dict[str, Objective]:
+    def objectives(
+        self, compressed: nn.Module | None, group: Sequence[str], matrices: Matrices | None = None
+    ) -> dict[str, Objective]:
         """The objectives of a group of layers, on the inputs that ``compressed`` gives them.
 
         Args:
             compressed: final in all that runs before the group; another network than before starts over.
                 None: the dense network stands for it.
             group: one of :attr:`groups`, in their order.
+            matrices: of the layers, if their objectives are for no other weights.
         """
         if compressed is None or self._is_table(self.places[group[0]]):
             return {name: self.dense_objective(name) for name in group}
         release_freed_memory()  # of the group before
         passes = self._pair(compressed)
         weights = [self.places[name] for name in group]
-        fit = passes[0].moments(weights, self._dense.moments)
-        held_out = passes[1].moments(weights, self._held_out.moments)
+        known = {self.places[name]: matrix for name, matrix in (matrices or {}).items()}
+        fit = passes[0].moments(weights, self._dense.moments, known)
+        held_out = passes[1].moments(weights, self._held_out.moments, known)
         for weight in weights:
             if weight not in fit:
                 fit[weight] = self._dense.moments[weight]
@@ -312,17 +317,9 @@ class CalibrationStatistics:
             parts, networks = (self.data.batches, self.data.held_out), (self.network, compressed)
             refines = self.refines and self.context.group.is_main  # who refines needs all
             replay = Replay(all_batches=refines, scratch=self.scratch, cuts=bool(self._chain))
+            how = self._positions, replay, self.context.group
             self._passes = [
-                PairedPass(
-                    networks,
-                    self.data.call,
-                    batches,
-                    self._trace,
-                    self._positions,
-                    replay,
-                    self.context.group,
-                )
-                for batches in parts
+                PairedPass(networks, self.data.call, batches, self._trace, *how) for batches in parts
             ]
         return self._passes
 

@@ -73,6 +73,29 @@ class Trace:
         here = (name for name, position_of in self.positions.items() if position_of == position)
         return 1 if any(isinstance(self.layers[name].inputs, ConvInputs) for name in here) else -1
 
+    def modules_before(self, names: Sequence[str], start: tuple[int, int] | None) -> list[str]:
+        """Modules of layers from block ``start`` to these, called once, and those around no other layers."""
+        if start is None:
+            return []
+        earlier: list[str] = []
+        for group in self.groups:
+            if not set(group).isdisjoint(names):
+                break
+            earlier += [name for name in group if self.calls[name] == 1]
+        positions = self.positions
+        inside = [name for name in earlier if name in positions and positions[name] >= start]
+        paths = {name: self.layers[name].modules[0] for name in inside}
+        final = [path for name, path in paths.items() if name == f"{path}.weight"]
+        others = [path for layer in self.layers.values() for path in layer.modules if path not in final]
+        around = dict.fromkeys(path[:k] for path in final for k, letter in enumerate(path) if letter == ".")
+        return final + [path for path in around if not any(other.startswith(f"{path}.") for other in others)]
+
+    def last_block(self, names: list[str]) -> int | None:
+        """The last block that uses layers which are used in one block each; None if that is not known."""
+        positions = [self.positions.get(name) for name in names if self.calls[name] == 1]
+        blocks = [position[1] for position in positions if position is not None]
+        return max(blocks) if len(blocks) == len(names) else None
+
 
 def trace(
     network: nn.Module, call: Call, batch: Batch, names: Iterable[str], examples: int = EXAMPLES

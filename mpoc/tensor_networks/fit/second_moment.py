@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 _PANEL = 256  # rows that are worked with in float64 at a time
+# Of one product: rows, and columns that are formed at a time of a symmetric one
+_ROWS, _COLUMNS = 8192, 128
 
 
 @dataclass(frozen=True)
@@ -161,17 +163,50 @@ class MixedMoment:
 
 
 @dataclass(frozen=True)
+class OutputMoment:
+    """E[(W x) yᵀ] of one weight W, in the place of E[x yᵀ], than which it is smaller where outputs are few.
+
+    It is multiplied by W from the left, and by nothing else.
+    """
+
+    weight: Tensor  # W (N_y, N_x) float64
+    matrix: Tensor  # E[(W x) yᵀ] (N_y, N_x) float64
+
+    def __rmatmul__(self, matrix: Tensor) -> Tensor:
+        """W times E[x yᵀ].
+
+        Raises:
+            ValueError: ``matrix`` is not W.
+        """
+        if matrix is not self.weight and not torch.equal(matrix.to(self.weight), self.weight):
+            raise ValueError("the moment is that of the outputs of another weight")
+        return self.matrix.to(matrix, copy=True)
+
+    def numel(self) -> int:
+        """The number of entries that are kept."""
+        return self.matrix.numel()
+
+    def double(self) -> OutputMoment:
+        """The same."""
+        return self
+
+    def to(self, device: torch.device) -> OutputMoment:
+        """The same on a device."""
+        return OutputMoment(self.weight.to(device), self.matrix.to(device))
+
+
+@dataclass(frozen=True)
 class ShiftedMoment:
     """The second moment (N, N) of rows less fixed ones, E[(x − a)(y − b)ᵀ], without a copy of E[x yᵀ]."""
 
-    second: Tensor | MixedMoment  # E[x yᵀ] (N, N)
+    second: Tensor | MixedMoment | OutputMoment  # E[x yᵀ] (N, N)
     columns: Tensor  # (N, 2), which times
     rows: Tensor  # (2, N) is the difference
     varies: Tensor | None = None  # (N,) 0 for features that are constant, 1 for others; None: all vary
 
     @classmethod
     def about(
-        cls, second: Tensor | MixedMoment, left: Tensor, right: Tensor, a: Tensor, b: Tensor
+        cls, second: Tensor | MixedMoment | OutputMoment, left: Tensor, right: Tensor, a: Tensor, b: Tensor
     ) -> ShiftedMoment:
         """From E[x yᵀ], E[x], E[y], and a and b (N,)."""
         like = second if isinstance(second, Tensor) else second.matrix
@@ -185,15 +220,64 @@ class ShiftedMoment:
         return result if self.varies is None else result.mul_(self.varies)
 
     def diagonal(self) -> Tensor:
-        """(N,)."""
+        """(N,), where E[x yᵀ] itself is known."""
+        assert not isinstance(self.second, OutputMoment)
         diagonal = self.second.diagonal() - (self.columns * self.rows.mT).sum(1)
         return diagonal if self.varies is None else diagonal * self.varies
 
     def scaled(self, factor: float) -> Tensor:
         """``factor`` times the moment as a matrix (N, N)."""
+        assert not isinstance(self.second, OutputMoment), "E[x yᵀ] is known"
         formed = self.second if isinstance(self.second, Tensor) else self.second.formed()
         formed = torch.addmm(formed, self.columns, self.rows, beta=factor, alpha=-factor)
         return formed if self.varies is None else formed.mul_(self.varies[:, None]).mul_(self.varies)
+
+
+class ProductSum:
+    """Σ over rows of left rightᵀ, as rows come; float64.
+
+    Where both sides are the same rows, the products below the diagonal are not formed.
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None  # (…, A, B)
+        self._symmetric = False  # then only the panels from the diagonal on are right
+
+    @torch.no_grad()
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add rows, worked with in float64 if the left ones have that dtype, else in float32.
+
+        Args:
+            left: (…, n, A).
+            right: (…, n, B); always or never the same tensor.
+        """
+        self._symmetric = left is right
+        if self._total is None:
+            shape = *left.shape[:-2], left.shape[-1], right.shape[-1]
+            self._total = left.new_zeros(shape, dtype=torch.float64)
+        dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
+        width = _COLUMNS if self._symmetric else left.shape[-1]
+        for a, b in zip(left.to(dtype).split(_ROWS, -2), right.to(dtype).split(_ROWS, -2), strict=True):
+            for k in range(0, left.shape[-1], width):
+                there = k if self._symmetric else 0
+                self._total[..., k : k + width, there:] += a[..., k : k + width].mT @ b[..., there:]
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """Of the sum; None: nothing was added."""
+        return None if self._total is None else self._total.shape
+
+    def total(self) -> Tensor:
+        """The sum (…, A, B).
+
+        Raises:
+            ValueError: no rows were added.
+        """
+        if self._total is None:
+            raise ValueError("no rows were added")
+        if self._symmetric:
+            mirror(self._total)
+        return self._total
 
 
 def mirror(matrix: Tensor) -> None:

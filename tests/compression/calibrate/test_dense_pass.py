@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from mpoc.compression.calibrate.cache import DensePass
 from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
-from mpoc.compression.calibrate.moments import ALL, Accumulator, Positions
+from mpoc.compression.calibrate.layer_inputs import ALL, Positions
+from mpoc.compression.calibrate.moments import Accumulator
 from mpoc.compression.calibrate.output_of_interest import Pooling, direction, output_of_interest
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.trace import Trace, trace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from mpoc.compression.calibrate import moments as kept_moments
 from mpoc.compression.calibrate.moments import Accumulator, Moments, merge, one_hot_moments, shrunk
-from mpoc.tensor_networks.fit.second_moment import RowMoment
+from mpoc.tensor_networks.fit.second_moment import OutputMoment, RowMoment
 
 
 def mixed(rows: int, features: int, mean: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -20,7 +21,7 @@ def mixed(rows: int, features: int, mean: float = 0.0, dtype: torch.dtype = torc
     return ((x + mean) * torch.logspace(-2, 2, features)).to(dtype)
 
 
-def gathered(rows: Tensor, dense: Tensor | None = None, parts: int = 3, **options: bool) -> Moments:
+def gathered(rows: Tensor, dense: Tensor | None = None, parts: int = 3, **options: Any) -> Moments:
     accumulator = Accumulator(**options)
     for k in range(parts):
         accumulator.add(rows[..., k::parts, :], None if dense is None else dense[..., k::parts, :])
@@ -204,3 +205,29 @@ def test_merged_rows_leave_out_what_is_not_wanted(monkeypatch: pytest.MonkeyPatc
     merged, whole = (merge(*parts, dense_second=wanted) for wanted in (False, True))
     assert merged.dense_second.numel() == 0 and whole.dense_second.numel() == 24 * 24
     assert torch.equal(merged.second, whole.second) and torch.equal(merged.cross, whole.cross)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+@pytest.mark.parametrize("kept", [False, True])
+def test_moments_of_few_outputs(monkeypatch: pytest.MonkeyPatch, mean: float, kept: bool) -> None:
+    """E[(W x) x̃ᵀ] is W E[x x̃ᵀ], however the rows come together; no other weight is multiplied by it."""
+    monkeypatch.setattr(kept_moments, "_NARROW", 8)
+    x, y, weight = mixed(90, 24, mean), mixed(90, 24, mean), torch.randn(6, 24).double()
+    parts = [slice(0, 12), slice(12, 30), slice(30, 90)]  # rows, rows, and products
+    found = [gathered(y[part], x[part], 1, keeps_rows=kept, weight=weight) for part in parts]
+    merged = reduce(merge, found)
+    wanted = weight @ gathered(y, x).cross
+    assert isinstance(merged.cross, OutputMoment) and merged.cross.matrix.shape == (6, 24)
+    torch.testing.assert_close(weight @ merged.cross, wanted, rtol=0, atol=2e-6 * float(wanted.abs().max()))
+    with pytest.raises(ValueError, match="another weight"):
+        _ = (2 * weight) @ merged.cross
+
+
+def test_moments_of_few_outputs_mix_with_those_of_one_network() -> None:
+    """As where held-out data give a layer no rows in the compressed network."""
+    x, y, weight = mixed(90, 24), mixed(90, 24), torch.randn(6, 24).double()
+    found = merge(gathered(y, x, weight=weight), gathered(x), formed=False)
+    whole = merge(gathered(y, x), gathered(x))
+    wanted = weight @ whole.cross
+    torch.testing.assert_close(weight @ found.cross, wanted, rtol=0, atol=2e-6 * float(wanted.abs().max()))
+    assert torch.equal(found.second, whole.second)

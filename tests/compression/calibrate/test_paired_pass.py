@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpoc.compression.calibrate.block_chain import next_input
 from mpoc.compression.calibrate.dense_pass import Probes, cutting_chain, dense_pass
-from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs
-from mpoc.compression.calibrate.moments import Moments, Positions
+from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs, Positions
+from mpoc.compression.calibrate.moments import Moments
+from mpoc.compression.calibrate.objective import LayerObjective, one_matrix
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.trace import Trace, trace, trace_batches
 from mpoc.models.call import Batch, Call
@@ -90,7 +91,10 @@ def assert_same(found: dict[str, Moments], wanted: dict[str, Moments]) -> None:
     for name, moments in wanted.items():
         for field, value in vars(moments).items():
             other = getattr(found[name], field)
-            assert other == value if field == "rows" else torch.equal(other, value), (name, field)
+            if isinstance(value, Tensor):
+                assert torch.equal(other, value), (name, field)
+            else:
+                assert other == value, (name, field)
 
 
 @pytest.mark.parametrize("make", slow_except([bert, gpt2, resnet, densely], densely))
@@ -189,6 +193,39 @@ def test_reuses_dense_second_moments() -> None:
     assert_same(short, long)
     assert torch.equal(short[name].dense_second, dense[name].second)
     assert torch.equal(long[name].dense_mean, dense[name].mean)
+
+
+def narrowing() -> Networks:
+    torch.manual_seed(1)
+    network = nn.Sequential(nn.Linear(6, 40), nn.GELU(), nn.Linear(40, 8), nn.Linear(8, 4)).eval()
+    return network, [{"x": rows_for(*range(30), seed=seed)} for seed in (1, 2)]
+
+
+@pytest.mark.parametrize("make", [narrowing, resnet])
+def test_outputs_in_place_of_inputs_make_the_same_objective(make: Any) -> None:
+    network, batches = make()
+    other, found = damaged(network), trace(network, Call.of(network), batches[0], weights(network))
+    state = dict(network.named_parameters())
+    few = 0
+    for group in found.groups:
+        matrices = {name: one_matrix(state[name].detach(), _kind(state[name]), False) for name in group}
+        passes = PairedPass((network, other), Call.of(network), batches, found)
+        known = passes.moments(group, None, {name: partial(matrices.__getitem__, name) for name in group})
+        for name, wanted in passes.moments(group).items():
+            if known[name].weight is None:
+                continue
+            few += 1
+            one, another = (LayerObjective(m, m, None, True) for m in (known[name], wanted))
+            matrix, approximation = matrices[name], 0.9 * matrices[name]
+            close = pytest.approx(another.held_out_error.relative(matrix, approximation), rel=1e-4)
+            assert one.held_out_error.relative(matrix, approximation) == close
+            targets = [objective.metric(matrix, 0.3).target for objective in (one, another)]
+            torch.testing.assert_close(*targets, rtol=0, atol=1e-3 * float(matrix.abs().max()))
+    assert few >= 2
+
+
+def _kind(weight: Tensor) -> str:
+    return "linear" if weight.dim() == 2 else "conv2d"
 
 
 def test_accepts_a_network_with_cores() -> None:
