@@ -18,7 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mpoc
 from mpoc.compression.calibrate.layer_inputs import Sample, as_rows, find_layer
 from mpoc.compression.calibrate.moments import LayerSums
-from mpoc.tensor_networks.fit.second_moment import ProductSum
+from mpoc.tensor_networks.fit.second_moment import (
+    OutputMoment,
+    ProductSum,
+    exact_product,
+    has_exact_products,
+)
 from mpoc.train.engine import make_optimizer
 from mpoc.train.settings import Settings
 from mpoc.train.tasks import Regression
@@ -118,7 +123,38 @@ def test_moments_are_gathered_on_the_device(kind: str) -> None:
         moments = sums.moments()
         assert moments is not None
         tensors = [getattr(moments, field.name) for field in fields(moments) if field.name != "rows"]
+        tensors = [tensor for tensor in tensors if tensor is not None]
         assert {tensor.device.type for tensor in tensors} == {"cpu"}
         there = moments.on(torch.device(DEVICE))
         assert there.second.shape == moments.second.shape
         assert isinstance(there.second, Tensor) and there.second.device.type == DEVICE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_16_bits_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """On a GPU; the CPU works with them in float32."""
+    with FakeTensorMode():
+        rows = torch.empty(8, 5, dtype=dtype, device="cuda")
+        assert has_exact_products(rows) and not has_exact_products(rows.float())
+        assert exact_product(rows.mT, rows).dtype == torch.float32
+    rows = torch.randn(8, 5).to(dtype)
+    assert not has_exact_products(rows)
+    sums = ProductSum()
+    sums.add(rows, rows)
+    torch.testing.assert_close(sums.total(), rows.double().T @ rows.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_moments_of_few_outputs_are_gathered_on_the_device() -> None:
+    network, x = NETWORKS["linear"]()
+    layer = find_layer(network, "layer.weight")
+    assert not isinstance(layer, str), layer
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        given = moved(x)
+        weight = moved(torch.empty(1, layer.inputs.features, dtype=torch.float64))
+        sums = LayerSums(layer, weight=weight)
+        sums.add(given, None, None, given.clone())
+        moments = sums.moments()
+        assert moments is not None and isinstance(moments.cross, OutputMoment)
+        assert {one.device.type for one in (moments.cross.weight, moments.cross.matrix)} == {"cpu"}
+        there = moments.on(torch.device(DEVICE)).cross
+        assert {one.device.type for one in (there.weight, there.matrix)} == {DEVICE}

@@ -307,6 +307,7 @@ class Accumulator:
         if not self.count:
             raise ValueError("no rows were added")
         means = [sums.mean(self._summed) for sums in self._sums]
+        weight = None if self._weight is None else self._weight.cpu()
         if self._keeps_rows and not self._products and means[0].shape[-1] > _NARROW:
             kept = [
                 CentredRows(one.cpu(), -sums.shift[0].double().cpu())
@@ -314,7 +315,7 @@ class Accumulator:
             ]
             weights = torch.full((self._held,), 1 / self._held, dtype=torch.float64)
             means = [mean.cpu() for mean in means]
-            return Moments.of_rows(rows or self.count, means, kept, weights, self._weight)
+            return Moments.of_rows(rows or self.count, means, kept, weights, weight)
         if self._blocks:
             self._multiply()
         shifts = [sums.shift for sums in self._sums]
@@ -326,11 +327,11 @@ class Accumulator:
         dense = shifts[1], means[1]
         outputs = self._outputs(shifts[1].double()), self._outputs(means[1])
         cross: Second = self._second(1, outputs, compressed)
-        if self._weight is not None:
-            cross = OutputMoment(self._weight, cross)
+        if weight is not None:
+            cross = OutputMoment(weight, cross)
         dense_second = self._second(2, dense, dense) if self._wants_dense else torch.empty(0).double()
         means = [mean.cpu() for mean in means]
-        return Moments(rows or self.count, means[0], second, means[1], cross, dense_second, self._weight)
+        return Moments(rows or self.count, means[0], second, means[1], cross, dense_second, weight)
 
     def _second(self, which: int, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> Tensor:
         """E[a bᵀ] from the product of the shifted a − s and b − t: Σ/n + s E[b]ᵀ + (E[a] − s) tᵀ.

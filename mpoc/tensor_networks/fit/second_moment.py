@@ -233,6 +233,20 @@ class ShiftedMoment:
         return formed if self.varies is None else formed.mul_(self.varies[:, None]).mul_(self.varies)
 
 
+def has_exact_products(tensor: Tensor) -> bool:
+    """Whether a matrix in 16 bits is multiplied exactly, and the products summed in float32.
+
+    GPUs do so; of two matrices in bfloat16 on the CPU torch rounds the result to bfloat16 again.
+    """
+    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16) and tensor.dim() == 2
+
+
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, in float32 if :func:`has_exact_products`."""
+    exact = has_exact_products(left)
+    return torch.mm(left, right, out_dtype=torch.float32) if exact else left @ right
+
+
 class ProductSum:
     """Σ over rows of left rightᵀ, as rows come; float64.
 
@@ -245,7 +259,7 @@ class ProductSum:
 
     @torch.no_grad()
     def add(self, left: Tensor, right: Tensor) -> None:
-        """Add rows, worked with in float64 if the left ones have that dtype, else in float32.
+        """Add rows; products are formed in float64 if the left ones have that dtype, else in float32.
 
         Args:
             left: (…, n, A).
@@ -255,12 +269,15 @@ class ProductSum:
         if self._total is None:
             shape = *left.shape[:-2], left.shape[-1], right.shape[-1]
             self._total = left.new_zeros(shape, dtype=torch.float64)
-        dtype = torch.float64 if left.dtype == torch.float64 else torch.float32
+        kept = left.dtype == torch.float64 or has_exact_products(left)
+        dtype = left.dtype if kept else torch.float32
         width = _COLUMNS if self._symmetric else left.shape[-1]
         for a, b in zip(left.to(dtype).split(_ROWS, -2), right.to(dtype).split(_ROWS, -2), strict=True):
             for k in range(0, left.shape[-1], width):
                 there = k if self._symmetric else 0
-                self._total[..., k : k + width, there:] += a[..., k : k + width].mT @ b[..., there:]
+                self._total[..., k : k + width, there:] += exact_product(
+                    a[..., k : k + width].mT, b[..., there:]
+                )
 
     @property
     def shape(self) -> torch.Size | None:

@@ -5,9 +5,11 @@ routes:
 
 - ``kept``: the bond may be as large as the smaller side, so nothing is discarded and at most one QR is
   computed.
-- ``krylov``: the bond is far below the smaller side. Block Golub-Kahan bidiagonalisation from a random start
-  (Golub, Luk, Overton 1981; Musco, Musco 2015) grows a basis until the error has stopped falling. If the
-  basis would get too wide, or the matrix has no further directions (few non-zero rows), ``exact`` takes over.
+- ``krylov``: the bond is far below the smaller side. A block Krylov basis from a random start grows until the
+  error has stopped falling: by Golub-Kahan bidiagonalisation (Golub, Luk, Overton 1981; Musco, Musco 2015),
+  or where one side is much longer by a Lanczos iteration (Golub, Underwood 1977) on the Gram matrix of the
+  other, formed once. If the basis would get too wide, or the matrix has no further directions (few non-zero
+  rows), ``exact`` takes over.
 - ``exact``: everything else, and every truncation to a tolerance. For float32 data it computes the
   eigenvectors of the Gram matrix of the smaller side, formed in float64 if the error is small, since squaring
   the condition number costs digits that float32 does not have. For float64 data it computes an SVD.
@@ -26,6 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpoc.tensor_networks.fit.second_moment import ProductSum, has_exact_products
 from mpoc.tensor_networks.forms.mpo import rank_within
 
 
@@ -71,6 +74,8 @@ _KRYLOV_GAIN = 8e-4
 _KRYLOV_WIDEST = 0.5
 # Small Gram matrices cost nothing. On a flat spectrum the basis grows to about five times the bond.
 _KRYLOV_SMALLEST = 512
+# The longer side is so many times the smaller one where the Gram matrix is worth forming, up to this width.
+_LANCZOS_ASPECT, _LANCZOS_WIDEST = 4, 1536
 # A new direction with less than this share outside the basis is rounding noise.
 _LEAST_NEW = 0.1
 # If less than this share of the largest squared singular value is lost, a Gram matrix of float32 products is
@@ -121,6 +126,7 @@ def truncate(
     discard: float = 0.0,
     generator: torch.Generator | None = None,
     weight: float | None = None,
+    stored: torch.dtype | None = None,
 ) -> TruncatedSVD:
     """Approximate ``matrix`` (m, n) by rank at most ``max_bond``.
 
@@ -130,16 +136,23 @@ def truncate(
         discard: squared Frobenius error that may be made to get a smaller rank.
         generator: CPU generator of the random start; None: torch's default.
         weight: ‖matrix‖², if it is already known.
+        stored: a dtype that holds every entry exactly; Gram matrices are formed in it where products of that
+            dtype are exact (:func:`mpoc.tensor_networks.fit.second_moment.has_exact_products`).
     """
+    narrow = torch.float32
+    if stored is not None and has_exact_products(matrix.new_empty(1, 1, dtype=stored)):
+        narrow = stored
     smaller = min(matrix.shape)
     if max_bond >= smaller and discard == 0.0:
         return _keep(matrix)
     if discard == 0.0 and smaller > _KRYLOV_SMALLEST and 5 * max_bond <= _KRYLOV_WIDEST * smaller:
         weight = squared_norm(matrix) if weight is None else weight
-        result = _krylov(matrix, max_bond, generator, weight)
+        result = _lanczos(matrix, max_bond, generator, weight, narrow)
+        if result is None:
+            result = _krylov(matrix, max_bond, generator, weight)
         if result is not None:
             return result
-    return _exact(matrix, max_bond, discard)
+    return _exact(matrix, max_bond, discard, narrow)
 
 
 def squared_norm(tensor: Tensor) -> float:
@@ -157,14 +170,14 @@ def _keep(matrix: Tensor) -> TruncatedSVD:
     return TruncatedSVD(left, right, 0.0, "kept", None)
 
 
-def _exact(matrix: Tensor, max_bond: int, discard: float) -> TruncatedSVD:
+def _exact(matrix: Tensor, max_bond: int, discard: float, narrow: torch.dtype) -> TruncatedSVD:
     if matrix.dtype == torch.float64:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         rank, lost = rank_within(values, max_bond, discard)
         return TruncatedSVD(left[:, :rank], values[:rank, None] * right[:rank], lost, "exact", values)
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix
-    values, vectors = _left_singular(wide, torch.float32)
+    values, vectors = _left_singular(wide, narrow)
     rank, lost = rank_within(values, max_bond, discard)
     if lost < _SINGLE_FLOOR * float(values[0]) ** 2:
         values, vectors = _left_singular(wide, torch.float64)
@@ -185,18 +198,65 @@ def _left_singular(wide: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def gram(wide: Tensor, dtype: torch.dtype) -> Tensor:
     """wide @ wideᵀ, (m, m), float64.
 
-    The products are formed in ``dtype``, one block of columns at a time, and summed in float64.
+    The products are formed in ``dtype``, or in float32 where that has 16 bits, one block of columns at a
+    time, and summed in float64.
     """
-    sums = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
+    products = ProductSum()
     for block in wide.split(_GRAM_CHUNK, dim=1):
-        block = block.to(dtype)
-        sums += block @ block.T
-    return sums
+        rows = block.to(dtype).T
+        products.add(rows, rows)
+    return products.total()
 
 
 def _krylov_block(max_bond: int) -> int:
     """Block width: half the bond. Narrower blocks give a higher polynomial degree, but slower products."""
     return min(max(max_bond // 2, 16), 128)
+
+
+def _lanczos(
+    matrix: Tensor, max_bond: int, generator: torch.Generator | None, weight: float, narrow: torch.dtype
+) -> TruncatedSVD | None:
+    """Block Lanczos with full reorthogonalisation on the Gram matrix of the smaller side.
+
+    None where forming that costs more than it saves, where float32 products are too coarse, or where the
+    basis would get too wide.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    rows, columns = wide.shape
+    if matrix.dtype != torch.float32 or rows > _LANCZOS_WIDEST or columns < _LANCZOS_ASPECT * rows:
+        return None
+    square, block = gram(wide, narrow), _krylov_block(max_bond)
+    start = torch.randn(rows, block, generator=generator, dtype=torch.float64).to(square.device)
+    basis = torch.linalg.qr(start)[0]
+    moved = square @ basis
+    errors: list[float] = []
+    while basis.shape[1] <= _KRYLOV_WIDEST * rows:
+        extended = _extend(moved[:, -block:], basis)
+        if extended is None:
+            return None
+        basis = torch.cat([basis, extended[0]], 1)
+        moved = torch.cat([moved, square @ extended[0]], 1)
+        width = basis.shape[1]
+        if width < max_bond:
+            continue
+        values, vectors = torch.linalg.eigh(basis.T @ moved)
+        errors.append(weight - float(values[-max_bond:].sum()))
+        gain = _gain_to_come(errors) * (1 if width >= 4 * max_bond else 10)
+        if errors[-1] < _SINGLE_FLOOR * float(values[-1]):
+            return None
+        if gain <= 2 * _KRYLOV_GAIN * errors[-1]:
+            return _along(matrix, (basis @ vectors[:, -max_bond:]).to(matrix.dtype), weight)
+    return None
+
+
+def _along(matrix: Tensor, basis: Tensor, weight: float) -> TruncatedSVD:
+    """The truncation within an orthonormal basis (s, D) of the smaller side, of ‖matrix‖² = ``weight``."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        left, kept = basis, basis.T @ matrix
+    else:
+        left, triangle = torch.linalg.qr(matrix @ basis)
+        kept = triangle @ basis.T
+    return TruncatedSVD(left, kept, max(weight - squared_norm(kept), 0.0), "krylov", None)
 
 
 def _krylov(

@@ -89,14 +89,18 @@ class Truncations:
         truncation: how far bonds are truncated.
         norm: squared norm of the weight.
         seed: seed of the randomised range finder.
+        stored: a dtype that holds every entry of the weight exactly.
     """
 
-    def __init__(self, truncation: Truncation, norm: float, seed: int) -> None:
+    def __init__(
+        self, truncation: Truncation, norm: float, seed: int, stored: torch.dtype | None = None
+    ) -> None:
         self.max_bond, self.discard, self.norm = truncation.max_bond, truncation.discard, norm
         self.budget = truncation.tolerance**2 * norm  # squared error that may still be made
         self.generator = torch.Generator().manual_seed(seed)
         self.cuts: list[BondSpectrum] = []
         self._lossless = True  # nothing was discarded yet
+        self._stored = stored  # until the first truncation
 
     def next(self, rest: Tensor, to_come: int) -> TruncatedSVD:
         """Truncate an unfolding of what is left; ``to_come`` bonds, this one included, share the budget.
@@ -105,7 +109,8 @@ class Truncations:
         spectrum is also that of the cores and is not recorded.
         """
         share = self.budget / to_come + self.discard * self.norm
-        cut = truncate(rest, self.max_bond, share, self.generator, self.norm)
+        cut = truncate(rest, self.max_bond, share, self.generator, self.norm, self._stored)
+        self._stored = None
         values, lossless = cut.singular_values if self._lossless else None, cut.discarded <= 0.0
         known = None if values is None else entropy(values)
         self.cuts.append(BondSpectrum(known, None if lossless else values, cut.route))
@@ -130,7 +135,8 @@ def swept(
     exponent = exponent_of(tensor)
     tensor = scaled(tensor, -exponent)
     norm = squared_norm(tensor)
-    form, cuts = sweep(tensor, structure, Truncations(truncation, norm, target.seed))
+    stored = None if exponent else weight.dtype
+    form, cuts = sweep(tensor, structure, Truncations(truncation, norm, target.seed, stored))
     return stored_fit(tensor, norm, form, target.dtype or weight.dtype, cuts, exponent)
 
 
