@@ -14,6 +14,7 @@ from mpoc.io.manifest import LayerRecord
 from mpoc.reporting.remarks import scores_line
 
 if TYPE_CHECKING:
+    from mpoc.compression.run_context import Later, StageCallback
     from mpoc.train.monitor import TrainingEvent
 
 
@@ -24,22 +25,24 @@ _WORTH_SAYING = 5.0  # seconds of work before the time left is shown
 LayerCallback = Callable[[LayerRecord, float, int, int, float], None]
 
 
-def stage_lines(console: Output) -> Callable[[str, int, int], None] | None:
+def stage_lines(console: Output) -> StageCallback | None:
     """The callback of calibration; None when quiet.
 
-    It says a line as a stage begins, then one every few seconds, with the time left by the steps so far.
+    It says a line as a stage begins, then one every few seconds, with the time left of the whole run: by the
+    steps so far, and by what is expected of later stages.
     """
     last = start = 0.0
     current, first = "", 1  # stage, and the number that it began with
 
-    def tell(stage: str, number: int, total: int) -> None:
+    def tell(stage: str, number: int, total: int, later: Later) -> None:
         nonlocal last, start, current, first
         now = monotonic()
         begins = number == 1 or stage != current
         if begins:
             current, first, start = stage, number, now
         if begins or now - last >= _BETWEEN_LINES:
-            left = (now - start) / max(1, number - first) * (total - number + 1)
+            step = (now - start) / max(1, number - first)
+            left = step * (total - number + 1) + later.times * step * (total - first + 1) + later.seconds
             rest = f" ({clock(left)} left)" if number > first else ""
             console.say(f"{stage} {number:,} of {total:,}{rest}")
             last = now

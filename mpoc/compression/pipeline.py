@@ -9,7 +9,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,7 +18,7 @@ from mpoc.compression.plain_fit import Fitted
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import DEFAULT_EFFORT, Recipe, check_recipe
 from mpoc.compression.resume import calibration_folder, layers_folder, resume_directory
-from mpoc.compression.run_context import Progress, RunContext
+from mpoc.compression.run_context import Progress, RunContext, seconds_of_fits
 from mpoc.compression.size_prediction import predict_size
 from mpoc.compression.source import CompressionSource, open_to_calibrate
 from mpoc.compression.write import Compression, Job, fit_all, make_job, write_compressed
@@ -36,12 +35,7 @@ if TYPE_CHECKING:
     from mpoc.compression.calibrate.sequential import Schedule
     from mpoc.compression.calibrate.statistics import CalibrationStatistics
 
-# Both networks run, parts of them twice, and two more products of rows are summed.
-_PASSES = 4.5  # over the dense network
-# Operations of a fit, for each unit of :meth:`Schedule.costs`.
-_OPERATIONS = {"fast": 55, "balanced": 400, "thorough": 1600}
 _MATRICES = 12  # of a layer's wider side, in float64, that its fit and the routines it calls take at a time
-_SIDE = 768  # of the product that is timed
 
 
 def default_output(source: Path) -> Path:
@@ -238,14 +232,9 @@ class Estimate:
 def estimate(
     statistics: CalibrationStatistics, schedule: Schedule, plans: Sequence[LayerPlan], effort: str | None
 ) -> Estimate:
-    """Estimate what the fits of these plans need, once the dense network was measured.
-
-    The passes over the data are priced by the one over the held-out examples, which was timed; the fits by
-    the operations of their shapes and the speed of a product of matrices on this machine.  Measured on
-    networks of 0.3 to 11 million weights, the sum is within a factor of two.
-    """
-    fits = sum(schedule.costs(plans).values()) * _OPERATIONS[effort or DEFAULT_EFFORT]
-    seconds = statistics.pass_seconds * _PASSES + fits / _operations_per_second()
+    """Estimate what the fits of these plans need, once the dense network was measured."""
+    operations = sum(schedule.costs(plans).values())
+    seconds = seconds_of_fits(operations, statistics.pass_seconds, effort or DEFAULT_EFFORT)
     shapes = (plan.structure.as_low_rank() for plan in plans if plan.map.name in schedule.observed)
     widest = max(
         (max(one.outputs, one.lead * one.inputs) for one in shapes if one.kind != "embedding"), default=0
@@ -256,14 +245,3 @@ def estimate(
         peak -= statistics.scratch.nbytes
     found = sum(4 * plan.structure.num_original for plan in plans)  # the compressed network's own weights
     return Estimate(seconds, peak, statistics.scratch_bytes + found)
-
-
-def _operations_per_second() -> float:
-    """The speed of a product of float32 matrices, the best of some."""
-    matrix = torch.ones(_SIDE, _SIDE)
-    times = []
-    for _ in range(4):
-        start = perf_counter()
-        matrix @ matrix
-        times.append(perf_counter() - start)
-    return 2 * _SIDE**3 / min(times)

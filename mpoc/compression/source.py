@@ -123,6 +123,7 @@ class CompressionSource:
 
         names = [map.name for map in self.selection.chosen]
         maps = dict.fromkeys(_whole_maps(self.selection, self.recipe), "a whole map")
+        request = replace(request, effort=self.recipe.effort or request.effort)
         return CalibrationStatistics(data, request, names, context, self.recipe.seed, maps)
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from mpoc.cli.console import Output, plain, reported_errors
 from mpoc.cli.progress import stage_lines
+from mpoc.compression.run_context import Later
 from mpoc.errors import MpocError
 
 
@@ -99,18 +100,20 @@ def test_prints_markup_and_emoji_codes_as_they_are(capsys: pytest.CaptureFixture
     assert said.err.splitlines() == [name, f"error: {name}", f"hint: {name}"]
 
 
-def test_stages_say_the_time_left_by_their_own_steps(
+def test_stages_say_the_time_left_of_the_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stage may begin beyond the first step, as a resumed run does."""
-    clock = iter([1e6, 1e6 + 1, 1e6 + 7, 1e6 + 8])
+    """By its own steps, and by what follows it; a stage may begin beyond the first step, as when resumed."""
+    clock = iter([1e6, 1e6 + 1, 1e6 + 7, 1e6 + 8, 1e6 + 13])
     monkeypatch.setattr("mpoc.cli.progress.monotonic", lambda: next(clock))
     tell = stage_lines(Output())
     assert tell is not None
     for stage, number in (("done:", 2), ("layer", 1), ("layer", 4), ("layer", 5)):
-        tell(stage, number, 9)
+        tell(stage, number, 9, Later())
+    tell("layer", 7, 9, Later(times=2, seconds=60))
     assert capsys.readouterr().err.splitlines() == [
         "done: 2 of 9",
         "layer 1 of 9",
         "layer 4 of 9 (0:12 left)",
+        "layer 7 of 9 (1:42 left)",  # 3 steps of 2 s, twice 9 of them, and a minute
     ]

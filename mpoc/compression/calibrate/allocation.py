@@ -346,7 +346,7 @@ class BudgetAllocator:
         kept: dict[Any, Candidates] = self._statistics.kept.setdefault("candidates", {})
         key = name, forms, plan.structure if self._has_own_factors(plan) else None
         if key not in kept:
-            context = self._statistics.context
+            context = replace(self._statistics.context, later=self._statistics.fits_to_come)
             context.log("what each form would cost: layer", len(kept) + 1, -(-count // context.group.size))
             weight = read_finite(self._checkpoint, name).to(context.device)
             kept[key] = Candidates(

@@ -16,6 +16,7 @@ from torch import Tensor
 from mpoc.compression.budget import largest_bond
 from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.io.manifest import LayerRecord
+from mpoc.runtime.device import release_freed_memory
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.fit.metric import Metric
@@ -28,6 +29,7 @@ from mpoc.tensor_networks.structure import Structure, make_structure
 
 # Stretches of a descent: to choose γ, then on all inputs.  Of a sum only its matrix is fitted again on those.
 STRETCHES, STRETCHES_OF_SUMS, LAST = 6, 1, 1
+_WIDE = 2048  # inputs from which on a fit's temporary matrices count
 
 
 def baselines(
@@ -160,6 +162,7 @@ def fit_calibrated(
 
     def attempt(trial: tuple[Storage, float]) -> tuple[float, Form]:
         storage, gamma = trial
+        _release_behind(matrix)
         stretches = STRETCHES_OF_SUMS if storage.structure.parts else STRETCHES
         form = _rounded(_fit(objective.metric(matrix, gamma), storage, stretches, seed), dtype)
         rivals = len(trials) > 1
@@ -191,6 +194,7 @@ def _final_fit(
     storage, gamma = trial
     all_inputs = objective.together()
     _forget_products(objective)
+    _release_behind(matrix)
     stretches = 0 if storage.structure.parts else LAST
     fitted = _fit(all_inputs.metric(matrix, gamma), storage, stretches, settings.seed, form)
     form = _rounded(fitted, settings.dtype)
@@ -201,6 +205,12 @@ def _forget_products(objective: Objective) -> None:
     """Free what was computed from the moments; where it is asked for again, it is computed again."""
     for name in objective.__dict__.keys() - objective.__dataclass_fields__.keys():
         del objective.__dict__[name]
+
+
+def _release_behind(matrix: Tensor) -> None:
+    """Give freed memory back to the system where fits of ``matrix`` (N_y, N_x) leave much of it behind."""
+    if matrix.shape[1] > _WIDE:
+        release_freed_memory()
 
 
 def _gammas(storage: Storage, objective: Objective, fast: bool, rivals: int) -> tuple[float, ...]:

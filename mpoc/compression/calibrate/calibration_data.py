@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from mpoc.compression.calibrate.layer_inputs import device_of
 from mpoc.compression.calibrate.output_of_interest import Pooling, read_pooling
+from mpoc.compression.recipe import DEFAULT_EFFORT
 from mpoc.data import Examples, prepare_images, shuffled
 from mpoc.errors import MpocError, UsageError
 from mpoc.io.keyed_store import Scratch
@@ -61,6 +62,7 @@ class CalibrationRequest:
     folder: Path | None = None  # to keep what is found before layers are fitted, and resume from
     scratch: Path | None = None  # folder for what need not be in memory; None: beside an output, if any
     scratch_required: bool = True  # an error where its disk has no room; else memory holds the rest
+    effort: str = DEFAULT_EFFORT  # of the fits, to tell how long they will take
     optional: bool = False  # fit to the weights alone where the network cannot be calibrated
 
     def make_scratch(self) -> Scratch:

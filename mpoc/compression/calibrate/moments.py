@@ -12,7 +12,7 @@ Rows are shifted by the mean of the first ones, so that this holds where means a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +74,11 @@ class Moments:
         seconds = [RowMoment(one, one, weights) for one in rows]
         cross = seconds[0] if len(rows) == 1 else RowMoment(rows[1], rows[0], weights)
         return cls(count, means[0], seconds[0], means[-1], cross, seconds[-1], weight)
+
+    def with_second(self, keep: Callable[[Tensor], Tensor]) -> Moments:
+        """The same with E[x̃ x̃ᵀ] as ``keep`` returns it, where it is a matrix of its own."""
+        own = isinstance(self.second, Tensor) and self.cross is not self.second
+        return replace(self, second=keep(self.second)) if own else self
 
     def on(self, device: torch.device) -> Moments:
         """The same on a device; what is one tensor stays one."""

@@ -42,6 +42,7 @@ from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer, have_changed
 from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.compression.recipe import Recipe
+from mpoc.compression.run_context import fit_operations
 from mpoc.compression.size_prediction import LONGEST_FIGURE
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import LayerRecord, bond_fields
@@ -54,8 +55,6 @@ from mpoc.tensor_networks.structure import lead_outputs_inputs
 
 # Time of a fit by the weight alone, in the unit of a calibrated one's.
 _ALONE = 0.025
-# Time of any calibrated fit in that unit: passes over the data, and of a kernel the many steps of a MERA.
-_EACH, _KERNEL = 1e8, 3e8
 
 
 ScheduleStep = tuple[BlockPosition | None, list[list[str]]]
@@ -103,8 +102,7 @@ def _cost(plan: LayerPlan) -> float:
         return 0.0
     one = plan.structure
     _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
-    sides = inputs if one.kind == "embedding" else outputs + inputs  # a table's rows do not depend on others
-    return outputs * inputs * sides + inputs**3 / 4 + (_KERNEL if one.kind.startswith("conv") else _EACH)
+    return fit_operations(outputs, inputs, one.kind == "embedding", one.kind.startswith("conv"))
 
 
 class SequentialFit:

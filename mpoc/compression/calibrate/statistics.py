@@ -44,7 +44,7 @@ from mpoc.compression.calibrate.objective import (
 from mpoc.compression.calibrate.paired_pass import Matrices, PairedPass, Replay
 from mpoc.compression.calibrate.taps import add_taps
 from mpoc.compression.calibrate.trace import UNREACHED, Example, Trace, trace_batches
-from mpoc.compression.run_context import Progress, RunContext
+from mpoc.compression.run_context import Later, Progress, RunContext, Workload, seconds_of_fits
 from mpoc.models.call import Batch, first_output, main_input, num_examples, to_device
 from mpoc.models.introspection import copy_sharing_parameters, same_tensor, set_tensors, state_of
 from mpoc.runtime.device import release_freed_memory
@@ -138,8 +138,7 @@ class CalibrationStatistics:
         self._positions, self.scratch = Positions(_POSITIONS, seed), request.make_scratch()
         with context.group.all_or_raise():
             self._find_layers(list(names), skipped or {})
-        self._dense = self._kept_pass()
-        start = perf_counter()
+        self._dense, start = self._kept_pass(), perf_counter()
         self._held_out = self._pass(
             data.held_out, Probes(0, pooling=data.pooling), replace(context, progress=Progress())
         )
@@ -165,6 +164,15 @@ class CalibrationStatistics:
         if uncalled := [name for name in unreached if self.network.get_parameter(name).dim() == 2]:
             add_taps(self.network, uncalled)  # of layers whose weight is read in the place of calling them
             self._trace = trace_batches(self.network, self.data.call, self.data.batches, self._named)
+
+    def _workload(self) -> Workload:
+        return self._trace.workload(self.network, self._request.effort)
+
+    @cached_property
+    def fits_to_come(self) -> Later:
+        """What the fits will take, by the shapes of all layers."""
+        work, processes = self._workload(), self.context.group.size
+        return Later(seconds=seconds_of_fits(work.operations, self.pass_seconds, work.effort, processes))
 
     def network_to_compress(self) -> nn.Module:
         """A copy of the network; it shares the dense weights until :meth:`set` gives it others."""
@@ -253,9 +261,10 @@ class CalibrationStatistics:
             if weight not in held_out:
                 held_out[weight] = self._held_out_moments(weight)
         if any(moments.mean.shape[-1] > _WIDE for moments in fit.values()):
+            fit = {weight: moments.with_second(self.scratch.mapped) for weight, moments in fit.items()}
             release_freed_memory()  # of the passes
-        named = zip(group, weights, strict=True)
-        return {name: self._objective(name, fit[weight], held_out[weight]) for name, weight in named}
+        pairs = zip(group, weights, strict=True)
+        return {name: self._objective(name, fit[weight], held_out[weight]) for name, weight in pairs}
 
     def _held_out_moments(self, weight: str) -> Moments:
         """Moments of held-out inputs in the dense network; those of the fit where there are none."""
@@ -337,16 +346,9 @@ class CalibrationStatistics:
 
     def _fingerprint(self, batches: Sequence[Batch]) -> dict[str, str]:
         return calibration_fingerprint(
-            self.network,
-            self.data.call,
-            batches,
-            self.data.pooling,
-            names=list(self._named),
-            probes=_PROBES,
-            positions=self._positions,
-            seed=self._seed,
-            blocks=self.refines,
-        )
+            self.network, self.data.call, batches, self.data.pooling, names=list(self._named),
+            probes=_PROBES, positions=self._positions, seed=self._seed, blocks=self.refines,
+        )  # fmt: skip
 
     def _kept_pass(self) -> DensePass:
         """The dense pass over the examples of the fit, from a file of moments if one fits."""
@@ -356,7 +358,8 @@ class CalibrationStatistics:
 
         def measure() -> DensePass:
             probes = Probes(_PROBES, self._seed, self.refines, self.data.pooling)
-            return self._pass(batches, probes, self.context)
+            later = self._workload().after_reading(self.context.group.size)
+            return self._pass(batches, probes, replace(self.context, later=later))
 
         if path is None:
             return measure()

@@ -7,6 +7,7 @@ routes tokens: a compressed network chooses others.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from mpoc.compression.calibrate.block_chain import Chain, ChainTracer, identity
 from mpoc.compression.calibrate.layer_inputs import (
     ConvInputs,
+    EmbeddingInputs,
     ObservedLayer,
     device_of,
     eval_mode,
@@ -29,6 +31,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     first_argument,
     hooked,
 )
+from mpoc.compression.run_context import Workload, fit_operations
 from mpoc.models.call import Batch, Call, main_input, to_device
 
 EXAMPLES = 4  # that are watched: all activations of the pass are held
@@ -67,6 +70,16 @@ class Trace:
     numbers: int  # in the input of the pass
     families: dict[str, str]  # weight whose rows the network chooses → what it shares with its siblings
     pieces: Pieces | None  # along the longest chain; None where a weight is used in several of them
+
+    def workload(self, network: nn.Module, effort: str) -> Workload:
+        """The operations of the fits of all layers at an effort."""
+        costs = {False: 0.0, True: 0.0}
+        for name, layer in self.layers.items():
+            outputs, *inputs = network.get_parameter(name).shape
+            kernel = len(inputs) > 1
+            table = isinstance(layer.inputs, EmbeddingInputs)
+            costs[kernel] += fit_operations(outputs, math.prod(inputs), table, kernel)
+        return Workload(costs[False], costs[True], effort)
 
     def axis(self, position: tuple[int, int]) -> int:
         """The feature axis of a block's output: the channels (1) for convolutions, else the last (-1)."""

@@ -335,7 +335,8 @@ def _semidefinite(matrix: Tensor) -> tuple[Tensor, Tensor | None]:
 def _divide(matrix: Tensor, moment: Tensor, lower: Tensor | None) -> Tensor:
     """``matrix`` (m, N) times the pseudo-inverse of ``moment`` (N, N), whose Cholesky factor may be known."""
     if lower is not None:
-        return torch.cholesky_solve(matrix.T, lower).T
+        half = torch.linalg.solve_triangular(lower.mT, matrix, upper=True, left=False)
+        return torch.linalg.solve_triangular(lower, half, upper=False, left=False)  # copies no (N, N)
     values, vectors = torch.linalg.eigh(moment)
     inside = values > _FLOOR * values[-1]
     vectors, values = vectors[:, inside], values[inside]

@@ -303,7 +303,8 @@ def test_pieces_give_what_the_whole_network_gives(kind: str) -> None:
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))
     steps: list[tuple[int, int]] = []
-    context = RunContext(torch.device("cpu"), progress=Progress(stage=lambda _, *step: steps.append(step)))
+    progress = Progress(stage=lambda _, number, count, later: steps.append((number, count)))
+    context = RunContext(torch.device("cpu"), progress=progress)
     probes = Probes(2, seed=3, blocks=True)
     one = dense_pass(network, Call.of(network), batches, found, probes, context=context)
     whole = dense_pass(network, Call.of(network), batches, replace(found, pieces=None), probes)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mpoc.compression.calibrate.block_chain import ChainTracer
 from mpoc.compression.calibrate.trace import Trace, trace, trace_batches
+from mpoc.compression.run_context import fit_operations
 from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call
 from tests.compression.calibrate.networks import (
@@ -241,3 +242,14 @@ def test_removes_hooks_when_the_network_fails() -> None:
         traced(network, {"x": torch.randn(2, 4)})
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in network.modules())
     assert ChainTracer().chains() == ([], {})
+
+
+def test_workload_follows_shapes_and_effort() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 4 * 4, 10)).eval()
+    batch = {"x": torch.randn(2, 3, 6, 6)}
+    found = trace(network, Call.of(network), batch, ["0.weight", "2.weight"])
+    work = found.workload(network, "balanced")
+    assert work.kernels == fit_operations(8, 27, kernel=True) and work.linear == fit_operations(10, 128)
+    fast = found.workload(network, "fast")
+    assert fast.after_reading().seconds < work.after_reading().seconds
+    assert work.after_reading(1000).seconds < fast.after_reading().seconds  # shared by processes
