@@ -10,7 +10,8 @@ import ctypes
 import os
 import shutil
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 _MEMORY = Path("/proc/meminfo")
+_MMAP_THRESHOLD = -3  # a parameter of mallopt
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,27 @@ def release_freed_memory() -> None:
     """Return memory that was freed to the system, where the C library would keep it (glibc)."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextmanager
+def freed_at_once(wanted: bool) -> Iterator[None]:
+    """Meanwhile tensors above 4 MB go back to the system as soon as they are freed, if so wanted (glibc).
+
+    Else those of up to 32 MB lie in a heap, of which holes remain.
+    """
+    if wanted:
+        release_freed_memory()
+        _set_mmap_threshold(4)
+    try:
+        yield
+    finally:
+        if wanted:
+            _set_mmap_threshold(32)  # to which it grows by itself
+
+
+def _set_mmap_threshold(megabytes: int) -> None:
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, megabytes << 20)
 
 
 def free_disk() -> dict[str, int]:

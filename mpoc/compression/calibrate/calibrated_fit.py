@@ -16,7 +16,7 @@ from torch import Tensor
 from mpoc.compression.budget import largest_bond
 from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.io.manifest import LayerRecord
-from mpoc.runtime.device import release_freed_memory
+from mpoc.runtime.device import freed_at_once
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.fit.metric import Metric
@@ -162,20 +162,20 @@ def fit_calibrated(
 
     def attempt(trial: tuple[Storage, float]) -> tuple[float, Form]:
         storage, gamma = trial
-        _release_behind(matrix)
         stretches = STRETCHES_OF_SUMS if storage.structure.parts else STRETCHES
         form = _rounded(_fit(objective.metric(matrix, gamma), storage, stretches, seed), dtype)
         rivals = len(trials) > 1
         error = objective.output_weighted_error.squared(matrix, matrix_of(form)) if rivals else 0.0
         return error, on_device(form, "cpu")
 
-    tried = group.map(trials, attempt, [_costs(storage) for storage, _ in trials])
-    best = min(range(len(trials)), key=lambda k: tried[k][0])
-    form = on_device(tried[best][1], weight.device)
-    others, (last, judged) = group.parallel(
-        lambda: {} if settings.fast else baselines(weight, matrix, form, objective, seed),
-        lambda: _final_fit(matrix, form, None if settings.apart else trials[best], objective, settings),
-    )
+    with freed_at_once(matrix.shape[1] > _WIDE):
+        tried = group.map(trials, attempt, [_costs(storage) for storage, _ in trials])
+        best = min(range(len(trials)), key=lambda k: tried[k][0])
+        form = on_device(tried[best][1], weight.device)
+        others, (last, judged) = group.parallel(
+            lambda: {} if settings.fast else baselines(weight, matrix, form, objective, seed),
+            lambda: _final_fit(matrix, form, None if settings.apart else trials[best], objective, settings),
+        )
     return CalibratedFit(last, trials[best][1], judged, {"this": judged.output_weighted_error} | others)
 
 
@@ -194,7 +194,6 @@ def _final_fit(
     storage, gamma = trial
     all_inputs = objective.together()
     _forget_products(objective)
-    _release_behind(matrix)
     stretches = 0 if storage.structure.parts else LAST
     fitted = _fit(all_inputs.metric(matrix, gamma), storage, stretches, settings.seed, form)
     form = _rounded(fitted, settings.dtype)
@@ -205,12 +204,6 @@ def _forget_products(objective: Objective) -> None:
     """Free what was computed from the moments; where it is asked for again, it is computed again."""
     for name in objective.__dict__.keys() - objective.__dataclass_fields__.keys():
         del objective.__dict__[name]
-
-
-def _release_behind(matrix: Tensor) -> None:
-    """Give freed memory back to the system where fits of ``matrix`` (N_y, N_x) leave much of it behind."""
-    if matrix.shape[1] > _WIDE:
-        release_freed_memory()
 
 
 def _gammas(storage: Storage, objective: Objective, fast: bool, rivals: int) -> tuple[float, ...]:

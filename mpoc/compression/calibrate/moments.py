@@ -12,7 +12,7 @@ Rows are shifted by the mean of the first ones, so that this holds where means a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,11 +75,6 @@ class Moments:
         cross = seconds[0] if len(rows) == 1 else RowMoment(rows[1], rows[0], weights)
         return cls(count, means[0], seconds[0], means[-1], cross, seconds[-1], weight)
 
-    def with_second(self, keep: Callable[[Tensor], Tensor]) -> Moments:
-        """The same with E[x̃ x̃ᵀ] as ``keep`` returns it, where it is a matrix of its own."""
-        own = isinstance(self.second, Tensor) and self.cross is not self.second
-        return replace(self, second=keep(self.second)) if own else self
-
     def on(self, device: torch.device) -> Moments:
         """The same on a device; what is one tensor stays one."""
         moved: dict[int, Any] = {}
@@ -99,6 +94,15 @@ class Moments:
 
 
 _MOMENTS = "mean", "second", "dense_mean", "cross", "dense_second"
+
+
+def with_seconds(moments: Mapping[str, Moments], keep: Callable[[Tensor], Tensor]) -> dict[str, Moments]:
+    """The same with matrices E[x̃ x̃ᵀ] of their own as ``keep`` returns them, once where layers share one."""
+    changed = {id(one): one for one in moments.values()}
+    for key, one in changed.items():
+        if isinstance(one.second, Tensor) and one.cross is not one.second:
+            changed[key] = replace(one, second=keep(one.second))
+    return {name: changed[id(one)] for name, one in moments.items()}
 
 
 def merge(one: Moments, other: Moments, *, dense_second: bool = True, formed: bool = True) -> Moments:
@@ -137,13 +141,15 @@ def _mixed(
         return mixed[id(a), id(b)]
 
     mixture = {name: both(getattr(one, name), getattr(other, name)) for name in _MOMENTS}
-    return Moments(one.rows, **mixture, weight=one.weight)
+    return Moments(one.rows, **mixture, weight=other.weight if one.weight is None else one.weight)
 
 
 def _between(a: Second, b: Second, weight: float, formed: bool) -> Second:
     """(1 − weight) a + weight b; nothing where one of them was not wanted."""
     if isinstance(a, OutputMoment):
         return replace(a, matrix=torch.lerp(a.matrix, a.weight @ b, weight))
+    if isinstance(b, OutputMoment):
+        return replace(b, matrix=torch.lerp(b.weight @ a, b.matrix, weight))
     if not (a.numel() and (isinstance(b, RowMoment) or b.numel())):
         return a.new_empty(0)  # rows have E[xxᵀ] where products do without
     if isinstance(b, RowMoment):
@@ -377,18 +383,14 @@ class LayerSums:
         layer: whose inputs.
         dense_second: as :class:`Accumulator` takes it.
         parts: likewise.
-        weight: W (N_y, N_x), for whose outputs the moments are; they are used where they are few.
+        weight: likewise.
     """
 
     def __init__(
         self, layer: ObservedLayer, dense_second: bool = True, parts: int = 1, weight: Tensor | None = None
     ) -> None:
         self._layer = layer
-        one = layer.inputs.have_one_moment  # rows of groups would be one moment each
-        features = layer.inputs.features
-        if not one or weight is None or not 2 * weight.shape[0] <= weight.shape[1] == features:
-            weight = None
-        self._accumulator = Accumulator(dense_second, one, parts, weight)
+        self._accumulator = Accumulator(dense_second, layer.inputs.have_one_moment, parts, weight)
         self._counts: Tensor | int = 0
         self.rows = 0
 

@@ -239,7 +239,8 @@ class PairedPass:
         names = sorted(set(first.values()), key=list(self._trace.layers).index)
         paired = [name for name in names if name not in self._trace.families]
         alone = [name for name, rows in first.items() if list(first.values()).count(rows) == 1]
-        weights = {name: matrix() for name, matrix in (matrices or {}).items() if name in alone}
+        few = [name for name in alone if self._trace.has_few_outputs(self._runners[0].network, name)]
+        weights = {name: matrix() for name, matrix in (matrices or {}).items() if name in few}
         sums = self._summed(paired, both=True, dense_second=dense is None, weights=weights)
         total = {name: moments for name, moments in sums.items() if moments is not None}
         if dense is not None:

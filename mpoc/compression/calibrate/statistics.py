@@ -33,7 +33,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     eval_mode,
     unseen_weights,
 )
-from mpoc.compression.calibrate.moments import Moments, merge, shrunk
+from mpoc.compression.calibrate.moments import Moments, merge, shrunk, with_seconds
 from mpoc.compression.calibrate.objective import (
     EmbeddingObjective,
     GroupedObjective,
@@ -261,7 +261,7 @@ class CalibrationStatistics:
             if weight not in held_out:
                 held_out[weight] = self._held_out_moments(weight)
         if any(moments.mean.shape[-1] > _WIDE for moments in fit.values()):
-            fit = {weight: moments.with_second(self.scratch.mapped) for weight, moments in fit.items()}
+            fit = with_seconds(fit, self.scratch.mapped)
             release_freed_memory()  # of the passes
         pairs = zip(group, weights, strict=True)
         return {name: self._objective(name, fit[weight], held_out[weight]) for name, weight in pairs}

@@ -81,6 +81,12 @@ class Trace:
             costs[kernel] += fit_operations(outputs, math.prod(inputs), table, kernel)
         return Workload(costs[False], costs[True], effort)
 
+    def has_few_outputs(self, network: nn.Module, name: str) -> bool:
+        """Whether E[(W x) yᵀ] of a weight is at most half as large as E[x yᵀ] of its inputs."""
+        inputs = self.layers[name].inputs
+        outputs = network.get_parameter(name).numel() // inputs.features
+        return inputs.have_one_moment and 2 * outputs <= inputs.features
+
     def axis(self, position: tuple[int, int]) -> int:
         """The feature axis of a block's output: the channels (1) for convolutions, else the last (-1)."""
         here = (name for name, position_of in self.positions.items() if position_of == position)

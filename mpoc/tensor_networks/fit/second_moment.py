@@ -236,9 +236,10 @@ class ShiftedMoment:
 def has_exact_products(tensor: Tensor) -> bool:
     """Whether a matrix in 16 bits is multiplied exactly, and the products summed in float32.
 
-    GPUs do so; of two matrices in bfloat16 on the CPU torch rounds the result to bfloat16 again.
+    GPUs do so, from torch 2.8 on; on the CPU torch rounds the product of two such matrices to 16 bits again.
     """
-    return tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16) and tensor.dim() == 2
+    known = hasattr(torch.ops.aten.mm, "dtype")
+    return known and tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16) and tensor.dim() == 2
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from mpoc.compression.calibrate import moments as kept_moments
-from mpoc.compression.calibrate.moments import Accumulator, Moments, merge, one_hot_moments, shrunk
+from mpoc.compression.calibrate.moments import (
+    Accumulator,
+    Moments,
+    merge,
+    one_hot_moments,
+    shrunk,
+    with_seconds,
+)
 from mpoc.tensor_networks.fit.second_moment import OutputMoment, RowMoment
 
 
@@ -231,3 +238,27 @@ def test_moments_of_few_outputs_mix_with_those_of_one_network() -> None:
     wanted = weight @ whole.cross
     torch.testing.assert_close(weight @ found.cross, wanted, rtol=0, atol=2e-6 * float(wanted.abs().max()))
     assert torch.equal(found.second, whole.second)
+
+
+def test_few_outputs_of_either_side_are_mixed() -> None:
+    """As where a layer is given different rows in the batches of the fit alone."""
+    x, y, weight = mixed(90, 24), mixed(90, 24), torch.randn(6, 24).double()
+    found = merge(gathered(x), gathered(y, x, weight=weight), formed=False)
+    wanted = weight @ merge(gathered(x), gathered(y, x)).cross
+    assert found.weight is not None
+    torch.testing.assert_close(weight @ found.cross, wanted, rtol=0, atol=2e-6 * float(wanted.abs().max()))
+
+
+def test_matrices_that_layers_share_are_kept_once() -> None:
+    x, y = mixed(90, 24), mixed(90, 24)
+    own, shared = gathered(y, x), gathered(x)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor.clone()
+
+    found = with_seconds({"q": own, "k": own, "dense": shared}, keep)
+    assert len(kept) == 1 and kept[0] is own.second
+    assert found["q"] is found["k"] and torch.equal(found["q"].second, own.second)
+    assert found["dense"] is shared
