@@ -109,7 +109,8 @@ def compress_checkpoint(
         with group.all_or_raise():
             if not dry_run:
                 refuse_output(source, output, force)
-            context = RunContext(choose_device(recipe.device), group, progress or Progress())
+            device = choose_device(recipe.device)
+            context = RunContext(device, group, progress or Progress(), fits_once=not dry_run)
             opened = open_to_calibrate(source, recipe, arch, request).with_scores(measured or {})
             request = opened.request
             plans = opened.plan(opened.recipe, request is not None and request.refine)

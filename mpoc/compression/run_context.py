@@ -56,11 +56,12 @@ class RunContext:
     group: ProcessGroup = SINGLE_PROCESS
     progress: Progress = field(default_factory=Progress)
     later: Later = Later()  # than the stage that is reported
+    fits_once: bool = True  # False: fits do not follow, or follow several times, and nothing is said of them
 
     def log(self, stage: str, number: int, count: int) -> None:
         """Report step ``number`` (from 1) of ``count`` of a stage."""
         if self.progress.stage is not None:
-            self.progress.stage(stage, number, count, self.later)
+            self.progress.stage(stage, number, count, self.later if self.fits_once else Later())
 
 
 def fit_operations(outputs: int, inputs: int, table: bool = False, kernel: bool = False) -> float:

@@ -209,7 +209,9 @@ def _searched(
 ) -> SearchResult:
     """Search; the arguments fit together."""
     source, output, recipe, arch = request.source, request.output, request.recipe, request.arch
-    context = RunContext(choose_device(recipe.device), progress=Progress(stage=callbacks.stage))
+    context = RunContext(
+        choose_device(recipe.device), progress=Progress(stage=callbacks.stage), fits_once=False
+    )
     opened = open_to_calibrate(source, recipe, arch, calibration)
     calibration = opened.request
     search = Bisection(max_drop, *opened.budget_range())

@@ -152,7 +152,9 @@ def make_size_table(
     with in_scratch(as_request(calibrate), None) as request:
         recipe = replace(recipe, size=1.0)
         check_recipe(recipe)
-        context = RunContext(choose_device(recipe.device), progress=Progress(stage=callbacks.stage))
+        context = RunContext(
+            choose_device(recipe.device), progress=Progress(stage=callbacks.stage), fits_once=False
+        )
         opened = open_to_calibrate(source, recipe, arch, request)
         if opened.request is not None and recipe.effort is None:
             opened = replace(opened, recipe=replace(opened.recipe, effort="fast"))

@@ -39,7 +39,7 @@ from mpoc.tensor_networks.fit.second_moment import (
 _FIRST = 8192  # rows whose mean all are shifted by, of those that come first
 _NARROW = 1024  # features up to which products are always formed
 _AT_ONCE = 2048  # rows that are gathered for a product, once there are products
-_WIDE = 8192  # features from which on they never are
+ROWS_FROM = 8192  # features from which on they never are
 _KEPT = 1 << 24  # numbers of rows that are kept of a layer from there on
 
 
@@ -131,7 +131,7 @@ def _mixed(
     if isinstance(one.second, RowMoment) and isinstance(other.second, RowMoment):
         joined = _joined(one, other, weight)
         width, count = joined.mean.shape[-1], len(joined.second.weights)
-        return joined if count <= width or width >= _WIDE else _formed(joined, dense_second)
+        return joined if count <= width or width >= ROWS_FROM else _formed(joined, dense_second)
     one = _formed(one, dense_second)
     mixed: dict[tuple[int, int], Second] = {}
 
@@ -175,7 +175,7 @@ def _joined(one: Moments, other: Moments, weight: float) -> Moments:
 
 def _step(count: int, width: int, parts: int = 1) -> int:
     """Every how many of so many rows are kept."""
-    return 1 if width < _WIDE else 2 ** max(0, math.ceil(math.log2(count * parts * width / _KEPT)))
+    return 1 if width < ROWS_FROM else 2 ** max(0, math.ceil(math.log2(count * parts * width / _KEPT)))
 
 
 def _networks(moments: Moments) -> list[tuple[Tensor, CentredRows]]:
@@ -267,7 +267,7 @@ class Accumulator:
         self._blocks.append(block)
         self._held += block[0].shape[-2]
         self._summed += block[0].shape[-2]
-        if self._keeps_rows and width >= _WIDE:
+        if self._keeps_rows and width >= ROWS_FROM:
             self._thin(_step(self._held, width, self._parts))
         elif self._held > (_AT_ONCE if self._products else max(_NARROW, width)):
             self._multiply()

@@ -7,7 +7,6 @@ routes tokens: a compressed network chooses others.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +30,7 @@ from mpoc.compression.calibrate.layer_inputs import (
     first_argument,
     hooked,
 )
+from mpoc.compression.calibrate.moments import ROWS_FROM
 from mpoc.compression.run_context import Workload, fit_operations
 from mpoc.models.call import Batch, Call, main_input, to_device
 
@@ -75,17 +75,18 @@ class Trace:
         """The operations of the fits of all layers at an effort."""
         costs = {False: 0.0, True: 0.0}
         for name, layer in self.layers.items():
-            outputs, *inputs = network.get_parameter(name).shape
-            kernel = len(inputs) > 1
+            weight, inputs = network.get_parameter(name), layer.inputs.features
+            outputs, kernel = weight.numel() // inputs, weight.dim() > 2
             table = isinstance(layer.inputs, EmbeddingInputs)
-            costs[kernel] += fit_operations(outputs, math.prod(inputs), table, kernel)
+            sides = (inputs, outputs) if table else (outputs, inputs)
+            costs[kernel] += fit_operations(*sides, table, kernel)
         return Workload(costs[False], costs[True], effort)
 
     def has_few_outputs(self, network: nn.Module, name: str) -> bool:
         """Whether E[(W x) yᵀ] of a weight is at most half as large as E[x yᵀ] of its inputs."""
         inputs = self.layers[name].inputs
         outputs = network.get_parameter(name).numel() // inputs.features
-        return inputs.have_one_moment and 2 * outputs <= inputs.features
+        return inputs.have_one_moment and 2 * outputs <= inputs.features < ROWS_FROM
 
     def axis(self, position: tuple[int, int]) -> int:
         """The feature axis of a block's output: the channels (1) for convolutions, else the last (-1)."""

@@ -238,7 +238,7 @@ def has_exact_products(tensor: Tensor) -> bool:
 
     GPUs do so, from torch 2.8 on; on the CPU torch rounds the product of two such matrices to 16 bits again.
     """
-    known = hasattr(torch.ops.aten.mm, "dtype")
+    known = hasattr(torch.ops.aten.mm, "dtype") and torch.version.hip is None
     return known and tensor.is_cuda and tensor.dtype in (torch.bfloat16, torch.float16) and tensor.dim() == 2
 
 

@@ -160,7 +160,7 @@ def test_few_rows_are_kept_and_say_the_same(monkeypatch: pytest.MonkeyPatch, pai
 
 
 def test_every_other_row_of_very_wide_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_NARROW", 4), ("_WIDE", 20), ("_KEPT", 20 * 32)):
+    for name, value in (("_NARROW", 4), ("ROWS_FROM", 20), ("_KEPT", 20 * 32)):
         monkeypatch.setattr(kept_moments, name, value)
     x = mixed(1000, 20, 2.0)
     sums = Accumulator(keeps_rows=True)
