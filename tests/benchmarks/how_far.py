@@ -20,7 +20,7 @@ from math import prod
 
 from benchmarking import markdown_table
 
-FIT = 51e-9  # processes.py: 171.8 s of two threads for 6.74e9 numbers
+FIT = 33.4e-9  # processes.py: 112.6 s of two threads for 6.74e9 numbers
 # make_checkpoint.py's TinyLlama, two layers, 8,192 tokens, two threads.  A layer: prices 53 s, fits 87 s
 APPLY = 2 * (53 + 87) / 3.03e11
 PASS = 2 * (20 + 26) / (8192 * 44e6)  # the dense network 20 s, both networks group by group 26 s

@@ -101,8 +101,9 @@ def _cost(plan: LayerPlan) -> float:
     if plan.is_unchanged:
         return 0.0
     one = plan.structure
-    _, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
-    return fit_operations(outputs, inputs, one.kind == "embedding", one.kind.startswith("conv"))
+    lead, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
+    kernel = one.kind.startswith("conv")  # whose taps are inputs
+    return fit_operations(outputs, lead * inputs if kernel else inputs, one.kind == "embedding", kernel)
 
 
 class SequentialFit:
