@@ -20,6 +20,7 @@ from mpoc.io.manifest import DENSE, LayerRecord, Spectrum, bond_fields, thinned
 from mpoc.io.open_checkpoint import naming, read_finite
 from mpoc.io.safetensors_writer import Entry
 from mpoc.quantize.codes import QuantizedTensor
+from mpoc.runtime.device import release_freed_memory
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.fit.decompose import decompose, learn_order, with_cores
 from mpoc.tensor_networks.fit.truncation import Target, Truncation, largest
@@ -27,6 +28,7 @@ from mpoc.tensor_networks.fit.tt_svd import Fit
 from mpoc.tensor_networks.forms.form import Form
 from mpoc.tensor_networks.forms.layout import working_dtype
 
+_LARGE = 1 << 26  # numbers of a layer whose fit makes the peak of memory
 # Trial factorisations of a layer under a tolerance.
 _TRIALS = 6
 # An approximation whose norm is this many times the weight's is none: its error is larger than of nothing.
@@ -109,6 +111,8 @@ def fit_layer(checkpoint: Checkpoint, plan: LayerPlan, recipe: Recipe, device: t
     """
     if plan.is_unchanged:
         return Fitted(plan.record())
+    if plan.structure.num_original > _LARGE:
+        release_freed_memory()  # of the layers before
     weight = read_finite(checkpoint, plan.map.name).to(device)
     fit: Fit | None = None
     if not plan.is_dense:
