@@ -131,12 +131,16 @@ def test_moments_are_gathered_on_the_device(kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_products_of_16_bits_are_summed_in_float32(dtype: torch.dtype) -> None:
-    """On a GPU; the CPU works with them in float32."""
+def test_products_of_16_bits_are_summed_in_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU; the CPU, and torch's build for ROCm, work with them in float32."""
     with FakeTensorMode():
         rows = torch.empty(8, 5, dtype=dtype, device="cuda")
         assert has_exact_products(rows) and not has_exact_products(rows.float())
         assert exact_product(rows.mT, rows).dtype == torch.float32
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert not has_exact_products(rows)
     rows = torch.randn(8, 5).to(dtype)
     assert not has_exact_products(rows)
     sums = ProductSum()

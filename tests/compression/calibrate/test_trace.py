@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +25,8 @@ from tests.compression.calibrate.networks import (
     weights,
 )
 from tests.support.architectures import tiny
+
+Conv1D: Any = import_module("transformers.pytorch_utils").Conv1D
 
 
 def traced(network: nn.Module, batch: Batch, names: list[str] | None = None) -> Trace:
@@ -253,3 +258,28 @@ def test_workload_follows_shapes_and_effort() -> None:
     fast = found.workload(network, "fast")
     assert fast.after_reading().seconds < work.after_reading().seconds
     assert work.after_reading(1000).seconds < fast.after_reading().seconds  # shared by processes
+
+
+def test_workload_knows_weights_that_are_stored_transposed() -> None:
+    network = nn.Sequential(Conv1D(30, 4)).eval()  # weight (4, 30)
+    found = traced(network, {"x": torch.randn(2, 4)}, ["0.weight"])
+    assert found.workload(network, "fast").linear == fit_operations(30, 4) != fit_operations(4, 30)
+
+
+@pytest.mark.parametrize(
+    ("layer", "given", "few"),
+    [
+        (nn.Linear(12, 6), (12,), True),
+        (nn.Linear(12, 7), (12,), False),
+        (Conv1D(6, 12), (12,), True),
+        (nn.Conv2d(4, 18, 3), (4, 3, 3), True),
+        (nn.Conv2d(4, 8, 3, groups=2), (4, 3, 3), False),  # moments of groups are several
+        (nn.ConvTranspose2d(12, 2, 1), (12, 3, 3), False),
+        (nn.Linear(8191, 1), (8191,), True),
+        (nn.Linear(8192, 1), (8192,), False),  # whose inputs are kept as rows
+    ],
+)
+def test_few_outputs(layer: nn.Module, given: tuple[int, ...], few: bool) -> None:
+    network = nn.Sequential(layer).eval()
+    found = traced(network, {"x": torch.randn(2, *given)}, ["0.weight"])
+    assert found.has_few_outputs(network, "0.weight") == few
