@@ -18,6 +18,7 @@ from mpoc.compression.calibrate.objective import LayerObjective, one_matrix
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.trace import Trace, trace, trace_batches
 from mpoc.models.call import Batch, Call
+from mpoc.models.introspection import kinds_of
 from mpoc.nn import adopt
 from mpoc.tensor_networks.structure import make_structure
 from tests.compression.calibrate.networks import (
@@ -201,14 +202,15 @@ def narrowing() -> Networks:
     return network, [{"x": rows_for(*range(30), seed=seed)} for seed in (1, 2)]
 
 
-@pytest.mark.parametrize("make", [narrowing, resnet])
+@pytest.mark.parametrize("make", [narrowing, resnet, gpt2])
 def test_outputs_in_place_of_inputs_make_the_same_objective(make: Any) -> None:
     network, batches = make()
     other, found = damaged(network), trace(network, Call.of(network), batches[0], weights(network))
     state = dict(network.named_parameters())
+    kinds = {name: (str(kind), transposed) for name, (kind, transposed) in kinds_of(network).items()}
     few = 0
     for group in found.groups:
-        matrices = {name: one_matrix(state[name].detach(), _kind(state[name]), False) for name in group}
+        matrices = {name: one_matrix(state[name].detach(), *kinds[name]) for name in group}
         passes = PairedPass((network, other), Call.of(network), batches, found)
         known = passes.moments(group, None, {name: partial(matrices.__getitem__, name) for name in group})
         for name, wanted in passes.moments(group).items():
@@ -222,10 +224,6 @@ def test_outputs_in_place_of_inputs_make_the_same_objective(make: Any) -> None:
             targets = [objective.metric(matrix, 0.3).target for objective in (one, another)]
             torch.testing.assert_close(*targets, rtol=0, atol=1e-3 * float(matrix.abs().max()))
     assert few >= 2
-
-
-def _kind(weight: Tensor) -> str:
-    return "linear" if weight.dim() == 2 else "conv2d"
 
 
 def test_accepts_a_network_with_cores() -> None:
