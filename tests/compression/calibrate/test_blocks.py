@@ -38,12 +38,14 @@ def test_refinement_bounds_output_errors(tmp_path: Path, name: str, form: str, s
     case = Case(tmp_path, name)
     refined = case.compress(ratio=0.5, form=form)
     plain = case.compress(ratio=0.5, form=form, refine=False, out="p")
-    assert [layer.bonds for layer in refined.manifest.layers] == [
-        layer.bonds for layer in plain.manifest.layers
-    ]
+    blocks = refined.manifest.calibration["refined"]
+    assert blocks and all(block["after"] <= block["before"] for block in blocks.values())  # held-out outputs
+    inside, inside_plain = (
+        [layer.bonds for layer in one.manifest.layers if layer.name.partition(".")[0] in blocks]
+        for one in (refined, plain)
+    )
+    assert inside == inside_plain  # what follows the blocks has other inputs, and may choose another form
     assert case.error(refined) < share * case.error(plain)
-    blocks = refined.manifest.calibration["refined"].values()
-    assert blocks and all(block["after"] <= block["before"] for block in blocks)  # of held-out outputs
 
 
 @pytest.mark.slow

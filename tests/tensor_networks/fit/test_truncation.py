@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mpoc.tensor_networks.fit import truncation
 from mpoc.tensor_networks.fit.truncation import TruncatedSVD, squared_norm, truncate
 from tests.support.marks import slow_except
 
@@ -89,6 +90,20 @@ def test_krylov_is_within_a_thousandth_of_the_optimum(
     weight = squared_norm(matrix)
     measured = 1e-6 if dtype == torch.float32 else 1e-13
     assert cut.discarded / weight == pytest.approx(error**2, rel=1e-6, abs=measured)
+
+
+@pytest.mark.parametrize("shape", [(520, 2080), (2080, 520)])
+def test_long_matrices_go_by_the_gram_matrix(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Golub-Kahan is never asked where float32 products resolve the error."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("Golub-Kahan on a long matrix")
+
+    monkeypatch.setattr(truncation, "_krylov", refuse)
+    exact, values = large("gaussian", shape)
+    cut = truncate(exact.float(), 8, generator=torch.Generator().manual_seed(0))
+    assert cut.route == "krylov"
+    assert relative_error(exact.float(), cut) <= 1.001 * optimal_error(values, 8) + rounding(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
