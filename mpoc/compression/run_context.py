@@ -18,10 +18,9 @@ LayerCallback = Callable[[LayerRecord, float, int, int, float], None]
 # forms and what the fits take beside reading the dense network, and their operations by effort, in units of
 # :func:`fit_operations`.  Pricing forms of kernels fits some of them.
 _PRICES, _FITS = 0.35, 1.1
-# Passes of the dense network that fits take: both networks run, and products of rows are summed.
-_PASSES = 4.5
 _PRICED, _PRICED_KERNELS = 10, {"fast": 10, "balanced": 350, "thorough": 350}
 _FITTED = {"fast": 55, "balanced": 150, "thorough": 600}
+_PASSES = 4.5  # of the dense network, as long as the fits' passes: both networks run, and rows are multiplied
 _EACH, _KERNEL = 1e8, 3e8  # of any fit: passes over the data, and of a kernel the many steps of a MERA
 _FEW = 2048  # rows as which moments of very wide inputs are kept, at least
 _WIDE = 8192

@@ -109,7 +109,11 @@ class Inputs(ABC):
     """How the rows that a weight multiplies are taken from a module's input."""
 
     features: int  # N_x, of one group
-    have_one_moment = False  # whether rows are vectors (N_x,) that all outputs multiply
+
+    @property
+    def have_one_moment(self) -> bool:
+        """Whether rows are vectors (N_x,) that all outputs multiply."""
+        return False
 
     @property
     @abstractmethod
@@ -134,7 +138,11 @@ class LinearInputs(Inputs):
     """Inputs (…, N_x) of a linear layer."""
 
     features: int
-    have_one_moment = True
+
+    @property
+    def have_one_moment(self) -> bool:
+        """All outputs multiply a row."""
+        return True
 
     @property
     def key(self) -> Hashable:
@@ -195,7 +203,7 @@ class ConvInputs(Inputs):
     padding_mode: str  # likewise
 
     @property
-    def have_one_moment(self) -> bool:  # type: ignore[override]
+    def have_one_moment(self) -> bool:
         """Whether there are no groups."""
         return self.groups == 1
 
