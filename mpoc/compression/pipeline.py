@@ -16,9 +16,9 @@ import torch
 import mpoc
 from mpoc.compression.plain_fit import Fitted
 from mpoc.compression.plan import LayerPlan
-from mpoc.compression.recipe import DEFAULT_EFFORT, Recipe, check_recipe
+from mpoc.compression.recipe import Recipe, check_recipe
 from mpoc.compression.resume import calibration_folder, layers_folder, resume_directory
-from mpoc.compression.run_context import Progress, RunContext, seconds_of_fits
+from mpoc.compression.run_context import Progress, RunContext
 from mpoc.compression.size_prediction import predict_size
 from mpoc.compression.source import CompressionSource, open_to_calibrate
 from mpoc.compression.write import Compression, Job, fit_all, make_job, write_compressed
@@ -31,8 +31,8 @@ from mpoc.runtime.distributed import process_group
 from mpoc.runtime.formatting import human_bytes
 
 if TYPE_CHECKING:
+    from mpoc.compression.calibrate.block_refinement import Schedule
     from mpoc.compression.calibrate.calibration_data import CalibrationRequest
-    from mpoc.compression.calibrate.sequential import Schedule
     from mpoc.compression.calibrate.statistics import CalibrationStatistics
 
 _MATRICES = 12  # of a layer's wider side, in float64, that its fit and the routines it calls take at a time
@@ -206,7 +206,7 @@ def _dry_run(job: Job, output: Path) -> Compression:
     known = layers if fitted else None
     nbytes = predict_size(opened.checkpoint, opened.selection, job.recipe, job.plans, known, facts)
     if job.calibrated and job.statistics:
-        notes.append(estimate(job.statistics, job.calibrated.schedule, job.plans, job.recipe.effort).note)
+        notes.append(estimate(job.statistics, job.calibrated.schedule, job.plans).note)
     if not manifest.changed:
         notes.append("no layer would be compressed: without --dry-run this ends with an error")
     return Compression(manifest, output, nbytes, False, times, notes)
@@ -230,12 +230,9 @@ class Estimate:
         )
 
 
-def estimate(
-    statistics: CalibrationStatistics, schedule: Schedule, plans: Sequence[LayerPlan], effort: str | None
-) -> Estimate:
+def estimate(statistics: CalibrationStatistics, schedule: Schedule, plans: Sequence[LayerPlan]) -> Estimate:
     """Estimate what the fits of these plans need, once the dense network was measured."""
-    operations = sum(schedule.costs(plans).values())
-    seconds = seconds_of_fits(operations, statistics.pass_seconds, effort or DEFAULT_EFFORT)
+    seconds = sum(schedule.costs(plans).values())
     shapes = (plan.structure.as_low_rank() for plan in plans if plan.map.name in schedule.observed)
     widest = max(
         (max(one.outputs, one.lead * one.inputs) for one in shapes if one.kind != "embedding"), default=0

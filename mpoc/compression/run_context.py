@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import cache
 from time import perf_counter
 
 import torch
@@ -14,17 +16,21 @@ from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 # Record, seconds, layers finished, layers in all, share of the work finished.
 LayerCallback = Callable[[LayerRecord, float, int, int, float], None]
 
-# Stages of a calibrated compression, as measured on networks of 0.3 to 110 million weights: what pricing the
-# forms and what the fits take beside reading the dense network, and their operations by effort, in units of
-# :func:`fit_operations`.  Pricing forms of kernels fits some of them.
-_PRICES, _FITS = 0.35, 1.1
-_PRICED, _PRICED_KERNELS = 10, {"fast": 10, "balanced": 350, "thorough": 350}
-_FITTED = {"fast": 55, "balanced": 150, "thorough": 600}
-_PASSES = 4.5  # of the dense network, as long as the fits' passes: both networks run, and rows are multiplied
-_EACH, _KERNEL = 1e8, 3e8  # of any fit: passes over the data, and of a kernel the many steps of a MERA
-_FEW = 2048  # rows as which moments of very wide inputs are kept, at least
-_WIDE = 8192
+# Stages of a calibrated compression, as measured on networks of 0.3 to 110 million weights.
+_READ = 2.2  # passes of the dense network over the data, as long as reading it with gradients
+_PASSES = 1.6  # as long as the fits' passes, in which both networks run
+_MOVED = 1 / 64  # of a pass, to see how far one layer moves the outputs
+# Operations, by effort where that matters.
+_PRODUCTS = 6.5  # a row and an input squared: inputs of both networks by themselves and by each other
+_PRICED, _PRICED_EACH = 12, 1e10
+_FITTED = {"fast": 25, "balanced": 200, "thorough": 800}  # applications of the metric
+_DECOMPOSED = 4  # an input to the third power
+_EACH = 1e8  # of any layer
+_MERA, _MERA_EACH = 4e6, 5e10  # a number of a kernel, and the kernel, where forms of kernels are MERAs
+_MERA_PRICED = 1.1  # of these: prices, and the comparison of ways to share a budget
+_FEW, _WIDE = 2048, 8192  # rows as which moments of so many inputs are kept, at least
 _SIDE = 768  # of the product that is timed
+LARGE_KERNEL = 1 << 18  # numbers of a kernel whose MERA would take minutes to fit
 
 
 @dataclass(frozen=True)
@@ -63,52 +69,94 @@ class RunContext:
             self.progress.stage(stage, number, count, self.later if self.fits_once else Later())
 
 
-def fit_operations(outputs: int, inputs: int, table: bool = False, kernel: bool = False) -> float:
-    """Operations of a calibrated fit, to a factor: applying the metric, and decomposing moments of inputs.
+class Kind(Enum):
+    """What a layer is to the work of its fit."""
 
-    Args:
-        outputs: N_y.
-        inputs: N_x.
-        table: whether it is an embedding, whose rows do not depend on others.
-        kernel: whether it is a convolution's.
-    """
-    sides = inputs if table else outputs + inputs
-    rows = inputs if inputs < _WIDE else _FEW
-    return outputs * inputs * sides + inputs**2 * rows / 4 + (_KERNEL if kernel else _EACH)
+    MATRIX, KERNEL, TABLE = range(3)
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """What the calibrated fit of a layer computes with."""
+
+    outputs: int  # N_y
+    inputs: int  # N_x; rows of a table
+    rows: float  # of inputs, in all examples
+    kind: Kind
+
+    def priced(self, effort: str) -> float:
+        """Operations of pricing its forms."""
+        decomposed = self._applied + self._moments() / 4
+        return _PRICED * decomposed + _PRICED_EACH + _MERA_PRICED * self._iterated(effort)
+
+    def fitted(self, effort: str) -> float:
+        """Operations of the fit: products of inputs, decompositions, and what is iterated."""
+        rows = self.rows if self.inputs < _WIDE else min(self.rows, _FEW)
+        products = 0.0 if self.kind is Kind.TABLE else _PRODUCTS * rows * self.inputs**2
+        return (
+            products
+            + _FITTED[effort] * self._applied
+            + _DECOMPOSED * self._moments()
+            + self._iterated(effort)
+        )
+
+    @property
+    def _applied(self) -> float:
+        """Of one application of the metric."""
+        sides = self.outputs if self.kind is Kind.TABLE else self.outputs + self.inputs
+        return self.outputs * self.inputs * sides + _EACH
+
+    def _moments(self) -> float:
+        """Of one decomposition of the moment of its inputs."""
+        rows = min(self.inputs, _FEW) if self.inputs >= _WIDE else self.inputs
+        return 0.0 if self.kind is Kind.TABLE else float(self.inputs**2 * rows)
+
+    def _iterated(self, effort: str) -> float:
+        numbers = self.outputs * self.inputs
+        is_mera = self.kind is Kind.KERNEL and effort != "fast" and numbers <= LARGE_KERNEL
+        return _MERA * numbers + _MERA_EACH if is_mera else 0.0
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The operations of all fits of a calibrated compression, by :func:`fit_operations`."""
+    """The work of all fits of a calibrated compression, by the names of weights."""
 
-    linear: float
-    kernels: float
+    layers: dict[str, LayerWork]
     effort: str
+    processes: int = 1
 
-    @property
-    def operations(self) -> float:
-        """Of all fits."""
-        return self.linear + self.kernels
-
-    def after_reading(self, processes: int = 1) -> Later:
+    def after_reading(self) -> Later:
         """What follows the reading of the dense network: prices and fits."""
-        priced = _PRICED * self.linear + _PRICED_KERNELS[self.effort] * self.kernels
-        fitted = _FITTED[self.effort] * self.operations
-        return Later(_PRICES + _FITS, (priced + fitted) / _operations_per_second() / processes)
+        operations = sum(one.priced(self.effort) + one.fitted(self.effort) for one in self.layers.values())
+        return Later((_PASSES + _MOVED * len(self.layers)) / _READ, self._seconds(operations))
+
+    def after_pricing(self, one_pass: float) -> Later:
+        """What follows the pricing of forms: how far each layer moves the outputs, and the fits."""
+        moved = _MOVED * len(self.layers) * one_pass / self.processes
+        return Later(seconds=moved + self.fits(one_pass).seconds)
+
+    def fits(self, one_pass: float) -> Later:
+        """What the fits will take, where a pass of the dense network takes so many seconds."""
+        return Later(seconds=seconds_of_passes(one_pass) + sum(map(self.seconds_of_fit, self.layers)))
+
+    def seconds_of_fit(self, name: str) -> float:
+        """Seconds of the fit of one layer, without passes of the networks."""
+        return self._seconds(self.layers[name].fitted(self.effort))
+
+    def _seconds(self, operations: float) -> float:
+        return operations / _operations_per_second() / self.processes
 
 
-def seconds_of_fits(operations: float, one_pass: float, effort: str, processes: int = 1) -> float:
-    """Seconds of calibrated fits; on networks of 0.3 to 110 million weights within a factor of two.
+def seconds_of_passes(one_pass: float) -> float:
+    """Seconds of all passes of both networks during the fits.
 
     Args:
-        operations: of all of them, by :func:`fit_operations`.
         one_pass: seconds of a pass of the dense network over the data.
-        effort: as a recipe names it.
-        processes: number of them.
     """
-    return _PASSES * one_pass + _FITTED[effort] * operations / _operations_per_second() / processes
+    return _PASSES * one_pass
 
 
+@cache
 def _operations_per_second() -> float:
     """The speed of a product of float32 matrices, the best of some."""
     matrix = torch.ones(_SIDE, _SIDE)

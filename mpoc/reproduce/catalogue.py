@@ -197,7 +197,8 @@ def _training(experiment: Experiment, choice: StudyChoice) -> Training:
         raise UsageError(f"--paper: the source of {experiment.label} gives no training", "omit --paper")
     settings = training.settings
     if choice.epochs is not None:
-        settings = replace(settings, epochs=choice.epochs, steps=None)
+        whole = float(choice.epochs).is_integer()  # 1.0 is 1: a finished network is found by its settings
+        settings = replace(settings, epochs=int(choice.epochs) if whole else choice.epochs, steps=None)
     if choice.steps is not None:
         settings = replace(settings, steps=choice.steps)
     if not choice.l2:

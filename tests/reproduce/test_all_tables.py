@@ -99,6 +99,14 @@ def test_rejects_a_malformed_budget(text: str) -> None:
         parse_budget(text)
 
 
+def test_epochs_asked_for_as_a_number_find_those_of_a_plan() -> None:
+    by_hand, planned, half = (
+        json.dumps(choose_studies(STUDIES["mera"], StudyChoice(epochs=epochs))[0].training.settings.epochs)
+        for epochs in (1.0, 1, 0.5)
+    )
+    assert by_hand == planned == "1" and half == "0.5"
+
+
 def test_shorter_trainings_are_called_so() -> None:
     def shortened(name: str, **choice: object) -> str:
         return choose_studies(STUDIES[name], StudyChoice(**choice))[0].training.shortened  # type: ignore[arg-type]

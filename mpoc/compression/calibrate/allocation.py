@@ -32,6 +32,7 @@ from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import DEFAULT_EFFORT, Recipe
 from mpoc.compression.resume import in_order_key
+from mpoc.compression.run_context import LARGE_KERNEL, Later, RunContext
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.keyed_store import find_item, put_item
 from mpoc.io.manifest_reader import record_from_json, record_to_json
@@ -70,8 +71,6 @@ _MENUS: dict[str, dict[str, tuple[str, ...]]] = {
         "embedding": ("svd", "mpo"),
     },
 }
-_LARGE = 1 << 18  # numbers of a kernel whose MERA would take minutes to fit
-
 _ATTEMPTS = 3  # at an allocation whose whole file is within the size
 
 
@@ -148,7 +147,7 @@ def allocate_by_gain(
             chosen = {name: open_to[name][k] for name, k in zip(part, taken, strict=True)}
             ways[way] = [_with_choice(plan, chosen) for plan in plans]
     ways = ways or {"uniform": list(plans)}
-    distances = {way: table.distance(shared, distance) for way, shared in ways.items()}
+    distances = {way: table.distance(shared, distance, way) for way, shared in ways.items()}
     best = min(distances, key=lambda way: distances[way])
     return Allocation(ways[best], best, distances)
 
@@ -308,7 +307,7 @@ class BudgetAllocator:
         with group.all_or_raise():
             distance = self.distance
         candidates = partial(self._candidates_of, count=len(group.own_indices(costs_of(takes_part))))
-        table = CandidateTable(takes_part, candidates, group)
+        table = CandidateTable(takes_part, candidates, self._before(self._statistics.workload.fits))
         if self._recipe.size is not None:
             return self._within_size(plans, table, int(self._recipe.size), predict_size)
         assert self._recipe.ratio is not None
@@ -340,14 +339,17 @@ class BudgetAllocator:
         smallest = [plan if plan.is_dense else replace(plan, goal=Truncation(1)) for plan in plans]
         raise too_small(size, predict_size(smallest))
 
+    def _before(self, later: Callable[[float], Later]) -> RunContext:
+        return replace(self._statistics.context, later=later(self._statistics.pass_seconds))
+
     def _candidates_of(self, plan: LayerPlan, count: int) -> Candidates:
         """The candidates of a layer, the same for every budget; this process has ``count`` such layers."""
         name, forms = plan.map.name, self._forms(plan)
         kept: dict[Any, Candidates] = self._statistics.kept.setdefault("candidates", {})
         key = name, forms, plan.structure if self._has_own_factors(plan) else None
         if key not in kept:
-            context = replace(self._statistics.context, later=self._statistics.fits_to_come)
-            context.log("what each form would cost: layer", len(kept) + 1, -(-count // context.group.size))
+            context, number = self._before(self._statistics.workload.after_pricing), len(kept) + 1
+            context.log("what each form would cost: layer", number, -(-count // context.group.size))
             weight = read_finite(self._checkpoint, name).to(context.device)
             kept[key] = Candidates(
                 one_matrix(weight, plan.structure.kind, plan.structure.transposed),
@@ -412,7 +414,5 @@ class BudgetAllocator:
 def _kind(structure: Structure) -> str:
     """What a layer is to the forms: a kernel of one tap is a matrix."""
     if structure.kind.startswith("conv") and math.prod(structure.shape[2:]) > 1:
-        return "kernel" if structure.num_original <= _LARGE else "large kernel"
-    if structure.kind.startswith("conv"):
-        return "matrix"
+        return "kernel" if structure.num_original <= LARGE_KERNEL else "large kernel"
     return "embedding" if structure.kind == "embedding" else "matrix"

@@ -109,7 +109,7 @@ def _movements(
 ) -> dict[str, float]:
     """The least :func:`movement` of each layer whose inputs are known, measured once for every budget."""
     known = {name for group in statistics.groups for name in group}
-    context = replace(statistics.context, later=statistics.fits_to_come)
+    context = replace(statistics.context, later=statistics.workload.fits(statistics.pass_seconds))
     measured = [plan for plan in plans if plan.map.name in known]
     kept = _kept(statistics)
     new = [plan for plan in measured if plan.map.name not in kept]

@@ -38,6 +38,18 @@ class ChainBlock:
 Chain = tuple[ChainBlock, ...]
 
 
+@dataclass(frozen=True)
+class Example:
+    """A batch at one block: what it is given, and what it is to give."""
+
+    given: Tensor  # first argument
+    args: tuple[Any, ...]  # the others
+    named: dict[str, Any]
+    target: Tensor  # what the block is to give
+    mask: Tensor | None  # (n, T), 0 where a token is padding
+    axis: int = -1  # of the target's features
+
+
 def identity(tensor: Tensor) -> Hashable:
     """A key that is equal for two tensors of the same memory and version, as long as both are held."""
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor._version

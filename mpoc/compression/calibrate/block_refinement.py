@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.block_chain import features, next_input
+from mpoc.compression.calibrate.block_chain import Example, features, next_input
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
-from mpoc.compression.calibrate.trace import Example
 from mpoc.compression.plain_fit import Fitted
+from mpoc.compression.plan import LayerPlan
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import core_prefix
 from mpoc.models.introspection import same_tensor
@@ -37,6 +38,7 @@ _STEPS, _PASSES = 600, 8  # at least that many steps, and passes over the exampl
 _SHARE = 0.1  # of the identity in G
 _WARM_UP = 0.05  # share of the steps
 _EVALUATIONS = 10
+_ALONE = 1e-11  # seconds of a fit by the weight alone, in the unit of its cost
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,62 @@ def _order(count: int, steps: int, seed: int) -> Iterator[int]:
 
 
 BlockPosition = tuple[int, int]  # chain, position
+ScheduleStep = tuple[BlockPosition | None, list[list[str]]]
+
+
+class Schedule:
+    """The steps of a calibrated fit; layers go by their names.
+
+    Args:
+        groups: of layers whose inputs are observed, those of one input together, in the network's order.
+        block_of: the block that a group is refined with; None: it is fitted by itself.
+        seconds_of: seconds of the fit of a layer whose inputs are observed.
+        passes: seconds that pass over the data takes besides.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[str]],
+        block_of: Callable[[Sequence[str]], BlockPosition | None],
+        seconds_of: Callable[[str], float],
+        passes: float,
+    ) -> None:
+        self._groups, self._block_of = groups, block_of
+        self._seconds_of, self._passes = seconds_of, passes
+        self.observed = {name for group in groups for name in group}  # layers that are fitted to their inputs
+
+    def of(self, names: Container[str]) -> Iterator[ScheduleStep]:
+        """The steps for these layers: a block with its groups of layers, or a group by itself."""
+        present = [[name for name in group if name in names] for group in self._groups]
+        for position, part in groupby(filter(None, present), self._block_of):
+            groups = list(part)
+            yield from [(position, groups)] if position is not None else [(None, [group]) for group in groups]
+
+    def units(self, plans: Sequence[LayerPlan]) -> list[list[str]]:
+        """Layers that are fitted together, in order; first, singly, those whose inputs are not observed."""
+        names = [plan.map.name for plan in plans]
+        alone = [[name] for name in names if name not in self.observed]
+        return alone + [[name for group in groups for name in group] for _, groups in self.of(names)]
+
+    def costs(self, plans: Sequence[LayerPlan]) -> dict[str, float]:
+        """Seconds of the fits; the first layer of a unit has those of the whole unit.
+
+        They include passes through all layers since the unit before that is not left unchanged.
+        """
+        known, costs = {plan.map.name: plan for plan in plans}, dict[str, float]()
+        behind = 0.0
+        for unit in self.units(plans):
+            changed = [known[name] for name in unit if not known[name].is_unchanged]
+            behind += self._passes * len(self.observed.intersection(unit)) / max(1, len(self.observed))
+            costs |= dict.fromkeys(unit, 0.0)
+            if changed:
+                costs[unit[0]], behind = sum(map(self._cost, changed)) + behind, 0.0
+        return costs
+
+    def _cost(self, plan: LayerPlan) -> float:
+        """Seconds of one fit."""
+        name = plan.map.name
+        return self._seconds_of(name) if name in self.observed else plan.cost * _ALONE
 
 
 class BlockRefinement:

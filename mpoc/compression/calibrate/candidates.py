@@ -11,6 +11,7 @@ Several processes share the layers; each holds the candidates of its own.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +23,8 @@ from mpoc.compression.calibrate.calibrated_fit import STRETCHES_OF_SUMS, Storage
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
 from mpoc.compression.plan import LayerPlan
+from mpoc.compression.run_context import RunContext
 from mpoc.io.keyed_store import Scratch
-from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import Form
@@ -253,28 +254,29 @@ class CandidateTable:
     Args:
         plans: of these layers.
         candidates_of: computes the candidates of one of them.
-        group: the processes that share the layers.
+        context: the processes that share the layers, and the callbacks.
     """
 
     def __init__(
         self,
         plans: Sequence[LayerPlan],
         candidates_of: Callable[[LayerPlan], Candidates],
-        group: ProcessGroup = SINGLE_PROCESS,
+        context: RunContext,
     ) -> None:
-        self._group, self._plans = group, plans
+        self._context, self._group, self._plans = context, context.group, plans
         self._names = [plan.map.name for plan in plans]
         self._costs = costs_of(plans)
         self._own: dict[str, Candidates] = {}
         self._moved: dict[
             tuple[str, Storage], float
         ] = {}  # distance of outputs when one layer alone is compressed
+        self._measured: set[str] = set()
 
         def measure(plan: LayerPlan) -> list[Candidate]:
             self._own[plan.map.name] = candidates_of(plan)
             return self._own[plan.map.name].every
 
-        self.every = dict(zip(self._names, group.map(plans, measure, self._costs), strict=True))
+        self.every = dict(zip(self._names, self._group.map(plans, measure, self._costs), strict=True))
 
     def scales(self, distance: OutputDistance) -> dict[str, dict[str, float]]:
         """By weight and form: the movement of the outputs per error, measured at one candidate of the form.
@@ -290,11 +292,19 @@ class CandidateTable:
         scales = self._group.map(self._plans, scale, self._costs)
         return dict(zip(self._names, scales, strict=True))
 
-    def distance(self, plans: Iterable[LayerPlan], distance: OutputDistance) -> float:
-        """The distance of the outputs where the layers that take part are compressed as planned."""
+    def distance(self, plans: Iterable[LayerPlan], distance: OutputDistance, way: str) -> float:
+        """The distance of the outputs where the layers that take part are compressed as planned.
+
+        Args:
+            plans: of all layers.
+            distance: on held-out inputs.
+            way: how they share the budget, for messages.
+        """
+        stage, numbers, count = f"trying the budget, {way}: layer", itertools.count(1), len(self._own)
         planned = {plan.map.name: plan for plan in plans if not plan.is_dense}
 
         def replace(name: str) -> Replacement | None:
+            self._context.log(stage, next(numbers), count)
             return self._own[name].replaced(planned[name]) if name in planned else None
 
         replaced = list(self._group.map_to_main(self._names, replace, self._costs))
@@ -308,6 +318,10 @@ class CandidateTable:
             return 1.0
         key = plan.map.name, reference.storage
         if key not in self._moved:
+            self._measured.add(plan.map.name)
+            self._context.log(
+                "how far each layer moves the outputs: layer", len(self._measured), len(self._own)
+            )
             replaced = candidates.replaced(reference.applied_to(plan))
             self._moved[key] = distance.of({plan.map.name: replaced})
         return min(_LARGEST_DISTANCE, self._moved[key]) / reference.error

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mpoc.compression.calibrate.block_chain import (
     Chain,
+    Example,
     ModuleOutputs,
     StopPassError,
     copied,
@@ -35,9 +36,9 @@ from mpoc.compression.calibrate.layer_inputs import (
     hooked,
 )
 from mpoc.compression.calibrate.moments import LayerSums, Moments, merge
-from mpoc.compression.calibrate.trace import Example, Trace
+from mpoc.compression.calibrate.trace import Trace
 from mpoc.io.keyed_store import Scratch
-from mpoc.models.call import Batch, Call, main_input, to_device
+from mpoc.models.call import Batch, Call, to_device
 from mpoc.runtime.distributed import SINGLE_PROCESS, BatchShards, ProcessGroup
 
 _KEPT_BYTES = 2 * 1024**3
@@ -317,7 +318,7 @@ class PairedPass:
             runner.move(None)
 
     def _fits(self, position: tuple[int, int], copies: int) -> bool:
-        share = sum(main_input(batch).numel() for batch in self._batches) / self._trace.numbers
+        share = self._trace.share_of(self._batches)
         block = self._trace.chains[position[0]][: position[1] + 1][-1]
         nbytes, scratch = int(copies * block.nbytes * share), self._replay.scratch
         return nbytes <= self._replay.kept_bytes or (scratch is not None and scratch.has_room(nbytes))

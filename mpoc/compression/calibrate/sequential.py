@@ -12,10 +12,9 @@ takes.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from mpoc.compression.calibrate.allocation import WAYS, BudgetAllocator
 from mpoc.compression.calibrate.bit_allocation import SameSize, are_nearly_exact, errors_move_between_rows
-from mpoc.compression.calibrate.block_refinement import BlockPosition, BlockRefinement
+from mpoc.compression.calibrate.block_refinement import BlockPosition, BlockRefinement, Schedule
 from mpoc.compression.calibrate.calibrated_fit import (
     CalibratedFit,
     FitSettings,
@@ -42,7 +41,7 @@ from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plain_fit import Fitted, check_finite_cores, fit_layer, have_changed
 from mpoc.compression.plan import LayerPlan, leave_dense_unless_smaller
 from mpoc.compression.recipe import Recipe
-from mpoc.compression.run_context import fit_operations
+from mpoc.compression.run_context import seconds_of_passes
 from mpoc.compression.size_prediction import LONGEST_FIGURE
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.manifest import LayerRecord, bond_fields
@@ -51,59 +50,6 @@ from mpoc.models.introspection import set_tensors, state_of
 from mpoc.quantize.codes import QuantizedTensor
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.forms.form import Form, form_of
-from mpoc.tensor_networks.structure import lead_outputs_inputs
-
-# Time of a fit by the weight alone, in the unit of a calibrated one's.
-_ALONE = 0.025
-
-
-ScheduleStep = tuple[BlockPosition | None, list[list[str]]]
-
-
-class Schedule:
-    """The steps of a calibrated fit; layers go by their names.
-
-    Args:
-        groups: of layers whose inputs are observed, those of one input together, in the network's order.
-        block_of: the block that a group is refined with; None: it is fitted by itself.
-    """
-
-    def __init__(
-        self, groups: Sequence[Sequence[str]], block_of: Callable[[Sequence[str]], BlockPosition | None]
-    ) -> None:
-        self._groups, self._block_of = groups, block_of
-        self.observed = {name for group in groups for name in group}  # layers that are fitted to their inputs
-
-    def of(self, names: Container[str]) -> Iterator[ScheduleStep]:
-        """The steps for these layers: a block with its groups of layers, or a group by itself."""
-        present = [[name for name in group if name in names] for group in self._groups]
-        for position, part in groupby(filter(None, present), self._block_of):
-            groups = list(part)
-            yield from [(position, groups)] if position is not None else [(None, [group]) for group in groups]
-
-    def units(self, plans: Sequence[LayerPlan]) -> list[list[str]]:
-        """Layers that are fitted together, in order; first, singly, those whose inputs are not observed."""
-        names = [plan.map.name for plan in plans]
-        alone = [[name] for name in names if name not in self.observed]
-        return alone + [[name for group in groups for name in group] for _, groups in self.of(names)]
-
-    def costs(self, plans: Sequence[LayerPlan]) -> dict[str, float]:
-        """Time of the fits, up to a factor; the first layer of a unit has that of the whole unit."""
-        known = {p.map.name: _cost(p) if p.map.name in self.observed else p.cost * _ALONE for p in plans}
-        costs = dict.fromkeys(known, 0.0)
-        for unit in self.units(plans):
-            costs[unit[0]] = sum(known[name] for name in unit)
-        return costs
-
-
-def _cost(plan: LayerPlan) -> float:
-    """Time of a calibrated fit: applications of the metric, and decompositions of input moments."""
-    if plan.is_unchanged:
-        return 0.0
-    one = plan.structure
-    lead, outputs, inputs = lead_outputs_inputs(one.kind, one.shape, one.transposed)
-    kernel = one.kind.startswith("conv")  # whose taps are inputs
-    return fit_operations(outputs, lead * inputs if kernel else inputs, one.kind == "embedding", kernel)
 
 
 class SequentialFit:
@@ -131,7 +77,12 @@ class SequentialFit:
             if statistics.refines
             else None
         )
-        self.schedule = Schedule(statistics.groups, self._block_of)
+        self.schedule = Schedule(
+            statistics.groups,
+            self._block_of,
+            statistics.workload.seconds_of_fit,
+            seconds_of_passes(statistics.pass_seconds),
+        )
 
     def allocate(self, plans: list[LayerPlan], predict_size: Callable[..., int]) -> list[LayerPlan]:
         """Allocate the budget: :meth:`mpoc.compression.calibrate.allocation.BudgetAllocator.allocate`.

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.block_chain import Chain, ChainInputs
+from mpoc.compression.calibrate.block_chain import Chain, ChainInputs, Example
 from mpoc.compression.calibrate.cache import DensePass, cached_or_measured, calibration_fingerprint
 from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
 from mpoc.compression.calibrate.dense_pass import Probes, cutting_chain, dense_pass
@@ -43,9 +43,9 @@ from mpoc.compression.calibrate.objective import (
 )
 from mpoc.compression.calibrate.paired_pass import Matrices, PairedPass, Replay
 from mpoc.compression.calibrate.taps import add_taps
-from mpoc.compression.calibrate.trace import UNREACHED, Example, Trace, trace_batches
-from mpoc.compression.run_context import Later, Progress, RunContext, Workload, seconds_of_fits
-from mpoc.models.call import Batch, first_output, main_input, num_examples, to_device
+from mpoc.compression.calibrate.trace import UNREACHED, Trace, trace_batches
+from mpoc.compression.run_context import Progress, RunContext, Workload
+from mpoc.models.call import Batch, first_output, num_examples, to_device
 from mpoc.models.introspection import copy_sharing_parameters, same_tensor, set_tensors, state_of
 from mpoc.runtime.device import release_freed_memory
 from mpoc.train.evaluate import try_call
@@ -155,24 +155,21 @@ class CalibrationStatistics:
         self._reasons = {name: why for name in names if (why := skipped.get(name) or self._why_not(name))}
         self._named = {self.places[name]: name for name in names if name not in self._reasons}
         add_taps(self.network, unseen_weights(self.network, self._named))
-        batch = self.data.batches[0]
-        first = to_device({name: values[:1] for name, values in batch.items()}, self.context.device)
+        first = {name: values[:1] for name, values in self.data.batches[0].items()}
         with eval_mode(self.network), torch.no_grad():
-            first_output(try_call(self.data.call, self.network, first))
+            first_output(try_call(self.data.call, self.network, to_device(first, self.context.device)))
         self._trace: Trace = trace_batches(self.network, self.data.call, self.data.batches, self._named)
         unreached = [name for name, why in self._trace.reasons.items() if why == UNREACHED]
         if uncalled := [name for name in unreached if self.network.get_parameter(name).dim() == 2]:
             add_taps(self.network, uncalled)  # of layers whose weight is read in the place of calling them
             self._trace = trace_batches(self.network, self.data.call, self.data.batches, self._named)
 
-    def _workload(self) -> Workload:
-        return self._trace.workload(self.network, self._request.effort)
-
     @cached_property
-    def fits_to_come(self) -> Later:
-        """What the fits will take, by the shapes of all layers."""
-        work, processes = self._workload(), self.context.group.size
-        return Later(seconds=seconds_of_fits(work.operations, self.pass_seconds, work.effort, processes))
+    def workload(self) -> Workload:
+        """The work of the fits, by the shapes of all layers and the rows that they take."""
+        works = self._trace.work(self.network, self.data.batches, self._positions)
+        named = {self._named[weight]: work for weight, work in works.items()}
+        return Workload(named, self._request.effort, self.context.group.size)
 
     def network_to_compress(self) -> nn.Module:
         """A copy of the network; it shares the dense weights until :meth:`set` gives it others."""
@@ -189,8 +186,7 @@ class CalibrationStatistics:
     def scratch_bytes(self) -> int:
         """Bytes that a scratch folder would hold at most."""
         between = max((block.nbytes for chain in self._trace.chains for block in chain), default=0)
-        share = sum(main_input(batch).numel() for batch in self.data.batches) / self._trace.numbers
-        return self.scratch.most + int(2 * between * share)  # of one block in both networks
+        return self.scratch.most + int(2 * between * self._trace.share_of(self.data.batches))  # of both
 
     def facts(self) -> dict[str, Any]:
         """What it was calibrated on, for the manifest."""
@@ -296,8 +292,8 @@ class CalibrationStatistics:
             compressed: as :meth:`objectives` takes it.
             position: of the block.
         """
-        fit, held_out = (passes.examples(position) for passes in self._pair(compressed))
-        return fit, held_out
+        fit, held_out = self._pair(compressed)
+        return fit.examples(position), held_out.examples(position)
 
     def held_out_inputs(self) -> tuple[ChainInputs, dict[str, int]]:
         """Where the inputs of a chain's blocks in held-out batches are kept, and the block of each layer.
@@ -305,8 +301,7 @@ class CalibrationStatistics:
         Without a chain that cuts the network, or without room for the inputs, there are no blocks.
         """
         data, pieces, chain = self.data, self._trace.pieces, self._chain
-        share = sum(main_input(batch).numel() for batch in data.held_out) / self._trace.numbers
-        nbytes = int(sum(block.nbytes for block in chain) * share)
+        nbytes = int(sum(block.nbytes for block in chain) * self._trace.share_of(data.held_out))
         if nbytes > _KEPT_BYTES and not self.scratch.has_room(nbytes):
             chain = ()
         blocks = pieces.of if pieces is not None and chain else {}
@@ -358,8 +353,8 @@ class CalibrationStatistics:
 
         def measure() -> DensePass:
             probes = Probes(_PROBES, self._seed, self.refines, self.data.pooling)
-            later = self._workload().after_reading(self.context.group.size)
-            return self._pass(batches, probes, replace(self.context, later=later))
+            context = replace(self.context, later=self.workload.after_reading())
+            return self._pass(batches, probes, context)
 
         if path is None:
             return measure()

@@ -7,6 +7,7 @@ routes tokens: a compressed network chooses others.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,9 +22,11 @@ from torch.utils.hooks import RemovableHandle
 
 from mpoc.compression.calibrate.block_chain import Chain, ChainTracer, identity
 from mpoc.compression.calibrate.layer_inputs import (
+    ALL,
     ConvInputs,
     EmbeddingInputs,
     ObservedLayer,
+    Positions,
     device_of,
     eval_mode,
     find_layer,
@@ -31,8 +34,8 @@ from mpoc.compression.calibrate.layer_inputs import (
     hooked,
 )
 from mpoc.compression.calibrate.moments import ROWS_FROM
-from mpoc.compression.run_context import Workload, fit_operations
-from mpoc.models.call import Batch, Call, main_input, to_device
+from mpoc.compression.run_context import Kind, LayerWork
+from mpoc.models.call import Batch, Call, main_input, num_examples, to_device
 
 EXAMPLES = 4  # that are watched: all activations of the pass are held
 
@@ -56,31 +59,35 @@ class Trace:
     """What one forward pass tells about the weights that were asked for."""
 
     layers: dict[str, ObservedLayer]  # by weight, in the order of their first use
-    groups: tuple[
-        tuple[str, ...], ...
-    ]  # weights that are given the same tensor, in order of the first of them
+    groups: tuple[tuple[str, ...], ...]  # weights that are given the same tensor, in order of the first
     calls: dict[str, int]  # how often each is used
+    rows: dict[str, int]  # how many rows each is given
     same_rows: dict[str, str]  # weight → the first one whose rows are the same; itself where there is none
     norms: dict[str, str]  # weight → module of the batch norm that alone takes the layer's output
     reasons: dict[str, str]  # weight → why nothing is known of it
     chains: tuple[Chain, ...]
-    positions: dict[
-        str, tuple[int, int]
-    ]  # weight → chain, block of its first use; all its uses are in that chain
+    positions: dict[str, tuple[int, int]]  # weight → chain, block of its first use; all are in that chain
     numbers: int  # in the input of the pass
     families: dict[str, str]  # weight whose rows the network chooses → what it shares with its siblings
     pieces: Pieces | None  # along the longest chain; None where a weight is used in several of them
 
-    def workload(self, network: nn.Module, effort: str) -> Workload:
-        """The operations of the fits of all layers at an effort."""
-        costs = {False: 0.0, True: 0.0}
+    def share_of(self, batches: Iterable[Batch]) -> float:
+        """Numbers in the inputs of batches over those of the pass."""
+        return sum(main_input(batch).numel() for batch in batches) / self.numbers
+
+    def work(
+        self, network: nn.Module, batches: Sequence[Batch], positions: Positions = ALL
+    ) -> dict[str, LayerWork]:
+        """The work of each layer's fit."""
+        works, share = {}, self.share_of(batches)
+        most = (positions.most or math.inf) * sum(map(num_examples, batches))  # rows of convolutions
         for name, layer in self.layers.items():
             weight, inputs = network.get_parameter(name), layer.inputs.features
-            outputs, kernel = weight.numel() // inputs, weight.dim() > 2
-            table = isinstance(layer.inputs, EmbeddingInputs)
-            sides = (inputs, outputs) if table else (outputs, inputs)
-            costs[kernel] += fit_operations(*sides, table, kernel)
-        return Workload(costs[False], costs[True], effort)
+            is_table, rows = isinstance(layer.inputs, EmbeddingInputs), share * self.rows[name]
+            rows = min(rows, most) if isinstance(layer.inputs, ConvInputs) else rows
+            kind = Kind.TABLE if is_table else Kind.KERNEL if weight.dim() > 2 else Kind.MATRIX
+            works[name] = LayerWork(weight.numel() // inputs, inputs, rows, kind)
+        return works
 
     def has_few_outputs(self, network: nn.Module, name: str) -> bool:
         """Whether E[(W x) yᵀ] of a weight is at most half as large as E[x yᵀ] of its inputs."""
@@ -138,7 +145,7 @@ def trace(
     tracer = _Tracer(network, layers)
     with eval_mode(network), torch.no_grad(), hooked() as handles, ExitStack() as stack:
         handles += tracer.watch()
-        if tracer.has_norms:
+        if any(map(_is_norm, network.modules())):
             stack.enter_context(_Uses(tracer))
         batch = {name: values[:examples] for name, values in batch.items()}
         call(network, to_device(batch, device_of(network)))
@@ -202,6 +209,7 @@ def _joined(one: Trace, other: Trace) -> Trace:
         layers={name: layers[name] for group in groups for name in group},
         groups=tuple(groups),
         calls=other.calls | one.calls,
+        rows=other.rows | one.rows,
         same_rows=other.same_rows | one.same_rows,
         norms=other.norms | one.norms,
         reasons={name: why for name, why in one.reasons.items() if name not in other.layers},
@@ -279,11 +287,6 @@ class _Tracer:
         self._normed: dict[str, list[int]] = {}  # batch norm → ids of its inputs
         self._in_norm = False
 
-    @property
-    def has_norms(self) -> bool:
-        """Whether the network has a batch norm with running statistics."""
-        return any(_is_norm(module) for module in self._network.modules())
-
     def watch(self) -> list[RemovableHandle]:
         """Register hooks; those of blocks first, so that a layer that is a block lies within itself."""
         handles = self._chains.watch(self._network)
@@ -346,10 +349,17 @@ class _Tracer:
         families = _families(self._network, self._row_counts())
         return Trace(
             {name: self._layers[name] for name in self.given}, tuple(map(tuple, groups.values())), calls,
-            same, self._norms(calls), reasons, tuple(chains),
+            self._rows(), same, self._norms(calls), reasons, tuple(chains),
             _outside(self._positions_of(blocks), chains, families), main_input(batch).numel(), families,
             self._pieces(chains, blocks),
         )  # fmt: skip
+
+    def _rows(self) -> dict[str, int]:
+        """How many rows each layer was given."""
+        return {
+            name: sum(self._layers[name].inputs.count(use.rows, None) for use in given)
+            for name, given in self.given.items()
+        }
 
     def _row_counts(self) -> dict[str, int]:
         """The length of what each layer was given first; 0 for layers that were not called."""
@@ -404,15 +414,3 @@ class _Uses(TorchDispatchMode):
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and not module.training and module.running_mean is not None
-
-
-@dataclass(frozen=True)
-class Example:
-    """A batch at one block: what it is given, and what it is to give."""
-
-    given: Tensor  # first argument
-    args: tuple[Any, ...]  # the others
-    named: dict[str, Any]
-    target: Tensor  # what the block is to give
-    mask: Tensor | None  # (n, T), 0 where a token is padding
-    axis: int = -1  # of the target's features

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from mpoc.compression.calibrate.allocation import WAYS, Allocation, allocate_by_gain, parameters
 from mpoc.compression.calibrate.candidates import Candidates, CandidateTable
 from mpoc.compression.calibrate.output_distance import Replacement
 from mpoc.compression.plan import LayerPlan
+from mpoc.compression.run_context import RunContext
 from mpoc.compression.selection import LinearMap
 from mpoc.tensor_networks.fit.truncation import Truncation
 from mpoc.tensor_networks.structure import low_rank_structure, make_structure
@@ -40,9 +42,8 @@ class Distance:
 
 
 def chosen_from(plans: list[LayerPlan], offers: Mapping[str, Candidates]) -> CandidateTable:
-    return CandidateTable(
-        [plan for plan in plans if plan.map.name in offers], lambda plan: offers[plan.map.name]
-    )
+    part = [plan for plan in plans if plan.map.name in offers]
+    return CandidateTable(part, lambda plan: offers[plan.map.name], RunContext(torch.device("cpu")))
 
 
 def shared(importance: dict[str, float], budget: int) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mpoc.compression.calibrate.block_chain import Example
 from mpoc.compression.calibrate.block_refinement import (
     _SHARE,
     Refined,
@@ -16,7 +17,6 @@ from mpoc.compression.calibrate.block_refinement import (
     refine_block,
     refinement_rate,
 )
-from mpoc.compression.calibrate.trace import Example
 
 
 @pytest.fixture(autouse=True)

@@ -179,7 +179,7 @@ def test_each_expert_is_fitted_to_its_own_rows(tmp_path: Path) -> None:
 def test_large_kernels_are_two_factors_unless_all_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, effort: str, forms: set[str]
 ) -> None:
-    monkeypatch.setattr(allocation, "_LARGE", 0)
+    monkeypatch.setattr(allocation, "LARGE_KERNEL", 0)
     tried: set[str] = set()
     monkeypatch.setattr(allocation, "Candidates", _spied_candidates(tried))
     Case(tmp_path, "conv").compress(ratio=0.5, effort=effort, layers=("0", "3"))

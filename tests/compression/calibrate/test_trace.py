@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.compression.calibrate.block_chain import ChainTracer
+from mpoc.compression.calibrate.layer_inputs import Positions
 from mpoc.compression.calibrate.trace import Trace, trace, trace_batches
-from mpoc.compression.run_context import fit_operations
+from mpoc.compression.run_context import Kind, LayerWork, Workload
 from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call
 from tests.compression.calibrate.networks import (
@@ -249,21 +250,27 @@ def test_removes_hooks_when_the_network_fails() -> None:
     assert ChainTracer().chains() == ([], {})
 
 
-def test_workload_follows_shapes_and_effort() -> None:
+def test_work_follows_shapes_rows_and_effort() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 4 * 4, 10)).eval()
-    batch = {"x": torch.randn(2, 3, 6, 6)}
-    found = trace(network, Call.of(network), batch, ["0.weight", "2.weight"])
-    work = found.workload(network, "balanced")
-    assert work.kernels == fit_operations(8, 27, kernel=True) and work.linear == fit_operations(10, 128)
-    fast = found.workload(network, "fast")
-    assert fast.after_reading().seconds < work.after_reading().seconds
-    assert work.after_reading(1000).seconds < fast.after_reading().seconds  # shared by processes
+    batches = [{"x": torch.randn(2, 3, 6, 6)}] * 3
+    found = trace(network, Call.of(network), batches[0], ["0.weight", "2.weight"])
+    works = found.work(network, batches)
+    assert works["0.weight"] == LayerWork(8, 27, 3 * 2 * 4 * 4, Kind.KERNEL)
+    assert found.work(network, batches, Positions(5))["0.weight"].rows == 3 * 2 * 5
+    assert works["2.weight"] == LayerWork(10, 128, 3 * 2, Kind.MATRIX)
+    later = [
+        Workload(works, effort, n).after_reading()
+        for effort, n in (("fast", 1), ("balanced", 1), ("fast", 9))
+    ]
+    assert later[2].seconds < later[0].seconds < later[1].seconds
+    more = found.work(network, batches * 2)
+    assert all(more[name].fitted("fast") > works[name].fitted("fast") for name in works)
 
 
-def test_workload_knows_weights_that_are_stored_transposed() -> None:
+def test_work_knows_weights_that_are_stored_transposed() -> None:
     network = nn.Sequential(Conv1D(30, 4)).eval()  # weight (4, 30)
     found = traced(network, {"x": torch.randn(2, 4)}, ["0.weight"])
-    assert found.workload(network, "fast").linear == fit_operations(30, 4) != fit_operations(4, 30)
+    assert found.work(network, [{"x": torch.randn(2, 4)}])["0.weight"] == LayerWork(30, 4, 2, Kind.MATRIX)
 
 
 @pytest.mark.parametrize(
