@@ -226,6 +226,13 @@ class Scratch:
         self._files: dict[Hashable, tuple[Path, list[torch.device], int]] = {}  # with their bytes
         self.nbytes = 0  # in memory
         self._filed = self.most = 0  # in files; in both together, at the most
+        self._spills = False  # whether memory holds what the disk had no room for
+
+    @property
+    def notes(self) -> list[str]:
+        """A note if memory holds what files were to hold."""
+        said = "beside the output there was no room for all files of the calibration, so memory held the rest"
+        return [f"{said}; --scratch DIR names a folder on another disk"] if self._spills else []
 
     def has_room(self, nbytes: int) -> bool:
         """Whether there is room beyond memory for so many bytes."""
@@ -267,7 +274,10 @@ class Scratch:
 
     def _written(self, tensors: Sequence[Tensor], nbytes: int) -> Path | None:
         """A file of tensors; None: memory is to hold them."""
-        if self._folder is None or not self.has_room(nbytes):
+        if self._folder is None:
+            return None
+        if not self.has_room(nbytes):
+            self._spills = True
             return None
         full = MpocError(
             f"--scratch {self._folder.parent}: {human_bytes(nbytes)} more do not fit on its disk",
@@ -281,6 +291,7 @@ class Scratch:
         except SafetensorError as error:  # of the disk, which other processes fill too
             path.unlink(missing_ok=True)
             if not self.is_required:
+                self._spills = True
                 return None
             raise full from error
         return path

@@ -138,6 +138,7 @@ def test_scratch_that_is_not_required_holds_in_memory_what_the_disk_has_no_room_
             scratch = Scratch(folder, limit=0, required=False)
             scratch.put("a", [tensor])
             assert scratch.get("a")[0] is tensor and scratch.mapped(tensor) is tensor
+            assert "so memory held the rest; --scratch DIR" in scratch.notes[0]
             assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
@@ -153,6 +154,7 @@ def test_scratch_that_is_not_required_leaves_half_of_the_free_disk(
     assert scratch.nbytes == 16 and list(tmp_path.iterdir()) == []
     required.put("a", [torch.ones(4)])
     assert required.nbytes == 0 and len(list(tmp_path.iterdir())) == 1
+    assert scratch.notes and not required.notes and not Scratch().notes
 
 
 def test_scratch_of_a_killed_run_is_removed_and_of_a_living_one_kept(tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ class SequentialFit:
         notes = [f"not calibrated, fitted to their weights: {', '.join(blind[:4])}{more}"] if blind else []
         allocation = self._allocator.allocation
         notes += [] if allocation is None or self._reached is None else allocation.warnings(self._reached)
+        notes += self._statistics.scratch.notes
         return [*self._statistics.notes, *notes, *(self._blocks.notes if self._blocks else ())]
 
     def fit(
