@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import mpoc
+from mpoc.compression.calibrate.calibration_data import WATCHED
 from mpoc.compression.calibrate.layer_inputs import (
     ConvInputs,
     EmbeddingInputs,
@@ -26,7 +27,7 @@ from mpoc.compression.calibrate.layer_inputs import (
 )
 from mpoc.compression.calibrate.moments import Moments
 from mpoc.compression.calibrate.output_of_interest import Pooling, output_of_interest
-from mpoc.compression.calibrate.trace import EXAMPLES, Trace
+from mpoc.compression.calibrate.trace import Trace
 from mpoc.errors import MpocError
 from mpoc.io.keyed_store import Item, Scratch, damaged, digest, open_item, put_item
 from mpoc.io.safetensors_header import TensorInfo
@@ -144,7 +145,7 @@ def calibration_fingerprint(
         options: whatever else the moments depend on; their ``repr`` counts.
     """
     device = device_of(network)
-    first = to_device({name: values[:EXAMPLES] for name, values in batches[0].items()}, device)
+    first = to_device({name: values[:WATCHED] for name, values in batches[0].items()}, device)
     with eval_mode(network), torch.no_grad():
         values, _ = output_of_interest(call(network, first), first, pooling)
     kind = (

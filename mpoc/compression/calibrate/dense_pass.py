@@ -23,6 +23,7 @@ from mpoc.compression.calibrate.block_chain import (
     replaced_forwards,
 )
 from mpoc.compression.calibrate.cache import DensePass
+from mpoc.compression.calibrate.calibration_data import glimpse
 from mpoc.compression.calibrate.layer_inputs import (
     ALL,
     ObservedLayer,
@@ -36,7 +37,7 @@ from mpoc.compression.calibrate.layer_inputs import (
 )
 from mpoc.compression.calibrate.moments import LayerSums, Moments, merge
 from mpoc.compression.calibrate.output_of_interest import Pooling, direction, output_of_interest
-from mpoc.compression.calibrate.trace import EXAMPLES, Trace
+from mpoc.compression.calibrate.trace import Trace
 from mpoc.compression.run_context import RunContext
 from mpoc.errors import MpocError
 from mpoc.io.keyed_store import Scratch
@@ -131,7 +132,7 @@ def cutting_chain(
     if pieces is None:
         return ()
     before = [path for name in pieces.names(-1) for path in trace.layers[name].modules]
-    batch = to_device({name: values[:EXAMPLES] for name, values in batches[0].items()}, device_of(network))
+    batch = to_device(glimpse(batches[0]), device_of(network))
     with eval_mode(network):
         check = CutCheck(network, pieces.chain, before)
         cuts = check.holds(lambda: output_of_interest(call(network, batch), batch, pooling)[0])

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from mpoc.compression.calibrate.block_chain import Chain, ChainTracer, identity
+from mpoc.compression.calibrate.calibration_data import glimpse
 from mpoc.compression.calibrate.layer_inputs import (
     ALL,
     ConvInputs,
@@ -36,8 +37,6 @@ from mpoc.compression.calibrate.layer_inputs import (
 from mpoc.compression.calibrate.moments import ROWS_FROM
 from mpoc.compression.run_context import Kind, LayerWork
 from mpoc.models.call import Batch, Call, main_input, num_examples, to_device
-
-EXAMPLES = 4  # that are watched: all activations of the pass are held
 
 UNREACHED = "the network does not reach it"
 
@@ -124,17 +123,14 @@ class Trace:
         return max(blocks) if len(blocks) == len(names) else None
 
 
-def trace(
-    network: nn.Module, call: Call, batch: Batch, names: Iterable[str], examples: int = EXAMPLES
-) -> Trace:
+def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) -> Trace:
     """Trace the weights ``names`` while the network runs on one batch.
 
     Args:
         network: dense, in evaluation mode; left as it is.
         call: how it is called.
-        batch: any.
+        batch: any; all activations are held.
         names: of weights, as the network names them.
-        examples: of the batch, the first ones, that the network runs on.
 
     Raises:
         MpocError: the network has no such weight.
@@ -147,7 +143,6 @@ def trace(
         handles += tracer.watch()
         if any(map(_is_norm, network.modules())):
             stack.enter_context(_Uses(tracer))
-        batch = {name: values[:examples] for name, values in batch.items()}
         call(network, to_device(batch, device_of(network)))
     reasons |= {name: UNREACHED for name in layers if name not in tracer.given}
     return tracer.result(reasons, batch)
@@ -162,11 +157,11 @@ def trace_batches(network: nn.Module, call: Call, batches: Sequence[Batch], name
         batches: of calibration data.
         names: of weights.
     """
-    result = trace(network, call, batches[0], names)
+    result = trace(network, call, glimpse(batches[0]), names)
     missing = {name for name, why in result.reasons.items() if why == UNREACHED}
     for batch in batches if missing else ():
         if called := _called(network, call, batch, missing):
-            more = trace(network, call, batch, [*result.layers, *called], len(main_input(batch)))
+            more = trace(network, call, batch, [*result.layers, *called])
             result = _joined(result, more)
             missing -= called
     return result

@@ -19,6 +19,7 @@ from mpoc.compression.calibrate.calibration_data import (
     HeldExamples,
     calibrate_on,
     draw,
+    glimpse,
     open_calibration,
 )
 from mpoc.compression.calibrate.output_of_interest import Pooling
@@ -144,3 +145,15 @@ def test_batches_texts_of_equal_length(tmp_path: Path) -> None:
     assert len(set(lengths)) > 2
     found = open_calibration(tmp_path / "bert", None, CalibrationRequest(tmp_path / "texts.jsonl"))
     assert found.pooling == Pooling("mean", normalize=False)
+
+
+def test_a_pass_that_is_watched_sees_few_tokens() -> None:
+    tokens = torch.arange(6 * 512).view(6, 512)
+    texts = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "y": torch.arange(6)}
+    seen = glimpse(texts)
+    assert torch.equal(seen["input_ids"], tokens[:4, :16]) and torch.equal(seen["y"], torch.arange(4))
+    assert seen["attention_mask"].shape == (4, 16)
+    texts["attention_mask"][2, :100] = 0  # padded on the left
+    assert torch.equal(glimpse(texts)["input_ids"], tokens[:4])
+    assert glimpse({**texts, "pixels": torch.ones(6, 3)})["input_ids"].shape == (4, 512)
+    assert glimpse({"x": torch.ones(6, 3, 8, 8)})["x"].shape == (4, 3, 8, 8)
