@@ -17,6 +17,7 @@ of its whole file. For mpoc all other tensors, the header and the manifest come 
   the outputs on calibration data; the largest size within the share.
 - ``whitened-svd-int4``: SVD whitened by the dense network's inputs (SVD-LLM), both factors by GPTQ at 4 bits.
 - ``hqq``, ``torchao``, ``quanto``: these libraries, where they are installed.
+- ``llmcompressor``: its GPTQ, where it is installed; ``minilm`` only.
 
 For the others nothing of mpoc is used but its GPTQ, which it compares itself with. Calibrated on 384
 docstrings, 1,024 training images or 512 blocks of text. Measured on what no method sees: 250 docstrings, the
@@ -51,12 +52,13 @@ OURS = {
     "ours-fast": ["--effort", "fast"],
     "grid-fast": ["--storage", "grid", "--effort", "fast"],
 }
-OTHERS = ("rtn", "gptq", "mixed-gptq", "whitened-svd-int4", "hqq", "torchao", "quanto")
+OTHERS = ("rtn", "gptq", "mixed-gptq", "whitened-svd-int4", "hqq", "torchao", "quanto", "llmcompressor")
 LABELS = {
     "ours": "mpoc", "ours-fast": "mpoc --effort fast", "rtn": "to nearest", "gptq": "GPTQ",
     "grid": "mpoc --storage grid", "grid-fast": "mpoc --storage grid --effort fast",
     "mixed-gptq": "GPTQ, mixed bits", "whitened-svd-int4": "whitened SVD, int4",
     "hqq": "hqq", "torchao": "torchao", "quanto": "optimum-quanto",
+    "llmcompressor": "llmcompressor",
 }  # fmt: skip
 TITLES = {"minilm": "all-MiniLM-L6-v2, encoder", "resnet20": "ResNet-20", "resnet56": "ResNet-56"}
 # What is drawn of a network: a figure, its name on the axis, and what is lost.
@@ -447,6 +449,37 @@ def replace(layer: Any, made: tuple[Tensor, float]) -> float:
     return made[1] + (4 * layer.bias.numel() if getattr(layer, "bias", None) is not None else 0)
 
 
+def by_llmcompressor(task: Task, bits: int) -> tuple[Any, float]:
+    """GPTQ of llmcompressor, block by block, asymmetric, for models of transformers; biases in fp32.
+
+    Scales are fitted to the weights' error times E[x²] (``imatrix_mse``), the best of its observers here, and
+    rounded to fp16. Each text is a batch of its own: padding would count as input.
+    """
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from torch.utils.data import DataLoader
+
+    texts: Any = [
+        {key: ids[k : k + 1, :length] for key, ids in batch.items()}
+        for batch in task.batches
+        for k, length in enumerate(batch["attention_mask"].sum(1).tolist())
+    ]
+    grid = {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": GROUP}
+    layers = {"targets": task.names, "weights": {**grid, "observer": "imatrix_mse"}}
+    network, made, used = task.build(), task.build(), 0.0
+    oneshot(
+        model=made, dataset=DataLoader(texts, batch_size=None),
+        recipe=GPTQModifier(config_groups={"layers": layers}), pipeline="sequential",
+    )  # fmt: skip
+    for name in task.names:
+        layer = made.get_submodule(name)
+        scales = layer.weight_scale.detach()[..., None]
+        codes = (layer.weight.detach().unflatten(1, (-1, GROUP)) / scales).round()
+        weight = (codes * scales.half()).flatten(1)
+        used += replace(network.get_submodule(name), (weight, stored(weight.shape, bits)))
+    return network, used
+
+
 @torch.no_grad()
 def whitened(task: Task, share: float) -> tuple[Any, float]:
     """Every layer gets its share of the room, by its numbers; biases in fp32."""
@@ -536,6 +569,9 @@ def rows(task: Task, method: str, shares: list[float]) -> Iterator[tuple[str, Ca
         for bits in widths:
             uniform = dict.fromkeys(task.names, bits)
             yield f"{bits} bits", plain(partial(rounded, task, rounding, uniform))
+    elif method == "llmcompressor":
+        for bits in WIDTHS:
+            yield f"{bits} bits", plain(partial(by_llmcompressor, task, bits))
     elif method == "whitened-svd-int4":
         for share in shares:
             yield f"{share:g}", plain(partial(whitened, task, share))
@@ -602,6 +638,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", choices=WIDTHS, default=[*WIDTHS])
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
+    if "llmcompressor" in arguments.methods and arguments.network != "minilm":
+        parser.error("--methods llmcompressor takes --network minilm only")
     every = json.loads(arguments.out.read_text("utf-8")) if arguments.out.exists() else []
     mine = [row for row in every if row["network"] == arguments.network]
     done = {(row["method"], row["setting"]) for row in mine}
