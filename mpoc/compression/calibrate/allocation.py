@@ -71,6 +71,7 @@ _MENUS: dict[str, dict[str, tuple[str, ...]]] = {
         "embedding": ("svd", "mpo"),
     },
 }
+_SMALL = 1 << 17  # numbers of a matrix of which a sum is soon fitted, to know its error
 _ATTEMPTS = 3  # at an allocation whose whole file is within the size
 
 
@@ -351,11 +352,12 @@ class BudgetAllocator:
             context, number = self._before(self._statistics.workload.after_pricing), len(kept) + 1
             context.log("what each form would cost: layer", number, -(-count // context.group.size))
             weight = read_finite(self._checkpoint, name).to(context.device)
+            all_tried = self._recipe.effort == "thorough"
             kept[key] = Candidates(
                 one_matrix(weight, plan.structure.kind, plan.structure.transposed),
                 [self._structure(plan, form) for form in forms],
                 partial(self._statistics.dense_objective, name),
-                measures_sums=self._recipe.effort == "thorough" or len(forms) == 1,
+                measures_sums=all_tried or len(forms) == 1 or plan.structure.num_original <= _SMALL,
                 scratch=self._statistics.scratch,
             )
         return kept[key]

@@ -186,6 +186,23 @@ def test_large_kernels_are_two_factors_unless_all_is_tried(
     assert tried == forms
 
 
+@pytest.mark.parametrize(("largest", "effort"), [(0, "balanced"), (0, "thorough"), (1 << 17, "balanced")])
+def test_sums_of_small_matrices_are_fitted_to_know_their_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, effort: str
+) -> None:
+    measured: list[bool] = []
+
+    class Spied(Candidates):
+        def __init__(self, *args: Any, measures_sums: bool, **options: Any) -> None:
+            measured.append(measures_sums)
+            super().__init__(*args, measures_sums=measures_sums, **options)
+
+    monkeypatch.setattr(allocation, "_SMALL", largest)
+    monkeypatch.setattr(allocation, "Candidates", Spied)
+    Case(tmp_path, "mlp").compress(ratio=0.5, effort=effort)
+    assert set(measured) == {largest > 0 or effort == "thorough"}
+
+
 def _spied_candidates(tried: set[str]) -> type[Candidates]:
     class Spied(Candidates):
         def __init__(
