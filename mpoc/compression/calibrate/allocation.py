@@ -71,7 +71,7 @@ _MENUS: dict[str, dict[str, tuple[str, ...]]] = {
         "embedding": ("svd", "mpo"),
     },
 }
-_SMALL = 1 << 17  # numbers of a matrix of which a sum is soon fitted, to know its error
+_SMALL = 1 << 16  # numbers of a matrix of which a sum is soon fitted, to know its error
 _ATTEMPTS = 3  # at an allocation whose whole file is within the size
 
 
@@ -182,12 +182,13 @@ def _moved(candidate: Candidate, scales: Mapping[str, float]) -> float:
 
 
 def _of_size(plan: LayerPlan, every: Sequence[Candidate], scales: Mapping[str, float]) -> LayerPlan:
-    """The plan with the best candidate that is no larger than planned; as it is if there is none."""
+    """The plan with the best candidate no larger than planned, of equals the one that errs least, if any."""
     if plan.is_dense:
         return plan
     size = plan.record().num_stored
     within = [one for one in every if one.storage is not None and one.parameters <= size]
-    return min(within, key=lambda one: _moved(one, scales)).applied_to(plan) if within else plan
+    best = min(within, key=lambda one: (_moved(one, scales), one.error), default=None)
+    return plan if best is None else best.applied_to(plan)
 
 
 def cached_or_allocated(
@@ -345,19 +346,18 @@ class BudgetAllocator:
 
     def _candidates_of(self, plan: LayerPlan, count: int) -> Candidates:
         """The candidates of a layer, the same for every budget; this process has ``count`` such layers."""
-        name, forms = plan.map.name, self._forms(plan)
+        name, forms, tries_all = plan.map.name, self._forms(plan), self._recipe.effort == "thorough"
         kept: dict[Any, Candidates] = self._statistics.kept.setdefault("candidates", {})
         key = name, forms, plan.structure if self._has_own_factors(plan) else None
         if key not in kept:
             context, number = self._before(self._statistics.workload.after_pricing), len(kept) + 1
             context.log("what each form would cost: layer", number, -(-count // context.group.size))
             weight = read_finite(self._checkpoint, name).to(context.device)
-            all_tried = self._recipe.effort == "thorough"
             kept[key] = Candidates(
                 one_matrix(weight, plan.structure.kind, plan.structure.transposed),
                 [self._structure(plan, form) for form in forms],
                 partial(self._statistics.dense_objective, name),
-                measures_sums=all_tried or len(forms) == 1 or plan.structure.num_original <= _SMALL,
+                measures_sums=tries_all or len(forms) == 1 or plan.structure.num_original <= _SMALL,
                 scratch=self._statistics.scratch,
             )
         return kept[key]

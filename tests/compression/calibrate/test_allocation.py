@@ -64,6 +64,12 @@ def test_important_layers_get_larger_shares() -> None:
     assert found.distances["equal gain"] < found.distances["uniform"]
 
 
+def test_layers_that_do_not_move_the_outputs_use_their_share() -> None:
+    found, plans = shared(dict.fromkeys("abc", 0.0), 3 * 4 * 40)
+    assert found.chosen == "uniform" and set(found.distances.values()) == {0.0}
+    assert [one.record().num_stored for one in found.plans] == [one.record().num_stored for one in plans]
+
+
 def test_keeps_uniform_shares_where_they_are_better() -> None:
     """Together the layers do not do what they did alone."""
 

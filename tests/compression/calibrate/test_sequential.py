@@ -186,7 +186,7 @@ def test_large_kernels_are_two_factors_unless_all_is_tried(
     assert tried == forms
 
 
-@pytest.mark.parametrize(("largest", "effort"), [(0, "balanced"), (0, "thorough"), (1 << 17, "balanced")])
+@pytest.mark.parametrize(("largest", "effort"), [(0, "balanced"), (0, "thorough"), (1 << 16, "balanced")])
 def test_sums_of_small_matrices_are_fitted_to_know_their_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int, effort: str
 ) -> None:
