@@ -350,14 +350,15 @@ def trimmed(batch: Batch) -> Batch:
     return {name: v[:, :end] if _is_per_token(v, mask) else v for name, v in batch.items()}
 
 
-def glimpse(batch: Batch) -> Batch:
+def glimpse(network: nn.Module, batch: Batch) -> Batch:
     """The first examples of a batch, and the first tokens of texts: what a pass is watched on.
 
-    All activations of such a pass are held, so that it must not be longer.
+    All activations of such a pass are held, so that it should not be longer.  Models of transformers take
+    texts of any length; others may need the length that they are given.
     """
     few = {name: values[:WATCHED] for name, values in batch.items()}
     tokens = few.get("input_ids")
-    if tokens is None or not few.keys() <= _PER_TOKEN:
+    if tokens is None or not hasattr(network, "config") or not few.keys() <= _PER_TOKEN:
         return few
     width = max(1, _WATCHED_TOKENS // len(tokens))
     short = {name: v[:, :width] if _is_per_token(v, tokens) else v for name, v in few.items()}

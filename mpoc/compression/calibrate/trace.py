@@ -157,7 +157,7 @@ def trace_batches(network: nn.Module, call: Call, batches: Sequence[Batch], name
         batches: of calibration data.
         names: of weights.
     """
-    result = trace(network, call, glimpse(batches[0]), names)
+    result = trace(network, call, glimpse(network, batches[0]), names)
     missing = {name for name, why in result.reasons.items() if why == UNREACHED}
     for batch in batches if missing else ():
         if called := _called(network, call, batch, missing):
