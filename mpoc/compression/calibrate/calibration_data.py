@@ -48,7 +48,10 @@ _NUMBERS = (
 )  # in the examples of such a batch: what a network keeps of them for gradients is a multiple
 _HELD_OUT = 0.125  # share of the examples, one at least
 _UNSEEN = 1 / 3  # share of these where the data set has no more
-WATCHED, _WATCHED_TOKENS = 4, 64  # examples, and tokens in all, of a pass that is watched
+WATCHED, _WATCHED_TOKENS = (
+    4,
+    512,
+)  # examples, and tokens in all where they are several texts, of a watched pass
 _PER_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "y"}
 
 
@@ -350,18 +353,13 @@ def trimmed(batch: Batch) -> Batch:
     return {name: v[:, :end] if _is_per_token(v, mask) else v for name, v in batch.items()}
 
 
-def glimpse(network: nn.Module, batch: Batch) -> Batch:
-    """The first examples of a batch, and the first tokens of texts: what a pass is watched on.
+def glimpse(batch: Batch) -> Batch:
+    """The first examples of a batch, whole, and the fewer the longer texts are: what a pass is watched on.
 
-    All activations of such a pass are held, so that it should not be longer.  Models of transformers take
-    texts of any length; others may need the length that they are given.
+    All activations of such a pass are held.  Texts are not cut: masks may differ by layer in long ones alone,
+    and some models need the length that they are given.
     """
-    few = {name: values[:WATCHED] for name, values in batch.items()}
-    tokens = few.get("input_ids")
-    if tokens is None or not hasattr(network, "config") or not few.keys() <= _PER_TOKEN:
-        return few
-    width = max(1, _WATCHED_TOKENS // len(tokens))
-    short = {name: v[:, :width] if _is_per_token(v, tokens) else v for name, v in few.items()}
-    mask = short.get("attention_mask")
-    is_empty = mask is not None and mask.dim() == 2 and not bool(mask.any(1).all())  # padded on the left
-    return few if is_empty else short
+    tokens = batch.get("input_ids")
+    width = tokens.shape[1] if tokens is not None and tokens.dim() > 1 else 1
+    count = min(WATCHED, max(1, _WATCHED_TOKENS // max(1, width)))
+    return {name: values[:count] for name, values in batch.items()}

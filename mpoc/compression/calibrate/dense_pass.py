@@ -132,7 +132,7 @@ def cutting_chain(
     if pieces is None:
         return ()
     before = [path for name in pieces.names(-1) for path in trace.layers[name].modules]
-    batch = to_device(glimpse(network, batches[0]), device_of(network))
+    batch = to_device(glimpse(batches[0]), device_of(network))
     with eval_mode(network):
         check = CutCheck(network, pieces.chain, before)
         cuts = check.holds(lambda: output_of_interest(call(network, batch), batch, pooling)[0])

@@ -157,7 +157,7 @@ def trace_batches(network: nn.Module, call: Call, batches: Sequence[Batch], name
         batches: of calibration data.
         names: of weights.
     """
-    result = trace(network, call, glimpse(network, batches[0]), names)
+    result = trace(network, call, glimpse(batches[0]), names)
     missing = {name for name, why in result.reasons.items() if why == UNREACHED}
     for batch in batches if missing else ():
         if called := _called(network, call, batch, missing):
@@ -204,7 +204,7 @@ def _joined(one: Trace, other: Trace) -> Trace:
         layers={name: layers[name] for group in groups for name in group},
         groups=tuple(groups),
         calls=other.calls | one.calls,
-        rows=other.rows | one.rows,
+        rows={name: rows * one.numbers // other.numbers for name, rows in other.rows.items()} | one.rows,
         same_rows=other.same_rows | one.same_rows,
         norms=other.norms | one.norms,
         reasons={name: why for name, why in one.reasons.items() if name not in other.layers},

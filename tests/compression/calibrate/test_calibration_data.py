@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from mpoc.compression.calibrate import calibration_data
 from mpoc.compression.calibrate.calibration_data import (
@@ -149,15 +147,11 @@ def test_batches_texts_of_equal_length(tmp_path: Path) -> None:
     assert found.pooling == Pooling("mean", normalize=False)
 
 
-def test_a_pass_that_is_watched_sees_few_tokens() -> None:
-    tokens = torch.arange(6 * 512).view(6, 512)
-    texts = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "y": torch.arange(6)}
-    network: Any = SimpleNamespace(config={})  # of transformers
-    seen = glimpse(network, texts)
-    assert torch.equal(seen["input_ids"], tokens[:4, :16]) and torch.equal(seen["y"], torch.arange(4))
-    assert seen["attention_mask"].shape == (4, 16)
-    assert glimpse(nn.Identity(), texts)["input_ids"].shape == (4, 512)
-    texts["attention_mask"][2, :100] = 0  # padded on the left
-    assert torch.equal(glimpse(network, texts)["input_ids"], tokens[:4])
-    assert glimpse(network, {**texts, "pixels": torch.ones(6, 3)})["input_ids"].shape == (4, 512)
-    assert glimpse(network, {"x": torch.ones(6, 3, 8, 8)})["x"].shape == (4, 3, 8, 8)
+def test_a_pass_that_is_watched_sees_few_whole_texts() -> None:
+    for width, count in ((512, 1), (4096, 1), (200, 2), (16, 4)):
+        tokens = torch.arange(6 * width).view(6, width)
+        texts = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "y": torch.arange(6)}
+        seen = glimpse(texts)
+        assert torch.equal(seen["input_ids"], tokens[:count]) and len(seen["y"]) == count
+        assert seen["attention_mask"].shape == (count, width)
+    assert glimpse({"x": torch.ones(6, 3, 8, 8)})["x"].shape == (4, 3, 8, 8)
