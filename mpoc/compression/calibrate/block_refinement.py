@@ -38,7 +38,7 @@ _STEPS, _PASSES = 600, 8  # at least that many steps, and passes over the exampl
 _SHARE = 0.1  # of the identity in G
 _WARM_UP = 0.05  # share of the steps
 _EVALUATIONS = 10
-_ALONE = 1e-11  # seconds of a fit by the weight alone, in the unit of its cost
+_ALONE = 1e-11  # seconds of a fit by the weight alone, for each unit of its cost
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Schedule:
         groups: of layers whose inputs are observed, those of one input together, in the network's order.
         block_of: the block that a group is refined with; None: it is fitted by itself.
         seconds_of: seconds of the fit of a layer whose inputs are observed.
-        passes: seconds that pass over the data takes besides.
+        passes: seconds that passes of both networks over the data take besides.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class Schedule:
     def costs(self, plans: Sequence[LayerPlan]) -> dict[str, float]:
         """Seconds of the fits; the first layer of a unit has those of the whole unit.
 
-        They include passes through all layers since the unit before that is not left unchanged.
+        They include passes through the layers before it that are left unchanged.
         """
         known, costs = {plan.map.name: plan for plan in plans}, dict[str, float]()
         behind = 0.0

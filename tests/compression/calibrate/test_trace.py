@@ -239,6 +239,8 @@ def test_later_batches_reach_further_experts() -> None:
     assert found.groups == tuple((name,) for name in found.layers)
     assert found.reasons == dict.fromkeys(names[6:], "the network does not reach it")
     assert found.families == {name: f"experts.*.{name.split('.')[2]}.weight" for name in names}
+    rows = [found.rows[name] for name in (names[0], names[2], names[4])]
+    assert rows == [3, 1, 2]  # the one of expert 2 is half of a batch, as two are of the first
     assert not found.positions.keys() & set(names)  # a batch may not reach the blocks inside an expert
 
 
