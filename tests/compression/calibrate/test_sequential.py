@@ -193,9 +193,9 @@ def test_sums_of_small_matrices_are_fitted_to_know_their_errors(
     measured: list[bool] = []
 
     class Spied(Candidates):
-        def __init__(self, *args: Any, measures_sums: bool, **options: Any) -> None:
-            measured.append(measures_sums)
-            super().__init__(*args, measures_sums=measures_sums, **options)
+        def __init__(self, *args: Any, **options: Any) -> None:
+            measured.append(options["measures_sums"])
+            super().__init__(*args, **options)
 
     monkeypatch.setattr(allocation, "_SMALL", largest)
     monkeypatch.setattr(allocation, "Candidates", Spied)
