@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from mpoc.compression.calibrate.layer_inputs import hooked
@@ -32,7 +33,7 @@ class ChainBlock:
 
     module: str
     nbytes: int  # of its input in the pass that was watched
-    is_kept_whole: bool  # nothing changes its input in place
+    is_kept_whole: bool  # it does not change its input in place
 
 
 Chain = tuple[ChainBlock, ...]
@@ -50,22 +51,32 @@ class Example:
     axis: int = -1  # of the target's features
 
 
-def identity(tensor: Tensor) -> Hashable:
-    """A key that is equal for two tensors of the same memory and version, as long as both are held."""
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor._version
+class Identities:
+    """Tells the tensors of one pass apart, and what they were when, without holding their numbers."""
 
+    def __init__(self) -> None:
+        self._seen: dict[int, StorageWeakRef] = {}  # keeps the address, not the memory behind it
 
-def signature(value: Any) -> Hashable:
-    """A key that is equal for the same arguments; what is neither tensor nor plain equals nothing."""
-    if isinstance(value, Tensor):
-        return identity(value)
-    if isinstance(value, _PLAIN):
-        return type(value).__name__, value
-    if isinstance(value, tuple | list):
-        return tuple(map(signature, value))
-    if isinstance(value, dict):
-        return tuple((key, signature(entry)) for key, entry in value.items())
-    return _Unlike()
+    def of(self, tensor: Tensor) -> Hashable:
+        """A key that is equal for two tensors of the same memory and version."""
+        storage = tensor.untyped_storage()
+        place = storage._cdata
+        if place not in self._seen:
+            self._seen[place] = StorageWeakRef(storage)
+        shape = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+        return place, *shape, tensor.dtype, tensor._version
+
+    def of_arguments(self, value: Any) -> Hashable:
+        """A key that is equal for the same arguments; what is neither tensor nor plain equals nothing."""
+        if isinstance(value, Tensor):
+            return self.of(value)
+        if isinstance(value, _PLAIN):
+            return type(value).__name__, value
+        if isinstance(value, tuple | list):
+            return tuple(map(self.of_arguments, value))
+        if isinstance(value, dict):
+            return tuple((key, self.of_arguments(entry)) for key, entry in value.items())
+        return _Unlike()
 
 
 class _Unlike:
@@ -102,10 +113,11 @@ def features(values: Tensor, mask: Tensor | None, axis: int) -> Tensor:
 class _Call:
     module: str
     within: int | None  # the call that this one is a part of
-    given: Tensor | None
-    taken: Hashable  # identity of what was given
+    nbytes: int  # of what was given
+    taken: Hashable  # its identity
     others: Hashable
-    output: Any = None
+    is_kept_whole: bool = False
+    gives_more: bool = False  # a tuple
     gave: Hashable = None
 
 
@@ -115,7 +127,7 @@ class ChainTracer:
 
     calls: list[_Call] = field(default_factory=list)
     open: list[int] = field(default_factory=list)  # calls that have not returned, outermost first
-    _seen: list[Any] = field(default_factory=list)  # all arguments: no two tensors may share memory by chance
+    identities: Identities = field(default_factory=Identities)
 
     def watch(self, network: nn.Module) -> list[RemovableHandle]:
         """Register hooks, to be removed after the pass."""
@@ -129,21 +141,24 @@ class ChainTracer:
     def _hooks(self, path: str, module: nn.Module) -> list[RemovableHandle]:
         def begin(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = args[0] if args and isinstance(args[0], Tensor) else None
-            taken: Hashable = _Unlike() if given is None else identity(given)
+            nbytes = 0 if given is None else given.numel() * given.element_size()
+            others = self.identities.of_arguments((args[1:], named))
             within = self.open[-1] if self.open else None
-            self._seen += [args, named]
             self.open.append(len(self.calls))
-            self.calls.append(_Call(path, within, given, taken, signature((args[1:], named))))
+            self.calls.append(_Call(path, within, nbytes, self._key(given), others))
 
         def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             call = self.calls[self.open.pop()]
-            first = next_input(output)
-            call.output, call.gave = output, _Unlike() if first is None else identity(first)
+            call.is_kept_whole = bool(args) and self._key(args[0]) == call.taken
+            call.gives_more, call.gave = isinstance(output, tuple), self._key(next_input(output))
 
         return [
             module.register_forward_pre_hook(begin, with_kwargs=True),
             module.register_forward_hook(end),
         ]
+
+    def _key(self, value: Any) -> Hashable:
+        return self.identities.of(value) if isinstance(value, Tensor) else _Unlike()
 
     def chains(self) -> tuple[list[Chain], dict[int, tuple[int, int]]]:
         """The chains and, for each call of a block, its chain and position."""
@@ -163,10 +178,7 @@ class ChainTracer:
 
     def _block(self, number: int) -> ChainBlock:
         call = self.calls[number]
-        if call.given is None:
-            return ChainBlock(call.module, 0, False)
-        whole = identity(call.given) == call.taken
-        return ChainBlock(call.module, call.given.numel() * call.given.element_size(), whole)
+        return ChainBlock(call.module, call.nbytes, call.is_kept_whole)
 
     def _refined(self, within: int | None) -> list[int]:
         """The calls inside the call ``within``, each replaced by its own parts where these are a chain."""
@@ -179,7 +191,7 @@ class ChainTracer:
         return calls
 
     def _are_all_of(self, call: _Call, parts: list[int]) -> bool:
-        if not parts or isinstance(call.output, tuple):
+        if not parts or call.gives_more:
             return False
         taken = [self.calls[k].taken for k in parts] + [call.gave]
         gave = [call.taken] + [self.calls[k].gave for k in parts]
@@ -224,13 +236,13 @@ class ChainInputs:
         """Meanwhile a pass over batch ``index`` keeps each block's input, and what the last one gives."""
 
         def keep(_: nn.Module, args: Any, named: Any, k: int) -> None:
-            self._scratch.put(self._key(k, index), [args[0]])
+            self._scratch.put(self._key(k, index), [args[0].clone()])  # it may be changed
             self._others[index] = args[1:], named
 
         def leave(_: nn.Module, args: Any, output: Any, k: int) -> None:
             self._rests[k] = output[1:] if isinstance(output, tuple) else None
             if k == len(self.modules) - 1:
-                self._scratch.put(self._key(k + 1, index), [given_on(output).clone()])  # it may be changed
+                self._scratch.put(self._key(k + 1, index), [given_on(output).clone()])
 
         with ExitStack() as handles:
             for k, block in enumerate(self.modules):

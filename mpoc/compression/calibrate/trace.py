@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from mpoc.compression.calibrate.block_chain import Chain, ChainTracer, identity
+from mpoc.compression.calibrate.block_chain import Chain, ChainTracer
 from mpoc.compression.calibrate.calibration_data import glimpse
 from mpoc.compression.calibrate.layer_inputs import (
     ALL,
@@ -129,7 +131,7 @@ def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) ->
     Args:
         network: dense, in evaluation mode; left as it is.
         call: how it is called.
-        batch: any; all activations are held.
+        batch: any.
         names: of weights, as the network names them.
 
     Raises:
@@ -258,8 +260,9 @@ def _family(network: nn.Module, name: str) -> str:
 class _Use:
     """One call of a layer."""
 
-    rows: Tensor  # as it was given
-    identity: Any
+    rows: int
+    length: int  # of the first axis of what it was given
+    identity: Hashable
     within: list[int]  # the calls that had not returned, outermost first
     after: int  # how many calls had begun
 
@@ -277,9 +280,10 @@ class _Tracer:
         self._network, self._layers = network, layers
         self._chains = ChainTracer()
         self.given: dict[str, list[_Use]] = {}
-        self.outputs: dict[int, tuple[str, Tensor]] = {}  # id of a tensor → the layer that gave it
-        self.other_uses: set[int] = set()  # ids of outputs that go elsewhere than into a batch norm
-        self._normed: dict[str, list[int]] = {}  # batch norm → ids of its inputs
+        self._outputs = WeakTensorKeyDictionary()  # what a layer gave → number of the output
+        self._givers: list[str] = []  # output → the layer
+        self._used_elsewhere: set[int] = set()  # outputs that go elsewhere than into a batch norm
+        self._normed: dict[str, list[int | None]] = {}  # batch norm → outputs that it is given
         self._in_norm = False
 
     def watch(self) -> list[RemovableHandle]:
@@ -296,11 +300,14 @@ class _Tracer:
     def _watch_layer(self, name: str, module: nn.Module) -> list[RemovableHandle]:
         def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = first_argument(args, named)
-            use = _Use(given, identity(given), list(self._chains.open), len(self._chains.calls))
+            rows, length = self._layers[name].inputs.count(given, None), given.shape[:1].numel()
+            key = self._chains.identities.of(given)
+            use = _Use(rows, length, key, list(self._chains.open), len(self._chains.calls))
             self.given.setdefault(name, []).append(use)
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self.outputs[id(output)] = name, output
+            self._outputs[output] = len(self._givers)
+            self._givers.append(name)
 
         return [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -309,7 +316,7 @@ class _Tracer:
 
     def _watch_norm(self, path: str, module: nn.Module) -> list[RemovableHandle]:
         def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self._normed.setdefault(path, []).append(id(first_argument(args, named)))
+            self._normed.setdefault(path, []).append(self._outputs.get(first_argument(args, named)))
             self._in_norm = True
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -325,8 +332,8 @@ class _Tracer:
         if isinstance(value, tuple | list):
             for entry in value:
                 self.use(entry)
-        elif not self._in_norm and id(value) in self.outputs:
-            self.other_uses.add(id(value))
+        elif not self._in_norm and isinstance(value, Tensor) and value in self._outputs:
+            self._used_elsewhere.add(self._outputs[value])
 
     def result(self, reasons: dict[str, str], batch: Batch) -> Trace:
         """The trace, layers in the order of their first use."""
@@ -351,24 +358,19 @@ class _Tracer:
 
     def _rows(self) -> dict[str, int]:
         """How many rows each layer was given."""
-        return {
-            name: sum(self._layers[name].inputs.count(use.rows, None) for use in given)
-            for name, given in self.given.items()
-        }
+        return {name: sum(use.rows for use in given) for name, given in self.given.items()}
 
     def _row_counts(self) -> dict[str, int]:
         """The length of what each layer was given first; 0 for layers that were not called."""
         counts = dict.fromkeys(self._layers, 0)
-        return counts | {name: given[0].rows.shape[:1].numel() for name, given in self.given.items()}
+        return counts | {name: given[0].length for name, given in self.given.items()}
 
     def _norms(self, calls: dict[str, int]) -> dict[str, str]:
-        norms = {}
-        for path, inputs in self._normed.items():
-            name = self.outputs[inputs[0]][0] if inputs[0] in self.outputs else None
-            takers = sum(taken.count(inputs[0]) for taken in self._normed.values())
-            alone = len(inputs) == 1 and takers == 1 and inputs[0] not in self.other_uses
-            if name is not None and alone and calls[name] == 1:
-                norms[name] = path
+        norms, taken = {}, Counter(number for numbers in self._normed.values() for number in numbers)
+        for path, (output, *further) in self._normed.items():
+            alone = not further and taken[output] == 1 and output not in self._used_elsewhere
+            if output is not None and alone and calls[self._givers[output]] == 1:
+                norms[self._givers[output]] = path
         return norms
 
     def _pieces(self, chains: Sequence[Chain], blocks: dict[int, tuple[int, int]]) -> Pieces | None:
