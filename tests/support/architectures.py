@@ -56,14 +56,14 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(architecture: str, layers: int = 2) -> Any:
-    """A random model of about 50,000 parameters, in evaluation mode."""
+def tiny(architecture: str, layers: int = 2, **options: Any) -> Any:
+    """A random model of about 50,000 parameters, in evaluation mode; ``options`` of its configuration."""
     import transformers
 
     _be_quiet()
     own_names = {"gpt2": {"n_layer": layers}, "t5": {"num_layers": layers}}
     sizes = own_names.get(architecture, {**_SIZES, "num_hidden_layers": layers})
-    config = transformers.AutoConfig.for_model(architecture, **sizes, **_OWN[architecture])
+    config = transformers.AutoConfig.for_model(architecture, **sizes, **_OWN[architecture], **options)
     torch.manual_seed(0)
     return getattr(transformers, ALL[architecture]).from_config(config).eval()
 

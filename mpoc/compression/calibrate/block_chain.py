@@ -1,42 +1,32 @@
-"""Find chains of blocks: rows of modules of which each is given exactly what the one before it gave.
+"""Run a network along a chain of blocks: keep what blocks are given and what modules give, and begin there.
 
-That is the same tensor, not changed since, and all other arguments those of the chain's first block.  A pass
-that needs the inputs of block k can then keep them, and need not run the blocks before k again.
-
-A chain cuts the network in pieces where nothing else of what a block gives, and nothing that layers before
-the chain give, is used further on.  A forward and a backward pass can then go through it block by block.
+A pass that needs the inputs of block k can keep them, and need not run the blocks before k again.  A chain
+cuts the network in pieces where nothing else of what a block gives, and nothing that layers before the chain
+give, is used further on.  A forward and a backward pass can then go through it block by block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.hooks import RemovableHandle
 
+from mpoc.compression.calibrate.chain_tracer import (
+    Arguments,
+    Chain,
+    next_input,
+    replaced_forwards,
+    tensors_in,
+)
 from mpoc.compression.calibrate.layer_inputs import hooked
 from mpoc.io.keyed_store import Scratch
 
 _OUTPUT_BYTES = 64 * 1024**2  # of layers' outputs, of each network
-_PLAIN = (type(None), bool, int, float, str, torch.dtype)
-
-
-@dataclass(frozen=True)
-class ChainBlock:
-    """One module of a chain."""
-
-    module: str
-    nbytes: int  # of its input in the pass that was watched
-    is_kept_whole: bool  # it does not change its input in place
-
-
-Chain = tuple[ChainBlock, ...]
 
 
 @dataclass(frozen=True)
@@ -49,44 +39,6 @@ class Example:
     target: Tensor  # what the block is to give
     mask: Tensor | None  # (n, T), 0 where a token is padding
     axis: int = -1  # of the target's features
-
-
-class Identities:
-    """Tells the tensors of one pass apart, and what they were when, without holding their numbers."""
-
-    def __init__(self) -> None:
-        self._seen: dict[int, StorageWeakRef] = {}  # keeps the address, not the memory behind it
-
-    def of(self, tensor: Tensor) -> Hashable:
-        """A key that is equal for two tensors of the same memory and version."""
-        storage = tensor.untyped_storage()
-        place = storage._cdata
-        if place not in self._seen:
-            self._seen[place] = StorageWeakRef(storage)
-        shape = tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
-        return place, *shape, tensor.dtype, tensor._version
-
-    def of_arguments(self, value: Any) -> Hashable:
-        """A key that is equal for the same arguments; what is neither tensor nor plain equals nothing."""
-        if isinstance(value, Tensor):
-            return self.of(value)
-        if isinstance(value, _PLAIN):
-            return type(value).__name__, value
-        if isinstance(value, tuple | list):
-            return tuple(map(self.of_arguments, value))
-        if isinstance(value, dict):
-            return tuple((key, self.of_arguments(entry)) for key, entry in value.items())
-        return _Unlike()
-
-
-class _Unlike:
-    """Equal to nothing but itself."""
-
-
-def next_input(output: Any) -> Tensor | None:
-    """What a block hands to the next: its output, or the first of several outputs."""
-    first = output[0] if isinstance(output, tuple) and output else output
-    return first if isinstance(first, Tensor) else None
 
 
 def given_on(output: Any) -> Tensor:
@@ -109,111 +61,6 @@ def features(values: Tensor, mask: Tensor | None, axis: int) -> Tensor:
     return values.movedim(axis, -1).flatten(0, -2)
 
 
-@dataclass
-class _Call:
-    module: str
-    within: int | None  # the call that this one is a part of
-    nbytes: int  # of what was given
-    taken: Hashable  # its identity
-    others: Hashable
-    is_kept_whole: bool = False
-    gives_more: bool = False  # a tuple
-    gave: Hashable = None
-
-
-@dataclass
-class ChainTracer:
-    """Observes the children of every ``ModuleList`` and ``Sequential`` in one forward pass."""
-
-    calls: list[_Call] = field(default_factory=list)
-    open: list[int] = field(default_factory=list)  # calls that have not returned, outermost first
-    identities: Identities = field(default_factory=Identities)
-
-    def watch(self, network: nn.Module) -> list[RemovableHandle]:
-        """Register hooks, to be removed after the pass."""
-        handles = []
-        for path, container in network.named_modules():
-            if isinstance(container, nn.ModuleList | nn.Sequential):
-                for name, child in container.named_children():
-                    handles += self._hooks(f"{path}.{name}" if path else name, child)
-        return handles
-
-    def _hooks(self, path: str, module: nn.Module) -> list[RemovableHandle]:
-        def begin(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            given = args[0] if args and isinstance(args[0], Tensor) else None
-            nbytes = 0 if given is None else given.numel() * given.element_size()
-            others = self.identities.of_arguments((args[1:], named))
-            within = self.open[-1] if self.open else None
-            self.open.append(len(self.calls))
-            self.calls.append(_Call(path, within, nbytes, self._key(given), others))
-
-        def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            call = self.calls[self.open.pop()]
-            call.is_kept_whole = bool(args) and self._key(args[0]) == call.taken
-            call.gives_more, call.gave = isinstance(output, tuple), self._key(next_input(output))
-
-        return [
-            module.register_forward_pre_hook(begin, with_kwargs=True),
-            module.register_forward_hook(end),
-        ]
-
-    def _key(self, value: Any) -> Hashable:
-        return self.identities.of(value) if isinstance(value, Tensor) else _Unlike()
-
-    def chains(self) -> tuple[list[Chain], dict[int, tuple[int, int]]]:
-        """The chains and, for each call of a block, its chain and position."""
-        blocks = self._refined(None)
-        often = [call.module for call in self.calls]
-        chains: list[list[int]] = []
-        for number in blocks:
-            call = self.calls[number]
-            if often.count(call.module) > 1:
-                continue
-            last = self.calls[chains[-1][-1]] if chains else None
-            if last is None or last.gave != call.taken or last.others != call.others:
-                chains.append([])
-            chains[-1].append(number)
-        positions = {n: (c, p) for c, chain in enumerate(chains) for p, n in enumerate(chain)}
-        return [tuple(self._block(number) for number in chain) for chain in chains], positions
-
-    def _block(self, number: int) -> ChainBlock:
-        call = self.calls[number]
-        return ChainBlock(call.module, call.nbytes, call.is_kept_whole)
-
-    def _refined(self, within: int | None) -> list[int]:
-        """The calls inside the call ``within``, each replaced by its own parts where these are a chain."""
-        calls: list[int] = []
-        for number, call in enumerate(self.calls):
-            if call.within != within:
-                continue
-            parts = [k for k, part in enumerate(self.calls) if part.within == number]
-            calls += self._refined(number) if self._are_all_of(call, parts) else [number]
-        return calls
-
-    def _are_all_of(self, call: _Call, parts: list[int]) -> bool:
-        if not parts or call.gives_more:
-            return False
-        taken = [self.calls[k].taken for k in parts] + [call.gave]
-        gave = [call.taken] + [self.calls[k].gave for k in parts]
-        return taken == gave
-
-
-class StopPassError(Exception):
-    """Stops a forward pass once all that is asked for is there."""
-
-
-@contextmanager
-def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-    """Meanwhile modules compute something else."""
-    try:
-        for module, forward in zip(modules, forwards, strict=True):
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
-
-
 class ChainInputs:
     """What the blocks of a chain are given in each batch, and passes that begin there.
 
@@ -228,7 +75,7 @@ class ChainInputs:
     def __init__(self, network: nn.Module, chain: Chain, scratch: Scratch) -> None:
         self.modules = [network.get_submodule(block.module) for block in chain]
         self._scratch = scratch
-        self._others: dict[int, tuple[Any, Any]] = {}  # batch → further arguments of the blocks
+        self._others: dict[tuple[int, int], Arguments] = {}  # block, batch → its further arguments
         self._rests: dict[int, Any] = {}  # block → what it gives beside a tensor; None: a tensor alone
 
     @contextmanager
@@ -237,7 +84,7 @@ class ChainInputs:
 
         def keep(_: nn.Module, args: Any, named: Any, k: int) -> None:
             self._scratch.put(self._key(k, index), [args[0].clone()])  # it may be changed
-            self._others[index] = args[1:], named
+            self._others[k, index] = args[1:], named
 
         def leave(_: nn.Module, args: Any, output: Any, k: int) -> None:
             self._rests[k] = output[1:] if isinstance(output, tuple) else None
@@ -255,9 +102,9 @@ class ChainInputs:
         """The input of block k in batch ``index``; what the last block gave where there is no block k."""
         return self._scratch.get(self._key(k, index))[0]
 
-    def others(self, index: int) -> tuple[Any, Any]:
-        """The further arguments of all blocks, positional and named."""
-        return self._others[index]
+    def others(self, k: int, index: int) -> Arguments:
+        """The further arguments of block k in batch ``index``."""
+        return self._others[k, index]
 
     def drop(self, k: int, index: int) -> None:
         """Forget the input of block k."""
@@ -409,12 +256,3 @@ class CutCheck:
         self._starts.append(first.detach().requires_grad_(True))
         last = self._starts[-1].clone()
         return (last, *output[1:]) if isinstance(output, tuple) else last
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        yield from [value] if value.is_floating_point() else []
-    elif isinstance(value, tuple | list | dict):
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from tensors_in(entry)

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.block_chain import Example, features, next_input
+from mpoc.compression.calibrate.block_chain import Example, features
+from mpoc.compression.calibrate.chain_tracer import next_input
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plain_fit import Fitted
 from mpoc.compression.plan import LayerPlan

@@ -13,17 +13,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mpoc.compression.calibrate.block_chain import (
-    Chain,
     ChainInputs,
     CutCheck,
-    StopPassError,
     features,
     given_on,
-    next_input,
-    replaced_forwards,
 )
 from mpoc.compression.calibrate.cache import DensePass
 from mpoc.compression.calibrate.calibration_data import glimpse
+from mpoc.compression.calibrate.chain_tracer import Chain, StopPassError, next_input, replaced_forwards
 from mpoc.compression.calibrate.layer_inputs import (
     ALL,
     ObservedLayer,
@@ -240,7 +237,7 @@ class _Sweep:
             self._backward(values, last, index, list(self._directions(values, are_logits, index)))
 
     def _run_block(self, k: int, index: int) -> None:
-        given, (args, named) = self._leaf(k, index), self._inputs.others(index)
+        given, (args, named) = self._leaf(k, index), self._inputs.others(k, index)
         output = given_on(self._inputs.modules[k](given, *args, **named))
         if output.requires_grad and (gradients := self._gradients(index)):
             self._backward(output, given, index, gradients)

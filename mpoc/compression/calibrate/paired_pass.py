@@ -19,12 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from mpoc.compression.calibrate.block_chain import (
-    Chain,
     Example,
     ModuleOutputs,
-    StopPassError,
     copied,
     given_on,
+)
+from mpoc.compression.calibrate.chain_tracer import (
+    Arguments,
+    Chain,
+    StopPassError,
+    arguments_along,
     replaced_forwards,
 )
 from mpoc.compression.calibrate.layer_inputs import (
@@ -47,11 +51,10 @@ Matrices: TypeAlias = Mapping[str, Callable[[], Tensor]]  # weights as matrices 
 
 @dataclass
 class _State:
-    """The arguments of a block."""
+    """The first argument of a block, and the further ones of it and of those behind it."""
 
     given: Tensor
-    args: tuple[Any, ...]  # after ``given``
-    named: dict[str, Any]
+    others: Sequence[Arguments]
 
 
 class _Runner:
@@ -71,9 +74,7 @@ class _Runner:
         self._device = device_of(network)
         self._mine = mine
         self._at: tuple[int, int] | None = None
-        self._others: dict[
-            int, tuple[tuple[Any, ...], dict[str, Any]]
-        ] = {}  # batch → arguments after the first
+        self._others: dict[int, Sequence[Arguments]] = {}  # batch → further ones of the kept block and on
         self._outputs = ModuleOutputs(network)
         self._rests: dict[str, Any] = {}  # block → what it gives beside a tensor; None: a tensor alone
         self.final: Sequence[str] = ()  # modules behind the kept inputs that, and all before them, are final
@@ -92,6 +93,7 @@ class _Runner:
                 kept = self._kept(number)
                 with self._outputs.used(number, self.final, kept.given):
                     self._scratch.put(self._key(number), [self._through(chain, kept)])
+                self._others[number] = kept.others[len(chain) :]
         else:
             self._others.clear()
             for number in self._mine:
@@ -99,7 +101,7 @@ class _Runner:
                 if position is not None:
                     state = self._caught(self._batches[number], position)
                     self._scratch.put(self._key(number), [state.given])
-                    self._others[number] = state.args, state.named
+                    self._others[number] = state.others
         self._at, self.final = position, ()
         self._outputs.clear()
 
@@ -107,7 +109,7 @@ class _Runner:
         return id(self), index
 
     def _kept(self, index: int) -> _State:
-        return _State(self._scratch.get(self._key(index))[0], *self._others[index])
+        return _State(self._scratch.get(self._key(index))[0], self._others[index])
 
     def run(self, index: int, last: int | None = None) -> None:
         """Run batch ``index`` until a hook stops it: as a whole, or from the kept block to block ``last``."""
@@ -149,26 +151,17 @@ class _Runner:
 
     def _through(self, chain: Chain, state: _State) -> Tensor:
         given = state.given
-        for block in chain:
-            output = self.network.get_submodule(block.module)(given, *state.args, **state.named)
+        for block, (args, named) in zip(chain, state.others, strict=False):
+            output = self.network.get_submodule(block.module)(given, *args, **named)
             self._rests[block.module] = output[1:] if isinstance(output, tuple) else None
             given = given_on(output)
         return given
 
     def _caught(self, batch: Batch, position: tuple[int, int]) -> _State:
-        """The arguments of a block, computed from the start of the network."""
-        states: list[_State] = []
-
-        def catch(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-            states.append(_State(args[0], args[1:], named))
-            raise StopPassError
-
-        block = self.network.get_submodule(self._trace.chains[position[0]][position[1]].module)
-        with hooked() as handles:
-            handles.append(block.register_forward_pre_hook(catch, with_kwargs=True))
-            with suppress(StopPassError):
-                self._call(self.network, to_device(batch, self._device))
-        return states[0]
+        """The arguments of a block and of those behind it, computed from the start of the network."""
+        blocks = self._trace.chains[position[0]][position[1] :]
+        given = to_device(batch, self._device)
+        return _State(*arguments_along(self.network, blocks, lambda: self._call(self.network, given)))
 
 
 @dataclass(frozen=True)
@@ -415,4 +408,4 @@ class _Examples(Sequence[Example]):
             target = self._dense.output(index, self._start_position)
             state = self._compressed.state(index, self._start_position)
         mask = None if mask is None else mask.to(device)
-        return Example(state.given, state.args, state.named, target, mask, self._axis)
+        return Example(state.given, *state.others[0], target, mask, self._axis)

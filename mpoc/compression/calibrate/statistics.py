@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.block_chain import Chain, ChainInputs, Example
+from mpoc.compression.calibrate.block_chain import ChainInputs, Example
 from mpoc.compression.calibrate.cache import DensePass, cached_or_measured, calibration_fingerprint
 from mpoc.compression.calibrate.calibration_data import CalibrationData, CalibrationRequest
+from mpoc.compression.calibrate.chain_tracer import Chain
 from mpoc.compression.calibrate.dense_pass import Probes, cutting_chain, dense_pass
 from mpoc.compression.calibrate.layer_inputs import (
     ConvInputs,

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mpoc.compression.calibrate.block_chain import Chain, ChainTracer
 from mpoc.compression.calibrate.calibration_data import glimpse
+from mpoc.compression.calibrate.chain_tracer import Chain, ChainTracer, Found
 from mpoc.compression.calibrate.layer_inputs import (
     ALL,
     ConvInputs,
@@ -141,13 +141,16 @@ def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) ->
     layers = {name: layer for name, layer in observed.items() if isinstance(layer, ObservedLayer)}
     reasons = {name: reason for name, reason in observed.items() if isinstance(reason, str)}
     tracer = _Tracer(network, layers)
-    with eval_mode(network), torch.no_grad(), hooked() as handles, ExitStack() as stack:
-        handles += tracer.watch()
-        if any(map(_is_norm, network.modules())):
-            stack.enter_context(_Uses(tracer))
-        call(network, to_device(batch, device_of(network)))
+    given = to_device(batch, device_of(network))
+    with eval_mode(network), torch.no_grad():
+        with hooked() as handles, ExitStack() as stack:
+            handles += tracer.watch()
+            if any(map(_is_norm, network.modules())):
+                stack.enter_context(_Uses(tracer))
+            call(network, given)
+        found = tracer.blocks.find(network, lambda: call(network, given))
     reasons |= {name: UNREACHED for name in layers if name not in tracer.given}
-    return tracer.result(reasons, batch)
+    return tracer.result(reasons, batch, found)
 
 
 def trace_batches(network: nn.Module, call: Call, batches: Sequence[Batch], names: Iterable[str]) -> Trace:
@@ -278,7 +281,7 @@ class _Tracer:
 
     def __init__(self, network: nn.Module, layers: dict[str, ObservedLayer]) -> None:
         self._network, self._layers = network, layers
-        self._chains = ChainTracer()
+        self.blocks = ChainTracer()
         self.given: dict[str, list[_Use]] = {}
         self._outputs = WeakTensorKeyDictionary()  # what a layer gave → number of the output
         self._givers: list[str] = []  # output → the layer
@@ -288,7 +291,7 @@ class _Tracer:
 
     def watch(self) -> list[RemovableHandle]:
         """Register hooks; those of blocks first, so that a layer that is a block lies within itself."""
-        handles = self._chains.watch(self._network)
+        handles = self.blocks.watch(self._network)
         for layer in self._layers.values():
             for path in layer.modules:
                 handles += self._watch_layer(layer.name, self._network.get_submodule(path))
@@ -301,8 +304,8 @@ class _Tracer:
         def before(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
             given = first_argument(args, named)
             rows, length = self._layers[name].inputs.count(given, None), given.shape[:1].numel()
-            key = self._chains.identities.of(given)
-            use = _Use(rows, length, key, list(self._chains.open), len(self._chains.calls))
+            key = self.blocks.identities.of(given)
+            use = _Use(rows, length, key, list(self.blocks.open), len(self.blocks.calls))
             self.given.setdefault(name, []).append(use)
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -335,7 +338,7 @@ class _Tracer:
         elif not self._in_norm and isinstance(value, Tensor) and value in self._outputs:
             self._used_elsewhere.add(self._outputs[value])
 
-    def result(self, reasons: dict[str, str], batch: Batch) -> Trace:
+    def result(self, reasons: dict[str, str], batch: Batch, found: Found) -> Trace:
         """The trace, layers in the order of their first use."""
         calls = {name: len(given) for name, given in self.given.items()}
         groups: dict[Any, list[str]] = {}
@@ -347,7 +350,7 @@ class _Tracer:
             first: dict[Any, str] = {}
             for name in group:
                 same[name] = first.setdefault(self._layers[name].inputs.key, name)
-        chains, blocks = self._chains.chains()
+        chains, blocks = found
         families = _families(self._network, self._row_counts())
         return Trace(
             {name: self._layers[name] for name in self.given}, tuple(map(tuple, groups.values())), calls,

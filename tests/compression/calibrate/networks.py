@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpoc.models import zoo
 from mpoc.models.call import Batch
 from mpoc.models.introspection import kinds_of
+from tests.support.architectures import tiny
 
 transformers: Any = import_module("transformers")
 
@@ -47,6 +48,12 @@ def texts(lengths: tuple[int, ...] = (9, 4, 6), seed: int = 0, vocabulary: int =
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     ids = torch.randint(1, vocabulary, mask.shape, generator=generator) * mask
     return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def windowed() -> tuple[nn.Module, list[Batch]]:
+    """Blocks 1 and 2 see a window of four tokens, which no text of the first batch fills."""
+    options = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    return tiny("qwen2", 3, **options), [texts((3, 3, 3)), texts((9, 6), seed=1)]
 
 
 def images(count: int = 3, seed: int = 0, size: int = 32) -> Batch:

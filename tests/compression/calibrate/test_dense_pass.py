@@ -35,6 +35,7 @@ from tests.compression.calibrate.networks import (
     second,
     texts,
     weights,
+    windowed,
 )
 from tests.support.architectures import tiny
 from tests.support.rounding import assert_near
@@ -289,6 +290,7 @@ PIECES: dict[str, tuple[Any, bool]] = {
     "bert": (lambda: (encoder(), [texts(), texts((3, 8), seed=1)]), True),
     "gpt2": (lambda: (tiny("gpt2"), [texts(), texts((3, 8), seed=1)]), True),
     "llama": (lambda: (tiny("llama"), [texts(), texts((3, 8), seed=1)]), True),
+    "windowed": (windowed, True),
     "resnet": (lambda: (resnet20(), [images(2, size=12), images(1, seed=1, size=12)]), True),
     **{
         how: (partial(_skips, how), how == "none")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpoc.compression.calibrate.block_chain import next_input
+from mpoc.compression.calibrate.chain_tracer import next_input
 from mpoc.compression.calibrate.dense_pass import Probes, cutting_chain, dense_pass
 from mpoc.compression.calibrate.layer_inputs import ConvInputs, EmbeddingInputs, Positions
 from mpoc.compression.calibrate.moments import Moments
@@ -31,6 +31,7 @@ from tests.compression.calibrate.networks import (
     second,
     texts,
     weights,
+    windowed,
 )
 from tests.support.architectures import tiny
 from tests.support.marks import slow_except
@@ -98,7 +99,7 @@ def assert_same(found: dict[str, Moments], wanted: dict[str, Moments]) -> None:
                 assert other == value, (name, field)
 
 
-@pytest.mark.parametrize("make", slow_except([bert, gpt2, resnet, densely], densely))
+@pytest.mark.parametrize("make", slow_except([bert, gpt2, windowed, resnet, densely], densely))
 def test_cached_block_inputs_give_the_same_moments(make: Any) -> None:
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))
@@ -250,16 +251,16 @@ def test_runs_only_the_needed_blocks() -> None:
         def count(_: Any, args: Any, k: int = k) -> None:
             runs[k] += 1
 
-        network.get_submodule(f"encoder.layer.{k}").register_forward_pre_hook(count)
+        network.get_submodule(f"encoder.layer.{k}.attention").register_forward_pre_hook(count)
     passes = PairedPass((network, damaged(encoder())), Call.of(network), batches, found)
     passes.moments(["encoder.layer.1.intermediate.dense.weight"])
-    assert runs == [2, 4, 0]  # up to the block for its input, then the block
+    assert runs == [2, 2, 0]  # up to the block for its input, then the block
     passes.moments(["encoder.layer.1.output.dense.weight"])
-    assert runs == [2, 6, 0]
+    assert runs == [2, 4, 0]
     passes.moments(["encoder.layer.2.output.dense.weight"])
-    assert runs == [2, 8, 2]
+    assert runs == [2, 6, 2]
     passes.moments(["encoder.layer.0.output.dense.weight"])  # back
-    assert runs == [6, 8, 2]
+    assert runs == [4, 6, 2]
 
 
 def test_what_follows_the_chain_runs_alone() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpoc.compression.calibrate.block_chain import ChainTracer
+from mpoc.compression.calibrate.chain_tracer import ChainTracer, arguments_along
 from mpoc.compression.calibrate.layer_inputs import Positions
 from mpoc.compression.calibrate.trace import Trace, trace, trace_batches
 from mpoc.compression.run_context import Kind, LayerWork, Workload
@@ -24,6 +24,7 @@ from tests.compression.calibrate.networks import (
     rows_for,
     texts,
     weights,
+    windowed,
 )
 from tests.support.architectures import tiny
 
@@ -185,6 +186,19 @@ def test_splits_stages() -> None:
     assert [block.is_kept_whole for block in chain] == [True, False, True, True]
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_blocks_may_be_given_masks_of_their_own(index: int) -> None:
+    """Masks follow from the tokens alone, so windows of attention need not split a decoder."""
+    network: Any
+    network, batches = windowed()
+    (chain,) = traced(network, batches[index]).chains
+    assert [block.module for block in chain] == [f"model.layers.{k}" for k in range(3)]
+    state = arguments_along(network, chain, lambda: Call.of(network)(network, batches[index]))
+    masks = [named["attention_mask"] for _, named in state[1]]
+    assert torch.equal(state[0], network.model.embed_tokens(batches[index]["input_ids"]))
+    assert masks == [None] * 3 if index == 0 else masks[1] is masks[2] and not torch.equal(*masks[:2])
+
+
 class _Blocks(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -220,7 +234,7 @@ class _Block(nn.Module):
         ("in place", [2, 1]),
         ("own", [1, 1, 1]),
         ("state", [1, 1, 1]),
-        ("number", [1, 1, 1]),
+        ("number", [3]),
         ("again", [2]),
     ],
 )
