@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -207,7 +208,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
 
 
 class Scratch:
-    """Lists of tensors by key, in memory or in files.
+    """Lists of tensors by key, in memory or in files; of one key only one thread knows at a time.
 
     Args:
         folder: for files; None: all are held in memory.
@@ -222,6 +223,7 @@ class Scratch:
         self._folder, self._limit = folder, _HELD_BYTES if limit is None else limit
         self.is_required = required and folder is not None  # the user wants memory spared
         self._left = 0 if required or folder is None else _free(folder) // 2
+        self._lock = threading.RLock()  # threads may put and drop at the same time
         self._held: dict[Hashable, list[Tensor]] = {}
         self._files: dict[Hashable, tuple[Path, list[torch.device], int]] = {}  # with their bytes
         self.nbytes = 0  # in memory
@@ -250,13 +252,14 @@ class Scratch:
         nbytes = sum(map(_nbytes, tensors))
         held = nbytes <= _LARGE and self.nbytes + nbytes <= self._limit
         path = None if held else self._written(tensors, nbytes)
-        if path is None:
-            self._held[key] = list(tensors)
-            self.nbytes += nbytes
-        else:
-            self._files[key] = path, [tensor.device for tensor in tensors], nbytes
-            self._filed += nbytes
-        self.most = max(self.most, self.nbytes + self._filed)
+        with self._lock:
+            if path is None:
+                self._held[key] = list(tensors)
+                self.nbytes += nbytes
+            else:
+                self._files[key] = path, [tensor.device for tensor in tensors], nbytes
+                self._filed += nbytes
+            self.most = max(self.most, self.nbytes + self._filed)
 
     def mapped(self, tensor: Tensor) -> Tensor:
         """The tensor, mapped into memory from a file that goes with it where there is a folder and no GPU.
@@ -310,11 +313,12 @@ class Scratch:
 
     def drop(self, key: Hashable) -> None:
         """Forget the tensors of a key, if there are any."""
-        self.nbytes -= sum(map(_nbytes, self._held.pop(key, [])))
-        if key in self._files:
-            path, _, nbytes = self._files.pop(key)
-            path.unlink()
-            self._filed -= nbytes
+        with self._lock:
+            self.nbytes -= sum(map(_nbytes, self._held.pop(key, [])))
+            if key in self._files:
+                path, _, nbytes = self._files.pop(key)
+                path.unlink()
+                self._filed -= nbytes
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._held or key in self._files

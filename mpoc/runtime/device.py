@@ -86,6 +86,25 @@ def _set_mmap_threshold(megabytes: int) -> None:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, megabytes << 20)
 
 
+@contextmanager
+def on_one_thread(wanted: bool) -> Iterator[None]:
+    """Meanwhile torch computes on one thread of the processor, if so wanted.
+
+    Threads that share a product of small matrices wait for one another for longer than it takes.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    wanted = wanted and threads > 1
+    if wanted:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if wanted:
+            torch.set_num_threads(threads)
+
+
 def free_disk() -> dict[str, int]:
     """Bytes free in the temporary folder and in the current one, by their paths.
 

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -125,7 +126,11 @@ class ProcessGroup:
         return self.broadcast(result)
 
     def map(
-        self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None = None
+        self,
+        items: Sequence[_Item],
+        work: Callable[[_Item], _Value],
+        costs: Sequence[float] | None = None,
+        at_once: int = 1,
     ) -> list[_Value]:
         """Share ``work`` on each item out among the processes; all get all results, in order.
 
@@ -133,8 +138,9 @@ class ProcessGroup:
             items: the same in all processes.
             work: runs in one process for each item; its result is picklable, with tensors on the CPU.
             costs: relative cost of each item; None: all equal.
+            at_once: items that a process works on at the same time, each on its share of the processor.
         """
-        own, owners = self._run_share(items, work, costs)
+        own, owners = self._run_share(items, work, costs, at_once)
         return [self.broadcast(own.pop(k, None), src=owner) for k, owner in enumerate(owners)]
 
     def parallel(self, longer: Callable[[], _Value], shorter: Callable[[], _Other]) -> tuple[_Value, _Other]:
@@ -144,21 +150,30 @@ class ProcessGroup:
         return first, second
 
     def map_to_main(
-        self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None = None
+        self,
+        items: Sequence[_Item],
+        work: Callable[[_Item], _Value],
+        costs: Sequence[float] | None = None,
+        at_once: int = 1,
     ) -> Iterator[_Value | None]:
         """Like :meth:`map`, but the main process gets the results, one at a time, and others get None."""
-        own, owners = self._run_share(items, work, costs)
+        own, owners = self._run_share(items, work, costs, at_once)
         for k, owner in enumerate(owners):
             yield self._send_to_main(own.pop(k, None), src=owner)
 
     def _run_share(
-        self, items: Sequence[_Item], work: Callable[[_Item], _Value], costs: Sequence[float] | None
+        self,
+        items: Sequence[_Item],
+        work: Callable[[_Item], _Value],
+        costs: Sequence[float] | None,
+        at_once: int,
     ) -> tuple[dict[int, _Value], list[int]]:
         """The results of this process by index, and the rank that has each result."""
         owners = self.assigned_ranks([1.0] * len(items) if costs is None else costs)
+        mine = [k for k, owner in enumerate(owners) if owner == self.rank]
         with self.all_or_raise():
-            own = {k: work(items[k]) for k, owner in enumerate(owners) if owner == self.rank}
-        return own, owners
+            results = in_threads([items[k] for k in mine], work, at_once)
+        return dict(zip(mine, results, strict=True)), owners
 
     def raise_any(self, error: Exception | None) -> None:
         """Wait for all processes and raise if one of them has an error.
@@ -215,6 +230,28 @@ class ProcessGroup:
 
 
 SINGLE_PROCESS = ProcessGroup()
+
+
+def in_threads(items: Sequence[_Item], work: Callable[[_Item], _Value], at_once: int) -> list[_Value]:
+    """``work`` on each item, in order; the first error ends it once the items at hand are done.
+
+    Args:
+        items: any.
+        work: on one of them.
+        at_once: items that are worked on at the same time, each on its share of the processor's threads.
+    """
+    if min(at_once, len(items)) < 2:
+        return [work(item) for item in items]
+    import torch
+
+    before = torch.get_num_threads()
+    workers = min(at_once, len(items), before)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(before // workers,))
+    try:
+        return list(pool.map(work, items))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # also that of threads to come, which each thread's setting changes
 
 
 def _portable(error: Exception) -> Exception:

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import errno
+import threading
+import time
+from functools import partial
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,6 +45,37 @@ def test_map_runs_each_item_once_and_shares_results(size: int) -> None:
 def test_broadcasts_from_the_main_process(size: int) -> None:
     found = in_threads(size, lambda group: list(group.map_to_main("abcd", str.upper)))
     assert found == [list("ABCD"), *[[None] * 4] * (size - 1)]
+
+
+def test_a_process_works_on_several_items_at_once(request: pytest.FixtureRequest) -> None:
+    """Two items wait for each other, each on one thread of two; the caller's setting is what it was."""
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
+    meeting = threading.Barrier(2, timeout=30)
+
+    def work(number: int) -> tuple[int, int]:
+        meeting.wait()
+        return number, torch.get_num_threads()
+
+    assert ProcessGroup().map(range(4), work, at_once=2) == [(k, 1) for k in range(4)]
+    assert list(ProcessGroup().map_to_main(range(2), work, at_once=2)) == [(0, 1), (1, 1)]
+    assert torch.get_num_threads() == 2
+
+
+def test_an_error_ends_items_that_wait(request: pytest.FixtureRequest) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
+    done: list[int] = []
+
+    def work(number: int) -> None:
+        done.append(number)
+        if number == 0:
+            raise UsageError("no")
+        time.sleep(0.05)
+
+    with pytest.raises(UsageError, match="no"):
+        ProcessGroup().map(range(100), work, at_once=2)
+    assert len(done) < 10
 
 
 def test_error_in_one_process_raises_in_all() -> None:

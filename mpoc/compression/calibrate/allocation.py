@@ -308,14 +308,14 @@ class BudgetAllocator:
         group = self._statistics.context.group
         with group.all_or_raise():
             distance = self.distance
-        candidates = partial(self._candidates_of, count=len(group.own_indices(costs_of(takes_part))))
+        own = [takes_part[k].map.name for k in group.own_indices(costs_of(takes_part))]
+        candidates = partial(self._candidates_of, own=own)
         table = CandidateTable(takes_part, candidates, self._before(self._statistics.workload.fits))
         if self._recipe.size is not None:
             return self._within_size(plans, table, int(self._recipe.size), predict_size)
         assert self._recipe.ratio is not None
-        total = sum(plan.structure.num_original for plan in plans)
         others = sum(plan.record().num_stored for plan in plans if plan.map.name not in table.every)
-        budget = int(self._recipe.ratio * total) - others
+        budget = int(self._recipe.ratio * sum(plan.structure.num_original for plan in plans)) - others
         return allocate_by_gain(plans, table, parameters, budget, distance)
 
     def _within_size(
@@ -344,14 +344,14 @@ class BudgetAllocator:
     def _before(self, later: Callable[[float], Later]) -> RunContext:
         return replace(self._statistics.context, later=later(self._statistics.pass_seconds))
 
-    def _candidates_of(self, plan: LayerPlan, count: int) -> Candidates:
-        """The candidates of a layer, the same for every budget; this process has ``count`` such layers."""
+    def _candidates_of(self, plan: LayerPlan, own: Sequence[str]) -> Candidates:
+        """The candidates of a layer, the same for every budget; ``own``: the layers of this process."""
         name, forms, tries_all = plan.map.name, self._forms(plan), self._recipe.effort == "thorough"
         kept: dict[Any, Candidates] = self._statistics.kept.setdefault("candidates", {})
         key = name, forms, plan.structure if self._has_own_factors(plan) else None
         if key not in kept:
-            context, number = self._before(self._statistics.workload.after_pricing), len(kept) + 1
-            context.log("what each form would cost: layer", number, -(-count // context.group.size))
+            context = self._before(self._statistics.workload.after_pricing)
+            context.log("what each form would cost: layer", own.index(name) + 1, len(own))
             weight = read_finite(self._checkpoint, name).to(context.device)
             kept[key] = Candidates(
                 one_matrix(weight, plan.structure.kind, plan.structure.transposed),

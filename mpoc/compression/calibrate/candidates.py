@@ -6,7 +6,8 @@ than they are.  Relative to what ``svd`` leaves at the same size, the error of a
 the size: it is measured at one size, of an embedding at two.  That of a sum varies so little between layers
 that it need not be measured.
 
-Several processes share the layers; each holds the candidates of its own.
+Several processes share the layers; each holds the candidates of its own.  Of small layers several are
+measured at a time, since one alone cannot use a processor's threads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from mpoc.compression.budget import largest_bond
@@ -34,6 +36,7 @@ from mpoc.tensor_networks.structure import Structure
 
 _STRETCHES = 3
 _SIZES = 32  # of the candidates in one form
+_AT_ONCE = 1 << 23  # numbers of the moments of layers that are fitted at the same time
 _MPO_SHARE = 0.4  # of a sum's parameters
 # The squared error of a sum over that of svd, at two shares of the weight's parameters: see the guide.
 _SHARES_OF_SUMS: Mapping[float, float] = {0.1: 0.93, 0.5: 0.8}
@@ -264,6 +267,7 @@ class CandidateTable:
         context: RunContext,
     ) -> None:
         self._context, self._group, self._plans = context, context.group, plans
+        self._at_once = layers_at_once(plans, context.device)
         self._names = [plan.map.name for plan in plans]
         self._costs = costs_of(plans)
         self._own: dict[str, Candidates] = {}
@@ -276,7 +280,9 @@ class CandidateTable:
             self._own[plan.map.name] = candidates_of(plan)
             return self._own[plan.map.name].every
 
-        self.every = dict(zip(self._names, self._group.map(plans, measure, self._costs), strict=True))
+        self.every = dict(
+            zip(self._names, self._group.map(plans, measure, self._costs, self._at_once), strict=True)
+        )
 
     def scales(self, distance: OutputDistance) -> dict[str, dict[str, float]]:
         """By weight and form: the movement of the outputs per error, measured at one candidate of the form.
@@ -307,7 +313,7 @@ class CandidateTable:
             self._context.log(stage, next(numbers), count)
             return self._own[name].replaced(planned[name]) if name in planned else None
 
-        replaced = list(self._group.map_to_main(self._names, replace, self._costs))
+        replaced = list(self._group.map_to_main(self._names, replace, self._costs, self._at_once))
         layers = {name: one for name, one in zip(self._names, replaced, strict=True) if one is not None}
         return self._group.on_main(lambda: distance.of(layers))
 
@@ -325,6 +331,12 @@ class CandidateTable:
             replaced = candidates.replaced(reference.applied_to(plan))
             self._moved[key] = distance.of({plan.map.name: replaced})
         return min(_LARGEST_DISTANCE, self._moved[key]) / reference.error
+
+
+def layers_at_once(plans: Sequence[LayerPlan], device: torch.device) -> int:
+    """How many layers to fit at the same time: the more the smaller the moments of their inputs are."""
+    widest = max((plan.structure.lead * plan.structure.inputs for plan in plans), default=1)
+    return _AT_ONCE // widest**2 if device.type == "cpu" else 1
 
 
 def costs_of(plans: Sequence[LayerPlan]) -> list[float]:

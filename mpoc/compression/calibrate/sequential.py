@@ -35,6 +35,7 @@ from mpoc.compression.calibrate.calibrated_rounding import (
     low_rank_if_better,
     round_calibrated,
 )
+from mpoc.compression.calibrate.candidates import layers_at_once
 from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.compression.calibrate.output_distance import RecalibratedNorms, keeps_statistics, recalibrated_norms
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
@@ -48,6 +49,7 @@ from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.open_checkpoint import naming, read_finite
 from mpoc.models.introspection import set_tensors, state_of
 from mpoc.quantize.codes import QuantizedTensor
+from mpoc.runtime.distributed import in_threads
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.forms.form import Form, form_of
 
@@ -265,7 +267,11 @@ class SequentialFit:
             return [Fitted(todo[name].record()) for name in group]
         matrices = {name: partial(self._matrix, todo[name]) for name in group if not todo[name].is_unchanged}
         objectives = self._statistics.objectives(self._follows, group, matrices)
-        return [self._fit_one(todo[name], objectives[name], position is not None) for name in group]
+        plans, apart = [todo[name] for name in group], position is not None
+        # Processes share the trials of a fit, and rounding may ask for the outputs of the changed network.
+        alone = self._group.size > 1 or any(plan.rounding for plan in plans)
+        count = 1 if alone else layers_at_once(plans, self._device)
+        return in_threads(plans, lambda plan: self._fit_one(plan, objectives[plan.map.name], apart), count)
 
     def _matrix(self, plan: LayerPlan) -> Tensor:
         """A weight of the checkpoint as the matrix (N_y, N_x) that multiplies rows; float64."""
