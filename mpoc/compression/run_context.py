@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,6 +17,7 @@ from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 # Record, seconds, layers finished, layers in all, share of the work finished.
 LayerCallback = Callable[[LayerRecord, float, int, int, float], None]
 
+_LOG = threading.Lock()
 # Stages of a calibrated compression, as measured on networks of 0.3 to 110 million weights.
 _READ = 2.2  # passes of the dense network over the data, as long as reading it with gradients
 _PASSES = 1.6  # as long as the fits' passes, in which both networks run
@@ -64,9 +66,10 @@ class RunContext:
     fits_once: bool = True  # False: fits do not follow, or follow several times, and nothing is said of them
 
     def log(self, stage: str, number: int, count: int) -> None:
-        """Report step ``number`` (from 1) of ``count`` of a stage."""
+        """Report step ``number`` (from 1) of ``count`` of a stage, from any thread, of one at a time."""
         if self.progress.stage is not None:
-            self.progress.stage(stage, number, count, self.later if self.fits_once else Later())
+            with _LOG:
+                self.progress.stage(stage, number, count, self.later if self.fits_once else Later())
 
 
 class Kind(Enum):

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +28,8 @@ _FEWEST = 2  # batches of a shard, where there are so many: sums of shards are a
 _MOST = 8  # shards of a pass: more processes than that cannot share it
 # A process may wait while another fits its longest layer; torchrun ends all when one dies.
 _PATIENCE = timedelta(days=7)
+_AT_ONCE = 8  # items, whatever a processor has: each has memory of its own
+_LOOKS_FOR_SIGNALS, _WAITS_FOR_THREADS = 0.2, 1.0  # seconds, between two looks and after a signal
 
 
 def num_processes() -> int:
@@ -45,21 +47,22 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-_gloo_used = threading.Event()
+_ends_at_once = threading.Event()
 
 
 def note_gloo_used() -> None:
     """Note that this process communicates through gloo, for :func:`exit_process`."""
-    _gloo_used.set()
+    _ends_at_once.set()
 
 
 def exit_process(status: int) -> NoReturn:
     """End this process.
 
     A process that has used gloo exits without finalising the interpreter: now and then a gloo thread outlives
-    its group and ends a process whose work is done with SIGABRT (pytorch issue 190489).
+    its group and ends a process whose work is done with SIGABRT (pytorch issue 190489).  So does one whose
+    threads are still at work, for which the interpreter would wait.
     """
-    if _gloo_used.is_set():
+    if _ends_at_once.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -130,7 +133,7 @@ class ProcessGroup:
         items: Sequence[_Item],
         work: Callable[[_Item], _Value],
         costs: Sequence[float] | None = None,
-        at_once: int = 1,
+        is_small: Callable[[_Item], bool] | None = None,
     ) -> list[_Value]:
         """Share ``work`` on each item out among the processes; all get all results, in order.
 
@@ -138,9 +141,9 @@ class ProcessGroup:
             items: the same in all processes.
             work: runs in one process for each item; its result is picklable, with tensors on the CPU.
             costs: relative cost of each item; None: all equal.
-            at_once: items that a process works on at the same time, each on its share of the processor.
+            is_small: of which items a process works on several at a time, each on one thread; None: of none.
         """
-        own, owners = self._run_share(items, work, costs, at_once)
+        own, owners = self._run_share(items, work, costs, is_small)
         return [self.broadcast(own.pop(k, None), src=owner) for k, owner in enumerate(owners)]
 
     def parallel(self, longer: Callable[[], _Value], shorter: Callable[[], _Other]) -> tuple[_Value, _Other]:
@@ -154,10 +157,10 @@ class ProcessGroup:
         items: Sequence[_Item],
         work: Callable[[_Item], _Value],
         costs: Sequence[float] | None = None,
-        at_once: int = 1,
+        is_small: Callable[[_Item], bool] | None = None,
     ) -> Iterator[_Value | None]:
         """Like :meth:`map`, but the main process gets the results, one at a time, and others get None."""
-        own, owners = self._run_share(items, work, costs, at_once)
+        own, owners = self._run_share(items, work, costs, is_small)
         for k, owner in enumerate(owners):
             yield self._send_to_main(own.pop(k, None), src=owner)
 
@@ -166,14 +169,16 @@ class ProcessGroup:
         items: Sequence[_Item],
         work: Callable[[_Item], _Value],
         costs: Sequence[float] | None,
-        at_once: int,
+        is_small: Callable[[_Item], bool] | None,
     ) -> tuple[dict[int, _Value], list[int]]:
         """The results of this process by index, and the rank that has each result."""
         owners = self.assigned_ranks([1.0] * len(items) if costs is None else costs)
         mine = [k for k, owner in enumerate(owners) if owner == self.rank]
         with self.all_or_raise():
-            results = in_threads([items[k] for k in mine], work, at_once)
-        return dict(zip(mine, results, strict=True)), owners
+            small = [k for k in mine if is_small is not None and is_small(items[k])]
+            own = dict(zip(small, map_in_threads([items[k] for k in small], work), strict=True))
+            own |= {k: work(items[k]) for k in mine if k not in own}
+        return own, owners
 
     def raise_any(self, error: Exception | None) -> None:
         """Wait for all processes and raise if one of them has an error.
@@ -232,26 +237,44 @@ class ProcessGroup:
 SINGLE_PROCESS = ProcessGroup()
 
 
-def in_threads(items: Sequence[_Item], work: Callable[[_Item], _Value], at_once: int) -> list[_Value]:
-    """``work`` on each item, in order; the first error ends it once the items at hand are done.
+def map_in_threads(items: Sequence[_Item], work: Callable[[_Item], _Value]) -> list[_Value]:
+    """``work`` on each item, in order, several at a time, each on one thread of the processor.
+
+    The first error ends it once the items at hand are done.  A signal ends it at once; items at hand then end
+    with the process, if not before.
 
     Args:
-        items: any.
-        work: on one of them.
-        at_once: items that are worked on at the same time, each on its share of the processor's threads.
+        items: that take a few seconds each.
+        work: gives the same whether it has one thread of the processor or several.
     """
-    if min(at_once, len(items)) < 2:
-        return [work(item) for item in items]
     import torch
 
     before = torch.get_num_threads()
-    workers = min(at_once, len(items), before)
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(before // workers,))
+    workers = min(_AT_ONCE, len(items), before)
+    if workers < 2:
+        return [work(item) for item in items]
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    begun: list[Future[_Value]] = []
     try:
-        return list(pool.map(work, items))
-    finally:
+        for item in items:
+            begun.append(pool.submit(work, item))
+        left: Collection[Future[_Value]] = begun
+        while left:  # again and again, since a signal that reaches another thread does not end the wait
+            done, left = wait(left, _LOOKS_FOR_SIGNALS, return_when=FIRST_EXCEPTION)
+            left = () if any(one.exception() for one in done) else left
+        results = [one.result() for one in begun if one.done()]
+    except (KeyboardInterrupt, SystemExit):
+        pool.shutdown(wait=False, cancel_futures=True)
+        wait(begun, timeout=_WAITS_FOR_THREADS)
+        _ends_at_once.set()
+        raise
+    except Exception:
         pool.shutdown(cancel_futures=True)
+        raise
+    finally:
         torch.set_num_threads(before)  # also that of threads to come, which each thread's setting changes
+    pool.shutdown()
+    return results
 
 
 def _portable(error: Exception) -> Exception:

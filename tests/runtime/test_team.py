@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpoc.errors import MpocError, UsageError
-from mpoc.runtime.distributed import ProcessGroup, is_main, process_group
+from mpoc.runtime.distributed import ProcessGroup, is_main, map_in_threads, process_group
 from tests.support.process_groups import in_threads
 
 
@@ -47,24 +51,30 @@ def test_broadcasts_from_the_main_process(size: int) -> None:
     assert found == [list("ABCD"), *[[None] * 4] * (size - 1)]
 
 
-def test_a_process_works_on_several_items_at_once(request: pytest.FixtureRequest) -> None:
-    """Two items wait for each other, each on one thread of two; the caller's setting is what it was."""
+@pytest.fixture
+def two_threads(request: pytest.FixtureRequest) -> None:
     request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
     torch.set_num_threads(2)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_process_works_on_several_small_items_at_once() -> None:
+    """Two of them wait for each other, each on one thread; the others have all threads, one by one."""
     meeting = threading.Barrier(2, timeout=30)
 
     def work(number: int) -> tuple[int, int]:
-        meeting.wait()
+        if number < 2:
+            meeting.wait()
         return number, torch.get_num_threads()
 
-    assert ProcessGroup().map(range(4), work, at_once=2) == [(k, 1) for k in range(4)]
-    assert list(ProcessGroup().map_to_main(range(2), work, at_once=2)) == [(0, 1), (1, 1)]
+    wanted = [(2, 2), (0, 1), (3, 2), (1, 1)]
+    assert ProcessGroup().map([2, 0, 3, 1], work, is_small=lambda k: k < 2) == wanted
+    assert list(ProcessGroup().map_to_main([2, 0, 3, 1], work, is_small=lambda k: k < 2)) == wanted
     assert torch.get_num_threads() == 2
 
 
-def test_an_error_ends_items_that_wait(request: pytest.FixtureRequest) -> None:
-    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
-    torch.set_num_threads(2)
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_ends_items_that_wait() -> None:
     done: list[int] = []
 
     def work(number: int) -> None:
@@ -74,8 +84,29 @@ def test_an_error_ends_items_that_wait(request: pytest.FixtureRequest) -> None:
         time.sleep(0.05)
 
     with pytest.raises(UsageError, match="no"):
-        ProcessGroup().map(range(100), work, at_once=2)
+        map_in_threads(range(100), work)
     assert len(done) < 10
+
+
+def test_a_signal_ends_a_process_while_its_threads_work(tmp_path: Path) -> None:
+    code = f"""
+        import os, signal, time, torch
+        from mpoc.runtime.distributed import exit_process, map_in_threads
+        torch.set_num_threads(2)
+        def work(number):
+            if number == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+            open({str(tmp_path / "late")!r}, "w")
+        try:
+            map_in_threads(range(4), work)
+        except KeyboardInterrupt:
+            exit_process(130)
+    """
+    begin = time.monotonic()
+    found = subprocess.run([sys.executable, "-c", dedent(code)], timeout=60, check=False)
+    assert found.returncode == 130 and time.monotonic() - begin < 30
+    assert not (tmp_path / "late").exists()
 
 
 def test_error_in_one_process_raises_in_all() -> None:

@@ -15,11 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mpoc.compression.calibrate.chain_tracer import (
     Arguments,
     Chain,
     next_input,
+    refuse_missing,
     replaced_forwards,
     tensors_in,
 )
@@ -73,14 +76,19 @@ class ChainInputs:
     """
 
     def __init__(self, network: nn.Module, chain: Chain, scratch: Scratch) -> None:
-        self.modules = [network.get_submodule(block.module) for block in chain]
+        self._paths = [block.module for block in chain]
+        self.modules = [network.get_submodule(path) for path in self._paths]
         self._scratch = scratch
         self._others: dict[tuple[int, int], Arguments] = {}  # block, batch → its further arguments
         self._rests: dict[int, Any] = {}  # block → what it gives beside a tensor; None: a tensor alone
 
     @contextmanager
     def recorded(self, index: int) -> Iterator[None]:
-        """Meanwhile a pass over batch ``index`` keeps each block's input, and what the last one gives."""
+        """Meanwhile a pass over batch ``index`` keeps each block's input, and what the last one gives.
+
+        Raises:
+            MpocError: it does not reach all blocks.
+        """
 
         def keep(_: nn.Module, args: Any, named: Any, k: int) -> None:
             self._scratch.put(self._key(k, index), [args[0].clone()])  # it may be changed
@@ -97,6 +105,7 @@ class ChainInputs:
                 handles.callback(before.remove)
                 handles.callback(block.register_forward_hook(partial(leave, k=k)).remove)
             yield
+        refuse_missing(path for k, path in enumerate(self._paths) if (k, index) not in self._others)
 
     def given(self, k: int, index: int) -> Tensor:
         """The input of block k in batch ``index``; what the last block gave where there is no block k."""
@@ -109,6 +118,7 @@ class ChainInputs:
     def drop(self, k: int, index: int) -> None:
         """Forget the input of block k."""
         self._scratch.drop(self._key(k, index))
+        self._others.pop((k, index), None)
 
     @contextmanager
     def skipped(self, k: int, given: Tensor) -> Iterator[None]:
@@ -215,6 +225,8 @@ class CutCheck:
         self._whole = all(block.is_kept_whole for block in chain)
         self._starts: list[Tensor] = []  # of pieces: in front of the chain, each block
         self._others = False  # a block is given a further tensor with a history, or gives one
+        self._seen: dict[int, StorageWeakRef] = {}
+        self.saved_bytes = 0  # of what a backward pass through the whole network needs
 
     def holds(self, run: Callable[[], Tensor]) -> bool:
         """Whether it cuts it.
@@ -227,7 +239,7 @@ class CutCheck:
             handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
             handles.append(block.register_forward_hook(self._leave))
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), saved_tensors_hooks(self._count, lambda tensor: tensor):
                 values = run()
         finally:
             for handle in handles:
@@ -236,6 +248,13 @@ class CutCheck:
             return False
         used = torch.autograd.grad(values.sum(), self._starts, allow_unused=True)
         return all(gradient is None for gradient in used[:-1])
+
+    def _count(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if not tensor.is_leaf and storage._cdata not in self._seen:
+            self._seen[storage._cdata] = StorageWeakRef(storage)
+            self.saved_bytes += storage.nbytes()
+        return tensor.detach()  # an output that an operation saves would hold itself
 
     def _mark(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():

@@ -27,6 +27,7 @@ from mpoc.compression.calibrate.output_distance import OutputDistance, Replaceme
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.run_context import RunContext
 from mpoc.io.keyed_store import Scratch
+from mpoc.runtime.device import on_one_thread
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
 from mpoc.tensor_networks.fit.whitening import weighted_svd
 from mpoc.tensor_networks.forms.form import Form
@@ -36,7 +37,7 @@ from mpoc.tensor_networks.structure import Structure
 
 _STRETCHES = 3
 _SIZES = 32  # of the candidates in one form
-_AT_ONCE = 1 << 23  # numbers of the moments of layers that are fitted at the same time
+_FEW_INPUTS = 1024  # of a layer that one thread fits
 _MPO_SHARE = 0.4  # of a sum's parameters
 # The squared error of a sum over that of svd, at two shares of the weight's parameters: see the guide.
 _SHARES_OF_SUMS: Mapping[float, float] = {0.1: 0.93, 0.5: 0.8}
@@ -267,7 +268,7 @@ class CandidateTable:
         context: RunContext,
     ) -> None:
         self._context, self._group, self._plans = context, context.group, plans
-        self._at_once = layers_at_once(plans, context.device)
+        self._small = {plan.map.name for plan in plans if is_small(plan, context.device)}
         self._names = [plan.map.name for plan in plans]
         self._costs = costs_of(plans)
         self._own: dict[str, Candidates] = {}
@@ -277,12 +278,12 @@ class CandidateTable:
         self._measured: set[str] = set()
 
         def measure(plan: LayerPlan) -> list[Candidate]:
-            self._own[plan.map.name] = candidates_of(plan)
+            with on_one_thread(plan.map.name in self._small):
+                self._own[plan.map.name] = candidates_of(plan)
             return self._own[plan.map.name].every
 
-        self.every = dict(
-            zip(self._names, self._group.map(plans, measure, self._costs, self._at_once), strict=True)
-        )
+        every = self._group.map(plans, measure, self._costs, lambda plan: plan.map.name in self._small)
+        self.every = dict(zip(self._names, every, strict=True))
 
     def scales(self, distance: OutputDistance) -> dict[str, dict[str, float]]:
         """By weight and form: the movement of the outputs per error, measured at one candidate of the form.
@@ -311,9 +312,10 @@ class CandidateTable:
 
         def replace(name: str) -> Replacement | None:
             self._context.log(stage, next(numbers), count)
-            return self._own[name].replaced(planned[name]) if name in planned else None
+            with on_one_thread(name in self._small):
+                return self._own[name].replaced(planned[name]) if name in planned else None
 
-        replaced = list(self._group.map_to_main(self._names, replace, self._costs, self._at_once))
+        replaced = list(self._group.map_to_main(self._names, replace, self._costs, self._small.__contains__))
         layers = {name: one for name, one in zip(self._names, replaced, strict=True) if one is not None}
         return self._group.on_main(lambda: distance.of(layers))
 
@@ -333,10 +335,12 @@ class CandidateTable:
         return min(_LARGEST_DISTANCE, self._moved[key]) / reference.error
 
 
-def layers_at_once(plans: Sequence[LayerPlan], device: torch.device) -> int:
-    """How many layers to fit at the same time: the more the smaller the moments of their inputs are."""
-    widest = max((plan.structure.lead * plan.structure.inputs for plan in plans), default=1)
-    return _AT_ONCE // widest**2 if device.type == "cpu" else 1
+def is_small(plan: LayerPlan, device: torch.device) -> bool:
+    """Whether a layer is fitted on one thread of the processor, and others like it at the same time.
+
+    Threads that share a product of small matrices wait for one another for longer than it takes.
+    """
+    return device.type == "cpu" and plan.structure.lead * plan.structure.inputs <= _FEW_INPUTS
 
 
 def costs_of(plans: Sequence[LayerPlan]) -> list[float]:

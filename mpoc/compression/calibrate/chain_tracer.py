@@ -6,7 +6,8 @@ block, or do not depend on its blocks: they are the same where each block only g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Container, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.hooks import RemovableHandle
 
 from mpoc.compression.calibrate.layer_inputs import hooked
+from mpoc.errors import MpocError
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call after the first, positional and named
@@ -46,7 +48,9 @@ class Identities:
         self._seen: dict[int, StorageWeakRef] = {}  # keeps the address, not the memory behind it
 
     def of(self, tensor: Tensor) -> Hashable:
-        """A key that is equal for two tensors of the same memory and version."""
+        """A key that is equal for two tensors of the same memory and version; of a sparse one for none."""
+        if tensor.layout != torch.strided:
+            return _Unlike()
         storage = tensor.untyped_storage()
         place = storage._cdata
         if place not in self._seen:
@@ -125,7 +129,7 @@ class ChainTracer:
             rest = output[1:] if isinstance(output, tuple) else None
             if first is not None and args and isinstance(args[0], Tensor):
                 call.is_kept_whole = self._key(args[0]) == call.taken
-                call.passes = _are_alike(args[0], first) and not any(True for _ in tensors_in(rest))
+                call.passes = _are_alike(args[0], first) and first.is_floating_point() and _is_plain(rest)
                 call.rest = rest if call.passes else None
 
         return [
@@ -136,16 +140,25 @@ class ChainTracer:
     def _key(self, value: Any) -> Hashable:
         return self.identities.of(value) if isinstance(value, Tensor) else _Unlike()
 
-    def find(self, network: nn.Module, run: Callable[[], object]) -> Found:
+    def find(
+        self, network: nn.Module, run: Callable[[], object], uses: Collection[tuple[Sequence[int], int]]
+    ) -> Found:
         """The chains, by further passes where blocks are given different arguments.
 
         Args:
             network: that was watched.
             run: the pass, once more.
+            uses: of layers, as :func:`lies_between` takes them: what is given a block must not follow from
+                layers behind the first one.
         """
-        found, (loose, _) = self.chains(), self.chains(any_arguments=True)
+        found, (loose, positions) = self.chains(), self.chains(any_arguments=True)
         strict = {block.module: chain for chain in found[0] for block in chain}
-        longer = [chain for chain in loose if len(chain) > len(strict[chain[0].module])]
+        longer = [
+            chain
+            for k, chain in enumerate(loose)
+            if len(chain) > len(strict[chain[0].module])
+            and not any(lies_between(*use, [n for n, (c, _) in positions.items() if c == k]) for use in uses)
+        ]
         independent = independent_blocks(network, longer, run)
         return self.chains(independent) if independent else found
 
@@ -202,13 +215,48 @@ class StopPassError(Exception):
 @contextmanager
 def replaced_forwards(modules: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
     """Meanwhile modules compute something else."""
+    own = [module.__dict__.get("forward") for module in modules]  # as accelerate's hooks set it
     try:
         for module, forward in zip(modules, forwards, strict=True):
             module.__dict__["forward"] = forward
         yield
     finally:
-        for module in modules:
+        for module, before in zip(modules, own, strict=True):
             module.__dict__.pop("forward", None)
+            if before is not None:
+                module.__dict__["forward"] = before
+
+
+@contextmanager
+def _giving_on(network: nn.Module, blocks: Sequence[ChainBlock], fill: float | None = None) -> Iterator[None]:
+    """Meanwhile blocks give on what they are given, or a tensor like it that is ``fill`` everywhere."""
+
+    def forward_of(block: ChainBlock) -> Callable[..., Any]:
+        def give_on(given: Tensor, /, *_: Any, **__: Any) -> Any:
+            given = given if fill is None else torch.full_like(given, fill)
+            return given if block.rest is None else (given, *block.rest)
+
+        return give_on
+
+    modules = [network.get_submodule(block.module) for block in blocks]
+    with replaced_forwards(modules, list(map(forward_of, blocks))):
+        yield
+
+
+@contextmanager
+def _seen(
+    network: nn.Module, blocks: Sequence[ChainBlock], see: Callable[[str, Tensor, Arguments], None]
+) -> Iterator[None]:
+    """Meanwhile ``see`` gets the module and the arguments of each call of a block."""
+
+    def before(_: nn.Module, args: Any, named: Any, path: str) -> None:
+        see(path, args[0], (args[1:], named))
+
+    with hooked() as handles:
+        for block in blocks:
+            module, hook = network.get_submodule(block.module), partial(before, path=block.module)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        yield
 
 
 def arguments_along(
@@ -216,32 +264,52 @@ def arguments_along(
 ) -> tuple[Tensor, list[Arguments]]:
     """The first argument of the first of some blocks of a chain, and the further ones of each.
 
-    Each block only gives on what it is given.  Where one could not, or none takes more than one argument, the
-    pass ends at the first, whose further arguments are then those of all.
+    Where all blocks could only give on what they are given they do so.  Where none takes more than one
+    argument the pass ends at the first.
 
     Args:
         network: that holds the blocks.
         blocks: neighbours.
         run: a pass of the network.
+
+    Raises:
+        MpocError: the pass does not reach one of them.
     """
-    found: list[tuple[Tensor, Arguments]] = []
-    all_differ = all(block.passes for block in blocks) and any(block.takes_more for block in blocks)
+    found: dict[str, tuple[Tensor, Arguments]] = {}
+    passes, is_alone = all(b.passes for b in blocks), not any(b.takes_more for b in blocks)
+    last = blocks[0 if is_alone else -1].module
 
-    def give_on(given: Tensor, *args: Any, block: ChainBlock, **named: Any) -> Any:
-        found.append((given, (args, named)))
-        if len(found) == len(blocks) or not all_differ:
+    def see(path: str, given: Tensor, others: Arguments) -> None:
+        found[path] = given if passes or is_alone or found else given.clone(), others
+        if path == last:
             raise StopPassError
-        return given if block.rest is None else (given, *block.rest)
 
-    modules = [network.get_submodule(block.module) for block in blocks]
-    with replaced_forwards(modules, [partial(give_on, block=b) for b in blocks]), suppress(StopPassError):
+    with (
+        _giving_on(network, blocks if passes else ()),
+        _seen(network, blocks, see),
+        suppress(StopPassError),
+    ):
         run()
-    others = [arguments for _, arguments in found]
-    return found[0][0], others + others[:1] * (len(blocks) - len(others))
+    refuse_missing(block.module for block in blocks[: 1 if is_alone else None] if block.module not in found)
+    first = found[blocks[0].module]
+    return first[0], [found.get(block.module, first)[1] for block in blocks]
+
+
+def refuse_missing(paths: Iterable[str]) -> None:
+    """Refuse blocks that a batch does not reach.
+
+    Raises:
+        MpocError: there are any.
+    """
+    for path in paths:
+        raise MpocError(f"{path}: the network runs this block on some of the calibration data and not on all")
 
 
 def independent_blocks(network: nn.Module, chains: Sequence[Chain], run: Callable[[], object]) -> set[str]:
     """The blocks of chains whose further arguments do not depend on the blocks before them.
+
+    These are the same where blocks give no numbers, and where they give zeros; nothing changes them later;
+    and they are no larger than what is handed from block to block.
 
     Args:
         network: that holds the blocks.
@@ -252,20 +320,45 @@ def independent_blocks(network: nn.Module, chains: Sequence[Chain], run: Callabl
     for chain in chains:
         if not all(block.passes for block in chain):
             continue
-        real: dict[str, Arguments] = {}
-
-        def see(_: nn.Module, args: Any, named: Any, path: str, real: dict[str, Arguments] = real) -> None:
-            real[path] = args[1:], named
-
-        with hooked() as handles:
-            for block in chain:
-                module, hook = network.get_submodule(block.module), partial(see, path=block.module)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            run()
-        _, others = arguments_along(network, chain, run)
-        if all(_are_equal(real[block.module], other) for block, other in zip(chain, others, strict=True)):
+        real, nbytes = _copied_arguments(network, chain, run)
+        if nbytes <= sum(block.nbytes for block in chain) and all(
+            _are_equal(real, _arguments_if(network, chain, run, fill)) for fill in (math.nan, 0.0)
+        ):
             found |= {block.module for block in chain}
     return found
+
+
+def _arguments_if(
+    network: nn.Module, chain: Chain, run: Callable[[], object], fill: float
+) -> dict[str, Arguments]:
+    """The further arguments where all blocks give ``fill``; none where the network cannot go on from that."""
+    try:
+        with _giving_on(network, chain, fill):
+            return _copied_arguments(network, chain, run)[0]
+    except (RuntimeError, ValueError, IndexError):
+        return {}
+
+
+def _copied_arguments(
+    network: nn.Module, chain: Chain, run: Callable[[], object]
+) -> tuple[dict[str, Arguments], float]:
+    """Copies of the further arguments of blocks in a pass; their bytes, infinite if one is changed later."""
+    copies: dict[str, Arguments] = {}
+    known: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by identity and version: itself, and its copy
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return known.setdefault((id(value), value._version), (value, value.clone()))[1]
+        if isinstance(value, dict):
+            return {key: copied(entry) for key, entry in value.items()}
+        return tuple(map(copied, value)) if isinstance(value, tuple | list) else value
+
+    with _seen(network, chain, lambda path, _, others: copies.update({path: copied(others)})):
+        run()
+    is_changed = any(tensor._version != version for (_, version), (tensor, _) in known.items())
+    return copies, math.inf if is_changed else sum(
+        copy.numel() * copy.element_size() for _, copy in known.values()
+    )
 
 
 def _are_alike(one: Tensor, other: Tensor) -> bool:
@@ -273,16 +366,20 @@ def _are_alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _are_equal(one: Any, other: Any) -> bool:
-    """Whether arguments are the same numbers; what is neither tensor nor plain equals nothing."""
+    """Whether arguments are the same numbers; what is neither dense tensor nor plain equals nothing."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
-        return _are_alike(one, other) and torch.equal(one, other)
+        return one.layout == torch.strided and _are_alike(one, other) and torch.equal(one, other)
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_are_equal(one[key], other[key]) for key in one)
-    if isinstance(one, tuple | list):
+    if isinstance(one, tuple):
         return len(one) == len(other) and all(map(_are_equal, one, other))
     return isinstance(one, _PLAIN) and bool(one == other)
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, _PLAIN)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -292,3 +389,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, tuple | list | dict):
         for entry in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(entry)
+
+
+def lies_between(within: Iterable[int], after: int, blocks: Collection[int]) -> bool:
+    """Whether a call, inside some calls and after so many began, lies between blocks but in none of them."""
+    return min(blocks) < after <= max(blocks) and set(blocks).isdisjoint(within)

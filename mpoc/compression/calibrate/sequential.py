@@ -35,7 +35,7 @@ from mpoc.compression.calibrate.calibrated_rounding import (
     low_rank_if_better,
     round_calibrated,
 )
-from mpoc.compression.calibrate.candidates import layers_at_once
+from mpoc.compression.calibrate.candidates import is_small
 from mpoc.compression.calibrate.objective import Objective, one_matrix
 from mpoc.compression.calibrate.output_distance import RecalibratedNorms, keeps_statistics, recalibrated_norms
 from mpoc.compression.calibrate.statistics import CalibrationStatistics
@@ -49,7 +49,8 @@ from mpoc.io.manifest import LayerRecord, bond_fields
 from mpoc.io.open_checkpoint import naming, read_finite
 from mpoc.models.introspection import set_tensors, state_of
 from mpoc.quantize.codes import QuantizedTensor
-from mpoc.runtime.distributed import in_threads
+from mpoc.runtime.device import on_one_thread
+from mpoc.runtime.distributed import map_in_threads
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.forms.form import Form, form_of
 
@@ -270,8 +271,13 @@ class SequentialFit:
         plans, apart = [todo[name] for name in group], position is not None
         # Processes share the trials of a fit, and rounding may ask for the outputs of the changed network.
         alone = self._group.size > 1 or any(plan.rounding for plan in plans)
-        count = 1 if alone else layers_at_once(plans, self._device)
-        return in_threads(plans, lambda plan: self._fit_one(plan, objectives[plan.map.name], apart), count)
+        small = all(is_small(plan, self._device) for plan in plans)
+
+        def fit(plan: LayerPlan) -> Fitted:
+            with on_one_thread(small):
+                return self._fit_one(plan, objectives[plan.map.name], apart)
+
+        return map_in_threads(plans, fit) if small and not alone else list(map(fit, plans))
 
     def _matrix(self, plan: LayerPlan) -> Tensor:
         """A weight of the checkpoint as the matrix (N_y, N_x) that multiplies rows; float64."""

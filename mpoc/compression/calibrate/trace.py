@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpoc.compression.calibrate.calibration_data import glimpse
-from mpoc.compression.calibrate.chain_tracer import Chain, ChainTracer, Found
+from mpoc.compression.calibrate.chain_tracer import Chain, ChainTracer, Found, lies_between
 from mpoc.compression.calibrate.layer_inputs import (
     ALL,
     ConvInputs,
@@ -148,7 +148,8 @@ def trace(network: nn.Module, call: Call, batch: Batch, names: Iterable[str]) ->
             if any(map(_is_norm, network.modules())):
                 stack.enter_context(_Uses(tracer))
             call(network, given)
-        found = tracer.blocks.find(network, lambda: call(network, given))
+        uses = [(use.within, use.after) for uses in tracer.given.values() for use in uses]
+        found = tracer.blocks.find(network, lambda: call(network, given), uses)
     reasons |= {name: UNREACHED for name in layers if name not in tracer.given}
     return tracer.result(reasons, batch, found)
 
@@ -308,9 +309,10 @@ class _Tracer:
             use = _Use(rows, length, key, list(self.blocks.open), len(self.blocks.calls))
             self.given.setdefault(name, []).append(use)
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._outputs[output] = len(self._givers)
-            self._givers.append(name)
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                self._outputs[output] = len(self._givers)
+                self._givers.append(name)
 
         return [
             module.register_forward_pre_hook(before, with_kwargs=True),
@@ -385,7 +387,7 @@ class _Tracer:
         pieces: dict[str, int] = {}
         for name, given in self.given.items():
             own = {_piece(use, numbers) for use in given}
-            if len(own) > 1:
+            if len(own) > 1 or any(lies_between(use.within, use.after, numbers) for use in given):
                 return None
             pieces[name] = own.pop()
         return Pieces(chains[longest], pieces)

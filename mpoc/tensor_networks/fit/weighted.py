@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mpoc.runtime.device import on_one_thread
 from mpoc.tensor_networks.fit.decompose import decompose
 from mpoc.tensor_networks.fit.lbfgs import LBFGS
 from mpoc.tensor_networks.fit.mera import short_descent
@@ -50,8 +49,6 @@ _LOOPED, _PLAIN_STEPS = 3, 100
 # Relative to f of a zero weight: what float64 leaves of zero.
 _EXACT = 1e-24
 _FLOAT64 = Target(torch.float64)
-# Numbers of a weight whose products one thread computes sooner than several.
-_SMALL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -114,13 +111,12 @@ class Problem:
             Cores in the balanced gauge; bonds that carry nothing are cut.  The history is that of float64
             cores.
         """
-        with on_one_thread(self._whole.target.numel() <= _SMALL):
-            if start is None:
-                best = self._best_start(truncation, target.seed)
-            else:
-                terms = self._given_start(start, truncation).terms
-                best = self._completed(terms[0], truncation.rank)
-            best, history = self._descend(best, truncation.rank, max_stretches, tolerance)
+        if start is None:
+            best = self._best_start(truncation, target.seed)
+        else:
+            terms = self._given_start(start, truncation).terms
+            best = self._completed(terms[0], truncation.rank)
+        best, history = self._descend(best, truncation.rank, max_stretches, tolerance)
         cores = self._cropped(best.balanced()[0])
         form = form_of([core.to(target.dtype) for core in cores], self.structure)
         return WeightedFit(form, tuple(history))

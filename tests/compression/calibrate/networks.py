@@ -56,6 +56,56 @@ def windowed() -> tuple[nn.Module, list[Batch]]:
     return tiny("qwen2", 3, **options), [texts((3, 3, 3)), texts((9, 6), seed=1)]
 
 
+class Guided(nn.Module):
+    """Three blocks; what each is given beside its input looks the same in batches of three, or follows from
+    layers between the blocks.
+    """
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(GuidedBlock(gives_logits=how == "beside logits") for _ in range(3))
+        self.between = nn.ModuleDict({name: nn.Linear(4, 4) for name in "12"})
+        self.head = nn.Linear(4, 4)
+        self.room, self.ones, self.how = torch.zeros(4), torch.ones(4), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k, block in enumerate(self.blocks):
+            x = block(x, self._guide(k, x))
+            x = x[0] if isinstance(x, tuple) else x
+        logits: Tensor = self.head(x)
+        return logits
+
+    def _guide(self, k: int, x: Tensor) -> Tensor:
+        if self.how == "refilled":
+            return self.room.fill_(k + 1)
+        if self.how == "hidden":
+            return (x.norm(dim=-1, keepdim=True) < 9).float()
+        if self.how == "beside logits":
+            return self.ones if len(x) == 3 else self.ones * (k + 1)
+        guide: Tensor = self.between[str(k)](self.ones) if k else self.ones
+        return guide
+
+
+class GuidedBlock(nn.Module):
+    def __init__(self, gives_logits: bool) -> None:
+        super().__init__()
+        self.linear, self.gives_logits = nn.Linear(4, 4), gives_logits
+
+    def forward(self, given: Tensor, block: Tensor) -> Any:
+        """With an argument of a name that other code might want."""
+        output = given + self.linear(given) * block
+        return (output, output.sum(-1)) if self.gives_logits else output
+
+
+def guided(how: str) -> tuple[nn.Module, list[Batch]]:
+    """The second batch is other than the first, on which a network is traced."""
+    torch.manual_seed(3)
+    return Guided(how).eval(), [{"x": torch.randn(3, 4)}, {"x": 9 * torch.randn(5, 4)}]
+
+
+GUIDES = ("refilled", "hidden", "beside logits", "layers")
+
+
 def images(count: int = 3, seed: int = 0, size: int = 32) -> Batch:
     return {"x": torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))}
 

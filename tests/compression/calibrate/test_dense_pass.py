@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mpoc.compression.calibrate import dense_pass as module
 from mpoc.compression.calibrate.cache import DensePass
 from mpoc.compression.calibrate.dense_pass import Probes, dense_pass
 from mpoc.compression.calibrate.layer_inputs import ALL, Positions
@@ -27,9 +28,11 @@ from mpoc.io.keyed_store import Scratch
 from mpoc.models.call import Batch, Call
 from mpoc.runtime.device import derived_seed
 from tests.compression.calibrate.networks import (
+    GUIDES,
     Stopped,
     damaged,
     encoder,
+    guided,
     images,
     resnet20,
     second,
@@ -291,6 +294,7 @@ PIECES: dict[str, tuple[Any, bool]] = {
     "gpt2": (lambda: (tiny("gpt2"), [texts(), texts((3, 8), seed=1)]), True),
     "llama": (lambda: (tiny("llama"), [texts(), texts((3, 8), seed=1)]), True),
     "windowed": (windowed, True),
+    **{how: (partial(guided, how), False) for how in GUIDES if how != "refilled"},  # no gradients of that
     "resnet": (lambda: (resnet20(), [images(2, size=12), images(1, seed=1, size=12)]), True),
     **{
         how: (partial(_skips, how), how == "none")
@@ -300,7 +304,8 @@ PIECES: dict[str, tuple[Any, bool]] = {
 
 
 @pytest.mark.parametrize("kind", PIECES)
-def test_pieces_give_what_the_whole_network_gives(kind: str) -> None:
+def test_pieces_give_what_the_whole_network_gives(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_HELD_BYTES", 0)
     make, cuts = PIECES[kind]
     network, batches = make()
     found = trace(network, Call.of(network), batches[0], weights(network))
@@ -317,6 +322,10 @@ def test_pieces_give_what_the_whole_network_gives(kind: str) -> None:
     assert len(one.gradients) >= 3
     for name, moments in whole.moments.items():
         assert torch.equal(moments.second, one.moments[name].second)
+    steps.clear()
+    monkeypatch.setattr(module, "_HELD_BYTES", 1 << 30)
+    dense_pass(network, Call.of(network), batches, found, probes, context=context)
+    assert len(steps) == len(batches)  # at once, where little is held
     for ours, theirs in ((one.gradients, whole.gradients), (one.blocks, whole.blocks)):
         for name, gradient in theirs.items():
             assert_near(ours[name], gradient, terms=64, depth=len(found.layers))

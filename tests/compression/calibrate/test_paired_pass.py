@@ -17,14 +17,18 @@ from mpoc.compression.calibrate.moments import Moments
 from mpoc.compression.calibrate.objective import LayerObjective, one_matrix
 from mpoc.compression.calibrate.paired_pass import PairedPass, Replay
 from mpoc.compression.calibrate.trace import Trace, trace, trace_batches
+from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call
 from mpoc.models.introspection import kinds_of
 from mpoc.nn import adopt
 from mpoc.tensor_networks.structure import make_structure
 from tests.compression.calibrate.networks import (
+    GUIDES,
+    GuidedBlock,
     Routed,
     damaged,
     encoder,
+    guided,
     images,
     resnet20,
     rows_for,
@@ -113,6 +117,38 @@ def test_cached_block_inputs_give_the_same_moments(make: Any) -> None:
     assert_same(in_order(network, other, batches, found, replay=Replay(cuts=cuts)), wanted)
     differing = [name for name, m in wanted.items() if not torch.equal(m.second, m.dense_second)]
     assert len(differing) > len(wanted) // 2
+
+
+@pytest.mark.parametrize("how", GUIDES)
+def test_blocks_get_the_arguments_that_the_network_gives_them(how: str) -> None:
+    network, batches = guided(how)
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    other = damaged(network)
+    wanted = in_order(network, other, batches, found, replay=Replay(enabled=False))
+    cuts = bool(cutting_chain(network, Call.of(network), batches, found))
+    assert_same(in_order(network, other, batches, found, replay=Replay(cuts=cuts)), wanted)
+
+
+def test_refuses_a_block_that_a_batch_leaves_out() -> None:
+    torch.manual_seed(0)
+    network = _Skipping().eval()
+    batches = [{"x": torch.randn(n, 4)} for n in (3, 2)]
+    found = trace(network, Call.of(network), batches[0], weights(network))
+    with pytest.raises(MpocError, match=r"blocks\.1: the network runs this block on some of the"):
+        PairedPass((network, damaged(network)), Call.of(network), batches, found).moments(found.groups[0])
+
+
+class _Skipping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(GuidedBlock(False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ones = torch.ones(4)
+        for k, block in enumerate(self.blocks):
+            if k != 1 or len(x) > 2:
+                x = block(x, ones)
+        return x
 
 
 @pytest.mark.slow

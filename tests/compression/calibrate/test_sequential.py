@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 import mpoc
 from mpoc.compression.calibrate import allocation
 from mpoc.compression.calibrate.allocation import WAYS
+from mpoc.compression.calibrate.calibrated_fit import Storage
 from mpoc.compression.calibrate.calibration_data import CalibrationRequest
 from mpoc.compression.calibrate.candidates import Candidates
 from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
@@ -27,6 +30,7 @@ from mpoc.compression.write import Compression
 from mpoc.errors import MpocError, UsageError
 from mpoc.io import keyed_store
 from mpoc.io.manifest_reader import read_manifest
+from mpoc.runtime import distributed
 from mpoc.runtime.formatting import human_bytes
 from mpoc.tensor_networks.structure import Structure
 from tests.compression.calibrate.toy_networks import arch, make
@@ -270,6 +274,26 @@ def test_output_is_deterministic(tmp_path: Path) -> None:
     case = Case(tmp_path, "mlp")
     first, again = (case.compress(ratio=0.5, out=out).output.read_bytes() for out in ("a", "b"))
     assert first == again
+
+
+@pytest.mark.parametrize("name", slow_except(["conv", "mlp"], "mlp"))
+def test_layers_fitted_at_once_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, name: str
+) -> None:
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(2)
+    case, fitted = Case(tmp_path, name), set[str]()
+    map_one = Candidates.matrix
+
+    def spied(candidates: Candidates, storage: Storage) -> Tensor:
+        fitted.add(threading.current_thread().name)
+        return map_one(candidates, storage)
+
+    monkeypatch.setattr(Candidates, "matrix", spied)
+    at_once = case.compress(ratio=0.5, out="a", scratch=tmp_path).output.read_bytes()
+    assert any(name.startswith("ThreadPoolExecutor") for name in fitted)
+    monkeypatch.setattr(distributed, "_AT_ONCE", 1)
+    assert case.compress(ratio=0.5, out="b").output.read_bytes() == at_once
 
 
 def test_exact_at_full_bond(tmp_path: Path) -> None:

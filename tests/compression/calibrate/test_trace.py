@@ -16,6 +16,7 @@ from mpoc.compression.run_context import Kind, LayerWork, Workload
 from mpoc.errors import MpocError
 from mpoc.models.call import Batch, Call
 from tests.compression.calibrate.networks import (
+    Guided,
     Routed,
     Stopped,
     encoder,
@@ -256,6 +257,14 @@ def test_later_batches_reach_further_experts() -> None:
     rows = [found.rows[name] for name in (names[0], names[2], names[4])]
     assert rows == [3, 1, 2]  # the one of expert 2 is half of a batch, as two are of the first
     assert not found.positions.keys() & set(names)  # a batch may not reach the blocks inside an expert
+
+
+def test_leaves_a_forward_that_was_set_on_a_block() -> None:
+    network = Guided("beside logits").eval()
+    block = network.blocks[0]
+    block.forward = own = block.forward  # as accelerate's hooks do
+    traced(network, {"x": torch.randn(5, 4)})
+    assert block.forward is own
 
 
 def test_removes_hooks_when_the_network_fails() -> None:
