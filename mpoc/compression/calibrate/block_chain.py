@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from mpoc.compression.calibrate.chain_tracer import (
     Arguments,
@@ -225,8 +223,6 @@ class CutCheck:
         self._whole = all(block.is_kept_whole for block in chain)
         self._starts: list[Tensor] = []  # of pieces: in front of the chain, each block
         self._others = False  # a block is given a further tensor with a history, or gives one
-        self._seen: dict[int, StorageWeakRef] = {}
-        self.saved_bytes = 0  # of what a backward pass through the whole network needs
 
     def holds(self, run: Callable[[], Tensor]) -> bool:
         """Whether it cuts it.
@@ -239,7 +235,7 @@ class CutCheck:
             handles.append(block.register_forward_pre_hook(self._enter, with_kwargs=True))
             handles.append(block.register_forward_hook(self._leave))
         try:
-            with torch.enable_grad(), saved_tensors_hooks(self._count, lambda tensor: tensor):
+            with torch.enable_grad():
                 values = run()
         finally:
             for handle in handles:
@@ -248,13 +244,6 @@ class CutCheck:
             return False
         used = torch.autograd.grad(values.sum(), self._starts, allow_unused=True)
         return all(gradient is None for gradient in used[:-1])
-
-    def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if not tensor.is_leaf and storage._cdata not in self._seen:
-            self._seen[storage._cdata] = StorageWeakRef(storage)
-            self.saved_bytes += storage.nbytes()
-        return tensor.detach()  # an output that an operation saves would hold itself
 
     def _mark(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():

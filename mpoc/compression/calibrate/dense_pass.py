@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,14 +38,13 @@ from mpoc.compression.calibrate.trace import Trace
 from mpoc.compression.run_context import RunContext
 from mpoc.errors import MpocError
 from mpoc.io.keyed_store import Scratch
-from mpoc.models.call import Batch, Call, main_input, to_device
+from mpoc.models.call import Batch, Call, to_device
 from mpoc.runtime.device import derived_seed, release_freed_memory
 from mpoc.runtime.distributed import BatchShards
 from mpoc.tensor_networks.fit.second_moment import ProductSum
 
 # From so many rows of a batch on every second stands for all in G: rows of one example are much alike there.
 _MANY, _STEP = 1024, 2
-_HELD_BYTES = 256 * 1024**2  # for a backward pass; more than that goes through the network piece by piece
 _Key = tuple[str, str]  # "moments", "gradients" or "blocks"; the weight or the module
 
 
@@ -127,23 +125,15 @@ def cutting_chain(
         trace: of this network.
         pooling: as of :func:`output_of_interest`.
     """
-    return _cut(network, call, batches, trace, pooling)[0]
-
-
-def _cut(
-    network: nn.Module, call: Call, batches: Sequence[Batch], trace: Trace, pooling: Pooling | None
-) -> tuple[Chain, float]:
-    """The chain, and bytes that a backward pass through the whole network would hold of a batch."""
     pieces = trace.pieces
     if pieces is None:
-        return (), math.inf
+        return ()
     before = [path for name in pieces.names(-1) for path in trace.layers[name].modules]
     batch = to_device(glimpse(batches[0]), device_of(network))
     with eval_mode(network):
         check = CutCheck(network, pieces.chain, before)
         cuts = check.holds(lambda: output_of_interest(call(network, batch), batch, pooling)[0])
-    share = max(main_input(one).numel() for one in batches) / main_input(batch).numel()
-    return pieces.chain if cuts else (), check.saved_bytes * share
+    return pieces.chain if cuts else ()
 
 
 @dataclass(frozen=True)
@@ -183,9 +173,7 @@ class _Sweep:
         self._scratch = scratch
         self._network, self._call, self._batches, self._trace = network, call, batches, trace
         self._probes, self._device = probes, device_of(network)
-        self._chain, held = _cut(network, call, batches, trace, probes.pooling)
-        if not scratch.is_required and (probes.count == 0 or held <= _HELD_BYTES):
-            self._chain = ()
+        self._chain = cutting_chain(network, call, batches, trace, probes.pooling)
         self._inputs = ChainInputs(network, self._chain, scratch)
 
     def pieces(self, mine: Sequence[int]) -> Iterator[_Piece]:
@@ -198,7 +186,8 @@ class _Sweep:
             if block.module not in own
         ]
         pieces = self._trace.pieces
-        if not own or pieces is None:
+        at_once = self._probes.count == 0 and not self._scratch.is_required
+        if not own or pieces is None or at_once:
             yield _Piece(list(self._trace.layers), others, self._run_whole)
             return
         self._keep_inputs(mine)

@@ -50,7 +50,7 @@ from mpoc.io.open_checkpoint import naming, read_finite
 from mpoc.models.introspection import set_tensors, state_of
 from mpoc.quantize.codes import QuantizedTensor
 from mpoc.runtime.device import on_one_thread
-from mpoc.runtime.distributed import map_in_threads
+from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.runtime.formatting import rounded
 from mpoc.tensor_networks.forms.form import Form, form_of
 
@@ -269,27 +269,34 @@ class SequentialFit:
         matrices = {name: partial(self._matrix, todo[name]) for name in group if not todo[name].is_unchanged}
         objectives = self._statistics.objectives(self._follows, group, matrices)
         plans, apart = [todo[name] for name in group], position is not None
-        # Processes share the trials of a fit, and rounding may ask for the outputs of the changed network.
-        alone = self._group.size > 1 or any(plan.rounding for plan in plans)
-        small = all(is_small(plan, self._device) for plan in plans)
+        small = partial(is_small, device=self._device)
 
-        def fit(plan: LayerPlan) -> Fitted:
-            with on_one_thread(small):
-                return self._fit_one(plan, objectives[plan.map.name], apart)
+        def fit(plan: LayerPlan, processes: ProcessGroup) -> Fitted:
+            with on_one_thread(small(plan)):
+                return self._fit_one(plan, objectives[plan.map.name], apart, processes)
 
-        return map_in_threads(plans, fit) if small and not alone else list(map(fit, plans))
+        # Processes share layers, or the trials of one.  Rounding may ask for outputs of the changed network.
+        if len(plans) == 1 or any(plan.rounding for plan in plans):
+            fitted = [fit(plan, self._group) for plan in plans]
+        else:
+            work, costs = partial(fit, processes=SINGLE_PROCESS), [plan.cost for plan in plans]
+            fitted = self._group.map(plans, work, costs, small)
+        for one in fitted:
+            if not one.record.storage:  # else it was put there with its codes
+                self._put(one)
+        return fitted
 
     def _matrix(self, plan: LayerPlan) -> Tensor:
         """A weight of the checkpoint as the matrix (N_y, N_x) that multiplies rows; float64."""
         weight = self._checkpoint.read(plan.map.name).to(self._device)
         return one_matrix(weight, plan.map.kind, plan.map.transposed)
 
-    def _fit_one(self, plan: LayerPlan, objective: Objective, apart: bool) -> Fitted:
-        """Fit one layer; errors are raised in all processes together."""
+    def _fit_one(self, plan: LayerPlan, objective: Objective, apart: bool, processes: ProcessGroup) -> Fitted:
+        """Fit one layer; errors are raised in all of the processes together, which share it."""
         if plan.is_unchanged:
             return Fitted(plan.record())
         name = plan.map.name
-        with self._group.all_or_raise():
+        with processes.all_or_raise():
             weight = read_finite(self._checkpoint, name).to(self._device)
         if plan.is_dense:
             return self._rounded(plan, weight, objective)
@@ -300,14 +307,12 @@ class SequentialFit:
             self._recipe.effort == "fast",
         )
         storages = self._allocator.storages(plan)
-        fit = fit_calibrated(weight, storages, objective, settings, self._group)
-        with self._group.all_or_raise():
+        fit = fit_calibrated(weight, storages, objective, settings, processes)
+        with processes.all_or_raise():
             check_finite_cores(fit.form, weight, self._checkpoint, plan)
         if plan.rounding is not None:
             return self._rounded(plan, weight, objective, fit.form)
-        fitted = self._stored(plan, fit)
-        self._put(fitted)
-        return fitted
+        return self._stored(plan, fit)
 
     def _rounded(
         self, plan: LayerPlan, weight: Tensor, objective: Objective, form: Form | None = None
