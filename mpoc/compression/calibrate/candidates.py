@@ -37,7 +37,7 @@ from mpoc.tensor_networks.structure import Structure
 
 _STRETCHES = 3
 _SIZES = 32  # of the candidates in one form
-_FEW_INPUTS = 1024  # of a layer that one thread fits
+_FEW_INPUTS, _FEW_NUMBERS = 1024, 1 << 16  # of a layer that one thread fits, beside others and alone
 _MPO_SHARE = 0.4  # of a sum's parameters
 # The squared error of a sum over that of svd, at two shares of the weight's parameters: see the guide.
 _SHARES_OF_SUMS: Mapping[float, float] = {0.1: 0.93, 0.5: 0.8}
@@ -335,12 +335,18 @@ class CandidateTable:
         return min(_LARGEST_DISTANCE, self._moved[key]) / reference.error
 
 
-def is_small(plan: LayerPlan, device: torch.device) -> bool:
+def is_small(plan: LayerPlan, device: torch.device, others: bool = True) -> bool:
     """Whether a layer is fitted on one thread of the processor, and others like it at the same time.
 
     Threads that share a product of small matrices wait for one another for longer than it takes.
+
+    Args:
+        plan: of the layer.
+        device: that it is fitted on.
+        others: whether there are others.
     """
-    return device.type == "cpu" and plan.structure.lead * plan.structure.inputs <= _FEW_INPUTS
+    few = plan.structure.lead * plan.structure.inputs <= _FEW_INPUTS
+    return device.type == "cpu" and few and (others or plan.structure.num_original <= _FEW_NUMBERS)
 
 
 def costs_of(plans: Sequence[LayerPlan]) -> list[float]:

@@ -269,7 +269,7 @@ class SequentialFit:
         matrices = {name: partial(self._matrix, todo[name]) for name in group if not todo[name].is_unchanged}
         objectives = self._statistics.objectives(self._follows, group, matrices)
         plans, apart = [todo[name] for name in group], position is not None
-        small = partial(is_small, device=self._device)
+        small = partial(is_small, device=self._device, others=len(plans) > 1)
 
         def fit(plan: LayerPlan, processes: ProcessGroup) -> Fitted:
             with on_one_thread(small(plan)):
