@@ -93,6 +93,7 @@ def test_a_signal_ends_a_process_while_its_threads_work(tmp_path: Path) -> None:
         import os, signal, time, torch
         from mpoc.runtime.distributed import exit_process, map_in_threads
         torch.set_num_threads(2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         def work(number):
             if number == 0:
                 os.kill(os.getpid(), signal.SIGINT)
