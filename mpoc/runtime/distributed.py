@@ -267,9 +267,9 @@ def map_in_threads(items: Sequence[_Item], work: Callable[[_Item], _Value]) -> l
             left = () if any(one.exception() for one in done) else left
         results = [one.result() for one in begun if one.done()]
     except (KeyboardInterrupt, SystemExit):
+        _ends_at_once.set()
         pool.shutdown(wait=False, cancel_futures=True)
         wait(begun, timeout=_WAITS_FOR_THREADS)
-        _ends_at_once.set()
         raise
     except Exception:
         pool.shutdown(cancel_futures=True)

@@ -37,7 +37,8 @@ from mpoc.tensor_networks.structure import Structure
 
 _STRETCHES = 3
 _SIZES = 32  # of the candidates in one form
-_FEW_INPUTS, _FEW_NUMBERS = 1024, 1 << 16  # of a layer that one thread fits, beside others and alone
+_FEW_INPUTS = 1024  # of a layer that one thread fits
+_FEW_NUMBERS, _MANY_NUMBERS = 1 << 16, 1 << 22  # at most, where it is fitted alone and beside others
 _MPO_SHARE = 0.4  # of a sum's parameters
 # The squared error of a sum over that of svd, at two shares of the weight's parameters: see the guide.
 _SHARES_OF_SUMS: Mapping[float, float] = {0.1: 0.93, 0.5: 0.8}
@@ -268,7 +269,7 @@ class CandidateTable:
         context: RunContext,
     ) -> None:
         self._context, self._group, self._plans = context, context.group, plans
-        self._small = {plan.map.name for plan in plans if is_small(plan, context.device)}
+        self._small = {p.map.name for p in plans if is_small(p, context.device, others=len(plans) > 1)}
         self._names = [plan.map.name for plan in plans]
         self._costs = costs_of(plans)
         self._own: dict[str, Candidates] = {}
@@ -346,7 +347,8 @@ def is_small(plan: LayerPlan, device: torch.device, others: bool = True) -> bool
         others: whether there are others.
     """
     few = plan.structure.lead * plan.structure.inputs <= _FEW_INPUTS
-    return device.type == "cpu" and few and (others or plan.structure.num_original <= _FEW_NUMBERS)
+    numbers = _MANY_NUMBERS if others else _FEW_NUMBERS
+    return device.type == "cpu" and few and plan.structure.num_original <= numbers
 
 
 def costs_of(plans: Sequence[LayerPlan]) -> list[float]:

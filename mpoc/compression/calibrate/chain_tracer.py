@@ -22,6 +22,7 @@ from mpoc.compression.calibrate.layer_inputs import hooked
 from mpoc.errors import MpocError
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype)
+_FILLS = math.nan, 0.0, 1e4, -1e4  # in place of what blocks give
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call after the first, positional and named
 
 
@@ -302,14 +303,17 @@ def refuse_missing(paths: Iterable[str]) -> None:
         MpocError: there are any.
     """
     for path in paths:
-        raise MpocError(f"{path}: the network runs this block on some of the calibration data and not on all")
+        raise MpocError(
+            f"{path}: the network runs this block on some of the calibration data and not on all",
+            "calibrate on examples that all blocks run on",
+        )
 
 
 def independent_blocks(network: nn.Module, chains: Sequence[Chain], run: Callable[[], object]) -> set[str]:
     """The blocks of chains whose further arguments do not depend on the blocks before them.
 
-    These are the same where blocks give no numbers, and where they give zeros; nothing changes them later;
-    and they are no larger than what is handed from block to block.
+    These are the same whether blocks give no numbers, zeros or large ones of either sign; nothing changes
+    them later; and they are no larger together than what a block is given.
 
     Args:
         network: that holds the blocks.
@@ -321,8 +325,8 @@ def independent_blocks(network: nn.Module, chains: Sequence[Chain], run: Callabl
         if not all(block.passes for block in chain):
             continue
         real, nbytes = _copied_arguments(network, chain, run)
-        if nbytes <= sum(block.nbytes for block in chain) and all(
-            _are_equal(real, _arguments_if(network, chain, run, fill)) for fill in (math.nan, 0.0)
+        if nbytes <= max(block.nbytes for block in chain) and all(
+            _are_equal(real, _arguments_if(network, chain, run, fill)) for fill in _FILLS
         ):
             found |= {block.module for block in chain}
     return found
@@ -332,11 +336,16 @@ def _arguments_if(
     network: nn.Module, chain: Chain, run: Callable[[], object], fill: float
 ) -> dict[str, Arguments]:
     """The further arguments where all blocks give ``fill``; none where the network cannot go on from that."""
+    before = [(buffer, buffer._version, buffer.clone()) for buffer in network.buffers()]
     try:
         with _giving_on(network, chain, fill):
             return _copied_arguments(network, chain, run)[0]
-    except (RuntimeError, ValueError, IndexError):
+    except Exception:  # a network may refuse such numbers in any way
         return {}
+    finally:
+        for buffer, version, value in before:
+            if buffer._version != version:  # a network may renew it, as a range that it has seen
+                buffer.copy_(value)
 
 
 def _copied_arguments(
@@ -348,7 +357,10 @@ def _copied_arguments(
 
     def copied(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return known.setdefault((id(value), value._version), (value, value.clone()))[1]
+            key = id(value), value._version
+            if key not in known:
+                known[key] = value, value.clone()
+            return known[key][1]
         if isinstance(value, dict):
             return {key: copied(entry) for key, entry in value.items()}
         return tuple(map(copied, value)) if isinstance(value, tuple | list) else value

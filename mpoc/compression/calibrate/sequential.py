@@ -269,18 +269,19 @@ class SequentialFit:
         matrices = {name: partial(self._matrix, todo[name]) for name in group if not todo[name].is_unchanged}
         objectives = self._statistics.objectives(self._follows, group, matrices)
         plans, apart = [todo[name] for name in group], position is not None
-        small = partial(is_small, device=self._device, others=len(plans) > 1)
+        # Processes share layers, or the trials of one.  Rounding may ask for outputs of the changed network.
+        together = len(plans) > 1 and not any(plan.rounding for plan in plans)
+        small = partial(is_small, device=self._device, others=together)
 
         def fit(plan: LayerPlan, processes: ProcessGroup) -> Fitted:
             with on_one_thread(small(plan)):
                 return self._fit_one(plan, objectives[plan.map.name], apart, processes)
 
-        # Processes share layers, or the trials of one.  Rounding may ask for outputs of the changed network.
-        if len(plans) == 1 or any(plan.rounding for plan in plans):
-            fitted = [fit(plan, self._group) for plan in plans]
-        else:
+        if together:
             work, costs = partial(fit, processes=SINGLE_PROCESS), [plan.cost for plan in plans]
             fitted = self._group.map(plans, work, costs, small)
+        else:
+            fitted = [fit(plan, self._group) for plan in plans]
         for one in fitted:
             if not one.record.storage:  # else it was put there with its codes
                 self._put(one)

@@ -61,15 +61,20 @@ class Guided(nn.Module):
     layers between the blocks.
     """
 
+    seen: Tensor
+
     def __init__(self, how: str) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(GuidedBlock(gives_logits=how == "beside logits") for _ in range(3))
         self.between = nn.ModuleDict({name: nn.Linear(4, 4) for name in "12"})
         self.head = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(4))
         self.room, self.ones, self.how = torch.zeros(4), torch.ones(4), how
 
     def forward(self, x: Tensor) -> Tensor:
         for k, block in enumerate(self.blocks):
+            if self.how == "range":
+                self.seen.copy_(x.detach().abs().amax(0).maximum(self.seen))
             x = block(x, self._guide(k, x))
             x = x[0] if isinstance(x, tuple) else x
         logits: Tensor = self.head(x)
@@ -80,6 +85,13 @@ class Guided(nn.Module):
             return self.room.fill_(k + 1)
         if self.how == "hidden":
             return (x.norm(dim=-1, keepdim=True) < 9).float()
+        if self.how == "above":
+            return (x.norm(dim=-1, keepdim=True) > 9).float()
+        if self.how == "finite":  # a network may refuse what blocks do not give
+            assert x.detach().isfinite().all() and x.any()
+            return self.ones * (k + 1)
+        if self.how == "range":
+            return self.ones * (k + 1)
         if self.how == "beside logits":
             return self.ones if len(x) == 3 else self.ones * (k + 1)
         guide: Tensor = self.between[str(k)](self.ones) if k else self.ones
@@ -103,7 +115,7 @@ def guided(how: str) -> tuple[nn.Module, list[Batch]]:
     return Guided(how).eval(), [{"x": torch.randn(3, 4)}, {"x": 9 * torch.randn(5, 4)}]
 
 
-GUIDES = ("refilled", "hidden", "beside logits", "layers")
+GUIDES = ("refilled", "hidden", "above", "finite", "beside logits", "layers")
 
 
 def images(count: int = 3, seed: int = 0, size: int = 32) -> Batch:

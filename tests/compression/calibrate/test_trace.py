@@ -20,6 +20,7 @@ from tests.compression.calibrate.networks import (
     Routed,
     Stopped,
     encoder,
+    guided,
     images,
     resnet20,
     rows_for,
@@ -257,6 +258,25 @@ def test_later_batches_reach_further_experts() -> None:
     rows = [found.rows[name] for name in (names[0], names[2], names[4])]
     assert rows == [3, 1, 2]  # the one of expert 2 is half of a batch, as two are of the first
     assert not found.positions.keys() & set(names)  # a batch may not reach the blocks inside an expert
+
+
+def test_leaves_the_ranges_that_a_network_has_seen() -> None:
+    network, batches = guided("range")
+    first: Any = network.get_buffer("seen").clone()
+    (chain,) = traced(network, batches[0]).chains
+    assert len(chain) == 3 and not torch.equal(network.get_buffer("seen"), first)
+    assert network.get_buffer("seen").isfinite().all() and network.get_buffer("seen").max() < 1e3
+
+
+def test_traces_a_layer_that_gives_two_tensors() -> None:
+    network = nn.Sequential(_Both(4, 4)).eval()
+    assert list(traced(network, {"x": torch.randn(2, 4)}).layers) == ["0.weight"]
+
+
+class _Both(nn.Linear):
+    def forward(self, input: Tensor) -> Any:
+        output = super().forward(input)
+        return output, output
 
 
 def test_leaves_a_forward_that_was_set_on_a_block() -> None:
