@@ -28,7 +28,7 @@ from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
 # Stretches of a descent: to choose γ, then on all inputs.  Of a sum only its matrix is fitted again on those.
-STRETCHES, STRETCHES_OF_SUMS, LAST = 6, 1, 1
+STRETCHES, STRETCHES_OF_SUMS, LAST = 12, 1, 1
 _WIDE = 2048  # inputs from which on a fit's temporary matrices count
 
 
