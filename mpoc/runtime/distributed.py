@@ -247,7 +247,7 @@ def map_in_threads(items: Sequence[_Item], work: Callable[[_Item], _Value]) -> l
 
     Args:
         items: that take a few seconds each.
-        work: gives the same whether it has one thread of the processor or several.
+        work: computes on one thread wherever it runs, so that it always gives the same.
     """
     import torch
 

@@ -48,10 +48,8 @@ _NUMBERS = (
 )  # in the examples of such a batch: what a network keeps of them for gradients is a multiple
 _HELD_OUT = 0.125  # share of the examples, one at least
 _UNSEEN = 1 / 3  # share of these where the data set has no more
-WATCHED, _WATCHED_TOKENS = (
-    4,
-    512,
-)  # examples, and tokens in all where they are several texts, of a watched pass
+WATCHED = 4  # examples of a watched pass
+_WATCHED_TOKENS = 512  # in all, where these are several texts
 _PER_TOKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "y"}
 
 
@@ -356,8 +354,7 @@ def trimmed(batch: Batch) -> Batch:
 def glimpse(batch: Batch) -> Batch:
     """The first examples of a batch, whole, and the fewer the longer texts are: what a pass is watched on.
 
-    All activations of such a pass are held.  Texts are not cut: masks may differ by layer in long ones alone,
-    and some models need the length that they are given.
+    Texts are not cut: some models need the length that they are given.
     """
     tokens = batch.get("input_ids")
     width = tokens.shape[1] if tokens is not None and tokens.dim() > 1 else 1
