@@ -7,13 +7,12 @@ reports it, the others exit silently.  torch is imported only where processes co
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
@@ -29,7 +28,6 @@ _FEWEST = 2  # batches of a shard, where there are so many: sums of shards are a
 _MOST = 8  # shards of a pass: more processes than that cannot share it
 # A process may wait while another fits its longest layer; torchrun ends all when one dies.
 _PATIENCE = timedelta(days=7)
-_ARENA_MAX = -8  # a parameter of mallopt
 _AT_ONCE = 8  # items, whatever a processor has: each has memory of its own
 _LOOKS_FOR_SIGNALS, _WAITS_FOR_THREADS = 0.2, 1.0  # seconds, between two looks and after a signal
 
@@ -255,7 +253,6 @@ def map_in_threads(items: Sequence[_Item], work: Callable[[_Item], _Value]) -> l
     workers = min(_AT_ONCE, len(items), before)
     if workers < 2:
         return [work(item) for item in items]
-    _share_heap()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     begun: list[Future[_Value]] = []
     try:
@@ -278,12 +275,6 @@ def map_in_threads(items: Sequence[_Item], work: Callable[[_Item], _Value]) -> l
         torch.set_num_threads(before)  # also that of threads to come, which each thread's setting changes
     pool.shutdown()
     return results
-
-
-def _share_heap() -> None:
-    """Let threads allocate from one heap, where each would keep what it freed in one of its own (glibc)."""
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
 
 
 def _portable(error: Exception) -> Exception:
