@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -25,13 +25,15 @@ _MOVED = 1 / 64  # of a pass, to see how far one layer moves the outputs
 # Operations, by effort where that matters.
 _PRODUCTS = 6.5  # a row and an input squared: inputs of both networks by themselves and by each other
 _PRICED, _PRICED_EACH = 12, 1e10
-_FITTED = {"fast": 25, "balanced": 200, "thorough": 800}  # applications of the metric
+_FITTED = {"fast": 25, "balanced": 200, "thorough": 800}  # applications of the metric, of a matrix
+_CLOSED = 25  # of a kernel whose forms are two factors
 _DECOMPOSED = 4  # an input to the third power
 _EACH = 1e8  # of any layer
-_MERA, _MERA_EACH = 3.2e6, 4e10  # a number of a kernel, and the kernel, where forms of kernels are MERAs
-_MERA_PRICED = 1.35  # of these: prices, and the comparison of ways to share a budget
+_MERA = 500  # applications, of a short descent of a MERA
+_MERA_FITTED = 2.6  # times as long, the descents of its fit
+TRIALS = 2  # of ways to share a budget; others find what these have tried
 _FEW, _WIDE = 2048, 8192  # rows as which moments of so many inputs are kept, at least
-_SIDE = 768  # of the product that is timed
+_SIDE, _TIMES = 768, 30  # of the product that is timed, until threads and clock are at full speed
 LARGE_KERNEL = 1 << 18  # numbers of a kernel whose MERA would take minutes to fit
 
 
@@ -90,18 +92,20 @@ class LayerWork:
     def priced(self, effort: str) -> float:
         """Operations of pricing its forms."""
         decomposed = self._applied + self._moments() / 4
-        return _PRICED * decomposed + _PRICED_EACH + _MERA_PRICED * self._iterated(effort)
+        return _PRICED * decomposed + _PRICED_EACH + self.tried(effort)
 
     def fitted(self, effort: str) -> float:
         """Operations of the fit: products of inputs, decompositions, and what is iterated."""
         rows = self.rows if self.inputs < _WIDE else min(self.rows, _FEW)
         products = 0.0 if self.kind is Kind.TABLE else _PRODUCTS * rows * self.inputs**2
-        return (
-            products
-            + _FITTED[effort] * self._applied
-            + _DECOMPOSED * self._moments()
-            + self._iterated(effort)
-        )
+        applications = _MERA_FITTED * _MERA if self._is_mera(effort) else _FITTED[effort]
+        if self.kind is Kind.KERNEL and effort != "thorough" and not self._is_mera(effort):
+            applications = _CLOSED
+        return products + applications * self._applied + _DECOMPOSED * self._moments()
+
+    def tried(self, effort: str) -> float:
+        """Operations of the short descent by which a form is priced, or a way to share a budget is tried."""
+        return _MERA * self._applied if self._is_mera(effort) else 0.0
 
     @property
     def _applied(self) -> float:
@@ -114,10 +118,10 @@ class LayerWork:
         rows = min(self.inputs, _FEW) if self.inputs >= _WIDE else self.inputs
         return 0.0 if self.kind is Kind.TABLE else float(self.inputs**2 * rows)
 
-    def _iterated(self, effort: str) -> float:
-        numbers = self.outputs * self.inputs
-        is_mera = self.kind is Kind.KERNEL and effort != "fast" and numbers <= LARGE_KERNEL
-        return _MERA * numbers + _MERA_EACH if is_mera else 0.0
+    def _is_mera(self, effort: str) -> bool:
+        """Whether its forms are MERAs."""
+        is_small = self.outputs * self.inputs <= LARGE_KERNEL
+        return self.kind is Kind.KERNEL and effort != "fast" and is_small
 
 
 @dataclass(frozen=True)
@@ -129,18 +133,29 @@ class Workload:
     processes: int = 1
 
     def after_reading(self) -> Later:
-        """What follows the reading of the dense network: prices and fits."""
-        operations = sum(one.priced(self.effort) + one.fitted(self.effort) for one in self.layers.values())
+        """What follows the reading of the dense network: prices, trials and fits."""
+        every = self.layers.values()
+        operations = sum(one.priced(self.effort) + one.fitted(self.effort) for one in every)
+        operations += TRIALS * sum(one.tried(self.effort) for one in every)
         return Later((_PASSES + _MOVED * len(self.layers)) / _READ, self._seconds(operations))
 
     def after_pricing(self, one_pass: float) -> Later:
-        """What follows the pricing of forms: how far each layer moves the outputs, and the fits."""
+        """What follows the pricing of forms: how far each layer moves the outputs, trials, and the fits."""
         moved = _MOVED * len(self.layers) * one_pass / self.processes
-        return Later(seconds=moved + self.fits(one_pass).seconds)
+        return Later(seconds=moved + self.fits(one_pass, trials=TRIALS).seconds)
 
-    def fits(self, one_pass: float) -> Later:
-        """What the fits will take, where a pass of the dense network takes so many seconds."""
-        return Later(seconds=seconds_of_passes(one_pass) + sum(map(self.seconds_of_fit, self.layers)))
+    def fits(self, one_pass: float, names: Collection[str] | None = None, trials: int = 0) -> Later:
+        """What the fits will take, and trials before them.
+
+        Args:
+            one_pass: seconds of a pass of the dense network.
+            names: of the layers that are fitted; None: all.
+            trials: of ways to share the budget.
+        """
+        names = self.layers if names is None else names
+        tried = trials * sum(self.layers[name].tried(self.effort) for name in names)
+        fitted = sum(map(self.seconds_of_fit, names))
+        return Later(seconds=seconds_of_passes(one_pass) + self._seconds(tried) + fitted)
 
     def seconds_of_fit(self, name: str) -> float:
         """Seconds of the fit of one layer, without passes of the networks."""
@@ -164,7 +179,7 @@ def _operations_per_second() -> float:
     """The speed of a product of float32 matrices, the best of some."""
     matrix = torch.ones(_SIDE, _SIDE)
     times = []
-    for _ in range(4):
+    for _ in range(_TIMES):
         start = perf_counter()
         matrix @ matrix
         times.append(perf_counter() - start)

@@ -32,7 +32,7 @@ from mpoc.compression.calibrate.statistics import CalibrationStatistics
 from mpoc.compression.plan import LayerPlan
 from mpoc.compression.recipe import DEFAULT_EFFORT, Recipe
 from mpoc.compression.resume import in_order_key
-from mpoc.compression.run_context import LARGE_KERNEL, Later, RunContext
+from mpoc.compression.run_context import LARGE_KERNEL
 from mpoc.io.checkpoint import Checkpoint
 from mpoc.io.keyed_store import find_item, put_item
 from mpoc.io.manifest_reader import record_from_json, record_to_json
@@ -148,7 +148,7 @@ def allocate_by_gain(
             chosen = {name: open_to[name][k] for name, k in zip(part, taken, strict=True)}
             ways[way] = [_with_choice(plan, chosen) for plan in plans]
     ways = ways or {"uniform": list(plans)}
-    distances = {way: table.distance(shared, distance, way) for way, shared in ways.items()}
+    distances = table.distances(ways, distance)
     best = min(distances, key=lambda way: distances[way])
     return Allocation(ways[best], best, distances)
 
@@ -310,7 +310,8 @@ class BudgetAllocator:
             distance = self.distance
         own = [takes_part[k].map.name for k in group.own_indices(costs_of(takes_part))]
         candidates = partial(self._candidates_of, own=own)
-        table = CandidateTable(takes_part, candidates, self._before(self._statistics.workload.fits))
+        fits = partial(self._statistics.workload.fits, self._statistics.pass_seconds)
+        table = CandidateTable(takes_part, candidates, self._statistics.context, fits)
         if self._recipe.size is not None:
             return self._within_size(plans, table, int(self._recipe.size), predict_size)
         assert self._recipe.ratio is not None
@@ -341,16 +342,14 @@ class BudgetAllocator:
         smallest = [plan if plan.is_dense else replace(plan, goal=Truncation(1)) for plan in plans]
         raise too_small(size, predict_size(smallest))
 
-    def _before(self, later: Callable[[float], Later]) -> RunContext:
-        return replace(self._statistics.context, later=later(self._statistics.pass_seconds))
-
     def _candidates_of(self, plan: LayerPlan, own: Sequence[str]) -> Candidates:
         """The candidates of a layer, the same for every budget; ``own``: the layers of this process."""
         name, forms, tries_all = plan.map.name, self._forms(plan), self._recipe.effort == "thorough"
         kept: dict[Any, Candidates] = self._statistics.kept.setdefault("candidates", {})
         key = name, forms, plan.structure if self._has_own_factors(plan) else None
         if key not in kept:
-            context = self._before(self._statistics.workload.after_pricing)
+            later = self._statistics.workload.after_pricing(self._statistics.pass_seconds)
+            context = replace(self._statistics.context, later=later)
             context.log("what each form would cost: layer", own.index(name) + 1, len(own))
             weight = read_finite(self._checkpoint, name).to(context.device)
             kept[key] = Candidates(

@@ -19,7 +19,6 @@ from mpoc.io.manifest import LayerRecord
 from mpoc.runtime.device import freed_at_once
 from mpoc.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from mpoc.runtime.formatting import rounded
-from mpoc.tensor_networks.fit.metric import Metric
 from mpoc.tensor_networks.fit.truncation import Target, Truncation, truncate
 from mpoc.tensor_networks.fit.tt_svd import tt_svd
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
@@ -28,7 +27,7 @@ from mpoc.tensor_networks.forms.form import Form, form_of
 from mpoc.tensor_networks.structure import Structure, make_structure
 
 # Stretches of a descent: to choose γ, then on all inputs.  Of a sum only its matrix is fitted again on those.
-STRETCHES, STRETCHES_OF_SUMS, LAST = 12, 1, 1
+STRETCHES, STRETCHES_OF_SUMS, LAST = 4, 1, 1
 _WIDE = 2048  # inputs from which on a fit's temporary matrices count
 
 
@@ -161,9 +160,8 @@ def fit_calibrated(
     ]
 
     def attempt(trial: tuple[Storage, float]) -> tuple[float, Form]:
-        storage, gamma = trial
-        stretches = STRETCHES_OF_SUMS if storage.structure.parts else STRETCHES
-        form = _rounded(_fit(objective.metric(matrix, gamma), storage, stretches, seed), dtype)
+        stretches = STRETCHES_OF_SUMS if trial[0].structure.parts else STRETCHES
+        form = _rounded(_fit(matrix, objective, trial, stretches, seed), dtype)
         rivals = len(trials) > 1
         error = objective.output_weighted_error.squared(matrix, matrix_of(form)) if rivals else 0.0
         return error, on_device(form, "cpu")
@@ -191,12 +189,10 @@ def _final_fit(
     if trial is None:
         return on_device(form, "cpu"), judge_matrix(matrix, made, objective).on_cpu()
     held_out = _held_out_errors(matrix, made, objective)
-    storage, gamma = trial
     all_inputs = objective.together()
     _forget_products(objective)
-    stretches = 0 if storage.structure.parts else LAST
-    fitted = _fit(all_inputs.metric(matrix, gamma), storage, stretches, settings.seed, form)
-    form = _rounded(fitted, settings.dtype)
+    stretches = 0 if trial[0].structure.parts else LAST
+    form = _rounded(_fit(matrix, all_inputs, trial, stretches, settings.seed, form), settings.dtype)
     return on_device(form, "cpu"), judge_matrix(matrix, matrix_of(form), all_inputs, held_out).on_cpu()
 
 
@@ -251,14 +247,22 @@ def _held_out_errors(matrix: Tensor, made: Tensor, objective: Objective) -> tupl
     return first, second
 
 
-def _fit(metric: Metric, storage: Storage, stretches: int, seed: int, start: Form | None = None) -> Form:
-    """Fit in the metric; the closed form of a single matrix needs no start and no stretches."""
-    structure = storage.structure
+def _fit(
+    matrix: Tensor,
+    objective: Objective,
+    trial: tuple[Storage, float],
+    stretches: int,
+    seed: int,
+    start: Form | None = None,
+) -> Form:
+    """Fit at a storage and a γ; the closed form of a single matrix needs no start and no stretches."""
+    storage, gamma = trial
+    structure, metric = storage.structure, objective.metric(matrix, gamma)
     if structure.one_matrix:
         left, right = weighted_svd(metric).factors(storage.bond)
         return form_of([left[None, :, None, :], right[:, None, :, None]], structure)
     target = Target(torch.float64, seed)
-    problem = Problem(metric, structure)
+    problem = Problem(metric, structure, matrix)
     return problem.fit(storage.truncation, start=start, max_stretches=stretches, target=target).form
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,7 @@ from mpoc.compression.calibrate.calibrated_fit import STRETCHES_OF_SUMS, Storage
 from mpoc.compression.calibrate.objective import Objective
 from mpoc.compression.calibrate.output_distance import OutputDistance, Replacement
 from mpoc.compression.plan import LayerPlan
-from mpoc.compression.run_context import RunContext
+from mpoc.compression.run_context import TRIALS, Later, RunContext
 from mpoc.io.keyed_store import Scratch
 from mpoc.runtime.device import on_one_thread
 from mpoc.tensor_networks.fit.weighted import Problem, matrix_of
@@ -260,6 +260,7 @@ class CandidateTable:
         plans: of these layers.
         candidates_of: computes the candidates of one of them.
         context: the processes that share the layers, and the callbacks.
+        follows: what follows so many trials, of plans that compress these layers.
     """
 
     def __init__(
@@ -267,10 +268,12 @@ class CandidateTable:
         plans: Sequence[LayerPlan],
         candidates_of: Callable[[LayerPlan], Candidates],
         context: RunContext,
+        follows: Callable[[Collection[str], int], Later] = lambda names, trials: Later(),
     ) -> None:
-        self._context, self._group, self._plans = context, context.group, plans
+        self._group, self._plans, self._follows = context.group, plans, follows
         self._small = {p.map.name for p in plans if is_small(p, context.device, others=len(plans) > 1)}
         self._names = [plan.map.name for plan in plans]
+        self._context = replace(context, later=follows(self._names, TRIALS))
         self._costs = costs_of(plans)
         self._own: dict[str, Candidates] = {}
         self._moved: dict[
@@ -300,23 +303,37 @@ class CandidateTable:
         scales = self._group.map(self._plans, scale, self._costs)
         return dict(zip(self._names, scales, strict=True))
 
-    def distance(self, plans: Iterable[LayerPlan], distance: OutputDistance, way: str) -> float:
-        """The distance of the outputs where the layers that take part are compressed as planned.
+    def distances(
+        self, ways: Mapping[str, Sequence[LayerPlan]], distance: OutputDistance
+    ) -> dict[str, float]:
+        """The distance of the outputs with the layers that take part compressed, by the way to plan that.
 
         Args:
-            plans: of all layers.
+            ways: plans of all layers; the first two differ most, and others find much of what they tried.
             distance: on held-out inputs.
-            way: how they share the budget, for messages.
         """
+        last = list(ways.values())[min(1, len(ways) - 1)]
+        names = {plan.map.name for plan in last if not plan.is_dense}.intersection(self._names)
+        found = {}
+        for number, (way, plans) in enumerate(ways.items(), 1):
+            trials = 1 if number == 1 < len(ways) else 0
+            context = replace(self._context, later=self._follows(names, trials))
+            found[way] = self._distance(plans, distance, way, context)
+        return found
+
+    def _distance(
+        self, plans: Iterable[LayerPlan], distance: OutputDistance, way: str, context: RunContext
+    ) -> float:
         stage, numbers, count = f"trying the budget, {way}: layer", itertools.count(1), len(self._own)
         planned = {plan.map.name: plan for plan in plans if not plan.is_dense}
 
-        def replace(name: str) -> Replacement | None:
-            self._context.log(stage, next(numbers), count)
+        def replaced_by(name: str) -> Replacement | None:
+            context.log(stage, next(numbers), count)
             with on_one_thread(name in self._small):
                 return self._own[name].replaced(planned[name]) if name in planned else None
 
-        replaced = list(self._group.map_to_main(self._names, replace, self._costs, self._small.__contains__))
+        is_small = self._small.__contains__
+        replaced = list(self._group.map_to_main(self._names, replaced_by, self._costs, is_small))
         layers = {name: one for name, one in zip(self._names, replaced, strict=True) if one is not None}
         return self._group.on_main(lambda: distance.of(layers))
 

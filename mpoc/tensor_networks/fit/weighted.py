@@ -3,9 +3,10 @@ given bonds.
 
 Or over sums of an MPO and a matrix of given rank; measured, at equal size a sum errs less than either alone.
 
-    start     the fit to a plain norm in coordinates where the metric is nearly that, or in the layer's own,
-              the better one; of a MERA, some steps of its descent in the plain norm: measured, a start far
-              from the weight ends in directions that the metric hardly sees
+    start     the fit to a plain norm in coordinates where the metric is nearly that, or of the weight in the
+              layer's own, the better one; of a MERA, some steps of its descent to the weight in the plain
+              norm: measured, a start far from the weight ends in directions that the metric hardly sees, and
+              the target T is far from it there
     descent   over all cores together, in float32; of a sum over the MPO's alone, with the best matrix beside
               it at every step, which takes a quarter of the steps
     history   f in float64, from the metric as it was given; a stretch that does not lower it is taken back
@@ -65,15 +66,17 @@ class Problem:
     Args:
         metric: of the layer as one matrix: a kernel's taps are the slower part of the inputs.
         structure: form, factors, padding, taps site.
+        weight: W (N_y, N_x), from which the target has moved with the inputs; None: it is the target.
 
     Raises:
         ValueError: experts.
     """
 
-    def __init__(self, metric: Metric, structure: Structure) -> None:
+    def __init__(self, metric: Metric, structure: Structure, weight: Tensor | None = None) -> None:
         self.structure = structure
         self._working = _working_structure(structure)
         self._whole = _padded_metric(metric, structure)
+        self._weight = self._whole.target if weight is None else _padded(weight, structure)
 
     @cached_property
     def _coordinates(self) -> WhitenedCoordinates:
@@ -172,14 +175,14 @@ class Problem:
         self, whole: Metric, white: Metric, working: Structure, max_bond: int, seed: int
     ) -> Form:
         if working.topology.has_loops:
-            tensor = interleave(whole.target.float(), working)
+            tensor = interleave(self._weight.float(), working)
             return short_descent(tensor, working, max_bond, seed, _PLAIN_STEPS).double()
         if max_bond >= working.full_bond:
             return _plain(whole.target, working, max_bond, seed)
         other = self._coordinates.restore_form(_plain(white.target.float(), working, max_bond, seed))
         if self._working.parts:  # measured: f of either start is within a few per cent of the other's
             return other
-        plain = _plain(whole.target.float(), working, max_bond, seed)
+        plain = _plain(self._weight.float(), working, max_bond, seed)
         return min((plain, other), key=lambda form: _value(whole, form))
 
     def _given_start(self, start: Form, truncation: Truncation) -> Form:
@@ -257,16 +260,26 @@ def _padded_metric(metric: Metric, structure: Structure) -> Metric:
     rows, columns = structure.padding
     if not rows and not columns:
         return metric
-    lead, inputs = structure.lead, structure.inputs
 
     def wider(matrix: Tensor) -> Tensor:
-        taps = pad(matrix.unflatten(-1, (lead, inputs)), (0, columns))
-        return taps.flatten(-2)
+        return _with_padded_columns(matrix, structure)
 
-    target, moment = pad(wider(metric.target), (0, 0, 0, rows)), metric.inputs
+    target, moment = _padded(metric.target, structure), metric.inputs
     moment = moment.map_rows(wider) if isinstance(moment, RowMoment) else wider(wider(moment).T)
     outputs = metric.outputs
     if rows:
         outputs = target.new_ones(structure.outputs) if outputs is None else outputs
         outputs = pad(outputs, (0, rows) * outputs.dim())
     return replace(metric, target=target, inputs=moment, outputs=outputs, factor=None, output_factor=None)
+
+
+def _padded(matrix: Tensor, structure: Structure) -> Tensor:
+    """(N_y, N_x) with zero rows and columns for the padding."""
+    if not any(structure.padding):
+        return matrix
+    return pad(_with_padded_columns(matrix, structure), (0, 0, 0, structure.padding[0]))
+
+
+def _with_padded_columns(matrix: Tensor, structure: Structure) -> Tensor:
+    taps = pad(matrix.unflatten(-1, (structure.lead, structure.inputs)), (0, structure.padding[1]))
+    return taps.flatten(-2)

@@ -207,6 +207,31 @@ def test_start_is_kept_or_improved(form_name: str) -> None:
     torch.testing.assert_close(matrix_of(kept.form), matrix_of(start), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "structure",
+    [
+        make_structure("linear", (23, 22), form="mera"),
+        make_structure("conv2d", (8, 8, 3, 3), form="mera"),
+    ],
+    ids=shape_id,
+)
+def test_mera_starts_from_the_weight_where_the_target_moved(structure: Structure) -> None:
+    """The target is far from the weight in directions that inputs hardly have."""
+    metric = metric_for(structure, rank=9)
+    weight = metric.target
+    _, _, seldom = torch.linalg.svd(metric.input_root.T)
+    noise = torch.randn(len(weight), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moved = replace(metric, target=weight + 30 * noise @ seldom[-2:])
+    start = Problem(moved, structure, weight).fit(Truncation(2), max_stretches=0)
+    same = Problem(metric, structure).fit(Truncation(2), max_stretches=0)
+    torch.testing.assert_close(matrix_of(start.form), matrix_of(same.form), rtol=0, atol=0)
+    fit = Problem(moved, structure, weight).fit(Truncation(2), max_stretches=4)
+    cold = Problem(moved, structure).fit(Truncation(2), max_stretches=4)
+    assert fit.history[-1] < start.history[0]
+    errors = [float((matrix_of(one.form) - weight).norm()) for one in (fit, cold)]
+    assert errors[0] < 0.5 * errors[1]
+
+
 def test_rejects_starts_and_structures_that_do_not_fit() -> None:
     metric = metric_for(THREE)
     with pytest.raises(ValueError, match="a start with bonds"):
