@@ -54,7 +54,9 @@ class ReproduceOptions:
     """The command line of ``mpoc reproduce``."""
 
     name: str = argument(
-        "NAME", "all, fc2, lenet5, vgg16, vgg19, resnet, densenet, mera, harada, picogpt or mps-images."
+        "NAME",
+        "all, fc2, lenet5, vgg16, vgg19, resnet, resnet-narrow, densenet, mera, harada, picogpt or "
+        "mps-images.",
     )
     data: Path = option("Read this file or folder of examples.", metavar="PATH", panel=COMMON)
     format: str | None = option("Name the format where it is not recognised.", None, panel=ADVANCED)
@@ -94,6 +96,10 @@ class ReproduceOptions:
         "Make only these tables of all.",
         (), metavar="NAME[,NAME…]", panel=_NETWORKS, parse=_items, shown="every table",
     )  # fmt: skip
+    control: bool = option(
+        "Train dense and TT-SVD together as long as random cores, and as another dense network.",
+        False, panel=_TRAINING,
+    )  # fmt: skip
     no_l2: bool = option("Leave out the second term of Eq. (7).", False, panel=_TRAINING)
     runs: int = option("Number of seeds of every network, for mean ± σ.", 1, panel=_TRAINING)
     seed: int = option("Set the first seed.", 0, panel=_TRAINING)
@@ -116,6 +122,8 @@ def reproduce(options: ReproduceOptions) -> None:
 
     Every network gets the same training. An interrupted command, given again, resumes where it stopped.
     "all" makes every table within --budget, from a folder with mnist/, cifar10/ and text/.
+
+    --control splits the epochs: two thirds for the dense network, the last third for TT-SVD of it.
 
     Variants of resnet are depths, 56-resunit with the last ResUnit; of densenet (n, m, k) as 16-12-24, or
     convolution; of harada raster or morton, and morton-random-0.1 with automatic bonds; of mera fc-1, fc-2,
@@ -166,7 +174,7 @@ def _request(options: ReproduceOptions) -> StudyRequest:
     choice = StudyChoice(
         tuple(study.variants) if variants == ("all",) else variants,
         options.bonds, tuple(shapes), options.paper, options.epochs, options.steps, not options.no_l2,
-        precision=options.precision,
+        precision=options.precision, control=options.control,
     )  # fmt: skip
     same = ("name", "data", "runs", "seed", "quick", "format", "device", "starts")
     return StudyRequest(

@@ -3,6 +3,7 @@
 Each table gets at least half an epoch.  What is left goes, rung by rung, to the table that then takes the
 least time, so that cheap tables are trained in full and expensive ones take about equal times.  All networks
 of a table get the same training.  A shortened one has a warm-up and a cosine, and reports its last weights.
+Where a study has a control, its epochs are those that dense network and TT-SVD start take together.
 
 The plan is kept as ``plan.json`` in the output folder. Its tables keep their epochs and their precision, so
 that the command, given again with the same folder, trains what is missing and nothing twice.
@@ -24,10 +25,10 @@ from mpoc.errors import MpocError, UsageError, nearest, shortened
 from mpoc.io.atomic import write_text
 from mpoc.reporting.summary import to_json
 from mpoc.reproduce.catalogue import STUDIES, StudyChoice, choose_studies
-from mpoc.reproduce.experiment import Experiment, length_of
+from mpoc.reproduce.experiment import DENSE_STARTS, Experiment, length_of, share_of
 from mpoc.reproduce.gao2020 import CIFAR
 from mpoc.reproduce.image_states import NAME, ImageStates, ImageStatesRequest, measure_images
-from mpoc.reproduce.run import DENSE, Store, measure_rate
+from mpoc.reproduce.run import Store, measure_rate
 from mpoc.reproduce.study import Reproduction, StudyRequest, cells_of, open_study, run_study
 from mpoc.runtime.formatting import rounded
 from mpoc.train.loader import ExampleOrder
@@ -36,8 +37,14 @@ from mpoc.train.settings import PRECISIONS
 
 SCHEMA = "mpoc.reproduction-plan/1"
 TABLES = (*STUDIES, NAME)
-_VARIANTS = {"mera": ("fc-1", "fc-2", "fc-2-printed", "mera", "tt")}  # the paper's own
-_RUNGS = (0.5, 1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60, 80)  # epochs
+_RESNETS = ("20", "20-resunit")
+_VARIANTS = {
+    "mera": ("fc-1", "fc-2", "fc-2-printed", "mera", "tt"),  # the paper's own
+    "resnet": _RESNETS,
+    "resnet-narrow": _RESNETS,
+    "densenet": ("16-12-12", "convolution"),
+}
+_RUNGS = (0.5, 1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60, 80)  # epochs
 _MARGIN = 1.1  # of the estimates
 _EVALUATION = 1 / 3  # of a training step's work, for an example that is evaluated
 _FILES = {
@@ -70,6 +77,7 @@ class PlannedTable:
     steps_per_epoch: int = 1
     rates: tuple[float, ...] = ()  # examples per second, by network
     stored: tuple[bool, ...] = ()  # whether its result is there already
+    shares: tuple[float, ...] = ()  # of the epochs, by network; (): each takes all
     epochs: float | None = None  # None: the recipe's
     kept: bool = False  # whether the epochs are those of an earlier plan
 
@@ -95,11 +103,16 @@ class PlannedTable:
         """Estimated time of the networks that are not stored yet; an evaluation before, and each epoch."""
         if not self.experiments:
             return 0.0
-        trained, evaluated = self.examples
         epochs = self.recipe if epochs is None else epochs
-        work = epochs * trained + (1 + math.ceil(epochs)) * evaluated * _EVALUATION
-        left = (rate for rate, stored in zip(self.rates, self.stored, strict=True) if not stored)
-        return _MARGIN * sum(work / rate for rate in left)
+        networks = zip(self.rates, self.shares or (1.0,) * len(self.rates), self.stored, strict=True)
+        return _MARGIN * sum(
+            self._work(share * epochs) / rate for rate, share, stored in networks if not stored
+        )
+
+    def _work(self, epochs: float) -> float:
+        """That of one network, in examples of training."""
+        trained, evaluated = self.examples
+        return epochs * trained + (1 + math.ceil(epochs)) * evaluated * _EVALUATION
 
     @property
     def training(self) -> str:
@@ -252,7 +265,10 @@ def _request(request: AllTablesRequest, name: str) -> StudyRequest:
         raise UsageError(f"{path}: no such data, {wanted} of {name}", "--only names the tables to make")
     return StudyRequest(
         name, found[0], request.output / name,
-        StudyChoice(_VARIANTS.get(name, ()), precision=request.precision),
+        StudyChoice(
+            _VARIANTS.get(name, ()), precision=request.precision,
+            control=name != NAME and STUDIES[name].control,
+        ),
         held_out=0.0 if name == NAME else STUDIES[name].held_out, device=request.device, seed=request.seed,
     )  # fmt: skip
 
@@ -270,6 +286,7 @@ def _measured(request: StudyRequest, kept: dict[str, Any] | None, say: Callable[
         (len(train), len(material.data.splits[material.measured])),
         ExampleOrder(train, experiments[0].training.settings.batch).steps_per_epoch,
         stored=(False,) * len(cells),
+        shares=tuple(share_of(cell.start) for cell in cells) if request.choice.control else (),
     )
     if kept is not None and len(kept["rates"]) == len(cells):
         request = replace(request, choice=replace(request.choice, precision=kept["precision"]))
@@ -277,7 +294,7 @@ def _measured(request: StudyRequest, kept: dict[str, Any] | None, say: Callable[
         return replace(table, stored=tuple(_stored(table)))
     rates: dict[Any, float] = {}  # by what makes the speed
     kinds = [
-        (cell.experiment.network, cell.start != DENSE and (cell.experiment.layers, cell.bond))
+        (cell.experiment.network, cell.start not in DENSE_STARTS and (cell.experiment.layers, cell.bond))
         for cell in cells
     ]
     for kind, cell in zip(kinds, cells, strict=True):

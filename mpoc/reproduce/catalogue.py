@@ -6,8 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mpoc.errors import UsageError, nearest
-from mpoc.reproduce.experiment import Experiment, Published, ReplacedLayer, Study, Training, length_of
-from mpoc.reproduce.gao2020 import DENSENET, FC2, LENET5, RESNET, VGG16, VGG19
+from mpoc.reproduce.experiment import (
+    Experiment,
+    Published,
+    ReplacedLayer,
+    Study,
+    Training,
+    length_of,
+    whole_or_float,
+)
+from mpoc.reproduce.gao2020 import DENSENET, FC2, LENET5, NARROW_RESNET, RESNET, VGG16, VGG19
 from mpoc.reproduce.hallam2017 import MERA
 from mpoc.reproduce.image_states import ORDERS
 from mpoc.train.settings import Settings
@@ -123,7 +131,7 @@ HARADA = Study(
 
 _WARMUP = 0.1  # share of a training of one cycle
 
-_ALL = (FC2, LENET5, VGG16, VGG19, RESNET, DENSENET, PICOGPT, HARADA, MERA)
+_ALL = (FC2, LENET5, VGG16, VGG19, NARROW_RESNET, RESNET, DENSENET, PICOGPT, HARADA, MERA)
 STUDIES = {study.name: study for study in _ALL}
 
 UNTRAINED = ("mps-images",)  # of another kind: mps_images.py
@@ -144,6 +152,7 @@ class StudyChoice:
     l2: bool = True
     one_cycle: bool = False  # a warm-up and a cosine over all of the training, which nothing ends early
     precision: str = "fp32"
+    control: bool = False  # as of a Training
 
 
 def find_study(name: str) -> Study:
@@ -176,6 +185,8 @@ def choose_studies(study: Study, choice: StudyChoice) -> list[Experiment]:
     experiments: list[Experiment] = []
     for name in dict.fromkeys(names):
         experiment = _with_bonds(study.variants[name], choice.bonds)
+        if choice.control and ("ttsvd" not in experiment.starts or experiment.discard):
+            raise UsageError(f"--control: {experiment.label} is no TT-SVD of a dense network", "omit it")
         experiment = replace(experiment, training=_training(experiment, choice))
         experiments += [experiment, *(_reshaped(experiment, *shape) for shape in choice.shapes)]
     return experiments
@@ -197,8 +208,7 @@ def _training(experiment: Experiment, choice: StudyChoice) -> Training:
         raise UsageError(f"--paper: the source of {experiment.label} gives no training", "omit --paper")
     settings = training.settings
     if choice.epochs is not None:
-        whole = float(choice.epochs).is_integer()  # 1.0 is 1: a finished network is found by its settings
-        settings = replace(settings, epochs=int(choice.epochs) if whole else choice.epochs, steps=None)
+        settings = replace(settings, epochs=whole_or_float(choice.epochs), steps=None)
     if choice.steps is not None:
         settings = replace(settings, steps=choice.steps)
     if not choice.l2:
@@ -208,7 +218,8 @@ def _training(experiment: Experiment, choice: StudyChoice) -> Training:
         warmup = settings.warmup or _WARMUP
         settings = replace(settings, schedule="cosine", warmup=warmup, patience=None, eval_every=every)
     settings = replace(settings, precision=choice.precision)
-    return replace(training, settings=settings, shortened=_shortened(settings, experiment))
+    shortened = _shortened(settings, experiment)
+    return replace(training, settings=settings, shortened=shortened, control=choice.control)
 
 
 def _shortened(settings: Settings, experiment: Experiment) -> str:

@@ -30,6 +30,8 @@ _NAMES = {"mpo": "M", "tree": "tree", "mera": "MERA"}
 _HELD_OUT = 0.1  # share of the training split, if the data have no split to evaluate on
 QUICK_STEPS = 10
 _QUICK_MEASURED = 5  # batches
+DENSE, CONTROL = "dense", "control"  # starts of networks without cores; a control trains longer
+DENSE_STARTS = (DENSE, CONTROL)
 GAO = "Gao et al., Phys. Rev. Research 2, 023300 (2020)"
 
 
@@ -73,13 +75,25 @@ class Published:
 
 @dataclass(frozen=True)
 class Training:
-    """A training, the same for the dense network and for every start of the MPO-Net."""
+    """A training, the same for the dense network and for every start of the MPO-Net.
+
+    With a control the settings are those of the whole way: the dense network takes two thirds of it and
+    TT-SVD of that network the last third; random cores and a second dense network, the control, take all.
+    """
 
     settings: Settings
     pad: int = 0  # pixels: shifts drawn at random
     flip: bool = False
     note: str = ""  # where it departs from the paper's own, or from what a reader would expect
     shortened: str = ""  # "20 epochs in place of the paper's 500 epochs"; "" where it is as long
+    control: bool = False  # whether every MPO-Net, with the network it starts from, takes the same time
+
+    def part(self, start: str) -> Settings:
+        """The settings of the networks of one start."""
+        settings, share = self.settings, share_of(start) if self.control else 1.0
+        if settings.steps is not None:
+            return replace(settings, steps=max(1, round(share * settings.steps)))
+        return replace(settings, epochs=whole_or_float(round(share * settings.epochs, 6)))
 
     def words(self) -> str:
         """The training in one line, for tables."""
@@ -100,6 +114,16 @@ class Training:
             every = f"one every {s.eval_every} steps" if s.eval_every else "one per epoch"
             parts.append(f"stopped after {s.patience} evaluations ({every}) without improvement")
         return ", ".join(parts)
+
+
+def share_of(start: str) -> float:
+    """The share of a training with a control that a network of this start takes."""
+    return {DENSE: 2 / 3, "ttsvd": 1 / 3}.get(start, 1.0)
+
+
+def whole_or_float(epochs: float) -> float:
+    """1 for 1.0, so that a finished network is found by its settings."""
+    return int(epochs) if float(epochs).is_integer() else epochs
 
 
 def length_of(settings: Settings) -> str:
@@ -146,6 +170,7 @@ class Study:
     held_out: float = 0.0  # share of the training split that chooses the weights, unless asked otherwise
     baseline: str = ""  # the variant with whose fully connected layers the paper compares those of all others
     head: int = 0  # what the paper then counts for the last layer
+    control: bool = False  # whether a budget is shared as in a training with a control
 
 
 @dataclass(frozen=True)

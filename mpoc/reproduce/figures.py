@@ -16,12 +16,18 @@ from mpoc.reporting.html import document
 from mpoc.reporting.html_sections import figures, scrolled, title_of
 from mpoc.reporting.svg import Markup, join, tag
 from mpoc.reproduce.all_tables import PLAN_COLUMNS, PlannedTable, plan_rows
+from mpoc.reproduce.experiment import CONTROL, DENSE, DENSE_STARTS
 from mpoc.reproduce.image_states import NAME, ORDERS, SOURCE, ImageStates, approximate
-from mpoc.reproduce.run import DENSE
 from mpoc.reproduce.study import Reproduction, Row, notes_of, table_of
 
-_NAMES = {"ttsvd": "MPO-Net, from TT-SVD", "random": "MPO-Net, random start", DENSE: "dense"}
-_COLOURS = {"ttsvd": "C0", "random": "C1", DENSE: "0.25"}
+_NAMES = {
+    "ttsvd": "MPO-Net, from TT-SVD",
+    "random": "MPO-Net, random start",
+    DENSE: "dense",
+    CONTROL: "dense, control",
+}
+_COLOURS = {"ttsvd": "C0", "random": "C1", DENSE: "0.25", CONTROL: "0.5"}
+_STROKES = {"ttsvd": "-", "random": "--", DENSE: "-", CONTROL: "--"}
 
 METHODS = {
     **{order: f"state, {name}" for order, name in ORDERS.items()},
@@ -64,11 +70,11 @@ def _draw_accuracy(axes: Any, results: Reproduction) -> None:
             bonds = sorted({row.bond for row in results.rows if row.bond})
             axes.set_xticks(bonds, [str(bond) for bond in bonds])
         for row in results.rows:
-            if row.start == DENSE:
+            if row.start in DENSE_STARTS:
                 _draw_band(axes, row)
     labels = list(dict.fromkeys(row.experiment.label for row in results.rows))
     for start, rows in _series(results).items():
-        if start[0] == DENSE and over_bonds:
+        if start[0] in DENSE_STARTS and over_bonds:
             continue
         xs = [_place(results, row, labels, over_bonds) for row in rows]
         pairs = [row.mean("final") for row in rows]
@@ -85,10 +91,12 @@ def _draw_accuracy(axes: Any, results: Reproduction) -> None:
 
 def _draw_band(axes: Any, row: Row) -> None:
     mean, sigma = row.mean("final")
-    axes.axhline(mean, color=_COLOURS[DENSE], lw=1, label=f"dense, {row.experiment.label}")
+    colour = _COLOURS[row.start]
+    label = f"{_NAMES[row.start]}, {row.experiment.label}"
+    axes.axhline(mean, color=colour, lw=1, ls=_STROKES[row.start], label=label)
     if sigma:
-        axes.axhspan(mean - sigma, mean + sigma, color=_COLOURS[DENSE], alpha=0.15, lw=0)
-    if row.experiment.dense.accuracy is not None:
+        axes.axhspan(mean - sigma, mean + sigma, color=colour, alpha=0.15, lw=0)
+    if row.start == DENSE and row.experiment.dense.accuracy is not None:
         axes.axhline(row.experiment.dense.accuracy, color="0.6", lw=1, ls=":", label="dense, the paper's")
 
 
@@ -122,16 +130,17 @@ def _draw_curves(axes: Any, results: Reproduction) -> None:
     """Draw the mean accuracy of the runs at every evaluation."""
     many = _variants(results) > 1
     pairs = list(
-        dict.fromkeys((row.experiment.label, row.bond) for row in results.rows if row.start != DENSE)
+        dict.fromkeys(
+            (row.experiment.label, row.bond) for row in results.rows if row.start not in DENSE_STARTS
+        )
     )
     for row in results.rows:
         epochs = [point["epoch"] for point in row.results[0].curve]
         columns = zip(*([p["accuracy"] for p in result.curve] for result in row.results), strict=True)
         label = _NAMES[row.start] + (f", D = {row.bond}" if row.bond else "")
         label += f", {row.experiment.label}" if many else ""
-        style = {"ttsvd": "-", "random": "--", DENSE: "-"}[row.start]
-        colour = _COLOURS[DENSE]
-        if row.start != DENSE:
+        style, colour = _STROKES[row.start], _COLOURS[row.start]
+        if row.start not in DENSE_STARTS:
             colour = f"C{pairs.index((row.experiment.label, row.bond)) % 10}"
         means = [statistics.fmean(column) for column in columns]
         axes.plot(epochs, means, style, color=colour, lw=1, label=label)
@@ -305,17 +314,18 @@ def _accuracy_chart(results: Reproduction) -> Chart:
     over_bonds = results.study.axis == "parameters" or any(row.bond for row in results.rows)
     labels = list(dict.fromkeys(row.experiment.label for row in results.rows))
     places = {id(row): _place(results, row, labels, over_bonds) for row in results.rows}
-    shown = [places[id(row)] for row in results.rows if row.start != DENSE or not over_bonds]
+    shown = [places[id(row)] for row in results.rows if row.start not in DENSE_STARTS or not over_bonds]
     series: list[Series] = []
     printed: dict[float, float] = {}
     for (start, variant), rows in _series(results).items():
         points = [(places[id(row)], row.mean("final")[0]) for row in rows]
-        if start == DENSE and over_bonds and shown:
+        is_line = start in DENSE_STARTS and over_bonds
+        if is_line and shown:
             points = [(x, points[0][1]) for x in (min(shown), max(shown))]
-        elif start == DENSE and over_bonds:
+        elif is_line:
             continue
         name = ", ".join(filter(None, (_NAMES[start], variant)))
-        style = "dotted line" if start == DENSE and over_bonds else "marked line"
+        style = "dotted line" if is_line else "marked line"
         series.append(Series(name, tuple(points), style, tone_of(len(series) + 1)))
     for row in results.rows:
         if row.published and row.published.accuracy is not None and places[id(row)] in shown:

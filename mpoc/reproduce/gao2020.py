@@ -7,7 +7,7 @@
 - VGG-16 and VGG-19: section III B 1, Table I. Two 3 × 3 convolutions of the last stage, as whole maps of
   2 × 2 × 512, and the three fully connected layers: 23,633,920 parameters become 10,944.
 - ResNets of width k = 4: section III B 2, Fig. 3, and its ResUnit pair.  The figure compares dense
-  network and MPO-Net over the depth; the paper does not print its numbers.
+  network and MPO-Net over the depth; the paper does not print its numbers.  Those of k = 1 are ours.
 - DenseNets: section III B 3, Table II, and one convolution.
 """
 
@@ -119,7 +119,7 @@ def _vgg(depth: int, convolutions: tuple[str, str], dense: Published, mpo: Publi
         f"VGG-{depth}", name, layers, (4,), cosine(0.05), PAPER, CIFAR, dense, {4: mpo},
         notes=("ρ counts the kernels of the convolutions, not their maps, as the paper does",),
     )  # fmt: skip
-    return Study(name, f"VGG-{depth}", GAO, {name: experiment}, quick_batch=8)
+    return Study(name, f"VGG-{depth}", GAO, {name: experiment}, quick_batch=8, control=True)
 
 
 VGG16 = _vgg(
@@ -137,35 +137,49 @@ VGG19 = _vgg(
 
 
 # ResNets on CIFAR-10: section III B 2.
-_WIDTH = 4
 DEPTHS = (20, 32, 44, 56, 110)
-_HEAD = ReplacedLayer("linear", (4, 4, 4, _WIDTH), (1, 5, 2, 1), bond=3)
-_UNIT = (2, 4, 4, 4, 4, 4, 4, 2)  # factors of 8 × 8 × 256; the paper's text prints one 4 too few
 _SAME = Published("Fig. 3", rho=0.11, words="as dense")
+_UNITS = {  # by width k: factors of 8 × 8 × 64 k
+    1: (2, 4, 4, 4, 4, 4, 2),
+    4: (2, 4, 4, 4, 4, 4, 4, 2),  # the paper's text prints one 4 too few
+}
 
 
-def _resnet_experiment(depth: int, unit: bool) -> Experiment:
-    blocks = (depth - 2) // 6
+def _resnet_experiment(depth: int, width: int, unit: bool) -> Experiment:
+    blocks, factors = (depth - 2) // 6, _UNITS[width]
     convolutions = (f"layer3.{blocks - 1}.conv{k}" for k in (1, 2))
-    pair = tuple(ReplacedLayer(conv, _UNIT, _UNIT, bond=4, size=(8, 8)) for conv in convolutions)
+    pair = tuple(ReplacedLayer(conv, factors, factors, bond=4, size=(8, 8)) for conv in convolutions)
+    head = ReplacedLayer("linear", (4, 4, 4, width), (1, 5, 2, 1), bond=3)
+    drawn = Published("Fig. 3", words="drawn, not printed")
+    published = Published("section III B 2", words="as dense") if unit else _SAME
+    if width != 4:
+        drawn = published = Published("the paper", words="k = 4 alone")
     return Experiment(
         f"depth {depth}{', ResUnit' if unit else ''}",
-        f"resnet:depth={depth},width={_WIDTH}",
-        (*(pair if unit else ()), _HEAD),
+        f"resnet:depth={depth},width={width}",
+        (*(pair if unit else ()), head),
         (),
         cosine(),
         PAPER,
         CIFAR,
-        Published("Fig. 3", words="drawn, not printed"),
-        {0: Published("section III B 2", words="as dense") if unit else _SAME},
+        drawn,
+        {0: published},
         x=depth,
-        notes=("the two convolutions of the last ResUnit are whole maps of 8 × 8 × 256",) if unit else (),
+        notes=(f"the two convolutions of the last ResUnit are whole maps of 8 × 8 × {64 * width}",)
+        if unit
+        else (),
     )
 
 
-_RESNET_VARIANTS = {str(depth): _resnet_experiment(depth, False) for depth in DEPTHS}
-_UNITS = {f"{depth}-resunit": _resnet_experiment(depth, True) for depth in DEPTHS}
-RESNET = Study("resnet", "ResNet, k = 4", GAO, _RESNET_VARIANTS | _UNITS, quick_batch=4, axis="depth")
+def _resnets(name: str, width: int) -> Study:
+    variants = {str(depth): _resnet_experiment(depth, width, False) for depth in DEPTHS}
+    variants |= {f"{depth}-resunit": _resnet_experiment(depth, width, True) for depth in DEPTHS}
+    title = f"ResNet, k = {width}"
+    return Study(name, title, GAO, variants, quick_batch=4, axis="depth", control=True)
+
+
+RESNET = _resnets("resnet", 4)
+NARROW_RESNET = _resnets("resnet-narrow", 1)  # not the paper's: that of its figure in a sixteenth of the work
 
 
 # DenseNets on CIFAR-10: section III B 3.
@@ -223,4 +237,4 @@ def _convolution() -> Experiment:
 
 _DENSENET_VARIANTS = {"-".join(map(str, shape)): _densenet_experiment(shape) for shape in _TABLE}
 _DENSENET_VARIANTS["convolution"] = _convolution()
-DENSENET = Study("densenet", "DenseNet", GAO, _DENSENET_VARIANTS, quick_batch=4)
+DENSENET = Study("densenet", "DenseNet", GAO, _DENSENET_VARIANTS, quick_batch=4, control=True)

@@ -22,7 +22,7 @@ from mpoc.io.atomic import write_text
 from mpoc.io.keyed_store import damaged, open_item, put_item
 from mpoc.io.safetensors_writer import Entry
 from mpoc.models import zoo
-from mpoc.reproduce.experiment import Experiment, PaperData, ReplacedLayer
+from mpoc.reproduce.experiment import DENSE, DENSE_STARTS, Experiment, PaperData, ReplacedLayer
 from mpoc.reproduce.networks import FULL_BOND, choose_bonds, core_forms, replace_layers
 from mpoc.runtime.device import derived_seed
 from mpoc.runtime.formatting import rounded
@@ -32,12 +32,12 @@ from mpoc.train.engine import make_accelerator
 from mpoc.train.evaluate import evaluate
 from mpoc.train.loop import train
 from mpoc.train.monitor import OnEvent, Outcome, TrainingEvent, TrainingMonitor
+from mpoc.train.settings import Settings
 
 _FORMAT = 2  # incremented when stored results of earlier versions become invalid
 
 _MEASURED_SECONDS = 1.0  # of training, to know its speed
 
-DENSE = "dense"
 Key = tuple[str, str, int, int]
 Weights = dict[str, Tensor]
 
@@ -115,7 +115,7 @@ class Cell:
     """One network of a study: its experiment, start, bond dimension and seed."""
 
     experiment: Experiment
-    start: str  # "dense", "ttsvd" or "random"
+    start: str  # "dense", "control" (dense, too), "ttsvd" or "random"
     bond: int  # D of random cores, or cap of TT-SVD; 0 for a dense network or if each layer has its own
     seed: int
 
@@ -131,6 +131,11 @@ class Cell:
         """Label, start, D and seed: unique within a study."""
         return self.experiment.label, self.start, self.bond, self.seed
 
+    @property
+    def settings(self) -> Settings:
+        """The training's, for this start and seed."""
+        return replace(self.experiment.training.part(self.start), seed=self.seed)
+
     def origin(self) -> Cell | None:
         """The trained network of the same seed that this one starts from."""
         if self.start == "ttsvd":
@@ -141,7 +146,7 @@ class Cell:
 
     def identity(self, material: PaperData) -> dict[str, Any]:
         """Everything that the result depends on; labels and the paper's numbers are not part of it."""
-        settings = asdict(replace(self.experiment.training.settings, seed=self.seed))
+        settings = asdict(self.settings)
         training = self.experiment.training
         identity: dict[str, Any] = {
             "network": self.experiment.network,
@@ -150,7 +155,7 @@ class Cell:
             "data": material.identity,
             "start": self.start,
         }
-        if self.start != DENSE:
+        if self.start not in DENSE_STARTS:
             identity["layers"] = [_layer_identity(layer, self.bond) for layer in self.experiment.layers]
             if self.experiment.discard:
                 identity["discard"] = self.experiment.discard
@@ -186,7 +191,7 @@ def run_cell(
         Interrupted: Ctrl-C or SIGTERM.
     """
     begin = time.perf_counter()
-    accelerator = make_accelerator(device, cell.experiment.training.settings.precision)
+    accelerator = make_accelerator(device, cell.settings.precision)
     network = _in_fastest_layout(_network(cell, origin), accelerator.device)
     outcome, curve = _train(cell, network, material, accelerator, on_event)
     chosen = next(point for point in curve if point["step"] == outcome.chosen["step"])
@@ -208,7 +213,7 @@ def run_cell(
 def measure_rate(cell: Cell, material: PaperData, device: str) -> float:
     """Examples per second of a cell's training, over about a second after a first step."""
     training = cell.experiment.training
-    start = DENSE if cell.start == DENSE else "random"  # cores from TT-SVD take the same time
+    start = DENSE if cell.start in DENSE_STARTS else "random"  # cores from TT-SVD take the same time
     plain = replace(cell, start=start, experiment=replace(cell.experiment, discard=0.0))
     accelerator = make_accelerator(device, training.settings.precision)
     network = _in_fastest_layout(_network(plain, None), accelerator.device)
@@ -230,12 +235,12 @@ def _in_fastest_layout(network: nn.Module, device: torch.device) -> nn.Module:
 
 
 def _step_time(cell: Cell, outcome: Outcome) -> float | None:
-    return rounded(1000 * cell.experiment.training.settings.batch / outcome.rate) if outcome.rate else None
+    return rounded(1000 * cell.settings.batch / outcome.rate) if outcome.rate else None
 
 
 def _spectra(cell: Cell, network: nn.Module) -> dict[str, dict[str, list[Any]]]:
     """Bonds and entropies of the replaced layers."""
-    if cell.start == DENSE:
+    if cell.start in DENSE_STARTS:
         return {}
     forms = core_forms(network, cell.experiment.layers)
     return {
@@ -253,7 +258,7 @@ def _network(cell: Cell, origin: Weights | None) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derived_seed(cell.seed, "network"))
         network = zoo.make(cell.experiment.network)
-    if cell.start == DENSE:
+    if cell.start in DENSE_STARTS:
         return network
     layers, discard = cell.experiment.layers, cell.experiment.discard
     bond = cell.bond
@@ -287,7 +292,7 @@ def _train(
 ) -> tuple[Outcome, list[dict[str, float]]]:
     """Train the network; also return its accuracy on the reported split at every evaluation."""
     training = cell.experiment.training
-    settings = replace(training.settings, seed=cell.seed, keep_best=material.chooses)
+    settings = replace(cell.settings, keep_best=material.chooses)
     measured = material.split(material.measured)
     curve: list[dict[str, float]] = []
 

@@ -12,6 +12,9 @@ from typing import Any
 from mpoc.errors import UsageError, nearest
 from mpoc.reproduce.catalogue import StudyChoice, choose_studies, find_study
 from mpoc.reproduce.experiment import (
+    CONTROL,
+    DENSE,
+    DENSE_STARTS,
     QUICK_STEPS,
     Experiment,
     PaperData,
@@ -22,14 +25,18 @@ from mpoc.reproduce.experiment import (
 )
 from mpoc.reproduce.hallam2017 import baseline_counts, counts
 from mpoc.reproduce.networks import STARTS, check_structures
-from mpoc.reproduce.run import DENSE, Cell, Key, Result, Store, Weights, dense_sizes, run_cell
+from mpoc.reproduce.run import Cell, Key, Result, Store, Weights, dense_sizes, run_cell
 from mpoc.runtime.distributed import num_processes
 from mpoc.runtime.formatting import rounded
 from mpoc.train.monitor import OnEvent
 
 SCHEMA = "mpoc.reproduction/1"
 _STARTED = "TT-SVD starts from the trained dense network of the same seed; random cores start from nothing"
-_STARTS = {DENSE: "dense", "ttsvd": "MPO, TT-SVD", "random": "MPO, random"}
+_SHARED = (
+    "the dense network takes two thirds of this training, and TT-SVD of it the last third; random cores and "
+    "the control, a dense network too, take all"
+)
+_STARTS = {DENSE: "dense", CONTROL: "dense, control", "ttsvd": "MPO, TT-SVD", "random": "MPO, random"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Row:
     @property
     def published(self) -> Published | None:
         """The paper's result, the same for every start, as the paper knows one only."""
-        if self.start == DENSE:
+        if self.start in DENSE_STARTS:
             return self.experiment.dense
         return self.experiment.published.get(self.bond, self.experiment.published.get(0))
 
@@ -190,6 +197,8 @@ def _check(request: StudyRequest) -> None:
             raise UsageError(f"--starts {start}: unknown{nearest(start, STARTS)}", ",".join(STARTS))
     if request.runs < 1:
         raise UsageError(f"--runs {request.runs}: must be at least 1")
+    if request.choice.control and "ttsvd" not in request.starts:
+        raise UsageError(f"--control: --starts {','.join(request.starts)} has no ttsvd", "omit one of them")
     if not 0 <= request.held_out < 1:
         raise UsageError(f"--hold-out {request.held_out:g}: must be at least 0 and below 1")
     if num_processes() > 1:
@@ -234,6 +243,8 @@ def cells_of(experiments: list[Experiment], starts: tuple[str, ...], seed: int) 
         if experiment.with_dense and experiment.network not in dense:
             yield Cell(experiment, DENSE, 0, seed)
             dense.add(experiment.network)
+            if experiment.training.control:
+                yield Cell(experiment, CONTROL, 0, seed)
         for bond in experiment.bonds or (0,):
             for start in (start for start in starts if start in experiment.starts):
                 yield Cell(experiment, start, bond, seed)
@@ -313,7 +324,7 @@ def _counted_cells(results: Reproduction, row: Row) -> list[str]:
 
 def name_of(results: Reproduction, row: Row) -> str:
     """The paper's name of a network of a study with a baseline: ``FC-1``, ``MERA-2``."""
-    if row.start != DENSE:
+    if row.start not in DENSE_STARTS:
         name, comma, rest = row.experiment.label.partition(",")
         return f"{name}-{row.bond}{comma}{rest}"
     dense = (experiment for experiment in results.study.variants.values() if not experiment.layers)
@@ -321,7 +332,7 @@ def name_of(results: Reproduction, row: Row) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    dense = row.start == DENSE
+    dense = row.start in DENSE_STARTS
     own = ", ".join(dict.fromkeys(str(layer.bond) for layer in row.experiment.layers if layer.bond))
     bond = "" if dense else str(row.bond or own)
     if row.experiment.discard and not dense:
@@ -357,6 +368,7 @@ def notes_of(results: Reproduction) -> list[str]:
         f"every network: {experiment.training.words()}{note}; "
         f"{runs if len(results.seeds) > 1 else f'seed {results.seeds[0]}'}",
         results.material.reported(),
+        *([_SHARED] if experiment.training.control else []),
         *([_STARTED] if any(row.start == "ttsvd" for row in results.rows) else []),
         f"paper: {results.study.source}, on {experiment.data}",
     ]
@@ -381,7 +393,7 @@ def _effective(results: Reproduction) -> list[str]:
     """exp(S) at each bond, where bonds were chosen automatically; of the first run."""
     lines = []
     for row in results.rows:
-        if row.experiment.discard and row.start != DENSE:
+        if row.experiment.discard and row.start not in DENSE_STARTS:
             for layer, entropies in row.results[0].entropies.items():
                 numbers = " ".join(f"{math.exp(entropy):.1f}" for entropy in entropies)
                 lines.append(f"{row.experiment.label}, {layer}: effective components exp(S) {numbers}")

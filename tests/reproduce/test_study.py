@@ -13,7 +13,8 @@ import pytest
 from mpoc.errors import MpocError, UsageError
 from mpoc.reproduce import study as module
 from mpoc.reproduce.catalogue import STUDIES, Shapes, StudyChoice, choose_studies, find_study
-from mpoc.reproduce.run import DENSE, Cell, run_cell
+from mpoc.reproduce.experiment import DENSE
+from mpoc.reproduce.run import Cell, run_cell
 from mpoc.reproduce.study import Reproduction, StudyRequest, run_study
 from mpoc.runtime.signals import Interrupted
 from tests.reproduce.images import write_digits

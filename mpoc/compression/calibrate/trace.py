@@ -84,9 +84,10 @@ class Trace:
         most = (positions.most or math.inf) * sum(map(num_examples, batches))  # rows of convolutions
         for name, layer in self.layers.items():
             weight, inputs = network.get_parameter(name), layer.inputs.features
-            is_table, rows = isinstance(layer.inputs, EmbeddingInputs), share * self.rows[name]
-            rows = min(rows, most) if isinstance(layer.inputs, ConvInputs) else rows
-            kind = Kind.TABLE if is_table else Kind.KERNEL if weight.dim() > 2 else Kind.MATRIX
+            is_table, is_conv = (isinstance(layer.inputs, kind) for kind in (EmbeddingInputs, ConvInputs))
+            has_taps, rows = is_conv and weight.shape[2:].numel() > 1, share * self.rows[name]
+            rows = min(rows, most) if is_conv else rows
+            kind = Kind.TABLE if is_table else Kind.KERNEL if has_taps else Kind.MATRIX
             works[name] = LayerWork(weight.numel() // inputs, inputs, rows, kind)
         return works
 

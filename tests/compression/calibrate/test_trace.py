@@ -303,6 +303,9 @@ def test_work_follows_shapes_rows_and_effort() -> None:
     assert works["0.weight"] == LayerWork(8, 27, 3 * 2 * 4 * 4, Kind.KERNEL)
     assert found.work(network, batches, Positions(5))["0.weight"].rows == 3 * 2 * 5
     assert works["2.weight"] == LayerWork(10, 128, 3 * 2, Kind.MATRIX)
+    pointwise = nn.Sequential(nn.Conv2d(3, 8, 1)).eval()
+    work = traced(pointwise, batches[0], ["0.weight"]).work(pointwise, batches)
+    assert work["0.weight"].kind is Kind.MATRIX
     later = [
         Workload(works, effort, n).after_reading()
         for effort, n in (("fast", 1), ("balanced", 1), ("fast", 9))
