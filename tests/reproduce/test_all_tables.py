@@ -48,6 +48,13 @@ def test_estimates_training_and_evaluations() -> None:
     assert replace(shown, stored=(True, False)).seconds(2) == pytest.approx(1.1 * work / 20)
 
 
+def test_estimates_a_training_with_a_control() -> None:
+    """Each network takes its share of the epochs, and an evaluation for each that it begins."""
+    shown = replace(table("vgg16", 10.0, 10.0, 10.0), examples=(600, 300), shares=(2 / 3, 1 / 3, 1.0))
+    work = (2 * 600 + 3 * 100) + (1 * 600 + 2 * 100) + (3 * 600 + 4 * 100)
+    assert shown.seconds(3) == pytest.approx(1.1 * work / 10)
+
+
 @pytest.mark.parametrize("budget", [200, 1_000, 5_000, 9_000, 10**6])
 def test_uses_the_budget_for_cheap_tables_first(budget: float) -> None:
     tables = [table("fc2", 1000.0), table("vgg16", 10.0), table("resnet", 20.0)]

@@ -13,9 +13,9 @@ import pytest
 from mpoc.errors import MpocError, UsageError
 from mpoc.reproduce import study as module
 from mpoc.reproduce.catalogue import STUDIES, Shapes, StudyChoice, choose_studies, find_study
-from mpoc.reproduce.experiment import DENSE
+from mpoc.reproduce.experiment import CONTROL, DENSE
 from mpoc.reproduce.run import Cell, run_cell
-from mpoc.reproduce.study import Reproduction, StudyRequest, run_study
+from mpoc.reproduce.study import Reproduction, StudyRequest, notes_of, run_study, table_of
 from mpoc.runtime.signals import Interrupted
 from tests.reproduce.images import write_digits
 
@@ -131,6 +131,22 @@ def test_validation_split_selects_the_weights(digits: Path, tmp_path: Path) -> N
         assert row.results[0].final == curve[chosen]["accuracy"]
 
 
+def test_control_divides_the_epochs(digits: Path, tmp_path: Path) -> None:
+    """Dense and TT-SVD together take as many steps as random cores, and as the control, which is dense."""
+    choice = StudyChoice(bonds=(2,), epochs=3, control=True)
+    asked = request(digits, tmp_path / "out", choice=choice)
+    done, _ = run(asked)
+    assert [row.start for row in done.rows] == [DENSE, CONTROL, "ttsvd", "random"]
+    dense, control, fitted, drawn = (row.results[0] for row in done.rows)
+    assert dense.steps + fitted.steps == control.steps == drawn.steps == 3 * fitted.steps
+    assert dense.curve[0] == control.curve[0] and control.parameters == dense.parameters
+    assert [row.rho for row in done.rows[:2]] == [1, 1] and done.rows[1].published == done.rows[0].published
+    alone, said = run(replace(asked, choice=StudyChoice(bonds=(2,), epochs=2), starts=()))
+    assert said[-1].endswith("stored") and alone.rows[0].results[0].curve == dense.curve
+    assert any("the control, a dense network too, take all" in note for note in notes_of(done))
+    assert "dense, control" in str(table_of(done))
+
+
 def test_names_a_damaged_result(digits: Path, tmp_path: Path) -> None:
     asked = request(digits, tmp_path / "out", choice=StudyChoice(bonds=(2,), epochs=1), starts=())
     run(asked)
@@ -196,6 +212,7 @@ def test_evaluates_text_on_its_end(tmp_path: Path) -> None:
         ({"starts": ("ttsdv",)}, "did you mean 'ttsvd'"),
         ({"runs": 0}, "--runs 0"),
         ({"held_out": 1.0}, "--hold-out 1"),
+        ({"choice": StudyChoice(control=True), "starts": ("random",)}, "--control: --starts random has no"),
         ({"choice": StudyChoice(variants=("fc3",))}, "no variant 'fc3'"),
         ({"choice": StudyChoice(bonds=(0,))}, "--bonds 0"),
         ({"choice": StudyChoice(shapes=(("fc9=4:4", {"fc9": ((4,), (4,))}),))}, "fc9 is not replaced"),
@@ -209,6 +226,12 @@ def test_rejects_bad_requests(digits: Path, tmp_path: Path, more: dict[str, obje
 def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'lenet5'"):
         find_study("lenet")
+
+
+@pytest.mark.parametrize("name", ["mera", "harada"])
+def test_control_is_of_starts_from_dense_networks(name: str) -> None:
+    with pytest.raises(UsageError, match=r"--control: .* is no TT-SVD of a dense network"):
+        choose_studies(STUDIES[name], StudyChoice(control=True, variants=tuple(STUDIES[name].variants)))
 
 
 def test_replaces_bonds_of_layers_together() -> None:
