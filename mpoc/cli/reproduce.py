@@ -97,7 +97,7 @@ class ReproduceOptions:
         (), metavar="NAME[,NAME…]", panel=_NETWORKS, parse=_items, shown="every table",
     )  # fmt: skip
     control: bool = option(
-        "Train dense and TT-SVD together as long as random cores, and as another dense network.",
+        "Train dense and TT-SVD together as long as each other network.",
         False, panel=_TRAINING,
     )  # fmt: skip
     no_l2: bool = option("Leave out the second term of Eq. (7).", False, panel=_TRAINING)
