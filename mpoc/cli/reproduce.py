@@ -69,7 +69,11 @@ class ReproduceOptions:
         (), metavar="V[,V…]", panel=_NETWORKS, parse=_items, shown="the first; all of harada and mera",
     )  # fmt: skip
     depth: tuple[str, ...] = option(
-        "Choose depths of resnet: 20, 32, 44, 56, 110.", (), metavar="L[,L…]", panel=_NETWORKS, parse=_items
+        "Choose depths of resnet and resnet-narrow: 20, 32, 44, 56, 110.",
+        (),
+        metavar="L[,L…]",
+        panel=_NETWORKS,
+        parse=_items,
     )
     bonds: tuple[int, ...] = option(
         "Use these bond dimensions.",
@@ -120,12 +124,14 @@ class ReproduceOptions:
 def reproduce(options: ReproduceOptions) -> None:
     """Repeat an experiment of a paper: dense, MPO-Net from TT-SVD, MPO-Net from random cores.
 
-    Every network gets the same training. An interrupted command, given again, resumes where it stopped.
-    "all" makes every table within --budget, from a folder with mnist/, cifar10/ and text/.
+    Every network gets the same training. With --control the dense network takes two thirds of it, TT-SVD of
+    that network the last third, and random cores, and a second dense network, take all. An interrupted
+    command, given again, resumes where it stopped.
 
-    --control splits the epochs: two thirds for the dense network, the last third for TT-SVD of it.
+    "all" makes every table within --budget, from a folder with mnist/, cifar10/ and text/; those of VGGs,
+    ResNets and DenseNets with --control.
 
-    Variants of resnet are depths, 56-resunit with the last ResUnit; of densenet (n, m, k) as 16-12-24, or
+    Variants of resnet and resnet-narrow (k = 1) are depths, 56-resunit with the last ResUnit; of densenet (n, m, k) as 16-12-24, or
     convolution; of harada raster or morton, and morton-random-0.1 with automatic bonds; of mera fc-1, fc-2,
     fc-2-printed, mera, tt and mera-channels; all names every one.
 
@@ -163,7 +169,7 @@ def _request(options: ReproduceOptions) -> StudyRequest:
 
     study = find_study(options.name)
     if options.depth and (study.axis != "depth" or options.variants):
-        raise UsageError("--depth chooses variants of resnet, and excludes --variants")
+        raise UsageError("--depth chooses variants of resnet or resnet-narrow, and excludes --variants")
     variants = options.depth or options.variants
     shapes = []
     for text in options.shape:

@@ -30,7 +30,7 @@ _CLOSED = 40  # of a kernel whose forms are two factors
 _DECOMPOSED = 4  # an input to the third power
 _EACH = 1e8  # of any layer
 _MERA = 500  # applications, of a short descent of a MERA
-_MERA_FITTED = 2.6  # times as long, the descents of its fit
+_MERA_FITTED = 1.3  # times as long, the descents of its fit, which one thread makes
 TRIALS = 2  # of ways to share a budget; others find what these have tried
 _FEW, _WIDE = 2048, 8192  # rows as which moments of so many inputs are kept, at least
 _SIDE, _TIMES = 768, 30  # of the product that is timed, until threads and clock are at full speed
@@ -98,8 +98,10 @@ class LayerWork:
         """Operations of the fit: products of inputs, decompositions, and what is iterated."""
         rows = self.rows if self.inputs < _WIDE else min(self.rows, _FEW)
         products = 0.0 if self.kind is Kind.TABLE else _PRODUCTS * rows * self.inputs**2
-        applications = _MERA_FITTED * _MERA if self._is_mera(effort) else _FITTED[effort]
-        if self.kind is Kind.KERNEL and effort != "thorough" and not self._is_mera(effort):
+        applications: float = _FITTED[effort]
+        if self._is_mera(effort):
+            applications = _MERA_FITTED * _MERA * torch.get_num_threads()
+        elif self.kind is Kind.KERNEL and effort != "thorough":
             applications = _CLOSED
         return products + applications * self._applied + _DECOMPOSED * self._moments()
 

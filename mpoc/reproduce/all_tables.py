@@ -25,10 +25,10 @@ from mpoc.errors import MpocError, UsageError, nearest, shortened
 from mpoc.io.atomic import write_text
 from mpoc.reporting.summary import to_json
 from mpoc.reproduce.catalogue import STUDIES, StudyChoice, choose_studies
-from mpoc.reproduce.experiment import DENSE_STARTS, Experiment, length_of, share_of
+from mpoc.reproduce.experiment import DENSE_STARTS, Experiment, length_of
 from mpoc.reproduce.gao2020 import CIFAR
 from mpoc.reproduce.image_states import NAME, ImageStates, ImageStatesRequest, measure_images
-from mpoc.reproduce.run import Store, measure_rate
+from mpoc.reproduce.run import Cell, Store, measure_rate
 from mpoc.reproduce.study import Reproduction, StudyRequest, cells_of, open_study, run_study
 from mpoc.runtime.formatting import rounded
 from mpoc.train.loader import ExampleOrder
@@ -78,6 +78,7 @@ class PlannedTable:
     rates: tuple[float, ...] = ()  # examples per second, by network
     stored: tuple[bool, ...] = ()  # whether its result is there already
     shares: tuple[float, ...] = ()  # of the epochs, by network; (): each takes all
+    networks: tuple[str, ...] = ()  # start and name of each
     epochs: float | None = None  # None: the recipe's
     kept: bool = False  # whether the epochs are those of an earlier plan
 
@@ -286,9 +287,12 @@ def _measured(request: StudyRequest, kept: dict[str, Any] | None, say: Callable[
         (len(train), len(material.data.splits[material.measured])),
         ExampleOrder(train, experiments[0].training.settings.batch).steps_per_epoch,
         stored=(False,) * len(cells),
-        shares=tuple(share_of(cell.start) for cell in cells) if request.choice.control else (),
+        shares=tuple(_share(cell) for cell in cells),
+        networks=tuple(f"{cell.start}, {cell.name}" for cell in cells),
     )
-    if kept is not None and len(kept["rates"]) == len(cells):
+    if kept is not None and not _is_of(kept, table):
+        say(f"{request.name}: planned anew, the kept plan is of other networks")
+    elif kept is not None:
         request = replace(request, choice=replace(request.choice, precision=kept["precision"]))
         table = replace(table, request=request, epochs=kept["epochs"], rates=tuple(kept["rates"]), kept=True)
         return replace(table, stored=tuple(_stored(table)))
@@ -304,6 +308,18 @@ def _measured(request: StudyRequest, kept: dict[str, Any] | None, say: Callable[
     return replace(table, rates=tuple(rates[kind] for kind in kinds))
 
 
+def _share(cell: Cell) -> float:
+    """Of the epochs of its table, those of one network."""
+    settings, whole = cell.settings, cell.experiment.training.settings
+    return settings.epochs / whole.epochs if whole.steps is None else (settings.steps or 0) / whole.steps
+
+
+def _is_of(kept: dict[str, Any], table: PlannedTable) -> bool:
+    """Whether a kept entry is of the networks of a table; the first entries did not name theirs."""
+    networks = kept.get("networks")
+    return len(kept["rates"]) == len(table.stored) and networks in (None, list(table.networks))
+
+
 def _stored(table: PlannedTable) -> Iterator[bool]:
     """Whether the result of each network is in the output folder, in the order of the table."""
     request = table.chosen()
@@ -315,7 +331,9 @@ def _stored(table: PlannedTable) -> Iterator[bool]:
 
 def _entry(table: PlannedTable) -> dict[str, Any]:
     precision = table.request.choice.precision
-    return {"epochs": table.epochs, "precision": precision, "rates": list(map(rounded, table.rates))}
+    rates = list(map(rounded, table.rates))
+    networks = {"networks": list(table.networks)} if table.networks else {}
+    return {"epochs": table.epochs, "precision": precision, "rates": rates, **networks}
 
 
 def _plan_file(output: Path) -> Path:

@@ -186,7 +186,7 @@ def choose_studies(study: Study, choice: StudyChoice) -> list[Experiment]:
     for name in dict.fromkeys(names):
         experiment = _with_bonds(study.variants[name], choice.bonds)
         if choice.control and ("ttsvd" not in experiment.starts or experiment.discard):
-            raise UsageError(f"--control: {experiment.label} is no TT-SVD of a dense network", "omit it")
+            raise UsageError(f"--control: {experiment.label} has no start from a dense network", "omit it")
         experiment = replace(experiment, training=_training(experiment, choice))
         experiments += [experiment, *(_reshaped(experiment, *shape) for shape in choice.shapes)]
     return experiments
@@ -203,6 +203,8 @@ def _with_bonds(experiment: Experiment, bonds: Sequence[int]) -> Experiment:
 
 
 def _training(experiment: Experiment, choice: StudyChoice) -> Training:
+    if choice.paper and choice.control:
+        raise UsageError("--control divides a training, and --paper's rates are for all of it", "omit one")
     training = experiment.paper_training if choice.paper else experiment.training
     if training is None:
         raise UsageError(f"--paper: the source of {experiment.label} gives no training", "omit --paper")
@@ -219,6 +221,8 @@ def _training(experiment: Experiment, choice: StudyChoice) -> Training:
         settings = replace(settings, schedule="cosine", warmup=warmup, patience=None, eval_every=every)
     settings = replace(settings, precision=choice.precision)
     shortened = _shortened(settings, experiment)
+    if choice.control and not shortened:
+        shortened = f"{length_of(settings)} for dense network and TT-SVD together"
     return replace(training, settings=settings, shortened=shortened, control=choice.control)
 
 

@@ -88,12 +88,20 @@ class Training:
     shortened: str = ""  # "20 epochs in place of the paper's 500 epochs"; "" where it is as long
     control: bool = False  # whether every MPO-Net, with the network it starts from, takes the same time
 
-    def part(self, start: str) -> Settings:
-        """The settings of the networks of one start."""
-        settings, share = self.settings, share_of(start) if self.control else 1.0
-        if settings.steps is not None:
-            return replace(settings, steps=max(1, round(share * settings.steps)))
-        return replace(settings, epochs=whole_or_float(round(share * settings.epochs, 6)))
+    def of(self, start: str) -> Training:
+        """The training of the networks of one start: with a control a part of it, to a step."""
+        share = {DENSE: 2 / 3, "ttsvd": 1 / 3}.get(start, 1.0) if self.control else 1.0
+        if share == 1:
+            return self
+        settings = self.settings
+        if settings.steps is None:
+            part = replace(settings, epochs=whole_or_float(share * settings.epochs))
+        else:
+            last = max(1, round(settings.steps / 3))
+            steps = last if start == "ttsvd" else max(1, settings.steps - last)
+            part = replace(settings, steps=steps)
+        shortened = self.shortened.replace(length_of(settings), length_of(part), 1)
+        return replace(self, settings=part, shortened=shortened)
 
     def words(self) -> str:
         """The training in one line, for tables."""
@@ -114,11 +122,6 @@ class Training:
             every = f"one every {s.eval_every} steps" if s.eval_every else "one per epoch"
             parts.append(f"stopped after {s.patience} evaluations ({every}) without improvement")
         return ", ".join(parts)
-
-
-def share_of(start: str) -> float:
-    """The share of a training with a control that a network of this start takes."""
-    return {DENSE: 2 / 3, "ttsvd": 1 / 3}.get(start, 1.0)
 
 
 def whole_or_float(epochs: float) -> float:

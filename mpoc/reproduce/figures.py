@@ -79,7 +79,8 @@ def _draw_accuracy(axes: Any, results: Reproduction) -> None:
         xs = [_place(results, row, labels, over_bonds) for row in rows]
         pairs = [row.mean("final") for row in rows]
         errors = [sigma or 0.0 for _, sigma in pairs]
-        label = _NAMES[start[0]] + (f", {start[1]}" if over_bonds and _variants(results) > 1 else "")
+        variant = start[1] if _variants(results) > 1 or not over_bonds else ""
+        label = ", ".join(filter(None, (_NAMES[start[0]], variant)))
         colour = None if _variants(results) > 1 and over_bonds else _COLOURS[start[0]]
         axes.errorbar(xs, [mean for mean, _ in pairs], errors, fmt=".-", capsize=3, color=colour, label=label)
     names = {"D": "bond dimension D", "parameters": "parameters of the replaced layers"}
@@ -115,8 +116,8 @@ def _series(results: Reproduction) -> dict[tuple[str, str], list[Row]]:
     over_variants = not any(row.bond for row in results.rows) or axis not in ("D", "parameters")
     series_of: dict[tuple[str, str], list[Row]] = {}
     for row in results.rows:
-        series = row.experiment.series or row.experiment.label
-        series_of.setdefault((row.start, "" if over_variants else series), []).append(row)
+        series = row.experiment.series if over_variants else row.experiment.series or row.experiment.label
+        series_of.setdefault((row.start, series), []).append(row)
     if axis == "parameters":
         return {key: sorted(rows, key=lambda row: row.replaced) for key, rows in series_of.items()}
     return series_of
@@ -135,7 +136,7 @@ def _draw_curves(axes: Any, results: Reproduction) -> None:
         )
     )
     for row in results.rows:
-        epochs = [point["epoch"] for point in row.results[0].curve]
+        epochs = [_behind(results, row) + point["epoch"] for point in row.results[0].curve]
         columns = zip(*([p["accuracy"] for p in result.curve] for result in row.results), strict=True)
         label = _NAMES[row.start] + (f", D = {row.bond}" if row.bond else "")
         label += f", {row.experiment.label}" if many else ""
@@ -145,6 +146,15 @@ def _draw_curves(axes: Any, results: Reproduction) -> None:
         means = [statistics.fmean(column) for column in columns]
         axes.plot(epochs, means, style, color=colour, lw=1, label=label)
     axes.set_xlabel("epoch")
+
+
+def _behind(results: Reproduction, row: Row) -> float:
+    """The epochs of the dense network that a start from it goes on with, where both divide a training."""
+    if row.start != "ttsvd" or not row.experiment.training.control:
+        return 0.0
+    network = row.experiment.network
+    origins = (r for r in results.rows if r.start == DENSE and r.experiment.network == network)
+    return max((origin.results[0].curve[-1]["epoch"] for origin in origins), default=0.0)
 
 
 def draw_image_figures(study: ImageStates, folder: Path) -> list[Path]:
@@ -325,7 +335,7 @@ def _accuracy_chart(results: Reproduction) -> Chart:
         elif is_line:
             continue
         name = ", ".join(filter(None, (_NAMES[start], variant)))
-        style = "dotted line" if is_line else "marked line"
+        style = "dotted line" if is_line and points[0] != points[-1] else "marked line"
         series.append(Series(name, tuple(points), style, tone_of(len(series) + 1)))
     for row in results.rows:
         if row.published and row.published.accuracy is not None and places[id(row)] in shown:
@@ -344,7 +354,8 @@ def _curves_chart(results: Reproduction) -> Chart:
     """Accuracy of the first run at every evaluation."""
     series: list[Series] = []
     for k, row in enumerate(results.rows, 1):
-        points = tuple((point["epoch"], point["accuracy"]) for point in row.results[0].curve)
+        before = _behind(results, row)
+        points = tuple((before + point["epoch"], point["accuracy"]) for point in row.results[0].curve)
         bond = f", D = {row.bond}" if row.bond else ""
         name = f"{row.experiment.label}, {row.start}{bond}"
         series.append(Series(name, points, "line" if k <= _TONES else "dotted line", tone_of(k)))

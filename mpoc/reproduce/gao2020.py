@@ -165,6 +165,7 @@ def _resnet_experiment(depth: int, width: int, unit: bool) -> Experiment:
         drawn,
         {0: published},
         x=depth,
+        series="last ResUnit" if unit else "",
         notes=(f"the two convolutions of the last ResUnit are whole maps of 8 × 8 × {64 * width}",)
         if unit
         else (),

@@ -115,7 +115,7 @@ class Cell:
     """One network of a study: its experiment, start, bond dimension and seed."""
 
     experiment: Experiment
-    start: str  # "dense", "control" (dense, too), "ttsvd" or "random"
+    start: str  # "dense", "control" (dense, of another length), "ttsvd" or "random"
     bond: int  # D of random cores, or cap of TT-SVD; 0 for a dense network or if each layer has its own
     seed: int
 
@@ -124,7 +124,8 @@ class Cell:
         """A readable name, also for files: ``fc2-ttsvd-D16-seed0``."""
         network = self.experiment.network.replace(":", "-").replace(",", "-").replace("=", "")
         bond = f"-D{self.bond}" if self.bond else ""
-        return f"{network}-{self.start}{bond}-seed{self.seed}"
+        start = DENSE if self.start in DENSE_STARTS else self.start
+        return f"{network}-{start}{bond}-seed{self.seed}"
 
     @property
     def key(self) -> Key:
@@ -134,7 +135,7 @@ class Cell:
     @property
     def settings(self) -> Settings:
         """The training's, for this start and seed."""
-        return replace(self.experiment.training.part(self.start), seed=self.seed)
+        return replace(self.experiment.training.of(self.start).settings, seed=self.seed)
 
     def origin(self) -> Cell | None:
         """The trained network of the same seed that this one starts from."""
@@ -153,12 +154,15 @@ class Cell:
             "settings": {**settings, "betas": list(settings["betas"])},
             "augmentation": {"pad": training.pad, "flip": training.flip},
             "data": material.identity,
-            "start": self.start,
+            "start": DENSE if self.start in DENSE_STARTS else self.start,
         }
         if self.start not in DENSE_STARTS:
             identity["layers"] = [_layer_identity(layer, self.bond) for layer in self.experiment.layers]
             if self.experiment.discard:
                 identity["discard"] = self.experiment.discard
+        origin = self.origin()
+        if origin is not None and origin.settings != self.settings:
+            identity["origin"] = {"epochs": origin.settings.epochs, "steps": origin.settings.steps}
         return identity
 
 

@@ -32,10 +32,8 @@ from mpoc.train.monitor import OnEvent
 
 SCHEMA = "mpoc.reproduction/1"
 _STARTED = "TT-SVD starts from the trained dense network of the same seed; random cores start from nothing"
-_SHARED = (
-    "the dense network takes two thirds of this training, and TT-SVD of it the last third; random cores and "
-    "the control, a dense network too, take all"
-)
+_EVERY = "every network"
+_DIVIDED = "dense network (two thirds) and TT-SVD of it (the last third) together, each other network alone"
 _STARTS = {DENSE: "dense", CONTROL: "dense, control", "ttsvd": "MPO, TT-SVD", "random": "MPO, random"}
 
 
@@ -135,8 +133,8 @@ def _row_dict(study: Study, row: Row) -> dict[str, Any]:
         "start": row.start,
         "bond": row.bond or None,
         "structures": [layer.notation(row.bond) for layer in row.experiment.layers],
-        "training": row.experiment.training.words(),
-        "shortened": row.experiment.training.shortened or None,
+        "training": row.experiment.training.of(row.start).words(),
+        "shortened": row.experiment.training.of(row.start).shortened or None,
         "discard": row.experiment.discard or None,
         "parameters": row.parameters,
         "parameters_replaced_before": row.original,
@@ -365,10 +363,9 @@ def notes_of(results: Reproduction) -> list[str]:
     lines = [
         *dict.fromkeys(f"{label}: {structure}" for label, structure in _structures(results)),
         *_effective(results),
-        f"every network: {experiment.training.words()}{note}; "
+        f"{_DIVIDED if experiment.training.control else _EVERY}: {experiment.training.words()}{note}; "
         f"{runs if len(results.seeds) > 1 else f'seed {results.seeds[0]}'}",
         results.material.reported(),
-        *([_SHARED] if experiment.training.control else []),
         *([_STARTED] if any(row.start == "ttsvd" for row in results.rows) else []),
         f"paper: {results.study.source}, on {experiment.data}",
     ]

@@ -171,6 +171,20 @@ def test_names_a_damaged_plan(digits: Path, text: str) -> None:
         plan_tables(asked(digits), lambda _: None)
 
 
+@pytest.mark.parametrize("change", ["rates", "networks"])
+def test_plan_of_other_networks_is_made_anew(digits: Path, change: str) -> None:
+    """And that is said, since it takes time that was not asked for."""
+    kept = plan_tables(asked(digits), lambda _: None)[0]
+    path = digits / "out" / "plan.json"
+    plan = json.loads(path.read_text("utf-8"))
+    assert plan["tables"]["lenet5"]["networks"] == list(kept.networks)
+    plan["tables"]["lenet5"][change].pop()
+    path.write_text(json.dumps(plan))
+    said: list[str] = []
+    assert not plan_tables(asked(digits), said.append)[0].kept
+    assert "lenet5: planned anew, the kept plan is of other networks" in said
+
+
 def test_committed_results_are_of_todays_tables(tmp_path: Path) -> None:
     """Else the command that shows them would train again."""
     (tmp_path / "cifar10").mkdir()

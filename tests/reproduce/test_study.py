@@ -143,8 +143,12 @@ def test_control_divides_the_epochs(digits: Path, tmp_path: Path) -> None:
     assert [row.rho for row in done.rows[:2]] == [1, 1] and done.rows[1].published == done.rows[0].published
     alone, said = run(replace(asked, choice=StudyChoice(bonds=(2,), epochs=2), starts=()))
     assert said[-1].endswith("stored") and alone.rows[0].results[0].curve == dense.curve
-    assert any("the control, a dense network too, take all" in note for note in notes_of(done))
+    assert any(note.startswith("dense network (two thirds) and TT-SVD of it") for note in notes_of(done))
+    lengths = [row["shortened"].split(" in place")[0] for row in done.as_dict()["rows"]]
+    assert lengths == ["2 epochs", "3 epochs", "1 epoch", "3 epochs"]
     assert "dense, control" in str(table_of(done))
+    _, said = run(replace(asked, choice=StudyChoice(bonds=(2,), epochs=1), starts=("ttsvd",)))
+    assert not any(line.endswith("stored") for line in said)  # not the TT-SVD of a network of two epochs
 
 
 def test_names_a_damaged_result(digits: Path, tmp_path: Path) -> None:
@@ -228,9 +232,24 @@ def test_unknown_name_suggests_the_nearest() -> None:
         find_study("lenet")
 
 
+@pytest.mark.parametrize(("steps", "parts"), [(9, (6, 3)), (10, (7, 3)), (2, (1, 1))])
+def test_control_divides_steps(steps: int, parts: tuple[int, int]) -> None:
+    choice = StudyChoice(steps=steps, control=True)
+    training = choose_studies(STUDIES["fc2"], choice)[0].training
+    assert tuple(training.of(start).settings.steps for start in (DENSE, "ttsvd")) == parts
+    assert training.of("random") == training.of(CONTROL) == training
+
+
+def test_control_divides_no_training_of_the_paper() -> None:
+    with pytest.raises(UsageError, match="--control divides a training, and --paper"):
+        choose_studies(STUDIES["vgg16"], StudyChoice(paper=True, control=True))
+    whole = choose_studies(STUDIES["picogpt"], StudyChoice(control=True))[0].training
+    assert whole.of(DENSE).shortened == "1,333 steps for dense network and TT-SVD together"
+
+
 @pytest.mark.parametrize("name", ["mera", "harada"])
 def test_control_is_of_starts_from_dense_networks(name: str) -> None:
-    with pytest.raises(UsageError, match=r"--control: .* is no TT-SVD of a dense network"):
+    with pytest.raises(UsageError, match=r"--control: .* has no start from a dense network"):
         choose_studies(STUDIES[name], StudyChoice(control=True, variants=tuple(STUDIES[name].variants)))
 
 

@@ -3,10 +3,10 @@ given bonds.
 
 Or over sums of an MPO and a matrix of given rank; measured, at equal size a sum errs less than either alone.
 
-    start     the fit to a plain norm in coordinates where the metric is nearly that, or of the weight in the
-              layer's own, the better one; of a MERA, some steps of its descent to the weight in the plain
-              norm: measured, a start far from the weight ends in directions that the metric hardly sees, and
-              the target T is far from it there
+    start     the fit to a plain norm in coordinates where the metric is nearly that, or in the layer's own,
+              the better one; of a MERA, some steps of its descent to the weight in the plain norm: measured,
+              a start far from the weight ends in directions that the metric hardly sees, and the target T is
+              far from it there
     descent   over all cores together, in float32; of a sum over the MPO's alone, with the best matrix beside
               it at every step, which takes a quarter of the steps
     history   f in float64, from the metric as it was given; a stretch that does not lower it is taken back
@@ -66,7 +66,8 @@ class Problem:
     Args:
         metric: of the layer as one matrix: a kernel's taps are the slower part of the inputs.
         structure: form, factors, padding, taps site.
-        weight: W (N_y, N_x), from which the target has moved with the inputs; None: it is the target.
+        weight: W (N_y, N_x), from which the target has moved with the inputs, to start a MERA from; None: it
+            is the target.
 
     Raises:
         ValueError: experts.
@@ -182,7 +183,7 @@ class Problem:
         other = self._coordinates.restore_form(_plain(white.target.float(), working, max_bond, seed))
         if self._working.parts:  # measured: f of either start is within a few per cent of the other's
             return other
-        plain = _plain(self._weight.float(), working, max_bond, seed)
+        plain = _plain(whole.target.float(), working, max_bond, seed)
         return min((plain, other), key=lambda form: _value(whole, form))
 
     def _given_start(self, start: Form, truncation: Truncation) -> Form:
