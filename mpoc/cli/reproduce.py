@@ -131,9 +131,9 @@ def reproduce(options: ReproduceOptions) -> None:
     "all" makes every table within --budget, from a folder with mnist/, cifar10/ and text/; those of VGGs,
     ResNets and DenseNets with --control.
 
-    Variants of resnet and resnet-narrow (k = 1) are depths, 56-resunit with the last ResUnit; of densenet (n, m, k) as 16-12-24, or
-    convolution; of harada raster or morton, and morton-random-0.1 with automatic bonds; of mera fc-1, fc-2,
-    fc-2-printed, mera, tt and mera-channels; all names every one.
+    Variants of resnet and resnet-narrow (k = 1) are depths, 56-resunit with the last ResUnit; of densenet
+    (n, m, k) as 16-12-24, or convolution; of harada raster or morton, and morton-random-0.1 with automatic
+    bonds; of mera fc-1, fc-2, fc-2-printed, mera, tt and mera-channels; all names every one.
 
     Examples:
 

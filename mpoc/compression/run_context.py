@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
@@ -20,7 +20,7 @@ LayerCallback = Callable[[LayerRecord, float, int, int, float], None]
 _LOG = threading.Lock()
 # Stages of a calibrated compression, as measured on networks of 0.3 to 110 million weights.
 _READ = 2.2  # passes of the dense network over the data, as long as reading it with gradients
-_PASSES = 1.6  # as long as the fits' passes, in which both networks run
+_RUN = 0.64  # as long as both networks run once, in front of the fits
 _MOVED = 1 / 64  # of a pass, to see how far one layer moves the outputs
 # Operations, by effort where that matters.
 _PRODUCTS = 6.5  # a row and an input squared: inputs of both networks by themselves and by each other
@@ -133,13 +133,15 @@ class Workload:
     layers: dict[str, LayerWork]
     effort: str
     processes: int = 1
+    again: Mapping[str, float] = field(default_factory=dict)  # by name, see :func:`runs_again`
 
     def after_reading(self) -> Later:
         """What follows the reading of the dense network: prices, trials and fits."""
         every = self.layers.values()
         operations = sum(one.priced(self.effort) + one.fitted(self.effort) for one in every)
         operations += TRIALS * sum(one.tried(self.effort) for one in every)
-        return Later((_PASSES + _MOVED * len(self.layers)) / _READ, self._seconds(operations))
+        passes = seconds_of_passes(1.0) * (1 + sum(self.again.values())) + _MOVED * len(self.layers)
+        return Later(passes / _READ, self._seconds(operations))
 
     def after_pricing(self, one_pass: float) -> Later:
         """What follows the pricing of forms: how far each layer moves the outputs, trials, and the fits."""
@@ -156,24 +158,40 @@ class Workload:
         """
         names = self.layers if names is None else names
         tried = trials * sum(self.layers[name].tried(self.effort) for name in names)
-        fitted = sum(map(self.seconds_of_fit, names))
+        fitted = sum(self.seconds_of_fit(name, one_pass) for name in names)
         return Later(seconds=seconds_of_passes(one_pass) + self._seconds(tried) + fitted)
 
-    def seconds_of_fit(self, name: str) -> float:
-        """Seconds of the fit of one layer, without passes of the networks."""
-        return self._seconds(self.layers[name].fitted(self.effort))
+    def seconds_of_fit(self, name: str, one_pass: float) -> float:
+        """Seconds of the fit of one layer, and of what runs again before it."""
+        runs = seconds_of_passes(one_pass) * self.again.get(name, 0.0)
+        return self._seconds(self.layers[name].fitted(self.effort)) + runs
 
     def _seconds(self, operations: float) -> float:
         return operations / _operations_per_second() / self.processes
 
 
 def seconds_of_passes(one_pass: float) -> float:
-    """Seconds of all passes of both networks during the fits.
+    """Seconds in which both networks run once over the data, in front of the fits.
 
     Args:
         one_pass: seconds of a pass of the dense network over the data.
     """
-    return _PASSES * one_pass
+    return _RUN * one_pass
+
+
+def runs_again(groups: Sequence[Sequence[str]], piece_of: Callable[[str], object]) -> dict[str, float]:
+    """By name: the share of the network that runs again before a layer, from the start of its piece.
+
+    Args:
+        groups: of layers of one input, in the network's order, each as long as any other.
+        piece_of: what a layer's inputs are kept in front of.
+    """
+    begins: dict[object, int] = {}
+    again: dict[str, float] = {}
+    for k, group in enumerate(groups):
+        first = begins.setdefault(piece_of(group[0]), k)
+        again |= dict.fromkeys(group, (k - first) / len(groups) / len(group))
+    return again
 
 
 @cache

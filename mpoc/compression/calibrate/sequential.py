@@ -83,7 +83,7 @@ class SequentialFit:
         self.schedule = Schedule(
             statistics.groups,
             self._block_of,
-            statistics.workload.seconds_of_fit,
+            partial(statistics.workload.seconds_of_fit, one_pass=statistics.pass_seconds),
             seconds_of_passes(statistics.pass_seconds),
         )
 

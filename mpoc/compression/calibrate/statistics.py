@@ -45,7 +45,7 @@ from mpoc.compression.calibrate.objective import (
 from mpoc.compression.calibrate.paired_pass import Matrices, PairedPass, Replay
 from mpoc.compression.calibrate.taps import add_taps
 from mpoc.compression.calibrate.trace import UNREACHED, Trace, trace_batches
-from mpoc.compression.run_context import Progress, RunContext, Workload
+from mpoc.compression.run_context import Progress, RunContext, Workload, runs_again
 from mpoc.models.call import Batch, first_output, num_examples, to_device
 from mpoc.models.introspection import copy_sharing_parameters, same_tensor, set_tensors, state_of
 from mpoc.runtime.device import release_freed_memory
@@ -170,7 +170,10 @@ class CalibrationStatistics:
         """The work of the fits, by the shapes of all layers and the rows that they take."""
         works = self._trace.work(self.network, self.data.batches, self._positions)
         named = {self._named[weight]: work for weight, work in works.items()}
-        return Workload(named, self._request.effort, self.context.group.size)
+        pieces = self._trace.positions if self._trace.pieces is None else self._trace.pieces.of
+        again = runs_again(self._trace.groups, pieces.get)
+        again = {self._named[weight]: share for weight, share in again.items()}
+        return Workload(named, self._request.effort, self.context.group.size, again)
 
     def network_to_compress(self) -> nn.Module:
         """A copy of the network; it shares the dense weights until :meth:`set` gives it others."""
