@@ -136,7 +136,8 @@ def _draw_curves(axes: Any, results: Reproduction) -> None:
         )
     )
     for row in results.rows:
-        epochs = [_behind(results, row) + point["epoch"] for point in row.results[0].curve]
+        before = _behind(results, row)
+        epochs = [before + point["epoch"] for point in row.results[0].curve]
         columns = zip(*([p["accuracy"] for p in result.curve] for result in row.results), strict=True)
         label = _NAMES[row.start] + (f", D = {row.bond}" if row.bond else "")
         label += f", {row.experiment.label}" if many else ""
