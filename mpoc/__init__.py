@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from mpoc.train.finetune import Finetuned
     from mpoc.train.settings import DataOptions, Settings
 
-__version__ = "0.14.0"
+__version__ = "0.15.0"
 __all__ = [
     "DataOptions",
     "LayerRule",

@@ -79,9 +79,9 @@ class ReproduceOptions:
         "Use these bond dimensions.",
         (), metavar="D[,D…]", panel=_NETWORKS, parse=_bonds, shown="the paper's",
     )  # fmt: skip
-    starts: tuple[str, ...] = option(
-        "Start from the trained dense network (ttsvd) or at random.",
-        ("ttsvd", "random"), metavar="S[,S]", panel=_NETWORKS, parse=_items, shown="ttsvd,random",
+    starts: tuple[str, ...] | None = option(
+        "Start from the trained dense network (ttsvd, rescaled) or at random.",
+        None, metavar="S[,S]", panel=_NETWORKS, parse=_items, shown="ttsvd,random; of VGGs all three",
     )  # fmt: skip
     shape: tuple[str, ...] = option(
         "Add another factoring of a layer, as fc1=28x28:16x16. Repeatable.",
@@ -125,8 +125,9 @@ def reproduce(options: ReproduceOptions) -> None:
     """Repeat an experiment of a paper: dense, MPO-Net from TT-SVD, MPO-Net from random cores.
 
     Every network gets the same training. With --control the dense network takes two thirds of it, TT-SVD of
-    that network the last third, and random cores, and a second dense network, take all. An interrupted
-    command, given again, resumes where it stopped.
+    that network the last third, and random cores, and a second dense network, take all. The start
+    "rescaled" is TT-SVD with the norms of the dense weights. An interrupted command, given again, resumes
+    where it stopped.
 
     "all" makes every table within --budget, from a folder with mnist/, cifar10/ and text/; those of VGGs,
     ResNets and DenseNets with --control.

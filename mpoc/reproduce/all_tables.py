@@ -25,7 +25,7 @@ from mpoc.errors import MpocError, UsageError, nearest, shortened
 from mpoc.io.atomic import write_text
 from mpoc.reporting.summary import to_json
 from mpoc.reproduce.catalogue import STUDIES, StudyChoice, choose_studies
-from mpoc.reproduce.experiment import DENSE_STARTS, Experiment, length_of
+from mpoc.reproduce.experiment import DENSE_STARTS, Experiment, PaperData, length_of
 from mpoc.reproduce.gao2020 import CIFAR
 from mpoc.reproduce.image_states import NAME, ImageStates, ImageStatesRequest, measure_images
 from mpoc.reproduce.run import Cell, Store, measure_rate
@@ -275,11 +275,16 @@ def _request(request: AllTablesRequest, name: str) -> StudyRequest:
 
 
 def _measured(request: StudyRequest, kept: dict[str, Any] | None, say: Callable[[str], None]) -> PlannedTable:
-    """The table with the speed of its networks, measured unless an earlier plan knows it."""
+    """The table with the speed of its networks, measured where no earlier plan knows it."""
     if request.name == NAME:
         return PlannedTable(request)
+    if kept is not None and not _is_of(kept, request):
+        say(f"{request.name}: planned anew, the kept plan is of other networks")
+        kept = None
+    if kept is not None:
+        request = replace(request, choice=replace(request.choice, precision=kept["precision"]))
     _, experiments, material = open_study(request)
-    cells = list(cells_of(experiments, request.starts, request.seed))
+    cells = list(cells_of(experiments, request.chosen_starts, request.seed))
     train = material.data.splits["train"]
     table = PlannedTable(
         request,
@@ -288,24 +293,42 @@ def _measured(request: StudyRequest, kept: dict[str, Any] | None, say: Callable[
         ExampleOrder(train, experiments[0].training.settings.batch).steps_per_epoch,
         stored=(False,) * len(cells),
         shares=tuple(_share(cell) for cell in cells),
-        networks=tuple(f"{cell.start}, {cell.name}" for cell in cells),
+        networks=tuple(map(_named, cells)),
     )
-    if kept is not None and not _is_of(kept, table):
-        say(f"{request.name}: planned anew, the kept plan is of other networks")
-    elif kept is not None:
-        request = replace(request, choice=replace(request.choice, precision=kept["precision"]))
-        table = replace(table, request=request, epochs=kept["epochs"], rates=tuple(kept["rates"]), kept=True)
-        return replace(table, stored=tuple(_stored(table)))
+    known: list[tuple[str, float]] = []  # networks with their rates, in the order of the table
+    if kept is not None:
+        known = list(zip(kept.get("networks", table.networks), kept["rates"], strict=True))
+        table = replace(table, epochs=kept["epochs"], kept=True)
+        table = replace(table, stored=tuple(_stored(table)))
+    return replace(table, rates=tuple(_rates(cells, known, material, request, say)))
+
+
+def _rates(
+    cells: Sequence[Cell],
+    known: list[tuple[str, float]],
+    material: PaperData,
+    request: StudyRequest,
+    say: Callable[[str], None],
+) -> Iterator[float]:
+    """The speed of each network: the known one, that of a network like it, or a measured one."""
     rates: dict[Any, float] = {}  # by what makes the speed
-    kinds = [
-        (cell.experiment.network, cell.start not in DENSE_STARTS and (cell.experiment.layers, cell.bond))
-        for cell in cells
-    ]
-    for kind, cell in zip(kinds, cells, strict=True):
-        if kind not in rates:
-            rates[kind] = measure_rate(cell, material, request.device)
-            say(f"{request.name}: {cell.name.rpartition('-')[0]} trains {rates[kind]:,.0f} examples a second")
-    return replace(table, rates=tuple(rates[kind] for kind in kinds))
+    for cell in cells:
+        has_cores = cell.start not in DENSE_STARTS
+        kind = cell.experiment.network, has_cores and (cell.experiment.layers, cell.bond)
+        if known and known[0][0] == _named(cell):
+            rate = known.pop(0)[1]
+        elif kind in rates:
+            rate = rates[kind]
+        else:
+            rate = measure_rate(cell, material, request.device)
+            say(f"{request.name}: {cell.name.rpartition('-')[0]} trains {rate:,.0f} examples a second")
+        rates.setdefault(kind, rate)
+        yield rate
+
+
+def _named(cell: Cell) -> str:
+    """A network of a plan: start and name."""
+    return f"{cell.start}, {cell.name}"
 
 
 def _share(cell: Cell) -> float:
@@ -314,10 +337,12 @@ def _share(cell: Cell) -> float:
     return settings.epochs / whole.epochs if whole.steps is None else (settings.steps or 0) / whole.steps
 
 
-def _is_of(kept: dict[str, Any], table: PlannedTable) -> bool:
-    """Whether a kept entry is of the networks of a table; the first entries did not name theirs."""
-    networks = kept.get("networks")
-    return len(kept["rates"]) == len(table.stored) and networks in (None, list(table.networks))
+def _is_of(kept: dict[str, Any], request: StudyRequest) -> bool:
+    """Whether a kept entry is of all or some networks of a table; the first entries did not name theirs."""
+    experiments = choose_studies(STUDIES[request.name], request.choice)
+    networks = [_named(cell) for cell in cells_of(experiments, request.chosen_starts, request.seed)]
+    known, following = kept.get("networks", networks), iter(networks)
+    return len(kept["rates"]) == len(known) and all(name in following for name in known)
 
 
 def _stored(table: PlannedTable) -> Iterator[bool]:
@@ -325,7 +350,7 @@ def _stored(table: PlannedTable) -> Iterator[bool]:
     request = table.chosen()
     _, experiments, material = open_study(request)
     store = Store(request.output)
-    for cell in cells_of(experiments, request.starts, request.seed):
+    for cell in cells_of(experiments, request.chosen_starts, request.seed):
         yield store.find(cell.name, cell.identity(material)) is not None
 
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 
 from mpoc.errors import UsageError, nearest
 from mpoc.reproduce.experiment import (
+    FROM_DENSE,
+    RANDOM,
+    TTSVD,
     Experiment,
     Published,
     ReplacedLayer,
@@ -73,17 +76,17 @@ _HARADA_SOURCE = "Harada, slides of 24 Nov 2022, 'Observation of effective compo
 _SLIDES = "slides"
 _SITES = (4, 4, 4, 4, 4)
 # A dense weight spreads over many more Schmidt values than trained cores: below 0.3 its bonds compress.
-_DISCARDS = {"ttsvd": (0.5, 0.3), "random": (0.3, 0.1, 0.03)}
+_DISCARDS = {TTSVD: (0.5, 0.3), RANDOM: (0.3, 0.1, 0.03)}
 _HARADA_TRAINING = Training(
     Settings(
         epochs=5, batch=100, optimizer="sgd", lr=0.1, momentum=0.9, nesterov=True, l2=1e-3, warmup=0.05,
         clip=1.0,
     )
 )  # fmt: skip
-_FROM = {"ttsvd": "dense", "random": "random"}
+_FROM = {TTSVD: "dense", RANDOM: "random"}
 _NOTES = {
-    "ttsvd": "automatic from dense: bonds chosen from the trained dense weight, then trained again",
-    "random": "automatic from random: bonds chosen from random cores trained at D = 16 or at --bonds, then "
+    TTSVD: "automatic from dense: bonds chosen from the trained dense weight, then trained again",
+    RANDOM: "automatic from random: bonds chosen from random cores trained at D = 16 or at --bonds, then "
     "trained again",
 }
 _RULE = "each bond is the smallest that discards at most this share of the squared norm of the weight"
@@ -185,7 +188,7 @@ def choose_studies(study: Study, choice: StudyChoice) -> list[Experiment]:
     experiments: list[Experiment] = []
     for name in dict.fromkeys(names):
         experiment = _with_bonds(study.variants[name], choice.bonds)
-        if choice.control and ("ttsvd" not in experiment.starts or experiment.discard):
+        if choice.control and (experiment.discard or not set(FROM_DENSE) & set(experiment.starts)):
             raise UsageError(f"--control: {experiment.label} has no start from a dense network", "omit it")
         experiment = replace(experiment, training=_training(experiment, choice))
         experiments += [experiment, *(_reshaped(experiment, *shape) for shape in choice.shapes)]

@@ -32,6 +32,10 @@ QUICK_STEPS = 10
 _QUICK_MEASURED = 5  # batches
 DENSE, CONTROL = "dense", "control"  # starts of networks without cores; a control trains longer
 DENSE_STARTS = (DENSE, CONTROL)
+TTSVD, RESCALED = "ttsvd", "rescaled"  # of the trained dense weights; rescaled to their norms
+FROM_DENSE = (TTSVD, RESCALED)
+RANDOM = "random"
+STARTS = (*FROM_DENSE, RANDOM)  # of networks with cores
 GAO = "Gao et al., Phys. Rev. Research 2, 023300 (2020)"
 
 
@@ -77,7 +81,7 @@ class Published:
 class Training:
     """A training, the same for the dense network and for every start of the MPO-Net.
 
-    With a control the settings are those of the whole way: the dense network takes two thirds of it and
+    With a control the settings are those of the whole way: the dense network takes two thirds of it and each
     TT-SVD of that network the last third; random cores and a second dense network, the control, take all.
     """
 
@@ -90,7 +94,8 @@ class Training:
 
     def of(self, start: str) -> Training:
         """The training of the networks of one start: with a control a part of it, to a step."""
-        share = {DENSE: 2 / 3, "ttsvd": 1 / 3}.get(start, 1.0) if self.control else 1.0
+        shares = {DENSE: 2 / 3} | dict.fromkeys(FROM_DENSE, 1 / 3)
+        share = shares.get(start, 1.0) if self.control else 1.0
         if share == 1:
             return self
         settings = self.settings
@@ -98,7 +103,7 @@ class Training:
             part = replace(settings, epochs=whole_or_float(share * settings.epochs))
         else:
             last = max(1, round(settings.steps / 3))
-            steps = last if start == "ttsvd" else max(1, settings.steps - last)
+            steps = last if start in FROM_DENSE else max(1, settings.steps - last)
             part = replace(settings, steps=steps)
         shortened = self.shortened.replace(length_of(settings), length_of(part), 1)
         return replace(self, settings=part, shortened=shortened)
@@ -154,7 +159,7 @@ class Experiment:
     # Above 0 each bond is the smallest that discards at most this share of the weight's squared norm: of the
     # dense weight, or of random cores trained at D before.
     discard: float = 0.0
-    starts: tuple[str, ...] = ("ttsvd", "random")  # those it is done from
+    starts: tuple[str, ...] = STARTS  # those it can be done from
     with_dense: bool = True  # whether its dense network is trained too; else another variant is that
     series: str = ""  # what is joined by a line in a figure over parameters
 
@@ -174,6 +179,7 @@ class Study:
     baseline: str = ""  # the variant with whose fully connected layers the paper compares those of all others
     head: int = 0  # what the paper then counts for the last layer
     control: bool = False  # whether a budget is shared as in a training with a control
+    starts: tuple[str, ...] = (TTSVD, RANDOM)  # done unless asked otherwise
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,19 @@ from mpoc.reporting.html import document
 from mpoc.reporting.html_sections import figures, scrolled, title_of
 from mpoc.reporting.svg import Markup, join, tag
 from mpoc.reproduce.all_tables import PLAN_COLUMNS, PlannedTable, plan_rows
-from mpoc.reproduce.experiment import CONTROL, DENSE, DENSE_STARTS
+from mpoc.reproduce.experiment import CONTROL, DENSE, DENSE_STARTS, FROM_DENSE, RANDOM, RESCALED, TTSVD
 from mpoc.reproduce.image_states import NAME, ORDERS, SOURCE, ImageStates, approximate
 from mpoc.reproduce.study import Reproduction, Row, notes_of, table_of
 
 _NAMES = {
-    "ttsvd": "MPO-Net, from TT-SVD",
-    "random": "MPO-Net, random start",
+    TTSVD: "MPO-Net, from TT-SVD",
+    RESCALED: "MPO-Net, from TT-SVD rescaled",
+    RANDOM: "MPO-Net, random start",
     DENSE: "dense",
     CONTROL: "dense, control",
 }
-_COLOURS = {"ttsvd": "C0", "random": "C1", DENSE: "0.25", CONTROL: "0.5"}
-_STROKES = {"ttsvd": "-", "random": "--", DENSE: "-", CONTROL: "--"}
+_COLOURS = {TTSVD: "C0", RESCALED: "C2", RANDOM: "C1", DENSE: "0.25", CONTROL: "0.5"}
+_STROKES = {TTSVD: "-", RESCALED: "-.", RANDOM: "--", DENSE: "-", CONTROL: "--"}
 
 METHODS = {
     **{order: f"state, {name}" for order, name in ORDERS.items()},
@@ -151,7 +152,7 @@ def _draw_curves(axes: Any, results: Reproduction) -> None:
 
 def _behind(results: Reproduction, row: Row) -> float:
     """The epochs of the dense network that a start from it goes on with, where both divide a training."""
-    if row.start != "ttsvd" or not row.experiment.training.control:
+    if row.start not in FROM_DENSE or not row.experiment.training.control:
         return 0.0
     network = row.experiment.network
     origins = (r for r in results.rows if r.start == DENSE and r.experiment.network == network)

@@ -5,7 +5,8 @@
   twenty epochs leave most of it in the weights and TT-SVD spends its bonds on it; five times that L2 removes
   it. Shifts of the images help the dense FC2 and hurt small D, so FC2 is trained without.
 - VGG-16 and VGG-19: section III B 1, Table I. Two 3 × 3 convolutions of the last stage, as whole maps of
-  2 × 2 × 512, and the three fully connected layers: 23,633,920 parameters become 10,944.
+  2 × 2 × 512, and the three fully connected layers: 23,633,920 parameters become 10,944. At this ρ TT-SVD of
+  five layers in a row passes nearly nothing on, so that it is done rescaled too.
 - ResNets of width k = 4: section III B 2, Fig. 3, and its ResUnit pair.  The figure compares dense
   network and MPO-Net over the depth; the paper does not print its numbers.  Those of k = 1 are ours.
 - DenseNets: section III B 3, Table II, and one convolution.
@@ -13,7 +14,7 @@
 
 from __future__ import annotations
 
-from mpoc.reproduce.experiment import GAO, Experiment, Published, ReplacedLayer, Study, Training
+from mpoc.reproduce.experiment import GAO, STARTS, Experiment, Published, ReplacedLayer, Study, Training
 from mpoc.train.settings import Settings
 
 CIFAR = "CIFAR-10"
@@ -119,7 +120,7 @@ def _vgg(depth: int, convolutions: tuple[str, str], dense: Published, mpo: Publi
         f"VGG-{depth}", name, layers, (4,), cosine(0.05), PAPER, CIFAR, dense, {4: mpo},
         notes=("ρ counts the kernels of the convolutions, not their maps, as the paper does",),
     )  # fmt: skip
-    return Study(name, f"VGG-{depth}", GAO, {name: experiment}, quick_batch=8, control=True)
+    return Study(name, f"VGG-{depth}", GAO, {name: experiment}, quick_batch=8, control=True, starts=STARTS)
 
 
 VGG16 = _vgg(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mpoc.models import zoo
-from mpoc.reproduce.experiment import Experiment, Published, ReplacedLayer, Study, Training
+from mpoc.reproduce.experiment import RANDOM, Experiment, Published, ReplacedLayer, Study, Training
 from mpoc.reproduce.gao2020 import CIFAR
 from mpoc.train.settings import Settings
 
@@ -88,7 +88,7 @@ def _factored(
         ),
         bonds=tuple(published),
         published=published,
-        starts=("random",),
+        starts=(RANDOM,),
         with_dense=False,
         notes=(_COUNTED, note),
         series=label,

@@ -17,7 +17,7 @@ from mpoc.models import zoo
 from mpoc.models.zoo.cifar import FEATURES
 from mpoc.nn import adopt
 from mpoc.nn.conv_map import geometry_of
-from mpoc.reproduce.experiment import Experiment, ReplacedLayer
+from mpoc.reproduce.experiment import RANDOM, RESCALED, Experiment, ReplacedLayer
 from mpoc.runtime.device import derived_seed
 from mpoc.tensor_networks.factors import InputOrder, permutation
 from mpoc.tensor_networks.fit.conv_map import fit_mpo
@@ -28,7 +28,6 @@ from mpoc.tensor_networks.forms.mpo import MPO, rank_within
 from mpoc.tensor_networks.structure import Structure
 from mpoc.tensor_networks.topology import CHAIN, MERA
 
-STARTS = ("ttsvd", "random")
 FULL_BOND = 1 << 30  # no cap
 
 
@@ -109,7 +108,7 @@ def replace_layers(
         network: dense; changed in place. From ``random`` its other parameters stay as they are too.
         layers: the layers to replace.
         bond: D, of the layers that have none of their own.
-        start: ``ttsvd`` or ``random``.
+        start: ``ttsvd``, ``rescaled`` or ``random``.
         seed: seed of the random cores, and of TT-SVD's randomised route.
 
     Returns:
@@ -122,10 +121,11 @@ def replace_layers(
         structure = layer_structure(network, layer)
         module = network.get_submodule(layer.name)
         own = layer.bond or bond
-        if start == "random":
+        if start == RANDOM:
             cores = random_cores(structure, own, derived_seed(seed, "cores", layer.name))
         else:
-            cores = fitted_cores(module.get_parameter("weight").detach(), structure, own, seed)
+            weight = module.get_parameter("weight").detach()
+            cores = fitted_cores(weight, structure, own, seed, rescaled=start == RESCALED)
         adopt(module, "weight", cores, structure)
     return network
 
@@ -186,6 +186,19 @@ def random_cores(structure: Structure, bond: int, seed: int) -> list[Tensor]:
     return cores
 
 
-def fitted_cores(weight: Tensor, structure: Structure, bond: int, seed: int) -> list[Tensor]:
-    """TT-SVD of a dense weight, of a convolution's whole map where the structure says so."""
-    return fit_mpo(weight, structure, Truncation(bond), Target(seed=seed)).form.cores
+def fitted_cores(
+    weight: Tensor, structure: Structure, bond: int, seed: int, rescaled: bool = False
+) -> list[Tensor]:
+    """TT-SVD of a dense weight, of a convolution's whole map where the structure says so.
+
+    Truncation is an orthogonal projection: of the squared norm it keeps 1 − ε², at a relative error of ε.
+    Layers in a row each shrink what they pass on by that, and gradients with it. Rescaled cores have the
+    norm of the dense weight again (nearly, with padding), at a larger error: a start for training, not an
+    approximation.
+    """
+    fit = fit_mpo(weight, structure, Truncation(bond), Target(seed=seed))
+    kept = 1 - fit.relative_error**2
+    if not rescaled or kept <= 0:
+        return fit.form.cores
+    scale = kept ** (-0.5 / len(fit.form.cores))
+    return [core * scale for core in fit.form.cores]

@@ -22,7 +22,15 @@ from mpoc.io.atomic import write_text
 from mpoc.io.keyed_store import damaged, open_item, put_item
 from mpoc.io.safetensors_writer import Entry
 from mpoc.models import zoo
-from mpoc.reproduce.experiment import DENSE, DENSE_STARTS, Experiment, PaperData, ReplacedLayer
+from mpoc.reproduce.experiment import (
+    DENSE,
+    DENSE_STARTS,
+    FROM_DENSE,
+    RANDOM,
+    Experiment,
+    PaperData,
+    ReplacedLayer,
+)
 from mpoc.reproduce.networks import FULL_BOND, choose_bonds, core_forms, replace_layers
 from mpoc.runtime.device import derived_seed
 from mpoc.runtime.formatting import rounded
@@ -115,7 +123,7 @@ class Cell:
     """One network of a study: its experiment, start, bond dimension and seed."""
 
     experiment: Experiment
-    start: str  # "dense", "control" (dense, of another length), "ttsvd" or "random"
+    start: str  # "dense", "control" (dense, of another length), "ttsvd", "rescaled" or "random"
     bond: int  # D of random cores, or cap of TT-SVD; 0 for a dense network or if each layer has its own
     seed: int
 
@@ -139,9 +147,9 @@ class Cell:
 
     def origin(self) -> Cell | None:
         """The trained network of the same seed that this one starts from."""
-        if self.start == "ttsvd":
+        if self.start in FROM_DENSE:
             return replace(self, start=DENSE, bond=0)
-        if self.start == "random" and self.experiment.discard:
+        if self.start == RANDOM and self.experiment.discard:
             return replace(self, experiment=replace(self.experiment, discard=0.0))
         return None
 
@@ -217,7 +225,7 @@ def run_cell(
 def measure_rate(cell: Cell, material: PaperData, device: str) -> float:
     """Examples per second of a cell's training, over about a second after a first step."""
     training = cell.experiment.training
-    start = DENSE if cell.start in DENSE_STARTS else "random"  # cores from TT-SVD take the same time
+    start = DENSE if cell.start in DENSE_STARTS else RANDOM  # cores from TT-SVD take the same time
     plain = replace(cell, start=start, experiment=replace(cell.experiment, discard=0.0))
     accelerator = make_accelerator(device, training.settings.precision)
     network = _in_fastest_layout(_network(plain, None), accelerator.device)
@@ -266,13 +274,13 @@ def _network(cell: Cell, origin: Weights | None) -> nn.Module:
         return network
     layers, discard = cell.experiment.layers, cell.experiment.discard
     bond = cell.bond
-    if cell.start == "ttsvd":
+    if cell.start in FROM_DENSE:
         assert origin is not None
         network.load_state_dict(origin)
         bond = FULL_BOND if discard else bond
     replace_layers(network, layers, bond, cell.start, cell.seed)
     if discard:
-        if cell.start == "random":
+        if cell.start == RANDOM:
             assert origin is not None
             network.load_state_dict(origin)
         choose_bonds(network, layers, discard)

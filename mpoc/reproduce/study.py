@@ -15,7 +15,12 @@ from mpoc.reproduce.experiment import (
     CONTROL,
     DENSE,
     DENSE_STARTS,
+    FROM_DENSE,
     QUICK_STEPS,
+    RANDOM,
+    RESCALED,
+    STARTS,
+    TTSVD,
     Experiment,
     PaperData,
     Published,
@@ -24,7 +29,7 @@ from mpoc.reproduce.experiment import (
     shortened_data,
 )
 from mpoc.reproduce.hallam2017 import baseline_counts, counts
-from mpoc.reproduce.networks import STARTS, check_structures
+from mpoc.reproduce.networks import check_structures
 from mpoc.reproduce.run import Cell, Key, Result, Store, Weights, dense_sizes, run_cell
 from mpoc.runtime.distributed import num_processes
 from mpoc.runtime.formatting import rounded
@@ -34,7 +39,9 @@ SCHEMA = "mpoc.reproduction/1"
 _STARTED = "TT-SVD starts from the trained dense network of the same seed; random cores start from nothing"
 _EVERY = "every network"
 _DIVIDED = "dense network (two thirds) and TT-SVD of it (the last third) together, each other network alone"
-_STARTS = {DENSE: "dense", CONTROL: "dense, control", "ttsvd": "MPO, TT-SVD", "random": "MPO, random"}
+_RESCALED = "rescaled: the cores of TT-SVD, scaled to the norms of the dense weights before training"
+_NAMES = {DENSE: "dense", CONTROL: "dense, control"}
+_NAMES |= {TTSVD: "MPO, TT-SVD", RESCALED: "MPO, TT-SVD rescaled", RANDOM: "MPO, random"}
 
 
 @dataclass(frozen=True)
@@ -45,13 +52,18 @@ class StudyRequest:
     data: Path
     output: Path
     choice: StudyChoice = field(default_factory=StudyChoice)
-    starts: tuple[str, ...] = STARTS
+    starts: tuple[str, ...] | None = None  # None: the study's
     runs: int = 1
     seed: int = 0
     quick: bool = False
     format: str | None = None
     held_out: float = 0.0
     device: str = "auto"
+
+    @property
+    def chosen_starts(self) -> tuple[str, ...]:
+        """The starts of networks with cores."""
+        return find_study(self.name).starts if self.starts is None else self.starts
 
 
 @dataclass(frozen=True)
@@ -172,11 +184,10 @@ def run_study(request: StudyRequest, say: Callable[[str], None], on_event: OnEve
     for note in material.data.notes:
         say(f"note: {note}")
     seeds = tuple(range(request.seed, request.seed + request.runs))
-    cells = [cell for seed in seeds for cell in cells_of(experiments, request.starts, seed)]
+    cells = [cell for seed in seeds for cell in cells_of(experiments, request.chosen_starts, seed)]
     if not cells:
-        raise UsageError(
-            f"--starts {','.join(request.starts)}: no selected variant has such a start", "--starts random"
-        )
+        starts = ",".join(request.chosen_starts)
+        raise UsageError(f"--starts {starts}: no selected variant has such a start", "--starts random")
     origins = [origin.identity(material) for cell in cells if (origin := cell.origin()) is not None]
     runner = _Runner(material, Store(request.output), request.device, origins, say, on_event)
     results: dict[Key, Result] = {}
@@ -184,19 +195,22 @@ def run_study(request: StudyRequest, say: Callable[[str], None], on_event: OnEve
         results[cell.key] = runner.result(cell, f"[{number}/{len(cells)}]")
     rows = (
         Row(cell.experiment, cell.start, cell.bond, tuple(results[replace(cell, seed=s).key] for s in seeds))
-        for cell in cells_of(experiments, request.starts, request.seed)
+        for cell in cells_of(experiments, request.chosen_starts, request.seed)
     )
     return Reproduction(study, material, tuple(rows), seeds, request.quick)
 
 
 def _check(request: StudyRequest) -> None:
-    for start in request.starts:
+    starts = request.chosen_starts
+    for start in starts:
         if start not in STARTS:
             raise UsageError(f"--starts {start}: unknown{nearest(start, STARTS)}", ",".join(STARTS))
     if request.runs < 1:
         raise UsageError(f"--runs {request.runs}: must be at least 1")
-    if request.choice.control and "ttsvd" not in request.starts:
-        raise UsageError(f"--control: --starts {','.join(request.starts)} has no ttsvd", "omit one of them")
+    if request.choice.control and not set(FROM_DENSE) & set(starts):
+        raise UsageError(
+            f"--control: --starts {','.join(starts)} has none from the dense network", "omit one of them"
+        )
     if not 0 <= request.held_out < 1:
         raise UsageError(f"--hold-out {request.held_out:g}: must be at least 0 and below 1")
     if num_processes() > 1:
@@ -337,7 +351,7 @@ def _cells(row: Row) -> list[str]:
         bond = ", ".join(" ".join(map(str, bonds)) for bonds in row.results[0].bonds.values())
     return [
         row.experiment.network if dense else row.experiment.label,
-        _STARTS[row.start],
+        _NAMES[row.start],
         bond,
         f"{row.parameters:,}",
         f"{row.replaced:,}",
@@ -366,7 +380,8 @@ def notes_of(results: Reproduction) -> list[str]:
         f"{_DIVIDED if experiment.training.control else _EVERY}: {experiment.training.words()}{note}; "
         f"{runs if len(results.seeds) > 1 else f'seed {results.seeds[0]}'}",
         results.material.reported(),
-        *([_STARTED] if any(row.start == "ttsvd" for row in results.rows) else []),
+        *([_STARTED] if any(row.start in FROM_DENSE for row in results.rows) else []),
+        *([_RESCALED] if any(row.start == RESCALED for row in results.rows) else []),
         f"paper: {results.study.source}, on {experiment.data}",
     ]
     return [*lines, *dict.fromkeys(note for row in results.rows for note in row.experiment.notes)]

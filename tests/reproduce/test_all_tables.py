@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,18 +172,36 @@ def test_names_a_damaged_plan(digits: Path, text: str) -> None:
         plan_tables(asked(digits), lambda _: None)
 
 
-@pytest.mark.parametrize("change", ["rates", "networks"])
-def test_plan_of_other_networks_is_made_anew(digits: Path, change: str) -> None:
+@pytest.mark.parametrize(("key", "change"), [("rates", list.pop), ("networks", list.reverse)])
+def test_plan_of_other_networks_is_made_anew(
+    digits: Path, key: str, change: Callable[[list[Any]], Any]
+) -> None:
     """And that is said, since it takes time that was not asked for."""
     kept = plan_tables(asked(digits), lambda _: None)[0]
     path = digits / "out" / "plan.json"
     plan = json.loads(path.read_text("utf-8"))
     assert plan["tables"]["lenet5"]["networks"] == list(kept.networks)
-    plan["tables"]["lenet5"][change].pop()
+    change(plan["tables"]["lenet5"][key])
     path.write_text(json.dumps(plan))
     said: list[str] = []
     assert not plan_tables(asked(digits), said.append)[0].kept
     assert "lenet5: planned anew, the kept plan is of other networks" in said
+
+
+def test_plan_of_some_of_the_networks_keeps_its_epochs(digits: Path) -> None:
+    """A table that gains a network trains that one alone, as long as the others."""
+    plan_tables(asked(digits), lambda _: None)
+    path = digits / "out" / "plan.json"
+    plan = json.loads(path.read_text("utf-8"))
+    old = plan["tables"]["lenet5"]
+    old |= {"epochs": 1.5, "rates": [7.0, 5.0], "networks": [old["networks"][0], old["networks"][2]]}
+    path.write_text(json.dumps(plan))
+    said: list[str] = []
+    (table,) = plan_tables(asked(digits), said.append)
+    assert table.kept and table.epochs == 1.5 and len(table.networks) == 3
+    dense, fitted, drawn = table.rates
+    assert (dense, drawn) == (7, 5) and fitted not in (7, 5)
+    assert len(said) == 1 and said[0].startswith("lenet5: lenet5-ttsvd trains")
 
 
 def test_committed_results_are_of_todays_tables(tmp_path: Path) -> None:
@@ -191,7 +210,9 @@ def test_committed_results_are_of_todays_tables(tmp_path: Path) -> None:
     for name, kept in json.loads((RESULTS / "plan.json").read_text("utf-8"))["tables"].items():
         request = AllTablesRequest(tmp_path, RESULTS, 1.0, precision=kept["precision"])
         chosen = PlannedTable(all_tables._request(request, name), epochs=kept["epochs"]).chosen()
-        cells = list(cells_of(choose_studies(STUDIES[name], chosen.choice), chosen.starts, chosen.seed))
+        cells = list(
+            cells_of(choose_studies(STUDIES[name], chosen.choice), chosen.chosen_starts, chosen.seed)
+        )
         files = [path for path in (RESULTS / name).glob("*.json") if path.name != "report.json"]
         data = json.loads(files[0].read_text("utf-8"))["identity"]["data"]
         material: Any = SimpleNamespace(identity=data)

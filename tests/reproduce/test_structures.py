@@ -11,6 +11,7 @@ from mpoc.models import zoo
 from mpoc.reproduce.catalogue import PARAMETERS, STUDIES
 from mpoc.reproduce.experiment import Experiment, ReplacedLayer
 from mpoc.reproduce.networks import (
+    fitted_cores,
     layer_structure,
     nominal_bonds,
     num_cores_parameters,
@@ -110,6 +111,35 @@ def test_tt_svd_at_full_bond_is_the_dense_network() -> None:
     ]
     replace_layers(network, layers, 10_000, "ttsvd", seed=0)
     torch.testing.assert_close(network(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [
+        (nn.Linear(64, 48), ReplacedLayer("0", (4, 4, 4), (4, 3, 4))),
+        (nn.Conv2d(4, 8, 3, padding=1), ReplacedLayer("0", (4, 4, 4), (4, 4, 8), size=(4, 4))),
+        (nn.Linear(8, 8), ReplacedLayer("0", (2, 4), (2, 4))),  # nothing is truncated: the same cores
+    ],
+    ids=["linear", "map", "lossless"],
+)
+def test_rescaled_cores_have_the_norm_of_the_weight(module: nn.Module, layer: ReplacedLayer) -> None:
+    network = nn.Sequential(module)
+    structure = layer_structure(network, layer)
+    weight = module.get_parameter("weight").detach()
+    fitted, rescaled = (fitted_cores(weight, structure, 4, 0, rescaled=way) for way in (False, True))
+    dense = MPO(fitted_cores(weight, structure, 10_000, 0), structure).norm()
+    assert MPO(rescaled, structure).norm() == pytest.approx(dense, rel=1e-5)
+    ratios = [float(one.norm() / other.norm()) for one, other in zip(rescaled, fitted, strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios)) and ratios[0] >= 1 - 1e-6
+    replace_layers(network, [layer], 4, "rescaled", seed=0)
+    placed = network.get_submodule("0").state_dict()
+    assert all(torch.equal(placed[f"cores.{k}"], core) for k, core in enumerate(rescaled))
+
+
+def test_rescaling_leaves_a_zero_weight_zero() -> None:
+    structure = layer_structure(nn.Sequential(nn.Linear(16, 16)), ReplacedLayer("0", (4, 4), (4, 4)))
+    cores = fitted_cores(torch.zeros(16, 16), structure, 2, 0, rescaled=True)
+    assert MPO(cores, structure).norm() == 0
 
 
 def test_padded_map_at_full_bond_is_the_convolution() -> None:

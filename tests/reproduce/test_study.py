@@ -134,19 +134,20 @@ def test_validation_split_selects_the_weights(digits: Path, tmp_path: Path) -> N
 def test_control_divides_the_epochs(digits: Path, tmp_path: Path) -> None:
     """Dense and TT-SVD together take as many steps as random cores, and as the control, which is dense."""
     choice = StudyChoice(bonds=(2,), epochs=3, control=True)
-    asked = request(digits, tmp_path / "out", choice=choice)
+    asked = request(digits, tmp_path / "out", choice=choice, starts=("ttsvd", "rescaled", "random"))
     done, _ = run(asked)
-    assert [row.start for row in done.rows] == [DENSE, CONTROL, "ttsvd", "random"]
-    dense, control, fitted, drawn = (row.results[0] for row in done.rows)
+    assert [row.start for row in done.rows] == [DENSE, CONTROL, "ttsvd", "rescaled", "random"]
+    dense, control, fitted, rescaled, drawn = (row.results[0] for row in done.rows)
     assert dense.steps + fitted.steps == control.steps == drawn.steps == 3 * fitted.steps
+    assert rescaled.steps == fitted.steps and rescaled.curve != fitted.curve
     assert dense.curve[0] == control.curve[0] and control.parameters == dense.parameters
     assert [row.rho for row in done.rows[:2]] == [1, 1] and done.rows[1].published == done.rows[0].published
     alone, said = run(replace(asked, choice=StudyChoice(bonds=(2,), epochs=2), starts=()))
     assert said[-1].endswith("stored") and alone.rows[0].results[0].curve == dense.curve
     assert any(note.startswith("dense network (two thirds) and TT-SVD of it") for note in notes_of(done))
     lengths = [row["shortened"].split(" in place")[0] for row in done.as_dict()["rows"]]
-    assert lengths == ["2 epochs", "3 epochs", "1 epoch", "3 epochs"]
-    assert "dense, control" in str(table_of(done))
+    assert lengths == ["2 epochs", "3 epochs", "1 epoch", "1 epoch", "3 epochs"]
+    assert "dense, control" in str(table_of(done)) and "MPO, TT-SVD rescaled" in str(table_of(done))
     _, said = run(replace(asked, choice=StudyChoice(bonds=(2,), epochs=1), starts=("ttsvd",)))
     assert not any(line.endswith("stored") for line in said)  # not the TT-SVD of a network of two epochs
 
@@ -216,7 +217,7 @@ def test_evaluates_text_on_its_end(tmp_path: Path) -> None:
         ({"starts": ("ttsdv",)}, "did you mean 'ttsvd'"),
         ({"runs": 0}, "--runs 0"),
         ({"held_out": 1.0}, "--hold-out 1"),
-        ({"choice": StudyChoice(control=True), "starts": ("random",)}, "--control: --starts random has no"),
+        ({"choice": StudyChoice(control=True), "starts": ("random",)}, "--control: --starts random has none"),
         ({"choice": StudyChoice(variants=("fc3",))}, "no variant 'fc3'"),
         ({"choice": StudyChoice(bonds=(0,))}, "--bonds 0"),
         ({"choice": StudyChoice(shapes=(("fc9=4:4", {"fc9": ((4,), (4,))}),))}, "fc9 is not replaced"),
@@ -237,6 +238,7 @@ def test_control_divides_steps(steps: int, parts: tuple[int, int]) -> None:
     choice = StudyChoice(steps=steps, control=True)
     training = choose_studies(STUDIES["fc2"], choice)[0].training
     assert tuple(training.of(start).settings.steps for start in (DENSE, "ttsvd")) == parts
+    assert training.of("rescaled") == training.of("ttsvd")
     assert training.of("random") == training.of(CONTROL) == training
 
 
