@@ -80,8 +80,8 @@ class ReproduceOptions:
         (), metavar="D[,D…]", panel=_NETWORKS, parse=_bonds, shown="the paper's",
     )  # fmt: skip
     starts: tuple[str, ...] | None = option(
-        "Start from the trained dense network (ttsvd, rescaled) or at random.",
-        None, metavar="S[,S]", panel=_NETWORKS, parse=_items, shown="ttsvd,random; of VGGs all three",
+        "Start networks with cores by ttsvd, rescaled or random.",
+        None, metavar="S[,S]", panel=_NETWORKS, parse=_items, shown="ttsvd,random; for VGGs all",
     )  # fmt: skip
     shape: tuple[str, ...] = option(
         "Add another factoring of a layer, as fc1=28x28:16x16. Repeatable.",
