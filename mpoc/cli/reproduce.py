@@ -80,7 +80,7 @@ class ReproduceOptions:
         (), metavar="D[,D…]", panel=_NETWORKS, parse=_bonds, shown="the paper's",
     )  # fmt: skip
     starts: tuple[str, ...] | None = option(
-        "Start networks with cores by ttsvd, rescaled or random.",
+        "Choose how cores start: ttsvd, rescaled or random.",
         None, metavar="S[,S]", panel=_NETWORKS, parse=_items, shown="ttsvd,random; for VGGs all",
     )  # fmt: skip
     shape: tuple[str, ...] = option(
@@ -124,8 +124,8 @@ class ReproduceOptions:
 def reproduce(options: ReproduceOptions) -> None:
     """Repeat an experiment of a paper: dense, MPO-Net from TT-SVD, MPO-Net from random cores.
 
-    Every network gets the same training. With --control the dense network takes two thirds of it, TT-SVD of
-    that network the last third, and random cores, and a second dense network, take all. The start
+    Every network gets the same training. With --control the dense network takes two thirds of it, cores
+    that start from it the last third, and random cores, and a second dense network, take all. The start
     "rescaled" is TT-SVD with the norms of the dense weights. An interrupted command, given again, resumes
     where it stopped.
 

@@ -28,8 +28,8 @@ from mpoc.reproduce.catalogue import STUDIES, StudyChoice, choose_studies
 from mpoc.reproduce.experiment import DENSE_STARTS, Experiment, PaperData, length_of
 from mpoc.reproduce.gao2020 import CIFAR
 from mpoc.reproduce.image_states import NAME, ImageStates, ImageStatesRequest, measure_images
-from mpoc.reproduce.run import Cell, Store, measure_rate
-from mpoc.reproduce.study import Reproduction, StudyRequest, cells_of, open_study, run_study
+from mpoc.reproduce.run import Cell, Store, cells_of, measure_rate
+from mpoc.reproduce.study import Reproduction, StudyRequest, open_study, run_study
 from mpoc.runtime.formatting import rounded
 from mpoc.train.loader import ExampleOrder
 from mpoc.train.monitor import OnEvent
@@ -278,8 +278,8 @@ def _measured(request: StudyRequest, kept: dict[str, Any] | None, say: Callable[
     """The table with the speed of its networks, measured where no earlier plan knows it."""
     if request.name == NAME:
         return PlannedTable(request)
-    if kept is not None and not _is_of(kept, request):
-        say(f"{request.name}: planned anew, the kept plan is of other networks")
+    if kept is not None and not _is_part_of(kept, request):
+        say(f"{request.name}: planned again, the kept plan is of other networks")
         kept = None
     if kept is not None:
         request = replace(request, choice=replace(request.choice, precision=kept["precision"]))
@@ -293,7 +293,7 @@ def _measured(request: StudyRequest, kept: dict[str, Any] | None, say: Callable[
         ExampleOrder(train, experiments[0].training.settings.batch).steps_per_epoch,
         stored=(False,) * len(cells),
         shares=tuple(_share(cell) for cell in cells),
-        networks=tuple(map(_named, cells)),
+        networks=tuple(map(_network_name, cells)),
     )
     known: list[tuple[str, float]] = []  # networks with their rates, in the order of the table
     if kept is not None:
@@ -311,22 +311,36 @@ def _rates(
     say: Callable[[str], None],
 ) -> Iterator[float]:
     """The speed of each network: the known one, that of a network like it, or a measured one."""
-    rates: dict[Any, float] = {}  # by what makes the speed
+    kinds = [_kind(cell) for cell in cells]
+    own = _aligned(cells, known)
+    rates = {kind: rate for kind, rate in zip(kinds, own, strict=True) if rate is not None}
+    for cell, kind, rate in zip(cells, kinds, own, strict=True):
+        if kind not in rates:
+            rates[kind] = measure_rate(cell, material, request.device)
+            say(f"{request.name}: {cell.name.rpartition('-')[0]} trains {rates[kind]:,.0f} examples a second")
+        yield rates[kind] if rate is None else rate
+
+
+def _kind(cell: Cell) -> tuple[Any, ...]:
+    """What makes the speed of a network's training."""
+    if cell.start in DENSE_STARTS:
+        return (cell.experiment.network,)
+    return cell.experiment.network, cell.experiment.layers, cell.bond
+
+
+def _aligned(cells: Sequence[Cell], known: Sequence[tuple[str, float]]) -> list[float | None]:
+    """The known rate of each network, in the order of the table; names may occur twice."""
+    following, found = iter([*known, ("", 0.0)]), []
+    name, rate = next(following)
     for cell in cells:
-        has_cores = cell.start not in DENSE_STARTS
-        kind = cell.experiment.network, has_cores and (cell.experiment.layers, cell.bond)
-        if known and known[0][0] == _named(cell):
-            rate = known.pop(0)[1]
-        elif kind in rates:
-            rate = rates[kind]
-        else:
-            rate = measure_rate(cell, material, request.device)
-            say(f"{request.name}: {cell.name.rpartition('-')[0]} trains {rate:,.0f} examples a second")
-        rates.setdefault(kind, rate)
-        yield rate
+        is_known = name == _network_name(cell)
+        found.append(rate if is_known else None)
+        if is_known:
+            name, rate = next(following)
+    return found
 
 
-def _named(cell: Cell) -> str:
+def _network_name(cell: Cell) -> str:
     """A network of a plan: start and name."""
     return f"{cell.start}, {cell.name}"
 
@@ -337,10 +351,10 @@ def _share(cell: Cell) -> float:
     return settings.epochs / whole.epochs if whole.steps is None else (settings.steps or 0) / whole.steps
 
 
-def _is_of(kept: dict[str, Any], request: StudyRequest) -> bool:
+def _is_part_of(kept: dict[str, Any], request: StudyRequest) -> bool:
     """Whether a kept entry is of all or some networks of a table; the first entries did not name theirs."""
     experiments = choose_studies(STUDIES[request.name], request.choice)
-    networks = [_named(cell) for cell in cells_of(experiments, request.chosen_starts, request.seed)]
+    networks = [_network_name(cell) for cell in cells_of(experiments, request.chosen_starts, request.seed)]
     known, following = kept.get("networks", networks), iter(networks)
     return len(kept["rates"]) == len(known) and all(name in following for name in known)
 
@@ -378,6 +392,9 @@ def _read_plan(output: Path) -> dict[str, dict[str, Any]]:
         tables = json.loads(path.read_text("utf-8"))["tables"]
         for table in tables.values():
             numbers = [*table["rates"], 1 if table["epochs"] is None else table["epochs"]]
+            names = table.get("networks", ["unnamed"])  # as in the first plans
+            if not names or not all(isinstance(name, str) for name in names):
+                raise ValueError(table)
             if table["precision"] not in PRECISIONS or not all(number > 0 for number in numbers):
                 raise ValueError(table)
     except (ValueError, KeyError, TypeError, AttributeError) as error:

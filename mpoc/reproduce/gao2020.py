@@ -5,8 +5,8 @@
   twenty epochs leave most of it in the weights and TT-SVD spends its bonds on it; five times that L2 removes
   it. Shifts of the images help the dense FC2 and hurt small D, so FC2 is trained without.
 - VGG-16 and VGG-19: section III B 1, Table I. Two 3 × 3 convolutions of the last stage, as whole maps of
-  2 × 2 × 512, and the three fully connected layers: 23,633,920 parameters become 10,944. At this ρ TT-SVD of
-  five layers in a row passes nearly nothing on, so that it is done rescaled too.
+  2 × 2 × 512, and the three fully connected layers: 23,633,920 parameters become 10,944. At this ρ five
+  layers of TT-SVD in a row can pass nearly nothing on, so the study also starts from rescaled ones.
 - ResNets of width k = 4: section III B 2, Fig. 3, and its ResUnit pair.  The figure compares dense
   network and MPO-Net over the depth; the paper does not print its numbers.  Those of k = 1 are ours.
 - DenseNets: section III B 3, Table II, and one convolution.

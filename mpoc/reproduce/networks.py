@@ -197,8 +197,7 @@ def fitted_cores(
     approximation.
     """
     fit = fit_mpo(weight, structure, Truncation(bond), Target(seed=seed))
-    kept = 1 - fit.relative_error**2
-    if not rescaled or kept <= 0:
+    if not rescaled:
         return fit.form.cores
-    scale = kept ** (-0.5 / len(fit.form.cores))
+    scale = (1 - fit.relative_error**2) ** (-0.5 / len(fit.form.cores))
     return [core * scale for core in fit.form.cores]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from mpoc.io.keyed_store import damaged, open_item, put_item
 from mpoc.io.safetensors_writer import Entry
 from mpoc.models import zoo
 from mpoc.reproduce.experiment import (
+    CONTROL,
     DENSE,
     DENSE_STARTS,
     FROM_DENSE,
@@ -172,6 +174,20 @@ class Cell:
         if origin is not None and origin.settings != self.settings:
             identity["origin"] = {"epochs": origin.settings.epochs, "steps": origin.settings.steps}
         return identity
+
+
+def cells_of(experiments: list[Experiment], starts: tuple[str, ...], seed: int) -> Iterator[Cell]:
+    """The networks of one seed in the order of the table, each dense network once."""
+    dense: set[str] = set()
+    for experiment in experiments:
+        if experiment.with_dense and experiment.network not in dense:
+            yield Cell(experiment, DENSE, 0, seed)
+            dense.add(experiment.network)
+            if experiment.training.control:
+                yield Cell(experiment, CONTROL, 0, seed)
+        for bond in experiment.bonds or (0,):
+            for start in (start for start in starts if start in experiment.starts):
+                yield Cell(experiment, start, bond, seed)
 
 
 def _layer_identity(layer: ReplacedLayer, bond: int) -> dict[str, Any]:

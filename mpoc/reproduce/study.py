@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,15 @@ from mpoc.reproduce.experiment import (
 )
 from mpoc.reproduce.hallam2017 import baseline_counts, counts
 from mpoc.reproduce.networks import check_structures
-from mpoc.reproduce.run import Cell, Key, Result, Store, Weights, dense_sizes, run_cell
+from mpoc.reproduce.run import Cell, Key, Result, Store, Weights, cells_of, dense_sizes, run_cell
 from mpoc.runtime.distributed import num_processes
 from mpoc.runtime.formatting import rounded
 from mpoc.train.monitor import OnEvent
 
 SCHEMA = "mpoc.reproduction/1"
-_STARTED = "TT-SVD starts from the trained dense network of the same seed; random cores start from nothing"
+_STARTED = "TT-SVD starts from the trained dense network of the same seed; random cores do not"
 _EVERY = "every network"
-_DIVIDED = "dense network (two thirds) and TT-SVD of it (the last third) together, each other network alone"
+_DIVIDED = "dense network (two thirds) and each start from it (the last third) together, each other network"
 _RESCALED = "rescaled: the cores of TT-SVD, scaled to the norms of the dense weights before training"
 _NAMES = {DENSE: "dense", CONTROL: "dense, control"}
 _NAMES |= {TTSVD: "MPO, TT-SVD", RESCALED: "MPO, TT-SVD rescaled", RANDOM: "MPO, random"}
@@ -184,10 +184,8 @@ def run_study(request: StudyRequest, say: Callable[[str], None], on_event: OnEve
     for note in material.data.notes:
         say(f"note: {note}")
     seeds = tuple(range(request.seed, request.seed + request.runs))
+    _check_starts(experiments, request.chosen_starts, say)
     cells = [cell for seed in seeds for cell in cells_of(experiments, request.chosen_starts, seed)]
-    if not cells:
-        starts = ",".join(request.chosen_starts)
-        raise UsageError(f"--starts {starts}: no selected variant has such a start", "--starts random")
     origins = [origin.identity(material) for cell in cells if (origin := cell.origin()) is not None]
     runner = _Runner(material, Store(request.output), request.device, origins, say, on_event)
     results: dict[Key, Result] = {}
@@ -209,7 +207,8 @@ def _check(request: StudyRequest) -> None:
         raise UsageError(f"--runs {request.runs}: must be at least 1")
     if request.choice.control and not set(FROM_DENSE) & set(starts):
         raise UsageError(
-            f"--control: --starts {','.join(starts)} has none from the dense network", "omit one of them"
+            f"--control: --starts {','.join(starts) or '()'} has none from the dense network",
+            "omit one of them",
         )
     if not 0 <= request.held_out < 1:
         raise UsageError(f"--hold-out {request.held_out:g}: must be at least 0 and below 1")
@@ -217,6 +216,21 @@ def _check(request: StudyRequest) -> None:
         raise UsageError(
             "reproduce runs in one process", "start several commands, each with its own --seed and -o"
         )
+
+
+def _check_starts(experiments: list[Experiment], starts: tuple[str, ...], say: Callable[[str], None]) -> None:
+    """Say which variants have none of the starts, so that no networks with cores are made of them.
+
+    Raises:
+        UsageError: no variant has one.
+    """
+    with_cores = [experiment for experiment in experiments if experiment.layers]
+    lacking = [experiment for experiment in with_cores if not set(experiment.starts) & set(starts)]
+    if starts and lacking:
+        asked, own = (",".join(names) for names in (starts, lacking[0].starts))
+        if len(lacking) == len(with_cores):
+            raise UsageError(f"--starts {asked}: no selected variant has such a start", f"--starts {own}")
+        say(f"note: no start {asked}: {', '.join(experiment.label for experiment in lacking)}")
 
 
 def open_study(request: StudyRequest) -> tuple[Study, list[Experiment], PaperData]:
@@ -246,20 +260,6 @@ def _quick(experiment: Experiment, study: Study) -> Experiment:
     )
     training = replace(experiment.training, settings=settings, shortened=f"{QUICK_STEPS} steps")
     return replace(experiment, training=training)
-
-
-def cells_of(experiments: list[Experiment], starts: tuple[str, ...], seed: int) -> Iterator[Cell]:
-    """The networks of one seed in the order of the table, each dense network once."""
-    dense: set[str] = set()
-    for experiment in experiments:
-        if experiment.with_dense and experiment.network not in dense:
-            yield Cell(experiment, DENSE, 0, seed)
-            dense.add(experiment.network)
-            if experiment.training.control:
-                yield Cell(experiment, CONTROL, 0, seed)
-        for bond in experiment.bonds or (0,):
-            for start in (start for start in starts if start in experiment.starts):
-                yield Cell(experiment, start, bond, seed)
 
 
 @dataclass(frozen=True)

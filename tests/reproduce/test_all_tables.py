@@ -23,8 +23,8 @@ from mpoc.reproduce.all_tables import (
     plan_tables,
 )
 from mpoc.reproduce.catalogue import STUDIES, StudyChoice, choose_studies
-from mpoc.reproduce.run import Store, run_cell
-from mpoc.reproduce.study import StudyRequest, cells_of, open_study
+from mpoc.reproduce.run import Store, cells_of, run_cell
+from mpoc.reproduce.study import StudyRequest, open_study
 from tests.reproduce.images import write_digits
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
@@ -161,10 +161,12 @@ def test_rejects_unknown_tables_and_missing_data(digits: Path, only: tuple[str, 
     assert not (digits / "out").exists()
 
 
-PLAN = '{"tables": {"lenet5": {"epochs": %d, "precision": "fp32", "rates": [1]}}}'
+PLAN = '{"tables": {"lenet5": {"epochs": %s, "precision": "fp32", "rates": [1], "networks": %s}}}'
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", PLAN % -1])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", PLAN % (-1, '["a"]'), PLAN % (1, "null"), PLAN % (1, 5), PLAN % (1, [])]
+)
 def test_names_a_damaged_plan(digits: Path, text: str) -> None:
     (digits / "out").mkdir()
     (digits / "out" / "plan.json").write_text(text)
@@ -185,7 +187,7 @@ def test_plan_of_other_networks_is_made_anew(
     path.write_text(json.dumps(plan))
     said: list[str] = []
     assert not plan_tables(asked(digits), said.append)[0].kept
-    assert "lenet5: planned anew, the kept plan is of other networks" in said
+    assert "lenet5: planned again, the kept plan is of other networks" in said
 
 
 def test_plan_of_some_of_the_networks_keeps_its_epochs(digits: Path) -> None:
@@ -194,14 +196,17 @@ def test_plan_of_some_of_the_networks_keeps_its_epochs(digits: Path) -> None:
     path = digits / "out" / "plan.json"
     plan = json.loads(path.read_text("utf-8"))
     old = plan["tables"]["lenet5"]
-    old |= {"epochs": 1.5, "rates": [7.0, 5.0], "networks": [old["networks"][0], old["networks"][2]]}
-    path.write_text(json.dumps(plan))
-    said: list[str] = []
-    (table,) = plan_tables(asked(digits), said.append)
-    assert table.kept and table.epochs == 1.5 and len(table.networks) == 3
-    dense, fitted, drawn = table.rates
-    assert (dense, drawn) == (7, 5) and fitted not in (7, 5)
-    assert len(said) == 1 and said[0].startswith("lenet5: lenet5-ttsvd trains")
+    old |= {"epochs": 1.5, "precision": "bf16"}
+    names = old["networks"]
+    for kept, rates, measured in ((names[::2], (7, 5, 5), 0), (names[1:], (None, 7, 5), 1)):
+        old |= {"rates": [7, 5], "networks": kept}
+        path.write_text(json.dumps(plan))
+        said: list[str] = []
+        (table,) = plan_tables(asked(digits), said.append)
+        assert table.kept and table.epochs == 1.5 and list(table.networks) == names
+        assert table.request.choice.precision == "bf16"
+        assert table.rates == tuple(rate or table.rates[0] for rate in rates)
+        assert len(said) == measured and all(line.startswith("lenet5: lenet5-dense trains") for line in said)
 
 
 def test_committed_results_are_of_todays_tables(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from mpoc.reproduce.catalogue import StudyChoice
+from mpoc.reproduce.experiment import STARTS
 from mpoc.reproduce.figures import draw_figures
 from mpoc.reproduce.study import Reproduction, StudyRequest, run_study
 from tests.reproduce.images import write_digits
@@ -63,3 +64,20 @@ def test_draws_convergence(done: Reproduction, tmp_path: Path, monkeypatch: pyte
     for line, row in zip(axes.lines, done.rows, strict=True):
         assert list(line.get_xdata()) == [0, 1, 2]
         assert line.get_ydata()[-1] == pytest.approx(row.mean("final")[0])
+
+
+def test_curves_of_starts_from_the_dense_network_follow_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = StudyChoice(bonds=(2,), epochs=3, control=True)
+    digits = write_digits(tmp_path / "digits")
+    asked = StudyRequest("fc2", digits, tmp_path / "out", choice, starts=STARTS, device="cpu")
+    axes = drawn(run_study(asked, lambda _: None), tmp_path / "plots", monkeypatch)[1]
+    ends = {line.get_label(): (line.get_xdata()[0], line.get_xdata()[-1]) for line in axes.lines}
+    assert ends == {
+        "dense": (0, 2),
+        "dense, control": (0, 3),
+        "MPO-Net, from TT-SVD, D = 2": (2, 3),
+        "MPO-Net, from TT-SVD rescaled, D = 2": (2, 3),
+        "MPO-Net, random start, D = 2": (0, 3),
+    }

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torch import nn
 
+from mpoc.errors import UsageError
 from mpoc.models import zoo
 from mpoc.reproduce import study as module
 from mpoc.reproduce.catalogue import STUDIES, StudyChoice
@@ -132,9 +133,13 @@ def test_automatic_bonds_train_the_missing_fixed_network(digits: Path, tmp_path:
 @pytest.mark.slow
 def test_each_automatic_variant_has_its_start(digits: Path, tmp_path: Path) -> None:
     variants = ("raster-dense-0.5", "raster-random-0.3")
-    done = run_study(asked(digits, tmp_path, *variants, starts=("ttsvd",)), lambda _: None)
+    said: list[str] = []
+    done = run_study(asked(digits, tmp_path, *variants, starts=("ttsvd",)), said.append)
+    assert "note: no start ttsvd: raster order, automatic from random, 0.3" in said
     assert [(row.start, row.experiment.discard) for row in done.rows] == [("dense", 0.5), ("ttsvd", 0.5)]
     assert [row["discard"] for row in done.as_dict()["rows"]] == [0.5, 0.5]
+    with pytest.raises(UsageError, match="--starts rescaled: no selected variant has such a start"):
+        run_study(asked(digits, tmp_path, *variants, starts=("rescaled",)), lambda _: None)
 
 
 def test_raster_results_keep_their_keys(digits: Path) -> None:

@@ -136,12 +136,6 @@ def test_rescaled_cores_have_the_norm_of_the_weight(module: nn.Module, layer: Re
     assert all(torch.equal(placed[f"cores.{k}"], core) for k, core in enumerate(rescaled))
 
 
-def test_rescaling_leaves_a_zero_weight_zero() -> None:
-    structure = layer_structure(nn.Sequential(nn.Linear(16, 16)), ReplacedLayer("0", (4, 4), (4, 4)))
-    cores = fitted_cores(torch.zeros(16, 16), structure, 2, 0, rescaled=True)
-    assert MPO(cores, structure).norm() == 0
-
-
 def test_padded_map_at_full_bond_is_the_convolution() -> None:
     """DenseNet's factors make more inputs than there are; zeros follow them."""
     network = nn.Sequential(nn.Conv2d(5, 6, 3, padding=1))

@@ -144,7 +144,9 @@ def test_control_divides_the_epochs(digits: Path, tmp_path: Path) -> None:
     assert [row.rho for row in done.rows[:2]] == [1, 1] and done.rows[1].published == done.rows[0].published
     alone, said = run(replace(asked, choice=StudyChoice(bonds=(2,), epochs=2), starts=()))
     assert said[-1].endswith("stored") and alone.rows[0].results[0].curve == dense.curve
-    assert any(note.startswith("dense network (two thirds) and TT-SVD of it") for note in notes_of(done))
+    notes = notes_of(done)
+    assert any(note.startswith("dense network (two thirds) and each start from it") for note in notes)
+    assert any(note.startswith("rescaled: the cores of TT-SVD") for note in notes)
     lengths = [row["shortened"].split(" in place")[0] for row in done.as_dict()["rows"]]
     assert lengths == ["2 epochs", "3 epochs", "1 epoch", "1 epoch", "3 epochs"]
     assert "dense, control" in str(table_of(done)) and "MPO, TT-SVD rescaled" in str(table_of(done))
