@@ -175,10 +175,11 @@ def test_names_a_damaged_plan(digits: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "change"), [("rates", list.pop), ("networks", list.reverse)])
-def test_plan_of_other_networks_is_made_anew(
-    digits: Path, key: str, change: Callable[[list[Any]], Any]
+def test_plan_of_other_networks_is_made_again(
+    digits: Path, key: str, change: Callable[[list[Any]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And that is said, since it takes time that was not asked for."""
+    monkeypatch.setattr(all_tables, "measure_rate", lambda *_: 1000.0)
     kept = plan_tables(asked(digits), lambda _: None)[0]
     path = digits / "out" / "plan.json"
     plan = json.loads(path.read_text("utf-8"))
@@ -190,22 +191,23 @@ def test_plan_of_other_networks_is_made_anew(
     assert "lenet5: planned again, the kept plan is of other networks" in said
 
 
-def test_plan_of_some_of_the_networks_keeps_its_epochs(digits: Path) -> None:
+def test_plan_of_some_of_the_networks_keeps_its_epochs(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table that gains a network trains that one alone, as long as the others."""
+    monkeypatch.setattr(all_tables, "measure_rate", lambda *_: 1000.0)
     plan_tables(asked(digits), lambda _: None)
     path = digits / "out" / "plan.json"
     plan = json.loads(path.read_text("utf-8"))
     old = plan["tables"]["lenet5"]
     old |= {"epochs": 1.5, "precision": "bf16"}
     names = old["networks"]
-    for kept, rates, measured in ((names[::2], (7, 5, 5), 0), (names[1:], (None, 7, 5), 1)):
+    for kept, rates, measured in ((names[::2], (7, 5, 5), 0), (names[1:], (1000, 7, 5), 1)):
         old |= {"rates": [7, 5], "networks": kept}
         path.write_text(json.dumps(plan))
         said: list[str] = []
         (table,) = plan_tables(asked(digits), said.append)
         assert table.kept and table.epochs == 1.5 and list(table.networks) == names
         assert table.request.choice.precision == "bf16"
-        assert table.rates == tuple(rate or table.rates[0] for rate in rates)
+        assert table.rates == rates
         assert len(said) == measured and all(line.startswith("lenet5: lenet5-dense trains") for line in said)
 
 
