@@ -359,7 +359,7 @@ def _curves_chart(results: Reproduction) -> Chart:
         before = _behind(results, row)
         points = tuple((before + point["epoch"], point["accuracy"]) for point in row.results[0].curve)
         bond = f", D = {row.bond}" if row.bond else ""
-        name = f"{row.experiment.label}, {row.start}{bond}"
+        name = f"{row.experiment.label}: {_NAMES[row.start]}{bond}"
         series.append(Series(name, points, "line" if k <= _TONES else "dotted line", tone_of(k)))
     caption = f"Accuracy on {results.material.measured} in per cent{_shortened_note(results)}."
     return Chart("Training", caption, Axis("epoch"), Axis("%"), tuple(series))
