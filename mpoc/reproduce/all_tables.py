@@ -15,6 +15,7 @@ import json
 import math
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -330,14 +331,10 @@ def _kind(cell: Cell) -> tuple[Any, ...]:
 
 def _aligned(cells: Sequence[Cell], known: Sequence[tuple[str, float]]) -> list[float | None]:
     """The known rate of each network, in the order of the table; names may occur twice."""
-    following, found = iter([*known, ("", 0.0)]), []
-    name, rate = next(following)
-    for cell in cells:
-        is_known = name == _network_name(cell)
-        found.append(rate if is_known else None)
-        if is_known:
-            name, rate = next(following)
-    return found
+    waiting = deque(known)
+    return [
+        waiting.popleft()[1] if waiting and waiting[0][0] == _network_name(cell) else None for cell in cells
+    ]
 
 
 def _network_name(cell: Cell) -> str:

@@ -226,10 +226,12 @@ def _check_starts(experiments: list[Experiment], starts: tuple[str, ...], say: C
     """
     with_cores = [experiment for experiment in experiments if experiment.layers]
     lacking = [experiment for experiment in with_cores if not set(experiment.starts) & set(starts)]
+    asked = ",".join(starts)
+    has_dense = any(experiment.with_dense for experiment in experiments)
+    if lacking and lacking == with_cores and (starts or not has_dense):
+        own = ",".join(lacking[0].starts)
+        raise UsageError(f"--starts {asked or '()'}: no selected variant has such a start", f"--starts {own}")
     if starts and lacking:
-        asked, own = (",".join(names) for names in (starts, lacking[0].starts))
-        if len(lacking) == len(with_cores):
-            raise UsageError(f"--starts {asked}: no selected variant has such a start", f"--starts {own}")
         say(f"note: no start {asked}: {', '.join(experiment.label for experiment in lacking)}")
 
 

@@ -145,5 +145,6 @@ def test_trains_a_few_steps(tmp_path: Path) -> None:
     assert found["structures"][1] == "fc2 MERA(2,2,2,2,2,2,2,2,2,2,2,2→1,2,1,2,1,2,1,2,1,2,1,2)(2)"
     with pytest.raises(UsageError, match="--hold-out 0: these trainings end by their validation split"):
         run_study(replace(asked, held_out=0.0), lambda _: None)
-    with pytest.raises(UsageError, match="--starts ttsvd: no selected variant"):
-        run_study(replace(asked, starts=("ttsvd",)), lambda _: None)
+    for starts, words in ((("ttsvd",), "--starts ttsvd"), ((), r"--starts \(\)")):
+        with pytest.raises(UsageError, match=f"{words}: no selected variant has such a start"):
+            run_study(replace(asked, starts=starts), lambda _: None)
